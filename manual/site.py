@@ -22,6 +22,9 @@ BESIDE = (
     "benchmarks/**/*.json",
     "benchmarks/**/*.png",
     "examples/*.*",
+    "examples/*/README.md",
+    "examples/*/*.toml",
+    "examples/*/*.py",
 )
 """What is part of the site beside docs/."""
 

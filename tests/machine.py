@@ -23,6 +23,16 @@ def find_mosquitto() -> str:
     return found
 
 
+def find_chromium() -> str:
+    """Path of a Chromium that playwright can drive."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI must have chromium")
+        pytest.skip("chromium is not installed")
+    return found
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as probe:

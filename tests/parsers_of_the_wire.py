@@ -56,6 +56,8 @@ from fedprune.wire.release_messages import ReleaseOffer, ReleaseReport, ReleaseW
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
 from fedprune_device.offered import unpacked as offered
+from fedprune_server.console import feed_words
+from fedprune_server.console.trial import TrialFleet
 from fedprune_server.link.blob_server import BlobHandler
 from fedprune_server.receivers import words
 from toy import ARCHITECTURE, JOB
@@ -90,6 +92,10 @@ def wire_targets() -> tuple[Target, ...]:
     return (
         Target("wire.message", m.parse, told, text=True, share=6),
         Target("wire.word of a receiver", lambda raw: words.parse_line(raw + b"\n"), _words(), text=True, share=2),
+        Target(
+            "wire.word to the console", lambda raw: feed_words.parse_news(raw + b"\n"), _news(), text=True, share=0.5
+        ),
+        Target("wire.order", lambda raw: feed_words.parse_order(raw + b"\n"), _orders(), text=True, share=2),
         Target("wire.chunk", lambda raw: list(Chunk.parse(raw).leaves()), chunks, factor=8, share=4),
         Target("wire.pull", _pulled, chunks, factor=16, constant=4 * 2**20, share=0.2),
         Target("wire.topic", as_text(_topic), _topics(), text=True, share=2),
@@ -176,6 +182,23 @@ def _words() -> tuple[bytes, ...]:
         words.Took("a", 7, 1),
     )
     return tuple(words.line(word)[:-1] for word in told)
+
+
+def _news() -> tuple[bytes, ...]:
+    """One line of each kind, and small ones: what is fuzzed is their form."""
+    fleet = TrialFleet(2, 1)
+    told = [*fleet.begin(), fleet.details("board-0000"), fleet.coverage("trial"), feed_words.Answer(1, True, "so")]
+    kinds = {type(word): word for word in told}
+    return tuple(feed_words.line(word)[:-1] for word in kinds.values())
+
+
+def _orders() -> tuple[bytes, ...]:
+    orders = (
+        feed_words.Order(1, "ann", "pause", job="toy"),
+        feed_words.Order(2, "ann", "rollout_start", release="r-1", groups=(0.1, 1.0), devices=("a", "b")),
+        feed_words.Listening("http://127.0.0.1:8470/"),
+    )
+    return tuple(feed_words.line(word)[:-1] for word in orders)
 
 
 def _release() -> Release:

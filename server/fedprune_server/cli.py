@@ -13,15 +13,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedprune import __version__, tensorfile
+from fedprune import __version__
 from fedprune.cli import run_command, whole_number, with_extra
-from fedprune.errors import ExitCode, UsageError
+from fedprune.errors import ExitCode
 from fedprune.quantity import quantity
 from fedprune_server.commands.config import add_config_command
 from fedprune_server.commands.health import add_health_command
 from fedprune_server.commands.identity import name_of
 from fedprune_server.commands.identity import register as register_identity
+from fedprune_server.commands.model import export_model
 from fedprune_server.commands.observe import add_observe_commands
+from fedprune_server.commands.operators import add_operators_command
 from fedprune_server.commands.release import add_release_command
 from fedprune_server.commands.rollout import add_rollout_command
 from fedprune_server.commands.service import add_service_command
@@ -61,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--opset", type=whole_number, metavar="N", help="opset of the .onnx file (default: 17)")
     export.add_argument("--round", type=int, metavar="N", help="after this round, if its model is still kept")
-    export.set_defaults(run=with_extra("server", _export_model))
+    export.set_defaults(run=with_extra("server", export_model))
     replay = commands.add_parser("replay", help="work a job out again from its log, and compare")
     replay.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
     replay.set_defaults(run=with_extra("server", _replay))
@@ -74,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_service_command(commands)
     add_health_command(commands)
     add_observe_commands(commands)
+    add_operators_command(commands)
     return parser
 
 
@@ -107,6 +110,9 @@ def _add_run(commands: Any) -> None:
     )
     run.add_argument(
         "--serve-blobs", metavar="[ADDRESS:]PORT", help="give out blobs over HTTPS, too (default address: --host); off"
+    )
+    run.add_argument(
+        "--console", metavar="[ADDRESS:]PORT", help="show operators the fleet in a browser (default address: 127.0.0.1)"
     )
     run.add_argument("--site", type=name_of("site"), help="devices of this site take part (default: default)")
     run.add_argument("--profiles", type=Path, metavar="DIR", help="hardware profiles beside the shipped ones")
@@ -161,6 +167,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune.profile_store import find as find_profile
     from fedprune.profile_store import names as names_of_profiles
     from fedprune_server.commands.configuration import configured
+    from fedprune_server.console.setup import with_console
     from fedprune_server.daemon import Daemon
     from fedprune_server.fleet.board_logs import BoardLogs
     from fedprune_server.further_jobs import further, hosted
@@ -239,6 +246,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for kept in jobs:
             _say_what_runs(kept)
             kept.folder.lease.lost = daemon.stop
+        stack.enter_context(with_console(config, reached, identity, daemon, releases_given=rollouts is not None))
         reached.start(daemon.subscriptions)
         for kept in jobs:
             kept.folder.keep(kept.opened)  # a broker that can't be reached is not one to remember
@@ -337,28 +345,6 @@ def _replay(arguments: argparse.Namespace) -> int:
         rounds += 1
         print(f"round {step.round}: {step.model} ({quantity(len(step.devices), 'device')}: {', '.join(step.devices)})")
     print(f"{quantity(rounds, 'round')}, every model the same to the bit" if rounds else "no round has ended yet")
-    return int(ExitCode.OK)
-
-
-def _export_model(arguments: argparse.Namespace) -> int:
-    from fedprune.disk import write_whole
-    from fedprune_export.conversion import model_onnx, state_dict, with_weights, write_state_dict
-    from fedprune_server.store.state_folder import global_model, model_after
-
-    out: Path = arguments.out
-    if out.suffix not in (".onnx", ".safetensors", ".pt", ".pth"):
-        raise UsageError("--out", expected="a file name that ends in .onnx, .safetensors, .pt or .pth", got=str(out))
-    digest = None if arguments.round is None else model_after(arguments.state, arguments.round)
-    model, weights = global_model(arguments.state, digest)
-    tensors = tensorfile.decode(weights)
-    if out.suffix in (".pt", ".pth"):
-        size = write_state_dict(out, state_dict(model.architecture, tensors, model.graph))
-    else:
-        if out.suffix == ".onnx":
-            weights = model_onnx(with_weights(model, tensors, str(arguments.state)), arguments.opset)
-        write_whole(out, weights)
-        size = len(weights)
-    print(f"{out}: {size} bytes")
     return int(ExitCode.OK)
 
 

@@ -25,6 +25,7 @@ from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Finished, Hello
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
+from fedprune_server.console.view import JobView, Onlooker
 from fedprune_server.fleet.board_logs import BoardLogs
 from fedprune_server.fleet.farewell import FLUSH_S, Farewell
 from fedprune_server.fleet.quarantine import Quarantine
@@ -166,6 +167,8 @@ class Daemon:
         """Bytes that devices have fetched over the web since it was last called; they count as sent to them."""
         self.beat: Callable[[], None] = lambda: None
         """Called in every turn of the loop."""
+        self.onlooker = Onlooker()
+        """Looks on; whoever wants to is put here before the start."""
 
     @property
     def subscriptions(self) -> list[str]:
@@ -183,6 +186,14 @@ class Daemon:
         return self._finished
 
     @property
+    def view(self) -> JobView:
+        """What there is to see of the job."""
+        return JobView(
+            self.job, self._coordinator.architecture, self.state, self._roster, self._quarantine,
+            self._uploads.progress, lambda: self._link.connected, lambda: 1.0, self.pause,
+        )  # fmt: skip
+
+    @property
     def traffic(self) -> dict[str, tuple[int, int]]:
         """Payload bytes to and from each device, over all starts of the server."""
         return self._roster.traffic
@@ -190,6 +201,11 @@ class Daemon:
     def offered(self, device: str) -> frozenset[str]:
         """Digests of what a device's offer names; may be asked from any thread."""
         return self._reception.offered(device)
+
+    def pause(self, paused: bool) -> None:
+        """Begin nothing new in the job, or go on with it; it is remembered. To be called from the loop's thread."""
+        self._begin()
+        self._handle(on.Paused(paused))
 
     def stop(self) -> None:
         """End the loop soon; may be called from a signal handler or another thread."""
@@ -304,6 +320,7 @@ class Daemon:
         self._display.refresh(self.snapshot)
         self.beat()
         self.watch.turned(self._monotonic() - begun, self.facts)
+        self.onlooker.turn()
 
     def _close(self) -> None:
         self._shipping.close()
@@ -343,6 +360,7 @@ class Daemon:
 
     def _save(self, events: Sequence[on.Event]) -> None:
         state = self.state
+        self.onlooker.noticed(state.devices.changed | state.tasks.changed)
         self._garbage.follow(state)
         self._garbage.suspect(self._errands.let_go(anew=state.phase is not self._at[1]))
         # First remembered, then done: after a crash at any point the state asks for what was not done.
@@ -360,6 +378,7 @@ class Daemon:
         for summary in ended:
             self._display.round_over(self.snapshot(), summary)
             self.watch.round_over(summary, self._now)
+            self.onlooker.round_over(self.job.name, summary)
         if ended:
             state.slim(PARTS_KEPT)
 

@@ -104,6 +104,14 @@ class Host:
         """Which job has which device; free ones are left out."""
         return dict(self._loans.lent)
 
+    def holder(self, device: str) -> str | None:
+        """Which job has a device; None for one that is free, or isn't there."""
+        return self._loans.lent.get(device)
+
+    def present(self, device: str) -> bool:
+        """Whether a device is there."""
+        return device in self._here
+
     def stop(self) -> None:
         """End the loop soon; may be called from a signal handler or another thread."""
         self._stopping = True

@@ -18,6 +18,7 @@ from fedprune.strategies import compose
 from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.fields import one_line
 from fedprune.wire.messages import Birth
+from fedprune_server.console.view import JobView
 from fedprune_server.daemon import Daemon
 from fedprune_server.fleet.presence import Presence
 from fedprune_server.link.wire import Item, Relay, Wire
@@ -86,6 +87,11 @@ class JobDesk(Daemon):
         self._roster.presence = Presence(lambda device: None)  # nobody: the host knows who is there
         self._roster.prefix = f"{job.name}: "
         self._schedule = compose(job).schedule or SYNCHRONOUS
+
+    @property
+    def view(self) -> JobView:
+        """What there is to see of the job."""
+        return replace(super().view, weight=lambda: self.weight)
 
     # What the host does with it.
 
@@ -213,13 +219,14 @@ class JobDesk(Daemon):
         state = self.state
         if state.phase is Phase.FINISHED:
             return None
+        weight = 0.0 if state.paused else self.weight
         if state.phase is Phase.WAITING:
-            return Borrower(self.job.name, self.weight, self.job.devices, 2**31)
+            return Borrower(self.job.name, weight, self.job.devices, 2**31)
         if not self._schedule.asynchronous:
-            return Borrower(self.job.name, self.weight, self.job.devices, 0)
+            return Borrower(self.job.name, weight, self.job.devices, 0)
         holds = state.tasks.count(*_UNDER_WAY)
         room = max(0, (self._schedule.concurrent or 2**31) - holds) if state.phase is Phase.TRAINING else 0
-        return Borrower(self.job.name, self.weight, 1, room, holds)
+        return Borrower(self.job.name, weight, 1, room, holds)
 
     def snapshot(self) -> Snapshot:
         """The job as it stands; of devices that it doesn't have it knows nothing."""

@@ -77,7 +77,18 @@ def test_the_page_of_commands_says_nothing_of_this_machine(files: dict[str, str]
 
 def test_the_page_of_settings_has_every_key(files: dict[str, str]) -> None:
     page = files["docs/reference/settings.md"]
-    tables = {"kind", "recipe", "options", "privacy", "schedule", "job", "model", "evaluation", "calibration", "input_shape"}
+    tables = {
+        "kind",
+        "recipe",
+        "options",
+        "privacy",
+        "schedule",
+        "job",
+        "model",
+        "evaluation",
+        "calibration",
+        "input_shape",
+    }
     for cls in (Job, Privacy, Recipe, Schedule, ServerConfig):
         for field in fields(cls):
             assert field.name in tables or f"| `{field.name}` |" in page or f"### `{field.name}`" in page, field.name

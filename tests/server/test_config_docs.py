@@ -45,7 +45,14 @@ def test_the_example_configuration_has_every_key() -> None:
     tables = {"job", "model", "evaluation", "calibration"}
     assert tables <= set(body)
     server = {f.name for f in fields(ServerConfig)} - tables - {"input_shape"}
-    assert set(body["server"]) == server - {"ca", "database", "profiles"}  # type: ignore[call-overload]
+    assert set(body["server"]) == server - {
+        "ca",
+        "console_certificate",
+        "console_key",
+        "console_releases",
+        "database",
+        "profiles",
+    }  # type: ignore[call-overload]
     assert "\n# ca = " in (DOCS / "run-a-fleet.md").read_text()  # an embedded broker has none
     assert "\n# database = " in (DOCS / "run-a-fleet.md").read_text()  # by default the folder says it
     assert "\n# profiles = " in (DOCS / "run-a-fleet.md").read_text()  # which would have to be there

@@ -13,8 +13,7 @@ from typing import Any, TextIO
 
 from fedprune.cli import whole_number
 from fedprune.disk import storage_errors
-from fedprune.errors import ExitCode, JoinError, ProtocolError, UsageError, meant, shown
-from fedprune.quantity import quantity
+from fedprune.errors import ExitCode, ProtocolError, UsageError
 from fedprune.trust.keys import VerifyingKey, grouped
 
 _STATE = "the folder of `run --state` (default: fedprune-state)"
@@ -144,6 +143,7 @@ def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
 
 
 def _devices(arguments: argparse.Namespace) -> int:
+    from fedprune_server.identity.admission import revoke
     from fedprune_server.identity.folder import IdentityFolder
 
     with IdentityFolder(arguments.state) as identity:
@@ -159,27 +159,18 @@ def _devices(arguments: argparse.Namespace) -> int:
         if arguments.action == "replace":
             _replace(identity, arguments)
             return int(ExitCode.OK)
-        keys, certificates = identity.revoke(arguments.device)
-        if not keys and not certificates:
-            near = meant(arguments.device, {d.device for d in identity.store.devices()})
-            raise JoinError(
-                f"no device {arguments.device} is let in or waits{near}", hint="See `fedprune-server devices`."
-            )
-        print(_revoked(identity, arguments.device, keys, certificates))
+        print(revoke(identity, arguments.device))
     return int(ExitCode.OK)
 
 
 def _replace(identity: Any, arguments: argparse.Namespace) -> None:
     """Standard output gets the claim alone, as that of `claim`."""
+    from fedprune_server.identity.admission import revoked
+
     with _claims_file(arguments.out) as file:
         keys, certificates = identity.revoke(arguments.device)
-        print(_revoked(identity, arguments.device, keys, certificates), file=sys.stderr)
+        print(revoked(identity, arguments.device, keys, certificates), file=sys.stderr)
         print(identity.claim(arguments.device, 3600 * arguments.hours).text, file=file)
-
-
-def _revoked(identity: Any, device: str, keys: int, certificates: int) -> str:
-    line = f"{device}: {quantity(keys, 'key')} and {quantity(certificates, 'certificate')} revoked"
-    return f"{line}\ncopy {identity.authority.crl_path} to the broker and restart that" if certificates else line
 
 
 def _list(identity: Any, arguments: argparse.Namespace) -> None:
@@ -204,24 +195,14 @@ def _list(identity: Any, arguments: argparse.Namespace) -> None:
 
 
 def _approve(identity: Any, arguments: argparse.Namespace) -> None:
+    from fedprune_server.identity.admission import approve
+
     if arguments.key is None:
         raise UsageError(
             f"devices approve {arguments.device}", expected="--key FINGERPRINT, as the board shows it", got="none",
             hint="It is in the output of `fedprune-device`, and must be the one in `fedprune-server devices`.",
         )  # fmt: skip
-    given = arguments.key.strip().lower()
-    waiting = [d for d in identity.store.devices() if d.device == arguments.device and d.status == "waiting"]
-    if not waiting:
-        near = meant(arguments.device, {d.device for d in identity.store.devices() if d.status == "waiting"})
-        raise JoinError(f"no such device waits: {arguments.device}{near}", hint="See `fedprune-server devices`.")
-    right = [d for d in waiting if VerifyingKey.from_hex(d.key).fingerprint == given]
-    if not right:
-        raise JoinError(
-            f"no key with this fingerprint waits as {arguments.device}", got=shown(arguments.key),
-            hint="If the board shows it, then what waits is another's: don't let it in. See `fedprune-server devices`.",
-        )  # fmt: skip
-    identity.store.approve(arguments.device, right[0].key, identity.authority.now())
-    print(f"{arguments.device} is let in with key {given}")
+    print(approve(identity, arguments.device, arguments.key))
 
 
 def _broker_config(arguments: argparse.Namespace) -> int:

@@ -8,21 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune.cli import whole_number
-from fedprune.coordination.rollout import CAREFUL, Fate, Rollout, RolloutPhase, RolloutPlan, Stage
+from fedprune.coordination.rollout import CAREFUL, Fate, RolloutPhase
 from fedprune.disk import held
-from fedprune.errors import ConfigError, ExitCode, UsageError
+from fedprune.errors import ExitCode, UsageError
 from fedprune.quantity import quantity
-from fedprune.release import FILES, Release, read_release
-from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS, ReleaseOffer
+from fedprune.release import Release
+from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS
 
 if TYPE_CHECKING:
-    from fedprune_server.rollouts.store import Entry, RolloutStore
+    from fedprune_server.rollouts.start import Terms
+    from fedprune_server.rollouts.store import Entry
 
 _STATE = "the folder of `run --state` (default: fedprune-state)"
 _LOCK = "lock"
@@ -70,25 +70,15 @@ def add_rollout_command(commands: Any) -> None:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    from fedprune_server.identity.folder import IdentityFolder
-    from fedprune_server.rollouts.store import RolloutStore
+    from fedprune_server.rollouts.start import start
 
     if arguments.attempts > MAX_ATTEMPTS or not 1 <= arguments.deadline <= MAX_SECONDS:
         raise UsageError("a trial", expected=f"up to {MAX_ATTEMPTS} attempts of 1 to {MAX_SECONDS:g} s each")
-    with IdentityFolder(arguments.state) as identity:
-        release, manifest, signature = read_release(arguments.release, identity.key.verifying)
-        boards = _boards(arguments.devices, sorted(identity.store.members()))
-    rollout = Rollout.of(_plan(arguments, release), boards)
-    with RolloutStore(arguments.state) as store, store.starting():
-        leaves = _kept(store, arguments.release, release)
-        offer = ReleaseOffer(
-            release.number, manifest.decode(), signature.hex(), leaves, arguments.attempts, arguments.deadline
-        )
-        number = store.begin(offer, rollout, time.time(), joins=arguments.devices is None)
+    begun = start(arguments.state, arguments.release, _terms(arguments), _named_boards(arguments.devices))
+    number, release, rollout = begun.number, begun.release, begun.rollout
     which = "all that are let in" if arguments.devices is None else "those that were named"
-    print(
-        f"rollout {number}: release {release.number} ({release.version}) to {quantity(len(boards), 'board')}, {which}"
-    )
+    count = quantity(len(rollout.boards), "board")
+    print(f"rollout {number}: release {release.number} ({release.version}) to {count}, {which}")
     for at in range(len(rollout.plan.stages)):
         names = sorted(n for n, b in rollout.boards.items() if b.stage == at)
         print(f"  stage {at + 1}: {quantity(len(names), 'board')}{_named(names)}")
@@ -99,36 +89,23 @@ def _start(arguments: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _boards(given: str | None, members: list[str]) -> list[str]:
-    if not members:
-        raise ConfigError("no board is let in yet", hint="`fedprune-server claim` lets boards in.")
-    if given is None:
-        return members
-    names = [n.strip() for n in given.split(",") if n.strip()]
-    strange = sorted(set(names) - set(members))
-    if strange or not names:
-        raise ConfigError(
-            "--devices", expected="names of boards, as `fedprune-server devices` shows them", got=", ".join(strange)
-        )
-    return names
+def _named_boards(given: str | None) -> list[str] | None:
+    return None if given is None else [n.strip() for n in given.split(",") if n.strip()]
 
 
-def _plan(arguments: argparse.Namespace, release: Release) -> RolloutPlan:
-    shares = arguments.groups or [s.share for s in CAREFUL]
-    seconds = 3600 * arguments.hours
-    stages = tuple(Stage(share, arguments.success, arguments.errors, seconds) for share in shares)
-    board_seconds = 60 * arguments.patience
-    return RolloutPlan("release", str(release.number), stages, board_seconds=board_seconds, seed=arguments.seed)
+def _terms(arguments: argparse.Namespace) -> Terms:
+    from fedprune_server.rollouts.start import Terms
 
-
-def _kept(store: RolloutStore, folder: Path, release: Release) -> tuple[str, ...]:
-    """Put a release's files where the daemon serves them; the digests of their leaf tables, in the manifest's order."""
-    store.check_free(release.number)  # so that nobody pulls what is deleted here
-    wanted = {f.sha256 for f in release.files}
-    for old in store.blobs.names():
-        if old not in wanted:
-            store.blobs.delete(old)
-    return tuple(store.blobs.put((folder / FILES / f.sha256).read_bytes()).leaves for f in release.files)
+    return Terms(
+        arguments.groups or (),
+        arguments.success,
+        arguments.errors,
+        60 * arguments.patience,
+        3600 * arguments.hours,
+        arguments.attempts,
+        arguments.deadline,
+        arguments.seed,
+    )
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -220,6 +220,28 @@ class Quarantine:
             self._dirty = True
         return self._news.pop(0) if self._news else None
 
+    def held(self, device: str) -> tuple[float, str] | None:
+        """Until when a device is in quarantine, in seconds since 1970, and why; None for one that is listened to."""
+        ledger, now = self._ledgers.get(device), self._clock()
+        if ledger is None or ledger.until <= now:
+            return None
+        return self._wall() + ledger.until - now, ledger.reason
+
+    def all_held(self) -> list[str]:
+        """All devices in quarantine."""
+        return sorted({device for _, device in self._ends if self.held(device) is not None})
+
+    def release(self, device: str) -> bool:
+        """End a device's quarantine before its time; returns whether it was in one."""
+        if self.held(device) is None:
+            return False
+        ledger, now = self._ledgers[device], self._clock()
+        ledger.until, ledger.at = now, now
+        self._ends = [(at, name) for at, name in self._ends if name != device] + [(now, device)]
+        heapq.heapify(self._ends)
+        self._dirty = True
+        return True
+
     def rows(self) -> dict[str, dict[str, Any]]:
         """What there is to say of devices: what didn't count, and until when they are in quarantine, as JSON."""
         now, wall = self._clock(), self._wall()

@@ -65,7 +65,8 @@ class Roster:
     ) -> None:
         self._job = job
         self._architecture = architecture
-        self._whole = costs_at(architecture, architecture.sizes).parameters
+        self.whole = costs_at(architecture, architecture.sizes).parameters
+        """Numbers in the whole model."""
         self._state = state
         self._limit = limit
         self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
@@ -115,6 +116,11 @@ class Roster:
     def admitted(self, device: str) -> bool:
         """Whether a device has ever announced itself."""
         return device in self._contacts
+
+    @property
+    def names(self) -> set[str]:
+        """All that were ever admitted."""
+        return set(self._contacts)
 
     @property
     def traffic(self) -> dict[str, tuple[int, int]]:
@@ -243,12 +249,12 @@ class Roster:
         log.info("%sdevice %s joined: %s, %d samples, %s", self.prefix, *known)
         if device.plan is not None:
             plan = Plan.from_dict(device.plan)
-            for line in plan.describe(self._whole).splitlines():
+            for line in plan.describe(self.whole).splitlines():
                 log.info("  %s", line)
             if gains := plan.gains():
                 log.debug("  %s", gains)
         else:
-            kept = costs_at(self._architecture, device.widths).parameters / self._whole
+            kept = costs_at(self._architecture, device.widths).parameters / self.whole
             by = "job" if device.density == self._job.density else "strategy"
             log.info("  density %.3g, as the %s says: keeps %.0f%% of the weights", device.density, by, 100 * kept)
 
@@ -287,6 +293,15 @@ class Roster:
             connected=connected,
             rows=tuple(self._row(n, pulled.get(n)) for n in names),
         )
+
+    def row(self, name: str, pulled: tuple[int, int] | None) -> Row:
+        """A device as it stands.
+
+        Args:
+            name: The device.
+            pulled: Leaves of its update that have arrived, and of all; None where none is under way.
+        """
+        return self._row(name, pulled)
 
     def _row(self, name: str, pulled: tuple[int, int] | None) -> Row:
         contact = self._contacts.get(name) or Contact()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +192,17 @@ class IdentityStore:
         with self._transaction() as connection:
             change = "UPDATE devices SET status = ?, decided = ? WHERE device = ? AND status != ?"
             return connection.execute(change, (REVOKED, now, device, REVOKED)).rowcount
+
+    def deny(self, device: str, keys: Iterable[str], now: int) -> int:
+        """Turn away keys of a device that wait; one that was let in meanwhile stays.
+
+        Returns:
+            How many there were.
+        """
+        with self._transaction() as connection:
+            change = "UPDATE devices SET status = ?, decided = ? WHERE device = ? AND key = ? AND status = ?"
+            rows = [(REVOKED, now, device, key, WAITING) for key in keys]
+            return sum(connection.execute(change, row).rowcount for row in rows)
 
     def devices(self) -> list[Device]:
         """All keys that asked or were let in, by name."""

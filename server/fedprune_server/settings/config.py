@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,12 @@ _SERVER_TEXTS = (
     "log_format",
     "metrics",
     "traces",
+    "console",
+    "console_certificate",
+    "console_key",
+    "console_hosts",
+    "console_orders",
+    "console_releases",
 )
 _SERVER_NUMBERS = (
     "port",
@@ -56,11 +63,11 @@ _SERVER_NUMBERS = (
     "cache_mib",
     "board_logs",
 )
-_SERVER_PATHS = ("state", "profiles", "ca")
-_SERVER_SWITCHES = ("archive", "slabs")
+_SERVER_SWITCHES = ("archive", "slabs", "console_insecure", "console_proxy")
 _ELSEWHERE = ("state", "database")
 """What the state folder itself is, or says; not among the settings that the database keeps."""
 
+_PATHS = ("profiles", "ca", "console_certificate", "console_key", "console_releases")
 _SERVER_REALS = ("weight",)
 _SERVER = (*_SERVER_TEXTS, *_SERVER_NUMBERS, *_SERVER_SWITCHES, *_SERVER_REALS)
 _SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulation")
@@ -100,6 +107,15 @@ class ServerConfig:
         max_packet: Bytes of an MQTT packet that the broker lets through; a message is refused that is larger.
         blob_url: Where boards are told that blobs lie on the web; `off` for nowhere.
         serve_blobs: Where this server gives out blobs over HTTPS, as `[ADDRESS:]PORT`; `off` for nowhere.
+        console: Where operators look at the server with a browser, as `[ADDRESS:]PORT`; `off` for nowhere. Without an
+            address on this machine alone.
+        console_certificate: A certificate for that, and those that vouch for it, as PEM; None for no TLS.
+        console_key: Its key.
+        console_insecure: It may listen without TLS where others than this machine reach it.
+        console_proxy: A reverse proxy on this machine speaks for browsers, and does TLS.
+        console_hosts: Names by which browsers may call it without TLS, with commas, beside addresses and `localhost`.
+        console_orders: Which orders of operators are taken: `none`, `look` for those that change nothing, or `all`.
+        console_releases: A folder of releases that operators may roll out; None for no releases.
         weight: The job's share of the boards in comparison with other jobs of the server; 0 to pause it beside them.
         board_logs: Lines of its log that each board may send in an hour; 0 for none.
         log_format: How the server's own log is written: `text` or `json`.
@@ -138,6 +154,14 @@ class ServerConfig:
     log_format: str = LOG_FORMATS[0]
     metrics: str = OFF
     traces: str = OFF
+    console: str = OFF
+    console_certificate: Path | None = None
+    console_key: Path | None = None
+    console_insecure: bool = False
+    console_proxy: bool = False
+    console_hosts: str = "localhost"
+    console_orders: str = "all"
+    console_releases: Path | None = None
 
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
@@ -190,6 +214,7 @@ class ServerConfig:
                 expected=f"http://host[:port] or https://..., without a user, or {OFF!r}",
                 got=shown(self.traces.rpartition("@")[2]),
             )
+        self._check_console()
         if not self.host:
             raise ConfigError("server: host", expected="an address, such as 127.0.0.1 or 0.0.0.0", got="''")
         try:
@@ -221,6 +246,25 @@ class ServerConfig:
     def metrics_place(self) -> tuple[str, int] | None:
         """The address and the port on which this server gives out its figures; None where it doesn't."""
         return _place(self.metrics, LOCAL[0], "metrics")
+
+    @property
+    def console_place(self) -> tuple[str, int] | None:
+        """The address and the port of the console; None where there is none."""
+        return _place(self.console, LOCAL[0], "console")
+
+    def _check_console(self) -> None:
+        place = self.console_place
+        setting_checks.word("server: console_orders", self.console_orders, ("none", "look", "all"))
+        if (self.console_certificate is None) != (self.console_key is None):
+            raise ConfigError("server: console_certificate and console_key", expected="both of them", got="one")
+        if place is None or self.console_certificate is not None or self.console_insecure:
+            return
+        if not is_loopback(place[0]):
+            raise ConfigError(
+                "server: console", expected="an address of this machine alone, or TLS", got=shown(self.console),
+                hint="Passwords would travel in the open. Give console_certificate and console_key, put a reverse "
+                "proxy in front of it, or, in a network of your own, set console_insecure.",
+            )  # fmt: skip
 
     def server_settings(self) -> dict[str, Any]:
         """What the table [server] says, as JSON, with paths that hold in every folder; all but where that is kept."""
@@ -272,7 +316,7 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     for key in _SERVER_TEXTS:
         if key in server:
             values[key] = _text(server[key], f"{where}: [server] {key}")
-    for key in _SERVER_PATHS:
+    for key in ("state", *_PATHS):
         if key in values:
             values[key] = SYSTEM if (key, values[key]) == ("ca", str(SYSTEM)) else folder / values[key]
     values.update({key: server[key] for key in (*_SERVER_NUMBERS, *_SERVER_SWITCHES, *_SERVER_REALS) if key in server})
@@ -285,7 +329,7 @@ def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for table, key in (("model", "path"), ("evaluation", "data"), ("calibration", "data")):
         if isinstance(text := found.get(table, {}).get(key), str) and text.strip():
             found[table][key] = _source(text, folder)
-    for key in _SERVER_PATHS:
+    for key in ("state", *_PATHS):
         text = found.get("server", {}).get(key)
         if isinstance(text, str) and text.strip() and (key, text) != ("ca", str(SYSTEM)):
             found["server"][key] = str(folder / text)
@@ -337,7 +381,7 @@ def with_stored(config: ServerConfig, stored: Mapping[str, Any], chosen: Mapping
     """
     values = {k: v for k, v in stored.items() if k in _SERVER and k not in _ELSEWHERE and chosen.get(k) is None}
     broker = str(chosen.get("broker") or values.get("broker", EMBEDDED))
-    for key in ("ca", "profiles"):
+    for key in _PATHS:
         if values.get(key) is not None:
             values[key] = Path(values[key])
     if not broker.startswith("mqtts://") or chosen.get("broker") is not None:
@@ -369,12 +413,20 @@ def _located(build: Callable[[], ServerConfig], where: str) -> ServerConfig:
         raise ConfigError(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
 
 
-def _place(text: str, host: str, key: str = "serve_blobs") -> tuple[str, int] | None:
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _place(text: str, host: str, name: str = "serve_blobs") -> tuple[str, int] | None:
     if text == OFF:
         return None
     address, colon, port = text.rpartition(":")
     if not port.isascii() or not port.isdecimal() or int(port) > 65_535 or (colon and not address):
-        raise ConfigError(f"server: {key}", expected=f"[ADDRESS:]PORT, or {OFF!r}", got=shown(text))
+        raise ConfigError(f"server: {name}", expected=f"[ADDRESS:]PORT, or {OFF!r}", got=shown(text))
     return address.strip("[]") or host, int(port)
 
 

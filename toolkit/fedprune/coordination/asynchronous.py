@@ -83,13 +83,20 @@ class AsynchronousCoordinator(Desk):
         if state.phase is Phase.FINISHED:
             return [do.TellFinished(event.device, state.model)]
         if state.phase is Phase.WAITING:
-            return [] if event.more or state.devices.count(True) < self.job.devices else self._open(now)
+            return [] if event.more else self._open_if_able(now)
         task = state.tasks.get(event.device)
         if task is not None and task.progress is Progress.OFFERED and task.offer:
             return [do.SendOffer(event.device, state.round_of(task), task.attempt, task.offer)]
         return [] if event.more else self._offers(now)
 
     # A round begins.
+
+    def _go_on_again(self, now: float) -> Commands:
+        return self._open_if_able(now) if self.state.phase is Phase.WAITING else self._offers(now)
+
+    def _open_if_able(self, now: float) -> Commands:
+        state = self.state
+        return [] if state.paused or state.devices.count(True) < self.job.devices else self._open(now)
 
     def _open(self, now: float) -> Commands:
         state = self.state
@@ -125,7 +132,7 @@ class AsynchronousCoordinator(Desk):
     def _offers(self, now: float) -> Commands:
         """Parts in the current model for idle devices, as many as may work at a time."""
         state = self.state
-        if state.phase is not Phase.TRAINING:
+        if state.phase is not Phase.TRAINING or state.paused:
             return []
         room = len(state.devices)
         if self.schedule.concurrent:

@@ -106,9 +106,12 @@ class Coordinator(Desk):
 
     # A round begins.
 
+    def _go_on_again(self, now: float) -> Commands:
+        return self._begin(now) if self.state.phase is Phase.WAITING else self._next_turns(self._tally())
+
     def _begin(self, now: float) -> Commands:
         state = self.state
-        if state.phase is not Phase.WAITING or len(state.devices) < self.job.devices:
+        if state.paused or state.phase is not Phase.WAITING or len(state.devices) < self.job.devices:
             return []
         if state.devices.count(True) < self.job.devices:
             return []
@@ -181,7 +184,7 @@ class Coordinator(Desk):
     def _next_turns(self, tally: Counter[Progress]) -> Commands:
         """Parts for those who waited, as many as may work at a time."""
         tasks = self.state.tasks
-        if not tally[Progress.QUEUED]:
+        if not tally[Progress.QUEUED] or self.state.paused:
             return []
         room = self.job.in_flight or len(tasks)
         room -= sum(tally[p] for p in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING))
@@ -332,7 +335,7 @@ class Coordinator(Desk):
         state = self.state
         state.deadline = None
         ready = self._ready()
-        if len(ready) < self.job.devices:
+        if len(ready) < self.job.devices or state.paused:
             state.tasks = Roll()
             state.round -= 1
             state.phase = Phase.WAITING

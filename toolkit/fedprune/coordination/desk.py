@@ -104,6 +104,8 @@ class Desk(ABC):
                 return self._evaluated(event, now)
             case on.Ticked():
                 return self._ticked(event, now)
+            case on.Paused():
+                return self._paused(event, now)
             case on.Resumed():
                 return self.resume(now)
         raise TypeError(f"unknown event {type(event).__name__}")
@@ -173,7 +175,15 @@ class Desk(ABC):
     def _ticked(self, event: on.Ticked, now: float) -> Commands:
         """Time has passed: give up what is late, and ask to be woken where a clock was set back."""
 
+    @abstractmethod
+    def _go_on_again(self, now: float) -> Commands:
+        """The job was paused and is not any more: begin what would have begun meanwhile."""
+
     # What they have in common.
+
+    def _paused(self, event: on.Paused, now: float) -> Commands:
+        before, self.state.paused = self.state.paused, event.paused
+        return self._go_on_again(now) if before and not event.paused else []
 
     def _scored(self, event: on.Scored, now: float) -> Commands:
         state = self.state

@@ -151,6 +151,13 @@ class Ticked:
 
 
 @dataclass(frozen=True)
+class Paused:
+    """Somebody wants the job to stand still, or to go on: nothing new is begun while `paused`."""
+
+    paused: bool
+
+
+@dataclass(frozen=True)
 class Resumed:
     """A shell goes on with a state that an earlier one has saved."""
 
@@ -169,5 +176,6 @@ Event = (
     | Closed
     | Evaluated
     | Ticked
+    | Paused
     | Resumed
 )

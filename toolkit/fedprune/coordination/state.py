@@ -236,6 +236,7 @@ class State:
         history: One summary per finished round.
         architecture: Digest of the architecture that rankings and widths belong to, where the shell keeps that.
         private: Whether boards add noise to what they hand in, and have done so from the first round.
+        paused: Whether somebody wants nothing new to begin.
     """
 
     model: str
@@ -255,6 +256,7 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     architecture: str = ""
     private: bool = False
+    paused: bool = False
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("devices", "tasks"):

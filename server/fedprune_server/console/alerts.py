@@ -1,0 +1,57 @@
+"""What an operator should know: begun when it is so, over when it isn't any more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from fedprune.wire.fields import one_line
+from fedprune_server.console.feed_words import AlertNews
+
+MOST = 500
+"""Alerts that stand at the same time; more of them say nothing new."""
+
+
+class AlertBook:
+    """The alerts that stand."""
+
+    def __init__(self) -> None:
+        self._standing: dict[str, AlertNews] = {}
+        self._news: list[AlertNews] = []
+
+    @property
+    def standing(self) -> list[AlertNews]:
+        """All that stand."""
+        return list(self._standing.values())
+
+    def raised(
+        self, kind: str, severity: str, text: str, now: float, *, device: str | None = None, job: str | None = None
+    ) -> None:
+        """Something is so; said again, it changes nothing."""
+        name = f"{kind}:{job or ''}:{device or ''}"
+        if name in self._standing or len(self._standing) >= MOST:
+            return
+        alert = AlertNews(f"{name}@{now:.0f}"[:128], now, kind, severity, device, job, one_line(text, 1000))
+        self._standing[name] = alert
+        self._news.append(alert)
+
+    def over(self, kind: str, now: float, *, device: str | None = None, job: str | None = None) -> None:
+        """It isn't so any more, if it was."""
+        self._end(f"{kind}:{job or ''}:{device or ''}", now)
+
+    def only(self, kind: str, devices: Collection[str], now: float) -> None:
+        """Of a kind only these devices' stand; the others' are over."""
+        for name, alert in list(self._standing.items()):
+            if alert.alert == kind and alert.device not in devices:
+                self._end(name, now)
+
+    def news(self) -> list[AlertNews]:
+        """What was raised and what is over since the last call."""
+        found, self._news = self._news, []
+        return found
+
+    def _end(self, name: str, now: float) -> None:
+        alert = self._standing.pop(name, None)
+        if alert is not None:
+            self._news.append(
+                AlertNews(alert.id, alert.at, alert.alert, alert.severity, alert.device, alert.job, alert.text, now)
+            )

@@ -1,0 +1,75 @@
+"""The audit log: who did what, from where, and what came of it. Lines are added, never changed or taken away."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fedprune.wire.fields import one_line
+from fedprune_server.console.database import ConsoleDatabase
+from fedprune_server.console.paging import MAX_SIZE, Page
+
+
+class Audit:
+    """The audit log.
+
+    Args:
+        database: Where it is kept.
+        clock: Seconds since 1970.
+    """
+
+    def __init__(self, database: ConsoleDatabase, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+
+    def note(
+        self, operator: str, address: str, action: str, what: dict[str, Any] | None = None, outcome: str = ""
+    ) -> None:
+        """Add a line.
+
+        Args:
+            operator: Who; of a failed login what was given as a name.
+            address: From where.
+            action: What was done: `login`, `logout`, an order's kind.
+            what: To what.
+            outcome: What came of it.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        self._database.do(
+            "INSERT INTO audit (at, operator, address, action, what, outcome) VALUES (?, ?, ?, ?, ?, ?)",
+            self._clock(),
+            one_line(operator, 64),
+            one_line(address, 64),
+            one_line(action, 64),
+            json.dumps(what or {}, sort_keys=True),
+            one_line(outcome, 500),
+        )
+
+    def page(self, page: int = 1, size: int = 50, operator: str | None = None) -> Page:
+        """Lines, the latest first.
+
+        Args:
+            page: From 1.
+            size: Of a page.
+            operator: Whose alone.
+
+        Raises:
+            ValueError: Page or size are none.
+            StorageError: The disk fails.
+        """
+        if page < 1 or not 1 <= size <= MAX_SIZE:
+            raise ValueError(f"expected a page from 1 on and a size from 1 to {MAX_SIZE}, got {page} and {size}")
+        where, values = ("WHERE operator = ?", (operator,)) if operator is not None else ("", ())
+        row = self._database.row(f"SELECT count(*) AS n FROM audit {where}", *values)  # noqa: S608
+        total = int(row["n"]) if row else 0
+        pages = max(1, -(-total // size))
+        page = min(page, pages)
+        rows = self._database.rows(
+            f"SELECT * FROM audit {where} ORDER BY number DESC LIMIT ? OFFSET ?",  # noqa: S608
+            *values, size, (page - 1) * size,
+        )  # fmt: skip
+        return Page([{**r, "what": json.loads(r["what"])} for r in rows], page, pages, size, total)

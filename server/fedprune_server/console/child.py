@@ -1,0 +1,178 @@
+"""The console's process: it shows browsers what the server tells it on standard input, and passes orders on.
+
+It is started by `fedprune_server.console.process.ConsoleProcess`, holds no key of the fleet, opens no database of a
+job, and ends with the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fedprune.errors import FedpruneError, ProtocolError
+from fedprune_server.children import begin_helper
+from fedprune_server.console.app import make_app
+from fedprune_server.console.context import make_console
+from fedprune_server.console.database import ConsoleDatabase
+from fedprune_server.console.feed_words import Begin, Listening, ToServer, line, read_news
+from fedprune_server.console.gate import Surroundings
+from fedprune_server.console.model import Model
+
+CONNECTIONS = 400
+"""Connections and requests at a time; beyond that it answers that it is busy."""
+
+PATIENCE_S = 20.0
+"""So long a browser may take to say what it wants."""
+
+_HEADER_BYTES = 32 * 1024
+
+
+class Patient(H11Protocol):
+    """A connection that is closed where nothing is asked on it for long: else whoever is silent holds it for ever."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to watch it."""
+        super().connection_made(transport)
+        self._idle = False
+        self._watch = self.loop.call_later(PATIENCE_S, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is over."""
+        self._watch.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        waiting = self.cycle is None or self.cycle.response_complete
+        if waiting and self._idle:
+            self.transport.close()
+            return
+        self._idle = waiting
+        self._watch = self.loop.call_later(PATIENCE_S, self._look)
+
+
+def listening_socket(address: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        OSError: It can't.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((address, port))
+        made.listen(128)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def serve(begin: Begin, stream: BinaryIO, replies: BinaryIO) -> None:
+    """Serve until the server is gone.
+
+    Args:
+        begin: What this console is.
+        stream: What the server says.
+        replies: What it is told.
+
+    Raises:
+        FedpruneError: The database can't be used.
+        OSError: It can't listen, or the certificate can't be read.
+    """
+    lock = threading.Lock()
+
+    def say(word: ToServer) -> None:
+        with lock:
+            replies.write(line(word))
+            replies.flush()
+
+    model = Model(begin.orders)
+    around = Surroundings(begin.certificate is not None, begin.proxied, begin.hosts)
+    with ConsoleDatabase(Path(begin.database)) as database:
+        app = make_app(make_console(model, database, say, around))
+        listening = listening_socket(begin.address, begin.port)
+        host = f"[{begin.address}]" if ":" in begin.address else begin.address
+        url = f"http{'s' if around.tls else ''}://{host}:{listening.getsockname()[1]}/"
+        asyncio.run(_serve(_server(begin, app), listening, model, stream, lambda: say(Listening(url))))
+
+
+def _server(begin: Begin, app: ASGIApp) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        http=Patient,
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # the gate looks at what a proxy says, and only where there is one
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=1,
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+        ssl_certfile=begin.certificate,
+        ssl_keyfile=begin.key,
+    )
+    config.load()
+    return uvicorn.Server(config)
+
+
+async def _serve(
+    server: uvicorn.Server, listening: socket.socket, model: Model, stream: BinaryIO, ready: Callable[[], None]
+) -> None:
+    loop = asyncio.get_running_loop()
+
+    def listen() -> None:
+        """Take in what the server says; the end of that is the end of this process."""
+        code = 0
+        try:
+            while (word := read_news(stream)) is not None:
+                loop.call_soon_threadsafe(model.hear, word)
+        except ProtocolError as error:
+            print(f"the console ends: the server says what makes no sense: {error}", file=sys.stderr, flush=True)
+            code = int(error.exit_code)
+        finally:
+            os._exit(code)
+
+    threading.Thread(target=listen, daemon=True).start()
+    ready()
+    await server.serve(sockets=[listening])
+
+
+def main() -> None:
+    """Run until the parent asks for the end, or ends."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints doesn't belong into the replies
+    try:
+        begin = read_news(sys.stdin.buffer)
+    except ProtocolError:
+        begin = None
+    if not isinstance(begin, Begin):
+        sys.exit(2)
+    begin_helper(begin.parent)
+    try:
+        serve(begin, sys.stdin.buffer, replies)
+    except BrokenPipeError:
+        sys.exit(0)
+    except FedpruneError as error:
+        print(f"the console ends: {error}", file=sys.stderr)
+        sys.exit(int(error.exit_code))
+    except OSError as error:  # ssl.SSLError is one
+        print(f"the console ends: {begin.address}:{begin.port}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

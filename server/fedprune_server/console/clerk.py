@@ -1,0 +1,121 @@
+"""Orders that concern who is let in and which release boards get: carried out as the command line does it.
+
+On a thread of their own, one after the other, with connections of their own to the databases: reading a release takes
+seconds, and the server's loop notices what was written there as it notices the command line's doings.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from pathlib import Path
+
+from fedprune.errors import FedpruneError, ReleaseError, reason
+from fedprune_server.console.feed_words import Answer, Order
+from fedprune_server.identity.admission import approve, deny, revoke
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.rollouts.start import Terms, start
+from fedprune_server.rollouts.store import RolloutStore
+
+log = logging.getLogger("fedprune.server")
+
+KINDS = frozenset({"approve", "deny", "revoke", "rollout_start", "rollout_stop"})
+"""Orders that are its business."""
+
+
+class Clerk:
+    """Carries out orders of these kinds.
+
+    Args:
+        state: The server's state folder.
+        releases: A folder whose subfolders are releases that may be rolled out; None for no folder.
+    """
+
+    def __init__(self, state: Path, releases: Path | None) -> None:
+        self._state = state
+        self._releases = releases
+        self._orders: queue.Queue[Order | None] = queue.Queue()
+        self._answers: queue.Queue[Answer] = queue.Queue()
+        self._thread: threading.Thread | None = None
+
+    def give(self, order: Order) -> None:
+        """Let an order be carried out."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="fedprune-clerk", daemon=True)
+            self._thread.start()
+        self._orders.put(order)
+
+    def answer(self) -> Answer | None:
+        """The next answer, if there is one."""
+        try:
+            return self._answers.get_nowait()
+        except queue.Empty:
+            return None
+
+    def names(self) -> tuple[str, ...]:
+        """Names of releases that may be rolled out, the newest first, by when their folders were made."""
+        if self._releases is None:
+            return ()
+        try:
+            found = [p for p in self._releases.iterdir() if p.is_dir() and not p.is_symlink() and _named(p.name)]
+            found.sort(key=lambda p: p.stat().st_mtime, reverse=True)
+        except OSError:
+            return ()
+        return tuple(p.name for p in found[:200])
+
+    def close(self) -> None:
+        """End once the order under way is done."""
+        self._orders.put(None)
+        if self._thread is not None:
+            self._thread.join(10.0)
+
+    def carry_out(self, order: Order) -> str:
+        """Carry an order out; returns what came of it.
+
+        Raises:
+            FedpruneError: It can't be done; the message says why.
+        """
+        device, key = order.device or "", order.key
+        if order.order == "rollout_start":
+            if order.release not in self.names() or self._releases is None:
+                raise ReleaseError(
+                    f"no release {order.release}", expected=", ".join(self.names()) or "none is there",
+                    hint="It is a folder in the folder `console_releases` of [server].",
+                )  # fmt: skip
+            begun = start(self._state, self._releases / order.release, Terms(order.groups), order.devices or None)
+            return f"rollout {begun.number} of release {begun.release.number} to {len(begun.rollout.boards)} boards"
+        if order.order == "rollout_stop":
+            with RolloutStore(self._state) as store:
+                number = store.stop(f"by {order.operator}" + (f": {order.reason}" if order.reason else ""))
+            return f"rollout {number} is to stop: boards that have the release keep it"
+        with IdentityFolder(self._state) as identity:
+            if order.order == "approve":
+                return approve(identity, device, key or "")
+            if order.order == "deny":
+                return deny(identity, device, key)
+            return revoke(identity, device)
+
+    def _run(self) -> None:
+        while (order := self._orders.get()) is not None:
+            self._answers.put(Answer(order.number, *self._outcome(order)))
+
+    def _outcome(self, order: Order) -> tuple[bool, str]:
+        try:
+            return True, self.carry_out(order)
+        except FedpruneError as error:
+            return False, str(error)[:1500]
+        except Exception as error:  # noqa: BLE001 - an order must not end the thread that carries out orders
+            log.error("an order of the console failed: %s: %s", type(error).__name__, reason(error))
+            return False, "it failed; the server's log says more"
+
+
+def _named(name: str) -> bool:
+    from fedprune.errors import ProtocolError
+    from fedprune.wire.topics import check_name
+
+    try:
+        check_name(name, "release")
+    except ProtocolError:
+        return False
+    return True

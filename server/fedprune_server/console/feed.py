@@ -1,0 +1,399 @@
+"""What a running server tells its console, and what it does on operators' orders.
+
+It is called at every turn of the server's loop and does something twice a second: it tells what has changed, for a few
+milliseconds; the rest waits for the next time. Nobody looks through a fleet in which nothing has happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from fedprune.errors import FedpruneError, ProtocolError, reason
+from fedprune_server.console import rows
+from fedprune_server.console.alerts import AlertBook
+from fedprune_server.console.clerk import KINDS, Clerk
+from fedprune_server.console.feed_words import (
+    Answer,
+    Beat,
+    Coverage,
+    DeviceDetails,
+    Devices,
+    JobNews,
+    Order,
+    Rollouts,
+    RoundNews,
+    Site,
+    ToConsole,
+)
+from fedprune_server.console.log_tap import LogTap
+from fedprune_server.console.process import ConsoleProcess
+from fedprune_server.console.roles import LOOKS
+from fedprune_server.console.surroundings import Members, ReleaseWatch
+from fedprune_server.console.view import JobView, Onlooker
+
+log = logging.getLogger("fedprune.server")
+
+EVERY_S = 0.5
+BUDGET_S = 0.02
+"""What telling may take of the loop's time, each time."""
+
+BEAT_S = 3.0
+COMPLAIN_S = 60.0
+SWEEP_S = 2.0
+ROUNDS_TOLD = 500
+"""Finished rounds that a console that starts is told of, of each job."""
+
+_BATCH, _LINES, _RUNS = 50, 50, 2000
+
+
+class Child(Protocol):
+    """The console's process, as the feed needs it."""
+
+    @property
+    def full(self) -> bool:
+        """Whether it has enough to read."""
+
+    def start(self, now: float) -> bool:
+        """Start it if it isn't there; whether there is a new one."""
+
+    def tell(self, word: ToConsole) -> None:
+        """Tell it something."""
+
+    def orders(self, now: float) -> Iterator[Order]:
+        """What it ordered."""
+
+    def stop(self) -> None:
+        """End it."""
+
+
+class Feed(Onlooker):
+    """Tells a console of jobs.
+
+    Args:
+        views: The jobs, the first one first.
+        site: The server as a whole, but for `connected`, as `feed_words.Site` has it.
+        child: The console's process; see `ConsoleProcess`.
+        clerk: Carries out orders that concern who is let in, and releases; None for a server without an identity.
+        members: Who is let in; None for everybody.
+        releases: What becomes of releases; None where none are given out.
+        allowed: Which orders are taken: `none`, `look` or `all`.
+        lent: Which job has which device, of several jobs.
+        here: Whether a device is there, whatever job has it; None where the only job knows.
+        clock: Seconds since 1970.
+        monotonic: Seconds of a clock that nobody sets.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[JobView],
+        site: Mapping[str, Any],
+        child: ConsoleProcess | Child,
+        *,
+        clerk: Clerk | None = None,
+        members: Members | None = None,
+        releases: ReleaseWatch | None = None,
+        allowed: str = "all",
+        lent: Callable[[str], str | None] = lambda device: None,
+        here: Callable[[str], bool] | None = None,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._views = {v.job.name: v for v in views}
+        self._site, self._child, self._clerk = dict(site), child, clerk
+        self._members, self._releases, self._allowed = members, releases, allowed
+        self._lent, self._here = lent, here
+        self._clock, self._monotonic = clock, monotonic
+        self.tap = LogTap()
+        self._alerts = AlertBook()
+        self._next_at = self._beat_at = self._sweep_at = self._complain_at = 0.0
+        self._of: dict[str, str] = {}
+        self._seen: dict[str, tuple[int, float]] = {}
+        self._pending: dict[str, None] = {}
+        self._told: dict[str, int] = {}
+        self._jobs: dict[str, JobNews] = {}
+        self._connected: bool | None = None
+        self._news: list[ToConsole] = []
+        self._before: dict[str, tuple[float | None, tuple[int, int] | None]] = {}
+        self._rollouts: Rollouts | None = None
+        for name, view in self._views.items():
+            history = view.state.history
+            self._before[name] = (history[-1]["at"] if history else None, self._bytes(view))
+
+    # What the server's loop calls.
+
+    def noticed(self, devices: Collection[str]) -> None:
+        """Tell of these devices soon."""
+        for name in devices:
+            self._pending.setdefault(name)
+
+    def round_over(self, job: str, summary: dict[str, Any]) -> None:
+        """Tell of a finished round."""
+        view, (before, counted) = self._views[job], self._before[job]
+        now = self._bytes(view)
+        moved = None if counted is None or now is None else (max(0, now[0] - counted[0]), max(0, now[1] - counted[1]))
+        self._before[job] = (summary["at"], now)
+        self._news.append(RoundNews(**rows.round_news(job, summary, before, moved)))
+
+    def turn(self) -> None:
+        """Tell what has changed, and take in orders; most of the time it isn't time for either.
+
+        What fails here is said in the log, and costs the job nothing.
+        """
+        now = self._monotonic()
+        if now < self._next_at:
+            return
+        self._next_at = now + EVERY_S
+        try:
+            self._once(now)
+        except FedpruneError as error:
+            self._complain(now, str(error))
+        except Exception as error:  # noqa: BLE001 - whoever only looks on must not end what is looked at
+            self._complain(now, f"{type(error).__name__}: {reason(error)}")
+
+    def _complain(self, now: float, text: str) -> None:
+        if now >= self._complain_at:
+            self._complain_at = now + COMPLAIN_S
+            log.error("the console isn't told all: %s", text)
+
+    def _once(self, now: float) -> None:
+        for order in self._child.orders(now):
+            self._take(order)
+        while self._clerk is not None and (answer := self._clerk.answer()) is not None:
+            self._news.append(answer)
+        if self._child.start(now):
+            self._begin()
+        if self._child.full:
+            del self._news[:-1000]
+            return
+        if now >= self._sweep_at:
+            self._sweep_at = now + SWEEP_S
+            self._sweep()
+        self._tell(now)
+
+    def close(self) -> None:
+        """End the console."""
+        if self._clerk is not None:
+            self._clerk.close()
+        self._child.stop()
+
+    # What is told.
+
+    def _begin(self) -> None:
+        """A console that has just started knows nothing."""
+        self._told, self._jobs, self._connected, self._rollouts = {}, {}, None, None
+        answers = [w for w in self._news if isinstance(w, Answer)]
+        self._news = [self._site_news(), *answers, *self._alerts.standing]
+        self._alerts.news()
+        for name, view in self._views.items():
+            self._news.append(self._job_news(view))
+            before: float | None = None
+            for summary in view.state.history[-ROUNDS_TOLD:]:
+                self._news.append(RoundNews(**rows.round_news(name, summary, before, None)))
+                before = summary["at"]
+            self.noticed(view.state.devices.keys())
+            self.noticed(view.roster.names)
+        if self._members is not None:
+            self.noticed(self._members.names)
+        if self._releases is not None:
+            self._releases.forget()
+
+    def _tell(self, now: float) -> None:
+        until = now + BUDGET_S
+        site = self._site_news()
+        if site.connected != self._connected:
+            self._news.insert(0, site)
+        for view in self._views.values():
+            self.noticed(view.roster.moved)
+            job = self._job_news(view)
+            if job != self._jobs.get(job.name):
+                self._jobs[job.name] = job
+                self._news.append(job)
+        self._news += [*self._alerts.news(), *self.tap.take(_LINES)]
+        if not self._news and not self._pending and now >= self._beat_at:
+            self._news.append(Beat(self._clock()))
+        if self._news:
+            self._beat_at = now + BEAT_S
+        told, self._news = self._news, []
+        for word in told:
+            self._say(word)
+            if isinstance(word, Site):
+                self._connected = word.connected
+        while self._pending and not self._child.full:
+            self._tell_devices()
+            if self._monotonic() >= until:
+                break
+
+    def _tell_devices(self) -> None:
+        """The next few devices that have changed."""
+        found, gone = [], []
+        for name in [n for n, _ in zip(self._pending, range(_BATCH), strict=False)]:
+            del self._pending[name]
+            row = self._row(name)
+            if row is None:
+                if self._told.pop(name, None) is not None:
+                    gone.append(name)
+                continue
+            mark = hash(repr(row))
+            if self._told.get(name) != mark:
+                self._told[name] = mark
+                found.append(row)
+        if found or gone:
+            self._say(Devices(tuple(found), tuple(gone)))
+
+    def _row(self, name: str) -> dict[str, Any] | None:
+        member = ("member", None) if self._members is None else self._members.status(name)
+        job = self._lent(name) or self._of.get(name)
+        if job is None or name not in self._views[job].state.devices:
+            job = next((j for j, v in self._views.items() if name in v.state.devices), job)
+        view = self._views[job] if job is not None else next(iter(self._views.values()))
+        known = name in view.state.devices or name in view.roster.names
+        if not known and member is None:
+            return None
+        if job is not None:
+            self._of[name] = job
+        contacts = [v.roster[name] for v in self._views.values()]
+        up = sum(c.up for c in contacts)
+        before = self._seen.get(name)
+        if before is None or before[0] != up:
+            # What a server that has just started has read from its disk says nothing of when that was.
+            before = self._seen[name] = (up, 0.0 if before is None and not self._online(name, view) else self._clock())
+        device = view.state.devices.get(name)
+        return rows.device_row(
+            view,
+            name,
+            job=job if device is not None else None,
+            here=False if self._here is None else self._here(name),
+            member=member or ("revoked", None),
+            traffic=(sum(c.down for c in contacts), up),
+            now=before[1] or None,
+        )
+
+    def _online(self, name: str, view: JobView) -> bool:
+        device = view.state.devices.get(name)
+        return (device is not None and device.online) or (self._here is not None and self._here(name))
+
+    def _site_news(self) -> Site:
+        view = next(iter(self._views.values()))
+        return Site(**self._site, jobs=tuple(self._views), connected=view.connected())
+
+    def _job_news(self, view: JobView) -> JobNews:
+        state = view.state
+        counts = {k.value: n for k, n in state.tasks.counts.items() if n}
+        return JobNews(
+            name=view.job.name,
+            round=state.round,
+            rounds=view.job.rounds,
+            phase=state.phase.value,
+            deadline_at=state.deadline,
+            paused=state.paused,
+            metrics=dict(list(state.history[-1]["metrics"].items())[:64]) if state.history else {},
+            strategy=view.job.strategy[:200],
+            model_digest=state.model,
+            weight=view.weight(),
+            parts=counts,
+            parameters=view.roster.whole,
+        )
+
+    def _sweep(self) -> None:
+        """Look at what nobody tells of: a few rows each, never the fleet."""
+        now, view = self._clock(), next(iter(self._views.values()))
+        held = view.quarantine.all_held()
+        for name in held:
+            found = view.quarantine.held(name)
+            if found is not None:
+                self._alerts.raised("quarantine", "warning", f"{name} isn't listened to: {found[1]}", now, device=name)
+        for alert in self._alerts.standing:
+            if alert.alert == "quarantine" and alert.device is not None and alert.device not in held:
+                self.noticed([alert.device])
+        self.noticed(held)
+        self._alerts.only("quarantine", held, now)
+        if view.connected():
+            self._alerts.over("broker", now)
+        else:
+            self._alerts.raised("broker", "critical", "there is no connection to the broker", now)
+        if self._members is not None:
+            changed, waiting = self._members.look()
+            self.noticed(changed)
+            for name in waiting:
+                self._alerts.raised("waiting", "info", f"{name} waits to be let in", now, device=name)
+            self._alerts.only("waiting", waiting, now)
+        if self._releases is not None:
+            releases = () if self._clerk is None else self._clerk.names()
+            found_rollouts = self._releases.look()
+            if found_rollouts is not None or self._rollouts is None or self._rollouts.releases != releases:
+                told = self._rollouts.rows if found_rollouts is None and self._rollouts else found_rollouts or ()
+                self._rollouts = Rollouts(tuple(told), releases)
+                self._news.append(self._rollouts)
+                for row in told:
+                    if row["state"] == "stopped":
+                        self._alerts.raised("rollout", "warning", f"{row['name']} stopped: {row['why']}", now)
+                    else:
+                        self._alerts.over("rollout", now)
+
+    def _say(self, word: ToConsole) -> None:
+        try:
+            self._child.tell(word)
+        except ProtocolError as error:  # longer than a line may be
+            self._complain(self._monotonic(), str(error))
+
+    @staticmethod
+    def _bytes(view: JobView) -> tuple[int, int]:
+        down, up = 0, 0
+        for sent, received in view.roster.traffic.values():
+            down, up = down + sent, up + received
+        return down, up
+
+    # What is ordered.
+
+    def _take(self, order: Order) -> None:
+        """Carry an order out, or say why not; nothing that it says is believed but its form."""
+        try:
+            if self._allowed == "none" or (self._allowed == "look" and order.order not in LOOKS):
+                raise ProtocolError("this server takes no such orders from its console")
+            if order.order in KINDS:
+                if self._clerk is None:
+                    raise ProtocolError("this server has no identity, so it lets everybody in and has no releases")
+                self._clerk.give(order)
+                return
+            text = self._carry_out(order)
+        except FedpruneError as error:
+            self._news.append(Answer(order.number, False, str(error)[:1500]))
+            return
+        self._news.append(Answer(order.number, True, text))
+
+    def _carry_out(self, order: Order) -> str:
+        if order.order in ("pause", "resume", "coverage"):
+            view = self._views.get(order.job or "")
+            if view is None:
+                raise ProtocolError("no such job", expected=", ".join(self._views), got=order.job)
+            if order.order == "coverage":
+                self._cover(view)
+                return "coverage"
+            view.pause(order.order == "pause")
+            return f"job {order.job} {'is paused' if order.order == 'pause' else 'goes on'}"
+        name = order.device or ""
+        job = self._lent(name) or self._of.get(name)
+        view = self._views[job] if job is not None else next(iter(self._views.values()))
+        if name not in view.state.devices and name not in view.roster.names:
+            raise ProtocolError(f"no such device takes part: {name}")
+        if order.order == "look":
+            self._news.append(DeviceDetails(**rows.details(view, name)))
+            return name
+        if not view.quarantine.release(name):
+            raise ProtocolError(f"{name} is not in quarantine")
+        self.noticed([name])
+        return f"{name} is listened to again"
+
+    def _cover(self, view: JobView) -> None:
+        groups = rows.coverage(view)[:2000]
+        pieces: list[list[dict[str, Any]]] = [[]]
+        for group in groups:
+            if pieces[-1] and sum(len(g["held"]) for g in [*pieces[-1], group]) > _RUNS:
+                pieces.append([])
+            pieces[-1].append(group)
+        for i, piece in enumerate(pieces):
+            last = i == len(pieces) - 1
+            self._news.append(Coverage(view.job.name, view.state.round, i, last, tuple(piece)))

@@ -1,0 +1,476 @@
+"""What the server and its console say to each other over pipes: lines of JSON, checked like messages of devices.
+
+The server tells what there is to see; the console passes on what operators order. Both check what they read: names of
+devices and their texts come from boards, and orders from a process that speaks with browsers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, ClassVar, get_args
+
+from fedprune.errors import ProtocolError, shown
+from fedprune.wire import fields as check
+from fedprune.wire.checked_message import MAX_MESSAGE, CheckedMessage, read_checked
+from fedprune.wire.fields import Check
+from fedprune_server.console.row_checks import (
+    COUNT,
+    DEVICE,
+    GROUP,
+    LEVELS,
+    ORDER_KINDS,
+    ROLLOUT,
+    SECONDS,
+    SEVERITIES,
+    SHARE,
+    SHORT,
+    TEXT,
+    TIME,
+    list_of,
+    row_of,
+    table_of,
+    truth,
+)
+
+MAX_LINE = MAX_MESSAGE + 1
+"""Bytes that no line may exceed."""
+
+MAX_ROWS = 200
+"""Devices of which one line tells."""
+
+MAX_ORDER = 8192
+"""Bytes that no order may exceed."""
+
+
+@dataclass(frozen=True)
+class Begin(CheckedMessage):
+    """The first line to a console: what it is.
+
+    Attributes:
+        address: Where it listens.
+        port: On which port; 0 for a free one.
+        database: Path of its accounts.
+        certificate: Path of a certificate for TLS; None to do without.
+        key: Path of that one's key.
+        insecure: Whether it may listen without TLS where others than this machine reach it.
+        orders: What orders the server takes: `none`, `look` or `all`.
+        hosts: Names by which browsers may call it beside its address; empty for any.
+        proxied: Whether a reverse proxy on this machine speaks for browsers, and does TLS.
+        parent: The server's process id.
+    """
+
+    address: str
+    port: int
+    database: str
+    certificate: str | None
+    key: str | None
+    insecure: bool
+    orders: str
+    hosts: tuple[str, ...]
+    proxied: bool
+    parent: int
+
+    kind: ClassVar[str] = "begin"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "address": SHORT,
+        "port": check.whole(0, 65535),
+        "database": check.text(4096),
+        "certificate": check.optional(check.text(4096)),
+        "key": check.optional(check.text(4096)),
+        "insecure": truth,
+        "orders": check.choice("none", "look", "all"),
+        "hosts": list_of(SHORT, 32),
+        "proxied": truth,
+        "parent": COUNT,
+    }
+
+
+@dataclass(frozen=True)
+class Site(CheckedMessage):
+    """The server as a whole. All that was told before it is of another start, and forgotten."""
+
+    version: str
+    site: str
+    jobs: tuple[str, ...]
+    started_at: float
+    connected: bool
+    broker: str
+    database: str
+    blobs: str
+    insecure: bool
+
+    kind: ClassVar[str] = "site"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "version": SHORT,
+        "site": check.site,
+        "jobs": list_of(check.job, 1000),
+        "started_at": TIME,
+        "connected": truth,
+        "broker": TEXT,
+        "database": TEXT,
+        "blobs": TEXT,
+        "insecure": truth,
+    }
+
+
+@dataclass(frozen=True)
+class JobNews(CheckedMessage):
+    """A job as it stands. `parts` counts the round's parts by how far they are."""
+
+    name: str
+    round: int
+    rounds: int
+    phase: str
+    deadline_at: float | None
+    paused: bool
+    metrics: dict[str, float]
+    strategy: str
+    model_digest: str
+    weight: float
+    parts: dict[str, int]
+    parameters: int
+
+    kind: ClassVar[str] = "job"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "name": check.job,
+        "round": COUNT,
+        "rounds": COUNT,
+        "phase": SHORT,
+        "deadline_at": check.optional(TIME),
+        "paused": truth,
+        "metrics": check.metrics,
+        "strategy": SHORT,
+        "model_digest": SHORT,
+        "weight": check.number(0.0),
+        "parts": table_of(COUNT, 32),
+        "parameters": COUNT,
+    }
+
+
+@dataclass(frozen=True)
+class RoundNews(CheckedMessage):
+    """A finished round. `refused` counts updates that didn't count by why; bytes are those of all devices since the
+    round before ended. Of rounds before the server's start some of it isn't known any more."""
+
+    job: str
+    round: int
+    at: float
+    seconds: float | None
+    metrics: dict[str, float]
+    counted: int | None
+    devices: int | None
+    refused: dict[str, int]
+    bytes_down: int | None
+    bytes_up: int | None
+    staleness: dict[str, float] | None
+    model: str
+
+    kind: ClassVar[str] = "round"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "job": check.job,
+        "round": COUNT,
+        "at": TIME,
+        "seconds": check.optional(SECONDS),
+        "metrics": check.metrics,
+        "counted": check.optional(COUNT),
+        "devices": check.optional(COUNT),
+        "refused": table_of(COUNT, 100),
+        "bytes_down": check.optional(COUNT),
+        "bytes_up": check.optional(COUNT),
+        "staleness": check.optional(row_of({"mean": check.number(0.0), "max": check.number(0.0)})),
+        "model": SHORT,
+    }
+
+
+@dataclass(frozen=True)
+class Devices(CheckedMessage):
+    """Rows of devices that have changed, as `DEVICE`, and names of those that are there no more."""
+
+    rows: tuple[dict[str, Any], ...]
+    gone: tuple[str, ...] = ()
+
+    kind: ClassVar[str] = "devices"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "rows": list_of(row_of(DEVICE), MAX_ROWS),
+        "gone": list_of(check.device, MAX_ROWS),
+    }
+
+
+@dataclass(frozen=True)
+class DeviceDetails(CheckedMessage):
+    """What an operator asked to see of a device.
+
+    Attributes:
+        name: The device.
+        job: The job that this is about.
+        plan: The plan: density, limits, which of them binds; None where there is none.
+        predicted_s: How long an update should take there; None where nobody can tell.
+        measured_s: How long the last one took.
+        history: Its parts in the latest rounds, newest first.
+        widths: Kept channels per group.
+    """
+
+    name: str
+    job: str
+    plan: dict[str, Any] | None
+    predicted_s: float | None
+    measured_s: float | None
+    history: tuple[dict[str, Any], ...]
+    widths: tuple[dict[str, Any], ...]
+
+    kind: ClassVar[str] = "device"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "name": check.device,
+        "job": check.job,
+        "plan": check.optional(check.plain),
+        "predicted_s": check.optional(SECONDS),
+        "measured_s": check.optional(SECONDS),
+        "history": list_of(
+            row_of(
+                {
+                    "round": COUNT,
+                    "at": TIME,
+                    "progress": SHORT,
+                    "density": SHARE,
+                    "samples": COUNT,
+                    "metrics": check.metrics,
+                    "reason": TEXT,
+                }
+            ),
+            100,
+        ),
+        "widths": list_of(row_of({"group": SHORT, "kept": COUNT, "of": COUNT}), 2000),
+    }
+
+
+@dataclass(frozen=True)
+class Coverage(CheckedMessage):
+    """Which share of the devices holds which channels. It may come in several lines, of which one is the last."""
+
+    job: str
+    round: int
+    part: int
+    last: bool
+    groups: tuple[dict[str, Any], ...]
+
+    kind: ClassVar[str] = "coverage"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "job": check.job,
+        "round": COUNT,
+        "part": check.whole(0, 10_000),
+        "last": truth,
+        "groups": list_of(row_of(GROUP), 2000),
+    }
+
+
+@dataclass(frozen=True)
+class Rollouts(CheckedMessage):
+    """The rollout that was begun last, if there is one, and the names of releases that an order may begin."""
+
+    rows: tuple[dict[str, Any], ...]
+    releases: tuple[str, ...] = ()
+
+    kind: ClassVar[str] = "rollouts"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "rows": list_of(row_of(ROLLOUT), 50),
+        "releases": list_of(check.site, 200),
+    }
+
+
+@dataclass(frozen=True)
+class AlertNews(CheckedMessage):
+    """Something that an operator should know, or, with `gone_at`, that it is over."""
+
+    id: str
+    at: float
+    alert: str
+    severity: str
+    device: str | None
+    job: str | None
+    text: str
+    gone_at: float | None = None
+
+    kind: ClassVar[str] = "alert"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "id": check.text(128),
+        "at": TIME,
+        "alert": SHORT,
+        "severity": check.choice(*SEVERITIES),
+        "device": check.optional(check.device),
+        "job": check.optional(check.job),
+        "text": TEXT,
+        "gone_at": check.optional(TIME),
+    }
+
+
+@dataclass(frozen=True)
+class LogLine(CheckedMessage):
+    """A line of the server's log, or of a board's."""
+
+    at: float
+    level: str
+    text: str
+    device: str | None = None
+    job: str | None = None
+    round: int | None = None
+
+    kind: ClassVar[str] = "log"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "at": TIME,
+        "level": check.choice(*LEVELS),
+        "text": TEXT,
+        "device": check.optional(check.device),
+        "job": check.optional(check.job),
+        "round": check.optional(COUNT),
+    }
+
+
+@dataclass(frozen=True)
+class Answer(CheckedMessage):
+    """What came of an order."""
+
+    order: int
+    ok: bool
+    text: str
+
+    kind: ClassVar[str] = "answer"
+    checks: ClassVar[Mapping[str, Check]] = {"order": COUNT, "ok": truth, "text": TEXT}
+
+
+@dataclass(frozen=True)
+class Beat(CheckedMessage):
+    """The server lives, and says nothing else."""
+
+    at: float
+
+    kind: ClassVar[str] = "beat"
+    checks: ClassVar[Mapping[str, Check]] = {"at": TIME}
+
+
+@dataclass(frozen=True)
+class Listening(CheckedMessage):
+    """The console listens, at this address."""
+
+    url: str
+
+    kind: ClassVar[str] = "listening"
+    checks: ClassVar[Mapping[str, Check]] = {"url": SHORT}
+
+
+@dataclass(frozen=True)
+class Order(CheckedMessage):
+    """What an operator orders.
+
+    Attributes:
+        number: The order's, from 1; the answer names it.
+        operator: Who orders it.
+        order: One of `ORDER_KINDS`.
+        job: For `pause`, `resume` and `coverage`.
+        device: For `approve`, `deny`, `revoke`, `look` and `release_quarantine`.
+        key: Fingerprint of the key to approve, as the board shows it.
+        release: Name of the release to roll out, one of the server's `console_releases`.
+        groups: Shares of the boards for each stage of a rollout; empty for the careful ones.
+        devices: The boards of a rollout; empty for all that are in.
+        reason: Why, for the record.
+    """
+
+    number: int
+    operator: str
+    order: str
+    job: str | None = None
+    device: str | None = None
+    key: str | None = None
+    release: str | None = None
+    groups: tuple[float, ...] = ()
+    devices: tuple[str, ...] = ()
+    reason: str = ""
+
+    kind: ClassVar[str] = "order"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "number": check.whole(1),
+        "operator": check.site,
+        "order": check.choice(*ORDER_KINDS),
+        "job": check.optional(check.job),
+        "device": check.optional(check.device),
+        "key": check.optional(check.text(128)),
+        "release": check.optional(check.site),
+        "groups": list_of(check.number(0.0, 1.0), 20),
+        "devices": list_of(check.device, 100),
+        "reason": check.text(500),
+    }
+
+
+ToConsole = (
+    Begin
+    | Site
+    | JobNews
+    | RoundNews
+    | Devices
+    | DeviceDetails
+    | Coverage
+    | Rollouts
+    | AlertNews
+    | LogLine
+    | Answer
+    | Beat
+)
+ToServer = Listening | Order
+
+_NEWS: dict[str, type[Any]] = {c.kind: c for c in get_args(ToConsole)}
+_ORDERS: dict[str, type[Any]] = {c.kind: c for c in get_args(ToServer)}
+
+
+def line(word: ToConsole | ToServer) -> bytes:
+    """A word as it goes through a pipe.
+
+    Raises:
+        ProtocolError: It is too long.
+    """
+    return word.to_bytes() + b"\n"
+
+
+def read_news(stream: BinaryIO) -> ToConsole | None:
+    """The server's next word; None at the end.
+
+    Raises:
+        ProtocolError: It is none, or too long.
+    """
+    raw = stream.readline(MAX_LINE + 1)
+    return parse_news(raw) if raw else None
+
+
+def read_order(stream: BinaryIO) -> ToServer | None:
+    """The console's next word; None at the end.
+
+    Raises:
+        ProtocolError: It is none, or too long.
+    """
+    raw = stream.readline(MAX_ORDER + 1)
+    return parse_order(raw) if raw else None
+
+
+def parse_news(raw: bytes) -> ToConsole:
+    """Read and check a line of the server's.
+
+    Raises:
+        ProtocolError: It is too long or cut short, no JSON, or a field is missing or wrong.
+    """
+    word: ToConsole = _parsed(raw, MAX_LINE, "line to the console", _NEWS)
+    return word
+
+
+def parse_order(raw: bytes) -> ToServer:
+    """Read and check a line of the console's.
+
+    Raises:
+        ProtocolError: As `parse_news`.
+    """
+    word: ToServer = _parsed(raw, MAX_ORDER, "line of the console", _ORDERS)
+    return word
+
+
+def _parsed(raw: bytes, limit: int, what: str, types: Mapping[str, type[Any]]) -> Any:
+    if len(raw) > limit or not raw.endswith(b"\n"):
+        raise ProtocolError(what, expected=f"at most {limit} bytes and its end", got=shown(raw[:80]))
+    return read_checked(raw, what, types)

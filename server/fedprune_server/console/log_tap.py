@@ -1,0 +1,38 @@
+"""Lines of the server's log for its console: kept until somebody takes them, the oldest let go."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import deque
+
+from fedprune.wire.fields import one_line
+from fedprune_server.console.feed_words import LogLine
+
+KEPT = 1000
+
+_DEVICE = re.compile(r"\bdevice ([A-Za-z0-9][A-Za-z0-9_.-]{0,63})")
+_LEVELS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning"}
+
+
+class LogTap(logging.Handler):
+    """Takes lines from any thread."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._lines: deque[LogLine] = deque(maxlen=KEPT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line; whatever steers a terminal or begins another line is not in it."""
+        try:
+            text = one_line(record.getMessage(), 1500)
+            found = _DEVICE.search(text)
+            level = _LEVELS.get(record.levelno, "error")
+            device = found[1].rstrip(".") if found else None
+            self._lines.append(LogLine(max(0.0, record.created), level, text, device or None))
+        except Exception:  # noqa: BLE001 - a line that can't be shown must not stop whoever wrote it
+            self.handleError(record)
+
+    def take(self, most: int) -> list[LogLine]:
+        """The next lines, at most so many."""
+        return [self._lines.popleft() for _ in range(min(most, len(self._lines)))]

@@ -1,0 +1,169 @@
+"""How the console's pages say numbers, times and states."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+NOTHING = "–"
+"""What stands where nothing is known."""
+
+MARKS = {
+    # devices
+    "ready": "good", "folded": "good", "stored": "good", "training": "work", "pulling": "work", "offered": "work",
+    "extracting": "work", "queued": "off", "elsewhere": "off", "offline": "off", "unknown": "off", "waiting": "warn",
+    "refused": "bad", "excluded": "warn", "revoked": "bad", "quarantine": "bad",
+    # jobs
+    "finished": "good", "scoring": "work", "closing": "work", "evaluating": "work", "paused": "warn",
+    # rollouts
+    "running": "work", "stopping": "warn", "done": "good", "stopped": "bad", "failed": "bad",
+    # alerts and logs
+    "info": "off", "warning": "warn", "critical": "bad", "error": "bad", "debug": "off",
+}  # fmt: skip
+"""The shape and colour beside each word."""
+
+
+WORDS = {"folded": "counted", "extracting": "being cut", "stored": "handed in", "elsewhere": "at another job"}
+"""States that people call otherwise than programs do."""
+
+_SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+_LENGTHS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+def word(state: str) -> str:
+    """A state as people call it."""
+    return WORDS.get(state, state)
+
+
+def mark(word: str) -> str:
+    """The class of the mark beside a state."""
+    return MARKS.get(word, "off")
+
+
+def size(value: float | None) -> str:
+    """Bytes, with a unit that keeps the number short."""
+    if value is None:
+        return NOTHING
+    for unit, name in _SIZES:
+        if value >= unit * 0.9995:
+            return f"{_three(value / unit)} {name}"
+    return f"{value:.0f} B"
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage."""
+    return NOTHING if value is None else f"{value:.1%}"
+
+
+def number(value: float | None) -> str:
+    """A number, short."""
+    if value is None:
+        return NOTHING
+    if not math.isfinite(value):
+        return "not a number"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def about(value: float) -> str:
+    """A number in three digits."""
+    return f"{value:.3g}"
+
+
+def count(value: int | None) -> str:
+    """A whole number with its thousands set off."""
+    return NOTHING if value is None else f"{value:,}"
+
+
+def seconds(value: float | None) -> str:
+    """A length of time."""
+    if value is None:
+        return NOTHING
+    if value == 0:
+        return "0 s"
+    if 0 < value < 0.9995:
+        return f"{_three(value * 1e3)} ms" if value >= 9.995e-4 else f"{value * 1e6:.0f} µs"
+    if value < 119.5:
+        return f"{_three(value)} s"
+    if value < 600:
+        return f"{value / 60:.1f} min"
+    if value < 5400:
+        return f"{value / 60:.0f} min"
+    return f"{value / 3600:.1f} h" if value < 36 * 3600 else f"{value / 86400:.1f} d"
+
+
+def axis_of_sizes(most: float) -> tuple[float, str]:
+    """Bytes of one unit of an axis that goes so far, and its name."""
+    return next(((unit, name) for unit, name in _SIZES if most >= unit), (1.0, "B"))
+
+
+def axis_of_lengths(most: float) -> tuple[float, str]:
+    """Seconds of one unit of an axis that goes so far, and its name."""
+    return next(((unit, name) for unit, name in _LENGTHS if most >= 2 * unit), (1.0, "s"))
+
+
+def clock(at: float | None) -> str:
+    """A moment, in UTC."""
+    return NOTHING if at is None else time.strftime("%Y-%m-%d %H:%M:%S UTC", _calendar(at))
+
+
+def machine_time(at: float | None) -> str:
+    """A moment as HTML's `time` has it."""
+    return "" if at is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", _calendar(at))
+
+
+def ago(at: float | None, now: float | None = None) -> str:
+    """How long ago a moment is, or how far ahead."""
+    if at is None:
+        return NOTHING
+    gone = (time.time() if now is None else now) - at
+    way = abs(gone)
+    if way < 1.5:
+        return "now"
+    unit, name = next((u, n) for u, n in _LENGTHS if way >= 1.5 * u or u == 1)
+    text = f"{way / unit:.0f} {name}"
+    return f"{text} ago" if gone > 0 else f"in {text}"
+
+
+def metrics(values: Mapping[str, float]) -> list[tuple[str, str]]:
+    """What was measured of a model, for people, `samples` left out."""
+    return [(k, share(v) if k == "accuracy" else number(v)) for k, v in sorted(values.items()) if k != "samples"]
+
+
+def versions(values: Mapping[str, str]) -> str:
+    """A board's versions in one line."""
+    return ", ".join(f"{k} {v}" for k, v in sorted(values.items())) or NOTHING
+
+
+def plural(n: int, word: str) -> str:
+    """A number of things."""
+    return f"{n:,} {word}" if n == 1 else f"{n:,} {word}s"
+
+
+FILTERS: dict[str, Any] = {
+    "mark": mark,
+    "word": word,
+    "size": size,
+    "share": share,
+    "number": number,
+    "count": count,
+    "seconds": seconds,
+    "clock": clock,
+    "machine_time": machine_time,
+    "ago": ago,
+    "metrics": metrics,
+    "versions": versions,
+    "plural": plural,
+}
+"""By the names that templates use."""
+
+
+def _three(value: float) -> str:
+    """Three digits that say something."""
+    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:,.{digits}f}"
+
+
+def _calendar(at: float) -> time.struct_time:
+    return time.gmtime(min(max(at, 0.0), 253402300799.0))

@@ -1,0 +1,161 @@
+"""What pages show of the model, in the order and the words in which they show it.
+
+Plans come as the server wrote them, with no more than JSON checked; whatever isn't what a plan has is left out here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedprune_server.console import phrases
+from fedprune_server.console.drawings import Chart, Strip, chart, strip
+from fedprune_server.console.model import Model
+from fedprune_server.console.paging import MAX_SIZE
+
+AT_WORK = ("extracting", "offered", "training", "pulling", "stored")
+_OVER = ("folded", "refused")
+_PARTS = ("queued", "extracting", "offered", "training", "pulling", "stored", "folded", "refused")
+_MOST_CURVES = 4
+
+Row = dict[str, Any]
+
+
+def parts(job: Row) -> Row | None:
+    """How far the parts of a job's round are: how many there are, how many are over, and each kind in words."""
+    found = {k: n for k, n in job["parts"].items() if n and k in _PARTS}
+    if not found:
+        return None
+    over = sum(found.get(k, 0) for k in _OVER)
+    each = [(phrases.word(k), found[k]) for k in _PARTS if k in found]
+    return {"asked": sum(found.values()), "over": over, "each": each}
+
+
+def job_rows(jobs: Sequence[Row]) -> list[Row]:
+    """Jobs with how far they are: rounds that are done, and the parts of the present one in a few words."""
+    rows = []
+    for job in jobs:
+        done = job["rounds"] if job["phase"] == "finished" else max(0, min(job["round"] - 1, job["rounds"]))
+        now = parts(job)
+        told = f"{now['over']:,} of {phrases.plural(now['asked'], 'part')} over" if now else ""
+        rows.append({**job, "done": done, "told": told})
+    return rows
+
+
+def plan(body: Mapping[str, Any] | None) -> Row | None:
+    """A plan's density, what binds it, and its limits: need, limit, and the used share of each."""
+    if not isinstance(body, Mapping):
+        return None
+    bound = _text(body.get("bound", body.get("binding"))) or "nothing"
+    return {"density": _number(body.get("density")), "bound": bound, "limits": _limits(body.get("limits"), bound)}
+
+
+def times(details: Row | None) -> list[Row]:
+    """What was predicted of a device's work beside what was measured, where either is known."""
+    if details is None:
+        return []
+    body = details["plan"] if isinstance(details["plan"], Mapping) else {}
+    foreseen = body.get("prediction")
+    foreseen = foreseen if isinstance(foreseen, Mapping) else {}
+    rows = [("An update", details["predicted_s"], details["measured_s"])]
+    for what, field in (
+        ("A training step", "step_s"), ("All its steps", "train_s"), ("Transfer", "transfer_s"),
+        ("A prediction", "latency_s"),
+    ):  # fmt: skip
+        rows.append((what, _number(foreseen.get(field)), None))
+    return [
+        {
+            "what": what,
+            "predicted": phrases.seconds(predicted),
+            "measured": phrases.seconds(measured),
+            "ratio": f"{measured / predicted:.2f}" if predicted and measured is not None else phrases.NOTHING,
+        }
+        for what, predicted, measured in rows
+        if predicted is not None or measured is not None
+    ]
+
+
+def rounds_of(model: Model, job: str) -> list[Row]:
+    """All rounds of a job that are kept, the oldest first."""
+    first = model.rounds(job, size=MAX_SIZE)
+    rows = list(first.items)
+    for page in range(2, first.pages + 1):
+        rows += model.rounds(job, page=page, size=MAX_SIZE).items
+    return rows[::-1]
+
+
+def charts(rounds: Sequence[Row]) -> list[Chart]:
+    """Curves of a job: each metric, updates, bytes, lengths of rounds and staleness."""
+    if not rounds:
+        return []
+    at = [float(r["round"]) for r in rounds]
+    names = {k for r in rounds for k in r["metrics"]} - {"samples"}
+    made = []
+
+    def drawn(
+        key: str,
+        title: str,
+        series: Mapping[str, Sequence[float | None]],
+        said: Any,
+        unit: tuple[float, str] = (1.0, ""),
+    ) -> None:
+        made.append(chart(key, title, at, series, said, unit=unit, from_zero=True))
+
+    for i, name in enumerate(sorted(names, key=lambda n: (n != "accuracy", n != "loss", n))[:_MOST_CURVES]):
+        values = {name: [r["metrics"].get(name) for r in rounds]}
+        if name == "accuracy":
+            made.append(chart(f"metric-{i}", f"Global {name}", at, values, phrases.share, unit=(0.01, "%"), top=100.0))
+        else:
+            made.append(chart(f"metric-{i}", f"Global {name}", at, values, phrases.number))
+    asked = [float(r["devices"]) for r in rounds]
+    drawn("updates", "Updates", {"counted": [float(r["counted"]) for r in rounds], "asked": asked}, phrases.number)
+    sizes = {way: [float(r[f"bytes_{way}"]) for r in rounds] for way in ("down", "up")}
+    unit, name = phrases.axis_of_sizes(max(map(max, sizes.values())))
+    drawn("bytes", "Bytes of all devices", sizes, phrases.size, (unit, f" {name}"))
+    unit, name = phrases.axis_of_lengths(max((r["seconds"] or 0.0 for r in rounds), default=0.0))
+    drawn(
+        "seconds", "Length of a round", {"length": [r["seconds"] for r in rounds]}, phrases.seconds, (unit, f" {name}")
+    )
+    late = [r["staleness"] or {} for r in rounds]
+    if any(s.get("max") for s in late):
+        series = {"mean": [s.get("mean") for s in late], "most": [s.get("max") for s in late]}
+        drawn("staleness", "Staleness of updates, in rounds", series, phrases.about)
+    return [c for c in made if c is not None]
+
+
+def strips(coverage: Row | None) -> list[Strip]:
+    """The coverage's groups, as they are drawn."""
+    return [strip(g["name"], g["channels"], g["held"]) for g in (coverage or {}).get("groups", ())]
+
+
+def _limits(found: object, bound: str) -> list[Row]:
+    rows = []
+    if isinstance(found, Mapping):
+        found = list(found.values())
+    for limit in found if isinstance(found, (list, tuple)) else ():
+        if not isinstance(limit, Mapping):
+            continue
+        name, value, most = _text(limit.get("name")), _number(limit.get("value")), _number(limit.get("limit"))
+        if not name or value is None or most is None:
+            continue
+        said = phrases.seconds if limit.get("unit") == "s" else phrases.size
+        used = value / most if most > 0 else 1.0
+        rows.append(
+            {"name": name, "used": min(max(used, 0.0), 1.0), "need": said(value), "limit": said(most),
+             "binds": name == bound}
+        )  # fmt: skip
+    return rows
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _text(value: object) -> str:
+    return value[:200] if isinstance(value, str) else ""

@@ -1,0 +1,28 @@
+"""What operators may do: every order needs a role, and whoever has a higher one may do it, too."""
+
+from __future__ import annotations
+
+ROLES = ("viewer", "operator", "admin")
+"""From the lowest to the highest."""
+
+NEEDED = {
+    "look": "viewer",
+    "coverage": "viewer",
+    "pause": "operator",
+    "resume": "operator",
+    "approve": "operator",
+    "deny": "operator",
+    "release_quarantine": "operator",
+    "rollout_stop": "operator",
+    "revoke": "admin",
+    "rollout_start": "admin",
+}
+"""The role that an order needs: what a board doesn't come back from by itself needs an admin."""
+
+LOOKS = frozenset({"look", "coverage"})
+"""Orders that change nothing."""
+
+
+def may(role: str, needed: str) -> bool:
+    """Whether somebody of one role may do what needs another."""
+    return ROLES.index(role) >= ROLES.index(needed)

@@ -1,0 +1,178 @@
+"""A server's console as its configuration wants it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+from fedprune import __version__
+from fedprune.errors import ConfigError, MissingExtraError, reason
+from fedprune_server.console.clerk import Clerk
+from fedprune_server.console.database import FILE, ConsoleDatabase
+from fedprune_server.console.feed import Feed
+from fedprune_server.console.feed_words import Begin
+from fedprune_server.console.process import ConsoleProcess
+from fedprune_server.console.surroundings import Members, ReleaseWatch
+from fedprune_server.console.view import JobView, Onlooker
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.identity.store import IdentityStore
+from fedprune_server.link.connection import Connection
+from fedprune_server.rollouts.store import RolloutStore
+from fedprune_server.settings.config import ServerConfig, without_password
+
+log = logging.getLogger("fedprune.server")
+
+_PACKAGES = ("argon2", "fastapi", "jinja2", "uvicorn")
+
+
+class Desk(Protocol):
+    """A job that can be looked at."""
+
+    onlooker: Onlooker
+
+    @property
+    def view(self) -> JobView:
+        """What there is to see."""
+
+
+def desks_of(server: Any) -> tuple[list[Desk], Callable[[str], str | None], Callable[[str], bool] | None]:
+    """The jobs of a daemon or of a host, which of them has a device, and whether a device is there."""
+    desks = getattr(server, "desks", None)
+    if desks is None:
+        return [server], lambda device: None, None
+    return list(desks.values()), server.holder, server.present
+
+
+@contextmanager
+def with_console(
+    config: ServerConfig, reached: Connection, identity: IdentityFolder | None, server: Any, *, releases_given: bool
+) -> Iterator[Feed | None]:
+    """A console for a server, if its configuration wants one.
+
+    Args:
+        config: The configuration.
+        reached: The server's connection.
+        identity: The server's; None for one without.
+        server: The daemon, or the host of several jobs.
+        releases_given: Whether this server gives boards releases.
+
+    Raises:
+        MissingExtraError: The packages of the extra `console` are missing.
+        ConfigError: It can't listen there, or its certificate can't be used.
+        StorageError: Its database can't be used.
+    """
+    place = config.console_place
+    if place is None:
+        yield None
+        return
+    check_packages()
+    _check_tls(config)
+    check_free(*place)
+    from fedprune_server.console.accounts import Accounts
+
+    with ConsoleDatabase(config.state / FILE) as database:
+        empty = len(Accounts(database)) == 0
+    desks, lent, here = desks_of(server)
+    with ExitStack() as stack:
+        members = releases = clerk = None
+        if identity is not None:
+            store = IdentityStore(identity.path / "identity.db", read_only=True)
+            stack.callback(store.close)
+            members, clerk = Members(store), Clerk(config.state, config.console_releases)
+            if releases_given:
+                releases = ReleaseWatch(stack.enter_context(RolloutStore(config.state)))
+        child = ConsoleProcess(_begin(config, *place))
+        feed = Feed(
+            [d.view for d in desks], _site(config, reached, identity), child, clerk=clerk, members=members,
+            releases=releases, allowed=config.console_orders, lent=lent, here=here,
+        )  # fmt: skip
+        stack.callback(feed.close)
+        for desk in desks:
+            desk.onlooker = feed
+        logger = logging.getLogger("fedprune")
+        logger.addHandler(feed.tap)
+        stack.callback(logger.removeHandler, feed.tap)
+        if empty:
+            log.warning(
+                "nobody may use the console yet: fedprune-server operators add NAME --role admin --state %s",
+                config.state,
+            )
+        yield feed
+
+
+def check_packages(packages: Sequence[str] = _PACKAGES) -> None:
+    """Say so where the extra `console` isn't installed.
+
+    Raises:
+        MissingExtraError: It isn't.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"the console needs {', '.join(missing)}", hint="pip install 'fedprune[console]'")
+
+
+def check_free(address: str, port: int) -> None:
+    """Make sure that somebody can listen there.
+
+    Raises:
+        ConfigError: Nobody can.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        raise ConfigError(
+            f"[server] console: can't listen on {address}:{port}: {reason(error)}", hint="Choose another place."
+        ) from error
+
+
+def _check_tls(config: ServerConfig) -> None:
+    if config.console_certificate is None or config.console_key is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            config.console_certificate, config.console_key, password=lambda: ""
+        )
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(
+            f"[server] console_certificate and console_key: {reason(error)}",
+            expected="a certificate and its key as PEM, the key without a password",
+            got=f"{config.console_certificate} and {config.console_key}",
+        ) from error
+
+
+def _begin(config: ServerConfig, address: str, port: int) -> Begin:
+    return Begin(
+        address=address,
+        port=port,
+        database=str((config.state / FILE).resolve()),
+        certificate=None if config.console_certificate is None else str(config.console_certificate.resolve()),
+        key=None if config.console_key is None else str(config.console_key.resolve()),
+        insecure=config.console_insecure,
+        orders=config.console_orders,
+        hosts=tuple(h.strip().lower() for h in config.console_hosts.split(",") if h.strip()),
+        proxied=config.console_proxy,
+        parent=os.getpid(),
+    )
+
+
+def _site(config: ServerConfig, reached: Connection, identity: IdentityFolder | None) -> dict[str, Any]:
+    database = config.database or "sqlite"
+    return {
+        "version": __version__,
+        "site": reached.site,
+        "started_at": time.time(),
+        "broker": without_password(reached.url),
+        "database": without_password(database).partition("?")[0],
+        "blobs": config.blobs,
+        "insecure": identity is None,
+    }

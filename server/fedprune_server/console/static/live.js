@@ -1,0 +1,136 @@
+// Keeps the page true: listens to the server's events, draws what they touch anew, and says when it can't.
+
+import { show } from "./swap.js";
+
+const KINDS = ["site", "job", "round", "devices", "device", "coverage", "rollouts", "alert", "log", "answer"];
+const QUIET_S = 20; // without any event for so long the page asks whether the server is there
+const HIDDEN_S = 10; // a page that nobody sees lets its connection go after so long: a browser has only a few of them
+const LONGEST_WAIT_S = 30;
+
+let source = null;
+let heard = performance.now();
+let pause = 1;
+let again = 0;
+let waiting = 0;
+let drawn = 0;
+let lostAt = 0;
+let paused = false; // people may want to read a table that stands still
+
+// Whether an event touches what the page shows: `devices:attic` is one device, `devices` all of them.
+function touches(kind, what) {
+  const topics = (document.getElementById("main").dataset.topics ?? "").split(/\s+/);
+  return topics.some((topic) => {
+    const [name, one] = topic.split(":");
+    if (name !== kind) return false;
+    if (!one) return true;
+    if (kind === "devices") return what.more || what.names.includes(one);
+    return [what.name, what.device, what.job].includes(one);
+  });
+}
+
+function refresh(soon = false) {
+  if (waiting || paused || document.hidden) return;
+  const every = Number(document.getElementById("main").dataset.every) || 1000;
+  const rest = soon ? 0 : Math.max(0, drawn + every - performance.now());
+  waiting = setTimeout(async () => {
+    try {
+      await show(location.href, { keep: true });
+      found();
+    } catch {
+      lost();
+    } finally {
+      drawn = performance.now();
+      waiting = 0;
+    }
+  }, rest);
+}
+
+function state(name, text) {
+  const live = document.getElementById("live");
+  if (paused && name === "open") [name, text] = ["off", "paused"];
+  live.dataset.state = name;
+  if (live.textContent !== text) live.textContent = text;
+}
+
+function lost() {
+  state("lost", "not live");
+  const box = document.getElementById("lost");
+  if (!lostAt) {
+    lostAt = Date.now() / 1000;
+    box.replaceChildren(Object.assign(document.createElement("p"), { textContent: "Connection lost. What you see may be out of date; trying again." }));
+    box.hidden = false;
+  }
+}
+
+function found() {
+  if (lostAt) {
+    const box = document.getElementById("lost");
+    box.hidden = true;
+    box.replaceChildren();
+    lostAt = 0;
+  }
+}
+
+function close() {
+  source?.close();
+  source = null;
+  clearTimeout(again);
+}
+
+function open() {
+  close();
+  state(lostAt ? "lost" : "wait", lostAt ? "not live" : "connecting");
+  source = new EventSource("/api/v1/events");
+  source.addEventListener("hello", () => {
+    pause = 1;
+    heard = performance.now();
+    found();
+    state("open", "live");
+    refresh(true);
+  });
+  source.addEventListener("ended", () => location.reload());
+  for (const kind of KINDS) {
+    source.addEventListener(kind, (event) => {
+      heard = performance.now();
+      const what = JSON.parse(event.data);
+      document.dispatchEvent(new CustomEvent("news", { detail: { kind, what } }));
+      if (touches(kind, what)) refresh();
+    });
+  }
+  source.addEventListener("error", () => {
+    // A browser tries again by itself after some errors and never after others: here it is always done.
+    close();
+    lost();
+    again = setTimeout(open, 1000 * pause);
+    pause = Math.min(2 * pause, LONGEST_WAIT_S);
+  });
+}
+
+function pauseOrGoOn() {
+  paused = !paused;
+  document.getElementById("live").setAttribute("aria-pressed", String(paused));
+  if (source && !lostAt) state("open", "live");
+  refresh(true);
+}
+
+export function watchServer() {
+  let leaving = 0;
+  document.getElementById("live").addEventListener("click", pauseOrGoOn);
+  document.addEventListener("visibilitychange", () => {
+    clearTimeout(leaving);
+    if (document.hidden) leaving = setTimeout(close, 1000 * HIDDEN_S);
+    else if (!source) open();
+    else refresh();
+  });
+  addEventListener("pagehide", close);
+  addEventListener("pageshow", (event) => { if (event.persisted) open(); });
+  addEventListener("online", () => { if (lostAt) open(); });
+  addEventListener("offline", lost);
+  setInterval(() => {
+    if (!document.hidden && source && performance.now() - heard > 1000 * QUIET_S) {
+      heard = performance.now();
+      refresh();
+    }
+  }, 5000);
+  open();
+}

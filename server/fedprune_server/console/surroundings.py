@@ -1,0 +1,124 @@
+"""What a feed looks up beside jobs: who is let in, and what becomes of a release. It is read when it has changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from fedprune.coordination.rollout import Fate
+from fedprune.errors import FedpruneError
+from fedprune.release import Release
+from fedprune.trust.keys import VerifyingKey
+from fedprune.wire.fields import one_line
+from fedprune_server.identity.store import APPROVED, WAITING, IdentityStore
+from fedprune_server.rollouts.store import Entry, RolloutStore
+
+_FAILURES = 50
+
+
+class Members:
+    """Who is let in, who waits, and who was shut out.
+
+    Args:
+        store: The identity's database, open for this alone.
+    """
+
+    def __init__(self, store: IdentityStore) -> None:
+        self._store = store
+        self._version: int | None = None
+        self._known: Mapping[str, tuple[str, str | None]] = {}
+
+    @property
+    def names(self) -> set[str]:
+        """All who asked, ever."""
+        return set(self._known)
+
+    def status(self, device: str) -> tuple[str, str | None] | None:
+        """A device's status and the fingerprint of its key that waits; None for one that nobody knows."""
+        return self._known.get(device)
+
+    def look(self) -> tuple[set[str], list[str]]:
+        """See whether somebody asked, was let in or shut out.
+
+        Returns:
+            Whose status is another than at the last call, and who waits.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        version = self._store.version()
+        before = self._known
+        if version != self._version:
+            self._version, self._known = version, self._read()
+        changed = set()
+        if before is not self._known:
+            changed = {n for n in before.keys() | self._known.keys() if before.get(n) != self._known.get(n)}
+        return changed, [n for n, (_, key) in self._known.items() if key is not None]
+
+    def _read(self) -> dict[str, tuple[str, str | None]]:
+        found: dict[str, tuple[str, str | None]] = {}
+        rank = {"revoked": 0, "waiting": 1, "member": 2}
+        for device in self._store.devices():
+            status = {APPROVED: "member", WAITING: "waiting"}.get(device.status, "revoked")
+            key = VerifyingKey.from_hex(device.key).fingerprint if status == "waiting" else None
+            before = found.get(device.device, ("revoked", None))
+            best = status if rank[status] >= rank[before[0]] else before[0]
+            found[device.device] = best, key or before[1]
+        return found
+
+
+class ReleaseWatch:
+    """What becomes of the release that was rolled out last.
+
+    Args:
+        store: The rollouts' database, open for this alone.
+    """
+
+    def __init__(self, store: RolloutStore) -> None:
+        self._store = store
+        self._version: int | None = None
+
+    def forget(self) -> None:
+        """Say at the next look how things stand, whether that is new or not."""
+        self._version = None
+
+    def look(self) -> tuple[dict[str, Any], ...] | None:
+        """Rows of `feed_words.ROLLOUT`; None where nothing has changed.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        version = self._store.version()
+        if version == self._version:
+            return None
+        self._version = version
+        entry = self._store.latest()
+        return () if entry is None else (_row(entry),)
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    rollout, counts = entry.rollout, Counter(b.fate for b in entry.rollout.boards.values())
+    try:
+        release = Release.from_bytes(entry.offer.manifest.encode())
+        name = f"{release.number} ({release.version})"
+    except FedpruneError:
+        name = str(entry.offer.number)
+    stopping = entry.wish is not None and rollout.phase.value == "running"
+    failures = list(rollout.failures().items())[:_FAILURES]
+    return {
+        "name": f"rollout {entry.number}",
+        "number": entry.number,
+        "release": one_line(name, 190),
+        "stage": rollout.stage,
+        "stages": len(rollout.plan.stages),
+        "of": len(rollout.boards) - counts[Fate.GONE],
+        "done": counts[Fate.WELL],
+        "failed": counts[Fate.FAILED],
+        "given": counts[Fate.GIVEN],
+        "waiting": counts[Fate.WAITING],
+        "state": "stopping" if stopping else rollout.phase.value,
+        "why": one_line(rollout.why, 1500),
+        "at": entry.at,
+        "failures": {n: one_line(why, 300) for n, why in failures},
+    }

@@ -1,0 +1,98 @@
+"""Logins are slowed where they fail: a little for an account, more for an address, most for both together.
+
+Nobody can lock an operator out for long by failing in their name: from elsewhere an account waits a minute at most.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MOST_KEPT = 10_000
+"""Accounts and addresses that are remembered; beyond that the ones that failed longest ago are forgotten."""
+
+FORGOTTEN_S = 3600.0
+
+
+@dataclass
+class _Failures:
+    count: int
+    at: float
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How failures slow what comes next.
+
+    Attributes:
+        free: Failures that cost nothing.
+        longest_s: The longest wait; each failure beyond the free ones doubles it, from a second on.
+    """
+
+    free: int
+    longest_s: float
+
+
+PAIR, ADDRESS, ACCOUNT = Limit(4, 900.0), Limit(20, 900.0), Limit(30, 60.0)
+
+
+class Throttle:
+    """Remembers failed logins.
+
+    Args:
+        clock: Seconds of a clock that nobody sets.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._failures: OrderedDict[tuple[str, ...], _Failures] = OrderedDict()
+
+    def wait_s(self, account: str, address: str) -> float:
+        """How long nobody may try to log in as this account from this address; 0 for not at all."""
+        now = self._clock()
+        return max(self._wait(key, limit, now) for key, limit in self._keys(account, address))
+
+    def failed(self, account: str, address: str) -> None:
+        """A login has failed."""
+        now = self._clock()
+        for key, _ in self._keys(account, address):
+            known = self._failures.pop(key, None)
+            if known is None or now - known.at > FORGOTTEN_S:
+                known = _Failures(0, now)
+            known.count, known.at = known.count + 1, now
+            self._failures[key] = known
+        while len(self._failures) > MOST_KEPT:
+            self._failures.popitem(last=False)
+
+    def succeeded(self, account: str, address: str) -> None:
+        """A login has succeeded: the account and the address together begin anew.
+
+        What failed for the address in other names still counts: an attacker may have an account, too.
+        """
+        self._failures.pop(self._keys(account, address)[0][0], None)
+
+    def _wait(self, key: tuple[str, ...], limit: Limit, now: float) -> float:
+        known = self._failures.get(key)
+        if known is None or known.count < limit.free or now - known.at > FORGOTTEN_S:
+            return 0.0
+        seconds = min(limit.longest_s, 2.0 ** min(known.count - limit.free, 16))
+        return max(0.0, known.at + seconds - now)
+
+    @staticmethod
+    def _keys(account: str, address: str) -> list[tuple[tuple[str, ...], Limit]]:
+        net = network(address)
+        return [(("both", account, net), PAIR), (("address", net), ADDRESS), (("account", account), ACCOUNT)]
+
+
+def network(address: str) -> str:
+    """What stands for an address: of version 6 the network of 64 bits, since whoever has one address has them all."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address[:64]
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is None:
+        return str(ipaddress.ip_network((found, 64), strict=False))
+    return str(getattr(found, "ipv4_mapped", None) or found)

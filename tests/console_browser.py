@@ -1,0 +1,160 @@
+"""A browser as far as a console notices: it keeps cookies, and speaks to an application without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.cookies import SimpleCookie
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from argon2 import PasswordHasher
+
+from fedprune_server.console.app import make_app
+from fedprune_server.console.context import Console, make_console
+from fedprune_server.console.database import ConsoleDatabase
+from fedprune_server.console.feed_words import Order
+from fedprune_server.console.gate import Surroundings
+from fedprune_server.console.model import Model
+from fedprune_server.console.trial import TrialFleet
+
+QUICK = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+PASSWORD = "a long horse, a battery"
+
+
+@dataclass
+class Reply:
+    """What an application answered."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def header(self, name: str) -> str | None:
+        return next((v for k, v in self.headers if k == name), None)
+
+    def cookies(self) -> list[str]:
+        return [v for k, v in self.headers if k == "set-cookie"]
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Browser:
+    """Somebody at an application.
+
+    Attributes:
+        cookies: What it holds.
+        address: Where it is.
+        host: What it calls the console.
+        secure: Whether by TLS.
+    """
+
+    app: Any
+    address: str = "127.0.0.1"
+    host: str = "127.0.0.1:8470"
+    secure: bool = False
+    cookies: dict[str, str] = field(default_factory=dict)
+    csrf: str = ""
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: dict[str, str] | None = None,
+        pieces: list[bytes] | None = None,
+    ) -> Reply:
+        """Ask for something, in one piece or several."""
+        given = {"host": self.host, **(headers or {})}
+        if self.cookies:
+            given["cookie"] = "; ".join(f"{k}={v}" for k, v in self.cookies.items())
+        plain, _, query = path.partition("?")
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method,
+            "scheme": "https" if self.secure else "http", "path": plain, "raw_path": plain.encode(),
+            "query_string": query.encode(), "root_path": "", "client": (self.address, 5), "server": ("127.0.0.1", 8470),
+            "headers": [(k.lower().encode(), v.encode("latin-1")) for k, v in given.items()],
+        }  # fmt: skip
+        sent: list[Any] = []
+        left = list(pieces if pieces is not None else [body])
+
+        async def receive() -> Any:
+            if left:
+                piece = left.pop(0)
+                return {"type": "http.request", "body": piece, "more_body": bool(left)}
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        asyncio.run(self.app(scope, receive, send))
+        start = next(m for m in sent if m["type"] == "http.response.start")
+        found = [(k.decode().lower(), v.decode("latin-1")) for k, v in start.get("headers", [])]
+        reply = Reply(start["status"], found, b"".join(m.get("body", b"") for m in sent))
+        for text in reply.cookies():
+            for name, morsel in SimpleCookie(text).items():
+                self.cookies[name] = morsel.value
+                if morsel["max-age"] == "0":
+                    del self.cookies[name]
+        return reply
+
+    def get(self, path: str) -> Reply:
+        return self.ask("GET", path)
+
+    def form(self, path: str, **fields: str) -> Reply:
+        return self.ask("POST", path, urlencode(fields).encode(), {"content-type": "application/x-www-form-urlencoded"})
+
+    def order(self, **body: Any) -> Reply:
+        headers = {"content-type": "application/json", "x-csrf-token": self.csrf}
+        return self.ask("POST", "/api/v1/orders", json.dumps(body).encode(), headers)
+
+    def login(self, console: Console, name: str, password: str = PASSWORD) -> Reply:
+        """Log in by the form, as pages show it."""
+        self.get("/login")
+        nonce = self.cookies.get(console.around.login_cookie, "")
+        reply = self.form("/login", csrf=console.sessions.login_token(nonce), name=name, password=password)
+        if reply.status == 303:
+            self.csrf = self.get("/api/v1/me").json["csrf"]
+        return reply
+
+
+@dataclass
+class Trial:
+    """A console of a fleet that isn't there, with a viewer, an operator and an admin."""
+
+    console: Console
+    app: Any
+    fleet: TrialFleet
+    model: Model
+    orders: list[Order]
+
+    def browser(self, name: str = "", **more: Any) -> Browser:
+        made = Browser(self.app, **more)
+        if name:
+            assert made.login(self.console, name).status == 303
+        return made
+
+
+def trial(
+    folder: Path,
+    devices: int = 20,
+    around: Surroundings | None = None,
+    clock: Callable[[], float] | None = None,
+    allowed: str = "all",
+) -> Trial:
+    """A console with its fleet; orders are kept, and not answered."""
+    fleet, orders = TrialFleet(devices, 3), list[Order]()
+    model = Model(allowed) if clock is None else Model(allowed, clock)
+    for word in fleet.begin():
+        model.hear(word)
+    more = {} if clock is None else {"clock": clock}
+    console = make_console(model, ConsoleDatabase(folder / "console.db"), orders.append, around, QUICK, **more)
+    for role in ("viewer", "operator", "admin"):
+        console.accounts.add(role, role, PASSWORD)
+    return Trial(console, make_app(console), fleet, model, orders)

@@ -1,0 +1,86 @@
+"""The console as a process of its own: it serves what it is told, and ends with its server."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from console_browser import PASSWORD, QUICK
+from fedprune_server.console.accounts import Accounts
+from fedprune_server.console.database import ConsoleDatabase
+from fedprune_server.console.feed_words import Begin
+from fedprune_server.console.process import ConsoleProcess
+from fedprune_server.console.trial import TrialFleet
+
+
+def begin(path: Path) -> Begin:
+    return Begin("127.0.0.1", 0, str(path), None, None, False, "all", (), False, os.getpid())
+
+
+def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := true():
+            return found
+        time.sleep(0.02)
+    raise TimeoutError
+
+
+def fetched(url: str) -> tuple[int, Any]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310
+            return answer.status, json.loads(answer.read() or b"null")
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read() or b"null")
+
+
+@pytest.mark.system
+def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) -> None:
+    path = tmp_path / "console.db"
+    with ConsoleDatabase(path) as database:
+        Accounts(database, QUICK).add("ann", "admin", PASSWORD)
+    process = ConsoleProcess(begin(path))
+    try:
+        assert process.start(0.0)
+        until(lambda: list(process.orders(0.0)) or process.url)
+        url = process.url
+        assert fetched(url + "readyz")[0] == 503
+        for word in TrialFleet(5, 1).begin():
+            process.tell(word)
+        until(lambda: fetched(url + "readyz")[0] == 200)
+        assert fetched(url + "healthz") == (200, {"ok": True})
+        assert fetched(url + "api/v1/site")[0] == 401
+        with socket.create_connection(("127.0.0.1", int(url.split(":")[2].strip("/")))) as raw:
+            raw.sendall(b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n")
+            assert b" 421 " in raw.recv(4096)
+        assert path.stat().st_mode & 0o777 == 0o600
+        pid = process.pid
+        assert pid is not None
+        os.kill(pid, 9)
+        until(lambda: (list(process.orders(1.0)), not process.alive)[1])
+        assert process.start(2.0)
+        assert process.pid != pid
+        until(lambda: list(process.orders(2.0)) or process.url)
+    finally:
+        process.stop()
+    assert not process.alive
+
+
+@pytest.mark.system
+def test_one_that_says_nonsense_is_ended_and_after_a_few_times_left_alone(tmp_path: Path) -> None:
+    process = ConsoleProcess(begin(tmp_path / "c.db"), ["sh", "-c", 'echo \'{"v":1,"type":"order"}\'; sleep 60'])
+    for _ in range(3):
+        assert process.start(0.0)
+        until(lambda: (list(process.orders(0.0)), not process.alive)[1])
+    assert not process.start(1.0)
+    assert process.start(100.0)
+    process.stop()

@@ -1,0 +1,74 @@
+"""What the console draws, against what it was given."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedprune_server.console.drawings import HEIGHT, MOST_POINTS, WIDTH, chart, strip
+from fedprune_server.console.phrases import ago, seconds, size
+
+# As ever, but on a busy machine the first example may take its time.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+VALUES = st.lists(st.none() | st.floats(allow_nan=True, allow_infinity=True), min_size=1, max_size=40)
+
+
+@patient
+@given(VALUES, st.integers(0, 10**6), st.booleans())
+def test_every_point_lies_in_the_plot_and_axes_hold_all_values(
+    values: list[float | None], first: int, from_zero: bool
+) -> None:
+    places = [float(first + i) for i in range(len(values))]
+    drawn = chart("k", "A title", places, {"a": values}, "{:.6g}".format, from_zero=from_zero)
+    known = [v for v in values if v is not None and abs(v) < 1e30]
+    if not known:
+        assert drawn is None
+        return
+    assert drawn is not None
+    (curve,) = drawn.curves
+    points = [p for path in curve.paths for p in path.split()] + [d[1:-2] for d in curve.dots]
+    assert len(points) == len(known) == sum(bool(text) for text in curve.values)
+    for point in points:
+        x, y = map(float, point.split(","))
+        assert 0 <= x <= WIDTH
+        assert 0 <= y <= HEIGHT
+    assert len(drawn.numbers) == len(drawn.places) == len(values)
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
+    many = [float(i) for i in range(2000)]
+    drawn = chart("k", "t", many, {"a": many}, str)
+    assert drawn is not None
+    assert len(drawn.places) <= MOST_POINTS
+    assert drawn.places[-1] == "1,999"
+    assert drawn.curves[0].values[-1] == "1999.0"
+
+
+@patient
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), max_size=12), st.integers(0, 40))
+def test_a_strip_holds_its_channels_once(held: list[tuple[int, float]], channels: int) -> None:
+    drawn = strip("g", channels, [{"channels": n, "share": s} for n, s in held])
+    shares = [s for n, s in held for _ in range(n)][:channels]
+    levels = [run.level for run in drawn.runs for _ in range(run.width)]
+    assert levels == [math.ceil(s * 10 - 1e-9) if s > 1e-9 else int(s > 0) for s in shares]
+    assert drawn.least == min(shares, default=0.0)
+    assert drawn.mean == pytest.approx(sum(shares) / len(shares) if shares else 0.0)
+
+
+def test_numbers_are_said_in_units_that_keep_them_short() -> None:
+    assert [size(n) for n in (0, 999, 1000, 999_600, 12_345_678, 2e12, None)] == [
+        "0 B", "999 B", "1.00 kB", "1.00 MB", "12.3 MB", "2.00 TB", "–",
+    ]  # fmt: skip
+    assert [seconds(s) for s in (0, 2e-6, 0.0171, 1.5, 119, 320, 5000, 90000.0, 1e6)] == [
+        "0 s", "2 µs", "17.1 ms", "1.50 s", "119 s", "5.3 min", "83 min", "25.0 h", "11.6 d",
+    ]  # fmt: skip
+    assert [ago(100, now) for now in (100, 112, 95, 400, 400_000)] == [
+        "now",
+        "12 s ago",
+        "in 5 s",
+        "5 min ago",
+        "5 d ago",
+    ]

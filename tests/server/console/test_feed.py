@@ -1,0 +1,260 @@
+"""What a server tells its console, and what it does on orders: the daemon and the host, with toy devices."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleet import Fleet
+from several import SeveralJobs, named
+
+from fedprune.coordination import Phase
+from fedprune_server.console.feed import Feed
+from fedprune_server.console.feed_words import Order, ToConsole, line, parse_news
+from fedprune_server.console.model import Model
+from fedprune_server.console.setup import desks_of
+from toy import JOB
+
+SITE = {
+    "version": "1", "site": "default", "started_at": 5.0, "broker": "mqtt://h", "database": "sqlite", "blobs": "folder",
+    "insecure": True,
+}  # fmt: skip
+
+
+class Child:
+    """A console in memory; what it is told goes through its lines."""
+
+    def __init__(self) -> None:
+        self.model = Model()
+        self.alive = False
+        self.full = False
+        self.told: list[ToConsole] = []
+        self.given: list[Order] = []
+        self.starts = 0
+
+    def start(self, now: float) -> bool:
+        before, self.alive = self.alive, True
+        self.starts += not before
+        return not before
+
+    def tell(self, word: ToConsole) -> None:
+        self.told.append(word)
+        self.model.hear(parse_news(line(word)))
+
+    def orders(self, now: float) -> Iterator[Order]:
+        yield from self.given
+        self.given = []
+
+    def stop(self) -> None:
+        self.alive = False
+
+    def order(self, number: int, kind: str, **fields: Any) -> None:
+        self.given.append(Order(number, "ann", kind, **fields))
+
+
+def watched(server: Any, air: Any, **more: Any) -> tuple[Feed, Child]:
+    desks, lent, here = desks_of(server)
+    child = Child()
+    clock = lambda: air.now  # noqa: E731
+    feed = Feed([d.view for d in desks], SITE, child, lent=lent, here=here, clock=clock, monotonic=clock, **more)
+    for desk in desks:
+        desk.onlooker = feed
+    return feed, child
+
+
+def flush(feed: Feed, air: Any) -> None:
+    air.now += 1.0
+    feed.turn()
+
+
+def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    daemon = fleet.daemon()
+    feed, child = watched(daemon, fleet.air)
+    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
+    state = fleet.run()
+    flush(feed, fleet.air)
+    model = child.model
+    job = model.job(JOB.name)
+    assert job is not None
+    assert (job["round"], job["phase"], job["model_digest"]) == (state.round, "finished", state.model)
+    rounds = model.rounds(JOB.name).items
+    assert [r["round"] for r in rounds] == [3, 2, 1]
+    assert all((r["counted"], r["devices"]) == (3, 3) for r in rounds)
+    rows = {r["name"]: r for r in model.devices().items}
+    assert set(rows) == set(state.devices)
+    for name, row in rows.items():
+        assert (row["bytes_down"], row["bytes_up"]) == daemon.traffic[name]
+        assert row["samples"] == state.devices[name].samples
+    assert sum(r["bytes_up"] for r in rounds) <= sum(up for _, up in daemon.traffic.values())
+
+
+def test_a_console_that_was_started_anew_knows_the_same(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    daemon = fleet.daemon()
+    feed, child = watched(daemon, fleet.air)
+    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
+    fleet.run()
+    flush(feed, fleet.air)
+    before, child.model, child.alive = child.model, Model(), False
+    for _ in range(5):
+        flush(feed, fleet.air)
+    assert child.starts == 2
+    assert child.model.devices().items == before.devices().items
+    assert child.model.jobs == before.jobs
+    assert [r["round"] for r in child.model.rounds(JOB.name).items] == [3, 2, 1]
+
+
+def test_where_nothing_has_changed_nothing_is_told_of_devices(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    daemon = fleet.daemon()
+    feed, child = watched(daemon, fleet.air)
+    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
+    fleet.run()
+    flush(feed, fleet.air)
+    flush(feed, fleet.air)
+    child.told.clear()
+    for _ in range(20):
+        flush(feed, fleet.air)
+    assert {type(w).__name__ for w in child.told} <= {"Beat"}
+
+
+def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path) -> None:
+    expected = Fleet(tmp_path / "alone", JOB).run().model
+    fleet = Fleet(tmp_path / "watched", JOB)
+    daemon = fleet.daemon()
+    _, child = watched(daemon, fleet.air)
+    child.order(1, "pause", job=JOB.name)
+    seen: list[tuple[bool, int]] = []
+
+    def look(kind: str, what: Any) -> None:
+        if kind == "job" and what["paused"] and fleet.air.now > 60 and not seen:
+            seen.append((what["paused"], what["round"]))
+
+    child.model.listen(look)
+    paused_until = 120.0
+    turn = daemon.onlooker.turn
+
+    def watching() -> None:
+        if fleet.air.now > paused_until and 2 not in done:
+            done.add(2)
+            assert daemon.state.phase is Phase.WAITING
+            assert daemon.state.paused
+            child.order(2, "resume", job=JOB.name)
+        turn()
+
+    done: set[int] = set()
+    daemon.onlooker.turn = watching  # type: ignore[method-assign]
+    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
+    assert fleet.run().model == expected
+    answers = [child.model.answer(n) for n in (1, 2)]
+    assert [a and a["ok"] for a in answers] == [True, True]
+
+
+def test_a_pause_is_remembered_over_restarts(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    daemon = fleet.daemon()
+    daemon.pause(True)
+    daemon._commit()
+    fleet.restart()
+    again = fleet.daemon()
+    assert again.state.paused
+    again.pause(False)
+    fleet.daemon = lambda **options: again  # type: ignore[method-assign]
+    assert fleet.run().phase is Phase.FINISHED
+
+
+def test_orders_that_make_no_sense_are_answered(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    feed, child = watched(fleet.daemon(), fleet.air)
+    child.order(1, "pause", job="nobodys")
+    child.order(2, "look", device="nobody")
+    child.order(3, "approve", device="a", key="x")
+    child.order(4, "release_quarantine", device="nobody")
+    flush(feed, fleet.air)
+    assert [child.model.answer(n)["ok"] for n in (1, 2, 3, 4)] == [False] * 4  # type: ignore[index]
+    look, other = watched(fleet.daemon(), fleet.air, allowed="look")
+    other.order(1, "pause", job=JOB.name)
+    other.order(2, "coverage", job=JOB.name)
+    flush(look, fleet.air)
+    assert [other.model.answer(n)["ok"] for n in (1, 2)] == [False, True]  # type: ignore[index]
+
+
+def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    daemon = fleet.daemon()
+    feed, child = watched(daemon, fleet.air)
+    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
+    state = fleet.run()
+    quarantine = daemon.view.quarantine
+    quarantine.know("a")
+    for _ in range(200):
+        quarantine.bad("a")
+    flush(feed, fleet.air)
+    flush(feed, fleet.air)
+    row = child.model.device("a")
+    assert row is not None
+    assert row["quarantine"] is not None
+    assert [x["alert"] for x in child.model.alerts(gone=False).items] == ["quarantine"]
+    child.order(1, "release_quarantine", device="a")
+    child.order(2, "look", device="a")
+    child.order(3, "coverage", job=JOB.name)
+    for _ in range(4):
+        flush(feed, fleet.air)
+    row, found = child.model.device("a"), child.model.details("a")
+    assert row is not None
+    assert row["quarantine"] is None
+    assert child.model.alerts(gone=False).items == []
+    assert found is not None
+    assert [h["round"] for h in found["history"]] == [3, 2, 1]
+    assert [w["kept"] for w in found["widths"]] == list(state.devices["a"].widths)
+    covered = child.model.coverage(JOB.name)
+    assert covered is not None
+    for group in covered["groups"]:
+        assert sum(h["channels"] for h in group["held"]) == group["channels"]
+        shares = [h["share"] for h in group["held"]]
+        assert shares == sorted(shares, reverse=True)
+
+
+def test_several_jobs_feed_one_console_and_each_device_has_one_row(tmp_path: Path) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two", seed=5, rounds=2)], "abc")
+    host = several.host()
+    feed, child = watched(host, several.air)
+    states = several.run(host)
+    flush(feed, several.air)
+    assert [(j["name"], j["phase"]) for j in child.model.jobs] == [("one", "finished"), ("two", "finished")]
+    assert {n: len(child.model.rounds(n).items) for n in states} == {"one": 3, "two": 2}
+    assert [r["name"] for r in child.model.devices().items] == ["a", "b", "c"]
+
+
+def test_a_feed_that_fails_costs_the_job_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    daemon = fleet.daemon()
+    _, child = watched(daemon, fleet.air)
+
+    def fail(word: ToConsole) -> None:
+        raise RuntimeError("a\nbug")
+
+    child.tell = fail  # type: ignore[method-assign]
+    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
+    with caplog.at_level(logging.ERROR, "fedprune.server"):
+        assert fleet.run().phase is Phase.FINISHED
+    assert any("the console isn't told all" in m for m in caplog.messages)
+
+
+def test_lines_of_the_log_steer_no_terminal_and_begin_no_other_line(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    feed, child = watched(fleet.daemon(), fleet.air)
+    log = logging.getLogger("fedprune.server.trial")
+    log.addHandler(feed.tap)
+    try:
+        log.warning("device a says: %s", "x\n12:00:00 job finished\x1b[2J\u202e<script>alert(1)</script>" + "y" * 5000)
+    finally:
+        log.removeHandler(feed.tap)
+    flush(feed, fleet.air)
+    (found,) = child.model.lines(only={"device": "a"}).items
+    assert found["text"].isprintable()
+    assert len(found["text"]) < 1600

@@ -1,0 +1,95 @@
+"""Orders: who may give which, and what is passed on of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from console_browser import trial
+from fedprune_server.console.feed_words import Answer
+from fedprune_server.console.roles import NEEDED, ROLES
+from fedprune_server.console.row_checks import ORDER_KINDS
+
+FIELDS = {
+    "pause": {"job": "trial"}, "resume": {"job": "trial"}, "coverage": {"job": "trial"},
+    "look": {"device": "board-0001"},
+    "approve": {"device": "board-0001", "key": "ab12"}, "deny": {"device": "board-0001"},
+    "revoke": {"device": "board-0001"}, "release_quarantine": {"device": "board-0001"},
+    "rollout_start": {"release": "release-5"}, "rollout_stop": {},
+}  # fmt: skip
+
+
+def test_every_order_has_a_role() -> None:
+    assert set(NEEDED) == set(ORDER_KINDS) == set(FIELDS)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_gives_its_orders_and_no_others(tmp_path: Path, role: str) -> None:
+    here = trial(tmp_path)
+    browser = here.browser(role)
+    for kind, needed in NEEDED.items():
+        may = ROLES.index(role) >= ROLES.index(needed)
+        assert browser.order(order=kind, **FIELDS[kind]).status == (202 if may else 403), kind
+        assert (kind in [o.order for o in here.orders]) is may
+    assert browser.get("/api/v1/audit").status == (200 if role == "admin" else 403)
+
+
+@pytest.mark.parametrize(("allowed", "status"), [("none", (403, 403)), ("look", (202, 403)), ("all", (202, 202))])
+def test_a_server_that_takes_no_orders_gets_none(tmp_path: Path, allowed: str, status: tuple[int, int]) -> None:
+    browser = trial(tmp_path, allowed=allowed).browser("admin")
+    assert (
+        browser.order(order="look", device="board-0001").status,
+        browser.order(order="pause", job="trial").status,
+    ) == status
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {}, {"order": "shutdown"}, {"order": ["pause"]}, {"order": "pause"}, {"order": "pause", "job": "a/b"},
+        {"order": "pause", "job": 7}, {"order": "look", "device": "../etc"}, {"order": "look", "device": "a\nb"},
+        {"order": "pause", "job": "trial", "operator": "root"}, {"order": "pause", "job": "trial", "number": 9},
+        {"order": "rollout_start", "release": "../../x"}, {"order": "rollout_start", "release": "r", "groups": "all"},
+        {"order": "rollout_start", "release": "r", "devices": ["a"] * 101},
+        {"order": "rollout_stop", "reason": "\x1b[2J"},
+    ],
+)  # fmt: skip
+def test_an_order_that_is_none_goes_nowhere(tmp_path: Path, body: dict[str, Any]) -> None:
+    here = trial(tmp_path)
+    assert here.browser("admin").order(**body).status == 422
+    assert here.orders == []
+
+
+def test_what_came_of_an_order_is_told_and_noted(tmp_path: Path) -> None:
+    here = trial(tmp_path)
+    browser = here.browser("operator", address="192.0.2.8")
+    number = browser.order(order="pause", job="trial").json["order"]
+    assert browser.get(f"/api/v1/orders/{number}").json["state"] == "waiting"
+    here.model.hear(Answer(number, True, "job trial is paused"))
+    here.model.hear(Answer(number, False, "told twice"))
+    here.model.hear(Answer(999, True, "nobody's"))
+    found = browser.get(f"/api/v1/orders/{number}").json
+    assert (found["state"], found["ok"], found["text"]) == ("done", True, "job trial is paused")
+    rows = [(r["operator"], r["address"], r["action"], r["outcome"]) for r in here.console.audit.page().items[:2]]
+    assert rows == [
+        ("operator", "192.0.2.8", "pause", "done: job trial is paused"), ("operator", "192.0.2.8", "pause", "ordered"),
+    ]  # fmt: skip
+
+
+def test_orders_are_rationed(tmp_path: Path) -> None:
+    here = trial(tmp_path)
+    browser = here.browser("viewer")
+    found = [browser.order(order="look", device="board-0001").status for _ in range(62)]
+    assert found == [202] * 60 + [429] * 2
+
+
+def test_a_server_that_says_nothing_gets_no_orders(tmp_path: Path) -> None:
+    now = [1e9]
+    here = trial(tmp_path, clock=lambda: now[0])
+    browser = here.browser("admin")
+    now[0] += 60
+    assert browser.order(order="pause", job="trial").status == 503
+    assert browser.get("/readyz").status == 503
+    assert browser.get("/healthz").status == 200

@@ -1,0 +1,41 @@
+"""Plans come as any JSON: what isn't a plan is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedprune_server.console.presentation import plan, times
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["name", "value", "limit", "unit", "limits", "prediction", "x"]), inner, max_size=5
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(["density", "binding", "bound", "limits", "prediction", "x"]), JSON))
+def test_whatever_a_plan_says_can_be_shown(body: dict[str, Any]) -> None:
+    shown = plan(body)
+    assert shown is not None
+    assert all(0 <= limit["used"] <= 1 for limit in shown["limits"])
+    times({"plan": body, "predicted_s": 2.0, "measured_s": 3.0})
+
+
+def test_the_limit_that_binds_is_marked() -> None:
+    limits = {n: {"name": n, "value": 30.0, "limit": 40.0, "unit": u} for n, u in (("memory", "bytes"), ("time", "s"))}
+    shown = plan({"density": 0.5, "binding": "time", "limits": limits})
+    assert shown is not None
+    assert [(m["name"], m["used"], m["need"], m["binds"]) for m in shown["limits"]] == [
+        ("memory", 0.75, "30 B", False), ("time", 0.75, "30.0 s", True),
+    ]  # fmt: skip
+    (row,) = times({"plan": None, "predicted_s": 2.0, "measured_s": 3.0})
+    assert (row["predicted"], row["measured"], row["ratio"]) == ("2.00 s", "3.00 s", "1.50")
