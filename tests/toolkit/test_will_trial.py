@@ -61,6 +61,19 @@ def test_a_broker_that_was_slow_or_starting_has_the_will_in_the_end(silent: int)
     assert not trial.pending
 
 
+def test_the_other_try_is_made_at_once_but_not_again_and_again() -> None:
+    """The broker may have gone meanwhile: connections that don't come about neither begin nor end at it."""
+    trial = WillTrial()
+    tried(trial, lambda _: SILENCE, 2)
+    assert not trial.begin()
+    assert not trial.accepted()
+    trial.ended()
+    assert trial.at_once
+    assert trial.begin()
+    assert not trial.at_once
+    assert trial.begin()
+
+
 @given(st.lists(st.sampled_from([None, UNAVAILABLE, NOT_ALLOWED, BAD_PASSWORD, SILENCE]), max_size=30))
 def test_whatever_happens_a_broker_that_takes_wills_gets_one_soon(answers: list[int | None]) -> None:
     """And one that refuses everybody is not asked without a will for ever."""

@@ -22,6 +22,10 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _PREFIX = re.compile(r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*")
 _MISSING = ("NoSuchKey", "404", "NotFound")
 _THERE, _UNKNOWN = ("PreconditionFailed", "412"), ("NotImplemented", "501")
+_MEETS = ("ConditionalRequestConflict", "409")
+"""Another write of the same object is under way: who tries again sees what came of it."""
+
+_TRIES = 5
 _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 
 
@@ -122,13 +126,18 @@ class Bucket:
         check = base64.b64encode(bytes.fromhex(sha256)).decode()
         written = {"Bucket": self._name, "Key": self._prefix + key, "Body": bytes(data), "ChecksumSHA256": check}
         with self._translated("write to"):
-            try:
-                self._client.put_object(**written, **({} if anew else {"IfNoneMatch": "*"}))
-            except self._failed as error:
-                if anew or _code(error) not in (*_THERE, *_UNKNOWN):
-                    raise
-                if _code(error) in _UNKNOWN:
-                    self._client.put_object(**written)
+            for attempt in range(_TRIES):
+                try:
+                    self._client.put_object(**written, **({} if anew else {"IfNoneMatch": "*"}))
+                    return
+                except self._failed as error:  # noqa: PERF203 - once, as a rule
+                    if not anew and _code(error) in _THERE:
+                        return
+                    if not anew and _code(error) in _UNKNOWN:
+                        self._client.put_object(**written)
+                        return
+                    if anew or _code(error) not in _MEETS or attempt + 1 == _TRIES:
+                        raise
 
     def get(self, key: str, limit: int) -> bytes | None:
         """An object's bytes, not checked; None where there is none, or one of more than `limit` bytes.

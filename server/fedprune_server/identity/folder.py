@@ -107,6 +107,12 @@ class IdentityFolder:
         if (path / _SITE).exists():
             raise IdentityError(f"{state} has an identity already", hint="Keep it: every board knows the server by it.")
         authority = Authority(path, clock) if (path / CERTIFICATE).exists() else Authority.make(path, site, clock)
+        if not authority.made_for(site):  # under another name no board would hear this server
+            raise IdentityError(
+                f"the authority in {path} is another site's than {site}",
+                got=authority.certificate.subject.rfc4514_string(),
+                hint="Give --site as it was when the identity was made.",
+            )
         if not (path / _SIGNING).exists():  # boards may know the one that is there
             SigningKey.make().save(path / _SIGNING)
         _issue_server(authority, path)

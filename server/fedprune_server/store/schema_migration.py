@@ -73,7 +73,7 @@ def migrate(connection: sql.Connection, found: str | None) -> None:
         found: What `revision` said.
     """
     if found is None:
-        TABLES.create_all(connection)
+        TABLES.create_all(connection, checkfirst=False)  # tables of that name are another program's
         _NUMBERED.create(connection)
         connection.execute(_NUMBERED.insert().values(version_num=latest()))
         return

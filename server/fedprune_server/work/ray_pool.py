@@ -231,7 +231,8 @@ class _Link:
             except OSError:  # noqa: PERF203 - the child is gone: whoever listens tells
                 return
             except Exception as error:  # noqa: BLE001 - pickling may fail in any way, and does before a byte is sent
-                future = self._futures.pop(order[0], None)
+                with self._lock:
+                    future = self._futures.pop(order[0], None)
                 if future is not None:  # else the cluster was lost meanwhile
                     future.set_exception(ClusterError("a task can't be handed to the cluster", got=reason(error)))
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedprune.blobs import BlobStore
-from fedprune.errors import ExitCode, FedpruneError
+from fedprune.errors import ExitCode, FedpruneError, IdentityError
 from fedprune.kept_table import SUFFIX
 from fedprune_server.cli import main
 from fedprune_server.identity.folder import IdentityFolder
@@ -165,6 +165,14 @@ def test_what_is_said_to_mend_an_identity_mends_it(state: Path) -> None:
         identity.client()
         identity.epochs.next()
     assert wrong(state) == []
+
+
+def test_an_identity_whose_name_was_lost_takes_no_other(state: Path) -> None:
+    """On another site's topics no board would hear the server."""
+    (state / "identity" / "site").unlink()
+    with pytest.raises(IdentityError, match=r"another site's than beta.*--site as it was"):
+        IdentityFolder.make(state, "beta")
+    assert not (state / "identity" / "site").exists()
 
 
 def test_an_identity_whose_name_was_lost_keeps_its_keys(state: Path) -> None:

@@ -111,6 +111,17 @@ def test_the_steps_lead_from_nothing_to_those_tables(empty: str) -> None:
     assert differences(empty) == []
 
 
+def test_tables_of_another_program_are_let_alone(empty: str) -> None:
+    engine = sql.create_engine(empty)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE devices (id INTEGER PRIMARY KEY)")
+    for _ in range(2):
+        with pytest.raises(StorageError):
+            Storage(empty)
+        assert sql.inspect(engine).get_table_names() == ["devices"]
+    engine.dispose()
+
+
 def test_revisions_are_those_that_alembic_walks(empty: str) -> None:
     walked = ScriptDirectory.from_config(schema_migration._config()).walk_revisions()
     assert schema_migration._revisions() == tuple(step.revision for step in walked)

@@ -131,7 +131,7 @@ class Authority:
         with storage_errors(f"can't write {folder}"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         key = make_tls_key()
-        name = common_name(f"fedprune {site[:40]} authority")
+        name = _subject(site)
         ends = _moment(max(clock(), BUILT) + AUTHORITY_DAYS * _DAY)
         usage = dict.fromkeys(_USAGES, False) | {"key_cert_sign": True, "crl_sign": True}
         identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
@@ -169,6 +169,10 @@ class Authority:
     def now(self) -> int:
         """The time, in seconds since 1970, which is never before this software was built."""
         return int(max(self._clock(), BUILT))
+
+    def made_for(self, site: str) -> bool:
+        """Whether it was made for this site, as far as its certificate tells: names are cut there."""
+        return self.certificate.subject == _subject(site)
 
     def issue_device(self, site: str, device: str, csr: str, days: int = DEVICE_DAYS) -> str:
         """A certificate for a device to connect with; the same one if its key has one already.
@@ -393,3 +397,7 @@ def _builder(
 
 def _moment(seconds: float) -> datetime:
     return EPOCH + timedelta(seconds=int(seconds))
+
+
+def _subject(site: str) -> x509.Name:
+    return common_name(f"fedprune {site[:40]} authority")

@@ -38,6 +38,7 @@ class WillTrial:
         self._answered = False
         self._doubtful = False  # nothing but silence speaks against the will
         self._again = False
+        self._at_once = False
         self._without_since: float | None = None
 
     @property
@@ -48,13 +49,13 @@ class WillTrial:
     @property
     def at_once(self) -> bool:
         """Whether the next connection is that other try: the broker is there, and needn't be given time."""
-        return self._again
+        return self._at_once
 
     def begin(self) -> bool:
         """A connection begins; whether it has a will."""
         if self._without_since is not None and self._clock() - self._without_since >= AGAIN_S:
             self._without_since = None
-        self._answered = False
+        self._answered, self._at_once = False, False  # if it can't even be reached, the broker is given time again
         self._with = self._without_since is None and (self._failures < _ENOUGH or self._again)
         return self._with
 
@@ -66,7 +67,7 @@ class WillTrial:
         """
         self._answered = True
         if not self._with and self._without_since is None and self._doubtful:
-            self._doubtful, self._again = False, True
+            self._doubtful, self._again, self._at_once = False, True, True
             return False
         self._failures, self._doubtful, self._again = 0, False, False
         if not self._with and self._without_since is None:
