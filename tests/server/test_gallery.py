@@ -133,7 +133,7 @@ def test_an_examples_commands_run(example: str, work: Path, monkeypatch: pytest.
 
 def test_every_example_is_on_the_gallerys_page_and_the_other_way_round() -> None:
     page = (gallery.ROOT / "docs" / "gallery.md").read_text()
-    named = set(re.findall(r"\.\./examples/([a-z_]+)\)", page))
+    named = set(re.findall(r"\.\./examples/([a-z_]+)/README\.md\)", page))
     there = {p.parent.name for p in (gallery.ROOT / "examples").glob("*/README.md")}
     assert named == there == set(gallery.EXAMPLES)
     for picture in re.findall(r"\((images/gallery-[^)]+)\)", page):

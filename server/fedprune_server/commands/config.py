@@ -72,9 +72,10 @@ def _rows(found: Any) -> Iterator[dict[str, Any]]:
 
 def _whole(tables: dict[str, Any], config: Any) -> dict[str, Any]:
     """The tables with those keys of [job], too, that are left out where they are as by default."""
-    from dataclasses import fields
+    from dataclasses import asdict, fields
 
     job = {f.name: getattr(config.job, f.name) for f in fields(config.job)} | tables["job"]
+    job["privacy"] = asdict(config.job.privacy)
     return {**tables, "job": job}
 
 

@@ -67,6 +67,10 @@ _SERVER_SWITCHES = ("archive", "slabs", "console_insecure", "console_proxy")
 _ELSEWHERE = ("state", "database")
 """What the state folder itself is, or says; not among the settings that the database keeps."""
 
+_SAID = {"job: privacy": "job.privacy", "job": "job", "recipe": "job.recipe", "server": "server"}
+"""Tables by how errors of what they are made into name them."""
+
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
 _PATHS = ("profiles", "ca", "console_certificate", "console_key", "console_releases")
 _SERVER_REALS = ("weight",)
 _SERVER = (*_SERVER_TEXTS, *_SERVER_NUMBERS, *_SERVER_SWITCHES, *_SERVER_REALS)
@@ -255,6 +259,14 @@ class ServerConfig:
     def _check_console(self) -> None:
         place = self.console_place
         setting_checks.word("server: console_orders", self.console_orders, ("none", "look", "all"))
+        if not all(_HOST.fullmatch(h.strip()) for h in self.console_hosts.split(",")):
+            raise ConfigError(
+                "server: console_hosts", expected="names of hosts, with commas", got=shown(self.console_hosts)
+            )
+        if self.console_releases is not None and not self.console_releases.is_dir():
+            raise ConfigError(
+                "server: console_releases", expected="a folder that exists", got=shown(str(self.console_releases))
+            )
         if (self.console_certificate is None) != (self.console_key is None):
             raise ConfigError("server: console_certificate and console_key", expected="both of them", got="one")
         if place is None or self.console_certificate is not None or self.console_insecure:
@@ -406,9 +418,8 @@ def _located(build: Callable[[], ServerConfig], where: str) -> ServerConfig:
         kind, _, option = what.partition(": ")
         if kind == "allocator" and option in config.job.options:
             what = f"[job] option {option} of {config.job.strategy}"
-        for table in ("job", "recipe", "server"):
+        for table, name in _SAID.items():
             if what.startswith(f"{table}: "):
-                name = "job.recipe" if table == "recipe" else table
                 what = f"[{name}] {what.removeprefix(f'{table}: ')}"
         raise ConfigError(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
 

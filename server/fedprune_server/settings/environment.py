@@ -12,6 +12,7 @@ from typing import Any
 
 from fedprune.errors import ConfigError, meant, remedy, shown
 from fedprune.job import Job
+from fedprune.privacy import Privacy
 from fedprune.recipe import Recipe
 from fedprune.toml_file import parse_toml
 from fedprune_server.settings.config import ServerConfig, anchored
@@ -36,7 +37,8 @@ def variables() -> dict[str, tuple[tuple[str, ...], bool]]:
         ("calibration", "data"): True,
     }
     for table, kind, left in (
-        (("job",), Job, ("recipe",)),
+        (("job",), Job, ("privacy", "recipe")),
+        (("job", "privacy"), Privacy, ()),
         (("job", "recipe"), Recipe, ()),
         (("server",), ServerConfig, ("job", "model", "evaluation", "calibration", "input_shape")),
     ):

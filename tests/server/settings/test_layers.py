@@ -9,6 +9,7 @@ import pytest
 
 from fedprune.errors import ConfigError
 from fedprune.job import Job
+from fedprune.privacy import Privacy
 from fedprune.recipe import Recipe
 from fedprune_server.settings.config import ServerConfig, as_tables, parse_config, read_config
 from fedprune_server.settings.environment import environment_layer, variables
@@ -23,8 +24,8 @@ ANYTHING = {"host", "state", "database"}
 
 
 def settings() -> list[tuple[str, str]]:
-    kinds = {"job": Job, "job.recipe": Recipe, "server": ServerConfig}
-    left = {"job", "model", "evaluation", "calibration", "recipe"} | FREE
+    kinds = {"job": Job, "job.privacy": Privacy, "job.recipe": Recipe, "server": ServerConfig}
+    left = {"job", "model", "evaluation", "calibration", "privacy", "recipe"} | FREE
     return [(t, f.name) for t, kind in kinds.items() for f in fields(kind) if f.name not in left]  # type: ignore[arg-type]
 
 
