@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from fedprune.errors import FedpruneError
 
@@ -92,6 +93,13 @@ class Children:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def replies_to_parent() -> BinaryIO:
+    """Standard output for a helper's words alone: whatever a library prints goes to standard error from now on."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return replies
 
 
 def begin_helper(parent: int) -> None:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedprune.errors import FedpruneError, ProtocolError
-from fedprune_server.children import begin_helper
+from fedprune_server.children import begin_helper, replies_to_parent
 from fedprune_server.console.app import make_app
 from fedprune_server.console.context import make_console
 from fedprune_server.console.database import ConsoleDatabase
@@ -153,8 +153,7 @@ async def _serve(
 
 def main() -> None:
     """Run until the parent asks for the end, or ends."""
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints doesn't belong into the replies
+    replies = replies_to_parent()
     try:
         begin = read_news(sys.stdin.buffer)
     except ProtocolError:

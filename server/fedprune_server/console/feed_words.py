@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar, get_args
 
-from fedprune.errors import ProtocolError, shown
 from fedprune.wire import fields as check
-from fedprune.wire.checked_message import MAX_MESSAGE, CheckedMessage, read_checked
+from fedprune.wire.checked_message import MAX_MESSAGE, CheckedMessage
 from fedprune.wire.fields import Check
+from fedprune_server.child_process import checked_line
 from fedprune_server.console.row_checks import (
     COUNT,
     DEVICE,
@@ -456,7 +456,7 @@ def parse_news(raw: bytes) -> ToConsole:
     Raises:
         ProtocolError: It is too long or cut short, no JSON, or a field is missing or wrong.
     """
-    word: ToConsole = _parsed(raw, MAX_LINE, "line to the console", _NEWS)
+    word: ToConsole = checked_line(raw, MAX_LINE, "line to the console", _NEWS)
     return word
 
 
@@ -466,11 +466,5 @@ def parse_order(raw: bytes) -> ToServer:
     Raises:
         ProtocolError: As `parse_news`.
     """
-    word: ToServer = _parsed(raw, MAX_ORDER, "line of the console", _ORDERS)
+    word: ToServer = checked_line(raw, MAX_ORDER, "line of the console", _ORDERS)
     return word
-
-
-def _parsed(raw: bytes, limit: int, what: str, types: Mapping[str, type[Any]]) -> Any:
-    if len(raw) > limit or not raw.endswith(b"\n"):
-        raise ProtocolError(what, expected=f"at most {limit} bytes and its end", got=shown(raw[:80]))
-    return read_checked(raw, what, types)

@@ -27,7 +27,7 @@ from fedprune.wire.complaints import Complaints
 from fedprune.wire.fields import one_line
 from fedprune.wire.link import Link
 from fedprune.wire.topics import Topics
-from fedprune_server.children import begin_helper
+from fedprune_server.children import begin_helper, replies_to_parent
 from fedprune_server.link.uploads import Arrived, Uploads, Wants
 from fedprune_server.receivers.words import (
     MAX_REASON,
@@ -214,8 +214,7 @@ def run(begin: Begin, stream: BinaryIO, replies: BinaryIO) -> None:
 
 def main() -> None:
     """Run until the parent asks for the end, or ends."""
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints doesn't belong into the replies
+    replies = replies_to_parent()
     begin = read(sys.stdin.buffer)
     if not isinstance(begin, Begin):
         sys.exit(2)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar, get_args
 
-from fedprune.errors import ProtocolError, shown
+from fedprune.errors import ProtocolError
 from fedprune.wire import fields as check
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.checked_message import CheckedMessage, read_checked
+from fedprune.wire.checked_message import CheckedMessage
 from fedprune.wire.fields import Check
 from fedprune.wire.messages import MAX_WANT, PARTS
+from fedprune_server.child_process import checked_line
 
 MAX_LINE = 4096
 """Bytes that no line may exceed."""
@@ -237,7 +238,5 @@ def parse_line(raw: bytes) -> ToReceiver | ToServer:
     Raises:
         ProtocolError: It is too long or cut short, no JSON, or a field is missing or wrong.
     """
-    if len(raw) > MAX_LINE or not raw.endswith(b"\n"):
-        raise ProtocolError("line of a pipe", expected=f"at most {MAX_LINE} bytes and its end", got=shown(raw[:80]))
-    word: ToReceiver | ToServer = read_checked(raw, "line of a pipe", _TYPES)
+    word: ToReceiver | ToServer = checked_line(raw, MAX_LINE, "line of a pipe", _TYPES)
     return word

@@ -25,10 +25,11 @@ from fedprune.wire.link import Link
 from fedprune.wire.messages import TO, Want
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
+from fedprune_server.child_process import TRIES
 from fedprune_server.fleet.quarantine import BURST, BYTES_PER_POINT, Quarantine
 from fedprune_server.link.uploads import Arrived, Spoilt, Uploads
 from fedprune_server.receivers.child import MOST_NAMES, Receiving
-from fedprune_server.receivers.receiver import TRIES, Receiver
+from fedprune_server.receivers.receiver import Receiver
 from fedprune_server.receivers.receivers import Receivers
 from fedprune_server.receivers.setup import alone_receives
 from fedprune_server.receivers.words import (
