@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from fedprune.errors import StorageError
-from fedprune_device.runtime.notify import READY, STOPPING, WATCHDOG, notify, status, watchdog_seconds
+from fedprune_device.runtime.notify import READY, STOPPING, WATCHDOG, notify, repeating, status, watchdog_seconds
 
 log = logging.getLogger("fedprune.server")
 
@@ -62,24 +61,9 @@ class Pulse:
             with suppress(OSError):
                 self._file.unlink()
 
-    @contextmanager
-    def standing_by(self) -> Iterator[None]:
+    def standing_by(self) -> AbstractContextManager[None]:
         """While the body waits for another server's end, this one is well, though no loop of it turns."""
-        over = threading.Event()
-
-        def wait() -> None:
-            while True:
-                self._beat(STANDING_BY)
-                if over.wait(self._between):
-                    return
-
-        thread = threading.Thread(target=wait, name="pulse", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+        return repeating(lambda: self._beat(STANDING_BY), self._between, "pulse")
 
     def _beat(self, what: str) -> None:
         now = self._clock()

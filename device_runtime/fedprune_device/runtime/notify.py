@@ -63,15 +63,28 @@ def starting(what: str, tell: Callable[[str], object] = notify, again: float = _
         tell: Tells the service manager.
         again: Seconds between two messages.
     """
+    with repeating(lambda: tell(f"{status(what)}\n{more_time(START_S)}"), again, "fedprune-starting"):
+        yield
+
+
+@contextmanager
+def repeating(say: Callable[[], object], again: float, name: str) -> Iterator[None]:
+    """While the body runs, something is said at once and every so often, by a thread of its own.
+
+    Args:
+        say: Says it.
+        again: Seconds between two times.
+        name: The thread's.
+    """
     over = threading.Event()
 
-    def say() -> None:
+    def run() -> None:
         while True:
-            tell(f"{status(what)}\n{more_time(START_S)}")
+            say()
             if over.wait(again):
                 return
 
-    thread = threading.Thread(target=say, name="fedprune-starting", daemon=True)
+    thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     try:
         yield
