@@ -26,6 +26,7 @@ from fedprune_device.agent import Agent
 from fedprune_device.store import DeviceStore
 from fedprune_export.importing import import_onnx
 from fedprune_server.daemon import Daemon
+from fedprune_server.link.sharing import shareable
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.work.worker import Worker
 from machine import find_mosquitto, free_port, listens
@@ -74,12 +75,21 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 class Watched:
-    """The server's link: notes chunks that go out, to all and to one, and wants that come in."""
+    """The server's link: notes chunks that go out, to all and to one, and wants that come in.
 
-    def __init__(self, link: Link) -> None:
+    A want that may be shared is heard when every board that was offered its blob has asked for it: how often it is
+    published doesn't depend on how far apart a busy machine lets the boards ask.
+    """
+
+    def __init__(self, link: Link, listening: Collection[str]) -> None:
         self._link = link
         self.to_all = self.to_one = 0
         self.shared: dict[str, list[bool]] = {name: [] for name in NAMES}
+        self._listening = listening
+        self._made: set[tuple[str, int]] = set()
+        self._offered: dict[str, set[str]] = {}
+        self._asked: dict[str, set[str]] = {}
+        self._held: list[tuple[Any, str]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._link, name)
@@ -93,11 +103,30 @@ class Watched:
                 self.to_one += len(payload)
         return self._link.publish(topic, payload, qos)
 
+    def offer(self, device: str, number: int, offer: dict[str, Any]) -> None:
+        """Note what a board was offered."""
+        self._made.add((device, number))
+        if device in self._listening:
+            for digest in shareable(offer):
+                self._offered.setdefault(digest, set()).add(device)
+
     def get(self, timeout: float | None = 0.0) -> Any:
+        for held in self._held:
+            if self._all_asked(held[1]):
+                self._held.remove(held)
+                return held[0]
         item = self._link.get(timeout)
         if isinstance(item, tuple) and item[0].endswith("/up") and isinstance(want := parse(item[1]), Want):
-            self.shared[TOPICS.parse(item[0]).device].append(bool(want.shared))
+            device = TOPICS.parse(item[0]).device
+            self.shared[device].append(bool(want.shared))
+            self._asked.setdefault(want.sha256, set()).add(device)
+            if want.shared and not self._all_asked(want.sha256):
+                self._held.append((item, want.sha256))
+                return None
         return item
+
+    def _all_asked(self, digest: str) -> bool:
+        return len(self._made) % len(NAMES) == 0 and self._asked[digest] >= self._offered.get(digest, set())
 
 
 class Old:
@@ -140,13 +169,14 @@ class Run:
         self.offers: list[dict[str, Any]] = []
         with ExitStack() as stack:
             link = stack.enter_context(Link(url, "server"))
-            self.wire = Watched(link)
+            self.wire = Watched(link, set(NAMES) - set(old))
             wire: Any = self.wire
             daemon = Daemon(JOB, model.architecture, state, storage, self.store, worker, wire, keep=None)
             offer = daemon._errands.offer
 
             def noted(command: Any, **more: Any) -> None:
                 self.offers.append(command.offer)
+                self.wire.offer(command.device, command.round, command.offer)
                 offer(command, **more)
 
             daemon._errands.offer = noted  # type: ignore[method-assign]
