@@ -18,8 +18,9 @@ from fedprune_server.host import Host
 from fedprune_server.job_desk import JobDesk
 from fedprune_server.link.connection import Connection
 from fedprune_server.observation.watch import Watch
-from fedprune_server.settings.config import ServerConfig, parse_config
+from fedprune_server.settings.config import ServerConfig
 from fedprune_server.settings.layers import file_layer, located
+from fedprune_server.settings.tables import TABLES, parse_config
 from fedprune_server.store.further_folders import FOLDER, folders
 from fedprune_server.store.state_folder import OpenJob, StateFolder, stored_config
 from fedprune_server.store.storage import Storage
@@ -27,7 +28,6 @@ from fedprune_server.terminal.table import Lines
 from fedprune_server.work.crew import helped
 from fedprune_server.work.workshop import Executes
 
-_TABLES = ("job", "model", "evaluation", "calibration", "server")
 _OWN = ("archive", "blobs", "cache_mib", "database", "keep", "pulls", "slabs", "weight", "workers")
 """Keys of [server] that a further job has of its own."""
 
@@ -71,7 +71,7 @@ def further(first: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
 def _read(first: ServerConfig, path: Path) -> ServerConfig:
     layer = file_layer(path)
     with located([layer], str(path)):
-        only(_TABLES, layer.tables, str(path), "table")
+        only(TABLES, layer.tables, str(path), "table")
         if isinstance(layer.tables.get("server"), dict):
             only(_OWN, layer.tables["server"], f"{path}: [server] of a further job")
         config = parse_config(layer.tables, str(path), path.parent)

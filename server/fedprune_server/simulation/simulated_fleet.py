@@ -13,7 +13,8 @@ from fedprune.job import Job
 from fedprune.toml_file import read_toml
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_server.data.table import DataPlan
-from fedprune_server.settings.config import ServerConfig, overridden, parse_config
+from fedprune_server.settings.config import ServerConfig
+from fedprune_server.settings.tables import overridden, parse_config
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet_devices import Link, named, read_devices
 from fedprune_server.simulation.fleet_weather import (
