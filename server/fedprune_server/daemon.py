@@ -25,7 +25,7 @@ from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Finished, Hello
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune_server.console.view import JobView, Onlooker
+from fedprune_server.console.view import JobView
 from fedprune_server.fleet.board_logs import BoardLogs
 from fedprune_server.fleet.farewell import FLUSH_S, Farewell
 from fedprune_server.fleet.quarantine import Quarantine
@@ -41,13 +41,14 @@ from fedprune_server.link.shipping import Shipping
 from fedprune_server.link.supervised import Supervised, revive
 from fedprune_server.link.uploads import Uploads
 from fedprune_server.link.wire import Item, Noticed, Wire
-from fedprune_server.observation.watch import Facts, Watch, facts_of
+from fedprune_server.observation.facts import Facts, facts_of
+from fedprune_server.observation.onlooker import Onlooker, Onlookers, Shown
 from fedprune_server.rollouts.desk import RolloutDesk
 from fedprune_server.rollouts.store import RolloutStore
 from fedprune_server.store.garbage import Garbage
 from fedprune_server.store.storage import PARTS_KEPT, Storage
 from fedprune_server.terminal.log_lines import about, device_in
-from fedprune_server.terminal.table import Display, Lines, Snapshot
+from fedprune_server.terminal.table import Lines, Snapshot
 from fedprune_server.work.divergence import ran_away, remedy
 from fedprune_server.work.workshop import Executes, Workshop
 
@@ -81,8 +82,7 @@ class Daemon:
         blobs_at: Where boards are told that blobs lie on the web; None for nowhere.
         quarantine: Says whom `link` hears; None for one of the daemon's own, in front of the link.
         logs: Keeps what boards tell of their logs and crashes; None to ask for nothing of that.
-        watch: Looks on, for figures and spans.
-        display: Where to show what happens.
+        onlookers: Who looks on; None for lines in the log. More may join before the start.
         clock: Seconds since 1970, for deadlines and the log; it may be set.
         monotonic: Seconds of a clock that nobody sets: for patience.
     """
@@ -110,8 +110,7 @@ class Daemon:
         blobs_at: str | None = None,
         quarantine: Quarantine | None = None,
         logs: BoardLogs | None = None,
-        watch: Watch | None = None,
-        display: Display | None = None,
+        onlookers: Sequence[Onlooker] | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -119,14 +118,13 @@ class Daemon:
         self.state = state
         self._coordinator = coordinate(job, architecture, state)
         self._storage = storage
-        self.watch = watch or Watch()
+        self.onlookers = Onlookers([Shown(Lines())] if onlookers is None else onlookers)
         with about(job=job.name):
             self._workshop = Workshop(worker)
         self._quarantine = quarantine or Quarantine(monotonic)
         self._link = link if quarantine is not None else Guarded(link, self._quarantine)
         self._topics = Topics(site)
         self._broker = broker
-        self._display = display or Lines()
         self._clock = clock
         self._monotonic = monotonic
         self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
@@ -165,10 +163,6 @@ class Daemon:
         """Called when the job is done, at once if it already is."""
         self.web_bytes: Callable[[], Mapping[str, int]] = dict
         """Bytes that devices have fetched over the web since it was last called; they count as sent to them."""
-        self.beat: Callable[[], None] = lambda: None
-        """Called in every turn of the loop."""
-        self.onlooker = Onlooker()
-        """Looks on; whoever wants to is put here before the start."""
 
     @property
     def subscriptions(self) -> list[str]:
@@ -297,7 +291,7 @@ class Daemon:
     def _turn(self) -> None:
         """Take in what has come, save what it leads to, and only then say what follows."""
         items = self._intake.turn(self._pause())
-        with about(job=self.job.name, round=self.state.round, trace_id=self.watch.trace_id):
+        with about(job=self.job.name, round=self.state.round, trace_id=self.onlookers.trace_id):
             self._work(items)
 
     def _work(self, items: Iterable[Item]) -> None:
@@ -317,16 +311,14 @@ class Daemon:
         self._wake(self._now)
         self._commit()
         self._post.send_chunks()
-        self._display.refresh(self.snapshot)
-        self.beat()
-        self.watch.turned(self._monotonic() - begun, self.facts)
-        self.onlooker.turn()
+        for turned in self.onlookers.turned:
+            turned(self._monotonic() - begun, self)
 
     def _close(self) -> None:
         self._shipping.close()
         self._workshop.close()
-        self._display.close()
-        self.watch.close()
+        for ended in self.onlookers.ended:
+            ended()
 
     def _begin(self) -> None:
         """Begin a turn: what happens in it happens at one time, and nothing is said of it before it is saved."""
@@ -336,7 +328,8 @@ class Daemon:
         """Take in an event; it is saved, and what follows from it done, as the turn ends."""
         self._commands += self._coordinator.handle(event, self._now)
         self._taken.append(event)
-        self.watch.event(event, self._now)
+        for told in self.onlookers.event:
+            told(event, self._now)
         self._reception.judged(event)
         if isinstance(event, on.Extracted):
             self._garbage.made(event.offer, self.state.round)
@@ -360,14 +353,18 @@ class Daemon:
 
     def _save(self, events: Sequence[on.Event]) -> None:
         state = self.state
-        self.onlooker.noticed(state.devices.changed | state.tasks.changed)
+        if self.onlookers.noticed:
+            changed = state.devices.changed | state.tasks.changed
+            for noticed in self.onlookers.noticed:
+                noticed(changed)
         self._garbage.follow(state)
         self._garbage.suspect(self._errands.let_go(anew=state.phase is not self._at[1]))
         # First remembered, then done: after a crash at any point the state asks for what was not done.
         begun = self._monotonic()
         if self._storage.save(state, events, self._now, self._roster.moved):
             self._roster.moved.clear()
-            self.watch.saved(self._monotonic() - begun)
+            for saved in self.onlookers.saved:
+                saved(self._monotonic() - begun)
         self._storage.put_outsiders(self._roster.outsiders)
         before, self._at = self._at, (state.round, state.phase)
         if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
@@ -376,16 +373,16 @@ class Daemon:
             self._garbage.collect(state, self._uploads.digests() | self._shipping.digests)
         ended, self._told = state.history[self._told :], len(state.history)
         for summary in ended:
-            self._display.round_over(self.snapshot(), summary)
-            self.watch.round_over(summary, self._now)
-            self.onlooker.round_over(self.job.name, summary)
+            for round_over in self.onlookers.round_over:
+                round_over(summary, self._now, self)
         if ended:
             state.slim(PARTS_KEPT)
 
     def _carry_out(self, commands: list[do.Command]) -> None:
         self._workshop.expect(commands)
         for command in commands:
-            self.watch.command(command, self._now)
+            for told in self.onlookers.command:
+                told(command, self._now)
             match command:
                 case do.Wake():
                     heapq.heappush(self._wakes, command.at)

@@ -17,7 +17,7 @@ from fedprune.setting_checks import only
 from fedprune_server.host import Host
 from fedprune_server.job_desk import JobDesk
 from fedprune_server.link.connection import Connection
-from fedprune_server.observation.watch import Watch
+from fedprune_server.observation.onlooker import Onlooker, Shown
 from fedprune_server.settings.config import ServerConfig
 from fedprune_server.settings.layers import file_layer, located
 from fedprune_server.settings.tables import TABLES, parse_config
@@ -107,7 +107,7 @@ def hosted(
     finished: Callable[[Kept, JobDesk], None],
     *,
     profiles: Sequence[Path] = (),
-    watch: Callable[[str], Watch] | None = None,
+    watch: Callable[[str], Sequence[Onlooker]] = lambda job: (),
     **first: Any,
 ) -> Host:
     """A host for several jobs.
@@ -117,7 +117,7 @@ def hosted(
         reached: The connection.
         finished: Called when one of them is done.
         profiles: Folders of hardware profiles beside the shipped ones.
-        watch: Gives each job's watch, by its name.
+        watch: Gives those who look on at each job, by its name.
         first: Further options for the first job's desk.
     """
     desks: list[JobDesk] = []
@@ -140,8 +140,7 @@ def hosted(
             max_devices=config.max_devices,
             max_packet=config.max_packet,
             quarantine=reached.quarantine,
-            display=Lines(of_several=True),
-            watch=None if watch is None else watch(job.job.name),
+            onlookers=[Shown(Lines(of_several=True)), *watch(job.job.name)],
             **({} if desks else first),
         )
         desk.when_finished = lambda kept=kept, desk=desk: finished(kept, desk)  # type: ignore[misc]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -87,6 +87,7 @@ class JobDesk(Daemon):
         self._roster.presence = Presence(lambda device: None)  # nobody: the host knows who is there
         self._roster.prefix = f"{job.name}: "
         self._schedule = compose(job).schedule or SYNCHRONOUS
+        self.onlookers.noticed.append(self._note)
 
     @property
     def view(self) -> JobView:
@@ -210,7 +211,7 @@ class JobDesk(Daemon):
 
     def changes(self) -> set[str]:
         """Devices of which the answers above may be others than at the last call."""
-        self._note()
+        self._note(self.state.devices.changed | self.state.tasks.changed)
         found, self._changed = self._changed, set()
         return found
 
@@ -234,17 +235,13 @@ class JobDesk(Daemon):
         rows = (replace(r, state=ELSEWHERE) if r.state == "offline" else r for r in found.rows)
         return replace(found, rows=tuple(rows))
 
-    def _note(self) -> None:
+    def _note(self, devices: Collection[str]) -> None:
         """Keep who has changed, before that is settled; with the phase it may be anybody who has a part."""
         state = self.state
-        self._changed |= state.devices.changed | state.tasks.changed
+        self._changed.update(devices)
         if state.phase is not self._seen:
             self._seen = state.phase
             self._changed |= state.tasks.keys()
-
-    def _save(self, events: Sequence[on.Event]) -> None:
-        self._note()
-        super()._save(events)
 
     # What it leaves to the host.
 

@@ -24,6 +24,7 @@ from fedprune.wire.messages import Birth, Cancelled, Death, Finished, Gone, Hell
 from fedprune.wire.offer import Offer
 from fedprune_device.agent import Agent
 from fedprune_device.data import LocalData
+from fedprune_device.duty import Duty
 from fedprune_device.own import OwnFolder
 from fedprune_device.slots import Slots
 from fedprune_device.store import DeviceStore
@@ -667,7 +668,7 @@ def test_room_that_an_offer_will_free_counts_for_it(bench: Bench, monkeypatch: p
     with bench.reopened() as store:
         store.blobs.put(bytes(free))
     monkeypatch.setattr(DeviceStore, "free_bytes", lambda s: free - sum(map(s.blobs.size, s.blobs.names())))
-    monkeypatch.setattr(Agent, "_begin", lambda *_: None)  # or it would be gone by then
+    monkeypatch.setattr(Duty, "resume", lambda *_: None)  # or it would be gone by then
     bench.run()
     assert not server.of(Refusal)
 

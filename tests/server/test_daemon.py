@@ -26,6 +26,7 @@ from fedprune.wire.messages import Accepted, Birth, Cancelled, Finished, Gone, P
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune_server.daemon import Daemon
+from fedprune_server.observation.onlooker import Shown
 from fedprune_server.store.garbage import sweep
 from fedprune_server.store.storage import Storage
 from fedprune_server.terminal.table import Lines, Snapshot
@@ -403,7 +404,7 @@ def test_the_table_shows_the_accuracy_of_what_a_device_serves(fleet: Fleet) -> N
         def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
             shown.append({row.device: row.accuracy for row in snapshot.rows})
 
-    fleet.run(display=Rounds())
+    fleet.run(onlookers=[Shown(Rounds())])
     assert shown == [{"a": 0.25, "b": 0.5, "c": 0.25}] * JOB.rounds
 
 

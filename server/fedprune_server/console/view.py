@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from fedprune.architecture import Architecture
 from fedprune.coordination import State
@@ -38,20 +37,3 @@ class JobView:
     connected: Callable[[], bool]
     weight: Callable[[], float]
     pause: Callable[[bool], None]
-
-
-class Onlooker:
-    """Somebody who looks on while a server works. This one sees nothing."""
-
-    def noticed(self, devices: Collection[str]) -> None:
-        """Something of devices has changed, and will be settled.
-
-        Args:
-            devices: Their names.
-        """
-
-    def round_over(self, job: str, summary: dict[str, Any]) -> None:
-        """A round of a job has ended."""
-
-    def turn(self) -> None:
-        """The server's loop has come round."""
