@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
-from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.job import Job
@@ -46,7 +46,8 @@ from fedprune_server.observation.onlooker import Onlooker, Onlookers, Shown
 from fedprune_server.rollouts.desk import RolloutDesk
 from fedprune_server.rollouts.store import RolloutStore
 from fedprune_server.store.garbage import Garbage
-from fedprune_server.store.storage import PARTS_KEPT, Storage
+from fedprune_server.store.journal import Journal
+from fedprune_server.store.storage import Storage
 from fedprune_server.terminal.log_lines import about, device_in
 from fedprune_server.terminal.table import Lines, Snapshot
 from fedprune_server.work.divergence import ran_away, remedy
@@ -148,13 +149,14 @@ class Daemon:
             job, state, self._roster, self._uploads, self._post, self._reception.out, self._handle, monotonic,
             self._shipping, blobs_at,
         )  # fmt: skip
-        self._garbage = Garbage(store, keep)
+        self._journal = Journal(
+            state, storage, Garbage(store, keep), self._roster, lambda anew: self._errands.let_go(anew=anew),
+            lambda: self._uploads.digests() | self._shipping.digests, monotonic,
+        )  # fmt: skip
         self._wakes: list[float] = []
         self._taken: list[on.Event] = []
         self._commands: list[do.Command] = []
         self._now = clock()
-        self._at = (state.round, state.phase)
-        self._told = len(state.history)
         self._greet_at = self._ticked = 0.0
         self._intake = Intake(self._link, monotonic)
         self._stopping = self._finished = False
@@ -331,10 +333,7 @@ class Daemon:
         for told in self.onlookers.event:
             told(event, self._now)
         self._reception.judged(event)
-        if isinstance(event, on.Extracted):
-            self._garbage.made(event.offer, self.state.round)
-        if isinstance(event, on.UpdateStored):
-            self._garbage.suspect([event.weights])  # it may have come too late for anybody to want it
+        self._journal.heard(event)
         if isinstance(event, on.UpdateRejected):
             found = (self._roster.prefix, event.device, event.round, event.reason)
             with about(job=self.job.name, round=event.round, device=event.device):
@@ -352,31 +351,17 @@ class Daemon:
         self._post.deliver()
 
     def _save(self, events: Sequence[on.Event]) -> None:
-        state = self.state
         if self.onlookers.noticed:
-            changed = state.devices.changed | state.tasks.changed
+            changed = self.state.devices.changed | self.state.tasks.changed
             for noticed in self.onlookers.noticed:
                 noticed(changed)
-        self._garbage.follow(state)
-        self._garbage.suspect(self._errands.let_go(anew=state.phase is not self._at[1]))
-        # First remembered, then done: after a crash at any point the state asks for what was not done.
-        begun = self._monotonic()
-        if self._storage.save(state, events, self._now, self._roster.moved):
-            self._roster.moved.clear()
+        seconds = self._journal.save(events, self._now)
+        if seconds is not None:
             for saved in self.onlookers.saved:
-                saved(self._monotonic() - begun)
-        self._storage.put_outsiders(self._roster.outsiders)
-        before, self._at = self._at, (state.round, state.phase)
-        if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
-            # No offer is being made: coordinators order them while a round collects, the workshop answers in order, so
-            # all are here before the round's end is; and those of the next round are ordered after this.
-            self._garbage.collect(state, self._uploads.digests() | self._shipping.digests)
-        ended, self._told = state.history[self._told :], len(state.history)
-        for summary in ended:
+                saved(seconds)
+        for summary in self._journal.ended():
             for round_over in self.onlookers.round_over:
                 round_over(summary, self._now, self)
-        if ended:
-            state.slim(PARTS_KEPT)
 
     def _carry_out(self, commands: list[do.Command]) -> None:
         self._workshop.expect(commands)
