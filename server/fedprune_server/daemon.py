@@ -8,7 +8,6 @@ somebody: devices repeat their updates, the server its offers.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -25,7 +24,6 @@ from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Finished, Hello
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune_server.console.view import JobView
 from fedprune_server.fleet.board_logs import BoardLogs
 from fedprune_server.fleet.farewell import FLUSH_S, Farewell
 from fedprune_server.fleet.quarantine import Quarantine
@@ -41,16 +39,17 @@ from fedprune_server.link.shipping import Shipping
 from fedprune_server.link.supervised import Supervised, revive
 from fedprune_server.link.uploads import Uploads
 from fedprune_server.link.wire import Item, Noticed, Wire
-from fedprune_server.observation.facts import Facts, facts_of
 from fedprune_server.observation.onlooker import Onlooker, Onlookers, Shown
+from fedprune_server.observation.view import JobView
 from fedprune_server.rollouts.desk import RolloutDesk
 from fedprune_server.rollouts.store import RolloutStore
 from fedprune_server.store.garbage import Garbage
 from fedprune_server.store.journal import Journal
 from fedprune_server.store.storage import Storage
 from fedprune_server.terminal.log_lines import about, device_in
-from fedprune_server.terminal.table import Lines, Snapshot
-from fedprune_server.work.divergence import ran_away, remedy
+from fedprune_server.terminal.table import Lines
+from fedprune_server.work import divergence
+from fedprune_server.work.alarms import Alarms
 from fedprune_server.work.workshop import Executes, Workshop
 
 log = logging.getLogger("fedprune.server")
@@ -118,16 +117,13 @@ class Daemon:
         self.job = job
         self.state = state
         self._coordinator = coordinate(job, architecture, state)
-        self._storage = storage
         self.onlookers = Onlookers([Shown(Lines())] if onlookers is None else onlookers)
         with about(job=job.name):
             self._workshop = Workshop(worker)
         self._quarantine = quarantine or Quarantine(monotonic)
         self._link = link if quarantine is not None else Guarded(link, self._quarantine)
-        self._topics = Topics(site)
-        self._broker = broker
-        self._clock = clock
-        self._monotonic = monotonic
+        self._topics, self._broker = Topics(site), broker
+        self._clock, self._monotonic = clock, monotonic
         self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
         self._shipping = Shipping(store)
         near = self._shipping.near
@@ -153,7 +149,7 @@ class Daemon:
             state, storage, Garbage(store, keep), self._roster, lambda anew: self._errands.let_go(anew=anew),
             lambda: self._uploads.digests() | self._shipping.digests, monotonic,
         )  # fmt: skip
-        self._wakes: list[float] = []
+        self._alarms = Alarms()
         self._taken: list[on.Event] = []
         self._commands: list[do.Command] = []
         self._now = clock()
@@ -161,6 +157,15 @@ class Daemon:
         self._intake = Intake(self._link, monotonic)
         self._stopping = self._finished = False
         self._farewell: Farewell | None = None
+        self.view = JobView(
+            job, self._coordinator.architecture, state, self._roster, self._quarantine, self._uploads.progress,
+            lambda: self._link.connected, lambda: 1.0, self.pause,
+            lambda: {
+                "workshop": self._workshop.waiting, "uploads": len(self._uploads.devices()),
+                "messages": self._post.queued,
+            }, clock,
+        )  # fmt: skip
+        """What there is to see of the job."""
         self.when_finished: Callable[[], None] = lambda: None
         """Called when the job is done, at once if it already is."""
         self.web_bytes: Callable[[], Mapping[str, int]] = dict
@@ -180,14 +185,6 @@ class Daemon:
     def finished(self) -> bool:
         """Whether the job is done."""
         return self._finished
-
-    @property
-    def view(self) -> JobView:
-        """What there is to see of the job."""
-        return JobView(
-            self.job, self._coordinator.architecture, self.state, self._roster, self._quarantine,
-            self._uploads.progress, lambda: self._link.connected, lambda: 1.0, self.pause,
-        )  # fmt: skip
 
     @property
     def traffic(self) -> dict[str, tuple[int, int]]:
@@ -231,20 +228,6 @@ class Daemon:
         finally:
             self._close()
 
-    def snapshot(self) -> Snapshot:
-        """The job as it stands."""
-        pulled = {n: p for n in self.state.tasks if (p := self._uploads.progress(n)) is not None}
-        return self._roster.snapshot(self._clock(), self._link.connected, pulled)
-
-    def facts(self) -> Facts:
-        """The job as figures."""
-        queues = {
-            "workshop": self._workshop.waiting,
-            "uploads": len(self._uploads.devices()),
-            "messages": self._post.queued,
-        }
-        return facts_of(self.job, self.state, self._roster, self._quarantine, self._link.connected, queues)
-
     # What comes in.
 
     def _pause(self) -> float:
@@ -252,9 +235,10 @@ class Daemon:
         if self._post.ready:
             return 0.0
         longest = 0.01 if self._workshop.busy or self._post.waiting or self._shipping.waiting else 0.1
-        if not self._wakes or self._shipping.stuck:  # no deadline counts then, so one that is over mustn't wake it
+        at = self._alarms.next
+        if at is None or self._shipping.stuck:  # no deadline counts then, so one that is over mustn't wake it
             return longest
-        return max(0.0, min(longest, self._wakes[0] - self._clock()))
+        return max(0.0, min(longest, at - self._clock()))
 
     def _take(self, item: Item) -> None:
         if isinstance(item, tuple):
@@ -310,17 +294,16 @@ class Daemon:
         if self._monotonic() - self._ticked >= _TICK_S:
             self._ticked = self._monotonic()
             self._tick(self._ticked)
-        self._wake(self._now)
+        if not self._shipping.stuck and self._alarms.rung(self._now):
+            self._handle(on.Ticked())  # but where the bucket can't be used, what is here would be late only for that
         self._commit()
         self._post.send_chunks()
-        for turned in self.onlookers.turned:
-            turned(self._monotonic() - begun, self)
+        self.onlookers.turned(lambda: self._monotonic() - begun, self.view)
 
     def _close(self) -> None:
         self._shipping.close()
         self._workshop.close()
-        for ended in self.onlookers.ended:
-            ended()
+        self.onlookers.ended()
 
     def _begin(self) -> None:
         """Begin a turn: what happens in it happens at one time, and nothing is said of it before it is saved."""
@@ -330,16 +313,11 @@ class Daemon:
         """Take in an event; it is saved, and what follows from it done, as the turn ends."""
         self._commands += self._coordinator.handle(event, self._now)
         self._taken.append(event)
-        for told in self.onlookers.event:
-            told(event, self._now)
+        self.onlookers.event(event, self._now)
         self._reception.judged(event)
         self._journal.heard(event)
         if isinstance(event, on.UpdateRejected):
-            found = (self._roster.prefix, event.device, event.round, event.reason)
-            with about(job=self.job.name, round=event.round, device=event.device):
-                log.warning("%supdate of %s in round %d doesn't count: %s", *found)
-                if ran_away(event.reason):
-                    log.warning("%s%s", self._roster.prefix, remedy(self.job.recipe.to_dict()))
+            divergence.warn(event, self.job, self._roster.prefix)
 
     def _commit(self) -> None:
         """End the turn: save what happened in it, then carry out what follows; that may lead to more."""
@@ -352,25 +330,20 @@ class Daemon:
 
     def _save(self, events: Sequence[on.Event]) -> None:
         if self.onlookers.noticed:
-            changed = self.state.devices.changed | self.state.tasks.changed
-            for noticed in self.onlookers.noticed:
-                noticed(changed)
+            self.onlookers.noticed(self.state.devices.changed | self.state.tasks.changed)
         seconds = self._journal.save(events, self._now)
         if seconds is not None:
-            for saved in self.onlookers.saved:
-                saved(seconds)
+            self.onlookers.saved(seconds)
         for summary in self._journal.ended():
-            for round_over in self.onlookers.round_over:
-                round_over(summary, self._now, self)
+            self.onlookers.round_over(summary, self._now, self.view)
 
     def _carry_out(self, commands: list[do.Command]) -> None:
         self._workshop.expect(commands)
         for command in commands:
-            for told in self.onlookers.command:
-                told(command, self._now)
+            self.onlookers.command(command, self._now)
             match command:
                 case do.Wake():
-                    heapq.heappush(self._wakes, command.at)
+                    self._alarms.add(command.at)
                 case do.Finish():
                     self._finish(command)
                 case do.Score() | do.Extract() | do.Fold() | do.Close() | do.Evaluate():
@@ -415,16 +388,6 @@ class Daemon:
         """Say to everybody that this server is there, and what time it is."""
         self._greet_at = now + _GREETING_S
         self._post.broadcast(Hello(int(self._clock())))
-
-    def _wake(self, now: float) -> None:
-        due = False
-        if self._shipping.stuck:
-            return  # updates that are here would be late only because the bucket can't be used
-        while self._wakes and self._wakes[0] <= now:
-            heapq.heappop(self._wakes)
-            due = True
-        if due:
-            self._handle(on.Ticked())
 
     def _linger(self) -> None:
         """Let the last messages out, and tell devices that come back just now that it is over."""

@@ -18,11 +18,9 @@ from fedprune.strategies import compose
 from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.fields import one_line
 from fedprune.wire.messages import Birth
-from fedprune_server.console.view import JobView
 from fedprune_server.daemon import Daemon
 from fedprune_server.fleet.presence import Presence
 from fedprune_server.link.wire import Item, Relay, Wire
-from fedprune_server.terminal.table import Snapshot
 
 log = logging.getLogger("fedprune.server")
 
@@ -87,12 +85,8 @@ class JobDesk(Daemon):
         self._roster.presence = Presence(lambda device: None)  # nobody: the host knows who is there
         self._roster.prefix = f"{job.name}: "
         self._schedule = compose(job).schedule or SYNCHRONOUS
-        self.onlookers.noticed.append(self._note)
-
-    @property
-    def view(self) -> JobView:
-        """What there is to see of the job."""
-        return replace(super().view, weight=lambda: self.weight)
+        self.onlookers.noticed.add(self._note)
+        self.view = replace(self.view, weight=lambda: self.weight, away=ELSEWHERE)
 
     # What the host does with it.
 
@@ -228,12 +222,6 @@ class JobDesk(Daemon):
         holds = state.tasks.count(*_UNDER_WAY)
         room = max(0, (self._schedule.concurrent or 2**31) - holds) if state.phase is Phase.TRAINING else 0
         return Borrower(self.job.name, weight, 1, room, holds)
-
-    def snapshot(self) -> Snapshot:
-        """The job as it stands; of devices that it doesn't have it knows nothing."""
-        found = super().snapshot()
-        rows = (replace(r, state=ELSEWHERE) if r.state == "offline" else r for r in found.rows)
-        return replace(found, rows=tuple(rows))
 
     def _note(self, devices: Collection[str]) -> None:
         """Keep who has changed, before that is settled; with the phase it may be anybody who has a part."""

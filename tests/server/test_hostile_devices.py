@@ -58,7 +58,7 @@ def test_further_devices_than_allowed_are_ignored(fleet: Fleet, caplog: pytest.L
     fleet.air.on_idle = daemon.stop
     daemon.run()
     assert len(state.devices) <= 5
-    assert len(daemon.snapshot().rows) == 5
+    assert len(daemon.view.snapshot().rows) == 5
     assert "at most 5 devices" in caplog.text
 
 
@@ -71,7 +71,7 @@ def test_reports_of_strangers_leave_nothing_behind(fleet: Fleet) -> None:
         Update("x", JOB.name, 1, 1, "0" * 64, BlobRef.of(b"x"), 1, 1),
     ):
         daemon._take((up, message.to_bytes()))
-    assert daemon.snapshot().rows == ()
+    assert daemon.view.snapshot().rows == ()
     assert list(fleet.storage.log.events()) == []
 
 

@@ -24,7 +24,8 @@ from fedprune.wire.link import Link
 from fedprune_server.broker.embedded import EmbeddedBroker
 from fedprune_server.children import Children
 from fedprune_server.daemon import Daemon
-from fedprune_server.observation.onlooker import Onlooker, Seen, Shown
+from fedprune_server.observation.onlooker import Onlooker, Shown
+from fedprune_server.observation.view import JobView
 from fedprune_server.settings.config import ServerConfig
 from fedprune_server.simulation.demo_fleet import BOARDS, QUICK_ROUNDS, ROUNDS, fleet_job, reference_job, too_few
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
@@ -234,7 +235,7 @@ class _Watch(Onlooker):
         self._meter = meter
         self._watch = watch
 
-    def turned(self, seconds: float, seen: Seen) -> None:
+    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
         """Check the processes.
 
         Raises:
@@ -242,7 +243,7 @@ class _Watch(Onlooker):
         """
         self._children.check()
 
-    def round_over(self, summary: dict[str, Any], now: float, seen: Seen) -> None:
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """Read the meter."""
         self._meter(int(summary["round"]))
         if self._watch is not None:

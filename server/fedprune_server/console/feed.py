@@ -32,8 +32,8 @@ from fedprune_server.console.log_tap import LogTap
 from fedprune_server.console.process import ConsoleProcess
 from fedprune_server.console.roles import LOOKS
 from fedprune_server.console.surroundings import Members, ReleaseWatch
-from fedprune_server.console.view import JobView
-from fedprune_server.observation.onlooker import Onlooker, Seen
+from fedprune_server.observation.onlooker import Onlooker
+from fedprune_server.observation.view import JobView
 
 log = logging.getLogger("fedprune.server")
 
@@ -130,7 +130,7 @@ class Feed(Onlooker):
         for name in devices:
             self._pending.setdefault(name)
 
-    def round_over(self, summary: dict[str, Any], now: float, seen: Seen) -> None:
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """Tell of a finished round."""
         view, (before, counted) = self._views[seen.job.name], self._before[seen.job.name]
         sums = self._bytes(view)
@@ -138,7 +138,7 @@ class Feed(Onlooker):
         self._before[seen.job.name] = (summary["at"], sums)
         self._news.append(RoundNews(**rows.round_news(seen.job.name, summary, before, moved)))
 
-    def turned(self, seconds: float, seen: Seen | None) -> None:
+    def turned(self, seconds: Callable[[], float] | None, seen: JobView | None) -> None:
         """Tell what has changed, and take in orders; most of the time it isn't time for either.
 
         What fails here is said in the log, and costs the job nothing.

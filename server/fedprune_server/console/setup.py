@@ -20,11 +20,11 @@ from fedprune_server.console.feed import Feed
 from fedprune_server.console.feed_words import Begin
 from fedprune_server.console.process import ConsoleProcess
 from fedprune_server.console.surroundings import Members, ReleaseWatch
-from fedprune_server.console.view import JobView
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.store import IdentityStore
 from fedprune_server.link.connection import Connection
 from fedprune_server.observation.onlooker import Onlookers
+from fedprune_server.observation.view import JobView
 from fedprune_server.rollouts.store import RolloutStore
 from fedprune_server.settings.config import ServerConfig, without_password
 

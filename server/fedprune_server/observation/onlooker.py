@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Protocol
+from typing import Any, Generic, ParamSpec
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.job import Job
-from fedprune_server.observation.facts import Facts
-from fedprune_server.terminal.table import Display, Snapshot
+from fedprune_server.observation.view import JobView
+from fedprune_server.terminal.table import Display
+
+P = ParamSpec("P")
 
 
-class Seen(Protocol):
-    """The job that is looked at. What is dear to put together is put together when somebody asks for it."""
+class Calls(Generic[P]):
+    """Functions that are called one after the other; with none of them it is false, and a call does nothing."""
 
-    @property
-    def job(self) -> Job:
-        """The job."""
-        ...
+    def __init__(self) -> None:
+        self._all: list[Callable[P, object]] = []
 
-    def snapshot(self) -> Snapshot:
-        """The job as people see it."""
-        ...
+    def __len__(self) -> int:
+        return len(self._all)
 
-    def facts(self) -> Facts:
-        """The job as figures."""
-        ...
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call all of them."""
+        for call in self._all:
+            call(*args, **kwargs)
+
+    def add(self, call: Callable[P, object]) -> None:
+        """One more."""
+        self._all.append(call)
 
 
 class Onlooker:
@@ -52,11 +55,11 @@ class Onlooker:
     def saved(self, seconds: float) -> None:
         """The database took so long to save a turn's events."""
 
-    def round_over(self, summary: dict[str, Any], now: float, seen: Seen) -> None:
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """A round has been finished."""
 
-    def turned(self, seconds: float, seen: Seen) -> None:
-        """A turn of the loop is over, which took so long beside waiting."""
+    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
+        """A turn of the loop is over, which took so long until now, beside waiting."""
 
     def ended(self) -> None:
         """The daemon ends."""
@@ -74,13 +77,13 @@ class Onlookers:
 
     def __init__(self, onlookers: Iterable[Onlooker] = ()) -> None:
         self._all: list[Onlooker] = []
-        self.event: list[Callable[[on.Event, float], None]] = []
-        self.command: list[Callable[[do.Command, float], None]] = []
-        self.noticed: list[Callable[[Collection[str]], None]] = []
-        self.saved: list[Callable[[float], None]] = []
-        self.round_over: list[Callable[[dict[str, Any], float, Seen], None]] = []
-        self.turned: list[Callable[[float, Seen], None]] = []
-        self.ended: list[Callable[[], None]] = []
+        self.event: Calls[[on.Event, float]] = Calls()
+        self.command: Calls[[do.Command, float]] = Calls()
+        self.noticed: Calls[[Collection[str]]] = Calls()
+        self.saved: Calls[[float]] = Calls()
+        self.round_over: Calls[[dict[str, Any], float, JobView]] = Calls()
+        self.turned: Calls[[Callable[[], float], JobView]] = Calls()
+        self.ended: Calls[[]] = Calls()
         for onlooker in onlookers:
             self.join(onlooker)
 
@@ -94,11 +97,11 @@ class Onlookers:
         self._all.append(onlooker)
         for name in _CALLS:
             if getattr(type(onlooker), name) is not getattr(Onlooker, name):
-                getattr(self, name).append(getattr(onlooker, name))
+                getattr(self, name).add(getattr(onlooker, name))
 
     def each_turn(self, action: Callable[[], object]) -> None:
         """Call this, too, in every turn of the loop."""
-        self.turned.append(lambda seconds, seen: action())
+        self.turned.add(lambda seconds, seen: action())
 
 
 class Shown(Onlooker):
@@ -111,11 +114,11 @@ class Shown(Onlooker):
     def __init__(self, display: Display) -> None:
         self._display = display
 
-    def round_over(self, summary: dict[str, Any], now: float, seen: Seen) -> None:
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """Show the round."""
         self._display.round_over(seen.snapshot(), summary)
 
-    def turned(self, seconds: float, seen: Seen) -> None:
+    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
         """Show the present, if it is time to."""
         self._display.refresh(seen.snapshot)
 

@@ -24,7 +24,8 @@ from fedprune import __version__
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress
-from fedprune_server.observation.onlooker import Onlooker, Seen
+from fedprune_server.observation.onlooker import Onlooker
+from fedprune_server.observation.view import JobView
 
 log = logging.getLogger("fedprune.server")
 
@@ -97,7 +98,7 @@ class JobTraces(Onlooker):
             case on.Evaluated():
                 self._end("evaluate", "", now)
 
-    def round_over(self, summary: dict[str, Any], now: float, seen: Seen) -> None:
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """A round ends, and with it the parts of whoever it didn't wait for."""
         counted = 0
         for name, part in summary["devices"].items():

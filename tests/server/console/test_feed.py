@@ -67,7 +67,7 @@ def watched(server: Any, air: Any, **more: Any) -> tuple[Feed, Child]:
 
 def flush(feed: Feed, air: Any) -> None:
     air.now += 1.0
-    feed.turned(0.0, None)
+    feed.turned(None, None)
 
 
 def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:

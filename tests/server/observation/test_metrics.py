@@ -46,7 +46,7 @@ def test_a_played_job_is_counted(played: Callable[[Onlooker], State], tmp_path: 
     watch = metrics.watch("toy")
     state = played(watch)
     watch.saved(0.01)
-    watch.turned(0.02, StillJob())
+    watch.turned(lambda: 0.02, StillJob())
     found = values(metrics)
     job = ("job", "toy")
 
@@ -108,7 +108,7 @@ def test_the_web_server_says_whether_the_loop_turns_and_what_is_ready(
 ) -> None:
     url, metrics, now, trouble = site
     assert status(f"{url}/healthz")[0] == 503
-    metrics.watch("toy").turned(0.1, StillJob())
+    metrics.watch("toy").turned(lambda: 0.1, StillJob())
     assert status(f"{url}/healthz") == status(f"{url}/readyz") == (200, "ok\n")
     trouble[0] = "no room"
     assert status(f"{url}/readyz") == (503, "database: no room\n")
@@ -128,7 +128,7 @@ def test_a_port_that_is_taken_is_one_clear_error(site: tuple[str, Metrics, list[
 def exposed() -> set[str]:
     metrics = Metrics(Path("/nowhere"), dict)
     watch = metrics.watch("toy")
-    watch.turned(0.1, StillJob())
+    watch.turned(lambda: 0.1, StillJob())
     watch.round_over({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}, 1.0, StillJob())
     families = text_string_to_metric_families(metrics.text().decode())
     return {s.name for f in families for s in f.samples}
