@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from fleet import Fleet, fill
+from fleet import Fleet, fill, folded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,16 +15,6 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Birth, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
 from fedprune.wire.topics import Topics
 from toy import JOB
-
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> Fleet:
-    return Fleet(tmp_path)
-
-
-def folded(state: State) -> list[list[str]]:
-    """Per round the devices that counted."""
-    return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
 
 
 def test_what_a_probe_adds_is_not_kept(fleet: Fleet) -> None:
