@@ -23,10 +23,10 @@ import numpy as np
 
 from fedprune import step, tensorfile, widths_at
 from fedprune.architecture import Architecture
+from fedprune.features import Features
 from fedprune.ladder import equal_work, rungs
 from fedprune.latency import LatencyTable, Measurement, fitted
 from fedprune.plan import DENSITIES
-from fedprune.recipe import Features
 from fedprune.session import Session
 from fedprune.workload import workload
 from fedprune_device.layer_times import measure

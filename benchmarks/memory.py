@@ -66,7 +66,7 @@ def measure(name: str, folder: Path) -> list[dict[str, Any]]:
 
     from fedprune.architecture import widths_at
     from fedprune.blocks import block_size
-    from fedprune.recipe import Features
+    from fedprune.features import Features
     from fedprune.selection import Selection
     from fedprune_export.formulation import Forms
     from fedprune_export.importing import export_torch, import_onnx

@@ -25,7 +25,7 @@ from one_step import FLIPPED, KINDS, NETS, Arrays, batch, distances, feeds, orac
 
 import nets
 from fedprune.architecture import widths_at
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune.selection import Selection
 from fedprune.session import Session
 from fedprune_export.imported import Model

@@ -146,7 +146,7 @@ def measure() -> list[dict[str, Any]]:
     """Every net at two widths, trained with two batches and predicting."""
     from fedprune import tensorfile, widths_at
     from fedprune.costs import costs_at
-    from fedprune.recipe import Features
+    from fedprune.features import Features
     from fedprune.selection import Selection
     from fedprune_device.predictor import GRAPH, WEIGHTS
     from fedprune_export.importing import export_torch, import_onnx
@@ -183,7 +183,7 @@ def measure() -> list[dict[str, Any]]:
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Predictions and their errors beside what was measured."""
     from fedprune.costs import Costs
-    from fedprune.recipe import Features
+    from fedprune.features import Features
 
     table = []
     for row in rows:

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from fedprune import tensorfile
-from fedprune.recipe import Features, Recipe
+from fedprune.features import Features
+from fedprune.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.client import Board
 

@@ -20,7 +20,7 @@ import numpy as np
 from fedprune import blocks
 from fedprune.chance import keyed
 from fedprune.costs import costs_at
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune.workload import BLOCKS
 from fedprune_export.formulation import Forms, formulated
 from fedprune_export.graph import Graph, Port

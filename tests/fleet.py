@@ -309,6 +309,11 @@ class Fleet:
         self.air.inbox = deque([ConnectionUp()])
 
 
+def folded(state: State) -> list[list[str]]:
+    """Per round the devices that counted."""
+    return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
+
+
 def larger(update: Update) -> Update:
     """An update that claims to be larger than what was offered."""
     ref = update.weights

@@ -18,7 +18,7 @@ import torch
 from torch_graph import run
 
 from fedprune import step
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune.session import Session
 from fedprune_export.formulation import Forms
 from fedprune_export.graph import Graph

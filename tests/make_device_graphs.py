@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 from fedprune import step, tensorfile
 from fedprune.architecture import Architecture, Axis, TensorKind, TensorSpec
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from fedprune import step
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune.session import Session
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model

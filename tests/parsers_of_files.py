@@ -45,7 +45,7 @@ from fedprune_server.data.image_folder import read_image_folder
 from fedprune_server.data.npz import read_npz
 from fedprune_server.data.plain_pickle import read_plain
 from fedprune_server.data.table import DataPlan
-from fedprune_server.settings.config import parse_config, read_config
+from fedprune_server.settings.tables import parse_config, read_config
 from fedprune_server.simulation.fleet_weather import read_availability, read_dropouts, read_settings, read_weather
 from fedprune_server.simulation.record import Record
 from fedprune_server.simulation.sweep import read_sweep

@@ -129,7 +129,7 @@ class SeveralJobs:
             self.air.publish = dying_publish  # type: ignore[method-assign]
             return
         for desk in self.desks.values():
-            save = desk._storage.save
+            save = desk._journal._storage.save
 
             def dying(*arguments: Any, save: Any = save) -> bool:
                 if point == "before saving":
@@ -139,7 +139,7 @@ class SeveralJobs:
                     step()
                 return saved
 
-            desk._storage.save = dying  # type: ignore[method-assign, assignment]
+            desk._journal._storage.save = dying  # type: ignore[method-assign, assignment]
 
     def restart(self) -> None:
         """A new connection, for a new process on the same folders."""

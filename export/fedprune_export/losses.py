@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedprune import step
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune_export.gradients.tape import BATCH, Shape, port
 from fedprune_export.graph import Graph
 

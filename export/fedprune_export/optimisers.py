@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedprune import step
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune_export.gradients.intents import DOMAIN, SCALED_SUM
 from fedprune_export.gradients.tape import Shape, Tape, port
 from fedprune_export.graph import Graph

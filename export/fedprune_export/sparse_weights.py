@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedprune import step
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune_export.graph import Graph
 
 _TINY = float(np.finfo(np.float32).tiny)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from fedprune import step
 from fedprune.errors import ModelError
+from fedprune.features import Features
 from fedprune.freezing import frozen_tensors
 from fedprune.ordered_dropout import axes_json
-from fedprune.recipe import Features
 from fedprune_export.drafts import LOSS, UPDATE, Purpose
 from fedprune_export.formulation import Forms, formulated, intended
 from fedprune_export.gradients.tape import Tape, port, sample_shape

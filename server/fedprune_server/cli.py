@@ -175,6 +175,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_server.host import Host
     from fedprune_server.link.connection import connection, identity_of
     from fedprune_server.link.web_blobs import web_blobs
+    from fedprune_server.observation.onlooker import Shown
     from fedprune_server.observation.setup import watching
     from fedprune_server.pulse import Pulse
     from fedprune_server.receivers.setup import alone_receives, receiving
@@ -214,7 +215,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 profiles=profiles, rollouts=rollouts, members=members, blobs_at=web.url, logs=logs,
                 watch=watch,
             )  # fmt: skip
-            web.give(daemon.first)
+            first: Daemon = daemon.first
         else:
             kept = jobs[0]
             daemon = alone = Daemon(
@@ -238,11 +239,14 @@ def _run(arguments: argparse.Namespace) -> int:
                 blobs_at=web.url,
                 quarantine=reached.quarantine,
                 logs=logs,
-                watch=watch(kept.opened.job.name),
-                display=Lines() if config.log_format == JSON else make_display(),
+                onlookers=[
+                    Shown(Lines() if config.log_format == JSON else make_display()),
+                    *watch(kept.opened.job.name),
+                ],
             )
-            web.give(alone)
+            first = alone
             alone.when_finished = lambda: _say_what_next(config.state, arguments.until_finished, alone)
+        web.give(first)
         for kept in jobs:
             _say_what_runs(kept)
             kept.folder.lease.lost = daemon.stop
@@ -250,7 +254,7 @@ def _run(arguments: argparse.Namespace) -> int:
         reached.start(daemon.subscriptions)
         for kept in jobs:
             kept.folder.keep(kept.opened)  # a broker that can't be reached is not one to remember
-        daemon.beat = pulse.beat
+        first.onlookers.each_turn(pulse.beat)  # of several jobs each has its turn in every turn of the loop
         stack.callback(pulse.stop)
         with _stopped_by_signals(daemon) as signals:
             daemon.run(until_finished=arguments.until_finished)

@@ -8,7 +8,6 @@ somebody: devices repeat their updates, the server its offers.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
-from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.job import Job
@@ -25,7 +24,6 @@ from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Finished, Hello
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune_server.console.view import JobView, Onlooker
 from fedprune_server.fleet.board_logs import BoardLogs
 from fedprune_server.fleet.farewell import FLUSH_S, Farewell
 from fedprune_server.fleet.quarantine import Quarantine
@@ -41,14 +39,17 @@ from fedprune_server.link.shipping import Shipping
 from fedprune_server.link.supervised import Supervised, revive
 from fedprune_server.link.uploads import Uploads
 from fedprune_server.link.wire import Item, Noticed, Wire
-from fedprune_server.observation.watch import Facts, Watch, facts_of
+from fedprune_server.observation.onlooker import Onlooker, Onlookers, Shown
+from fedprune_server.observation.view import JobView
 from fedprune_server.rollouts.desk import RolloutDesk
 from fedprune_server.rollouts.store import RolloutStore
 from fedprune_server.store.garbage import Garbage
-from fedprune_server.store.storage import PARTS_KEPT, Storage
+from fedprune_server.store.journal import Journal
+from fedprune_server.store.storage import Storage
 from fedprune_server.terminal.log_lines import about, device_in
-from fedprune_server.terminal.table import Display, Lines, Snapshot
-from fedprune_server.work.divergence import ran_away, remedy
+from fedprune_server.terminal.table import Lines
+from fedprune_server.work import divergence
+from fedprune_server.work.alarms import Alarms
 from fedprune_server.work.workshop import Executes, Workshop
 
 log = logging.getLogger("fedprune.server")
@@ -81,8 +82,7 @@ class Daemon:
         blobs_at: Where boards are told that blobs lie on the web; None for nowhere.
         quarantine: Says whom `link` hears; None for one of the daemon's own, in front of the link.
         logs: Keeps what boards tell of their logs and crashes; None to ask for nothing of that.
-        watch: Looks on, for figures and spans.
-        display: Where to show what happens.
+        onlookers: Who looks on; None for lines in the log. More may join before the start.
         clock: Seconds since 1970, for deadlines and the log; it may be set.
         monotonic: Seconds of a clock that nobody sets: for patience.
     """
@@ -110,25 +110,20 @@ class Daemon:
         blobs_at: str | None = None,
         quarantine: Quarantine | None = None,
         logs: BoardLogs | None = None,
-        watch: Watch | None = None,
-        display: Display | None = None,
+        onlookers: Sequence[Onlooker] | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.job = job
         self.state = state
         self._coordinator = coordinate(job, architecture, state)
-        self._storage = storage
-        self.watch = watch or Watch()
+        self.onlookers = Onlookers([Shown(Lines())] if onlookers is None else onlookers)
         with about(job=job.name):
             self._workshop = Workshop(worker)
         self._quarantine = quarantine or Quarantine(monotonic)
         self._link = link if quarantine is not None else Guarded(link, self._quarantine)
-        self._topics = Topics(site)
-        self._broker = broker
-        self._display = display or Lines()
-        self._clock = clock
-        self._monotonic = monotonic
+        self._topics, self._broker = Topics(site), broker
+        self._clock, self._monotonic = clock, monotonic
         self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
         self._shipping = Shipping(store)
         near = self._shipping.near
@@ -150,25 +145,31 @@ class Daemon:
             job, state, self._roster, self._uploads, self._post, self._reception.out, self._handle, monotonic,
             self._shipping, blobs_at,
         )  # fmt: skip
-        self._garbage = Garbage(store, keep)
-        self._wakes: list[float] = []
+        self._journal = Journal(
+            state, storage, Garbage(store, keep), self._roster, lambda anew: self._errands.let_go(anew=anew),
+            lambda: self._uploads.digests() | self._shipping.digests, monotonic,
+        )  # fmt: skip
+        self._alarms = Alarms()
         self._taken: list[on.Event] = []
         self._commands: list[do.Command] = []
         self._now = clock()
-        self._at = (state.round, state.phase)
-        self._told = len(state.history)
         self._greet_at = self._ticked = 0.0
         self._intake = Intake(self._link, monotonic)
         self._stopping = self._finished = False
         self._farewell: Farewell | None = None
+        self.view = JobView(
+            job, self._coordinator.architecture, state, self._roster, self._quarantine, self._uploads.progress,
+            lambda: self._link.connected, lambda: 1.0, self.pause,
+            lambda: {
+                "workshop": self._workshop.waiting, "uploads": len(self._uploads.devices()),
+                "messages": self._post.queued,
+            }, clock,
+        )  # fmt: skip
+        """What there is to see of the job."""
         self.when_finished: Callable[[], None] = lambda: None
         """Called when the job is done, at once if it already is."""
         self.web_bytes: Callable[[], Mapping[str, int]] = dict
         """Bytes that devices have fetched over the web since it was last called; they count as sent to them."""
-        self.beat: Callable[[], None] = lambda: None
-        """Called in every turn of the loop."""
-        self.onlooker = Onlooker()
-        """Looks on; whoever wants to is put here before the start."""
 
     @property
     def subscriptions(self) -> list[str]:
@@ -184,14 +185,6 @@ class Daemon:
     def finished(self) -> bool:
         """Whether the job is done."""
         return self._finished
-
-    @property
-    def view(self) -> JobView:
-        """What there is to see of the job."""
-        return JobView(
-            self.job, self._coordinator.architecture, self.state, self._roster, self._quarantine,
-            self._uploads.progress, lambda: self._link.connected, lambda: 1.0, self.pause,
-        )  # fmt: skip
 
     @property
     def traffic(self) -> dict[str, tuple[int, int]]:
@@ -235,20 +228,6 @@ class Daemon:
         finally:
             self._close()
 
-    def snapshot(self) -> Snapshot:
-        """The job as it stands."""
-        pulled = {n: p for n in self.state.tasks if (p := self._uploads.progress(n)) is not None}
-        return self._roster.snapshot(self._clock(), self._link.connected, pulled)
-
-    def facts(self) -> Facts:
-        """The job as figures."""
-        queues = {
-            "workshop": self._workshop.waiting,
-            "uploads": len(self._uploads.devices()),
-            "messages": self._post.queued,
-        }
-        return facts_of(self.job, self.state, self._roster, self._quarantine, self._link.connected, queues)
-
     # What comes in.
 
     def _pause(self) -> float:
@@ -256,9 +235,10 @@ class Daemon:
         if self._post.ready:
             return 0.0
         longest = 0.01 if self._workshop.busy or self._post.waiting or self._shipping.waiting else 0.1
-        if not self._wakes or self._shipping.stuck:  # no deadline counts then, so one that is over mustn't wake it
+        at = self._alarms.next
+        if at is None or self._shipping.stuck:  # no deadline counts then, so one that is over mustn't wake it
             return longest
-        return max(0.0, min(longest, self._wakes[0] - self._clock()))
+        return max(0.0, min(longest, at - self._clock()))
 
     def _take(self, item: Item) -> None:
         if isinstance(item, tuple):
@@ -297,7 +277,7 @@ class Daemon:
     def _turn(self) -> None:
         """Take in what has come, save what it leads to, and only then say what follows."""
         items = self._intake.turn(self._pause())
-        with about(job=self.job.name, round=self.state.round, trace_id=self.watch.trace_id):
+        with about(job=self.job.name, round=self.state.round, trace_id=self.onlookers.trace_id):
             self._work(items)
 
     def _work(self, items: Iterable[Item]) -> None:
@@ -314,19 +294,16 @@ class Daemon:
         if self._monotonic() - self._ticked >= _TICK_S:
             self._ticked = self._monotonic()
             self._tick(self._ticked)
-        self._wake(self._now)
+        if not self._shipping.stuck and self._alarms.rung(self._now):
+            self._handle(on.Ticked())  # but where the bucket can't be used, what is here would be late only for that
         self._commit()
         self._post.send_chunks()
-        self._display.refresh(self.snapshot)
-        self.beat()
-        self.watch.turned(self._monotonic() - begun, self.facts)
-        self.onlooker.turn()
+        self.onlookers.turned(lambda: self._monotonic() - begun, self.view)
 
     def _close(self) -> None:
         self._shipping.close()
         self._workshop.close()
-        self._display.close()
-        self.watch.close()
+        self.onlookers.ended()
 
     def _begin(self) -> None:
         """Begin a turn: what happens in it happens at one time, and nothing is said of it before it is saved."""
@@ -336,18 +313,11 @@ class Daemon:
         """Take in an event; it is saved, and what follows from it done, as the turn ends."""
         self._commands += self._coordinator.handle(event, self._now)
         self._taken.append(event)
-        self.watch.event(event, self._now)
+        self.onlookers.event(event, self._now)
         self._reception.judged(event)
-        if isinstance(event, on.Extracted):
-            self._garbage.made(event.offer, self.state.round)
-        if isinstance(event, on.UpdateStored):
-            self._garbage.suspect([event.weights])  # it may have come too late for anybody to want it
+        self._journal.heard(event)
         if isinstance(event, on.UpdateRejected):
-            found = (self._roster.prefix, event.device, event.round, event.reason)
-            with about(job=self.job.name, round=event.round, device=event.device):
-                log.warning("%supdate of %s in round %d doesn't count: %s", *found)
-                if ran_away(event.reason):
-                    log.warning("%s%s", self._roster.prefix, remedy(self.job.recipe.to_dict()))
+            divergence.warn(event, self.job, self._roster.prefix)
 
     def _commit(self) -> None:
         """End the turn: save what happened in it, then carry out what follows; that may lead to more."""
@@ -359,36 +329,21 @@ class Daemon:
         self._post.deliver()
 
     def _save(self, events: Sequence[on.Event]) -> None:
-        state = self.state
-        self.onlooker.noticed(state.devices.changed | state.tasks.changed)
-        self._garbage.follow(state)
-        self._garbage.suspect(self._errands.let_go(anew=state.phase is not self._at[1]))
-        # First remembered, then done: after a crash at any point the state asks for what was not done.
-        begun = self._monotonic()
-        if self._storage.save(state, events, self._now, self._roster.moved):
-            self._roster.moved.clear()
-            self.watch.saved(self._monotonic() - begun)
-        self._storage.put_outsiders(self._roster.outsiders)
-        before, self._at = self._at, (state.round, state.phase)
-        if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
-            # No offer is being made: coordinators order them while a round collects, the workshop answers in order, so
-            # all are here before the round's end is; and those of the next round are ordered after this.
-            self._garbage.collect(state, self._uploads.digests() | self._shipping.digests)
-        ended, self._told = state.history[self._told :], len(state.history)
-        for summary in ended:
-            self._display.round_over(self.snapshot(), summary)
-            self.watch.round_over(summary, self._now)
-            self.onlooker.round_over(self.job.name, summary)
-        if ended:
-            state.slim(PARTS_KEPT)
+        if self.onlookers.noticed:
+            self.onlookers.noticed(self.state.devices.changed | self.state.tasks.changed)
+        seconds = self._journal.save(events, self._now)
+        if seconds is not None:
+            self.onlookers.saved(seconds)
+        for summary in self._journal.ended():
+            self.onlookers.round_over(summary, self._now, self.view)
 
     def _carry_out(self, commands: list[do.Command]) -> None:
         self._workshop.expect(commands)
         for command in commands:
-            self.watch.command(command, self._now)
+            self.onlookers.command(command, self._now)
             match command:
                 case do.Wake():
-                    heapq.heappush(self._wakes, command.at)
+                    self._alarms.add(command.at)
                 case do.Finish():
                     self._finish(command)
                 case do.Score() | do.Extract() | do.Fold() | do.Close() | do.Evaluate():
@@ -433,16 +388,6 @@ class Daemon:
         """Say to everybody that this server is there, and what time it is."""
         self._greet_at = now + _GREETING_S
         self._post.broadcast(Hello(int(self._clock())))
-
-    def _wake(self, now: float) -> None:
-        due = False
-        if self._shipping.stuck:
-            return  # updates that are here would be late only because the bucket can't be used
-        while self._wakes and self._wakes[0] <= now:
-            heapq.heappop(self._wakes)
-            due = True
-        if due:
-            self._handle(on.Ticked())
 
     def _linger(self) -> None:
         """Let the last messages out, and tell devices that come back just now that it is over."""

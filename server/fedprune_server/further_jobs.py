@@ -17,9 +17,10 @@ from fedprune.setting_checks import only
 from fedprune_server.host import Host
 from fedprune_server.job_desk import JobDesk
 from fedprune_server.link.connection import Connection
-from fedprune_server.observation.watch import Watch
-from fedprune_server.settings.config import ServerConfig, parse_config
+from fedprune_server.observation.onlooker import Onlooker, Shown
+from fedprune_server.settings.config import ServerConfig
 from fedprune_server.settings.layers import file_layer, located
+from fedprune_server.settings.tables import TABLES, parse_config
 from fedprune_server.store.further_folders import FOLDER, folders
 from fedprune_server.store.state_folder import OpenJob, StateFolder, stored_config
 from fedprune_server.store.storage import Storage
@@ -27,7 +28,6 @@ from fedprune_server.terminal.table import Lines
 from fedprune_server.work.crew import helped
 from fedprune_server.work.workshop import Executes
 
-_TABLES = ("job", "model", "evaluation", "calibration", "server")
 _OWN = ("archive", "blobs", "cache_mib", "database", "keep", "pulls", "slabs", "weight", "workers")
 """Keys of [server] that a further job has of its own."""
 
@@ -71,7 +71,7 @@ def further(first: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
 def _read(first: ServerConfig, path: Path) -> ServerConfig:
     layer = file_layer(path)
     with located([layer], str(path)):
-        only(_TABLES, layer.tables, str(path), "table")
+        only(TABLES, layer.tables, str(path), "table")
         if isinstance(layer.tables.get("server"), dict):
             only(_OWN, layer.tables["server"], f"{path}: [server] of a further job")
         config = parse_config(layer.tables, str(path), path.parent)
@@ -107,7 +107,7 @@ def hosted(
     finished: Callable[[Kept, JobDesk], None],
     *,
     profiles: Sequence[Path] = (),
-    watch: Callable[[str], Watch] | None = None,
+    watch: Callable[[str], Sequence[Onlooker]] = lambda job: (),
     **first: Any,
 ) -> Host:
     """A host for several jobs.
@@ -117,7 +117,7 @@ def hosted(
         reached: The connection.
         finished: Called when one of them is done.
         profiles: Folders of hardware profiles beside the shipped ones.
-        watch: Gives each job's watch, by its name.
+        watch: Gives those who look on at each job, by its name.
         first: Further options for the first job's desk.
     """
     desks: list[JobDesk] = []
@@ -140,8 +140,7 @@ def hosted(
             max_devices=config.max_devices,
             max_packet=config.max_packet,
             quarantine=reached.quarantine,
-            display=Lines(of_several=True),
-            watch=None if watch is None else watch(job.job.name),
+            onlookers=[Shown(Lines(of_several=True)), *watch(job.job.name)],
             **({} if desks else first),
         )
         desk.when_finished = lambda kept=kept, desk=desk: finished(kept, desk)  # type: ignore[misc]

@@ -76,8 +76,6 @@ class Host:
         self._moved = True
         self._farewell: Farewell | None = None
         self._stopping = False
-        self.beat: Callable[[], None] = lambda: None
-        """Called in every turn of the loop."""
 
     @property
     def first(self) -> JobDesk:
@@ -155,7 +153,6 @@ class Host:
             self._share(now)
             for desk in self.desks.values():
                 desk.moved = False
-        self.beat()
 
     def _linger(self) -> None:
         """Let the last messages out, and tell devices that come back just now that it is over."""

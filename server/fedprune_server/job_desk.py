@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,9 @@ from fedprune.strategies import compose
 from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.fields import one_line
 from fedprune.wire.messages import Birth
-from fedprune_server.console.view import JobView
 from fedprune_server.daemon import Daemon
 from fedprune_server.fleet.presence import Presence
 from fedprune_server.link.wire import Item, Relay, Wire
-from fedprune_server.terminal.table import Snapshot
 
 log = logging.getLogger("fedprune.server")
 
@@ -87,11 +85,8 @@ class JobDesk(Daemon):
         self._roster.presence = Presence(lambda device: None)  # nobody: the host knows who is there
         self._roster.prefix = f"{job.name}: "
         self._schedule = compose(job).schedule or SYNCHRONOUS
-
-    @property
-    def view(self) -> JobView:
-        """What there is to see of the job."""
-        return replace(super().view, weight=lambda: self.weight)
+        self.onlookers.noticed.add(self._note)
+        self.view = replace(self.view, weight=lambda: self.weight, away=ELSEWHERE)
 
     # What the host does with it.
 
@@ -210,7 +205,7 @@ class JobDesk(Daemon):
 
     def changes(self) -> set[str]:
         """Devices of which the answers above may be others than at the last call."""
-        self._note()
+        self._note(self.state.devices.changed | self.state.tasks.changed)
         found, self._changed = self._changed, set()
         return found
 
@@ -228,23 +223,13 @@ class JobDesk(Daemon):
         room = max(0, (self._schedule.concurrent or 2**31) - holds) if state.phase is Phase.TRAINING else 0
         return Borrower(self.job.name, weight, 1, room, holds)
 
-    def snapshot(self) -> Snapshot:
-        """The job as it stands; of devices that it doesn't have it knows nothing."""
-        found = super().snapshot()
-        rows = (replace(r, state=ELSEWHERE) if r.state == "offline" else r for r in found.rows)
-        return replace(found, rows=tuple(rows))
-
-    def _note(self) -> None:
+    def _note(self, devices: Collection[str]) -> None:
         """Keep who has changed, before that is settled; with the phase it may be anybody who has a part."""
         state = self.state
-        self._changed |= state.devices.changed | state.tasks.changed
+        self._changed.update(devices)
         if state.phase is not self._seen:
             self._seen = state.phase
             self._changed |= state.tasks.keys()
-
-    def _save(self, events: Sequence[on.Event]) -> None:
-        self._note()
-        super()._save(events)
 
     # What it leaves to the host.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from agent_bench import Bench
 from local_board import LocalBoard
 
 from fedprune import tensorfile
@@ -95,3 +96,9 @@ def bundle(model: Path, graphs: Path) -> Path:
     files = {name: (model / name).read_bytes() for name in FILES}
     (model / MANIFEST).write_text(manifest(files, selection, Recipe(), "raspberry-pi-5", ("ant", "bee", "cat")))
     return model
+
+
+@pytest.fixture
+def bench(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> Bench:
+    """An agent that can be started again and again, and its server."""
+    return Bench(tmp_path, graphs, weights, data)

@@ -9,7 +9,7 @@ from cutting import cut_error, random_selection
 from one_step import distances, feeds, oracle, parts
 from torch import nn
 
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune.session import Session
 from fedprune_export.cut import at_widths
 from fedprune_export.graph import Graph, Port

@@ -17,8 +17,9 @@ from fedprune import step
 from fedprune.architecture import widths_at
 from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, ModelError
+from fedprune.features import Features
 from fedprune.feeds import first_step
-from fedprune.recipe import Features, Recipe
+from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
 from fedprune.session import Session
 from fedprune_device.data import LocalData

@@ -17,9 +17,10 @@ from fedprune import blocks, profile_store, session
 from fedprune.architecture import widths_at
 from fedprune.costs import costs_at
 from fedprune.errors import ExitCode
+from fedprune.features import Features
 from fedprune.form_times import FormTimes, Shape
 from fedprune.probe_report import ProbeReport
-from fedprune.recipe import Features, Recipe
+from fedprune.recipe import Recipe
 from fedprune.session import KernelTimes
 from fedprune_export import explanation, machine_speed
 from fedprune_export.cli import main

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from fedprune import step
 from fedprune.architecture import widths_at
 from fedprune.blocks import block_size
+from fedprune.features import Features
 from fedprune.feeds import first_step
 from fedprune.form_times import NAMES, FormTimes, Shape
-from fedprune.recipe import Features, Recipe
+from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune.session import Session
 from fedprune_export.formulation import Forms

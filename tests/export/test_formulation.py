@@ -19,7 +19,7 @@ from torch import nn
 from fedprune import blocks, step
 from fedprune.architecture import widths_at
 from fedprune.errors import ConfigError, ModelError
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune.selection import Selection
 from fedprune.session import Session
 from fedprune_device.step_graph import StepGraph

@@ -12,8 +12,8 @@ from torch import nn
 
 from fedprune import step
 from fedprune.errors import ConfigError, ModelError
+from fedprune.features import Features
 from fedprune.freezing import trained_tensors
-from fedprune.recipe import Features
 from fedprune.session import Session
 from fedprune_export.graph import Graph
 from fedprune_export.imported import Model

@@ -16,7 +16,7 @@ from one_step import FLIPPED, Arrays, distances, feeds, oracle, parts, tensor_di
 from torch import nn
 
 from fedprune.architecture import widths_at
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune.selection import Selection
 from fedprune.session import Session
 from fedprune_export.imported import Model

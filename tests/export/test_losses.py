@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 from torch.nn import functional
 
 from fedprune import step
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune.session import Session
 from fedprune_export.gradients.tape import BATCH, port
 from fedprune_export.graph import Graph

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune import step
-from fedprune.recipe import OPTIMIZERS, Features
+from fedprune.features import Features
+from fedprune.recipe import OPTIMIZERS
 from fedprune.session import Session
 from fedprune_export.gradients.tape import port
 from fedprune_export.graph import Graph

@@ -19,7 +19,7 @@ from fedprune import step
 from fedprune.architecture import widths_at
 from fedprune.blocks import block_size
 from fedprune.errors import PlanError
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune.selection import Selection, Tensors
 from fedprune.session import Session
 from fedprune_export.formulation import Forms

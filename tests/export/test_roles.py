@@ -14,7 +14,7 @@ from torch import nn
 
 import nets
 from fedprune.errors import ModelError
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
 from fedprune_export.importing import PARAMETERS_KEY, export_torch, import_onnx

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fedprune import step
+from fedprune.features import Features
 from fedprune.feeds import first_step
 from fedprune.ordered_dropout import TensorAxes
-from fedprune.recipe import Features, Recipe
+from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune.session import Session
 from fedprune_export.imported import Model

@@ -17,7 +17,7 @@ from torch import nn
 from fedprune import step
 from fedprune.architecture import Architecture, widths_at
 from fedprune.errors import ModelError
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune.selection import Selection
 from fedprune.session import Session
 from fedprune_export.graph import TRAINING_OPSET, Graph, Node, Port

@@ -18,7 +18,7 @@ from one_step import FLIPPED, KINDS, NETS, batch, distances, feeds, oracle, part
 import nets
 from fedprune import step
 from fedprune.architecture import widths_at
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune.selection import Selection
 from fedprune.session import Session
 from fedprune_export.imported import Model

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from fleet import Fleet
 from s3 import S3
 
 from postgres import Postgres
@@ -52,3 +54,16 @@ def at_s3(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return s3
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    """A server's folder, an air and devices."""
+    return Fleet(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def expected() -> str:
+    """The model that an undisturbed run ends with."""
+    with TemporaryDirectory() as folder:
+        return Fleet(Path(folder)).run().model

@@ -11,7 +11,8 @@ from fedprune.errors import ExitCode, FedpruneError
 from fedprune.job import Job
 from fedprune.privacy import WRITTEN, Privacy
 from fedprune.recipe import Recipe
-from fedprune_server.settings.config import ServerConfig, parse_config
+from fedprune_server.settings.config import ServerConfig
+from fedprune_server.settings.tables import parse_config
 from manual.errors import by_exit_code
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -2,37 +2,23 @@
 
 import gzip
 import io
-import pickle
-import pickletools
 import struct
-import tracemalloc
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from data_set_files import idx_bytes, images, labels, most_memory, write_cifar10, write_images, write_mnist
 from hypothesis import given
 from hypothesis import strategies as st
 
 import strategies  # noqa: F401 - its settings of Hypothesis
 from fedprune.errors import DataError
-from fedprune_server.data import idx, npz, plain_pickle
-from fedprune_server.data.cifar import read_cifar
+from fedprune_server.data import idx, npz
 from fedprune_server.data.idx import read_idx, read_idx_folder
 from fedprune_server.data.image_folder import read_image_folder
 from fedprune_server.data.npz import npz_arrays, read_npz
-from fedprune_server.data.plain_pickle import read_plain
 from fedprune_server.data.samples import Preparation, Samples, assembled
 from fedprune_server.data.source import read_samples
-
-
-def images(n, *shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, *shape), np.uint8)
-
-
-def labels(n, classes=10):
-    return np.arange(n) % classes
-
 
 # --- npz
 
@@ -114,12 +100,6 @@ def test_a_damaged_npz_is_read_or_refused(tmp_path_factory, data):
 # --- idx
 
 
-def idx_bytes(array):
-    codes = {"uint8": 8, "int8": 9, "int16": 0x0B, "int32": 0x0C, "float32": 0x0D, "float64": 0x0E}
-    head = bytes([0, 0, codes[array.dtype.name], array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-    return head + array.astype(array.dtype.newbyteorder(">")).tobytes()
-
-
 @pytest.mark.parametrize("kind", ["uint8", "int8", "int16", "int32", "float32", "float64"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_idx(tmp_path, kind, packed):
@@ -129,17 +109,6 @@ def test_idx(tmp_path, kind, packed):
     read = read_idx(path)
     assert read.dtype == array.dtype
     assert np.array_equal(read, array)
-
-
-def write_mnist(folder, *, packed=False):
-    folder.mkdir(parents=True, exist_ok=True)
-    x, y = images(30, 28, 28), labels(30)
-    for prefix, rows in (("train", slice(0, 20)), ("t10k", slice(20, 30))):
-        for name, array in (("images-idx3-ubyte", x[rows]), ("labels-idx1-ubyte", y[rows].astype(np.uint8))):
-            raw = idx_bytes(array)
-            path = folder / f"{prefix}-{name}{'.gz' if packed else ''}"
-            path.write_bytes(gzip.compress(raw) if packed else raw)
-    return x, y
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -186,237 +155,7 @@ def test_an_idx_file_takes_no_memory_for_what_it_does_not_have(tmp_path, monkeyp
     assert most_memory(read) < size // 8
 
 
-# --- pickles
-
-
-def python2_pickle(entries):
-    """What Python 2's cPickle makes of a dict of lists, strings and one array (checked by pickletools below)."""
-    out, memo = [b"\x80\x02}q\x01("], [1]
-
-    def put():
-        memo[0] += 1
-        return b"q" + bytes([memo[0]]) if memo[0] < 256 else b"r" + struct.pack("<I", memo[0])
-
-    def text(value):
-        head = b"U" + bytes([len(value)]) if len(value) < 256 else b"T" + struct.pack("<i", len(value))
-        return head + value + put()
-
-    for key, value in entries.items():
-        out.append(text(key))
-        if isinstance(value, bytes):
-            out.append(text(value))
-        elif isinstance(value, list):
-            items = [
-                text(v) if isinstance(v, bytes) else (b"K" + bytes([v]) if v < 256 else b"M" + struct.pack("<H", v))
-                for v in value
-            ]
-            out.append(b"]" + put() + b"(" + b"".join(items) + b"e")
-        else:
-            out += [
-                b"cnumpy.core.multiarray\n_reconstruct\n" + put() + b"cnumpy\nndarray\n" + put(),
-                b"K\x00\x85" + put() + b"U\x01b\x87" + put() + b"R" + put() + b"(K\x01",
-                b"".join(b"M" + struct.pack("<H", n) for n in value.shape) + b"\x86" + put(),
-                b"cnumpy\ndtype\n" + put() + b"U\x02u1K\x00K\x01\x87" + put() + b"R" + put(),
-                b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89",
-                b"T" + struct.pack("<i", value.nbytes) + value.tobytes() + put() + b"t" + put() + b"b",
-            ]
-    out.append(b"u.")
-    return b"".join(out)
-
-
-def batch(n, label=b"labels", seed=0):
-    return {
-        b"batch_label": b"training batch 1 of 5",
-        label: labels(n).tolist(),
-        b"data": images(n, 3072, seed=seed),
-        b"filenames": [b"leptodactylus_%d.png" % i for i in range(n)],
-    }
-
-
-def same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for key, value in theirs.items():
-        if isinstance(value, np.ndarray):
-            assert ours[key].dtype == value.dtype
-            assert np.array_equal(ours[key], value)
-        else:
-            assert ours[key] == value
-
-
-def test_a_pickle_of_python_2_is_read_as_pickle_reads_it():
-    raw = python2_pickle(batch(130))
-    assert sum(1 for _ in pickletools.genops(raw)) > 300  # well-formed
-    same(read_plain(raw), pickle.loads(raw, encoding="bytes"))  # noqa: S301 - the oracle, on our own bytes
-
-
-@pytest.mark.parametrize("protocol", [2, 3, 4])
-@pytest.mark.parametrize("kind", ["u1", "i8", "f4", ">i4"])
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_a_pickle_of_python_3_is_read_as_pickle_reads_it(protocol, kind, order):
-    value = {
-        "data": np.asarray(np.arange(12).reshape(3, 4), kind, order=order),
-        "labels": [0, 255, 256, 65536, -1, 2**40],
-        b"key": b"\x00\xff" * 200,
-        "names": ["ä", "b"],
-        "none": None,
-        "flags": (True, False),
-        "long": "x" * 300,
-    }
-    same(read_plain(pickle.dumps(value, protocol)), value)
-
-
-class Calls:
-    def __init__(self, what, *given):
-        self.what, self.given = what, given
-
-    def __reduce__(self):
-        return self.what, self.given
-
-
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize(
-    "value",
-    [
-        Calls(print, "never"),
-        {"data": Calls(Path, "never")},
-        {"data": Calls(np.dtype, "O")},
-        {"data": Calls(np.load, "never.npy")},
-        {"data": 1.5},
-        {"data": [[1]]},
-        {"data": {"data": 1}},
-        {"data": {1, 2}},
-        {1: 2},
-        np.array([{}, []], object),
-        {"data": np.zeros(2, [("a", "u1")])},
-        {"data": np.array(["text"])},
-    ],
-)
-def test_a_pickle_of_anything_else_is_refused(protocol, value, capsys):
-    with pytest.raises(DataError):
-        read_plain(pickle.dumps(value, protocol))
-    assert capsys.readouterr().out == ""
-
-
-@given(st.data())
-def test_a_damaged_pickle_is_read_or_refused(data):
-    raw = bytearray(python2_pickle(batch(2)))
-    for _ in range(data.draw(st.integers(1, 5))):
-        raw[data.draw(st.integers(0, min(250, len(raw) - 1)))] = data.draw(st.integers(0, 255))
-    try:
-        read = read_plain(bytes(raw))
-    except DataError:
-        return
-    values = read.values() if isinstance(read, dict) else [read]
-    assert all(isinstance(v, (int, str, bytes, list, tuple, np.ndarray, type(None))) for v in values)
-
-
-@given(st.lists(st.sampled_from([bytes([i]) for i in range(256)]), max_size=40))
-def test_random_opcodes_do_no_harm(codes):
-    try:
-        read = read_plain(b"\x80\x02" + b"".join(codes) + b".")
-    except DataError:
-        return
-    values = read.values() if isinstance(read, dict) else [read]
-    assert all(isinstance(v, (int, str, bytes, list, tuple, np.ndarray, type(None))) for v in values)
-
-
-def test_a_text_is_not_encoded_again_and_again():
-    text = b"a" * 2**16
-    again = b"h\x01h\x00h\x02\x86R" * 1000
-    raw = b"\x80\x02X" + struct.pack("<I", len(text)) + text + b"q\x00c_codecs\nencode\nq\x01X\x06\0\0\0latin1q\x02"
-
-    def read():
-        with pytest.raises(DataError, match="no more than the file is long"):
-            read_plain(raw + again + b".")
-
-    assert most_memory(read) < 10 * len(text)
-
-
-def test_a_list_is_looked_through_once_however_many_keys_have_it(monkeypatch):
-    looked = []
-    entry = plain_pickle._entry
-    monkeypatch.setattr(plain_pickle, "_entry", lambda value: looked.append(1) or entry(value))
-    keys = b"".join(b"U\x04%04dh\x00" % i for i in range(1000))
-    found = read_plain(b"\x80\x02}(U\x01a](" + b"N" * 1000 + b"eq\x00" + keys + b"u.")
-    assert len(found) == 1001
-    assert found[b"0999"] == [None] * 1000
-    assert len(looked) == 1
-
-
-# --- CIFAR
-
-
-def write_cifar10(folder, *, python):
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = []
-    for seed, name in enumerate(
-        ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
-    ):
-        content = batch(7, seed=seed)
-        whole.append(content)
-        if python:
-            (folder / name).write_bytes(python2_pickle(content))
-        else:
-            rows = np.concatenate([np.array(content[b"labels"], np.uint8)[:, None], content[b"data"]], 1)
-            (folder / f"{name}.bin").write_bytes(rows.tobytes())
-    if python:
-        meta = {b"label_names": [b"airplane", b"automobile", *(b"class %d" % i for i in range(2, 10))]}
-        (folder / "batches.meta").write_bytes(python2_pickle(meta))
-    return whole
-
-
-@pytest.mark.parametrize("python", [True, False])
-def test_cifar10(tmp_path, python):
-    whole = write_cifar10(tmp_path, python=python)
-    read = read_cifar(tmp_path)
-    pixels = np.concatenate([b[b"data"] for b in whole]).reshape(-1, 3, 32, 32)
-    assert np.array_equal(read.take(np.arange(42)), pixels)
-    assert read.labels.tolist() == [v for b in whole for v in b[b"labels"]]
-    assert np.flatnonzero(read.testing).tolist() == list(range(35, 42))
-    assert read.class_names[1] == ("automobile" if python else "1")
-    assert np.array_equal(Preparation()(read.take([3])), pixels[3:4].astype(np.float32) / np.float32(255))
-
-
-def test_cifar100_takes_fine_labels(tmp_path):
-    for name, seed in (("train", 0), ("test", 1)):
-        content = batch(5, b"fine_labels", seed=seed)
-        (tmp_path / name).write_bytes(python2_pickle({**content, b"coarse_labels": [0] * 5}))
-        rows = [np.full((5, 1), 9, np.uint8), np.array(content[b"fine_labels"], np.uint8)[:, None], content[b"data"]]
-        (tmp_path / "bin").mkdir(exist_ok=True)
-        (tmp_path / "bin" / f"{name}.bin").write_bytes(np.concatenate(rows, 1).tobytes())
-    python, binary = read_cifar(tmp_path), read_cifar(tmp_path / "bin")
-    assert python.labels.tolist() == binary.labels.tolist() == [0, 1, 2, 3, 4] * 2
-    assert np.array_equal(python.take(range(10)), binary.take(range(10)))
-
-
-def test_a_damaged_cifar_file_is_named(tmp_path):
-    write_cifar10(tmp_path, python=True)
-    (tmp_path / "data_batch_3").write_bytes(pickle.dumps(Calls(print, "never"), 2))
-    with pytest.raises(DataError, match=r"data_batch_3.*names a function.*binary version"):
-        read_cifar(tmp_path)
-    (tmp_path / "data_batch_3").unlink()
-    with pytest.raises(DataError, match="data_batch_3 is missing"):
-        read_cifar(tmp_path)
-
-
-def test_a_class_is_not_called_by_a_book(tmp_path):
-    write_cifar10(tmp_path, python=True)
-    (tmp_path / "batches.meta").write_bytes(python2_pickle({b"label_names": [b"x" * 300] * 10}))
-    with pytest.raises(DataError, match="label_names"):
-        read_cifar(tmp_path)
-
-
 # --- folders of images
-
-
-def write_images(folder, names, side=6, colour=True):
-    from PIL import Image
-
-    for number, name in enumerate(names):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = images(1, side, side, 3, seed=number)[0]
-        (Image.fromarray(pixels) if colour else Image.fromarray(pixels[..., 0])).save(path)
 
 
 def test_a_folder_per_class(tmp_path):
@@ -557,16 +296,6 @@ def write_npz(path, **members):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, raw in members.items():
             archive.writestr(f"{name}.npy", raw)
-
-
-def most_memory(action):
-    """Bytes that were allocated at once while it ran, beyond those before."""
-    tracemalloc.start()
-    try:
-        action()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def test_an_npz_that_claims_more_than_it_has_is_refused(tmp_path):

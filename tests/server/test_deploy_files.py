@@ -21,8 +21,8 @@ from fedprune_server.broker.config import CONFIG as MOSQUITTO_CONF
 from fedprune_server.cli import build_parser
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.pulse import FILE as PULSE
-from fedprune_server.settings.config import parse_config
 from fedprune_server.settings.environment import environment_layer, variables
+from fedprune_server.settings.tables import parse_config
 
 PINNED = re.compile(r"[\w./-]+:\d+\.\d+(\.\d+)?(-[\w.-]+)?")
 ENVIRONMENT = {"FEDPRUNE_HOST": "fleet.example"}

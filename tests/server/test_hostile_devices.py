@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from fleet import Fleet, fill
+from fleet import Fleet, fill, folded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,16 +15,6 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Birth, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
 from fedprune.wire.topics import Topics
 from toy import JOB
-
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> Fleet:
-    return Fleet(tmp_path)
-
-
-def folded(state: State) -> list[list[str]]:
-    """Per round the devices that counted."""
-    return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
 
 
 def test_what_a_probe_adds_is_not_kept(fleet: Fleet) -> None:
@@ -58,7 +47,7 @@ def test_further_devices_than_allowed_are_ignored(fleet: Fleet, caplog: pytest.L
     fleet.air.on_idle = daemon.stop
     daemon.run()
     assert len(state.devices) <= 5
-    assert len(daemon.snapshot().rows) == 5
+    assert len(daemon.view.snapshot().rows) == 5
     assert "at most 5 devices" in caplog.text
 
 
@@ -71,7 +60,7 @@ def test_reports_of_strangers_leave_nothing_behind(fleet: Fleet) -> None:
         Update("x", JOB.name, 1, 1, "0" * 64, BlobRef.of(b"x"), 1, 1),
     ):
         daemon._take((up, message.to_bytes()))
-    assert daemon.snapshot().rows == ()
+    assert daemon.view.snapshot().rows == ()
     assert list(fleet.storage.log.events()) == []
 
 

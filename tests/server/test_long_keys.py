@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.errors import ConfigError
 from fedprune_server.data.table import DataPlan
-from fedprune_server.settings.config import parse_config
+from fedprune_server.settings.tables import parse_config
 from fedprune_server.simulation.fleet_devices import read_devices
 from fedprune_server.simulation.fleet_weather import read_availability, read_dropouts, read_settings, read_weather
 from fedprune_server.simulation.sweep import read_sweep

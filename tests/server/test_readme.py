@@ -70,7 +70,7 @@ def test_readmes_commands_for_a_fleet_make_sense_and_name_files_that_are_there()
 
 @pytest.mark.usefixtures("_demo")
 def test_a_server_takes_the_examples_fleet() -> None:
-    from fedprune_server.settings.config import read_config
+    from fedprune_server.settings.tables import read_config
     from fedprune_server.store.state_folder import StateFolder
 
     config = read_config(Path("examples/fleet.toml"))

@@ -10,7 +10,8 @@ import pytest
 
 from fedprune.errors import ConfigError
 from fedprune.job import Job
-from fedprune_server.settings.config import ServerConfig, overridden, without_password
+from fedprune_server.settings.config import ServerConfig, without_password
+from fedprune_server.settings.tables import overridden
 from fedprune_server.store.state_folder import stored_config
 from fedprune_server.store.storage import FILE, Storage
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedprune_device.data import load_data
-from fedprune_server.settings.config import read_config
+from fedprune_server.settings.tables import read_config
 
 pytestmark = pytest.mark.system
 

@@ -25,7 +25,7 @@ from fedprune.architecture import (
 )
 from fedprune.costs import costs_at, memory_seconds
 from fedprune.errors import BundleError
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune.workload import workload
 
 PLAIN = Features()

@@ -6,8 +6,8 @@ import pytest
 
 from fedprune.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
 from fedprune.errors import ConfigError
+from fedprune.features import Features
 from fedprune.freezing import frozen_tensors, trained_tensors
-from fedprune.recipe import Features
 
 pytestmark = pytest.mark.board
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.errors import ConfigError
-from fedprune.recipe import LEAST_MIXUP, Features, Recipe
+from fedprune.features import Features
+from fedprune.recipe import LEAST_MIXUP, Recipe
 
 pytestmark = pytest.mark.board
 

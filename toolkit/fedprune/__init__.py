@@ -12,7 +12,8 @@ from fedprune.architecture import (
     widths_at,
 )
 from fedprune.errors import ExitCode, FedpruneError
-from fedprune.recipe import Features, Recipe
+from fedprune.features import Features
+from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
 
 __version__ = "0.1.0"

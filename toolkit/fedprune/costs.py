@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fedprune import step, tensorfile
 from fedprune.architecture import Activation, Architecture, Layer
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune.workload import workload
 
 Numbers = npt.NDArray[np.float64]

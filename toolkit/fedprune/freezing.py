@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 
 from fedprune.architecture import Architecture, TensorSpec
 from fedprune.errors import ConfigError
+from fedprune.features import Features
 from fedprune.head import spelt
-from fedprune.recipe import Features
 
 
 def frozen_tensors(architecture: Architecture, features: Features, frozen: Collection[str] = ()) -> frozenset[str]:

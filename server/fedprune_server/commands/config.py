@@ -60,8 +60,8 @@ _DEFAULT = "default"
 
 def _rows(found: Any) -> Iterator[dict[str, Any]]:
     """Every setting with its value and its origin, without passwords."""
-    from fedprune_server.settings.config import as_tables
     from fedprune_server.settings.layers import masked, origin
+    from fedprune_server.settings.tables import as_tables
 
     tables = as_tables(found.config)
     for path, value in _settings((), _whole(tables, found.config)):

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.errors import ConfigError
-from fedprune_server.settings.config import ServerConfig, as_tables, overridden, parse_config
+from fedprune_server.settings.config import ServerConfig
 from fedprune_server.settings.environment import CONFIG, environment_layer
 from fedprune_server.settings.layers import Layer, file_layer, located, merged
+from fedprune_server.settings.tables import as_tables, overridden, parse_config
 from fedprune_server.store.database import check_url
 from fedprune_server.store.state_folder import stored_config
 

@@ -7,7 +7,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,15 @@ from fedprune.wire.link import Link
 from fedprune_server.broker.embedded import EmbeddedBroker
 from fedprune_server.children import Children
 from fedprune_server.daemon import Daemon
+from fedprune_server.observation.onlooker import Onlooker, Shown
+from fedprune_server.observation.view import JobView
 from fedprune_server.settings.config import ServerConfig
 from fedprune_server.simulation.demo_fleet import BOARDS, QUICK_ROUNDS, ROUNDS, fleet_job, reference_job, too_few
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
 from fedprune_server.simulation.record import Record, record_of
 from fedprune_server.simulation.report import claims, summary_text, write_report
 from fedprune_server.store.state_folder import StateFolder
-from fedprune_server.terminal.table import Display, Snapshot, make_display
+from fedprune_server.terminal.table import make_display
 from fedprune_server.work.reference import TITLE
 
 log = logging.getLogger("fedprune.server")
@@ -192,7 +194,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
         opened = state.open_job(config)
         link = Link(broker.url, f"fedprune-server-{_SITE}")
         stack.callback(link.close)
-        display = _Watch(make_display(), children, lambda number: traffic.__setitem__(number, _bytes(broker)), watch)
+        meter = _Watch(children, lambda number: traffic.__setitem__(number, _bytes(broker)), watch)
         daemon = Daemon(
             job,
             opened.model.architecture,
@@ -204,7 +206,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
             site=_SITE,
             profiles=(folder.profiles,),
             broker=broker,
-            display=display,
+            onlookers=[meter, Shown(make_display())],
         )
         link.subscribe(daemon.subscriptions)
         link.start()
@@ -223,40 +225,29 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
         )
 
 
-class _Watch:
-    """A display that also looks after the boards and reads the broker's meter after every round."""
+class _Watch(Onlooker):
+    """Looks after the boards, and reads the broker's meter after every round."""
 
     def __init__(
-        self,
-        inner: Display,
-        children: Children,
-        meter: Callable[[int], None],
-        watch: Callable[[dict[str, int]], None] | None,
+        self, children: Children, meter: Callable[[int], None], watch: Callable[[dict[str, int]], None] | None
     ) -> None:
-        self._inner = inner
         self._children = children
         self._meter = meter
         self._watch = watch
 
-    def refresh(self, snapshot: Callable[[], Snapshot]) -> None:
-        """Check the processes, then show.
+    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
+        """Check the processes.
 
         Raises:
             ChildDiedError: One has ended.
         """
         self._children.check()
-        self._inner.refresh(snapshot)
 
-    def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
-        """Read the meter, then show."""
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+        """Read the meter."""
         self._meter(int(summary["round"]))
         if self._watch is not None:
             self._watch(self._children.pids)
-        self._inner.round_over(snapshot, summary)
-
-    def close(self) -> None:
-        """Close the display."""
-        self._inner.close()
 
 
 def _start_board(children: Children, name: str, folder: DemoFolder, place: Path, url: str) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedprune.disk import storage_errors
-from fedprune.errors import StorageError, StorageFullError
+from fedprune.errors import StorageError
+from fedprune_server.sqlite_errors import sqlite_errors
 
 FILE = "console.db"
 """In the state folder."""
@@ -120,14 +121,5 @@ class ConsoleDatabase:
                 raise
             self._connection.execute("COMMIT")
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            text = str(error)
-            if "full" in text:
-                raise StorageFullError(f"no room left for {self.path}", hint="Make room on the disk.") from error
-            raise StorageError(
-                f"{self.path}: {text}", hint="If it is damaged, delete it and make the operators anew."
-            ) from error
+    def _translated(self) -> AbstractContextManager[None]:
+        return sqlite_errors(self.path, "If it is damaged, delete it and make the operators anew.")

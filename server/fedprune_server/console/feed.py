@@ -32,7 +32,8 @@ from fedprune_server.console.log_tap import LogTap
 from fedprune_server.console.process import ConsoleProcess
 from fedprune_server.console.roles import LOOKS
 from fedprune_server.console.surroundings import Members, ReleaseWatch
-from fedprune_server.console.view import JobView, Onlooker
+from fedprune_server.observation.onlooker import Onlooker
+from fedprune_server.observation.view import JobView
 
 log = logging.getLogger("fedprune.server")
 
@@ -116,7 +117,7 @@ class Feed(Onlooker):
         self._jobs: dict[str, JobNews] = {}
         self._connected: bool | None = None
         self._news: list[ToConsole] = []
-        self._before: dict[str, tuple[float | None, tuple[int, int] | None]] = {}
+        self._before: dict[str, tuple[float | None, tuple[int, int]]] = {}
         self._rollouts: Rollouts | None = None
         for name, view in self._views.items():
             history = view.state.history
@@ -129,15 +130,15 @@ class Feed(Onlooker):
         for name in devices:
             self._pending.setdefault(name)
 
-    def round_over(self, job: str, summary: dict[str, Any]) -> None:
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """Tell of a finished round."""
-        view, (before, counted) = self._views[job], self._before[job]
-        now = self._bytes(view)
-        moved = None if counted is None or now is None else (max(0, now[0] - counted[0]), max(0, now[1] - counted[1]))
-        self._before[job] = (summary["at"], now)
-        self._news.append(RoundNews(**rows.round_news(job, summary, before, moved)))
+        view, (before, counted) = self._views[seen.job.name], self._before[seen.job.name]
+        sums = self._bytes(view)
+        moved = max(0, sums[0] - counted[0]), max(0, sums[1] - counted[1])
+        self._before[seen.job.name] = (summary["at"], sums)
+        self._news.append(RoundNews(**rows.round_news(seen.job.name, summary, before, moved)))
 
-    def turn(self) -> None:
+    def turned(self, seconds: Callable[[], float] | None, seen: JobView | None) -> None:
         """Tell what has changed, and take in orders; most of the time it isn't time for either.
 
         What fails here is said in the log, and costs the job nothing.
@@ -341,10 +342,8 @@ class Feed(Onlooker):
 
     @staticmethod
     def _bytes(view: JobView) -> tuple[int, int]:
-        down, up = 0, 0
-        for sent, received in view.roster.traffic.values():
-            down, up = down + sent, up + received
-        return down, up
+        traffic = view.roster.traffic.values()
+        return sum(down for down, _ in traffic), sum(up for _, up in traffic)
 
     # What is ordered.
 

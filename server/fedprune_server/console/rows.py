@@ -8,7 +8,7 @@ from typing import Any
 
 from fedprune.coordination.state import Device, Progress, State, Task
 from fedprune.wire.fields import one_line
-from fedprune_server.console.view import JobView
+from fedprune_server.observation.view import JobView
 
 _STATE = {
     Progress.QUEUED: "queued",

@@ -20,10 +20,11 @@ from fedprune_server.console.feed import Feed
 from fedprune_server.console.feed_words import Begin
 from fedprune_server.console.process import ConsoleProcess
 from fedprune_server.console.surroundings import Members, ReleaseWatch
-from fedprune_server.console.view import JobView, Onlooker
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.store import IdentityStore
 from fedprune_server.link.connection import Connection
+from fedprune_server.observation.onlooker import Onlookers
+from fedprune_server.observation.view import JobView
 from fedprune_server.rollouts.store import RolloutStore
 from fedprune_server.settings.config import ServerConfig, without_password
 
@@ -35,7 +36,7 @@ _PACKAGES = ("argon2", "fastapi", "jinja2", "uvicorn")
 class Desk(Protocol):
     """A job that can be looked at."""
 
-    onlooker: Onlooker
+    onlookers: Onlookers
 
     @property
     def view(self) -> JobView:
@@ -95,7 +96,7 @@ def with_console(
         )  # fmt: skip
         stack.callback(feed.close)
         for desk in desks:
-            desk.onlooker = feed
+            desk.onlookers.join(feed)
         logger = logging.getLogger("fedprune")
         logger.addHandler(feed.tap)
         stack.callback(logger.removeHandler, feed.tap)

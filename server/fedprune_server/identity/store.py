@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,13 @@ from fedprune.errors import (
     ForeignClaimError,
     JoinError,
     StorageError,
-    StorageFullError,
     UnknownClaimError,
     UsedClaimError,
 )
 from fedprune.trust.claim import Claim
 from fedprune.trust.joining import holds_claim
 from fedprune.wire.join_messages import JoinRequest
+from fedprune_server.sqlite_errors import sqlite_errors
 
 APPROVED, WAITING, REVOKED = "approved", "waiting", "revoked"
 
@@ -279,13 +279,6 @@ class IdentityStore:
             connection.execute(self._begin)
             yield connection
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            if "full" in str(error):
-                raise StorageFullError(f"no room left for {self._path}", hint="Make room; nothing is lost.") from error
-            raise StorageError(
-                f"{self._path}: {error}", hint="If it is damaged, restore the backup of the identity folder."
-            ) from error
+    def _translated(self) -> AbstractContextManager[None]:
+        hint = "If it is damaged, restore the backup of the identity folder."
+        return sqlite_errors(self._path, hint, "Make room; nothing is lost.")

@@ -17,8 +17,10 @@ from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress
+from fedprune_server.observation.facts import Facts
+from fedprune_server.observation.onlooker import Onlooker
 from fedprune_server.observation.reasons import KINDS, kind_of
-from fedprune_server.observation.watch import Facts, Watch
+from fedprune_server.observation.view import JobView
 
 PARTS = ("score", "extract", "train", "pull", "fold", "close", "evaluate", "round")
 """Of a round, of which seconds are counted: `train` is from an offer to its update's announcement."""
@@ -106,7 +108,7 @@ class Metrics:
         return float(self._blobs)
 
 
-class JobMetrics(Watch):
+class JobMetrics(Onlooker):
     """Counts what happens to one job.
 
     Args:
@@ -167,7 +169,7 @@ class JobMetrics(Watch):
                 for part in ("extract", "train", "pull", "fold"):
                     self._begun.pop((part, event.device), None)
 
-    def round_over(self, summary: Mapping[str, Any], now: float) -> None:
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """Count what became of a round's parts."""
         job, all_ = self._job, self._all
         all_.closed.labels(job).inc()
@@ -193,14 +195,14 @@ class JobMetrics(Watch):
         """Count a transaction."""
         self._all.save.labels(self._job).observe(seconds)
 
-    def turned(self, seconds: float, facts: Callable[[], Facts]) -> None:
+    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
         """Count a turn, and look at all devices now and then."""
         now = self._clock()
         self._all.turned_at = now
-        self._all.turn.labels(self._job).observe(seconds)
+        self._all.turn.labels(self._job).observe(seconds())
         if now < self._facts_at:
             return
-        self._show(facts())
+        self._show(seen.facts())
         self._facts_at = now + max(_FACTS_S, (self._clock() - now) / _SHARE)
 
     def _show(self, facts: Facts) -> None:

@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from fedprune.errors import MissingExtraError
-from fedprune_server.observation.watch import Watch, Watches
+from fedprune_server.observation.onlooker import Onlooker
 from fedprune_server.settings.config import OFF, ServerConfig
 
-Watcher = Callable[[str], Watch]
-"""Gives a job's watch, by its name."""
+Watcher = Callable[[str], list[Onlooker]]
+"""Gives those who look on at a job, by its name."""
 
 _ENVIRONMENT = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
 @contextmanager
 def watching(config: ServerConfig, ready: dict[str, Callable[[], str]]) -> Iterator[Watcher]:
-    """Watches for a server's jobs: figures where `metrics` says so, spans where `traces` or the environment does.
+    """Onlookers for a server's jobs: figures where `metrics` says so, spans where `traces` or the environment does.
 
     Args:
         config: The configuration.
@@ -28,7 +28,7 @@ def watching(config: ServerConfig, ready: dict[str, Callable[[], str]]) -> Itera
         ConfigError: The address of `metrics` can't be listened on.
         MissingExtraError: A package is missing.
     """
-    makers: list[Watcher] = []
+    makers: list[Callable[[str], Onlooker]] = []
     with ExitStack() as stack:
         place = config.metrics_place
         if place is not None:
@@ -48,7 +48,7 @@ def watching(config: ServerConfig, ready: dict[str, Callable[[], str]]) -> Itera
                 raise _missing("traces", "tracing", error) from error
             tracer = stack.enter_context(traced(None if config.traces == OFF else config.traces))
             makers.append(lambda job: JobTraces(tracer, job))
-        yield lambda job: Watches([make(job) for make in makers]) if makers else Watch()
+        yield lambda job: [make(job) for make in makers]
 
 
 def _missing(what: str, extra: str, error: ModuleNotFoundError) -> MissingExtraError:

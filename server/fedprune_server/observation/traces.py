@@ -24,7 +24,8 @@ from fedprune import __version__
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress
-from fedprune_server.observation.watch import Watch
+from fedprune_server.observation.onlooker import Onlooker
+from fedprune_server.observation.view import JobView
 
 log = logging.getLogger("fedprune.server")
 
@@ -34,7 +35,7 @@ MAX_OPEN = 20_000
 _DEVICE = "device"
 
 
-class JobTraces(Watch):
+class JobTraces(Onlooker):
     """Makes one job's spans.
 
     Args:
@@ -97,7 +98,7 @@ class JobTraces(Watch):
             case on.Evaluated():
                 self._end("evaluate", "", now)
 
-    def round_over(self, summary: Mapping[str, Any], now: float) -> None:
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """A round ends, and with it the parts of whoever it didn't wait for."""
         counted = 0
         for name, part in summary["devices"].items():
@@ -113,7 +114,7 @@ class JobTraces(Watch):
                     self._round.set_attribute(f"fedprune.metric.{metric}", value)
             self._finish_round(now)
 
-    def close(self) -> None:
+    def ended(self) -> None:
         """The daemon ends: what is open ends as it is, and the next process begins spans of its own."""
         for key in list(self._open):
             self._open.pop(key).end()

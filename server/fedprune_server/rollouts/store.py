@@ -17,10 +17,11 @@ from typing import Any
 from fedprune.blobs import BlobStore
 from fedprune.coordination.rollout import Rollout, RolloutPhase
 from fedprune.disk import locked, storage_errors
-from fedprune.errors import ConfigError, ProtocolError, ReleaseError, StorageError, StorageFullError
+from fedprune.errors import ConfigError, ProtocolError, ReleaseError, StorageError
 from fedprune.release import MAX_FILE
 from fedprune.wire.messages import parse
 from fedprune.wire.release_messages import ReleaseOffer
+from fedprune_server.sqlite_errors import sqlite_errors
 
 FOLDER = "releases"
 FILE = "rollouts.db"
@@ -219,15 +220,9 @@ class RolloutStore:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        try:
-            with storage_errors(f"can't use {self._path}"):
-                yield
-        except sqlite3.Error as error:
-            if "full" in str(error):
-                raise StorageFullError(f"no room left for {self._path}", hint="Make room on the disk.") from error
-            raise StorageError(
-                f"{self._path}: {error}", hint="If it is damaged, restore the server's backup, or delete it."
-            ) from error
+        hint = "If it is damaged, restore the server's backup, or delete it."
+        with storage_errors(f"can't use {self._path}"), sqlite_errors(self._path, hint):
+            yield
 
 
 def _json(body: object) -> str:

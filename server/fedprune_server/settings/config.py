@@ -1,18 +1,16 @@
-"""What a server is told to do: one TOML file, overridden by the command line."""
+"""What a server is told to do, and what of that makes no sense."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedprune import setting_checks
 from fedprune.errors import ConfigError, FedpruneError, shown
 from fedprune.job import Job
-from fedprune.strategies import compose
 from fedprune.trust.tls import SYSTEM
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.blob_url import BlobUrl
@@ -20,7 +18,7 @@ from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_name
 from fedprune_server.bucket.bucket import FOLDER, parse
 from fedprune_server.settings.cluster_url import PROCESSES, check_url
-from fedprune_server.settings.layers import file_layer, located
+from fedprune_server.settings.keys import ELSEWHERE, SERVER, SWITCHES
 
 EMBEDDED = "embedded"
 OFF = "off"
@@ -28,54 +26,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 LOG_FORMATS = ("text", "json")
 
 _WEB = re.compile(r"https?://[A-Za-z0-9_.:\[\]-]+(?:/[A-Za-z0-9_./-]*)?")
-
-_TABLES = ("job", "model", "evaluation", "calibration", "server")
-_SERVER_TEXTS = (
-    "site",
-    "broker",
-    "ca",
-    "host",
-    "state",
-    "database",
-    "blobs",
-    "profiles",
-    "blob_url",
-    "serve_blobs",
-    "workers_url",
-    "log_format",
-    "metrics",
-    "traces",
-    "console",
-    "console_certificate",
-    "console_key",
-    "console_hosts",
-    "console_orders",
-    "console_releases",
-)
-_SERVER_NUMBERS = (
-    "port",
-    "keep",
-    "pulls",
-    "receivers",
-    "workers",
-    "max_devices",
-    "max_packet",
-    "cache_mib",
-    "board_logs",
-)
-_SERVER_SWITCHES = ("archive", "slabs", "console_insecure", "console_proxy")
-_ELSEWHERE = ("state", "database")
-"""What the state folder itself is, or says; not among the settings that the database keeps."""
-
-_SAID = {"job: privacy": "job.privacy", "job": "job", "recipe": "job.recipe", "server": "server"}
-"""Tables by how errors of what they are made into name them."""
-
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
-_PATHS = ("profiles", "ca", "console_certificate", "console_key", "console_releases")
-_SERVER_REALS = ("weight",)
-_SERVER = (*_SERVER_TEXTS, *_SERVER_NUMBERS, *_SERVER_SWITCHES, *_SERVER_REALS)
-_SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulation")
-"""Tables that only a simulation reads, so that one file serves both."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +147,7 @@ class ServerConfig:
         if self.port is not None:
             setting_checks.whole("server: port", self.port, 0, 65_535)
         setting_checks.number("server: weight", self.weight, 0.0, 1000.0)
-        for name in _SERVER_SWITCHES:
+        for name in SWITCHES:
             setting_checks.truth(f"server: {name}", getattr(self, name))
         if self.profiles is not None and not self.profiles.is_dir():
             raise ConfigError("server: profiles", expected="a folder that exists", got=str(self.profiles))
@@ -280,148 +231,14 @@ class ServerConfig:
 
     def server_settings(self) -> dict[str, Any]:
         """What the table [server] says, as JSON, with paths that hold in every folder; all but where that is kept."""
-        values = {k: getattr(self, k) for k in _SERVER if k not in _ELSEWHERE}
+        values = {k: getattr(self, k) for k in SERVER if k not in ELSEWHERE}
         return {k: str(v if v == SYSTEM else v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
-
-
-def read_config(path: Path) -> ServerConfig:
-    """Read a `fleet.toml`. Paths in it count from its folder.
-
-    Raises:
-        ConfigError: It can't be read, is no TOML, or a key is unknown or has a wrong value; the message names file,
-            line, column, table and key.
-        MissingExtraError: Python 3.10 without the package tomli.
-    """
-    layer = file_layer(path)
-    with located([layer], str(path)):
-        return parse_config(layer.tables, str(path), path.parent)
-
-
-def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerConfig:
-    """Check the tables of a `fleet.toml`.
-
-    Args:
-        body: The tables.
-        where: The file's name, for errors.
-        folder: What relative paths count from.
-
-    Raises:
-        ConfigError: As `read_config`.
-    """
-    setting_checks.only((*_TABLES, *_SIMULATED), body, where, "table")
-    for table in body.keys() - set(_SIMULATED):
-        if not isinstance(body[table], Mapping):
-            raise ConfigError(f"{where}: {table}", expected=f"a table [{table}]", got=repr(body[table]))
-    values: dict[str, Any] = {}
-    model, server = (body.get(t, {}) for t in ("model", "server"))
-    setting_checks.only(("path", "input_shape"), model, f"{where}: [model]")
-    setting_checks.only(_SERVER, server, f"{where}: [server]")
-    if "path" in model:
-        values["model"] = _source(_text(model["path"], f"{where}: [model] path"), folder)
-    if "input_shape" in model:
-        values["input_shape"] = _shape(model["input_shape"], f"{where}: [model] input_shape")
-    for table in ("evaluation", "calibration"):
-        data = body.get(table, {})
-        setting_checks.only(("data",), data, f"{where}: [{table}]")
-        if "data" in data:
-            values[table] = _source(_text(data["data"], f"{where}: [{table}] data"), folder)
-    for key in _SERVER_TEXTS:
-        if key in server:
-            values[key] = _text(server[key], f"{where}: [server] {key}")
-    for key in ("state", *_PATHS):
-        if key in values:
-            values[key] = SYSTEM if (key, values[key]) == ("ca", str(SYSTEM)) else folder / values[key]
-    values.update({key: server[key] for key in (*_SERVER_NUMBERS, *_SERVER_SWITCHES, *_SERVER_REALS) if key in server})
-    return _located(lambda: ServerConfig(job=Job.from_dict(body.get("job", {})), **values), where)
-
-
-def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Tables of a `fleet.toml` whose relative paths have been counted from a folder."""
-    found = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tables.items()}
-    for table, key in (("model", "path"), ("evaluation", "data"), ("calibration", "data")):
-        if isinstance(text := found.get(table, {}).get(key), str) and text.strip():
-            found[table][key] = _source(text, folder)
-    for key in ("state", *_PATHS):
-        text = found.get("server", {}).get(key)
-        if isinstance(text, str) and text.strip() and (key, text) != ("ca", str(SYSTEM)):
-            found["server"][key] = str(folder / text)
-    return found
-
-
-def as_tables(config: ServerConfig) -> dict[str, Any]:
-    """The tables of a `fleet.toml` that says the same as a configuration; paths count from the current folder."""
-    server = {k: str(v) if isinstance(v, Path) else v for k in _SERVER if (v := getattr(config, k)) is not None}
-    tables: dict[str, Any] = {"job": config.job.to_dict(), "server": server, "model": {}}
-    if config.model is not None:
-        tables["model"]["path"] = config.model
-    if config.input_shape is not None:
-        tables["model"]["input_shape"] = list(config.input_shape)
-    for table in ("evaluation", "calibration"):
-        if (data := getattr(config, table)) is not None:
-            tables[table] = {"data": data}
-    return tables
-
-
-def overridden(config: ServerConfig, job: Mapping[str, Any], server: Mapping[str, Any]) -> ServerConfig:
-    """The configuration with what the command line says instead; None means that it says nothing.
-
-    Raises:
-        ConfigError: A value is wrong.
-    """
-    chosen = {k: v for k, v in job.items() if v is not None}
-    if chosen.get("schedule", {}).get("kind") == config.job.schedule.get("kind"):
-        chosen.pop("schedule", None)  # with the other keys of the same kind
-    values = {k: v for k, v in server.items() if v is not None}
-
-    def build() -> ServerConfig:
-        return replace(config, job=replace(config.job, **chosen), **values)
-
-    return _located(build, "command line")
-
-
-def with_stored(config: ServerConfig, stored: Mapping[str, Any], chosen: Mapping[str, Any]) -> ServerConfig:
-    """The configuration with the server's settings of an earlier start.
-
-    Args:
-        config: The configuration.
-        stored: What `server_settings` gave then.
-        chosen: What the command line says; None means that it says nothing. What it says is left to `overridden`, so
-            that it also replaces a setting that has become wrong.
-
-    Raises:
-        ConfigError: A setting no longer makes sense.
-    """
-    values = {k: v for k, v in stored.items() if k in _SERVER and k not in _ELSEWHERE and chosen.get(k) is None}
-    broker = str(chosen.get("broker") or values.get("broker", EMBEDDED))
-    for key in _PATHS:
-        if values.get(key) is not None:
-            values[key] = Path(values[key])
-    if not broker.startswith("mqtts://") or chosen.get("broker") is not None:
-        values.pop("ca", None)  # the authority of another broker than the one to use
-    return _located(lambda: replace(config, **values), "settings of the last start")
 
 
 def without_password(broker: str) -> str:
     """A broker's address as it may be shown."""
     scheme, mark, rest = broker.partition("://")
     return f"{scheme}{mark}{rest.rpartition('@')[2]}"
-
-
-def _located(build: Callable[[], ServerConfig], where: str) -> ServerConfig:
-    config = ServerConfig()
-    try:
-        config = build()
-        compose(config.job)  # a wrong option is better known now than when the first device is there
-        return config
-    except ConfigError as error:
-        what = error.what
-        kind, _, option = what.partition(": ")
-        if kind == "allocator" and option in config.job.options:
-            what = f"[job] option {option} of {config.job.strategy}"
-        for table, name in _SAID.items():
-            if what.startswith(f"{table}: "):
-                what = f"[{name}] {what.removeprefix(f'{table}: ')}"
-        raise ConfigError(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
 
 
 def is_loopback(host: str) -> bool:
@@ -439,22 +256,3 @@ def _place(text: str, host: str, name: str = "serve_blobs") -> tuple[str, int] |
     if not port.isascii() or not port.isdecimal() or int(port) > 65_535 or (colon and not address):
         raise ConfigError(f"server: {name}", expected=f"[ADDRESS:]PORT, or {OFF!r}", got=shown(text))
     return address.strip("[]") or host, int(port)
-
-
-def _source(text: str, folder: Path) -> str:
-    """A file counted from `folder`; the name of a function stays as it is."""
-    module, colon, name = text.rpartition(":")
-    function = bool(colon) and name.isidentifier() and all(p.isidentifier() for p in module.split("."))
-    return text if function else str(folder / text)
-
-
-def _shape(value: object, where: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or not value or any(type(n) is not int or n < 1 for n in value):
-        raise ConfigError(where, expected="a list of sizes of 1 or more, such as [3, 32, 32]", got=shown(value))
-    return tuple(value)
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(where, expected="a text", got=repr(value))
-    return value

@@ -15,15 +15,16 @@ from fedprune.job import Job
 from fedprune.privacy import Privacy
 from fedprune.recipe import Recipe
 from fedprune.toml_file import parse_toml
-from fedprune_server.settings.config import ServerConfig, anchored
+from fedprune_server.settings.config import ServerConfig
 from fedprune_server.settings.layers import Layer
+from fedprune_server.settings.tables import TABLES, anchored
 
 CONFIG = "FEDPRUNE_CONFIG"
 """Names the `fleet.toml`, where `--config` doesn't."""
 
 _FILE = "_FILE"
 _MAX_FILE = 65536
-_TABLES = ("JOB", "MODEL", "EVALUATION", "CALIBRATION", "SERVER")
+_PREFIXES = tuple(f"FEDPRUNE_{table.upper()}_" for table in TABLES)
 _OPEN = {"FEDPRUNE_JOB_OPTIONS_": ("job", "options"), "FEDPRUNE_JOB_SCHEDULE_": ("job", "schedule")}
 """Tables whose keys are not known here: the strategy's own."""
 
@@ -59,7 +60,7 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
     known = variables()
     layer = Layer("the environment", {}, places := {})
     for name in sorted(environment):
-        if not name.startswith(tuple(f"FEDPRUNE_{table}_" for table in _TABLES)):
+        if not name.startswith(_PREFIXES):
             continue
         where = f"environment variable {name}"
         path, text, from_file = _setting(name, known)

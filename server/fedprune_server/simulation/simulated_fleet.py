@@ -13,7 +13,9 @@ from fedprune.job import Job
 from fedprune.toml_file import read_toml
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_server.data.table import DataPlan
-from fedprune_server.settings.config import ServerConfig, overridden, parse_config
+from fedprune_server.settings.config import ServerConfig
+from fedprune_server.settings.layers import merged
+from fedprune_server.settings.tables import overridden, parse_config
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet_devices import Link, named, read_devices
 from fedprune_server.simulation.fleet_weather import (
@@ -161,16 +163,7 @@ def _with(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
         strategy = job.get("strategy", Job().strategy)
         if other.get("strategy", strategy) != strategy:
             body = {**body, "job": {k: v for k, v in job.items() if k != "options"}}
-    return _changed(body, changes)
-
-
-def _changed(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables with other values for some of their keys; tables within tables are changed key by key, too."""
-    out = dict(body)
-    for key, value in changes.items():
-        old = out.get(key)
-        out[key] = _changed(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return out
+    return merged(body, changes)
 
 
 def _data(body: object, devices: object, path: Path) -> DataPlan:

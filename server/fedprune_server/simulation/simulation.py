@@ -28,11 +28,11 @@ from fedprune.wire.fields import one_line
 from fedprune_server.simulation import trainers
 from fedprune_server.simulation.checkpoints import write_checkpoint
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.keeping import Keeping
 from fedprune_server.simulation.patience import Patience, excuse
 from fedprune_server.simulation.record import Record, record_of
-from fedprune_server.simulation.rhythm import Rhythm
 from fedprune_server.simulation.round_notes import Notary
-from fedprune_server.simulation.state import Item, Left, SimulationState, Trained, held
+from fedprune_server.simulation.state import Item, Left, SimulationState, Trained
 from fedprune_server.simulation.trainers import ONNXRUNTIME
 from fedprune_server.simulation.virtual_device import Bench, pulls
 from fedprune_server.simulation.weather import ALWAYS
@@ -76,9 +76,8 @@ class Simulation:
         self._initial = worker.initial
         self._notary = Notary(job, model, store, experiment.measure)
         self._profiles: dict[int, dict[str, Any]] = {}
-        self._rhythm = Rhythm()
         self._folder = folder
-        self._fingerprint = experiment.fingerprint
+        self._keeping = Keeping(folder, experiment.fingerprint)
         self._begun = self._take_up()
 
     @property
@@ -168,8 +167,7 @@ class Simulation:
         """Begin where the folder's state stands; else anew. Returns whether there is one."""
         self._patience = Patience(len(self._devices))
         self._prepared: set[tuple[int, ...]] = set()
-        self._stamp: tuple[int, ...] | None = None if self._folder is None else SimulationState.stamp(self._folder)
-        saved = None if self._folder is None else SimulationState.load(self._folder, self._fingerprint)
+        saved = self._keeping.load()
         if saved is not None:
             self._run, state = saved
             self.coordinator = coordinate(self.job, self.model.architecture, state)
@@ -183,17 +181,10 @@ class Simulation:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """The folder is this process's own meanwhile; what another one did there before is taken up."""
-        folder = self._folder
-        if folder is None:
-            yield
-            return
-        with held(folder):
-            if SimulationState.stamp(folder) != self._stamp:
+        with self._keeping.held() as changed:
+            if changed:
                 self._begun = self._take_up()
-            try:
-                yield
-            finally:
-                self._stamp = ()  # what is in memory may be ahead of what was saved
+            yield
 
     @contextmanager
     def _crew(self) -> Iterator[None]:
@@ -380,19 +371,13 @@ class Simulation:
 
     def _keep(self, ended: bool) -> None:
         """Save where it is due, and delete what is needed no more."""
-        if self._folder is None:
-            if ended:
-                self._tidy()
-            return
-        if self._rhythm.due(ended=ended):
+        if self._keeping.due(ended=ended):
             self._save()
             if ended:
                 self._tidy()  # only now: until the new state is saved, a kill goes back to the old one
 
     def _save(self) -> None:
-        folder = self._folder
-        if folder is not None:
-            self._rhythm.save(lambda: self._run.save(folder, self.state, self._fingerprint))
+        self._keeping.save(self._run, self.state)
 
     def _tidy(self) -> None:
         needed = self.state.references() | self._worker.graphs() | self._run.references()

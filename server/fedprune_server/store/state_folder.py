@@ -21,7 +21,8 @@ from fedprune_device.owner import check_unowned
 from fedprune_export.imported import Model
 from fedprune_export.importing import check_input, import_onnx, read_source
 from fedprune_server.bucket.store import BucketStore
-from fedprune_server.settings.config import ServerConfig, with_stored, without_password
+from fedprune_server.settings.config import ServerConfig, without_password
+from fedprune_server.settings.tables import with_stored
 from fedprune_server.store.blob_place import BLOBS, NUMBER, lay_down, move_in, new_number, number_of, opened, reader
 from fedprune_server.store.database import check_url, shown
 from fedprune_server.store.folder_lock import folder_lock

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from fedprune import step
 from fedprune.errors import DataError, shape_text
+from fedprune.features import Features
 from fedprune.freezing import frozen_tensors
-from fedprune.recipe import Features
 from fedprune.selection import Tensors
 from fedprune.session import Session
 from fedprune_export.imported import Model

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from fedprune.coordination import events as on
+from fedprune.job import Job
+from fedprune_server.terminal.log_lines import about
+
+log = logging.getLogger("fedprune.server")
 
 _RISE = 1.1
 """Times the loss after the first round that the last one must be: less than that may be chance."""
@@ -44,6 +51,20 @@ def advice(losses: Sequence[float | None], reasons: Iterable[str], recipe: Mappi
     else:
         return ""
     return f"training diverged: {what}. {remedy(recipe)}"
+
+
+def warn(event: on.UpdateRejected, job: Job, prefix: str) -> None:
+    """Say in the log that an update doesn't count, and what to change where training ran away.
+
+    Args:
+        event: What became of the update.
+        job: The job that it is for.
+        prefix: What lines of this job begin with.
+    """
+    with about(job=job.name, round=event.round, device=event.device):
+        log.warning("%supdate of %s in round %d doesn't count: %s", prefix, event.device, event.round, event.reason)
+        if ran_away(event.reason):
+            log.warning("%s%s", prefix, remedy(job.recipe.to_dict()))
 
 
 def ran_away(reason: str) -> bool:

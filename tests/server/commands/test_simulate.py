@@ -12,7 +12,7 @@ import pytest
 
 from fedprune.errors import ExitCode
 from fedprune_server.commands.simulate import build_parser, main
-from fedprune_server.settings.config import read_config
+from fedprune_server.settings.tables import read_config
 from fedprune_server.simulation import demo_fleet
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
 from fedprune_server.simulation.record import Record

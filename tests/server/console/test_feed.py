@@ -61,13 +61,13 @@ def watched(server: Any, air: Any, **more: Any) -> tuple[Feed, Child]:
     clock = lambda: air.now  # noqa: E731
     feed = Feed([d.view for d in desks], SITE, child, lent=lent, here=here, clock=clock, monotonic=clock, **more)
     for desk in desks:
-        desk.onlooker = feed
+        desk.onlookers.join(feed)
     return feed, child
 
 
 def flush(feed: Feed, air: Any) -> None:
     air.now += 1.0
-    feed.turn()
+    feed.turned(None, None)
 
 
 def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:
@@ -136,7 +136,6 @@ def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path
 
     child.model.listen(look)
     paused_until = 120.0
-    turn = daemon.onlooker.turn
 
     def watching() -> None:
         if fleet.air.now > paused_until and 2 not in done:
@@ -144,10 +143,9 @@ def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path
             assert daemon.state.phase is Phase.WAITING
             assert daemon.state.paused
             child.order(2, "resume", job=JOB.name)
-        turn()
 
     done: set[int] = set()
-    daemon.onlooker.turn = watching  # type: ignore[method-assign]
+    daemon.onlookers.each_turn(watching)
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     assert fleet.run().model == expected
     answers = [child.model.answer(n) for n in (1, 2)]

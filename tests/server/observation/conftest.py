@@ -7,16 +7,17 @@ from collections.abc import Callable
 import pytest
 
 from fedprune.coordination import Coordinator, State
-from fedprune_server.observation.watch import Watch
+from fedprune_server.observation.onlooker import Onlooker
+from still_job import StillJob
 from stored_job import TO_THE_SECOND_ROUND
 from toy import ARCHITECTURE, JOB
 
 
 @pytest.fixture
-def played() -> Callable[[Watch], State]:
-    """Lets a watch look on while a job gets into its second round, a second for each event."""
+def played() -> Callable[[Onlooker], State]:
+    """Lets somebody look on while a job gets into its second round, a second for each event."""
 
-    def play(watch: Watch) -> State:
+    def play(watch: Onlooker) -> State:
         state = State(model="m" * 64)
         coordinator = Coordinator(JOB, ARCHITECTURE, state)
         told = 0
@@ -25,7 +26,7 @@ def played() -> Callable[[Watch], State]:
             commands = coordinator.handle(event, now)
             watch.event(event, now)
             for summary in state.history[told:]:
-                watch.round_over(summary, now)
+                watch.round_over(summary, now, StillJob())
             told = len(state.history)
             for command in commands:
                 watch.command(command, now)

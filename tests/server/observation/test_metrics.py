@@ -15,14 +15,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from fedprune.coordination import State
 from fedprune.errors import ConfigError
 from fedprune_server.observation.metrics import PARTS, Metrics
+from fedprune_server.observation.onlooker import Onlooker
 from fedprune_server.observation.reasons import KINDS, OTHER, kind_of
-from fedprune_server.observation.watch import Facts, Watch, Watches
 from fedprune_server.observation.web import HANGS_S, served
+from still_job import StillJob
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
-FACTS = Facts(
-    2, 5, "training", {"working": 2, "idle": 1}, {"offered": 2}, 1, 700, 300, True, {"workshop": 1, "uploads": 0}
-)
 
 
 class Steps:
@@ -41,14 +39,14 @@ def values(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], fl
     return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples}
 
 
-def test_a_played_job_is_counted(played: Callable[[Watch], State], tmp_path: Path) -> None:
+def test_a_played_job_is_counted(played: Callable[[Onlooker], State], tmp_path: Path) -> None:
     (tmp_path / "blobs" / "ab").mkdir(parents=True)
     (tmp_path / "blobs" / "ab" / "abc").write_bytes(bytes(123))
     metrics = Metrics(tmp_path, lambda: {"warning": 3}, Steps())
     watch = metrics.watch("toy")
-    state = played(Watches([watch]))
+    state = played(watch)
     watch.saved(0.01)
-    watch.turned(0.02, lambda: FACTS)
+    watch.turned(lambda: 0.02, StillJob())
     found = values(metrics)
     job = ("job", "toy")
 
@@ -82,7 +80,7 @@ def test_refused_parts_are_counted_by_kinds_that_are_few() -> None:
         "b": {"progress": "refused", "reason": "missed the deadline"},
         "c": {"progress": "refused", "reason": "zzz"},
     }
-    watch.round_over({"round": 1, "model": "m", "metrics": {}, "devices": parts}, 1.0)
+    watch.round_over({"round": 1, "model": "m", "metrics": {}, "devices": parts}, 1.0, StillJob())
     found = values(metrics)
     for kind in ("diverged", "late", OTHER):
         assert found["fedprune_updates_refused_total", (("job", "toy"), ("reason", kind))] == 1
@@ -110,7 +108,7 @@ def test_the_web_server_says_whether_the_loop_turns_and_what_is_ready(
 ) -> None:
     url, metrics, now, trouble = site
     assert status(f"{url}/healthz")[0] == 503
-    metrics.watch("toy").turned(0.1, lambda: FACTS)
+    metrics.watch("toy").turned(lambda: 0.1, StillJob())
     assert status(f"{url}/healthz") == status(f"{url}/readyz") == (200, "ok\n")
     trouble[0] = "no room"
     assert status(f"{url}/readyz") == (503, "database: no room\n")
@@ -130,8 +128,8 @@ def test_a_port_that_is_taken_is_one_clear_error(site: tuple[str, Metrics, list[
 def exposed() -> set[str]:
     metrics = Metrics(Path("/nowhere"), dict)
     watch = metrics.watch("toy")
-    watch.turned(0.1, lambda: FACTS)
-    watch.round_over({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}, 1.0)
+    watch.turned(lambda: 0.1, StillJob())
+    watch.round_over({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}, 1.0, StillJob())
     families = text_string_to_metric_families(metrics.text().decode())
     return {s.name for f in families for s in f.samples}
 

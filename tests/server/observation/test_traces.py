@@ -13,8 +13,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune_server.observation.onlooker import Onlooker
 from fedprune_server.observation.traces import JobTraces
-from fedprune_server.observation.watch import Watch
 
 
 @pytest.fixture
@@ -25,12 +25,12 @@ def traced() -> tuple[JobTraces, InMemorySpanExporter]:
 
 
 def test_a_round_is_a_tree_of_spans(
-    traced: tuple[JobTraces, InMemorySpanExporter], played: Callable[[Watch], State]
+    traced: tuple[JobTraces, InMemorySpanExporter], played: Callable[[Onlooker], State]
 ) -> None:
     watch, exporter = traced
     played(watch)
     assert watch.trace_id is not None  # of the round that is under way
-    watch.close()
+    watch.ended()
     spans = {s.context.span_id: s for s in exporter.get_finished_spans()}
     rounds = [s for s in spans.values() if s.name == "round"]
     assert sorted(s.attributes["fedprune.round"] for s in rounds) == [1, 2]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedprune.errors import ConfigError
-from fedprune_server.settings.config import ServerConfig, overridden, parse_config, read_config
+from fedprune_server.settings.config import ServerConfig
+from fedprune_server.settings.tables import overridden, parse_config, read_config
 
 WHOLE = """
 [job]

@@ -11,9 +11,10 @@ from fedprune.errors import ConfigError
 from fedprune.job import Job
 from fedprune.privacy import Privacy
 from fedprune.recipe import Recipe
-from fedprune_server.settings.config import ServerConfig, as_tables, parse_config, read_config
+from fedprune_server.settings.config import ServerConfig
 from fedprune_server.settings.environment import environment_layer, variables
 from fedprune_server.settings.layers import masked, merged
+from fedprune_server.settings.tables import as_tables, parse_config, read_config
 
 DIGITS = "\n\n  [{table}]\n# x = 1\n  {key} = {value}\n"
 FREE = {"input_shape", "options"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedprune.errors import DataError
-from fedprune.recipe import Features
+from fedprune.features import Features
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model, load_digits
 from fedprune_server.work.calibration import MAX_SAMPLES, Calibration

@@ -17,12 +17,13 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedprune.architecture import TensorKind
 from fedprune.errors import ConfigError, FedpruneError, PlanError, ProtocolError
+from fedprune.features import Features
 from fedprune.flower.rounds import Rounds, Task, Update, WholeModel
 from fedprune.flower.shares import Share, Shares, Wishes
 from fedprune.flower.words import ASKING, FORMAT, RECORD, STEPS, check_format
 from fedprune.job import Job
 from fedprune.npy_array import float32_array
-from fedprune.recipe import Features, Recipe
+from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 
 _ASK_S = 60.0

@@ -5,10 +5,9 @@ A folder holds it:
     authority.key    its ECDSA key, mode 0600
     authority.pem    its own certificate, which boards and brokers trust
     register.jsonl   every certificate that was issued, and every one revoked (`fedprune.trust.register`)
-    crl.pem          the list of revoked certificates that a broker loads
+    crl.pem          the list of revoked certificates that a broker loads (`fedprune.trust.revocation_list`)
 
-Every certificate is valid from 1970 on, because a board's or broker's clock may say so. The list of revoked ones never
-goes out of date: a broker whose list is out of date refuses everybody, which would lock a fleet out.
+Every certificate is valid from 1970 on, because a board's or broker's clock may say so.
 """
 
 from __future__ import annotations
@@ -16,13 +15,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
@@ -37,6 +35,7 @@ from fedprune.trust.certificates import (
     load_certificate,
     load_tls_key,
     make_tls_key,
+    moment_of,
     pem_of,
     pin_of,
     read_certificate,
@@ -45,6 +44,7 @@ from fedprune.trust.certificates import (
     seconds_of,
 )
 from fedprune.trust.register import Register
+from fedprune.trust.revocation_list import RevocationList
 from fedprune.trust.trusted_time import BUILT
 from fedprune.wire.topics import check_device, check_name
 
@@ -99,12 +99,12 @@ class Authority:
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time, *, read_only: bool = False) -> None:
-        self._folder = folder
         self._clock = clock
         self._key = load_tls_key(folder / KEY, "the authority's key")
         self.certificate = load_certificate(folder / CERTIFICATE, "the authority's certificate")
         if self.certificate.public_key() != self._key.public_key():
             raise IdentityError(f"{folder / KEY} and {folder / CERTIFICATE} don't belong together")
+        self._list = RevocationList(folder / CRL, self._key, self.certificate)
         self._issued: dict[int, Issued] = {}
         self._by_key: dict[str, Issued] = {}
         self._revoked: dict[int, int] = {}
@@ -114,7 +114,7 @@ class Authority:
         if read_only:
             return
         with self._register.held():
-            self._write_crl()  # a crash may have come between the register's last line and the list
+            self._list.write(self._revoked)  # a crash may have come between the register's last line and the list
 
     @classmethod
     def make(cls, folder: Path, site: str, clock: Callable[[], float] = time.time) -> Authority:
@@ -132,7 +132,7 @@ class Authority:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         key = make_tls_key()
         name = _subject(site)
-        ends = _moment(max(clock(), BUILT) + AUTHORITY_DAYS * _DAY)
+        ends = moment_of(max(clock(), BUILT) + AUTHORITY_DAYS * _DAY)
         usage = dict.fromkeys(_USAGES, False) | {"key_cert_sign": True, "crl_sign": True}
         identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
         certificate = (
@@ -160,7 +160,7 @@ class Authority:
     @property
     def crl_path(self) -> Path:
         """The list of revoked certificates, in PEM."""
-        return self._folder / CRL
+        return self._list.path
 
     def sign(self, data: bytes) -> bytes:
         """ECDSA over SHA-256, in DER, by the authority's key; `data` begins with a text that says what it is for."""
@@ -285,7 +285,7 @@ class Authority:
                 raise IdentityError(f"no certificate with serial number {serial:x} was issued here")
             if serial not in self._revoked:
                 self._register.append({"revoked": {"serial": f"{serial:x}", "at": self.now()}})
-        self._write_crl()
+        self._list.write(self._revoked)
 
     def _known(self, device: str, key: ec.EllipticCurvePublicKey) -> Issued | None:
         """The certificate that a device's key has; None if it may get one."""
@@ -313,7 +313,7 @@ class Authority:
     ) -> str:
         if not 1 <= days <= _LONGEST_DAYS:
             raise IdentityError("days of a certificate", expected=f"1 to {_LONGEST_DAYS}", got=days)
-        ends = min(_moment(self.now() + days * _DAY), self.certificate.not_valid_after_utc)
+        ends = min(moment_of(self.now() + days * _DAY), self.certificate.not_valid_after_utc)
         serial = x509.random_serial_number()
         usage = dict.fromkeys(_USAGES, False) | {"digital_signature": True}
         builder = (
@@ -349,30 +349,7 @@ class Authority:
 
     def crl_is_right(self) -> bool:
         """Whether the list of revoked certificates is there, and has those that the register has."""
-        try:
-            found = x509.load_pem_x509_crl(self.crl_path.read_bytes())
-            signed = found.is_signature_valid(self._key.public_key())
-            return signed and {r.serial_number for r in found} == set(self._revoked)
-        except (OSError, ValueError, UnsupportedAlgorithm):
-            return False  # none yet, or a torn one: it follows from the register
-
-    def _write_crl(self) -> None:
-        """Write the list of revoked certificates, if it isn't the one that is there."""
-        if self.crl_is_right():
-            return
-        builder = (
-            x509.CertificateRevocationListBuilder()
-            .issuer_name(self.certificate.subject)
-            .last_update(EPOCH)
-            .next_update(self.certificate.not_valid_after_utc)
-            .add_extension(x509.CRLNumber(len(self._revoked) + 1), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
-        )
-        for serial, at in self._revoked.items():
-            row = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(_moment(at)).build()
-            builder = builder.add_revoked_certificate(row)
-        crl = builder.sign(self._key, hashes.SHA256())
-        write_whole(self.crl_path, crl.public_bytes(serialization.Encoding.PEM))
+        return self._list.is_right(self._revoked)
 
 
 _USAGES = (
@@ -393,10 +370,6 @@ def _builder(
         .not_valid_before(EPOCH)
         .not_valid_after(ends)
     )
-
-
-def _moment(seconds: float) -> datetime:
-    return EPOCH + timedelta(seconds=int(seconds))
 
 
 def _subject(site: str) -> x509.Name:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from cryptography import x509
@@ -203,3 +203,8 @@ def _label(part: str) -> bool:
 def seconds_of(when: datetime) -> int:
     """Seconds since 1970."""
     return int(when.timestamp())
+
+
+def moment_of(seconds: float) -> datetime:
+    """The second, counted from 1970, as certificates have it."""
+    return EPOCH + timedelta(seconds=int(seconds))

@@ -26,6 +26,7 @@ from fedprune.wire.broker_url import BrokerUrl, failure, tls_context
 from fedprune.wire.connection_news import ConnectionDown, ConnectionUp, Event
 from fedprune.wire.inbox import Inbox
 from fedprune.wire.prompt_socket import acknowledge, prompt
+from fedprune.wire.subscriptions import Subscriptions
 from fedprune.wire.unsent import LOW_WATER, OUTBOX_MESSAGES, Unsent
 from fedprune.wire.will_trial import WillTrial
 
@@ -74,7 +75,6 @@ class Link:
         self._trial = None if will is None else WillTrial()
         self._keepalive = keepalive
         self._tls = tls
-        self._topics: list[str] = []
         self._inbox = Inbox[Event]()
         self._state = threading.Condition(threading.RLock())
         self._client: paho.Client | None = None
@@ -83,10 +83,7 @@ class Link:
         self._failure = ""
         self._reported = ""
         self._tell = False
-        self._requested: set[str] = set()
-        self._subscribing: dict[int, str] = {}
-        self._listened: set[str] = set()
-        self._listening: set[int] = set()
+        self._subscriptions = Subscriptions()
         self._unsent = Unsent()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -136,16 +133,16 @@ class Link:
             BrokerError: The link is connected and the broker refuses or doesn't answer.
         """
         with self._state:
-            new = [t for t in topics if t not in self._topics]
-            self._topics += new
+            new = self._subscriptions.add(topics)
             client = self._client
             if not self._up or client is None or not new:
                 return
-            self._request(client)
-            self._state.wait_for(lambda: self._client is not client or not self._subscribing, timeout)
+            self._failure = ""
+            self._subscriptions.request(client)
+            self._state.wait_for(lambda: self._client is not client or not self._subscriptions.awaited, timeout)
             if self._client is not client:
                 return  # the connection went; the next one subscribes to everything
-            if self._subscribing or self._failure:
+            if self._subscriptions.awaited or self._failure:
                 raise BrokerError(
                     f"the MQTT broker at {self.url} doesn't grant a subscription",
                     expected=", ".join(new),
@@ -160,18 +157,7 @@ class Link:
         it, so that an answer to it is heard.
         """
         with self._state:
-            before, self._listened = self._listened, set(topics)
-            if not self._up or self._client is None:
-                return  # the next connection listens to them
-            if gone := sorted(before - self._listened):
-                self._client.unsubscribe(gone)
-            self._hear(self._client, self._listened - before)
-
-    def _hear(self, client: paho.Client, topics: Collection[str]) -> None:
-        if topics:
-            code, mid = client.subscribe([(t, 0) for t in sorted(topics)])
-            if code == MQTTErrorCode.MQTT_ERR_SUCCESS and mid is not None:
-                self._listening.add(mid)
+            self._subscriptions.beside(topics, self._client if self._up else None)
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send, without waiting.
@@ -325,46 +311,36 @@ class Link:
                     self._failure = "a will is tried once more"
                     client.disconnect()
                     return
-                self._request(client)
-                if not self._subscribing:
+                self._failure = ""
+                self._subscriptions.request(client)
+                if not self._subscriptions.awaited:
                     self._report_up()
-
-    def _request(self, client: paho.Client) -> None:
-        """Subscribe to what this connection hasn't subscribed to yet."""
-        self._failure = ""
-        for topic in self._topics:
-            if topic in self._requested:
-                continue
-            code, mid = client.subscribe(topic, qos=1)
-            if code == MQTTErrorCode.MQTT_ERR_SUCCESS and mid is not None:
-                self._requested.add(topic)
-                self._subscribing[mid] = topic
 
     def _on_subscribe(self, client: paho.Client, _user: Any, mid: int, reasons: Any, _properties: Any) -> None:
         with self._state:
-            if mid in self._listening:
-                self._listening.discard(mid)
-                if any(r.is_failure for r in reasons):
+            refused = any(r.is_failure for r in reasons)
+            topic = self._subscriptions.answered(mid)
+            if topic is None:
+                if refused:
                     log.info("MQTT broker %s refuses shared topics; blobs come on this device's own", self.url)
                 return
-            topic = self._subscribing.pop(mid, "")
-            if any(r.is_failure for r in reasons):
+            if refused:
                 self._failure = f"it refuses the subscription to {topic}"
                 log.error("MQTT broker %s: %s", self.url, self._failure)
-            if not self._subscribing and not self._up:
+            if not self._subscriptions.awaited and not self._up:
                 if self._failure:
                     client.disconnect()
-                elif set(self._topics) <= self._requested:
+                elif self._subscriptions.complete:
                     self._report_up()
                 else:
-                    self._request(client)
+                    self._subscriptions.request(client)
             self._state.notify_all()
 
     def _report_up(self) -> None:
         self._up = self._tell = True
         self._failure = ""
         if self._client is not None:
-            self._hear(self._client, self._listened)
+            self._subscriptions.resume(self._client)
         self._inbox.tell(ConnectionUp(time.monotonic() - self._asked_at))
         self._state.notify_all()
 
@@ -374,9 +350,7 @@ class Link:
             news = reason != self._reported
             self._reported = "" if was_up else reason
             self._client, self._failure = None, reason
-            self._requested.clear()
-            self._subscribing.clear()
-            self._listening.clear()
+            self._subscriptions.lost()
             self._unsent.clear()
             if was_up and not self._closing.is_set():
                 self._inbox.tell(ConnectionDown(reason))

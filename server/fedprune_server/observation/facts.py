@@ -1,15 +1,12 @@
-"""What a daemon tells those who watch it; it waits for none of them, and works alike without any."""
+"""A job at one moment, as figures."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from fedprune.coordination import State
-from fedprune.coordination import commands as do
-from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress
 from fedprune.job import Job
 from fedprune_server.fleet.quarantine import Quarantine
@@ -81,77 +78,3 @@ def facts_of(
         connected,
         queues,
     )
-
-
-class Watch:
-    """Looks on, and says nothing. Every method is called by the daemon's loop, and must be quick.
-
-    Attributes:
-        trace_id: What lines of the log are marked with; None for nothing.
-    """
-
-    trace_id: str | None = None
-
-    def event(self, event: on.Event, now: float) -> None:
-        """The coordinator was told of an event."""
-
-    def command(self, command: do.Command, now: float) -> None:
-        """The coordinator's command is about to be carried out."""
-
-    def round_over(self, summary: Mapping[str, Any], now: float) -> None:
-        """A round has been finished."""
-
-    def saved(self, seconds: float) -> None:
-        """The database took so long to save a turn's events."""
-
-    def turned(self, seconds: float, facts: Callable[[], Facts]) -> None:
-        """A turn of the loop is over, which took so long beside waiting."""
-
-    def close(self) -> None:
-        """The daemon ends."""
-
-
-class Watches(Watch):
-    """Several at once.
-
-    Args:
-        watches: They.
-    """
-
-    def __init__(self, watches: Sequence[Watch]) -> None:
-        self._all = tuple(watches)
-
-    @property
-    def trace_id(self) -> str | None:  # type: ignore[override]
-        """The first that there is."""
-        return next((w.trace_id for w in self._all if w.trace_id is not None), None)
-
-    def event(self, event: on.Event, now: float) -> None:
-        """Tell all."""
-        for watch in self._all:
-            watch.event(event, now)
-
-    def command(self, command: do.Command, now: float) -> None:
-        """Tell all."""
-        for watch in self._all:
-            watch.command(command, now)
-
-    def round_over(self, summary: Mapping[str, Any], now: float) -> None:
-        """Tell all."""
-        for watch in self._all:
-            watch.round_over(summary, now)
-
-    def saved(self, seconds: float) -> None:
-        """Tell all."""
-        for watch in self._all:
-            watch.saved(seconds)
-
-    def turned(self, seconds: float, facts: Callable[[], Facts]) -> None:
-        """Tell all."""
-        for watch in self._all:
-            watch.turned(seconds, facts)
-
-    def close(self) -> None:
-        """Tell all."""
-        for watch in self._all:
-            watch.close()

@@ -1,0 +1,69 @@
+"""The list of revoked certificates that a broker loads, in PEM (RFC 5280, section 5).
+
+It never goes out of date: a broker whose list is out of date refuses everybody, which would lock a fleet out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+
+from fedprune.disk import write_whole
+from fedprune.trust.certificates import EPOCH, TlsKey, moment_of
+
+
+class RevocationList:
+    """A file that follows from an authority's register.
+
+    Args:
+        path: The file.
+        key: The authority's key.
+        certificate: The authority's certificate.
+    """
+
+    def __init__(self, path: Path, key: TlsKey, certificate: x509.Certificate) -> None:
+        self.path = path
+        self._key, self._certificate = key, certificate
+
+    def is_right(self, revoked: Mapping[int, int]) -> bool:
+        """Whether it is there, and has these certificates.
+
+        Args:
+            revoked: When they were revoked, in seconds since 1970, by serial number.
+        """
+        try:
+            found = x509.load_pem_x509_crl(self.path.read_bytes())
+            signed = found.is_signature_valid(self._key.public_key())
+            return signed and {r.serial_number for r in found} == set(revoked)
+        except (OSError, ValueError, UnsupportedAlgorithm):
+            return False  # none yet, or a torn one: it follows from the register
+
+    def write(self, revoked: Mapping[int, int]) -> None:
+        """Write it, if it isn't the one that is there.
+
+        Args:
+            revoked: As for `is_right`.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        if self.is_right(revoked):
+            return
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self._certificate.subject)
+            .last_update(EPOCH)
+            .next_update(self._certificate.not_valid_after_utc)
+            .add_extension(x509.CRLNumber(len(revoked) + 1), critical=False)
+            .add_extension(issuer, critical=False)
+        )
+        for serial, at in revoked.items():
+            row = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(moment_of(at)).build()
+            builder = builder.add_revoked_certificate(row)
+        crl = builder.sign(self._key, hashes.SHA256())
+        write_whole(self.path, crl.public_bytes(serialization.Encoding.PEM))
