@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 from fedprune.errors import FedpruneError, ProtocolError, reason
+from fedprune.wire.fields import one_line
 from fedprune_server.console import rows
 from fedprune_server.console.alerts import AlertBook
 from fedprune_server.console.clerk import KINDS, Clerk
@@ -29,7 +31,7 @@ from fedprune_server.console.feed_words import (
     ToConsole,
 )
 from fedprune_server.console.log_tap import LogTap
-from fedprune_server.console.process import ConsoleProcess
+from fedprune_server.console.process import Child
 from fedprune_server.console.roles import LOOKS
 from fedprune_server.console.surroundings import Members, ReleaseWatch
 from fedprune_server.console.view import JobView, Onlooker
@@ -46,27 +48,10 @@ SWEEP_S = 2.0
 ROUNDS_TOLD = 500
 """Finished rounds that a console that starts is told of, of each job."""
 
-_BATCH, _LINES, _RUNS = 50, 50, 2000
+COVERED_S = 5.0
+"""Coverage is made of all devices: whoever asks again so soon is told nothing new."""
 
-
-class Child(Protocol):
-    """The console's process, as the feed needs it."""
-
-    @property
-    def full(self) -> bool:
-        """Whether it has enough to read."""
-
-    def start(self, now: float) -> bool:
-        """Start it if it isn't there; whether there is a new one."""
-
-    def tell(self, word: ToConsole) -> None:
-        """Tell it something."""
-
-    def orders(self, now: float) -> Iterator[Order]:
-        """What it ordered."""
-
-    def stop(self) -> None:
-        """End it."""
+_BATCH, _LINES, _RUNS, _ORDERS = 50, 50, 2000, 20
 
 
 class Feed(Onlooker):
@@ -90,7 +75,7 @@ class Feed(Onlooker):
         self,
         views: Sequence[JobView],
         site: Mapping[str, Any],
-        child: ConsoleProcess | Child,
+        child: Child,
         *,
         clerk: Clerk | None = None,
         members: Members | None = None,
@@ -118,6 +103,7 @@ class Feed(Onlooker):
         self._news: list[ToConsole] = []
         self._before: dict[str, tuple[float | None, tuple[int, int] | None]] = {}
         self._rollouts: Rollouts | None = None
+        self._covered: dict[str, float] = {}
         for name, view in self._views.items():
             history = view.state.history
             self._before[name] = (history[-1]["at"] if history else None, self._bytes(view))
@@ -131,6 +117,9 @@ class Feed(Onlooker):
 
     def round_over(self, job: str, summary: dict[str, Any]) -> None:
         """Tell of a finished round."""
+        self._safely(lambda: self._note_round(job, summary))
+
+    def _note_round(self, job: str, summary: dict[str, Any]) -> None:
         view, (before, counted) = self._views[job], self._before[job]
         now = self._bytes(view)
         moved = None if counted is None or now is None else (max(0, now[0] - counted[0]), max(0, now[1] - counted[1]))
@@ -146,12 +135,15 @@ class Feed(Onlooker):
         if now < self._next_at:
             return
         self._next_at = now + EVERY_S
+        self._safely(lambda: self._once(now))
+
+    def _safely(self, act: Callable[[], None]) -> None:
         try:
-            self._once(now)
+            act()
         except FedpruneError as error:
-            self._complain(now, str(error))
+            self._complain(self._monotonic(), str(error))
         except Exception as error:  # noqa: BLE001 - whoever only looks on must not end what is looked at
-            self._complain(now, f"{type(error).__name__}: {reason(error)}")
+            self._complain(self._monotonic(), f"{type(error).__name__}: {reason(error)}")
 
     def _complain(self, now: float, text: str) -> None:
         if now >= self._complain_at:
@@ -159,7 +151,7 @@ class Feed(Onlooker):
             log.error("the console isn't told all: %s", text)
 
     def _once(self, now: float) -> None:
-        for order in self._child.orders(now):
+        for order in islice(self._child.orders(now), _ORDERS):
             self._take(order)
         while self._clerk is not None and (answer := self._clerk.answer()) is not None:
             self._news.append(answer)
@@ -183,7 +175,7 @@ class Feed(Onlooker):
 
     def _begin(self) -> None:
         """A console that has just started knows nothing."""
-        self._told, self._jobs, self._connected, self._rollouts = {}, {}, None, None
+        self._told, self._jobs, self._covered, self._connected, self._rollouts = {}, {}, {}, None, None
         answers = [w for w in self._news if isinstance(w, Answer)]
         self._news = [self._site_news(), *answers, *self._alerts.standing]
         self._alerts.news()
@@ -360,7 +352,7 @@ class Feed(Onlooker):
                 return
             text = self._carry_out(order)
         except FedpruneError as error:
-            self._news.append(Answer(order.number, False, str(error)[:1500]))
+            self._news.append(Answer(order.number, False, one_line(str(error), 1500)))
             return
         self._news.append(Answer(order.number, True, text))
 
@@ -388,6 +380,10 @@ class Feed(Onlooker):
         return f"{name} is listened to again"
 
     def _cover(self, view: JobView) -> None:
+        now = self._monotonic()
+        if now - self._covered.get(view.job.name, -COVERED_S) < COVERED_S:
+            return
+        self._covered[view.job.name] = now
         groups = rows.coverage(view)[:2000]
         pieces: list[list[dict[str, Any]]] = [[]]
         for group in groups:
