@@ -5,6 +5,7 @@ set -eu
 folder=${1:-$(dirname "$0")/secrets}
 umask 077
 mkdir -p "$folder"
+chmod 700 "$folder"
 if [ ! -e "$folder/database-password" ]; then
     head -c 24 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$folder/database-password"
 fi

@@ -38,6 +38,7 @@ class ChildProcess(Generic[Word]):
         read: Reads its next word; None at the end.
         end_s: How long it has to end when it is asked to.
         most: How many of its words may wait; with more it is ended. 0 for any number.
+        environment: Its environment variables; None for this process's.
         wake: Called from another thread when it has said something.
     """
 
@@ -49,10 +50,11 @@ class ChildProcess(Generic[Word]):
         *,
         end_s: float,
         most: int = 0,
+        environment: Mapping[str, str] | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._command, self._name, self._read_word = list(command), name, read
-        self._end_s, self._most, self._wake = end_s, most, wake
+        self._end_s, self._most, self._wake, self._environment = end_s, most, wake, environment
         self._process: subprocess.Popen[bytes] | None = None
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._words: queue.Queue[Word | None] = queue.Queue(most)
@@ -92,6 +94,7 @@ class ChildProcess(Generic[Word]):
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                env=self._environment,
                 start_new_session=True,  # Ctrl-C in the terminal is for the server, which then ends it
             )
         except OSError as error:

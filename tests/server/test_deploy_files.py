@@ -248,6 +248,7 @@ def test_the_first_pod_takes_the_identity_of_the_secret_and_later_ones_leave_it(
 
 
 def test_the_secrets_are_made_once(tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir(mode=0o755)  # somebody made it before
     command = ["sh", str(DEPLOY / "secrets.sh"), str(tmp_path / "secrets")]
     subprocess.run(command, check=True)
     password = (tmp_path / "secrets" / "database-password").read_text()

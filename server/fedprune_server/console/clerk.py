@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from contextlib import suppress
 from pathlib import Path
 
-from fedprune.errors import FedpruneError, ReleaseError, reason
+from fedprune.errors import FedpruneError, ProtocolError, ReleaseError, reason
+from fedprune.wire.fields import one_line
+from fedprune.wire.topics import check_name
 from fedprune_server.console.feed_words import Answer, Order
 from fedprune_server.identity.admission import approve, deny, revoke
 from fedprune_server.identity.folder import IdentityFolder
@@ -22,6 +25,9 @@ log = logging.getLogger("fedprune.server")
 
 KINDS = frozenset({"approve", "deny", "revoke", "rollout_start", "rollout_stop"})
 """Orders that are its business."""
+
+MOST = 100
+"""Orders that wait for it; reading a release takes seconds."""
 
 
 class Clerk:
@@ -35,16 +41,24 @@ class Clerk:
     def __init__(self, state: Path, releases: Path | None) -> None:
         self._state = state
         self._releases = releases
-        self._orders: queue.Queue[Order | None] = queue.Queue()
+        self._orders: queue.Queue[Order | None] = queue.Queue(MOST)
         self._answers: queue.Queue[Answer] = queue.Queue()
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     def give(self, order: Order) -> None:
-        """Let an order be carried out."""
+        """Let an order be carried out.
+
+        Raises:
+            ProtocolError: Too many wait already.
+        """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="fedprune-clerk", daemon=True)
             self._thread.start()
-        self._orders.put(order)
+        try:
+            self._orders.put_nowait(order)
+        except queue.Full:
+            raise ProtocolError(f"{MOST} orders are waiting to be carried out") from None
 
     def answer(self) -> Answer | None:
         """The next answer, if there is one."""
@@ -66,7 +80,9 @@ class Clerk:
 
     def close(self) -> None:
         """End once the order under way is done."""
-        self._orders.put(None)
+        self._closed = True
+        with suppress(queue.Full):
+            self._orders.put_nowait(None)
         if self._thread is not None:
             self._thread.join(10.0)
 
@@ -97,23 +113,21 @@ class Clerk:
             return revoke(identity, device)
 
     def _run(self) -> None:
-        while (order := self._orders.get()) is not None:
-            self._answers.put(Answer(order.number, *self._outcome(order)))
+        while (order := self._orders.get()) is not None and not self._closed:
+            done, text = self._outcome(order)
+            self._answers.put(Answer(order.number, done, one_line(text, 1500)))
 
     def _outcome(self, order: Order) -> tuple[bool, str]:
         try:
             return True, self.carry_out(order)
         except FedpruneError as error:
-            return False, str(error)[:1500]
+            return False, str(error)
         except Exception as error:  # noqa: BLE001 - an order must not end the thread that carries out orders
             log.error("an order of the console failed: %s: %s", type(error).__name__, reason(error))
             return False, "it failed; the server's log says more"
 
 
 def _named(name: str) -> bool:
-    from fedprune.errors import ProtocolError
-    from fedprune.wire.topics import check_name
-
     try:
         check_name(name, "release")
     except ProtocolError:

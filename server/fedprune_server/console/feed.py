@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 from fedprune.errors import FedpruneError, ProtocolError, reason
+from fedprune.wire.fields import one_line
 from fedprune_server.console import rows
 from fedprune_server.console.alerts import AlertBook
 from fedprune_server.console.clerk import KINDS, Clerk
@@ -29,7 +31,7 @@ from fedprune_server.console.feed_words import (
     ToConsole,
 )
 from fedprune_server.console.log_tap import LogTap
-from fedprune_server.console.process import ConsoleProcess
+from fedprune_server.console.process import Child
 from fedprune_server.console.roles import LOOKS
 from fedprune_server.console.surroundings import Members, ReleaseWatch
 from fedprune_server.observation.onlooker import Onlooker
@@ -47,27 +49,10 @@ SWEEP_S = 2.0
 ROUNDS_TOLD = 500
 """Finished rounds that a console that starts is told of, of each job."""
 
-_BATCH, _LINES, _RUNS = 50, 50, 2000
+COVERED_S = 5.0
+"""Coverage is made of all devices: whoever asks again so soon is told nothing new."""
 
-
-class Child(Protocol):
-    """The console's process, as the feed needs it."""
-
-    @property
-    def full(self) -> bool:
-        """Whether it has enough to read."""
-
-    def start(self, now: float) -> bool:
-        """Start it if it isn't there; whether there is a new one."""
-
-    def tell(self, word: ToConsole) -> None:
-        """Tell it something."""
-
-    def orders(self, now: float) -> Iterator[Order]:
-        """What it ordered."""
-
-    def stop(self) -> None:
-        """End it."""
+_BATCH, _LINES, _RUNS, _ORDERS = 50, 50, 2000, 20
 
 
 class Feed(Onlooker):
@@ -91,7 +76,7 @@ class Feed(Onlooker):
         self,
         views: Sequence[JobView],
         site: Mapping[str, Any],
-        child: ConsoleProcess | Child,
+        child: Child,
         *,
         clerk: Clerk | None = None,
         members: Members | None = None,
@@ -119,6 +104,7 @@ class Feed(Onlooker):
         self._news: list[ToConsole] = []
         self._before: dict[str, tuple[float | None, tuple[int, int]]] = {}
         self._rollouts: Rollouts | None = None
+        self._covered: dict[str, float] = {}
         for name, view in self._views.items():
             history = view.state.history
             self._before[name] = (history[-1]["at"] if history else None, self._bytes(view))
@@ -132,11 +118,15 @@ class Feed(Onlooker):
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """Tell of a finished round."""
-        view, (before, counted) = self._views[seen.job.name], self._before[seen.job.name]
+        self._safely(lambda: self._note_round(seen, summary))
+
+    def _note_round(self, seen: JobView, summary: dict[str, Any]) -> None:
+        job = seen.job.name
+        view, (before, counted) = self._views[job], self._before[job]
         sums = self._bytes(view)
         moved = max(0, sums[0] - counted[0]), max(0, sums[1] - counted[1])
-        self._before[seen.job.name] = (summary["at"], sums)
-        self._news.append(RoundNews(**rows.round_news(seen.job.name, summary, before, moved)))
+        self._before[job] = (summary["at"], sums)
+        self._news.append(RoundNews(**rows.round_news(job, summary, before, moved)))
 
     def turned(self, seconds: Callable[[], float] | None, seen: JobView | None) -> None:
         """Tell what has changed, and take in orders; most of the time it isn't time for either.
@@ -147,12 +137,15 @@ class Feed(Onlooker):
         if now < self._next_at:
             return
         self._next_at = now + EVERY_S
+        self._safely(lambda: self._once(now))
+
+    def _safely(self, act: Callable[[], None]) -> None:
         try:
-            self._once(now)
+            act()
         except FedpruneError as error:
-            self._complain(now, str(error))
+            self._complain(self._monotonic(), str(error))
         except Exception as error:  # noqa: BLE001 - whoever only looks on must not end what is looked at
-            self._complain(now, f"{type(error).__name__}: {reason(error)}")
+            self._complain(self._monotonic(), f"{type(error).__name__}: {reason(error)}")
 
     def _complain(self, now: float, text: str) -> None:
         if now >= self._complain_at:
@@ -160,7 +153,7 @@ class Feed(Onlooker):
             log.error("the console isn't told all: %s", text)
 
     def _once(self, now: float) -> None:
-        for order in self._child.orders(now):
+        for order in islice(self._child.orders(now), _ORDERS):
             self._take(order)
         while self._clerk is not None and (answer := self._clerk.answer()) is not None:
             self._news.append(answer)
@@ -184,7 +177,7 @@ class Feed(Onlooker):
 
     def _begin(self) -> None:
         """A console that has just started knows nothing."""
-        self._told, self._jobs, self._connected, self._rollouts = {}, {}, None, None
+        self._told, self._jobs, self._covered, self._connected, self._rollouts = {}, {}, {}, None, None
         answers = [w for w in self._news if isinstance(w, Answer)]
         self._news = [self._site_news(), *answers, *self._alerts.standing]
         self._alerts.news()
@@ -359,7 +352,7 @@ class Feed(Onlooker):
                 return
             text = self._carry_out(order)
         except FedpruneError as error:
-            self._news.append(Answer(order.number, False, str(error)[:1500]))
+            self._news.append(Answer(order.number, False, one_line(str(error), 1500)))
             return
         self._news.append(Answer(order.number, True, text))
 
@@ -387,6 +380,10 @@ class Feed(Onlooker):
         return f"{name} is listened to again"
 
     def _cover(self, view: JobView) -> None:
+        now = self._monotonic()
+        if now - self._covered.get(view.job.name, -COVERED_S) < COVERED_S:
+            return
+        self._covered[view.job.name] = now
         groups = rows.coverage(view)[:2000]
         pieces: list[list[dict[str, Any]]] = [[]]
         for group in groups:

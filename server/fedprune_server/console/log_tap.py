@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
+from fedprune.errors import ProtocolError
 from fedprune.wire.fields import one_line
 from fedprune_server.console.feed_words import LogLine
+from fedprune_server.terminal.log_lines import said_about
 
 KEPT = 1000
 
@@ -28,11 +32,21 @@ class LogTap(logging.Handler):
             text = one_line(record.getMessage(), 1500)
             found = _DEVICE.search(text)
             level = _LEVELS.get(record.levelno, "error")
-            device = found[1].rstrip(".") if found else None
-            self._lines.append(LogLine(max(0.0, record.created), level, text, device or None))
+            facts: dict[str, Any] = {n: v for n, v in said_about().items() if n in ("device", "job", "round")}
+            if "device" not in facts and found:
+                facts["device"] = found[1].rstrip(".")
+            self._lines.append(_line(max(0.0, record.created), level, text, facts))
         except Exception:  # noqa: BLE001 - a line that can't be shown must not stop whoever wrote it
             self.handleError(record)
 
     def take(self, most: int) -> list[LogLine]:
         """The next lines, at most so many."""
         return [self._lines.popleft() for _ in range(min(most, len(self._lines)))]
+
+
+def _line(at: float, level: str, text: str, facts: Mapping[str, Any]) -> LogLine:
+    """A line with what it is about, as far as that can be: what a topic has in a device's place need be no name."""
+    try:
+        return LogLine(at, level, text, **facts)
+    except ProtocolError:
+        return LogLine(at, level, text)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedprune.errors import ProtocolError
 from fedprune_server.console.audit import Audit
-from fedprune_server.console.feed_words import Order
+from fedprune_server.console.feed_words import MAX_ORDER, Order, line
 from fedprune_server.console.model import Model
 from fedprune_server.console.roles import LOOKS, NEEDED, may
 from fedprune_server.console.row_checks import ORDER_KINDS
@@ -64,7 +64,9 @@ class OrderDesk:
         self._audit = audit
         self._send = send
         self._clock = clock
-        self._number = 0
+        # Larger than every number of a console before this one: no answer to that one's orders is taken for one of
+        # these, and no two of the audit log's are the same.
+        self._number = int(1000 * clock())
         self._orders: OrderedDict[int, dict[str, Any]] = OrderedDict()
         self._latest: dict[str, deque[float]] = {}
         model.listen(self._heard)
@@ -87,6 +89,7 @@ class OrderDesk:
         if not isinstance(kind, str) or kind not in ORDER_KINDS:
             raise RefusedError(422, f"expected an order: one of {', '.join(ORDER_KINDS)}")
         given = {k: body[k] for k in _FIELDS if body.get(k) not in (None, "")}
+        self._limit(session.operator.name)
         self._check(session, address, kind)
         if missing := [n for n in _NEEDS.get(kind, ()) if n not in given]:
             raise RefusedError(422, f"{kind} needs {' and '.join(missing)}")
@@ -94,7 +97,8 @@ class OrderDesk:
             order = Order(number=self._number + 1, operator=session.operator.name, order=kind, **given)
         except (ProtocolError, TypeError) as error:
             raise RefusedError(422, str(error)) from error
-        self._limit(session.operator.name)
+        if len(line(order)) > MAX_ORDER:
+            raise RefusedError(422, f"an order has at most {MAX_ORDER} bytes")
         self._number = order.number
         if kind not in LOOKS:
             self._audit.note(session.operator.name, address, kind, {"order": order.number, **given}, "ordered")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 from fedprune_server.child_process import STUCK_S, ChildProcess
 from fedprune_server.console.feed_words import Begin, Listening, Order, ToConsole, ToServer, line, read_order
@@ -19,6 +21,30 @@ MOST_ORDERS = 200
 
 _END_S = 3.0
 
+_ENVIRONMENT = ("HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ", "VIRTUAL_ENV")
+_ENVIRONMENTS = ("LC_", "PYTHON")
+"""Variables that it gets, and what names of others begin with: passwords of databases and buckets stand in the rest."""
+
+
+class Child(Protocol):
+    """The console's process, as the feed needs it."""
+
+    @property
+    def full(self) -> bool:
+        """Whether it has enough to read."""
+
+    def start(self, now: float) -> bool:
+        """Start it if it isn't there; whether there is a new one."""
+
+    def tell(self, word: ToConsole) -> None:
+        """Tell it something."""
+
+    def orders(self, now: float) -> Iterator[Order]:
+        """What it ordered."""
+
+    def stop(self) -> None:
+        """End it."""
+
 
 class ConsoleProcess:
     """A console's process.
@@ -32,7 +58,7 @@ class ConsoleProcess:
         self._begin = begin
         self._child: ChildProcess[ToServer] = ChildProcess(
             command or [sys.executable, "-m", "fedprune_server.console.child"], "the console", read_order,
-            end_s=_END_S, most=MOST_ORDERS,
+            end_s=_END_S, most=MOST_ORDERS, environment=harmless(os.environ),
         )  # fmt: skip
         self._read_at = 0.0
         self._waiting = 0
@@ -89,3 +115,8 @@ class ConsoleProcess:
     def stop(self) -> None:
         """End the process; may be called twice."""
         self._child.stop()
+
+
+def harmless(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of a server's environment who speaks with browsers may have."""
+    return {k: v for k, v in environment.items() if k in _ENVIRONMENT or k.startswith(_ENVIRONMENTS)}

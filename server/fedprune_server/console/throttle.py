@@ -1,6 +1,7 @@
 """Logins are slowed where they fail: a little for an account, more for an address, most for both together.
 
-Nobody can lock an operator out for long by failing in their name: from elsewhere an account waits a minute at most.
+Nobody can lock an operator out by failing in their name: from elsewhere an account waits a minute at most, and where
+its operator has logged in before it doesn't wait for others' failures.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ MOST_KEPT = 10_000
 
 FORGOTTEN_S = 3600.0
 
+KNOWN_S = 30 * 86_400.0
+"""So long it is remembered from where somebody has logged in, while the console runs."""
+
 
 @dataclass
 class _Failures:
     count: int
     at: float
+    before: float
 
 
 @dataclass(frozen=True)
@@ -49,20 +54,24 @@ class Throttle:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._failures: OrderedDict[tuple[str, ...], _Failures] = OrderedDict()
+        self._known: OrderedDict[tuple[str, ...], float] = OrderedDict()
 
     def wait_s(self, account: str, address: str) -> float:
         """How long nobody may try to log in as this account from this address; 0 for not at all."""
         now = self._clock()
-        return max(self._wait(key, limit, now) for key, limit in self._keys(account, address))
+        both, *others = self._keys(account, address)
+        if now - self._known.get(both[0], -KNOWN_S) < KNOWN_S:
+            others = others[:1]
+        return max(self._wait(key, limit, now) for key, limit in (both, *others))
 
     def failed(self, account: str, address: str) -> None:
-        """A login has failed."""
+        """A login has failed, or is about to be tried: `succeeded` takes that back."""
         now = self._clock()
         for key, _ in self._keys(account, address):
             known = self._failures.pop(key, None)
             if known is None or now - known.at > FORGOTTEN_S:
-                known = _Failures(0, now)
-            known.count, known.at = known.count + 1, now
+                known = _Failures(0, now, now)
+            known.count, known.at, known.before = known.count + 1, now, known.at
             self._failures[key] = known
         while len(self._failures) > MOST_KEPT:
             self._failures.popitem(last=False)
@@ -72,7 +81,15 @@ class Throttle:
 
         What failed for the address in other names still counts: an attacker may have an account, too.
         """
-        self._failures.pop(self._keys(account, address)[0][0], None)
+        both, *others = (key for key, _ in self._keys(account, address))
+        self._failures.pop(both, None)
+        for key in others:
+            if (known := self._failures.get(key)) is not None:
+                known.count, known.at = known.count - 1, known.before
+        self._known.pop(both, None)
+        self._known[both] = self._clock()
+        while len(self._known) > MOST_KEPT:
+            self._known.popitem(last=False)
 
     def _wait(self, key: tuple[str, ...], limit: Limit, now: float) -> float:
         known = self._failures.get(key)

@@ -39,6 +39,9 @@ _WAITING = 4096
 """Rows that wait to be written; more than that are left out."""
 
 _HOUR_S = 3600.0
+_LATEST = 253_402_214_400
+"""Seconds from 1970 to the last day that calendars know, of the year 9999: a board's clock may say anything."""
+
 _FORMAT = 1
 _BUSY_S = 5
 _TABLE = """
@@ -89,7 +92,7 @@ class Told:
 
     def __str__(self) -> str:
         times = f" ({self.count} times)" if self.count > 1 else ""
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.at))
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(self.at, _LATEST)))
         return f"{stamp} {self.device} {self.level}: {self.text}{times}"
 
 

@@ -17,6 +17,7 @@ from fedprune.coordination.rollout import Fate, RolloutPhase
 from fedprune.errors import FedpruneError
 from fedprune.quantity import quantity
 from fedprune.trust.certificates import load_certificate, seconds_of
+from fedprune.trust.keys import VerifyingKey
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.link import Link
 from fedprune.wire.topics import Topics
@@ -96,6 +97,7 @@ def members(folder: Path, now: float) -> Iterator[Ailment]:
         waiting = [d for d in opened.store.devices() if d.status == WAITING]
     if waiting:
         first = waiting[0]
+        fingerprint = VerifyingKey.from_hex(first.key).fingerprint
         names = sorted({d.device for d in waiting})
         yield wrong(
             "devices-wait",
@@ -104,7 +106,7 @@ def members(folder: Path, now: float) -> Iterator[Ailment]:
             else f"{len(names)} devices wait for your word: {', '.join(names[:_SHOWN])}",
             "until then nobody hears them",
             "compare the key with what the board shows, then "
-            + command("devices", "approve", first.device, "--key", first.key, *at(folder)),
+            + command("devices", "approve", first.device, "--key", fingerprint, *at(folder)),
         )
 
 

@@ -22,6 +22,9 @@ HANGS_S = 60.0
 _TEXT = "text/plain; charset=utf-8"
 _PATIENCE_S = 10.0
 
+MOST = 32
+"""Requests that are answered at the same time, each by a thread of the server's process; others are hung up on."""
+
 Checks = Mapping[str, Callable[[], str]]
 """By name what must be so for a server to be ready: each says what is wrong, or nothing."""
 
@@ -35,6 +38,28 @@ class _Handler(WSGIRequestHandler):
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        self._places = threading.BoundedSemaphore(MOST)
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a request on a thread of its own, if there is one left."""
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._places.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer it; then there is room for another one."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
 
     def server_bind(self) -> None:
         """Listen, without asking the network for this machine's name."""

@@ -39,6 +39,11 @@ class about:  # noqa: N801 - it reads as a word of the language: `with about(dev
         _ABOUT.reset(self._token)
 
 
+def said_about() -> Mapping[str, object]:
+    """What a line that is logged now is about."""
+    return _ABOUT.get()
+
+
 class OneLine(logging.Formatter):
     """Plain text: a record is one line, whatever its words hold; a traceback follows, indented."""
 
@@ -63,7 +68,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "message": record.getMessage(),
             "logger": record.name,
-            **_ABOUT.get(),
+            **said_about(),
         }
         if record.exc_info:
             body["error"] = self.formatException(record.exc_info)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 import urllib.request
 from collections.abc import Callable
@@ -84,3 +85,18 @@ def test_one_that_says_nonsense_is_ended_and_after_a_few_times_left_alone(tmp_pa
     assert not process.start(1.0)
     assert process.start(100.0)
     process.stop()
+
+
+def test_it_gets_no_secret_of_the_servers_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FEDPRUNE_SERVER_DATABASE", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "CREDENTIALS_DIRECTORY"):
+        monkeypatch.setenv(name, "secret")
+    out = tmp_path / "environment"
+    program = f"import os; open({str(out)!r}, 'w').write(repr(dict(os.environ)))"
+    child = ConsoleProcess(begin(tmp_path), [sys.executable, "-c", program])
+    child.start(0.0)
+    process = child._child._process
+    assert process is not None
+    assert process.wait(30) == 0
+    child.stop()
+    assert "'PATH'" in out.read_text()
+    assert "secret" not in out.read_text()

@@ -12,10 +12,12 @@ from fleet import Fleet
 from several import SeveralJobs, named
 
 from fedprune.coordination import Phase
-from fedprune_server.console.feed import Feed
-from fedprune_server.console.feed_words import Order, ToConsole, line, parse_news
+from fedprune_server.console import rows
+from fedprune_server.console.feed import COVERED_S, Feed
+from fedprune_server.console.feed_words import Coverage, Order, ToConsole, line, parse_news
 from fedprune_server.console.model import Model
 from fedprune_server.console.setup import desks_of
+from fedprune_server.terminal.log_lines import about
 from toy import JOB
 
 SITE = {
@@ -45,8 +47,8 @@ class Child:
         self.model.hear(parse_news(line(word)))
 
     def orders(self, now: float) -> Iterator[Order]:
-        yield from self.given
-        self.given = []
+        while self.given:
+            yield self.given.pop(0)
 
     def stop(self) -> None:
         self.alive = False
@@ -241,6 +243,60 @@ def test_a_feed_that_fails_costs_the_job_nothing(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.ERROR, "fedprune.server"):
         assert fleet.run().phase is Phase.FINISHED
     assert any("the console isn't told all" in m for m in caplog.messages)
+
+
+def test_a_round_that_cannot_be_told_costs_the_job_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    daemon = fleet.daemon()
+    watched(daemon, fleet.air)
+    whole = rows.round_news
+    monkeypatch.setattr(rows, "round_news", lambda *given: {**whole(*given), "metrics": {"a metric": 1.0}})
+    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
+    with caplog.at_level(logging.ERROR, "fedprune.server"):
+        assert fleet.run().phase is Phase.FINISHED
+    assert any("name of a metric" in m for m in caplog.messages)
+
+
+def test_coverage_is_made_once_for_those_who_ask_at_the_same_time(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    daemon = fleet.daemon()
+    feed, child = watched(daemon, fleet.air)
+    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
+    fleet.run()
+    for number in range(1, 30):
+        child.order(number, "coverage", job=JOB.name)
+    flush(feed, fleet.air)
+    flush(feed, fleet.air)
+    assert sum(isinstance(w, Coverage) and w.last for w in child.told) == 1
+    assert all((child.model.answer(n) or {}).get("ok") for n in range(1, 30))
+    child.order(30, "coverage", job=JOB.name)
+    fleet.air.now += COVERED_S
+    flush(feed, fleet.air)
+    assert sum(isinstance(w, Coverage) and w.last for w in child.told) == 2
+
+
+def test_lines_of_the_log_say_what_they_are_about(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    feed, child = watched(fleet.daemon(), fleet.air)
+    log = logging.getLogger("fedprune.server.trial")
+    log.addHandler(feed.tap)
+    try:
+        with about(job=JOB.name, round=3, trace_id="ab"):
+            log.warning("the disk is slow")
+            with about(device="b"):
+                log.warning("no word")
+            with about(device="no name"):
+                log.warning("a topic of somebody's own")
+    finally:
+        log.removeHandler(feed.tap)
+    flush(feed, fleet.air)
+    found = [(x["text"], x["job"], x["round"], x["device"]) for x in child.model.lines().items]
+    assert found == [
+        ("a topic of somebody's own", None, None, None), ("no word", JOB.name, 3, "b"),
+        ("the disk is slow", JOB.name, 3, None),
+    ]  # fmt: skip
 
 
 def test_lines_of_the_log_steer_no_terminal_and_begin_no_other_line(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import pytest
 
 from console_browser import trial
 from fedprune_server.console.feed_words import Answer
+from fedprune_server.console.order_desk import OrderDesk
 from fedprune_server.console.roles import NEEDED, ROLES
 from fedprune_server.console.row_checks import ORDER_KINDS
+from fedprune_server.console.sessions import Session
 
 FIELDS = {
     "pause": {"job": "trial"}, "resume": {"job": "trial"}, "coverage": {"job": "trial"},
@@ -54,6 +56,7 @@ def test_a_server_that_takes_no_orders_gets_none(tmp_path: Path, allowed: str, s
         {"order": "rollout_start", "release": "../../x"}, {"order": "rollout_start", "release": "r", "groups": "all"},
         {"order": "rollout_start", "release": "r", "devices": ["a"] * 101},
         {"order": "rollout_stop", "reason": "\x1b[2J"},
+        {"order": "look", "device": "a", "devices": ["d" * 64] * 100, "reason": "\u00e9" * 500},  # too long a line
     ],
 )  # fmt: skip
 def test_an_order_that_is_none_goes_nowhere(tmp_path: Path, body: dict[str, Any]) -> None:
@@ -83,6 +86,30 @@ def test_orders_are_rationed(tmp_path: Path) -> None:
     browser = here.browser("viewer")
     found = [browser.order(order="look", device="board-0001").status for _ in range(62)]
     assert found == [202] * 60 + [429] * 2
+
+
+def test_orders_that_are_refused_are_rationed_too(tmp_path: Path) -> None:
+    here = trial(tmp_path)
+    browser = here.browser("viewer")
+    before = here.console.audit.page().total
+    found = [browser.order(order="pause", job="trial").status for _ in range(64)]
+    assert found == [403] * 60 + [429] * 4
+    assert here.console.audit.page().total == before + 60
+
+
+def test_no_answer_to_an_earlier_consoles_order_is_taken_for_one_to_this(tmp_path: Path) -> None:
+    now = [1e9]
+    here = trial(tmp_path, clock=lambda: now[0])
+    before = here.browser("operator").order(order="pause", job="trial").json["order"]
+    now[0] += 1
+    desk = OrderDesk(here.model, here.console.audit, here.orders.append, lambda: now[0])
+    operator = here.console.accounts.get("operator")
+    assert operator is not None
+    number = desk.give(Session(operator, "", ""), "::1", {"order": "resume", "job": "trial"})
+    here.model.hear(Answer(before, True, "job trial is paused"))
+    order = desk.get(number)
+    assert order is not None
+    assert order["state"] == "waiting"
 
 
 def test_a_server_that_says_nothing_gets_no_orders(tmp_path: Path) -> None:

@@ -97,3 +97,12 @@ def test_a_damaged_file_is_one_clear_error(tmp_path: Path) -> None:
         read_logs(tmp_path)
     with pytest.raises(StorageError, match="may be deleted"):
         BoardLogs(tmp_path)
+
+
+def test_a_board_whose_clock_is_beyond_all_calendars_can_be_shown(tmp_path: Path) -> None:
+    late = BoardLines("a", ({"number": 1, "at": 2**63 - 1, "level": "error", "count": 1, "text": "no"},))
+    with BoardLogs(tmp_path) as logs:
+        logs.lines(late)
+        logs.save()
+    (found,) = read_logs(tmp_path)
+    assert str(found).startswith("9999-12-3")

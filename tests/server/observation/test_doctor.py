@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import socket
 import time
 from collections import namedtuple
@@ -20,6 +21,7 @@ from fedprune.coordination.state import Device
 from fedprune.disk import locked
 from fedprune.errors import ExitCode
 from fedprune.job import Job
+from fedprune.trust.keys import SigningKey
 from fedprune.wire.log_messages import CrashReport
 from fedprune_server.cli import main
 from fedprune_server.fleet.board_logs import BoardLogs
@@ -130,10 +132,12 @@ def test_backups_are_remembered(tmp_path: Path) -> None:
 def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path, "lab") as identity:
         assert kinds(site.members(tmp_path, time.time())) == set()
-        identity.store.ask("pi-1", "ab" * 32, 5)
+        identity.store.ask("pi-1", SigningKey.make().verifying.hex, 5)
         [found] = site.members(tmp_path, time.time())
         assert found.kind == "devices-wait"
-        assert f"devices approve pi-1 --key {'ab' * 32}" in found.todo
+        advice = found.todo[found.todo.index("fedprune-server devices approve") :]
+        assert main(shlex.split(advice)[1:]) == 0  # what it says can be done as it stands
+        assert set(identity.store.members()) == {"pi-1"}
     later = time.time() + 300 * 365 * 86_400
     assert "certificate" in kinds(site.members(tmp_path, later))
     (tmp_path / "identity" / "signing.key").unlink()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedprune.coordination import State
 from fedprune.errors import ConfigError
+from fedprune_server.observation import web
 from fedprune_server.observation.metrics import PARTS, Metrics
 from fedprune_server.observation.onlooker import Onlooker
 from fedprune_server.observation.reasons import KINDS, OTHER, kind_of
@@ -165,3 +168,15 @@ def test_every_figure_is_explained_on_the_page() -> None:
     page = (DOCS / "observe.md").read_text()
     families = {re.sub(r"_(bucket|sum|count|created)$", "", n) for n in exposed()}
     assert {n for n in families if n not in page} == set()
+
+
+def test_who_only_connects_takes_no_more_threads_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "MOST", 2)
+    metrics = Metrics()
+    metrics.turned_at = metrics.clock()
+    with served(("127.0.0.1", 0), metrics, {}) as port, ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 30)) for _ in range(2)]
+        third = stack.enter_context(socket.create_connection(("127.0.0.1", port), 30))
+        assert third.recv(1) == b""  # hung up on
+        silent[0].sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert silent[0].recv(12).startswith(b"HTTP/1.0 200")

@@ -1,0 +1,69 @@
+"""Guessing is slow; who knows the password isn't kept from it by those who guess, nor by having logged in often."""
+
+from __future__ import annotations
+
+from fedprune_server.console.throttle import ACCOUNT, ADDRESS, FORGOTTEN_S, KNOWN_S, PAIR, Throttle
+
+HERE, THERE = "192.0.2.1", "2001:db8::1"
+
+
+class Watch:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.throttle = Throttle(lambda: self.now)
+
+    def fail(self, times: int, account: str = "ann", address: str = HERE) -> None:
+        for _ in range(times):
+            self.throttle.failed(account, address)
+
+    def wait(self, account: str = "ann", address: str = HERE) -> float:
+        return self.throttle.wait_s(account, address)
+
+    def log_in(self, account: str = "ann", address: str = HERE) -> None:
+        self.throttle.failed(account, address)  # as the application does, before it knows
+        self.throttle.succeeded(account, address)
+
+
+def test_each_failure_beyond_the_free_ones_doubles_the_wait() -> None:
+    watch = Watch()
+    watch.fail(PAIR.free - 1)
+    waits = []
+    for _ in range(12):
+        watch.fail(1)
+        waits.append(watch.wait())
+    assert waits[:4] == [1.0, 2.0, 4.0, 8.0]
+    assert waits[-1] == PAIR.longest_s
+    watch.now += FORGOTTEN_S + 1
+    assert watch.wait() == 0
+
+
+def test_logging_in_again_and_again_is_no_failure() -> None:
+    watch = Watch()
+    for _ in range(10 * ACCOUNT.free):
+        watch.log_in()
+        watch.now += 60
+        assert (watch.wait(), watch.wait("ben"), watch.wait("ann", THERE)) == (0, 0, 0)
+
+
+def test_who_logs_in_takes_back_no_failure_in_other_names() -> None:
+    watch = Watch()
+    for n in range(ADDRESS.free):
+        watch.fail(1, f"guess-{n}")
+        watch.log_in("mallory")
+    assert watch.wait("ben") > 0
+
+
+def test_an_operator_is_not_locked_out_by_those_who_guess_from_elsewhere() -> None:
+    watch = Watch()
+    watch.log_in()
+    for n in range(ACCOUNT.free + 20):
+        watch.fail(1, "ann", f"198.51.100.{n}")
+    assert watch.wait("ann", "203.0.113.9") == ACCOUNT.longest_s
+    assert watch.wait() == 0
+    watch.fail(PAIR.free)
+    assert watch.wait() > 0  # a guess from there is one
+    watch.log_in()
+    watch.now += KNOWN_S
+    for n in range(ACCOUNT.free):
+        watch.fail(1, "ann", f"198.51.100.{n}")
+    assert watch.wait() > 0
