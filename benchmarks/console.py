@@ -28,17 +28,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from fedprune_server.console.feed_words import (  # noqa: E402
-    AlertNews,
-    Coverage,
-    DeviceDetails,
-    JobNews,
-    LogLine,
-    Rollouts,
-    RoundNews,
-    Site,
-    ToConsole,
-)
+from fedprune_server.console.device_words import Coverage, DeviceDetails  # noqa: E402
+from fedprune_server.console.feed_words import JobNews, Rollouts, RoundNews, Site, ToConsole  # noqa: E402
+from fedprune_server.console.log_words import AlertNews, BoardLog, LogLine  # noqa: E402
 from fedprune_server.console.trial import TrialFleet  # noqa: E402
 from served_console import ServedConsole  # noqa: E402 - lies beside the tests
 
@@ -193,8 +185,20 @@ class ShownFleet(TrialFleet):
              "metrics": {"accuracy": 0.86 + 0.02 * chance.random(), "loss": 0.4 + 0.05 * chance.random()}}
             for n in range(42, 30, -1)
         )  # fmt: skip
-        widths = tuple({"group": g, "kept": round(row["density"] * n), "of": n} for g, n in self.GROUPS)
-        return DeviceDetails(device, "leaves", plan, row["seconds"] * 0.96, row["seconds"], history, widths)
+        widths = self.channels({g: (round(row["density"] * n), n) for g, n in self.GROUPS})
+        return DeviceDetails(
+            device, "leaves", plan, self.figures(row["seconds"] * 0.96, row["seconds"]), history, widths
+        )
+
+    def board_log(self, device: str) -> BoardLog:
+        at = self._now - 5400
+        told = ((0, 1, "warning", "61.8 °C: the next step waits until it is cooler"),
+                (900, 4, "warning", "the broker can't be reached: it is tried again"))  # fmt: skip
+        lines = tuple(
+            {"at": at - s, "received": at - s + 2, "level": level, "count": n, "text": text}
+            for s, n, level, text in told
+        )
+        return BoardLog(device, lines, ())
 
     def coverage(self, job: str) -> Coverage:
         groups = []
@@ -224,7 +228,7 @@ class ShownFleet(TrialFleet):
         board, density, accuracy = self.BOARDS[i * 7 % 5]
         row.update(
             name=f"{self.PLACES[i // 20]}-{i % 20 + 1:02d}", profile=board,
-            slot=f"{12 if i % 12 == 0 else 11}/{'ab'[i % 2]}", samples=chance.randrange(300, 1400),
+            slot="ab"[i % 2], release=12 if i % 12 == 0 else 11, update=None, samples=chance.randrange(300, 1400),
             versions={"onnxruntime": "1.23.2", "python": "3.11"},
             accuracy=accuracy + 0.03 * chance.random(), bytes_down=chance.randrange(3, 90) * 1_130_000,
             bytes_up=chance.randrange(3, 60) * 1_010_000, staleness=0,

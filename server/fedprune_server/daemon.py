@@ -190,7 +190,7 @@ class Daemon:
         """What there is to see of the job."""
         return JobView(
             self.job, self._coordinator.architecture, self.state, self._roster, self._quarantine,
-            self._uploads.progress, lambda: self._link.connected, lambda: 1.0, self.pause,
+            self._uploads.progress, lambda: self._link.connected, lambda: 1.0, self.pause, self._shipping.near,
         )  # fmt: skip
 
     @property

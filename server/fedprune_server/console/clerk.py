@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from fedprune.errors import FedpruneError, ReleaseError, reason
-from fedprune_server.console.feed_words import Answer, Order
+from fedprune_server.console.order_words import Answer, Order
 from fedprune_server.identity.admission import approve, deny, revoke
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.rollouts.start import Terms, start

@@ -7,7 +7,7 @@ import re
 from collections import deque
 
 from fedprune.wire.fields import one_line
-from fedprune_server.console.feed_words import LogLine
+from fedprune_server.console.log_words import LogLine
 
 KEPT = 1000
 

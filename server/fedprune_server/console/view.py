@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedprune.architecture import Architecture
+from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.job import Job
 from fedprune_server.fleet.quarantine import Quarantine
@@ -27,6 +28,7 @@ class JobView:
         connected: Whether the connection to the broker stands.
         weight: Its share of the devices beside other jobs.
         pause: Pauses the job, or lets it go on.
+        store: Blobs that nobody has to wait for.
     """
 
     job: Job
@@ -38,6 +40,7 @@ class JobView:
     connected: Callable[[], bool]
     weight: Callable[[], float]
     pause: Callable[[bool], None]
+    store: BlobStore
 
 
 class Onlooker:

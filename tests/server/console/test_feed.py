@@ -13,8 +13,9 @@ from several import SeveralJobs, named
 
 from fedprune.coordination import Phase
 from fedprune_server.console.feed import Feed
-from fedprune_server.console.feed_words import Order, ToConsole, line, parse_news
+from fedprune_server.console.feed_words import ToConsole, line, parse_news
 from fedprune_server.console.model import Model
+from fedprune_server.console.order_words import Order
 from fedprune_server.console.setup import desks_of
 from toy import JOB
 

@@ -16,7 +16,10 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 
 from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
 
-from fedprune_server.console.feed_words import AlertNews, Devices, JobNews, Order, Rollouts, ToConsole  # noqa: E402
+from fedprune_server.console.device_words import Devices  # noqa: E402
+from fedprune_server.console.feed_words import JobNews, Rollouts, ToConsole  # noqa: E402
+from fedprune_server.console.log_words import AlertNews  # noqa: E402
+from fedprune_server.console.order_words import Order  # noqa: E402
 from fedprune_server.console.trial import TrialFleet  # noqa: E402
 from served_console import PASSWORD, ServedConsole, answered  # noqa: E402
 
