@@ -48,17 +48,25 @@ SHOT = """(act) => new Promise((done) => {
 })"""
 """Runs `act`, and says how many milliseconds later the frame was drawn that shows its effect."""
 
-PICTURES = (
-    ("overview", "/", 1280, 800, "light"),
-    ("fleet", "/fleet", 1280, 760, "light"),
-    ("device", "/devices/orchard-07", 1280, 860, "light"),
-    ("rounds", "/rounds", 1280, 1440, "light"),
-    ("rounds-dark", "/rounds", 768, 900, "dark"),
-    ("rollouts", "/rollouts", 768, 620, "light"),
-    ("fleet-phone", "/fleet?q=orchard", 360, 640, "light"),
-    ("device-phone", "/devices/orchard-07", 360, 640, "dark"),
+PAGES = (
+    ("login", "/login", (420, 520, 520)),
+    ("overview", "/", (800, 900, 640)),
+    ("fleet", "/fleet", (760, 760, 640)),
+    ("device", "/devices/orchard-07", (1100, 1100, 900)),
+    ("rounds", "/rounds", (1440, 900, 900)),
+    ("rollouts", "/rollouts", (520, 620, 640)),
+    ("alerts", "/alerts", (620, 700, 640)),
+    ("audit", "/audit", (420, 520, 640)),
 )
-MOST_BYTES = 1_500_000
+"""Pages and their heights on each of `SCREENS`."""
+
+SCREENS = (("", 1280, "light"), ("-tablet", 768, "dark"), ("-phone", 360, "light"))
+AUDITED: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("login", {}, "ok"),
+    ("approve", {"device": "mill-19", "key": "ab12-cd34-ef56-7890"}, "mill-19 is let in"),
+    ("rollout_start", {"release": "release-12"}, "rollout 2 begins"),
+)
+MOST_BYTES = 2_500_000
 
 
 class RunningRound:
@@ -301,17 +309,21 @@ def draw(folder: Path) -> list[Path]:
         sync_playwright() as playwright,
     ):
         browser = launch(playwright)
-        for name, path, width, height, scheme in PICTURES:
-            page = logged_in(served, browser, width, height, scheme)
-            page.goto(served.url + path)
-            page.wait_for_selector("#live[data-state=open]")
-            page.wait_for_timeout(300)
-            image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-            made.append(folder / f"console-{name}.png")
-            image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-                made[-1], optimize=True
-            )
-            page.context.close()
+        for action, what, outcome in AUDITED:
+            served.console.audit.note("ann", "192.0.2.7", action, what, outcome)
+        for name, path, heights in PAGES:
+            for (suffix, width, scheme), height in zip(SCREENS, heights, strict=True):
+                page = logged_in(served, browser, width, height, scheme, name != "login")
+                page.goto(served.url + path)
+                if name != "login":
+                    page.wait_for_selector("#live[data-state=open]")
+                page.wait_for_timeout(300)
+                image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+                made.append(folder / f"console-{name}{suffix}.png")
+                image.quantize(128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+                    made[-1], optimize=True
+                )
+                page.context.close()
         browser.close()
     size = sum(p.stat().st_size for p in made)
     if size > MOST_BYTES:
@@ -325,14 +337,18 @@ def launch(playwright: Any) -> Browser:
     return launched
 
 
-def logged_in(served: ServedConsole, browser: Browser, width: int, height: int, scheme: Any) -> Page:
+def logged_in(
+    served: ServedConsole, browser: Browser, width: int, height: int, scheme: Any, known: bool = True
+) -> Page:
+    """A page of a browser in which the admin has logged in or, unless `known`, nobody."""
     context = browser.new_context(
         viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
     )
     operator = served.console.accounts.get("admin")
     assert operator is not None
-    token = served.console.sessions.begin(operator, "127.0.0.1")
-    context.add_cookies([{"name": served.console.around.cookie, "value": token, "url": served.url}])
+    if known:
+        token = served.console.sessions.begin(operator, "127.0.0.1")
+        context.add_cookies([{"name": served.console.around.cookie, "value": token, "url": served.url}])
     return context.new_page()
 
 

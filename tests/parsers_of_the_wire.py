@@ -187,7 +187,8 @@ def _words() -> tuple[bytes, ...]:
 def _news() -> tuple[bytes, ...]:
     """One line of each kind, and small ones: what is fuzzed is their form."""
     fleet = TrialFleet(2, 1)
-    told = [*fleet.begin(), fleet.details("board-0000"), fleet.coverage("trial"), order_words.Answer(1, True, "so")]
+    told = [*fleet.begin(), fleet.details("board-0000"), fleet.board_log("board-0000"), fleet.coverage("trial")]
+    told.append(order_words.Answer(1, True, "so"))
     kinds = {type(word): word for word in told}
     return tuple(feed_words.line(word)[:-1] for word in kinds.values())
 
