@@ -28,17 +28,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from fedprune_server.console.feed_words import (  # noqa: E402
-    AlertNews,
-    Coverage,
-    DeviceDetails,
-    JobNews,
-    LogLine,
-    Rollouts,
-    RoundNews,
-    Site,
-    ToConsole,
-)
+from fedprune_server.console.device_words import Coverage, DeviceDetails  # noqa: E402
+from fedprune_server.console.feed_words import JobNews, Rollouts, RoundNews, Site, ToConsole  # noqa: E402
+from fedprune_server.console.log_words import AlertNews, BoardLog, LogLine  # noqa: E402
 from fedprune_server.console.trial import TrialFleet  # noqa: E402
 from served_console import ServedConsole  # noqa: E402 - lies beside the tests
 
@@ -56,17 +48,25 @@ SHOT = """(act) => new Promise((done) => {
 })"""
 """Runs `act`, and says how many milliseconds later the frame was drawn that shows its effect."""
 
-PICTURES = (
-    ("overview", "/", 1280, 800, "light"),
-    ("fleet", "/fleet", 1280, 760, "light"),
-    ("device", "/devices/orchard-07", 1280, 860, "light"),
-    ("rounds", "/rounds", 1280, 1440, "light"),
-    ("rounds-dark", "/rounds", 768, 900, "dark"),
-    ("rollouts", "/rollouts", 768, 620, "light"),
-    ("fleet-phone", "/fleet?q=orchard", 360, 640, "light"),
-    ("device-phone", "/devices/orchard-07", 360, 640, "dark"),
+PAGES = (
+    ("login", "/login", (420, 520, 520)),
+    ("overview", "/", (800, 900, 640)),
+    ("fleet", "/fleet", (760, 760, 640)),
+    ("device", "/devices/orchard-07", (1100, 1100, 900)),
+    ("rounds", "/rounds", (1440, 900, 900)),
+    ("rollouts", "/rollouts", (520, 620, 640)),
+    ("alerts", "/alerts", (620, 700, 640)),
+    ("audit", "/audit", (420, 520, 640)),
 )
-MOST_BYTES = 1_500_000
+"""Pages and their heights on each of `SCREENS`."""
+
+SCREENS = (("", 1280, "light"), ("-tablet", 768, "dark"), ("-phone", 360, "light"))
+AUDITED: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("login", {}, "ok"),
+    ("approve", {"device": "mill-19", "key": "ab12-cd34-ef56-7890"}, "mill-19 is let in"),
+    ("rollout_start", {"release": "release-12"}, "rollout 2 begins"),
+)
+MOST_BYTES = 2_500_000
 
 
 class RunningRound:
@@ -193,8 +193,20 @@ class ShownFleet(TrialFleet):
              "metrics": {"accuracy": 0.86 + 0.02 * chance.random(), "loss": 0.4 + 0.05 * chance.random()}}
             for n in range(42, 30, -1)
         )  # fmt: skip
-        widths = tuple({"group": g, "kept": round(row["density"] * n), "of": n} for g, n in self.GROUPS)
-        return DeviceDetails(device, "leaves", plan, row["seconds"] * 0.96, row["seconds"], history, widths)
+        widths = self.channels({g: (round(row["density"] * n), n) for g, n in self.GROUPS})
+        return DeviceDetails(
+            device, "leaves", plan, self.figures(row["seconds"] * 0.96, row["seconds"]), history, widths
+        )
+
+    def board_log(self, device: str) -> BoardLog:
+        at = self._now - 5400
+        told = ((0, 1, "warning", "61.8 °C: the next step waits until it is cooler"),
+                (900, 4, "warning", "the broker can't be reached: it is tried again"))  # fmt: skip
+        lines = tuple(
+            {"at": at - s, "received": at - s + 2, "level": level, "count": n, "text": text}
+            for s, n, level, text in told
+        )
+        return BoardLog(device, lines, ())
 
     def coverage(self, job: str) -> Coverage:
         groups = []
@@ -224,7 +236,7 @@ class ShownFleet(TrialFleet):
         board, density, accuracy = self.BOARDS[i * 7 % 5]
         row.update(
             name=f"{self.PLACES[i // 20]}-{i % 20 + 1:02d}", profile=board,
-            slot=f"{12 if i % 12 == 0 else 11}/{'ab'[i % 2]}", samples=chance.randrange(300, 1400),
+            slot="ab"[i % 2], release=12 if i % 12 == 0 else 11, update=None, samples=chance.randrange(300, 1400),
             versions={"onnxruntime": "1.23.2", "python": "3.11"},
             accuracy=accuracy + 0.03 * chance.random(), bytes_down=chance.randrange(3, 90) * 1_130_000,
             bytes_up=chance.randrange(3, 60) * 1_010_000, staleness=0,
@@ -297,17 +309,21 @@ def draw(folder: Path) -> list[Path]:
         sync_playwright() as playwright,
     ):
         browser = launch(playwright)
-        for name, path, width, height, scheme in PICTURES:
-            page = logged_in(served, browser, width, height, scheme)
-            page.goto(served.url + path)
-            page.wait_for_selector("#live[data-state=open]")
-            page.wait_for_timeout(300)
-            image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-            made.append(folder / f"console-{name}.png")
-            image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-                made[-1], optimize=True
-            )
-            page.context.close()
+        for action, what, outcome in AUDITED:
+            served.console.audit.note("ann", "192.0.2.7", action, what, outcome)
+        for name, path, heights in PAGES:
+            for (suffix, width, scheme), height in zip(SCREENS, heights, strict=True):
+                page = logged_in(served, browser, width, height, scheme, name != "login")
+                page.goto(served.url + path)
+                if name != "login":
+                    page.wait_for_selector("#live[data-state=open]")
+                page.wait_for_timeout(300)
+                image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+                made.append(folder / f"console-{name}{suffix}.png")
+                image.quantize(128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+                    made[-1], optimize=True
+                )
+                page.context.close()
         browser.close()
     size = sum(p.stat().st_size for p in made)
     if size > MOST_BYTES:
@@ -321,14 +337,18 @@ def launch(playwright: Any) -> Browser:
     return launched
 
 
-def logged_in(served: ServedConsole, browser: Browser, width: int, height: int, scheme: Any) -> Page:
+def logged_in(
+    served: ServedConsole, browser: Browser, width: int, height: int, scheme: Any, known: bool = True
+) -> Page:
+    """A page of a browser in which the admin has logged in or, unless `known`, nobody."""
     context = browser.new_context(
         viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
     )
     operator = served.console.accounts.get("admin")
     assert operator is not None
-    token = served.console.sessions.begin(operator, "127.0.0.1")
-    context.add_cookies([{"name": served.console.around.cookie, "value": token, "url": served.url}])
+    if known:
+        token = served.console.sessions.begin(operator, "127.0.0.1")
+        context.add_cookies([{"name": served.console.around.cookie, "value": token, "url": served.url}])
     return context.new_page()
 
 

@@ -16,9 +16,9 @@ from argon2 import PasswordHasher
 from fedprune_server.console.app import make_app
 from fedprune_server.console.context import Console, make_console
 from fedprune_server.console.database import ConsoleDatabase
-from fedprune_server.console.feed_words import Order
 from fedprune_server.console.gate import Surroundings
 from fedprune_server.console.model import Model
+from fedprune_server.console.order_words import Order
 from fedprune_server.console.trial import TrialFleet
 
 QUICK = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)

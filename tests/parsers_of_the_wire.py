@@ -56,7 +56,7 @@ from fedprune.wire.release_messages import ReleaseOffer, ReleaseReport, ReleaseW
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
 from fedprune_device.offered import unpacked as offered
-from fedprune_server.console import feed_words
+from fedprune_server.console import feed_words, order_words
 from fedprune_server.console.trial import TrialFleet
 from fedprune_server.link.blob_server import BlobHandler
 from fedprune_server.receivers import words
@@ -187,15 +187,16 @@ def _words() -> tuple[bytes, ...]:
 def _news() -> tuple[bytes, ...]:
     """One line of each kind, and small ones: what is fuzzed is their form."""
     fleet = TrialFleet(2, 1)
-    told = [*fleet.begin(), fleet.details("board-0000"), fleet.coverage("trial"), feed_words.Answer(1, True, "so")]
+    told = [*fleet.begin(), fleet.details("board-0000"), fleet.board_log("board-0000"), fleet.coverage("trial")]
+    told.append(order_words.Answer(1, True, "so"))
     kinds = {type(word): word for word in told}
     return tuple(feed_words.line(word)[:-1] for word in kinds.values())
 
 
 def _orders() -> tuple[bytes, ...]:
     orders = (
-        feed_words.Order(1, "ann", "pause", job="toy"),
-        feed_words.Order(2, "ann", "rollout_start", release="r-1", groups=(0.1, 1.0), devices=("a", "b")),
+        order_words.Order(1, "ann", "pause", job="toy"),
+        order_words.Order(2, "ann", "rollout_start", release="r-1", groups=(0.1, 1.0), devices=("a", "b")),
         feed_words.Listening("http://127.0.0.1:8470/"),
     )
     return tuple(feed_words.line(word)[:-1] for word in orders)

@@ -16,8 +16,9 @@ from argon2 import PasswordHasher
 from fedprune_server.console.app import make_app
 from fedprune_server.console.context import make_console
 from fedprune_server.console.database import ConsoleDatabase
-from fedprune_server.console.feed_words import Answer, Order, ToConsole
+from fedprune_server.console.feed_words import ToConsole
 from fedprune_server.console.model import Model
+from fedprune_server.console.order_words import Answer, Order
 from fedprune_server.console.streams import GATHER_S, Streams
 from fedprune_server.console.trial import TrialFleet
 

@@ -12,10 +12,14 @@ from fedprune.wire.fields import one_line
 from fedprune.wire.log_messages import LOG
 from fedprune.wire.messages import TO, Birth, Update
 from fedprune.wire.offer import Offer
+from fedprune_device.runtime.running import running
 from fedprune_device.source import Samples
 
 AGAIN_S = 60.0
 """How soon a board greets again because something else is true than it said."""
+
+_SOFTWARE = 256
+"""Characters that a birth has room for of what runs there."""
 
 _LONGEST = 150
 """Characters of what is said of who answers predictions."""
@@ -35,6 +39,8 @@ class Greeting:
         self, device: str, profile_name: str, probe: ProbeReport | None, answers: Callable[[], str] = lambda: ""
     ) -> None:
         self._device, self._profile_name, self._probe, self._answers = device, profile_name, probe, answers
+        place = running()
+        self._place = f", {place}" if place else ""
         self._samples, self._served = 0, ""
         self._at = 0.0
 
@@ -55,7 +61,8 @@ class Greeting:
             number,
             self._profile_name,
             samples,
-            f"fedprune {__version__}, onnxruntime {session.version()}, Python {platform.python_version()}{served}",
+            f"fedprune {__version__}, onnxruntime {session.version()}, Python {platform.python_version()}"
+            f"{self._place}{served}"[:_SOFTWARE],
             self._probe.to_dict() if self._probe is not None else None,
             None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
             CODECS,

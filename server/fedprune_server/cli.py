@@ -250,7 +250,9 @@ def _run(arguments: argparse.Namespace) -> int:
         for kept in jobs:
             _say_what_runs(kept)
             kept.folder.lease.lost = daemon.stop
-        stack.enter_context(with_console(config, reached, identity, daemon, releases_given=rollouts is not None))
+        stack.enter_context(
+            with_console(config, reached, identity, daemon, releases_given=rollouts is not None, logs=logs)
+        )
         reached.start(daemon.subscriptions)
         for kept in jobs:
             kept.folder.keep(kept.opened)  # a broker that can't be reached is not one to remember

@@ -159,7 +159,7 @@ class Daemon:
         self._farewell: Farewell | None = None
         self.view = JobView(
             job, self._coordinator.architecture, state, self._roster, self._quarantine, self._uploads.progress,
-            lambda: self._link.connected, lambda: 1.0, self.pause,
+            lambda: self._link.connected, lambda: 1.0, self.pause, self._shipping.near,
             lambda: {
                 "workshop": self._workshop.waiting, "uploads": len(self._uploads.devices()),
                 "messages": self._post.queued,

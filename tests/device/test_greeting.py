@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fedprune.wire.messages import Birth, parse
 from fedprune_device.greeting import AGAIN_S, Greeting
+from fedprune_device.runtime.home import Home, Record
 
 pytestmark = pytest.mark.board
 
@@ -32,3 +35,24 @@ def test_a_long_or_strange_reason_still_makes_a_message() -> None:
 
 def test_a_board_without_engines_says_nothing_of_them() -> None:
     assert "predicts" not in Greeting("d", "raspberry-pi-5", None).birth(1, 3, None, 0.0).software
+
+
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [("whole", "slot b with release 12"), ("damaged", "slot b"), ("missing", "slot b")],
+)
+def test_a_board_with_a_launcher_says_what_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, expected: str
+) -> None:
+    (tmp_path / "state").mkdir()
+    if kept != "missing":
+        Home(tmp_path).write_record("b", Record(12, "0.2.0", "m:f", {}))
+    if kept == "damaged":
+        (tmp_path / "state" / "b.json").write_text("no record")
+    monkeypatch.setenv("FEDPRUNE_ROOT", str(tmp_path))
+    monkeypatch.setenv("FEDPRUNE_SLOT", "b")
+    birth = Greeting("d", "jetson-thor", None, lambda: "x" * 500).birth(1, 3, None, 0.0)
+    assert f", {expected}, predicts with x" in birth.software
+    assert isinstance(parse(birth.to_bytes()), Birth)
+    monkeypatch.setenv("FEDPRUNE_SLOT", "c\x1b")
+    assert "slot" not in Greeting("d", "jetson-thor", None).birth(1, 3, None, 0.0).software

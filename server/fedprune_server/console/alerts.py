@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from fedprune.wire.fields import one_line
-from fedprune_server.console.feed_words import AlertNews
+from fedprune_server.console.log_words import AlertNews
 
 MOST = 500
 """Alerts that stand at the same time; more of them say nothing new."""

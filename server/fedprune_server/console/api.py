@@ -66,7 +66,7 @@ def router(console: Console) -> APIRouter:
             raise HTTPException(404) from error
         if row is None:
             raise HTTPException(404)
-        return JSONResponse({"device": row, "details": model.details(name)})
+        return JSONResponse({"device": row, "details": model.details(name), "log": model.board_log(name)})
 
     @routes.get("/coverage")
     async def coverage(request: Request) -> Response:

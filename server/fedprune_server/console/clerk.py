@@ -15,7 +15,7 @@ from pathlib import Path
 from fedprune.errors import FedpruneError, ProtocolError, ReleaseError, reason
 from fedprune.wire.fields import one_line
 from fedprune.wire.topics import check_name
-from fedprune_server.console.feed_words import Answer, Order
+from fedprune_server.console.order_words import Answer, Order
 from fedprune_server.identity.admission import approve, deny, revoke
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.rollouts.start import Terms, start

@@ -12,10 +12,10 @@ from starlette.requests import Request
 from fedprune_server.console.accounts import Accounts
 from fedprune_server.console.audit import Audit
 from fedprune_server.console.database import ConsoleDatabase
-from fedprune_server.console.feed_words import Order
 from fedprune_server.console.gate import Surroundings
 from fedprune_server.console.model import Model
 from fedprune_server.console.order_desk import OrderDesk
+from fedprune_server.console.order_words import Order
 from fedprune_server.console.sessions import Session, Sessions
 from fedprune_server.console.streams import Streams
 from fedprune_server.console.throttle import Throttle

@@ -16,21 +16,13 @@ from fedprune.errors import FedpruneError, ProtocolError, reason
 from fedprune.wire.fields import one_line
 from fedprune_server.console import rows
 from fedprune_server.console.alerts import AlertBook
+from fedprune_server.console.board_told import BoardTold
 from fedprune_server.console.clerk import KINDS, Clerk
-from fedprune_server.console.feed_words import (
-    Answer,
-    Beat,
-    Coverage,
-    DeviceDetails,
-    Devices,
-    JobNews,
-    Order,
-    Rollouts,
-    RoundNews,
-    Site,
-    ToConsole,
-)
+from fedprune_server.console.details import coverage_news, details
+from fedprune_server.console.device_words import Devices
+from fedprune_server.console.feed_words import Beat, JobNews, Rollouts, RoundNews, Site, ToConsole
 from fedprune_server.console.log_tap import LogTap
+from fedprune_server.console.order_words import Answer, Order
 from fedprune_server.console.process import Child
 from fedprune_server.console.roles import LOOKS
 from fedprune_server.console.surroundings import Members, ReleaseWatch
@@ -52,7 +44,7 @@ ROUNDS_TOLD = 500
 COVERED_S = 5.0
 """Coverage is made of all devices: whoever asks again so soon is told nothing new."""
 
-_BATCH, _LINES, _RUNS, _ORDERS = 50, 50, 2000, 20
+_BATCH, _LINES, _ORDERS = 50, 50, 20
 
 
 class Feed(Onlooker):
@@ -65,6 +57,7 @@ class Feed(Onlooker):
         clerk: Carries out orders that concern who is let in, and releases; None for a server without an identity.
         members: Who is let in; None for everybody.
         releases: What becomes of releases; None where none are given out.
+        boards: What boards tell of their logs; None where nobody keeps that.
         allowed: Which orders are taken: `none`, `look` or `all`.
         lent: Which job has which device, of several jobs.
         here: Whether a device is there, whatever job has it; None where the only job knows.
@@ -81,6 +74,7 @@ class Feed(Onlooker):
         clerk: Clerk | None = None,
         members: Members | None = None,
         releases: ReleaseWatch | None = None,
+        boards: BoardTold | None = None,
         allowed: str = "all",
         lent: Callable[[str], str | None] = lambda device: None,
         here: Callable[[str], bool] | None = None,
@@ -89,7 +83,7 @@ class Feed(Onlooker):
     ) -> None:
         self._views = {v.job.name: v for v in views}
         self._site, self._child, self._clerk = dict(site), child, clerk
-        self._members, self._releases, self._allowed = members, releases, allowed
+        self._members, self._releases, self._boards, self._allowed = members, releases, boards, allowed
         self._lent, self._here = lent, here
         self._clock, self._monotonic = clock, monotonic
         self.tap = LogTap()
@@ -193,6 +187,8 @@ class Feed(Onlooker):
             self.noticed(self._members.names)
         if self._releases is not None:
             self._releases.forget()
+        if self._boards is not None:
+            self._news += self._boards.latest()
 
     def _tell(self, now: float) -> None:
         until = now + BUDGET_S
@@ -205,7 +201,11 @@ class Feed(Onlooker):
             if job != self._jobs.get(job.name):
                 self._jobs[job.name] = job
                 self._news.append(job)
-        self._news += [*self._alerts.news(), *self.tap.take(_LINES)]
+        self._news += [
+            *self._alerts.news(),
+            *self.tap.take(_LINES),
+            *(self._boards.take(_LINES) if self._boards else ()),
+        ]
         if not self._news and not self._pending and now >= self._beat_at:
             self._news.append(Beat(self._clock()))
         if self._news:
@@ -263,6 +263,7 @@ class Feed(Onlooker):
             member=member or ("revoked", None),
             traffic=(sum(c.down for c in contacts), up),
             now=before[1] or None,
+            update=None if self._releases is None else self._releases.standing(name),
         )
 
     def _online(self, name: str, view: JobView) -> bool:
@@ -317,6 +318,7 @@ class Feed(Onlooker):
         if self._releases is not None:
             releases = () if self._clerk is None else self._clerk.names()
             found_rollouts = self._releases.look()
+            self.noticed(self._releases.moved())
             if found_rollouts is not None or self._rollouts is None or self._rollouts.releases != releases:
                 told = self._rollouts.rows if found_rollouts is None and self._rollouts else found_rollouts or ()
                 self._rollouts = Rollouts(tuple(told), releases)
@@ -372,7 +374,9 @@ class Feed(Onlooker):
         if name not in view.state.devices and name not in view.roster.names:
             raise ProtocolError(f"no such device takes part: {name}")
         if order.order == "look":
-            self._news.append(DeviceDetails(**rows.details(view, name)))
+            self._news.append(details(view, name))
+            if self._boards is not None:
+                self._news.append(self._boards.of(name))
             return name
         if not view.quarantine.release(name):
             raise ProtocolError(f"{name} is not in quarantine")
@@ -381,15 +385,6 @@ class Feed(Onlooker):
 
     def _cover(self, view: JobView) -> None:
         now = self._monotonic()
-        if now - self._covered.get(view.job.name, -COVERED_S) < COVERED_S:
-            return
-        self._covered[view.job.name] = now
-        groups = rows.coverage(view)[:2000]
-        pieces: list[list[dict[str, Any]]] = [[]]
-        for group in groups:
-            if pieces[-1] and sum(len(g["held"]) for g in [*pieces[-1], group]) > _RUNS:
-                pieces.append([])
-            pieces[-1].append(group)
-        for i, piece in enumerate(pieces):
-            last = i == len(pieces) - 1
-            self._news.append(Coverage(view.job.name, view.state.round, i, last, tuple(piece)))
+        if now - self._covered.get(view.job.name, -COVERED_S) >= COVERED_S:
+            self._covered[view.job.name] = now
+            self._news += coverage_news(view)

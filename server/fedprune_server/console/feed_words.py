@@ -14,16 +14,13 @@ from fedprune.wire import fields as check
 from fedprune.wire.checked_message import MAX_MESSAGE, CheckedMessage
 from fedprune.wire.fields import Check
 from fedprune_server.child_process import checked_line
+from fedprune_server.console.device_words import Coverage, DeviceDetails, Devices
+from fedprune_server.console.log_words import AlertNews, BoardLog, LogLine
+from fedprune_server.console.order_words import Answer, Order
 from fedprune_server.console.row_checks import (
     COUNT,
-    DEVICE,
-    GROUP,
-    LEVELS,
-    ORDER_KINDS,
     ROLLOUT,
     SECONDS,
-    SEVERITIES,
-    SHARE,
     SHORT,
     TEXT,
     TIME,
@@ -35,9 +32,6 @@ from fedprune_server.console.row_checks import (
 
 MAX_LINE = MAX_MESSAGE + 1
 """Bytes that no line may exceed."""
-
-MAX_ROWS = 200
-"""Devices of which one line tells."""
 
 MAX_ORDER = 8192
 """Bytes that no order may exceed."""
@@ -184,87 +178,6 @@ class RoundNews(CheckedMessage):
 
 
 @dataclass(frozen=True)
-class Devices(CheckedMessage):
-    """Rows of devices that have changed, as `DEVICE`, and names of those that are there no more."""
-
-    rows: tuple[dict[str, Any], ...]
-    gone: tuple[str, ...] = ()
-
-    kind: ClassVar[str] = "devices"
-    checks: ClassVar[Mapping[str, Check]] = {
-        "rows": list_of(row_of(DEVICE), MAX_ROWS),
-        "gone": list_of(check.device, MAX_ROWS),
-    }
-
-
-@dataclass(frozen=True)
-class DeviceDetails(CheckedMessage):
-    """What an operator asked to see of a device.
-
-    Attributes:
-        name: The device.
-        job: The job that this is about.
-        plan: The plan: density, limits, which of them binds; None where there is none.
-        predicted_s: How long an update should take there; None where nobody can tell.
-        measured_s: How long the last one took.
-        history: Its parts in the latest rounds, newest first.
-        widths: Kept channels per group.
-    """
-
-    name: str
-    job: str
-    plan: dict[str, Any] | None
-    predicted_s: float | None
-    measured_s: float | None
-    history: tuple[dict[str, Any], ...]
-    widths: tuple[dict[str, Any], ...]
-
-    kind: ClassVar[str] = "device"
-    checks: ClassVar[Mapping[str, Check]] = {
-        "name": check.device,
-        "job": check.job,
-        "plan": check.optional(check.plain),
-        "predicted_s": check.optional(SECONDS),
-        "measured_s": check.optional(SECONDS),
-        "history": list_of(
-            row_of(
-                {
-                    "round": COUNT,
-                    "at": TIME,
-                    "progress": SHORT,
-                    "density": SHARE,
-                    "samples": COUNT,
-                    "metrics": check.metrics,
-                    "reason": TEXT,
-                }
-            ),
-            100,
-        ),
-        "widths": list_of(row_of({"group": SHORT, "kept": COUNT, "of": COUNT}), 2000),
-    }
-
-
-@dataclass(frozen=True)
-class Coverage(CheckedMessage):
-    """Which share of the devices holds which channels. It may come in several lines, of which one is the last."""
-
-    job: str
-    round: int
-    part: int
-    last: bool
-    groups: tuple[dict[str, Any], ...]
-
-    kind: ClassVar[str] = "coverage"
-    checks: ClassVar[Mapping[str, Check]] = {
-        "job": check.job,
-        "round": COUNT,
-        "part": check.whole(0, 10_000),
-        "last": truth,
-        "groups": list_of(row_of(GROUP), 2000),
-    }
-
-
-@dataclass(frozen=True)
 class Rollouts(CheckedMessage):
     """The rollout that was begun last, if there is one, and the names of releases that an order may begin."""
 
@@ -276,66 +189,6 @@ class Rollouts(CheckedMessage):
         "rows": list_of(row_of(ROLLOUT), 50),
         "releases": list_of(check.site, 200),
     }
-
-
-@dataclass(frozen=True)
-class AlertNews(CheckedMessage):
-    """Something that an operator should know, or, with `gone_at`, that it is over."""
-
-    id: str
-    at: float
-    alert: str
-    severity: str
-    device: str | None
-    job: str | None
-    text: str
-    gone_at: float | None = None
-
-    kind: ClassVar[str] = "alert"
-    checks: ClassVar[Mapping[str, Check]] = {
-        "id": check.text(128),
-        "at": TIME,
-        "alert": SHORT,
-        "severity": check.choice(*SEVERITIES),
-        "device": check.optional(check.device),
-        "job": check.optional(check.job),
-        "text": TEXT,
-        "gone_at": check.optional(TIME),
-    }
-
-
-@dataclass(frozen=True)
-class LogLine(CheckedMessage):
-    """A line of the server's log, or of a board's."""
-
-    at: float
-    level: str
-    text: str
-    device: str | None = None
-    job: str | None = None
-    round: int | None = None
-
-    kind: ClassVar[str] = "log"
-    checks: ClassVar[Mapping[str, Check]] = {
-        "at": TIME,
-        "level": check.choice(*LEVELS),
-        "text": TEXT,
-        "device": check.optional(check.device),
-        "job": check.optional(check.job),
-        "round": check.optional(COUNT),
-    }
-
-
-@dataclass(frozen=True)
-class Answer(CheckedMessage):
-    """What came of an order."""
-
-    order: int
-    ok: bool
-    text: str
-
-    kind: ClassVar[str] = "answer"
-    checks: ClassVar[Mapping[str, Check]] = {"order": COUNT, "ok": truth, "text": TEXT}
 
 
 @dataclass(frozen=True)
@@ -358,49 +211,6 @@ class Listening(CheckedMessage):
     checks: ClassVar[Mapping[str, Check]] = {"url": SHORT}
 
 
-@dataclass(frozen=True)
-class Order(CheckedMessage):
-    """What an operator orders.
-
-    Attributes:
-        number: The order's, from 1; the answer names it.
-        operator: Who orders it.
-        order: One of `ORDER_KINDS`.
-        job: For `pause`, `resume` and `coverage`.
-        device: For `approve`, `deny`, `revoke`, `look` and `release_quarantine`.
-        key: Fingerprint of the key to approve, as the board shows it.
-        release: Name of the release to roll out, one of the server's `console_releases`.
-        groups: Shares of the boards for each stage of a rollout; empty for the careful ones.
-        devices: The boards of a rollout; empty for all that are in.
-        reason: Why, for the record.
-    """
-
-    number: int
-    operator: str
-    order: str
-    job: str | None = None
-    device: str | None = None
-    key: str | None = None
-    release: str | None = None
-    groups: tuple[float, ...] = ()
-    devices: tuple[str, ...] = ()
-    reason: str = ""
-
-    kind: ClassVar[str] = "order"
-    checks: ClassVar[Mapping[str, Check]] = {
-        "number": check.whole(1),
-        "operator": check.site,
-        "order": check.choice(*ORDER_KINDS),
-        "job": check.optional(check.job),
-        "device": check.optional(check.device),
-        "key": check.optional(check.text(128)),
-        "release": check.optional(check.site),
-        "groups": list_of(check.number(0.0, 1.0), 20),
-        "devices": list_of(check.device, 100),
-        "reason": check.text(500),
-    }
-
-
 ToConsole = (
     Begin
     | Site
@@ -412,6 +222,7 @@ ToConsole = (
     | Rollouts
     | AlertNews
     | LogLine
+    | BoardLog
     | Answer
     | Beat
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedprune.errors import ProtocolError
 from fedprune.wire.fields import one_line
-from fedprune_server.console.feed_words import LogLine
+from fedprune_server.console.log_words import LogLine
 from fedprune_server.terminal.log_lines import said_about
 
 KEPT = 1000

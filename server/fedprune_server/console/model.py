@@ -12,21 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fedprune_server.console.feed_words import (
-    AlertNews,
-    Answer,
-    Beat,
-    Begin,
-    Coverage,
-    DeviceDetails,
-    Devices,
-    JobNews,
-    LogLine,
-    Rollouts,
-    RoundNews,
-    Site,
-    ToConsole,
-)
+from fedprune_server.console.device_words import Coverage, DeviceDetails, Devices
+from fedprune_server.console.feed_words import Beat, Begin, JobNews, Rollouts, RoundNews, Site, ToConsole
+from fedprune_server.console.log_words import AlertNews, BoardLog, LogLine
+from fedprune_server.console.order_words import Answer
 from fedprune_server.console.paging import Page, paged
 
 KEPT_ROUNDS = 2000
@@ -41,7 +30,7 @@ SILENT_S = 15.0
 """A server that has said nothing for so long is taken for stuck: it says something every few seconds."""
 
 SORTABLE = (
-    "name", "job", "online", "state", "profile", "slot", "density", "parameters", "samples", "seen_at",
+    "name", "job", "online", "state", "profile", "slot", "release", "density", "parameters", "samples", "seen_at",
     "temperature_c", "bytes_down", "bytes_up", "seconds", "accuracy", "loss", "staleness", "status",
 )  # fmt: skip
 
@@ -92,6 +81,7 @@ class Model:
         self._devices: dict[str, Row] = {}
         self._counts: dict[str, Counter[Any]] = {k: Counter() for k in ("state", "profile", "job", "status", "online")}
         self._details: dict[str, Row] = {}
+        self._told: dict[str, Row] = {}
         self._alerts: dict[str, Row] = {}
         self._lines: deque[Row] = deque(maxlen=KEPT_LINES)
         self._answers: dict[int, Row] = {}
@@ -148,6 +138,11 @@ class Model:
                 row = _row(word)
                 self._lines.append(row)
                 self._tell("log", row)
+            case BoardLog():
+                self._told.pop(word.name, None)
+                self._told[word.name] = _row(word)
+                _trim(self._told, KEPT_DETAILS)
+                self._tell("device", {"name": word.name})
             case Answer():
                 row = self._answers[word.order] = _row(word)
                 _trim(self._answers, KEPT_ANSWERS)
@@ -190,6 +185,10 @@ class Model:
     def details(self, name: str) -> Row | None:
         """What an operator asked to see of a device last, with when that came as `at`."""
         return self._details.get(name)
+
+    def board_log(self, name: str) -> Row | None:
+        """What a board told of its own log and crashes, as it was with the details."""
+        return self._told.get(name)
 
     def devices(
         self,
@@ -282,6 +281,7 @@ class Model:
         for name in gone:
             self._count(self._devices.pop(name, None), -1)
             self._details.pop(name, None)
+            self._told.pop(name, None)
 
     def _count(self, row: Row | None, by: int) -> None:
         if row is not None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from fedprune.errors import ProtocolError
 from fedprune_server.console.audit import Audit
-from fedprune_server.console.feed_words import MAX_ORDER, Order, line
+from fedprune_server.console.feed_words import MAX_ORDER, line
 from fedprune_server.console.model import Model
+from fedprune_server.console.order_words import Order
 from fedprune_server.console.roles import LOOKS, NEEDED, may
 from fedprune_server.console.row_checks import ORDER_KINDS
 from fedprune_server.console.sessions import Session

@@ -243,9 +243,10 @@ def install(app: FastAPI, console: Console) -> None:
             asks=asks,
             details=details,
             plan=presentation.plan(details["plan"]) if details else None,
-            times=presentation.times(details),
-            widths=details["widths"] if details else (),
+            figures=presentation.figures(details),
+            map=presentation.channel_map(details),
             history=details["history"] if details else (),
+            told=model.board_log(name),
             log=model.lines(size=ROWS, only={"device": name}).items,
         )
 

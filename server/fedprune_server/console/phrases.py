@@ -19,6 +19,8 @@ MARKS = {
     "finished": "good", "scoring": "work", "closing": "work", "evaluating": "work", "paused": "warn",
     # rollouts
     "running": "work", "stopping": "warn", "done": "good", "stopped": "bad", "failed": "bad",
+    # releases on a board
+    "downloading": "work", "staged": "work", "trial": "work", "committed": "good", "rolled back": "bad",
     # alerts and logs
     "info": "off", "warning": "warn", "critical": "bad", "error": "bad", "debug": "off",
 }  # fmt: skip
@@ -93,6 +95,19 @@ def seconds(value: float | None) -> str:
     return f"{value / 3600:.1f} h" if value < 36 * 3600 else f"{value / 86400:.1f} d"
 
 
+def energy(value: float | None) -> str:
+    """Joules."""
+    if value is None:
+        return NOTHING
+    return f"{_three(value)} J" if value >= 0.9995 or value == 0 else f"{_three(value * 1e3)} mJ"
+
+
+def runs(row: Mapping[str, Any]) -> str:
+    """What a device runs, in short: the number of its release and the slot that this lies in."""
+    parts = [str(row[k]) for k in ("release", "slot") if row[k] is not None]
+    return "/".join(parts) or NOTHING
+
+
 def axis_of_sizes(most: float) -> tuple[float, str]:
     """Bytes of one unit of an axis that goes so far, and its name."""
     return next(((unit, name) for unit, name in _SIZES if most >= unit), (1.0, "B"))
@@ -155,6 +170,7 @@ FILTERS: dict[str, Any] = {
     "metrics": metrics,
     "versions": versions,
     "plural": plural,
+    "runs": runs,
 }
 """By the names that templates use."""
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedprune_server.console import phrases
+from fedprune_server.console.channel_drawing import Map, channels
 from fedprune_server.console.drawings import Chart, Strip, chart, strip
 from fedprune_server.console.model import Model
 from fedprune_server.console.paging import MAX_SIZE
@@ -18,6 +19,13 @@ AT_WORK = ("extracting", "offered", "training", "pulling", "stored")
 _OVER = ("folded", "refused")
 _PARTS = ("queued", "extracting", "offered", "training", "pulling", "stored", "folded", "refused")
 _MOST_CURVES = 4
+
+_FIGURES = {
+    "round": "An update", "step": "A training step", "train": "All its steps", "transfer": "Transfer",
+    "latency": "A prediction", "memory": "Peak memory in training", "serving_memory": "Memory to predict",
+    "storage": "Storage", "download": "Download", "upload": "Upload", "step_energy": "Energy of a step",
+    "latency_energy": "Energy of a prediction",
+}  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -51,29 +59,28 @@ def plan(body: Mapping[str, Any] | None) -> Row | None:
     return {"density": _number(body.get("density")), "bound": bound, "limits": _limits(body.get("limits"), bound)}
 
 
-def times(details: Row | None) -> list[Row]:
+def figures(details: Row | None) -> list[Row]:
     """What was predicted of a device's work beside what was measured, where either is known."""
     if details is None:
         return []
-    body = details["plan"] if isinstance(details["plan"], Mapping) else {}
-    foreseen = body.get("prediction")
-    foreseen = foreseen if isinstance(foreseen, Mapping) else {}
-    rows = [("An update", details["predicted_s"], details["measured_s"])]
-    for what, field in (
-        ("A training step", "step_s"), ("All its steps", "train_s"), ("Transfer", "transfer_s"),
-        ("A prediction", "latency_s"),
-    ):  # fmt: skip
-        rows.append((what, _number(foreseen.get(field)), None))
+    said = {"s": phrases.seconds, "bytes": phrases.size, "J": phrases.energy}
     return [
         {
-            "what": what,
-            "predicted": phrases.seconds(predicted),
-            "measured": phrases.seconds(measured),
-            "ratio": f"{measured / predicted:.2f}" if predicted and measured is not None else phrases.NOTHING,
+            "what": _FIGURES[f["what"]],
+            "predicted": said[f["unit"]](f["predicted"]),
+            "measured": said[f["unit"]](f["measured"]),
+            "ratio": f"{f['measured'] / f['predicted']:.2f}"
+            if f["predicted"] and f["measured"] is not None
+            else phrases.NOTHING,
         }
-        for what, predicted, measured in rows
-        if predicted is not None or measured is not None
+        for f in details["figures"]
     ]
+
+
+def channel_map(details: Row | None) -> list[Map]:
+    """What a device holds of each group of channels."""
+    rows = () if details is None else details["widths"]
+    return [channels(w["group"], w["kept"], w["of"], w["which"]) for w in rows]
 
 
 def rounds_of(model: Model, job: str) -> list[Row]:

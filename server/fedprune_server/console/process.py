@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from fedprune_server.child_process import STUCK_S, ChildProcess
-from fedprune_server.console.feed_words import Begin, Listening, Order, ToConsole, ToServer, line, read_order
+from fedprune_server.console.feed_words import Begin, Listening, ToConsole, ToServer, line, read_order
+from fedprune_server.console.order_words import Order
 
 log = logging.getLogger("fedprune.server")
 

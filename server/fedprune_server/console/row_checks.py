@@ -28,6 +28,20 @@ DEVICE_STATES = (
 )
 """What a device is doing, as it can be filtered by; `doing` says it in words."""
 
+FIGURES = (
+    "round",
+    "step",
+    "train",
+    "transfer",
+    "latency",
+    "memory",
+    "serving_memory",
+    "storage",
+    "download",
+    "upload",
+    "step_energy",
+    "latency_energy",
+)
 STATUSES = ("member", "waiting", "revoked")
 SEVERITIES = ("info", "warning", "critical")
 LEVELS = ("debug", "info", "warning", "error")
@@ -102,7 +116,9 @@ DEVICE: dict[str, Check] = {
     "state": check.choice(*DEVICE_STATES),
     "doing": SHORT,
     "profile": SHORT,
-    "slot": check.optional(SHORT),
+    "slot": check.optional(check.choice("a", "b")),
+    "release": check.optional(COUNT),
+    "update": check.optional(row_of({"number": COUNT, "state": SHORT, "reason": TEXT, "at": TIME})),
     "density": check.optional(SHARE),
     "parameters": check.optional(COUNT),
     "samples": check.optional(COUNT),
@@ -120,7 +136,18 @@ DEVICE: dict[str, Check] = {
     "key": check.optional(check.text(64)),
     "excluded": check.optional(TEXT),
 }
-"""A device's row. Each device has one, whatever jobs it takes part in; `job` is the one that has it, or had it last."""
+"""A device's row. Each device has one, whatever jobs it takes part in; `job` is the one that has it, or had it last.
+
+`slot` and `release` are those that run there; `update` is where the latest rollout's release stands.
+"""
+
+FIGURE: dict[str, Check] = {
+    "what": check.choice(*FIGURES),
+    "unit": check.choice("s", "bytes", "J"),
+    "predicted": check.optional(check.number(0.0)),
+    "measured": check.optional(check.number(0.0)),
+}
+"""Something that was foretold or measured of a device's rounds."""
 
 ROLLOUT: dict[str, Check] = {
     "name": SHORT,
@@ -145,3 +172,35 @@ GROUP: dict[str, Check] = {
     "held": list_of(row_of({"channels": check.whole(1), "share": SHARE}), 8192),
 }
 """A group of channels: runs of neighbouring ones, by rank, that the same share of the devices holds."""
+
+HELD: dict[str, Check] = {
+    "group": SHORT,
+    "kept": COUNT,
+    "of": COUNT,
+    "which": check.optional(check.hexadecimal(0, 16_384)),
+}
+"""What a device holds of a group of channels."""
+
+LINE: dict[str, Check] = {
+    "at": TIME,
+    "received": TIME,
+    "level": check.choice(*LEVELS),
+    "count": check.whole(1),
+    "text": TEXT,
+}
+"""A line of a board's own log: when by its clock, and by the server's."""
+
+CRASH: dict[str, Check] = {
+    "at": TIME,
+    "received": TIME,
+    "cause": SHORT,
+    "text": TEXT,
+    "release": SHORT,
+    "slot": SHORT,
+    "uptime_s": check.optional(SECONDS),
+    "temperature_c": check.optional(check.number(-100.0, 300.0)),
+    "memory_available": check.optional(COUNT),
+    "memory_total": check.optional(COUNT),
+    "frames": list_of(check.text(300), 16),
+}
+"""How a board's run ended that nobody had ended."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from fedprune.coordination.state import Device, Progress, State, Task
 from fedprune.wire.fields import one_line
+from fedprune.wire.release_messages import COMMITTED
 from fedprune_server.observation.view import JobView
 
 _STATE = {
@@ -19,6 +21,7 @@ _STATE = {
     Progress.FOLDED: "folded",
     Progress.REFUSED: "refused",
 }
+_SLOT = re.compile(r"\bslot ([ab])\b(?: with release (\d{1,10})\b)?")
 _VERSION = re.compile(r"([A-Za-z][A-Za-z0-9_.-]{0,39})[ /]v?(\d[A-Za-z0-9.+_-]{0,39})")
 _MOST_VERSIONS = 8
 
@@ -32,6 +35,7 @@ def device_row(
     member: tuple[str, str | None],
     traffic: tuple[int, int],
     now: float | None,
+    update: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A device's row, as `feed_words.DEVICE` has it.
 
@@ -43,6 +47,7 @@ def device_row(
         member: Its status, and the fingerprint of a key that waits.
         traffic: Bytes to it and from it, of all jobs.
         now: When it was heard last; None where nobody knows.
+        update: Where the release of the latest rollout stands there, as `surroundings.ReleaseWatch.standing` has it.
     """
     state, contact = view.state, view.roster[name]
     device, task = state.devices.get(name), state.tasks.get(name)
@@ -52,6 +57,9 @@ def device_row(
     doing = shown.state if not (shown.state == "offline" and here) else "not at this job"
     held = view.quarantine.held(name)
     excluded = contact.problem if device is None else device.excluded
+    slot, release = running(contact.software)
+    if release is None and update is not None and update["state"] == COMMITTED:
+        release = update["number"]
     probe = (device.probe if device is not None else None) or {}
     return {
         "name": name,
@@ -61,18 +69,20 @@ def device_row(
                         problem=contact.problem),
         "doing": one_line(doing, 190),
         "profile": one_line(shown.profile, 190),
-        "slot": None,
+        "slot": slot,
+        "release": release,
+        "update": None if update is None else dict(update),
         "density": None if shown.density is None else min(1.0, max(0.0, float(shown.density))),
         "parameters": shown.parameters if device is not None and device.widths else None,
         "samples": None if device is None else device.samples,
         "seen_at": now,
-        "temperature_c": _number(probe.get("temperature_c"), -100.0, 300.0),
+        "temperature_c": number(probe.get("temperature_c"), -100.0, 300.0),
         "versions": versions(contact.software),
         "bytes_down": traffic[0],
         "bytes_up": traffic[1],
-        "seconds": _number(shown.seconds, 0.0, 1e12),
-        "accuracy": _number(shown.accuracy, 0.0, 1.0),
-        "loss": _number(shown.loss, -1e300, 1e300),
+        "seconds": number(shown.seconds, 0.0, 1e12),
+        "accuracy": number(shown.accuracy, 0.0, 1.0),
+        "loss": number(shown.loss, -1e300, 1e300),
         "staleness": None if device is None or not device.last else max(0, state.round - device.last),
         "quarantine": None if held is None else {"until": held[0], "reason": one_line(held[1], 500)},
         "status": status,
@@ -99,8 +109,16 @@ def _state(
 
 def versions(software: str) -> dict[str, str]:
     """What a board says that runs there, by name."""
-    found = {n.lower(): v for n, v in _VERSION.findall(software[:500])}
+    found = {n.lower(): v for n, v in _VERSION.findall(_SLOT.sub("", software[:500]))}
     return dict(list(found.items())[:_MOST_VERSIONS])
+
+
+def running(software: str) -> tuple[str | None, int | None]:
+    """The slot that a board says it runs from and the number of the release in it; None for what it doesn't say."""
+    found = _SLOT.search(software[:500])
+    if found is None:
+        return None, None
+    return found[1], None if found[2] is None else int(found[2])
 
 
 def round_news(
@@ -135,69 +153,7 @@ def round_news(
     }
 
 
-def details(view: JobView, name: str) -> dict[str, Any]:
-    """What an operator asked to see of a device, as `feed_words.DeviceDetails` has it."""
-    device, contact = view.state.devices.get(name), view.roster[name]
-    plan = None if device is None else device.plan
-    shown: dict[str, Any] | None = None
-    if plan is not None:
-        limits = {str(x["name"]): x for x in plan["limits"]}
-        shown = {"density": plan["density"], "binding": plan["bound"], "limits": limits}
-    elif device is not None and device.widths:
-        shown = {"density": device.density, "binding": "strategy", "limits": {}}
-    history: list[dict[str, Any]] = []
-    for summary in reversed(view.state.history[-60:]):
-        part = summary["devices"].get(name)
-        if part is not None and len(history) < 20:
-            history.append(
-                {
-                    "round": summary["round"], "at": summary["at"], "progress": part["progress"],
-                    "density": min(1.0, max(0.0, float(part["density"]))), "samples": part["samples"],
-                    "metrics": part["metrics"], "reason": one_line(part["reason"], 300),
-                }
-            )  # fmt: skip
-    groups = view.architecture.groups[:2000]
-    widths = () if device is None else device.widths
-    return {
-        "name": name,
-        "job": view.job.name,
-        "plan": shown,
-        "predicted_s": None if plan is None else _number(_predicted(plan), 0.0, 1e12),
-        "measured_s": _number(contact.seconds, 0.0, 1e12),
-        "history": tuple(history),
-        "widths": tuple(
-            {"group": one_line(g.name, 190), "kept": w, "of": g.size} for g, w in zip(groups, widths, strict=False)
-        ),
-    }
-
-
-def coverage(view: JobView) -> list[dict[str, Any]]:
-    """Which share of the devices with a model holds which channels, as runs by rank, `feed_words.GROUP` each.
-
-    It is told for channels in the order of their rank: a submodel is the first so many of them.
-    """
-    widths = [t.widths for t in view.state.tasks.values() if t.widths]
-    widths = widths or [d.widths for d in view.state.devices.values() if d.widths]
-    found = []
-    for i, group in enumerate(view.architecture.groups):
-        counts = Counter(min(w[i], group.size) for w in widths)
-        held, left, begun = [], len(widths), 0
-        for width in sorted(counts):
-            if width > begun:
-                held.append({"channels": width - begun, "share": left / len(widths)})
-                begun = width
-            left -= counts[width]
-        if begun < group.size:
-            held.append({"channels": group.size - begun, "share": 0.0})
-        found.append({"name": one_line(group.name, 190), "channels": group.size, "held": held})
-    return found
-
-
-def _predicted(plan: dict[str, Any]) -> float:
-    return float(plan["prediction"]["train_s"]) + float(plan["prediction"]["transfer_s"])
-
-
-def _number(value: Any, low: float, high: float) -> float | None:
+def number(value: Any, low: float, high: float) -> float | None:
     """A number as it may be told; None for what isn't one, or is no measurement."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         return None

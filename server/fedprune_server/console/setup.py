@@ -14,12 +14,14 @@ from typing import Any, Protocol
 
 from fedprune import __version__
 from fedprune.errors import ConfigError, MissingExtraError, reason
+from fedprune_server.console.board_told import BoardTold
 from fedprune_server.console.clerk import Clerk
 from fedprune_server.console.database import FILE, ConsoleDatabase
 from fedprune_server.console.feed import Feed
 from fedprune_server.console.feed_words import Begin
 from fedprune_server.console.process import ConsoleProcess
 from fedprune_server.console.surroundings import Members, ReleaseWatch
+from fedprune_server.fleet.board_logs import BoardLogs
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.store import IdentityStore
 from fedprune_server.link.connection import Connection
@@ -53,7 +55,13 @@ def desks_of(server: Any) -> tuple[list[Desk], Callable[[str], str | None], Call
 
 @contextmanager
 def with_console(
-    config: ServerConfig, reached: Connection, identity: IdentityFolder | None, server: Any, *, releases_given: bool
+    config: ServerConfig,
+    reached: Connection,
+    identity: IdentityFolder | None,
+    server: Any,
+    *,
+    releases_given: bool,
+    logs: BoardLogs | None = None,
 ) -> Iterator[Feed | None]:
     """A console for a server, if its configuration wants one.
 
@@ -63,6 +71,7 @@ def with_console(
         identity: The server's; None for one without.
         server: The daemon, or the host of several jobs.
         releases_given: Whether this server gives boards releases.
+        logs: What boards tell of their logs.
 
     Raises:
         MissingExtraError: The packages of the extra `console` are missing.
@@ -89,10 +98,14 @@ def with_console(
             members, clerk = Members(store), Clerk(config.state, config.console_releases)
             if releases_given:
                 releases = ReleaseWatch(stack.enter_context(RolloutStore(config.state)))
+        boards = None
+        if logs is not None:
+            boards = BoardTold(config.state)
+            logs.told = boards.hear
         child = ConsoleProcess(_begin(config, *place))
         feed = Feed(
             [d.view for d in desks], _site(config, reached, identity), child, clerk=clerk, members=members,
-            releases=releases, allowed=config.console_orders, lent=lent, here=here,
+            releases=releases, boards=boards, allowed=config.console_orders, lent=lent, here=here,
         )  # fmt: skip
         stack.callback(feed.close)
         for desk in desks:

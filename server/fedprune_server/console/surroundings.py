@@ -78,6 +78,17 @@ class ReleaseWatch:
     def __init__(self, store: RolloutStore) -> None:
         self._store = store
         self._version: int | None = None
+        self._standing: dict[str, dict[str, Any]] = {}
+        self._moved: set[str] = set()
+
+    def standing(self, device: str) -> dict[str, Any] | None:
+        """Where the release of the latest rollout stands on a board, by what that said last: `row_checks.DEVICE`."""
+        return self._standing.get(device)
+
+    def moved(self) -> set[str]:
+        """Boards of which something else is true than at the last call."""
+        moved, self._moved = self._moved, set()
+        return moved
 
     def forget(self) -> None:
         """Say at the next look how things stand, whether that is new or not."""
@@ -94,7 +105,17 @@ class ReleaseWatch:
             return None
         self._version = version
         entry = self._store.latest()
+        before, self._standing = self._standing, {} if entry is None else _reports(entry)
+        self._moved |= {n for n in before.keys() | self._standing.keys() if before.get(n) != self._standing.get(n)}
         return () if entry is None else (_row(entry),)
+
+
+def _reports(entry: Entry) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, said in entry.reports.items():
+        state, reason = one_line(str(said.get("state", "")), 64), one_line(str(said.get("reason", "")), 300)
+        found[name] = {"number": entry.offer.number, "state": state, "reason": reason, "at": float(said.get("at", 0.0))}
+    return found
 
 
 def _row(entry: Entry) -> dict[str, Any]:

@@ -12,24 +12,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedprune_server.console.feed_words import (
-    AlertNews,
-    Answer,
-    Coverage,
-    DeviceDetails,
-    Devices,
-    JobNews,
-    LogLine,
-    Order,
-    Rollouts,
-    RoundNews,
-    Site,
-    ToConsole,
-)
+from fedprune_server.console.device_words import Coverage, DeviceDetails, Devices
+from fedprune_server.console.feed_words import JobNews, Rollouts, RoundNews, Site, ToConsole
+from fedprune_server.console.log_words import AlertNews, BoardLog, LogLine
+from fedprune_server.console.order_words import Answer, Order
 
 PROFILES = ("raspberry-pi-5", "raspberry-pi-4", "raspberry-pi-zero-2", "jetson-orin-nano", "jetson-agx-orin")
 _STATES = ("ready", "offered", "training", "pulling", "folded", "refused", "queued")
@@ -95,6 +85,7 @@ class TrialFleet:
         """What a server would say to an order."""
         if order.order == "look" and order.device is not None and order.device in self.rows:
             yield self.details(order.device)
+            yield self.board_log(order.device)
         if order.order == "coverage":
             yield self.coverage(order.job or self._jobs[0])
         yield Answer(order.number, True, f"{order.order}: a trial")
@@ -136,13 +127,48 @@ class TrialFleet:
              "samples": 600, "metrics": self._metrics(n), "reason": ""}
             for n in range(self._ended, max(0, self._ended - 20), -1)
         )  # fmt: skip
-        widths = tuple({"group": f"layer{i}.conv", "kept": 16 * (i + 1), "of": 64 * (i + 1)} for i in range(8))
+        sizes = {f"layer{i}.conv": (16 * (i + 1), 64 * (i + 1)) for i in range(8)}
         limits = [("memory", 88.6e6, 95e6, "bytes"), ("time", 41.8, 60.0, "s"), ("link", 4.1e6, 10e6, "bytes")]
         plan = {
             "density": row["density"], "binding": "memory",
             "limits": {x[0]: dict(zip(("name", "value", "limit", "unit"), x, strict=True)) for x in limits},
         }  # fmt: skip
-        return DeviceDetails(device, self._jobs[0], plan, 42.0, row["seconds"], history, widths)
+        widths = self.channels(sizes)
+        return DeviceDetails(device, self._jobs[0], plan, self.figures(42.0, row["seconds"]), history, widths)
+
+    @staticmethod
+    def channels(sizes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], ...]:
+        """Which channels of each group a device holds, of so many how many; the same each time."""
+        rows = []
+        for group, (kept, of) in sizes.items():
+            ranking = list(range(of))
+            random.Random(group).shuffle(ranking)  # noqa: S311  # nosec B311  # as above
+            bits = sum(1 << (-of % 8 + of - 1 - c) for c in ranking[:kept])
+            rows.append({"group": group, "kept": kept, "of": of, "which": f"{bits:0{2 * ((of + 7) // 8)}x}"})
+        return tuple(rows)
+
+    @staticmethod
+    def figures(predicted_s: float, measured_s: float | None) -> tuple[dict[str, Any], ...]:
+        """What was foretold of a device and what it measured."""
+        rows = (
+            ("round", "s", predicted_s, measured_s), ("step", "s", 0.131, 0.127), ("train", "s", 38.2, 37.5),
+            ("transfer", "s", 3.8, None), ("latency", "s", 0.0212, 0.0194), ("memory", "bytes", 88.6e6, 84.1e6),
+            ("storage", "bytes", 9.2e6, None), ("download", "bytes", 2.05e6, None), ("upload", "bytes", 2.05e6, None),
+            ("step_energy", "J", 0.61, None),
+        )  # fmt: skip
+        return tuple(dict(zip(("what", "unit", "predicted", "measured"), r, strict=True)) for r in rows)
+
+    def board_log(self, device: str) -> BoardLog:
+        """What a board told of its log."""
+        line = {"at": self._now - 900, "received": self._now - 890, "level": "warning", "count": 3,
+                "text": "the link is slow: <b>2 leaves</b> are asked for again"}  # fmt: skip
+        crash = {
+            "at": self._now - 7200, "received": self._now - 7100, "cause": "exception", "release": "fedprune 0.1.0",
+            "text": "MemoryError: <i>no room</i> for 12 MB", "slot": self.rows[device]["slot"], "uptime_s": 5400.0,
+            "temperature_c": 61.5, "memory_available": 21_000_000, "memory_total": 512_000_000,
+            "frames": ("fedprune_device.trainer:212 in step", "numpy"),
+        }  # fmt: skip
+        return BoardLog(device, (line,), (crash,))
 
     def coverage(self, job: str) -> Coverage:
         """Which share of the devices holds which channels."""
@@ -165,7 +191,8 @@ class TrialFleet:
             status, online = "waiting", False
         row: dict[str, Any] = {
             "name": f"board-{i:04d}", "job": self._jobs[i % len(self._jobs)], "online": online, "state": "ready",
-            "doing": "ready", "profile": PROFILES[i % len(PROFILES)], "slot": f"0.1.0/{'ab'[i % 2]}",
+            "doing": "ready", "profile": PROFILES[i % len(PROFILES)], "slot": "ab"[i % 2],
+            "release": 5, "update": None,
             "density": round(chance.uniform(0.1, 1.0), 3), "parameters": chance.randrange(100_000, 11_000_000),
             "samples": chance.randrange(100, 5000), "seen_at": self._now - chance.uniform(0, 600),
             "temperature_c": round(chance.uniform(40, 85), 1), "versions": {"fedprune": "0.1.0", "onnxruntime": "1.23"},
@@ -174,6 +201,11 @@ class TrialFleet:
             "loss": round(chance.uniform(0.1, 2.0), 4), "staleness": chance.randrange(4), "quarantine": None,
             "status": status, "key": "ab12-cd34-ef56-7890" if status == "waiting" else None, "excluded": None,
         }  # fmt: skip
+        if i % 5 == 1 and status == "member":
+            state = ("committed", "trial", "downloading", "rolled back")[i // 5 % 4]
+            row["update"] = {"number": 6, "state": state, "reason": "a trial" if state == "rolled back" else "",
+                             "at": self._now - 600}  # fmt: skip
+            row["release"] = 6 if state == "committed" else 5
         if not online:
             row.update(state=status if status == "waiting" else "offline", doing="offline")
         elif i % 31 == 7:

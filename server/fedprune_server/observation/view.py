@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from fedprune.architecture import Architecture
+from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.job import Job
 from fedprune_server.fleet.quarantine import Quarantine
@@ -31,6 +32,7 @@ class JobView:
         connected: Whether the connection to the broker stands.
         weight: Its share of the devices beside other jobs.
         pause: Pauses the job, or lets it go on.
+        store: Blobs that nobody has to wait for.
         queues: How much waits, by queue.
         clock: Seconds since 1970.
         away: What is said of a device that isn't there.
@@ -45,6 +47,7 @@ class JobView:
     connected: Callable[[], bool]
     weight: Callable[[], float]
     pause: Callable[[bool], None]
+    store: BlobStore
     queues: Callable[[], Mapping[str, int]]
     clock: Callable[[], float]
     away: str = OFFLINE

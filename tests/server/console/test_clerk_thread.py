@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.errors import ProtocolError
 from fedprune_server.console.clerk import MOST, Clerk
-from fedprune_server.console.feed_words import Answer, Order
+from fedprune_server.console.order_words import Answer, Order
 
 
 def answer(clerk: Clerk) -> Answer:

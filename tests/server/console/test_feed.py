@@ -13,9 +13,11 @@ from several import SeveralJobs, named
 
 from fedprune.coordination import Phase
 from fedprune_server.console import rows
+from fedprune_server.console.device_words import Coverage
 from fedprune_server.console.feed import COVERED_S, Feed
-from fedprune_server.console.feed_words import Coverage, Order, ToConsole, line, parse_news
+from fedprune_server.console.feed_words import ToConsole, line, parse_news
 from fedprune_server.console.model import Model
+from fedprune_server.console.order_words import Order
 from fedprune_server.console.setup import desks_of
 from fedprune_server.terminal.log_lines import about
 from toy import JOB

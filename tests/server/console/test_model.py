@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.errors import ProtocolError
-from fedprune_server.console.feed_words import Devices, line, parse_news, parse_order
+from fedprune_server.console.device_words import Devices
+from fedprune_server.console.feed_words import line, parse_news, parse_order
 from fedprune_server.console.model import SORTABLE, Model
 from fedprune_server.console.streams import NAMES, Pending, event
 from fedprune_server.console.trial import TrialFleet

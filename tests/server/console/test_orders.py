@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from console_browser import trial
-from fedprune_server.console.feed_words import Answer
 from fedprune_server.console.order_desk import OrderDesk
+from fedprune_server.console.order_words import Answer
 from fedprune_server.console.roles import NEEDED, ROLES
 from fedprune_server.console.row_checks import ORDER_KINDS
 from fedprune_server.console.sessions import Session

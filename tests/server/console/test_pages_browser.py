@@ -16,7 +16,10 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 
 from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
 
-from fedprune_server.console.feed_words import AlertNews, Devices, JobNews, Order, Rollouts, ToConsole  # noqa: E402
+from fedprune_server.console.device_words import Devices  # noqa: E402
+from fedprune_server.console.feed_words import JobNews, Rollouts, ToConsole  # noqa: E402
+from fedprune_server.console.log_words import AlertNews  # noqa: E402
+from fedprune_server.console.order_words import Order  # noqa: E402
 from fedprune_server.console.trial import TrialFleet  # noqa: E402
 from served_console import PASSWORD, ServedConsole, answered  # noqa: E402
 
@@ -148,7 +151,7 @@ def test_logging_in_and_out(opened: Open) -> None:
     expect(page).to_have_title(re.compile("Log in"))
 
 
-def test_finding_a_device_by_keys_and_reading_its_plan(opened: Open) -> None:
+def test_finding_a_device_by_keys_and_reading_its_plan(opened: Open, console: ServedConsole) -> None:
     page = opened("/fleet")
     page.keyboard.press("/")
     page.keyboard.type("BOARD-000")
@@ -167,8 +170,31 @@ def test_finding_a_device_by_keys_and_reading_its_plan(opened: Open) -> None:
     expect(
         page.locator("section", has_text="Predicted and measured").get_by_role("row", name="An update")
     ).to_contain_text("42.0 s")
+    expect(page.get_by_role("row", name="Peak memory in training")).to_contain_text("84.1 MB")
+    expect(page.locator(".facts", has_text="Runs")).to_contain_text("release 6 in slot b")
     expect(page.locator("svg.strip")).to_have_count(8)
-    expect(page.get_by_role("row", name="layer7.conv")).to_contain_text("128 of 512")
+    held = page.get_by_role("row", name="layer7.conv").first
+    expect(held).to_contain_text("128 of 512")
+    which = next(w for w in console.fleet.details("board-0001").widths if w["group"] == "layer7.conv")["which"]
+    bits = "".join(f"{b:08b}" for b in bytes.fromhex(which))
+    runs = re.findall(r"M(\d+) 0h(\d+)v", held.locator("path").get_attribute("d") or "")
+    assert {c for at, n in runs for c in range(int(at), int(at) + int(n))} == {
+        i for i, b in enumerate(bits) if b == "1"
+    }
+    page.get_by_text("Channels as numbers").click()
+    expect(page.get_by_role("region", name="Channels as numbers")).to_contain_text("layer7.conv")
+
+
+def test_what_a_board_tells_of_itself_is_text(opened: Open) -> None:
+    page = opened("/devices/board-0006")
+    expect(page.get_by_role("region", name="Crashes")).to_contain_text("MemoryError: <i>no room</i> for 12 MB")
+    expect(page.get_by_role("region", name="Crashes")).to_contain_text("21.0 MB of 512 MB of memory free")
+    expect(page.get_by_role("region", name="Its own log")).to_contain_text("<b>2 leaves</b>")
+    page.get_by_text("Where").click()
+    expect(page.get_by_text("fedprune_device.trainer:212 in step")).to_be_visible()
+    expect(page.locator(".facts", has_text="Update")).to_contain_text("trial release 6")
+    page.goto("/fleet?q=board-0006")
+    expect(page.get_by_role("row", name="board-0006")).to_contain_text("5/a trial")
 
 
 def test_the_table_is_sorted_filtered_and_paged_by_the_server(opened: Open, console: ServedConsole) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune_server.console.presentation import plan, times
+from fedprune_server.console.presentation import figures, plan
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -27,7 +27,6 @@ def test_whatever_a_plan_says_can_be_shown(body: dict[str, Any]) -> None:
     shown = plan(body)
     assert shown is not None
     assert all(0 <= limit["used"] <= 1 for limit in shown["limits"])
-    times({"plan": body, "predicted_s": 2.0, "measured_s": 3.0})
 
 
 def test_the_limit_that_binds_is_marked() -> None:
@@ -37,5 +36,14 @@ def test_the_limit_that_binds_is_marked() -> None:
     assert [(m["name"], m["used"], m["need"], m["binds"]) for m in shown["limits"]] == [
         ("memory", 0.75, "30 B", False), ("time", 0.75, "30.0 s", True),
     ]  # fmt: skip
-    (row,) = times({"plan": None, "predicted_s": 2.0, "measured_s": 3.0})
-    assert (row["predicted"], row["measured"], row["ratio"]) == ("2.00 s", "3.00 s", "1.50")
+
+
+def test_each_figure_is_said_in_its_unit_beside_what_was_measured() -> None:
+    told = [("round", "s", 2.0, 3.0), ("memory", "bytes", 8e6, None), ("step_energy", "J", 0.25, None),
+            ("latency", "s", None, 0.02), ("download", "bytes", 0.0, 5.0)]  # fmt: skip
+    rows = figures({"figures": [dict(zip(("what", "unit", "predicted", "measured"), t, strict=True)) for t in told]})
+    assert [(r["predicted"], r["measured"], r["ratio"]) for r in rows] == [
+        ("2.00 s", "3.00 s", "1.50"), ("8.00 MB", "–", "–"), ("250 mJ", "–", "–"), ("–", "20.0 ms", "–"),
+        ("0 B", "5 B", "–"),
+    ]  # fmt: skip
+    assert figures(None) == []
