@@ -18,7 +18,8 @@ MARKS = {
     # jobs
     "finished": "good", "scoring": "work", "closing": "work", "evaluating": "work", "paused": "warn",
     # rollouts
-    "running": "work", "stopping": "warn", "done": "good", "stopped": "bad", "failed": "bad",
+    "running": "work", "stopping": "warn", "pausing": "warn", "resuming": "work", "done": "good", "stopped": "bad",
+    "failed": "bad",
     # alerts and logs
     "info": "off", "warning": "warn", "critical": "bad", "error": "bad", "debug": "off",
 }  # fmt: skip
