@@ -173,9 +173,11 @@ class ShownFleet(TrialFleet):
             "name": "rollout 2", "number": 2, "release": "12 (0.2.0)", "stage": 1, "stages": 3, "of": 160, "done": 13,
             "failed": 1, "given": 4, "waiting": 142, "state": "running", "why": "", "at": self._now - 5400,
             "failures": {"harbour-02": "rolled back: ended with exit code 1 before it was healthy"},
+            "subject": 12, "before": "11 (0.1.1)", "leaves": None,
         }  # fmt: skip
         done = {"name": "rollout 1", "number": 1, "release": "11 (0.1.1)", "stage": 2, "done": 158, "failed": 2,
-                "given": 0, "waiting": 0, "state": "done", "at": self._now - 1814400, "failures": {}}  # fmt: skip
+                "given": 0, "waiting": 0, "state": "done", "at": self._now - 1814400, "failures": {},
+                "subject": 11, "before": None}  # fmt: skip
         return Rollouts((now, {**now, **done}), ("release-12", "release-11"))
 
     def details(self, device: str) -> DeviceDetails:

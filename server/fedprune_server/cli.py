@@ -167,6 +167,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune.profile_store import find as find_profile
     from fedprune.profile_store import names as names_of_profiles
     from fedprune_server.commands.configuration import configured
+    from fedprune_server.console.alerts import AlertBook
     from fedprune_server.console.setup import with_console
     from fedprune_server.daemon import Daemon
     from fedprune_server.fleet.board_logs import BoardLogs
@@ -199,7 +200,8 @@ def _run(arguments: argparse.Namespace) -> int:
         for name in names_of_profiles(profiles) if profiles else ():
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
         logs = stack.enter_context(BoardLogs(config.state, config.board_logs))
-        watch = stack.enter_context(watching(config, {"database": folder.lease.trouble}))
+        alerts = AlertBook()
+        watch = stack.enter_context(watching(config, {"database": folder.lease.trouble}, alerts.counts))
         jobs = [open_job(stack, config, folder), *(open_job(stack, c) for c in further(config, arguments.job))]
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
@@ -250,8 +252,9 @@ def _run(arguments: argparse.Namespace) -> int:
         for kept in jobs:
             _say_what_runs(kept)
             kept.folder.lease.lost = daemon.stop
+        given = rollouts is not None
         stack.enter_context(
-            with_console(config, reached, identity, daemon, releases_given=rollouts is not None, logs=logs)
+            with_console(config, reached, identity, daemon, releases_given=given, logs=logs, alerts=alerts)
         )
         reached.start(daemon.subscriptions)
         for kept in jobs:

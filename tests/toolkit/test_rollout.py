@@ -247,7 +247,7 @@ def test_whatever_is_reported_no_stage_begins_before_the_last_one_did_well(
             names = [b for b in rollout.boards.values() if b.stage == before and b.fate is not Fate.GONE]
             once_well = sum(b.fate in (Fate.WELL, Fate.FAILED) for b in names)
             assert once_well >= chosen.stages[before].success * len(names) - 1e-9
-        assert all(rollout.boards[n].stage <= rollout.stage for n in had)
+        assert all(rollout.boards[n].stage <= rollout.stage for n in had - left), "who came back may wait again"
         if rollout.phase is RolloutPhase.RUNNING:
             assert commands == [] or wake(commands) > now, "it always says when it is to be woken"
             for stage, limits in enumerate(chosen.stages):
@@ -318,3 +318,72 @@ def test_boards_get_their_time_anew_after_nobody_could_listen() -> None:
     before = rollout.to_dict()
     assert rollout.resumed(9000) == []
     assert rollout.to_dict() == before, "what is over stays over"
+
+
+def test_a_paused_rollout_gives_nothing_further_and_what_is_under_way_ends() -> None:
+    rollout = Rollout.of(plan(Stage(0.5), Stage(1)), ["a", "b", "c", "d"])
+    first = given_by(rollout.tick(0))
+    rollout.pause("a storm\nis coming", 1)
+    assert (rollout.phase, rollout.why) == (RolloutPhase.PAUSED, "paused: a storm is coming")
+    rollout = Rollout.from_dict(json.loads(json.dumps(rollout.to_dict())))
+    for name in first:
+        assert given_by(rollout.well(name, 2)) == []
+    assert rollout.join("e", 3) == [Wake(float("inf"))]
+    assert given_by(rollout.tick(10**6)) == []
+    assert rollout.failures() == {}
+    assert sorted(given_by(rollout.go_on(10**6))) == sorted({"a", "b", "c", "d", "e"} - set(first))
+    assert (rollout.phase, rollout.why) == (RolloutPhase.RUNNING, "")
+
+
+def test_a_board_that_came_to_the_last_stage_during_a_pause_has_its_time_afterwards() -> None:
+    rollout = Rollout.of(plan(Stage(1, seconds=100), board_seconds=60), ["a"])
+    rollout.tick(0)
+    rollout.pause("wait", 1)
+    rollout.join("late", 2)
+    rollout.well("a", 3)
+    assert rollout.phase is RolloutPhase.PAUSED, "one is left to be given it"
+    commands = rollout.go_on(1000)
+    assert (given_by(commands), wake(commands)) == (["late"], 1060)
+    rollout.well("late", 1001)
+    assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {})
+
+
+def test_a_paused_rollout_that_does_badly_stops_all_the_same() -> None:
+    rollout = Rollout.of(plan(), NAMES)
+    first = given_by(rollout.tick(0))[0]
+    rollout.pause("wait", 1)
+    rollout.failed(first, "rolled back", 2)
+    assert rollout.phase is RolloutPhase.STOPPED
+    assert rollout.go_on(3) == rollout.pause("again", 3) == []
+    other = Rollout.of(plan(), NAMES)
+    given = given_by(other.tick(0))[0]
+    other.pause("wait", 1)
+    assert other.stop("enough") == [Withdraw(given)]
+
+
+steps = st.lists(
+    st.tuples(st.sampled_from(["pause", "go_on", "tick", "join"]), st.just(""))
+    | st.tuples(st.sampled_from(["well", "failed", "without"]), st.sampled_from(NAMES[:6])),
+    max_size=40,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(steps)
+def test_whatever_happens_nothing_is_given_while_it_is_paused(events: list[tuple[str, str]]) -> None:
+    rollout = Rollout.of(plan(Stage(0.4, 0.5, 0.5), Stage(1, 0.5, 0.5)), NAMES[:6])
+    for now, (what, name) in enumerate(events):
+        paused = rollout.phase is RolloutPhase.PAUSED
+        commands: list[RolloutCommand] = {
+            "pause": lambda now=now: rollout.pause("x", now), "go_on": lambda now=now: rollout.go_on(now),
+            "tick": lambda now=now: rollout.tick(now), "join": lambda now=now: rollout.join(f"new-{now}", now),
+            "well": lambda now=now, name=name: rollout.well(name, now),
+            "failed": lambda now=now, name=name: rollout.failed(name, "bad", now),
+            "without": lambda now=now, name=name: rollout.without([name], now),
+        }[what]()  # fmt: skip
+        assert not (paused and what != "go_on" and given_by(commands))
+        assert Rollout.from_dict(json.loads(json.dumps(rollout.to_dict()))) == rollout
+    if rollout.phase.under_way:
+        rollout.go_on(100)
+        waiting = [n for n, b in rollout.boards.items() if b.fate is Fate.WAITING and b.stage <= rollout.stage]
+        assert waiting == []

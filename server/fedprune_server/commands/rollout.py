@@ -1,4 +1,4 @@
-"""`fedprune-server rollout`: give boards a release in stages, look how far it is, stop it.
+"""`fedprune-server rollout`: give boards a release in stages, look how far it is, pause it, stop it, take it back.
 
 It writes and reads the state folder alone; the server that runs on it does the rest, now or when it is started.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ _SHOWN = 20
 
 def add_rollout_command(commands: Any) -> None:
     """Add it to the parser's commands."""
-    rollout = commands.add_parser("rollout", help="give boards a release in stages, look how far it is, stop it")
+    rollout = commands.add_parser("rollout", help="give boards a release in stages, pause, stop, take back")
     actions = rollout.add_subparsers(dest="action", required=True, metavar="ACTION")
     start = actions.add_parser("start", help="begin with a release that `fedprune-server release` made")
     start.add_argument("release", type=Path, metavar="DIR", help="the release's folder")
@@ -59,13 +60,24 @@ def add_rollout_command(commands: Any) -> None:
     start.add_argument("--devices", metavar="NAMES", help="these boards alone, with commas (default: all that are in)")
     start.add_argument("--seed", type=int, default=0, help="another one chooses other boards to be early")
     start.set_defaults(run=_start)
+    pause = actions.add_parser("pause", help="begin nothing further; boards that were given the release go on with it")
+    pause.set_defaults(run=_pause)
+    resume = actions.add_parser("resume", help="let a paused rollout go on")
+    resume.set_defaults(run=_resume)
     status = actions.add_parser("status", help="say how far the last rollout is, and what failed")
     status.add_argument("--json", action="store_true", help="as JSON, for programs")
     status.set_defaults(run=_status)
     stop = actions.add_parser("stop", help="give the release to no more boards; those that have it keep it")
-    stop.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
     stop.set_defaults(run=_stop)
-    for action in (start, status, stop):
+    back = actions.add_parser(
+        "back", help="take the boards that have the last release to what they had before, under a new number"
+    )
+    back.add_argument("--number", type=int, metavar="N", help="of the new release (default: the next that is free)")
+    back.add_argument("--groups", type=_groups, metavar="SHARES", help="as for start (default: all at once)")
+    back.set_defaults(run=_back)
+    for action in (pause, stop, back):
+        action.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
+    for action in (start, pause, resume, status, stop, back):
         action.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
 
 
@@ -116,7 +128,7 @@ def _status(arguments: argparse.Namespace) -> int:
         print("nothing was rolled out yet")
     else:
         print(describe(entry))
-        if entry.rollout.phase is RolloutPhase.RUNNING and not held(arguments.state / _LOCK):
+        if entry.rollout.phase.under_way and not held(arguments.state / _LOCK):
             print("no server is running on this folder: it goes on when one is started")
     return int(ExitCode.OK)
 
@@ -133,6 +145,40 @@ def _stop(arguments: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
+def _pause(arguments: argparse.Namespace) -> int:
+    from fedprune_server.rollouts.store import RolloutStore
+
+    _latest(arguments.state)
+    with RolloutStore(arguments.state) as store:
+        number = store.pause(arguments.reason)
+    print(f"rollout {number} is paused: no further board is given the release, those at it end")
+    return int(ExitCode.OK)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from fedprune_server.rollouts.store import RolloutStore
+
+    _latest(arguments.state)
+    with RolloutStore(arguments.state) as store:
+        number = store.resume()
+    print(f"rollout {number} goes on")
+    if not held(arguments.state / _LOCK):
+        print("no server is running on this folder: it goes on when one is started")
+    return int(ExitCode.OK)
+
+
+def _back(arguments: argparse.Namespace) -> int:
+    from fedprune_server.rollouts.back import ALL_AT_ONCE, back
+
+    _latest(arguments.state)
+    terms = replace(ALL_AT_ONCE, shares=arguments.groups or ALL_AT_ONCE.shares)
+    begun = back(arguments.state, arguments.reason, number=arguments.number, terms=terms)
+    print(begun.told_back())
+    if not held(arguments.state / _LOCK):
+        print("no server is running on this folder: it begins when one is started")
+    return int(ExitCode.OK)
+
+
 def _latest(state: Path) -> Entry | None:
     from fedprune_server.identity.folder import IdentityFolder
     from fedprune_server.rollouts.store import RolloutStore
@@ -146,7 +192,7 @@ def describe(entry: Entry) -> str:
     """How far a rollout is, as text."""
     rollout, release = entry.rollout, Release.from_bytes(entry.offer.manifest.encode())
     stage = f", stage {rollout.stage + 1} of {len(rollout.plan.stages)}" if rollout.stage >= 0 else ", not begun"
-    asked = ", to be stopped" if entry.wish is not None and rollout.phase is RolloutPhase.RUNNING else ""
+    asked = _asked(entry)
     counts = Counter(b.fate for b in rollout.boards.values())
     words = {Fate.WELL: "have it", Fate.GIVEN: "at it", Fate.FAILED: "failed", Fate.WAITING: "not given it"}
     gone = sorted(n for n, b in rollout.boards.items() if b.fate is Fate.GONE)
@@ -155,6 +201,8 @@ def describe(entry: Entry) -> str:
         f"rollout {entry.number} of release {release.number} ({release.version}): {rollout.phase.value}{stage}{asked}",
         "  " + ", ".join(f"{counts[fate]} {what}" for fate, what in words.items()) + f", of {count}",
     ]
+    if entry.leaves is not None:
+        lines.append(f"  it takes boards back from release {entry.leaves}")
     if rollout.why:
         lines.append(f"  {rollout.why}")
     if gone:
@@ -165,6 +213,18 @@ def describe(entry: Entry) -> str:
         elif board.fate is Fate.FAILED:
             lines.append(f"  {name}: failed: {board.reason}")
     return "\n".join(lines)
+
+
+def _asked(entry: Entry) -> str:
+    """What the server was told and hasn't done yet."""
+    phase = entry.rollout.phase
+    if not phase.under_way:
+        return ""
+    if entry.wish is not None:
+        return ", to be stopped"
+    if entry.hold is not None and phase is RolloutPhase.RUNNING:
+        return ", to be paused"
+    return ", to go on" if entry.hold is None and phase is RolloutPhase.PAUSED else ""
 
 
 def _doing(report: dict[str, Any] | None) -> str:
@@ -183,6 +243,8 @@ def _body(entry: Entry) -> dict[str, Any]:
         "release": release.number,
         "version": release.version,
         "stopping": entry.wish,
+        "pausing": entry.hold,
+        "leaves": entry.leaves,
         "committed": sorted(n for n, r in entry.reports.items() if r.get("state") == COMMITTED),
         "reports": entry.reports,
         **{k: v for k, v in entry.rollout.to_dict().items() if k != "format"},

@@ -150,6 +150,11 @@ def _restore(arguments: argparse.Namespace) -> int:
         with ended_by_signals(), opened(part) as source, writing as advance:
             restore(source, manifest, target / part.relative_to(backup), database, advance)
     manifest = manifests[0]
+    if manifest.has_operators:
+        print(
+            "the console's operators are those of the backup: remove again whoever was removed since, and give new "
+            "passwords where they were changed (fedprune-server operators)"
+        )
     print(f"to go on: fedprune-server run --state {shlex.quote(str(target))}")
     if manifest.has_identity:
         print(

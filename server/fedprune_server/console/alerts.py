@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 
 from fedprune.wire.fields import one_line
 from fedprune_server.console.log_words import AlertNews
+
+SEVERITY = {
+    "broker": "critical",
+    "quarantine": "warning",
+    "waiting": "info",
+    "rollout": "warning",
+    "rollout_paused": "info",
+}
+"""The kinds of alerts, and how bad each is."""
 
 MOST = 500
 """Alerts that stand at the same time; more of them say nothing new."""
@@ -23,14 +33,17 @@ class AlertBook:
         """All that stand."""
         return list(self._standing.values())
 
-    def raised(
-        self, kind: str, severity: str, text: str, now: float, *, device: str | None = None, job: str | None = None
-    ) -> None:
+    def counts(self) -> Mapping[tuple[str, str], int]:
+        """How many stand of each kind and severity, none of them left out; may be asked from any thread."""
+        standing = Counter(alert.alert for alert in self.standing)
+        return {(kind, severity): standing[kind] for kind, severity in SEVERITY.items()}
+
+    def raised(self, kind: str, text: str, now: float, *, device: str | None = None, job: str | None = None) -> None:
         """Something is so; said again, it changes nothing."""
         name = f"{kind}:{job or ''}:{device or ''}"
         if name in self._standing or len(self._standing) >= MOST:
             return
-        alert = AlertNews(f"{name}@{now:.0f}"[:128], now, kind, severity, device, job, one_line(text, 1000))
+        alert = AlertNews(f"{name}@{now:.0f}"[:128], now, kind, SEVERITY[kind], device, job, one_line(text, 1000))
         self._standing[name] = alert
         self._news.append(alert)
 

@@ -169,7 +169,8 @@ def main() -> None:
         print(f"the console ends: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))
     except OSError as error:  # ssl.SSLError is one
-        print(f"the console ends: {begin.address}:{begin.port}: {error}", file=sys.stderr)
+        tls = "" if begin.certificate is None else f" with {begin.certificate} and {begin.key}"
+        print(f"the console ends: {begin.address}:{begin.port}{tls}: {error}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -13,21 +13,27 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedprune.errors import FedpruneError, ProtocolError, ReleaseError, reason
+from fedprune.release import MANIFEST, Release
 from fedprune.wire.fields import one_line
+from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune.wire.topics import check_name
 from fedprune_server.console.order_words import Answer, Order
 from fedprune_server.identity.admission import approve, deny, revoke
 from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.rollouts.back import back
 from fedprune_server.rollouts.start import Terms, start
 from fedprune_server.rollouts.store import RolloutStore
 
 log = logging.getLogger("fedprune.server")
 
-KINDS = frozenset({"approve", "deny", "revoke", "rollout_start", "rollout_stop"})
+KINDS = frozenset(
+    {"approve", "deny", "revoke", "rollout_start", "rollout_stop", "rollout_pause", "rollout_resume", "rollout_back"}
+)
 """Orders that are its business."""
 
 MOST = 100
 """Orders that wait for it; reading a release takes seconds."""
+_DIGITS = 10
 
 
 class Clerk:
@@ -101,16 +107,36 @@ class Clerk:
                 )  # fmt: skip
             begun = start(self._state, self._releases / order.release, Terms(order.groups), order.devices or None)
             return f"rollout {begun.number} of release {begun.release.number} to {len(begun.rollout.boards)} boards"
-        if order.order == "rollout_stop":
-            with RolloutStore(self._state) as store:
-                number = store.stop(f"by {order.operator}" + (f": {order.reason}" if order.reason else ""))
-            return f"rollout {number} is to stop: boards that have the release keep it"
+        if order.order.startswith("rollout_"):
+            return self._rollout(order, f"by {order.operator}" + (f": {order.reason}" if order.reason else ""))
         with IdentityFolder(self._state) as identity:
             if order.order == "approve":
                 return approve(identity, device, key or "")
             if order.order == "deny":
                 return deny(identity, device, key)
             return revoke(identity, device)
+
+    def _rollout(self, order: Order, why: str) -> str:
+        """Do something about the rollout that is under way, or was the last one."""
+        if order.order == "rollout_back":
+            left = order.release or ""
+            if not left.isdecimal() or len(left) > _DIGITS:
+                raise ReleaseError("release that boards leave", expected="its number", got=order.release)
+            return back(self._state, why, release=int(left), above=self._highest()).told_back()
+        with RolloutStore(self._state) as store:
+            if order.order == "rollout_pause":
+                return f"rollout {store.pause(why)} is paused: no further board is given the release, those at it end"
+            if order.order == "rollout_resume":
+                return f"rollout {store.resume()} goes on"
+            return f"rollout {store.stop(why)} is to stop: boards that have the release keep it"
+
+    def _highest(self) -> int:
+        """The highest number among the releases that may be rolled out, so that none of them loses it; 0 for none."""
+        found = [0]
+        for folder in [self._releases / name for name in self.names()] if self._releases is not None else []:
+            with suppress(FedpruneError, OSError), (folder / MANIFEST).open("rb") as file:
+                found.append(Release.from_bytes(file.read(MAX_MANIFEST + 1)).number)
+        return max(found)
 
     def _run(self) -> None:
         while (order := self._orders.get()) is not None and not self._closed:

@@ -21,6 +21,7 @@ from fedprune_server.console.clerk import KINDS, Clerk
 from fedprune_server.console.details import coverage_news, details
 from fedprune_server.console.device_words import Devices
 from fedprune_server.console.feed_words import Beat, JobNews, Rollouts, RoundNews, Site, ToConsole
+from fedprune_server.console.guard import SWEEP_S, Guard
 from fedprune_server.console.log_tap import LogTap
 from fedprune_server.console.order_words import Answer, Order
 from fedprune_server.console.process import Child
@@ -37,7 +38,6 @@ BUDGET_S = 0.02
 
 BEAT_S = 3.0
 COMPLAIN_S = 60.0
-SWEEP_S = 2.0
 ROUNDS_TOLD = 500
 """Finished rounds that a console that starts is told of, of each job."""
 
@@ -61,6 +61,7 @@ class Feed(Onlooker):
         allowed: Which orders are taken: `none`, `look` or `all`.
         lent: Which job has which device, of several jobs.
         here: Whether a device is there, whatever job has it; None where the only job knows.
+        alerts: Where alerts are kept; None for a book of its own.
         clock: Seconds since 1970.
         monotonic: Seconds of a clock that nobody sets.
     """
@@ -78,6 +79,7 @@ class Feed(Onlooker):
         allowed: str = "all",
         lent: Callable[[str], str | None] = lambda device: None,
         here: Callable[[str], bool] | None = None,
+        alerts: AlertBook | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -87,7 +89,8 @@ class Feed(Onlooker):
         self._lent, self._here = lent, here
         self._clock, self._monotonic = clock, monotonic
         self.tap = LogTap()
-        self._alerts = AlertBook()
+        self._alerts = AlertBook() if alerts is None else alerts
+        self._guard = Guard(self._alerts, views[0], members, releases)
         self._next_at = self._beat_at = self._sweep_at = self._complain_at = 0.0
         self._of: dict[str, str] = {}
         self._seen: dict[str, tuple[int, float]] = {}
@@ -294,40 +297,15 @@ class Feed(Onlooker):
 
     def _sweep(self) -> None:
         """Look at what nobody tells of: a few rows each, never the fleet."""
-        now, view = self._clock(), next(iter(self._views.values()))
-        held = view.quarantine.all_held()
-        for name in held:
-            found = view.quarantine.held(name)
-            if found is not None:
-                self._alerts.raised("quarantine", "warning", f"{name} isn't listened to: {found[1]}", now, device=name)
-        for alert in self._alerts.standing:
-            if alert.alert == "quarantine" and alert.device is not None and alert.device not in held:
-                self.noticed([alert.device])
-        self.noticed(held)
-        self._alerts.only("quarantine", held, now)
-        if view.connected():
-            self._alerts.over("broker", now)
-        else:
-            self._alerts.raised("broker", "critical", "there is no connection to the broker", now)
-        if self._members is not None:
-            changed, waiting = self._members.look()
-            self.noticed(changed)
-            for name in waiting:
-                self._alerts.raised("waiting", "info", f"{name} waits to be let in", now, device=name)
-            self._alerts.only("waiting", waiting, now)
+        changed, rollouts = self._guard.look(self._clock())
+        self.noticed(changed)
         if self._releases is not None:
             releases = () if self._clerk is None else self._clerk.names()
-            found_rollouts = self._releases.look()
             self.noticed(self._releases.moved())
-            if found_rollouts is not None or self._rollouts is None or self._rollouts.releases != releases:
-                told = self._rollouts.rows if found_rollouts is None and self._rollouts else found_rollouts or ()
+            if rollouts is not None or self._rollouts is None or self._rollouts.releases != releases:
+                told = self._rollouts.rows if rollouts is None and self._rollouts else rollouts or ()
                 self._rollouts = Rollouts(tuple(told), releases)
                 self._news.append(self._rollouts)
-                for row in told:
-                    if row["state"] == "stopped":
-                        self._alerts.raised("rollout", "warning", f"{row['name']} stopped: {row['why']}", now)
-                    else:
-                        self._alerts.over("rollout", now)
 
     def _say(self, word: ToConsole) -> None:
         try:

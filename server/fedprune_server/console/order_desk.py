@@ -31,6 +31,7 @@ _NEEDS = {
     "revoke": ("device",),
     "release_quarantine": ("device",),
     "rollout_start": ("release",),
+    "rollout_back": ("release",),
 }
 
 

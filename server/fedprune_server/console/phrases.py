@@ -18,7 +18,8 @@ MARKS = {
     # jobs
     "finished": "good", "scoring": "work", "closing": "work", "evaluating": "work", "paused": "warn",
     # rollouts
-    "running": "work", "stopping": "warn", "done": "good", "stopped": "bad", "failed": "bad",
+    "running": "work", "stopping": "warn", "pausing": "warn", "resuming": "work", "done": "good", "stopped": "bad",
+    "failed": "bad",
     # releases on a board
     "downloading": "work", "staged": "work", "trial": "work", "committed": "good", "rolled back": "bad",
     # alerts and logs

@@ -13,9 +13,12 @@ NEEDED = {
     "approve": "operator",
     "deny": "operator",
     "release_quarantine": "operator",
+    "rollout_pause": "operator",
+    "rollout_resume": "operator",
     "rollout_stop": "operator",
     "revoke": "admin",
     "rollout_start": "admin",
+    "rollout_back": "admin",
 }
 """The role that an order needs: what a board doesn't come back from by itself needs an admin."""
 

@@ -54,6 +54,9 @@ ORDER_KINDS = (
     "release_quarantine",
     "resume",
     "revoke",
+    "rollout_back",
+    "rollout_pause",
+    "rollout_resume",
     "rollout_start",
     "rollout_stop",
 )
@@ -164,7 +167,13 @@ ROLLOUT: dict[str, Check] = {
     "why": TEXT,
     "at": TIME,
     "failures": table_of(TEXT, 50),
+    "subject": COUNT,
+    "before": check.optional(SHORT),
+    "leaves": check.optional(COUNT),
 }
+
+"""`subject` is the release's number, `before` what its boards had before and may be taken back to, `leaves` the number
+of the release that it takes boards back from."""
 
 GROUP: dict[str, Check] = {
     "name": SHORT,

@@ -12,13 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
+from cryptography.x509 import load_pem_x509_certificate
+
 from fedprune import __version__
 from fedprune.errors import ConfigError, MissingExtraError, reason
+from fedprune_server.console.alerts import AlertBook
 from fedprune_server.console.board_told import BoardTold
 from fedprune_server.console.clerk import Clerk
 from fedprune_server.console.database import FILE, ConsoleDatabase
 from fedprune_server.console.feed import Feed
 from fedprune_server.console.feed_words import Begin
+from fedprune_server.console.guard import Guard, LoneGuard
 from fedprune_server.console.process import ConsoleProcess
 from fedprune_server.console.surroundings import Members, ReleaseWatch
 from fedprune_server.fleet.board_logs import BoardLogs
@@ -62,8 +66,9 @@ def with_console(
     *,
     releases_given: bool,
     logs: BoardLogs | None = None,
+    alerts: AlertBook | None = None,
 ) -> Iterator[Feed | None]:
-    """A console for a server, if its configuration wants one.
+    """A console for a server, if its configuration wants one; without one its alerts alone, if it gives figures.
 
     Args:
         config: The configuration.
@@ -72,25 +77,23 @@ def with_console(
         server: The daemon, or the host of several jobs.
         releases_given: Whether this server gives boards releases.
         logs: What boards tell of their logs.
+        alerts: Where alerts are kept, for others to count; None for nowhere else.
 
     Raises:
         MissingExtraError: The packages of the extra `console` are missing.
         ConfigError: It can't listen there, or its certificate can't be used.
         StorageError: Its database can't be used.
     """
-    place = config.console_place
-    if place is None:
-        yield None
-        return
-    check_packages()
-    _check_tls(config)
-    check_free(*place)
-    from fedprune_server.console.accounts import Accounts
-
-    with ConsoleDatabase(config.state / FILE) as database:
-        empty = len(Accounts(database)) == 0
+    place, book = config.console_place, AlertBook() if alerts is None else alerts
     desks, lent, here = desks_of(server)
     with ExitStack() as stack:
+        if place is not None:
+            check_packages()
+            check_tls(config)
+            check_free(*place)
+        elif config.metrics_place is None:
+            yield None
+            return
         members = releases = clerk = None
         if identity is not None:
             store = IdentityStore(identity.path / "identity.db", read_only=True)
@@ -98,6 +101,14 @@ def with_console(
             members, clerk = Members(store), Clerk(config.state, config.console_releases)
             if releases_given:
                 releases = ReleaseWatch(stack.enter_context(RolloutStore(config.state)))
+        if place is None:
+            desks[0].onlookers.join(LoneGuard(Guard(book, desks[0].view, members, releases)))
+            yield None
+            return
+        from fedprune_server.console.accounts import Accounts
+
+        with ConsoleDatabase(config.state / FILE) as database:
+            empty = len(Accounts(database)) == 0
         boards = None
         if logs is not None:
             boards = BoardTold(config.state)
@@ -105,7 +116,7 @@ def with_console(
         child = ConsoleProcess(_begin(config, *place))
         feed = Feed(
             [d.view for d in desks], _site(config, reached, identity), child, clerk=clerk, members=members,
-            releases=releases, boards=boards, allowed=config.console_orders, lent=lent, here=here,
+            releases=releases, boards=boards, allowed=config.console_orders, lent=lent, here=here, alerts=book,
         )  # fmt: skip
         stack.callback(feed.close)
         for desk in desks:
@@ -149,19 +160,31 @@ def check_free(address: str, port: int) -> None:
         ) from error
 
 
-def _check_tls(config: ServerConfig) -> None:
+def check_tls(config: ServerConfig) -> None:
+    """Make sure that the console's certificate and key can be used; that it has ended is said, and stops no job.
+
+    Raises:
+        ConfigError: They can't.
+    """
     if config.console_certificate is None or config.console_key is None:
         return
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
             config.console_certificate, config.console_key, password=lambda: ""
         )
+        ends = load_pem_x509_certificate(config.console_certificate.read_bytes()).not_valid_after_utc
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise ConfigError(
             f"[server] console_certificate and console_key: {reason(error)}",
             expected="a certificate and its key as PEM, the key without a password",
             got=f"{config.console_certificate} and {config.console_key}",
         ) from error
+    if ends.timestamp() < time.time():
+        log.error(
+            "[server] console_certificate: %s ended on %s: browsers refuse it. Put a new one there, and restart",
+            config.console_certificate,
+            ends.date().isoformat(),
+        )
 
 
 def _begin(config: ServerConfig, address: str, port: int) -> Begin:

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from fedprune.coordination.rollout import Fate
+from fedprune.coordination.rollout import Fate, RolloutPhase
 from fedprune.errors import FedpruneError
 from fedprune.release import Release
 from fedprune.trust.keys import VerifyingKey
 from fedprune.wire.fields import one_line
+from fedprune.wire.release_messages import ReleaseOffer
 from fedprune_server.identity.store import APPROVED, WAITING, IdentityStore
 from fedprune_server.rollouts.store import Entry, RolloutStore
 
@@ -78,6 +79,7 @@ class ReleaseWatch:
     def __init__(self, store: RolloutStore) -> None:
         self._store = store
         self._version: int | None = None
+        self._names: dict[int, str] = {}
         self._standing: dict[str, dict[str, Any]] = {}
         self._moved: set[str] = set()
 
@@ -107,7 +109,15 @@ class ReleaseWatch:
         entry = self._store.latest()
         before, self._standing = self._standing, {} if entry is None else _reports(entry)
         self._moved |= {n for n in before.keys() | self._standing.keys() if before.get(n) != self._standing.get(n)}
-        return () if entry is None else (_row(entry),)
+        return () if entry is None else (_row(entry, self._before(entry.prior)),)
+
+    def _before(self, number: int | None) -> str | None:
+        """The release of an earlier rollout, which never changes."""
+        if number is not None and number not in self._names:
+            offer = self._store.offer(number)
+            if offer is not None:
+                self._names[number] = _named(offer)
+        return None if number is None else self._names.get(number)
 
 
 def _reports(entry: Entry) -> dict[str, dict[str, Any]]:
@@ -118,19 +128,34 @@ def _reports(entry: Entry) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _row(entry: Entry) -> dict[str, Any]:
-    rollout, counts = entry.rollout, Counter(b.fate for b in entry.rollout.boards.values())
+def _named(offer: ReleaseOffer) -> str:
+    """A release as people call it."""
     try:
-        release = Release.from_bytes(entry.offer.manifest.encode())
-        name = f"{release.number} ({release.version})"
+        release = Release.from_bytes(offer.manifest.encode())
     except FedpruneError:
-        name = str(entry.offer.number)
-    stopping = entry.wish is not None and rollout.phase.value == "running"
+        return str(offer.number)
+    return one_line(f"{release.number} ({release.version})", 190)
+
+
+def _state(entry: Entry) -> str:
+    """Where it stands, or what the server was told and hasn't done yet."""
+    phase = entry.rollout.phase
+    if not phase.under_way:
+        return phase.value
+    if entry.wish is not None:
+        return "stopping"
+    if (entry.hold is not None) == (phase is RolloutPhase.PAUSED):
+        return phase.value
+    return "pausing" if entry.hold is not None else "resuming"
+
+
+def _row(entry: Entry, before: str | None) -> dict[str, Any]:
+    rollout, counts = entry.rollout, Counter(b.fate for b in entry.rollout.boards.values())
     failures = list(rollout.failures().items())[:_FAILURES]
     return {
         "name": f"rollout {entry.number}",
         "number": entry.number,
-        "release": one_line(name, 190),
+        "release": _named(entry.offer),
         "stage": rollout.stage,
         "stages": len(rollout.plan.stages),
         "of": len(rollout.boards) - counts[Fate.GONE],
@@ -138,8 +163,11 @@ def _row(entry: Entry) -> dict[str, Any]:
         "failed": counts[Fate.FAILED],
         "given": counts[Fate.GIVEN],
         "waiting": counts[Fate.WAITING],
-        "state": "stopping" if stopping else rollout.phase.value,
+        "state": _state(entry),
         "why": one_line(rollout.why, 1500),
         "at": entry.at,
         "failures": {n: one_line(why, 300) for n, why in failures},
+        "subject": entry.offer.number,
+        "before": before,
+        "leaves": entry.leaves,
     }

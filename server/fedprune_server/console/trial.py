@@ -113,9 +113,11 @@ class TrialFleet:
             "name": "rollout 2", "number": 2, "release": "5 (0.1.0)", "stage": 1, "stages": 3, "of": count,
             "done": count // 3, "failed": min(1, count), "given": count // 10, "waiting": count // 2,
             "state": "running", "why": "", "at": self._now - 3600, "failures": {"board-0001": "rolled back: a trial"},
+            "subject": 5, "before": "4 (0.0.9)", "leaves": None,
         }  # fmt: skip
         done = {**row, "name": "rollout 1", "number": 1, "stage": 2, "done": count, "failed": 0, "given": 0}
         over = {**done, "waiting": 0, "state": "done", "at": self._now - 864000, "failures": {}}
+        over |= {"subject": 4, "before": None}
         return Rollouts((row, over), ("release-5", "release-6"))
 
     def details(self, device: str) -> DeviceDetails:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from fedprune import __version__
@@ -26,7 +25,6 @@ PARTS = ("score", "extract", "train", "pull", "fold", "close", "evaluate", "roun
 """Of a round, of which seconds are counted: `train` is from an offer to its update's announcement."""
 
 STATES = ("working", "idle", "excluded", "offline")
-SEVERITIES = ("info", "warning", "critical")
 
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600, 14400)
 _SHORT = (0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1, 5)
@@ -41,14 +39,14 @@ class Metrics:
 
     Args:
         folder: The state folder, whose blobs are measured; None for none.
-        alerts: Says how many alerts there are, by severity.
+        alerts: Says how many alerts there are, by kind and severity, from whatever thread it is asked.
         clock: Seconds that only grow.
     """
 
     def __init__(
         self,
         folder: Path | None = None,
-        alerts: Callable[[], Mapping[str, int]] | None = None,
+        alerts: Callable[[], Mapping[tuple[str, str], int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.registry = CollectorRegistry()
@@ -88,9 +86,7 @@ class Metrics:
         if folder is not None:
             gauge("blobs_bytes", "Bytes of blobs in the state folder").set_function(lambda: self._measured(folder))
         if alerts is not None:
-            found = gauge("alerts", "Alerts that have not gone", "severity")
-            for severity in SEVERITIES:
-                found.labels(severity).set_function(partial(_alerts, alerts, severity))
+            self.registry.register(_Alerts(alerts))
 
     def watch(self, job: str) -> JobMetrics:
         """What counts for a job."""
@@ -245,8 +241,18 @@ class _Totals(Collector):
         return [found]
 
 
-def _alerts(alerts: Callable[[], Mapping[str, int]], severity: str) -> float:
-    return float(alerts().get(severity, 0))
+class _Alerts(Collector):
+    """How many alerts stand when somebody asks."""
+
+    def __init__(self, alerts: Callable[[], Mapping[tuple[str, str], int]]) -> None:
+        self._alerts = alerts
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        """By kind and severity."""
+        found = GaugeMetricFamily("fedprune_alerts", "Alerts that have not gone", labels=["kind", "severity"])
+        for (kind, severity), count in self._alerts().items():
+            found.add_metric([kind, severity], count)
+        return [found]
 
 
 def _size(folder: Path) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from fedprune.errors import MissingExtraError
 from fedprune_server.observation.onlooker import Onlooker
 from fedprune_server.settings.config import OFF, ServerConfig
 
+Alerts = Callable[[], Mapping[tuple[str, str], int]]
 Watcher = Callable[[str], list[Onlooker]]
 """Gives those who look on at a job, by its name."""
 
@@ -17,12 +18,15 @@ _ENVIRONMENT = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOI
 
 
 @contextmanager
-def watching(config: ServerConfig, ready: dict[str, Callable[[], str]]) -> Iterator[Watcher]:
+def watching(
+    config: ServerConfig, ready: dict[str, Callable[[], str]], alerts: Alerts | None = None
+) -> Iterator[Watcher]:
     """Onlookers for a server's jobs: figures where `metrics` says so, spans where `traces` or the environment does.
 
     Args:
         config: The configuration.
         ready: By name what must be so for the server to be ready; more may be put in later.
+        alerts: Says how many alerts there are, by kind and severity; None for nobody.
 
     Raises:
         ConfigError: The address of `metrics` can't be listened on.
@@ -37,7 +41,7 @@ def watching(config: ServerConfig, ready: dict[str, Callable[[], str]]) -> Itera
                 from fedprune_server.observation.web import served
             except ModuleNotFoundError as error:
                 raise _missing("metrics", "console", error) from error
-            metrics = Metrics(config.state)
+            metrics = Metrics(config.state, alerts)
             ready["broker"] = lambda: "" if metrics.connected else "not connected"
             stack.enter_context(served(place, metrics, ready))
             makers.append(metrics.watch)

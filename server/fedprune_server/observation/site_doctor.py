@@ -212,6 +212,13 @@ def rollouts(folder: Path, now: float) -> Iterator[Ailment]:
             "boards have different releases",
             f"{todo}; then mend the release and roll out a new one",
         )
+    if entry.rollout.phase is RolloutPhase.PAUSED:
+        yield note(
+            "rollout",
+            f"the rollout of release {entry.offer.number} is {entry.rollout.why}",
+            "no further board is given it",
+            f"to go on: {command('rollout', 'resume', *at(folder))}",
+        )
     if entry.rollout.phase is not RolloutPhase.RUNNING:
         return
     told = [float(r["at"]) for r in entry.reports.values() if isinstance(r.get("at"), (int, float))]

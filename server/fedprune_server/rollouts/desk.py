@@ -36,7 +36,7 @@ from fedprune_server.rollouts.store import Entry, RolloutStore
 log = logging.getLogger("fedprune.server")
 
 _LOOK_S = 1.0
-"""At most so often it is looked whether somebody began or stopped a rollout."""
+"""At most so often it is looked whether somebody began, paused or stopped a rollout."""
 
 _AGAIN_S = 60.0
 """A board that is silent for so long is offered the release again: a broker's acknowledgement is no board's."""
@@ -131,6 +131,11 @@ class RolloutDesk:
         if report.state in (ROLLED_BACK, REFUSED) and self._bad.get(device) != report:
             self._bad[device] = report  # it is said again at every birth
             log.warning("device %s: release %d is %s: %s", device, report.number, report.state, reason)
+        if entry is not None and report.number == entry.leaves and report.state in (TRIAL, COMMITTED):
+            # It was given what is left after it was ordered to leave that, or was taken for one that had failed.
+            if self._members is None or device in self._members():
+                self._do(entry, lambda r, now: r.join(device, now))
+            return
         if entry is None or report.number != entry.offer.number or device not in entry.rollout.boards:
             self._withdraw_if_ours(report)
             return
@@ -176,34 +181,48 @@ class RolloutDesk:
                     self._offer(entry, device)
 
     def _look(self) -> None:
-        """Take in what the command line wrote."""
-        latest = self._store.latest()
-        if latest is None or latest.rollout.phase is not RolloutPhase.RUNNING:
-            return
-        if self._entry is None or self._entry.number != latest.number:
-            self._begin(latest)
-        if latest.wish is not None and self._entry is not None:
-            wish = one_line(latest.wish)
-            self._do(self._entry, lambda r, _: r.stop(wish))
+        """Take in what the command line wrote. Of several the last one goes on: it takes the place of the others."""
+        for latest in self._store.under_way():
+            fresh = self._entry is None or self._entry.number != latest.number
+            if not fresh or self._begin(latest):
+                self._follow(latest, fresh=fresh)
 
-    def _begin(self, entry: Entry) -> None:
+    def _begin(self, entry: Entry) -> bool:
+        """Take a rollout up; whether it can go on."""
         try:
             release = Release.from_bytes(entry.offer.manifest.encode())
         except ReleaseError as error:  # what was kept isn't what this version writes
             log.error("rollout %d can't go on: %s", entry.number, error)
-            return
+            return False
         self._entry, self._said, self._wake_at = entry, {}, math.inf
         self._zero = self._monotonic() - entry.rollout.now
         self._files = frozenset(f.sha256 for f in release.files)
         self._offered = self._store.releases()
         boards = len(entry.rollout.boards)
         log.info("rollout %d: release %d (%s) to %d boards", entry.number, release.number, release.version, boards)
-        self._do(entry, lambda r, now: r.resumed(now) if r.stage >= 0 else r.tick(now))
+        return True
+
+    def _follow(self, wanted: Entry, *, fresh: bool) -> None:
+        """Do what somebody wants of the rollout: how it is, and not what was said when, so that nothing is missed."""
+        entry = self._entry
+        if entry is None:
+            return
+        phase = entry.rollout.phase
+        if wanted.wish is not None:
+            why = one_line(wanted.wish)
+            self._do(entry, lambda r, _: r.stop(why))
+        elif wanted.hold is not None and phase is RolloutPhase.RUNNING:
+            why = one_line(wanted.hold)
+            self._do(entry, lambda r, now: r.pause(why, now))
+        elif wanted.hold is None and phase is RolloutPhase.PAUSED:
+            self._do(entry, lambda r, now: r.go_on(now))
+        if fresh and self._entry is entry:
+            self._do(entry, lambda r, now: r.resumed(now))
 
     def _do(self, entry: Entry, step: Callable[[Rollout, float], list[RolloutCommand]], *, keep: bool = True) -> None:
         """Let the rollout take a step; it is on the disk before anything of it is said."""
         rollout = entry.rollout
-        stage, failed = rollout.stage, set(rollout.failures())
+        stage, phase, failed = rollout.stage, rollout.phase, set(rollout.failures())
         commands = step(rollout, self._now())
         wakes = [c.at for c in commands if isinstance(c, Wake)]
         self._wake_at = min(wakes, default=self._wake_at)
@@ -213,9 +232,10 @@ class RolloutDesk:
         self._carry_out(entry, commands, late)
         if rollout.stage != stage and rollout.phase is RolloutPhase.RUNNING:
             log.info("rollout %d: stage %d of %d", entry.number, rollout.stage + 1, len(rollout.plan.stages))
-        if rollout.phase is not RolloutPhase.RUNNING:
+        if rollout.phase is not phase:
             why = f": {rollout.why}" if rollout.why else ""
             log.info("rollout %d of release %d: %s%s", entry.number, entry.offer.number, rollout.phase.value, why)
+        if not rollout.phase.under_way:
             self._entry, self._files = None, frozenset()
 
     def _carry_out(self, entry: Entry, commands: Iterable[RolloutCommand], late: Iterable[str]) -> None:

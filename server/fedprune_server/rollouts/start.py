@@ -9,9 +9,11 @@ from pathlib import Path
 
 from fedprune.coordination.rollout import CAREFUL, Rollout, RolloutPlan, Stage
 from fedprune.errors import ConfigError
+from fedprune.quantity import quantity
 from fedprune.release import FILES, Release, read_release
 from fedprune.wire.release_messages import ReleaseOffer
 from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.rollouts.history import prior, worth_keeping
 from fedprune_server.rollouts.store import RolloutStore
 
 
@@ -52,11 +54,29 @@ class Terms:
 
 @dataclass(frozen=True)
 class Begun:
-    """A rollout that was begun."""
+    """A rollout that was begun.
+
+    Attributes:
+        number: The rollout's.
+        release: What boards are given.
+        rollout: To which boards, and when.
+        left: Number of the release from which it takes boards back; None for one that goes ahead.
+        again: Number of the earlier release that it is made of; None as before.
+    """
 
     number: int
     release: Release
     rollout: Rollout
+    left: int | None = None
+    again: int | None = None
+
+    def told_back(self) -> str:
+        """What it does, of one that takes boards back."""
+        boards = quantity(len(self.rollout.boards), "board")
+        return (
+            f"rollout {self.number}: back from release {self.left} to what release {self.again} "
+            f"({self.release.version}) holds, as release {self.release.number}, for {boards}"
+        )
 
 
 def start(
@@ -84,11 +104,15 @@ def start(
         boards = _boards(devices, sorted(identity.store.members()))
     rollout = Rollout.of(terms.plan(release), boards)
     with RolloutStore(state) as store, store.starting():
-        leaves = _kept(store, folder, release)
+        store.check_free(release.number, manifest.decode())  # so that nobody pulls what is deleted here
+        entries = store.entries()
+        before = prior(entries, release, boards)
+        leaves = _kept(store, folder, release, worth_keeping(entries, before))
         offer = ReleaseOffer(
             release.number, manifest.decode(), signature.hex(), leaves, terms.attempts, terms.deadline_s
         )
-        number = store.begin(offer, rollout, clock(), joins=devices is None)
+        before_it = None if before is None else before.number
+        number = store.begin(offer, rollout, clock(), joins=devices is None, prior=before_it)
     return Begun(number, release, rollout)
 
 
@@ -105,10 +129,12 @@ def _boards(names: Collection[str] | None, members: list[str]) -> list[str]:
     return list(names)
 
 
-def _kept(store: RolloutStore, folder: Path, release: Release) -> tuple[str, ...]:
-    """Put a release's files where the daemon serves them; the digests of their leaf tables, in the manifest's order."""
-    store.check_free(release.number)  # so that nobody pulls what is deleted here
-    wanted = {f.sha256 for f in release.files}
+def _kept(store: RolloutStore, folder: Path, release: Release, others: set[str]) -> tuple[str, ...]:
+    """Put a release's files where the daemon serves them; the digests of their leaf tables, in the manifest's order.
+
+    What else is there goes, but for these others.
+    """
+    wanted = {f.sha256 for f in release.files} | others
     for old in store.blobs.names():
         if old not in wanted:
             store.blobs.delete(old)

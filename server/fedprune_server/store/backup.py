@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sqlite3
 import tarfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,10 +25,10 @@ from fedprune_server.bucket.store import BucketStore, NotThereError
 from fedprune_server.identity.folder import FOLDER as IDENTITY
 from fedprune_server.rollouts.store import FILE as ROLLOUTS
 from fedprune_server.rollouts.store import FOLDER as RELEASES
-from fedprune_server.store.backup_manifest import DATABASE, NAME, Entry, Manifest
+from fedprune_server.store.backup_manifest import CONSOLE, DATABASE, NAME, Entry, Manifest
 from fedprune_server.store.blob_place import reader
 from fedprune_server.store.copying import snapshot
-from fedprune_server.store.database import copy_sqlite
+from fedprune_server.store.database import copy_sqlite, translated
 from fedprune_server.store.further_folders import FOLDER as FURTHER
 from fedprune_server.store.inventory import Inventory, inventory, lying
 from fedprune_server.store.state_folder import MODEL
@@ -104,6 +105,7 @@ class _Collected:
         for name in _IDENTITY:  # what there is of it: a file that is lost must not keep the others out
             self._add_kept(state, scratch, f"{IDENTITY}/{name}")
         self._add_kept(state, scratch, f"{RELEASES}/{ROLLOUTS}")
+        self._add_kept(state, scratch, CONSOLE)
         if (state / RELEASES).is_dir():
             for digest, path in lying(state / RELEASES).blobs.items():
                 self._add(f"{RELEASES}/{digest[:2]}/{digest}", path)
@@ -157,6 +159,8 @@ class _Collected:
         if source.suffix == ".db":
             copy_sqlite(source, scratch / source.name)
             source = scratch / source.name
+            if path == CONSOLE:
+                _end_sessions(source)
         elif source.name == "register.jsonl" or source.suffix not in (".key",):
             data = _read(source)  # it may change, where the keys don't
             source = scratch / source.name
@@ -167,6 +171,15 @@ class _Collected:
         data = _read(source)
         self._sources[path] = source
         self._entries.append(Entry(path, hashlib.sha256(data).hexdigest(), len(data)))
+
+
+def _end_sessions(copy: Path) -> None:
+    """Nobody is logged in to a copy of the console's database: a session may have ended long before it is restored."""
+    with translated(str(copy)), closing(sqlite3.connect(copy)) as connection:
+        connection.execute("PRAGMA secure_delete=ON")
+        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'sessions'").fetchone():
+            with connection:
+                connection.execute("DELETE FROM sessions")
 
 
 def _write_folder(target: Path, collected: _Collected, advance: Advance) -> None:

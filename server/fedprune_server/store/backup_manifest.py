@@ -14,10 +14,12 @@ from fedprune.wire.blob_ref import is_digest
 FORMAT = "fedprune.backup/1"
 NAME = "manifest.json"
 DATABASE = "server.db"
+CONSOLE = "console.db"
+"""The console's accounts and audit log."""
 
 _MAX_BYTES = 64 * 2**20
 _PATH = re.compile(
-    r"server\.db|model\.onnx|identity/[a-z]+(\.[a-z]+)?|releases/rollouts\.db|(?:blobs|releases)/[0-9a-f]{2}/[0-9a-f]{64}"
+    r"server\.db|console\.db|model\.onnx|identity/[a-z]+(\.[a-z]+)?|releases/rollouts\.db|(?:blobs|releases)/[0-9a-f]{2}/[0-9a-f]{64}"
 )
 
 
@@ -94,6 +96,11 @@ class Manifest:
     def has_identity(self) -> bool:
         """Whether the server's private keys are among them."""
         return any(e.path.startswith("identity/") for e in self.entries)
+
+    @property
+    def has_operators(self) -> bool:
+        """Whether the console's accounts are among them."""
+        return any(e.path == CONSOLE for e in self.entries)
 
     @property
     def database(self) -> Entry:

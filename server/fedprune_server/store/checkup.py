@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from fedprune import tensorfile
@@ -20,8 +21,10 @@ from fedprune_server.bucket.store import BucketStore
 from fedprune_server.identity.folder import FOLDER as IDENTITY
 from fedprune_server.rollouts.store import FILE as ROLLOUTS
 from fedprune_server.rollouts.store import FOLDER as RELEASES
+from fedprune_server.store.backup_manifest import CONSOLE
 from fedprune_server.store.blob_place import BLOBS, bucket_of
 from fedprune_server.store.bucket_checkup import check_bucket, still_missing
+from fedprune_server.store.database import reading_uri
 from fedprune_server.store.finding import Cure, Finding, Weight
 from fedprune_server.store.identity_checkup import check_identity
 from fedprune_server.store.inventory import Inventory, Lying, inventory, lying
@@ -187,20 +190,51 @@ def _beside(folder: Path, advance: Advance) -> Iterator[Finding]:
             for found in _blob(digest, path, there.tables.get(digest), advance, needed=True):
                 advice = found.advice if found.cure is Cure.DELETE else "Stop the rollout and begin it again."
                 yield Finding(found.weight, found.what, advice, found.cure, found.paths, digest)
+    yield from _console(folder / CONSOLE)
     if (folder / IDENTITY).is_dir():
         if (folder / IDENTITY / "identity.db").exists():  # else it is named with all that is missing
             yield from _sqlite(folder / IDENTITY / "identity.db", "Restore a backup of `identity/`.")
         yield from check_identity(folder / IDENTITY)
 
 
+def _console(path: Path) -> Iterator[Finding]:
+    """The console's accounts and audit log, where there are some."""
+    if not path.exists():
+        return
+    with storage_errors(f"can't read {path}"):
+        mode = path.stat().st_mode
+    if mode & 0o077:
+        yield Finding(
+            Weight.WRONG, f"{path} can be read by other users", f"See who may have read it, then: chmod 600 {path}"
+        )
+    broken = list(_sqlite(path, "Restore a backup of it, or delete it and make the operators anew."))
+    yield from broken
+    if not broken and (strange := _strange_operators(path)):
+        yield Finding(Weight.WRONG, f"{path}: {strange}", "Restore a backup of it.")
+
+
+def _strange_operators(path: Path) -> str:
+    """What is wrong with a console's accounts; empty if nothing is."""
+    try:
+        with closing(sqlite3.connect(reading_uri(path), uri=True)) as connection:
+            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+                return ""  # just made
+            names = connection.execute("SELECT name FROM operators WHERE role NOT IN ('viewer', 'operator', 'admin')")
+            found = sorted(str(row[0]) for row in names)
+            connection.execute("SELECT count(*) FROM audit").fetchone()
+    except (sqlite3.Error, StorageError) as error:
+        return str(error)
+    return f"no such roles as those of {', '.join(found[:5])}" if found else ""
+
+
 def _sqlite(path: Path, advice: str) -> Iterator[Finding]:
     try:
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        connection = sqlite3.connect(reading_uri(path), uri=True)
         try:
             found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
         finally:
             connection.close()
-    except sqlite3.Error as error:
+    except (sqlite3.Error, StorageError) as error:
         found = str(error)
     if found != "ok":
         yield Finding(Weight.WRONG, f"{path} is damaged ({found})", advice)

@@ -231,7 +231,7 @@ def copy_sqlite(source: Path, target: Path) -> None:
 
 
 def _copy_pages(source: Path, target: Path) -> None:
-    reader = sqlite3.connect(_uri(source), uri=True, timeout=_BUSY_S)
+    reader = sqlite3.connect(reading_uri(source), uri=True, timeout=_BUSY_S)
     try:
         writer = sqlite3.connect(target)
         try:
@@ -311,11 +311,11 @@ def _tune_postgresql(connection: Any, record: object) -> None:
 def _read_only(url: sql.URL) -> sql.Engine:
     path = Path(url.database or "")
     return sql.create_engine(
-        url, creator=lambda: sqlite3.connect(_uri(path), uri=True, timeout=_BUSY_S, check_same_thread=False)
+        url, creator=lambda: sqlite3.connect(reading_uri(path), uri=True, timeout=_BUSY_S, check_same_thread=False)
     )
 
 
-def _uri(path: Path) -> str:
+def reading_uri(path: Path) -> str:
     """A file to read only, also on a disk that can't be written to.
 
     Raises:

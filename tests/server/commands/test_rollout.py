@@ -90,6 +90,30 @@ def test_a_rollout_is_begun_looked_at_and_stopped(state: Path, release: Path, re
     assert "no rollout is under way" in read("stop", code=14)
 
 
+def test_a_rollout_is_paused_resumed_and_taken_back(state: Path, release: Path, read: Read, tmp_path: Path) -> None:
+    read("start", release, "--groups", "100%")
+    desk(state, [ReleaseReport(name, 7, COMMITTED, "", 0, 0) for name in NAMES])
+    assert "no board of release 7 had one of this server's before" in read("back", code=14)
+    with IdentityFolder(state) as identity:
+        second = make_release(tmp_path / "second", 8, key=identity.key)
+    read("start", second, "--devices", "board-3,board-5", "--groups", "50%,100%")
+    assert "no further board is given the release" in read("pause", "--reason", "a storm")
+    assert "running, stage 1 of 2, to be paused" in read("status").replace("not begun", "stage 1 of 2")
+    desk(state, [])
+    assert "paused, not begun" in read("status")
+    assert "paused: a storm" in read("status")
+    assert json.loads(read("status", "--json"))["pausing"] == "a storm"
+    assert "rollout 2 goes on" in read("resume")
+    assert "isn't paused" in read("resume", code=14)
+    desk(state, [])
+    desk(state, [ReleaseReport(name, 8, COMMITTED, "", 0, 0) for name in ("board-3", "board-5")])
+    desk(state, [ReleaseReport(name, 8, COMMITTED, "", 0, 0) for name in ("board-3", "board-5")])
+    assert "expected above 8" in read("back", "--number", 8, code=65)
+    told = "rollout 3: back from release 8 to what release 7 (0.7.0) holds, as release 20, for 2 boards"
+    assert read("back", "--number", 20, "--reason", "too hot").splitlines()[0] == told
+    assert "it takes boards back from release 8" in read("status")
+
+
 def test_what_failed_is_named_with_its_reason(state: Path, release: Path, read: Read) -> None:
     read("start", release, "--groups", "25%,100%", "--success", "80%", "--errors", "0%")
     with RolloutStore(state) as store:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from several import SeveralJobs, named
 
 from fedprune.coordination import Phase
 from fedprune_server.console import rows
+from fedprune_server.console.alerts import AlertBook
 from fedprune_server.console.device_words import Coverage
 from fedprune_server.console.feed import COVERED_S, Feed
 from fedprune_server.console.feed_words import ToConsole, line, parse_news
+from fedprune_server.console.guard import Guard, LoneGuard
 from fedprune_server.console.model import Model
 from fedprune_server.console.order_words import Order
 from fedprune_server.console.setup import desks_of
@@ -219,6 +222,25 @@ def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
         assert sum(h["channels"] for h in group["held"]) == group["channels"]
         shares = [h["share"] for h in group["held"]]
         assert shares == sorted(shares, reverse=True)
+
+
+def test_alerts_are_counted_with_a_console_and_without_one(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    daemon = fleet.daemon()
+    book, up = AlertBook(), [False]
+    clock = lambda: fleet.air.now  # noqa: E731
+    lone = LoneGuard(Guard(book, replace(daemon.view, connected=lambda: up[0]), None, None), clock, clock)
+    for up[0], open_alerts in ((False, 1), (True, 0)):
+        fleet.air.now += 5
+        lone.turn()
+        assert book.counts()["broker", "critical"] == sum(book.counts().values()) == open_alerts
+    daemon.view.quarantine.know("a")
+    for _ in range(200):
+        daemon.view.quarantine.bad("a")
+    feed, _ = watched(daemon, fleet.air, alerts=book)
+    flush(feed, fleet.air)
+    flush(feed, fleet.air)
+    assert {k: n for k, n in book.counts().items() if n} == {("quarantine", "warning"): 1}
 
 
 def test_several_jobs_feed_one_console_and_each_device_has_one_row(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ FIELDS = {
     "look": {"device": "board-0001"},
     "approve": {"device": "board-0001", "key": "ab12"}, "deny": {"device": "board-0001"},
     "revoke": {"device": "board-0001"}, "release_quarantine": {"device": "board-0001"},
-    "rollout_start": {"release": "release-5"}, "rollout_stop": {},
+    "rollout_start": {"release": "release-5"}, "rollout_stop": {}, "rollout_pause": {}, "rollout_resume": {},
+    "rollout_back": {"release": "5"},
 }  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def test_a_server_that_takes_no_orders_gets_none(tmp_path: Path, allowed: str, s
         {"order": "pause", "job": "trial", "operator": "root"}, {"order": "pause", "job": "trial", "number": 9},
         {"order": "rollout_start", "release": "../../x"}, {"order": "rollout_start", "release": "r", "groups": "all"},
         {"order": "rollout_start", "release": "r", "devices": ["a"] * 101},
-        {"order": "rollout_stop", "reason": "\x1b[2J"},
+        {"order": "rollout_stop", "reason": "\x1b[2J"}, {"order": "rollout_back"},
         {"order": "look", "device": "a", "devices": ["d" * 64] * 100, "reason": "\u00e9" * 500},  # too long a line
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
 
 from fedprune_server.console.device_words import Devices  # noqa: E402
-from fedprune_server.console.feed_words import JobNews, Rollouts, ToConsole  # noqa: E402
+from fedprune_server.console.feed_words import Beat, JobNews, Rollouts, ToConsole  # noqa: E402
 from fedprune_server.console.log_words import AlertNews  # noqa: E402
 from fedprune_server.console.order_words import Order  # noqa: E402
 from fedprune_server.console.trial import TrialFleet  # noqa: E402
@@ -70,6 +70,10 @@ class Fleet(TrialFleet):
         elif order.order.startswith("rollout"):
             if order.order == "rollout_stop":
                 self.rollout = {**self.rollout, "state": "stopped", "why": f"by {order.operator}"}
+            elif order.order in ("rollout_pause", "rollout_resume"):
+                self.rollout = {**self.rollout, "state": "paused" if order.order == "rollout_pause" else "running"}
+            elif order.order == "rollout_back":
+                self.rollout = {**self.rollout, "subject": 6, "release": "6 (0.0.9)", "leaves": 5, "before": None}
             else:
                 number = self.rollout["number"] + 1
                 self.rollout = {
@@ -118,6 +122,7 @@ def opened(console: ServedConsole, browser: Browser) -> Iterator[Open]:
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
+        console.hear([Beat(time.time())])  # else, after a slow test, the server seems to say nothing
         page.goto(path)
         if role is not None and live:
             page.wait_for_selector("#live[data-state=open]")
@@ -298,6 +303,26 @@ def test_pausing_and_resuming_a_job(opened: Open, console: ServedConsole) -> Non
         expect(page.locator("#said")).to_contain_text(f"did {name.lower()}")
         expect(page.locator("#job-trial .mark")).to_have_text(word)
     assert [o.job for o in console.orders if o.order in ("pause", "resume")] == ["trial", "trial"]
+
+
+def test_a_rollout_is_paused_resumed_and_taken_back(opened: Open, console: ServedConsole) -> None:
+    page = opened("/rollouts")
+    fleet = console.fleet
+    assert isinstance(fleet, Fleet)
+    before = fleet.rollout
+    for name, word in (("Pause", "paused"), ("Resume", "running")):
+        page.get_by_role("button", name=f"{name} rollout 2").click()
+        page.get_by_role("dialog").get_by_role("button", name=name).click()
+        expect(page.locator("main .mark").first).to_have_text(word)
+    page.get_by_role("button", name="Roll back rollout 2").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("go back to what release 4 (0.0.9) holds")
+    dialog.get_by_role("button", name="Roll back").click()
+    expect(page.locator("main")).to_contain_text("back from release 5")
+    expect(page.get_by_role("button", name="Roll back rollout 2")).to_have_count(0)
+    assert [o.release for o in orders(console, "rollout_back")] == ["5"]
+    fleet.rollout = before
+    console.hear([fleet.rollouts()])
 
 
 def test_a_rollout_is_stopped_and_another_one_started(opened: Open, console: ServedConsole) -> None:

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedprune.coordination import State
 from fedprune.errors import ConfigError
+from fedprune_server.console.alerts import SEVERITY, AlertBook
 from fedprune_server.observation import web
 from fedprune_server.observation.metrics import PARTS, Metrics
 from fedprune_server.observation.onlooker import Onlooker
@@ -45,7 +46,7 @@ def values(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], fl
 def test_a_played_job_is_counted(played: Callable[[Onlooker], State], tmp_path: Path) -> None:
     (tmp_path / "blobs" / "ab").mkdir(parents=True)
     (tmp_path / "blobs" / "ab" / "abc").write_bytes(bytes(123))
-    metrics = Metrics(tmp_path, lambda: {"warning": 3}, Steps())
+    metrics = Metrics(tmp_path, lambda: {("quarantine", "warning"): 3, ("broker", "critical"): 0}, Steps())
     watch = metrics.watch("toy")
     state = played(watch)
     watch.saved(0.01)
@@ -72,7 +73,8 @@ def test_a_played_job_is_counted(played: Callable[[Onlooker], State], tmp_path: 
     done = {"score": 2, "extract": 6, "train": 3, "pull": 3, "fold": 3, "close": 1, "evaluate": 1, "round": 1}
     assert {p: value("round_part_seconds_count", part=p) for p in PARTS} == done
     assert found["fedprune_blobs_bytes", ()] == 123
-    assert found["fedprune_alerts", (("severity", "warning"),)] == 3
+    alerts = {dict(labels)["kind"]: n for (name, labels), n in found.items() if name == "fedprune_alerts"}
+    assert alerts == {"quarantine": 3, "broker": 0}
 
 
 def test_refused_parts_are_counted_by_kinds_that_are_few() -> None:
@@ -129,7 +131,7 @@ def test_a_port_that_is_taken_is_one_clear_error(site: tuple[str, Metrics, list[
 
 
 def exposed() -> set[str]:
-    metrics = Metrics(Path("/nowhere"), dict)
+    metrics = Metrics(Path("/nowhere"), AlertBook().counts)
     watch = metrics.watch("toy")
     watch.turned(lambda: 0.1, StillJob())
     watch.round_over({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}, 1.0, StillJob())
@@ -158,6 +160,9 @@ def test_the_alerts_ask_for_figures_that_there_are() -> None:
     rules = [rule for group in groups for rule in group["rules"]]
     names = exposed()
     assert len(rules) >= 6
+    kinds = {kind for rule in rules for kind in re.findall(r'fedprune_alerts\{kind="(\w+)"', rule["expr"])}
+    assert kinds
+    assert kinds <= set(SEVERITY)
     for rule in rules:
         assert asked_for(rule["expr"]) <= names, rule["expr"]
         assert {"alert", "expr", "labels", "annotations"} <= rule.keys()

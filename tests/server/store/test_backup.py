@@ -18,10 +18,12 @@ from fedprune.coordination import State
 from fedprune.errors import ConfigError, ExitCode, StorageError
 from fedprune.trust.claim import Claim
 from fedprune_server.cli import main
+from fedprune_server.console import database as console_database
+from fedprune_server.console.database import ConsoleDatabase
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.rollouts.store import RolloutStore
 from fedprune_server.store.backup import back_up
-from fedprune_server.store.backup_manifest import Entry, Manifest
+from fedprune_server.store.backup_manifest import CONSOLE, Entry, Manifest
 from fedprune_server.store.checkup import check
 from fedprune_server.store.finding import Weight
 from fedprune_server.store.restoring import opened, read_manifest, restore, verify
@@ -47,6 +49,10 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
         identity.claim("attic", 3600)
     with RolloutStore(state) as rollouts:
         rollouts.blobs.put(b"a wheel" * 1000)
+    with ConsoleDatabase(state / CONSOLE) as console:
+        console.do("INSERT INTO operators VALUES ('ann', 'admin', 'a hash', 1, 1)")
+        console.do("INSERT INTO sessions VALUES ('a digest of a token', 'ann', 'csrf', '::1', 1, 1)")
+        console.do("INSERT INTO audit (at, operator, address, action, what, outcome) VALUES (1, 'ann', '', '', '', '')")
     return state
 
 
@@ -89,6 +95,39 @@ def wrong(state: Path) -> list[str]:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_operators_come_back_and_nobody_is_logged_in(state: Path, tmp_path: Path) -> None:
+    assert console_database.FILE == CONSOLE
+    with ConsoleDatabase(state / CONSOLE):  # a console runs
+        back_up(state, tmp_path / "backup.tar", silent)
+    assert b"a digest of a token" not in (tmp_path / "backup.tar").read_bytes()
+    new = restored(tmp_path / "backup.tar", tmp_path / "new")
+    assert (new / CONSOLE).stat().st_mode & 0o777 == 0o600
+    with ConsoleDatabase(new / CONSOLE) as console:
+        assert [(r["name"], r["role"], r["hash"]) for r in console.rows("SELECT * FROM operators")] == [
+            ("ann", "admin", "a hash")
+        ]
+        assert console.rows("SELECT * FROM sessions") == []
+        assert len(console.rows("SELECT * FROM audit")) == 1
+        with pytest.raises(StorageError, match="append only"):
+            console.do("DELETE FROM audit")
+    assert wrong(new) == []
+
+
+def test_check_looks_at_the_operators(state: Path) -> None:
+    path = state / CONSOLE
+    with ConsoleDatabase(path) as console:
+        console.do("UPDATE operators SET role = 'god'")
+    path.chmod(0o640)
+    assert [str(f).partition(str(path))[2] for f in check(state, silent, running=False) if CONSOLE in f.what] == [
+        f" can be read by other users. See who may have read it, then: chmod 600 {path}",
+        ": no such roles as those of ann. Restore a backup of it.",
+    ]
+    path.chmod(0o600)
+    path.write_bytes(b"something else " * 100)
+    (found,) = [f for f in check(state, silent, running=False) if CONSOLE in f.what]
+    assert (found.weight, "delete it and make the operators anew" in found.advice) == (Weight.WRONG, True)
 
 
 @pytest.mark.parametrize("name", ["backup", "backup.tar"])

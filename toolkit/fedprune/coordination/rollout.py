@@ -105,8 +105,15 @@ class RolloutPhase(str, Enum):
     """Where the rollout stands."""
 
     RUNNING = "running"
+    PAUSED = "paused"
+    """Boards that were given it go on with it; no further board and no further stage begins."""
     DONE = "done"
     STOPPED = "stopped"
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it hasn't ended."""
+        return self in (RolloutPhase.RUNNING, RolloutPhase.PAUSED)
 
 
 @dataclass
@@ -160,7 +167,7 @@ class Rollout:
         stage: The stage that is under way, or was the last one.
         stage_ends: When the boards of each stage that was begun have failed at the latest.
         phase: Where it stands.
-        why: Why it stopped.
+        why: Why it stopped, or is paused.
         now: The time when it was last told one: who takes it up again from the disk lets its clock go on from there.
     """
 
@@ -187,7 +194,7 @@ class Rollout:
 
     def tick(self, now: float) -> list[RolloutCommand]:
         """Time has passed."""
-        if self.phase is not RolloutPhase.RUNNING:
+        if not self.phase.under_way:
             return []
         self.now = now
         for name in sorted(self.boards):
@@ -201,7 +208,7 @@ class Rollout:
     def well(self, name: str, now: float) -> list[RolloutCommand]:
         """A board reports that all is well there; what it wasn't given, or what comes too late, changes nothing."""
         board = self.boards.get(name)
-        if self.phase is not RolloutPhase.RUNNING or board is None or board.fate is not Fate.GIVEN:
+        if not self.phase.under_way or board is None or board.fate is not Fate.GIVEN:
             return []
         if board.deadline is not None and now < min(board.deadline, self.stage_ends[board.stage]):
             board.fate, board.deadline = Fate.WELL, None
@@ -210,7 +217,7 @@ class Rollout:
     def failed(self, name: str, reason: str, now: float) -> list[RolloutCommand]:
         """A board reports that it went back, also after it was well."""
         board = self.boards.get(name)
-        if self.phase is not RolloutPhase.RUNNING or board is None or board.fate not in (Fate.GIVEN, Fate.WELL):
+        if not self.phase.under_way or board is None or board.fate not in (Fate.GIVEN, Fate.WELL):
             return []
         self._fail(board, one_line(reason, 300) or "without a reason")
         return self.tick(now)
@@ -218,7 +225,7 @@ class Rollout:
     def heard(self, name: str, now: float, seconds: float) -> list[RolloutCommand]:
         """A board that was given it is on its way: it has failed unless it says more within so many seconds."""
         board = self.boards.get(name)
-        if self.phase is not RolloutPhase.RUNNING or board is None or board.fate is not Fate.GIVEN:
+        if not self.phase.under_way or board is None or board.fate is not Fate.GIVEN:
             return []
         if board.deadline is not None and now < min(board.deadline, self.stage_ends[board.stage]):
             board.deadline = now + seconds
@@ -226,7 +233,7 @@ class Rollout:
 
     def resumed(self, now: float) -> list[RolloutCommand]:
         """Nobody could report for a while, such as while the server was down: who was at it gets its time anew."""
-        if self.phase is not RolloutPhase.RUNNING:
+        if not self.phase.under_way:
             return []
         until = now + self.plan.board_seconds
         for board in self.boards.values():
@@ -238,10 +245,11 @@ class Rollout:
     def join(self, name: str, now: float) -> list[RolloutCommand]:
         """A new board belongs to the last stage, and so does one that had left the fleet."""
         known = self.boards.get(name)
-        if self.phase is not RolloutPhase.RUNNING or (known is not None and known.fate is not Fate.GONE):
+        if not self.phase.under_way or (known is not None and known.fate is not Fate.GONE):
             return []
         self.boards[name] = BoardFate(len(self.plan.stages) - 1)
-        given = [self._give(name, now)] if self.stage == len(self.plan.stages) - 1 else []
+        begun = self.phase is RolloutPhase.RUNNING and self.stage == len(self.plan.stages) - 1
+        given = [self._give(name, now)] if begun else []
         return [*given, *self.tick(now)]
 
     def without(self, names: Iterable[str], now: float) -> list[RolloutCommand]:
@@ -249,7 +257,7 @@ class Rollout:
 
         A stage that has lost all its boards gets one of a later stage: no stage is passed because nobody was there.
         """
-        if self.phase is not RolloutPhase.RUNNING:
+        if not self.phase.under_way:
             return []
         for name in names:
             board = self.boards.get(name)
@@ -261,12 +269,29 @@ class Rollout:
             if later and not self._of(number):
                 heir = min(later, key=lambda n: self.boards[n].stage)
                 self.boards[heir].stage = number
-                given += [self._give(heir, now)] if number == self.stage else []
+                begun = self.phase is RolloutPhase.RUNNING and number == self.stage
+                given += [self._give(heir, now)] if begun else []
         return [*given, *self.tick(now)]
 
     def stop(self, reason: str) -> list[RolloutCommand]:
         """Somebody wants it stopped."""
-        return self._halt(f"stopped: {one_line(reason, 300)}") if self.phase is RolloutPhase.RUNNING else []
+        return self._halt(f"stopped: {one_line(reason, 300)}") if self.phase.under_way else []
+
+    def pause(self, reason: str, now: float) -> list[RolloutCommand]:
+        """Somebody wants it to wait: what is under way ends, well or badly, and nothing further begins."""
+        if self.phase is RolloutPhase.RUNNING:
+            self.phase, self.why = RolloutPhase.PAUSED, f"paused: {one_line(reason, 300)}"
+        return self.tick(now)
+
+    def go_on(self, now: float) -> list[RolloutCommand]:
+        """It waits no longer; boards that came to its stage meanwhile have all of the stage's time."""
+        if self.phase is not RolloutPhase.PAUSED:
+            return self.tick(now)
+        self.phase, self.why = RolloutPhase.RUNNING, ""
+        late = [n for n in sorted(self.boards) if self._waits(n) and self.boards[n].stage <= self.stage]
+        if late:
+            self.stage_ends[self.stage] = max(self.stage_ends[self.stage], now + self.plan.stages[self.stage].seconds)
+        return [*(self._give(name, now) for name in late), *self.tick(now)]
 
     def failures(self) -> dict[str, str]:
         """The boards that failed, and why."""
@@ -278,18 +303,18 @@ class Rollout:
             trouble = self._trouble(number)
             if trouble:
                 return self._halt(trouble)
-        while self.stage < 0 or self._passed(self.stage):
+        while self.phase is RolloutPhase.RUNNING and (self.stage < 0 or self._passed(self.stage)):
             if self.stage == len(self.plan.stages) - 1:
                 break
             self.stage += 1
             self.stage_ends.append(now + self.plan.stages[self.stage].seconds)
             commands += [self._give(name, now) for name in self._of(self.stage)]
         open_boards = [b for b in self.boards.values() if b.fate is Fate.GIVEN]
-        if not open_boards and self.stage == len(self.plan.stages) - 1:
-            self.phase = RolloutPhase.DONE
+        if not open_boards and self.stage == len(self.plan.stages) - 1 and not any(map(self._waits, self.boards)):
+            self.phase, self.why = RolloutPhase.DONE, ""
             return commands
         ends = (min(b.deadline or math.inf, self.stage_ends[b.stage]) for b in open_boards)
-        return [*commands, Wake(min(ends))]
+        return [*commands, Wake(min(ends, default=math.inf))]  # a paused one may have nothing to wait for
 
     def _trouble(self, number: int) -> str:
         """Why a stage stops the rollout; empty if it doesn't."""

@@ -1,0 +1,110 @@
+"""The console's process with TLS, by a certificate of the server's own authority."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedprune.errors import ConfigError
+from fedprune.trust.certificates import common_name
+from fedprune_server.console.feed_words import Begin, line
+from fedprune_server.console.process import ConsoleProcess
+from fedprune_server.console.setup import check_tls
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.settings.config import ServerConfig
+
+
+def begin(folder: Path, certificate: Path, key: Path) -> Begin:
+    tls = (str(certificate), str(key))
+    return Begin("127.0.0.1", 0, str(folder / "console.db"), *tls, False, "all", (), False, os.getpid())
+
+
+def until(true: Callable[[], Any]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.02)
+
+
+@pytest.mark.system
+def test_it_speaks_tls_and_nothing_else(tmp_path: Path) -> None:
+    with IdentityFolder.make(tmp_path / "state", "lab") as identity:
+        certificate, key, authority = identity.web(["127.0.0.1"])
+    process = ConsoleProcess(begin(tmp_path, certificate, key))
+    trusted = ssl.create_default_context(cafile=authority)
+    try:
+        assert process.start(0.0)
+        until(lambda: list(process.orders(0.0)) or process.url)
+        assert process.url.startswith("https://127.0.0.1:")
+        with urllib.request.urlopen(process.url + "login", timeout=10, context=trusted) as answer:  # noqa: S310
+            cookies = answer.headers.get_all("set-cookie")
+        assert cookies
+        assert all(c.startswith("__Host-fedprune") and "; Secure" in c and "HttpOnly" in c for c in cookies)
+        with pytest.raises(urllib.error.URLError, match="certificate verify failed"):
+            urllib.request.urlopen(process.url + "healthz", timeout=10, context=ssl.create_default_context())  # noqa: S310
+        said = b""
+        with socket.create_connection(("127.0.0.1", int(process.url.split(":")[2].strip("/"))), 10) as plain:
+            plain.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            try:
+                said = plain.recv(100)
+            except ConnectionResetError:
+                said = b""
+        assert b"HTTP" not in said
+    finally:
+        process.stop()
+
+
+def test_a_child_that_cannot_use_its_key_says_which_and_ends(tmp_path: Path) -> None:
+    with IdentityFolder.make(tmp_path / "state", "lab") as identity:
+        certificate, _, _ = identity.web(["127.0.0.1"])
+    key = tmp_path / "other.key"
+    key.write_text("no key")
+    command = [sys.executable, "-m", "fedprune_server.console.child"]
+    done = subprocess.run(command, input=line(begin(tmp_path, certificate, key)), capture_output=True, timeout=60)
+    (said,) = done.stderr.decode().splitlines()
+    assert (done.returncode, said.startswith("the console ends: ")) == (1, True)
+    assert str(key) in said
+
+
+def test_a_server_refuses_a_key_that_is_none_and_says_that_a_certificate_has_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    private = ec.generate_private_key(ec.SECP256R1())
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    key.write_bytes(private.private_bytes(*plain))
+    config = ServerConfig(state=tmp_path, console="8470", console_certificate=certificate, console_key=key)
+    now = dt.datetime.now(dt.timezone.utc)
+    for days, said in ((30, []), (-1, [f"console_certificate: {certificate} ended on"])):
+        made = x509.CertificateBuilder().subject_name(common_name("console")).issuer_name(common_name("console"))
+        made = made.not_valid_before(now - dt.timedelta(days=60)).serial_number(7)
+        made = made.not_valid_after(now + dt.timedelta(days=days)).public_key(private.public_key())
+        certificate.write_bytes(made.sign(private, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        caplog.clear()
+        with caplog.at_level(logging.ERROR):
+            check_tls(config)
+        assert [part in "".join(caplog.messages) for part in said] == [True] * len(said)
+        assert len(caplog.messages) == len(said)
+    key.write_text("no key")
+    with pytest.raises(ConfigError, match="the key without a password"):
+        check_tls(config)
+    key.unlink()
+    with pytest.raises(ConfigError, match="No such file"):
+        check_tls(config)
