@@ -94,7 +94,7 @@ def test_a_board_that_is_shut_out_has_no_key_and_no_certificate_any_more(state: 
         identity.authority.issue_device("lab", "attic", make_request(make_tls_key(), "attic"))
         (issued,) = identity.authority.of_device("attic")
     told = ordered(clerk, "revoke", device="attic")
-    assert (told.ok, told.text.splitlines()[0]) == (True, "attic: 1 key and 1 certificate revoked")
+    assert (told.ok, told.text.startswith("attic: 1 key and 1 certificate revoked")) == (True, True)
     with IdentityFolder(state) as identity:
         assert identity.store.members() == {}
         assert identity.authority.is_revoked(issued.serial)

@@ -232,7 +232,7 @@ def test_alerts_are_counted_with_a_console_and_without_one(tmp_path: Path) -> No
     lone = LoneGuard(Guard(book, replace(daemon.view, connected=lambda: up[0]), None, None), clock, clock)
     for up[0], open_alerts in ((False, 1), (True, 0)):
         fleet.air.now += 5
-        lone.turn()
+        lone.turned(lambda: 0.0, daemon.view)
         assert book.counts()["broker", "critical"] == sum(book.counts().values()) == open_alerts
     daemon.view.quarantine.know("a")
     for _ in range(200):
