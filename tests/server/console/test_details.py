@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from fedprune.wire.log_messages import BoardLines, CrashReport
 from fedprune_server.console.board_told import LATEST, OF_BOARD, BoardTold
 from fedprune_server.console.channel_drawing import channels
 from fedprune_server.console.details import details, held
-from fedprune_server.console.feed_words import line, parse_news
+from fedprune_server.console.feed_words import ToConsole, line, parse_news
 from fedprune_server.console.model import Model
 from fedprune_server.console.rows import running, versions
+from fedprune_server.console.trial import TrialFleet
 from fedprune_server.fleet.board_logs import BoardLogs, Told
 from toy import JOB
 
@@ -132,7 +134,8 @@ def test_what_boards_tell_is_bounded_and_steers_nothing(tmp_path: Path) -> None:
         live = [told.take(50), told.take(50), told.take(50)]
         assert [len(x) for x in live] == [50, 40, 0]  # of crashes the server's own log tells
         model = Model()
-        for word in (*live[0], told.of("a"), told.of("nobody"), *told.latest()):
+        words: list[ToConsole] = [*live[0], told.of("a"), told.of("nobody"), *told.latest()]
+        for word in words:
             model.hear(parse_news(line(word)))
         assert len(told.latest()) <= LATEST
         # What is on the disk may be another's doing.
@@ -154,3 +157,41 @@ def test_what_boards_tell_is_bounded_and_steers_nothing(tmp_path: Path) -> None:
 def test_logs_that_cannot_be_read_cost_no_page(tmp_path: Path) -> None:
     (tmp_path / "board-logs.db").write_bytes(b"not a database at all" * 100)
     assert BoardTold(tmp_path).of("a").lines == ()
+
+
+def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="the extra console is not installed")
+    httpx, argon2 = pytest.importorskip("httpx"), pytest.importorskip("argon2")
+    from fedprune_server.console.app import make_app
+    from fedprune_server.console.context import make_console
+    from fedprune_server.console.database import ConsoleDatabase
+
+    fleet, model = TrialFleet(10), Model()
+    words = [*fleet.begin(), fleet.details("board-0006"), fleet.board_log("board-0006")]
+    for word in words:
+        model.hear(parse_news(line(word)))
+
+    async def shown(*paths: str) -> list[str]:
+        transport = httpx.ASGITransport(make_app(console))
+        cookies = {console.around.cookie: token}
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", cookies=cookies) as client:
+            answers = [await client.get(path) for path in paths]
+        assert [a.status_code for a in answers] == [200] * len(paths)
+        return [a.text for a in answers]
+
+    with ConsoleDatabase(tmp_path / "console.db") as database:
+        console = make_console(model, database, lambda order: None, hasher=argon2.PasswordHasher(1, 8, 1))
+        console.accounts.add("viewer", "viewer", "correct horse battery")
+        operator = console.accounts.get("viewer")
+        assert operator is not None
+        token = console.sessions.begin(operator, "127.0.0.1")
+        page, table = asyncio.run(shown("/devices/board-0006", "/fleet"))
+    assert "MemoryError: &lt;i&gt;no room&lt;/i&gt; for 12 MB" in page
+    assert "&lt;b&gt;2 leaves&lt;/b&gt;" in page
+    assert "<b>2 leaves" not in page
+    assert "release 5 in slot a" in page
+    assert "21.0 MB of 512 MB of memory free" in page
+    assert (
+        channels("g", **{k: v for k, v in fleet.details("board-0006").widths[0].items() if k != "group"}).words in page
+    )
+    assert '5/a <span class="mark work">trial</span>' in table
