@@ -63,6 +63,7 @@ check: $(DEV)/installed
 
 # What is shipped, looked at by bandit, and the versions of constraints.txt, asked of the advisories' service: needs a network.
 # A finding that is none has a comment of its own in its line, which says why.
+# ("nosec encountered, but no failed test" says only that the rest of such a line is fine.)
 audit: $(DEV)/installed
 	$(DEV)/bin/bandit -q -r $(SHIPPED)
 	$(DEV)/bin/pip-audit --no-deps --disable-pip --strict --requirement constraints.txt --requirement deploy/constraints.txt --progress-spinner off
