@@ -77,7 +77,7 @@ release: $(DEV)/installed
 	@$(MAKE) --no-print-directory sbom
 	cd dist && sha256sum fedprune-* >SHA256SUMS && cat SHA256SUMS
 
-# Of an environment with all extras but torch, which is installed for it.
+# Of an environment with these extras, which is installed for it.
 sbom: $(DEV)/installed
 	$(PYTHON) -m venv --clear --without-pip build/sbom
 	$(DEV)/bin/pip --python build/sbom/bin/python install -q -c constraints.txt '.[$(EXTRAS)]'
