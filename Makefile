@@ -63,6 +63,7 @@ check: $(DEV)/installed
 
 # What is shipped, looked at by bandit, and the versions of constraints.txt, asked of the advisories' service: needs a network.
 # A finding that is none has a comment of its own in its line, which says why.
+# ("nosec encountered, but no failed test" says only that the rest of such a line is fine.)
 audit: $(DEV)/installed
 	$(DEV)/bin/bandit -q -r $(SHIPPED)
 	$(DEV)/bin/pip-audit --no-deps --disable-pip --strict --requirement constraints.txt --requirement deploy/constraints.txt --progress-spinner off
@@ -76,7 +77,7 @@ release: $(DEV)/installed
 	@$(MAKE) --no-print-directory sbom
 	cd dist && sha256sum fedprune-* >SHA256SUMS && cat SHA256SUMS
 
-# Of an environment with all extras but torch, which is installed for it.
+# Of an environment with these extras, which is installed for it.
 sbom: $(DEV)/installed
 	$(PYTHON) -m venv --clear --without-pip build/sbom
 	$(DEV)/bin/pip --python build/sbom/bin/python install -q -c constraints.txt '.[$(EXTRAS)]'

@@ -203,6 +203,16 @@ def test_kubectl_takes_them(tmp_path: Path) -> None:
     assert len(list(yaml.safe_load_all(done.stdout))) == len(manifests())
 
 
+def test_the_schemas_of_kubernetes_know_every_word() -> None:
+    schemas = pytest.importorskip("kubernetes_validate")
+    for manifest in manifests().values():
+        for version in ("1.28", schemas.latest_version()):
+            schemas.validate(manifest, version, strict=True)
+    wrong = {**manifest, "spec": {**manifest["spec"], "policyType": ["Egress"]}}
+    with pytest.raises(schemas.ValidationError):
+        schemas.validate(wrong, version, strict=True)
+
+
 def test_hadolint_finds_nothing() -> None:
     hadolint = shutil.which("hadolint", path=sysconfig.get_path("scripts")) or shutil.which("hadolint")
     if hadolint is None:

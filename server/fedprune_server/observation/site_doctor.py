@@ -309,7 +309,7 @@ def _packets(
 def _embedded(folder: Path, server: Mapping[str, Any], timeout: float) -> Iterator[Ailment]:
     port = server.get("port") or (8883 if (folder / IDENTITY).is_dir() else 1883)
     host = str(server.get("host", LOCAL[0]))
-    host = {"0.0.0.0": LOCAL[0], "::": LOCAL[2]}.get(host, host)  # noqa: S104  # nosec B104  # compared with, not listened on  # nosec B104  # compared with, not listened on
+    host = {"0.0.0.0": LOCAL[0], "::": LOCAL[2]}.get(host, host)  # noqa: S104  # nosec B104  # compared with, not listened on
     if server.get("port") == 0:
         return  # a free one, which only the running server knows
     try:
