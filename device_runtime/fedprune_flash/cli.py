@@ -93,7 +93,7 @@ def _add_jetson(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     jetson = commands.add_parser("jetson", help="print the commands that put Jetson Linux on a Jetson")
     jetson.add_argument("board", metavar="BOARD", help="such as jetson-orin-nano")
     jetson.add_argument("--release", required=True, metavar="R", help="of Jetson Linux, such as 36.4.3")
-    jetson.add_argument("--storage", metavar="WHERE", help="nvme, sd or emmc (default: the board's usual one)")
+    jetson.add_argument("--storage", metavar="WHERE", help="what it boots from: nvme, sd or emmc (default: as usual)")
     jetson.add_argument("--user", default="nvidia", metavar="NAME", help="the first user (default: nvidia)")
     jetson.set_defaults(run=_jetson)
 
