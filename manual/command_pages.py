@@ -18,7 +18,8 @@ _HEAD = """# Commands
 
 What every command takes, as its `--help` says it. All end with a [documented exit code](../exit-codes.md).
 """
-_WORD = re.compile(r"[a-z]+(?:[ ,:;]|$)")
+_WORD = re.compile(r"[a-z]+(?:n't)?(?:[ ,;]|:(?: |$)|$)(?!\(default\))")
+"""How help begins that can begin with a capital: not with a value, such as ray:auto, or one that is the default."""
 
 
 def page() -> str:

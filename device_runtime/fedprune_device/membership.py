@@ -137,14 +137,14 @@ def add_membership(parser: argparse.ArgumentParser) -> None:
         "--site",
         type=_name(check_name),
         default=os.environ.get(SITE, "default"),
-        help="the fleet's site (default: %(default)s)",
+        help="the fleet's site (default: $FEDPRUNE_SITE, else default)",
     )
     parser.add_argument(
         "--device",
         type=_name(check_device),
         default=os.environ.get(DEVICE) or _host_name(),
         metavar="NAME",
-        help="this board's name, unique in the site (default: the host's name, %(default)s)",
+        help="this board's name, unique in the site (default: $FEDPRUNE_DEVICE, else the host's name)",
     )
     parser.add_argument("--state", type=Path, required=True, metavar="DIR", help="what must survive a power cut")
     parser.add_argument(

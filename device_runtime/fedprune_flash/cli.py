@@ -18,6 +18,10 @@ from fedprune_flash.ssh_cli import add_ssh_command
 
 _CLAIM = "FEDPRUNE_CLAIM"
 _WIFI = "FEDPRUNE_WIFI_PASSWORD"
+_NO_CLAIM = (
+    "It has no claim, and without one no board gets in: give one to the kit (--claim-file), or to each board "
+    "(fedprune-flash ssh --claims, or /var/lib/fedprune/claim there)."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +97,7 @@ def _add_jetson(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     jetson = commands.add_parser("jetson", help="print the commands that put Jetson Linux on a Jetson")
     jetson.add_argument("board", metavar="BOARD", help="such as jetson-orin-nano")
     jetson.add_argument("--release", required=True, metavar="R", help="of Jetson Linux, such as 36.4.3")
-    jetson.add_argument("--storage", metavar="WHERE", help="nvme, sd or emmc (default: the board's usual one)")
+    jetson.add_argument("--storage", metavar="WHERE", help="what it boots from: nvme, sd or emmc (default: as usual)")
     jetson.add_argument("--user", default="nvidia", metavar="NAME", help="the first user (default: nvidia)")
     jetson.set_defaults(run=_jetson)
 
@@ -138,6 +142,8 @@ def _image(arguments: argparse.Namespace) -> int:
         print(described([Step(f"write {arguments.out} to {card}", "none: what is on the card will be lost")]))
     if out is not None:
         print(f"{out} is ready{': for one board, since it holds a claim' if kit.claimed else ''}.")
+        if not kit.claimed:
+            print(_NO_CLAIM)
         if card is not None:
             _write_card(out, card.path, arguments.yes)
     return int(ExitCode.OK)
@@ -203,6 +209,8 @@ def _kit(arguments: argparse.Namespace) -> int:
     print(
         f"{kit.folder}: {kit.target}, {quantity(len(kit.files), 'file')}, {kit.bytes / 1e6:.1f} MB, sha256 {kit.digest}"
     )
+    if not kit.claimed:
+        print(_NO_CLAIM)
     print(f"On the board: sudo python3 {kit.folder.name}/install.pyz")
     return int(ExitCode.OK)
 

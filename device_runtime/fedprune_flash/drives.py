@@ -189,13 +189,13 @@ def chosen(path: str, known: list[Drive], needed: int) -> Drive:
     real = str(Path(path).resolve())
     cards = [d for d in known if d.removable and not d.system and not d.read_only]
     drive = next((d for d in known if d.path in (path, real)), None)
-    there = "; ".join(str(d) for d in cards) or "no card or stick"
+    there = f"a card or stick: {'; '.join(str(d) for d in cards) or 'none is there'}"
     if drive is None:
         raise CardError(f"{path} is no drive of this machine", expected=there, hint="Name the drive, not a partition.")
     if drive.system:
         raise CardError(f"{drive} holds this system", expected=there)
     if not drive.removable:
-        raise CardError(f"{drive} is built in", expected=f"a card or stick: {there}")
+        raise CardError(f"{drive} is built in", expected=there)
     if drive.mounts:
         raise CardError(f"{drive} is in use ({', '.join(drive.mounts)[:200]})", hint="Unmount it first.")
     if drive.read_only:

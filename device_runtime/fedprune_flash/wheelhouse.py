@@ -6,6 +6,7 @@ the wheels are checked here once more: every one must run on the target, and wha
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess  # nosec B404  # lists of words, never a shell
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
-from fedprune.errors import KitError
+from fedprune.errors import KitError, StorageFullError
 from fedprune.wheels import OWN, environment, parsed, supported, unmet
 from fedprune_flash.target import Target
 
@@ -169,6 +170,11 @@ def _pip(*arguments: str) -> None:
     done = subprocess.run(  # noqa: S603  # nosec B603  # pip, with names that our own metadata says
         command, capture_output=True, text=True, check=False, env={**os.environ, "PIP_NO_INPUT": "1"}, timeout=3600
     )
+    if done.returncode and os.strerror(errno.ENOSPC) in done.stderr:
+        raise StorageFullError(
+            f"pip {arguments[0]} found no room: {os.strerror(errno.ENOSPC)}",
+            hint=f"Free some space, where the kit is to be and in {tempfile.gettempdir()}.",
+        )
     if done.returncode:
         said = " ".join(done.stderr.strip().splitlines()[-_LINES:])
         raise KitError(

@@ -91,7 +91,7 @@ def _add_run(commands: Any) -> None:
         "--database", metavar="URL", help="postgresql+psycopg://user@host/name (default: SQLite in the state folder)"
     )
     run.add_argument("--blobs", metavar="URL", help="s3://bucket/prefix (default: folder, the state folder)")
-    run.add_argument("--broker", metavar="URL", help="embedded (default), mqtt://host[:port] or mqtts://host[:port]")
+    run.add_argument("--broker", metavar="URL", help="mqtts://host[:port], mqtt://host[:port] or embedded (default)")
     run.add_argument(
         "--ca",
         type=Path,
@@ -139,7 +139,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--devices", type=whole_number, metavar="N", help="a round starts when so many devices are there")
     run.add_argument("--participation", type=float, metavar="SHARE", help="share of the devices that a round asks")
     run.add_argument(
-        "--schedule", metavar="KIND", help="sync, semi-async or async: when the model moves (default: the strategy's)"
+        "--schedule", metavar="KIND", help="when the model moves: sync, semi-async or async (default: the strategy's)"
     )
     run.add_argument("--over-selection", type=float, metavar="SHARE", help="ask so many more than a round needs")
     run.add_argument("--fairness", type=float, metavar="SHARE", help="places that go to who has waited longest")
@@ -147,13 +147,13 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--pace", type=float, metavar="X", help="give up who takes X times as long as half of the devices")
     run.add_argument("--deadline", type=float, metavar="S", help="seconds that a round waits for updates")
     run.add_argument(
-        "--strategy", metavar="NAME", help="fedprune, subflot, ... (docs/strategies), or package.module:function"
+        "--strategy", metavar="NAME", help="such as fedprune or subflot (docs/strategies), or package.module:function"
     )
     run.add_argument("--density", type=float, metavar="D", help="kept share on all devices; 0: the planner decides")
     run.add_argument(
         "--standby", action="store_true", help="wait while another server has the job, and go on with it if that ends"
     )
-    run.add_argument("--log-format", choices=("text", "json"), help="json: an object on each line (default: text)")
+    run.add_argument("--log-format", choices=("text", "json"), help="text (default), or json: an object on each line")
     run.add_argument(
         "--metrics", metavar="[ADDRESS:]PORT", help="figures for Prometheus (default address: 127.0.0.1); off"
     )

@@ -343,6 +343,15 @@ def test_a_missing_wheel_is_pips_error_in_one_line(
     assert not (tmp_path / "kit").exists()
 
 
+def test_a_full_disk_under_pip_is_said_to_be_one(
+    tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: [Errno 28] No space left on device: 'a.whl'\n")
+    monkeypatch.setattr("fedprune_flash.wheelhouse.subprocess.run", lambda *_, **__: failed)
+    assert cli.main(arguments(tmp_path / "kit", wheels, tmp_path)) == ExitCode.STORAGE_FULL
+    assert "no room" in capsys.readouterr().err
+
+
 def test_the_command_makes_a_kit(
     tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -353,3 +362,7 @@ def test_the_command_makes_a_kit(
     kit = open_kit(tmp_path / "kit")
     assert kit.digest in said.out
     assert (kit.folder / "claim.txt").read_text() == "from the environment"
+    assert "no claim" not in said.out
+    monkeypatch.delenv("FEDPRUNE_CLAIM")
+    assert cli.main(arguments(tmp_path / "bare", wheels, wheels)) == ExitCode.OK
+    assert "no claim" in capsys.readouterr().out

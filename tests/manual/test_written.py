@@ -15,7 +15,7 @@ from fedprune.privacy import Privacy
 from fedprune.recipe import Recipe
 from fedprune.schedule import Schedule
 from fedprune_server.settings.config import ServerConfig
-from manual import written
+from manual import command_pages, written
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,9 +70,28 @@ def test_the_page_of_commands_has_every_command_and_every_option(files: dict[str
     assert options > 150
 
 
-def test_the_page_of_commands_says_nothing_of_this_machine(files: dict[str, str]) -> None:
+def test_the_page_of_commands_says_nothing_of_this_machine(
+    files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "somewhere-else")
+    assert command_pages.page() == files["docs/reference/cli.md"]
     assert str(Path.home()) not in files["docs/reference/cli.md"].replace("/root/", "") or Path.home() == Path("/")
     assert str(ROOT) not in files["docs/reference/cli.md"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("the fleet's site", "The fleet's site."),
+        ("don't measure", "Don't measure."),
+        ("default: 72", "Default: 72."),
+        ("ray:auto or processes", "ray:auto or processes."),
+        ("text (default), or json", "text (default), or json."),
+        ("mqtts://host", "mqtts://host."),
+    ],
+)
+def test_help_becomes_a_sentence_but_a_value_stays_as_it_is(text: str, said: str) -> None:
+    assert command_pages._sentence(text) == said
 
 
 def test_the_page_of_settings_has_every_key(files: dict[str, str]) -> None:

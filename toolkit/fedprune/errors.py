@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from enum import IntEnum
+from pathlib import Path
 
 _LONGEST_NAME = 60
 """Whatever is longer is no slip of the pen."""
@@ -140,7 +141,7 @@ def meant(given: object, known: Iterable[str]) -> str:
 
 
 _REMEDIES = {
-    errno.ENOENT: "Check the path, or choose another; as it stands here it counts from the current folder.",
+    errno.ENOENT: "Check the path, or choose another.",
     errno.EACCES: "Let this user read and write there, or choose another place.",
     errno.EPERM: "Let this user read and write there, or choose another place.",
     errno.EROFS: "Choose a place that can be written to.",
@@ -153,7 +154,11 @@ _REMEDIES = {
 
 def remedy(error: OSError | EOFError) -> str:
     """What a user can do where the operating system refuses a path; empty where that is not known."""
-    return _REMEDIES.get(getattr(error, "errno", None) or 0, "")
+    known = _REMEDIES.get(getattr(error, "errno", None) or 0, "")
+    path = getattr(error, "filename", None)
+    if isinstance(error, FileNotFoundError) and isinstance(path, (str, Path)) and not Path(path).is_absolute():
+        return f"{known} As it stands here it counts from the current folder."
+    return known
 
 
 class UsageError(FedpruneError):

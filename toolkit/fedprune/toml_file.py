@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ def read_toml_text(path: Path, error: type[FedpruneError]) -> tuple[dict[str, An
         return parse_toml(text), text
     except UnicodeDecodeError as cause:
         line = raw.count(b"\n", 0, cause.start) + 1
-        raise error(f"{path}: this is not TOML (not UTF-8 at line {line})") from cause
+        raise error(f"{path}:{line}: this is not TOML (not UTF-8 at line {line})") from cause
     except ValueError as cause:  # the parser's own error is one, and says the line
-        raise error(f"{path}: this is not TOML ({cause})") from cause
+        place = re.search(r"at line (\d+), column (\d+)", str(cause))
+        where = "" if place is None else f":{place[1]}:{place[2]}"
+        raise error(f"{path}{where}: this is not TOML ({cause})") from cause
 
 
 def parse_toml(text: str) -> dict[str, Any]:

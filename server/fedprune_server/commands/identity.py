@@ -56,7 +56,7 @@ def register(commands: Any) -> None:
     devices.set_defaults(run=_devices)
 
     broker = _command(commands, "broker-config", "write a broker's configuration, access rules and certificate")
-    broker.add_argument("kind", choices=("mosquitto", "emqx"), metavar="BROKER", help="mosquitto or emqx")
+    broker.add_argument("kind", choices=("mosquitto", "emqx"), metavar="BROKER", help="which one it is")
     broker.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     broker.add_argument(
         "--host", action="append", required=True, metavar="HOST", help="by which boards reach it; may be repeated"

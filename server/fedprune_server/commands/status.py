@@ -95,6 +95,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         "job": (settings or {}).get("job", {}),
         "round": state.round if state is not None else 0,
         "phase": state.phase.value if state is not None else _NOT_BEGUN,
+        "paused": state is not None and state.paused,
         "rounds": state.history if state is not None else [],
         "devices": devices,
         **_privacy((settings or {}).get("job", {}), state),
@@ -153,9 +154,10 @@ def _private(body: dict[str, Any]) -> str:
 
 
 def _phase(body: dict[str, Any]) -> str:
+    paused = ", paused" if body["paused"] else ""
     if body["running"] or body["phase"] in (Phase.FINISHED.value, _NOT_BEGUN):
-        return str(body["phase"])
-    return f"stopped while {body['phase']}"
+        return f"{body['phase']}{paused}"
+    return f"stopped while {body['phase']}{paused}"
 
 
 def _stopped(body: dict[str, Any]) -> str:

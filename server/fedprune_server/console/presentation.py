@@ -115,10 +115,11 @@ def charts(rounds: Sequence[Row]) -> list[Chart]:
             made.append(chart(f"metric-{i}", f"Global {name}", at, values, phrases.share, unit=(0.01, "%"), top=100.0))
         else:
             made.append(chart(f"metric-{i}", f"Global {name}", at, values, phrases.number))
-    asked = [float(r["devices"]) for r in rounds]
-    drawn("updates", "Updates", {"counted": [float(r["counted"]) for r in rounds], "asked": asked}, phrases.number)
-    sizes = {way: [float(r[f"bytes_{way}"]) for r in rounds] for way in ("down", "up")}
-    unit, name = phrases.axis_of_sizes(max(map(max, sizes.values())))
+    # What was before the server's start nobody counted: those numbers are None.
+    updates = {"counted": [r["counted"] for r in rounds], "asked": [r["devices"] for r in rounds]}
+    drawn("updates", "Updates", updates, phrases.number)
+    sizes = {way: [r[f"bytes_{way}"] for r in rounds] for way in ("down", "up")}
+    unit, name = phrases.axis_of_sizes(max((b or 0 for both in sizes.values() for b in both), default=0))
     drawn("bytes", "Bytes of all devices", sizes, phrases.size, (unit, f" {name}"))
     unit, name = phrases.axis_of_lengths(max((r["seconds"] or 0.0 for r in rounds), default=0.0))
     drawn(

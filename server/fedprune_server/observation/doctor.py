@@ -44,7 +44,7 @@ def _examine(folder: Path, timeout: float, now: float) -> Iterator[Ailment]:
     last: float | None = None
     for part in (folder, *folders(folder)):
         try:
-            case, told = site.within(timeout, lambda part=part: _case(part))  # type: ignore[misc]
+            case, told = site.within(timeout, lambda part=part: _case(part, folder))  # type: ignore[misc]
         except FedpruneError as error:
             yield wrong(
                 "database",
@@ -79,14 +79,14 @@ def _looked(look: Callable[[], Iterator[Ailment]], folder: Path) -> Iterator[Ail
         yield wrong("unreadable", str(error), "it couldn't be looked at", command("check", *at(folder)))
 
 
-def _case(folder: Path) -> tuple[Case, float | None]:
-    """A job as it lies on the disk, and when its last event was."""
+def _case(folder: Path, site_folder: Path) -> tuple[Case, float | None]:
+    """A job as it lies on the disk, and when its last event was; the site's folder has the identity."""
     with Storage.existing(folder) as storage:
         settings, state = storage.settings() or {}, storage.load()
         outsiders, last = storage.outsiders(), storage.log.last_at()
     state = state or State(model="")
     sizes, names = _groups(folder)
-    return Case(folder, settings, state, outsiders, held(folder / LOCK), sizes, names), last
+    return Case(folder, settings, state, outsiders, held(folder / LOCK), sizes, names, site.revoked(site_folder)), last
 
 
 def _groups(folder: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -40,6 +40,7 @@ class Case:
         running: Whether a server runs on it.
         groups: Channels of each group of the model; empty where that isn't known.
         names: Names of the groups.
+        revoked: Devices that were shut out.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Case:
     running: bool
     groups: Sequence[int] = ()
     names: Sequence[str] = ()
+    revoked: frozenset[str] = frozenset()
 
     @property
     def job(self) -> Mapping[str, Any]:
@@ -67,7 +69,16 @@ def ailments(case: Case) -> Iterator[Ailment]:
     if case.state.phase is Phase.FINISHED:
         yield from _diverges(case)
         return
+    if not case.job and not case.running:
+        yield wrong(
+            "server-not-running",
+            f"no job has begun in {case.folder}",
+            "a server that couldn't start, or was never started, gives boards nothing to do",
+            f"{command('run', *at(case.folder), '--model', 'MODEL')}; what it says at its start tells what it lacks",
+        )
+        return
     yield from _server(case)
+    yield from _paused(case)
     yield from _devices(case)
     yield from _excluded(case)
     yield from _deadline(case)
@@ -87,6 +98,16 @@ def _server(case: Case) -> Iterator[Ailment]:
         )
 
 
+def _paused(case: Case) -> Iterator[Ailment]:
+    if case.state.paused:
+        yield note(
+            "paused",
+            f"job {case.name} is paused",
+            "no board is asked for anything until it goes on",
+            "resume it in the console (docs/console.md)",
+        )
+
+
 def _devices(case: Case) -> Iterator[Ailment]:
     devices = case.state.devices
     if not devices and not case.outsiders:
@@ -103,14 +124,17 @@ def _devices(case: Case) -> Iterator[Ailment]:
     there = sorted(n for n, d in devices.items() if d.online and not d.excluded)
     needed = int(case.job.get("devices", 1))
     if case.state.phase is Phase.WAITING and len(there) < needed:
-        away = sorted(n for n, d in devices.items() if not d.online)
+        away = sorted(n for n, d in devices.items() if not d.online and n not in case.revoked)
+        out = sorted(case.revoked & devices.keys())
+        again = f"; for {_some(out)}: {command('devices', 'replace', 'NAME', *at(case.folder))}" if out else ""
         yield wrong(
             "too-few-devices",
             f"job {case.name} waits for {quantity(needed, 'device')}, and {len(there)} can take part now"
-            + (f"; away: {_some(away)}" if away else ""),
+            + (f"; away: {_some(away)}" if away else "")
+            + (f"; shut out: {_some(out)}" if out else ""),
             "a round begins when so many are there",
             f"start the boards that are away ({command('logs', *at(case.folder))} may say what befell them), or begin "
-            f"with fewer: {command('run', *at(case.folder), '--devices', max(1, len(there)))}",
+            f"with fewer: {command('run', *at(case.folder), '--devices', max(1, len(there)))}{again}",
         )
 
 

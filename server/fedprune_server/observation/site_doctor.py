@@ -27,7 +27,7 @@ from fedprune_server.fleet.board_logs import read_logs
 from fedprune_server.fleet.quarantine import read_rows
 from fedprune_server.identity.folder import FOLDER as IDENTITY
 from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.identity.store import WAITING
+from fedprune_server.identity.store import REVOKED, WAITING
 from fedprune_server.observation.ailment import Ailment, at, command, note, of_finding, wrong
 from fedprune_server.rollouts.store import FILE as ROLLOUTS
 from fedprune_server.rollouts.store import FOLDER as RELEASES
@@ -77,6 +77,18 @@ def within(seconds: float, work: Callable[[], _T]) -> _T:
     if error is not None:
         raise error
     return found  # type: ignore[no-any-return]
+
+
+def revoked(folder: Path) -> frozenset[str]:
+    """Devices that were shut out, and have no other key; none where the identity can't be read."""
+    identity = folder / IDENTITY
+    if not identity.is_dir() or any(check_identity(identity)):
+        return frozenset()
+    with IdentityFolder(folder, read_only=True) as opened:
+        devices = opened.store.devices()
+    return frozenset(d.device for d in devices if d.status == REVOKED) - {
+        d.device for d in devices if d.status != REVOKED
+    }
 
 
 def members(folder: Path, now: float) -> Iterator[Ailment]:

@@ -184,6 +184,11 @@ class Storage:
         with storage_errors(f"can't read {path}"):
             path = folder / PLACE if (folder / PLACE).is_file() else path
             there = path.is_file()
+        if not there and (folder / "identity").is_dir():
+            raise StorageError(
+                f"no job has begun in {folder}: it holds an identity alone",
+                hint=f"Begin one: fedprune-server run --state {folder} --model MODEL.",
+            )
         if not there:
             raise StorageError(
                 f"{folder} is no server's state folder",

@@ -140,6 +140,16 @@ def test_status_of_a_finished_job_asks_for_nothing(stopped_state: Path, capsys: 
     assert lines[:2] == ["job leaves: round 13 of 20, finished", "  no server is running"]
 
 
+def test_a_paused_job_is_said_to_be_paused(stopped_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Storage.at(stopped_state) as storage:
+        state = storage.load()
+        assert state is not None
+        state.paused = True
+        storage.save(state, (), 1.0)
+    main(["status", "--state", str(stopped_state)])
+    assert capsys.readouterr().out.startswith("job leaves: round 13 of 20, stopped while training, paused\n")
+
+
 @pytest.mark.parametrize("running", [True, False])
 def test_status_as_json_says_whether_a_server_runs(
     request: pytest.FixtureRequest, running: bool, capsys: pytest.CaptureFixture[str]

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune_server.console.presentation import figures, plan
+from fedprune_server.console.presentation import charts, figures, plan
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -47,3 +47,19 @@ def test_each_figure_is_said_in_its_unit_beside_what_was_measured() -> None:
         ("0 B", "5 B", "–"),
     ]  # fmt: skip
     assert figures(None) == []
+
+
+def _round(number: int, *, known: bool) -> dict[str, Any]:
+    """A finished round, as a console has it of this start of its server, or (not all is known) of one before."""
+    return {
+        "round": number, "metrics": {"accuracy": 0.5}, "seconds": 2.0 if known else None, "staleness": None,
+        "counted": 3 if known else None, "devices": 3 if known else None,
+        "bytes_down": 1000 if known else None, "bytes_up": 900 if known else None,
+    }  # fmt: skip
+
+
+def test_rounds_of_an_earlier_start_whose_bytes_nobody_counted_are_drawn_without_them() -> None:
+    names = [c.key for c in charts([_round(1, known=False), _round(2, known=False)])]
+    assert names == ["metric-0"]
+    names = [c.key for c in charts([_round(1, known=False), _round(2, known=True)])]
+    assert names == ["metric-0", "updates", "bytes", "seconds"]

@@ -73,6 +73,7 @@ def plan(seconds: float) -> dict[str, Any]:
 
 SICK: dict[str, Case] = {
     "server-not-running": replace(HEALTHY, running=False),
+    "paused": with_state(paused=True),
     "no-devices": with_state(devices={}, history=[]),
     "too-few-devices": with_state(phase=Phase.WAITING, devices={"a": board(), "b": board(online=False)}),
     "excluded-devices": replace(HEALTHY, outsiders={"odd": {"excluded": "no profile"}}),
@@ -98,6 +99,19 @@ def test_a_job_has_what_is_wrong_with_it_and_nothing_else(kind: str) -> None:
     found = list(ailments(SICK[kind]))
     assert [a.kind for a in found] == [kind]
     assert all(found[0].to_dict().values())
+
+
+def test_a_folder_in_which_no_job_has_begun_is_said_so_and_nothing_else() -> None:
+    (found,) = ailments(replace(HEALTHY, settings={}, running=False))
+    assert found.kind == "server-not-running"
+    assert "no job has begun" in found.what
+
+
+def test_a_board_that_was_shut_out_is_not_called_away() -> None:
+    (found,) = ailments(replace(SICK["too-few-devices"], revoked=frozenset({"b", "another"})))
+    assert "; shut out: b" in found.what
+    assert "away" not in found.what
+    assert "devices replace" in found.todo
 
 
 def test_a_round_for_which_half_was_late_had_too_short_a_deadline() -> None:

@@ -210,6 +210,9 @@ def test_looking_at_a_folder_without_a_database_makes_none(tmp_path: Path) -> No
     with pytest.raises(StorageError, match="no server's state folder"):
         Storage.existing(tmp_path)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "identity").mkdir()
+    with pytest.raises(StorageError, match="no job has begun"):
+        Storage.existing(tmp_path)
 
 
 def test_whoever_only_looks_can_not_write(tmp_path: Path) -> None:
