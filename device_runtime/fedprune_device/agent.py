@@ -108,7 +108,9 @@ class Agent:
         store.slots.job = serves
         self._choice = StepChoice(standard=cuda)
         trainer = LoadedTrainer(threads, cuda=cuda)
-        self._bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own, self._lowering)
+        self._bench = Workbench(
+            device, store.blobs, store.slots, data, trainer, store.own, self._lowering, store.privacy.draw
+        )
         self._alone = Alone(device, store, data, threads, alone, care, cuda=cuda, lowering=self._lowering)
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None
