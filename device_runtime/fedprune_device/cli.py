@@ -187,6 +187,8 @@ def _run(arguments: argparse.Namespace) -> int:
         fixed = None if arguments.data == LOCAL else open_samples(arguments, stack)  # what is wrong with it comes first
         store = stack.enter_context(DeviceStore(arguments.state, owner=owner))
         store.hold_to(floor)
+        if store.privacy.private:
+            _LOG.info("privacy: %s", store.privacy.describe())
         log, crashes = stack.enter_context(reporting(arguments.state, arguments.device, lambda: store.privacy.private))
         data = open_samples(arguments, stack) if fixed is None else fixed
         check_runtime()  # before this process loads it, which may end the process
