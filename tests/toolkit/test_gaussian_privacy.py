@@ -13,6 +13,7 @@ from fedprune.gaussian_privacy import delta, epsilon, most_cost
 pytestmark = pytest.mark.board
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @pytest.mark.parametrize("cost", [1e-9, 1e-6, 1e-3, 0.1, 1.0, 10.0, 100.0, 500.0])
 @pytest.mark.parametrize("at", [0.1, 1e-5, 1e-9])
 def test_it_says_what_dp_accounting_says(cost: float, at: float) -> None:
