@@ -171,7 +171,8 @@ the data anew, and the least and the most.
 {table}
 
 A tenth is what guessing gives. In fedprune {holders("fedprune")} of the {COUNT} boards hold the widest channels, and
-their noise alone hides there: for the same ε it has to be larger for all.
+their noise alone hides there: for the same ε it has to be larger for all. Where ε is above what was aimed at, fewer
+boards' updates with those channels counted in some round than in the trial that the noise was reckoned by.
 """
 
 
