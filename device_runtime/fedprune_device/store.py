@@ -133,7 +133,9 @@ class DeviceStore:
             return
         task = self.task
         if task is None or self.waiting(task.offer) is None or not multiplier_of(Recipe.from_dict(task.offer.recipe)):
-            _LOG.warning("the update that waits may be without noise: it is dropped, since the board's owner asks for noise")
+            _LOG.warning(
+                "the update that waits may be without noise: it is dropped, since the board's owner asks for noise"
+            )
             self.forget()
 
     def next_session(self) -> int:
