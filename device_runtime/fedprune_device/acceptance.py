@@ -25,10 +25,12 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
 
     Raises:
         ConfigError: The recipe doesn't make sense, or the codec of updates isn't known here.
+        PrivacyError: It is less private than the board's owner asks for.
         StorageFullError: Its files don't fit on the disk.
         PlanError: It is beyond what the profile allows.
     """
     recipe = Recipe.from_dict(offer.recipe)
+    store.privacy.check(recipe)
     full = _full_size(offer)
     lowered = offer.lowered or {}
     needed, free = _needed(offer, recipe, store), store.free_bytes() + store.reclaimable_bytes(offer)

@@ -101,7 +101,7 @@ class Agent:
         lowering = Lowering(precision, threads)
         store.slots.job = serves
         trainer = LoadedTrainer(threads, cuda=cuda)
-        bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own, lowering)
+        bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own, lowering, store.privacy.draw)
         self._alone = Alone(device, store, data, threads, alone, care, cuda=cuda, lowering=lowering)
         self._duty = Duty(
             store,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
-from fedprune.errors import StorageError
+from fedprune.errors import DivergedError, StorageError
 from fedprune.gaussian_noise import GaussianNoise
 from fedprune.precision import FLOAT32
 from fedprune.recipe import Recipe
@@ -23,9 +25,12 @@ from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Serving, Slots
 from fedprune_device.source import Samples
+from fedprune_device.trainer import TrainingResult
 from fedprune_device.work import Work
 
 __all__ = ["MEASURED", "DamagedBlobError", "LoadedTrainer", "Trained", "Workbench"]
+
+_LOG = logging.getLogger("fedprune.device")
 
 Report = Callable[[str, int, int], None]
 """Takes the phase, units done and units in all."""
@@ -122,7 +127,8 @@ class Workbench:
         """Evaluate, train, evaluate, check; what serves stays as it is.
 
         The same offer always gives the same weights, so that one that was cut off can be done again; only a private
-        update's noise is another one each time. A private update tells nothing else that was measured on samples.
+        update's noise is another one each time. A private update tells nothing else that was measured on samples, nor
+        that training ran away.
 
         Args:
             offer: The offer; its blobs are in the store.
@@ -154,7 +160,7 @@ class Workbench:
             None if blocked is None else lambda: self._blob(blocked),
         )
         data = self._data.snapshot(trainer.input_shape)
-        work = Work(offer, recipe, weights, mask, trainer, self._shelf, self._device, data, self._noise(offer))
+        work = Work(offer, recipe, weights, mask, trainer, self._shelf, self._device, data, lambda: self._noise(offer))
         data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
         self._blob(offer.inference)
         kits = self._lowering.wanted(offer).lowered or {}
@@ -169,19 +175,29 @@ class Workbench:
         if evaluates:
             evaluation.add(self._candidate(offer, work.before() or offer.weights), "before")
         del weights, mask
-        result = trainer.train(
-            work.tensors,
-            data,
-            recipe,
-            seed=offer.seed,
-            device=self._device,
-            round=offer.round,
-            classes=offer.classes,
-            widths=offer.widths,
-            mask=work.mask,
-            progress=lambda done, total: report("train", done, total),
-            stop=stop,
-        )
+        began = time.monotonic()
+        try:
+            result = trainer.train(
+                work.tensors,
+                data,
+                recipe,
+                seed=offer.seed,
+                device=self._device,
+                round=offer.round,
+                classes=offer.classes,
+                widths=offer.widths,
+                mask=work.mask,
+                progress=lambda done, total: report("train", done, total),
+                stop=stop,
+            )
+        except DivergedError as error:
+            if not recipe.update_clip:
+                raise
+            # That it did is of the samples, too: the server gets noise alone, as from a board that learnt nothing.
+            _LOG.warning("round %d of job %s: %s; the update is noise alone", offer.round, offer.job, error)
+            result = TrainingResult.unmoved(
+                work.tensors, recipe.steps(data.samples), data.samples, time.monotonic() - began
+            )
         report("evaluate", 1, 2)
         # From here on there is memory for the new ones alone, beside the model that is loaded and what is blended in.
         work.tensors = {}

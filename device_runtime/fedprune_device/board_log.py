@@ -16,7 +16,8 @@ from typing import Any
 from fedprune.errors import FedpruneError
 from fedprune.wire.log_messages import MAX_LINES, MAX_TEXT, BoardLines
 from fedprune_device import durable
-from fedprune_device.private_text import private
+from fedprune_device.private_text import KEPT as WITHHELD
+from fedprune_device.private_text import bare, private
 
 FILE = "log.json"
 """In the board's state directory."""
@@ -39,6 +40,7 @@ class BoardLog(logging.Handler):
         device: The board's name.
         clock: Seconds since 1970.
         monotonic: Seconds that only grow.
+        quiet: Whether the board's samples are in a private job, so that nothing that is filled into a line is told.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class BoardLog(logging.Handler):
         device: str,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        quiet: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(logging.WARNING)
+        self._quiet, self._bare = quiet, False
         self._path, self._device, self._clock, self._monotonic = folder / FILE, device, clock, monotonic
         self._guard = threading.RLock()
         self._lines: list[dict[str, Any]] = []
@@ -75,7 +79,8 @@ class BoardLog(logging.Handler):
             if record.exc_info and record.exc_info[1] is not None:
                 text = f"{text}: {type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
             level = "error" if record.levelno >= logging.ERROR else "warning"
-            self._add(level, private(text, MAX_TEXT), 1)
+            self._withhold()
+            self._add(level, bare(record) if self._bare else private(text, MAX_TEXT), 1)
         except Exception:  # noqa: BLE001 - as every handler does: a line that can't be kept ends nothing
             self.handleError(record)
 
@@ -87,6 +92,7 @@ class BoardLog(logging.Handler):
             size: Bytes of their texts.
         """
         with self._guard:
+            self._withhold()
             self._turn_of_the_hour()
             room, space = min(MAX_LINES, lines - self._sent_lines), min(_MESSAGE_BYTES, size - self._sent_bytes)
             told: list[dict[str, Any]] = []
@@ -125,11 +131,26 @@ class BoardLog(logging.Handler):
             if not self._dirty or (not now and self._monotonic() < self._save_at):
                 return
             self._dirty, self._save_at = False, self._monotonic() + _SAVE_S
-            body = {"number": self._number, "left_out": self._left_out, "lines": [_plain(x) for x in self._lines]}
+            body = {
+                "number": self._number,
+                "left_out": self._left_out,
+                "bare": self._bare,
+                "lines": [_plain(x) for x in self._lines],
+            }
         try:
             durable.write_document(self._path, body)
         except FedpruneError:  # saying so would be another line
             self._dirty = True
+
+    def _withhold(self) -> None:
+        """Let lines from before the board was private wait no longer with what they say."""
+        quiet = self._quiet()
+        with self._guard:
+            if quiet and not self._bare:
+                self._told = {}
+                for line in self._lines:
+                    line["text"] = f"a line of before {WITHHELD}"
+            self._bare = quiet
 
     def _add(self, level: str, text: str, count: int) -> None:
         with self._guard:
@@ -173,6 +194,7 @@ class BoardLog(logging.Handler):
             return
         self._lines = [dict(line) for line in lines]
         self._number, self._left_out = max(0, min(number, _LAST)), max(0, left)
+        self._bare = body.get("bare") is True
 
 
 def _size(line: dict[str, Any]) -> int:

@@ -32,6 +32,7 @@ from fedprune_device.lowering import SERVE
 from fedprune_device.membership import add_join_command, add_membership, checked_urls, join_first, membership
 from fedprune_device.owner import Owner
 from fedprune_device.prediction_command import add_predict_command, threads
+from fedprune_device.privacy_floor import add_floor_option, read_floor
 from fedprune_device.runtime.runtime_cli import add_runtime_commands
 from fedprune_device.standing import Standing
 
@@ -108,6 +109,7 @@ def _add_run(commands: Any) -> None:
         help="how much is said on stderr (default: info)",
     )
     add_local_options(run)
+    add_floor_option(run)
     run.add_argument(
         "--serve",
         choices=SERVE,
@@ -169,6 +171,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.no_blocks:
         turn_off()
     turned_off()  # what is wrong with the setting comes first
+    floor = read_floor(arguments.privacy)
     care = Care(arguments.pause_above, arguments.resume_below)
     trial = Trial.current()
     if trial is not None:
@@ -183,7 +186,10 @@ def _run(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         fixed = None if arguments.data == LOCAL else open_samples(arguments, stack)  # what is wrong with it comes first
         store = stack.enter_context(DeviceStore(arguments.state, owner=owner))
-        log, crashes = stack.enter_context(reporting(arguments.state, arguments.device))
+        store.hold_to(floor)
+        if store.privacy.private:
+            _LOG.info("privacy: %s", store.privacy.describe())
+        log, crashes = stack.enter_context(reporting(arguments.state, arguments.device, lambda: store.privacy.private))
         data = open_samples(arguments, stack) if fixed is None else fixed
         check_runtime()  # before this process loads it, which may end the process
         agents: list[Agent] = []  # the link asks the agent for its will, and the agent speaks through the link

@@ -25,7 +25,7 @@ from fedprune import __version__
 from fedprune.errors import FedpruneError
 from fedprune.wire.log_messages import MAX_FRAMES, MAX_TEXT
 from fedprune_device import durable
-from fedprune_device.private_text import module_at, module_of, private
+from fedprune_device.private_text import KEPT, module_at, module_of, named, private
 from fedprune_device.probe import memory, temperature_c
 
 _LOG = logging.getLogger("fedprune.device")
@@ -35,6 +35,9 @@ MARK = "running.json"
 FAULT = "fault.txt"
 """In the board's state directory: a crash that the server hasn't heard of, the run that is under way, and what
 faulthandler writes."""
+
+_SAFE = ("signal", "killed")
+"""Causes whose texts have nothing of an exception's own words."""
 
 _MOST_FAULT = 65_536
 _FATAL = re.compile(r"^(?:Fatal Python error|Windows fatal exception): (.{1,200})$", re.MULTILINE)
@@ -49,11 +52,17 @@ class Crashes:
         folder: The board's state directory, which this process holds.
         clock: Seconds since 1970.
         boot: Names this boot of the board; empty where nothing does.
+        quiet: Whether the board's samples are in a private job: of an exception its name alone is told then.
     """
 
     def __init__(
-        self, folder: Path, clock: Callable[[], float] = time.time, boot: Callable[[], str] | None = None
+        self,
+        folder: Path,
+        clock: Callable[[], float] = time.time,
+        boot: Callable[[], str] | None = None,
+        quiet: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._quiet = quiet
         self._folder, self._clock = folder, clock
         self._boot = boot or _boot
         self._begun = clock()
@@ -67,7 +76,12 @@ class Crashes:
         except FedpruneError:
             self.told()
             return None
-        return found if isinstance(found, dict) else None
+        if not isinstance(found, dict):
+            return None
+        if self._quiet() and found.get("cause") not in _SAFE:
+            name, said, _ = str(found.get("text", "")).partition(":")
+            found["text"] = f"{name if said and name.isidentifier() else 'an error'} {KEPT}"
+        return found
 
     def told(self) -> None:
         """The server has it."""
@@ -76,7 +90,8 @@ class Crashes:
 
     def exception(self, error: BaseException, cause: str = "exception") -> None:
         """Write down an exception that ends the service, or a thread of it."""
-        text = private(f"{type(error).__name__}: {error}", 2 * MAX_TEXT)
+        said = f"{named(error)}: {KEPT}" if self._quiet() else f"{type(error).__name__}: {error}"
+        text = private(said, 2 * MAX_TEXT)
         self._write(cause, text, _frames(error.__traceback__), self._clock() - self._begun)
 
     @contextlib.contextmanager

@@ -21,6 +21,7 @@ from fedprune.wire.offer import Offer
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune.wire.transfer import Serve
 from fedprune.wire.unsent import HIGH_WATER
+from fedprune_device.private_text import refused
 from fedprune_device.standing import Standing
 
 _LOG = logging.getLogger("fedprune.device")
@@ -180,11 +181,12 @@ class Outbox:
     def refuse(self, offer: Offer, error: BaseException) -> None:
         """Say why an offer isn't carried out."""
         code = error.exit_code if isinstance(error, FedpruneError) else ExitCode.INTERNAL
-        reason = str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error}"
+        reason = refused(error, private=False)
         _LOG.warning("round %d of job %s: refused: %s", offer.round, offer.job, reason)
         self.standing.failed(offer, _printable(reason))
         self._refused = offer
-        self._refusal = Refusal(self._device, offer.job, offer.round, offer.attempt, _printable(reason), int(code))
+        told = _printable(refused(error, private=bool(offer.recipe.get("update_clip"))))
+        self._refusal = Refusal(self._device, offer.job, offer.round, offer.attempt, told, int(code))
         self.say(self._refusal, offer.job)
 
     def refuse_again(self, offer: Offer) -> bool:

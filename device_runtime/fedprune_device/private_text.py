@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 
+from fedprune.errors import ConfigError, FedpruneError, PlanError, PrivacyError, ProtocolError, StorageFullError
 from fedprune.wire.fields import one_line
 
 OTHER = "(other)"
 """In the place of a module that is neither the runtime's nor one that every board has."""
+
+KEPT = "(its words stay on the board, whose samples are in a private job)"
+
+_PLAIN = (ConfigError, PlanError, PrivacyError, ProtocolError, StorageFullError)
+"""Errors that are about offers and the board, and not about its samples."""
+
+_CONVERSION = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(?:\*|[0-9]+)?(?:\.(?:\*|[0-9]+))?[diouxXeEfFgGcrsa%]")
 
 _OURS = ("fedprune", "fedprune_start", "fedprune_device", "fedprune_export", "fedprune_flash", "fedprune_server")
 _KNOWN = frozenset(
@@ -42,6 +51,47 @@ def private(text: str, limit: int) -> str:
     flat = _PATH.sub("(a path)", flat)
     flat = _NUMBERS.sub("[...]", flat)
     return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."
+
+
+def bare(record: logging.LogRecord) -> str:
+    """A line of the log without anything that was filled in: what a board says of itself whose samples are private.
+
+    Of our own code's lines that is the text that stands in the code, with the names of errors; of others', whose they
+    are.
+    """
+    module = module_at(record.pathname)
+    if not module.startswith(_OURS) or not isinstance(record.msg, str):
+        return f"a line of {module} {KEPT}"
+    values = list(record.args) if isinstance(record.args, tuple) else []
+
+    def filled(found: re.Match[str]) -> str:
+        if found[0].endswith("%"):
+            return "%"
+        value = values.pop(0) if values else None
+        return named(value) if isinstance(value, BaseException) else "..."
+
+    text = _CONVERSION.sub(filled, record.msg)
+    if record.exc_info and record.exc_info[1] is not None:
+        text = f"{text}: {named(record.exc_info[1])}"
+    return one_line(text, 500)
+
+
+def named(error: BaseException) -> str:
+    """An error's name alone: ours and Python's; of others, that there was one."""
+    kind = type(error)
+    return kind.__name__ if module_of(kind.__module__) != OTHER else "an error"
+
+
+def refused(error: BaseException, *, private: bool) -> str:
+    """Why an offer isn't carried out, as the server is told.
+
+    Args:
+        error: The reason.
+        private: Whether the job is: then nothing is said that an error may have from samples.
+    """
+    if private and not isinstance(error, _PLAIN):
+        return f"{named(error)} {KEPT}"
+    return str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error}"
 
 
 def module_of(name: str) -> str:

@@ -118,14 +118,17 @@ class Reporter:
 
 
 @contextmanager
-def reporting(folder: Path, device: str) -> Iterator[tuple[BoardLog, Crashes]]:
+def reporting(
+    folder: Path, device: str, quiet: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[BoardLog, Crashes]]:
     """Keep the log's warnings and how this run ends, for the server.
 
     Args:
         folder: The board's state directory, which this process holds.
         device: The board's name.
+        quiet: Whether its samples are in a private job, of which no text tells.
     """
-    log, crashes = BoardLog(folder, device), Crashes(folder)
+    log, crashes = BoardLog(folder, device, quiet=quiet), Crashes(folder, quiet=quiet)
     logger = logging.getLogger(_LOGGER)
     logger.addHandler(log)
     try:

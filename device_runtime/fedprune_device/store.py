@@ -7,6 +7,7 @@ offer.json      the last offer that was accepted, and whether it is done
 pending.json    an update that the server has not acknowledged
 blobs/          weights and graphs by digest, finished or partly pulled
 serving/        the model that serves predictions (`slots`)
+privacy.json    how much noise was drawn for private updates (`private_count`)
 own/            what the board keeps of its own from round to round (`own`)
 log.json        warnings and errors that the server hasn't heard of (`board_log`)
 crash.json      how the last run ended, if the server hasn't heard of it (`crash`, with running.json and fault.txt)
@@ -29,11 +30,14 @@ from typing import Any
 from fedprune.blobs import BlobStore
 from fedprune.disk import storage_errors
 from fedprune.errors import ProtocolError, StorageError
+from fedprune.recipe import Recipe
 from fedprune.wire import messages
 from fedprune.wire.offer import Offer
 from fedprune_device import durable
 from fedprune_device.own import OwnFolder
 from fedprune_device.owner import Owner
+from fedprune_device.privacy_floor import Floor, multiplier_of
+from fedprune_device.private_count import PrivateCount
 from fedprune_device.slots import Slots
 
 _LOG = logging.getLogger("fedprune.device")
@@ -67,6 +71,7 @@ class DeviceStore:
         blobs: Weights and graphs.
         slots: The serving model.
         own: What it keeps of its own from round to round.
+        privacy: What it has told of its samples under noise, and what its owner asks for.
         task: The last offer.
         pending: An update that is not acknowledged.
 
@@ -96,6 +101,7 @@ class DeviceStore:
             self.slots.prepare()
             self.own = OwnFolder(root / "own")
             self.own.prepare()
+            self.privacy = PrivateCount(root)
             self.session = _number(self._read("session.json"))
             self.task = self._load_task()
             self._turn_to_job()
@@ -115,6 +121,22 @@ class DeviceStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def hold_to(self, floor: Floor | None) -> None:
+        """Ask of every job what the board's owner asks for; an update that waits and is less private is dropped.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        self.privacy.floor = floor
+        if floor is None or self.pending is None:
+            return
+        task = self.task
+        if task is None or self.waiting(task.offer) is None or not multiplier_of(Recipe.from_dict(task.offer.recipe)):
+            _LOG.warning(
+                "the update that waits may be without noise: it is dropped, since the board's owner asks for noise"
+            )
+            self.forget()
 
     def next_session(self) -> int:
         """A number for a new connection, larger than every earlier one, on disk before it is used.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fedprune import step
 from fedprune.chance import keyed
 from fedprune.element_mask import ElementMask
-from fedprune.errors import BundleError, ExitCode, FedpruneError, TrainingError
+from fedprune.errors import BundleError, DivergedError, ExitCode, FedpruneError, TrainingError
 from fedprune.ordered_dropout import TensorAxes
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
@@ -67,6 +67,19 @@ class TrainingResult:
     step_seconds: float
     squares: Tensors
     last_squares: Tensors
+
+    @classmethod
+    def unmoved(cls, tensors: Tensors, steps: int, samples: int, seconds: float) -> TrainingResult:
+        """What training would give that had changed nothing.
+
+        Args:
+            tensors: The weights and statistics that it began with.
+            steps: Steps that it should have taken.
+            samples: Local training samples.
+            seconds: Time that went into it.
+        """
+        nothing = math.nan
+        return cls(dict(tensors), steps, samples, nothing, nothing, None, seconds, seconds / max(1, steps), {}, {})
 
 
 class Trainer:
@@ -157,7 +170,8 @@ class Trainer:
             stop: Asked before each step; True ends the training.
 
         Raises:
-            TrainingError: Graph, weights and recipe don't fit each other, or a loss or weight is not finite.
+            TrainingError: Graph, weights and recipe don't fit each other.
+            DivergedError: A loss or weight is not finite.
             TrainingStoppedError: `stop` said so.
             DataError: Labels or shapes of the data don't fit the model.
         """
@@ -194,7 +208,7 @@ class Trainer:
             wanted = self._graph.gradients if recipe.report_squares and ends else []
             loss, right, moved, gradients = self._graph.advance(fed, parts, number, wanted)
             if not math.isfinite(loss):
-                raise TrainingError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
+                raise DivergedError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
             if plan == plans[0] or self.axes is None:
                 # onnxruntime's outputs lie among the activations in its arena: if they stayed, those of the next step
                 # would have to fit round them, and the arena would grow.
@@ -227,7 +241,7 @@ class Trainer:
         result = {n: np.asarray(state[n], np.float32) for n in tensors}
         for name, value in {**result, **{step.squares(n): v for n, v in squares.items()}}.items():
             if not np.isfinite(value).all():
-                raise TrainingError(f"tensor {name} is not finite after step {steps}", hint=_FAR)
+                raise DivergedError(f"tensor {name} is not finite after step {steps}", hint=_FAR)
         tenth = max(1, len(losses) // 10)
         return TrainingResult(
             tensors=result,
@@ -317,7 +331,7 @@ class Trainer:
             loss += weight * float(self._graph.run_forward({**feeds, **own}, [step.LOSS])[step.LOSS])
             total += weight
         if not math.isfinite(loss):
-            raise TrainingError("the validation loss is not finite", got=loss, hint=_FAR)
+            raise DivergedError("the validation loss is not finite", got=loss, hint=_FAR)
         return loss / total if total else None
 
     def _plans(self, tensors: Mapping[str, Array], recipe: Recipe, widths: Sequence[int]) -> list[tuple[int, ...]]:

@@ -60,7 +60,7 @@ class Work:
         shelf: Where the board keeps what is its own between rounds.
         device: The board's name.
         data: Its samples.
-        noise: Where it draws the noise that a private recipe asks for.
+        noise: Gives the noise that a private recipe asks for, asked as it is drawn.
 
     Attributes:
         tensors: What training begins with: what was received, with the board's personal tensors in it.
@@ -82,7 +82,7 @@ class Work:
         shelf: Shelf,
         device: str,
         data: LocalData,
-        noise: GaussianNoise,
+        noise: Callable[[], GaussianNoise],
     ) -> None:
         self._noise = noise
         self._offer, self._recipe, self._trainer, self._device, self._data = offer, recipe, trainer, device, data
@@ -167,7 +167,7 @@ class Work:
         if not recipe.update_clip:
             return update
         received: Tensors = tensorfile.decode(read(self._offer.weights))
-        return noised(update, received, self._trainer.trainable, recipe.update_clip, recipe.update_noise, self._noise)
+        return noised(update, received, self._trainer.trainable, recipe.update_clip, recipe.update_noise, self._noise())
 
     def _encoded(self, update: Tensors, trained: Tensors, read: Callable[[BlobRef], bytes]) -> tuple[bytes, Tensors]:
         """The update as it travels, and what that leaves out, with all elements in their places."""

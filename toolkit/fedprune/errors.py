@@ -44,6 +44,7 @@ class ExitCode(IntEnum):
     STORAGE_FULL = 30
     STORAGE = 31
     PLAN = 40
+    PRIVACY = 41
     TRAINING = 50
     RUNTIME = 51
     ENGINE = 52
@@ -261,10 +262,20 @@ class PlanError(FedpruneError):
     exit_code = ExitCode.PLAN
 
 
+class PrivacyError(FedpruneError):
+    """An offer is less private than the board's owner asks for, or its budget of privacy is spent."""
+
+    exit_code = ExitCode.PRIVACY
+
+
 class TrainingError(FedpruneError):
     """Local training failed: numbers that are not finite, or graph and weights that don't match."""
 
     exit_code = ExitCode.TRAINING
+
+
+class DivergedError(TrainingError):
+    """Local training ended in numbers that are not finite."""
 
 
 class RuntimeUnavailableError(FedpruneError):

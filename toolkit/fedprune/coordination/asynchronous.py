@@ -34,7 +34,7 @@ class AsynchronousCoordinator(Desk):
 
     def __init__(self, job: Job, architecture: Architecture, state: State) -> None:
         super().__init__(job, architecture, state)
-        self._attendance = Attendance(state)
+        self._attendance = Attendance(state, self.ledger.may)
         self._shares = Shares(state, self.schedule, uniform=self.uniform)
         self._lots: tuple[int, dict[str, float]] = (0, {})
 
@@ -144,7 +144,8 @@ class AsynchronousCoordinator(Desk):
             # By lot: who asks first would else always be served first.
             idle = sorted(sorted(idle, key=self._lot)[:room])
         if not idle:
-            return []
+            over = self.ledger.barred() and not self._attendance.at_work and not self._attendance.done()
+            return self._spent_out(state.round - 1) if over else []
         basis = plain(self._basis())
         for name in idle:
             device, last = state.devices[name], state.tasks.get(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from fedprune.coordination.state import Progress, State, Task
 
@@ -17,10 +17,11 @@ class Attendance:
 
     Args:
         state: The coordinator's.
+        may: Whether a device may be offered anything at all.
     """
 
-    def __init__(self, state: State) -> None:
-        self._state = state
+    def __init__(self, state: State, may: Callable[[str], bool] = lambda name: True) -> None:
+        self._state, self._may = state, may
 
     @property
     def busy(self) -> int:
@@ -43,7 +44,7 @@ class Attendance:
         """Devices that may be offered something, in any order."""
         tasks = self._state.tasks
         for name, device in self._state.devices.items():
-            if device.online and not device.excluded:
+            if device.online and not device.excluded and self._may(name):
                 task = tasks.get(name)
                 if task is None or (task.progress is Progress.REFUSED and task.deadline is None):
                     yield name

@@ -115,6 +115,8 @@ class Coordinator(Desk):
             return []
         if state.devices.count(True) < self.job.devices:
             return []
+        if self.ledger.barred():
+            return self._spent_out(state.round)
         ready = self._ready()
         state.round += 1
         self.allocator.open(self.fleet)
@@ -339,7 +341,7 @@ class Coordinator(Desk):
             state.tasks = Roll()
             state.round -= 1
             state.phase = Phase.WAITING
-            return []
+            return self._spent_out(state.round) if self.ledger.barred() else []
         before, attempt = set(state.tasks), 1 + max(t.attempt for t in state.tasks.values())
         state.tasks = self._tasks(ready, attempt)
         if set(state.tasks) == before:

@@ -13,6 +13,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.ledger import Ledger
 from fedprune.coordination.planning import Planned, Planner
+from fedprune.coordination.roll import Roll
 from fedprune.coordination.state import Device, Phase, Progress, State, Task
 from fedprune.errors import ConfigError, shown
 from fedprune.job import Job
@@ -265,7 +266,7 @@ class Desk(ABC):
             self.allocator.admit(self.fleet, name, None)
 
     def _ready(self) -> list[str]:
-        return sorted(n for n, d in self.state.devices.items() if d.online and not d.excluded)
+        return sorted(n for n, d in self.state.devices.items() if d.online and not d.excluded and self.ledger.may(n))
 
     def _basis(self) -> do.Basis:
         state = self.state
@@ -319,6 +320,16 @@ class Desk(ABC):
         device.failures += 1
         if device.failures >= MAX_FAILURES:
             device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {reason}"
+
+    def _spent_out(self, number: int) -> Commands:
+        """The end of a job of which no device may be asked once more: it stays with the model of its last round.
+
+        Args:
+            number: The round that was the last.
+        """
+        self.state.round, self.state.phase = number, Phase.FINISHED
+        self.state.tasks, self.state.deadline = Roll(), None
+        return [do.Finish(self.state.model)]
 
     def _last(self) -> bool:
         """Whether the job ends with the round that has just ended."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from fedprune.coordination.state import State, Task
 from fedprune.errors import ConfigError
+from fedprune.gaussian_privacy import most_cost
 from fedprune.privacy import Privacy
 
 
@@ -38,6 +39,8 @@ class Ledger:
         self._state = state
         self._privacy = privacy
         self._keeps = privacy.on and privacy.noise_multiplier > 0
+        bounded = self._keeps and privacy.local and privacy.epsilon_budget
+        self._most = most_cost(privacy.epsilon_budget, privacy.delta) if bounded else None
         if state.round == 0 and not any(d.releases for d in state.devices.values()):
             state.private = self._keeps
         elif self._keeps != state.private:
@@ -54,6 +57,23 @@ class Ledger:
         """A device is offered a part."""
         if self._keeps and self._privacy.local:
             self._add(device, self._privacy.noise_multiplier)
+
+    def may(self, device: str) -> bool:
+        """Whether a device may be offered one more part: with local noise, whether that is within the budget.
+
+        What shared noise costs is known when a round ends, not before.
+        """
+        if self._most is None:
+            return True
+        return spent(self._state.devices[device].releases) + self._privacy.noise_multiplier**-2 <= self._most
+
+    def barred(self) -> bool:
+        """Whether no device at all may be offered one more part."""
+        return (
+            self._most is not None
+            and bool(self._state.devices)
+            and not any(self.may(name) for name in self._state.devices)
+        )
 
     def counted(self, tasks: Mapping[str, Task]) -> None:
         """A round's sums are released.
