@@ -25,7 +25,7 @@ UNSYNCED := $(shell command -v eatmydata)
 
 # A property is tried with no more examples than this at every push, and under Python 3.10 with no more than that; with all
 # of them by `make soak`.
-EXAMPLES := 20
+EXAMPLES := 10
 BOARD_EXAMPLES := 5
 
 export OMP_NUM_THREADS ?= 1
