@@ -190,7 +190,7 @@ def test_good_releases_stay_bad_ones_go_back_and_stop_and_old_content_comes_agai
 
 
 def test_a_download_goes_on_after_the_broker_and_the_server_restart(site: UpdatedSite) -> None:
-    noise = random.Random(0).randbytes(60_000_000)
+    noise = random.Random(0).randbytes(30_000_000)
     large = make_wheel(site.folder / "large-1-py3-none-any.whl", {"large/noise.bin": noise})
     release = site.release(6, large)
     size, before = read_release(release, site.key.verifying)[0].size, site.runs("south")
