@@ -20,8 +20,13 @@ PYTHON310 := $(shell for p in python3.10 $(HOME)/.pyenv/versions/3.10*/bin/pytho
 # that no core waits long for the others. ARGS="-n 0 -k name" runs a few without that.
 AT_ONCE := -n auto --dist loadfile --no-loadscope-reorder
 
-# Under Python 3.10 a property is tried with no more examples than this: with all of them it is under the other Python.
-BOARD_EXAMPLES := 10
+# Tests kill processes, never a machine: where eatmydata is installed they don't wait for the disk.
+UNSYNCED := $(shell command -v eatmydata)
+
+# A property is tried with no more examples than this at every push, and under Python 3.10 with no more than that; with all
+# of them by `make soak`.
+EXAMPLES := 10
+BOARD_EXAMPLES := 5
 
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
@@ -34,7 +39,7 @@ demo: $(VENV)/installed
 test: test-dev test-board
 
 test-dev: $(DEV)/installed $(FLOWER)/installed
-	$(DEV)/bin/pytest $(AT_ONCE) $(ARGS)
+	FEDPRUNE_EXAMPLES=$(EXAMPLES) $(UNSYNCED) $(DEV)/bin/pytest $(AT_ONCE) $(ARGS)
 
 # What a board imports, on the Python and onnxruntime of JetPack 6.
 test-board:
@@ -43,7 +48,7 @@ ifeq ($(PYTHON310),)
 	else echo "SKIPPED: no python3.10 here, so the board's tests ran under $$($(PYTHON) --version) only"; fi
 else
 	@$(MAKE) --no-print-directory $(BOARD)/installed
-	FEDPRUNE_EXAMPLES=$(BOARD_EXAMPLES) $(BOARD)/bin/pytest $(AT_ONCE) -m "board and not torch and not soak and not once" \
+	FEDPRUNE_EXAMPLES=$(BOARD_EXAMPLES) $(UNSYNCED) $(BOARD)/bin/pytest $(AT_ONCE) -m "board and not torch and not soak and not once" \
 		tests/toolkit tests/device
 endif
 
@@ -97,9 +102,9 @@ docs: $(DEV)/installed
 	$(DEV)/bin/python -m manual
 	NO_MKDOCS_2_WARNING=1 $(DEV)/bin/python -m mkdocs build
 
-# Long runs that are not for every push.
+# Long runs that are not for every push, and all examples of every property.
 soak: $(DEV)/installed
-	$(DEV)/bin/pytest -m soak --timeout 3600 $(ARGS)
+	$(DEV)/bin/pytest -m "soak or hypothesis" --timeout 3600 $(ARGS)
 
 # An image's first boot, in a virtual machine: needs what test-arm64 does, and qemu-system-arm, mtools, fdisk, e2fsprogs,
 # dosfstools, fakechroot and fakeroot. Some minutes.

@@ -10,6 +10,15 @@ from pathlib import Path
 import pytest
 
 
+def pytest_configure() -> None:
+    if find_spec("hypothesis"):
+        import hypothesis
+
+        # An example's time says more about its neighbours than about the code.
+        hypothesis.settings.register_profile("no deadline", deadline=None)
+        hypothesis.settings.load_profile("no deadline")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if most := os.environ.get("FEDPRUNE_EXAMPLES"):
         _limit_examples(items, int(most))

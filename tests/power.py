@@ -8,7 +8,8 @@ synced are undone). A disk that says it has synced and hasn't is beyond this.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,23 @@ from typing import Any
 import pytest
 
 KINDS = ("before", "torn", "lost")
-EACH_KIND = ("torn", *(pytest.param(kind, marks=pytest.mark.once) for kind in ("before", "lost")))
-"""The same as parameters of a long test: it is no other Python that loses what a disk has not kept."""
+TURNS = "by turns"
+EACH_KIND = (
+    pytest.param(TURNS, marks=pytest.mark.once),
+    *(pytest.param(kind, marks=pytest.mark.soak) for kind in KINDS),
+)
+"""The same as parameters of a long test: at every push each operation is cut in one way, in a soak in all three.
+
+It is no other Python that loses what a disk has not kept.
+"""
+
+
+def cuts(kind: str, names: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Every operation's number, and how to cut there; by turns, those of one name in all ways, one after the other."""
+    seen: Counter[str] = Counter()
+    for at, name in enumerate(names, 1):
+        yield at, KINDS[seen[name] % len(KINDS)] if kind == TURNS else kind
+        seen[name] += 1
 
 
 class CutError(BaseException):

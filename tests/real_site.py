@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -187,6 +188,17 @@ class Site:
         self.processes[name].kill()
         self.processes[name].wait()
         self.start(name)
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Meanwhile devices do nothing: what they are in the middle of lasts."""
+        for name in self.devices:
+            self.processes[name].send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for name in self.devices:  # one that was killed is another process now, which this doesn't trouble
+                self.processes[name].send_signal(signal.SIGCONT)
 
     def saved(self) -> State | None:
         """What the server has saved."""

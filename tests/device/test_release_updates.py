@@ -8,11 +8,12 @@ import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-from power import EACH_KIND, CutError, power
+from power import KINDS, TURNS, CutError, cuts, power
 from release_site import Board, ReleaseServer
 from runtime_releases import PUBLIC, make_release, source
 
@@ -379,20 +380,25 @@ def test_what_an_update_costs_a_card_does_not_grow_with_its_files(board: Make, t
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("kind", EACH_KIND)
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        pytest.param(TURNS, 0, marks=pytest.mark.once),
+        *(pytest.param(kind, part, marks=pytest.mark.soak) for kind in KINDS for part in (0, 1)),
+    ],
+)
 def test_a_cut_at_any_write_of_a_pulled_release_ends_on_a_good_one(
     board: Make, releases: dict[int, Path], kind: str, part: int
 ) -> None:
-    """Every second or third write, half of them in each part."""
+    """Every third write by turns; of the others every second or third, half of them in each part."""
     calm = board(releases[2], releases[3], name="calm")
     with power() as supply:
         calm.live()
     assert supply.count >= 250
-    step = 3 if kind == "before" else 2
-    for at in range(1 + part * step, supply.count + 1, 2 * step):
+    first, step = (0, 3) if kind == TURNS else (3 * part, 6) if kind == "before" else (2 * part, 4)
+    for at, how in islice(cuts(kind, supply.names), first, None, step):
         it = board(releases[2], releases[3], name="cut")
-        with power(at, kind), pytest.raises(CutError):
+        with power(at, how), pytest.raises(CutError):
             it.live()
         rest(it)
         state = it.home.load()

@@ -71,6 +71,8 @@ def their_groups(module: Any) -> Iterator[tuple[frozenset[tuple[str, str]], int]
         yield frozenset(sides), len(group[0].idxs)
 
 
+# At every push `test_torch_pruning.py` compares the same networks and more, in its own way.
+@pytest.mark.soak
 @pytest.mark.parametrize("name", zoo.NETS)
 def test_groups_equal_torch_prunings(imported: Imported, name: str) -> None:
     module, architecture = zoo.make(name), imported(name).architecture
@@ -82,6 +84,7 @@ def test_groups_equal_torch_prunings(imported: Imported, name: str) -> None:
     assert layers_of(architecture) == theirs
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", zoo.NETS)
 def test_cut_equals_what_torch_pruning_cuts(imported: Imported, name: str) -> None:
     import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import fault
-from power import KINDS, CutError, power
+from power import EACH_KIND, TURNS, CutError, cuts, power
 
 from fedprune import tensorfile
 from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
@@ -79,7 +79,7 @@ def begin(folder: Path, old: bool) -> list[str]:
     return [NOTES] if old else []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 @pytest.mark.parametrize("old", [False, True])
 def test_a_cut_at_any_operation_leaves_the_old_or_the_new_and_the_next_export_succeeds(
     tmp_path: Path, kind: str, old: bool
@@ -91,10 +91,10 @@ def test_a_cut_at_any_operation_leaves_the_old_or_the_new_and_the_next_export_su
         export(tmp_path / "0", NEW)
     assert supply.count > 30
 
-    for at in range(1, supply.count + 1):
+    for at, how in cuts(kind, supply.names):
         folder = tmp_path / str(at)
         own = begin(folder, old)
-        with power(at, kind), pytest.raises(CutError):
+        with power(at, how), pytest.raises(CutError):
             export(folder, NEW)
         seen.add(found(folder))
         with power():
@@ -105,23 +105,23 @@ def test_a_cut_at_any_operation_leaves_the_old_or_the_new_and_the_next_export_su
     assert seen == {before, NEW}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_cuts_of_the_export_that_finishes_another(tmp_path: Path, kind: str) -> None:
     begin(tmp_path / "cut", True)
     with power() as supply:
         export(tmp_path / "cut", NEW)
     first_rename = supply.names.index("rename")
     begin(tmp_path / "old", True)
-    with power(first_rename + 4, kind), pytest.raises(CutError):
+    with power(first_rename + 4, "torn" if kind == TURNS else kind), pytest.raises(CutError):
         export(tmp_path / "old", NEW)
     assert found(tmp_path / "old") in (OLD, NEW)
     shutil.copytree(tmp_path / "old", tmp_path / "0")
     with power() as supply:
         export(tmp_path / "0", 1.0)
 
-    for at in range(1, supply.count + 1):
+    for at, how in cuts(kind, supply.names):
         folder = Path(shutil.copytree(tmp_path / "old", tmp_path / str(at)))
-        with power(at, kind), pytest.raises(CutError):
+        with power(at, how), pytest.raises(CutError):
             export(folder, 1.0)
         assert found(folder) in (OLD, NEW, 1.0)
         with power():

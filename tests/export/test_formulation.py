@@ -100,7 +100,13 @@ def made(net: type[nn.Module]) -> Model:
 @pytest.mark.parametrize(
     ("density", "forms"), [(0.5, Forms()), *zip((0.5, 1.0, 0.3), FORMS[1:], strict=False)], ids=str
 )
-@pytest.mark.parametrize("net", [SmoothResNet, SmoothMobileNet, lenet, vgg11_bn, resnet20_bn, Grouped])
+@pytest.mark.parametrize(
+    "net",
+    [
+        *(SmoothResNet, SmoothMobileNet, lenet, Grouped),
+        *(pytest.param(net, marks=pytest.mark.soak) for net in (vgg11_bn, resnet20_bn)),
+    ],
+)
 def test_a_step_is_that_of_the_graph_for_all_widths(net: type[nn.Module], density: float, forms: Forms) -> None:
     nearest = _nearest(made(net), density, forms, Features(gradients=True))
     assert max(nearest.values()) <= NEAR, nearest

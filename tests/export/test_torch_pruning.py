@@ -35,8 +35,7 @@ EQUAL = (
     "video",
     "perceptron",
     "resnet18",
-    "mobilenetv3_small_100",
-    "convnext_atto",
+    *(pytest.param(name, marks=pytest.mark.soak) for name in ("mobilenetv3_small_100", "convnext_atto")),
 )
 """Networks whose groups are the same, layer by layer."""
 

@@ -81,7 +81,7 @@ def check_installed(board: Board) -> None:
     assert board.claim.stat().st_mode & 0o777 == 0o400
 
 
-@pytest.mark.parametrize("boards", [20, pytest.param(40, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("boards", [14, pytest.param(40, marks=pytest.mark.soak)])
 def test_boards_are_installed_by_one_command_that_may_be_killed(tmp_path: Path, kit: Path, boards: int) -> None:
     """A claim goes to one board, and what was done before the kill isn't done again."""
     made = Boards(tmp_path, [f"board-{number:02}" for number in range(boards)])

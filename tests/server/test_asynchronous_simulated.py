@@ -229,6 +229,7 @@ def test_pr_fl_is_a_masked_mean_of_everybodys_last_update(run: Build) -> None:
     assert {p.part.widths for p in masked} == {found.simulation.model.architecture.sizes}
 
 
+@pytest.mark.soak  # forty rounds; at every push `test_asynchronous_presets.py` has who is asked when
 def test_pr_fl_hears_of_every_device_in_every_interval_however_slow_it_is(run: Build) -> None:
     options = {"interval": 10, "window_s": 0.02, "least": 1, "stage1": False, "recovery": False, "evaluate_every": 100}
     found = run("pr-fl", rounds=40, recipe=Recipe(max_steps=2, batch_size=16), options=options)

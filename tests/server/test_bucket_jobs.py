@@ -79,7 +79,7 @@ def needed(state: Path) -> set[str]:
     return loaded.references()
 
 
-@pytest.mark.parametrize("events", [1, 4, MIDDLE, 14])
+@pytest.mark.parametrize("events", [4, MIDDLE, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 14))])
 def test_the_database_and_the_bucket_are_enough_to_go_on(
     url: str, tmp_path: Path, finished: State, events: int
 ) -> None:
@@ -187,7 +187,7 @@ def test_repair_takes_what_is_missing_from_a_backup(at_s3: S3, begun: Path, url:
     assert main(["check", "--state", str(begun), "--repair", "--from", str(tmp_path / "backup")]) == ExitCode.OK
 
 
-@pytest.mark.parametrize("blobs", ["folder", "elsewhere"])
+@pytest.mark.parametrize("blobs", [pytest.param("folder", marks=pytest.mark.soak), "elsewhere"])
 def test_a_backup_of_a_bucket_is_restored_to_a_folder_or_another_bucket(
     at_s3: S3, begun: Path, tmp_path: Path, url: str, finished: State, blobs: str
 ) -> None:

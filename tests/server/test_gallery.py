@@ -118,7 +118,10 @@ def carry_out(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert MAIN[prog](rest) == ExitCode.OK
 
 
-@pytest.mark.parametrize("example", gallery.EXAMPLES)
+# One at every push; all of them soak, as they stand there.
+@pytest.mark.parametrize(
+    "example", [n if n == "motion_on_zeros" else pytest.param(n, marks=pytest.mark.soak) for n in gallery.EXAMPLES]
+)
 def test_an_examples_commands_run(example: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = gallery.copied(example, work)
     shortened(folder)

@@ -99,7 +99,7 @@ def check(run, protocol, folder, rounds=1):
     return result
 
 
-QUICK = ("har", "ca-hfp-scores", "pr-fl-time")
+QUICK = ("ca-hfp-scores", "pr-fl-time")
 
 
 @pytest.mark.parametrize("table", QUICK)
@@ -146,6 +146,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.soak
 def test_the_result_is_there_before_the_state_goes_and_what_is_run_again_begins_anew(accuracy, tmp_path, monkeypatch):
     _, run = accuracy
     protocol = small(TABLES["fedprune-ablation"])

@@ -106,7 +106,10 @@ def test_quick_demo_ends_well_and_its_devices_load_neither_torch_nor_onnx(demo, 
     assert set(fleet.last.local) == {b.name for b in BOARDS}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+# What a server does at SIGTERM is in `test_crashes.py` at every push.
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak), signal.SIGKILL]
+)
 def test_nothing_is_left_when_the_demo_is_ended(demo, number):
     wait_until(lambda: len(devices(demo)) == len(BOARDS))
     family = children(demo.pid)

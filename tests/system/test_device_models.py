@@ -80,7 +80,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("density", [pytest.param(1.0, marks=pytest.mark.soak), 0.5])
 @pytest.mark.parametrize("net", CASES)
 def test_a_network_trains_on_a_device_process(tmp_path: Path, net: str, density: float) -> None:
     metrics = trained(tmp_path, net, pictures(4, (3, 16, 16), 250), CASES[net], density).metrics

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +21,7 @@ from parsers_of_setup import setup_targets
 from parsers_of_the_wire import wire_targets
 
 TARGETS = {t.name: t for t in (*wire_targets(), *file_targets(), *board_targets(), *setup_targets())}
-INPUTS = 120
+INPUTS = (60, pytest.param(1200, marks=pytest.mark.soak))
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +40,13 @@ def test_the_inputs_that_are_damaged_are_sound(name: str) -> None:
         target.parse(target.frame(seed))
 
 
+@pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_damaged_input_is_taken_or_refused_in_bounded_memory(name: str) -> None:
-    tally = fuzz(TARGETS[name], 0, INPUTS)
+def test_a_damaged_input_is_taken_or_refused_in_bounded_memory(name: str, inputs: int) -> None:
+    tally = fuzz(TARGETS[name], 0, inputs)
 
     assert tally.findings == {}
-    assert tally.inputs == INPUTS == tally.taken + sum(tally.refused.values())
+    assert tally.inputs == inputs == tally.taken + sum(tally.refused.values())
 
 
 def test_an_input_is_known_by_its_number() -> None:
@@ -79,27 +81,25 @@ VALUES = st.recursive(
 )
 
 
-def near(target: Target) -> st.SearchStrategy[bytes]:
+@cache
+def near(name: str) -> st.SearchStrategy[bytes]:
     """Any bytes, any JSON, and sound inputs of which a part is exchanged for any bytes."""
+    target = TARGETS[name]
     seed = st.sampled_from(target.seeds)
     places = (st.integers(0, 600), st.integers(0, 600))
     exchanged = st.builds(
         lambda s, a, b, raw: s[: min(a, b)] + raw + s[max(a, b) :], seed, *places, st.binary(max_size=8)
     )
-    objects = st.sampled_from(sorted(KEYS[target.name])) if KEYS[target.name] else st.text(max_size=8)
+    objects = st.sampled_from(sorted(KEYS[name])) if KEYS[name] else st.text(max_size=8)
     tables = st.dictionaries(objects, VALUES, max_size=8).map(lambda body: json.dumps(body).encode())
     return st.binary(max_size=200) | exchanged | tables | VALUES.map(lambda body: json.dumps(body).encode())
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_anything_is_taken_or_refused(name: str) -> None:
-    target = TARGETS[name]
-
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(near(target))
-    def check(raw: bytes) -> None:
-        with warnings.catch_warnings(), suppress(*target.errors):
-            warnings.simplefilter("ignore")
-            target.parse(target.frame(raw))
-
-    check()
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(drawn=st.data())
+def test_anything_is_taken_or_refused(name: str, drawn: st.DataObject) -> None:
+    target, raw = TARGETS[name], drawn.draw(near(name))
+    with warnings.catch_warnings(), suppress(*target.errors):
+        warnings.simplefilter("ignore")
+        target.parse(target.frame(raw))

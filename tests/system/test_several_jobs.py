@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from real_site import FILES, Site, write_material
+from real_site import FILES, Site, models, write_material
 
 from fedprune.coordination import Phase, State
 from fedprune.errors import ExitCode
@@ -69,15 +70,13 @@ class SharedSite(Site):
 @pytest.fixture(scope="module")
 def alone(material: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     """The models that each job makes alone."""
-    models = []
-    for config in (FIRST, SECOND):
-        site = Site(material, tmp_path_factory.mktemp("alone"), config, DEVICES, 120)
-        try:
+    with ExitStack() as stack:
+        sites = []
+        for text in (FIRST, SECOND):
+            site = stack.enter_context(Site(material, tmp_path_factory.mktemp("alone"), text, DEVICES, 120))
             site.start_all()
-            models.append([r["model"] for r in site.finish().history])
-        finally:
-            site.stop_all()
-    return models
+            sites.append(site)
+        return [models(site.finish()) for site in sites]
 
 
 @pytest.fixture

@@ -240,6 +240,7 @@ def test_an_older_board_pulls_its_weights_as_ever(broker: str, tmp_path: Path, w
     assert all(all(run.wire.shared[name]) for name in "bcde")
 
 
+@pytest.mark.soak  # boards wait long for what never comes; `tests/device/test_slab_downloads.py` has a clock for that
 @pytest.mark.parametrize("broker", [OLD_RULES], indirect=True, ids=["older rules"])
 def test_boards_that_hear_nothing_on_shared_topics_ask_on_their_own(
     broker: str, tmp_path: Path, wanted: list[str]

@@ -30,7 +30,7 @@ density = 0.5
 deadline_s = 300
 
 [job.recipe]
-epochs = 2000
+epochs = 800
 lr = 0.001
 """
 
@@ -107,15 +107,17 @@ def start_both(pair: Pair) -> None:
     """Start the site, and a second server that waits."""
     pair.start_all()
     wait_until_training(pair, 1)  # else the second might be the first
-    pair.start("second")
-    pair.wait_for(lambda: "standing by" in pair.logs(), "the second server waits")
+    with pair.standing_still():
+        pair.start("second")
+        pair.wait_for(lambda: "standing by" in pair.logs(), "the second server waits")
 
 
 def kill_the_first(pair: Pair) -> None:
     """Kill the first server in the middle of round 2; the second is the server from now on."""
     wait_until_training(pair, 2)
-    pair.processes["server"].kill()
-    pair.processes["server"].wait()
+    with pair.standing_still():
+        pair.processes["server"].kill()
+        pair.processes["server"].wait()
     pair.processes["server"] = pair.processes.pop("second")
 
 

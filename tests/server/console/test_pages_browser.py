@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -97,8 +98,11 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedConsole]
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     chromium = find_chromium()
+    environment = {
+        n: v for n, v in os.environ.items() if n != "LD_PRELOAD"
+    }  # what spares tests the disk is none of its
     with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], env=environment)
         yield launched
         launched.close()
 
