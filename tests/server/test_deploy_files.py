@@ -203,6 +203,7 @@ def test_kubectl_takes_them(tmp_path: Path) -> None:
     assert len(list(yaml.safe_load_all(done.stdout))) == len(manifests())
 
 
+@pytest.mark.soak  # its package is of 108 MB
 def test_the_schemas_of_kubernetes_know_every_word() -> None:
     schemas = pytest.importorskip("kubernetes_validate")
     for manifest in manifests().values():
