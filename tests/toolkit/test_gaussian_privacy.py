@@ -13,6 +13,7 @@ from fedprune.gaussian_privacy import delta, epsilon, most_cost
 pytestmark = pytest.mark.board
 
 
+@pytest.mark.once  # boards don't have the library
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @pytest.mark.parametrize("cost", [1e-9, 1e-6, 1e-3, 0.1, 1.0, 10.0, 100.0, 500.0])
 @pytest.mark.parametrize("at", [0.1, 1e-5, 1e-9])
@@ -21,6 +22,7 @@ def test_it_says_what_dp_accounting_says(cost: float, at: float) -> None:
     assert epsilon(cost, at) == pytest.approx(library.get_epsilon_gaussian(cost**-0.5, at), rel=1e-6, abs=1e-12)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("cost", [1e4, 1e6])
 def test_where_floats_end_it_says_too_much_and_not_too_little(cost: float) -> None:
     library = pytest.importorskip("dp_accounting", exc_type=ImportError)
@@ -28,6 +30,7 @@ def test_where_floats_end_it_says_too_much_and_not_too_little(cost: float) -> No
     assert exact <= epsilon(cost, 1e-5) <= exact + 1
 
 
+@pytest.mark.once
 def test_subsampling_would_cost_less_and_is_never_claimed() -> None:
     """Opacus and others count Poisson sampling (Mironov et al. 2019); without it their bound is no less than ours."""
     library = pytest.importorskip("dp_accounting", exc_type=ImportError)
