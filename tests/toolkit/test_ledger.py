@@ -20,6 +20,7 @@ from fedprune.coordination import events as on
 from fedprune.coordination.ledger import holding, spent
 from fedprune.coordination.state import Task
 from fedprune.errors import ConfigError
+from fedprune.gaussian_privacy import epsilon
 from fedprune.job import Job
 from fedprune.privacy import Privacy
 from fedprune.selection import Selection
@@ -125,6 +126,33 @@ def test_a_budget_ends_the_job_before_it_is_overdrawn() -> None:
     more = coordinate(replace(fleet.job, privacy=replace(LOCAL, epsilon_budget=1e4)), toy.ARCHITECTURE, fleet.state)
     more.resume(fleet.now)
     assert more.state.phase is Phase.WAITING  # with more to spend it goes on
+
+
+class Accounted(Fleet):
+    """Every evaluation says the ε that there is; one board is silent from a round on."""
+
+    def __init__(self, job: Job, silent_from: int = 99) -> None:
+        super().__init__(job)
+        self.silent_from = silent_from
+
+    def answer(self, command: do.Command) -> on.Event | None:
+        if isinstance(command, do.SendOffer) and command.round >= self.silent_from and command.device == "b":
+            return None
+        if isinstance(command, do.Evaluate):
+            return on.Evaluated(command.round, {"epsilon_next": epsilon(command.foreseen or 0.0, SHARED.delta)})
+        return super().answer(command)
+
+
+def test_sums_of_too_few_are_shown_to_nobody_where_that_would_overdraw_the_budget() -> None:
+    # Four rounds of all three boards are within it; without the part of the noise of one the fourth isn't.
+    job = replace(toy.JOB, rounds=9, privacy=replace(SHARED, epsilon_budget=epsilon(4 / 4 + 0.01, SHARED.delta)))
+    for silent_from, rounds in ((99, 4), (4, 3)):
+        fleet = Accounted(job, silent_from)
+        fleet.run()
+        assert fleet.state.phase is Phase.FINISHED
+        assert [h["model"] for h in fleet.state.history] == [f"m{r + 1}" for r in range(rounds)]
+        assert (fleet.state.model, fleet.state.round) == (f"m{rounds}", rounds)
+        assert fleet.releases == {n: {"2.0": rounds} for n in toy.NAMES}
 
 
 @pytest.mark.parametrize("privacy", [LOCAL, SHARED])

@@ -83,6 +83,19 @@ class Range:
         return cls(max(least, math.frexp(top)[1] + headroom) if math.isfinite(top) else least, limbs)
 
 
+def weight_in(samples: int, total: int, devices: int) -> int:
+    """What a device's update counts for, such that a round's sum stays within what sums can hold.
+
+    Args:
+        samples: The device's.
+        total: Those of all devices of the round.
+        devices: How many these are.
+    """
+    if total <= MAX_WEIGHT:
+        return max(1, samples)
+    return max(1, samples * (MAX_WEIGHT - devices) // total)
+
+
 def magnitude(values: npt.NDArray[Any]) -> float:
     """The largest |value|; NaN or infinite where a value is."""
     if not values.size:

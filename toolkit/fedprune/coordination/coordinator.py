@@ -21,7 +21,7 @@ from fedprune.coordination.lot import ENOUGH, beyond, drawn, places
 from fedprune.coordination.pace import LOOKS, Pace, note
 from fedprune.coordination.roll import Roll
 from fedprune.coordination.state import Phase, Progress, State, Task
-from fedprune.fixed_point import MAX_WEIGHT
+from fedprune.fixed_point import weight_in
 from fedprune.job import Job
 from fedprune.wire.fields import believable
 
@@ -150,7 +150,7 @@ class Coordinator(Desk):
                 device.widths,
                 device.density,
                 samples=device.samples,
-                weight=_weight(counts[name], total, len(chosen)),
+                weight=weight_in(counts[name], total, len(chosen)),
                 past=device.past,
                 last=device.last,
             )
@@ -360,15 +360,17 @@ class Coordinator(Desk):
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
-        for name, task in state.tasks.items():
-            if name in event.rejected:
-                task.reject(event.rejected[name])
-            elif task.progress is Progress.FOLDED:
-                self._keep_past(name, task)
-        if not state.tasks.count(Progress.FOLDED):
+        for name in event.rejected.keys() & state.tasks.keys():
+            state.tasks[name].reject(event.rejected[name])
+        folded = {n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED}
+        if not folded:
             return self._deserted(now)
+        if not self.ledger.affords(folded):  # too few delivered: nobody is shown their sum
+            return self._spent_out(state.round - 1)
+        for name, task in folded.items():
+            self._keep_past(name, task)
         state.model, state.memory = event.model, dict(event.memory)
-        self.ledger.counted({n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED})
+        self.ledger.counted(folded)
         state.phase = Phase.EVALUATING
         return [self._evaluate()]
 
@@ -391,10 +393,3 @@ class Coordinator(Desk):
             "metrics": metrics,
             "devices": {n: t.summary() for n, t in sorted(state.tasks.items())},
         }
-
-
-def _weight(samples: int, total: int, devices: int) -> int:
-    """What a device's update counts for, such that a round's sum stays within what sums can hold."""
-    if total <= MAX_WEIGHT:
-        return max(1, samples)
-    return max(1, samples * (MAX_WEIGHT - devices) // total)

@@ -39,7 +39,7 @@ class Ledger:
         self._state = state
         self._privacy = privacy
         self._keeps = privacy.on and privacy.noise_multiplier > 0
-        bounded = self._keeps and privacy.local and privacy.epsilon_budget
+        bounded = self._keeps and privacy.epsilon_budget
         self._most = most_cost(privacy.epsilon_budget, privacy.delta) if bounded else None
         if state.round == 0 and not any(d.releases for d in state.devices.values()):
             state.private = self._keeps
@@ -61,19 +61,26 @@ class Ledger:
     def may(self, device: str) -> bool:
         """Whether a device may be offered one more part: with local noise, whether that is within the budget.
 
-        What shared noise costs is known when a round ends, not before.
+        What shared noise costs is known when a round ends, not before: see `affords`.
         """
-        if self._most is None:
+        if self._most is None or not self._privacy.local:
             return True
         return spent(self._state.devices[device].releases) + self._privacy.noise_multiplier**-2 <= self._most
 
     def barred(self) -> bool:
         """Whether no device at all may be offered one more part."""
-        return (
-            self._most is not None
-            and bool(self._state.devices)
-            and not any(self.may(name) for name in self._state.devices)
-        )
+        return bool(self._state.devices) and not any(self.may(name) for name in self._state.devices)
+
+    def affords(self, tasks: Mapping[str, Task]) -> bool:
+        """Whether a round's sums may be released: with shared noise, whether nobody's budget is overdrawn by that.
+
+        Args:
+            tasks: The parts that counted, by device.
+        """
+        if self._most is None or self._privacy.local:
+            return True
+        devices, most = self._state.devices, self._most
+        return all(spent(devices[n].releases) + z**-2 <= most for n, z in self._shared(tasks).items())
 
     def counted(self, tasks: Mapping[str, Task]) -> None:
         """A round's sums are released.
@@ -81,11 +88,9 @@ class Ledger:
         Args:
             tasks: The parts that counted, by device.
         """
-        if not self._keeps or self._privacy.local or not tasks:
-            return
-        for name, holders in holding(tasks).items():
-            unknown = max(1, holders - 1)
-            self._add(name, self._privacy.noise_multiplier * math.sqrt(unknown / self._privacy.boards))
+        if self._keeps and not self._privacy.local:
+            for name, multiplier in self._shared(tasks).items():
+                self._add(name, multiplier)
 
     def spent(self) -> float | None:
         """The largest sum of 1/z² of any device; None where nothing is promised."""
@@ -99,6 +104,11 @@ class Ledger:
             return None
         least = min((float(z) for d in self._state.devices.values() for z in d.releases), default=None)
         return (self.spent() or 0.0) + float(least or self._privacy.noise_multiplier) ** -2
+
+    def _shared(self, tasks: Mapping[str, Task]) -> dict[str, float]:
+        """By device the multiplier at which a round's sums tell of it."""
+        whole, boards = self._privacy.noise_multiplier, self._privacy.boards
+        return {n: whole * math.sqrt(max(1, holders - 1) / boards) for n, holders in holding(tasks).items()}
 
     def _add(self, device: str, multiplier: float) -> None:
         found, key = self._state.devices[device], repr(multiplier)
