@@ -21,6 +21,8 @@ NOISES = (LOCAL, SHARED)
 
 WRITTEN = ("update_clip", "update_noise")
 """Settings of a recipe that are written from these, never by people."""
+LEAST_NOISE = 0.01
+"""The least noise, in units of the clip: at that, one release costs an ε of thousands."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Privacy:
         where = "job: privacy: "
         setting_checks.number(f"{where}clip", self.clip, 0, 1e6)
         setting_checks.number(f"{where}noise_multiplier", self.noise_multiplier, 0, 1e4)
+        if 0 < self.noise_multiplier < LEAST_NOISE:
+            expected = f"0, or {LEAST_NOISE} or more: less noise hides nothing"
+            raise ConfigError(f"{where}noise_multiplier", expected=expected, got=self.noise_multiplier)
         setting_checks.word(f"{where}noise", self.noise, NOISES)
         setting_checks.whole(f"{where}boards", self.boards, 0, 10**6)
         setting_checks.number(f"{where}delta", self.delta, 0, 1, above=True, below=True)
