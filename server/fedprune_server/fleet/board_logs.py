@@ -44,6 +44,7 @@ _LATEST = 253_402_214_400
 
 _FORMAT = 1
 _BUSY_S = 5
+_LOOP_BUSY_MS = 200  # the server's loop waits no longer for who reads; boards tell their lines again
 _TABLE = """
 CREATE TABLE IF NOT EXISTS told (
     id INTEGER PRIMARY KEY AUTOINCREMENT, device TEXT NOT NULL, number INTEGER NOT NULL, kind TEXT NOT NULL,
@@ -135,6 +136,7 @@ class BoardLogs:
                     raise StorageError(f"{self._path} was written by another version", expected=_FORMAT, got=version)
                 self._connection.execute(_TABLE)
                 self._connection.execute(f"PRAGMA user_version={_FORMAT}")
+                self._connection.execute(f"PRAGMA busy_timeout={_LOOP_BUSY_MS}")
                 self._kept.update(self._connection.execute("SELECT device, max(number) FROM told GROUP BY device"))
         except BaseException:
             self._connection.close()
