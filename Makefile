@@ -42,12 +42,11 @@ test-dev: $(DEV)/installed $(FLOWER)/installed
 	FEDPRUNE_EXAMPLES=$(EXAMPLES) $(UNSYNCED) $(DEV)/bin/pytest $(AT_ONCE) $(ARGS)
 
 # What a board imports, on the Python and onnxruntime of JetPack 6.
-test-board:
+test-board: $(if $(PYTHON310),$(BOARD)/installed)
 ifeq ($(PYTHON310),)
 	@if [ -n "$$CI" ]; then echo "python3.10 is missing: the board's tests can't run under it"; exit 1; \
 	else echo "SKIPPED: no python3.10 here, so the board's tests ran under $$($(PYTHON) --version) only"; fi
 else
-	@$(MAKE) --no-print-directory $(BOARD)/installed
 	FEDPRUNE_EXAMPLES=$(BOARD_EXAMPLES) $(UNSYNCED) $(BOARD)/bin/pytest $(AT_ONCE) -m "board and not torch and not soak and not once" \
 		tests/toolkit tests/device
 endif

@@ -114,6 +114,7 @@ def test_a_signal_ends_a_server_cleanly(
         site.start("server", in_group=True)
         site.wait_for(lambda: listens(site.port), "the broker listens")
         site.wait_for(lambda: "connected to the broker" in site.logs(), "the server is connected")
+        time.sleep(0.5)  # its greeting leaves with the turn in which it says so
         server = site.processes["server"]
         if group:  # as a service manager and a terminal do
             os.killpg(server.pid, number)

@@ -22,7 +22,7 @@ from fedprune_device.trainer import Trainer
 pytestmark = pytest.mark.system
 
 GRAPHS = Path(__file__).parents[1] / "device" / "graphs"
-SLOW = Recipe(epochs=150, batch_size=1, lr=1e-4)
+SLOW = Recipe(epochs=400, batch_size=1, lr=1e-4)
 
 
 @pytest.fixture
