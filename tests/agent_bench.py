@@ -14,6 +14,7 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Progress
 from fedprune_device.agent import Agent
 from fedprune_device.data import LocalData
+from fedprune_device.privacy_floor import Floor
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import Trainer
 
@@ -29,9 +30,11 @@ class Bench:
         self.store: DeviceStore | None = None
         self.agent: Agent | None = None
         self.profile: Any = None
+        self.floor: Floor | None = None
 
     def run(self, until_finished: bool = True, limit: float = 60.0) -> None:
         with DeviceStore(self.root / "state") as self.store:
+            self.store.hold_to(self.floor)
             self.agent = Agent(
                 "d", "site", self.store, MemoryLink(self.server), self.data, profile=self.profile, clock=clock
             )

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from fedprune.errors import FedpruneError
 from fedprune.profile import HardwareProfile
+from fedprune.recipe import Recipe
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Update
 from fedprune.wire.offer import Offer
@@ -171,6 +172,7 @@ class Duty:
             _LOG.info("going on with round %d of job %s", task.offer.round, task.offer.job)
             offer = self._choice.suited(task.offer)
             try:
+                self._store.privacy.check(Recipe.from_dict(offer.recipe))  # the owner may ask for more than then
                 if offer != task.offer:
                     self._store.accept(offer)
                 self._supply.begin(offer, now, asks=False)

@@ -24,6 +24,9 @@ from fedprune.toml_file import read_toml
 
 PRIVACY = "FEDPRUNE_PRIVACY"
 
+_LEAST = 1e-6
+"""Less noise than this, in units of the clip, is none: what one such update costs could be no number."""
+
 _HINT = "The board's owner asks for it; the job's [job.privacy] says otherwise."
 
 
@@ -64,7 +67,7 @@ class Floor:
             raise PrivacyError(
                 "this board takes part in private jobs alone",
                 expected="updates with clip and noise",
-                got="a clip without noise" if recipe.update_clip else "neither clip nor noise",
+                got="a clip without noise, or with next to none" if recipe.update_clip else "neither clip nor noise",
                 hint=_HINT,
             )
         if multiplier < self.least_noise:
@@ -93,7 +96,8 @@ class Floor:
 
 def multiplier_of(recipe: Recipe) -> float:
     """The noise multiplier of one board's own update; 0 where nothing is promised."""
-    return recipe.update_noise / recipe.update_clip if recipe.update_clip else 0.0
+    found = recipe.update_noise / recipe.update_clip if recipe.update_clip else 0.0
+    return found if found >= _LEAST else 0.0
 
 
 def read_floor(path: Path | None) -> Floor | None:

@@ -29,14 +29,14 @@ from typing import Any
 
 from fedprune.blobs import BlobStore
 from fedprune.disk import storage_errors
-from fedprune.errors import ProtocolError, StorageError
+from fedprune.errors import FedpruneError, PrivacyError, ProtocolError, StorageError
 from fedprune.recipe import Recipe
 from fedprune.wire import messages
 from fedprune.wire.offer import Offer
 from fedprune_device import durable
 from fedprune_device.own import OwnFolder
 from fedprune_device.owner import Owner
-from fedprune_device.privacy_floor import Floor, multiplier_of
+from fedprune_device.privacy_floor import Floor
 from fedprune_device.private_count import PrivateCount
 from fedprune_device.slots import Slots
 
@@ -132,10 +132,13 @@ class DeviceStore:
         if floor is None or self.pending is None:
             return
         task = self.task
-        if task is None or self.waiting(task.offer) is None or not multiplier_of(Recipe.from_dict(task.offer.recipe)):
-            _LOG.warning(
-                "the update that waits may be without noise: it is dropped, since the board's owner asks for noise"
-            )
+        try:
+            if task is None or self.waiting(task.offer) is None:
+                raise PrivacyError("it may be without noise")
+            # What it cost is counted already, whether it is handed in or not.
+            replace(floor, most_epsilon=0.0).check(Recipe.from_dict(task.offer.recipe), 0.0)
+        except FedpruneError as error:
+            _LOG.warning("the update that waits is dropped, since the board's owner asks for more: %s", error)
             self.forget()
 
     def next_session(self) -> int:

@@ -18,6 +18,7 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Birth, Cancelled, Gone, Progress, Refusal, Update, Want
 from fedprune_device.data import LocalData
 from fedprune_device.duty import Duty
+from fedprune_device.privacy_floor import Floor
 from fedprune_device.store import DeviceStore
 
 pytestmark = pytest.mark.board
@@ -51,6 +52,21 @@ def test_training_that_was_cut_off_is_done_again_to_the_same_bits(
     server.react = lambda _: None
     bench.run()
     assert same(server.result(1), expected(graphs, weights, data, 1, recipe))
+
+
+def test_a_round_that_promises_less_than_the_owner_asks_for_by_now_is_not_gone_on_with(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, Recipe(epochs=60, batch_size=1, lr=1e-3))]
+    bench.stop_on(Progress, phase="train")
+    bench.run(until_finished=False)
+    bench.floor = Floor()
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    assert server.of(Refusal)[0].exit_code == ExitCode.PRIVACY
+    assert not server.of(Update)
+    with bench.reopened() as store:
+        assert store.task is not None
+        assert store.task.done
 
 
 def test_a_round_goes_on_after_a_restart_beside_an_older_update(bench: Bench) -> None:

@@ -91,7 +91,7 @@ def test_without_its_count_there_is_no_update(board: HiddenBoard, monkeypatch: p
     ("floor", "recipe", "says"),
     [
         (Floor(), PLAIN, "private jobs alone: expected updates with clip and noise, got neither clip nor noise"),
-        (Floor(), replace(PLAIN, update_clip=1.0), "got a clip without noise"),
+        (Floor(), replace(PLAIN, update_clip=1.0), "got a clip without noise, or with next to none"),
         (Floor(least_noise=3.0), PRIVATE, "in units of the clip: expected at least 3, got 2"),
         (Floor(most_clip=0.5), PRIVATE, "clip of this board's update: expected at most 0.5, got 1.0"),
         (Floor(most_epsilon=1.0), PRIVATE, r"budget of privacy is spent: .* expected at most 1 at δ 1e-05, got 1\.9"),
@@ -168,6 +168,24 @@ def test_an_update_without_noise_that_waits_is_dropped_when_the_owner_asks_for_n
         with DeviceStore(board.root) as store:
             store.hold_to(Floor())
             assert (store.pending is not None) == stays
+            store.hold_to(Floor(least_noise=2.0, most_epsilon=0.1))
+            assert (store.pending is not None) == stays, "what it cost was spent when its noise was drawn"
+            store.hold_to(Floor(least_noise=2.1))
+            assert store.pending is None
+
+
+@pytest.mark.parametrize("noise", [1e-300, 1e-160, 1e-154, 1e-9])
+def test_noise_whose_cost_is_no_number_is_none_and_spoils_no_count(board: HiddenBoard, noise: float) -> None:
+    recipe = replace(PRIVATE, update_noise=noise)
+    offer = board.offer(1, recipe, SENT, graph="kept")
+    with DeviceStore(board.root) as store:
+        for _ in range(3):
+            store.privacy.draw(offer)
+        with pytest.raises(PrivacyError, match="private jobs alone"):
+            Floor().check(recipe, 0.0)
+    again = count(board)
+    assert (again.draws, again.cost) == (0, 0.0)
+    again.check(PRIVATE)
 
 
 def test_training_that_runs_away_hands_in_noise_alone_and_says_nothing_of_it(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Mapping
 
 from fedprune.wire.fields import one_line
@@ -18,7 +18,10 @@ SEVERITY = {
 """The kinds of alerts, and how bad each is."""
 
 MOST = 500
-"""Alerts that stand at the same time; more of them say nothing new."""
+"""Alerts of a kind that stand at the same time; more of them say nothing new."""
+
+_NEWS = 4 * MOST
+"""What was raised or is over and nobody has asked for: of more, the oldest is let go."""
 
 
 class AlertBook:
@@ -26,7 +29,8 @@ class AlertBook:
 
     def __init__(self) -> None:
         self._standing: dict[str, AlertNews] = {}
-        self._news: list[AlertNews] = []
+        self._kinds: Counter[str] = Counter()
+        self._news: deque[AlertNews] = deque(maxlen=_NEWS)
 
     @property
     def standing(self) -> list[AlertNews]:
@@ -41,10 +45,11 @@ class AlertBook:
     def raised(self, kind: str, text: str, now: float, *, device: str | None = None, job: str | None = None) -> None:
         """Something is so; said again, it changes nothing."""
         name = f"{kind}:{job or ''}:{device or ''}"
-        if name in self._standing or len(self._standing) >= MOST:
+        if name in self._standing or self._kinds[kind] >= MOST:  # strangers that wait hide nothing worse
             return
         alert = AlertNews(f"{name}@{now:.0f}"[:128], now, kind, SEVERITY[kind], device, job, one_line(text, 1000))
         self._standing[name] = alert
+        self._kinds[kind] += 1
         self._news.append(alert)
 
     def over(self, kind: str, now: float, *, device: str | None = None, job: str | None = None) -> None:
@@ -59,12 +64,14 @@ class AlertBook:
 
     def news(self) -> list[AlertNews]:
         """What was raised and what is over since the last call."""
-        found, self._news = self._news, []
+        found = list(self._news)
+        self._news.clear()
         return found
 
     def _end(self, name: str, now: float) -> None:
         alert = self._standing.pop(name, None)
         if alert is not None:
+            self._kinds[alert.alert] -= 1
             self._news.append(
                 AlertNews(alert.id, alert.at, alert.alert, alert.severity, alert.device, alert.job, alert.text, now)
             )

@@ -99,6 +99,7 @@ class Feed(Onlooker):
         self._jobs: dict[str, JobNews] = {}
         self._connected: bool | None = None
         self._news: list[ToConsole] = []
+        self._later: list[Answer] = []
         self._before: dict[str, tuple[float | None, tuple[int, int]]] = {}
         self._rollouts: Rollouts | None = None
         self._covered: dict[str, float] = {}
@@ -150,6 +151,8 @@ class Feed(Onlooker):
             log.error("the console isn't told all: %s", text)
 
     def _once(self, now: float) -> None:
+        self._news += self._later
+        self._later.clear()
         for order in islice(self._child.orders(now), _ORDERS):
             self._take(order)
         while self._clerk is not None and (answer := self._clerk.answer()) is not None:
@@ -334,7 +337,9 @@ class Feed(Onlooker):
         except FedpruneError as error:
             self._news.append(Answer(order.number, False, one_line(str(error), 1500)))
             return
-        self._news.append(Answer(order.number, True, text))
+        # What changes a job is saved as the next turn ends: before that nobody is told that it is done.
+        answers = self._later if order.order in ("pause", "resume") else self._news
+        answers.append(Answer(order.number, True, text))
 
     def _carry_out(self, order: Order) -> str:
         if order.order in ("pause", "resume", "coverage"):

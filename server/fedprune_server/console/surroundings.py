@@ -105,8 +105,8 @@ class ReleaseWatch:
         version = self._store.version()
         if version == self._version:
             return None
-        self._version = version
         entry = self._store.latest()
+        self._version = version  # once it is read: what fails is looked at again
         before, self._standing = self._standing, {} if entry is None else _reports(entry)
         self._moved |= {n for n in before.keys() | self._standing.keys() if before.get(n) != self._standing.get(n)}
         return () if entry is None else (_row(entry, self._before(entry.prior)),)

@@ -159,6 +159,18 @@ def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path
     assert [a and a["ok"] for a in answers] == [True, True]
 
 
+def test_that_a_job_is_paused_is_said_once_it_is_saved(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    daemon = fleet.daemon()
+    feed, child = watched(daemon, fleet.air)
+    child.order(1, "pause", job=JOB.name)
+    flush(feed, fleet.air)
+    assert child.model.answer(1) is None
+    daemon._commit()
+    flush(feed, fleet.air)
+    assert child.model.answer(1)["ok"]  # type: ignore[index]
+
+
 def test_a_pause_is_remembered_over_restarts(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()

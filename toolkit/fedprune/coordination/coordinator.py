@@ -118,6 +118,8 @@ class Coordinator(Desk):
         if self.ledger.barred():
             return self._spent_out(state.round)
         ready = self._ready()
+        if not ready:  # who is here has spent its budget of privacy, and who hasn't is away
+            return []
         state.round += 1
         self.allocator.open(self.fleet)
         state.tasks = self._tasks(ready, attempt=1)
