@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from fedprune_server.console.device_words import Coverage, DeviceDetails  # noqa: E402
-from fedprune_server.console.feed_words import JobNews, Rollouts, RoundNews, Site, ToConsole  # noqa: E402
+from fedprune_server.console.feed_words import Beat, JobNews, Rollouts, RoundNews, Site, ToConsole  # noqa: E402
 from fedprune_server.console.log_words import AlertNews, BoardLog, LogLine  # noqa: E402
 from fedprune_server.console.trial import TrialFleet  # noqa: E402
 from served_console import ServedConsole  # noqa: E402 - lies beside the tests
@@ -316,9 +316,11 @@ def draw(folder: Path) -> list[Path]:
         for name, path, heights in PAGES:
             for (suffix, width, scheme), height in zip(SCREENS, heights, strict=True):
                 page = logged_in(served, browser, width, height, scheme, name != "login")
+                served.hear([Beat(time.time())])  # else, on a slow machine, the server seems to say nothing
                 page.goto(served.url + path)
                 if name != "login":
                     page.wait_for_selector("#live[data-state=open]")
+                page.wait_for_function("!document.body.innerText.includes('Asking the server')")
                 page.wait_for_timeout(300)
                 image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
                 made.append(folder / f"console-{name}{suffix}.png")

@@ -84,7 +84,7 @@ class Bench:
         roster.moved.clear()
         self.state, self.roster = state, roster
         view = JobView(JOB, ARCHITECTURE, state, roster, Quarantine(self.clock), lambda device: None, lambda: True,
-                       lambda: 1.0, lambda paused: None, BlobStore(folder))  # fmt: skip
+                       lambda: 1.0, lambda paused: None, BlobStore(folder), dict, time.time)  # fmt: skip
         self.sink = Sink()
         self.feed = Feed([view], SITE, self.sink, monotonic=self.clock)
 
@@ -95,7 +95,7 @@ class Bench:
         """Milliseconds that the next turn takes of which something is told."""
         self._ahead += EVERY_S
         begun = time.perf_counter()
-        self.feed.turn()
+        self.feed.turned(lambda: 0.0, None)
         return 1e3 * (time.perf_counter() - begun)
 
     def until_told(self) -> list[float]:

@@ -84,10 +84,10 @@ def multiplier(target: float) -> float:
 @cache
 def holders(strategy: str) -> int:
     """How many boards hold what the board holds that shares the least: found out in a round of hardly any noise."""
-    trial = Privacy(CLIP, 1e-3, SHARED, COUNT - 1, DELTA)
+    trial = Privacy(CLIP, 0.01, SHARED, COUNT - 1, DELTA)
     state = simulated(Case(strategy, None, SEEDS[0]), trial, rounds=1)[1].coordinator.state
     least = min(float(z) for device in state.devices.values() for z in device.releases)
-    return 1 + round((least / 1e-3) ** 2 * (COUNT - 1))
+    return 1 + round((least / 0.01) ** 2 * (COUNT - 1))
 
 
 def settings(case: Case) -> Privacy:
