@@ -21,6 +21,7 @@ NOISES = (LOCAL, SHARED)
 
 WRITTEN = ("update_clip", "update_noise")
 """Settings of a recipe that are written from these, never by people."""
+
 LEAST_NOISE = 0.01
 """The least noise, in units of the clip: at that, one release costs an ε of thousands."""
 

@@ -367,12 +367,11 @@ class Coordinator(Desk):
         folded = {n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED}
         if not folded:
             return self._deserted(now)
-        if not self.ledger.affords(folded):  # too few delivered: nobody is shown their sum
+        if not self.ledger.release(folded):  # too few delivered: nobody is shown their sum
             return self._spent_out(state.round - 1)
         for name, task in folded.items():
             self._keep_past(name, task)
         state.model, state.memory = event.model, dict(event.memory)
-        self.ledger.counted(folded)
         state.phase = Phase.EVALUATING
         return [self._evaluate()]
 

@@ -61,7 +61,7 @@ class Ledger:
     def may(self, device: str) -> bool:
         """Whether a device may be offered one more part: with local noise, whether that is within the budget.
 
-        What shared noise costs is known when a round ends, not before: see `affords`.
+        What shared noise costs is known when a round ends, not before: see `release`.
         """
         if self._most is None or not self._privacy.local:
             return True
@@ -71,26 +71,23 @@ class Ledger:
         """Whether no device at all may be offered one more part."""
         return bool(self._state.devices) and not any(self.may(name) for name in self._state.devices)
 
-    def affords(self, tasks: Mapping[str, Task]) -> bool:
-        """Whether a round's sums may be released: with shared noise, whether nobody's budget is overdrawn by that.
+    def release(self, tasks: Mapping[str, Task]) -> bool:
+        """Count a round's sums as released, unless that overdraws a budget of shared noise.
 
         Args:
             tasks: The parts that counted, by device.
+
+        Returns:
+            Whether they may be released; if not, nothing is counted.
         """
-        if self._most is None or self._privacy.local:
+        if not self._keeps or self._privacy.local:
             return True
-        devices, most = self._state.devices, self._most
-        return all(spent(devices[n].releases) + z**-2 <= most for n, z in self._shared(tasks).items())
-
-    def counted(self, tasks: Mapping[str, Task]) -> None:
-        """A round's sums are released.
-
-        Args:
-            tasks: The parts that counted, by device.
-        """
-        if self._keeps and not self._privacy.local:
-            for name, multiplier in self._shared(tasks).items():
-                self._add(name, multiplier)
+        devices, told = self._state.devices, self._shared(tasks)
+        if self._most is not None and any(spent(devices[n].releases) + z**-2 > self._most for n, z in told.items()):
+            return False
+        for name, multiplier in told.items():
+            self._add(name, multiplier)
+        return True
 
     def spent(self) -> float | None:
         """The largest sum of 1/z² of any device; None where nothing is promised."""
