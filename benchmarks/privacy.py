@@ -8,8 +8,6 @@ them.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kept_runs import kept_runs
 from synthetic_nets import RESULTS, setting, write
 
 from fedprune.blobs import BlobStore
@@ -202,23 +201,9 @@ claimed.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--anew", action="store_true", help="forget earlier runs")
-    parser.add_argument("--minutes", type=float, default=60.0, help="begin no run after so many minutes")
-    arguments = parser.parse_args()
-    path, began = RESULTS / "privacy.json", time.monotonic()
-    known = json.loads(path.read_text())["rows"] if path.exists() and not arguments.anew else []
-    for case in cases():
-        if any(asdict(case).items() <= row.items() for row in known):
-            continue
-        if time.monotonic() - began > 60 * arguments.minutes:
-            break
-        known.append(run(case))
-        print({k: v for k, v in known[-1].items() if not isinstance(v, list)}, flush=True)
-        path.write_text(json.dumps({"rows": known}) + "\n")
-    rows = [row for case in cases() for row in known if asdict(case).items() <= row.items()]
+    rows = kept_runs("privacy", __doc__, cases(), run)
     about, lots = setting("dp-accounting"), secret_lots()
-    picture(rows, path.with_suffix(".png"))
+    picture(rows, RESULTS / "privacy.png")
     write("privacy", {"setting": about, "rows": rows, "secret_lots": lots}, page(about, rows, lots))
 
 

@@ -8,8 +8,6 @@ results has already are not repeated; `--anew` forgets them.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import tempfile
 import time
@@ -19,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from synthetic_nets import RESULTS, setting, write
+from kept_runs import kept_runs
+from synthetic_nets import setting, write
 
 from fedprune.blobs import BlobStore
 from fedprune.gaussian_privacy import epsilon
@@ -177,21 +176,7 @@ boards' updates with those channels counted in some round than in the trial that
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--anew", action="store_true", help="forget earlier runs")
-    parser.add_argument("--minutes", type=float, default=60.0, help="begin no run after so many minutes")
-    arguments = parser.parse_args()
-    path, began = RESULTS / "private_fleet.json", time.monotonic()
-    known = json.loads(path.read_text())["rows"] if path.exists() and not arguments.anew else []
-    for case in cases():
-        if any(asdict(case).items() <= row.items() for row in known):
-            continue
-        if time.monotonic() - began > 60 * arguments.minutes:
-            break
-        known.append(run(case))
-        print({k: v for k, v in known[-1].items() if not isinstance(v, list)}, flush=True)
-        path.write_text(json.dumps({"rows": known}) + "\n")
-    rows = [row for case in cases() for row in known if asdict(case).items() <= row.items()]
+    rows = kept_runs("private_fleet", __doc__, cases(), run)
     about = setting("dp-accounting")
     write("private_fleet", {"setting": about, "rows": rows}, page(about, rows))
 
