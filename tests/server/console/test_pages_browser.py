@@ -278,6 +278,21 @@ def test_approving_a_board_that_waits(opened: Open, console: ServedConsole) -> N
     assert (order.device, order.key, order.operator) == ("board-0013", "ab12-cd34-ef56-7890", "operator")
 
 
+def test_a_click_before_the_scripts_are_there_is_not_lost(opened: Open) -> None:
+    page = opened("/")
+    held: list[sync_api.Route] = []
+    page.route("**/static/console.js", lambda route: held.append(route))
+    page.goto("/rollouts", wait_until="commit")
+    button = page.get_by_role("button", name="Start a rollout")
+    expect(button).to_be_visible()
+    with pytest.raises(sync_api.TimeoutError):
+        button.click(timeout=700)
+    (script,) = held
+    script.continue_()
+    button.click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+
+
 def test_revoking_a_board_needs_its_name_and_an_admin(opened: Open, console: ServedConsole) -> None:
     page = opened("/devices/board-0008")
     page.get_by_role("button", name="Revoke").click()

@@ -17,3 +17,4 @@ if (document.getElementById("nav")) {
   watchCharts();
   watchServer();
 }
+document.documentElement.dataset.awake = ""; // until here a click would be lost, and buttons take none
