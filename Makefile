@@ -9,7 +9,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find toolkit export device_run
 
 SHIPPED := toolkit/fedprune toolkit/fedprune_start export/fedprune_export device_runtime/fedprune_device \
 	device_runtime/fedprune_flash server/fedprune_server
-EXTRAS ?= board,console,export,flash,privacy,scale,server,tracing
+EXTRAS ?= board,console,export,fast,flash,privacy,scale,server,tracing
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 # A Python 3.10, where a board's code runs too; on many machines only pyenv has one.

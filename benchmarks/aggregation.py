@@ -3,7 +3,8 @@
 Times are CPU time of one thread. All ways run in turn within each repetition, so that neighbours on the machine hit
 them alike; ratios are taken within a repetition. Memory is measured with ten updates and with a hundred (the same ten
 over again, where that doesn't take too long). Flower's own functions take part where `flwr` is installed, as in the
-environment that `make test` makes for it: `PYTHONPATH=toolkit build/flower/bin/python benchmarks/aggregation.py`.
+environment that `make test` makes for it (with numba installed there, too):
+`PYTHONPATH=toolkit build/flower/bin/python benchmarks/aggregation.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from synthetic_nets import parameters, resnet18, setting, weights, write
 
-from fedprune import tensorfile
+from fedprune import fold_loops, loop_compiler, tensorfile
 from fedprune.aggregation import Fold
 from fedprune.architecture import Architecture, widths_at
 from fedprune.element_mask import ElementMask
@@ -71,6 +72,20 @@ def fold(architecture: Architecture, base: Tensors, given: Updates, **options: A
         return sums.close()[0]
 
     return run
+
+
+def slowly(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same by numpy alone."""
+
+    def without() -> Any:
+        loops = fold_loops.loops()
+        fold_loops.use({})
+        try:
+            return run()
+        finally:
+            fold_loops.use(loops)
+
+    return without
 
 
 def ends(architecture: Architecture, base: Tensors, given: Updates) -> Callable[[], Tensors]:
@@ -228,6 +243,23 @@ def main() -> None:
     whole = updates(net, base, (1.0,), "own")
     mixed, ranked, various = (updates(net, base, DENSITIES, o) for o in ("own", "common", "various"))
     folded, middle = partial(fold, net, base), Robustness(centre="median")
+    start = time.perf_counter()
+    compiled = loop_compiler.load()
+    about_loops = (
+        f"Folds use loops compiled by numba, which took {time.perf_counter() - start:.1f} s, once per process."
+        if compiled
+        else "numba is not installed: folds are numpy's work."
+    )
+
+    def alone(given: Updates) -> Callable[[], object]:
+        return slowly(folded(given))
+
+    cases = {
+        "fold, whole": whole,
+        "fold, mixed widths, own order": mixed,
+        "fold, mixed widths, one ranking": ranked,
+        "fold, mixed widths, a ranking per device": various,
+    }
 
     def aggregated(how: Robustness) -> Callable[[Updates], Callable[[], object]]:
         return lambda given: robust(net, base, given, how)
@@ -241,13 +273,11 @@ def main() -> None:
             "plain numpy, float64": (lambda given: plain(given, np.float64), whole),
             "plain numpy, float32, blocked": (blocked, whole),
             **{name: (lambda given, n=name: flower(given)[n], whole) for name in flower(whole)},  # type: ignore[misc]
-            "fold, whole": (folded, whole),
+            **{name: (folded, given) for name, given in cases.items()},
             "fold, no update but one: the share of its ends": (partial(ends, net, base), whole),
+            **({n.replace("fold", "fold by numpy alone"): (alone, g) for n, g in cases.items()} if compiled else {}),
             "fold, whole, evidence": (partial(folded, evidence=True), whole),
-            "fold, mixed widths, own order": (folded, mixed),
-            "fold, mixed widths, one ranking": (folded, ranked),
             "fold, mixed widths, one ranking, fill": (partial(folded, rule="fill"), ranked),
-            "fold, mixed widths, a ranking per device": (folded, various),
             "fold, whole, masks of elements": (partial(masked, net, base), whole),
             "fold, whole, moves of earlier models": (partial(moved, net, base), whole),
             "robust, whole, clipped": (aggregated(Robustness(clip=1e-6)), whole),
@@ -280,14 +310,14 @@ def main() -> None:
                     "peak_mb_of_fleet": peak(make(given * (FLEET // CLIENTS))) if name in LARGE else None,
                 }
             )
-    about = setting("flwr")
+    about = setting("flwr", "numba")
     lines = [
         "# Aggregation",
         "",
         (
             f"{about['date']}, {about['cpu']}, {about['cores']} cores (load {about['load']} from neighbours), "
             f"Python {about['python']}, numpy {about['numpy']}, "
-            f"flwr {about['flwr']}. `OMP_NUM_THREADS=1 python benchmarks/aggregation.py`"
+            f"numba {about['numba']}, flwr {about['flwr']}. `OMP_NUM_THREADS=1 python benchmarks/aggregation.py`"
         ),
         "",
         (
@@ -295,8 +325,8 @@ def main() -> None:
             f"updates to next model; mixed widths: {', '.join(f'{d:g}' for d in DENSITIES)} in turn. CPU time, medians "
             f"of {REPEATS} interleaved runs; *×plain* is the median ratio within a run. A fold checks every update "
             "(names, shapes, finite, in range) before it adds, and its bits don't depend on the order; the others do "
-            "neither. Reading files and hashing them are shown beside, and not counted. Memory includes the result, "
-            f"but not the updates; the last column is with {FLEET} of them, where it was measured."
+            f"neither. {about_loops} Reading files and hashing them are shown beside, and not counted. Memory includes "
+            f"the result, but not the updates; the last column is with {FLEET} of them, where it was measured."
         ),
         "",
         f"| way | ms | ns per parameter and client | ns per received parameter | ×plain | extra MB | with {FLEET} |",

@@ -19,6 +19,9 @@ from fedprune.architecture import (
 )
 from fedprune.selection import Selection, Tensors
 
+Update = tuple[Selection, Tensors, int, int]
+"""A selection, its trained tensors, its weight, and steps."""
+
 settings.register_profile("shared-machine", deadline=None, max_examples=50)
 settings.load_profile("shared-machine")  # a test's time says more about its neighbours than about the code
 
@@ -126,3 +129,19 @@ def trained(selection: Selection, base: Tensors, seed: int, scale: float = 0.1) 
         kind = selection.architecture.by_name[name].kind
         out[name] = np.asarray(np.abs(moved)) if kind is TensorKind.STAT_VAR else moved
     return out
+
+
+@st.composite
+def rounds(draw: st.DrawFn, whole: bool = False, most: int = 5) -> tuple[Architecture, Tensors, list[Update]]:
+    """A round: a base and updates of any widths, of common, of own or of various ranks."""
+    architecture = draw(architectures())
+    base = model(architecture, draw(seeds))
+    common = draw(st.none() | ranks(architecture))
+    updates = []
+    for _ in range(draw(st.integers(1, most))):
+        order = draw(ranks(architecture)) if draw(st.integers(0, 3)) == 0 else common
+        kept = architecture.sizes if whole else draw(widths(architecture))
+        selection = Selection.of(architecture, kept, order)
+        weight, steps = draw(st.integers(1, 10_000)), draw(st.integers(1, 50))
+        updates.append((selection, trained(selection, base, draw(seeds)), weight, steps))
+    return architecture, base, updates

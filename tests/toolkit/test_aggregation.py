@@ -17,11 +17,10 @@ from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, Ten
 from fedprune.errors import BundleError, FedpruneError, ProtocolError
 from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS
 from fedprune.selection import Selection, Tensors
-from strategies import architectures, model, ranks, seeds, selections, trained, widths
+from strategies import Update, architectures, model, ranks, rounds, seeds, selections, trained
 
 pytestmark = pytest.mark.board
 
-Update = tuple[Selection, Tensors, int, int]
 ATOL = 1e-6
 
 NORM = Architecture(
@@ -36,22 +35,6 @@ NORM = Architecture(
     (3,),
     2,
 )
-
-
-@st.composite
-def rounds(draw: st.DrawFn, whole: bool = False, most: int = 5) -> tuple[Architecture, Tensors, list[Update]]:
-    """A round: a base and updates of any widths, of common, of own or of various ranks."""
-    architecture = draw(architectures())
-    base = model(architecture, draw(seeds))
-    common = draw(st.none() | ranks(architecture))
-    updates = []
-    for _ in range(draw(st.integers(1, most))):
-        order = draw(ranks(architecture)) if draw(st.integers(0, 3)) == 0 else common
-        kept = architecture.sizes if whole else draw(widths(architecture))
-        selection = Selection.of(architecture, kept, order)
-        weight, steps = draw(st.integers(1, 10_000)), draw(st.integers(1, 50))
-        updates.append((selection, trained(selection, base, draw(seeds)), weight, steps))
-    return architecture, base, updates
 
 
 def folded(architecture: Architecture, base: Tensors, updates: list[Update], **options: Any) -> Fold:

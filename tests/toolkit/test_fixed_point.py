@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.errors import ProtocolError
-from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Range, check_range, magnitude, run_all
+from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Range, run_all
+from fedprune.magnitude import check_range, magnitude
 
 pytestmark = pytest.mark.board
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.architecture import Architecture
-from fedprune.fixed_point import check_range
+from fedprune.magnitude import check_range
 from fedprune.selection import Selection, mesh
 
 

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.errors import ProtocolError
+from fedprune import fold_loops
+from fedprune.magnitude import magnitude
 
 MAX_WEIGHT = 2**24
 """The largest total weight of a sum."""
@@ -31,8 +32,6 @@ MAX_WEIGHT = 2**24
 VALUE_BITS = 38
 _BLOCK = 262_144  # float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call
 _LONGEST = 32_768  # numbers of one row at once
-_CHECKED = 131_072  # squares added at once at most: many hide what a call costs
-_CHECKED_LEAST = 8_192  # few enough that the squares of usual weights don't add up to the bound's
 # Adding 1.5·2^52 to a whole number of magnitude up to 2^51 in float64 leaves it in the low bits of the mantissa:
 # cheaper than a conversion, which has no vector instruction on most CPUs.
 _MAGIC = 1.5 * 2.0**52
@@ -96,52 +95,6 @@ def weight_in(samples: int, total: int, devices: int) -> int:
     return max(1, samples * (MAX_WEIGHT - devices) // total)
 
 
-def magnitude(values: npt.NDArray[Any]) -> float:
-    """The largest |value|; NaN or infinite where a value is."""
-    if not values.size:
-        return 0.0
-    low, high = float(values.min()), float(values.max())
-    return max(-low, high) if low == low else low
-
-
-def check_range(name: str, values: npt.NDArray[Any], bound: float) -> None:
-    """Check that all values are finite and within a bound.
-
-    Raises:
-        ProtocolError: One isn't; the message names the tensor, the bound and what was found.
-    """
-    flat = values.reshape(-1)
-    if flat.dtype != np.float32:
-        _check_block(name, flat, bound)
-        return
-    # The sum of squares bounds every square and costs half of what minimum and maximum do; only where it is large (or
-    # not finite) do we look closer, and take fewer at a time from there on. The tenth leaves room for its own rounding.
-    limit = 0.9 * bound * bound
-    start, step = 0, _CHECKED_LEAST
-    with np.errstate(over="ignore", invalid="ignore"):
-        while start < flat.size:
-            block = flat[start : start + step]
-            square = float(np.dot(block, block))
-            if not square <= limit and step > _CHECKED_LEAST:
-                step //= 2
-                continue
-            if not square <= limit:
-                _check_block(name, block, bound)
-            start += step
-            if square <= 0.45 * limit:
-                step = min(2 * step, _CHECKED)
-
-
-def _check_block(name: str, block: npt.NDArray[Any], bound: float) -> None:
-    top = magnitude(block)
-    if not top <= bound:
-        raise ProtocolError(
-            f"values of {name}",
-            expected=f"finite numbers of magnitude up to {bound:g}",
-            got="a number that is not finite" if not math.isfinite(top) else f"{top:g}",
-        )
-
-
 class FixedSum:
     """A tensor of order-free sums of weighted values.
 
@@ -150,19 +103,33 @@ class FixedSum:
         span: What values it accepts; callers check them with `check_range` first.
         light: Keep a single limb as float64 until `make_room` says that there is more weight than that can hold. The
             whole numbers are the same.
+        room: Zeros in C order that a light limb may lie in.
     """
 
     __slots__ = ("limbs", "span")
 
-    def __init__(self, shape: tuple[int, ...], span: Range, *, light: bool = False) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        span: Range,
+        *,
+        light: bool = False,
+        room: npt.NDArray[np.float64] | None = None,
+    ) -> None:
         self.span = span
-        kind = np.float64 if light and span.limbs == 1 else np.int64
-        self.limbs: tuple[npt.NDArray[Any], ...] = tuple(np.zeros(shape, kind) for _ in range(span.limbs))
+        self.limbs: tuple[npt.NDArray[Any], ...]
+        if light and span.limbs == 1:
+            self.limbs = (np.zeros(shape) if room is None else room.reshape(shape),)
+        else:
+            self.limbs = tuple(np.zeros(shape, np.int64) for _ in range(span.limbs))
 
     def make_room(self, weight: int) -> None:
         """Expect so much weight in all: what was added, and what will be until this is called again."""
         if weight > _LIGHT_SUM and self.limbs[0].dtype == np.float64:
-            self.limbs = (self.limbs[0].astype(np.int64),)
+            light = self.limbs[0]
+            heavy = light.view(np.int64)
+            heavy[...] = light  # where it lies
+            self.limbs = (heavy,)
 
     def add(self, values: npt.NDArray[Any], weight: int, at: Index = (...,)) -> None:
         """Add weight·values at an index.
@@ -183,8 +150,7 @@ class FixedSum:
             at: As in `add`.
         """
         if self.span.limbs > 1:
-            for values, weight in zip(rows, weights, strict=True):
-                self._add_limbs(values, weight, at)
+            self._add_limbs(rows, weights, at)
             return
         total = self.limbs[0]
         part = total[at]
@@ -192,18 +158,65 @@ class FixedSum:
         if not np.may_share_memory(part, total):  # an open mesh gives a copy
             total[at] = part
 
-    def _add_limbs(self, values: npt.NDArray[Any], weight: int, at: Index) -> None:
-        rest = values.astype(np.float64) * weight
+    def _add_limbs(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], at: Index) -> None:
+        rest = np.stack([values.astype(np.float64) * weight for values, weight in zip(rows, weights, strict=True)])
         for i, limb in enumerate(self.limbs, start=1):
             scale = VALUE_BITS * i - self.span.exponent
             whole = np.rint(np.ldexp(rest, scale))
-            limb[at] += whole.astype(np.int64)
+            limb[at] += whole.astype(np.int64).sum(axis=0)
             rest -= np.ldexp(whole, -scale)
 
     def merge(self, other: FixedSum) -> None:
         """Add another sum of the same shape and range; there must be room for its weight."""
         for mine, theirs in zip(self.limbs, other.limbs, strict=True):
             mine += theirs.astype(mine.dtype, copy=False)
+
+    def scatter(self, several: Sequence[fold_loops.Apart], beside: int) -> bool:
+        """Add weights·values where rows and columns say, and say whether a quick way to do so was there.
+
+        Args:
+            several: Values and weights as in `add`.
+            beside: Numbers per row and column.
+        """
+        if self.span.limbs > 1:
+            return False
+        total = self.limbs[0]
+        apart = total.reshape(total.shape[0], -1, beside)
+        return fold_loops.scatter(apart, several, VALUE_BITS - self.span.exponent)
+
+    def close_to(
+        self,
+        out: npt.NDArray[np.float32],
+        base: npt.NDArray[np.float32],
+        share: npt.NDArray[np.float64],
+        rows: npt.NDArray[np.int64],
+        columns: npt.NDArray[np.int64],
+        beside: int,
+    ) -> bool:
+        """Put sums times shares into `out`, in another order, and say whether a quick way to do so was there.
+
+        Args:
+            out: Of the sums' shape.
+            base: What is put where a share is 0, in the order of `out`.
+            share: By row and column.
+            rows: By row of the sums, that of `out`.
+            columns: The same by column.
+            beside: Numbers per row and column.
+        """
+        if self.span.limbs > 1:
+            return False
+        shape = (rows.size, columns.size, beside)
+        apart = (part.reshape(shape) for part in (base, out))
+        return fold_loops.close(self.limbs[0].reshape(shape), share, self.span.unit, rows, columns, *apart)
+
+    def round_to(self, out: npt.NDArray[np.float32], factor: float) -> bool:
+        """Put all sums times a factor into `out`, and say whether a quick way to do so was there.
+
+        Args:
+            out: Of the sums' shape; it gets what `value` says, rounded once more.
+            factor: What they are multiplied with.
+        """
+        return self.span.limbs == 1 and fold_loops.scale(self.limbs[0], self.span.unit * factor, out)
 
     def value(
         self, at: Index = (...,), factor: float = 1.0, out: npt.NDArray[np.float64] | None = None
@@ -238,6 +251,8 @@ def add_blocks(total: npt.NDArray[Any], rows: Sequence[npt.NDArray[Any]], weight
         weights: One per array.
         scale: s.
     """
+    if fold_loops.add(total, rows, weights, scale, VALUE_BITS):
+        return
     if total.flags.c_contiguous and all(r.flags.c_contiguous for r in rows):
         total, rows = total.reshape(-1), [r.reshape(-1) for r in rows]
     if not total.size:

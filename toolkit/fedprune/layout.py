@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.architecture import FIXED, Axis, TensorSpec
 from fedprune.fixed_point import Index
-from fedprune.selection import Selection, mesh
+from fedprune.selection import Indices, Selection, mesh
 
 _CHUNK = 65_536
 
@@ -34,6 +34,45 @@ def places(layout: Selection, spec: TensorSpec, selection: Selection) -> Iterato
         np.argsort(order)[own] for order, own in zip(layout.maps(spec.name), selection.maps(spec.name), strict=True)
     ]
     yield mesh(into), (...,)
+
+
+class Grid(NamedTuple):
+    """Where the numbers of a tensor lie in another one, if only its first two axes are out of order.
+
+    Attributes:
+        rows: By index of the first axis, the other's.
+        columns: By index of the second axis, the other's.
+        beside: Numbers that lie side by side in both: the product of all further axes.
+    """
+
+    rows: Indices
+    columns: Indices
+    beside: int
+
+
+def into_sums(layout: Selection, spec: TensorSpec, selection: Selection) -> Grid | None:
+    """Where a submodel's tensor lies in the sums."""
+    orders, held = layout.maps(spec.name), selection.maps(spec.name)
+    if not _as_they_are(orders[2:]) or not _as_they_are(held[2:]) or not orders:
+        return None
+    if any(a.size != b.size for a, b in zip(orders[2:], held[2:], strict=True)):
+        return None
+    return _grid(spec, [np.argsort(order)[own] for order, own in zip(orders[:2], held[:2], strict=True)])
+
+
+def into_model(layout: Selection, spec: TensorSpec) -> Grid | None:
+    """Where a tensor of the sums lies in the global model's."""
+    orders = layout.maps(spec.name)
+    return _grid(spec, orders) if orders and _as_they_are(orders[2:]) else None
+
+
+def _as_they_are(orders: Sequence[Indices]) -> bool:
+    return all(_identity(order) for order in orders)
+
+
+def _grid(spec: TensorSpec, places: Sequence[Indices]) -> Grid:
+    columns = places[1] if len(places) > 1 else np.zeros(1, np.int64)
+    return Grid(places[0], columns, math.prod(spec.shape[2:]))
 
 
 def in_order(layout: Selection, selection: Selection) -> bool:
@@ -157,7 +196,16 @@ def mass_in(
             shape[axis] = order.size
     if not memberships:
         return None
-    mass = np.einsum(f"k,{','.join('k' + c for c in letters)}->{letters}", weights, *memberships, optimize=True)
+    first, *rest = memberships
+    heavy = first.T * weights
+    if len(rest) == 1:
+        mass = heavy @ rest[0]
+    else:
+        mass = (
+            np.einsum(f"{letters[0]}k,{','.join('k' + c for c in letters[1:])}->{letters}", heavy, *rest)
+            if rest
+            else heavy.sum(axis=1)
+        )
     return np.asarray(mass, np.int64).reshape(shape)
 
 

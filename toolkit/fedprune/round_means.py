@@ -5,6 +5,7 @@ The rules are those of `fedprune.aggregation`. Rows are few enough to stay in th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from fedprune.architecture import Architecture, TensorSpec
 from fedprune.coverage import Coverage
 from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Index
-from fedprune.layout import row_blocks, to_global, to_layout
+from fedprune.layout import into_model, row_blocks, to_global, to_layout
 from fedprune.server_step import ServerStep
 
 Float64s = npt.NDArray[np.float64]
@@ -66,11 +67,21 @@ class RoundMeans:
         self._sums = sums
         self._spread = spread
         self._paired = paired
+        # What is made of them lies in one piece of memory: the system gives that in large pages.
+        sizes = [math.prod(architecture.by_name[name].shape) for name in sums]
+        rooms = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1]) if sums else []
+        self._rooms = dict(zip(sums, rooms, strict=True))
 
     def following(self, spec: TensorSpec, step: ServerStep) -> npt.NDArray[np.float32]:
         """A tensor of the next model, without momentum."""
         layout = self._coverage.expect_layout
-        out = np.empty(spec.shape, np.float32)
+        out, share = self._rooms[spec.name].reshape(spec.shape), 1.0 / self._coverage.weight
+        if step.rate == 1 and spec.name not in self._paired:
+            mass = self._mass(spec)
+            if mass is None and self._sums[spec.name].round_to(out, share):
+                return to_global(out, spec, layout)
+            if mass is not None and self._close_to(out, spec, mass):
+                return out
         for rows, mean, held, base in self._by_rows(spec, follows=step.rate != 1):
             end = mean if base is None else step.towards(base, mean, measured=not spec.kind.trainable)
             if held is None or base is None:
@@ -104,11 +115,26 @@ class RoundMeans:
                 moving[rows] = np.where(held, speed, moving[rows])
         return to_global(out, spec, layout), to_global(moving, spec, layout)
 
+    def _close_to(self, out: npt.NDArray[np.float32], spec: TensorSpec, mass: npt.NDArray[np.int64]) -> bool:
+        """Put a tensor of which not all hold everything into `out`, in the model's order, where that goes quickly."""
+        grid = into_model(self._coverage.expect_layout, spec)
+        if grid is None or self._rule == "fill" or mass.size > mass.shape[0] * math.prod(mass.shape[1:2]):
+            return False
+        held = mass.reshape(mass.shape[0], -1)
+        share = np.where(held > 0, 1.0 / np.maximum(held, 1), 0.0)
+        whole = np.ascontiguousarray(np.broadcast_to(share, (grid.rows.size, grid.columns.size)))
+        base = np.ascontiguousarray(self._base[spec.name])
+        return self._sums[spec.name].close_to(out, base, whole, *grid)
+
+    def _mass(self, spec: TensorSpec) -> npt.NDArray[np.int64] | None:
+        """What a tensor's sums are divided by; None for all weight."""
+        # Zero filling divides by all weight, whoever holds a coordinate.
+        return None if self._rule == "zero" and spec.kind.trainable else self._coverage.mass(spec)
+
     def _by_rows(self, spec: TensorSpec, *, follows: bool) -> Iterator[Rows]:
         """Means by runs of rows, in the fold's layout; with the base where it is asked for or needed."""
         sums, weight = self._sums[spec.name], self._coverage.weight
-        # Zero filling divides by all weight, whoever holds a coordinate.
-        mass = None if self._rule == "zero" and spec.kind.trainable else self._coverage.mass(spec)
+        mass = self._mass(spec)
         fill = self._rule == "fill" and spec.kind.trainable and mass is not None
         everywhere = mass is None or int(mass.min(initial=MAX_WEIGHT)) > 0
         base = None

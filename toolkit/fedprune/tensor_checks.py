@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from fedprune.architecture import Architecture, TensorKind
 from fedprune.errors import BundleError, ProtocolError, shown
-from fedprune.fixed_point import MAX_WEIGHT, check_range, magnitude, run_all
+from fedprune.fixed_point import MAX_WEIGHT, run_all
+from fedprune.magnitude import check_range, magnitude
 from fedprune.selection import Selection, Tensors
 
 MAX_STEPS = 2**31 - 1

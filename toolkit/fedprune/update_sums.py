@@ -5,6 +5,7 @@ Everything is summed in the layout of the first update's ranks; what a mean is m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ from fedprune.architecture import Architecture, TensorSpec
 from fedprune.coverage import Active, Coverage
 from fedprune.errors import BundleError
 from fedprune.fixed_point import FixedSum, Range, run_all
-from fedprune.layout import Expansion, in_order, places, row_blocks, to_global, to_layout
+from fedprune.fold_loops import Apart
+from fedprune.layout import Expansion, in_order, into_sums, places, row_blocks, to_global, to_layout
 from fedprune.movement import Movement, merge_sums
 from fedprune.partial_sums import Key, PartialSums
 from fedprune.round_means import RoundMeans
@@ -66,7 +68,13 @@ class UpdateSums:
         self.movement = Movement(t for t in specs if t.kind.trainable and evidence)
         self._architecture, self._base, self._specs = architecture, base, specs
         self._means, self._threads = means, threads
-        self._values = {t.name: FixedSum(t.shape, spans[t.name], light=True) for t in specs}
+        # One piece of memory: the system gives that in large pages.
+        sizes = [math.prod(t.shape) for t in specs]
+        rooms = np.split(np.zeros(sum(sizes)), np.cumsum(sizes)[:-1]) if specs else []
+        self._values = {
+            t.name: FixedSum(t.shape, spans[t.name], light=True, room=room)
+            for t, room in zip(specs, rooms, strict=True)
+        }
         self._spread = {
             name: FixedSum(base[name].shape, Range(2 * spans[mean].exponent + 2, 3)) for name, mean in means.items()
         }
@@ -184,6 +192,8 @@ class UpdateSums:
             for at, part in places(layout, spec, alike[0].selection):
                 sums.add_all([row[part] for row in rows], weights, at)
             return
+        if self._scatter(spec, alike, rows):
+            return
         whole = [Expansion(layout, spec, one.selection, row) for one, row in zip(alike, rows, strict=True)]
         spare: list[npt.NDArray[Any]] = []
         for at in row_blocks(spec.shape):
@@ -191,6 +201,16 @@ class UpdateSums:
             spare = spare or [np.empty((stop - start, *spec.shape[1:]), row.dtype) for row in rows]
             parts = [each.rows(start, stop, out[: stop - start]) for each, out in zip(whole, spare, strict=True)]
             sums.add_all(parts, weights, at)
+
+    def _scatter(self, spec: TensorSpec, several: list[_Waiting], rows: Sequence[npt.NDArray[Any]]) -> bool:
+        """Add what is not in the sums' order, number by number, where there is a quick way to."""
+        grids = [into_sums(self.coverage.expect_layout, spec, one.selection) for one in several]
+        apart = [
+            Apart(grid.rows, grid.columns, row, one.weight)
+            for grid, row, one in zip(grids, rows, several, strict=True)
+            if grid is not None
+        ]
+        return len(apart) == len(grids) and self._values[spec.name].scatter(apart, math.prod(spec.shape[2:]))
 
     def _add_beside(self, spec: TensorSpec, one: _Waiting, steps: int, active: Active) -> None:
         """Add to the sums that only some folds have."""

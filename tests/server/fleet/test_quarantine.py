@@ -17,7 +17,7 @@ import strategies  # noqa: F401 - its settings of Hypothesis
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.errors import BundleError, ProtocolError
-from fedprune.fixed_point import check_range
+from fedprune.magnitude import check_range
 from fedprune.tensorfile import decode
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import Chunk

@@ -13,6 +13,7 @@ from fedprune.aggregation import Fold, Rule
 from fedprune.element_mask import ElementMask
 from fedprune.freezing import matching
 from fedprune.head import head_axes
+from fedprune.loop_compiler import load
 from fedprune.selection import Selection, Tensors
 from fedprune.strategies.roles import Closing, Report, Scene, Submodel
 
@@ -60,6 +61,7 @@ class Mean:
             BundleError: The model is not finite, or there is no such rule.
             ConfigError: A pattern of `excluded` matches no tensor.
         """
+        load(sum(tensor.size for tensor in scene.model.values()))
         return Fold(
             scene.architecture,
             scene.model,

@@ -1,0 +1,219 @@
+"""Compiled loops: the same bits as numpy's, whatever lies wherever in memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fedprune import fold_loops, loop_compiler
+from fedprune.aggregation import Fold, Rule
+from fedprune.architecture import Architecture
+from fedprune.errors import ProtocolError
+from fedprune.fixed_point import VALUE_BITS, FixedSum, Range
+from fedprune.magnitude import check_range, magnitude
+from fedprune.selection import Selection, Tensors
+from strategies import Update, architectures, model, rounds, trained
+
+pytest.importorskip("numba", reason="the extra fast is not installed")
+
+SPAN = Range(3)
+Given = tuple[Architecture, Tensors, list[Update]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loops() -> Iterator[None]:
+    assert loop_compiler.load()
+    yield
+    fold_loops.use({})
+
+
+class Numpy:
+    """Within it numpy does all work."""
+
+    def __enter__(self) -> None:
+        self._loops = fold_loops.loops()
+        fold_loops.use({})
+
+    def __exit__(self, *_: object) -> None:
+        fold_loops.use(self._loops)
+
+
+def laid(values: npt.NDArray[Any], how: str) -> npt.NDArray[Any]:
+    """The same values, elsewhere in memory."""
+    if how == "sent":  # a part of a message: nobody may write to it, and it begins anywhere
+        return np.frombuffer(b"x" + values.tobytes(), np.uint8, offset=1).view(values.dtype).reshape(values.shape)
+    if how == "across":
+        return np.asfortranarray(values)
+    if how == "apart":
+        wide = np.zeros((*values.shape[:-1], 2 * values.shape[-1]), values.dtype)
+        wide[..., ::2] = values
+        return wide[..., ::2]
+    return values
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple),
+    weights=st.lists(st.integers(1, 60) | st.integers(1, 40_000), min_size=1, max_size=20),
+    light=st.booleans(),
+    cut=st.booleans(),
+    how=st.sampled_from(["plain", "sent", "across", "apart"]),
+)
+@example(seed=0, shape=(3, 5), weights=[2**24 - 100], light=False, cut=True, how="sent")
+@example(seed=0, shape=(4, 4, 3, 3), weights=[3, 5], light=True, cut=True, how="plain")
+def test_sums_have_the_same_bits(
+    seed: int, shape: tuple[int, ...], weights: list[int], light: bool, cut: bool, how: str
+) -> None:
+    dice = np.random.default_rng(seed)
+    rows = [(dice.standard_normal(shape) * 2 ** dice.uniform(-30, 0)).clip(-8, 8).astype(np.float32) for _ in weights]
+    rows = [laid(row, how if row.ndim else "plain") for row in rows]
+    whole = (*(n + 2 for n in shape[:2]), *shape[2:]) if cut else shape
+    at = tuple(slice(1, n + 1) for n in shape[:2]) if cut else (...,)
+    found = []
+    for _ in range(2):
+        total = FixedSum(whole, SPAN, light=light)
+        total.make_room(sum(weights) + 7)
+        total.add(np.ones(whole, np.float32), 7)
+        if found:
+            with Numpy():
+                total.add_all(rows, weights, at)
+        else:
+            total.add_all(rows, weights, at)
+        found.append((total.limbs[0].dtype, total.limbs[0].tobytes()))
+    assert found[0] == found[1]
+
+
+def test_loops_are_what_adds() -> None:
+    """The comparison above would hold if no loop were ever used."""
+    total, rows = np.zeros((4, 6)), [np.ones((4, 5), np.float32)] * 3
+    assert fold_loops.add(total[:, :5], rows, [1, 2, 3], 35, VALUE_BITS)
+    assert (total[:, :5] == 6 * 2.0**35).all()
+    assert (total[:, 5] == 0).all()
+    assert not fold_loops.add(total[:, :5], [laid(row, "apart") for row in rows], [1, 2, 3], 35, VALUE_BITS)
+    one = fold_loops.Apart(np.array([3, 0]), np.array([2]), np.array([[1.0], [2.0]], np.float32), 5)
+    assert fold_loops.scatter(total[..., None], [one], 0)
+    assert (total[3, 2], total[0, 2]) == (6 * 2.0**35 + 5, 6 * 2.0**35 + 10)
+    out = np.empty((4, 6), np.float32)
+    assert fold_loops.scale(total, 2.0**-35, out)
+    assert (out[:, :5] == 6).all()
+    with Numpy():
+        assert not fold_loops.scale(total, 1.0, out)
+        assert fold_loops.magnitude(out) is None
+
+
+@given(
+    rounds(most=11),
+    st.sampled_from(["coverage", "fill", "zero"]),
+    st.sampled_from(["plain", "sent"]),
+    st.booleans(),
+    st.sampled_from([0.0, 0.9]),
+)
+def test_a_fold_ends_in_the_same_bits(given_: Given, rule: Rule, how: str, heavy: bool, momentum: float) -> None:
+    architecture, base, updates = given_
+
+    def model_of() -> tuple[Tensors, Tensors | None]:
+        fold = Fold(architecture, base, rule=rule, pool_variance=heavy)
+        for selection, part, weight, steps in updates:
+            sent = {name: laid(value, how) if value.size and value.ndim else value for name, value in part.items()}
+            fold.add(selection, sent, weight * (100 if heavy else 1), steps)
+        return fold.close(momentum)
+
+    quick = model_of()
+    with Numpy():
+        slow = model_of()
+    for mine, other in zip(quick, slow, strict=True):
+        assert (mine is None) == (other is None)
+        for name in other or {}:
+            assert (mine or {})[name].tobytes() == (other or {})[name].tobytes(), name
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=0, max_size=40),
+    st.sampled_from([0.0, 2.0**-140, 1.0, 8.0, 2.0**100, 2.0**128, 2.0**140, float("inf")]),
+)
+@example([float("inf")], 2.0**140)
+@example([-float("inf"), 1.0], 1.0)
+@example([float("nan"), float("inf")], float("inf"))
+@example([-0.0, -(2.0**-149)], 2.0**-149)
+def test_what_is_refused_is_the_same(numbers: list[float], bound: float) -> None:
+    values = np.array(numbers, np.float32)
+
+    def said() -> str:
+        try:
+            check_range("w", values, bound)
+        except ProtocolError as error:
+            return str(error)
+        return ""
+
+    quick, largest = said(), magnitude(values)
+    with Numpy():
+        assert (quick, repr(largest)) == (said(), repr(magnitude(values)))
+
+
+@given(architectures(), st.data())
+def test_an_update_that_is_not_finite_changes_nothing(architecture: Architecture, data: st.DataObject) -> None:
+    base = model(architecture, 0)
+    selection = Selection.full(architecture)
+    part = trained(selection, base, 1)
+    fold = Fold(architecture, base)
+    fold.add(selection, part, 3)
+    name = data.draw(st.sampled_from([n for n, v in part.items() if v.size]))
+    bad = {n: v.copy() for n, v in part.items()}
+    bad[name].reshape(-1)[-1] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+    with pytest.raises(ProtocolError, match="not finite"):
+        fold.add(selection, bad, 3)
+    alone = Fold(architecture, base)
+    alone.add(selection, part, 3)
+    mine, other = fold.close()[0], alone.close()[0]
+    assert all(mine[n].tobytes() == other[n].tobytes() for n in other)
+
+
+def test_loops_are_for_large_models_where_numba_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_compiler, "_tried", False)
+    with Numpy():
+        assert not loop_compiler.load(loop_compiler.WORTH - 1)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert not loop_compiler.load()
+
+
+def test_numpy_does_the_work_where_numba_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise ImportError("Numba needs another numpy\nand says more")
+
+    monkeypatch.setattr(loop_compiler, "_tried", False)
+    monkeypatch.setattr(loop_compiler, "_compile", fails)
+    with Numpy():
+        assert not loop_compiler.load()
+        assert not loop_compiler.load()
+    (record,) = caplog.records
+    assert "Numba needs another numpy" in record.getMessage()
+    assert "says more" not in record.getMessage()
+
+
+def test_a_process_that_may_run_no_new_code_does_without() -> None:
+    """As under systemd's MemoryDenyWriteExecute: compiling would end the process."""
+    script = """
+import ctypes
+from fedprune import loop_compiler
+REFUSE_EXEC_GAIN, SET_MDWE = 1, 65
+assert loop_compiler._may_run_what_it_wrote()
+if ctypes.CDLL(None).prctl(SET_MDWE, REFUSE_EXEC_GAIN, 0, 0, 0):
+    print("can't be had here")
+else:
+    print(loop_compiler.load())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    if "can't" in done.stdout:
+        pytest.skip("memory that denies code can't be had here")
+    assert done.stdout == "False\n"
