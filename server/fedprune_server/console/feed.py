@@ -98,6 +98,7 @@ class Feed(Onlooker):
         self._told: dict[str, int] = {}
         self._jobs: dict[str, JobNews] = {}
         self._connected: bool | None = None
+        self._whole = False
         self._news: list[ToConsole] = []
         self._later: list[Answer] = []
         self._before: dict[str, tuple[float | None, tuple[int, int]]] = {}
@@ -178,6 +179,7 @@ class Feed(Onlooker):
     def _begin(self) -> None:
         """A console that has just started knows nothing."""
         self._told, self._jobs, self._covered, self._connected, self._rollouts = {}, {}, {}, None, None
+        self._whole = False
         answers = [w for w in self._news if isinstance(w, Answer)]
         self._news = [self._site_news(), *answers, *self._alerts.standing]
         self._alerts.news()
@@ -225,6 +227,9 @@ class Feed(Onlooker):
             self._tell_devices()
             if self._monotonic() >= until:
                 break
+        if not self._pending and not self._whole:  # however busy the fleet is, it is said once that all are told
+            self._whole = True
+            self._say(Beat(self._clock()))
 
     def _tell_devices(self) -> None:
         """The next few devices that have changed."""

@@ -193,7 +193,7 @@ class Rollouts(CheckedMessage):
 
 @dataclass(frozen=True)
 class Beat(CheckedMessage):
-    """The server lives, and says nothing else."""
+    """The server lives, and has nothing left to tell: the console has heard of all devices."""
 
     at: float
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from fedprune.errors import ProtocolError
+from fedprune.errors import ProtocolError, meant
 from fedprune_server.console.audit import Audit
 from fedprune_server.console.feed_words import MAX_ORDER, line
 from fedprune_server.console.model import Model
@@ -21,6 +21,12 @@ PER_MINUTE = 60
 KEPT = 500
 
 _FIELDS = ("job", "device", "key", "release", "groups", "devices", "reason")
+_NEWCOMERS = frozenset({"approve", "deny"})
+"""Orders about boards that may have asked to be let in a moment ago."""
+
+_NAMED = 8
+"""Names that a refusal lists."""
+
 _NEEDS = {
     "pause": ("job",),
     "resume": ("job",),
@@ -101,6 +107,7 @@ class OrderDesk:
             raise RefusedError(422, str(error)) from error
         if len(line(order)) > MAX_ORDER:
             raise RefusedError(422, f"an order has at most {MAX_ORDER} bytes")
+        self._find(order)
         self._number = order.number
         if kind not in LOOKS:
             self._audit.note(session.operator.name, address, kind, {"order": order.number, **given}, "ordered")
@@ -130,6 +137,18 @@ class OrderDesk:
         if not self._model.ready:
             raise RefusedError(503, "the server says nothing just now")
 
+    def _find(self, order: Order) -> None:
+        """Refuse an order about what isn't there. What the console may not have heard of yet the server looks up."""
+        known: Collection[str] = self._model.job_names
+        if order.job is not None and order.job not in known:
+            raise RefusedError(404, f"no job {order.job}: {_there_are(known)}")
+        if not self._model.whole or order.order in _NEWCOMERS:
+            return
+        known = self._model.device_names
+        for name in (*(() if order.device is None else (order.device,)), *order.devices):
+            if name not in known:
+                raise RefusedError(404, f"no device {name}{meant(name, known)}: {_there_are(known)}")
+
     def _limit(self, operator: str) -> None:
         now = self._clock()
         latest = self._latest.setdefault(operator, deque())
@@ -149,3 +168,9 @@ class OrderDesk:
         if order["kind"] not in LOOKS:
             outcome = f"{'done' if what['ok'] else 'failed'}: {what['text']}"
             self._audit.note(order["operator"], order["address"], order["kind"], {"order": order["order"]}, outcome)
+
+
+def _there_are(names: Collection[str]) -> str:
+    """What there is, the first few of many by name."""
+    shown, more = ", ".join(sorted(names)[:_NAMED]), len(names) - _NAMED
+    return f"there {'is' if len(names) == 1 else 'are'} {shown or 'none'}" + (f" and {more} more" if more > 0 else "")

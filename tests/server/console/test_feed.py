@@ -22,6 +22,7 @@ from fedprune_server.console.guard import Guard, LoneGuard
 from fedprune_server.console.model import Model
 from fedprune_server.console.order_words import Order
 from fedprune_server.console.setup import desks_of
+from fedprune_server.console.surroundings import Members
 from fedprune_server.terminal.log_lines import about
 from toy import JOB
 
@@ -72,6 +73,16 @@ def watched(server: Any, air: Any, **more: Any) -> tuple[Feed, Child]:
     return feed, child
 
 
+class Many(Members):
+    """More who are let in than are told at once."""
+
+    def __init__(self) -> None:
+        self._known = {f"board-{i:04d}": ("member", None) for i in range(120)}
+
+    def look(self) -> tuple[set[str], list[str]]:
+        return set(), []
+
+
 def flush(feed: Feed, air: Any) -> None:
     air.now += 1.0
     feed.turned(None, None)
@@ -113,6 +124,21 @@ def test_a_console_that_was_started_anew_knows_the_same(tmp_path: Path) -> None:
     assert child.model.devices().items == before.devices().items
     assert child.model.jobs == before.jobs
     assert [r["round"] for r in child.model.rounds(JOB.name).items] == [3, 2, 1]
+
+
+def test_a_console_knows_when_it_has_heard_of_all_devices_however_busy_they_are(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    feed, child = watched(fleet.daemon(), fleet.air, members=Many())
+    feed._monotonic = lambda: fleet.air.now if not child.alive else fleet.air.now + 60.0  # one batch at a time
+    whole = []
+    for _ in range(8):
+        fleet.air.now += 100.0
+        feed.turned(None, None)
+        feed.noticed(["board-0000"])
+        whole.append((child.model.whole, len(child.model.device_names) >= 120))
+    assert all(heard for done, heard in whole if done)
+    assert whole[0] == (False, False)
+    assert whole[-1] == (True, True)
 
 
 def test_where_nothing_has_changed_nothing_is_told_of_devices(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from console_browser import trial
+from fedprune_server.console.feed_words import Site
 from fedprune_server.console.order_desk import OrderDesk
 from fedprune_server.console.order_words import Answer
 from fedprune_server.console.roles import NEEDED, ROLES
@@ -64,6 +66,41 @@ def test_an_order_that_is_none_goes_nowhere(tmp_path: Path, body: dict[str, Any]
     here = trial(tmp_path)
     assert here.browser("admin").order(**body).status == 422
     assert here.orders == []
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"order": "pause", "job": "trail"}, "no job trail: there is trial"),
+        ({"order": "coverage", "job": "x"}, "no job x: there is trial"),
+        ({"order": "look", "device": "board-001"}, "no device board-001 (did you mean 'board-0"),
+        ({"order": "revoke", "device": "nobody"}, "no device nobody: there are board-0000, board-0001, "),
+        ({"order": "release_quarantine", "device": "nobody"}, "no device nobody: there are "),
+        ({"order": "rollout_start", "release": "release-5", "devices": ["board-0001", "nobody"]}, "no device nobody"),
+    ],
+)
+def test_an_order_about_what_is_not_there_is_refused_by_name(tmp_path: Path, body: dict[str, Any], said: str) -> None:
+    here = trial(tmp_path)
+    reply = here.browser("admin").order(**body)
+    assert (reply.status, here.orders) == (404, [])
+    assert reply.json["error"].startswith(said)
+    if body.get("device") == "nobody":
+        assert reply.json["error"].endswith(" and 12 more")
+
+
+def test_the_server_answers_for_boards_of_which_the_console_may_not_have_heard(tmp_path: Path) -> None:
+    here = trial(tmp_path)
+    admin = here.browser("admin")
+    for kind in ("approve", "deny"):  # who has just asked is told of a moment later
+        assert admin.order(order=kind, device="nobody", key="ab12").status == 202
+    *words, beat = here.fleet.begin()
+    assert isinstance(words[0], Site)
+    for word in (replace(words[0], started_at=5.0), *words[1:4]):  # the server is started anew
+        here.model.hear(word)
+    assert admin.order(order="look", device="nobody").status == 202
+    assert admin.order(order="pause", job="nobodys").status == 404
+    here.model.hear(beat)
+    assert admin.order(order="look", device="nobody").status == 404
 
 
 def test_what_came_of_an_order_is_told_and_noted(tmp_path: Path) -> None:
