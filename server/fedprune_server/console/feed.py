@@ -246,7 +246,19 @@ class Feed(Onlooker):
                 self._told[name] = mark
                 found.append(row)
         if found or gone:
-            self._say(Devices(tuple(found), tuple(gone)))
+            self._say_devices(found, gone)
+
+    def _say_devices(self, found: list[dict[str, Any]], gone: list[str]) -> None:
+        """Rows in as many lines as it takes: boards' own words are in them. A wrong one costs itself alone."""
+        try:
+            self._child.tell(Devices(tuple(found), tuple(gone)))
+        except ProtocolError as error:
+            if len(found) + bool(gone) < 2:
+                self._complain(self._monotonic(), str(error))
+                return
+            half = max(1, len(found) // 2)
+            self._say_devices(found[:half], [])
+            self._say_devices(found[half:], gone)
 
     def _row(self, name: str) -> dict[str, Any] | None:
         member = ("member", None) if self._members is None else self._members.status(name)

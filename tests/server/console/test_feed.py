@@ -141,6 +141,26 @@ def test_a_console_knows_when_it_has_heard_of_all_devices_however_busy_they_are(
     assert whole[-1] == (True, True)
 
 
+def test_rows_too_long_for_a_line_come_in_several_and_one_that_is_wrong_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    feed, child = watched(fleet.daemon(), fleet.air, members=Many())
+    whole = rows.device_row
+
+    def long(view: Any, name: str, **more: Any) -> dict[str, Any]:
+        wrong = {"density": 7.0} if name == "board-0007" else {}
+        return {**whole(view, name, **more), "excluded": "\u00e9" * 2000, **wrong}  # 12,000 bytes each as JSON
+
+    monkeypatch.setattr(rows, "device_row", long)
+    flush(feed, fleet.air)
+    assert set(child.model.device_names) == {f"board-{i:04d}" for i in range(120)} - {"board-0007"}
+    feed._members._known = {}  # type: ignore[union-attr]
+    feed.noticed(["board-0001", "board-0002", "board-0007"])
+    flush(feed, fleet.air)
+    assert len(child.model.device_names) == 117
+
+
 def test_where_nothing_has_changed_nothing_is_told_of_devices(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
