@@ -105,7 +105,7 @@ class Model:
             case Begin():
                 return
             case Beat():
-                self.whole = self.site is not None
+                self.whole = self.whole or (word.whole and self.site is not None)
             case Site():
                 if self.site is None or self.site["started_at"] != word.started_at:
                     self._begin()

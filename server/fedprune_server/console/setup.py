@@ -24,6 +24,7 @@ from fedprune_server.console.database import FILE, ConsoleDatabase
 from fedprune_server.console.feed import Feed
 from fedprune_server.console.feed_words import Begin
 from fedprune_server.console.guard import Guard, LoneGuard
+from fedprune_server.console.lookout import Lookout
 from fedprune_server.console.process import ConsoleProcess
 from fedprune_server.console.surroundings import Members, ReleaseWatch
 from fedprune_server.fleet.board_logs import BoardLogs
@@ -102,8 +103,11 @@ def with_console(
             members, clerk = Members(store), Clerk(config.state, config.console_releases)
             if releases_given:
                 releases = ReleaseWatch(stack.enter_context(RolloutStore(config.state)))
+        lookout = Lookout(members, releases, clerk)
+        stack.callback(lookout.close)
+        lookout.start()
         if place is None:
-            desks[0].onlookers.join(LoneGuard(Guard(book, desks[0].view, members, releases)))
+            desks[0].onlookers.join(LoneGuard(Guard(book, desks[0].view), lookout))
             yield None
             return
         from fedprune_server.console.accounts import Accounts
@@ -116,8 +120,8 @@ def with_console(
             logs.told = boards.hear
         child = ConsoleProcess(_begin(config, *place))
         feed = Feed(
-            [d.view for d in desks], _site(config, reached, identity), child, clerk=clerk, members=members,
-            releases=releases, boards=boards, allowed=config.console_orders, lent=lent, here=here, alerts=book,
+            [d.view for d in desks], _site(config, reached, identity), child, clerk=clerk, lookout=lookout,
+            boards=boards, allowed=config.console_orders, lent=lent, here=here, alerts=book,
         )  # fmt: skip
         stack.callback(feed.close)
         for desk in desks:

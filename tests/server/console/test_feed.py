@@ -17,8 +17,9 @@ from fedprune_server.console import rows
 from fedprune_server.console.alerts import AlertBook
 from fedprune_server.console.device_words import Coverage
 from fedprune_server.console.feed import COVERED_S, Feed
-from fedprune_server.console.feed_words import ToConsole, line, parse_news
+from fedprune_server.console.feed_words import Beat, ToConsole, line, parse_news
 from fedprune_server.console.guard import Guard, LoneGuard
+from fedprune_server.console.lookout import Lookout
 from fedprune_server.console.model import Model
 from fedprune_server.console.order_words import Order
 from fedprune_server.console.setup import desks_of
@@ -128,7 +129,7 @@ def test_a_console_that_was_started_anew_knows_the_same(tmp_path: Path) -> None:
 
 def test_a_console_knows_when_it_has_heard_of_all_devices_however_busy_they_are(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    feed, child = watched(fleet.daemon(), fleet.air, members=Many())
+    feed, child = watched(fleet.daemon(), fleet.air, lookout=Lookout(Many()))
     feed._monotonic = lambda: fleet.air.now if not child.alive else fleet.air.now + 60.0  # one batch at a time
     whole = []
     for _ in range(8):
@@ -145,7 +146,7 @@ def test_rows_too_long_for_a_line_come_in_several_and_one_that_is_wrong_costs_no
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = Fleet(tmp_path, JOB)
-    feed, child = watched(fleet.daemon(), fleet.air, members=Many())
+    feed, child = watched(fleet.daemon(), fleet.air, lookout=Lookout(Many()))
     whole = rows.device_row
 
     def long(view: Any, name: str, **more: Any) -> dict[str, Any]:
@@ -159,6 +160,19 @@ def test_rows_too_long_for_a_line_come_in_several_and_one_that_is_wrong_costs_no
     feed.noticed(["board-0001", "board-0002", "board-0007"])
     flush(feed, fleet.air)
     assert len(child.model.device_names) == 117
+
+
+def test_a_console_is_not_told_that_it_knows_all_before_somebody_has_looked(tmp_path: Path) -> None:
+    fleet, found = Fleet(tmp_path, JOB), Lookout(Many())
+    seen, found.seen = found.seen, lambda: None  # type: ignore[method-assign]
+    feed, child = watched(fleet.daemon(), fleet.air, lookout=found)
+    for _ in range(10):
+        flush(feed, fleet.air)
+    assert (child.model.ready, child.model.whole, any(isinstance(w, Beat) for w in child.told)) == (True, False, True)
+    found.seen = seen  # type: ignore[method-assign]
+    for _ in range(3):
+        flush(feed, fleet.air)
+    assert child.model.whole
 
 
 def test_where_nothing_has_changed_nothing_is_told_of_devices(tmp_path: Path) -> None:
@@ -287,7 +301,7 @@ def test_alerts_are_counted_with_a_console_and_without_one(tmp_path: Path) -> No
     daemon = fleet.daemon()
     book, up = AlertBook(), [False]
     clock = lambda: fleet.air.now  # noqa: E731
-    lone = LoneGuard(Guard(book, replace(daemon.view, connected=lambda: up[0]), None, None), clock, clock)
+    lone = LoneGuard(Guard(book, replace(daemon.view, connected=lambda: up[0])), Lookout(), clock, clock)
     for up[0], open_alerts in ((False, 1), (True, 0)):
         fleet.air.now += 5
         lone.turned(lambda: 0.0, daemon.view)
