@@ -24,7 +24,7 @@ from fedprune_server.console.feed_words import Beat, JobNews, Rollouts, RoundNew
 from fedprune_server.console.guard import Guard
 from fedprune_server.console.log_tap import LogTap
 from fedprune_server.console.lookout import SWEEP_S, Lookout
-from fedprune_server.console.order_words import Answer, Order
+from fedprune_server.console.order_words import EXPIRED, Answer, Order
 from fedprune_server.console.process import Child
 from fedprune_server.console.roles import LOOKS
 from fedprune_server.observation.onlooker import Onlooker
@@ -346,6 +346,8 @@ class Feed(Onlooker):
     def _take(self, order: Order) -> None:
         """Carry an order out, or say why not; nothing that it says is believed but its form."""
         try:
+            if order.expired(self._clock()):
+                raise ProtocolError(EXPIRED)
             if self._allowed == "none" or (self._allowed == "look" and order.order not in LOOKS):
                 raise ProtocolError("this server takes no such orders from its console")
             if order.order in KINDS:

@@ -148,9 +148,13 @@ class Model:
                 _trim(self._told, KEPT_DETAILS)
                 self._tell("device", {"name": word.name})
             case Answer():
-                row = self._answers[word.order] = _row(word)
-                _trim(self._answers, KEPT_ANSWERS)
-                self._tell("answer", row)
+                self.answered(word)
+
+    def answered(self, word: Answer) -> None:
+        """Take in what came of an order, whoever says it."""
+        row = self._answers[word.order] = _row(word)
+        _trim(self._answers, KEPT_ANSWERS)
+        self._tell("answer", row)
 
     # What there is to see.
 

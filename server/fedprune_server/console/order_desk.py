@@ -11,7 +11,7 @@ from fedprune.errors import ProtocolError, meant
 from fedprune_server.console.audit import Audit
 from fedprune_server.console.feed_words import MAX_ORDER, line
 from fedprune_server.console.model import Model
-from fedprune_server.console.order_words import Order
+from fedprune_server.console.order_words import EXPIRED, EXPIRES_S, Answer, Order
 from fedprune_server.console.roles import LOOKS, NEEDED, may
 from fedprune_server.console.row_checks import ORDER_KINDS
 from fedprune_server.console.sessions import Session
@@ -23,6 +23,9 @@ KEPT = 500
 _FIELDS = ("job", "device", "key", "release", "groups", "devices", "reason")
 _NEWCOMERS = frozenset({"approve", "deny"})
 """Orders about boards that may have asked to be let in a moment ago."""
+
+_GRACE_S = 30.0
+"""So long after an order has expired an answer may still be on its way."""
 
 _NAMED = 8
 """Names that a refusal lists."""
@@ -102,7 +105,8 @@ class OrderDesk:
         if missing := [n for n in _NEEDS.get(kind, ()) if n not in given]:
             raise RefusedError(422, f"{kind} needs {' and '.join(missing)}")
         try:
-            order = Order(number=self._number + 1, operator=session.operator.name, order=kind, **given)
+            until = self._clock() + EXPIRES_S
+            order = Order(number=self._number + 1, operator=session.operator.name, order=kind, until=until, **given)
         except (ProtocolError, TypeError) as error:
             raise RefusedError(422, str(error)) from error
         if len(line(order)) > MAX_ORDER:
@@ -127,6 +131,13 @@ class OrderDesk:
     def latest(self) -> list[dict[str, Any]]:
         """All orders that are remembered, the latest first."""
         return list(reversed(self._orders.values()))
+
+    def expire(self) -> None:
+        """Answer what the server hasn't taken in time: it won't carry that out, though it wakes up later."""
+        late = self._clock() - EXPIRES_S - _GRACE_S
+        for number, order in list(self._orders.items()):
+            if order["state"] == "waiting" and order["at"] < late:
+                self._model.answered(Answer(number, False, EXPIRED))
 
     def _check(self, session: Session, address: str, kind: str) -> None:
         if self._model.orders == "none" or (self._model.orders == "look" and kind not in LOOKS):
@@ -162,11 +173,11 @@ class OrderDesk:
 
     def _heard(self, kind: str, what: Any) -> None:
         order = self._orders.get(what["order"]) if kind == "answer" else None
-        if order is None or order["state"] != "waiting":
-            return
+        if order is None or (order["state"] != "waiting" and not (order["text"] == EXPIRED and what["ok"])):
+            return  # but what the server took just in time, and did slowly, is done all the same
         order.update(state="done", ok=what["ok"], text=what["text"])
         if order["kind"] not in LOOKS:
-            outcome = f"{'done' if what['ok'] else 'failed'}: {what['text']}"
+            outcome = EXPIRED if what["text"] == EXPIRED else f"{'done' if what['ok'] else 'failed'}: {what['text']}"
             self._audit.note(order["operator"], order["address"], order["kind"], {"order": order["order"]}, outcome)
 
 

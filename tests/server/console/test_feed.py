@@ -21,7 +21,7 @@ from fedprune_server.console.feed_words import Beat, ToConsole, line, parse_news
 from fedprune_server.console.guard import Guard, LoneGuard
 from fedprune_server.console.lookout import Lookout
 from fedprune_server.console.model import Model
-from fedprune_server.console.order_words import Order
+from fedprune_server.console.order_words import EXPIRED, Order
 from fedprune_server.console.setup import desks_of
 from fedprune_server.console.surroundings import Members
 from fedprune_server.terminal.log_lines import about
@@ -258,6 +258,18 @@ def test_orders_that_make_no_sense_are_answered(tmp_path: Path) -> None:
     other.order(2, "coverage", job=JOB.name)
     flush(look, fleet.air)
     assert [other.model.answer(n)["ok"] for n in (1, 2)] == [False, True]  # type: ignore[index]
+
+
+def test_an_order_that_comes_too_late_is_not_carried_out(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    daemon = fleet.daemon()
+    feed, child = watched(daemon, fleet.air)
+    child.order(1, "pause", job=JOB.name, until=fleet.air.now + 0.5)
+    child.order(2, "coverage", job=JOB.name, until=fleet.air.now + 1.5)
+    flush(feed, fleet.air)
+    answers = [child.model.answer(n) for n in (1, 2)]
+    assert [a and (a["ok"], a["text"]) for a in answers] == [(False, EXPIRED), (True, "coverage")]
+    assert not daemon.state.paused
 
 
 def test_details_coverage_and_quarantine(tmp_path: Path) -> None:

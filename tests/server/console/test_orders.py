@@ -11,7 +11,7 @@ import pytest
 from console_browser import trial
 from fedprune_server.console.feed_words import Site
 from fedprune_server.console.order_desk import OrderDesk
-from fedprune_server.console.order_words import Answer
+from fedprune_server.console.order_words import EXPIRED, EXPIRES_S, Answer
 from fedprune_server.console.roles import NEEDED, ROLES
 from fedprune_server.console.row_checks import ORDER_KINDS
 from fedprune_server.console.sessions import Session
@@ -117,6 +117,32 @@ def test_what_came_of_an_order_is_told_and_noted(tmp_path: Path) -> None:
     assert rows == [
         ("operator", "192.0.2.8", "pause", "done: job trial is paused"), ("operator", "192.0.2.8", "pause", "ordered"),
     ]  # fmt: skip
+
+
+def test_an_order_that_the_server_does_not_take_expires(tmp_path: Path) -> None:
+    now = [1e9]
+    here = trial(tmp_path, clock=lambda: now[0])
+    browser = here.browser("operator", address="192.0.2.8")
+    numbers = [browser.order(order=kind, job="trial").json["order"] for kind in ("pause", "resume", "coverage")]
+    events: list[tuple[str, Any]] = []
+    here.model.listen(lambda *event: events.append(event))
+    assert {o.until for o in here.orders} == {1e9 + EXPIRES_S}
+    now[0] += EXPIRES_S
+    here.console.orders.expire()
+    assert events == [], "an answer may be on its way"
+    now[0] += 60
+    here.console.orders.expire()
+    here.console.orders.expire()
+    assert [kind for kind, _ in events] == ["answer"] * 3
+    assert here.model.silent_s > EXPIRES_S, "the server has said nothing by that"
+    here.model.hear(Answer(numbers[0], True, "job trial is paused"))  # was taken in time, and took long
+    here.model.hear(Answer(numbers[1], False, EXPIRED))
+    desk = here.console.orders
+    found = [(o["state"], o["ok"], o["text"]) for n in numbers if (o := desk.get(n)) is not None]
+    assert found == [("done", True, "job trial is paused"), ("done", False, EXPIRED), ("done", False, EXPIRED)]
+    told = [(r["action"], r["outcome"]) for r in here.console.audit.page().items[:5]]
+    assert told == [("pause", "done: job trial is paused"), ("resume", EXPIRED), ("pause", EXPIRED),
+                    ("resume", "ordered"), ("pause", "ordered")]  # fmt: skip
 
 
 def test_orders_are_rationed(tmp_path: Path) -> None:
