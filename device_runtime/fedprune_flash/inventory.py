@@ -20,7 +20,8 @@ from typing import Any
 from fedprune import profile_store
 from fedprune.errors import ConfigError, ProfileError, ProtocolError, shown
 from fedprune.setting_checks import only, whole
-from fedprune.toml_file import read_toml
+from fedprune.toml_file import read_toml_text
+from fedprune.toml_places import key_places
 from fedprune.wire.topics import check_device
 from fedprune_flash.board_file import BoardFile
 
@@ -30,6 +31,8 @@ _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9])?|[0-9A-Fa-
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9._-]{0,31}")
 _FILE = re.compile(r"[^-\x00-\x1f\x7f\"%][^\x00-\x1f\x7f\"%]{0,300}")
 _ROOT = re.compile(r"/|(/[A-Za-z0-9_.+-]{1,100}){1,20}")
+_SETTING = re.compile(r"(?:port of )?(\w*)")
+"""What an error of a row begins with: the key, in most cases."""
 _OWN = ("device", "host")
 """What no two boards share, so that it has no default."""
 
@@ -122,24 +125,56 @@ def read_inventory(path: Path) -> tuple[BoardRow, ...]:
     """The boards of an inventory; paths in it count from its folder.
 
     Raises:
-        ConfigError: It can't be read, has a value that is none, or two boards of one name or at one address.
+        ConfigError: It can't be read, has a value that is none, or two boards of one name or at one address; the
+            message says file, line and column.
     """
-    body = read_toml(path, ConfigError)
-    only(("defaults", "board"), body, str(path), "table")
+    body, text = read_toml_text(path, ConfigError)
+    places = _Places(path, text)
+    places.only(("defaults", "board"), body, (), "", "table")
     names = tuple(f.name for f in fields(BoardRow))
-    defaults = _table(body.get("defaults", {}), f"{path}: defaults")
-    only((n for n in names if n not in _OWN), defaults, f"{path}: defaults")
+    defaults = _table(body.get("defaults", {}), f"{places.at('defaults')}: defaults")
+    places.only(tuple(n for n in names if n not in _OWN), defaults, ("defaults",), "defaults")
     rows = body.get("board", [])
     if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_BOARDS:
-        raise ConfigError(f"{path}", expected=f"1 to {MAX_BOARDS} tables [[board]]", got=shown(rows))
-    boards = tuple(_board({**defaults, **_table(row, f"{path}: board")}, names, path) for row in rows)
-    for what, key in (("device", lambda b: b.device), ("address", lambda b: f"{b.host}:{b.port or 22}")):
+        raise ConfigError(places.at("board"), expected=f"1 to {MAX_BOARDS} tables [[board]]", got=shown(rows))
+    boards = tuple(_board(row, defaults, names, places, i) for i, row in enumerate(rows))
+    for what, named, key in (
+        ("device", "device", lambda b: b.device),
+        ("address", "host", lambda b: f"{b.host}:{b.port or 22}"),
+    ):
         seen: set[str] = set()
-        for board in boards:
+        for i, board in enumerate(boards):
             if key(board) in seen:
-                raise ConfigError(f"{path}: two boards with the {what} {shown(key(board))}")
+                place = places.at("board", i, named)
+                raise ConfigError(f"{place}: two boards with the {what} {shown(key(board))}")
             seen.add(key(board))
     return boards
+
+
+class _Places:
+    """Where tables and keys of an inventory stand."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path = path
+        self._found = key_places(text)
+
+    def at(self, *keys: str | int) -> str:
+        """File, line and column of a key, or of the table that would have it."""
+        while keys and keys not in self._found:
+            keys = keys[:-1]
+        return ":".join(map(str, (self.path, *self._found[keys]))) if keys else str(self.path)
+
+    def only(
+        self,
+        allowed: tuple[str, ...],
+        body: Mapping[str, Any],
+        table: tuple[str | int, ...],
+        who: str,
+        noun: str = "key",
+    ) -> None:
+        """Make sure that a table has no other keys, as `setting_checks.only` does."""
+        other = next((k for k in body if k not in allowed), "")
+        only(allowed, body, f"{self.at(*table, other)}{who and ': '}{who}", noun)
 
 
 def _table(value: object, where: str) -> Mapping[str, Any]:
@@ -148,13 +183,21 @@ def _table(value: object, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _board(body: Mapping[str, Any], names: tuple[str, ...], path: Path) -> BoardRow:
-    only(names, body, f"{path}: board {shown(body.get('device', ''))}")
+def _board(row: object, defaults: Mapping[str, Any], names: tuple[str, ...], places: _Places, number: int) -> BoardRow:
+    own = _table(row, f"{places.at('board', number)}: board")
+    made = {**defaults, **own}
+    who = f"board {shown(made.get('device', ''))}"
+    places.only(names, own, ("board", number), who)
     for name in (*_OWN, "board"):
-        if name not in body:
-            raise ConfigError(f"{path}: board {shown(body.get('device', ''))} has no {name}")
-    made = dict(body)
+        if name not in made:
+            raise ConfigError(f"{places.at('board', number)}: {who} has no {name}")
     for name in ("key", "known_hosts"):
         if isinstance(made.get(name), str) and made[name]:
-            made[name] = str(path.parent / Path(made[name]).expanduser())
-    return BoardRow(**made)
+            made[name] = str(places.path.parent / Path(made[name]).expanduser())
+    try:
+        return BoardRow(**made)
+    except ConfigError as error:
+        named = _SETTING.match(error.what.removeprefix(f"{who}: "))
+        key = "" if named is None else named[1]
+        place = places.at("defaults", key) if key in defaults and key not in own else places.at("board", number, key)
+        raise ConfigError(f"{place}: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error

@@ -153,6 +153,40 @@ def test_a_file_that_is_no_inventory_is_one_line(
     assert error.count("\n") == 1
 
 
+HEAD = "[defaults]\nboard = 'raspberry-pi-5'\n{defaults}\n\n[[board]]\ndevice = 'attic'\nhost = 'a'\n\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "defaults", "said"),
+    [
+        ("[[board]]\n# one\ndevice = 'b'\n  host = 'a b'", "", "12:3: board 'b': host: expected a host's name"),
+        ("[[board]]\ndevice = 'all'\nhost = 'b'", "", "10:1: board 'all': device: expected"),
+        ("[[board]]\ndevice = 'b'\nhost = 'b'\nport = 0", "", "12:1: board 'b': port: expected"),
+        ("[[board]]\ndevice = 'b'\nhost = 'b'\nboard = 'x'", "", "12:1: board 'b': board: "),
+        ("[[board]]\ndevice = 'b'\nhost = 'b'\nserver = 'mqtts://a:b@h'", "", "12:1: board 'b': server"),
+        ("[[board]]\ndevice = 'b'\nhost = 'b'\nport = 1\nserver = 'mqtts://h:0'", "", "13:1: board 'b': port of"),
+        ("[[board]]\ndevice = 'b'\nhost = 'b'\nserver = 'mqtt://h'", "", "9:3: board 'b': a broker without TLS"),
+        ("[[board]]\ndevice = 'b'\nhost = 'b'\njoin = 'h'", "", "12:1: board 'b': join"),
+        ("[[board]]\ndevice = 'b'\nhost = 'b'\nsite = 'a b'", "", "12:1: board 'b': site"),
+        ("[[board]]\ndevice = 'b'\nhost = 'b'\ndata = '/a/../b'", "", "12:1: board 'b': data"),
+        ("[[board]]\ndevice = 'b'\nhost = 'b'\nkey = 'none'", "", "12:1: board 'b': key: there is no file"),
+        ("[[board]]\ndevice = 'b'\nhots = 'b'", "", "11:1: board 'b': unknown key 'hots' (did you mean 'host'?)"),
+        ("[[board]]\nhost = 'b'", "", "9:3: board '' has no device"),
+        ("[[board]]\nhost = 'b'\ndevice = 'attic'", "", "11:1: two boards with the device 'attic'"),
+        ("[[board]]\nhost = 'a'\ndevice = 'b'", "", "10:1: two boards with the address 'a:22'"),
+        ("", "user = '-l'", "3:1: board 'attic': user: expected a user's name"),
+        ("", "hots = 'x'", "3:1: defaults: unknown key 'hots'"),
+        ("[bords]", "", "9:2: unknown table 'bords'"),
+    ],
+)
+def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, row: str, defaults: str, said: str) -> None:
+    path = tmp_path / "boards.toml"
+    path.write_text(HEAD.format(defaults=defaults) + row)
+    with pytest.raises(ConfigError) as caught:
+        read_inventory(path)
+    assert str(caught.value).startswith(f"{path}:{said}")
+
+
 def test_what_a_board_is_told_is_the_kits_unless_it_says_otherwise() -> None:
     kit = BoardFile("mqtts://one", "any", "lab", "/srv/x.npz", join="mqtts://one:9")
     assert BoardRow(**GOOD).told(kit) == BoardFile("mqtts://one", "attic", "lab", "/srv/x.npz", join="mqtts://one:9")

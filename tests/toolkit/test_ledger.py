@@ -153,6 +153,14 @@ def test_sums_of_too_few_are_shown_to_nobody_where_that_would_overdraw_the_budge
         assert [h["model"] for h in fleet.state.history] == [f"m{r + 1}" for r in range(rounds)]
         assert (fleet.state.model, fleet.state.round) == (f"m{rounds}", rounds)
         assert fleet.releases == {n: {"2.0": rounds} for n in toy.NAMES}
+        kept = fleet.state.to_json()
+        for settings in (job, replace(job, rounds=20)):  # nobody trains for nothing after a restart
+            again = coordinate(settings, toy.ARCHITECTURE, State.from_json(kept))
+            assert again.resume(fleet.now) == [do.Finish(f"m{rounds}")]
+            assert again.state.phase is Phase.FINISHED
+        more = coordinate(replace(job, privacy=replace(SHARED, epsilon_budget=9.0)), toy.ARCHITECTURE, again.state)
+        more.resume(fleet.now)
+        assert more.state.phase is Phase.WAITING
 
 
 @pytest.mark.parametrize("privacy", [LOCAL, SHARED])

@@ -22,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fedprune.errors import FedpruneError, ProtocolError
 from fedprune_server.children import begin_helper, replies_to_parent
 from fedprune_server.console.app import make_app
-from fedprune_server.console.context import make_console
+from fedprune_server.console.context import Console, make_console
 from fedprune_server.console.database import ConsoleDatabase
 from fedprune_server.console.feed_words import Begin, Listening, ToServer, line, read_news
 from fedprune_server.console.gate import Surroundings
@@ -33,6 +33,9 @@ CONNECTIONS = 400
 
 PATIENCE_S = 20.0
 """So long a browser may take to say what it wants."""
+
+EXPIRE_S = 5.0
+"""So often it looks for orders that the server hasn't taken in time."""
 
 _HEADER_BYTES = 32 * 1024
 
@@ -100,11 +103,12 @@ def serve(begin: Begin, stream: BinaryIO, replies: BinaryIO) -> None:
     model = Model(begin.orders)
     around = Surroundings(begin.certificate is not None, begin.proxied, begin.hosts)
     with ConsoleDatabase(Path(begin.database)) as database:
-        app = make_app(make_console(model, database, say, around))
+        console = make_console(model, database, say, around)
+        app = make_app(console)
         listening = listening_socket(begin.address, begin.port)
         host = f"[{begin.address}]" if ":" in begin.address else begin.address
         url = f"http{'s' if around.tls else ''}://{host}:{listening.getsockname()[1]}/"
-        asyncio.run(_serve(_server(begin, app), listening, model, stream, lambda: say(Listening(url))))
+        asyncio.run(_serve(_server(begin, app), listening, console, stream, lambda: say(Listening(url))))
 
 
 def _server(begin: Begin, app: ASGIApp) -> uvicorn.Server:
@@ -130,7 +134,7 @@ def _server(begin: Begin, app: ASGIApp) -> uvicorn.Server:
 
 
 async def _serve(
-    server: uvicorn.Server, listening: socket.socket, model: Model, stream: BinaryIO, ready: Callable[[], None]
+    server: uvicorn.Server, listening: socket.socket, console: Console, stream: BinaryIO, ready: Callable[[], None]
 ) -> None:
     loop = asyncio.get_running_loop()
 
@@ -139,14 +143,19 @@ async def _serve(
         code = 0
         try:
             while (word := read_news(stream)) is not None:
-                loop.call_soon_threadsafe(model.hear, word)
+                loop.call_soon_threadsafe(console.model.hear, word)
         except ProtocolError as error:
             print(f"the console ends: the server says what makes no sense: {error}", file=sys.stderr, flush=True)
             code = int(error.exit_code)
         finally:
             os._exit(code)
 
+    def expire() -> None:
+        loop.call_later(EXPIRE_S, expire)
+        console.orders.expire()
+
     threading.Thread(target=listen, daemon=True).start()
+    loop.call_later(EXPIRE_S, expire)
     ready()
     await server.serve(sockets=[listening])
 

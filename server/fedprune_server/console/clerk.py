@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from fedprune.release import MANIFEST, Release
 from fedprune.wire.fields import one_line
 from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune.wire.topics import check_name
-from fedprune_server.console.order_words import Answer, Order
+from fedprune_server.console.order_words import EXPIRED, Answer, Order
 from fedprune_server.identity.admission import approve, deny, revoke
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.rollouts.back import back
@@ -42,10 +44,12 @@ class Clerk:
     Args:
         state: The server's state folder.
         releases: A folder whose subfolders are releases that may be rolled out; None for no folder.
+        clock: Seconds since 1970.
     """
 
-    def __init__(self, state: Path, releases: Path | None) -> None:
+    def __init__(self, state: Path, releases: Path | None, clock: Callable[[], float] = time.time) -> None:
         self._state = state
+        self._clock = clock
         self._releases = releases
         self._orders: queue.Queue[Order | None] = queue.Queue(MOST)
         self._answers: queue.Queue[Answer] = queue.Queue()
@@ -144,6 +148,8 @@ class Clerk:
             self._answers.put(Answer(order.number, done, one_line(text, 1500)))
 
     def _outcome(self, order: Order) -> tuple[bool, str]:
+        if order.expired(self._clock()):  # behind others that took their time
+            return False, EXPIRED
         try:
             return True, self.carry_out(order)
         except FedpruneError as error:

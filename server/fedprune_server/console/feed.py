@@ -21,12 +21,12 @@ from fedprune_server.console.clerk import KINDS, Clerk
 from fedprune_server.console.details import coverage_news, details
 from fedprune_server.console.device_words import Devices
 from fedprune_server.console.feed_words import Beat, JobNews, Rollouts, RoundNews, Site, ToConsole
-from fedprune_server.console.guard import SWEEP_S, Guard
+from fedprune_server.console.guard import Guard
 from fedprune_server.console.log_tap import LogTap
-from fedprune_server.console.order_words import Answer, Order
+from fedprune_server.console.lookout import SWEEP_S, Lookout
+from fedprune_server.console.order_words import EXPIRED, Answer, Order
 from fedprune_server.console.process import Child
 from fedprune_server.console.roles import LOOKS
-from fedprune_server.console.surroundings import Members, ReleaseWatch
 from fedprune_server.observation.onlooker import Onlooker
 from fedprune_server.observation.view import JobView
 
@@ -55,8 +55,7 @@ class Feed(Onlooker):
         site: The server as a whole, but for `connected`, as `feed_words.Site` has it.
         child: The console's process; see `ConsoleProcess`.
         clerk: Carries out orders that concern who is let in, and releases; None for a server without an identity.
-        members: Who is let in; None for everybody.
-        releases: What becomes of releases; None where none are given out.
+        lookout: Looks at who is let in, and at releases; None for one that has nothing to look at.
         boards: What boards tell of their logs; None where nobody keeps that.
         allowed: Which orders are taken: `none`, `look` or `all`.
         lent: Which job has which device, of several jobs.
@@ -73,8 +72,7 @@ class Feed(Onlooker):
         child: Child,
         *,
         clerk: Clerk | None = None,
-        members: Members | None = None,
-        releases: ReleaseWatch | None = None,
+        lookout: Lookout | None = None,
         boards: BoardTold | None = None,
         allowed: str = "all",
         lent: Callable[[str], str | None] = lambda device: None,
@@ -85,12 +83,14 @@ class Feed(Onlooker):
     ) -> None:
         self._views = {v.job.name: v for v in views}
         self._site, self._child, self._clerk = dict(site), child, clerk
-        self._members, self._releases, self._boards, self._allowed = members, releases, boards, allowed
+        self._lookout = Lookout() if lookout is None else lookout
+        self._members, self._releases = self._lookout.members, self._lookout.releases
+        self._boards, self._allowed = boards, allowed
         self._lent, self._here = lent, here
         self._clock, self._monotonic = clock, monotonic
         self.tap = LogTap()
         self._alerts = AlertBook() if alerts is None else alerts
-        self._guard = Guard(self._alerts, views[0], members, releases)
+        self._guard = Guard(self._alerts, views[0])
         self._next_at = self._beat_at = self._sweep_at = self._complain_at = 0.0
         self._of: dict[str, str] = {}
         self._seen: dict[str, tuple[int, float]] = {}
@@ -98,10 +98,12 @@ class Feed(Onlooker):
         self._told: dict[str, int] = {}
         self._jobs: dict[str, JobNews] = {}
         self._connected: bool | None = None
+        self._looked = self._whole = False
         self._news: list[ToConsole] = []
         self._later: list[Answer] = []
         self._before: dict[str, tuple[float | None, tuple[int, int]]] = {}
         self._rollouts: Rollouts | None = None
+        self._under_way: tuple[dict[str, Any], ...] = ()
         self._covered: dict[str, float] = {}
         for name, view in self._views.items():
             history = view.state.history
@@ -164,7 +166,8 @@ class Feed(Onlooker):
             return
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_S
-            self._sweep()
+            self.noticed(self._guard.look(self._clock()))
+        self._look()
         self._tell(now)
 
     def close(self) -> None:
@@ -178,6 +181,7 @@ class Feed(Onlooker):
     def _begin(self) -> None:
         """A console that has just started knows nothing."""
         self._told, self._jobs, self._covered, self._connected, self._rollouts = {}, {}, {}, None, None
+        self._whole = False
         answers = [w for w in self._news if isinstance(w, Answer)]
         self._news = [self._site_news(), *answers, *self._alerts.standing]
         self._alerts.news()
@@ -191,8 +195,6 @@ class Feed(Onlooker):
             self.noticed(view.roster.names)
         if self._members is not None:
             self.noticed(self._members.names)
-        if self._releases is not None:
-            self._releases.forget()
         if self._boards is not None:
             self._news += self._boards.latest()
 
@@ -213,7 +215,7 @@ class Feed(Onlooker):
             *(self._boards.take(_LINES) if self._boards else ()),
         ]
         if not self._news and not self._pending and now >= self._beat_at:
-            self._news.append(Beat(self._clock()))
+            self._news.append(Beat(self._clock(), self._whole))
         if self._news:
             self._beat_at = now + BEAT_S
         told, self._news = self._news, []
@@ -225,6 +227,9 @@ class Feed(Onlooker):
             self._tell_devices()
             if self._monotonic() >= until:
                 break
+        if self._looked and not self._pending and not self._whole:  # said once, however busy the fleet is
+            self._whole = True
+            self._say(Beat(self._clock()))
 
     def _tell_devices(self) -> None:
         """The next few devices that have changed."""
@@ -241,7 +246,19 @@ class Feed(Onlooker):
                 self._told[name] = mark
                 found.append(row)
         if found or gone:
-            self._say(Devices(tuple(found), tuple(gone)))
+            self._say_devices(found, gone)
+
+    def _say_devices(self, found: list[dict[str, Any]], gone: list[str]) -> None:
+        """Rows in as many lines as it takes: boards' own words are in them. A wrong one costs itself alone."""
+        try:
+            self._child.tell(Devices(tuple(found), tuple(gone)))
+        except ProtocolError as error:
+            if len(found) + bool(gone) < 2:
+                self._complain(self._monotonic(), str(error))
+                return
+            half = max(1, len(found) // 2)
+            self._say_devices(found[:half], [])
+            self._say_devices(found[half:], gone)
 
     def _row(self, name: str) -> dict[str, Any] | None:
         member = ("member", None) if self._members is None else self._members.status(name)
@@ -298,17 +315,20 @@ class Feed(Onlooker):
             parameters=view.roster.whole,
         )
 
-    def _sweep(self) -> None:
-        """Look at what nobody tells of: a few rows each, never the fleet."""
-        changed, rollouts = self._guard.look(self._clock())
-        self.noticed(changed)
-        if self._releases is not None:
-            releases = () if self._clerk is None else self._clerk.names()
-            self.noticed(self._releases.moved())
-            if rollouts is not None or self._rollouts is None or self._rollouts.releases != releases:
-                told = self._rollouts.rows if rollouts is None and self._rollouts else rollouts or ()
-                self._rollouts = Rollouts(tuple(told), releases)
-                self._news.append(self._rollouts)
+    def _look(self) -> None:
+        """Hear what was found beside the jobs."""
+        seen = self._lookout.seen()
+        if seen is None:
+            return
+        self._looked = True
+        self._guard.told(seen, self._clock())
+        self.noticed(seen.changed)
+        if seen.rollouts is not None:
+            self._under_way = seen.rollouts
+        told = Rollouts(self._under_way, seen.releases)
+        if self._releases is not None and told != self._rollouts:
+            self._rollouts = told
+            self._news.append(told)
 
     def _say(self, word: ToConsole) -> None:
         try:
@@ -326,6 +346,8 @@ class Feed(Onlooker):
     def _take(self, order: Order) -> None:
         """Carry an order out, or say why not; nothing that it says is believed but its form."""
         try:
+            if order.expired(self._clock()):
+                raise ProtocolError(EXPIRED)
             if self._allowed == "none" or (self._allowed == "look" and order.order not in LOOKS):
                 raise ProtocolError("this server takes no such orders from its console")
             if order.order in KINDS:

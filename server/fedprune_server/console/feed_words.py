@@ -193,12 +193,13 @@ class Rollouts(CheckedMessage):
 
 @dataclass(frozen=True)
 class Beat(CheckedMessage):
-    """The server lives, and says nothing else."""
+    """The server lives, and has nothing left to tell. `whole`: the console has heard of all devices."""
 
     at: float
+    whole: bool = True
 
     kind: ClassVar[str] = "beat"
-    checks: ClassVar[Mapping[str, Check]] = {"at": TIME}
+    checks: ClassVar[Mapping[str, Check]] = {"at": TIME, "whole": truth}
 
 
 @dataclass(frozen=True)

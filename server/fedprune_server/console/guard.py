@@ -9,13 +9,12 @@ from typing import Any
 
 from fedprune.errors import FedpruneError, reason
 from fedprune_server.console.alerts import AlertBook
-from fedprune_server.console.surroundings import Members, ReleaseWatch
+from fedprune_server.console.lookout import SWEEP_S, Lookout, Seen
 from fedprune_server.observation.onlooker import Onlooker
 from fedprune_server.observation.view import JobView
 
 log = logging.getLogger("fedprune.server")
 
-SWEEP_S = 2.0
 _COMPLAIN_S = 60.0
 
 
@@ -25,41 +24,39 @@ class Guard:
     Args:
         book: The alerts.
         view: The first job, whose quarantine and connection are those of all.
-        members: Who is let in; None for everybody.
-        releases: What becomes of releases; None where none are given out.
     """
 
-    def __init__(self, book: AlertBook, view: JobView, members: Members | None, releases: ReleaseWatch | None) -> None:
+    def __init__(self, book: AlertBook, view: JobView) -> None:
         self._book, self._view = book, view
-        self._members, self._releases = members, releases
 
-    def look(self, now: float) -> tuple[set[str], tuple[dict[str, Any], ...] | None]:
+    def look(self, now: float) -> set[str]:
         """Look at what nobody tells of: a few rows each, never the fleet.
 
         Args:
             now: Seconds since 1970.
 
         Returns:
-            Devices of which something has changed, and rollouts where those have.
-
-        Raises:
-            StorageError: The disk fails.
+            Devices of which something has changed.
         """
         changed = self._quarantine(now)
         if self._view.connected():
             self._book.over("broker", now)
         else:
             self._book.raised("broker", "there is no connection to the broker", now)
-        if self._members is not None:
-            moved, waiting = self._members.look()
-            changed |= moved
-            for name in waiting:
-                self._book.raised("waiting", f"{name} waits to be let in", now, device=name)
-            self._book.only("waiting", waiting, now)
-        rollouts = None if self._releases is None else self._releases.look()
-        for row in (rollouts or ())[:1]:
+        return changed
+
+    def told(self, seen: Seen, now: float) -> None:
+        """Write down what was found beside jobs.
+
+        Args:
+            seen: That.
+            now: Seconds since 1970.
+        """
+        for name in seen.waiting:
+            self._book.raised("waiting", f"{name} waits to be let in", now, device=name)
+        self._book.only("waiting", seen.waiting, now)
+        for row in (seen.rollouts or ())[:1]:
             self._rollout(row, now)
-        return changed, rollouts
 
     def _quarantine(self, now: float) -> set[str]:
         held = self._view.quarantine.all_held()
@@ -83,15 +80,20 @@ class LoneGuard(Onlooker):
     """Looks on for a server without a console, so that its figures have alerts all the same.
 
     Args:
-        guard: Who looks.
+        guard: Who looks at the job.
+        lookout: Who looks beside it.
         clock: Seconds since 1970.
         monotonic: Seconds of a clock that nobody sets.
     """
 
     def __init__(
-        self, guard: Guard, clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic
+        self,
+        guard: Guard,
+        lookout: Lookout,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._guard = guard
+        self._guard, self._lookout = guard, lookout
         self._clock, self._monotonic = clock, monotonic
         self._next_at = self._complain_at = 0.0
 
@@ -103,6 +105,8 @@ class LoneGuard(Onlooker):
         self._next_at = now + SWEEP_S
         try:
             self._guard.look(self._clock())
+            if (found := self._lookout.seen()) is not None:
+                self._guard.told(found, self._clock())
         except (FedpruneError, OSError) as error:
             if now >= self._complain_at:
                 self._complain_at = now + _COMPLAIN_S

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ class Model:
 
     Attributes:
         site: The server, as JSON; None before it said anything.
+        whole: Whether it has told of all devices that it knew when it began to tell.
         rollouts: All rollouts that it told of, the latest first.
         releases: Names of releases that an order may begin.
     """
@@ -75,6 +76,7 @@ class Model:
     def _begin(self) -> None:
         """Forget everything: another server has started, or the same one anew."""
         self.site: Row | None = None
+        self.whole = False
         self.rollouts: list[Row] = []
         self.releases: list[str] = []
         self._jobs: dict[str, Known] = {}
@@ -100,8 +102,10 @@ class Model:
         """Take in what the server says."""
         self._heard_at = self._clock()
         match word:
-            case Beat() | Begin():
+            case Begin():
                 return
+            case Beat():
+                self.whole = self.whole or (word.whole and self.site is not None)
             case Site():
                 if self.site is None or self.site["started_at"] != word.started_at:
                     self._begin()
@@ -144,9 +148,13 @@ class Model:
                 _trim(self._told, KEPT_DETAILS)
                 self._tell("device", {"name": word.name})
             case Answer():
-                row = self._answers[word.order] = _row(word)
-                _trim(self._answers, KEPT_ANSWERS)
-                self._tell("answer", row)
+                self.answered(word)
+
+    def answered(self, word: Answer) -> None:
+        """Take in what came of an order, whoever says it."""
+        row = self._answers[word.order] = _row(word)
+        _trim(self._answers, KEPT_ANSWERS)
+        self._tell("answer", row)
 
     # What there is to see.
 
@@ -163,8 +171,18 @@ class Model:
     @property
     def jobs(self) -> list[Row]:
         """All jobs as they stand, in the server's order."""
-        order = list((self.site or {}).get("jobs", ())) + sorted(self._jobs)
+        order = self.job_names + sorted(self._jobs)
         return [row for name in dict.fromkeys(order) if (row := self._jobs.get(name, Known()).job) is not None]
+
+    @property
+    def job_names(self) -> list[str]:
+        """Names of all jobs that the server has, told of or not."""
+        return list((self.site or {}).get("jobs", ()))
+
+    @property
+    def device_names(self) -> Collection[str]:
+        """Names of all devices that it told of."""
+        return self._devices.keys()
 
     def job(self, name: str) -> Row | None:
         """A job as it stands."""

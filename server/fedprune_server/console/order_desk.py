@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from fedprune.errors import ProtocolError
+from fedprune.errors import ProtocolError, meant
 from fedprune_server.console.audit import Audit
 from fedprune_server.console.feed_words import MAX_ORDER, line
 from fedprune_server.console.model import Model
-from fedprune_server.console.order_words import Order
+from fedprune_server.console.order_words import EXPIRED, EXPIRES_S, Answer, Order
 from fedprune_server.console.roles import LOOKS, NEEDED, may
 from fedprune_server.console.row_checks import ORDER_KINDS
 from fedprune_server.console.sessions import Session
@@ -21,6 +21,15 @@ PER_MINUTE = 60
 KEPT = 500
 
 _FIELDS = ("job", "device", "key", "release", "groups", "devices", "reason")
+_NEWCOMERS = frozenset({"approve", "deny"})
+"""Orders about boards that may have asked to be let in a moment ago."""
+
+_GRACE_S = 30.0
+"""So long after an order has expired an answer may still be on its way."""
+
+_NAMED = 8
+"""Names that a refusal lists."""
+
 _NEEDS = {
     "pause": ("job",),
     "resume": ("job",),
@@ -96,11 +105,13 @@ class OrderDesk:
         if missing := [n for n in _NEEDS.get(kind, ()) if n not in given]:
             raise RefusedError(422, f"{kind} needs {' and '.join(missing)}")
         try:
-            order = Order(number=self._number + 1, operator=session.operator.name, order=kind, **given)
+            until = self._clock() + EXPIRES_S
+            order = Order(number=self._number + 1, operator=session.operator.name, order=kind, until=until, **given)
         except (ProtocolError, TypeError) as error:
             raise RefusedError(422, str(error)) from error
         if len(line(order)) > MAX_ORDER:
             raise RefusedError(422, f"an order has at most {MAX_ORDER} bytes")
+        self._find(order)
         self._number = order.number
         if kind not in LOOKS:
             self._audit.note(session.operator.name, address, kind, {"order": order.number, **given}, "ordered")
@@ -121,6 +132,13 @@ class OrderDesk:
         """All orders that are remembered, the latest first."""
         return list(reversed(self._orders.values()))
 
+    def expire(self) -> None:
+        """Answer what the server hasn't taken in time: it won't carry that out, though it wakes up later."""
+        late = self._clock() - EXPIRES_S - _GRACE_S
+        for number, order in list(self._orders.items()):
+            if order["state"] == "waiting" and order["at"] < late:
+                self._model.answered(Answer(number, False, EXPIRED))
+
     def _check(self, session: Session, address: str, kind: str) -> None:
         if self._model.orders == "none" or (self._model.orders == "look" and kind not in LOOKS):
             raise RefusedError(403, "this server takes no such orders from the console ([server] console_orders)")
@@ -129,6 +147,18 @@ class OrderDesk:
             raise RefusedError(403, f"{kind} needs the role {NEEDED[kind]}, yours is {session.operator.role}")
         if not self._model.ready:
             raise RefusedError(503, "the server says nothing just now")
+
+    def _find(self, order: Order) -> None:
+        """Refuse an order about what isn't there. What the console may not have heard of yet the server looks up."""
+        known: Collection[str] = self._model.job_names
+        if order.job is not None and order.job not in known:
+            raise RefusedError(404, f"no job {order.job}: {_there_are(known)}")
+        if not self._model.whole or order.order in _NEWCOMERS:
+            return
+        known = self._model.device_names
+        for name in (*(() if order.device is None else (order.device,)), *order.devices):
+            if name not in known:
+                raise RefusedError(404, f"no device {name}{meant(name, known)}: {_there_are(known)}")
 
     def _limit(self, operator: str) -> None:
         now = self._clock()
@@ -143,9 +173,15 @@ class OrderDesk:
 
     def _heard(self, kind: str, what: Any) -> None:
         order = self._orders.get(what["order"]) if kind == "answer" else None
-        if order is None or order["state"] != "waiting":
-            return
+        if order is None or (order["state"] != "waiting" and not (order["text"] == EXPIRED and what["ok"])):
+            return  # but what the server took just in time, and did slowly, is done all the same
         order.update(state="done", ok=what["ok"], text=what["text"])
         if order["kind"] not in LOOKS:
-            outcome = f"{'done' if what['ok'] else 'failed'}: {what['text']}"
+            outcome = EXPIRED if what["text"] == EXPIRED else f"{'done' if what['ok'] else 'failed'}: {what['text']}"
             self._audit.note(order["operator"], order["address"], order["kind"], {"order": order["order"]}, outcome)
+
+
+def _there_are(names: Collection[str]) -> str:
+    """What there is, the first few of many by name."""
+    shown, more = ", ".join(sorted(names)[:_NAMED]), len(names) - _NAMED
+    return f"there {'is' if len(names) == 1 else 'are'} {shown or 'none'}" + (f" and {more} more" if more > 0 else "")

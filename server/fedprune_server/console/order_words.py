@@ -9,7 +9,12 @@ from typing import ClassVar
 from fedprune.wire import fields as check
 from fedprune.wire.checked_message import CheckedMessage
 from fedprune.wire.fields import Check
-from fedprune_server.console.row_checks import COUNT, ORDER_KINDS, TEXT, list_of, truth
+from fedprune_server.console.row_checks import COUNT, ORDER_KINDS, TEXT, TIME, list_of, truth
+
+EXPIRES_S = 600.0
+"""So long an order waits for the server."""
+
+EXPIRED = f"expired: the server did not take it within {EXPIRES_S / 60:.0f} minutes, and does not carry it out"
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Order(CheckedMessage):
         groups: Shares of the boards for each stage of a rollout; empty for the careful ones.
         devices: The boards of a rollout; empty for all that are in.
         reason: Why, for the record.
+        until: When it expires, in seconds since 1970: it is not carried out later. None for never.
     """
 
     number: int
@@ -39,6 +45,7 @@ class Order(CheckedMessage):
     groups: tuple[float, ...] = ()
     devices: tuple[str, ...] = ()
     reason: str = ""
+    until: float | None = None
 
     kind: ClassVar[str] = "order"
     checks: ClassVar[Mapping[str, Check]] = {
@@ -52,7 +59,12 @@ class Order(CheckedMessage):
         "groups": list_of(check.number(0.0, 1.0), 20),
         "devices": list_of(check.device, 100),
         "reason": check.text(500),
+        "until": check.optional(TIME),
     }
+
+    def expired(self, now: float) -> bool:
+        """Whether it is too late to carry it out."""
+        return self.until is not None and now > self.until
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
 from typing import Any, Protocol
 
 from cryptography.x509 import load_pem_x509_certificate
@@ -23,6 +24,7 @@ from fedprune_server.console.database import FILE, ConsoleDatabase
 from fedprune_server.console.feed import Feed
 from fedprune_server.console.feed_words import Begin
 from fedprune_server.console.guard import Guard, LoneGuard
+from fedprune_server.console.lookout import Lookout
 from fedprune_server.console.process import ConsoleProcess
 from fedprune_server.console.surroundings import Members, ReleaseWatch
 from fedprune_server.fleet.board_logs import BoardLogs
@@ -101,8 +103,11 @@ def with_console(
             members, clerk = Members(store), Clerk(config.state, config.console_releases)
             if releases_given:
                 releases = ReleaseWatch(stack.enter_context(RolloutStore(config.state)))
+        lookout = Lookout(members, releases, clerk)
+        stack.callback(lookout.close)
+        lookout.start()
         if place is None:
-            desks[0].onlookers.join(LoneGuard(Guard(book, desks[0].view, members, releases)))
+            desks[0].onlookers.join(LoneGuard(Guard(book, desks[0].view), lookout))
             yield None
             return
         from fedprune_server.console.accounts import Accounts
@@ -115,8 +120,8 @@ def with_console(
             logs.told = boards.hear
         child = ConsoleProcess(_begin(config, *place))
         feed = Feed(
-            [d.view for d in desks], _site(config, reached, identity), child, clerk=clerk, members=members,
-            releases=releases, boards=boards, allowed=config.console_orders, lent=lent, here=here, alerts=book,
+            [d.view for d in desks], _site(config, reached, identity), child, clerk=clerk, lookout=lookout,
+            boards=boards, allowed=config.console_orders, lent=lent, here=here, alerts=book,
         )  # fmt: skip
         stack.callback(feed.close)
         for desk in desks:
@@ -161,10 +166,10 @@ def check_free(address: str, port: int) -> None:
 
 
 def check_tls(config: ServerConfig) -> None:
-    """Make sure that the console's certificate and key can be used; that it has ended is said, and stops no job.
+    """Make sure that the console's certificate and key can be used now.
 
     Raises:
-        ConfigError: They can't.
+        ConfigError: They can't, or the certificate has ended or doesn't count yet, so that browsers refuse it.
     """
     if config.console_certificate is None or config.console_key is None:
         return
@@ -172,18 +177,22 @@ def check_tls(config: ServerConfig) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
             config.console_certificate, config.console_key, password=lambda: ""
         )
-        ends = load_pem_x509_certificate(config.console_certificate.read_bytes()).not_valid_after_utc
+        certificate = load_pem_x509_certificate(config.console_certificate.read_bytes())
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise ConfigError(
             f"[server] console_certificate and console_key: {reason(error)}",
             expected="a certificate and its key as PEM, the key without a password",
             got=f"{config.console_certificate} and {config.console_key}",
         ) from error
-    if ends.timestamp() < time.time():
-        log.error(
-            "[server] console_certificate: %s ended on %s: browsers refuse it. Put a new one there, and restart",
-            config.console_certificate,
-            ends.date().isoformat(),
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if not begins.timestamp() <= time.time() <= ends.timestamp():
+        now = datetime.now(timezone.utc)
+        raise ConfigError(
+            f"[server] console_certificate: {config.console_certificate}",
+            expected=f"a certificate that counts today, {now:%Y-%m-%d %H:%M} UTC",
+            got=f"one from {begins:%Y-%m-%d %H:%M} to {ends:%Y-%m-%d %H:%M} UTC",
+            hint="Browsers refuse it. Put another there, see that this machine's clock is right, or do without: "
+            "--console off.",
         )
 
 

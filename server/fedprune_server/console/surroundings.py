@@ -92,10 +92,6 @@ class ReleaseWatch:
         moved, self._moved = self._moved, set()
         return moved
 
-    def forget(self) -> None:
-        """Say at the next look how things stand, whether that is new or not."""
-        self._version = None
-
     def look(self) -> tuple[dict[str, Any], ...] | None:
         """Rows of `feed_words.ROLLOUT`; None where nothing has changed.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune_server.console.device_words import Coverage, DeviceDetails, Devices
-from fedprune_server.console.feed_words import JobNews, Rollouts, RoundNews, Site, ToConsole
+from fedprune_server.console.feed_words import Beat, JobNews, Rollouts, RoundNews, Site, ToConsole
 from fedprune_server.console.log_words import AlertNews, BoardLog, LogLine
 from fedprune_server.console.order_words import Answer, Order
 
@@ -66,6 +66,7 @@ class TrialFleet:
             level = ("info", "warning", "error")[i % 3]
             text = f"device {names[i % len(names)]} says <b>line {i}</b>"
             yield LogLine(self._now - 120 + i, level, text, names[i % len(names)], self._jobs[0], self._round)
+        yield Beat(self._now)
 
     def step(self) -> Iterator[ToConsole]:
         """A moment later: some devices have got on; now and then the round ends."""

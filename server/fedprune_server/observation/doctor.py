@@ -58,6 +58,7 @@ def _examine(folder: Path, timeout: float, now: float) -> Iterator[Ailment]:
     server: Mapping[str, Any] = {} if first is None else first.settings.get("server", {})
     looks: tuple[Callable[[], Iterator[Ailment]], ...] = (
         lambda: site.members(folder, now),
+        lambda: site.console(server, now),
         lambda: site.clock(now, last),
         lambda: site.disk(folder),
         lambda: site.quarantined(folder, now, running=running),

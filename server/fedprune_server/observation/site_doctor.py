@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cryptography import x509
+
 from fedprune.coordination.rollout import Fate, RolloutPhase
-from fedprune.errors import FedpruneError
+from fedprune.errors import FedpruneError, reason
 from fedprune.quantity import quantity
 from fedprune.trust.certificates import load_certificate, seconds_of
 from fedprune.trust.keys import VerifyingKey
@@ -32,7 +34,7 @@ from fedprune_server.observation.ailment import Ailment, at, command, note, of_f
 from fedprune_server.rollouts.store import FILE as ROLLOUTS
 from fedprune_server.rollouts.store import FOLDER as RELEASES
 from fedprune_server.rollouts.store import RolloutStore
-from fedprune_server.settings.config import EMBEDDED, LOCAL, without_password
+from fedprune_server.settings.config import EMBEDDED, LOCAL, OFF, without_password
 from fedprune_server.store.backup_record import last_backup
 from fedprune_server.store.identity_checkup import check_identity
 
@@ -102,7 +104,10 @@ def members(folder: Path, now: float) -> Iterator[Ailment]:
     for name in ("authority.pem", "server.pem", "broker.pem", "web.pem"):
         path = identity / name
         if path.is_file():
-            yield from _certificate(path, folder, now)
+            todo = f"start the server again, which makes a new one: {command('run', *at(folder))}"
+            if name.startswith("authority"):
+                todo = "begin an identity anew, and let every board join it (docs/security.md)"
+            yield from _certificate(path, now, todo)
     if broken:
         return
     with IdentityFolder(folder, read_only=True) as opened:
@@ -122,21 +127,37 @@ def members(folder: Path, now: float) -> Iterator[Ailment]:
         )
 
 
-def _certificate(path: Path, folder: Path, now: float) -> Iterator[Ailment]:
+def console(server: Mapping[str, Any], now: float) -> Iterator[Ailment]:
+    """Whether browsers will go on to take the console's certificate; a server doesn't start with one that has ended."""
+    path = server.get("console_certificate")
+    if not path or server.get("console", OFF) == OFF:
+        return
+    todo = "put a new one and its key there (console_certificate, console_key), and start the server again"
+    try:
+        certificate = x509.load_pem_x509_certificate(Path(path).read_bytes())  # with a chain as long as it may be
+    except (OSError, ValueError) as error:
+        yield wrong("certificate", f"{path}: {reason(error)}", "the server doesn't start with it", todo)
+        return
+    yield from _ends(path, certificate, now, todo)
+
+
+def _certificate(path: Path, now: float, todo: str) -> Iterator[Ailment]:
     try:
         certificate = load_certificate(path, "certificate")
     except FedpruneError as error:
         yield wrong("certificate", str(error), "nobody can connect with it", "Restore a backup of the identity.")
         return
-    ends = seconds_of(certificate.not_valid_after_utc)
+    yield from _ends(path, certificate, now, todo)
+
+
+def _ends(path: object, certificate: x509.Certificate, now: float, todo: str) -> Iterator[Ailment]:
+    begins, ends = seconds_of(certificate.not_valid_before_utc), seconds_of(certificate.not_valid_after_utc)
+    if begins > now:
+        yield wrong("certificate", f"{path} counts from {_day(begins)} only", "who checks it refuses to connect", todo)
+        return
     left = ends - now
     if left > _EXPIRES_S:
         return
-    todo = (
-        "begin an identity anew, and let every board join it (docs/security.md)"
-        if path.name.startswith("authority")
-        else f"start the server again, which makes a new one: {command('run', *at(folder))}"
-    )
     if left <= 0:
         yield wrong("certificate", f"{path} ended on {_day(ends)}", "who checks it refuses to connect", todo)
     else:

@@ -91,7 +91,9 @@ class RolloutStore:
         self._path = state / FOLDER / FILE
         self.blobs = BlobStore(state / FOLDER, max_size=MAX_FILE)
         with self._translated():
-            self._connection = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)
+            self._connection = sqlite3.connect(  # of one thread at a time, which needn't be this one
+                self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+            )
             self._connection.execute("PRAGMA synchronous=FULL")
         with self._transaction() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]

@@ -5,8 +5,9 @@ Texts are taken as they are; every other value is written as in TOML: `3`, `0.5`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ _MAX_FILE = 65536
 _PREFIXES = tuple(f"FEDPRUNE_{table.upper()}_" for table in TABLES)
 _OPEN = {"FEDPRUNE_JOB_OPTIONS_": ("job", "options"), "FEDPRUNE_JOB_SCHEDULE_": ("job", "schedule")}
 """Tables whose keys are not known here: the strategy's own."""
+_ALIKE = 0.9
+"""So much alike is a name with a misspelt table to the one that was meant; none is that is no setting."""
 
 
 def variables() -> dict[str, tuple[tuple[str, ...], bool]]:
@@ -54,13 +57,13 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
     """What the environment says. Relative paths in it count from the current folder.
 
     Raises:
-        ConfigError: A variable of one of the tables is no setting, has no value that TOML knows, or names a file that
-            can't be used.
+        ConfigError: A variable of one of the tables, or of what looks like one, is no setting, has no value that TOML
+            knows, or names a file that can't be used.
     """
     known = variables()
     layer = Layer("the environment", {}, places := {})
     for name in sorted(environment):
-        if not name.startswith(_PREFIXES):
+        if not name.startswith(_PREFIXES) and not _misspelt(name, known):
             continue
         where = f"environment variable {name}"
         path, text, from_file = _setting(name, known)
@@ -84,9 +87,15 @@ def _setting(name: str, known: Mapping[str, tuple[tuple[str, ...], bool]]) -> tu
         if name.startswith(prefix) and len(name) > len(prefix):
             return (*table, name.removeprefix(prefix).lower()), False, False
     raise ConfigError(
-        f"environment variable {name[:80]}{meant(name, known)}", expected="a setting, as FEDPRUNE_<TABLE>_<KEY>",
+        f"environment variable {name[:80]}{meant(name.removesuffix(_FILE), known)}",
+        expected="a setting, as FEDPRUNE_<TABLE>_<KEY>",
         hint="docs/run-a-fleet.md lists tables and keys. Where Kubernetes made it, set enableServiceLinks: false.",
     )  # fmt: skip
+
+
+def _misspelt(name: str, known: Iterable[str]) -> bool:
+    """Whether somebody seems to have meant a setting, but not its table's name."""
+    return name.startswith("FEDPRUNE_") and bool(get_close_matches(name[:80].removesuffix(_FILE), known, 1, _ALIKE))
 
 
 def _is_text(kind: str, default: object) -> bool:

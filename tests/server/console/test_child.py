@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from console_browser import PASSWORD, QUICK
+from fedprune.errors import StorageError
+from fedprune_server.console import child
 from fedprune_server.console.accounts import Accounts
 from fedprune_server.console.database import ConsoleDatabase
 from fedprune_server.console.feed_words import Begin
+from fedprune_server.console.model import Model
 from fedprune_server.console.process import ConsoleProcess
 from fedprune_server.console.trial import TrialFleet
 
@@ -100,3 +106,25 @@ def test_it_gets_no_secret_of_the_servers_environment(tmp_path: Path, monkeypatc
     child.stop()
     assert "'PATH'" in out.read_text()
     assert "secret" not in out.read_text()
+
+
+def test_it_looks_again_and_again_for_orders_that_the_server_has_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, looks = threading.Event(), list[float]()
+    monkeypatch.setattr(child, "EXPIRE_S", 0.001)
+    monkeypatch.setattr(child.os, "_exit", lambda code: ended.set())
+    hearing, saying = os.pipe()
+
+    def expire() -> None:
+        looks.append(time.monotonic())
+        raise StorageError("the audit log can't be written")
+
+    async def serve(sockets: Any) -> None:
+        while len(looks) < 3:
+            await asyncio.sleep(0.001)
+
+    console: Any = SimpleNamespace(orders=SimpleNamespace(expire=expire), model=Model())
+    server: Any = SimpleNamespace(serve=serve)
+    with os.fdopen(hearing, "rb") as stream, socket.socket() as listening:
+        asyncio.run(asyncio.wait_for(child._serve(server, listening, console, stream, lambda: None), 30))
+        os.close(saying)
+        assert ended.wait(30)

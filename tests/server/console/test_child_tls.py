@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import logging
 import os
 import socket
 import ssl
@@ -27,6 +26,7 @@ from fedprune_server.console.feed_words import Begin, line
 from fedprune_server.console.process import ConsoleProcess
 from fedprune_server.console.setup import check_tls
 from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.observation import site_doctor
 from fedprune_server.settings.config import ServerConfig
 
 
@@ -83,28 +83,41 @@ def test_a_child_that_cannot_use_its_key_says_which_and_ends(tmp_path: Path) -> 
     assert str(key) in said
 
 
-def test_a_server_refuses_a_key_that_is_none_and_says_that_a_certificate_has_ended(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_server_refuses_a_key_that_is_none_and_a_certificate_out_of_its_time(tmp_path: Path) -> None:
     private = ec.generate_private_key(ec.SECP256R1())
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     key.write_bytes(private.private_bytes(*plain))
     config = ServerConfig(state=tmp_path, console="8470", console_certificate=certificate, console_key=key)
     now = dt.datetime.now(dt.timezone.utc)
-    for days, said in ((30, []), (-1, [f"console_certificate: {certificate} ended on"])):
+    server = {"console": "8470", "console_certificate": str(certificate)}
+
+    def seen() -> list[tuple[str, str]]:
+        return [(a.kind, "wrong" if a.wrong else "note") for a in site_doctor.console(server, time.time())]
+
+    for since, days, sound, told in ((-60, 60, True, []), (-60, 20, True, ["note"]), (-60, -1, False, ["wrong"]),
+                                     (1, 60, False, ["wrong"])):  # fmt: skip
         made = x509.CertificateBuilder().subject_name(common_name("console")).issuer_name(common_name("console"))
-        made = made.not_valid_before(now - dt.timedelta(days=60)).serial_number(7)
+        made = made.not_valid_before(now + dt.timedelta(days=since)).serial_number(7)
         made = made.not_valid_after(now + dt.timedelta(days=days)).public_key(private.public_key())
         certificate.write_bytes(made.sign(private, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-        caplog.clear()
-        with caplog.at_level(logging.ERROR):
+        assert seen() == [("certificate", weight) for weight in told]
+        assert not any(site_doctor.console({**server, "console": "off"}, time.time()))
+        if sound:
             check_tls(config)
-        assert [part in "".join(caplog.messages) for part in said] == [True] * len(said)
-        assert len(caplog.messages) == len(said)
+            continue
+        with pytest.raises(
+            ConfigError, match=r"certificate that counts today, .* got one from .* clock is right"
+        ) as no:
+            check_tls(config)
+        assert (str(certificate) in str(no.value), no.value.exit_code) == (True, 14)
     key.write_text("no key")
     with pytest.raises(ConfigError, match="the key without a password"):
         check_tls(config)
     key.unlink()
     with pytest.raises(ConfigError, match="No such file"):
         check_tls(config)
+    certificate.write_text("none")
+    with pytest.raises(ConfigError, match="a certificate and its key as PEM"):
+        check_tls(config)
+    assert seen() == [("certificate", "wrong")]

@@ -19,6 +19,7 @@ from fedprune_server.console.alerts import AlertBook
 from fedprune_server.console.clerk import Clerk
 from fedprune_server.console.feed_words import Answer, Order
 from fedprune_server.console.guard import Guard
+from fedprune_server.console.lookout import Lookout
 from fedprune_server.console.surroundings import Members, ReleaseWatch
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.store import IdentityStore
@@ -109,16 +110,17 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, clerk: Cl
         for number in (1, 2, 8):
             make_release(tmp_path / "releases" / f"release-{number}", number, key=identity.key)
     with RolloutStore(state) as store, RolloutStore(state) as seen:
-        watch, book = ReleaseWatch(seen), AlertBook()
+        book = AlertBook()
         calm = SimpleNamespace(quarantine=SimpleNamespace(all_held=list), connected=lambda: True)
-        guard = Guard(book, calm, None, watch)  # type: ignore[arg-type]
+        guard = Guard(book, calm)  # type: ignore[arg-type]
 
         def row(*, server: bool = False) -> dict[str, Any]:
             """What is told, once a server that was started anew has looked."""
             if server:
                 RolloutDesk(store, lambda *_: None).connected(True)
-            watch.forget()
-            (found,) = guard.look(time.time())[1] or ()
+            told = Lookout(releases=ReleaseWatch(seen)).look()
+            guard.told(told, time.time())
+            (found,) = told.rollouts or ()
             return found
 
         def has(number: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.errors import ProtocolError
 from fedprune_server.console.clerk import MOST, Clerk
-from fedprune_server.console.order_words import Answer, Order
+from fedprune_server.console.order_words import EXPIRED, Answer, Order
 
 
 def answer(clerk: Clerk) -> Answer:
@@ -31,6 +31,25 @@ def test_whatever_comes_of_an_order_is_answered(tmp_path: Path, monkeypatch: pyt
     first, second, third = (answer(clerk) for _ in range(3))
     assert (first.ok, first.text[:6]) == (True, "a [1mb")
     assert (second.ok, third) == (False, Answer(3, True, "well"))
+    clerk.close()
+
+
+def test_an_order_that_waited_too_long_behind_others_is_not_carried_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, done = [5.0], list[int]()
+
+    def carry_out(order: Order) -> str:
+        done.append(order.number)
+        now[0] += 600.0
+        return "well"
+
+    clerk = Clerk(tmp_path, None, lambda: now[0])
+    monkeypatch.setattr(clerk, "carry_out", carry_out)
+    for number in (1, 2):
+        clerk.give(Order(number, "ann", "revoke", device="a", until=600.0))
+    assert [answer(clerk), answer(clerk)] == [Answer(1, True, "well"), Answer(2, False, EXPIRED)]
+    assert done == [1]
     clerk.close()
 
 

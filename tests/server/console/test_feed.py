@@ -17,11 +17,13 @@ from fedprune_server.console import rows
 from fedprune_server.console.alerts import AlertBook
 from fedprune_server.console.device_words import Coverage
 from fedprune_server.console.feed import COVERED_S, Feed
-from fedprune_server.console.feed_words import ToConsole, line, parse_news
+from fedprune_server.console.feed_words import Beat, ToConsole, line, parse_news
 from fedprune_server.console.guard import Guard, LoneGuard
+from fedprune_server.console.lookout import Lookout
 from fedprune_server.console.model import Model
-from fedprune_server.console.order_words import Order
+from fedprune_server.console.order_words import EXPIRED, Order
 from fedprune_server.console.setup import desks_of
+from fedprune_server.console.surroundings import Members
 from fedprune_server.terminal.log_lines import about
 from toy import JOB
 
@@ -72,6 +74,16 @@ def watched(server: Any, air: Any, **more: Any) -> tuple[Feed, Child]:
     return feed, child
 
 
+class Many(Members):
+    """More who are let in than are told at once."""
+
+    def __init__(self) -> None:
+        self._known = {f"board-{i:04d}": ("member", None) for i in range(120)}
+
+    def look(self) -> tuple[set[str], list[str]]:
+        return set(), []
+
+
 def flush(feed: Feed, air: Any) -> None:
     air.now += 1.0
     feed.turned(None, None)
@@ -113,6 +125,54 @@ def test_a_console_that_was_started_anew_knows_the_same(tmp_path: Path) -> None:
     assert child.model.devices().items == before.devices().items
     assert child.model.jobs == before.jobs
     assert [r["round"] for r in child.model.rounds(JOB.name).items] == [3, 2, 1]
+
+
+def test_a_console_knows_when_it_has_heard_of_all_devices_however_busy_they_are(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    feed, child = watched(fleet.daemon(), fleet.air, lookout=Lookout(Many()))
+    feed._monotonic = lambda: fleet.air.now if not child.alive else fleet.air.now + 60.0  # one batch at a time
+    whole = []
+    for _ in range(8):
+        fleet.air.now += 100.0
+        feed.turned(None, None)
+        feed.noticed(["board-0000"])
+        whole.append((child.model.whole, len(child.model.device_names) >= 120))
+    assert all(heard for done, heard in whole if done)
+    assert whole[0] == (False, False)
+    assert whole[-1] == (True, True)
+
+
+def test_rows_too_long_for_a_line_come_in_several_and_one_that_is_wrong_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    feed, child = watched(fleet.daemon(), fleet.air, lookout=Lookout(Many()))
+    whole = rows.device_row
+
+    def long(view: Any, name: str, **more: Any) -> dict[str, Any]:
+        wrong = {"density": 7.0} if name == "board-0007" else {}
+        return {**whole(view, name, **more), "excluded": "\u00e9" * 2000, **wrong}  # 12,000 bytes each as JSON
+
+    monkeypatch.setattr(rows, "device_row", long)
+    flush(feed, fleet.air)
+    assert set(child.model.device_names) == {f"board-{i:04d}" for i in range(120)} - {"board-0007"}
+    feed._members._known = {}  # type: ignore[union-attr]
+    feed.noticed(["board-0001", "board-0002", "board-0007"])
+    flush(feed, fleet.air)
+    assert len(child.model.device_names) == 117
+
+
+def test_a_console_is_not_told_that_it_knows_all_before_somebody_has_looked(tmp_path: Path) -> None:
+    fleet, found = Fleet(tmp_path, JOB), Lookout(Many())
+    seen, found.seen = found.seen, lambda: None  # type: ignore[method-assign]
+    feed, child = watched(fleet.daemon(), fleet.air, lookout=found)
+    for _ in range(10):
+        flush(feed, fleet.air)
+    assert (child.model.ready, child.model.whole, any(isinstance(w, Beat) for w in child.told)) == (True, False, True)
+    found.seen = seen  # type: ignore[method-assign]
+    for _ in range(3):
+        flush(feed, fleet.air)
+    assert child.model.whole
 
 
 def test_where_nothing_has_changed_nothing_is_told_of_devices(tmp_path: Path) -> None:
@@ -200,6 +260,18 @@ def test_orders_that_make_no_sense_are_answered(tmp_path: Path) -> None:
     assert [other.model.answer(n)["ok"] for n in (1, 2)] == [False, True]  # type: ignore[index]
 
 
+def test_an_order_that_comes_too_late_is_not_carried_out(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    daemon = fleet.daemon()
+    feed, child = watched(daemon, fleet.air)
+    child.order(1, "pause", job=JOB.name, until=fleet.air.now + 0.5)
+    child.order(2, "coverage", job=JOB.name, until=fleet.air.now + 1.5)
+    flush(feed, fleet.air)
+    answers = [child.model.answer(n) for n in (1, 2)]
+    assert [a and (a["ok"], a["text"]) for a in answers] == [(False, EXPIRED), (True, "coverage")]
+    assert not daemon.state.paused
+
+
 def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
@@ -241,7 +313,7 @@ def test_alerts_are_counted_with_a_console_and_without_one(tmp_path: Path) -> No
     daemon = fleet.daemon()
     book, up = AlertBook(), [False]
     clock = lambda: fleet.air.now  # noqa: E731
-    lone = LoneGuard(Guard(book, replace(daemon.view, connected=lambda: up[0]), None, None), clock, clock)
+    lone = LoneGuard(Guard(book, replace(daemon.view, connected=lambda: up[0])), Lookout(), clock, clock)
     for up[0], open_alerts in ((False, 1), (True, 0)):
         fleet.air.now += 5
         lone.turned(lambda: 0.0, daemon.view)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from console_browser import trial
+from fedprune_server.console.feed_words import Site
 from fedprune_server.console.order_desk import OrderDesk
-from fedprune_server.console.order_words import Answer
+from fedprune_server.console.order_words import EXPIRED, EXPIRES_S, Answer
 from fedprune_server.console.roles import NEEDED, ROLES
 from fedprune_server.console.row_checks import ORDER_KINDS
 from fedprune_server.console.sessions import Session
@@ -66,6 +68,41 @@ def test_an_order_that_is_none_goes_nowhere(tmp_path: Path, body: dict[str, Any]
     assert here.orders == []
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"order": "pause", "job": "trail"}, "no job trail: there is trial"),
+        ({"order": "coverage", "job": "x"}, "no job x: there is trial"),
+        ({"order": "look", "device": "board-001"}, "no device board-001 (did you mean 'board-0"),
+        ({"order": "revoke", "device": "nobody"}, "no device nobody: there are board-0000, board-0001, "),
+        ({"order": "release_quarantine", "device": "nobody"}, "no device nobody: there are "),
+        ({"order": "rollout_start", "release": "release-5", "devices": ["board-0001", "nobody"]}, "no device nobody"),
+    ],
+)
+def test_an_order_about_what_is_not_there_is_refused_by_name(tmp_path: Path, body: dict[str, Any], said: str) -> None:
+    here = trial(tmp_path)
+    reply = here.browser("admin").order(**body)
+    assert (reply.status, here.orders) == (404, [])
+    assert reply.json["error"].startswith(said)
+    if body.get("device") == "nobody":
+        assert reply.json["error"].endswith(" and 12 more")
+
+
+def test_the_server_answers_for_boards_of_which_the_console_may_not_have_heard(tmp_path: Path) -> None:
+    here = trial(tmp_path)
+    admin = here.browser("admin")
+    for kind in ("approve", "deny"):  # who has just asked is told of a moment later
+        assert admin.order(order=kind, device="nobody", key="ab12").status == 202
+    *words, beat = here.fleet.begin()
+    assert isinstance(words[0], Site)
+    for word in (replace(words[0], started_at=5.0), *words[1:4]):  # the server is started anew
+        here.model.hear(word)
+    assert admin.order(order="look", device="nobody").status == 202
+    assert admin.order(order="pause", job="nobodys").status == 404
+    here.model.hear(beat)
+    assert admin.order(order="look", device="nobody").status == 404
+
+
 def test_what_came_of_an_order_is_told_and_noted(tmp_path: Path) -> None:
     here = trial(tmp_path)
     browser = here.browser("operator", address="192.0.2.8")
@@ -80,6 +117,32 @@ def test_what_came_of_an_order_is_told_and_noted(tmp_path: Path) -> None:
     assert rows == [
         ("operator", "192.0.2.8", "pause", "done: job trial is paused"), ("operator", "192.0.2.8", "pause", "ordered"),
     ]  # fmt: skip
+
+
+def test_an_order_that_the_server_does_not_take_expires(tmp_path: Path) -> None:
+    now = [1e9]
+    here = trial(tmp_path, clock=lambda: now[0])
+    browser = here.browser("operator", address="192.0.2.8")
+    numbers = [browser.order(order=kind, job="trial").json["order"] for kind in ("pause", "resume", "coverage")]
+    events: list[tuple[str, Any]] = []
+    here.model.listen(lambda *event: events.append(event))
+    assert {o.until for o in here.orders} == {1e9 + EXPIRES_S}
+    now[0] += EXPIRES_S
+    here.console.orders.expire()
+    assert events == [], "an answer may be on its way"
+    now[0] += 60
+    here.console.orders.expire()
+    here.console.orders.expire()
+    assert [kind for kind, _ in events] == ["answer"] * 3
+    assert here.model.silent_s > EXPIRES_S, "the server has said nothing by that"
+    here.model.hear(Answer(numbers[0], True, "job trial is paused"))  # was taken in time, and took long
+    here.model.hear(Answer(numbers[1], False, EXPIRED))
+    desk = here.console.orders
+    found = [(o["state"], o["ok"], o["text"]) for n in numbers if (o := desk.get(n)) is not None]
+    assert found == [("done", True, "job trial is paused"), ("done", False, EXPIRED), ("done", False, EXPIRED)]
+    told = [(r["action"], r["outcome"]) for r in here.console.audit.page().items[:5]]
+    assert told == [("pause", "done: job trial is paused"), ("resume", EXPIRED), ("pause", EXPIRED),
+                    ("resume", "ordered"), ("pause", "ordered")]  # fmt: skip
 
 
 def test_orders_are_rationed(tmp_path: Path) -> None:

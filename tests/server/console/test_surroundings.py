@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
 
 from fedprune.errors import StorageError
+from fedprune_server.console import lookout as lookouts
+from fedprune_server.console.lookout import Lookout, Seen
 from fedprune_server.console.surroundings import ReleaseWatch
 
 
@@ -31,3 +35,58 @@ def test_rollouts_that_could_not_be_read_are_looked_at_again() -> None:
         watch.look()
     assert watch.look() == ()
     assert watch.look() is None
+
+
+class Slow:
+    """Who is let in, on a disk that takes its time."""
+
+    def __init__(self) -> None:
+        self.ready, self.looks = threading.Event(), 0
+
+    def look(self) -> tuple[set[str], list[str]]:
+        self.ready.wait(30)
+        self.looks += 1
+        return {f"board-{self.looks}"}, ["board-1"]
+
+
+class Failing:
+    """Releases that can't be read at first."""
+
+    fails = 1
+
+    def look(self) -> tuple[()]:
+        self.fails -= 1
+        if self.fails >= 0:
+            raise StorageError("busy")
+        return ()
+
+    def moved(self) -> set[str]:
+        return {"moved"}
+
+
+def test_nobody_waits_for_a_disk_and_what_has_changed_is_told_though_a_look_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lookouts, "SWEEP_S", 0.01)
+    slow: Any = Slow()
+    failing: Any = Failing()
+    lookout = Lookout(slow, failing)
+
+    def heard() -> Seen | None:
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            if (seen := lookout.seen()) is not None:
+                return seen
+        return None
+
+    lookout.start()
+    try:
+        assert lookout.seen() is None  # at once, while the disk is busy
+        slow.ready.set()
+        with pytest.raises(StorageError, match="busy"):
+            heard()
+        assert heard() == Seen(frozenset({"board-1", "board-2", "moved"}), ("board-1",), (), ())
+    finally:
+        slow.ready.set()
+        lookout.close()
+    assert not any(t.name == "fedprune-lookout" for t in threading.enumerate())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -113,6 +114,10 @@ def test_variables_are_read_as_what_they_are(tmp_path: Path, monkeypatch: pytest
     ("environment", "said"),
     [
         ({"FEDPRUNE_SERVER_KEPT": "3"}, "FEDPRUNE_SERVER_KEPT (did you mean 'FEDPRUNE_SERVER_KEEP'?)"),
+        ({"FEDPRUNE_SEVER_KEEP": "3"}, "FEDPRUNE_SEVER_KEEP (did you mean 'FEDPRUNE_SERVER_KEEP'?)"),
+        ({"FEDPRUNE_SEVER_SITE_FILE": "x"}, "FEDPRUNE_SEVER_SITE_FILE (did you mean 'FEDPRUNE_SERVER_SITE'?)"),
+        ({"FEDPRUNE_JOB_ROUNDZ": "3"}, "FEDPRUNE_JOB_ROUNDZ (did you mean 'FEDPRUNE_JOB_ROUNDS'?)"),
+        ({"FEDPRUNE_JOBS_ROUNDS": "3"}, "FEDPRUNE_JOBS_ROUNDS (did you mean 'FEDPRUNE_JOB_ROUNDS'?)"),
         ({"FEDPRUNE_SERVER_SERVICE_HOST": "10.0.0.1"}, "enableServiceLinks: false"),
         ({"FEDPRUNE_SERVER_KEEP": "three"}, "FEDPRUNE_SERVER_KEEP: [server] keep: expected a value as in TOML"),
         ({"FEDPRUNE_SERVER_KEEP": ""}, "FEDPRUNE_SERVER_KEEP: [server] keep: expected a value as in TOML"),
@@ -126,8 +131,24 @@ def test_variables_are_read_as_what_they_are(tmp_path: Path, monkeypatch: pytest
 def test_a_variable_that_makes_no_sense_is_named(environment: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         environment_layer(environment)
-    assert str(caught.value).startswith("environment variable FEDPRUNE_SERVER_")
+    assert str(caught.value).startswith("environment variable FEDPRUNE_")
+    assert caught.value.exit_code == ConfigError.exit_code
     assert said in str(caught.value)
+
+
+def test_variables_of_others_are_none_of_its_business() -> None:
+    """All that code, scripts and docs read or set, but for settings."""
+    root, name = Path(__file__).parents[3], re.compile(r"(?<![\w-])FEDPRUNE_[A-Z][A-Z_]*[A-Z]\b(?!_)")
+    folders = ("toolkit", "device_runtime", "server", "export", "deploy", "docs", "examples")
+    files = [p for f in folders for p in (root / f).rglob("*") if p.suffix in (".py", ".sh", ".yaml", ".md", ".env")]
+    found = {n for p in files for n in name.findall(p.read_text())}
+    others = {
+        n
+        for n in found
+        if not n.startswith(("FEDPRUNE_JOB_", "FEDPRUNE_SERVER_", "FEDPRUNE_MODEL_", "FEDPRUNE_EVALUATION_"))
+    }
+    assert {"FEDPRUNE_DEBUG", "FEDPRUNE_DATA", "FEDPRUNE_NO_BLOCKS", "FEDPRUNE_PULSE"} <= others
+    assert environment_layer(dict.fromkeys(others, "x")).tables == {}
 
 
 def test_the_upper_layer_wins_key_by_key() -> None:

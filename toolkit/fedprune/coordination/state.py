@@ -237,6 +237,7 @@ class State:
         architecture: Digest of the architecture that rankings and widths belong to, where the shell keeps that.
         private: Whether boards add noise to what they hand in, and have done so from the first round.
         paused: Whether somebody wants nothing new to begin.
+        spent_under: Settings of privacy with which one more release would have overdrawn the budget; None before.
     """
 
     model: str
@@ -257,6 +258,7 @@ class State:
     architecture: str = ""
     private: bool = False
     paused: bool = False
+    spent_under: dict[str, Any] | None = None
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("devices", "tasks"):

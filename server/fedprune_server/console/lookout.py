@@ -1,0 +1,118 @@
+"""Who looks up what a feed needs beside jobs: files and databases, read on a thread of its own.
+
+Somebody else may write to these databases just then, and a disk may be slow: the server's loop waits for neither.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from fedprune.errors import FedpruneError, StorageError, reason
+from fedprune_server.console.clerk import Clerk
+from fedprune_server.console.surroundings import Members, ReleaseWatch
+
+SWEEP_S = 2.0
+"""So long it rests between two looks."""
+
+_END_S = 15.0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a look found.
+
+    Attributes:
+        changed: Devices of which something else is true than before.
+        waiting: Who waits to be let in.
+        rollouts: Rows of `feed_words.ROLLOUT`; None where nothing has changed.
+        releases: Names of releases that may be rolled out.
+    """
+
+    changed: frozenset[str]
+    waiting: tuple[str, ...]
+    rollouts: tuple[dict[str, Any], ...] | None
+    releases: tuple[str, ...]
+
+
+class Lookout:
+    """Looks at who is let in and what becomes of releases; until it is started, when it is asked.
+
+    Args:
+        members: Who is let in; None for everybody.
+        releases: What becomes of releases; None where none are given out.
+        clerk: Knows which releases there are; None for a server without an identity.
+    """
+
+    def __init__(
+        self, members: Members | None = None, releases: ReleaseWatch | None = None, clerk: Clerk | None = None
+    ) -> None:
+        self.members, self.releases, self._clerk = members, releases, clerk
+        self._changed: set[str] = set()
+        self._found: queue.Queue[Seen | FedpruneError] = queue.Queue(1)
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Look every few seconds from now on, on a thread of its own."""
+        self._thread = threading.Thread(target=self._run, name="fedprune-lookout", daemon=True)
+        self._thread.start()
+
+    def seen(self) -> Seen | None:
+        """What the latest look found; None where there has been none since the last call.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        if self._thread is None:
+            return self.look()
+        try:
+            found = self._found.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(found, FedpruneError):
+            raise found
+        return found
+
+    def look(self) -> Seen:
+        """Look, on this thread.
+
+        Raises:
+            StorageError: The disk fails; what has changed is told by the next look that doesn't.
+        """
+        waiting: list[str] = []
+        if self.members is not None:
+            moved, waiting = self.members.look()
+            self._changed |= moved
+        rollouts = None
+        if self.releases is not None:
+            rollouts = self.releases.look()
+            self._changed |= self.releases.moved()
+        names = () if self._clerk is None or self.releases is None else self._clerk.names()
+        changed, self._changed = frozenset(self._changed), set()
+        return Seen(changed, tuple(waiting), rollouts, names)
+
+    def close(self) -> None:
+        """End once a look that is under way is over."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(_END_S)
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            found: Seen | FedpruneError
+            try:
+                found = self.look()
+            except FedpruneError as error:
+                found = error
+            except Exception as error:  # noqa: BLE001 - it must not end the thread that looks
+                found = StorageError(f"who is let in, and rollouts: {type(error).__name__}: {reason(error)}")
+            while not self._over.is_set():  # nothing is looked at again before this has been heard
+                try:
+                    self._found.put(found, timeout=SWEEP_S)
+                    break
+                except queue.Full:
+                    continue
+            self._over.wait(SWEEP_S)
