@@ -159,12 +159,13 @@ class FixedSum:
             total[at] = part
 
     def _add_limbs(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], at: Index) -> None:
-        rest = np.stack([values.astype(np.float64) * weight for values, weight in zip(rows, weights, strict=True)])
+        rest = np.stack(rows, dtype=np.float64)
+        rest *= np.array(weights, np.float64).reshape(-1, *[1] * rows[0].ndim)
         for i, limb in enumerate(self.limbs, start=1):
             scale = VALUE_BITS * i - self.span.exponent
-            whole = np.rint(np.ldexp(rest, scale))
+            whole = np.rint(rest * math.ldexp(1.0, scale))
             limb[at] += whole.astype(np.int64).sum(axis=0)
-            rest -= np.ldexp(whole, -scale)
+            rest -= whole * math.ldexp(1.0, -scale)
 
     def merge(self, other: FixedSum) -> None:
         """Add another sum of the same shape and range; there must be room for its weight."""

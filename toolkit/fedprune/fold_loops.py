@@ -47,8 +47,7 @@ def magnitude(values: npt.NDArray[Any]) -> float | None:
     loop = _compiled.get("largest")
     if loop is None or values.dtype != np.float32 or not values.flags.c_contiguous:
         return None
-    # Without its sign a float32 read as a whole number is the larger the larger it is; beyond infinity is NaN.
-    return float(np.int32(loop(values.reshape(-1).view(np.int32))).view(np.float32))
+    return float(loop(values.reshape(-1).view(np.int32)))
 
 
 def scale(total: npt.NDArray[Any], factor: float, out: npt.NDArray[np.float32]) -> bool:

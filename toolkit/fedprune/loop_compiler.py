@@ -75,10 +75,11 @@ def _may_run_what_it_wrote() -> bool:
 
 
 def _largest(bits: Any) -> Any:
+    # Without its sign a float32 read as a whole number is the larger the larger it is; beyond infinity is NaN.
     largest = np.int32(0)
     for i in range(bits.size):
         largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
-    return largest
+    return np.int32(largest).view(np.float32)
 
 
 def _scale(total: Any, factor: float, out: Any) -> None:
@@ -199,7 +200,7 @@ def _compile() -> dict[str, Loop]:
         rows = types.UniTuple(read(single), size)
         return made(loop, types.void, kind[::1], whole, rows, whole, whole, whole, weight, single)
 
-    loops = {"largest": made(_largest, types.int32, read(types.int32))}
+    loops = {"largest": made(_largest, single, read(types.int32))}
     for name, kind in (("f", double), ("i", whole)):
         loops[f"scale {name}"] = made(_scale, types.void, kind[::1], double, single[::1])
         places, far = read(whole), (read(single), whole, single)

@@ -110,6 +110,10 @@ class Selection:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the submodel's tensors."""
+        return dict(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         return self.architecture.shapes(self.widths)
 
     def gather(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
