@@ -102,6 +102,12 @@ def test_loops_are_what_adds() -> None:
     one = fold_loops.Apart(np.array([3, 0]), np.array([2]), np.array([[1.0], [2.0]], np.float32), 5)
     assert fold_loops.scatter(total[..., None], [one], 0)
     assert (total[3, 2], total[0, 2]) == (6 * 2.0**35 + 5, 6 * 2.0**35 + 10)
+    outside = [
+        one._replace(columns=np.array([6])),
+        one._replace(rows=np.array([3, -1])),
+        one._replace(rows=np.array([3])),
+    ]
+    assert not any(fold_loops.scatter(total[..., None], [each], 0) for each in outside)
     out = np.empty((4, 6), np.float32)
     assert fold_loops.scale(total, 2.0**-35, out)
     assert (out[:, :5] == 6).all()

@@ -77,7 +77,7 @@ def add(
         scale: Of the values.
         bits: Scaled values are at most 2^bits in magnitude.
     """
-    if not _compiled or not total.size or any(r.dtype != np.float32 for r in rows):
+    if not _compiled or not total.size or any(r.dtype != np.float32 or r.shape != total.shape for r in rows):
         return False
     lines = _lines([total, *rows])
     if lines is None:
@@ -139,7 +139,9 @@ def scatter(total: npt.NDArray[Any], several: Sequence[Apart], scale: int) -> bo
     # Sums are gone through as they lie, and some of them with all values while they are in the cache.
     orders = [(np.argsort(one.rows), np.argsort(one.columns)) for one in several]
     ordered = [(one.rows[r], one.columns[c]) for one, (r, c) in zip(several, orders, strict=True)]
-    step = max(1, _CACHED // (across * beside))
+    if not all(_inside(rows, len(total)) and _inside(columns, across) for rows, columns in ordered):
+        return False
+    step = max(1, _CACHED // max(1, across * beside))
     for start in range(0, total.shape[0], step):
         for one, (by_row, by_column), (rows, columns) in zip(several, orders, ordered, strict=True):
             first, last = np.searchsorted(rows, (start, start + step))
@@ -147,6 +149,11 @@ def scatter(total: npt.NDArray[Any], several: Sequence[Apart], scale: int) -> bo
                 which = (rows[first:last], by_row[first:last], columns, by_column)
                 loop(into, across, beside, *which, one.values.reshape(-1), one.weight, factor)
     return True
+
+
+def _inside(places: npt.NDArray[np.int64], length: int) -> bool:
+    """Whether ascending places lie within an axis: a loop doesn't look."""
+    return not places.size or 0 <= int(places[0]) <= int(places[-1]) < length
 
 
 def close(
