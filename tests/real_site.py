@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +32,33 @@ data = "evaluation.npz"
 """
 """What every configuration says of `write_material`'s files."""
 
+
+HELD = """\
+import runpy, sys, time
+from pathlib import Path
+from fedprune_device.trainer import Trainer
+
+folder, train = Path(sys.argv[1]), Trainer.train
+
+def held(*given, progress=None, stop=None, **words):
+    name = f"{words['seed']}-{words['round']}"
+
+    def step(done, steps):
+        if progress is not None:
+            progress(done, steps)
+        if done == (steps + 1) // 2 and (folder / name).exists():
+            (folder / f"{name}-{words['device']}").touch()
+            while (folder / name).exists() and not (stop is not None and stop()):
+                time.sleep(0.01)
+
+    return train(*given, progress=step, stop=stop, **words)
+
+Trainer.train = held
+sys.argv[:3] = sys.argv[2:3]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=False)
+"""
+"""Runs a board that stands in the middle of its training in rounds that are held: what must come to pass while a round
+is under way can't come too late."""
 
 _Site = TypeVar("_Site", bound="Site")
 
@@ -82,6 +108,7 @@ class Site:
         mosquitto: Whether the broker is a process of its own, or the server's.
         secure: Whether the server has an identity and devices join with claims; Mosquitto gets the configuration that
             the server writes for it.
+        may_hold: Whether rounds can be held.
     """
 
     def __init__(
@@ -94,6 +121,7 @@ class Site:
         *,
         mosquitto: bool = False,
         secure: bool = False,
+        may_hold: bool = False,
     ) -> None:
         self.material = material
         self.folder = folder
@@ -106,6 +134,8 @@ class Site:
         self.board_ports: dict[str, int] = {}
         """Where boards find the broker that don't find it at its own port."""
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.may_hold, self.holds = may_hold, folder / "holds"
+        self.holds.mkdir()
         text = config + FILES
         for name in ("model.onnx", "evaluation.npz"):
             text = text.replace(f'"{name}"', json.dumps(str(material / name)))
@@ -158,8 +188,9 @@ class Site:
             join = self.join_port if self.mosquitto else self.port
             security = ["--claim", str(self.folder / f"{name}.claim"), "--join", f"mqtts://127.0.0.1:{join}"]
         url = self._url(self.board_ports.get(name, self.port))
+        start = [*python[:1], "-c", HELD, str(self.holds)] if self.may_hold else python
         return [
-            *(*python, "fedprune_device.cli", "run", "--broker", url, "--device", name, "--no-probe", *security),
+            *(*start, "fedprune_device.cli", "run", "--broker", url, "--device", name, "--no-probe", *security),
             *("--data", str(self.material / f"{name}.npz"), "--state", str(self.folder / name), "--threads", "1"),
             *("--profile", "raspberry-pi-4b", "--until-finished", "--patient"),
         ]
@@ -189,16 +220,19 @@ class Site:
         self.processes[name].wait()
         self.start(name)
 
-    @contextmanager
-    def standing_still(self) -> Iterator[None]:
-        """Meanwhile devices do nothing: what they are in the middle of lasts."""
-        for name in self.devices:
-            self.processes[name].send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            for name in self.devices:  # one that was killed is another process now, which this doesn't trouble
-                self.processes[name].send_signal(signal.SIGCONT)
+    def hold(self, *rounds: int, seed: int = 0) -> None:
+        """From now on devices stand in the middle of their training in these rounds of the job with this seed."""
+        for number in rounds:
+            (self.holds / f"{seed}-{number}").touch()
+
+    def wait_until_held(self, number: int, *devices: str, seed: int = 0) -> None:
+        """Wait until devices, by default all of them, are in the middle of a round that is held."""
+        marks = [self.holds / f"{seed}-{number}-{name}" for name in devices or self.devices]
+        self.wait_for(lambda: all(mark.exists() for mark in marks), f"devices train in round {number}")
+
+    def let_go(self, number: int, seed: int = 0) -> None:
+        """Hold a round no longer."""
+        (self.holds / f"{seed}-{number}").unlink()
 
     def saved(self) -> State | None:
         """What the server has saved."""
@@ -239,5 +273,10 @@ class Site:
             assert {p["progress"] for p in summary["devices"].values()} == {"folded"}, self.logs()
         return state
 
+    def logs_in_full(self) -> str:
+        """All that its processes wrote."""
+        return "\n".join(p.read_text() for p in sorted(self.folder.glob("*.log")))
+
     def logs(self) -> str:
+        """What its processes wrote last, for who reads why a test failed."""
         return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.log")))

@@ -30,7 +30,7 @@ density = 0.5
 deadline_s = 300
 
 [job.recipe]
-epochs = 800  # a round must last long enough to be hit in its middle
+epochs = 40
 lr = 0.001
 """
 
@@ -44,7 +44,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def site_of(material: Path, folder: Path, *, mosquitto: bool = False, secure: bool = True) -> Site:
-    return Site(material, folder, CONFIG, DEVICES, PATIENCE_S, mosquitto=mosquitto, secure=secure)
+    return Site(material, folder, CONFIG, DEVICES, PATIENCE_S, mosquitto=mosquitto, secure=secure, may_hold=True)
 
 
 @pytest.fixture
@@ -56,21 +56,13 @@ def site(request: pytest.FixtureRequest, material: Path, tmp_path: Path) -> Iter
         made.stop_all()
 
 
-def wait_until_training(site: Site, number: int) -> None:
-    """Wait for the middle of a round: a device has its offer and nobody has delivered."""
-
-    def middle() -> bool:
-        state = site.saved()
-        if state is not None and (state.round > number or state.phase is Phase.FINISHED):
-            raise AssertionError(f"round {number} is over already: {site.logs()}")
-        return (
-            state is not None
-            and (state.round, state.phase) == (number, Phase.TRAINING)
-            and all(t.progress is Progress.OFFERED for t in state.tasks.values())
-        )
-
-    site.wait_for(middle, f"the middle of round {number}")
-    time.sleep(0.2)
+def wait_for_the_middle(site: Site, number: int) -> None:
+    """Wait for the middle of a round that is held: all devices train, and nobody has delivered."""
+    site.wait_until_held(number)
+    state = site.saved()
+    assert state is not None
+    assert (state.round, state.phase) == (number, Phase.TRAINING), site.logs()
+    assert all(t.progress is Progress.OFFERED for t in state.tasks.values()), site.logs()
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +87,12 @@ def test_an_undisturbed_run_counts_every_device_in_every_round(undisturbed: Stat
     indirect=True,
 )
 def test_kills_in_the_middle_of_rounds_change_not_a_bit(site: Site, undisturbed: State) -> None:
+    site.hold(*range(1, ROUNDS + 1))
     site.start_all()
     for number, victim in enumerate((DEVICES[0], "server", "broker"), start=1):
-        wait_until_training(site, number)
-        with site.standing_still():
-            site.kill(victim)
+        wait_for_the_middle(site, number)
+        site.kill(victim)
+        site.let_go(number)
     state = site.finish()
     assert [r["model"] for r in state.history] == [r["model"] for r in undisturbed.history]
 
@@ -113,7 +106,7 @@ def test_a_signal_ends_a_server_cleanly(
     try:
         site.start("server", in_group=True)
         site.wait_for(lambda: listens(site.port), "the broker listens")
-        site.wait_for(lambda: "connected to the broker" in site.logs(), "the server is connected")
+        site.wait_for(lambda: "connected to the broker" in site.logs_in_full(), "the server is connected")
         time.sleep(0.5)  # its greeting leaves with the turn in which it says so
         server = site.processes["server"]
         if group:  # as a service manager and a terminal do
@@ -121,8 +114,8 @@ def test_a_signal_ends_a_server_cleanly(
         else:
             server.send_signal(number)
         assert server.wait(15) == code
-        assert "connection was lost" not in site.logs()
-        assert "took in 0 " not in site.logs()
+        assert "connection was lost" not in site.logs_in_full()
+        assert "took in 0 " not in site.logs_in_full()
         assert not listens(site.port)
     finally:
         site.stop_all()

@@ -47,10 +47,6 @@ class Loud(Site):
     def _url(self, port: int) -> str:
         return super()._url(port).replace("://", f"://fleet:{PASSWORD}@")
 
-    def logs_in_full(self) -> str:
-        """All that its processes wrote."""
-        return "\n".join(p.read_text() for p in sorted(self.folder.glob("*.log")))
-
     def command(self, name: str) -> list[str]:
         if name == "server":
             more = ["--verbose", "--log-format", "json", "--metrics", str(self.metrics)]

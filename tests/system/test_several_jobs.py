@@ -32,8 +32,9 @@ deadline_s = 300
 epochs = {epochs}
 lr = 0.001
 """
-FIRST = JOB.format(name="first", seed=0, strategy="plain", density=0.5, epochs=500)
-SECOND = JOB.format(name="second", seed=7, strategy="fedavg", density=0, epochs=300)
+SEED = 7
+FIRST = JOB.format(name="first", seed=0, strategy="plain", density=0.5, epochs=40)
+SECOND = JOB.format(name="second", seed=SEED, strategy="fedavg", density=0, epochs=30)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def alone(material: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list
 
 @pytest.fixture
 def site(material: Path, tmp_path: Path) -> Iterator[SharedSite]:
-    made = SharedSite(material, tmp_path, FIRST, DEVICES, 120, secure=True)
+    made = SharedSite(material, tmp_path, FIRST, DEVICES, 120, secure=True, may_hold=True)
     made.also(SECOND)
     try:
         yield made
@@ -95,14 +96,14 @@ def server(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_jobs_share_a_fleet_over_a_kill_and_end_as_if_alone(site: SharedSite, alone: list[list[str]]) -> None:
+    site.hold(1, seed=SEED)
     site.start_all()
-
-    def middle() -> bool:
-        state = site.saved_second()
-        return state is not None and state.round == 1 and state.phase is Phase.TRAINING
-
-    site.wait_for(middle, "the middle of the second job's first round")
+    site.wait_until_held(1, seed=SEED)
+    state = site.saved_second()
+    assert state is not None
+    assert (state.round, state.phase) == (1, Phase.TRAINING)
     site.kill("server")
+    site.let_go(1, seed=SEED)
     first = site.finish()
     second = site.saved_second()
     assert second is not None

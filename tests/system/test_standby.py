@@ -30,7 +30,7 @@ density = 0.5
 deadline_s = 300
 
 [job.recipe]
-epochs = 800
+epochs = 40
 lr = 0.001
 """
 
@@ -62,7 +62,7 @@ class Pair(Site):
 
 @pytest.fixture
 def pair(material: Path, tmp_path: Path) -> Iterator[Pair]:
-    with Pair(material, tmp_path, CONFIG, DEVICES, 120, mosquitto=True) as made:
+    with Pair(material, tmp_path, CONFIG, DEVICES, 120, mosquitto=True, may_hold=True) as made:
         yield made
 
 
@@ -90,34 +90,31 @@ def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Sta
         return calm.finish()
 
 
-def wait_until_training(pair: Pair, number: int) -> None:
-    def middle() -> bool:
-        state = pair.saved()
-        assert state is None or state.round <= number, pair.logs()
-        return (
-            state is not None
-            and (state.round, state.phase) == (number, Phase.TRAINING)
-            and all(t.progress is Progress.OFFERED for t in state.tasks.values())
-        )
-
-    pair.wait_for(middle, f"the middle of round {number}")
+def wait_for_the_middle(pair: Pair, number: int) -> None:
+    """Wait for the middle of a round that is held: all devices train, and nobody has delivered."""
+    pair.wait_until_held(number)
+    state = pair.saved()
+    assert state is not None
+    assert (state.round, state.phase) == (number, Phase.TRAINING), pair.logs()
+    assert all(t.progress is Progress.OFFERED for t in state.tasks.values()), pair.logs()
 
 
 def start_both(pair: Pair) -> None:
-    """Start the site, and a second server that waits."""
+    """Start the site, and a second server that waits; round 1 is held."""
+    pair.hold(1, 2)
     pair.start_all()
-    wait_until_training(pair, 1)  # else the second might be the first
-    with pair.standing_still():
-        pair.start("second")
-        pair.wait_for(lambda: "standing by" in pair.logs(), "the second server waits")
+    wait_for_the_middle(pair, 1)  # else the second might be the first
+    pair.start("second")
+    pair.wait_for(lambda: "standing by" in pair.logs_in_full(), "the second server waits")
 
 
 def kill_the_first(pair: Pair) -> None:
     """Kill the first server in the middle of round 2; the second is the server from now on."""
-    wait_until_training(pair, 2)
-    with pair.standing_still():
-        pair.processes["server"].kill()
-        pair.processes["server"].wait()
+    pair.let_go(1)
+    wait_for_the_middle(pair, 2)
+    pair.processes["server"].kill()
+    pair.processes["server"].wait()
+    pair.let_go(2)
     pair.processes["server"] = pair.processes.pop("second")
 
 
@@ -147,11 +144,11 @@ def test_a_standby_at_postgresql_outlasts_server_and_database(
         (pair.folder / name / "blobs").symlink_to(pair.folder / "blobs")
     start_both(pair)
     database.kill()
-    pair.wait_for(lambda: "waiting up to" in pair.logs(), "somebody misses the database")
+    pair.wait_for(lambda: "waiting up to" in pair.logs_in_full(), "somebody misses the database")
     database.start()
     kill_the_first(pair)
     ends_as(pair, undisturbed, pair.folder / "second")
-    assert "taking over from" in pair.logs()
+    assert "taking over from" in pair.logs_in_full()
 
 
 @pytest.mark.soak
@@ -169,4 +166,4 @@ def test_a_standby_with_an_empty_folder_goes_on_with_the_database_and_the_bucket
     time.sleep(1)
     s3.go_on()
     ends_as(pair, undisturbed, pair.folder / "second")
-    assert "taking over from" in pair.logs()
+    assert "taking over from" in pair.logs_in_full()
