@@ -14,10 +14,14 @@ class Relay:
     Args:
         target: The port on this machine to which it goes.
         bytes_s: What a connection carries in a second, each way; 0 for no limit.
+
+    Attributes:
+        most: Beyond so many bytes in all nothing passes; None for no end.
     """
 
     def __init__(self, target: int, bytes_s: float = 0.0) -> None:
         self._target, self._bytes_s = target, bytes_s
+        self.most: int | None = None
         self._closed = False
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
@@ -66,6 +70,8 @@ class Relay:
             while data := source.recv(4096):
                 if self._bytes_s:
                     time.sleep(len(data) / self._bytes_s)
+                while self.most is not None and self.passed >= self.most:
+                    time.sleep(0.01)
                 target.sendall(data)
                 self.passed += len(data)
         for each in (source, target):

@@ -21,6 +21,8 @@ class WillBroker:
 
     def __init__(self, broker: int, habit: str, code: int = SERVER_UNAVAILABLE) -> None:
         self._broker, self.habit, self._code = broker, habit, code
+        self.then = habit
+        """Its habit from the first connection without a will on."""
         self.wills: list[bool] = []
         """Whether each connection had one, as it came."""
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -58,6 +60,8 @@ class WillBroker:
                     return
                 connect += data
             self.wills.append(has_will(connect))
+            if not self.wills[-1]:
+                self.habit = self.then
             if self.wills[-1] and self.habit == "refuse":
                 board.sendall(bytes((0x20, 2, 0, self._code)))
             if self.wills[-1] and self.habit in ("refuse", "hang up"):

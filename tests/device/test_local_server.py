@@ -239,22 +239,35 @@ def test_a_client_that_drips_is_cut_off_too(served: LocalBoard, monkeypatch: pyt
 def test_a_client_that_never_reads_costs_nobody_else_anything(
     served: LocalBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = LocalServer.get_request
+    real, accepted = LocalServer.get_request, [0]
 
     def narrow(self: LocalServer) -> Any:
         client, address = real(self)
+        accepted[0] += 1
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes its least of it
         return client, address
 
+    def come() -> list[socket.socket]:
+        count = accepted[0] + server.CONNECTIONS
+        found = [served.connect() for _ in range(server.CONNECTIONS)]
+        for connection in found:
+            connection.sendall(request("POST", "/v1/predict", npy(np.zeros((64, 6), np.float32)), Content_Type=NPY))
+        until(lambda: accepted[0] == count and all(c.since is None for c in [*served.server._clients.values()]))
+        return found
+
     monkeypatch.setattr(LocalServer, "get_request", narrow)
-    monkeypatch.setattr(server._Handler, "timeout", 1.0)
-    greedy = [served.connect() for _ in range(server.CONNECTIONS)]
-    for connection in greedy:
-        connection.sendall(request("POST", "/v1/predict", npy(np.zeros((64, 6), np.float32)), Content_Type=NPY))
-    until(lambda: sum(c.since is None for c in [*served.server._clients.values()]) == server.CONNECTIONS)
+    monkeypatch.setattr(server._Handler, "timeout", 600.0)
+    greedy = come()
+    until(lambda: len(served.server._clients) == server.CONNECTIONS)
     assert ask(served, GOOD)[0] == 503, "all places are taken by answers that nobody reads"
+    for connection in greedy:
+        connection.close()
+    until(lambda: not served.server._clients)
+    monkeypatch.setattr(server._Handler, "timeout", 1.0)
+    greedy = come()
     patient = Board(served.address, tries=30)
     assert patient.predict(X).round == 1, "until they have lost them"
+    until(lambda: not served.server._clients)
     for connection in greedy:
         assert len(received(connection)) < 64 * 3 * 20, "the answer was cut off"
         connection.close()

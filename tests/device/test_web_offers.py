@@ -55,6 +55,12 @@ class Board:
         return [m for m in self.server.seen if isinstance(m, Want)]
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent's clock goes fast: half a second in which this machine stands still would be a stall."""
+    monkeypatch.setattr(web_fetch, "STALL_S", 1e6)
+
+
 @pytest.fixture
 def board(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> Iterator[Board]:
     with WebPlace(BlobStore(tmp_path / "server", durable=False)) as web:

@@ -62,7 +62,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def site(request: pytest.FixtureRequest, material: Path, tmp_path: Path) -> Iterator[Site]:
-    with Site(material, tmp_path, CONFIG.format(job=JOBS[request.param]), tuple(SAMPLES), PATIENCE_S, may_hold=True) as made:
+    with Site(
+        material, tmp_path, CONFIG.format(job=JOBS[request.param]), tuple(SAMPLES), PATIENCE_S, may_hold=True
+    ) as made:
         yield made
 
 

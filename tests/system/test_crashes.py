@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from real_site import Site, write_material
 from fedprune.coordination import Phase, State
 from fedprune.coordination.state import Progress
 from fedprune.errors import ExitCode
+from fedprune.trust.tls import unpinned_context
+from fedprune.wire.link import Link
 from machine import listens
 
 pytestmark = pytest.mark.system
@@ -107,13 +108,16 @@ def test_a_signal_ends_a_server_cleanly(
         site.start("server", in_group=True)
         site.wait_for(lambda: listens(site.port), "the broker listens")
         site.wait_for(lambda: "connected to the broker" in site.logs_in_full(), "the server is connected")
-        time.sleep(0.5)  # its greeting leaves with the turn in which it says so
+        with Link(site.url, "somebody", tls=unpinned_context) as link:  # the broker has taken something in, for certain
+            link.start()
+            assert link.publish("elsewhere", b"12345")
+            assert link.flush(30)
         server = site.processes["server"]
         if group:  # as a service manager and a terminal do
             os.killpg(server.pid, number)
         else:
             server.send_signal(number)
-        assert server.wait(15) == code
+        assert server.wait(60) == code
         assert "connection was lost" not in site.logs_in_full()
         assert "took in 0 " not in site.logs_in_full()
         assert not listens(site.port)

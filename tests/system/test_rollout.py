@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from real_site import Site, write_material
+from relay import Relay
 from runtime_releases import OUTSIDE, PYTHON, make_wheel
 
 from fedprune.release import Release, read_release, write_release
@@ -69,7 +70,12 @@ class UpdatedSite(Site):
         folder: The processes' own.
         wheel: fedprune.
         config: The server's configuration.
+
+    Attributes:
+        line: What lies between north and the broker.
     """
+
+    line: Relay
 
     def __init__(self, material: Path, folder: Path, wheel: Path, config: str = CONFIG) -> None:
         super().__init__(material, folder, config, BOARDS, 120, mosquitto=True, secure=True)
@@ -152,12 +158,15 @@ def site(
     (folder / "material").mkdir()
     write_material(folder / "material", dict.fromkeys(BOARDS, 100))
     made = UpdatedSite(folder / "material", folder, wheel, request.param)
+    made.line = Relay(made.port)
+    made.board_ports = {"north": made.line.port}
     try:
         made.start_all()
         made.wait_for(lambda: made.members() == set(BOARDS), "all boards are let in")
         yield made
     finally:
         made.stop_all()
+        made.line.close()
 
 
 def test_good_releases_stay_bad_ones_go_back_and_stop_and_old_content_comes_again(site: UpdatedSite) -> None:
@@ -195,6 +204,7 @@ def test_a_download_goes_on_after_the_broker_and_the_server_restart(site: Update
     release = site.release(6, large)
     size, before = read_release(release, site.key.verifying)[0].size, site.runs("south")
     at_first = site.bytes_down()
+    site.line.most = site.line.passed + int(0.6 * size)  # else all of it may be there before anybody looks
     site.command_line("rollout", "start", release, "--devices", "north", "--groups", "100%")
     pulled = site.folder / "north-home" / "incoming" / "pulled" / "partial"
 
@@ -206,6 +216,7 @@ def test_a_download_goes_on_after_the_broker_and_the_server_restart(site: Update
     site.wait_for(most, "most of it is there")
     site.kill("broker")
     site.kill("server")
+    site.line.most = None
     ended = site.ended()
     assert (ended["phase"], site.runs("north"), site.runs("south")) == ("done", 6, before), site.logs()
     down = {name: count - at_first[name] for name, count in site.bytes_down().items()}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +47,15 @@ class Board:
         np.savez(folder / "data.npz", x=x, y=np.arange(20) % 3)
         self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.manager.bind(str(folder / "notify"))
-        self.manager.settimeout(60)
+        self.said: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def listen(self) -> None:
+        """Take what the service manager is told at once: its socket holds few messages, and what is too much is lost."""
+        with suppress(OSError):
+            while data := self.manager.recv(4096):
+                for line in data.decode().splitlines():
+                    self.said.put(line)
 
     def release(self, number: int, *more: Path) -> Path:
         def made(files: tuple[object, ...]) -> Release:
@@ -88,7 +98,7 @@ class Board:
         """What the service manager was told until a line came."""
         lines: list[str] = []
         while line not in lines:
-            lines += self.manager.recv(4096).decode().splitlines()
+            lines.append(self.said.get(timeout=120))
         return lines
 
     def until(self, seen: Callable[[State], bool]) -> State:
@@ -106,6 +116,7 @@ class Board:
 def board(tmp_path: Path, wheel: Path) -> Iterator[Board]:
     made = Board(tmp_path, wheel)
     yield made
+    made.manager.shutdown(socket.SHUT_RDWR)
     made.manager.close()
 
 

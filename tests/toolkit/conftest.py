@@ -45,7 +45,7 @@ def start_mosquitto(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
         config.write_text(settings.replace("{port}", str(port)) + "user root\n")
         process = subprocess.Popen([binary, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started.append(process)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not listens(port):
             if time.monotonic() > deadline or process.poll() is not None:
                 pytest.fail(f"mosquitto doesn't come up on port {port}")
