@@ -51,7 +51,7 @@ class Board:
         threading.Thread(target=self.listen, daemon=True).start()
 
     def listen(self) -> None:
-        """Take what the service manager is told at once: its socket holds few messages, and what is too much is lost."""
+        """Take what the service manager is told at once: its socket holds few messages; what is too much is lost."""
         with suppress(OSError):
             while data := self.manager.recv(4096):
                 for line in data.decode().splitlines():

@@ -26,11 +26,20 @@ function known(plot) {
 }
 
 export function watchCharts() {
+  let last = 0;
+  const point = (plot) => {
+    const box = plot.getBoundingClientRect();
+    show(plot, (last - box.left) / box.width);
+  };
   document.addEventListener("pointermove", (event) => {
     const plot = event.target.closest?.(".plot");
     if (!plot) return;
-    const box = plot.getBoundingClientRect();
-    show(plot, (event.clientX - box.left) / box.width);
+    last = event.clientX;
+    point(plot);
+  });
+  document.addEventListener("drawn", () => {
+    const plot = document.querySelector(".plot:hover");
+    if (plot) point(plot); // the page that came knows nothing of a pointer that rests there
   });
   document.addEventListener("pointerout", (event) => {
     const plot = event.target.closest?.(".plot");

@@ -14,6 +14,7 @@ let again = 0;
 let waiting = 0;
 let drawn = 0;
 let lostAt = 0;
+let losses = 0;
 let paused = false; // people may want to read a table that stands still
 
 // Whether an event touches what the page shows: `devices:attic` is one device, `devices` all of them.
@@ -33,9 +34,10 @@ function refresh(soon = false) {
   const every = Number(document.getElementById("main").dataset.every) || 1000;
   const rest = soon ? 0 : Math.max(0, drawn + every - performance.now());
   waiting = setTimeout(async () => {
+    const before = losses;
     try {
       await show(location.href, { keep: true });
-      found();
+      if (losses === before) found(); // an answer that was on its way says nothing of a connection that is gone since
     } catch {
       lost();
     } finally {
@@ -53,6 +55,7 @@ function state(name, text) {
 }
 
 function lost() {
+  losses += 1;
   state("lost", "not live");
   const box = document.getElementById("lost");
   if (!lostAt) {
@@ -68,6 +71,7 @@ function found() {
     box.hidden = true;
     box.replaceChildren();
     lostAt = 0;
+    if (source?.readyState === EventSource.OPEN) state("open", "live");
   }
 }
 

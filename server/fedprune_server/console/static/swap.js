@@ -42,6 +42,7 @@ async function draw(url, keep) {
     if (now && then) morph(now, then);
   }
   if (focused?.isConnected && document.activeElement !== focused) focused.focus({ preventScroll: true });
+  document.dispatchEvent(new Event("drawn"));
   return true;
 }
 
