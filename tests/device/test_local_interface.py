@@ -179,6 +179,10 @@ def test_every_answer_is_of_one_whole_model_while_models_are_swapped(local: Loca
         for n in rounds[1:]:
             local.install(n)
             local.model.look()
+            before, deadline = sum(map(len, seen)), time.monotonic() + 60
+            while sum(map(len, seen)) == before and not errors:  # else all may be over before anybody has asked
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
         done.set()
         for thread in threads:
             thread.join()

@@ -196,7 +196,8 @@ topic fedprune/1/+/+/-/joined in 1
 @pytest.mark.soak
 def test_a_bridge_that_is_cut_once_changes_no_bit(make: Callable[..., Site], tmp_path: Path) -> None:
     expected = complete(make("alone", rounds=4))
-    site, port = make("bridged", rounds=4), free_port()
+    site, port = make("bridged", rounds=4, may_hold=True), free_port()
+    site.hold(2)
     with closing(Relay(site.port)) as line, ExitStack() as stack:
         (tmp_path / "far.conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n" + bridge(line.port))
         site.board_ports = dict.fromkeys(DEVICES, port)
@@ -211,6 +212,7 @@ def test_a_bridge_that_is_cut_once_changes_no_bit(make: Callable[..., Site], tmp
             site.start(name)
         site.wait_for(lambda: bool((state := site.saved()) and state.history), "a round is over")
         line.cut()
+        site.let_go(2)
         time.sleep(3)
         line.mend()
         state = site.finish()

@@ -48,11 +48,12 @@ def site(tmp_path: Path) -> Iterator[Site]:
     names = ("north", "south", "strict")
     write_material(tmp_path, dict.fromkeys(names, 300))
     (tmp_path / "owner.toml").write_text("[privacy]\nleast_noise = 5.0\n")
-    with Owned(tmp_path, tmp_path, CONFIG, names, 90, mosquitto=True) as made:
+    with Owned(tmp_path, tmp_path, CONFIG, names, 90, mosquitto=True, may_hold=True) as made:
         yield made
 
 
 def test_a_private_job_ends_when_its_budget_is_spent_whoever_is_killed(site: Site) -> None:
+    site.hold(2)
     site.start_all()
 
     def rounds() -> int:
@@ -60,8 +61,10 @@ def test_a_private_job_ends_when_its_budget_is_spent_whoever_is_killed(site: Sit
         return 0 if state is None else len(state.history)
 
     site.wait_for(lambda: rounds() >= 1, "a round")
+    site.wait_until_held(2, "north", "south")
     site.kill("server")
     site.kill("south")
+    site.let_go(2)
     site.finish()
 
     state = site.saved()

@@ -36,7 +36,7 @@ receivers = {}
 def receivers(server: int) -> list[int]:
     """Process ids of a server's receivers."""
     children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-    return [int(pid) for pid in children if b"receiver_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [int(pid) for pid in children if b"receivers.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.soak
@@ -47,7 +47,10 @@ def test_receivers_end_in_the_same_models_though_one_is_killed(tmp_path: Path) -
         folder = tmp_path / str(count)
         folder.mkdir()
         write_material(folder, dict.fromkeys(DEVICES, 100), hidden=4096)
-        with Site(folder, folder, CONFIG.format(count), DEVICES, 60, mosquitto=True, secure=True) as site:
+        with Site(
+            folder, folder, CONFIG.format(count), DEVICES, 60, mosquitto=True, secure=True, may_hold=True
+        ) as site:
+            site.hold(2)
             site.start_all()
             before: list[int] = []
             if count:
@@ -56,6 +59,8 @@ def test_receivers_end_in_the_same_models_though_one_is_killed(tmp_path: Path) -
                 site.wait_for(lambda site=site: (s := site.saved()) is not None and bool(s.history), "a round ends")  # type: ignore[misc]
                 before = receivers(server)
                 os.kill(before[0], signal.SIGKILL)
+                site.wait_for(lambda site=site: "a receiver is started again" in site.logs_in_full(), "it is missed")  # type: ignore[misc]
+            site.let_go(2)
             found.append(models(site.complete()))
         assert not any(Path(f"/proc/{pid}").exists() for pid in before)
         log = (folder / "server.log").read_text()
