@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -33,11 +34,31 @@ def find_chromium() -> str:
     return found
 
 
+_TAKEN: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, and that nobody else gets before it is listened on.
+
+    It is none of those that the kernel gives to whoever asks for any, or connects to somebody: between this call and
+    the moment when the port is used it might do so. Of tests that run at the same time each port is one process's.
+    """
+    try:
+        end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        end = 32_768
+    first, end = (10_240, end) if end > 12_000 else (10_240, 65_536)
+    while True:
+        port, claim = random.SystemRandom().randrange(first, end), socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0fedprune-test-port-{port}")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            claim.close()
+            continue
+        _TAKEN.append(claim)
+        return port
 
 
 def listens(port: int) -> bool:

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -81,23 +80,45 @@ def check_installed(board: Board) -> None:
     assert board.claim.stat().st_mode & 0o777 == 0o400
 
 
+SIGNALLED = """
+import os, runpy, sys
+from pathlib import Path
+from fedprune_flash.journal import DONE, Journal
+
+roots, number, enough = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+note, done = Journal.note, set()
+
+def noted(self, device, *, state=None, work=None):
+    note(self, device, state=state, work=work)
+    if state == DONE:
+        done.add(device)
+        if len(done) >= enough and any(home.parent.name not in done for home in roots.glob("*/home")):
+            os.kill(os.getpid(), number)
+
+Journal.note = noted
+sys.argv[:4] = ["fedprune-flash"]
+runpy.run_module("fedprune_flash.cli", run_name="__main__", alter_sys=False)
+"""
+"""The program that gets a signal as soon as so many boards are done, while some other one has its kit and is not: who
+watches it from elsewhere may find it done with all of them."""
+
+
+def signalled(made: Boards, number: signal.Signals, enough: int, words: list[str]) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-c", SIGNALLED, str(made.folder / "roots"), str(int(number)), str(enough)]
+    return subprocess.run([*start, *words], capture_output=True, text=True, timeout=180, check=False)
+
+
 @pytest.mark.parametrize("boards", [14, pytest.param(40, marks=pytest.mark.soak)])
 def test_boards_are_installed_by_one_command_that_may_be_killed(tmp_path: Path, kit: Path, boards: int) -> None:
     """A claim goes to one board, and what was done before the kill isn't done again."""
     made = Boards(tmp_path, [f"board-{number:02}" for number in range(boards)])
     try:
         inventory = made.inventory()
-        words = [sys.executable, "-m", "fedprune_flash.cli", *command(inventory, kit, "--jobs", "6")]
+        options = command(inventory, kit, "--jobs", "6")
+        words = [sys.executable, "-m", "fedprune_flash.cli", *options]
         journal = tmp_path / "boards.toml.journal"
-        with (tmp_path / "first.txt").open("wb") as out:
-            process = subprocess.Popen(words, stdout=out, stderr=out)
-            deadline = time.monotonic() + 120
-            while len(before := done(journal)) < 6 or not under_way(made, before):
-                assert process.poll() is None, (tmp_path / "first.txt").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        killed = signalled(made, signal.SIGKILL, 6, options)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
         before = done(journal)
         assert 6 <= len(before) < boards
         finished = {b.name: snapshot(b.root) for b in made.boards if b.name in before}
@@ -115,11 +136,6 @@ def test_boards_are_installed_by_one_command_that_may_be_killed(tmp_path: Path, 
         assert not any(text in journal.read_text() for text in given)
     finally:
         made.stop()
-
-
-def under_way(made: Boards, finished: set[str]) -> bool:
-    """Whether some board has its kit and is not done."""
-    return any((b.root / "home").exists() and b.name not in finished for b in made.boards)
 
 
 def done(journal: Path) -> set[str]:
@@ -372,16 +388,11 @@ def test_a_second_run_at_the_same_time_is_refused(boards: Boards, kit: Path, tmp
 def test_ctrl_c_ends_it_and_nothing_of_it_stays(tmp_path: Path, kit: Path) -> None:
     made = Boards(tmp_path, [f"board-{number}" for number in range(6)])
     try:
-        words = [sys.executable, "-m", "fedprune_flash.cli", *command(made.inventory(), kit, "--jobs", "2")]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "now:" in line:
-                break
-        process.send_signal(signal.SIGTERM)
-        out, error = process.communicate(timeout=60)
-        assert process.returncode == ExitCode.INTERRUPTED
-        assert "Traceback" not in out + error
+        options = command(made.inventory(), kit, "--jobs", "2")
+        words = [sys.executable, "-m", "fedprune_flash.cli", *options]
+        ended = signalled(made, signal.SIGTERM, 1, options)
+        assert ended.returncode == ExitCode.INTERRUPTED
+        assert "Traceback" not in ended.stdout + ended.stderr
         again = subprocess.run(words, capture_output=True, text=True, check=False)
         assert again.returncode == ExitCode.OK, again.stdout + again.stderr
         for board in made.boards:

@@ -23,6 +23,7 @@ from fedprune.release import Release, write_release
 from fedprune_device.runtime.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome, State
 from fedprune_device.runtime.updater import LAUNCHER, Updater
 from fedprune_server.broker.embedded import EmbeddedBroker
+from machine import free_port
 
 pytestmark = pytest.mark.system
 
@@ -149,10 +150,8 @@ def test_an_illegal_instruction_is_the_reason_that_the_operator_reads(board: Boa
 
 
 def test_a_runtime_that_never_reaches_its_broker_goes_back(board: Board) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     board.update(2, attempts=1, seconds=10)
-    with board.running(f"mqtt://127.0.0.1:{port}"):
+    with board.running(f"mqtt://127.0.0.1:{free_port()}"):
         board.told("READY=1")
         state = board.until(lambda s: s.phase != TRIAL)
         board.told("READY=1")

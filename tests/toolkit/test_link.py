@@ -19,6 +19,7 @@ from fedprune.wire import unsent
 from fedprune.wire.broker_url import BrokerUrl, tls_context
 from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.link import Link
+from machine import free_port
 
 Start = Callable[..., Any]
 
@@ -176,8 +177,7 @@ class TestWithMosquitto:
             assert receiver.get(30) == ("x", b"again")
 
     def test_a_patient_link_waits_for_the_broker(self, start_mosquitto: Start) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port()
         with closing(Link(f"mqtt://127.0.0.1:{port}", "a")) as link:
             link.start(patient=True)
             assert link.get(0.3) is None

@@ -26,6 +26,7 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
 from fedprune_server.broker.child import kind
 from fedprune_server.broker.embedded import EmbeddedBroker
+from machine import free_port
 
 pytestmark = pytest.mark.system
 
@@ -191,7 +192,7 @@ PARENT = """
     from fedprune_server.broker.embedded import EmbeddedBroker
     from fedprune.wire.link import Link
 
-    broker = EmbeddedBroker(port=0)
+    broker = EmbeddedBroker(port=int(sys.argv[2]))
     broker.start()
     link = Link(broker.url, "a", will=("x", b"y"))
     link.subscribe(["x"])
@@ -211,7 +212,10 @@ def parent(seconds: float) -> tuple[subprocess.Popen[bytes], int, int]:
     ours, theirs = os.pipe()
     code = "import os\n" + textwrap.dedent(PARENT).replace("os.write(3,", f"os.write({theirs},")
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(seconds)], pass_fds=[theirs], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, str(seconds), str(free_port())],
+        pass_fds=[theirs],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     os.close(theirs)
     with os.fdopen(ours) as pipe:

@@ -38,6 +38,7 @@ from fedprune_server.work.crew import Crew
 from fedprune_server.work.crew_work import Settings
 from fedprune_server.work.ray_pool import ClusterError, RayPool
 from fedprune_server.work.worker import Worker
+from machine import free_port
 
 JOB = Job(rounds=2, devices=3, density=0.5)
 DENSITIES = (1.0, 0.5, 0.25)
@@ -77,17 +78,11 @@ def test_ray_is_missed_by_name(model: Model, tmp_path: Path, monkeypatch: pytest
         RayPool("ray://localhost:10001", worker(model, tmp_path))
 
 
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def test_a_cluster_that_is_not_there_is_one_clear_error(model: Model, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
     w = worker(model, tmp_path)
     with pytest.raises(ClusterError, match=r"can't be used.*refused") as caught:
-        RayPool(f"ray:127.0.0.1:{_free_port()}", w)
+        RayPool(f"ray:127.0.0.1:{free_port()}", w)
     assert caught.value.exit_code is ExitCode.CLUSTER
     assert w.store.names() == []
 
@@ -322,7 +317,7 @@ def test_a_server_says_what_is_wrong_and_ends(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(digits_model())
     command = [sys.executable, "-m", "fedprune_server.cli", "run", "--insecure", "--port", "0"]
     command += ["--model", str(tmp_path / "model.onnx"), "--state", str(tmp_path / "state")]
-    command += ["--workers-url", f"ray:127.0.0.1:{_free_port()}"]
+    command += ["--workers-url", f"ray:127.0.0.1:{free_port()}"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert ended.returncode == ExitCode.CLUSTER
     assert "can't be used" in ended.stderr
