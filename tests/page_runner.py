@@ -142,10 +142,12 @@ class Reader:
                 ["bash", "-c", before + script], stdout=log, stderr=log, env=self._environment, start_new_session=True
             )
         until = time.monotonic() + self.patience_s
+        silent = False
         while stays["text"] not in self._log(name).read_text(errors="replace"):
-            silent = self.terminals[name].poll() is not None or time.monotonic() > until
             assert not silent, f"{name} never said {stays['text']!r}: {self._logs()}"
             time.sleep(0.05)
+            # Looked at before its words are read once more: its last may be these.
+            silent = self.terminals[name].poll() is not None or time.monotonic() > until
         return self._log(name).read_text(errors="replace")
 
     def _wait(self, name: str) -> None:

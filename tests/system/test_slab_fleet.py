@@ -22,6 +22,7 @@ from fedprune.recipe import Recipe
 from fedprune.wire.link import Link
 from fedprune.wire.messages import Want, parse
 from fedprune.wire.topics import EVERYONE, Topics
+from fedprune_device import downloads
 from fedprune_device.agent import Agent
 from fedprune_device.store import DeviceStore
 from fedprune_export.importing import import_onnx
@@ -72,6 +73,12 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No board asks on its own because this machine stood still for some seconds."""
+    monkeypatch.setattr(downloads, "PATIENCE", 100.0)
 
 
 class Watched:
@@ -220,7 +227,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_slabs_travel_once_and_everybody_trains_to_the_same_bits(
-    broker: str, tmp_path: Path, wanted: list[str]
+    broker: str, tmp_path: Path, wanted: list[str], patient: None
 ) -> None:
     run = Run(tmp_path, broker)
     assert [r["model"] for r in run.final.history] == wanted
@@ -233,7 +240,9 @@ def test_slabs_travel_once_and_everybody_trains_to_the_same_bits(
     assert run.wire.to_all + run.wire.to_one < 1.5 * (sum(slabs.values()) + sum(graphs.values()))
 
 
-def test_an_older_board_pulls_its_weights_as_ever(broker: str, tmp_path: Path, wanted: list[str]) -> None:
+def test_an_older_board_pulls_its_weights_as_ever(
+    broker: str, tmp_path: Path, wanted: list[str], patient: None
+) -> None:
     run = Run(tmp_path, broker, old=["a", "f"])
     assert [r["model"] for r in run.final.history] == wanted
     assert not any(run.wire.shared["a"] + run.wire.shared["f"])
