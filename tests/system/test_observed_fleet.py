@@ -106,6 +106,10 @@ class Operator:
         self.secrets.add(self.csrf)
         return self.order(order="pause", job="leaves")
 
+    def ready(self) -> bool:
+        """Whether the console has heard of its server; until then it takes no orders."""
+        return json.loads(self.ask("/readyz")) == {"ready": True}
+
     def online(self) -> set[str]:
         """Boards that the console shows as connected."""
         return {row["name"] for row in json.loads(self.ask("/api/v1/devices"))["items"] if row["online"]}
@@ -139,6 +143,7 @@ def test_a_talkative_fleet_tells_no_secrets(
     site.start("server")
     site.wait_for(lambda: listens(site.port) and listens(site.console), "the server listens")
     ann = Operator(site.console)
+    site.wait_for(ann.ready, "the console is ready")
     shown = [ann.come()]  # before there is a board: a job this small ends faster than somebody can look at it
     for name in site.devices:
         site.start(name)
