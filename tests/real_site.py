@@ -135,7 +135,7 @@ class Site:
         """Where boards find the broker that don't find it at its own port."""
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.may_hold, self.holds = may_hold, folder / "holds"
-        self.holds.mkdir()
+        self.holds.mkdir(exist_ok=True)
         text = config + FILES
         for name in ("model.onnx", "evaluation.npz"):
             text = text.replace(f'"{name}"', json.dumps(str(material / name)))
