@@ -6,6 +6,8 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,24 +18,29 @@ from hypothesis import strategies as st
 
 from fedprune import fold_loops, loop_compiler
 from fedprune.aggregation import Fold, Rule
-from fedprune.architecture import Architecture
+from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.errors import ProtocolError
 from fedprune.fixed_point import VALUE_BITS, FixedSum, Range
 from fedprune.magnitude import check_range, magnitude
 from fedprune.selection import Selection, Tensors
 from strategies import Update, architectures, model, rounds, trained
 
-pytest.importorskip("numba", reason="the extra fast is not installed")
-
 SPAN = Range(3)
 Given = tuple[Architecture, Tensors, list[Update]]
 
 
+@cache
+def compiled() -> dict[str, fold_loops.Loop]:
+    return loop_compiler._compile()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def loops() -> Iterator[None]:
-    assert loop_compiler.load()
+    pytest.importorskip("numba", reason="the extra fast is not installed")
+    before = fold_loops.loops()
+    fold_loops.use(compiled())
     yield
-    fold_loops.use({})
+    fold_loops.use(before)
 
 
 class Numpy:
@@ -163,6 +170,60 @@ def test_what_is_refused_is_the_same(numbers: list[float], bound: float) -> None
     quick, largest = said(), magnitude(values)
     with Numpy():
         assert (quick, repr(largest)) == (said(), repr(magnitude(values)))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_rows_of_another_shape_are_refused(quick: bool) -> None:
+    """A loop doesn't look where an array ends."""
+    with nullcontext() if quick else Numpy():
+        total = FixedSum((4, 6), SPAN, light=True)
+        for shape in ((1, 5), (4, 5), (5, 6), (24, 2)):
+            with pytest.raises(ValueError, match=r"shape|broadcast"):
+                total.add_all([np.ones(shape, np.float32)], [1])
+        assert not total.limbs[0].any()
+    assert not fold_loops.scale(total.limbs[0], 1.0, np.empty((4, 5), np.float32))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_tensors_of_no_numbers_are_folded_like_others(quick: bool) -> None:
+    shapes = {"a": (0, 4), "b": (0,), "c": (4, 3, 0), "d": (4, 0), "e": (4, 4)}
+
+    def axis(n: int) -> Axis:
+        return Axis((Segment(0, 0, 4),)) if n == 4 else Axis.fixed(n)
+
+    tensors = tuple(TensorSpec(n, TensorKind.WEIGHT, tuple(axis(k) for k in shape)) for n, shape in shapes.items())
+    architecture = Architecture("empty", (ChannelGroup("c", 4),), tensors, (), (), (3,), 2)
+    base = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    with nullcontext() if quick else Numpy():
+        fold = Fold(architecture, base)
+        for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
+            selection = Selection.of(architecture, (3,), [np.array(order)])
+            fold.add(selection, {n: v + 1 for n, v in selection.gather(base).items()}, 3)
+        found, _ = fold.close()
+    assert {name: value.shape for name, value in found.items()} == shapes
+    assert found["e"][1, 1] == 1
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
+def test_a_model_keeps_no_memory_but_its_own(quick: bool, order: tuple[int, ...]) -> None:
+    tensors = (
+        TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(0, 0, 4),)), Axis.fixed(9))),
+        TensorSpec("b", TensorKind.BIAS, (Axis.fixed(2),)),
+    )
+    architecture = Architecture("two", (ChannelGroup("c", 4),), tensors, (), (), (3,), 2)
+    base = model(architecture, 0)
+    with nullcontext() if quick else Numpy():
+        fold = Fold(architecture, base)
+        selection = Selection.of(architecture, (4,), [np.array(order)])
+        fold.add(selection, selection.gather(base), 1)
+        found, _ = fold.close()
+
+    def root(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return value if value.base is None else root(value.base)
+
+    roots = {id(root(value)): root(value).nbytes for value in found.values()}
+    assert sum(roots.values()) == sum(value.nbytes for value in found.values())
 
 
 @given(architectures(), st.data())

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +37,7 @@ _LONGEST = 32_768  # numbers of one row at once
 _MAGIC = 1.5 * 2.0**52
 _MAGIC_BITS = int(np.array(_MAGIC).view(np.int64))
 _LIGHT = 2 ** (51 - VALUE_BITS)
-"""So much weight can be added to integers at once by a product in float64."""
+"""So much weight can be added to integers at once by a product in float64 and the magic number."""
 _LIGHT_SUM = 2 ** (53 - VALUE_BITS)
 """Up to so much weight in all, sums are whole numbers that float64 holds: no conversions."""
 
@@ -126,10 +126,9 @@ class FixedSum:
     def make_room(self, weight: int) -> None:
         """Expect so much weight in all: what was added, and what will be until this is called again."""
         if weight > _LIGHT_SUM and self.limbs[0].dtype == np.float64:
-            light = self.limbs[0]
-            heavy = light.view(np.int64)
-            heavy[...] = light  # where it lies
-            self.limbs = (heavy,)
+            light = self.limbs[0].reshape(-1)
+            light.view(np.int64)[...] = light  # where it lies, and without a copy, since it is one line
+            self.limbs = (self.limbs[0].view(np.int64),)
 
     def add(self, values: npt.NDArray[Any], weight: int, at: Index = (...,)) -> None:
         """Add weight·values at an index.
@@ -159,7 +158,7 @@ class FixedSum:
             total[at] = part
 
     def _add_limbs(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], at: Index) -> None:
-        rest = np.stack(rows, dtype=np.float64)
+        rest = np.stack([values.astype(np.float64) for values in rows])
         rest *= np.array(weights, np.float64).reshape(-1, *[1] * rows[0].ndim)
         for i, limb in enumerate(self.limbs, start=1):
             scale = VALUE_BITS * i - self.span.exponent
@@ -179,9 +178,9 @@ class FixedSum:
             several: Values and weights as in `add`.
             beside: Numbers per row and column.
         """
-        if self.span.limbs > 1:
-            return False
         total = self.limbs[0]
+        if self.span.limbs > 1 or not total.size:
+            return False
         apart = total.reshape(total.shape[0], -1, beside)
         return fold_loops.scatter(apart, several, VALUE_BITS - self.span.exponent)
 
@@ -204,7 +203,7 @@ class FixedSum:
             columns: The same by column.
             beside: Numbers per row and column.
         """
-        if self.span.limbs > 1:
+        if self.span.limbs > 1 or not out.size:
             return False
         shape = (rows.size, columns.size, beside)
         apart = (part.reshape(shape) for part in (base, out))
@@ -272,22 +271,14 @@ def add_blocks(total: npt.NDArray[Any], rows: Sequence[npt.NDArray[Any]], weight
     else:
         step = max(1, most // width)
         light = total.dtype == np.float64
-        groups = [(0, np.array(weights, np.float64))] if light else list(_groups(weights))
+        all_runs = [(0, weights)] if light else fold_loops.runs(weights, _LIGHT, len(rows))
+        groups = [(first, np.array(several, np.float64)) for first, several in all_runs]
         for start in range(0, total.shape[0], step):
             into = total[start : start + step]
             whole = _rounded([r[start : start + step] for r in rows], scale)
             for first, heavy in groups:
                 part = whole[first : first + heavy.size]
                 into += (_product(part, heavy) if light else _weighted(part, heavy)).reshape(into.shape)
-
-
-def _groups(weights: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
-    """Runs of weights that a product may take at once: where they begin, and they."""
-    first = 0
-    for i in range(1, len(weights) + 1):
-        if i == len(weights) or sum(weights[first : i + 1]) > _LIGHT:
-            yield first, np.array(weights[first:i], np.float64)
-            first = i
 
 
 def _rounded(rows: Sequence[npt.NDArray[Any]], scale: int) -> npt.NDArray[np.float64]:

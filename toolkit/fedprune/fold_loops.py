@@ -59,7 +59,7 @@ def scale(total: npt.NDArray[Any], factor: float, out: npt.NDArray[np.float32]) 
         out: Of the same shape.
     """
     loop = _compiled.get(f"scale {total.dtype.kind}")
-    if loop is None or not total.flags.c_contiguous or not out.flags.c_contiguous:
+    if loop is None or total.shape != out.shape or not (total.flags.c_contiguous and out.flags.c_contiguous):
         return False
     loop(total.reshape(-1), factor, out.reshape(-1))
     return True
@@ -90,7 +90,7 @@ def add(
     )
     kind, factor = total.dtype.kind, np.float32(math.ldexp(1.0, scale))
     most = _EXACT >> bits if kind == "i" else max(_EXACT, sum(weights))
-    for first, several in _runs(weights, most):
+    for first, several in runs(weights, most, SIZES[-1]):
         sent = flat[first : first + len(several)]
         if several[0] > most:
             _compiled["heavy"](into, stride, tuple(sent), step, count, width, several[0], factor)
@@ -129,7 +129,9 @@ def scatter(total: npt.NDArray[Any], several: Sequence[Apart], scale: int) -> bo
     """
     loop = _compiled.get(f"scatter {total.dtype.kind}")
     _, across, beside = total.shape
-    if loop is None or not all(p.flags.c_contiguous for p in (total, *(one.values for one in several))):
+    if loop is None or not total.size:
+        return False
+    if not all(p.flags.c_contiguous for p in (total, *(one.values for one in several))):
         return False
     for one in several:
         fits = one.values.size == one.rows.size * one.columns.size * beside
@@ -141,7 +143,7 @@ def scatter(total: npt.NDArray[Any], several: Sequence[Apart], scale: int) -> bo
     ordered = [(one.rows[r], one.columns[c]) for one, (r, c) in zip(several, orders, strict=True)]
     if not all(_inside(rows, len(total)) and _inside(columns, across) for rows, columns in ordered):
         return False
-    step = max(1, _CACHED // max(1, across * beside))
+    step = max(1, _CACHED // (across * beside))
     for start in range(0, total.shape[0], step):
         for one, (by_row, by_column), (rows, columns) in zip(several, orders, ordered, strict=True):
             first, last = np.searchsorted(rows, (start, start + step))
@@ -177,17 +179,26 @@ def close(
         out: Of `total`'s shape.
     """
     loop = _compiled.get(f"close {total.dtype.kind}")
-    if loop is None or not all(part.flags.c_contiguous for part in (total, share, base, out)):
+    alike = base.shape == out.shape == total.shape and share.shape == total.shape[:2] == (rows.size, columns.size)
+    if loop is None or not alike or not all(part.flags.c_contiguous for part in (total, share, base, out)):
+        return False
+    if not (_inside(np.sort(rows), len(total)) and _inside(np.sort(columns), total.shape[1])):
         return False
     loop(total.reshape(-1), share, factor, total.shape[2], rows, columns, base.reshape(-1), out.reshape(-1))
     return True
 
 
-def _runs(weights: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]]:
-    """Runs of weights that one loop takes: where they begin, and they. One that is over `most` is alone."""
+def runs(weights: Sequence[int], most: int, together: int) -> Iterator[tuple[int, list[int]]]:
+    """Runs of weights that are added at once: where they begin, and they. One that is over `most` is alone.
+
+    Args:
+        weights: In the order of what they belong to.
+        most: What the weights of a run add up to at most.
+        together: How many a run has at most.
+    """
     first = 0
     for i in range(1, len(weights) + 1):
-        if i == len(weights) or i - first == SIZES[-1] or sum(weights[first : i + 1]) > most:
+        if i == len(weights) or i - first == together or sum(weights[first : i + 1]) > most:
             yield first, list(weights[first:i])
             first = i
 

@@ -198,15 +198,19 @@ def mass_in(
         return None
     first, *rest = memberships
     heavy = first.T * weights
-    if len(rest) == 1:
+    if not rest:
+        mass = heavy.sum(axis=1)
+    elif len(rest) == 1:
         mass = heavy @ rest[0]
     else:
-        mass = (
-            np.einsum(f"{letters[0]}k,{','.join('k' + c for c in letters[1:])}->{letters}", heavy, *rest)
-            if rest
-            else heavy.sum(axis=1)
-        )
+        others = ",".join(f"k{letter}" for letter in letters[1:])
+        mass = np.einsum(f"{letters[0]}k,{others}->{letters}", heavy, *rest, optimize=True)
     return np.asarray(mass, np.int64).reshape(shape)
+
+
+def as_in_model(layout: Selection, spec: TensorSpec) -> bool:
+    """Whether a tensor of the sums lies as the model's own does."""
+    return _as_they_are(layout.maps(spec.name))
 
 
 def to_layout(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> npt.NDArray[Any]:

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedprune import fold_loops
 from fedprune.architecture import Architecture, TensorSpec
 from fedprune.coverage import Coverage
 from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Index
-from fedprune.layout import into_model, row_blocks, to_global, to_layout
+from fedprune.layout import as_in_model, into_model, row_blocks, to_global, to_layout
 from fedprune.server_step import ServerStep
 
 Float64s = npt.NDArray[np.float64]
@@ -67,15 +68,20 @@ class RoundMeans:
         self._sums = sums
         self._spread = spread
         self._paired = paired
-        # What is made of them lies in one piece of memory: the system gives that in large pages.
-        sizes = [math.prod(architecture.by_name[name].shape) for name in sums]
-        rooms = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1]) if sums else []
-        self._rooms = dict(zip(sums, rooms, strict=True))
+        # What is made of them lies in one piece of memory, where that is how it is handed out: the system gives that in
+        # large pages.
+        layout = coverage.layout
+        every = (architecture.by_name[name] for name in sums)
+        specs = [spec for spec in every if layout is not None and as_in_model(layout, spec)]
+        sizes = [math.prod(spec.shape) for spec in specs]
+        rooms = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1]) if specs else []
+        self._rooms = {spec.name: room.reshape(spec.shape) for spec, room in zip(specs, rooms, strict=True)}
 
     def following(self, spec: TensorSpec, step: ServerStep) -> npt.NDArray[np.float32]:
         """A tensor of the next model, without momentum."""
         layout = self._coverage.expect_layout
-        out, share = self._rooms[spec.name].reshape(spec.shape), 1.0 / self._coverage.weight
+        out, share = self._rooms.pop(spec.name, None), 1.0 / self._coverage.weight
+        out = np.empty(spec.shape, np.float32) if out is None else out
         if step.rate == 1 and spec.name not in self._paired:
             mass = self._mass(spec)
             if mass is None and self._sums[spec.name].round_to(out, share):
@@ -117,7 +123,7 @@ class RoundMeans:
 
     def _close_to(self, out: npt.NDArray[np.float32], spec: TensorSpec, mass: npt.NDArray[np.int64]) -> bool:
         """Put a tensor of which not all hold everything into `out`, in the model's order, where that goes quickly."""
-        grid = into_model(self._coverage.expect_layout, spec)
+        grid = into_model(self._coverage.expect_layout, spec) if fold_loops.in_use() and mass.size else None
         if grid is None or self._rule == "fill" or mass.size > mass.shape[0] * math.prod(mass.shape[1:2]):
             return False
         held = mass.reshape(mass.shape[0], -1)

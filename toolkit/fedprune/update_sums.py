@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedprune import fold_loops
 from fedprune.architecture import Architecture, TensorSpec
 from fedprune.coverage import Active, Coverage
 from fedprune.errors import BundleError
@@ -204,6 +205,8 @@ class UpdateSums:
 
     def _scatter(self, spec: TensorSpec, several: list[_Waiting], rows: Sequence[npt.NDArray[Any]]) -> bool:
         """Add what is not in the sums' order, number by number, where there is a quick way to."""
+        if not fold_loops.in_use():
+            return False
         grids = [into_sums(self.coverage.expect_layout, spec, one.selection) for one in several]
         apart = [
             Apart(grid.rows, grid.columns, row, one.weight)
