@@ -21,7 +21,7 @@ from fedprune import fold_loops
 from fedprune.fold_loops import Loop
 
 WORTH = 2**20
-"""A model of fewer numbers is folded sooner than loops are compiled, which takes two seconds and 170 MB."""
+"""A model of fewer numbers is folded sooner than loops are compiled, which takes a few seconds and 180 MB."""
 
 _LOG = logging.getLogger("fedprune")
 
@@ -56,9 +56,9 @@ def _load() -> None:
         fold_loops.use(_compile())
     except Exception as error:  # noqa: BLE001  numpy does the same work, whatever numba's reason is
         why = str(error).split("\n", 1)[0]
-        _LOG.warning("numba can't compile the loops of a fold, numpy adds updates up: %s", why)
+        _LOG.warning("numba can't compile the loops that add updates up, numpy does it: %s", why)
     else:
-        _LOG.info("compiled the loops of a fold in %.1f s", time.perf_counter() - start)
+        _LOG.info("compiled the loops that add updates up in %.1f s", time.perf_counter() - start)
 
 
 def _may_run_what_it_wrote() -> bool:
