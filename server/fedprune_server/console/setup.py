@@ -169,7 +169,8 @@ def check_tls(config: ServerConfig) -> None:
     """Make sure that the console's certificate and key can be used now.
 
     Raises:
-        ConfigError: They can't, or the certificate has ended or doesn't count yet, so that browsers refuse it.
+        ConfigError: They can't, or the certificate has ended, so that browsers refuse it. One that doesn't count yet is
+            an error in the log alone: after a power cut a machine's clock may be set only once the server runs.
     """
     if config.console_certificate is None or config.console_key is None:
         return
@@ -185,8 +186,16 @@ def check_tls(config: ServerConfig) -> None:
             got=f"{config.console_certificate} and {config.console_key}",
         ) from error
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if not begins.timestamp() <= time.time() <= ends.timestamp():
-        now = datetime.now(timezone.utc)
+    now = datetime.now(timezone.utc)
+    if now < begins:
+        log.error(
+            "[server] console_certificate: %s counts from %s UTC only, and it is %s here: browsers refuse it until "
+            "then. See that this machine's clock is right",
+            config.console_certificate,
+            f"{begins:%Y-%m-%d %H:%M}",
+            f"{now:%Y-%m-%d %H:%M}",
+        )
+    elif ends < now:
         raise ConfigError(
             f"[server] console_certificate: {config.console_certificate}",
             expected=f"a certificate that counts today, {now:%Y-%m-%d %H:%M} UTC",
