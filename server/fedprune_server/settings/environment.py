@@ -5,9 +5,9 @@ Texts are taken as they are; every other value is written as in TOML: `3`, `0.5`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ CONFIG = "FEDPRUNE_CONFIG"
 """Names the `fleet.toml`, where `--config` doesn't."""
 
 _FILE = "_FILE"
+_EXPECTED = "a setting, as FEDPRUNE_<TABLE>_<KEY>"
 _MAX_FILE = 65536
 _PREFIXES = tuple(f"FEDPRUNE_{table.upper()}_" for table in TABLES)
 _OPEN = {"FEDPRUNE_JOB_OPTIONS_": ("job", "options"), "FEDPRUNE_JOB_SCHEDULE_": ("job", "schedule")}
 """Tables whose keys are not known here: the strategy's own."""
-_ALIKE = 0.9
-"""So much alike is a name with a misspelt table to the one that was meant; none is that is no setting."""
+_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$")
+"""Ends of the variables that Kubernetes makes for a Service, whatever that is called."""
 
 
 def variables() -> dict[str, tuple[tuple[str, ...], bool]]:
@@ -63,9 +64,11 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
     known = variables()
     layer = Layer("the environment", {}, places := {})
     for name in sorted(environment):
-        if not name.startswith(_PREFIXES) and not _misspelt(name, known):
-            continue
         where = f"environment variable {name}"
+        if not name.startswith(_PREFIXES):
+            if setting := _misspelt(name, known):
+                raise ConfigError(f"{where} (did you mean {setting!r}?)", expected=_EXPECTED)
+            continue
         path, text, from_file = _setting(name, known)
         if path in places:
             raise ConfigError(where, expected="this or the variable without _FILE", got="both")
@@ -88,14 +91,29 @@ def _setting(name: str, known: Mapping[str, tuple[tuple[str, ...], bool]]) -> tu
             return (*table, name.removeprefix(prefix).lower()), False, False
     raise ConfigError(
         f"environment variable {name[:80]}{meant(name.removesuffix(_FILE), known)}",
-        expected="a setting, as FEDPRUNE_<TABLE>_<KEY>",
+        expected=_EXPECTED,
         hint="docs/run-a-fleet.md lists tables and keys. Where Kubernetes made it, set enableServiceLinks: false.",
     )  # fmt: skip
 
 
-def _misspelt(name: str, known: Iterable[str]) -> bool:
-    """Whether somebody seems to have meant a setting, but not its table's name."""
-    return name.startswith("FEDPRUNE_") and bool(get_close_matches(name[:80].removesuffix(_FILE), known, 1, _ALIKE))
+def _misspelt(name: str, known: Iterable[str]) -> str | None:
+    """The setting that somebody seems to have meant who wrote a table's name with one slip, and the key without any."""
+    program, _, rest = name.partition("_")
+    word, _, key = rest.removesuffix(_FILE).partition("_")
+    if program != "FEDPRUNE" or not word.isalpha() or _LINK.search(name):
+        return None
+    meant = (f"FEDPRUNE_{table}_{key}" for table in map(str.upper, TABLES) if _slipped(word, table))
+    return next((setting for setting in meant if setting in known), None)
+
+
+def _slipped(word: str, table: str) -> bool:
+    """Whether a word has a letter more or less than a table's name, another one, or two swapped."""
+    if abs(len(word) - len(table)) == 1:
+        short, long = sorted((word, table), key=len)
+        return any(short == long[:i] + long[i + 1 :] for i in range(len(long)))
+    wrong = [i for i, (w, t) in enumerate(zip(word, table, strict=False)) if w != t]
+    swapped = len(wrong) == 2 and wrong[1] == wrong[0] + 1 and sorted(word) == sorted(table)
+    return len(word) == len(table) and (len(wrong) == 1 or swapped)
 
 
 def _is_text(kind: str, default: object) -> bool:

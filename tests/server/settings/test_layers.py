@@ -136,6 +136,28 @@ def test_a_variable_that_makes_no_sense_is_named(environment: dict[str, str], sa
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("word", ["SEVER", "SERVERS", "SERVES", "SEVRER"])
+@pytest.mark.parametrize("key", ["STATE", "LOG_FORMAT", "SITE_FILE"])
+def test_one_slip_in_a_table_is_refused_with_the_name_that_was_meant(word: str, key: str) -> None:
+    meant = f"FEDPRUNE_SERVER_{key.removesuffix('_FILE')}"
+    with pytest.raises(ConfigError, match=rf"FEDPRUNE_{word}_{key} \(did you mean '{meant}'\?\)"):
+        environment_layer({f"FEDPRUNE_{word}_{key}": "x"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"FEDPRUNE_{end}" for end in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_8080", "SERVICE_PORT_HTTP",
+                                        "PORT", "PORT_1883_TCP", "PORT_1883_TCP_ADDR", "PORT_1883_TCP_PORT")),
+        "FEDPRUNE_SEVER_SERVICE_HOST", "FEDPRUNE_SEVER_PORT", "FEDPRUNE_SERVE_PORT", "FEDPRUNE_JOBS_PORT_53_UDP_PROTO",
+        "FEDPRUNE_SERVER", "FEDPRUNE_SEVER", "FEDPRUNE_JOB2_ROUNDS", "FEDPRUNE_OBSERVER_STATE", "FEDPRUNE_SEVER_STAET",
+        "FEDPRUNE_", "FEDPRUNE__STATE", "FEDPRUNES_SEVER_STATE",
+    ],
+)  # fmt: skip
+def test_names_that_nobody_misspelt_pass(name: str) -> None:
+    assert environment_layer({name: "x"}).tables == {}
+
+
 def test_variables_of_others_are_none_of_its_business() -> None:
     """All that code, scripts and docs read or set, but for settings."""
     root, name = Path(__file__).parents[3], re.compile(r"(?<![\w-])FEDPRUNE_[A-Z][A-Z_]*[A-Z]\b(?!_)")
