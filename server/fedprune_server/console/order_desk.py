@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping
+from heapq import nsmallest
 from typing import Any
 
 from fedprune.errors import ProtocolError, meant
@@ -29,6 +30,9 @@ _GRACE_S = 30.0
 
 _NAMED = 8
 """Names that a refusal lists."""
+
+_COMPARED = 1000
+"""Among more names none is looked for that is near to a wrong one: the loop would wait for that."""
 
 _NEEDS = {
     "pause": ("job",),
@@ -158,7 +162,8 @@ class OrderDesk:
         known = self._model.device_names
         for name in (*(() if order.device is None else (order.device,)), *order.devices):
             if name not in known:
-                raise RefusedError(404, f"no device {name}{meant(name, known)}: {_there_are(known)}")
+                near = meant(name, known) if len(known) <= _COMPARED else ""
+                raise RefusedError(404, f"no device {name}{near}: {_there_are(known)}")
 
     def _limit(self, operator: str) -> None:
         now = self._clock()
@@ -183,5 +188,5 @@ class OrderDesk:
 
 def _there_are(names: Collection[str]) -> str:
     """What there is, the first few of many by name."""
-    shown, more = ", ".join(sorted(names)[:_NAMED]), len(names) - _NAMED
+    shown, more = ", ".join(nsmallest(_NAMED, names)), len(names) - _NAMED
     return f"there {'is' if len(names) == 1 else 'are'} {shown or 'none'}" + (f" and {more} more" if more > 0 else "")

@@ -88,6 +88,19 @@ def test_an_order_about_what_is_not_there_is_refused_by_name(tmp_path: Path, bod
         assert reply.json["error"].endswith(" and 12 more")
 
 
+@pytest.mark.parametrize(("boards", "near"), [(1000, " (did you mean 'board-0"), (1001, ": there are board-0000, ")])
+def test_near_names_are_looked_for_among_so_many_alone_that_nobody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boards: int, near: str
+) -> None:
+    here = trial(tmp_path)
+    names = dict.fromkeys(f"board-{i:04}" for i in reversed(range(boards)))
+    monkeypatch.setattr(type(here.model), "device_names", names.keys())
+    said = here.browser("admin").order(order="look", device="board-01").json["error"]
+    assert said.startswith(f"no device board-01{near}")
+    listed = ", ".join(f"board-000{i}" for i in range(8))
+    assert said.endswith(f": there are {listed} and {boards - 8} more")
+
+
 def test_the_server_answers_for_boards_of_which_the_console_may_not_have_heard(tmp_path: Path) -> None:
     here = trial(tmp_path)
     admin = here.browser("admin")
