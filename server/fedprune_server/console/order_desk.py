@@ -178,8 +178,8 @@ class OrderDesk:
 
     def _heard(self, kind: str, what: Any) -> None:
         order = self._orders.get(what["order"]) if kind == "answer" else None
-        if order is None or (order["state"] != "waiting" and not (order["text"] == EXPIRED and what["ok"])):
-            return  # but what the server took just in time, and did slowly, is done all the same
+        if order is None or (order["state"] != "waiting" and (order["text"] != EXPIRED or what["text"] == EXPIRED)):
+            return  # but what the server took just in time, and did slowly, is done or has failed all the same
         order.update(state="done", ok=what["ok"], text=what["text"])
         if order["kind"] not in LOOKS:
             outcome = EXPIRED if what["text"] == EXPIRED else f"{'done' if what['ok'] else 'failed'}: {what['text']}"

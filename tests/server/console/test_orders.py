@@ -136,7 +136,8 @@ def test_an_order_that_the_server_does_not_take_expires(tmp_path: Path) -> None:
     now = [1e9]
     here = trial(tmp_path, clock=lambda: now[0])
     browser = here.browser("operator", address="192.0.2.8")
-    numbers = [browser.order(order=kind, job="trial").json["order"] for kind in ("pause", "resume", "coverage")]
+    kinds = ("pause", "resume", "coverage", "pause")
+    numbers = [browser.order(order=kind, job="trial").json["order"] for kind in kinds]
     events: list[tuple[str, Any]] = []
     here.model.listen(lambda *event: events.append(event))
     assert {o.until for o in here.orders} == {1e9 + EXPIRES_S}
@@ -146,16 +147,20 @@ def test_an_order_that_the_server_does_not_take_expires(tmp_path: Path) -> None:
     now[0] += 60
     here.console.orders.expire()
     here.console.orders.expire()
-    assert [kind for kind, _ in events] == ["answer"] * 3
+    assert [kind for kind, _ in events] == ["answer"] * 4
     assert here.model.silent_s > EXPIRES_S, "the server has said nothing by that"
     here.model.hear(Answer(numbers[0], True, "job trial is paused"))  # was taken in time, and took long
     here.model.hear(Answer(numbers[1], False, EXPIRED))
+    for text in ("the job has ended", "told twice"):
+        here.model.hear(Answer(numbers[3], False, text))
     desk = here.console.orders
     found = [(o["state"], o["ok"], o["text"]) for n in numbers if (o := desk.get(n)) is not None]
-    assert found == [("done", True, "job trial is paused"), ("done", False, EXPIRED), ("done", False, EXPIRED)]
-    told = [(r["action"], r["outcome"]) for r in here.console.audit.page().items[:5]]
-    assert told == [("pause", "done: job trial is paused"), ("resume", EXPIRED), ("pause", EXPIRED),
-                    ("resume", "ordered"), ("pause", "ordered")]  # fmt: skip
+    assert found == [("done", True, "job trial is paused"), ("done", False, EXPIRED), ("done", False, EXPIRED),
+                     ("done", False, "the job has ended")]  # fmt: skip
+    told = [(r["action"], r["outcome"]) for r in here.console.audit.page().items[:8]]
+    assert told == [("pause", "failed: the job has ended"), ("pause", "done: job trial is paused"),
+                    ("pause", EXPIRED), ("resume", EXPIRED), ("pause", EXPIRED),
+                    ("pause", "ordered"), ("resume", "ordered"), ("pause", "ordered")]  # fmt: skip
 
 
 def test_orders_are_rationed(tmp_path: Path) -> None:
