@@ -17,7 +17,8 @@ from fedprune_server.console.surroundings import Members, ReleaseWatch
 SWEEP_S = 2.0
 """So long it rests between two looks."""
 
-_END_S = 15.0
+_END_S = 35.0
+"""So long it waits at its end for a database, which waits at each of three steps for who writes to it: 10 s at most."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Lookout:
     ) -> None:
         self.members, self.releases, self._clerk = members, releases, clerk
         self._changed: set[str] = set()
+        self._rollouts: tuple[dict[str, Any], ...] | None = None
         self._found: queue.Queue[Seen | FedpruneError] = queue.Queue(1)
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -83,19 +85,21 @@ class Lookout:
             StorageError: The disk fails; what has changed is told by the next look that doesn't.
         """
         waiting: list[str] = []
-        if self.members is not None:
+        if self.members is not None and not self._over.is_set():
             moved, waiting = self.members.look()
             self._changed |= moved
-        rollouts = None
-        if self.releases is not None:
-            rollouts = self.releases.look()
+        names: tuple[str, ...] = ()
+        if self.releases is not None and not self._over.is_set():  # else its database may be closed by now
+            found = self.releases.look()
+            self._rollouts = self._rollouts if found is None else found
             self._changed |= self.releases.moved()
-        names = () if self._clerk is None or self.releases is None else self._clerk.names()
+            names = () if self._clerk is None else self._clerk.names()
         changed, self._changed = frozenset(self._changed), set()
+        rollouts, self._rollouts = self._rollouts, None
         return Seen(changed, tuple(waiting), rollouts, names)
 
     def close(self) -> None:
-        """End once a look that is under way is over."""
+        """End; a look that is under way opens no other database after the one that it reads."""
         self._over.set()
         if self._thread is not None:
             self._thread.join(_END_S)

@@ -102,10 +102,11 @@ class ReleaseWatch:
         if version == self._version:
             return None
         entry = self._store.latest()
-        self._version = version  # once it is read: what fails is looked at again
+        rows = () if entry is None else (_row(entry, self._before(entry.prior)),)
         before, self._standing = self._standing, {} if entry is None else _reports(entry)
         self._moved |= {n for n in before.keys() | self._standing.keys() if before.get(n) != self._standing.get(n)}
-        return () if entry is None else (_row(entry, self._before(entry.prior)),)
+        self._version = version  # once it is read: what fails is looked at again
+        return rows
 
     def _before(self, number: int | None) -> str | None:
         """The release of an earlier rollout, which never changes."""

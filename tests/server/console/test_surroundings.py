@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fedprune.errors import StorageError
 from fedprune_server.console import lookout as lookouts
+from fedprune_server.console import surroundings
 from fedprune_server.console.lookout import Lookout, Seen
 from fedprune_server.console.surroundings import ReleaseWatch
 
@@ -34,6 +36,27 @@ def test_rollouts_that_could_not_be_read_are_looked_at_again() -> None:
     with pytest.raises(StorageError):
         watch.look()
     assert watch.look() == ()
+    assert watch.look() is None
+
+
+def test_a_rollout_whose_release_before_could_not_be_read_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry: Any = SimpleNamespace(prior=3, reports={})
+    store: Any = SimpleNamespace(version=lambda: 7, latest=lambda: entry)
+    names: list[str] = []
+
+    def offer(number: int) -> str:
+        names.append(f"release {number}")
+        if len(names) == 1:
+            raise StorageError("busy")
+        return names[-1]
+
+    store.offer = offer
+    monkeypatch.setattr(surroundings, "_named", str)
+    monkeypatch.setattr(surroundings, "_row", lambda found, before: {"before": before})
+    watch = ReleaseWatch(store)
+    with pytest.raises(StorageError):
+        watch.look()
+    assert watch.look() == ({"before": "release 3"},)
     assert watch.look() is None
 
 
@@ -62,6 +85,60 @@ class Failing:
 
     def moved(self) -> set[str]:
         return {"moved"}
+
+
+class Changing:
+    """Releases of which there is news once, and never again."""
+
+    looks = 0
+
+    def look(self) -> tuple[dict[str, Any], ...] | None:
+        self.looks += 1
+        return ({"number": 1},) if self.looks == 1 else None
+
+    def moved(self) -> set[str]:
+        return set()
+
+
+class Unnamed:
+    """A clerk whose disk fails at first."""
+
+    fails = 1
+
+    def names(self) -> tuple[str, ...]:
+        self.fails -= 1
+        if self.fails >= 0:
+            raise StorageError("busy")
+        return ("release-2",)
+
+
+def test_rollouts_are_told_though_what_was_looked_at_behind_them_failed() -> None:
+    clerk: Any = Unnamed()
+    releases: Any = Changing()
+    lookout = Lookout(None, releases, clerk)
+    with pytest.raises(StorageError, match="busy"):
+        lookout.look()
+    assert lookout.look() == Seen(frozenset(), (), ({"number": 1},), ("release-2",))
+    assert lookout.look() == Seen(frozenset(), (), None, ("release-2",))
+
+
+def test_a_look_that_is_under_way_at_the_end_opens_nothing_more() -> None:
+    begun = threading.Event()
+
+    class Interrupted:
+        def look(self) -> tuple[set[str], list[str]]:
+            begun.set()
+            lookout._over.wait(30)
+            return set(), []
+
+    members: Any = Interrupted()
+    releases: Any = Changing()
+    lookout = Lookout(members, releases)
+    lookout.start()
+    assert begun.wait(30)
+    lookout.close()
+    assert releases.looks == 0
+    assert not any(t.name == "fedprune-lookout" for t in threading.enumerate())
 
 
 def test_nobody_waits_for_a_disk_and_what_has_changed_is_told_though_a_look_failed(
