@@ -70,4 +70,4 @@ def _differing(
     for number, at, kind, body in log:
         coordinator.handle(event_of(number, kind, body), at)
     told, saved = (json.loads(s.to_json()) for s in (state, needs.state))
-    return sorted(k for k in saved if told.get(k) != saved[k])
+    return sorted(k for k in told.keys() | saved.keys() if told.get(k) != saved.get(k))

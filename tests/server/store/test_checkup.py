@@ -112,6 +112,9 @@ def edit(state: Path, statement: str) -> None:
     connection.close()
 
 
+PAUSED = """UPDATE events SET type = 'Paused', body = '{"paused": true}'
+            WHERE number = (SELECT max(number) FROM events)"""
+
 SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     "model blob gone": (lambda s: BlobStore(s / BLOBS).delete(saved(s)[0]), "blob [0-9a-f]{64} is missing"),
     "model blob damaged": (lambda s: flip(BlobStore(s / BLOBS).path(saved(s)[0])), "blob .* is damaged"),
@@ -124,6 +127,10 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     "the state changed": (
         lambda s: edit(s, "UPDATE meta SET value = replace(value, '\"round\":3', '\"round\":2') WHERE key = 'state'"),
         "log ends in another state: round",
+    ),
+    "a pause that the state has not": (
+        lambda s: edit(s, PAUSED),
+        "log ends in another state: .*paused",
     ),
     "rollouts damaged": (lambda s: (s / "releases" / "rollouts.db").write_bytes(b"x" * 5000), "rollouts.db is damaged"),
     "identity damaged": (lambda s: (s / "identity" / "identity.db").write_bytes(b"x" * 5000), "identity.db is damaged"),

@@ -335,7 +335,9 @@ class State:
     def to_json(self) -> str:
         """As JSON text."""
         # `vars` instead of `asdict`: a large fleet's state is written at every event, and copying it first costs most.
-        return json.dumps({"format": FORMAT, **vars(self)}, sort_keys=True, separators=(",", ":"), default=vars)
+        # What came later is left out while it says nothing, so that versions which don't know it read the rest.
+        body = {k: v for k, v in vars(self).items() if v or k not in ("paused", "spent_under")}
+        return json.dumps({"format": FORMAT, **body}, sort_keys=True, separators=(",", ":"), default=vars)
 
     @classmethod
     def from_json(
