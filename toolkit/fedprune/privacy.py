@@ -91,6 +91,11 @@ class Privacy:
         whole = self.noise_multiplier * self.clip
         return whole if self.local else whole / math.sqrt(self.boards)
 
+    @property
+    def account(self) -> dict[str, Any]:
+        """The settings by which the account of what is spent goes, and the budget, as plain JSON types."""
+        return {k: getattr(self, k) for k in ("noise_multiplier", "noise", "boards", "delta", "epsilon_budget")}
+
     def asked_of(self, recipe: Recipe) -> Recipe:
         """The recipe of a board under these settings.
 

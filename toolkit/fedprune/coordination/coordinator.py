@@ -368,7 +368,7 @@ class Coordinator(Desk):
         if not folded:
             return self._deserted(now)
         if not self.ledger.release(folded):  # too few delivered: nobody is shown their sum
-            state.spent_under = self.job.privacy.to_dict()
+            state.spent_under = self.job.privacy.account
             return self._spent_out(state.round - 1)
         for name, task in folded.items():
             self._keep_past(name, task)

@@ -338,7 +338,8 @@ class Desk(ABC):
     def _exhausted(self) -> bool:
         """Whether another round would take a device beyond the budget of privacy."""
         budget, history = self.job.privacy.epsilon_budget, self.state.history
-        if budget and self.state.spent_under == self.job.privacy.to_dict():  # seen when a round closed, not before
+        under = self.state.spent_under or {}  # seen when a round closed, not before; another version may say more
+        if budget and self.job.privacy.account.items() <= under.items():
             return True
         return bool(budget and history and history[-1]["metrics"].get(EPSILON_NEXT, 0.0) > budget)
 
