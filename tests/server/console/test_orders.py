@@ -68,6 +68,14 @@ def test_an_order_that_is_none_goes_nowhere(tmp_path: Path, body: dict[str, Any]
     assert here.orders == []
 
 
+def test_an_error_of_the_framework_is_said_in_the_apis_own_form(tmp_path: Path) -> None:
+    browser = trial(tmp_path).browser("admin")
+    reply = browser.get("/api/v1/orders/x")
+    assert (reply.status, set(reply.json)) == (422, {"error"})
+    assert reply.json["error"].startswith("number: input should be a valid integer")
+    assert browser.get("/logout").json == {"error": "method not allowed"}
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
