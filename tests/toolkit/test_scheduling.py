@@ -68,7 +68,8 @@ def test_keys_of_the_schedule_win_over_defaults() -> None:
     ("schedule", "said"),
     [
         ({"kind": "often"}, "kind"),
-        ({"window_s": 3}, "kind"),
+        ({"window_s": 3}, "schedule: kind: expected sync or semi-async or async, got nothing"),
+        ({"knid": "async"}, r"schedule: unknown key 'knid' \(did you mean 'kind'\?\)"),
         ({"kind": "sync", "window_s": 3}, "window_s"),
         ({"kind": "semi-async", "arrivals": 3}, "arrivals"),
         ({"kind": "async", "window_s": 3}, "window_s"),

@@ -13,7 +13,7 @@ from fedprune.errors import ConfigError, shown
 from fedprune.toml_file import read_toml_text
 from fedprune.toml_places import key_places
 
-_UNKNOWN = re.compile(r"(?:\[([\w.]+)\](?: of a further job)?:? )?unknown (?:key|table) '([^']*)'")
+_UNKNOWN = re.compile(r"(?:\[([\w.]+)\](?: of a further job)?:? )?(?:kind '[^']*': )?unknown (?:key|table) '([^']*)'")
 _KEY = re.compile(r"\[([\w.]+)\] ")
 _NO_OPTION = re.compile(r".* has no option '([^']*)'")
 _TABLE = re.compile(r"(\w+)$")
@@ -105,12 +105,17 @@ def masked(text: str) -> str:
 
 
 def _place(layers: Sequence[Layer], subject: str) -> str | None:
-    """Where the setting stands of which a message speaks; its table's place where it has none of its own."""
+    """Where the setting stands of which a message speaks; its table's place where it has none of its own.
+
+    A table without a place stands where the first of its keys does, if one layer alone has it: that of what is missing.
+    """
+    path: tuple[str, ...] = ()
     for path in _paths(subject):
         for layer in reversed(layers):
             if path in layer.places:
                 return layer.places[path]
-    return None
+    saying = [layer for layer in layers if len(path) > 1 and _at(layer.tables, path)]
+    return next((v for k, v in saying[0].places.items() if k[:-1] == path), None) if len(saying) == 1 else None
 
 
 def _paths(subject: str) -> Iterator[tuple[str, ...]]:

@@ -22,7 +22,13 @@ TABLES = ("job", "model", "evaluation", "calibration", "server")
 _SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulation")
 """Tables that only a simulation reads, so that one file serves both."""
 
-_SAID = {"job: privacy": "job.privacy", "job": "job", "recipe": "job.recipe", "server": "server"}
+_SAID = {
+    "job: privacy": "job.privacy",
+    "job: schedule": "job.schedule",
+    "job": "job",
+    "recipe": "job.recipe",
+    "server": "server",
+}
 """Tables by how errors of what they are made into name them."""
 
 

@@ -41,6 +41,25 @@ def rows(out: str) -> dict[str, tuple[object, str]]:
     return {f"{r['table']}.{r['key']}": (r["value"], r["from"]) for r in json.loads(out)}
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("KNID", "async", "[job.schedule] unknown key 'knid' (did you mean 'kind'?): expected one of kind, "),
+        ("WINDOW_S", "5", "[job.schedule] kind: expected sync or semi-async or async, got nothing"),
+        ("KIND", "often", "[job.schedule] kind: expected sync or semi-async or async, got 'often'"),
+    ],
+)
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_variable_of_the_schedule_is_named(
+    file: Path, key: str, value: str, said: str, from_file: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv(name := f"FEDPRUNE_JOB_SCHEDULE_{key}", value)
+    options = ["check", str(file)] if from_file else ["show", "--state", "new"]
+    assert main(["config", *options]) == ExitCode.CONFIG
+    assert f"environment variable {name}: {said}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_each_setting_comes_from_the_highest_layer_that_has_it(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,10 @@ def test_a_wrong_value_is_named_with_its_line_and_column(table: str, key: str, t
         ("[job]\nstrategy = 'fedprune'\n[job.options]\nfoo = 1\n", "4:1: [job] strategy 'fedprune' has no option"),
         ("[job]\nstrategy = 'fedprune'\n[job.options]\ndensities = [2]\n", "4:1: [job] option densities of fedprune"),
         ("[model]\npath = 3\n", "2:1: [model] path: expected a text"),
+        ("[job]\n[job.schedule]\nknid = 'async'\n", "3:1: [job.schedule] unknown key 'knid' (did you mean 'kind'?)"),
+        ("[job.schedule]\nkind = 'often'\n", "2:1: [job.schedule] kind: expected sync or"),
+        ("[job.schedule]\nwindow_s = 3\n", "1:2: [job.schedule] kind: expected sync or semi-async or async, got no"),
+        ("[job.schedule]\nkind='async'\nwindow_s = 3\n", "3:1: [job.schedule] kind 'async': unknown key 'window_s'"),
         ("[server]\nbroker = 'mqtt://b'\nca = 'system'\n", "3:1: [server] ca: expected a broker at mqtts://"),
     ],
 )  # fmt: skip

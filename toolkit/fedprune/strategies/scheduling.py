@@ -63,7 +63,11 @@ def scheduled(strategy: Strategy, job: Job) -> Strategy:
 
 def _moved(strategy: Strategy, job: Job) -> Strategy:
     body: dict[str, Any] = dict(job.schedule)
-    kind = body.pop("kind", None)
+    # Before the kind, which may be the key that is misspelt.
+    setting_checks.only(("kind", *_EITHER, *(key for keys in _OF.values() for key in keys)), body, "job: schedule")
+    if "kind" not in body:
+        raise ConfigError("job: schedule: kind", expected=" or ".join(KINDS), got="nothing")
+    kind = body.pop("kind")
     setting_checks.word("job: schedule: kind", kind, KINDS)
     if kind == "sync":
         if body:
