@@ -12,7 +12,8 @@ board = "raspberry-pi-5"
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,21 @@ class BoardRow:
                 raise ConfigError(f"{where}: {name}", expected=expected, got=shown(value))
         if ".." in self.root.split("/"):
             raise ConfigError(f"{where}: root", expected="an absolute path", got=shown(self.root))
-        for name in ("key", "known_hosts"):
-            if getattr(self, name) and not Path(getattr(self, name)).is_file():
-                raise ConfigError(f"{where}: {name}: there is no file {getattr(self, name)}")
         try:
             profile_store.find(self.board)
         except ProfileError as error:
             raise ConfigError(f"{where}: board: {error.what}", hint=error.hint) from error
         self.told(BoardFile("mqtts://example", self.device))
+
+    def check_files(self) -> None:
+        """Make sure that the files are there which SSH is to read.
+
+        Raises:
+            ConfigError: One isn't.
+        """
+        for name in ("key", "known_hosts"):
+            if getattr(self, name) and not Path(getattr(self, name)).is_file():
+                raise ConfigError(f"board {shown(self.device)}: {name}: there is no file {getattr(self, name)}")
 
     def told(self, kit: BoardFile) -> BoardFile:
         """What the board is told, where a kit says the rest.
@@ -148,6 +156,9 @@ def read_inventory(path: Path) -> tuple[BoardRow, ...]:
                 place = places.at("board", i, named)
                 raise ConfigError(f"{place}: two boards with the {what} {shown(key(board))}")
             seen.add(key(board))
+    for i, board in enumerate(boards):  # at last, so that no missing file hides what is misspelt
+        with places.of_row(rows[i], defaults, i, f"board {shown(board.device)}"):
+            board.check_files()
     return boards
 
 
@@ -176,6 +187,18 @@ class _Places:
         other = next((k for k in body if k not in allowed), "")
         only(allowed, body, f"{self.at(*table, other)}{who and ': '}{who}", noun)
 
+    @contextmanager
+    def of_row(self, own: Mapping[str, Any], defaults: Mapping[str, Any], number: int, who: str) -> Iterator[None]:
+        """Let errors of a row say where the setting stands: in the row itself, or among the defaults."""
+        try:
+            yield
+        except ConfigError as error:
+            named = _SETTING.match(error.what.removeprefix(f"{who}: "))
+            key = "" if named is None else named[1]
+            place = self.at("defaults", key) if key in defaults and key not in own else self.at("board", number, key)
+            what = f"{place}: {error.what}"
+            raise ConfigError(what, expected=error.expected, got=error.got, hint=error.hint) from error
+
 
 def _table(value: object, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
@@ -194,10 +217,5 @@ def _board(row: object, defaults: Mapping[str, Any], names: tuple[str, ...], pla
     for name in ("key", "known_hosts"):
         if isinstance(made.get(name), str) and made[name]:
             made[name] = str(places.path.parent / Path(made[name]).expanduser())
-    try:
+    with places.of_row(own, defaults, number, who):
         return BoardRow(**made)
-    except ConfigError as error:
-        named = _SETTING.match(error.what.removeprefix(f"{who}: "))
-        key = "" if named is None else named[1]
-        place = places.at("defaults", key) if key in defaults and key not in own else places.at("board", number, key)
-        raise ConfigError(f"{place}: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error
