@@ -24,7 +24,7 @@ from fedprune_export.importing import metadata
 
 _TORCH_HINT = (
     "pip install torch --index-url https://download.pytorch.org/whl/cpu (small CPU wheel), "
-    "then pip install 'fedprune[export]'."
+    "then pip install 'fedprune[torch]'."
 )
 
 
