@@ -23,6 +23,7 @@ from fedprune.coordination.roll import Roll
 from fedprune.coordination.state import Device, Task
 from fedprune.disk import storage_errors
 from fedprune.errors import StorageError
+from fedprune_device.owner import check_unowned
 from fedprune_server.store.database import Database, mark, put_mark
 from fedprune_server.store.event_log import LOGGED_EVENTS, EventLog
 from fedprune_server.store.place import FILE, PLACE, url_of
@@ -178,12 +179,14 @@ class Storage:
         """Make sure that a folder is one that a server has used.
 
         Raises:
-            StorageError: It isn't, or this user may not read it.
+            StorageError: It isn't, is a device's, or this user may not read it.
         """
         path = folder / FILE
         with storage_errors(f"can't read {path}"):
             path = folder / PLACE if (folder / PLACE).is_file() else path
             there = path.is_file()
+        if not there:
+            check_unowned(folder)  # such a folder has an identity, too: the device's
         if not there and (folder / "identity").is_dir():
             raise StorageError(
                 f"no job has begun in {folder}: it holds an identity alone",

@@ -15,6 +15,7 @@ from fedprune.coordination import Coordinator, State
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Device
 from fedprune.errors import StorageError, StorageFullError
+from fedprune_device.owner import Owner
 from fedprune_server.store.storage import FILE, Storage
 from stored_job import TO_THE_SECOND_ROUND, born, filled
 from toy import ARCHITECTURE, JOB
@@ -212,6 +213,9 @@ def test_looking_at_a_folder_without_a_database_makes_none(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
     (tmp_path / "identity").mkdir()
     with pytest.raises(StorageError, match="no job has begun"):
+        Storage.existing(tmp_path)
+    Owner("attic", "default").claim(tmp_path)
+    with pytest.raises(StorageError, match="is the state directory of a device"):
         Storage.existing(tmp_path)
 
 
