@@ -27,11 +27,10 @@ from fedprune_server.commands.operators import add_operators_command
 from fedprune_server.commands.release import add_release_command
 from fedprune_server.commands.rollout import add_rollout_command
 from fedprune_server.commands.service import add_service_command
+from fedprune_server.commands.state import add_state
 from fedprune_server.commands.store import add_store_commands
 
 log = logging.getLogger("fedprune.server")
-
-_STATE = "the folder of `run --state` (default: fedprune-state)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,14 +49,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     status = commands.add_parser("status", help="show devices and rounds of a state folder")
-    status.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+    add_state(status)
     status.add_argument(
         "--rounds", type=whole_number, metavar="N", help="the last N rounds (default: 10; all with --json)"
     )
     status.add_argument("--json", action="store_true", help="as JSON, for programs")
     status.set_defaults(run=with_extra("server", _status))
     export = commands.add_parser("export-model", help="write the global model of a state folder")
-    export.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+    add_state(export)
     export.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="model.onnx, weights.safetensors, or state.pt"
     )
@@ -65,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--round", type=int, metavar="N", help="after this round, if its model is still kept")
     export.set_defaults(run=with_extra("server", export_model))
     replay = commands.add_parser("replay", help="work a job out again from its log, and compare")
-    replay.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+    add_state(replay)
     replay.set_defaults(run=with_extra("server", _replay))
     register_identity(commands)
     _register_demo(commands)

@@ -15,8 +15,8 @@ from fedprune.cli import whole_number
 from fedprune.disk import storage_errors
 from fedprune.errors import ExitCode, ProtocolError, UsageError
 from fedprune.trust.keys import VerifyingKey, grouped
+from fedprune_server.commands.state import add_state
 
-_STATE = "the folder of `run --state` (default: fedprune-state)"
 _MAX_CLAIMS = 1000
 _MAX_HOURS = 24 * 365
 
@@ -72,7 +72,7 @@ def register(commands: Any) -> None:
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
-    parser.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+    add_state(parser)
     return parser
 
 

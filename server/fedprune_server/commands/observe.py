@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 from fedprune.cli import seconds, whole_number, with_extra
 from fedprune.errors import ExitCode, StorageError
 from fedprune_server.commands.identity import name_of
+from fedprune_server.commands.state import add_state
 
 if TYPE_CHECKING:
     from fedprune_server.fleet.board_logs import Told
 
-_STATE = "the folder of `run --state` (default: fedprune-state)"
 _LOOK_S = 1.0
 
 
 def add_observe_commands(commands: Any) -> None:
     """Add them to the parser's commands."""
     logs = commands.add_parser("logs", help="show warnings, errors and crashes that boards have told")
-    logs.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+    add_state(logs)
     logs.add_argument("--device", type=name_of("device"), metavar="NAME", help="of this board alone")
     logs.add_argument("--last", type=whole_number, default=100, metavar="N", help="the last N (default: 100)")
     logs.add_argument("--follow", action="store_true", help="wait for more, until Ctrl-C")
@@ -31,7 +31,7 @@ def add_observe_commands(commands: Any) -> None:
     logs.set_defaults(run=with_extra("server", _logs))
 
     doctor = commands.add_parser("doctor", help="say in words what is wrong with a fleet, and what to do")
-    doctor.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+    add_state(doctor)
     doctor.add_argument(
         "--timeout", type=seconds, default=5.0, metavar="S",
         help="for how long broker, database and bucket are waited for, each (default: 5)",

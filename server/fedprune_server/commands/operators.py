@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune.cli import with_extra
 from fedprune.errors import ExitCode, StorageError, UsageError
+from fedprune_server.commands.state import add_state
 from fedprune_server.console.roles import ROLES
 
 if TYPE_CHECKING:
     from fedprune_server.console.accounts import Accounts
-
-_STATE = "the folder of `run --state` (default: fedprune-state)"
 
 
 def add_operators_command(commands: Any) -> None:
@@ -36,7 +35,7 @@ def add_operators_command(commands: Any) -> None:
     shown = actions.add_parser("list", help="list them")
     shown.add_argument("--json", action="store_true", help="as JSON, for programs")
     for action, run in ((add, _add), (password, _password), (remove, _remove), (shown, _list)):
-        action.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+        add_state(action)
         action.set_defaults(run=with_extra("console", run))
 
 

@@ -12,6 +12,7 @@ from fedprune.disk import storage_errors
 from fedprune.errors import ExitCode, ReleaseError
 from fedprune.release import MANIFEST, Release, ReleaseFile, write_again, write_release
 from fedprune.trust.keys import SigningKey
+from fedprune_server.commands.state import add_state
 
 
 def add_release_command(commands: Any) -> None:
@@ -22,13 +23,7 @@ def add_release_command(commands: Any) -> None:
     source.add_argument(
         "--again", type=Path, metavar="DIR", help="an earlier release, to go back to what it holds under a new number"
     )
-    release.add_argument(
-        "--state",
-        type=Path,
-        default=Path("fedprune-state"),
-        metavar="DIR",
-        help="the folder of `init --state`, whose key signs it (default: fedprune-state)",
-    )
+    add_state(release, "the folder of `init --state`, whose key signs it")
     release.add_argument("--number", type=int, required=True, metavar="N", help="above that of every earlier release")
     release.add_argument("--name", default="", metavar="TEXT", help="its version for people (default: the number)")
     release.add_argument("--out", type=Path, required=True, metavar="DIR", help="the release's folder")

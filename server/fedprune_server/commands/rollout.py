@@ -20,12 +20,12 @@ from fedprune.errors import ExitCode, UsageError
 from fedprune.quantity import quantity
 from fedprune.release import Release
 from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS
+from fedprune_server.commands.state import add_state
 
 if TYPE_CHECKING:
     from fedprune_server.rollouts.start import Terms
     from fedprune_server.rollouts.store import Entry
 
-_STATE = "the folder of `run --state` (default: fedprune-state)"
 _LOCK = "lock"
 _SHOWN = 20
 """Boards that a list on one line names."""
@@ -78,7 +78,7 @@ def add_rollout_command(commands: Any) -> None:
     for action in (pause, stop, back):
         action.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
     for action in (start, pause, resume, status, stop, back):
-        action.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+        add_state(action)
 
 
 def _start(arguments: argparse.Namespace) -> int:

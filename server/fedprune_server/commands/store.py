@@ -10,14 +10,13 @@ from typing import Any
 from fedprune.cli import ended_by_signals, with_extra
 from fedprune.errors import ExitCode, StorageError, UsageError
 from fedprune.quantity import quantity
-
-_STATE = "the folder of `run --state` (default: fedprune-state)"
+from fedprune_server.commands.state import add_state
 
 
 def add_store_commands(commands: Any) -> None:
     """Add them to the parser's commands."""
     check = commands.add_parser("check", help="see whether all that a job needs is there and whole")
-    check.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+    add_state(check)
     check.add_argument(
         "--repair", action="store_true", help="delete what isn't needed, set damaged blobs aside, say what was done"
     )
@@ -27,7 +26,7 @@ def add_store_commands(commands: Any) -> None:
     check.set_defaults(run=with_extra("server", _check))
 
     backup = commands.add_parser("backup", help="copy all that a job needs, also while its server runs")
-    backup.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+    add_state(backup)
     backup.add_argument(
         "--to", type=Path, required=True, metavar="PLACE", help="a folder, to which the next adds; or FILE.tar"
     )

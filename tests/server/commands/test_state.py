@@ -1,0 +1,56 @@
+"""`--state` of all commands: the command line wins over the environment, and that over the default."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import ExitCode
+from fedprune_server.cli import build_parser, main
+from fedprune_server.commands.state import VARIABLE
+
+OTHERWISE = {"run", "config", "restore", "service"}
+"""Commands that read settings in layers, make a new folder or write a unit."""
+
+
+def defaults() -> dict[str, object]:
+    def found(name: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, object]]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for inner, choice in action.choices.items():
+                    yield from found(f"{name} {inner}".strip(), choice)
+            elif "--state" in action.option_strings and name.split()[0] not in OTHERWISE:
+                yield name, action.default
+
+    return dict(found("", build_parser()))
+
+
+def test_every_command_that_looks_at_a_folder_takes_it_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    plain = defaults()
+    assert {"status", "check", "backup", "doctor", "init", "release", "rollout start", "operators add"} <= set(plain)
+    assert set(plain.values()) == {Path("fedprune-state")}
+
+    monkeypatch.setenv(VARIABLE, "there")
+    assert defaults() == dict.fromkeys(plain, Path("there"))
+
+    monkeypatch.delenv(VARIABLE)
+    (tmp_path / "name").write_text("/srv/there\n")
+    monkeypatch.setenv(f"{VARIABLE}_FILE", "name")
+    assert defaults() == dict.fromkeys(plain, Path("/srv/there"))
+
+
+def test_the_command_line_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "one"))
+    assert main(["check"]) == ExitCode.STORAGE
+    assert f"{tmp_path / 'one'} is no server's state folder" in " ".join(capsys.readouterr().err.split())
+    assert main(["check", "--state", str(tmp_path / "two")]) == ExitCode.STORAGE
+    assert f"{tmp_path / 'two'} is no server's state folder" in " ".join(capsys.readouterr().err.split())
