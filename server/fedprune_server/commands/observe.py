@@ -41,11 +41,13 @@ def add_observe_commands(commands: Any) -> None:
 
 
 def _logs(arguments: argparse.Namespace) -> int:
+    from fedprune_device.owner import check_unowned
     from fedprune_server.fleet.board_logs import read_logs
 
     folder: Path = arguments.state
     if not folder.is_dir():
         raise StorageError(f"{folder} is no server's state folder", hint="Give the folder of `run --state`.")
+    check_unowned(folder)
     rows = read_logs(folder, arguments.device, most=arguments.last)
     _show(rows, as_json=arguments.json)
     after = rows[-1].id if rows else 0

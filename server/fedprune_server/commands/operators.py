@@ -81,12 +81,14 @@ class _Opened:
     """The accounts of a state folder, while this is entered."""
 
     def __init__(self, state: Path) -> None:
+        from fedprune_device.owner import check_unowned
         from fedprune_server.console.database import FILE, ConsoleDatabase
 
         if not state.is_dir():
             raise StorageError(
                 f"{state} is no state folder", hint="Name the one of `run --state`, or make it first: init, or run."
             )
+        check_unowned(state)
         self._database = ConsoleDatabase(state / FILE)
 
     def __enter__(self) -> Accounts:

@@ -39,6 +39,7 @@ from fedprune.trust.epoch import EpochFile
 from fedprune.trust.keys import SigningKey
 from fedprune.trust.tls import PinnedContext, pinned_context
 from fedprune.wire.topics import check_device, check_name
+from fedprune_device.owner import check_unowned
 from fedprune_server.identity.store import IdentityStore
 
 log = logging.getLogger("fedprune.server")
@@ -70,7 +71,7 @@ class IdentityFolder:
 
     Raises:
         IdentityError: There is none, or a file of it is damaged or open to other users.
-        StorageError: The disk fails.
+        StorageError: The disk fails, or the folder is a device's.
     """
 
     def __init__(self, state: Path, clock: Callable[[], float] = time.time, *, read_only: bool = False) -> None:
@@ -82,6 +83,7 @@ class IdentityFolder:
                 raise IdentityError(
                     f"{self.path / _SITE} is missing", hint="Write the site's name into it, or restore a backup of it."
                 ) from error
+            check_unowned(state)
             raise IdentityError(
                 f"{state} has no identity", hint=f"Make one: fedprune-server init --state {state}"
             ) from error

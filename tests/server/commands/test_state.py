@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.errors import ExitCode
+from fedprune_device.owner import Owner
 from fedprune_server.cli import build_parser, main
 from fedprune_server.commands.state import VARIABLE
 
@@ -54,3 +55,17 @@ def test_the_command_line_wins(
     assert f"{tmp_path / 'one'} is no server's state folder" in " ".join(capsys.readouterr().err.split())
     assert main(["check", "--state", str(tmp_path / "two")]) == ExitCode.STORAGE
     assert f"{tmp_path / 'two'} is no server's state folder" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "command", ["status", "check", "backup --to x", "doctor", "logs", "operators list", "init", "claim", "replay"]
+)
+def test_a_boards_folder_is_called_one(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "identity").mkdir()
+    Owner("attic", "default").claim(tmp_path)
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    assert main(command.split()) == ExitCode.STORAGE
+    assert f"{tmp_path} is the state directory of a device" in " ".join(capsys.readouterr().err.split())
+    assert {p.name for p in tmp_path.iterdir()} == {"identity", "device.json"}
