@@ -300,6 +300,7 @@ def test_figures_of_runs_made_by_hand(accuracy):
     assert "1,234 parameters and 5 batch-norm statistics" in " ".join(text.split())
 
 
+@pytest.mark.soak
 def test_a_run_by_simulated_time_that_is_killed_is_measured_in_the_same_rounds(accuracy, tmp_path, monkeypatch):
     _, run = accuracy
     protocol = replace(small(TABLES["pr-fl-time"]), rounds=9, every_s=20, until_s=0)

@@ -158,7 +158,11 @@ def test_a_hostile_broker_can_delay_a_run_but_not_change_a_bit_of_it(
     assert len(expected) == 5
 
 
-@pytest.mark.parametrize("site", ["embedded", pytest.param("mosquitto", marks=pytest.mark.mosquitto)], indirect=True)
+@pytest.mark.parametrize(
+    "site",
+    [pytest.param("embedded", marks=pytest.mark.soak), pytest.param("mosquitto", marks=pytest.mark.mosquitto)],
+    indirect=True,
+)
 def test_a_claim_lets_one_board_in_and_a_revoked_one_is_out_at_once(site: Site, tmp_path: Path) -> None:
     config = site.folder / "fleet.toml"
     config.write_text(config.read_text().replace("rounds = 5", "rounds = 100000").replace("devices = 2", "devices = 1"))

@@ -20,8 +20,8 @@ import numpy as np
 from fedprune import fold_loops
 from fedprune.fold_loops import Loop
 
-WORTH = 2**20
-"""A model of fewer numbers is folded sooner than loops are compiled, which takes a few seconds and 180 MB."""
+WORTH = 2**22
+"""A model of fewer numbers is folded for many rounds sooner than loops are compiled: a few seconds, and 180 MB."""
 
 _LOG = logging.getLogger("fedprune")
 
