@@ -265,6 +265,11 @@ def main() -> None:
         return lambda given: robust(net, base, given, how)
 
     reference = "plain numpy, float32"
+    ways_of: dict[str, Callable[[Updates], Callable[[], object]]] = {
+        reference: lambda given: plain(given, np.float32),
+        **{name: (lambda given, n=name: flower(given)[n]) for name in flower(whole)},  # type: ignore[misc]
+        "fold, whole": folded,
+    }
     with TemporaryDirectory() as folder:
         ways: dict[str, Way] = {
             "sha256 of the updates' bytes, for comparison": (hashing, whole),
@@ -276,6 +281,7 @@ def main() -> None:
             **{name: (folded, given) for name, given in cases.items()},
             "fold, no update but one: the share of its ends": (partial(ends, net, base), whole),
             **({n.replace("fold", "fold by numpy alone"): (alone, g) for n, g in cases.items()} if compiled else {}),
+            **{f"{name}, {FLEET} updates": (ways_of[name], whole * (FLEET // CLIENTS)) for name in ways_of},
             "fold, whole, evidence": (partial(folded, evidence=True), whole),
             "fold, mixed widths, one ranking, fill": (partial(folded, rule="fill"), ranked),
             "fold, whole, masks of elements": (partial(masked, net, base), whole),
@@ -303,9 +309,11 @@ def main() -> None:
                 {
                     "way": name,
                     "ms": seconds * 1e3,
-                    "ns_per_parameter_and_client": seconds * 1e9 / size / CLIENTS,
+                    "ns_per_parameter_and_client": seconds * 1e9 / size / len(given),
                     "ns_per_received_parameter": seconds * 1e9 / received,
-                    "to_plain": statistics.median(a / b for a, b in zip(times[name], times[reference], strict=True)),
+                    "to_plain": statistics.median(a / b for a, b in zip(times[name], times[reference], strict=True))
+                    * CLIENTS
+                    / len(given),
                     "peak_mb": None if compared else peak(runs[name]),
                     "peak_mb_of_fleet": peak(make(given * (FLEET // CLIENTS))) if name in LARGE else None,
                 }
