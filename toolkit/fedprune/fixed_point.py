@@ -103,7 +103,7 @@ class FixedSum:
         span: What values it accepts; callers check them with `check_range` first.
         light: Keep a single limb as float64 until `make_room` says that there is more weight than that can hold. The
             whole numbers are the same.
-        room: Zeros in C order that a light limb may lie in.
+        room: Zeros of this shape, in C order, that a light limb may lie in.
     """
 
     __slots__ = ("limbs", "span")
@@ -119,7 +119,7 @@ class FixedSum:
         self.span = span
         self.limbs: tuple[npt.NDArray[Any], ...]
         if light and span.limbs == 1:
-            self.limbs = (np.zeros(shape) if room is None else room.reshape(shape),)
+            self.limbs = (np.zeros(shape) if room is None else room,)
         else:
             self.limbs = tuple(np.zeros(shape, np.int64) for _ in range(span.limbs))
 

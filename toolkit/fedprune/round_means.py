@@ -16,7 +16,7 @@ from fedprune import fold_loops
 from fedprune.architecture import Architecture, TensorSpec
 from fedprune.coverage import Coverage
 from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Index
-from fedprune.layout import as_in_model, into_model, row_blocks, to_global, to_layout
+from fedprune.layout import as_in_model, in_one_piece, into_model, row_blocks, to_global, to_layout
 from fedprune.server_step import ServerStep
 
 Float64s = npt.NDArray[np.float64]
@@ -68,27 +68,24 @@ class RoundMeans:
         self._sums = sums
         self._spread = spread
         self._paired = paired
-        # What is made of them lies in one piece of memory, where that is how it is handed out: the system gives that in
-        # large pages.
+        # What is handed out as it is made lies in one piece of memory.
         layout = coverage.layout
         every = (architecture.by_name[name] for name in sums)
         specs = [spec for spec in every if layout is not None and as_in_model(layout, spec)]
-        sizes = [math.prod(spec.shape) for spec in specs]
-        rooms = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1]) if specs else []
-        self._rooms = {spec.name: room.reshape(spec.shape) for spec, room in zip(specs, rooms, strict=True)}
+        self._rooms = in_one_piece(specs, np.empty(sum(math.prod(spec.shape) for spec in specs), np.float32))
 
     def following(self, spec: TensorSpec, step: ServerStep) -> npt.NDArray[np.float32]:
         """A tensor of the next model, without momentum."""
         layout = self._coverage.expect_layout
         out, share = self._rooms.pop(spec.name, None), 1.0 / self._coverage.weight
         out = np.empty(spec.shape, np.float32) if out is None else out
+        mass = self._mass(spec)
         if step.rate == 1 and spec.name not in self._paired:
-            mass = self._mass(spec)
             if mass is None and self._sums[spec.name].round_to(out, share):
                 return to_global(out, spec, layout)
             if mass is not None and self._close_to(out, spec, mass):
                 return out
-        for rows, mean, held, base in self._by_rows(spec, follows=step.rate != 1):
+        for rows, mean, held, base in self._by_rows(spec, mass, follows=step.rate != 1):
             end = mean if base is None else step.towards(base, mean, measured=not spec.kind.trainable)
             if held is None or base is None:
                 out[rows] = end
@@ -112,7 +109,7 @@ class RoundMeans:
         start = np.zeros(spec.shape, np.float32) if velocity is None else velocity
         moving = np.array(to_layout(start, spec, layout), np.float32)
         out = np.empty(spec.shape, np.float32)
-        for rows, mean, held, _ in self._by_rows(spec, follows=False):
+        for rows, mean, held, _ in self._by_rows(spec, self._mass(spec), follows=False):
             following, speed = step.moving(base[rows], mean, moving[rows])
             if held is None:
                 out[rows], moving[rows] = following, speed
@@ -137,10 +134,9 @@ class RoundMeans:
         # Zero filling divides by all weight, whoever holds a coordinate.
         return None if self._rule == "zero" and spec.kind.trainable else self._coverage.mass(spec)
 
-    def _by_rows(self, spec: TensorSpec, *, follows: bool) -> Iterator[Rows]:
+    def _by_rows(self, spec: TensorSpec, mass: npt.NDArray[np.int64] | None, *, follows: bool) -> Iterator[Rows]:
         """Means by runs of rows, in the fold's layout; with the base where it is asked for or needed."""
         sums, weight = self._sums[spec.name], self._coverage.weight
-        mass = self._mass(spec)
         fill = self._rule == "fill" and spec.kind.trainable and mass is not None
         everywhere = mass is None or int(mass.min(initial=MAX_WEIGHT)) > 0
         base = None

@@ -19,7 +19,7 @@ from fedprune.coverage import Active, Coverage
 from fedprune.errors import BundleError
 from fedprune.fixed_point import FixedSum, Range, run_all
 from fedprune.fold_loops import Apart
-from fedprune.layout import Expansion, in_order, into_sums, places, row_blocks, to_global, to_layout
+from fedprune.layout import Expansion, in_one_piece, in_order, into_sums, places, row_blocks, to_global, to_layout
 from fedprune.movement import Movement, merge_sums
 from fedprune.partial_sums import Key, PartialSums
 from fedprune.round_means import RoundMeans
@@ -69,13 +69,8 @@ class UpdateSums:
         self.movement = Movement(t for t in specs if t.kind.trainable and evidence)
         self._architecture, self._base, self._specs = architecture, base, specs
         self._means, self._threads = means, threads
-        # One piece of memory: the system gives that in large pages.
-        sizes = [math.prod(t.shape) for t in specs]
-        rooms = np.split(np.zeros(sum(sizes)), np.cumsum(sizes)[:-1]) if specs else []
-        self._values = {
-            t.name: FixedSum(t.shape, spans[t.name], light=True, room=room)
-            for t, room in zip(specs, rooms, strict=True)
-        }
+        rooms = in_one_piece(specs, np.zeros(sum(math.prod(t.shape) for t in specs)))
+        self._values = {t.name: FixedSum(t.shape, spans[t.name], light=True, room=rooms[t.name]) for t in specs}
         self._spread = {
             name: FixedSum(base[name].shape, Range(2 * spans[mean].exponent + 2, 3)) for name, mean in means.items()
         }
