@@ -189,7 +189,7 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         costs = Costs(**row["costs"])
         if row["what"] == "training":
-            memory = costs.training_bytes(row["batch"], Features(), SAMPLES)
+            memory = costs.training_memory(row["batch"], Features(), SAMPLES).total
         else:
             memory = costs.inference_bytes(1)
         table.append({**row, "predicted_bytes": memory, "error": memory / row["peak_bytes"] - 1})

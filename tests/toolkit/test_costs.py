@@ -108,7 +108,7 @@ def test_no_cost_shrinks_when_a_width_grows(
     net, narrow, wide = case
     less, more = costs_at(net, narrow), costs_at(net, wide)
     assert all(getattr(less, name) <= getattr(more, name) for name in vars(less))
-    assert less.training_bytes(batch, PLAIN, 100) <= more.training_bytes(batch, PLAIN, 100)
+    assert less.training_memory(batch, PLAIN, 100).total <= more.training_memory(batch, PLAIN, 100).total
     assert less.inference_bytes(batch) <= more.inference_bytes(batch)
     assert memory_seconds(net, narrow, batch, 1e9) <= memory_seconds(net, wide, batch, 1e9)
 
@@ -178,22 +178,25 @@ def test_multiplications_are_what_torch_counts(density: float) -> None:
 @pytest.mark.parametrize("feature", ["proximal", "element_mask", "threshold", "gradients"])
 def test_features_that_hold_arrays_take_memory(feature: str) -> None:
     costs = costs_at(NET, NET.sizes)
-    plain, more = (costs.training_bytes(8, f, 10) for f in (PLAIN, replace(PLAIN, **{feature: True})))
+    plain, more = (costs.training_memory(8, f, 10).total for f in (PLAIN, replace(PLAIN, **{feature: True})))
     assert more >= plain + costs.parameter_bytes
 
 
 @pytest.mark.board
 def test_an_optimisers_second_state_takes_memory_and_frozen_weights_take_less() -> None:
     costs = costs_at(NET, NET.sizes)
-    sgd, adam = (costs.training_bytes(8, replace(PLAIN, optimizer=o), 10) for o in ("sgd", "adam"))
+    sgd, adam = (costs.training_memory(8, replace(PLAIN, optimizer=o), 10).total for o in ("sgd", "adam"))
     assert adam == sgd + 2 * costs.parameter_bytes
-    assert costs.training_bytes(8, PLAIN, 10, trained=0.25) == sgd - 0.75 * 5 * costs.parameter_bytes
+    assert costs.training_memory(8, PLAIN, 10, trained=0.25).total == sgd - 0.75 * 5 * costs.parameter_bytes
 
 
 @pytest.mark.board
 def test_local_data_takes_memory() -> None:
     costs = costs_at(NET, NET.sizes)
-    assert costs.training_bytes(8, PLAIN, 1010) - costs.training_bytes(8, PLAIN, 10) == 1000 * 3 * 16 * 16 * 4
+    assert (
+        costs.training_memory(8, PLAIN, 1010).total - costs.training_memory(8, PLAIN, 10).total
+        == 1000 * 3 * 16 * 16 * 4
+    )
 
 
 @pytest.mark.board

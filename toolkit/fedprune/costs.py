@@ -71,6 +71,32 @@ INFERENCE_GRAPH_BYTES = 500
 
 
 @dataclass(frozen=True)
+class MemoryBreakdown:
+    """Peak memory of a board's process by what takes it, in bytes.
+
+    Attributes:
+        process: Python, numpy, onnxruntime, the MQTT client and the board's agent.
+        graph: The loaded training graph.
+        weights: Weights, gradients and the optimiser's state.
+        activations: What the forward pass keeps for the backward pass, and temporaries.
+        samples: Local samples that are held in memory.
+        learnt: What the board's own rounds took beyond the sum of these, or less if negative.
+    """
+
+    process: int
+    graph: int
+    weights: int
+    activations: int
+    samples: int
+    learnt: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.process + self.graph + self.weights + self.activations + self.samples + self.learnt
+
+
+@dataclass(frozen=True)
 class Costs:
     """Costs of one submodel; per sample where nothing else is said.
 
@@ -101,13 +127,15 @@ class Costs:
         """All tensors as float32."""
         return FLOAT * self.parameters
 
-    def training_bytes(self, batch: int, features: Features, samples: int, trained: float = 1.0, own: int = 0) -> int:
-        """Peak memory of a process that trains.
+    def training_memory(
+        self, batch: int, features: Features, samples: int, trained: float = 1.0, own: int = 0
+    ) -> MemoryBreakdown:
+        """Peak memory of a board's process that trains, by what takes it.
 
         Args:
             batch: Samples that are worked on at once.
             features: Features of the training graph: anchors, masks, sums and an optimiser's state take memory.
-            samples: Local samples, which it holds as float32.
+            samples: Local samples.
             trained: Share of the parameters that are trained; the others are only held.
             own: Further copies of all weights that it holds (`Recipe.own_copies`).
         """
@@ -115,9 +143,13 @@ class Costs:
         more += 2 * (len(step.states(features.optimizer)) - 1)
         more += features.gradients + features.accumulate + features.squares
         copies = own + FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + more)
-        activations = batch * (KEPT_COPIES * self.kept_bytes + TRANSIENTS * self.largest_bytes)
-        fixed = RUNTIME_BYTES + VALUE_BYTES * self.values
-        return int(fixed + copies * self.parameter_bytes + activations + samples * self.sample_bytes)
+        return MemoryBreakdown(
+            process=RUNTIME_BYTES,
+            graph=VALUE_BYTES * self.values,
+            weights=int(copies * self.parameter_bytes),
+            activations=int(batch * (KEPT_COPIES * self.kept_bytes + TRANSIENTS * self.largest_bytes)),
+            samples=samples * self.sample_bytes,
+        )
 
     def inference_bytes(self, batch: int) -> int:
         """Peak memory of a process that predicts `batch` samples at a time."""

@@ -139,13 +139,13 @@ def predict(
         forward_macs=costs.forward_macs,
         training_macs=costs.training_macs,
         wire_bytes=costs.wire_bytes,
-        memory_bytes=costs.training_bytes(
+        memory_bytes=costs.training_memory(
             min(recipe.micro_batch, samples),
             recipe.features,
             samples,
             _trained(architecture, widths, recipe, costs.parameters),
             recipe.own_copies,
-        ),
+        ).total,
         inference_bytes=costs.inference_bytes(1),
         storage_bytes=costs.storage_with(recipe.own_files),
         step_s=step_s,
