@@ -12,10 +12,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fedprune.errors import FedpruneError, StorageError
-from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
 from fedprune_device import durable
-from fedprune_device.assignment import DamagedBlobError, LoadedTrainer, Report, Workbench
+from fedprune_device.assignment import DamagedBlobError, LoadedTrainer, Trained, Workbench
 from fedprune_device.care import Care
 from fedprune_device.lowering import Lowering
 from fedprune_device.source import Samples
@@ -110,47 +109,36 @@ class Alone:
         if self._thread is not None and not self._thread.alive:
             thread, self._thread = self._thread, None
             error = thread.error
+            if thread.made is not None and not thread.stopped:
+                try:
+                    self._commit(thread.made)
+                except Exception as failed:  # noqa: BLE001 - logged below; the old model serves on
+                    error = failed
             if isinstance(error, FedpruneError) and not isinstance(error, TrainingStoppedError):
                 _LOG.warning("training alone failed: %s", error)
             elif error is not None and not isinstance(error, TrainingStoppedError):
                 _LOG.error("training alone failed: unexpected error", exc_info=error)
             if isinstance(error, DamagedBlobError) and not thread.stopped:
-                self._store.blobs.delete(error.sha256)  # what stops it may be an offer that pulls it anew
+                self._store.blobs.delete(error.sha256)  # a stopped thread's blob may be downloaded again for an offer
             return True
         if self._every and idle and self._thread is None and self._due(now, connected):
             self._tried = now
             offer = self._offer()
             if offer is not None:
                 _LOG.info("the server is away: training on, from round %d of job %s", offer.round, offer.job)
-                self._thread = TrainingThread(self, offer, 0.0, self._care)
+                self._thread = TrainingThread(self._bench, offer, 0.0, self._care)
         return False
 
-    def carry_out(self, offer: Offer, *, download_seconds: float, report: Report, stop: Callable[[], bool]) -> Update:
-        """Train what serves, and let the result serve unless validation samples say that it is worse.
-
-        Args:
-            offer: What `turn` made of the last one.
-            download_seconds: Nothing was pulled.
-            report: Told how far it is.
-            stop: Asked between training steps.
-
-        Returns:
-            What came of it, which nobody is told.
-
-        Raises:
-            FedpruneError: As `Workbench.make`; what serves stays as it is.
-        """
-        made = self._bench.make(offer, report=report, stop=stop)
-        metrics = made.update.metrics
-        before, after = (metrics.get(n) for n in ("loss_validation_before", "loss_validation"))
+    def _commit(self, made: Trained) -> None:
+        """Let the result serve unless validation samples say that it is worse."""
+        before, after = (made.metrics.get(n) for n in ("loss_validation_before", "loss_validation"))
         better = before is None or after is None or after < before
         if better:
-            self._store.slots.install(made.model)
+            self._bench.commit(made)
         times = int(self._number("times")) + 1
         durable.write_document(self._store.root / _RECORD, {"at": self._clock(), "times": times})
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in sorted(metrics.items()))
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in sorted(made.metrics.items()))
         _LOG.info("trained alone; %s serves (%s)", "the new model" if better else "the old model", shown)
-        return made.update
 
     def _offer(self) -> Offer | None:
         """The last offer, from what serves instead of what was received; None where it can't be trained on."""

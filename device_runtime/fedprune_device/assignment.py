@@ -20,12 +20,12 @@ from fedprune_device.decoding import decoded
 from fedprune_device.evaluation import MEASURED, Evaluation, training_metrics
 from fedprune_device.loaded import LoadedTrainer
 from fedprune_device.lowering import Lowering
-from fedprune_device.own import OwnInMemory, Shelf
+from fedprune_device.own import KeptOwn, OwnInMemory, Shelf
 from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Serving, Slots
 from fedprune_device.source import Samples
-from fedprune_device.trainer import TrainingResult
+from fedprune_device.trainer import TrainingResult, TrainingStoppedError
 from fedprune_device.work import Work
 
 __all__ = ["MEASURED", "DamagedBlobError", "LoadedTrainer", "Trained", "Workbench"]
@@ -50,17 +50,28 @@ class DamagedBlobError(StorageError):
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of an offer.
+    """The result of an offer, which changes nothing that lasts before `Workbench.commit`.
 
     Attributes:
-        update: What the server gets; its weights are in the store.
-        model: What may serve now; it is staged and has passed its check.
-        metrics: What was measured, whether the update says it or not.
+        update: The message to the server; its weights are in the store.
+        model: The new model, staged and checked.
+        metrics: All measurements; a private update reports only some of them.
+        own: The board's own state after the round, staged; None where the recipe keeps none.
     """
 
     update: Update
     model: Serving
     metrics: Mapping[str, float]
+    own: KeptOwn | None = None
+
+    def keep(self) -> None:
+        """Make the board's own state after the round the current one.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        if self.own is not None:
+            self.own.commit()
 
 
 class Workbench:
@@ -97,22 +108,19 @@ class Workbench:
         self._lowering = lowering or Lowering()
         self._noise = noise or (lambda offer: GaussianNoise.secret())
 
-    def carry_out(self, offer: Offer, *, download_seconds: float, report: Report, stop: Callable[[], bool]) -> Update:
-        """Do what an offer asks for, and let the new model serve; after any error the old one serves on.
+    def commit(self, made: Trained) -> Update:
+        """Make a result current: the board's own state and the model that serves.
 
         Args:
-            offer: The offer; its blobs are in the store.
-            download_seconds: How long they took to arrive, for the metrics.
-            report: Told how far it is.
-            stop: Asked between training steps.
+            made: The result of `make` for the newest offer.
 
         Returns:
-            The update; its weights are in the store.
+            The update, to be sent.
 
         Raises:
-            FedpruneError: As `make`.
+            StorageError: The disk fails; the old model serves on.
         """
-        made = self.make(offer, download_seconds=download_seconds, report=report, stop=stop)
+        made.keep()
         self._slots.install(made.model)
         return made.update
 
@@ -124,7 +132,7 @@ class Workbench:
         report: Report = lambda *_: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Trained:
-        """Evaluate, train, evaluate, check; what serves stays as it is.
+        """Evaluate, train, evaluate, check. Nothing that lasts changes: a stopped round's result is dropped.
 
         The same offer always gives the same weights, so that one that was cut off can be done again; only a private
         update's noise is another one each time. A private update tells nothing else that was measured on samples, nor
@@ -134,10 +142,10 @@ class Workbench:
             offer: The offer; its blobs are in the store.
             download_seconds: How long they took to arrive, for the metrics.
             report: Told how far it is.
-            stop: Asked between training steps.
+            stop: Asked between training steps, and after them.
 
         Returns:
-            The update and the staged model.
+            The update, the staged model and the board's staged state.
 
         Raises:
             DamagedBlobError: A blob must be pulled again.
@@ -198,6 +206,8 @@ class Workbench:
             result = TrainingResult.unmoved(
                 work.tensors, recipe.steps(data.samples), data.samples, time.monotonic() - began
             )
+        if stop():
+            raise TrainingStoppedError("training was stopped after its last step")
         report("evaluate", 1, 2)
         # From here on there is memory for the new ones alone, beside the model that is loaded and what is blended in.
         work.tensors = {}
@@ -222,7 +232,7 @@ class Workbench:
         lowered = self._lowering.staged(self._slots.staging, graphs, data, recipe, offer.classes)
         evaluation.metrics |= training_metrics(result)
         if kept is not None and made.own is not None:
-            kept.put(made.own)
+            kept.stage(made.own)
         metrics = evaluation.finite()
         told = {n: v for n, v in metrics.items() if n in MEASURED} if recipe.update_clip else metrics
         update = Update(
@@ -248,7 +258,7 @@ class Workbench:
             precision=FLOAT32 if lowered is None else lowered.precision,
             lowered=() if lowered is None else (lowered.graph, lowered.weights),
         )
-        return Trained(update, serving, metrics)
+        return Trained(update, serving, metrics, kept)
 
     def _blob(self, ref: BlobRef) -> bytes:
         return self._read(ref.sha256)

@@ -276,13 +276,13 @@ class Duty:
         return None
 
     def _settle(self, worker: TrainingThread, now: float) -> None:
-        """Take what the worker leaves behind."""
+        """Commit the worker's result. The result of a stopped worker is dropped: its job may no longer be current."""
         task, offer = self._store.task, worker.offer
         if worker.stopped or task is None or task.done or task.offer != offer:
             return
-        if worker.update is not None:
-            update = replace(worker.update, attempt=offer.attempt)
+        if worker.made is not None:
             try:
+                update = replace(self._bench.commit(worker.made), attempt=offer.attempt)
                 self._store.keep(update)
             except FedpruneError as error:
                 self._refuse(offer, error)

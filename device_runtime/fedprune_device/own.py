@@ -33,6 +33,8 @@ _FORMAT = "fedprune.own/1"
 _HEAD, _DIGEST = "record", "sha256"
 _FIELDS = ("job", "seed", "architecture", "selection", "ranking", "widths", "round")
 _SLOTS = ("a", "b")
+_STAGED = durable.TEMPORARY + "staged"
+"""What a round has left while its result may still be dropped; a new process deletes it."""
 _JOB, _OTHERS = "job", "others"
 MOST_OTHERS = 3
 """Of so many jobs beside the present one a board keeps what is its own: those that it worked for last."""
@@ -157,11 +159,19 @@ class Shelf(Protocol):
         """What lies there, by place."""
         ...
 
-    def put(self, record: bytes, beside: str | None) -> None:
-        """Add a record; of the others only the one at `beside` stays.
+    def stage(self, record: bytes) -> None:
+        """Store a record that `read` doesn't return before `commit`.
 
         Raises:
-            StorageError: It can't be kept; what was there stays.
+            StorageError: It can't be stored.
+        """
+        ...
+
+    def commit(self, beside: str | None) -> None:
+        """Make the staged record the newest; of the others only the one at `beside` stays.
+
+        Raises:
+            StorageError: The disk fails; what was there stays.
         """
         ...
 
@@ -194,14 +204,22 @@ class KeptOwn:
         """Forget what the round began with; on the shelf it stays."""
         self.base = None
 
-    def put(self, own: Own) -> None:
-        """Keep what the round leaves, and what it began with.
+    def stage(self, own: Own) -> None:
+        """Store the round's state without making it current: the round may still be cancelled.
 
         Raises:
             StorageFullError: No room.
             StorageError: The disk fails.
         """
-        self._shelf.put(own.to_bytes(), self._place)
+        self._shelf.stage(own.to_bytes())
+
+    def commit(self) -> None:
+        """Make the staged state current, and keep the state that the round began with.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        self._shelf.commit(self._place)
 
 
 class OwnInMemory:
@@ -209,15 +227,20 @@ class OwnInMemory:
 
     def __init__(self, records: dict[str, bytes] | None = None) -> None:
         self.records = dict(records or {})
+        self._staged = b""
 
     def read(self) -> dict[str, bytes]:
         """See `Shelf`."""
         return dict(self.records)
 
-    def put(self, record: bytes, beside: str | None) -> None:
+    def stage(self, record: bytes) -> None:
+        """See `Shelf`."""
+        self._staged = record
+
+    def commit(self, beside: str | None) -> None:
         """See `Shelf`."""
         kept = {} if beside is None else {beside: self.records[beside]}
-        self.records = {**kept, _free(beside): record}
+        self.records, self._staged = {**kept, _free(beside): self._staged}, b""
 
 
 class OwnFolder:
@@ -245,10 +268,14 @@ class OwnFolder:
         found = {name: _content(self._root / name) for name in _SLOTS}
         return {name: data for name, data in found.items() if data is not None}
 
-    def put(self, record: bytes, beside: str | None) -> None:
+    def stage(self, record: bytes) -> None:
+        """See `Shelf`."""
+        durable.write(self._root / _STAGED, record)
+
+    def commit(self, beside: str | None) -> None:
         """See `Shelf`."""
         place = _free(beside)
-        durable.write(self._root / place, record)
+        durable.move(self._root / _STAGED, self._root / place)
         for name in _SLOTS:
             if name not in (place, beside):
                 durable.remove(self._root / name)

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
-from fedprune_device.assignment import Report
+from fedprune_device.assignment import Report, Trained
 from fedprune_device.care import Care
 
 NICENESS = 19
@@ -18,14 +17,14 @@ NICENESS = 19
 
 
 class Bench(Protocol):
-    """What carries out an offer."""
+    """Trains what an offer asks for."""
 
-    def carry_out(self, offer: Offer, *, download_seconds: float, report: Report, stop: Callable[[], bool]) -> Update:
-        """Do what an offer asks for."""
+    def make(self, offer: Offer, *, download_seconds: float, report: Report, stop: Callable[[], bool]) -> Trained:
+        """See `fedprune_device.assignment.Workbench.make`."""
 
 
 class TrainingThread:
-    """Carries out one offer, beginning at once.
+    """Carries out one offer, beginning at once. What it returns is committed by the loop, or dropped.
 
     Args:
         bench: What carries it out.
@@ -36,14 +35,14 @@ class TrainingThread:
     Attributes:
         offer: The offer.
         status: Phase, units done and units in all.
-        update: What came out, if it went well.
+        made: The result, if training succeeded.
         error: What went wrong, if something did.
     """
 
     def __init__(self, bench: Bench, offer: Offer, download_seconds: float, care: Care | None = None) -> None:
         self.offer = offer
         self.status: tuple[str, int, int] = ("train", 0, 0)
-        self.update: Update | None = None
+        self.made: Trained | None = None
         self.error: BaseException | None = None
         self._stop = threading.Event()
         self._bench = bench
@@ -75,7 +74,7 @@ class TrainingThread:
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
-            self.update = self._bench.carry_out(
+            self.made = self._bench.make(
                 self.offer, download_seconds=self._download_seconds, report=self._report, stop=self._ended
             )
         except Exception as error:  # noqa: BLE001 - it is handed to the loop, which reports it

@@ -16,6 +16,9 @@ from fedprune.selection import Tensors
 from fedprune.wire.messages import Birth, Cancelled, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
 from fedprune_device.agent import Agent
 from fedprune_device.data import LocalData
+from fedprune_device.evaluation import Evaluation
+from fedprune_device.own import Own
+from fedprune_device.predictor import Predictor
 from fedprune_device.store import DeviceStore
 
 pytestmark = pytest.mark.board
@@ -282,3 +285,42 @@ def test_it_is_quiet_only_when_a_restart_would_cost_nothing(bench: Bench) -> Non
     busy = {k: v for k, v in seen.items() if k in ("Want", "Update", "download", "train", "evaluate")}
     assert {"Want", "Update"} <= set(busy)
     assert not any(busy.values()), seen
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_the_result_of_a_round_that_was_stopped_after_its_training_is_dropped(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    """It is stopped by a cancellation, or by an offer of another job, whose state is current from then on."""
+    server, recipe = bench.server, Recipe(average=0.5)
+    server.plan = [server.offer(n, recipe, job="other" if n < 3 else "job") for n in (1, 2, 3, 4)]
+    last, server.ends = server.offer(5, recipe, job="other"), False
+    stopped, latency = threading.Event(), Evaluation.latency
+
+    def stopped_meanwhile(evaluation: Evaluation, model: Predictor) -> None:
+        if 3 in server.updates and not stopped.is_set():
+            server.plan = [] if cancelled else [last]
+            server.say(Cancelled("job", 4, 0, "a test") if cancelled else last)
+            assert stopped.wait(30)
+        latency(evaluation, model)
+
+    def watch() -> None:
+        assert bench.agent is not None
+        assert bench.store is not None
+        task = bench.store.task
+        if task is not None and (task.offer == last or (task.offer.round, task.done) == (4, True)):
+            stopped.set()
+        if stopped.is_set() and bench.agent.quiet and (cancelled or 5 in server.updates):
+            bench.agent.stop()
+
+    monkeypatch.setattr(Evaluation, "latency", stopped_meanwhile)
+    server.watch = watch
+    bench.run(until_finished=False)
+    assert 4 not in server.updates
+    with bench.reopened() as store:
+        current = store.slots.current()
+        assert current is not None
+        assert current.round == (3 if cancelled else 5)
+        for job, rounds in {"job": [3], "other": [1, 2] if cancelled else [2, 5]}.items():
+            store.own.turn_to(job)
+            assert sorted(Own.from_bytes(r).round for r in store.own.read().values()) == rounds

@@ -137,7 +137,8 @@ def test_what_a_board_keeps_of_its_own_is_counted(
 
     watched(Slots, "stage")
     watched(Slots, "install")
-    watched(OwnFolder, "put")
+    watched(OwnFolder, "stage")
+    watched(OwnFolder, "commit")
     mask = ElementMask({"w1": np.ones((8, 6), np.bool_)})
     offers = [hidden_offer(bench, n, recipe, mask) for n in (1, 2, 3, 4)]
     weights, graphs = offers[0].weights.size, {offers[0].training.size, offers[0].inference.size}

@@ -195,7 +195,7 @@ def test_alone_a_board_trains_without_another_ones_graph(fleet: Fleet, here: Her
             store.blobs.put(fleet.server.blobs.read(ref.sha256))
         store.accept(offer)
         bench = Workbench("d", store.blobs, store.slots, fleet.data)
-        bench.carry_out(offer, download_seconds=0, report=lambda *_: None, stop=lambda: False)
+        bench.commit(bench.make(offer))
         store.finish()
         alone = Alone("d", store, fleet.data, every=1.0)
         mine = alone._offer()

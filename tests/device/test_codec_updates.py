@@ -45,7 +45,7 @@ def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Tensors, Own | N
     """The update's bytes, the tensors that serve, and the newest record of what the board keeps."""
     with DeviceStore(board.root) as store:
         bench = Workbench(DEVICE, store.blobs, store.slots, board.data, shelf=store.own)
-        update = bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
+        update = bench.commit(bench.make(offer))
         raw = store.blobs.read(update.weights.sha256)
         record = store.slots.current()
         assert record is not None

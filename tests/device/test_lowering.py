@@ -48,7 +48,7 @@ class Board(HiddenBoard):
         offer = self.offer(number, RECIPE, weights, graph="kept", lowered=kits or None, **other)
         with DeviceStore(self.root) as store:
             bench = Workbench(DEVICE, store.blobs, store.slots, self.data, shelf=store.own, lowering=Lowering(serve))
-            bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
+            bench.commit(bench.make(offer))
             record = store.slots.current()
         assert record is not None
         return record
@@ -321,7 +321,7 @@ def test_a_cut_at_any_write_leaves_the_old_or_the_new_model(board: Board, tmp_pa
     def work(root: Path) -> None:
         with DeviceStore(root) as store:
             bench = Workbench(DEVICE, store.blobs, store.slots, board.data, shelf=store.own, lowering=Lowering("int8"))
-            bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
+            bench.commit(bench.make(offer))
 
     def serves(root: Path) -> Serving:
         with DeviceStore(root) as store:

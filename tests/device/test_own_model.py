@@ -278,7 +278,8 @@ def test_the_newest_record_before_a_round_and_what_it_leaves_stay(board: HiddenB
 
     for number in (1, 2, 5):
         kept = KeptOwn(shelf, offer(number))
-        kept.put(Own.of(offer(number), {"w": np.float32([number])}, {}, None))
+        kept.stage(Own.of(offer(number), {"w": np.float32([number])}, {}, None))
+        kept.commit()
     rounds = {Own.from_bytes(raw).round for raw in shelf.read().values()}
     assert rounds == {2, 5}
     bases = {n: KeptOwn(shelf, offer(n)).base for n in (1, 2, 3, 5, 6)}
@@ -325,12 +326,17 @@ def test_it_waits_while_the_board_works_for_another_job(board: HiddenBoard) -> N
         assert store.own.read() == kept
 
 
+def put(own: OwnFolder, record: bytes, beside: str | None) -> None:
+    own.stage(record)
+    own.commit(beside)
+
+
 def test_it_is_kept_of_a_few_jobs_and_until_they_are_over(tmp_path: Path) -> None:
     own = OwnFolder(tmp_path / "own")
     own.prepare()
     for i in range(MOST_OTHERS + 2):
         own.turn_to(f"job{i}", f"job{i - 1}")
-        own.put(bytes([i]), None)
+        put(own, bytes([i]), None)
         time.sleep(0.01)
     for i in range(1, MOST_OTHERS + 1):
         own.turn_to(f"job{i}")
@@ -346,8 +352,8 @@ def test_a_death_at_any_point_of_turning_to_another_job_loses_nothing(tmp_path: 
         own = OwnFolder(tmp_path / str(count))
         own.prepare()
         own.turn_to("one")
-        own.put(b"first", None)
-        own.put(b"second", "a")
+        put(own, b"first", None)
+        put(own, b"second", "a")
         passed = [0]
 
         def dying(step: Any, passed: list[int] = passed, count: int = count) -> Any:

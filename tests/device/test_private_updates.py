@@ -37,7 +37,7 @@ def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Any, Own | None]
     """The update's bytes and message, and the newest record of what the board keeps."""
     with DeviceStore(board.root) as store:
         bench = Workbench(DEVICE, store.blobs, store.slots, board.data, shelf=store.own)
-        update = bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
+        update = bench.commit(bench.make(offer))
         kept = [Own.from_bytes(r) for r in store.own.read().values()]
         return store.blobs.read(update.weights.sha256), update, max(kept, key=lambda own: own.round, default=None)
 

@@ -502,7 +502,7 @@ def test_frozen_tensors_do_not_travel_up(tmp_path: Path, graphs: Path, weights: 
         training = store.blobs.put((graphs / "bias.onnx").read_bytes())
         bench = Workbench("d", store.blobs, store.slots, data)
         offer = server.offer(1, Recipe(trainable=("b",)), training=training)
-        update = bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
+        update = bench.commit(bench.make(offer))
         sent = tensorfile.decode(store.blobs.read(update.weights.sha256))
         predictor, record = store.slots.open()
         assert list(sent) == ["b"]

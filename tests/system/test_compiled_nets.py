@@ -94,7 +94,7 @@ def test_a_round_of_a_submodel_ends_with_a_model_that_serves(
             RECIPE.to_dict(),
         )
         bench = Workbench("d", store.blobs, store.slots, data)
-        update = bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
+        update = bench.commit(bench.make(offer))
         assert isinstance(update, Update)
         trained = tensorfile.decode(store.blobs.read(update.weights.sha256))
         predictor, record = store.slots.open()

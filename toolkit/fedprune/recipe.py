@@ -263,13 +263,14 @@ class Recipe:
 
     @property
     def own_files(self) -> int:
-        """Files of a model's size that a board keeps besides those of every round, at its worst moment.
+        """Files of a model's size that a board stores in addition to those of every round, at the peak.
 
-        Those are a model that isn't what is sent and, twice, its own average and personal tensors.
+        These are a served model that differs from the update, and three records of the board's average and personal
+        tensors: the newest, the one that it was made from, and the staged one.
         """
         differs = self.calibrate or self.mask != "none" or self.report_squares or self.update_clip > 0
         serves = differs or self.average > 0 or bool(self.personal)
-        return int(serves) + 2 * ((self.average > 0) + bool(self.personal)) + self.report_squares
+        return int(serves) + 3 * ((self.average > 0) + bool(self.personal)) + self.report_squares
 
     @property
     def own_copies(self) -> int:

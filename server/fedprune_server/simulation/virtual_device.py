@@ -158,6 +158,7 @@ class BlobShelf:
 
     def __init__(self, store: BlobStore, digest: str | None) -> None:
         self._store = store
+        self._staged = b""
         self.digest = digest
 
     def read(self) -> dict[str, bytes]:
@@ -170,10 +171,16 @@ class BlobShelf:
             return {}
         return {name: record.tobytes() for name, record in tensorfile.decode(self._store.read(self.digest)).items()}
 
-    def put(self, record: bytes, beside: str | None) -> None:
+    def stage(self, record: bytes) -> None:
+        """See `fedprune_device.own.Shelf`."""
+        self._staged = record
+
+    def commit(self, beside: str | None) -> None:
         """See `fedprune_device.own.Shelf`."""
         shelf = OwnInMemory({} if beside is None else {beside: self.read()[beside]})
-        shelf.put(record, beside)
+        shelf.stage(self._staged)
+        shelf.commit(beside)
+        self._staged = b""
         kept = {name: np.frombuffer(data, np.uint8) for name, data in sorted(shelf.records.items())}
         self.digest = self._store.put(tensorfile.encode(kept)).sha256
 
@@ -254,7 +261,9 @@ class Bench:
             return GaussianNoise.keyed(offer.seed, offer.round, device.name, offer.weights.sha256)
 
         bench = Workbench(device.name, self._store, slots, device.load(), trainer, shelf, noise=noise)
-        update = bench.make(Offer(_JOB, number, 0, **sent(offer))).update
+        made = bench.make(Offer(_JOB, number, 0, **sent(offer)))
+        made.keep()
+        update = made.update
         # Times and memory of this machine would make every run another one.
         metrics = {name: value for name, value in update.metrics.items() if name not in MEASURED}
         return Outcome(update.weights, update.samples, update.steps, metrics), shelf.digest

@@ -51,9 +51,7 @@ def test_it_gives_what_a_board_gives(store, offer, tmp_path):
     virtual = Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 4)
     slots = Slots(tmp_path / "serving")
     slots.prepare()
-    real = Workbench("d", store, slots, DEVICE.data).carry_out(
-        Offer("job", 4, 1, **offer), download_seconds=1.0, report=lambda *_: None, stop=lambda: False
-    )
+    real = Workbench("d", store, slots, DEVICE.data).make(Offer("job", 4, 1, **offer), download_seconds=1.0).update
     assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
     assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
     assert set(real.metrics) >= MEASURED
