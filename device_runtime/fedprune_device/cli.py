@@ -35,6 +35,7 @@ from fedprune_device.prediction_command import add_predict_command, threads
 from fedprune_device.privacy_floor import add_floor_option, read_floor
 from fedprune_device.runtime.runtime_cli import add_runtime_commands
 from fedprune_device.standing import Standing
+from fedprune_device.train_command import add_train_command
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_join_command(commands)
     _add_run(commands)
+    add_train_command(commands)
     add_predict_command(commands)
     add_collect_command(commands)
     probe = commands.add_parser("probe", help="measure this board, which takes about fifteen seconds")

@@ -153,6 +153,7 @@ class Trainer:
         mask: ElementMask | None = None,
         progress: Callable[[int, int], None] | None = None,
         stop: Callable[[], bool] | None = None,
+        enough: Callable[[], bool] | None = None,
     ) -> TrainingResult:
         """Train on local data.
 
@@ -167,7 +168,8 @@ class Trainer:
             widths: Channels per group that the tensors have; needed for ordered dropout alone.
             mask: Which elements of the tensors are active; the others are 0.
             progress: Called with (steps done, steps in all) after each step.
-            stop: Asked before each step; True ends the training.
+            stop: Asked before each step; True ends the training with an error.
+            enough: Asked after each step; True ends the training with what it has reached.
 
         Raises:
             TrainingError: Graph, weights and recipe don't fit each other.
@@ -234,6 +236,8 @@ class Trainer:
                 judged = self._validation_loss({**constant, **reached}, data, recipe, classes)
                 if judged is not None and patience.over(judged, reached, number, squares):
                     break
+            if enough is not None and enough():
+                break
         steps = len(losses)
         if patience is not None and recipe.best_epoch and patience.steps:
             state |= patience.tensors

@@ -1,28 +1,15 @@
-"""Writing a board's bundle; `fedprune.bundle` says what is in one, and reads it back."""
+"""Makes the files of a board's bundle; `fedprune.bundle_folder` writes them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from fedprune import tensorfile
-from fedprune.bundle import (
-    ARCHITECTURE,
-    INFERENCE,
-    MANIFEST,
-    SUBMODEL,
-    TRAINING,
-    WEIGHTS,
-    Bundle,
-    blocked_file,
-    manifest,
-    open_bundle,
-)
-from fedprune.errors import BundleError, ConfigError
+from fedprune.bundle import ARCHITECTURE, INFERENCE, SUBMODEL, TRAINING, WEIGHTS, blocked_file
+from fedprune.errors import ConfigError
 from fedprune.form_times import FormTimes
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
-from fedprune_export.bundle_folder import put_bundle
 from fedprune_export.formulation import Forms
 from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
@@ -97,37 +84,3 @@ def blocked_step(
     """
     forms = Forms(block, recipe.micro_batch, times=times)
     return training_graph(model, recipe.features, widths=widths, forms=forms).to_bytes()
-
-
-def write_bundle(
-    folder: Path,
-    files: Mapping[str, bytes],
-    selection: Selection,
-    recipe: Recipe,
-    target: str,
-    class_names: tuple[str, ...] = (),
-) -> Bundle:
-    """Write a bundle and read it back.
-
-    After a crash at any moment the folder holds the old bundle or the new one, whole (`fedprune_export.bundle_folder`).
-
-    Args:
-        folder: Where to; it is made, or must be empty or hold a bundle of the same target, which is replaced.
-        files: From `bundle_files`; further files (reports) are listed in the manifest, too.
-        selection: What the board holds.
-        recipe: Its local training.
-        target: Name of the hardware profile.
-        class_names: Names of the output's entries.
-
-    Raises:
-        BundleError: The folder holds something else, or the files don't belong together.
-        BusyError: Another export writes to the folder.
-        StorageFullError: There is no room; what was there before is untouched.
-        StorageError: The folder can't be made or written to.
-    """
-    classes = selection.architecture.classes
-    if class_names and len(class_names) != classes:
-        raise BundleError("class names", expected=f"{classes} names", got=len(class_names))
-    written = manifest(files, selection, recipe, target, class_names).encode()
-    put_bundle(folder, {**files, MANIFEST: written}, target)
-    return open_bundle(folder)

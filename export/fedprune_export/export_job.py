@@ -83,7 +83,7 @@ class ExportJob:
 
     def _check_folders(self) -> None:
         """Refuse what can't be written to before the work begins."""
-        from fedprune_export.bundle_folder import check_folder, is_bundle
+        from fedprune.bundle_folder import check_folder, is_bundle
 
         out = self.arguments.out
         if out.exists() and not out.is_dir():
@@ -134,8 +134,8 @@ class ExportJob:
         Raises:
             FedpruneError: The model doesn't fit the board, the cut is wrong, or the folder can't be written.
         """
-        from fedprune_export.bundle import bundle_files, write_bundle
-        from fedprune_export.bundle_folder import is_bundle
+        from fedprune.bundle_folder import is_bundle, write_bundle
+        from fedprune_export.bundle import bundle_files
         from fedprune_export.parity import parity, try_step
         from fedprune_export.report import Report
         from fedprune_export.report_page import page

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprune.cli import whole_number
+from fedprune.cli import recipe_setting, whole_number
 from fedprune.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
 from fedprune.precision import PRECISIONS
 from fedprune.probe_report import ProbeReport
@@ -24,9 +24,6 @@ MODEL_HELP = "model.onnx, package.module:factory of a torch module, or timm:NAME
 PREFERENCES = ("coarse", "fine")
 
 _LOSS_OF = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
-_LISTS = ("frozen", "trainable", "ordered_dropout", "personal")
-"""Settings of a recipe that are lists."""
-
 _LABELS_OF = {"cross_entropy": "classes", "bce": "multi", "mse": "values", "huber": "values"}
 
 
@@ -68,7 +65,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "--set",
         action="append",
         default=[],
-        type=_setting,
+        type=recipe_setting,
         metavar="KEY=VALUE",
         help="any other setting of the recipe, such as lr=0.01 or ordered_dropout=0.25,0.5; repeatable",
     )
@@ -182,15 +179,8 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
             body[key] = getattr(arguments, key)
     if arguments.freeze:
         body["frozen"] = arguments.freeze
-    body.update({key: _listed(value) if key in _LISTS else value for key, value in arguments.set})
+    body.update(arguments.set)
     return _checked(body, arguments.recipe)
-
-
-def _listed(value: Any) -> Any:
-    """A setting that is a list, also where it was given as one entry or as several between commas."""
-    if isinstance(value, str):
-        return [_value(entry.strip()) for entry in value.split(",")]
-    return value if isinstance(value, list) else [value]
 
 
 def _checked(body: dict[str, Any], path: Path | None) -> Recipe:
@@ -297,18 +287,3 @@ def amount(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected bytes, such as 200MB or 1.5GB, got {text!r}")
     return value
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, such as lr=0.01, got {text!r}")
-    return key, _value(value)
-
-
-def _value(text: str) -> Any:
-    """JSON, or else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

@@ -17,8 +17,9 @@ from smooth_nets import SmoothResNet
 
 from fedprune.architecture import widths_at
 from fedprune.bundle import TRAINING
+from fedprune.bundle_folder import write_bundle
 from fedprune.selection import Selection
-from fedprune_export.bundle import bundle_files, write_bundle
+from fedprune_export.bundle import bundle_files
 from fedprune_export.formulation import Forms
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.training import training_graph

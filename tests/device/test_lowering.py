@@ -24,7 +24,7 @@ from fedprune_device.acceptance import check_offer
 from fedprune_device.agent import Agent
 from fedprune_device.assignment import DamagedBlobError, Workbench
 from fedprune_device.data import LocalData
-from fedprune_device.lowering import Lowering, _Judge
+from fedprune_device.lowering import Judge, Lowering
 from fedprune_device.slots import Serving
 from fedprune_device.store import DeviceStore
 
@@ -116,9 +116,9 @@ def test_validation_samples_decide_where_there_are_some(data: LocalData) -> None
 
     whole: Any = Heard()
     apart = replace(data, x_val=data.x_train[:7] + 1, y_val=data.y_train[:7])
-    _Judge(whole, apart, RECIPE, CLASSES)
+    Judge(whole, apart, RECIPE, CLASSES)
     np.testing.assert_array_equal(whole.x, apart.x_val)
-    _Judge(whole, replace(data, x_val=data.x_val[:0], y_val=data.y_val[:0]), RECIPE, CLASSES)
+    Judge(whole, replace(data, x_val=data.x_val[:0], y_val=data.y_val[:0]), RECIPE, CLASSES)
     np.testing.assert_array_equal(whole.x, data.x_train[:512])
 
 

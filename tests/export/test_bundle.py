@@ -12,11 +12,12 @@ from cutting import distance, inputs, outputs, random_selection
 
 from fedprune import step, tensorfile
 from fedprune.bundle import FILES, MANIFEST, open_bundle
+from fedprune.bundle_folder import write_bundle
 from fedprune.errors import BundleError, StorageError, StorageFullError
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune.session import Session
-from fedprune_export.bundle import bundle_files, write_bundle
+from fedprune_export.bundle import bundle_files
 from fedprune_export.cut import cut
 from fedprune_export.imported import Model
 

@@ -15,10 +15,11 @@ from token_net import token_net
 from fedprune import step, tensorfile
 from fedprune.blocks import OFF, block_size
 from fedprune.bundle import ARCHITECTURE, FILES, INFERENCE, TRAINING, WEIGHTS, blocked_file, manifest, open_bundle
+from fedprune.bundle_folder import write_bundle
 from fedprune.errors import BundleError, ConfigError, ExitCode, FedpruneError, ModelError, TrainingError
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
-from fedprune_export.bundle import bundle_files, write_bundle
+from fedprune_export.bundle import bundle_files
 from fedprune_export.cli import main
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import math
 import os
 import re
@@ -17,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fedprune.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant, remedy
 
@@ -26,6 +27,9 @@ DEBUG = "FEDPRUNE_DEBUG"
 
 _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from ([^()]*)\)$")
 """How argparse speaks of a word that is none of those that it may be."""
+
+_RECIPE_LISTS = ("frozen", "trainable", "ordered_dropout", "personal")
+"""Settings of a recipe that are lists."""
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -106,6 +110,24 @@ def whole_number(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return value
+
+
+def recipe_setting(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE` of an option, such as lr=0.01: the value is JSON, or else text; a list may be given with commas."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, such as lr=0.01, got {text!r}")
+    found = _json_or_text(value)
+    if key not in _RECIPE_LISTS or isinstance(found, list):
+        return key, found
+    return key, [_json_or_text(part.strip()) for part in found.split(",")] if isinstance(found, str) else [found]
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def seconds(text: str) -> float:

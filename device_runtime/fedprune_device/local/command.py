@@ -51,22 +51,31 @@ def add_local_options(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help=f"answer the application: unix:/path or 127.0.0.1:PORT (without ADDRESS: {SOCKET} in --state)",
     )
-    local.add_argument(
-        "--class-names", type=_names, default=(), metavar="A,B,C", help="names of the classes, as on all boards"
-    )
-    local.add_argument(
-        "--image-mean", type=_numbers, default=(0.0,), metavar="M[,M,M]", help="of images, which are scaled to 0 to 1"
-    )
-    local.add_argument(
-        "--image-deviation", type=_numbers, default=(1.0,), metavar="D[,D,D]", help="they are divided by this"
-    )
-    local.add_argument(
-        "--samples-most", type=whole_number, default=SAMPLES_MOST, metavar="N", help="samples kept (default: 10000)"
-    )
+    add_sample_options(local)
     local.add_argument(
         "--samples-bytes", type=whole_number, default=SAMPLES_BYTES, metavar="N", help="their room (default: 64 MiB)"
     )
-    local.add_argument(
+
+
+def add_sample_options(group: argparse._ArgumentGroup) -> None:
+    """Add how images become samples, how many samples are kept, and how many of them are for testing.
+
+    Args:
+        group: Where the options are listed.
+    """
+    group.add_argument(
+        "--class-names", type=_names, default=(), metavar="A,B,C", help="names of the classes, as on all boards"
+    )
+    group.add_argument(
+        "--image-mean", type=_numbers, default=(0.0,), metavar="M[,M,M]", help="of images, which are scaled to 0 to 1"
+    )
+    group.add_argument(
+        "--image-deviation", type=_numbers, default=(1.0,), metavar="D[,D,D]", help="they are divided by this"
+    )
+    group.add_argument(
+        "--samples-most", type=whole_number, default=SAMPLES_MOST, metavar="N", help="samples kept (default: 10000)"
+    )
+    group.add_argument(
         "--test-share",
         type=float,
         default=TEST_SHARE,
@@ -94,14 +103,32 @@ def open_samples(arguments: argparse.Namespace, stack: ExitStack) -> Samples:
         DataError: The source can't be used.
         StorageError: The disk fails.
     """
-    source, seed, device = arguments.data, arguments.seed, arguments.device
-    shares = Shares(arguments.test_share, arguments.validation_share, seed, device)
-    if source == LOCAL:
+    if arguments.data == LOCAL:
         limits = Limits(arguments.samples_most, min(arguments.samples_bytes, _LARGEST_ROOM))
-        return stack.enter_context(SampleSet(arguments.state / "samples", limits, shares))
+        return stack.enter_context(SampleSet(arguments.state / "samples", limits, _shares(arguments)))
+    return fixed_samples(arguments)
+
+
+def fixed_samples(arguments: argparse.Namespace, class_names: tuple[str, ...] = ()) -> Samples:
+    """The samples of a file, a function or a folder of images.
+
+    Args:
+        arguments: The command line.
+        class_names: Names of the classes, where the command line gives none.
+
+    Raises:
+        ConfigError: A setting makes no sense.
+        DataError: The source can't be used.
+        StorageError: The disk fails.
+    """
+    source, names = arguments.data, arguments.class_names or class_names
     if Path(source).is_dir():
-        return ImageFolder(Path(source), _pixels(arguments), shares, arguments.samples_most, arguments.class_names)
-    return load_data(source, seed, device, arguments.validation_share)
+        return ImageFolder(Path(source), _pixels(arguments), _shares(arguments), arguments.samples_most, names)
+    return load_data(source, arguments.seed, arguments.device, arguments.validation_share)
+
+
+def _shares(arguments: argparse.Namespace) -> Shares:
+    return Shares(arguments.test_share, arguments.validation_share, arguments.seed, arguments.device)
 
 
 @contextmanager

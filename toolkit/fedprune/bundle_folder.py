@@ -17,10 +17,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedprune import engine_plan
-from fedprune.bundle import COMPLETE, FILES, INFERENCE, MANIFEST, WEIGHTS, blocked_file, files_folder
+from fedprune.bundle import (
+    COMPLETE,
+    FILES,
+    INFERENCE,
+    MANIFEST,
+    WEIGHTS,
+    Bundle,
+    blocked_file,
+    files_folder,
+    manifest,
+    open_bundle,
+)
 from fedprune.disk import locked, storage_errors, sync_folder, write_whole
 from fedprune.errors import BundleError, StorageError, shown
 from fedprune.precision import PRECISIONS, files_of
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection
 from fedprune.workload import BLOCKS
 
 PARTIAL = ".bundle.partial"
@@ -29,9 +42,12 @@ _LOCK = ".bundle.lock"
 _PLACES = "places"
 """In it every file has a second name, which is moved to its place: that needs no room, and the first name stays."""
 
+REPORTS = ("report.json", "report.md", "report.html")
+"""What an export says of the bundle."""
+
 _NAMES = frozenset(
     (
-        *(*FILES, MANIFEST, engine_plan.NAME, "report.json", "report.md", "report.html"),
+        *(*FILES, MANIFEST, engine_plan.NAME, *REPORTS),
         *(name for precision in PRECISIONS for name in files_of(precision)),
         *map(blocked_file, BLOCKS[1:]),
     )
@@ -111,6 +127,54 @@ def put_bundle(folder: Path, files: Mapping[str, bytes], target: str) -> None:
             with suppress(OSError):  # it goes if nothing is in it
                 folder.rmdir()
         raise
+
+
+def write_bundle(
+    folder: Path,
+    files: Mapping[str, bytes],
+    selection: Selection,
+    recipe: Recipe,
+    target: str,
+    class_names: tuple[str, ...] = (),
+) -> Bundle:
+    """Write a bundle with its manifest, and read it back.
+
+    After a crash at any moment the folder holds the old bundle or the new one, whole (`fedprune.bundle_folder`).
+
+    Args:
+        folder: Where to; it is made, or must be empty or hold a bundle of the same target, which is replaced.
+        files: All files by name but the manifest, which lists them.
+        selection: What the board holds.
+        recipe: Its local training.
+        target: Name of the hardware profile.
+        class_names: Names of the output's entries.
+
+    Raises:
+        BundleError: The folder holds something else, or the files don't belong together.
+        BusyError: Another export writes to the folder.
+        StorageFullError: There is no room; what was there before is untouched.
+        StorageError: The folder can't be made or written to.
+    """
+    classes = selection.architecture.classes
+    if class_names and len(class_names) != classes:
+        raise BundleError("class names", expected=f"{classes} names", got=len(class_names))
+    written = manifest(files, selection, recipe, target, class_names).encode()
+    put_bundle(folder, {**files, MANIFEST: written}, target)
+    return open_bundle(folder)
+
+
+def read_files(bundle: Bundle) -> dict[str, bytes]:
+    """The files of a bundle by name, without the manifest: what it consists of, and the export's reports.
+
+    Raises:
+        StorageError: A file can't be read.
+    """
+    engine = () if bundle.engine is None else (engine_plan.NAME,)
+    lowered = (name for precision in bundle.precisions for name in files_of(precision))
+    names = (*FILES, *engine, *lowered, *map(blocked_file, bundle.blocks))
+    reports = (name for name in REPORTS if bundle.path(name).is_file())
+    with storage_errors(f"can't read {bundle.folder}"):
+        return {name: bundle.path(name).read_bytes() for name in (*names, *reports)}
 
 
 @contextmanager

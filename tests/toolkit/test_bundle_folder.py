@@ -16,12 +16,11 @@ from power import EACH_KIND, TURNS, CutError, cuts, power
 from fedprune import tensorfile
 from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.bundle import COMPLETE, FILES, MANIFEST, TRAINING, WEIGHTS, open_bundle
+from fedprune.bundle_folder import PARTIAL, check_folder, is_bundle, write_bundle
 from fedprune.disk import locked
 from fedprune.errors import BundleError, BusyError, ExitCode, StorageError, StorageFullError
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
-from fedprune_export.bundle import write_bundle
-from fedprune_export.bundle_folder import PARTIAL, check_folder, is_bundle
 from fedprune_export.cli import main
 from fedprune_server.simulation.digits import digits_model
 

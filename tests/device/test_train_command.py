@@ -1,0 +1,149 @@
+"""`fedprune-device train`: a bundle in, the same bundle with trained weights out, without a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune import tensorfile
+from fedprune.bundle import MANIFEST, WEIGHTS, open_bundle
+from fedprune.errors import ExitCode
+from fedprune.selection import Tensors
+from fedprune_device import cli
+from fedprune_device.data import LocalData
+from fedprune_device.predictor import Predictor
+from fedprune_device.trainer import Trainer
+
+pytestmark = pytest.mark.board
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def samples(tmp_path: Path, data: LocalData) -> Path:
+    path = tmp_path / "attic.npz"
+    np.savez(path, x_train=data.x_train, y_train=data.y_train, x_test=data.x_test, y_test=data.y_test)
+    return path
+
+
+def train(bundle: Path, samples: Path | str, out: Path, *more: str) -> int:
+    return cli.main(["train", "--bundle", str(bundle), "--data", str(samples), "--out", str(out), *more])
+
+
+def accuracy(folder: Path, data: LocalData) -> float:
+    return float(np.mean(np.argmax(Predictor(folder).predict(data.x_test), axis=1) == data.y_test))
+
+
+def test_a_trained_bundle_has_the_weights_that_training_gives(
+    tmp_path: Path, bundle: Path, samples: Path, data: LocalData, weights: Tensors, capsys: Capture
+) -> None:
+    assert train(bundle, samples, tmp_path / "out", "--epochs", "3", "--set", "lr=0.1", "--threads", "1") == ExitCode.OK
+
+    source, made = open_bundle(bundle), open_bundle(tmp_path / "out")
+    assert (made.selection.digest, made.recipe, made.target, made.class_names) == (
+        source.selection.digest,
+        source.recipe,
+        source.target,
+        source.class_names,
+    )
+    recipe = source.recipe.from_dict({**source.recipe.to_dict(), "epochs": 3, "lr": 0.1})
+    wanted = Trainer(bundle / "training.onnx").train(
+        weights, data, recipe, seed=0, device="", round=1, classes=3, widths=source.selection.widths
+    )
+    for name, value in tensorfile.load(made.path(WEIGHTS)).items():
+        np.testing.assert_array_equal(value, wanted.tensors[name])
+    before, after = accuracy(bundle, data), accuracy(tmp_path / "out", data)
+    assert after > before
+    said = capsys.readouterr().out
+    assert "70 training samples, 20 test samples" in said
+    assert f"before: accuracy {before:.4f}" in said
+    assert f"after: accuracy {after:.4f}" in said
+    assert "9 steps" in said
+
+
+def test_a_bundle_is_trained_in_place(bundle: Path, samples: Path, data: LocalData) -> None:
+    before = (bundle / WEIGHTS).read_bytes()
+    (bundle / "report.md").write_text("what was cut")
+
+    assert train(bundle, samples, bundle) == ExitCode.OK
+
+    assert (open_bundle(bundle).path(WEIGHTS)).read_bytes() != before
+    assert (bundle / "report.md").read_text() == "what was cut"
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, when: int) -> None:
+    """Press Ctrl-C once a training step is done."""
+    whole: Callable[..., Any] = Trainer.train
+
+    def interrupted(self: Trainer, *arguments: Any, progress: Callable[[int, int], None], **named: Any) -> Any:
+        def pressed(done: int, total: int) -> None:
+            progress(done, total)
+            if done == when:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return whole(self, *arguments, progress=pressed, **named)
+
+    monkeypatch.setattr(Trainer, "train", interrupted)
+
+
+def test_an_interrupted_training_keeps_what_was_trained(
+    tmp_path: Path, bundle: Path, samples: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert train(bundle, samples, tmp_path / "whole", "--epochs", "9", "--set", "max_steps=4") == ExitCode.OK
+    interrupting(monkeypatch, 4)
+
+    assert train(bundle, samples, tmp_path / "out", "--epochs", "9") == ExitCode.INTERRUPTED
+
+    made, whole = open_bundle(tmp_path / "out"), open_bundle(tmp_path / "whole")
+    assert made.path(WEIGHTS).read_bytes() == whole.path(WEIGHTS).read_bytes()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"interrupted: after 4 of 27 steps; {tmp_path / 'out'} holds what was trained until then"
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (("--set", "optimizer=adam"), ExitCode.USAGE, "needs another training step"),
+        (("--set", "rate=1"), ExitCode.CONFIG, "rate"),
+        (("--lr", "1e3", "--epochs", "9", "--set", "weight_decay=1000"), ExitCode.TRAINING, "not finite"),
+        (("--data", "nothing.npz"), ExitCode.DATA, "nothing.npz"),
+        (("--data", "local"), ExitCode.DATA, "local"),
+    ],
+)
+def test_what_can_not_be_trained_is_one_line_and_leaves_no_bundle(
+    tmp_path: Path, bundle: Path, samples: Path, more: tuple[str, ...], code: ExitCode, said: str, capsys: Capture
+) -> None:
+    assert train(bundle, samples, tmp_path / "out", *more) == code
+
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert said in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_of_another_shape_are_refused_before_training(tmp_path: Path, bundle: Path, capsys: Capture) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((10, 7), np.float32), y=np.zeros(10, np.int64))
+
+    assert train(bundle, tmp_path / "d.npz", tmp_path / "out") == ExitCode.DATA
+
+    assert "shape of one sample" in capsys.readouterr().err
+
+
+def test_the_result_takes_the_place_of_nothing_else(
+    tmp_path: Path, bundle: Path, samples: Path, capsys: Capture
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    assert train(bundle, samples, tmp_path / "full") == ExitCode.BUNDLE
+    assert "holds no bundle" in capsys.readouterr().err
+
+    body = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps({**body, "widths": [9]}))
+    assert train(bundle, samples, tmp_path / "out") == ExitCode.BUNDLE
