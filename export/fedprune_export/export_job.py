@@ -117,7 +117,7 @@ class ExportJob:
             tell("measuring the whole model")
             self.whole_score = _score(self.data, self.model.graph.to_bytes())
         tell("deriving the training step")
-        self.training = training_step(self.model, self.recipe)
+        self._training = {self.recipe.features: training_step(self.model, self.recipe)}
         self.order = ranks(score(arguments.scorer, architecture, self.model.tensors))
         self.begun = True
 
@@ -125,8 +125,8 @@ class ExportJob:
         """Where the time of the bundle's training step goes on its board, by what the profile promises."""
         from fedprune_export.explanation import explain
 
-        widths, batch = report.selection.widths, self.recipe.micro_batch
-        return explain(self.model, widths, self.recipe, bounds(self.profiles[0], 0), batch=batch)
+        recipe, widths = self.recipe.in_parts(report.plan.accumulate), report.selection.widths
+        return explain(self.model, widths, recipe, bounds(self.profiles[0], 0), batch=recipe.micro_batch)
 
     def bundle(self, profile: HardwareProfile, out: Path, tell: Callable[[str], None]) -> Report:
         """Write one target's bundle.
@@ -135,34 +135,39 @@ class ExportJob:
             FedpruneError: The model doesn't fit the board, the cut is wrong, or the folder can't be written.
         """
         from fedprune.bundle_folder import is_bundle, write_bundle
-        from fedprune_export.bundle import bundle_files
+        from fedprune_export.bundle import bundle_files, training_step
         from fedprune_export.parity import parity, try_step
         from fedprune_export.report import Report
         from fedprune_export.report_page import page
 
         if not self.begun:
             self._begin(tell)
-        arguments, model, recipe = self.arguments, self.model, self.recipe
+        arguments, model = self.arguments, self.model
         tell("planning")
         chosen = plan(
             model.architecture,
             profile,
-            recipe,
+            self.recipe,
             arguments.samples,
             byte_budget=arguments.bytes_per_round,
             deadline_s=arguments.deadline,
             probe=self.probe,
             densities=DENSITIES if arguments.density is None else (arguments.density,),
+            frozen=model.frozen,
         )
-        full = model.architecture.sizes
-        whole = predict(model.architecture, full, profile, recipe, arguments.samples, probe=self.probe)
+        recipe, full = self.recipe.in_parts(chosen.accumulate), model.architecture.sizes
+        whole = predict(
+            model.architecture, full, profile, recipe, arguments.samples, probe=self.probe, frozen=model.frozen
+        )
         selection = Selection.of(model.architecture, chosen.widths, self.order)
         tell("cutting")
         blocks = self._blocks(profile)
-        training, self.memory = self.training, None
+        if recipe.features not in self._training:
+            self._training[recipe.features] = training_step(model, recipe)
+        training, self.memory = self._training[recipe.features], None
         if arguments.memory_limit is not None:
             tell("fitting the training step")
-            self.memory = self._within(chosen.widths, arguments.memory_limit)
+            self.memory = self._within(chosen.widths, recipe, arguments.memory_limit)
             training = self.memory.graph.to_bytes()
         files = bundle_files(model, selection, recipe, training=training, opset=arguments.opset, blocks=blocks)
         tell("checking the cut")
@@ -215,13 +220,13 @@ class ExportJob:
             return tuple(self.arguments.block)
         return (self.probe.block,) if self.probe is not None and self.probe.block else ()
 
-    def _within(self, widths: tuple[int, ...], limit: int) -> Fitted:
+    def _within(self, widths: tuple[int, ...], recipe: Recipe, limit: int) -> Fitted:
         """The training step within a limit of memory at a board's widths."""
         from fedprune_export.training import training_graph
         from fedprune_export.training_memory import fitted
 
-        graph = training_graph(self.model, self.recipe.features)
-        batch = min(self.recipe.micro_batch, self.arguments.samples)
+        graph = training_graph(self.model, recipe.features)
+        batch = min(recipe.micro_batch, self.arguments.samples)
         return fitted(graph, self.model.architecture, widths, batch, limit)
 
     def _trials(

@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import zoo
 
+from fedprune import profile_store
 from fedprune.bundle import FILES, MANIFEST, blocked_file, open_bundle
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import ExitCode
@@ -185,6 +187,32 @@ def test_the_planner_cuts_until_a_round_fits(lenet_file: Path, tmp_path: Path) -
     assert report["plan"]["bound"] == "bytes"
     assert 2 * (tmp_path / "b" / "weights.safetensors").stat().st_size <= 100000
     assert report["parity"]["max_relative_error"] < 1e-5
+
+
+def small_board(folder: Path, memory: int) -> Path:
+    """The file of a board whose training may take so many bytes."""
+    board = profile_store.find("raspberry-pi-5")
+    memory_of = replace(board.memory, total_bytes=memory + 10**9, reserve_bytes=10**9, training_share=1.0)
+    path = folder / "small.json"
+    path.write_text(replace(board, memory=memory_of).to_json())
+    return path
+
+
+def test_a_board_with_little_memory_gets_parts_of_a_batch(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = ("--set", "batch_size=256", "--samples", "256")
+    board = str(small_board(tmp_path, 90 * 10**6))
+    assert export(lenet_file, tmp_path / "b", *batches, target=board) == ExitCode.OK
+    said = capsys.readouterr().out
+    bundle, plan = open_bundle(tmp_path / "b"), json.loads((tmp_path / "b" / "report.json").read_text())["plan"]
+    assert plan["density"] == 1
+    assert plan["accumulate"] == bundle.recipe.accumulate > 1
+    assert sum(plan["prediction"]["memory"].values()) == plan["prediction"]["memory_bytes"] <= 90 * 10**6
+    assert f"(accumulate = {bundle.recipe.accumulate})" in said
+    assert "weights and optimiser state" in said
+    assert b"::sum" in (tmp_path / "b" / "training.onnx").read_bytes()
+    assert main(["verify", str(tmp_path / "b")]) == ExitCode.OK
 
 
 def test_the_report_counts_what_is_on_disk(lenet_file: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_small_net_fits_whole() -> None:
 
 
 def test_memory_binds() -> None:
-    made = plan(NET, memory_of(FULL.memory_bytes * 0.95), RECIPE, 500)
+    made = plan(NET, memory_of(FULL.memory_bytes * 0.9), RECIPE, 500)
     assert made.bound == "memory"
     assert made.widths < NET.sizes
 
@@ -124,6 +124,14 @@ def made_or_none(situation: dict[str, Any]) -> Plan | None:
         return None
 
 
+def in_parts(widths: tuple[int, ...], profile: HardwareProfile) -> Recipe:
+    """The recipe with the fewest parts of a batch that fit, else with those that need least memory."""
+    tried = [replace(RECIPE, accumulate=n) for n in (1, 2, 4, 8, 16)]
+    needs = [predict(NET, widths, profile, recipe, 500).memory_bytes for recipe in tried]
+    fitting = [r for r, need in zip(tried, needs, strict=True) if need <= profile.training_bytes]
+    return fitting[0] if fitting else tried[needs.index(min(needs))]
+
+
 @given(situations())
 @BRIEF
 def test_a_plan_fits_and_the_next_wider_breaks_what_bounds_it(situation: dict[str, Any]) -> None:
@@ -136,7 +144,7 @@ def test_a_plan_fits_and_the_next_wider_breaks_what_bounds_it(situation: dict[st
     if not wider:
         assert made.bound == NOTHING
         return
-    need = predict(NET, wider[-1], situation["profile"], RECIPE, 500)
+    need = predict(NET, wider[-1], situation["profile"], in_parts(wider[-1], situation["profile"]), 500)
     needs = {
         "memory": need.memory_bytes,
         "time": need.train_s + need.transfer_s,
@@ -188,7 +196,8 @@ def test_a_plan_survives_json(situation: dict[str, Any]) -> None:
 def test_the_error_says_what_fails_at_the_narrowest_and_by_how_much() -> None:
     with pytest.raises(PlanError) as caught:
         plan(NET, memory_of(10**6), RECIPE, 500)
-    narrowest = predict(NET, widths_at(NET, DENSITIES[-1]), memory_of(10**6), RECIPE, 500)
+    smallest = widths_at(NET, DENSITIES[-1])
+    narrowest = predict(NET, smallest, memory_of(10**6), in_parts(smallest, memory_of(10**6)), 500)
     over = (narrowest.memory_bytes - 10**6) / 1e6
     assert "memory" in caught.value.what
     assert f"{over:,.2f} MB too much" in str(caught.value)
@@ -226,6 +235,83 @@ def test_what_was_gained_is_a_line_of_its_own() -> None:
     assert "prediction" not in gained.gains()
     assert replace(made, uniform=Uniform(0.5, p.step_s, p.latency_s)).gains() == ""
     assert "gained" not in gained.describe()
+
+
+WIDE = replace(
+    NET,
+    activations=(Activation("conv", MAPS, 2**14, True), Activation("fc", HIDDEN, 1, True)),
+)
+"""A net whose activations take most of its memory."""
+STATISTICS = TensorSpec("norm.mean", TensorKind.STAT_MEAN, (MAPS,))
+NORMALISED = replace(WIDE, tensors=(*WIDE.tensors, STATISTICS))
+"""The same net with a batch norm."""
+
+
+def need(net: Architecture, accumulate: int, **changes: Any) -> int:
+    return predict(net, net.sizes, BOARD, replace(RECIPE, accumulate=accumulate, **changes), 500).memory_bytes
+
+
+def test_a_batch_is_divided_before_the_model_is() -> None:
+    made = plan(WIDE, memory_of(need(WIDE, 4)), RECIPE, 500)
+    assert (made.widths, made.accumulate, made.bound) == (WIDE.sizes, 4, NOTHING)
+    assert made.prediction.memory_bytes == need(WIDE, 4)
+    assert "batches of 16 are worked through in parts of 4 (accumulate = 4)" in made.describe()
+
+
+def test_a_batch_that_fits_is_not_divided() -> None:
+    made = plan(WIDE, memory_of(need(WIDE, 1)), RECIPE, 500)
+    assert (made.accumulate, made.notes) == (1, ())
+
+
+def test_parts_that_the_recipe_asks_for_are_the_least() -> None:
+    made = plan(WIDE, memory_of(need(WIDE, 1)), replace(RECIPE, accumulate=3), 500)
+    assert (made.accumulate, made.notes) == (3, ())
+    assert plan(WIDE, memory_of(need(WIDE, 5)), replace(RECIPE, accumulate=3), 500).accumulate == 6
+
+
+def test_a_model_without_batch_norm_goes_down_to_single_samples() -> None:
+    made = plan(WIDE, memory_of(need(WIDE, 16)), RECIPE, 500)
+    assert (made.widths, made.accumulate) == (WIDE.sizes, 16)
+    mixed = plan(WIDE, memory_of(need(WIDE, 8, mixup=0.2)), replace(RECIPE, mixup=0.2), 500)
+    assert mixed.accumulate == 8
+    assert plan(WIDE, memory_of(need(WIDE, 16)), replace(RECIPE, mixup=0.2), 500).widths < WIDE.sizes
+
+
+def test_batch_norm_keeps_parts_of_eight_samples() -> None:
+    made = plan(NORMALISED, memory_of(need(NORMALISED, 2)), RECIPE, 500)
+    assert (made.widths, made.accumulate) == (NORMALISED.sizes, 2)
+    assert "batch norm takes its statistics from each part" in made.describe()
+    assert "GroupNorm" in made.describe()
+    tight = plan(NORMALISED, memory_of(need(NORMALISED, 4)), RECIPE, 500)
+    assert tight.widths < NORMALISED.sizes
+    asked = plan(NORMALISED, memory_of(need(NORMALISED, 4)), replace(RECIPE, accumulate=4), 500)
+    assert (asked.widths, asked.accumulate) == (NORMALISED.sizes, 4)
+
+
+def test_batch_norm_with_frozen_statistics_does_not_mind_small_parts() -> None:
+    still = replace(RECIPE, frozen=("norm.*",))
+    assert plan(NORMALISED, memory_of(need(NORMALISED, 16)), still, 500).accumulate == 16
+
+
+def test_a_batch_in_parts_takes_longer() -> None:
+    whole, parts = (predict(WIDE, WIDE.sizes, BOARD, replace(RECIPE, accumulate=n), 500) for n in (1, 4))
+    assert parts.step_s > whole.step_s
+
+
+def test_what_memory_is_for_adds_up() -> None:
+    made = plan(WIDE, memory_of(need(WIDE, 4)), RECIPE, 500)
+    use = made.prediction.memory
+    assert use.total == made.prediction.memory_bytes
+    assert use.samples == 500 * 3 * 16 * 16 * 4
+    line = next(line for line in made.describe().splitlines() if "weights and optimiser state" in line)
+    assert all(f"{title} " in line for title in ("samples", "activations", "process"))
+    assert line.endswith("0 bytes left")
+
+
+def test_tensors_that_the_author_froze_take_less_memory() -> None:
+    made = plan(NET, memory_of(FULL.memory_bytes * 0.9), RECIPE, 500, frozen=("conv", "fc"))
+    assert made.widths == NET.sizes
+    assert made.prediction.memory.weights < FULL.memory.weights
 
 
 def test_equal_widths_are_tried_once() -> None:
@@ -324,6 +410,8 @@ def test_no_candidates_is_an_error() -> None:
         {"uniform": {}},
         {"correction": {"step": "fast", "latency": 1}},
         {"limits": [{"name": "memory"}]},
+        {"accumulate": 0},
+        {"notes": [1]},
         {"limits": [{"name": "weather", "value": 1, "limit": 2, "unit": "bytes"}]},
     ],
 )

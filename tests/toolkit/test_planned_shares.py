@@ -10,6 +10,7 @@ from role_play import NET
 
 from fedprune import profile_store
 from fedprune.architecture import (
+    Activation,
     Architecture,
     Axis,
     ChannelGroup,
@@ -21,6 +22,7 @@ from fedprune.architecture import (
     widths_at,
 )
 from fedprune.coordination import Coordinator, State
+from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.errors import ConfigError
 from fedprune.job import Job
@@ -78,6 +80,18 @@ def limited(memory: int, storage: int) -> HardwareProfile:
         memory=replace(PI.memory, total_bytes=memory + 10**9, reserve_bytes=10**9, training_share=1.0),
         storage=replace(PI.storage, budget_bytes=storage),
     )
+
+
+def test_each_board_gets_as_many_parts_of_a_batch_as_its_memory_needs() -> None:
+    net = replace(WIDE, activations=(Activation("second", B, 2**10, True),))
+    job = Job(devices=2, rounds=2, recipe=Recipe(batch_size=16, accumulate=2))
+    needs = {n: predict(net, net.sizes, PI, replace(job.recipe, accumulate=n), 100).memory_bytes for n in (2, 8)}
+    coordinator = Coordinator(job, net, State(model="m0"))
+    for name, memory in (("small", needs[8]), ("large", needs[2])):
+        coordinator.handle(on.DeviceBorn(name, 1, limited(memory, 10**9).to_dict(), 100), 0.0)
+    asked = coordinator.handle(on.Scored(1, "r"), 0.0)
+    assert {c.part.device: c.accumulate for c in asked if isinstance(c, do.Extract)} == {"small": 8, "large": 2}
+    assert {d.widths for d in coordinator.state.devices.values()} == {net.sizes}
 
 
 @pytest.mark.parametrize("limit", ["memory", "storage"])

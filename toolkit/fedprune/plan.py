@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fedprune.architecture import Architecture, widths_at
+from fedprune.costs import MemoryBreakdown, costs_at
 from fedprune.errors import PlanError
+from fedprune.freezing import frozen_tensors
 from fedprune.ladder import Rung, equal_work, rungs
 from fedprune.latency import LatencyTable
 from fedprune.prediction import (
@@ -17,6 +19,7 @@ from fedprune.prediction import (
     Prediction,
     bandwidth,
     latency_table,
+    memory_use,
     predict,
     training_memory,
 )
@@ -36,6 +39,10 @@ LINK = "link"
 BYTES = "bytes"
 STORAGE = "storage"
 LIMITS = (MEMORY, TIME, LINK, BYTES, STORAGE)
+
+NORMALISED_SAMPLES = 8
+"""Fewest samples in a part of a batch where batch norm takes its statistics from each part. Smaller parts make noisy
+statistics (Wu and He 2018, "Group Normalization", fig. 1); a recipe that asks for smaller ones gets them."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,8 @@ class Plan:
         limits: Every limit that was looked at.
         bound: The limit that the next wider candidate breaks (by most, if several); "nothing" at full width.
         uniform: What uniform widths would take instead.
+        accumulate: Parts in which a batch is worked through; at least the recipe's own `accumulate`.
+        notes: What was chosen besides the widths, and why, for people.
         correction: What the board's rounds taught; it is in all times.
     """
 
@@ -111,6 +120,8 @@ class Plan:
     bound: str
     uniform: Uniform
     correction: Correction = NO_CORRECTION
+    accumulate: int = 1
+    notes: tuple[str, ...] = ()
 
     def limit(self, name: str) -> Limit:
         """The limit of that name.
@@ -142,6 +153,8 @@ class Plan:
         for limit in self.limits:
             mark = "  <- binds" if limit.name == self.bound else ""
             lines.append(f"  {limit.describe()}{mark}")
+            if limit.name == MEMORY:
+                lines.append(f"    {_shares(p.memory, limit)}")
         if self.bound == NOTHING:
             # The whole model is always tried first, unless the density was not the planner's to choose.
             lines.append(
@@ -149,6 +162,7 @@ class Plan:
                 if self.density == 1
                 else f"  nothing binds: density {self.density:.3g}, as asked"
             )
+        lines += self.notes
         return "\n".join(lines)
 
     def gains(self) -> str:
@@ -170,7 +184,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
-        return {**asdict(self), "widths": list(self.widths), "limits": [asdict(m) for m in self.limits]}
+        lists = {"widths": list(self.widths), "limits": [asdict(m) for m in self.limits], "notes": list(self.notes)}
+        return {**asdict(self), **lists}
 
     @classmethod
     def from_dict(cls, body: object) -> Plan:
@@ -182,9 +197,10 @@ class Plan:
         try:
             if not isinstance(body, Mapping):
                 raise TypeError(f"a {type(body).__name__}")
-            prediction = Prediction(
-                **{f.name: _figure(body["prediction"][f.name], str(f.type)) for f in fields(Prediction)}
-            )
+            figures = body["prediction"]
+            use = {f.name: _number(figures["memory"][f.name], whole=True) for f in fields(MemoryBreakdown)}
+            plain = {f.name: _figure(figures[f.name], str(f.type)) for f in fields(Prediction) if f.name != "memory"}
+            prediction = Prediction(**plain, memory=MemoryBreakdown(**use))
             limits = tuple(
                 Limit(
                     _choice(m["name"], LIMITS),
@@ -202,11 +218,14 @@ class Plan:
                 bound=_choice(body["bound"], (*LIMITS, NOTHING)),
                 uniform=Uniform(**{f.name: _number(body["uniform"][f.name]) for f in fields(Uniform)}),
                 correction=Correction(**{f.name: _number(body["correction"][f.name]) for f in fields(Correction)}),
+                accumulate=_number(body["accumulate"], whole=True),
+                notes=tuple(_text(note) for note in body["notes"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise PlanError(f"this is not a plan ({type(error).__name__}: {error})") from error
-        if not 0 < plan.density <= 1 or any(w < 1 for w in plan.widths):
-            raise PlanError("plan: density or widths are out of range", got=(plan.density, plan.widths))
+        if not 0 < plan.density <= 1 or any(w < 1 for w in plan.widths) or plan.accumulate < 1:
+            got = (plan.density, plan.widths, plan.accumulate)
+            raise PlanError("plan: density, widths or accumulate are out of range", got=got)
         return plan
 
 
@@ -221,11 +240,15 @@ def plan(
     probe: ProbeReport | None = None,
     densities: Sequence[float] = DENSITIES,
     correction: Correction = NO_CORRECTION,
+    frozen: Collection[str] = (),
 ) -> Plan:
     """The widest submodel of `architecture` that a board can train.
 
+    A batch that doesn't fit the board's memory at once is worked through in parts before the model gets narrower: at
+    every width the planner takes the fewest parts with which memory suffices.
+
     Where the planner is free to choose (`DENSITIES`), widths are those that are cheap on the board
-    (`fedprune.ladder`); densities that somebody asks for are kept to in every group.
+    (`fedprune.ladder`); densities that a user asks for are kept to in every group.
 
     Args:
         architecture: The model.
@@ -237,6 +260,7 @@ def plan(
         probe: What the board measured of itself; it beats the profile.
         densities: Candidate shares of every group.
         correction: What its earlier rounds taught about its times.
+        frozen: Tensors that the model's author froze.
 
     Raises:
         PlanError: Not even the narrowest candidate fits; or there is no candidate, or a limit isn't positive.
@@ -244,35 +268,49 @@ def plan(
     for name, value in (("samples", samples), ("byte_budget", byte_budget), ("deadline_s", deadline_s)):
         if value is not None and (not math.isfinite(value) or value <= 0):
             raise PlanError(name, expected="a number above 0", got=value)
-    wider: tuple[Limit, ...] = ()
-    limits: tuple[Limit, ...] = ()
+    room = training_memory(profile, probe)
 
-    def foretold(widths: tuple[int, ...]) -> Prediction:
+    def foretold(widths: tuple[int, ...]) -> _Foretold:
         asked = recipe if isinstance(recipe, Recipe) else recipe(widths)
-        return predict(architecture, widths, profile, asked, samples, probe=probe, correction=correction)
+        chosen = _in_parts(architecture, widths, asked, samples, room, frozen)
+        seen = predict(
+            architecture, widths, profile, chosen, samples, probe=probe, correction=correction, frozen=frozen
+        )
+        return _Foretold(asked, chosen, seen, _limits(seen, profile, probe, byte_budget, deadline_s))
 
     whole = recipe if isinstance(recipe, Recipe) else recipe(architecture.sizes)
     table, batch, memory = latency_table(profile, probe), min(whole.batch_size, samples), bandwidth(profile, probe)
+    wider: _Foretold | None = None
     for rung in _candidates(architecture, table, batch, densities, memory):
-        prediction = foretold(rung.widths)
-        limits = _limits(prediction, profile, probe, byte_budget, deadline_s)
-        if all(limit.fits for limit in limits):
+        found = foretold(rung.widths)
+        if all(limit.fits for limit in found.limits):
             other = equal_work(architecture, table, batch, rung.widths, memory)
-            seen = foretold(other.widths)
+            seen = predict(
+                architecture,
+                other.widths,
+                profile,
+                found.recipe,
+                samples,
+                probe=probe,
+                correction=correction,
+                frozen=frozen,
+            )
             return Plan(
                 rung.widths,
                 rung.density,
-                prediction,
-                limits,
-                _worst(wider).name if wider else NOTHING,
+                found.prediction,
+                found.limits,
+                _worst(wider.limits).name if wider else NOTHING,
                 Uniform(other.density, seen.step_s, seen.latency_s),
                 correction,
+                found.recipe.accumulate,
+                _notes(architecture, found, samples, frozen),
             )
-        wider = limits
-    if not limits:
+        wider = found
+    if wider is None:
         raise PlanError("there is no density to choose from")
-    worst = _worst(limits)
-    others = [m.describe() for m in limits if not m.fits and m is not worst]
+    worst = _worst(wider.limits)
+    others = [m.describe() for m in wider.limits if not m.fits and m is not worst]
     raise PlanError(
         f"no width of {architecture.name} fits {profile.name}: even the narrowest breaks {worst.name}"
         if len(set(densities)) > 1
@@ -281,6 +319,104 @@ def plan(
         got=f"{_amount(worst.value, worst.unit)}, {_amount(worst.value - worst.limit, worst.unit)} too much",
         hint=(f"It also breaks {'; '.join(others)}. " if others else "") + _HINTS[worst.name],
     )
+
+
+@dataclass(frozen=True)
+class _Foretold:
+    """A candidate's costs.
+
+    Attributes:
+        asked: The recipe as the job has it.
+        recipe: The same with as many parts of a batch as memory needs.
+        prediction: Costs of a round with it.
+        limits: Every limit.
+    """
+
+    asked: Recipe
+    recipe: Recipe
+    prediction: Prediction
+    limits: tuple[Limit, ...]
+
+
+def _in_parts(
+    architecture: Architecture,
+    widths: tuple[int, ...],
+    recipe: Recipe,
+    samples: int,
+    room: int,
+    frozen: Collection[str],
+) -> Recipe:
+    """The recipe with the fewest parts of a batch with which memory suffices, else those that need least memory."""
+    costs = costs_at(architecture, widths)
+    best, least = recipe, math.inf
+    for parts in _parts(architecture, recipe, frozen):
+        tried = recipe.in_parts(parts)
+        need = memory_use(architecture, widths, costs, tried, samples, frozen).total
+        if need <= room:
+            return tried
+        if need < least:
+            best, least = tried, need
+    return best
+
+
+def _parts(architecture: Architecture, recipe: Recipe, frozen: Collection[str]) -> list[int]:
+    """Numbers of parts of a batch to choose from, fewest first: the recipe's own, doubled until parts are smallest."""
+    least = NORMALISED_SAMPLES if normalises(architecture, recipe, frozen) else 2 if recipe.mixup else 1
+    most = recipe.batch_size // least
+    out = [recipe.accumulate]
+    while 2 * out[-1] < most:
+        out.append(2 * out[-1])
+    return out + [most] * (most > out[-1])
+
+
+def normalises(architecture: Architecture, recipe: Recipe, frozen: Collection[str] = ()) -> bool:
+    """Whether a batch norm of the model takes its statistics from the samples that are worked on at once.
+
+    Args:
+        architecture: The model.
+        recipe: What it is trained by.
+        frozen: Tensors that the model's author froze.
+    """
+    statistics = {t.name for t in architecture.statistics}
+    return bool(statistics) and not statistics <= frozen_tensors(architecture, recipe.features, frozen)
+
+
+def _notes(architecture: Architecture, found: _Foretold, samples: int, frozen: Collection[str]) -> tuple[str, ...]:
+    """Why a batch is worked through in more parts than the recipe asks for, and what that changes."""
+    recipe = found.recipe
+    if recipe.accumulate == found.asked.accumulate:
+        return ()
+    why = (
+        f"batches of {min(recipe.batch_size, samples)} are worked through in parts of "
+        f"{min(recipe.micro_batch, samples)} (accumulate = {recipe.accumulate}): whole ones don't fit the memory"
+    )
+    if not normalises(architecture, recipe, frozen):
+        return (why,)
+    statistics = (
+        "batch norm takes its statistics from each part, not from the whole batch: "
+        f"parts have at least {NORMALISED_SAMPLES} samples; GroupNorm or LayerNorm would not depend on that"
+    )
+    return why, statistics
+
+
+def _shares(use: MemoryBreakdown, limit: Limit) -> str:
+    """A process's memory by what takes it, the largest first, and what is left of the limit."""
+    terms = sorted(
+        ((name, title) for name, title in _TERMS.items() if getattr(use, name)), key=lambda term: -getattr(use, term[0])
+    )
+    parts = [f"{title} {_amount(getattr(use, name), 'bytes')}" for name, title in terms]
+    return ", ".join([*parts, f"{_amount(limit.limit - limit.value, 'bytes')} left"])
+
+
+_TERMS = {
+    "samples": "samples",
+    "activations": "activations",
+    "weights": "weights and optimiser state",
+    "process": "process",
+    "graph": "loaded graph",
+    "learnt": "learnt from its rounds",
+}
+"""Titles of the terms of `MemoryBreakdown`."""
 
 
 def _candidates(
@@ -340,6 +476,12 @@ def _amount(value: float, unit: str) -> str:
 def _number(value: Any, *, whole: bool = False) -> Any:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
         raise ValueError(f"{value!r} is not a {'whole ' if whole else ''}number")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
     return value
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedprune.architecture import Architecture
-from fedprune.costs import Costs, costs_at, memory_seconds
+from fedprune.costs import Costs, MemoryBreakdown, costs_at, memory_seconds
 from fedprune.freezing import trained_tensors
 from fedprune.latency import LatencyTable, typical_table
 from fedprune.probe_report import ProbeReport
@@ -28,6 +28,7 @@ class Prediction:
         training_macs: Multiplications of one sample's training step.
         wire_bytes: Size of its weights file: what travels, once each way.
         memory_bytes: Peak memory of the training process, local data included.
+        memory: The same by what takes it.
         inference_bytes: Peak memory of a process that predicts one sample at a time.
         storage_bytes: What the board's disk must hold.
         step_s: Time of one full training step.
@@ -44,6 +45,7 @@ class Prediction:
     training_macs: int
     wire_bytes: int
     memory_bytes: int
+    memory: MemoryBreakdown
     inference_bytes: int
     storage_bytes: int
     step_s: float
@@ -108,6 +110,7 @@ def predict(
     *,
     probe: ProbeReport | None = None,
     correction: Correction = NO_CORRECTION,
+    frozen: Collection[str] = (),
 ) -> Prediction:
     """What a round at these widths is expected to cost a board.
 
@@ -119,14 +122,17 @@ def predict(
         samples: The board's training samples.
         probe: What the board measured of itself; it beats the profile.
         correction: What its rounds taught about its times.
+        frozen: Tensors that the model's author froze.
     """
     costs: Costs = costs_at(architecture, widths)
-    batch = min(recipe.batch_size, samples)
     steps = recipe.steps(samples)
     table = latency_table(profile, probe)
-    step_s = float(table.step_seconds(architecture, widths, batch)[0])
+    # Each part of a batch runs the graph once: its calls and its passes over the weights are paid per part.
+    part = min(recipe.micro_batch, samples)
+    parts = -(-min(recipe.batch_size, samples) // part)
+    step_s = float(table.step_seconds(architecture, widths, part)[0])
     latency_s = float(table.latency_seconds(architecture, widths)[0])
-    step_s = max(step_s, float(memory_seconds(architecture, widths, batch, bandwidth(profile, probe))[0]))
+    step_s = parts * max(step_s, float(memory_seconds(architecture, widths, part, bandwidth(profile, probe))[0]))
     step_s, latency_s = step_s * correction.step, latency_s * correction.latency
     link, power = profile.link, profile.power
     # Two transfers, each announced and acknowledged: a round trip before, one after.
@@ -134,18 +140,13 @@ def predict(
     watts = None
     if power is not None and power.load_w is not None and power.idle_w is not None:
         watts = power.load_w - power.idle_w
+    memory = memory_use(architecture, widths, costs, recipe, samples, frozen)
     return Prediction(
         parameters=costs.parameters,
         forward_macs=costs.forward_macs,
         training_macs=costs.training_macs,
         wire_bytes=costs.wire_bytes,
-        memory_bytes=costs.training_memory(
-            min(recipe.micro_batch, samples),
-            recipe.features,
-            samples,
-            _trained(architecture, widths, recipe, costs.parameters),
-            recipe.own_copies,
-        ).total,
+        memory_bytes=memory.total,
         inference_bytes=costs.inference_bytes(1),
         storage_bytes=costs.storage_with(recipe.own_files),
         step_s=step_s,
@@ -155,15 +156,31 @@ def predict(
         latency_s=latency_s,
         step_j=None if watts is None else watts * step_s,
         latency_j=None if watts is None else watts * latency_s,
+        memory=memory,
     )
 
 
-def _trained(architecture: Architecture, widths: Sequence[int], recipe: Recipe, parameters: int) -> float:
+def memory_use(
+    architecture: Architecture,
+    widths: Sequence[int],
+    costs: Costs,
+    recipe: Recipe,
+    samples: int,
+    frozen: Collection[str] = (),
+) -> MemoryBreakdown:
+    """Peak memory of a training process; arguments are those of `predict`, and the costs at these widths."""
+    trained = _trained(architecture, widths, recipe, costs.parameters, frozen)
+    return costs.training_memory(min(recipe.micro_batch, samples), recipe.features, samples, trained, recipe.own_copies)
+
+
+def _trained(
+    architecture: Architecture, widths: Sequence[int], recipe: Recipe, parameters: int, frozen: Collection[str]
+) -> float:
     """Share of the parameters that a recipe trains."""
     features = recipe.features
-    if not (features.frozen or features.trainable):
+    if not (features.frozen or features.trainable or frozen):
         return 1.0
-    moved = trained_tensors(architecture, features)
+    moved = trained_tensors(architecture, features, frozen)
     return sum(math.prod(architecture.shape(t.name, widths)) for t in moved) / max(1, parameters)
 
 

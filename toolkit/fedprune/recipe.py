@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fedprune import setting_checks
@@ -285,6 +285,11 @@ class Recipe:
     def micro_batch(self) -> int:
         """Most samples that are in memory at once."""
         return -(-self.batch_size // self.accumulate)
+
+    def in_parts(self, accumulate: int) -> Recipe:
+        """The recipe with at least this many parts of a batch, as far as a batch has so many samples."""
+        parts = min(max(self.accumulate, accumulate), self.batch_size)
+        return self if parts == self.accumulate else replace(self, accumulate=parts)
 
     def steps(self, samples: int) -> int:
         """Optimiser steps for this many local samples."""

@@ -157,7 +157,7 @@ class Worker:
     def _extract(self, command: do.Extract) -> on.Extracted:
         part, cut = command.part, self.reports.cut(command.basis, command.part)
         submodel = self._made(cut)
-        recipe = _masked(self.reports.recipe(cut.turn), submodel)
+        recipe = _masked(self.reports.recipe(cut.turn).in_parts(command.accumulate), submodel)
         times = FormTimes.from_dict(command.forms) if command.block and command.forms is not None else None
         held = command.coding.held
         known = held is not None and self.store.has(held.ranking)

@@ -230,6 +230,17 @@ def test_a_lost_blob_is_the_servers_fault(model: Model, tmp_path: Path) -> None:
         w.execute(fold(found))
 
 
+def test_a_planned_number_of_parts_is_in_the_offer(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path)
+    basis, of = do.Basis(1, w.initial(), rank(w)), part("a", model.architecture.sizes)
+    plain, parts = (w.execute(do.Extract(basis, of, accumulate=n)) for n in (1, 4))
+    assert isinstance(plain, on.Extracted)
+    assert isinstance(parts, on.Extracted)
+    assert Recipe.from_dict(parts.offer["recipe"]) == replace(Recipe.from_dict(plain.offer["recipe"]), accumulate=4)
+    assert b"::sum" in w.store.read(parts.offer["training"]["sha256"])
+    assert b"::sum" not in w.store.read(plain.offer["training"]["sha256"])
+
+
 def test_boards_of_equal_width_share_their_graphs(model: Model, tmp_path: Path) -> None:
     w = worker(model, tmp_path)
     ranking = rank(w)

@@ -152,6 +152,7 @@ class Extract:
         block: Channels that the device computes at once, for a training graph of its own; 0 for the one of all.
         forms: What forms of layers took there (`fedprune.form_times`), as plain JSON types; None if that isn't known.
         coding: What of it travels encoded.
+        accumulate: Parts in which the device works through a batch, unless the recipe asks for more.
     """
 
     basis: Basis
@@ -159,6 +160,7 @@ class Extract:
     block: int = 0
     forms: dict[str, Any] | None = None
     coding: Coding = Coding()
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,11 @@ class Device(Entry):
         return int((self.probe or {}).get("block", 0))
 
     @property
+    def accumulate(self) -> int:
+        """Parts in which its plan has it work through a batch; 1 without a plan."""
+        return int((self.plan or {}).get("accumulate", 1))
+
+    @property
     def forms(self) -> dict[str, Any] | None:
         """What forms of layers took there, as `fedprune.form_times` has it; None where it didn't say."""
         found: dict[str, Any] | None = (self.probe or {}).get("forms")

@@ -310,7 +310,8 @@ class Rounds:
             if submodel is None:
                 submodel = self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
                 made[key] = submodel
-            out[node] = Task(cut, submodel, self.strategy.objective.recipe(scene.recipe, turn))
+            recipe = self.strategy.objective.recipe(scene.recipe, turn)
+            out[node] = Task(cut, submodel, recipe.in_parts(share.accumulate))
         return out
 
     def _report(self, node: str, update: Update) -> Report:

@@ -34,10 +34,12 @@ class Share:
     Attributes:
         widths: Channels per group.
         density: The share of them all that these are.
+        accumulate: Parts in which it works through a batch, unless the recipe asks for more.
     """
 
     widths: tuple[int, ...]
     density: float
+    accumulate: int = 1
 
 
 class Shares:
@@ -131,8 +133,8 @@ class Shares:
         """
         if isinstance(wish, str):
             recipe = partial(self._recipe, wish, samples)
-            widths = plan(self._architecture, profile_store.find(wish), recipe, samples).widths
-            return Share(widths, kept_share(self._architecture, widths))
+            made = plan(self._architecture, profile_store.find(wish), recipe, samples)
+            return Share(made.widths, kept_share(self._architecture, made.widths), made.accumulate)
         check_density("density of a node", wish)
         return Share(widths_at(self._architecture, wish), float(wish))
 
