@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprune import profile_store
+from fedprune import profile_store, terminal
 from fedprune.blocks import block_size, turned_off
 from fedprune.bundle import Bundle, open_bundle
 from fedprune.cli import whole_number
@@ -17,7 +17,7 @@ from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.quantity import quantity
 from fedprune.recipe import Recipe
-from fedprune_export import terminal
+from fedprune.terminal import Column
 from fedprune_export.options import add_probe_option, add_profiles_option, read_probe
 
 if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense
@@ -80,11 +80,23 @@ def bench(arguments: argparse.Namespace) -> int:
         }
         terminal.print_json(body)
         return int(ExitCode.OK)
-    titles = ["what", "batch", "threads", "median", "quartiles", "per sample", "peak memory"]
-    if profile is not None:
-        titles += [f"predicted for {profile.name}", "its memory"]
-    terminal.print_table(titles, [_row(m, p, predicted_too=profile is not None) for m, p in rows])
+    terminal.print_table(_columns(profile), [_row(m, p, predicted_too=profile is not None) for m, p in rows])
     return int(ExitCode.OK)
+
+
+def _columns(profile: HardwareProfile | None) -> list[Column]:
+    columns = [
+        Column("what"),
+        Column("batch", right=True),
+        Column("threads", right=True, drop=1),
+        Column("median", right=True),
+        Column("quartiles", drop=3),
+        Column("per sample", right=True, drop=2),
+        Column("peak memory", right=True),
+    ]
+    if profile is not None:
+        columns += [Column(f"predicted for {profile.name}", right=True, wrap=16), Column("its memory", right=True)]
+    return columns
 
 
 def _measure(bundle: Bundle, arguments: argparse.Namespace) -> list[Measurement]:

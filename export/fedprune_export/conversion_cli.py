@@ -6,13 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprune import tensorfile
+from fedprune import tensorfile, terminal
 from fedprune.bundle import FILES, MANIFEST, Bundle, open_bundle
 from fedprune.cli import whole_number
 from fedprune.disk import write_whole
 from fedprune.errors import ExitCode, UsageError
 from fedprune.quantity import quantity
-from fedprune_export import terminal
 from fedprune_export.options import MODEL_HELP, add_model_options, read_model
 
 if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense

@@ -13,13 +13,13 @@ from fedprune.quantity import quantity
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune.session import KernelTimes, kernel_times
+from fedprune.terminal import Column, amount
 from fedprune_export.formulation import Forms
 from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
 from fedprune_export.machine_speed import Speed
 from fedprune_export.step_feeds import random_labels, step_feeds
 from fedprune_export.step_pieces import KINDS, Piece, pieces
-from fedprune_export.terminal import amount
 from fedprune_export.trace import sample_feeds
 from fedprune_export.training import training_graph
 
@@ -33,10 +33,11 @@ class Explained:
 
     Attributes:
         piece: The piece.
-        compute_s: What its multiplications take at the machine's peak.
+        compute_s: What its MACs take at the machine's peak.
         memory_s: What its bytes take at the speed of main memory.
         measured_s: What it took; None if nothing was measured.
         spent: Of that, seconds by kind (`step_pieces.KINDS`).
+        comparable: Whether the bounds are those of the machine that measured.
     """
 
     piece: Piece
@@ -44,6 +45,7 @@ class Explained:
     memory_s: float
     measured_s: float | None = None
     spent: Mapping[str, float] = field(default_factory=dict)
+    comparable: bool = True
 
     @property
     def bound_s(self) -> float:
@@ -57,8 +59,10 @@ class Explained:
 
     @property
     def gap(self) -> float | None:
-        """How many times the bound it took."""
-        return None if self.measured_s is None or not self.bound_s else self.measured_s / self.bound_s
+        """How many times the bound it took; None where the two are of different machines."""
+        if self.measured_s is None or not self.bound_s or not self.comparable:
+            return None
+        return self.measured_s / self.bound_s
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -107,22 +111,40 @@ class Explanation:
         whole = sum(spent.values())
         return {kind: seconds / whole for kind, seconds in spent.items()} if whole else {}
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """The table for people; its columns are `TITLES`, without the last two if nothing was measured."""
-        out = []
-        for p in self.pieces:
-            words = (p.piece.title, p.piece.op, p.piece.part, p.piece.form)
-            row = [*(word or "–" for word in words), f"{p.piece.macs:,}"]
-            row += [amount(p.piece.bytes, "bytes"), amount(p.bound_s, "s"), p.binds]
-            if p.measured_s is not None:
-                row += [amount(p.measured_s, "s"), f"{p.gap:.1f}" if p.gap is not None else "–"]
-            out.append(tuple(row))
-        return out
+    def rows(self, *, fold: bool = False) -> list[tuple[str, ...]]:
+        """The table for people, a cell for each of `columns`.
+
+        Args:
+            fold: Give pieces that take less than a hundredth of the step (measured, else by their bounds) one row.
+        """
+        shown, folded = list(self.pieces), []
+        if fold:
+            whole = sum(map(_seconds, self.pieces))
+            folded = [p for p in self.pieces if _seconds(p) < _FOLDED * whole]
+        if len(folded) > 1:
+            shown = [p for p in self.pieces if _seconds(p) >= _FOLDED * whole]
+        rows = [self._row((p.piece.title, p.piece.op, p.piece.part, p.piece.form), [p], p.binds) for p in shown]
+        if len(folded) > 1:
+            rows.append(self._row((f"{len(folded)} others", "", "", ""), folded, ""))
+        return rows
+
+    def _row(self, words: Sequence[str], pieces: Sequence[Explained], binds: str) -> tuple[str, ...]:
+        bound = sum(p.bound_s for p in pieces)
+        row = [*(word or "–" for word in words), f"{sum(p.piece.macs for p in pieces):,}"]
+        row += [amount(sum(p.piece.bytes for p in pieces), "bytes"), amount(bound, "s"), binds or "–"]
+        if self.step_s is not None:
+            took = sum(p.measured_s or 0.0 for p in pieces)
+            row.append(amount(took, "s"))
+            if self.speed.here:
+                row.append(f"{took / bound:.1f}" if bound else "–")
+        return tuple(row)
 
     @property
-    def titles(self) -> tuple[str, ...]:
-        """Those of the table's columns."""
-        return _TITLES if self.step_s is not None else _TITLES[:-2]
+    def columns(self) -> tuple[Column, ...]:
+        """The table's columns; those of measured times only where there are some."""
+        if self.step_s is None:
+            return _COLUMNS
+        return (*_COLUMNS, *(_MEASURED if self.speed.here else (Column("measured here", right=True),)))
 
     def summary(self) -> list[str]:
         """What there is to say of the whole step, line by line."""
@@ -130,10 +152,14 @@ class Explanation:
         lines = [f"bounds: {speed} ({self.speed.source})"]
         macs = sum(p.piece.macs for p in self.pieces)
         step = f"a step of {quantity(self.batch, 'sample')}"
-        least = f"{step}: {macs:,} multiplications, at least {amount(self.bound_s, 's')}"
+        least = f"{step}: {macs:,} MACs, at least {amount(self.bound_s, 's')}"
         if self.step_s is None:
             return [*lines, least]
-        lines.append(f"{least}; measured {amount(self.step_s, 's')}, {self.step_s / self.bound_s:.1f} times that")
+        if self.speed.here:
+            lines.append(f"{least}; measured {amount(self.step_s, 's')}, {self.step_s / self.bound_s:.1f} times that")
+        else:
+            lines.append(f"{least} on that board")
+            lines.append(f"measured on this machine, which is another: {amount(self.step_s, 's')}")
         parts = (f"{_KINDS[kind]} {share:.0%}" for kind, share in self.shares().items())
         return [*lines, f"spent on: {', '.join(parts)}"]
 
@@ -156,7 +182,20 @@ class Explanation:
         return body
 
 
-_TITLES = ("layer", "operator", "part", "form", "multiplications", "moves", "bound", "binds", "measured", "gap")
+_FOLDED = 0.01
+"""Pieces with a smaller share of the step share a row of the printed table."""
+
+_COLUMNS = (
+    Column("layer", wrap=12),
+    Column("operator", drop=4),
+    Column("part"),
+    Column("form", drop=6),
+    Column("MACs", right=True, drop=3),
+    Column("moves", right=True, drop=5),
+    Column("bound", right=True),
+    Column("binds", drop=2),
+)
+_MEASURED = Column("measured", right=True), Column("gap", right=True, drop=1)
 _KINDS = {
     "products": "convolutions and products",
     "norms": "norms",
@@ -207,6 +246,7 @@ def explain(
             piece.bytes / speed.bytes_s,
             sum(spent[i].values()) if times is not None else None,
             spent[i] if times is not None else {},
+            speed.here,
         )
         for i, piece in enumerate(found)
     )
@@ -245,6 +285,10 @@ def _spent(found: Sequence[Piece], times: KernelTimes) -> tuple[list[dict[str, f
         elif operator not in _AROUND:
             unknown += seconds
     return spent, unknown
+
+
+def _seconds(piece: Explained) -> float:
+    return piece.bound_s if piece.measured_s is None else piece.measured_s
 
 
 _AROUND = frozenset({"If", "Loop", "Scan"})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from fedprune.terminal import amount
 from fedprune_export import pictures
 from fedprune_export.explanation import Explanation
 from fedprune_export.page_parts import document, paragraph, picture, table, text
-from fedprune_export.terminal import amount
 
 _LETTERS = {"forward": "→", "input gradient": "dx", "weight gradient": "dw", "backward": "←"}
 """Signs of parts, as labels of bars are short."""
@@ -38,5 +38,5 @@ def page(explanation: Explanation) -> str:
             for kind, share in explanation.shares().items()
         ]
         parts += ["<h2>What it is spent on</h2>", table(("", "of the step", "share"), spent)]
-    parts += ["<h2>Pieces</h2>", table(explanation.titles, explanation.rows(), words=(1, 2, 3, 7))]
+    parts += ["<h2>Pieces</h2>", table([c.title for c in explanation.columns], explanation.rows(), words=(1, 2, 3, 7))]
     return document(title, parts)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedprune import terminal
 from fedprune.cli import seconds, whole_number
 from fedprune.errors import ExitCode, FedpruneError
-from fedprune_export import terminal
+from fedprune.terminal import Column
 from fedprune_export.explain_cli import show
 from fedprune_export.export_job import ExportJob
 from fedprune_export.options import (
@@ -164,7 +165,17 @@ def _staged(tell: Callable[[str], None], stage: str) -> Callable[[str], None]:
     return lambda text: tell(f"{stage}: {text}")
 
 
-_SUMMARY = ("target", "density", "bound by", "parameters", "multiplications", "weights", "memory", "step", "parity")
+_SUMMARY = (
+    Column("target"),
+    Column("density", right=True),
+    Column("bound by"),
+    Column("parameters", right=True, drop=2),
+    Column("MACs", right=True, drop=3),
+    Column("weights", right=True, drop=1),
+    Column("memory", right=True),
+    Column("step", right=True),
+    Column("parity", right=True, drop=4),
+)
 
 
 def _summary_row(report: Report) -> tuple[str, ...]:
@@ -186,7 +197,7 @@ def _print_report(report: Report, out: Path) -> None:
     before, after = report.before, report.after
     print(report.plan.describe(before.parameters))
     print(f"parameters: {before.parameters:,} -> {after.parameters:,}")
-    print(f"multiplications per sample: {before.forward_macs:,} -> {after.forward_macs:,}")
+    print(f"MACs per sample: {before.forward_macs:,} -> {after.forward_macs:,}")
     print(f"weights: {before.wire_bytes:,} -> {after.wire_bytes:,} bytes")
     if report.accuracy is not None:
         from fedprune_export.report import score as shown

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from fedprune import terminal
 from fedprune.architecture import FIXED, Architecture
 from fedprune.errors import ExitCode
-from fedprune_export import terminal
 from fedprune_export.options import MODEL_HELP, add_model_options, read_model
 
 if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense

@@ -29,11 +29,13 @@ class Speed:
         flops: Float32 operations per second; a multiplication and an addition are two.
         bytes_s: Bytes of main memory per second, read plus written.
         source: Where that is from, in words.
+        here: Whether it is this machine's, so that times measured here can be compared with it.
     """
 
     flops: float
     bytes_s: float
     source: str
+    here: bool = False
 
 
 def promised(profile: HardwareProfile, threads: int = 0) -> Speed:
@@ -62,7 +64,7 @@ def measured(threads: int = 1) -> Speed:
     line = np.ones(_MOVED, np.float32)
     product = _fastest(_graph("MatMul", square, threads))
     moved = _fastest(_graph("Add", line, threads))
-    return Speed(2 * _SIDE**3 / product, 3 * line.nbytes / moved, f"measured here, {threads} threads")
+    return Speed(2 * _SIDE**3 / product, 3 * line.nbytes / moved, f"measured here, {threads} threads", here=True)
 
 
 def _graph(op: str, value: np.ndarray, threads: int) -> Callable[[], object]:

@@ -8,8 +8,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fedprune import terminal
 from fedprune.errors import ExitCode
-from fedprune_export import terminal
+from fedprune.terminal import Column
 
 
 def register(subparsers: Any) -> None:
@@ -29,6 +30,14 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(function=operators)
 
 
+_COLUMNS = (
+    Column("operator"),
+    Column("channels", wrap=16),
+    Column("gradient", wrap=16),
+    Column("forms", drop=1, wrap=16),
+)
+
+
 def operators(arguments: argparse.Namespace) -> int:
     """Print the table."""
     rows = table()
@@ -36,7 +45,7 @@ def operators(arguments: argparse.Namespace) -> int:
         terminal.print_json(rows)
         return int(ExitCode.OK)
     terminal.print_table(
-        ("operator", "channels", "gradient", "forms"),
+        _COLUMNS,
         [(r["operator"], r["channels"] or "–", r["gradient"] or "–", r["forms"] or "") for r in rows],
     )
     return int(ExitCode.OK)

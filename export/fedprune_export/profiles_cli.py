@@ -15,7 +15,7 @@ from fedprune.errors import ProfileError
 from fedprune.identification import Facts, identify
 from fedprune.profile import HardwareProfile
 from fedprune.profile_sections import SECTIONS
-from fedprune_export.terminal import print_table
+from fedprune.terminal import Column, print_table
 
 
 def register(subparsers: Any) -> None:
@@ -80,6 +80,18 @@ def list_profiles(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_LISTED = (
+    Column("name"),
+    Column("board", drop=1, wrap=20),
+    Column("cores", drop=3),
+    Column("memory", right=True),
+    Column("for training", right=True),
+    Column("trains at", right=True, drop=2),
+    Column("per round", right=True, drop=4),
+)
+_FIGURES = Column("figure"), Column("value", wrap=12), Column("source", wrap=20)
+
+
 def _print_profiles(profiles: Sequence[HardwareProfile]) -> None:
     rows = [
         (
@@ -93,7 +105,7 @@ def _print_profiles(profiles: Sequence[HardwareProfile]) -> None:
         )
         for p in profiles
     ]
-    print_table(("name", "board", "cores", "memory", "for training", "trains at", "per round"), rows)
+    print_table(_LISTED, rows)
 
 
 def _raise(bad: Sequence[ProfileError], of: int) -> None:
@@ -119,7 +131,7 @@ def show_profile(arguments: argparse.Namespace) -> int:
     if profile.advice:
         print(f"second tier: {profile.advice}")
     rows = [(key, _figure(key, value), profile.sources[key]) for key, value in profile.figures().items()]
-    print_table(("figure", "value", "source"), rows)
+    print_table(_FIGURES, rows)
     return 0
 
 

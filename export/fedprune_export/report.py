@@ -12,10 +12,10 @@ from fedprune.costs import FLOAT, Costs, costs_at, layer_macs
 from fedprune.plan import Plan
 from fedprune.prediction import Prediction
 from fedprune.selection import Selection
+from fedprune.terminal import amount
 from fedprune_export.imported import Model
 from fedprune_export.parity import SAMPLES
 from fedprune_export.precision import Trial
-from fedprune_export.terminal import amount
 
 
 @dataclass(frozen=True)

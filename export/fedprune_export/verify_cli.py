@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fedprune import terminal
 from fedprune.bundle import open_bundle
 from fedprune.errors import ExitCode, FedpruneError
-from fedprune_export import terminal
 from fedprune_export.options import MODEL_HELP, add_model_options, read_model
 
 

@@ -150,7 +150,8 @@ def test_bounds_are_of_the_speed(model: Model) -> None:
         assert p.bound_s == max(p.compute_s, p.memory_s)
         assert p.binds == ("compute" if p.compute_s == p.bound_s and p.compute_s > p.memory_s else "memory")
         assert p.gap is None
-        assert replace(p, measured_s=3 * p.bound_s).gap == pytest.approx(3)
+        assert replace(p, measured_s=3 * p.bound_s).gap is None  # of another machine
+        assert replace(p, measured_s=3 * p.bound_s, comparable=True).gap == pytest.approx(3)
 
 
 def test_sub_graphs_count_once() -> None:
@@ -225,7 +226,12 @@ def test_the_command_prints_what_is_explained(
 
     assert body["block"] == block
     assert body["batch"] == 4
-    assert len(lines) == 1 + len(body["pieces"]) + 2
+    least = 0.01 * sum(p["bound_s"] for p in body["pieces"])
+    small = [p for p in body["pieces"] if p["bound_s"] < least]
+    assert len(small) > 1
+    assert len(lines) == 1 + len(body["pieces"]) - len(small) + 1 + 2
+    assert lines[-3].startswith(f"{len(small)} others\t")
+    assert f"{sum(p['macs'] for p in small):,}" in lines[-3]
     assert "gap" not in lines[0]
     assert body["bounds"]["source"] == "profile raspberry-pi-5, 1 of 4 cores"
     assert body["bound_s"] == pytest.approx(sum(p["bound_s"] for p in body["pieces"]))
@@ -241,9 +247,25 @@ def test_a_step_is_measured_and_drawn(
     assert main(["explain", str(digits), *options]) == ExitCode.OK
 
     head, *rest = capsys.readouterr().out.splitlines()
-    assert head.endswith("measured\tgap")
+    assert head.endswith("bound\tbinds\tmeasured here")
+    assert not any("times that" in line for line in rest)
+    assert rest[-2].startswith("measured on this machine, which is another: ")
     assert rest[-1].startswith("spent on: ")
     assert file.read_text().startswith("<!doctype html>")
+
+
+def test_by_this_machine_s_bounds_what_was_measured_has_a_ratio(
+    digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedprune_export.explain_cli.RUNS", 1)
+    monkeypatch.setattr(machine_speed, "_MOVED", 2**12)
+    monkeypatch.setattr(machine_speed, "_SIDE", 16)
+
+    assert main(["explain", str(digits), "--density", "0.25", "--batch", "2", "--measure"]) == ExitCode.OK
+
+    head, *rest = capsys.readouterr().out.splitlines()
+    assert head.endswith("measured\tgap")
+    assert rest[-2].endswith(" times that")
 
 
 def test_a_page_is_a_page(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -77,11 +78,17 @@ def test_a_profile_is_shown_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert HardwareProfile.from_dict(json.loads(capsys.readouterr().out)) == profile_store.find("raspberry-pi-4b")
 
 
-def test_a_terminal_gets_a_framed_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_of_eighty_columns_gets_whole_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
     run("list")
-    assert any(row.startswith("│ raspberry-pi-5") for row in capsys.readouterr().out.splitlines())
+    out = capsys.readouterr().out
+    assert all(name in out for name in profile_store.shipped())
+    assert "…" not in out
+    assert all(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) <= 80 for line in out.splitlines()[:-1])
 
 
 def test_an_unknown_name_ends_with_the_code_of_profiles() -> None:

@@ -20,6 +20,7 @@ from fedprune.disk import locked, storage_errors
 from fedprune.errors import ConfigError, ExitCode
 from fedprune.job import Job
 from fedprune.quantity import quantity
+from fedprune.terminal import print_verdicts, progress
 from fedprune.wire.link import Link
 from fedprune_server.broker.embedded import EmbeddedBroker
 from fedprune_server.children import Children
@@ -149,8 +150,10 @@ def _ended(out: Path, fleet: Record, reference: Record, began: float) -> int:
     fleet.save(out / "metrics.json")
     reference.save(out / "metrics-reference.json")
     unjudged = too_few(len(fleet.rounds))
-    report = write_report(out, fleet, reference, judged=not unjudged)
-    print(f"\n{summary_text(fleet, reference, judged=not unjudged)}")
+    with progress("writing the report"):
+        report = write_report(out, fleet, reference, judged=not unjudged)
+    print()
+    print_verdicts(summary_text(fleet, reference, judged=not unjudged))
     if unjudged:
         print(f"\n{unjudged}")
     print(f"\n{time.monotonic() - began:.0f} s in all. Report: {report.html}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fedprune import __version__
 from fedprune.cli import check_command, ended_by_signals, run_command, whole_number, with_extra
 from fedprune.errors import ExitCode, UsageError
+from fedprune.terminal import print_verdicts, progress
 
 if TYPE_CHECKING:  # what follows needs packages of an extra; the command line doesn't
     from fedprune_server.simulation.experiment import Experiment
@@ -99,13 +100,16 @@ def build_sweep_parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fedprune_server.simulation.demo_fleet import too_few
-    from fedprune_server.simulation.report import summary_text, write_report
-    from fedprune_server.simulation.simulated_fleet import demo_plan, read_plan
+    with progress("reading the fleet"):
+        from fedprune_server.simulation.demo_fleet import too_few
+        from fedprune_server.simulation.report import summary_text, write_report
+        from fedprune_server.simulation.simulated_fleet import demo_plan, read_plan
 
-    out = _run_folder(options.out)
-    changes = {"strategy": options.strategy, "seed": options.seed, "rounds": options.rounds}
-    plan = demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)
+        out = _run_folder(options.out)
+        changes = {"strategy": options.strategy, "seed": options.seed, "rounds": options.rounds}
+        plan = (
+            demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)
+        )
     plan = replace(plan, trainer=options.trainer or plan.trainer, workers=options.workers or plan.workers)
     compared, reference = plan.compared(), None
     run = _one(plan, out)
@@ -114,8 +118,9 @@ def _run(options: argparse.Namespace) -> int:
     # What the demo claims was chosen for its own fleet, budget and rounds.
     unjudged = too_few(plan.job.rounds) if options.demo else ""
     judged = options.demo and not unjudged
-    report = write_report(out, run, reference, judged=judged)
-    print(summary_text(run, reference, judged=judged))
+    with progress("writing the report"):
+        report = write_report(out, run, reference, judged=judged)
+    print_verdicts(summary_text(run, reference, judged=judged))
     if unjudged:
         print(f"\n{unjudged}")
     print(f"\nReport: {report.html}")
@@ -123,24 +128,26 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from fedprune_server.simulation.comparison import comparison_text, read_runs, write_comparison
+    with progress("reading the runs"):
+        from fedprune_server.simulation.comparison import print_comparison, read_runs, write_comparison
 
-    out = _folder(options.out)
-    runs = read_runs(options.runs)
-    page = write_comparison(out, runs, tuple(options.target or ()))
-    print(comparison_text(runs, tuple(options.target or ())))
+        out, targets = _folder(options.out), tuple(options.target or ())
+        runs = read_runs(options.runs)
+        page = write_comparison(out, runs, targets)
+    print_comparison(runs, targets)
     print(f"\nReport: {page}")
     return int(ExitCode.OK)
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from fedprune_server.simulation.comparison import comparison_text, read_runs, write_comparison
+    from fedprune_server.simulation.comparison import print_comparison, read_runs, write_comparison
     from fedprune_server.simulation.report import absences
     from fedprune_server.simulation.runs import FAILED, carry_out
     from fedprune_server.simulation.runs_progress import Watching
     from fedprune_server.simulation.sweep import read_sweep, simulated
 
-    runs, out = read_sweep(options.file), _folder(options.out)
+    with progress("reading the sweep"):
+        runs, out = read_sweep(options.file), _folder(options.out)
     with _goes_on(out), Watching() as watching:
         ended = carry_out(simulated, runs, out, workers=options.workers, ray=options.ray, watch=watching.show)
     failed = [e for e in ended if e.result is None]
@@ -148,7 +155,8 @@ def _sweep(options: argparse.Namespace) -> int:
     if done:
         records = read_runs(done)
         page = write_comparison(out, records)
-        print(f"{comparison_text(records)}\n\nReport: {page}")
+        print_comparison(records)
+        print(f"\nReport: {page}")
         for record in records:
             for line in absences(record):
                 print(f"{record.title}: {line}", file=sys.stderr)

@@ -327,7 +327,7 @@ class Roster:
         elif task.progress is Part.REFUSED:
             doing = f"refused: {task.reason}"
         else:
-            doing = task.progress.value
+            doing = "aggregated" if task.progress is Part.FOLDED else task.progress.value
         return Row(
             device=name,
             profile=str(device.profile.get("name", "?")),

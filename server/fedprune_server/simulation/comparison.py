@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from fedprune.errors import StorageError
 from fedprune.quantity import quantity
+from fedprune.terminal import Column, print_table
 from fedprune_server.simulation import pictures
 from fedprune_server.simulation.record import Record, beside
 from fedprune_server.simulation.report import CSS, TAIL, html_table, markdown_table, shown
@@ -50,8 +52,8 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     for run in runs:
         for row in run.rounds:
             names |= dict.fromkeys(n for n in row.measured if n.endswith("_loss") == (kind == "loss"))
-    head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"own {kind}", f"global {kind}")
-    rows = [(*head, *(f"own {m.partition('_')[2]}" for m in own), *names)]
+    head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"local {kind}", f"global {kind}")
+    rows = [(*head, *(f"local {m.partition('_')[2]}" for m in own), *names)]
     for run in runs:
         local, whole = run.final(TAIL)
         more = [_tail(run.own_means(m)) for m in own] + [_tail(run.measured_values(n)) for n in names]
@@ -97,11 +99,27 @@ def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
     return rows
 
 
-def comparison_text(runs: Sequence[Record], targets: Sequence[float] = ()) -> str:
-    """The tables as text for a terminal."""
-    parts = [markdown_table(final_rows(runs))]
-    parts += [f"{_target(runs[0], t)}\n{markdown_table(target_rows(runs, t))}" for t in targets]
-    return "\n\n".join(parts)
+def print_comparison(runs: Sequence[Record], targets: Sequence[float] = ()) -> None:
+    """Print the tables: fitted to a terminal, as Markdown elsewhere."""
+    tables = [("", final_rows(runs)), *((_target(runs[0], t), target_rows(runs, t)) for t in targets)]
+    for number, (title, (head, *rows)) in enumerate(tables):
+        if number:
+            print(f"\n{title}")
+        if sys.stdout.isatty():
+            print_table([_column(n) for n in head], rows)
+        else:
+            print(markdown_table([head, *rows]))
+
+
+def _column(title: str) -> Column:
+    """A column of the printed tables; the run and what it achieved stay at any width."""
+    if title == "run":
+        return Column(title, wrap=16)
+    stays = title in ("round", "seconds", "speed-up") or title.startswith(("local ", "global "))
+    return Column(title, right=True, drop=0 if stays else _DROPS.get(title, 1), wrap=8 if stays else 0)
+
+
+_DROPS = {"training TMACs": 3, "rounds": 4}
 
 
 def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[float] = ()) -> Path:
@@ -121,8 +139,8 @@ def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[flo
     tail = min(TAIL, max(len(r.rounds) for r in runs))
     intro = (
         f"{quantity(len(runs), 'run')}. {'Losses' if runs[0].measure == 'loss' else 'Accuracies'} of the table are "
-        f"means over the last {quantity(tail, 'round')}; a device's own are what it measured last, every device "
-        "counting alike."
+        f"means over the last {quantity(tail, 'round')}; local ones are means over the devices of what each measured "
+        "last with its own model."
     )
     title = "Runs compared"
     encoded = base64.b64encode(picture.read_bytes()).decode()

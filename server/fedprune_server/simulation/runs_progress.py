@@ -16,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from fedprune.coordination import Phase
 from fedprune_server.simulation.runs import Standing
@@ -24,7 +25,7 @@ from fedprune_server.terminal.table import logged_above
 
 
 class Following:
-    """A bar on standard error for one run, with log lines above it.
+    """A bar on standard error for one run, and a spinner while it is prepared; log lines scroll by above them.
 
     Args:
         title: The run's.
@@ -38,18 +39,23 @@ class Following:
         self._rounds = self._bar.add_task(title, total=None, note="")
         self._title = title
         self._open = ExitStack()
+        self._preparing = ExitStack()
 
     def __enter__(self) -> Following:
         self._open.enter_context(logged_above(self._console))
+        if self._console.is_terminal:
+            self._preparing.enter_context(self._console.status(Text(f"preparing {self._title}")))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._preparing.close()
         self._open.close()
 
     def begin(self, simulation: Simulation) -> None:
         """Begin, with what an earlier start has done: that tells nothing about how long the rest takes."""
+        self._preparing.close()
         rounds, done = simulation.job.rounds, len(simulation.state.history)
         if simulation.state.phase is Phase.FINISHED:
             self._say(f"all {done} rounds were done before; nothing is trained again")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
 from fedprune.quantity import quantity
+from fedprune.terminal import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fitted
 from fedprune_server.terminal.log_lines import OneLine
 
 log = logging.getLogger("fedprune.server")
@@ -19,6 +20,24 @@ REFRESH_S = 0.5
 
 _WIDE = 120
 """On terminals with so many columns there is room for profiles' whole names."""
+
+
+_COLUMNS = (
+    Column("device", wrap=10),
+    Column("profile", drop=2),
+    Column("density", right=True),
+    Column("parameters", right=True, drop=4),
+    Column("MB down", right=True, drop=1),
+    Column("MB up", right=True, drop=1),
+    Column("seconds", right=True, drop=3),
+    Column("accuracy", right=True),
+    Column("state", wrap=16),
+)
+
+_STATES = {
+    "ready": GOOD, "aggregated": GOOD, "offline": ATTENTION, "takes": ATTENTION, "unknown": ATTENTION, "refused": BAD,
+}  # fmt: skip
+"""Styles of states by their first word; all others are work that is being done."""
 
 
 @dataclass(frozen=True)
@@ -163,24 +182,16 @@ class LiveTable:
         self._logged.close()
 
     def _draw(self, snapshot: Snapshot) -> None:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
         from rich.text import Text
 
-        # Texts, not markup: half of these words are devices' own, and a bracket in them must stay a bracket.
-        table = Table(
-            title=Text(title(snapshot)), title_justify="left", expand=False, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-        )
-        table.add_column("device", no_wrap=True)
-        table.add_column("profile", overflow="ellipsis")  # the only one that gives way on a narrow terminal
-        for name in ("density", "parameters", "MB down", "MB up", "seconds", "accuracy"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("state", no_wrap=True)
+        rows: list[Sequence[Cell]] = []
         for row in snapshot.rows:
-            device, profile, *others = cells(row)
+            device, profile, *others, state = cells(row)
             if self._console.width < _WIDE:
                 profile = profile.removeprefix("raspberry-")
-            table.add_row(*(Text(cell) for cell in (device, profile, *others)))
+            rows.append((device, profile, *others, (state, state_style(state))))
+        table, _ = fitted(_COLUMNS, rows, self._console.width)
+        table.title, table.title_justify = Text(title(snapshot), "bold"), "left"
         self._live.update(table, refresh=True)
 
 
@@ -256,6 +267,11 @@ def title(snapshot: Snapshot) -> str:
     if not snapshot.connected:
         parts.append("no connection to the broker")
     return ", ".join(parts)
+
+
+def state_style(state: str) -> str:
+    """The style in which a device's state is shown."""
+    return ATTENTION if "two boards" in state else _STATES.get(state.partition(" ")[0].rstrip(":"), BUSY)
 
 
 def cells(row: Row) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedprune.errors import StorageError
 from fedprune_server.simulation import pictures
-from fedprune_server.simulation.comparison import final_rows
+from fedprune_server.simulation.comparison import final_rows, print_comparison
 from fedprune_server.simulation.pictures import channel_map
 from fedprune_server.simulation.record import DeviceRow, Record, RoundRow, beside
 from fedprune_server.simulation.report import (
@@ -23,6 +23,7 @@ from fedprune_server.simulation.report import (
     summary_text,
     write_report,
 )
+from fedprune_server.simulation.runs_progress import Following
 
 GROUPS = (("stem", 8), ("body", 24))
 
@@ -143,8 +144,8 @@ def test_what_was_trained_has_curves_of_its_own_where_averages_serve(monkeypatch
     assert beside(runs) == ("before", "after")[: len(rows)]
     axes = axes_of(lambda: pictures.curves(runs, None), monkeypatch)
     assert [a.get_title(loc="left").partition(",")[0] for a in axes[::3]][1:] == ["What devices serve", *rows]
-    columns = [c for c in final_rows(runs)[0] if c.startswith("own ")]
-    assert columns == ["own accuracy", *(f"own {m}" for m in beside(runs))]
+    columns = [c for c in final_rows(runs)[0] if c.startswith("local ")]
+    assert columns == ["local accuracy", *(f"local {m}" for m in beside(runs))]
     pictures.plt.close(axes[0].figure)
 
 
@@ -299,3 +300,26 @@ def test_a_device_without_an_update_has_its_reason():
     assert summary_text(run).endswith("\n\nzero: no update in 3 of 4 rounds, lastly: a label")
     many = tuple(replace(zero, name=f"d{i}", missed=1, why="late") for i in range(13))
     assert absences(replace(run, devices=many))[-1] == "and 3 more devices"
+
+
+def test_a_comparison_is_markdown_in_a_pipe_and_a_fitted_table_on_a_terminal(capsys, monkeypatch):
+    runs = [record("fleet"), record("another")]
+    print_comparison(runs, (0.5,))
+    assert capsys.readouterr().out.startswith("| run | rounds | seconds |")
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    print_comparison(runs, (0.5,))
+    out = capsys.readouterr().out
+    assert "|" not in out
+    assert "…" not in out
+    assert "local" in out
+    assert "training TMACs" in out  # a column, or among those that are named as left out
+
+
+def test_a_terminal_sees_that_a_simulation_is_prepared_from_its_first_moment_on(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shown = []
+    monkeypatch.setattr("rich.status.Status.start", lambda self: shown.append(str(self.status)))
+    with Following("yard"):
+        assert shown == ["preparing yard"]

@@ -1,0 +1,182 @@
+"""What commands print for people: tables, colours, progress; for programs JSON and tab-separated lines.
+
+Everything here needs the package rich on a terminal only, so boards can import what prints through it but never do.
+Colours follow rich: none with `NO_COLOR`, with `TERM=dumb`, or where the output is not a terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:  # rich takes a tenth of a second to import
+    from rich.table import Table
+
+GOOD, BUSY, ATTENTION, BAD = "green", "cyan", "yellow", "red"
+"""Styles of states."""
+
+_GAP = 2
+"""Spaces between two columns."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        title: Its header.
+        right: Whether cells are aligned to the right, as numbers are.
+        drop: Where a terminal is too narrow, columns are kept in ascending order of this number as far as they fit;
+            one with 0 always stays.
+        wrap: The fewest characters to which a column of longer texts may be wrapped; 0 for one that never wraps.
+    """
+
+    title: str
+    right: bool = False
+    drop: int = 0
+    wrap: int = 0
+
+
+Cell = str | tuple[str, str]
+"""A text, or a text and its style."""
+
+
+def print_table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], *, stream: TextIO | None = None) -> None:
+    """Print a table on a terminal, and lines of cells separated by tabs elsewhere, for other programs.
+
+    A terminal that is too narrow gets the columns that fit, and a line that names the others.
+
+    Args:
+        columns: The columns.
+        rows: One cell per column.
+        stream: Where to; stdout by default.
+    """
+    stream = stream or sys.stdout
+    rows = list(rows)
+    if not stream.isatty():
+        for row in ([c.title for c in columns], *rows):
+            print("\t".join(" ".join(_text(cell).split()) for cell in row), file=stream)
+        return
+    from rich.console import Console
+
+    console = Console(file=stream)
+    table, dropped = fitted(columns, rows, console.width)
+    console.print(table)
+    if dropped:
+        left_out = ", ".join(dropped)
+        console.print(
+            f"not shown at {console.width} columns: {left_out} (a wider terminal or a pipe has them)",
+            style="dim", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def fitted(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int) -> tuple[Table, tuple[str, ...]]:
+    """A table no wider than a terminal.
+
+    Args:
+        columns: The columns.
+        rows: One cell per column.
+        width: Characters of a line.
+
+    Returns:
+        The table, and the titles of columns that were left out for want of room.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    natural = [max([cell_len(c.title), *(cell_len(_text(row[i])) for row in rows)]) for i, c in enumerate(columns)]
+    widths = [min(n, c.wrap or n) for n, c in zip(natural, columns, strict=True)]
+    spare, kept = width + 1, []  # every column is followed by a gap, except for one space at the end of a line
+    for i in sorted(range(len(columns)), key=lambda i: columns[i].drop):
+        if not columns[i].drop or widths[i] + _GAP <= spare:
+            kept.append(i)
+            spare -= widths[i] + _GAP
+    kept.sort()
+    short = sorted((i for i in kept if widths[i] < natural[i]), key=lambda i: natural[i] - widths[i])
+    for count, i in enumerate(short):
+        more = min(natural[i] - widths[i], max(0, spare) // (len(short) - count))
+        widths[i], spare = widths[i] + more, spare - more
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for i in kept:
+        table.add_column(
+            Text(columns[i].title),
+            justify="right" if columns[i].right else "left",
+            no_wrap=not columns[i].wrap,
+            overflow="fold",
+            width=widths[i],
+        )
+    for row in rows:
+        # Texts, not markup: many are devices' own words, and a bracket in them must stay a bracket.
+        table.add_row(*(Text(*(cell if isinstance(cell, tuple) else (cell,))) for cell in map(row.__getitem__, kept)))
+    return table, tuple(c.title for i, c in enumerate(columns) if i not in kept)
+
+
+def _text(cell: Cell) -> str:
+    return cell if isinstance(cell, str) else cell[0]
+
+
+def print_json(value: Any) -> None:
+    """Print JSON, its keys in the order in which they were written."""
+    print(json.dumps(value, indent=2))
+
+
+_VERDICTS = {"PASS": GOOD, "FAIL": BAD}
+
+
+def print_verdicts(text: str) -> None:
+    """Print lines; those that begin with PASS or FAIL have it in its colour on a terminal."""
+    if not sys.stdout.isatty():
+        print(text)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=sys.stdout)
+    for line in text.splitlines():
+        word = line.partition(":")[0]
+        shown = Text(line)
+        if word in _VERDICTS:
+            shown.stylize(_VERDICTS[word], 0, len(word))
+        console.print(shown, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(first: str = "starting") -> Iterator[Callable[[str], None]]:
+    """Show on stderr what is being done, on a terminal only.
+
+    Args:
+        first: What is done first.
+
+    Yields:
+        A function that is called with what is done next.
+    """
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status(escape(first)) as status:
+        yield lambda text: status.update(escape(text))
+
+
+def amount(value: float, unit: str) -> str:
+    """A quantity for people.
+
+    Args:
+        value: How much, in the unit.
+        unit: bytes, s, J, or "" for a plain number.
+    """
+    if unit == "bytes":
+        return f"{value / 1e6:,.2f} MB" if abs(value) >= 1e5 else f"{value:,.0f} bytes"
+    if unit == "s":
+        return f"{value:,.1f} s" if abs(value) >= 1 or value == 0 else f"{value * 1000:.3g} ms"
+    if unit == "J":
+        return f"{value:,.1f} J" if abs(value) >= 1 or value == 0 else f"{value * 1000:.3g} mJ"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
