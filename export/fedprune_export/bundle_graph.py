@@ -1,6 +1,8 @@
-"""A bundle's inference graph with its weights inside, and the model that it was cut from."""
+"""The inference graph of a bundle or a board with its weights inside, and the model that a bundle was cut from."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import onnx
 
@@ -11,24 +13,24 @@ from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
 
 
-def inference_graph(bundle: Bundle) -> Graph:
-    """The inference graph of a bundle; its weights are initialisers under their tensor names.
+def inference_graph(folder: Path) -> Graph:
+    """An inference graph of ours; its weights are initialisers under their tensor names.
 
     Args:
-        bundle: A bundle whose files have been checked.
+        folder: A bundle's or a served model's, whose files have been checked.
 
     Raises:
-        BundleError: The graph is damaged, or wants weights that the bundle lacks or that have another shape.
+        BundleError: The graph is damaged, or wants weights that the folder lacks or that have another shape.
         ModelError: The graph has what fedprune never writes.
     """
-    path = bundle.path(INFERENCE)
+    path = folder / INFERENCE
     try:
         proto = onnx.load_model_from_string(path.read_bytes())
     except OSError as error:
         raise BundleError(f"can't read {path}: {error.strerror}") from error
     except Exception as error:
         raise BundleError(f"{path} is no ONNX model", hint="Export the bundle again.") from error
-    tensors = tensorfile.load(bundle.path(WEIGHTS))
+    tensors = tensorfile.load(folder / WEIGHTS)
     outside = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     inside = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
     for wanted in outside:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,20 @@ import numpy.typing as npt
 import onnx
 
 from fedprune import tensorfile
-from fedprune.architecture import Architecture, TensorKind
+from fedprune.architecture import TensorKind
 from fedprune.bundle import WEIGHTS, Bundle
 from fedprune.disk import write_whole
-from fedprune.errors import BundleError, MissingExtraError, UsageError
-from fedprune_export.bundle_graph import check_origin, inference_graph
+from fedprune.errors import BundleError, MissingExtraError, ModelError, UsageError, reason
+from fedprune.session import Session
+from fedprune.step import LOGITS, X
+from fedprune_export.bundle_graph import check_origin
 from fedprune_export.drafts import NORMAL_OPSET
 from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.metadata import PARAMETERS_KEY, tied
+from fedprune_export.parity import LIMIT, SAMPLES, distance
+from fedprune_export.trace import sample_feeds
 
 Array = npt.NDArray[Any]
 
@@ -56,83 +61,140 @@ def with_weights(model: Model, tensors: Mapping[str, Array], where: str) -> Mode
     return replace(model, graph=graph)
 
 
-def bundle_onnx(bundle: Bundle, opset: int | None = None) -> bytes:
-    """The submodel of a bundle as one ONNX file, which can be imported again.
+def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None = None) -> bytes:
+    """A model as one ONNX file with its weights inside, which can be imported again.
 
     Args:
-        bundle: A bundle whose files have been checked.
-        opset: The opset of the file; by default that of the bundle.
+        graph: The model, with its weights.
+        names: Its weights and statistics.
+        name: What it is called.
+        opset: The opset of the file; by default the graph's own, or one that every supported onnxruntime loads.
 
     Raises:
-        ModelError: The graph can't be written at that opset.
+        ModelError: The graph can't be written at that opset, or the file computes something else.
     """
-    graph = inference_graph(bundle)
+    written = graph
     if opset not in (None, graph.opset) and graph.opset != NORMAL_OPSET:
-        graph = import_onnx(graph.to_bytes(), bundle.architecture.name).graph
-    return _onnx(graph, bundle.architecture, opset)
-
-
-def model_onnx(model: Model, opset: int | None = None) -> bytes:
-    """A whole model as one ONNX file, which can be imported again.
-
-    Args:
-        model: The model.
-        opset: The opset of the file; by default one that every supported onnxruntime loads.
-
-    Raises:
-        ModelError: The graph can't be written at that opset.
-    """
-    return _onnx(model.graph, model.architecture, opset)
-
-
-def _onnx(graph: Graph, architecture: Architecture, opset: int | None) -> bytes:
-    """A graph as a file that says which of its tensors are weights and statistics."""
-    proto = graph.to_proto(opset=opset)
+        written = import_onnx(graph.to_bytes(), name).graph
+    proto = written.to_proto(opset=opset)
     listed = {p.key: p.value for p in proto.metadata_props}
-    listed[PARAMETERS_KEY] = json.dumps([t.name for t in architecture.tensors])
+    listed[PARAMETERS_KEY] = json.dumps(list(names))
     onnx.helper.set_model_props(proto, listed)
     raw: bytes = proto.SerializeToString(deterministic=True)
     return raw
 
 
-def bundle_tensors(bundle: Bundle, into: Model | None = None) -> dict[str, Array]:
-    """The tensors of a bundle by their original names.
+def placed(bundle: Bundle, into: Model, *, keep: bool = False) -> dict[str, Array]:
+    """The tensors of a bundle at their places in the whole model's.
 
     Args:
         bundle: A bundle whose files have been checked.
-        into: The whole model, to scatter them into at their places; otherwise they have the submodel's shapes.
+        into: The whole model.
+        keep: Whether the model's own weights stay in the channels that the bundle lacks. Otherwise these weights are 0,
+            so that the channels add nothing; statistics stay in any case.
 
     Raises:
         BundleError: The bundle is not one of that model's.
     """
-    tensors = tensorfile.load(bundle.path(WEIGHTS))
-    if into is None:
-        return dict(tensors)
     check_origin(bundle, into)
-    return dict(bundle.selection.scatter(tensors, into.tensors))
+    statistics = {t.name for t in into.architecture.tensors if t.kind in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)}
+    onto = {n: v if keep or n in statistics else np.zeros_like(v) for n, v in into.tensors.items()}
+    return dict(bundle.selection.scatter(tensorfile.load(bundle.path(WEIGHTS)), onto))
 
 
-def state_dict(
-    architecture: Architecture, tensors: Mapping[str, Array], graph: Graph | None = None
-) -> dict[str, Array]:
+def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
     """Tensors as a torch module's state dict has them: with the counters of its batch norms, and all names of each.
 
     Args:
-        architecture: The model.
-        tensors: Its tensors, or a submodel's.
+        tensors: Tensors of a model, or of a submodel.
         graph: A graph of the model, which says what other names tensors have.
 
     Raises:
         ModelError: What it says is damaged.
     """
     out: dict[str, Array] = {}
-    others = tied({} if graph is None else graph.metadata)
+    others = tied(graph.metadata)
     for name, value in tensors.items():
         out |= dict.fromkeys((name, *others.get(name, ())), value)
-        spec = architecture.by_name.get(name)
-        if spec is not None and spec.kind is TensorKind.STAT_VAR and name.endswith("running_var"):
-            out[name.removesuffix("running_var") + _COUNTER] = np.zeros((), np.int64)
+        norm = name.removesuffix("running_var")
+        if norm != name and f"{norm}running_mean" in tensors:
+            out[norm + _COUNTER] = np.zeros((), np.int64)
     return out
+
+
+def onnx_parity(raw: bytes, graph: Graph) -> float:
+    """How far the outputs of an ONNX file are from a graph's, on random samples.
+
+    Raises:
+        ModelError: They are too far from it, or onnxruntime doesn't load the file.
+    """
+    x = sample_feeds(graph, SAMPLES)[X]
+    return _checked(outputs(raw, x), outputs(graph.to_bytes(), x), "the ONNX file")
+
+
+def state_parity(
+    state: Mapping[str, Array], graph: Graph, reference: Graph, module: Any = None, hint: str = ""
+) -> float:
+    """How far the outputs of a model with the tensors of a state dict are from a reference's, on random samples.
+
+    Args:
+        state: The state dict.
+        graph: The model that takes it.
+        reference: The model whose outputs are expected.
+        module: The same model in torch, which loads the state dict, too; None for none.
+        hint: What to do where they differ.
+
+    Raises:
+        ModelError: They are too far from it, or the module doesn't load the state dict.
+    """
+    x = sample_feeds(reference, SAMPLES)[X]
+    expected = outputs(reference.to_bytes(), x)
+    filled = graph.copy()
+    filled.initializers.update({n: state[n] for n in graph.initializers if n in state})
+    error = _checked(outputs(filled.to_bytes(), x), expected, "the model with this state dict", hint)
+    if module is None:
+        return error
+    return max(error, _checked(_module_outputs(module, state, x), expected, "the torch module with it", hint))
+
+
+def outputs(model: bytes, x: Array) -> Array:
+    """A model's outputs for samples."""
+    return Session(model).run({X: x})[LOGITS]
+
+
+def _checked(found: Array, expected: Array, what: str, hint: str = "") -> float:
+    error = distance(found, expected) if found.shape == expected.shape else math.inf
+    if not error <= LIMIT:
+        raise ModelError(
+            f"{what} computes something else than the model that it was made of",
+            expected=f"outputs equal to {LIMIT:g}",
+            got=f"a difference of {error:.2g}",
+            hint=hint or "Please report this with the model.",
+        )
+    return error
+
+
+def _module_outputs(module: Any, state: Mapping[str, Array], x: Array) -> Array:
+    """Outputs of a torch module with a state dict; buffers that the state dict lacks stay as they are."""
+    torch = _torch()
+    try:
+        missed, unknown = module.load_state_dict(
+            {n: torch.from_numpy(np.array(v)) for n, v in state.items()}, strict=False
+        )
+    except RuntimeError as error:  # a tensor of another shape
+        raise ModelError(f"the torch module doesn't load the state dict ({reason(error)})") from error
+    parameters = {n for n, _ in module.named_parameters(remove_duplicate=False)}
+    lacking = sorted(n for n in missed if n in parameters)
+    if lacking or unknown:
+        raise ModelError(
+            "the state dict is not the torch module's",
+            expected=f"a tensor {lacking[0]}" if lacking else "no other tensors",
+            got="none" if lacking else f"a tensor {unknown[0]}",
+        )
+    module.eval()
+    with torch.no_grad():
+        found: Array = module(torch.from_numpy(x)).numpy()
+    return found
 
 
 def write_state_dict(path: Path, state: Mapping[str, Array]) -> int:

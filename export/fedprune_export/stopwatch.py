@@ -76,7 +76,7 @@ class Stopwatch:
     def __init__(self, bundle: Bundle, runs: int) -> None:
         self._bundle = bundle
         self._runs = runs
-        self._graph = inference_graph(bundle)
+        self._graph = inference_graph(bundle.folder)
 
     def training_step(self, batch: int, threads: int, block: int = 0) -> Measurement:
         """Time a training step on random samples.

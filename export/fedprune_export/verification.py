@@ -92,7 +92,7 @@ class _Trial:
 
     @cached_property
     def graph(self) -> Graph:
-        return inference_graph(self.bundle)
+        return inference_graph(self.bundle.folder)
 
     @cached_property
     def training(self) -> Session:

@@ -11,8 +11,11 @@ from cutting import distance
 
 from fedprune import tensorfile
 from fedprune.bundle import open_bundle
+from fedprune.disk import file_digest
 from fedprune.errors import ExitCode
 from fedprune.session import Session
+from fedprune_device.slots import Serving, Slots
+from fedprune_export import conversion
 from fedprune_export.cli import main
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_server.simulation.digits import digits_model
@@ -139,6 +142,71 @@ def test_a_submodel_is_put_back_at_its_places(digits: Path, bundle: Path, tmp_pa
             np.testing.assert_array_equal(value, expected)
 
 
+@pytest.mark.parametrize("others", ["zero", "keep"])
+def test_the_other_channels_are_zeroed_or_kept(digits: Path, bundle: Path, tmp_path: Path, others: str) -> None:
+    whole, out = import_onnx(digits.read_bytes(), "digits"), tmp_path / "s.safetensors"
+
+    assert main(["to-torch", str(bundle), str(out), "--into", str(digits), "--others", others]) == ExitCode.OK
+
+    selection, state = open_bundle(bundle).selection, tensorfile.load(out)
+    for name, value in whole.tensors.items():
+        kept = others == "keep" or "running" in name
+        np.testing.assert_array_equal(
+            state[name], np.where(selection.covered(name), value, value if kept else np.float32(0))
+        )
+    graph = whole.graph.copy()
+    graph.initializers.update({n: state[n] for n in whole.tensors})
+    found = Session(graph.to_bytes()).run({"x": X})["logits"]
+    assert (distance(found, logits(bundle / "inference.onnx", X)) < 1e-5) == (others == "zero")
+
+
+@pytest.fixture
+def board(bundle: Path, tmp_path: Path) -> Path:
+    """A board's state folder whose model, of other weights than the bundle's, serves."""
+    slots = Slots(tmp_path / "board" / "serving")
+    slots.prepare()
+    moved = {n: v * np.float32(1.1) for n, v in tensorfile.load(bundle / "weights.safetensors").items()}
+    stage = slots.stage(bundle / "inference.onnx", tensorfile.encode(moved))
+    digests = file_digest(stage / "inference.onnx"), file_digest(stage / "weights.safetensors")
+    slots.install(Serving("job", 7, 10, *digests))
+    return tmp_path / "board"
+
+
+def test_what_a_board_serves_goes_out(
+    board: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slots = Slots(board / "serving")
+    folder = slots.folder(slots.current() or pytest.fail("nothing serves"))
+
+    assert main(["to-onnx", str(board), str(tmp_path / "o.onnx")]) == ExitCode.OK
+    assert main(["to-torch", str(board), str(tmp_path / "s.safetensors")]) == ExitCode.OK
+
+    assert distance(logits(tmp_path / "o.onnx", X), logits(folder / "inference.onnx", X)) < 1e-6
+    state = tensorfile.load(tmp_path / "s.safetensors")
+    for name, value in tensorfile.load(folder / "weights.safetensors").items():
+        np.testing.assert_array_equal(state[name], value)
+    assert capsys.readouterr().out.count("the board's model after round 7 of job job; outputs equal to") == 2
+
+    assert main(["to-torch", str(board), str(tmp_path / "w.pt"), "--into", str(digits)]) == ExitCode.USAGE
+    assert "A board doesn't know which channels" in capsys.readouterr().err
+    (folder / "weights.safetensors").write_bytes(b"damaged")
+    assert main(["to-onnx", str(board), str(tmp_path / "p.onnx")]) == ExitCode.STORAGE
+    assert "no model that is intact" in capsys.readouterr().err
+
+
+def test_a_file_that_computes_something_else_is_not_written(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = conversion.state_dict
+    name = list(tensorfile.load(bundle / "weights.safetensors"))[-1]
+    monkeypatch.setattr(conversion, "state_dict", lambda *a: plain(*a) | {name: plain(*a)[name] + np.float32(1)})
+
+    assert main(["to-torch", str(bundle), str(tmp_path / "s.safetensors")]) == ExitCode.MODEL
+
+    assert "computes something else" in capsys.readouterr().err
+    assert not (tmp_path / "s.safetensors").exists()
+
+
 def test_another_model_takes_no_submodel(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["to-onnx", str(bundle), str(tmp_path / "small.onnx")])
 
@@ -204,6 +272,42 @@ def test_torch_loads_a_whole_state_dict_strictly(name: str, tmp_path: Path) -> N
         after = module(x).numpy()
 
     np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["lenet", "concat_net"])
+def test_a_whole_module_computes_what_the_submodel_computes(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    import nets
+
+    source = f"nets:{name}"
+    folder = exported(source, tmp_path / "b", "--density", "0.5")
+    capsys.readouterr()
+    assert main(["to-torch", str(folder), str(tmp_path / "s.pt"), "--into", source]) == ExitCode.OK
+    assert "in torch" in capsys.readouterr().out
+
+    module = getattr(nets, name)().eval()
+    module.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True), strict=True)
+    x = torch.randn(3, *module.input_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = module(x).numpy()
+    assert distance(found, logits(folder / "inference.onnx", x.numpy())) < 1e-5
+
+
+@pytest.mark.torch
+def test_a_layer_norm_over_lost_channels_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = exported("device_nets:vision_transformer", tmp_path / "b", "--density", "0.5")
+
+    assert (
+        main(["to-torch", str(folder), str(tmp_path / "s.pt"), "--into", "device_nets:vision_transformer"])
+        == ExitCode.MODEL
+    )
+
+    assert "--others keep" in capsys.readouterr().err
+    assert not (tmp_path / "s.pt").exists()
 
 
 @pytest.mark.torch

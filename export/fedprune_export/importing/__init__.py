@@ -1,7 +1,7 @@
 """Bringing a user's model in: reading, normalising, translating, telling weights from constants."""
 
-from fedprune_export.importing.load import check_input, import_onnx, load, read_source
+from fedprune_export.importing.load import check_input, import_onnx, load, read_source, torch_module
 from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.torch_export import export_torch
 
-__all__ = ["PARAMETERS_KEY", "check_input", "export_torch", "import_onnx", "load", "read_source"]
+__all__ = ["PARAMETERS_KEY", "check_input", "export_torch", "import_onnx", "load", "read_source", "torch_module"]

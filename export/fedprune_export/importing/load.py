@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 
@@ -20,7 +20,7 @@ from fedprune_export.importing.preparation import prepared
 from fedprune_export.importing.timm_models import PREFIX, timm_model, timm_name
 from fedprune_export.importing.torch_export import export_torch, factory_product
 
-__all__ = ["PARAMETERS_KEY", "check_input", "export_torch", "import_onnx", "load", "read_source"]
+__all__ = ["PARAMETERS_KEY", "check_input", "export_torch", "import_onnx", "load", "read_source", "torch_module"]
 
 Prefer = Literal["coarse", "fine"]
 
@@ -117,6 +117,22 @@ def read_source(
     _choose(proto, output, parameters, prefer)
     chosen: bytes = proto.SerializeToString(deterministic=True)
     return chosen
+
+
+def torch_module(source: str) -> Any:
+    """The torch module that a source names, made anew; None where it is an ONNX file.
+
+    Raises:
+        ModelError: There is no such module.
+        MissingExtraError: torch or timm is needed and not installed.
+    """
+    network = timm_name(source)
+    if network or source.startswith(PREFIX):
+        return timm_model(network, None)[0]
+    if not _is_factory(source):
+        return None
+    made = factory_product(source)
+    return made[0] if isinstance(made, tuple) else made
 
 
 def import_onnx(

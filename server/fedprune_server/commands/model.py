@@ -12,7 +12,7 @@ from fedprune.errors import ExitCode, UsageError
 def export_model(arguments: argparse.Namespace) -> int:
     """Write the global model of a state folder."""
     from fedprune.disk import write_whole
-    from fedprune_export.conversion import model_onnx, state_dict, with_weights, write_state_dict
+    from fedprune_export import conversion
     from fedprune_server.store.state_folder import global_model, model_after
 
     out: Path = arguments.out
@@ -20,13 +20,18 @@ def export_model(arguments: argparse.Namespace) -> int:
         raise UsageError("--out", expected="a file name that ends in .onnx, .safetensors, .pt or .pth", got=str(out))
     digest = None if arguments.round is None else model_after(arguments.state, arguments.round)
     model, weights = global_model(arguments.state, digest)
-    tensors = tensorfile.decode(weights)
-    if out.suffix in (".pt", ".pth"):
-        size = write_state_dict(out, state_dict(model.architecture, tensors, model.graph))
-    else:
-        if out.suffix == ".onnx":
-            weights = model_onnx(with_weights(model, tensors, str(arguments.state)), arguments.opset)
+    model = conversion.with_weights(model, tensorfile.decode(weights), str(arguments.state))
+    if out.suffix == ".safetensors":
         write_whole(out, weights)
-        size = len(weights)
-    print(f"{out}: {size} bytes")
+        size, compared = len(weights), ""
+    elif out.suffix == ".onnx":
+        raw = conversion.onnx_file(model.graph, model.tensors, model.architecture.name, arguments.opset)
+        compared = f"; outputs equal to {conversion.onnx_parity(raw, model.graph):.1e}"
+        write_whole(out, raw)
+        size = len(raw)
+    else:
+        state = conversion.state_dict(model.tensors, model.graph)
+        compared = f"; outputs equal to {conversion.state_parity(state, model.graph, model.graph):.1e}"
+        size = conversion.write_state_dict(out, state)
+    print(f"{out}: {size:,} bytes{compared}")
     return int(ExitCode.OK)
