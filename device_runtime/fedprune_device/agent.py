@@ -43,6 +43,9 @@ _LOG = logging.getLogger("fedprune.device")
 _BUSY_WAIT = 0.05
 _IDLE_WAIT = 0.5
 
+_FAILED_TURNS = 5
+"""Turns in a row that may end in an unexpected error before the agent itself ends: a new process may mend it."""
+
 
 class Agent:
     """A device in a fleet.
@@ -122,13 +125,20 @@ class Agent:
 
         Args:
             until_finished: Return when the server says that a job is finished, too.
+
+        Raises:
+            Exception: Every turn fails with an unexpected error. The service manager must see that it ends.
         """
+        failed = 0
         self._duty.resume(self._clock())
         try:
             while not self._stopping.is_set() and not (until_finished and self._finished):
                 item = self._link.get(_BUSY_WAIT if self._duty.under_way else _IDLE_WAIT)
                 self._guarded(self._take, item)
-                self._guarded(self._turn, None)
+                unexpected = self._guarded(self._turn, None)
+                failed = 0 if unexpected is None else failed + 1
+                if unexpected is not None and failed == _FAILED_TURNS:
+                    raise unexpected
         finally:
             self._duty.end(10)
             self._outbox.say(Death(self._device, self._store.session))
@@ -156,14 +166,16 @@ class Agent:
             self._store.session += 1
         return self._outbox.will(self._store.session)
 
-    def _guarded(self, step: Callable[[Any], None], argument: Any) -> None:
-        """Nothing that comes over the network ends the agent."""
+    def _guarded(self, step: Callable[[Any], None], argument: Any) -> Exception | None:
+        """Log an error of `step` and return it if it is unexpected: a single one doesn't end a board's service."""
         try:
             step(argument)
         except FedpruneError as error:
             _LOG.warning("%s", error)
-        except Exception:  # noqa: BLE001 - one bad message must not end a device's service
+        except Exception as error:  # noqa: BLE001
             _LOG.exception("unexpected error; going on")
+            return error
+        return None
 
     # What comes in
 

@@ -16,7 +16,7 @@ from typing import Any
 from fedprune import __version__
 from fedprune.blocks import turn_off, turned_off
 from fedprune.cli import run_command, whole_number
-from fedprune.errors import ExitCode, ProfileError, ProtocolError
+from fedprune.errors import ExitCode, ProfileError, ProtocolError, RuntimeUnavailableError
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.wire.blob_ref import LEAF
@@ -193,7 +193,12 @@ def _run(arguments: argparse.Namespace) -> int:
             _LOG.info("privacy: %s", store.privacy.describe())
         log, crashes = stack.enter_context(reporting(arguments.state, arguments.device, lambda: store.privacy.private))
         data = open_samples(arguments, stack) if fixed is None else fixed
-        check_runtime()  # before this process loads it, which may end the process
+        try:
+            check_runtime()  # before this process loads it, which may end the process
+        except RuntimeUnavailableError:
+            if stopped.is_set():  # the service manager's signal ended the child, too
+                return int(ExitCode.OK)
+            raise
         agents: list[Agent] = []  # the link asks the agent for its will, and the agent speaks through the link
         stack.enter_context(
             answering(
@@ -214,7 +219,12 @@ def _run(arguments: argparse.Namespace) -> int:
         link, wire = member.open(lambda: agents[0].will())
         report = None
         if not arguments.no_probe:
-            report = probe_apart(arguments.threads, memory_file=arguments.state / "layer_times.json")
+            try:
+                report = probe_apart(arguments.threads, memory_file=arguments.state / "layer_times.json")
+            except RuntimeUnavailableError:
+                if stopped.is_set():
+                    return int(ExitCode.OK)
+                raise
             # A plan counts the samples, which are here already.
             held = data.bytes if isinstance(data, LocalData) else 0
             free = min(report.memory_total, report.memory_available + held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fedprune.selection import Tensors
 from fedprune.wire.messages import Birth, Cancelled, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
 from fedprune_device.agent import Agent
 from fedprune_device.data import LocalData
+from fedprune_device.duty import Duty
 from fedprune_device.evaluation import Evaluation
 from fedprune_device.own import Own
 from fedprune_device.predictor import Predictor
@@ -324,3 +326,28 @@ def test_the_result_of_a_round_that_was_stopped_after_its_training_is_dropped(
         for job, rounds in {"job": [3], "other": [1, 2] if cancelled else [2, 5]}.items():
             store.own.turn_to(job)
             assert sorted(Own.from_bytes(r).round for r in store.own.read().values()) == rounds
+
+
+def test_an_agent_whose_every_turn_fails_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service manager would otherwise take it for healthy, since its loop still turns."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Duty, "turn", fails)
+    with pytest.raises(RuntimeError, match="a bug"):
+        bench.run()
+
+
+def test_an_agent_survives_single_turns_that_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn, turns = Duty.turn, itertools.count()
+
+    def fails_mostly(*arguments: Any, **options: Any) -> Any:
+        if next(turns) % 5:
+            raise RuntimeError("a bug")
+        return turn(*arguments, **options)
+
+    monkeypatch.setattr(Duty, "turn", fails_mostly)
+    bench.server.plan = [bench.server.offer(1)]
+    bench.run()
+    assert 1 in bench.server.updates

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from fedprune import blocks, profile_store, tensorfile
 from fedprune.architecture import Architecture
 from fedprune.bundle import FILES, MANIFEST, manifest
-from fedprune.errors import ExitCode
+from fedprune.errors import ExitCode, RuntimeUnavailableError
 from fedprune.form_times import FormTimes, Shape
 from fedprune.probe_report import ProbeReport
 from fedprune.recipe import Recipe
@@ -189,6 +190,25 @@ def test_a_broker_that_is_not_there_is_an_error(tmp_path: Path, probed: list[int
     assert run(tmp_path) == ExitCode.BROKER
     assert "127.0.0.1:9" in capsys.readouterr().err
     assert len(probed) == 1
+
+
+@pytest.mark.parametrize("child", ["check_runtime", "probe_apart"])
+def test_a_stop_during_a_measurement_is_no_crash(
+    tmp_path: Path, probed: list[int], monkeypatch: pytest.MonkeyPatch, child: str
+) -> None:
+    """The service manager's signal ends the measuring process as well."""
+
+    def killed(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeUnavailableError("the probe failed (killed by signal 15)")
+
+    monkeypatch.setattr(f"fedprune_device.probe.{child}", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run(tmp_path) == ExitCode.OK
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "state" / "crash.json").exists()
 
 
 def test_the_log_counts_what_was_probed_instead_of_printing_it(
