@@ -219,8 +219,10 @@ def customise(file: BinaryIO, contents: Contents, kit: Kit, wanted: FirstBoot, *
 
 
 def _verify(file: BinaryIO, contents: Contents, kit: Kit, files: dict[str, bytes]) -> None:
-    """Read back what was written: a board that doesn't come up is far away."""
+    """Read back what was written, from the disk: a board that doesn't come up is far away."""
     file.flush()
+    os.fsync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     fat = Fat(contents.partitions.boot.region(file, "the boot partition"))
     wrong = [name for name, content in files.items() if fat.read(name) != content]
     paths = [*(f.path for f in kit.files), MANIFEST]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import tiny_wheels
 from fedprune_flash import BoardFile, Target, build_kit
 from fedprune_flash.target import PYTHONS
 from ssh_boards import SYSTEMCTL
@@ -65,9 +66,13 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     if python not in PYTHONS or Path("/etc/nv_tegra_release").exists():
         pytest.skip("no system that kits are for can be mounted here")
     board = BoardFile("mqtts://broker.example:8883", "attic", "lab", "own.samples:load")
-    own = next(wheels.glob("fedprune-*"))
+    links = shutil.copytree(wheels, tmp_path / "links")
+    (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
+    refuses = "import os\nif os.geteuid() == 0:\n    raise RuntimeError('loaded as root')\n"
+    tiny_wheels.wheel(links, "onnxruntime", "1.31", {"onnxruntime/__init__.py": refuses})
+    own = next(links.glob("fedprune-*"))
     target = Target(python, platform.machine())
-    build_kit(tmp_path / "kit", board, target, wheel=own, links=[wheels], claim="one-time")
+    build_kit(tmp_path / "kit", board, target, wheel=own, links=[links], claim="one-time")
     (tmp_path / "usr/bin").mkdir(parents=True)
     (tmp_path / "usr/bin/systemctl").write_text(SYSTEMCTL)
     (tmp_path / "usr/bin/systemctl").chmod(0o755)

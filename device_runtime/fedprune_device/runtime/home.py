@@ -124,8 +124,12 @@ class Home:
             (self.folder / f"{slot}.json").unlink()
         _sync(self.folder)
 
-    def whole(self, slot: str) -> Record:
-        """A slot's record, if every file is what it says and there is no other.
+    def whole(self, slot: str, *, from_disk: bool = False) -> Record:
+        """A slot's record, if every file matches it and no other file exists.
+
+        Args:
+            slot: The slot.
+            from_disk: Read synced files from the disk instead of the page cache, which hides write errors.
 
         Raises:
             DamagedError: The first thing that is wrong.
@@ -137,7 +141,7 @@ class Home:
             what = "is missing" if path in record.files else "doesn't belong there"
             raise DamagedError(f"slot {slot}: {path} {what}")
         for path, (sha256, size) in record.files.items():
-            if (folder / path).is_symlink() or digest(folder / path) != (sha256, size):
+            if (folder / path).is_symlink() or digest(folder / path, from_disk=from_disk) != (sha256, size):
                 raise DamagedError(f"slot {slot}: {path} is damaged")
         return record
 
@@ -158,11 +162,13 @@ class Home:
         return State(stable, highest=highest, outcome=Outcome(highest, ROLLED_BACK, reason))
 
 
-def digest(path: Path) -> tuple[str, int]:
-    """sha256 and size of a file; of one that can't be read, nothing that a record has."""
+def digest(path: Path, *, from_disk: bool = False) -> tuple[str, int]:
+    """sha256 and size of a file; ("", -1) if it can't be read."""
     found, size = hashlib.sha256(), 0
     try:
         with path.open("rb") as file:
+            if from_disk:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while piece := file.read(2**20):
                 found.update(piece)
                 size += len(piece)

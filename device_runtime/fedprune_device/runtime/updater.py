@@ -255,7 +255,7 @@ class Updater:
         record = Record(release.number, release.version, release.entry, files, release.system)
         self.home.write_record(slot, record)
         try:
-            self.home.whole(slot)
+            self.home.whole(slot, from_disk=True)
         except DamagedError as error:
             self.home.drop_record(slot)
             raise StorageError(

@@ -99,7 +99,7 @@ class Installation:
     def runtime(self) -> RuntimeSlot:
         """The runtime's folder."""
         python = PYTHON if self.place.live else sys.executable
-        return RuntimeSlot(self.kit, self.place.at(HOME), python)
+        return RuntimeSlot(self.kit, self.place.at(HOME), python, self.place.owner)
 
     def check(self) -> None:
         """Make sure that the kit is for this board and whole, and that there is room.

@@ -14,7 +14,7 @@ from fedprune.errors import KitError, RuntimeUnavailableError, StorageError, Sto
 from fedprune_device.runtime.home import Home, Record, write_file
 from fedprune_device.runtime.state import SLOTS, STABLE, DamagedError, State
 from fedprune_device.runtime.wheel import Wheel
-from fedprune_flash.on_board.board_files import empty
+from fedprune_flash.on_board.board_files import Owner, empty, give
 from fedprune_flash.on_board.kit_folder import LAUNCHER, KitFolder
 
 ENTRY = "fedprune_device.cli:main"
@@ -43,14 +43,15 @@ class RuntimeSlot:
         kit: The kit.
         root: The folder of launcher and slots.
         python: The Python that will run it.
+        owner: The service's user, as whom the kit's modules are tried; None for the installing user.
 
     Attributes:
         home: What the launcher sees of it.
         folders: All that is the service's user's, whose updates write there; the launcher stays root's.
     """
 
-    def __init__(self, kit: KitFolder, root: Path, python: str) -> None:
-        self._kit, self._python = kit, python
+    def __init__(self, kit: KitFolder, root: Path, python: str, owner: Owner | None = None) -> None:
+        self._kit, self._python, self._owner = kit, python, owner
         self.home = Home(root)
         self.folders = [root / name for name in _FOLDERS]
 
@@ -133,6 +134,7 @@ class RuntimeSlot:
                 path.unlink()
         slot = self._free_slot()
         home.drop_record(slot)
+        give([home.root / slot], (os.geteuid(), os.getegid()))  # the service's user must not write there meanwhile
         empty(home.root / slot)
         try:
             files = self._unpack(home.root / slot)
@@ -142,7 +144,7 @@ class RuntimeSlot:
             raise
         home.write_record(slot, Record(NUMBER, self._kit.runtime, ENTRY, files))
         try:
-            home.whole(slot)
+            home.whole(slot, from_disk=True)
         except DamagedError as error:
             home.drop_record(slot)
             raise StorageError(
@@ -170,20 +172,24 @@ class RuntimeSlot:
         for path in self._kit.wheels:
             files |= {name: (digest, size) for name, digest, size in Wheel(path, path.name).unpack(slot)}
         os.sync()  # one for all files: a card doesn't like thousands
+        give([slot], self._owner)
         for module, oldest in self._kit.manifest["imports"].items():
             self._probe(slot, module, oldest)
         return files
 
     def _probe(self, slot: Path, module: str, oldest: str) -> None:
-        """Load a module as the launcher would. A process of its own: what the processor can't do kills it."""
+        """Load a module as the launcher would: as the service's user, and in a process of its own, since an
+        instruction that the processor lacks kills it."""
         if not _MODULE.fullmatch(module):
             raise KitError(f"the kit names a module {module[:60]!r}", hint="Make the kit again.")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         environment |= {"PYTHONPATH": str(slot), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
+        user, group = self._owner or (None, None)
         try:
             done = subprocess.run(  # noqa: S603  # nosec B603  # our own lines; the module's name is checked above
                 [self._python, "-c", _PROBE, module],
                 capture_output=True, text=True, check=False, env=environment, cwd="/", timeout=_PROBE_S,
+                user=user, group=group, extra_groups=None if user is None else [],
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise RuntimeUnavailableError(f"{module} doesn't load within {_PROBE_S:g} s") from error
