@@ -166,8 +166,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune.profile_store import find as find_profile
     from fedprune.profile_store import names as names_of_profiles
     from fedprune_server.commands.configuration import configured
-    from fedprune_server.console.alerts import AlertBook
-    from fedprune_server.console.setup import with_console
+    from fedprune_server.console.setup import desks_of, with_console
     from fedprune_server.daemon import Daemon
     from fedprune_server.fleet.board_logs import BoardLogs
     from fedprune_server.further_jobs import further, hosted
@@ -175,8 +174,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_server.host import Host
     from fedprune_server.link.connection import connection, identity_of
     from fedprune_server.link.web_blobs import web_blobs
+    from fedprune_server.observation.alert_book import AlertBook
+    from fedprune_server.observation.monitor import restored
     from fedprune_server.observation.onlooker import Shown
-    from fedprune_server.observation.setup import watching
+    from fedprune_server.observation.setup import monitoring, watching
     from fedprune_server.pulse import Pulse
     from fedprune_server.receivers.setup import alone_receives, receiving
     from fedprune_server.rollouts.store import RolloutStore
@@ -199,7 +200,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for name in names_of_profiles(profiles) if profiles else ():
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
         logs = stack.enter_context(BoardLogs(config.state, config.board_logs))
-        alerts = AlertBook()
+        alerts = AlertBook(restored(config.state))
         watch = stack.enter_context(watching(config, {"database": folder.lease.trouble}, alerts.counts))
         jobs = [open_job(stack, config, folder), *(open_job(stack, c) for c in further(config, arguments.job))]
         reached = stack.enter_context(connection(config, identity))
@@ -252,6 +253,9 @@ def _run(arguments: argparse.Namespace) -> int:
             _say_what_runs(kept)
             kept.folder.lease.lost = daemon.stop
         given = rollouts is not None
+        here = (lambda: daemon.connected) if isinstance(daemon, Host) else None
+        watched = [(desk, kept.config.state) for desk, kept in zip(desks_of(daemon)[0], jobs, strict=True)]
+        stack.enter_context(monitoring(config, watched, alerts, here))
         stack.enter_context(
             with_console(config, reached, identity, daemon, releases_given=given, logs=logs, alerts=alerts)
         )

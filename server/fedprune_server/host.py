@@ -106,6 +106,11 @@ class Host:
         """Which job has a device; None for one that is free, or isn't there."""
         return self._loans.lent.get(device)
 
+    @property
+    def connected(self) -> int:
+        """How many devices are there."""
+        return len(self._here)
+
     def present(self, device: str) -> bool:
         """Whether a device is there."""
         return device in self._here

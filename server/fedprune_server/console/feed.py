@@ -15,18 +15,19 @@ from typing import Any
 from fedprune.errors import FedpruneError, ProtocolError, reason
 from fedprune.wire.fields import one_line
 from fedprune_server.console import rows
-from fedprune_server.console.alerts import AlertBook
 from fedprune_server.console.board_told import BoardTold
 from fedprune_server.console.clerk import KINDS, Clerk
 from fedprune_server.console.details import coverage_news, details
 from fedprune_server.console.device_words import Devices
 from fedprune_server.console.feed_words import Beat, JobNews, Rollouts, RoundNews, Site, ToConsole
-from fedprune_server.console.guard import Guard
 from fedprune_server.console.log_tap import LogTap
+from fedprune_server.console.log_words import AlertNews
 from fedprune_server.console.lookout import SWEEP_S, Lookout
 from fedprune_server.console.order_words import EXPIRED, Answer, Order
 from fedprune_server.console.process import Child
 from fedprune_server.console.roles import LOOKS
+from fedprune_server.observation.alert_book import AlertBook
+from fedprune_server.observation.alerts import Alert
 from fedprune_server.observation.onlooker import Onlooker
 from fedprune_server.observation.view import JobView
 
@@ -60,7 +61,7 @@ class Feed(Onlooker):
         allowed: Which orders are taken: `none`, `look` or `all`.
         lent: Which job has which device, of several jobs.
         here: Whether a device is there, whatever job has it; None where the only job knows.
-        alerts: Where alerts are kept; None for a book of its own.
+        alerts: The open alerts; None for none.
         clock: Seconds since 1970.
         monotonic: Seconds of a clock that nobody sets.
     """
@@ -90,7 +91,7 @@ class Feed(Onlooker):
         self._clock, self._monotonic = clock, monotonic
         self.tap = LogTap()
         self._alerts = AlertBook() if alerts is None else alerts
-        self._guard = Guard(self._alerts, views[0])
+        self._held: set[str] = set()
         self._next_at = self._beat_at = self._sweep_at = self._complain_at = 0.0
         self._of: dict[str, str] = {}
         self._seen: dict[str, tuple[int, float]] = {}
@@ -166,7 +167,9 @@ class Feed(Onlooker):
             return
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_S
-            self.noticed(self._guard.look(self._clock()))
+            held = set(next(iter(self._views.values())).quarantine.all_held())
+            self.noticed(held | self._held)
+            self._held = held
         self._look()
         self._tell(now)
 
@@ -183,8 +186,8 @@ class Feed(Onlooker):
         self._told, self._jobs, self._covered, self._connected, self._rollouts = {}, {}, {}, None, None
         self._whole = False
         answers = [w for w in self._news if isinstance(w, Answer)]
-        self._news = [self._site_news(), *answers, *self._alerts.standing]
-        self._alerts.news()
+        self._news = [self._site_news(), *answers, *map(_alert_news, self._alerts.open)]
+        self._alerts.changes()
         for name, view in self._views.items():
             self._news.append(self._job_news(view))
             before: float | None = None
@@ -210,7 +213,7 @@ class Feed(Onlooker):
                 self._jobs[job.name] = job
                 self._news.append(job)
         self._news += [
-            *self._alerts.news(),
+            *(_alert_news(c.alert, c.closed_at) for c in self._alerts.changes()),
             *self.tap.take(_LINES),
             *(self._boards.take(_LINES) if self._boards else ()),
         ]
@@ -321,7 +324,6 @@ class Feed(Onlooker):
         if seen is None:
             return
         self._looked = True
-        self._guard.told(seen, self._clock())
         self.noticed(seen.changed)
         if seen.rollouts is not None:
             self._under_way = seen.rollouts
@@ -393,3 +395,13 @@ class Feed(Onlooker):
         if now - self._covered.get(view.job.name, -COVERED_S) >= COVERED_S:
             self._covered[view.job.name] = now
             self._news += coverage_news(view)
+
+
+def _alert_news(alert: Alert, closed_at: float | None = None) -> AlertNews:
+    """An alert as the console is told of it."""
+    text = one_line(f"{alert.what}. To do: {alert.todo}", 1000)
+    name = f"{alert.kind}:{alert.job or ''}:{alert.device or alert.subject}"[:100]
+    return AlertNews(
+        f"{name}@{alert.since:.0f}:{alert.severity}", alert.since, alert.kind, alert.severity, alert.device, alert.job,
+        text, closed_at,
+    )  # fmt: skip

@@ -27,13 +27,11 @@ class Seen:
 
     Attributes:
         changed: Devices of which something else is true than before.
-        waiting: Who waits to be let in.
         rollouts: Rows of `feed_words.ROLLOUT`; None where nothing has changed.
         releases: Names of releases that may be rolled out.
     """
 
     changed: frozenset[str]
-    waiting: tuple[str, ...]
     rollouts: tuple[dict[str, Any], ...] | None
     releases: tuple[str, ...]
 
@@ -84,10 +82,8 @@ class Lookout:
         Raises:
             StorageError: The disk fails; what has changed is told by the next look that doesn't.
         """
-        waiting: list[str] = []
         if self.members is not None and not self._over.is_set():
-            moved, waiting = self.members.look()
-            self._changed |= moved
+            self._changed |= self.members.look()
         names: tuple[str, ...] = ()
         if self.releases is not None and not self._over.is_set():  # else its database may be closed by now
             found = self.releases.look()
@@ -96,7 +92,7 @@ class Lookout:
             names = () if self._clerk is None else self._clerk.names()
         changed, self._changed = frozenset(self._changed), set()
         rollouts, self._rollouts = self._rollouts, None
-        return Seen(changed, tuple(waiting), rollouts, names)
+        return Seen(changed, rollouts, names)
 
     def close(self) -> None:
         """End; a look that is under way opens no other database after the one that it reads."""

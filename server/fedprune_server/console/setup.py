@@ -11,19 +11,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
-from typing import Any, Protocol
+from typing import Any
 
 from cryptography.x509 import load_pem_x509_certificate
 
 from fedprune import __version__
 from fedprune.errors import ConfigError, MissingExtraError, reason
-from fedprune_server.console.alerts import AlertBook
 from fedprune_server.console.board_told import BoardTold
 from fedprune_server.console.clerk import Clerk
 from fedprune_server.console.database import FILE, ConsoleDatabase
 from fedprune_server.console.feed import Feed
 from fedprune_server.console.feed_words import Begin
-from fedprune_server.console.guard import Guard, LoneGuard
 from fedprune_server.console.lookout import Lookout
 from fedprune_server.console.process import ConsoleProcess
 from fedprune_server.console.surroundings import Members, ReleaseWatch
@@ -31,8 +29,8 @@ from fedprune_server.fleet.board_logs import BoardLogs
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.store import IdentityStore
 from fedprune_server.link.connection import Connection
-from fedprune_server.observation.onlooker import Onlookers
-from fedprune_server.observation.view import JobView
+from fedprune_server.observation.alert_book import AlertBook
+from fedprune_server.observation.setup import WatchedJob
 from fedprune_server.rollouts.store import RolloutStore
 from fedprune_server.settings.config import ServerConfig, without_password
 
@@ -41,17 +39,7 @@ log = logging.getLogger("fedprune.server")
 _PACKAGES = ("argon2", "fastapi", "jinja2", "uvicorn")
 
 
-class Desk(Protocol):
-    """A job that can be looked at."""
-
-    onlookers: Onlookers
-
-    @property
-    def view(self) -> JobView:
-        """What there is to see."""
-
-
-def desks_of(server: Any) -> tuple[list[Desk], Callable[[str], str | None], Callable[[str], bool] | None]:
+def desks_of(server: Any) -> tuple[list[WatchedJob], Callable[[str], str | None], Callable[[str], bool] | None]:
     """The jobs of a daemon or of a host, which of them has a device, and whether a device is there."""
     desks = getattr(server, "desks", None)
     if desks is None:
@@ -70,7 +58,7 @@ def with_console(
     logs: BoardLogs | None = None,
     alerts: AlertBook | None = None,
 ) -> Iterator[Feed | None]:
-    """A console for a server, if its configuration wants one; without one its alerts alone, if it gives figures.
+    """A console for a server, if its configuration wants one.
 
     Args:
         config: The configuration.
@@ -79,23 +67,22 @@ def with_console(
         server: The daemon, or the host of several jobs.
         releases_given: Whether this server gives boards releases.
         logs: What boards tell of their logs.
-        alerts: Where alerts are kept, for others to count; None for nowhere else.
+        alerts: The open alerts; None for none.
 
     Raises:
         MissingExtraError: The packages of the extra `console` are missing.
         ConfigError: It can't listen there, or its certificate can't be used.
         StorageError: Its database can't be used.
     """
-    place, book = config.console_place, AlertBook() if alerts is None else alerts
+    place = config.console_place
+    if place is None:
+        yield None
+        return
     desks, lent, here = desks_of(server)
     with ExitStack() as stack:
-        if place is not None:
-            check_packages()
-            check_tls(config)
-            check_free(*place)
-        elif config.metrics_place is None:
-            yield None
-            return
+        check_packages()
+        check_tls(config)
+        check_free(*place)
         members = releases = clerk = None
         if identity is not None:
             store = IdentityStore(identity.path / "identity.db", read_only=True)
@@ -106,10 +93,6 @@ def with_console(
         lookout = Lookout(members, releases, clerk)
         stack.callback(lookout.close)
         lookout.start()
-        if place is None:
-            desks[0].onlookers.join(LoneGuard(Guard(book, desks[0].view), lookout))
-            yield None
-            return
         from fedprune_server.console.accounts import Accounts
 
         with ConsoleDatabase(config.state / FILE) as database:
@@ -121,7 +104,7 @@ def with_console(
         child = ConsoleProcess(_begin(config, *place))
         feed = Feed(
             [d.view for d in desks], _site(config, reached, identity), child, clerk=clerk, lookout=lookout,
-            boards=boards, allowed=config.console_orders, lent=lent, here=here, alerts=book,
+            boards=boards, allowed=config.console_orders, lent=lent, here=here, alerts=alerts,
         )  # fmt: skip
         stack.callback(feed.close)
         for desk in desks:

@@ -39,11 +39,11 @@ class Members:
         """A device's status and the fingerprint of its key that waits; None for one that nobody knows."""
         return self._known.get(device)
 
-    def look(self) -> tuple[set[str], list[str]]:
+    def look(self) -> set[str]:
         """See whether somebody asked, was let in or shut out.
 
         Returns:
-            Whose status is another than at the last call, and who waits.
+            Whose status is another than at the last call.
 
         Raises:
             StorageError: The disk fails.
@@ -55,7 +55,7 @@ class Members:
         changed = set()
         if before is not self._known:
             changed = {n for n in before.keys() | self._known.keys() if before.get(n) != self._known.get(n)}
-        return changed, [n for n, (_, key) in self._known.items() if key is not None]
+        return changed
 
     def _read(self) -> dict[str, tuple[str, str | None]]:
         found: dict[str, tuple[str, str | None]] = {}

@@ -1,12 +1,11 @@
-"""What is wrong with a fleet: what it is, why it matters, and the command to run."""
+"""A finding of `fedprune-server doctor`: what is wrong with a fleet, why it matters, and the command to run."""
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from fedprune_server.observation.alerts import INFO, Alert
 from fedprune_server.store.finding import Finding, Weight
 
 
@@ -56,11 +55,7 @@ def of_finding(finding: Finding, kind: str, why: str) -> Ailment:
     return Ailment(kind, finding.weight, finding.what, why, finding.advice or "See docs/back-up.md#check.")
 
 
-def command(*words: object) -> str:
-    """A command line of `fedprune-server` that a shell takes."""
-    return f"fedprune-server {shlex.join(str(w) for w in words)}"
-
-
-def at(folder: Path) -> tuple[str, str]:
-    """The words of a command that say which state folder."""
-    return "--state", str(folder)
+def of_alert(alert: Alert) -> Ailment:
+    """An alert as a finding: one that only informs is a note."""
+    weight = Weight.NOTE if alert.severity == INFO else Weight.WRONG
+    return Ailment(alert.kind, weight, alert.what, alert.why, alert.todo)

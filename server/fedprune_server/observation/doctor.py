@@ -6,16 +6,20 @@ Nothing is changed. What the disk's files themselves lack is `fedprune-server ch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import State
 from fedprune.disk import held
 from fedprune.errors import FedpruneError
+from fedprune_server.fleet.quarantine import read_rows
 from fedprune_server.observation import site_doctor as site
-from fedprune_server.observation.ailment import Ailment, at, command, wrong
+from fedprune_server.observation.ailment import Ailment, of_alert, wrong
+from fedprune_server.observation.alerts import Snapshot, at, command, evaluate
 from fedprune_server.observation.fleet_doctor import Case, ailments
+from fedprune_server.observation.monitor import read_open
+from fedprune_server.observation.site_facts import site_facts
 from fedprune_server.store.folder_lock import LOCK
 from fedprune_server.store.further_folders import folders
 from fedprune_server.store.state_folder import MODEL
@@ -40,7 +44,7 @@ def examined(folder: Path, timeout: float = 5.0, clock: Callable[[], float] = ti
 def _examine(folder: Path, timeout: float, now: float) -> Iterator[Ailment]:
     Storage.check_existing(folder)
     running = held(folder / LOCK)
-    first: Case | None = None
+    cases: list[Case] = []
     last: float | None = None
     for part in (folder, *folders(folder)):
         try:
@@ -53,26 +57,50 @@ def _examine(folder: Path, timeout: float, now: float) -> Iterator[Ailment]:
                 f"see that it runs and can be reached; then {command('check', *at(part))}, or restore a backup",
             )
             continue
-        first, last = first or case, max(filter(None, (last, told)), default=None)
+        last = max(filter(None, (last, told)), default=None)
+        cases.append(case)
         yield from ailments(case)
-    server: Mapping[str, Any] = {} if first is None else first.settings.get("server", {})
-    looks: tuple[Callable[[], Iterator[Ailment]], ...] = (
-        lambda: site.members(folder, now),
-        lambda: site.console(server, now),
+    server: Mapping[str, Any] = cases[0].settings.get("server", {}) if cases else {}
+    broken = list(site.identity(folder))
+    yield from broken
+    looks: tuple[Callable[[], Iterable[Ailment]], ...] = (
+        lambda: _alerts(folder, cases, server, now, running=running, members=not broken),
         lambda: site.clock(now, last),
-        lambda: site.disk(folder),
-        lambda: site.quarantined(folder, now, running=running),
         lambda: site.broker(folder, server, timeout, running=running),
         lambda: site.bucket(server, timeout),
-        lambda: site.rollouts(folder, now),
         lambda: site.crashes(folder, now),
         lambda: site.backups(folder, now),
     )
+    found: set[str] = set()
     for look in looks:
-        yield from _looked(look, folder)
+        for ailment in _looked(look, folder):
+            if ailment.kind != "broker" or "broker" not in found:
+                yield ailment
+            found.add(ailment.kind)
 
 
-def _looked(look: Callable[[], Iterator[Ailment]], folder: Path) -> Iterator[Ailment]:
+def _alerts(
+    folder: Path, cases: Sequence[Case], server: Mapping[str, Any], now: float, *, running: bool, members: bool
+) -> Iterator[Ailment]:
+    """The alerts that the state folder justifies, and those that a running server has open besides."""
+    told = read_open(folder) if running else None
+    rows = {n: str(r["reason"]) for n, r in sorted(read_rows(folder).items()) if (r["until"] or 0.0) > now}
+    seen = Snapshot(
+        folder,
+        [case.status for case in cases],
+        sum(case.here for case in cases),
+        running,
+        None if told is None else max(0.0, now - told[0]),
+        quarantined=rows,
+        site=site_facts(folder, server, members=members),
+    )
+    found = {a.key: a for a in evaluate(seen, now)}
+    for alert in () if told is None else told[1]:
+        found.setdefault(alert.key, alert)
+    yield from map(of_alert, found.values())
+
+
+def _looked(look: Callable[[], Iterable[Ailment]], folder: Path) -> Iterator[Ailment]:
     """What a look finds; one that fails keeps nobody from the others."""
     try:
         yield from look()

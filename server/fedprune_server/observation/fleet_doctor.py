@@ -1,4 +1,4 @@
-"""What is wrong with a job and its devices, by what the state folder says of them."""
+"""What is wrong with a job's settings and results, by its state folder; the alert rules find the rest."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from fedprune.coordination import Phase, State
 from fedprune.coordination.state import Progress
 from fedprune.errors import shown
 from fedprune.quantity import quantity
-from fedprune_server.observation.ailment import Ailment, at, command, note, wrong
+from fedprune_server.observation.ailment import Ailment, note, wrong
+from fedprune_server.observation.alerts import SHOWN, JobStatus, at, command, some
+from fedprune_server.observation.monitor import off_by_far
 from fedprune_server.observation.reasons import kind_of
 from fedprune_server.work.divergence import of_history
 
-_SHOWN = 5
 _ROUNDS = 3
 """Rounds that are looked back at."""
 
@@ -63,39 +64,43 @@ class Case:
         """The job's name."""
         return str(self.job.get("name", "?"))
 
+    @property
+    def begun(self) -> bool:
+        """Whether a job began here, or may begin any moment."""
+        return bool(self.job) or self.running
+
+    @property
+    def here(self) -> int:
+        """Boards that are connected and can take part; none without a server."""
+        return sum(d.online and not d.excluded for d in self.state.devices.values()) if self.running else 0
+
+    @property
+    def status(self) -> JobStatus:
+        """The job as the alert rules see it."""
+        job, state = self.job, self.state
+        return JobStatus(
+            self.name, self.folder, self.begun, state.phase, state.round, int(job.get("rounds", 0)), state.paused,
+            int(job.get("devices", 1)), len(state.devices) + len(self.outsiders),
+            sorted(n for n, d in state.devices.items() if not d.online and n not in self.revoked),
+            sorted(self.revoked & state.devices.keys()),
+            float(job.get("deadline_s", 600.0)),
+            off=off_by_far(state),
+        )  # fmt: skip
+
 
 def ailments(case: Case) -> Iterator[Ailment]:
     """All that is wrong with a job."""
     if case.state.phase is Phase.FINISHED:
         yield from _diverges(case)
         return
-    if not case.job and not case.running:
-        yield wrong(
-            "server-not-running",
-            f"no job has begun in {case.folder}",
-            "a server that couldn't start, or was never started, gives boards nothing to do",
-            f"{command('run', *at(case.folder), '--model', 'MODEL')}; what it says at its start tells what it lacks",
-        )
+    if not case.begun:
         return
-    yield from _server(case)
     yield from _paused(case)
-    yield from _devices(case)
     yield from _excluded(case)
     yield from _deadline(case)
     yield from _refused(case)
     yield from _uncovered(case)
     yield from _diverges(case)
-
-
-def _server(case: Case) -> Iterator[Ailment]:
-    if not case.running:
-        yield wrong(
-            "server-not-running",
-            f"no server runs on {case.folder}, and job {case.name} is in round {case.state.round} of "
-            f"{case.job.get('rounds', '?')}",
-            "boards wait for it, and train nothing meanwhile",
-            command("run", *at(case.folder)),
-        )
 
 
 def _paused(case: Case) -> Iterator[Ailment]:
@@ -108,43 +113,13 @@ def _paused(case: Case) -> Iterator[Ailment]:
         )
 
 
-def _devices(case: Case) -> Iterator[Ailment]:
-    devices = case.state.devices
-    if not devices and not case.outsiders:
-        yield wrong(
-            "no-devices",
-            f"no device has ever announced itself to job {case.name}",
-            "a round can't begin without boards",
-            f"let a board in: {command('claim', '--device', 'NAME', *at(case.folder))}; then on the board: "
-            "fedprune-device join, and fedprune-device run. A board's own log says why it doesn't get through",
-        )
-        return
-    if not case.running:
-        return  # then nobody is there
-    there = sorted(n for n, d in devices.items() if d.online and not d.excluded)
-    needed = int(case.job.get("devices", 1))
-    if case.state.phase is Phase.WAITING and len(there) < needed:
-        away = sorted(n for n, d in devices.items() if not d.online and n not in case.revoked)
-        out = sorted(case.revoked & devices.keys())
-        again = f"; for {_some(out)}: {command('devices', 'replace', 'NAME', *at(case.folder))}" if out else ""
-        yield wrong(
-            "too-few-devices",
-            f"job {case.name} waits for {quantity(needed, 'device')}, and {len(there)} can take part now"
-            + (f"; away: {_some(away)}" if away else "")
-            + (f"; shut out: {_some(out)}" if out else ""),
-            "a round begins when so many are there",
-            f"start the boards that are away ({command('logs', *at(case.folder))} may say what befell them), or begin "
-            f"with fewer: {command('run', *at(case.folder), '--devices', max(1, len(there)))}{again}",
-        )
-
-
 def _excluded(case: Case) -> Iterator[Ailment]:
     reasons = {n: d.excluded for n, d in case.state.devices.items() if d.excluded}
     reasons |= {n: str(b.get("excluded", "")) for n, b in case.outsiders.items() if n not in case.state.devices}
     for reason, names in _grouped(reasons).items():
         yield note(
             "excluded-devices",
-            f"{quantity(len(names), 'device')} of job {case.name} take no part ({_some(names)}): {reason}",
+            f"{quantity(len(names), 'device')} of job {case.name} take no part ({some(names)}): {reason}",
             "what they could learn is missing from the model",
             f"see {command('status', *at(case.folder))}; docs/add-a-board.md says what a board needs",
         )
@@ -162,7 +137,7 @@ def _deadline(case: Case) -> Iterator[Ailment]:
         yield wrong(
             "deadline-too-short",
             f"the deadline of job {case.name} is {limit:g} s, and {quantity(len(slow), 'device')} will need more, by "
-            f"their plans: {_some(sorted(slow))}, {worst} {slow[worst]:.0f} s",
+            f"their plans: {some(sorted(slow))}, {worst} {slow[worst]:.0f} s",
             "their updates come too late, and after a few such rounds they take no part any more",
             command("run", *at(case.folder), "--deadline", math.ceil(1.5 * slow[worst])),
         )
@@ -173,7 +148,7 @@ def _deadline(case: Case) -> Iterator[Ailment]:
             yield wrong(
                 "deadline-too-short",
                 f"in round {row['round']} of job {case.name} {len(late)} of {len(row['devices'])} devices were late "
-                f"for the deadline of {limit:g} s: {_some(late)}",
+                f"for the deadline of {limit:g} s: {some(late)}",
                 "what they trained didn't count",
                 command("run", *at(case.folder), "--deadline", math.ceil(2 * limit)),
             )
@@ -214,7 +189,7 @@ def _uncovered(case: Case) -> Iterator[Ailment]:
         yield note(
             "uncovered-channels",
             f"in {quantity(len(short), 'channel group')} of job {case.name} no device trains all channels "
-            f"({_some(shares)})",
+            f"({some(shares)})",
             "the last channels of the ranking stay as they are, so that the whole model learns less than it could",
             f"take a larger board in, give boards more (docs/planner.md), or take out a narrower model; "
             f"{command('status', *at(case.folder))} says which limit binds each board",
@@ -251,8 +226,4 @@ def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, reason in sorted(reasons.items()):
         found.setdefault(reason, []).append(name)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1]))[:_SHOWN])
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return dict(sorted(found.items(), key=lambda item: -len(item[1]))[:SHOWN])

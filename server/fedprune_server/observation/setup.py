@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
 
 from fedprune.errors import MissingExtraError
-from fedprune_server.observation.onlooker import Onlooker
+from fedprune_server.observation.alert_book import AlertBook
+from fedprune_server.observation.monitor import Monitor
+from fedprune_server.observation.onlooker import Onlooker, Onlookers
+from fedprune_server.observation.view import JobView
 from fedprune_server.settings.config import OFF, ServerConfig
 
 Alerts = Callable[[], Mapping[tuple[str, str], int]]
+
+
+class WatchedJob(Protocol):
+    """A job that observers can join."""
+
+    onlookers: Onlookers
+
+    @property
+    def view(self) -> JobView:
+        """What there is to see."""
+
+
 Watcher = Callable[[str], list[Onlooker]]
 """Gives those who look on at a job, by its name."""
 
@@ -53,6 +70,33 @@ def watching(
             tracer = stack.enter_context(traced(None if config.traces == OFF else config.traces))
             makers.append(lambda job: JobTraces(tracer, job))
         yield lambda job: [make(job) for make in makers]
+
+
+@contextmanager
+def monitoring(
+    config: ServerConfig,
+    jobs: Sequence[tuple[WatchedJob, Path]],
+    book: AlertBook,
+    here: Callable[[], int] | None = None,
+) -> Iterator[Monitor]:
+    """A server's alerts: logged, and kept in a book that console and metrics read.
+
+    Args:
+        config: The configuration.
+        jobs: The jobs and their state folders.
+        book: The book.
+        here: Says how many boards are connected, of several jobs.
+    """
+    views = [(job.view, folder) for job, folder in jobs]
+    monitor = Monitor(config.state, config.server_settings(), views, here=here, book=book)
+    for job, _ in jobs:
+        job.onlookers.join(monitor.watches[job.view.job.name])
+    jobs[0][0].onlookers.join(monitor)
+    monitor.start()
+    try:
+        yield monitor
+    finally:
+        monitor.close()
 
 
 def _missing(what: str, extra: str, error: ModuleNotFoundError) -> MissingExtraError:

@@ -1,51 +1,35 @@
-"""What is wrong around a job: who may take part, certificates, clock, disk, broker, bucket, rollouts, backups."""
+"""What is wrong around a job: identity, clock, broker, bucket, crashes, backups; the alert rules find the rest."""
 
 from __future__ import annotations
 
-import os
 import queue
 import secrets
-import shutil
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cryptography import x509
-
-from fedprune.coordination.rollout import Fate, RolloutPhase
-from fedprune.errors import FedpruneError, reason
+from fedprune.errors import FedpruneError
 from fedprune.quantity import quantity
-from fedprune.trust.certificates import load_certificate, seconds_of
-from fedprune.trust.keys import VerifyingKey
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.link import Link
 from fedprune.wire.topics import Topics
 from fedprune_server.bucket.bucket import FOLDER as IN_FOLDER
 from fedprune_server.bucket.bucket import Bucket
 from fedprune_server.fleet.board_logs import read_logs
-from fedprune_server.fleet.quarantine import read_rows
 from fedprune_server.identity.folder import FOLDER as IDENTITY
 from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.identity.store import REVOKED, WAITING
-from fedprune_server.observation.ailment import Ailment, at, command, note, of_finding, wrong
-from fedprune_server.rollouts.store import FILE as ROLLOUTS
-from fedprune_server.rollouts.store import FOLDER as RELEASES
-from fedprune_server.rollouts.store import RolloutStore
-from fedprune_server.settings.config import EMBEDDED, LOCAL, OFF, without_password
+from fedprune_server.identity.store import REVOKED
+from fedprune_server.observation.ailment import Ailment, note, of_finding, wrong
+from fedprune_server.observation.alerts import SHOWN, at, command, day
+from fedprune_server.settings.config import EMBEDDED, LOCAL, without_password
 from fedprune_server.store.backup_record import last_backup
 from fedprune_server.store.identity_checkup import check_identity
 
 _DAY_S = 24 * 3600.0
-_EXPIRES_S = 30 * _DAY_S
 _BACKUP_S = 7 * _DAY_S
-_STUCK_S = 6 * 3600.0
 _AHEAD_S = 120.0
-_FULL, _NEARLY = 0.03, 0.1
-_FULL_BYTES = 256 * 2**20
-_SHOWN = 5
 _EARLIEST = 1_750_000_000
 """No clock that is right shows an earlier time, in seconds since 1970."""
 
@@ -93,119 +77,24 @@ def revoked(folder: Path) -> frozenset[str]:
     }
 
 
-def members(folder: Path, now: float) -> Iterator[Ailment]:
-    """Who waits to be let in, what the identity lacks, and which certificates end soon."""
-    identity = folder / IDENTITY
-    if not identity.is_dir():
-        return
-    broken = list(check_identity(identity))
-    for finding in broken:
-        yield of_finding(finding, "identity", "without it the server can't prove to boards who it is")
-    for name in ("authority.pem", "server.pem", "broker.pem", "web.pem"):
-        path = identity / name
-        if path.is_file():
-            todo = f"start the server again, which makes a new one: {command('run', *at(folder))}"
-            if name.startswith("authority"):
-                todo = "begin an identity anew, and let every board join it (docs/security.md)"
-            yield from _certificate(path, now, todo)
-    if broken:
-        return
-    with IdentityFolder(folder, read_only=True) as opened:
-        waiting = [d for d in opened.store.devices() if d.status == WAITING]
-    if waiting:
-        first = waiting[0]
-        fingerprint = VerifyingKey.from_hex(first.key).fingerprint
-        names = sorted({d.device for d in waiting})
-        yield wrong(
-            "devices-wait",
-            f"{quantity(len(names), 'device')} waits for your word: {', '.join(names[:_SHOWN])}"
-            if len(names) == 1
-            else f"{len(names)} devices wait for your word: {', '.join(names[:_SHOWN])}",
-            "until then nobody hears them",
-            "compare the key with what the board shows, then "
-            + command("devices", "approve", first.device, "--key", fingerprint, *at(folder)),
-        )
-
-
-def console(server: Mapping[str, Any], now: float) -> Iterator[Ailment]:
-    """Whether browsers will go on to take the console's certificate; a server doesn't start with one that has ended."""
-    path = server.get("console_certificate")
-    if not path or server.get("console", OFF) == OFF:
-        return
-    todo = "put a new one and its key there (console_certificate, console_key), and start the server again"
-    try:
-        certificate = x509.load_pem_x509_certificate(Path(path).read_bytes())  # with a chain as long as it may be
-    except (OSError, ValueError) as error:
-        yield wrong("certificate", f"{path}: {reason(error)}", "the server doesn't start with it", todo)
-        return
-    yield from _ends(path, certificate, now, todo)
-
-
-def _certificate(path: Path, now: float, todo: str) -> Iterator[Ailment]:
-    try:
-        certificate = load_certificate(path, "certificate")
-    except FedpruneError as error:
-        yield wrong("certificate", str(error), "nobody can connect with it", "Restore a backup of the identity.")
-        return
-    yield from _ends(path, certificate, now, todo)
-
-
-def _ends(path: object, certificate: x509.Certificate, now: float, todo: str) -> Iterator[Ailment]:
-    begins, ends = seconds_of(certificate.not_valid_before_utc), seconds_of(certificate.not_valid_after_utc)
-    if begins > now:
-        yield wrong("certificate", f"{path} counts from {_day(begins)} only", "who checks it refuses to connect", todo)
-        return
-    left = ends - now
-    if left > _EXPIRES_S:
-        return
-    if left <= 0:
-        yield wrong("certificate", f"{path} ended on {_day(ends)}", "who checks it refuses to connect", todo)
-    else:
-        yield note("certificate", f"{path} ends on {_day(ends)}", "then who checks it refuses to connect", todo)
+def identity(folder: Path) -> Iterator[Ailment]:
+    """What the identity lacks."""
+    if (folder / IDENTITY).is_dir():
+        for finding in check_identity(folder / IDENTITY):
+            yield of_finding(finding, "identity", "without it the server can't prove to boards who it is")
 
 
 def clock(now: float, last_event: float | None) -> Iterator[Ailment]:
     """Whether this machine's clock can be right."""
     ahead = last_event is not None and last_event > now + _AHEAD_S
     if now < _EARLIEST or ahead:
-        said = f"; the job's last event was at {_day(last_event)}" if ahead and last_event is not None else ""
+        said = f"; the job's last event was at {day(last_event)}" if ahead and last_event is not None else ""
         yield wrong(
             "clock",
-            f"this machine's clock says {_day(now)}{said}",
+            f"this machine's clock says {day(now)}{said}",
             "deadlines, certificates and what boards take for the time go by it",
             "set the clock: timedatectl set-ntp true",
         )
-
-
-def disk(folder: Path, usage: Callable[[Path], Any] = shutil.disk_usage) -> Iterator[Ailment]:
-    """Whether there is room for what comes."""
-    found = usage(folder)
-    share = found.free / max(1, found.total)
-    if share > _NEARLY and found.free > _FULL_BYTES:
-        return
-    full = share < _FULL or found.free < _FULL_BYTES
-    yield (wrong if full else note)(
-        "disk",
-        f"the disk of {folder} has {found.free / 1e9:.2f} of {found.total / 1e9:.0f} GB left",
-        "a server without room ends (exit code 30); nothing is lost, but nothing goes on",
-        f"make room; {command('check', *at(folder), '--repair')} deletes what the job needs no more, and a smaller "
-        "--keep keeps fewer models",
-    )
-
-
-def quarantined(folder: Path, now: float, *, running: bool) -> Iterator[Ailment]:
-    """Who isn't listened to."""
-    held = {n: r for n, r in read_rows(folder).items() if r["until"] is not None and r["until"] > now}
-    if not held or not running:
-        return
-    name, row = next(iter(sorted(held.items())))
-    yield wrong(
-        "quarantine",
-        f"{quantity(len(held), 'device')} in quarantine: {', '.join(sorted(held)[:_SHOWN])}; {name}: {row['reason']}",
-        "what they send is dropped unread",
-        f"see {command('logs', '--device', name, *at(folder))} and the board's own log; it ends by itself, and a board "
-        f"that isn't yours is shut out by {command('devices', 'revoke', name, *at(folder))}",
-    )
 
 
 def crashes(folder: Path, now: float) -> Iterator[Ailment]:
@@ -220,50 +109,10 @@ def crashes(folder: Path, now: float) -> Iterator[Ailment]:
         last = found[-1]
         yield note(
             "crashes",
-            f"{quantity(len(names), 'board')} crashed within a day ({', '.join(names[:_SHOWN])}), lastly "
+            f"{quantity(len(names), 'board')} crashed within a day ({', '.join(names[:SHOWN])}), lastly "
             f"{last.device}: {last.text}",
             "a board that crashes trains nothing meanwhile",
             command("logs", "--device", last.device, *at(folder)),
-        )
-
-
-def rollouts(folder: Path, now: float) -> Iterator[Ailment]:
-    """A rollout that doesn't go on."""
-    if not (folder / RELEASES / ROLLOUTS).is_file() or not os.access(folder / RELEASES / ROLLOUTS, os.W_OK):
-        return
-    with RolloutStore(folder) as store:
-        entry = store.latest()
-    if entry is None:
-        return
-    todo = command("rollout", "status", *at(folder))
-    fates = entry.rollout.boards
-    failed = sorted(n for n, b in fates.items() if b.fate is Fate.FAILED)
-    if entry.rollout.phase is RolloutPhase.STOPPED and failed:
-        yield note(
-            "rollout",
-            f"the rollout of release {entry.offer.number} was stopped; it failed on {', '.join(failed[:_SHOWN])}",
-            "boards have different releases",
-            f"{todo}; then mend the release and roll out a new one",
-        )
-    if entry.rollout.phase is RolloutPhase.PAUSED:
-        yield note(
-            "rollout",
-            f"the rollout of release {entry.offer.number} is {entry.rollout.why}",
-            "no further board is given it",
-            f"to go on: {command('rollout', 'resume', *at(folder))}",
-        )
-    if entry.rollout.phase is not RolloutPhase.RUNNING:
-        return
-    told = [float(r["at"]) for r in entry.reports.values() if isinstance(r.get("at"), (int, float))]
-    since = now - max([entry.at, *told])
-    if since > _STUCK_S:
-        left = sorted(n for n, b in fates.items() if b.fate in (Fate.WAITING, Fate.GIVEN))
-        yield wrong(
-            "rollout",
-            f"the rollout of release {entry.offer.number} has heard of no board for {since / 3600:.0f} h; "
-            f"it waits for {', '.join(left[:_SHOWN]) or 'boards'}",
-            "the next stage begins when enough boards of this one are well",
-            f"{todo}; start the boards that are off, or end it: {command('rollout', 'stop', *at(folder))}",
         )
 
 
@@ -272,7 +121,7 @@ def backups(folder: Path, now: float) -> Iterator[Ailment]:
     found = last_backup(folder)
     if found is not None and now - found < _BACKUP_S:
         return
-    said = "no backup was ever made" if found is None else f"the last backup is of {_day(found)}"
+    said = "no backup was ever made" if found is None else f"the last backup is of {day(found)}"
     yield note(
         "backup",
         f"{said} with `fedprune-server backup` from {folder}",
@@ -370,7 +219,3 @@ def bucket(server: Mapping[str, Any], timeout: float) -> Iterator[Ailment]:
             "rounds wait until it can, since that is where models and updates are",
             "see AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and the bucket's rights; docs/back-up.md#blobs-in-s3",
         )
-
-
-def _day(at_: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,15 +15,14 @@ from runtime_releases import make_release
 from fedprune.trust.certificates import make_request, make_tls_key
 from fedprune.trust.keys import SigningKey, VerifyingKey
 from fedprune.wire.release_messages import COMMITTED, ReleaseReport
-from fedprune_server.console.alerts import AlertBook
 from fedprune_server.console.clerk import Clerk
 from fedprune_server.console.feed_words import Answer, Order
-from fedprune_server.console.guard import Guard
 from fedprune_server.console.lookout import Lookout
 from fedprune_server.console.surroundings import Members, ReleaseWatch
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.store import IdentityStore
-from fedprune_server.observation.site_doctor import rollouts
+from fedprune_server.observation.alerts import Snapshot, evaluate
+from fedprune_server.observation.site_facts import site_facts
 from fedprune_server.rollouts.desk import RolloutDesk
 from fedprune_server.rollouts.store import RolloutStore
 
@@ -65,7 +64,7 @@ def test_a_board_is_let_in_by_the_fingerprint_that_it_shows_and_by_no_other(stat
     key, other = asks(state, "attic"), asks(state, "attic")
     with closing(IdentityStore(state / "identity" / "identity.db", read_only=True)) as store:
         members = Members(store)
-        assert members.look() == ({"attic"}, ["attic"])
+        assert members.look() == {"attic"}
         wrong = ordered(clerk, "approve", device="attic", key="0000-0000-0000-0000")
         assert (wrong.ok, "no key with this fingerprint waits as attic" in wrong.text) == (False, True)
         assert store.members() == {}
@@ -110,16 +109,16 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, clerk: Cl
         for number in (1, 2, 8):
             make_release(tmp_path / "releases" / f"release-{number}", number, key=identity.key)
     with RolloutStore(state) as store, RolloutStore(state) as seen:
-        book = AlertBook()
-        calm = SimpleNamespace(quarantine=SimpleNamespace(all_held=list), connected=lambda: True)
-        guard = Guard(book, calm)  # type: ignore[arg-type]
+
+        def alerts() -> list[tuple[str, str]]:
+            facts = replace(site_facts(state, {}), disk=None, certificates=())
+            return [(a.kind, a.what) for a in evaluate(Snapshot(state, site=facts), time.time())]
 
         def row(*, server: bool = False) -> dict[str, Any]:
             """What is told, once a server that was started anew has looked."""
             if server:
                 RolloutDesk(store, lambda *_: None).connected(True)
             told = Lookout(releases=ReleaseWatch(seen)).look()
-            guard.told(told, time.time())
             (found,) = told.rollouts or ()
             return found
 
@@ -134,13 +133,12 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, clerk: Cl
         assert ordered(clerk, "rollout_pause").ok
         assert row()["state"] == "pausing"
         assert (row(server=True)["state"], row()["why"]) == ("paused", "paused: by ann")
-        assert book.counts()["rollout_paused", "info"] == 1
-        assert [a.what for a in rollouts(state, time.time())] == ["the rollout of release 2 is paused: by ann"]
+        assert alerts() == [("rollout-paused", "the rollout of release 2 is paused: by ann")]
         assert ordered(clerk, "rollout_resume").ok
         assert row()["state"] == "resuming"
         assert not ordered(clerk, "rollout_resume").ok
         assert row(server=True)["state"] == "running"
-        assert sum(book.counts().values()) == 0
+        assert alerts() == []
         has(2)
         assert (row()["state"], row()["before"], row()["subject"]) == ("done", "1 (0.1.0)", 2)
         for release in ("1", "release-2", "2" * 30):
@@ -151,4 +149,4 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, clerk: Cl
         assert not ordered(clerk, "rollout_back", release="2").ok, "clicked twice"
         assert ordered(clerk, "rollout_stop").ok
         assert (row()["state"], row(server=True)["state"]) == ("stopping", "stopped")
-        assert book.counts()["rollout", "warning"] == 1
+        assert [kind for kind, _ in alerts()] == ["rollout"]

@@ -14,16 +14,15 @@ from several import SeveralJobs, named
 
 from fedprune.coordination import Phase
 from fedprune_server.console import rows
-from fedprune_server.console.alerts import AlertBook
 from fedprune_server.console.device_words import Coverage
 from fedprune_server.console.feed import COVERED_S, Feed
 from fedprune_server.console.feed_words import Beat, ToConsole, line, parse_news
-from fedprune_server.console.guard import Guard, LoneGuard
 from fedprune_server.console.lookout import Lookout
 from fedprune_server.console.model import Model
 from fedprune_server.console.order_words import EXPIRED, Order
 from fedprune_server.console.setup import desks_of
 from fedprune_server.console.surroundings import Members
+from fedprune_server.observation.monitor import Monitor
 from fedprune_server.terminal.log_lines import about
 from toy import JOB
 
@@ -80,8 +79,8 @@ class Many(Members):
     def __init__(self) -> None:
         self._known = {f"board-{i:04d}": ("member", None) for i in range(120)}
 
-    def look(self) -> tuple[set[str], list[str]]:
-        return set(), []
+    def look(self) -> set[str]:
+        return set()
 
 
 def flush(feed: Feed, air: Any) -> None:
@@ -275,13 +274,15 @@ def test_an_order_that_comes_too_late_is_not_carried_out(tmp_path: Path) -> None
 def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
-    feed, child = watched(daemon, fleet.air)
+    monitor = Monitor(tmp_path, {}, [(daemon.view, tmp_path)])
+    feed, child = watched(daemon, fleet.air, alerts=monitor.book)
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     state = fleet.run()
     quarantine = daemon.view.quarantine
     quarantine.know("a")
     for _ in range(200):
         quarantine.bad("a")
+    monitor.look()
     flush(feed, fleet.air)
     flush(feed, fleet.air)
     row = child.model.device("a")
@@ -293,6 +294,7 @@ def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
     child.order(3, "coverage", job=JOB.name)
     for _ in range(4):
         flush(feed, fleet.air)
+        monitor.look()
     row, found = child.model.device("a"), child.model.details("a")
     assert row is not None
     assert row["quarantine"] is None
@@ -308,23 +310,29 @@ def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
         assert shares == sorted(shares, reverse=True)
 
 
-def test_alerts_are_counted_with_a_console_and_without_one(tmp_path: Path) -> None:
+def test_a_console_shows_what_the_monitor_finds(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
-    book, up = AlertBook(), [False]
-    clock = lambda: fleet.air.now  # noqa: E731
-    lone = LoneGuard(Guard(book, replace(daemon.view, connected=lambda: up[0])), Lookout(), clock, clock)
-    for up[0], open_alerts in ((False, 1), (True, 0)):
-        fleet.air.now += 5
-        lone.turned(lambda: 0.0, daemon.view)
-        assert book.counts()["broker", "critical"] == sum(book.counts().values()) == open_alerts
-    daemon.view.quarantine.know("a")
-    for _ in range(200):
-        daemon.view.quarantine.bad("a")
-    feed, _ = watched(daemon, fleet.air, alerts=book)
+    up, clock = [False], lambda: fleet.air.now
+    view = replace(daemon.view, connected=lambda: up[0])
+    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, clock=clock, monotonic=clock)
+    feed, child = watched(daemon, fleet.air, alerts=monitor.book)
+    for up[0], open_alerts in ((False, ["broker"]), (True, [])):
+        for _ in range(20):
+            monitor.turned(lambda: 0.0, daemon.view)
+            flush(feed, fleet.air)
+        assert [a["alert"] for a in child.model.alerts(gone=False).items] == open_alerts
+        assert monitor.book.counts()["broker", "critical"] == len(open_alerts)
+    (row,) = child.model.alerts().items
+    assert row["gone_at"] is not None
+    assert "To do: see that the broker runs" in row["text"]
+    up[0] = False
+    for _ in range(20):
+        monitor.turned(lambda: 0.0, daemon.view)
+        flush(feed, fleet.air)
+    child.model, child.alive = Model(), False
     flush(feed, fleet.air)
-    flush(feed, fleet.air)
-    assert {k: n for k, n in book.counts().items() if n} == {("quarantine", "warning"): 1}
+    assert [a["alert"] for a in child.model.alerts(gone=False).items] == ["broker"], "a console that was started anew"
 
 
 def test_several_jobs_feed_one_console_and_each_device_has_one_row(tmp_path: Path) -> None:

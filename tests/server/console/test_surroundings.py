@@ -66,10 +66,10 @@ class Slow:
     def __init__(self) -> None:
         self.ready, self.looks = threading.Event(), 0
 
-    def look(self) -> tuple[set[str], list[str]]:
+    def look(self) -> set[str]:
         self.ready.wait(30)
         self.looks += 1
-        return {f"board-{self.looks}"}, ["board-1"]
+        return {f"board-{self.looks}"}
 
 
 class Failing:
@@ -118,18 +118,18 @@ def test_rollouts_are_told_though_what_was_looked_at_behind_them_failed() -> Non
     lookout = Lookout(None, releases, clerk)
     with pytest.raises(StorageError, match="busy"):
         lookout.look()
-    assert lookout.look() == Seen(frozenset(), (), ({"number": 1},), ("release-2",))
-    assert lookout.look() == Seen(frozenset(), (), None, ("release-2",))
+    assert lookout.look() == Seen(frozenset(), ({"number": 1},), ("release-2",))
+    assert lookout.look() == Seen(frozenset(), None, ("release-2",))
 
 
 def test_a_look_that_is_under_way_at_the_end_opens_nothing_more() -> None:
     begun = threading.Event()
 
     class Interrupted:
-        def look(self) -> tuple[set[str], list[str]]:
+        def look(self) -> set[str]:
             begun.set()
             lookout._over.wait(30)
-            return set(), []
+            return set()
 
     members: Any = Interrupted()
     releases: Any = Changing()
@@ -162,7 +162,7 @@ def test_nobody_waits_for_a_disk_and_what_has_changed_is_told_though_a_look_fail
         slow.ready.set()
         with pytest.raises(StorageError, match="busy"):
             heard()
-        assert heard() == Seen(frozenset({"board-1", "board-2", "moved"}), ("board-1",), (), ())
+        assert heard() == Seen(frozenset({"board-1", "board-2", "moved"}), (), ())
     finally:
         slow.ready.set()
         lookout.close()

@@ -8,13 +8,18 @@ import shlex
 import socket
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedprune.coordination import Phase, State
 from fedprune.coordination.state import Device
@@ -27,8 +32,12 @@ from fedprune_server.cli import main
 from fedprune_server.fleet.board_logs import BoardLogs
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.observation import site_doctor as site
-from fedprune_server.observation.ailment import Ailment
+from fedprune_server.observation import site_facts as site_facts_module
+from fedprune_server.observation.ailment import Ailment, of_alert
+from fedprune_server.observation.alerts import Alert, Snapshot, evaluate
 from fedprune_server.observation.fleet_doctor import Case, ailments
+from fedprune_server.observation.monitor import FILE
+from fedprune_server.observation.site_facts import site_facts
 from fedprune_server.store.backup_record import last_backup, record_backup
 from fedprune_server.store.storage import Storage
 
@@ -86,29 +95,35 @@ SICK: dict[str, Case] = {
 }
 
 
-def kinds(found: Iterator[Ailment]) -> set[str]:
+def found_in(case: Case) -> list[Ailment]:
+    """What the doctor says of a job, by its own checks and by the alert rules."""
+    seen = Snapshot(case.folder, [case.status], case.here, case.running)
+    return [*ailments(case), *map(of_alert, evaluate(seen, NOW))]
+
+
+def kinds(found: Iterable[Ailment]) -> set[str]:
     return {a.kind for a in found}
 
 
 def test_a_healthy_job_has_nothing() -> None:
-    assert kinds(ailments(HEALTHY)) == set()
+    assert kinds(found_in(HEALTHY)) == set()
 
 
 @pytest.mark.parametrize("kind", SICK)
 def test_a_job_has_what_is_wrong_with_it_and_nothing_else(kind: str) -> None:
-    found = list(ailments(SICK[kind]))
+    found = found_in(SICK[kind])
     assert [a.kind for a in found] == [kind]
     assert all(found[0].to_dict().values())
 
 
 def test_a_folder_in_which_no_job_has_begun_is_said_so_and_nothing_else() -> None:
-    (found,) = ailments(replace(HEALTHY, settings={}, running=False))
+    (found,) = found_in(replace(HEALTHY, settings={}, running=False))
     assert found.kind == "server-not-running"
     assert "no job has begun" in found.what
 
 
 def test_a_board_that_was_shut_out_is_not_called_away() -> None:
-    (found,) = ailments(replace(SICK["too-few-devices"], revoked=frozenset({"b", "another"})))
+    (found,) = found_in(replace(SICK["too-few-devices"], revoked=frozenset({"b", "another"})))
     assert "; shut out: b" in found.what
     assert "away" not in found.what
     assert "devices replace" in found.todo
@@ -116,23 +131,17 @@ def test_a_board_that_was_shut_out_is_not_called_away() -> None:
 
 def test_a_round_for_which_half_was_late_had_too_short_a_deadline() -> None:
     late = with_state(history=[row(1, {"a": ("folded", ""), "b": ("refused", "missed the deadline")})])
-    assert kinds(ailments(late)) == {"deadline-too-short"}
+    assert kinds(found_in(late)) == {"deadline-too-short"}
 
 
 def test_a_finished_job_needs_no_server() -> None:
     done = replace(SICK["server-not-running"], state=replace(HEALTHY.state, phase=Phase.FINISHED))
-    assert kinds(ailments(done)) == set()
+    assert kinds(found_in(done)) == set()
 
 
 def test_the_clock(tmp_path: Path) -> None:
     assert kinds(site.clock(NOW, NOW - 5)) == set()
     assert kinds(site.clock(NOW, NOW + 3600)) == kinds(site.clock(1000.0, None)) == {"clock"}
-
-
-@pytest.mark.parametrize(("free", "weight"), [(0.5, None), (0.05, "note"), (0.01, "wrong")])
-def test_the_disk(tmp_path: Path, free: float, weight: str | None) -> None:
-    usage = namedtuple("usage", "total used free")(10**12, 0, int(free * 10**12))
-    assert [a.weight.value for a in site.disk(tmp_path, lambda _: usage)] == ([weight] if weight else [])
 
 
 def test_backups_are_remembered(tmp_path: Path) -> None:
@@ -144,25 +153,45 @@ def test_backups_are_remembered(tmp_path: Path) -> None:
 
 
 def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
+    def look(now: float) -> list[Alert]:
+        facts = replace(site_facts(tmp_path, {}), disk=None)
+        return evaluate(Snapshot(tmp_path, site=facts), now)
+
     with IdentityFolder.make(tmp_path, "lab") as identity:
-        assert kinds(site.members(tmp_path, time.time())) == set()
+        assert look(time.time()) == []
         identity.store.ask("pi-1", SigningKey.make().verifying.hex, 5)
-        [found] = site.members(tmp_path, time.time())
-        assert found.kind == "devices-wait"
+        [found] = look(time.time())
+        assert (found.kind, found.device) == ("devices-wait", "pi-1")
         advice = found.todo[found.todo.index("fedprune-server devices approve") :]
         assert main(shlex.split(advice)[1:]) == 0  # what it says can be done as it stands
         assert set(identity.store.members()) == {"pi-1"}
     later = time.time() + 300 * 365 * 86_400
-    assert "certificate" in kinds(site.members(tmp_path, later))
+    assert {a.kind for a in look(later)} == {"certificate"}
+    (tmp_path / "identity" / "server.pem").write_text("no certificate")
+    assert [a.severity for a in look(time.time())] == ["critical"]
     (tmp_path / "identity" / "signing.key").unlink()
-    assert "identity" in kinds(site.members(tmp_path, time.time()))
+    assert "identity" in kinds(site.identity(tmp_path))
 
 
-def test_quarantine_and_crashes(tmp_path: Path) -> None:
-    rows = {"a": {"until": NOW + 50, "reason": "too many messages"}, "b": {"until": None}}
-    (tmp_path / "quarantine.json").write_text(json.dumps(rows))
-    assert kinds(site.quarantined(tmp_path, NOW, running=True)) == {"quarantine"}
-    assert kinds(site.quarantined(tmp_path, NOW + 60, running=True)) == set()
+def test_a_certificate_of_the_console_that_ends_soon(tmp_path: Path) -> None:
+    path = tmp_path / "web.pem"
+    path.write_bytes(short_certificate(days=20))
+    server = {"console": "8470", "console_certificate": str(path)}
+    (alert,) = evaluate(Snapshot(tmp_path, site=replace(site_facts(tmp_path, server), disk=None)), time.time())
+    assert (alert.kind, alert.severity, alert.subject) == ("certificate", "warning", str(path))
+    assert site_facts(tmp_path, {**server, "console": "off"}).certificates == ()
+
+
+def short_certificate(days: float) -> bytes:
+    """A self-signed certificate that ends soon."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "fleet")])
+    now = datetime.now(timezone.utc)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=days))
+    return made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+
+def test_crashes(tmp_path: Path) -> None:
     assert kinds(site.crashes(tmp_path, NOW)) == set()
     with BoardLogs(tmp_path, clock=lambda: NOW) as logs:
         logs.crashed(CrashReport("a", 1, 1, "exception", "ValueError: no", (), "fedprune", ""))
@@ -241,7 +270,8 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(site, "disk", lambda folder: iter(()))
+    usage = namedtuple("usage", "total used free")(10**12, 0, 10**12 // 2)
+    monkeypatch.setattr(site_facts_module.shutil, "disk_usage", lambda folder: usage)
 
 
 @pytest.mark.usefixtures("roomy")
@@ -254,6 +284,24 @@ def test_the_command_says_what_why_and_what_to_do(folder: Path, capsys: pytest.C
     assert [f["kind"] for f in body["findings"]] == ["server-not-running"]
     assert main(["doctor", "--state", str(folder)]) == ExitCode.FOUND
     assert capsys.readouterr().out.count("\n  do:  fedprune-server run --state") == 1
+
+
+@pytest.mark.usefixtures("roomy")
+def test_what_the_running_server_has_open_is_found_and_so_is_a_loop_that_hangs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(turned_at: float) -> list[str]:
+        alert = Alert("no-progress", "critical", turned_at, "nothing comes", "why", "todo", job="leaves")
+        (folder / FILE).write_text(json.dumps({"turned_at": turned_at, "alerts": [asdict(alert)]}))
+        assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FOUND
+        return [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]]
+
+    with running(folder):
+        (folder / "quarantine.json").write_text(json.dumps({"a": {"until": time.time() + 50, "reason": "too many"}}))
+        assert told(time.time()) == ["quarantine", "no-progress"]
+        (folder / "quarantine.json").unlink()
+        assert told(time.time() - 100) == ["server-hangs", "no-progress"]
+    assert told(time.time() - 100) == ["server-not-running"], "what a dead server had open is past"
 
 
 def test_a_folder_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,9 +320,7 @@ def test_a_damaged_database_is_a_finding(folder: Path, capsys: pytest.CaptureFix
 def test_every_kind_is_on_the_page() -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "observe.md").read_text()
     here = Path(site.__file__).parent
-    named: Callable[[str], list[str]] = re.compile(
-        r"(?:wrong|note|\(wrong if full else note\))\(\s*\"([a-z-]+)\""
-    ).findall
-    kinds_ = {k for f in here.glob("*doctor.py") for k in named(f.read_text())} | {"identity", "disk"}
-    assert len(kinds_) > 18
+    named: Callable[[str], list[str]] = re.compile(r"(?:wrong|note)\(\s*\"([a-z-]+)\"").findall
+    kinds_ = {k for f in here.glob("*doctor.py") for k in named(f.read_text())} | {"identity"}
+    assert len(kinds_) > 12
     assert {k for k in kinds_ if f"`{k}`" not in page} == set()

@@ -16,8 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedprune.coordination import State
 from fedprune.errors import ConfigError
-from fedprune_server.console.alerts import SEVERITY, AlertBook
 from fedprune_server.observation import web
+from fedprune_server.observation.alert_book import AlertBook
+from fedprune_server.observation.alerts import KINDS as ALERTS
 from fedprune_server.observation.metrics import PARTS, Metrics
 from fedprune_server.observation.onlooker import Onlooker
 from fedprune_server.observation.reasons import KINDS, OTHER, kind_of
@@ -160,9 +161,9 @@ def test_the_alerts_ask_for_figures_that_there_are() -> None:
     rules = [rule for group in groups for rule in group["rules"]]
     names = exposed()
     assert len(rules) >= 6
-    kinds = {kind for rule in rules for kind in re.findall(r'fedprune_alerts\{kind="(\w+)"', rule["expr"])}
+    kinds = {kind for rule in rules for kind in re.findall(r'fedprune_alerts\{kind="([\w-]+)"', rule["expr"])}
     assert kinds
-    assert kinds <= set(SEVERITY)
+    assert kinds <= set(ALERTS)
     for rule in rules:
         assert asked_for(rule["expr"]) <= names, rule["expr"]
         assert {"alert", "expr", "labels", "annotations"} <= rule.keys()

@@ -1,0 +1,311 @@
+"""The alert rules, the book that opens and closes alerts, and the monitor that fills both from a running job."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fleet import Fleet, ToyDevice
+
+from fedprune.coordination import Phase
+from fedprune.coordination.rollout import RolloutPhase
+from fedprune_server.observation.alert_book import AlertBook, AlertChange
+from fedprune_server.observation.alerts import (
+    KINDS,
+    MOST,
+    Alert,
+    CertificateDates,
+    JobStatus,
+    RolloutStatus,
+    SiteFacts,
+    Snapshot,
+    evaluate,
+)
+from fedprune_server.observation.monitor import FILE, Monitor, off_by_far, read_open
+from fedprune_server.observation.onlooker import Onlooker
+from toy import JOB
+
+NOW, DAY, ROOM = 1_800_000_000.0, 86_400.0, 10**12
+TRAINING = JobStatus("leaves", Path("state"), phase=Phase.TRAINING, round=3, rounds=9, needed=2, known=2)
+CALM = Snapshot(Path("state"), [TRAINING], 2, site=SiteFacts((ROOM // 2, ROOM)))
+
+
+def with_job(here: int = 2, **values: Any) -> Snapshot:
+    return replace(CALM, jobs=[replace(TRAINING, **values)], here=here)
+
+
+def with_site(**values: Any) -> Snapshot:
+    return replace(CALM, site=replace(SiteFacts((ROOM // 2, ROOM)), **values))
+
+
+def ending(days: float) -> CertificateDates:
+    return CertificateDates("server.pem", NOW - DAY, NOW + days * DAY, "start the server again")
+
+
+def rollout(phase: RolloutPhase, why: str = "", failed: tuple[str, ...] = (), silent_s: float = 0.0) -> Snapshot:
+    return with_site(rollout=RolloutStatus(7, phase, why, failed, ("b",), NOW - silent_s))
+
+
+CASES: dict[str, tuple[Snapshot, str, str]] = {
+    "a server that is dead": (replace(with_job(0), running=False), "server-not-running", "critical"),
+    "a folder without a job": (replace(with_job(begun=False), running=False), "server-not-running", "critical"),
+    "a loop that hangs": (replace(CALM, turned_s=61.0), "server-hangs", "critical"),
+    "no broker": (replace(CALM, broker="there is no connection to the broker"), "broker", "critical"),
+    "all boards away": (with_job(0), "no-devices", "critical"),
+    "no board yet": (with_job(0, known=0), "no-devices", "warning"),
+    "one board of two": (with_job(1, phase=Phase.WAITING, away=["b"]), "too-few-devices", "warning"),
+    "a missed deadline": (with_job(missed=1), "no-progress", "critical"),
+    "a round without updates": (with_job(empty=1), "no-progress", "critical"),
+    "a board off its plan": (with_job(off={"a": "memory 2 MB instead of 1 MB"}), "prediction-off", "info"),
+    "a disk that fills": (with_site(disk=(ROOM // 20, ROOM)), "disk", "warning"),
+    "a disk that is full": (with_site(disk=(ROOM // 100, ROOM)), "disk", "critical"),
+    "a certificate near its end": (with_site(certificates=[ending(29)]), "certificate", "warning"),
+    "a certificate at its end": (with_site(certificates=[ending(-1)]), "certificate", "critical"),
+    "a certificate of tomorrow": (
+        with_site(certificates=[replace(ending(99), begins=NOW + DAY)]), "certificate", "critical",
+    ),
+    "a certificate that is damaged": (
+        with_site(certificates=[replace(ending(99), error="no PEM")]), "certificate", "critical",
+    ),
+    "a board in quarantine": (replace(CALM, quarantined={"a": "too many messages"}), "quarantine", "warning"),
+    "a board that waits": (with_site(waiting={"a": "1234"}), "devices-wait", "warning"),
+    "a rollout that failed": (rollout(RolloutPhase.STOPPED, "too many", ("a",)), "rollout", "warning"),
+    "a rollout that was stopped": (rollout(RolloutPhase.STOPPED, "stopped: by ann"), "rollout", "info"),
+    "a rollout that is paused": (rollout(RolloutPhase.PAUSED, "paused: by ann"), "rollout-paused", "info"),
+    "a rollout that hears nothing": (rollout(RolloutPhase.RUNNING, silent_s=DAY), "rollout", "warning"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_trouble_is_one_alert_with_a_remedy(case: str) -> None:
+    seen, kind, severity = CASES[case]
+    (found,) = evaluate(seen, NOW)
+    assert (found.kind, found.severity) == (kind, severity)
+    assert severity in KINDS[kind]
+    assert all((found.what, found.why, found.todo))
+    assert found.delay_s <= TRAINING.deadline_s / 2
+    assert found.since <= NOW
+
+
+def test_every_kind_is_tried_and_is_on_the_page() -> None:
+    assert {kind for _, kind, _ in CASES.values()} == set(KINDS)
+    page = (Path(__file__).resolve().parents[3] / "docs" / "observe.md").read_text()
+    assert {k for k in KINDS if f"`{k}`" not in page} == set()
+
+
+@pytest.mark.parametrize(
+    "calm",
+    [
+        CALM,
+        with_job(0, phase=Phase.FINISHED),
+        with_job(0, paused=True, missed=3),
+        with_job(1),
+        replace(CALM, turned_s=59.0),
+        with_site(certificates=[ending(31)]),
+        rollout(RolloutPhase.RUNNING),
+    ],
+)
+def test_what_is_in_order_is_no_alert(calm: Snapshot) -> None:
+    assert evaluate(calm, NOW) == []
+
+
+def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:
+    seen = with_site(disk=(ROOM * 11 // 100, ROOM))
+    assert evaluate(seen, NOW) == []
+    assert [a.kind for a in evaluate(replace(seen, open=frozenset({"disk:warning::"})), NOW)] == ["disk"]
+
+
+def raised(**values: Any) -> Alert:
+    return Alert(
+        **{"kind": "broker", "severity": "critical", "since": NOW, "what": "w", "why": "y", "todo": "t"} | values
+    )
+
+
+def test_an_alert_opens_once_and_closes_once_and_does_not_flap() -> None:
+    book, slow = AlertBook(), raised(delay_s=10.0)
+    opened = [len(book.update([slow], 0.0 + t, NOW + t)) for t in range(12)]
+    assert opened == [0] * 10 + [1, 0]
+    for t in range(12, 40):  # away for less than its delay, again and again
+        assert book.update([slow] if t % 5 else [], float(t), NOW + t) == []
+    assert [a.since for a in book.open] == [NOW]
+    closed = [c for t in range(40, 60) for c in book.update([], float(t), NOW + t)]
+    assert [(c.alert.kind, c.closed_at) for c in closed] == [("broker", NOW + 50)]
+    for t in range(60, 90):  # there for less than its delay
+        assert book.update([slow] if t % 5 else [], float(t), NOW + t) == []
+
+
+def test_the_clock_on_the_wall_may_jump() -> None:
+    book, slow = AlertBook(), raised(delay_s=10.0)
+    book.update([slow], 0.0, NOW)
+    assert book.update([slow], 1.0, NOW + 9 * DAY) == []
+    assert len(book.update([slow], 10.0, NOW - 9 * DAY)) == 1
+
+
+def test_many_strangers_hide_nothing_worse() -> None:
+    strangers = {f"d{i}": "key" for i in range(MOST + 9)}
+    found = evaluate(replace(with_site(waiting=strangers), broker="gone"), NOW)
+    book = AlertBook()
+    book.update(found, 0.0, NOW)
+    book.update(found, 60.0, NOW)
+    assert (book.counts()["devices-wait", "warning"], book.counts()["broker", "critical"]) == (MOST, 1)
+
+
+def test_changes_that_nobody_reads_do_not_pile_up() -> None:
+    book = AlertBook()
+    for i in range(9 * MOST):
+        book.update([raised()] if i % 2 == 0 else [], float(i), NOW + i)
+    changes = book.changes()
+    assert len(changes) <= 4 * MOST
+    assert changes[-1].closed_at == NOW + 9 * MOST - 1
+    assert not book.changes()
+
+
+def test_a_restarted_server_goes_on_with_its_open_alerts(tmp_path: Path) -> None:
+    left = raised(delay_s=10.0)
+    (tmp_path / FILE).write_text(json.dumps({"turned_at": NOW, "alerts": [asdict(left)]}))
+    assert read_open(tmp_path) == (NOW, [left])
+    book = AlertBook([left])
+    assert book.update([raised(delay_s=10.0, since=NOW + 50)], 0.0, NOW + 50) == []
+    assert [a.since for a in book.open] == [NOW]
+    for damaged in ("", "[]", '{"turned_at": 1, "alerts": [{}]}', '{"turned_at": 1, "alerts": [{"kind": "x"}]}'):
+        (tmp_path / FILE).write_text(damaged)
+        assert read_open(tmp_path) is None
+
+
+class Trouble(Onlooker):
+    """Does something to a fleet once its third round is over.
+
+    Args:
+        act: Does it.
+    """
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+        self.at: float | None = None
+
+    def round_over(self, summary: dict[str, Any], now: float, seen: Any) -> None:
+        """Act after the third round."""
+        if summary["round"] == 3:
+            self.at = now
+            self._act()
+
+
+Changes = list[tuple[float, str, bool]]
+"""When something opened or closed, in seconds after the trouble; what; and whether it opened."""
+
+
+def alarmed(
+    folder: Path, act: Callable[[Fleet], None], then: Callable[[Fleet, float], None] | None = None, kind: str = "sync"
+) -> Changes:
+    """What a server tells of a fleet in memory, for 200 s of virtual time after something happens to it.
+
+    Args:
+        folder: Of the server.
+        act: Happens after the third round.
+        then: Is called whenever time has passed, with the seconds since then.
+        kind: The kind of the job's schedule.
+    """
+    fleet = Fleet(folder, replace(JOB, rounds=8, deadline_s=30.0, schedule={"kind": kind}))
+    daemon = fleet.daemon()
+    trouble = Trouble(lambda: act(fleet))
+    clock = lambda: fleet.air.now  # noqa: E731
+    changes: Changes = []
+
+    def tell(change: AlertChange) -> None:
+        assert trouble.at is not None, "alerts of a healthy fleet"
+        changes.append((clock() - trouble.at, change.alert.kind, change.closed_at is None))
+
+    monitor = Monitor(folder, {}, [(daemon.view, folder)], tell=tell, clock=clock, monotonic=clock)
+    for onlooker in (trouble, monitor.watches[JOB.name], monitor):
+        daemon.onlookers.join(onlooker)
+
+    def idle() -> None:
+        if daemon.busy:
+            time.sleep(0.0005)
+            return
+        fleet.air.now += 0.5
+        if trouble.at is not None and then is not None:
+            then(fleet, fleet.air.now - trouble.at)
+        if fleet.air.now > (trouble.at or 0.0) + 200:
+            daemon.stop()
+
+    fleet.air.on_idle = idle
+    daemon.run()
+    return changes
+
+
+def test_boards_that_all_die_are_told_within_a_deadline_and_so_is_their_return(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fedprune.server")
+
+    dead: dict[str, ToyDevice] = {}
+
+    def die(fleet: Fleet) -> None:
+        dead.update(fleet.air.devices)
+        fleet.air.devices.clear()
+        for device in dead.values():
+            device.die()
+
+    def come_back(fleet: Fleet, seconds: float) -> None:
+        for device in dead.values() if seconds == 70 else ():
+            fleet.air.devices[device.name] = device
+            device.session += 1
+            device.birth()
+
+    changes = alarmed(tmp_path, die, come_back)
+    opened = {kind: at for at, kind, is_open in changes if is_open}
+    closed = {kind: at for at, kind, is_open in changes if not is_open}
+    assert {"no-devices"} <= set(opened) == set(closed)
+    assert len(changes) == 2 * len(opened), "each opens once and closes once"
+    assert all(at <= 30 + 2 for at in opened.values())
+    assert 15 <= opened["no-devices"] <= 17
+    assert 70 <= closed["no-devices"] <= 70 + 17
+    (line,) = [r for r in caplog.records if "alert: no board" in r.getMessage()]
+    assert line.levelname == "ERROR"
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_boards_that_bring_nothing_are_told_after_a_deadline(tmp_path: Path, kind: str) -> None:
+    def fall_silent(fleet: Fleet) -> None:
+        for device in fleet.air.devices.values():
+            device.silent = True
+
+    def speak(fleet: Fleet, seconds: float) -> None:
+        for device in fleet.air.devices.values() if seconds == 100 else ():
+            device.silent = False
+            device.birth()
+
+    changes = alarmed(tmp_path, fall_silent, speak, kind=kind)
+    assert [(what, is_open) for _, what, is_open in changes] == [("no-progress", True), ("no-progress", False)]
+    assert 30 <= changes[0][0] <= 32
+    assert 100 <= changes[1][0] <= 132
+
+
+def test_updates_of_which_none_counts_are_told(tmp_path: Path) -> None:
+    def poison(fleet: Fleet) -> None:
+        fleet.worker.poison = set(fleet.air.devices)
+
+    changes = alarmed(tmp_path, poison)
+    assert [(kind, is_open) for _, kind, is_open in changes][:1] == [("no-progress", True)]
+
+
+def test_a_healthy_fleet_raises_nothing(tmp_path: Path) -> None:
+    assert alarmed(tmp_path, lambda fleet: None) == []
+
+
+def test_a_board_far_off_its_plan_is_found() -> None:
+    plan = {"prediction": {"step_s": 1.0, "memory_bytes": 100e6}}
+    part = {"progress": "folded", "widths": [4], "metrics": {"peak_memory_bytes": 126e6, "step_seconds": 1.9}}
+    device = SimpleNamespace(plan=plan, widths=(4,))
+    state: Any = SimpleNamespace(devices={"a": device, "b": device}, history=[{"devices": {"a": part, "c": part}}])
+    assert off_by_far(state) == {"a": "memory 126 MB instead of 100 MB"}
+    part["metrics"] = {"peak_memory_bytes": 124e6, "step_seconds": 1.9}
+    assert off_by_far(state) == {}
