@@ -80,7 +80,9 @@ def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched) -> Non
     site.wait_for(lambda: "alert: no board" in site.log(), "the log tells of it")
     assert site.counted("no-devices") == 1
     site.wait_for(lambda: site.counted("no-progress") == 1, "a deadline passes")
-    assert site.log().index("alert: no board") < site.log().index("makes no progress"), "told before the deadline passed"
+    assert site.log().index("alert: no board") < site.log().index("makes no progress"), (
+        "told before the deadline passed"
+    )
     code, findings = site.doctor()
     assert (code, {f["kind"] for f in findings}) == (6, {"no-devices", "no-progress"})
     assert all(f["todo"] for f in findings)
