@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import tiny_wheels
 from fedprune.errors import ConfigError, ExitCode, KitError, UsageError
@@ -285,6 +287,25 @@ def test_what_is_fetched_from_a_network_is_what_constraints_say_for_the_target(
     rows = [row.partition(";") for row in pins if row.strip()]
     assert said == [name.strip() for name, _, marker in rows if not marker or f'python_version {mine}"3.11"' in marker]
     assert len({line.partition("==")[0] for line in said}) == len(said) > 3
+
+
+def test_all_that_a_board_installs_is_pinned() -> None:
+    target = Target("3.11")
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in wheelhouse.constraints(target)}
+    wanted, seen = [Requirement("fedprune[board]")], set[str]()
+    while wanted:
+        requirement = wanted.pop()
+        name = requirement.name.lower().replace("_", "-")
+        if name in seen:
+            continue
+        seen.add(name)
+        for text in requires(requirement.name) or ():
+            found = Requirement(text)
+            extras = requirement.extras or {""}
+            if found.marker is None or any(found.marker.evaluate({"extra": extra}) for extra in extras):
+                wanted.append(found)
+    assert {"onnxruntime", "pillow", "cffi"} < seen
+    assert seen - {"fedprune"} <= pinned
 
 
 @pytest.mark.parametrize("name", ["numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt"])
