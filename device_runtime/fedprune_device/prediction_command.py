@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import numpy.typing as npt
 from fedprune.archive_limits import check_members
 from fedprune.bundle import Bundle, open_bundle
 from fedprune.cli import whole_number
-from fedprune.disk import storage_errors
+from fedprune.disk import is_there, storage_errors
 from fedprune.errors import BundleError, DataError, ExitCode, StorageError, UsageError, remedy
 from fedprune.precision import PRECISIONS, graph_file
-from fedprune_device.data import checked_inputs, checked_samples, load_data, why_unreadable
+from fedprune_device.data import Shape, checked_inputs, checked_samples, load_data, why_unreadable
 from fedprune_device.labels import targets
+from fedprune_device.local.command import add_sample_options, fixed_samples
 from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictions import described, judged
 from fedprune_device.predictor import Predictor
@@ -32,7 +34,19 @@ def add_predict_command(commands: Any) -> None:
     source = predict.add_mutually_exclusive_group(required=True)
     source.add_argument("--state", type=Path, metavar="DIR", help="the serving model of a running or stopped agent")
     source.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of fedprune-export")
-    predict.add_argument("--input", type=Path, required=True, metavar="FILE", help=".npy, or .npz with x (and y)")
+    predict.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="SRC",
+        help=".npy, or what trains: .npz with x or x_test (and labels), package.module:function, or a folder with "
+        "a folder of images per class",
+    )
+    predict.add_argument(
+        "--split",
+        choices=("test", "train", "val"),
+        help="which samples of SRC (default: its test samples, or all of a file without any)",
+    )
     out = predict.add_mutually_exclusive_group()
     out.add_argument("--output", type=Path, metavar="FILE", help="write the logits to this .npy file")
     out.add_argument("--top", type=whole_number, default=1, metavar="K", help="print the K likeliest (default: 1)")
@@ -41,7 +55,8 @@ def add_predict_command(commands: Any) -> None:
         "--threads", type=whole_number, default=threads(), metavar="N", help="default: half of the cores"
     )
     predict.add_argument("--precision", choices=PRECISIONS, help="with --bundle: the precision, of those that it has")
-    predict.set_defaults(run=_predict)
+    add_sample_options(predict.add_argument_group("images and samples"))
+    predict.set_defaults(run=_predict, device="", seed=0, validation_share=0.0)
 
 
 def threads() -> int:
@@ -67,16 +82,18 @@ def _predict(arguments: argparse.Namespace) -> int:
     else:
         predictor, record = _slots(arguments.state).open(arguments.threads)
         own, loss = record.own, record.loss
-    x, y = _inputs(arguments.input)
-    logits = own(predictor.predict(x))
+    chosen = _samples(arguments, predictor.input_shape, class_names)
+    if chosen.name:
+        print(f"{chosen.name} of {arguments.input}", file=sys.stderr)
+    logits = own(predictor.predict(chosen.x))
     if arguments.output is not None:
         with arguments.output.open("wb") as file:
             np.save(file, logits)
     else:
         for line in described(logits, loss, arguments.top, class_names):
             print(line)
-    if y is not None and len(y):
-        print(judged(logits, y, loss), file=sys.stderr)
+    if chosen.y is not None and len(chosen.y):
+        print(judged(logits, chosen.y, loss), file=sys.stderr)
     return int(ExitCode.OK)
 
 
@@ -106,15 +123,79 @@ def _slots(state: Path) -> Slots:
     return Slots(state / "serving")
 
 
-def _inputs(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """Samples to predict.
+
+    Attributes:
+        x: Their inputs.
+        y: Their labels, if any.
+        name: What part of the source they are; empty for all of it.
+    """
+
+    x: npt.NDArray[Any]
+    y: npt.NDArray[Any] | None
+    name: str = ""
+
+
+def _samples(arguments: argparse.Namespace, shape: Shape, class_names: tuple[str, ...]) -> _Chosen:
+    """The samples of any source that a board trains on, and of arrays without labels.
+
+    Raises:
+        DataError: The source can't be read, or has no such samples.
+        ConfigError: A folder's name is not a class.
+    """
+    source, split = str(arguments.input), arguments.split
+    if is_there(arguments.input, file=True) or (":" not in source and not arguments.input.is_dir()):
+        found = _arrays(arguments.input)
+        chosen = _named_part(found, split)
+        if chosen is not None:
+            return _checked(chosen, source)
+        if "y" not in found and "y_train" not in found:
+            raise DataError(f"{source}: no {split or ''} samples", expected="x", got=", ".join(found) or "nothing")
+    trains = argparse.Namespace(**{**vars(arguments), "data": source})
+    data = fixed_samples(trains, class_names).snapshot(shape)
+    split = split or ("test" if len(data.y_test) else "train")
+    x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
+    if not len(y):
+        raise DataError(f"{source}: no {split} samples")
+    return _Chosen(x, y, f"the {split} samples")
+
+
+def _named_part(found: Mapping[str, npt.NDArray[Any]], split: str | None) -> _Chosen | None:
+    """The arrays of a split: by default test samples, else all; None where no arrays have its name."""
+    names = {"x_test": "y_test", "x": "y", "x_train": "y_train", "x_val": "y_val"}
+    wanted = names if split is None else [f"x_{split}"]
+    if split == "train" and "x_test" in found:
+        wanted = ["x_train", "x"]  # a file with test samples of its own trains on all of x
+    name = next((n for n in wanted if n in found), None)
+    if name is None:
+        return None
+    return _Chosen(found[name], found.get(names[name]), "" if name == "x" else name)
+
+
+def _checked(chosen: _Chosen, source: str) -> _Chosen:
+    """Samples in the types that a model takes."""
+    if not chosen.x.shape or not len(chosen.x):
+        raise DataError(f"{source} holds no samples", expected="inputs [n, ...]", got=chosen.x.shape)
+    try:
+        if chosen.y is None:
+            return replace(chosen, x=checked_inputs(chosen.x))
+        x, y = checked_samples(chosen.x, chosen.y)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    return replace(chosen, x=x, y=y)
+
+
+def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a file by name; a single one is called x."""
     try:
         with path.open("rb") as raw:
             check_members(raw, str(path), DataError)
             found = np.load(raw, allow_pickle=False)
             if isinstance(found, np.ndarray):
-                x, y = found, None
-            else:
-                x, y = found["x"], found["y"] if "y" in found.files else None
+                return {"x": found}
+            return {name: found[name] for name in found.files}
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
     except DataError:
@@ -123,11 +204,3 @@ def _inputs(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
         raise DataError(
             f"{path} can't be read as arrays{why_unreadable(error)}", expected="a .npy array, or an .npz file with x"
         ) from error
-    if not x.shape or not len(x):
-        raise DataError(f"{path} holds no samples", expected="inputs [n, ...]", got=x.shape)
-    try:
-        if y is None:
-            return checked_inputs(x), None
-        return checked_samples(x, y)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error

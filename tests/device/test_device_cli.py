@@ -66,6 +66,69 @@ def test_the_likeliest_classes_are_printed(tmp_path: Path, state: Path, data: Lo
     assert "accuracy 0.5000 on 2 samples" in shown.err
 
 
+def predicted(source: Path | str, state: Path, capsys: Capture, *more: str) -> tuple[int, str]:
+    """How many samples were predicted, and what was said of them."""
+    code = cli.main(["predict", "--state", str(state), "--input", str(source), *more])
+    shown = capsys.readouterr()
+    assert code == ExitCode.OK, shown.err
+    return len(shown.out.splitlines()), shown.err
+
+
+@pytest.mark.parametrize(
+    ("more", "samples", "part"),
+    [((), 20, "x_test"), (("--split", "train"), 70, "x_train"), (("--split", "val"), 7, "x_val")],
+)
+def test_a_file_that_trains_is_predicted(
+    tmp_path: Path, state: Path, data: LocalData, capsys: Capture, more: tuple[str, ...], samples: int, part: str
+) -> None:
+    arrays = {f"{kind}_{split}": getattr(data, f"{kind}_{split}") for kind in "xy" for split in ("train", "test")}
+    np.savez(tmp_path / "d.npz", **arrays, x_val=data.x_test[:7], y_val=data.y_test[:7])
+
+    found, said = predicted(tmp_path / "d.npz", state, capsys, *more)
+
+    assert found == samples
+    assert f"{part} of {tmp_path / 'd.npz'}" in said
+    assert f" on {samples} samples" in said
+
+
+def test_without_test_samples_all_are_predicted_or_those_that_training_sets_aside(
+    tmp_path: Path, state: Path, data: LocalData, capsys: Capture
+) -> None:
+    np.savez(tmp_path / "d.npz", x=data.x_train, y=data.y_train)
+    np.savez(tmp_path / "unlabelled.npz", x_train=data.x_train)
+
+    assert predicted(tmp_path / "d.npz", state, capsys)[0] == 70
+    assert predicted(tmp_path / "d.npz", state, capsys, "--split", "test")[0] == 14
+    assert predicted(tmp_path / "d.npz", state, capsys, "--split", "train")[0] == 56
+    found, said = predicted(tmp_path / "unlabelled.npz", state, capsys)
+    assert found == 70
+    assert "accuracy" not in said
+
+
+def test_a_function_that_trains_is_predicted(
+    tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (tmp_path / "own_samples.py").write_text(
+        "import numpy as np\ndef load():\n    return np.ones((10, 6), np.float32), np.ones(10, np.int64)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+    found, said = predicted("own_samples:load", state, capsys)
+
+    assert found == 2
+    assert "the test samples of own_samples:load" in said
+    assert "accuracy 1.0000 on 2 samples" in said
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path: Path, state: Path, data: LocalData, capsys: Capture) -> None:
+    np.savez(tmp_path / "d.npz", x=data.x_train, y=data.y_train)
+    arguments = ["predict", "--state", str(state), "--input", str(tmp_path / "d.npz"), "--split", "val"]
+
+    assert cli.main(arguments) == ExitCode.DATA
+
+    assert "no val samples" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [b"", b"text", b"\x93NUMPY garbage"])
 def test_an_input_that_is_no_array_is_one_line_and_an_exit_code(
     tmp_path: Path, state: Path, content: bytes, capsys: Capture
