@@ -155,3 +155,58 @@ def resnet20_bn() -> nn.Module:
 
 def concat_net() -> nn.Module:
     return _make(ConcatNet)
+
+
+class UNet(nn.Module):
+    """Two levels down and up again; one label per pixel, flattened. By default without batch norm."""
+
+    def __init__(self, width: int = 16, size: int = 64, *, normalised: bool = False) -> None:
+        super().__init__()
+        self.input_shape = (3, size, size)
+
+        def block(before: int, after: int) -> nn.Module:
+            parts: list[nn.Module] = []
+            for channels in (before, after):
+                parts += [nn.Conv2d(channels, after, 3, padding=1), nn.ReLU()]
+                if normalised:
+                    parts.insert(-1, nn.BatchNorm2d(after))
+            return nn.Sequential(*parts)
+
+        self.outer, self.inner, self.bottom = block(3, width), block(width, 2 * width), block(2 * width, 4 * width)
+        self.up_inner = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2)
+        self.up_outer = nn.ConvTranspose2d(2 * width, width, 2, 2)
+        self.back_inner, self.back_outer = block(4 * width, 2 * width), block(2 * width, width)
+        self.head = nn.Conv2d(width, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outer = self.outer(x)
+        inner = self.inner(torch.max_pool2d(outer, 2))
+        bottom = self.bottom(torch.max_pool2d(inner, 2))
+        inner = self.back_inner(torch.cat([self.up_inner(bottom), inner], 1))
+        outer = self.back_outer(torch.cat([self.up_outer(inner), outer], 1))
+        return torch.flatten(self.head(outer), 1)
+
+
+class GRUNet(nn.Module):
+    """Two layers of GRU over a series, and a linear layer."""
+
+    def __init__(self, hidden: int = 256, steps: int = 128, features: int = 9, classes: int = 6) -> None:
+        super().__init__()
+        self.input_shape = (steps, features)
+        self.gru = nn.GRU(features, hidden, num_layers=2, batch_first=True)
+        self.head = nn.Linear(hidden, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.gru(x)[0][:, -1])
+
+
+def unet() -> nn.Module:
+    return _make(UNet)
+
+
+def unet_bn() -> nn.Module:
+    return _make(UNet, normalised=True)
+
+
+def gru_net() -> nn.Module:
+    return _make(GRUNet)

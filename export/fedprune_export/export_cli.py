@@ -135,6 +135,8 @@ def _export_all(job: ExportJob, arguments: argparse.Namespace) -> int:
                 continue
         found.append(report.to_dict())
         rows.append(_summary_row(report))
+        if report.plan.warning:
+            advice.append(f"warning: {profile.name}: {report.plan.warning}")
         if job.memory is not None:
             memory.append(f"{profile.name}: {job.memory.describe()}")
         if report.advice:
@@ -196,6 +198,8 @@ def _summary_row(report: Report) -> tuple[str, ...]:
 def _print_report(report: Report, out: Path) -> None:
     before, after = report.before, report.after
     print(report.plan.describe(before.parameters))
+    if report.plan.warning:
+        print(f"warning: {report.plan.warning}")
     print(f"parameters: {before.parameters:,} -> {after.parameters:,}")
     print(f"MACs per sample: {before.forward_macs:,} -> {after.forward_macs:,}")
     print(f"weights: {before.wire_bytes:,} -> {after.wire_bytes:,} bytes")

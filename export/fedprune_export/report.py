@@ -154,7 +154,8 @@ class Report:
 
     def plan_text(self) -> str:
         """The plan in lines for people, with what it gained over uniform width."""
-        return "\n".join(filter(None, (self.plan.describe(self.before.parameters), self.plan.gains())))
+        warning = self.plan.warning and f"warning: {self.plan.warning}"
+        return "\n".join(filter(None, (self.plan.describe(self.before.parameters), self.plan.gains(), warning)))
 
     def layers(self) -> tuple[LayerRow, ...]:
         """Everything that takes time, before and after, in the model's order."""

@@ -215,6 +215,20 @@ def test_a_board_with_little_memory_gets_parts_of_a_batch(
     assert main(["verify", str(tmp_path / "b")]) == ExitCode.OK
 
 
+def test_an_export_that_keeps_little_of_a_model_warns(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(lenet_file, tmp_path / "b", "--bytes-per-round", "40000") == ExitCode.OK
+    said = capsys.readouterr().out
+    assert "warning: only " in said
+    assert "warning: only " in (tmp_path / "b" / "report.md").read_text()
+    enough = said.partition("--bytes-per-round ")[2].partition(",")[0]
+    assert export(lenet_file, tmp_path / "b", "--bytes-per-round", enough) == ExitCode.OK
+    said = capsys.readouterr().out
+    assert "keeps 100% of the weights" in said
+    assert "warning" not in said
+
+
 def test_the_report_counts_what_is_on_disk(lenet_file: Path, tmp_path: Path) -> None:
     export(lenet_file, tmp_path / "b", "--density", "0.5")
 

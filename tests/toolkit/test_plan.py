@@ -24,7 +24,7 @@ from fedprune.architecture import (
     widths_at,
 )
 from fedprune.errors import ExitCode, PlanError
-from fedprune.ladder import rungs
+from fedprune.ladder import equal_work, rungs
 from fedprune.plan import DENSITIES, NOTHING, Limit, Plan, Uniform, plan
 from fedprune.prediction import Correction, bandwidth, latency_table, predict, train_rate, training_memory
 from fedprune.probe_report import ProbeReport
@@ -308,6 +308,63 @@ def test_what_memory_is_for_adds_up() -> None:
     assert line.endswith("0 bytes left")
 
 
+def many(net: Architecture, samples: int, **changes: Any) -> int:
+    return predict(net, net.sizes, BOARD, replace(RECIPE, accumulate=16, **changes), samples).memory_bytes
+
+
+def test_a_model_that_nearly_vanishes_comes_with_a_warning_and_what_keeps_it() -> None:
+    board = memory_of(many(WIDE, 500))
+    board = replace(
+        board, memory=replace(board.memory, total_bytes=10**9 + 2 * board.training_bytes, training_share=0.5)
+    )
+    made = plan(WIDE, board, RECIPE, 11_000)
+    assert made.prediction.parameters < 0.25 * FULL.parameters
+    assert "of the weights are kept" in made.warning
+    fewer = int(made.warning.partition("--samples ")[2].partition(")")[0])
+    kept = plan(WIDE, board, RECIPE, fewer)
+    assert (kept.widths, kept.warning) == (WIDE.sizes, "")
+    assert plan(WIDE, board, RECIPE, fewer + 20).widths < WIDE.sizes
+    share = float(made.warning.partition("memory.training_share = ")[2].partition(" ")[0])
+    generous = replace(board, memory=replace(board.memory, training_share=share))
+    assert plan(WIDE, generous, RECIPE, 11_000).widths == WIDE.sizes
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_a_warning_names_smaller_parts_where_batch_norm_forbids_them() -> None:
+    large = replace(NORMALISED, activations=(Activation("conv", MAPS, 2**18, True),))
+    board = memory_of(need(large, 16))
+    made = plan(large, board, RECIPE, 500)
+    assert "--set accumulate=16" in made.warning
+    assert plan(large, board, replace(RECIPE, accumulate=16), 500).widths == large.sizes
+
+
+@pytest.mark.parametrize(
+    ("limits", "setting"),
+    [
+        ({"deadline_s": FULL.round_s * 0.25}, "--deadline"),
+        ({"byte_budget": FULL.round_bytes // 50}, "--bytes-per-round"),
+    ],
+)
+def test_a_warning_names_the_setting_of_the_limit_that_binds(limits: dict[str, Any], setting: str) -> None:
+    made = plan(NET, BOARD, RECIPE, 500, **limits)
+    value = int(made.warning.partition(f"{setting} ")[2].partition(",")[0])
+    assert plan(NET, BOARD, RECIPE, 500, **dict.fromkeys(limits, value)).widths == NET.sizes
+
+
+def test_a_density_that_was_asked_for_comes_without_a_warning() -> None:
+    assert plan(NET, BOARD, RECIPE, 500, densities=(0.1,)).warning == ""
+
+
+def test_an_error_says_what_memory_is_for_and_what_helps() -> None:
+    board = memory_of(many(NET, 500))
+    with pytest.raises(PlanError) as caught:
+        plan(NET, board, RECIPE, 100_000)
+    said = str(caught.value)
+    assert "Memory is for: samples 307.20 MB, " in said
+    fewer = int(said.partition("--samples ")[2].partition(")")[0])
+    assert plan(NET, board, RECIPE, fewer).prediction.memory_bytes <= board.training_bytes
+
+
 def test_tensors_that_the_author_froze_take_less_memory() -> None:
     made = plan(NET, memory_of(FULL.memory_bytes * 0.9), RECIPE, 500, frozen=("conv", "fc"))
     assert made.widths == NET.sizes
@@ -412,6 +469,7 @@ def test_no_candidates_is_an_error() -> None:
         {"limits": [{"name": "memory"}]},
         {"accumulate": 0},
         {"notes": [1]},
+        {"warning": None},
         {"limits": [{"name": "weather", "value": 1, "limit": 2, "unit": "bytes"}]},
     ],
 )
@@ -444,7 +502,10 @@ def test_a_plan_is_never_expected_to_be_slower_than_uniform_width(situation: dic
     assume(made is not None)
     assert made is not None
     assume(made.density > DENSITIES[-1])  # the narrowest is near uniform, whatever that takes
-    assert made.prediction.step_s <= made.uniform.step_s * (1 + 1e-9)
+    # The ladder compares steps of whole batches: it must not depend on the limits that decide on parts.
+    uniform = equal_work(NET, latency_table(situation["profile"], None), RECIPE.batch_size, made.widths)
+    own, other = (predict(NET, w, situation["profile"], RECIPE, 500) for w in (made.widths, uniform.widths))
+    assert own.step_s <= other.step_s * (1 + 1e-9)
     assert made.prediction.latency_s <= made.uniform.latency_s * (1 + 1e-9)
 
 

@@ -45,6 +45,10 @@ NORMALISED_SAMPLES = 8
 statistics (Wu and He 2018, "Group Normalization", fig. 1); a recipe that asks for smaller ones gets them."""
 
 
+LITTLE = 0.25
+"""A plan that keeps a smaller share of the weights warns."""
+
+
 @dataclass(frozen=True)
 class Limit:
     """One limit of a board or job, and what a submodel would use of it.
@@ -110,6 +114,7 @@ class Plan:
         uniform: What uniform widths would take instead.
         accumulate: Parts in which a batch is worked through; at least the recipe's own `accumulate`.
         notes: What was chosen besides the widths, and why, for people.
+        warning: That little of the model is left, and which settings would keep all of it; empty where enough is left.
         correction: What the board's rounds taught; it is in all times.
     """
 
@@ -122,6 +127,7 @@ class Plan:
     correction: Correction = NO_CORRECTION
     accumulate: int = 1
     notes: tuple[str, ...] = ()
+    warning: str = ""
 
     def limit(self, name: str) -> Limit:
         """The limit of that name.
@@ -220,6 +226,7 @@ class Plan:
                 correction=Correction(**{f.name: _number(body["correction"][f.name]) for f in fields(Correction)}),
                 accumulate=_number(body["accumulate"], whole=True),
                 notes=tuple(_text(note) for note in body["notes"]),
+                warning=_text(body["warning"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise PlanError(f"this is not a plan ({type(error).__name__}: {error})") from error
@@ -272,17 +279,22 @@ def plan(
 
     def foretold(widths: tuple[int, ...]) -> _Foretold:
         asked = recipe if isinstance(recipe, Recipe) else recipe(widths)
-        chosen = _in_parts(architecture, widths, asked, samples, room, frozen)
+        chosen = _in_parts(architecture, widths, asked, samples, room, frozen)[0]
         seen = predict(
             architecture, widths, profile, chosen, samples, probe=probe, correction=correction, frozen=frozen
         )
-        return _Foretold(asked, chosen, seen, _limits(seen, profile, probe, byte_budget, deadline_s))
+        return _Foretold(widths, asked, chosen, seen, _limits(seen, profile, probe, byte_budget, deadline_s))
+
+    def remedies(found: _Foretold) -> str:
+        return _remedies(architecture, profile, found, samples, frozen)
 
     whole = recipe if isinstance(recipe, Recipe) else recipe(architecture.sizes)
     table, batch, memory = latency_table(profile, probe), min(whole.batch_size, samples), bandwidth(profile, probe)
+    widest: _Foretold | None = None
     wider: _Foretold | None = None
     for rung in _candidates(architecture, table, batch, densities, memory):
         found = foretold(rung.widths)
+        widest = widest or found
         if all(limit.fits for limit in found.limits):
             other = equal_work(architecture, table, batch, rung.widths, memory)
             seen = predict(
@@ -305,6 +317,7 @@ def plan(
                 correction,
                 found.recipe.accumulate,
                 _notes(architecture, found, samples, frozen),
+                _warning(found, widest, densities, remedies),
             )
         wider = found
     if wider is None:
@@ -317,7 +330,7 @@ def plan(
         else f"{architecture.name} at density {max(densities):.3g} doesn't fit {profile.name}: it breaks {worst.name}",
         expected=f"at most {_amount(worst.limit, worst.unit)}",
         got=f"{_amount(worst.value, worst.unit)}, {_amount(worst.value - worst.limit, worst.unit)} too much",
-        hint=(f"It also breaks {'; '.join(others)}. " if others else "") + _HINTS[worst.name],
+        hint=(f"It also breaks {'; '.join(others)}. " if others else "") + _hint(wider, worst, remedies(wider)),
     )
 
 
@@ -326,12 +339,14 @@ class _Foretold:
     """A candidate's costs.
 
     Attributes:
+        widths: Its kept channels per group.
         asked: The recipe as the job has it.
         recipe: The same with as many parts of a batch as memory needs.
         prediction: Costs of a round with it.
         limits: Every limit.
     """
 
+    widths: tuple[int, ...]
     asked: Recipe
     recipe: Recipe
     prediction: Prediction
@@ -345,24 +360,42 @@ def _in_parts(
     samples: int,
     room: int,
     frozen: Collection[str],
-) -> Recipe:
-    """The recipe with the fewest parts of a batch with which memory suffices, else those that need least memory."""
+    smallest: int | None = None,
+) -> tuple[Recipe, bool]:
+    """The recipe with the fewest parts of a batch with which memory suffices, else those that need least memory.
+
+    Args:
+        architecture: The model.
+        widths: Kept channels per group.
+        recipe: The recipe as the job has it.
+        samples: The board's training samples.
+        room: Bytes that training may take.
+        frozen: Tensors that the model's author froze.
+        smallest: Fewest samples of a part; None for what doesn't harm training.
+
+    Returns:
+        The recipe, and whether memory suffices.
+    """
     costs = costs_at(architecture, widths)
     best, least = recipe, math.inf
-    for parts in _parts(architecture, recipe, frozen):
+    for parts in _parts(recipe, smallest or _smallest(architecture, recipe, frozen)):
         tried = recipe.in_parts(parts)
         need = memory_use(architecture, widths, costs, tried, samples, frozen).total
-        if need <= room:
-            return tried
         if need < least:
             best, least = tried, need
-    return best
+        if need <= room:
+            return tried, True
+    return best, False
 
 
-def _parts(architecture: Architecture, recipe: Recipe, frozen: Collection[str]) -> list[int]:
+def _smallest(architecture: Architecture, recipe: Recipe, frozen: Collection[str]) -> int:
+    """Fewest samples of a part of a batch that don't harm training."""
+    return NORMALISED_SAMPLES if normalises(architecture, recipe, frozen) else 2 if recipe.mixup else 1
+
+
+def _parts(recipe: Recipe, smallest: int) -> list[int]:
     """Numbers of parts of a batch to choose from, fewest first: the recipe's own, doubled until parts are smallest."""
-    least = NORMALISED_SAMPLES if normalises(architecture, recipe, frozen) else 2 if recipe.mixup else 1
-    most = recipe.batch_size // least
+    most = recipe.batch_size // smallest
     out = [recipe.accumulate]
     while 2 * out[-1] < most:
         out.append(2 * out[-1])
@@ -401,11 +434,12 @@ def _notes(architecture: Architecture, found: _Foretold, samples: int, frozen: C
 
 def _shares(use: MemoryBreakdown, limit: Limit) -> str:
     """A process's memory by what takes it, the largest first, and what is left of the limit."""
-    terms = sorted(
-        ((name, title) for name, title in _TERMS.items() if getattr(use, name)), key=lambda term: -getattr(use, term[0])
-    )
-    parts = [f"{title} {_amount(getattr(use, name), 'bytes')}" for name, title in terms]
-    return ", ".join([*parts, f"{_amount(limit.limit - limit.value, 'bytes')} left"])
+    return f"{_terms(use)}, {_amount(limit.limit - limit.value, 'bytes')} left"
+
+
+def _terms(use: MemoryBreakdown) -> str:
+    terms = sorted(((getattr(use, name), title) for name, title in _TERMS.items()), key=lambda term: -term[0])
+    return ", ".join(f"{title} {_amount(count, 'bytes')}" for count, title in terms if count)
 
 
 _TERMS = {
@@ -430,6 +464,75 @@ def _candidates(
         found.setdefault(widths, Rung(density, widths, 1))
     return list(found.values())
 
+
+def _warning(
+    found: _Foretold, widest: _Foretold, densities: Sequence[float], remedies: Callable[[_Foretold], str]
+) -> str:
+    """That the planner keeps little of the model, which a density that the user asks for is not."""
+    kept = found.prediction.parameters / widest.prediction.parameters
+    if kept >= LITTLE or tuple(densities) != DENSITIES:
+        return ""
+    broken = "; ".join(m.describe() for m in widest.limits if not m.fits)
+    return f"only {kept:.1%} of the weights are kept. The whole model breaks {broken}. {remedies(widest)}"
+
+
+def _hint(found: _Foretold, worst: Limit, remedies: str) -> str:
+    """What takes most of the memory, if that is what a candidate breaks, and what helps."""
+    if worst.name != MEMORY:
+        return f"{remedies} {_HINTS[worst.name]}"
+    return f"Memory is for: {_terms(found.prediction.memory)}. {remedies} {_HINTS[MEMORY]}"
+
+
+def _remedies(
+    architecture: Architecture, profile: HardwareProfile, found: _Foretold, samples: int, frozen: Collection[str]
+) -> str:
+    """Settings with which a candidate would fit, one for each limit that it breaks; for memory, all that suffice."""
+    needed = []
+    for limit in found.limits:
+        if limit.fits:
+            continue
+        if limit.name == MEMORY:
+            ways = _memory_remedies(architecture, profile, found, limit, samples, frozen)
+            if not ways:
+                return "No setting of the recipe or the board makes room for it."
+            needed.append(", or ".join(ways))
+        else:
+            needed.append(_SETTINGS[limit.name].format(math.ceil(limit.value)))
+    return f"It fits with {'; and with '.join(needed)}."
+
+
+def _memory_remedies(
+    architecture: Architecture,
+    profile: HardwareProfile,
+    found: _Foretold,
+    limit: Limit,
+    samples: int,
+    frozen: Collection[str],
+) -> list[str]:
+    """Settings each of which would make a candidate fit the memory, the least harmful first."""
+    ways: list[str] = []
+    held, excess = found.prediction.memory.samples, limit.value - limit.limit
+    fewer = int(samples * (1 - excess / held)) if held > excess else 0
+    costs = costs_at(architecture, found.widths)
+    if fewer and memory_use(architecture, found.widths, costs, found.recipe, fewer, frozen).total <= limit.limit:
+        ways.append(f"fewer samples (--samples {fewer})")
+    smaller, fits = _in_parts(architecture, found.widths, found.asked, samples, int(limit.limit), frozen, smallest=1)
+    if fits:
+        ways.append(f"smaller parts of a batch (--set accumulate={smaller.accumulate})")
+    share = profile.memory.training_share * limit.overshoot
+    if share <= 1:
+        share = math.ceil(100 * share) / 100
+        ways.append(f"a larger share of the board's memory (memory.training_share = {share:.2g} in its profile)")
+    return ways
+
+
+_SETTINGS = {
+    TIME: "a longer deadline (--deadline {0}, a job's deadline_s = {0})",
+    LINK: "link.bytes_per_round = {} in the board's profile",
+    BYTES: "more bytes per round (--bytes-per-round {0}, a job's byte_budget = {0})",
+    STORAGE: "storage.budget_bytes = {} in the board's profile",
+}
+"""Per limit the setting that raises it."""
 
 _HINTS = {
     MEMORY: "Use a smaller batch or fewer local samples, or a smaller model.",

@@ -251,6 +251,8 @@ class Roster:
             plan = Plan.from_dict(device.plan)
             for line in plan.describe(self.whole).splitlines():
                 log.info("  %s", line)
+            if plan.warning:
+                log.warning("%sdevice %s: %s", self.prefix, name, plan.warning)
             if gains := plan.gains():
                 log.debug("  %s", gains)
         else:
