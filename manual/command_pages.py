@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Iterator
 
+from fedprune.cli_examples import EXAMPLES
 from fedprune_device import cli as device
 from fedprune_export import cli as export
 from fedprune_flash import cli as flash
@@ -72,6 +73,8 @@ def _body(parser: argparse.ArgumentParser) -> str:
     rows = [_row(parser, a) for a in parser._actions if not isinstance(a, argparse._SubParsersAction) and _shown(a)]
     if rows:
         parts.append("\n".join(["| | |", "|---|---|", *rows]) + "\n")
+    if parser.prog in EXAMPLES:
+        parts.append("\n".join(["```sh", *EXAMPLES[parser.prog], "```"]) + "\n")
     return "\n".join(parts)
 
 

@@ -44,7 +44,6 @@ def build_parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         prog="fedprune-export",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Cut a model to what a board can train, and write the board's bundle.",
         epilog="other commands (each has its own --help):\n"
         + "".join(f"  {name:{width}}  {what}\n" for name, (_, what) in COMMANDS.items())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fedprune_start
+from fedprune import __version__
 from fedprune.errors import ExitCode
 
 ENTRIES = [fedprune_start.device, fedprune_start.server, fedprune_start.simulate, fedprune_start.export]
@@ -43,3 +44,49 @@ def test_the_beginning_imports_nothing_that_takes_long() -> None:
     code = f"import sys; sys.path.insert(0, {str(folder)!r}); import fedprune_start; print('numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("name", ["device", "export", "server", "simulate"])
+def test_the_umbrella_command_runs_the_same_code(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        fedprune_start.main([name, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: fedprune-{name} ")
+
+
+def test_the_umbrella_command_lists_all_and_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = fedprune_start.importlib.util.find_spec
+    monkeypatch.setattr(
+        fedprune_start.importlib.util, "find_spec", lambda name: None if name == "sqlalchemy" else found(name)
+    )
+    assert fedprune_start.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("export", "simulate", "server", "device", "flash"):
+        (line,) = (line for line in lines if line.startswith(f"  {name} "))
+        if name in ("server", "simulate"):
+            assert line.endswith("[needs the extra server]")
+        elif name == "device":  # wherever tests run
+            assert "needs" not in line
+
+
+def test_the_umbrella_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fedprune_start.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fedprune {__version__}\n"
+
+
+def test_a_wrong_subcommand_is_one_line_that_says_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fedprune_start.main(["exprot"]) == ExitCode.USAGE
+    assert capsys.readouterr().err == "error: there is no command 'exprot' (export?). See `fedprune --help`.\n"
+    assert fedprune_start.main([]) == ExitCode.USAGE
+
+
+def test_its_help_imports_nothing_that_takes_long() -> None:
+    folder = Path(fedprune_start.__file__).parent.parent
+    code = (
+        f"import sys; sys.path.insert(0, {str(folder)!r}); import fedprune_start; fedprune_start.main(['--help'])\n"
+        "print([name for name in ('numpy', 'rich', 'onnx', 'argparse') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n[]\n")

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fedprune.cli_examples import add_examples
 from fedprune.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant, remedy
 
 DEBUG = "FEDPRUNE_DEBUG"
@@ -49,6 +50,7 @@ def run_command(
     """
     try:
         parser = build_parser()
+        add_examples(parser)
         _shorten(parser)
         _check_options(parser, sys.argv[1:] if argv is None else argv)
         arguments = parser.parse_args(argv)

@@ -1,46 +1,140 @@
-"""Where the commands begin, before anything that takes long is imported: Ctrl-C ends them from their first moment on.
+"""Entry points of all commands, which import nothing that takes long: Ctrl-C ends them from their first moment on.
 
-It needs the standard library alone; a package of fedprune imports numpy before its first line.
+This package needs the standard library alone; a package of fedprune imports numpy before its first line.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-_INTERRUPTED = 4
-"""The exit code of `fedprune.errors`, which isn't imported yet."""
+_USAGE, _INTERRUPTED = 2, 4
+"""Exit codes of `fedprune.errors`, which isn't imported yet."""
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A subcommand of `fedprune`.
+
+    Attributes:
+        module: Its command line.
+        extra: The extra of fedprune that it needs.
+        needs: Packages of that extra, by which a missing extra is found.
+        what: What it does.
+    """
+
+    module: str
+    extra: str
+    needs: tuple[str, ...]
+    what: str
+
+    @property
+    def missing(self) -> bool:
+        """Whether its extra is not installed."""
+        return any(importlib.util.find_spec(name) is None for name in self.needs)
+
+
+_COMMANDS = {
+    "export": _Command(
+        "fedprune_export.cli", "export", ("onnx", "onnxruntime", "rich"), "cut a model to what a board can train"
+    ),
+    "simulate": _Command(
+        "fedprune_server.commands.simulate",
+        "server",
+        ("onnx", "ot", "scipy", "sqlalchemy", "matplotlib"),
+        "run a fleet on a virtual clock, compare strategies",
+    ),
+    "server": _Command(
+        "fedprune_server.cli", "server", ("onnx", "ot", "scipy", "sqlalchemy", "amqtt"), "train a model on a fleet"
+    ),
+    "device": _Command(
+        "fedprune_device.cli",
+        "board",
+        ("onnxruntime",),
+        "train and predict on a board, in a fleet or alone",
+    ),
+    "flash": _Command("fedprune_flash.cli", "flash", ("packaging", "rich"), "install fedprune on boards"),
+}
 
 
 def device() -> int:
     """`fedprune-device`."""
-    return _run("fedprune_device.cli")
+    return _run("device")
 
 
 def export() -> int:
     """`fedprune-export`."""
-    return _run("fedprune_export.cli")
+    return _run("export")
 
 
 def flash() -> int:
     """`fedprune-flash`."""
-    return _run("fedprune_flash.cli")
+    return _run("flash")
 
 
 def server() -> int:
     """`fedprune-server`."""
-    return _run("fedprune_server.cli")
+    return _run("server")
 
 
 def simulate() -> int:
     """`fedprune-simulate`."""
-    return _run("fedprune_server.commands.simulate")
+    return _run("simulate")
 
 
-def _run(module: str) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """`fedprune`: one command that has the others as subcommands.
+
+    Args:
+        argv: Its arguments; those of the process by default.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else _USAGE
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"fedprune {version('fedprune')}")
+        return 0
+    if words[0] not in _COMMANDS:
+        from difflib import get_close_matches
+
+        near = "".join(f" ({name}?)" for name in get_close_matches(words[0], _COMMANDS, 1))
+        print(f"error: there is no command {words[0][:60]!a}{near}. See `fedprune --help`.", file=sys.stderr)
+        return _USAGE
+    return _run(words[0], words[1:])
+
+
+def _help() -> str:
+    lines = [
+        "usage: fedprune COMMAND ...",
+        "",
+        "Federated learning for fleets of unequal boards: every board trains its own, physically smaller model.",
+        "",
+        "commands (each has its own --help, and is also a program of its own, such as fedprune-export):",
+    ]
+    lines += [
+        f"  {name:<9} {command.what}" + (f"  [needs the extra {command.extra}]" if command.missing else "")
+        for name, command in _COMMANDS.items()
+    ]
+    lines += ["", "examples:", "  fedprune server demo"]
+    lines += ["  fedprune export model.onnx --target raspberry-pi-zero-2w --out bundle"]
+    if any(command.missing for command in _COMMANDS.values()):
+        lines += ["", "A command that needs an extra says how to install it when it is run."]
+    return "\n".join([*lines, "", "`fedprune --version` prints the version. Exit codes: docs/exit-codes.md."])
+
+
+def _run(name: str, argv: Sequence[str] | None = None) -> int:
     """Import a command and run it; returns its exit code."""
     try:
-        return int(importlib.import_module(module).main())
+        return int(importlib.import_module(_COMMANDS[name].module).main(argv))
     except KeyboardInterrupt:  # while it was imported
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
