@@ -176,7 +176,8 @@ def check_runtime(python: str = sys.executable) -> str:
         if "No module named 'onnxruntime'" in reason:
             raise MissingExtraError(
                 "onnxruntime is not installed",
-                hint="pip install 'fedprune[board]' (on a Jetson: JetPack's onnxruntime-gpu).",
+                hint="On a Jetson it is JetPack's onnxruntime-gpu.",
+                extra="board",
             )
         raise RuntimeUnavailableError(f"onnxruntime can't be loaded ({reason})")
     return (done.stdout.strip().splitlines() or [""])[-1][:200]

@@ -229,6 +229,7 @@ def _torch() -> Any:
     except ImportError as error:
         raise MissingExtraError(
             "a .pt file needs torch, which is not installed",
-            hint="Write a .safetensors file, or pip install 'fedprune[torch]'.",
+            hint="Write a .safetensors file, or",
+            extra="torch",
         ) from error
     return torch

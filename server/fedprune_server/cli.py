@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import shlex
 import signal
@@ -18,6 +17,7 @@ from fedprune.cli import run_command, whole_number, with_extra
 from fedprune.errors import ExitCode
 from fedprune.quantity import quantity
 from fedprune_server.commands.config import add_config_command
+from fedprune_server.commands.demo import register as register_demo
 from fedprune_server.commands.health import add_health_command
 from fedprune_server.commands.identity import name_of
 from fedprune_server.commands.identity import register as register_identity
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_state(replay)
     replay.set_defaults(run=with_extra("server", _replay))
     register_identity(commands)
-    _register_demo(commands)
+    register_demo(commands)
     add_release_command(commands)
     add_rollout_command(commands)
     add_store_commands(commands)
@@ -358,14 +358,6 @@ def _replay(arguments: argparse.Namespace) -> int:
         print(f"round {step.round}: {step.model} ({quantity(len(step.devices), 'device')}: {', '.join(step.devices)})")
     print(f"{quantity(rounds, 'round')}, every model the same to the bit" if rounds else "no round has ended yet")
     return int(ExitCode.OK)
-
-
-def _register_demo(commands: Any) -> None:
-    try:
-        demo = importlib.import_module("fedprune_server.commands.demo")
-    except ModuleNotFoundError:
-        return  # without the extra `server`: the other commands say what to install
-    demo.register(commands)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from fedprune import profile_store
 from fedprune.bundle import FILES, MANIFEST, blocked_file, open_bundle
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import ExitCode
+from fedprune.extras import install_command
 from fedprune.probe_report import ProbeReport
 from fedprune_export.cli import main
 from fedprune_export.gradients.tape import RULES
@@ -354,7 +355,7 @@ def test_without_onnx_the_extra_is_named(lenet_file: Path, tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
     assert done.returncode == ExitCode.MISSING_EXTRA
-    assert "fedprune[export]" in done.stderr
+    assert install_command("export") in done.stderr
 
 
 def test_a_terminal_sees_what_is_being_done(

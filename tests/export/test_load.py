@@ -19,6 +19,7 @@ from torch import nn
 
 import nets
 from fedprune.errors import ExitCode, MissingExtraError, ModelError
+from fedprune.extras import install_command
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx, load, read_source
@@ -301,7 +302,7 @@ def test_without_torch_the_message_says_how_to_get_it(monkeypatch: pytest.Monkey
     with pytest.raises(MissingExtraError, match=r"pip install torch .*download\.pytorch\.org/whl/cpu") as caught:
         load("nets:lenet")
     assert caught.value.exit_code is ExitCode.MISSING_EXTRA
-    assert "then pip install 'fedprune[torch]'" in str(caught.value)
+    assert f"then {install_command('torch')}" in str(caught.value)
 
 
 @pytest.mark.parametrize("raw", [b"", b"hello", b"\x00" * 100, b"PK\x03\x04" + b"z" * 50, b"\x80\x02}q\x00."])

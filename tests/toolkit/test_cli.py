@@ -13,6 +13,7 @@ import pytest
 
 from fedprune.cli import DEBUG, check_command, ended_by_signals, run_command, seconds, whole_number, with_extra
 from fedprune.errors import BrokerError, ExitCode, ModelError, PlanError, StorageFullError, UsageError
+from fedprune.extras import install_command
 
 pytestmark = pytest.mark.board
 
@@ -153,7 +154,7 @@ def test_a_missing_package_names_the_extra(capsys: pytest.CaptureFixture[str]) -
         raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
 
     assert command(lambda: with_extra("server", run)(argparse.Namespace())) == ExitCode.MISSING_EXTRA
-    assert "needs onnx, which is not installed. pip install 'fedprune[server]'" in capsys.readouterr().err
+    assert f"needs onnx, which is not installed. {install_command('server')}" in capsys.readouterr().err
 
 
 def test_a_module_of_our_own_is_no_missing_extra(capsys: pytest.CaptureFixture[str]) -> None:

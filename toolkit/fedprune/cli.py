@@ -96,9 +96,7 @@ def with_extra(extra: str, run: Callable[[argparse.Namespace], int]) -> Callable
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("fedprune"):
                 raise
-            raise MissingExtraError(
-                f"this command needs {error.name}, which is not installed", hint=f"pip install 'fedprune[{extra}]'"
-            ) from error
+            raise MissingExtraError(f"this command needs {error.name}, which is not installed", extra=extra) from error
 
     return checked
 

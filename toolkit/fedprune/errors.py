@@ -13,6 +13,8 @@ from difflib import get_close_matches
 from enum import IntEnum
 from pathlib import Path
 
+from fedprune.extras import install_command
+
 _LONGEST_NAME = 60
 """Whatever is longer is no slip of the pen."""
 
@@ -169,9 +171,18 @@ class UsageError(FedpruneError):
 
 
 class MissingExtraError(FedpruneError):
-    """A command needs a package of an extra that is not installed."""
+    """A command needs a package of an extra that is not installed.
+
+    Args:
+        what: What is missing, and for what.
+        extra: The extra that brings it; how to install it here ends the message.
+        hint: What else the user can do or should know.
+    """
 
     exit_code = ExitCode.MISSING_EXTRA
+
+    def __init__(self, what: str, *, extra: str = "", hint: str = "") -> None:
+        super().__init__(what, hint=" ".join(part for part in (hint, install_command(extra) if extra else "") if part))
 
 
 class ModelError(FedpruneError):

@@ -267,7 +267,8 @@ def _onnxruntime() -> Any:
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             "onnxruntime is not installed",
-            hint="pip install 'fedprune[board]' (on a Jetson: JetPack's onnxruntime-gpu).",
+            hint="On a Jetson it is JetPack's onnxruntime-gpu.",
+            extra="board",
         ) from error
     except ImportError as error:
         raise RuntimeUnavailableError(f"onnxruntime can't be loaded ({_first_line(error)})") from error

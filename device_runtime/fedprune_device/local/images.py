@@ -56,7 +56,7 @@ class Pixels:
         try:
             from PIL import Image
         except ModuleNotFoundError as error:
-            raise MissingExtraError("images need Pillow", hint="pip install 'fedprune[board]'") from error
+            raise MissingExtraError("images need Pillow", extra="board") from error
         colours, height, width = (int(s) for s in shape if s is not None)
         try:
             with warnings.catch_warnings():

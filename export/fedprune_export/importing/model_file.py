@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx
 
 from fedprune.errors import ModelError, reason, shown
+from fedprune.extras import install_command
 
 _BARE = re.compile(r"[a-z][a-z0-9_]{2,60}")
 """What looks like a network's name more than like a file's."""
@@ -31,7 +32,9 @@ def read_model_file(path: Path) -> bytes:
     except OSError as error:
         hint = "Give an ONNX file, a torch factory as package.module:factory, or timm:NAME."
         if _BARE.fullmatch(str(path)):
-            hint += f" If {path} is a network of timm: pip install 'fedprune[torch]' timm, and give timm:{path}."
+            hint += (
+                f" If {path} is a network of timm: {install_command('torch')}, pip install timm, and give timm:{path}."
+            )
         raise ModelError(f"can't read {path}: {error.strerror or error}", hint=hint) from error
     try:
         proto = parse(raw, whole=False)

@@ -22,10 +22,7 @@ import onnx
 from fedprune.errors import MissingExtraError, ModelError, reason, shape_text
 from fedprune_export.importing import metadata
 
-_TORCH_HINT = (
-    "pip install torch --index-url https://download.pytorch.org/whl/cpu (small CPU wheel), "
-    "then pip install 'fedprune[torch]'."
-)
+_TORCH_HINT = "First pip install torch --index-url https://download.pytorch.org/whl/cpu (a small CPU wheel), then"
 
 
 def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: str = "module") -> bytes:
@@ -282,7 +279,7 @@ def torch_package() -> Any:
         import torch
     except ImportError as error:
         raise MissingExtraError(
-            f"a torch module needs {error.name or 'torch'}, which is not installed", hint=_TORCH_HINT
+            f"a torch module needs {error.name or 'torch'}, which is not installed", hint=_TORCH_HINT, extra="torch"
         ) from error
     return torch
 

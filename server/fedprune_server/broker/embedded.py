@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedprune.errors import BrokerError
+from fedprune.extras import install_command
 from fedprune.trust.tls import unpinned_context
 
 _CONNECT = bytes.fromhex("100e00044d515454040200050002") + b"fp"
@@ -208,7 +209,7 @@ class EmbeddedBroker:
                 f"embedded broker: port {self.port} of {self.host} is taken",
                 hint="Is another broker running? Use its URL instead, or choose another port.",
             )
-        hint = "pip install 'fedprune[server]'." if "amqtt" in reason else "Check the address, or use another broker."
+        hint = install_command("server") if "amqtt" in reason else "Check the address, or use another broker."
         return BrokerError(f"embedded broker on {self.host}:{self.port} doesn't start ({reason})", hint=hint)
 
     def _last_words(self) -> str:

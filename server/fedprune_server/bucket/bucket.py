@@ -77,9 +77,7 @@ class Bucket:
             from botocore import exceptions
             from botocore.config import Config
         except ImportError as error:
-            raise MissingExtraError(
-                f"blobs at {SCHEME} need the package boto3", hint="pip install 'fedprune[scale]'"
-            ) from error
+            raise MissingExtraError(f"blobs at {SCHEME} need the package boto3", extra="scale") from error
         self._failed: type[Exception] = exceptions.ClientError
         self._broken: type[Exception] = exceptions.BotoCoreError
         config = Config(

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fedprune.cli import with_extra
+
 
 def register(commands: Any) -> None:
     """Add the subcommand to the parser of `fedprune-server`."""
@@ -22,7 +24,7 @@ def register(commands: Any) -> None:
     demo.add_argument("--rounds", type=int, metavar="N", help="rounds of each job")
     demo.add_argument("--seed", type=int, default=0, help="keys every random number (default: 0)")
     demo.add_argument("--quick", action="store_true", help="two rounds: does it run at all? Too few to judge it by")
-    demo.set_defaults(run=run)
+    demo.set_defaults(run=with_extra("server", run))
 
 
 def run(arguments: argparse.Namespace) -> int:

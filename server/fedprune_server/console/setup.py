@@ -128,7 +128,7 @@ def check_packages(packages: Sequence[str] = _PACKAGES) -> None:
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingExtraError(f"the console needs {', '.join(missing)}", hint="pip install 'fedprune[console]'")
+        raise MissingExtraError(f"the console needs {', '.join(missing)}", extra="console")
 
 
 def check_free(address: str, port: int) -> None:

@@ -73,7 +73,7 @@ def _decoded(paths: list[Path], size: tuple[int, int] | None, colour: bool) -> n
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingExtraError("reading images needs Pillow", hint="Install fedprune[board].") from error
+        raise MissingExtraError("reading images needs Pillow", extra="board") from error
     out: npt.NDArray[np.uint8] | None = None
     for number, path in enumerate(paths):
         try:

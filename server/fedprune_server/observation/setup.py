@@ -102,6 +102,4 @@ def monitoring(
 def _missing(what: str, extra: str, error: ModuleNotFoundError) -> MissingExtraError:
     if (error.name or "").startswith("fedprune"):
         raise error
-    return MissingExtraError(
-        f"{what} need {error.name}, which is not installed", hint=f"pip install 'fedprune[{extra}]'"
-    )
+    return MissingExtraError(f"{what} need {error.name}, which is not installed", extra=extra)

@@ -196,7 +196,7 @@ class _Ray:
         try:
             import ray
         except ModuleNotFoundError as error:
-            raise MissingExtraError("Ray is not installed", hint="pip install 'fedprune[scale]'.") from error
+            raise MissingExtraError("Ray is not installed", extra="scale") from error
         self._ray = ray
         self._mine = not ray.is_initialized()
         if self._mine:

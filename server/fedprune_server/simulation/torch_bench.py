@@ -263,7 +263,7 @@ def _prepared(device: str) -> None:
     try:
         import torch
     except ModuleNotFoundError as error:
-        raise MissingExtraError("torch is not installed", hint="pip install 'fedprune[torch]'.") from error
+        raise MissingExtraError("torch is not installed", extra="torch") from error
     try:
         place = torch.device(device)
         if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():

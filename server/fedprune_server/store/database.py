@@ -207,9 +207,7 @@ def check_url(url: str) -> sql.URL:
         try:
             import psycopg  # noqa: F401
         except ImportError as error:
-            raise MissingExtraError(
-                "PostgreSQL needs the package psycopg", hint="pip install 'fedprune[scale]'"
-            ) from error
+            raise MissingExtraError("PostgreSQL needs the package psycopg", extra="scale") from error
     return parsed
 
 

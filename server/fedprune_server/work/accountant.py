@@ -102,6 +102,6 @@ def library() -> Any:
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             "dp-accounting is not installed, which works out what a private job costs",
-            hint="pip install 'fedprune[privacy]'.",
+            extra="privacy",
         ) from error
     return dp_accounting

@@ -70,9 +70,9 @@ class RayPool:
     def __init__(self, url: str, worker: Worker, *, again_s: float = _AGAIN_S) -> None:
         check_url(url)
         if importlib.util.find_spec("ray") is None:
-            raise MissingExtraError("Ray is not installed", hint="pip install 'fedprune[scale]'.")
+            raise MissingExtraError("Ray is not installed", extra="scale")
         if needs_client(url) and importlib.util.find_spec("grpc") is None:
-            raise MissingExtraError("Ray's client is not installed", hint="pip install 'fedprune[scale]'.")
+            raise MissingExtraError("Ray's client is not installed", extra="scale")
         if type(worker.store) is not BlobStore:
             raise ConfigError(
                 "server: workers_url",

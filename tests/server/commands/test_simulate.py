@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedprune.errors import ExitCode
+from fedprune.extras import install_command
 from fedprune_server.commands.simulate import build_parser, main
 from fedprune_server.settings.tables import read_config
 from fedprune_server.simulation import demo_fleet
@@ -340,7 +341,7 @@ def test_a_missing_extra_is_named(config, tmp_path):
     done = without_onnx(["--config", config(), "--out", str(tmp_path / "out")])
     assert done.returncode == ExitCode.MISSING_EXTRA
     assert done.stderr.count("\n") == 1
-    assert "fedprune[server]" in done.stderr
+    assert install_command("server") in done.stderr
 
 
 def without_onnx(arguments):

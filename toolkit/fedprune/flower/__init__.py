@@ -10,7 +10,7 @@ try:
 except ImportError as error:
     raise MissingExtraError(
         "fedprune.flower needs Flower, which is not installed here or is older than 1.41",
-        hint="pip install 'fedprune[flower]'.",
+        extra="flower",
     ) from error
 
 from fedprune.flower.part import Part, answer

@@ -225,7 +225,7 @@ def _emd() -> Callable[..., Any]:
     try:
         from ot import emd
     except ImportError as error:
-        raise MissingExtraError("transport plans need POT", hint="pip install 'fedprune[server]'") from error
+        raise MissingExtraError("transport plans need POT", extra="server") from error
     finally:
         for name in added:
             del os.environ[name]
@@ -237,5 +237,5 @@ def _scipy() -> Callable[..., Any]:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise MissingExtraError("transport plans need scipy", hint="pip install 'fedprune[server]'") from error
+        raise MissingExtraError("transport plans need scipy", extra="server") from error
     return linear_sum_assignment  # type: ignore[no-any-return]

@@ -1,0 +1,40 @@
+"""How to install an extra of fedprune, by what this installation was made from: no package index has fedprune yet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+def install_command(extra: str) -> str:
+    """A command line for pip that installs an extra here.
+
+    Args:
+        extra: The extra's name, or several with commas.
+
+    Returns:
+        The command for the clone or wheel of this installation; where neither is known or still there, the command
+        for a clone, which says so.
+    """
+    source, editable = _source()
+    if source is not None and source.is_dir() and (source / "constraints.txt").is_file():
+        mode = "-e " if editable else ""
+        return f"pip install -c '{source / 'constraints.txt'}' {mode}'{source}[{extra}]'"
+    if source is not None and source.suffix == ".whl" and source.is_file():
+        return f"pip install '{source}[{extra}]'"
+    return f"pip install -c constraints.txt '.[{extra}]' (in a clone of fedprune)"
+
+
+def _source() -> tuple[Path | None, bool]:
+    """The clone or wheel that pip installed fedprune from, and whether it is installed in place."""
+    from importlib.metadata import PackageNotFoundError, distribution  # boards start faster without it
+
+    try:
+        body = json.loads(distribution("fedprune").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, OSError, ValueError):
+        return None, False
+    url = urlsplit(str(body.get("url", "")))
+    if url.scheme != "file":
+        return None, False
+    return Path(unquote(url.path)), bool(body.get("dir_info", {}).get("editable"))
