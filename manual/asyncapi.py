@@ -9,8 +9,8 @@ from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.checked_message import CheckedMessage
 from fedprune.wire.chunk import HEADER, MAX_PAYLOAD
 from fedprune.wire.join_messages import JoinAnswer, JoinRequest
-from fedprune.wire.messages import FromDevice, FromServer, Hello
-from fedprune.wire.topics import EVERYONE, JOIN, JOINED, NO_JOB, PREFIX
+from fedprune.wire.messages import BetweenServers, FromDevice, FromServer, Hello
+from fedprune.wire.topics import EVERYONE, JOIN, JOINED, NO_JOB, PREFIX, SERVERS
 from manual.docstring import summary
 from manual.message_schemas import messages
 
@@ -47,6 +47,11 @@ def document() -> dict[str, Any]:
         ),
         "join": _channel(f"{{nonce}}/{NO_JOB}/{JOIN}", "Who wants to join asks.", _kinds([JoinRequest])),
         "joined": _channel(f"{{nonce}}/{NO_JOB}/{JOINED}", "And is answered.", _kinds([JoinAnswer])),
+        "servers": _channel(
+            f"{EVERYONE}/{NO_JOB}/{SERVERS}",
+            "Servers of one identity ask for each other, and answer.",
+            _kinds(list(get_args(BetweenServers))),
+        ),
     }
     heard = ("up", "upBlob", "upReceiver", "join")
     return {

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from fedprune.wire.checked_message import MAX_MESSAGE, VERSION, CheckedMessage
 from fedprune.wire.fields import DEFINITIONS
-from fedprune.wire.messages import FromDevice, FromServer
+from fedprune.wire.messages import BetweenServers, FromDevice, FromServer
 from fedprune.wire.schema import Schema, schema_of
 from manual.docstring import attributes, summary
 
@@ -41,7 +41,7 @@ of [blobs](../protocol.md#blobs) are binary.
 
 def messages() -> dict[str, type[CheckedMessage]]:
     """The classes of all messages, by their type on the wire."""
-    classes = [*get_args(FromDevice), *get_args(FromServer)]
+    classes = [*get_args(FromDevice), *get_args(FromServer), *get_args(BetweenServers)]
     return {c.kind: c for c in sorted(classes, key=lambda c: c.kind)}
 
 

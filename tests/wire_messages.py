@@ -29,6 +29,7 @@ from fedprune.wire.messages import (
 )
 from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import STATES, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
+from fedprune.wire.server_messages import ServerPresence, ServerQuery
 
 names = st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True).filter(lambda n: n not in (".", "..", "all", "-"))
 counts = st.integers(0, 2**63 - 1)
@@ -109,6 +110,11 @@ messages = st.one_of(
     ),
     st.builds(LogWanted, st.integers(0, 100_000), st.integers(0, 2**31 - 1), st.none() | counts),
     st.builds(ReleaseReport, names, st.integers(0, 2**31 - 1), st.sampled_from(STATES), texts, counts, counts),
+    st.builds(ServerQuery, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), st.sampled_from([None, True])),
+    st.builds(
+        ServerPresence, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), texts, texts, counts, counts, counts,
+        st.sampled_from([None, True]), st.none() | hexes.map(lambda h: h[:32]),
+    ),
 )  # fmt: skip
 
 REF = BlobRef.of(b"abc")
@@ -153,4 +159,6 @@ EXAMPLES: list[Message] = [
         2,
     ),
     LogWanted(60, 16_384, 7),
+    ServerQuery(DIGEST[:32], DIGEST[:32], True),
+    ServerPresence(DIGEST[:32], DIGEST[:32], "yard", "/var/lib/fedprune", 1_800_000_000, 7, 9, True, None),
 ]

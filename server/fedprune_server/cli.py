@@ -152,6 +152,10 @@ def _add_run(commands: Any) -> None:
     run.add_argument(
         "--standby", action="store_true", help="wait while another server has the job, and go on with it if that ends"
     )
+    run.add_argument(
+        "--take-over", action="store_true",
+        help="replace another server of this identity that runs elsewhere: it ends, and boards follow this one",
+    )  # fmt: skip
     run.add_argument("--log-format", choices=("text", "json"), help="text (default), or json: an object on each line")
     run.add_argument(
         "--metrics", metavar="[ADDRESS:]PORT", help="figures for Prometheus (default address: 127.0.0.1); off"
@@ -173,6 +177,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_server.further_jobs import opened as open_job
     from fedprune_server.host import Host
     from fedprune_server.link.connection import connection, identity_of
+    from fedprune_server.link.leadership import leadership
     from fedprune_server.link.web_blobs import web_blobs
     from fedprune_server.observation.alert_book import AlertBook
     from fedprune_server.observation.monitor import restored
@@ -181,6 +186,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_server.pulse import Pulse
     from fedprune_server.receivers.setup import alone_receives, receiving
     from fedprune_server.rollouts.store import RolloutStore
+    from fedprune_server.store.restored_record import restored_from
     from fedprune_server.store.state_folder import StateFolder
     from fedprune_server.terminal.log_lines import JSON, logged_to_stdout
     from fedprune_server.terminal.table import Lines, make_display
@@ -196,6 +202,8 @@ def _run(arguments: argparse.Namespace) -> int:
             config = configured(arguments).config
         identity = stack.enter_context(identity_of(config, insecure=arguments.insecure))
         folder = waited or stack.enter_context(StateFolder(config.state, config.database))
+        if copy := restored_from(config.state):
+            log.info("%s was %s", config.state, copy)
         profiles = () if config.profiles is None else (config.profiles,)
         for name in names_of_profiles(profiles) if profiles else ():
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
@@ -206,6 +214,10 @@ def _run(arguments: argparse.Namespace) -> int:
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
             log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
+        leader = None
+        if identity is not None:
+            at = leadership(reached.url, identity, config.state, config.ca, folder.lease.shared)
+            leader = stack.enter_context(at)
         rollouts = None if arguments.insecure else stack.enter_context(RolloutStore(config.state))
         members = None if identity is None else identity.store.members
         web = stack.enter_context(web_blobs(config, identity, folder.store))
@@ -259,6 +271,9 @@ def _run(arguments: argparse.Namespace) -> int:
         stack.enter_context(
             with_console(config, reached, identity, daemon, releases_given=given, logs=logs, alerts=alerts)
         )
+        if leader is not None and identity is not None:
+            leader.enter(identity.epochs, take_over=arguments.take_over, alone=reached.broker is not None)
+            leader.lost = daemon.stop
         reached.start(daemon.subscriptions)
         for kept in jobs:
             kept.folder.keep(kept.opened)  # a broker that can't be reached is not one to remember
@@ -268,6 +283,8 @@ def _run(arguments: argparse.Namespace) -> int:
             daemon.run(until_finished=arguments.until_finished)
         for kept in jobs:
             kept.folder.lease.confirm()
+        if leader is not None:
+            leader.confirm()
         if reached.broker is not None:
             traffic = reached.broker.traffic()
             log.info(

@@ -155,7 +155,7 @@ def test_the_asyncapi_document_has_every_topic_and_every_message() -> None:
             topics.down("pi", "job"),
         ),
         *(topics.down_blob("pi", "job"), topics.broadcast(), topics.shared(DIGEST, "job")),
-        *(topics.join("ab" * 16), topics.joined("ab" * 16)),
+        *(topics.join("ab" * 16), topics.joined("ab" * 16), topics.servers()),
     ]
     said = {"site": "lab", "device": "pi", "job": "job", "receiver": "ab" * 8, "blob": DIGEST[:16], "nonce": "ab" * 16}
     assert [c["address"].format(**said) for c in body["channels"].values()] == ours

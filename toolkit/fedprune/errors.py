@@ -43,6 +43,7 @@ class ExitCode(IntEnum):
     BROKER = 20
     PROTOCOL = 21
     CLUSTER = 22
+    OTHER_SERVER = 23
     STORAGE_FULL = 30
     STORAGE = 31
     PLAN = 40

@@ -23,7 +23,7 @@ from fedprune.disk import storage_errors, write_whole
 from fedprune.errors import IdentityError
 from fedprune.trust.authority import SERVER
 from fedprune.trust.certificates import make_request, make_tls_key, tls_key_pem
-from fedprune.wire.topics import EVERYONE, JOIN, JOINED, NO_JOB, PREFIX
+from fedprune.wire.topics import EVERYONE, JOIN, JOINED, NO_JOB, PREFIX, SERVERS
 from fedprune_server.identity.folder import IdentityFolder
 
 MOSQUITTO, EMQX = "mosquitto", "emqx"
@@ -176,6 +176,7 @@ def _member_rules(site: str) -> Sequence[str]:
         f"topic write {place}/+/+/down/#",
         f"topic read {place}/+/{NO_JOB}/{JOIN}",
         f"topic write {place}/+/{NO_JOB}/{JOINED}",
+        f"topic readwrite {place}/{EVERYONE}/{NO_JOB}/{SERVERS}",
         "",
         "# What a device reaches: %u is the common name of its certificate.",
         f"pattern write {place}/%u/+/up/#",
@@ -194,6 +195,7 @@ def _member_rules(site: str) -> Sequence[str]:
 def emqx(site: str, broker: Broker) -> dict[str, str]:
     """EMQX's (5.x) files by name: what to add to its configuration, and its rules. It has no listener for joining."""
     place, folder = f"{PREFIX}/{site}", broker.folder
+    servers = f"{place}/{EVERYONE}/{NO_JOB}/{SERVERS}"
     address = broker.bind or "0.0.0.0"  # noqa: S104  # nosec B104  # what EMQX takes for all addresses
     config = f"""\
 # EMQX 5, for the site {site}; written by fedprune-server broker-config. Add it to etc/emqx.conf.
@@ -227,8 +229,8 @@ authorization {{
 """
     rules = f"""\
 %% Rules of the site {site}; written by fedprune-server broker-config.
-{{allow, {{username, "{SERVER}"}}, subscribe, ["{place}/+/+/up/#", "{place}/+/{NO_JOB}/{JOIN}"]}}.
-{{allow, {{username, "{SERVER}"}}, publish, ["{place}/+/+/down/#", "{place}/+/{NO_JOB}/{JOINED}"]}}.
+{{allow, {{username, "{SERVER}"}}, subscribe, ["{place}/+/+/up/#", "{place}/+/{NO_JOB}/{JOIN}", "{servers}"]}}.
+{{allow, {{username, "{SERVER}"}}, publish, ["{place}/+/+/down/#", "{place}/+/{NO_JOB}/{JOINED}", "{servers}"]}}.
 {{allow, all, publish, ["{place}/${{username}}/+/up/#"]}}.
 {{allow, all, subscribe, ["{place}/${{username}}/+/down/#", "{place}/{EVERYONE}/{NO_JOB}/down"]}}.
 {{allow, all, subscribe, ["{place}/{EVERYONE}/+/down/+"]}}.

@@ -15,6 +15,7 @@ Whoever has this folder is the server: back it up, and keep it to yourself.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -95,6 +96,7 @@ class IdentityFolder:
         self.key = SigningKey.load(self.path / _SIGNING)
         self.epochs = EpochFile(self.path / _EPOCH, clock)
         self.store = IdentityStore(self.path / _STORE, read_only=read_only)
+        self._issuing = threading.Lock()
 
     @classmethod
     def make(cls, state: Path, site: str, clock: Callable[[], float] = time.time) -> IdentityFolder:
@@ -218,11 +220,12 @@ class IdentityFolder:
             IdentityError: As `context`.
         """
         certificate, key = (self.path / name for name in (_CERTIFICATE, _KEY))
-        if not self._lasts(certificate, key, _SERVER_LASTS_S):
-            try:
-                _issue_server(self.authority, self.path)
-            except StorageError as error:  # the old one may do until there is room
-                log.warning("no new certificate for the server yet: %s", error)
+        with self._issuing:  # several connections may want it at once
+            if not self._lasts(certificate, key, _SERVER_LASTS_S):
+                try:
+                    _issue_server(self.authority, self.path)
+                except StorageError as error:  # the old one may do until there is room
+                    log.warning("no new certificate for the server yet: %s", error)
         return authority or self.path / CERTIFICATE, certificate, key
 
     def _lasts(self, certificate: Path, key: Path, seconds: int) -> bool:

@@ -67,6 +67,7 @@ def _examine(folder: Path, timeout: float, now: float) -> Iterator[Ailment]:
         lambda: _alerts(folder, cases, server, now, running=running, members=not broken),
         lambda: site.clock(now, last),
         lambda: site.broker(folder, server, timeout, running=running),
+        lambda: site.other_servers(folder, server, running=running),
         lambda: site.bucket(server, timeout),
         lambda: site.crashes(folder, now),
         lambda: site.backups(folder, now),

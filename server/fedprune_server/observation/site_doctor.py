@@ -21,6 +21,7 @@ from fedprune_server.fleet.board_logs import read_logs
 from fedprune_server.identity.folder import FOLDER as IDENTITY
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.store import REVOKED
+from fedprune_server.link.leadership import described, leadership
 from fedprune_server.observation.ailment import Ailment, note, of_finding, wrong
 from fedprune_server.observation.alerts import SHOWN, at, command, day
 from fedprune_server.settings.config import EMBEDDED, LOCAL, without_password
@@ -165,6 +166,31 @@ def broker(folder: Path, server: Mapping[str, Any], timeout: float, *, running: 
     finally:
         if identity is not None:
             identity.close()
+
+
+def other_servers(folder: Path, server: Mapping[str, Any], *, running: bool) -> Iterator[Ailment]:
+    """Whether another server of this identity serves the fleet.
+
+    Args:
+        folder: The state folder, with the identity.
+        server: The server's settings.
+        running: Whether a server runs on the folder.
+    """
+    url = str(server.get("broker", EMBEDDED))
+    if url == EMBEDDED or not (folder / IDENTITY).is_dir():
+        return
+    ca = Path(server["ca"]) if server.get("ca") else None
+    with IdentityFolder(folder, read_only=True) as identity, leadership(url, identity, folder, ca) as asking:
+        found = asking.others()
+    own = socket.gethostname(), str(folder.resolve())
+    for other in found:
+        if (other.host, other.folder) != own:
+            yield wrong(
+                "other-server",
+                f"another server runs this fleet: {described(other)}",
+                "one of the two will end: a fleet has one server" if running else "boards follow that one",
+                f"look after the fleet there; or, to serve it from here: {command('run', *at(folder), '--take-over')}",
+            )
 
 
 def _packets(

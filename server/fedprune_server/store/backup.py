@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import socket
 import sqlite3
 import tarfile
 import time
@@ -113,8 +114,9 @@ class _Collected:
             self._add_blob(digest)
         job = needs.settings["job"]["name"]
         self.manifest = Manifest(
-            job, needs.settings["model"], needs.state.round, int(time.time()), __version__, tuple(self._entries)
-        )
+            job, needs.settings["model"], needs.state.round, int(time.time()), __version__, tuple(self._entries),
+            f"{socket.gethostname()}:{state.resolve()}",
+        )  # fmt: skip
 
     def read(self, entry: Entry) -> bytes:
         """A file's bytes, checked."""

@@ -78,6 +78,7 @@ class Manifest:
         at: When the backup was made, in seconds since 1970.
         version: Of which version of the program.
         entries: Its files.
+        origin: Machine and state folder that it was made of; empty where an earlier version made it.
     """
 
     job: str
@@ -86,6 +87,7 @@ class Manifest:
     at: int
     version: str
     entries: tuple[Entry, ...]
+    origin: str = ""
 
     @property
     def size(self) -> int:
@@ -116,7 +118,10 @@ class Manifest:
         return _text({**self._body(), "digest": self.digest()})
 
     def _body(self) -> dict[str, Any]:
-        return {"format": FORMAT, **vars(self), "entries": [vars(e) for e in self.entries]}
+        body = {"format": FORMAT, **vars(self), "entries": [vars(e) for e in self.entries]}
+        if not self.origin:
+            del body["origin"]
+        return body
 
     @classmethod
     def parse(cls, raw: bytes, where: str) -> Manifest:

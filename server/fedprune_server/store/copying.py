@@ -8,13 +8,15 @@ import sqlalchemy as sql
 
 from fedprune.errors import ConfigError
 from fedprune_server.store.database import MARK, Database, copy_sqlite, translated
+from fedprune_server.store.lease import DATABASE_ID
+from fedprune_server.store.lease import ROW as LEASE
 from fedprune_server.store.schema import EVENTS, META, TABLES
 from fedprune_server.store.storage import Storage
 
 RESTORED = "restored"
 """Row of `meta`: digest of the backup that a database was filled from."""
 
-_OWN = (MARK, "lease")
+_OWN = (MARK, LEASE, DATABASE_ID)
 """Rows of `meta` that are of one database and server, not of the job."""
 _ROWS = 500
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import socket
 import threading
 import time
@@ -29,6 +30,9 @@ from fedprune_server.store.schema import META
 log = logging.getLogger("fedprune.server")
 
 ROW = "lease"
+DATABASE_ID = "database-id"
+"""Row of `meta`: a random id of a PostgreSQL database, which no copy of it in another database has."""
+
 LASTS_S = 15.0
 RENEWED_S = 3.0
 
@@ -53,6 +57,7 @@ class Lease:
 
     Attributes:
         lost: Called, in a thread of the lease's, if another server has taken over.
+        shared: Id of the database if several servers can share it, once the lease is taken; None for SQLite.
 
     Raises:
         StorageError: The database can't be reached.
@@ -60,6 +65,7 @@ class Lease:
 
     def __init__(self, url: str, folder: Path) -> None:
         self.lost: Callable[[], None] = lambda: None
+        self.shared: str | None = None
         self._database = Database(url)
         number = folder.stat().st_ino
         self._holder = f"{socket.gethostname()}:{folder.resolve()}:{number}"
@@ -104,6 +110,7 @@ class Lease:
         if self._token is None and not self._try():
             raise self._busy()
         if self._database.postgresql:
+            self.shared = self._database_id()
             self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
             self._thread.start()
 
@@ -149,6 +156,15 @@ class Lease:
                     if row.token == self._token:
                         _write(connection, _Row(row.holder, row.token, 0.0))
         self._database.close()
+
+    def _database_id(self) -> str:
+        with self._database.transaction() as connection:
+            self.check(connection)
+            known = connection.execute(sql.select(META.c.value).where(META.c.key == DATABASE_ID)).scalar()
+            if known is None:
+                known = secrets.token_hex(16)
+                connection.execute(META.insert().values(key=DATABASE_ID, value=known))
+        return str(known)
 
     def _exists(self) -> bool:
         with self._database.transaction() as connection:

@@ -20,6 +20,7 @@ from fedprune_server.store.copying import fill
 from fedprune_server.store.inventory import inventory
 from fedprune_server.store.place import keep as keep_place
 from fedprune_server.store.place import url_of
+from fedprune_server.store.restored_record import record_restore
 from fedprune_server.store.storage import Storage
 from fedprune_server.terminal.shown_bytes import Advance
 
@@ -179,6 +180,7 @@ def _write(source: Source, manifest: Manifest, folder: Path, database: str | Non
         advance(entry.size)
     if manifest.has_identity:
         EpochFile(folder / IDENTITY / "epoch").pass_over()
+        record_restore(folder, manifest)
     if database is not None:
         with TemporaryDirectory(prefix="fedprune-restore-") as scratch:
             copy = Path(scratch) / "server.db"

@@ -187,7 +187,7 @@ def pi_2(site: Site) -> DeviceIdentity:
 
 @pytest.mark.mosquitto
 def test_devices_and_server_reach_each_other_on_all_their_topics(site: Site, pi_1: DeviceIdentity) -> None:
-    listening = [*LAB.server_subscriptions(), LAB.join_subscription()]
+    listening = [*LAB.server_subscriptions(), LAB.join_subscription(), LAB.servers()]
     with (
         site.client(site.identity.context(), listening) as server,
         site.client(pi_1.context(), [*LAB.device_subscriptions("pi-1"), LAB.shared("ab" * 32, "job")]) as device,
@@ -200,6 +200,8 @@ def test_devices_and_server_reach_each_other_on_all_their_topics(site: Site, pi_
             server.publish(topic, b"2")
         assert server.all(len(up)) == [(topic, b"1") for topic in up]
         assert device.all(len(down)) == [(topic, b"2") for topic in down]
+        server.publish(LAB.servers(), b"3")
+        assert server.all(1) == [(LAB.servers(), b"3")]
 
 
 @pytest.mark.mosquitto
@@ -212,6 +214,7 @@ def test_a_device_reaches_its_own_topics_only(site: Site, pi_1: DeviceIdentity, 
         "fedprune/1/lab/#",
         *LAB.device_subscriptions("pi-2"),
         LAB.join_subscription(),
+        LAB.servers(),
     ]
     with (
         site.client(site.identity.context(), ["#"]) as server,
@@ -221,14 +224,16 @@ def test_a_device_reaches_its_own_topics_only(site: Site, pi_1: DeviceIdentity, 
         for topic in (
             LAB.up("pi-2"), LAB.up_blob("pi-2", "job"), LAB.down("pi-2"), LAB.down("pi-1"), LAB.broadcast(),
             LAB.join(nonce), LAB.joined(nonce), "elsewhere", Topics("other").up("pi-1"), LAB.shared("ab" * 32, "job"),
+            LAB.servers(),
         ):  # fmt: skip
             rogue.publish(topic, b"false")
         victim.publish(LAB.up("pi-2", "job"), b"secret")
         server.publish(LAB.down("pi-2", "job"), b"secret")
         server.publish(LAB.joined(nonce), b"secret")
+        server.publish(LAB.servers(), b"secret")
 
         assert victim.all(1) == [(LAB.down("pi-2", "job"), b"secret")]
-        assert server.all(1) == [(LAB.up("pi-2", "job"), b"secret")]
+        assert server.all(2) == [(LAB.up("pi-2", "job"), b"secret"), (LAB.servers(), b"secret")]
         assert rogue.all() == []
 
 
@@ -543,12 +548,12 @@ def test_emqx_lets_server_and_devices_do_what_they_do_and_nothing_else() -> None
     server, device = ("fedprune-server", "fedprune-" + "1" * 24), ("pi-1", nonce)
     up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job")]
     down = [LAB.down("pi-1"), LAB.down("pi-1", "job"), LAB.down_blob("pi-1", "job")]
-    listening = [*LAB.server_subscriptions(), LAB.join_subscription()]
+    listening = [*LAB.server_subscriptions(), LAB.join_subscription(), LAB.servers()]
     own = [*LAB.device_subscriptions("pi-1"), LAB.joined(nonce), LAB.shared("ab" * 32, "job")]
 
     for who, action, topics in (
         (server, "subscribe", listening),
-        (server, "publish", [*down, LAB.broadcast(), LAB.joined(nonce), LAB.shared("ab" * 32, "job")]),
+        (server, "publish", [*down, LAB.broadcast(), LAB.joined(nonce), LAB.shared("ab" * 32, "job"), LAB.servers()]),
         (device, "subscribe", own),
         (device, "publish", [*up, LAB.join(nonce)]),
     ):
@@ -561,7 +566,11 @@ def test_emqx_lets_server_and_devices_do_what_they_do_and_nothing_else() -> None
         (server, "subscribe", ["#", "fedprune/1/lab/#", *Topics("other").server_subscriptions()]),
         (server, "publish", [*up, LAB.join(nonce), Topics("other").down("pi-1")]),
         (device, "subscribe", [*others, *listening, *up, LAB.join(nonce)]),
-        (device, "publish", [*others[3:], *down, LAB.broadcast(), LAB.joined(nonce), LAB.shared("ab" * 32, "job")]),
+        (
+            device,
+            "publish",
+            [*others[3:], *down, LAB.broadcast(), LAB.joined(nonce), LAB.shared("ab" * 32, "job"), LAB.servers()],
+        ),
         (("", nonce), "subscribe", [*own[:2], *listening]),
     ):
         assert [t for t in topics if rules.allow(*who, action, t)] == []

@@ -71,14 +71,22 @@ class EpochFile:
         """Let the next epoch be the time: the other side has heard a later one, of a copy of this disk perhaps."""
         self._latest = self._written
 
-    def pass_over(self) -> None:
-        """Use up all epochs that whoever this file was copied from may have used since, also ahead of the clock.
+    @property
+    def written(self) -> int:
+        """The last epoch that is written down; no later one was used."""
+        return self._written
+
+    def pass_over(self, used: int = 0) -> None:
+        """Use up all epochs that another holder of the key may have used, also ahead of the clock.
+
+        Args:
+            used: An epoch that it has used, as far as is known.
 
         Raises:
             StorageFullError: No room.
             StorageError: The disk fails.
         """
-        end = max(self._written, int(min(1000 * self._clock(), _LAST_TIME))) + _AHEAD
+        end = max(self._written, used, int(min(1000 * self._clock(), _LAST_TIME))) + _AHEAD
         write_whole(self._path, json.dumps({"v": 1, "epoch": end}).encode())
         self._latest = self._written = end
 

@@ -20,6 +20,7 @@ from fedprune.wire.join_messages import JoinAnswer, JoinRequest
 from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
 from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import ReleaseFromServer, ReleaseReport
+from fedprune.wire.server_messages import ServerPresence, ServerQuery
 
 MAX_WANT = 1024
 """Leaves or pieces that one `Want` may ask for."""
@@ -353,7 +354,8 @@ FromDevice = (
     | CrashReport
 )
 FromServer = Hello | Offer | Accepted | Cancelled | Finished | Want | Gone | JoinAnswer | ReleaseFromServer | LogWanted
-Message = FromDevice | FromServer
+BetweenServers = ServerQuery | ServerPresence
+Message = FromDevice | FromServer | BetweenServers
 
 _TYPES: dict[str, type[Any]] = {c.kind: c for c in get_args(Message)}
 

@@ -8,6 +8,8 @@ Chunks of a blob that several devices pull have a topic of their own, whose chan
 of the blob's digest: a device listens to those that it needs while it needs them.
 
 Chunks for one of several receivers of a server come on `up/` and that receiver's tag, 16 hex digits too.
+
+Servers of one identity find each other on `servers`, which no device reads or writes.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ EVERYONE = "all"
 CHANNELS = ("up", "up/blob", "down", "down/blob")
 
 JOIN, JOINED = "join", "joined"
+SERVERS = "servers"
 
 _NONCE = re.compile(r"[0-9a-f]{32}")
 _SHARED = re.compile(r"down/[0-9a-f]{16}")
@@ -120,6 +123,10 @@ class Topics:
     def join_subscription(self) -> str:
         """What a server listens to that lets devices in."""
         return f"{self._prefix}/+/{NO_JOB}/{JOIN}"
+
+    def servers(self) -> str:
+        """Where servers of this site ask for each other and answer."""
+        return f"{self._prefix}/{EVERYONE}/{NO_JOB}/{SERVERS}"
 
     def parse_join(self, topic: str) -> str:
         """The nonce in the topic of a request of this site.

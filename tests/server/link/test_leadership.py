@@ -1,0 +1,214 @@
+"""Servers of one identity on one topic: which of them serves, and what can't make another one end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fedprune.trust.envelope import unseal
+from fedprune.trust.epoch import EpochFile
+from fedprune.trust.keys import SigningKey
+from fedprune.wire.connection_news import ConnectionUp, Event
+from fedprune.wire.messages import parse
+from fedprune.wire.server_messages import ServerPresence, ServerQuery
+from fedprune.wire.topics import Topics
+from fedprune_server.link import leadership
+from fedprune_server.link.leadership import SETTLED_S, Leadership, OtherServerError
+
+TOPIC = Topics("lab").servers()
+KEY = SigningKey.make()
+
+
+class Hub:
+    """A broker of one topic."""
+
+    def __init__(self) -> None:
+        self.ends: list[End] = []
+        self.said: list[bytes] = []
+
+    def publish(self, payload: bytes) -> None:
+        self.said.append(payload)
+        for end in self.ends:
+            if end.connected:
+                end.put((TOPIC, payload))
+
+
+class End:
+    """A connection to a hub."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub, self._items, self._news = hub, deque[tuple[str, bytes] | Event](), threading.Condition()
+        self.connected, self.trouble = False, ""
+
+    def subscribe(self, topics: list[str]) -> None:
+        assert topics == [TOPIC]
+
+    def start(self, timeout: float = 0.0, *, patient: bool = False) -> None:
+        assert patient
+        self._hub.ends.append(self)
+        self.connect()
+
+    def connect(self) -> None:
+        self.connected = True
+        self.put(ConnectionUp())
+
+    def put(self, item: tuple[str, bytes] | Event) -> None:
+        with self._news:
+            self._items.append(item)
+            self._news.notify()
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        assert topic == TOPIC
+        if self.connected:
+            self._hub.publish(payload)
+        return self.connected
+
+    def get(self, timeout: float | None = None) -> tuple[str, bytes] | Event | None:
+        with self._news:
+            self._news.wait_for(lambda: bool(self._items), timeout)
+            return self._items.popleft() if self._items else None
+
+    def close(self) -> None:
+        self.connected = False
+
+
+class Lab:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.hub = folder, Hub()
+        self.now = 100.0
+        self.made: list[Leadership] = []
+
+    def server(
+        self, name: str, *, key: SigningKey = KEY, lease: str | None = None
+    ) -> tuple[Leadership, End, EpochFile]:
+        end = End(self.hub)
+        made = Leadership(end, "lab", key, self.folder / name, lease, lambda: self.now)
+        self.made.append(made)
+        return made, end, EpochFile(self.folder / name, lambda: float(len(self.made)))
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    monkeypatch.setattr(leadership, "_ANSWER_S", 0.3)
+    made = Lab(tmp_path)
+    yield made
+    for server in made.made:
+        server.close()
+
+
+def superseded(server: Leadership) -> bool:
+    try:
+        server.confirm()
+    except OtherServerError:
+        return True
+    return False
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def serving(lab: Lab, name: str, **more: str) -> tuple[Leadership, End, EpochFile]:
+    server, end, epochs = lab.server(name, **more)  # type: ignore[arg-type]
+    server.enter(epochs, take_over=False)
+    return server, end, epochs
+
+
+def test_a_second_server_is_refused_and_one_that_takes_over_ends_the_first(lab: Lab) -> None:
+    first, _, epochs = serving(lab, "first")
+    second, _, later = lab.server("second")
+    with pytest.raises(OtherServerError, match=r"another server runs this fleet: on .*first, since"):
+        second.enter(later, take_over=False)
+    assert not superseded(first)
+    lost = threading.Event()
+    first.lost = lost.set
+    second.enter(later, take_over=True)
+    assert lost.wait(20)
+    with pytest.raises(OtherServerError, match=r"has taken this fleet over: on .*second, since"):
+        first.confirm()
+    assert not superseded(second)
+    assert later.next() > epochs.written  # boards take what it says for later
+
+
+def test_a_server_that_answers_no_more_keeps_nobody_from_starting(lab: Lab) -> None:
+    first, end, _ = serving(lab, "first")
+    old = [raw for raw in lab.hub.said if isinstance(parse(unseal(KEY.verifying, TOPIC, raw).body), ServerQuery)]
+    lab.server("asks")[0].others()
+    answer = next(r for r in lab.hub.said if isinstance(parse(unseal(KEY.verifying, TOPIC, r).body), ServerPresence))
+    end.close()
+    second, _, later = lab.server("second")
+    for raw in (answer, *old):  # repeated by whoever heard it
+        lab.hub.publish(raw)
+    second.enter(later, take_over=False)
+    lab.hub.publish(answer)
+    assert not superseded(second)
+    assert not superseded(first)
+
+
+def test_one_that_was_cut_off_yields_to_a_server_that_has_served_for_long(lab: Lab) -> None:
+    first, end, _ = serving(lab, "first")
+    end.connected = False
+    second, _, _ = serving(lab, "second")
+    lab.now += 2 * SETTLED_S
+    end.connect()
+    wait_for(lambda: superseded(first))
+    assert not superseded(second)
+
+
+def test_one_that_has_just_started_yields_to_a_server_that_was_only_slow(lab: Lab) -> None:
+    first, end, _ = serving(lab, "first")
+    lab.now += 2 * SETTLED_S
+    end.connected = False
+    second, _, _ = serving(lab, "second")
+    end.connect()
+    wait_for(lambda: superseded(second))
+    assert not superseded(first)
+
+
+def test_two_that_start_at_once_become_one(lab: Lab) -> None:
+    servers = [lab.server(name) for name in ("first", "second")]
+    for server, _, epochs in servers:
+        server.enter(epochs, take_over=False, alone=True)
+    wait_for(lambda: any(superseded(s) for s, _, _ in servers))
+    time.sleep(0.3)
+    assert sum(superseded(s) for s, _, _ in servers) == 1
+
+
+def test_between_servers_of_one_database_its_lease_decides(lab: Lab) -> None:
+    first, _, _ = serving(lab, "first", lease="ab" * 16)
+    second, _, _ = serving(lab, "second", lease="ab" * 16)
+    assert second.others() == []
+    lab.now += 2 * SETTLED_S
+    other, _, epochs = lab.server("other", lease="cd" * 16)
+    with pytest.raises(OtherServerError):
+        other.enter(epochs, take_over=False)
+    assert not superseded(first)
+    assert not superseded(second)
+
+
+def test_a_server_of_another_identity_is_not_believed(lab: Lab) -> None:
+    first, _, _ = serving(lab, "first")
+    lab.now += 2 * SETTLED_S
+    stranger, _, epochs = lab.server("stranger", key=SigningKey.make())
+    stranger.enter(epochs, take_over=True)
+    time.sleep(0.3)
+    assert not superseded(first)
+    assert not superseded(stranger)
+
+
+def test_a_broker_that_keeps_servers_apart_is_named(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lab.hub, "publish", lambda _payload: None)
+    monkeypatch.setattr(leadership, "_CONNECT_S", 0.0)
+    serving(lab, "first")
+    assert "can't be seen" in caplog.text
+    assert "broker-config" in caplog.text

@@ -1,0 +1,76 @@
+"""Messages by which servers of one identity find each other; no device gets them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedprune.wire import fields as check
+from fedprune.wire.checked_message import CheckedMessage
+from fedprune.wire.fields import Check
+
+_RANDOM = check.hexadecimal(32)
+
+
+@dataclass(frozen=True)
+class ServerQuery(CheckedMessage):
+    """A question to the site's servers: which of you serve?
+
+    Attributes:
+        instance: Random id of the process that asks.
+        nonce: Random; answers repeat it, so that an old answer counts for nothing.
+        mutual: True where those who answer are to ask in turn, since the process serves the site itself; else null.
+    """
+
+    instance: str
+    nonce: str
+    mutual: bool | None
+
+    kind: ClassVar[str] = "server-query"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "instance": _RANDOM,
+        "nonce": _RANDOM,
+        "mutual": check.optional(check.true),
+    }
+
+
+@dataclass(frozen=True)
+class ServerPresence(CheckedMessage):
+    """A server's answer to a `ServerQuery`: it serves this site.
+
+    Attributes:
+        nonce: The query's.
+        instance: Random id of the process that answers.
+        host: Name of its machine.
+        folder: Its state folder.
+        since: When it began to serve, in seconds since 1970.
+        claim: The epoch with which it began to serve; of two settled servers the larger claim wins.
+        epoch: The last epoch that it has written down. Whoever takes over begins later ones.
+        settled: True once it has taken over on purpose or served for half a minute; else null.
+        lease: Id of the database whose lease it holds; null where that is a file of its own. Between two servers of
+            one database the lease decides.
+    """
+
+    nonce: str
+    instance: str
+    host: str
+    folder: str
+    since: int
+    claim: int
+    epoch: int
+    settled: bool | None
+    lease: str | None
+
+    kind: ClassVar[str] = "server-presence"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "nonce": _RANDOM,
+        "instance": _RANDOM,
+        "host": check.text(256),
+        "folder": check.text(4096),
+        "since": check.whole(),
+        "claim": check.whole(),
+        "epoch": check.whole(),
+        "settled": check.optional(check.true),
+        "lease": check.optional(_RANDOM),
+    }
