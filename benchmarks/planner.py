@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +93,30 @@ def timm_nets() -> dict[str, Any]:
 
 def child(folder: Path, batch: int) -> None:
     """Carry out a round of a few steps as a device does, or with batch 0 predict, and print the peak memory."""
-    import paho.mqtt.client  # noqa: F401 - an agent holds it, too
-
-    from fedprune_device.predictor import Predictor
+    import onnxruntime
 
     spec = json.loads((folder / "spec.json").read_text())
     rng = np.random.default_rng(0)
     if batch:
-        carry_out(folder, batch, spec)
+        # All that `fedprune-device run` imports; a thread trains, as on a board.
+        import fedprune_device.agent
+        import fedprune_device.cli
+        import fedprune_device.local.command
+        import fedprune_device.reporter
+        import fedprune_device.runtime.heart
+        import fedprune_device.runtime.releases  # noqa: F401
+
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(carry_out, folder, batch, spec).result()
     else:
+        from fedprune_device.predictor import Predictor
+
         predictor = Predictor(folder, threads=1)
         for _ in range(STEPS):
             predictor.predict(rng.standard_normal((1, *spec["input_shape"]), dtype=np.float32))
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    print(json.dumps({"peak_bytes": peak}))
+    print(json.dumps({"peak_bytes": peak, "onnxruntime": onnxruntime.__version__}))
 
 
 def carry_out(folder: Path, batch: int, spec: dict[str, Any]) -> None:
@@ -142,8 +152,8 @@ def carry_out(folder: Path, batch: int, spec: dict[str, Any]) -> None:
         bench.commit(bench.make(offer))
 
 
-def measure() -> list[dict[str, Any]]:
-    """Every net at two widths, trained with two batches and predicting."""
+def prepare(root: Path) -> None:
+    """Write every net at two widths, as a board gets it, with its costs."""
     from fedprune import tensorfile, widths_at
     from fedprune.costs import costs_at
     from fedprune.features import Features
@@ -153,30 +163,36 @@ def measure() -> list[dict[str, Any]]:
     from fedprune_export.inference import inference_model
     from fedprune_export.training import training_graph
 
-    rows = []
     for name, module in (nets() | timm_nets()).items():
         model = import_onnx(export_torch(module), name)
         architecture = model.architecture
         graph = training_graph(model, Features()).to_bytes()
         for density in (1.0, 0.5):
             widths = widths_at(architecture, density)
-            costs = costs_at(architecture, widths)
-            with tempfile.TemporaryDirectory() as made:
-                folder = Path(made)
-                (folder / "training.onnx").write_bytes(graph)
-                (folder / GRAPH).write_bytes(inference_model(model, widths))
-                weights = Selection.of(architecture, widths).gather(model.tensors)
-                (folder / WEIGHTS).write_bytes(tensorfile.encode(weights))
-                spec = {"input_shape": architecture.input_shape, "classes": architecture.classes, "widths": widths}
-                (folder / "spec.json").write_text(json.dumps(spec))
-                for batch in (0, *BATCHES):
-                    command = [sys.executable, __file__, "--child", made, "--batch", str(batch)]
-                    run = subprocess.run(command, check=True, capture_output=True, text=True)
-                    peak = json.loads(run.stdout)["peak_bytes"]
-                    what = "training" if batch else "predicting"
-                    row = {"net": name, "density": density, "what": what, "batch": batch or 1}
-                    rows.append({**row, "costs": vars(costs), "peak_bytes": peak})
-                    print(f"{name} at {density}, {what}, batch {batch}: {peak / 1e6:.0f} MB", file=sys.stderr)
+            folder = root / f"{name}-{density}"
+            folder.mkdir(parents=True)
+            (folder / "training.onnx").write_bytes(graph)
+            (folder / GRAPH).write_bytes(inference_model(model, widths))
+            weights = Selection.of(architecture, widths).gather(model.tensors)
+            (folder / WEIGHTS).write_bytes(tensorfile.encode(weights))
+            spec = {"net": name, "density": density, "widths": widths, "classes": architecture.classes}
+            spec |= {"input_shape": architecture.input_shape, "costs": vars(costs_at(architecture, widths))}
+            (folder / "spec.json").write_text(json.dumps(spec))
+
+
+def measure(root: Path, python: str) -> list[dict[str, Any]]:
+    """Every case of `prepare`, trained with two batches and predicting, each in a fresh process of an interpreter."""
+    rows = []
+    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+        spec = json.loads((folder / "spec.json").read_text())
+        for batch in (0, *BATCHES):
+            command = [python, __file__, "--child", str(folder), "--batch", str(batch)]
+            run = subprocess.run(command, check=True, capture_output=True, text=True)
+            said = json.loads(run.stdout)
+            what = "training" if batch else "predicting"
+            row = {"net": spec["net"], "density": spec["density"], "what": what, "batch": batch or 1}
+            rows.append({**row, "costs": spec["costs"], **said})
+            print(f"{folder.name}, {what}, batch {batch}: {said['peak_bytes'] / 1e6:.0f} MB", file=sys.stderr)
     return rows
 
 

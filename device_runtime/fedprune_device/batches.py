@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fedprune.chance import keyed
 from fedprune.recipe import Recipe
+from fedprune_device.stored_array import Inputs
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
@@ -31,7 +32,7 @@ class Part:
     partner: Array | None = None
 
     @classmethod
-    def of(cls, x: Array, y: Array, rows: Rows) -> Part:
+    def of(cls, x: Inputs, y: Array, rows: Rows) -> Part:
         """Some of the samples, with their labels."""
         return cls(lambda: x[rows], y[rows])
 

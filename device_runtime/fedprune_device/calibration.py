@@ -16,6 +16,7 @@ import numpy.typing as npt
 from fedprune import step
 from fedprune.selection import Tensors
 from fedprune_device.batches import Rows
+from fedprune_device.stored_array import Inputs
 
 Array = npt.NDArray[Any]
 
@@ -30,7 +31,7 @@ def measured(
     run: Run,
     names: Collection[str],
     feeds: Mapping[str, Array],
-    x: Array,
+    x: Inputs,
     batches: Sequence[Rows],
     old: Mapping[str, Array],
 ) -> Tensors:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import numpy.typing as npt
 from fedprune.archive_limits import check_members
 from fedprune.chance import keyed
 from fedprune.disk import is_there
-from fedprune.errors import DataError, remedy
+from fedprune.errors import DataError, StorageError, remedy
 from fedprune_device.labels import targets
+from fedprune_device.stored_array import Inputs, StoredArray, member, moved_out, select
 
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]
@@ -36,7 +37,7 @@ class LocalData:
     """Training, test and validation samples of one device.
 
     Attributes:
-        x_train: Inputs [n, ...]: float32, or int64 for token ids.
+        x_train: Inputs [n, ...]: float32, or int64 for token ids; large ones may be stored on the disk.
         y_train: Labels: classes int64 [n], or float32 [n] or [n, K] (0 or 1 per class, or numbers to predict).
         x_test: Inputs that are never trained on; may be empty. What is measured on them is reported alone.
         y_test: Their labels.
@@ -47,14 +48,15 @@ class LocalData:
         DataError: Types, lengths or shapes don't fit, a number is not finite, or a class or token id is negative.
     """
 
-    x_train: Array
+    x_train: Inputs
     y_train: Array
-    x_test: Array
+    x_test: Inputs
     y_test: Array
-    x_val: Array = field(default_factory=lambda: _NO_SAMPLES)
+    x_val: Inputs = field(default_factory=lambda: _NO_SAMPLES)
     y_val: Array = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
+        x: Inputs
         for split in _SPLITS:
             if split == "val" and not len(self.y_val) and not len(self.x_val):
                 x, y = self.x_train[:0], self.y_train[:0]
@@ -105,7 +107,19 @@ class LocalData:
         order = keyed(seed, "validation", device).permutation(self.samples)
         train, val = np.sort(order[aside:]), np.sort(order[:aside])
         x, y = self.x_train, self.y_train
-        return LocalData(x[train], y[train], self.x_test, self.y_test, x[val], y[val])
+        return LocalData(select(x, train), y[train], self.x_test, self.y_test, select(x, val), y[val])
+
+    def moved_out(self, spool: Path) -> LocalData:
+        """The same with large arrays on the disk.
+
+        Args:
+            spool: The folder for the copies, which go with this process.
+
+        Raises:
+            StorageError: There is no room for them.
+        """
+        train, test, val = (_moved_out(x, spool) for x in (self.x_train, self.x_test, self.x_val))
+        return replace(self, x_train=train, x_test=test, x_val=val)
 
     def check(
         self,
@@ -134,8 +148,10 @@ class LocalData:
             check_type(self.x_train, token_ids)
 
 
-def load_data(source: str, seed: int = 0, device: str = "", validation_share: float = 0.0) -> LocalData:
-    """Read a device's data.
+def load_data(
+    source: str, seed: int = 0, device: str = "", validation_share: float = 0.0, *, spool: Path | None = None
+) -> LocalData:
+    """Read a device's data; large arrays of an `.npz` file stay there and are read as batches are drawn.
 
     Args:
         source: A `.npz` file with `x`, `y` (or `x_train`, `y_train`) and, if there are such, `x_test`,
@@ -145,6 +161,8 @@ def load_data(source: str, seed: int = 0, device: str = "", validation_share: fl
         device: The device's name: it keys the split.
         validation_share: Share of the training samples that is set aside for validation, where the source has no
             validation samples.
+        spool: A folder for copies of large arrays that a file has compressed or a function returns; without one they
+            are held in memory.
 
     Returns:
         Checked data. The same source, seed and device always give the same split.
@@ -152,15 +170,18 @@ def load_data(source: str, seed: int = 0, device: str = "", validation_share: fl
     Raises:
         DataError: The source can't be read or doesn't hold usable samples; the message names it.
     """
-    found = _found(source, seed, device)
+    found = _found(source, seed, device, spool)
     try:
         data = found if isinstance(found, LocalData) else _assemble(found, seed, device)
+        del found
+        if spool is not None:
+            data = data.moved_out(spool)
         return data.with_validation(validation_share, seed, device)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
 
 
-def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, *, token_ids: bool = False) -> Array:
+def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, *, token_ids: bool = False) -> Inputs:
     """Read samples without labels; where a source has labels, nobody looks at them.
 
     Args:
@@ -171,7 +192,7 @@ def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, 
     Raises:
         DataError: The source can't be read or doesn't hold usable samples; the message names it.
     """
-    found = _found(source, 0, "")
+    found = _found(source, 0, "", None)
     try:
         if isinstance(found, LocalData):
             found = {"x_train": found.x_train, **({"x_test": found.x_test} if len(found.x_test) else {})}
@@ -182,7 +203,7 @@ def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, 
             if name is None:
                 raise DataError("array 'x' is missing", got=", ".join(map(str, found)) or "nothing")
             found = found[name]
-        x = checked_inputs(np.asarray(found), "unlabelled")
+        x = checked_inputs(found if isinstance(found, StoredArray) else np.asarray(found), "unlabelled")
         check_type(x, token_ids)
         if shape is not None:
             check_shape(x, shape)
@@ -191,7 +212,7 @@ def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, 
     return x
 
 
-def check_shape(x: Array, shape: tuple[int | str | None, ...]) -> None:
+def check_shape(x: Inputs, shape: tuple[int | str | None, ...]) -> None:
     """Check samples against a model's input.
 
     Args:
@@ -211,7 +232,7 @@ def check_shape(x: Array, shape: tuple[int | str | None, ...]) -> None:
         )
 
 
-def check_type(x: Array, token_ids: bool) -> None:
+def check_type(x: Inputs, token_ids: bool) -> None:
     """Check the samples' type against a model's input.
 
     Args:
@@ -230,10 +251,10 @@ def check_type(x: Array, token_ids: bool) -> None:
         )
 
 
-def _found(source: str, seed: int, device: str) -> object:
+def _found(source: str, seed: int, device: str, spool: Path | None) -> object:
     path = Path(source)
     if source.endswith(".npz") or is_there(path, file=True):
-        return read_arrays(path)
+        return read_arrays(path, spool)
     if ":" in source:
         return _call(source, seed, device)
     raise DataError(
@@ -243,7 +264,7 @@ def _found(source: str, seed: int, device: str) -> object:
     )
 
 
-def checked_samples(x: object, y: object, split: str = "") -> tuple[Array, Array]:
+def checked_samples(x: object, y: object, split: str = "") -> tuple[Inputs, Array]:
     """Samples and labels in the types that `LocalData` has.
 
     Args:
@@ -255,7 +276,7 @@ def checked_samples(x: object, y: object, split: str = "") -> tuple[Array, Array
         DataError: Types, lengths or shapes don't fit, or a number is out of range.
     """
     labels, kind = _checked_labels(np.asarray(y), split), f"{split} " if split else ""
-    inputs = checked_inputs(np.asarray(x), split)
+    inputs = checked_inputs(x if isinstance(x, StoredArray) else np.asarray(x), split)
     if len(inputs) != len(labels):
         raise DataError(f"number of {kind}labels", expected=len(inputs), got=len(labels))
     return inputs, labels
@@ -285,30 +306,54 @@ def _checked_labels(labels: Array, split: str) -> Array:
     return labels
 
 
-def checked_inputs(inputs: Array, split: str = "") -> Array:
+def checked_inputs(inputs: Inputs, split: str = "") -> Inputs:
     """Inputs as float32 or int64; arguments and errors are those of `checked_samples`."""
     kind = f"{split} " if split else ""
     if inputs.dtype.kind != "f" and inputs.dtype not in (np.int32, np.int64):
         raise DataError(f"type of {kind}inputs", expected="float32", got=inputs.dtype, hint=_SCALE)
     if inputs.ndim < 2:
         raise DataError(f"{kind}inputs", expected="[n, ...]", got=inputs.shape)
+    if not isinstance(inputs, StoredArray):
+        inputs = np.ascontiguousarray(inputs, np.int64 if inputs.dtype.kind == "i" else np.float32)
+        _check_numbers(inputs, kind, 0)
+        return inputs
+    if inputs.checked:
+        return inputs
+    first = 0
+    for chunk in inputs.chunks():
+        _check_numbers(chunk, kind, first)
+        first += len(chunk)
+    return replace(inputs, checked=True)
+
+
+def _check_numbers(inputs: Array, kind: str, first: int) -> None:
+    """Refuse negative token ids and numbers that are not finite; `first` is the number of the first sample."""
     if inputs.dtype.kind == "i":
         if inputs.size and int(inputs.min()) < 0:
             raise DataError(f"{kind}inputs hold a negative token id", expected="0 or more", got=int(inputs.min()))
-        return np.ascontiguousarray(inputs, np.int64)
-    inputs = np.ascontiguousarray(inputs, np.float32)
-    if not np.isfinite(inputs).all():
-        bad = int(np.flatnonzero(~np.isfinite(inputs.reshape(len(inputs), -1)).all(1))[0])
+    elif not np.isfinite(inputs).all():
+        bad = first + int(np.flatnonzero(~np.isfinite(inputs.reshape(len(inputs), -1)).all(1))[0])
         raise DataError(f"{kind}inputs hold numbers that are not finite", got=f"sample {bad}")
-    return inputs
 
 
-def _kind(array: Array) -> str:
+def _moved_out(x: Inputs, spool: Path) -> Inputs:
+    if isinstance(x, StoredArray):
+        return x
+    stored = moved_out(x, spool)
+    return replace(stored, checked=True) if isinstance(stored, StoredArray) else stored
+
+
+def _kind(array: Inputs) -> str:
     return f"{array.dtype} [{', '.join(['n', *map(str, array.shape[1:])])}]"
 
 
-def read_arrays(path: Path) -> dict[str, Array]:
+def read_arrays(path: Path, spool: Path | None = None) -> dict[str, Inputs]:
     """The arrays of an `.npz` file by name; objects in it are refused, not unpickled.
+
+    Args:
+        path: The file.
+        spool: A folder for copies of large arrays of samples that are compressed; without one they are held in memory.
+            Others of samples (`x`, `x_train`, ...) that are large stay in the file.
 
     Raises:
         DataError: It can't be read, or is another kind of file.
@@ -319,8 +364,8 @@ def read_arrays(path: Path) -> dict[str, Array]:
             with np.load(raw, allow_pickle=False) as file:
                 if not hasattr(file, "files"):
                     raise DataError(f"{path} is a single array", expected="an .npz file with x and y")
-                return {name: file[name] for name in file.files}
-    except DataError:
+                return arrays_of(path, file, spool)
+    except (DataError, StorageError):
         raise
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
@@ -329,6 +374,15 @@ def read_arrays(path: Path) -> dict[str, Array]:
             f"{path} is not an .npz file of plain arrays{why_unreadable(error)}",
             hint="Write it with numpy.savez(path, x=..., y=...).",
         ) from error
+
+
+def arrays_of(path: Path, file: Any, spool: Path | None = None) -> dict[str, Inputs]:
+    """The arrays of an opened `.npz` file by name; arguments as in `read_arrays`, errors as numpy raises them."""
+    entries = {info.filename.removesuffix(".npy"): info for info in file.zip.infolist()}
+    return {
+        name: member(path, file.zip, entries[name], spool) if name.partition("_")[0] == "x" else file[name]
+        for name in file.files
+    }
 
 
 def why_unreadable(error: Exception) -> str:
@@ -375,7 +429,7 @@ def _assemble(arrays: object, seed: int, device: str) -> LocalData:
     found = _named(arrays)
     suffix = "_train" if "x_train" in found else ""
     try:
-        x, y = np.asarray(found[f"x{suffix}"]), np.asarray(found[f"y{suffix}"])
+        x, y = _inputs(found[f"x{suffix}"]), np.asarray(found[f"y{suffix}"])
     except KeyError as error:
         raise DataError(
             f"array {error.args[0]!r} is missing",
@@ -385,11 +439,15 @@ def _assemble(arrays: object, seed: int, device: str) -> LocalData:
     for split in ("test", "val"):
         if (f"x_{split}" in found) != (f"y_{split}" in found):
             raise DataError(f"{split} data", expected=f"both x_{split} and y_{split}, or neither")
-    own = [np.asarray(found[f"{kind}_val"]) for kind in "xy"] if "x_val" in found else []
+    own: Any = (_inputs(found["x_val"]), np.asarray(found["y_val"])) if "x_val" in found else ()
     if "x_test" in found:
-        return LocalData(x, y, np.asarray(found["x_test"]), np.asarray(found["y_test"]), *own)
+        return LocalData(x, y, _inputs(found["x_test"]), np.asarray(found["y_test"]), *own)
     x, y = checked_samples(x, y, "")  # before the split, so that an error names the sample by its place in the source
     order = keyed(seed, "split", device).permutation(len(y))
     aside = int(len(y) * TEST_SHARE)
     train, test = np.sort(order[aside:]), np.sort(order[:aside])
-    return LocalData(x[train], y[train], x[test], y[test], *own)
+    return LocalData(select(x, train), y[train], select(x, test), y[test], *own)
+
+
+def _inputs(found: object) -> Inputs:
+    return found if isinstance(found, StoredArray) else np.asarray(found)

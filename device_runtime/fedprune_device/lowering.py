@@ -19,6 +19,7 @@ from fedprune.agreement import SAMPLES, Agreement, agreement
 from fedprune.disk import file_digest, storage_errors
 from fedprune.errors import FedpruneError, ModelError
 from fedprune.precision import (
+    CALIBRATION_SAMPLES,
     FLOAT32,
     SERVED,
     files_of,
@@ -117,7 +118,9 @@ class Lowering:
         try:
             for name, raw in unpacked(kit, precision).items():
                 durable.write(folder / name, raw, sync=self._lasting)
-            raw = lowered_weights(folder, precision, tensorfile.load(folder / WEIGHTS), data.x_train)
+            raw = lowered_weights(
+                folder, precision, tensorfile.load(folder / WEIGHTS), data.x_train[:CALIBRATION_SAMPLES]
+            )
             durable.write(folder / weights_file(precision), raw, sync=self._lasting)
             model = Predictor(folder / graph_file(precision), threads=self._threads)
             found = judge.hear(model)

@@ -19,13 +19,14 @@ from fedprune.cli import whole_number
 from fedprune.disk import is_there, storage_errors
 from fedprune.errors import BundleError, DataError, ExitCode, StorageError, UsageError, remedy
 from fedprune.precision import PRECISIONS, graph_file
-from fedprune_device.data import Shape, checked_inputs, checked_samples, load_data, why_unreadable
+from fedprune_device.data import Shape, arrays_of, checked_inputs, checked_samples, load_data, why_unreadable
 from fedprune_device.labels import targets
 from fedprune_device.local.command import add_sample_options, fixed_samples
 from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictions import described, judged
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Slots
+from fedprune_device.stored_array import Inputs
 
 
 def add_predict_command(commands: Any) -> None:
@@ -133,7 +134,7 @@ class _Chosen:
         name: What part of the source they are; empty for all of it.
     """
 
-    x: npt.NDArray[Any]
+    x: Inputs
     y: npt.NDArray[Any] | None
     name: str = ""
 
@@ -162,7 +163,7 @@ def _samples(arguments: argparse.Namespace, shape: Shape, class_names: tuple[str
     return _Chosen(x, y, f"the {split} samples")
 
 
-def _named_part(found: Mapping[str, npt.NDArray[Any]], split: str | None) -> _Chosen | None:
+def _named_part(found: Mapping[str, Inputs], split: str | None) -> _Chosen | None:
     """The arrays of a split: by default test samples, else all; None where no arrays have its name."""
     names = {"x_test": "y_test", "x": "y", "x_train": "y_train", "x_val": "y_val"}
     wanted = names if split is None else [f"x_{split}"]
@@ -171,7 +172,8 @@ def _named_part(found: Mapping[str, npt.NDArray[Any]], split: str | None) -> _Ch
     name = next((n for n in wanted if n in found), None)
     if name is None:
         return None
-    return _Chosen(found[name], found.get(names[name]), "" if name == "x" else name)
+    y = None if names[name] not in found else np.asarray(found[names[name]])
+    return _Chosen(found[name], y, "" if name == "x" else name)
 
 
 def _checked(chosen: _Chosen, source: str) -> _Chosen:
@@ -187,7 +189,7 @@ def _checked(chosen: _Chosen, source: str) -> _Chosen:
     return replace(chosen, x=x, y=y)
 
 
-def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+def _arrays(path: Path) -> dict[str, Inputs]:
     """The arrays of a file by name; a single one is called x."""
     try:
         with path.open("rb") as raw:
@@ -195,7 +197,7 @@ def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
             found = np.load(raw, allow_pickle=False)
             if isinstance(found, np.ndarray):
                 return {"x": found}
-            return {name: found[name] for name in found.files}
+            return arrays_of(path, found)
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
     except DataError:

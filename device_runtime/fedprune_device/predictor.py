@@ -13,6 +13,7 @@ from fedprune.chance import keyed
 from fedprune.errors import DataError, ModelError, shape_text
 from fedprune.session import Runs, Session
 from fedprune_device.losses import Terms, data_loss
+from fedprune_device.stored_array import Inputs
 
 Array = npt.NDArray[Any]
 
@@ -58,7 +59,7 @@ class Predictor:
         """Whether its inputs are whole numbers (token ids)."""
         return self._dtype.kind == "i"
 
-    def predict(self, x: Array, batch: int = 64) -> npt.NDArray[np.float32]:
+    def predict(self, x: Inputs, batch: int = 64) -> npt.NDArray[np.float32]:
         """Logits of every sample.
 
         Args:

@@ -19,7 +19,7 @@ from fedprune.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.bundle_folder import check_folder, read_files, write_bundle
 from fedprune.cli import recipe_setting, whole_number
 from fedprune.errors import ExitCode, FedpruneError, ModelError, UsageError
-from fedprune.precision import files_of, graph_file, lowered_weights, weights_file
+from fedprune.precision import CALIBRATION_SAMPLES, files_of, graph_file, lowered_weights, weights_file
 from fedprune.quantity import quantity
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
@@ -214,7 +214,9 @@ class _LocalTraining:
         for file in files_of(precision):
             (folder / file).write_bytes(files[file])
         try:
-            files[weights_file(precision)] = lowered_weights(folder, precision, tensors, self._data.x_train)
+            files[weights_file(precision)] = lowered_weights(
+                folder, precision, tensors, self._data.x_train[:CALIBRATION_SAMPLES]
+            )
             (folder / weights_file(precision)).write_bytes(files[weights_file(precision)])
             found = Judge(whole, self._data, self._recipe, self._classes).hear(
                 Predictor(folder / graph_file(precision))

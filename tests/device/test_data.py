@@ -18,6 +18,13 @@ X = np.arange(40, dtype=np.float32).reshape(20, 2)
 Y = np.arange(20) % 4
 
 
+@pytest.fixture(autouse=True, params=["memory", "disk"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where samples of a file are held: these are few enough for memory, but errors and splits are the same."""
+    if request.param == "disk":
+        monkeypatch.setattr("fedprune_device.stored_array.HELD_BYTES", 0)
+
+
 def save(path: Path, **arrays: object) -> str:
     np.savez(path, **arrays)  # type: ignore[arg-type]
     return str(path)

@@ -23,7 +23,7 @@ from fedprune.architecture import (
     TensorSpec,
     widths_at,
 )
-from fedprune.costs import costs_at, memory_seconds
+from fedprune.costs import HELD_BYTES, costs_at, memory_seconds
 from fedprune.errors import BundleError
 from fedprune.features import Features
 from fedprune.workload import workload
@@ -191,8 +191,9 @@ def test_an_optimisers_second_state_takes_memory_and_frozen_weights_take_less() 
 
 
 @pytest.mark.board
-def test_local_data_takes_memory() -> None:
+def test_local_data_takes_memory_until_it_stays_on_the_disk() -> None:
     costs = costs_at(NET, NET.sizes)
+    assert costs.training_memory(8, PLAIN, 10**7).samples == HELD_BYTES
     assert (
         costs.training_memory(8, PLAIN, 1010).total - costs.training_memory(8, PLAIN, 10).total
         == 1000 * 3 * 16 * 16 * 4

@@ -28,6 +28,9 @@ RUNTIME_BYTES = 77_000_000
 VALUE_BYTES = 190_000
 """What a loaded graph takes per activation of the model, which is some thirty nodes of a training graph."""
 
+HELD_BYTES = 4 * 2**20
+"""Samples up to this size are held in memory; larger arrays stay on the disk and are read as batches are drawn."""
+
 WEIGHT_COPIES = 7
 """Arrays of the size of all weights that live at the peak of a step: weights as received, weights and momentum before
 and after the step, gradients, the temporaries of the update, and what the allocator can't use in between."""
@@ -135,7 +138,7 @@ class Costs:
         Args:
             batch: Samples that are worked on at once.
             features: Features of the training graph: anchors, masks, sums and an optimiser's state take memory.
-            samples: Local samples.
+            samples: Local samples; of many only `HELD_BYTES` are held in memory.
             trained: Share of the parameters that are trained; the others are only held.
             own: Further copies of all weights that it holds (`Recipe.own_copies`).
         """
@@ -148,7 +151,7 @@ class Costs:
             graph=VALUE_BYTES * self.values,
             weights=int(copies * self.parameter_bytes),
             activations=int(batch * (KEPT_COPIES * self.kept_bytes + TRANSIENTS * self.largest_bytes)),
-            samples=samples * self.sample_bytes,
+            samples=min(samples * self.sample_bytes, HELD_BYTES),
         )
 
     def inference_bytes(self, batch: int) -> int:

@@ -88,5 +88,5 @@ def _rows(path: Path) -> Iterator[Sample]:
     if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
         wanted = f"a whole number for each of {len(x)} samples"
         raise DataError(f"y in {path}", expected=wanted, got=f"{y.dtype} {y.shape}")
-    for number, row in enumerate(x):
-        yield f"sample {number} of {path}", np.ascontiguousarray(row), None if y is None else int(y[number])
+    for number in range(len(x)):
+        yield f"sample {number} of {path}", np.ascontiguousarray(x[number]), None if y is None else int(y[number])

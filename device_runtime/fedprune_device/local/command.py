@@ -106,15 +106,18 @@ def open_samples(arguments: argparse.Namespace, stack: ExitStack) -> Samples:
     if arguments.data == LOCAL:
         limits = Limits(arguments.samples_most, min(arguments.samples_bytes, _LARGEST_ROOM))
         return stack.enter_context(SampleSet(arguments.state / "samples", limits, _shares(arguments)))
-    return fixed_samples(arguments)
+    return fixed_samples(arguments, spool=arguments.state)
 
 
-def fixed_samples(arguments: argparse.Namespace, class_names: tuple[str, ...] = ()) -> Samples:
+def fixed_samples(
+    arguments: argparse.Namespace, class_names: tuple[str, ...] = (), spool: Path | None = None
+) -> Samples:
     """The samples of a file, a function or a folder of images.
 
     Args:
         arguments: The command line.
         class_names: Names of the classes, where the command line gives none.
+        spool: A folder for copies of large arrays, see `load_data`.
 
     Raises:
         ConfigError: A setting makes no sense.
@@ -124,7 +127,7 @@ def fixed_samples(arguments: argparse.Namespace, class_names: tuple[str, ...] = 
     source, names = arguments.data, arguments.class_names or class_names
     if Path(source).is_dir():
         return ImageFolder(Path(source), _pixels(arguments), _shares(arguments), arguments.samples_most, names)
-    return load_data(source, arguments.seed, arguments.device, arguments.validation_share)
+    return load_data(source, arguments.seed, arguments.device, arguments.validation_share, spool=spool)
 
 
 def _shares(arguments: argparse.Namespace) -> Shares:

@@ -29,6 +29,7 @@ from fedprune_device.assignment import MEASURED, LoadedTrainer, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.own import OwnInMemory
 from fedprune_device.slots import Slots
+from fedprune_device.stored_array import StoredArray
 from fedprune_server.work.update_size import sent
 
 _BLOBS = ("weights", "training", "inference")
@@ -276,5 +277,6 @@ def fingerprint(data: LocalData) -> str:
         array = getattr(data, field.name)
         if array is not None:  # a split that there is not
             digest.update(json.dumps([field.name, array.dtype.str, array.shape]).encode())
-            digest.update(np.ascontiguousarray(array).data)
+            for chunk in array.chunks() if isinstance(array, StoredArray) else (array,):
+                digest.update(np.ascontiguousarray(chunk).data)
     return digest.hexdigest()

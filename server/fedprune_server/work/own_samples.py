@@ -31,9 +31,9 @@ def load_evaluation(source: str, model: Model, loss: str) -> Evaluation:
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     if len(data.y_test) and _has_test_split(Path(source)):
-        return data.x_test, data.y_test
+        return np.asarray(data.x_test), data.y_test
     if not len(data.y_test):
-        return data.x_train, data.y_train
+        return np.asarray(data.x_train), data.y_train
     return np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
 
 
@@ -62,7 +62,7 @@ def load_calibration(source: str, model: Model) -> npt.NDArray[Any]:
     Raises:
         DataError: The samples can't be read or don't fit the model.
     """
-    return load_inputs(source, tuple(model.architecture.input_shape), token_ids=_takes_token_ids(model))
+    return np.asarray(load_inputs(source, tuple(model.architecture.input_shape), token_ids=_takes_token_ids(model)))
 
 
 def _takes_token_ids(model: Model) -> bool:

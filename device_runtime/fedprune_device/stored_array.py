@@ -1,0 +1,243 @@
+"""Samples that stay on the disk and are read row by row, as batches are drawn.
+
+Rows are read with `pread` rather than mapped: mapped pages count as this process's memory, and a file that is cut short
+while it is mapped kills the process instead of raising an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy
+
+from fedprune.costs import HELD_BYTES
+from fedprune.disk import storage_errors
+from fedprune.errors import DataError
+
+Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
+
+_CHUNK_BYTES = 2**20
+
+
+class _Copy:
+    """A file without a name, which is gone when nothing refers to it, or this process is, however it ends."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self._descriptor
+
+
+@dataclass(frozen=True, eq=False)
+class StoredArray:
+    """An array of samples [n, ...] on the disk.
+
+    Attributes:
+        file: The file: a path, or a copy without a name.
+        stamp: Inode, size and time of the file's last change, which must stay the same.
+        offset: Where the numbers begin.
+        stored: Their type in the file.
+        whole: The array's shape in the file.
+        rows: The samples that belong to this array, in order; None for all.
+        checked: Whether all numbers have been found usable.
+    """
+
+    file: Path | _Copy
+    stamp: tuple[int, int, int]
+    offset: int
+    stored: np.dtype[Any]
+    whole: tuple[int, ...]
+    rows: Rows | None = None
+    checked: bool = False
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the samples that are read: float32, or int64 for token ids."""
+        return np.dtype(np.int64 if self.stored.kind == "i" else np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Samples, and the shape of one."""
+        return (len(self), *self.whole[1:])
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.whole)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return 0 if self.rows is None else self.rows.nbytes
+
+    def __len__(self) -> int:
+        return self.whole[0] if self.rows is None else len(self.rows)
+
+    def __getitem__(self, rows: Any) -> Array:
+        """Some samples, read now.
+
+        Args:
+            rows: Numbers of samples, or a slice.
+
+        Raises:
+            DataError: The file has changed.
+            StorageError: It can't be read.
+        """
+        chosen = np.arange(len(self), dtype=np.int64)[rows] if self.rows is None else self.rows[rows]
+        one = self.stored.itemsize * prod(self.whole[1:])
+        raw = np.empty((np.size(chosen), *self.whole[1:]), self.stored)
+        bytes_of = memoryview(raw.reshape(-1).view(np.uint8).data)
+        with self._opened() as descriptor:
+            at = 0
+            for first, count in _runs(np.atleast_1d(chosen)):
+                piece = bytes_of[at * one : (at + count) * one]
+                self._fill(descriptor, piece, self.offset + first * one)
+                at += count
+        read = raw.astype(self.dtype, copy=False)
+        return read if np.ndim(chosen) else read[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.asarray(self[:], dtype)
+
+    def select(self, rows: Rows) -> StoredArray:
+        """Some of the samples, which stay on the disk."""
+        return replace(self, rows=np.asarray(rows if self.rows is None else self.rows[rows], np.int64))
+
+    def chunks(self) -> Iterator[Array]:
+        """All samples in order, a few at a time; errors are those of reading some."""
+        step = max(1, _CHUNK_BYTES // max(1, self.dtype.itemsize * prod(self.whole[1:])))
+        return (self[start : start + step] for start in range(0, len(self), step))
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        with contextlib.ExitStack() as stack, storage_errors(f"can't read {self._name}"):
+            if isinstance(self.file, Path):
+                descriptor = stack.enter_context(self.file.open("rb")).fileno()
+            else:
+                descriptor = self.file.fileno()
+            if _stamp(descriptor) != self.stamp:
+                raise self._changed()
+            yield descriptor
+
+    def _fill(self, descriptor: int, piece: memoryview, at: int) -> None:
+        while piece:
+            count = os.preadv(descriptor, [piece], at)
+            if not count:
+                raise self._changed()
+            piece, at = piece[count:], at + count
+
+    @property
+    def _name(self) -> str:
+        return str(self.file) if isinstance(self.file, Path) else "the copy of the samples"
+
+    def _changed(self) -> DataError:
+        return DataError(
+            f"{self._name} has changed since it was opened",
+            expected="a file that stays as it is",
+            hint="Write new samples to another file, rename it over this one, and restart the device.",
+        )
+
+
+Inputs: TypeAlias = "Array | StoredArray"
+"""Samples in memory or on the disk: both give some as an array by `x[rows]`."""
+
+
+def select(x: Inputs, rows: Rows) -> Inputs:
+    """Some of the samples; those on the disk stay there."""
+    return x.select(rows) if isinstance(x, StoredArray) else x[rows]
+
+
+def member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: Path | None) -> Inputs:
+    """An array of samples in an `.npz` file, on the disk if it is large.
+
+    Args:
+        path: The file.
+        archive: The same, opened.
+        info: The array's entry.
+        spool: A folder for a copy of what is compressed; without one that is held in memory.
+
+    Raises:
+        DataError: The numbers are cut short.
+        StorageError: There is no room for the copy.
+        Exception: It is damaged, in whichever way `zipfile` or numpy says so.
+    """
+    with archive.open(info) as stream:
+        packed = info.compress_type != zipfile.ZIP_STORED
+        shape: tuple[int, ...] = ()
+        if npy.read_magic(stream) == (1, 0):
+            shape, fortran, dtype = npy.read_array_header_1_0(stream)
+            begin = info.file_size - prod(shape) * dtype.itemsize
+            usable = _usable(dtype, shape) and not fortran and stream.tell() == begin
+        if not shape or not usable or (packed and spool is None):
+            with archive.open(info) as again:
+                return np.asarray(npy.read_array(again, allow_pickle=False))
+        if packed and spool is not None:
+            return _spooled(spool, shape, dtype, lambda file: shutil.copyfileobj(stream, file, _CHUNK_BYTES))
+        while stream.read(_CHUNK_BYTES):  # to the end, where the checksum is compared
+            pass
+    with path.open("rb") as file:
+        head = os.pread(file.fileno(), 30, info.header_offset)
+        start = info.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+        return StoredArray(path.absolute(), _stamp(file.fileno()), start + begin, dtype, shape)
+
+
+def moved_out(x: Array, spool: Path) -> Inputs:
+    """Samples from memory, on the disk if they are large.
+
+    Args:
+        x: The samples.
+        spool: The folder for the copy, which goes with this process.
+
+    Raises:
+        StorageError: There is no room for the copy.
+    """
+    if not _usable(x.dtype, x.shape):
+        return x
+    return _spooled(spool, x.shape, x.dtype, lambda file: file.write(np.ascontiguousarray(x).data))
+
+
+def _usable(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
+    """Whether these are many samples of a type that a model may take."""
+    kind = dtype.kind == "f" or dtype in (np.int32, np.int64)
+    return kind and len(shape) > 1 and 4 * prod(shape) > HELD_BYTES
+
+
+def _spooled(
+    spool: Path, shape: tuple[int, ...], dtype: np.dtype[Any], write: Callable[[IO[bytes]], object]
+) -> StoredArray:
+    with storage_errors(f"can't write a copy of the samples to {spool}"):
+        spool.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=spool) as file:
+            write(file)
+            file.flush()
+            copy = _Copy(os.dup(file.fileno()))
+        return StoredArray(copy, _stamp(copy.fileno()), 0, dtype, shape)
+
+
+def _stamp(descriptor: int) -> tuple[int, int, int]:
+    status = os.fstat(descriptor)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _runs(rows: Rows) -> Iterator[tuple[int, int]]:
+    """First rows and lengths of the runs of neighbours, in order."""
+    ends = np.flatnonzero(np.diff(rows) != 1) + 1
+    for run in np.split(rows, ends) if len(rows) else []:
+        yield int(run[0]), len(run)
