@@ -162,7 +162,7 @@ def errors(predicted: Sequence[float], seen: Sequence[float]) -> dict[str, float
 
 
 def compare_plans(bench: Bench, table: LatencyTable) -> list[dict[str, Any]]:
-    """Rungs of the planner's ladder beside uniform widths with at least as many multiplications."""
+    """Rungs of the planner's ladder beside uniform widths with at least as many MACs."""
     architecture, rows = bench.architecture, []
     ladder = rungs(architecture, table, BATCH, DENSITIES)
     for share in SHARES:
@@ -240,7 +240,7 @@ def page(about: dict[str, Any], result: dict[str, Any]) -> str:
     worst = result["worst_planned"]
     nl = "\n"
     names = ["step ms", "uniform", "ratio", "predicted", "latency ms", "uniform", "ratio", "predicted"]
-    header = " | ".join(["net", "share", "multiple", "multiplications", *names])
+    header = " | ".join(["net", "share", "multiple", "MACs", *names])
     return f"""# How far predicted times are off
 
 {about["date"]}, {about["cpu"]}, {about["cores"]} cores (one used; load {about["load"]} at the start),
@@ -257,8 +257,8 @@ half width, as a server does when a device reports its first round. Errors are a
 {nl.join(lines)}
 
 Planned widths (the rung of the planner's ladder that is nearest to a share) beside the narrowest uniform widths with at
-least as many multiplications, in turns; `predicted` is the ratio that the table expects. Longest planned over uniform:
-step {worst["step"]:.2f}, latency {worst["latency"]:.2f}. Where the two are the same widths (multiple 1, multiplications
+least as many MACs, in turns; `predicted` is the ratio that the table expects. Longest planned over uniform:
+step {worst["step"]:.2f}, latency {worst["latency"]:.2f}. Where the two are the same widths (multiple 1, MACs
 1.000), the ratio shows how well two measurements of one thing agree.
 
 | {header} |

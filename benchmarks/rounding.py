@@ -89,10 +89,10 @@ Python {about["python"]}, onnxruntime {about["onnxruntime"]}. `python benchmarks
 One prediction of {SIZE}×{SIZE} pixels, processor time on one thread, medians of {RUNS} runs in turns. The whole model
 takes {whole:.2f} ms. "Per multiplication" is the time of a multiplication over that of the whole model's: 1 means that
 narrowing saves as much time as work. Uneven: every group keeps its own share, within 15 % of the mean, as pruning by
-importance over the whole net does. Planned: the rung of the planner's ladder with as many multiplications as the uneven
+importance over the whole net does. Planned: the rung of the planner's ladder with as many MACs as the uneven
 one.
 
-| share | way | multiplications | ms | of the whole's time | per multiplication | predicted ms |
+| share | way | MACs | ms | of the whole's time | per MAC | predicted ms |
 |---|---|---|---|---|---|---|
 {table}
 """

@@ -301,7 +301,7 @@ def _reading(protocol: Protocol, seeds: Sequence[int]) -> list[str]:
         "are measured anew, alike for all: on a device's own training data for *after* and *average*, on 512 "
         "training samples of all for *global* and *sub*. Δ: difference to "
         f"{protocol.reference}, seed by seed. MB: both ways, all rounds, mean per device, graphs included. TMAC: "
-        "multiplications of all training. "
+        "MACs of all training. "
     )
     if protocol.target:
         often = "every round" if protocol.every_global == 1 else f"every {protocol.every_global} rounds"

@@ -29,7 +29,7 @@ MOST_NUMBERS = 2**28
 """Numbers of one value, and of all values that are needed at the same time: 1 GiB of float32."""
 
 MOST_WORK = 2**40
-"""Multiplications of one sample: the largest image networks take a fifth of it."""
+"""MACs of one sample: the largest image networks take a fifth of it."""
 
 _GROWING = frozenset({"ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"})
 """Operators whose output is as large as their arguments say."""
@@ -78,7 +78,7 @@ def infer(graph: Graph, batch: int, measured: Mapping[str, Array] | None = None)
     _check_memory(graph, out)
     work = sum(_work(n, out) for n in graph.nodes if not n.domain) // max(batch, 1)
     if work > MOST_WORK:
-        raise ModelError("multiplications for one sample", expected=f"at most {MOST_WORK}", got=work)
+        raise ModelError("MACs for one sample", expected=f"at most {MOST_WORK}", got=work)
     return out
 
 
@@ -177,7 +177,7 @@ def _check_memory(graph: Graph, out: Inferred) -> None:
 
 
 def _work(node: Node, out: Inferred) -> int:
-    """Multiplications of an operator that does more than one or a few for each number."""
+    """MACs of an operator that does more than one or a few for each number."""
     shapes = [out.shapes.get(i, ()) for i in node.inputs]
     made = math.prod(out.shapes.get(node.outputs[0], ()))
     if node.op in ("MatMul", "Gemm") and len(shapes) > 1 and shapes[0]:

@@ -1,6 +1,6 @@
 """The pieces of a training step: what each layer computes forward and backward, in which form, and the least it moves.
 
-A piece is one part of one layer. Its multiplications and bytes are those of the mathematics: every value that it needs
+A piece is one part of one layer. Its MACs and bytes are those of the mathematics: every value that it needs
 is read once from memory, every result written once, whatever form computes it. Values of a small layer may stay in a
 processor's cache; then less is moved.
 """
@@ -60,7 +60,7 @@ class Piece:
         op: The layer's operator.
         part: The part.
         form: How it is computed.
-        macs: Multiplications.
+        macs: MACs.
         bytes: Read and written at least.
         nodes: Names of the graph's nodes that compute it.
     """
@@ -191,7 +191,7 @@ class _Layers:
         return int(node.attrs.get("group", 1)) > 1 and self._held.graph.initializers[node.inputs[1]].shape[1] == 1
 
     def macs(self, layer: str, part: str) -> int:
-        """Multiplications: every gradient takes as many as the forward pass."""
+        """MACs: every gradient takes as many as the forward pass."""
         if part in (FORWARD, WEIGHT_GRADIENT) or self._weights.get(layer):
             return self._macs[layer] if part != BACKWARD else 0
         moved = [i for i in self.nodes[layer].inputs if i and i not in self._constants]

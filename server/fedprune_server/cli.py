@@ -327,8 +327,9 @@ def _say_what_next(state: Path, until_finished: bool, daemon: Any) -> None:
     )
     if not until_finished:
         log.info(
-            "the server stays, to tell boards that come later. Ctrl-C ends it; with --until-finished it ends by itself."
-            " For more rounds start it again with a higher --rounds."
+            "the server keeps running, so that boards that connect later learn that the job is finished. "
+            "Ctrl-C ends it; with --until-finished it ends by itself. "
+            "For more rounds, start it again with a higher --rounds."
         )
 
 

@@ -156,7 +156,7 @@ def test_a_claim_of_endless_work_is_refused() -> None:
         helper.make_node("Gemm", ["s", "w"], ["y"]),
     ]
 
-    with pytest.raises(ModelError, match="multiplications for one sample: expected at most 1099511627776"):
+    with pytest.raises(ModelError, match="MACs for one sample: expected at most 1099511627776"):
         import_onnx(model(wide, [*grown, *steps, *last]), "net")
 
 

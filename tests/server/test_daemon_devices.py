@@ -56,7 +56,7 @@ def test_a_device_with_an_unknown_profile_takes_no_part(fleet: Fleet, caplog: py
     fleet.air.devices["a"].profile = "toaster"
     state = fleet.run()
     assert folded(state) == [["b", "c"]] * 3
-    assert "device a takes no part: there is no hardware profile called 'toaster'" in caplog.text
+    assert "device a is excluded: there is no hardware profile called 'toaster'" in caplog.text
 
 
 def test_a_device_with_an_unknown_profile_is_remembered_until_it_can_take_part(fleet: Fleet) -> None:
@@ -94,7 +94,7 @@ def test_the_table_shows_why_a_device_takes_no_part(fleet: Fleet) -> None:
     daemon.run()
     row = next(r for r in daemon.view.snapshot().rows if r.device == "a")
     assert row.profile == "toaster"
-    assert row.state.startswith("takes no part: there is no hardware profile")
+    assert row.state.startswith("excluded: there is no hardware profile")
 
 
 def test_two_boards_of_one_name_are_warned_of_and_shown(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:

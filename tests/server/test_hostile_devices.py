@@ -34,7 +34,7 @@ def test_a_probe_that_makes_no_sense_is_told_and_the_device_takes_no_part(
     device = fleet.air.devices["a"]
     device.birth = lambda: device.say(Birth("a", 1, device.profile, 10, "test", {"cores": -1}))  # type: ignore[method-assign]
     assert folded(fleet.run()) == [["b", "c"]] * 3
-    assert "device a takes no part: probe report" in caplog.text
+    assert "device a is excluded: probe report" in caplog.text
 
 
 def test_further_devices_than_allowed_are_ignored(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:

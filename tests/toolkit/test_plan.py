@@ -231,7 +231,7 @@ def test_what_was_gained_is_a_line_of_its_own() -> None:
     made = plan(NET, BOARD, RECIPE, 500, densities=(0.5,))
     p = made.prediction
     gained = replace(made, uniform=Uniform(0.5, 2 * p.step_s, p.latency_s))
-    assert gained.gains().startswith("gained over uniform width at as many multiplications: step ")
+    assert gained.gains().startswith("gained over uniform width at as many MACs: step ")
     assert "prediction" not in gained.gains()
     assert replace(made, uniform=Uniform(0.5, p.step_s, p.latency_s)).gains() == ""
     assert "gained" not in gained.describe()

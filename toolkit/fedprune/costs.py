@@ -1,4 +1,4 @@
-"""What a submodel costs: multiplications, parameters, bytes on the wire, memory, time.
+"""What a submodel costs: MACs, parameters, bytes on the wire, memory, time.
 
 `docs/planner.md` gives every formula, where its constants come from and how far they were off.
 """
@@ -105,8 +105,8 @@ class Costs:
 
     Attributes:
         parameters: Numbers in all tensors, statistics included.
-        forward_macs: Multiplications of the forward pass.
-        training_macs: Multiplications of forward and backward pass.
+        forward_macs: MACs of the forward pass.
+        training_macs: MACs of forward and backward pass.
         wire_bytes: Exact size of the canonical weights file.
         kept_bytes: Activations that the backward pass needs.
         largest_bytes: The largest activation.
@@ -231,7 +231,7 @@ def memory_seconds(architecture: Architecture, widths: npt.ArrayLike, batch: int
 def layer_macs(
     architecture: Architecture, layer: Layer, widths: Sequence[int], shapes: Mapping[str, tuple[int, ...]]
 ) -> int:
-    """Multiplications of one sample's forward pass in one row of the cost table.
+    """MACs of one sample's forward pass in one row of the cost table.
 
     Args:
         architecture: The model.

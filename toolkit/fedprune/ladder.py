@@ -2,7 +2,7 @@
 
 A rung keeps of every group a multiple of channels that the board's kernels like. Rungs lie on one another: what a
 narrow one keeps, every wider one keeps, so that a looser limit never gives a narrower model. A rung that the table
-expects to be slower than uniform width at as many multiplications isn't one: the uniform widths take its place.
+expects to be slower than uniform width at as many MACs isn't one: the uniform widths take its place.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def equal_work(
     widths: Sequence[int],
     bandwidth: float = math.inf,
 ) -> Rung:
-    """The narrowest uniform widths with at least as many multiplications as `widths` has.
+    """The narrowest uniform widths with at least as many MACs as `widths` has.
 
     Args:
         architecture: The model.
@@ -115,7 +115,7 @@ def equal_work(
 
 @dataclass(frozen=True)
 class _Uniform:
-    """Uniform widths by rising multiplications, and what they take."""
+    """Uniform widths by rising MACs, and what they take."""
 
     rungs: tuple[Rung, ...]
     macs: tuple[float, ...]
@@ -123,7 +123,7 @@ class _Uniform:
     latency_s: tuple[float, ...]
 
     def covering(self, macs: float) -> int:
-        """The place of the narrowest widths with at least as many multiplications."""
+        """The place of the narrowest widths with at least as many MACs."""
         return min(bisect_left(self.macs, macs), len(self.macs) - 1)
 
 
@@ -195,7 +195,7 @@ def _rungs(model: _Model, densities: tuple[float, ...]) -> tuple[Rung, ...]:
 def _gains(
     model: _Model, candidates: Sequence[Rung], uniform: _Uniform, above: Sequence[int]
 ) -> tuple[list[float], Times]:
-    """Step time times latency, each per multiplication (the less, the better), and multiplications.
+    """Step time times latency, each per MAC (the less, the better), and MACs.
 
     Infinite where uniform widths of equal work are faster, and where a narrower model would be slower than the rung
     above it.

@@ -1,6 +1,6 @@
 """What a board's kernels take, measured: the time of a training step and of a prediction at any widths.
 
-The time of a graph is the sum over its kernels of calls, parts, multiplications, elements moved and weights, each
+The time of a graph is the sum over its kernels of calls, parts, MACs, elements moved and weights, each
 times what the board takes for one of them in a kernel of that kind (`fedprune.workload` counts them). The probe
 measures small nets at a few widths and fits those numbers; a kind that it saw little of stays near what is typical.
 """

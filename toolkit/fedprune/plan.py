@@ -88,7 +88,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Uniform:
-    """What uniform widths of as many multiplications as a plan's would take.
+    """What uniform widths of as many MACs as a plan's would take.
 
     Attributes:
         density: Their share of every group.
@@ -149,7 +149,7 @@ class Plan:
         if whole:
             kept = f"keeps {p.parameters / whole:.0%} of the weights: {kept} of {whole:,}"
         lines = [
-            f"density {self.density:.3g} ({kept} parameters, {p.forward_macs:,} multiplications per sample)",
+            f"density {self.density:.3g} ({kept} parameters, {p.forward_macs:,} MACs per sample)",
             f"a round: {p.steps} steps of {_amount(p.step_s, 's')}, {_amount(p.transfer_s, 's')} on the link",
             f"a prediction: {_amount(p.latency_s, 's')}{self._energy()}",
         ]
@@ -180,7 +180,7 @@ class Plan:
             for name, mine, its in pairs
             if abs(its - mine) >= 0.01 * its
         )
-        return found and f"gained over uniform width at as many multiplications: {found}"
+        return found and f"gained over uniform width at as many MACs: {found}"
 
     def _energy(self) -> str:
         p = self.prediction

@@ -24,8 +24,8 @@ class Prediction:
 
     Attributes:
         parameters: Numbers in all tensors.
-        forward_macs: Multiplications of one sample's forward pass.
-        training_macs: Multiplications of one sample's training step.
+        forward_macs: MACs of one sample's forward pass.
+        training_macs: MACs of one sample's training step.
         wire_bytes: Size of its weights file: what travels, once each way.
         memory_bytes: Peak memory of the training process, local data included.
         memory: The same by what takes it.

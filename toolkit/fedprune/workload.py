@@ -1,6 +1,6 @@
 """What a model's kernels have to do at any widths: the work of a step or a prediction, by kind of layer.
 
-Rows of the cost table become a few numbers each (calls, multiplications, elements moved, weights touched) under the
+Rows of the cost table become a few numbers each (calls, MACs, elements moved, weights touched) under the
 name of a *kind* of kernel. What a board takes for one such unit is its `LatencyTable`'s to say (`fedprune.latency`).
 """
 
@@ -19,7 +19,7 @@ from fedprune.axis import Axis
 Numbers = npt.NDArray[np.float64]
 
 FEATURES = ("call", "part", "mac", "move", "weight")
-"""What a kernel is counted by: calls, parts into which a call falls (samples × taps), multiplications, elements that go
+"""What a kernel is counted by: calls, parts into which a call falls (samples × taps), MACs, elements that go
 in and out, and weights."""
 
 KINDS = (
@@ -132,12 +132,12 @@ class Workload:
         return np.rint(np.atleast_2d(np.asarray(widths, float)) @ self._slopes + self._starts)
 
     def macs(self, widths: npt.ArrayLike) -> Numbers:
-        """Multiplications of one sample's forward pass, per row: [n, rows]."""
+        """MACs of one sample's forward pass, per row: [n, rows]."""
         sizes = self.sizes(widths)
         return self._macs(sizes, *self._elements(sizes))
 
     def forward_macs(self, widths: npt.ArrayLike) -> Numbers:
-        """Multiplications of one sample's forward pass, all layers: [n]."""
+        """MACs of one sample's forward pass, all layers: [n]."""
         return np.asarray(self.macs(widths).sum(1))
 
     def contents(self, widths: npt.ArrayLike) -> tuple[Numbers, Numbers]:

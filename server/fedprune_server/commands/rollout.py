@@ -194,7 +194,7 @@ def describe(entry: Entry) -> str:
     stage = f", stage {rollout.stage + 1} of {len(rollout.plan.stages)}" if rollout.stage >= 0 else ", not begun"
     asked = _asked(entry)
     counts = Counter(b.fate for b in rollout.boards.values())
-    words = {Fate.WELL: "have it", Fate.GIVEN: "at it", Fate.FAILED: "failed", Fate.WAITING: "not given it"}
+    words = {Fate.WELL: "updated", Fate.GIVEN: "updating", Fate.FAILED: "failed", Fate.WAITING: "pending"}
     gone = sorted(n for n, b in rollout.boards.items() if b.fate is Fate.GONE)
     count = len(rollout.boards) - len(gone)
     lines = [

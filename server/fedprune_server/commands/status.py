@@ -195,7 +195,7 @@ def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[
     lines = [
         f"  device {device['name']} ({device['profile']}): {_connection(device)}, "
         f"{quantity(device['samples'], 'sample')}, "
-        + (f"takes no part: {device['excluded']}" if device["excluded"] else width)
+        + (f"excluded: {device['excluded']}" if device["excluded"] else width)
         + f", {device['bytes_down'] / 1e6:.2f} MB down, {device['bytes_up'] / 1e6:.2f} MB up"
         + ("" if epsilon is None else f", ε {epsilon:.3g}")
     ]

@@ -29,7 +29,7 @@ class Order(CheckedMessage):
         device: For `approve`, `deny`, `revoke`, `look` and `release_quarantine`.
         key: Fingerprint of the key to approve, as the board shows it.
         release: Name of the release to roll out, one of the server's `console_releases`.
-        groups: Shares of the boards for each stage of a rollout; empty for the careful ones.
+        groups: Shares of the boards for each stage of a rollout; empty for the default: one board, a tenth, all.
         devices: The boards of a rollout; empty for all that are in.
         reason: Why, for the record.
         until: When it expires, in seconds since 1970: it is not carried out later. None for never.

@@ -222,7 +222,7 @@ class Roster:
             samples: Its training samples.
         """
         if self[device].problem != problem:
-            log.warning("%sdevice %s takes no part: %s", self.prefix, device, problem)
+            log.warning("%sdevice %s is excluded: %s", self.prefix, device, problem)
         self[device].problem = problem
         self.outsiders[device] = {"online": True, "profile": profile, "samples": samples, "excluded": problem}
 
@@ -243,7 +243,7 @@ class Roster:
         contact.introduced = what
         title = device.profile.get("title") or device.profile.get("name")
         if device.excluded:
-            log.warning("%sdevice %s (%s) takes no part: %s", self.prefix, name, title, device.excluded)
+            log.warning("%sdevice %s (%s) is excluded: %s", self.prefix, name, title, device.excluded)
             return
         known = (name, title, device.samples, contact.software or "?")
         log.info("%sdevice %s joined: %s, %d samples, %s", self.prefix, *known)
@@ -310,13 +310,13 @@ class Roster:
         device, task = self._state.devices.get(name), self._state.tasks.get(name)
         if device is None:
             profile = self.outsiders.get(name, {}).get("profile", "?")
-            doing = f"takes no part: {contact.problem}" if contact.problem else "unknown"
+            doing = f"excluded: {contact.problem}" if contact.problem else "unknown"
             return Row(name, profile, None, 0, contact.down, contact.up, None, None, doing)
         density = float(device.plan["density"]) if device.plan else device.density if device.widths else None
         if device.widths and device.widths not in contact.parameters:
             contact.parameters[device.widths] = parameters(self._architecture, device.widths)
         if device.excluded:
-            doing = f"takes no part: {device.excluded}"
+            doing = f"excluded: {device.excluded}"
         elif not device.online:
             doing = "offline"
         elif task is None or not self._state.awaits(task):

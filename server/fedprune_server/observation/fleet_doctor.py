@@ -119,7 +119,7 @@ def _excluded(case: Case) -> Iterator[Ailment]:
     for reason, names in _grouped(reasons).items():
         yield note(
             "excluded-devices",
-            f"{quantity(len(names), 'device')} of job {case.name} take no part ({some(names)}): {reason}",
+            f"{quantity(len(names), 'device')} of job {case.name} are excluded ({some(names)}): {reason}",
             "what they could learn is missing from the model",
             f"see {command('status', *at(case.folder))}; docs/add-a-board.md says what a board needs",
         )
@@ -138,7 +138,7 @@ def _deadline(case: Case) -> Iterator[Ailment]:
             "deadline-too-short",
             f"the deadline of job {case.name} is {limit:g} s, and {quantity(len(slow), 'device')} will need more, by "
             f"their plans: {some(sorted(slow))}, {worst} {slow[worst]:.0f} s",
-            "their updates come too late, and after a few such rounds they take no part any more",
+            "their updates come too late, and after a few such rounds they are excluded",
             command("run", *at(case.folder), "--deadline", math.ceil(1.5 * slow[worst])),
         )
         return

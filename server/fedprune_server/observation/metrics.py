@@ -21,7 +21,7 @@ from fedprune_server.observation.onlooker import Onlooker
 from fedprune_server.observation.reasons import KINDS, kind_of
 from fedprune_server.observation.view import JobView
 
-PARTS = ("score", "extract", "train", "pull", "fold", "close", "evaluate", "round")
+PARTS = ("score", "extract", "train", "pull", "aggregate", "close", "evaluate", "round")
 """Of a round, of which seconds are counted: `train` is from an offer to its update's announcement."""
 
 STATES = ("working", "idle", "excluded", "offline")
@@ -138,7 +138,7 @@ class JobMetrics(Onlooker):
             case do.PullUpdate():
                 self._begun.setdefault(("pull", command.device), at)
             case do.Fold():
-                self._begun["fold", command.contribution.part.device] = at
+                self._begun["aggregate", command.contribution.part.device] = at
             case do.Close():
                 self._begun["close", ""] = at
             case do.Evaluate():
@@ -156,13 +156,13 @@ class JobMetrics(Onlooker):
             case on.UpdateStored():
                 self._done("pull", event.device)
             case on.Folded():
-                self._done("fold", event.device)
+                self._done("aggregate", event.device)
             case on.Closed():
                 self._done("close")
             case on.Evaluated():
                 self._done("evaluate")
             case on.UpdateRejected() | on.OfferRefused():
-                for part in ("extract", "train", "pull", "fold"):
+                for part in ("extract", "train", "pull", "aggregate"):
                     self._begun.pop((part, event.device), None)
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:

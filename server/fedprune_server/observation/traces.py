@@ -68,7 +68,7 @@ class JobTraces(Onlooker):
             case do.PullUpdate():
                 self._begin("pull", command.device, now, anew=False)
             case do.Fold():
-                self._begin("fold", command.contribution.part.device, now, anew=False)
+                self._begin("aggregate", command.contribution.part.device, now, anew=False)
             case do.Close():
                 self._begin("close", "", now)
             case do.Evaluate():
@@ -88,10 +88,10 @@ class JobTraces(Onlooker):
             case on.UpdateStored():
                 self._end("pull", event.device, now)
             case on.Folded():
-                self._end("fold", event.device, now)
+                self._end("aggregate", event.device, now)
                 self._end(_DEVICE, event.device, now, outcome="folded")
             case on.UpdateRejected() | on.OfferRefused():
-                for part in ("extract", "train", "pull", "fold", _DEVICE):
+                for part in ("extract", "train", "pull", "aggregate", _DEVICE):
                     self._end(part, event.device, now, reason=event.reason)
             case on.Closed():
                 self._end("close", "", now)
@@ -103,7 +103,7 @@ class JobTraces(Onlooker):
         counted = 0
         for name, part in summary["devices"].items():
             counted += part["progress"] == Progress.FOLDED.value
-            for what in ("extract", "train", "pull", "fold", _DEVICE):
+            for what in ("extract", "train", "pull", "aggregate", _DEVICE):
                 self._end(what, name, now, reason=part["reason"], outcome=part["progress"])
         if self._round is not None and summary["round"] == self._number:
             self._round.set_attribute("fedprune.counted", counted)

@@ -42,7 +42,7 @@ def write_metrics(folder: Path, record: Record, suffix: str = "") -> None:
 
     `metrics.parquet` has round, simulated time, bytes down and up since the run began, device (null for the global
     model), metric and value. `rounds.parquet` has a row per round with the global model's numbers, the means over
-    devices of what each measured last (`mean_...`), bytes and multiplications. Both carry title and job as metadata.
+    devices of what each measured last (`mean_...`), bytes and MACs. Both carry title and job as metadata.
 
     Args:
         folder: Where to.

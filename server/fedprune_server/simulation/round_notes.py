@@ -33,7 +33,7 @@ class Notes:
     Attributes:
         down: Bytes sent to devices since the run began.
         up: Bytes sent by devices since the run began.
-        devices: Of each device, since the round before ended: bytes sent to it, bytes that it sent, multiplications of
+        devices: Of each device, since the round before ended: bytes sent to it, bytes that it sent, MACs of
             its training.
         measured: What was measured of the global model, in the simulation alone.
         updates: How many updates the round's model is made of.
@@ -107,7 +107,7 @@ class Notary:
         return number % max(1, self._job.rounds // _MAPS) == 0 or number in (1, self._job.rounds)
 
     def macs(self, device: str, number: int, offer: Mapping[str, Any], steps: int, samples: int) -> int:
-        """Multiplications of a training, forward and backward, each step at the widths that it trained at.
+        """MACs of a training, forward and backward, each step at the widths that it trained at.
 
         Args:
             device: The device's name.

@@ -35,7 +35,8 @@ _COLUMNS = (
 )
 
 _STATES = {
-    "ready": GOOD, "aggregated": GOOD, "offline": ATTENTION, "takes": ATTENTION, "unknown": ATTENTION, "refused": BAD,
+    "ready": GOOD, "aggregated": GOOD, "refused": BAD,
+    "offline": ATTENTION, "excluded": ATTENTION, "unknown": ATTENTION,
 }  # fmt: skip
 """Styles of states by their first word; all others are work that is being done."""
 

@@ -160,7 +160,7 @@ def test_boards_that_left_the_fleet_are_named_and_counted_apart(state: Path, rel
         with RolloutStore(state) as store:
             RolloutDesk(store, lambda *_: None, identity.store.members).connected(True)
     text = read("status")
-    assert "0 have it, 19 at it, 0 failed, 0 not given it, of 19" in text
+    assert "0 updated, 19 updating, 0 failed, 0 pending, of 19" in text
     assert "1 left the fleet before, and don't count: board-3" in text
     assert json.loads(read("status", "--json"))["boards"]["board-3"]["fate"] == "gone"
 

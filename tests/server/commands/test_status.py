@@ -74,10 +74,10 @@ def test_status_shows_devices_first_with_connection_and_reasons(
         "device full (pi): online, 100 samples",
         "round 13: refused: disk full",
         "device good (pi): online, 300 samples",
-        "device odd (toaster): online, 9 samples, takes no part: no profile",
+        "device odd (toaster): online, 9 samples, excluded: no profile",
         "device off (pi): offline, 200 samples",
         "round 12: refused: too hot in 12",
-        "device small (pi): online, 100 samples, takes no part: no width fits",
+        "device small (pi): online, 100 samples, excluded: no width fits",
         "the last 10 of 12 rounds:",
         "round 3: 0 of 1 device",
     ]

@@ -71,7 +71,7 @@ def test_a_played_job_is_counted(played: Callable[[Onlooker], State], tmp_path: 
     assert value("broker_connected") == 1
     assert value("model_metric", metric="accuracy") == 0.5
     assert value("database_save_seconds_count") == 1
-    done = {"score": 2, "extract": 6, "train": 3, "pull": 3, "fold": 3, "close": 1, "evaluate": 1, "round": 1}
+    done = {"score": 2, "extract": 6, "train": 3, "pull": 3, "aggregate": 3, "close": 1, "evaluate": 1, "round": 1}
     assert {p: value("round_part_seconds_count", part=p) for p in PARTS} == done
     assert found["fedprune_blobs_bytes", ()] == 123
     alerts = {dict(labels)["kind"]: n for (name, labels), n in found.items() if name == "fedprune_alerts"}

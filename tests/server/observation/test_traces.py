@@ -38,7 +38,7 @@ def test_a_round_is_a_tree_of_spans(
     assert first.attributes["fedprune.counted"] == 3
     mine = [s for s in spans.values() if s.context.trace_id == first.context.trace_id]
     names = Counter(s.name for s in mine)
-    devices = {"device": 3, "extract": 3, "train": 3, "pull": 3, "fold": 3}
+    devices = {"device": 3, "extract": 3, "train": 3, "pull": 3, "aggregate": 3}
     assert names == {"round": 1, "score": 1, "close": 1, "evaluate": 1, **devices}
     for span in mine:
         assert span.attributes["fedprune.job"] == "toy"
@@ -47,7 +47,7 @@ def test_a_round_is_a_tree_of_spans(
             assert above is None
             continue
         assert above is not None
-        assert above.name == ("device" if span.name in ("extract", "train", "pull", "fold") else "round")
+        assert above.name == ("device" if span.name in ("extract", "train", "pull", "aggregate") else "round")
         assert above.start_time <= span.start_time <= span.end_time <= above.end_time
         if span.name in devices:
             assert span.attributes["fedprune.device"] in "abc"

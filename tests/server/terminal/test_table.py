@@ -98,7 +98,7 @@ def test_at_any_width_what_is_shown_is_whole(width: int, left_out: set[str], mon
     ("state", "style"),
     [
         ("ready", "green"), ("aggregated", "green"), ("train 3/10", "cyan"), ("offline", "yellow"),
-        ("takes no part: no profile", "yellow"), ("refused: no room", "red"),
+        ("excluded: no profile", "yellow"), ("refused: no room", "red"),
         ("ready (two boards of this name?)", "yellow"),
     ],
 )  # fmt: skip

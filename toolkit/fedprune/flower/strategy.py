@@ -207,7 +207,7 @@ class FedpruneStrategy(FedAvg):
                 check_format(record)
                 self._shares.heard(node, record.get("density"), record.get("profile"), record.get("samples"))
             except (ProtocolError, PlanError) as error:
-                _LOG.warning("node %s takes no part: %s", node, error)
+                _LOG.warning("node %s is excluded: %s", node, error)
 
     def _messages(self, tasks: Mapping[str, Task], kind: str, config: ConfigRecord, group: str) -> list[Message]:
         sent: dict[int, ArrayRecord] = {}
