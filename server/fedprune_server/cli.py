@@ -253,6 +253,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 blobs_at=web.url,
                 quarantine=reached.quarantine,
                 logs=logs,
+                frozen=kept.opened.model.frozen,
                 onlookers=[
                     Shown(Lines() if config.log_format == JSON else make_display()),
                     *watch(kept.opened.job.name),

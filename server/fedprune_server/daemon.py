@@ -84,7 +84,8 @@ class Daemon:
         logs: Keeps what boards tell of their logs and crashes; None to ask for nothing of that.
         onlookers: Who looks on; None for lines in the log. More may join before the start.
         clock: Seconds since 1970, for deadlines and the log; it may be set.
-        monotonic: Seconds of a clock that nobody sets: for patience.
+        monotonic: Seconds of a monotonic clock, for waiting.
+        frozen: Tensors that the model's author froze.
     """
 
     def __init__(
@@ -113,10 +114,11 @@ class Daemon:
         onlookers: Sequence[Onlooker] | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        frozen: Collection[str] = (),
     ) -> None:
         self.job = job
         self.state = state
-        self._coordinator = coordinate(job, architecture, state)
+        self._coordinator = coordinate(job, architecture, state, frozen)
         self.onlookers = Onlookers([Shown(Lines())] if onlookers is None else onlookers)
         with about(job=job.name):
             self._workshop = Workshop(worker)

@@ -141,6 +141,7 @@ def hosted(
             max_packet=config.max_packet,
             quarantine=reached.quarantine,
             onlookers=[Shown(Lines(of_several=True)), *watch(job.job.name)],
+            frozen=job.model.frozen,
             **({} if desks else first),
         )
         desk.when_finished = lambda kept=kept, desk=desk: finished(kept, desk)  # type: ignore[misc]

@@ -94,6 +94,17 @@ def test_each_board_gets_as_many_parts_of_a_batch_as_its_memory_needs() -> None:
     assert {d.widths for d in coordinator.state.devices.values()} == {net.sizes}
 
 
+def test_what_the_author_froze_leaves_room_for_more_of_the_model() -> None:
+    job, still = Job(devices=1, rounds=2), ("second.weight",)
+    frozen = predict(WIDE, WIDE.sizes, PI, job.recipe, 10, frozen=still)
+    made = []
+    for known in ((), still):
+        coordinator = Coordinator(job, WIDE, State(model="m0"), known)
+        coordinator.handle(on.DeviceBorn("a", 1, limited(frozen.memory_bytes, 10**9).to_dict(), 10), 0.0)
+        made.append(coordinator.state.devices["a"].widths)
+    assert made[0] < made[1] == WIDE.sizes
+
+
 @pytest.mark.parametrize("limit", ["memory", "storage"])
 @pytest.mark.parametrize(
     ("strategy", "options", "round_", "mask"),

@@ -277,8 +277,11 @@ def plan(
             raise PlanError(name, expected="a number above 0", got=value)
     room = training_memory(profile, probe)
 
+    def asked_of(widths: tuple[int, ...]) -> Recipe:
+        return recipe if isinstance(recipe, Recipe) else recipe(widths)
+
     def foretold(widths: tuple[int, ...]) -> _Foretold:
-        asked = recipe if isinstance(recipe, Recipe) else recipe(widths)
+        asked = asked_of(widths)
         chosen = _in_parts(architecture, widths, asked, samples, room, frozen)[0]
         seen = predict(
             architecture, widths, profile, chosen, samples, probe=probe, correction=correction, frozen=frozen
@@ -288,13 +291,18 @@ def plan(
     def remedies(found: _Foretold) -> str:
         return _remedies(architecture, profile, found, samples, frozen)
 
-    whole = recipe if isinstance(recipe, Recipe) else recipe(architecture.sizes)
-    table, batch, memory = latency_table(profile, probe), min(whole.batch_size, samples), bandwidth(profile, probe)
-    widest: _Foretold | None = None
-    wider: _Foretold | None = None
-    for rung in _candidates(architecture, table, batch, densities, memory):
+    batch = min(asked_of(architecture.sizes).batch_size, samples)
+    table, memory = latency_table(profile, probe), bandwidth(profile, probe)
+    candidates = _candidates(architecture, table, batch, densities, memory)
+    if not candidates:
+        raise PlanError("there is no density to choose from")
+    wider: tuple[int, ...] | None = None
+    for rung in candidates:
+        # Memory is looked at first: it takes a fraction of the time that a prediction takes.
+        if not _in_parts(architecture, rung.widths, asked_of(rung.widths), samples, room, frozen)[1]:
+            wider = rung.widths
+            continue
         found = foretold(rung.widths)
-        widest = widest or found
         if all(limit.fits for limit in found.limits):
             other = equal_work(architecture, table, batch, rung.widths, memory)
             seen = predict(
@@ -312,25 +320,24 @@ def plan(
                 rung.density,
                 found.prediction,
                 found.limits,
-                _worst(wider.limits).name if wider else NOTHING,
+                _worst(foretold(wider).limits).name if wider else NOTHING,
                 Uniform(other.density, seen.step_s, seen.latency_s),
                 correction,
                 found.recipe.accumulate,
                 _notes(architecture, found, samples, frozen),
-                _warning(found, widest, densities, remedies),
+                _warning(found, found if wider is None else foretold(candidates[0].widths), densities, remedies),
             )
-        wider = found
-    if wider is None:
-        raise PlanError("there is no density to choose from")
-    worst = _worst(wider.limits)
-    others = [m.describe() for m in wider.limits if not m.fits and m is not worst]
+        wider = rung.widths
+    last = foretold(candidates[-1].widths)
+    worst = _worst(last.limits)
+    others = [m.describe() for m in last.limits if not m.fits and m is not worst]
     raise PlanError(
         f"no width of {architecture.name} fits {profile.name}: even the narrowest breaks {worst.name}"
         if len(set(densities)) > 1
         else f"{architecture.name} at density {max(densities):.3g} doesn't fit {profile.name}: it breaks {worst.name}",
         expected=f"at most {_amount(worst.limit, worst.unit)}",
         got=f"{_amount(worst.value, worst.unit)}, {_amount(worst.value - worst.limit, worst.unit)} too much",
-        hint=(f"It also breaks {'; '.join(others)}. " if others else "") + _hint(wider, worst, remedies(wider)),
+        hint=(f"It also breaks {'; '.join(others)}. " if others else "") + _hint(last, worst, remedies(last)),
     )
 
 

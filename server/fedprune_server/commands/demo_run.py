@@ -209,6 +209,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
             site=_SITE,
             profiles=(folder.profiles,),
             broker=broker,
+            frozen=opened.model.frozen,
             onlookers=[meter, Shown(make_display())],
         )
         link.subscribe(daemon.subscriptions)

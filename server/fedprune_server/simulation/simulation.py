@@ -170,10 +170,12 @@ class Simulation:
         saved = self._keeping.load()
         if saved is not None:
             self._run, state = saved
-            self.coordinator = coordinate(self.job, self.model.architecture, state)
+            self.coordinator = coordinate(self.job, self.model.architecture, state, self.model.frozen)
             return True
         self._run = SimulationState()
-        self.coordinator = coordinate(self.job, self.model.architecture, State(model=self._initial()))
+        self.coordinator = coordinate(
+            self.job, self.model.architecture, State(model=self._initial()), self.model.frozen
+        )
         for name in sorted(self._devices):
             self._birth(name, 0.0)
         return False

@@ -105,7 +105,7 @@ class _Replay:
     def run(self, log: Iterable[tuple[int, float, str, dict[str, Any]]]) -> Iterator[Step]:
         worker = self._worker
         state = State(model=worker.initial())
-        coordinator = coordinate(worker.job, worker.architecture, state)
+        coordinator = coordinate(worker.job, worker.architecture, state, worker.model.frozen)
         devices: tuple[str, ...] = ()
         for number, at, kind, body in log:
             event = event_of(number, kind, body)

@@ -66,7 +66,7 @@ def _differing(
     with TemporaryDirectory(prefix="fedprune-check-") as scratch:
         digest = Worker(job, model, BlobStore(Path(scratch), durable=False), None, None).initial()
     state = State(model=digest, architecture=model.architecture.digest)
-    coordinator = coordinate(job, model.architecture, state)
+    coordinator = coordinate(job, model.architecture, state, model.frozen)
     for number, at, kind, body in log:
         coordinator.handle(event_of(number, kind, body), at)
     told, saved = (json.loads(s.to_json()) for s in (state, needs.state))

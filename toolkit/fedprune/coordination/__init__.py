@@ -1,5 +1,7 @@
 """The course of a job: events in, commands out, no input or output of its own."""
 
+from collections.abc import Collection
+
 from fedprune.architecture import Architecture
 from fedprune.coordination.asynchronous import AsynchronousCoordinator
 from fedprune.coordination.coordinator import Coordinator
@@ -11,12 +13,18 @@ from fedprune.strategies import compose
 __all__ = ["AsynchronousCoordinator", "Coordinator", "Desk", "Phase", "State", "coordinate"]
 
 
-def coordinate(job: Job, architecture: Architecture, state: State) -> Desk:
+def coordinate(job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> Desk:
     """The coordinator of a job: of synchronous rounds or of asynchronous ones, as its strategy's schedule says.
+
+    Args:
+        job: The job's settings.
+        architecture: The global model's architecture.
+        state: Where the job stands.
+        frozen: Tensors that the model's author froze.
 
     Raises:
         ConfigError: The job's strategy or its options are wrong.
     """
     schedule = compose(job).schedule
     kind = AsynchronousCoordinator if schedule is not None and schedule.asynchronous else Coordinator
-    return kind(job, architecture, state)
+    return kind(job, architecture, state, frozen)

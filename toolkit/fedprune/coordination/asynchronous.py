@@ -8,6 +8,7 @@ an update is known by its device and its round, and the same events give the sam
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from fedprune.architecture import Architecture
@@ -32,8 +33,8 @@ class AsynchronousCoordinator(Desk):
     over, whether there is a new model by then or not.
     """
 
-    def __init__(self, job: Job, architecture: Architecture, state: State) -> None:
-        super().__init__(job, architecture, state)
+    def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
+        super().__init__(job, architecture, state, frozen)
         self._attendance = Attendance(state, self.ledger.may)
         self._shares = Shares(state, self.schedule, uniform=self.uniform)
         self._lots: tuple[int, dict[str, float]] = (0, {})

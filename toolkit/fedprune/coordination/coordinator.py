@@ -8,6 +8,7 @@ what runs in the field, and a crash is survived by loading the state and asking 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from fedprune.architecture import Architecture
@@ -43,8 +44,8 @@ class Coordinator(Desk):
         state: Where to go on; for a new job `State(model=digest of the initial weights)`.
     """
 
-    def __init__(self, job: Job, architecture: Architecture, state: State) -> None:
-        super().__init__(job, architecture, state)
+    def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
+        super().__init__(job, architecture, state, frozen)
         self._pace = Pace(job.pace, self.deadline_s) if job.pace else None
         self._dismissal = Dismissal(state, self._pace)
         self._line: Line | None = None

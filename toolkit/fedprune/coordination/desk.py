@@ -5,6 +5,7 @@ about single parts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 
 from fedprune.allocation import Allocator, Fleet
 from fedprune.architecture import Architecture
@@ -37,18 +38,21 @@ class Desk(ABC):
         job: The job's settings.
         architecture: The global model's architecture.
         state: Where to go on; for a new job `State(model=digest of the initial weights)`.
+        frozen: Tensors that the model's author froze.
 
     Raises:
         ConfigError: The job's strategy or its options are wrong, or it has begun with privacy and would go on without.
     """
 
-    def __init__(self, job: Job, architecture: Architecture, state: State) -> None:
+    def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
         self.job = job
         self.architecture = architecture
         self.state = state
         self.strategy = compose(job)
         self.schedule = self.strategy.schedule or SYNCHRONOUS
-        self.allocator: Allocator = self.strategy.allocator or Planned(Planner(job, self.strategy, architecture))
+        self.allocator: Allocator = self.strategy.allocator or Planned(
+            Planner(job, self.strategy, architecture, frozen)
+        )
         self.fleet = Fleet(job, architecture, state)
         self.ledger = Ledger(state, job.privacy)
         weighting = self.strategy.aggregator.weighting

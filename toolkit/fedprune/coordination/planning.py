@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 
 from fedprune.allocation import Fleet
@@ -28,12 +28,14 @@ class Planner:
         job: The job's settings.
         strategy: What the job composes.
         architecture: The global model's architecture.
+        frozen: Tensors that the model's author froze.
     """
 
-    def __init__(self, job: Job, strategy: Strategy, architecture: Architecture) -> None:
+    def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, frozen: Collection[str] = ()) -> None:
         self.job = job
         self.strategy = strategy
         self.architecture = architecture
+        self.frozen = frozen
 
     def plan(self, name: str, device: Device) -> None:
         """Give a device its plan and widths, or the reason why it takes no part.
@@ -117,6 +119,7 @@ class Planner:
             deadline_s=self.job.deadline_s,
             probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
             correction=correction,
+            frozen=self.frozen,
         )
 
 
