@@ -319,7 +319,8 @@ class Daemon:
         self._reception.judged(event)
         self._journal.heard(event)
         if isinstance(event, on.UpdateRejected):
-            divergence.warn(event, self.job, self._roster.prefix)
+            reasons = [task.reason for task in self.state.tasks.values()]
+            divergence.warn(event, self.job, self._roster.prefix, reasons)
 
     def _commit(self) -> None:
         """End the turn: save what happened in it, then carry out what follows; that may lead to more."""

@@ -16,6 +16,7 @@ import fedprune
 from fedprune import profile_store, tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.errors import ConfigError
+from fedprune.influence import MEMORY
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.strategies import compose
@@ -56,7 +57,7 @@ def simulated(job: Job, folder: Path) -> Simulation:
 
 def test_it_learns_and_remembers(tmp_path: Path) -> None:
     state = simulated(JOB, tmp_path).state
-    assert set(state.memory) == {"velocity", "energy"}
+    assert set(state.memory) == {"velocity", "energy", MEMORY}
     remembered = tensorfile.decode(BlobStore(tmp_path).read(state.memory["energy"]))
     architecture = import_onnx(digits_model(), "digits").architecture
     sizes = {f"{architecture.digest}/{g.name}": g.size for g in architecture.groups}

@@ -32,6 +32,9 @@ _LATER = (
     "compression_of",
     "compression_down",
     "privacy",
+    "weight_limit",
+    "most_samples",
+    "move_limit",
 )
 """Settings that earlier versions didn't have, only written down where they are not as by default."""
 
@@ -71,6 +74,10 @@ class Job:
         compression_of: The same for single hardware profiles, by name.
         compression_down: The codec of the weights that devices are sent: `none`, `zlib`, `float16` or `int8`.
         privacy: Whether and how what boards hand in is clipped and noised.
+        weight_limit: The most samples that a device counts for, in multiples of the round's median; 0 for no limit.
+        most_samples: The most samples that any device counts for; 0 for no limit.
+        move_limit: The longest update, in multiples of the round's median: a longer one is shortened to it
+            (`fedprune.influence`); 0 for no limit.
     """
 
     name: str = "job"
@@ -98,6 +105,9 @@ class Job:
     compression_of: dict[str, str] = field(default_factory=dict)
     compression_down: str = PLAIN
     privacy: Privacy = field(default_factory=Privacy)
+    weight_limit: float = 4.0
+    most_samples: int = 0
+    move_limit: float = 1.5
 
     def __post_init__(self) -> None:
         counts = {
@@ -107,6 +117,7 @@ class Job:
             "in_flight": (0, 10**6),
             "byte_budget": (0, 2**50),
             "warmup_rounds": (0, 10**6),
+            "most_samples": (0, 2**62),
         }
         real = {
             "participation": (0.0, 1.0),
@@ -115,6 +126,8 @@ class Job:
             "deadline_s": (0.0, 1e8),
             "density": (0.0, 1.0),
             "server_momentum": (0.0, 0.999),
+            "weight_limit": (0.0, 1e6),
+            "move_limit": (0.0, 1e6),
         }
         for name, (low, high) in counts.items():
             setting_checks.whole(f"job: {name}", getattr(self, name), low, high)
@@ -122,6 +135,9 @@ class Job:
             setting_checks.number(f"job: {name}", getattr(self, name), least, most)
         if self.participation == 0 or self.deadline_s == 0:
             raise ConfigError("job: participation and deadline_s", expected="above 0")
+        for name in ("weight_limit", "move_limit"):
+            if 0 < getattr(self, name) < 1:
+                raise ConfigError(f"job: {name}", expected="0, or 1 or more", got=getattr(self, name))
         setting_checks.number("job: pace", self.pace, 1 if self.pace else 0, 1000)
         if not isinstance(self.schedule, Mapping) or not all(isinstance(k, str) for k in self.schedule):
             raise ConfigError("job: schedule", expected="a table of settings, such as kind", got=shown(self.schedule))
@@ -184,7 +200,8 @@ class Job:
         """As plain JSON types; a setting that came later is only there where it is not as by default."""
         body = asdict(self) | {"recipe": self.recipe.to_dict(), "precision": list(self.precision)}
         body["privacy"] = self.privacy.to_dict()
-        return {k: v for k, v in body.items() if k not in _LATER or (v and v != PLAIN)}
+        usual = {f.name: f.default for f in fields(self)} | {"privacy": {}, "precision": []}
+        return {k: v for k, v in body.items() if k not in _LATER or v not in (usual[k], {})}
 
     def codec(self, profile: object, known: Collection[str]) -> str | None:
         """The codec of a device's updates, as text; None for none.

@@ -99,6 +99,7 @@ def ailments(case: Case) -> Iterator[Ailment]:
     yield from _excluded(case)
     yield from _deadline(case)
     yield from _refused(case)
+    yield from _outlying(case)
     yield from _uncovered(case)
     yield from _diverges(case)
 
@@ -173,6 +174,26 @@ def _refused(case: Case) -> Iterator[Ailment]:
         f"see each board's reason: {command('status', *at(case.folder), '--rounds', _ROUNDS)}; and what the boards "
         f"say: {command('logs', *at(case.folder))}",
     )
+
+
+def _outlying(case: Case) -> Iterator[Ailment]:
+    rows = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for name, part in sorted(row["devices"].items()):
+            folded = part["progress"] == Progress.FOLDED.value
+            if part["reason"] and (folded or kind_of(part["reason"]) == "outlier"):
+                found.setdefault(name, []).append(part["reason"])
+    for name, reasons in sorted(found.items(), key=lambda item: -len(item[1]))[:_SHOWN]:
+        yield note(
+            "outlying-device",
+            f"the updates of {name} stood out in {len(reasons)} of the last {quantity(len(rows), 'round')} of job "
+            f"{case.name}: {shown(reasons[-1])}",
+            "they count for less than the board sent, or not at all, so that no single board decides the model "
+            "(docs/security.md)",
+            f"look at its samples and its log ({command('logs', *at(case.folder))}); if the board is not to be trusted: "
+            f"{command('devices', 'revoke', name, *at(case.folder))}",
+        )
 
 
 def _uncovered(case: Case) -> Iterator[Ailment]:

@@ -9,7 +9,7 @@ from fedprune_server.work.divergence import ran_away
 OTHER = "other"
 _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("late", re.compile(r"deadline|too late|in time|takes too long|\blate\b|enough updates|let go")),
-    ("outlier", re.compile(r"stands? out|length of the update|cosine with the others")),
+    ("outlier", re.compile(r"stands? out|most that one device may|length of the update|cosine with the others")),
     ("quarantined", re.compile(r"quarantine")),
     ("shut out", re.compile(r"shut out|revoked")),
     ("gone", re.compile(r"no longer has|went away|\bgone\b|isn't there|offline")),

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from fedprune.coordination import commands as do
@@ -83,7 +84,8 @@ class Crew:
             if isinstance(event, on.UpdateRejected):
                 return event
         if self._shared is not None and isinstance(command, do.Close):
-            self._shared.gather(command)
+            limited = self._worker.limits.of(command, command.contributions)
+            self._shared.gather(replace(command, contributions=limited.contributions))
         return self._worker.execute(command)
 
     def _extract(self, command: do.Extract) -> on.Event:
@@ -115,6 +117,9 @@ class Crew:
             if isinstance(self._worker.store, BucketStore):
                 self._worker.store.learn(answer.objects)
             answer = answer.events[place]
+        if isinstance(answer, crew_work.Checked) and isinstance(command, do.Fold):
+            self._worker.limits.learn(command.contribution, answer.lengths)
+            answer = answer.event
         event = answer
         return event if isinstance(event, on.Extracted | on.Folded | on.UpdateRejected) else None
 

@@ -16,6 +16,7 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.errors import FedpruneError, StorageError
+from fedprune.influence import Lengths, lengths
 from fedprune.job import Job
 from fedprune.partial_sums import PartialSums
 from fedprune.wire.blob_ref import BlobRef
@@ -107,7 +108,20 @@ def _made(worker: Worker, command: do.Extract) -> on.Event | None:
         return None
 
 
-def check(worker: Worker, command: do.Fold) -> on.Folded | on.UpdateRejected:
+@dataclass(frozen=True)
+class Checked:
+    """An update that has passed its checks.
+
+    Attributes:
+        event: The answer to the command.
+        lengths: How far the update moved.
+    """
+
+    event: on.Folded
+    lengths: Lengths
+
+
+def check(worker: Worker, command: do.Fold) -> Checked | on.UpdateRejected:
     """Check an update, as far as that can be done without adding it to any sums.
 
     Raises:
@@ -117,12 +131,13 @@ def check(worker: Worker, command: do.Fold) -> on.Folded | on.UpdateRejected:
     device, round_, attempt = found.part.device, found.basis.round, found.part.attempt
     fold, _ = worker.sums.at(command)
     try:
-        worker.sums.check(worker.reports.report(found), fold)
+        report = worker.reports.report(found)
+        worker.sums.check(report, fold)
     except StorageError:
         raise
     except FedpruneError as error:
         return on.UpdateRejected(device, round_, attempt, one_line(str(error)))
-    return on.Folded(device, round_, attempt)
+    return Checked(on.Folded(device, round_, attempt), lengths(report))
 
 
 def add_up(worker: Worker, addition: Addition) -> PartialSums:

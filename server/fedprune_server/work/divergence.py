@@ -37,14 +37,15 @@ def advice(losses: Sequence[float | None], reasons: Iterable[str], recipe: Mappi
 
     Args:
         losses: Of the global model after every round that measured it; None where it was not finite.
-        reasons: Why boards took no part in the last round.
+        reasons: Why boards took no part in the last round; empty for each that did.
         recipe: The job's recipe, as JSON.
     """
-    failed = sum(map(ran_away, reasons))
+    parts = list(reasons)
+    failed = sum(map(ran_away, parts))
     first, last = (losses[0], losses[-1]) if losses else (0.0, 0.0)
     if last is None or not math.isfinite(last):
         what = "the global model's loss is no longer finite"
-    elif failed:
+    elif failed and _most(parts):
         what = f"{failed} of the devices ended with numbers that are not finite, or far too large"
     elif first is not None and last > _RISE * first:
         what = f"the global model's loss rose, from {first:.4g} after the first round to {last:.4g} after the last"
@@ -53,23 +54,29 @@ def advice(losses: Sequence[float | None], reasons: Iterable[str], recipe: Mappi
     return f"training diverged: {what}. {remedy(recipe)}"
 
 
-def warn(event: on.UpdateRejected, job: Job, prefix: str) -> None:
-    """Say in the log that an update doesn't count, and what to change where training ran away.
+def warn(event: on.UpdateRejected, job: Job, prefix: str, reasons: Iterable[str]) -> None:
+    """Log that an update doesn't count, and what to change where training ran away on most of the round's devices.
 
     Args:
         event: What became of the update.
         job: The job that it is for.
         prefix: What lines of this job begin with.
+        reasons: Why devices of the round, this one included, don't count so far; empty for each of the others.
     """
     with about(job=job.name, round=event.round, device=event.device):
         log.warning("%supdate of %s in round %d doesn't count: %s", prefix, event.device, event.round, event.reason)
-        if ran_away(event.reason):
+        if ran_away(event.reason) and _most(list(reasons)):
             log.warning("%s%s", prefix, remedy(job.recipe.to_dict()))
 
 
 def ran_away(reason: str) -> bool:
     """Whether a reason why an update doesn't count says that training ran away."""
     return any(sign in reason for sign in _SIGNS)
+
+
+def _most(reasons: Sequence[str]) -> bool:
+    """Whether training ran away on at least half of the devices: on fewer, it is these that are odd."""
+    return 2 * sum(map(ran_away, reasons)) >= len(reasons)
 
 
 def remedy(recipe: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from fedprune.blob_part import read_tensors
 from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.head import spelt
+from fedprune.influence import shortened
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
@@ -93,7 +94,8 @@ class Reports:
             offered, _ = parts(self.archive.tensors(found.sent), mask)
             return Submodel(selection, offered, mask)
 
-        return Report(cut, Submodel(selection, tensors | held, mask), found.weight, found.steps, sent, squares)
+        trained = Submodel(selection, tensors | held, mask)
+        return _limited(Report(cut, trained, found.weight, found.steps, sent, squares), found)
 
     def some(self, found: do.Contribution, refs: Mapping[str, BlobRef], names: Collection[str]) -> Report:
         """A stored update without a mask and without a codec, with some of its tensors; nothing else of it is read.
@@ -110,7 +112,8 @@ class Reports:
         tensors = read_tensors(self._store, refs[found.weights], names)
         tensors |= {n: v for n, v in held.items() if n in names}
         sent = partial(self._sent, selection, found.sent, refs, names)
-        return Report(Cut(scene, turn, whole), Submodel(selection, tensors), found.weight, found.steps, sent)
+        trained = Submodel(selection, tensors)
+        return _limited(Report(Cut(scene, turn, whole), trained, found.weight, found.steps, sent), found)
 
     def _sent(self, selection: Selection, digest: str, refs: Mapping[str, BlobRef], names: Collection[str]) -> Submodel:
         return Submodel(selection, read_tensors(self._store, refs[digest], names))
@@ -129,6 +132,10 @@ class Reports:
     def lifted(self, report: Report) -> Submodel:
         """What of an update enters the sums."""
         return self._strategy.personaliser.share(report, self._strategy.extractor.reconstruct(report))
+
+
+def _limited(report: Report, found: do.Contribution) -> Report:
+    return shortened(report, found.shares) if found.shares else report
 
 
 def _gathered(selection: Selection, model: Tensors, names: frozenset[str]) -> Tensors:

@@ -14,6 +14,7 @@ from fedprune.strategies import Strategy
 from fedprune.strategies.roles import Report
 from fedprune.tensor_checks import check_squares
 from fedprune.wire.fields import one_line
+from fedprune_server.work.limits import Limits
 from fedprune_server.work.reports import Reports
 
 log = logging.getLogger("fedprune.server")
@@ -25,9 +26,11 @@ class RoundSums:
     Args:
         strategy: The job's.
         reports: Reads updates.
+        limits: Told how far updates that come have moved.
     """
 
-    def __init__(self, strategy: Strategy, reports: Reports) -> None:
+    def __init__(self, strategy: Strategy, reports: Reports, limits: Limits) -> None:
+        self.limits = limits
         self._strategy = strategy
         self._reports = reports
         self._fold: tuple[tuple[int, str], Fold, dict[str, do.Contribution]] | None = None
@@ -124,6 +127,8 @@ class RoundSums:
         try:
             report = self._reports.report(found)
             self.check(report, fold)
+            if isinstance(command, do.Fold):
+                self.limits.learn(found, report)
             self._strategy.aggregator.add(fold, report, self._reports.lifted(report))
         except StrategyError:
             log.warning("update of %s in round %d: the strategy failed on it", device, round_, exc_info=True)

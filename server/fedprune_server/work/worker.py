@@ -31,6 +31,7 @@ from fedprune_server.work.accountant import Accountant, accountant
 from fedprune_server.work.calibration import Calibration
 from fedprune_server.work.evaluator import Evaluation, Evaluator, Sessions
 from fedprune_server.work.faults import AtFaultError, Suspect
+from fedprune_server.work.limits import Limits
 from fedprune_server.work.offers import Offers, graphs_of
 from fedprune_server.work.reports import Reports
 from fedprune_server.work.round_sums import RoundSums
@@ -79,7 +80,9 @@ class Worker:
         self._offers = Offers(model, store, job.precision)
         self.reports = Reports(job, model.architecture, self.strategy, store, self._offers.withheld)
         self._slabs = SlabChains(self.strategy, store, self._submodel) if slabs else None
-        self.sums = RoundSums(self.strategy, self.reports)
+        self.limits = Limits(job, self.reports, uniform=self.strategy.aggregator.weighting == "uniform")
+        self.sums = RoundSums(self.strategy, self.reports, self.limits)
+        self._told: set[str] = set()
 
     @cached_property
     def accountant(self) -> Accountant | None:
@@ -215,10 +218,12 @@ class Worker:
         at_fault: dict[str, str] = {}
         while True:
             counted = tuple(c for c in command.contributions if c.part.device not in at_fault)
-            found = self.sums.all_of(command, counted)
+            limited = self.limits.of(command, counted)
+            counted = limited.contributions
+            found = limited.rejected or self.sums.all_of(command, counted)
             if not found:
                 try:
-                    closed = self._closed(command, counted)
+                    closed = self._closed(command, counted, limited.memories)
                     break
                 except AtFaultError as error:
                     found = {error.device: error.reason}
@@ -226,10 +231,22 @@ class Worker:
                 log.warning("%supdate of %s can't be used in round %d: %s", self.prefix, device, command.round, reason)
             at_fault |= found
         self.sums.clear()
-        return replace(closed, rejected=dict(sorted((closed.rejected | at_fault).items())))
+        rejected = dict(sorted((closed.rejected | at_fault).items()))
+        reasons = {device: reason for device, reason in limited.reasons.items() if device not in rejected}
+        for device, reason in reasons.items():
+            # The samples that a board reports stay as they are: once is enough.
+            level = logging.DEBUG if reason in self._told else logging.WARNING
+            log.log(level, "%sthe update of %s is limited in round %d: %s", self.prefix, device, command.round, reason)
+        self._told = set(reasons.values())
+        return replace(closed, rejected=rejected, limited=reasons)
 
-    def _closed(self, command: do.Close, counted: tuple[do.Contribution, ...]) -> on.Closed:
+    def _closed(self, command: do.Close, counted: tuple[do.Contribution, ...], memories: Memories) -> on.Closed:
         """Close the sums.
+
+        Args:
+            command: The command.
+            counted: What counts.
+            memories: What is remembered in any case.
 
         Raises:
             AtFaultError: A role failed while it looked at an update.
@@ -245,7 +262,7 @@ class Worker:
             left = (c for c in counted if c.part.device not in rejected)
             return suspect.each((c.part.device, partial(self.reports.report, c)) for c in left)
 
-        model, memories = command.model, Memories()
+        model = command.model
         try:
             # A round of exploration is closed, too, for the sake of who is rejected; its model is thrown away.
             with suspect.blamed():
@@ -256,7 +273,7 @@ class Worker:
             for device, reason in rejected.items():
                 log.warning("%supdate of %s in round %d doesn't count: %s", self.prefix, device, command.round, reason)
             if command.round > self.strategy.explores or self.strategy.explorers_count:
-                model, memories = self._put_model(closing.model, scene, counted), closing.memories
+                model, memories = self._put_model(closing.model, scene, counted), memories | closing.memories
             # Last, so that a scorer learns from what counted.
             with suspect.blamed():
                 memories = memories | self.strategy.scorer.learn(scene, fold, reports)

@@ -88,6 +88,9 @@ SICK: dict[str, Case] = {
     "excluded-devices": replace(HEALTHY, outsiders={"odd": {"excluded": "no profile"}}),
     "deadline-too-short": with_state(devices={"a": board(plan=plan(5000.0)), "b": board()}),
     "all-updates-refused": with_state(history=[row(1, {"a": ("refused", "tensor w has a wrong shape")})]),
+    "outlying-device": with_state(
+        history=[row(1, {"a": ("folded", "its update stands out: it moved 40 times as far"), "b": ("folded", "")})]
+    ),
     "uncovered-channels": with_state(devices={"a": board(widths=(5,)), "b": board(widths=(6,))}),
     "training-diverges": with_state(
         history=[row(n, {"a": ("folded", "")}, loss=float(n), samples=9) for n in (1, 2, 3)]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedprune.coordination import events as on
 from fedprune.errors import PlanError
 from fedprune.job import Job
 from fedprune.profile_store import find
@@ -19,7 +20,7 @@ from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.report import summary_text
 from fedprune_server.simulation.run_folder import simulate
 from fedprune_server.simulation.virtual_device import VirtualDevice
-from fedprune_server.work.divergence import advice, of_history
+from fedprune_server.work.divergence import advice, of_history, warn
 
 RECIPE = Recipe(lr=0.5).to_dict()
 
@@ -49,6 +50,19 @@ def test_a_history_without_evaluation_is_judged_by_its_devices() -> None:
     rows = [{"metrics": {}, "devices": {"a": part, "b": {"progress": "folded", "reason": ""}}}]
     assert "1 of the devices" in of_history(rows, RECIPE)
     assert of_history([{"metrics": {}, "devices": {}}], RECIPE) == of_history([], RECIPE) == ""
+
+
+def test_one_board_of_ten_whose_numbers_are_not_finite_is_no_divergence(caplog: pytest.LogCaptureFixture) -> None:
+    bad = "finite numbers of magnitude up to 8 expected in conv1.weight, got nan"
+    parts = {f"d{i}": {"progress": "folded", "reason": ""} for i in range(9)}
+    rows = [{"metrics": {}, "devices": {**parts, "bad": {"progress": "refused", "reason": bad}}}]
+    assert of_history(rows, RECIPE) == ""
+    event = on.UpdateRejected("bad", 1, 1, bad)
+    warn(event, Job(), "", [*[""] * 9, bad])
+    assert "bad" in caplog.text
+    assert "learning rate" not in caplog.text
+    warn(event, Job(), "", [bad, bad, ""])
+    assert "learning rate" in caplog.text
 
 
 def experiment(lr: float) -> Experiment:

@@ -83,8 +83,14 @@ def worker(model: Model, folder: Path, settings: dict[str, Any]) -> Worker:
     return Worker(Job.from_dict({"name": "t", **settings}), model, BlobStore(folder, durable=False))
 
 
-def round_of(w: Worker, spoilt: str = "") -> tuple[list[do.Fold], do.Close]:
-    """A round's updates as they come, and its end; one update may hold numbers that nobody accepts."""
+def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.Fold], do.Close]:
+    """A round's updates as they come, and its end.
+
+    Args:
+        w: Makes the submodels.
+        spoilt: A device whose update holds numbers that nobody accepts.
+        far: A device whose update is ten times as long as the others'.
+    """
     start = w.initial()
     names = tuple(f"d{k}" for k in range(len(DENSITIES)))
     scored = w.execute(do.Score(1, start, {}, names))
@@ -98,7 +104,7 @@ def round_of(w: Worker, spoilt: str = "") -> tuple[list[do.Fold], do.Close]:
         offer, dice = extracted.offer, np.random.default_rng(k)
         withheld = w.reports.withheld(basis, part)
         update = {
-            n: (v + 0.1 * dice.standard_normal(v.shape)).astype(np.float32)
+            n: (v + (1.0 if name == far else 0.1) * dice.standard_normal(v.shape)).astype(np.float32)
             for n, v in tensorfile.decode(w.store.read(offer["weights"]["sha256"])).items()
             if n not in withheld
         }
@@ -138,6 +144,24 @@ def test_sums_of_helpers_have_the_workers_bits(
     assert played(crew, folds[::-1], close) == expected
     assert helpers.count(crew_work.check) == len(folds)
     assert helpers.count(crew_work.add_up) >= 2
+
+
+@pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES)
+def test_a_long_update_is_shortened_to_the_same_bits_by_whoever_adds_it(
+    model: Model, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    alone = worker(model, tmp_path, settings)
+    folds, close = round_of(alone, far="d4")
+    expected = played(alone, folds, close)
+    assert isinstance(expected, on.Closed)
+    assert set(expected.limited) == {"d4"}
+    unlimited = worker(model, tmp_path, {**settings, "move_limit": 0.0}).execute(close)
+    assert isinstance(unlimited, on.Closed)
+    assert unlimited.model != expected.model
+    assert worker(model, tmp_path, settings).execute(close) == expected, "a process that saw no update arrive"
+
+    crew = Crew(worker(model, tmp_path, settings), Helpers(alone), block=500, batch=4)
+    assert played(crew, folds[::-1], close) == expected
 
 
 def test_a_helper_reads_no_more_of_an_update_than_it_adds(model: Model, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.errors import ConfigError, ModelError, StorageError
+from fedprune.influence import MEMORY
 from fedprune.job import Job
 from fedprune.nesting import nested
 from fedprune.recipe import Recipe
@@ -194,12 +195,13 @@ def test_any_bytes_are_an_update_or_a_rejection(model: Model, tmp_path: Path, ra
     w = worker(model, tmp_path)
     start, ranking = w.initial(), rank(w)
     widths = widths_at(model.architecture, 0.25)
+    selection = Selection.from_json(w.store.read(ranking), model.architecture).narrowed(widths)
+    good = tensorfile.encode(selection.gather(model.tensors))
     if isinstance(raw, tuple):
         at, damage = raw
-        selection = Selection.from_json(w.store.read(ranking), model.architecture).narrowed(widths)
-        good = tensorfile.encode(selection.gather(model.tensors))
         raw = good[:at] + damage + good[at + len(damage) :]
-    found = contribution(do.Basis(1, start, ranking), part("a", widths), w.store.put(raw).sha256)
+    sent = w.store.put(good).sha256
+    found = contribution(do.Basis(1, start, ranking), part("a", widths), w.store.put(raw).sha256, sent=sent)
     answer = w.execute(fold(found))
 
     assert isinstance(answer, (on.Folded, on.UpdateRejected))
@@ -267,7 +269,7 @@ def test_curvature_starts_with_random_nested_ranks_and_then_judges(
     assert ranking == w.store.put(chosen.to_json().encode()).sha256
     closed = w.execute(close(contributions(w, model, ranking, federation)))
     assert isinstance(closed, on.Closed)
-    assert set(closed.memory) == {"evidence"}
+    assert set(closed.memory) == {"evidence", MEMORY}
     judged = w.execute(do.Score(2, closed.model, closed.memory, DEVICES))
     unjudged = w.execute(do.Score(2, closed.model, {}, DEVICES))
 

@@ -36,7 +36,7 @@ class AsynchronousCoordinator(Desk):
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
         super().__init__(job, architecture, state, frozen)
         self._attendance = Attendance(state, self.ledger.may)
-        self._shares = Shares(state, self.schedule, uniform=self.uniform)
+        self._shares = Shares(state, self.schedule, job, uniform=self.uniform)
         self._lots: tuple[int, dict[str, float]] = (0, {})
 
     def handle(self, event: on.Event, now: float) -> Commands:
@@ -308,6 +308,7 @@ class AsynchronousCoordinator(Desk):
                 state.devices[name].buffer = None
             elif fresh:
                 task = state.tasks[name]
+                task.reason = event.limited.get(name, "")
                 found = self._contribution(name, task, weight)
                 state.devices[name].buffer = self._shares.buffer(task, plain(found))
                 self._keep_past(name, task)

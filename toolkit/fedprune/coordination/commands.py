@@ -221,6 +221,8 @@ class Contribution:
         ranking: Digest of the ranking whose first channels it was sent, which may be an extractor's own; None for the
             basis's.
         codec: What the update is encoded in, or None.
+        shares: By tensor the share of the update's change that counts, where that is less than all of it; the worker
+            decides it when a round closes.
     """
 
     basis: Basis
@@ -233,6 +235,7 @@ class Contribution:
     widths: tuple[int, ...] | None = None
     ranking: str | None = None
     codec: str | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Contribution:

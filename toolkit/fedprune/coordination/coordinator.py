@@ -23,6 +23,7 @@ from fedprune.coordination.pace import LOOKS, Pace, note
 from fedprune.coordination.roll import Roll
 from fedprune.coordination.state import Phase, Progress, State, Task
 from fedprune.fixed_point import weight_in
+from fedprune.influence import capped
 from fedprune.job import Job
 from fedprune.wire.fields import believable
 
@@ -145,6 +146,7 @@ class Coordinator(Desk):
         chosen = {n: self.state.devices[n] for n in sorted(names)}
         # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
         counts = {n: 1 if self.uniform else d.samples for n, d in chosen.items()}
+        counts = capped(counts, self.job.weight_limit, self.job.most_samples)
         total = sum(counts.values())
         tasks = Roll[Task]()
         for name, device in chosen.items():
@@ -363,6 +365,8 @@ class Coordinator(Desk):
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
+        for name in event.limited.keys() & state.tasks.keys():
+            state.tasks[name].reason = event.limited[name]
         for name in event.rejected.keys() & state.tasks.keys():
             state.tasks[name].reject(event.rejected[name])
         folded = {n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED}

@@ -129,12 +129,14 @@ class Closed:
         memory: All that the job remembers from now on, by name.
         rejected: Devices whose updates didn't count after all, since they stand out among the others or can't be
             used, and why. Where nobody else is left, model and memory are what they were.
+        limited: Devices of whose update much less counted than they sent, and why.
     """
 
     round: int
     model: str
     memory: dict[str, str] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
+    limited: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

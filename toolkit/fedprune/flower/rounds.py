@@ -20,6 +20,7 @@ from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.flower.presets import composed
 from fedprune.flower.shares import Share
 from fedprune.freezing import frozen_tensors
+from fedprune.influence import MEMORY, bounds, capped, lengths, shortened
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
@@ -183,16 +184,27 @@ class Rounds:
             return Outcome(self.model, ())
         aggregator, refused = self.strategy.aggregator, dict[str, str]()
         fold = aggregator.fold(scene, evidence=False)
-        reports: dict[str, tuple[Report, Submodel]] = {}
+        checked: dict[str, Report] = {}
         for node, update in updates:
             try:
                 if node not in self._tasks:
                     raise ProtocolError("it has no part in this round")
-                if node in reports:
+                if node in checked:
                     _LOG.warning("round %d: node %s answered twice; its first answer counts", scene.round, node)
                     continue
                 report = self._report(node, update)
                 fold.check(report.trained.selection, report.trained.tensors)
+            except FedpruneError as error:
+                _LOG.warning("round %d: the update of node %s is refused: %s", scene.round, node, error)
+                refused[node] = str(error)
+                continue
+            checked[node] = report
+            refused.pop(node, None)
+        limited, reference, outlying = self._limited(scene, checked)
+        refused |= outlying
+        reports: dict[str, tuple[Report, Submodel]] = {}
+        for node, report in limited.items():
+            try:
                 lifted = self.strategy.personaliser.share(report, self.strategy.extractor.reconstruct(report))
                 aggregator.add(fold, report, lifted)
             except FedpruneError as error:
@@ -200,7 +212,6 @@ class Rounds:
                 refused[node] = str(error)
                 continue
             reports[node] = (report, lifted)
-            refused.pop(node, None)
         if not reports:
             self._tasks = {}
             return Outcome(self.model, (), refused)
@@ -215,7 +226,7 @@ class Rounds:
             return (report for report, _ in tuple(left.values()))
 
         learnt = self.strategy.scorer.learn(scene, fold, counted)
-        memory = {**self._memory, **closing.memories, **learnt}
+        memory = {**self._memory, **reference, **closing.memories, **learnt}
         self._memory = {name: tensors for name, tensors in memory.items() if tensors}
         still = self._still(self.job.recipe)
         self.model = {**closing.model, **{n: v for n, v in scene.model.items() if n in still}}
@@ -313,6 +324,30 @@ class Rounds:
             recipe = self.strategy.objective.recipe(scene.recipe, turn)
             out[node] = Task(cut, submodel, recipe.in_parts(share.accumulate))
         return out
+
+    def _limited(
+        self, scene: Scene, checked: Mapping[str, Report]
+    ) -> tuple[dict[str, Report], Memories, dict[str, str]]:
+        """A round's updates under the job's limits, what is remembered of them, and which of them don't count."""
+        uniform = self.strategy.aggregator.weighting == "uniform"
+        samples = {node: 1 if uniform else report.weight for node, report in checked.items()}
+        weights = capped(samples, self.job.weight_limit, self.job.most_samples)
+        limited = {node: replace(report, weight=weights[node]) for node, report in checked.items()}
+        if not self.job.move_limit or not checked:
+            return limited, {}, {}
+        found = bounds(
+            {node: lengths(report) for node, report in checked.items()},
+            scene.memory.get(MEMORY, {}),
+            self.architecture,
+            scene.model,
+            self.job.move_limit,
+        )
+        for node, reason in {**found.reasons, **found.rejected}.items():
+            _LOG.warning("round %d: the update of node %s is limited: %s", scene.round, node, reason)
+        left = {node: report for node, report in limited.items() if node not in found.rejected}
+        shares = {node: found.shares[node] for node in left if found.shares[node]}
+        left |= {node: shortened(left[node], of) for node, of in shares.items()}
+        return left, {MEMORY: found.reference}, dict(found.rejected)
 
     def _report(self, node: str, update: Update) -> Report:
         """An update as roles look at it.

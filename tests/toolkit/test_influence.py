@@ -1,0 +1,134 @@
+"""No single update decides the next model, and honest ones keep their bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from two_groups import ARCHITECTURE as NET
+from two_groups import TRAINED
+
+from fedprune.architecture import widths_at
+from fedprune.element_mask import ElementMask
+from fedprune.influence import REJECTED, WHOLE, bounds, capped, lengths, shortened, weight_limit
+from fedprune.selection import Selection, Tensors
+from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
+
+DICE = np.random.default_rng(0)
+BASE: Tensors = {t.name: np.abs(DICE.standard_normal(t.shape)).astype(np.float32) for t in NET.tensors}
+
+
+def report(moved: float = 0.0, density: float = 1.0, mask: ElementMask | None = None, **changes: Any) -> Report:
+    """An update whose every element moved so far; `changes` are further moves of single tensors."""
+    selection = Selection.full(NET).narrowed(widths_at(NET, density))
+    sent = Submodel(selection, selection.gather(BASE), mask)
+    tensors: Tensors = {n: (v + np.float32(changes.get(n, moved))).astype(np.float32) for n, v in sent.tensors.items()}
+    cut = Cut(Scene(NET, 0, 1, BASE), Turn(0, 1, "a", selection.widths), selection)
+    return Report(cut, Submodel(selection, tensors, mask), 10, 1, lambda: sent)
+
+
+def limits(moves: dict[str, float], remembered: Any = None, times: float = 3.0) -> Any:
+    found = {device: lengths(report(moved)) for device, moved in moves.items()}
+    return bounds(found, remembered or {}, NET, BASE, times)
+
+
+def test_a_narrow_submodel_is_as_long_as_a_wide_one() -> None:
+    wide, narrow = lengths(report(0.25)), lengths(report(0.25, 0.5))
+    assert wide.keys() == narrow.keys()
+    assert wide == pytest.approx(narrow, rel=1e-4)
+    assert wide[WHOLE] == pytest.approx(0.25, rel=1e-4)
+
+
+def test_only_active_elements_are_measured() -> None:
+    name = NET.trainable[0].name
+    active = np.zeros(BASE[name].shape, np.bool_)
+    active.reshape(-1)[0] = True
+    assert lengths(report(0.5, mask=ElementMask({name: active})))[name] == pytest.approx(0.5, rel=1e-4)
+
+
+def test_updates_within_the_limit_count_as_they_are() -> None:
+    found = limits({"a": 0.1, "b": 0.2, "c": 0.29, "d": 0.1})
+    assert not any(found.shares.values())
+    assert not found.reasons
+    assert not found.rejected
+
+
+def test_a_long_update_is_shortened_to_a_multiple_of_the_median_and_named() -> None:
+    found = limits({"a": 0.1, "b": 0.1, "c": 0.1, "far": 1.0})
+    assert set(found.reasons) == {"far"}
+    assert "10 times" in found.reasons["far"]
+    after = lengths(shortened(report(1.0), found.shares["far"]))
+    assert all(after[n] == pytest.approx(0.3, rel=1e-3) for n in TRAINED)
+
+
+def test_an_update_far_beyond_the_limit_does_not_count_at_all() -> None:
+    found = limits({"a": 0.1, "b": 0.1, "c": 0.1, "far": 0.1 * 3 * REJECTED * 1.1})
+    assert set(found.rejected) == {"far"}
+    assert found.shares.keys() == {"a", "b", "c"}
+
+
+def test_one_tensor_alone_has_a_limit_of_its_own() -> None:
+    name = min(NET.trainable, key=lambda t: int(np.prod(t.shape))).name
+    odd = report(0.1, **{name: 1.0})
+    found = bounds({n: lengths(report(0.1)) for n in "abc"} | {"odd": lengths(odd)}, {}, NET, BASE, 3.0)
+    assert lengths(shortened(odd, found.shares["odd"]))[name] == pytest.approx(0.6, rel=1e-3)
+
+
+def test_boards_without_anything_new_silence_nobody() -> None:
+    found = limits({"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.2})
+    assert not any(found.shares.values())
+    assert not found.rejected
+
+
+@pytest.mark.parametrize("boards", [1, 2, 5])
+def test_hostile_rounds_do_not_raise_the_limit_exponentially(boards: int) -> None:
+    """All boards of a round double their update each time, as those that sit at the bound do."""
+    honest = limits({f"d{i}": 0.1 for i in range(boards)})
+    remembered, length = honest.reference, 0.1
+    for _ in range(30):
+        length *= 8
+        found = limits({f"d{i}": length for i in range(boards)}, remembered)
+        remembered = found.reference
+    scale = max(1.0, max(float(np.sqrt(np.mean(BASE[n].astype(np.float64) ** 2))) for n in TRAINED))
+    assert all(float(v[0]) <= scale * 1.001 for n, v in remembered.items() if n in TRAINED)
+    for device, shares in found.shares.items():
+        assert device in found.reasons
+        moved = lengths(shortened(report(length), shares))
+        assert all(moved[n] <= 3 * 2 * scale * 1.01 for n in TRAINED)
+
+
+def test_the_reference_follows_honest_boards() -> None:
+    remembered = limits(dict.fromkeys("abcd", 0.1)).reference
+    for _ in range(5):
+        found = limits(dict.fromkeys("abcd", 0.4), remembered)
+        remembered = found.reference
+    assert not any(found.shares.values())
+
+
+def test_bounds_depend_on_no_order() -> None:
+    moves = {"a": 0.1, "b": 0.3, "c": 0.05, "far": 1.0}
+    one, other = limits(moves), limits(dict(reversed(moves.items())))
+    assert (one.shares, one.reasons) == (other.shares, other.reasons)
+
+
+def test_a_board_counts_for_a_multiple_of_the_median_at_most() -> None:
+    samples = {"a": 100, "b": 120, "c": 90, "d": 110, "boast": 10**15}
+    assert capped(samples, 4.0) == {**samples, "boast": 440}
+    assert capped(samples, 0.0) == samples
+    assert capped(samples, 0.0, 105) == {"a": 100, "b": 105, "c": 90, "d": 105, "boast": 105}
+
+
+def test_two_boards_have_no_majority() -> None:
+    assert weight_limit([10, 10**6], 4.0) == 2**62
+    assert weight_limit([10, 10**6], 4.0, 500) == 500
+
+
+def test_an_update_without_shares_keeps_its_bits() -> None:
+    one = report(0.3)
+    assert shortened(one, {}).trained.tensors.keys() == one.trained.tensors.keys()
+    name = NET.trainable[0].name
+    other = shortened(one, {name: 0.5})
+    for spec in NET.tensors:
+        same = np.array_equal(one.trained.tensors[spec.name], other.trained.tensors[spec.name])
+        assert same == (spec.name != name)
