@@ -17,6 +17,7 @@ from fedprune.addition import Addition, norm
 from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.element_mask import ElementMask
 from fedprune.errors import ConfigError
+from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.robust import Direction, centre, clipped, slabs, standing_out
 from fedprune.selection import Selection, Tensors
 from fedprune.strategies.means import DeltaMean, Mean
@@ -419,3 +420,12 @@ def test_without_the_option_the_aggregator_stays_as_it_is() -> None:
 def test_wrong_settings_are_named(body: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         robust(Mean(), body)
+
+
+@pytest.mark.parametrize("how", [Robustness(clip="median"), Robustness(check="both"), Robustness(centre="median")])
+def test_a_round_as_heavy_as_sums_can_be_rejects_nobody(how: Robustness) -> None:
+    at, whole = scene(NET, model(NET, 1)), Selection.full(NET)
+    reports = [
+        report(at, whole, trained(whole, at.model, k), MAX_WEIGHT // 4, device=f"d{k}", steps=1) for k in range(4)
+    ]
+    assert not close(Robust(Mean(), how), at, reports).rejected

@@ -22,7 +22,8 @@ earlier model (asynchronous rounds): with `sent` its Δ is taken against what it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -46,8 +47,8 @@ Rule = Literal["coverage", "fill", "zero"]
 
 Float64s = npt.NDArray[np.float64]
 
-Gate = Callable[[Addition], "Addition | None"]
-"""What every checked update passes before it is added: it may change its tensors, or keep it back."""
+Change = Callable[[Addition], Addition]
+"""Changes the tensors of a checked update before it is added."""
 
 
 class Fold:
@@ -98,7 +99,8 @@ class Fold:
         self.evidence = evidence
         self.threads = threads
         self.excluded = frozenset(excluded)
-        self.gate: Gate | None = None
+        self.change: Change | None = None
+        self._collected: list[Addition] | None = None
         self._shared = tuple(t for t in architecture.tensors if t.name not in self.excluded)
         pairs = _paired_means(architecture) if pool_variance else {}
         self._means = {v: m for v, m in pairs.items() if not {v, m} & self.excluded}
@@ -117,6 +119,16 @@ class Fold:
             evidence=self.evidence,
             threads=self.threads,
         )
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Addition]]:
+        """Collect updates in a list instead of adding them: the sums stay as they are, and so does their weight."""
+        collected: list[Addition] = []
+        self._collected = collected
+        try:
+            yield collected
+        finally:
+            self._collected = None
 
     def narrowed(self, names: Collection[str]) -> Fold:
         """An empty fold of the same kind for some of the tensors: its share of a fold that is split.
@@ -220,18 +232,20 @@ class Fold:
             ProtocolError: As `check`, weight or steps are out of range, the mask doesn't fit, or a rebased update is
                 out of bounds.
         """
-        check_counts(weight, steps, MAX_WEIGHT - self.weight)
+        check_counts(weight, steps, MAX_WEIGHT if self._collected is not None else MAX_WEIGHT - self.weight)
         if not checked:
             for tensors in (submodel,) if sent is None else (submodel, sent):
                 self.check(selection, tensors)
         active = partly_active(self.architecture, selection, mask, self.excluded)
         copied = sent is not None or bool(active)
-        if self.gate is not None:
-            passed = self.gate(Addition(selection, submodel, weight, steps, mask, sent))
-            if passed is None:
-                return
-            copied = copied or passed.tensors is not submodel
-            submodel = passed.tensors
+        addition = Addition(selection, submodel, weight, steps, mask, sent)
+        if self._collected is not None:
+            self._collected.append(addition)
+            return
+        if self.change is not None:
+            changed = self.change(addition)
+            copied = copied or changed.tensors is not submodel
+            submodel = changed.tensors
         values: Mapping[str, npt.NDArray[Any]] = submodel
         if sent is not None:
             bounds = {name: span.bound for name, span in self._spans.items()}

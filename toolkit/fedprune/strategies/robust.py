@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedprune import setting_checks
 from fedprune.addition import Addition, norm
-from fedprune.aggregation import Fold
+from fedprune.aggregation import Change, Fold
 from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, ConfigError, shown
 from fedprune.fixed_point import MAX_WEIGHT
@@ -37,7 +37,8 @@ class Robustness:
         centre: `mean`: the aggregator's own. `median` or `trimmed`: per coordinate over the devices that hold it,
             without weights, before the aggregator's rule, momentum and rate are applied. With the rule `fill`, devices
             that don't hold a coordinate vote for no change.
-        trim: Share of devices that a trimmed mean leaves out at each end, below 0.5.
+        trim: Share of devices that a trimmed mean leaves out at each end, below 0.5: it withstands so many hostile ones,
+            rounded down.
         check: Updates that stand out are rejected, by their `norm` (per root of elements; too long), by their `cosine`
             with the sum of all others' directions (too low), or by `both`.
         tolerance: From how many deviations on an update stands out.
@@ -45,7 +46,7 @@ class Robustness:
 
     clip: float | str = 0.0
     centre: str = "mean"
-    trim: float = 0.1
+    trim: float = 0.25
     check: str = ""
     tolerance: float = 3.5
 
@@ -101,7 +102,7 @@ class Robust:
     def fold(self, scene: Scene, *, evidence: bool) -> Fold:
         """Empty sums for a round."""
         fold = self.inner.fold(scene, evidence=evidence)
-        fold.gate = self._gate(fold)
+        fold.change = self._clipped(fold)
         return fold
 
     def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
@@ -113,23 +114,23 @@ class Robust:
         if not self.settings.together or not fold.updates:
             return self.inner.close(fold, scene, rate, reports)
         rejected, limit = self._judge(fold, reports)
-        gate = _limited(fold, limit, self._gate(fold))
+        change = _limited(fold, limit, self._clipped(fold))
 
         def counted() -> Iterator[tuple[Report, Submodel]]:
             return (pair for pair in reports() if pair[0].cut.turn.device not in rejected)
 
         fold.clear()
         if self.settings.centre == "mean":
-            fold.gate = gate
+            fold.change = change
             for report, lifted in counted():
                 self.inner.add(fold, report, lifted)
             closing = self.inner.close(fold, scene, rate, counted)
         else:
-            closing = self._close_centre(fold, scene, rate, counted, gate)
-        fold.gate = self._gate(fold)
+            closing = self._close_centre(fold, scene, rate, counted, change)
+        fold.change = self._clipped(fold)
         return replace(closing, rejected={**closing.rejected, **rejected})
 
-    def _gate(self, fold: Fold) -> Callable[[Addition], Addition] | None:
+    def _clipped(self, fold: Fold) -> Change | None:
         limit = self.settings.clip
         if not isinstance(limit, (int, float)) or not limit:
             return None
@@ -138,12 +139,12 @@ class Robust:
     def _additions(self, fold: Fold, reports: Reports) -> Iterator[tuple[str, Addition]]:
         """What the inner aggregator makes of every update, without adding it."""
         for report, lifted in reports():
-            caught: list[Addition] = []
-            fold.gate = caught.append
-            self.inner.add(fold, report, lifted)
-            if len(caught) != 1:
-                raise BundleError("an aggregator that adds updates once is needed for robust means", got=len(caught))
-            yield report.cut.turn.device, caught[0]
+            with fold.collecting() as additions:
+                self.inner.add(fold, report, lifted)
+            if len(additions) != 1:
+                what = "an aggregator that adds updates once is needed for robust means"
+                raise BundleError(what, got=len(additions))
+            yield report.cut.turn.device, additions[0]
 
     def _judge(self, fold: Fold, reports: Reports) -> tuple[dict[str, str], float]:
         """Who is rejected, and the longest move per root of elements."""
@@ -168,9 +169,7 @@ class Robust:
         kept = [v for d, v in lengths.items() if d not in rejected]
         return rejected, float(np.median(kept)) if settings.clip == "median" else math.inf
 
-    def _close_centre(
-        self, fold: Fold, scene: Scene, rate: float, reports: Reports, gate: Callable[[Addition], Addition]
-    ) -> Closing:
+    def _close_centre(self, fold: Fold, scene: Scene, rate: float, reports: Reports, change: Change) -> Closing:
         """Put the median or trimmed mean into the fold as the only update, and let the aggregator go on from there."""
         names, weights, steps = [], [], []
         for report, _ in reports():
@@ -185,12 +184,12 @@ class Robust:
         for batch in slabs(specs, len(names), self.budget):
             values = [np.empty((len(names), *s.shape), np.float32) for s in batch]
             for device, addition in self._additions(fold, reports):
-                passed = gate(addition)
+                passed = change(addition)
                 for slab, value in zip(batch, values, strict=True):
                     value[place[device]] = rows_of(slab, passed, fold.base, whole)
             while batch:  # what was looked at makes room
                 self._settle(batch.pop(0), values.pop(0), fold, tensors, held)
-        fold.gate = None
+        fold.change = None
         active = {t.name: held[t.name] for t in specs if t.kind.trainable}
         fold.add(
             whole,
@@ -246,12 +245,12 @@ def robust(aggregator: Aggregator, settings: object) -> Aggregator:
     return aggregator if settings is None else Robust(aggregator, Robustness.from_dict(settings))
 
 
-def _limited(fold: Fold, longest: float, gate: Callable[[Addition], Addition] | None) -> Callable[[Addition], Addition]:
-    """A gate that shortens moves to so much per root of elements, or by another gate."""
+def _limited(fold: Fold, longest: float, clipped_to: Change | None) -> Change:
+    """Clipping to a length per root of elements; an absolute one takes precedence."""
 
     def passing(addition: Addition) -> Addition:
-        if gate is not None:
-            return gate(addition)
+        if clipped_to is not None:
+            return clipped_to(addition)
         if math.isinf(longest):
             return addition
         size = max(1, addition.size(fold.excluded))
