@@ -184,14 +184,14 @@ def _outlying(case: Case) -> Iterator[Ailment]:
             folded = part["progress"] == Progress.FOLDED.value
             if part["reason"] and (folded or kind_of(part["reason"]) == "outlier"):
                 found.setdefault(name, []).append(part["reason"])
-    for name, reasons in sorted(found.items(), key=lambda item: -len(item[1]))[:_SHOWN]:
+    for name, reasons in sorted(found.items(), key=lambda item: -len(item[1]))[:SHOWN]:
         yield note(
             "outlying-device",
             f"the updates of {name} stood out in {len(reasons)} of the last {quantity(len(rows), 'round')} of job "
             f"{case.name}: {shown(reasons[-1])}",
             "they count for less than the board sent, or not at all, so that no single board decides the model "
             "(docs/security.md)",
-            f"look at its samples and its log ({command('logs', *at(case.folder))}); if the board is not to be trusted: "
+            f"look at its samples and its log ({command('logs', *at(case.folder))}); if it is not to be trusted: "
             f"{command('devices', 'revoke', name, *at(case.folder))}",
         )
 

@@ -37,8 +37,8 @@ class Robustness:
         centre: `mean`: the aggregator's own. `median` or `trimmed`: per coordinate over the devices that hold it,
             without weights, before the aggregator's rule, momentum and rate are applied. With the rule `fill`, devices
             that don't hold a coordinate vote for no change.
-        trim: Share of devices that a trimmed mean leaves out at each end, below 0.5: it withstands so many hostile ones,
-            rounded down.
+        trim: Share of devices that a trimmed mean leaves out at each end, below 0.5, rounded down: so many hostile
+            ones are withstood.
         check: Updates that stand out are rejected, by their `norm` (per root of elements; too long), by their `cosine`
             with the sum of all others' directions (too low), or by `both`.
         tolerance: From how many deviations on an update stands out.
