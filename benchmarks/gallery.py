@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.screens import shoot
 from benchmarks.synthetic_nets import setting, write
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ("clothes_on_pis", "motion_on_zeros", "vit_on_orins")
@@ -29,9 +29,9 @@ OWN = ("README.md", "*.py", "*.toml", "engine-*.json")
 """An example's own files."""
 
 PICTURES = {
-    "clothes_on_pis": {"data/boards.png": "clothes-boards", "runs/comparison.png": "clothes-curves"},
-    "motion_on_zeros": {"runs/people.png": "motion-people"},
-    "vit_on_orins": {"runs/comparison.png": "vit-curves"},
+    "clothes_on_pis": {"data/boards.html": "clothes-boards", "runs/comparison.html": "clothes-curves"},
+    "motion_on_zeros": {"runs/people.html": "motion-people"},
+    "vit_on_orins": {"runs/comparison.html": "vit-curves"},
 }
 """What docs/gallery.md shows, by where a run leaves it."""
 
@@ -132,17 +132,10 @@ def measured(example: str, work: Path) -> dict[str, Any]:
                 done.write_text(json.dumps(told))
                 print(command, *told[command], sep="\n", flush=True)
     for source, name in PICTURES[example].items():
-        _lighter(folder / source, ROOT / "docs" / "images" / f"gallery-{name}.png")
+        part = "#curves" if source == "runs/comparison.html" else "main"
+        shoot(folder / source, ROOT / "docs" / "images" / f"gallery-{name}.png", part)
     records = {p.parent.name: json.loads(p.read_text()) for p in sorted(folder.glob("runs/*/metrics.json"))}
     return {"said": told, "runs": {name: outcome(record) for name, record in records.items()}}
-
-
-def _lighter(picture: Path, to: Path) -> None:
-    """A copy in 64 colours, at most 1,100 pixels wide."""
-    with Image.open(picture) as image:
-        shown = image.convert("RGB")
-    shown.thumbnail((1100, 4000))
-    shown.quantize(64).save(to, optimize=True)
 
 
 def page(body: dict[str, Any]) -> str:

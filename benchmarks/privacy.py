@@ -133,8 +133,7 @@ def secret_lots() -> list[dict[str, float]]:
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
-
-    from fedprune_server.picture_style import FLEET, REFERENCE, save, styled
+    from benchmarks.picture_style import FLEET, REFERENCE, save, styled
 
     with styled():
         figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")

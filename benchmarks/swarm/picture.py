@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from benchmarks.picture_style import FLEET, REFERENCE, save, styled
 from benchmarks.swarm.page import Row
 from matplotlib.axes import Axes
-
-from fedprune_server.picture_style import FLEET, REFERENCE, save, styled
 
 _QUESTIONS = {"call off": ("o", "-"), "say again": ("s", "--")}
 

@@ -47,7 +47,7 @@ def main() -> None:
     half = len(y) // 2
     np.savez(folder / "server", x=x[half:], y=y[half:])
     np.savez(folder / "calibration", x=x[:half])
-    draw_partition(dealt, folder / "boards.png")
+    draw_partition(dealt, folder / "boards.html")
 
 
 if __name__ == "__main__":

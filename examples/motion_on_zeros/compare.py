@@ -1,4 +1,4 @@
-"""Each person's accuracy in the runs of a sweep, in order of the last: a table people.md and a picture people.png.
+"""Each person's accuracy in the runs of a sweep, in order of the last: a table people.md and a page people.html.
 
 python compare.py runs
 """
@@ -9,7 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+from fedprune.report.chart import style
+from fedprune.report.page import Bar, bars, boxes, document
 
 
 def last_accuracies(run: Path) -> dict[str, float]:
@@ -31,14 +32,17 @@ def main() -> None:
     lines.append(f"| mean | {' | '.join(f'{mean:.1%}' for mean in means.values())} |")
     (folder / "people.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
-    for (name, run), mark in zip(runs.items(), "os^D", strict=False):
-        axis.plot(people, [100 * run[person] for person in people], mark, label=f"{name}: mean {means[name]:.1%}")
-    axis.tick_params("x", rotation=90)
-    axis.set_ylabel("accuracy, own other recordings, %")
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend()
-    figure.savefig(folder / "people.png", dpi=120)
+    rows = [
+        Bar(
+            person,
+            [(f"part {style(i)}", max(0.0, run[person] - 0.006), run[person]) for i, run in enumerate(runs.values())],
+            ", ".join(f"{run[person]:.0%}" for run in runs.values()),
+        )
+        for person in people
+    ]
+    legend = boxes([f"{name}: mean {mean:.1%}" for name, mean in means.items()])
+    page = document("Accuracy of each person", [legend, bars(rows, "Accuracy of each person")])
+    (folder / "people.html").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from fedprune import __version__, session
+from fedprune.report.page import Bar, bars, document, paragraph, section, table
 from fedprune.terminal import amount
-from fedprune_export import pictures
-from fedprune_export.explanation import Explanation
-from fedprune_export.page_parts import document, paragraph, picture, table, text
+from fedprune_export.explanation import Explained, Explanation
 
 _LETTERS = {"forward": "→", "input gradient": "dx", "weight gradient": "dw", "backward": "←"}
-"""Signs of parts, as labels of bars are short."""
 
 
 def page(explanation: Explanation) -> str:
@@ -17,26 +18,48 @@ def page(explanation: Explanation) -> str:
     Args:
         explanation: What to show.
     """
-    title = f"A training step of {explanation.model}"
-    rows = [
-        (f"{p.piece.title} {_LETTERS.get(p.piece.part, p.piece.part)}".strip(), p.bound_s, p.measured_s)
-        for p in explanation.pieces
+    facts = {
+        "Model": explanation.model,
+        "Batch size": str(explanation.batch),
+        "Bounds": explanation.speed.source,
+        "onnxruntime": session.version(),
+        "fedprune": __version__,
+    }
+    spent = [
+        (kind, amount(share * (explanation.step_s or 0.0), "s"), f"{share:.1%}")
+        for kind, share in explanation.shares().items()
     ]
     parts = [
-        f"<h1>{text(title)}</h1>",
         *map(paragraph, explanation.summary()),
-        "<h2>Where the time goes</h2>",
-        paragraph(
-            "One bar per piece in the order of computation (→ forward, ← backward, dx and dw the gradients of input "
-            "and weight): as long as what was measured, if anything was, and dark as long as the least time."
+        section(
+            "Time of every piece",
+            paragraph(
+                "One bar per piece in the order of computation (→ forward, ← backward, dx and dw the gradients of "
+                "input and weight): the filled part is the least time that it can take, the whole bar what was "
+                "measured, if anything was."
+            ),
+            bars(pieces(explanation.pieces), "Time of every piece of a step"),
         ),
-        picture(pictures.times(rows)),
+        section("Time by kind", table(("", "of the step", "share"), spent) if spent else ""),
+        section(
+            "Pieces",
+            table([c.title for c in explanation.columns], explanation.rows(), words=(1, 2, 3, 7), label="Pieces"),
+        ),
     ]
-    if explanation.step_s is not None:
-        spent = [
-            (kind, amount(share * explanation.step_s, "s"), f"{share:.1%}")
-            for kind, share in explanation.shares().items()
-        ]
-        parts += ["<h2>What it is spent on</h2>", table(("", "of the step", "share"), spent)]
-    parts += ["<h2>Pieces</h2>", table([c.title for c in explanation.columns], explanation.rows(), words=(1, 2, 3, 7))]
-    return document(title, parts)
+    return document(f"A training step of {explanation.model}", parts, facts)
+
+
+def pieces(explained: Sequence[Explained]) -> list[Bar]:
+    """One bar per piece: what it took, filled as far as the least that it can take."""
+    longest = max((max(p.bound_s, p.measured_s or 0.0) for p in explained), default=0.0) or 1.0
+    found = []
+    for p in explained:
+        least = f"at least {1000 * p.bound_s:.3g} ms"
+        found.append(
+            Bar(
+                f"{p.piece.title} {_LETTERS.get(p.piece.part, p.piece.part)}".strip(),
+                (("whole", 0.0, (p.measured_s or 0.0) / longest), ("held", 0.0, p.bound_s / longest)),
+                least if p.measured_s is None else f"{1000 * p.measured_s:.3g} ms, {least}",
+            )
+        )
+    return found

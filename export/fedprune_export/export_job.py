@@ -191,6 +191,8 @@ class ExportJob:
             self._accuracy(selection),
             profile.advice,
             trials,
+            recipe,
+            arguments.samples,
         )
         files["report.json"] = (json.dumps(report.to_dict(), indent=2) + "\n").encode()
         files["report.md"] = report.to_markdown().encode()

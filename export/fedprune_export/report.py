@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from math import prod
 from typing import Any
 
@@ -11,6 +12,8 @@ from fedprune import __version__, session
 from fedprune.costs import FLOAT, Costs, costs_at, layer_macs
 from fedprune.plan import Plan
 from fedprune.prediction import Prediction
+from fedprune.recipe import Recipe
+from fedprune.report.page import megabytes
 from fedprune.selection import Selection
 from fedprune.terminal import amount
 from fedprune_export.imported import Model
@@ -44,7 +47,7 @@ class LayerRow:
         op: Its operator.
         weight: Its weight tensor; empty where two values are multiplied.
         shapes: The weight's shape at full width and as cut; None without a weight.
-        macs: Multiplications of one sample's forward pass, at full width and as cut.
+        macs: MACs of one sample's forward pass, at full width and as cut.
         activation_bytes: What it makes of one sample, at full width and as cut.
     """
 
@@ -97,7 +100,9 @@ class Figure:
 
     def shown(self) -> tuple[str, str]:
         """Before and after, for people."""
-        if self.unit in ("", "bytes"):
+        if self.unit == "bytes":
+            return megabytes(self.before), megabytes(self.after)
+        if not self.unit:
             return f"{round(self.before):,}", f"{round(self.after):,}"
         return amount(self.before, self.unit), amount(self.after, self.unit)
 
@@ -119,6 +124,8 @@ class Report:
         accuracy: On given data, if any was given.
         advice: What to do on a board of the second tier; empty on others.
         trials: The lower precisions that the bundle has, too.
+        recipe: How boards train it.
+        samples: Training samples that the plan counts with.
     """
 
     model: Model
@@ -132,6 +139,8 @@ class Report:
     accuracy: Accuracy | None = None
     advice: str = ""
     trials: tuple[Trial, ...] = ()
+    recipe: Recipe = field(default_factory=Recipe)
+    samples: int = 0
 
     @property
     def before(self) -> Costs:
@@ -142,6 +151,21 @@ class Report:
     def after(self) -> Costs:
         """Costs of the submodel."""
         return costs_at(self.model.architecture, self.selection.widths)
+
+    def facts(self) -> dict[str, str]:
+        """The header: what was exported, for which board, trained how, by which version."""
+        recipe = self.recipe
+        parts = f", in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
+        return {
+            "Model": self.model.architecture.name,
+            "Board": self.target,
+            "Batch size": f"{recipe.batch_size}{parts}",
+            "Samples on the board": f"{self.samples:,}" if self.samples else "",
+            "Recipe": f"{recipe.optimizer}, learning rate {recipe.lr:g}, loss {recipe.loss}",
+            "Channels ranked by": self.scorer,
+            "fedprune": __version__,
+            "Date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        }
 
     def figures(self) -> tuple[Figure, ...]:
         """The table of costs, as far as they are known."""
@@ -231,6 +255,8 @@ class Report:
             "|---|---:|---:|---:|",
             *(f"| {f.title} | {f.shown()[0]} | {f.shown()[1]} | {f.kept} |" for f in self.figures()),
             "",
+            ", ".join(f"{k}: {v}" for k, v in self.facts().items() if v),
+            "",
         ]
         if self.accuracy is not None:
             a = self.accuracy
@@ -259,13 +285,13 @@ class Report:
         ]
         for i, (group, width) in enumerate(zip(architecture.groups, widths, strict=True)):
             lines.append(f"| {group.name} | {group.size} | {width} | {_cell(places(architecture.summary(i)))} |")
-        lines += ["", "## Layers", "", "| layer | operator | before | after | multiplications | left |"]
+        lines += ["", "## Layers", "", "| layer | operator | before | after | MACs | after |"]
         lines.append("|---|---|---:|---:|---:|---:|")
         for r in filter(lambda row: row.macs[0], self.layers()):
             before, after = r.shown()
             lines.append(f"| {_cell(f'`{r.title}`')} | {r.op} | {before} | {after} | {r.macs[0]:,} | {r.macs[1]:,} |")
-        lines += ["", "## Files", "", "| file | bytes |", "|---|---:|"]
-        lines += [f"| {name} | {size:,} |" for name, size in self.sizes.items()]
+        lines += ["", "## Files", "", "| file | size |", "|---|---:|"]
+        lines += [f"| {name} | {megabytes(size)} |" for name, size in self.sizes.items()]
         if self.model.notes:
             lines += ["", "## Notes of the import", "", *(f"- {note}" for note in self.model.notes)]
         return "\n".join(lines) + "\n"
@@ -273,13 +299,13 @@ class Report:
 
 _TITLES = (
     ("parameters", "parameters", ""),
-    ("forward_macs", "multiplications per sample, forward", ""),
-    ("training_macs", "multiplications per sample, training", ""),
-    ("weights_bytes", "bytes of weights, which travel once each way", "bytes"),
-    ("activation_bytes", "bytes of activations per sample, training", "bytes"),
+    ("forward_macs", "MACs per sample, forward", ""),
+    ("training_macs", "MACs per sample, training", ""),
+    ("weights_bytes", "weights, which travel once each way", "bytes"),
+    ("activation_bytes", "activations per sample, training", "bytes"),
     ("memory_bytes", "peak memory of training, predicted", "bytes"),
     ("inference_bytes", "peak memory of predictions, predicted", "bytes"),
-    ("storage_bytes", "bytes on the board's disk", "bytes"),
+    ("storage_bytes", "storage on the board", "bytes"),
     ("step_s", "a training step, predicted", "s"),
     ("train_s", "training of a round, predicted", "s"),
     ("transfer_s", "transfers of a round, predicted", "s"),

@@ -1,13 +1,20 @@
-"""The report of an export as one HTML page: tables and pictures, with nothing that is fetched from elsewhere."""
+"""The report of an export as one HTML page."""
 
 from __future__ import annotations
 
-from fedprune_export import pictures
-from fedprune_export.page_parts import details, document, paragraph, picture, table, text
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedprune.architecture import Architecture, Layer
+from fedprune.plan import Plan
+from fedprune.report.chart import tiles
+from fedprune.report.page import Bar, bars, details, document, items, megabytes, paragraph, section, table
+from fedprune.selection import Selection
 from fedprune_export.parity import SAMPLES
 from fedprune_export.report import Report, places, score
 
-_LAYERS = ("layer", "operator", "weight", "as cut", "multiplications", "as cut", "bytes made", "as cut")
+_LAYERS = ("layer", "operator", "weight", "as cut", "MACs", "as cut", "activations", "as cut")
 
 
 def page(report: Report) -> str:
@@ -17,7 +24,6 @@ def page(report: Report) -> str:
         report: What to show.
     """
     architecture, widths = report.model.architecture, report.selection.widths
-    title = f"{architecture.name} for {report.target}"
     rows = [(f.title, *f.shown(), f.kept) for f in report.figures()]
     if report.accuracy is not None:
         a = report.accuracy
@@ -26,36 +32,98 @@ def page(report: Report) -> str:
         (g.name, f"{g.size:,}", f"{w:,}", places(architecture.summary(i), 40).replace("`", ""))
         for i, (g, w) in enumerate(zip(architecture.groups, widths, strict=True))
     ]
-    layers = [(r.title, r.op, *r.shown(), *(f"{n:,}" for n in (*r.macs, *r.activation_bytes))) for r in report.layers()]
-    parts = [
-        f"<h1>{text(title)}</h1>",
-        *([paragraph(f"Second tier: {report.advice}")] if report.advice else []),
-        paragraph(
-            f"Channels were ranked by {report.scorer}. On {SAMPLES} random inputs the bundle differs from the whole "
-            f"model with the lost channels masked by at most {report.parity:.1e} of the largest output."
-        ),
-        table(("", "whole model", "this bundle", "kept"), rows),
-        f"<h2>Plan</h2><pre>{text(report.plan_text())}</pre>",
-        *_precisions(report),
-        "<h2>What was cut</h2>",
-        paragraph("One bar per channel group, its channels in the model's own order: dark ones are kept."),
-        picture(pictures.channel_bars(report.selection)),
-        details("Where the groups live", table(("group", "channels", "kept", "lives in"), groups, words=(3,))),
-        "<h2>Layers</h2>",
-        paragraph("Output channels of every layer: the whole bar before, its dark part after."),
-        picture(pictures.layer_widths(architecture, widths)),
-        details(
-            "Shapes, multiplications and activations of one sample",
-            table(_LAYERS, layers, words=(1,)),
-        ),
-        "<h2>Files</h2>",
-        table(("file", "bytes"), [(n, f"{size:,}") for n, size in report.sizes.items()]),
+    layers = [
+        (r.title, r.op, *r.shown(), *(f"{n:,}" for n in r.macs), *map(megabytes, r.activation_bytes))
+        for r in report.layers()
     ]
-    if report.model.notes:
-        parts += ["<h2>Notes of the import</h2><ul>", *(f"<li>{text(n)}</li>" for n in report.model.notes), "</ul>"]
-    return document(title, parts)
+    trials = [(t.lowered.precision, t.describe()) for t in report.trials]
+    parts = [
+        paragraph(f"Second tier: {report.advice}") if report.advice else "",
+        paragraph(
+            f"On {SAMPLES} random inputs the bundle differs from the whole model with the lost channels masked by at "
+            f"most {report.parity:.1e} of the largest output."
+        ),
+        table(("", "whole model", "this bundle", "kept"), rows, label="Costs"),
+        section("Plan", plan(report), bars(limits(report.plan), "Limits of the plan")),
+        section("Lower precision", table(("", "compared with float32"), trials, words=(1,)) if trials else ""),
+        section(
+            "Channels",
+            paragraph("One bar per channel group, its channels in the model's own order: filled ones are kept."),
+            bars(channel_bars(report.selection), "Kept channels of every group"),
+            details("Members of the groups", table(("group", "channels", "kept", "members"), groups, words=(3,))),
+        ),
+        section(
+            "Layers",
+            paragraph("Output channels of every layer: the pale bar is the whole model, the filled part is kept."),
+            bars(layer_bars(architecture, widths), "Output channels of every layer"),
+            details("Shapes, MACs and activations of one sample", table(_LAYERS, layers, words=(1,))),
+        ),
+        section("Files", table(("file", "size"), [(n, megabytes(size)) for n, size in report.sizes.items()])),
+        section("Notes of the import", items(report.model.notes)),
+    ]
+    return document(f"{architecture.name} for {report.target}", parts, report.facts())
 
 
-def _precisions(report: Report) -> list[str]:
-    rows = [(t.lowered.precision, t.describe()) for t in report.trials]
-    return ["<h2>Lower precision</h2>", table(("", "beside float32"), rows, words=(1,))] if rows else []
+def plan(report: Report) -> str:
+    """The plan's lines, except for its limits, which are bars."""
+    lines = [line for line in report.plan_text().splitlines() if not line.startswith("  ") or ":" not in line]
+    return "".join(paragraph(line.strip()) for line in lines)
+
+
+def limits(plan: Plan) -> list[Bar]:
+    """One bar per limit: filled is what the submodel needs."""
+    return [
+        Bar(
+            f"{limit.name} (binds)" if limit.name == plan.bound else limit.name,
+            (("part two" if limit.name == plan.bound else "held", 0.0, min(1.0, limit.overshoot)),),
+            limit.describe().partition(": ")[2],
+        )
+        for limit in plan.limits
+    ]
+
+
+def channel_bars(selection: Selection) -> list[Bar]:
+    """One bar per channel group, its kept channels filled, in the model's own order."""
+    architecture, found = selection.architecture, []
+    for i, (group, width) in enumerate(zip(architecture.groups, selection.widths, strict=True)):
+        kept = np.zeros(group.size)
+        kept[selection.ranks[i][:width]] = 1
+        members = architecture.summary(i)
+        home = members[0].partition("[")[0].removesuffix(".weight") if members else ""
+        found.append(
+            Bar(
+                f"{group.name} {home}",
+                (tiles(group.name, kept),),
+                f"{width:,} of {group.size:,}",
+                f"{group.name}: {', '.join(members[:8])}",
+            )
+        )
+    return found
+
+
+def layer_bars(architecture: Architecture, widths: Sequence[int]) -> list[Bar]:
+    """One bar per layer: as long as its output channels, the kept part filled."""
+    sizes = [
+        (layer, *_outputs(architecture, widths, layer))
+        for layer in architecture.layers
+        if layer.weight in architecture.by_name
+    ]
+    widest = max((full for _, full, _ in sizes), default=1)
+    return [
+        Bar(
+            layer.weight.removesuffix(".weight"),
+            (("whole", 0.0, full / widest), ("held", 0.0, now / widest)),
+            f"{full:,} → {now:,}" if now != full else f"{full:,}",
+            f"{layer.name} ({layer.weight})",
+        )
+        for layer, full, now in sizes
+    ]
+
+
+def _outputs(architecture: Architecture, widths: Sequence[int], layer: Layer) -> tuple[int, int]:
+    """Output channels of a layer at full width and as cut."""
+    axes = architecture.by_name[layer.weight].axes
+    if not axes:
+        return 1, 1
+    axis = axes[layer.output_axis]
+    return axis.length, axis.size(widths, architecture.sizes)

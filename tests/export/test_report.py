@@ -1,8 +1,9 @@
-"""Reports of an export count what lies on disk, measure what the graphs give, and are pages that need nothing else."""
+"""Reports of an export count what is on disk, measure what the graphs give, and are pages that need no other file."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import onnx
 import pytest
 from token_net import token_net
 
-from fedprune import tensorfile
+from fedprune import __version__, tensorfile
 from fedprune.errors import DataError, ExitCode
+from fedprune.report.page import megabytes
 from fedprune.session import Session
 from fedprune_export import labelled_data
 from fedprune_export.cli import main
@@ -41,11 +43,12 @@ def bundle(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Page(HTMLParser):
     """What a page refers to, and whether its tags are closed."""
 
-    VOID = frozenset({"meta", "rect", "path", "br", "img", "link"})
+    VOID = frozenset({"meta", "rect", "path", "br", "img", "link", "input"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.references: list[str] = []
+        self.tags: Counter[str] = Counter()
         self.text: list[str] = []
         self._open: list[str] = []
         self.feed(text)
@@ -54,6 +57,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.references += [v or "" for k, v in attrs if k in ("src", "href", "data", "action", "xlink:href", "style")]
+        self.tags[tag] += 1
         if tag not in self.VOID:
             self._open.append(tag)
 
@@ -113,7 +117,8 @@ def test_the_page_needs_nothing_else(bundle: Path) -> None:
     assert page.references == []
     assert "@import" not in text
     assert "url(" not in text
-    assert text.count("<svg") == 2
+    assert "src=" not in text
+    assert page.tags["li"] >= len(json.loads((bundle / "report.json").read_text())["groups"])
 
 
 def test_the_page_says_what_the_json_says(bundle: Path) -> None:
@@ -123,9 +128,18 @@ def test_the_page_says_what_the_json_says(bundle: Path) -> None:
 
     for side in ("before", "after"):
         assert f"{body[side]['parameters']:,}" in text
-        assert f"{body[side]['weights_bytes']:,}" in text
+        assert megabytes(body[side]["weights_bytes"]) in text
+        assert f"{body[side]['memory_bytes']:,}" not in text
     for group in body["groups"]:
         assert f"{group['kept']} of {group['channels']}" in text
+
+
+def test_the_header_says_what_was_exported_how(bundle: Path) -> None:
+    text = " ".join(Page((bundle / "report.html").read_text()).text)
+
+    for fact in ("Model digits", "Board raspberry-pi-5", "Batch size 32", "Samples on the board 1,000", "sgd"):
+        assert fact in text
+    assert f"fedprune {__version__}" in text
 
 
 def test_names_of_a_model_are_text_on_the_page(digits: Path, tmp_path: Path) -> None:
@@ -139,7 +153,8 @@ def test_names_of_a_model_are_text_on_the_page(digits: Path, tmp_path: Path) -> 
     assert export(tmp_path / "evil.onnx", tmp_path / "b", "--name", "<b>&") == ExitCode.OK
 
     text = (tmp_path / "b" / "report.html").read_text()
-    assert "<script" not in text
+    assert text.count("<script") == 1
+    assert evil not in text
     assert "<b>" not in text
     assert any("<b>& for raspberry-pi-5" in part for part in Page(text).text)
 

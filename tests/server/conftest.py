@@ -5,26 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pytest
 from fleet import Fleet
 from s3 import S3
 
 from postgres import Postgres
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports with small files for pictures: to draw them takes several times as long as a small run."""
-    from fedprune_server.simulation import pictures
-
-    def save(figure: Any, path: Path) -> Path:
-        pictures.plt.close(figure)
-        path.write_bytes(b"\x89PNG")
-        return path
-
-    monkeypatch.setattr(pictures, "save", save)
 
 
 @pytest.fixture(scope="session")

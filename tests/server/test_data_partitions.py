@@ -11,7 +11,7 @@ import strategies  # noqa: F401 - its settings of Hypothesis
 from fedprune.errors import ConfigError, DataError
 from fedprune_server.data import partition
 from fedprune_server.data.federation import Federation, Holding, default_names, federate
-from fedprune_server.data.picture import draw_partition, partition_table
+from fedprune_server.data.picture import Partition, draw_partition, partition_table
 from fedprune_server.data.samples import Preparation, assembled
 from fedprune_server.data.table import DataPlan
 
@@ -291,13 +291,17 @@ def test_devices_can_be_numbered_by_size():
 
 def test_a_picture_and_a_table(tmp_path):
     federation = plan(validation=0.1).deal(pictures())
-    assert draw_partition(federation, tmp_path / "a.png").stat().st_size > 5000
+    page = draw_partition(federation, tmp_path / "a.html").read_text()
+    assert all(f">{name}<" in page for name in federation.names)
+    counts = federation.counts()
+    assert f"{counts[0].sum()} samples" in page
+    assert Partition.of_federation(federation).counts[federation.names[3]] == tuple(counts[3])
     lines = partition_table(federation).splitlines()
     assert len(lines) == 10
     numbers = [[int(v) for v in line.split("|")[2:5]] for line in lines[2:]]
     assert np.sum(numbers) == 400
     crowd = plan(devices=100, least=1, partition="iid").deal(pictures(4000))
-    assert "<svg" in draw_partition(crowd, tmp_path / "b.svg").read_text()
+    assert draw_partition(crowd, tmp_path / "b.html").read_text().count("<svg") == 101  # and the scale
 
 
 # --- the table [data]

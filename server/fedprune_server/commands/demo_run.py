@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from fedprune.wire.link import Link
 from fedprune_server.broker.embedded import EmbeddedBroker
 from fedprune_server.children import Children
 from fedprune_server.daemon import Daemon
+from fedprune_server.data.picture import Partition
 from fedprune_server.observation.onlooker import Onlooker, Shown
 from fedprune_server.observation.view import JobView
 from fedprune_server.settings.config import ServerConfig
 from fedprune_server.simulation.demo_fleet import BOARDS, QUICK_ROUNDS, ROUNDS, fleet_job, reference_job, too_few
-from fedprune_server.simulation.digits import deal, digits_model, write_hand
+from fedprune_server.simulation.digits import DIGITS, deal, digits_model, write_hand
 from fedprune_server.simulation.record import Record, record_of
 from fedprune_server.simulation.report import claims, summary_text, write_report
 from fedprune_server.store.state_folder import StateFolder
@@ -131,8 +132,9 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
         size = f"{quantity(len(BOARDS), 'device')}, {quantity(rounds, 'round')}"
         print(f"{size}, two jobs: models as wide as each link allows, then FedAvg.")
         print(f"Devices' output lies in {out}/*/devices/*.log\n")
-        fleet = run_job("fedprune", jobs[0], folder)
-        reference = run_job(TITLE, jobs[1], folder)
+        data = Partition.of_devices(deal([b.name for b in BOARDS], seed=seed).devices, DIGITS)
+        fleet = replace(run_job("fedprune", jobs[0], folder), partition=data)
+        reference = replace(run_job(TITLE, jobs[1], folder), partition=data)
         return _ended(out, fleet, reference, began)
 
 

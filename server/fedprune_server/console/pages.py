@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 
 from fastapi import FastAPI
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -21,8 +22,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from fedprune.errors import FedpruneError, ProtocolError
+from fedprune.report import chart
 from fedprune.wire.topics import check_device
-from fedprune_server.console import drawings, phrases, presentation
+from fedprune_server.console import phrases, presentation
 from fedprune_server.console.context import Console, session_of
 from fedprune_server.console.model import SORTABLE
 from fedprune_server.console.order_desk import RefusedError
@@ -81,7 +83,10 @@ class Pages:
             auto_reload=False,
         )
         self._templates.filters.update(phrases.FILTERS)
-        self._templates.globals.update(plot_width=drawings.WIDTH, plot_height=drawings.HEIGHT)
+        # The renderer escapes all names.
+        self._templates.filters["chart"] = lambda drawn: Markup(chart.figure(drawn))  # noqa: S704
+        self._templates.filters["strip"] = lambda drawn: Markup(chart.strip_svg(drawn))  # noqa: S704
+        self._templates.globals["heat_scale"] = Markup(chart.scale())  # noqa: S704
 
     def draw(self, request: Request, name: str, status: int = 200, **shown: Any) -> HTMLResponse:
         """A page for somebody who is logged in.
@@ -185,7 +190,8 @@ def install(app: FastAPI, console: Console) -> None:
     """Add the pages' routes, and the files that they need."""
     model, pages = console.model, Pages(console)
     app.state.pages = pages
-    app.mount("/static", _Files(directory=Path(__file__).parent / "static"), name="static")
+    assets = _Files(directory=Path(__file__).parent / "static", packages=[("fedprune.report", "static")])
+    app.mount("/static", assets, name="static")
 
     @app.exception_handler(404)
     async def missing(request: Request, error: HTTPException) -> Response:

@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedprune.report.chart import Chart, Strip, chart, strip
 from fedprune_server.console import phrases
 from fedprune_server.console.channel_drawing import Map, channels
-from fedprune_server.console.drawings import Chart, Strip, chart, strip
 from fedprune_server.console.model import Model
 from fedprune_server.console.paging import MAX_SIZE
 

@@ -1,53 +1,96 @@
-"""A picture of a partition: who holds how many samples of which class."""
+"""The partition of a data set among devices: samples per device and class, as a heat map and as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
-import numpy.typing as npt
-from matplotlib.colors import to_hex
 
+from fedprune.quantity import quantity
+from fedprune.report.chart import scale, tiles
+from fedprune.report.page import Bar, bars, document, paragraph
+from fedprune_device.data import LocalData
 from fedprune_server.data.federation import Federation
-from fedprune_server.picture_style import save, styled
 
-_MOST_DEVICES = 60
-"""Bars that can still be told apart; of more devices so many are shown, evenly spaced by size."""
-
-_MOST_CLASSES = 20
-"""Entries of a legend that can still be read."""
+DEVICES = 300
+"""Devices that a heat map shows; of larger fleets these many, evenly spread."""
 
 
-def draw_partition(federation: Federation, path: Path) -> Path:
-    """Draw stacked bars, one per device, one colour per class, all splits together.
+@dataclass(frozen=True)
+class Partition:
+    """The data of a fleet.
+
+    Attributes:
+        data: The data set's name; empty where devices brought samples of their own.
+        classes: Names of its classes; empty where they are numbers.
+        counts: Per device its samples of each class; empty where labels are no classes, or unknown.
+    """
+
+    data: str = ""
+    classes: tuple[str, ...] = ()
+    counts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of_federation(cls, federation: Federation, data: str = "") -> Partition:
+        """The partition of a data set that was dealt out."""
+        rows = zip(federation.names, federation.counts(), strict=True)
+        return cls(data, federation.samples.class_names, {name: tuple(map(int, row)) for name, row in rows})
+
+    @classmethod
+    def of_devices(cls, devices: Mapping[str, LocalData], data: str = "") -> Partition:
+        """The partition of devices whose samples are at hand; without counts where a label is not a class."""
+        labels = {n: np.concatenate([d.y_train, d.y_val, d.y_test]) for n, d in devices.items() if d.y_train.ndim == 1}
+        if len(labels) < len(devices) or any(y.dtype.kind != "i" for y in labels.values()):
+            return cls(data)
+        most = max((int(y.max()) + 1 for y in labels.values()), default=0)
+        return cls(data, (), {name: tuple(map(int, np.bincount(y, minlength=most))) for name, y in labels.items()})
+
+    def named(self, label: int) -> str:
+        """Name of a class."""
+        return self.classes[label] if label < len(self.classes) else str(label)
+
+    def heat_map(self) -> str:
+        """A row per device and a tile per class, as HTML; empty where nothing is known."""
+        if not self.counts:
+            return ""
+        most = max(max(counts, default=0) for counts in self.counts.values()) or 1
+        names = list(self.counts)
+        if len(names) > DEVICES:
+            names = [names[i * (len(names) - 1) // (DEVICES - 1)] for i in range(DEVICES)]
+        rows = []
+        for name in names:
+            counts = self.counts[name]
+            told = ", ".join(f"{self.named(i)}: {n:,}" for i, n in enumerate(counts) if n)
+            strip = tiles(name, [n / most for n in counts])
+            rows.append(Bar(name, (strip,), quantity(sum(counts), "sample", form=","), f"{name}: {told}"))
+        classes = ", ".join(self.named(i) for i in range(max(map(len, self.counts.values()))))
+        return (
+            paragraph(
+                f"A row per device, a tile per class, all splits together. Classes, from left to right: {classes}."
+            )
+            + scale("0", quantity(most, "sample", form=","))
+            + bars(rows, "Samples per device and class")
+        )
+
+
+def draw_partition(federation: Federation, path: Path, title: str = "Data of the devices") -> Path:
+    """Write the heat map of a partition as a page that needs no other file.
 
     Args:
         federation: The data and who holds it.
-        path: A file ending in `.png` or `.svg`.
+        path: An `.html` file.
+        title: The page's heading.
 
     Returns:
         The file.
     """
-    counts = federation.counts()
-    shown, names = _shown(counts, federation.names)
-    colours = _colours(counts.shape[1])
-    with styled(grid=False):
-        figure, axis = plt.subplots(figsize=(9, 1.2 + 0.24 * len(shown)), layout="constrained")
-        left = np.zeros(len(shown))
-        for label, name in enumerate(federation.samples.class_names):
-            axis.barh(names, shown[:, label], left=left, color=colours[label], label=name, height=0.82)
-            left += shown[:, label]
-        axis.invert_yaxis()
-        axis.margins(y=0.01)
-        axis.set_xlabel("samples")
-        note = "" if len(shown) == len(counts) else f", {len(shown)} of them shown"
-        axis.set_title(f"{int(counts.sum()):,} samples on {len(counts)} devices{note}")
-        if counts.shape[1] <= _MOST_CLASSES:
-            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="class")
-        return save(figure, path)
+    partition = Partition.of_federation(federation)
+    total = sum(map(sum, partition.counts.values()))
+    facts = {"Devices": f"{len(partition.counts):,}", "Samples": f"{total:,}"}
+    path.write_text(document(title, [partition.heat_map()], facts), encoding="utf-8")
+    return path
 
 
 def partition_table(federation: Federation) -> str:
@@ -59,18 +102,3 @@ def partition_table(federation: Federation) -> str:
         listed = ", ".join(f"{names[c]} {row[c]}" for c in order[:5]) + (", ..." if len(order) > 5 else "")
         lines.append(f"| {name} | {len(holding.train)} | {len(holding.validation)} | {len(holding.test)} | {listed} |")
     return "\n".join(lines) + "\n"
-
-
-def _shown(counts: npt.NDArray[np.int64], names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
-    if len(counts) <= _MOST_DEVICES:
-        return counts, list(names)
-    order = np.argsort(-counts.sum(1), kind="stable")
-    picked = order[np.linspace(0, len(order) - 1, _MOST_DEVICES).round().astype(int)]
-    return counts[picked], [names[int(i)] for i in picked]
-
-
-def _colours(classes: int) -> list[str]:
-    """Colours that neighbours in a bar differ by, in lightness too."""
-    if classes <= 20:
-        return [to_hex(mpl.colormaps["tab20"](i)) for i in range(classes)]
-    return [to_hex(mpl.colormaps["viridis"]((i * 7 % classes) / (classes - 1))) for i in range(classes)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import math
 import sys
 from collections.abc import Sequence
@@ -12,13 +10,16 @@ from pathlib import Path
 
 from fedprune.errors import StorageError
 from fedprune.quantity import quantity
+from fedprune.report import page
 from fedprune.terminal import Column, print_table
-from fedprune_server.simulation import pictures
+from fedprune_server.simulation import charts
 from fedprune_server.simulation.record import Record, beside
-from fedprune_server.simulation.report import CSS, TAIL, html_table, markdown_table, shown
+from fedprune_server.simulation.report import TAIL, html_table, markdown_table, shown
 from fedprune_server.simulation.run_folder import RECORD
 
 PAGE = "comparison.html"
+
+_MOST_VALUES = 5
 
 
 def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
@@ -123,10 +124,10 @@ _DROPS = {"training TMACs": 3, "rounds": 4}
 
 
 def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[float] = ()) -> Path:
-    """Write `comparison.html`, which needs nothing else, and `comparison.md` with its picture.
+    """Write `comparison.html`, which needs no other file, and `comparison.md`.
 
     Args:
-        folder: Where to; it is made if it isn't there.
+        folder: Where to; it is made if missing.
         runs: The runs, the one to compare with first.
         targets: Accuracies (losses) whose cost is compared.
 
@@ -134,46 +135,34 @@ def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[flo
         The page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    picture = pictures.curves(runs, folder / "comparison.png")
-    tables = [("Finals", final_rows(runs)), *((_target(runs[0], t), target_rows(runs, t)) for t in targets)]
+    tables = [("Results", final_rows(runs)), *((_target(runs[0], t), target_rows(runs, t)) for t in targets)]
     tail = min(TAIL, max(len(r.rounds) for r in runs))
+    kind = runs[0].measure
     intro = (
-        f"{quantity(len(runs), 'run')}. {'Losses' if runs[0].measure == 'loss' else 'Accuracies'} of the table are "
-        f"means over the last {quantity(tail, 'round')}; local ones are means over the devices of what each measured "
-        "last with its own model."
+        f"{quantity(len(runs), 'run')}. {'Losses' if kind == 'loss' else 'Accuracies'} of the table are means over "
+        f"the last {quantity(tail, 'round')}. Local {kind} is that of the model that a device serves, on its own test "
+        "data, as measured last, every device counting alike."
     )
     title = "Runs compared"
-    encoded = base64.b64encode(picture.read_bytes()).decode()
-    maps = _maps(folder, runs)
-    page = folder / PAGE
-    page.write_text(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{CSS}</style></head><body><h1>{title}</h1><p>{html.escape(intro)}</p>"
-        + "".join(f"<h2>{html.escape(name)}</h2>{html_table(rows)}" for name, rows in tables)
-        + f'<h2>Learning</h2><img alt="Learning" src="data:image/png;base64,{encoded}">'
-        + "".join(f"<h2>{html.escape(name)}</h2>{image}" for name, image in maps)
-        + "</body></html>\n",
-        encoding="utf-8",
-    )
-    parts = [f"# {title}", intro, *(f"## {name}\n\n{markdown_table(rows)}" for name, rows in tables)]
-    (folder / "comparison.md").write_text(
-        "\n\n".join([*parts, f"## Learning\n\n![Learning]({picture.name})"]) + "\n", encoding="utf-8"
-    )
-    return page
+    parts = [
+        page.paragraph(intro),
+        *(page.section(name, html_table(rows)) for name, rows in tables),
+        page.section("Learning", charts.curves(runs)),
+        page.section("Data of the devices", runs[0].partition.heat_map()),
+        *(page.section(f"Channels over the rounds: {run.title}", charts.coverage_map(run)) for run in runs),
+    ]
+    (folder / PAGE).write_text(page.document(title, parts, _shared(runs)), encoding="utf-8")
+    lines = [f"# {title}", intro, *(f"## {name}\n\n{markdown_table(rows)}" for name, rows in tables)]
+    lines.append(f"Charts are in [{PAGE}]({PAGE}).")
+    (folder / "comparison.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    return folder / PAGE
 
 
-def _maps(folder: Path, runs: Sequence[Record]) -> list[tuple[str, str]]:
-    """Channel maps over the rounds, where they were noted."""
-    found = []
-    for i, run in enumerate(runs):
-        if any(r.coverage for r in run.rounds):
-            raw = pictures.coverage_map(run, folder / f"coverage-{i + 1}.png").read_bytes()
-            encoded = base64.b64encode(raw).decode()
-            found.append(
-                (f"Channels over rounds: {run.title}", f'<img alt="Channels" src="data:image/png;base64,{encoded}">')
-            )
-    return found
+def _shared(runs: Sequence[Record]) -> dict[str, str]:
+    """The header: each fact with the values that the runs have."""
+    found = [run.facts() for run in runs]
+    values = {key: list(dict.fromkeys(f[key] for f in found if f[key])) for key in found[0]}
+    return {k: ", ".join(v) if len(v) <= _MOST_VALUES else f"{len(v)} different" for k, v in values.items()}
 
 
 def _tail(values: Sequence[float | None]) -> float | None:

@@ -57,6 +57,10 @@ def load_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     return (x.astype(np.float32) / _BRIGHTEST)[:, None], y.astype(np.int64)
 
 
+DIGITS = "handwritten digits, 8 × 8 (UCI)"
+"""The data set's name in reports."""
+
+
 def digits_model() -> bytes:
     """The demo's model as the bytes of an ONNX file."""
     return _asset("digits_net.onnx")

@@ -16,6 +16,7 @@ from fedprune import __version__
 from fedprune.job import Job
 from fedprune.strategies.own import own_code
 from fedprune_export.imported import Model
+from fedprune_server.data.picture import Partition
 from fedprune_server.simulation.trainers import ONNXRUNTIME
 from fedprune_server.simulation.virtual_device import VirtualDevice
 from fedprune_server.simulation.weather import Availability, DropOuts, Weather
@@ -41,6 +42,7 @@ class Experiment:
         checkpoints: After every so many rounds the global model is kept; 0 for never.
         trainer: What trains: `onnxruntime` as on boards, or another that `fedprune_server.simulation.trainers` knows.
         workers: In how many processes.
+        partition: The fleet's data as reports show it.
     """
 
     title: str
@@ -56,6 +58,7 @@ class Experiment:
     checkpoints: int = 0
     trainer: str = ONNXRUNTIME
     workers: int = 1
+    partition: Partition = field(default_factory=Partition)
 
     @cached_property
     def fingerprint(self) -> str:

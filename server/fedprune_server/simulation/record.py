@@ -9,9 +9,11 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedprune import __version__
 from fedprune.architecture import Architecture
 from fedprune.coordination import State
 from fedprune.coordination.state import Progress
@@ -19,10 +21,12 @@ from fedprune.costs import costs_at
 from fedprune.disk import write_whole
 from fedprune.errors import StorageError
 from fedprune.job import Job
+from fedprune.quantity import quantity
 from fedprune.recipe import REGRESSIONS
 from fedprune.selection import Selection
 from fedprune.wire.fields import AVERAGED, TRAINED, served
 from fedprune_device.assignment import MEASURED
+from fedprune_server.data.picture import Partition
 from fedprune_server.fleet.foresight import Compared, compared, predicted
 from fedprune_server.work.accountant import EPSILON
 
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
     from fedprune_server.simulation.round_notes import Notes
 
 FORMAT = "fedprune.record/1"
+
+_RECIPE = {"learning rate": "lr", "batch size": "batch_size"}
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,8 @@ class Record:
         rounds: Finished rounds, in order.
         channels: Per device and group the channels it held in the last round, most important first.
         measured: Where bytes were counted, such as "payload at the broker".
+        partition: The fleet's data, as far as it is known.
+        version: fedprune's version; empty in records of versions that didn't write it.
     """
 
     title: str
@@ -130,6 +138,24 @@ class Record:
     rounds: tuple[RoundRow, ...]
     channels: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     measured: str = ""
+    partition: Partition = field(default_factory=Partition)
+    version: str = ""
+
+    def facts(self) -> dict[str, str]:
+        """A report's header: strategy, data, recipe, seed, version, date; empty where unknown."""
+        job, recipe = self.job, self.job.get("recipe", {})
+        length = f"{recipe['steps']} steps" if recipe.get("steps") else quantity(recipe.get("epochs", 0), "epoch")
+        told = [str(recipe.get("optimizer", "")), *(f"{k} {recipe[n]:g}" for k, n in _RECIPE.items() if n in recipe)]
+        return {
+            "Strategy": str(job.get("strategy", "")),
+            "Data": self.partition.data,
+            "Recipe": ", ".join([*told, length]) if recipe else "",
+            "Devices": f"{len(self.devices):,}",
+            "Rounds": f"{len(self.rounds):,}",
+            "Seed": str(job.get("seed", 0)),
+            "fedprune": self.version,
+            "Date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        }
 
     @property
     def last(self) -> RoundRow:
@@ -223,6 +249,9 @@ class Record:
             body["groups"] = tuple((str(n), int(s)) for n, s in body["groups"])
             body["devices"] = tuple(_device_row(d) for d in body["devices"])
             body["rounds"] = tuple(RoundRow(**r) for r in body["rounds"])
+            partition = body.pop("partition", {})
+            counts = {str(n): tuple(map(int, c)) for n, c in partition.get("counts", {}).items()}
+            body["partition"] = Partition(str(partition.get("data", "")), tuple(partition.get("classes", ())), counts)
             body["channels"] = {n: tuple(tuple(g) for g in groups) for n, groups in body["channels"].items()}
             return cls(**body)
         except StorageError:
@@ -263,6 +292,7 @@ def record_of(
     ranking: str | bytes | None = None,
     measured: str = "",
     began: float = 0.0,
+    partition: Partition | None = None,
 ) -> Record:
     """The record of a job.
 
@@ -276,6 +306,7 @@ def record_of(
         ranking: The last round's selection as JSON, for the channel map.
         measured: Where bytes were counted.
         began: When the run began, on the clock of the state's history.
+        partition: The fleet's data, as far as it is known.
     """
     rounds = tuple(
         _round(entry, (traffic or {}).get(entry["round"], (0, 0)), began, job.recipe.loss) for entry in state.history
@@ -308,6 +339,8 @@ def record_of(
         rounds=rounds,
         channels={} if selection is None else _channels(selection, devices),
         measured=measured,
+        partition=partition or Partition(),
+        version=__version__,
     )
 
 

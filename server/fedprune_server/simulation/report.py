@@ -1,16 +1,16 @@
-"""The report of a run: numbers in tables, pictures, as one HTML page that needs nothing else and as Markdown."""
+"""The report of a run: tables and charts as one HTML page that needs no other file, and the tables as Markdown."""
 
 from __future__ import annotations
 
-import base64
-import html
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedprune.quantity import quantity
+from fedprune.report import page
 from fedprune_server.fleet import foresight
-from fedprune_server.simulation import pictures
+from fedprune_server.simulation import charts
 from fedprune_server.simulation.record import DeviceRow, Record
 from fedprune_server.work.accountant import EPSILON
 from fedprune_server.work.divergence import advice
@@ -25,7 +25,7 @@ EXCESS = 0.05
 """How far the fleet's losses may lie above the reference's, where numbers are predicted."""
 
 ROWS = 100
-"""Most devices that a table lists."""
+"""Devices that a table in Markdown lists at most; those of a page, which can be searched, list ten times as many."""
 
 _NAMED = 10
 """Most devices that the terminal is told about one by one."""
@@ -60,13 +60,11 @@ class Report:
 
     Attributes:
         html: The page.
-        markdown: The same as Markdown, with the pictures beside it.
-        pictures: PNG files by title.
+        markdown: Its tables as Markdown.
     """
 
     html: Path
     markdown: Path
-    pictures: dict[str, Path]
 
 
 def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
@@ -147,7 +145,7 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
     latest = run.latest
     return _filled(
         [
-            (*_PLAN, f"own {run.measure}", "why not"),
+            (*_PLAN, f"local {run.measure}", "why not"),
             *(
                 (
                     d.name,
@@ -199,10 +197,10 @@ def _filled(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return [tuple(row[i] for i in kept) for row in rows]
 
 
-def _some(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Rows of a table that fits a page: the first ones, and how many more there are."""
-    more = len(rows) - 1 - ROWS
-    return rows if more <= 0 else [*rows[: ROWS + 1], (f"and {more:,} more", *[""] * (len(rows[0]) - 1))]
+def _some(rows: list[tuple[str, ...]], most: int = ROWS) -> list[tuple[str, ...]]:
+    """The first rows of a table, and how many more there are."""
+    more = len(rows) - 1 - most
+    return rows if more <= 0 else [*rows[: most + 1], (f"and {more:,} more", *[""] * (len(rows[0]) - 1))]
 
 
 def summary_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
@@ -223,10 +221,10 @@ def summary_text(run: Record, reference: Record | None = None, *, judged: bool =
 
 
 def write_report(folder: Path, run: Record, reference: Record | None = None, *, judged: bool = True) -> Report:
-    """Write `report.html`, `report.md` and the pictures into `folder`.
+    """Write `report.html` and `report.md` into `folder`.
 
     Args:
-        folder: Where to; it is made if it isn't there.
+        folder: Where to; it is made if missing.
         run: The run.
         reference: A run to compare with.
         judged: Whether the comparison is a test of the claims.
@@ -234,40 +232,29 @@ def write_report(folder: Path, run: Record, reference: Record | None = None, *, 
     Raises:
         StorageError: The run has no finished round.
     """
-    shown = run.last  # nothing is written about a run without a round
+    rounds = run.last.round  # raises before anything is written
     folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        "Learning": pictures.curves([run] + ([reference] if reference is not None else []), folder / "curves.png"),
-        "Bytes": pictures.traffic(run, reference, folder / "bytes.png"),
-        "Channels": pictures.channel_map(run, folder / "channels.png"),
-        "Devices": pictures.local_bars(run, reference, folder / "devices.png"),
-    }
-    if any(r.coverage for r in run.rounds):
-        files["Channels over rounds"] = pictures.coverage_map(run, folder / "coverage.png")
     intro = (
-        f"{quantity(len(run.devices), 'device')}, {quantity(shown.round, 'round')}, seed {run.job.get('seed', 0)}. "
+        f"{quantity(len(run.devices), 'device')}, {quantity(rounds, 'round')}. "
         f"{'Losses' if run.measure == 'loss' else 'Accuracies'} of the summary are means over the last "
-        f"{quantity(min(TAIL, len(run.rounds)), 'round')}; "
-        f"local {run.measure} is the mean over the {len(run.latest)} of {len(run.devices)} devices that delivered, of "
-        f"what each one serves on its own test data, as it was measured last."
-        + (f" Bytes: {run.measured}." if run.measured else "")
+        f"{quantity(min(TAIL, len(run.rounds)), 'round')}. Local {run.measure} is that of the model that a device "
+        f"serves, on its own test data, as measured last; its mean is over the {len(run.latest)} of "
+        f"{len(run.devices)} devices that delivered." + (f" Bytes: {run.measured}." if run.measured else "")
     )
     verdicts = claims(run, reference) if reference is not None and judged else ()
-    markdown, page = folder / "report.md", folder / "report.html"
-    markdown.write_text(_markdown(run, reference, intro, verdicts, files), encoding="utf-8")
-    page.write_text(_html(run, reference, intro, verdicts, files), encoding="utf-8")
-    return Report(page, markdown, files)
+    report = Report(folder / "report.html", folder / "report.md")
+    report.markdown.write_text(_markdown(run, reference, intro, verdicts), encoding="utf-8")
+    report.html.write_text(_html(run, reference, intro, verdicts), encoding="utf-8")
+    return report
 
 
-def _markdown(
-    run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...], files: dict[str, Path]
-) -> str:
-    parts = [f"# {run.title}", intro, "## Summary", markdown_table(summary(run, reference))]
+def _markdown(run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...]) -> str:
+    header = ", ".join(f"{k}: {v}" for k, v in run.facts().items() if v)
+    parts = [f"# {run.title}", header, intro, "## Summary", markdown_table(summary(run, reference))]
     parts += [f"- **{c.verdict}**: {c.text} ({c.measured})" for c in judged]
     parts += ["## Plans", markdown_table(_some(plan_rows(run)))]
     parts += ["## Predicted and measured", markdown_table(_some(foresight_rows(run)))]
-    for title, path in files.items():
-        parts += [f"## {title}", f"![{title}]({path.name})"]
+    parts += ["Charts are in [report.html](report.html)."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -278,45 +265,30 @@ def markdown_table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #24292f; background: #fff; max-width: 62rem }
-body { margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #d8dee4; text-align: right } th { background: #f6f8fa }
-th:first-child, td:first-child, td.word { text-align: left }
-img { max-width: 100%; height: auto } li.held b { color: #0b6b4f } li.failed b { color: #b3400a }
-"""
-
-
-def _html(run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...], files: dict[str, Path]) -> str:
-    items = "".join(
-        f'<li class="{"held" if c.held else "failed"}"><b>{c.verdict}</b>: '
-        f"{html.escape(c.text)} ({html.escape(c.measured)})</li>"
+def _html(run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...]) -> str:
+    runs = [run] + ([reference] if reference is not None else [])
+    verdicts = "".join(
+        f'<li class="{"held" if c.held else "failed"}"><b>{c.verdict}</b>: {page.text(f"{c.text} ({c.measured})")}</li>'
         for c in judged
     )
-    images = "".join(
-        f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
-        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-        for title, path in files.items()
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(run.title)}</title><style>{CSS}</style></head><body>"
-        f"<h1>{html.escape(run.title)}</h1><p>{html.escape(intro)}</p>"
-        f"<h2>Summary</h2>{html_table(summary(run, reference))}"
-        + (f"<ul>{items}</ul>" if items else "")
-        + f"<h2>Plans</h2>{html_table(_some(plan_rows(run)))}"
-        + f"<h2>Predicted and measured</h2>{html_table(_some(foresight_rows(run)))}{images}</body></html>\n"
-    )
+    parts = [
+        page.paragraph(intro),
+        page.section("Summary", html_table(summary(run, reference)), f"<ul>{verdicts}</ul>" if verdicts else ""),
+        page.section("Learning", charts.curves(runs)),
+        page.section("Devices", charts.devices(run, reference)),
+        page.section("Data of the devices", run.partition.heat_map()),
+        page.section("Bytes between server and devices", charts.traffic(runs)),
+        page.section("Channels of the devices", charts.channel_map(run)),
+        page.section("Channels over the rounds", charts.coverage_map(run)),
+        page.section("Plans", html_table(_some(plan_rows(run), 10 * ROWS), words=(1, 4))),
+        page.section("Predicted and measured", html_table(_some(foresight_rows(run), 10 * ROWS))),
+    ]
+    return page.document(run.title, parts, run.facts())
 
 
-def html_table(rows: list[tuple[str, ...]]) -> str:
+def html_table(rows: Sequence[tuple[str, ...]], words: Sequence[int] = ()) -> str:
     """Rows as HTML; the first is the header."""
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return page.table(rows[0], rows[1:], words=words) if len(rows) > 1 else ""
 
 
 def _part(run: Record) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,10 @@ from typing import Any
 from fedprune.errors import ConfigError
 from fedprune.job import Job
 from fedprune.toml_file import read_toml
+from fedprune_device.data import LocalData
 from fedprune_export.importing import import_onnx, read_source
+from fedprune_server.data.federation import Federation
+from fedprune_server.data.picture import Partition
 from fedprune_server.data.table import DataPlan
 from fedprune_server.settings.config import ServerConfig
 from fedprune_server.settings.layers import merged
@@ -118,8 +121,17 @@ def read_plan(
         settings.checkpoints,
         settings.trainer,
         settings.workers,
+        _partition(devices, federation, "" if found.data is None else Path(found.data.source).stem),
         fedavg(job) if reference else None,
     )
+
+
+def _partition(devices: Sequence[VirtualDevice], federation: Federation | None, data: str) -> Partition:
+    """The fleet's data as reports show it."""
+    if federation is None:
+        return Partition.of_devices({d.name: d.data for d in devices if isinstance(d.data, LocalData)}, data)
+    dealt = Partition.of_federation(federation, data)
+    return replace(dealt, counts={d.name: row for d, row in zip(devices, dealt.counts.values(), strict=True)})
 
 
 @dataclass(frozen=True)
@@ -187,7 +199,7 @@ def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: i
         ConfigError: One of them is wrong.
     """
     from fedprune_server.simulation.demo_fleet import BOARDS, fleet_job, reference_job
-    from fedprune_server.simulation.digits import deal, digits_model
+    from fedprune_server.simulation.digits import DIGITS, deal, digits_model
 
     data = deal([b.name for b in BOARDS], seed=seed or 0)
     job = _overridden(fleet_job(seed or 0), strategy, seed, rounds)
@@ -198,6 +210,7 @@ def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: i
         tuple(VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS),
         (data.x, data.y),
         data.calibration,
+        partition=Partition.of_devices(data.devices, DIGITS),
         reference=_overridden(reference_job(seed or 0), None, seed, rounds),
     )
 

@@ -161,6 +161,7 @@ class Simulation:
             notes=self._run.rounds,
             ranking=self.store.read(ranking) if ranking and self.store.has(ranking) else None,
             measured="weights and graphs on the virtual links",
+            partition=self.experiment.partition,
         )
 
     def _take_up(self) -> bool:

@@ -103,7 +103,7 @@ import ctypes, sys
 if ctypes.CDLL(None, use_errno=True).prctl(65, 1, 0, 0, 0):
     sys.exit(77)
 import fedprune_server.cli, fedprune_server.daemon, fedprune_server.store.state_folder, fedprune_server.link.connection
-import scipy.optimize, sqlalchemy, pyarrow, matplotlib, onnx, psycopg, numpy as np
+import scipy.optimize, sqlalchemy, pyarrow, onnx, psycopg, numpy as np
 from fedprune_device.runtime.trial import _run_small_graph
 _run_small_graph()
 scipy.optimize.linear_sum_assignment(np.eye(3))

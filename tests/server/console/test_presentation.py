@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedprune_server.console.phrases import ago, seconds, size
 from fedprune_server.console.presentation import charts, figures, plan
 
 JSON = st.recursive(
@@ -63,3 +64,19 @@ def test_rounds_of_an_earlier_start_whose_bytes_nobody_counted_are_drawn_without
     assert names == ["metric-0"]
     names = [c.key for c in charts([_round(1, known=False), _round(2, known=True)])]
     assert names == ["metric-0", "updates", "bytes", "seconds"]
+
+
+def test_numbers_are_said_in_units_that_keep_them_short() -> None:
+    assert [size(n) for n in (0, 999, 1000, 999_600, 12_345_678, 2e12, None)] == [
+        "0 B", "999 B", "1.00 kB", "1.00 MB", "12.3 MB", "2.00 TB", "–",
+    ]  # fmt: skip
+    assert [seconds(s) for s in (0, 2e-6, 0.0171, 1.5, 119, 320, 5000, 90000.0, 1e6)] == [
+        "0 s", "2 µs", "17.1 ms", "1.50 s", "119 s", "5.3 min", "83 min", "25.0 h", "11.6 d",
+    ]  # fmt: skip
+    assert [ago(100, now) for now in (100, 112, 95, 400, 400_000)] == [
+        "now",
+        "12 s ago",
+        "in 5 s",
+        "5 min ago",
+        "5 d ago",
+    ]

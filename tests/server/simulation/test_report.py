@@ -1,18 +1,22 @@
 """Reports: every number is the record's, claims are judged by the numbers, pages need nothing else."""
 
 import html
+import json
 import math
 import re
 from dataclasses import replace
+from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.errors import StorageError
-from fedprune_server.simulation import pictures
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune_server.data.picture import Partition
+from fedprune_server.simulation import charts
 from fedprune_server.simulation.comparison import final_rows, print_comparison
-from fedprune_server.simulation.pictures import channel_map
 from fedprune_server.simulation.record import DeviceRow, Record, RoundRow, beside
 from fedprune_server.simulation.report import (
     absences,
@@ -106,67 +110,107 @@ def test_a_mean_over_some_devices_says_so(tmp_path):
     assert "over the 1 of 2 devices that delivered" in write_report(tmp_path, run).markdown.read_text()
 
 
-def bars(run, reference, monkeypatch):
-    """Heights and texts of the picture of devices' accuracies."""
-    seen = []
-    monkeypatch.setattr(pictures, "save", lambda figure, path: seen.append(figure) or path)
-    pictures.local_bars(run, reference, None)
-    axis = seen[0].axes[0]
-    found = [p.get_height() for p in axis.patches], sorted(t.get_text() for t in axis.texts)
-    pictures.plt.close(seen[0])
-    return found
+class Shown(HTMLParser):
+    """Bars of a page: per list its rows' names, notes and lengths."""
+
+    def __init__(self, markup):
+        super().__init__()
+        self.lists = {}
+        self.titles = []
+        self._list = self._field = None
+        self.feed(markup)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        if tag == "ul" and found.get("class", "").startswith("bars"):
+            self._list = self.lists.setdefault(found["aria-label"], [])
+        elif tag == "li" and self._list is not None:
+            self._list.append({"name": "", "note": "", "rects": []})
+        elif tag == "span" and found.get("class") in ("name", "note"):
+            self._field = found["class"]
+        elif tag == "rect" and self._list:
+            self._list[-1]["rects"].append((found["class"], float(found["x"]), float(found["width"])))
+        elif tag == "h3":
+            self._field = "title"
+
+    def handle_endtag(self, tag):
+        self._field = None
+        if tag == "ul":
+            self._list = None
+
+    def handle_data(self, data):
+        if self._field == "title":
+            self.titles.append(data)
+        elif self._field and self._list:
+            self._list[-1][self._field] += data
 
 
-def axes_of(draw, monkeypatch):
-    """What a picture's axes are."""
-    seen = []
-    monkeypatch.setattr(pictures, "save", lambda figure, path: seen.append(figure) or path)
-    draw()
-    return seen[0].axes
+def local_bars(run, reference):
+    rows = Shown(charts.devices(run, reference)).lists["Local accuracy of each device"]
+    return [r["rects"][0][2] / 1000 for r in rows], [r["note"] for r in rows]
 
 
-def test_curves_have_ticks_alike_and_no_round_0(monkeypatch):
+def data_of(markup, name):
+    """Per chart what its attribute says."""
+    return [json.loads(html.unescape(v)) for v in re.findall(rf'data-{name}="([^"]*)"', markup)]
+
+
+def test_curves_hold_the_records_values_along_rounds_bytes_and_seconds():
     run = record(local=0.5)
-    rounds = tuple(replace(r, accuracy=0.9 + r.round / 1000) for r in run.rounds)
-    axes = axes_of(lambda: pictures.curves([replace(run, rounds=rounds)], None), monkeypatch)
-    texts = [axis.yaxis.get_major_formatter()(value) for axis in axes[::3] for value in (0.5, 1.0)]
-    assert len(axes) == 6
-    assert texts == texts[:2] * 2
-    assert axes[0].get_xlim()[0] > 0
-    assert axes[1].get_xlim()[0] == 0
-    pictures.plt.close(axes[0].figure)
+    run = replace(run, rounds=tuple(replace(r, accuracy=0.9 + r.round / 1000) for r in run.rounds))
+    markup = charts.curves([run])
+    assert len(Shown(markup).titles) == 6
+    assert data_of(markup, "places")[0] == ["1", "2", "3", "4"]
+    assert data_of(markup, "places")[2] == ["2", "4", "6", "8"]
+    assert data_of(markup, "values")[0] == [["90.1%"], ["90.2%"], ["90.3%"], ["90.4%"]]
+    assert data_of(markup, "at")[1][0] > 0  # bytes begin at zero
 
 
-@pytest.mark.parametrize(("kept", "rows"), [("after", ["As received"]), ("average", ["As received", "As trained"])])
-def test_what_was_trained_has_curves_of_its_own_where_averages_serve(monkeypatch, kept, rows):
+def test_runs_of_other_lengths_keep_their_own_seconds():
+    quick = replace(record("quick"), rounds=tuple(replace(r, at=r.at / 2) for r in record().rounds))
+    seconds = data_of(charts.curves([record("slow"), quick]), "values")[2]
+    places = data_of(charts.curves([record("slow"), quick]), "places")[2]
+    assert places == ["1", "2", "3", "4", "6", "8"]
+    assert [row[0] for row in seconds] == ["", "80.0%", "", "80.0%", "80.0%", "80.0%"]
+    assert [row[1] for row in seconds] == ["80.0%"] * 4 + [""] * 2
+
+
+@pytest.mark.parametrize(("kept", "rows"), [("after", ["received"]), ("average", ["received", "trained"])])
+def test_what_was_trained_has_curves_of_its_own_where_averages_serve(kept, rows):
     own = {f"accuracy_{name}": {"zero": 0.5} for name in ("before", "after", kept)}
     runs = [record("plain"), replace(record(), rounds=tuple(replace(r, own=own) for r in record().rounds))]
     assert beside(runs) == ("before", "after")[: len(rows)]
-    axes = axes_of(lambda: pictures.curves(runs, None), monkeypatch)
-    assert [a.get_title(loc="left").partition(",")[0] for a in axes[::3]][1:] == ["What devices serve", *rows]
+    titles = [t.partition(", by")[0] for t in Shown(charts.curves(runs)).titles[::3]]
+    assert titles == ["Global accuracy", "Mean local accuracy", *(f"Local accuracy as {r}" for r in rows)]
     columns = [c for c in final_rows(runs)[0] if c.startswith("local ")]
     assert columns == ["local accuracy", *(f"local {m}" for m in beside(runs))]
-    pictures.plt.close(axes[0].figure)
 
 
-@pytest.mark.parametrize("known", [{"zero": 0.5}, {"orin": 0.5}, {}])
-def test_a_device_without_a_bar_has_room(monkeypatch, known):
-    run = replace(record(), rounds=tuple(replace(r, local=known) for r in record().rounds))
-    axis = axes_of(lambda: pictures.local_bars(run, None, None), monkeypatch)[0]
-    assert axis.get_xlim() == pytest.approx((-0.6, 1.6))
-    pictures.plt.close(axis.figure)
+def test_bars_are_what_was_measured_last():
+    lengths, notes = local_bars(asked_in_turn(), record())
+    assert lengths == pytest.approx([0.6, 0.88, 0.8, 0.92])
+    assert notes == ["60.0%", "88.0%", "80.0%", "92.0%"]
 
 
-def test_bars_are_what_was_measured_last(monkeypatch):
-    heights, texts = bars(asked_in_turn(), record(), monkeypatch)
-    assert heights == pytest.approx([0.6, 0.8, 0.88, 0.92])
-    assert texts == ["60", "80", "88", "92"]
-
-
-def test_a_device_that_never_delivered_has_a_dash_instead_of_a_bar(monkeypatch):
+def test_a_device_that_never_delivered_has_a_dash_instead_of_a_bar():
     run = asked_in_turn()
-    heights, texts = bars(replace(run, rounds=run.rounds[:1]), None, monkeypatch)
-    assert (heights, texts) == ([0.2], ["20", "–"])
+    lengths, notes = local_bars(replace(run, rounds=run.rounds[:1]), None)
+    assert sorted(zip(lengths, notes, strict=True)) == [(0.0, "–"), (0.2, "20.0%")]
+
+
+def test_a_fleet_of_a_hundred_has_a_row_per_device_and_can_be_searched(tmp_path):
+    names = [f"board-{i:03}" for i in range(100)]
+    devices = tuple(replace(record().devices[0], name=n) for n in names)
+    rounds = tuple(replace(r, local=dict.fromkeys(names, 0.5)) for r in record().rounds)
+    channels = dict.fromkeys(names, ((0, 1), (5,)))
+    run = replace(record(), devices=devices, rounds=rounds, channels=channels)
+    text = write_report(tmp_path, run).html.read_text()
+    shown = Shown(text)
+    for label in ("Local accuracy of each device", "Channels that each device holds"):
+        assert [r["name"].partition(" ")[0] for r in shown.lists[label]] == names
+    assert sum(r["note"] == "100 devices" for r in shown.lists["Devices by local accuracy"]) == 1
+    assert text.count('type="search"') >= 4
+    assert all(f">{n}</button>" in text for n in names)  # the legend
 
 
 def test_terminal_tells_what_the_report_tells():
@@ -251,32 +295,42 @@ def test_report_tells_the_same_numbers_as_html_and_markdown(tmp_path):
 
 def test_page_refers_to_nothing_outside_itself(tmp_path):
     page = write_report(tmp_path, record(), record("FedAvg")).html.read_text()
-    assert set(re.findall(r'(?:src|href)="([^"]{0,11})', page)) == {"data:image/"}
+    assert re.findall(r'(?:src|href)="([^"]{0,11})', page) == []
+    assert {p.name for p in tmp_path.iterdir()} == {"report.html", "report.md"}
 
 
-def test_every_picture_is_written(tmp_path):
-    report = write_report(tmp_path, record())
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in report.pictures.values())
-    assert {p.name for p in report.pictures.values()} == {"curves.png", "bytes.png", "channels.png", "devices.png"}
+def test_the_header_names_strategy_data_recipe_seed_and_version(tmp_path):
+    job = Job(strategy="fedavg", seed=7, recipe=Recipe(epochs=3, lr=0.125, batch_size=16)).to_dict()
+    run = replace(record(), job=job, partition=Partition("cifar10"), version="1.2.3")
+    page = re.sub(r"<[^>]+>", " ", write_report(tmp_path, run).html.read_text())
+    words = " ".join(page.split())
+    for fact in ("Strategy fedavg", "Data cifar10", "Seed 7", "fedprune 1.2.3", "Devices 2", "Rounds 4"):
+        assert fact in words
+    assert "learning rate 0.125, batch size 16, 3 epochs" in words
 
 
-def test_channel_map_colours_held_channels_only(tmp_path):
-    """Half the channels held gives half the coloured area of all held."""
-    import matplotlib.image
+def test_the_data_of_the_devices_is_drawn(tmp_path):
+    partition = Partition("pets", ("cat", "dog"), {"zero": (4, 0), "orin": (2, 4)})
+    run = replace(record(), partition=partition)
+    rows = Shown(write_report(tmp_path, run).html.read_text()).lists["Samples per device and class"]
+    assert [(r["name"], r["note"]) for r in rows] == [("zero", "4 samples"), ("orin", "6 samples")]
+    assert [[c for c, *_ in r["rects"]] for r in rows] == [["h10", "h0"], ["h5", "h10"]]
+    run.save(tmp_path / "metrics.json")
+    assert Record.load(tmp_path / "metrics.json") == run
 
-    def coloured(held):
-        run = replace(record(), groups=(("only", 10),), channels={"zero": (held,)})
-        image = matplotlib.image.imread(channel_map(run, tmp_path / "map.png"))[..., :3]
-        return int(((image.max(axis=2) - image.min(axis=2)) > 0.3).sum())
 
-    assert coloured(tuple(range(5))) == pytest.approx(coloured(tuple(range(10))) / 2, rel=0.05)
+def test_held_channels_are_filled_where_they_are():
+    run = replace(record(), groups=(("only", 10),), channels={"zero": ((0, 1, 2, 9),)})
+    (row,) = Shown(charts.channel_map(run)).lists["Channels that each device holds"]
+    assert row["note"] == "4 of 10 channels"
+    assert row["rects"] == [("h10", 0, 3), ("h0", 3, 6), ("h10", 9, 1)]
 
 
 def test_names_cannot_break_the_page(tmp_path):
     run = record(title="<script>alert(1)</script>")
     run = replace(run, devices=(replace(run.devices[0], excluded="a | <b>", widths=()), run.devices[1]))
     report = write_report(tmp_path, run)
-    assert "<script>" not in report.html.read_text()
+    assert "alert(1)</script>" not in report.html.read_text()
     assert "a \\| <b>" in report.markdown.read_text()
 
 

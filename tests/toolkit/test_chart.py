@@ -1,4 +1,4 @@
-"""What the console draws, against what it was given."""
+"""Layout and markup of charts, compared with what they were given."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune_server.console.drawings import HEIGHT, MOST_POINTS, WIDTH, chart, strip
-from fedprune_server.console.phrases import ago, seconds, size
+from fedprune.report.chart import HEIGHT, MOST_POINTS, WIDTH, chart, strip
 
 # As ever, but on a busy machine the first example may take its time.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -56,19 +55,3 @@ def test_a_strip_holds_its_channels_once(held: list[tuple[int, float]], channels
     assert levels == [math.ceil(s * 10 - 1e-9) if s > 1e-9 else int(s > 0) for s in shares]
     assert drawn.least == min(shares, default=0.0)
     assert drawn.mean == pytest.approx(sum(shares) / len(shares) if shares else 0.0)
-
-
-def test_numbers_are_said_in_units_that_keep_them_short() -> None:
-    assert [size(n) for n in (0, 999, 1000, 999_600, 12_345_678, 2e12, None)] == [
-        "0 B", "999 B", "1.00 kB", "1.00 MB", "12.3 MB", "2.00 TB", "–",
-    ]  # fmt: skip
-    assert [seconds(s) for s in (0, 2e-6, 0.0171, 1.5, 119, 320, 5000, 90000.0, 1e6)] == [
-        "0 s", "2 µs", "17.1 ms", "1.50 s", "119 s", "5.3 min", "83 min", "25.0 h", "11.6 d",
-    ]  # fmt: skip
-    assert [ago(100, now) for now in (100, 112, 95, 400, 400_000)] == [
-        "now",
-        "12 s ago",
-        "in 5 s",
-        "5 min ago",
-        "5 d ago",
-    ]

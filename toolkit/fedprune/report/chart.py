@@ -1,0 +1,423 @@
+"""Line charts and channel strips: their layout in numbers and words, and their markup.
+
+A chart is an SVG that stretches to its room, with its axes' labels as text around it, so that lines fit a phone and
+letters keep their size. It shows everything without a script; `charts.js` adds the values under the pointer and a
+legend that hides and highlights curves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+WIDTH = 1000
+HEIGHT = 100
+"""Units of the plot, which is stretched."""
+
+MOST_POINTS = 500
+"""Points of a curve; longer curves are thinned evenly."""
+
+MOST_NUMBERS = 60
+"""Rows of the table of values: the latest."""
+
+MOST_SAID = 3
+"""Curves up to which the values under the pointer are a line above the chart; those of more are in a box."""
+
+MOST_TILES = 140
+"""Tiles of a strip: more would be narrower than a dot of the screen."""
+
+MOST_COLUMNS = 12
+"""Curves up to which a chart has a table of values."""
+
+SEARCHED = 20
+"""Entries from which a legend or list has a search field."""
+
+LEVELS = 10
+"""Steps of the heat map's scale above zero."""
+
+_DRAWABLE = 1e30
+"""Values beyond this are left out, as NaN is."""
+
+_STYLES = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+
+
+def style(i: int) -> str:
+    """CSS classes of the i-th series: eight colours, then the same ones with other dashes."""
+    colour, again = _STYLES[i % len(_STYLES)], i // len(_STYLES)
+    return colour if not again else f"{colour} again-{1 + (again - 1) % 3}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart.
+
+    Attributes:
+        name: Its name in the legend.
+        style: CSS classes that set colour and dashes.
+        paths: SVG points of each unbroken stretch.
+        dots: SVG paths of single values between gaps.
+        values: Its value at each of the chart's places, as text; empty where it is unknown.
+    """
+
+    name: str
+    style: str
+    paths: tuple[str, ...]
+    dots: tuple[str, ...]
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over the same places.
+
+    Attributes:
+        key: Part of its HTML ids.
+        title: Its heading.
+        summary: A sentence with the latest values, for screen readers.
+        along: Name of the x axis, such as `round`.
+        places: Positions on the x axis, as text.
+        at: The same positions in units of the plot.
+        marks_x: Labels of the x axis, at equal distances.
+        marks_y: Labels of the y axis, at equal distances from the top.
+        rules: Heights of the grid lines, in units of the plot.
+        curves: The lines.
+    """
+
+    key: str
+    title: str
+    summary: str
+    along: str
+    places: tuple[str, ...]
+    at: tuple[float, ...]
+    marks_x: tuple[str, ...]
+    marks_y: tuple[str, ...]
+    rules: tuple[float, ...]
+    curves: tuple[Curve, ...]
+
+    @property
+    def values(self) -> list[list[str]]:
+        """Per place the value of every curve."""
+        return [[c.values[i] for c in self.curves] for i in range(len(self.places))]
+
+    @property
+    def numbers(self) -> list[tuple[str, list[str]]]:
+        """Rows of the table of values, the latest first."""
+        rows = list(zip(self.places, self.values, strict=True))
+        return rows[: -MOST_NUMBERS - 1 : -1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring channels of one level of the heat map's scale."""
+
+    x: int
+    width: int
+    level: int
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A channel group as a strip of a heat map.
+
+    Attributes:
+        name: The group.
+        channels: Its size.
+        runs: Runs of channels of one level.
+        least: The smallest share over its channels.
+        mean: The mean share over its channels.
+    """
+
+    name: str
+    channels: int
+    runs: tuple[Run, ...]
+    least: float
+    mean: float
+
+
+def chart(
+    key: str,
+    title: str,
+    places: Sequence[float],
+    series: Mapping[str, Sequence[float | None]],
+    said: Callable[[float], str],
+    *,
+    unit: tuple[float, str] = (1.0, ""),
+    along: str = "round",
+    top: float | None = None,
+    from_zero: bool = False,
+    bridged: bool = False,
+    amounts: bool = False,
+) -> Chart | None:
+    """Lay out curves.
+
+    Args:
+        key: Part of the chart's HTML ids.
+        title: Its heading.
+        places: Positions on the x axis, ascending.
+        series: Per curve its value at every position.
+        said: Formats a value.
+        unit: Size and name of the y axis' unit.
+        along: Name of the x axis.
+        top: The largest possible value, such as 1 for shares.
+        from_zero: Whether the y axis begins at zero.
+        bridged: Whether a curve goes straight over positions at which it has no value, rather than breaking there.
+        amounts: Whether the x axis begins at zero and has round labels, as for bytes and seconds.
+
+    Returns:
+        The chart; None where there is no value.
+    """
+    stride = max(1, math.ceil(len(places) / MOST_POINTS))
+    drawn = [i for i in range(len(places)) if (len(places) - 1 - i) % stride == 0]
+    places = [places[i] for i in drawn]
+    series = {name: [values[i] for i in drawn] for name, values in series.items()}
+    series = {name: [v if v is not None and abs(v) < _DRAWABLE else None for v in vs] for name, vs in series.items()}
+    known = [v for values in series.values() for v in values if v is not None]
+    if not known:
+        return None
+    if from_zero:
+        known.append(0.0)
+    ticks = [unit[0] * t for t in _ticks(min(known) / unit[0], max(known) / unit[0], top)]
+    low, high = ticks[0], ticks[-1]
+    if amounts:
+        marks = _ticks(0.0, max(places[-1], 0.0), None)
+        first, last, marks_x = 0.0, marks[-1], tuple(f"{t:,.6g}" for t in marks)
+    else:
+        first, last, parts = _axis(places[0], places[-1])
+        marks_x = _marks(first, last, parts)
+    at = tuple(round(WIDTH * (x - first) / (last - first), 1) if last > first else WIDTH / 2 for x in places)
+    curves = []
+    for i, (name, values) in enumerate(series.items()):
+        points = [
+            (x, None if v is None else round(HEIGHT * (high - v) / (high - low), 2))
+            for x, v in zip(at, values, strict=True)
+            if v is not None or not bridged
+        ]
+        paths, dots = _stretches(points)
+        curves.append(Curve(name, style(i), paths, dots, tuple("" if v is None else said(v) for v in values)))
+    latest = ", ".join(f"{c.name} {_last(c.values)}" for c in curves[:MOST_COLUMNS])
+    return Chart(
+        key=key,
+        title=title,
+        summary=f"{title} by {along}, {along} {_whole(first)} to {_whole(places[-1])}. Latest: {latest}.",
+        along=along,
+        places=tuple(_whole(x) for x in places),
+        at=at,
+        marks_x=marks_x,
+        marks_y=tuple(f"{round(t / unit[0], 9):,.7g}{unit[1]}" for t in reversed(ticks)),
+        rules=tuple(round(HEIGHT * (high - t) / (high - low), 2) for t in ticks[1:]),
+        curves=tuple(curves),
+    )
+
+
+def tiles(name: str, shares: Sequence[float] | npt.NDArray[np.float64]) -> Strip:
+    """A strip of one share per channel, from 0 to 1; of many channels a tile shows the mean of some."""
+    values = np.clip(np.asarray(shares, np.float64), 0, 1)
+    count = min(MOST_TILES, values.size)
+    edges = np.linspace(0, values.size, count + 1).round().astype(np.int64)
+    means = np.add.reduceat(values, edges[:-1]) / np.diff(edges) if count else values
+    return strip(name, count, [{"channels": 1, "share": float(share)} for share in means])
+
+
+def together(
+    curves: Mapping[str, Sequence[tuple[float, float | None]]],
+) -> tuple[list[float], dict[str, list[float | None]]]:
+    """Curves with positions of their own as `places` and `series` of one chart; draw it `bridged`."""
+    places = sorted({x for points in curves.values() for x, _ in points})
+    found = {name: dict(points) for name, points in curves.items()}
+    return places, {name: [values.get(x) for x in places] for name, values in found.items()}
+
+
+def figure(drawn: Chart, *, legend: bool = True) -> str:
+    """The chart as HTML.
+
+    Args:
+        drawn: Its layout.
+        legend: Whether it brings a legend of its own.
+    """
+    few = len(drawn.curves) <= MOST_SAID
+    latest = ", ".join(
+        f"{c.name} {_last(c.values)}" if len(drawn.curves) > 1 else _last(c.values) for c in drawn.curves
+    )
+    keys = legend_of([(c.name, c.style) for c in drawn.curves]) if legend and len(drawn.curves) > 1 else ""
+    said = escape(f"{drawn.along} {drawn.places[-1]}: {latest}")
+    output = f'<output aria-hidden="true">{said}</output>' if few else ""
+    lines = "".join(f'<line class="rule" x1="0" x2="{WIDTH}" y1="{y:g}" y2="{y:g}"/>' for y in drawn.rules)
+    for i, curve in enumerate(drawn.curves):
+        shapes = "".join(f'<polyline class="{curve.style}" points="{points}"/>' for points in curve.paths)
+        shapes += "".join(f'<path class="{curve.style} dot" d="{d}"/>' for d in curve.dots)
+        lines += f'<g data-curve="{i}">{shapes}</g>'
+    data = {
+        "along": drawn.along,
+        "names": [c.name for c in drawn.curves],
+        "styles": [c.style for c in drawn.curves],
+        "at": drawn.at,
+        "places": drawn.places,
+        "values": drawn.values,
+    }
+    written = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in data.items()}
+    attributes = " ".join(f'data-{k}="{escape(v)}"' for k, v in written.items())
+    return (
+        f'<figure id="chart-{escape(drawn.key)}"{" data-charts" * legend}>'
+        f'<div class="keys">{keys}{output}</div><div class="chart">'
+        f'<div class="ys" aria-hidden="true">{_spans(drawn.marks_y)}</div><div class="plot" {attributes}>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(drawn.summary)}">{lines}</svg></div>'
+        f'<div class="xs" aria-hidden="true">{_spans(drawn.marks_x)}</div></div>{_numbers(drawn)}</figure>'
+    )
+
+
+def legend_of(entries: Sequence[tuple[str, str]]) -> str:
+    """A legend whose entries hide and show their curves; a long one has a search field and scrolls.
+
+    Args:
+        entries: Per curve its name and its CSS classes.
+    """
+    keys = "".join(
+        f'<button type="button" class="key {style}" aria-pressed="true" data-key-of="{i}" title="Hide or show">'
+        f"{escape(name)}</button>"
+        for i, (name, style) in enumerate(entries)
+    )
+    if len(entries) <= SEARCHED:
+        return keys
+    field = search("Search the legend")
+    return f'{field}<div class="many" tabindex="0" role="group" aria-label="Legend">{keys}</div>'
+
+
+def search(label: str) -> str:
+    """A field that hides the entries after it that don't contain its text."""
+    name = escape(label)
+    return f'<input type="search" class="filter" data-search aria-label="{name}" placeholder="{name}">'
+
+
+def strip_svg(strip: Strip) -> str:
+    """A strip as an SVG that stretches to its room."""
+    runs = "".join(f'<rect class="h{r.level}" x="{r.x}" width="{r.width}" height="1"/>' for r in strip.runs)
+    return (
+        f'<svg class="strip" viewBox="0 0 {max(strip.channels, 1)} 1" preserveAspectRatio="none" '
+        f'shape-rendering="crispEdges" aria-hidden="true">{runs}</svg>'
+    )
+
+
+def scale(least: str = "none", most: str = "all") -> str:
+    """The heat map's scale, with what its ends stand for."""
+    steps = "".join(f'<rect class="h{i}" x="{i}" width="1" height="1"/>' for i in range(LEVELS + 1))
+    return (
+        f'<div class="scale"><span>{escape(least)}</span><svg viewBox="0 0 {LEVELS + 1} 1" preserveAspectRatio="none" '
+        f'aria-hidden="true">{steps}</svg><span>{escape(most)}</span></div>'
+    )
+
+
+def _numbers(drawn: Chart) -> str:
+    """The table of values below a chart; none where it would have too many columns."""
+    if len(drawn.curves) > MOST_COLUMNS:
+        return ""
+    name = escape(f"{drawn.title} as numbers")
+    head = "".join(f'<th scope="col" class="num">{escape(c.name)}</th>' for c in drawn.curves)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(place)}</th>'
+        + "".join(f'<td class="num">{escape(v) or "–"}</td>' for v in values)
+        + "</tr>"
+        for place, values in drawn.numbers
+    )
+    return (
+        f'<details class="numbers" id="numbers-{escape(drawn.key)}"><summary>{name}</summary>'
+        f'<div class="table" tabindex="0" role="region" aria-label="{name}"><table><thead><tr>'
+        f'<th scope="col">{escape(drawn.along)}</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>'
+    )
+
+
+def _spans(texts: Sequence[str]) -> str:
+    return "".join(f"<span>{escape(t)}</span>" for t in texts)
+
+
+def strip(name: str, channels: int, held: Iterable[Mapping[str, Any]]) -> Strip:
+    """Lay out one group of the coverage.
+
+    Args:
+        name: The group.
+        channels: Its size.
+        held: Runs of `channels` that the same `share` of the devices (or updates) holds.
+    """
+    runs: list[Run] = []
+    at, weighed, least = 0, 0.0, 1.0
+    for run in held:
+        count, share = min(int(run["channels"]), channels - at), float(run["share"])
+        if count <= 0:
+            continue
+        level = max(1, math.ceil(share * LEVELS - 1e-9)) if share > 0 else 0
+        if runs and runs[-1].level == level:
+            runs[-1] = Run(runs[-1].x, runs[-1].width + count, level)
+        else:
+            runs.append(Run(at, count, level))
+        at, weighed, least = at + count, weighed + count * share, min(least, share)
+    return Strip(name, channels, tuple(runs), least if at else 0.0, weighed / at if at else 0.0)
+
+
+def _stretches(points: Sequence[tuple[float, float | None]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """SVG points of a line's unbroken stretches, and paths of zero length for its single values."""
+    paths: list[str] = []
+    dots: list[str] = []
+    now: list[str] = []
+    for x, y in points:
+        if y is None:
+            _close(now, paths, dots)
+            now = []
+        else:
+            now.append(f"{x:g},{y:g}")
+    _close(now, paths, dots)
+    return tuple(paths), tuple(dots)
+
+
+def _close(points: list[str], paths: list[str], dots: list[str]) -> None:
+    if len(points) == 1:
+        dots.append(f"M{points[0]}h0")
+    elif points:
+        paths.append(" ".join(points))
+
+
+def _ticks(low: float, high: float, top: float | None) -> list[float]:
+    """Round numbers at equal distances round these values: two to six of them, none above `top` unless a value is."""
+    top = None if top is not None and high > top else top
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        room = abs(high) * 0.1 or 1.0
+        low, high = (low, high + room) if low == 0 else (low - room, high + room)
+    if top is not None:
+        high = min(high, top)
+    rough = (high - low) / 4
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(f * size for f in (1, 2, 2.5, 5, 10) if f * size >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    if top is not None:
+        last = min(last, math.ceil(top / step - 1e-9))
+    return [k * step for k in range(first, max(last, first + 1) + 1)]
+
+
+def _axis(first: float, last: float) -> tuple[float, float, int]:
+    """From where to where an axis of whole numbers goes, and in how many equal steps: it ends as soon as it can."""
+    way = last - first
+    if way < 3 or not float(way).is_integer():
+        return first, last, max(1, int(way))
+    parts = min((5, 4, 6, 3), key=lambda n: -way % n)
+    return first, last + -way % parts, parts
+
+
+def _marks(first: float, last: float, parts: int) -> tuple[str, ...]:
+    """Numbers at equal distances."""
+    if last <= first:
+        return ("", _whole(first), "")
+    return tuple(_whole(first + (last - first) * k / parts) for k in range(parts + 1))
+
+
+def _whole(x: float) -> str:
+    return f"{x:g}" if not float(x).is_integer() else f"{int(x):,}"
+
+
+def _last(values: Sequence[str]) -> str:
+    return next((v for v in reversed(values) if v), "unknown")

@@ -1,0 +1,200 @@
+"""A report as one HTML file that needs no other: its frame, header, tables and lists of bars."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from importlib.resources import files
+
+from fedprune.report.chart import SEARCHED, Chart, Strip, figure, legend_of, search, strip_svg, style
+
+Part = tuple[str, float, float]
+"""A part of a bar: CSS class, where it begins and where it ends, as shares of the bar's room."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A row of a list of bars.
+
+    Attributes:
+        name: Its label, shown in full.
+        parts: What is drawn: parts of one bar, or a strip per channel group.
+        note: Text behind the bar.
+        title: Text that a pointer brings up; by default name and note.
+    """
+
+    name: str
+    parts: Sequence[Part] | Sequence[Strip]
+    note: str = ""
+    title: str = ""
+
+
+def document(title: str, parts: Sequence[str], facts: Mapping[str, str] | None = None) -> str:
+    """A whole page.
+
+    Args:
+        title: Its heading.
+        parts: Its content, as HTML.
+        facts: What the header names, such as strategy, data set, seed and version; empty values are left out.
+    """
+    script = _asset("charts.js").replace("export ", "") + _START
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    known = {k: v for k, v in (facts or {}).items() if v}
+    listed = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in known.items())
+    header = f'<dl class="facts">{listed}</dl>' if known else ""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<title>{text(title)}</title><style>{_asset('page.css')}{_asset('charts.css')}</style></head><body><main>"
+        f"<h1>{text(title)}</h1>{header}{''.join(parts)}</main>"
+        f"<script>{script}</script></body></html>\n"
+    )
+
+
+def section(title: str, *content: str) -> str:
+    """A heading and what follows; nothing where all content is empty."""
+    return f"<section><h2>{text(title)}</h2>{''.join(content)}</section>" if any(content) else ""
+
+
+def table(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    words: Sequence[int] = (),
+    label: str = "Table",
+    marked: Sequence[int] = (),
+) -> str:
+    """A table; a long one has a search field and scrolls.
+
+    Args:
+        titles: Heads of its columns.
+        rows: Its cells as text.
+        words: Columns of text, which are aligned to the left as the first one is; the others hold numbers.
+        label: Its name for screen readers.
+        marked: Rows that stand out.
+    """
+    kinds = ["" if not i else ' class="word"' if i in words else ' class="num"' for i in range(len(titles))]
+    head = "".join(f'<th scope="col"{k}>{text(t)}</th>' for t, k in zip(titles, kinds, strict=True))
+    body = "".join(
+        f"<tr{' class=marked' if i in marked else ''}>"
+        + "".join(
+            f'<th scope="row">{text(c)}</th>' if not j else f"<td{k}>{text(c)}</td>"
+            for j, (c, k) in enumerate(zip(row, kinds, strict=True))
+        )
+        + "</tr>"
+        for i, row in enumerate(rows)
+    )
+    long = len(rows) > SEARCHED
+    return (
+        (search(f"Search {len(rows):,} rows") if long else "")
+        + f'<div class="table{" long" * long}" tabindex="0" role="region" aria-label="{text(label)}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def bars(rows: Sequence[Bar], label: str) -> str:
+    """A list of bars; a long one has a search field and scrolls.
+
+    Args:
+        rows: The bars.
+        label: The list's name for screen readers.
+    """
+    long = len(rows) > SEARCHED
+    items = "".join(
+        f'<li title="{text(row.title or ": ".join(filter(None, (row.name, row.note))))}">'
+        f'<span class="name">{text(row.name)}</span>'
+        f'{_drawn(row.parts)}<span class="note">{text(row.note)}</span></li>'
+        for row in rows
+    )
+    return (
+        search(f"Search {len(rows):,} rows") if long else ""
+    ) + f'<ul class="bars{" tall" * long}" tabindex="0" aria-label="{text(label)}">{items}</ul>'
+
+
+def boxes(names: Sequence[str]) -> str:
+    """A legend of filled colours, in the order of `style`."""
+    keys = "".join(f'<span class="key box {style(i)}">{text(name)}</span>' for i, name in enumerate(names))
+    return f'<div class="keys">{keys}</div>'
+
+
+def stacked(amounts: Sequence[float], whole: float) -> tuple[Part, ...]:
+    """Parts of a bar one after the other, in the colours of `boxes`.
+
+    Args:
+        amounts: Their sizes.
+        whole: What fills the bar's room.
+    """
+    found: list[Part] = []
+    at = 0.0
+    for i, amount in enumerate(amounts):
+        found.append((f"part {style(i)}", at / whole if whole else 0.0, (at + amount) / whole if whole else 0.0))
+        at += amount
+    return tuple(found)
+
+
+def charts(drawn: Sequence[Chart], key: str) -> str:
+    """Charts of the same curves side by side, with one legend.
+
+    Args:
+        drawn: The charts.
+        key: Their HTML id.
+    """
+    curves = max((c.curves for c in drawn), key=len, default=())
+    legend = f'<div class="keys">{legend_of([(c.name, c.style) for c in curves])}</div>' if len(curves) > 1 else ""
+    figures = "".join(f"<div><h3>{text(c.title)}</h3>{figure(c, legend=False)}</div>" for c in drawn)
+    return f'<div data-charts id="{text(key)}">{legend}<div class="charts">{figures}</div></div>'
+
+
+def items(lines: Sequence[str]) -> str:
+    """A list of lines of text."""
+    listed = "".join(f"<li>{text(line)}</li>" for line in lines)
+    return f"<ul>{listed}</ul>" if listed else ""
+
+
+def details(title: str, body: str) -> str:
+    """Content that a click unfolds."""
+    return f"<details><summary>{text(title)}</summary>{body}</details>"
+
+
+def paragraph(content: str, kind: str = "") -> str:
+    """A paragraph of text."""
+    return f'<p class="{kind}">{text(content)}</p>' if kind else f"<p>{text(content)}</p>"
+
+
+def text(content: str) -> str:
+    """Text as HTML: escaped, without control characters."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "�" for c in content))
+
+
+def megabytes(count: float) -> str:
+    """Bytes for people, in MB from 0.1 MB on."""
+    if abs(count) >= 1e5:
+        return f"{count / 1e6:,.1f} MB" if abs(count) < 1e8 else f"{count / 1e6:,.0f} MB"
+    return f"{count / 1e3:,.1f} kB" if abs(count) >= 1e3 else f"{count:.0f} bytes"
+
+
+_START = "watchCharts();\ndocument.documentElement.dataset.awake = '';\n"
+_ROOM = 1000
+
+
+def _drawn(parts: Sequence[Part] | Sequence[Strip]) -> str:
+    strips = [p for p in parts if isinstance(p, Strip)]
+    if strips:
+        return f'<span class="tiles">{"".join(map(strip_svg, strips))}</span>'
+    rects = "".join(
+        f'<rect class="{p[0]}" x="{_ROOM * p[1]:.4g}" width="{_ROOM * (p[2] - p[1]):.4g}" height="1"/>'
+        for p in parts
+        if not isinstance(p, Strip)
+    )
+    return f'<svg class="strip" viewBox="0 0 {_ROOM} 1" preserveAspectRatio="none" aria-hidden="true">{rects}</svg>'
+
+
+@cache
+def _asset(name: str) -> str:
+    return files("fedprune.report").joinpath(f"static/{name}").read_text(encoding="utf-8")
