@@ -518,11 +518,6 @@ def _memory_remedies(
 ) -> list[str]:
     """Settings each of which would make a candidate fit the memory, the least harmful first."""
     ways: list[str] = []
-    held, excess = found.prediction.memory.samples, limit.value - limit.limit
-    fewer = int(samples * (1 - excess / held)) if held > excess else 0
-    costs = costs_at(architecture, found.widths)
-    if fewer and memory_use(architecture, found.widths, costs, found.recipe, fewer, frozen).total <= limit.limit:
-        ways.append(f"fewer samples (--samples {fewer})")
     smaller, fits = _in_parts(architecture, found.widths, found.asked, samples, int(limit.limit), frozen, smallest=1)
     if fits:
         ways.append(f"smaller parts of a batch (--set accumulate={smaller.accumulate})")
@@ -542,7 +537,7 @@ _SETTINGS = {
 """Per limit the setting that raises it."""
 
 _HINTS = {
-    MEMORY: "Use a smaller batch or fewer local samples, or a smaller model.",
+    MEMORY: "Use a smaller batch, or a smaller model.",
     TIME: "Allow more time, or fewer epochs or steps.",
     LINK: "Raise link.bytes_per_round of the profile, or use a smaller model.",
     BYTES: "Raise the job's byte budget, or use a smaller model.",
