@@ -134,6 +134,26 @@ def test_a_stop_in_the_middle_of_a_trial_ends_both_and_costs_the_attempt(board: 
     assert (state.phase, state.left, state.trouble) == (TRIAL, 1, "killed by SIGTERM before it was healthy")
 
 
+def test_beside_a_committed_release_the_launcher_sleeps_until_it_is_stopped(board: Updater, tmp_path: Path) -> None:
+    update(board, tmp_path, HEALTHY.replace("return 7", "import time\n    time.sleep(600)"), seconds=3)
+    process = start(board)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("version 2")
+
+    def wakes() -> str:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return next(row for row in status.splitlines() if row.startswith("voluntary_ctxt_switches"))
+
+    deadline, before = time.monotonic() + 30, ""
+    while (now := wakes()) != before:
+        assert time.monotonic() < deadline, "it wakes up every second"
+        before = now
+        time.sleep(1)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
 def test_the_launcher_needs_the_standard_library_only(board: Updater, tmp_path: Path) -> None:
     with zipfile.ZipFile(board.home.root / LAUNCHER) as archive:
         names = archive.namelist()

@@ -140,6 +140,7 @@ class Starter:
         self._home = home
         self._arguments = list(arguments)
         self._asked = 0
+        self._child: subprocess.Popen[bytes] | None = None
 
     def __call__(self, slot: str, record: Record, state: State | None) -> End:
         """Start a slot: a stable one in place of this process, one on trial beside it."""
@@ -156,21 +157,19 @@ class Starter:
             os.execve(sys.executable, command, environment)  # noqa: S606  # nosec B606  # there is no shell in it, which is the point
         notify(f"STATUS=trying version {record.version}\nEXTEND_TIMEOUT_USEC={int((state.seconds + 30) * 1e6)}")
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)  # noqa: S603  # nosec B603  # this Python, with a slot of the launcher's own folder
+        self._child = child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)  # noqa: S603  # nosec B603  # this Python, with a slot of the launcher's own folder
         words = LastWords(child.stderr)
         deadline = time.monotonic() + state.seconds
-        on_trial, told, late = True, False, False
-        while child.poll() is None:
-            now = time.monotonic()
-            if on_trial and now >= deadline:
-                after = self._home.load()
-                on_trial = after is not None and after.phase == TRIAL
-            if (self._asked or (on_trial and now >= deadline)) and not told:
-                told, late, deadline = True, not self._asked, now + _GRACE_S
-                child.terminate()
-            elif told and now >= deadline:
-                child.kill()
+        while child.poll() is None and time.monotonic() < deadline and not self._asked:
             time.sleep(_PAUSE_S)
+        after = self._home.load()
+        late = not self._asked and child.poll() is None and after is not None and after.phase == TRIAL
+        if late or self._asked:
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_GRACE_S)
+            child.kill()
+        child.wait()  # a committed release runs on, and the launcher sleeps until it ends
         for number, handler in before.items():  # else a stop would be lost while the next release starts
             signal.signal(number, handler)
         code = child.returncode
@@ -181,6 +180,9 @@ class Starter:
         return End(reason, 0 if self._asked else code if code >= 0 else 128 - code, bool(self._asked))
 
     def _ask(self, number: int, _frame: object) -> None:
+        """Pass a stop on to the release; a second one kills it."""
+        if self._child is not None:
+            self._child.send_signal(signal.SIGKILL if self._asked else signal.SIGTERM)
         self._asked = number
 
 
