@@ -15,6 +15,7 @@ from fedprune.privacy import Privacy
 from fedprune.recipe import Recipe
 from fedprune.schedule import Schedule, Staleness
 from fedprune_server.cli import build_parser
+from fedprune_server.settings.alert_settings import AlertSettings
 from fedprune_server.settings.config import ServerConfig
 from manual.docstring import attributes
 
@@ -37,7 +38,7 @@ _RENAMED = {"deadline_s": "deadline"}
 def page() -> str:
     """The page, in Markdown."""
     options = _options()
-    server = {f.name for f in fields(ServerConfig)} - {"job", *_OTHER_TABLES}
+    server = {f.name for f in fields(ServerConfig)} - {"job", "alerts", *_OTHER_TABLES}
     said = attributes(ServerConfig)
     other = [
         ("`[model] path`", "model", options),
@@ -67,6 +68,9 @@ def page() -> str:
         _table(Staleness, set()),
         "## `[server]`\n",
         _table(ServerConfig, options, only=server),
+        "## `[alerts]`\n",
+        "Who is [notified of alerts](../observe.md#notifications). `--alert-webhook` sets `webhook`.\n",
+        _table(AlertSettings, set()),
     ]
     return "\n".join(parts)
 

@@ -16,6 +16,7 @@ from fedprune import __version__
 from fedprune.cli import run_command, whole_number, with_extra
 from fedprune.errors import ExitCode
 from fedprune.quantity import quantity
+from fedprune_server.commands.alerts import add_alerts_command
 from fedprune_server.commands.config import add_config_command
 from fedprune_server.commands.demo import register as register_demo
 from fedprune_server.commands.health import add_health_command
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_rollout_command(commands)
     add_store_commands(commands)
     add_config_command(commands)
+    add_alerts_command(commands)
     add_service_command(commands)
     add_health_command(commands)
     add_observe_commands(commands)
@@ -161,6 +163,7 @@ def _add_run(commands: Any) -> None:
         "--metrics", metavar="[ADDRESS:]PORT", help="figures for Prometheus (default address: 127.0.0.1); off"
     )
     run.add_argument("--traces", metavar="URL", help="spans of rounds to an OpenTelemetry collector, by OTLP; off")
+    run.add_argument("--alert-webhook", metavar="URL", help="post alerts as JSON to this address; off")
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--verbose", "-v", action="store_true", help="say more, such as each device's row per round")
     run.set_defaults(run=with_extra("server", _run))

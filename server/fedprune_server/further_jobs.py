@@ -71,7 +71,7 @@ def further(first: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
 def _read(first: ServerConfig, path: Path) -> ServerConfig:
     layer = file_layer(path)
     with located([layer], str(path)):
-        only(TABLES, layer.tables, str(path), "table")
+        only([t for t in TABLES if t != "alerts"], layer.tables, str(path), "table")
         if isinstance(layer.tables.get("server"), dict):
             only(_OWN, layer.tables["server"], f"{path}: [server] of a further job")
         config = parse_config(layer.tables, str(path), path.parent)

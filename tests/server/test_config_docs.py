@@ -11,6 +11,7 @@ from fedprune.errors import ExitCode, FedpruneError
 from fedprune.job import Job
 from fedprune.privacy import WRITTEN, Privacy
 from fedprune.recipe import Recipe
+from fedprune_server.settings.alert_settings import AlertSettings
 from fedprune_server.settings.config import ServerConfig
 from fedprune_server.settings.tables import parse_config
 from manual.errors import by_exit_code
@@ -43,7 +44,9 @@ def test_the_example_configuration_has_every_key() -> None:
     assert set(job.pop("recipe")) == {f.name for f in fields(Recipe)} - set(WRITTEN)
     assert set(job["privacy"]) == {f.name for f in fields(Privacy)}
     assert set(job) == {f.name for f in fields(Job)} - {"recipe"}
-    tables = {"job", "model", "evaluation", "calibration"}
+    alerts = {f.name for f in fields(AlertSettings)}
+    assert set(body["alerts"]) == alerts - {"webhook_secret", "mail_password"}  # type: ignore[call-overload]
+    tables = {"job", "model", "evaluation", "calibration", "alerts"}
     assert tables <= set(body)
     server = {f.name for f in fields(ServerConfig)} - tables - {"input_shape"}
     assert set(body["server"]) == server - {

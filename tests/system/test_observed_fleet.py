@@ -6,16 +6,13 @@ from __future__ import annotations
 
 import io
 import json
-import re
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from http.cookiejar import CookieJar
 from pathlib import Path
-from urllib.parse import urlencode
 
 import pytest
+from console_operator import ANN, Operator
 from real_site import Site, write_material
 
 from fedprune.errors import ExitCode
@@ -26,7 +23,6 @@ from machine import free_port, listens
 pytestmark = pytest.mark.system
 
 PASSWORD, DATABASE, S3 = "hunter2-of-the-broker", "hunter2-of-the-database", "hunter2-of-the-bucket"
-ANN, NOT_ANN = "hunter2-of-the-operator", "hunter2-of-nobody-at-all"
 ROUNDS = 6
 CONFIG = f"""
 [job]
@@ -52,78 +48,6 @@ class Loud(Site):
             more = ["--verbose", "--log-format", "json", "--metrics", str(self.metrics)]
             return [*super().command(name), *more, "--console", str(self.console)]
         return [*super().command(name), "--log-level", "debug"]
-
-
-class Operator:
-    """Somebody who uses the console.
-
-    Args:
-        port: The console's.
-    """
-
-    def __init__(self, port: int) -> None:
-        self._at = f"http://127.0.0.1:{port}"
-        self._cookies = CookieJar()
-        self._browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(self._cookies))
-        self.secrets = {ANN, NOT_ANN}
-        self.csrf = ""
-
-    def ask(self, path: str, body: bytes | None = None, **headers: str) -> str:
-        """What the console answers, whatever its status; the cookies that it gave are noted."""
-        request = urllib.request.Request(self._at + path, body, {k.replace("_", "-"): v for k, v in headers.items()})  # noqa: S310
-        try:
-            with self._browser.open(request, timeout=20) as answer:
-                text: str = answer.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                text = error.read().decode()
-        self.secrets |= {cookie.value for cookie in self._cookies if cookie.value}
-        return text
-
-    def login(self, password: str) -> None:
-        """Fill the form in."""
-        found = re.search(r'name="csrf" value="([^"]+)"', self.ask("/login"))
-        assert found is not None
-        self.secrets.add(found[1])
-        self.ask("/login", urlencode({"csrf": found[1], "name": "ann", "password": password}).encode())
-
-    def order(self, **body: str) -> str:
-        """Give an order, which the console takes."""
-        more = {"x_csrf_token": self.csrf, "content_type": "application/json"}
-        said = self.ask("/api/v1/orders", json.dumps(body).encode(), **more)
-        number = json.loads(said).get("order")
-        assert isinstance(number, int), said
-        while json.loads(outcome := self.ask(f"/api/v1/orders/{number}"))["state"] == "waiting":
-            time.sleep(0.05)
-        assert json.loads(outcome)["ok"], outcome
-        return said + outcome
-
-    def come(self) -> str:
-        """Log in at the second try, and pause the job; returns what the console says."""
-        self.login(NOT_ANN)
-        self.login(ANN)
-        self.csrf = json.loads(self.ask("/api/v1/me"))["csrf"]
-        self.secrets.add(self.csrf)
-        return self.order(order="pause", job="leaves")
-
-    def ready(self) -> bool:
-        """Whether the console has heard of its server; until then it takes no orders."""
-        return json.loads(self.ask("/readyz")) == {"ready": True}
-
-    def online(self) -> set[str]:
-        """Boards that the console shows as connected."""
-        return {row["name"] for row in json.loads(self.ask("/api/v1/devices"))["items"] if row["online"]}
-
-    def look_round(self) -> list[str]:
-        """Look at everything; returns what the console says but its own tokens."""
-        said = [self.order(order="look", device="north")]
-        said += [
-            self.ask(f"/api/v1/{name}") for name in ("site", "devices", "devices/north", "orders", "logs", "audit")
-        ]
-        audit = [(row["action"], row["outcome"]) for row in json.loads(said[-1])["items"]]
-        assert {("login", "failed"), ("login", "done")} <= set(audit)
-        said += [self.ask(page).replace(self.csrf, "") for page in ("/", "/fleet", "/devices/north", "/audit")]
-        return said
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ class ExitCode(IntEnum):
     PROTOCOL = 21
     CLUSTER = 22
     OTHER_SERVER = 23
+    NOTIFICATION = 24
     STORAGE_FULL = 30
     STORAGE = 31
     PLAN = 40

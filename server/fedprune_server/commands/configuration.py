@@ -50,7 +50,7 @@ def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = o
         ConfigError: A setting is unknown or has a wrong value; the message says where it stands.
         StorageError: The state folder is damaged.
     """
-    job, server, command = _chosen(arguments)
+    job, server, alerts, command = _chosen(arguments)
     above = environment_layer(environment)
     path = arguments.config
     if path is None and environment.get(CONFIG):
@@ -63,7 +63,7 @@ def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = o
     with located(layers, where):
         config = parse_config(merged(below.tables, above.tables), where, folder)
     with located(layers, _COMMAND_LINE):
-        config = overridden(config, job, server)
+        config = overridden(config, job, server, alerts)
         _check_database(config.database)
     return Configured(config, layers)
 
@@ -87,17 +87,18 @@ def _last_start(above: Layer, server: Mapping[str, Any]) -> Layer:
     return Layer(_DEFAULTS) if stored == fresh else Layer(_LAST_START, as_tables(stored))
 
 
-def _chosen(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], Layer]:
-    """What the command line says of the job and of the server; None where it says nothing."""
+def _chosen(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Layer]:
+    """What the command line says of the job, of the server and of alerts; None where it says nothing."""
     job = {k: getattr(arguments, k) for k in _JOB} | {"deadline_s": arguments.deadline}
     job["schedule"] = None if arguments.schedule is None else {"kind": arguments.schedule}
-    names = [f.name for f in fields(ServerConfig) if f.name not in ("job", "input_shape")]
+    names = [f.name for f in fields(ServerConfig) if f.name not in ("job", "input_shape", "alerts")]
     server = {k: v for k in names if (v := getattr(arguments, k, None)) is not None}
-    keys = {("job", k): v for k, v in job.items()}
+    alerts = {"webhook": arguments.alert_webhook}
+    keys = {("job", k): v for k, v in job.items()} | {("alerts", k): v for k, v in alerts.items()}
     for name, value in server.items():
         key = {"model": ("model", "path"), "evaluation": ("evaluation", "data"), "calibration": ("calibration", "data")}
         keys[key.get(name, ("server", name))] = value
-    options = {"deadline_s": "deadline", "path": "model", "data": ""}
+    options = {"deadline_s": "deadline", "path": "model", "data": "", "webhook": "alert-webhook"}
     tables: dict[str, Any] = {}
     places: dict[tuple[str, ...], str] = {}
     for (table, key_), value in keys.items():
@@ -105,4 +106,4 @@ def _chosen(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
             tables.setdefault(table, {})[key_] = value
             option = (options.get(key_, key_) or table).replace("_", "-")
             places[(table, key_)] = f"{_COMMAND_LINE}, --{option}"
-    return job, server, Layer(_COMMAND_LINE, tables, places)
+    return job, server, alerts, Layer(_COMMAND_LINE, tables, places)

@@ -28,6 +28,7 @@ from fedprune_server.fleet.foresight import QUANTITIES, amount, compared
 from fedprune_server.observation.alert_book import AlertBook, AlertChange
 from fedprune_server.observation.alerts import (
     CRITICAL,
+    HANGS_S,
     INFO,
     KINDS,
     SHOWN,
@@ -157,9 +158,23 @@ class Monitor(Onlooker):
         self._site: SiteFacts | None = None
         self._next_at = 0.0
         self._complain_at: float | None = None
-        self._turned_at = clock()
+        self._turned_at, self._seen_at = clock(), monotonic()
         self._over, self._wake = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the loop doesn't turn; may be asked from any thread."""
+        return self._monotonic() - self._seen_at > HANGS_S
+
+    def open(self) -> list[Alert]:
+        """All open alerts, and that the loop hangs if it does; may be asked from any thread."""
+        if not self.hangs:
+            return self.book.open
+        return [
+            *evaluate(Snapshot(self._folder, turned_s=self._monotonic() - self._seen_at), self._clock()),
+            *self.book.open,
+        ]
 
     def start(self) -> None:
         """Read the site's facts, and write the open alerts, on a thread of its own from now on."""
@@ -180,7 +195,7 @@ class Monitor(Onlooker):
         if now < self._next_at:
             return
         self._next_at = now + _LOOK_S
-        self._turned_at = self._clock()
+        self._turned_at, self._seen_at = self._clock(), now
         try:
             self.look()
         except Exception as error:  # noqa: BLE001 - an observer must not end what it observes

@@ -11,9 +11,11 @@ from typing import Protocol
 from fedprune.errors import MissingExtraError
 from fedprune_server.observation.alert_book import AlertBook
 from fedprune_server.observation.monitor import Monitor
+from fedprune_server.observation.notifications import Notifier
 from fedprune_server.observation.onlooker import Onlooker, Onlookers
 from fedprune_server.observation.view import JobView
-from fedprune_server.settings.config import OFF, ServerConfig
+from fedprune_server.settings.alert_settings import OFF
+from fedprune_server.settings.config import ServerConfig
 
 Alerts = Callable[[], Mapping[tuple[str, str], int]]
 
@@ -79,24 +81,29 @@ def monitoring(
     book: AlertBook,
     here: Callable[[], int] | None = None,
 ) -> Iterator[Monitor]:
-    """A server's alerts: logged, and kept in a book that console and metrics read.
+    """A server's alerts: logged, notified, and kept in a book that console and metrics read.
 
     Args:
         config: The configuration.
         jobs: The jobs and their state folders.
         book: The book.
         here: Says how many boards are connected, of several jobs.
+
+    Raises:
+        ConfigError: A secret's file of [alerts] can't be used.
     """
     views = [(job.view, folder) for job, folder in jobs]
     monitor = Monitor(config.state, config.server_settings(), views, here=here, book=book)
     for job, _ in jobs:
         job.onlookers.join(monitor.watches[job.view.job.name])
     jobs[0][0].onlookers.join(monitor)
-    monitor.start()
-    try:
+    left = book.open
+    with ExitStack() as stack:
+        notifier = Notifier(config.alerts, config.site, monitor.open, lambda: not monitor.hangs, left)
+        stack.callback(notifier.close)
+        stack.callback(monitor.close)
+        monitor.start()
         yield monitor
-    finally:
-        monitor.close()
 
 
 def _missing(what: str, extra: str, error: ModuleNotFoundError) -> MissingExtraError:

@@ -18,7 +18,7 @@ from fedprune_server.identity.folder import FOLDER as IDENTITY
 from fedprune_server.identity.store import WAITING, IdentityStore
 from fedprune_server.observation.alerts import CertificateDates, RolloutStatus, SiteFacts, at, command
 from fedprune_server.rollouts.store import FILE, FOLDER, RolloutStore
-from fedprune_server.settings.config import OFF
+from fedprune_server.settings.alert_settings import OFF
 
 _CERTIFICATES = ("authority.pem", "server.pem", "broker.pem", "web.pem")
 

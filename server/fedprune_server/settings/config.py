@@ -17,11 +17,11 @@ from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_name
 from fedprune_server.bucket.bucket import FOLDER, parse
+from fedprune_server.settings.alert_settings import OFF, AlertSettings
 from fedprune_server.settings.cluster_url import PROCESSES, check_url
 from fedprune_server.settings.keys import ELSEWHERE, SERVER, SWITCHES
 
 EMBEDDED = "embedded"
-OFF = "off"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 LOG_FORMATS = ("text", "json")
 
@@ -75,6 +75,7 @@ class ServerConfig:
         board_logs: Lines of its log that each board may send in an hour; 0 for none.
         log_format: How the server's own log is written: `text` or `json`.
         metrics: Where this server gives figures to Prometheus, as `[ADDRESS:]PORT`; `off` for nowhere.
+        alerts: Who is notified of alerts: the table [alerts].
         traces: Where spans of OpenTelemetry go, as `http://host:4318`; `off` for nowhere but what the environment says.
     """
 
@@ -117,6 +118,7 @@ class ServerConfig:
     console_hosts: str = "localhost"
     console_orders: str = "all"
     console_releases: Path | None = None
+    alerts: AlertSettings = field(default_factory=AlertSettings)
 
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):

@@ -16,6 +16,7 @@ from fedprune.job import Job
 from fedprune.privacy import Privacy
 from fedprune.recipe import Recipe
 from fedprune.toml_file import parse_toml
+from fedprune_server.settings.alert_settings import AlertSettings
 from fedprune_server.settings.config import ServerConfig
 from fedprune_server.settings.layers import Layer
 from fedprune_server.settings.tables import TABLES, anchored
@@ -45,7 +46,8 @@ def variables() -> dict[str, tuple[tuple[str, ...], bool]]:
         (("job",), Job, ("privacy", "recipe")),
         (("job", "privacy"), Privacy, ()),
         (("job", "recipe"), Recipe, ()),
-        (("server",), ServerConfig, ("job", "model", "evaluation", "calibration", "input_shape")),
+        (("server",), ServerConfig, ("job", "model", "evaluation", "calibration", "input_shape", "alerts")),
+        (("alerts",), AlertSettings, ()),
     ):
         for f in fields(kind):
             if f.name not in left:

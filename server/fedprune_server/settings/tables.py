@@ -12,11 +12,13 @@ from fedprune.errors import ConfigError, shown
 from fedprune.job import Job
 from fedprune.strategies import compose
 from fedprune.trust.tls import SYSTEM
+from fedprune_server.settings.alert_settings import PATHS as ALERT_PATHS
+from fedprune_server.settings.alert_settings import AlertSettings
 from fedprune_server.settings.config import EMBEDDED, ServerConfig
 from fedprune_server.settings.keys import ELSEWHERE, NUMBERS, PATHS, REALS, SERVER, SWITCHES, TEXTS
 from fedprune_server.settings.layers import file_layer, located
 
-TABLES = ("job", "model", "evaluation", "calibration", "server")
+TABLES = ("job", "model", "evaluation", "calibration", "server", "alerts")
 """Of a `fleet.toml`."""
 
 _SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulation")
@@ -28,6 +30,7 @@ _SAID = {
     "job": "job",
     "recipe": "job.recipe",
     "server": "server",
+    "alerts": "alerts",
 }
 """Tables by how errors of what they are made into name them."""
 
@@ -79,8 +82,14 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     for key in ("state", *PATHS):
         if key in values:
             values[key] = SYSTEM if (key, values[key]) == ("ca", str(SYSTEM)) else folder / values[key]
+    alerts = anchored({"alerts": body.get("alerts", {})}, folder)["alerts"]
     values.update({key: server[key] for key in (*NUMBERS, *SWITCHES, *REALS) if key in server})
-    return _located(lambda: ServerConfig(job=Job.from_dict(body.get("job", {})), **values), where)
+    return _located(
+        lambda: ServerConfig(
+            job=Job.from_dict(body.get("job", {})), alerts=AlertSettings.from_dict(alerts, "[alerts]"), **values
+        ),
+        where,
+    )
 
 
 def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -89,17 +98,19 @@ def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for table, key in (("model", "path"), ("evaluation", "data"), ("calibration", "data")):
         if isinstance(text := found.get(table, {}).get(key), str) and text.strip():
             found[table][key] = _source(text, folder)
-    for key in ("state", *PATHS):
-        text = found.get("server", {}).get(key)
+    files = [("server", key) for key in ("state", *PATHS)] + [("alerts", key) for key in ALERT_PATHS]
+    for table, key in files:
+        text = found.get(table, {}).get(key)
         if isinstance(text, str) and text.strip() and (key, text) != ("ca", str(SYSTEM)):
-            found["server"][key] = str(folder / text)
+            found[table][key] = str(folder / text)
     return found
 
 
 def as_tables(config: ServerConfig) -> dict[str, Any]:
     """The tables of a `fleet.toml` that says the same as a configuration; paths count from the current folder."""
     server = {k: str(v) if isinstance(v, Path) else v for k in SERVER if (v := getattr(config, k)) is not None}
-    tables: dict[str, Any] = {"job": config.job.to_dict(), "server": server, "model": {}}
+    alerts = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config.alerts).items() if v is not None}
+    tables: dict[str, Any] = {"job": config.job.to_dict(), "server": server, "model": {}, "alerts": alerts}
     if config.model is not None:
         tables["model"]["path"] = config.model
     if config.input_shape is not None:
@@ -110,7 +121,9 @@ def as_tables(config: ServerConfig) -> dict[str, Any]:
     return tables
 
 
-def overridden(config: ServerConfig, job: Mapping[str, Any], server: Mapping[str, Any]) -> ServerConfig:
+def overridden(
+    config: ServerConfig, job: Mapping[str, Any], server: Mapping[str, Any], alerts: Mapping[str, Any] | None = None
+) -> ServerConfig:
     """The configuration with what the command line says instead; None means that it says nothing.
 
     Raises:
@@ -122,7 +135,8 @@ def overridden(config: ServerConfig, job: Mapping[str, Any], server: Mapping[str
     values = {k: v for k, v in server.items() if v is not None}
 
     def build() -> ServerConfig:
-        return replace(config, job=replace(config.job, **chosen), **values)
+        told = {k: v for k, v in (alerts or {}).items() if v is not None}
+        return replace(config, job=replace(config.job, **chosen), alerts=replace(config.alerts, **told), **values)
 
     return _located(build, "command line")
 

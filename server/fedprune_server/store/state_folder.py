@@ -21,6 +21,7 @@ from fedprune_device.owner import check_unowned
 from fedprune_export.imported import Model
 from fedprune_export.importing import check_input, import_onnx, read_source
 from fedprune_server.bucket.store import BucketStore
+from fedprune_server.settings.alert_settings import AlertSettings
 from fedprune_server.settings.config import ServerConfig, without_password
 from fedprune_server.settings.tables import with_stored
 from fedprune_server.store.blob_place import BLOBS, NUMBER, lay_down, move_in, new_number, number_of, opened, reader
@@ -150,6 +151,7 @@ class StateFolder:
             "evaluation": _anywhere(config.evaluation),
             "calibration": _anywhere(config.calibration),
             "server": config.server_settings(),
+            "alerts": config.alerts.to_dict(),
         }
         if (number := number_of(known)) is not None or isinstance(self.store, BucketStore):
             settings[NUMBER] = number or new_number()
@@ -298,7 +300,8 @@ def stored_config(folder: Path, config: ServerConfig, chosen: Mapping[str, Any])
     if known is None:
         return config
     data: dict[str, Any] = {k: getattr(config, k) or known.get(k) for k in ("evaluation", "calibration")}
-    config = replace(config, **data, job=Job.from_dict(known["job"]))
+    alerts = AlertSettings.from_dict(known.get("alerts", {}))
+    config = replace(config, **data, job=Job.from_dict(known["job"]), alerts=alerts)
     return with_stored(config, known.get("server", {}), chosen)
 
 

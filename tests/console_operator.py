@@ -1,0 +1,86 @@
+"""An operator who uses the console of a running server, over HTTP."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from http.cookiejar import CookieJar
+from urllib.parse import urlencode
+
+ANN, NOT_ANN = "hunter2-of-the-operator", "hunter2-of-nobody-at-all"
+"""Her password, and one that is wrong."""
+
+
+class Operator:
+    """Somebody who uses the console.
+
+    Args:
+        port: The console's.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._at = f"http://127.0.0.1:{port}"
+        self._cookies = CookieJar()
+        self._browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(self._cookies))
+        self.secrets = {ANN, NOT_ANN}
+        self.csrf = ""
+
+    def ask(self, path: str, body: bytes | None = None, **headers: str) -> str:
+        """What the console answers, whatever its status; the cookies that it gave are noted."""
+        request = urllib.request.Request(self._at + path, body, {k.replace("_", "-"): v for k, v in headers.items()})  # noqa: S310
+        try:
+            with self._browser.open(request, timeout=20) as answer:
+                text: str = answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                text = error.read().decode()
+        self.secrets |= {cookie.value for cookie in self._cookies if cookie.value}
+        return text
+
+    def login(self, password: str) -> None:
+        """Fill the form in."""
+        found = re.search(r'name="csrf" value="([^"]+)"', self.ask("/login"))
+        assert found is not None
+        self.secrets.add(found[1])
+        self.ask("/login", urlencode({"csrf": found[1], "name": "ann", "password": password}).encode())
+
+    def order(self, **body: str) -> str:
+        """Give an order, which the console takes."""
+        more = {"x_csrf_token": self.csrf, "content_type": "application/json"}
+        said = self.ask("/api/v1/orders", json.dumps(body).encode(), **more)
+        number = json.loads(said).get("order")
+        assert isinstance(number, int), said
+        while json.loads(outcome := self.ask(f"/api/v1/orders/{number}"))["state"] == "waiting":
+            time.sleep(0.05)
+        assert json.loads(outcome)["ok"], outcome
+        return said + outcome
+
+    def come(self) -> str:
+        """Log in at the second try, and pause the job; returns what the console says."""
+        self.login(NOT_ANN)
+        self.login(ANN)
+        self.csrf = json.loads(self.ask("/api/v1/me"))["csrf"]
+        self.secrets.add(self.csrf)
+        return self.order(order="pause", job="leaves")
+
+    def ready(self) -> bool:
+        """Whether the console has heard of its server; until then it takes no orders."""
+        return json.loads(self.ask("/readyz")) == {"ready": True}
+
+    def online(self) -> set[str]:
+        """Boards that the console shows as connected."""
+        return {row["name"] for row in json.loads(self.ask("/api/v1/devices"))["items"] if row["online"]}
+
+    def look_round(self) -> list[str]:
+        """Look at everything; returns what the console says but its own tokens."""
+        said = [self.order(order="look", device="north")]
+        said += [
+            self.ask(f"/api/v1/{name}") for name in ("site", "devices", "devices/north", "orders", "logs", "audit")
+        ]
+        audit = [(row["action"], row["outcome"]) for row in json.loads(said[-1])["items"]]
+        assert {("login", "failed"), ("login", "done")} <= set(audit)
+        said += [self.ask(page).replace(self.csrf, "") for page in ("/", "/fleet", "/devices/north", "/audit")]
+        return said
