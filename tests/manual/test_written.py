@@ -14,6 +14,7 @@ from fedprune.job import Job
 from fedprune.privacy import Privacy
 from fedprune.recipe import Recipe
 from fedprune.schedule import Schedule
+from fedprune_server.settings.alert_settings import AlertSettings
 from fedprune_server.settings.config import ServerConfig
 from manual import command_pages, written
 
@@ -107,7 +108,8 @@ def test_the_page_of_settings_has_every_key(files: dict[str, str]) -> None:
         "evaluation",
         "calibration",
         "input_shape",
+        "alerts",
     }
-    for cls in (Job, Privacy, Recipe, Schedule, ServerConfig):
+    for cls in (Job, Privacy, Recipe, Schedule, ServerConfig, AlertSettings):
         for field in fields(cls):
             assert field.name in tables or f"| `{field.name}` |" in page or f"### `{field.name}`" in page, field.name

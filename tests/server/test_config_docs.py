@@ -67,7 +67,7 @@ def test_the_example_names_the_right_defaults() -> None:
     text = (DOCS / "run-a-fleet.md").read_text()
     said = dict(re.findall(r"^(\w+) = .*default (\S+)$", text, re.MULTILINE))
     assert {"rounds", "devices", "epochs", "keep"} <= set(said)
-    for kind in (Job, Privacy, Recipe, ServerConfig):
+    for kind in (Job, Privacy, Recipe, ServerConfig, AlertSettings):
         for field in fields(kind):
             if field.name in said:
                 default = field.default

@@ -86,6 +86,11 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-server restore --from backups/state --state restored",
         "fedprune-server restore --from state.tar --state restored --dry-run",
     ),
+    "fedprune-server alerts": ("fedprune-server alerts test --state state",),
+    "fedprune-server alerts test": (
+        "fedprune-server alerts test --state state",
+        "fedprune-server alerts test --alert-webhook https://chat.example/hooks/abc",
+    ),
     "fedprune-server config check": ("fedprune-server config check fleet.toml",),
     "fedprune-server config show": ("fedprune-server config show --config fleet.toml --all",),
     "fedprune-server service print": ("fedprune-server service print --memory 8G",),

@@ -12,6 +12,7 @@ from fedprune.errors import ConfigError
 from fedprune.job import Job
 from fedprune.privacy import Privacy
 from fedprune.recipe import Recipe
+from fedprune_server.settings.alert_settings import AlertSettings
 from fedprune_server.settings.config import ServerConfig
 from fedprune_server.settings.environment import environment_layer, variables
 from fedprune_server.settings.layers import masked, merged
@@ -26,8 +27,8 @@ ANYTHING = {"host", "state", "database"}
 
 
 def settings() -> list[tuple[str, str]]:
-    kinds = {"job": Job, "job.privacy": Privacy, "job.recipe": Recipe, "server": ServerConfig}
-    left = {"job", "model", "evaluation", "calibration", "privacy", "recipe"} | FREE
+    kinds = {"job": Job, "job.privacy": Privacy, "job.recipe": Recipe, "server": ServerConfig, "alerts": AlertSettings}
+    left = {"job", "model", "evaluation", "calibration", "privacy", "recipe", "alerts"} | FREE
     return [(t, f.name) for t, kind in kinds.items() for f in fields(kind) if f.name not in left]  # type: ignore[arg-type]
 
 
