@@ -308,19 +308,30 @@ def test_what_memory_is_for_adds_up() -> None:
     assert line.endswith("0 bytes left")
 
 
+NET_WEIGHTS = FULL.memory.weights - 3 * FULL.parameters
+"""What would have to go if hardly a weight had room."""
+
+
+def board_of(**memory: float) -> HardwareProfile:
+    return board(memory={"reserve_bytes": 10**9, **memory})
+
+
 def test_a_model_that_nearly_vanishes_comes_with_a_warning_and_what_keeps_it() -> None:
-    smallest_parts = replace(RECIPE, accumulate=16)
-    board = memory_of(predict(WIDE, widths_at(WIDE, 0.4), BOARD, smallest_parts, 500).memory_bytes)
-    board = replace(
-        board, memory=replace(board.memory, total_bytes=10**9 + 2 * board.training_bytes, training_share=0.5)
-    )
-    made = plan(WIDE, board, RECIPE, 500)
+    room = need(NET, 16) - NET_WEIGHTS
+    made = plan(NET, board_of(total_bytes=10**9 + 2 * room, training_share=0.5), RECIPE, 500)
     assert made.prediction.parameters < 0.25 * FULL.parameters
-    assert "of the weights are kept" in made.warning
+    assert f"only {made.prediction.parameters / FULL.parameters:.1%} of the weights are kept" in made.warning
+    assert "The whole model breaks memory: " in made.warning
     share = float(made.warning.partition("memory.training_share = ")[2].partition(" ")[0])
-    generous = replace(board, memory=replace(board.memory, training_share=share))
-    assert plan(WIDE, generous, RECIPE, 500).widths == WIDE.sizes
+    assert plan(NET, board_of(total_bytes=10**9 + 2 * room, training_share=share), RECIPE, 500).widths == NET.sizes
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_a_plan_that_is_a_little_narrower_says_why_without_a_warning() -> None:
+    made = plan(NET, BOARD, RECIPE, 500, byte_budget=FULL.round_bytes // 2)
+    assert made.warning == ""
+    assert "The whole model breaks bytes: 4.21 MB of 2.10 MB (200%). It fits with more bytes" in made.describe()
+    assert plan(NET, BOARD, RECIPE, 500).notes == ()
 
 
 def test_a_warning_names_smaller_parts_where_batch_norm_forbids_them() -> None:

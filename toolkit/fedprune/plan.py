@@ -304,6 +304,9 @@ def plan(
             continue
         found = foretold(rung.widths)
         if all(limit.fits for limit in found.limits):
+            widest = found if wider is None else foretold(candidates[0].widths)
+            kept = found.prediction.parameters / widest.prediction.parameters
+            missing = "" if wider is None or tuple(densities) != DENSITIES else _missing(widest, remedies(widest))
             other = equal_work(architecture, table, batch, rung.widths, memory)
             seen = predict(
                 architecture,
@@ -324,8 +327,8 @@ def plan(
                 Uniform(other.density, seen.step_s, seen.latency_s),
                 correction,
                 found.recipe.accumulate,
-                _notes(architecture, found, samples, frozen),
-                _warning(found, found if wider is None else foretold(candidates[0].widths), densities, remedies),
+                (*_notes(architecture, found, samples, frozen), *((missing,) if kept >= LITTLE and missing else ())),
+                f"only {kept:.1%} of the weights are kept. {missing}" if kept < LITTLE and missing else "",
             )
         wider = rung.widths
     last = foretold(candidates[-1].widths)
@@ -472,15 +475,14 @@ def _candidates(
     return list(found.values())
 
 
-def _warning(
-    found: _Foretold, widest: _Foretold, densities: Sequence[float], remedies: Callable[[_Foretold], str]
-) -> str:
-    """That the planner keeps little of the model, which a density that the user asks for is not."""
-    kept = found.prediction.parameters / widest.prediction.parameters
-    if kept >= LITTLE or tuple(densities) != DENSITIES:
-        return ""
-    broken = "; ".join(m.describe() for m in widest.limits if not m.fits)
-    return f"only {kept:.1%} of the weights are kept. The whole model breaks {broken}. {remedies(widest)}"
+def _missing(widest: _Foretold, remedies: str) -> str:
+    """Why the whole model doesn't fit, and what would make it fit."""
+    broken = [
+        f"{m.describe()}: {_terms(widest.prediction.memory)}" if m.name == MEMORY else m.describe()
+        for m in widest.limits
+        if not m.fits
+    ]
+    return f"The whole model breaks {'; '.join(broken)}. {remedies}"
 
 
 def _hint(found: _Foretold, worst: Limit, remedies: str) -> str:
