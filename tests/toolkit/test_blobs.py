@@ -484,3 +484,19 @@ def test_a_partial_blob_whose_table_is_lost_finds_its_leaves_when_the_table_come
     assert again.write(3, leaf(data, 3))
     again.finish()
     assert again.store.read(ref.sha256) == data
+
+
+def test_blobs_are_their_owners_alone(tmp_path: Path) -> None:
+    root = tmp_path / "blobs"
+    root.mkdir(mode=0o755)  # as earlier versions made it
+    root.chmod(0o755)
+    store = BlobStore(root)
+    ref = store.put(b"an update")
+    data = bytes(3 * LEAF)
+    partial = store.partial(BlobStore(tmp_path / "other").put(data))
+    partial.set_table(leaf_table(data))
+    partial.write(1, data[LEAF : 2 * LEAF])
+    assert root.stat().st_mode & 0o777 == 0o700
+    assert store.path(ref.sha256).stat().st_mode & 0o777 == 0o600
+    assert {p.stat().st_mode & 0o777 for p in root.rglob("*") if p.is_file()} == {0o600}
+    assert {p.stat().st_mode & 0o777 for p in root.rglob("*") if p.is_dir()} == {0o700}

@@ -63,7 +63,9 @@ class BlobStore:
         self._checked: dict[str, tuple[int, int, int]] = {}
         with storage_errors(f"can't make blob store {root}"):
             for folder in (root, root / "tmp", root / "partial"):
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if sweep and os.geteuid() == root.stat().st_uid:  # an earlier version let others read
+                root.chmod(0o700)
         if sweep:
             self._sweep()
 
@@ -279,7 +281,7 @@ class BlobStore:
         temporary = self.root / "tmp" / f"{os.getpid()}-{secrets.token_hex(8)}"
         try:
             with storage_errors(f"can't write {path}"):
-                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 try:
                     write_all(descriptor, data)
                     if self.durable and flush:
@@ -299,7 +301,7 @@ class BlobStore:
             target: Its place.
             flush: Flush the folder, so that it is there after a power cut.
         """
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(mode=0o700, exist_ok=True)
         source.replace(target)
         if self.durable and flush:
             sync_folder(target.parent)

@@ -269,7 +269,7 @@ class PartialBlob:
 
     def _open(self) -> int:
         if self._descriptor is None:
-            self._descriptor = os.open(self._data, os.O_RDWR | os.O_CREAT, 0o644)
+            self._descriptor = os.open(self._data, os.O_RDWR | os.O_CREAT, 0o600)
         return self._descriptor
 
     def __del__(self) -> None:

@@ -162,7 +162,7 @@ def mend(store: BucketStore, finding: Finding, folder: Path) -> Iterator[str]:
             data = store.bucket.get(key, store.max_size)
             if data is None:
                 raise StorageError(f"{store.bucket.url}/{key} is gone", hint="Check again.")
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
             store.write_file(folder / key.removeprefix(BLOBS), data)
             yield f"laid {key} in {folder}"
         store.forget(key)

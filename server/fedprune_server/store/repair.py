@@ -69,7 +69,7 @@ def _delete(paths: Iterable[Path]) -> None:
 def _set_aside(folder: Path, path: Path) -> Path:
     target = folder / DAMAGED / path.name
     with storage_errors(f"can't move {path}"):
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(mode=0o700, exist_ok=True)
         path.replace(target)
         sync_folder(target.parent)
         sync_folder(path.parent)

@@ -169,13 +169,13 @@ def check_target(target: Path) -> None:
 
 def _write(source: Source, manifest: Manifest, folder: Path, database: str | None, advance: Advance) -> None:
     with storage_errors(f"can't make {folder}"):
-        folder.mkdir(mode=0o755)
+        folder.mkdir(mode=0o700)
     for entry in manifest.entries:
         if database is not None and entry == manifest.database:
             continue
         path = folder / entry.path
         with storage_errors(f"can't make {path.parent}"):
-            path.parent.mkdir(mode=0o700 if entry.path.startswith("identity/") else 0o755, parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_whole(path, _read(source, entry), private=entry.private)
         advance(entry.size)
     if manifest.has_identity:

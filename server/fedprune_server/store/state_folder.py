@@ -83,7 +83,7 @@ class StateFolder:
         self.path = path
         check_unowned(path)
         with storage_errors(f"can't use state folder {path}"):
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.enter_context(folder_lock(path, standby=standby))
             self._database = url_of(path, database)

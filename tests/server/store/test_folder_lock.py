@@ -9,6 +9,7 @@ from fedprune.disk import held
 from fedprune.errors import StorageError
 from fedprune_server.store import folder_lock as module
 from fedprune_server.store.folder_lock import LOCK, folder_lock
+from fedprune_server.store.state_folder import StateFolder
 
 
 def test_who_comes_second_is_told_and_the_lock_ends_with_its_block(
@@ -44,3 +45,10 @@ def test_a_standby_waits_as_long_as_it_takes(tmp_path: Path, monkeypatch: pytest
 def test_a_folder_that_is_none_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="can't use state folder"), folder_lock(tmp_path / "none"):
         raise AssertionError("there is no folder")
+
+
+def test_a_new_state_folder_and_its_blobs_are_closed_to_other_users(tmp_path: Path) -> None:
+    with StateFolder(tmp_path / "state") as folder:
+        folder.store.put(b"an update")
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "state" / "blobs").stat().st_mode & 0o777 == 0o700
