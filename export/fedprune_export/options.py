@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune.cli import recipe_setting, whole_number
+from fedprune.disk import read_file
 from fedprune.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
 from fedprune.precision import PRECISIONS
 from fedprune.probe_report import ProbeReport
@@ -199,7 +200,7 @@ def _recipe_body(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_file(path))
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
     except (ValueError, RecursionError) as error:
@@ -209,7 +210,7 @@ def _json(path: Path) -> Any:
 def _names_in(path: Path) -> list[str]:
     """Tensor names of a file: a JSON list, or one per line, `#` begins a remark."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode("utf-8")
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -373,6 +374,18 @@ def test_external_data_beside_the_model_is_read(tmp_path: Path) -> None:
     (path.parent / "w.bin").write_bytes(W.tobytes())
 
     np.testing.assert_array_equal(load(path).tensors["w"], W)
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_as_external_data_or_model_is_refused_without_waiting(tmp_path: Path) -> None:
+    path = _external(tmp_path, "w.bin")
+    os.mkfifo(path.parent / "w.bin")
+    with pytest.raises(ModelError, match=r"its external data can't be read \(.*not a regular file"):
+        load(path)
+    with pytest.raises(ModelError, match=r"can't read .*: not a regular file"):
+        load(path.parent / "w.bin")
+    with pytest.raises(ModelError, match=r"can't read /dev/zero: not a regular file"):
+        load(Path("/dev/zero"))
 
 
 @pytest.mark.parametrize("place", ["above", "absolute", "symlink"])

@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from fedprune.blobs import BlobStore
-from fedprune.disk import locked, storage_errors, write_whole
+from fedprune.disk import locked, read_file, storage_errors, write_whole
 from fedprune.errors import BusyError, StorageError, StorageFullError
 
 pytestmark = pytest.mark.board
@@ -89,3 +89,27 @@ def test_a_lock_on_a_file_that_its_holder_has_deleted_is_none(tmp_path, monkeypa
             pass
     with locked(path, "somebody holds it", "Wait."):
         assert path.exists()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["pipe", "zeros", "folder", "long"])
+def test_what_is_no_file_of_a_known_size_is_not_read(tmp_path, kind):
+    path = tmp_path / "file"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "zeros":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(bytes(11))
+    with pytest.raises(OSError, match=r"not a regular file|Is a directory|11 bytes, more than 10") as caught:
+        read_file(path, 10)
+    assert caught.value.strerror
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(10))
+    (tmp_path / "link").symlink_to("file")
+    assert read_file(tmp_path / "link", 10) == bytes(10)
+    assert read_file("/proc/self/status")  # its size is said to be 0

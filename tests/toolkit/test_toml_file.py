@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -50,3 +51,28 @@ def test_without_a_parser_the_missing_package_is_named(tmp_path: Path, monkeypat
 def test_a_file_that_is_not_there_comes_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^can't read .*a\.toml: No such file or directory\. Check the path"):
         read_toml(tmp_path / "a.toml", ConfigError)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("form", ["{} = 1", "[{}]", "x = {{ {} = 1 }}", '"a" . {} = 1'])
+def test_a_key_of_very_many_parts_is_refused_at_once(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("ok = 1\n" + form.format(".".join(["a"] * 200_000)))
+    with pytest.raises(ConfigError, match=r"a\.toml:2:1: this is not TOML \(a key of more than 100 parts at line 2"):
+        read_toml(path, ConfigError)
+
+
+def test_many_dots_elsewhere_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    numbers = ", ".join(["0.5"] * 1000)
+    path.write_text(f"x = [{numbers}]\n# {'.' * 500}\ny = '{'. ' * 90}'\n")
+    assert len(read_toml(path, ConfigError)["x"]) == 1000
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_and_an_endless_file_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(ConfigError, match=r"can't read .*pipe\.toml: not a regular file"):
+        read_toml(tmp_path / "pipe.toml", ConfigError)
+    with pytest.raises(ConfigError, match=r"can't read /dev/zero: not a regular file"):
+        read_toml(Path("/dev/zero"), ConfigError)

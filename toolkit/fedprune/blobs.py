@@ -16,7 +16,7 @@ from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
 
-from fedprune.disk import storage_errors, sync_folder, write_all
+from fedprune.disk import read_file, storage_errors, sync_folder, write_all
 from fedprune.errors import StorageError, StorageFullError
 from fedprune.kept_table import SUFFIX, kept, unkept
 from fedprune.partial_blob import PartialBlob
@@ -127,7 +127,7 @@ class BlobStore:
         self.size(sha256)
         path = self.path(sha256)
         with storage_errors(f"can't read {path}"):
-            data = path.read_bytes()
+            data = read_file(path)
         self._expect(sha256, data)
         return data
 

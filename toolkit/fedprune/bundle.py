@@ -25,7 +25,7 @@ import numpy as np
 
 from fedprune import engine_plan, tensorfile
 from fedprune.architecture import Architecture
-from fedprune.disk import file_digest
+from fedprune.disk import file_digest, read_file
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import BundleError, ConfigError, shape_text, shown
 from fedprune.precision import PRECISIONS, files_of, graph_file
@@ -179,7 +179,7 @@ def _engine(folder: Path, files: Mapping[str, Any]) -> EnginePlan | None:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(read_file(path))
     except OSError as error:
         raise BundleError(f"can't read {path}: {error.strerror}", hint="Is this a bundle's folder?") from error
     except (ValueError, RecursionError) as error:

@@ -6,11 +6,16 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from fedprune.errors import BusyError, StorageError, StorageFullError, remedy
+
+MOST_BYTES = 2**31 - 1
+"""The largest file that is read whole: as much as one ONNX message can hold."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -26,6 +31,39 @@ def is_there(path: Path, *, file: bool = False) -> bool:
         return path.is_file() if file else path.exists()
     except (OSError, ValueError):  # too long, or with a zero byte in it
         return False
+
+
+def open_file(path: Path | str) -> BinaryIO:
+    """A regular file, open for reading; a pipe or a device is refused without waiting for it.
+
+    Args:
+        path: The file, or a link to it.
+
+    Raises:
+        OSError: It can't be opened or is not a regular file; `strerror` says which.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_file(path: Path | str, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a regular file.
+
+    Args:
+        path: The file, or a link to it.
+        most: The largest size that is read.
+
+    Raises:
+        OSError: As `open_file`; or it is larger.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EINVAL, f"it has {size} bytes, more than {most}", str(path))
+        return file.read()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedprune.disk import is_there
+from fedprune.disk import is_there, read_file
 from fedprune.errors import ProfileError, meant, remedy
 from fedprune.profile import HardwareProfile
 
@@ -50,7 +50,7 @@ def read(path: Path) -> HardwareProfile:
     if path.suffix != ".json":
         return HardwareProfile.from_toml(path)
     try:
-        raw = path.read_bytes()
+        raw = read_file(path, 2**20)
     except OSError as error:
         raise ProfileError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
     return HardwareProfile.from_json(raw, str(path))

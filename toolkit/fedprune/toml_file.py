@@ -7,7 +7,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from fedprune.disk import read_file
 from fedprune.errors import FedpruneError, MissingExtraError, remedy
+
+_MOST_BYTES = 4 * 2**20
+"""The largest TOML file: some ten thousand boards in a table."""
+
+_MOST_PARTS = 100
 
 
 def read_toml(path: Path, error: type[FedpruneError]) -> dict[str, Any]:
@@ -28,7 +34,7 @@ def read_toml_text(path: Path, error: type[FedpruneError]) -> tuple[dict[str, An
     """The tables of a TOML file, and its text; arguments and errors are those of `read_toml`."""
     _parser()
     try:
-        raw = path.read_bytes()
+        raw = read_file(path, _MOST_BYTES)
     except OSError as cause:
         raise error(f"can't read {path}: {cause.strerror}", hint=remedy(cause)) from cause
     try:
@@ -50,11 +56,28 @@ def parse_toml(text: str) -> dict[str, Any]:
         ValueError: It is none; the message says the line.
         MissingExtraError: Python 3.10 without the package tomli.
     """
+    _check_keys(text)
     try:
         body: dict[str, Any] = _parser().loads(text)
     except RecursionError as cause:
         raise ValueError("nested too deep") from cause
     return body
+
+
+def _check_keys(text: str) -> None:
+    """Refuse dotted keys of very many parts, for which parsers take time by the square.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if text.count(".") < _MOST_PARTS:
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") < _MOST_PARTS:
+            continue
+        for piece in re.split(r"[=,\[\]{}#]", line):
+            if sum(bool(part.strip()) for part in piece.split(".")) > _MOST_PARTS:
+                raise ValueError(f"a key of more than {_MOST_PARTS} parts at line {number}, column 1")
 
 
 def _parser() -> Any:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 import os
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 
+from fedprune.disk import MOST_BYTES, open_file, read_file
 from fedprune.errors import ModelError, reason, shown
 from fedprune.extras import install_command
 
 _BARE = re.compile(r"[a-z][a-z0-9_]{2,60}")
 """What looks like a network's name more than like a file's."""
-
-_MOST_BYTES = 2**31 - 1
-"""What one ONNX message can hold."""
 
 
 def read_model_file(path: Path) -> bytes:
@@ -28,7 +25,7 @@ def read_model_file(path: Path) -> bytes:
         ModelError: It can't be read, is no model, or its weights aren't there.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_file(path)
     except OSError as error:
         hint = "Give an ONNX file, a torch factory as package.module:factory, or timm:NAME."
         if _BARE.fullmatch(str(path)):
@@ -114,8 +111,8 @@ def _fill(tensors: list[onnx.TensorProto], folder: Path) -> None:
             if offset < 0 or length not in (0, needed):
                 raise ValueError(f"{length} bytes of {shown(tensor.name)}, which has {needed}")
             total += needed
-            if total > _MOST_BYTES:
-                raise ValueError(f"more than {_MOST_BYTES} bytes in all")
+            if total > MOST_BYTES:
+                raise ValueError(f"more than {MOST_BYTES} bytes in all")
             tensor.raw_data = _range(folder, location, offset, needed)
         except (OSError, ValueError) as error:
             raise ModelError(
@@ -145,9 +142,9 @@ def _range(folder: Path, location: str, offset: int, length: int) -> bytes:
     path = inside.joinpath(*parts)
     if path.resolve() != path:
         raise ValueError(f"{shown(location)} is a link")
-    with path.open("rb") as file:
-        state = os.fstat(file.fileno())
-        if not stat.S_ISREG(state.st_mode) or offset + length > state.st_size:
-            raise ValueError(f"{shown(location)} has {state.st_size} bytes, not {offset + length}")
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if offset + length > size:
+            raise ValueError(f"{shown(location)} has {size} bytes, not {offset + length}")
         file.seek(offset)
         return file.read(length)

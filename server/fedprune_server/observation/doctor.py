@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import State
-from fedprune.disk import held
+from fedprune.disk import held, read_file
 from fedprune.errors import FedpruneError
 from fedprune_server.fleet.quarantine import read_rows
 from fedprune_server.observation import site_doctor as site
@@ -124,7 +124,7 @@ def _groups(folder: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
     from fedprune_export.importing import import_onnx
 
     try:
-        architecture = import_onnx((folder / MODEL).read_bytes(), MODEL).architecture
+        architecture = import_onnx(read_file(folder / MODEL), MODEL).architecture
     except (OSError, FedpruneError):
         return (), ()
     return tuple(architecture.sizes), tuple(g.name for g in architecture.groups)

@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from fedprune import tensorfile
-from fedprune.disk import storage_errors
+from fedprune.disk import read_file, storage_errors
 from fedprune.errors import StorageError
 from fedprune.kept_table import SUFFIX, kept
 from fedprune.quantity import quantity
@@ -113,7 +113,7 @@ def _model(folder: Path, needs: Inventory) -> Iterator[Finding]:
     path = folder / MODEL
     try:
         with storage_errors(f"can't read {path}"):
-            good = tensorfile.digest(path.read_bytes()) == needs.settings.get("model")
+            good = tensorfile.digest(read_file(path)) == needs.settings.get("model")
     except StorageError as error:
         yield Finding(Weight.WRONG, error.what, "Put the model's file back, or restore a backup.")
     else:

@@ -19,7 +19,7 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.disk import storage_errors
+from fedprune.disk import read_file, storage_errors
 from fedprune.errors import ConfigError, FedpruneError, StorageError
 from fedprune.job import Job
 from fedprune_export.importing import import_onnx
@@ -74,7 +74,7 @@ def replay(folder: Path) -> Iterator[Step]:
         if first[0] != 1:
             raise _gone(archived, f"the log of {folder} begins with event {first[0]}")
         with storage_errors(f"can't read {folder / MODEL}"):
-            raw = (folder / MODEL).read_bytes()
+            raw = read_file(folder / MODEL)
         model = import_onnx(raw, str(known["name"]))
         source = known.get("calibration")
         calibration = None if source is None else load_calibration(str(source), model)

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State, coordinate
-from fedprune.disk import storage_errors
+from fedprune.disk import read_file, storage_errors
 from fedprune.errors import FedpruneError
 from fedprune.job import Job
 from fedprune_export.importing import import_onnx
@@ -61,7 +61,7 @@ def _differing(
 ) -> list[str]:
     path = folder / MODEL
     with storage_errors(f"can't read {path}"):
-        raw = path.read_bytes()
+        raw = read_file(path)
     model, job = import_onnx(raw, str(needs.settings["name"])), Job.from_dict(needs.settings["job"])
     with TemporaryDirectory(prefix="fedprune-check-") as scratch:
         digest = Worker(job, model, BlobStore(Path(scratch), durable=False), None, None).initial()

@@ -13,7 +13,7 @@ from typing import Any
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.coordination import Phase, State
-from fedprune.disk import storage_errors
+from fedprune.disk import read_file, storage_errors
 from fedprune.errors import ConfigError, ModelError, StorageError
 from fedprune.job import Job
 from fedprune.selection import Selection
@@ -235,7 +235,7 @@ class StateFolder:
             # A second server of a job, on a machine of its own, is given the model, too.
             given = not path.exists() and config.model is not None and Path(config.model).is_file()
             kept = None if path.exists() or given or not isinstance(self.store, BucketStore) else self.store.model()
-            raw = read_source(str(config.model)) if given else path.read_bytes() if kept is None else kept
+            raw = read_source(str(config.model)) if given else read_file(path) if kept is None else kept
             given = given or kept is not None
         if given and tensorfile.digest(raw) == known["model"]:
             self.store.write_file(path, raw)
@@ -256,7 +256,9 @@ class StateFolder:
     def _keep_foreign(self, raw: bytes) -> None:
         """A folder without a job may be somebody's own, with a model of theirs."""
         path = self.path / MODEL
-        if path.exists() and path.read_bytes() != raw:
+        with storage_errors(f"can't read {path}"):
+            other = path.exists() and read_file(path) != raw
+        if other:
             raise ConfigError(
                 f"{path} is another model, and {self.path} holds no job",
                 hint="Name a folder of its own with --state, or move the file away.",
@@ -320,7 +322,7 @@ def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]
     if known is None or state is None:
         raise StorageError(f"{folder} holds no job yet")
     with storage_errors(f"can't read {folder / MODEL}"):
-        raw = (folder / MODEL).read_bytes()
+        raw = read_file(folder / MODEL)
     weights = reader(folder, known).read(digest or state.model)
     return import_onnx(raw, str(known["name"])), weights
 

@@ -9,7 +9,7 @@ from fedprune.disk import held
 from fedprune.errors import StorageError
 from fedprune_server.store import folder_lock as module
 from fedprune_server.store.folder_lock import LOCK, folder_lock
-from fedprune_server.store.state_folder import StateFolder
+from fedprune_server.store.state_folder import MODEL, StateFolder
 
 
 def test_who_comes_second_is_told_and_the_lock_ends_with_its_block(
@@ -52,3 +52,11 @@ def test_a_new_state_folder_and_its_blobs_are_closed_to_other_users(tmp_path: Pa
         folder.store.put(b"an update")
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
     assert (tmp_path / "state" / "blobs").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.timeout(60)
+def test_a_device_as_the_model_of_a_state_folder_is_refused(tmp_path: Path) -> None:
+    with StateFolder(tmp_path / "state") as folder:
+        (tmp_path / "state" / MODEL).symlink_to("/dev/zero")
+        with pytest.raises(StorageError, match="not a regular file"):
+            folder._keep_foreign(b"")
