@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from fedprune.archive_limits import check_members
 from fedprune.chance import keyed
 from fedprune.disk import is_there
 from fedprune.errors import DataError, StorageError, remedy
+from fedprune.own_modules import own_module
 from fedprune_device.labels import targets
 from fedprune_device.stored_array import Inputs, StoredArray, member, moved_out, select
 
@@ -396,11 +395,8 @@ def why_unreadable(error: Exception) -> str:
 
 def _call(source: str, seed: int, device: str) -> object:
     module_name, _, name = source.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:  # as `python -m` does: the user's own modules lie in the current folder
-        sys.path.insert(0, here)
     try:
-        function = getattr(importlib.import_module(module_name), name)
+        function = getattr(own_module(module_name), name)
         known = {"device": device, "seed": seed}
         takes = inspect.signature(function).parameters
         return function(**{k: v for k, v in known.items() if k in takes})

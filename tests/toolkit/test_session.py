@@ -24,6 +24,21 @@ pytestmark = pytest.mark.board
 GRAPH = next((Path(__file__).resolve().parents[2] / "device_runtime" / "fedprune_device" / "assets").glob("*.onnx"))
 
 
+@pytest.fixture(autouse=True)
+def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been logged by this process yet."""
+    monkeypatch.setattr(sessions, "_SAID", set(), raising=False)
+
+
+def test_why_it_is_the_cpu_is_logged_once_per_cause(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    reasons = {Session(GRAPH, cuda=True).reason for _ in range(3)}
+    assert len(reasons) == 1
+    assert [r.message for r in caplog.records].count(f"computing on the CPU instead of CUDA: {reasons.pop()}") == 1
+
+
 def test_a_graph_says_its_inputs_and_outputs() -> None:
     session = Session(GRAPH)
 

@@ -28,6 +28,11 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LOG = logging.getLogger("fedprune.session")
 
+_SAID: set[str] = set()
+"""Causes for computing on the CPU that this process has logged."""
+
+_MOST_SAID = 20
+
 _KERNEL = "_kernel_time"
 """How the profiler's events of operators end."""
 
@@ -157,7 +162,9 @@ class Session:
 
     def _without(self, reason: str) -> None:
         self.reason = reason
-        _LOG.warning("computing on the CPU instead of CUDA: %s", reason)
+        if reason not in _SAID and len(_SAID) < _MOST_SAID:  # a process opens a session for every width
+            _SAID.add(reason)
+            _LOG.warning("computing on the CPU instead of CUDA: %s", reason)
 
 
 def _on_cuda(session: Any) -> bool:

@@ -11,15 +11,14 @@ import importlib
 import io
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import onnx
 
 from fedprune.errors import MissingExtraError, ModelError, reason, shape_text
+from fedprune.own_modules import own_module
 from fedprune_export.importing import metadata
 
 _TORCH_HINT = "First pip install torch --index-url https://download.pytorch.org/whl/cpu (a small CPU wheel), then"
@@ -247,11 +246,8 @@ def factory_product(text: str) -> Any:
     """
     module_name, _, function = text.rpartition(":")
     torch = torch_package()
-    here = str(Path.cwd())
-    if here not in sys.path:  # as `python -m` does: the user's own modules lie in the current folder
-        sys.path.insert(0, here)
     try:
-        factory = getattr(importlib.import_module(module_name), function)
+        factory = getattr(own_module(module_name), function)
     except ImportError as error:
         raise ModelError(
             f"can't import {module_name} ({reason(error)})",

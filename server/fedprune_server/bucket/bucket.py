@@ -25,7 +25,7 @@ _THERE, _UNKNOWN = ("PreconditionFailed", "412"), ("NotImplemented", "501")
 _MEETS = ("ConditionalRequestConflict", "409")
 """Another write of the same object is under way: who tries again sees what came of it."""
 
-_TRIES = 5
+_MEETINGS = 5
 _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 
 
@@ -124,7 +124,7 @@ class Bucket:
         check = base64.b64encode(bytes.fromhex(sha256)).decode()
         written = {"Bucket": self._name, "Key": self._prefix + key, "Body": bytes(data), "ChecksumSHA256": check}
         with self._translated("write to"):
-            for attempt in range(_TRIES):
+            for attempt in range(_MEETINGS):
                 try:
                     self._client.put_object(**written, **({} if anew else {"IfNoneMatch": "*"}))
                     return
@@ -134,7 +134,7 @@ class Bucket:
                     if not anew and _code(error) in _UNKNOWN:
                         self._client.put_object(**written)
                         return
-                    if anew or _code(error) not in _MEETS or attempt + 1 == _TRIES:
+                    if anew or _code(error) not in _MEETS or attempt + 1 == _MEETINGS:
                         raise
 
     def get(self, key: str, limit: int) -> bytes | None:

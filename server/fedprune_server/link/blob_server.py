@@ -11,6 +11,7 @@ import re
 import socket
 import socketserver
 import ssl
+import sys
 import threading
 import time
 from collections import Counter
@@ -185,8 +186,12 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._cut(time.monotonic())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """One client must not end the service of others."""
-        log.debug("a client of the web server of blobs went")
+        """One client must not end the service of others; a mistake of this server's is logged."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):  # the client went, or speaks no TLS that counts here
+            log.debug("a client of the web server of blobs went: %s", error)
+        else:
+            log.error("the web server of blobs could not answer a request", exc_info=error)
 
     def _cut(self, now: float) -> None:
         with self._lock:

@@ -19,6 +19,7 @@ from typing import Any
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.errors import FedpruneError, reason
 from fedprune_server.bucket.store import BucketStore
 from fedprune_server.settings.cluster_url import PROCESSES
 from fedprune_server.work import crew_work
@@ -52,6 +53,7 @@ class Crew:
         self._pool = pool
         self._shared = SharedSums(worker, pool, block, batch) if pool.adds else None
         self._expected: dict[_Key, tuple[do.Command, Future[Any], int]] = {}
+        self._complained = ""
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Let helpers begin with what they can do of commands that will be carried out in a moment."""
@@ -111,7 +113,8 @@ class Crew:
         except LateError:
             self._expected.clear()  # helpers that hang are waited for once, and not for each thing they were asked
             return None
-        except Exception:  # noqa: BLE001 - a helper may fail or be killed in any way; the worker will tell the reason
+        except Exception as error:  # noqa: BLE001 - a helper may fail or be killed in any way
+            self._complain(error)
             return None
         if isinstance(answer, crew_work.Made):
             if isinstance(self._worker.store, BucketStore):
@@ -122,6 +125,13 @@ class Crew:
             answer = answer.event
         event = answer
         return event if isinstance(event, on.Extracted | on.Folded | on.UpdateRejected) else None
+
+    def _complain(self, error: Exception) -> None:
+        """Log why helpers fail, once per cause: the worker does their work itself."""
+        text = f"{type(error).__name__}: {reason(error)}"
+        if text != self._complained and not isinstance(error, FedpruneError):
+            self._complained = text
+            log.warning("a helper process failed, and its work is done by the server itself: %s", text)
 
     def graphs(self) -> set[str]:
         """Digests of the graphs that offers of the latest rounds refer to."""

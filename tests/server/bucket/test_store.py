@@ -71,6 +71,13 @@ def test_what_is_no_address_of_a_bucket_is_refused_and_no_secret_shown(url: str)
     assert "hush" not in str(raised.value)
 
 
+def test_requests_are_tried_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # as it is without the haste of these tests
+    for key, value in {"REGION": "eu-1", "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}.items():
+        monkeypatch.setenv(f"AWS_{key}", value)
+    assert Bucket("s3://bucket/x")._client.meta.config.retries["total_max_attempts"] == 3
+
+
 def test_what_was_put_is_there_for_another_folder(url: str, tmp_path: Path) -> None:
     one = BucketStore(tmp_path / "one", url)
     data = [b"", b"small", bytes(range(256)) * 600]

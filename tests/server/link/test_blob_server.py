@@ -68,6 +68,27 @@ def ask(
             return answer.status, answer.read(), answer.headers
 
 
+def test_a_mistake_of_the_server_is_logged_with_its_traceback_and_a_client_that_goes_is_not(
+    server: BlobServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(device: str | None, sha256: str) -> bool:
+        raise KeyError("a mistake")
+
+    server.allowed = broken
+    with pytest.raises((http.client.HTTPException, OSError)):
+        ask(server, place(REF))
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert record.exc_info is not None
+    assert "a mistake" in str(record.exc_info[1])
+    caplog.clear()
+    with closing(socket.create_connection(("127.0.0.1", server.port), 10)) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset, not ended
+        client.sendall(b"GET ")
+    with suppress(OSError, http.client.HTTPException):
+        ask(server, "/x")
+    assert [r for r in caplog.records if r.levelname == "ERROR"] == []
+
+
 def test_a_blob_its_table_and_parts_of_them(server: BlobServer, store: BlobStore) -> None:
     assert ask(server, place(REF))[:2] == (200, BLOB)
     table = ask(server, place(REF, ".leaves"))

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3 import S3
@@ -156,6 +158,27 @@ def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: Crew) -> No
     crew.expect(orders)
 
     assert [crew.execute(o) for o in orders] == expected
+
+
+def test_helpers_that_fail_are_told_once(worker: Worker, crew: Crew, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        adds, size, patience_s = False, 2, 5.0
+
+        def submit(self, work: object, command: object) -> Any:
+            answer: Future[None] = Future()
+            answer.set_exception(RuntimeError("the pool is broken"))
+            return answer
+
+        def close(self) -> None:
+            pass
+
+    crew._pool.close()
+    crew._pool = Broken()  # type: ignore[assignment]
+    orders = extracts(worker)
+    crew.expect(orders)
+    assert all(isinstance(crew.execute(order), on.Extracted) for order in orders)
+    (record,) = [r for r in caplog.records if "the pool is broken" in r.getMessage()]
+    assert record.levelname == "WARNING"
 
 
 def test_helpers_leave_ctrl_c_to_their_parent_and_end_with_it() -> None:

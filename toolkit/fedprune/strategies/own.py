@@ -7,7 +7,6 @@ line of which file; so does an answer of another type or shape than the role's (
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from fedprune.errors import (
     shown,
 )
 from fedprune.job import Job
+from fedprune.own_modules import own_module
 from fedprune.schedule import Schedule
 from fedprune.strategies.answers import ROLES, UnfitError
 from fedprune.strategies.strategy import Strategy
@@ -79,11 +79,8 @@ def own_code(job: Job) -> str:
 
 def _composed(job: Job) -> tuple[Strategy, _Origin]:
     module_name, _, name = job.strategy.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:  # as `python -m` does: the user's own modules lie in the current folder
-        sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
+        module = own_module(module_name)
         compose = getattr(module, name)
     except FedpruneError:
         raise

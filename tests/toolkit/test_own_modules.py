@@ -1,0 +1,65 @@
+"""Users' modules are found in the current folder, and nothing else of that folder takes an installed module's place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedprune.own_modules import own_module
+
+pytestmark = pytest.mark.board
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def test_a_module_of_the_current_folder_and_its_neighbours_are_found(here: Path) -> None:
+    (here / "ours_a.py").write_text("import ours_b\ndef late():\n    import ours_c\n    return ours_c.N\n")
+    (here / "ours_b.py").write_text("")
+    (here / "ours_c.py").write_text("N = 3\n")
+    (here / "ours_p").mkdir()
+    (here / "ours_p" / "__init__.py").write_text("")
+    (here / "ours_p" / "m.py").write_text("N = 4\n")
+    (here / "ours_n").mkdir()
+    (here / "ours_n" / "m.py").write_text("N = 5\n")
+    assert own_module("ours_a").late() == 3
+    assert own_module("ours_p.m").N == 4
+    assert own_module("ours_n.m").N == 5
+
+
+def test_a_module_goes_before_an_installed_one_of_its_name_where_it_is_named(here: Path) -> None:
+    (here / "elsewhere").mkdir()
+    (here / "elsewhere" / "ours_d.py").write_text("N = 1\n")
+    (here / "ours_d.py").write_text("N = 2\n")
+    sys.path.insert(0, str(here / "elsewhere"))
+    assert own_module("ours_d").N == 2
+
+
+def test_a_file_of_the_folder_takes_no_installed_modules_place(here: Path) -> None:
+    (here / "mine.py").write_text("")
+    (here / "netrc.py").write_text("raise RuntimeError('not me')\n")  # of the standard library, not imported yet
+    program = "from fedprune.own_modules import own_module; own_module('mine'); import netrc; print(netrc.__file__)"
+    alone = "-P" if sys.version_info >= (3, 11) else "-I"  # else the current folder comes first anyway
+    run = subprocess.run([sys.executable, alone, "-c", program], capture_output=True, text=True, check=True)
+    assert str(here) not in run.stdout
+
+
+def test_a_module_that_fails_is_tried_again(here: Path) -> None:
+    (here / "ours_e.py").write_text("raise ValueError('no')\n")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            own_module("ours_e")
+    with pytest.raises(ModuleNotFoundError):
+        own_module("ours_nowhere")
