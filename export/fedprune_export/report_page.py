@@ -9,7 +9,19 @@ import numpy as np
 from fedprune.architecture import Architecture, Layer
 from fedprune.plan import Plan
 from fedprune.report.chart import tiles
-from fedprune.report.page import Bar, bars, details, document, items, megabytes, paragraph, section, table
+from fedprune.report.page import (
+    Bar,
+    bars,
+    boxes,
+    details,
+    document,
+    items,
+    megabytes,
+    paragraph,
+    section,
+    stacked,
+    table,
+)
 from fedprune.selection import Selection
 from fedprune_export.parity import SAMPLES
 from fedprune_export.report import Report, places, score
@@ -45,6 +57,7 @@ def page(report: Report) -> str:
         ),
         table(("", "whole model", "this bundle", "kept"), rows, label="Costs"),
         section("Plan", plan(report), bars(limits(report.plan), "Limits of the plan")),
+        section("Memory in training, predicted", memory(report)),
         section("Lower precision", table(("", "compared with float32"), trials, words=(1,)) if trials else ""),
         section(
             "Channels",
@@ -80,6 +93,25 @@ def limits(plan: Plan) -> list[Bar]:
         )
         for limit in plan.limits
     ]
+
+
+def memory(report: Report) -> str:
+    """Peak memory of training by what takes it: of the whole model and of this bundle."""
+    kinds = ["process", "graph", "weights", "activations", "samples"]
+    uses = {"whole model": report.whole.memory, "this bundle": report.plan.prediction.memory}
+    widest = max(use.total for use in uses.values())
+    return boxes(kinds) + bars(
+        [
+            Bar(
+                name,
+                stacked([getattr(use, kind) for kind in kinds], widest),
+                megabytes(use.total),
+                f"{name}: " + ", ".join(f"{kind} {megabytes(getattr(use, kind))}" for kind in kinds),
+            )
+            for name, use in uses.items()
+        ],
+        "Memory in training",
+    )
 
 
 def channel_bars(selection: Selection) -> list[Bar]:

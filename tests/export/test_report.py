@@ -142,6 +142,15 @@ def test_the_header_says_what_was_exported_how(bundle: Path) -> None:
     assert f"fedprune {__version__}" in text
 
 
+def test_the_memory_of_the_plan_is_drawn_by_what_takes_it(bundle: Path) -> None:
+    use = json.loads((bundle / "report.json").read_text())["plan"]["prediction"]["memory"]
+
+    text = (bundle / "report.html").read_text()
+
+    for kind in ("process", "weights", "activations", "samples"):
+        assert f"{kind} {megabytes(use[kind])}" in text
+
+
 def test_names_of_a_model_are_text_on_the_page(digits: Path, tmp_path: Path) -> None:
     proto = onnx.load(digits)
     evil = "</pre><script>alert(1)</script>"

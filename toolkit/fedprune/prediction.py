@@ -6,10 +6,13 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedprune.architecture import Architecture
 from fedprune.costs import Costs, MemoryBreakdown, costs_at, memory_seconds
 from fedprune.freezing import trained_tensors
 from fedprune.latency import LatencyTable, typical_table
+from fedprune.ordered_dropout import TensorAxes
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
@@ -31,7 +34,7 @@ class Prediction:
         memory: The same by what takes it.
         inference_bytes: Peak memory of a process that predicts one sample at a time.
         storage_bytes: What the board's disk must hold.
-        step_s: Time of one full training step.
+        step_s: Mean time of a full training step over the widths at which the recipe trains.
         steps: Steps of a round.
         train_s: Time of all steps.
         transfer_s: Time on the link, down and up.
@@ -130,9 +133,13 @@ def predict(
     # Each part of a batch runs the graph once: its calls and its passes over the weights are paid per part.
     part = min(recipe.micro_batch, samples)
     parts = -(-min(recipe.batch_size, samples) // part)
-    step_s = float(table.step_seconds(architecture, widths, part)[0])
+    trained = np.array(_trained_widths(architecture, widths, recipe))
+    once = np.maximum(
+        table.step_seconds(architecture, trained, part),
+        memory_seconds(architecture, trained, part, bandwidth(profile, probe)),
+    )
+    step_s = parts * float(once.mean())
     latency_s = float(table.latency_seconds(architecture, widths)[0])
-    step_s = parts * max(step_s, float(memory_seconds(architecture, widths, part, bandwidth(profile, probe))[0]))
     step_s, latency_s = step_s * correction.step, latency_s * correction.latency
     link, power = profile.link, profile.power
     # Two transfers, each announced and acknowledged: a round trip before, one after.
@@ -158,6 +165,14 @@ def predict(
         latency_j=None if watts is None else watts * latency_s,
         memory=memory,
     )
+
+
+def _trained_widths(architecture: Architecture, widths: Sequence[int], recipe: Recipe) -> list[tuple[int, ...]]:
+    """The widths at which steps train, each as often as the others: narrower ones, too, with ordered dropout."""
+    if not recipe.ordered_dropout:
+        return [tuple(widths)]
+    axes = TensorAxes(architecture.sizes, {t.name: t.axes for t in architecture.tensors})
+    return axes.plans(widths, recipe.ordered_dropout)
 
 
 def memory_use(

@@ -1,6 +1,7 @@
 """A virtual device's work is a board's work: the same bits, the same refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hidden_board import HiddenBoard, hidden_weights
 
 from fedprune import tensorfile
+from fedprune.architecture import widths_at
 from fedprune.blobs import BlobStore
 from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, DataError, ModelError
@@ -18,6 +20,8 @@ from fedprune_device.assignment import MEASURED, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.slots import Slots
 from fedprune_device.store import DeviceStore
+from fedprune_export.importing import import_onnx
+from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.virtual_device import Bench, VirtualDevice, pulls
 
 GRAPHS = Path(__file__).parents[2] / "device" / "graphs"
@@ -143,3 +147,14 @@ def test_weights_that_a_board_can_decode_come_encoded():
     assert pulls(coded, [64 * "e"]) == {**whole, 64 * "a": 7}
     assert pulls({**offer, "coded": ref("d", 7)}, ()) == {**whole, 64 * "a": 7}  # the difference to 0
     assert pulls({**offer, "moved": ref("f", 3)}, ()) == {**whole, 64 * "f": 3}
+
+
+def test_training_at_narrower_widths_takes_less_virtual_time():
+    architecture = import_onnx(digits_model(), "digits").architecture
+    widths, recipe = architecture.sizes, Recipe(epochs=4, batch_size=10)
+    narrow = replace(recipe, ordered_dropout=(0.5, 0.25))
+
+    alone = [DEVICE.train_s(architecture, widths_at(architecture, d), recipe) for d in (1.0, 0.5, 0.25)]
+
+    assert DEVICE.train_s(architecture, widths, narrow) == pytest.approx(sum(alone) / 3)
+    assert sum(alone) / 3 < 0.8 * alone[0]
