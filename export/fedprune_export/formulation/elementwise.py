@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedprune_export.formulation.formulator import Formulator, rule
-from fedprune_export.gradients.elementwise import between, rectified
+from fedprune_export.gradients.elementwise import between, where_positive
 from fedprune_export.gradients.intents import RECTIFIED
 from fedprune_export.graph import Node
 
@@ -91,7 +91,10 @@ def rectified_gradient(to: Formulator, node: Node) -> bool:
     layouts.shapes[out] = layouts.shapes.get(y, ())
     blocked, bounds = layouts.in_blocks(y), node.attrs.get("bounds")
     slope, value = (layouts.blocked(n) if blocked else layouts.plain(n) for n in (dy, y))
-    result = between(g, slope, value, *bounds) if bounds else rectified(g, slope, value)
+    if bounds:
+        result = between(g, slope, value, *bounds)
+    else:
+        result = where_positive(g, slope, value, finite=bool(node.attrs["finite"]))
     if blocked:
         layouts.put(out, result)
     else:

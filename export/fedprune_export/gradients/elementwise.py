@@ -131,29 +131,36 @@ def cast(tape: Tape, node: Node) -> Pull | None:
 def relu(tape: Tape, node: Node) -> Pull:
     """Dx = dy where y > 0."""
     _, y = _unary(tape, node)
-    g = tape.graph
-
-    def pull(dy: str) -> None:
-        if tape.intends:
-            tape.add(node.inputs[0], g.emit(RECTIFIED, dy, y, domain=DOMAIN))
-        else:
-            tape.add(node.inputs[0], rectified(g, dy, y))
-
-    return pull
+    return lambda dy: tape.add(node.inputs[0], rectified(tape, dy, y))
 
 
-def rectified(g: Graph, dy: str, y: str) -> str:
-    """Dy where y, which is never below 0, is above it; a product with a mask is faster than a choice.
+def rectified(tape: Tape, dy: str, y: str) -> str:
+    """Dy where y, which is never below 0, is above it; as an intent where the tape takes intents."""
+    if tape.intends:
+        attrs = {"finite": int(tape.finite_slopes)}
+        return tape.graph.emit(RECTIFIED, dy, y, attrs=attrs, domain=DOMAIN)
+    return where_positive(tape.graph, dy, y, finite=tape.finite_slopes)
 
-    The mask is a line so steep that it is 1 from the least normal number on.
+
+def where_positive(g: Graph, dy: str, y: str, *, finite: bool) -> str:
+    """Dy where y, which is never below 0, is above it, else 0.
+
+    Args:
+        g: The graph that is written to.
+        dy: The gradient of y.
+        y: The value.
+        finite: Whether dy is finite. Its product with a mask is then the same, and faster than a choice: the mask is a
+            line so steep that it is 1 from the least normal number on.
     """
-    return g.emit("Mul", dy, g.emit("HardSigmoid", y, attrs={"alpha": STEEP, "beta": 0.0}))
+    if finite:
+        return g.emit("Mul", dy, g.emit("HardSigmoid", y, attrs={"alpha": STEEP, "beta": 0.0}))
+    return g.emit("Where", g.emit("Greater", y, g.scalar(0)), dy, g.scalar(0))
 
 
 def between(g: Graph, dy: str, y: str, low: str, high: str) -> str:
-    """Dy where y lies between two numbers."""
+    """Dy where y lies between two numbers, else 0, also where dy is infinite."""
     inside = g.emit("And", g.emit("Greater", y, low), g.emit("Less", y, high))
-    return g.emit("Mul", dy, g.emit("Cast", inside, attrs={"to": 1}))
+    return g.emit("Where", inside, dy, g.scalar(0))
 
 
 @rule("LeakyRelu")

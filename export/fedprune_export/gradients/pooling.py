@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from fedprune.errors import ModelError
-from fedprune_export.gradients.elementwise import rectified
-from fedprune_export.gradients.intents import DOMAIN, POOL_GRADIENT, RECTIFIED
+from fedprune_export.gradients.elementwise import rectified, where_positive
+from fedprune_export.gradients.intents import DOMAIN, POOL_GRADIENT
 from fedprune_export.gradients.tape import Pull, Shape, Tape, describe, rule
 from fedprune_export.gradients.windows import Window, leftovers, operator_attrs, window
 from fedprune_export.graph import Graph, Node
@@ -56,10 +56,10 @@ def max_pool(tape: Tape, node: Node) -> Pull:
                 return
             # What comes out of a ReLU is 0 exactly where its maximum is: the small array is masked, not the large one.
             if tape.intends and len(w.sizes) == 2:
-                masked = g.emit(RECTIFIED, dy, y, domain=DOMAIN)
+                masked = rectified(tape, dy, y)
                 tape.written[masked] = out
             else:
-                masked = rectified(g, dy, y)
+                masked = where_positive(g, dy, y, finite=tape.finite_slopes)
             tape.add(before.inputs[0], gradient(masked))
 
         def gradient(dy: str) -> str:

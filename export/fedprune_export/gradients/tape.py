@@ -9,6 +9,7 @@ need a channel count as a number raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,19 @@ RULES: dict[str, Rule] = {}
 
 rule = registrar(RULES, "gradient")
 """Register a rule for operators."""
+
+
+_FINITE_SLOPES = frozenset(
+    {
+        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Neg", "Sum", "Mean", "Identity", "Dropout"),
+        *("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu", "Softmax", "LogSoftmax"),
+        *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax"),
+        *("BatchNormalization", "LayerNormalization", "InstanceNormalization", "GroupNormalization"),
+        *("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Pad", "Resize"),
+        *("Shape", "Gather", "Constant", "ConstantOfShape", "Expand", "Cast"),
+    }
+)
+"""Operators whose gradient is finite wherever their inputs are."""
 
 
 class Tape(Knowledge):
@@ -80,6 +94,11 @@ class Tape(Knowledge):
         self._first_of_pull = 0
         self._readers = model.graph.consumers()
         self._producers = model.graph.producers()
+
+    @cached_property
+    def finite_slopes(self) -> bool:
+        """Whether no operator of the model has an infinite gradient at a finite value, as roots have at 0."""
+        return all(not node.domain and node.op in _FINITE_SLOPES for node in self._source.nodes)
 
     # -- values -----------------------------------------------------------------------------------------------------
 
