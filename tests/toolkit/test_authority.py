@@ -271,3 +271,32 @@ def test_the_time_floor_only_rises_survives_a_restart_and_stays_below_the_certif
 def test_a_damaged_time_counts_as_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "time").write_bytes(content)
     assert TrustedTime(tmp_path / "time", lambda: 2**40).floor == BUILT
+
+
+def test_what_the_signed_list_has_stays_revoked_when_the_register_lost_it(authority: Authority, tmp_path: Path) -> None:
+    request = csr()
+    serial = serial_of(authority.issue_device("lab", "pi-1", request))
+    register, crl = (tmp_path / "identity" / name for name in ("register.jsonl", "crl.pem"))
+    before = register.read_bytes()
+    authority.revoke_device("pi-1")
+    authority.issue_device("lab", "pi-2", csr())
+    register.write_bytes(before + register.read_bytes()[len(before) :][:20])  # as a disk that loses writes leaves it
+
+    again = Authority(tmp_path / "identity")
+
+    assert again.is_revoked(serial)
+    assert [r.serial_number for r in x509.load_pem_x509_crl(crl.read_bytes())] == [serial]
+    crl.unlink()
+    assert Authority(tmp_path / "identity").is_revoked(serial)  # the register has it again
+    with pytest.raises(IdentityError, match="is revoked"):
+        again.issue_device("lab", "pi-1", request)
+
+
+def test_a_list_that_another_has_signed_revokes_nothing(authority: Authority, tmp_path: Path) -> None:
+    serial = serial_of(authority.issue_device("lab", "pi-1", csr()))
+    other = Authority.make(tmp_path / "other", "lab")
+    with other._register.held():
+        other._register.append({"revoked": {"serial": f"{serial:x}", "at": 0}})
+        other._list.write(other._revoked)
+    (tmp_path / "identity" / "crl.pem").write_bytes((tmp_path / "other" / "crl.pem").read_bytes())
+    assert not Authority(tmp_path / "identity").is_revoked(serial)

@@ -25,6 +25,7 @@ from cryptography import x509
 
 from fedprune.disk import write_whole
 from fedprune.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
+from fedprune.quantity import quantity
 from fedprune.trust.authority import CERTIFICATE, DEVICE_DAYS, SERVER, Authority
 from fedprune.trust.certificates import (
     key_digest,
@@ -41,7 +42,7 @@ from fedprune.trust.keys import SigningKey
 from fedprune.trust.tls import PinnedContext, pinned_context
 from fedprune.wire.topics import check_device, check_name
 from fedprune_device.owner import check_unowned
-from fedprune_server.identity.store import IdentityStore
+from fedprune_server.identity.store import APPROVED, REVOKED, IdentityStore
 
 log = logging.getLogger("fedprune.server")
 
@@ -97,6 +98,18 @@ class IdentityFolder:
         self.epochs = EpochFile(self.path / _EPOCH, clock)
         self.store = IdentityStore(self.path / _STORE, read_only=read_only)
         self._issuing = threading.Lock()
+        if not read_only:
+            self._revoke_again()
+
+    def _revoke_again(self) -> None:
+        """Revoke the certificates of devices that the database has shut out, where a crash or disk has lost that."""
+        devices = self.store.devices()
+        members = {d.device for d in devices if d.status == APPROVED}
+        for device in sorted({d.device for d in devices if d.status == REVOKED} - members):
+            if count := self.authority.revoke_device(device):
+                log.warning(
+                    "%s was shut out, and %s of it still counted; revoked now", device, quantity(count, "certificate")
+                )
 
     @classmethod
     def make(cls, state: Path, site: str, clock: Callable[[], float] = time.time) -> IdentityFolder:

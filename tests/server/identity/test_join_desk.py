@@ -459,3 +459,25 @@ def test_a_damaged_database_is_one_clear_error(identity: IdentityFolder, tmp_pat
     path.write_bytes(b"x" * 5000)
     with pytest.raises(StorageError, match=r"identity\.db"):
         IdentityFolder(tmp_path / "state")
+
+
+@pytest.mark.parametrize("lost", [["crl.pem"], ["register.jsonl", "crl.pem"]])
+def test_a_revoked_device_s_certificates_stay_revoked_when_files_go_back(
+    identity: IdentityFolder, ask: Ask, tmp_path: Path, lost: list[str]
+) -> None:
+    for name in ("pi-1", "pi-2"):
+        ask(board(tmp_path / name, name), Claim.parse(identity.claim(name, HOUR).text))
+    before = {name: (identity.path / name).read_bytes() for name in lost}
+    identity.revoke("pi-1")
+    identity.close()
+    for name, raw in before.items():
+        (identity.path / name).write_bytes(raw)
+
+    with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as again:
+        revoked = {
+            d: [again.authority.is_revoked(i.serial) for i in again.authority.of_device(d)] for d in ("pi-1", "pi-2")
+        }
+        listed = {r.serial_number for r in x509.load_pem_x509_crl(again.authority.crl_path.read_bytes())}
+
+        assert revoked == {"pi-1": [True], "pi-2": [False]}
+        assert listed == {i.serial for i in again.authority.of_device("pi-1")}

@@ -114,6 +114,10 @@ class Authority:
         if read_only:
             return
         with self._register.held():
+            # What was signed as revoked stays so: a disk that lost writes may have taken lines from the register.
+            for serial, at in self._list.revoked().items():
+                if serial not in self._revoked:
+                    self._register.append(_revocation(serial, at))
             self._list.write(self._revoked)  # a crash may have come between the register's last line and the list
 
     @classmethod
@@ -284,7 +288,7 @@ class Authority:
             if serial not in self._issued:
                 raise IdentityError(f"no certificate with serial number {serial:x} was issued here")
             if serial not in self._revoked:
-                self._register.append({"revoked": {"serial": f"{serial:x}", "at": self.now()}})
+                self._register.append(_revocation(serial, self.now()))
         self._list.write(self._revoked)
 
     def _known(self, device: str, key: ec.EllipticCurvePublicKey) -> Issued | None:
@@ -350,6 +354,10 @@ class Authority:
     def crl_is_right(self) -> bool:
         """Whether the list of revoked certificates is there, and has those that the register has."""
         return self._list.is_right(self._revoked)
+
+
+def _revocation(serial: int, at: int) -> dict[str, Any]:
+    return {"revoked": {"serial": f"{serial:x}", "at": at}}
 
 
 _USAGES = (

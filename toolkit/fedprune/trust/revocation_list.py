@@ -13,7 +13,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 
 from fedprune.disk import write_whole
-from fedprune.trust.certificates import EPOCH, TlsKey, moment_of
+from fedprune.trust.certificates import EPOCH, TlsKey, moment_of, seconds_of
 
 
 class RevocationList:
@@ -35,12 +35,20 @@ class RevocationList:
         Args:
             revoked: When they were revoked, in seconds since 1970, by serial number.
         """
+        found = self._read()
+        return found is not None and {r.serial_number for r in found} == set(revoked)
+
+    def revoked(self) -> dict[int, int]:
+        """When the certificates on it were revoked, by serial number; empty if it is missing or not the authority's."""
+        return {r.serial_number: seconds_of(r.revocation_date_utc) for r in self._read() or ()}
+
+    def _read(self) -> x509.CertificateRevocationList | None:
+        """The list that is there, if the authority has signed it."""
         try:
             found = x509.load_pem_x509_crl(self.path.read_bytes())
-            signed = found.is_signature_valid(self._key.public_key())
-            return signed and {r.serial_number for r in found} == set(revoked)
+            return found if found.is_signature_valid(self._key.public_key()) else None
         except (OSError, ValueError, UnsupportedAlgorithm):
-            return False  # none yet, or a torn one: it follows from the register
+            return None
 
     def write(self, revoked: Mapping[int, int]) -> None:
         """Write it, if it isn't the one that is there.
