@@ -21,6 +21,10 @@ QUIET_S = 300.0
 AGAIN_S = 3600.0
 """So often it is told of one name."""
 
+SIGNS, APART_S, SIGNS_WITHIN_S = 3, 10.0, 600.0
+"""Signs in signed messages that a key has two users: so many, so far apart, within so long a time. A broker that lets
+messages overtake each other, or a second server for a moment, gives one or two of a board that is alone."""
+
 _FOLLOWED = 8
 """Connections of a device that are remembered to have been followed by another one."""
 
@@ -44,6 +48,7 @@ class Namesakes:
         self._seen: dict[str, _Seen] = {}
         self._suspected: dict[str, float] = {}
         self._told: dict[str, float] = {}
+        self._signs: dict[str, deque[float]] = {}
 
     def born(self, device: str, session: int, what: Description, online: bool, now: float) -> str:
         """Take in an announcement.
@@ -76,14 +81,21 @@ class Namesakes:
             seen.before, seen.now = seen.now, what
         seen.followed.append(seen.session)
         seen.session = session
-        return reason if reason and self.doubled(device, now) else ""
+        return reason if reason and self._tell(device, now) else ""
 
     def doubled(self, device: str, now: float) -> bool:
-        """Take in that two boards use a name.
+        """Take in a sign that two boards sign with one key.
 
         Returns:
-            Whether that is news: it is once an hour.
+            Whether the signs suffice and that is news: it is once an hour.
         """
+        signs = self._signs.setdefault(device, deque(maxlen=SIGNS))
+        if not signs or now - signs[-1] >= APART_S:
+            signs.append(now)
+        return len(signs) == SIGNS and now - signs[0] <= SIGNS_WITHIN_S and self._tell(device, now)
+
+    def _tell(self, device: str, now: float) -> bool:
+        """Suspect a device; whether that is news."""
         self._suspected[device] = now
         if now - self._told.get(device, -AGAIN_S) < AGAIN_S:
             return False
@@ -92,7 +104,7 @@ class Namesakes:
 
     def forget(self, device: str) -> None:
         """Another board has a name now."""
-        for known in (self._seen, self._suspected, self._told):
+        for known in (self._seen, self._suspected, self._told, self._signs):
             known.pop(device, None)
 
     def suspects(self, device: str) -> bool:

@@ -17,7 +17,7 @@ from fedprune.job import Job
 from fedprune.plan import Plan
 from fedprune.wire.messages import Progress
 from fedprune_server.fleet.farewell import Farewell
-from fedprune_server.fleet.namesakes import Namesakes
+from fedprune_server.fleet.namesakes import SIGNS, SIGNS_WITHIN_S, Namesakes
 from fedprune_server.fleet.presence import Presence
 from fedprune_server.terminal.table import Row, Snapshot
 
@@ -197,7 +197,7 @@ class Roster:
             )
 
     def doubled(self, device: str, now: float) -> None:
-        """Two boards speak with one device's key.
+        """Take in a sign that two boards sign with one device's key; the log warns once there are enough.
 
         Args:
             device: Its name.
@@ -205,10 +205,13 @@ class Roster:
         """
         if self.namesakes.doubled(device, now):
             log.warning(
-                "two boards use the identity of %s: one is a copy of the other's card or state folder. Take one away, "
-                "or shut both out (fedprune-server devices replace %s) and let each join anew, with a name and a "
-                "claim of its own.",
+                "two boards seem to use the identity of %s, as if one were a copy of the other's card or state folder: "
+                "%d signs of it within %.0f minutes. A broker that delays messages for long can look the same, so look "
+                "for the second board first. If there is one, take it away, or revoke the identity of both "
+                "(fedprune-server devices replace %s) and let each join again with a name and claim of its own.",
                 device,
+                SIGNS,
+                SIGNS_WITHIN_S / 60,
                 device,
             )
 

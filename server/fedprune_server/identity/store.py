@@ -228,12 +228,14 @@ class IdentityStore:
         with self._transaction() as connection:
             return dict(connection.execute("SELECT stream, epoch FROM heard WHERE key = ?", (key,)))
 
-    def hear(self, key: str, stream: str, epoch: int) -> None:
-        """Note that an epoch of a sender has begun; it is on the disk when this returns."""
+    def hear(self, begun: Iterable[tuple[str, str, int]]) -> None:
+        """Note that epochs of senders have begun; all are on the disk when this returns.
+
+        Args:
+            begun: Verifying key, stream and epoch of each.
+        """
         with self._transaction() as connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO heard (key, stream, epoch) VALUES (?, ?, ?)", (key, stream, epoch)
-            )
+            connection.executemany("INSERT OR REPLACE INTO heard (key, stream, epoch) VALUES (?, ?, ?)", begun)
 
     def answer(self, request: str) -> bytes | None:
         """The answer that a request got, by the request's digest."""

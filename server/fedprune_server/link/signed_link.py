@@ -25,6 +25,7 @@ from fedprune.wire.messages import Birth, Death, Hello, parse
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.join_desk import JoinDesk
+from fedprune_server.link.intake import TURN_S
 from fedprune_server.link.wire import Doubled, Item, Relay, ShutOut, Unheard, Wire
 
 log = logging.getLogger("fedprune.server")
@@ -37,6 +38,9 @@ _AGAIN_S = 10.0
 
 _ASKED = 3
 """Hellos to a device whose answers are waited for: not all are heard."""
+
+_READ_AHEAD = 256
+"""Messages that are opened together."""
 
 JOINS_PER_S = 20.0
 """Requests to join that are looked at: each costs a signature, and anybody may ask. Who is not heard asks again."""
@@ -69,6 +73,8 @@ class SignedLink(Relay):
         self._asked: dict[str, int] = {}
         self._births: dict[str, int] = {}
         self._joins, self._joins_at = JOINS_PER_S, clock()
+        self._begun: dict[tuple[str, str], int] = {}  # latest epochs by key and stream, not yet on the disk
+        self._opened: deque[tuple[str, Item]] = deque()  # by device, empty for what is of none
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send without waiting; False if that isn't possible, or it is for a device that isn't let in.
@@ -91,20 +97,46 @@ class SignedLink(Relay):
         Raises:
             StorageError: The disk fails or is full.
         """
-        self._look()
+        members = self._look()
         if self._news:
             return self._news.popleft()
-        item = self._link.get(timeout)
+        if not self._opened:
+            item = self._link.get(timeout)
+            if item is None:
+                return None
+            self._read(item)
+        while self._opened:
+            device, opened = self._opened.popleft()
+            if not device or device in members:
+                return opened
+        return Unheard()
+
+    def _read(self, item: Item | Unheard | None) -> None:
+        """Open all that waits, for a turn's time at most, and write the epochs that begin with it down at once.
+
+        Boards that all come back at once don't have the server wait for the disk once for each of them.
+        """
+        until = self._clock() + TURN_S
+        while item is not None:
+            if not isinstance(item, Unheard):
+                self._take(item)
+            item = self._link.get() if self._clock() < until and len(self._opened) < _READ_AHEAD else None
+        if self._begun:
+            self._store.hear([(key, stream, epoch) for (key, stream), epoch in self._begun.items()])
+            self._begun.clear()
+
+    def _take(self, item: Item) -> None:
         if isinstance(item, ConnectionUp):
             # Devices may have restarted: only an epoch that is new to them is sure to count.
             self._sealer.renew(self._topics.broadcast())
         if not isinstance(item, tuple):
-            return item
+            self._opened.append(("", item))
+            return
         topic, payload = item
         try:
             if topic.endswith(f"/{NO_JOB}/{JOIN}"):
                 self._join(topic, payload)
-                return Unheard()
+                return
             device, _, channel = self._topics.parse(topic)
             if device not in self._look():
                 hint = (
@@ -112,10 +144,9 @@ class SignedLink(Relay):
                     "If it was shut out, let it join anew: `fedprune-device join --new-key --claim FILE` on the board."
                 )
                 raise SignatureError(f"{device} is not let in", hint=hint)
-            return item if channel != "up" else (topic, self._open(device, topic, payload))
+            self._opened.append((device, item if channel != "up" else (topic, self._open(device, topic, payload))))
         except ProtocolError as error:
             self._complaints.about(topic, error)
-            return Unheard()
 
     def _join(self, topic: str, payload: bytes) -> None:
         now = self._clock()
@@ -179,9 +210,12 @@ class SignedLink(Relay):
         """What reads a member's messages."""
         key, opener = self._members[device], self._openers.get(device)
         if opener is None or opener.key.hex != key:
-            opener = Opener(VerifyingKey.from_hex(key), self._store.heard(key), partial(self._store.hear, key))
+            opener = Opener(VerifyingKey.from_hex(key), self._store.heard(key), partial(self._begins, key))
             self._openers[device] = opener
         return opener
+
+    def _begins(self, key: str, stream: str, epoch: int) -> None:
+        self._begun[key, stream] = epoch
 
     def _say_again(self, device: str) -> None:
         """A device doesn't know that this server has restarted, or somebody repeats what it said before."""

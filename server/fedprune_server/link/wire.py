@@ -18,7 +18,7 @@ class ShutOut:
 
 @dataclass(frozen=True)
 class Doubled:
-    """Two boards speak with the key of one device."""
+    """A sign that two boards sign with the key of one device; a message that was overtaken looks the same."""
 
     device: str
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedprune_server.fleet.namesakes import AGAIN_S, MANY, QUIET_S, Namesakes
+from fedprune_server.fleet.namesakes import AGAIN_S, APART_S, MANY, QUIET_S, SIGNS, SIGNS_WITHIN_S, Namesakes
 
 PI, NANO = ("pi", 300), ("nano", 80)
 
@@ -76,3 +76,21 @@ def test_a_connection_that_outlives_another_one_is_no_news() -> None:
     names.born("a", 5, PI, False, 0.0)
     names.born("a", 6, PI, True, 1.0)
     assert names.born("a", 5, PI, False, 2.0) == ""
+
+
+def test_signs_that_come_at_once_or_seldom_are_no_proof_of_a_copy() -> None:
+    """As a broker gives them that lets messages overtake each other when a board reconnects."""
+    names = Namesakes()
+    for burst in range(50):
+        assert not any(names.doubled("a", 1e4 + burst * SIGNS_WITHIN_S + 0.01 * n) for n in range(20))
+    assert not names.suspects("a")
+
+
+def test_signs_that_go_on_are_told_once() -> None:
+    names = Namesakes()
+    told = [names.doubled("a", 1.0 + n * APART_S) for n in range(3 * SIGNS)]
+    assert told == [n == SIGNS - 1 for n in range(3 * SIGNS)]
+    assert names.suspects("a")
+    assert not names.suspects("b")
+    names.forget("a")
+    assert not names.doubled("a", 1e6)
