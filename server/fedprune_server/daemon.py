@@ -136,7 +136,7 @@ class Daemon:
         downloads = Downloads(Serve(*stores), max_packet)
         self._post = Post(
             Line(self._link, self._topics, job.name, max_packet), self._roster, downloads, sharing, monotonic,
-            self._quarantine.asked, self._shipping.coming,
+            self._quarantine, self._shipping.coming,
         )  # fmt: skip
         self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(

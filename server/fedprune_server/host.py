@@ -261,6 +261,7 @@ class Host:
         if now >= self._asked.get(device, now):
             self._asked[device] = now + _ASKED_AGAIN_S
             self._link.publish(self._topics.down(device), Hello(int(self._clock())).to_bytes())
+            self._quarantine.sends(device)
 
     def _greet(self, now: float) -> None:
         self._greet_at = now + _GREETING_S

@@ -1,9 +1,10 @@
 """Who sends more than anybody asked for, or what nobody can use, isn't listened to for a while; the others are.
 
-Every device has an allowance of points, which fills up again with time and with whatever the server says to it: each
-message costs some, by its size and by what it leads to, and chunks that were asked for cost nothing. So a board that
-answers wants, fetches models or comes back with ten thousand others spends little or earns as it goes, whatever its
-speed. Whoever has nothing left, or sends updates that no board makes, is put into quarantine: what it says is dropped
+Every device has an allowance of points, which fills up again with time and with messages of the server that need an
+answer: each message costs some, by its size and by what it leads to. Chunks that were asked for, and requests for blobs
+that the device was offered, cost nothing, up to a few times what the blob needs. So a board that delivers updates,
+fetches models or comes back with ten thousand others spends little, whatever its speed, and no answer pays for a flood.
+ Whoever has nothing left, or sends updates that no board makes, is put into quarantine: what it says is dropped
 before anybody looks into it, for a minute at first and twice as long each time.
 
 All of it is counted, takes the same few steps for every message, and remembers devices that the server knows; names
@@ -45,7 +46,13 @@ BAD = 50.0
 """What a message costs that is none, or another device's. Messages of newer versions are not among these."""
 
 EARNED = 2.0
-"""What a device gets for each message or chunk that it is sent: it will answer, or ask for the next."""
+"""What a device gets for each message that needs an answer."""
+
+FREE_WANTS, WANTS_PER_LEAF = 64, 4
+"""Requests for an offered blob that cost nothing: so many, and so many for each of its leaves."""
+
+_WANT = MESSAGE + 0.25
+_BLOBS = 256
 
 CREDIT = 4 * MAX_WANT * LEAF
 """Bytes of chunks that count as asked for at most, however many were: each leaf that is asked for counts twice."""
@@ -104,6 +111,7 @@ class _Ledger:
     points: float = BURST
     at: float = 0.0
     credit: int = 0
+    fetching: dict[str, int] = field(default_factory=dict)
     strikes: int = 0
     level: int = 0
     until: float = 0.0
@@ -170,10 +178,28 @@ class Quarantine:
         return heard
 
     def sends(self, device: str) -> None:
-        """The server says something to a device, which will answer."""
+        """The server sends a device a message that needs an answer."""
         if (ledger := self._ledgers.get(device)) is not None:
             self._refill(ledger, self._clock())
             ledger.points = min(BURST, ledger.points + EARNED)
+
+    def fetches(self, device: str, sha256: str, leaves: int) -> None:
+        """A device requests part of a blob that it was offered: the message costs nothing, a few times over.
+
+        Args:
+            device: The device.
+            sha256: The blob.
+            leaves: Of the whole blob.
+        """
+        if (ledger := self._ledgers.get(device)) is None:
+            return
+        left = ledger.fetching.pop(sha256, FREE_WANTS + WANTS_PER_LEAF * leaves)
+        if left > 0:
+            self._refill(ledger, self._clock())
+            ledger.points = min(BURST, ledger.points + _WANT)
+        ledger.fetching[sha256] = max(0, left - 1)
+        if len(ledger.fetching) > _BLOBS:
+            del ledger.fetching[next(iter(ledger.fetching))]
 
     def asked(self, device: str, leaves: int) -> None:
         """The server asks a device for leaves of a blob; they may come twice."""

@@ -40,6 +40,10 @@ class Downloads:
         if want not in waiting and len(waiting) < MAX_WAITING:
             waiting.append(want)
 
+    def leaves(self, sha256: str) -> int:
+        """Leaves of a blob; 0 for one that isn't here."""
+        return self._serve.leaves(sha256)
+
     def drop(self, device: str) -> None:
         """Forget what a device wanted."""
         self._wants.pop(device, None)

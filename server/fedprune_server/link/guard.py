@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fedprune.wire.topics import EVERYONE
 from fedprune_server.fleet.quarantine import Quarantine
 from fedprune_server.link.wire import Item, Relay, Unheard, Wire
 
@@ -19,14 +18,6 @@ class Guarded(Relay):
     def __init__(self, link: Wire, quarantine: Quarantine) -> None:
         super().__init__(link)
         self._quarantine = quarantine
-
-    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send without waiting."""
-        sent = self._link.publish(topic, payload, qos)
-        device = _device(topic)
-        if sent and device != EVERYONE:
-            self._quarantine.sends(device)
-        return sent
 
     def get(self, timeout: float | None = 0.0) -> Item | Unheard | None:
         """The next message or event; None if nothing waits."""

@@ -12,10 +12,14 @@ from fedprune.errors import ProtocolError
 from fedprune.wire.checked_message import MAX_MESSAGE
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
+from fedprune.wire.log_messages import LogWanted
 from fedprune.wire.messages import FromServer, Gone, Hello, Want
 from fedprune.wire.numbered_wants import NumberedWants, numbered
+from fedprune.wire.offer import Offer
+from fedprune.wire.release_messages import ReleaseOffer
 from fedprune.wire.topics import Topics
 from fedprune.wire.unsent import HIGH_WATER
+from fedprune_server.fleet.quarantine import Quarantine
 from fedprune_server.fleet.roster import Roster
 from fedprune_server.link.downloads import Downloads
 from fedprune_server.link.sharing import Publication, Sharing
@@ -23,6 +27,9 @@ from fedprune_server.link.uploads import Wants
 from fedprune_server.link.wire import Wire
 
 _CHUNKS_PER_TURN = 4
+
+_ANSWERED = (Hello, Offer, LogWanted, ReleaseOffer)
+"""Messages that a device answers."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,8 @@ class Post:
         roster: Counts the bytes.
         downloads: Cuts blobs into chunks.
         sharing: Says what is published to all devices of the job.
-        clock: Seconds of a clock that nobody sets.
-        asked: Is told of how many leaves a device is asked for.
+        clock: Seconds of a monotonic clock.
+        quarantine: Is told what devices are asked for, and what they fetch.
         coming: Whether a blob that isn't here will be in a moment.
     """
 
@@ -67,13 +74,13 @@ class Post:
         downloads: Downloads,
         sharing: Sharing,
         clock: Callable[[], float] = time.monotonic,
-        asked: Callable[[str, int], None] = lambda device, leaves: None,
+        quarantine: Quarantine | None = None,
         coming: Callable[[str], bool] = lambda sha256: False,
     ) -> None:
         self._doubled = NumberedWants().doubled
         self._coming = coming
         self._most = line.longest
-        self._asked = asked
+        self._quarantine = quarantine or Quarantine(clock)
         self._link, self._topics, self._job = line.link, line.topics, line.job
         self._roster = roster
         self._downloads = downloads
@@ -111,6 +118,8 @@ class Post:
                 hint="Raise the broker's limit and max_packet in [server].",
             )
         topic = self._topics.down(device, job) if job else self._topics.down(device)
+        if isinstance(message, _ANSWERED):
+            self._quarantine.sends(device)
         self._outbox.append((device, topic, payload))
 
     def deliver(self) -> None:
@@ -133,7 +142,8 @@ class Post:
     def ask(self, wants: Wants) -> None:
         """Ask devices for pieces of their updates, at once: a want promises nothing that must be saved before."""
         for device, want in wants:
-            self._asked(device, want.count)
+            self._quarantine.asked(device, want.count)
+            self._quarantine.sends(device)
             topic, payload = self._topics.down(device), numbered(want).to_bytes()
             if not self._outbox and self._link.publish(topic, payload):
                 self._roster.sent(device, len(payload))
@@ -145,6 +155,7 @@ class Post:
         if self._doubled(device, want):
             return
         if want.sha256 in allowed:
+            self._quarantine.fetches(device, want.sha256, self._downloads.leaves(want.sha256))
             for alone in self._sharing.add(device, want, self._clock()):
                 self._downloads.add(device, alone)
         else:

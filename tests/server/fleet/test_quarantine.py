@@ -21,7 +21,7 @@ from fedprune.magnitude import check_range
 from fedprune.tensorfile import decode
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import MAX_WANT, Birth, Death, Hello, Progress, Want
+from fedprune.wire.messages import MAX_WANT, Accepted, Birth, Cancelled, Death, Gone, Hello, Progress, Want
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
 from fedprune_server.fleet.quarantine import (
@@ -230,15 +230,15 @@ def test_a_board_may_fetch_and_deliver_as_fast_as_it_can(
             assert quarantine.hears("a", len(raw), chunk=True)
             wants += pull.on_chunk(Chunk.parse(raw), 0.0)
 
-    # The board pulls: each of its wants is heard, and each chunk that it is sent earns it the next.
+    # The board pulls: each of its wants is heard, since it was offered the blob.
     fetched = BlobStore(tmp_path / "board", durable=False)
     pull = Pull(ref, fetched.partial(ref), window_leaves=window, chunk_leaves=chunk)
     wants = pull.start(0.0)
     while not pull.done:
         want = wants.pop(0)
         assert quarantine.hears("a", len(want.to_bytes()))
+        quarantine.fetches("a", want.sha256, serve.leaves(want.sha256))
         for raw in serve.answer(want):
-            quarantine.sends("a")
             wants += pull.on_chunk(Chunk.parse(raw), 0.0)
     assert quarantine.news() is None
     assert quarantine.rows() == {}
@@ -326,6 +326,31 @@ def test_a_flood_costs_its_sender_its_part_and_nobody_else(fleet: Fleet, caplog:
     assert caplog.text.count("quarantine for") < 5
 
 
+def test_answers_to_a_flood_do_not_pay_for_it(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    """Each want of a blob that doesn't exist is answered; the daemon takes its time, and answers, between them."""
+    flooding = fleet.air.devices["a"]
+    take, left = flooding.take, [10_000]
+
+    def flood(offer: object) -> None:
+        take(offer)  # type: ignore[arg-type]
+        for _ in range(min(left[0], 500)):
+            left[0] -= 1
+            flooding.say(Want(f"{left[0]:064x}", "data", 0, 1))
+
+    def idle() -> None:
+        flood_on = min(left[0], 500)
+        left[0] -= flood_on
+        for n in range(flood_on):
+            flooding.say(Want(f"{left[0] + n:064x}", "data", 0, 1))
+
+    flooding.take = flood  # type: ignore[method-assign, assignment]
+    daemon = fleet.daemon()
+    fleet.air.on_idle = lambda: idle() if left[0] else daemon.stop()
+    daemon.run()
+    assert "device a is in quarantine for 60 s" in caplog.text
+    assert daemon._quarantine.rows()["a"]["dropped"] > 10_000 - 1.2 * BURST
+
+
 def test_chunks_that_nobody_asked_for_end_in_quarantine(fleet: Fleet) -> None:
     fleet.job = replace(JOB, devices=2, rounds=1)
     device = fleet.air.devices["a"]
@@ -405,14 +430,31 @@ def test_a_wire_is_guarded_before_anything_is_parsed(quarantine: Quarantine, fle
     assert any(isinstance(g, tuple) and "/b/" in g[0] for g in got)
 
 
-def test_what_is_said_to_everybody_earns_nobody_anything(quarantine: Quarantine, fleet: Fleet) -> None:
-    guarded = Guarded(fleet.air, quarantine)
+def test_only_messages_that_need_an_answer_earn_anything(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    quarantine, post = daemon._quarantine, daemon._post
+    quarantine.know(["a"])
     heard(quarantine, "a", 100)
-    before = quarantine._ledgers["a"].points
-    guarded.publish(SITE.broadcast(), Hello(1).to_bytes())
-    assert quarantine._ledgers["a"].points == before
-    guarded.publish(SITE.down("a"), Want("0" * 64, "data", 0, 1).to_bytes())
-    assert quarantine._ledgers["a"].points > before
+    ledger = quarantine._ledgers["a"]
+    ledger.at = quarantine._clock() + 1e6  # no time passes
+    before = ledger.points
+    post.broadcast(Hello(1))
+    for message in (Gone("0" * 64), Accepted(JOB.name, 1, 1, "0" * 64), Cancelled(JOB.name, 1, 1, "late")):
+        post.send("a", message)
+    post.fetched("a", Want("0" * 64, "data", 0, 1), set())
+    assert ledger.points == before
+    post.send("a", Hello(1))
+    assert ledger.points > before
+
+
+def test_a_blob_can_be_fetched_for_nothing_only_a_few_times(quarantine: Quarantine) -> None:
+    for _ in range(100_000):
+        if not quarantine.hears("a", WANT):
+            break
+        quarantine.fetches("a", "0" * 64, 100)
+    news = quarantine.news()
+    assert isinstance(news, Quarantined)
+    assert news.reason == "too many messages"
 
 
 # --- what people see

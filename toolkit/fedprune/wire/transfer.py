@@ -321,6 +321,14 @@ class Serve:
     def __init__(self, *stores: BlobStore) -> None:
         self._stores = stores
 
+    def leaves(self, sha256: str) -> int:
+        """Leaves of a blob; 0 for one that isn't here."""
+        store = next((s for s in self._stores if s.has(sha256)), None)
+        try:
+            return 0 if store is None else -(-store.size(sha256) // LEAF)
+        except StorageError:
+            return 0
+
     def answer(self, want: Want, max_packet: int = MAX_PACKET) -> Iterator[bytes] | Gone:
         """The chunks that were wanted, read as they are taken, or that the blob is not here.
 
