@@ -51,7 +51,6 @@ ATTACKS = {
     "bound": f"every weight {EDGE}, every statistic {STATISTIC:g}",
     "flip": "the honest change with its sign reversed",
     "flip, longest": "the reversed change, as long as the limit allows",
-    "samples": "reversed sign, and 10^15 samples",
 }
 
 
@@ -109,9 +108,6 @@ def run(case: Case) -> dict[str, Any]:
     what = experiment(case)
     names = sorted(d.name for d in what.devices)
     hostile = [] if case.attack == "none" else [names[1], names[len(names) // 2 + 1]]
-    if case.attack == "samples":
-        devices = tuple(replace(d, data=Boasting.of(d)) if d.name in hostile else d for d in what.devices)
-        what = replace(what, devices=devices)
     longest = TENSOR * what.job.move_limit if what.job.move_limit else 1.0
     began, plain = time.perf_counter(), virtual_device.Workbench
 
@@ -140,20 +136,11 @@ def run(case: Case) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Boasting(virtual_device.StoredData):
-    """Data of a board that reports more samples than it has."""
-
-    @classmethod
-    def of(cls, device: Any) -> Boasting:  # type: ignore[override]
-        return cls(10**15, device.fingerprint, device.load)
-
-
 def poisoned(
     architecture: Architecture, tensors: dict[str, Any], sent: dict[str, Any], attack: str, longest: float
 ) -> dict[str, Any]:
     """What a hostile board sends in place of what it trained."""
-    times = {"x100": 100.0, "flip": -1.0, "flip, longest": -longest, "samples": -1.0}.get(attack, 1.0)
+    times = {"x100": 100.0, "flip": -1.0, "flip, longest": -longest}.get(attack, 1.0)
     out = {}
     for name, value in tensors.items():
         trained = architecture.by_name[name].kind.trainable

@@ -18,6 +18,7 @@ from fedprune.wire import link as link_module
 from fedprune.wire import unsent
 from fedprune.wire.broker_url import BrokerUrl, tls_context
 from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
+from fedprune.wire.inbox import Inbox
 from fedprune.wire.link import Link
 from machine import free_port
 
@@ -341,3 +342,31 @@ def test_a_slow_signal_handler_does_not_make_a_timeout_wait_for_ever() -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
     assert came
+
+
+@pytest.mark.mosquitto
+@pytest.mark.system
+def test_a_connection_that_is_flooded_closes_for_a_while_and_names_the_topic(start_mosquitto: Start) -> None:
+    broker = start_mosquitto()
+    woken: list[int] = []
+    with (
+        connected(
+            broker.url, "listener", ["a/b/c/+/-/join"], inbox=Inbox(50_000), pause_s=0.3, wake=lambda: woken.append(1)
+        ) as listener,
+        connected(broker.url, "stranger") as stranger,
+    ):
+        for _ in range(500):
+            stranger.publish("a/b/c/flood/-/join", b"x", 0)
+        heard = []
+        until = time.monotonic() + 30
+        while not any(isinstance(item, ConnectionUp) for item in heard) and time.monotonic() < until:
+            heard.append(listener.get(1))
+        assert any(isinstance(item, ConnectionDown) for item in heard)
+        assert sum(isinstance(item, tuple) for item in heard) <= 100
+        assert listener.overflowed == "a/b/c/flood"
+        assert listener.dropped
+        assert woken
+        stranger.publish("a/b/c/board/-/join", b"hello")
+        while (item := listener.get(30)) is not None and not isinstance(item, tuple):
+            pass
+        assert item == ("a/b/c/board/-/join", b"hello")

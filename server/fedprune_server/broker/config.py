@@ -37,6 +37,12 @@ EMQX_CONFIG, EMQX_ACL = "emqx.conf", "acl.conf"
 MAX_PACKET = 2_000_000
 """Bytes of a packet; Mosquitto 2.1's default, written down because 2.0 has none. It is one number for all listeners."""
 
+MAX_MEMBERS = 20_000
+"""Connections at a time on the listener that asks for certificates."""
+
+MAX_WAITING, MAX_WAITING_BYTES = 1000, 64 * 2**20
+"""Messages, and bytes of them, that wait for one client; Mosquitto drops what comes beyond that."""
+
 MAX_JOINING = 100
 """Connections at a time on the listener for joining."""
 
@@ -117,6 +123,10 @@ def mosquitto(site: str, broker: Broker) -> dict[str, str]:
         "# Without it small windows wait for delayed acknowledgements of TCP.",
         "set_tcp_nodelay true",
         f"max_packet_size {MAX_PACKET}",
+        f"message_size_limit {MAX_PACKET}",
+        "# What may wait for one client: a flood is dropped here and not kept.",
+        f"max_queued_messages {MAX_WAITING}",
+        f"max_queued_bytes {MAX_WAITING_BYTES}",
         "persistence false",
         "# What a client leaves behind: no messages, and no session beyond the shortest time that Mosquitto knows.",
         "retain_available false",
@@ -144,10 +154,12 @@ def mosquitto(site: str, broker: Broker) -> dict[str, str]:
         f"crlfile {broker.folder / CRL}",
         "require_certificate true",
         "use_identity_as_username true",
+        f"max_connections {MAX_MEMBERS}",
         *rules(acl, "acl", "false"),
     ]
     joining = [
-        "# Whoever wants to join: the broker has a certificate, the client has none yet.",
+        "# For boards that join: the broker has a certificate, the client has none yet. While no board is to join,",
+        "# comment these lines out and restart the broker.",
         f"listener {broker.join_port} {broker.bind}".rstrip(),
         *tls,
         "require_certificate false",

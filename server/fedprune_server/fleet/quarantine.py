@@ -26,6 +26,7 @@ from typing import Any
 from fedprune.disk import storage_errors, write_whole
 from fedprune.errors import StorageError
 from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.fields import one_line
 from fedprune.wire.messages import MAX_WANT
 
 log = logging.getLogger("fedprune.server")
@@ -69,6 +70,11 @@ FORGIVEN_S = 24 * 3600.0
 STRANGERS_BURST, STRANGERS_PER_S = 100_000.0, 1000.0
 """Points of all devices together that the server doesn't know yet, and that they get back in a second."""
 
+CROWD, CROWDED_S = "client ", 60.0
+"""What begins the name of a client without a certificate that floods the topic for joining, and for how long it is
+listed after the last time."""
+
+_CROWDING = "it floods the topic for joining; until it ends boards may not get through with requests to join"
 _SAVE_S, _TELL_S = 10.0, 600.0
 
 _NO_BOARDS = re.compile(
@@ -137,6 +143,7 @@ class Quarantine:
         self._clock, self._wall, self._path = clock, wall, path
         self._ledgers: dict[str, _Ledger] = {}
         self._strangers = _Ledger(STRANGERS_BURST, clock())
+        self._crowd: tuple[str, float] | None = None
         self._news: list[Quarantined | Released] = []
         self._ends: list[tuple[float, str]] = []
         self._dirty = path is not None and path.exists()
@@ -220,6 +227,22 @@ class Quarantine:
         else:
             self._stranger(BAD, self._clock())
 
+    def crowded(self, client: str) -> None:
+        """A client fills up the connection for requests to join, which is closed for a while.
+
+        Args:
+            client: Its MQTT client id. Of such clients the latest alone is kept: anybody can think of ids.
+        """
+        name, now = f"{CROWD}{one_line(client, 64)}", self._clock()
+        if self._crowd is None or self._crowd[1] <= now:
+            log.warning(
+                "the MQTT client %s floods the topic for joining: requests to join, %s's first of all, are dropped. "
+                "The broker's log tells its address; close the listener for joining while no board is to join",
+                client, client,
+            )  # fmt: skip
+        self._crowd = name, now + CROWDED_S
+        self._dirty = True
+
     def refused(self, device: str, reason: str) -> None:
         """A device's update doesn't count."""
         ledger = self._ledgers.get(device)
@@ -249,17 +272,20 @@ class Quarantine:
     def held(self, device: str) -> tuple[float, str] | None:
         """Until when a device is in quarantine, in seconds since 1970, and why; None for one that is listened to."""
         ledger, now = self._ledgers.get(device), self._clock()
+        if self._crowd is not None and device == self._crowd[0] and self._crowd[1] > now:
+            return self._wall() + self._crowd[1] - now, _CROWDING
         if ledger is None or ledger.until <= now:
             return None
         return self._wall() + ledger.until - now, ledger.reason
 
     def all_held(self) -> list[str]:
         """All devices in quarantine."""
-        return sorted({device for _, device in self._ends if self.held(device) is not None})
+        names = {device for _, device in self._ends} | ({self._crowd[0]} if self._crowd else set())
+        return sorted(device for device in names if self.held(device) is not None)
 
     def release(self, device: str) -> bool:
         """End a device's quarantine before its time; returns whether it was in one."""
-        if self.held(device) is None:
+        if self.held(device) is None or device not in self._ledgers:
             return False
         ledger, now = self._ledgers[device], self._clock()
         ledger.until, ledger.at = now, now
@@ -271,7 +297,11 @@ class Quarantine:
     def rows(self) -> dict[str, dict[str, Any]]:
         """What there is to say of devices: what didn't count, and until when they are in quarantine, as JSON."""
         now, wall = self._clock(), self._wall()
-        return {
+        crowd = self._crowd
+        strangers = {} if crowd is None else {crowd[0]: {**_BLANK, "times": 1, "until": None, "reason": _CROWDING}}
+        if crowd is not None and crowd[1] > now:
+            strangers[crowd[0]]["until"] = wall + crowd[1] - now
+        return strangers | {
             device: {
                 **asdict(ledger.counts),
                 "until": wall + ledger.until - now if ledger.until > now else None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fedprune.errors import ConfigError, IdentityError
 from fedprune.trust.tls import insecure_allowed
 from fedprune.wire.broker_url import BrokerUrl
+from fedprune.wire.inbox import Inbox
 from fedprune.wire.link import Link
 from fedprune.wire.topics import Topics
 from fedprune_server.broker.embedded import EmbeddedBroker, TlsFiles
@@ -24,6 +25,9 @@ from fedprune_server.link.wire import Wire
 from fedprune_server.settings.config import LOCAL, ServerConfig
 
 log = logging.getLogger("fedprune.server")
+
+JOINS_BYTES, JOINS_PAUSE_S = 2**20, 5.0
+"""Bytes of requests to join that may wait, some hundreds, and for how long their connection is closed beyond that."""
 
 _PLAIN_PORT, _TLS_PORT = 1883, 8883
 """Where brokers listen (IANA)."""
@@ -38,12 +42,14 @@ class Connection:
         link: The connection to the broker below it.
         broker: The embedded broker, if there is one.
         site: The fleet's.
+        joins: A connection of its own for requests to join; None without an identity.
         quarantine: Says whom the wire hears.
         url: The broker's address.
     """
 
     wire: Wire
     link: Link
+    joins: Link | None
     broker: EmbeddedBroker | None
     site: str
     quarantine: Quarantine
@@ -59,9 +65,10 @@ class Connection:
             BrokerError: The broker isn't there or refuses.
         """
         self.link.subscribe(subscriptions)
-        if isinstance(self.wire, SignedLink):
-            self.link.subscribe([Topics(self.site).join_subscription()])
         self.link.start()
+        if self.joins is not None:
+            self.joins.subscribe([Topics(self.site).join_subscription()])
+            self.joins.start(patient=True)
 
 
 @contextmanager
@@ -82,15 +89,24 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
         if config.embedded:
             broker = stack.enter_context(_embedded(config, identity))
             url = broker.url
+        quarantine, joins = Quarantine(path=config.state / QUARANTINE), None
         if identity is None:
             link = Link(url, f"fedprune-server-{config.site}"[:64])
+            wire: Wire = Guarded(link, quarantine)
         else:
             link = Link(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.context(config.ca))
+            joins = Link(
+                url,
+                f"fedprune-{secrets.token_hex(12)}",
+                tls=lambda: identity.context(config.ca),
+                inbox=Inbox(JOINS_BYTES),
+                pause_s=JOINS_PAUSE_S,
+                wake=link.wake,
+            )
+            stack.callback(joins.close)
+            wire = SignedLink(Guarded(link, quarantine), identity, joins=joins, quarantine=quarantine)
         stack.callback(link.close)
-        quarantine = Quarantine(path=config.state / QUARANTINE)
-        guarded = Guarded(link, quarantine)
-        wire: Wire = guarded if identity is None else SignedLink(guarded, identity)
-        yield Connection(wire, link, broker, site, quarantine, url)
+        yield Connection(wire, link, joins, broker, site, quarantine, url)
 
 
 @contextmanager

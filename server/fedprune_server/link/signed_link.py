@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from fedprune.errors import ProtocolError, SignatureError, StaleEpochError, TwoSignersError
 from fedprune.trust.correspondence import Opener, Sealer
@@ -23,6 +24,7 @@ from fedprune.wire.complaints import Complaints
 from fedprune.wire.connection_news import ConnectionUp
 from fedprune.wire.messages import Birth, Death, Hello, parse
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
+from fedprune_server.fleet.quarantine import Quarantine
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.join_desk import JoinDesk
 from fedprune_server.link.intake import TURN_S
@@ -46,17 +48,47 @@ JOINS_PER_S = 20.0
 """Requests to join that are looked at: each costs a signature, and anybody may ask. Who is not heard asks again."""
 
 
+class Joins(Protocol):
+    """A connection for requests to join.
+
+    Attributes:
+        dropped: Messages that didn't fit into its inbox.
+        overflowed: The topic, as far as the client in it, that had most waiting when one didn't fit.
+    """
+
+    dropped: int
+    overflowed: str
+
+    def get(self, timeout: float | None = 0.0) -> object:
+        """The next message (topic, payload) or event; None if nothing waits."""
+        ...
+
+
 class SignedLink(Relay):
     """What a server says, signed by it; what devices say that are let in, each message once.
 
     Args:
-        link: The connection; it listens to the server's topics and to `JoinDesk.subscription`.
+        link: The connection; it listens to the server's topics.
         identity: The server's.
-        clock: Seconds that only grow.
+        clock: Seconds of a monotonic clock.
+        joins: A connection that listens to `JoinDesk.subscription`, so that strangers crowd nobody but each other;
+            by default `link` listens to that, too.
+        quarantine: Is told who is a member, and whose signatures are wrong.
     """
 
-    def __init__(self, link: Wire, identity: IdentityFolder, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        link: Wire,
+        identity: IdentityFolder,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        joins: Joins | None = None,
+        quarantine: Quarantine | None = None,
+    ) -> None:
         super().__init__(link)
+        self._joining = joins
+        self._quarantine = quarantine or Quarantine(clock)
+        self._dropped = 0
         self._store = identity.store
         self._time = identity.authority.now
         self._topics = Topics(identity.site)
@@ -100,6 +132,8 @@ class SignedLink(Relay):
         members = self._look()
         if self._news:
             return self._news.popleft()
+        if self._joining is not None:
+            self._hear_joins(self._joining)
         if not self._opened:
             item = self._link.get(timeout)
             if item is None:
@@ -133,6 +167,7 @@ class SignedLink(Relay):
             self._opened.append(("", item))
             return
         topic, payload = item
+        device = ""
         try:
             if topic.endswith(f"/{NO_JOB}/{JOIN}"):
                 self._join(topic, payload)
@@ -147,15 +182,37 @@ class SignedLink(Relay):
             self._opened.append((device, item if channel != "up" else (topic, self._open(device, topic, payload))))
         except ProtocolError as error:
             self._complaints.about(topic, error)
+            if isinstance(error, SignatureError) and device in self._members:
+                self._quarantine.bad(device)
 
-    def _join(self, topic: str, payload: bytes) -> None:
+    def _hear_joins(self, joins: Joins) -> None:
+        """Answer the next request to join, if it is time for one; report who sends too many."""
+        if joins.dropped != self._dropped:
+            self._dropped = joins.dropped
+            self._quarantine.crowded(joins.overflowed.rpartition("/")[2])
+            while joins.get() is not None:
+                pass  # whoever is in earnest asks again, and would wait behind all that
+        self._refill_joins()
+        if self._joins < 1:
+            return
+        item = joins.get()
+        if isinstance(item, tuple):
+            try:
+                self._join(*item)
+            except ProtocolError as error:
+                self._complaints.about(item[0], error)
+
+    def _refill_joins(self) -> None:
         now = self._clock()
         self._joins = min(JOINS_PER_S, self._joins + (now - self._joins_at) * JOINS_PER_S)
         self._joins_at = now
+
+    def _join(self, topic: str, payload: bytes) -> None:
+        self._refill_joins()
         if self._joins >= 1:
             self._joins -= 1
             self._link.publish(*self._desk.receive(topic, payload))
-            self._look_at, self._version = now, None  # who was just let in may speak at once
+            self._look_at, self._version = self._clock(), None  # who was just let in may speak at once
 
     def _open(self, device: str, topic: str, payload: bytes) -> bytes:
         opener = self._opener(device)
@@ -203,6 +260,7 @@ class SignedLink(Relay):
             version = self._store.version()
             if version != self._version:
                 before, self._version, self._members = self._members, version, self._store.members()
+                self._quarantine.know(self._members)
                 self._news.extend(ShutOut(n) for n, key in before.items() if self._members.get(n) != key)
         return self._members
 

@@ -20,6 +20,7 @@ from fedprune.wire.join_messages import APPROVED, JoinAnswer
 from fedprune.wire.messages import Birth, Death, Finished, Hello, Progress, parse
 from fedprune.wire.topics import Topics
 from fedprune_device import signed_link as device_side
+from fedprune_server.fleet.quarantine import BAD, BURST, Quarantine
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.link import signed_link as server_side
 from fedprune_server.link.wire import Doubled, ShutOut
@@ -282,6 +283,53 @@ def test_so_many_requests_to_join_a_second_are_looked_at(lab: Lab) -> None:
     lab.now = 100.5
     lab.server.hears(*[asked] * 300)
     assert len(lab.server.end.sent) - before == 1.5 * server_side.JOINS_PER_S
+
+
+class Joining(End):
+    """A connection for requests to join."""
+
+    dropped = 0
+    overflowed = ""
+
+
+def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are_named(lab: Lab) -> None:
+    joining, quarantine = Joining(), Quarantine(lambda: lab.now + 1)
+    server = lab.new_server()
+    server.link = server_side.SignedLink(
+        server.end, lab.identity, lambda: lab.now, joins=joining, quarantine=quarantine
+    )
+    joining.inbox.extend((TOPICS.join("ab" * 16), b"x") for _ in range(30_000))
+    said = [lab.boards["pi-1"].say(Progress("pi-1", "job", 1, 1, "train", n, 10)) for n in range(10)]
+    assert len(server.hears(*said)) == 10
+    assert len(joining.inbox) >= 30_000 - server_side.JOINS_PER_S
+
+    joining.dropped, joining.overflowed = 1, TOPICS.join("ab" * 16).rpartition("/-/")[0]
+    server.link.get()
+    assert not joining.inbox, "who is in earnest would wait behind all that"
+    assert quarantine.all_held() == [f"client {'ab' * 16}"]
+    assert "floods the topic for joining" in quarantine.rows()[f"client {'ab' * 16}"]["reason"]
+    lab.now += 1
+    request = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILT)).request(
+        Claim.parse(lab.identity.claim("pi-9", DAY).text)
+    )
+    joining.inbox.append((TOPICS.join(request.nonce), request.to_bytes()))
+    server.link.get()
+    answer = parse(server.end.sent[-1][1])
+    assert isinstance(answer, JoinAnswer)
+    assert answer.status == APPROVED
+
+
+def test_members_are_known_before_they_announce_themselves_and_wrong_signatures_cost_them_dear(lab: Lab) -> None:
+    quarantine = Quarantine(lambda: lab.now + 1)
+    server = lab.new_server()
+    server.link = server_side.SignedLink(server.end, lab.identity, lambda: lab.now, quarantine=quarantine)
+    server.link.get()
+    forged = (TOPICS.up("pi-1"), b"unsigned")
+    for _ in range(int(BURST / BAD)):
+        if quarantine.hears("pi-1", 100):
+            server.hears(forged)
+    assert quarantine.all_held() == ["pi-1"]
+    assert quarantine.hears("pi-2", 100)
 
 
 def answers(lab: Lab, board: Board, session: int, heard: int) -> list[Sent]:

@@ -49,6 +49,11 @@ class Inbox(Generic[E]):
         self._items.put((topic, payload))
         return True
 
+    def largest(self) -> str:
+        """The topic, as far as the sender in it, that has most bytes waiting; empty if none waits."""
+        with self._lock:
+            return max(self._waiting, key=lambda sender: self._waiting[sender], default="")
+
     def tell(self, event: E) -> None:
         """Take in an event; there is always room for one."""
         self._items.put(event)

@@ -53,6 +53,9 @@ class Link:
         keepalive: Seconds of silence after which a ping is sent; a dead connection is noticed after about two of them.
         tls: Gives what mqtts:// uses, before every connection, so that a certificate may be renewed meanwhile; by
             default the system's authorities count.
+        inbox: Where messages wait to be read; by default a large one.
+        pause_s: Seconds for which the connection is closed when the inbox is full; 0 to drop messages instead.
+        wake: Called for every message that has come, from the network's thread.
 
     Raises:
         ConfigError: The URL is not one.
@@ -66,16 +69,23 @@ class Link:
         will: Will | Callable[[], Will] | None = None,
         keepalive: int = 30,
         tls: Callable[[], ssl.SSLContext] = tls_context,
+        inbox: Inbox[Event] | None = None,
+        pause_s: float = 0.0,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.url = BrokerUrl.parse(url)
         self.client_id = client_id
         self.dropped = 0
         """Messages that didn't fit into the inbox."""
+        self.overflowed = ""
+        """The topic that had most messages waiting when the inbox was full the last time."""
+        self._pause_s = pause_s
+        self._wake = wake
         self._will = will
         self._trial = None if will is None else WillTrial()
         self._keepalive = keepalive
         self._tls = tls
-        self._inbox = Inbox[Event]()
+        self._inbox = inbox or Inbox[Event]()
         self._state = threading.Condition(threading.RLock())
         self._client: paho.Client | None = None
         self._up = False
@@ -85,6 +95,7 @@ class Link:
         self._tell = False
         self._subscriptions = Subscriptions()
         self._unsent = Unsent()
+        self._paused = False
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -237,6 +248,9 @@ class Link:
                 log.warning("connection to %s failed unexpectedly", self.url, exc_info=True)
                 reason = f"{type(error).__name__}: {error}"
             self._lost(reason)
+            if self._paused:
+                self._paused = False
+                self._closing.wait(self._pause_s)
             if self._trial is not None and self._trial.at_once:
                 continue
             # Only a connection that has lasted resets the back-off: two clients of one name push each other out.
@@ -358,15 +372,20 @@ class Link:
         if news and self._tell and not self._closing.is_set():
             log.warning("no connection to the MQTT broker at %s: %s", self.url, reason)
 
-    def _on_message(self, _client: paho.Client, _user: Any, message: paho.MQTTMessage) -> None:
+    def _on_message(self, client: paho.Client, _user: Any, message: paho.MQTTMessage) -> None:
         try:
             topic, payload = message.topic, bytes(message.payload)
         except UnicodeDecodeError:
             return
-        if not self._inbox.offer(topic, payload):
-            self.dropped += 1
-            if self.dropped == 1:
-                log.warning("inbox of %s is full: messages are dropped", self.client_id)
+        if self._inbox.offer(topic, payload):
+            self._wake()
+            return
+        self.dropped += 1
+        if self._pause_s and not self._paused:
+            self._paused, self.overflowed = True, self._inbox.largest()
+            client.disconnect()  # what waits at the broker is lost with the connection
+        elif self.dropped == 1 and not self._pause_s:
+            log.warning("inbox of %s is full: messages are dropped", self.client_id)
 
     def _settle(self) -> None:
         """Take what was sent off the list of what waits."""
