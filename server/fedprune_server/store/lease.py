@@ -35,6 +35,7 @@ DATABASE_ID = "database-id"
 
 LASTS_S = 15.0
 RENEWED_S = 3.0
+_LOOK_S = 1.0
 
 
 class LeaseLostError(StorageError):
@@ -66,7 +67,10 @@ class Lease:
     def __init__(self, url: str, folder: Path) -> None:
         self.lost: Callable[[], None] = lambda: None
         self.shared: str | None = None
-        self._database = Database(url)
+        self._url, self._database = url, Database(url)
+        self._reader: Database | None = None
+        self._looked: tuple[float, str] | None = None
+        self._looking = threading.Lock()
         number = folder.stat().st_ino
         self._holder = f"{socket.gethostname()}:{folder.resolve()}:{number}"
         self._token: int | None = None
@@ -134,15 +138,25 @@ class Lease:
             raise self._error()
 
     def trouble(self) -> str:
-        """What keeps this server from writing to its database, in words; empty if nothing does. For any thread."""
-        if self._gone:
-            return "another server has taken the job over"
+        """What keeps this server from writing to its database, in words; empty if nothing does. For any thread.
+
+        It locks nothing, and the database is asked once a second at most, however often this is called.
+        """
+        with self._looking:
+            now = time.monotonic()
+            if self._looked is None or now - self._looked[0] >= _LOOK_S:
+                self._looked = now, self._look()
+            return self._looked[1]
+
+    def _look(self) -> str:
         try:
-            with self._database.transaction() as connection:
-                found = _read(connection).token
+            if self._reader is None:
+                self._reader = Database(self._url, read_only=True)
+            with self._reader.transaction() as connection:
+                gone = self._gone or _read(connection, hold=False).token != self._token
         except StorageError as error:
             return str(error)
-        return "" if found == self._token else "another server has taken the job over"
+        return "another server has taken the job over" if gone else ""
 
     def close(self) -> None:
         """Give it back."""
@@ -156,6 +170,9 @@ class Lease:
                     if row.token == self._token:
                         _write(connection, _Row(row.holder, row.token, 0.0))
         self._database.close()
+        with self._looking:
+            if self._reader is not None:
+                self._reader.close()
 
     def _database_id(self) -> str:
         with self._database.transaction() as connection:
@@ -222,9 +239,9 @@ class Lease:
         )
 
 
-def _read(connection: sql.Connection, *, share: bool = False) -> _Row:
-    query = sql.select(META.c.value).where(META.c.key == ROW).with_for_update(read=share)
-    text = connection.execute(query).scalar()
+def _read(connection: sql.Connection, *, share: bool = False, hold: bool = True) -> _Row:
+    query = sql.select(META.c.value).where(META.c.key == ROW)
+    text = connection.execute(query.with_for_update(read=share) if hold else query).scalar()
     try:
         return _Row() if text is None else _Row(**json.loads(text))
     except (ValueError, TypeError) as error:
