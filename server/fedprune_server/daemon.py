@@ -36,7 +36,7 @@ from fedprune_server.link.post import Line, Post
 from fedprune_server.link.reception import Reception
 from fedprune_server.link.sharing import Audience, Sharing
 from fedprune_server.link.shipping import Shipping
-from fedprune_server.link.supervised import Supervised, revive
+from fedprune_server.link.supervised import Supervised, Supervisor
 from fedprune_server.link.uploads import Uploads
 from fedprune_server.link.wire import Item, Noticed, Wire
 from fedprune_server.observation.onlooker import Onlooker, Onlookers, Shown
@@ -124,7 +124,7 @@ class Daemon:
             self._workshop = Workshop(worker)
         self._quarantine = quarantine or Quarantine(monotonic)
         self._link = link if quarantine is not None else Guarded(link, self._quarantine)
-        self._topics, self._broker = Topics(site), broker
+        self._topics, self._supervisor = Topics(site), Supervisor(broker)
         self._clock, self._monotonic = clock, monotonic
         self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
         self._shipping = Shipping(store)
@@ -303,6 +303,7 @@ class Daemon:
         self.onlookers.turned(lambda: self._monotonic() - begun, self.view)
 
     def _close(self) -> None:
+        self._supervisor.close()
         self._shipping.close()
         self._workshop.close()
         self.onlookers.ended()
@@ -369,7 +370,7 @@ class Daemon:
     # Time.
 
     def _tick(self, now: float) -> None:
-        revive(self._broker)
+        self._supervisor.tick()
         for device, size in self.web_bytes().items():
             self._roster.sent(device, size)
         for device in self._roster.presence.silent(now):

@@ -22,7 +22,7 @@ from fedprune_server.fleet.presence import Presence
 from fedprune_server.fleet.quarantine import Quarantine, Quarantined, Released
 from fedprune_server.job_desk import JobDesk
 from fedprune_server.link.intake import Intake
-from fedprune_server.link.supervised import Supervised, revive
+from fedprune_server.link.supervised import Supervised, Supervisor
 from fedprune_server.link.wire import Doubled, Item, ShutOut, Wire
 from fedprune_server.loans import Loans
 
@@ -65,7 +65,12 @@ class Host:
             names = [d.job.name for d in desks]
             raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(names))
         self._first = desks[0]
-        self._link, self._quarantine, self._topics, self._broker = link, quarantine, Topics(site), broker
+        self._link, self._quarantine, self._topics, self._supervisor = (
+            link,
+            quarantine,
+            Topics(site),
+            Supervisor(broker),
+        )
         self._clock, self._monotonic = clock, monotonic
         self._here: dict[str, Birth] = {}
         self._loans = Loans(self.desks, self._here)
@@ -139,6 +144,7 @@ class Host:
                     self._linger()
                     break
         finally:
+            self._supervisor.close()
             for desk in self.desks.values():
                 desk.close()
 
@@ -268,7 +274,7 @@ class Host:
         self._link.publish(self._topics.broadcast(), Hello(int(self._clock())).to_bytes())
 
     def _tick(self, now: float) -> None:
-        revive(self._broker)
+        self._supervisor.tick()
         for device in self._watch.silent(now):
             self._ask(device)
         for device in self._watch.gone(self._intake.caught_up):

@@ -78,12 +78,13 @@ class Watched(Site):
             lines = answer.read().decode().splitlines()
         return int(sum(float(x.rpartition(" ")[2]) for x in lines if x.startswith(f'fedprune_alerts{{kind="{kind}"')))
 
-    def doctor(self) -> tuple[int, list[dict[str, Any]]]:
-        """The doctor's exit code and its findings of weight *wrong*."""
-        words = ["doctor", "--state", str(self.state), "--json", "--timeout", "2"]
-        run = subprocess.run([sys.executable, "-m", "fedprune_server.cli", *words], capture_output=True, check=False)
-        found = [f for f in json.loads(run.stdout)["findings"] if f["weight"] == "wrong" and f["kind"] != "disk"]
-        return run.returncode, found
+
+def doctor(site: Site) -> tuple[int, list[dict[str, Any]]]:
+    """The doctor's exit code and its findings of weight *wrong*."""
+    words = ["doctor", "--state", str(site.state), "--json", "--timeout", "2"]
+    run = subprocess.run([sys.executable, "-m", "fedprune_server.cli", *words], capture_output=True, check=False)
+    found = [f for f in json.loads(run.stdout)["findings"] if f["weight"] == "wrong" and f["kind"] != "disk"]
+    return run.returncode, found
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched, monkey
     assert site.log().index("alert: no board") < site.log().index("makes no progress"), (
         "told before the deadline passed"
     )
-    code, findings = site.doctor()
+    code, findings = doctor(site)
     assert (code, {f["kind"] for f in findings}) == (6, {"no-devices", "no-progress"})
     assert all(f["todo"] for f in findings)
 
@@ -139,5 +140,23 @@ def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched, monkey
     assert site.log().count("alert: no board") == site.log().count("the alert is over: no board") == 1
 
     site.stop("server")
-    code, findings = site.doctor()
+    code, findings = doctor(site)
     assert (code, [f["kind"] for f in findings]) == (6, ["server-not-running"])
+
+
+def test_a_broker_that_dies_is_told_and_so_is_its_return(tmp_path: Path) -> None:
+    write_material(tmp_path, {"north": 60})
+    config = CONFIG[: CONFIG.index("[alerts]")].replace("devices = 2", "devices = 1")
+    with Site(tmp_path, tmp_path, config, ("north",), 90, mosquitto=True) as site:
+
+        def logged(text: str) -> bool:
+            return text in (site.folder / "server.log").read_text()
+
+        site.start_all()
+        site.wait_for(lambda: (s := site.saved()) is not None and s.round > 1, "a round goes by")
+        site.processes["broker"].kill()
+        site.processes["broker"].wait()
+        site.wait_for(lambda: logged("alert: there is no connection to the broker. To do: see"), "the log tells of it")
+        assert doctor(site)[1][0]["kind"] == "broker"
+        site.start("broker")
+        site.wait_for(lambda: logged("the alert is over: there is no connection to the broker"), "it is over")
