@@ -40,24 +40,30 @@ def add_operators_command(commands: Any) -> None:
 
 
 def _add(arguments: argparse.Namespace) -> int:
-    with _Opened(arguments.state) as accounts:
+    opened = _Opened(arguments.state)
+    with opened as accounts:
         accounts.check_new(arguments.name, arguments.role)
         accounts.add(arguments.name, arguments.role, _read_password())
+        opened.note("operator_add", operator=arguments.name, role=arguments.role)
     print(f"{arguments.name} may use the console as {arguments.role}")
     return int(ExitCode.OK)
 
 
 def _password(arguments: argparse.Namespace) -> int:
-    with _Opened(arguments.state) as accounts:
+    opened = _Opened(arguments.state)
+    with opened as accounts:
         accounts.check_known(arguments.name)
         accounts.set_password(arguments.name, _read_password())
+        opened.note("operator_password", operator=arguments.name)
     print(f"{arguments.name} has another password, and is logged out everywhere")
     return int(ExitCode.OK)
 
 
 def _remove(arguments: argparse.Namespace) -> int:
-    with _Opened(arguments.state) as accounts:
+    opened = _Opened(arguments.state)
+    with opened as accounts:
         accounts.remove(arguments.name)
+        opened.note("operator_remove", operator=arguments.name)
     print(f"{arguments.name} may not use the console any more")
     return int(ExitCode.OK)
 
@@ -95,6 +101,12 @@ class _Opened:
         from fedprune_server.console.accounts import Accounts
 
         return Accounts(self._database)
+
+    def note(self, action: str, **what: str) -> None:
+        """Write to the audit log who did this at the terminal."""
+        from fedprune_server.console.audit import Audit
+
+        Audit(self._database).note(getpass.getuser(), "terminal", action, what, "done")
 
     def __exit__(self, *_: object) -> None:
         self._database.close()

@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from fedprune.disk import held
 from fedprune.errors import ExitCode, UsageError
 from fedprune.quantity import quantity
 from fedprune.release import Release
+from fedprune.terminal import Column, print_table
 from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS
 from fedprune_server.commands.state import add_state
 
@@ -67,6 +69,9 @@ def add_rollout_command(commands: Any) -> None:
     status = actions.add_parser("status", help="say how far the last rollout is, and what failed")
     status.add_argument("--json", action="store_true", help="as JSON, for programs")
     status.set_defaults(run=_status)
+    listed = actions.add_parser("list", help="list all rollouts, the latest first")
+    listed.add_argument("--json", action="store_true", help="as JSON, for programs")
+    listed.set_defaults(run=_list)
     stop = actions.add_parser("stop", help="give the release to no more boards; those that have it keep it")
     stop.set_defaults(run=_stop)
     back = actions.add_parser(
@@ -77,7 +82,7 @@ def add_rollout_command(commands: Any) -> None:
     back.set_defaults(run=_back)
     for action in (pause, stop, back):
         action.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
-    for action in (start, pause, resume, status, stop, back):
+    for action in (start, pause, resume, status, listed, stop, back):
         add_state(action)
 
 
@@ -130,6 +135,28 @@ def _status(arguments: argparse.Namespace) -> int:
         print(describe(entry))
         if entry.rollout.phase.under_way and not held(arguments.state / _LOCK):
             print("no server is running on this folder: it goes on when one is started")
+    return int(ExitCode.OK)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from fedprune_server.rollouts.store import RolloutStore
+
+    _latest(arguments.state)
+    with RolloutStore(arguments.state) as store:
+        entries = store.entries()[::-1]
+    if arguments.json:
+        print(json.dumps([_body(e) for e in entries], indent=2, sort_keys=True))
+        return int(ExitCode.OK)
+    rows = []
+    for entry in entries:
+        release = Release.from_bytes(entry.offer.manifest.encode())
+        fates = Counter(b.fate for b in entry.rollout.boards.values())
+        begun = datetime.fromtimestamp(entry.at, timezone.utc).strftime("%Y-%m-%d %H:%M")
+        boards = f"{fates[Fate.WELL]} of {len(entry.rollout.boards) - fates[Fate.GONE]}"
+        state, failed = entry.rollout.phase.value, str(fates[Fate.FAILED])
+        rows.append((str(entry.number), f"{release.number} ({release.version})", state, boards, failed, begun))
+    print_table([Column("rollout", right=True), Column("release"), Column("state"), Column("updated", right=True),
+                 Column("failed", right=True, drop=1), Column("begun (UTC)", drop=2)], rows)  # fmt: skip
     return int(ExitCode.OK)
 
 

@@ -11,6 +11,12 @@ from fedprune.wire.fields import one_line
 from fedprune_server.console.database import ConsoleDatabase
 from fedprune_server.console.paging import MAX_SIZE, Page
 
+_ORDER = "json_extract(what, '$.order')"
+_OUTCOME = (
+    "(SELECT a.outcome FROM audit AS a WHERE json_extract(a.what, '$.order') = json_extract(audit.what, '$.order') "  # nosec B608  # a text of ours
+    "AND a.number > audit.number ORDER BY a.number DESC LIMIT 1)"
+)
+
 
 class Audit:
     """The audit log.
@@ -50,7 +56,7 @@ class Audit:
         )
 
     def page(self, page: int = 1, size: int = 50, operator: str | None = None) -> Page:
-        """Lines, the latest first.
+        """Entries, the latest first; an order and its outcome, which are two lines of the log, are one entry.
 
         Args:
             page: From 1.
@@ -63,13 +69,15 @@ class Audit:
         """
         if page < 1 or not 1 <= size <= MAX_SIZE:
             raise ValueError(f"expected a page from 1 on and a size from 1 to {MAX_SIZE}, got {page} and {size}")
-        where, values = ("WHERE operator = ?", (operator,)) if operator is not None else ("", ())
+        whose, values = ("AND operator = ?", (operator,)) if operator is not None else ("", ())
+        where = f"WHERE ({_ORDER} IS NULL OR outcome = 'ordered') {whose}"
         row = self._database.row(f"SELECT count(*) AS n FROM audit {where}", *values)  # noqa: S608  # nosec B608  # two texts of ours
         total = int(row["n"]) if row else 0
         pages = max(1, -(-total // size))
         page = min(page, pages)
         rows = self._database.rows(
-            f"SELECT * FROM audit {where} ORDER BY number DESC LIMIT ? OFFSET ?",  # noqa: S608  # nosec B608  # as above
+            f"SELECT number, at, operator, address, action, what, coalesce({_OUTCOME}, outcome) AS outcome "  # noqa: S608  # nosec B608  # as above
+            f"FROM audit {where} ORDER BY number DESC LIMIT ? OFFSET ?",
             *values, size, (page - 1) * size,
         )  # fmt: skip
         return Page([{**r, "what": json.loads(r["what"])} for r in rows], page, pages, size, total)

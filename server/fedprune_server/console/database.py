@@ -35,6 +35,7 @@ CREATE TABLE IF NOT EXISTS audit (
     number INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, operator TEXT NOT NULL, address TEXT NOT NULL,
     action TEXT NOT NULL, what TEXT NOT NULL, outcome TEXT NOT NULL
 ) STRICT;
+CREATE INDEX IF NOT EXISTS audit_by_order ON audit (json_extract(what, '$.order'));
 CREATE TRIGGER IF NOT EXISTS audit_stays BEFORE DELETE ON audit
     BEGIN SELECT RAISE(ABORT, 'the audit log is append only'); END;
 CREATE TRIGGER IF NOT EXISTS audit_is BEFORE UPDATE ON audit

@@ -84,6 +84,7 @@ class Pages:
         )
         self._templates.filters.update(phrases.FILTERS)
         # The renderer escapes all names.
+        self._templates.filters["local_measure"] = presentation.local_measure
         self._templates.filters["chart"] = lambda drawn: Markup(chart.figure(drawn))  # noqa: S704
         self._templates.filters["strip"] = lambda drawn: Markup(chart.strip_svg(drawn))  # noqa: S704
         self._templates.globals["heat_scale"] = Markup(chart.scale())  # noqa: S704
@@ -252,6 +253,7 @@ def install(app: FastAPI, console: Console) -> None:
             figures=presentation.figures(details),
             map=presentation.channel_map(details),
             history=details["history"] if details else (),
+            charts=presentation.device_charts(details["history"]) if details else [],
             told=model.board_log(name),
             log=model.lines(size=ROWS, only={"device": name}).items,
         )

@@ -157,6 +157,37 @@ def plural(n: int, word: str) -> str:
     return f"{n:,} {word}" if n == 1 else f"{n:,} {word}s"
 
 
+def deed(entry: Mapping[str, Any]) -> str:
+    """What an entry of the audit log says was done."""
+    what, action = entry["what"], entry["action"]
+    text = _DEEDS.get(action, action.replace("_", " "))
+    text = text.format_map({k: what.get(k) or "–" for k in ("job", "device", "key", "release", "operator", "role")})
+    if action == "rollout_start":
+        boards, stages = what.get("devices") or (), what.get("groups") or ()
+        text += f" to {', '.join(boards)}" if boards else " to all boards"
+        text += f" in stages of {', '.join(f'{s:.0%}' for s in stages)}" if stages else ""
+    return f"{text} ({what['reason']})" if what.get("reason") else text
+
+
+_DEEDS = {
+    "login": "log in",
+    "logout": "log out",
+    "pause": "pause job {job}",
+    "resume": "resume job {job}",
+    "approve": "approve {device} with key {key}",
+    "deny": "deny {device}",
+    "revoke": "revoke {device}",
+    "release_quarantine": "end the quarantine of {device}",
+    "rollout_start": "roll out {release}",
+    "rollout_pause": "pause the rollout",
+    "rollout_resume": "resume the rollout",
+    "rollout_stop": "stop the rollout",
+    "rollout_back": "roll back release {release}",
+    "operator_add": "add operator {operator} as {role}",
+    "operator_password": "change the password of {operator}",
+    "operator_remove": "remove operator {operator}",
+}
+
 FILTERS: dict[str, Any] = {
     "mark": mark,
     "word": word,
@@ -172,6 +203,7 @@ FILTERS: dict[str, Any] = {
     "versions": versions,
     "plural": plural,
     "runs": runs,
+    "deed": deed,
 }
 """By the names that templates use."""
 

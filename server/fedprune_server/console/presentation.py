@@ -132,6 +132,70 @@ def charts(rounds: Sequence[Row]) -> list[Chart]:
     return [c for c in made if c is not None]
 
 
+def device_charts(history: Sequence[Row]) -> list[Chart]:
+    """Curves of what a device measured in its rounds.
+
+    Args:
+        history: Its client updates, the newest first.
+    """
+    rows = [h for h in reversed(history) if h["metrics"]]
+    at = [float(h["round"]) for h in rows]
+    found = []
+    for key, title, names, said, shown in _DEVICE_CHARTS:
+        series = {label: [h["metrics"].get(name) for h in rows] for label, name in names.items()}
+        series = {label: values for label, values in series.items() if any(v is not None for v in values)}
+        if not series:
+            continue
+        unit, top = (1.0, ""), None
+        most = max(v for values in series.values() for v in values if v is not None)
+        if shown == "share":
+            unit, top = (0.01, "%"), 100.0
+        elif shown in ("bytes", "s"):
+            size, name = phrases.axis_of_sizes(most) if shown == "bytes" else phrases.axis_of_lengths(most)
+            unit = size, f" {name}"
+        found.append(chart(key, title, at, series, said, unit=unit, top=top, from_zero=shown != "", bridged=True))
+    return [c for c in found if c is not None]
+
+
+def local_measure(metrics: Mapping[str, float]) -> str:
+    """The local accuracy of the model that a device serves, else its loss."""
+    for kind, said in (("accuracy", phrases.share), ("loss", phrases.number)):
+        for moment in ("average", "after", "last", "before"):
+            if (value := metrics.get(f"{kind}_{moment}")) is not None:
+                return f"{said(value)}" if kind == "accuracy" else f"loss {said(value)}"
+        if kind in metrics:
+            return f"{said(metrics[kind])}" if kind == "accuracy" else f"loss {said(metrics[kind])}"
+    return phrases.NOTHING
+
+
+_DEVICE_CHARTS: tuple[tuple[str, str, dict[str, str], Any, str], ...] = (
+    (
+        "accuracy",
+        "Local accuracy",
+        {
+            "received": "accuracy_before",
+            "trained": "accuracy_after",
+            "average": "accuracy_average",
+            "measured": "accuracy",
+        },
+        phrases.share,
+        "share",
+    ),
+    (
+        "loss",
+        "Local loss",
+        {"received": "loss_before", "trained": "loss_after", "average": "loss_average", "measured": "loss"},
+        phrases.number,
+        "",
+    ),
+    ("times", "Time of a round's training", {"training": "train_seconds"}, phrases.seconds, "s"),
+    ("step", "Time of a step and of a prediction", {"step": "step_seconds", "prediction": "latency_seconds"},
+     phrases.seconds, "s"),
+    ("memory", "Peak memory", {"peak": "peak_memory_bytes"}, phrases.size, "bytes"),
+)  # fmt: skip
+"""Charts of a device: key, title, metrics by the names of their curves, how a value is written, and its kind."""
+
+
 def strips(coverage: Row | None) -> list[Strip]:
     """The coverage's groups, as they are drawn."""
     return [strip(g["name"], g["channels"], g["held"]) for g in (coverage or {}).get("groups", ())]

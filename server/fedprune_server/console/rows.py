@@ -61,12 +61,22 @@ def device_row(
     if release is None and update is not None and update["state"] == COMMITTED:
         release = update["number"]
     probe = (device.probe if device is not None else None) or {}
+    now_at = _state(
+        state,
+        device,
+        task,
+        here=here,
+        training=contact.progress is not None,
+        status=status,
+        problem=contact.problem,
+    )
+    if device is None and now_at != "excluded":
+        doing = now_at
     return {
         "name": name,
         "job": job,
         "online": online,
-        "state": _state(state, device, task, here=here, training=contact.progress is not None, status=status,
-                        problem=contact.problem),
+        "state": now_at,
         "doing": one_line(doing, 190),
         "profile": one_line(shown.profile, 190),
         "slot": slot,
@@ -83,7 +93,7 @@ def device_row(
         "seconds": number(shown.seconds, 0.0, 1e12),
         "accuracy": number(shown.accuracy, 0.0, 1.0),
         "loss": number(shown.loss, -1e300, 1e300),
-        "staleness": None if device is None or not device.last else max(0, state.round - device.last),
+        "staleness": None if device is None or not device.last else max(0, _ended(state) - device.last),
         "quarantine": None if held is None else {"until": held[0], "reason": one_line(held[1], 500)},
         "status": status,
         "key": key,
@@ -105,6 +115,11 @@ def _state(
     if task is None or not state.awaits(task):
         return "ready"
     return "training" if task.progress is Progress.OFFERED and training else _STATE[task.progress]
+
+
+def _ended(state: State) -> int:
+    """The last round that has ended: in the one under way no board is late yet."""
+    return int(state.history[-1]["round"]) if state.history else 0
 
 
 def versions(software: str) -> dict[str, str]:

@@ -15,7 +15,12 @@ from fedprune.wire.release_messages import ReleaseOffer
 from fedprune_server.identity.store import APPROVED, WAITING, IdentityStore
 from fedprune_server.rollouts.store import Entry, RolloutStore
 
+MOST_ROLLOUTS = 20
+"""Rollouts that the console lists."""
+
 _FAILURES = 50
+_EARLIER_FAILURES = 3
+"""Boards that failed in the latest rollout, and in each of the earlier ones, that are named."""
 
 
 class Members:
@@ -70,7 +75,7 @@ class Members:
 
 
 class ReleaseWatch:
-    """What becomes of the release that was rolled out last.
+    """The latest rollouts, and where the last one's release stands on each board.
 
     Args:
         store: The rollouts' database, open for this alone.
@@ -101,8 +106,11 @@ class ReleaseWatch:
         version = self._store.version()
         if version == self._version:
             return None
-        entry = self._store.latest()
-        rows = () if entry is None else (_row(entry, self._before(entry.prior)),)
+        entries = self._store.entries()[: -MOST_ROLLOUTS - 1 : -1]
+        entry = entries[0] if entries else None
+        rows = tuple(
+            _row(e, self._before(e.prior), failures=_FAILURES if e is entry else _EARLIER_FAILURES) for e in entries
+        )
         before, self._standing = self._standing, {} if entry is None else _reports(entry)
         self._moved |= {n for n in before.keys() | self._standing.keys() if before.get(n) != self._standing.get(n)}
         self._version = version  # once it is read: what fails is looked at again
@@ -146,9 +154,9 @@ def _state(entry: Entry) -> str:
     return "pausing" if entry.hold is not None else "resuming"
 
 
-def _row(entry: Entry, before: str | None) -> dict[str, Any]:
+def _row(entry: Entry, before: str | None, *, failures: int) -> dict[str, Any]:
     rollout, counts = entry.rollout, Counter(b.fate for b in entry.rollout.boards.values())
-    failures = list(rollout.failures().items())[:_FAILURES]
+    failed = list(rollout.failures().items())[:failures]
     return {
         "name": f"rollout {entry.number}",
         "number": entry.number,
@@ -163,7 +171,7 @@ def _row(entry: Entry, before: str | None) -> dict[str, Any]:
         "state": _state(entry),
         "why": one_line(rollout.why, 1500),
         "at": entry.at,
-        "failures": {n: one_line(why, 300) for n, why in failures},
+        "failures": {n: one_line(why, 300) for n, why in failed},
         "subject": entry.offer.number,
         "before": before,
         "leaves": entry.leaves,

@@ -127,7 +127,7 @@ class TrialFleet:
         share = row["density"] or 0
         history = tuple(
             {"round": n, "at": self._now - 300 * (self._round - n), "progress": "folded", "density": share,
-             "samples": 600, "metrics": self._metrics(n), "reason": ""}
+             "samples": 600, "metrics": self._measured(n), "reason": ""}
             for n in range(self._ended, max(0, self._ended - 20), -1)
         )  # fmt: skip
         sizes = {f"layer{i}.conv": (16 * (i + 1), 64 * (i + 1)) for i in range(8)}
@@ -186,6 +186,17 @@ class TrialFleet:
 
     def _metrics(self, number: int) -> dict[str, float]:
         return {"accuracy": 0.9 - 0.8 / (1 + number / 5), "loss": 2.3 / (1 + number / 8)}
+
+    def _measured(self, number: int) -> dict[str, float]:
+        """What a board measures in a round."""
+        whole = self._metrics(number)
+        return {
+            "accuracy_before": whole["accuracy"], "accuracy_after": min(1.0, whole["accuracy"] * 1.05),
+            "loss_before": whole["loss"], "loss_after": whole["loss"] * 0.9, "loss_first": whole["loss"],
+            "loss_last": whole["loss"] * 0.8, "train_accuracy": whole["accuracy"], "step_seconds": 0.127,
+            "latency_seconds": 0.0194, "peak_memory_bytes": 84.1e6, "train_seconds": 37.5 + number % 3,
+            "download_seconds": 1.9, "evaluate_seconds": 0.8,
+        }  # fmt: skip
 
     def _row(self, i: int) -> dict[str, Any]:
         chance = self._chance

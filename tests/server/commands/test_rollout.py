@@ -230,3 +230,18 @@ def test_the_page_names_every_option_and_every_state() -> None:
     assert len(options) > 10
     assert [o for o in sorted(options - {"--help"}) if f"`{o}" not in page and f" {o} " not in page] == []
     assert [s for s in STATES if f"`{s}`" not in protocol] == []
+
+
+def test_all_rollouts_are_listed_the_latest_first(state: Path, read: Read, tmp_path: Path) -> None:
+    for number in (7, 8, 9):
+        with IdentityFolder(state) as identity:
+            made = make_release(tmp_path / f"release-{number}", number, key=identity.key)
+        read("start", made)
+        read("stop")
+        desk(state, [])
+    lines = [line.split("\t") for line in read("list").splitlines()]
+    assert lines[0][:3] == ["rollout", "release", "state"]
+    assert [(row[0], row[1].split()[0], row[2]) for row in lines[1:]] == [
+        ("3", "9", "stopped"), ("2", "8", "stopped"), ("1", "7", "stopped"),
+    ]  # fmt: skip
+    assert [e["release"] for e in json.loads(read("list", "--json"))] == [9, 8, 7]

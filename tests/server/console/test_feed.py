@@ -14,7 +14,7 @@ from several import SeveralJobs, named
 
 from fedprune.coordination import Phase
 from fedprune_server.console import rows
-from fedprune_server.console.device_words import Coverage
+from fedprune_server.console.device_words import Coverage, Devices
 from fedprune_server.console.feed import COVERED_S, Feed
 from fedprune_server.console.feed_words import Beat, ToConsole, line, parse_news
 from fedprune_server.console.lookout import Lookout
@@ -108,6 +108,20 @@ def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:
         assert (row["bytes_down"], row["bytes_up"]) == daemon.traffic[name]
         assert row["samples"] == state.devices[name].samples
     assert sum(r["bytes_up"] for r in rounds) <= sum(up for _, up in daemon.traffic.values())
+    late = [row["staleness"] for word in child.told if isinstance(word, Devices) for row in word.rows]
+    assert 0 in late
+    assert not any(late), "a board whose round is under way is not late"
+
+
+def test_a_waiting_board_is_waiting_on_its_page_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, views = Fleet(tmp_path, JOB), []
+    whole = rows.device_row
+    monkeypatch.setattr(rows, "device_row", lambda view, name, **more: views.append(view) or whole(view, name, **more))
+    feed, _ = watched(fleet.daemon(), fleet.air, lookout=Lookout(Many()))
+    flush(feed, fleet.air)
+    member = ("waiting", "ab12")
+    row = whole(views[0], "stranger", job=None, here=False, member=member, traffic=(0, 0), now=None)
+    assert (row["state"], row["doing"]) == ("waiting", "waiting")
 
 
 def test_a_console_that_was_started_anew_knows_the_same(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune_server.console.phrases import ago, seconds, size
-from fedprune_server.console.presentation import charts, figures, plan
+from fedprune_server.console.phrases import ago, deed, seconds, size
+from fedprune_server.console.presentation import charts, device_charts, figures, local_measure, plan
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -80,3 +80,24 @@ def test_numbers_are_said_in_units_that_keep_them_short() -> None:
         "5 min ago",
         "5 d ago",
     ]
+
+
+def test_a_device_has_charts_of_what_it_measured_and_one_number_per_round() -> None:
+    measured = {"accuracy_before": 0.5, "accuracy_after": 0.75, "train_seconds": 90.0, "peak_memory_bytes": 84e6}
+    history = [{"round": n, "metrics": measured} for n in (3, 2)] + [{"round": 1, "metrics": {}}]
+    drawn = {c.title: c for c in device_charts(history)}
+    assert list(drawn) == ["Local accuracy", "Time of a round's training", "Peak memory"]
+    assert [(c.name, c.values) for c in drawn["Local accuracy"].curves] == [
+        ("received", ("50.0%", "50.0%")), ("trained", ("75.0%", "75.0%")),
+    ]  # fmt: skip
+    assert drawn["Peak memory"].curves[0].values == ("84.0 MB", "84.0 MB")
+    assert [local_measure(h["metrics"]) for h in history] == ["75.0%", "75.0%", "–"]
+    assert device_charts([]) == []
+
+
+def test_the_audit_log_is_written_in_words() -> None:
+    what = {"order": 1795359755375, "release": "release-12", "devices": ["attic", "yard"], "groups": [1]}
+    assert deed({"action": "rollout_start", "what": what}) == "roll out release-12 to attic, yard in stages of 100%"
+    assert deed({"action": "approve", "what": {"device": "barn", "key": "ab12"}}) == "approve barn with key ab12"
+    assert deed({"action": "pause", "what": {"job": "j", "reason": "lunch"}}) == "pause job j (lunch)"
+    assert deed({"action": "something_new", "what": {}}) == "something new"

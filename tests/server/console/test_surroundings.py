@@ -24,10 +24,11 @@ class Busy:
     def version(self) -> int:
         return 7
 
-    def latest(self) -> None:
+    def entries(self) -> list[Any]:
         self.fails -= 1
         if self.fails == 0:
             raise StorageError("busy")
+        return []
 
 
 def test_rollouts_that_could_not_be_read_are_looked_at_again() -> None:
@@ -41,7 +42,7 @@ def test_rollouts_that_could_not_be_read_are_looked_at_again() -> None:
 
 def test_a_rollout_whose_release_before_could_not_be_read_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     entry: Any = SimpleNamespace(prior=3, reports={})
-    store: Any = SimpleNamespace(version=lambda: 7, latest=lambda: entry)
+    store: Any = SimpleNamespace(version=lambda: 7, entries=lambda: [entry])
     names: list[str] = []
 
     def offer(number: int) -> str:
@@ -52,12 +53,20 @@ def test_a_rollout_whose_release_before_could_not_be_read_is_looked_at_again(mon
 
     store.offer = offer
     monkeypatch.setattr(surroundings, "_named", str)
-    monkeypatch.setattr(surroundings, "_row", lambda found, before: {"before": before})
+    monkeypatch.setattr(surroundings, "_row", lambda found, before, failures: {"before": before})
     watch = ReleaseWatch(store)
     with pytest.raises(StorageError):
         watch.look()
     assert watch.look() == ({"before": "release 3"},)
     assert watch.look() is None
+
+
+def test_earlier_rollouts_stay_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries: Any = [SimpleNamespace(prior=None, reports={}, number=n) for n in range(1, 31)]
+    store: Any = SimpleNamespace(version=lambda: 7, entries=lambda: entries)
+    monkeypatch.setattr(surroundings, "_row", lambda found, before, failures: {"number": found.number})
+    seen = ReleaseWatch(store).look()
+    assert [row["number"] for row in seen or ()] == list(range(30, 10, -1))
 
 
 class Slow:

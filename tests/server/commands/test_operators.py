@@ -1,0 +1,31 @@
+"""`fedprune-server operators` at the terminal."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("argon2", reason="the extra console is not installed")
+
+from fedprune_server.cli import main
+from fedprune_server.console.audit import Audit
+from fedprune_server.console.database import FILE, ConsoleDatabase
+from fedprune_server.console.phrases import deed
+
+
+def test_what_is_done_at_the_terminal_is_in_the_audit_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o700)
+    for words in (["add", "ann", "--role", "admin"], ["password", "ann"], ["remove", "ann"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("a long horse, a battery\n"))
+        assert main(["operators", *words, "--state", str(tmp_path)]) == 0
+
+    database = ConsoleDatabase(tmp_path / FILE)
+    entries = Audit(database).page().items
+    database.close()
+
+    assert [deed(e) for e in entries] == [
+        "remove operator ann", "change the password of ann", "add operator ann as admin",
+    ]  # fmt: skip
+    assert all((e["address"], e["outcome"]) == ("terminal", "done") and e["operator"] for e in entries)
