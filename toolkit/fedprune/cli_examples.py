@@ -71,6 +71,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "fedprune-server rollout pause": ("fedprune-server rollout pause --reason 'two boards are hot' --state state",),
     "fedprune-server rollout resume": ("fedprune-server rollout resume --state state",),
+    "fedprune-server rollout list": ("fedprune-server rollout list --state state",),
     "fedprune-server rollout status": ("fedprune-server rollout status --state state",),
     "fedprune-server rollout stop": ("fedprune-server rollout stop --state state",),
     "fedprune-server rollout back": ("fedprune-server rollout back --reason 'accuracy fell' --state state",),
