@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from fedprune import __version__
-from fedprune.errors import FedpruneError
+from fedprune.errors import FedpruneError, IdentityError, JoinError
 from fedprune.wire.log_messages import MAX_FRAMES, MAX_TEXT
 from fedprune_device import durable
 from fedprune_device.private_text import KEPT, module_at, module_of, named, private
@@ -114,7 +114,7 @@ class Crashes:
             threading.excepthook = hook
             try:
                 yield
-            except (KeyboardInterrupt, SystemExit):
+            except (KeyboardInterrupt, SystemExit, IdentityError, JoinError):  # to be let in is up to the operator
                 raise
             except BaseException as error:
                 self.exception(error, "error" if isinstance(error, FedpruneError) else "exception")

@@ -249,8 +249,9 @@ def join_first(
         if claim is None and pin is None:
             raise IdentityError(
                 f"{member.device} is no member of site {member.site} yet",
-                hint="Let it join: --claim FILE with a claim of `fedprune-server claim`. "
-                "For a trial on the server's machine: --insecure on both sides.",
+                hint="Let it join with a claim of `fedprune-server claim` (--claim FILE), or without one: "
+                "`fedprune-device join --pin HEX`, with the pin that `fedprune-server init` showed, and the operator's "
+                "approval. For a trial on the server's machine: --insecure on both sides.",
             )
         stopped = stopped or threading.Event()
         patience = None if patient else _PATIENCE_S

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import ConfigError
+from fedprune.errors import ConfigError, FedpruneError, IdentityError, JoinError
 from fedprune.wire.connection_news import ConnectionUp
 from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
 from fedprune.wire.messages import Birth, Hello, parse
@@ -189,6 +189,13 @@ def test_an_exception_that_ends_the_run_is_reported_by_module_and_line(tmp_path:
     assert {"module": OTHER, "line": 0, "function": ""} in report.frames  # the test, which is nobody's module
     assert report.memory_total
     assert str(tmp_path) not in json.dumps(body)
+
+
+@pytest.mark.parametrize("error", [IdentityError("pi is no member of site default yet"), JoinError("refused")])
+def test_a_board_that_is_not_let_in_has_not_crashed(tmp_path: Path, error: FedpruneError) -> None:
+    crash(tmp_path, error)
+    assert Crashes(tmp_path).report is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_ends_well_leaves_nothing(tmp_path: Path) -> None:

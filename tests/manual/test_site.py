@@ -63,6 +63,14 @@ def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
         assert not re.search(r"""(?:url\(|@import\s*)["']?(?:https?:)?//""", sheet.read_text(encoding="utf-8")), sheet
 
 
+def test_the_site_has_the_project_s_mark(site: Path) -> None:
+    mark = "server/fedprune_server/console/static/mark.svg"
+    assert (site / mark).read_bytes() == (ROOT / mark).read_bytes()
+    page = (site / "docs" / "planner.html").read_text(encoding="utf-8")
+    assert re.search(rf'<link rel="icon" href="../{mark}">', page)
+    assert re.search(rf'<img src="../{mark}" alt="logo">', page)
+
+
 def test_programs_of_the_site_load_nothing_from_elsewhere(site: Path) -> None:
     """What the theme's own program names beyond what it needs, and credits of its parts, is a new finding."""
     credited = ("https://clipboardjs.com/", "https://unpkg.com/resize-observer-polyfill")

@@ -168,6 +168,11 @@ def test_a_claim_for_a_board_that_is_a_member_is_ignored_and_that_is_said(
     assert "--new-key" in capsys.readouterr().err
 
 
+def test_without_a_claim_the_way_by_a_pin_is_named(server: Server, tmp_path: Path, capsys: Captured) -> None:
+    assert join(server, tmp_path / "board") == ExitCode.IDENTITY
+    assert "--pin HEX" in capsys.readouterr().err
+
+
 def test_insecure_and_a_broker_of_a_fleet_with_an_identity_exclude_each_other(tmp_path: Path, capsys: Captured) -> None:
     words = ["--broker", "mqtts://127.0.0.1", "--device", "attic", "--state", str(tmp_path / "b"), "--data", "x.npz"]
     assert main(["run", *words, "--insecure"]) == ExitCode.CONFIG

@@ -92,6 +92,13 @@ def _ends(entries: list[Entry], release: int | None) -> tuple[Entry, Entry]:
         raise ConfigError(f"release {number} is itself the way back from release {last.leaves}", hint=_BY_HAND)
     before = next((e for e in entries if e.number == last.prior), None)
     if before is None:
+        files = release_of(last).files
+        same = next((e.offer.number for e in reversed(entries[:-1]) if release_of(e).files == files), None)
+        if same is not None:
+            raise ConfigError(
+                f"release {number} has the same files as release {same}, so that going back would change nothing",
+                hint="To rehearse a way back, roll out a release with another file, such as a newer wheel.",
+            )
         raise ConfigError(f"no board of release {number} had one of this server's before", hint=_BY_HAND)
     return last, before
 

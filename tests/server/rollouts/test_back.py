@@ -13,7 +13,7 @@ from runtime_releases import make_release
 
 from fedprune.coordination.rollout import Fate, RolloutPhase
 from fedprune.errors import ConfigError, ReleaseError
-from fedprune.release import MANIFEST, Release, opened
+from fedprune.release import MANIFEST, Release, opened, write_again
 from fedprune.trust.keys import SigningKey
 from fedprune.wire.release_messages import COMMITTED, REFUSED, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
 from fedprune_server.identity.folder import IdentityFolder
@@ -241,6 +241,15 @@ def test_nothing_is_taken_back_without_something_to_go_back_to(field: Field, tmp
         back(field.state, "x")
     assert field.entry.number == 2, "what was refused has changed nothing"
     assert field.entry.wish is None
+
+
+def test_of_a_copy_of_the_same_files_it_is_said_that_going_back_changes_nothing(field: Field) -> None:
+    write_again(field.folder / "release-2", field.folder / "release-1", field.key, number=2, created="")
+    start(field.state, field.folder / "release-2", Terms((1.0,)))
+    field.live()
+    assert field.numbers() == {2: 10}
+    with pytest.raises(ConfigError, match="release 2 has the same files as release 1, so that going back would change"):
+        back(field.state, "a rehearsal")
 
 
 def test_a_board_that_failed_or_left_is_not_taken_back(field: Field) -> None:
