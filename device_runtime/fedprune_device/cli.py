@@ -159,6 +159,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_device.agent import Agent
     from fedprune_device.local.command import answering, local_address, open_samples
     from fedprune_device.probe import check_runtime, probe_apart
+    from fedprune_device.process_memory import own_memory, process_memory
     from fedprune_device.reporter import Reporter, reporting
     from fedprune_device.runtime.heart import Heart
     from fedprune_device.runtime.notify import starting
@@ -225,11 +226,17 @@ def _run(arguments: argparse.Namespace) -> int:
                 if stopped.is_set():
                     return int(ExitCode.OK)
                 raise
-            # A plan counts the samples, which are here already.
+            # A plan counts this process and its samples, which hold memory already.
             held = data.bytes if isinstance(data, LocalData) else 0
-            free = min(report.memory_total, report.memory_available + held)
+            taken = process_memory()
+            free = min(report.memory_total, report.memory_available + own_memory())
             # On a GPU there are no blocks, whatever the processor beside it has.
-            report = replace(report, memory_available=free, block=0 if tier.cuda else report.block)
+            report = replace(
+                report,
+                memory_available=free,
+                block=0 if tier.cuda else report.block,
+                process_bytes=None if taken is None else max(taken - held, 2**20),
+            )
             shown = {**report.to_dict(), "latency": _latency(report), "forms": _forms(report)}
             _LOG.info("probe: %s", json.dumps(shown))
         releases = Releases(

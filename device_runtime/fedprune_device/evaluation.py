@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from fedprune_device.labels import targets
 from fedprune_device.losses import data_loss, hits, loss_terms
 from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictor import Predictor
+from fedprune_device.process_memory import peak_memory
 from fedprune_device.trainer import TrainingResult
 
 PROBE_SAMPLES = 32
@@ -133,17 +132,5 @@ def training_metrics(result: TrainingResult) -> dict[str, float]:
         "loss_last": result.loss_last,
         "train_seconds": result.seconds,
         "step_seconds": result.step_seconds,
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak_memory(),
     }
-
-
-def _peak_memory() -> float:
-    """The most memory that this process ever held, in bytes.
-
-    getrusage also counts what a process was before it became this program: the size of whatever started it.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -11,6 +11,7 @@ from typing import Protocol
 from fedprune.wire.offer import Offer
 from fedprune_device.assignment import Report, Trained
 from fedprune_device.care import Care
+from fedprune_device.process_memory import restart_peak
 
 NICENESS = 19
 """Whatever else the board does, predictions first of all, comes before training."""
@@ -73,6 +74,7 @@ class TrainingThread:
         # Linux counts niceness by thread; those that onnxruntime starts for this one inherit it.
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        restart_peak()
         try:
             self.made = self._bench.make(
                 self.offer, download_seconds=self._download_seconds, report=self._report, stop=self._ended

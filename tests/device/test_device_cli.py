@@ -286,7 +286,7 @@ def test_the_log_counts_what_was_probed_instead_of_printing_it(
     assert json.loads(line.removeprefix("probe: "))["forms"] == "46 measurements of 23 shapes"
 
 
-def test_samples_that_a_plan_counts_are_not_counted_as_taken_memory(
+def test_a_process_and_samples_that_a_plan_counts_are_not_counted_as_taken_memory(
     tmp_path: Path, probed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[ProbeReport] = []
@@ -296,8 +296,11 @@ def test_samples_that_a_plan_counts_are_not_counted_as_taken_memory(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fedprune_device.agent.Agent", agent)
+    monkeypatch.setattr("fedprune_device.process_memory.own_memory", lambda: 60_000_000)
+    monkeypatch.setattr("fedprune_device.process_memory.process_memory", lambda: 90_000_000)
     assert run(tmp_path) == ExitCode.INTERRUPTED
-    assert [r.memory_available for r in told] == [10**8 + 5 * 6 * 4 + 5 * 8]
+    (report,) = told
+    assert (report.memory_available, report.process_bytes) == (160_000_000, 90_000_000 - (5 * 6 * 4 + 5 * 8))
 
 
 def test_without_a_broker_there_is_nothing_to_do(

@@ -50,11 +50,11 @@ def test_a_probe_measures_this_machine() -> None:
 
 
 PEAK = """
-from fedprune_device.evaluation import _peak_memory
+from fedprune_device.process_memory import peak_memory
 from fedprune_device.probe import {0}
-before = _peak_memory()
+before = peak_memory()
 assert {0}(seconds=0.05, layer_seconds=0.0, form_seconds=0.0).train_rate > 1e6
-print(_peak_memory() - before)
+print(peak_memory() - before)
 """
 
 

@@ -13,6 +13,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress
 from fedprune.latency import typical_table
+from fedprune.plan import Plan
 from fedprune.prediction import predict
 from fedprune.probe_report import ProbeReport
 from toy import ARCHITECTURE, JOB
@@ -30,15 +31,15 @@ def planned_fleet(deadline_s: float = 10_000) -> Coordinator:
     return coordinator
 
 
-def play(coordinator: Coordinator, times: float) -> None:
-    """One round in which steps take so many times as long as the plan says."""
+def play(coordinator: Coordinator, times: float, peak: float = 0.0) -> None:
+    """One round in which steps take `times` as long as the plan says; `peak` is its measured memory in bytes."""
     state = coordinator.state
     coordinator.handle(on.Scored(state.round, "r"), 0.0)
     offer = {"weights": {"sha256": digest(state.round)}, "widths": [2], "recipe": coordinator.job.recipe.to_offer()}
     coordinator.handle(on.Extracted(state.round, "a", 1, offer), 0.0)
     plan = state.devices["a"].plan
     assert plan is not None
-    metrics = {"step_seconds": times * plan["prediction"]["step_s"]}
+    metrics = {"step_seconds": times * plan["prediction"]["step_s"]} | ({"peak_memory_bytes": peak} if peak else {})
     update = on.UpdateAnnounced("a", state.round, 1, digest(state.round), {"sha256": "u"}, 10, 1, metrics)
     coordinator.handle(update, 0.0)
     coordinator.handle(on.UpdateStored("a", state.round, 1, "w"), 0.0)
@@ -52,9 +53,38 @@ def test_a_rounds_own_times_correct_a_plan_that_was_far_off() -> None:
     device = coordinator.state.devices["a"]
     assert before is not None
     assert device.plan is not None
-    assert device.correction == {"step": pytest.approx(3.0), "latency": 1.0}
+    assert device.correction == {"step": pytest.approx(3.0), "latency": 1.0, "memory": 0.0}
     assert device.plan["prediction"]["step_s"] == pytest.approx(3 * before["prediction"]["step_s"])
     assert State.from_json(coordinator.state.to_json()).devices["a"] == device
+
+
+def test_a_rounds_own_memory_corrects_a_plan_that_was_far_off() -> None:
+    coordinator = planned_fleet()
+    before = coordinator.state.devices["a"].plan
+    assert before is not None
+    predicted = before["prediction"]["memory_bytes"]
+    play(coordinator, 1.0, predicted + 50e6)
+    device = coordinator.state.devices["a"]
+    assert device.plan is not None
+    assert device.correction["memory"] == 50e6
+    assert device.plan["prediction"]["memory_bytes"] == predicted + 50e6
+    assert device.plan["prediction"]["memory"]["learnt"] == 50e6
+    assert "50.00 MB more memory" in Plan.from_dict(device.plan).describe()
+
+
+def test_a_device_that_turns_out_to_need_too_much_memory_gets_a_narrower_model_or_goes_on_as_it_is() -> None:
+    """It delivered: what it measured never shuts it out."""
+    room = predict(ARCHITECTURE, ARCHITECTURE.sizes, PI, JOB.recipe, 10).memory_bytes + 1000
+    small = replace(PI, memory=replace(PI.memory, total_bytes=room, reserve_bytes=0, training_share=1.0))
+    coordinator = Coordinator(replace(JOB, density=0.0, devices=1, rounds=9), ARCHITECTURE, State(model="m0"))
+    coordinator.handle(on.DeviceBorn("a", 1, small.to_dict(), 10), 0.0)
+    play(coordinator, 1.0, 1.5 * room)
+    device = coordinator.state.devices["a"]
+    assert (device.excluded, device.widths) == ("", ARCHITECTURE.sizes)
+    coordinator.handle(on.DeviceBorn("a", 2, small.to_dict(), 11), 0.0)
+    device = coordinator.state.devices["a"]
+    assert (device.excluded, device.widths) == ("", ARCHITECTURE.sizes)
+    assert device.correction["memory"] > 0
 
 
 def test_a_plan_that_was_nearly_right_stays_as_it_is() -> None:

@@ -23,7 +23,7 @@ from fedprune.architecture import (
     TensorSpec,
     widths_at,
 )
-from fedprune.costs import HELD_BYTES, costs_at, memory_seconds
+from fedprune.costs import FROZEN_COPIES, HELD_BYTES, PROCESS_BYTES, WEIGHT_COPIES, costs_at, memory_seconds
 from fedprune.errors import BundleError
 from fedprune.features import Features
 from fedprune.workload import workload
@@ -142,6 +142,7 @@ def test_activations_of_a_small_net_by_hand() -> None:
     maps = [4 * 256] * 3 + [4 * 64] + [5 * 64] * 3 + [5 * 16, 10]
     unkept = [4 * 256, 5 * 64]
     assert workload(NET).contents((4, 5))[0] == sum(maps)
+    assert costs.activation_bytes == 4 * sum(maps)
     assert costs.kept_bytes == 4 * (sum(maps) - sum(unkept))
     assert costs.largest_bytes == 4 * 4 * 256
     assert costs.sample_bytes == 4 * 3 * 16 * 16
@@ -186,8 +187,17 @@ def test_features_that_hold_arrays_take_memory(feature: str) -> None:
 def test_an_optimisers_second_state_takes_memory_and_frozen_weights_take_less() -> None:
     costs = costs_at(NET, NET.sizes)
     sgd, adam = (costs.training_memory(8, replace(PLAIN, optimizer=o), 10).total for o in ("sgd", "adam"))
-    assert adam == sgd + 2 * costs.parameter_bytes
-    assert costs.training_memory(8, PLAIN, 10, trained=0.25).total == sgd - 0.75 * 5 * costs.parameter_bytes
+    assert adam - sgd == pytest.approx(2 * costs.parameter_bytes, abs=1)
+    less = 0.75 * (WEIGHT_COPIES - FROZEN_COPIES) * costs.parameter_bytes
+    assert costs.training_memory(8, PLAIN, 10, trained=0.25).total == pytest.approx(sgd - less, abs=1)
+
+
+@pytest.mark.board
+def test_a_process_that_measured_itself_is_believed() -> None:
+    costs = costs_at(NET, NET.sizes)
+    typical, own = costs.training_memory(8, PLAIN, 10), costs.training_memory(8, PLAIN, 10, process=120_000_000)
+    assert own.process - typical.process == 120_000_000 - PROCESS_BYTES
+    assert own.total - typical.total == 120_000_000 - PROCESS_BYTES
 
 
 @pytest.mark.board

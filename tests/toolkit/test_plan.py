@@ -308,7 +308,7 @@ def test_what_memory_is_for_adds_up() -> None:
     assert line.endswith("0 bytes left")
 
 
-NET_WEIGHTS = FULL.memory.weights - 3 * FULL.parameters
+NET_WEIGHTS = FULL.memory.weights - 2 * FULL.parameters
 """What would have to go if hardly a weight had room."""
 
 
@@ -375,7 +375,8 @@ def test_an_error_says_what_memory_is_for_and_what_helps() -> None:
 
 
 def test_tensors_that_the_author_froze_take_less_memory() -> None:
-    made = plan(NET, memory_of(FULL.memory_bytes * 0.9), RECIPE, 500, frozen=("conv", "fc"))
+    room = FULL.memory_bytes - FULL.memory.weights // 4
+    made = plan(NET, memory_of(room), RECIPE, 500, frozen=("conv", "fc"))
     assert made.widths == NET.sizes
     assert made.prediction.memory.weights < FULL.memory.weights
 
@@ -545,6 +546,27 @@ def test_a_correction_is_learnt_from_what_was_measured() -> None:
 def test_a_correction_has_bounds() -> None:
     assert Correction.learnt(FULL, Correction(), {"step_seconds": 1e6}).step == 5
     assert Correction.learnt(FULL, Correction(), {"latency_seconds": 1e-12}).latency == 0.2
+
+
+@pytest.mark.parametrize(("peak", "learnt"), [(1.2, 0.2), (0.9, -0.1), (1e3, 1.0), (0.1, -0.25)])
+def test_measured_memory_corrects_predictions_within_bounds(peak: float, learnt: float) -> None:
+    whole = FULL.memory_bytes
+    first = Correction.learnt(FULL, Correction(), {"peak_memory_bytes": peak * whole})
+    assert first.memory == pytest.approx(learnt * whole)
+    corrected = predict(NET, NET.sizes, BOARD, RECIPE, 500, correction=first)
+    assert corrected.memory_bytes == pytest.approx((1 + learnt) * whole, abs=1)
+    assert Correction.learnt(corrected, first, {"peak_memory_bytes": peak * whole}).memory == pytest.approx(
+        first.memory, abs=1
+    )
+
+
+def test_a_board_that_measured_more_memory_gets_a_narrower_model() -> None:
+    board = memory_of(FULL.memory_bytes * 1.01)
+    assert plan(NET, board, RECIPE, 500).widths == NET.sizes
+    learnt = Correction(memory=0.05 * FULL.memory_bytes)
+    made = plan(NET, board, RECIPE, 500, correction=learnt)
+    assert made.widths < NET.sizes or made.accumulate > 1
+    assert made.prediction.memory_bytes <= board.training_bytes
 
 
 def test_small_parts_of_a_batch_and_frozen_layers_need_less_memory() -> None:

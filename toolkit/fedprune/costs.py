@@ -22,28 +22,32 @@ Numbers = npt.NDArray[np.float64]
 FLOAT = 4
 """Bytes of a float32."""
 
-RUNTIME_BYTES = 77_000_000
-"""A process with Python, numpy, onnxruntime and the MQTT client, and what allocators round up."""
+PROCESS_BYTES = 85_000_000
+"""A board's process before it trains: Python, numpy, onnxruntime 1.31 with a loaded graph, the MQTT client and the
+agent. A board that measures it reports its own: 1.23 takes 8 MB less, 1.32 2 MB more."""
 
-VALUE_BYTES = 190_000
+ROUND_BYTES = 9_700_000
+"""What a round adds to that whatever the model: threads, buffers, and what allocators round up."""
+
+VALUE_BYTES = 195_000
 """What a loaded graph takes per activation of the model, which is some thirty nodes of a training graph."""
 
 HELD_BYTES = 4 * 2**20
 """Samples up to this size are held in memory; larger arrays stay on the disk and are read as batches are drawn."""
 
-WEIGHT_COPIES = 7
-"""Arrays of the size of all weights that live at the peak of a step: weights as received, weights and momentum before
-and after the step, gradients, the temporaries of the update, and what the allocator can't use in between."""
+WEIGHT_COPIES = 5.45
+"""Arrays of the size of all weights that exist at the peak of a step: weights as received, weights and momentum before
+and after the step, and what remains of gradients and temporaries of the update."""
 
 FROZEN_COPIES = 2
 """The same of weights that aren't trained: as received, and as the step reads them."""
 
-KEPT_COPIES = 1.15
-"""Memory over size of what the backward pass needs: masks and centred values beside values, the allocator's gaps."""
+ACTIVATION_COPIES = 0.585
+"""Memory over size of all activations: the backward pass doesn't need all of them, and frees those that it has read."""
 
-TRANSIENTS = 7.5
-"""Arrays of the size of the largest activation that live beside that: the gradients that go in and out of a layer and
-the buffers in which a convolution unrolls its input."""
+TRANSIENTS = 7.3
+"""Arrays of the size of the largest activation that exist at the same time: the gradients that go in and out of a layer
+and the buffers in which a convolution unrolls its input."""
 
 ACTIVATION_PASSES = 12
 """How often a training step moves its activations through main memory where caches don't help."""
@@ -53,7 +57,7 @@ WEIGHT_PASSES = 6
 
 INFERENCE_RUNTIME_BYTES = 70_000_000
 INFERENCE_VALUE_BYTES = 20_000
-"""The same as `RUNTIME_BYTES` and `VALUE_BYTES` for a process that only predicts."""
+"""The same as `PROCESS_BYTES` and `VALUE_BYTES` for a process that only predicts."""
 
 INFERENCE_COPIES = 3.4
 """Arrays of the size of all weights while a model is loaded: the file's pages, onnxruntime's copy, and what it lays out
@@ -108,7 +112,8 @@ class Costs:
         forward_macs: MACs of the forward pass.
         training_macs: MACs of forward and backward pass.
         wire_bytes: Exact size of the canonical weights file.
-        kept_bytes: Activations that the backward pass needs.
+        activation_bytes: All activations.
+        kept_bytes: Those that the backward pass needs.
         largest_bytes: The largest activation.
         inference_activation_bytes: Activations that live at once in a forward pass.
         sample_bytes: One sample of local data.
@@ -119,6 +124,7 @@ class Costs:
     forward_macs: int
     training_macs: int
     wire_bytes: int
+    activation_bytes: int
     kept_bytes: int
     largest_bytes: int
     inference_activation_bytes: int
@@ -131,7 +137,13 @@ class Costs:
         return FLOAT * self.parameters
 
     def training_memory(
-        self, batch: int, features: Features, samples: int, trained: float = 1.0, own: int = 0
+        self,
+        batch: int,
+        features: Features,
+        samples: int,
+        trained: float = 1.0,
+        own: int = 0,
+        process: int | None = None,
     ) -> MemoryBreakdown:
         """Peak memory of a board's process that trains, by what takes it.
 
@@ -141,16 +153,17 @@ class Costs:
             samples: Local samples; of many only `HELD_BYTES` are held in memory.
             trained: Share of the parameters that are trained; the others are only held.
             own: Further copies of all weights that it holds (`Recipe.own_copies`).
+            process: What the process takes before it trains, as the board measured it; None for a typical one.
         """
         more = 2 * (features.proximal + features.element_mask + features.threshold)
         more += 2 * (len(step.states(features.optimizer)) - 1)
         more += features.gradients + features.accumulate + features.squares
         copies = own + FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + more)
         return MemoryBreakdown(
-            process=RUNTIME_BYTES,
+            process=(PROCESS_BYTES if process is None else process) + ROUND_BYTES,
             graph=VALUE_BYTES * self.values,
             weights=int(copies * self.parameter_bytes),
-            activations=int(batch * (KEPT_COPIES * self.kept_bytes + TRANSIENTS * self.largest_bytes)),
+            activations=int(batch * (ACTIVATION_COPIES * self.activation_bytes + TRANSIENTS * self.largest_bytes)),
             samples=min(samples * self.sample_bytes, HELD_BYTES),
         )
 
@@ -203,6 +216,7 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
         # Forward, weight gradient and input gradient cost the same; nobody needs the gradient of the model's input.
         training_macs=3 * forward - next(filter(None, macs), 0),
         wire_bytes=len(head) + FLOAT * parameters,
+        activation_bytes=sum(values),
         kept_bytes=kept,
         largest_bytes=max(values, default=0),
         inference_activation_bytes=sum(sorted(values)[-INFERENCE_VALUES:]),

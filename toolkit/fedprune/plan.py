@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 from fedprune.architecture import Architecture, widths_at
 from fedprune.costs import MemoryBreakdown, costs_at
@@ -115,7 +115,7 @@ class Plan:
         accumulate: Parts in which a batch is worked through; at least the recipe's own `accumulate`.
         notes: What was chosen besides the widths, and why, for people.
         warning: That little of the model is left, and which settings would keep all of it; empty where enough is left.
-        correction: What the board's rounds taught; it is in all times.
+        correction: What the board's rounds taught; it is in all times and in the memory.
     """
 
     widths: tuple[int, ...]
@@ -155,7 +155,10 @@ class Plan:
         ]
         if self.correction != NO_CORRECTION:
             c = self.correction
-            lines.append(f"learnt from its rounds: steps take {c.step:.2f}, predictions {c.latency:.2f} times as long")
+            more = "more" if c.memory > 0 else "less"
+            memory = f", {_amount(abs(c.memory), 'bytes')} {more} memory" if c.memory else ""
+            times = f"steps take {c.step:.2f}, predictions {c.latency:.2f} times as long"
+            lines.append(f"learnt from its rounds: {times}{memory}")
         for limit in self.limits:
             mark = "  <- binds" if limit.name == self.bound else ""
             lines.append(f"  {limit.describe()}{mark}")
@@ -266,7 +269,7 @@ def plan(
         deadline_s: Seconds that a round may take on the board, transfers included.
         probe: What the board measured of itself; it beats the profile.
         densities: Candidate shares of every group.
-        correction: What its earlier rounds taught about its times.
+        correction: What its earlier rounds taught.
         frozen: Tensors that the model's author froze.
 
     Raises:
@@ -280,16 +283,22 @@ def plan(
     def asked_of(widths: tuple[int, ...]) -> Recipe:
         return recipe if isinstance(recipe, Recipe) else recipe(widths)
 
+    def need_of(widths: tuple[int, ...]) -> _Need:
+        costs = costs_at(architecture, widths)
+        return lambda tried: (
+            memory_use(architecture, widths, costs, tried, samples, frozen, probe=probe, correction=correction).total
+        )
+
     def foretold(widths: tuple[int, ...]) -> _Foretold:
         asked = asked_of(widths)
-        chosen = _in_parts(architecture, widths, asked, samples, room, frozen)[0]
+        chosen = _in_parts(architecture, asked, room, frozen, need_of(widths))[0]
         seen = predict(
             architecture, widths, profile, chosen, samples, probe=probe, correction=correction, frozen=frozen
         )
         return _Foretold(widths, asked, chosen, seen, _limits(seen, profile, probe, byte_budget, deadline_s))
 
     def remedies(found: _Foretold) -> str:
-        return _remedies(architecture, profile, found, samples, frozen)
+        return _remedies(architecture, profile, found, frozen, need_of(found.widths))
 
     batch = min(asked_of(architecture.sizes).batch_size, samples)
     table, memory = latency_table(profile, probe), bandwidth(profile, probe)
@@ -299,7 +308,7 @@ def plan(
     wider: tuple[int, ...] | None = None
     for rung in candidates:
         # Memory is looked at first: it takes a fraction of the time that a prediction takes.
-        if not _in_parts(architecture, rung.widths, asked_of(rung.widths), samples, room, frozen)[1]:
+        if not _in_parts(architecture, asked_of(rung.widths), room, frozen, need_of(rung.widths))[1]:
             wider = rung.widths
             continue
         found = foretold(rung.widths)
@@ -344,6 +353,9 @@ def plan(
     )
 
 
+_Need: TypeAlias = Callable[[Recipe], int]
+
+
 @dataclass(frozen=True)
 class _Foretold:
     """A candidate's costs.
@@ -365,35 +377,32 @@ class _Foretold:
 
 def _in_parts(
     architecture: Architecture,
-    widths: tuple[int, ...],
     recipe: Recipe,
-    samples: int,
     room: int,
     frozen: Collection[str],
+    need: _Need,
     smallest: int | None = None,
 ) -> tuple[Recipe, bool]:
     """The recipe with the fewest parts of a batch with which memory suffices, else those that need least memory.
 
     Args:
         architecture: The model.
-        widths: Kept channels per group.
         recipe: The recipe as the job has it.
-        samples: The board's training samples.
         room: Bytes that training may take.
         frozen: Tensors that the model's author froze.
+        need: Gives the bytes that training takes with a recipe.
         smallest: Fewest samples of a part; None for what doesn't harm training.
 
     Returns:
         The recipe, and whether memory suffices.
     """
-    costs = costs_at(architecture, widths)
     best, least = recipe, math.inf
     for parts in _parts(recipe, smallest or _smallest(architecture, recipe, frozen)):
         tried = recipe.in_parts(parts)
-        need = memory_use(architecture, widths, costs, tried, samples, frozen).total
-        if need < least:
-            best, least = tried, need
-        if need <= room:
+        taken = need(tried)
+        if taken < least:
+            best, least = tried, taken
+        if taken <= room:
             return tried, True
     return best, False
 
@@ -493,7 +502,7 @@ def _hint(found: _Foretold, worst: Limit, remedies: str) -> str:
 
 
 def _remedies(
-    architecture: Architecture, profile: HardwareProfile, found: _Foretold, samples: int, frozen: Collection[str]
+    architecture: Architecture, profile: HardwareProfile, found: _Foretold, frozen: Collection[str], need: _Need
 ) -> str:
     """Settings with which a candidate would fit, one for each limit that it breaks; for memory, all that suffice."""
     needed = []
@@ -501,7 +510,7 @@ def _remedies(
         if limit.fits:
             continue
         if limit.name == MEMORY:
-            ways = _memory_remedies(architecture, profile, found, limit, samples, frozen)
+            ways = _memory_remedies(architecture, profile, found, limit, frozen, need)
             if not ways:
                 return "No setting of the recipe or the board makes room for it."
             needed.append(", or ".join(ways))
@@ -515,12 +524,12 @@ def _memory_remedies(
     profile: HardwareProfile,
     found: _Foretold,
     limit: Limit,
-    samples: int,
     frozen: Collection[str],
+    need: _Need,
 ) -> list[str]:
     """Settings each of which would make a candidate fit the memory, the least harmful first."""
     ways: list[str] = []
-    smaller, fits = _in_parts(architecture, found.widths, found.asked, samples, int(limit.limit), frozen, smallest=1)
+    smaller, fits = _in_parts(architecture, found.asked, int(limit.limit), frozen, need, smallest=1)
     if fits:
         ways.append(f"smaller parts of a batch (--set accumulate={smaller.accumulate})")
     share = profile.memory.training_share * limit.overshoot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +19,15 @@ from fedprune.recipe import Recipe
 
 BOUNDS = 0.2, 5.0
 """How far a measured time may correct a predicted one: beyond that something else is wrong."""
+
+MEMORY_BOUNDS = -0.25, 1.0
+"""How much memory may be learnt, as a share of what is predicted without it."""
+
+OFF = 1.25
+"""How far a measured time may be from the predicted one before a device is planned for again."""
+
+MEMORY_OFF = 1.1
+"""The same of memory, of which too much ends the process."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +81,18 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a board's own rounds taught about its predicted times.
+    """What a board's own rounds taught about what was predicted for it.
 
     Attributes:
         step: Measured over predicted time of a training step.
         latency: Measured over predicted time of a prediction.
+        memory: Measured less predicted peak memory of a round, in bytes. It is a sum, not a factor: what a prediction
+            misses is mostly the process (its libraries, its allocator), which no width changes.
     """
 
     step: float = 1.0
     latency: float = 1.0
+    memory: float = 0.0
 
     @classmethod
     def learnt(cls, prediction: Prediction, correction: Correction, measured: Mapping[str, float]) -> Correction:
@@ -89,15 +101,32 @@ class Correction:
         Args:
             prediction: What was predicted for it.
             correction: The correction that is in that prediction.
-            measured: What the board measured: `step_seconds` and `latency_seconds`, as far as it did.
+            measured: What the board measured: `step_seconds`, `latency_seconds` and `peak_memory_bytes`, as far as it
+                did.
         """
         low, high = BOUNDS
-        factors = {"step": correction.step, "latency": correction.latency}
+        factors = vars(correction).copy()
         for name, predicted in (("step", prediction.step_s), ("latency", prediction.latency_s)):
             seconds = measured.get(f"{name}_seconds", 0.0)
             if seconds > 0 and predicted > 0:
                 factors[name] = min(high, max(low, factors[name] * seconds / predicted))
+        peak = measured.get("peak_memory_bytes", 0.0)
+        if peak > 0:
+            uncorrected = prediction.memory_bytes - prediction.memory.learnt
+            less, more = MEMORY_BOUNDS
+            factors["memory"] = min(more * uncorrected, max(less * uncorrected, peak - uncorrected))
         return cls(**factors)
+
+    def moved(self, earlier: Correction, prediction: Prediction) -> bool:
+        """Whether predictions change so much that a plan made with an earlier correction is out of date.
+
+        Args:
+            earlier: That correction.
+            prediction: The plan's prediction.
+        """
+        times = (self.step / earlier.step, self.latency / earlier.latency)
+        memory = 1 + (self.memory - earlier.memory) / prediction.memory_bytes
+        return not all(1 / OFF < t < OFF for t in times) or not 1 / MEMORY_OFF < memory < MEMORY_OFF
 
 
 NO_CORRECTION = Correction()
@@ -124,7 +153,7 @@ def predict(
         recipe: The local training of a round.
         samples: The board's training samples.
         probe: What the board measured of itself; it beats the profile.
-        correction: What its rounds taught about its times.
+        correction: What its rounds taught.
         frozen: Tensors that the model's author froze.
     """
     costs: Costs = costs_at(architecture, widths)
@@ -147,7 +176,7 @@ def predict(
     watts = None
     if power is not None and power.load_w is not None and power.idle_w is not None:
         watts = power.load_w - power.idle_w
-    memory = memory_use(architecture, widths, costs, recipe, samples, frozen)
+    memory = memory_use(architecture, widths, costs, recipe, samples, frozen, probe=probe, correction=correction)
     return Prediction(
         parameters=costs.parameters,
         forward_macs=costs.forward_macs,
@@ -182,10 +211,15 @@ def memory_use(
     recipe: Recipe,
     samples: int,
     frozen: Collection[str] = (),
+    *,
+    probe: ProbeReport | None = None,
+    correction: Correction = NO_CORRECTION,
 ) -> MemoryBreakdown:
     """Peak memory of a training process; arguments are those of `predict`, and the costs at these widths."""
     trained = _trained(architecture, widths, recipe, costs.parameters, frozen)
-    return costs.training_memory(min(recipe.micro_batch, samples), recipe.features, samples, trained, recipe.own_copies)
+    batch, process = min(recipe.micro_batch, samples), None if probe is None else probe.process_bytes
+    use = costs.training_memory(batch, recipe.features, samples, trained, recipe.own_copies, process)
+    return replace(use, learnt=round(correction.memory))
 
 
 def _trained(

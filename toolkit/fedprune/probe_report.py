@@ -21,6 +21,7 @@ _LIMITS: dict[str, tuple[bool, float, float, bool]] = {
     "infer_rate": (False, 1.0, 1e17, True),
     "seconds": (False, 0.0, 1e6, False),
     "temperature_c": (False, -80.0, 200.0, True),
+    "process_bytes": (True, 2**20, 2**40, True),
 }
 _MAX_TEXT = 200
 
@@ -45,6 +46,7 @@ class ProbeReport:
         block: Channels that its convolutions compute at once in training graphs made for it (`fedprune.blocks`); 0
             where those are to be made of standard operators alone.
         forms: What the forms of a convolution take there in a training step; None if not measured.
+        process_bytes: Memory of the board's process before it trains, without its samples; None if not measured.
     """
 
     cores: int
@@ -61,6 +63,7 @@ class ProbeReport:
     latency: LatencyTable | None = None
     block: int = 0
     forms: FormTimes | None = None
+    process_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name, (whole, low, high, optional) in _LIMITS.items():

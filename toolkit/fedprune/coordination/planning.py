@@ -17,9 +17,6 @@ from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
 from fedprune.strategies import Strategy
 
-OFF = 1.25
-"""How far a measured time may be from the predicted one before a device is planned for anew."""
-
 
 class Planner:
     """Plans a job's devices, by the recipes that its strategy is going to ask them to train by.
@@ -40,8 +37,8 @@ class Planner:
     def plan(self, name: str, device: Device) -> None:
         """Give a device its plan and widths, or the reason why it takes no part.
 
-        A device that only its own rounds make look too slow is planned without what they taught: it delivered, and one
-        bad round must not shut it out for good.
+        A device that only its own rounds make look too slow or too small is planned without what they taught: it
+        delivered, and one bad round must not shut it out for good.
 
         Raises:
             ConfigError: The job's recipe has settings that don't go with its strategy's, which is no fault of a device.
@@ -83,20 +80,19 @@ class Planner:
             self.plan(name, device)
 
     def learn(self, name: str, device: Device, task: Task) -> None:
-        """Let a round's own times correct a device's predicted ones; plan anew where they were far off."""
+        """Let a round's own times and memory correct a device's predicted ones; plan again where they were far off."""
         if device.plan is None or device.widths != task.widths:
             return
         before = Plan.from_dict(device.plan)
         learnt = Correction.learnt(before.prediction, before.correction, task.metrics)
         device.correction = vars(learnt)
-        ratios = (learnt.step / before.correction.step, learnt.latency / before.correction.latency)
-        if all(1 / OFF < r < OFF for r in ratios):
+        if not learnt.moved(before.correction, before.prediction):
             return
         try:
             made = self._planned(name, device, learnt)
         except StrategyError:
             raise
-        except FedpruneError:  # too slow even at the narrowest: it delivered all the same, and goes on as it is
+        except FedpruneError:  # not even the narrowest fits: it delivered all the same, and goes on as it is
             return
         self._give(device, made)
 
