@@ -172,6 +172,7 @@ def _add_run(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from fedprune.profile_store import find as find_profile
     from fedprune.profile_store import names as names_of_profiles
+    from fedprune_server.broker.revocations import given_to_broker
     from fedprune_server.commands.configuration import configured
     from fedprune_server.console.setup import desks_of, with_console
     from fedprune_server.daemon import Daemon
@@ -221,6 +222,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if identity is not None:
             at = leadership(reached.url, identity, config.state, config.ca, folder.lease.shared)
             leader = stack.enter_context(at)
+            crl = identity.authority.crl_path
+            stack.enter_context(given_to_broker(config.on_revocation, config.state, crl))
         rollouts = None if arguments.insecure else stack.enter_context(RolloutStore(config.state))
         members = None if identity is None else identity.store.members
         web = stack.enter_context(web_blobs(config, identity, folder.store))

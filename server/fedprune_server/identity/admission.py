@@ -78,4 +78,7 @@ def revoke(identity: IdentityFolder, device: str) -> str:
 def revoked(identity: IdentityFolder, device: str, keys: int, certificates: int) -> str:
     """What to say of a device that was shut out."""
     line = f"{device}: {quantity(keys, 'key')} and {quantity(certificates, 'certificate')} revoked"
-    return f"{line}\ncopy {identity.authority.crl_path} to the broker and restart that" if certificates else line
+    if not certificates:
+        return line
+    path = identity.authority.crl_path
+    return f"{line}\nunless on_revocation does that: copy {path} to the broker and restart the broker"

@@ -68,6 +68,7 @@ def _examine(folder: Path, timeout: float, now: float) -> Iterator[Ailment]:
         lambda: site.clock(now, last),
         lambda: site.broker(folder, server, timeout, running=running),
         lambda: site.other_servers(folder, server, running=running),
+        lambda: site.revocations(folder),
         lambda: site.bucket(server, timeout),
         lambda: site.crashes(folder, now),
         lambda: site.backups(folder, now),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class ServerConfig:
         console_hosts: Names by which browsers may call it without TLS, with commas, beside addresses and `localhost`.
         console_orders: Which orders of operators are taken: `none`, `look` for those that change nothing, or `all`.
         console_releases: A folder of releases that operators may roll out; None for no releases.
+        on_revocation: A command that is run once the list of revoked certificates has changed, without a shell; the
+            environment's `FEDPRUNE_CRL` names the list. `off` for none.
         weight: The job's share of the boards in comparison with other jobs of the server; 0 to pause it beside them.
         board_logs: Lines of its log that each board may send in an hour; 0 for none.
         log_format: How the server's own log is written: `text` or `json`.
@@ -118,6 +121,7 @@ class ServerConfig:
     console_hosts: str = "localhost"
     console_orders: str = "all"
     console_releases: Path | None = None
+    on_revocation: str = OFF
     alerts: AlertSettings = field(default_factory=AlertSettings)
 
     def __post_init__(self) -> None:
@@ -172,6 +176,12 @@ class ServerConfig:
                 got=shown(self.traces.rpartition("@")[2]),
             )
         self._check_console()
+        try:
+            words = shlex.split(self.on_revocation)
+        except ValueError:
+            words = []
+        if not words or not self.on_revocation.isprintable():
+            raise ConfigError("server: on_revocation", expected=f"a command, or {OFF!r}", got=shown(self.on_revocation))
         if not self.host:
             raise ConfigError("server: host", expected="an address, such as 127.0.0.1 or 0.0.0.0", got="''")
         try:

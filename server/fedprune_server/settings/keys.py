@@ -23,6 +23,7 @@ TEXTS = (
     "console_hosts",
     "console_orders",
     "console_releases",
+    "on_revocation",
 )
 NUMBERS = (
     "port",
@@ -43,5 +44,6 @@ SERVER = (*TEXTS, *NUMBERS, *SWITCHES, *REALS)
 PATHS = ("profiles", "ca", "console_certificate", "console_key", "console_releases")
 """Texts that name files and folders, beside `state`."""
 
-ELSEWHERE = ("state", "database")
-"""What the state folder itself is, or says; not among the settings that the database keeps."""
+ELSEWHERE = ("state", "database", "on_revocation")
+"""What the database doesn't keep: what the state folder itself is, or says, and a command, which whoever can write to
+the database mustn't choose."""

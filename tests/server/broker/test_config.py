@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import re
 import secrets
+import shlex
 import signal
 import ssl
 import subprocess
@@ -40,6 +41,7 @@ from fedprune_server.broker.config import (
     mosquitto,
     write_broker,
 )
+from fedprune_server.broker.revocations import given_to_broker
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.join_desk import JoinDesk
 from machine import find_mosquitto, free_port, listens
@@ -279,20 +281,34 @@ def test_certificates_of_others_none_and_ones_that_are_over_are_refused(
 
 
 @pytest.mark.mosquitto
-def test_a_revoked_device_is_refused_once_the_broker_has_loaded_the_list_again(site: Site) -> None:
-    lost = site.device("lost")
-    context = lost.context()
-    assert not site.refuses(context)
+def test_revoked_devices_are_refused_each_time_the_broker_has_loaded_the_list_again(site: Site) -> None:
+    for name in ("lost", "lost-too", "lost-as-well"):
+        lost = site.device(name)
+        assert not site.refuses(lost.context())
 
-    site.identity.revoke("lost")
-    (site.folder / "broker" / "crl.pem").write_bytes(site.identity.authority.crl_path.read_bytes())
-    site.reload()
+        site.identity.revoke(name)
+        (site.folder / "broker" / "crl.pem").write_bytes(site.identity.authority.crl_path.read_bytes())
+        site.reload()
 
-    assert site.refuses(lost.context())
+        assert site.refuses(lost.context()), name
     assert not site.refuses(site.device("kept").context())
     claim = site.identity.claim("lost", 60)
     assert claim.text
     assert not site.refuses(site.device("lost").context())  # the board that replaces it
+
+
+@pytest.mark.mosquitto
+def test_the_operators_command_brings_each_revocation_to_the_broker(site: Site) -> None:
+    lost, kept = site.device("stolen"), site.device("at-home")
+    assert not site.refuses(lost.context())
+    reload = f'cp "$FEDPRUNE_CRL" {site.folder / "broker" / "crl.pem"} && kill -HUP {site.process.pid}'
+    folder, crl = site.folder / "state", site.identity.authority.crl_path
+    with given_to_broker(shlex.join(["sh", "-c", reload]), folder, crl):
+        site.identity.revoke("stolen")
+        deadline = time.monotonic() + 60
+        while not site.refuses(lost.context()):
+            assert time.monotonic() < deadline
+    assert not site.refuses(kept.context())
 
 
 @pytest.mark.mosquitto

@@ -1,0 +1,97 @@
+"""The command that brings the list of revoked certificates to the broker: when it runs, and when it runs again."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import ConfigError
+from fedprune_server.broker import revocations
+from fedprune_server.broker.revocations import RevocationCommandError, give, given, given_to_broker
+from fedprune_server.observation import site_doctor
+from fedprune_server.settings.config import ServerConfig
+
+
+def command(text: str) -> str:
+    return shlex.join(["sh", "-c", text])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def crl(tmp_path: Path) -> Path:
+    (tmp_path / "identity").mkdir()
+    path = tmp_path / "identity" / "crl.pem"
+    path.write_text("first")
+    return path
+
+
+def test_each_list_is_given_once_also_after_a_restart(
+    crl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revocations, "LOOKED_S", 0.05)
+    told = tmp_path / "told"
+    append = command(f'cat "$FEDPRUNE_CRL" >> {told}; echo >> {told}')
+    with given_to_broker(append, tmp_path, crl):
+        wait_for(lambda: given(tmp_path, crl))
+        crl.write_text("second")
+        wait_for(lambda: given(tmp_path, crl))
+    crl.write_text("third")  # by a command while no server runs
+    for _ in range(2):
+        with given_to_broker(append, tmp_path, crl):
+            wait_for(lambda: given(tmp_path, crl))
+            time.sleep(0.2)
+    assert told.read_text().split() == ["first", "second", "third"]
+
+
+def test_a_command_that_fails_is_told_and_tried_again(
+    crl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(revocations, "LOOKED_S", 0.05)
+    monkeypatch.setattr(revocations, "AGAIN_S", 0.05)
+    ready = tmp_path / "ready"
+    with given_to_broker(command(f"echo no way there; test -e {ready}"), tmp_path, crl):
+        wait_for(lambda: "exit code 1: got no way there" in caplog.text)
+        assert not given(tmp_path, crl)
+        ready.touch()
+        wait_for(lambda: given(tmp_path, crl))
+    assert "was given the list" in caplog.text
+
+
+def test_a_command_that_is_missing_or_hangs_is_an_error(
+    crl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revocations, "LASTS_S", 0.2)
+    for text in ("/no/such/program", "sleep 60"):
+        with pytest.raises(RevocationCommandError, match="on_revocation"):
+            give(text, tmp_path, crl)
+    assert not given(tmp_path, crl)
+
+
+def test_the_doctor_says_that_the_broker_has_an_older_list(crl: Path, tmp_path: Path) -> None:
+    assert list(site_doctor.revocations(tmp_path)) == []  # no command does that here
+    give("true", tmp_path, crl)
+    assert list(site_doctor.revocations(tmp_path)) == []
+    crl.write_text("second")
+    assert [a.kind for a in site_doctor.revocations(tmp_path)] == ["revocations"]
+
+
+@pytest.mark.parametrize("wrong", ["", "  ", "a 'b"])
+def test_what_is_no_command_is_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="on_revocation"):
+        ServerConfig(on_revocation=wrong)
+
+
+def test_the_command_is_not_kept_where_others_could_change_it() -> None:
+    assert "on_revocation" not in ServerConfig(on_revocation="true").server_settings()
