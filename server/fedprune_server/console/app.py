@@ -108,7 +108,7 @@ def make_routes(console: Console) -> FastAPI:
             waiting[0] -= 1
         operator = console.accounts.get(name) if right else None
         if operator is None or len(password) > MAX_PASSWORD or console.accounts.hash_of(name) != hashed:
-            console.audit.note(one_line(name, 64), address, "login", outcome="failed")
+            console.audit.failed(one_line(name, 64), address)
             return form(request, 401, "Name or password is wrong.", target)
         console.throttle.succeeded(name, address)
         console.sessions.end(request.state.token)

@@ -17,6 +17,9 @@ _OUTCOME = (
     "AND a.number > audit.number ORDER BY a.number DESC LIMIT 1)"
 )
 
+MOST_FAILED, FAILED_EVERY_S = 100, 60.0
+"""Failed logins that are listed at once, and the pause after which one more is: strangers can't fill the disk."""
+
 
 class Audit:
     """The audit log.
@@ -24,11 +27,18 @@ class Audit:
     Args:
         database: Where it is kept.
         clock: Seconds since 1970.
+        monotonic: The monotonic clock.
     """
 
-    def __init__(self, database: ConsoleDatabase, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        database: ConsoleDatabase,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._database = database
-        self._clock = clock
+        self._clock, self._monotonic = clock, monotonic
+        self._room, self._failed_at, self._unlisted = float(MOST_FAILED), monotonic(), 0
 
     def note(
         self, operator: str, address: str, action: str, what: dict[str, Any] | None = None, outcome: str = ""
@@ -54,6 +64,26 @@ class Audit:
             json.dumps(what or {}, sort_keys=True),
             one_line(outcome, 500),
         )
+
+    def failed(self, name: str, address: str) -> None:
+        """Add a line about a failed login; of many at a time a few are listed, and the next line counts the others.
+
+        Args:
+            name: What was given as a name.
+            address: From where.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        now = self._monotonic()
+        self._room = min(float(MOST_FAILED), self._room + (now - self._failed_at) / FAILED_EVERY_S)
+        self._failed_at = now
+        if self._room < 1:
+            self._unlisted += 1
+            return
+        self._room -= 1
+        unlisted, self._unlisted = self._unlisted, 0
+        self.note(name, address, "login", {"unlisted before": unlisted} if unlisted else None, "failed")
 
     def page(self, page: int = 1, size: int = 50, operator: str | None = None) -> Page:
         """Entries, the latest first; an order and its outcome, which are two lines of the log, are one entry.

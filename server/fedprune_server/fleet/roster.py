@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fedprune.architecture import Architecture
@@ -39,7 +39,8 @@ class Contact:
     loss: float | None = None
     introduced: tuple[Any, ...] = ()
     problem: str = ""
-    parameters: dict[tuple[int, ...], int] = field(default_factory=dict)
+    parameters: tuple[tuple[int, ...], int] = ((), 0)
+    """Its submodel's widths, and the numbers in that."""
 
 
 class Roster:
@@ -316,8 +317,9 @@ class Roster:
             doing = f"excluded: {contact.problem}" if contact.problem else "unknown"
             return Row(name, profile, None, 0, contact.down, contact.up, None, None, doing)
         density = float(device.plan["density"]) if device.plan else device.density if device.widths else None
-        if device.widths and device.widths not in contact.parameters:
-            contact.parameters[device.widths] = parameters(self._architecture, device.widths)
+        if device.widths != contact.parameters[0]:
+            count = parameters(self._architecture, device.widths) if device.widths else 0
+            contact.parameters = device.widths, count
         if device.excluded:
             doing = f"excluded: {device.excluded}"
         elif not device.online:
@@ -337,7 +339,7 @@ class Roster:
             device=name,
             profile=str(device.profile.get("name", "?")),
             density=density,
-            parameters=contact.parameters.get(device.widths, 0),
+            parameters=contact.parameters[1],
             bytes_down=contact.down,
             bytes_up=contact.up,
             seconds=contact.seconds,

@@ -39,6 +39,9 @@ KEPT_ANSWERS = 16
 """Answers to one device that are kept. An earlier request is answered anew, with the certificate that its TLS key has:
 it gets no second one, and is refused once that one has ended or was revoked."""
 
+KEPT_CLAIMS_S = 30 * 86_400
+"""Unused claims are kept for this long after their end, so that who comes too late is told why."""
+
 _FORMAT = 1
 _BUSY_S = 10
 _TABLES = """
@@ -118,6 +121,7 @@ class IdentityStore:
             expires: When it ends.
         """
         with self._transaction() as connection:
+            connection.execute("DELETE FROM claims WHERE used IS NULL AND expires < ?", (now - KEPT_CLAIMS_S,))
             row = (claim.id.hex(), claim.key, device, now, expires)
             connection.execute("INSERT INTO claims (id, key, device, made, expires) VALUES (?, ?, ?, ?, ?)", row)
 
@@ -190,6 +194,8 @@ class IdentityStore:
             How many there were.
         """
         with self._transaction() as connection:
+            # A revoked key is never let in again: nobody needs to know how far its sender has come.
+            connection.execute("DELETE FROM heard WHERE key IN (SELECT key FROM devices WHERE device = ?)", (device,))
             change = "UPDATE devices SET status = ?, decided = ? WHERE device = ? AND status != ?"
             return connection.execute(change, (REVOKED, now, device, REVOKED)).rowcount
 

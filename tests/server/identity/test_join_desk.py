@@ -481,3 +481,26 @@ def test_a_revoked_device_s_certificates_stay_revoked_when_files_go_back(
 
         assert revoked == {"pi-1": [True], "pi-2": [False]}
         assert listed == {i.serial for i in again.authority.of_device("pi-1")}
+
+
+def test_what_nobody_needs_any_more_is_let_go_of(identity: IdentityFolder, ask: Ask, tmp_path: Path) -> None:
+    device = board(tmp_path / "a")
+    used = identity.claim("pi-1", HOUR)
+    assert ask(device, used).status == APPROVED
+    identity.claim("pi-2", HOUR)
+    key = identity.store.members()["pi-1"]
+    identity.store.hear([(key, "up", 5), ("a" * 64, "up", 7)])
+    assert identity.store.heard(key) == {"up": 5}
+
+    def claims() -> int:
+        return int(identity.store._connection.execute("SELECT count(*) FROM claims").fetchone()[0])
+
+    NOW[0] += HOUR + identity_store.KEPT_CLAIMS_S - 5
+    identity.claim("pi-3", HOUR)
+    assert claims() == 3, "whoever comes too late is told that the time is over"
+    NOW[0] += 60
+    identity.claim("pi-4", HOUR)
+    assert claims() == 3, "pi-2's is gone, and the used one stays"
+    identity.revoke("pi-1")
+    assert identity.store.heard(key) == {}
+    assert identity.store.heard("a" * 64) == {"up": 7}

@@ -1,0 +1,29 @@
+"""The audit log: strangers who fail to log in don't fill it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedprune_server.console.audit import FAILED_EVERY_S, MOST_FAILED, Audit
+from fedprune_server.console.database import FILE, ConsoleDatabase
+
+
+def test_failed_logins_beyond_a_few_are_counted_and_not_listed(tmp_path: Path) -> None:
+    now = [0.0]
+    with ConsoleDatabase(tmp_path / FILE) as database:
+        audit = Audit(database, monotonic=lambda: now[0])
+        for i in range(10 * MOST_FAILED):
+            audit.failed("ann", f"10.0.{i // 256}.{i % 256}")
+        assert audit.page().total == MOST_FAILED
+        audit.note("ann", "10.0.0.1", "login", outcome="done")
+        assert audit.page().total == MOST_FAILED + 1, "what operators do is always listed"
+        now[0] += FAILED_EVERY_S
+        audit.failed("eve", "10.0.0.1")
+        audit.failed("eve", "10.0.0.1")
+        (last, *_) = audit.page().items
+        assert (last["operator"], last["outcome"], last["what"]) == (
+            "eve",
+            "failed",
+            {"unlisted before": 9 * MOST_FAILED},
+        )
+        assert audit.page().total == MOST_FAILED + 2
