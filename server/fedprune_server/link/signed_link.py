@@ -129,7 +129,7 @@ class SignedLink(Relay):
         Raises:
             StorageError: The disk fails or is full.
         """
-        members = self._look()
+        self._look()
         if self._news:
             return self._news.popleft()
         if self._joining is not None:
@@ -141,7 +141,7 @@ class SignedLink(Relay):
             self._read(item)
         while self._opened:
             device, opened = self._opened.popleft()
-            if not device or device in members:
+            if not device or device in self._members:  # of now: a board may have been let in while this waited
                 return opened
         return Unheard()
 

@@ -319,6 +319,29 @@ def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are
     assert answer.status == APPROVED
 
 
+def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    joining, server = Joining(), lab.new_server()
+    server.link = server_side.SignedLink(server.end, lab.identity, lambda: lab.now, joins=joining)
+    server.link.get()
+    claim = Claim.parse(lab.identity.claim("pi-9", DAY).text)
+    device = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILT))
+    request = device.request(claim)
+
+    def soon(timeout: float | None = 0.0) -> Sent | None:
+        """While the server waits for a message, its answer reaches the board, and the board announces itself."""
+        monkeypatch.undo()
+        answer = parse(server.end.sent[-1][1])
+        assert isinstance(answer, JoinAnswer)
+        device.admit(answer, claim.pin)
+        return Board(device, lambda: lab.now).say(birth("pi-9"))
+
+    joining.inbox.append((TOPICS.join(request.nonce), request.to_bytes()))
+    monkeypatch.setattr(server.end, "get", soon)
+    heard = server.link.get()
+    assert isinstance(heard, tuple)
+    assert parse(heard[1]) == birth("pi-9")
+
+
 def test_members_are_known_before_they_announce_themselves_and_wrong_signatures_cost_them_dear(lab: Lab) -> None:
     quarantine = Quarantine(lambda: lab.now + 1)
     server = lab.new_server()

@@ -1,0 +1,226 @@
+"""What floods cost a fleet: rounds a second of real boards, quiet and under attack.
+
+    python benchmarks/floods.py [--boards 10] [--windows 4] [--seconds 12]
+
+Needs Mosquitto. A server, Mosquitto with the generated configuration and boards run on loopback. The attacker is a
+process of its own on the same machine and takes its share of it. Quiet and attacked windows take turns.
+
+- member: an enrolled board sends signed wants of blobs that don't exist.
+- stranger: a client without a certificate sends messages of one byte on the listener for joining.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import socket
+import ssl
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from real_site import Site, write_material
+from synthetic_nets import setting, write
+
+from fedprune.trust.claim import Claim
+from fedprune.trust.device_identity import DeviceIdentity
+from fedprune.wire.link import Link
+from fedprune.wire.messages import Want
+from fedprune.wire.topics import Topics
+from fedprune_device.signed_link import SignedLink
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.identity.join_desk import JoinDesk
+
+HOSTILE = "mallory"
+SITE = Topics("default")
+CONFIG = """
+[job]
+name = "floods"
+rounds = 100000
+devices = {boards}
+density = 0.5
+deadline_s = 30
+
+[job.recipe]
+epochs = 1
+lr = 0.001
+"""
+ATTACKS = {"member": (2500, 4000), "stranger": (3000, 30_000)}
+"""Messages a second."""
+
+PATIENCE_S = 300.0
+
+
+def attack(kind: str, folder: Path, port: int, rate: int, seconds: float) -> None:
+    """Send messages at a rate, as far as this machine can; print how many it were."""
+    send, at_once = (member if kind == "member" else stranger)(folder, port)
+    began, sent = time.monotonic(), 0
+    while (now := time.monotonic() - began) < seconds:
+        if sent < rate * now:
+            send()
+            sent += at_once
+        else:
+            time.sleep(0.001)
+    print(sent / seconds)
+
+
+def member(folder: Path, port: int) -> tuple[Any, int]:
+    """An enrolled board that sends signed wants."""
+    identity = DeviceIdentity(folder / HOSTILE, "default", HOSTILE)
+    link = Link(f"mqtts://127.0.0.1:{port}", secrets.token_hex(16), tls=identity.context)
+    signed = SignedLink(link, identity)
+    link.start()
+    topic = SITE.up(HOSTILE)
+    return lambda: signed.publish(topic, Want(secrets.token_hex(32), "data", 0, 1).to_bytes(), 0), 1
+
+
+def stranger(folder: Path, port: int) -> tuple[Any, int]:
+    """A client without a certificate that speaks MQTT 3.1.1 by itself: a library is too slow."""
+    context = ssl.create_default_context(cafile=str(folder / "authority.pem"))
+    context.check_hostname = False
+    name = secrets.token_hex(16)
+    stream = context.wrap_socket(socket.create_connection(("127.0.0.1", port)))
+    body = b"\x00\x04MQTT\x04\x02\x00\x00" + len(name).to_bytes(2, "big") + name.encode()
+    stream.sendall(bytes([0x10, len(body)]) + body)
+    stream.recv(4)
+    topic = SITE.join(name).encode()
+    message = len(topic).to_bytes(2, "big") + topic + b"x"
+    batch = (bytes([0x30, len(message)]) + message) * 100
+    return lambda: stream.sendall(batch), 100
+
+
+def enrol(site: Site) -> None:
+    """Let the hostile board in, before the server starts."""
+    with IdentityFolder(site.state) as identity:
+        claim = Claim.parse(identity.claim(HOSTILE, 3600).text)
+        device = DeviceIdentity(site.folder / HOSTILE, "default", HOSTILE)
+        device.admit(JoinDesk(identity).answer(device.request(claim)), claim.pin)
+
+
+def rounds(site: Site) -> int:
+    """Rounds that are over."""
+    state = site.saved()
+    return 0 if state is None else len(state.history)
+
+
+def rate(site: Site, seconds: float) -> float:
+    """Rounds a second, for so long."""
+    before, began = rounds(site), time.monotonic()
+    time.sleep(seconds)
+    return (rounds(site) - before) / (time.monotonic() - began)
+
+
+def flooded(site: Site, kind: str, messages: int, seconds: float) -> dict[str, Any]:
+    """One attacked window."""
+    port = site.port if kind == "member" else site.join_port
+    words = ["--attack", kind, str(site.folder), str(port), str(messages), str(seconds + 1)]
+    process = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.PIPE)
+    time.sleep(1)
+    found = rate(site, seconds - 1)
+    sent = float((process.communicate(timeout=60)[0] or b"0").split()[-1])
+    return {"rounds_s": found, "sent_s": sent}
+
+
+def named(site: Site) -> dict[str, bool]:
+    """Where the culprit is named now: the log, `doctor`, and the alerts that the console shows."""
+    words = [sys.executable, "-m", "fedprune_server.cli", "doctor", "--state", str(site.state)]
+    doctor = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120).stdout
+    log = (site.folder / "server.log").read_text()
+    marks = (f"device {HOSTILE} is in quarantine", "floods the topic for joining")
+    alerts = "".join(p.read_text() for p in site.state.glob("*alert*.json"))
+    return {
+        "log": any(mark in log for mark in marks),
+        "doctor": any(mark in doctor for mark in (f"{HOSTILE} is in quarantine", marks[1])),
+        "alerts": HOSTILE in alerts or marks[1] in alerts,
+    }
+
+
+def measure(folder: Path, material: Path, kind: str, messages: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One attack at one rate, on a site of its own."""
+    names = [f"board-{i}" for i in range(options.boards)]
+    folder.mkdir()
+    config = CONFIG.format(boards=options.boards)
+    with Site(material, folder, config, names, PATIENCE_S, mosquitto=True, secure=True) as site:
+        enrol(site)
+        site.start_all()
+        site.wait_for(lambda: rounds(site) >= 5, "five rounds")
+        quiet, attacked = [], []
+        for _ in range(options.windows):
+            quiet.append(rate(site, options.seconds))
+            attacked.append(flooded(site, kind, messages, options.seconds))
+        found = named(site)
+    return {
+        "attack": kind,
+        "messages_s": messages,
+        "sent_s": statistics.median(a["sent_s"] for a in attacked),
+        "quiet_rounds_s": quiet,
+        "attacked_rounds_s": [a["rounds_s"] for a in attacked],
+        "share": statistics.median(a["rounds_s"] for a in attacked) / statistics.median(quiet),
+        "named": found,
+    }
+
+
+def page(about: dict[str, Any], body: dict[str, Any]) -> str:
+    """The results."""
+    lines = [
+        f"| {r['attack']} | {r['messages_s']:,} | {r['sent_s']:,.0f} | {statistics.median(r['quiet_rounds_s']):.2f} | "
+        f"{statistics.median(r['attacked_rounds_s']):.2f} | {r['share']:.0%} | "
+        f"{', '.join(place for place, there in r['named'].items() if there)} |"
+        for r in body["rows"]
+    ]
+    table = "\n".join(lines)
+    return f"""# Floods
+
+{about["date"]}, {about["cpu"]}, Python {about["python"]}, {body["mosquitto"]}.
+`python benchmarks/floods.py --boards {body["boards"]}`
+
+A server, Mosquitto with the generated configuration, {body["boards"]} boards and the attacker, all on this machine's
+{about.get("cores", "")} processors, medians of windows that take turns. The attacker's own work is part of what the
+attacked windows cost.
+
+| attacker | messages a second | sent | rounds a second, quiet | attacked | share | named in |
+|---|---:|---:|---:|---:|---:|---|
+{table}
+
+`member`: an enrolled board sends signed wants of blobs that don't exist. `stranger`: a client without a certificate
+sends messages of one byte on the listener for joining.
+"""
+
+
+def main() -> None:
+    """Run all attacks."""
+    if len(sys.argv) > 1 and sys.argv[1] == "--attack":
+        kind, folder, port, messages, seconds = sys.argv[2:]
+        attack(kind, Path(folder), int(port), int(messages), float(seconds))
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--boards", type=int, default=10)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=12.0)
+    parser.add_argument("--only", choices=tuple(ATTACKS))
+    options = parser.parse_args()
+    rows = []
+    with TemporaryDirectory() as name:
+        material = Path(name) / "material"
+        material.mkdir()
+        write_material(material, {f"board-{i}": 100 for i in range(options.boards)})
+        for kind, rates in ATTACKS.items():
+            for messages in rates if options.only in (None, kind) else ():
+                rows.append(measure(Path(name) / f"{kind}-{messages}", material, kind, messages, options))
+                print(json.dumps(rows[-1]), flush=True)
+    version = subprocess.run(["mosquitto", "-h"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    body = {"boards": options.boards, "mosquitto": version, "rows": rows}
+    about = setting()
+    if options.only is None:
+        write("floods", {"setting": about, **body}, page(about, body))
+
+
+if __name__ == "__main__":
+    main()
