@@ -108,12 +108,12 @@ def make_routes(console: Console) -> FastAPI:
             waiting[0] -= 1
         operator = console.accounts.get(name) if right else None
         if operator is None or len(password) > MAX_PASSWORD or console.accounts.hash_of(name) != hashed:
-            console.audit.failed(one_line(name, 64), address)
+            await anyio.to_thread.run_sync(console.audit.failed, one_line(name, 64), address)
             return form(request, 401, "Name or password is wrong.", target)
         console.throttle.succeeded(name, address)
         console.sessions.end(request.state.token)
-        token = console.sessions.begin(operator, address)
-        console.audit.note(name, address, "login", outcome="done")
+        token = await anyio.to_thread.run_sync(console.sessions.begin, operator, address)
+        await anyio.to_thread.run_sync(lambda: console.audit.note(name, address, "login", outcome="done"))
         answer = RedirectResponse(target, 303)
         _set(request, answer, console.around.cookie, token, int(LONGEST_S))
         _delete(request, answer, console.around.login_cookie)

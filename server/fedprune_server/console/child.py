@@ -13,15 +13,15 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedprune.errors import FedpruneError, ProtocolError
 from fedprune_server.children import begin_helper, replies_to_parent
 from fedprune_server.console.app import make_app
+from fedprune_server.console.connections import Connections
 from fedprune_server.console.context import Console, make_console
 from fedprune_server.console.database import ConsoleDatabase
 from fedprune_server.console.feed_words import Begin, Listening, ToServer, line, read_news
@@ -29,38 +29,18 @@ from fedprune_server.console.gate import Surroundings
 from fedprune_server.console.model import Model
 
 CONNECTIONS = 400
-"""Connections and requests at a time; beyond that it answers that it is busy."""
+"""Open connections; a further one takes the place of the one that has waited longest for its request."""
+
+_SPARE = 100
+"""Requests under way and connections about to close, beyond which the console answers that it is busy."""
 
 PATIENCE_S = 20.0
 """So long a browser may take to say what it wants."""
 
 EXPIRE_S = 5.0
-"""So often it looks for orders that the server hasn't taken in time."""
+"""So often it looks for orders that the server hasn't taken in time, and for connections that ask nothing."""
 
 _HEADER_BYTES = 32 * 1024
-
-
-class Patient(H11Protocol):
-    """A connection that is closed where nothing is asked on it for long: else whoever is silent holds it for ever."""
-
-    def connection_made(self, transport: Any) -> None:
-        """Begin to watch it."""
-        super().connection_made(transport)
-        self._idle = False
-        self._watch = self.loop.call_later(PATIENCE_S, self._look)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """It is over."""
-        self._watch.cancel()
-        super().connection_lost(exc)
-
-    def _look(self) -> None:
-        waiting = self.cycle is None or self.cycle.response_complete
-        if waiting and self._idle:
-            self.transport.close()
-            return
-        self._idle = waiting
-        self._watch = self.loop.call_later(PATIENCE_S, self._look)
 
 
 def listening_socket(address: str, port: int) -> socket.socket:
@@ -108,13 +88,15 @@ def serve(begin: Begin, stream: BinaryIO, replies: BinaryIO) -> None:
         listening = listening_socket(begin.address, begin.port)
         host = f"[{begin.address}]" if ":" in begin.address else begin.address
         url = f"http{'s' if around.tls else ''}://{host}:{listening.getsockname()[1]}/"
-        asyncio.run(_serve(_server(begin, app), listening, console, stream, lambda: say(Listening(url))))
+        connections = Connections(CONNECTIONS, PATIENCE_S)
+        server = _server(begin, connections.watch(app), connections)
+        asyncio.run(_serve(server, connections, listening, console, stream, lambda: say(Listening(url))))
 
 
-def _server(begin: Begin, app: ASGIApp) -> uvicorn.Server:
+def _server(begin: Begin, app: ASGIApp, connections: Connections) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
-        http=Patient,
+        http=connections.protocol(),
         ws="none",
         lifespan="off",
         loop="asyncio",
@@ -122,7 +104,7 @@ def _server(begin: Begin, app: ASGIApp) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,  # the gate looks at what a proxy says, and only where there is one
-        limit_concurrency=CONNECTIONS,
+        limit_concurrency=2 * CONNECTIONS + _SPARE,  # it counts connections and requests
         timeout_keep_alive=5,
         timeout_graceful_shutdown=1,
         h11_max_incomplete_event_size=_HEADER_BYTES,
@@ -134,7 +116,12 @@ def _server(begin: Begin, app: ASGIApp) -> uvicorn.Server:
 
 
 async def _serve(
-    server: uvicorn.Server, listening: socket.socket, console: Console, stream: BinaryIO, ready: Callable[[], None]
+    server: uvicorn.Server,
+    connections: Connections,
+    listening: socket.socket,
+    console: Console,
+    stream: BinaryIO,
+    ready: Callable[[], None],
 ) -> None:
     loop = asyncio.get_running_loop()
 
@@ -152,6 +139,7 @@ async def _serve(
 
     def expire() -> None:
         loop.call_later(EXPIRE_S, expire)
+        connections.sweep()
         console.orders.expire()
 
     threading.Thread(target=listen, daemon=True).start()

@@ -69,7 +69,7 @@ def make_console(
         model,
         accounts,
         Sessions(database, accounts, clock),
-        Throttle(),
+        Throttle(database, clock),
         audit,
         OrderDesk(model, audit, send, clock),
         Streams(model),

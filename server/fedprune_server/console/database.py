@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ FILE = "console.db"
 
 VERSION = 1
 _BUSY_S = 10.0
+"""So long a statement that writes waits for another process."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS operators (
@@ -31,6 +33,9 @@ CREATE TABLE IF NOT EXISTS sessions (
     made_at REAL NOT NULL, seen_at REAL NOT NULL
 ) STRICT;
 CREATE INDEX IF NOT EXISTS sessions_by_operator ON sessions (operator);
+CREATE TABLE IF NOT EXISTS throttle (
+    key TEXT PRIMARY KEY, count INTEGER NOT NULL, at REAL NOT NULL, before REAL NOT NULL
+) STRICT;
 CREATE TABLE IF NOT EXISTS audit (
     number INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, operator TEXT NOT NULL, address TEXT NOT NULL,
     action TEXT NOT NULL, what TEXT NOT NULL, outcome TEXT NOT NULL
@@ -44,7 +49,7 @@ CREATE TRIGGER IF NOT EXISTS audit_is BEFORE UPDATE ON audit
 
 
 class ConsoleDatabase:
-    """The database, made if it isn't there. It may be used from one thread at a time.
+    """The database, made if it isn't there. Threads may share it: what writes waits for its turn, what reads doesn't.
 
     Args:
         path: Its file.
@@ -72,9 +77,15 @@ class ConsoleDatabase:
                 raise StorageError(f"{path} is of another version", expected=VERSION, got=version)
             self._connection.executescript(_TABLES)
             self._connection.execute(f"PRAGMA user_version={VERSION}")
+            # What reads has a connection of its own: on one that waits to write it would wait, too.
+            self._reader = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+            self._reader.row_factory = sqlite3.Row
+        self._writing = threading.RLock()
+        self._writer = 0
 
     def close(self) -> None:
         """Close it."""
+        self._reader.close()
         self._connection.close()
 
     def __enter__(self) -> ConsoleDatabase:
@@ -90,7 +101,8 @@ class ConsoleDatabase:
             StorageError: The disk fails or is full.
         """
         with self._translated():
-            return [dict(r) for r in self._connection.execute(query, values)]
+            inside = self._writer == threading.get_ident()  # of a transaction, whose changes it must see
+            return [dict(r) for r in (self._connection if inside else self._reader).execute(query, values)]
 
     def row(self, query: str, *values: object) -> dict[str, Any] | None:
         """The first row that a query finds."""
@@ -103,8 +115,44 @@ class ConsoleDatabase:
         Raises:
             StorageError: The disk fails or is full.
         """
-        with self._translated():
+        with self._writing, self._translated():
             return self._connection.execute(query, values).rowcount
+
+    def try_to(self, *statements: tuple[str, tuple[object, ...]]) -> bool:
+        """Carry out statements, all or none, if nobody else writes just now.
+
+        Args:
+            statements: Queries and their values.
+
+        Returns:
+            Whether they were carried out.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        if not self._writing.acquire(blocking=False):
+            return False
+        try:
+            with self._translated():
+                self._connection.execute("PRAGMA busy_timeout=0")
+                try:
+                    self._connection.execute("BEGIN IMMEDIATE")
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error):
+                        raise
+                    return False
+                finally:
+                    self._connection.execute(f"PRAGMA busy_timeout={int(1000 * _BUSY_S)}")
+                try:
+                    for query, values in statements:
+                        self._connection.execute(query, values)
+                except BaseException:
+                    self._connection.execute("ROLLBACK")
+                    raise
+                self._connection.execute("COMMIT")
+            return True
+        finally:
+            self._writing.release()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -113,13 +161,16 @@ class ConsoleDatabase:
         Raises:
             StorageError: The disk fails or is full.
         """
-        with self._translated():
+        with self._writing, self._translated():
             self._connection.execute("BEGIN IMMEDIATE")
+            self._writer = threading.get_ident()
             try:
                 yield
             except BaseException:
                 self._connection.execute("ROLLBACK")
                 raise
+            finally:
+                self._writer = 0
             self._connection.execute("COMMIT")
 
     def _translated(self) -> AbstractContextManager[None]:

@@ -166,6 +166,8 @@ def deed(entry: Mapping[str, Any]) -> str:
         boards, stages = what.get("devices") or (), what.get("groups") or ()
         text += f" to {', '.join(boards)}" if boards else " to all boards"
         text += f" in stages of {', '.join(f'{s:.0%}' for s in stages)}" if stages else ""
+    if what.get("unlisted before"):
+        text += f" (after {what['unlisted before']:,} more that are not listed)"
     return f"{text} ({what['reason']})" if what.get("reason") else text
 
 

@@ -94,7 +94,8 @@ class Sessions:
         if operator is None:
             return None
         if used and now - row["seen_at"] > _SEEN_S:
-            self._database.do("UPDATE sessions SET seen_at = ? WHERE token = ?", now, row["token"])
+            # No request waits for another process to write; the next one says the same.
+            self._database.try_to(("UPDATE sessions SET seen_at = ? WHERE token = ?", (now, row["token"])))
         return Session(operator, row["csrf"], row["token"])
 
     def end(self, token: str | None) -> None:

@@ -7,10 +7,13 @@ its operator has logged in before it doesn't wait for others' failures.
 from __future__ import annotations
 
 import ipaddress
+import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from fedprune_server.console.database import ConsoleDatabase
 
 MOST_KEPT = 10_000
 """Accounts and addresses that are remembered; beyond that the ones that failed longest ago are forgotten."""
@@ -45,16 +48,20 @@ PAIR, ADDRESS, ACCOUNT = Limit(4, 900.0), Limit(20, 900.0), Limit(30, 60.0)
 
 
 class Throttle:
-    """Remembers failed logins.
+    """Remembers failed logins, also over a restart of the console.
 
     Args:
-        clock: Seconds of a clock that nobody sets.
+        database: Where they are kept.
+        clock: Seconds since 1970.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, database: ConsoleDatabase, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
         self._clock = clock
         self._failures: OrderedDict[tuple[str, ...], _Failures] = OrderedDict()
         self._known: OrderedDict[tuple[str, ...], float] = OrderedDict()
+        for row in database.rows("SELECT * FROM throttle ORDER BY at"):
+            self._failures[tuple(json.loads(row["key"]))] = _Failures(row["count"], row["at"], row["before"])
 
     def wait_s(self, account: str, address: str) -> float:
         """How long nobody may try to log in as this account from this address; 0 for not at all."""
@@ -75,6 +82,7 @@ class Throttle:
             self._failures[key] = known
         while len(self._failures) > MOST_KEPT:
             self._failures.popitem(last=False)
+        self._keep(account, address)
 
     def succeeded(self, account: str, address: str) -> None:
         """A login has succeeded: the account and the address together begin anew.
@@ -90,13 +98,27 @@ class Throttle:
         self._known[both] = self._clock()
         while len(self._known) > MOST_KEPT:
             self._known.popitem(last=False)
+        self._keep(account, address)
+
+    def _keep(self, account: str, address: str) -> None:
+        """Write down what has changed. While another process writes, this is left to the next log-in."""
+        changes: list[tuple[str, tuple[object, ...]]] = []
+        for key, _ in self._keys(account, address):
+            name, known = json.dumps(key), self._failures.get(key)
+            if known is None:
+                changes.append(("DELETE FROM throttle WHERE key = ?", (name,)))
+            else:
+                values = name, known.count, known.at, known.before
+                changes.append(("INSERT OR REPLACE INTO throttle VALUES (?, ?, ?, ?)", values))
+        changes.append(("DELETE FROM throttle WHERE at < ?", (self._clock() - FORGOTTEN_S,)))
+        self._database.try_to(*changes)
 
     def _wait(self, key: tuple[str, ...], limit: Limit, now: float) -> float:
         known = self._failures.get(key)
         if known is None or known.count < limit.free or now - known.at > FORGOTTEN_S:
             return 0.0
         seconds = min(limit.longest_s, 2.0 ** min(known.count - limit.free, 16))
-        return max(0.0, known.at + seconds - now)
+        return min(seconds, max(0.0, known.at + seconds - now))
 
     @staticmethod
     def _keys(account: str, address: str) -> list[tuple[tuple[str, ...], Limit]]:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import sqlite3
 import sys
 import threading
 import time
@@ -17,10 +18,11 @@ from typing import Any
 
 import pytest
 
-from console_browser import PASSWORD, QUICK
+from console_browser import PASSWORD, QUICK, trial
 from fedprune.errors import StorageError
 from fedprune_server.console import child
 from fedprune_server.console.accounts import Accounts
+from fedprune_server.console.connections import Connections
 from fedprune_server.console.database import ConsoleDatabase
 from fedprune_server.console.feed_words import Begin
 from fedprune_server.console.model import Model
@@ -125,6 +127,73 @@ def test_it_looks_again_and_again_for_orders_that_the_server_has_not_taken(monke
     console: Any = SimpleNamespace(orders=SimpleNamespace(expire=expire), model=Model())
     server: Any = SimpleNamespace(serve=serve)
     with os.fdopen(hearing, "rb") as stream, socket.socket() as listening:
-        asyncio.run(asyncio.wait_for(child._serve(server, listening, console, stream, lambda: None), 30))
+        asyncio.run(
+            asyncio.wait_for(child._serve(server, Connections(1, 1.0), listening, console, stream, lambda: None), 30)
+        )
         os.close(saying)
         assert ended.wait(30)
+
+
+@pytest.mark.system
+def test_half_requests_of_strangers_keep_nobody_out(tmp_path: Path) -> None:
+    process = ConsoleProcess(begin(tmp_path / "console.db"))
+    strangers: list[socket.socket] = []
+    try:
+        assert process.start(0.0)
+        until(lambda: list(process.orders(0.0)) or process.url)
+        port = int(process.url.split(":")[2].strip("/"))
+        for n in range(child.CONNECTIONS + 50):
+            raw = socket.create_connection(("127.0.0.1", port))
+            length = b"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 100\r\n\r\na"
+            start = b"POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            raw.sendall(start + length if n % 2 else start)
+            strangers.append(raw)
+        assert fetched(process.url + "healthz") == (200, {"ok": True})
+    finally:
+        for raw in strangers:
+            raw.close()
+        process.stop()
+
+
+def test_the_connection_that_waits_longest_makes_room() -> None:
+    gone: list[str] = []
+
+    def connection(name: str) -> Any:
+        return SimpleNamespace(abort=lambda: gone.append(name))
+
+    now = [0.0]
+    connections = Connections(3, 20.0, lambda: now[0])
+    for i, name in enumerate("abc"):
+        now[0] = float(i)
+        connections.opened((name, 1), connection(name))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        connections.opened(("d", 1), connection("d"))
+        connections.opened(("e", 1), connection("e"))
+        connections.opened(("f", 1), connection("f"))
+
+    scope = {"type": "http", "method": "GET", "client": ("a", 1)}
+    asyncio.run(connections.watch(app)(scope, None, None))  # type: ignore[arg-type]
+    assert gone == ["b", "c", "d"], "a's request is being answered meanwhile"
+    now[0] = 21.0
+    connections.sweep()
+    assert gone == ["b", "c", "d"]
+    now[0] = 50.0
+    connections.sweep()
+    assert sorted(gone) == ["a", "b", "c", "d", "e", "f"]
+
+
+def test_nobody_waits_for_another_process_that_writes(tmp_path: Path) -> None:
+    now = [1e9]
+    here = trial(tmp_path, clock=lambda: now[0])
+    browser = here.browser("viewer")
+    other = sqlite3.connect(tmp_path / "console.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    now[0] += 600  # so that the session's last use would be written
+    answers: list[int] = []
+    asking = threading.Thread(target=lambda: answers.append(browser.get("/").status), daemon=True)
+    asking.start()
+    until(lambda: answers, 5.0)  # the lock is held all the while
+    other.execute("ROLLBACK")
+    other.close()
+    assert answers == [200]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from fedprune_server.console.database import ConsoleDatabase
 from fedprune_server.console.throttle import ACCOUNT, ADDRESS, FORGOTTEN_S, KNOWN_S, PAIR, Throttle
 
 HERE, THERE = "192.0.2.1", "2001:db8::1"
 
 
 class Watch:
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.throttle = Throttle(lambda: self.now)
+    def __init__(self, folder: Path) -> None:
+        self.now = 1e9
+        self.database = ConsoleDatabase(folder / "console.db")
+        self.throttle = Throttle(self.database, lambda: self.now)
 
     def fail(self, times: int, account: str = "ann", address: str = HERE) -> None:
         for _ in range(times):
@@ -24,8 +28,8 @@ class Watch:
         self.throttle.succeeded(account, address)
 
 
-def test_each_failure_beyond_the_free_ones_doubles_the_wait() -> None:
-    watch = Watch()
+def test_each_failure_beyond_the_free_ones_doubles_the_wait(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
     watch.fail(PAIR.free - 1)
     waits = []
     for _ in range(12):
@@ -37,24 +41,24 @@ def test_each_failure_beyond_the_free_ones_doubles_the_wait() -> None:
     assert watch.wait() == 0
 
 
-def test_logging_in_again_and_again_is_no_failure() -> None:
-    watch = Watch()
+def test_logging_in_again_and_again_is_no_failure(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
     for _ in range(10 * ACCOUNT.free):
         watch.log_in()
         watch.now += 60
         assert (watch.wait(), watch.wait("ben"), watch.wait("ann", THERE)) == (0, 0, 0)
 
 
-def test_who_logs_in_takes_back_no_failure_in_other_names() -> None:
-    watch = Watch()
+def test_who_logs_in_takes_back_no_failure_in_other_names(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
     for n in range(ADDRESS.free):
         watch.fail(1, f"guess-{n}")
         watch.log_in("mallory")
     assert watch.wait("ben") > 0
 
 
-def test_an_operator_is_not_locked_out_by_those_who_guess_from_elsewhere() -> None:
-    watch = Watch()
+def test_an_operator_is_not_locked_out_by_those_who_guess_from_elsewhere(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
     watch.log_in()
     for n in range(ACCOUNT.free + 20):
         watch.fail(1, "ann", f"198.51.100.{n}")
@@ -67,3 +71,15 @@ def test_an_operator_is_not_locked_out_by_those_who_guess_from_elsewhere() -> No
     for n in range(ACCOUNT.free):
         watch.fail(1, "ann", f"198.51.100.{n}")
     assert watch.wait() > 0
+
+
+def test_a_restart_forgets_no_failure(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
+    watch.fail(PAIR.free + 3)
+    expected = watch.wait()
+    watch.database.close()
+    again = Watch(tmp_path)
+    assert again.wait() == expected > 0
+    again.log_in()
+    again.database.close()
+    assert Watch(tmp_path).wait() == 0

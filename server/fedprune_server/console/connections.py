@@ -1,0 +1,109 @@
+"""Open connections of the console: those that ask nothing are closed, the oldest first where room is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+Peer = tuple[str, int]
+
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class Connections:
+    """Connections by the browser's address and port.
+
+    A connection waits until the application has its whole request, and again once that is answered. Only `asyncio`'s
+    protocol methods and the application's messages tell which it is.
+
+    Args:
+        most: Open connections; a further one takes the place of the one that has waited longest.
+        patience_s: Seconds that a connection may wait.
+        clock: Monotonic clock.
+    """
+
+    def __init__(self, most: int, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._patience_s = patience_s
+        self._clock = clock
+        self._open: dict[Peer, asyncio.Transport] = {}
+        self._waiting: OrderedDict[Peer, float] = OrderedDict()
+
+    def opened(self, peer: Peer, transport: asyncio.Transport) -> None:
+        """A connection was made; where there are too many, the one that has waited longest is closed."""
+        if len(self._open) >= self._most and self._waiting:
+            self._close(next(iter(self._waiting)))
+        self._open[peer] = transport
+        self._waiting[peer] = self._clock()
+
+    def closed(self, peer: Peer, transport: asyncio.Transport) -> None:
+        """A connection is gone."""
+        if self._open.get(peer) is transport:
+            del self._open[peer]
+            self._waiting.pop(peer, None)
+
+    def sweep(self) -> None:
+        """Close those that have waited for too long."""
+        late = self._clock() - self._patience_s
+        for peer in [p for p, since in self._waiting.items() if since < late]:
+            self._close(peer)
+
+    def protocol(self) -> type[H11Protocol]:
+        """The protocol of the server's connections."""
+        connections = self
+
+        class Watched(H11Protocol):
+            """A connection that says when it begins and ends."""
+
+            def connection_made(self, transport: Any) -> None:
+                connections.opened(_peer(transport), transport)
+                self._watched = transport
+                super().connection_made(transport)
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                connections.closed(_peer(self._watched), self._watched)
+                super().connection_lost(exc)
+
+        return Watched
+
+    def watch(self, app: ASGIApp) -> ASGIApp:
+        """The application, which says when it has a whole request and when that is answered."""
+
+        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+            client = scope.get("client")
+            if scope["type"] != "http" or client is None:
+                await app(scope, receive, send)
+                return
+            peer = client[0], client[1]
+
+            async def received() -> Message:
+                message = await receive()
+                if message["type"] == "http.request" and not message.get("more_body", False):
+                    self._waiting.pop(peer, None)
+                return message
+
+            if scope["method"] in _SAFE:
+                self._waiting.pop(peer, None)
+            try:
+                await app(scope, received, send)
+            finally:
+                if peer in self._open:
+                    self._waiting[peer] = self._clock()
+                    self._waiting.move_to_end(peer)
+
+        return watched
+
+    def _close(self, peer: Peer) -> None:
+        del self._waiting[peer]
+        self._open.pop(peer).abort()
+
+
+def _peer(transport: asyncio.BaseTransport) -> Peer:
+    found = transport.get_extra_info("peername") or ("", 0)
+    return str(found[0]), int(found[1])
