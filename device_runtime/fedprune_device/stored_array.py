@@ -31,7 +31,7 @@ Rows = npt.NDArray[np.int64]
 _CHUNK_BYTES = 2**20
 
 
-class _Copy:
+class Copy:
     """A file without a name, which is gone when nothing refers to it, or this process is, however it ends."""
 
     def __init__(self, descriptor: int) -> None:
@@ -51,21 +51,25 @@ class StoredArray:
 
     Attributes:
         file: The file: a path, or a copy without a name.
-        stamp: Inode, size and time of the file's last change, which must stay the same.
+        stamp: Inode, size and time of the file's last change, which must stay the same; None for one that only grows.
         offset: Where the numbers begin.
         stored: Their type in the file.
         whole: The array's shape in the file.
         rows: The samples that belong to this array, in order; None for all.
         checked: Whether all numbers have been found usable.
+        convert: Turns what is read into samples; None where only the type changes.
+        sample: The shape of one then.
     """
 
-    file: Path | _Copy
-    stamp: tuple[int, int, int]
+    file: Path | Copy
+    stamp: tuple[int, int, int] | None
     offset: int
     stored: np.dtype[Any]
     whole: tuple[int, ...]
     rows: Rows | None = None
     checked: bool = False
+    convert: Callable[[Array], Array] | None = None
+    sample: tuple[int, ...] | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -75,12 +79,12 @@ class StoredArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """Samples, and the shape of one."""
-        return (len(self), *self.whole[1:])
+        return (len(self), *(self.whole[1:] if self.sample is None else self.sample))
 
     @property
     def ndim(self) -> int:
         """Number of dimensions."""
-        return len(self.whole)
+        return len(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +114,7 @@ class StoredArray:
                 piece = bytes_of[at * one : (at + count) * one]
                 self._fill(descriptor, piece, self.offset + first * one)
                 at += count
-        read = raw.astype(self.dtype, copy=False)
+        read = raw.astype(self.dtype, copy=False) if self.convert is None else self.convert(raw)
         return read if np.ndim(chosen) else read[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
@@ -122,7 +126,7 @@ class StoredArray:
 
     def chunks(self) -> Iterator[Array]:
         """All samples in order, a few at a time; errors are those of reading some."""
-        step = max(1, _CHUNK_BYTES // max(1, self.dtype.itemsize * prod(self.whole[1:])))
+        step = max(1, _CHUNK_BYTES // max(1, self.dtype.itemsize * prod(self.shape[1:])))
         return (self[start : start + step] for start in range(0, len(self), step))
 
     @contextlib.contextmanager
@@ -132,7 +136,7 @@ class StoredArray:
                 descriptor = stack.enter_context(self.file.open("rb")).fileno()
             else:
                 descriptor = self.file.fileno()
-            if _stamp(descriptor) != self.stamp:
+            if self.stamp is not None and _stamp(descriptor) != self.stamp:
                 raise self._changed()
             yield descriptor
 
@@ -227,7 +231,7 @@ def _spooled(
         with tempfile.TemporaryFile(dir=spool) as file:
             write(file)
             file.flush()
-            copy = _Copy(os.dup(file.fileno()))
+            copy = Copy(os.dup(file.fileno()))
         return StoredArray(copy, _stamp(copy.fileno()), 0, dtype, shape)
 
 

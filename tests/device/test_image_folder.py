@@ -180,3 +180,84 @@ def test_a_model_of_other_inputs_takes_no_images(tmp_path: Path) -> None:
     put(tmp_path, "ant/a.png", 1)
     with pytest.raises(DataError, match="nothing to train on"):
         folder(tmp_path).snapshot((6,))
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files whose bytes are read."""
+    read: list[Path] = []
+    real = image_folder._content
+    monkeypatch.setattr(image_folder, "_content", lambda path: (read.append(path), real(path))[1])
+    return read
+
+
+def test_files_that_have_not_changed_are_not_read_again_at_the_next_start(tmp_path: Path, hashed: list[Path]) -> None:
+    root, state = tmp_path / "data", tmp_path / "state"
+    for n in range(6):
+        put(root, f"ant/{n}.png", n)
+    first = ImageFolder(root, Pixels(), Shares(0.3), 100, NAMES, state)
+    assert len(hashed) == 6
+    wanted = first.snapshot(SHAPE)
+    assert len(hashed) == 12  # each is decoded once
+    again = first.snapshot(SHAPE)
+    assert len(hashed) == 12
+    assert np.array_equal(np.asarray(again.x_train), np.asarray(wanted.x_train))
+
+    hashed.clear()
+    put(root, "ant/2.png", 99)
+    put(root, "bee/new.png", 98)
+    with (state / "images.index").open("a") as file:
+        file.write('["ant/5.png", 1, 2')  # torn by a power cut
+    later = ImageFolder(root, Pixels(), Shares(0.3), 100, NAMES, state)
+    assert sorted(p.name for p in hashed) == ["2.png", "new.png"]
+    fresh = ImageFolder(root, Pixels(), Shares(0.3), 100, NAMES).snapshot(SHAPE)
+    assert np.array_equal(np.asarray(later.snapshot(SHAPE).x_train), np.asarray(fresh.x_train))
+    hashed.clear()
+    ImageFolder(root, Pixels(), Shares(0.3), 100, NAMES, state)
+    assert hashed == []
+
+
+def test_a_board_with_many_new_images_is_ready_before_all_are_read(
+    tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_folder, "_HASHED_AT_START", 4)
+    for n in range(10):
+        put(tmp_path, f"ant/{n}.png", n)
+    found = folder(tmp_path)
+    assert (len(hashed), found.samples) == (4, 4)
+    assert found.snapshot(SHAPE).samples == found.samples == 10
+
+
+def test_an_index_does_not_grow_without_end(tmp_path: Path) -> None:
+    root, state = tmp_path / "data", tmp_path / "state"
+    sizes = []
+    for n in range(300):
+        (root / "ant").mkdir(parents=True, exist_ok=True)
+        (root / "ant" / "a.png").write_bytes(b"x" * (n + 1))
+        ImageFolder(root, Pixels(), Shares(0.0), 100, NAMES, state)
+        sizes.append((state / "images.index").stat().st_size)
+    assert max(sizes) < 150 * sizes[0]
+
+
+def test_decoded_images_take_no_memory_and_no_more_room_than_they_may(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for n in range(12):
+        put(tmp_path, f"ant/{n}.png", n)
+        put(tmp_path, f"bee/{n}.png", 50 + n)
+    data = ImageFolder(tmp_path, Pixels(), Shares(0.0), 100, NAMES, room=8 * 4 * 5 * 3).snapshot(SHAPE)
+    assert np.bincount(data.y_train).tolist() == [4, 4]
+    assert "images of" in caplog.text
+    assert data.x_train.nbytes == 8 * 8  # their rows
+    unlimited = folder(tmp_path).snapshot(SHAPE)
+    assert len(unlimited.y_train) == 24
+    held = {x.tobytes() for x in np.asarray(unlimited.x_train)}
+    assert all(x.tobytes() in held for x in np.asarray(data.x_train))
+
+
+def test_images_that_are_replaced_round_after_round_stay_within_their_room(tmp_path: Path) -> None:
+    found = ImageFolder(tmp_path, Pixels(), Shares(0.0), 100, NAMES, room=8 * 4 * 5 * 3)
+    for turn in range(5):
+        wanted = {put(tmp_path, f"ant/{n}.png", 10 * turn + n).tobytes() for n in range(6)}
+        data = found.snapshot(SHAPE)
+        assert {x.tobytes() for x in np.asarray(data.x_train)} == wanted

@@ -126,7 +126,7 @@ def fixed_samples(
     """
     source, names = arguments.data, arguments.class_names or class_names
     if Path(source).is_dir():
-        return ImageFolder(Path(source), _pixels(arguments), _shares(arguments), arguments.samples_most, names)
+        return ImageFolder(Path(source), _pixels(arguments), _shares(arguments), arguments.samples_most, names, spool)
     return load_data(source, arguments.seed, arguments.device, arguments.validation_share, spool=spool)
 
 

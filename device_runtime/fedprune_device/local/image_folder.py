@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,9 @@ import numpy as np
 from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, DataError
 from fedprune_device.data import LocalData, Shape
-from fedprune_device.local.images import ENDINGS, MAX_BYTES, TYPES, Pixels
+from fedprune_device.local.decoded_images import DecodedImages, RoomError
+from fedprune_device.local.file_index import INDEX, FileIndex
+from fedprune_device.local.images import ENDINGS, MAX_BYTES, Pixels
 from fedprune_device.local.shares import Shares
 
 _LOG = logging.getLogger("fedprune.device")
@@ -28,16 +31,26 @@ _MOST_FILES = 200_000
 _T = TypeVar("_T")
 
 
+_HASHED_AT_START = 1000
+"""Files that are read at the start if the index doesn't know them; a round reads the others, so that a board with many
+new files is ready at once."""
+
+PIXEL_BYTES = 2**30
+"""Room on the disk for decoded images."""
+
+
 @dataclass(frozen=True)
 class _Image:
     path: Path
     label: int
     name: str
-    """sha256 of the file: what a sample's part and place in line depend on."""
+    """sha256 of the file, which decides the sample's part and whether it is among the chosen ones."""
 
 
 class ImageFolder:
     """A board's samples as image files.
+
+    A round's images are decoded once, into a file without a name, as bytes; batches are read from there.
 
     Args:
         root: The folder; `CLASS/image.jpg` in it, where CLASS is a number or one of the names.
@@ -46,6 +59,9 @@ class ImageFolder:
         most: Images that a round takes at most: as many of each class as there are, or a fair share. Their digests say
             which ones: as good as at random, and always the same.
         class_names: Names of the classes, in their order.
+        state: A folder for the index of files and for decoded images; without one nothing is remembered, and the
+            system's folder for temporary files is used.
+        room: Bytes that decoded images may take on the disk.
 
     Raises:
         ConfigError: A folder is no class.
@@ -53,14 +69,22 @@ class ImageFolder:
     """
 
     def __init__(
-        self, root: Path, pixels: Pixels, shares: Shares, most: int, class_names: tuple[str, ...] = ()
+        self,
+        root: Path,
+        pixels: Pixels,
+        shares: Shares,
+        most: int,
+        class_names: tuple[str, ...] = (),
+        state: Path | None = None,
+        room: int = PIXEL_BYTES,
     ) -> None:
         self._root, self._pixels, self._shares, self._most = root, pixels, shares, most
-        self._names = class_names
-        self._known: dict[tuple[Path, int, int], str] = {}
+        self._names, self._state, self._room = class_names, state, room
+        self._index = FileIndex(None if state is None else state / INDEX)
+        self._decoded: DecodedImages | None = None
         self._chosen: list[_Image] = []
         self._training = 0
-        self._look()
+        self._look(_HASHED_AT_START)
 
     @property
     def samples(self) -> int:
@@ -75,51 +99,65 @@ class ImageFolder:
 
         Raises:
             DataError: There is nothing to train on, or the model takes no images.
-            StorageError: The folder can't be read.
+            StorageError: The folder can't be read, or there is no room for decoded images.
         """
         if shape is None:
             raise DataError("the size of images", expected="a model's input")
         self._look()
-        parts: dict[str, list[tuple[int, Any]]] = {"train": [], "val": [], "test": []}
+        parts: dict[str, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
+        decoded = self._decoded_for(shape)
         for image in self._chosen:
             try:
-                x = self._pixels.read(_content(image.path), tuple(TYPES.values()), shape)
+                row = decoded.row(image.name, partial(_content, image.path))
+            except RoomError:
+                _LOG.warning("images of %s are left out: decoded ones may take %d bytes", self._root, self._room)
+                break
             except (OSError, DataError) as error:
                 _LOG.warning("%s is left out: %s", image.path, error)
                 continue
-            parts[self._shares.part(image.name)].append((image.label, x))
+            parts[self._shares.part(image.name)].append((image.label, row))
         if not parts["train"]:
             raise DataError(f"{self._root} has nothing to train on", expected="CLASS/image.jpg", got="no image")
-        like = parts["train"][0][1]
-        arrays = []
+        arrays: list[Any] = []
         for part in ("train", "test", "val"):
-            xs = [x for _, x in parts[part]]
-            arrays += [np.stack(xs) if xs else like[None][:0], np.array([c for c, _ in parts[part]], np.int64)]
+            rows = np.array([r for _, r in parts[part]], np.int64)
+            arrays += [decoded.samples(rows), np.array([c for c, _ in parts[part]], np.int64)]
         return LocalData(*arrays)
 
-    def _look(self) -> None:
-        """Find the images, and choose."""
+    def _decoded_for(self, shape: Shape) -> DecodedImages:
+        """Decoded images of earlier rounds, unless they have another shape or too many are no longer chosen."""
+        wanted = {image.name for image in self._chosen}
+        if self._decoded is None or not self._decoded.serves(shape, wanted):
+            self._decoded = None
+            self._decoded = DecodedImages(self._pixels, shape, self._state, self._room)
+        return self._decoded
+
+    def _look(self, most_new: int = _MOST_FILES) -> None:
+        """Find the images, and choose; of those that the index doesn't know read at most `most_new`."""
         by_class: dict[int, list[_Image]] = {}
-        known = {}
         with storage_errors(f"can't read {self._root}"):
             folders = sorted(p for p in self._root.iterdir() if p.is_dir() and not p.name.startswith("."))
             labels = {f: self._label(f) for f in folders}
             files = [sorted(p for p in f.iterdir() if p.suffix.lower() in ENDINGS) for f in folders]
         if (count := sum(map(len, files))) > _MOST_FILES:
             _LOG.warning("%s holds %d images; %d are looked at, of every class", self._root, count, _MOST_FILES)
-        for path in islice(_in_turn(files), _MOST_FILES):
-            try:
-                status = path.lstat()
-                key = path, status.st_size, status.st_mtime_ns
-                known[key] = self._known.get(key) or hashlib.sha256(_content(path)).hexdigest()
-            except FileNotFoundError:
-                continue  # it was deleted, or renamed, since it was listed
-            except (OSError, DataError) as error:
-                _LOG.warning("%s is left out: %s", path, error)
-                continue
-            label = labels[path.parent]
-            by_class.setdefault(label, []).append(_Image(path, label, known[key]))
-        self._known = known
+        with self._index.updating() as index:
+            for path in islice(_in_turn(files), _MOST_FILES):
+                try:
+                    status, key = path.lstat(), str(path.relative_to(self._root))
+                    name = index.known(key, status)
+                    if name is None:
+                        if not most_new:
+                            continue
+                        most_new -= 1
+                        name = index.add(key, status, hashlib.sha256(_content(path)).hexdigest())
+                except FileNotFoundError:
+                    continue  # it was deleted, or renamed, since it was listed
+                except (OSError, DataError) as error:
+                    _LOG.warning("%s is left out: %s", path, error)
+                    continue
+                label = labels[path.parent]
+                by_class.setdefault(label, []).append(_Image(path, label, name))
         # The same files count once.
         lines = [sorted({i.name: i for i in found}.values(), key=lambda i: i.name) for found in by_class.values()]
         self._chosen = list(islice(_in_turn(lines), self._most))

@@ -40,7 +40,11 @@ class Pixels:
             raise ConfigError("deviation of pixels", expected="above 0", got=min(self.deviation))
 
     def read(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.float32]:
-        """An image as one sample.
+        """An image as one sample; arguments and errors are those of `decoded`."""
+        return np.asarray(self.numbers(self.decoded(body, kinds, shape)[None])[0], np.float32)
+
+    def decoded(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.uint8]:
+        """An image in the size that the model takes, [height, width, colours].
 
         Args:
             body: The file.
@@ -72,9 +76,11 @@ class Pixels:
             raise
         except Exception as error:  # what is damaged makes a decoder raise anything
             raise DataError("the image can't be read", expected=" or ".join(kinds), got=reason(error)) from error
-        return self._numbers(np.asarray(scaled, np.float32), colours)
+        return np.asarray(scaled, np.uint8).reshape(height, width, colours)
 
-    def _numbers(self, pixels: npt.NDArray[Any], colours: int) -> npt.NDArray[np.float32]:
-        x = pixels.reshape(*pixels.shape[:2], colours).transpose(2, 0, 1) / np.float32(255)
+    def numbers(self, pixels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Decoded images [n, height, width, colours] as samples [n, colours, height, width]."""
+        colours = pixels.shape[3]
+        x = pixels.astype(np.float32).transpose(0, 3, 1, 2) / np.float32(255)
         mean, deviation = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.deviation))
         return np.ascontiguousarray((x - mean[:colours]) / deviation[:colours], np.float32)
