@@ -260,6 +260,8 @@ class Fleet:
         self.folder = folder
         self.job = job
         self.air = Air()
+        self.clock: Callable[[], float] | None = None
+        """Of daemons; by default the air's."""
         self.store = BlobStore(folder / "blobs", durable=False)
         self.worker = ToyWorker(self.store, graph_rounds)
         self.storage = quick(folder)
@@ -281,7 +283,7 @@ class Fleet:
             self.store,
             self.worker,
             link,
-            clock=lambda: self.air.now,
+            clock=self.clock or (lambda: self.air.now),
             monotonic=lambda: self.air.now,
             **options,  # type: ignore[arg-type]
         )

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
-from fedprune.coordination import State, coordinate
+from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.job import Job
+from fedprune.schedule import SYNCHRONOUS
+from fedprune.strategies import compose
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Finished, Hello
@@ -50,9 +52,13 @@ from fedprune_server.terminal.log_lines import about, device_in
 from fedprune_server.terminal.table import Lines
 from fedprune_server.work import divergence
 from fedprune_server.work.alarms import Alarms
+from fedprune_server.work.steady_clock import SteadyClock
 from fedprune_server.work.workshop import Executes, Workshop
 
 log = logging.getLogger("fedprune.server")
+
+_TIMELESS = (Phase.WAITING, Phase.FINISHED, Phase.SCORING, Phase.EVALUATING)
+"""Phases in which no deadline passes; in asynchronous jobs only the first two."""
 
 _TICK_S = 0.5
 _GREETING_S = 24 * 3600.0
@@ -83,7 +89,8 @@ class Daemon:
         quarantine: Says whom `link` hears; None for one of the daemon's own, in front of the link.
         logs: Keeps what boards tell of their logs and crashes; None to ask for nothing of that.
         onlookers: Who looks on; None for lines in the log. More may join before the start.
-        clock: Seconds since 1970, for deadlines and the log; it may be set.
+        clock: Seconds since 1970, for deadlines and the log; by default they pass evenly, even if the system's clock is
+            set.
         monotonic: Seconds of a monotonic clock, for waiting.
         frozen: Tensors that the model's author froze.
     """
@@ -112,10 +119,11 @@ class Daemon:
         quarantine: Quarantine | None = None,
         logs: BoardLogs | None = None,
         onlookers: Sequence[Onlooker] | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         frozen: Collection[str] = (),
     ) -> None:
+        clock = clock or SteadyClock(monotonic=monotonic)
         self.job = job
         self.state = state
         self._coordinator = coordinate(job, architecture, state, frozen)
@@ -152,6 +160,7 @@ class Daemon:
             lambda: self._uploads.digests() | self._shipping.digests, monotonic,
         )  # fmt: skip
         self._alarms = Alarms()
+        self._timeless = _TIMELESS[:2] if (compose(job).schedule or SYNCHRONOUS).asynchronous else _TIMELESS
         self._taken: list[on.Event] = []
         self._commands: list[do.Command] = []
         self._now = clock()
@@ -310,6 +319,8 @@ class Daemon:
 
     def _begin(self) -> None:
         """Begin a turn: what happens in it happens at one time, and nothing is said of it before it is saved."""
+        if isinstance(self._clock, SteadyClock) and self.state.phase in self._timeless:
+            self._clock.follow()
         self._now = self._clock()
 
     def _handle(self, event: on.Event) -> None:

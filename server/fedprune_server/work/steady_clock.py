@@ -1,0 +1,30 @@
+"""Seconds since 1970 that pass evenly, whatever becomes of the system's clock meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+class SteadyClock:
+    """The system's time as it was, plus what a monotonic clock has counted since.
+
+    Deadlines are kept as times since 1970, so that they mean something after a restart. With the system's clock itself,
+    setting it by an hour would close a round at once, or keep it open for an hour.
+
+    Args:
+        wall: The system's clock.
+        monotonic: A monotonic clock.
+    """
+
+    def __init__(self, wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._wall, self._monotonic = wall, monotonic
+        self._offset = wall() - monotonic()
+
+    def __call__(self) -> float:
+        """Seconds since 1970."""
+        return self._offset + self._monotonic()
+
+    def follow(self) -> None:
+        """Take over how the system's clock was set; call it while no deadline is pending."""
+        self._offset = self._wall() - self._monotonic()

@@ -1,0 +1,39 @@
+"""A clock that is set while a server runs moves no deadline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fleet import Fleet, folded
+
+from fedprune_server.work.steady_clock import SteadyClock
+from toy import JOB
+
+DAY = 24 * 3600.0
+
+
+def test_it_passes_evenly_and_follows_when_asked() -> None:
+    wall, monotonic = [1000.0], [5.0]
+    clock = SteadyClock(lambda: wall[0], lambda: monotonic[0])
+    assert clock() == 1000.0
+    wall[0], monotonic[0] = 1000.0 + DAY, 6.0
+    assert clock() == 1001.0
+    clock.follow()
+    assert clock() == 1000.0 + DAY
+
+
+@pytest.mark.parametrize("jump", [DAY, -DAY])
+def test_a_clock_that_jumps_a_day_neither_closes_a_round_nor_stretches_it(tmp_path: Path, jump: float) -> None:
+    fleet = Fleet(tmp_path)
+    fleet.job = replace(JOB, devices=3, rounds=2, deadline_s=20)
+    silent, began = fleet.air.devices["c"], fleet.air.now
+    silent.take = lambda offer: None  # type: ignore[method-assign, assignment]
+    fleet.clock = SteadyClock(
+        lambda: fleet.air.now + (jump if fleet.air.now > began + 2 else 0.0), lambda: fleet.air.now
+    )
+    state = fleet.run()
+    assert folded(state) == [["a", "b"], ["a", "b"]]
+    assert 40 <= fleet.air.now - began < 50
+    assert state.history[-1]["at"] == pytest.approx(fleet.air.now + jump, abs=5), "the log shows the new time"
