@@ -34,7 +34,8 @@ export MPLBACKEND = Agg
 .PHONY: environments demo test test-dev test-board test-arm64 check audit docs soak first-boot release sbom pins clean
 
 demo: $(VENV)/installed
-	$(VENV)/bin/fedprune-server demo --out demo-run
+	@echo "running the demo: about a minute"
+	@$(VENV)/bin/fedprune-server demo --out demo-run
 
 test: test-dev test-board
 
@@ -111,8 +112,10 @@ first-boot: $(DEV)/installed
 	$(DEV)/bin/python benchmarks/first_boot.py
 
 $(VENV)/installed: $(SOURCES)
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/$(PIP) '.[board,server]'
+	@echo "making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "installing fedprune and what a server and a board need into $(VENV): a minute or two"
+	@$(VENV)/bin/$(PIP) '.[board,server]'
 	@touch $@
 
 $(DEV)/installed: pyproject.toml constraints.txt

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from fedprune.errors import BoardError, ConfigError, FedpruneError, JoinError, KitError, StorageError
+from fedprune.terminal import BAD, GOOD, Column, print_table
 from fedprune_flash.board_link import BoardLink
 from fedprune_flash.claims import Claims
 from fedprune_flash.inventory import BoardRow
@@ -110,6 +111,15 @@ class Rollout:
             with self._guard:
                 self._links.discard(link)
             link.close()
+
+
+def print_outcomes(outcomes: Sequence[Outcome]) -> None:
+    """Print what became of the boards: a table on a terminal, lines elsewhere."""
+    if not sys.stdout.isatty():
+        print(table(outcomes))
+        return
+    rows = [(str(o.row), (o.state, GOOD if o.good else BAD), o.reason, o.remedy) for o in outcomes]
+    print_table([Column(_HEAD[0]), Column(_HEAD[1]), *(Column(title, wrap=20) for title in _HEAD[2:])], rows)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

@@ -53,7 +53,7 @@ def _ssh(arguments: argparse.Namespace) -> int:
     from fedprune_flash.journal import Journal
     from fedprune_flash.kit import open_kit
     from fedprune_flash.provision import Order
-    from fedprune_flash.rollout import Rollout, table
+    from fedprune_flash.rollout import Rollout, print_outcomes
 
     if arguments.purge and not arguments.remove:
         raise UsageError("--purge without --remove")
@@ -83,7 +83,7 @@ def _ssh(arguments: argparse.Namespace) -> int:
     claims = Claims(journal, texts, arguments.server_state, arguments.hours, used)
     with journal.alone(), ended_by_signals():
         outcomes = Rollout(order, claims, journal, jobs=arguments.jobs, again=arguments.again).run(rows)
-    print(table(outcomes))
+    print_outcomes(outcomes)
     good = sum(outcome.good for outcome in outcomes)
     what = "planned" if arguments.dry_run else "removed" if arguments.remove else "done"
     print(f"{good} of {quantity(len(outcomes), 'board')} {what}", file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedprune.cli import DEBUG, check_command, ended_by_signals, run_command, seconds, whole_number, with_extra
-from fedprune.errors import BrokerError, ExitCode, ModelError, PlanError, StorageFullError, UsageError
+from fedprune.errors import BrokerError, ConfigError, ExitCode, ModelError, PlanError, StorageFullError, UsageError
 from fedprune.extras import install_command
 
 pytestmark = pytest.mark.board
@@ -251,3 +251,25 @@ def test_an_option_that_is_cut_short_is_not_taken_for_a_longer_one(capsys: pytes
     assert run_command("tool", build, ["--round", "20"]) == ExitCode.USAGE
     assert "--rounds" in capsys.readouterr().err
     assert run_command("tool", build, ["--rounds=20"]) == ExitCode.OK
+
+
+@pytest.mark.parametrize(("setting", "begins"), [({}, "\x1b[1;31merror:\x1b[0m "), ({"NO_COLOR": "1"}, "error: ")])
+def test_on_a_terminal_an_error_is_red(
+    setting: dict[str, str], begins: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+
+    def failing(_: argparse.Namespace) -> int:
+        raise ConfigError("wrong")
+
+    def build() -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(prog="fedprune-x")
+        parser.set_defaults(run=failing)
+        return parser
+
+    assert run_command("fedprune-x", build, []) == ExitCode.CONFIG
+    assert capsys.readouterr().err == f"{begins}wrong\n"

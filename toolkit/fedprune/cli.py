@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from fedprune.cli_examples import add_examples
 from fedprune.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant, remedy
+from fedprune.spinner import spinner
 
 DEBUG = "FEDPRUNE_DEBUG"
 """Environment variable that shows tracebacks, too."""
@@ -54,7 +55,8 @@ def run_command(
         _shorten(parser)
         _check_options(parser, sys.argv[1:] if argv is None else argv)
         arguments = parser.parse_args(argv)
-        code = int(arguments.run(arguments))
+        with spinner(" ".join([prog, *_command_of(arguments)])):
+            code = int(arguments.run(arguments))
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -80,6 +82,11 @@ def run_command(
         return int(ExitCode.INTERNAL)
     except Exception as error:  # noqa: BLE001  the last line of defence: a user never sees a bare traceback
         return _internal(prog, error)
+
+
+def _command_of(arguments: argparse.Namespace) -> list[str]:
+    command = getattr(arguments, "command", None)
+    return [command] if isinstance(command, str) else []
 
 
 def with_extra(extra: str, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -244,4 +251,6 @@ def _say(message: str) -> None:
     """One line on stderr; the traceback before it where it is asked for."""
     if os.environ.get(DEBUG) == "1" and sys.exc_info()[0] is not None:
         traceback.print_exc()
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    word = "\x1b[1;31merror:\x1b[0m" if colour else "error:"
+    print(word, " ".join(message.split()), file=sys.stderr)

@@ -1,0 +1,32 @@
+"""What became of boards, printed: whole at eighty columns on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedprune_flash.inventory import BoardRow
+from fedprune_flash.rollout import Outcome, print_outcomes, table
+
+REASON = "the board has Python 3.9: expected 3.10 to 3.13, got 3.9"
+REMEDY = "Install a newer Raspberry Pi OS and run it again."
+
+
+def test_outcomes_are_a_table_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = BoardRow.__new__(BoardRow)
+    monkeypatch.setattr(BoardRow, "__str__", lambda self: "attic (192.168.1.30)")
+    outcomes = [Outcome(row, "failed", REASON, REMEDY, good=False), Outcome(row, "done", "release 3")]
+
+    print_outcomes(outcomes)
+    assert capsys.readouterr().out == f"{table(outcomes)}\n"
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    print_outcomes(outcomes)
+    out = capsys.readouterr().out
+    assert "\x1b[31mfailed" in out
+    assert "\x1b[32mdone" in out
+    for word in f"{REASON} {REMEDY}".split():
+        assert word in out

@@ -1,0 +1,73 @@
+"""The spinner of commands that are silent at first."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+
+from fedprune import spinner as module
+from fedprune.spinner import spinner
+
+pytestmark = pytest.mark.board
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AFTER_S", 0.01)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def appeared(stream: io.StringIO) -> bool:
+    until = time.monotonic() + 20
+    while "⠋ fedprune-x" not in stream.getvalue() and time.monotonic() < until:
+        time.sleep(0.01)
+    return "⠋ fedprune-x" in stream.getvalue()
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_it_appears_in_silence_and_goes_before_the_first_output(name: str) -> None:
+    streams = {"stdout": io.StringIO(), "stderr": Terminal()}
+    terminal = streams["stderr"]
+    with redirect_stdout(streams["stdout"]), redirect_stderr(terminal):
+        with spinner("fedprune-x"):
+            assert appeared(terminal)
+            print("hello", file=getattr(sys, name))
+            shown = terminal.getvalue()
+            assert shown.removesuffix("hello\n").endswith("\r\x1b[2K")
+            print("more", file=getattr(sys, name))
+            assert terminal.getvalue().removesuffix("more\n") == shown
+        assert sys.stderr is terminal
+    assert streams[name].getvalue().endswith("hello\nmore\n")
+
+
+def test_it_is_erased_where_an_error_ends_the_command() -> None:
+    terminal = Terminal()
+
+    def failing() -> None:
+        with spinner("fedprune-x"):
+            assert appeared(terminal)
+            raise ValueError("x")
+
+    with redirect_stderr(terminal):
+        with pytest.raises(ValueError, match="x"):
+            failing()
+        assert sys.stderr is terminal
+    assert terminal.getvalue().endswith("\r\x1b[2K")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "dumb"])
+def test_without_a_terminal_there_is_none(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal() if kind == "dumb" else io.StringIO()
+    monkeypatch.setenv("TERM", "dumb" if kind == "dumb" else "xterm")
+    with redirect_stderr(stream), spinner("fedprune-x"):
+        assert sys.stderr is stream
+    assert stream.getvalue() == ""
