@@ -16,6 +16,8 @@ from fedprune_server.fleet.foresight import Compared, compared, described
 from fedprune_server.fleet.quarantine import read_rows
 from fedprune_server.identity.folder import FOLDER, IdentityFolder
 from fedprune_server.identity.store import REVOKED
+from fedprune_server.observation.alerts import Snapshot, evaluate
+from fedprune_server.observation.monitor import read_open
 from fedprune_server.store.folder_lock import LOCK
 from fedprune_server.store.further_folders import folders
 from fedprune_server.store.place import FILE, kept
@@ -32,13 +34,15 @@ LATEST = 10
 def status_of_all(state: Path) -> dict[str, Any]:
     """The first job of a state folder as `status` has it, with its further jobs under `jobs`, if it has any.
 
-    A device is at one job at a time: `job` says at which, if a server runs and it is at any.
+    A device is at one job at a time: `job` says at which, if a server runs and it is at any. `alerts` are those that
+    the running server has open.
 
     Raises:
         StorageError: A folder holds no job, or is damaged.
         IdentityError: The identity is damaged, or others may read it.
     """
     first = status(state)
+    first["alerts"] = _alerts(state, running=first["running"])
     further = [status(folder, state) for folder in folders(state) if (folder / FILE).exists() or kept(folder)]
     if not further:
         return first
@@ -113,6 +117,7 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
     lines = [f"job {job.get('name', '?')}: round {body['round']} of {job.get('rounds', '?')}, {_phase(body)}"]
     if not body["running"]:
         lines.append(_stopped(body))
+    lines += [f"  {a['severity']}: {a['what']}. To do: {a['todo']}" for a in body.get("alerts", ())]
     if "privacy" in body:
         lines.append(_private(body["privacy"]))
     for device in body["devices"]:
@@ -131,6 +136,17 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
             if part["reason"]
         ]
     return "\n".join([*lines, *(describe(further, rounds) for further in body.get("jobs", []))])
+
+
+def _alerts(folder: Path, *, running: bool) -> list[dict[str, Any]]:
+    """Open alerts of a running server, and that its loop hangs if it does."""
+    told = read_open(folder) if running else None
+    if told is None:
+        return []
+    now = time.time()
+    hangs = evaluate(Snapshot(folder, turned_s=max(0.0, now - told[0])), now)
+    keys = ("kind", "severity", "since", "what", "todo", "job", "device")
+    return [{key: getattr(alert, key) for key in keys} for alert in (*hangs, *told[1])]
 
 
 def _privacy(job: dict[str, Any], state: State | None) -> dict[str, Any]:

@@ -113,10 +113,12 @@ class JobWatch(Onlooker):
 def off_by_far(state: State) -> dict[str, str]:
     """Boards of the last round whose time or memory exceeds the prediction by far, and by how much in words."""
     found: dict[str, str] = {}
-    for name in state.history[-1]["devices"] if state.history else ():
+    for name, part in state.history[-1]["devices"].items() if state.history else ():
         device = state.devices.get(name)
         if device is None or device.plan is None:
             continue
+        if part["progress"] != Progress.FOLDED.value or part.get("widths") != list(device.widths):
+            continue  # it has measured nothing of its present plan in this round
         for metric, (expected, measured) in compared(name, state, device.plan.get("prediction")).items():
             if expected and measured and measured > _FAR_OFF[metric] * expected:
                 text = f"{QUANTITIES[metric][0]} {amount(metric, measured)} instead of {amount(metric, expected)}"

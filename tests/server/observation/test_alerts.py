@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from fleet import Fleet, ToyDevice
 
 from fedprune.coordination import Phase
 from fedprune.coordination.rollout import RolloutPhase
+from fedprune_server.observation import site_facts as site_facts_module
 from fedprune_server.observation.alert_book import AlertBook, AlertChange
 from fedprune_server.observation.alerts import (
     KINDS,
@@ -309,3 +311,34 @@ def test_a_board_far_off_its_plan_is_found() -> None:
     assert off_by_far(state) == {"a": "memory 126 MB instead of 100 MB"}
     part["metrics"] = {"peak_memory_bytes": 124e6, "step_seconds": 1.9}
     assert off_by_far(state) == {}
+    part |= {"metrics": {"peak_memory_bytes": 126e6}, "progress": "refused"}
+    state.history.insert(0, {"devices": {"a": {**part, "progress": "folded"}}})
+    assert off_by_far(state) == {}, "what an earlier round measured was told then"
+
+
+def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [0.5]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(site_facts_module.shutil, "disk_usage", lambda _: usage(ROOM, 0, int(free[0] * ROOM)))
+    daemon, told = Fleet(tmp_path, JOB).daemon(), []
+    monitor = Monitor(tmp_path, {}, [(daemon.view, tmp_path)], here=lambda: 3)
+    for free[0] in (0.5, 0.09, 0.02, 0.034, 0.04, 0.11, 0.13):
+        monitor.read_site()
+        monitor.look()
+        told.append(sorted(a.severity for a in monitor.book.open if a.kind == "disk"))
+    assert told == [[], ["warning"], ["critical"], ["critical"], ["warning"], ["warning"], []]
+
+
+def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) -> None:
+    daemon, now = Fleet(tmp_path, JOB).daemon(), [0.0]
+    monitor = Monitor(tmp_path, {}, [(daemon.view, tmp_path)], here=lambda: 3, monotonic=lambda: now[0])
+    monitor.turned(lambda: 0.0, daemon.view)
+    now[0] = 59.0
+    assert not monitor.hangs
+    assert monitor.open() == []
+    now[0] = 61.0
+    assert [a.kind for a in monitor.open()] == ["server-hangs"]
+    monitor.turned(lambda: 0.0, daemon.view)
+    assert monitor.open() == []
