@@ -52,7 +52,9 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with ConsoleDatabase(state / CONSOLE) as console:
         console.do("INSERT INTO operators VALUES ('ann', 'admin', 'a hash', 1, 1)")
         console.do("INSERT INTO sessions VALUES ('a digest of a token', 'ann', 'csrf', '::1', 1, 1)")
-        console.do("INSERT INTO audit (at, operator, address, action, what, outcome) VALUES (1, 'ann', '', '', '{}', '')")
+        console.do(
+            "INSERT INTO audit (at, operator, address, action, what, outcome) VALUES (1, 'ann', '', '', '{}', '')"
+        )
     return state
 
 
