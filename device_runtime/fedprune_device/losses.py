@@ -14,6 +14,9 @@ from fedprune.recipe import Recipe
 from fedprune_device.labels import class_presence, class_weights, log_prior, positive_weights
 
 Array = npt.NDArray[Any]
+_AT_ONCE = 2**16
+"""Outputs whose losses are computed at once."""
+
 Terms = Mapping[str, Array]
 """Arrays and numbers of the loss, by input name of the training graph."""
 
@@ -28,10 +31,14 @@ def data_loss(loss: str, outputs: npt.NDArray[np.float32], targets: Array, terms
         terms: What `loss_terms` gives; without it the plain loss.
     """
     terms = terms or {}
-    z = outputs.astype(np.float64)
     if loss == "cross_entropy":
         return cross_entropy(outputs, targets, terms)
-    y = targets.astype(np.float64)
+    rows = max(1, _AT_ONCE // max(1, outputs.shape[1]))
+    if len(outputs) > rows:  # a mask of every sample would take several times its size in float64
+        starts = range(0, len(outputs), rows)
+        parts = [data_loss(loss, outputs[i : i + rows], targets[i : i + rows], terms) for i in starts]
+        return float(np.average(parts, weights=[len(outputs[i : i + rows]) for i in starts]))
+    z, y = outputs.astype(np.float64), targets.astype(np.float64)
     if loss == "bce":
         soft = np.log1p(np.exp(-np.abs(z))) + np.maximum(-z, 0)
         return float(np.mean((1 - y) * z + (1 + (terms.get(step.CLASS_WEIGHT, np.ones(1)) - 1.0) * y) * soft))

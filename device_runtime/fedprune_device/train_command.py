@@ -96,7 +96,7 @@ def _train(arguments: argparse.Namespace) -> int:
     data = samples.snapshot(trainer.input_shape)
     training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, number)
     print(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
-    print(f"before: {training.measured(bundle.folder, 'before')}", flush=True)
+    print(f"before: {training.measured(Predictor(bundle.folder, threads=number), 'before')}", flush=True)
     with _interruptible() as asked, _progress() as progress:
         result = training.train(progress, asked.is_set)
     print(
@@ -160,9 +160,9 @@ class _LocalTraining:
         data.check(self._classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
         self._evaluation = Evaluation(data, recipe, self._classes, OwnLabels.of(data.y_train, recipe, self._classes))
 
-    def measured(self, model: Path, when: str) -> str:
+    def measured(self, model: Predictor, when: str) -> str:
         """Measure a model on the test samples: its accuracy, where classes are predicted, and its loss."""
-        self._evaluation.add(Predictor(model, threads=self._threads), when)
+        self._evaluation.add(model, when)
         metrics = self._evaluation.metrics
         found = [(n, metrics.get(f"{n}_{when}")) for n in ("accuracy", "loss")]
         return ", ".join(f"{name} {value:.4f}" for name, value in found if value is not None) or "no test samples"
@@ -202,7 +202,7 @@ class _LocalTraining:
                 (folder / file).write_bytes(files[file])
             model = Predictor(folder, threads=self._threads)
             self._evaluation.check(model, loss)
-            after = self.measured(folder, "after")
+            after = self.measured(model, "after")
             for precision in self._bundle.precisions:
                 self._lower(folder, precision, files, tensors, model)
         return files, after

@@ -512,3 +512,13 @@ def test_frozen_tensors_do_not_travel_up(tmp_path: Path, graphs: Path, weights: 
         assert store.blobs.has(server.weights.sha256)
     wanted = data.x_test @ weights["w"].T + sent["b"]
     np.testing.assert_allclose(predictor.predict(data.x_test), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse", "huber"])
+def test_a_loss_of_many_outputs_is_that_of_its_parts(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    outputs = rng.standard_normal((7, 5)).astype(np.float32)
+    y = rng.integers(0, 2, (7, 5)).astype(np.float32)
+    whole = data_loss(loss, outputs, y)
+    monkeypatch.setattr("fedprune_device.losses._AT_ONCE", 10)
+    assert data_loss(loss, outputs, y) == pytest.approx(whole, rel=1e-12)

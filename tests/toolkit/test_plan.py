@@ -374,6 +374,11 @@ def test_an_error_says_what_memory_is_for_and_what_helps() -> None:
     assert plan(NET, generous, RECIPE, 100_000).prediction.memory_bytes <= generous.training_bytes
 
 
+def test_labels_of_every_output_take_memory() -> None:
+    many, one = (predict(NET, NET.sizes, BOARD, replace(RECIPE, loss=loss), 500) for loss in ("bce", "cross_entropy"))
+    assert many.memory.samples - one.memory.samples == 500 * NET.classes * (4 + 4)
+
+
 def test_tensors_that_the_author_froze_take_less_memory() -> None:
     room = FULL.memory_bytes - FULL.memory.weights // 4
     made = plan(NET, memory_of(room), RECIPE, 500, frozen=("conv", "fc"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedprune.architecture import Architecture
-from fedprune.costs import Costs, MemoryBreakdown, costs_at, memory_seconds
+from fedprune.costs import FLOAT, Costs, MemoryBreakdown, costs_at, memory_seconds
 from fedprune.freezing import trained_tensors
 from fedprune.latency import LatencyTable, typical_table
 from fedprune.ordered_dropout import TensorAxes
@@ -219,7 +219,9 @@ def memory_use(
     trained = _trained(architecture, widths, recipe, costs.parameters, frozen)
     batch, process = min(recipe.micro_batch, samples), None if probe is None else probe.process_bytes
     use = costs.training_memory(batch, recipe.features, samples, trained, recipe.own_copies, process)
-    return replace(use, learnt=round(correction.memory))
+    # Where a label is a number for every output, it is held as it was read, and as float32.
+    labels = 0 if recipe.loss == "cross_entropy" else 2 * FLOAT * samples * architecture.classes
+    return replace(use, samples=use.samples + labels, learnt=round(correction.memory))
 
 
 def _trained(

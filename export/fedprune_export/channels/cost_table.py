@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ _UNCOUNTED = VIEWS | {"Constant", "ConstantOfShape", "Shape", "Size", "Dropout",
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _RECURRENT = ("LSTM", "GRU", "RNN")
+_STEP_VALUES = {"LSTM": 8, "GRU": 6, "RNN": 2}
+"""Arrays of the size of its output that a recurrent layer's gradient keeps: gates, their slopes, states."""
 
 
 def layers(graph: Graph, parameters: Mapping[str, str], values: ValueAxes, seen: Trace) -> Iterable[Layer]:
@@ -172,6 +175,7 @@ def activations(graph: Graph, values: ValueAxes, seen: Trace) -> Iterable[Activa
             name = viewed[name]
         return name
 
+    sequences = {n.outputs[0]: n.op for n in graph.nodes if n.op in _RECURRENT and not n.domain}
     kept: set[str] = set()
     for node in graph.nodes:
         unknown = bool(node.domain)
@@ -190,4 +194,7 @@ def activations(graph: Graph, values: ValueAxes, seen: Trace) -> Iterable[Activa
             place = next((i for i, a in enumerate(axes) if i and a is not None), None)
         channels = axes[place] if place is not None else None
         others = [n for i, n in enumerate(sizes) if i != place]
-        yield Activation(name, channels or Axis.fixed(1), int(np.prod(others, dtype=np.int64)), name in kept)
+        value = Activation(name, channels or Axis.fixed(1), int(np.prod(others, dtype=np.int64)), name in kept)
+        yield value
+        for i in range(_STEP_VALUES.get(sequences.get(name, ""), 0)):
+            yield replace(value, name=f"{name}~{i}", kept=True)

@@ -1,0 +1,68 @@
+"""Plans that divide batches instead of models, on real nets, and one carried out within its board's memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune import profile_store
+from fedprune.plan import plan
+from fedprune.recipe import Recipe
+from fedprune_export.cli import main as export
+from fedprune_export.importing import load
+
+pytestmark = pytest.mark.torch
+
+ZERO = "raspberry-pi-zero-2w"
+TRAIN = """
+import sys
+from fedprune_device.cli import main
+code = main(sys.argv[1:])
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("net", "settings", "parts"),
+    [
+        ("unet", {"loss": "bce"}, range(2, 33)),
+        ("unet_bn", {"loss": "bce"}, range(2, 5)),  # parts of at least eight samples
+        ("gru_net", {"batch_size": 64}, range(2, 65)),
+    ],
+)
+def test_a_small_board_keeps_the_whole_net(net: str, settings: dict[str, Any], parts: range) -> None:
+    architecture = load(f"nets:{net}").architecture
+    made = plan(architecture, profile_store.find(ZERO), Recipe(**settings), 200)
+    assert made.widths == architecture.sizes
+    assert made.accumulate in parts
+    assert made.warning == ""
+
+
+def test_training_stays_within_the_plans_memory(tmp_path: Path) -> None:
+    bundle, samples = tmp_path / "bundle", tmp_path / "samples.npz"
+    assert export(["nets:unet", "--target", ZERO, "--labels", "multi", "--out", str(bundle)]) == 0
+    made = json.loads((bundle / "report.json").read_text())["plan"]
+    assert made["density"] == 1
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1000, 3, 64, 64), dtype=np.float32)
+    np.savez(samples, x=x, y=rng.integers(0, 2, (1000, 64 * 64)).astype(np.uint8))
+    command = [sys.executable, "-c", TRAIN, "train", "--bundle", bundle, "--data", samples, "--out", tmp_path / "out"]
+    command += ["--threads", "1", "--no-blocks", "--set", "max_steps=2"]
+    run = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    peak = 1024 * int(run.stdout.rpartition("VmHWM:")[2].split()[0])
+    assert peak <= next(m["limit"] for m in made["limits"] if m["name"] == "memory")
