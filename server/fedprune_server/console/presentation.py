@@ -46,7 +46,7 @@ def job_rows(jobs: Sequence[Row]) -> list[Row]:
     for job in jobs:
         done = job["rounds"] if job["phase"] == "finished" else max(0, min(job["round"] - 1, job["rounds"]))
         now = parts(job)
-        told = f"{now['over']:,} of {phrases.plural(now['asked'], 'part')} over" if now else ""
+        told = f"{now['over']:,} of {phrases.plural(now['asked'], 'client update')} finished" if now else ""
         rows.append({**job, "done": done, "told": told})
     return rows
 
