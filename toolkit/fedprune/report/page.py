@@ -67,7 +67,7 @@ def table(
     rows: Sequence[Sequence[str]],
     *,
     words: Sequence[int] = (),
-    label: str = "Table",
+    label: str = "",
     marked: Sequence[int] = (),
 ) -> str:
     """A table; a long one has a search field and scrolls.
@@ -76,11 +76,13 @@ def table(
         titles: Heads of its columns.
         rows: Its cells as text.
         words: Columns of text, which are aligned to the left as the first one is; the others hold numbers.
-        label: Its name for screen readers.
+        label: Its name for screen readers; by default its heads.
         marked: Rows that stand out.
     """
     kinds = ["" if not i else ' class="word"' if i in words else ' class="num"' for i in range(len(titles))]
-    head = "".join(f'<th scope="col"{k}>{text(t)}</th>' for t, k in zip(titles, kinds, strict=True))
+    heads = zip(titles, kinds, strict=True)
+    head = "".join(f'<th scope="col"{k}>{text(t)}</th>' if t else f"<td{k}></td>" for t, k in heads)
+    label = label or ", ".join(filter(None, titles))
     body = "".join(
         f"<tr{' class=marked' if i in marked else ''}>"
         + "".join(
@@ -93,7 +95,7 @@ def table(
     long = len(rows) > SEARCHED
     return (
         (search(f"Search {len(rows):,} rows") if long else "")
-        + f'<div class="table{" long" * long}" tabindex="0" role="region" aria-label="{text(label)}">'
+        + f'<div class="table{" long" * long}" tabindex="0" role="group" aria-label="{text(label)}">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -1,0 +1,113 @@
+"""Reports in a real browser: nothing is wider than a phone, axe finds nothing, legends and searches work."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import ExitCode
+from fedprune.job import Job
+from fedprune_export.cli import main
+from fedprune_server.data.picture import Partition
+from fedprune_server.simulation.comparison import write_comparison
+from fedprune_server.simulation.digits import digits_model
+from fedprune_server.simulation.record import DeviceRow, Record, RoundRow
+from fedprune_server.simulation.report import write_report
+from machine import find_chromium
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+Axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed").Axe
+
+pytestmark = pytest.mark.browser
+
+GROUPS = (("stage1.block0.downsample.conv", 16), ("stage2.block1.conv2", 64))
+
+
+def run(title: str, devices: int = 100) -> Record:
+    names = [f"raspberry-pi-in-the-barn-{i:03}" for i in range(devices)]
+    chance = random.Random(title)
+    rounds = tuple(
+        RoundRow(
+            n, 30.0 * n, "a" * 64, n / 10, 1.0, {m: chance.random() for m in names}, devices, 4_000_000 * n,
+            3_000_000 * n, updates=devices, coverage=[[devices // (1 + c) for c in range(s)] for _, s in GROUPS],
+        )
+        for n in range(1, 9)
+    )  # fmt: skip
+    rows = tuple(DeviceRow(n, "raspberry-pi-zero-2w", 100, (8, 32), 0.5, "memory", 12_345) for n in names)
+    channels = {n: (tuple(range(8)), tuple(range(32))) for n in names}
+    counts = {n: tuple(chance.randrange(50) for _ in range(10)) for n in names}
+    return Record(title, Job().to_dict(), GROUPS, rows, rounds, channels, partition=Partition("digits", (), counts))
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("reports")
+    (folder / "digits.onnx").write_bytes(digits_model())
+    words = ["--target", "raspberry-pi-5", "--density", "0.5", "--out", str(folder / "bundle")]
+    assert main([str(folder / "digits.onnx"), *words]) == ExitCode.OK
+    runs = [replace(run(f"run {i}", 3), title=f"run {i}") for i in range(25)]
+    return {
+        "export": folder / "bundle" / "report.html",
+        "simulation": write_report(folder / "run", run("fedprune"), run("FedAvg")).html,
+        "comparison": write_comparison(folder / "all", runs, (0.5,)),
+    }
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser: sync_api.Browser) -> Iterator[sync_api.Page]:
+    made, wrong = browser.new_page(viewport={"width": 390, "height": 800}), list[str]()
+    made.on("pageerror", lambda error: wrong.append(str(error)))
+    made.on("console", lambda said: wrong.append(said.text))
+    yield made
+    made.close()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", ["export", "simulation", "comparison"])
+def test_a_report_can_be_read_by_everybody_on_a_phone(pages: dict[str, Path], page: sync_api.Page, name: str) -> None:
+    page.goto(pages[name].as_uri())
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        found = Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+        assert "dark" not in page.inner_text("main")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    cut = """[...document.querySelectorAll('.bars .name, .bars .note, h1, h2, .facts dd, button.key')]
+        .filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== 'inline').length"""
+    assert page.evaluate(cut) == 0
+    overlaps = """[...document.querySelectorAll('ul.bars')].flatMap(list => {
+        const boxes = [...list.children].map(e => e.getBoundingClientRect());
+        return boxes.slice(1).filter((b, i) => b.top < boxes[i].bottom - 0.5);
+    }).length"""
+    assert page.evaluate(overlaps) == 0
+
+
+def test_a_legend_hides_its_curves_and_a_search_its_rows(pages: dict[str, Path], page: sync_api.Page) -> None:
+    page.goto(pages["simulation"].as_uri())
+    key = page.locator("#curves [data-key-of='1']")
+    curves = page.locator("#curves g[data-curve='1']")
+    key.click()
+    assert key.get_attribute("aria-pressed") == "false"
+    assert all(not c.is_visible() for c in curves.all())
+    key.click()
+    assert all("gone" not in (c.get_attribute("class") or "") for c in curves.all())
+    plot = page.locator("#curves .plot").first
+    plot.hover(position={"x": 3, "y": 20})
+    assert page.locator("#curves output").first.inner_text() == "round 1: fedprune 10.0%, FedAvg 10.0%"
+
+    data = page.locator("ul[aria-label='Samples per device and class']")
+    assert data.locator("li:visible").count() == 100
+    data.locator("xpath=preceding-sibling::input[1]").fill("barn-042")
+    assert data.locator("li:visible").count() == 1
