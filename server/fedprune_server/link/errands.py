@@ -153,8 +153,10 @@ class Errands:
 
     def _pull(self, command: do.PullUpdate) -> None:
         task = self._state.tasks.get(command.device)
+        if task is None or (self._state.round_of(task), task.attempt) != (command.round, command.attempt):
+            return  # the server has gone on meanwhile, which is no fault of the device
         ref = BlobRef.from_dict(command.weights)
-        if reason := misfit(task.offer if task else None, ref):
+        if reason := misfit(task.offer, ref):
             self._happen(on.UpdateRejected(command.device, command.round, command.attempt, reason))
             return
         self._post.ask(self._uploads.add(command.device, command.round, command.attempt, ref, self._monotonic()))

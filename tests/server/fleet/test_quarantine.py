@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 import strategies  # noqa: F401 - its settings of Hypothesis
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
+from fedprune.coordination import commands as do
+from fedprune.coordination.state import Progress as Part
+from fedprune.coordination.state import Task
 from fedprune.errors import BundleError, ProtocolError
 from fedprune.magnitude import check_range
 from fedprune.tensorfile import decode
@@ -395,6 +398,21 @@ def test_a_device_whose_updates_no_board_makes_is_not_heard_until_its_time_is_ov
     assert daemon._quarantine.rows()["a"]["refused"] >= STRIKES
     assert all("a" not in names for names in folded(state))
     assert len(folded(state)) == 12
+
+
+def test_the_servers_own_lag_is_no_strike(fleet: Fleet) -> None:
+    """An order to fetch an update is carried out after the device got a new attempt, whose offer is of another size."""
+    daemon = fleet.daemon()
+    daemon._quarantine.know(["a"])
+    daemon.state.tasks["a"] = Task(2, (4,), Part.OFFERED, offer={"weights": {"size": 4000}})
+    update = fleet.store.put(bytes(1000)).to_dict()
+    for attempt in (1, 1, 1):
+        daemon._errands.run(do.PullUpdate("a", daemon.state.round, attempt, update))
+    daemon._errands.run(do.PullUpdate("b", daemon.state.round, 1, update))
+    assert daemon._quarantine.rows() == {}
+    assert not daemon._uploads.devices()
+    daemon._errands.run(do.PullUpdate("a", daemon.state.round, 2, update))
+    assert daemon._quarantine.rows()["a"]["refused"] == 1
 
 
 def test_birth_floods_do_not_reach_the_coordinator(fleet: Fleet) -> None:
