@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fedprune.blobs import BlobStore
 from fedprune.errors import ProtocolError
 from fedprune.wire.answer_time import AnswerTime
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.blob_ref import LEAF, BlobRef
 from fedprune.wire.chunk import MAX_PACKET, Chunk
 from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.messages import Want
@@ -17,6 +17,9 @@ from fedprune.wire.transfer import Pull
 
 STALLED_S = 30.0
 """A pull that got nothing for so long gives its place to one that waits."""
+
+LEAST_BYTES_S = 8192
+"""A pull that has got less than this on average since it began gives up its place, too, once it had `STALLED_S`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,14 @@ class _Upload:
     pull: Pull | None = None
     leaves: int = 0
     moved_at: float = 0.0
+    began_at: float = 0.0
+    began_with: int = 0
+
+    def slow(self, now: float) -> bool:
+        """Whether it got nothing for a while, or too little since it got its place."""
+        held = now - self.began_at
+        got = (self.leaves - self.began_with) * LEAF
+        return now - self.moved_at > STALLED_S or (held > STALLED_S and got < LEAST_BYTES_S * held)
 
 
 class Uploads:
@@ -123,9 +134,9 @@ class Uploads:
         return self._end(device, Spoilt(device, upload.round, upload.attempt, reason), now)
 
     def tick(self, now: float) -> Wants:
-        """Ask again for what is overdue, and let those that wait pass those that are stuck."""
-        stuck = [n for n in self._running if now - self._uploads[n].moved_at > STALLED_S]
-        for device in sorted(stuck) if self._waiting else ():
+        """Ask again for what is overdue, and let those that wait pass those that are stuck or slow."""
+        slow = [n for n in self._running if self._uploads[n].slow(now)]
+        for device in sorted(slow) if self._waiting else ():
             self._uploads[device].pull = None  # what has arrived stays on the disk
             self._running.discard(device)
             self._wait(device)
@@ -175,7 +186,8 @@ class Uploads:
         upload = self._uploads.get(device)
         wants: Wants = []
         if upload is not None and upload.pull is not None and before not in (None, session):
-            upload.moved_at = now  # it was asked on another connection
+            upload.moved_at = upload.began_at = now  # it was asked on another connection
+            upload.began_with = upload.leaves
             wants = [(device, w) for w in upload.pull.start(now)]
         return wants + self._start(now)
 
@@ -276,7 +288,8 @@ class Uploads:
                 answers = self._answers.setdefault(device, AnswerTime())
                 partial = self._store.partial(upload.ref)
                 upload.pull = Pull(upload.ref, partial, limit=self._limit, answers=answers)
-                upload.moved_at = now
+                upload.moved_at = upload.began_at = now
+                upload.leaves = upload.began_with = upload.pull.progress[0]
                 first = upload.pull.start(now)
             except ProtocolError as error:
                 wants += self._end(device, Spoilt(device, upload.round, upload.attempt, str(error)), now)

@@ -90,6 +90,25 @@ def test_one_that_is_stuck_makes_room_for_one_that_waits(world: World) -> None:
     assert "c" in {device for device, _ in wants}
 
 
+@pytest.mark.parametrize(("every_s", "passed"), [(20, True), (3, False)])
+def test_one_that_sends_a_leaf_now_and_then_makes_room_for_one_that_waits(
+    tmp_path: Path, every_s: int, passed: bool
+) -> None:
+    world = World(tmp_path, leaves=80)
+    wants = {name: world.announce(name) for name in "abc"}
+    leaves = {name: Serve(world.device).answer(Want(world.ref(name).sha256, "data", 0, 80), 40_000) for name in "ab"}
+    for name in "ab":
+        world.answer(wants[name])  # the leaf tables
+    asked: set[str] = set()
+    for now in range(every_s, 61, every_s):
+        for name, chunks in leaves.items():
+            raw = next(iter(chunks))
+            assert isinstance(raw, bytes)
+            world.uploads.chunk(name, Chunk.parse(raw), float(now))
+        asked |= {device for device, _ in world.uploads.tick(float(now))}
+    assert ("c" in asked) == passed
+
+
 def test_what_had_arrived_before_a_drop_is_not_fetched_again(tmp_path: Path) -> None:
     world = World(tmp_path, leaves=80)
     world.answer(world.answer(world.announce("a")))
