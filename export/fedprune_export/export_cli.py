@@ -135,6 +135,7 @@ def _export_all(job: ExportJob, arguments: argparse.Namespace) -> int:
                 continue
         found.append(report.to_dict())
         rows.append(_summary_row(report))
+        advice += [f"{profile.name}: {note}" for note in report.plan.notes]
         if report.plan.warning:
             advice.append(f"warning: {profile.name}: {report.plan.warning}")
         if job.memory is not None:
