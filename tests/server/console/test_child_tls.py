@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from fedprune_server.console.feed_words import Begin, line
 from fedprune_server.console.process import ConsoleProcess
 from fedprune_server.console.setup import check_tls
 from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.observation import site_doctor
+from fedprune_server.observation.alerts import Snapshot, evaluate
+from fedprune_server.observation.site_facts import site_facts
 from fedprune_server.settings.config import ServerConfig
 
 
@@ -96,16 +98,17 @@ def test_a_server_refuses_a_key_that_is_none_and_a_certificate_that_has_ended(
     server = {"console": "8470", "console_certificate": str(certificate)}
 
     def seen() -> list[tuple[str, str]]:
-        return [(a.kind, "wrong" if a.wrong else "note") for a in site_doctor.console(server, time.time())]
+        facts = replace(site_facts(tmp_path, server), disk=None)
+        return [(a.kind, a.severity) for a in evaluate(Snapshot(tmp_path, site=facts), time.time())]
 
-    for since, days, sound, told in ((-60, 60, True, []), (-60, 20, True, ["note"]), (-60, -1, False, ["wrong"]),
-                                     (1, 60, True, ["wrong"])):  # fmt: skip
+    for since, days, sound, told in ((-60, 60, True, []), (-60, 20, True, ["warning"]), (-60, -1, False, ["critical"]),
+                                     (1, 60, True, ["critical"])):  # fmt: skip
         made = x509.CertificateBuilder().subject_name(common_name("console")).issuer_name(common_name("console"))
         made = made.not_valid_before(now + dt.timedelta(days=since)).serial_number(7)
         made = made.not_valid_after(now + dt.timedelta(days=days)).public_key(private.public_key())
         certificate.write_bytes(made.sign(private, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-        assert seen() == [("certificate", weight) for weight in told]
-        assert not any(site_doctor.console({**server, "console": "off"}, time.time()))
+        assert seen() == [("certificate", severity) for severity in told]
+        assert site_facts(tmp_path, {**server, "console": "off"}).certificates == ()
         caplog.clear()
         if sound:
             with caplog.at_level(logging.ERROR):
@@ -127,4 +130,4 @@ def test_a_server_refuses_a_key_that_is_none_and_a_certificate_that_has_ended(
     certificate.write_text("none")
     with pytest.raises(ConfigError, match="a certificate and its key as PEM"):
         check_tls(config)
-    assert seen() == [("certificate", "wrong")]
+    assert seen() == [("certificate", "critical")]

@@ -119,7 +119,7 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, clerk: Cl
             if server:
                 RolloutDesk(store, lambda *_: None).connected(True)
             told = Lookout(releases=ReleaseWatch(seen)).look()
-            (found,) = told.rollouts or ()
+            found, *_ = told.rollouts or ()
             return found
 
         def has(number: int) -> None:
