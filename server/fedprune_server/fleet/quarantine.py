@@ -184,6 +184,16 @@ class Quarantine:
         ledger.counts.dropped += not heard
         return heard
 
+    def ignores(self, topic: str) -> bool:
+        """Whether what comes on a topic is dropped, before it costs anything more; may be called from any thread."""
+        parts = topic.split("/", 4)
+        ledger = self._ledgers.get(parts[3]) if len(parts) > 3 else None
+        if ledger is None or self._clock() >= ledger.until:
+            return False
+        ledger.counts.dropped += 1
+        self._dirty = True
+        return True
+
     def sends(self, device: str) -> None:
         """The server sends a device a message that needs an answer."""
         if (ledger := self._ledgers.get(device)) is not None:

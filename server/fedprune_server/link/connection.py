@@ -91,10 +91,15 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
             url = broker.url
         quarantine, joins = Quarantine(path=config.state / QUARANTINE), None
         if identity is None:
-            link = Link(url, f"fedprune-server-{config.site}"[:64])
+            link = Link(url, f"fedprune-server-{config.site}"[:64], ignores=quarantine.ignores)
             wire: Wire = Guarded(link, quarantine)
         else:
-            link = Link(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.context(config.ca))
+            link = Link(
+                url,
+                f"fedprune-{secrets.token_hex(12)}",
+                tls=lambda: identity.context(config.ca),
+                ignores=quarantine.ignores,
+            )
             joins = Link(
                 url,
                 f"fedprune-{secrets.token_hex(12)}",

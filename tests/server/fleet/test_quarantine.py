@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from fedprune.magnitude import check_range
 from fedprune.tensorfile import decode
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import Chunk
+from fedprune.wire.link import Link
 from fedprune.wire.messages import MAX_WANT, Accepted, Birth, Cancelled, Death, Gone, Hello, Progress, Want
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
@@ -446,6 +448,16 @@ def test_a_wire_is_guarded_before_anything_is_parsed(quarantine: Quarantine, fle
     assert sum(isinstance(g, tuple) and "/a/" in g[0] for g in got) <= BURST
     assert sum(isinstance(g, Quarantined) for g in got) == 1
     assert any(isinstance(g, tuple) and "/b/" in g[0] for g in got)
+
+
+def test_what_a_device_in_quarantine_sends_does_not_even_reach_the_inbox(quarantine: Quarantine) -> None:
+    link = Link("mqtt://localhost", "server", ignores=quarantine.ignores)
+    heard(quarantine, "a", 10_000)
+    for device in "ab":
+        link._on_message(None, None, SimpleNamespace(topic=SITE.up(device), payload=b"x"))  # type: ignore[arg-type]
+    assert link.get() == (SITE.up("b"), b"x")
+    assert link.get() is None
+    assert not quarantine.ignores("odd")
 
 
 def test_only_messages_that_need_an_answer_earn_anything(fleet: Fleet) -> None:

@@ -56,6 +56,7 @@ class Link:
         inbox: Where messages wait to be read; by default a large one.
         pause_s: Seconds for which the connection is closed when the inbox is full; 0 to drop messages instead.
         wake: Called for every message that has come, from the network's thread.
+        ignores: Whether messages of a topic are dropped at once; called from the network's thread.
 
     Raises:
         ConfigError: The URL is not one.
@@ -72,6 +73,7 @@ class Link:
         inbox: Inbox[Event] | None = None,
         pause_s: float = 0.0,
         wake: Callable[[], None] = lambda: None,
+        ignores: Callable[[str], bool] = lambda topic: False,
     ) -> None:
         self.url = BrokerUrl.parse(url)
         self.client_id = client_id
@@ -81,6 +83,7 @@ class Link:
         """The topic that had most messages waiting when the inbox was full the last time."""
         self._pause_s = pause_s
         self._wake = wake
+        self._ignores = ignores
         self._will = will
         self._trial = None if will is None else WillTrial()
         self._keepalive = keepalive
@@ -376,6 +379,8 @@ class Link:
         try:
             topic, payload = message.topic, bytes(message.payload)
         except UnicodeDecodeError:
+            return
+        if self._ignores(topic):
             return
         if self._inbox.offer(topic, payload):
             self._wake()
