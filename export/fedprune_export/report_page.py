@@ -80,7 +80,7 @@ def page(report: Report) -> str:
 def plan(report: Report) -> str:
     """The plan's lines, except for its limits, which are bars."""
     lines = [line for line in report.plan_text().splitlines() if not line.startswith("  ") or ":" not in line]
-    return "".join(paragraph(line.strip()) for line in lines)
+    return "".join(paragraph(line.strip(), "warning" if line.startswith("warning") else "") for line in lines)
 
 
 def limits(plan: Plan) -> list[Bar]:

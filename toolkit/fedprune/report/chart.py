@@ -416,7 +416,7 @@ def _marks(first: float, last: float, parts: int) -> tuple[str, ...]:
 
 
 def _whole(x: float) -> str:
-    return f"{x:g}" if not float(x).is_integer() else f"{int(x):,}"
+    return f"{x:,.1f}" if not float(x).is_integer() else f"{int(x):,}"
 
 
 def _last(values: Sequence[str]) -> str:
