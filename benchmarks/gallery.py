@@ -43,7 +43,7 @@ LAST = 3
 
 _ABOUT = """
 Accuracies in percent: *global*, of the server's model on the server's samples, mean of the last {last} rounds; *local*,
-of what boards serve on their own test samples, each as measured last, mean over those that delivered; *worst*, the
+of the boards' own models on their own test samples, each as measured last, mean over those that delivered; *worst*, the
 least of these. MB: both ways, all boards and rounds. s: simulated. `docs/gallery.md` says what all of it means.
 """
 

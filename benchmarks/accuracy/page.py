@@ -236,10 +236,10 @@ def _cell(protocol: Protocol, runs: Sequence[Run], rows: Sequence[Run], value: V
 
 
 def _tiers(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
-    """The accuracy of what devices serve, by their density."""
+    """Local accuracy by the devices' density."""
     if len(protocol.densities) < 2:
         return []
-    lines = ["", "## What devices serve, by their density", ""]
+    lines = ["", "## Local accuracy by density", ""]
     lines += [f"| method | {' | '.join(f'{d:g}' for d in protocol.densities)} |"]
     lines += [f"|---|{'---:|' * len(protocol.densities)}"]
     for method in protocol.methods:

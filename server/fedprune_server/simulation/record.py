@@ -87,7 +87,7 @@ class RoundRow:
         own: Whatever else devices that delivered measured, per metric and device.
         density: Share of the model that each device that delivered had.
         measured: What a simulation measured of the global model, by name; of a private job also its `epsilon`.
-        spent: Per device bytes down, bytes up and multiplications of its training, since the round before; in
+        spent: Per device bytes down, bytes up and MACs of its training, since the round before; in
             simulations.
         updates: How many updates the model is made of; in simulations.
         coverage: How many of them held each channel, per group; empty where it wasn't noted.
