@@ -288,6 +288,21 @@ def test_batch_norm_keeps_parts_of_eight_samples() -> None:
     assert (asked.widths, asked.accumulate) == (NORMALISED.sizes, 4)
 
 
+@given(st.sampled_from([WIDE, NORMALISED]), st.floats(0.7, 1.1), st.floats(1, 1.5), st.none() | st.floats(0.1, 2))
+@BRIEF
+def test_more_memory_never_gives_a_narrower_model_nor_more_parts(
+    net: Architecture, share: float, more: float, time: float | None
+) -> None:
+    room, deadline = need(net, 1) * share, None if time is None else FULL.round_s * time
+    try:
+        tight = plan(net, memory_of(room), RECIPE, 500, deadline_s=deadline)
+    except PlanError:
+        return
+    loose = plan(net, memory_of(room * more), RECIPE, 500, deadline_s=deadline)
+    assert all(a >= b for a, b in zip(loose.widths, tight.widths, strict=True))
+    assert loose.widths != tight.widths or loose.accumulate <= tight.accumulate
+
+
 def test_batch_norm_with_frozen_statistics_does_not_mind_small_parts() -> None:
     still = replace(RECIPE, frozen=("norm.*",))
     assert plan(NORMALISED, memory_of(need(NORMALISED, 16)), still, 500).accumulate == 16
