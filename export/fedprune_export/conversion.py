@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from fedprune_export.bundle_graph import check_origin
 from fedprune_export.drafts import NORMAL_OPSET
 from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
-from fedprune_export.importing import import_onnx
+from fedprune_export.importing import import_onnx, metadata
 from fedprune_export.importing.metadata import PARAMETERS_KEY, tied
 from fedprune_export.parity import LIMIT, SAMPLES, distance
 from fedprune_export.trace import sample_feeds
@@ -154,7 +155,8 @@ def state_parity(
     error = _checked(outputs(filled.to_bytes(), x), expected, "the model with this state dict", hint)
     if module is None:
         return error
-    return max(error, _checked(_module_outputs(module, state, x), expected, "the torch module with it", hint))
+    found = _module_outputs(module, state, x, frozenset(metadata.unused(graph.metadata)))
+    return max(error, _checked(found, expected, "the torch module with it", hint))
 
 
 def outputs(model: bytes, x: Array) -> Array:
@@ -174,7 +176,7 @@ def _checked(found: Array, expected: Array, what: str, hint: str = "") -> float:
     return error
 
 
-def _module_outputs(module: Any, state: Mapping[str, Array], x: Array) -> Array:
+def _module_outputs(module: Any, state: Mapping[str, Array], x: Array, spare: AbstractSet[str]) -> Array:
     """Outputs of a torch module with a state dict; buffers that the state dict lacks stay as they are."""
     torch = _torch()
     try:
@@ -184,7 +186,7 @@ def _module_outputs(module: Any, state: Mapping[str, Array], x: Array) -> Array:
     except RuntimeError as error:  # a tensor of another shape
         raise ModelError(f"the torch module doesn't load the state dict ({reason(error)})") from error
     parameters = {n for n, _ in module.named_parameters(remove_duplicate=False)}
-    lacking = sorted(n for n in missed if n in parameters)
+    lacking = sorted(n for n in missed if n in parameters - spare)
     if lacking or unknown:
         raise ModelError(
             "the state dict is not the torch module's",

@@ -32,6 +32,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how a model is imported; `read_model` reads them."""
     group = parser.add_argument_group("the model")
     group.add_argument("--input-shape", type=shape, metavar="C,H,W", help="one sample's shape, for torch modules")
+    group.add_argument("--token-ids", action="store_true", help="a torch module takes whole numbers: token ids")
     group.add_argument("--name", help="the model's name (default: that of the file or factory)")
     group.add_argument("--output", metavar="NAME", help="which output counts, where an ONNX file has several")
     group.add_argument(
@@ -88,6 +89,7 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
     from fedprune_export.importing import load
 
     chosen: dict[str, Any] = {"name": arguments.name or name, "input_shape": arguments.input_shape}
+    chosen["token_ids"] = arguments.token_ids
     if arguments.output is not None:
         chosen["output"] = arguments.output
     if arguments.prefer is not None:

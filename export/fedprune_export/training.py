@@ -46,7 +46,8 @@ def training_graph(
     outputs = architecture.classes
     if not outputs:
         raise ModelError(
-            "the model's output is not a row of logits", hint="Only outputs of one number per class can be trained."
+            "the model's output is not a row of logits",
+            hint="Only outputs of one number per class can be trained. Flatten others in forward: x.flatten(1).",
         )
     frozen = frozen_tensors(architecture, features, model.frozen)
     graph = Graph(name="training_step", _counter=model.graph._counter)

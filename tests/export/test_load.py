@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from fedprune.errors import ExitCode, MissingExtraError, ModelError
 from fedprune.extras import install_command
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
-from fedprune_export.importing import export_torch, import_onnx, load, read_source
+from fedprune_export.importing import export_torch, import_onnx, load, read_source, torch_export
 
 pytestmark = pytest.mark.torch
 
@@ -197,19 +198,71 @@ def test_why_torch_can_not_export_is_said_in_print(module: nn.Module, message: s
     assert str(caught.value).isprintable()
 
 
-def test_a_parameter_that_the_forward_pass_never_uses() -> None:
-    class Spare(nn.Module):
-        input_shape = (4,)
+class Spare(nn.Module):
+    input_shape = (4,)
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused = nn.Linear(4, 2), nn.Linear(4, 2)
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def test_a_parameter_that_the_forward_pass_never_uses_is_left_out_with_a_note() -> None:
+    module = Spare()
+
+    model = import_onnx(export_torch(module), "spare")
+
+    assert set(model.tensors) == {"used.weight", "used.bias"}
+    note = next(n for n in model.notes if "unused" in n)
+    assert note == "The forward pass doesn't use unused.weight, unused.bias: left as they are, and in no bundle."
+    assert all(p.requires_grad for p in module.parameters())
+    again = import_onnx(model.graph.to_bytes(), "spare")
+    assert note in again.notes
+
+
+def test_a_parameter_that_the_export_loses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(graph: Any) -> None:
+        value = graph.initializers.pop("used.bias")
+        value.name = "fused"
+        graph.initializers["fused"] = value
+
+    monkeypatch.setattr(torch_export, "_separate_names", lose)
+    with pytest.raises(ModelError, match=r"lost or fused.*used\.bias"):
+        export_torch(Spare())
+
+
+class Words(nn.Module):
+    """A model of token ids that doesn't say so."""
+
+    input_shape = (6,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.out = nn.Embedding(37, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.words(x).mean(1))
+
+
+def test_token_ids_can_be_asked_for() -> None:
+    with pytest.raises(ModelError, match="say so with --token-ids"):
+        export_torch(Words())
+
+    assert import_onnx(export_torch(Words(), token_ids=True), "words").graph.inputs[0].dtype == np.int64
+
+
+def test_torch_prints_nothing_of_a_failed_export(capfd: pytest.CaptureFixture[str]) -> None:
+    class Branching(nn.Module):
+        input_shape = (6,)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.used(x)
+            return x if x.sum() > 0 else x * 2
 
-    with pytest.raises(ModelError, match=r"lost or fused.*unused\.weight"):
-        export_torch(Spare())
+    with pytest.raises(ModelError, match="torch can't export it"):
+        export_torch(Branching())
+    assert capfd.readouterr() == ("", "")
 
 
 def test_tied_weights_stay_tied() -> None:

@@ -21,7 +21,8 @@ def reader(folder: Path, patience_s: float, *, bare: bool = False) -> Reader:
     """A reader whose ports nobody else has; in a folder that is a clone, or a part of one."""
     folder.mkdir(exist_ok=True)
     if not bare:
-        shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+        for part in ("examples", "hardware_profiles"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     ports = {port: str(free_port()) for port in ("8883", "8884", "1883")}
     return Reader(folder, ports, patience_s, bare=bare)
 

@@ -30,6 +30,7 @@ def load(
     *,
     name: str | None = None,
     input_shape: Sequence[int] | None = None,
+    token_ids: bool = False,
     output: str | None = None,
     parameters: Sequence[str] | None = None,
     prefer: Prefer | None = None,
@@ -41,6 +42,7 @@ def load(
         name: The architecture's name; by default that of the file, factory or network.
         input_shape: One sample's shape, where a torch module doesn't say it in `input_shape`; of an ONNX file it must
             be the file's own.
+        token_ids: Whether a torch module takes token ids (int64), where it doesn't say it in `input_dtype`.
         output: Which output gives the logits, where the model has several.
         parameters: Names of the trainable tensors; by default what the file says, else all that are used as weights.
         prefer: Which channels to cut where only one kind can be: "coarse" (whole heads and groups) or "fine".
@@ -49,7 +51,7 @@ def load(
         ModelError: There is no such model, it is damaged, or it uses what can't be handled.
         MissingExtraError: torch or timm is needed and not installed.
     """
-    raw = read_source(source, input_shape=input_shape)
+    raw = read_source(source, input_shape=input_shape, token_ids=token_ids)
     text = str(source)
     default = text.rpartition(":")[2] if _is_factory(text) or text.startswith(PREFIX) else Path(text).stem
     try:
@@ -85,6 +87,7 @@ def read_source(
     source: str | Path,
     *,
     input_shape: Sequence[int] | None = None,
+    token_ids: bool = False,
     output: str | None = None,
     parameters: Sequence[str] | None = None,
     prefer: Prefer | None = None,
@@ -94,6 +97,7 @@ def read_source(
     Args:
         source: As for `load`.
         input_shape: As for `load`.
+        token_ids: As for `load`.
         output: As for `load`.
         parameters: As for `load`.
         prefer: As for `load`.
@@ -108,7 +112,7 @@ def read_source(
         module, shape = timm_model(network, input_shape)
         raw = export_torch(module, input_shape=shape, name=text)
     elif _is_factory(text):
-        raw = export_torch(factory_product(text), input_shape=input_shape, name=text)
+        raw = export_torch(factory_product(text), input_shape=input_shape, token_ids=token_ids, name=text)
     else:
         raw = read_model_file(Path(source))
     if output is None and parameters is None and prefer is None:
@@ -182,13 +186,17 @@ def _imported(
     normal = normalise(proto, None if listed is None else frozenset(listed), raw if same else None)
     found = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=chosen)
     tied = metadata.tied(texts)
-    notes = tuple(dict.fromkeys([*metadata.note_of_tied(tied), *normal.notes, *found.notes]))
+    unused = metadata.unused(texts)
+    said = [*metadata.note_of_tied(tied), *metadata.note_of_unused(unused)]
+    notes = tuple(dict.fromkeys([*said, *normal.notes, *found.notes]))
     still = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     normal.graph.metadata = {metadata.PARAMETERS_KEY: json.dumps(list(normal.parameters))}
     if still:
         normal.graph.metadata[metadata.FROZEN_KEY] = json.dumps(still)
     if tied:
         normal.graph.metadata[metadata.TIED_KEY] = json.dumps({normal.names.get(k, k): v for k, v in tied.items()})
+    if unused:
+        normal.graph.metadata[metadata.UNUSED_KEY] = json.dumps(unused)
     if chosen != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = chosen
     return Model(normal.graph, found.architecture, notes, found.values, still)

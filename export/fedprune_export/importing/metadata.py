@@ -17,6 +17,9 @@ PARAMETERS_KEY = "fedprune.parameters"
 FROZEN_KEY = "fedprune.frozen"
 """Lists those of them that the author froze."""
 
+UNUSED_KEY = "fedprune.unused"
+"""Names of the author's parameters that the forward pass doesn't use, and which the model therefore lacks."""
+
 TIED_KEY = "fedprune.tied"
 """Further names of tensors that have several."""
 
@@ -49,6 +52,26 @@ def names(texts: Mapping[str, str], key: str, held: AbstractSet[str]) -> tuple[s
     if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
         raise ModelError(f"metadata {key}", expected="a list of tensor names", got=shown(texts[key]))
     return checked(found, held, f"metadata {key}")
+
+
+def unused(texts: Mapping[str, str]) -> tuple[str, ...]:
+    """Parameters that the forward pass doesn't use.
+
+    Raises:
+        ModelError: It is no list of names, or a name can't be printed.
+    """
+    found = _parsed(texts[UNUSED_KEY]) if UNUSED_KEY in texts else []
+    if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
+        raise ModelError(f"metadata {UNUSED_KEY}", expected="a list of names", got=shown(texts[UNUSED_KEY]))
+    for name in found:
+        check_name(name)
+    return tuple(found)
+
+
+def note_of_unused(names: Sequence[str]) -> list[str]:
+    """A note on parameters that the forward pass doesn't use."""
+    said = f"The forward pass doesn't use {shown_names(names)}: left as they are, and in no bundle."
+    return [said] if names else []
 
 
 def checked(listed: Sequence[str], held: AbstractSet[str], where: str) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ import importlib
 import io
 import json
 import logging
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -24,7 +26,9 @@ from fedprune_export.importing import metadata
 _TORCH_HINT = "First pip install torch --index-url https://download.pytorch.org/whl/cpu (a small CPU wheel), then"
 
 
-def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: str = "module") -> bytes:
+def export_torch(
+    made: Any, *, input_shape: Sequence[int] | None = None, token_ids: bool = False, name: str = "module"
+) -> bytes:
     """A torch module in evaluation mode as ONNX bytes, with all weights under their `state_dict` names.
 
     Parameters that don't require gradients are listed as frozen. A tensor that has several names goes by its first.
@@ -33,6 +37,7 @@ def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: s
         made: The module, or a pair of the module and an example input (with a batch), which may be int64.
         input_shape: One sample's shape; else that of the example, else the module's attribute `input_shape`. The
             module's attribute `input_dtype` says that the input is int64.
+        token_ids: Whether the input is int64, where neither the example nor the module says it.
         name: What to call it in messages.
 
     Raises:
@@ -44,7 +49,7 @@ def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: s
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{name} made no model", expected="a torch module", got=type(module).__name__)
     modes = [(part, part.training) for part in module.modules()]
-    sample = _sample(module, example, input_shape, name)
+    sample = _sample(module, example, input_shape, token_ids, name)
     module.eval()
     try:
         with quiet():
@@ -64,13 +69,15 @@ def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: s
         shape = shape_text("n", *sample.shape[1:])
         raise ModelError(
             f"{name}: torch can't export it for input {shape} ({reason(_innermost(error))})",
-            hint="Check that the module takes one tensor of this shape, with any batch, and returns one tensor.",
+            hint="Check that the module takes one tensor of this shape, with any batch, and returns one tensor."
+            + ("" if sample.dtype == torch.int64 else " If it takes token ids, say so with --token-ids."),
         ) from error
+    else:
+        proto = onnx.load_model_from_string(proto.SerializeToString())
+        _list_tensors(torch, module, sample, proto, name)
     finally:
         for part, training in modes:
             part.training = training
-    proto = onnx.load_model_from_string(proto.SerializeToString())
-    _list_tensors(torch, module, proto, name)
     proto.producer_version = ""
     del proto.graph.metadata_props[:]
     for node in proto.graph.node:  # stack traces and paths of the machine that exported it
@@ -82,7 +89,7 @@ def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: s
     return raw
 
 
-def _sample(module: Any, example: Any, input_shape: Sequence[int] | None, name: str) -> Any:
+def _sample(module: Any, example: Any, input_shape: Sequence[int] | None, token_ids: bool, name: str) -> Any:
     """Two samples of zeros, for the exporter to look at."""
     torch = torch_package()
     shape = input_shape or (tuple(example.shape[1:]) if example is not None else None)
@@ -93,6 +100,7 @@ def _sample(module: Any, example: Any, input_shape: Sequence[int] | None, name: 
             hint="Give the module an attribute input_shape (such as (3, 32, 32)), or fedprune-export --input-shape.",
         )
     dtype = example.dtype if example is not None else getattr(module, "input_dtype", torch.float32)
+    dtype = torch.int64 if token_ids else dtype
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in (torch.float32, torch.int64):
         raise ModelError(f"{name}: type of the input", expected="float32 or int64", got=dtype)
@@ -110,20 +118,22 @@ def _separate_names(graph: Any) -> None:
             taken.add(value.name)
 
 
-def _list_tensors(torch: Any, module: Any, proto: onnx.ModelProto, name: str) -> None:
+def _list_tensors(torch: Any, module: Any, sample: Any, proto: onnx.ModelProto, name: str) -> None:
     """Give tensors their first name, and list what can be trained, what is frozen and what has several names."""
     firsts = _first_names([*module.named_parameters(remove_duplicate=False), *_buffers(module)])
     _rename(proto, firsts)
-    trainable = [n for n, _ in module.named_parameters()]
+    parameters = dict(module.named_parameters())
     held = {t.name for t in proto.graph.initializer}
-    lost = [n for n in trainable if n not in held]
+    unused = [n for n in parameters if n not in held]
+    lost = _reached(torch, module, sample, {n: parameters[n] for n in unused})
     if lost:
         raise ModelError(
             f"{name}: weights were lost or fused in the export",
-            expected=f"{len(trainable)} tensors",
-            got=f"{len(trainable) - len(lost)} (without {', '.join(lost[:5])})",
-            hint="Every parameter must be used by the forward pass in evaluation mode.",
+            expected=f"{len(parameters)} tensors",
+            got=f"{len(parameters) - len(lost)} (without {', '.join(lost[:5])})",
+            hint="Please report this with the module.",
         )
+    trainable = [n for n in parameters if n in held]
     norms = [
         f"{prefix}.{field}" if prefix else field
         for prefix, part in module.named_modules()
@@ -132,7 +142,9 @@ def _list_tensors(torch: Any, module: Any, proto: onnx.ModelProto, name: str) ->
     ]
     norms = [n for n in norms if n in held]
     texts = {metadata.PARAMETERS_KEY: json.dumps([*trainable, *norms])}
-    frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
+    if unused:
+        texts[metadata.UNUSED_KEY] = json.dumps(unused)
+    frozen = [n for n in trainable if not parameters[n].requires_grad]
     if frozen:
         texts[metadata.FROZEN_KEY] = json.dumps(frozen)
     others: dict[str, list[str]] = {}
@@ -142,6 +154,25 @@ def _list_tensors(torch: Any, module: Any, proto: onnx.ModelProto, name: str) ->
     if others:
         texts[metadata.TIED_KEY] = json.dumps(others)
     onnx.helper.set_model_props(proto, texts)
+
+
+def _reached(torch: Any, module: Any, sample: Any, parameters: dict[str, Any]) -> list[str]:
+    """Names of those parameters on which the module's output depends."""
+    if not parameters:
+        return []
+    before = {n: p.requires_grad for n, p in parameters.items()}
+    try:
+        for value in parameters.values():
+            value.requires_grad_(True)
+        with torch.enable_grad():
+            output = module(sample)
+            given = [None] * len(parameters)
+            if output.requires_grad:
+                given = torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
+    finally:
+        for name, value in parameters.items():
+            value.requires_grad_(before[name])
+    return [n for n, gradient in zip(parameters, given, strict=True) if gradient is not None]
 
 
 def _buffers(module: Any) -> Iterable[tuple[str, Any]]:
@@ -284,13 +315,27 @@ def torch_package() -> Any:
 def quiet() -> Iterator[None]:
     """Keep the progress lines, logs and deprecation warnings of others to themselves."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)  # torch logs the graphs of a failed export as errors
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        silent = contextlib.redirect_stderr(_OtherThreads(sys.stderr, threading.get_ident()))
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), silent:
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
+
+
+class _OtherThreads:
+    """A stream that drops what one thread writes: a progress line is drawn by another."""
+
+    def __init__(self, stream: Any, thread: int) -> None:
+        self._stream, self._thread = stream, thread
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else int(self._stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _innermost(error: BaseException) -> BaseException:
