@@ -28,21 +28,29 @@ from fedprune.errors import DataError
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
+FILE = 2**48
+"""More bytes than a file has: places in several files are told apart by it."""
+
 _CHUNK_BYTES = 2**20
 
 
 class Copy:
-    """A file without a name, which is gone when nothing refers to it, or this process is, however it ends."""
+    """Open files, closed when nothing refers to them: without a name they are gone then, however the process ends.
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    Args:
+        descriptors: Their descriptors.
+    """
+
+    def __init__(self, *descriptors: int) -> None:
+        self.descriptors = descriptors
 
     def __del__(self) -> None:
-        os.close(self._descriptor)
+        for descriptor in self.descriptors:
+            os.close(descriptor)
 
     def fileno(self) -> int:
-        """Its descriptor."""
-        return self._descriptor
+        """The descriptor of the first."""
+        return self.descriptors[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +67,8 @@ class StoredArray:
         checked: Whether all numbers have been found usable.
         convert: Turns what is read into samples; None where only the type changes.
         sample: The shape of one then.
+        places: Where each sample begins, in a file's bytes plus `FILE` times the number of the file; None where they
+            follow each other from `offset` on.
     """
 
     file: Path | Copy
@@ -70,6 +80,7 @@ class StoredArray:
     checked: bool = False
     convert: Callable[[Array], Array] | None = None
     sample: tuple[int, ...] | None = None
+    places: Rows | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -89,7 +100,7 @@ class StoredArray:
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
-        return 0 if self.rows is None else self.rows.nbytes
+        return sum(0 if kept is None else kept.nbytes for kept in (self.rows, self.places))
 
     def __len__(self) -> int:
         return self.whole[0] if self.rows is None else len(self.rows)
@@ -108,11 +119,11 @@ class StoredArray:
         one = self.stored.itemsize * prod(self.whole[1:])
         raw = np.empty((np.size(chosen), *self.whole[1:]), self.stored)
         bytes_of = memoryview(raw.reshape(-1).view(np.uint8).data)
-        with self._opened() as descriptor:
+        with self._opened() as descriptors:
             at = 0
-            for first, count in _runs(np.atleast_1d(chosen)):
+            for place, count in self._pieces(np.atleast_1d(chosen), one):
                 piece = bytes_of[at * one : (at + count) * one]
-                self._fill(descriptor, piece, self.offset + first * one)
+                self._fill(descriptors[place // FILE], piece, place % FILE)
                 at += count
         read = raw.astype(self.dtype, copy=False) if self.convert is None else self.convert(raw)
         return read if np.ndim(chosen) else read[0]
@@ -129,16 +140,22 @@ class StoredArray:
         step = max(1, _CHUNK_BYTES // max(1, self.dtype.itemsize * prod(self.shape[1:])))
         return (self[start : start + step] for start in range(0, len(self), step))
 
+    def _pieces(self, rows: Rows, one: int) -> Iterator[tuple[int, int]]:
+        """Where pieces of neighbouring samples begin, and how many samples each has."""
+        if self.places is not None:
+            return ((int(place), 1) for place in self.places[rows])
+        return ((self.offset + first * one, count) for first, count in _runs(rows))
+
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[int]:
+    def _opened(self) -> Iterator[tuple[int, ...]]:
         with contextlib.ExitStack() as stack, storage_errors(f"can't read {self._name}"):
             if isinstance(self.file, Path):
-                descriptor = stack.enter_context(self.file.open("rb")).fileno()
+                descriptors: tuple[int, ...] = (stack.enter_context(self.file.open("rb")).fileno(),)
             else:
-                descriptor = self.file.fileno()
-            if self.stamp is not None and _stamp(descriptor) != self.stamp:
+                descriptors = self.file.descriptors
+            if self.stamp is not None and _stamp(descriptors[0]) != self.stamp:
                 raise self._changed()
-            yield descriptor
+            yield descriptors
 
     def _fill(self, descriptor: int, piece: memoryview, at: int) -> None:
         while piece:

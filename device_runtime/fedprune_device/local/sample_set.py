@@ -10,14 +10,16 @@ name and by nothing else, so that a sample never moves from one part to another.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedprune.costs import HELD_BYTES
+from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, DataError, StorageError, StorageFullError
 from fedprune_device.data import LocalData
 from fedprune_device.local.census import census, record_of, seen_in
@@ -28,12 +30,13 @@ from fedprune_device.local.sample import (
     NoSampleError,
     SampleConflictError,
     checked_label,
-    decoded,
     encoded,
     of_one_kind,
+    outline,
 )
 from fedprune_device.local.segments import HEAD_BYTES, Kind, Place, Record, SegmentLog, digest
 from fedprune_device.local.shares import Shares, claimed
+from fedprune_device.stored_array import FILE, StoredArray
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -194,22 +197,32 @@ class SampleSet:
             DataError: There is nothing to train on.
             StorageError: The disk fails.
         """
-        with ExitStack() as files, ExitStack() as unlocked:
-            unlocked.enter_context(self._lock)
+        with self._lock:
             rows = [(n, c) for c, names in self._reservoir.kept().items() if c != UNLABELLED for n in names]
             places = {n: self._places[n] for n, _ in rows}
-            read = files.enter_context(self._log.reading(places.values()))
-            # The files stay open, so that what is cleared away meanwhile doesn't matter.
-            unlocked.close()
-            found = [(n, c, x) for n, c in rows if (x := self._read(n, read(places[n]))) is not None]
+            segments = sorted({place.segment for place in places.values()})
+            files = self._log.opened(segments)  # what is cleared away meanwhile doesn't matter
+        found, begins = [], {}
+        for n, c in rows:
+            place = places[n]
+            number = segments.index(place.segment)
+            with storage_errors(f"can't read {self._root}"):
+                payload = os.pread(files.descriptors[number], place.size, place.at)
+            if digest(payload).hex() != n:
+                with self._lock:
+                    self._forget(n)
+                continue
+            x = outline(payload)
+            found.append((n, c, x))
+            begins[n] = FILE * number + place.at + place.size - x.size * x.itemsize
         fitting = of_one_kind(found, shape)
         if len(fitting) < len(found):
             _LOG.warning(
                 "%d samples have another shape than the rest, or the model: left out", len(found) - len(fitting)
             )
-        parts: dict[str, list[tuple[int, Array]]] = {"train": [], "val": [], "test": []}
-        for name, label, x in fitting:
-            parts[self._shares.part(name)].append((label, x))
+        parts: dict[str, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
+        for name, label, _ in fitting:
+            parts[self._shares.part(name)].append((label, begins[name]))
         if not parts["train"]:
             raise DataError(
                 "there is nothing to train on yet",
@@ -217,11 +230,13 @@ class SampleSet:
                 got=f"{len(fitting)}, none of them for training",
                 hint="Hand some in: POST /v1/samples?label=...",
             )
-        like = parts["train"][0][1]
-        arrays = []
+        one = fitting[0][2]
+        held = one.size * 4 * len(fitting) <= HELD_BYTES
+        arrays: list[Any] = []
         for part in ("train", "test", "val"):
-            labels, xs = [c for c, _ in parts[part]], [x for _, x in parts[part]]
-            arrays += [np.stack(xs) if xs else like[None][:0], np.array(labels, np.int64)]
+            at = np.array([p for _, p in parts[part]], np.int64)
+            stored = StoredArray(files, None, 0, one.dtype, (len(at), *one.shape), checked=True, places=at)
+            arrays += [stored[:] if held else stored, np.array([c for c, _ in parts[part]], np.int64)]
         return LocalData(*arrays)
 
     def close(self) -> None:
@@ -359,13 +374,6 @@ class SampleSet:
                 self._reservoir.set_seen(label, seen)
         except ValueError as error:
             _LOG.warning("counts of samples are damaged (%s)", error)
-
-    def _read(self, name: str, payload: bytes) -> Array | None:
-        if digest(payload).hex() == name:
-            return decoded(payload)
-        with self._lock:
-            self._forget(name)
-        return None
 
     def _forget(self, name: str) -> None:
         _LOG.warning("sample %s is damaged: going on without it", name)

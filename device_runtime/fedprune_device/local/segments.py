@@ -23,6 +23,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from fedprune.disk import storage_errors, sync_folder, write_all
+from fedprune_device.stored_array import Copy
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -181,6 +182,20 @@ class SegmentLog:
         with contextlib.ExitStack() as stack, storage_errors(f"can't read {self._root}"):
             files = {n: stack.enter_context(self.path(n).open("rb")) for n in sorted({p.segment for p in places})}
             yield lambda place: os.pread(files[place.segment].fileno(), place.size, place.at)
+
+    def opened(self, segments: Sequence[int]) -> Copy:
+        """Segments that stay readable whatever is written or removed.
+
+        Raises:
+            StorageError: One can't be opened.
+        """
+        descriptors: list[int] = []
+        try:
+            with storage_errors(f"can't read {self._root}"):
+                descriptors += (os.open(self.path(n), os.O_RDONLY | os.O_CLOEXEC) for n in segments)
+        finally:
+            copy = Copy(*descriptors)
+        return copy
 
     def remove_oldest(self) -> None:
         """Delete the oldest segment.
