@@ -1,11 +1,12 @@
 """How far predicted peak memory is off, of rounds and of predicting: every case in a fresh process.
 
-    python benchmarks/planner.py [--raw measured.json]
+    python benchmarks/planner.py [--raw measured.json] [--python INTERPRETER ...]
 
-Peak memory is the high-water mark of resident memory of a process that holds what a device's agent holds (its workbench
-or a predictor, MQTT client, local data); a round is a whole one, evaluations and the new model's check included. The
-constants of `fedprune.costs` were fitted to the nets of the tests and of timm in this list but those of `UNSEEN`. Times
-are another page's: `latency.py`.
+Peak memory is the high-water mark of resident memory of a process that has imported what `fedprune-device run` imports
+and reads its samples from a file; a round is a whole one, in a thread, evaluations and the new model's check included.
+Predictions begin with what the process measures of itself, as a board's do. The constants of `fedprune.costs` were
+fitted to these nets, with onnxruntime 1.31.1 and 1.23.2 together; without those of `UNSEEN` they come out the same.
+Times are another page's: `latency.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ STEPS = 3
 BATCHES = 8, 32
 TIMM = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "regnetx_002", "convnext_atto")
 UNSEEN = ("convnext_atto", "Signals")
-"""Nets that took no part in the fit."""
+"""Nets that the fit doesn't need."""
 
 
 def nets() -> dict[str, Any]:
@@ -96,7 +97,7 @@ def child(folder: Path, batch: int) -> None:
     import onnxruntime
 
     spec = json.loads((folder / "spec.json").read_text())
-    rng = np.random.default_rng(0)
+    process = 0
     if batch:
         # All that `fedprune-device run` imports; a thread trains, as on a board.
         import fedprune_device.agent
@@ -105,33 +106,33 @@ def child(folder: Path, batch: int) -> None:
         import fedprune_device.reporter
         import fedprune_device.runtime.heart
         import fedprune_device.runtime.releases  # noqa: F401
+        from fedprune_device.data import load_data
+        from fedprune_device.process_memory import process_memory
 
+        data = load_data(str(folder.parent / f"{spec['net']}.npz"))
+        process = (process_memory() or 0) - data.bytes
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(carry_out, folder, batch, spec).result()
+            thread.submit(carry_out, folder, batch, spec, data).result()
     else:
         from fedprune_device.predictor import Predictor
 
         predictor = Predictor(folder, threads=1)
+        rng = np.random.default_rng(0)
         for _ in range(STEPS):
             predictor.predict(rng.standard_normal((1, *spec["input_shape"]), dtype=np.float32))
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    print(json.dumps({"peak_bytes": peak, "onnxruntime": onnxruntime.__version__}))
+    print(json.dumps({"peak_bytes": peak, "process_bytes": process, "onnxruntime": onnxruntime.__version__}))
 
 
-def carry_out(folder: Path, batch: int, spec: dict[str, Any]) -> None:
+def carry_out(folder: Path, batch: int, spec: dict[str, Any], data: Any) -> None:
     """A round on noise: evaluation, a few steps, the check of the new model, evaluation, predictions of one sample."""
     from fedprune.recipe import Recipe
     from fedprune.wire.offer import Offer
     from fedprune_device.assignment import Workbench
-    from fedprune_device.data import LocalData
     from fedprune_device.predictor import GRAPH, WEIGHTS
     from fedprune_device.store import DeviceStore
 
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((SAMPLES + TEST_SAMPLES, *spec["input_shape"]), dtype=np.float32)
-    y = rng.integers(0, spec["classes"], len(x))
-    data = LocalData(x[:SAMPLES], y[:SAMPLES], x[SAMPLES:], y[SAMPLES:])
     recipe = Recipe(epochs=STEPS, batch_size=batch, lr=1e-6, max_steps=STEPS)
     with tempfile.TemporaryDirectory(dir=folder) as state, DeviceStore(Path(state)) as store:
         offer = Offer(
@@ -167,6 +168,11 @@ def prepare(root: Path) -> None:
         model = import_onnx(export_torch(module), name)
         architecture = model.architecture
         graph = training_graph(model, Features()).to_bytes()
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((SAMPLES + TEST_SAMPLES, *architecture.input_shape), dtype=np.float32)
+        y = rng.integers(0, architecture.classes, len(x))
+        parts = {"x_train": x[:SAMPLES], "y_train": y[:SAMPLES], "x_test": x[SAMPLES:], "y_test": y[SAMPLES:]}
+        np.savez(root / f"{name}.npz", **parts)
         for density in (1.0, 0.5):
             widths = widths_at(architecture, density)
             folder = root / f"{name}-{density}"
@@ -205,7 +211,7 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         costs = Costs(**row["costs"])
         if row["what"] == "training":
-            memory = costs.training_memory(row["batch"], Features(), SAMPLES).total
+            memory = costs.training_memory(row["batch"], Features(), SAMPLES, process=row["process_bytes"]).total
         else:
             memory = costs.inference_bytes(1)
         table.append({**row, "predicted_bytes": memory, "error": memory / row["peak_bytes"] - 1})
@@ -221,30 +227,34 @@ def spread(errors: list[float]) -> str:
 def page(about: dict[str, Any], result: dict[str, Any]) -> str:
     """The results as a page."""
     rows = result["rows"]
+    versions = sorted({r["onnxruntime"] for r in rows}, reverse=True)
     summary = []
     for what in ("training", "predicting"):
-        for kind, chosen in (("all nets", True), (f"outside the fit ({', '.join(UNSEEN)})", False)):
-            errors = [r["error"] for r in rows if r["what"] == what and (chosen or r["net"] in UNSEEN)]
-            summary.append(f"- {what}, {kind}: {spread(errors)}.")
+        for version in versions:
+            errors = [r["error"] for r in rows if r["what"] == what and r["onnxruntime"] == version]
+            summary.append(f"- {what}, onnxruntime {version}: {spread(errors)}.")
+    errors = [r["error"] for r in rows if r["what"] == "training" and r["net"] in UNSEEN]
+    summary.append(f"- training, nets that the fit doesn't need ({', '.join(UNSEEN)}): {spread(errors)}.")
     lines = []
     for r in rows:
-        cells = [r["net"], r["density"], r["what"], r["batch"], f"{r['peak_bytes'] / 1e6:.0f}"]
+        cells = [r["net"], r["density"], r["what"], r["batch"], r["onnxruntime"], f"{r['peak_bytes'] / 1e6:.0f}"]
         cells += [f"{r['predicted_bytes'] / 1e6:.0f}", f"{r['error']:+.0%}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     table, text = "\n".join(lines), "\n".join(summary)
     return f"""# How far predicted memory is off
 
-{about["date"]}, {about["cpu"]}, Python {about["python"]}, onnxruntime {about["onnxruntime"]}.
+{about["date"]}, {about["cpu"]}, Python {about["python"]}, onnxruntime {" and ".join(versions)}.
 `python benchmarks/planner.py`
 
-Peak resident memory, every case in a fresh process with what a board's agent holds. Training is a whole round of
-{STEPS} steps, from the first evaluation to the new model's check and the last one, with {SAMPLES} local samples and
-{TEST_SAMPLES} to test with.
+Peak resident memory, every case in a fresh process that has imported all that a board's agent imports. Training is a
+whole round of {STEPS} steps, from the first evaluation to the new model's check and the last one, with {SAMPLES} local
+samples and {TEST_SAMPLES} to test with, read from a file. Its prediction begins with what the process measured of
+itself before.
 
 {text}
 
-| net | density | process | batch | peak MB | predicted | error |
-|---|---|---|---|---|---|---|
+| net | density | process | batch | onnxruntime | peak MB | predicted | error |
+|---|---|---|---|---|---|---|---|
 {table}
 """
 
@@ -255,6 +265,7 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=32, help=argparse.SUPPRESS)
     parser.add_argument("--raw", type=Path, help="where to keep, or from where to take, what was measured")
+    parser.add_argument("--python", nargs="+", help="interpreters that measure (default: this one)")
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child, arguments.batch)
@@ -264,7 +275,10 @@ def main() -> None:
     if arguments.raw and arguments.raw.exists():
         raw = json.loads(arguments.raw.read_text())
     else:
-        raw = {"setting": setting("onnxruntime"), "rows": measure()}
+        with tempfile.TemporaryDirectory() as made:
+            prepare(Path(made))
+            pythons = arguments.python or [sys.executable]
+            raw = {"setting": setting("onnxruntime"), "rows": [r for p in pythons for r in measure(Path(made), p)]}
         if arguments.raw:
             arguments.raw.write_text(json.dumps(raw))
     result = {**raw, "rows": compare(raw["rows"])}

@@ -113,3 +113,10 @@ def test_the_page_of_settings_has_every_key(files: dict[str, str]) -> None:
     for cls in (Job, Privacy, Recipe, Schedule, ServerConfig, AlertSettings):
         for field in fields(cls):
             assert field.name in tables or f"| `{field.name}` |" in page or f"### `{field.name}`" in page, field.name
+
+
+def test_pages_fetch_the_versions_that_are_tested() -> None:
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    lines = [line for page in pages for line in page.read_text().splitlines() if "pip download " in line]
+    assert lines
+    assert all("-c constraints.txt" in line for line in lines)

@@ -26,26 +26,26 @@ PROCESS_BYTES = 85_000_000
 """A board's process before it trains: Python, numpy, onnxruntime 1.31 with a loaded graph, the MQTT client and the
 agent. A board that measures it reports its own: 1.23 takes 8 MB less, 1.32 2 MB more."""
 
-ROUND_BYTES = 9_700_000
+ROUND_BYTES = 8_500_000
 """What a round adds to that whatever the model: threads, buffers, and what allocators round up."""
 
-VALUE_BYTES = 195_000
+VALUE_BYTES = 161_000
 """What a loaded graph takes per activation of the model, which is some thirty nodes of a training graph."""
 
 HELD_BYTES = 4 * 2**20
 """Samples up to this size are held in memory; larger arrays stay on the disk and are read as batches are drawn."""
 
-WEIGHT_COPIES = 5.45
+WEIGHT_COPIES = 5.13
 """Arrays of the size of all weights that exist at the peak of a step: weights as received, weights and momentum before
 and after the step, and what remains of gradients and temporaries of the update."""
 
 FROZEN_COPIES = 2
 """The same of weights that aren't trained: as received, and as the step reads them."""
 
-ACTIVATION_COPIES = 0.585
+ACTIVATION_COPIES = 0.571
 """Memory over size of all activations: the backward pass doesn't need all of them, and frees those that it has read."""
 
-TRANSIENTS = 7.3
+TRANSIENTS = 7.76
 """Arrays of the size of the largest activation that exist at the same time: the gradients that go in and out of a layer
 and the buffers in which a convolution unrolls its input."""
 
