@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import secrets
 import socket
 import ssl
@@ -182,8 +183,10 @@ def page(about: dict[str, Any], body: dict[str, Any]) -> str:
 `python benchmarks/floods.py --boards {body["boards"]}`
 
 A server, Mosquitto with the generated configuration, {body["boards"]} boards and the attacker, all on this machine's
-{about.get("cores", "")} processors, medians of windows that take turns. The attacker's own work is part of what the
-attacked windows cost.
+{os.cpu_count()} processors, medians of windows that take turns. The attacker's own work is part of what the
+attacked windows cost. Load average of the machine in the last quarter of an hour, with whatever else ran on it:
+{body["load_average"]:.1f}. Shares hold for a machine whose load is below its number of processors; on a busier one the
+flood's messages, each of which the server's MQTT client has to read, compete with all else.
 
 | attacker | messages a second | sent | rounds a second, quiet | attacked | share | named in |
 |---|---:|---:|---:|---:|---:|---|
@@ -216,7 +219,7 @@ def main() -> None:
                 rows.append(measure(Path(name) / f"{kind}-{messages}", material, kind, messages, options))
                 print(json.dumps(rows[-1]), flush=True)
     version = subprocess.run(["mosquitto", "-h"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
-    body = {"boards": options.boards, "mosquitto": version, "rows": rows}
+    body = {"boards": options.boards, "mosquitto": version, "load_average": os.getloadavg()[2], "rows": rows}
     about = setting()
     if options.only is None:
         write("floods", {"setting": about, **body}, page(about, body))

@@ -161,7 +161,7 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     for data, strategy in dict.fromkeys((row["data"], row["strategy"]) for row in rows):
         for attack in ATTACKS:
             pair = [found.get((data, strategy, limits, attack)) for limits in (True, False)]
-            cells = [f"{statistics.fmean(p):.1%} ({min(p):.1%}–{max(p):.1%})" if p else "" for p in pair]
+            cells = [f"{statistics.fmean(p):.1%}" + _spread(p) if p else "" for p in pair]
             if any(cells):
                 (honest if attack == "none" else lines).append(
                     f"| {data} | {strategy} | {attack} | {' | '.join(cells)} |"
@@ -181,7 +181,8 @@ and the highest seed in brackets. Attacks: two boards of ten are hostile in ever
 
 `digits`: the demo's images and network, Dirichlet .5, 12 rounds. `fashion`: 4,000 images of Fashion-MNIST, 14×14,
 convolutions 32-64-128-128, Dirichlet .5, 10 rounds, densities 1 to .25 with fedprune. `fashion, Dirichlet .1`: the same
-images over 20 boards. `HAR`: thirty people, 8 rounds.
+images over 20 boards. `HAR`: thirty people, 8 rounds. Where a row has no brackets it is of one seed; without limits,
+attacks are played with the first seed alone.
 
 ## What the limits cost honest fleets
 
@@ -193,6 +194,10 @@ images over 20 boards. `HAR`: thirty people, 8 rounds.
 {head}
 {rule.join(lines)}
 """
+
+
+def _spread(accuracies: list[float]) -> str:
+    return f" ({min(accuracies):.1%}–{max(accuracies):.1%})" if len(accuracies) > 1 else ""
 
 
 def main() -> None:
