@@ -185,8 +185,8 @@ def page(about: dict[str, Any], body: dict[str, Any]) -> str:
 A server, Mosquitto with the generated configuration, {body["boards"]} boards and the attacker, all on this machine's
 {os.cpu_count()} processors, medians of windows that take turns. The attacker's own work is part of what the
 attacked windows cost. Load average of the machine in the last quarter of an hour, with whatever else ran on it:
-{body["load_average"]:.1f}. Shares hold for a machine whose load is below its number of processors; on a busier one the
-flood's messages, each of which the server's MQTT client has to read, compete with all else.
+{body["load_average"]:.1f}. The server's MQTT client has to read each message of a flood before it is dropped, so that
+a flood costs rounds where no processor is spare.
 
 | attacker | messages a second | sent | rounds a second, quiet | attacked | share | named in |
 |---|---:|---:|---:|---:|---:|---|
