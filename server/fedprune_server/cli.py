@@ -191,6 +191,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_server.receivers.setup import alone_receives, receiving
     from fedprune_server.rollouts.store import RolloutStore
     from fedprune_server.store.restored_record import restored_from
+    from fedprune_server.store.shared_identity import shared_identity
     from fedprune_server.store.state_folder import StateFolder
     from fedprune_server.terminal.log_lines import JSON, logged_to_stdout
     from fedprune_server.terminal.table import Lines, make_display
@@ -220,6 +221,8 @@ def _run(arguments: argparse.Namespace) -> int:
             log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
         leader = None
         if identity is not None:
+            if folder.lease.shared is not None:
+                stack.enter_context(shared_identity(folder.database_url, folder.lease, config.state, identity))
             at = leadership(reached.url, identity, config.state, config.ca, folder.lease.shared)
             leader = stack.enter_context(at)
             crl = identity.authority.crl_path

@@ -99,10 +99,14 @@ class IdentityFolder:
         self.store = IdentityStore(self.path / _STORE, read_only=read_only)
         self._issuing = threading.Lock()
         if not read_only:
-            self._revoke_again()
+            self.revoke_again()
 
-    def _revoke_again(self) -> None:
-        """Revoke the certificates of devices that the database has shut out, where a crash or disk has lost that."""
+    def revoke_again(self) -> None:
+        """Revoke the certificates of devices that the database has shut out, where a crash or disk has lost that.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
         devices = self.store.devices()
         members = {d.device for d in devices if d.status == APPROVED}
         for device in sorted({d.device for d in devices if d.status == REVOKED} - members):

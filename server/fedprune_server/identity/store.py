@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedprune.disk import storage_errors
 from fedprune.errors import (
@@ -21,6 +22,7 @@ from fedprune.errors import (
     StorageError,
     UnknownClaimError,
     UsedClaimError,
+    shown,
 )
 from fedprune.trust.claim import Claim
 from fedprune.trust.joining import holds_claim
@@ -57,6 +59,10 @@ CREATE TABLE IF NOT EXISTS heard (
     key TEXT NOT NULL, stream TEXT NOT NULL, epoch INTEGER NOT NULL, PRIMARY KEY (key, stream));
 """
 
+DEVICE_ROW, CLAIM_ROW, EPOCH_ROW = "device", "claim", "epoch"
+SharedRow = tuple[str, str, list[Any]]
+"""Kind, key, and values as JSON has them."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -82,11 +88,15 @@ class IdentityStore:
         path: The file, made with mode 0600 where there is none.
         read_only: Only look: nothing is made or changed, and a disk that can't be written to will do.
 
+    Attributes:
+        also_hear: Writes epochs of senders down elsewhere, too, before `hear` returns.
+
     Raises:
         StorageError: It is damaged, of another version, or the disk fails.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.also_hear: Callable[[Sequence[tuple[str, str, int]]], None] = lambda _begun: None
         self._path = path
         self._begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"
         with storage_errors(f"can't use {path}"):
@@ -234,7 +244,7 @@ class IdentityStore:
         with self._transaction() as connection:
             return dict(connection.execute("SELECT stream, epoch FROM heard WHERE key = ?", (key,)))
 
-    def hear(self, begun: Iterable[tuple[str, str, int]]) -> None:
+    def hear(self, begun: Sequence[tuple[str, str, int]]) -> None:
         """Note that epochs of senders have begun; all are on the disk when this returns.
 
         Args:
@@ -242,6 +252,41 @@ class IdentityStore:
         """
         with self._transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO heard (key, stream, epoch) VALUES (?, ?, ?)", begun)
+        self.also_hear(begun)
+
+    def shared(self) -> list[SharedRow]:
+        """All that another server must know to go on in this one's place: devices, claims and epochs of senders."""
+        with self._transaction() as connection:
+            return [
+                *(
+                    (DEVICE_ROW, f"{device} {key}", [device, key, *rest])
+                    for device, key, *rest in connection.execute(
+                        "SELECT device, key, status, asked, decided FROM devices"
+                    )
+                ),
+                *(
+                    (CLAIM_ROW, row[0], [row[0], row[1].hex(), *row[2:]])
+                    for row in connection.execute("SELECT id, key, device, made, expires, used, used_at FROM claims")
+                ),
+                *(
+                    (EPOCH_ROW, f"{key} {stream}", [key, stream, epoch])
+                    for key, stream, epoch in connection.execute("SELECT key, stream, epoch FROM heard")
+                ),
+            ]
+
+    def merge(self, rows: Iterable[SharedRow]) -> None:
+        """Take in what another server knew; nothing that was revoked, used or heard on either side is forgotten.
+
+        Raises:
+            StorageError: A row is damaged, or the disk fails; nothing is taken in.
+        """
+        with self._transaction() as connection:
+            kind = ""
+            try:
+                for kind, _, row in rows:
+                    _MERGED[kind](connection, row)
+            except (ValueError, TypeError, KeyError, sqlite3.ProgrammingError, sqlite3.IntegrityError) as error:
+                raise StorageError("a shared row of the identity is damaged", got=f"one of {shown(kind)}") from error
 
     def answer(self, request: str) -> bytes | None:
         """The answer that a request got, by the request's digest."""
@@ -290,3 +335,43 @@ class IdentityStore:
     def _translated(self) -> AbstractContextManager[None]:
         hint = "If it is damaged, restore the backup of the identity folder."
         return sqlite_errors(self._path, hint, "Make room; nothing is lost.")
+
+
+def _merge_device(connection: sqlite3.Connection, row: list[Any]) -> None:
+    device, key, status, asked, decided = row
+    if status not in (APPROVED, WAITING, REVOKED):
+        raise ValueError(status)
+    if status == APPROVED:
+        change = "UPDATE devices SET status = ?, decided = ? WHERE device = ? AND key != ? AND status = ?"
+        connection.execute(change, (REVOKED, decided, device, key, APPROVED))
+    connection.execute(
+        "INSERT INTO devices (device, key, status, asked, decided) VALUES (?, ?, ?, ?, ?) "
+        "ON CONFLICT (device, key) DO UPDATE SET status = excluded.status, decided = excluded.decided "
+        "WHERE status != ? AND excluded.status != ?",
+        (device, key, status, asked, decided, REVOKED, WAITING),
+    )
+
+
+def _merge_claim(connection: sqlite3.Connection, row: list[Any]) -> None:
+    number, key, *rest = row
+    connection.execute(
+        "INSERT INTO claims (id, key, device, made, expires, used, used_at) VALUES (?, ?, ?, ?, ?, ?, ?) "
+        "ON CONFLICT (id) DO UPDATE SET used = excluded.used, used_at = excluded.used_at WHERE used IS NULL",
+        (number, bytes.fromhex(key), *rest),
+    )
+
+
+def _merge_epoch(connection: sqlite3.Connection, row: list[Any]) -> None:
+    key, stream, epoch = row
+    connection.execute(
+        "INSERT INTO heard (key, stream, epoch) VALUES (?, ?, ?) "
+        "ON CONFLICT (key, stream) DO UPDATE SET epoch = max(epoch, excluded.epoch)",
+        (key, stream, epoch),
+    )
+
+
+_MERGED: dict[str, Callable[[sqlite3.Connection, list[Any]], None]] = {
+    DEVICE_ROW: _merge_device,
+    CLAIM_ROW: _merge_claim,
+    EPOCH_ROW: _merge_epoch,
+}

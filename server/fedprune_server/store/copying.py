@@ -10,7 +10,7 @@ from fedprune.errors import ConfigError
 from fedprune_server.store.database import MARK, Database, copy_sqlite, translated
 from fedprune_server.store.lease import DATABASE_ID
 from fedprune_server.store.lease import ROW as LEASE
-from fedprune_server.store.schema import EVENTS, META, TABLES
+from fedprune_server.store.schema import EVENTS, IDENTITY, META, TABLES
 from fedprune_server.store.storage import Storage
 
 RESTORED = "restored"
@@ -74,6 +74,8 @@ def _carry(source: Database, target: Database, more: dict[str, str] | None = Non
         with reader.begin(), writer.begin():
             for table in TABLES.sorted_tables:
                 writer.execute(table.delete())
+                if table is IDENTITY:
+                    continue  # a backup has the identity's own files
                 rows = reader.execution_options(yield_per=_ROWS).execute(sql.select(table))
                 for part in rows.mappings().partitions(_ROWS):
                     kept = [dict(r) for r in part if table is not META or r["key"] not in _OWN]

@@ -56,6 +56,14 @@ ROUNDS = sql.Table(
     sql.Column("metrics", sql.Text, nullable=False),
     sql.Column("summary", sql.Text, nullable=False),
 )
+IDENTITY = sql.Table(
+    "identity",
+    TABLES,
+    sql.Column("kind", sql.String(16), primary_key=True),
+    sql.Column("key", sql.String(256), primary_key=True),
+    sql.Column("body", sql.Text, nullable=False),
+)
+"""What servers of one PostgreSQL database share of their identity (`fedprune_server.store.shared_identity`)."""
 
 
 def device_row(name: str, device: Device) -> dict[str, Any]:

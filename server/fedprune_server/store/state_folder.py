@@ -73,6 +73,7 @@ class StateFolder:
 
     Attributes:
         lease: What keeps other servers from the database.
+        database_url: The database's URL, perhaps with a password.
 
     Raises:
         ConfigError: The folder's job is in another database than the given one.
@@ -86,10 +87,10 @@ class StateFolder:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.enter_context(folder_lock(path, standby=standby))
-            self._database = url_of(path, database)
+            self.database_url = url_of(path, database)
             if database is not None:
                 self._check_moved()
-            self.lease = Lease(self._database, path)
+            self.lease = Lease(self.database_url, path)
             stack.callback(self.lease.close)
             self.lease.wait(standby=standby)
             # Only now, because opening them changes them: another server may have been at work.
@@ -178,7 +179,7 @@ class StateFolder:
         """
         if opened.source is not None:
             self.store.write_file(self.path / MODEL, opened.source)
-        keep_place(self.path, self._database)
+        keep_place(self.path, self.database_url)
         # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
         self.storage.put_settings(opened.settings)
         lay_down(self.store, number_of(opened.settings), opened.job.name, self._raw)
@@ -200,9 +201,9 @@ class StateFolder:
     def _check_moved(self) -> None:
         """A database that knows nothing of the folder's job would begin another one."""
         before = url_of(self.path)
-        if before == self._database or Storage.settings_in(self.path) is None:
+        if before == self.database_url or Storage.settings_in(self.path) is None:
             return
-        if Storage.settings_in(self.path, self._database) is None:
+        if Storage.settings_in(self.path, self.database_url) is None:
             raise ConfigError(
                 f"the job of {self.path} is in {shown(check_url(before))}, and the database that was given is empty",
                 hint="To move it there, use `fedprune-server backup`, and `restore --database` into a new folder.",

@@ -12,6 +12,7 @@ Every certificate is valid from 1970 on, because a board's or broker's clock may
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -282,6 +283,35 @@ class Authority:
             serials = [i.serial for i in self.of_device(device) if i.serial not in self._revoked]
             self._revoke(serials)
         return len(serials)
+
+    def lines(self) -> list[str]:
+        """The register's lines: all that was issued and revoked.
+
+        Raises:
+            StorageError: The register is damaged or can't be read.
+        """
+        with self._register.held():
+            return self._register.lines()
+
+    def adopt(self, lines: Iterable[str]) -> None:
+        """Take lines of another copy of this authority's register in, and revoke what they revoke.
+
+        Raises:
+            StorageError: A line is damaged, or the disk fails or is full.
+        """
+        with self._register.held():
+            known = set(self._register.lines())
+            entries = []
+            for line in lines:
+                if line not in known:
+                    try:
+                        entries.append(json.loads(line))
+                        self._take(entries[-1])  # which checks it
+                    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                        raise StorageError("a shared line of the register is damaged", got=shown(line)) from error
+            if entries:
+                self._register.append(*entries)
+            self._list.write(self._revoked)
 
     def _revoke(self, serials: list[int]) -> None:
         for serial in serials:

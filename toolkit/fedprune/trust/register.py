@@ -62,8 +62,8 @@ class Register:
             self._holding = -1
             os.close(descriptor)
 
-    def append(self, entry: dict[str, Any]) -> None:
-        """Add a line; it is on the disk when this returns. Only while it is `held`.
+    def append(self, *entries: dict[str, Any]) -> None:
+        """Add lines; they are on the disk when this returns. Only while it is `held`.
 
         Raises:
             StorageFullError: No room; nothing was added.
@@ -71,16 +71,23 @@ class Register:
         """
         if self._holding < 0:
             raise StorageError(f"{self._path} is not held")
-        line = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+        lines = [json.dumps(entry, sort_keys=True, separators=(",", ":")).encode() + b"\n" for entry in entries]
+        raw = b"".join(lines)
         with storage_errors(f"can't write {self._path}"):
             try:
-                write_all(self._holding, line, self._read)
+                write_all(self._holding, raw, self._read)
                 os.fsync(self._holding)
             except OSError:
                 os.ftruncate(self._holding, self._read)
                 raise
-        self._read += len(line)
-        self._take(entry)
+        self._read += len(raw)
+        for entry in entries:
+            self._take(entry)
+
+    def lines(self) -> list[str]:
+        """Its lines as they are written; whoever holds it gets all."""
+        with storage_errors(f"can't read {self._path}"):
+            return self._path.read_bytes()[: self._read].decode(errors="replace").splitlines()
 
     def _catch_up(self, descriptor: int) -> None:
         size = os.fstat(descriptor).st_size

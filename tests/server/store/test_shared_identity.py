@@ -1,0 +1,155 @@
+"""Two machines with one PostgreSQL database and copies of one identity: what the second knows when it takes over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sql
+from cryptography import x509
+
+from fedprune.errors import StorageError, UsedClaimError
+from fedprune.trust.certificates import make_request, make_tls_key
+from fedprune.trust.claim import Claim
+from fedprune.trust.joining import make_request as make_join_request
+from fedprune.trust.keys import SigningKey
+from fedprune.wire.join_messages import APPROVED, JoinRequest
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.identity.join_desk import JoinDesk
+from fedprune_server.store.lease import ROW, LeaseLostError
+from fedprune_server.store.schema import IDENTITY, META
+from fedprune_server.store.shared_identity import SharedIdentity, shared_identity
+from fedprune_server.store.state_folder import StateFolder
+from postgres import Postgres
+
+pytestmark = pytest.mark.postgresql
+STREAM = "fedprune/1/lab/pi-1"
+
+
+@contextmanager
+def serving(state: Path, url: str) -> Iterator[IdentityFolder]:
+    """A server's identity as it is while the server runs."""
+    with ExitStack() as stack:
+        identity = stack.enter_context(IdentityFolder(state))
+        folder = stack.enter_context(StateFolder(state, url))
+        stack.enter_context(shared_identity(url, folder.lease, state, identity))
+        yield identity
+
+
+def request(claim: Claim, name: str) -> JoinRequest:
+    return make_join_request("lab", name, SigningKey.make(), make_request(make_tls_key(), name), claim)
+
+
+def join(identity: IdentityFolder, name: str) -> JoinRequest:
+    asked = request(Claim.parse(identity.claim(name, 3600).text), name)
+    assert JoinDesk(identity).answer(asked).status == APPROVED
+    return asked
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_stale_standby_knows_who_was_shut_out_and_heard_since(tmp_path: Path, postgres: Postgres) -> None:
+    url = postgres.database()
+    first, second = tmp_path / "first", tmp_path / "second"
+    with IdentityFolder.make(first, "lab") as identity:
+        lost, kept = join(identity, "pi-1"), join(identity, "pi-2")
+        open_claim = Claim.parse(identity.claim(None, 3600).text)
+    shutil.copytree(first, second)  # as it was copied by hand, long ago
+
+    with serving(first, url) as identity:
+        assert JoinDesk(identity).answer(request(open_claim, "pi-3")).status == APPROVED
+        identity.store.hear([(kept.key, STREAM, 77)])
+        with IdentityFolder(first) as command:  # an operator at a terminal
+            command.revoke("pi-1")
+
+    with serving(second, url) as identity:
+        assert sorted(identity.store.members()) == ["pi-2", "pi-3"]
+        assert identity.store.heard(kept.key) == {STREAM: 77}
+        crl = x509.load_pem_x509_crl(identity.authority.crl_path.read_bytes())
+        assert {r.serial_number for r in crl} == {i.serial for i in identity.authority.of_device("pi-1")}
+        assert len(identity.authority.of_device("pi-3")) == 1
+        with pytest.raises(UsedClaimError):
+            identity.store.use_claim(request(open_claim, "pi-4"), "00" * 32, 0)
+        assert JoinDesk(identity).answer(lost).status != APPROVED
+        identity.revoke("pi-2")
+
+    with serving(first, url) as identity:
+        assert sorted(identity.store.members()) == ["pi-3"]
+
+
+def test_a_revocation_on_the_standby_s_machine_is_not_undone(tmp_path: Path, postgres: Postgres) -> None:
+    url = postgres.database()
+    first, second = tmp_path / "first", tmp_path / "second"
+    with IdentityFolder.make(first, "lab") as identity:
+        asked = join(identity, "pi-1")
+        identity.store.hear([(asked.key, STREAM, 5)])
+    shutil.copytree(first, second)
+    with serving(first, url):
+        pass
+    with IdentityFolder(second) as identity:
+        identity.revoke("pi-1")
+        identity.store.hear([(asked.key, STREAM, 9)])
+    with serving(second, url) as identity:
+        assert identity.store.members() == {}
+        assert identity.store.heard(asked.key) == {STREAM: 9}
+    with serving(first, url) as identity:
+        assert identity.store.members() == {}
+        assert identity.store.heard(asked.key) == {STREAM: 9}
+
+
+def test_a_revocation_reaches_the_database_while_the_server_runs(tmp_path: Path, postgres: Postgres) -> None:
+    url = postgres.database()
+    with IdentityFolder.make(tmp_path / "first", "lab") as identity:
+        join(identity, "pi-1")
+    engine = sql.create_engine(url)
+
+    def bodies() -> str:
+        with engine.connect() as connection:
+            return "".join(connection.execute(sql.select(IDENTITY.c.body)).scalars())
+
+    with serving(tmp_path / "first", url), IdentityFolder(tmp_path / "first") as command:
+        assert '"approved"' in bodies()
+        command.revoke("pi-1")
+        wait_for(lambda: '"approved"' not in bodies())
+    engine.dispose()
+
+
+def test_a_server_that_lost_the_job_writes_nothing(tmp_path: Path, postgres: Postgres) -> None:
+    url = postgres.database()
+    IdentityFolder.make(tmp_path / "first", "lab").close()
+    with StateFolder(tmp_path / "first", url) as folder:
+        shared = SharedIdentity(url, folder.lease)
+        with folder.storage.database.transaction() as connection:
+            query = sql.select(META.c.value).where(META.c.key == ROW)
+            row = json.loads(connection.execute(query).scalar() or "")
+            changed = json.dumps(row | {"token": row["token"] + 1})
+            connection.execute(META.update().where(META.c.key == ROW).values(value=changed))
+        with pytest.raises(LeaseLostError):
+            shared.hear([("ab" * 32, STREAM, 1)])
+        shared.close()
+
+
+def test_a_damaged_row_is_an_error(tmp_path: Path, postgres: Postgres) -> None:
+    url = postgres.database()
+    IdentityFolder.make(tmp_path / "first", "lab").close()
+    for row in (("device", "x", '["a"]'), ("nonsense", "x", "[]"), ("register", "x", '"{}"'), ("epoch", "x", "{")):
+        with StateFolder(tmp_path / "first", url) as folder, IdentityFolder(tmp_path / "first") as identity:
+            with folder.storage.database.transaction() as connection:
+                connection.execute(IDENTITY.delete())
+                connection.execute(IDENTITY.insert().values(kind=row[0], key=row[1], body=row[2]))
+            shared = SharedIdentity(url, folder.lease)
+            with pytest.raises(StorageError, match="damaged"):
+                shared.take_over(identity)
+            shared.close()
+    with IdentityFolder(tmp_path / "first") as identity:  # its own files are as they were
+        assert identity.store.members() == {}
