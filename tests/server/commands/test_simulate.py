@@ -375,3 +375,15 @@ def test_a_learning_rate_may_be_0_but_not_below(config, tmp_path, lr, code, caps
     text = CONFIG.replace("max_steps = 2", f"max_steps = 2, lr = {lr}").replace("rounds = 2", "rounds = 1")
     assert main(["--config", config(text), "--out", str(tmp_path / "out")]) == code
     assert ("lr: expected a number from 0 to 1000, got -0.1" in capsys.readouterr().err) is (code != ExitCode.OK)
+
+
+def test_the_example_in_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = DOCS.read_text().partition("## From Python")[2].partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+
+    exec(compile(text, str(DOCS), "exec"), {"__name__": "example"})  # noqa: S102 - the page's own example
+
+    assert 0 < float(capsys.readouterr().out.splitlines()[0]) < 1
+    assert (tmp_path / "mine").is_dir()
