@@ -119,6 +119,7 @@ def _export_all(job: ExportJob, arguments: argparse.Namespace) -> int:
     """Write what can be written; the exit code is that of the first target that failed."""
     rows: list[tuple[str, ...]] = []
     memory: list[str] = []
+    notes: dict[str, list[str]] = {}  # and the targets that each is of: no note is printed twice
     advice: list[str] = []
     found: list[dict[str, Any]] = []
     failed: list[tuple[str, FedpruneError]] = []
@@ -135,7 +136,8 @@ def _export_all(job: ExportJob, arguments: argparse.Namespace) -> int:
                 continue
         found.append(report.to_dict())
         rows.append(_summary_row(report))
-        advice += [f"{profile.name}: {note}" for note in report.plan.notes]
+        for note in report.plan.notes:
+            notes.setdefault(note, []).append(profile.name)
         if report.plan.warning:
             advice.append(f"warning: {profile.name}: {report.plan.warning}")
         if job.memory is not None:
@@ -147,7 +149,7 @@ def _export_all(job: ExportJob, arguments: argparse.Namespace) -> int:
     else:
         if rows:
             terminal.print_table(_SUMMARY, rows)
-        for line in (*memory, *advice):
+        for line in (*memory, *(f"{', '.join(targets)}: {note}" for note, targets in notes.items()), *advice):
             print(line)
         for note in job.model.notes:
             print(f"note: {note}")
