@@ -235,12 +235,20 @@ Of {count} plans {whole[0]} kept at least 95 % of the weights before and {whole[
 
 Each model was exported for its board, and `fedprune-device train` trained the bundle for {STEPS} steps on
 {SAMPLES:,} samples of noise, evaluations included. The peak is that of resident memory, mapped libraries included; the
-limit is the board's.
+limit is the board's. {_beyond(result["measured"])}
 
 | net | board | kept | parts | predicted MB | limit MB | peak MB |
 |---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 """
+
+
+def _beyond(rows: list[dict[str, Any]]) -> str:
+    """Which processes took more than their board has for training."""
+    over = [f"{r['net']} on {r['board']}" for r in rows if r.get("peak_bytes", 0) > r.get("limit_bytes", 0)]
+    return (
+        f"These took more, so that their prediction is too low: {', '.join(over)}." if over else "All stay within it."
+    )
 
 
 def _mb(count: int | None) -> str:
