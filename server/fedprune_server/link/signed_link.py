@@ -73,7 +73,7 @@ class SignedLink(Relay):
         clock: Seconds of a monotonic clock.
         joins: A connection that listens to `JoinDesk.subscription`, so that strangers crowd nobody but each other;
             by default `link` listens to that, too.
-        quarantine: Is told who is a member, and whose signatures are wrong.
+        quarantine: Is told who is a member.
     """
 
     def __init__(
@@ -167,7 +167,6 @@ class SignedLink(Relay):
             self._opened.append(("", item))
             return
         topic, payload = item
-        device = ""
         try:
             if topic.endswith(f"/{NO_JOB}/{JOIN}"):
                 self._join(topic, payload)
@@ -182,8 +181,6 @@ class SignedLink(Relay):
             self._opened.append((device, item if channel != "up" else (topic, self._open(device, topic, payload))))
         except ProtocolError as error:
             self._complaints.about(topic, error)
-            if isinstance(error, SignatureError) and device in self._members:
-                self._quarantine.bad(device)
 
     def _hear_joins(self, joins: Joins) -> None:
         """Answer the next request to join, if it is time for one; report who sends too many."""
