@@ -194,7 +194,7 @@ def test_onnxruntime_that_kills_its_process_is_a_clear_error(tmp_path: Path) -> 
 
 def test_onnxruntime_that_is_not_installed_names_the_extra(tmp_path: Path) -> None:
     script = """echo "ModuleNotFoundError: No module named 'onnxruntime'" >&2; exit 1"""
-    with pytest.raises(MissingExtraError, match=r"fedprune\[board\]"):
+    with pytest.raises(MissingExtraError, match=r"\[board\]"):
         check_runtime(python(tmp_path, script))
 
 

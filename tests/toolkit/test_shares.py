@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fedprune.coordination.shares import Shares
 from fedprune.coordination.state import Device, Progress, State, Task
+from fedprune.job import Job
 from fedprune.schedule import Mixing, Schedule, Staleness
 
 pytestmark = pytest.mark.board
@@ -61,7 +62,7 @@ def test_where_all_that_is_there_enters_the_guess_is_what_counts(
     staleness = Staleness(decay, 0.6, frozen=frozen)
     schedule = Schedule("asynchronous", window_s=2.0, keep=keep, mixing=mixing, staleness=staleness)
     state = fleet(rounds, kept, samples)
-    shares = Shares(state, schedule, uniform=uniform)
+    shares = Shares(state, schedule, Job(), uniform=uniform)
     weights = shares.entering(dict(state.tasks))["weights"]
     assert {n: shares.weight(n) for n in state.tasks} == {n: weights[n] for n in state.tasks}
 
@@ -78,7 +79,7 @@ def test_who_is_left_out_counts_among_all_only_with_what_it_has_delivered(
     other.excluded = "too slow" if excluded else ""
     other.buffer = other.buffer if delivered else None
     schedule = Schedule("asynchronous", arrivals=1, mixing="share")
-    entering = Shares(state, schedule, uniform=False).entering(dict(state.tasks))
+    entering = Shares(state, schedule, Job(), uniform=False).entering(dict(state.tasks))
     assert (entering["rate"], list(entering["weights"])) == (rate, ["d0"])
 
 
@@ -88,5 +89,5 @@ def test_a_guess_does_not_weigh_the_whole_fleet(monkeypatch: pytest.MonkeyPatch)
     asked: list[int] = []
     call = Staleness.__call__
     monkeypatch.setattr(Staleness, "__call__", lambda self, k: asked.append(k) or call(self, k))
-    Shares(state, schedule, uniform=False).weight("d0")
+    Shares(state, schedule, Job(), uniform=False).weight("d0")
     assert len(asked) < 20

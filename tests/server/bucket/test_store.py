@@ -411,7 +411,7 @@ def test_a_refusal_says_what_must_be_allowed(url: str, tmp_path: Path) -> None:
 
 def test_without_boto3_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "boto3", None)
-    with pytest.raises(MissingExtraError, match=r"need the package boto3.*fedprune\[scale\]"):
+    with pytest.raises(MissingExtraError, match=r"need the package boto3.*\[scale\]"):
         BucketStore(tmp_path, "s3://bucket/x")
 
 
