@@ -60,7 +60,7 @@ _DEFAULT = "default"
 
 def _rows(found: Any) -> Iterator[dict[str, Any]]:
     """Every setting with its value and its origin, without passwords."""
-    from fedprune_server.settings.alert_settings import without_path
+    from fedprune_server.settings.alert_settings import shown_url
     from fedprune_server.settings.layers import masked, origin
     from fedprune_server.settings.tables import as_tables
 
@@ -69,7 +69,7 @@ def _rows(found: Any) -> Iterator[dict[str, Any]]:
         came = origin(found.layers, path) or _DEFAULT
         shown = masked(value) if isinstance(value, str) else value
         if path[0] == "alerts" and path[-1] in ("webhook", "heartbeat"):
-            shown = without_path(value)
+            shown = shown_url(value)
         yield {"table": ".".join(path[:-1]), "key": path[-1], "value": shown, "from": came}
 
 

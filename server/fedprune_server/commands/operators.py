@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import json
+import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -95,6 +96,7 @@ class _Opened:
                 f"{state} is no state folder", hint="Name the one of `run --state`, or make it first: init, or run."
             )
         check_unowned(state)
+        self._user = _user()
         self._database = ConsoleDatabase(state / FILE)
 
     def __enter__(self) -> Accounts:
@@ -106,10 +108,18 @@ class _Opened:
         """Write to the audit log who did this at the terminal."""
         from fedprune_server.console.audit import Audit
 
-        Audit(self._database).note(getpass.getuser(), "terminal", action, what, "done")
+        Audit(self._database).note(self._user, "terminal", action, what, "done")
 
     def __exit__(self, *_: object) -> None:
         self._database.close()
+
+
+def _user() -> str:
+    """Name of the process's user; its number where the system lists no name, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13 on
+        return f"uid {os.getuid()}"
 
 
 def _read_password() -> str:

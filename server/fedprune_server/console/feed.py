@@ -400,8 +400,7 @@ class Feed(Onlooker):
 def _alert_news(alert: Alert, closed_at: float | None = None) -> AlertNews:
     """An alert as the console is told of it."""
     text = one_line(f"{alert.what}. To do: {alert.todo}", 1000)
-    name = f"{alert.kind}:{alert.job or ''}:{alert.device or alert.subject}"[:100]
     return AlertNews(
-        f"{name}@{alert.since:.0f}:{alert.severity}", alert.since, alert.kind, alert.severity, alert.device, alert.job,
+        f"{alert.key[:100]}@{alert.since:.0f}", alert.since, alert.kind, alert.severity, alert.device, alert.job,
         text, closed_at,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The open alerts of a server: each opens once, stays while its cause lasts, and closes once."""
+"""The open alerts of a server: each opens once, stays while its cause lasts, may change severity, and closes once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _CHANGES = 4 * MOST
 
 @dataclass(frozen=True)
 class AlertChange:
-    """An alert that opened or closed.
+    """An alert that opened, changed its severity, or closed.
 
     Attributes:
         alert: The alert.
-        closed_at: When it closed, in seconds since 1970; None if it opened.
+        closed_at: When it closed, in seconds since 1970; None if it is open.
     """
 
     alert: Alert
@@ -34,7 +34,7 @@ class AlertBook:
 
     def __init__(self, restored: Iterable[Alert] = ()) -> None:
         self._open: dict[str, Alert] = {a.key: a for a in restored}
-        self._begun: dict[str, tuple[float, float]] = {}  # not open yet: since when, by both clocks
+        self._begun: dict[tuple[str, str], tuple[float, float]] = {}  # by key and severity, before the delay has passed
         self._ended: dict[str, float] = {}  # open, but gone since
         self._unread: deque[AlertChange] = deque(maxlen=_CHANGES)
 
@@ -44,9 +44,9 @@ class AlertBook:
         return list(self._open.values())
 
     @property
-    def keys(self) -> frozenset[str]:
-        """Keys of the open alerts."""
-        return frozenset(self._open)
+    def severities(self) -> frozenset[tuple[str, str]]:
+        """Kinds and severities of the open alerts."""
+        return frozenset((a.kind, a.severity) for a in self.open)
 
     def counts(self) -> Mapping[tuple[str, str], int]:
         """Open alerts by kind and severity, with zeros; may be read from any thread."""
@@ -57,7 +57,7 @@ class AlertBook:
         """Take over the result of one look.
 
         An alert opens when it has held for its delay, and closes when it has been gone for as long, so that what comes
-        and goes within its delay changes nothing.
+        and goes within its delay changes nothing. Another severity of an open alert has to last as long, too.
 
         Args:
             alerts: Alerts that hold now.
@@ -65,21 +65,22 @@ class AlertBook:
             at: Seconds since 1970.
 
         Returns:
-            What opened and closed.
+            Alerts that opened, changed their severity, or closed.
         """
         changes: list[AlertChange] = []
         held = {a.key: a for a in alerts}
-        for key in self._begun.keys() - held.keys():
-            del self._begun[key]
+        for key, severity in self._begun.keys() - {(k, a.severity) for k, a in held.items()}:
+            del self._begun[key, severity]
         for key, alert in held.items():
             self._ended.pop(key, None)
-            if (before := self._open.get(key)) is not None:
+            before = self._open.get(key)
+            if before is not None and before.severity == alert.severity:
                 self._open[key] = replace(alert, since=before.since)
                 continue
-            begun, since = self._begun.setdefault(key, (now, alert.since))
+            begun, since = self._begun.setdefault((key, alert.severity), (now, alert.since))
             if now - begun >= alert.delay_s:
-                del self._begun[key]
-                self._open[key] = replace(alert, since=since)
+                del self._begun[key, alert.severity]
+                self._open[key] = replace(alert, since=since if before is None else before.since)
                 changes.append(AlertChange(self._open[key]))
         for key in self._open.keys() - held.keys():
             if now - self._ended.setdefault(key, now) >= self._open[key].delay_s:

@@ -89,8 +89,8 @@ class Alert:
 
     @property
     def key(self) -> str:
-        """Equal for an alert and its repetitions."""
-        return f"{self.kind}:{self.severity}:{self.job or ''}:{self.device or self.subject}"
+        """Its kind and what it is about: the same while it lasts, whatever its severity."""
+        return ":".join(part for part in (self.kind, self.job, self.device or self.subject) if part)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class Snapshot:
         broker: Why the broker can't be used; empty if it can.
         quarantined: Boards in quarantine, and why.
         site: What the state folder shows; None if unknown.
-        open: Keys of alerts that are open.
+        open: Kinds and severities of open alerts.
     """
 
     folder: Path
@@ -223,7 +223,7 @@ class Snapshot:
     broker: str = ""
     quarantined: Mapping[str, str] = field(default_factory=dict)
     site: SiteFacts | None = None
-    open: frozenset[str] = frozenset()
+    open: frozenset[tuple[str, str]] = frozenset()
 
 
 def evaluate(seen: Snapshot, now: float) -> list[Alert]:
@@ -375,7 +375,8 @@ def _disk(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
     share = free / max(1, total)
 
     def short(severity: str, limit: float, least: float = 0.0) -> bool:
-        factor = _ROOMIER if f"disk:{severity}::" in seen.open else 1.0
+        as_severe = SEVERITIES[SEVERITIES.index(severity) :]
+        factor = _ROOMIER if any(("disk", s) in seen.open for s in as_severe) else 1.0
         return share < factor * limit or free < factor * least
 
     full = short(CRITICAL, _FULL, _FULL_BYTES)

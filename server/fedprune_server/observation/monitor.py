@@ -135,7 +135,7 @@ class Monitor(Onlooker):
         views: The jobs and their folders.
         here: Says how many boards can take part; None to count those of the only job.
         book: Where open alerts are kept; None for what the last run left open.
-        tell: Called with every alert that opens or closes; it must not block.
+        tell: Called with every alert that opens, changes its severity, or closes; it must not block.
         clock: Seconds since 1970.
         monotonic: The monotonic clock.
     """
@@ -204,7 +204,7 @@ class Monitor(Onlooker):
             self._complain(error)
 
     def look(self) -> None:
-        """Evaluate the present, and report what opened and closed."""
+        """Evaluate the present, and report what changed."""
         at = self._clock()
         changes = self.book.update(evaluate(self._snapshot(), at), self._monotonic(), at)
         for change in changes:
@@ -230,7 +230,7 @@ class Monitor(Onlooker):
             broker="" if self._view.connected() else "there is no connection to the broker",
             quarantined={name: found[1] for name, found in held if found is not None},
             site=self._site,
-            open=self.book.keys,
+            open=self.book.severities,
         )
 
     def _run(self) -> None:

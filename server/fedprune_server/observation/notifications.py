@@ -28,7 +28,7 @@ from typing import Any, Protocol
 from fedprune.errors import ConfigError, ExitCode, FedpruneError, reason, remedy
 from fedprune.wire.fields import one_line
 from fedprune_server.observation.alerts import INFO, SEVERITIES, Alert
-from fedprune_server.settings.alert_settings import OFF, AlertSettings, without_path
+from fedprune_server.settings.alert_settings import OFF, AlertSettings, shown_url
 
 log = logging.getLogger("fedprune.server")
 
@@ -104,7 +104,8 @@ class Message:
         keys = ("kind", "severity", "since", "what", "why", "todo", "job", "device")
         body = {
             "version": 1, "event": self.event, "at": self.at, "site": self.site, "text": self.title,
-            "count": len(self.alerts), "alerts": [{k: getattr(a, k) for k in keys} for a in self.alerts[:MOST]],
+            "count": len(self.alerts),
+            "alerts": [{"id": a.key} | {k: getattr(a, k) for k in keys} for a in self.alerts[:MOST]],
         }  # fmt: skip
         return json.dumps(body, sort_keys=True).encode()
 
@@ -146,11 +147,11 @@ def fetch(url: str, data: bytes | None = None, headers: dict[str, str] | None = 
     except urllib.error.HTTPError as error:
         with error:
             lasting = error.code < 500 and error.code not in (408, 425, 429)
-            raise NotificationError(f"{without_path(url)} answered HTTP {error.code}", lasting=lasting) from error
+            raise NotificationError(f"{shown_url(url)} answered HTTP {error.code}", lasting=lasting) from error
     except (OSError, ValueError, urllib.error.URLError) as error:
-        raise NotificationError(f"{without_path(url)}: {reason(error)}") from error
+        raise NotificationError(f"{shown_url(url)}: {reason(error)}") from error
     except Exception as error:  # http.client.HTTPException, whatever it is called
-        raise NotificationError(f"{without_path(url)}: {type(error).__name__}: {reason(error)}") from error
+        raise NotificationError(f"{shown_url(url)}: {type(error).__name__}: {reason(error)}") from error
 
 
 class Webhook:
@@ -275,11 +276,10 @@ class Due:
         for key, alert in held.items():
             if SEVERITIES.index(alert.severity) < least:
                 continue
-            if key not in self._told:
+            before, told_at = self._told.get(key, (None, None))
+            if before is None or SEVERITIES.index(alert.severity) > SEVERITIES.index(before.severity):
                 by_event[OPENED].append(alert)
-                continue
-            told_at = self._told[key][1]
-            if told_at is None:  # by an earlier run
+            elif told_at is None:  # by an earlier run
                 self._told[key] = alert, now
             elif again_s and now - told_at >= again_s:
                 by_event[REPEATED].append(alert)

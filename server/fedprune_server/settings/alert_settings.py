@@ -133,10 +133,12 @@ class AlertSettings:
         return max(self.severity, self.quiet_severity, key=_LEVELS.index) if quiet else self.severity
 
 
-def without_path(url: str) -> str:
-    """An address as it may be shown: its path is often a secret."""
-    scheme, mark, rest = url.partition("://")
-    return f"{scheme}://{rest.partition('/')[0].rpartition('@')[2]}/..." if mark else url
+def shown_url(url: str) -> str:
+    """A URL's scheme, host and port alone: the user, the path and the query often hold secrets."""
+    scheme, host, port = _parts(url)
+    if url == OFF or not host:
+        return OFF if url == OFF else "not a URL"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}{'' if port is None else f':{port}'}/..."
 
 
 def _check_url(name: str, url: str) -> None:
@@ -145,7 +147,7 @@ def _check_url(name: str, url: str) -> None:
     if url != OFF and not (fine and url.isascii() and url.isprintable() and " " not in url and "#" not in url):
         raise ConfigError(
             f"alerts: {name}", expected=f"https://host[:port]/path or http://..., without a user, or {OFF!r}",
-            got=shown(without_path(url)),
+            got=shown(shown_url(url)),
         )  # fmt: skip
 
 

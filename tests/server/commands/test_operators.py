@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,19 @@ def test_what_is_done_at_the_terminal_is_in_the_audit_log(tmp_path: Path, monkey
         "remove operator ann", "change the password of ann", "add operator ann as admin",
     ]  # fmt: skip
     assert all((e["address"], e["outcome"]) == ("terminal", "done") and e["operator"] for e in entries)
+
+
+def test_a_user_without_a_name_is_in_the_audit_log_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user often has no entry in the list of users."""
+    tmp_path.chmod(0o700)
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a long horse, a battery\n"))
+    assert main(["operators", "add", "ann", "--state", str(tmp_path)]) == 0
+
+    database = ConsoleDatabase(tmp_path / FILE)
+    entries = Audit(database).page().items
+    database.close()
+
+    assert [e["operator"] for e in entries] == ["uid 54321"]

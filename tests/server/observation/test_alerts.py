@@ -121,7 +121,9 @@ def test_what_is_in_order_is_no_alert(calm: Snapshot) -> None:
 def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:
     seen = with_site(disk=(ROOM * 11 // 100, ROOM))
     assert evaluate(seen, NOW) == []
-    assert [a.kind for a in evaluate(replace(seen, open=frozenset({"disk:warning::"})), NOW)] == ["disk"]
+    for severity in ("warning", "critical"):
+        opened = replace(seen, open=frozenset({("disk", severity)}))
+        assert [(a.kind, a.severity) for a in evaluate(opened, NOW)] == [("disk", "warning")]
 
 
 def raised(**values: Any) -> Alert:
@@ -141,6 +143,18 @@ def test_an_alert_opens_once_and_closes_once_and_does_not_flap() -> None:
     assert [(c.alert.kind, c.closed_at) for c in closed] == [("broker", NOW + 50)]
     for t in range(60, 90):  # there for less than its delay
         assert book.update([slow] if t % 5 else [], float(t), NOW + t) == []
+
+
+def test_an_alert_that_gets_better_or_worse_stays_the_same_alert() -> None:
+    book, mild, bad = AlertBook(), raised(severity="warning", delay_s=10.0), raised(delay_s=10.0)
+    alerts = [mild] * 20 + [bad] * 20 + [mild] * 20
+    changes = [(t, c) for t, alert in enumerate(alerts) for c in book.update([alert], float(t), NOW + t)]
+    assert [(t, c.alert.severity, c.closed_at) for t, c in changes] == [
+        (10, "warning", None), (30, "critical", None), (50, "warning", None),
+    ]  # fmt: skip
+    assert [a.severity for a in book.open] == ["warning"]
+    for t in range(60, 90):  # worse for less than its delay
+        assert book.update([bad if t % 5 else mild], float(t), NOW + t) == []
 
 
 def test_the_clock_on_the_wall_may_jump() -> None:

@@ -37,7 +37,7 @@ from fedprune_server.observation.notifications import (
     fetch,
     trial,
 )
-from fedprune_server.settings.alert_settings import AlertSettings, without_path
+from fedprune_server.settings.alert_settings import AlertSettings, shown_url
 
 NOON = datetime(2026, 3, 4, 12, 0).timestamp()
 HOUR = 3600.0
@@ -189,6 +189,22 @@ def test_a_restarted_server_does_not_tell_again_but_tells_the_end() -> None:
     assert [m.event for m in due.messages([], 62.0, NOON)] == ["resolved"]
 
 
+def test_an_alert_that_changes_its_severity_is_sent_again_if_it_got_worse_and_resolved_once() -> None:
+    due, sent = Due(AlertSettings(repeat_minutes=0), "lab"), []
+    severities = ["warning"] * 60 + ["critical"] * 60 + ["warning"] * 60 + [""] * 60
+    for second, severity in enumerate(severities):
+        opened = [alert("disk", severity)] if severity else []
+        sent += [(second, m.event, m.alerts[0].severity) for m in due.messages(opened, float(second), NOON)]
+    assert sent == [(0, "opened", "warning"), (60, "opened", "critical"), (180, "resolved", "critical")]
+
+
+def test_an_alert_has_one_id_in_every_message() -> None:
+    mild, bad = alert("disk", "warning"), alert("disk", "critical")
+    ids = [json.loads(Message("opened", NOON, "lab", (a,)).to_bytes())["alerts"][0]["id"] for a in (mild, bad)]
+    assert ids == ["disk", "disk"]
+    assert alert("no-devices", job="leaves").key == "no-devices:leaves"
+
+
 # How it is sent.
 
 
@@ -200,7 +216,7 @@ def test_a_webhook_gets_documented_json_with_a_signature() -> None:
     assert request == "POST /hook/s3cret"
     assert headers["X-Fedprune-Signature"] == "sha256=" + hmac.new(b"key", raw, hashlib.sha256).hexdigest()
     assert (body["version"], body["event"], body["site"], body["count"]) == (1, "opened", "lab", 1)
-    assert set(body["alerts"][0]) == {"kind", "severity", "since", "what", "why", "todo", "job", "device"}
+    assert set(body["alerts"][0]) == {"id", "kind", "severity", "since", "what", "why", "todo", "job", "device"}
     page = (Path(__file__).resolve().parents[3] / "docs" / "observe.md").read_text()
     assert {k for k in (*body, *body["alerts"][0]) if f'"{k}"' not in page} == set()
 
@@ -367,7 +383,22 @@ def test_settings_come_from_file_environment_and_command_line_and_their_secrets_
     assert rows["repeat_minutes"][0] == 30
     assert "s3cret" not in out
     assert "k3y" not in out
-    assert without_path("https://u:p@host:1/a/b") == "https://host:1/..."
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://u:s3cret@host:1/a/b", "https://host:1/a?key=s3cret", "https://host:1?key=s3cret",
+        "https://host:1#s3cret", "https://host:1?x@s3cret/y",
+    ],
+)  # fmt: skip
+def test_an_address_is_shown_without_its_secrets(url: str) -> None:
+    assert shown_url(url) == "https://host:1/..."
+
+
+def test_what_is_no_address_is_not_shown() -> None:
+    assert "s3cret" not in shown_url("https://[host?key=s3cret")
+    assert "s3cret" not in shown_url("s3cret")
 
 
 def test_a_test_notification_is_sent_and_its_result_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
