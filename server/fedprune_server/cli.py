@@ -225,8 +225,6 @@ def _run(arguments: argparse.Namespace) -> int:
                 stack.enter_context(shared_identity(folder.database_url, folder.lease, config.state, identity))
             at = leadership(reached.url, identity, config.state, config.ca, folder.lease.shared)
             leader = stack.enter_context(at)
-            crl = identity.authority.crl_path
-            stack.enter_context(given_to_broker(config.on_revocation, config.state, crl))
         rollouts = None if arguments.insecure else stack.enter_context(RolloutStore(config.state))
         members = None if identity is None else identity.store.members
         web = stack.enter_context(web_blobs(config, identity, folder.store))
@@ -274,6 +272,12 @@ def _run(arguments: argparse.Namespace) -> int:
         for kept in jobs:
             _say_what_runs(kept)
             kept.folder.lease.lost = daemon.stop
+        if leader is not None and identity is not None:
+            # Until here a copy that was started by mistake has changed nothing outside its own folder.
+            leader.lost = daemon.stop
+            leader.enter(identity.epochs, take_over=arguments.take_over, alone=reached.broker is not None)
+            crl = identity.authority.crl_path
+            stack.enter_context(given_to_broker(config.on_revocation, config.state, crl))
         given = rollouts is not None
         here = (lambda: daemon.connected) if isinstance(daemon, Host) else None
         watched = [(desk, kept.config.state) for desk, kept in zip(desks_of(daemon)[0], jobs, strict=True)]
@@ -281,9 +285,6 @@ def _run(arguments: argparse.Namespace) -> int:
         stack.enter_context(
             with_console(config, reached, identity, daemon, releases_given=given, logs=logs, alerts=alerts)
         )
-        if leader is not None and identity is not None:
-            leader.enter(identity.epochs, take_over=arguments.take_over, alone=reached.broker is not None)
-            leader.lost = daemon.stop
         reached.start(daemon.subscriptions)
         for kept in jobs:
             kept.folder.keep(kept.opened)  # a broker that can't be reached is not one to remember

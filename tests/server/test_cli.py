@@ -6,7 +6,8 @@ import json
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,14 @@ from fedprune.coordination import events as on
 from fedprune.errors import ExitCode, ModelError
 from fedprune.job import Job
 from fedprune.session import Session
+from fedprune_server.broker import revocations
 from fedprune_server.cli import main
+from fedprune_server.console import setup as console
 from fedprune_server.daemon import Daemon
+from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.link.connection import Connection
+from fedprune_server.link.leadership import Leadership, OtherServerError
+from fedprune_server.observation import setup as observation
 from fedprune_server.settings.config import ServerConfig
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.store.state_folder import StateFolder
@@ -343,6 +349,28 @@ def test_a_site_that_is_no_name_is_a_usage_error(capsys: pytest.CaptureFixture[s
         main(["run", "--site", "a b"])
     assert caught.value.code == ExitCode.USAGE
     assert "'a b'" in capsys.readouterr().err
+
+
+def test_a_copy_that_is_refused_has_reached_nobody(
+    state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    IdentityFolder.make(state, "default").close()
+    outward: list[str] = []
+
+    def reaches(name: str) -> Callable[..., AbstractContextManager[None]]:
+        return lambda *_, **__: (outward.append(name), nullcontext())[1]
+
+    for module, name in ((revocations, "given_to_broker"), (observation, "monitoring"), (console, "with_console")):
+        monkeypatch.setattr(module, name, reaches(name))
+
+    def refuse(leader: Leadership, *_: object, **__: object) -> None:
+        assert isinstance(getattr(leader.lost, "__self__", None), Daemon), "a take-over from now on ends the daemon"
+        raise OtherServerError("another server runs this fleet")
+
+    monkeypatch.setattr(Leadership, "enter", refuse)
+    assert main(["run", "--state", str(state), "--port", "0"]) == ExitCode.OTHER_SERVER
+    assert "another server runs this fleet" in capsys.readouterr().err
+    assert outward == []
 
 
 def test_two_servers_do_not_share_a_folder(state: Path, capsys: pytest.CaptureFixture[str]) -> None:

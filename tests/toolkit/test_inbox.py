@@ -67,6 +67,34 @@ def test_there_is_always_room_for_an_event() -> None:
     assert found[[i for i, f in enumerate(found) if f is not None][-1]] == "down"
 
 
+def test_an_inbox_is_not_empty_as_long_as_a_message_waits_behind_a_wake() -> None:
+    inbox = Inbox[str](LIMIT)
+    inbox.wake()
+    inbox.wake()
+    inbox.offer("first", b"")
+    inbox.wake()
+    inbox.offer("second", b"")
+    assert [inbox.get(0), inbox.get(0), inbox.get(0)] == [("first", b""), ("second", b""), None]
+
+
+def test_a_wake_ends_a_wait() -> None:
+    inbox = Inbox[str](LIMIT)
+    inbox.wake()
+    assert inbox.get(None) is None
+
+
+def test_many_senders_that_send_little_are_no_flood_and_one_that_sends_much_is() -> None:
+    inbox = Inbox[str](LIMIT)
+    while inbox.offer(SITE.up(f"board-{len(inbox._waiting)}"), bytes(1500)):
+        pass
+    assert len(inbox._waiting) > 200
+    assert inbox.flooder() == ""
+    inbox = Inbox[str](LIMIT)
+    while inbox.offer(SITE.up("flood"), bytes(1500)):
+        inbox.offer(SITE.up("board"), b"")
+    assert inbox.flooder() == SITE.up("flood").rpartition("/-/")[0]
+
+
 def test_what_is_no_topic_of_ours_has_a_place_too() -> None:
     inbox = Inbox[str](LIMIT)
     for topic in ("", "/", "x", "a/b/c/d/e/f"):

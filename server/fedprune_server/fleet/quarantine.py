@@ -144,6 +144,7 @@ class Quarantine:
         self._ledgers: dict[str, _Ledger] = {}
         self._strangers = _Ledger(STRANGERS_BURST, clock())
         self._crowd: tuple[str, float] | None = None
+        self._crowded_at = -CROWDED_S
         self._news: list[Quarantined | Released] = []
         self._ends: list[tuple[float, str]] = []
         self._dirty = path is not None and path.exists()
@@ -210,11 +211,12 @@ class Quarantine:
         """
         if (ledger := self._ledgers.get(device)) is None:
             return
-        left = ledger.fetching.pop(sha256, FREE_WANTS + WANTS_PER_LEAF * leaves)
-        if left > 0:
+        spent = ledger.fetching.pop(sha256, 0)
+        free = spent < FREE_WANTS + WANTS_PER_LEAF * leaves  # a blob that is still coming has no leaves yet
+        if free:
             self._refill(ledger, self._clock())
             ledger.points = min(BURST, ledger.points + _WANT)
-        ledger.fetching[sha256] = max(0, left - 1)
+        ledger.fetching[sha256] = spent + free
         if len(ledger.fetching) > _BLOBS:
             del ledger.fetching[next(iter(ledger.fetching))]
 
@@ -238,12 +240,22 @@ class Quarantine:
             self._stranger(BAD, self._clock())
 
     def crowded(self, client: str) -> None:
-        """A client fills up the connection for requests to join, which is closed for a while.
+        """Report that requests to join fill their inbox, and that its connection is closed for a while.
 
         Args:
-            client: Its MQTT client id. Of such clients the latest alone is kept: anybody can think of ids.
+            client: MQTT client id of the one that floods; empty if many clients send a few requests each. Only the
+                latest client is kept: a stranger can choose any number of ids.
         """
-        name, now = f"{CROWD}{one_line(client, 64)}", self._clock()
+        now = self._clock()
+        quiet, self._crowded_at = now < self._crowded_at + CROWDED_S, now
+        if not client:
+            if not quiet:
+                log.warning(
+                    "more boards ask to join than this server answers at a time: some wait longer, and ask again. If "
+                    "you don't expect them, close the listener for joining"
+                )
+            return
+        name = f"{CROWD}{one_line(client, 64)}"
         if self._crowd is None or self._crowd[1] <= now:
             log.warning(
                 "the MQTT client %s floods the topic for joining: requests to join, %s's first of all, are dropped. "

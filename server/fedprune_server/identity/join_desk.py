@@ -33,11 +33,11 @@ class JoinDesk:
         """What to listen to."""
         return self._topics.join_subscription()
 
-    def receive(self, topic: str, payload: bytes) -> tuple[str, bytes]:
-        """Take in what came on a topic of requests.
+    def receive(self, topic: str, payload: bytes) -> tuple[str, JoinAnswer]:
+        """Answer a message on a topic of requests.
 
         Returns:
-            Topic and bytes of the answer.
+            The answer's topic, and the answer.
 
         Raises:
             ProtocolError: It is no request, or not by who it says; nobody is answered.
@@ -49,7 +49,7 @@ class JoinDesk:
             raise ProtocolError("message of who wants to join", expected=JoinRequest.kind, got=request.kind)
         if request.nonce != nonce:
             raise ProtocolError("nonce of a request", expected=nonce, got=request.nonce)
-        return self._topics.joined(nonce), self.answer(request).to_bytes()
+        return self._topics.joined(nonce), self.answer(request)
 
     def answer(self, request: JoinRequest) -> JoinAnswer:
         """The answer to a request.

@@ -341,14 +341,18 @@ def _merge_device(connection: sqlite3.Connection, row: list[Any]) -> None:
     device, key, status, asked, decided = row
     if status not in (APPROVED, WAITING, REVOKED):
         raise ValueError(status)
+    query = "SELECT status FROM devices WHERE device = ? AND key = ?"
+    known = connection.execute(query, (device, key)).fetchone()
+    if known is not None and known[0] == REVOKED:
+        return  # for good: an approval that the other side still has must not revoke the key that replaced this one
     if status == APPROVED:
         change = "UPDATE devices SET status = ?, decided = ? WHERE device = ? AND key != ? AND status = ?"
         connection.execute(change, (REVOKED, decided, device, key, APPROVED))
     connection.execute(
         "INSERT INTO devices (device, key, status, asked, decided) VALUES (?, ?, ?, ?, ?) "
         "ON CONFLICT (device, key) DO UPDATE SET status = excluded.status, decided = excluded.decided "
-        "WHERE status != ? AND excluded.status != ?",
-        (device, key, status, asked, decided, REVOKED, WAITING),
+        "WHERE excluded.status != ?",
+        (device, key, status, asked, decided, WAITING),
     )
 
 

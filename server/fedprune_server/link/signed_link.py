@@ -1,10 +1,9 @@
-"""The server's connection on which both sides sign what they say: the daemon speaks and hears plain messages by it.
+"""The server's connection with signatures: the daemon sends and receives plain messages over it.
 
-Who may take part is looked up in the identity's database, which `fedprune-server devices` changes while the server
-runs: from the next second on a device that is revoked is neither heard nor spoken to. Requests to join are answered
-here, so many a second.
+The members are read from the identity's database, which `fedprune-server devices` changes while the server runs: a
+revoked device is cut off within a second. Requests to join are answered here, at a limited rate.
 
-Chunks of blobs pass as they are: blobs are named by their digests, and those stand in signed messages.
+Chunks of blobs pass unsigned: blobs are named by their digests, which signed messages carry.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from fedprune.trust.envelope import unseal
 from fedprune.trust.keys import VerifyingKey
 from fedprune.wire.complaints import Complaints
 from fedprune.wire.connection_news import ConnectionUp
+from fedprune.wire.join_messages import APPROVED
 from fedprune.wire.messages import Birth, Death, Hello, parse
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.fleet.quarantine import Quarantine
@@ -33,19 +33,19 @@ from fedprune_server.link.wire import Doubled, Item, Relay, ShutOut, Unheard, Wi
 log = logging.getLogger("fedprune.server")
 
 _LOOK_S = 1.0
-"""At most so often the database is asked whether somebody was let in or shut out."""
+"""Shortest time between two looks into the database for changed members."""
 
-_AGAIN_S = 10.0
-"""At most so often a device is told that this server has restarted."""
+_HELLO_S = 10.0
+"""Shortest time between two hellos that tell one device of this server's restart."""
 
 _ASKED = 3
-"""Hellos to a device whose answers are waited for: not all are heard."""
+"""Hellos to a device whose answers are awaited: some are lost."""
 
 _READ_AHEAD = 256
-"""Messages that are opened together."""
+"""Most messages that are opened together."""
 
 JOINS_PER_S = 20.0
-"""Requests to join that are looked at: each costs a signature, and anybody may ask. Who is not heard asks again."""
+"""Limit of answered requests to join: each costs a signature, and strangers may send them. Boards repeat theirs."""
 
 
 class Joins(Protocol):
@@ -53,7 +53,7 @@ class Joins(Protocol):
 
     Attributes:
         dropped: Messages that didn't fit into its inbox.
-        overflowed: The topic, as far as the client in it, that had most waiting when one didn't fit.
+        overflowed: The topic, as far as the client in it, whose messages filled the inbox; empty if many clients did.
     """
 
     dropped: int
@@ -65,15 +65,15 @@ class Joins(Protocol):
 
 
 class SignedLink(Relay):
-    """What a server says, signed by it; what devices say that are let in, each message once.
+    """A connection that signs the server's messages and passes on each signed message of a member once.
 
     Args:
-        link: The connection; it listens to the server's topics.
-        identity: The server's.
-        clock: Seconds of a monotonic clock.
-        joins: A connection that listens to `JoinDesk.subscription`, so that strangers crowd nobody but each other;
-            by default `link` listens to that, too.
-        quarantine: Is told who is a member.
+        link: The connection, subscribed to the server's topics.
+        identity: The server's identity.
+        clock: Monotonic clock, seconds.
+        joins: A connection subscribed to `JoinDesk.subscription`, so that a flood of requests to join delays no
+            member; by default `link` has that subscription, too.
+        quarantine: Learns the members.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class SignedLink(Relay):
         super().__init__(link)
         self._joining = joins
         self._quarantine = quarantine or Quarantine(clock)
-        self._dropped = 0
+        self._dropped, self._flooder = 0, ""
         self._store = identity.store
         self._time = identity.authority.now
         self._topics = Topics(identity.site)
@@ -98,7 +98,7 @@ class SignedLink(Relay):
         self._members: dict[str, str] = {}
         self._version: int | None = None
         self._look_at = 0.0
-        self._told: dict[str, float] = {}
+        self._hello_at: dict[str, float] = {}
         self._clock = clock
         self._complaints = Complaints(log, clock)
         self._news: deque[ShutOut | Doubled] = deque()
@@ -106,13 +106,13 @@ class SignedLink(Relay):
         self._births: dict[str, int] = {}
         self._joins, self._joins_at = JOINS_PER_S, clock()
         self._begun: dict[tuple[str, str], int] = {}  # latest epochs by key and stream, not yet on the disk
-        self._opened: deque[tuple[str, Item]] = deque()  # by device, empty for what is of none
+        self._opened: deque[tuple[str, Item]] = deque()  # by device, empty for events
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send without waiting; False if that isn't possible, or it is for a device that isn't let in.
+        """Send without waiting; False if that isn't possible, or if the addressed device is no member.
 
         Raises:
-            StorageError: A new epoch can't be written down; nothing was sent.
+            StorageError: A new epoch can't be stored; nothing was sent.
         """
         address = self._topics.parse(topic)
         if address.device != EVERYONE and address.device not in self._look():
@@ -132,8 +132,8 @@ class SignedLink(Relay):
         self._look()
         if self._news:
             return self._news.popleft()
-        if self._joining is not None:
-            self._hear_joins(self._joining)
+        if self._joining is not None and self._answer_join(self._joining):
+            timeout = 0.0  # another request may wait
         if not self._opened:
             item = self._link.get(timeout)
             if item is None:
@@ -141,14 +141,14 @@ class SignedLink(Relay):
             self._read(item)
         while self._opened:
             device, opened = self._opened.popleft()
-            if not device or device in self._members:  # of now: a board may have been let in while this waited
+            if not device or device in self._members:  # as of now: it may have changed since
                 return opened
         return Unheard()
 
     def _read(self, item: Item | Unheard | None) -> None:
-        """Open all that waits, for a turn's time at most, and write the epochs that begin with it down at once.
+        """Open the waiting messages, for a turn's time at most, and store the epochs they begin in one transaction.
 
-        Boards that all come back at once don't have the server wait for the disk once for each of them.
+        A server whose boards all come back at once waits for the disk once, not once for each of them.
         """
         until = self._clock() + TURN_S
         while item is not None:
@@ -161,7 +161,7 @@ class SignedLink(Relay):
 
     def _take(self, item: Item) -> None:
         if isinstance(item, ConnectionUp):
-            # Devices may have restarted: only an epoch that is new to them is sure to count.
+            # Devices may have restarted: they accept a new epoch in any case.
             self._sealer.renew(self._topics.broadcast())
         if not isinstance(item, tuple):
             self._opened.append(("", item))
@@ -174,30 +174,40 @@ class SignedLink(Relay):
             device, _, channel = self._topics.parse(topic)
             if device not in self._look():
                 hint = (
-                    f"`fedprune-server devices` lists who is; `fedprune-server claim --device {device}` lets it in. "
-                    "If it was shut out, let it join anew: `fedprune-device join --new-key --claim FILE` on the board."
+                    "`fedprune-server devices` lists the members; `fedprune-server claim --device "
+                    f"{device}` lets it in. After a revocation it joins again with a new key: "
+                    "`fedprune-device join --new-key --claim FILE` on the board."
                 )
                 raise SignatureError(f"{device} is not let in", hint=hint)
             self._opened.append((device, item if channel != "up" else (topic, self._open(device, topic, payload))))
         except ProtocolError as error:
             self._complaints.about(topic, error)
 
-    def _hear_joins(self, joins: Joins) -> None:
-        """Answer the next request to join, if it is time for one; report who sends too many."""
+    def _answer_join(self, joins: Joins) -> bool:
+        """Answer the next request to join, if the rate allows one; report a client that sends too many.
+
+        Of a client that has filled the inbox all waiting requests are dropped: others would wait behind them.
+
+        Returns:
+            Whether there was one.
+        """
         if joins.dropped != self._dropped:
-            self._dropped = joins.dropped
+            self._dropped, self._flooder = joins.dropped, joins.overflowed
             self._quarantine.crowded(joins.overflowed.rpartition("/")[2])
-            while joins.get() is not None:
-                pass  # whoever is in earnest asks again, and would wait behind all that
         self._refill_joins()
         if self._joins < 1:
-            return
+            return False
         item = joins.get()
+        while self._flooder and isinstance(item, tuple) and item[0].startswith(f"{self._flooder}/"):
+            item = joins.get()
+        if item is None:
+            self._flooder = ""
         if isinstance(item, tuple):
             try:
                 self._join(*item)
             except ProtocolError as error:
                 self._complaints.about(item[0], error)
+        return isinstance(item, tuple)
 
     def _refill_joins(self) -> None:
         now = self._clock()
@@ -208,8 +218,10 @@ class SignedLink(Relay):
         self._refill_joins()
         if self._joins >= 1:
             self._joins -= 1
-            self._link.publish(*self._desk.receive(topic, payload))
-            self._look_at, self._version = self._clock(), None  # who was just let in may speak at once
+            topic, answer = self._desk.receive(topic, payload)
+            self._link.publish(topic, answer.to_bytes())
+            if answer.status == APPROVED:
+                self._look_at, self._version = self._clock(), None  # the new member may send at once
 
     def _open(self, device: str, topic: str, payload: bytes) -> bytes:
         opener = self._opener(device)
@@ -217,13 +229,13 @@ class SignedLink(Relay):
         try:
             body = opener.open(topic, payload)
         except StaleEpochError as error:
-            # A will was signed when its connection began. It can't be repeated to any effect: it has the
-            # connection's number, and only the latest connection's counts.
+            # A will was signed when its connection began. Repeating it has no effect: it has the connection's number,
+            # and only the latest connection's counts.
             body = unseal(opener.key, topic, payload).body
             if not isinstance(parse(body), Death):
                 if isinstance(error, TwoSignersError):
                     self._news.append(Doubled(device))
-                self._say_again(device)
+                self._repeat_hello(device)
                 raise
             return body
         if topic == self._topics.up(device) and isinstance(birth := parse(body), Birth):
@@ -232,11 +244,11 @@ class SignedLink(Relay):
         return body
 
     def _compare(self, device: str, session: int, step: int) -> None:
-        """See whether a birth can be of the board that was born last.
+        """Detect a birth of a second board with the same key.
 
-        A board's epochs follow each other, but when its process starts, which begins another session, and when it is
-        told a hello. A copy of its disk begins elsewhere. Whoever starts is therefore asked again, and so is then the
-        other; who answers unasked, or in an epoch that is over, is another one.
+        A board's epochs follow each other, except when its process starts, which begins another session, and after a
+        hello. A copy of its disk continues from another epoch. So a board that starts gets another hello, and the
+        answers decide: a board that answers without a hello, or in an earlier epoch, is another one.
         """
         known = self._births.get(device)
         self._births[device] = session
@@ -247,10 +259,10 @@ class SignedLink(Relay):
         elif session == known:
             self._news.append(Doubled(device))
         else:
-            self._say_again(device)
+            self._repeat_hello(device)
 
     def _look(self) -> dict[str, str]:
-        """The keys of who is let in, by name; who is no more, or has another key, will be said to be shut out."""
+        """The members' keys by name; a member that is gone or has another key now is reported as shut out."""
         now = self._clock()
         if self._version is None or now >= self._look_at:
             self._look_at = now + _LOOK_S
@@ -262,7 +274,6 @@ class SignedLink(Relay):
         return self._members
 
     def _opener(self, device: str) -> Opener:
-        """What reads a member's messages."""
         key, opener = self._members[device], self._openers.get(device)
         if opener is None or opener.key.hex != key:
             opener = Opener(VerifyingKey.from_hex(key), self._store.heard(key), partial(self._begins, key))
@@ -272,9 +283,9 @@ class SignedLink(Relay):
     def _begins(self, key: str, stream: str, epoch: int) -> None:
         self._begun[key, stream] = epoch
 
-    def _say_again(self, device: str) -> None:
-        """A device doesn't know that this server has restarted, or somebody repeats what it said before."""
+    def _repeat_hello(self, device: str) -> None:
+        """Greet a device that doesn't know of this server's restart, or whose earlier messages are being repeated."""
         now = self._clock()
-        if now >= self._told.get(device, now):
-            self._told[device] = now + _AGAIN_S
+        if now >= self._hello_at.get(device, now):
+            self._hello_at[device] = now + _HELLO_S
             self.publish(self._topics.down(device), Hello(self._time()).to_bytes())

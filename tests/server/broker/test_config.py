@@ -322,7 +322,8 @@ def test_a_board_joins_over_the_broker_with_nothing_but_a_claim(site: Site, tmp_
         site.client(unpinned_context(), [LAB.joined(request.nonce)], joining=True, client_id=request.nonce) as joining,
     ):
         joining.publish(LAB.join(request.nonce), request.to_bytes())
-        server.publish(*desk.receive(*server.got.get(timeout=30)))
+        topic, answered = desk.receive(*server.got.get(timeout=30))
+        server.publish(topic, answered.to_bytes())
         topic, raw = joining.got.get(timeout=30)
     answer = parse(raw)
     assert (topic, type(answer)) == (LAB.joined(request.nonce), JoinAnswer)
@@ -341,7 +342,8 @@ def test_where_nobody_is_heard_without_a_certificate_a_member_renews_with_its_ow
         def answer() -> None:
             while not stop.is_set():
                 with suppress(queue.Empty):
-                    server.publish(*JoinDesk(site.identity).receive(*server.got.get(timeout=0.1)))
+                    topic, answered = JoinDesk(site.identity).receive(*server.got.get(timeout=0.1))
+                    server.publish(topic, answered.to_bytes())
 
         thread = threading.Thread(target=answer)
         thread.start()

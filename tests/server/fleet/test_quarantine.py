@@ -36,6 +36,7 @@ from fedprune_server.fleet.quarantine import (
     FILE,
     FIRST_S,
     FORGIVEN_S,
+    FREE_WANTS,
     LONGEST_S,
     PER_S,
     STRANGERS_BURST,
@@ -485,6 +486,16 @@ def test_a_blob_can_be_fetched_for_nothing_only_a_few_times(quarantine: Quaranti
     news = quarantine.news()
     assert isinstance(news, Quarantined)
     assert news.reason == "too many messages"
+
+
+def test_requests_for_a_blob_that_is_still_coming_leave_its_allowance_whole(quarantine: Quarantine) -> None:
+    for leaves in (0, 100):
+        for _ in range(FREE_WANTS):
+            quarantine.fetches("a", "0" * 64, leaves)
+    heard(quarantine, "a", 100, WANT)
+    before = quarantine._ledgers["a"].points
+    quarantine.fetches("a", "0" * 64, 100)
+    assert quarantine._ledgers["a"].points > before
 
 
 # --- what people see

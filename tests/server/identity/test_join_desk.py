@@ -51,10 +51,9 @@ def ask(identity: IdentityFolder) -> Ask:
 
     def asked(device: DeviceIdentity, claim: Claim | None = None) -> JoinAnswer:
         request = device.request(claim)
-        topic, raw = JoinDesk(identity).receive(Topics("lab").join(request.nonce), request.to_bytes())
+        topic, answer = JoinDesk(identity).receive(Topics("lab").join(request.nonce), request.to_bytes())
         assert topic == Topics("lab").joined(request.nonce)
-        answer = parse(raw)
-        assert isinstance(answer, JoinAnswer)
+        assert parse(answer.to_bytes()) == answer
         return answer
 
     return asked

@@ -304,8 +304,9 @@ def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are
     assert len(joining.inbox) >= 30_000 - server_side.JOINS_PER_S
 
     joining.dropped, joining.overflowed = 1, TOPICS.join("ab" * 16).rpartition("/-/")[0]
+    lab.now += 1
     server.link.get()
-    assert not joining.inbox, "who is in earnest would wait behind all that"
+    assert not joining.inbox, "honest requests would wait behind those of the flood"
     assert quarantine.all_held() == [f"client {'ab' * 16}"]
     assert "floods the topic for joining" in quarantine.rows()[f"client {'ab' * 16}"]["reason"]
     lab.now += 1
@@ -317,6 +318,44 @@ def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are
     answer = parse(server.end.sent[-1][1])
     assert isinstance(answer, JoinAnswer)
     assert answer.status == APPROVED
+
+
+def test_many_boards_that_join_at_once_are_all_answered_and_none_is_blamed(
+    lab: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
+    joining, quarantine = Joining(), Quarantine(lambda: lab.now + 1)
+    server = lab.new_server()
+    server.link = server_side.SignedLink(
+        server.end, lab.identity, lambda: lab.now, joins=joining, quarantine=quarantine
+    )
+    device = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILT))
+    requests = [device.request() for _ in range(40)]
+    joining.inbox.extend((TOPICS.join(r.nonce), r.to_bytes()) for r in requests)
+    joining.dropped = 1
+    for _ in range(2):
+        server.hears()
+        lab.now += 1
+    assert {topic for topic, _ in server.end.sent} == {TOPICS.joined(r.nonce) for r in requests}
+    assert quarantine.rows() == {}
+    assert "more boards ask to join" in caplog.text
+
+
+def test_requests_to_join_that_approve_nobody_do_not_read_the_members_again(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILT))
+    request = device.request()
+    asked = (TOPICS.join(request.nonce), request.to_bytes())
+    lab.server.hears()
+    reads: list[int] = []
+    members = lab.identity.store.members
+    monkeypatch.setattr(lab.identity.store, "members", lambda: (reads.append(1), members())[1])
+    before = len(lab.server.end.sent)
+    for _ in range(10):
+        lab.now += 0.05
+        lab.server.hears(asked)
+    assert len(lab.server.end.sent) == before + 10
+    assert reads == []
 
 
 def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

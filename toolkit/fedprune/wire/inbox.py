@@ -12,6 +12,9 @@ BYTES = 64 * 1024 * 1024
 MESSAGE_BYTES = 500
 """What a waiting message costs beside its payload."""
 
+_FLOOD = 16
+"""The part of the limit, as 1 / `_FLOOD`, that only a flood fills from one sender."""
+
 _KEPT_BYTES = 2 * 1024 * 1024
 
 E = TypeVar("E")
@@ -49,23 +52,27 @@ class Inbox(Generic[E]):
         self._items.put((topic, payload))
         return True
 
-    def largest(self) -> str:
-        """The topic, as far as the sender in it, that has most bytes waiting; empty if none waits."""
+    def flooder(self) -> str:
+        """The topic, as far as the sender in it, that has most bytes waiting; empty unless those are a good part."""
         with self._lock:
-            return max(self._waiting, key=lambda sender: self._waiting[sender], default="")
+            sender = max(self._waiting, key=lambda sender: self._waiting[sender], default="")
+            return sender if self._waiting.get(sender, 0) > self.limit // _FLOOD else ""
 
     def tell(self, event: E) -> None:
         """Take in an event; there is always room for one."""
         self._items.put(event)
 
     def wake(self) -> None:
-        """Let whoever waits in `get` go on without anything."""
-        self._items.put(None)
+        """End a `get` that waits; an inbox in which something waits needs none."""
+        if self._items.empty():
+            self._items.put(None)
 
     def get(self, timeout: float | None) -> tuple[str, bytes] | E | None:
-        """What came first; None if nothing came within `timeout` seconds (None: no end), or at a `wake`."""
+        """The oldest message or event; None if none came within `timeout` seconds (None: no end) or before a `wake`."""
         try:
             item = self._items.get(timeout=timeout) if timeout != 0 else self._items.get_nowait()
+            while item is None:
+                item = self._items.get_nowait()
         except queue.Empty:
             return None
         if isinstance(item, tuple):

@@ -80,7 +80,8 @@ class Link:
         self.dropped = 0
         """Messages that didn't fit into the inbox."""
         self.overflowed = ""
-        """The topic that had most messages waiting when the inbox was full the last time."""
+        """The topic, as far as the sender in it, whose messages filled the inbox the last time; empty if many senders
+        did."""
         self._pause_s = pause_s
         self._wake = wake
         self._ignores = ignores
@@ -219,7 +220,7 @@ class Link:
         return self._inbox.get(timeout)
 
     def wake(self) -> None:
-        """Let whoever waits in `get` go on without anything; from any thread."""
+        """End a `get` that waits; from any thread."""
         self._inbox.wake()
 
     def close(self, timeout: float = 2.0) -> None:
@@ -387,7 +388,7 @@ class Link:
             return
         self.dropped += 1
         if self._pause_s and not self._paused:
-            self._paused, self.overflowed = True, self._inbox.largest()
+            self._paused, self.overflowed = True, self._inbox.flooder()
             client.disconnect()  # what waits at the broker is lost with the connection
         elif self.dropped == 1 and not self._pause_s:
             log.warning("inbox of %s is full: messages are dropped", self.client_id)
