@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from cutting import random_selection
-from gradient_distance import TENSOR, Trained
+from gradient_distance import FLOOR, TENSOR, Trained, only_norms_train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from one_step import feeds, parts
@@ -144,6 +145,61 @@ def test_what_others_read_stays_as_it_is(forms: Forms) -> None:
     model = import_onnx(export_torch(ReadTwice().eval(), input_shape=(3, 8, 8)), "net")
     nearest = _nearest(model, 1.0, forms, Features(gradients=True))
     assert max(nearest.values()) <= NEAR, nearest
+
+
+class FarFromZero(nn.Module):
+    """Values before norms whose mean is far from zero: of a convolution, of one that two read, of a depthwise one."""
+
+    def __init__(self, mean: float) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 18, 3, padding=1), nn.Conv2d(18, 36, 3, stride=2, padding=1)
+        self.deep = nn.Conv2d(36, 36, 3, padding=1, groups=36)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in (18, 36, 36, 36))
+        self.head = nn.Linear(36, 5)
+        for layer in (self.stem, self.inner, self.deep):
+            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+            nn.init.constant_(layer.bias, mean)
+        for norm in self.norms:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.silu(self.norms[0](self.stem(x)))
+        x = self.inner(x)
+        x = nn.functional.silu(self.norms[1](x)) * torch.sigmoid(self.norms[2](x))
+        x = nn.functional.silu(self.norms[3](self.deep(x)))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("forms", FORMS, ids=str)
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
+def test_a_mean_far_from_zero_costs_no_digits(mean: float, forms: Forms) -> None:
+    torch.manual_seed(0)
+    net = FarFromZero(mean)
+    model = import_onnx(export_torch(net.eval(), input_shape=(3, 8, 8)), "net")
+    arch, rng = model.architecture, np.random.default_rng(0)
+    x = rng.standard_normal((forms.batch or 16, 3, 8, 8)).astype(np.float32)
+    y = rng.integers(0, 5, len(x))
+    trained = Trained(model, arch.sizes, forms)
+    found = trained.distances(net, model.tensors, [(x, y)])
+    assert found.near, (found.ours, found.torch)
+
+    raw = training_graph(model, Features(), widths=arch.sizes, forms=forms).to_bytes()
+    got = Session(raw, training=True).run(feeds(arch, model.tensors, x, y))
+    exact, usual = (_statistics(net, x, dtype) for dtype in (torch.float64, torch.float32))
+    for name, value in exact.items():
+        deviation = np.sqrt(exact[name.replace("_mean", "_var")])  # a mean may cancel to nothing
+        size = np.linalg.norm(np.hypot(value, deviation) if name.endswith("_mean") else value)
+        off = np.linalg.norm(got[step.following(name)] - value) / size
+        assert off <= max(FLOOR, 2 * np.linalg.norm(usual[name] - value) / size), name
+
+
+def _statistics(net: nn.Module, x: np.ndarray, dtype: torch.dtype) -> dict[str, np.ndarray]:
+    """torch's running statistics after a batch."""
+    trained = only_norms_train(copy.deepcopy(net).to(dtype))
+    with torch.no_grad():
+        trained(torch.tensor(x, dtype=dtype))
+    return {n: b.double().numpy() for n, b in trained.named_buffers() if "running" in n}
 
 
 class Roots(nn.Module):

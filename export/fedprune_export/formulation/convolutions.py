@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedprune_export.formulation.formulator import Formulator, rule
-from fedprune_export.formulation.layouts import BLOCKED
+from fedprune_export.formulation.layouts import BLOCKED, Made
 from fedprune_export.gradients.convolutions import Convolution
 from fedprune_export.gradients.dense import Dense, Formulation
 from fedprune_export.gradients.depthwise import Depthwise
@@ -75,7 +75,7 @@ def _convolved(to: Formulator, w: Window, x: str, kernel: str, bias: list[str], 
     shifts = [layouts.vector(layouts.plain(b), outputs) for b in bias]
     attrs = operator_attrs(w, layouts.filled(outputs) if deep else 1)
     layouts.put(out, g.emit("Conv", value, held, *shifts, attrs=attrs, domain=BLOCKED))
-    layouts.made(out, g.nodes[-1])
+    layouts.made(out, Made(g.nodes[-1], w, layouts.sizes(x)[0], in_blocks=not few))
     return True
 
 

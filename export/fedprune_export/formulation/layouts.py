@@ -10,6 +10,7 @@ there, and sums leave them out. onnxruntime's operators for this layout (domain 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fedprune.errors import ModelError
@@ -33,6 +34,23 @@ class _Shapes(dict[str, Sizes]):
         raise ModelError(f"{name} of the training graph has no known shape")
 
 
+@dataclass(frozen=True)
+class Made:
+    """The convolution that makes a value in blocks.
+
+    Attributes:
+        node: Its node.
+        window: Its window.
+        inputs: Channels of its input.
+        in_blocks: Whether its input is in blocks.
+    """
+
+    node: Node
+    window: Window
+    inputs: int
+    in_blocks: bool
+
+
 class Layouts:
     """The values of a graph in both layouts, converted when somebody asks for the other one.
 
@@ -53,7 +71,7 @@ class Layouts:
         self._plain: dict[str, str] = {}
         self._owed: dict[str, str] = {}
         self._masks: set[str] = set()
-        self._convolutions: dict[str, Node] = {}
+        self._convolutions: dict[str, Made] = {}
 
     # -- shapes -----------------------------------------------------------------------------------------------------
 
@@ -309,18 +327,59 @@ class Layouts:
 
     # -- convolutions that take more in -----------------------------------------------------------------------------
 
-    def made(self, name: str, node: Node) -> None:
+    def made(self, name: str, by: Made) -> None:
         """Remember which convolution makes a value in blocks: it can still take a shift and a sum in."""
-        self._convolutions[name] = node
+        self._convolutions[name] = by
+
+    def one_place(self, name: str) -> str:
+        """The channels of a value in blocks at the middle place of the first sample, [C].
+
+        Where a convolution makes the value, a second one computes that place alone: what the first one makes may then
+        depend on it.
+        """
+        channels, *sizes = self.sizes(name)
+        middle = [size // 2 for size in sizes]
+        made = self._convolutions.get(name)
+        if made is None or len(made.node.inputs) > 3:
+            place = self._part(self.blocked(name), channels, sizes, [(m, m + 1) for m in middle], in_blocks=True)
+        else:
+            node, w = made.node, made.window
+            parts, pads = [], []
+            for at, size, kernel, stride, dilation, (before, _) in zip(
+                middle, w.sizes, w.kernel, w.strides, w.dilations, w.pads, strict=True
+            ):
+                begin = at * stride - before
+                end = begin + (kernel - 1) * dilation + 1
+                parts.append((max(begin, 0), min(end, size)))
+                pads.append((max(-begin, 0), max(end - size, 0)))
+            image = self._part(node.inputs[0], made.inputs, w.sizes, parts, in_blocks=made.in_blocks)
+            (top, bottom), (left, right) = pads
+            attrs = {**node.attrs, "pads": [top, left, bottom, right]}
+            place = self.graph.emit("Conv", image, *node.inputs[1:], attrs=attrs, domain=BLOCKED)
+        return self._first(self.graph.emit("Reshape", place, self.graph.ints(self.filled(channels))), channels)
+
+    def _part(
+        self, value: str, channels: int, sizes: Sequence[int], parts: Sequence[tuple[int, int]], *, in_blocks: bool
+    ) -> str:
+        """Some rows and columns of the first sample of a value."""
+        g, filled = self.graph, self.filled(channels)
+        if in_blocks:
+            value = g.emit("Reshape", value, g.ints(-1, filled // self.block, *sizes, self.block))
+        begins, ends = ([part[i] for part in parts] for i in (0, 1))
+        value = g.emit("Slice", value, g.ints(0, *begins), g.ints(1, *ends), g.ints(0, 2, 3))
+        if in_blocks:
+            value = g.emit("Reshape", value, g.ints(1, filled, *(end - begin for begin, end in parts)))
+        return value
 
     def absorb(self, name: str, *, shift: str = "", add: str = "") -> bool:
         """Let the convolution that makes a value add a vector [C] or another value in blocks to it, at no cost.
 
         Nobody may have read the value yet. Returns whether it could.
         """
-        node = self._convolutions.get(name)
-        if node is None or len(node.inputs) > 3 or name in self._plain:
+        made = self._convolutions.get(name)
+        if made is None or len(made.node.inputs) > 3 or name in self._plain:
             return False
+        node = made.node
         if shift:
             vector = self.vector(shift, self.sizes(name)[0])
             bias = node.inputs[2:]

@@ -1,9 +1,10 @@
 """Batch normalisation: in blocks with few passes over the values, or as the plain rule writes it.
 
-In blocks the convolution before it takes the running mean off what it makes, which costs nothing and leaves values
-whose mean is near zero once the running mean has come near the batch's: their mean square less their squared mean is
-then their variance, without losing digits. Where no convolution can, it costs a pass. What the batch's gradient is
-multiplied by is owed (`Layouts.owe`), and most often paid by a kernel.
+In blocks one value of each channel is taken off all of them: the one at the middle place of the first sample. It is
+near the batch's mean as measured by the batch's deviation, so the mean square less the squared mean is the variance
+without a loss of digits. The convolution that makes the values subtracts it in its bias, at no cost, and another
+convolution of that one place computes it first. Where there is no such convolution, the subtraction costs a pass. The
+per-channel scale of the gradient is deferred (`Layouts.owe`) and usually fused into the next kernel.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class _InBlocks:
 @rule(NORMALISE)
 def normalise(to: Formulator, node: Node) -> bool:
     """The forward pass; a sum and a ReLU that follow it are computed with it."""
-    x, scale, shift, running, count = node.inputs
+    x, scale, shift, count = node.inputs
     y, mean, variance = node.outputs
     layouts, g, epsilon = to.layouts, to.graph, float(node.attrs["epsilon"])
     layouts.shapes[y] = layouts.shapes[x]
@@ -50,7 +51,8 @@ def normalise(to: Formulator, node: Node) -> bool:
         return True
     channels, height, width = layouts.sizes(x)
     own = all(r is node or (r.op == NORMALISE_GRADIENT and r.inputs[2] == mean) for r in to.readers(x))
-    off = g.emit("Neg", layouts.plain(running))
+    one_place = layouts.one_place(x)
+    off = g.emit("Neg", one_place)
     less = own and layouts.absorb(x, shift=off)
     value = layouts.blocked(x)
     if not less:
@@ -64,7 +66,7 @@ def normalise(to: Formulator, node: Node) -> bool:
     steepness = g.emit("Mul", layouts.plain(scale), inverse)
     base = g.emit("Sub", layouts.plain(shift), g.emit("Mul", average, steepness))
     to.state[mean] = _InBlocks(value, average, inverse, steepness, count)
-    to.name(g.emit("Add", average, layouts.plain(running)), mean)
+    to.name(g.emit("Add", average, one_place), mean)
     to.name(spread, variance)
     after = followers(to, y)
     layouts.put(after.out, layouts.affine(value, channels, steepness, base, after.add, after.bounds))

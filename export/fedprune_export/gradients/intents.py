@@ -7,7 +7,7 @@ operators that are fastest there. They exist between those two passes only.
 |---|---|---|
 | `InputGradient` | dy, kernel | dx of a convolution |
 | `KernelGradient` | x, dy, kernel | the gradient of its kernel |
-| `Normalise` | x, scale, shift, running mean, elements per channel | y, and mean and variance of the batch |
+| `Normalise` | x, scale, shift, elements per channel | y, and mean and variance of the batch |
 | `NormaliseGradient` | dy, x, the batch's mean | dx, dscale, dshift |
 | `GroupNormalise` | x, scale, shift | y, and one over every group's deviation |
 | `GroupNormaliseGradient` | dy, x, scale, what that is called | dx, dscale, dshift |

@@ -47,7 +47,7 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     count = count_of(tape, [shape[0], *shape[2:]])
     intended = tape.intends and len(shape) == 4
     if intended:
-        inputs, attrs = (x, scale, shift, tape.value(mean_name), count), {"epsilon": eps}
+        inputs, attrs = (x, scale, shift, count), {"epsilon": eps}
         y, mean, var = g.emit_many(NORMALISE, *inputs, outputs=3, attrs=attrs, domain=DOMAIN)
     else:
         normal = Normal(g, x, scale, shift, eps, len(shape))
