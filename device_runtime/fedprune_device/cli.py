@@ -220,6 +220,7 @@ def _run(arguments: argparse.Namespace) -> int:
         link, wire = member.open(lambda: agents[0].will())
         report = None
         if not arguments.no_probe:
+            held_back = own_memory()  # before onnxruntime is loaded here, which takes memory that the probe finds free
             try:
                 report = probe_apart(arguments.threads, memory_file=arguments.state / "layer_times.json")
             except RuntimeUnavailableError:
@@ -229,7 +230,7 @@ def _run(arguments: argparse.Namespace) -> int:
             # A plan counts this process and its samples, which hold memory already.
             held = data.bytes if isinstance(data, LocalData) else 0
             taken = process_memory()
-            free = min(report.memory_total, report.memory_available + own_memory())
+            free = min(report.memory_total, report.memory_available + held_back)
             # On a GPU there are no blocks, whatever the processor beside it has.
             report = replace(
                 report,

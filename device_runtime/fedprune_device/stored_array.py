@@ -115,7 +115,7 @@ class StoredArray:
             DataError: The file has changed.
             StorageError: It can't be read.
         """
-        chosen = np.arange(len(self), dtype=np.int64)[rows] if self.rows is None else self.rows[rows]
+        chosen = _chosen(rows, len(self)) if self.rows is None else self.rows[rows]
         one = self.stored.itemsize * prod(self.whole[1:])
         raw = np.empty((np.size(chosen), *self.whole[1:]), self.stored)
         bytes_of = memoryview(raw.reshape(-1).view(np.uint8).data)
@@ -199,6 +199,11 @@ def member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: P
         StorageError: There is no room for the copy.
         Exception: It is damaged, in whichever way `zipfile` or numpy says so.
     """
+    # Header, checksum, offset and stamp are of one open file: another one may take the path's place meanwhile.
+    if archive.fp is None:
+        raise DataError(f"{path} is closed")
+    descriptor = archive.fp.fileno()
+    stamp = _stamp(descriptor)
     with archive.open(info) as stream:
         packed = info.compress_type != zipfile.ZIP_STORED
         shape: tuple[int, ...] = ()
@@ -213,10 +218,9 @@ def member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: P
             return _spooled(spool, shape, dtype, lambda file: shutil.copyfileobj(stream, file, _CHUNK_BYTES))
         while stream.read(_CHUNK_BYTES):  # to the end, where the checksum is compared
             pass
-    with path.open("rb") as file:
-        head = os.pread(file.fileno(), 30, info.header_offset)
-        start = info.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
-        return StoredArray(path.absolute(), _stamp(file.fileno()), start + begin, dtype, shape)
+    head = os.pread(descriptor, 30, info.header_offset)
+    start = info.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+    return StoredArray(path.absolute(), stamp, start + begin, dtype, shape)
 
 
 def moved_out(x: Array, spool: Path) -> Inputs:
@@ -255,6 +259,18 @@ def _spooled(
 def _stamp(descriptor: int) -> tuple[int, int, int]:
     status = os.fstat(descriptor)
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _chosen(rows: Any, count: int) -> Rows:
+    """Numbers of the samples that an index chooses of `count`; memory for the chosen ones alone."""
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(count), dtype=np.int64)
+    chosen = np.asarray(rows)
+    chosen = (np.flatnonzero(chosen) if chosen.dtype == np.bool_ else chosen).astype(np.int64)
+    chosen = np.where(chosen < 0, chosen + count, chosen)
+    if chosen.size and not 0 <= chosen.min() <= chosen.max() < count:
+        raise IndexError(f"samples {chosen.min()} to {chosen.max()} of {count}")
+    return chosen
 
 
 def _runs(rows: Rows) -> Iterator[tuple[int, int]]:

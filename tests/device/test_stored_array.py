@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,34 @@ def peak_below(most: int) -> Iterator[None]:
 def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few samples a file has, they stay there."""
     monkeypatch.setattr("fedprune_device.stored_array.HELD_BYTES", 0)
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_a_file_that_is_replaced_while_it_is_opened_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise one file's offset and checksum would be taken for another's."""
+    path, other = tmp_path / "d.npz", tmp_path / "other.npz"
+    np.savez(path, x=np.ones((9, 4), np.float32), y=np.arange(9) % 3)
+    np.savez(other, before=np.zeros(7, np.float32), x=np.zeros((9, 4), np.float32), y=np.arange(9) % 3)
+    read = zipfile.ZipExtFile.read
+
+    def replaced(stream: zipfile.ZipExtFile, n: int = -1) -> bytes:
+        if stream.name == "x.npy" and other.exists():
+            other.replace(path)
+        return read(stream, n)
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", replaced)
+    with pytest.raises(DataError, match="has changed"):
+        load_data(str(path))
+
+
+def test_only_chosen_samples_cost_memory(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    many = StoredArray(tmp_path / "x", None, 0, np.dtype(np.float32), (10**12, 0))
+    assert many[:3].shape == many[[0, 5, -1]].shape == (3, 0)
+    with pytest.raises(IndexError):
+        many[[10**12]]
 
 
 @pytest.mark.once

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune.report.chart import HEIGHT, MOST_POINTS, WIDTH, chart, strip
+from fedprune.report.chart import HEIGHT, MOST_POINTS, WIDTH, chart, strip, text
 
 # As ever, but on a busy machine the first example may take its time.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -29,7 +29,7 @@ def test_every_point_lies_in_the_plot_and_axes_hold_all_values(
     assert drawn is not None
     (curve,) = drawn.curves
     points = [p for path in curve.paths for p in path.split()] + [d[1:-2] for d in curve.dots]
-    assert len(points) == len(known) == sum(bool(text) for text in curve.values)
+    assert len(points) == len(known) == sum(map(bool, curve.values))
     for point in points:
         x, y = map(float, point.split(","))
         assert 0 <= x <= WIDTH
@@ -55,3 +55,7 @@ def test_a_strip_holds_its_channels_once(held: list[tuple[int, float]], channels
     assert levels == [math.ceil(s * 10 - 1e-9) if s > 1e-9 else int(s > 0) for s in shares]
     assert drawn.least == min(shares, default=0.0)
     assert drawn.mean == pytest.approx(sum(shares) / len(shares) if shares else 0.0)
+
+
+def test_a_name_that_no_file_can_hold_is_shown_without_what_is_wrong() -> None:
+    assert text("net-\udcff<\x00>").encode() == "net-�&lt;�&gt;".encode()

@@ -71,3 +71,20 @@ def test_without_a_terminal_there_is_none(kind: str, monkeypatch: pytest.MonkeyP
     with redirect_stderr(stream), spinner("fedprune-x"):
         assert sys.stderr is stream
     assert stream.getvalue() == ""
+
+
+@pytest.mark.timeout(20)
+def test_a_signal_that_interrupts_its_end_may_write() -> None:
+    terminal = Terminal()
+    with redirect_stderr(terminal), spinner("fedprune-x"):
+        assert appeared(terminal)
+        write = terminal.write
+
+        def interrupted(text: str) -> int:
+            terminal.write = write  # type: ignore[method-assign]
+            sys.stderr.write("asked to stop\n")
+            return write(text)
+
+        terminal.write = interrupted  # type: ignore[method-assign]
+        sys.stderr.writelines(["hello\n"])
+    assert terminal.getvalue().endswith("hello\n")

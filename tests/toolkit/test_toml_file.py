@@ -65,8 +65,18 @@ def test_a_key_of_very_many_parts_is_refused_at_once(tmp_path: Path, form: str) 
 def test_many_dots_elsewhere_are_fine(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     numbers = ", ".join(["0.5"] * 1000)
-    path.write_text(f"x = [{numbers}]\n# {'.' * 500}\ny = '{'. ' * 90}'\n")
-    assert len(read_toml(path, ConfigError)["x"]) == 1000
+    addresses = " ".join(["10.0.0.1"] * 40)
+    lines = [
+        f"x = [{numbers}]",
+        f"# {addresses}",
+        f"y = '{addresses}'",
+        f'z = "\\"{addresses}"',
+        f'w = """\n"{addresses}\n"""',
+    ]
+    path.write_text("\n".join(lines))
+    body = read_toml(path, ConfigError)
+    assert len(body["x"]) == 1000
+    assert [body[name].strip('"\n') for name in "yzw"] == [addresses] * 3
 
 
 @pytest.mark.timeout(20)

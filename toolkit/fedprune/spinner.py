@@ -6,9 +6,9 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 AFTER_S = 1.0
 """Silence before the spinner appears."""
@@ -58,8 +58,8 @@ class _Turning:
         """Erase the spinner; nothing is shown afterwards."""
         if self._ended.is_set():
             return
+        self._ended.set()  # first: a signal's handler that writes meanwhile must not wait for this thread
         with self._guard:
-            self._ended.set()
             if self._shown:
                 self._stream.write(_ERASE)
                 self._stream.flush()
@@ -92,6 +92,17 @@ class _Watched:
         """Write to the stream."""
         self._used()
         return self._stream.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write lines to the stream."""
+        self._used()
+        self._stream.writelines(lines)
+
+    @property
+    def buffer(self) -> BinaryIO:
+        """The stream of bytes below, about to be used."""
+        self._used()
+        return self._stream.buffer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

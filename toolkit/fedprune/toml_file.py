@@ -64,6 +64,16 @@ def parse_toml(text: str) -> dict[str, Any]:
     return body
 
 
+_QUOTED = re.compile(
+    r"""
+    "{3}(?:[^"\\]|\\.|"{1,2}(?!"))*"{3} | '{3}(?:[^']|'{1,2}(?!'))*'{3}  # of several lines
+    | "(?:[^"\\\n]|\\.)*" | '[^'\n]*' | \#[^\n]*
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+"""Strings and comments of a TOML text."""
+
+
 def _check_keys(text: str) -> None:
     """Refuse dotted keys of very many parts, for which parsers take time by the square.
 
@@ -72,7 +82,8 @@ def _check_keys(text: str) -> None:
     """
     if text.count(".") < _MOST_PARTS:
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    bare = _QUOTED.sub(lambda found: '""' + "\n" * found[0].count("\n"), text)
+    for number, line in enumerate(bare.split("\n"), 1):
         if line.count(".") < _MOST_PARTS:
             continue
         for piece in re.split(r"[=,\[\]{}#]", line):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedprune.quantity import quantity
 from fedprune.report import page
+from fedprune.report.chart import text
 from fedprune_server.fleet import foresight
 from fedprune_server.simulation import charts
 from fedprune_server.simulation.record import DeviceRow, Record
@@ -268,7 +269,7 @@ def markdown_table(rows: list[tuple[str, ...]]) -> str:
 def _html(run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...]) -> str:
     runs = [run] + ([reference] if reference is not None else [])
     verdicts = "".join(
-        f'<li class="{"held" if c.held else "failed"}"><b>{c.verdict}</b>: {page.text(f"{c.text} ({c.measured})")}</li>'
+        f'<li class="{"held" if c.held else "failed"}"><b>{c.verdict}</b>: {text(f"{c.text} ({c.measured})")}</li>'
         for c in judged
     )
     parts = [

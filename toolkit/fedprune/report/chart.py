@@ -54,6 +54,11 @@ def style(i: int) -> str:
     return colour if not again else f"{colour} again-{1 + (again - 1) % 3}"
 
 
+def text(content: str) -> str:
+    """Text as HTML: escaped, without control characters and lone surrogates, which no file of a page can hold."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "�" for c in content))
+
+
 @dataclass(frozen=True)
 class Curve:
     """One line of a chart.
@@ -246,7 +251,7 @@ def figure(drawn: Chart, *, legend: bool = True) -> str:
         f"{c.name} {_last(c.values)}" if len(drawn.curves) > 1 else _last(c.values) for c in drawn.curves
     )
     keys = legend_of([(c.name, c.style) for c in drawn.curves]) if legend and len(drawn.curves) > 1 else ""
-    said = escape(f"{drawn.along} {drawn.places[-1]}: {latest}")
+    said = text(f"{drawn.along} {drawn.places[-1]}: {latest}")
     output = f'<output aria-hidden="true">{said}</output>' if few else ""
     lines = "".join(f'<line class="rule" x1="0" x2="{WIDTH}" y1="{y:g}" y2="{y:g}"/>' for y in drawn.rules)
     for i, curve in enumerate(drawn.curves):
@@ -262,13 +267,13 @@ def figure(drawn: Chart, *, legend: bool = True) -> str:
         "values": drawn.values,
     }
     written = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in data.items()}
-    attributes = " ".join(f'data-{k}="{escape(v)}"' for k, v in written.items())
+    attributes = " ".join(f'data-{k}="{text(v)}"' for k, v in written.items())
     return (
-        f'<figure id="chart-{escape(drawn.key)}"{" data-charts" * legend}>'
+        f'<figure id="chart-{text(drawn.key)}"{" data-charts" * legend}>'
         f'<div class="keys">{keys}{output}</div><div class="chart">'
         f'<div class="ys" aria-hidden="true">{_spans(drawn.marks_y)}</div><div class="plot" {attributes}>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(drawn.summary)}">{lines}</svg></div>'
+        f'aria-label="{text(drawn.summary)}">{lines}</svg></div>'
         f'<div class="xs" aria-hidden="true">{_spans(drawn.marks_x)}</div></div>{_numbers(drawn)}</figure>'
     )
 
@@ -281,7 +286,7 @@ def legend_of(entries: Sequence[tuple[str, str]]) -> str:
     """
     keys = "".join(
         f'<button type="button" class="key {style}" aria-pressed="true" data-key-of="{i}" title="Hide or show">'
-        f"{escape(name)}</button>"
+        f"{text(name)}</button>"
         for i, (name, style) in enumerate(entries)
     )
     if len(entries) <= SEARCHED:
@@ -292,7 +297,7 @@ def legend_of(entries: Sequence[tuple[str, str]]) -> str:
 
 def search(label: str) -> str:
     """A field that hides the entries after it that don't contain its text."""
-    name = escape(label)
+    name = text(label)
     return f'<input type="search" class="filter" data-search aria-label="{name}" placeholder="{name}">'
 
 
@@ -309,8 +314,8 @@ def scale(least: str = "none", most: str = "all") -> str:
     """The heat map's scale, with what its ends stand for."""
     steps = "".join(f'<rect class="h{i}" x="{i}" width="1" height="1"/>' for i in range(LEVELS + 1))
     return (
-        f'<div class="scale"><span>{escape(least)}</span><svg viewBox="0 0 {LEVELS + 1} 1" preserveAspectRatio="none" '
-        f'aria-hidden="true">{steps}</svg><span>{escape(most)}</span></div>'
+        f'<div class="scale"><span>{text(least)}</span><svg viewBox="0 0 {LEVELS + 1} 1" preserveAspectRatio="none" '
+        f'aria-hidden="true">{steps}</svg><span>{text(most)}</span></div>'
     )
 
 
@@ -318,23 +323,23 @@ def _numbers(drawn: Chart) -> str:
     """The table of values below a chart; none where it would have too many columns."""
     if len(drawn.curves) > MOST_COLUMNS:
         return ""
-    name = escape(f"{drawn.title} as numbers")
-    head = "".join(f'<th scope="col" class="num">{escape(c.name)}</th>' for c in drawn.curves)
+    name = text(f"{drawn.title} as numbers")
+    head = "".join(f'<th scope="col" class="num">{text(c.name)}</th>' for c in drawn.curves)
     rows = "".join(
-        f'<tr><th scope="row">{escape(place)}</th>'
-        + "".join(f'<td class="num">{escape(v) or "–"}</td>' for v in values)
+        f'<tr><th scope="row">{text(place)}</th>'
+        + "".join(f'<td class="num">{text(v) or "–"}</td>' for v in values)
         + "</tr>"
         for place, values in drawn.numbers
     )
     return (
-        f'<details class="numbers" id="numbers-{escape(drawn.key)}"><summary>{name}</summary>'
+        f'<details class="numbers" id="numbers-{text(drawn.key)}"><summary>{name}</summary>'
         f'<div class="table" tabindex="0" role="region" aria-label="{name}"><table><thead><tr>'
-        f'<th scope="col">{escape(drawn.along)}</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>'
+        f'<th scope="col">{text(drawn.along)}</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>'
     )
 
 
 def _spans(texts: Sequence[str]) -> str:
-    return "".join(f"<span>{escape(t)}</span>" for t in texts)
+    return "".join(f"<span>{text(t)}</span>" for t in texts)
 
 
 def strip(name: str, channels: int, held: Iterable[Mapping[str, Any]]) -> Strip:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from html import escape
 from importlib.resources import files
 
-from fedprune.report.chart import SEARCHED, Chart, Strip, figure, legend_of, search, strip_svg, style
+from fedprune.report.chart import SEARCHED, Chart, Strip, figure, legend_of, search, strip_svg, style, text
 
 Part = tuple[str, float, float]
 """A part of a bar: CSS class, where it begins and where it ends, as shares of the bar's room."""
@@ -41,7 +41,7 @@ def document(title: str, parts: Sequence[str], facts: Mapping[str, str] | None =
         parts: Its content, as HTML.
         facts: What the header names, such as strategy, data set, seed and version; empty values are left out.
     """
-    script = _asset("charts.js").replace("export ", "") + _START
+    script = re.sub(r"^export ", "", _asset("charts.js"), flags=re.MULTILINE) + _START
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     known = {k: v for k, v in (facts or {}).items() if v}
@@ -167,11 +167,6 @@ def details(title: str, body: str) -> str:
 def paragraph(content: str, kind: str = "") -> str:
     """A paragraph of text."""
     return f'<p class="{kind}">{text(content)}</p>' if kind else f"<p>{text(content)}</p>"
-
-
-def text(content: str) -> str:
-    """Text as HTML: escaped, without control characters."""
-    return escape("".join(c if c.isprintable() or c == "\n" else "�" for c in content))
 
 
 def megabytes(count: float) -> str:
