@@ -110,7 +110,8 @@ messages = st.one_of(
     ),
     st.builds(LogWanted, st.integers(0, 100_000), st.integers(0, 2**31 - 1), st.none() | counts),
     st.builds(ReleaseReport, names, st.integers(0, 2**31 - 1), st.sampled_from(STATES), texts, counts, counts),
-    st.builds(ServerQuery, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), st.sampled_from([None, True])),
+    st.builds(ServerQuery, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), st.sampled_from([None, True]),
+              st.none() | texts, st.none() | texts, st.none() | hexes.map(lambda h: h[:32])),
     st.builds(
         ServerPresence, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), texts, texts, counts, counts, counts,
         st.sampled_from([None, True]), st.none() | hexes.map(lambda h: h[:32]),
@@ -159,6 +160,6 @@ EXAMPLES: list[Message] = [
         2,
     ),
     LogWanted(60, 16_384, 7),
-    ServerQuery(DIGEST[:32], DIGEST[:32], True),
+    ServerQuery(DIGEST[:32], DIGEST[:32], True, "host", "/state", None),
     ServerPresence(DIGEST[:32], DIGEST[:32], "yard", "/var/lib/fedprune", 1_800_000_000, 7, 9, True, None),
 ]

@@ -281,7 +281,8 @@ def _run(arguments: argparse.Namespace) -> int:
         given = rollouts is not None
         here = (lambda: daemon.connected) if isinstance(daemon, Host) else None
         watched = [(desk, kept.config.state) for desk, kept in zip(desks_of(daemon)[0], jobs, strict=True)]
-        stack.enter_context(monitoring(config, watched, alerts, here))
+        others = tuple if leader is None else leader.candidates
+        stack.enter_context(monitoring(config, watched, alerts, here, others))
         stack.enter_context(
             with_console(config, reached, identity, daemon, releases_given=given, logs=logs, alerts=alerts)
         )

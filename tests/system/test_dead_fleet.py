@@ -1,25 +1,20 @@
-"""A fleet that dies is told by log, metrics, console, webhook and doctor, before the round's deadline has passed."""
+"""A dead fleet, a lost broker and a full disk: told by log, metrics, console, webhook and doctor within a deadline."""
 
 from __future__ import annotations
 
-import io
-import json
+import os
+import shutil
 import subprocess
-import sys
-import threading
-import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
-from console_operator import ANN, Operator
-from real_site import Site, write_material
+from real_site import write_material
+from watched_site import SERVER, Hook, Watched, doctor, shown
 
 from fedprune.errors import ExitCode
-from fedprune_server.cli import main
-from machine import free_port, listens
+from machine import listens
 
 pytestmark = pytest.mark.system
 
@@ -31,132 +26,136 @@ rounds = 100000
 devices = 2
 density = 0.5
 deadline_s = {DEADLINE_S}
-
-[alerts]
-webhook = "http://127.0.0.1:HOOK/"
 """
-
-
-class Hook(BaseHTTPRequestHandler):
-    """Takes what a webhook posts."""
-
-    got: ClassVar[list[tuple[str, str]]] = []
-
-    def do_POST(self) -> None:
-        """Keep the event and the kind of its first alert."""
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.got += [(body["event"], alert["kind"]) for alert in body["alerts"]]
-        self.send_response(204)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
-        """Say nothing."""
-
-
-class Watched(Site):
-    """A server with metrics and a console."""
-
-    metrics = 0
-    console = 0
-
-    def command(self, name: str) -> list[str]:
-        more = ["--metrics", str(self.metrics), "--console", str(self.console)] if name == "server" else []
-        return [*super().command(name), *more]
-
-    def stop(self, name: str) -> None:
-        """Stop a process for good."""
-        self.processes[name].kill()
-        self.processes[name].wait()
-
-    def log(self) -> str:
-        """What the server has logged."""
-        return (self.folder / "server.log").read_text()
-
-    def counted(self, kind: str) -> int:
-        """Open alerts of a kind, by the metrics."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=20) as answer:
-            lines = answer.read().decode().splitlines()
-        return int(sum(float(x.rpartition(" ")[2]) for x in lines if x.startswith(f'fedprune_alerts{{kind="{kind}"')))
-
-
-def doctor(site: Site) -> tuple[int, list[dict[str, Any]]]:
-    """The doctor's exit code and its findings of weight *wrong*."""
-    words = ["doctor", "--state", str(site.state), "--json", "--timeout", "2"]
-    run = subprocess.run([sys.executable, "-m", "fedprune_server.cli", *words], capture_output=True, check=False)
-    found = [f for f in json.loads(run.stdout)["findings"] if f["weight"] == "wrong" and f["kind"] != "disk"]
-    return run.returncode, found
+MIB = 2**20
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Watched]:
     write_material(tmp_path, {"north": 60, "south": 60})
-    Hook.got.clear()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as hook:
-        threading.Thread(target=hook.serve_forever, daemon=True).start()
-        config = CONFIG.replace("HOOK", str(hook.server_address[1]))
-        with Watched(tmp_path, tmp_path, config, ("north", "south"), 90) as made:
-            made.metrics, made.console = free_port(), free_port()
-            yield made
-        hook.shutdown()
+    with Watched(tmp_path, tmp_path, CONFIG, ("north", "south"), 90) as made:
+        yield made
 
 
-def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{ANN}\n"))
+def rounds(site: Watched) -> int:
+    """The round that the server has saved."""
+    return 0 if (saved := site.saved()) is None else saved.round
+
+
+def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched) -> None:
     site.start_all()
-    site.wait_for(lambda: listens(site.metrics) and (s := site.saved()) is not None and s.round > 2, "rounds go by")
+    site.wait_for(lambda: listens(site.metrics) and rounds(site) > 2, "rounds go by")
     assert site.counted("no-devices") == site.counted("no-progress") == 0
     assert "alert:" not in site.log().replace("alert: the disk", "")
-    assert main(["operators", "add", "ann", "--role", "viewer", "--state", str(site.state)]) == ExitCode.OK
-    ann = Operator(site.console)
-    site.wait_for(ann.ready, "the console is ready")
-    ann.login(ANN)
-
-    def shown() -> set[str]:
-        return {a["alert"] for a in json.loads(ann.ask("/api/v1/alerts?gone=no"))["items"]} - {"disk"}
-
-    assert shown() == set()
+    ann = site.operator()
+    assert shown(ann).keys() <= {"disk"}
 
     for name in site.devices:
         site.stop(name)
     site.wait_for(lambda: "alert: no board" in site.log(), "the log tells of it")
     assert site.counted("no-devices") == 1
     site.wait_for(
-        lambda: shown() == {"no-devices"} and ("opened", "no-devices") in Hook.got, "console and webhook, too"
+        lambda: shown(ann).keys() - {"disk"} == {"no-devices"} and bool(Hook.told("opened", "no-devices")),
+        "console and webhook, too",
     )
     assert "no board that can take part" in ann.ask("/")
     site.wait_for(lambda: site.counted("no-progress") == 1, "a deadline passes")
     assert site.log().index("alert: no board") < site.log().index("makes no progress"), (
         "told before the deadline passed"
     )
-    code, findings = doctor(site)
-    assert (code, {f["kind"] for f in findings}) == (6, {"no-devices", "no-progress"})
-    assert all(f["todo"] for f in findings)
+    code, findings = doctor(site.state)
+    assert (code, findings.keys() - {"disk"}) == (ExitCode.FOUND, {"no-devices", "no-progress"})
+    assert all(f["todo"] for f in findings.values())
 
     for name in site.devices:
         site.start(name)
     site.wait_for(lambda: site.counted("no-devices") + site.counted("no-progress") == 0, "the alerts close")
-    site.wait_for(lambda: not shown() and ("resolved", "no-devices") in Hook.got, "console and webhook tell the end")
-    assert Hook.got.count(("opened", "no-devices")) == Hook.got.count(("resolved", "no-devices")) == 1
+    site.wait_for(
+        lambda: not shown(ann).keys() - {"disk"} and bool(Hook.told("resolved", "no-devices")),
+        "console and webhook tell the end",
+    )
+    assert len(Hook.told("opened", "no-devices")) == len(Hook.told("resolved", "no-devices")) == 1
     assert site.log().count("alert: no board") == site.log().count("the alert is over: no board") == 1
 
     site.stop("server")
-    code, findings = doctor(site)
-    assert (code, [f["kind"] for f in findings]) == (6, ["server-not-running"])
+    code, findings = doctor(site.state)
+    assert (code, findings.keys() - {"disk"}) == (ExitCode.FOUND, {"server-not-running"})
 
 
-def test_a_broker_that_dies_is_told_and_so_is_its_return(tmp_path: Path) -> None:
+@pytest.mark.mosquitto
+def test_a_broker_that_dies_is_told_everywhere_and_so_is_its_return(tmp_path: Path) -> None:
     write_material(tmp_path, {"north": 60})
-    config = CONFIG[: CONFIG.index("[alerts]")].replace("devices = 2", "devices = 1")
-    with Site(tmp_path, tmp_path, config, ("north",), 90, mosquitto=True) as site:
-
-        def logged(text: str) -> bool:
-            return text in (site.folder / "server.log").read_text()
-
+    config = CONFIG.replace("devices = 2", "devices = 1")
+    with Watched(tmp_path, tmp_path, config, ("north",), 90, mosquitto=True) as site:
         site.start_all()
-        site.wait_for(lambda: (s := site.saved()) is not None and s.round > 1, "a round goes by")
-        site.processes["broker"].kill()
-        site.processes["broker"].wait()
-        site.wait_for(lambda: logged("alert: there is no connection to the broker. To do: see"), "the log tells of it")
-        assert doctor(site)[1][0]["kind"] == "broker"
+        site.wait_for(lambda: rounds(site) > 1, "a round goes by")
+        ann = site.operator()
+        site.stop("broker")
+        what = "there is no connection to the broker"
+        site.wait_for(lambda: f"alert: {what}. To do: see" in site.log(), "the log tells of it")
+        site.wait_for(
+            lambda: what in shown(ann).get("broker", "") and Hook.told("opened", "broker") == [what],
+            "console and webhook, too",
+        )
+        assert site.counted("broker") == 1
+        assert doctor(site.state)[1]["broker"]["todo"]
         site.start("broker")
-        site.wait_for(lambda: logged("the alert is over: there is no connection to the broker"), "it is over")
+        site.wait_for(lambda: f"the alert is over: {what}" in site.log(), "it is over")
+        site.wait_for(
+            lambda: "broker" not in shown(ann) and Hook.told("resolved", "broker") == [what],
+            "console and webhook tell the end",
+        )
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 512 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a full disk needs a file system of its own: this user can't mount a tmpfs")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_told_everywhere_and_the_job_goes_on_once_there_is_room(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    write_material(tmp_path, {"north": 60, "south": 60})
+    with Watched(tmp_path, tmp_path, CONFIG, ("north", "south"), 90) as site:
+        site.state = small_disk / "server"
+        filler = small_disk / "filler"
+        site.start_all()
+        site.wait_for(lambda: rounds(site) > 1, "rounds go by")
+        ann = site.operator()
+        assert "disk" not in shown(ann)
+
+        with filler.open("wb", buffering=0) as file, suppress(OSError):  # until it is full
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - 4 * MIB)
+            while True:
+                file.write(bytes(MIB))
+        assert site.processes.pop("server").wait(DEADLINE_S) == ExitCode.STORAGE_FULL, site.logs()
+        what = f"the disk of {site.state} has 0."
+        assert f"alert: {what}" in site.log()
+        assert Hook.told("opened", "disk", "critical")[0].startswith(what)
+        code, findings = doctor(site.state)
+        assert (code, findings.keys()) == (ExitCode.FOUND, {"disk", "server-not-running"})
+        assert findings["disk"]["what"].startswith(what)
+
+        os.truncate(filler, filler.stat().st_size - 100 * MIB)
+        before = rounds(site)
+        site.start("server")
+        site.wait_for(lambda: rounds(site) > before + 1, "the job goes on")
+        site.wait_for(ann.ready, "the console is ready")
+        site.wait_for(lambda: "GB left" in shown(ann).get("disk", ""), "the console tells of it")
+        assert site.counted("disk") == 1
+        status = subprocess.run([*SERVER, "status", "--state", str(site.state)], capture_output=True, check=True)
+        assert b"GB left" in status.stdout
+        assert doctor(site.state)[1].keys() == {"disk"}
+
+        filler.unlink()
+        site.wait_for(lambda: "the alert is over: the disk" in site.log(), "it is over")
+        site.wait_for(
+            lambda: "disk" not in shown(ann) and bool(Hook.told("resolved", "disk")), "console and webhook tell the end"
+        )

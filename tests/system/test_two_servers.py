@@ -1,15 +1,15 @@
-"""Two servers of one identity at one broker, as processes: one of them serves, and boards aren't blamed."""
+"""Two servers of one identity at one broker, as processes: one serves and tells of the other, no board is blamed."""
 
 from __future__ import annotations
 
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from real_site import Site, write_material
+from watched_site import SERVER, Hook, Watched, doctor, shown
 
 from fedprune.errors import ExitCode
 from fedprune_server.identity.folder import IdentityFolder
@@ -28,12 +28,12 @@ deadline_s = 300
 """
 
 
-class TwoServers(Site):
+class TwoServers(Watched):
     """A site whose server was backed up; `second` runs on what was restored."""
 
     def command(self, name: str) -> list[str]:
         if name in ("server", "second", "second-again", "first-again"):
-            command = super().command("server")
+            command = super().command("server") if name == "server" else Site.command(self, "server")
             if name.startswith("second"):
                 command[command.index("--state") + 1] = str(self.restored)
             return command + (["--take-over"] if name == "second" else [])
@@ -46,7 +46,7 @@ class TwoServers(Site):
     def tool(self, *arguments: object, code: int = 0) -> str:
         """What a command of the server's prints; it must end with this code."""
         done = subprocess.run(
-            [sys.executable, "-m", "fedprune_server.cli", *map(str, arguments)],
+            [*SERVER, *map(str, arguments)],
             capture_output=True, text=True, timeout=self.patience_s, check=False,
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr + self.logs()
@@ -81,6 +81,7 @@ def site(tmp_path: Path) -> Iterator[TwoServers]:
 def test_a_restored_server_takes_the_fleet_only_when_it_is_told_to(site: TwoServers) -> None:
     site.start_all()
     site.wait_for(lambda: (saved := site.saved()) is not None and saved.round >= 2, "rounds end")
+    ann = site.operator()
     site.tool("backup", "--state", site.state, "--to", site.folder / "backup")
     site.tool("restore", "--from", site.folder / "backup", "--state", site.restored)
 
@@ -90,11 +91,25 @@ def test_a_restored_server_takes_the_fleet_only_when_it_is_told_to(site: TwoServ
     assert f"from a backup of {socket.gethostname()}:{site.state}" in refused
     assert f"another server runs this fleet: on {socket.gethostname()}, state folder {site.state}, since 20" in refused
     assert "--take-over" in refused
+    place = f"on {socket.gethostname()}, state folder {site.restored}"
+    site.wait_for(lambda: f"alert: another server was started with this fleet's identity: {place}" in site.log(), "log")
+    site.wait_for(
+        lambda: place in shown(ann).get("second-server", "") and bool(Hook.told("opened", "second-server", "warning")),
+        "console and webhook, too",
+    )
+    assert site.counted("second-server") == 1
+    assert place in site.tool("status", "--state", site.state)
+    told = doctor(site.state)[1]["second-server"]
+    assert place in told["what"]
+    assert f"--state {site.restored} --take-over" in told["todo"]
     site.trains(site.state)
 
     site.start("second")
     gone = site.ends("server", ExitCode.OTHER_SERVER)
     assert f"another server has taken this fleet over: on {socket.gethostname()}, state folder {site.restored}" in gone
+    assert "alert: another server has taken this fleet over" in gone
+    (last,) = Hook.told("opened", "second-server", "critical")
+    assert f"another server has taken this fleet over: {place}, since 20" in last
     assert "taking this fleet over from the server on" in site.log_of("second")
     site.trains(site.restored)
 

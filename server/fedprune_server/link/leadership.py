@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -42,12 +43,32 @@ _ANSWER_S = 1.0
 
 _ANSWERS_PER_S = 20.0
 _NONCES = 8
+_CANDIDATES = 20
 
 
 class OtherServerError(FedpruneError):
     """Another server of this identity serves the site."""
 
     exit_code = ExitCode.OTHER_SERVER
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Another server of this identity that serves the site, or was started to.
+
+    Attributes:
+        host: Name of its machine.
+        folder: Its state folder.
+        since: When it was first heard, or began to serve if it has taken over, in seconds since 1970.
+        heard_at: When it was last heard.
+        leads: Whether it has taken over.
+    """
+
+    host: str
+    folder: str
+    since: float
+    heard_at: float
+    leads: bool = False
 
 
 class _Wire(Protocol):
@@ -74,6 +95,7 @@ class Leadership:
         key: The server's signing key.
         folder: The state folder.
         lease: Id of the shared database whose lease the server holds; None for a database of its own.
+        looks_only: Whether it will never serve, as `doctor`.
         clock: Monotonic clock.
 
     Attributes:
@@ -87,6 +109,8 @@ class Leadership:
         key: SigningKey,
         folder: Path,
         lease: str | None = None,
+        *,
+        looks_only: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lost: Callable[[], None] = lambda: None
@@ -96,6 +120,9 @@ class Leadership:
         self._lock = threading.Lock()
         self._nonces: deque[str] = deque(maxlen=_NONCES)
         self._others: dict[str, ServerPresence] = {}
+        self._looks_only = looks_only
+        self._replaced: frozenset[str] = frozenset()
+        self._candidates: dict[tuple[str, str], Candidate] = {}
         self._successor: ServerPresence | None = None
         self._epochs: EpochFile | None = None  # while this server serves
         self._claim = self._since = 0
@@ -129,6 +156,11 @@ class Leadership:
         with self._lock:
             return list(self._others.values())
 
+    def candidates(self) -> list[Candidate]:
+        """Other servers that were heard while this one served; may be asked from any thread."""
+        with self._lock:
+            return list(self._candidates.values())
+
     def enter(self, epochs: EpochFile, *, take_over: bool, alone: bool = False) -> None:
         """Become the site's server.
 
@@ -154,6 +186,7 @@ class Leadership:
             epochs.pass_over(max(o.epoch for o in found))
         with self._lock:
             self._others.clear()
+            self._replaced = frozenset(o.instance for o in found)
             self._epochs, self._claim, self._took_over = epochs, epochs.next(), bool(found)
             self._since, self._served_at = int(time.time()), self._clock()
         self._ask()  # another server that hears it asks in turn, and learns of this one at once
@@ -193,7 +226,9 @@ class Leadership:
         with self._lock:
             self._nonces.append(nonce)
             self._asked_at = self._clock()
-        self._say(ServerQuery(self._instance, nonce, (mutual and self._epochs is not None) or None))
+        mutual = mutual and self._epochs is not None
+        host, folder = (None, None) if self._looks_only else (self._host, self._folder)
+        self._say(ServerQuery(self._instance, nonce, mutual or None, host, folder, self._lease))
 
     def _say(self, message: ServerQuery | ServerPresence) -> None:
         self._link.publish(self._topic, seal(self._key, self._topic, 0, 0, message.to_bytes()))
@@ -205,10 +240,25 @@ class Leadership:
                 self._echo.set()
             elif self._epochs is not None and self._may_answer():
                 self._say(self._presence(message.nonce))
+                if message.host and message.folder and not self._expected(message):
+                    with self._lock:
+                        self._note(message.host, message.folder)
                 if message.mutual:
                     self._ask(mutual=False)
         elif isinstance(message, ServerPresence) and message.instance != self._instance:
             self._judge(message)
+
+    def _expected(self, query: ServerQuery) -> bool:
+        """Whether a query comes from a server of the same lease, or one that this server has replaced."""
+        return query.instance in self._replaced or (self._lease is not None and query.lease == self._lease)
+
+    def _note(self, host: str, folder: str) -> None:
+        """Remember a server that was heard; of many, the one that was silent for longest is forgotten."""
+        now = time.time()
+        before = self._candidates.pop((host, folder), Candidate(host, folder, now, now))
+        self._candidates[host, folder] = replace(before, heard_at=now)
+        if len(self._candidates) > _CANDIDATES:
+            del self._candidates[next(iter(self._candidates))]
 
     def _may_answer(self) -> bool:
         """Whether the limit of answers lets one through: a repeated question must not keep this thread busy."""
@@ -239,6 +289,9 @@ class Leadership:
             if self._epochs is None or theirs <= ours or self._successor is not None:
                 return
             self._successor = other
+            self._note(other.host, other.folder)
+            place = other.host, other.folder
+            self._candidates[place] = replace(self._candidates[place], since=other.since, leads=True)
         self.lost()
 
 
@@ -255,7 +308,13 @@ def described(server: ServerPresence) -> str:
 
 @contextmanager
 def leadership(
-    url: str, identity: IdentityFolder, folder: Path, ca: Path | None, lease: str | None = None
+    url: str,
+    identity: IdentityFolder,
+    folder: Path,
+    ca: Path | None,
+    lease: str | None = None,
+    *,
+    looks_only: bool = False,
 ) -> Iterator[Leadership]:
     """A server's leadership over a connection of its own, which ends with the context.
 
@@ -265,12 +324,13 @@ def leadership(
         folder: Its state folder.
         ca: Who vouches for the broker; the server's own authority by default.
         lease: As in `Leadership`.
+        looks_only: As in `Leadership`.
 
     Raises:
         IdentityError: The identity's or the authorities' files can't be used.
     """
     link = Link(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.context(ca))
-    made = Leadership(link, identity.site, identity.key, folder, lease)
+    made = Leadership(link, identity.site, identity.key, folder, lease, looks_only=looks_only)
     try:
         yield made
     finally:

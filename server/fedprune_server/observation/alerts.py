@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 from fedprune.coordination import Phase
 from fedprune.coordination.rollout import RolloutPhase
@@ -25,6 +26,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "server-not-running": (CRITICAL,),
     "server-hangs": (CRITICAL,),
     "broker": (CRITICAL,),
+    "second-server": (CRITICAL, WARNING),
     "no-devices": (CRITICAL, WARNING),
     "too-few-devices": (WARNING,),
     "no-progress": (CRITICAL,),
@@ -55,8 +57,11 @@ _FULL_BYTES = 256 * 2**20
 _ROOMIER = 1.2
 """An open alert about the disk stays until this many times the limit is free."""
 
-_DELAY_S, _BROKER_S = 60.0, 15.0
-"""The longest that boards, and the broker, may be away before an alert opens."""
+_DELAY_S, _BROKER_S, _SECOND_S = 60.0, 15.0, 5.0
+"""The longest that boards, the broker, and a second server's takeover may take before an alert opens."""
+
+_QUIET_S = 600.0
+"""The alert about a second server closes once that one has been silent for this long."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,30 @@ class CertificateDates:
     error: str = ""
 
 
+class OtherServer(Protocol):
+    """Another server of this identity, as `link.leadership.Candidate`."""
+
+    @property
+    def host(self) -> str:
+        """Name of its machine."""
+
+    @property
+    def folder(self) -> str:
+        """Its state folder."""
+
+    @property
+    def since(self) -> float:
+        """When it was first heard, or began to serve, in seconds since 1970."""
+
+    @property
+    def heard_at(self) -> float:
+        """When it was last heard, in seconds since 1970."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether it has taken over."""
+
+
 @dataclass(frozen=True)
 class RolloutStatus:
     """The latest rollout.
@@ -210,6 +239,7 @@ class Snapshot:
         running: Whether a server runs on the folder.
         turned_s: Seconds since the server's loop turned; None if unknown.
         broker: Why the broker can't be used; empty if it can.
+        others: Other servers of this identity that were heard.
         quarantined: Boards in quarantine, and why.
         site: What the state folder shows; None if unknown.
         open: Kinds and severities of open alerts.
@@ -221,6 +251,7 @@ class Snapshot:
     running: bool = True
     turned_s: float | None = None
     broker: str = ""
+    others: Sequence[OtherServer] = ()
     quarantined: Mapping[str, str] = field(default_factory=dict)
     site: SiteFacts | None = None
     open: frozenset[tuple[str, str]] = frozenset()
@@ -233,7 +264,7 @@ def evaluate(seen: Snapshot, now: float) -> list[Alert]:
         seen: The snapshot.
         now: Seconds since 1970.
     """
-    found = list(_server(seen, now))
+    found = [*_server(seen, now), *_second_servers(seen, now)]
     for job in seen.jobs:
         if not job.finished and job.begun:
             found += _boards(seen, job, now)
@@ -300,6 +331,30 @@ def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
                 f"no server runs on {job.folder}, and job {job.name} is in round {job.round} of {job.rounds or '?'}",
                 "boards wait for it, and train nothing meanwhile",
                 command("run", *at(job.folder)), job=job.name,
+            )  # fmt: skip
+
+
+def _second_servers(seen: Snapshot, now: float) -> Iterator[Alert]:
+    deadline_s = min((j.deadline_s for j in seen.jobs), default=2 * _SECOND_S)
+    for other in seen.others:
+        place, subject = f"on {other.host}, state folder {other.folder}", f"{other.host}:{other.folder}"
+        if other.leads:
+            yield Alert(
+                "second-server", CRITICAL, other.since,
+                f"another server has taken this fleet over: {place}, since {day(other.since)}",
+                "this server ends (exit code 23); boards follow the other one, and nothing is wrong with them",
+                f"look after the fleet there; or, to serve it from {seen.folder} again: "
+                f"{command('run', *at(seen.folder), '--take-over')}",
+                subject=subject,
+            )  # fmt: skip
+        elif now - other.heard_at < _QUIET_S:
+            yield Alert(
+                "second-server", WARNING, other.since,
+                f"another server was started with this fleet's identity: {place}, at {day(other.since)}",
+                "a fleet has one server: this one goes on, and the other one ends (exit code 23)",
+                f"stop that one, and its service; or, to serve from there: on {other.host}, "
+                f"{command('run', '--state', other.folder, '--take-over')}",
+                subject=subject, delay_s=min(_SECOND_S, deadline_s / 2),
             )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from fedprune_server.observation.alerts import (
     WARNING,
     Alert,
     JobStatus,
+    OtherServer,
     SiteFacts,
     Snapshot,
     evaluate,
@@ -134,10 +135,14 @@ class Monitor(Onlooker):
         server: Settings of the table [server].
         views: The jobs and their folders.
         here: Says how many boards can take part; None to count those of the only job.
+        others: Says which other servers of this identity were heard.
         book: Where open alerts are kept; None for what the last run left open.
         tell: Called with every alert that opens, changes its severity, or closes; it must not block.
         clock: Seconds since 1970.
         monotonic: The monotonic clock.
+
+    Attributes:
+        told: Gives the alerts of which people were notified; called on the monitor's thread.
     """
 
     def __init__(
@@ -147,6 +152,7 @@ class Monitor(Onlooker):
         views: Sequence[tuple[JobView, Path]],
         *,
         here: Callable[[], int] | None = None,
+        others: Callable[[], Sequence[OtherServer]] = tuple,
         book: AlertBook | None = None,
         tell: Callable[[AlertChange], object] = lambda change: None,
         clock: Callable[[], float] = time.time,
@@ -155,6 +161,8 @@ class Monitor(Onlooker):
         self._folder, self._server, self._view = folder, server, views[0][0]
         self.watches = {view.job.name: JobWatch(view, place) for view, place in views}
         self._here = here or (lambda: self._view.state.devices.count(True))
+        self._others = others
+        self.told: Callable[[], Sequence[Alert]] = tuple
         self._tell, self._clock, self._monotonic = tell, clock, monotonic
         self.book = AlertBook(restored(folder)) if book is None else book
         self._site: SiteFacts | None = None
@@ -198,10 +206,12 @@ class Monitor(Onlooker):
             return
         self._next_at = now + _LOOK_S
         self._turned_at, self._seen_at = self._clock(), now
-        try:
-            self.look()
-        except Exception as error:  # noqa: BLE001 - an observer must not end what it observes
-            self._complain(error)
+        self._look_safely()
+
+    def ended(self) -> None:
+        """Look once more: what ends the server, such as a full disk or a successor, is an alert, too."""
+        self.read_site()
+        self._look_safely()
 
     def look(self) -> None:
         """Evaluate the present, and report what changed."""
@@ -212,6 +222,12 @@ class Monitor(Onlooker):
             self._tell(change)
         if changes:
             self._wake.set()
+
+    def _look_safely(self) -> None:
+        try:
+            self.look()
+        except Exception as error:  # noqa: BLE001 - an observer must not end what it observes
+            self._complain(error)
 
     def read_site(self) -> None:
         """Read what the state folder shows; what can't be read stays as it was."""
@@ -228,6 +244,7 @@ class Monitor(Onlooker):
             [watch.status() for watch in self.watches.values()],
             self._here(),
             broker="" if self._view.connected() else "there is no connection to the broker",
+            others=self._others(),
             quarantined={name: found[1] for name, found in held if found is not None},
             site=self._site,
             open=self.book.severities,
@@ -241,7 +258,8 @@ class Monitor(Onlooker):
             self._wake.clear()
 
     def _write(self) -> None:
-        body = {"turned_at": self._turned_at, "alerts": [asdict(a) for a in self.book.open]}
+        alerts, told = ([asdict(a) for a in found] for found in (self.book.open, self.told()))
+        body = {"turned_at": self._turned_at, "alerts": alerts, "told": told}
         try:
             write_whole(self._folder / FILE, json.dumps(body).encode())
         except (FedpruneError, OSError) as error:
@@ -260,9 +278,19 @@ def read_open(folder: Path) -> tuple[float, list[Alert]] | None:
     Returns:
         None where no server wrote them, or the file is damaged.
     """
+    return _read(folder, "alerts")
+
+
+def read_told(folder: Path) -> list[Alert]:
+    """Alerts of which the last run of a folder's server notified people, but not of their end."""
+    found = _read(folder, "told")
+    return [] if found is None else found[1]
+
+
+def _read(folder: Path, key: str) -> tuple[float, list[Alert]] | None:
     try:
         body = json.loads((folder / FILE).read_bytes())
-        alerts = [Alert(**row) for row in body["alerts"]]
+        alerts = [Alert(**row) for row in body[key]]
         return float(body["turned_at"]), [a for a in alerts if a.severity in KINDS[a.kind] and float(a.delay_s) >= 0]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

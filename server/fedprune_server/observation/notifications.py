@@ -261,13 +261,19 @@ class Due:
         self._told: dict[str, tuple[Alert, float | None]] = {a.key: (a, None) for a in told}
         self._last: float | None = None
 
-    def messages(self, opened: Sequence[Alert], now: float, at: float) -> list[Message]:
+    @property
+    def told(self) -> list[Alert]:
+        """Alerts that were told, and whose end was not; may be read from any thread."""
+        return [alert for alert, _ in list(self._told.values())]
+
+    def messages(self, opened: Sequence[Alert], now: float, at: float, *, last: bool = False) -> list[Message]:
         """Messages that are due now.
 
         Args:
             opened: All open alerts.
             now: The monotonic clock.
             at: Seconds since 1970.
+            last: Whether nothing can wait for a later message, because the server ends.
         """
         least = SEVERITIES.index(self._settings.least(datetime.fromtimestamp(at)))
         held = {a.key: a for a in opened}
@@ -288,7 +294,7 @@ class Due:
             if SEVERITIES.index(alert.severity) >= least:
                 by_event[RESOLVED].append(alert)
         urgent = any(a.severity == SEVERITIES[-1] for alerts in by_event.values() for a in alerts)
-        if not urgent and self._last is not None and now - self._last < _TOGETHER_S:
+        if not (urgent or last) and self._last is not None and now - self._last < _TOGETHER_S:
             return []
         found = []
         for event, alerts in by_event.items():
@@ -400,16 +406,21 @@ class Notifier:
         self._over.set()
         for thread in self._threads[:1]:
             thread.join(_TIMEOUT_S)
+        self._pass_on(last=True)
         for outbox in self._outboxes:
             outbox.close(_TIMEOUT_S / 2)
+
+    def told(self) -> list[Alert]:
+        """Alerts of which people were notified, but not of their end; may be asked from any thread."""
+        return self._due.told
 
     def _look(self) -> None:
         while not self._over.wait(_LOOK_S):
             self._pass_on()
 
-    def _pass_on(self) -> None:
+    def _pass_on(self, *, last: bool = False) -> None:
         try:
-            messages = self._due.messages(self._opened(), time.monotonic(), self._clock())
+            messages = self._due.messages(self._opened(), time.monotonic(), self._clock(), last=last)
         except Exception as error:  # noqa: BLE001 - it must not end the thread
             log.error("notifications can't be worked out: %s: %s", type(error).__name__, reason(error))
             self._over.wait(_BEAT_S)

@@ -10,7 +10,8 @@ from typing import Protocol
 
 from fedprune.errors import MissingExtraError
 from fedprune_server.observation.alert_book import AlertBook
-from fedprune_server.observation.monitor import Monitor
+from fedprune_server.observation.alerts import OtherServer
+from fedprune_server.observation.monitor import Monitor, read_told
 from fedprune_server.observation.notifications import Notifier
 from fedprune_server.observation.onlooker import Onlooker, Onlookers
 from fedprune_server.observation.view import JobView
@@ -80,6 +81,7 @@ def monitoring(
     jobs: Sequence[tuple[WatchedJob, Path]],
     book: AlertBook,
     here: Callable[[], int] | None = None,
+    others: Callable[[], Sequence[OtherServer]] = tuple,
 ) -> Iterator[Monitor]:
     """A server's alerts: logged, notified, and kept in a book that console and metrics read.
 
@@ -88,20 +90,22 @@ def monitoring(
         jobs: The jobs and their state folders.
         book: The book.
         here: Says how many boards are connected, of several jobs.
+        others: Says which other servers of this identity were heard.
 
     Raises:
         ConfigError: A secret's file of [alerts] can't be used.
     """
     views = [(job.view, folder) for job, folder in jobs]
-    monitor = Monitor(config.state, config.server_settings(), views, here=here, book=book)
+    monitor = Monitor(config.state, config.server_settings(), views, here=here, others=others, book=book)
     for job, _ in jobs:
         job.onlookers.join(monitor.watches[job.view.job.name])
     jobs[0][0].onlookers.join(monitor)
-    left = book.open
+    told = read_told(config.state)
     with ExitStack() as stack:
-        notifier = Notifier(config.alerts, config.site, monitor.open, lambda: not monitor.hangs, left)
+        notifier = Notifier(config.alerts, config.site, monitor.open, lambda: not monitor.hangs, told)
+        monitor.told = notifier.told
+        stack.callback(monitor.close)  # after the notifier's last messages, which it writes down
         stack.callback(notifier.close)
-        stack.callback(monitor.close)
         monitor.start()
         yield monitor
 

@@ -182,13 +182,16 @@ def other_servers(folder: Path, server: Mapping[str, Any], *, running: bool) -> 
     if url == EMBEDDED or not (folder / IDENTITY).is_dir():
         return
     ca = Path(server["ca"]) if server.get("ca") else None
-    with IdentityFolder(folder, read_only=True) as identity, leadership(url, identity, folder, ca) as asking:
+    with (
+        IdentityFolder(folder, read_only=True) as identity,
+        leadership(url, identity, folder, ca, looks_only=True) as asking,
+    ):
         found = asking.others()
     own = socket.gethostname(), str(folder.resolve())
     for other in found:
         if (other.host, other.folder) != own:
             yield wrong(
-                "other-server",
+                "second-server",
                 f"another server runs this fleet: {described(other)}",
                 "one of the two will end: a fleet has one server" if running else "boards follow that one",
                 f"look after the fleet there; or, to serve it from here: {command('run', *at(folder), '--take-over')}",

@@ -84,10 +84,10 @@ class Lab:
         self.made: list[Leadership] = []
 
     def server(
-        self, name: str, *, key: SigningKey = KEY, lease: str | None = None
+        self, name: str, *, key: SigningKey = KEY, lease: str | None = None, looks_only: bool = False
     ) -> tuple[Leadership, End, EpochFile]:
         end = End(self.hub)
-        made = Leadership(end, "lab", key, self.folder / name, lease, lambda: self.now)
+        made = Leadership(end, "lab", key, self.folder / name, lease, looks_only=looks_only, clock=lambda: self.now)
         self.made.append(made)
         return made, end, EpochFile(self.folder / name, lambda: float(len(self.made)))
 
@@ -136,6 +136,38 @@ def test_a_second_server_is_refused_and_one_that_takes_over_ends_the_first(lab: 
         first.confirm()
     assert not superseded(second)
     assert later.next() > epochs.written  # boards take what it says for later
+
+
+def places(server: Leadership) -> list[tuple[str, bool]]:
+    return [(Path(c.folder).name, c.leads) for c in server.candidates()]
+
+
+def test_a_server_knows_who_else_was_started_and_who_replaced_it(lab: Lab) -> None:
+    first, _, _ = serving(lab, "first")
+    assert lab.server("doctor", looks_only=True)[0].others()
+    assert places(first) == []
+    second, _, later = lab.server("second")
+    with pytest.raises(OtherServerError):
+        second.enter(later, take_over=False)
+    assert places(first) == [("second", False)]
+    (before,) = first.candidates()
+    lab.server("second")[0].others()
+    (after,) = first.candidates()
+    assert after.since == before.since < after.heard_at
+    third, _, last = lab.server("third")
+    third.enter(last, take_over=True)
+    wait_for(lambda: places(first) == [("second", False), ("third", True)])
+    time.sleep(0.3)
+    assert places(third) == []  # the one that it replaced is no news
+
+
+def test_candidates_are_bounded_and_those_of_the_same_lease_are_none(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leadership, "_CANDIDATES", 2)
+    first, _, _ = serving(lab, "first", lease="ab" * 16)
+    lab.server("standby", lease="ab" * 16)
+    for name in ("a", "b", "c"):
+        lab.server(name)[0].others()
+    assert places(first) == [("b", False), ("c", False)]
 
 
 def test_a_server_that_answers_no_more_keeps_nobody_from_starting(lab: Lab) -> None:

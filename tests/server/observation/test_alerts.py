@@ -17,6 +17,7 @@ from fleet import Fleet, ToyDevice
 
 from fedprune.coordination import Phase
 from fedprune.coordination.rollout import RolloutPhase
+from fedprune_server.link.leadership import Candidate
 from fedprune_server.observation import site_facts as site_facts_module
 from fedprune_server.observation.alert_book import AlertBook, AlertChange
 from fedprune_server.observation.alerts import (
@@ -55,11 +56,17 @@ def rollout(phase: RolloutPhase, why: str = "", failed: tuple[str, ...] = (), si
     return with_site(rollout=RolloutStatus(7, phase, why, failed, ("b",), NOW - silent_s))
 
 
+def another(silent_s: float, *, leads: bool = False) -> Snapshot:
+    return replace(CALM, others=[Candidate("yard", "/var/lib/fedprune", NOW - 900, NOW - silent_s, leads)])
+
+
 CASES: dict[str, tuple[Snapshot, str, str]] = {
     "a server that is dead": (replace(with_job(0), running=False), "server-not-running", "critical"),
     "a folder without a job": (replace(with_job(begun=False), running=False), "server-not-running", "critical"),
     "a loop that hangs": (replace(CALM, turned_s=61.0), "server-hangs", "critical"),
     "no broker": (replace(CALM, broker="there is no connection to the broker"), "broker", "critical"),
+    "a second server": (another(599), "second-server", "warning"),
+    "a server that took over": (another(0, leads=True), "second-server", "critical"),
     "all boards away": (with_job(0), "no-devices", "critical"),
     "no board yet": (with_job(0, known=0), "no-devices", "warning"),
     "one board of two": (with_job(1, phase=Phase.WAITING, away=["b"]), "too-few-devices", "warning"),
@@ -112,10 +119,20 @@ def test_every_kind_is_tried_and_is_on_the_page() -> None:
         replace(CALM, turned_s=59.0),
         with_site(certificates=[ending(31)]),
         rollout(RolloutPhase.RUNNING),
+        another(601),
     ],
 )
 def test_what_is_in_order_is_no_alert(calm: Snapshot) -> None:
     assert evaluate(calm, NOW) == []
+
+
+def test_an_alert_about_a_second_server_tells_where_it_is_and_how_to_serve_from_there() -> None:
+    (found,) = evaluate(another(10), NOW)
+    assert "on yard, state folder /var/lib/fedprune" in found.what
+    assert "on yard, fedprune-server run --state /var/lib/fedprune --take-over" in found.todo
+    assert found.since == NOW - 900
+    (found,) = evaluate(another(10, leads=True), NOW)
+    assert "fedprune-server run --state state --take-over" in found.todo
 
 
 def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:
@@ -343,6 +360,25 @@ def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(
         monitor.look()
         told.append(sorted(a.severity for a in monitor.book.open if a.kind == "disk"))
     assert told == [[], ["warning"], ["critical"], ["critical"], ["warning"], ["warning"], []]
+
+
+def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [0.5]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(site_facts_module.shutil, "disk_usage", lambda _: usage(ROOM, 0, int(free[0] * ROOM)))
+    daemon, others, told = Fleet(tmp_path, JOB).daemon(), list[Candidate](), list[tuple[str, str]]()
+    monitor = Monitor(
+        tmp_path, {}, [(daemon.view, tmp_path)], here=lambda: 3, others=lambda: others,
+        tell=lambda change: told.append((change.alert.kind, change.alert.severity)),
+    )  # fmt: skip
+    daemon.onlookers.join(monitor)
+    monitor.read_site()
+    daemon.onlookers.turned(lambda: 0.0, daemon.view)
+    assert told == []
+    free[0] = 0.0
+    others.append(Candidate("yard", "/var/lib/fedprune", NOW, NOW, leads=True))
+    daemon.onlookers.ended()
+    assert told == [("second-server", "critical"), ("disk", "critical")]
 
 
 def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) -> None:

@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fleet import Fleet
 
 from fedprune.errors import ConfigError, ExitCode
 from fedprune_server.cli import main
 from fedprune_server.observation import notifications
+from fedprune_server.observation.alert_book import AlertBook
 from fedprune_server.observation.alerts import Alert
+from fedprune_server.observation.monitor import restored
 from fedprune_server.observation.notifications import (
     KEPT,
     MOST,
@@ -37,7 +40,10 @@ from fedprune_server.observation.notifications import (
     fetch,
     trial,
 )
+from fedprune_server.observation.setup import monitoring
 from fedprune_server.settings.alert_settings import AlertSettings, shown_url
+from fedprune_server.settings.config import ServerConfig
+from toy import JOB
 
 NOON = datetime(2026, 3, 4, 12, 0).timestamp()
 HOUR = 3600.0
@@ -205,6 +211,18 @@ def test_an_alert_has_one_id_in_every_message() -> None:
     assert alert("no-devices", job="leaves").key == "no-devices:leaves"
 
 
+def test_nothing_that_is_due_waits_beyond_the_end_of_the_server() -> None:
+    due = Due(AlertSettings(quiet_hours="22:00-07:00"), "lab")
+    first, second = alert("disk", "warning"), alert("second-server", "warning")
+    assert due.messages([first], 0.0, NOON)
+    assert due.messages([first, second], 1.0, NOON) == []
+    assert [m.alerts for m in due.messages([first, second], 2.0, NOON, last=True)] == [(second,)]
+    assert due.told == [first, second]
+    held_back = alert("quarantine", "warning", device="a")
+    assert due.messages([first, second, held_back], 3.0, NOON + 11 * HOUR, last=True) == []
+    assert held_back not in due.told
+
+
 # How it is sent.
 
 
@@ -331,6 +349,31 @@ def test_a_notifier_tells_by_all_ways_and_beats(monkeypatch: pytest.MonkeyPatch)
             time.sleep(0.3)
             assert len(beats) == quiet
     assert [json.loads(raw)["event"] for _, _, raw in got] == ["opened", "resolved"]
+
+
+def test_a_server_tells_of_what_ended_it_and_its_next_run_of_what_quiet_hours_held_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifications, "_LOOK_S", 60.0)  # the end comes before the next look
+    daemon = Fleet(tmp_path, JOB).daemon()
+
+    def run(url: str, quiet_hours: str, opened: list[Alert]) -> None:
+        settings = AlertSettings(webhook=url, quiet_hours=quiet_hours)
+        config = ServerConfig(state=tmp_path, alerts=settings)
+        book = AlertBook(restored(tmp_path))
+        with monitoring(config, [(daemon, tmp_path)], book):
+            book.update(opened, 0.0, NOON)
+
+    now = datetime.now().hour
+    quiet = f"{(now - 1) % 24:02d}:00-{(now + 2) % 24:02d}:00"
+    held_back, urgent = alert("disk", "warning"), alert("second-server")
+    with web() as (url, got):
+        run(url, quiet, [held_back, urgent])
+        run(url, "off", [held_back, urgent])
+        run(url, "off", [held_back, urgent])
+        run(url, "off", [alert("disk"), urgent])
+    told = [[(body["event"], a["severity"]) for a in body["alerts"]] for body in (json.loads(raw) for _, _, raw in got)]
+    assert told == [[("opened", "critical")], [("opened", "warning")], [("opened", "critical")]]
 
 
 # Settings and the command.

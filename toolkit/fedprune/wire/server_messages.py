@@ -21,17 +21,26 @@ class ServerQuery(CheckedMessage):
         instance: Random id of the process that asks.
         nonce: Random; answers repeat it, so that an old answer counts for nothing.
         mutual: True where those who answer are to ask in turn, since the process serves the site itself; else null.
+        host: Name of the machine of a process that serves the site or wants to; null where it only looks.
+        folder: That process's state folder; null where it only looks.
+        lease: As in `ServerPresence`.
     """
 
     instance: str
     nonce: str
     mutual: bool | None
+    host: str | None
+    folder: str | None
+    lease: str | None
 
     kind: ClassVar[str] = "server-query"
     checks: ClassVar[Mapping[str, Check]] = {
         "instance": _RANDOM,
         "nonce": _RANDOM,
         "mutual": check.optional(check.true),
+        "host": check.optional(check.text(256)),
+        "folder": check.optional(check.text(4096)),
+        "lease": check.optional(_RANDOM),
     }
 
 
