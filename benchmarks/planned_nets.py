@@ -143,7 +143,6 @@ def carried_out(net: str, board: str, changes: dict[str, Any]) -> dict[str, Any]
             options += ["--set", f"{key}={value}"]
         if net in LABELS:
             options += ["--labels", LABELS[net]]
-        module(net)  # where there is no torchvision, a stand-in is loaded with it
         command = [source, "--target", board, "--samples", str(SAMPLES), *options, "--out", str(folder / "bundle")]
         if code := export(command):
             return {**row, "kept": 0.0, "error": f"fedprune-export ended with {code} ({PlanError.__name__})"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -182,8 +184,8 @@ def test_identifiers_as_input(example: bool) -> None:
     assert (drawn.min(), drawn.max()) == (0, 36)
 
 
+@zoo.needs_timm
 def test_a_network_of_timm_by_name() -> None:
-    zoo.timm_model("resnet18")  # timm is there, with what stands in for torchvision
     model = load("timm:mobilenetv3_small_050", input_shape=(1, 32, 32))
 
     assert model.architecture.name == "mobilenetv3_small_050"
@@ -193,17 +195,50 @@ def test_a_network_of_timm_by_name() -> None:
     assert timm_name("no_such_network") == timm_name("models/resnet18.onnx") == timm_name("nets:lenet") == ""
 
 
+@zoo.needs_timm
+@pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
+def test_networks_of_timm_load_without_torchvision(tmp_path: Path, broken: bool) -> None:
+    body = "raise RuntimeError('operator torchvision::nms does not exist')" if broken else "raise ImportError"
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(body)
+    code = """
+import os
+import subprocess
+import sys
+from fedprune.errors import MissingExtraError
+from fedprune_export.importing.timm_models import timm_model
+
+network, shape = timm_model("test_resnet")
+assert shape == (3, 160, 160), shape
+assert not [name for name in sys.modules if name.startswith("torchvision")]
+from timm.data.transforms import ToTensor, transforms
+
+try:
+    transforms.Compose([])
+except MissingExtraError as error:
+    print(error)
+"""
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "timm needs torchvision's Compose" in done.stdout, done.stderr
+
+
+@zoo.needs_timm
 def test_a_file_comes_before_a_network_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    zoo.timm_model("resnet18")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet18").write_bytes(b"")
 
     assert timm_name("resnet18") == ""
 
 
+@zoo.needs_timm
 def test_a_network_that_timm_does_not_have() -> None:
-    zoo.timm_model("resnet18")
-
     with pytest.raises(ModelError, match=r"no network 'resnet81'.*resnet18"):
         load("timm:resnet81")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from fedprune.errors import MissingExtraError, ModelError, reason, shown
 from fedprune_export.importing.torch_export import quiet, torch_package
+from fedprune_export.importing.torchvision_placeholder import torchvision_or_placeholder
 
 PREFIX = "timm:"
 """What a source begins with that names a network of timm."""
@@ -94,16 +95,15 @@ def _cached(settings: Any) -> str | None:
 
 def _timm() -> Any:
     try:
-        with quiet():
+        with quiet(), torchvision_or_placeholder():
             import timm
     except ImportError as error:
         raise MissingExtraError(
-            f"a network of timm needs {error.name or 'timm'}, which is not installed",
-            hint="pip install timm (with the torchvision that belongs to your torch).",
+            f"a network of timm needs {error.name or 'timm'}, which is not installed", hint="pip install timm."
         ) from error
     except Exception as error:
         raise ModelError(
             f"importing timm failed ({type(error).__name__}: {reason(error)})",
-            hint="Install the torchvision that belongs to your torch.",
+            hint="`python -c 'import timm'` has to work; install timm again.",
         ) from error
     return timm
