@@ -89,9 +89,9 @@ class Daemon:
         quarantine: Says whom `link` hears; None for one of the daemon's own, in front of the link.
         logs: Keeps what boards tell of their logs and crashes; None to ask for nothing of that.
         onlookers: Who looks on; None for lines in the log. More may join before the start.
-        clock: Seconds since 1970, for deadlines and the log; by default they pass evenly, even if the system's clock is
-            set.
-        monotonic: Seconds of a monotonic clock, for waiting.
+        clock: The system's clock, seconds since 1970. Deadlines and the job's record go by a `SteadyClock` of it, which
+            setting the system's clock doesn't move.
+        monotonic: Monotonic clock, seconds.
         frozen: Tensors that the model's author froze.
     """
 
@@ -119,11 +119,10 @@ class Daemon:
         quarantine: Quarantine | None = None,
         logs: BoardLogs | None = None,
         onlookers: Sequence[Onlooker] | None = None,
-        clock: Callable[[], float] | None = None,
+        clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
         frozen: Collection[str] = (),
     ) -> None:
-        clock = clock or SteadyClock(monotonic=monotonic)
         self.job = job
         self.state = state
         self._coordinator = coordinate(job, architecture, state, frozen)
@@ -133,7 +132,7 @@ class Daemon:
         self._quarantine = quarantine or Quarantine(monotonic)
         self._link = link if quarantine is not None else Guarded(link, self._quarantine)
         self._topics, self._supervisor = Topics(site), Supervisor(broker)
-        self._clock, self._monotonic = clock, monotonic
+        self._clock, self._steady, self._monotonic = clock, SteadyClock(clock, monotonic), monotonic
         self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
         self._shipping = Shipping(store)
         near = self._shipping.near
@@ -163,7 +162,7 @@ class Daemon:
         self._timeless = _TIMELESS[:2] if (compose(job).schedule or SYNCHRONOUS).asynchronous else _TIMELESS
         self._taken: list[on.Event] = []
         self._commands: list[do.Command] = []
-        self._now = clock()
+        self._now = self._steady()
         self._greet_at = self._ticked = 0.0
         self._intake = Intake(self._link, monotonic)
         self._stopping = self._finished = False
@@ -174,7 +173,7 @@ class Daemon:
             lambda: {
                 "workshop": self._workshop.waiting, "uploads": len(self._uploads.devices()),
                 "messages": self._post.queued,
-            }, clock,
+            }, self._steady,
         )  # fmt: skip
         """What there is to see of the job."""
         self.when_finished: Callable[[], None] = lambda: None
@@ -249,7 +248,7 @@ class Daemon:
         at = self._alarms.next
         if at is None or self._shipping.stuck:  # no deadline counts then, so one that is over mustn't wake it
             return longest
-        return max(0.0, min(longest, at - self._clock()))
+        return max(0.0, min(longest, at - self._steady()))
 
     def _take(self, item: Item) -> None:
         if isinstance(item, tuple):
@@ -319,9 +318,9 @@ class Daemon:
 
     def _begin(self) -> None:
         """Begin a turn: what happens in it happens at one time, and nothing is said of it before it is saved."""
-        if isinstance(self._clock, SteadyClock) and self.state.phase in self._timeless:
-            self._clock.follow()
-        self._now = self._clock()
+        if self.state.phase in self._timeless:
+            self._steady.follow()
+        self._now = self._steady()
 
     def _handle(self, event: on.Event) -> None:
         """Take in an event; it is saved, and what follows from it done, as the turn ends."""

@@ -275,7 +275,9 @@ class IdentityStore:
             ]
 
     def merge(self, rows: Iterable[SharedRow]) -> None:
-        """Take in what another server knew; nothing that was revoked, used or heard on either side is forgotten.
+        """Merge another server's rows: what either side has revoked or used stays so, and the later epochs count.
+
+        As after a decision here, keys that wait under the name of an approved one and epochs of revoked keys go.
 
         Raises:
             StorageError: A row is damaged, or the disk fails; nothing is taken in.
@@ -285,6 +287,16 @@ class IdentityStore:
             try:
                 for kind, _, row in rows:
                     _MERGED[kind](connection, row)
+                connection.execute(
+                    "DELETE FROM devices AS d WHERE status = ? AND EXISTS "
+                    "(SELECT 1 FROM devices WHERE device = d.device AND status = ?)",
+                    (WAITING, APPROVED),
+                )
+                connection.execute(
+                    "DELETE FROM heard WHERE key IN (SELECT key FROM devices WHERE status = ?) "
+                    "AND key NOT IN (SELECT key FROM devices WHERE status = ?)",
+                    (REVOKED, APPROVED),
+                )
             except (ValueError, TypeError, KeyError, sqlite3.ProgrammingError, sqlite3.IntegrityError) as error:
                 raise StorageError("a shared row of the identity is damaged", got=f"one of {shown(kind)}") from error
 

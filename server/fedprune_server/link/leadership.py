@@ -24,6 +24,7 @@ from fedprune.trust.envelope import seal, unseal
 from fedprune.trust.epoch import EpochFile
 from fedprune.trust.keys import SigningKey
 from fedprune.wire.connection_news import ConnectionUp, Event
+from fedprune.wire.inbox import Inbox
 from fedprune.wire.link import Link
 from fedprune.wire.messages import parse
 from fedprune.wire.server_messages import ServerPresence, ServerQuery
@@ -41,7 +42,10 @@ _CONNECT_S = 10.0
 _ANSWER_S = 1.0
 """Time that other servers have to answer, once this one has heard its own question."""
 
-_ANSWERS_PER_S = 20.0
+_HEARD_PER_S = 20.0
+"""Limit of messages that are read: each costs a signature check, and a few servers send one every few seconds."""
+
+_INBOX_BYTES = 2**18
 _NONCES = 8
 _CANDIDATES = 20
 
@@ -127,8 +131,8 @@ class Leadership:
         self._epochs: EpochFile | None = None  # while this server serves
         self._claim = self._since = 0
         self._took_over = False
-        self._served_at = self._asked_at = self._answers_at = 0.0
-        self._answers = _ANSWERS_PER_S
+        self._served_at = self._asked_at = self._refilled_at = 0.0
+        self._budget = _HEARD_PER_S
         self._echo, self._closed = threading.Event(), threading.Event()
         link.subscribe([self._topic])
         link.start(patient=True)
@@ -212,7 +216,7 @@ class Leadership:
     def _run(self) -> None:
         while not self._closed.is_set():
             item = self._link.get(0.2)
-            if isinstance(item, tuple):
+            if isinstance(item, tuple) and self._may_hear():
                 try:
                     self._hear(item[1])
                 except ProtocolError as error:
@@ -238,7 +242,7 @@ class Leadership:
         if isinstance(message, ServerQuery):
             if message.instance == self._instance:
                 self._echo.set()
-            elif self._epochs is not None and self._may_answer():
+            elif self._epochs is not None:
                 self._say(self._presence(message.nonce))
                 if message.host and message.folder and not self._expected(message):
                     with self._lock:
@@ -260,14 +264,14 @@ class Leadership:
         if len(self._candidates) > _CANDIDATES:
             del self._candidates[next(iter(self._candidates))]
 
-    def _may_answer(self) -> bool:
-        """Whether the limit of answers lets one through: a repeated question must not keep this thread busy."""
+    def _may_hear(self) -> bool:
+        """Whether the rate limit allows another message: a flood must not keep this thread, and so a core, busy."""
         now = self._clock()
-        self._answers = min(_ANSWERS_PER_S, self._answers + (now - self._answers_at) * _ANSWERS_PER_S)
-        self._answers_at = now
-        if self._answers < 1:
+        self._budget = min(_HEARD_PER_S, self._budget + (now - self._refilled_at) * _HEARD_PER_S)
+        self._refilled_at = now
+        if self._budget < 1:
             return False
-        self._answers -= 1
+        self._budget -= 1
         return True
 
     def _presence(self, nonce: str) -> ServerPresence:
@@ -329,7 +333,8 @@ def leadership(
     Raises:
         IdentityError: The identity's or the authorities' files can't be used.
     """
-    link = Link(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.context(ca))
+    inbox = Inbox[Event](_INBOX_BYTES)
+    link = Link(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.context(ca), inbox=inbox)
     made = Leadership(link, identity.site, identity.key, folder, lease, looks_only=looks_only)
     try:
         yield made

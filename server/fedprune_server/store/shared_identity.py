@@ -19,7 +19,7 @@ import sqlalchemy as sql
 
 from fedprune.errors import FedpruneError, StorageError, shown
 from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.identity.store import EPOCH_ROW, SharedRow
+from fedprune_server.identity.store import CLAIM_ROW, DEVICE_ROW, EPOCH_ROW, REVOKED, SharedRow
 from fedprune_server.store.database import Database
 from fedprune_server.store.lease import Lease, LeaseLostError
 from fedprune_server.store.schema import IDENTITY, encoded, upsert
@@ -77,7 +77,9 @@ class SharedIdentity:
         self.share(identity, epochs=True)
 
     def share(self, identity: IdentityFolder, *, epochs: bool = False) -> None:
-        """Write into the database what has changed in an identity.
+        """Write into the database what has changed in an identity, and delete from it what the identity has deleted.
+
+        Certificates stay for good, epochs as long as a key isn't revoked.
 
         Args:
             identity: The identity.
@@ -87,11 +89,23 @@ class SharedIdentity:
             LeaseLostError: Another server has taken the job over.
             StorageError: Database or disk fail.
         """
+        with self._lock:
+            known = [*self._written]  # before the identity is read: what is heard meanwhile isn't gone
         lines = identity.authority.lines()
         found = [row for row in identity.store.shared() if epochs or row[0] != EPOCH_ROW]
         rows = [(kind, key, encoded(value)) for kind, key, value in found]
         rows += [(_LINE, hashlib.sha256(line.encode()).hexdigest(), encoded(line)) for line in lines]
-        self._write(rows)
+        here = {row[:2] for row in rows}
+        keys = {value[1] for kind, _, value in found if kind == DEVICE_ROW and value[2] != REVOKED}
+        self._write(
+            rows,
+            [
+                (kind, key)
+                for kind, key in known
+                if (kind in (DEVICE_ROW, CLAIM_ROW) and (kind, key) not in here)
+                or (kind == EPOCH_ROW and key.partition(" ")[0] not in keys)
+            ],
+        )
 
     def hear(self, begun: Sequence[tuple[str, str, int]]) -> None:
         """Write epochs of senders into the database.
@@ -103,15 +117,19 @@ class SharedIdentity:
         rows = [(EPOCH_ROW, f"{key} {stream}", encoded([key, stream, epoch])) for key, stream, epoch in begun]
         self._database.patiently(lambda: self._write(rows))
 
-    def _write(self, rows: Sequence[tuple[str, str, str]]) -> None:
+    def _write(self, rows: Sequence[tuple[str, str, str]], gone: Sequence[tuple[str, str]] = ()) -> None:
         with self._lock:
             changed = [row for row in rows if self._written.get(row[:2]) != row[2]]
-            if not changed:
+            if not changed and not gone:
                 return
             with self._database.transaction() as connection:
                 self._lease.check(connection)
                 upsert(connection, IDENTITY, [{"kind": k, "key": n, "body": b} for k, n, b in changed])
+                for kind, key in gone:
+                    connection.execute(IDENTITY.delete().where(IDENTITY.c.kind == kind, IDENTITY.c.key == key))
             self._written.update({row[:2]: row[2] for row in changed})
+            for row in gone:
+                self._written.pop(row, None)
 
 
 @contextmanager

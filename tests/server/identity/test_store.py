@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_server.identity.store import APPROVED, DEVICE_ROW, REVOKED, IdentityStore, SharedRow
+from fedprune_server.identity.store import APPROVED, DEVICE_ROW, EPOCH_ROW, REVOKED, WAITING, IdentityStore, SharedRow
 
 OLD, NEW = "aa" * 32, "bb" * 32
 
@@ -39,3 +39,10 @@ def test_a_board_that_was_replaced_elsewhere_is_replaced_here(store: IdentitySto
     store.approve("pi-1", OLD, 1)
     store.merge([row(OLD, REVOKED), row(NEW, APPROVED)])
     assert statuses(store) == {OLD: REVOKED, NEW: APPROVED}
+
+
+def test_keys_that_waited_and_epochs_of_revoked_keys_do_not_come_back(store: IdentityStore) -> None:
+    store.approve("pi-1", NEW, 3)
+    store.merge([row(OLD, WAITING), row("cc" * 32, REVOKED), (EPOCH_ROW, f"{'cc' * 32} s", ["cc" * 32, "s", 5])])
+    assert statuses(store) == {NEW: APPROVED, "cc" * 32: REVOKED}
+    assert store.heard("cc" * 32) == {}

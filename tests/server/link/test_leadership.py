@@ -236,6 +236,23 @@ def test_a_server_of_another_identity_is_not_believed(lab: Lab) -> None:
     assert not superseded(stranger)
 
 
+def test_a_flood_on_the_servers_topic_costs_a_few_signature_checks_a_second(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[bytes] = []
+    monkeypatch.setattr(leadership, "unseal", lambda key, topic, raw: (checked.append(raw), unseal(key, topic, raw))[1])
+    first, end, _ = serving(lab, "first")
+    for _ in range(1000):
+        lab.hub.publish(b"nonsense")
+    wait_for(lambda: not end._items)
+    assert 0 < checked.count(b"nonsense") <= 20
+    lab.now += 1
+    other, _, epochs = lab.server("other")
+    with pytest.raises(OtherServerError):
+        other.enter(epochs, take_over=False)
+    assert not superseded(first)
+
+
 def test_a_broker_that_keeps_servers_apart_is_named(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -98,13 +98,10 @@ def test_a_revocation_on_the_standby_s_machine_is_not_undone(tmp_path: Path, pos
         pass
     with IdentityFolder(second) as identity:
         identity.revoke("pi-1")
-        identity.store.hear([(asked.key, STREAM, 9)])
     with serving(second, url) as identity:
         assert identity.store.members() == {}
-        assert identity.store.heard(asked.key) == {STREAM: 9}
     with serving(first, url) as identity:
         assert identity.store.members() == {}
-        assert identity.store.heard(asked.key) == {STREAM: 9}
 
 
 def test_a_revocation_reaches_the_database_while_the_server_runs(tmp_path: Path, postgres: Postgres) -> None:
@@ -121,6 +118,34 @@ def test_a_revocation_reaches_the_database_while_the_server_runs(tmp_path: Path,
         assert '"approved"' in bodies()
         command.revoke("pi-1")
         wait_for(lambda: '"approved"' not in bodies())
+    engine.dispose()
+
+
+def test_the_database_forgets_what_its_server_forgets(tmp_path: Path, postgres: Postgres) -> None:
+    url, state, waits = postgres.database(), tmp_path / "first", "ab" * 32
+    engine = sql.create_engine(url)
+
+    def keys(kind: str) -> list[str]:
+        with engine.connect() as connection:
+            return sorted(connection.execute(sql.select(IDENTITY.c.key).where(IDENTITY.c.kind == kind)).scalars())
+
+    with IdentityFolder.make(state, "lab") as identity:
+        asked = join(identity, "pi-1")
+        ended = Claim.parse(identity.claim(None, 1).text)
+        identity.store.ask("pi-2", waits, 1)
+    with serving(state, url) as identity:
+        identity.store.hear([(asked.key, STREAM, 5)])
+        assert ended.id.hex() in keys("claim")
+        assert keys("epoch") == [f"{asked.key} {STREAM}"]
+        with IdentityFolder(state) as command:
+            command.store.approve("pi-2", "cd" * 32, 2)
+            command.revoke("pi-1")
+            command.store.add_claim(Claim.make(ended.pin), None, 2**40, 2**40 + 1)  # long after
+        wait_for(lambda: keys("device") == sorted([f"pi-1 {asked.key}", f"pi-2 {'cd' * 32}"]))
+        wait_for(lambda: keys("epoch") == [])
+        wait_for(lambda: ended.id.hex() not in keys("claim"))
+    with serving(state, url) as identity:
+        assert {d.key for d in identity.store.devices()} == {asked.key, "cd" * 32}
     engine.dispose()
 
 

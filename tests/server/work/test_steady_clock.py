@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from fleet import Fleet, folded
 
+from fedprune.wire.messages import Hello
+from fedprune_server.rollouts.store import RolloutStore
 from fedprune_server.work.steady_clock import SteadyClock
 from toy import JOB
 
@@ -30,10 +32,22 @@ def test_a_clock_that_jumps_a_day_neither_closes_a_round_nor_stretches_it(tmp_pa
     fleet.job = replace(JOB, devices=3, rounds=2, deadline_s=20)
     silent, began = fleet.air.devices["c"], fleet.air.now
     silent.take = lambda offer: None  # type: ignore[method-assign, assignment]
-    fleet.clock = SteadyClock(
-        lambda: fleet.air.now + (jump if fleet.air.now > began + 2 else 0.0), lambda: fleet.air.now
-    )
+    fleet.clock = lambda: fleet.air.now + (jump if fleet.air.now > began + 2 else 0.0)
     state = fleet.run()
     assert folded(state) == [["a", "b"], ["a", "b"]]
     assert 40 <= fleet.air.now - began < 50
     assert state.history[-1]["at"] == pytest.approx(fleet.air.now + jump, abs=5), "the log shows the new time"
+
+
+def test_boards_and_rollouts_get_the_time_as_it_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, late = Fleet(tmp_path), 0.0
+    fleet.clock = lambda: fleet.air.now + late
+    with RolloutStore(tmp_path) as rollouts:
+        daemon = fleet.daemon(rollouts=rollouts)
+        late = DAY  # as after a suspended laptop's clock was set, in the middle of a round
+        sent: list[Hello] = []
+        monkeypatch.setattr(daemon._post, "broadcast", sent.append)
+        daemon._greet(fleet.air.now)
+        assert daemon._desk is not None
+        assert [hello.time for hello in sent] == [int(daemon._desk._clock())] == [int(fleet.air.now + DAY)]
+        assert daemon.view.clock() == fleet.air.now, "a round's deadline stays where it was"
