@@ -70,11 +70,9 @@ FORGIVEN_S = 24 * 3600.0
 STRANGERS_BURST, STRANGERS_PER_S = 100_000.0, 1000.0
 """Points of all devices together that the server doesn't know yet, and that they get back in a second."""
 
-CROWD, CROWDED_S = "client ", 60.0
-"""What begins the name of a client without a certificate that floods the topic for joining, and for how long it is
-listed after the last time."""
+CROWDED_S = 60.0
+"""Seconds for which requests to join count as flooded after some were dropped."""
 
-_CROWDING = "it floods the topic for joining; until it ends boards may not get through with requests to join"
 _SAVE_S, _TELL_S = 10.0, 600.0
 
 _NO_BOARDS = re.compile(
@@ -255,15 +253,18 @@ class Quarantine:
                     "you don't expect them, close the listener for joining"
                 )
             return
-        name = f"{CROWD}{one_line(client, 64)}"
-        if self._crowd is None or self._crowd[1] <= now:
+        client = one_line(client, 64)
+        if self.floods_joins() is None:
             log.warning(
                 "the MQTT client %s floods the topic for joining: requests to join, %s's first of all, are dropped. "
                 "The broker's log tells its address; close the listener for joining while no board is to join",
                 client, client,
             )  # fmt: skip
-        self._crowd = name, now + CROWDED_S
-        self._dirty = True
+        self._crowd = client, now + CROWDED_S
+
+    def floods_joins(self) -> str | None:
+        """The MQTT client id that flooded the requests to join within the last `CROWDED_S`; None if none did."""
+        return self._crowd[0] if self._crowd is not None and self._crowd[1] > self._clock() else None
 
     def refused(self, device: str, reason: str) -> None:
         """A device's update doesn't count."""
@@ -294,16 +295,13 @@ class Quarantine:
     def held(self, device: str) -> tuple[float, str] | None:
         """Until when a device is in quarantine, in seconds since 1970, and why; None for one that is listened to."""
         ledger, now = self._ledgers.get(device), self._clock()
-        if self._crowd is not None and device == self._crowd[0] and self._crowd[1] > now:
-            return self._wall() + self._crowd[1] - now, _CROWDING
         if ledger is None or ledger.until <= now:
             return None
         return self._wall() + ledger.until - now, ledger.reason
 
     def all_held(self) -> list[str]:
         """All devices in quarantine."""
-        names = {device for _, device in self._ends} | ({self._crowd[0]} if self._crowd else set())
-        return sorted(device for device in names if self.held(device) is not None)
+        return sorted(device for device in {name for _, name in self._ends} if self.held(device) is not None)
 
     def release(self, device: str) -> bool:
         """End a device's quarantine before its time; returns whether it was in one."""
@@ -317,13 +315,9 @@ class Quarantine:
         return True
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """What there is to say of devices: what didn't count, and until when they are in quarantine, as JSON."""
+        """Counts of devices' messages that were not used, and the end of their quarantine, as JSON."""
         now, wall = self._clock(), self._wall()
-        crowd = self._crowd
-        strangers = {} if crowd is None else {crowd[0]: {**_BLANK, "times": 1, "until": None, "reason": _CROWDING}}
-        if crowd is not None and crowd[1] > now:
-            strangers[crowd[0]]["until"] = wall + crowd[1] - now
-        return strangers | {
+        return {
             device: {
                 **asdict(ledger.counts),
                 "until": wall + ledger.until - now if ledger.until > now else None,

@@ -17,6 +17,7 @@ from typing import Protocol
 from fedprune.coordination import Phase
 from fedprune.coordination.rollout import RolloutPhase
 from fedprune.quantity import quantity
+from fedprune_server.fleet.quarantine import CROWDED_S
 
 CRITICAL, WARNING, INFO = "critical", "warning", "info"
 SEVERITIES = (INFO, WARNING, CRITICAL)
@@ -33,6 +34,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "disk": (CRITICAL, WARNING),
     "certificate": (CRITICAL, WARNING),
     "quarantine": (WARNING,),
+    "joins-flooded": (WARNING,),
     "devices-wait": (WARNING,),
     "rollout": (WARNING, INFO),
     "rollout-paused": (INFO,),
@@ -241,6 +243,7 @@ class Snapshot:
         broker: Why the broker can't be used; empty if it can.
         others: Other servers of this identity that were heard.
         quarantined: Boards in quarantine, and why.
+        floods_joins: MQTT client id that floods the requests to join; None if none does.
         site: What the state folder shows; None if unknown.
         open: Kinds and severities of open alerts.
     """
@@ -253,6 +256,7 @@ class Snapshot:
     broker: str = ""
     others: Sequence[OtherServer] = ()
     quarantined: Mapping[str, str] = field(default_factory=dict)
+    floods_joins: str | None = None
     site: SiteFacts | None = None
     open: frozenset[tuple[str, str]] = frozenset()
 
@@ -276,6 +280,8 @@ def evaluate(seen: Snapshot, now: float) -> list[Alert]:
         found += _waiting(seen, seen.site, now)
         found += _rollout(seen, seen.site.rollout, now)
     found += _quarantine(seen, now)
+    if seen.floods_joins is not None:
+        found.append(_joins_flooded(seen.floods_joins, now))
     return found
 
 
@@ -511,3 +517,15 @@ def _quarantine(seen: Snapshot, now: float) -> Iterator[Alert]:
             f"and a board that isn't yours is shut out by {command('devices', 'revoke', name, *at(seen.folder))}",
             device=name,
         )  # fmt: skip
+
+
+def _joins_flooded(client: str, now: float) -> Alert:
+    """Its key is fixed, because the sender chooses the client id, which therefore is in the text alone."""
+    return Alert(
+        "joins-flooded", WARNING, now,
+        f"more requests to join arrive than the server reads, most of them lately from the MQTT client {client}",
+        "some are dropped, so boards may not get through with theirs; boards that have joined are not affected",
+        "block the client's address, which the broker's log shows; while no board is to join, close the broker's "
+        "listener for joining (docs/security.md#floods)",
+        delay_s=CROWDED_S,
+    )  # fmt: skip

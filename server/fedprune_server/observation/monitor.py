@@ -246,6 +246,7 @@ class Monitor(Onlooker):
             broker="" if self._view.connected() else "there is no connection to the broker",
             others=self._others(),
             quarantined={name: found[1] for name, found in held if found is not None},
+            floods_joins=quarantine.floods_joins(),
             site=self._site,
             open=self.book.severities,
         )

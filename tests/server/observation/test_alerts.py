@@ -17,6 +17,7 @@ from fleet import Fleet, ToyDevice
 
 from fedprune.coordination import Phase
 from fedprune.coordination.rollout import RolloutPhase
+from fedprune_server.fleet.quarantine import Quarantine
 from fedprune_server.link.leadership import Candidate
 from fedprune_server.observation import site_facts as site_facts_module
 from fedprune_server.observation.alert_book import AlertBook, AlertChange
@@ -84,6 +85,9 @@ CASES: dict[str, tuple[Snapshot, str, str]] = {
         with_site(certificates=[replace(ending(99), error="no PEM")]), "certificate", "critical",
     ),
     "a board in quarantine": (replace(CALM, quarantined={"a": "too many messages"}), "quarantine", "warning"),
+    "requests to join that flood the server": (
+        replace(CALM, floods_joins="ab" * 16), "joins-flooded", "warning",
+    ),
     "a board that waits": (with_site(waiting={"a": "1234"}), "devices-wait", "warning"),
     "a rollout that failed": (rollout(RolloutPhase.STOPPED, "too many", ("a",)), "rollout", "warning"),
     "a rollout that was stopped": (rollout(RolloutPhase.STOPPED, "stopped: by ann"), "rollout", "info"),
@@ -172,6 +176,34 @@ def test_an_alert_that_gets_better_or_worse_stays_the_same_alert() -> None:
     assert [a.severity for a in book.open] == ["warning"]
     for t in range(60, 90):  # worse for less than its delay
         assert book.update([bad if t % 5 else mild], float(t), NOW + t) == []
+
+
+def test_clients_that_flood_the_joins_under_ever_new_names_are_one_alert_after_a_while(tmp_path: Path) -> None:
+    daemon, now, changes = Fleet(tmp_path, JOB).daemon(), [1000.0], []
+    quarantine = Quarantine(lambda: now[0])
+    view = replace(daemon.view, quarantine=quarantine)
+    clock = lambda: now[0]  # noqa: E731
+    tell = lambda change: changes.append((now[0], change.alert.kind))  # noqa: E731
+    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, tell=tell, clock=clock, monotonic=clock)
+    for now[0] in range(1000, 1200):
+        if now[0] % 20 == 0:
+            quarantine.crowded(f"eve\x1b[2J-{now[0]:.0f}" * 9)
+        monitor.look()
+    assert changes == [(1060, "joins-flooded")]
+    (alert,) = monitor.book.open
+    assert "eve [2J-1180" in alert.what
+    assert len(alert.what) < 250
+    assert alert.key == "joins-flooded"
+    assert "revoke" not in alert.todo
+
+
+def test_a_single_overflow_of_the_joins_is_no_alert() -> None:
+    now, book = [1000.0], AlertBook()
+    quarantine = Quarantine(lambda: now[0])
+    quarantine.crowded("eve")
+    for now[0] in range(1000, 1200):
+        alerts = evaluate(replace(CALM, floods_joins=quarantine.floods_joins()), NOW)
+        assert book.update(alerts, now[0], NOW) == []
 
 
 def test_the_clock_on_the_wall_may_jump() -> None:
