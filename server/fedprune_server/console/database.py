@@ -143,13 +143,9 @@ class ConsoleDatabase:
                     return False
                 finally:
                     self._connection.execute(f"PRAGMA busy_timeout={int(1000 * _BUSY_S)}")
-                try:
+                with self._connection:  # which commits, or rolls back where SQLite hasn't done so itself
                     for query, values in statements:
                         self._connection.execute(query, values)
-                except BaseException:
-                    self._connection.execute("ROLLBACK")
-                    raise
-                self._connection.execute("COMMIT")
             return True
         finally:
             self._writing.release()
@@ -161,17 +157,13 @@ class ConsoleDatabase:
         Raises:
             StorageError: The disk fails or is full.
         """
-        with self._writing, self._translated():
+        with self._writing, self._translated(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._writer = threading.get_ident()
             try:
                 yield
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
             finally:
                 self._writer = 0
-            self._connection.execute("COMMIT")
 
     def _translated(self) -> AbstractContextManager[None]:
         return sqlite_errors(self.path, "If it is damaged, delete it and make the operators anew.")

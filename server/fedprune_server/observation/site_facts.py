@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -82,9 +81,9 @@ def _waiting(folder: Path) -> dict[str, str]:
 
 
 def _rollout(folder: Path) -> RolloutStatus | None:
-    if not (folder / FOLDER / FILE).is_file() or not os.access(folder / FOLDER / FILE, os.W_OK):
+    if not (folder / FOLDER / FILE).is_file():
         return None
-    with RolloutStore(folder) as store:
+    with RolloutStore(folder, read_only=True) as store:
         entry = store.latest()
     if entry is None:
         return None

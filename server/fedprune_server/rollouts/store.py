@@ -79,26 +79,32 @@ class RolloutStore:
 
     Args:
         state: The server's state folder.
+        read_only: Only look: nothing is made or changed, and the lock of those who write isn't taken.
 
     Attributes:
-        blobs: The files of the release that is under way.
+        blobs: The files of the release that is under way; not with `read_only`.
 
     Raises:
         StorageError: The database is damaged, of another version, or the disk fails.
     """
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, *, read_only: bool = False) -> None:
         self._path = state / FOLDER / FILE
-        self.blobs = BlobStore(state / FOLDER, max_size=MAX_FILE)
+        self._begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"
+        if not read_only:
+            self.blobs = BlobStore(state / FOLDER, max_size=MAX_FILE)
         with self._translated():
+            uri = f"{self._path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
             self._connection = sqlite3.connect(  # of one thread at a time, which needn't be this one
-                self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+                uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
             )
             self._connection.execute("PRAGMA synchronous=FULL")
         with self._transaction() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, _FORMAT):
+            if version not in ((_FORMAT,) if read_only else (0, _FORMAT)):
                 raise StorageError(f"{self._path} was written by another version", expected=_FORMAT, got=version)
+            if read_only:
+                return
             connection.execute(_TABLE)
             there = {row[1] for row in connection.execute("PRAGMA table_info(rollouts)")}
             for name, kind in _LATER.items():
@@ -326,7 +332,7 @@ class RolloutStore:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._translated(), self._connection as connection:  # which commits, or rolls back
-            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(self._begin)
             yield connection
 
     @contextmanager

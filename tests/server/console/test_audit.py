@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from fedprune.errors import StorageFullError
 from fedprune_server.console.audit import FAILED_EVERY_S, MOST_FAILED, Audit
 from fedprune_server.console.database import FILE, ConsoleDatabase
 
@@ -27,3 +30,22 @@ def test_failed_logins_beyond_a_few_are_counted_and_not_listed(tmp_path: Path) -
             {"unlisted before": 9 * MOST_FAILED},
         )
         assert audit.page().total == MOST_FAILED + 2
+
+
+@pytest.mark.parametrize("inserting", ["transaction", "try_to"])
+def test_a_full_disk_is_named_as_the_cause(tmp_path: Path, inserting: str) -> None:
+    """SQLite ends the transaction itself where the disk is full."""
+    insert = "INSERT INTO audit (at, operator, address, action, what, outcome) VALUES (0, ?, 'b', 'c', '{}', '')"
+    with ConsoleDatabase(tmp_path / FILE) as database:
+        database._connection.execute("PRAGMA max_page_count=1")  # SQLite then takes the pages that there are
+
+        def write() -> None:
+            if inserting == "try_to":
+                database.try_to((insert, ("x" * 10**6,)))
+                return
+            with database.transaction():
+                database.do(insert, "x" * 10**6)
+
+        with pytest.raises(StorageFullError, match="no room left"):
+            write()
+        assert Audit(database).page().total == 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from fleet import Fleet, ToyDevice
 
 from fedprune.coordination import Phase
 from fedprune.coordination.rollout import RolloutPhase
+from fedprune.errors import StorageError
 from fedprune_server.fleet.quarantine import Quarantine
 from fedprune_server.link.leadership import Candidate
 from fedprune_server.observation import site_facts as site_facts_module
@@ -34,6 +37,7 @@ from fedprune_server.observation.alerts import (
 )
 from fedprune_server.observation.monitor import FILE, Monitor, off_by_far, read_open
 from fedprune_server.observation.onlooker import Onlooker
+from fedprune_server.rollouts.store import RolloutStore
 from toy import JOB
 
 NOW, DAY, ROOM = 1_800_000_000.0, 86_400.0, 10**12
@@ -411,6 +415,25 @@ def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, monkeypatch: 
     others.append(Candidate("yard", "/var/lib/fedprune", NOW, NOW, leads=True))
     daemon.onlookers.ended()
     assert told == [("second-server", "critical"), ("disk", "critical")]
+
+
+def test_looking_at_rollouts_writes_nothing_and_waits_for_no_writer(tmp_path: Path) -> None:
+    with RolloutStore(tmp_path) as store:
+        before = store.version()
+        site_facts_module.site_facts(tmp_path, {})
+        assert store.version() == before
+    with closing(sqlite3.connect(tmp_path / "releases" / "rollouts.db", isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        assert site_facts_module.site_facts(tmp_path, {}).rollout is None
+
+
+def test_rollouts_that_are_only_read_are_not_changed(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"rollouts\.db"):
+        RolloutStore(tmp_path, read_only=True)
+    assert not list(tmp_path.iterdir())
+    RolloutStore(tmp_path).close()
+    with RolloutStore(tmp_path, read_only=True) as store:
+        assert store.latest() is None
 
 
 def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) -> None:
