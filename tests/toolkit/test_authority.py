@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import ssl
 import stat
@@ -243,6 +244,18 @@ def test_one_process_sees_what_another_revoked_before_it_issues(authority: Autho
     Authority(tmp_path / "identity").revoke(serial_of(pem))
     with pytest.raises(IdentityError, match="revoked"):
         authority.issue_device("lab", "pi-1", request)
+
+
+def test_lines_of_another_copy_are_added_all_or_none(authority: Authority) -> None:
+    serial = serial_of(authority.issue_device("lab", "pi-1", csr()))
+    before = authority.lines()
+    revoked = json.dumps({"revoked": {"serial": f"{serial:x}", "at": BUILT}})
+    with pytest.raises(StorageError, match="a shared line of the register is damaged"):
+        authority.adopt([revoked, "{}"])
+    assert not authority.is_revoked(serial)
+    assert authority.lines() == before
+    authority.adopt([revoked])
+    assert authority.is_revoked(serial)
 
 
 def test_nothing_is_appended_by_who_does_not_hold_the_register(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from two_groups import ARCHITECTURE as NET
 from two_groups import TRAINED
 
@@ -103,6 +105,63 @@ def test_the_reference_follows_honest_boards() -> None:
     for _ in range(5):
         found = limits(dict.fromkeys("abcd", 0.4), remembered)
         remembered = found.reference
+    assert not any(found.shares.values())
+
+
+def played(rounds: list[dict[str, float]], times: float = 1.5) -> list[Any]:
+    """The bounds of rounds in which every tensor moves as far as its board."""
+    remembered: Any = {}
+    out = []
+    for moves in rounds:
+        found = {d: dict.fromkeys([*BASE, WHOLE], moved) for d, moved in moves.items()}
+        out.append(bounds(found, remembered, NET, BASE, times))
+        remembered = out[-1].reference
+    return out
+
+
+def test_a_fleet_that_moves_again_after_quiet_rounds_is_rejected_in_no_round() -> None:
+    boards = [f"d{i}" for i in range(5)]
+    found = played([*[dict.fromkeys(boards, 1e-5)] * 9, *[dict.fromkeys(boards, 0.1)] * 10])
+    assert not any(f.rejected for f in found)
+    assert not any(found[-1].shares.values())
+
+
+def test_one_of_two_boards_can_not_have_those_that_join_later_rejected() -> None:
+    alone = {"honest": 0.1, "hostile": 1e-9}
+    found = played([*[alone] * 9, *[alone | dict.fromkeys("abc", 0.1)] * 10])
+    assert not any(f.rejected for f in found)
+    assert not any(found[-1].shares.values())
+
+
+def test_neither_of_two_boards_changes_the_reference_alone() -> None:
+    both = {"a": 0.1, "b": 0.1}
+    for odd in (1e-9, 1e6):
+        assert played([both, *[both | {"b": odd}] * 20])[-1].reference[WHOLE][0] == 0.1
+
+
+LENGTHS = st.floats(-12, 12).map(lambda exponent: 10.0**exponent) | st.just(0.0)
+
+
+@given(st.lists(st.lists(LENGTHS, min_size=1, max_size=7), min_size=1, max_size=6), st.sampled_from([1.0, 1.5, 3.0]))
+def test_fewer_than_half_of_any_round_are_rejected(rounds: list[list[float]], times: float) -> None:
+    for moves, found in zip(
+        rounds, played([dict(zip("abcdefg", m, strict=False)) for m in rounds], times), strict=True
+    ):
+        assert 2 * len(found.rejected) < len(moves)
+
+
+@given(
+    st.lists(st.lists(st.floats(-12, -1), min_size=1, max_size=6), max_size=30),
+    st.lists(st.floats(0.8, 1.0), min_size=1, max_size=6),
+    st.sampled_from([0.01, 0.1, 0.9]),
+)
+def test_boards_count_in_full_ten_rounds_after_their_moves_are_usual_again(
+    quiet: list[list[float]], usual: list[float], scale: float
+) -> None:
+    rounds = [{f"d{i}": 10.0**m for i, m in enumerate(moves)} for moves in quiet]
+    rounds += [{f"d{i}": scale * m for i, m in enumerate(usual)}] * 11
+    found = played(rounds)[-1]
+    assert not found.rejected
     assert not any(found.shares.values())
 
 

@@ -1,25 +1,32 @@
-"""Bounds on how far a single update moves the next model.
+"""Limits on how far a single update moves the next model.
 
 The mean of a round's updates has no protection of its own: one board that reports 10^15 samples, or weights at the edge
-of the accepted range, decides the result. Two bounds hold by default. Both are measured by the round's own updates, so
+of the accepted range, decides the result. Two limits hold by default. Both are relative to the round's own updates, so
 that they need no tuning:
 
 - Weight: n_k ← min(n_k, c · median_j n_j).
-- Move: per tensor Δ_k ← Δ_k · min(1, limit / ‖Δ_k‖), with ‖Δ_k‖ the root mean square over the elements that the board
-  holds and Δ_k the difference to what the board was sent. So a narrow submodel is compared with a wide one.
+- Length: per tensor Δ_k ← Δ_k · min(1, limit / ‖Δ_k‖). Δ_k is the difference to the tensor that the board received,
+  and ‖Δ_k‖ its root mean square over the elements that the board holds, so that a narrow submodel compares with a wide
+  one.
 
-The limit is a multiple of the round's median, and the median counts as at most twice a *reference*: a slow average
-that a job remembers from round to round. It at most doubles or halves in a round, and that of a trained tensor never
-exceeds the root mean square of the initial tensor, or 1. So neither a hostile majority of one small round, nor many
-rounds in a row, can raise the limit exponentially. In rounds of one or two updates, which have no majority, the
-reference alone is the measure. Updates that didn't move at all are not counted.
+An update that is far longer than the round's median is rejected. Only the round's own updates decide this, so that
+fewer than half of them are rejected, whatever earlier rounds were like. The other updates are shortened to a multiple
+of their median.
+
+For this multiple the median counts as at most twice a *reference*, which the job keeps from round to round and renews
+from all valid updates. In a round it at most doubles or halves, and it stays between 1/1024 of a tensor's scale and the
+scale itself: the root mean square of the initial tensor, but at least 1. (The references of batch-norm statistics have
+no upper end, because statistics follow the scale of the data.) So hostile rounds can't raise the limit without bound,
+and boards count in full again within ten rounds after quiet ones. A round of one or two updates has no majority: its
+limit is a multiple of the reference alone, which changes only as far as both updates agree. Updates without any change
+are left out of medians.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,35 +37,37 @@ from fedprune.selection import Tensors
 from fedprune.strategies.roles import Report, Submodel
 
 MEMORY = "move_reference"
-"""The name of the reference among what a job remembers: per tensor its reference and the most that it can become."""
+"""Key of the references in a job's memory: per tensor its reference and its scale."""
 
 TENSOR = 2.0
-"""A single tensor's limit, in multiples of the whole update's: tensors differ more between boards than updates do."""
+"""Limit of a single tensor, as a multiple of `move_limit`: tensors differ more between boards than updates do."""
 
 REJECTED = 8.0
-"""Times its limit that an update is too long for any of it to count: no honest one that we have measured comes near."""
+"""An update longer than this many limits is rejected. None of the honest updates that we measured was."""
 
 _MAJORITY = 3
-"""The fewest updates of which most can be honest while one isn't."""
+"""Fewest updates that have an honest majority if one of them is hostile."""
 _GROWTH = 2.0
-"""Most times by which the reference changes in a round, and by which a round's median counts as above it."""
+"""Largest factor by which a reference changes in a round, and by which a round's median counts as longer than it."""
+_LEAST = 2.0**-10
+"""Lower end of a reference, as a multiple of its tensor's scale."""
 _DIGITS = 6
-"""Significant digits of a length: sums of squares may differ in the last bits between machines, a model must not."""
+"""Significant digits of a length: the last bits of a sum of squares differ between machines, and models must not."""
 _NOTED = 0.5
-"""An update of which less than this share counts is reported."""
+"""An update is reported if less than this share of it counts."""
 
 _NOTED_STATISTICS = 0.1
-"""The same of a batch-norm statistic: those of honest boards with unlike data differ much more than weights do."""
+"""The same for a batch-norm statistic: between honest boards with unlike data, statistics differ more than weights."""
 
 WHOLE = ""
-"""The key of all trained tensors together."""
+"""Key of all trained tensors together."""
 
 Lengths = Mapping[str, float]
 """Root mean square of an update's change by tensor, and under `WHOLE` of all trained tensors together."""
 
 
 def lengths(report: Report) -> Lengths:
-    """How far an update has moved, per tensor.
+    """Lengths of an update's change.
 
     Args:
         report: A checked update.
@@ -86,13 +95,13 @@ def lengths(report: Report) -> Lengths:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a round's bounds mean for its updates.
+    """The limits of a round, applied to its updates.
 
     Attributes:
-        rejected: Devices whose whole update is beyond `REJECTED` limits, and why. The rest is worked out without them.
-        shares: By device, then by tensor, the share of its change that counts; only tensors with a share below 1.
-        reasons: By device, why much less counts than it sent.
-        reference: What the job remembers of the round, for `MEMORY`.
+        rejected: Reasons by device whose update is rejected.
+        shares: By other device, then by tensor, the share of its change that counts; only tensors with a share below 1.
+        reasons: By device, the reason why much less counts than it sent.
+        reference: The renewed references, for `MEMORY`.
     """
 
     rejected: Mapping[str, str]
@@ -108,27 +117,28 @@ def bounds(
     model: Tensors,
     times: float,
 ) -> Bounds:
-    """The bounds of a round.
+    """Apply the limits to a round.
 
     Args:
         updates: Lengths by device.
-        remembered: What the round before left, empty in the first.
-        architecture: The model's.
-        model: The global model, the initial one where nothing is remembered.
-        times: The limit of a whole update, in multiples of the median.
+        remembered: References of the round before, empty in the first.
+        architecture: Architecture of the model.
+        model: The global model; in the first round the initial one, from which the scales are taken.
+        times: Limit of a whole update, as a multiple of the median.
     """
     trained = {t.name for t in architecture.trainable}
-    typical, reference = _typical(updates, remembered, trained, model)
-    far = REJECTED * times * typical[WHOLE]
-    gone = {d: found[WHOLE] for d, found in updates.items() if found[WHOLE] > far} if len(updates) >= _MAJORITY else {}
-    if gone:
-        rest = {d: found for d, found in updates.items() if d not in gone}
-        kept = bounds(rest, remembered, architecture, model, times)
-        reasons = {d: f"its update stands out: {_far(length, typical[WHOLE])}" for d, length in gone.items()}
-        return replace(kept, rejected=reasons | dict(kept.rejected))
+    rejected = _rejected(updates, times)
+    kept = {device: found for device, found in updates.items() if device not in rejected}
+    typical, reference = {}, {}
+    for name in sorted({name for found in updates.values() for name in found} | {WHOLE}):
+        before, scale = map(float, remembered.get(name, (0.0, _scale(name, trained, model))))
+        most = scale if name in trained or name == WHOLE else math.inf
+        moved = _moved(name, updates)
+        reference[name] = np.array([_renewed(before, moved, scale * _LEAST, most), scale])
+        typical[name] = min(_typical(before, _moved(name, kept), majority=len(moved) >= _MAJORITY), most)
     limits = {n: times * TENSOR * max(v, typical[WHOLE]) for n, v in typical.items()} | {WHOLE: times * typical[WHOLE]}
     shares, reasons = {}, {}
-    for device, found in sorted(updates.items()):
+    for device, found in sorted(kept.items()):
         whole = _share(found[WHOLE], limits[WHOLE])
         mine = {n: _share(v, limits[n]) for n, v in found.items() if n != WHOLE}
         mine = {n: min(s, whole) if n in trained else s for n, s in mine.items()}
@@ -139,15 +149,15 @@ def bounds(
             part = f"tensor {name}: " if name else ""
             how = _far(found[name], typical[name])
             reasons[device] = f"its update stands out: {part}{how}; {mine[least]:.2g} of that counted"
-    return Bounds({}, shares, reasons, {**remembered, **reference})
+    return Bounds(rejected, shares, reasons, {**remembered, **reference})
 
 
 def shortened(report: Report, shares: Mapping[str, float]) -> Report:
-    """An update of which only a share of each tensor's change counts.
+    """An update with only a share of each tensor's change.
 
     Args:
         report: The update.
-        shares: By tensor; a tensor that is not listed keeps its bits.
+        shares: Shares by tensor; tensors that are not listed stay bit for bit the same.
     """
     tensors = dict(report.trained.tensors)
     for name in shares.keys() & tensors.keys():
@@ -156,21 +166,20 @@ def shortened(report: Report, shares: Mapping[str, float]) -> Report:
     return replace(report, trained=Submodel(report.trained.selection, tensors, report.trained.mask))
 
 
-def capped(samples: Mapping[str, int], times: float, most: int = 0, among: Collection[int] = ()) -> dict[str, int]:
-    """What devices count for: their samples, up to a multiple of the median.
+def capped(samples: Mapping[str, int], times: float, most: int = 0) -> dict[str, int]:
+    """Weights of devices: their samples, up to a multiple of the median.
 
     Args:
-        samples: By device.
-        times: The multiple; 0 for no bound.
-        most: The most that any counts for; 0 for no bound.
-        among: Whose median it is, where that is not the median of `samples`.
+        samples: Samples by device.
+        times: The multiple; 0 for no limit.
+        most: Largest weight of any device; 0 for no limit.
     """
-    limit = weight_limit(among or samples.values(), times, most)
+    limit = weight_limit(samples.values(), times, most)
     return {name: min(count, limit) for name, count in samples.items()}
 
 
 def weight_limit(samples: Iterable[int], times: float, most: int = 0) -> int:
-    """The most samples that a device counts for; arguments as of `capped`."""
+    """Largest weight of a device; arguments as for `capped`."""
     known = sorted(samples)
     limit = most or 2**62
     if times and len(known) >= _MAJORITY:
@@ -178,41 +187,52 @@ def weight_limit(samples: Iterable[int], times: float, most: int = 0) -> int:
     return limit
 
 
-def _typical(
-    updates: Mapping[str, Lengths],
-    remembered: Mapping[str, npt.NDArray[np.float64]],
-    trained: Collection[str],
-    model: Tensors,
-) -> tuple[dict[str, float], dict[str, npt.NDArray[np.float64]]]:
-    """The lengths that a round's updates usually have, and the next reference."""
-    typical, reference = {}, {}
-    for name in sorted({name for found in updates.values() for name in found} | {WHOLE}):
-        before, most = map(float, remembered.get(name, (0.0, _most(name, trained, model))))
-        moved = sorted(found[name] for found in updates.values() if found.get(name))  # a board may have nothing new
-        middle = statistics.median_low(moved) if moved else before
-        after = min(max(middle, before / _GROWTH), before * _GROWTH) if before else middle
-        reference[name] = np.array([min(after, most), most])
-        if len(moved) >= _MAJORITY:
-            usual = min(middle, _GROWTH * before) if before else middle
-        else:
-            usual = before or max(moved, default=0.0)
-        typical[name] = min(usual, most)
-    return typical, reference
+def _rejected(updates: Mapping[str, Lengths], times: float) -> dict[str, str]:
+    """Reasons by device whose update is too long to count; fewer than half of the updates, as the median is one."""
+    moved = _moved(WHOLE, updates)
+    if len(moved) < _MAJORITY:
+        return {}
+    middle = statistics.median_high(moved)
+    far = {device: found[WHOLE] for device, found in updates.items() if found[WHOLE] > REJECTED * times * middle}
+    return {device: f"its update stands out: {_far(length, middle)}" for device, length in far.items()}
+
+
+def _moved(name: str, updates: Mapping[str, Lengths]) -> list[float]:
+    """Lengths of a tensor's changes, sorted, without those that are 0."""
+    return sorted(found[name] for found in updates.values() if found.get(name))
+
+
+def _typical(before: float, moved: Sequence[float], *, majority: bool) -> float:
+    """The length of which limits are multiples."""
+    if not moved:
+        return before
+    if not majority:
+        return before or moved[-1]
+    middle = statistics.median_low(moved)
+    return min(middle, _GROWTH * before) if before else middle
+
+
+def _renewed(before: float, moved: Sequence[float], least: float, most: float) -> float:
+    """The next reference; 0 as long as no update has changed the tensor."""
+    if not moved:
+        return before
+    low, high = (statistics.median_low(moved),) * 2 if len(moved) >= _MAJORITY else (moved[0], moved[-1])
+    after = min(max(before or low, low), high)
+    if before:
+        after = min(max(after, before / _GROWTH), before * _GROWTH)
+    return min(max(after, least), most)
 
 
 def _far(length: float, usual: float) -> str:
     over = length / usual if usual > 0 else math.inf
-    return f"it moved {over:.3g} times as far as the round's updates usually do"
+    return f"it moved {over:.3g} times as far as updates usually do"
 
 
-def _most(name: str, trained: Collection[str], model: Tensors) -> float:
-    """What a reference never exceeds: statistics follow the data's scale, of which the model knows nothing."""
+def _scale(name: str, trained: Collection[str], model: Tensors) -> float:
     if name == WHOLE:
-        return max(1.0, *(_most(n, trained, model) for n in trained)) if trained else math.inf
-    if name not in trained or not model[name].size:
-        return math.inf if name not in trained else 1.0
+        return max((_scale(n, trained, model) for n in trained), default=1.0)
     flat = model[name].astype(np.float64).reshape(-1)
-    return max(1.0, _rounded(math.sqrt(float(np.dot(flat, flat)) / flat.size)))
+    return max(1.0, _rounded(math.sqrt(float(np.dot(flat, flat)) / max(1, flat.size))))
 
 
 def _share(length: float, limit: float) -> float:

@@ -29,18 +29,18 @@ class Shares:
         self._schedule = schedule
         self._job = job
         self._uniform = uniform
-        self._limit = 0
 
     def weight(self, name: str) -> int:
         """What a device's update will count for if nobody comes or goes: else the sums are made anew."""
-        state, fleet = self._state, self._fleet()
-        first = self._arrival(state.tasks[name])
+        state, limit = self._state, self._limit()
+        fleet = self._fleet(limit)
+        first = self._arrival(state.tasks[name], limit)
         tasks = (t for n, t in state.tasks.items() if n != name and t.progress is not Progress.REFUSED)
         buffers = (d.buffer for n, d in state.devices.items() if n not in state.tasks and d.buffer is not None)
         others: Iterable[Arrival]
         if self._schedule.mixing == "unbiased":
-            others = [self._arrival(t) for t in tasks]
-            others += [self._kept(b) for b in buffers] if self._schedule.keep else []
+            others = [self._arrival(t, limit) for t in tasks]
+            others += [self._kept(b, limit) for b in buffers] if self._schedule.keep else []
         else:
             # All that matters of others is whether any is stale: of every kind one will do.
             kinds = {(state.round_of(t), 0.0) for t in tasks}
@@ -55,17 +55,18 @@ class Shares:
         Returns:
             JSON for `State.closing`: `rate`, `fresh` (names) and `weights` by name.
         """
-        state, schedule, fleet = self._state, self._schedule, self._fleet()
-        entering = {n: self._arrival(t) for n, t in fresh.items()}
+        state, schedule, limit = self._state, self._schedule, self._limit()
+        fleet = self._fleet(limit)
+        entering = {n: self._arrival(t, limit) for n, t in fresh.items()}
         others = []
         for name, device in sorted(state.devices.items()):
-            kept = None if device.buffer is None else self._kept(device.buffer)
+            kept = None if device.buffer is None else self._kept(device.buffer, limit)
             if name in entering or (device.excluded and kept is None):
                 continue
             if schedule.keep and kept is not None and schedule.fits(kept.staleness):
                 entering[name] = kept
             else:
-                others.append(kept or Arrival(0, min(device.samples, self._limit)))
+                others.append(kept or Arrival(0, min(device.samples, limit)))
         names = sorted(entering)
         arrivals = [entering[n] for n in names]
         weights = schedule.weights(arrivals, fleet, uniform=self._uniform)
@@ -83,23 +84,24 @@ class Shares:
             "round": self._state.round_of(task),
             "samples": task.samples,
             "seconds": task.seconds,
-            "share": self._schedule.share(self._arrival(task)),
+            "share": self._schedule.share(self._arrival(task, self._limit())),
             "contribution": contribution if self._schedule.keep else None,
         }
 
-    def _arrival(self, task: Task) -> Arrival:
-        staleness, samples = self._state.round - self._state.round_of(task), min(task.samples, self._limit)
+    def _arrival(self, task: Task, limit: int) -> Arrival:
+        staleness, samples = self._state.round - self._state.round_of(task), min(task.samples, limit)
         return Arrival(staleness, samples, task.seconds or 0.0)
 
-    def _kept(self, buffer: dict[str, Any]) -> Arrival:
+    def _kept(self, buffer: dict[str, Any], limit: int) -> Arrival:
         staleness = self._state.round - int(buffer["round"])
-        return Arrival(staleness, min(buffer["samples"], self._limit), buffer["seconds"] or 0.0, buffer["share"])
+        return Arrival(staleness, min(buffer["samples"], limit), buffer["seconds"] or 0.0, buffer["share"])
 
-    def _fleet(self) -> list[int]:
-        """What all devices count for; with it the limit is made anew."""
-        samples = [d.samples for d in self._state.devices.values()]
-        self._limit = weight_limit(samples, self._job.weight_limit, self._job.most_samples)
-        return [min(n, self._limit) for n in samples]
+    def _limit(self) -> int:
+        samples = (d.samples for d in self._state.devices.values())
+        return weight_limit(samples, self._job.weight_limit, self._job.most_samples)
+
+    def _fleet(self, limit: int) -> list[int]:
+        return [min(d.samples, limit) for d in self._state.devices.values()]
 
 
 def plain(value: do.Basis | do.Contribution) -> dict[str, Any]:

@@ -294,10 +294,10 @@ class Authority:
             return self._register.lines()
 
     def adopt(self, lines: Iterable[str]) -> None:
-        """Take lines of another copy of this authority's register in, and revoke what they revoke.
+        """Add the lines of another copy of this authority's register, and revoke what they revoke.
 
         Raises:
-            StorageError: A line is damaged, or the disk fails or is full.
+            StorageError: A line is damaged, or the disk fails or is full. No line was added.
         """
         with self._register.held():
             known = set(self._register.lines())
@@ -305,10 +305,11 @@ class Authority:
             for line in lines:
                 if line not in known:
                     try:
-                        entries.append(json.loads(line))
-                        self._take(entries[-1])  # which checks it
+                        entry = json.loads(line)
+                        _parsed(entry)
                     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                         raise StorageError("a shared line of the register is damaged", got=shown(line)) from error
+                    entries.append(entry)
             if entries:
                 self._register.append(*entries)
             self._list.write(self._revoked)
@@ -366,24 +367,36 @@ class Authority:
         return pem
 
     def _take(self, entry: dict[str, Any]) -> None:
-        """A line of the register."""
-        if "revoked" in entry:
-            self._revoked[int(entry["revoked"]["serial"], 16)] = int(entry["revoked"]["at"])
-            return
-        row = entry["issued"]
-        try:
-            certificate = read_certificate(row["pem"], "certificate")
-        except ProtocolError as error:
-            raise ValueError(str(error)) from error
-        ends = seconds_of(certificate.not_valid_after_utc)
-        digest = key_digest(certificate.public_key()).hex()
-        issued = Issued(int(row["serial"], 16), row["kind"], row["name"], digest, ends, row["pem"])
-        self._issued[issued.serial] = issued
-        self._by_key[digest] = issued
+        """Apply a line of the register."""
+        parsed = _parsed(entry)
+        if isinstance(parsed, Issued):
+            self._issued[parsed.serial] = parsed
+            self._by_key[parsed.key] = parsed
+        else:
+            serial, at = parsed
+            self._revoked[serial] = at
 
     def crl_is_right(self) -> bool:
         """Whether the list of revoked certificates is there, and has those that the register has."""
         return self._list.is_right(self._revoked)
+
+
+def _parsed(entry: dict[str, Any]) -> Issued | tuple[int, int]:
+    """A line of the register: a certificate, or the serial number and the time of a revocation.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: The line is damaged.
+    """
+    if "revoked" in entry:
+        return int(entry["revoked"]["serial"], 16), int(entry["revoked"]["at"])
+    row = entry["issued"]
+    try:
+        certificate = read_certificate(row["pem"], "certificate")
+    except ProtocolError as error:
+        raise ValueError(str(error)) from error
+    ends = seconds_of(certificate.not_valid_after_utc)
+    digest = key_digest(certificate.public_key()).hex()
+    return Issued(int(row["serial"], 16), row["kind"], row["name"], digest, ends, row["pem"])
 
 
 def _revocation(serial: int, at: int) -> dict[str, Any]:
