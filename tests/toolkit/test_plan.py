@@ -555,29 +555,40 @@ def test_a_slow_board_gets_a_narrower_plan_once_it_is_known() -> None:
 
 
 def test_a_correction_is_learnt_from_what_was_measured() -> None:
-    learnt = Correction.learnt(FULL, Correction(), {"step_seconds": 1.5 * FULL.step_s})
+    learnt = Correction().after(FULL, Correction(), {"step_seconds": 1.5 * FULL.step_s})
     assert learnt.step == pytest.approx(1.5)
     assert learnt.latency == 1
     corrected = predict(NET, NET.sizes, BOARD, RECIPE, 500, correction=learnt)
-    again = Correction.learnt(corrected, learnt, {"step_seconds": 1.5 * FULL.step_s})
+    again = learnt.after(corrected, learnt, {"step_seconds": 1.5 * FULL.step_s})
     assert again.step == pytest.approx(1.5)
 
 
 def test_a_correction_has_bounds() -> None:
-    assert Correction.learnt(FULL, Correction(), {"step_seconds": 1e6}).step == 5
-    assert Correction.learnt(FULL, Correction(), {"latency_seconds": 1e-12}).latency == 0.2
+    assert Correction().after(FULL, Correction(), {"step_seconds": 1e6}).step == 5
+    assert Correction().after(FULL, Correction(), {"latency_seconds": 1e-12}).latency == 0.2
 
 
 @pytest.mark.parametrize(("peak", "learnt"), [(1.2, 0.2), (0.9, -0.1), (1e3, 1.0), (0.1, -0.25)])
 def test_measured_memory_corrects_predictions_within_bounds(peak: float, learnt: float) -> None:
     whole = FULL.memory_bytes
-    first = Correction.learnt(FULL, Correction(), {"peak_memory_bytes": peak * whole})
+    first = Correction().after(FULL, Correction(), {"peak_memory_bytes": peak * whole})
     assert first.memory == pytest.approx(learnt * whole)
     corrected = predict(NET, NET.sizes, BOARD, RECIPE, 500, correction=first)
     assert corrected.memory_bytes == pytest.approx((1 + learnt) * whole, abs=1)
-    assert Correction.learnt(corrected, first, {"peak_memory_bytes": peak * whole}).memory == pytest.approx(
+    assert first.after(corrected, first, {"peak_memory_bytes": peak * whole}).memory == pytest.approx(
         first.memory, abs=1
     )
+
+
+def test_what_a_wide_model_taught_leaves_most_of_a_narrow_ones_memory() -> None:
+    """A sum below nought, learnt of a wide model, would be more than a narrow one takes."""
+    whole = predict(WIDE, WIDE.sizes, BOARD, RECIPE, 500)
+    learnt = Correction().after(whole, Correction(), {"peak_memory_bytes": 1.0})
+    narrow = widths_at(WIDE, DENSITIES[-1])
+    plain, corrected = (
+        predict(WIDE, narrow, BOARD, RECIPE, 500, correction=c).memory_bytes for c in (Correction(), learnt)
+    )
+    assert 0.75 * plain <= corrected < plain
 
 
 def test_a_board_that_measured_more_memory_gets_a_narrower_model() -> None:

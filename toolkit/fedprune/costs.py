@@ -100,7 +100,17 @@ class MemoryBreakdown:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.process + self.graph + self.weights + self.activations + self.samples + self.learnt
+        return self.uncorrected + self.learnt
+
+    @property
+    def uncorrected(self) -> int:
+        """All of it except what the board's rounds taught."""
+        return self.process + self.samples + self.of_width
+
+    @property
+    def of_width(self) -> int:
+        """What depends on the width and on the parts of a batch."""
+        return self.graph + self.weights + self.activations
 
 
 @dataclass(frozen=True)

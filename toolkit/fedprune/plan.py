@@ -114,7 +114,8 @@ class Plan:
         uniform: What uniform widths would take instead.
         accumulate: Parts in which a batch is worked through; at least the recipe's own `accumulate`.
         notes: What was chosen besides the widths, and why, for people.
-        warning: That little of the model is left, and which settings would keep all of it; empty where enough is left.
+        warning: That little of the model is left, and which settings would keep all of it; or that even the narrowest
+            takes too much memory. Empty where neither is so.
         correction: What the board's rounds taught; it is in all times and in the memory.
     """
 
@@ -154,9 +155,9 @@ class Plan:
             f"a prediction: {_amount(p.latency_s, 's')}{self._energy()}",
         ]
         if self.correction != NO_CORRECTION:
-            c = self.correction
-            more = "more" if c.memory > 0 else "less"
-            memory = f", {_amount(abs(c.memory), 'bytes')} {more} memory" if c.memory else ""
+            c, beyond = self.correction, p.memory.learnt
+            more = "more" if beyond > 0 else "less"
+            memory = f", {_amount(abs(beyond), 'bytes')} {more} memory" if beyond else ""
             times = f"steps take {c.step:.2f}, predictions {c.latency:.2f} times as long"
             lines.append(f"learnt from its rounds: {times}{memory}")
         for limit in self.limits:
@@ -269,7 +270,8 @@ def plan(
         deadline_s: Seconds that a round may take on the board, transfers included.
         probe: What the board measured of itself; it beats the profile.
         densities: Candidate shares of every group.
-        correction: What its earlier rounds taught.
+        correction: What its earlier rounds taught. What they taught about memory never excludes the board: if nothing
+            fits for that reason alone, the plan is the narrowest candidate, with a warning.
         frozen: Tensors that the model's author froze.
 
     Raises:
@@ -303,6 +305,32 @@ def plan(
     batch = min(asked_of(architecture.sizes).batch_size, samples)
     table, memory = latency_table(profile, probe), bandwidth(profile, probe)
     candidates = _candidates(architecture, table, batch, densities, memory)
+
+    def made(found: _Foretold, density: float, bound: str, notes: tuple[str, ...], warning: str) -> Plan:
+        other = equal_work(architecture, table, batch, found.widths, memory)
+        seen = predict(
+            architecture,
+            other.widths,
+            profile,
+            found.recipe,
+            samples,
+            probe=probe,
+            correction=correction,
+            frozen=frozen,
+        )
+        return Plan(
+            found.widths,
+            density,
+            found.prediction,
+            found.limits,
+            bound,
+            Uniform(other.density, seen.step_s, seen.latency_s),
+            correction,
+            found.recipe.accumulate,
+            (*_notes(architecture, found, samples, frozen), *notes),
+            warning,
+        )
+
     if not candidates:
         raise PlanError("there is no density to choose from")
     wider: tuple[int, ...] | None = None
@@ -316,32 +344,21 @@ def plan(
             widest = found if wider is None else foretold(candidates[0].widths)
             kept = found.prediction.parameters / widest.prediction.parameters
             missing = "" if wider is None or tuple(densities) != DENSITIES else _missing(widest, remedies(widest))
-            other = equal_work(architecture, table, batch, rung.widths, memory)
-            seen = predict(
-                architecture,
-                other.widths,
-                profile,
-                found.recipe,
-                samples,
-                probe=probe,
-                correction=correction,
-                frozen=frozen,
-            )
-            return Plan(
-                rung.widths,
+            return made(
+                found,
                 rung.density,
-                found.prediction,
-                found.limits,
                 _worst(foretold(wider).limits).name if wider else NOTHING,
-                Uniform(other.density, seen.step_s, seen.latency_s),
-                correction,
-                found.recipe.accumulate,
-                (*_notes(architecture, found, samples, frozen), *((missing,) if kept >= LITTLE and missing else ())),
+                (missing,) if kept >= LITTLE and missing else (),
                 f"only {kept:.1%} of the weights are kept. {missing}" if kept < LITTLE and missing else "",
             )
         wider = rung.widths
     last = foretold(candidates[-1].widths)
-    worst = _worst(last.limits)
+    worst, use = _worst(last.limits), last.prediction.memory
+    if [m.name for m in last.limits if not m.fits] == [MEMORY] and use.uncorrected <= room:
+        warning = (
+            f"the narrowest model takes more memory than the board has, by what its rounds measured: {worst.describe()}"
+        )
+        return made(last, candidates[-1].density, MEMORY, (), warning)
     others = [m.describe() for m in last.limits if not m.fits and m is not worst]
     raise PlanError(
         f"no width of {architecture.name} fits {profile.name}: even the narrowest breaks {worst.name}"

@@ -20,8 +20,9 @@ from fedprune.recipe import Recipe
 BOUNDS = 0.2, 5.0
 """How far a measured time may correct a predicted one: beyond that something else is wrong."""
 
-MEMORY_BOUNDS = -0.25, 1.0
-"""How much memory may be learnt, as a share of what is predicted without it."""
+MEMORY_BOUNDS = 0.75, 2.0
+"""The least that a correction leaves of a prediction, and the most that a round's measurement counts for: as a share of
+the prediction or, for the latter, of the board's memory, if that is more."""
 
 OFF = 1.25
 """How far a measured time may be from the predicted one before a device is planned for again."""
@@ -86,36 +87,67 @@ class Correction:
     Attributes:
         step: Measured over predicted time of a training step.
         latency: Measured over predicted time of a prediction.
-        memory: Measured less predicted peak memory of a round, in bytes. It is a sum, not a factor: what a prediction
-            misses is mostly the process (its libraries, its allocator), which no width changes.
+        memory: Measured less uncorrected peak memory of the latest round that kept to the board's memory, in bytes.
+        memory_at: Predicted graph, weights and activations of that round; 0 before the first.
+        overrun: The same difference of the round that took more than the board's memory with the least predicted.
+        overrun_at: Predicted graph, weights and activations of that round; 0 before the first.
     """
 
     step: float = 1.0
     latency: float = 1.0
     memory: float = 0.0
+    memory_at: float = 0.0
+    overrun: float = 0.0
+    overrun_at: float = 0.0
 
-    @classmethod
-    def learnt(cls, prediction: Prediction, correction: Correction, measured: Mapping[str, float]) -> Correction:
-        """The correction after a round.
+    def after(
+        self, prediction: Prediction, used: Correction, measured: Mapping[str, float], room: float = math.inf
+    ) -> Correction:
+        """The correction after another round.
 
         Args:
-            prediction: What was predicted for it.
-            correction: The correction that is in that prediction.
-            measured: What the board measured: `step_seconds`, `latency_seconds` and `peak_memory_bytes`, as far as it
-                did.
+            prediction: Prediction of that round.
+            used: The correction in that prediction.
+            measured: `step_seconds`, `latency_seconds` and `peak_memory_bytes`, as far as the board measured them.
+            room: Bytes that training may take.
         """
         low, high = BOUNDS
-        factors = vars(correction).copy()
+        learnt = self
         for name, predicted in (("step", prediction.step_s), ("latency", prediction.latency_s)):
             seconds = measured.get(f"{name}_seconds", 0.0)
             if seconds > 0 and predicted > 0:
-                factors[name] = min(high, max(low, factors[name] * seconds / predicted))
+                factor = min(high, max(low, getattr(used, name) * seconds / predicted))
+                learnt = replace(learnt, **{name: factor})
         peak = measured.get("peak_memory_bytes", 0.0)
-        if peak > 0:
-            uncorrected = prediction.memory_bytes - prediction.memory.learnt
-            less, more = MEMORY_BOUNDS
-            factors["memory"] = min(more * uncorrected, max(less * uncorrected, peak - uncorrected))
-        return cls(**factors)
+        return learnt._after_peak(prediction.memory, peak, room) if peak > 0 else learnt
+
+    def _after_peak(self, use: MemoryBreakdown, peak: float, room: float) -> Correction:
+        low, high = MEMORY_BOUNDS
+        bound = high * (max(use.uncorrected, room) if math.isfinite(room) else use.uncorrected)
+        more, at = min(bound, max(low * use.uncorrected, peak)) - use.uncorrected, float(use.of_width)
+        if peak <= room:
+            fitting = replace(self, memory=more, memory_at=at)
+            return fitting if at < self.overrun_at else replace(fitting, overrun=0.0, overrun_at=0.0)
+        if 0 < self.overrun_at < at:
+            return self
+        over = replace(self, overrun=more, overrun_at=at)
+        return over if 0 < self.memory_at < at else replace(over, memory=more, memory_at=at)
+
+    def of_memory(self) -> Correction:
+        """The same without the times."""
+        return replace(self, step=1.0, latency=1.0)
+
+    def memory_beyond(self, use: MemoryBreakdown) -> int:
+        """Bytes that a round is expected to take beyond an uncorrected prediction.
+
+        After rounds of one width they are a sum. A plan that took more than the board's memory and a smaller one that
+        did not give a straight line, by which every plan at least as large as the first takes too much.
+        """
+        more = self.memory
+        if 0 < self.memory_at < self.overrun_at:
+            slope = (self.overrun - self.memory) / (self.overrun_at - self.memory_at)
+            more += slope * (use.of_width - self.memory_at)
+        return math.ceil(max(more, (MEMORY_BOUNDS[0] - 1) * use.uncorrected))
 
     def moved(self, earlier: Correction, prediction: Prediction) -> bool:
         """Whether predictions change so much that a plan made with an earlier correction is out of date.
@@ -125,7 +157,8 @@ class Correction:
             prediction: The plan's prediction.
         """
         times = (self.step / earlier.step, self.latency / earlier.latency)
-        memory = 1 + (self.memory - earlier.memory) / prediction.memory_bytes
+        use = prediction.memory
+        memory = (use.uncorrected + self.memory_beyond(use)) / use.total
         return not all(1 / OFF < t < OFF for t in times) or not 1 / MEMORY_OFF < memory < MEMORY_OFF
 
 
@@ -221,7 +254,8 @@ def memory_use(
     use = costs.training_memory(batch, recipe.features, samples, trained, recipe.own_copies, process)
     # Where a label is a number for every output, it is held as it was read, and as float32.
     labels = 0 if recipe.loss == "cross_entropy" else 2 * FLOAT * samples * architecture.classes
-    return replace(use, samples=use.samples + labels, learnt=round(correction.memory))
+    use = replace(use, samples=use.samples + labels)
+    return replace(use, learnt=correction.memory_beyond(use))
 
 
 def _trained(

@@ -159,6 +159,7 @@ class AsynchronousCoordinator(Desk):
                 samples=device.samples,
                 past=device.past,
                 last=device.last,
+                accumulate=device.accumulate,
                 basis=basis,
             )
         return [self._extract(n, state.tasks[n]) for n in idle]

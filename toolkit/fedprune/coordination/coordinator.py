@@ -158,6 +158,7 @@ class Coordinator(Desk):
                 weight=weight_in(counts[name], total, len(chosen)),
                 past=device.past,
                 last=device.last,
+                accumulate=device.accumulate,
             )
         return tasks
 
@@ -169,7 +170,8 @@ class Coordinator(Desk):
         """Score once more for the same devices, at the widths that they have now; without any, wait for others."""
         state = self.state
         for name, task in list(state.tasks.items()):
-            task.widths, task.density = state.devices[name].widths, state.devices[name].density
+            device = state.devices[name]
+            task.widths, task.density, task.accumulate = device.widths, device.density, device.accumulate
             if not task.widths:
                 del state.tasks[name]
         if state.tasks:

@@ -281,8 +281,8 @@ class Desk(ABC):
         codec = self.job.codec(device.profile.get("name"), device.codecs)
         held = None if device.held is None else do.Held.from_dict(device.held)
         coding = do.Coding(codec, agreed(self.job.compression_down, device.codecs), held)
-        part, parts = part_of(name, task), device.accumulate
-        return do.Extract(self._basis_of(task), part, device.block, device.forms, coding, parts)
+        part = part_of(name, task)
+        return do.Extract(self._basis_of(task), part, device.block, device.forms, coding, task.accumulate)
 
     def _basis_of(self, task: Task) -> do.Basis:
         return self._basis() if task.basis is None else do.Basis.from_dict(task.basis)

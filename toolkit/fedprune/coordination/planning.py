@@ -10,7 +10,7 @@ from fedprune.architecture import Architecture, kept_share, widths_at
 from fedprune.coordination.state import Device, Task
 from fedprune.errors import FedpruneError, PlanError, StrategyError
 from fedprune.job import Job
-from fedprune.plan import Plan, plan
+from fedprune.plan import MEMORY, Plan, plan
 from fedprune.prediction import NO_CORRECTION, Correction
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
@@ -37,8 +37,8 @@ class Planner:
     def plan(self, name: str, device: Device) -> None:
         """Give a device its plan and widths, or the reason why it takes no part.
 
-        A device that only its own rounds make look too slow or too small is planned without what they taught: it
-        delivered, and one bad round must not shut it out for good.
+        What a device's rounds taught never excludes it. One that looks too slow for any width is planned without the
+        times that they taught; one whose memory looks too small for any gets the narrowest.
 
         Raises:
             ConfigError: The job's recipe has settings that don't go with its strategy's, which is no fault of a device.
@@ -51,13 +51,7 @@ class Planner:
                 device.widths, device.density = widths_at(self.architecture, self.job.density), self.job.density
                 return
             learnt = Correction(**device.correction)
-            try:
-                made = self._planned(name, device, learnt)
-            except PlanError:
-                if learnt == NO_CORRECTION:
-                    raise
-                made = self._planned(name, device, NO_CORRECTION)
-            self._give(device, made)
+            self._give(device, self._planned(name, device, learnt, learnt.of_memory(), NO_CORRECTION))
         except StrategyError:  # no device's fault
             raise
         except FedpruneError as error:
@@ -81,20 +75,21 @@ class Planner:
 
     def learn(self, name: str, device: Device, task: Task) -> None:
         """Let a round's own times and memory correct a device's predicted ones; plan again where they were far off."""
-        if device.plan is None or device.widths != task.widths:
+        if device.plan is None or (device.widths, device.accumulate) != (task.widths, task.accumulate):
             return
         before = Plan.from_dict(device.plan)
-        learnt = Correction.learnt(before.prediction, before.correction, task.metrics)
+        room = before.limit(MEMORY).limit
+        learnt = Correction(**device.correction).after(before.prediction, before.correction, task.metrics, room)
         device.correction = vars(learnt)
-        if not learnt.moved(before.correction, before.prediction):
+        overran = task.metrics.get("peak_memory_bytes", 0.0) > room and learnt != before.correction
+        if not overran and not learnt.moved(before.correction, before.prediction):
             return
         try:
-            made = self._planned(name, device, learnt)
+            self._give(device, self._planned(name, device, learnt, *([learnt.of_memory()] if overran else [])))
         except StrategyError:
             raise
-        except FedpruneError:  # not even the narrowest fits: it delivered all the same, and goes on as it is
+        except FedpruneError:  # too slow at any width: it delivered all the same, and goes on as it is
             return
-        self._give(device, made)
 
     def _give(self, device: Device, made: Plan) -> None:
         """A plan's widths; strategies that go by a device's density (a pull, a scaler) need to know their share."""
@@ -105,7 +100,16 @@ class Planner:
         """What the device would train by with these widths."""
         return self.strategy.foreseen(self.job, name, widths, kept_share(self.architecture, widths), device.samples)
 
-    def _planned(self, name: str, device: Device, correction: Correction) -> Plan:
+    def _planned(self, name: str, device: Device, correction: Correction, *others: Correction) -> Plan:
+        """The plan by the first of the corrections by which one fits."""
+        try:
+            return self._plan_by(name, device, correction)
+        except PlanError:
+            if not others or set(others) == {correction}:
+                raise
+        return self._planned(name, device, *others)
+
+    def _plan_by(self, name: str, device: Device, correction: Correction) -> Plan:
         return plan(
             self.architecture,
             HardwareProfile.from_dict(device.profile),

@@ -134,6 +134,7 @@ class Task(Entry):
         attempt: Counts how often the round was offered.
         widths: Widths of its submodel.
         density: The share of the model that it was given.
+        accumulate: Parts in which its plan has it work through a batch.
         progress: How far it is.
         offer: What it was offered, as JSON.
         update: Reference of the update that it announced, as JSON.
@@ -180,6 +181,7 @@ class Task(Entry):
     arrived_at: float | None = None
     deadline: float | None = None
     told: bool = False
+    accumulate: int = 1
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Task:
@@ -321,7 +323,18 @@ class State:
         elif self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
             self.phase, self.deadline = Phase.SCORING, None
             self.tasks = Roll(
-                (n, Task(t.attempt + 1, t.widths, t.density, samples=t.samples, weight=t.weight, last=t.last))
+                (
+                    n,
+                    Task(
+                        t.attempt + 1,
+                        t.widths,
+                        t.density,
+                        samples=t.samples,
+                        weight=t.weight,
+                        last=t.last,
+                        accumulate=t.accumulate,
+                    ),
+                )
                 for n, t in self.tasks.items()
             )
 
