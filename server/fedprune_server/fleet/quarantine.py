@@ -1,14 +1,14 @@
-"""Who sends more than anybody asked for, or what nobody can use, isn't listened to for a while; the others are.
+"""Quarantine of devices that flood the server or send unusable updates; the other devices are not affected.
 
-Every device has an allowance of points, which fills up again with time and with messages of the server that need an
-answer: each message costs some, by its size and by what it leads to. Chunks that were asked for, and requests for blobs
-that the device was offered, cost nothing, up to a few times what the blob needs. So a board that delivers updates,
-fetches models or comes back with ten thousand others spends little, whatever its speed, and no answer pays for a flood.
- Whoever has nothing left, or sends updates that no board makes, is put into quarantine: what it says is dropped
-before anybody looks into it, for a minute at first and twice as long each time.
+Every device has an allowance of points, which is refilled with time and with the server's messages that need an answer.
+Each message costs points, by its size and by the work it causes. Requested chunks, and requests for blobs that the
+device was offered, are free, up to a few times what the blob needs. So a board that delivers updates, fetches models or
+reconnects with ten thousand others spends little, whatever its speed, and answers don't pay for a flood. A device
+without points, or one that sends updates that no board makes, is quarantined: its messages are dropped unread, for a
+minute at first and twice as long each time.
 
-All of it is counted, takes the same few steps for every message, and remembers devices that the server knows; names
-that it doesn't know share one allowance, because anybody can think of names.
+The accounting takes the same few steps for every message and keeps records of members only; unknown names share one
+allowance, because a stranger can choose any number of them.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ FILE = "quarantine.json"
 """In the state folder, for `fedprune-server status`."""
 
 BURST, PER_S = 4000.0, 20.0
-"""Points that a device has at most, and that it gets back in a second."""
+"""A device's most points, and the points that it regains in a second."""
 
 MESSAGE, BYTES_PER_POINT = 1.0, 4096
-"""What a message costs, and each so many bytes of it."""
+"""Cost of a message, and bytes of it that cost another point."""
 
 BIRTH = 30.0
-"""What an announcement costs beside that: it makes the server plan, and write to its disk."""
+"""Additional cost of a birth: the server plans, and writes to its disk."""
 
 BAD = 50.0
-"""What a message costs that is none, or another device's. Messages of newer versions are not among these."""
+"""Cost of an invalid message, or one in another device's name. Messages of newer versions are valid."""
 
 EARNED = 2.0
-"""What a device gets for each message that needs an answer."""
+"""Points that a device gets for each message that needs an answer."""
 
 FREE_WANTS, WANTS_PER_LEAF = 64, 4
-"""Requests for an offered blob that cost nothing: so many, and so many for each of its leaves."""
+"""Free requests for an offered blob: a fixed number, and a number for each of its leaves."""
 
 _WANT = MESSAGE + 0.25
 _BLOBS = 256
@@ -85,7 +85,7 @@ large are none of them, since training that runs away makes such, nor is an upda
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A device isn't listened to: what it was doing for the job is void."""
+    """A device was quarantined: its work for the job is void."""
 
     device: str
     reason: str
@@ -94,7 +94,7 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class Released:
-    """A device is listened to again: it may have been there all the time."""
+    """A device's quarantine has ended; it may have been connected all the time."""
 
     device: str
 
@@ -128,8 +128,8 @@ class Quarantine:
 
     Args:
         clock: Seconds that only grow, above 0.
-        path: Where what `status` shows is kept; None for nowhere.
-        wall: Seconds since 1970, for people.
+        path: File for `fedprune-server status`; None for no file.
+        wall: Seconds since 1970, for display.
     """
 
     def __init__(
@@ -149,18 +149,18 @@ class Quarantine:
         self._save_at = self._tell_at = clock()
 
     def know(self, devices: Iterable[str]) -> None:
-        """Give devices allowances of their own. How many there may be is for whoever lets them in to say."""
+        """Give devices allowances of their own. The caller bounds their number."""
         for device in devices:
             if device not in self._ledgers:
                 self._ledgers[device] = _Ledger(at=self._clock())
 
     def hears(self, device: str, size: int, *, chunk: bool = False) -> bool:
-        """Whether to listen to what a device has sent; it is charged for it.
+        """Charge a device for a message, and decide whether to read it.
 
         Args:
-            device: Its name, as the topic says it.
+            device: The topic's device name.
             size: Bytes.
-            chunk: Whether it is one.
+            chunk: Whether it is a chunk of a blob.
         """
         ledger, now = self._ledgers.get(device), self._clock()
         if ledger is None:
@@ -178,13 +178,13 @@ class Quarantine:
             size -= asked
         cost = MESSAGE + size / BYTES_PER_POINT
         heard = self._charge(
-            device, ledger, cost, now, "chunks that nobody asked for" if chunk else "too many messages"
+            device, ledger, cost, now, "chunks that the server didn't ask for" if chunk else "too many messages"
         )
         ledger.counts.dropped += not heard
         return heard
 
     def ignores(self, topic: str) -> bool:
-        """Whether what comes on a topic is dropped, before it costs anything more; may be called from any thread."""
+        """Whether a topic's messages are dropped before they cost anything more; may be called from any thread."""
         parts = topic.split("/", 4)
         ledger = self._ledgers.get(parts[3]) if len(parts) > 3 else None
         if ledger is None or self._clock() >= ledger.until:
@@ -219,7 +219,7 @@ class Quarantine:
             del ledger.fetching[next(iter(ledger.fetching))]
 
     def asked(self, device: str, leaves: int) -> None:
-        """The server asks a device for leaves of a blob; they may come twice."""
+        """The server requests leaves of a blob from a device; each may come twice."""
         if (ledger := self._ledgers.get(device)) is not None:
             ledger.credit = min(CREDIT, ledger.credit + 2 * leaves * (LEAF + 64))
 
@@ -230,7 +230,7 @@ class Quarantine:
         self._charge(device, ledger, BIRTH, self._clock(), "it announces itself again and again")
 
     def bad(self, device: str) -> None:
-        """A device has sent a message that is none."""
+        """A device has sent an invalid message."""
         if (ledger := self._ledgers.get(device)) is not None:
             ledger.counts.bad += 1
             self._charge(device, ledger, BAD, self._clock(), "messages that make no sense")
@@ -384,7 +384,7 @@ class Quarantine:
         if now >= self._tell_at:
             self._tell_at = now + _TELL_S
             log.warning(
-                "devices that nobody knows send too much: %d messages of theirs were dropped unread so far. See who "
+                "unknown devices send too much: %d messages of theirs were dropped unread so far. See who "
                 "uses your broker",
                 ledger.counts.dropped,
             )
@@ -392,7 +392,7 @@ class Quarantine:
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """What a running server, or the last one, said of its devices in a state folder; nothing if that is damaged."""
+    """The rows that a server saved in its state folder; empty if the file is damaged."""
     try:
         body = json.loads((folder / FILE).read_bytes())
         return {str(device): {**_BLANK, **dict(row)} for device, row in body.items()}

@@ -187,15 +187,19 @@ def other_servers(folder: Path, server: Mapping[str, Any], *, running: bool) -> 
         leadership(url, identity, folder, ca, looks_only=True) as asking,
     ):
         found = asking.others()
-    own = socket.gethostname(), str(folder.resolve())
-    for other in found:
-        if (other.host, other.folder) != own:
-            yield wrong(
-                "second-server",
-                f"another server runs this fleet: {described(other)}",
-                "one of the two will end: a fleet has one server" if running else "boards follow that one",
-                f"look after the fleet there; or, to serve it from here: {command('run', *at(folder), '--take-over')}",
-            )
+    place = socket.gethostname(), str(folder.resolve())
+    here = [o for o in found if (o.host, o.folder) == place]
+    if running:
+        here = here[1:]  # one of them is this folder's server, whichever; the others run on copies of this disk
+    elsewhere = [o for o in found if (o.host, o.folder) != place]
+    for other in elsewhere + here:
+        copied = "on a machine with a copy of this disk, " if other in here else ""
+        yield wrong(
+            "second-server",
+            f"another server runs this fleet: {copied}{described(other)}",
+            "one of the two will end: a fleet has one server" if running else "boards follow that one",
+            f"look after the fleet there; or, to serve it from here: {command('run', *at(folder), '--take-over')}",
+        )
 
 
 def revocations(folder: Path) -> Iterator[Ailment]:

@@ -84,7 +84,7 @@ def heard(quarantine: Quarantine, device: str, messages: int, size: int = WANT, 
 FLOODS: dict[str, Callable[[Quarantine], object]] = {
     "too many messages": lambda q: heard(q, "a", 10_000),
     "large messages": lambda q: heard(q, "a", 200, 256 * 1024),
-    "chunks that nobody asked for": lambda q: heard(q, "a", 500, 128 * 1024, chunk=True),
+    "chunks that the server didn't ask for": lambda q: heard(q, "a", 500, 128 * 1024, chunk=True),
     "announces itself": lambda q: [q.born("a") for _ in range(300)],
     "messages that make no sense": lambda q: [q.bad("a") for _ in range(200)],
     "updates in a row": lambda q: [q.refused("a", "update lacks tensor w") for _ in range(STRIKES)],
@@ -172,7 +172,7 @@ def test_names_that_nobody_knows_cost_no_memory_and_share_an_allowance(
     assert 0.5 * STRANGERS_BURST < heard_of < STRANGERS_BURST
     assert len(quarantine._ledgers) == 2
     assert quarantine.news() is None
-    assert caplog.text.count("devices that nobody knows") == 1
+    assert caplog.text.count("unknown devices send") == 1
     assert quarantine.hears("a", 1000)
     clock.now += 10
     assert quarantine.hears("x", 1000)
@@ -373,7 +373,7 @@ def test_chunks_that_nobody_asked_for_end_in_quarantine(fleet: Fleet) -> None:
     fleet.air.on_idle = daemon.stop
     daemon.run()
     row = daemon._quarantine.rows()["a"]
-    assert row["reason"] == "chunks that nobody asked for"
+    assert row["reason"] == "chunks that the server didn't ask for"
     assert row["unasked"] * 4 * LEAF < 17 * 2**20
     assert row["dropped"] > 300
 

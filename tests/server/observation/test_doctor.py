@@ -9,7 +9,7 @@ import socket
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -28,6 +28,7 @@ from fedprune.errors import ExitCode
 from fedprune.job import Job
 from fedprune.trust.keys import SigningKey
 from fedprune.wire.log_messages import CrashReport
+from fedprune.wire.server_messages import ServerPresence
 from fedprune_server.cli import main
 from fedprune_server.fleet.board_logs import BoardLogs
 from fedprune_server.identity.folder import IdentityFolder
@@ -201,6 +202,21 @@ def test_crashes(tmp_path: Path) -> None:
         logs.save()
     assert kinds(site.crashes(tmp_path, NOW + 60)) == {"crashes"}
     assert kinds(site.crashes(tmp_path, NOW + 3 * 86_400)) == set()
+
+
+@pytest.mark.parametrize(("running", "answers", "others"), [(True, 1, 0), (True, 2, 1), (False, 1, 1), (False, 0, 0)])
+def test_a_server_on_a_copy_of_this_disk_is_another_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: bool, answers: int, others: int
+) -> None:
+    class Asking:
+        def others(self) -> list[ServerPresence]:
+            place = socket.gethostname(), str(tmp_path.resolve()), 1
+            return [ServerPresence("ab" * 16, f"{n:032x}", *place, n, n, None, None) for n in range(answers)]
+
+    IdentityFolder.make(tmp_path, "lab").close()
+    monkeypatch.setattr(site, "leadership", lambda *_, **__: nullcontext(Asking()))
+    found = list(site.other_servers(tmp_path, {"broker": "mqtts://broker.example"}, running=running))
+    assert [(f.kind, "copy of this disk" in f.what) for f in found] == [("second-server", True)] * others
 
 
 def test_a_broker_that_is_not_there_and_one_that_does_not_answer(tmp_path: Path) -> None:
