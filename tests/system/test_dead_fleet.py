@@ -55,8 +55,7 @@ def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched) -> Non
     site.wait_for(lambda: "alert: no board" in site.log(), "the log tells of it")
     assert site.counted("no-devices") == 1
     site.wait_for(
-        lambda: shown(ann).keys() - {"disk"} == {"no-devices"} and bool(Hook.told("opened", "no-devices")),
-        "console and webhook, too",
+        lambda: "no-devices" in shown(ann) and bool(Hook.told("opened", "no-devices")), "console and webhook, too"
     )
     assert "no board that can take part" in ann.ask("/")
     site.wait_for(lambda: site.counted("no-progress") == 1, "a deadline passes")
