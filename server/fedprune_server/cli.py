@@ -172,7 +172,7 @@ def _add_run(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from fedprune.profile_store import find as find_profile
     from fedprune.profile_store import names as names_of_profiles
-    from fedprune_server.broker.revocations import given_to_broker
+    from fedprune_server.broker.revocations import delivering
     from fedprune_server.commands.configuration import configured
     from fedprune_server.console.setup import desks_of, with_console
     from fedprune_server.daemon import Daemon
@@ -277,7 +277,7 @@ def _run(arguments: argparse.Namespace) -> int:
             leader.lost = daemon.stop
             leader.enter(identity.epochs, take_over=arguments.take_over, alone=reached.broker is not None)
             crl = identity.authority.crl_path
-            stack.enter_context(given_to_broker(config.on_revocation, config.state, crl))
+            stack.enter_context(delivering(config.on_revocation, config.state, crl))
         given = rollouts is not None
         here = (lambda: daemon.connected) if isinstance(daemon, Host) else None
         watched = [(desk, kept.config.state) for desk, kept in zip(desks_of(daemon)[0], jobs, strict=True)]

@@ -360,7 +360,7 @@ def test_a_copy_that_is_refused_has_reached_nobody(
     def reaches(name: str) -> Callable[..., AbstractContextManager[None]]:
         return lambda *_, **__: (outward.append(name), nullcontext())[1]
 
-    for module, name in ((revocations, "given_to_broker"), (observation, "monitoring"), (console, "with_console")):
+    for module, name in ((revocations, "delivering"), (observation, "monitoring"), (console, "with_console")):
         monkeypatch.setattr(module, name, reaches(name))
 
     def refuse(leader: Leadership, *_: object, **__: object) -> None:

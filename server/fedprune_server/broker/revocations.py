@@ -1,8 +1,8 @@
 """The operator's command that brings a changed list of revoked certificates to the broker.
 
-Whoever revokes, an operator at a terminal, one in the console or a start that completes what was lost, changes
-`crl.pem`. The running server notices and runs the command, again and again until it succeeds; what it succeeded with
-is noted in the state folder, so that a revocation while no server ran is made up for at the next start.
+Each revocation, by `fedprune-server devices`, in the console or by a start that completes what was lost, changes
+`crl.pem`. The running server notices and runs the command until it succeeds, with growing pauses. A note in the state
+folder names the list for which it succeeded, so that the next start delivers what was revoked while no server ran.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import subprocess  # nosec B404  # the operator's own command, never a shell
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +30,11 @@ VARIABLE = "FEDPRUNE_CRL"
 NOTE = "revocations-given"
 """File of the state folder: sha256 of the list for which the command succeeded last."""
 
-LOOKED_S = 1.0
-AGAIN_S = 30.0
-LASTS_S = 60.0
+POLL_S = 1.0
+RETRY_S, LONGEST_RETRY_S = 30.0, 600.0
+"""The pause after a first failure, which doubles with each further one, and the longest pause."""
+
+TIMEOUT_S = 60.0
 _SHOWN = 500
 
 
@@ -39,8 +42,8 @@ class RevocationCommandError(BrokerError):
     """The command failed."""
 
 
-def given(folder: Path, crl: Path) -> bool:
-    """Whether the command has succeeded for the list as it is.
+def delivered(folder: Path, crl: Path) -> bool:
+    """Whether the command has succeeded for the present list.
 
     Args:
         folder: The state folder.
@@ -54,8 +57,8 @@ def given(folder: Path, crl: Path) -> bool:
         return note.exists() and note.read_text(errors="replace").strip() == _digest(crl)
 
 
-def give(command: str, folder: Path, crl: Path) -> None:
-    """Run the command for the list as it is, and note that it succeeded.
+def deliver(command: str, folder: Path, crl: Path) -> None:
+    """Run the command for the present list, and note that it succeeded.
 
     Args:
         command: The command's words, quoted as for a shell, which runs none of it.
@@ -68,24 +71,26 @@ def give(command: str, folder: Path, crl: Path) -> None:
     """
     digest = _digest(crl)
     try:
-        done = subprocess.run(  # noqa: S603  # nosec B603
-            shlex.split(command), env=os.environ | {VARIABLE: str(crl.resolve())}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LASTS_S, check=False,
-        )  # fmt: skip
+        with tempfile.TemporaryFile() as output:  # a pipe would have to wait for processes that the command leaves
+            code = subprocess.call(  # noqa: S603  # nosec B603
+                shlex.split(command), env=os.environ | {VARIABLE: str(crl.resolve())}, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, timeout=TIMEOUT_S,
+            )  # fmt: skip
+            output.seek(max(0, output.seek(0, os.SEEK_END) - _SHOWN))
+            printed = output.read(_SHOWN).decode(errors="replace").strip()
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise RevocationCommandError(f"on_revocation = {command!r}: {reason(error)}") from error
-    if done.returncode:
-        said = done.stdout.decode(errors="replace").strip()[-_SHOWN:]
-        raise RevocationCommandError(f"on_revocation = {command!r}: exit code {done.returncode}", got=said or None)
+    if code:
+        raise RevocationCommandError(f"on_revocation = {command!r}: exit code {code}", got=printed or None)
     write_whole(folder / NOTE, digest.encode())
 
 
 @contextmanager
-def given_to_broker(command: str, folder: Path, crl: Path) -> Iterator[None]:
+def delivering(command: str, folder: Path, crl: Path) -> Iterator[None]:
     """While the body runs, run the command whenever the list has changed, in a thread.
 
     Args:
-        command: As for `give`; `off` for none.
+        command: As for `deliver`; `off` for none.
         folder: The state folder.
         crl: The list.
     """
@@ -99,20 +104,22 @@ def given_to_broker(command: str, folder: Path, crl: Path) -> Iterator[None]:
         yield
     finally:
         closed.set()
-        thread.join(LOOKED_S)
+        thread.join(POLL_S)
 
 
 def _watch(command: str, folder: Path, crl: Path, closed: threading.Event) -> None:
-    pause = 0.0
+    pause, retry_s, cause = 0.0, RETRY_S, ""
     while not closed.wait(pause):
-        pause = LOOKED_S
         try:
-            if not given(folder, crl):
-                give(command, folder, crl)
+            if not delivered(folder, crl):
+                deliver(command, folder, crl)
                 log.info("the broker was given the list of revoked certificates")
-        except (RevocationCommandError, StorageError) as error:
-            log.error("the broker doesn't have the latest list of revoked certificates: %s", error)
-            pause = AGAIN_S
+        except (RevocationCommandError, StorageError) as error:  # noqa: PERF203 - each turn waits anyway
+            if str(error) != cause:
+                log.error("the broker doesn't have the latest list of revoked certificates: %s", error)
+            pause, retry_s, cause = retry_s, min(LONGEST_RETRY_S, 2 * retry_s), str(error)
+        else:
+            pause, retry_s, cause = POLL_S, RETRY_S, ""
 
 
 def _digest(crl: Path) -> str:

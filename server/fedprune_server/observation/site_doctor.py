@@ -16,7 +16,7 @@ from fedprune.trust.authority import CRL
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.link import Link
 from fedprune.wire.topics import Topics
-from fedprune_server.broker.revocations import NOTE, given
+from fedprune_server.broker.revocations import NOTE, delivered
 from fedprune_server.bucket.bucket import FOLDER as IN_FOLDER
 from fedprune_server.bucket.bucket import Bucket
 from fedprune_server.fleet.board_logs import read_logs
@@ -205,12 +205,12 @@ def other_servers(folder: Path, server: Mapping[str, Any], *, running: bool) -> 
 def revocations(folder: Path) -> Iterator[Ailment]:
     """Whether the broker was given the latest list of revoked certificates, where a command does that."""
     crl = folder / IDENTITY / CRL
-    if (folder / NOTE).exists() and crl.exists() and not given(folder, crl):
+    if (folder / NOTE).exists() and crl.exists() and not delivered(folder, crl):
         yield wrong(
             "revocations",
             "the broker hasn't been given the latest list of revoked certificates",
             "it lets revoked boards connect; the server ignores them",
-            "see why on_revocation fails in the server's log; a server that runs tries it again every 30 s",
+            "see why on_revocation fails in the server's log; a running server repeats it within 10 minutes",
         )
 
 

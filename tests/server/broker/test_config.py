@@ -41,7 +41,7 @@ from fedprune_server.broker.config import (
     mosquitto,
     write_broker,
 )
-from fedprune_server.broker.revocations import given_to_broker
+from fedprune_server.broker.revocations import delivering
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.join_desk import JoinDesk
 from machine import find_mosquitto, free_port, listens
@@ -303,7 +303,7 @@ def test_the_operators_command_brings_each_revocation_to_the_broker(site: Site) 
     assert not site.refuses(lost.context())
     reload = f'cp "$FEDPRUNE_CRL" {site.folder / "broker" / "crl.pem"} && kill -HUP {site.process.pid}'
     folder, crl = site.folder / "state", site.identity.authority.crl_path
-    with given_to_broker(shlex.join(["sh", "-c", reload]), folder, crl):
+    with delivering(shlex.join(["sh", "-c", reload]), folder, crl):
         site.identity.revoke("stolen")
         deadline = time.monotonic() + 60
         while not site.refuses(lost.context()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from fedprune.errors import ConfigError
 from fedprune_server.broker import revocations
-from fedprune_server.broker.revocations import RevocationCommandError, give, given, given_to_broker
+from fedprune_server.broker.revocations import RevocationCommandError, _watch, deliver, delivered, delivering
 from fedprune_server.observation import site_doctor
 from fedprune_server.settings.config import ServerConfig
 
@@ -39,17 +40,17 @@ def crl(tmp_path: Path) -> Path:
 def test_each_list_is_given_once_also_after_a_restart(
     crl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(revocations, "LOOKED_S", 0.05)
+    monkeypatch.setattr(revocations, "POLL_S", 0.05)
     told = tmp_path / "told"
     append = command(f'cat "$FEDPRUNE_CRL" >> {told}; echo >> {told}')
-    with given_to_broker(append, tmp_path, crl):
-        wait_for(lambda: given(tmp_path, crl))
+    with delivering(append, tmp_path, crl):
+        wait_for(lambda: delivered(tmp_path, crl))
         crl.write_text("second")
-        wait_for(lambda: given(tmp_path, crl))
+        wait_for(lambda: delivered(tmp_path, crl))
     crl.write_text("third")  # by a command while no server runs
     for _ in range(2):
-        with given_to_broker(append, tmp_path, crl):
-            wait_for(lambda: given(tmp_path, crl))
+        with delivering(append, tmp_path, crl):
+            wait_for(lambda: delivered(tmp_path, crl))
             time.sleep(0.2)
     assert told.read_text().split() == ["first", "second", "third"]
 
@@ -58,30 +59,56 @@ def test_a_command_that_fails_is_told_and_tried_again(
     crl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(revocations, "LOOKED_S", 0.05)
-    monkeypatch.setattr(revocations, "AGAIN_S", 0.05)
+    monkeypatch.setattr(revocations, "POLL_S", 0.05)
+    monkeypatch.setattr(revocations, "RETRY_S", 0.05)
     ready = tmp_path / "ready"
-    with given_to_broker(command(f"echo no way there; test -e {ready}"), tmp_path, crl):
+    with delivering(command(f"echo no way there; test -e {ready}"), tmp_path, crl):
         wait_for(lambda: "exit code 1: got no way there" in caplog.text)
-        assert not given(tmp_path, crl)
+        assert not delivered(tmp_path, crl)
         ready.touch()
-        wait_for(lambda: given(tmp_path, crl))
+        wait_for(lambda: delivered(tmp_path, crl))
     assert "was given the list" in caplog.text
 
 
 def test_a_command_that_is_missing_or_hangs_is_an_error(
     crl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(revocations, "LASTS_S", 0.2)
+    monkeypatch.setattr(revocations, "TIMEOUT_S", 0.2)
     for text in ("/no/such/program", "sleep 60"):
         with pytest.raises(RevocationCommandError, match="on_revocation"):
-            give(text, tmp_path, crl)
-    assert not given(tmp_path, crl)
+            deliver(text, tmp_path, crl)
+    assert not delivered(tmp_path, crl)
+
+
+def test_a_command_that_leaves_a_process_behind_has_succeeded(
+    crl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revocations, "TIMEOUT_S", 3.0)
+    deliver(command("sleep 6 &"), tmp_path, crl)  # it holds the command's standard output
+    assert delivered(tmp_path, crl)
+
+
+def test_a_command_that_keeps_failing_is_run_less_and_less_often_and_logged_once_for_each_cause(
+    crl: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pauses: list[float] = []
+    failing = command(f"test -e {tmp_path}/changed && echo other; exit 1")
+
+    class Closed(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.append(timeout or 0.0)
+            if len(pauses) == 9:
+                (tmp_path / "changed").touch()
+            return len(pauses) > 10
+
+    _watch(failing, tmp_path, crl, Closed())
+    assert pauses == [0, 30, 60, 120, 240, 480, 600, 600, 600, 600, 600]
+    assert ["got other" in r.getMessage() for r in caplog.records if r.levelname == "ERROR"] == [False, True]
 
 
 def test_the_doctor_says_that_the_broker_has_an_older_list(crl: Path, tmp_path: Path) -> None:
     assert list(site_doctor.revocations(tmp_path)) == []  # no command does that here
-    give("true", tmp_path, crl)
+    deliver("true", tmp_path, crl)
     assert list(site_doctor.revocations(tmp_path)) == []
     crl.write_text("second")
     assert [a.kind for a in site_doctor.revocations(tmp_path)] == ["revocations"]
