@@ -288,17 +288,25 @@ def test_batch_norm_keeps_parts_of_eight_samples() -> None:
     assert (asked.widths, asked.accumulate) == (NORMALISED.sizes, 4)
 
 
-@given(st.sampled_from([WIDE, NORMALISED]), st.floats(0.7, 1.1), st.floats(1, 1.5), st.none() | st.floats(0.1, 2))
+@given(
+    st.sampled_from([WIDE, NORMALISED]),
+    st.integers(1, 64),
+    st.floats(0.7, 1.1),
+    st.floats(1, 1.5),
+    st.none() | st.floats(0.1, 2),
+)
 @BRIEF
 def test_more_memory_never_gives_a_narrower_model_nor_more_parts(
-    net: Architecture, share: float, more: float, time: float | None
+    net: Architecture, batch: int, share: float, more: float, time: float | None
 ) -> None:
-    room, deadline = need(net, 1) * share, None if time is None else FULL.round_s * time
+    recipe = replace(RECIPE, batch_size=batch)
+    whole = predict(net, net.sizes, BOARD, recipe, 500)
+    room, deadline = whole.memory_bytes * share, None if time is None else whole.round_s * time
     try:
-        tight = plan(net, memory_of(room), RECIPE, 500, deadline_s=deadline)
+        tight = plan(net, memory_of(room), recipe, 500, deadline_s=deadline)
     except PlanError:
         return
-    loose = plan(net, memory_of(room * more), RECIPE, 500, deadline_s=deadline)
+    loose = plan(net, memory_of(room * more), recipe, 500, deadline_s=deadline)
     assert all(a >= b for a, b in zip(loose.widths, tight.widths, strict=True))
     assert loose.widths != tight.widths or loose.accumulate <= tight.accumulate
 
@@ -311,6 +319,24 @@ def test_batch_norm_with_frozen_statistics_does_not_mind_small_parts() -> None:
 def test_a_batch_in_parts_takes_longer() -> None:
     whole, parts = (predict(WIDE, WIDE.sizes, BOARD, replace(RECIPE, accumulate=n), 500) for n in (1, 4))
     assert parts.step_s > whole.step_s
+
+
+@pytest.mark.parametrize(("batch", "parts", "sizes"), [(50, 8, {7: 2, 6: 6}), (10, 4, {3: 2, 2: 2})])
+def test_every_part_of_a_batch_is_charged_at_its_own_size(batch: int, parts: int, sizes: dict[int, int]) -> None:
+    def step_s(size: int, accumulate: int = 1) -> float:
+        recipe = replace(RECIPE, batch_size=size, accumulate=accumulate)
+        return predict(WIDE, WIDE.sizes, BOARD, recipe, 500).step_s
+
+    assert step_s(batch, parts) == pytest.approx(sum(count * step_s(size) for size, count in sizes.items()))
+
+
+def test_batch_norm_counts_the_parts_of_a_board_with_few_samples() -> None:
+    """Twenty samples in parts of at most eight would be parts of seven and six."""
+    recipe = replace(RECIPE, batch_size=32)
+    room = predict(NORMALISED, NORMALISED.sizes, BOARD, replace(recipe, accumulate=4), 20).memory_bytes
+    made = plan(NORMALISED, memory_of(room), recipe, 20)
+    assert made.accumulate == 2
+    assert made.widths < NORMALISED.sizes
 
 
 def test_what_memory_is_for_adds_up() -> None:

@@ -41,8 +41,8 @@ STORAGE = "storage"
 LIMITS = (MEMORY, TIME, LINK, BYTES, STORAGE)
 
 NORMALISED_SAMPLES = 8
-"""Fewest samples in a part of a batch where batch norm takes its statistics from each part. Smaller parts make noisy
-statistics (Wu and He 2018, "Group Normalization", fig. 1); a recipe that asks for smaller ones gets them."""
+"""Fewest samples in a part of a full batch where batch norm takes its statistics from each part. Smaller parts make
+noisy statistics (Wu and He 2018, "Group Normalization", fig. 1); a recipe that asks for smaller ones gets them."""
 
 
 LITTLE = 0.25
@@ -293,14 +293,14 @@ def plan(
 
     def foretold(widths: tuple[int, ...]) -> _Foretold:
         asked = asked_of(widths)
-        chosen = _in_parts(architecture, asked, room, frozen, need_of(widths))[0]
+        chosen = _in_parts(architecture, asked, samples, room, frozen, need_of(widths))[0]
         seen = predict(
             architecture, widths, profile, chosen, samples, probe=probe, correction=correction, frozen=frozen
         )
         return _Foretold(widths, asked, chosen, seen, _limits(seen, profile, probe, byte_budget, deadline_s))
 
     def remedies(found: _Foretold) -> str:
-        return _remedies(architecture, profile, found, frozen, need_of(found.widths))
+        return _remedies(architecture, profile, found, samples, frozen, need_of(found.widths))
 
     batch = min(asked_of(architecture.sizes).batch_size, samples)
     table, memory = latency_table(profile, probe), bandwidth(profile, probe)
@@ -336,7 +336,7 @@ def plan(
     wider: tuple[int, ...] | None = None
     for rung in candidates:
         # Memory is looked at first: it takes a fraction of the time that a prediction takes.
-        if not _in_parts(architecture, asked_of(rung.widths), room, frozen, need_of(rung.widths))[1]:
+        if not _in_parts(architecture, asked_of(rung.widths), samples, room, frozen, need_of(rung.widths))[1]:
             wider = rung.widths
             continue
         found = foretold(rung.widths)
@@ -395,6 +395,7 @@ class _Foretold:
 def _in_parts(
     architecture: Architecture,
     recipe: Recipe,
+    samples: int,
     room: int,
     frozen: Collection[str],
     need: _Need,
@@ -405,6 +406,7 @@ def _in_parts(
     Args:
         architecture: The model.
         recipe: The recipe as the job has it.
+        samples: The board's training samples.
         room: Bytes that training may take.
         frozen: Tensors that the model's author froze.
         need: Gives the bytes that training takes with a recipe.
@@ -414,7 +416,7 @@ def _in_parts(
         The recipe, and whether memory suffices.
     """
     best, least = recipe, math.inf
-    for parts in _parts(recipe, smallest or _smallest(architecture, recipe, frozen)):
+    for parts in _parts(recipe, samples, smallest or _smallest(architecture, recipe, frozen)):
         tried = recipe.in_parts(parts)
         taken = need(tried)
         if taken < least:
@@ -429,9 +431,12 @@ def _smallest(architecture: Architecture, recipe: Recipe, frozen: Collection[str
     return NORMALISED_SAMPLES if normalises(architecture, recipe, frozen) else 2 if recipe.mixup else 1
 
 
-def _parts(recipe: Recipe, smallest: int) -> list[int]:
+def _parts(recipe: Recipe, samples: int, smallest: int) -> list[int]:
     """Numbers of parts of a batch to choose from, fewest first: the recipe's own, doubled until parts are smallest."""
-    most = recipe.batch_size // smallest
+    batch, held = recipe.batch_size, min(recipe.batch_size, samples)
+    # The size of parts of which the smallest, as equal as they can be, has at least so many samples.
+    size = -(-held // max(1, held // smallest))
+    most = min(-(-batch // size), (batch - 1) // (size - 1)) if size > 1 else batch
     out = [recipe.accumulate]
     while 2 * out[-1] < most:
         out.append(2 * out[-1])
@@ -457,13 +462,14 @@ def _notes(architecture: Architecture, found: _Foretold, samples: int, frozen: C
         return ()
     why = (
         f"batches of {min(recipe.batch_size, samples)} are worked through in parts of "
-        f"{min(recipe.micro_batch, samples)} (accumulate = {recipe.accumulate}): whole ones don't fit the memory"
+        f"{recipe.part_sizes(samples)[0]} (accumulate = {recipe.accumulate}): whole ones don't fit the memory"
     )
     if not normalises(architecture, recipe, frozen):
         return (why,)
     statistics = (
         "batch norm takes its statistics from each part, not from the whole batch: "
-        f"parts have at least {NORMALISED_SAMPLES} samples; GroupNorm or LayerNorm would not depend on that"
+        f"parts of full batches have at least {NORMALISED_SAMPLES} samples; "
+        "GroupNorm or LayerNorm would not depend on that"
     )
     return why, statistics
 
@@ -519,7 +525,12 @@ def _hint(found: _Foretold, worst: Limit, remedies: str) -> str:
 
 
 def _remedies(
-    architecture: Architecture, profile: HardwareProfile, found: _Foretold, frozen: Collection[str], need: _Need
+    architecture: Architecture,
+    profile: HardwareProfile,
+    found: _Foretold,
+    samples: int,
+    frozen: Collection[str],
+    need: _Need,
 ) -> str:
     """Settings with which a candidate would fit, one for each limit that it breaks; for memory, all that suffice."""
     needed = []
@@ -527,7 +538,7 @@ def _remedies(
         if limit.fits:
             continue
         if limit.name == MEMORY:
-            ways = _memory_remedies(architecture, profile, found, limit, frozen, need)
+            ways = _memory_remedies(architecture, profile, found, limit, samples, frozen, need)
             if not ways:
                 return "No setting of the recipe or the board makes room for it."
             needed.append(", or ".join(ways))
@@ -541,12 +552,13 @@ def _memory_remedies(
     profile: HardwareProfile,
     found: _Foretold,
     limit: Limit,
+    samples: int,
     frozen: Collection[str],
     need: _Need,
 ) -> list[str]:
     """Settings each of which would make a candidate fit the memory, the least harmful first."""
     ways: list[str] = []
-    smaller, fits = _in_parts(architecture, found.asked, int(limit.limit), frozen, need, smallest=1)
+    smaller, fits = _in_parts(architecture, found.asked, samples, int(limit.limit), frozen, need, smallest=1)
     if fits:
         ways.append(f"smaller parts of a batch (--set accumulate={smaller.accumulate})")
     share = profile.memory.training_share * limit.overshoot

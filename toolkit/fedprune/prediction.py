@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -193,14 +194,14 @@ def predict(
     steps = recipe.steps(samples)
     table = latency_table(profile, probe)
     # Each part of a batch runs the graph once: its calls and its passes over the weights are paid per part.
-    part = min(recipe.micro_batch, samples)
-    parts = -(-min(recipe.batch_size, samples) // part)
     trained = np.array(_trained_widths(architecture, widths, recipe))
-    once = np.maximum(
-        table.step_seconds(architecture, trained, part),
-        memory_seconds(architecture, trained, part, bandwidth(profile, probe)),
-    )
-    step_s = parts * float(once.mean())
+    step_s = 0.0
+    for size, count in Counter(recipe.part_sizes(samples)).items():
+        once = np.maximum(
+            table.step_seconds(architecture, trained, size),
+            memory_seconds(architecture, trained, size, bandwidth(profile, probe)),
+        )
+        step_s += count * float(once.mean())
     latency_s = float(table.latency_seconds(architecture, widths)[0])
     step_s, latency_s = step_s * correction.step, latency_s * correction.latency
     link, power = profile.link, profile.power
@@ -250,7 +251,7 @@ def memory_use(
 ) -> MemoryBreakdown:
     """Peak memory of a training process; arguments are those of `predict`, and the costs at these widths."""
     trained = _trained(architecture, widths, recipe, costs.parameters, frozen)
-    batch, process = min(recipe.micro_batch, samples), None if probe is None else probe.process_bytes
+    batch, process = recipe.part_sizes(samples)[0], None if probe is None else probe.process_bytes
     use = costs.training_memory(batch, recipe.features, samples, trained, recipe.own_copies, process)
     # Where a label is a number for every output, it is held as it was read, and as float32.
     labels = 0 if recipe.loss == "cross_entropy" else 2 * FLOAT * samples * architecture.classes

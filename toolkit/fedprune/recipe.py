@@ -286,6 +286,17 @@ class Recipe:
         """Most samples that are in memory at once."""
         return -(-self.batch_size // self.accumulate)
 
+    def part_sizes(self, samples: int) -> list[int]:
+        """Samples of the parts of a full batch, largest first: they differ by one at most.
+
+        Args:
+            samples: Local samples, which may be fewer than a batch.
+        """
+        batch = min(self.batch_size, samples)
+        parts = -(-batch // self.micro_batch)
+        least, more = divmod(batch, parts)
+        return [least + 1] * more + [least] * (parts - more)
+
     def in_parts(self, accumulate: int) -> Recipe:
         """The recipe with at least this many parts of a batch, as far as a batch has so many samples."""
         parts = min(max(self.accumulate, accumulate), self.batch_size)
