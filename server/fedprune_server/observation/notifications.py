@@ -391,9 +391,9 @@ class Notifier:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._opened, self._works, self._clock = opened, works, clock
-        self._due = Due(settings, site, told)
         self._heartbeat = settings.heartbeat
         self._outboxes = [Outbox(channel) for channel in channels(settings)]
+        self._due = Due(settings, site, told if self._outboxes else ())
         self._over = threading.Event()
         self._threads = [threading.Thread(target=self._look, name="fedprune-notifier", daemon=True)]
         if self._heartbeat != OFF:
@@ -419,6 +419,8 @@ class Notifier:
             self._pass_on()
 
     def _pass_on(self, *, last: bool = False) -> None:
+        if not self._outboxes:
+            return  # an alert that opens now is sent once a channel is set up
         try:
             messages = self._due.messages(self._opened(), time.monotonic(), self._clock(), last=last)
         except Exception as error:  # noqa: BLE001 - it must not end the thread

@@ -376,6 +376,18 @@ def test_a_server_tells_of_what_ended_it_and_its_next_run_of_what_quiet_hours_he
     assert told == [[("opened", "critical")], [("opened", "warning")], [("opened", "critical")]]
 
 
+def test_an_alert_that_opened_before_notifications_were_set_up_is_sent_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notifications, "_LOOK_S", 0.01)
+    without = Notifier(AlertSettings(), "lab", lambda: [alert()], lambda: True)
+    without.close()
+    assert without.told() == []
+    with web() as (url, got):
+        settings = AlertSettings(webhook=url)
+        with closing(Notifier(settings, "lab", lambda: [alert()], lambda: True, without.told())):
+            until(lambda: got)
+    assert [json.loads(raw)["event"] for _, _, raw in got] == ["opened"]
+
+
 # Settings and the command.
 
 
