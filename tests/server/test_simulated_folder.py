@@ -73,6 +73,16 @@ def test_a_folder_is_one_process_s_at_a_time(experiment: Experiment, tmp_path: P
     assert second.record().rounds == alone.rounds
 
 
+def test_a_finished_run_s_folder_goes_on_to_more_rounds(experiment: Experiment, tmp_path: Path) -> None:
+    simulate(experiment, tmp_path / "whole")
+    for rounds in (1, JOB.rounds):
+        simulate(replace(experiment, job=replace(JOB, rounds=rounds)), tmp_path / "extended")
+    for name in ("config.json", "metrics.json", "metrics.parquet", "rounds.parquet"):
+        assert (tmp_path / "extended" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(StorageError, match=r"has come to round 3.*job\.rounds \(stored 3, given 2\)"):
+        simulate(replace(experiment, job=replace(JOB, rounds=2)), tmp_path / "extended")
+
+
 def test_settings_that_differ_are_named_as_stored_and_as_given(experiment: Experiment, tmp_path: Path) -> None:
     simulate(experiment, tmp_path)
     first, second = experiment.devices

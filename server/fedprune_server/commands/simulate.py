@@ -54,7 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--config", type=Path, metavar="FILE", help="a fleet.toml with a [[devices]] table")
     source.add_argument("--demo", action="store_true", help="the fleet of `fedprune-server demo`, beside FedAvg")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the run; one that was killed goes on"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the run; one that was killed goes on, and a finished one to more --rounds",
     )
     parser.add_argument("--reference", action="store_true", help="run FedAvg at full width on the same devices, too")
     parser.add_argument("--strategy", metavar="NAME", help="instead of the job's, as in `fedprune-server run`")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fedprune import __version__
 from fedprune.job import Job
+from fedprune.strategies import compose
 from fedprune.strategies.own import own_code
 from fedprune_export.imported import Model
 from fedprune_server.data.picture import Partition
@@ -60,16 +61,29 @@ class Experiment:
     workers: int = 1
     partition: Partition = field(default_factory=Partition)
 
+    @property
+    def extends(self) -> bool:
+        """Whether a finished run can be given more rounds and equals a run that had them from the start.
+
+        An asynchronous job drops trainings under way when it ends, and a user's own strategy may depend on the number
+        of rounds.
+        """
+        schedule = compose(self.job).schedule
+        return ":" not in self.job.strategy and not (schedule is not None and schedule.asynchronous)
+
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of all that decides the run.
+        """Digest of all that decides the run, but not when it ends where it `extends`.
 
         The model counts with its graph as well as its architecture, which says nothing about activations; our own code
         by its version, and a user's own strategy by its files. It is worked out once: that takes a while with a large
         model and much data.
         """
         code = [__version__, own_code(self.job)]
-        settings = [self.job.to_dict(), asdict(self.dropouts), self._circumstances(), code]
+        job = self.job.to_dict()
+        if self.extends:
+            del job["rounds"]
+        settings = [job, asdict(self.dropouts), self._circumstances(), code]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         digest.update(self.model.architecture.digest.encode())
         digest.update(hashlib.sha256(self.model.graph.to_bytes()).digest())

@@ -17,10 +17,11 @@ class Keeping:
     Args:
         folder: Where; None for nowhere.
         fingerprint: Of all that decides the run.
+        rounds: After how many rounds the run ends.
     """
 
-    def __init__(self, folder: Path | None, fingerprint: str) -> None:
-        self._folder, self._fingerprint = folder, fingerprint
+    def __init__(self, folder: Path | None, fingerprint: str, rounds: int) -> None:
+        self._folder, self._fingerprint, self._rounds = folder, fingerprint, rounds
         self._rhythm = Rhythm()
         self._stamp: tuple[int, ...] | None = None
 
@@ -33,7 +34,7 @@ class Keeping:
         if self._folder is None:
             return None
         self._stamp = SimulationState.stamp(self._folder)
-        return SimulationState.load(self._folder, self._fingerprint)
+        return SimulationState.load(self._folder, self._fingerprint, self._rounds)
 
     @contextmanager
     def held(self) -> Iterator[bool]:

@@ -8,7 +8,7 @@ kill are two files and the blobs beside them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from typing import Any
 from fedprune.blobs import BlobStore
 from fedprune.chance import keyed
 from fedprune.codec import CODECS
-from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import Coordinator, Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.pace import PARTS
@@ -77,7 +77,7 @@ class Simulation:
         self._notary = Notary(job, model, store, experiment.measure)
         self._profiles: dict[int, dict[str, Any]] = {}
         self._folder = folder
-        self._keeping = Keeping(folder, experiment.fingerprint)
+        self._keeping = Keeping(folder, experiment.fingerprint, job.rounds)
         self._begun = self._take_up()
 
     @property
@@ -100,7 +100,7 @@ class Simulation:
         progress: Callable[[Simulation], None] | None = None,
         begun: Callable[[Simulation], None] | None = None,
     ) -> list[dict[str, Any]]:
-        """Run the job to its end, from wherever it stands.
+        """Run the job to its end, from wherever it stands; a finished one that was given more rounds goes on.
 
         Args:
             progress: Called after every training and every round.
@@ -127,6 +127,8 @@ class Simulation:
             bench.boards = self._run.boards
             if begun is not None:
                 begun(self)
+            if isinstance(self.coordinator, Coordinator):
+                self._carry_out_all(self.coordinator.extend(self._run.clock))
             while self.state.phase is not Phase.FINISHED:
                 if not self._run.queue:
                     raise PlanError("the simulation has come to a standstill", hint=excuse(self.state, self.job.recipe))
@@ -135,10 +137,7 @@ class Simulation:
                 if event is None:
                     continue
                 finished = len(self.state.history)
-                commands = self.coordinator.handle(event, self._run.clock)
-                self._worker.expect(commands)
-                for command in commands:
-                    self._carry_out(command)
+                self._carry_out_all(self.coordinator.handle(event, self._run.clock))
                 ended = len(self.state.history) > finished
                 if ended:
                     self._finish(self.state.history[-1]["round"])
@@ -227,6 +226,11 @@ class Simulation:
             run.unsent.pop(item.device, None)
             self._patience.moved()
         return item
+
+    def _carry_out_all(self, commands: Sequence[do.Command]) -> None:
+        self._worker.expect(commands)
+        for command in commands:
+            self._carry_out(command)
 
     def _carry_out(self, command: do.Command) -> None:
         now = self._run.clock

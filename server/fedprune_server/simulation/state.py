@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedprune.coordination import State
+from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
 from fedprune.disk import locked, storage_errors, write_whole
 from fedprune.errors import StorageError
@@ -259,11 +259,12 @@ class SimulationState:
         return found.st_ino, found.st_mtime_ns, found.st_size
 
     @classmethod
-    def load(cls, folder: Path, fingerprint: str) -> tuple[SimulationState, State] | None:
+    def load(cls, folder: Path, fingerprint: str, rounds: int) -> tuple[SimulationState, State] | None:
         """What `save` wrote, and the coordinator's state; None where nothing was saved.
 
         Raises:
-            StorageError: It is damaged, of another version, or of a run with another fingerprint.
+            StorageError: It is damaged, of another version, of a run with another fingerprint, or has come further than
+                `rounds`.
         """
         path = folder / FILE
         try:
@@ -305,6 +306,11 @@ class SimulationState:
                 state._put(float(at), int(number), _ITEMS[kind](**fields))
             coordinator = State.from_json(body["coordinator"])
             coordinator.history = history
+            reached = len(history) + (coordinator.phase is not Phase.FINISHED)
+            if rounds < reached:
+                raise OtherRunError(
+                    f"{path} belongs to a simulation that has come to round {reached}", hint=_anew(folder)
+                )
             return state, coordinator
         except StorageError:
             raise

@@ -180,6 +180,51 @@ def test_a_finished_run_is_not_repeated(build):
     assert len(again.state.history) == 3
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scorer": "magnitude"},
+        {"dropouts": DropOuts(0.4, away_s=10.0), "participation": 0.7, "deadline_s": 20.0},
+        {"strategy": "fedavg", "recipe": Recipe(max_steps=3, momentum=0.9)},
+        {"strategy": "fedprune"},
+        {"compression": "top-k:0.05"},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_a_finished_run_with_more_rounds_is_the_run_that_had_them_from_the_start(build, settings):
+    whole = build("whole", rounds=4, **settings)
+    whole.run()
+    for rounds in (1, 3):
+        build(rounds=rounds, **settings).run()
+    with pytest.raises(KillError):
+        build(rounds=4, **settings).run(killed_after(1))
+    extended = build(rounds=4, **settings)
+    assert extended.run() == whole.state.history
+    assert extended.state.to_json() == whole.state.to_json()
+    assert extended.clock == whole.clock
+    assert extended.record() == whole.record()
+    assert set(extended.store.names()) == set(whole.store.names())
+
+
+def test_a_run_is_not_cut_to_fewer_rounds_than_it_has_come_to(build):
+    with pytest.raises(KillError):
+        build().run(killed_after(4))  # in the second round
+    with pytest.raises(StorageError, match="has come to round 2"):
+        build(rounds=1)
+    build(rounds=2).run()
+    with pytest.raises(StorageError, match="has come to round 2"):
+        build(rounds=1)
+
+
+@pytest.mark.parametrize("strategy", ["fedbuff", "own_rounds:compose"])
+def test_a_run_that_depends_on_its_rounds_is_not_extended(build, strategy, tmp_path, monkeypatch):
+    (tmp_path / "own_rounds.py").write_text("from fedprune.strategies.plain import plain as compose\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    build(rounds=1, strategy=strategy).run()
+    with pytest.raises(StorageError, match="other settings"):
+        build(rounds=2, strategy=strategy)
+
+
 def test_other_settings_do_not_go_on_with_a_saved_run(build):
     build().run()
     with pytest.raises(StorageError, match="other settings"):

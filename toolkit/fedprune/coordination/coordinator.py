@@ -92,6 +92,13 @@ class Coordinator(Desk):
             return [do.Finish(state.model)]
         return self._begin(now)
 
+    def extend(self, now: float) -> Commands:
+        """Begin the next round of a finished job that has been given more rounds, as if it had never finished."""
+        if self.state.phase is not Phase.FINISHED or self._last():
+            return []
+        self.state.phase = Phase.WAITING
+        return self._begin(now) + self._look_again(now)
+
     # Devices come and go.
 
     def _born(self, event: on.DeviceBorn, now: float) -> Commands:
