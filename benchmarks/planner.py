@@ -5,7 +5,7 @@
 Peak memory is the high-water mark of resident memory of a process that has imported what `fedprune-device run` imports
 and reads its samples from a file; a round is a whole one, in a thread, evaluations and the new model's check included.
 Predictions begin with what the process measures of itself, as a board's do. The constants of `fedprune.costs` were
-fitted to these nets, with onnxruntime 1.31.1 and 1.23.2 together; without those of `UNSEEN` they come out the same.
+fitted to these nets, with onnxruntime 1.31.1 and 1.23.2 together, and to those of `LARGE`.
 Times are another page's: `latency.py`.
 """
 
@@ -28,8 +28,16 @@ SAMPLES, TEST_SAMPLES = 512, 128
 STEPS = 3
 BATCHES = 8, 32
 TIMM = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "regnetx_002", "convnext_atto")
-UNSEEN = ("convnext_atto", "Signals")
-"""Nets that the fit doesn't need."""
+LARGE = (
+    ("mobilenetv2_100", 128, 1.0, (8, 32)),
+    ("efficientnet_b0", 128, 0.5, (8, 32)),
+    ("lcnet_035", 224, 1.0, (8, 32)),
+    ("mobilenetv2_100", 224, 1.0, (8,)),
+    ("efficientnet_b0", 224, 1.0, (4, 8)),
+    ("mobilenetv3_small_100", 224, 1.0, (8, 32)),
+    ("resnet18", 224, 1.0, (8, 32)),
+)
+"""Networks of timm whose activations take most: name, size of images, density, batches. They train on 64 samples."""
 
 
 def nets() -> dict[str, Any]:
@@ -164,16 +172,22 @@ def prepare(root: Path) -> None:
     from fedprune_export.inference import inference_model
     from fedprune_export.training import training_graph
 
-    for name, module in (nets() | timm_nets()).items():
+    sys.path.insert(0, str(ROOT / "tests"))
+    import zoo
+
+    cases = [(name, 0, m, (1.0, 0.5), BATCHES, SAMPLES) for name, m in (nets() | timm_nets()).items()]
+    cases += [(n, image, zoo.timm_model(n, image), (d,), batches, 64) for n, image, d, batches in LARGE]
+    for net, image, module, densities, batches, samples in cases:
+        name = f"{net}-{image}" if image else net
         model = import_onnx(export_torch(module), name)
         architecture = model.architecture
         graph = training_graph(model, Features()).to_bytes()
         rng = np.random.default_rng(0)
-        x = rng.standard_normal((SAMPLES + TEST_SAMPLES, *architecture.input_shape), dtype=np.float32)
+        x = rng.standard_normal((samples + TEST_SAMPLES, *architecture.input_shape), dtype=np.float32)
         y = rng.integers(0, architecture.classes, len(x))
-        parts = {"x_train": x[:SAMPLES], "y_train": y[:SAMPLES], "x_test": x[SAMPLES:], "y_test": y[SAMPLES:]}
+        parts = {"x_train": x[:samples], "y_train": y[:samples], "x_test": x[samples:], "y_test": y[samples:]}
         np.savez(root / f"{name}.npz", **parts)
-        for density in (1.0, 0.5):
+        for density in densities:
             widths = widths_at(architecture, density)
             folder = root / f"{name}-{density}"
             folder.mkdir(parents=True)
@@ -182,6 +196,7 @@ def prepare(root: Path) -> None:
             weights = Selection.of(architecture, widths).gather(model.tensors)
             (folder / WEIGHTS).write_bytes(tensorfile.encode(weights))
             spec = {"net": name, "density": density, "widths": widths, "classes": architecture.classes}
+            spec |= {"image": image, "batches": batches if image else (0, *batches)}
             spec |= {"input_shape": architecture.input_shape, "costs": vars(costs_at(architecture, widths))}
             (folder / "spec.json").write_text(json.dumps(spec))
 
@@ -191,12 +206,14 @@ def measure(root: Path, python: str) -> list[dict[str, Any]]:
     rows = []
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         spec = json.loads((folder / "spec.json").read_text())
-        for batch in (0, *BATCHES):
+        for batch in spec["batches"]:
             command = [python, __file__, "--child", str(folder), "--batch", str(batch)]
             run = subprocess.run(command, check=True, capture_output=True, text=True)
             said = json.loads(run.stdout)
             what = "training" if batch else "predicting"
             row = {"net": spec["net"], "density": spec["density"], "what": what, "batch": batch or 1}
+            if spec["image"]:
+                row |= {"net": spec["net"].rpartition("-")[0], "image": spec["image"]}
             rows.append({**row, "costs": spec["costs"], **said})
             print(f"{folder.name}, {what}, batch {batch}: {said['peak_bytes'] / 1e6:.0f} MB", file=sys.stderr)
     return rows
@@ -233,11 +250,12 @@ def page(about: dict[str, Any], result: dict[str, Any]) -> str:
         for version in versions:
             errors = [r["error"] for r in rows if r["what"] == what and r["onnxruntime"] == version]
             summary.append(f"- {what}, onnxruntime {version}: {spread(errors)}.")
-    errors = [r["error"] for r in rows if r["what"] == "training" and r["net"] in UNSEEN]
-    summary.append(f"- training, nets that the fit doesn't need ({', '.join(UNSEEN)}): {spread(errors)}.")
+    errors = [r["error"] for r in result["large"]]
+    summary.append(f"- training with larger images: {spread(errors)}.")
     lines = []
-    for r in rows:
-        cells = [r["net"], r["density"], r["what"], r["batch"], r["onnxruntime"], f"{r['peak_bytes'] / 1e6:.0f}"]
+    for r in [*rows, *result["large"]]:
+        net = f"{r['net']}, {r['image']} px" if "image" in r else r["net"]
+        cells = [net, r["density"], r["what"], r["batch"], r["onnxruntime"], f"{r['peak_bytes'] / 1e6:.0f}"]
         cells += [f"{r['predicted_bytes'] / 1e6:.0f}", f"{r['error']:+.0%}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     table, text = "\n".join(lines), "\n".join(summary)
@@ -248,8 +266,8 @@ def page(about: dict[str, Any], result: dict[str, Any]) -> str:
 
 Peak resident memory, every case in a fresh process that has imported all that a board's agent imports. Training is a
 whole round of {STEPS} steps, from the first evaluation to the new model's check and the last one, with {SAMPLES} local
-samples and {TEST_SAMPLES} to test with, read from a file. Its prediction begins with what the process measured of
-itself before.
+samples (64 with larger images) and {TEST_SAMPLES} to test with, read from a file. Its prediction begins with what the
+process measured of itself before.
 
 {text}
 
@@ -278,10 +296,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as made:
             prepare(Path(made))
             pythons = arguments.python or [sys.executable]
-            raw = {"setting": setting("onnxruntime"), "rows": [r for p in pythons for r in measure(Path(made), p)]}
+            rows = [r for p in pythons for r in measure(Path(made), p)]
+            raw = {"setting": setting("onnxruntime"), "rows": [r for r in rows if "image" not in r]}
+            raw["large"] = [r for r in rows if "image" in r]
         if arguments.raw:
             arguments.raw.write_text(json.dumps(raw))
-    result = {**raw, "rows": compare(raw["rows"])}
+    result = {**raw, "rows": compare(raw["rows"]), "large": compare(raw["large"])}
     write("planner", result, page(raw["setting"], result))
 
 

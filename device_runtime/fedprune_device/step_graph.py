@@ -263,7 +263,12 @@ class StepGraph:
             loss += float(out[step.LOSS])
             hits += int(out[step.HITS]) if step.HITS in out else 0
             moved, asked = {n: out[step.following(n)] for n in names}, [out[n] for n in extra]
-            feeds |= moved
+            if not last:
+                # onnxruntime's outputs are stored among the activations in its arena: if they stayed, the next part's
+                # activations would have to fit around them, and the arena would grow.
+                feeds |= {n: np.array(value) for n, value in moved.items()}
+                del out
+                moved.clear()
         return Moved(loss, hits, moved, asked)
 
     def run_forward(self, feeds: dict[str, Array], outputs: Sequence[str]) -> Mapping[str, Array]:

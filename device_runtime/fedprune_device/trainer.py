@@ -214,8 +214,8 @@ class Trainer:
             if plan == plans[0] or self.axes is None:
                 # onnxruntime's outputs lie among the activations in its arena: if they stayed, those of the next step
                 # would have to fit round them, and the arena would grow.
-                for name, value in moved.items():
-                    np.copyto(state[name], value)
+                for name in moved:
+                    np.copyto(state[name], moved[name])
             else:
                 # Statistics of narrower layers are those of other sums: only steps at the own width measure them.
                 moved = {n: v for n, v in moved.items() if n not in self._graph.statistics}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,26 @@ def test_squared_gradients_are_summed_over_the_steps(
     assert set(got) == set(wanted)
     for name, value in wanted.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-9)
+
+
+def test_no_output_of_a_part_stays_in_the_arena_while_the_next_part_runs(
+    graphs: Path, weights: Tensors, labelled: dict[str, LocalData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: list[weakref.ref[Array]] = []
+    left: list[int] = []
+    run = Session.run
+
+    def watched(session: Session, *arguments: Any) -> dict[str, Array]:
+        left.append(sum(output() is not None for output in outputs))
+        found = {name: value.view() for name, value in run(session, *arguments).items()}
+        outputs[:] = [weakref.ref(value) for value in found.values()]
+        return found
+
+    monkeypatch.setattr(Session, "run", watched)
+    recipe = Recipe(epochs=1, batch_size=16, lr=0.0, loss="huber", huber_delta=0.5, accumulate=4)
+    train(graphs / "huber.onnx", weights, labelled["huber"], recipe)
+    assert len(left) > 4
+    assert not any(left)
 
 
 # -- frozen tensors and narrower steps --------------------------------------------------------------------------------

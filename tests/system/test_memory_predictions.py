@@ -52,3 +52,12 @@ def test_memory_of_eleven_nets_is_predicted() -> None:
         costs, process = Costs(**row["costs"]), row["process_bytes"]
         predicted = costs.training_memory(row["batch"], Features(), SAMPLES, process=process).total
         assert LOW <= predicted / row["peak_bytes"] - 1 <= HIGH, row
+
+
+def test_memory_of_nets_whose_activations_take_most_is_predicted() -> None:
+    rows = json.loads(RESULTS.read_text())["large"]
+    assert {("efficientnet_b0", 224), ("mobilenetv3_small_100", 224)} <= {(r["net"], r["image"]) for r in rows}
+    for row in rows:
+        costs, process = Costs(**row["costs"]), row["process_bytes"]
+        predicted = costs.training_memory(row["batch"], Features(), SAMPLES, process=process).total
+        assert LOW <= predicted / row["peak_bytes"] - 1 <= HIGH, row

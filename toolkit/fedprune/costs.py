@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -26,28 +27,37 @@ PROCESS_BYTES = 85_000_000
 """A board's process before it trains: Python, numpy, onnxruntime 1.31 with a loaded graph, the MQTT client and the
 agent. A board that measures it reports its own: 1.23 takes 8 MB less, 1.32 2 MB more."""
 
-ROUND_BYTES = 8_500_000
+ROUND_BYTES = 10_200_000
 """What a round adds to that whatever the model: threads, buffers, and what allocators round up."""
 
-VALUE_BYTES = 161_000
+VALUE_BYTES = 150_000
 """What a loaded graph takes per activation of the model, which is some thirty nodes of a training graph."""
 
 HELD_BYTES = 4 * 2**20
 """Samples up to this size are held in memory; larger arrays stay on the disk and are read as batches are drawn."""
 
-WEIGHT_COPIES = 5.13
+WEIGHT_COPIES = 5.37
 """Arrays of the size of all weights that exist at the peak of a step: weights as received, weights and momentum before
 and after the step, and what remains of gradients and temporaries of the update."""
 
 FROZEN_COPIES = 2
 """The same of weights that aren't trained: as received, and as the step reads them."""
 
-ACTIVATION_COPIES = 0.571
-"""Memory over size of all activations: the backward pass doesn't need all of them, and frees those that it has read."""
+ACTIVATION_COPIES = 0.52
+"""Memory over size of all activations: the backward pass doesn't need all of them, and the allocator leaves gaps."""
 
-TRANSIENTS = 7.76
-"""Arrays of the size of the largest activation that exist at the same time: the gradients that go in and out of a layer
-and the buffers in which a convolution unrolls its input."""
+UNROLLED_COPIES = 1.48
+"""The same of the lines that depthwise and grouped convolutions read (`unrolled_elements`)."""
+
+TRANSIENTS = 3.74
+"""Arrays of the size of the largest activation that exist in addition: the gradients that go in and out of a layer."""
+
+GAPS_OF_PARTS = 1.12
+"""Memory of activations in steps of several parts, over that in steps of one: sums and statistics of a part come and go
+in the allocator's memory, and leave more gaps."""
+
+_TINY_MAP, _WHOLE_LINE, _BLOCK = 16, 64, 16
+"""Area of a map that is one line, longest line that stays whole, and blocks of longer ones, as in training graphs."""
 
 ACTIVATION_PASSES = 12
 """How often a training step moves its activations through main memory where caches don't help."""
@@ -125,6 +135,7 @@ class Costs:
         activation_bytes: All activations.
         kept_bytes: Those that the backward pass needs.
         largest_bytes: The largest activation.
+        unrolled_bytes: Lines that depthwise and grouped convolutions read, written out (`unrolled_elements`).
         inference_activation_bytes: Activations that live at once in a forward pass.
         sample_bytes: One sample of local data.
         values: How many activations the model has.
@@ -137,6 +148,7 @@ class Costs:
     activation_bytes: int
     kept_bytes: int
     largest_bytes: int
+    unrolled_bytes: int
     inference_activation_bytes: int
     sample_bytes: int
     values: int
@@ -169,11 +181,13 @@ class Costs:
         more += 2 * (len(step.states(features.optimizer)) - 1)
         more += features.gradients + features.accumulate + features.squares
         copies = own + FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + more)
+        sample = ACTIVATION_COPIES * self.activation_bytes + UNROLLED_COPIES * self.unrolled_bytes
+        sample += TRANSIENTS * self.largest_bytes
         return MemoryBreakdown(
             process=(PROCESS_BYTES if process is None else process) + ROUND_BYTES,
             graph=VALUE_BYTES * self.values,
             weights=int(copies * self.parameter_bytes),
-            activations=int(batch * (ACTIVATION_COPIES * self.activation_bytes + TRANSIENTS * self.largest_bytes)),
+            activations=int(batch * (GAPS_OF_PARTS if features.accumulate else 1.0) * sample),
             samples=min(samples * self.sample_bytes, HELD_BYTES),
         )
 
@@ -229,6 +243,10 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
         activation_bytes=sum(values),
         kept_bytes=kept,
         largest_bytes=max(values, default=0),
+        unrolled_bytes=sum(
+            _unrolled_bytes(r, checked, architecture, shapes[r.weight][2:] if r.weight else ())
+            for r in architecture.layers
+        ),
         inference_activation_bytes=sum(sorted(values)[-INFERENCE_VALUES:]),
         sample_bytes=FLOAT * prod(architecture.input_shape),
         values=len(values),
@@ -268,6 +286,37 @@ def layer_macs(
     # A product of two values: every number that it makes sums over the inner axis.
     inner = layer.inner.size(widths, architecture.sizes)
     return inner * layer.makes.size(widths, architecture.sizes) if inner else 0
+
+
+def unrolled_elements(layer: Layer, channels: int, kernel: Sequence[int]) -> int:
+    """Elements of the lines that the outputs of a depthwise or grouped convolution read, for one sample.
+
+    A training graph multiplies these lines by matrices (`fedprune_export.gradients.depthwise`) and keeps them for the
+    gradient of the kernel. Lines up to `_WHOLE_LINE` are whole; longer ones are cut into blocks, and a block of outputs
+    reads all blocks that its window touches. Rows of the cost table have areas, so that maps are taken as square.
+
+    Args:
+        layer: The convolution's row.
+        channels: Channels of its input.
+        kernel: Sizes of its window.
+    """
+    areas = layer.reads.positions, layer.positions, layer.stride
+    size, made, stride = (round(math.pow(n, 1 / len(kernel))) for n in areas)
+    if layer.reads.positions <= _TINY_MAP or not made:
+        return channels * layer.reads.positions
+    lines = channels * prod(kernel[:-1]) * layer.positions // made
+    if size <= _WHOLE_LINE:
+        return lines * size
+    step = max(_BLOCK // stride, 1)
+    blocks = ((step - 1) * stride + kernel[-1] - 1) // (step * stride) + 1
+    return lines * blocks * -(-made // step) * step * stride
+
+
+def _unrolled_bytes(layer: Layer, widths: Sequence[int], architecture: Architecture, kernel: Sequence[int]) -> int:
+    if layer.op != "Conv" or layer.groups == 1 or not layer.reads.positions:
+        return 0
+    channels = layer.reads.size(widths, architecture.sizes) // layer.reads.positions
+    return FLOAT * unrolled_elements(layer, channels, kernel)
 
 
 def _bytes(value: Activation, widths: Sequence[int], architecture: Architecture) -> int:
