@@ -78,9 +78,11 @@ def page(report: Report) -> str:
 
 
 def plan(report: Report) -> str:
-    """The plan's lines, except for its limits, which are bars."""
-    lines = [line for line in report.plan_text().splitlines() if not line.startswith("  ") or ":" not in line]
-    return "".join(paragraph(line.strip(), "warning" if line.startswith("warning") else "") for line in lines)
+    """The plan's lines, except for its limits and memory, which are bars."""
+    found = report.plan
+    lines = [*found.summary(report.before.parameters), found.unbound(), *found.notes, found.gains()]
+    warning = paragraph(f"warning: {found.warning}", "warning") if found.warning else ""
+    return "".join(paragraph(line) for line in lines if line) + warning
 
 
 def limits(plan: Plan) -> list[Bar]:

@@ -151,6 +151,15 @@ def test_the_memory_of_the_plan_is_drawn_by_what_takes_it(bundle: Path) -> None:
         assert f"{kind} {megabytes(use[kind])}" in text
 
 
+def test_the_page_says_what_binds_and_has_the_memory_as_bars_alone(bundle: Path) -> None:
+    body = json.loads((bundle / "report.json").read_text())["plan"]
+    text = " ".join(Page((bundle / "report.html").read_text()).text)
+
+    assert ("nothing binds: " in text) == (body["bound"] == "nothing")
+    assert body["bound"] == "nothing"
+    assert "weights and optimiser state" not in text
+
+
 def test_names_of_a_model_are_text_on_the_page(digits: Path, tmp_path: Path) -> None:
     proto = onnx.load(digits)
     evil = "</pre><script>alert(1)</script>"

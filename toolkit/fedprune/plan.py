@@ -139,7 +139,31 @@ class Plan:
         return next(limit for limit in self.limits if limit.name == name)
 
     def describe(self, whole: int | None = None) -> str:
-        """A few lines for people: width, costs, every limit, the binding one marked.
+        """A few lines for people: width, costs, every limit, the binding one marked, and the notes.
+
+        Args:
+            whole: As in `summary`.
+        """
+        lines = self.summary(whole)
+        for limit in self.limits:
+            mark = "  <- binds" if limit.name == self.bound else ""
+            lines.append(f"  {limit.describe()}{mark}")
+            if limit.name == MEMORY:
+                lines.append(f"    {_shares(self.prediction.memory, limit)}")
+        if unbound := self.unbound():
+            lines.append(f"  {unbound}")
+        return "\n".join([*lines, *self.notes])
+
+    def unbound(self) -> str:
+        """A line that says that no limit binds; empty where one does."""
+        if self.bound != NOTHING:
+            return ""
+        # The whole model is always tried first, unless the density was not the planner's to choose.
+        reason = "the whole model fits" if self.density == 1 else f"density {self.density:.3g}, as asked"
+        return f"nothing binds: {reason}"
+
+    def summary(self, whole: int | None = None) -> list[str]:
+        """Lines on the width, the costs and what was learnt.
 
         Args:
             whole: Parameters of the whole model; with them it says which share of the weights is kept, which is less
@@ -160,20 +184,7 @@ class Plan:
             memory = f", {_amount(abs(beyond), 'bytes')} {more} memory" if beyond else ""
             times = f"steps take {c.step:.2f}, predictions {c.latency:.2f} times as long"
             lines.append(f"learnt from its rounds: {times}{memory}")
-        for limit in self.limits:
-            mark = "  <- binds" if limit.name == self.bound else ""
-            lines.append(f"  {limit.describe()}{mark}")
-            if limit.name == MEMORY:
-                lines.append(f"    {_shares(p.memory, limit)}")
-        if self.bound == NOTHING:
-            # The whole model is always tried first, unless the density was not the planner's to choose.
-            lines.append(
-                "  nothing binds: the whole model fits"
-                if self.density == 1
-                else f"  nothing binds: density {self.density:.3g}, as asked"
-            )
-        lines += self.notes
-        return "\n".join(lines)
+        return lines
 
     def gains(self) -> str:
         """A line on what differs from uniform width by at least a hundredth; empty where nothing does."""
