@@ -157,7 +157,7 @@ def plural(n: int, word: str) -> str:
     return f"{n:,} {word}" if n == 1 else f"{n:,} {word}s"
 
 
-def deed(entry: Mapping[str, Any]) -> str:
+def action_text(entry: Mapping[str, Any]) -> str:
     """What an entry of the audit log says was done."""
     what, action = entry["what"], entry["action"]
     text = _DEEDS.get(action, action.replace("_", " "))
@@ -205,7 +205,7 @@ FILTERS: dict[str, Any] = {
     "versions": versions,
     "plural": plural,
     "runs": runs,
-    "deed": deed,
+    "action_text": action_text,
 }
 """By the names that templates use."""
 

@@ -247,7 +247,7 @@ def channels(settings: AlertSettings) -> list[Channel]:
     return found
 
 
-class Due:
+class NotificationSchedule:
     """Decides which messages are due.
 
     Args:
@@ -393,7 +393,7 @@ class Notifier:
         self._opened, self._works, self._clock = opened, works, clock
         self._heartbeat = settings.heartbeat
         self._outboxes = [Outbox(channel) for channel in channels(settings)]
-        self._due = Due(settings, site, told if self._outboxes else ())
+        self._due = NotificationSchedule(settings, site, told if self._outboxes else ())
         self._over = threading.Event()
         self._threads = [threading.Thread(target=self._look, name="fedprune-notifier", daemon=True)]
         if self._heartbeat != OFF:

@@ -13,7 +13,7 @@ pytest.importorskip("argon2", reason="the extra console is not installed")
 from fedprune_server.cli import main
 from fedprune_server.console.audit import Audit
 from fedprune_server.console.database import FILE, ConsoleDatabase
-from fedprune_server.console.phrases import deed
+from fedprune_server.console.phrases import action_text
 
 
 def test_what_is_done_at_the_terminal_is_in_the_audit_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +26,7 @@ def test_what_is_done_at_the_terminal_is_in_the_audit_log(tmp_path: Path, monkey
     entries = Audit(database).page().items
     database.close()
 
-    assert [deed(e) for e in entries] == [
+    assert [action_text(e) for e in entries] == [
         "remove operator ann", "change the password of ann", "add operator ann as admin",
     ]  # fmt: skip
     assert all((e["address"], e["outcome"]) == ("terminal", "done") and e["operator"] for e in entries)

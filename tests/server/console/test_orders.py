@@ -12,7 +12,7 @@ from console_browser import trial
 from fedprune_server.console.feed_words import Site
 from fedprune_server.console.order_desk import OrderDesk
 from fedprune_server.console.order_words import EXPIRED, EXPIRES_S, Answer
-from fedprune_server.console.phrases import deed
+from fedprune_server.console.phrases import action_text
 from fedprune_server.console.roles import NEEDED, ROLES
 from fedprune_server.console.row_checks import ORDER_KINDS
 from fedprune_server.console.sessions import Session
@@ -136,7 +136,7 @@ def test_what_came_of_an_order_is_told_and_noted(tmp_path: Path) -> None:
     found = browser.get(f"/api/v1/orders/{number}").json
     assert (found["state"], found["ok"], found["text"]) == ("done", True, "job trial is paused")
     page = here.console.audit.page(operator="operator")
-    rows = [(r["address"], deed(r), r["outcome"]) for r in page.items if r["action"] != "login"]
+    rows = [(r["address"], action_text(r), r["outcome"]) for r in page.items if r["action"] != "login"]
     assert rows == [("192.0.2.8", "pause job trial", "done: job trial is paused")]
     assert page.total == len(page.items)
 

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune_server.console.phrases import ago, deed, seconds, size
+from fedprune_server.console.phrases import action_text, ago, seconds, size
 from fedprune_server.console.presentation import charts, device_charts, figures, local_measure, plan
 
 JSON = st.recursive(
@@ -97,7 +97,9 @@ def test_a_device_has_charts_of_what_it_measured_and_one_number_per_round() -> N
 
 def test_the_audit_log_is_written_in_words() -> None:
     what = {"order": 1795359755375, "release": "release-12", "devices": ["attic", "yard"], "groups": [1]}
-    assert deed({"action": "rollout_start", "what": what}) == "roll out release-12 to attic, yard in stages of 100%"
-    assert deed({"action": "approve", "what": {"device": "barn", "key": "ab12"}}) == "approve barn with key ab12"
-    assert deed({"action": "pause", "what": {"job": "j", "reason": "lunch"}}) == "pause job j (lunch)"
-    assert deed({"action": "something_new", "what": {}}) == "something new"
+    assert (
+        action_text({"action": "rollout_start", "what": what}) == "roll out release-12 to attic, yard in stages of 100%"
+    )
+    assert action_text({"action": "approve", "what": {"device": "barn", "key": "ab12"}}) == "approve barn with key ab12"
+    assert action_text({"action": "pause", "what": {"job": "j", "reason": "lunch"}}) == "pause job j (lunch)"
+    assert action_text({"action": "something_new", "what": {}}) == "something new"

@@ -30,10 +30,10 @@ from fedprune_server.observation.monitor import restored
 from fedprune_server.observation.notifications import (
     KEPT,
     MOST,
-    Due,
     Mail,
     Message,
     NotificationError,
+    NotificationSchedule,
     Notifier,
     Outbox,
     Webhook,
@@ -137,7 +137,7 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def test_an_alert_is_told_once_then_repeated_and_its_end_is_told() -> None:
-    due, told = Due(AlertSettings(repeat_minutes=60), "lab"), []
+    due, told = NotificationSchedule(AlertSettings(repeat_minutes=60), "lab"), []
     for minute in range(150):
         opened = [alert()] if minute < 140 else []
         told += [(minute, m.event) for m in due.messages(opened, 60.0 * minute, NOON)]
@@ -145,13 +145,13 @@ def test_an_alert_is_told_once_then_repeated_and_its_end_is_told() -> None:
 
 
 def test_what_is_not_severe_enough_is_not_told_and_its_end_neither() -> None:
-    due = Due(AlertSettings(severity="critical", resolved=True), "lab")
+    due = NotificationSchedule(AlertSettings(severity="critical", resolved=True), "lab")
     assert due.messages([alert(severity="warning")], 0.0, NOON) == []
     assert due.messages([], 100.0, NOON) == []
 
 
 def test_an_end_is_not_told_to_who_does_not_want_it() -> None:
-    due = Due(AlertSettings(resolved=False), "lab")
+    due = NotificationSchedule(AlertSettings(resolved=False), "lab")
     assert len(due.messages([alert()], 0.0, NOON)) == 1
     assert due.messages([], 100.0, NOON) == []
     assert [m.event for m in due.messages([alert()], 200.0, NOON)] == ["opened"]
@@ -159,7 +159,7 @@ def test_an_end_is_not_told_to_who_does_not_want_it() -> None:
 
 @pytest.mark.parametrize(("hours", "begins", "ends"), [("22:00-07:00", 22, 7), ("13:00-15:00", 13, 15)])
 def test_quiet_hours_hold_back_what_is_told_afterwards_if_it_is_still_open(hours: str, begins: int, ends: int) -> None:
-    due = Due(AlertSettings(quiet_hours=hours), "lab")
+    due = NotificationSchedule(AlertSettings(quiet_hours=hours), "lab")
     told: list[tuple[int, str, str]] = []
     night, short = alert("disk", "warning"), alert("quarantine", "warning", device="a")
     for step in range(48):
@@ -177,7 +177,7 @@ def test_quiet_hours_hold_back_what_is_told_afterwards_if_it_is_still_open(hours
 
 
 def test_many_alerts_are_one_message_and_the_critical_one_waits_for_nothing() -> None:
-    due = Due(AlertSettings(), "lab")
+    due = NotificationSchedule(AlertSettings(), "lab")
     waiting = [alert("devices-wait", "warning", device=f"d{i}") for i in range(60)]
     (first,) = due.messages(waiting[:1], 0.0, NOON)
     assert [due.messages(waiting[:n], float(n), NOON) for n in range(2, 29)] == [[]] * 27
@@ -189,14 +189,14 @@ def test_many_alerts_are_one_message_and_the_critical_one_waits_for_nothing() ->
 
 
 def test_a_restarted_server_does_not_tell_again_but_tells_the_end() -> None:
-    due = Due(AlertSettings(repeat_minutes=1), "lab", told=[alert()])
+    due = NotificationSchedule(AlertSettings(repeat_minutes=1), "lab", told=[alert()])
     assert due.messages([alert()], 0.0, NOON) == []
     assert [m.event for m in due.messages([alert()], 61.0, NOON)] == ["repeated"]
     assert [m.event for m in due.messages([], 62.0, NOON)] == ["resolved"]
 
 
 def test_an_alert_that_changes_its_severity_is_sent_again_if_it_got_worse_and_resolved_once() -> None:
-    due, sent = Due(AlertSettings(repeat_minutes=0), "lab"), []
+    due, sent = NotificationSchedule(AlertSettings(repeat_minutes=0), "lab"), []
     severities = ["warning"] * 60 + ["critical"] * 60 + ["warning"] * 60 + [""] * 60
     for second, severity in enumerate(severities):
         opened = [alert("disk", severity)] if severity else []
@@ -212,7 +212,7 @@ def test_an_alert_has_one_id_in_every_message() -> None:
 
 
 def test_nothing_that_is_due_waits_beyond_the_end_of_the_server() -> None:
-    due = Due(AlertSettings(quiet_hours="22:00-07:00"), "lab")
+    due = NotificationSchedule(AlertSettings(quiet_hours="22:00-07:00"), "lab")
     first, second = alert("disk", "warning"), alert("second-server", "warning")
     assert due.messages([first], 0.0, NOON)
     assert due.messages([first, second], 1.0, NOON) == []
