@@ -15,7 +15,7 @@ from fedprune.precision import FLOAT32
 from fedprune.prediction import predict
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
-from fedprune.quantity import quantity
+from fedprune.quantity import amount, quantity
 from fedprune.recipe import Recipe
 from fedprune.terminal import Column
 from fedprune_export.options import add_probe_option, add_profiles_option, read_probe
@@ -139,20 +139,20 @@ def _predicted(
 def _row(
     m: Measurement, predicted: tuple[float | None, float | None], *, predicted_too: bool = False
 ) -> tuple[str, ...]:
-    low, median, high = (terminal.amount(s, "s") for s in m.quartiles)
+    low, median, high = (amount(s, "s") for s in m.quartiles)
     out = [
         m.what,
         str(m.batch),
         str(m.threads),
         median,
         f"{low} to {high}",
-        terminal.amount(m.seconds / m.batch, "s"),
-        terminal.amount(m.peak_bytes, "bytes"),
+        amount(m.seconds / m.batch, "s"),
+        amount(m.peak_bytes, "bytes"),
     ]
     if predicted_too:
         seconds, peak = predicted
-        out.append(terminal.amount(seconds, "s") if seconds is not None else "–")
-        out.append(terminal.amount(peak, "bytes") if peak is not None else "–")
+        out.append(amount(seconds, "s") if seconds is not None else "–")
+        out.append(amount(peak, "bytes") if peak is not None else "–")
     return tuple(out)
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from fedprune import __version__, session
 from fedprune.blocks import check_block
-from fedprune.quantity import quantity
+from fedprune.quantity import amount, quantity
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune.session import KernelTimes, kernel_times
-from fedprune.terminal import Column, amount
+from fedprune.terminal import Column
 from fedprune_export.formulation import Forms
 from fedprune_export.graph import Graph
 from fedprune_export.imported import Model

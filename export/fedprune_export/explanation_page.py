@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedprune import __version__, session
+from fedprune.quantity import amount
 from fedprune.report.page import Bar, bars, document, paragraph, section, table
-from fedprune.terminal import amount
 from fedprune_export.explanation import Explained, Explanation
 
 _LETTERS = {"forward": "→", "input gradient": "dx", "weight gradient": "dw", "backward": "←"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedprune import terminal
 from fedprune.cli import seconds, whole_number
 from fedprune.errors import ExitCode, FedpruneError
+from fedprune.quantity import amount
 from fedprune.terminal import Column
 from fedprune_export.explain_cli import show
 from fedprune_export.export_job import ExportJob
@@ -21,8 +22,8 @@ from fedprune_export.options import (
     add_probe_option,
     add_profiles_option,
     add_recipe_options,
-    amount,
     blocks,
+    byte_count,
     density,
     names,
 )
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deadline", type=seconds, metavar="SECONDS", help="what a round may take")
     parser.add_argument(
         "--memory-limit",
-        type=amount,
+        type=byte_count,
         metavar="BYTES",
         help="what the training process may take, such as 200MB: activations are computed again as far as it needs",
     )
@@ -191,9 +192,9 @@ def _summary_row(report: Report) -> tuple[str, ...]:
         report.plan.bound,
         f"{report.after.parameters:,}",
         f"{report.after.forward_macs:,}",
-        terminal.amount(p.wire_bytes, "bytes"),
-        terminal.amount(p.memory_bytes, "bytes"),
-        terminal.amount(p.step_s, "s"),
+        amount(p.wire_bytes, "bytes"),
+        amount(p.memory_bytes, "bytes"),
+        amount(p.step_s, "s"),
         f"{report.parity:.1e}",
     )
 

@@ -282,7 +282,7 @@ def targets(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def amount(text: str) -> int:
+def byte_count(text: str) -> int:
     """Bytes, such as 200MB, 1.5GB or 200000000; powers of 1000."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMG]?B?)", text.strip(), re.IGNORECASE)

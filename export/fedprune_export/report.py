@@ -12,10 +12,9 @@ from fedprune import __version__, session
 from fedprune.costs import FLOAT, Costs, costs_at, layer_macs
 from fedprune.plan import Plan
 from fedprune.prediction import Prediction
+from fedprune.quantity import amount
 from fedprune.recipe import Recipe
-from fedprune.report.page import megabytes
 from fedprune.selection import Selection
-from fedprune.terminal import amount
 from fedprune_export.imported import Model
 from fedprune_export.parity import SAMPLES
 from fedprune_export.precision import Trial
@@ -101,7 +100,7 @@ class Figure:
     def shown(self) -> tuple[str, str]:
         """Before and after, for people."""
         if self.unit == "bytes":
-            return megabytes(self.before), megabytes(self.after)
+            return amount(self.before, "bytes"), amount(self.after, "bytes")
         if not self.unit:
             return f"{round(self.before):,}", f"{round(self.after):,}"
         return amount(self.before, self.unit), amount(self.after, self.unit)
@@ -291,7 +290,7 @@ class Report:
             before, after = r.shown()
             lines.append(f"| {_cell(f'`{r.title}`')} | {r.op} | {before} | {after} | {r.macs[0]:,} | {r.macs[1]:,} |")
         lines += ["", "## Files", "", "| file | size |", "|---|---:|"]
-        lines += [f"| {name} | {megabytes(size)} |" for name, size in self.sizes.items()]
+        lines += [f"| {name} | {amount(size, 'bytes')} |" for name, size in self.sizes.items()]
         if self.model.notes:
             lines += ["", "## Notes of the import", "", *(f"- {note}" for note in self.model.notes)]
         return "\n".join(lines) + "\n"

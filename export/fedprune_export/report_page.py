@@ -8,6 +8,7 @@ import numpy as np
 
 from fedprune.architecture import Architecture, Layer
 from fedprune.plan import Plan
+from fedprune.quantity import amount
 from fedprune.report.chart import tiles
 from fedprune.report.page import (
     Bar,
@@ -16,7 +17,6 @@ from fedprune.report.page import (
     details,
     document,
     items,
-    megabytes,
     paragraph,
     section,
     stacked,
@@ -45,7 +45,7 @@ def page(report: Report) -> str:
         for i, (g, w) in enumerate(zip(architecture.groups, widths, strict=True))
     ]
     layers = [
-        (r.title, r.op, *r.shown(), *(f"{n:,}" for n in r.macs), *map(megabytes, r.activation_bytes))
+        (r.title, r.op, *r.shown(), *(f"{n:,}" for n in r.macs), *(amount(n, "bytes") for n in r.activation_bytes))
         for r in report.layers()
     ]
     trials = [(t.lowered.precision, t.describe()) for t in report.trials]
@@ -71,7 +71,7 @@ def page(report: Report) -> str:
             bars(layer_bars(architecture, widths), "Output channels of every layer"),
             details("Shapes, MACs and activations of one sample", table(_LAYERS, layers, words=(1,))),
         ),
-        section("Files", table(("file", "size"), [(n, megabytes(size)) for n, size in report.sizes.items()])),
+        section("Files", table(("file", "size"), [(n, amount(size, "bytes")) for n, size in report.sizes.items()])),
         section("Notes of the import", items(report.model.notes)),
     ]
     return document(f"{architecture.name} for {report.target}", parts, report.facts())
@@ -107,8 +107,8 @@ def memory(report: Report) -> str:
             Bar(
                 name,
                 stacked([getattr(use, kind) for kind in kinds], widest),
-                megabytes(use.total),
-                f"{name}: " + ", ".join(f"{kind} {megabytes(getattr(use, kind))}" for kind in kinds),
+                amount(use.total, "bytes"),
+                f"{name}: " + ", ".join(f"{kind} {amount(getattr(use, kind), 'bytes')}" for kind in kinds),
             )
             for name, use in uses.items()
         ],

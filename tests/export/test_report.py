@@ -14,7 +14,7 @@ from token_net import token_net
 
 from fedprune import __version__, tensorfile
 from fedprune.errors import DataError, ExitCode
-from fedprune.report.page import megabytes
+from fedprune.quantity import amount
 from fedprune.session import Session
 from fedprune_export import labelled_data
 from fedprune_export.cli import main
@@ -128,7 +128,7 @@ def test_the_page_says_what_the_json_says(bundle: Path) -> None:
 
     for side in ("before", "after"):
         assert f"{body[side]['parameters']:,}" in text
-        assert megabytes(body[side]["weights_bytes"]) in text
+        assert amount(body[side]["weights_bytes"], "bytes") in text
         assert f"{body[side]['memory_bytes']:,}" not in text
     for group in body["groups"]:
         assert f"{group['kept']} of {group['channels']}" in text
@@ -148,7 +148,7 @@ def test_the_memory_of_the_plan_is_drawn_by_what_takes_it(bundle: Path) -> None:
     text = (bundle / "report.html").read_text()
 
     for kind in ("process", "weights", "activations", "samples"):
-        assert f"{kind} {megabytes(use[kind])}" in text
+        assert f"{kind} {amount(use[kind], 'bytes')}" in text
 
 
 def test_the_page_says_what_binds_and_has_the_memory_as_bars_alone(bundle: Path) -> None:

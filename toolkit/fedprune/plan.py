@@ -25,6 +25,7 @@ from fedprune.prediction import (
 )
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
+from fedprune.quantity import amount
 from fedprune.recipe import Recipe
 
 DENSITIES: tuple[float, ...] = tuple(k / 64 for k in range(64, 3, -1))
@@ -83,7 +84,7 @@ class Limit:
     def describe(self) -> str:
         """One line for people."""
         share = f"{self.overshoot:.0%}" if math.isfinite(self.overshoot) else "over"
-        return f"{self.name}: {_amount(self.value, self.unit)} of {_amount(self.limit, self.unit)} ({share})"
+        return f"{self.name}: {amount(self.value, self.unit)} of {amount(self.limit, self.unit)} ({share})"
 
 
 @dataclass(frozen=True)
@@ -175,13 +176,13 @@ class Plan:
             kept = f"keeps {p.parameters / whole:.0%} of the weights: {kept} of {whole:,}"
         lines = [
             f"density {self.density:.3g} ({kept} parameters, {p.forward_macs:,} MACs per sample)",
-            f"a round: {p.steps} steps of {_amount(p.step_s, 's')}, {_amount(p.transfer_s, 's')} on the link",
-            f"a prediction: {_amount(p.latency_s, 's')}{self._energy()}",
+            f"a round: {p.steps} steps of {amount(p.step_s, 's')}, {amount(p.transfer_s, 's')} on the link",
+            f"a prediction: {amount(p.latency_s, 's')}{self._energy()}",
         ]
         if self.correction != NO_CORRECTION:
             c, beyond = self.correction, p.memory.learnt
             more = "more" if beyond > 0 else "less"
-            memory = f", {_amount(abs(beyond), 'bytes')} {more} memory" if beyond else ""
+            memory = f", {amount(abs(beyond), 'bytes')} {more} memory" if beyond else ""
             times = f"steps take {c.step:.2f}, predictions {c.latency:.2f} times as long"
             lines.append(f"learnt from its rounds: {times}{memory}")
         return lines
@@ -191,7 +192,7 @@ class Plan:
         p, u = self.prediction, self.uniform
         pairs = (("step", p.step_s, u.step_s), ("prediction", p.latency_s, u.latency_s))
         found = ", ".join(
-            f"{name} {_amount(mine, 's')} instead of {_amount(its, 's')}"
+            f"{name} {amount(mine, 's')} instead of {amount(its, 's')}"
             for name, mine, its in pairs
             if abs(its - mine) >= 0.01 * its
         )
@@ -201,7 +202,7 @@ class Plan:
         p = self.prediction
         if p.step_j is None or p.latency_j is None:
             return ""
-        return f"; {_amount(p.step_j, 'J')} per step, {_amount(p.latency_j, 'J')} per prediction"
+        return f"; {amount(p.step_j, 'J')} per step, {amount(p.latency_j, 'J')} per prediction"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -375,8 +376,8 @@ def plan(
         f"no width of {architecture.name} fits {profile.name}: even the narrowest breaks {worst.name}"
         if len(set(densities)) > 1
         else f"{architecture.name} at density {max(densities):.3g} doesn't fit {profile.name}: it breaks {worst.name}",
-        expected=f"at most {_amount(worst.limit, worst.unit)}",
-        got=f"{_amount(worst.value, worst.unit)}, {_amount(worst.value - worst.limit, worst.unit)} too much",
+        expected=f"at most {amount(worst.limit, worst.unit)}",
+        got=f"{amount(worst.value, worst.unit)}, {amount(worst.value - worst.limit, worst.unit)} too much",
         hint=(f"It also breaks {'; '.join(others)}. " if others else "") + _hint(last, worst, remedies(last)),
     )
 
@@ -487,12 +488,12 @@ def _notes(architecture: Architecture, found: _Foretold, samples: int, frozen: C
 
 def _shares(use: MemoryBreakdown, limit: Limit) -> str:
     """A process's memory by what takes it, the largest first, and what is left of the limit."""
-    return f"{_terms(use)}, {_amount(limit.limit - limit.value, 'bytes')} left"
+    return f"{_terms(use)}, {amount(limit.limit - limit.value, 'bytes')} left"
 
 
 def _terms(use: MemoryBreakdown) -> str:
     terms = sorted(((getattr(use, name), title) for name, title in _TERMS.items()), key=lambda term: -term[0])
-    return ", ".join(f"{title} {_amount(count, 'bytes')}" for count, title in terms if count)
+    return ", ".join(f"{title} {amount(count, 'bytes')}" for count, title in terms if count)
 
 
 _TERMS = {
@@ -617,16 +618,6 @@ def _limits(
 
 def _worst(limits: Sequence[Limit]) -> Limit:
     return max((m for m in limits if not m.fits), key=lambda m: m.overshoot)
-
-
-def _amount(value: float, unit: str) -> str:
-    if unit == "J":
-        return f"{value:,.1f} J" if abs(value) >= 1 or value == 0 else f"{value * 1000:.3g} mJ"
-    if unit == "bytes":
-        return f"{value / 1e6:,.2f} MB" if abs(value) >= 1e5 else f"{value:,.0f} bytes"
-    if abs(value) >= 1 or value == 0:
-        return f"{value:,.1f} s"
-    return f"{value * 1000:.3g} ms"
 
 
 def _number(value: Any, *, whole: bool = False) -> Any:

@@ -164,19 +164,3 @@ def progress(first: str = "starting") -> Iterator[Callable[[str], None]]:
 
     with Console(stderr=True).status(escape(first)) as status:
         yield lambda text: status.update(escape(text))
-
-
-def amount(value: float, unit: str) -> str:
-    """A quantity for people.
-
-    Args:
-        value: How much, in the unit.
-        unit: bytes, s, J, or "" for a plain number.
-    """
-    if unit == "bytes":
-        return f"{value / 1e6:,.2f} MB" if abs(value) >= 1e5 else f"{value:,.0f} bytes"
-    if unit == "s":
-        return f"{value:,.1f} s" if abs(value) >= 1 or value == 0 else f"{value * 1000:.3g} ms"
-    if unit == "J":
-        return f"{value:,.1f} J" if abs(value) >= 1 or value == 0 else f"{value * 1000:.3g} mJ"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

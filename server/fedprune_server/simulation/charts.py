@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from fedprune.quantity import quantity
+from fedprune.quantity import amount, quantity
 from fedprune.report.chart import Chart, chart, scale, tiles, together
-from fedprune.report.page import Bar, bars, boxes, charts, megabytes, paragraph
+from fedprune.report.page import Bar, bars, boxes, charts, paragraph
 from fedprune_server.simulation.record import Record, RoundRow, beside
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ def traffic(runs: Sequence[Record]) -> str:
     """Bytes down and up of every run."""
     most = max(max(r.last.down, r.last.up) for r in runs) or 1
     rows = [
-        Bar(f"{run.title}, {way}", ((f"part {style}", 0.0, count / most),), megabytes(count))
+        Bar(f"{run.title}, {way}", ((f"part {style}", 0.0, count / most),), amount(count, "bytes"))
         for run in runs
         for way, style, count in (("down", "one", run.last.down), ("up", "two", run.last.up))
     ]

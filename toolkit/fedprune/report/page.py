@@ -169,13 +169,6 @@ def paragraph(content: str, kind: str = "") -> str:
     return f'<p class="{kind}">{text(content)}</p>' if kind else f"<p>{text(content)}</p>"
 
 
-def megabytes(count: float) -> str:
-    """Bytes for people, in MB from 0.1 MB on."""
-    if abs(count) >= 1e5:
-        return f"{count / 1e6:,.1f} MB" if abs(count) < 1e8 else f"{count / 1e6:,.0f} MB"
-    return f"{count / 1e3:,.1f} kB" if abs(count) >= 1e3 else f"{count:.0f} bytes"
-
-
 _START = "watchCharts();\ndocument.documentElement.dataset.awake = '';\n"
 _ROOM = 1000
 
