@@ -186,7 +186,7 @@ _DEEDS = {
     "rollout_stop": "stop the rollout",
     "rollout_back": "roll back release {release}",
     "operator_add": "add operator {operator} as {role}",
-    "operator_password": "change the password of {operator}",
+    "operator_password": "change the password of {operator}",  # nosec B105  # words for the audit log
     "operator_remove": "remove operator {operator}",
 }
 
