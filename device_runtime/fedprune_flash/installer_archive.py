@@ -6,7 +6,7 @@ import io
 import zipfile
 from pathlib import Path
 
-from fedprune import errors
+from fedprune import errors, extras
 from fedprune_device.runtime import home, state, wheel
 from fedprune_flash.on_board import (
     board_files,
@@ -21,7 +21,7 @@ INSTALLER = "install.pyz"
 
 _PACKAGES = ("fedprune", "fedprune_device", "fedprune_device.runtime", "fedprune_flash", "fedprune_flash.on_board")
 _MODULES = (
-    *(errors, home, state, wheel),
+    *(errors, extras, home, state, wheel),
     *(board_files, install, installation, kit_folder, runtime_slot, service_control),
 )
 _MAIN = "import sys\nfrom fedprune_flash.on_board.install import main\nsys.exit(main())\n"
