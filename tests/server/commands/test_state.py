@@ -13,7 +13,7 @@ from fedprune_device.owner import Owner
 from fedprune_server.cli import build_parser, main
 from fedprune_server.commands.state import VARIABLE
 
-OTHERWISE = {"run", "config", "restore", "service"}
+OTHERWISE = {"alerts", "run", "config", "restore", "service"}
 """Commands that read settings in layers, make a new folder or write a unit."""
 
 
