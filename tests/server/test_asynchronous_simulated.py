@@ -95,6 +95,7 @@ def make(model: Any, data: Any, tmp_path: Path) -> Callable[..., Simulation]:
         values = {"seed": 3, "rounds": 4, "devices": 3, "recipe": recipe, "strategy": strategy, **settings}
         store = (BlobStore if folder else Hoard)(tmp_path / name / "blobs", durable=False)
         where = tmp_path / name if folder else None
+        values = {"move_limit": 0.0, "weight_limit": 0.0, **values}  # equations hold for updates as they come
         job = Job(name=name, **values)
         return Simulation(Experiment("x", job, model, devices, (data.x, data.y)), store, folder=where)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def test_boards_are_planned_by_what_they_are_offered(build: Build, strategy: str
         assert task.density < 1
         asked = Recipe.from_dict(task.offer["recipe"])
         foretold = predict(run.model.architecture, task.widths, device.profile, asked, device.samples)
-        assert vars(foretold) == planned["prediction"]
+        assert asdict(foretold) == planned["prediction"]
 
 
 def test_personal_heads_never_reach_the_server(build: Build, model: Any) -> None:
@@ -223,7 +223,7 @@ def test_a_device_that_stands_out_is_left_out_and_the_history_says_why(
         job = Job(
             name="t", seed=3, rounds=1, devices=len(members), strategy="ca-hfp",
             options={"densities": [1.0], "robust": {"check": "norm"} if label == "checked" else None},
-            recipe=Recipe(max_steps=2, batch_size=16),
+            recipe=Recipe(max_steps=2, batch_size=16), move_limit=0.0, weight_limit=0.0,
         )  # fmt: skip
         store = BlobStore(tmp_path / label / "blobs", durable=False)
         simulation = Simulation(Experiment("x", job, model, members, (data.x, data.y)), store, folder=tmp_path / label)
