@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,7 @@ from fedprune_device.local.segments import Kind, SegmentLog
 from fedprune_device.local.segments import Record as Sample
 from fedprune_device.local.server import _Handler
 from fedprune_device.own import Own
-from fedprune_device.prediction_command import _inputs
+from fedprune_device.prediction_command import _samples as samples_to_predict
 from fedprune_device.private_text import private
 from fedprune_device.runtime.home import Home, Record
 from fedprune_device.runtime.state import DamagedError, State
@@ -38,6 +39,12 @@ from fedprune_device.slots import Serving
 SHAPE = (3, 8, 8)
 _FILES = 2 * 2**20
 """Bytes that numpy's, Pillow's and zipfile's machinery may take for any file."""
+
+
+def to_predict(path: Path) -> object:
+    """The samples that `fedprune-device predict --input` reads."""
+    others = {"class_names": (), "device": "", "seed": 0, "validation_share": 0.0}
+    return samples_to_predict(Namespace(input=path, split=None, **others), (4,), ())
 
 
 @cache
@@ -165,7 +172,7 @@ def _samples() -> tuple[Target, ...]:
         ),
         Target(
             "samples.to predict",
-            as_file(_inputs, "inputs"),
+            as_file(to_predict, "inputs"),
             (sets[0], npy.getvalue()),
             factor=2200,
             constant=_FILES,
