@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -33,13 +34,24 @@ MIB = 2**20
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Watched]:
     write_material(tmp_path, {"north": 60, "south": 60})
-    with Watched(tmp_path, tmp_path, CONFIG, ("north", "south"), 90) as made:
+    with Watched(tmp_path, tmp_path, CONFIG, ("north", "south"), 90, may_hold=True) as made:
         yield made
 
 
 def rounds(site: Watched) -> int:
     """The round that the server has saved."""
     return 0 if (saved := site.saved()) is None else saved.round
+
+
+def hold_a_round(site: Watched) -> int:
+    """Let all boards come into the middle of a round: boards that end between two rounds miss no deadline."""
+    server = site.processes["server"]
+    server.send_signal(signal.SIGSTOP)
+    held = rounds(site) + 3
+    site.hold(held)
+    server.send_signal(signal.SIGCONT)
+    site.wait_until_held(held)
+    return held
 
 
 def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched) -> None:
@@ -50,8 +62,10 @@ def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched) -> Non
     ann = site.operator()
     assert shown(ann).keys() <= {"disk"}
 
+    held = hold_a_round(site)
     for name in site.devices:
         site.stop(name)
+    site.let_go(held)
     site.wait_for(lambda: "alert: no board" in site.log(), "the log tells of it")
     assert site.counted("no-devices") == 1
     site.wait_for(
