@@ -370,3 +370,32 @@ def test_a_connection_that_is_flooded_closes_for_a_while_and_names_the_topic(sta
         while (item := listener.get(30)) is not None and not isinstance(item, tuple):
             pass
         assert item == ("a/b/c/board/-/join", b"hello")
+
+
+@pytest.mark.mosquitto
+def test_what_has_arrived_is_read_without_looking_at_the_socket_for_each_message(
+    mosquitto: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, go = 0, threading.Event()
+    loop = link_module.paho.Client.loop
+
+    def counted(client: Any, timeout: float) -> Any:
+        nonlocal looks
+        looks += client.socket() is not None and client._client_id == b"a"
+        return loop(client, timeout)
+
+    monkeypatch.setattr(link_module.paho.Client, "loop", counted)
+    with (
+        connected(mosquitto.url, "a", ["x/#"], ignores=lambda topic: not go.wait(30)) as a,
+        connected(mosquitto.url, "b") as b,
+    ):
+        for number in range(500):
+            assert b.publish("x/y", str(number).encode(), 0)
+        assert b.publish("x/y", b"last")
+        assert b.flush(30)  # the broker has sent them all to the other, too
+        before = looks
+        go.set()
+        heard = [a.get(30) for _ in range(501)]
+
+    assert heard == [("x/y", str(number).encode()) for number in range(500)] + [("x/y", b"last")]
+    assert looks - before < 100

@@ -37,6 +37,9 @@ Will = tuple[str, bytes]
 MAX_DELAY = 60.0
 _STEADY = 10.0
 _POLL = 1.0
+_AT_ONCE = 64
+"""Most messages that are read before the network's thread writes again."""
+
 _ANSWER_S = 5.0
 """Seconds that a broker may take for each answer, beside those that a connection may take."""
 
@@ -100,6 +103,7 @@ class Link:
         self._subscriptions = Subscriptions()
         self._unsent = Unsent()
         self._paused = False
+        self._received = 0  # messages
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -273,7 +277,7 @@ class Link:
         try:
             while code == MQTTErrorCode.MQTT_ERR_SUCCESS:
                 acknowledge(client.socket())
-                code = client.loop(_POLL)
+                code = self._turn(client)
                 self._settle()
                 answered = answered or self._up
                 if not answered and time.monotonic() > self._heard_at + client.connect_timeout + _ANSWER_S:
@@ -292,6 +296,17 @@ class Link:
             if (sock := client.socket()) is not None:
                 sock.close()
         return failure or paho.error_string(code).rstrip(".").lower()
+
+    def _turn(self, client: paho.Client) -> MQTTErrorCode:
+        """Wait for the network, and read what has come: paho's `loop` looks at the socket anew for each packet."""
+        received = self._received
+        code = client.loop(_POLL)
+        for _ in range(_AT_ONCE):
+            if code != MQTTErrorCode.MQTT_ERR_SUCCESS or self._received == received:
+                break
+            received = self._received
+            code = client.loop_read()
+        return code
 
     def _new_client(self) -> paho.Client:
         # A client of its own for each connection: paho would send what was left of the last one again, all at once.
@@ -377,6 +392,7 @@ class Link:
             log.warning("no connection to the MQTT broker at %s: %s", self.url, reason)
 
     def _on_message(self, client: paho.Client, _user: Any, message: paho.MQTTMessage) -> None:
+        self._received += 1
         try:
             topic, payload = message.topic, bytes(message.payload)
         except UnicodeDecodeError:
