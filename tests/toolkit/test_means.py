@@ -199,7 +199,7 @@ def test_staleness_scales_what_enters_the_velocity_alone(rule: Rule, damped: boo
     for t, stale in enumerate([(0, 0), (1, 0), (0, 2), (3, 3)], 1):
         arrivals = [Arrival(k, 1) for k in stale]
         reports = []
-        for i, (k, weight) in enumerate(zip(stale, schedule.weights(arrivals, [1, 1], uniform=True), strict=True)):
+        for i, (k, weight) in enumerate(zip(stale, schedule.weights(arrivals, 2, uniform=True), strict=True)):
             then = scene(NET, past[t - 1 - k], round=t - k)
             part = trained(whole, then.model, 10 * t + i)
             reports.append(report(then, whole, part, weight, device=f"d{i}"))

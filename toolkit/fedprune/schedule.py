@@ -235,23 +235,37 @@ class Schedule:
         """Whether an update of this staleness still counts."""
         return not self.max_staleness or staleness <= self.max_staleness
 
-    def weights(self, arrivals: Sequence[Arrival], fleet: Sequence[int], *, uniform: bool = False) -> list[int]:
+    def weights(self, arrivals: Sequence[Arrival], total: int, *, uniform: bool = False) -> list[int]:
         """What each update counts for in the sums: whole numbers from 1 up, `MAX_WEIGHT` at most in all.
 
         Args:
             arrivals: The updates that enter the sums.
-            fleet: n_j of all devices that could ever take part: they say how finely shares can be told apart.
+            total: Σ n_j of all devices that could ever take part, or their number where they count alike: it decides
+                how finely shares are resolved.
             uniform: Devices count alike, whatever their samples.
         """
-        total = sum(1 if uniform else max(1, n) for n in fleet)
         factors = [self._factor(a) * (1 if uniform else max(1, a.samples)) for a in arrivals]
         exact = self.mixing == "unbiased" or all(self.share(a) == 1 for a in arrivals)
-        scale = 2.0 ** min(0 if exact else math.inf, math.floor(math.log2(MAX_WEIGHT / max(1, total))))
+        scale = 2.0 ** min(0 if exact else math.inf, _exponent(total))
         weights = [max(1, round(f * scale)) for f in factors]
         while sum(weights) > MAX_WEIGHT:
             scale /= 2
             weights = [max(1, round(f * scale)) for f in factors]
         return weights
+
+    def fit(self, whole: int, count: int, total: int) -> bool:
+        """Whether `unbiased` shares certainly stay within `MAX_WEIGHT`, so that none depends on the others.
+
+        Args:
+            whole: Σ p_i·ceil(τ_i / Δt) of the updates that enter the sums.
+            count: Their number, by which rounding may enlarge the sum.
+            total: As in `weights`.
+        """
+        return whole * 2.0 ** min(0, _exponent(total)) + count <= MAX_WEIGHT
+
+    def windows(self, arrival: Arrival) -> int:
+        """ceil(τ_i / Δt), at least 1."""
+        return max(1, math.ceil(arrival.seconds / self.window_s - 1e-9))
 
     def step(self, arrivals: Sequence[Arrival], others: Sequence[Arrival], *, uniform: bool = False) -> float:
         """ρ: the share of the way to the sums' mean that is gone, above 0 and at most `server_step.MAX_RATE`.
@@ -281,8 +295,13 @@ class Schedule:
 
     def _factor(self, arrival: Arrival) -> float:
         if self.mixing == "unbiased":
-            return float(max(1, math.ceil(arrival.seconds / self.window_s - 1e-9)))
+            return float(self.windows(arrival))
         return self.share(arrival)
+
+
+def _exponent(total: int) -> int:
+    """The largest power of two with which a whole fleet's shares stay within `MAX_WEIGHT`."""
+    return math.floor(math.log2(MAX_WEIGHT / max(1, total)))
 
 
 SYNCHRONOUS = Schedule()

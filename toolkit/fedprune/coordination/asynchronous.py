@@ -35,9 +35,10 @@ class AsynchronousCoordinator(Desk):
 
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
         super().__init__(job, architecture, state, frozen)
-        self._attendance = Attendance(state, self.ledger.may)
+        # With fewer offers than idle devices the order is drawn: the first to ask would else always be served first.
+        turn = self._turn if self.schedule.concurrent else None
+        self._attendance = Attendance(state, self.ledger.may, turn)
         self._shares = Shares(state, self.schedule, job, uniform=self.uniform)
-        self._lots: tuple[int, dict[str, float]] = (0, {})
 
     def handle(self, event: on.Event, now: float) -> Commands:
         """Take in one event and say what to do."""
@@ -140,12 +141,9 @@ class AsynchronousCoordinator(Desk):
             room = self.schedule.concurrent - self._attendance.busy
         if room <= 0:
             return []
-        idle = sorted(self._attendance.idle())
-        if room < len(idle):
-            # By lot: who asks first would else always be served first.
-            idle = sorted(sorted(idle, key=self._lot)[:room])
+        idle = self._attendance.first(room)
         if not idle:
-            over = self.ledger.barred() and not self._attendance.at_work and not self._attendance.done()
+            over = not self._attendance.at_work and not self._attendance.arrivals and self.ledger.barred()
             return self._spent_out(state.round - 1) if over else []
         basis = plain(self._basis())
         for name in idle:
@@ -164,14 +162,9 @@ class AsynchronousCoordinator(Desk):
             )
         return [self._extract(n, state.tasks[n]) for n in idle]
 
-    def _lot(self, name: str) -> tuple[float, str]:
-        """A device's place in the present round's queue."""
-        if self._lots[0] != self.state.round:
-            self._lots = (self.state.round, {})
-        lots = self._lots[1]
-        if name not in lots:
-            lots[name] = keyed(self.job.seed, self.state.round, name, "turn").random()
-        return lots[name], name
+    def _turn(self, name: str) -> tuple[float, str]:
+        """A device's place in the present round's queue for offers."""
+        return keyed(self.job.seed, self.state.round, name, "turn").random(), name
 
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
         task = self._task(event, Progress.EXTRACTING)
@@ -240,12 +233,12 @@ class AsynchronousCoordinator(Desk):
             return [do.Wake(min(state.wakes))]  # a clock was set back
         state.wakes = [at for at in state.wakes if at > now]
         late: dict[str, tuple[int, int]] = {}
-        for name, task in sorted(state.tasks.items()):
-            if task.deadline is not None and task.deadline <= now:
-                task.deadline = None
-                if task.progress is not Progress.REFUSED:
-                    late[name] = (state.round_of(task), task.attempt)
-                    task.progress, task.reason = Progress.REFUSED, LATE
+        for name in self._attendance.late(now):
+            task = state.tasks[name]
+            task.deadline = None
+            if task.progress is not Progress.REFUSED:
+                late[name] = (state.round_of(task), task.attempt)
+                task.progress, task.reason = Progress.REFUSED, LATE
         commands = self._go_on(now)
         # Whoever is asked once more for the same gets an offer instead: it goes on where it is.
         again = {c.part.device for c in commands if isinstance(c, do.Extract)}
@@ -256,13 +249,14 @@ class AsynchronousCoordinator(Desk):
     def _wake(self, now: float) -> Commands:
         """Ask for the next time at which something is due, unless an earlier one is asked for already."""
         state = self.state
-        due = [t.deadline for t in state.tasks.values() if t.deadline is not None]
-        if state.phase is Phase.TRAINING and state.deadline is not None:
-            due.append(state.deadline)
-        if not due or state.phase is Phase.FINISHED or any(at <= min(due) for at in state.wakes):
+        if state.phase is Phase.FINISHED:
             return []
-        state.wakes = [*state.wakes, min(due)]
-        return [do.Wake(min(due))]
+        times = [self._attendance.next_deadline, state.deadline if state.phase is Phase.TRAINING else None]
+        due = min((at for at in times if at is not None), default=None)
+        if due is None or any(at <= due for at in state.wakes):
+            return []
+        state.wakes = [*state.wakes, due]
+        return [do.Wake(due)]
 
     # A round ends.
 
@@ -270,16 +264,15 @@ class AsynchronousCoordinator(Desk):
         state = self.state
         if state.phase is not Phase.TRAINING or state.opened is None:
             return []
-        here = self._attendance.done()
-        times = [t.arrived_at or 0.0 for _, t in here]
+        times = self._attendance.arrivals
         working = self._attendance.at_work
         state.deadline = self.schedule.closes_at(state.opened, times, working or self._attendance.absent, now)
         if state.deadline is None and times and not working:
-            # Whoever is away had time to come back.
+            # Devices that are away had time to come back.
             state.deadline = state.opened + self.deadline_s
         if state.deadline is None or state.deadline > now:
             return []
-        fresh = here[: self.schedule.arrivals] if self.schedule.arrivals else here
+        fresh = self._attendance.done()[: self.schedule.arrivals or None]
         state.closing = self._shares.entering(dict(fresh))
         state.phase, state.deadline = Phase.CLOSING, None
         return [self._close()]
@@ -287,9 +280,9 @@ class AsynchronousCoordinator(Desk):
     def _close(self) -> do.Close:
         state = self.state
         closing = state.closing or {}
-        parts = []
+        parts, new = [], set(closing["fresh"])
         for name, weight in sorted(closing["weights"].items()):
-            if name in closing["fresh"]:
+            if name in new:
                 parts.append(self._contribution(name, state.tasks[name], weight))
             else:
                 buffer = state.devices[name].buffer or {}
@@ -301,8 +294,9 @@ class AsynchronousCoordinator(Desk):
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round or state.closing is None:
             return []
+        new = set(state.closing["fresh"])
         for name, weight in state.closing["weights"].items():
-            fresh = name in state.closing["fresh"]
+            fresh = name in new
             if name in event.rejected and fresh:
                 state.tasks[name].reject(event.rejected[name])
             elif name in event.rejected:
@@ -329,7 +323,7 @@ class AsynchronousCoordinator(Desk):
     def _end(self, metrics: dict[str, float], now: float) -> Commands:
         state = self.state
         number = state.round
-        fresh = (state.closing or {}).get("fresh", [])
+        fresh = set((state.closing or {}).get("fresh", ()))
         ended = {n: t for n, t in sorted(state.tasks.items()) if n in fresh or t.progress is Progress.REFUSED}
         news = {n: t for n, t in ended.items() if not t.told}
         more = {n: {"staleness": number - state.round_of(t), "seconds": t.seconds} for n, t in news.items()}

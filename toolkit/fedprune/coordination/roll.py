@@ -59,6 +59,7 @@ class Roll(dict[str, E], Generic[E]):
         super().__init__()
         self.changed: set[str] = set()
         self._kinds: dict[str, Hashable] = {}
+        self._watches: list[set[str]] = []
         self.counts = Counter[Any]()
         self.update(entries)
 
@@ -66,13 +67,26 @@ class Roll(dict[str, E], Generic[E]):
         """How many entries are of any of these kinds."""
         return sum(self.counts[k] for k in kinds)
 
+    def watch(self) -> set[str]:
+        """A set of all names, to which the names of later changes are added; its reader removes what it has read."""
+        self._watches.append(set(self))
+        return self._watches[-1]
+
+    def follow(self, before: Roll[E]) -> None:
+        """Take another roll's place: entries of both count as changed, and the other's watches go on here."""
+        self.changed |= before.keys() | before.changed
+        for names in before._watches:
+            names |= before.keys() | self.keys()
+        self._watches += before._watches
+
     def settle(self) -> None:
         """What has changed is taken care of."""
         self.changed = set()
 
     def note(self, name: str) -> None:
         """An entry has changed, or has come or gone."""
-        self.changed.add(name)
+        for names in (self.changed, *self._watches):
+            names.add(name)
         if name in self._kinds:
             self.counts[self._kinds.pop(name)] -= 1
         if name in self:

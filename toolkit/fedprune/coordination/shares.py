@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -29,25 +29,29 @@ class Shares:
         self._schedule = schedule
         self._job = job
         self._uniform = uniform
+        self._changed = (state.devices.watch(), state.tasks.watch())
+        self._samples: dict[str, int] = {}
+        self._limit, self._total = 0, 0
+        self._listed: dict[str, tuple[int, float, int]] = {}
+        self._kinds: Counter[tuple[int, float]] = Counter()
+        self._whole = 0
 
     def weight(self, name: str) -> int:
         """What a device's update will count for if nobody comes or goes: else the sums are made anew."""
-        state, limit = self._state, self._limit()
-        fleet = self._fleet(limit)
-        first = self._arrival(state.tasks[name], limit)
-        tasks = (t for n, t in state.tasks.items() if n != name and t.progress is not Progress.REFUSED)
-        buffers = (d.buffer for n, d in state.devices.items() if n not in state.tasks and d.buffer is not None)
-        others: Iterable[Arrival]
-        if self._schedule.mixing == "unbiased":
-            others = [self._arrival(t, limit) for t in tasks]
-            others += [self._kept(b, limit) for b in buffers] if self._schedule.keep else []
-        else:
+        self._refresh()
+        state, schedule = self._state, self._schedule
+        first = self._arrival(state.tasks[name])
+        others: list[Arrival]
+        if schedule.mixing != "unbiased":
             # All that matters of others is whether any is stale: of every kind one will do.
-            kinds = {(state.round_of(t), 0.0) for t in tasks}
-            if self._schedule.keep:
-                kinds |= {(int(b["round"]), float(b["share"])) for b in buffers}
-            others = (Arrival(state.round - number, 1, 0.0, share) for number, share in kinds)
-        return self._schedule.weights([first, *others], fleet, uniform=self._uniform)[0]
+            number, share, _ = self._listed[name]
+            kinds = (k for k, count in self._kinds.items() if count > (k == (number, share)))
+            others = [Arrival(state.round - number, 1, 0.0, share) for number, share in kinds]
+        elif schedule.fit(self._whole, len(self._listed), self._total):
+            others = []
+        else:
+            others = [a for n in self._listed if n != name and (a := self._counted(n)) is not None]
+        return schedule.weights([first, *others], self._total, uniform=self._uniform)[0]
 
     def entering(self, fresh: dict[str, Task]) -> dict[str, Any]:
         """What the sums are made of: these updates and, where the schedule keeps them, everybody else's last.
@@ -55,21 +59,21 @@ class Shares:
         Returns:
             JSON for `State.closing`: `rate`, `fresh` (names) and `weights` by name.
         """
-        state, schedule, limit = self._state, self._schedule, self._limit()
-        fleet = self._fleet(limit)
-        entering = {n: self._arrival(t, limit) for n, t in fresh.items()}
+        self._refresh()
+        state, schedule = self._state, self._schedule
+        entering = {n: self._arrival(t) for n, t in fresh.items()}
         others = []
         for name, device in sorted(state.devices.items()):
-            kept = None if device.buffer is None else self._kept(device.buffer, limit)
+            kept = None if device.buffer is None else self._kept(device.buffer)
             if name in entering or (device.excluded and kept is None):
                 continue
             if schedule.keep and kept is not None and schedule.fits(kept.staleness):
                 entering[name] = kept
             else:
-                others.append(kept or Arrival(0, min(device.samples, limit)))
+                others.append(kept or Arrival(0, min(device.samples, self._limit)))
         names = sorted(entering)
         arrivals = [entering[n] for n in names]
-        weights = schedule.weights(arrivals, fleet, uniform=self._uniform)
+        weights = schedule.weights(arrivals, self._total, uniform=self._uniform)
         rate = schedule.step(arrivals, others, uniform=self._uniform)
         return {"rate": rate, "fresh": sorted(fresh), "weights": dict(zip(names, weights, strict=True))}
 
@@ -80,28 +84,57 @@ class Shares:
             task: The device's part.
             contribution: The update, as `plain` gives it; dropped where the schedule doesn't keep it.
         """
+        self._refresh()
         return {
             "round": self._state.round_of(task),
             "samples": task.samples,
             "seconds": task.seconds,
-            "share": self._schedule.share(self._arrival(task, self._limit())),
+            "share": self._schedule.share(self._arrival(task)),
             "contribution": contribution if self._schedule.keep else None,
         }
 
-    def _arrival(self, task: Task, limit: int) -> Arrival:
-        staleness, samples = self._state.round - self._state.round_of(task), min(task.samples, limit)
+    def _refresh(self) -> None:
+        """Bring sums and counts up to date with what has changed in the state."""
+        devices, names = self._state.devices, set().union(*self._changed)
+        for changed in self._changed:
+            changed.clear()
+        samples = {n: devices[n].samples for n in names if n in devices}
+        if any(self._samples.get(n) != count for n, count in samples.items()):
+            self._samples |= samples
+            self._limit = weight_limit(self._samples.values(), self._job.weight_limit, self._job.most_samples)
+            self._total = sum(1 if self._uniform else max(1, min(n, self._limit)) for n in self._samples.values())
+            names |= self._listed.keys()  # another limit may change what they count for
+        for name in names:
+            if name in self._listed:
+                number, share, whole = self._listed.pop(name)
+                self._kinds[number, share] -= 1
+                self._whole -= whole
+                if not self._kinds[number, share]:
+                    del self._kinds[number, share]
+            arrival = self._counted(name)
+            if arrival is not None:
+                number, whole = self._state.round - arrival.staleness, 0
+                if self._schedule.mixing == "unbiased":
+                    whole = self._schedule.windows(arrival) * (1 if self._uniform else max(1, arrival.samples))
+                self._listed[name] = (number, arrival.share, whole)
+                self._kinds[number, arrival.share] += 1
+                self._whole += whole
+
+    def _counted(self, name: str) -> Arrival | None:
+        """A device's update that enters the sums if all that may come does, or else its last one, where it is kept."""
+        task = self._state.tasks.get(name)
+        if task is not None:
+            return None if task.progress is Progress.REFUSED else self._arrival(task)
+        buffer = self._state.devices[name].buffer if self._schedule.keep and name in self._state.devices else None
+        return None if buffer is None else self._kept(buffer)
+
+    def _arrival(self, task: Task) -> Arrival:
+        staleness, samples = self._state.round - self._state.round_of(task), min(task.samples, self._limit)
         return Arrival(staleness, samples, task.seconds or 0.0)
 
-    def _kept(self, buffer: dict[str, Any], limit: int) -> Arrival:
+    def _kept(self, buffer: dict[str, Any]) -> Arrival:
         staleness = self._state.round - int(buffer["round"])
-        return Arrival(staleness, min(buffer["samples"], limit), buffer["seconds"] or 0.0, buffer["share"])
-
-    def _limit(self) -> int:
-        samples = (d.samples for d in self._state.devices.values())
-        return weight_limit(samples, self._job.weight_limit, self._job.most_samples)
-
-    def _fleet(self, limit: int) -> list[int]:
-        return [min(d.samples, limit) for d in self._state.devices.values()]
+        return Arrival(staleness, min(buffer["samples"], self._limit), buffer["seconds"] or 0.0, buffer["share"])
 
 
 def plain(value: do.Basis | do.Contribution) -> dict[str, Any]:

@@ -273,7 +273,7 @@ class State:
             before: Roll[Any] = self.__dict__.get(name, Roll())
             value = value if isinstance(value, Roll) else Roll(cast(dict[str, Any], value))
             if value is not before:
-                value.changed |= before.keys() | before.changed
+                value.follow(before)
         object.__setattr__(self, name, value)
 
     def settle(self) -> None:
