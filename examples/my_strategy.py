@@ -53,4 +53,4 @@ def energy(job):
     options = read_options(job, Options)
     aggregator = Gentle(rule="fill", server_momentum=options.momentum)
     objective = AsJob({"logit_adjustment": True}, lr_decay=options.lr_decay)
-    return Strategy("energy", Energy(), Selected(), aggregator, Nobody(), objective)
+    return Strategy("energy", Energy(), Selected(), aggregator, Nobody(), objective, inputs="sum")

@@ -35,10 +35,10 @@ class Others(Selected):
 def others(job: Job) -> Strategy:
     """Channels by chance, and a memory of the last ones."""
     parts = (ByName("magnitude"), Others(), Mean(rule="fill"), OwnHistory(0.5), AsJob())
-    return Strategy("others", *parts, keeps_past=True)
+    return Strategy("others", *parts, inputs="updates", keeps_past=True)
 
 
 def emergent(job: Job) -> Strategy:
     """Channels that an extractor's masks leave, out of a ranking that knows nothing of those masks."""
     parts = (Importance("size", 50, 0.0), Emergent(False, 0.3), Mean(rule="fill"), OwnHistory(0.5), AsJob())
-    return Strategy("emergent", *parts, allocator=Fixed(0.3, elements=True), keeps_past=True)
+    return Strategy("emergent", *parts, inputs="updates", allocator=Fixed(0.3, elements=True), keeps_past=True)

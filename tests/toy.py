@@ -34,3 +34,8 @@ def scheduled(job: Job) -> Strategy:
     schedule = Schedule.from_dict(options.pop("schedule"))
     aggregator = DeltaMean(weighting=options.get("weighting", "samples"))
     return replace(plain(replace(job, strategy="plain", options={})), schedule=schedule, aggregator=aggregator)
+
+
+def measuring(job: Job) -> Strategy:
+    """The same, as if it used what boards measure."""
+    return replace(scheduled(job), inputs="measurements")

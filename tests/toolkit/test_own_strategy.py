@@ -72,7 +72,7 @@ ROLES = {}
 def made(job):
     found = dict(scorer=Scorer(), extractor=Extractor(), aggregator=Aggregator(), personaliser=Personaliser(),
                  objective=Objective(), starter=Starter())
-    return Strategy("made", **{**found, **ROLES})
+    return Strategy("made", inputs="updates", **{**found, **ROLES})
 '''
 
 

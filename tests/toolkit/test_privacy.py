@@ -14,6 +14,7 @@ from fedprune.privacy import Privacy
 from fedprune.recipe import Recipe
 from fedprune.strategies import compose
 from fedprune.strategies.presets import PRESETS
+from fedprune.strategies.strategy import Strategy
 
 pytestmark = pytest.mark.board
 
@@ -82,14 +83,32 @@ def test_strategies_are_private_or_refused_by_name(name: str) -> None:
     for privacy in (LOCAL, SHARED):
         job = Job(strategy=name, options=options, privacy=privacy)
         local = privacy is LOCAL
-        refused = name in ("pr-fl", "autoflip") if local else name not in _SUMS
-        if refused:
+        if name in _MEASURED or (name not in _SUMS and not local):
             with pytest.raises(ConfigError, match=f"job: privacy.* with strategy {name}"):
                 compose(job)
         else:
             assert compose(job).name
 
 
+def test_a_strategy_of_a_users_own_is_refused_for_what_its_boards_measure() -> None:
+    options = {"schedule": {"kind": "asynchronous", "arrivals": 2}}
+    job = Job(strategy="toy:measuring", options=options, privacy=LOCAL)
+    with pytest.raises(
+        ConfigError, match="privacy with strategy toy:measuring: expected a strategy whose boards send updates alone"
+    ):
+        compose(job)
+    assert compose(replace(job, privacy=Privacy())).inputs == "measurements"
+
+
+def test_every_strategy_states_what_it_needs_of_boards() -> None:
+    parts = vars(compose(Job()))
+    with pytest.raises(TypeError, match="inputs"):
+        Strategy(**{name: part for name, part in parts.items() if name != "inputs"})
+    with pytest.raises(ConfigError, match="strategy plain: inputs: expected sum or updates or measurements, got 'all'"):
+        Strategy(**{**parts, "inputs": "all"})
+
+
+_MEASURED = ("autoflip", "pr-fl")
 _SUMS = ("fedavg", "fedprox", "fedper", "fedprune", "fedrolex", "heterofl", "plain")
 
 

@@ -183,6 +183,7 @@ def _strategy(
         aggregator=aggregator,
         personaliser=Nobody(),
         objective=AsJob({"proximal": options.mu} if options.mu else {}),
+        inputs="updates",
         allocator=dealt(job, options.densities, default=(1.0,)),
         schedule=schedule,
     )

@@ -233,6 +233,7 @@ def autoflip(job: Job) -> Strategy:
         ),
         personaliser=Nobody(),
         objective=Exploring(options),
+        inputs="measurements",
         allocator=dealt(job, options.densities),
         explores=1,
         explorers_count=options.warm_start == "explored_mean",

@@ -99,5 +99,6 @@ def ca_hfp(job: Job) -> Strategy:
         ),
         personaliser=Nobody(),
         objective=AsJob(),
+        inputs="updates",
         allocator=dealt(job, options.densities),
     )

@@ -77,5 +77,6 @@ def _mean_of_all(job: Job, options: Options, objective: AsJob) -> Strategy:
         aggregator=Mean(server_momentum=options.server_momentum, weighting=options.weighting, damped=options.damped),
         personaliser=Nobody(),
         objective=objective,
+        inputs="sum",
         allocator=dealt(job, options.densities, default=(1.0,)),
     )

@@ -207,6 +207,7 @@ def fedobp(job: Job) -> Strategy:
         aggregator=Mean(),
         personaliser=apart,
         objective=AsJob(),
+        inputs="updates",
         allocator=dealt(job, options.densities),
         keeps_past=True,
     )

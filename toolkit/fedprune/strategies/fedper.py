@@ -18,7 +18,7 @@ from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Cut, Report, Submodel, Turn
 from fedprune.strategies.scorers import ByName
-from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.strategy import Inputs, Strategy
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def fedper(job: Job) -> Strategy:
             f"job: option personal of {job.strategy}", expected="patterns of tensors", got=shown(options.personal)
         )
     choice(job.strategy, "weighting", options.weighting, ("samples", "uniform"))
-    return _own_parts(job, options.personal, options.densities, options.weighting)
+    return _own_parts(job, options.personal, options.densities, options.weighting, "sum")
 
 
 def local(job: Job) -> Strategy:
@@ -132,10 +132,12 @@ def local(job: Job) -> Strategy:
     Raises:
         ConfigError: An option is unknown or out of range.
     """
-    return _own_parts(job, ("*",), read_options(job, LocalOptions).densities, "samples")
+    return _own_parts(job, ("*",), read_options(job, LocalOptions).densities, "samples", "updates")
 
 
-def _own_parts(job: Job, personal: tuple[str, ...], densities: tuple[float, ...], weighting: str) -> Strategy:
+def _own_parts(
+    job: Job, personal: tuple[str, ...], densities: tuple[float, ...], weighting: str, inputs: Inputs
+) -> Strategy:
     return Strategy(
         job.strategy,
         scorer=ByName("ordered"),
@@ -143,6 +145,7 @@ def _own_parts(job: Job, personal: tuple[str, ...], densities: tuple[float, ...]
         aggregator=Mean(weighting=weighting, excluded=personal),
         personaliser=Nobody(),
         objective=AsJob({"personal": personal}),
+        inputs=inputs,
         allocator=dealt(job, densities, default=(1.0,)),
     )
 
@@ -164,6 +167,7 @@ def history(job: Job) -> Strategy:
         aggregator=Mean(weighting=options.weighting),
         personaliser=OwnHistory(options.alpha),
         objective=Pull(options.mu),
+        inputs="updates",
         allocator=dealt(job, options.densities),
         keeps_past=True,
     )

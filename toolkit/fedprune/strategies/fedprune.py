@@ -207,6 +207,7 @@ def fedprune(job: Job) -> Strategy:
         aggregator=kind(rule=rule, server_momentum=options.server_momentum),
         personaliser=Nobody(),
         objective=Fair(options),
+        inputs="sum",
         allocator=dealt(job, options.densities),
         schedule=_buffered(options.arrivals) if options.arrivals else None,
         starter=_starter(job, options),

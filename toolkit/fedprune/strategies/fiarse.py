@@ -92,5 +92,6 @@ def fiarse(job: Job) -> Strategy:
         aggregator=Mean(weighting=options.weighting, changed="elements" if options.changed else ""),
         personaliser=Nobody(),
         objective=AsJob({"mask": options.mask}),
+        inputs="updates",
         allocator=allocator,
     )

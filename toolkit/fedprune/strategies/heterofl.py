@@ -181,5 +181,6 @@ def _widths(job: Job, options: Options, scorer: Scorer) -> Strategy:
         aggregator=Mean(weighting=options.weighting, changed="rows" if rows else ""),
         personaliser=Nobody(),
         objective=Scaled(options),
+        inputs="sum",
         allocator=dealt(job, options.densities, options.shares, options.by, options.every, default=default),
     )

@@ -92,7 +92,7 @@ def _composed(job: Job) -> tuple[Strategy, _Origin]:
     except FedpruneError:
         raise
     except Exception as error:
-        raise StrategyError(f"job: strategy {job.strategy} {_failed(error, own.place(error))}") from error
+        raise StrategyError(f"job: strategy {job.strategy} {_failed(error, own.place(error))}", hint=_PAGE) from error
     if not isinstance(strategy, Strategy):
         raise StrategyError(f"job: strategy {job.strategy}", expected="a Strategy", got=type(strategy).__name__)
     return strategy, own

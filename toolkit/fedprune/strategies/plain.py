@@ -19,4 +19,5 @@ def plain(job: Job) -> Strategy:
         aggregator=Mean(rule=job.rule, server_momentum=job.server_momentum),
         personaliser=Nobody(),
         objective=AsJob(),
+        inputs="sum",
     )

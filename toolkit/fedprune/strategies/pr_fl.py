@@ -176,6 +176,7 @@ def pr_fl(job: Job) -> Strategy:
         objective=Reporting(options.interval, math.ceil(options.reported * options.interval - 1e-9))
         if squares
         else AsJob(),
+        inputs="measurements",
         allocator=_allocator(job, options, elements),
         schedule=SYNCHRONOUS if options.synchronous else _schedule(job, options),
         masks=elements,

@@ -1,8 +1,7 @@
 """Which strategies can be private, and how.
 
-With local noise all that is made of an update is made of what its board has released: nothing that a server does with
-it costs more. What a board must not do is tell anything beside it. With shared noise the sum alone is released, so that
-whatever looks at single updates is out.
+With local noise a board releases its update, so that no use of it by the server costs more; the board must not send
+other measurements. With shared noise only the sum is released, so that a strategy that uses single updates is refused.
 """
 
 from __future__ import annotations
@@ -14,15 +13,6 @@ from fedprune.privacy import LOCAL, SHARED
 from fedprune.strategies.means import Mean
 from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
-
-_TELLS = {
-    "autoflip": "its boards' training ends by their validation losses, and the server sees how far each one's moved",
-    "pr-fl": "its boards report squared gradients, and the server goes by their validation accuracies",
-}
-"""Presets whose boards tell what no noise covers."""
-
-_SUMS = ("fedavg", "fedprox", "fedper", "fedprune", "fedrolex", "heterofl", "plain")
-"""Presets of which a round's sum is all that anything is made of, where they average."""
 
 _LOSSLESS = (PLAIN, "zlib")
 
@@ -38,11 +28,11 @@ def check_private(job: Job, strategy: Strategy) -> Strategy:
     """
     if not job.privacy.on:
         return strategy
-    if job.strategy in _TELLS:
+    if strategy.inputs == "measurements":
         raise ConfigError(
             f"job: privacy with strategy {job.strategy}",
-            expected="a strategy whose boards hand in updates alone",
-            got=_TELLS[job.strategy],
+            expected="a strategy whose boards send updates alone",
+            got="one that also uses what boards measure on their samples, which no noise covers",
             hint="fedprune, fedavg and heterofl are some that can be private.",
         )
     if not job.privacy.local and (looks := _looks(job, strategy)):
@@ -60,7 +50,7 @@ def _looks(job: Job, strategy: Strategy) -> str:
     codecs = {job.compression, *job.compression_of.values()} - set(_LOSSLESS)
     found = {
         "a composition of somebody's own, which may look at anything": ":" in job.strategy,
-        "a strategy that is made of single updates": ":" not in job.strategy and job.strategy not in _SUMS,
+        "a strategy that uses single updates": strategy.inputs != "sum",
         "a schedule on which updates are released one by one": strategy.schedule is not None
         and strategy.schedule.asynchronous,
         "a robust mean, which compares single updates": "robust" in job.options,

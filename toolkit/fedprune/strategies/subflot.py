@@ -150,6 +150,7 @@ def subflot(job: Job) -> Strategy:
         aggregator=Mean(weighting=options.weighting),
         personaliser=Nobody(),
         objective=Anchored(options.sar),
+        inputs="updates",
         allocator=dealt(job, densities, options.shares, options.by, options.every),
         keeps_past=True,
     )
