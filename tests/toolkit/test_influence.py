@@ -13,7 +13,7 @@ from two_groups import TRAINED
 
 from fedprune.architecture import widths_at
 from fedprune.element_mask import ElementMask
-from fedprune.influence import REJECTED, WHOLE, bounds, capped, lengths, shortened, weight_limit
+from fedprune.influence import REJECTED, WHOLE, bounds, capped, lengths, reaches, shortened, weight_limit
 from fedprune.selection import Selection, Tensors
 from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
 
@@ -30,23 +30,55 @@ def report(moved: float = 0.0, density: float = 1.0, mask: ElementMask | None = 
     return Report(cut, Submodel(selection, tensors, mask), 10, 1, lambda: sent)
 
 
-def limits(moves: dict[str, float], remembered: Any = None, times: float = 3.0) -> Any:
-    found = {device: lengths(report(moved)) for device, moved in moves.items()}
-    return bounds(found, remembered or {}, NET, BASE, times)
+def bounded(found: dict[str, Any], remembered: Any, times: float, steps: dict[str, int] | None = None) -> Any:
+    """The bounds of boards that have done as many steps as each other, or as `steps` says."""
+    return bounds(found, reaches(dict.fromkeys(found, 1) | (steps or {}), 4.0), remembered, NET, BASE, times)
 
 
-def test_a_narrow_submodel_is_as_long_as_a_wide_one() -> None:
-    wide, narrow = lengths(report(0.25)), lengths(report(0.25, 0.5))
-    assert wide.keys() == narrow.keys()
-    assert wide == pytest.approx(narrow, rel=1e-4)
-    assert wide[WHOLE] == pytest.approx(0.25, rel=1e-4)
+def limits(moves: dict[str, float], remembered: Any = None, times: float = 3.0, **steps: int) -> Any:
+    return bounded({device: lengths(report(moved)) for device, moved in moves.items()}, remembered or {}, times, steps)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_a_length_is_how_far_the_update_alone_would_move_the_whole_model(density: float) -> None:
+    one = report(0.25, density)
+    still: Tensors = {n: np.zeros_like(v) for n, v in BASE.items()}
+    moved = {n: v - one.sent.tensors[n] for n, v in one.trained.tensors.items()}
+    changes = one.trained.selection.scatter(moved, still)
+    found = lengths(one)
+    for name, change in changes.items():
+        assert found[name] == pytest.approx(float(np.sqrt(np.mean(change**2))), rel=1e-4)
+    whole = np.concatenate([changes[n].reshape(-1) for n in TRAINED])
+    assert found[WHOLE] == pytest.approx(float(np.sqrt(np.mean(whole**2))), rel=1e-4)
 
 
 def test_only_active_elements_are_measured() -> None:
     name = NET.trainable[0].name
     active = np.zeros(BASE[name].shape, np.bool_)
     active.reshape(-1)[0] = True
-    assert lengths(report(0.5, mask=ElementMask({name: active})))[name] == pytest.approx(0.5, rel=1e-4)
+    found = lengths(report(0.5, mask=ElementMask({name: active})))
+    assert found[name] == pytest.approx(0.5 / np.sqrt(active.size), rel=1e-4)
+
+
+def test_a_board_with_more_steps_may_move_further() -> None:
+    moves = {"a": 0.1, "b": 0.1, "c": 0.1, "busy": 0.4}
+    assert set(limits(moves).reasons) == set()
+    assert limits(moves).shares["busy"]
+    assert not limits(moves, busy=4).shares["busy"]
+
+
+def test_steps_let_a_board_move_as_far_as_the_weight_limit_says() -> None:
+    found = limits({"a": 0.1, "b": 0.1, "c": 0.1, "boast": 2.0}, boast=10**9)
+    after = lengths(shortened(report(2.0), found.shares["boast"]))
+    assert after[WHOLE] == pytest.approx(0.1 * 3 * 4, rel=1e-3)
+
+
+def test_fewer_steps_narrow_no_limit() -> None:
+    assert not limits({"a": 0.1, "b": 0.1, "c": 0.1, "short": 0.29}, a=8, b=8, c=8).shares["short"]
+
+
+def test_steps_of_one_or_two_boards_let_neither_move_further() -> None:
+    assert reaches({"a": 1, "boast": 10**9}, 4.0) == {"a": 1.0, "boast": 1.0}
 
 
 def test_updates_within_the_limit_count_as_they_are() -> None:
@@ -73,7 +105,7 @@ def test_an_update_far_beyond_the_limit_does_not_count_at_all() -> None:
 def test_one_tensor_alone_has_a_limit_of_its_own() -> None:
     name = min(NET.trainable, key=lambda t: int(np.prod(t.shape))).name
     odd = report(0.1, **{name: 1.0})
-    found = bounds({n: lengths(report(0.1)) for n in "abc"} | {"odd": lengths(odd)}, {}, NET, BASE, 3.0)
+    found = bounded({n: lengths(report(0.1)) for n in "abc"} | {"odd": lengths(odd)}, {}, 3.0)
     assert lengths(shortened(odd, found.shares["odd"]))[name] == pytest.approx(0.6, rel=1e-3)
 
 
@@ -114,7 +146,7 @@ def played(rounds: list[dict[str, float]], times: float = 1.5) -> list[Any]:
     out = []
     for moves in rounds:
         found = {d: dict.fromkeys([*BASE, WHOLE], moved) for d, moved in moves.items()}
-        out.append(bounds(found, remembered, NET, BASE, times))
+        out.append(bounded(found, remembered, times))
         remembered = out[-1].reference
     return out
 

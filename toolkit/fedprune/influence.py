@@ -6,8 +6,11 @@ that they need no tuning:
 
 - Weight: n_k ← min(n_k, c · median_j n_j).
 - Length: per tensor Δ_k ← Δ_k · min(1, limit / ‖Δ_k‖). Δ_k is the difference to the tensor that the board received,
-  and ‖Δ_k‖ its root mean square over the elements that the board holds, so that a narrow submodel compares with a wide
-  one.
+  and ‖Δ_k‖² its sum of squares, divided by the number of elements of the whole model's tensor. So a length says how far
+  the update alone would move the model, whatever the board's width.
+
+The length of an honest update grows with its optimiser steps. A board with more steps than the round's median may move
+as many times further, up to the multiple of the median that holds for weights.
 
 An update that is far longer than the round's median is rejected. Only the round's own updates decide this, so that
 fewer than half of them are rejected, whatever earlier rounds were like. The other updates are shortened to a multiple
@@ -63,7 +66,8 @@ WHOLE = ""
 """Key of all trained tensors together."""
 
 Lengths = Mapping[str, float]
-"""Root mean square of an update's change by tensor, and under `WHOLE` of all trained tensors together."""
+"""Root mean square of an update's change: by tensor of the whole model, and under `WHOLE` over all trained tensors.
+Elements that the board doesn't hold count as unchanged."""
 
 
 def lengths(report: Report) -> Lengths:
@@ -77,20 +81,32 @@ def lengths(report: Report) -> Lengths:
     found: dict[str, float] = {}
     squares, count = 0.0, 0
     for spec in trained.selection.architecture.tensors:
+        size = math.prod(spec.shape)
+        count += size if spec.kind.trainable else 0
         now, before = trained.tensors.get(spec.name), sent.get(spec.name)
         if now is None or before is None or now.shape != before.shape or not now.size:
             continue
         moved = now.astype(np.float64).reshape(-1)
         moved -= before.reshape(-1)
-        size = moved.size
         if spec.name in active:
             moved *= active[spec.name].reshape(-1)
-            size = max(1, int(np.count_nonzero(active[spec.name])))
         square = float(np.dot(moved, moved))
         found[spec.name] = _rounded(math.sqrt(square / size))
-        if spec.kind.trainable:
-            squares, count = squares + square, count + size
+        squares += square if spec.kind.trainable else 0.0
     return found | {WHOLE: _rounded(math.sqrt(squares / max(1, count)))}
+
+
+def reaches(steps: Mapping[str, int], most: float) -> dict[str, float]:
+    """How many times further than a board of the round's median steps each device may move.
+
+    Args:
+        steps: Optimiser steps by device.
+        most: The largest such multiple; 0 for no limit.
+    """
+    if len(steps) < _MAJORITY:
+        return dict.fromkeys(steps, 1.0)
+    middle = max(1, statistics.median_low(steps.values()))
+    return {device: max(1.0, min(count / middle, most or math.inf)) for device, count in steps.items()}
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,7 @@ class Bounds:
 
 def bounds(
     updates: Mapping[str, Lengths],
+    reach: Mapping[str, float],
     remembered: Mapping[str, npt.NDArray[np.float64]],
     architecture: Architecture,
     model: Tensors,
@@ -121,18 +138,21 @@ def bounds(
 
     Args:
         updates: Lengths by device.
+        reach: How many times further than others each may move its trained tensors (`reaches`).
         remembered: References of the round before, empty in the first.
         architecture: Architecture of the model.
         model: The global model; in the first round the initial one, from which the scales are taken.
         times: Limit of a whole update, as a multiple of the median.
     """
     trained = {t.name for t in architecture.trainable}
+    scaled = trained | {WHOLE}
+    updates = {d: {n: v / reach[d] if n in scaled else v for n, v in u.items()} for d, u in updates.items()}
     rejected = _rejected(updates, times)
     kept = {device: found for device, found in updates.items() if device not in rejected}
     typical, reference = {}, {}
     for name in sorted({name for found in updates.values() for name in found} | {WHOLE}):
         before, scale = map(float, remembered.get(name, (0.0, _scale(name, trained, model))))
-        most = scale if name in trained or name == WHOLE else math.inf
+        most = scale if name in scaled else math.inf
         moved = _moved(name, updates)
         reference[name] = np.array([_renewed(before, moved, scale * _LEAST, most), scale])
         typical[name] = min(_typical(before, _moved(name, kept), majority=len(moved) >= _MAJORITY), most)
@@ -225,7 +245,7 @@ def _renewed(before: float, moved: Sequence[float], least: float, most: float) -
 
 def _far(length: float, usual: float) -> str:
     over = length / usual if usual > 0 else math.inf
-    return f"it moved {over:.3g} times as far as updates usually do"
+    return f"it moved {over:.3g} times as far as is usual for its number of steps"
 
 
 def _scale(name: str, trained: Collection[str], model: Tensors) -> float:

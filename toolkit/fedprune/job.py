@@ -74,10 +74,11 @@ class Job:
         compression_of: The same for single hardware profiles, by name.
         compression_down: The codec of the weights that devices are sent: `none`, `zlib`, `float16` or `int8`.
         privacy: Whether and how what boards hand in is clipped and noised.
-        weight_limit: The most samples that a device counts for, in multiples of the round's median; 0 for no limit.
+        weight_limit: The most samples that a device counts for, and the most steps for which it may move further
+            than others, in multiples of the round's median; 0 for no limit.
         most_samples: The most samples that any device counts for; 0 for no limit.
-        move_limit: The longest update, in multiples of the round's median: a longer one is shortened to it
-            (`fedprune.influence`); 0 for no limit.
+        move_limit: The longest update, in multiples of the median of the round's updates of as many steps: a longer
+            one is shortened to it (`fedprune.influence`); 0 for no limit.
     """
 
     name: str = "job"

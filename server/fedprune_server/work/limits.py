@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from fedprune.coordination import commands as do
 from fedprune.errors import StorageError
-from fedprune.influence import MEMORY, Bounds, Lengths, bounds, lengths, weight_limit
+from fedprune.influence import MEMORY, Bounds, Lengths, bounds, lengths, reaches, weight_limit
 from fedprune.job import Job
 from fedprune.strategies.roles import Memories, Report
 from fedprune_server.work.reports import Reports
@@ -89,6 +89,7 @@ class Limits:
         scene = self._reports.scene(command.round, command.model, command.memory)
         found_bounds: Bounds = bounds(
             {c.part.device: self._lengths[_key(c)] for c in counted if _key(c) in known},
+            reaches({c.part.device: c.steps for c in counted if _key(c) in known}, self._job.weight_limit),
             scene.memory.get(MEMORY, {}),
             scene.architecture,
             scene.model,

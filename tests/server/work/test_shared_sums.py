@@ -89,7 +89,7 @@ def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.Fold],
     Args:
         w: Makes the submodels.
         spoilt: A device whose update holds numbers that nobody accepts.
-        far: A device whose update is ten times as long as the others'.
+        far: A device whose update is five times as long as the others'.
     """
     start = w.initial()
     names = tuple(f"d{k}" for k in range(len(DENSITIES)))
@@ -104,7 +104,7 @@ def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.Fold],
         offer, dice = extracted.offer, np.random.default_rng(k)
         withheld = w.reports.withheld(basis, part)
         update = {
-            n: (v + (1.0 if name == far else 0.1) * dice.standard_normal(v.shape)).astype(np.float32)
+            n: (v + (0.5 if name == far else 0.1) * dice.standard_normal(v.shape)).astype(np.float32)
             for n, v in tensorfile.decode(w.store.read(offer["weights"]["sha256"])).items()
             if n not in withheld
         }

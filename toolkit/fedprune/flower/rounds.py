@@ -20,7 +20,7 @@ from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.flower.presets import composed
 from fedprune.flower.shares import Share
 from fedprune.freezing import frozen_tensors
-from fedprune.influence import MEMORY, bounds, capped, lengths, shortened
+from fedprune.influence import MEMORY, bounds, capped, lengths, reaches, shortened
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
@@ -337,6 +337,7 @@ class Rounds:
             return limited, {}, {}
         found = bounds(
             {node: lengths(report) for node, report in checked.items()},
+            reaches({node: report.steps for node, report in checked.items()}, self.job.weight_limit),
             scene.memory.get(MEMORY, {}),
             self.architecture,
             scene.model,
