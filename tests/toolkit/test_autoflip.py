@@ -15,7 +15,7 @@ from fedprune.architecture import TensorKind
 from fedprune.errors import ConfigError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
+from fedprune.selection import Tensors, mesh
 from fedprune.strategies import compose
 from fedprune.strategies.elements import Elements, global_mask
 from fedprune.strategies.means import Mean
@@ -59,6 +59,33 @@ def test_exploring_moves_guidance_and_not_the_model() -> None:
         want = (play.past["b"].tensors[name].astype(np.float64) - start[name]) ** 2
         np.testing.assert_allclose(play.memory["guidance/b"][name], want, rtol=1e-6)
     assert play.sent["a"].mask is None
+
+
+def test_what_is_kept_of_an_explorer_is_as_large_as_its_submodel() -> None:
+    devices = {f"d{i}": Device(widths=widths) for i, widths in enumerate([(6, 4), (3, 2), (1, 1), (3, 2)])}
+    start = model(NET, 1)
+    play = Play(autoflip(pruned_share=0.5), start, devices)
+    play.play()
+    sizes = {d: sum(play.past[d].tensors[n].size for n in RANKED) for d in devices}
+    for device, size in sizes.items():
+        kept = sum(v.nbytes for v in play.memory[f"guidance/{device}"].values())
+        assert kept <= 4 * size + 8 * len(NET.groups), f"{device} keeps {kept} bytes of {size} elements"
+    play.play()
+    sums, counts = ({n: np.zeros(start[n].shape) for n in RANKED} for _ in range(2))
+    explored = Play(autoflip(), start, devices)
+    explored.play()
+    for device in devices:
+        past = explored.past[device]
+        for name in RANKED:
+            at = mesh(past.selection.maps(name))
+            sums[name][at] += (past.tensors[name].astype(np.float64) - start[name][at]) ** 2
+            counts[name][at] += 1
+    scaled = {n: sums[n] / counts[n] for n in RANKED}
+    scaled = {n: (v - v.min()) / (v.max() - v.min()) for n, v in scaled.items()}
+    limit = np.quantile(np.concatenate([v.ravel() for v in scaled.values()]), 0.5)
+    for name in RANKED:
+        sure = np.abs(scaled[name] - limit) > 1e-6  # guidance is kept as float32
+        np.testing.assert_array_equal(masks(play, "d0")[name][sure], (scaled[name] > limit)[sure])
 
 
 def test_an_explorer_that_stands_out_says_nothing_of_what_is_masked() -> None:

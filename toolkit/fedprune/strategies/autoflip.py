@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from fedprune.element_order import prunable, quantile
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.scoring import ordered, ranks
-from fedprune.selection import Selection, Tensors, mesh
+from fedprune.selection import Selection, mesh
 from fedprune.strategies.densities import dealt
 from fedprune.strategies.elements import Elements, global_mask, masked
 from fedprune.strategies.extraction import Nobody
@@ -32,7 +32,9 @@ from fedprune.survivors import surviving, survivors
 NAME = "autoflip"
 
 _GUIDANCE = "guidance/"
-"""Memory: per explorer G_k = (w_k^exp − w_0)², global coordinates; NaN where its submodel has no channels."""
+"""Memory: per explorer G_k = (w_k^exp − w_0)², float32, as large as its submodel, and the submodel's widths."""
+
+_WIDTHS = "/widths"
 
 Scaling = Literal["minmax", "robust"]
 Pruned = Literal["decay", "keep"]
@@ -241,15 +243,14 @@ def autoflip(job: Job) -> Strategy:
     )
 
 
-def _guidance(report: Report, names: tuple[str, ...]) -> Tensors:
-    """G_k = (w_k^exp − w_0)² of one explorer."""
-    trained, out = report.trained, {}
+def _guidance(report: Report, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
+    """G_k = (w_k^exp − w_0)² of one explorer, whose channels are its groups' first."""
+    trained = report.trained
+    out: dict[str, npt.NDArray[Any]] = {_WIDTHS: np.array(trained.selection.widths, np.int64)}
     for name in names:
         at = mesh(trained.selection.maps(name))
         moved = trained.tensors[name].astype(np.float64) - report.cut.scene.model[name][at]
-        full = np.full(report.cut.scene.architecture.by_name[name].shape, np.nan, np.float32)
-        full[at] = moved * moved
-        out[name] = full
+        out[name] = (moved * moved).astype(np.float32)
     return out
 
 
@@ -260,10 +261,11 @@ def _mean(scene: Scene, devices: list[str], names: tuple[str, ...]) -> dict[str,
     counts = {n: np.zeros(s, np.int64) for n, s in shapes.items()}
     for device in devices:
         guidance = scene.memory[_GUIDANCE + device]
+        held = Selection.of(scene.architecture, guidance[_WIDTHS].tolist())
         for name in names:
-            held = ~np.isnan(guidance[name])
-            sums[name][held] += guidance[name][held]
-            counts[name] += held
+            at = mesh(held.maps(name))
+            sums[name][at] += guidance[name]
+            counts[name][at] += 1
     return {n: np.where(counts[n] > 0, sums[n] / np.maximum(counts[n], 1), np.nan) for n in names}
 
 

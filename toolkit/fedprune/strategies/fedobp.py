@@ -35,7 +35,7 @@ INITIAL = "initial"
 """Memory: w_0, which a device that hands in its first update has as its own model."""
 
 _SCORES = "scores/"
-"""Memory: per device the moving average of its scores, global coordinates; NaN where nothing was compared yet."""
+"""Memory: per device the moving average of its scores, float32, global coordinates; NaN where nothing was compared."""
 
 Score = Literal["sq_diff", "diff_times_local"]
 Normalisation = Literal["none", "layer", "global"]
@@ -185,7 +185,11 @@ class Remembering:
         out = {}
         for name, one in self.apart.scores(cut, plain).items():
             known = None if before is None else before[name]
-            full = np.full(cut.scene.architecture.by_name[name].shape, np.nan) if known is None else np.array(known)
+            full = (
+                np.full(cut.scene.architecture.by_name[name].shape, np.nan, np.float32)
+                if known is None
+                else np.array(known)
+            )
             at = mesh(selection.maps(name))
             full[at] = np.where(one.known, one.score, full[at])
             out[name] = full
