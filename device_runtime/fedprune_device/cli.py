@@ -8,8 +8,8 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -186,7 +186,7 @@ def _run(arguments: argparse.Namespace) -> int:
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     owner = Owner(arguments.device, arguments.site)
-    with ExitStack() as stack:
+    with ExitStack() as stack, _stopped_children(stopped):
         fixed = None if arguments.data == LOCAL else open_samples(arguments, stack)  # what is wrong with it comes first
         store = stack.enter_context(DeviceStore(arguments.state, owner=owner))
         store.hold_to(floor)
@@ -194,12 +194,8 @@ def _run(arguments: argparse.Namespace) -> int:
             _LOG.info("privacy: %s", store.privacy.describe())
         log, crashes = stack.enter_context(reporting(arguments.state, arguments.device, lambda: store.privacy.private))
         data = open_samples(arguments, stack) if fixed is None else fixed
-        try:
+        if trial is None:  # a release on trial has checked it
             check_runtime()  # before this process loads it, which may end the process
-        except RuntimeUnavailableError:
-            if stopped.is_set():  # the service manager's signal ended the child, too
-                return int(ExitCode.OK)
-            raise
         agents: list[Agent] = []  # the link asks the agent for its will, and the agent speaks through the link
         stack.enter_context(
             answering(
@@ -221,12 +217,7 @@ def _run(arguments: argparse.Namespace) -> int:
         report = None
         if not arguments.no_probe:
             held_back = own_memory()  # before onnxruntime is loaded here, which takes memory that the probe finds free
-            try:
-                report = probe_apart(arguments.threads, memory_file=arguments.state / "layer_times.json")
-            except RuntimeUnavailableError:
-                if stopped.is_set():
-                    return int(ExitCode.OK)
-                raise
+            report = probe_apart(arguments.threads, memory_file=arguments.state / "layer_times.json")
             # A plan counts this process and its samples, which hold memory already.
             held = data.bytes if isinstance(data, LocalData) else 0
             taken = process_memory()
@@ -283,6 +274,16 @@ def _run(arguments: argparse.Namespace) -> int:
             heart.stop()
             link.close()
     return int(ExitCode.OK)
+
+
+@contextmanager
+def _stopped_children(stopped: threading.Event) -> Iterator[None]:
+    """End the body without an error where the service manager's stop signal ended a child process of a check, too."""
+    try:
+        yield
+    except RuntimeUnavailableError:
+        if not stopped.is_set():
+            raise
 
 
 def _profile(name: str | None) -> HardwareProfile | None:

@@ -46,6 +46,7 @@ def probe(
     layer_seconds: float = 10.0,
     form_seconds: float = 10.0,
     memory_file: Path | None = None,
+    runtime: str = "",
 ) -> ProbeReport:
     """Measure this board.
 
@@ -57,6 +58,7 @@ def probe(
         form_seconds: Time for the measurements of convolutions' forms, see `form_probe`; 0 leaves them out.
         memory_file: Where the layers' times are kept, so that the next start need not measure them again; beside it
             those of forms.
+        runtime: onnxruntime's version, where this process has loaded it; else another process tries that first.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -65,7 +67,7 @@ def probe(
     """
     began = time.monotonic()
     total, available = memory(root)
-    version = check_runtime()
+    version = runtime or check_runtime()
     train, infer = _rates(threads, seconds)
     about = f"fedprune {__version__}, onnxruntime {version}, {threads} threads, {board(root)}"
     latency = forms = None
@@ -264,12 +266,15 @@ def _answer() -> None:
     """The other side of `probe_apart`: settings from stdin, the report to stdout."""
     asked = json.loads(sys.stdin.read())
     file = asked["memory_file"]
+    import onnxruntime  # where that fails, `probe_apart` finds out why
+
     report = probe(
         asked["threads"],
         asked["seconds"],
         layer_seconds=asked["layer_seconds"],
         form_seconds=asked["form_seconds"],
         memory_file=None if file is None else Path(file),
+        runtime=onnxruntime.__version__,
     )
     print(json.dumps(report.to_dict()))
 

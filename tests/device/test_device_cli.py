@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -253,6 +255,33 @@ def test_a_broker_that_is_not_there_is_an_error(tmp_path: Path, probed: list[int
     assert run(tmp_path) == ExitCode.BROKER
     assert "127.0.0.1:9" in capsys.readouterr().err
     assert len(probed) == 1
+
+
+def test_a_board_without_tensorrt_imports_none_of_its_modules() -> None:
+    code = (
+        "import sys; from fedprune_device import cli; cli.build_parser(); from fedprune_device.agent import Agent; "
+        "from fedprune_device.local.command import answering; from fedprune_device.local.live_model import LiveModel; "
+        "print(*sorted(m for m in sys.modules if m.startswith('fedprune_device.engines.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {f"fedprune_device.engines.{m}" for m in ("engine_command", "tier")}
+
+
+def test_a_release_on_trial_that_has_checked_onnxruntime_does_not_load_it_once_more(
+    tmp_path: Path, probed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Checked:
+        def check(self, serving: Path) -> None:
+            pass
+
+    checked: list[str] = []
+    monkeypatch.setattr("fedprune_device.probe.check_runtime", lambda: checked.append("apart"))
+    monkeypatch.setattr("fedprune_device.runtime.trial.Trial.current", lambda: Checked())
+    assert run(tmp_path) == ExitCode.BROKER
+    assert not checked
+    monkeypatch.setattr("fedprune_device.runtime.trial.Trial.current", lambda: None)
+    assert run(tmp_path) == ExitCode.BROKER
+    assert checked == ["apart"]
 
 
 @pytest.mark.parametrize("child", ["check_runtime", "probe_apart"])

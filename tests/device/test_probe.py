@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 from fedprune.errors import MissingExtraError, RuntimeUnavailableError
@@ -16,6 +17,7 @@ from fedprune.latency import LatencyTable, typical_table
 from fedprune.probe_report import ProbeReport
 from fedprune_device.layer_times import LayerNets, measure, remembered_table
 from fedprune_device.probe import board, check_runtime, clock_hz, memory, probe, probe_apart, temperature_c, throttled
+from fedprune_device.runtime.trial import check_health
 
 pytestmark = pytest.mark.board
 
@@ -71,6 +73,18 @@ def test_a_probe_apart_keeps_what_it_measured(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "form_times.json").read_text())["forms"]
     assert report.forms == FormTimes.from_dict(kept)
     assert report.memory_total == memory()[0]
+
+
+def test_a_probe_apart_and_a_release_check_start_one_interpreter_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = tmp_path / "started"
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(started)!r}, 'a').write('one\\n')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    assert probe_apart(seconds=0.05, layer_seconds=0, form_seconds=0).onnxruntime == onnxruntime.__version__
+    assert started.read_text().splitlines() == ["one"]
+    check_health()
+    assert started.read_text().splitlines() == ["one"] * 2
 
 
 @pytest.mark.parametrize(

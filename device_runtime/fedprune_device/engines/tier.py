@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedprune.disk import storage_errors
 from fedprune.engine_plan import EnginePlan
 from fedprune.profile import HardwareProfile
 from fedprune.profile_sections import TIERS
-from fedprune_device.engines.keeper import Keeper
+
+if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
+    from fedprune_device.engines.keeper import Keeper
 
 ENGINES = "engines"
 """The folder of engines in a state directory."""
@@ -42,7 +44,11 @@ class Tier:
         Args:
             state: The board's state directory.
         """
-        return Keeper(state / ENGINES, self.plan) if self.name == TENSORRT else None
+        if self.name != TENSORRT:
+            return None
+        from fedprune_device.engines.keeper import Keeper
+
+        return Keeper(state / ENGINES, self.plan)
 
 
 def add_tier_options(parser: Any) -> None:

@@ -6,11 +6,10 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedprune.cli import whole_number
 from fedprune_device.data import TEST_SHARE, load_data
-from fedprune_device.engines.keeper import Keeper
 from fedprune_device.local.address import Address
 from fedprune_device.local.endpoints import Endpoints
 from fedprune_device.local.image_folder import ImageFolder
@@ -22,6 +21,9 @@ from fedprune_device.local.server import LocalServer
 from fedprune_device.local.shares import Shares
 from fedprune_device.probe import temperature_c
 from fedprune_device.source import Samples
+
+if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
+    from fedprune_device.engines.keeper import Keeper
 
 LOCAL = "local"
 """The source of samples that is the set of those handed in."""

@@ -8,17 +8,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.errors import FedpruneError
 from fedprune_device.data import Array, Shape
-from fedprune_device.engines.keeper import Keeper, Wanted
 from fedprune_device.local.request import RequestError
 from fedprune_device.predictions import likely
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Serving, Slots
+
+if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
+    from fedprune_device.engines.keeper import Keeper
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -157,6 +160,8 @@ class LiveModel:
                 self._loaded = Loaded(predictor, record)
                 _LOG.info("round %d of job %s answers predictions", record.round, record.job)
                 if self._keeper is not None:
+                    from fedprune_device.engines.keeper import Wanted
+
                     self._keeper.want(Wanted.serving(predictor, self._slots.folder(record), record, self._threads))
             self._seen = found
         except FedpruneError as error:

@@ -136,7 +136,7 @@ def check_packages(slot: Path, system: Collection[str] = ()) -> None:
 def check_health(serving: Path | None = None, python: str = sys.executable) -> None:
     """Whether onnxruntime loads and computes here, and the model that serves can be served.
 
-    It happens in processes of their own: an instruction that the processor lacks kills the process that meets it.
+    It happens in a process of its own: an instruction that the processor lacks kills the process that meets it.
 
     Args:
         serving: The folder of the models that serve, if there is one.
@@ -146,7 +146,6 @@ def check_health(serving: Path | None = None, python: str = sys.executable) -> N
         MissingExtraError: onnxruntime is not installed.
         RuntimeUnavailableError: It can't be loaded, or computes nothing; the message says how it failed.
     """
-    check_runtime(python)
     command = [python, "-c", "from fedprune_device.runtime.trial import _answer; _answer()"]
     asked = json.dumps({"serving": None if serving is None else str(serving)})
     try:
@@ -155,6 +154,8 @@ def check_health(serving: Path | None = None, python: str = sys.executable) -> N
         raise RuntimeUnavailableError(f"a small graph doesn't run within {_TIMEOUT_S} s") from error
     except OSError as error:
         raise RuntimeUnavailableError(f"can't start {python}: {error.strerror}") from error
+    if done.returncode:
+        check_runtime(python)  # reports the cause, if onnxruntime itself doesn't load
     if done.returncode < 0:
         name = signal_name(-done.returncode)
         raise RuntimeUnavailableError(

@@ -178,7 +178,7 @@ class Remembering:
                 out[_SCORES + report.cut.turn.device] = self._averages(report)
         return out
 
-    def _averages(self, report: Report) -> dict[str, npt.NDArray[np.float64]]:
+    def _averages(self, report: Report) -> dict[str, npt.NDArray[np.float32]]:
         cut, selection = report.cut, report.trained.selection
         plain = Submodel(selection, selection.gather(cut.scene.model), report.trained.mask)
         before = cut.scene.memory.get(_SCORES + cut.turn.device)
