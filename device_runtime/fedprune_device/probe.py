@@ -26,6 +26,7 @@ from fedprune.chance import keyed
 from fedprune.errors import MissingExtraError, RuntimeUnavailableError
 from fedprune.probe_report import ProbeReport
 from fedprune.session import Session
+from fedprune.session import version as onnxruntime_version
 from fedprune_device.form_probe import measure_forms, remembered_forms
 from fedprune_device.layer_times import measure_table, remembered_table
 from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
@@ -266,15 +267,13 @@ def _answer() -> None:
     """The other side of `probe_apart`: settings from stdin, the report to stdout."""
     asked = json.loads(sys.stdin.read())
     file = asked["memory_file"]
-    import onnxruntime  # where that fails, `probe_apart` finds out why
-
     report = probe(
         asked["threads"],
         asked["seconds"],
         layer_seconds=asked["layer_seconds"],
         form_seconds=asked["form_seconds"],
         memory_file=None if file is None else Path(file),
-        runtime=onnxruntime.__version__,
+        runtime=onnxruntime_version(),
     )
     print(json.dumps(report.to_dict()))
 
