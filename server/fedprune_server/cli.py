@@ -174,7 +174,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune.profile_store import names as names_of_profiles
     from fedprune_server.broker.revocations import delivering
     from fedprune_server.commands.configuration import configured
-    from fedprune_server.console.setup import desks_of, with_console
+    from fedprune_server.console.setup import check_console, desks_of, with_console
     from fedprune_server.daemon import Daemon
     from fedprune_server.fleet.board_logs import BoardLogs
     from fedprune_server.further_jobs import further, hosted
@@ -185,6 +185,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_server.link.web_blobs import web_blobs
     from fedprune_server.observation.alert_book import AlertBook
     from fedprune_server.observation.monitor import restored
+    from fedprune_server.observation.notifications import channels
     from fedprune_server.observation.onlooker import Shown
     from fedprune_server.observation.setup import monitoring, watching
     from fedprune_server.pulse import Pulse
@@ -205,6 +206,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 waited = stack.enter_context(StateFolder(config.state, config.database, standby=True))
             # The other server may have been started with other settings meanwhile.
             config = configured(arguments).config
+        check_console(config)  # before another server is asked to end, as by a take-over
+        channels(config.alerts)
         identity = stack.enter_context(identity_of(config, insecure=arguments.insecure))
         folder = waited or stack.enter_context(StateFolder(config.state, config.database))
         if copy := restored_from(config.state):

@@ -373,6 +373,36 @@ def test_a_copy_that_is_refused_has_reached_nobody(
     assert outward == []
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("[alerts]\nwebhook = 'https://a.example'\nwebhook_secret = 'empty'\n", "a text of 1 to"),
+        (
+            "[server]\nconsole = '8470'\nconsole_certificate = 'empty'\nconsole_key = 'empty'\n",
+            "a certificate and its key",
+        ),
+        ("[server]\nconsole = '192.0.2.1:8470'\nconsole_insecure = true\n", "can't listen on 192.0.2.1"),
+    ],
+)
+def test_settings_are_wrong_before_another_server_is_asked_to_end(
+    state: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: str,
+    says: str,
+) -> None:
+    IdentityFolder.make(state, "default").close()
+    (tmp_path / "empty").touch()
+    (tmp_path / "fleet.toml").write_text(f"{settings}[job]\nname = 'leaves'\n")
+    asked: list[str] = []
+    monkeypatch.setattr(Leadership, "enter", lambda *_, **__: asked.append("to end"))
+    command = ["run", "--state", str(state), "--port", "0", "--take-over", "--config", str(tmp_path / "fleet.toml")]
+    assert main(command) == ExitCode.CONFIG
+    assert says in one_line(capsys)
+    assert not asked
+
+
 def test_two_servers_do_not_share_a_folder(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with StateFolder(state):
         assert main(["run", "--insecure", "--state", str(state)]) == ExitCode.STORAGE

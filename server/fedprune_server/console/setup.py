@@ -58,7 +58,7 @@ def with_console(
     logs: BoardLogs | None = None,
     alerts: AlertBook | None = None,
 ) -> Iterator[Feed | None]:
-    """A console for a server, if its configuration wants one.
+    """A console for a server, if its configuration, which `check_console` has checked, asks for one.
 
     Args:
         config: The configuration.
@@ -70,8 +70,7 @@ def with_console(
         alerts: The open alerts; None for none.
 
     Raises:
-        MissingExtraError: The packages of the extra `console` are missing.
-        ConfigError: It can't listen there, or its certificate can't be used.
+        ConfigError: The port is in use.
         StorageError: Its database can't be used.
     """
     place = config.console_place
@@ -80,8 +79,6 @@ def with_console(
         return
     desks, lent, here = desks_of(server)
     with ExitStack() as stack:
-        check_packages()
-        check_tls(config)
         check_free(*place)
         members = releases = clerk = None
         if identity is not None:
@@ -118,6 +115,19 @@ def with_console(
                 config.state,
             )
         yield feed
+
+
+def check_console(config: ServerConfig) -> None:
+    """Check the console's settings, if the configuration asks for one; its port may still be another server's.
+
+    Raises:
+        MissingExtraError: The packages of the extra `console` are missing.
+        ConfigError: The address is not this machine's, or the certificate can't be used.
+    """
+    if config.console_place is not None:
+        check_packages()
+        check_tls(config)
+        check_free(config.console_place[0], 0)
 
 
 def check_packages(packages: Sequence[str] = _PACKAGES) -> None:
