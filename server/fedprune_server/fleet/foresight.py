@@ -13,14 +13,15 @@ from fedprune.job import Job
 from fedprune.prediction import predict
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
+from fedprune.quantity import amount
 from fedprune.strategies import compose
 
-QUANTITIES: dict[str, tuple[str, str]] = {
-    "step_seconds": ("step", "step_s"),
-    "latency_seconds": ("prediction", "latency_s"),
-    "peak_memory_bytes": ("memory", "memory_bytes"),
+QUANTITIES: dict[str, tuple[str, str, str]] = {
+    "step_seconds": ("step", "step_s", "s"),
+    "latency_seconds": ("prediction", "latency_s", "s"),
+    "peak_memory_bytes": ("memory", "memory_bytes", "bytes"),
 }
-"""Per metric of an update what people call it and the figure of a plan's prediction that foretells it."""
+"""Per metric of an update its name for people, the figure of a plan's prediction, and the unit of both."""
 
 Compared = dict[str, tuple[float | None, float | None]]
 """Per metric what was predicted and what was measured, as far as there is either."""
@@ -35,7 +36,7 @@ def compared(name: str, state: State | None, predicted: Mapping[str, Any] | None
         predicted: Figures of its plan's prediction; None without a plan.
     """
     measured = _measured(name, state)
-    rows = {m: (_number(predicted, figure), _number(measured, m)) for m, (_, figure) in QUANTITIES.items()}
+    rows = {m: (_number(predicted, figure), _number(measured, m)) for m, (_, figure, _) in QUANTITIES.items()}
     return {m: pair for m, pair in rows.items() if pair != (None, None)}
 
 
@@ -68,32 +69,24 @@ def described(rows: Compared) -> str:
     for metric, (expected, seen) in rows.items():
         if seen is None:
             continue
-        text = f"{QUANTITIES[metric][0]} {amount(metric, seen)}"
-        parts.append(text if expected is None else f"{text} (predicted {amount(metric, expected)})")
+        title, _, unit = QUANTITIES[metric]
+        text = f"{title} {amount(seen, unit)}"
+        parts.append(text if expected is None else f"{text} (predicted {amount(expected, unit)})")
     return ", ".join(parts)
 
 
 def table(rows: Sequence[tuple[str, Compared]]) -> list[tuple[str, ...]]:
     """Devices and their comparisons as rows for a report; the first is the header."""
-    names = [f"{title} {word}" for title, _ in QUANTITIES.values() for word in ("predicted", "measured", "off by")]
+    names = [f"{title} {word}" for title, *_ in QUANTITIES.values() for word in ("predicted", "measured", "off by")]
     out: list[tuple[str, ...]] = [("device", *names)]
     for name, pairs in rows:
         cells = [name]
-        for metric in QUANTITIES:
+        for metric, (_, _, unit) in QUANTITIES.items():
             expected, seen = pairs.get(metric, (None, None))
-            cells += [amount(metric, v) for v in (expected, seen)]
+            cells += ["–" if v is None else amount(v, unit) for v in (expected, seen)]
             cells.append(f"{expected / seen - 1:+.0%}" if expected is not None and seen else "–")
         out.append(tuple(cells))
     return out
-
-
-def amount(metric: str, value: float | None) -> str:
-    """A figure for people."""
-    if value is None:
-        return "–"
-    if metric.endswith("_bytes"):
-        return f"{value / 1e6:.0f} MB"
-    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
 def _measured(name: str, state: State | None) -> Mapping[str, Any]:

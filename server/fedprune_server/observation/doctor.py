@@ -48,7 +48,7 @@ def _examine(folder: Path, timeout: float, now: float) -> Iterator[Ailment]:
     last: float | None = None
     for part in (folder, *folders(folder)):
         try:
-            case, told = site.within(timeout, lambda part=part: _case(part, folder))  # type: ignore[misc]
+            case, event_at = site.within(timeout, lambda part=part: _case(part, folder))  # type: ignore[misc]
         except FedpruneError as error:
             yield wrong(
                 "database",
@@ -57,7 +57,7 @@ def _examine(folder: Path, timeout: float, now: float) -> Iterator[Ailment]:
                 f"see that it runs and can be reached; then {command('check', *at(part))}, or restore a backup",
             )
             continue
-        last = max(filter(None, (last, told)), default=None)
+        last = max(filter(None, (last, event_at)), default=None)
         cases.append(case)
         yield from ailments(case)
     server: Mapping[str, Any] = cases[0].settings.get("server", {}) if cases else {}
@@ -85,19 +85,19 @@ def _alerts(
     folder: Path, cases: Sequence[Case], server: Mapping[str, Any], now: float, *, running: bool, members: bool
 ) -> Iterator[Ailment]:
     """The alerts that the state folder justifies, and those that a running server has open besides."""
-    told = read_open(folder) if running else None
+    live = read_open(folder) if running else None
     rows = {n: str(r["reason"]) for n, r in sorted(read_rows(folder).items()) if (r["until"] or 0.0) > now}
     seen = Snapshot(
         folder,
         [case.status for case in cases],
         sum(case.here for case in cases),
         running,
-        None if told is None else max(0.0, now - told[0]),
+        None if live is None else max(0.0, now - live[0]),
         quarantined=rows,
         site=site_facts(folder, server, members=members),
     )
     found = {a.key: a for a in evaluate(seen, now)}
-    for alert in () if told is None else told[1]:
+    for alert in () if live is None else live[1]:
         found.setdefault(alert.key, alert)
     yield from map(of_alert, found.values())
 

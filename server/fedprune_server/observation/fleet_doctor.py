@@ -219,9 +219,9 @@ def _uncovered(case: Case) -> Iterator[Ailment]:
 
 def _diverges(case: Case) -> Iterator[Ailment]:
     recipe = case.job.get("recipe", {})
-    told = of_history(case.state.history, recipe if isinstance(recipe, Mapping) else {})
-    if told:
-        what, _, todo = told.partition(". ")
+    trouble = of_history(case.state.history, recipe if isinstance(recipe, Mapping) else {})
+    if trouble:
+        what, _, todo = trouble.partition(". ")
         yield wrong("training-diverges", f"job {case.name}: {what}", "the model gets worse, not better", todo)
 
 

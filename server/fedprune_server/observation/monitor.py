@@ -22,9 +22,10 @@ from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress
 from fedprune.disk import write_whole
 from fedprune.errors import FedpruneError, reason
+from fedprune.quantity import amount
 from fedprune.schedule import SYNCHRONOUS
 from fedprune.strategies import compose
-from fedprune_server.fleet.foresight import QUANTITIES, amount, compared
+from fedprune_server.fleet.foresight import QUANTITIES, compared
 from fedprune_server.observation.alert_book import AlertBook, AlertChange
 from fedprune_server.observation.alerts import (
     CRITICAL,
@@ -122,7 +123,8 @@ def off_by_far(state: State) -> dict[str, str]:
             continue  # it has measured nothing of its present plan in this round
         for metric, (expected, measured) in compared(name, state, device.plan.get("prediction")).items():
             if expected and measured and measured > _FAR_OFF[metric] * expected:
-                text = f"{QUANTITIES[metric][0]} {amount(metric, measured)} instead of {amount(metric, expected)}"
+                title, _, unit = QUANTITIES[metric]
+                text = f"{title} {amount(measured, unit)} instead of {amount(expected, unit)}"
                 found[name] = f"{found[name]}, {text}" if name in found else text
     return found
 
@@ -142,7 +144,7 @@ class Monitor(Onlooker):
         monotonic: The monotonic clock.
 
     Attributes:
-        told: Gives the alerts of which people were notified; called on the monitor's thread.
+        notified: Returns the alerts of which a notification was sent; called on the monitor's thread.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ class Monitor(Onlooker):
         self.watches = {view.job.name: JobWatch(view, place) for view, place in views}
         self._here = here or (lambda: self._view.state.devices.count(True))
         self._others = others
-        self.told: Callable[[], Sequence[Alert]] = tuple
+        self.notified: Callable[[], Sequence[Alert]] = tuple
         self._tell, self._clock, self._monotonic = tell, clock, monotonic
         self.book = AlertBook(restored(folder)) if book is None else book
         self._site: SiteFacts | None = None
@@ -259,8 +261,8 @@ class Monitor(Onlooker):
             self._wake.clear()
 
     def _write(self) -> None:
-        alerts, told = ([asdict(a) for a in found] for found in (self.book.open, self.told()))
-        body = {"turned_at": self._turned_at, "alerts": alerts, "told": told}
+        alerts, notified = ([asdict(a) for a in found] for found in (self.book.open, self.notified()))
+        body = {"turned_at": self._turned_at, "alerts": alerts, "notified": notified}
         try:
             write_whole(self._folder / FILE, json.dumps(body).encode())
         except (FedpruneError, OSError) as error:
@@ -282,9 +284,9 @@ def read_open(folder: Path) -> tuple[float, list[Alert]] | None:
     return _read(folder, "alerts")
 
 
-def read_told(folder: Path) -> list[Alert]:
-    """Alerts of which the last run of a folder's server notified people, but not of their end."""
-    found = _read(folder, "told")
+def read_notified(folder: Path) -> list[Alert]:
+    """Alerts of which the last run of a folder's server sent a notification, but not of their end."""
+    found = _read(folder, "notified")
     return [] if found is None else found[1]
 
 

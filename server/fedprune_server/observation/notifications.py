@@ -253,18 +253,18 @@ class NotificationSchedule:
     Args:
         settings: The settings of notifications.
         site: The server's site.
-        told: Alerts that an earlier run of the server has told of.
+        notified: Alerts of which an earlier run of the server sent a notification.
     """
 
-    def __init__(self, settings: AlertSettings, site: str, told: Iterable[Alert] = ()) -> None:
+    def __init__(self, settings: AlertSettings, site: str, notified: Iterable[Alert] = ()) -> None:
         self._settings, self._site = settings, site
-        self._told: dict[str, tuple[Alert, float | None]] = {a.key: (a, None) for a in told}
+        self._notified: dict[str, tuple[Alert, float | None]] = {a.key: (a, None) for a in notified}
         self._last: float | None = None
 
     @property
-    def told(self) -> list[Alert]:
-        """Alerts that were told, and whose end was not; may be read from any thread."""
-        return [alert for alert, _ in list(self._told.values())]
+    def notified(self) -> list[Alert]:
+        """Alerts of which a notification was sent, but not of their end; may be read from any thread."""
+        return [alert for alert, _ in list(self._notified.values())]
 
     def messages(self, opened: Sequence[Alert], now: float, at: float, *, last: bool = False) -> list[Message]:
         """Messages that are due now.
@@ -282,15 +282,15 @@ class NotificationSchedule:
         for key, alert in held.items():
             if SEVERITIES.index(alert.severity) < least:
                 continue
-            before, told_at = self._told.get(key, (None, None))
+            before, notified_at = self._notified.get(key, (None, None))
             if before is None or SEVERITIES.index(alert.severity) > SEVERITIES.index(before.severity):
                 by_event[OPENED].append(alert)
-            elif told_at is None:  # by an earlier run
-                self._told[key] = alert, now
-            elif again_s and now - told_at >= again_s:
+            elif notified_at is None:  # by an earlier run
+                self._notified[key] = alert, now
+            elif again_s and now - notified_at >= again_s:
                 by_event[REPEATED].append(alert)
-        for key in self._told.keys() - held.keys():
-            alert = self._told[key][0]
+        for key in self._notified.keys() - held.keys():
+            alert = self._notified[key][0]
             if SEVERITIES.index(alert.severity) >= least:
                 by_event[RESOLVED].append(alert)
         urgent = any(a.severity == SEVERITIES[-1] for alerts in by_event.values() for a in alerts)
@@ -300,9 +300,9 @@ class NotificationSchedule:
         for event, alerts in by_event.items():
             for alert in alerts:
                 if event == RESOLVED:
-                    del self._told[alert.key]
+                    del self._notified[alert.key]
                 else:
-                    self._told[alert.key] = alert, now
+                    self._notified[alert.key] = alert, now
             if alerts and (event != RESOLVED or self._settings.resolved):
                 alerts.sort(key=lambda a: (-SEVERITIES.index(a.severity), a.since))
                 found.append(Message(event, at, self._site, tuple(alerts)))
@@ -374,7 +374,7 @@ class Notifier:
         site: The server's site.
         opened: Gives the open alerts; called on the notifier's thread.
         works: Says whether the server's loop turns; called on the notifier's thread.
-        told: Alerts that an earlier run has told of.
+        notified: Alerts of which an earlier run sent a notification.
         clock: Seconds since 1970.
 
     Raises:
@@ -387,13 +387,13 @@ class Notifier:
         site: str,
         opened: Callable[[], Sequence[Alert]],
         works: Callable[[], bool],
-        told: Iterable[Alert] = (),
+        notified: Iterable[Alert] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._opened, self._works, self._clock = opened, works, clock
         self._heartbeat = settings.heartbeat
         self._outboxes = [Outbox(channel) for channel in channels(settings)]
-        self._due = NotificationSchedule(settings, site, told if self._outboxes else ())
+        self._due = NotificationSchedule(settings, site, notified if self._outboxes else ())
         self._over = threading.Event()
         self._threads = [threading.Thread(target=self._look, name="fedprune-notifier", daemon=True)]
         if self._heartbeat != OFF:
@@ -410,9 +410,9 @@ class Notifier:
         for outbox in self._outboxes:
             outbox.close(_TIMEOUT_S / 2)
 
-    def told(self) -> list[Alert]:
-        """Alerts of which people were notified, but not of their end; may be asked from any thread."""
-        return self._due.told
+    def notified(self) -> list[Alert]:
+        """As `NotificationSchedule.notified`."""
+        return self._due.notified
 
     def _look(self) -> None:
         while not self._over.wait(_LOOK_S):

@@ -44,7 +44,7 @@ class Onlooker:
     trace_id: str | None = None
 
     def event(self, event: on.Event, now: float) -> None:
-        """The coordinator was told of an event."""
+        """The coordinator has handled an event."""
 
     def command(self, command: do.Command, now: float) -> None:
         """The coordinator's command is about to be carried out."""

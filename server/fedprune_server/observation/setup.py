@@ -11,7 +11,7 @@ from typing import Protocol
 from fedprune.errors import MissingExtraError
 from fedprune_server.observation.alert_book import AlertBook
 from fedprune_server.observation.alerts import OtherServer
-from fedprune_server.observation.monitor import Monitor, read_told
+from fedprune_server.observation.monitor import Monitor, read_notified
 from fedprune_server.observation.notifications import Notifier
 from fedprune_server.observation.onlooker import Onlooker, Onlookers
 from fedprune_server.observation.view import JobView
@@ -100,10 +100,10 @@ def monitoring(
     for job, _ in jobs:
         job.onlookers.join(monitor.watches[job.view.job.name])
     jobs[0][0].onlookers.join(monitor)
-    told = read_told(config.state)
+    notified = read_notified(config.state)
     with ExitStack() as stack:
-        notifier = Notifier(config.alerts, config.site, monitor.open, lambda: not monitor.hangs, told)
-        monitor.told = notifier.told
+        notifier = Notifier(config.alerts, config.site, monitor.open, lambda: not monitor.hangs, notified)
+        monitor.notified = notifier.notified
         stack.callback(monitor.close)  # after the notifier's last messages, which it writes down
         stack.callback(notifier.close)
         monitor.start()

@@ -105,7 +105,7 @@ def crashes(folder: Path, now: float) -> Iterator[Ailment]:
     try:
         found = [r for r in read_logs(folder, most=5000) if r.kind == "crash" and now - r.received < _DAY_S]
     except FedpruneError as error:
-        yield note("board-logs", str(error), "what boards told of themselves can't be read", "Delete the file.")
+        yield note("board-logs", str(error), "boards' logs and crash reports can't be shown", "Delete the file.")
         return
     if found:
         names = sorted({r.device for r in found})

@@ -91,9 +91,9 @@ def application(metrics: Metrics, checks: Checks) -> Callable[..., Iterable[byte
         elif path == "/metrics":
             status, kind, body = "200 OK", "text/plain; version=0.0.4; charset=utf-8", metrics.text()
         elif path == "/healthz":
-            status, body = _told(_hangs(metrics))
+            status, body = _verdict(_hangs(metrics))
         elif path == "/readyz":
-            status, body = _told([f"{n}: {t}" for n, look in checks.items() if (t := look())] + _hangs(metrics))
+            status, body = _verdict([f"{n}: {t}" for n, look in checks.items() if (t := look())] + _hangs(metrics))
         start(status, [("Content-Type", kind), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")])
         return [b"" if environ.get("REQUEST_METHOD") == "HEAD" else body]
 
@@ -134,7 +134,7 @@ def served(place: tuple[str, int], metrics: Metrics, checks: Checks) -> Iterator
         thread.join(_PATIENCE_S)
 
 
-def _told(wrong: list[str]) -> tuple[str, bytes]:
+def _verdict(wrong: list[str]) -> tuple[str, bytes]:
     if wrong:
         return "503 Service Unavailable", ("\n".join(wrong) + "\n").encode()
     return "200 OK", b"ok\n"

@@ -14,6 +14,7 @@ from fedprune.coordination.state import Device
 from fedprune.job import Job
 from fedprune.plan import plan
 from fedprune.prediction import predict
+from fedprune.quantity import amount
 from fedprune.recipe import Recipe
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Turn
@@ -44,7 +45,7 @@ def test_a_devices_predictions_stand_beside_its_measurements() -> None:
     assert rows["step_seconds"] == (MADE.prediction.step_s, METRICS["step_seconds"])
     assert rows["latency_seconds"] == (MADE.prediction.latency_s, 0.5)
     assert rows["peak_memory_bytes"] == (MADE.prediction.memory_bytes, 1e8)
-    assert "memory 100 MB (predicted" in described(rows)
+    assert "memory 100.00 MB (predicted" in described(rows)
 
 
 def test_measurements_at_other_widths_are_left_out() -> None:
@@ -75,9 +76,10 @@ def test_a_record_keeps_the_comparison_and_a_report_shows_it() -> None:
     assert header[:4] == ("device", "step predicted", "step measured", "step off by")
     assert row[0] == "pi"
     assert row[3] == "-50%"
+    assert row[8] == amount(METRICS["peak_memory_bytes"], "bytes"), "plans write the same amounts alike"
 
 
 @pytest.mark.parametrize("seen", [None, 0.0])
 def test_what_was_not_measured_is_a_dash(seen: float | None) -> None:
-    assert table([("pi", {"step_seconds": (1.5, seen)})])[1][1] == "1.50 s"
+    assert table([("pi", {"step_seconds": (1.5, seen)})])[1][1] == "1.5 s"
     assert table([("pi", {"step_seconds": (1.5, seen)})])[1][3:] == ("–",) * 7

@@ -375,7 +375,7 @@ def test_a_board_far_off_its_plan_is_found() -> None:
     part = {"progress": "folded", "widths": [4], "metrics": {"peak_memory_bytes": 126e6, "step_seconds": 1.9}}
     device = SimpleNamespace(plan=plan, widths=(4,))
     state: Any = SimpleNamespace(devices={"a": device, "b": device}, history=[{"devices": {"a": part, "c": part}}])
-    assert off_by_far(state) == {"a": "memory 126 MB instead of 100 MB"}
+    assert off_by_far(state) == {"a": "memory 126.00 MB instead of 100.00 MB"}
     part["metrics"] = {"peak_memory_bytes": 124e6, "step_seconds": 1.9}
     assert off_by_far(state) == {}
     part |= {"metrics": {"peak_memory_bytes": 126e6}, "progress": "refused"}

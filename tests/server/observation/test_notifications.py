@@ -189,7 +189,7 @@ def test_many_alerts_are_one_message_and_the_critical_one_waits_for_nothing() ->
 
 
 def test_a_restarted_server_does_not_tell_again_but_tells_the_end() -> None:
-    due = NotificationSchedule(AlertSettings(repeat_minutes=1), "lab", told=[alert()])
+    due = NotificationSchedule(AlertSettings(repeat_minutes=1), "lab", notified=[alert()])
     assert due.messages([alert()], 0.0, NOON) == []
     assert [m.event for m in due.messages([alert()], 61.0, NOON)] == ["repeated"]
     assert [m.event for m in due.messages([], 62.0, NOON)] == ["resolved"]
@@ -217,10 +217,10 @@ def test_nothing_that_is_due_waits_beyond_the_end_of_the_server() -> None:
     assert due.messages([first], 0.0, NOON)
     assert due.messages([first, second], 1.0, NOON) == []
     assert [m.alerts for m in due.messages([first, second], 2.0, NOON, last=True)] == [(second,)]
-    assert due.told == [first, second]
+    assert due.notified == [first, second]
     held_back = alert("quarantine", "warning", device="a")
     assert due.messages([first, second, held_back], 3.0, NOON + 11 * HOUR, last=True) == []
-    assert held_back not in due.told
+    assert held_back not in due.notified
 
 
 # How it is sent.
@@ -380,10 +380,10 @@ def test_an_alert_that_opened_before_notifications_were_set_up_is_sent_then(monk
     monkeypatch.setattr(notifications, "_LOOK_S", 0.01)
     without = Notifier(AlertSettings(), "lab", lambda: [alert()], lambda: True)
     without.close()
-    assert without.told() == []
+    assert without.notified() == []
     with web() as (url, got):
         settings = AlertSettings(webhook=url)
-        with closing(Notifier(settings, "lab", lambda: [alert()], lambda: True, without.told())):
+        with closing(Notifier(settings, "lab", lambda: [alert()], lambda: True, without.notified())):
             until(lambda: got)
     assert [json.loads(raw)["event"] for _, _, raw in got] == ["opened"]
 
