@@ -162,7 +162,7 @@ def errors(predicted: Sequence[float], seen: Sequence[float]) -> dict[str, float
 
 
 def compare_plans(bench: Bench, table: LatencyTable) -> list[dict[str, Any]]:
-    """Rungs of the planner's ladder beside uniform widths with at least as many MACs."""
+    """Rungs of the planner's ladder next to uniform widths with at least as many MACs."""
     architecture, rows = bench.architecture, []
     ladder = rungs(architecture, table, BATCH, DENSITIES)
     for share in SHARES:

@@ -75,7 +75,7 @@ STATISTIC = 1e6
 BOAST = 1000
 
 ATTACKS = {
-    "none": "nobody is hostile",
+    "none": "no device is hostile",
     "x100": "100 times the honest change, as far as the numeric check allows",
     "bound": f"every weight {EDGE}, every statistic {STATISTIC:g}",
     "flip": "the honest change with its sign reversed",

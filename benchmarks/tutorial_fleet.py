@@ -1,4 +1,4 @@
-"""The tutorials' fleet on unequal links: `fedprune` beside the two ways in which FedAvg keeps to them.
+"""The tutorials' fleet on unequal links: `fedprune` next to the two ways in which FedAvg keeps to them.
 
     python -m benchmarks.tutorial_fleet
 

@@ -15,7 +15,7 @@ ANN, NOT_ANN = "hunter2-of-the-operator", "hunter2-of-nobody-at-all"
 
 
 class Operator:
-    """Somebody who uses the console.
+    """An operator who uses the console.
 
     Args:
         port: The console's.

@@ -1,4 +1,4 @@
-"""A site of real processes with metrics, a console and a webhook, and what each of them tells of alerts."""
+"""A site of real processes with metrics, a console and a webhook, and what each of them reports of alerts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Hook(BaseHTTPRequestHandler):
         """Log nothing."""
 
     @classmethod
-    def told(cls, event: str, kind: str, severity: str = "") -> list[str]:
+    def posted(cls, event: str, kind: str, severity: str = "") -> list[str]:
         """Texts of a kind's alerts that arrived with an event."""
         return [a["what"] for e, a in cls.got if (e, a["kind"]) == (event, kind) and severity in ("", a["severity"])]
 

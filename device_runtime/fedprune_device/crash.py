@@ -114,7 +114,7 @@ class Crashes:
             threading.excepthook = hook
             try:
                 yield
-            except (KeyboardInterrupt, SystemExit, IdentityError, JoinError):  # to be let in is up to the operator
+            except (KeyboardInterrupt, SystemExit, IdentityError, JoinError):  # the operator approves boards
                 raise
             except BaseException as error:
                 self.exception(error, "error" if isinstance(error, FedpruneError) else "exception")

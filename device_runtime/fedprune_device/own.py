@@ -37,7 +37,7 @@ _STAGED = durable.TEMPORARY + "staged"
 """What a round has left while its result may still be dropped; a new process deletes it."""
 _JOB, _OTHERS = "job", "others"
 MOST_OTHERS = 3
-"""Of so many jobs beside the present one a board keeps what is its own: those that it worked for last."""
+"""Number of jobs, in addition to the present one, whose personal state a board keeps: the latest ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,8 +167,8 @@ class Shelf(Protocol):
         """
         ...
 
-    def commit(self, beside: str | None) -> None:
-        """Make the staged record the newest; of the others only the one at `beside` stays.
+    def commit(self, neighbour: str | None) -> None:
+        """Make the staged record the newest; delete all others except the one at `neighbour`.
 
         Raises:
             StorageError: The disk fails; what was there stays.
@@ -237,10 +237,10 @@ class OwnInMemory:
         """See `Shelf`."""
         self._staged = record
 
-    def commit(self, beside: str | None) -> None:
+    def commit(self, neighbour: str | None) -> None:
         """See `Shelf`."""
-        kept = {} if beside is None else {beside: self.records[beside]}
-        self.records, self._staged = {**kept, _free(beside): self._staged}, b""
+        kept = {} if neighbour is None else {neighbour: self.records[neighbour]}
+        self.records, self._staged = {**kept, _free(neighbour): self._staged}, b""
 
 
 class OwnFolder:
@@ -272,12 +272,12 @@ class OwnFolder:
         """See `Shelf`."""
         durable.write(self._root / _STAGED, record)
 
-    def commit(self, beside: str | None) -> None:
+    def commit(self, neighbour: str | None) -> None:
         """See `Shelf`."""
-        place = _free(beside)
+        place = _free(neighbour)
         durable.move(self._root / _STAGED, self._root / place)
         for name in _SLOTS:
-            if name not in (place, beside):
+            if name not in (place, neighbour):
                 durable.remove(self._root / name)
 
     def turn_to(self, job: str, before: str = "") -> None:
@@ -349,8 +349,8 @@ class OwnFolder:
                 durable.remove(path)
 
 
-def _free(beside: str | None) -> str:
-    return next(n for n in _SLOTS if n != beside)
+def _free(neighbour: str | None) -> str:
+    return next(n for n in _SLOTS if n != neighbour)
 
 
 def _content(path: Path) -> bytes | None:

@@ -29,7 +29,7 @@ Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
 FILE = 2**48
-"""More bytes than a file has: places in several files are told apart by it."""
+"""More bytes than any file has: the factor that separates offsets of several files."""
 
 _CHUNK_BYTES = 2**20
 

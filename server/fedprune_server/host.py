@@ -113,7 +113,7 @@ class Host:
 
     @property
     def connected(self) -> int:
-        """How many devices are there."""
+        """Number of connected devices."""
         return len(self._here)
 
     def present(self, device: str) -> bool:

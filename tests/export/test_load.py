@@ -234,7 +234,7 @@ def test_a_parameter_that_the_export_loses_is_refused(monkeypatch: pytest.Monkey
 
 
 class Words(nn.Module):
-    """A model of token ids that doesn't say so."""
+    """A model of token ids that doesn't declare them."""
 
     input_shape = (6,)
 
@@ -247,7 +247,7 @@ class Words(nn.Module):
 
 
 def test_token_ids_can_be_asked_for() -> None:
-    with pytest.raises(ModelError, match="say so with --token-ids"):
+    with pytest.raises(ModelError, match="add --token-ids"):
         export_torch(Words())
 
     assert import_onnx(export_torch(Words(), token_ids=True), "words").graph.inputs[0].dtype == np.int64

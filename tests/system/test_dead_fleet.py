@@ -1,4 +1,4 @@
-"""A dead fleet, a lost broker and a full disk: told by log, metrics, console, webhook and doctor within a deadline."""
+"""A dead fleet, a lost broker and a full disk, reported within a deadline by log, metrics, console, webhook, doctor."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched) -> Non
     for name in site.devices:
         site.stop(name)
     site.let_go(held)
-    site.wait_for(lambda: "alert: no board" in site.log(), "the log tells of it")
+    site.wait_for(lambda: "alert: no board" in site.log(), "the log reports it")
     assert site.counted("no-devices") == 1
     site.wait_for(
-        lambda: "no-devices" in shown(ann) and bool(Hook.told("opened", "no-devices")), "console and webhook, too"
+        lambda: "no-devices" in shown(ann) and bool(Hook.posted("opened", "no-devices")), "console and webhook, too"
     )
     assert "no board that can take part" in ann.ask("/")
     site.wait_for(lambda: site.counted("no-progress") == 1, "a deadline passes")
     assert site.log().index("alert: no board") < site.log().index("makes no progress"), (
-        "told before the deadline passed"
+        "reported before the deadline passed"
     )
     code, findings = doctor(site.state)
     assert (code, findings.keys() - {"disk"}) == (ExitCode.FOUND, {"no-devices", "no-progress"})
@@ -84,10 +84,10 @@ def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched) -> Non
         site.start(name)
     site.wait_for(lambda: site.counted("no-devices") + site.counted("no-progress") == 0, "the alerts close")
     site.wait_for(
-        lambda: not shown(ann).keys() - {"disk"} and bool(Hook.told("resolved", "no-devices")),
-        "console and webhook tell the end",
+        lambda: not shown(ann).keys() - {"disk"} and bool(Hook.posted("resolved", "no-devices")),
+        "console and webhook report the end",
     )
-    assert len(Hook.told("opened", "no-devices")) == len(Hook.told("resolved", "no-devices")) == 1
+    assert len(Hook.posted("opened", "no-devices")) == len(Hook.posted("resolved", "no-devices")) == 1
     assert site.log().count("alert: no board") == site.log().count("the alert is over: no board") == 1
 
     site.stop("server")
@@ -105,9 +105,9 @@ def test_a_broker_that_dies_is_told_everywhere_and_so_is_its_return(tmp_path: Pa
         ann = site.operator()
         site.stop("broker")
         what = "there is no connection to the broker"
-        site.wait_for(lambda: f"alert: {what}. To do: see" in site.log(), "the log tells of it")
+        site.wait_for(lambda: f"alert: {what}. To do: see" in site.log(), "the log reports it")
         site.wait_for(
-            lambda: what in shown(ann).get("broker", "") and Hook.told("opened", "broker") == [what],
+            lambda: what in shown(ann).get("broker", "") and Hook.posted("opened", "broker") == [what],
             "console and webhook, too",
         )
         assert site.counted("broker") == 1
@@ -115,8 +115,8 @@ def test_a_broker_that_dies_is_told_everywhere_and_so_is_its_return(tmp_path: Pa
         site.start("broker")
         site.wait_for(lambda: f"the alert is over: {what}" in site.log(), "it is over")
         site.wait_for(
-            lambda: "broker" not in shown(ann) and Hook.told("resolved", "broker") == [what],
-            "console and webhook tell the end",
+            lambda: "broker" not in shown(ann) and Hook.posted("resolved", "broker") == [what],
+            "console and webhook report the end",
         )
 
 
@@ -151,7 +151,7 @@ def test_a_full_disk_is_told_everywhere_and_the_job_goes_on_once_there_is_room(
         assert site.processes.pop("server").wait(DEADLINE_S) == ExitCode.STORAGE_FULL, site.logs()
         what = f"the disk of {site.state} has 0."
         assert f"alert: {what}" in site.log()
-        assert Hook.told("opened", "disk", "critical")[0].startswith(what)
+        assert Hook.posted("opened", "disk", "critical")[0].startswith(what)
         code, findings = doctor(site.state)
         assert (code, findings.keys()) == (ExitCode.FOUND, {"disk", "server-not-running"})
         assert findings["disk"]["what"].startswith(what)
@@ -161,7 +161,7 @@ def test_a_full_disk_is_told_everywhere_and_the_job_goes_on_once_there_is_room(
         site.start("server")
         site.wait_for(lambda: rounds(site) > before + 1, "the job goes on")
         site.wait_for(ann.ready, "the console is ready")
-        site.wait_for(lambda: "GB left" in shown(ann).get("disk", ""), "the console tells of it")
+        site.wait_for(lambda: "GB left" in shown(ann).get("disk", ""), "the console shows it")
         assert site.counted("disk") == 1
         status = subprocess.run([*SERVER, "status", "--state", str(site.state)], capture_output=True, check=True)
         assert b"GB left" in status.stdout
@@ -170,5 +170,6 @@ def test_a_full_disk_is_told_everywhere_and_the_job_goes_on_once_there_is_room(
         filler.unlink()
         site.wait_for(lambda: "the alert is over: the disk" in site.log(), "it is over")
         site.wait_for(
-            lambda: "disk" not in shown(ann) and bool(Hook.told("resolved", "disk")), "console and webhook tell the end"
+            lambda: "disk" not in shown(ann) and bool(Hook.posted("resolved", "disk")),
+            "console and webhook report the end",
         )

@@ -1,4 +1,4 @@
-"""Two servers of one identity at one broker, as processes: one serves and tells of the other, no board is blamed."""
+"""Two servers of one identity at one broker, as processes: one serves and reports the other, no board is blamed."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def test_a_restored_server_takes_the_fleet_only_when_it_is_told_to(site: TwoServ
     place = f"on {socket.gethostname()}, state folder {site.restored}"
     site.wait_for(lambda: f"alert: another server was started with this fleet's identity: {place}" in site.log(), "log")
     site.wait_for(
-        lambda: place in shown(ann).get("second-server", "") and bool(Hook.told("opened", "second-server", "warning")),
+        lambda: (
+            place in shown(ann).get("second-server", "") and bool(Hook.posted("opened", "second-server", "warning"))
+        ),
         "console and webhook, too",
     )
     assert site.counted("second-server") == 1
@@ -108,7 +110,7 @@ def test_a_restored_server_takes_the_fleet_only_when_it_is_told_to(site: TwoServ
     gone = site.ends("server", ExitCode.OTHER_SERVER)
     assert f"another server has taken this fleet over: on {socket.gethostname()}, state folder {site.restored}" in gone
     assert "alert: another server has taken this fleet over" in gone
-    (last,) = Hook.told("opened", "second-server", "critical")
+    (last,) = Hook.posted("opened", "second-server", "critical")
     assert f"another server has taken this fleet over: {place}, since 20" in last
     assert "taking this fleet over from the server on" in site.log_of("second")
     site.trains(site.restored)
@@ -119,7 +121,7 @@ def test_a_restored_server_takes_the_fleet_only_when_it_is_told_to(site: TwoServ
     site.start("first-again")
     assert "--take-over" in site.ends("first-again", ExitCode.OTHER_SERVER)
 
-    # A server that crashed starts again on its own folder, and needn't be told to take over.
+    # A server that crashed starts again on its own folder, and needs no `--take-over`.
     second = site.processes.pop("second")
     second.kill()
     second.wait()

@@ -112,4 +112,4 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
     (tmp_path / "file").write_bytes(bytes(10))
     (tmp_path / "link").symlink_to("file")
     assert read_file(tmp_path / "link", 10) == bytes(10)
-    assert read_file("/proc/self/status")  # its size is said to be 0
+    assert read_file("/proc/self/status")  # its size is reported as 0

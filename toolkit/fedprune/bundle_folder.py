@@ -43,7 +43,7 @@ _PLACES = "places"
 """In it every file has a second name, which is moved to its place: that needs no room, and the first name stays."""
 
 REPORTS = ("report.json", "report.md", "report.html")
-"""What an export says of the bundle."""
+"""The export's report of the bundle."""
 
 _NAMES = frozenset(
     (

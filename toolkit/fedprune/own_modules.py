@@ -20,7 +20,7 @@ def own_module(name: str) -> ModuleType:
         name: The module's name, with those of its packages.
 
     Raises:
-        Exception: Whatever the module raises, or `ImportError` where there is none.
+        Exception: Any error of the module, or `ImportError` for a missing one.
     """
     here, top = str(Path.cwd()), name.partition(".")[0]
     if here not in sys.path:

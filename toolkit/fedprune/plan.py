@@ -303,22 +303,22 @@ def plan(
             memory_use(architecture, widths, costs, tried, samples, frozen, probe=probe, correction=correction).total
         )
 
-    def foretold(widths: tuple[int, ...]) -> _Foretold:
+    def predicted_at(widths: tuple[int, ...]) -> _Predicted:
         asked = asked_of(widths)
         chosen = _in_parts(architecture, asked, samples, room, frozen, need_of(widths))[0]
         seen = predict(
             architecture, widths, profile, chosen, samples, probe=probe, correction=correction, frozen=frozen
         )
-        return _Foretold(widths, asked, chosen, seen, _limits(seen, profile, probe, byte_budget, deadline_s))
+        return _Predicted(widths, asked, chosen, seen, _limits(seen, profile, probe, byte_budget, deadline_s))
 
-    def remedies(found: _Foretold) -> str:
+    def remedies(found: _Predicted) -> str:
         return _remedies(architecture, profile, found, samples, frozen, need_of(found.widths))
 
     batch = min(asked_of(architecture.sizes).batch_size, samples)
     table, memory = latency_table(profile, probe), bandwidth(profile, probe)
     candidates = _candidates(architecture, table, batch, densities, memory)
 
-    def made(found: _Foretold, density: float, bound: str, notes: tuple[str, ...], warning: str) -> Plan:
+    def made(found: _Predicted, density: float, bound: str, notes: tuple[str, ...], warning: str) -> Plan:
         other = equal_work(architecture, table, batch, found.widths, memory)
         seen = predict(
             architecture,
@@ -351,20 +351,20 @@ def plan(
         if not _in_parts(architecture, asked_of(rung.widths), samples, room, frozen, need_of(rung.widths))[1]:
             wider = rung.widths
             continue
-        found = foretold(rung.widths)
+        found = predicted_at(rung.widths)
         if all(limit.fits for limit in found.limits):
-            widest = found if wider is None else foretold(candidates[0].widths)
+            widest = found if wider is None else predicted_at(candidates[0].widths)
             kept = found.prediction.parameters / widest.prediction.parameters
             missing = "" if wider is None or tuple(densities) != DENSITIES else _missing(widest, remedies(widest))
             return made(
                 found,
                 rung.density,
-                _worst(foretold(wider).limits).name if wider else NOTHING,
+                _worst(predicted_at(wider).limits).name if wider else NOTHING,
                 (missing,) if kept >= LITTLE and missing else (),
                 f"only {kept:.1%} of the weights are kept. {missing}" if kept < LITTLE and missing else "",
             )
         wider = rung.widths
-    last = foretold(candidates[-1].widths)
+    last = predicted_at(candidates[-1].widths)
     worst, use = _worst(last.limits), last.prediction.memory
     if [m.name for m in last.limits if not m.fits] == [MEMORY] and use.uncorrected <= room:
         warning = (
@@ -386,7 +386,7 @@ _Need: TypeAlias = Callable[[Recipe], int]
 
 
 @dataclass(frozen=True)
-class _Foretold:
+class _Predicted:
     """A candidate's costs.
 
     Attributes:
@@ -446,7 +446,7 @@ def _smallest(architecture: Architecture, recipe: Recipe, frozen: Collection[str
 def _parts(recipe: Recipe, samples: int, smallest: int) -> list[int]:
     """Numbers of parts of a batch to choose from, fewest first: the recipe's own, doubled until parts are smallest."""
     batch, held = recipe.batch_size, min(recipe.batch_size, samples)
-    # The size of parts of which the smallest, as equal as they can be, has at least so many samples.
+    # The size of equal parts of which the smallest has at least that many samples.
     size = -(-held // max(1, held // smallest))
     most = min(-(-batch // size), (batch - 1) // (size - 1)) if size > 1 else batch
     out = [recipe.accumulate]
@@ -467,7 +467,7 @@ def normalises(architecture: Architecture, recipe: Recipe, frozen: Collection[st
     return bool(statistics) and not statistics <= frozen_tensors(architecture, recipe.features, frozen)
 
 
-def _notes(architecture: Architecture, found: _Foretold, samples: int, frozen: Collection[str]) -> tuple[str, ...]:
+def _notes(architecture: Architecture, found: _Predicted, samples: int, frozen: Collection[str]) -> tuple[str, ...]:
     """Why a batch is worked through in more parts than the recipe asks for, and what that changes."""
     recipe = found.recipe
     if recipe.accumulate == found.asked.accumulate:
@@ -519,7 +519,7 @@ def _candidates(
     return list(found.values())
 
 
-def _missing(widest: _Foretold, remedies: str) -> str:
+def _missing(widest: _Predicted, remedies: str) -> str:
     """Why the whole model doesn't fit, and what would make it fit."""
     broken = [
         f"{m.describe()}: {_terms(widest.prediction.memory)}" if m.name == MEMORY else m.describe()
@@ -529,7 +529,7 @@ def _missing(widest: _Foretold, remedies: str) -> str:
     return f"The whole model breaks {'; '.join(broken)}. {remedies}"
 
 
-def _hint(found: _Foretold, worst: Limit, remedies: str) -> str:
+def _hint(found: _Predicted, worst: Limit, remedies: str) -> str:
     """What takes most of the memory, if that is what a candidate breaks, and what helps."""
     if worst.name != MEMORY:
         return f"{remedies} {_HINTS[worst.name]}"
@@ -539,7 +539,7 @@ def _hint(found: _Foretold, worst: Limit, remedies: str) -> str:
 def _remedies(
     architecture: Architecture,
     profile: HardwareProfile,
-    found: _Foretold,
+    found: _Predicted,
     samples: int,
     frozen: Collection[str],
     need: _Need,
@@ -562,7 +562,7 @@ def _remedies(
 def _memory_remedies(
     architecture: Architecture,
     profile: HardwareProfile,
-    found: _Foretold,
+    found: _Predicted,
     limit: Limit,
     samples: int,
     frozen: Collection[str],

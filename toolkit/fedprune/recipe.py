@@ -298,7 +298,7 @@ class Recipe:
         return [least + 1] * more + [least] * (parts - more)
 
     def in_parts(self, accumulate: int) -> Recipe:
-        """The recipe with at least this many parts of a batch, as far as a batch has so many samples."""
+        """The recipe with at least this many parts of a batch, as far as a batch has that many samples."""
         parts = min(max(self.accumulate, accumulate), self.batch_size)
         return self if parts == self.accumulate else replace(self, accumulate=parts)
 

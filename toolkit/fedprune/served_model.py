@@ -1,4 +1,4 @@
-"""The model that a board serves, read from its state folder by whoever wants to take it elsewhere."""
+"""The model that a board serves, read from its state folder for use elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ServedModel:
     """A board's active model.
 
     Attributes:
-        folder: Contains its inference graph and, beside it, its weights.
+        folder: Contains its inference graph and its weights.
         job: The job that it comes from.
         round: The round.
     """

@@ -124,7 +124,7 @@ def read_source(
 
 
 def torch_module(source: str) -> Any:
-    """The torch module that a source names, made anew; None where it is an ONNX file.
+    """A new instance of the torch module that a source names; None for an ONNX file.
 
     Raises:
         ModelError: There is no such module.

@@ -70,7 +70,7 @@ def export_torch(
         raise ModelError(
             f"{name}: torch can't export it for input {shape} ({reason(_innermost(error))})",
             hint="Check that the module takes one tensor of this shape, with any batch, and returns one tensor."
-            + ("" if sample.dtype == torch.int64 else " If it takes token ids, say so with --token-ids."),
+            + ("" if sample.dtype == torch.int64 else " If it takes token ids, add --token-ids."),
         ) from error
     else:
         proto = onnx.load_model_from_string(proto.SerializeToString())

@@ -88,7 +88,7 @@ def _last_start(above: Layer, server: Mapping[str, Any]) -> Layer:
 
 
 def _chosen(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Layer]:
-    """What the command line says of the job, of the server and of alerts; None where it says nothing."""
+    """The command line's settings of the job, the server and alerts; None for those that it leaves out."""
     job = {k: getattr(arguments, k) for k in _JOB} | {"deadline_s": arguments.deadline}
     job["schedule"] = None if arguments.schedule is None else {"kind": arguments.schedule}
     names = [f.name for f in fields(ServerConfig) if f.name not in ("job", "input_shape", "alerts")]

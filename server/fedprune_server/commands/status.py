@@ -140,13 +140,13 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
 
 def _alerts(folder: Path, *, running: bool) -> list[dict[str, Any]]:
     """Open alerts of a running server, and that its loop hangs if it does."""
-    told = read_open(folder) if running else None
-    if told is None:
+    live = read_open(folder) if running else None
+    if live is None:
         return []
     now = time.time()
-    hangs = evaluate(Snapshot(folder, turned_s=max(0.0, now - told[0])), now)
+    hangs = evaluate(Snapshot(folder, turned_s=max(0.0, now - live[0])), now)
     keys = ("kind", "severity", "since", "what", "todo", "job", "device")
-    return [{key: getattr(alert, key) for key in keys} for alert in (*hangs, *told[1])]
+    return [{key: getattr(alert, key) for key in keys} for alert in (*hangs, *live[1])]
 
 
 def _privacy(job: dict[str, Any], state: State | None) -> dict[str, Any]:

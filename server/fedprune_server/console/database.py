@@ -119,7 +119,7 @@ class ConsoleDatabase:
             return self._connection.execute(query, values).rowcount
 
     def try_to(self, *statements: tuple[str, tuple[object, ...]]) -> bool:
-        """Carry out statements, all or none, if nobody else writes just now.
+        """Carry out statements, all or none, unless another process is writing.
 
         Args:
             statements: Queries and their values.

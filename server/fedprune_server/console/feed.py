@@ -398,7 +398,7 @@ class Feed(Onlooker):
 
 
 def _alert_news(alert: Alert, closed_at: float | None = None) -> AlertNews:
-    """An alert as the console is told of it."""
+    """An alert as the console shows it."""
     text = one_line(f"{alert.what}. To do: {alert.todo}", 1000)
     return AlertNews(
         f"{alert.key[:100]}@{alert.since:.0f}", alert.since, alert.kind, alert.severity, alert.device, alert.job,

@@ -62,9 +62,9 @@ class Partition:
         rows = []
         for name in names:
             counts = self.counts[name]
-            told = ", ".join(f"{self.named(i)}: {n:,}" for i, n in enumerate(counts) if n)
+            classes_of = ", ".join(f"{self.named(i)}: {n:,}" for i, n in enumerate(counts) if n)
             strip = tiles(name, [n / most for n in counts])
-            rows.append(Bar(name, (strip,), quantity(sum(counts), "sample", form=","), f"{name}: {told}"))
+            rows.append(Bar(name, (strip,), quantity(sum(counts), "sample", form=","), f"{name}: {classes_of}"))
         classes = ", ".join(self.named(i) for i in range(max(map(len, self.counts.values()))))
         return (
             paragraph(

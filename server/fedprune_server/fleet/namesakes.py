@@ -19,11 +19,11 @@ QUIET_S = 300.0
 """After so long without a sign of it nobody is suspected any more."""
 
 AGAIN_S = 3600.0
-"""So often it is told of one name."""
+"""Seconds between two reports of one name."""
 
 SIGNS, APART_S, SIGNS_WITHIN_S = 3, 10.0, 600.0
-"""Signs in signed messages that a key has two users: so many, so far apart, within so long a time. A broker that lets
-messages overtake each other, or a second server for a moment, gives one or two of a board that is alone."""
+"""Signs in signed messages that a key has two users: their number, their least distance, and the time within which
+they count. A broker that lets messages overtake each other, or a second server for a moment, causes one or two."""
 
 _FOLLOWED = 8
 """Connections of a device that are remembered to have been followed by another one."""

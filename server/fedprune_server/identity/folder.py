@@ -102,7 +102,7 @@ class IdentityFolder:
             self.revoke_again()
 
     def revoke_again(self) -> None:
-        """Revoke the certificates of devices that the database has shut out, where a crash or disk has lost that.
+        """Revoke the certificates of revoked devices, where a crash or a disk lost that revocation.
 
         Raises:
             StorageError: The disk fails or is full.
@@ -112,7 +112,7 @@ class IdentityFolder:
         for device in sorted({d.device for d in devices if d.status == REVOKED} - members):
             if count := self.authority.revoke_device(device):
                 log.warning(
-                    "%s was shut out, and %s of it still counted; revoked now", device, quantity(count, "certificate")
+                    "%s was revoked, and %s of it still counted; revoked now", device, quantity(count, "certificate")
                 )
 
     @classmethod

@@ -42,7 +42,7 @@ KEPT_ANSWERS = 16
 it gets no second one, and is refused once that one has ended or was revoked."""
 
 KEPT_CLAIMS_S = 30 * 86_400
-"""Unused claims are kept for this long after their end, so that who comes too late is told why."""
+"""Seconds for which unused claims are kept after their end, so that a late board learns the reason."""
 
 _FORMAT = 1
 _BUSY_S = 10
@@ -204,7 +204,7 @@ class IdentityStore:
             How many there were.
         """
         with self._transaction() as connection:
-            # A revoked key is never let in again: nobody needs to know how far its sender has come.
+            # A revoked key is never approved again: its sender's sequence numbers are not needed.
             connection.execute("DELETE FROM heard WHERE key IN (SELECT key FROM devices WHERE device = ?)", (device,))
             change = "UPDATE devices SET status = ?, decided = ? WHERE device = ? AND status != ?"
             return connection.execute(change, (REVOKED, now, device, REVOKED)).rowcount

@@ -188,7 +188,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """One client must not end the service of others; a mistake of this server's is logged."""
         error = sys.exc_info()[1]
-        if isinstance(error, OSError):  # the client went, or speaks no TLS that counts here
+        if isinstance(error, OSError):  # the client left, or uses no TLS that is accepted here
             log.debug("a client of the web server of blobs went: %s", error)
         else:
             log.error("the web server of blobs could not answer a request", exc_info=error)

@@ -171,10 +171,10 @@ class Leadership:
         Args:
             epochs: The server's, of which the claim is one.
             take_over: Whether to replace a server that answers.
-            alone: Whether no other server can have been at the broker yet, so that there is none to wait for.
+            alone: Whether no other server can have been at the broker yet, so that none is waited for.
 
         Raises:
-            OtherServerError: Another server answers, and this one was not told to take over.
+            OtherServerError: Another server answers, and `take_over` is not set.
             StorageError: The claim's epoch can't be written down.
         """
         found = [] if alone else self.others()

@@ -63,7 +63,7 @@ class Post:
         downloads: Cuts blobs into chunks.
         sharing: Says what is published to all devices of the job.
         clock: Seconds of a monotonic clock.
-        quarantine: Is told what devices are asked for, and what they fetch.
+        quarantine: Counts what devices are asked for, and what they fetch.
         coming: Whether a blob that isn't here will be in a moment.
     """
 

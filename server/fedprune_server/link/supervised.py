@@ -32,7 +32,7 @@ class Supervisor:
     """Starts a dead broker again, on a thread of its own: the server's loop doesn't wait for it.
 
     Args:
-        broker: The embedded broker; None where the broker is somebody else's.
+        broker: The embedded broker; None for an external broker.
     """
 
     def __init__(self, broker: Supervised | None) -> None:
@@ -49,7 +49,7 @@ class Supervisor:
         self._thread.start()
 
     def close(self) -> None:
-        """Wait for a restart that is under way, so that whoever stops the broker then stops the last one."""
+        """Wait for a restart that is under way, so that the broker that is stopped next is the last one."""
         if self._thread is not None:
             self._thread.join()
 

@@ -151,7 +151,7 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class CertificateDates:
-    """A certificate that somebody relies on.
+    """A certificate that boards, servers or browsers rely on.
 
     Attributes:
         path: Its file.
@@ -377,7 +377,7 @@ def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
     if not seen.running or job.paused or (seen.here and (job.phase is not Phase.WAITING or seen.here >= job.needed)):
         return
     away = f"; away: {some(job.away)}" if job.away else ""
-    out = f"; shut out: {some(job.revoked)}" if job.revoked else ""
+    out = f"; revoked: {some(job.revoked)}" if job.revoked else ""
     again = f"; for {some(job.revoked)}: {command('devices', 'replace', 'NAME', *at(seen.folder))}" if out else ""
     if not seen.here:
         yield Alert(
@@ -471,7 +471,7 @@ def _certificates(site: SiteFacts, now: float) -> Iterator[Alert]:
 def _waiting(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
     for name, fingerprint in islice(site.waiting.items(), MOST):
         yield Alert(
-            "devices-wait", WARNING, now, f"{name} waits to be let in", "until then nothing that it sends is heard",
+            "devices-wait", WARNING, now, f"{name} waits for approval", "until then all that it sends is dropped",
             "compare the key with what the board shows, then "
             + command("devices", "approve", name, "--key", fingerprint, *at(seen.folder)),
             device=name,
@@ -514,7 +514,7 @@ def _quarantine(seen: Snapshot, now: float) -> Iterator[Alert]:
         yield Alert(
             "quarantine", WARNING, now, f"{name} is in quarantine: {why}", "what it sends is dropped unread",
             f"see {command('logs', '--device', name, *at(seen.folder))} and the board's own log; it ends by itself, "
-            f"and a board that isn't yours is shut out by {command('devices', 'revoke', name, *at(seen.folder))}",
+            f"and a board that isn't yours is revoked by {command('devices', 'revoke', name, *at(seen.folder))}",
             device=name,
         )  # fmt: skip
 

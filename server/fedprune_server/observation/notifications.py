@@ -181,7 +181,7 @@ class Mail:
     Args:
         settings: Where to.
         password: For the relay; None for no log-in.
-        context: Whom to trust for TLS; None for the system's authorities.
+        context: The trusted TLS authorities; None for the system's.
     """
 
     name = "e-mail"

@@ -31,7 +31,7 @@ class AlertSettings:
         webhook_secret: A file with a key: the header `X-Fedprune-Signature` then proves that a post is this server's.
         heartbeat: An address that is fetched once a minute while the server works, for a service that notices when
             that ends; `off` for none.
-        mail_to: Who gets alerts by e-mail, with commas; `off` for nobody.
+        mail_to: Who gets alerts by e-mail, with commas; `off` for no mail.
         mail_from: The sender of these e-mails.
         mail_server: The relay, as `smtp://host[:port]` (port 587) or `smtps://host[:port]` (TLS from the start, 465).
         mail_starttls: Whether a relay at `smtp://` is spoken to over TLS alone.
@@ -73,7 +73,7 @@ class AlertSettings:
             if path is not None and not path.is_file():
                 raise ConfigError(f"alerts: {name}", expected="a file that exists", got=shown(str(path)))
         if self.webhook_secret is not None and self.webhook == OFF:
-            raise ConfigError("alerts: webhook_secret", expected="a webhook beside it", got="none")
+            raise ConfigError("alerts: webhook_secret", expected="a webhook as well", got="none")
         if (self.mail_password is None) != (self.mail_user == OFF):
             raise ConfigError("alerts: mail_user and mail_password", expected="both of them", got="one")
         for address in (*self.recipients, self.mail_from):
@@ -152,7 +152,7 @@ def _check_url(name: str, url: str) -> None:
 
 
 def _parts(url: str) -> tuple[str, str, int | None]:
-    """Scheme, host and port of an address; empty where it is none, and port 0 for one that is none."""
+    """Scheme, host and port of an address; empty where the address is invalid, and 0 for an invalid port."""
     try:
         found = urlsplit(url)
         return found.scheme, found.hostname or "", found.port

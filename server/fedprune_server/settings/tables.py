@@ -135,8 +135,10 @@ def overridden(
     values = {k: v for k, v in server.items() if v is not None}
 
     def build() -> ServerConfig:
-        told = {k: v for k, v in (alerts or {}).items() if v is not None}
-        return replace(config, job=replace(config.job, **chosen), alerts=replace(config.alerts, **told), **values)
+        alert_values = {k: v for k, v in (alerts or {}).items() if v is not None}
+        return replace(
+            config, job=replace(config.job, **chosen), alerts=replace(config.alerts, **alert_values), **values
+        )
 
     return _located(build, "command line")
 

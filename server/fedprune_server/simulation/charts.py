@@ -111,9 +111,9 @@ def channel_map(run: Record) -> str:
             tiles(label, [float(c in has) for c in range(size)])
             for (label, size), has in zip(groups, held, strict=True)
         ]
-        told = ", ".join(f"{label}: {len(has)} of {size}" for (label, size), has in zip(groups, held, strict=True))
+        parts_of = ", ".join(f"{label}: {len(has)} of {size}" for (label, size), has in zip(groups, held, strict=True))
         whole = sum(size for _, size in groups)
-        rows.append(Bar(name, strips, f"{sum(map(len, held)):,} of {whole:,} channels", f"{name}: {told}"))
+        rows.append(Bar(name, strips, f"{sum(map(len, held)):,} of {whole:,} channels", f"{name}: {parts_of}"))
     return paragraph(f"Filled channels are held in the last round. {_group_names(run)}") + bars(
         rows, "Channels that each device holds"
     )

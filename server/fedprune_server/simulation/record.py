@@ -145,11 +145,14 @@ class Record:
         """A report's header: strategy, data, recipe, seed, version, date; empty where unknown."""
         job, recipe = self.job, self.job.get("recipe", {})
         length = f"{recipe['steps']} steps" if recipe.get("steps") else quantity(recipe.get("epochs", 0), "epoch")
-        told = [str(recipe.get("optimizer", "")), *(f"{k} {recipe[n]:g}" for k, n in _RECIPE.items() if n in recipe)]
+        settings_of = [
+            str(recipe.get("optimizer", "")),
+            *(f"{k} {recipe[n]:g}" for k, n in _RECIPE.items() if n in recipe),
+        ]
         return {
             "Strategy": str(job.get("strategy", "")),
             "Data": self.partition.data,
-            "Recipe": ", ".join([*told, length]) if recipe else "",
+            "Recipe": ", ".join([*settings_of, length]) if recipe else "",
             "Devices": f"{len(self.devices):,}",
             "Rounds": f"{len(self.rounds):,}",
             "Seed": str(job.get("seed", 0)),

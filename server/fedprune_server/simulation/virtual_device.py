@@ -176,11 +176,11 @@ class BlobShelf:
         """See `fedprune_device.own.Shelf`."""
         self._staged = record
 
-    def commit(self, beside: str | None) -> None:
+    def commit(self, neighbour: str | None) -> None:
         """See `fedprune_device.own.Shelf`."""
-        shelf = OwnInMemory({} if beside is None else {beside: self.read()[beside]})
+        shelf = OwnInMemory({} if neighbour is None else {neighbour: self.read()[neighbour]})
         shelf.stage(self._staged)
-        shelf.commit(beside)
+        shelf.commit(neighbour)
         self._staged = b""
         kept = {name: np.frombuffer(data, np.uint8) for name, data in sorted(shelf.records.items())}
         self.digest = self._store.put(tensorfile.encode(kept)).sha256

@@ -1,4 +1,4 @@
-"""The note in a state folder that says of which backup it was restored; backups don't have it themselves."""
+"""The note in a restored state folder that names its backup; backups don't contain it."""
 
 from __future__ import annotations
 

@@ -159,23 +159,23 @@ def shared_identity(url: str, lease: Lease, state: Path, identity: IdentityFolde
 
 
 def _watch(shared: SharedIdentity, identity: IdentityFolder, closed: threading.Event) -> None:
-    """Write changes of the identity into the database, whoever makes them: this server, a command, the console.
+    """Write changes of the identity into the database, whether this server, a command or the console makes them.
 
     The identity has a connection of its own here, which sees the changes of all others.
     """
-    told, version = "", None
+    logged, version = "", None
     while True:
         over = closed.wait(LOOKED_S)
         try:
             found = identity.store.version()
             if found != version:
                 shared.share(identity)
-                version, told = found, ""
+                version, logged = found, ""
         except LeaseLostError:
-            return  # the job's own transactions say so
+            return  # the job's own transactions report it
         except FedpruneError as error:
-            if str(error) != told:
+            if str(error) != logged:
                 log.error("the database doesn't have the latest devices and revocations: %s", error)
-            told = str(error)
+            logged = str(error)
         if over:
             return

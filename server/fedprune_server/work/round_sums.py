@@ -26,7 +26,7 @@ class RoundSums:
     Args:
         strategy: The job's.
         reports: Reads updates.
-        limits: Told how far updates that come have moved.
+        limits: Learns how far updates have moved.
     """
 
     def __init__(self, strategy: Strategy, reports: Reports, limits: Limits) -> None:

@@ -177,7 +177,7 @@ def test_a_server_that_answers_no_more_keeps_nobody_from_starting(lab: Lab) -> N
     answer = next(r for r in lab.hub.said if isinstance(parse(unseal(KEY.verifying, TOPIC, r).body), ServerPresence))
     end.close()
     second, _, later = lab.server("second")
-    for raw in (answer, *old):  # repeated by whoever heard it
+    for raw in (answer, *old):  # repeated by a listener
         lab.hub.publish(raw)
     second.enter(later, take_over=False)
     lab.hub.publish(answer)

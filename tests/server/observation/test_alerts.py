@@ -273,7 +273,7 @@ Changes = list[tuple[float, str, bool]]
 def alarmed(
     folder: Path, act: Callable[[Fleet], None], then: Callable[[Fleet, float], None] | None = None, kind: str = "sync"
 ) -> Changes:
-    """What a server tells of a fleet in memory, for 200 s of virtual time after something happens to it.
+    """What a server reports of a fleet in memory, for 200 s of virtual time after something happens to it.
 
     Args:
         folder: Of the server.
@@ -358,7 +358,7 @@ def test_boards_that_bring_nothing_are_told_after_a_deadline(tmp_path: Path, kin
     assert 100 <= changes[1][0] <= 132
 
 
-def test_updates_of_which_none_counts_are_told(tmp_path: Path) -> None:
+def test_updates_of_which_none_counts_are_reported(tmp_path: Path) -> None:
     def poison(fleet: Fleet) -> None:
         fleet.worker.poison = set(fleet.air.devices)
 
@@ -380,7 +380,7 @@ def test_a_board_far_off_its_plan_is_found() -> None:
     assert off_by_far(state) == {}
     part |= {"metrics": {"peak_memory_bytes": 126e6}, "progress": "refused"}
     state.history.insert(0, {"devices": {"a": {**part, "progress": "folded"}}})
-    assert off_by_far(state) == {}, "what an earlier round measured was told then"
+    assert off_by_far(state) == {}, "what an earlier round measured was reported then"
 
 
 def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(

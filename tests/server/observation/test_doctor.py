@@ -100,7 +100,7 @@ SICK: dict[str, Case] = {
 
 
 def found_in(case: Case) -> list[Ailment]:
-    """What the doctor says of a job, by its own checks and by the alert rules."""
+    """The doctor's findings on a job, by its own checks and by the alert rules."""
     seen = Snapshot(case.folder, [case.status], case.here, case.running)
     return [*ailments(case), *map(of_alert, evaluate(seen, NOW))]
 
@@ -128,7 +128,7 @@ def test_a_folder_in_which_no_job_has_begun_is_said_so_and_nothing_else() -> Non
 
 def test_a_board_that_was_shut_out_is_not_called_away() -> None:
     (found,) = found_in(replace(SICK["too-few-devices"], revoked=frozenset({"b", "another"})))
-    assert "; shut out: b" in found.what
+    assert "; revoked: b" in found.what
     assert "away" not in found.what
     assert "devices replace" in found.todo
 

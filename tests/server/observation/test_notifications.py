@@ -136,7 +136,7 @@ def until(condition: Callable[[], object]) -> None:
 # What is due.
 
 
-def test_an_alert_is_told_once_then_repeated_and_its_end_is_told() -> None:
+def test_an_alert_is_sent_once_then_repeated_and_its_end_is_sent() -> None:
     due, told = NotificationSchedule(AlertSettings(repeat_minutes=60), "lab"), []
     for minute in range(150):
         opened = [alert()] if minute < 140 else []

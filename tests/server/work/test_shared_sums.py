@@ -88,7 +88,7 @@ def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.Fold],
 
     Args:
         w: Makes the submodels.
-        spoilt: A device whose update holds numbers that nobody accepts.
+        spoilt: A device whose update holds numbers that are never accepted.
         far: A device whose update is five times as long as the others'.
     """
     start = w.initial()

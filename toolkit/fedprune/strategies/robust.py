@@ -37,7 +37,7 @@ class Robustness:
         centre: `mean`: the aggregator's own. `median` or `trimmed`: per coordinate over the devices that hold it,
             without weights, before the aggregator's rule, momentum and rate are applied. With the rule `fill`, devices
             that don't hold a coordinate vote for no change.
-        trim: Share of devices that a trimmed mean leaves out at each end, below 0.5, rounded down: so many hostile
+        trim: Share of devices that a trimmed mean leaves out at each end, below 0.5, rounded down: that many hostile
             ones are withstood.
         check: Updates that stand out are rejected, by their `norm` (per root of elements; too long), by their `cosine`
             with the sum of all others' directions (too low), or by `both`.

@@ -83,7 +83,7 @@ class Opener:
         key: The sender's key.
         floors: By stream, the latest epoch that was on this side's disk when it started.
         begun: Called with stream and epoch before the first message of an epoch is returned. They must be on the disk
-            before anybody acts on that message: the function writes them, or its caller does so for many at once.
+            before any code acts on that message: the function writes them, or its caller does so for many at once.
     """
 
     def __init__(self, key: VerifyingKey, floors: Mapping[str, int], begun: Callable[[str, int], None]) -> None:

@@ -85,7 +85,7 @@ class Register:
             self._take(entry)
 
     def lines(self) -> list[str]:
-        """Its lines as they are written; whoever holds it gets all."""
+        """Its lines as they are written; complete while the register is held."""
         with storage_errors(f"can't read {self._path}"):
             return self._path.read_bytes()[: self._read].decode(errors="replace").splitlines()
 

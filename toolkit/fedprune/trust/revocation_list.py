@@ -43,7 +43,7 @@ class RevocationList:
         return {r.serial_number: seconds_of(r.revocation_date_utc) for r in self._read() or ()}
 
     def _read(self) -> x509.CertificateRevocationList | None:
-        """The list that is there, if the authority has signed it."""
+        """The stored list, if the authority has signed it."""
         try:
             found = x509.load_pem_x509_crl(self.path.read_bytes())
             return found if found.is_signature_valid(self._key.public_key()) else None

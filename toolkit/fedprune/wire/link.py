@@ -298,7 +298,7 @@ class Link:
         return failure or paho.error_string(code).rstrip(".").lower()
 
     def _turn(self, client: paho.Client) -> MQTTErrorCode:
-        """Wait for the network, and read what has come: paho's `loop` looks at the socket anew for each packet."""
+        """Wait for the network, and read what has come: paho's `loop` polls the socket again for each packet."""
         received = self._received
         code = client.loop(_POLL)
         for _ in range(_AT_ONCE):

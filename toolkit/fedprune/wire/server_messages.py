@@ -55,7 +55,7 @@ class ServerPresence(CheckedMessage):
         folder: Its state folder.
         since: When it began to serve, in seconds since 1970.
         claim: The epoch with which it began to serve; of two settled servers the larger claim wins.
-        epoch: The last epoch that it has written down. Whoever takes over begins later ones.
+        epoch: The last epoch that it has written down. A server that takes over begins later ones.
         settled: True once it has taken over on purpose or served for half a minute; else null.
         lease: Id of the database whose lease it holds; null where that is a file of its own. Between two servers of
             one database the lease decides.
