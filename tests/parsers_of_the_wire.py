@@ -204,7 +204,9 @@ def _orders() -> tuple[bytes, ...]:
 
 def _release() -> Release:
     files = (ReleaseFile("app-1-py3-none-any.whl", ZERO, 1000), ReleaseFile("b-1.whl", "1" * 64, 10))
-    return Release(1, "0.1", "cp311", "aarch64", "app:main", 10**6, files, created="2026-01-01", system=("numpy",))
+    return Release(
+        1, "0.1", "cp311", "aarch64", "app:main", 10**6, files, ZERO, created="2026-01-01", system=("numpy",)
+    )
 
 
 def _topics() -> tuple[bytes, ...]:

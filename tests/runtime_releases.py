@@ -13,6 +13,7 @@ from fedprune.release import Release, write_release
 from fedprune.trust.keys import SigningKey
 from fedprune_device.runtime.source import FolderSource
 from fedprune_device.runtime.trial import PACKAGES
+from fedprune_device.runtime.wheel import Wheel, contents_digest
 
 KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 PUBLIC = KEY.verifying
@@ -60,6 +61,7 @@ def make_release(
     ]
     values: dict[str, object] = {"python": PYTHON, "machine": platform.machine(), "unpacked": 10**6}
     values |= {"version": f"0.{number}.0", "entry": entry, "created": "2026-01-01T00:00:00Z", **changes}
+    values["contents"] = contents_digest(Wheel(path, path.name) for path in wheels)
     write_release(folder, lambda files: Release(number=number, files=files, **values), wheels, key)  # type: ignore[arg-type]
     return folder
 

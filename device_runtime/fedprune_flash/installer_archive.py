@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 from fedprune import errors, extras
-from fedprune_device.runtime import home, state, wheel
+from fedprune_device.runtime import ed25519, home, state, wheel
 from fedprune_flash.on_board import (
     board_files,
     install,
@@ -21,7 +21,7 @@ INSTALLER = "install.pyz"
 
 _PACKAGES = ("fedprune", "fedprune_device", "fedprune_device.runtime", "fedprune_flash", "fedprune_flash.on_board")
 _MODULES = (
-    *(errors, extras, home, state, wheel),
+    *(errors, extras, ed25519, home, state, wheel),
     *(board_files, install, installation, kit_folder, runtime_slot, service_control),
 )
 _MAIN = "import sys\nfrom fedprune_flash.on_board.install import main\nsys.exit(main())\n"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runtime_releases import PUBLIC, make_release, source
 
-from fedprune_device.runtime.home import Home
+from fedprune.trust.keys import SigningKey
+from fedprune_device.runtime.home import KEY, PURPOSE, Home, digest, files_digest
 from fedprune_device.runtime.state import COMMITTED, ROLLED_BACK, STABLE, TRIAL, Outcome
 from fedprune_device.runtime.updater import LAUNCHER, Updater
 
@@ -99,6 +104,76 @@ def wait_for(board: Updater, left: int) -> None:
     while (state := board.home.load()) is None or state.left != left:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def take_over(board: Updater, slot: str, **changes: str) -> None:
+    """Change a slot and its record as a service could that was broken into; both fit each other."""
+    home = board.home
+    app = home.root / slot / "app/__init__.py"
+    app.write_text("def main():\n    print('taken over')\n    return 0\n")
+    record = home.record(slot)
+    files = {**record.files, "app/__init__.py": digest(app)}
+    home.write_record(slot, replace(record, files=files, **changes))
+
+
+def signed_by_another(board: Updater, slot: str) -> dict[str, str]:
+    """The proof of a slot's content by a key that isn't the server's."""
+    body = json.loads(board.home.record(slot).manifest)
+    app = b"def main():\n    print('taken over')\n    return 0\n"
+    files = {**board.home.record(slot).files, "app/__init__.py": (hashlib.sha256(app).hexdigest(), len(app))}
+    manifest = json.dumps({**body, "contents": files_digest(files)})
+    return {"manifest": manifest, "signature": SigningKey.make().sign(PURPOSE + manifest.encode()).hex()}
+
+
+PROOFS: dict[str, Callable[[Updater, str], dict[str, str]]] = {
+    "as it was": lambda *_: {},
+    "none": lambda *_: {"manifest": "", "signature": ""},
+    "not hex": lambda *_: {"signature": "xy"},
+    "by another key": signed_by_another,
+    "changed": lambda board, slot: {"manifest": signed_by_another(board, slot)["manifest"]},
+}
+
+
+@pytest.mark.parametrize("proof", PROOFS.values(), ids=PROOFS)
+def test_what_the_server_has_not_signed_is_not_started(
+    board: Updater, proof: Callable[[Updater, str], dict[str, str]]
+) -> None:
+    take_over(board, "a", **proof(board, "a"))
+    said, code = boot(board)
+    assert code == 31
+    assert "slot a: the server's key has not signed what is in it" in said
+
+
+def test_a_slot_that_was_changed_gives_way_to_the_other(board: Updater, tmp_path: Path) -> None:
+    update(board, tmp_path, HEALTHY, seconds=60)
+    assert boot(board) == ("version 2 ['run', '--patient']", 7)
+    take_over(board, "b")
+    assert boot(board) == ("version 1 ['run', '--patient']", 7)
+    state = board.home.load()
+    assert state is not None
+    assert state.outcome is not None
+    assert "slot b: the server's key has not signed what is in it" in state.outcome.reason
+
+
+def test_an_entry_that_was_not_signed_is_not_started(board: Updater) -> None:
+    home = board.home
+    home.write_record("a", replace(home.record("a"), entry="os:abort"))
+    assert boot(board)[1] == 31
+
+
+def test_a_damaged_key_starts_nothing(board: Updater) -> None:
+    (board.home.root / KEY).write_text("no key")
+    said, code = boot(board)
+    assert code == 31
+    assert "server.pub holds no key" in said
+
+
+def test_without_a_key_a_slot_is_checked_for_damage_alone_and_the_launcher_says_so(board: Updater) -> None:
+    (board.home.root / KEY).unlink()
+    take_over(board, "a")
+    out, err = start(board).communicate(timeout=60)
+    assert out == "taken over\n"
+    assert "no server.pub" in err
 
 
 def test_a_launcher_that_is_killed_has_taken_the_attempt_off_before(board: Updater, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from power import EACH_KIND, KINDS, CutError, cuts, power
 from runtime_releases import PUBLIC, make_release, source, versions_in
 
 from fedprune.errors import FedpruneError, RuntimeUnavailableError
-from fedprune_device.runtime.home import Home, Record
+from fedprune_device.runtime.home import KEY, Home, Record
 from fedprune_device.runtime.launcher import End, launch
 from fedprune_device.runtime.state import COMMITTED, ROLLED_BACK, SLOTS, STABLE, DamagedError, Outcome, State
 from fedprune_device.runtime.trial import Trial
@@ -290,6 +290,9 @@ def test_a_slot_that_is_not_what_its_record_says_is_not_started(
 def test_a_damaged_slot_is_still_tried_where_there_is_no_other(fresh: Path, tmp_path: Path) -> None:
     home = Home(copy_of(fresh, tmp_path / "board"))
     (home.root / "a" / "app" / "part.py").write_text("VERSION = 9\n")
+    with pytest.raises(DamagedError, match=r"part\.py is damaged"):
+        launch(home, lambda *_: End("", 0))  # with the server's key nothing is started that it hasn't signed
+    (home.root / KEY).unlink()
     ran = []
 
     def run(slot: str, record: Record, state: State | None) -> End:

@@ -36,7 +36,7 @@ from fedprune_device.runtime.home import Home
 from fedprune_device.runtime.source import FolderSource
 from fedprune_device.runtime.state import STABLE, STAGED, TRIAL
 from fedprune_device.runtime.updater import Updater
-from fedprune_device.runtime.wheel import Wheel
+from fedprune_device.runtime.wheel import Wheel, contents_digest
 
 pytestmark = pytest.mark.board
 
@@ -48,6 +48,7 @@ GOOD = Release(
     "app:main",
     1000,
     (ReleaseFile("app-7-py3-none-any.whl", "ab" * 32, 10),),
+    "cd" * 32,
     system=("numpy",),
 )
 
@@ -258,16 +259,29 @@ def test_what_does_not_fit_the_board_is_refused_before_it_is_unpacked(
     assert unchanged(board)
 
 
+def test_contents_that_are_not_those_of_the_wheels_are_refused(board: Updater, tmp_path: Path) -> None:
+    folder = make_release(tmp_path / "two", 2)
+    manifest = replace(Release.from_bytes((folder / MANIFEST).read_bytes()), contents="ab" * 32).to_bytes()
+    (folder / MANIFEST).write_bytes(manifest)
+    (folder / SIGNATURE).write_bytes(signed(manifest, KEY))
+    with pytest.raises(ReleaseError, match="not those that its manifest says"):
+        board.stage(source(folder))
+    assert unchanged(board)
+
+
 def test_packages_of_the_board_are_never_hidden(board: Updater, tmp_path: Path) -> None:
     assert own_packages(["numpy", "no_such_package"]) == {"numpy"}
     folder = make_release(tmp_path / "two", 2)
     wheel = make_wheel(tmp_path / "numpy-9-py3-none-any.whl", {"numpy/__init__.py": "VERSION = 2\n"})
     from fedprune.release import write_release
 
-    def release(files: tuple[ReleaseFile, ...]) -> Release:
-        return replace(Release.from_bytes((folder / MANIFEST).read_bytes()), files=files)
+    wheels = [wheel, *(folder / "wheels").iterdir()]
+    contents = contents_digest(Wheel(path, path.name) for path in wheels)
 
-    write_release(folder, release, [wheel, *(folder / "wheels").iterdir()], KEY)
+    def release(files: tuple[ReleaseFile, ...]) -> Release:
+        return replace(Release.from_bytes((folder / MANIFEST).read_bytes()), files=files, contents=contents)
+
+    write_release(folder, release, wheels, KEY)
     with pytest.raises(ReleaseError, match="would hide the board's own numpy"):
         Updater(board.home.root, PUBLIC, keep=("numpy", "tensorrt")).stage(source(folder))
     assert unchanged(board)

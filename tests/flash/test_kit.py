@@ -221,7 +221,7 @@ def test_the_unit_is_one_that_systemd_takes(authority: Path, make_kit: MakeKit, 
     command = re.search("(?m)^ExecStart=(.*)$", unit)
     assert command is not None
     assert command[1].split() == [
-        *("/usr/bin/python3", "/opt/fedprune/launcher.pyz", "run", "--patient", "--state", "/var/lib/fedprune"),
+        *("/usr/bin/python3", "-I", "/opt/fedprune/launcher.pyz", "run", "--patient", "--state", "/var/lib/fedprune"),
         *("--data", "/srv/fedprune/samples.npz", "--ca", "/etc/fedprune/ca.pem"),
     ]
     assert "ConditionPathExists=/srv/fedprune/samples.npz" in unit.splitlines()

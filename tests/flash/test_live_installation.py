@@ -42,7 +42,7 @@ install
 stat -c %U /etc/passwd
 find /var/lib/fedprune/deep -printf '%u\\n'
 echo "== as its user"
-setpriv --reuid=fedprune --regid=fedprune --clear-groups /usr/bin/python3 /opt/fedprune/launcher.pyz hello
+setpriv --reuid=fedprune --regid=fedprune --clear-groups /usr/bin/python3 -I /opt/fedprune/launcher.pyz hello
 setpriv --reuid=fedprune --regid=fedprune --clear-groups cat /var/lib/fedprune/claim
 echo
 echo "== removed"

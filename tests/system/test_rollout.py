@@ -24,6 +24,7 @@ from fedprune.trust.keys import SigningKey
 from fedprune_device.runtime.home import Home
 from fedprune_device.runtime.source import FolderSource
 from fedprune_device.runtime.updater import LAUNCHER, Updater
+from fedprune_device.runtime.wheel import Wheel, contents_digest
 from fedprune_server.cli import main
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.store.storage import Storage
@@ -89,9 +90,12 @@ class UpdatedSite(Site):
     def release(self, number: int, *more: Path, entry: str = "fedprune_device.cli:main") -> Path:
         def made(files: tuple[Any, ...]) -> Release:
             system = tuple(set(OUTSIDE) - {wheel.name.partition("-")[0] for wheel in more})
-            return Release(number, f"0.{number}", PYTHON, platform.machine(), entry, 2 * 10**8, files, system=system)
+            about = PYTHON, platform.machine(), entry, 2 * 10**8
+            return Release(number, f"0.{number}", *about, files, contents, system=system)
 
-        write_release(self.folder / f"release-{number}", made, [self.wheel, *more], self.key)
+        wheels = [self.wheel, *more]
+        contents = contents_digest(Wheel(path, path.name) for path in wheels)
+        write_release(self.folder / f"release-{number}", made, wheels, self.key)
         return self.folder / f"release-{number}"
 
     def start(self, name: str, *, in_group: bool = False) -> None:

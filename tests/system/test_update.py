@@ -22,6 +22,7 @@ from runtime_releases import KEY, OUTSIDE, PUBLIC, PYTHON, make_wheel, source
 from fedprune.release import Release, write_release
 from fedprune_device.runtime.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome, State
 from fedprune_device.runtime.updater import LAUNCHER, Updater
+from fedprune_device.runtime.wheel import Wheel, contents_digest
 from fedprune_server.broker.embedded import EmbeddedBroker
 from machine import free_port
 
@@ -62,9 +63,12 @@ class Board:
         def made(files: tuple[object, ...]) -> Release:
             entry = "fedprune_device.cli:main"
             system = tuple(set(OUTSIDE) - {wheel.name.partition("-")[0] for wheel in more})
-            return Release(number, f"0.{number}", PYTHON, platform.machine(), entry, 10**8, files, system=system)  # type: ignore[arg-type]
+            about = PYTHON, platform.machine(), entry, 10**8
+            return Release(number, f"0.{number}", *about, files, contents, system=system)  # type: ignore[arg-type]
 
-        write_release(self.folder / str(number), made, [self.wheel, *more], KEY)
+        wheels = [self.wheel, *more]
+        contents = contents_digest(Wheel(path, path.name) for path in wheels)
+        write_release(self.folder / str(number), made, wheels, KEY)
         return self.folder / str(number)
 
     def update(self, number: int, *more: Path, attempts: int = 2, seconds: float = 120) -> None:

@@ -66,6 +66,7 @@ class Release:
         entry: What to run, `module:function`.
         unpacked: Bytes that it takes when it is installed, at most.
         files: Its wheels.
+        contents: sha256 of all files that its wheels bring, by path, sha256 and size: what a board's launcher compares.
         launcher: The oldest launcher that can start it.
         created: When it was made, for people; nothing is decided by it.
         system: Packages that it takes from the board's own Python, such as JetPack's onnxruntime.
@@ -78,6 +79,7 @@ class Release:
     entry: str
     unpacked: int
     files: tuple[ReleaseFile, ...]
+    contents: str
     launcher: int = 1
     created: str = ""
     system: tuple[str, ...] = ()
@@ -124,6 +126,7 @@ class Release:
             entry=_matching("entry", table["entry"], _ENTRY, "module:function"),
             unpacked=check.whole(0, MAX_UNPACKED)("unpacked", table["unpacked"]),
             files=files,
+            contents=check.digest("contents", table["contents"]),
             launcher=check.whole(1, MAX_NUMBER)("launcher", table["launcher"]),
             created=check.one_line(check.text(64)("created", table["created"])),
             system=tuple(

@@ -11,17 +11,23 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedprune_device.runtime.ed25519 import verify
 from fedprune_device.runtime.state import ROLLED_BACK, SLOTS, DamagedError, Outcome, State
 
 FORMAT = 1
 """Of what is written here; a launcher that is installed once reads what later releases write."""
 
+KEY = "server.pub"
+PURPOSE = b"fedprune release 1\n"
+"""What is signed of a release begins with it; `fedprune.release` has the same, which the launcher can't import."""
+
+_KEY_BYTES = 32
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -35,6 +41,8 @@ class Record:
         entry: What to run, `module:function`.
         files: sha256 and size by path within the slot.
         system: Modules that it takes from the board's own Python; None where nobody wrote it down.
+        manifest: The signed manifest that it was installed from; empty where nothing was signed.
+        signature: The manifest's signature, as hex.
     """
 
     version: int
@@ -42,11 +50,14 @@ class Record:
     entry: str
     files: dict[str, tuple[str, int]]
     system: tuple[str, ...] | None = None
+    manifest: str = ""
+    signature: str = ""
 
 
 class Home:
     """The folder of launcher, slots and state.
 
+    server.pub        the server's key as hex, root's alone: what it hasn't signed isn't started
     a, b              the slots
     state/state.json  the state, with a checksum; state/copy.json is the same once more
     state/a.json      what is in slot a; it is written last and removed first, and likewise state/b.json
@@ -59,6 +70,23 @@ class Home:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.folder = root / "state"
+
+    def key(self) -> bytes | None:
+        """The key that signs what may be started; None where the board has none, and slots are only checked for damage.
+
+        Raises:
+            DamagedError: Its file can't be read, or holds something else.
+        """
+        path = self.root / KEY
+        try:
+            key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{path} holds no key") from error
+        if len(key) != _KEY_BYTES:
+            raise DamagedError(f"{path} holds no key")
+        return key
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -99,7 +127,8 @@ class Home:
             files = {str(path): (str(sha256), int(size)) for path, (sha256, size) in body["files"].items()}
             own = body.get("system")
             system = None if own is None else tuple(map(str, own))
-            made = Record(int(body["version"]), str(body["name"]), str(body["entry"]), files, system)
+            proof = str(body.get("manifest", "")), str(body.get("signature", ""))
+            made = Record(int(body["version"]), str(body["name"]), str(body["entry"]), files, system, *proof)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedError(f"the record of slot {slot} is not one") from error
         if not _ENTRY.fullmatch(made.entry):
@@ -125,7 +154,7 @@ class Home:
         _sync(self.folder)
 
     def whole(self, slot: str, *, from_disk: bool = False) -> Record:
-        """A slot's record, if every file matches it and no other file exists.
+        """A slot's record, if the server signed it, every file matches it and no other file exists.
 
         Args:
             slot: The slot.
@@ -135,6 +164,9 @@ class Home:
             DamagedError: The first thing that is wrong.
         """
         record, folder = self.record(slot), self.root / slot
+        key = self.key()
+        if key is not None and not _signed(record, key):
+            raise DamagedError(f"slot {slot}: the server's key has not signed what is in it")
         paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
         found = {str(p.relative_to(folder)) for p in paths}
         for path in sorted(found ^ set(record.files)):
@@ -160,6 +192,23 @@ class Home:
         highest, stable = max(versions.values()), min(versions, key=lambda s: versions[s])
         reason = f"both copies of the launcher's state were damaged; version {versions[stable]} serves"
         return State(stable, highest=highest, outcome=Outcome(highest, ROLLED_BACK, reason))
+
+
+def files_digest(files: Mapping[str, tuple[str, int]]) -> str:
+    """sha256 of a slot's files, each by path, sha256 and size: what a release's manifest says of them."""
+    rows = [[path, *files[path]] for path in sorted(files)]
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
+def _signed(record: Record, key: bytes) -> bool:
+    """Whether a record is that of a manifest which a key's owner signed."""
+    try:
+        signature, manifest = bytes.fromhex(record.signature), record.manifest.encode()
+        body = json.loads(manifest) if verify(key, signature, PURPOSE + manifest) else {}
+        told = body["number"], body["entry"], body["contents"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return bool(told == (record.version, record.entry, files_digest(record.files)))
 
 
 def digest(path: Path, *, from_disk: bool = False) -> tuple[str, int]:

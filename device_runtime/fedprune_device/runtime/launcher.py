@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from fedprune_device.runtime.home import Home, Record
+from fedprune_device.runtime.home import KEY, Home, Record
 from fedprune_device.runtime.notify import notify
 from fedprune_device.runtime.state import COMMITTED, STAGED, TRIAL, DamagedError, Outcome, State, line
 
@@ -90,6 +90,8 @@ def decide(home: Home) -> tuple[str, Record, State]:
         try:
             record = home.whole(state.other)
         except DamagedError:
+            if home.key() is not None:
+                raise DamagedError(reason) from None  # what the server hasn't signed is never started
             # Most files of the stable slot are as they were: better a try than a board that is silent.
             return state.stable, home.record(state.stable), state
         version = state.highest
@@ -227,6 +229,8 @@ def main() -> int:
     """Start the runtime that is installed beside this file; all arguments are the runtime's."""
     home = Home(Path(os.environ.get("FEDPRUNE_ROOT") or Path(sys.argv[0]).resolve().parent))
     try:
+        if home.key() is None:
+            print(f"{home.root} has no {KEY}: slots are checked for damage, not for who made them", file=sys.stderr)
         return launch(home, Starter(home, sys.argv[1:]))
     except (DamagedError, OSError) as error:
         print(f"error: {line(str(error))}. Install the runtime again.", file=sys.stderr)

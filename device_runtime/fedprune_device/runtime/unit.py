@@ -87,7 +87,7 @@ class Service:
 
     def text(self) -> str:
         """The unit file."""
-        command = " ".join(map(quoted, ("/usr/bin/python3", f"{self.root}/launcher.pyz", *self.arguments)))
+        command = " ".join(map(quoted, ("/usr/bin/python3", "-I", f"{self.root}/launcher.pyz", *self.arguments)))
         sections = {
             "Unit": [
                 "Description=fedprune: federated learning on this board",

@@ -26,7 +26,7 @@ from fedprune.trust.keys import VerifyingKey
 from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune_device.durable import place
 from fedprune_device.runtime.admission import admit, admit_packages, own_packages
-from fedprune_device.runtime.home import Home, Record, digest, write_file
+from fedprune_device.runtime.home import KEY, Home, Record, digest, files_digest, write_file
 from fedprune_device.runtime.source import Source
 from fedprune_device.runtime.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, State
 from fedprune_device.runtime.wheel import Wheel
@@ -95,6 +95,7 @@ class Updater:
         with self._alone(), storage_errors(f"can't write {root}"):
             if self.home.load() is not None:
                 raise ReleaseError(f"{root} has a runtime already", hint="Update it with `fedprune-device update`.")
+            write_file(root / KEY, self._key.hex.encode())
             release = self._bring(source, State(SLOTS[1]))
             write_launcher(root / LAUNCHER)
             self.home.save(State(SLOTS[0], highest=release.number))
@@ -234,7 +235,8 @@ class Updater:
 
     def _bring(self, source: Source, state: State) -> Release:
         """All that comes before the state is changed: check, pull, check, unpack, verify."""
-        release, slot = self._opened(source), state.other
+        manifest, signature, slot = source.manifest()[: MAX_MANIFEST + 1], source.signature(), state.other
+        release = opened(manifest, signature, self._key)
         admit(release, state.highest, self._board)
         admit_packages(release)
         _LOG.info(
@@ -250,9 +252,15 @@ class Updater:
         files: dict[str, tuple[str, int]] = {}
         for wheel in wheels:
             files |= {path: (sha256, size) for path, sha256, size in wheel.unpack(self.home.root / slot)}
+        if files_digest(files) != release.contents:
+            self._empty(slot)
+            raise ReleaseError(
+                "a release's files unpacked are not those that its manifest says", hint="Have the release made again."
+            )
         # One sync of all instead of thousands, which would wear out a card; the launcher reads every digest anyway.
         os.sync()
-        record = Record(release.number, release.version, release.entry, files, release.system)
+        proof = manifest.decode(), signature.hex()
+        record = Record(release.number, release.version, release.entry, files, release.system, *proof)
         self.home.write_record(slot, record)
         try:
             self.home.whole(slot, from_disk=True)
@@ -368,7 +376,7 @@ def write_launcher(path: Path) -> None:
     with zipfile.ZipFile(data, "w") as archive:
         for package in ("fedprune_device", "fedprune_device/runtime"):
             archive.writestr(zipfile.ZipInfo(f"{package}/__init__.py"), "")
-        for name in ("state.py", "home.py", "notify.py", "launcher.py"):
+        for name in ("ed25519.py", "state.py", "home.py", "notify.py", "launcher.py"):
             archive.writestr(zipfile.ZipInfo(f"fedprune_device/runtime/{name}"), (here / name).read_bytes())
         main = "import sys\nfrom fedprune_device.runtime.launcher import main\nsys.exit(main())\n"
         archive.writestr(zipfile.ZipInfo("__main__.py"), main)

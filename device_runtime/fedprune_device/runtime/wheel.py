@@ -12,10 +12,12 @@ import re
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune.errors import ReleaseError, shown
+from fedprune_device.runtime.home import files_digest
 
 MAX_ENTRIES = 50_000
 _PIECE = 2**20
@@ -68,14 +70,14 @@ class Wheel:
         tops = {path.split("/")[0] for path in self.paths}
         return frozenset(top.split(".")[0] for top in tops if not top.endswith((".dist-info", ".libs")))
 
-    def unpack(self, folder: Path) -> Iterator[tuple[str, str, int]]:
+    def unpack(self, folder: Path | None) -> Iterator[tuple[str, str, int]]:
         """Write its files.
 
         Args:
-            folder: Where to; no file of it may be there yet.
+            folder: Where to; no file of it may be there yet. None to read them alone.
 
         Yields:
-            Path, sha256 and size of each file that has been written. None of them is synced.
+            Path, sha256 and size of each file. None of those that were written is synced.
 
         Raises:
             ReleaseError: A file is not as long as it says, or damaged.
@@ -84,20 +86,14 @@ class Wheel:
         with zipfile.ZipFile(self._path) as archive:
             for inner, target in self._targets.items():
                 entry = archive.getinfo(inner)
-                path = folder / target
-                path.parent.mkdir(parents=True, exist_ok=True)
                 found, size = hashlib.sha256(), 0
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-                try:
+                with _created(folder, target) as write:
                     for piece in self._pieces(archive, entry, target):
                         size += len(piece)
                         if size > entry.file_size:
                             break
                         found.update(piece)
-                        while piece:
-                            piece = piece[os.write(descriptor, piece) :]
-                finally:
-                    os.close(descriptor)
+                        write(piece)
                 if size != entry.file_size:
                     raise ReleaseError(f"{self._name}: {shown(target)}", expected=f"{entry.file_size} bytes")
                 yield target, found.hexdigest(), size
@@ -133,3 +129,32 @@ class Wheel:
         ):
             raise ReleaseError(f"{self._name}: {shown(entry.filename)}", expected="a plain file inside the slot")
         return name
+
+
+def contents_digest(wheels: Iterable[Wheel]) -> str:
+    """The digest of all files that wheels bring into a slot, see `files_digest`.
+
+    Raises:
+        ReleaseError: A file is damaged.
+    """
+    return files_digest({path: (sha256, size) for wheel in wheels for path, sha256, size in wheel.unpack(None)})
+
+
+@contextmanager
+def _created(folder: Path | None, target: str) -> Iterator[Callable[[bytes], object]]:
+    """A new file, by what writes to it."""
+    if folder is None:
+        yield len
+        return
+    path = folder / target
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def write(piece: bytes) -> None:
+        while piece:
+            piece = piece[os.write(descriptor, piece) :]
+
+    try:
+        yield write
+    finally:
+        os.close(descriptor)

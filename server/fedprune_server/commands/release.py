@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +61,16 @@ def _again(arguments: argparse.Namespace, key: SigningKey) -> Release:
 
 
 def _of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Release:
+    from fedprune_device.runtime.wheel import Wheel, contents_digest
     from fedprune_server.rollouts.wheels import check_wheels
 
     with storage_errors(f"can't read {arguments.wheels}"):
         wheels = sorted(p for p in arguments.wheels.iterdir() if p.suffix == ".whl")
     if not wheels:
         raise ReleaseError(f"there are no wheels in {arguments.wheels}", hint="`pip download` brings them.")
-    unpacked = sum(map(_unpacked, wheels))
+    opened = [Wheel(path, path.name) for path in wheels]
     check_wheels(wheels, arguments.python, arguments.machine, arguments.system)
+    contents = contents_digest(opened)
 
     def made(files: tuple[ReleaseFile, ...]) -> Release:
         return Release(
@@ -78,8 +79,9 @@ def _of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Release:
             python=arguments.python,
             machine=arguments.machine,
             entry=arguments.entry,
-            unpacked=unpacked,
+            unpacked=sum(wheel.size for wheel in opened),
             files=files,
+            contents=contents,
             created=_now(),
             system=tuple(arguments.system),
         )
@@ -89,12 +91,3 @@ def _of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Release:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _unpacked(wheel: Path) -> int:
-    """Bytes that a wheel's files take."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            return sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ReleaseError(f"{wheel} is no wheel ({error})") from error
