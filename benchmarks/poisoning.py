@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from benchmarks.accuracy.protocol import Method, Protocol
 from benchmarks.accuracy.protocols import CIFAR, PROTOCOLS, TABLES
-from benchmarks.accuracy.run import experiment_of, rounds_of
+from benchmarks.accuracy.run import UNLIMITED, experiment_of, rounds_of
 from kept_runs import kept_runs
 from synthetic_nets import setting, write
 
@@ -127,9 +127,9 @@ def short(table: Protocol) -> Protocol:
 
 def experiment(case: Case) -> Experiment:
     """Honest boards and data."""
-    limits = {} if case.limits else {"move_limit": 0.0, "weight_limit": 0.0}
+    limits = {"move_limit": Job.move_limit, "weight_limit": Job.weight_limit} if case.limits else UNLIMITED
     if "weight_limit" in case.attack:
-        limits = {"weight_limit": 1.0}
+        limits = {**limits, "weight_limit": 1.0}
     if case.data == "digits":
         names = [f"board-{i}" for i in range(10)]
         data = deal(names, seed=case.seed)

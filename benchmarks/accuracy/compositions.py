@@ -48,5 +48,6 @@ def slices(job: Job) -> Strategy:
         aggregator=Mean(options.rule, options.server_momentum, options.weighting),
         personaliser=Nobody(),
         objective=AsJob(lr_decay=options.lr_decay),
+        inputs="sum",
         allocator=Tiers(options.densities),
     )

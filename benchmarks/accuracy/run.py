@@ -44,6 +44,10 @@ SMALL = 60_000_000
 """Numbers that fit into memory as they are; larger data sets are read anew for every training."""
 
 
+UNLIMITED = {"move_limit": 0.0, "weight_limit": 0.0}
+"""Tables compare strategies as they are published, without limits on updates."""
+
+
 def job_of(protocol: Protocol, method: Method, devices: int, seed: int, elements: Sequence[float]) -> Job:
     """The job of a row.
 
@@ -58,7 +62,9 @@ def job_of(protocol: Protocol, method: Method, devices: int, seed: int, elements
     if method.densities:
         options = {"densities": list(elements if method.elements else protocol.densities), **options}
     recipe = replace(protocol.recipe, **{"average": AVERAGE, "calibrate": True, **method.recipe})
-    settings: dict[str, Any] = {"deadline_s": 1e7, "rounds": protocol.rounds, **protocol.job, **method.job}
+    settings: dict[str, Any] = {
+        "deadline_s": 1e7, "rounds": protocol.rounds, **UNLIMITED, **protocol.job, **method.job,
+    }  # fmt: skip
     return Job(
         name=protocol.name, seed=seed, devices=devices, strategy=method.strategy, options=options, recipe=recipe,
         **settings,

@@ -70,7 +70,10 @@ def test_every_row_is_a_strategy(accuracy, table):
     keys = {protocol.key(m, s, "onnxruntime") for m in protocol.methods for s in protocol.seeds}
     assert len(keys) == len(names) * len(protocol.seeds)
     for method in protocol.methods:
-        compose(run.job_of(protocol, method, 20, 0, protocol.densities))
+        job = run.job_of(protocol, method, 20, 0, protocol.densities)
+        compose(job)
+        assert not job.move_limit, "tables compare strategies as they are published"
+        assert not job.weight_limit
 
 
 def small(protocol):

@@ -52,12 +52,13 @@ def test_a_length_is_how_far_the_update_alone_would_move_the_whole_model(density
     assert found[WHOLE] == pytest.approx(float(np.sqrt(np.mean(whole**2))), rel=1e-4)
 
 
-def test_only_active_elements_are_measured() -> None:
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_a_mask_leaves_elements_out_of_the_mean(density: float) -> None:
     name = NET.trainable[0].name
-    active = np.zeros(BASE[name].shape, np.bool_)
+    active = np.zeros(report(0.0, density).trained.tensors[name].shape, np.bool_)
     active.reshape(-1)[0] = True
-    found = lengths(report(0.5, mask=ElementMask({name: active})))
-    assert found[name] == pytest.approx(0.5 / np.sqrt(active.size), rel=1e-4)
+    masked = lengths(report(0.5, density, ElementMask({name: active})))
+    assert masked[name] == pytest.approx(lengths(report(0.5, density))[name], rel=1e-4)
 
 
 def test_a_board_with_more_steps_may_move_further() -> None:

@@ -7,7 +7,7 @@ that they need no tuning:
 - Weight: n_k ← min(n_k, c · median_j n_j).
 - Length: per tensor Δ_k ← Δ_k · min(1, limit / ‖Δ_k‖). Δ_k is the difference to the tensor that the board received,
   and ‖Δ_k‖² its sum of squares, divided by the number of elements of the whole model's tensor. So a length says how far
-  the update alone would move the model, whatever the board's width.
+  the update alone would move the model, whatever the board's width. Elements that a mask leaves out don't count.
 
 The length of an honest update grows with its optimiser steps. A board with more steps than the round's median may move
 as many times further, up to the multiple of the median that holds for weights.
@@ -67,7 +67,7 @@ WHOLE = ""
 
 Lengths = Mapping[str, float]
 """Root mean square of an update's change: by tensor of the whole model, and under `WHOLE` over all trained tensors.
-Elements that the board doesn't hold count as unchanged."""
+Elements of channels that the board doesn't hold count as unchanged; a mask's inactive ones are left out of the mean."""
 
 
 def lengths(report: Report) -> Lengths:
@@ -79,21 +79,21 @@ def lengths(report: Report) -> Lengths:
     sent, trained = report.sent.tensors, report.trained
     active = {} if trained.mask is None else trained.mask.active
     found: dict[str, float] = {}
-    squares, count = 0.0, 0
+    squares, count = 0.0, 0.0
     for spec in trained.selection.architecture.tensors:
-        size = math.prod(spec.shape)
-        count += size if spec.kind.trainable else 0
+        size, square = float(math.prod(spec.shape)), 0.0
         now, before = trained.tensors.get(spec.name), sent.get(spec.name)
-        if now is None or before is None or now.shape != before.shape or not now.size:
-            continue
-        moved = now.astype(np.float64).reshape(-1)
-        moved -= before.reshape(-1)
-        if spec.name in active:
-            moved *= active[spec.name].reshape(-1)
-        square = float(np.dot(moved, moved))
-        found[spec.name] = _rounded(math.sqrt(square / size))
-        squares += square if spec.kind.trainable else 0.0
-    return found | {WHOLE: _rounded(math.sqrt(squares / max(1, count)))}
+        if now is not None and before is not None and now.shape == before.shape and now.size:
+            moved = now.astype(np.float64).reshape(-1)
+            moved -= before.reshape(-1)
+            if spec.name in active:
+                moved *= active[spec.name].reshape(-1)
+                size *= max(1, int(np.count_nonzero(active[spec.name]))) / moved.size
+            square = float(np.dot(moved, moved))
+            found[spec.name] = _rounded(math.sqrt(square / size))
+        if spec.kind.trainable:
+            squares, count = squares + square, count + size
+    return found | {WHOLE: _rounded(math.sqrt(squares / max(1.0, count)))}
 
 
 def reaches(steps: Mapping[str, int], most: float) -> dict[str, float]:
