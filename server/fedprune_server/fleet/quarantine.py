@@ -254,7 +254,7 @@ class Quarantine:
                 )
             return
         client = one_line(client, 64)
-        if self.floods_joins() is None:
+        if not self.floods_joins():
             log.warning(
                 "the MQTT client %s floods the topic for joining: requests to join, %s's first of all, are dropped. "
                 "The broker's log tells its address; close the listener for joining while no board is to join",
@@ -263,8 +263,15 @@ class Quarantine:
         self._crowd = client, now + CROWDED_S
 
     def floods_joins(self) -> str | None:
-        """The MQTT client id that flooded the requests to join within the last `CROWDED_S`; None if none did."""
-        return self._crowd[0] if self._crowd is not None and self._crowd[1] > self._clock() else None
+        """The MQTT client id that flooded the requests to join within the last `CROWDED_S`.
+
+        Returns:
+            Empty if only many clients together did; None if none did.
+        """
+        now = self._clock()
+        if self._crowd is not None and self._crowd[1] > now:
+            return self._crowd[0]
+        return "" if now < self._crowded_at + CROWDED_S else None
 
     def refused(self, device: str, reason: str) -> None:
         """A device's update doesn't count."""

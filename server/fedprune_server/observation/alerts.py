@@ -243,7 +243,7 @@ class Snapshot:
         broker: Why the broker can't be used; empty if it can.
         others: Other servers of this identity that were heard.
         quarantined: Boards in quarantine, and why.
-        floods_joins: MQTT client id that floods the requests to join; None if none does.
+        floods_joins: MQTT client id that floods the requests to join; empty if many do together, None if none does.
         site: What the state folder shows; None if unknown.
         open: Kinds and severities of open alerts.
     """
@@ -521,11 +521,16 @@ def _quarantine(seen: Snapshot, now: float) -> Iterator[Alert]:
 
 def _joins_flooded(client: str, now: float) -> Alert:
     """Its key is fixed, because the sender chooses the client id, which therefore is in the text alone."""
+    if client:
+        sender, block = f"most of them lately from the MQTT client {client}", "block the client's address"
+    else:
+        sender = "from many MQTT clients"
+        block = "wait for the others if you expect this many boards, since they ask again; else block their addresses"
     return Alert(
         "joins-flooded", WARNING, now,
-        f"more requests to join arrive than the server reads, most of them lately from the MQTT client {client}",
+        f"more requests to join arrive than the server reads, {sender}",
         "some are dropped, so boards may not get through with theirs; boards that have joined are not affected",
-        "block the client's address, which the broker's log shows; while no board is to join, close the broker's "
-        "listener for joining (docs/security.md#floods)",
+        f"{block}, which the broker's log shows; while no board is to join, close the broker's listener for joining "
+        "(docs/security.md#floods)",
         delay_s=CROWDED_S,
     )  # fmt: skip

@@ -201,10 +201,30 @@ def test_clients_that_flood_the_joins_under_ever_new_names_are_one_alert_after_a
     assert "revoke" not in alert.todo
 
 
-def test_a_single_overflow_of_the_joins_is_no_alert() -> None:
+def test_a_flood_of_joins_from_many_clients_is_the_same_alert_without_a_name(tmp_path: Path) -> None:
+    daemon, now = Fleet(tmp_path, JOB).daemon(), [1000.0]
+    quarantine = Quarantine(lambda: now[0])
+    view = replace(daemon.view, quarantine=quarantine)
+    clock = lambda: now[0]  # noqa: E731
+    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, clock=clock, monotonic=clock)
+    for now[0] in range(1000, 1100):
+        if now[0] % 20 == 0:
+            quarantine.crowded("")
+        monitor.look()
+    (alert,) = monitor.book.open
+    assert alert.key == "joins-flooded"
+    assert "from many MQTT clients" in alert.what
+    assert "wait for the others" in alert.todo
+    quarantine.crowded("eve")
+    quarantine.crowded("")
+    assert quarantine.floods_joins() == "eve", "the latest client that floods keeps its name for a while"
+
+
+@pytest.mark.parametrize("client", ["eve", ""])
+def test_a_single_overflow_of_the_joins_is_no_alert(client: str) -> None:
     now, book = [1000.0], AlertBook()
     quarantine = Quarantine(lambda: now[0])
-    quarantine.crowded("eve")
+    quarantine.crowded(client)
     for now[0] in range(1000, 1200):
         alerts = evaluate(replace(CALM, floods_joins=quarantine.floods_joins()), NOW)
         assert book.update(alerts, now[0], NOW) == []
