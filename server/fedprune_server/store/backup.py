@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 from fedprune import __version__
 from fedprune.blobs import BlobStore
-from fedprune.disk import appearing, locked, storage_errors, write_whole
+from fedprune.disk import appearing, file_digest, locked, storage_errors, write_whole
 from fedprune.errors import ConfigError, StorageError
 from fedprune_server.bucket.store import BucketStore, NotThereError
 from fedprune_server.identity.folder import FOLDER as IDENTITY
@@ -170,9 +170,10 @@ class _Collected:
         self._add(path, source)
 
     def _add(self, path: str, source: Path) -> None:
-        data = _read(source)
+        with storage_errors(f"can't read {source}"):
+            entry = Entry(path, file_digest(source), source.stat().st_size)
         self._sources[path] = source
-        self._entries.append(Entry(path, hashlib.sha256(data).hexdigest(), len(data)))
+        self._entries.append(entry)
 
 
 def _end_sessions(copy: Path) -> None:
@@ -226,7 +227,8 @@ def _is_there(path: Path, entry: Entry) -> bool:
     """Whether the backup has a file already, whole: what an earlier one wrote may have been damaged since."""
     if not path.is_file() or path.stat().st_size != entry.size:
         return False
-    return hashlib.sha256(_read(path)).hexdigest() == entry.sha256
+    with storage_errors(f"can't read {path}"):
+        return file_digest(path) == entry.sha256
 
 
 def _prune(target: Path, kept: set[str]) -> None:

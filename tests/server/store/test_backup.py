@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +185,21 @@ def test_the_next_backup_adds_what_is_new_and_lets_go_of_what_is_not_needed(stat
     named = {backup / e.place for e in made.entries}
     assert {p for p in backup.rglob("*") if p.is_file()} == named | {backup / "manifest.json", backup / "lock"}
     assert rows(restored(backup, tmp_path / "new")) == rows(state)
+
+
+def test_a_backup_of_large_files_that_are_there_already_does_not_hold_them_in_memory(
+    state: Path, tmp_path: Path
+) -> None:
+    with RolloutStore(state) as rollouts:
+        rollouts.blobs.put(bytes(32 * 2**20))
+    back_up(state, tmp_path / "backup", silent)
+    tracemalloc.start()
+    try:
+        back_up(state, tmp_path / "backup", silent)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * 2**20
 
 
 def test_what_is_damaged_in_a_backup_is_written_again_by_the_next(state: Path, tmp_path: Path) -> None:
