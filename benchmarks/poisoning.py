@@ -263,13 +263,13 @@ mean of the last {LAST} rounds; *local* is the mean of what boards predict with,
 The protocols of the accuracy tables in a short form: {SAMPLES:,} samples and {ROUNDS} rounds ({others}).
 Partition, net, boards and local training are the tables'. The papers' own protocols follow, each with the paper's
 method. Δ is, seed by seed, by how many points a run with limits is better than the same run without. *Shortened* is the
-share of updates whose trained weights were shortened, *statistics* of those whose batch-norm statistics were.
+share of updates of which some trained tensor was shortened, *statistics* of those whose batch-norm statistics were.
 
 | protocol | method | global | without | Δ | local | without | Δ | shortened | statistics |
 |---|---|---:|---:|---:|---:|---:|---:|---:|---:|
 {rule.join(honest)}
 
-Mean Δ over all runs, with its standard error: {means}.
+Mean Δ over all runs with its standard error, in points: {means}.
 
 ## Two hostile boards of ten
 
