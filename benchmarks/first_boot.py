@@ -191,13 +191,13 @@ def measure(work: Path, scheme: str) -> dict[str, Any]:
     work.mkdir(parents=True)
     work.chmod(0o755)
     site = Headquarters(work / "site", DEVICE, host=GATE)
-    claim = work / "claim"
+    claim, signer = work / "claim", site.state / "identity/signing.key"
     claim.write_text(site.claim())
     with clock.step("image with Debian"):
         image = make_arm_image(work / "image", site.samples)
     with clock.step("kit"):
         told = ("--server", f"mqtts://{GATE}:{PORT}", "--site", SITE, "--device", DEVICE, "--claim-file", claim)
-        fedprune_flash("kit", "--out", work / "kit", *told, "--python", BOOKWORM.python)
+        fedprune_flash("kit", "--out", work / "kit", *told, "--python", BOOKWORM.python, "--signing-key", signer)
     disk = work / "attic.img"
     with clock.step("fedprune-flash image"):
         fedprune_flash("image", image.disk, "--out", disk, "--kit", work / "kit", "--scheme", scheme)

@@ -63,6 +63,9 @@ def _add_kit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     kit.add_argument(
         "--find-links", type=Path, action="append", default=[], metavar="DIR", help="wheels; then no network is used"
     )
+    kit.add_argument(
+        "--signing-key", type=Path, metavar="FILE", help="the server's, identity/signing.key in its state folder"
+    )
     kit.set_defaults(run=with_extra("flash", _kit))
 
 
@@ -89,6 +92,7 @@ def _add_image(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     image.add_argument("--card", metavar="DEVICE", help="write it to this card, too, and read it back; needs root")
     image.add_argument("--yes", metavar="DEVICE", help="the same device once more, instead of typing it when asked")
+    image.add_argument("--unsigned", action="store_true", help="take a kit that no server has signed")
     image.add_argument("--dry-run", action="store_true", help="say every step and its reverse, and write nothing")
     image.set_defaults(run=with_extra("flash", _image))
 
@@ -121,7 +125,7 @@ def _image(arguments: argparse.Namespace) -> int:
     if arguments.yes is not None and arguments.yes != arguments.card:
         raise UsageError("--yes names another device than --card", expected=arguments.card, got=arguments.yes)
     card = None if arguments.card is None else drives.chosen(arguments.card, drives.drives(), 0)
-    kit = open_kit(arguments.kit)
+    kit = open_kit(arguments.kit, unsigned=arguments.unsigned)
     wanted = _first_boot(arguments, kit.board.device)
     scheme = Scheme(arguments.scheme) if arguments.scheme else None
     out = None if arguments.dry_run else arguments.out
@@ -187,6 +191,7 @@ def _first_boot(arguments: argparse.Namespace, device: str) -> FirstBoot:
 
 
 def _kit(arguments: argparse.Namespace) -> int:
+    from fedprune.trust.keys import SigningKey, VerifyingKey
     from fedprune_flash.kit import build_kit
     from fedprune_flash.target import Target
 
@@ -205,13 +210,18 @@ def _kit(arguments: argparse.Namespace) -> int:
         authorities=authorities,
         pin=arguments.ca_sha256,
         claim=claim,
+        key=None if arguments.signing_key is None else SigningKey.load(arguments.signing_key),
     )
     print(
         f"{kit.folder}: {kit.target}, {quantity(len(kit.files), 'file')}, {kit.bytes / 1e6:.1f} MB, sha256 {kit.digest}"
     )
     if not kit.claimed:
         print(_NO_CLAIM)
-    print(f"On the board: sudo python3 {kit.folder.name}/install.pyz")
+    if kit.key:
+        print(f"It is signed with key {VerifyingKey.from_hex(kit.key).fingerprint}.")
+    else:
+        print("It is not signed: nothing shows a board who made it (--signing-key).")
+    print(f"On the board: sudo python3 {kit.folder.name}/install.pyz{'' if kit.key else ' --unsigned'}")
     return int(ExitCode.OK)
 
 

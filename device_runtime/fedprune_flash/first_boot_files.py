@@ -26,7 +26,7 @@ _GROUPS = "users,adm,dialout,audio,netdev,video,plugdev,games,input,gpio,spi,i2c
 _STARTER = """\
 #!/bin/sh
 # Installs fedprune from the kit beside this file. What happens is told in /var/log/fedprune-install.log.
-cd "$(dirname "$0")/fedprune" && exec python3 install.pyz "$@" >>/var/log/fedprune-install.log 2>&1
+cd "$(dirname "$0")/fedprune" && exec python3 install.pyz{options} "$@" >>/var/log/fedprune-install.log 2>&1
 """
 
 _FIRSTRUN = """\
@@ -130,7 +130,9 @@ for switch in /var/lib/systemd/rfkill/*:wlan; do echo 0 >"$switch"; done
 """
 
 
-def first_boot_files(scheme: Scheme, wanted: FirstBoot, mount: str, cmdline: str) -> dict[str, bytes]:
+def first_boot_files(
+    scheme: Scheme, wanted: FirstBoot, mount: str, cmdline: str, *, unsigned: bool = False
+) -> dict[str, bytes]:
     """All files to write beside the kit.
 
     Args:
@@ -138,11 +140,12 @@ def first_boot_files(scheme: Scheme, wanted: FirstBoot, mount: str, cmdline: str
         wanted: What the board is to become.
         mount: Where the image mounts its boot partition.
         cmdline: What cmdline.txt says now.
+        unsigned: Whether the kit is installed though no server has signed it.
 
     Returns:
         Contents by name, cmdline.txt among them where it changes.
     """
-    files = {STARTER: _STARTER}
+    files = {STARTER: _STARTER.format(options=" --unsigned" if unsigned else "")}
     words = cmdline.split()
     if scheme is Scheme.CLOUD_INIT:
         files |= _cloud_init(wanted, mount)

@@ -183,7 +183,7 @@ def customise(file: BinaryIO, contents: Contents, kit: Kit, wanted: FirstBoot, *
         ImageError: No room on the boot partition, or settings of somebody else's on it.
     """
     fat = Fat(contents.partitions.boot.region(file, "the boot partition"))
-    files = first_boot_files(contents.scheme, wanted, contents.system.mount, contents.cmdline)
+    files = first_boot_files(contents.scheme, wanted, contents.system.mount, contents.cmdline, unsigned=not kit.key)
     steps = []
     for name, content in files.items():
         before = fat.find(name)

@@ -1,7 +1,7 @@
 """A kit: a folder with everything that a board needs, for a USB stick, a card's boot partition or a copy over SSH.
 
 install.pyz       the installer, which needs nothing but Python
-kit.json          what the kit is for, and sha256 and size of every file
+kit.json          what the kit is for, sha256 and size of every file, and the server's signature on all of that
 board.json        what the board is told
 device.env        the same as the service's environment
 fedprune.service  the systemd unit
@@ -24,9 +24,12 @@ from typing import Any
 
 from fedprune import __version__
 from fedprune.disk import file_digest, storage_errors
-from fedprune.errors import ConfigError, KitError, ProtocolError, UsageError, remedy, shown
+from fedprune.errors import ConfigError, KitError, ProtocolError, SignatureError, UsageError, remedy, shown
+from fedprune.trust.keys import SigningKey, VerifyingKey
 from fedprune.wire import fields
+from fedprune_device.runtime.home import PURPOSE
 from fedprune_device.runtime.updater import write_launcher
+from fedprune_device.runtime.wheel import Wheel, contents_digest
 from fedprune_flash import service, wheelhouse
 from fedprune_flash.board_file import BoardFile, checked_authorities, checked_claim
 from fedprune_flash.installer_archive import INSTALLER, installer_archive
@@ -39,7 +42,9 @@ from fedprune_flash.on_board.kit_folder import (
     SAFE_PATH,
     SERVICE,
     WHEELS,
+    signed_text,
 )
+from fedprune_flash.on_board.runtime_slot import ENTRY, NUMBER
 from fedprune_flash.target import Target
 
 BOARD = "board.json"
@@ -49,7 +54,7 @@ MAX_BYTES = 2**31
 
 _MAX_FILES = 500
 _MAX_MANIFEST = 2**20
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Kit:
         files: All files but the manifest, sorted by path; the claim only while it is there.
         fedprune: The version in it.
         digest: sha256 of the manifest.
+        key: The key that signed it, as hex; empty for a kit that is not signed.
+        contents: The digest of what its wheels unpack to.
     """
 
     folder: Path
@@ -80,6 +87,8 @@ class Kit:
     files: tuple[KitFile, ...]
     fedprune: str
     digest: str
+    key: str
+    contents: str
 
     @property
     def bytes(self) -> int:
@@ -102,6 +111,7 @@ def build_kit(
     authorities: bytes | None = None,
     pin: str | None = None,
     claim: str | None = None,
+    key: SigningKey | None = None,
 ) -> Kit:
     """Make a kit; the folder appears only when it is whole. One with a claim is for this user alone.
 
@@ -114,6 +124,7 @@ def build_kit(
         authorities: Certificates in PEM form, if `board.authority`.
         pin: sha256 of one of them, as hex.
         claim: A one-time claim.
+        key: The server's, which signs it; without one the kit is not signed.
 
     Raises:
         UsageError: The folder is there already.
@@ -148,18 +159,20 @@ def build_kit(
             if claim is not None:
                 (new / CLAIM).touch(mode=0o600)  # before anything is in it
                 (new / CLAIM).write_text(checked_claim(claim), encoding="ascii")
-            (new / MANIFEST).write_text(_manifest(new, target, board), encoding="utf-8")
+            contents = contents_digest(Wheel(path, path.name) for path in sorted(wheels.iterdir()))
+            (new / MANIFEST).write_text(_manifest(new, target, board, contents, key), encoding="utf-8")
             new.rename(out)
     return open_kit(out)
 
 
-def told_files(kit: Kit, board: BoardFile, claim: str | None) -> dict[str, bytes]:
+def told_files(kit: Kit, board: BoardFile, claim: str | None, key: SigningKey | None = None) -> dict[str, bytes]:
     """What a kit for another board of the same kind has in place of this one's: all but wheels and programs.
 
     Args:
         kit: The kit.
         board: What the other board is told.
         claim: Its claim, if it gets one.
+        key: The server's, which signs it.
 
     Returns:
         Contents by path, the manifest among them.
@@ -175,7 +188,7 @@ def told_files(kit: Kit, board: BoardFile, claim: str | None) -> dict[str, bytes
     rows = {f.path: asdict(f) for f in kit.files if f.path != CLAIM}
     for name, data in made.items():
         rows[name] = {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return {**made, MANIFEST: _manifest_text(rows, kit.target, board, kit.fedprune).encode()}
+    return {**made, MANIFEST: _manifest_text(rows, kit.target, board, kit.contents, key, kit.fedprune).encode()}
 
 
 def _told(board: BoardFile, target: Target) -> dict[str, str]:
@@ -186,11 +199,15 @@ def _told(board: BoardFile, target: Target) -> dict[str, str]:
     }
 
 
-def open_kit(folder: Path) -> Kit:
-    """Read a kit and check every file of it.
+def open_kit(folder: Path, *, unsigned: bool = True) -> Kit:
+    """Read a kit and check its signature, if it has one, and every file of it.
+
+    Args:
+        folder: The kit.
+        unsigned: Whether one that is not signed will do.
 
     Raises:
-        KitError: It is none, a file is missing, damaged or one too many.
+        KitError: It is none, a file is missing, damaged or one too many, or it should be signed.
     """
     raw = _read(folder / MANIFEST, _MAX_MANIFEST)
     try:
@@ -199,6 +216,7 @@ def open_kit(folder: Path) -> Kit:
             raise KitError(f"{folder / MANIFEST}", expected=f"a kit of version {_VERSION}", got=shown(body))
         target = Target(body.get("python", ""), body.get("architecture", ""), body.get("jetson") is True)
         files = tuple(_row(row) for row in _rows(body))
+        key, contents = _signer(body), fields.digest("contents", body.get("contents"))
         claim = body.get("claim")
         if claim is not None:
             files += (_row(claim),) if (folder / CLAIM).exists() else ()
@@ -206,6 +224,8 @@ def open_kit(folder: Path) -> Kit:
         raise KitError(f"{folder / MANIFEST} is not JSON") from error
     except (ConfigError, ProtocolError) as error:
         raise KitError(f"{folder / MANIFEST}: {error}") from error
+    if not key and not unsigned:
+        raise KitError(f"{folder} is not signed", hint="Make it with --signing-key, or take it with --unsigned.")
     if sum(f.bytes for f in files) > MAX_BYTES:
         raise KitError(f"{folder}", expected=f"at most {MAX_BYTES} bytes", got=sum(f.bytes for f in files))
     _check_files(folder, files)
@@ -221,6 +241,8 @@ def open_kit(folder: Path) -> Kit:
         tuple(sorted(files, key=lambda f: f.path)),
         str(body.get("fedprune", ""))[:40],
         hashlib.sha256(raw).hexdigest(),
+        key,
+        contents,
     )
 
 
@@ -247,7 +269,23 @@ def _check_files(folder: Path, files: Sequence[KitFile]) -> None:
             raise KitError(f"{folder / name} is not part of the kit", hint="Remove it, or make the kit again.")
 
 
-def _manifest(folder: Path, target: Target, board: BoardFile) -> str:
+def _signer(body: dict[str, Any]) -> str:
+    """The key that signed a manifest, as hex; empty if none did.
+
+    Raises:
+        ProtocolError: The signature is not that of the key that is named.
+    """
+    if body.get("key") is None and not body.get("signature"):
+        return ""
+    key, signature = VerifyingKey.from_hex(body.get("key"), "key"), str(body.get("signature"))
+    try:
+        key.verify(bytes.fromhex(signature), PURPOSE + signed_text(body).encode())
+    except (SignatureError, ValueError) as error:
+        raise ProtocolError("signature", expected=f"that of key {key.fingerprint}", got="another") from error
+    return key.hex
+
+
+def _manifest(folder: Path, target: Target, board: BoardFile, contents: str, key: SigningKey | None) -> str:
     rows = {
         str(p.relative_to(folder)): {
             "path": str(p.relative_to(folder)),
@@ -257,14 +295,19 @@ def _manifest(folder: Path, target: Target, board: BoardFile) -> str:
         for p in sorted(folder.rglob("*"))
         if p.is_file()
     }
-    return _manifest_text(rows, target, board)
+    return _manifest_text(rows, target, board, contents, key)
 
 
 def _manifest_text(
-    rows: dict[str, dict[str, Any]], target: Target, board: BoardFile, version: str = __version__
+    rows: dict[str, dict[str, Any]],
+    target: Target,
+    board: BoardFile,
+    contents: str,
+    key: SigningKey | None,
+    version: str = __version__,
 ) -> str:
     claim = rows.pop(CLAIM, None)
-    body = {
+    body: dict[str, Any] = {
         "version": _VERSION,
         "fedprune": version,
         "python": target.python,
@@ -274,7 +317,13 @@ def _manifest_text(
         "imports": dict(target.imports),
         "claim": claim,
         "files": [rows[path] for path in sorted(rows)],
+        "number": NUMBER,
+        "entry": ENTRY,
+        "contents": contents,
+        "key": None if key is None else key.verifying.hex,
     }
+    if key is not None:
+        body["signature"] = key.sign(PURPOSE + signed_text(body).encode()).hex()
     return json.dumps(body, indent=1, sort_keys=True) + "\n"
 
 

@@ -13,6 +13,7 @@ from fedprune.errors import BoardError, JoinError, KitError, ProfileError
 from fedprune.identification import Facts, identify
 from fedprune.jetpack import l4t_release
 from fedprune.quantity import quantity
+from fedprune.trust.keys import SigningKey
 from fedprune.wire.fields import one_line
 from fedprune_flash.board_link import INSTALL_S, BoardLink
 from fedprune_flash.claims import Claims
@@ -40,6 +41,7 @@ class Order:
         wait: Seconds within which a service must run.
         accept_new: Whether the key of a host that was never seen is believed.
         new_claims: Whether boards that have a claim and haven't joined get another.
+        key: The server's, which signs what each board gets; None to install without signatures.
     """
 
     kits: tuple[Kit, ...] = ()
@@ -49,10 +51,12 @@ class Order:
     wait: float = 120.0
     accept_new: bool = False
     new_claims: bool = False
+    key: SigningKey | None = None
 
     def work(self, row: BoardRow) -> str:
         """A digest of what is done with a board: if it is another, something has changed."""
-        body = [asdict(row), sorted(kit.digest for kit in self.kits), self.remove, self.purge]
+        signer = None if self.key is None else self.key.verifying.hex
+        body = [asdict(row), sorted(kit.digest for kit in self.kits), self.remove, self.purge, signer]
         return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
 
@@ -106,13 +110,14 @@ def provision(row: BoardRow, link: BoardLink, order: Order, claims: Claims, jour
             f"{row.device} has not joined yet, and there is no claim for it", hint="Use --claims or --server-state."
         )
     if order.dry:
-        return _planned(row, link, kit, profile, needs)
+        return _planned(row, link, order, kit, profile, needs)
     journal.note(row.device, state=BEGUN, work="")
     if not needs or order.new_claims:
         journal.handed(row.device)  # a kill may have come before it was written down
-    files = _files(kit, row, claims.claim(row.device) if needs else None)
+    files = _files(order, kit, row, claims.claim(row.device) if needs else None)
     _copy(link, files, found, telling)
-    code, last = link.install(["--wait", f"{order.wait:g}"], telling.say, INSTALL_S + order.wait)
+    words = ["--wait", f"{order.wait:g}", *([] if order.key else ["--unsigned"])]
+    code, last = link.install(words, telling.say, INSTALL_S + order.wait)
     after = link.ask("probe")
     if code == 0 or after.get("claimed") is True or after.get("joined") is True:
         journal.handed(row.device)
@@ -180,9 +185,9 @@ def _kit_for(kits: Sequence[Kit], found: Mapping[str, Any]) -> Kit:
     )
 
 
-def _files(kit: Kit, row: BoardRow, claim: str | None) -> dict[str, _File]:
+def _files(order: Order, kit: Kit, row: BoardRow, claim: str | None) -> dict[str, _File]:
     """The kit as this board gets it; the claim is copied last, so that it is no longer there than it must be."""
-    told = told_files(kit, row.told(kit.board), claim)
+    told = told_files(kit, row.told(kit.board), claim, order.key)
     files = {f.path: _File(kit.folder / f.path, f.sha256, f.bytes) for f in kit.files if f.path != CLAIM}
     for path, data in sorted(told.items(), key=lambda item: item[0] == CLAIM):
         files[path] = _file(data)
@@ -233,8 +238,8 @@ def _missing(link: BoardLink, files: Mapping[str, _File], *, dry: bool) -> dict[
     return {path: found[path] for path in files if path in found}
 
 
-def _planned(row: BoardRow, link: BoardLink, kit: Kit, profile: str, needs: bool) -> str:
-    files = _files(kit, row, None)
+def _planned(row: BoardRow, link: BoardLink, order: Order, kit: Kit, profile: str, needs: bool) -> str:
+    files = _files(order, kit, row, None)
     missing = _missing(link, files, dry=True)
     total = sum(files[path].size - offset for path, offset in missing.items())
     count = f"{quantity(len(missing) + 1, 'file')}, its claim among them" if needs else quantity(len(missing), "file")

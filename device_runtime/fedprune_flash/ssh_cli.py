@@ -42,12 +42,20 @@ def add_ssh_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
     ssh.add_argument("--journal", type=Path, metavar="FILE", help="how far each board is (default: INVENTORY.journal)")
     ssh.add_argument("--again", action="store_true", help="look at boards, too, that are done")
     ssh.add_argument("--dry-run", action="store_true", help="look at every board, say what would be done, do nothing")
+    ssh.add_argument(
+        "--signing-key",
+        type=Path,
+        metavar="FILE",
+        help="the server's, for each board's own settings (default: that of --server-state)",
+    )
+    ssh.add_argument("--unsigned", action="store_true", help="install without signatures")
     ssh.add_argument("--remove", action="store_true", help="undo an installation; what was learnt stays")
     ssh.add_argument("--purge", action="store_true", help="with --remove: what was learnt goes, too")
     ssh.set_defaults(run=with_extra("flash", _ssh))
 
 
 def _ssh(arguments: argparse.Namespace) -> int:
+    from fedprune.trust.keys import SigningKey
     from fedprune_flash.claims import Claims, read_claims
     from fedprune_flash.inventory import read_inventory
     from fedprune_flash.journal import Journal
@@ -64,7 +72,16 @@ def _ssh(arguments: argparse.Namespace) -> int:
     rows = read_inventory(arguments.inventory)
     rows = tuple(row for row in rows if not arguments.only or row.device in arguments.only)
     _check_only(arguments.only, [row.device for row in rows], arguments.inventory)
-    kits = tuple(open_kit(folder) for folder in arguments.kit)
+    signer = arguments.signing_key
+    if signer is None and arguments.server_state is not None and not arguments.unsigned:
+        signer = arguments.server_state / "identity/signing.key"
+    if arguments.kit and not arguments.remove and (signer is None) is not arguments.unsigned:
+        raise UsageError(
+            "--signing-key or --unsigned", expected="one of them",
+            hint="Each board's own settings are signed by identity/signing.key of the server's state folder.",
+        )  # fmt: skip
+    key = None if signer is None else SigningKey.load(signer)
+    kits = tuple(open_kit(folder, unsigned=arguments.unsigned) for folder in arguments.kit)
     for kit in kits:
         for row in rows:
             row.told(kit.board)
@@ -78,6 +95,7 @@ def _ssh(arguments: argparse.Namespace) -> int:
         arguments.wait,
         arguments.accept_new_hosts,
         arguments.new_claims,
+        key,
     )
     used = None if arguments.claims is None else arguments.claims.with_name(f"{arguments.claims.name}.used")
     claims = Claims(journal, texts, arguments.server_state, arguments.hours, used)

@@ -15,6 +15,7 @@ from arm_site import SITE, Headquarters
 from arm_userland import BOOKWORM, JAMMY, TRIXIE, System, userland
 
 from fedprune.architecture import widths_at
+from fedprune.trust.keys import SigningKey
 from fedprune_export.importing import import_onnx
 from fedprune_flash import BoardFile, Target, build_kit
 from fedprune_server.simulation.digits import digits_model
@@ -35,6 +36,7 @@ def test_a_board_installs_offline_joins_trains_and_counts(system: System, own_wh
         Target(system.python),
         wheel=own_wheel,
         claim=site.claim(),
+        key=SigningKey.load(site.state / "identity/signing.key"),
     )
     said = install(board, kit.folder)
     assert "make the system user fedprune" in said

@@ -108,7 +108,7 @@ def test_a_board_may_lie_about_itself(
     (tmp_path / "answer").write_text("fedprune: " + json.dumps(ANSWERS[name]) + "\n")
     fake(f"{HELLO}; cat {tmp_path}/answer; cat >/dev/null")
     (tmp_path / "boards.toml").write_text("[[board]]\ndevice = 'attic'\nhost = 'a'\nboard = 'raspberry-pi-5'\n")
-    code = cli.main(["ssh", str(tmp_path / "boards.toml"), "--kit", str(kit.folder)])
+    code = cli.main(["ssh", str(tmp_path / "boards.toml"), "--kit", str(kit.folder), "--unsigned"])
     said = capsys.readouterr()
     assert code == ExitCode.BOARD, said
     assert "Traceback" not in said.out + said.err

@@ -619,3 +619,16 @@ def test_partitions_are_where_sfdisk_sees_them(make_source: MakeSource) -> None:
         found = read_partitions(file, source.stat().st_size)
     assert (found.boot.start, found.boot.size, found.roots[0].start) == offsets(source)
     assert found.boot.start == 8192 * SECTOR
+
+
+def test_a_kit_that_is_not_signed_needs_to_be_asked_for(
+    make_source: MakeSource, make_kit: Callable[..., Kit], tmp_path: Path, capsys: Capture
+) -> None:
+    kit, out = make_kit("plain", key=None), tmp_path / "out.img"
+    words = ["image", str(make_source()), "--out", str(out), "--kit", str(kit.folder)]
+    assert cli.main(words) == ExitCode.KIT
+    assert "is not signed" in capsys.readouterr().err
+    assert not out.exists()
+    assert cli.main([*words, "--unsigned"]) == ExitCode.OK
+    starter = mtype(out, "fedprune-install.sh", offsets(out)[0]).decode()
+    assert 'install.pyz --unsigned "$@"' in starter

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -9,17 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tomllib
 from power import EACH_KIND, CutError, cuts, power
-from runtime_releases import PUBLIC, make_release, source, versions_in
+from runtime_releases import KEY, PUBLIC, make_release, source, versions_in
+from signed_kits import change, sign
 
 import tiny_wheels
 from fedprune.errors import ExitCode, StorageFullError
-from fedprune_device.runtime.home import Home
+from fedprune.trust.keys import SigningKey
+from fedprune_device.runtime.home import Home, digest
 from fedprune_device.runtime.state import State
 from fedprune_device.runtime.updater import Updater
 from fedprune_flash import BoardFile, Kit, Target, build_kit
@@ -43,7 +47,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     here = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
     out = tmp_path_factory.mktemp("whole") / "kit"
     own = next(wheels.glob("fedprune-*"))
-    return build_kit(out, board, here, wheel=own, links=[wheels], claim=CLAIM).folder
+    return build_kit(out, board, here, wheel=own, links=[wheels], claim=CLAIM, key=KEY).folder
 
 
 @pytest.fixture
@@ -261,9 +265,7 @@ def test_links_in_the_slots_are_not_followed(make_kit: MakeKit, tmp_path: Path, 
     [("python", "3.9", "this kit is for Python 3.9"), ("architecture", "riscv64", "this kit is for riscv64")],
 )
 def test_a_kit_for_another_board_is_refused(kit: Path, tmp_path: Path, key: str, value: str, words: str) -> None:
-    body = json.loads((kit / "kit.json").read_text())
-    body[key] = value
-    (kit / "kit.json").write_text(json.dumps(body))
+    sign(kit, **{key: value})
     done = run(kit, tmp_path / "root")
     assert done.returncode == ExitCode.KIT
     assert words in done.stderr
@@ -290,6 +292,136 @@ def test_a_damaged_kit_installs_nothing(kit: Path, tmp_path: Path, name: str, ho
     assert done.returncode == ExitCode.KIT
     assert name in done.stderr
     assert not list(root.iterdir())
+
+
+OTHER = SigningKey.make()
+WHEEL = "wheelhouse/numpy-2.0-py3-none-any.whl"
+
+
+def swap_wheel(kit: Path) -> None:
+    """Another wheel, of which the manifest has the right digest."""
+    (kit / WHEEL).write_bytes(b"another")
+    files = json.loads((kit / "kit.json").read_text())["files"]
+    digest = hashlib.sha256(b"another").hexdigest()
+    change(kit, files=[{**row, "sha256": digest, "bytes": 7} if row["path"] == WHEEL else row for row in files])
+
+
+def link_wheel(kit: Path) -> None:
+    (kit / WHEEL).rename(kit.parent / "elsewhere")
+    (kit / WHEEL).symlink_to(kit.parent / "elsewhere")
+
+
+def link_folder(kit: Path) -> None:
+    (kit / "wheelhouse").rename(kit.parent / "elsewhere")
+    (kit / "wheelhouse").symlink_to(kit.parent / "elsewhere")
+
+
+def lead_outside(kit: Path) -> None:
+    files = json.loads((kit / "kit.json").read_text())["files"]
+    sign(kit, files=[*files, {"path": "../x", "bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}])
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a wheel with its digest": (swap_wheel, "not what was signed"),
+    "a setting": (lambda kit: change(kit, data="other.samples:load"), "not what was signed"),
+    "a key of its own": (lambda kit: change(kit, key=OTHER.verifying.hex), "not what was signed"),
+    "no key": (lambda kit: change(kit, key=None), "not what was signed"),
+    "a signature that is none": (lambda kit: change(kit, signature="xy"), "not what was signed"),
+    "no signature": (lambda kit: change(kit, signature=""), "the kit is not signed"),
+    "an added file": (lambda kit: (kit / "wheelhouse/more.whl").write_bytes(b""), "is not part of the kit"),
+    "a linked wheel": (link_wheel, "no plain file"),
+    "a linked folder": (link_folder, "no plain file"),
+    "a pipe": (lambda kit: os.mkfifo(kit / "pipe"), "no plain file"),
+    "a path that leads outside": (lead_outside, "no path of a kit"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), SPOILT.values(), ids=SPOILT)
+def test_a_kit_that_somebody_changed_installs_nothing(
+    kit: Path, tmp_path: Path, spoil: Callable[[Path], object], words: str
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    spoil(kit)
+    done = run(kit, root)
+    assert done.returncode == ExitCode.KIT
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(root.iterdir())
+
+
+def test_what_systems_leave_on_sticks_is_passed_over(kit: Path, tmp_path: Path) -> None:
+    (kit / ".DS_Store").touch()
+    (kit / "wheelhouse/._more.whl").touch()
+    assert run(kit, tmp_path / "root", "--dry-run").returncode == 0
+
+
+@pytest.mark.parametrize("where", ["opt/fedprune/server.pub", "var/lib/fedprune/identity/server.pub", "--key"])
+def test_a_kit_of_another_server_is_refused_by_a_board_that_knows_its_own(
+    kit: Path, tmp_path: Path, where: str
+) -> None:
+    root = tmp_path / "root"
+    known = tmp_path / "given" if where == "--key" else root / where
+    known.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)
+    known.write_text(OTHER.verifying.hex)
+    more = ["--key", str(known)] if where == "--key" else []
+    before = snapshot(root)
+    done = run(kit, root, *more)
+    assert done.returncode == ExitCode.KIT
+    assert f"expected key {OTHER.verifying.fingerprint}, got key {PUBLIC.fingerprint}" in done.stderr
+    assert snapshot(root) == before
+    known.write_text(PUBLIC.hex)
+    assert run(kit, root, *more).returncode == 0
+    assert (root / "opt/fedprune/server.pub").read_text() == PUBLIC.hex
+
+
+def test_a_key_that_the_operator_names_takes_the_place_of_the_boards(kit: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(kit, root).returncode == 0
+    sign(kit, OTHER)
+    assert run(kit, root).returncode == ExitCode.KIT
+    assert run(kit, root, "--key", "no key").returncode == ExitCode.KIT
+    assert run(kit, root, "--key", OTHER.verifying.hex).returncode == 0
+    assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying.hex
+    assert program(root, "x") == "fedprune x\n"
+
+
+def test_the_launcher_starts_nothing_of_a_kit_that_was_changed_after_it_was_installed(
+    kit: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(kit, root).returncode == 0
+    found = home(root)
+    path = found.root / "a/fedprune_device/cli.py"
+    path.write_text("def main():\n    print('taken over')\n")
+    record = found.record("a")
+    found.write_record("a", replace(record, files={**record.files, "fedprune_device/cli.py": digest(path)}))
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        program(root)
+    assert (caught.value.returncode, caught.value.stdout) == (31, "")
+    assert run(kit, root).returncode == 0  # installs it again
+    assert program(root, "x") == "fedprune x\n"
+
+
+def test_a_kit_that_is_not_signed_needs_to_be_asked_for(make_kit: MakeKit, kit: Path, tmp_path: Path) -> None:
+    root, plain = tmp_path / "root", make_kit("plain", key=None).folder
+    root.mkdir()
+    assert "the kit is not signed" in run(plain, root).stderr
+    assert not list(root.iterdir())
+    done = run(plain, root, "--unsigned")
+    assert done.returncode == 0, done.stderr
+    assert "not signed" in done.stdout.splitlines()
+    assert program(root, "x") == "fedprune x\n"
+    assert not (root / "opt/fedprune/server.pub").exists()
+
+    assert run(kit, root).returncode == 0, "a signed one of the same wheels is installed over it"
+    assert program(root, "x") == "fedprune x\n"
+    done = run(plain, root, "--unsigned")
+    assert done.returncode == ExitCode.KIT
+    assert "starts only what its server has signed" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -332,10 +464,8 @@ def jetson_kit(tmp_path: Path, wheels: Path) -> Path:
     board = BoardFile("mqtts://broker.example", "nano", "lab")
     target = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", jetson=True)
     own = next(wheels.glob("fedprune-*"))
-    folder = build_kit(tmp_path / "jetson-kit", board, target, wheel=own, links=[links]).folder
-    body = json.loads((folder / "kit.json").read_text())
-    body["architecture"] = platform.machine()
-    (folder / "kit.json").write_text(json.dumps(body))
+    folder = build_kit(tmp_path / "jetson-kit", board, target, wheel=own, links=[links], key=KEY).folder
+    sign(folder, architecture=platform.machine())
     return folder
 
 

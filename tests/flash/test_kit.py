@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from runtime_releases import KEY, PUBLIC
+from signed_kits import change, sign
 
 import tiny_wheels
 from fedprune.errors import ConfigError, ExitCode, KitError, UsageError
@@ -112,11 +114,25 @@ def test_a_file_too_many_is_found(make_kit: MakeKit) -> None:
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../b", "a//b", ".hidden", "a\nb"])
 def test_a_manifest_may_not_point_outside(make_kit: MakeKit, path: str) -> None:
     kit = make_kit()
-    body = json.loads((kit.folder / "kit.json").read_text())
-    body["files"][0]["path"] = path
-    (kit.folder / "kit.json").write_text(json.dumps(body))
+    files = json.loads((kit.folder / "kit.json").read_text())["files"]
+    sign(kit.folder, files=[{**files[0], "path": path}, *files[1:]])
     with pytest.raises(KitError, match="a path inside the kit"):
         open_kit(kit.folder)
+
+
+def test_a_signature_that_does_not_fit_is_found(make_kit: MakeKit) -> None:
+    kit = make_kit()
+    assert kit.key == PUBLIC.hex
+    change(kit.folder, data="other.samples:load")
+    with pytest.raises(KitError, match="signature"):
+        open_kit(kit.folder)
+
+
+def test_a_kit_that_must_be_signed_is_refused_without_a_signature(make_kit: MakeKit) -> None:
+    kit = make_kit(key=None)
+    assert kit.key == ""
+    with pytest.raises(KitError, match="is not signed"):
+        open_kit(kit.folder, unsigned=False)
 
 
 def test_nothing_is_left_of_a_kit_that_fails(tmp_path: Path, make_kit: MakeKit) -> None:
@@ -386,4 +402,12 @@ def test_the_command_makes_a_kit(
     assert "no claim" not in said.out
     monkeypatch.delenv("FEDPRUNE_CLAIM")
     assert cli.main(arguments(tmp_path / "bare", wheels, wheels)) == ExitCode.OK
-    assert "no claim" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no claim" in said
+    assert "It is not signed" in said
+    assert "install.pyz --unsigned" in said
+    KEY.save(tmp_path / "signing.key")
+    signed = [*arguments(tmp_path / "signed", wheels, wheels), "--signing-key", str(tmp_path / "signing.key")]
+    assert cli.main(signed) == ExitCode.OK
+    assert f"It is signed with key {PUBLIC.fingerprint}." in capsys.readouterr().out
+    assert open_kit(tmp_path / "signed", unsigned=False).key == PUBLIC.hex

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from runtime_releases import KEY
 
 import tiny_wheels
 from fedprune_flash import BoardFile, Target, build_kit
@@ -72,7 +73,7 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     tiny_wheels.wheel(links, "onnxruntime", "1.31", {"onnxruntime/__init__.py": refuses})
     own = next(links.glob("fedprune-*"))
     target = Target(python, platform.machine())
-    build_kit(tmp_path / "kit", board, target, wheel=own, links=[links], claim="one-time")
+    build_kit(tmp_path / "kit", board, target, wheel=own, links=[links], claim="one-time", key=KEY)
     (tmp_path / "usr/bin").mkdir(parents=True)
     (tmp_path / "usr/bin/systemctl").write_text(SYSTEMCTL)
     (tmp_path / "usr/bin/systemctl").chmod(0o755)
@@ -90,6 +91,7 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
         found = [row.split() for row in rows if re.fullmatch(r"\w+ \d+ /\S+", row)]
         owners = {name: [user, mode] for user, mode, name in found}
         assert owners.pop("/opt/fedprune/launcher.pyz") == ["root", "644"]
+        assert owners.pop("/opt/fedprune/server.pub") == ["root", "644"]
         assert owners.pop("/var/lib/fedprune/claim") == ["fedprune", "400"]
         assert len(owners) >= 9
         assert {owner for owner, _ in owners.values()} == {"fedprune"}

@@ -15,9 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from runtime_releases import KEY, PUBLIC
 
 from fedprune.errors import ExitCode
 from fedprune.trust.claim import Claim
+from fedprune.trust.keys import SigningKey
 from fedprune_device.runtime.home import Home
 from fedprune_flash import BoardFile, Kit, Target, build_kit, cli
 from fedprune_flash.journal import Journal
@@ -35,7 +37,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     board = BoardFile("mqtts://broker.example:8883", "any", "lab", "own.samples:load")
     here = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
     own = next(wheels.glob("fedprune-*.whl"))
-    return build_kit(tmp_path_factory.mktemp("ssh-kit") / "kit", board, here, wheel=own, links=[wheels]).folder
+    return build_kit(tmp_path_factory.mktemp("ssh-kit") / "kit", board, here, wheel=own, links=[wheels], key=KEY).folder
 
 
 @pytest.fixture
@@ -56,7 +58,11 @@ def command(inventory: Path, kit: Path, *options: str) -> list[str]:
     claims = inventory.parent / "claims"
     if not claims.exists():
         write_claims(claims, 60)
-    return ["ssh", str(inventory), "--kit", str(kit), "--claims", str(claims), "--wait", "20", *options]
+    signer = inventory.parent / "signing.key"
+    if not signer.exists():
+        KEY.save(signer)
+    given = ["--kit", str(kit), "--claims", str(claims), "--signing-key", str(signer)]
+    return ["ssh", str(inventory), *given, "--wait", "20", *options]
 
 
 def states(said: str) -> dict[str, str]:
@@ -310,9 +316,28 @@ def test_a_board_that_has_joined_gets_no_claim(boards: Boards, kit: Path, tmp_pa
     identity.mkdir(parents=True)
     for name in ("device.pem", "tls.key", "authority.pem", "server.pub"):
         (identity / name).touch()
+    (identity / "server.pub").write_text(PUBLIC.hex)
+    KEY.save(tmp_path / "signing.key")
     words = ["ssh", str(boards.inventory()), "--kit", str(kit), "--only", "attic"]
-    assert cli.main(words) == ExitCode.OK
+    assert cli.main(words) == ExitCode.USAGE
+    SigningKey.make().save(tmp_path / "another.key")
+    assert cli.main([*words, "--signing-key", str(tmp_path / "another.key")]) == ExitCode.BOARD
+    assert not (board.root / "opt/fedprune").exists()
+    assert cli.main([*words, "--signing-key", str(tmp_path / "signing.key")]) == ExitCode.OK
     assert not board.claim.exists()
+    assert (board.root / "opt/fedprune/server.pub").read_text() == PUBLIC.hex
+
+
+def test_boards_may_be_installed_without_signatures(boards: Boards, make_kit: MakeKit, tmp_path: Path) -> None:
+    board, plain = boards.boards[0], make_kit(key=None, board=BoardFile("mqtts://h", "any", "lab", "own.samples:load"))
+    write_claims(tmp_path / "claims", 1)
+    words = ["ssh", str(boards.inventory()), "--kit", str(plain.folder), "--claims", str(tmp_path / "claims")]
+    KEY.save(tmp_path / "signing.key")
+    words += ["--only", "attic"]
+    assert cli.main([*words, "--signing-key", str(tmp_path / "signing.key")]) == ExitCode.KIT
+    assert cli.main([*words, "--unsigned"]) == ExitCode.OK
+    check_installed(board)
+    assert not (board.root / "opt/fedprune/server.pub").exists()
 
 
 def test_a_board_that_is_another_device_already_is_left_alone(
@@ -372,7 +397,8 @@ def test_the_server_makes_claims_for_the_boards_names(
     words = ["ssh", str(boards.inventory()), "--kit", str(kit), "--server-state", str(state)]
     assert cli.main(words) == ExitCode.OK
     with folder.IdentityFolder(state) as identity:
-        pin = identity.authority.pin
+        pin, key = identity.authority.pin, identity.key.verifying
+    assert {(b.root / "opt/fedprune/server.pub").read_text() for b in boards.boards} == {key.hex}
     claims = [Claim.parse(b.claim.read_text()) for b in boards.boards]
     assert {c.pin for c in claims} == {pin}
     assert len({c.id for c in claims}) == 3

@@ -128,17 +128,17 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "fedprune-device slots": ("fedprune-device slots",),
     "fedprune-device unit": ("fedprune-device unit --cpu -- run --state /var/lib/fedprune --data /srv/samples.npz",),
     "fedprune-flash kit": (
-        "fedprune-flash kit --server mqtts://192.168.1.10 --device attic --claim-file attic.claim --out attic-kit",
-        "fedprune-flash kit --server mqtts://192.168.1.10 --device any --python 3.11 --out pi-kit",
+        "fedprune-flash kit --server mqtts://broker --device a --claim-file claim --signing-key signing.key --out kit",
+        "fedprune-flash kit --server mqtts://192.168.1.10 --device any --signing-key signing.key --out pi-kit",
     ),
     "fedprune-flash image": (
-        "fedprune-flash image raspios.img.xz --kit attic-kit --user ann --ssh-key id_ed25519.pub --out attic.img",
-        "fedprune-flash image raspios.img.xz --kit attic-kit --out attic.img --dry-run",
+        "fedprune-flash image raspios.img.xz --kit kit --user ann --ssh-key id_ed25519.pub --out attic.img",
+        "fedprune-flash image raspios.img.xz --kit kit --out attic.img --dry-run",
     ),
     "fedprune-flash jetson": ("fedprune-flash jetson jetson-orin-nano --release 36.4.3 --storage nvme",),
     "fedprune-flash ssh": (
-        "fedprune-flash ssh boards.toml --kit pi-kit --claims claims",
-        "fedprune-flash ssh boards.toml --kit pi-kit --only attic --dry-run",
+        "fedprune-flash ssh boards.toml --kit pi-kit --signing-key signing.key --claims claims",
+        "fedprune-flash ssh boards.toml --kit pi-kit --unsigned --only attic --dry-run",
     ),
     "fedprune-simulate": (
         "fedprune-simulate --config fleet.toml --out sim --reference",

@@ -18,8 +18,8 @@ import zipfile
 from pathlib import Path
 
 from fedprune.errors import ExitCode, FedpruneError, UsageError, meant, reason
-from fedprune_flash.on_board.installation import STATE, USER, Installation, Place, removal
-from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder
+from fedprune_flash.on_board.installation import STATE, USER, Installation, Place, removal, trusted_key
+from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder, fingerprint
 
 
 def install(work: Installation, *, dry: bool, wait: float) -> None:
@@ -90,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--purge", action="store_true", help="with --remove: what was learnt goes, too")
     parser.add_argument("--no-start", action="store_true", help="don't start the service: the board reboots next")
     parser.add_argument("--wait", type=float, default=0.0, metavar="S", help="see the service run within S seconds")
+    parser.add_argument("--key", metavar="KEY", help="the server's key, or its file (default: as this board knows it)")
+    parser.add_argument("--unsigned", action="store_true", help="install a kit that no server has signed")
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="for trials: all paths begin here")
     arguments, unknown = parser.parse_known_args(argv)
     os.umask(0o022)
@@ -108,7 +110,12 @@ def main(argv: list[str] | None = None) -> int:
             remove(place, dry=arguments.dry_run, purge=arguments.purge)
         else:
             kit = KitFolder(Path(sys.argv[0]).resolve().parent)
-            install(Installation(kit, place, start=not arguments.no_start), dry=arguments.dry_run, wait=arguments.wait)
+            place.check_root()
+            key = trusted_key(kit, place, arguments.key, unsigned=arguments.unsigned)
+            kit.check()
+            print(f"signed with key {fingerprint(key)}" if key else "not signed", flush=True)
+            work = Installation(kit, place, start=not arguments.no_start, key=key)
+            install(work, dry=arguments.dry_run, wait=arguments.wait)
     except FedpruneError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return int(error.exit_code)

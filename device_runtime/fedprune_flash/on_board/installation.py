@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import pwd
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from fedprune.errors import KitError, UsageError
+from fedprune.errors import KitError, UsageError, shown
+from fedprune_device.runtime.home import KEY
 from fedprune_flash.on_board.board_files import Owner, drop, give, holds, owned, sync, write
 from fedprune_flash.on_board.kit_folder import AUTHORITY, CLAIM, ENVIRONMENT, SERVICE, KitFolder
 from fedprune_flash.on_board.runtime_slot import RuntimeSlot
@@ -25,6 +27,7 @@ PYTHON = "/usr/bin/python3"
 FIRST_BOOT = "/run/systemd/system/fedprune-install.service"
 """The unit that an image customised for cloud-init makes at every boot, until the kit is installed."""
 
+_HEX = re.compile(r"[0-9a-f]{64}")
 _UNITS = "/etc/systemd/system"
 _WANTS = f"{_UNITS}/multi-user.target.wants"
 _VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
@@ -69,6 +72,17 @@ class Place:
             return None
         return entry.pw_uid, entry.pw_gid
 
+    def server_key(self) -> bytes | None:
+        """The server's key as this board knows it: root's own file, else that of the identity with which it joined.
+
+        Raises:
+            KitError: A file of it holds something else.
+        """
+        for path in (f"{HOME}/{KEY}", f"{STATE}/identity/{KEY}"):
+            if os.path.lexists(self.at(path)):
+                return read_key(str(self.at(path)))
+        return None
+
     def check_root(self) -> None:
         """Make sure that this is root.
 
@@ -79,6 +93,49 @@ class Place:
             raise UsageError("only root may do this", hint="Run it with sudo.")
 
 
+def read_key(given: str) -> bytes:
+    """A server's key, from its 64 hex digits or from a file with them.
+
+    Raises:
+        KitError: It is something else.
+    """
+    digits = given
+    try:
+        if not _HEX.fullmatch(given):
+            with Path(given).open("rb") as file:
+                digits = file.read(200).decode("ascii", "replace").strip()
+    except OSError as error:
+        raise KitError(f"can't read the server's key {given}: {error.strerror}") from error
+    if not _HEX.fullmatch(digits):
+        raise KitError(f"the server's key {shown(given)}", expected="64 hex digits, or a file with them")
+    return bytes.fromhex(digits)
+
+
+def trusted_key(kit: KitFolder, place: Place, given: str | None, *, unsigned: bool) -> bytes | None:
+    """The key that signed a kit, which this board may believe; None for a kit that may be installed unsigned.
+
+    Args:
+        kit: The kit.
+        place: The board.
+        given: The server's key or its file, if the operator names it.
+        unsigned: Whether the operator wants a kit that nobody signed.
+
+    Raises:
+        KitError: The kit is not signed, or not by a key that the board may believe.
+    """
+    known = place.server_key() if given is None else read_key(given)
+    if kit.signature or (known is not None and not unsigned):
+        return kit.authenticate(known)
+    if not unsigned:
+        raise KitError("the kit is not signed", hint="Make it with --signing-key, or install it with --unsigned.")
+    if place.at(f"{HOME}/{KEY}").exists():
+        raise KitError(
+            "the kit is not signed, and this board's launcher starts only what its server has signed",
+            hint="Make the kit with --signing-key, or --remove the installation first.",
+        )
+    return None
+
+
 class Installation:
     """A kit and the board that it goes to.
 
@@ -86,10 +143,11 @@ class Installation:
         kit: The kit.
         place: The board.
         start: Whether the service is started.
+        key: The key that signed the kit; None for a kit that is not signed.
     """
 
-    def __init__(self, kit: KitFolder, place: Place, *, start: bool) -> None:
-        self.kit, self.place = kit, place
+    def __init__(self, kit: KitFolder, place: Place, *, start: bool, key: bytes | None = None) -> None:
+        self.kit, self.place, self.key = kit, place, key
         self.start = start and place.control.there
         self.changed = False
         self._stopped = False
@@ -99,7 +157,7 @@ class Installation:
     def runtime(self) -> RuntimeSlot:
         """The runtime's folder."""
         python = PYTHON if self.place.live else sys.executable
-        return RuntimeSlot(self.kit, self.place.at(HOME), python, self.place.owner)
+        return RuntimeSlot(self.kit, self.place.at(HOME), python, self.place.owner, self.key)
 
     def check(self) -> None:
         """Make sure that the kit is for this board and whole, and that there is room.
@@ -124,8 +182,6 @@ class Installation:
                 f"this kit is for {what[0]}, this board is {what[1]}",
                 hint="On a Jetson JetPack's own packages must not be hidden: `fedprune-flash kit --jetson`.",
             )
-        self.place.check_root()
-        self.kit.check()
         self.runtime.check()
 
     def _python(self) -> str:
@@ -145,7 +201,7 @@ class Installation:
                 self._add_user,
             ),
             Step(
-                f"lay out {HOME}: launcher.pyz, slots a and b",
+                f"lay out {HOME}: launcher.pyz{', the key' if self.key else ''}, slots a and b",
                 f"rm -r {HOME}",
                 lambda: runtime.laid_out,
                 runtime.lay_out,

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.errors import KitError, shown
+from fedprune_device.runtime.ed25519 import verify
+from fedprune_device.runtime.home import PURPOSE
 from fedprune_flash.on_board.board_files import blacken, sync
 
 SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*){0,3}")
@@ -21,7 +23,7 @@ SPENT = ".claim.txt.spent"
 LAUNCHER, ENVIRONMENT, AUTHORITY = "launcher.pyz", "device.env", "ca.pem"
 SERVICE = "fedprune.service"
 
-_VERSION = 2
+_VERSION = 3
 
 
 class KitFolder:
@@ -34,6 +36,8 @@ class KitFolder:
         manifest: What kit.json says.
         wheels: The wheels, sorted by name.
         runtime: What the release in it is called: fedprune's version, and a digest of the wheels.
+        signature: The server's signature on what kit.json says otherwise, as hex; empty where nothing is signed.
+        signed: What is signed: kit.json without its signature, written in one certain way.
 
     Raises:
         KitError: There is no manifest, or it is not that of a kit.
@@ -42,6 +46,8 @@ class KitFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = _manifest(self.read(MANIFEST))
+        self.signature = str(self.manifest.pop("signature", ""))
+        self.signed = signed_text(self.manifest)
         rows = sorted((str(row["path"]), str(row["sha256"])) for row in self.manifest["files"])
         wheels = [row for row in rows if row[0].endswith(".whl")]
         self.names = {path for path, _ in rows}
@@ -77,26 +83,64 @@ class KitFolder:
         """Whether it leaves numpy, onnxruntime and TensorRT to the board."""
         return self.manifest.get("jetson") is True
 
+    def authenticate(self, known: bytes | None) -> bytes:
+        """Make sure that the server signed the manifest, before anything else in the kit is looked at.
+
+        Args:
+            known: The server's key, as this board knows it; None where it knows none, and believes the kit's own.
+
+        Returns:
+            The key that signed it.
+
+        Raises:
+            KitError: Another key signed it, or nothing did.
+        """
+        try:
+            key, signature = bytes.fromhex(str(self.manifest.get("key", ""))), bytes.fromhex(self.signature)
+        except ValueError:
+            key = signature = b""
+        if known not in (None, key):
+            raise KitError(
+                "the kit is not signed by the server that this board knows",
+                expected=f"key {fingerprint(known or b'')}",
+                got=f"key {fingerprint(key)}" if key else "no signature",
+                hint="Take a kit that this server signed. If its key has changed, name the new one with --key.",
+            )
+        if not verify(key, signature, PURPOSE + self.signed.encode()):
+            raise KitError("the kit's manifest is not what was signed", hint="Copy or make the kit again.")
+        return key
+
     def check(self) -> None:
-        """Make sure that every file is what the manifest says.
+        """Make sure that every file is what the manifest says, and that there is no other.
+
+        Names that begin with a dot are passed over: systems leave them on sticks, and no kit has any.
 
         Raises:
             KitError: One is not; the message names it.
         """
+        wanted = self.names | {MANIFEST} | ({CLAIM} if self.manifest.get("claim") is not None else set())
+        for path in sorted(self.folder.rglob("*")):
+            name = str(path.relative_to(self.folder))
+            if any(part.startswith(".") for part in name.split("/")):
+                continue
+            if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                raise KitError(f"{shown(name)} of the kit is no plain file", hint="Copy or make the kit again.")
+            if not path.is_dir() and name not in wanted:
+                raise KitError(f"{shown(name)} is not part of the kit", hint="Remove it, or make the kit again.")
         rows = [*self.manifest["files"], *([self.manifest["claim"]] if self.claimed else [])]
         for row in rows:
-            path = str(row["path"])
-            if not SAFE_PATH.fullmatch(path):
-                raise KitError(f"the kit names a file {shown(path)}, which is no path of a kit", hint="Make it again.")
+            name = str(row["path"])
+            if not SAFE_PATH.fullmatch(name):
+                raise KitError(f"the kit names a file {shown(name)}, which is no path of a kit", hint="Make it again.")
             found = hashlib.sha256()
             try:
-                with (self.folder / path).open("rb") as file:
+                with (self.folder / name).open("rb") as file:
                     while piece := file.read(2**20):
                         found.update(piece)
             except OSError as error:
-                raise KitError(f"can't read {path} of the kit: {error.strerror}", hint="Copy the kit again.") from error
+                raise KitError(f"can't read {name} of the kit: {error.strerror}", hint="Copy the kit again.") from error
             if found.hexdigest() != row["sha256"]:
-                raise KitError(f"{path} of the kit is damaged", hint="Copy the kit again.")
+                raise KitError(f"{name} of the kit is damaged", hint="Copy the kit again.")
 
     def read(self, name: str) -> bytes:
         """A small file of it.
@@ -110,6 +154,17 @@ class KitFolder:
             raise KitError(
                 f"can't read {self.folder / name}: {error.strerror}", hint="This is no whole kit; copy it again."
             ) from error
+
+
+def signed_text(body: dict[str, Any]) -> str:
+    """What is signed of a kit's manifest: all of it but the signature."""
+    return json.dumps({name: body[name] for name in body if name != "signature"}, indent=1, sort_keys=True) + "\n"
+
+
+def fingerprint(key: bytes) -> str:
+    """What people compare of a key, as `fedprune-server init` shows it."""
+    digits = hashlib.sha256(key).hexdigest()[:20]
+    return "-".join(digits[i : i + 4] for i in range(0, 20, 4))
 
 
 def _manifest(raw: bytes) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedprune.errors import KitError, RuntimeUnavailableError, StorageError, StorageFullError
-from fedprune_device.runtime.home import Home, Record, write_file
+from fedprune_device.runtime.home import KEY, Home, Record, write_file
 from fedprune_device.runtime.state import SLOTS, STABLE, DamagedError, State
 from fedprune_device.runtime.wheel import Wheel
 from fedprune_flash.on_board.board_files import Owner, empty, give
@@ -44,27 +44,34 @@ class RuntimeSlot:
         root: The folder of launcher and slots.
         python: The Python that will run it.
         owner: The service's user, as whom the kit's modules are tried; None for the installing user.
+        key: The server's key, which the launcher goes by; None for a kit that is not signed.
 
     Attributes:
         home: What the launcher sees of it.
         folders: All that is the service's user's, whose updates write there; the launcher stays root's.
     """
 
-    def __init__(self, kit: KitFolder, root: Path, python: str, owner: Owner | None = None) -> None:
+    def __init__(
+        self, kit: KitFolder, root: Path, python: str, owner: Owner | None = None, key: bytes | None = None
+    ) -> None:
         self._kit, self._python, self._owner = kit, python, owner
+        self._key = b"" if key is None else key.hex().encode()
         self.home = Home(root)
         self.folders = [root / name for name in _FOLDERS]
 
     @property
     def laid_out(self) -> bool:
-        """Whether folders and launcher are there."""
-        launcher = self.home.root / LAUNCHER
+        """Whether folders, launcher and key are there."""
+        launcher, key = self.home.root / LAUNCHER, self.home.root / KEY
         with suppress(OSError):
-            return all(f.is_dir() for f in self.folders) and launcher.read_bytes() == self._kit.read(LAUNCHER)
+            same = launcher.read_bytes() == self._kit.read(LAUNCHER) and (
+                not self._key or key.read_bytes() == self._key
+            )
+            return same and all(f.is_dir() for f in self.folders)
         return False
 
     def lay_out(self) -> None:
-        """Make folders and launcher; the launcher stays root's.
+        """Make folders, launcher and key; the last two stay root's.
 
         Raises:
             OSError: The disk fails or is full.
@@ -72,6 +79,8 @@ class RuntimeSlot:
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
         write_file(self.home.root / LAUNCHER, self._kit.read(LAUNCHER))
+        if self._key:
+            write_file(self.home.root / KEY, self._key)
 
     @property
     def filled(self) -> bool:
@@ -142,7 +151,7 @@ class RuntimeSlot:
             with suppress(OSError):  # what is root's would be in the way of the service's own updates
                 empty(home.root / slot)
             raise
-        home.write_record(slot, Record(NUMBER, self._kit.runtime, ENTRY, files))
+        home.write_record(slot, self._record(files))
         try:
             home.whole(slot, from_disk=True)
         except DamagedError as error:
@@ -152,6 +161,9 @@ class RuntimeSlot:
             ) from error
         with home.changing():
             home.save(State(slot, highest=0 if state is None else state.highest))
+
+    def _record(self, files: dict[str, tuple[str, int]]) -> Record:
+        return Record(NUMBER, self._kit.runtime, ENTRY, files, None, self._kit.signed, self._kit.signature)
 
     def _state(self) -> State | None:
         """The launcher's state, as the launcher would have it: where both copies are lost, by what the slots hold."""

@@ -1,0 +1,26 @@
+"""Kits whose manifests are changed and signed again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from runtime_releases import KEY
+
+from fedprune.trust.keys import SigningKey
+from fedprune_device.runtime.home import PURPOSE
+from fedprune_flash.on_board.kit_folder import signed_text
+
+
+def change(folder: Path, **changes: Any) -> None:
+    """Change a kit's manifest and leave its signature."""
+    body = json.loads((folder / "kit.json").read_text())
+    (folder / "kit.json").write_text(json.dumps({**body, **changes}))
+
+
+def sign(folder: Path, key: SigningKey = KEY, **changes: Any) -> None:
+    """Change a kit's manifest and sign it."""
+    change(folder, **changes, key=key.verifying.hex)
+    body = json.loads((folder / "kit.json").read_text())
+    change(folder, signature=key.sign(PURPOSE + signed_text(body).encode()).hex())
