@@ -5,8 +5,8 @@
 Peak memory is the high-water mark of resident memory of a process that has imported what `fedprune-device run` imports
 and reads its samples from a file; a round is a whole one, in a thread, evaluations and the new model's check included.
 Predictions begin with what the process measures of itself, as a board's do. The constants of `fedprune.costs` were
-fitted to these nets, with onnxruntime 1.31.1 and 1.23.2 together, and to those of `LARGE`.
-Times are another page's: `latency.py`.
+fitted to the nets of `nets`, `TIMM` and `LARGE` with onnxruntime 1.31.1 and 1.23.2 together, and to none of `HELD_OUT`.
+Cases that the raw file has aren't measured again. Times are another page's: `latency.py`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ STEPS = 3
 BATCHES = 8, 32
 TIMM = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "regnetx_002", "convnext_atto")
 LARGE = (
+    ("gru_net", 0, 1.0, (8, 32)),
     ("mobilenetv2_100", 128, 1.0, (8, 32)),
     ("efficientnet_b0", 128, 0.5, (8, 32)),
     ("lcnet_035", 224, 1.0, (8, 32)),
@@ -37,7 +38,20 @@ LARGE = (
     ("mobilenetv3_small_100", 224, 1.0, (8, 32)),
     ("resnet18", 224, 1.0, (8, 32)),
 )
-"""Networks of timm whose activations take most: name, size of images, density, batches. They train on 64 samples."""
+"""Networks whose activations take most: name, size of images (0 for a net of the tests), density, batches. They train
+on 64 samples."""
+
+HELD_OUT = (
+    ("unet_bn", 0, 1.0, (8, 32)),
+    ("lstm_net", 0, 1.0, (8, 32)),
+    ("mnasnet_small", 96, 1.0, (8, 32)),
+    ("starnet_s050", 96, 1.0, (8, 32)),
+    ("resnet10t", 128, 1.0, (8, 32)),
+    ("fasternet_t0", 128, 1.0, (8, 32)),
+    ("ghostnet_050", 160, 1.0, (8, 32)),
+    ("repvit_m0_9", 96, 0.5, (8, 32)),
+)
+"""The same of networks to which no constant was fitted."""
 
 
 def nets() -> dict[str, Any]:
@@ -92,12 +106,18 @@ def nets() -> dict[str, Any]:
     }
 
 
-def timm_nets() -> dict[str, Any]:
-    """Networks of timm for images of 64 pixels."""
+def module_of(name: str, image: int) -> Any:
+    """A network of timm for images of a size, or with size 0 one of the tests'."""
     sys.path.insert(0, str(ROOT / "tests"))
+    import nets as shared
     import zoo
 
-    return {name: zoo.timm_model(name, 64) for name in TIMM}
+    return zoo.timm_model(name, image) if image else getattr(shared, name)()
+
+
+def timm_nets() -> dict[str, Any]:
+    """Networks of timm for images of 64 pixels."""
+    return {name: module_of(name, 64) for name in TIMM}
 
 
 def child(folder: Path, batch: int) -> None:
@@ -162,7 +182,25 @@ def carry_out(folder: Path, batch: int, spec: dict[str, Any], data: Any) -> None
 
 
 def prepare(root: Path) -> None:
-    """Write every net at two widths, as a board gets it, with its costs."""
+    """Write every net at its widths, as a board gets it, with its costs."""
+    cases = [("rows", name, 0, m, (1.0, 0.5), (0, *BATCHES), SAMPLES) for name, m in (nets() | timm_nets()).items()]
+    for group, further in (("large", LARGE), ("held_out", HELD_OUT)):
+        cases += [(group, n, image, module_of(n, image), (d,), (0, *b), 64) for n, image, d, b in further]
+    for case in cases:
+        prepare_net(root, *case)
+
+
+def prepare_net(
+    root: Path,
+    group: str,
+    net: str,
+    image: int,
+    module: Any,
+    densities: tuple[float, ...],
+    batches: tuple[int, ...],
+    samples: int,
+) -> None:
+    """Write a net, its samples and its costs."""
     from fedprune import tensorfile, widths_at
     from fedprune.costs import costs_at
     from fedprune.features import Features
@@ -172,66 +210,70 @@ def prepare(root: Path) -> None:
     from fedprune_export.inference import inference_model
     from fedprune_export.training import training_graph
 
-    sys.path.insert(0, str(ROOT / "tests"))
-    import zoo
-
-    cases = [(name, 0, m, (1.0, 0.5), BATCHES, SAMPLES) for name, m in (nets() | timm_nets()).items()]
-    cases += [(n, image, zoo.timm_model(n, image), (d,), batches, 64) for n, image, d, batches in LARGE]
-    for net, image, module, densities, batches, samples in cases:
-        name = f"{net}-{image}" if image else net
-        model = import_onnx(export_torch(module), name)
-        architecture = model.architecture
-        graph = training_graph(model, Features()).to_bytes()
-        rng = np.random.default_rng(0)
-        x = rng.standard_normal((samples + TEST_SAMPLES, *architecture.input_shape), dtype=np.float32)
-        y = rng.integers(0, architecture.classes, len(x))
-        parts = {"x_train": x[:samples], "y_train": y[:samples], "x_test": x[samples:], "y_test": y[samples:]}
-        np.savez(root / f"{name}.npz", **parts)
-        for density in densities:
-            widths = widths_at(architecture, density)
-            folder = root / f"{name}-{density}"
-            folder.mkdir(parents=True)
-            (folder / "training.onnx").write_bytes(graph)
-            (folder / GRAPH).write_bytes(inference_model(model, widths))
-            weights = Selection.of(architecture, widths).gather(model.tensors)
-            (folder / WEIGHTS).write_bytes(tensorfile.encode(weights))
-            spec = {"net": name, "density": density, "widths": widths, "classes": architecture.classes}
-            spec |= {"image": image, "batches": batches if image else (0, *batches)}
-            spec |= {"input_shape": architecture.input_shape, "costs": vars(costs_at(architecture, widths))}
-            (folder / "spec.json").write_text(json.dumps(spec))
+    name = f"{net}-{image}" if image else net
+    model = import_onnx(export_torch(module), name)
+    architecture = model.architecture
+    graph = training_graph(model, Features()).to_bytes()
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((samples + TEST_SAMPLES, *architecture.input_shape), dtype=np.float32)
+    y = rng.integers(0, architecture.classes, len(x))
+    parts = {"x_train": x[:samples], "y_train": y[:samples], "x_test": x[samples:], "y_test": y[samples:]}
+    np.savez(root / f"{name}.npz", **parts)
+    for density in densities:
+        widths = widths_at(architecture, density)
+        folder = root / f"{name}-{density}"
+        folder.mkdir(parents=True)
+        (folder / "training.onnx").write_bytes(graph)
+        (folder / GRAPH).write_bytes(inference_model(model, widths))
+        weights = Selection.of(architecture, widths).gather(model.tensors)
+        (folder / WEIGHTS).write_bytes(tensorfile.encode(weights))
+        spec = {"group": group, "net": name, "density": density, "widths": widths, "classes": architecture.classes}
+        spec |= {"image": image, "batches": batches, "samples": samples}
+        spec |= {"input_shape": architecture.input_shape, "costs": vars(costs_at(architecture, widths))}
+        (folder / "spec.json").write_text(json.dumps(spec))
 
 
-def measure(root: Path, python: str) -> list[dict[str, Any]]:
-    """Every case of `prepare`, trained with two batches and predicting, each in a fresh process of an interpreter."""
-    rows = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        spec = json.loads((folder / "spec.json").read_text())
-        for batch in spec["batches"]:
-            command = [python, __file__, "--child", str(folder), "--batch", str(batch)]
-            run = subprocess.run(command, check=True, capture_output=True, text=True)
-            said = json.loads(run.stdout)
-            what = "training" if batch else "predicting"
-            row = {"net": spec["net"], "density": spec["density"], "what": what, "batch": batch or 1}
-            if spec["image"]:
-                row |= {"net": spec["net"].rpartition("-")[0], "image": spec["image"]}
-            rows.append({**row, "costs": spec["costs"], **said})
-            print(f"{folder.name}, {what}, batch {batch}: {said['peak_bytes'] / 1e6:.0f} MB", file=sys.stderr)
-    return rows
+def measure(root: Path, pythons: list[str], raw: Path) -> None:
+    """Measure the cases of `prepare` that the raw file doesn't have, each in a fresh process of each interpreter."""
+    rows = json.loads(raw.read_text()) if raw.exists() else []
+    done = {(r["folder"], r["batch"], r["onnxruntime"]) for r in rows}
+    for python in pythons:
+        code = "import onnxruntime; print(onnxruntime.__version__)"
+        version = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+        for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+            for batch in json.loads((folder / "spec.json").read_text())["batches"]:
+                if (folder.name, batch, version) in done:
+                    continue
+                command = [python, __file__, "--child", str(folder), "--batch", str(batch)]
+                run = subprocess.run(command, check=True, capture_output=True, text=True)
+                rows.append({"folder": folder.name, "batch": batch, **json.loads(run.stdout)})
+                raw.write_text(json.dumps(rows))
+                print(f"{folder.name}, batch {batch}: {rows[-1]['peak_bytes'] / 1e6:.0f} MB", file=sys.stderr)
 
 
-def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Predictions and their errors beside what was measured."""
+def compare(rows: list[dict[str, Any]], root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Predictions and their errors beside what was measured, in three groups: `rows`, `large` and `held_out`."""
     from fedprune.costs import Costs
     from fedprune.features import Features
 
-    table = []
+    table: dict[str, list[dict[str, Any]]] = {"rows": [], "large": [], "held_out": []}
+    versions = {row["onnxruntime"] for row in rows}
+    measured_by = {v: [r["process_bytes"] for r in rows if r["batch"] and r["onnxruntime"] == v] for v in versions}
+    processes = {version: int(statistics.median(measured)) for version, measured in measured_by.items()}
     for row in rows:
-        costs = Costs(**row["costs"])
-        if row["what"] == "training":
-            memory = costs.training_memory(row["batch"], Features(), SAMPLES, process=row["process_bytes"]).total
+        spec = json.loads((root / row["folder"] / "spec.json").read_text())
+        costs, samples, batch = Costs(**spec["costs"]), spec["samples"], row["batch"]
+        if batch:
+            memory = costs.training_memory(batch, Features(), samples, process=row["process_bytes"]).total
         else:
-            memory = costs.inference_bytes(1)
-        table.append({**row, "predicted_bytes": memory, "error": memory / row["peak_bytes"] - 1})
+            memory = costs.inference_bytes(1, processes[row["onnxruntime"]])
+        about = {"net": spec["net"].removesuffix(f"-{spec['image']}"), "image": spec["image"], "samples": samples}
+        about |= {"density": spec["density"], "what": "training" if batch else "predicting", "batch": batch or 1}
+        measured = {k: row[k] for k in ("onnxruntime", "process_bytes", "peak_bytes")}
+        error = memory / row["peak_bytes"] - 1
+        table[spec["group"]].append(
+            {**about, "costs": spec["costs"], **measured, "predicted_bytes": memory, "error": error}
+        )
     return table
 
 
@@ -243,22 +285,28 @@ def spread(errors: list[float]) -> str:
 
 def page(about: dict[str, Any], result: dict[str, Any]) -> str:
     """The results as a page."""
-    rows = result["rows"]
-    versions = sorted({r["onnxruntime"] for r in rows}, reverse=True)
-    summary = []
-    for what in ("training", "predicting"):
-        for version in versions:
-            errors = [r["error"] for r in rows if r["what"] == what and r["onnxruntime"] == version]
-            summary.append(f"- {what}, onnxruntime {version}: {spread(errors)}.")
-    errors = [r["error"] for r in result["large"]]
-    summary.append(f"- training with larger images: {spread(errors)}.")
-    lines = []
-    for r in [*rows, *result["large"]]:
-        net = f"{r['net']}, {r['image']} px" if "image" in r else r["net"]
-        cells = [net, r["density"], r["what"], r["batch"], r["onnxruntime"], f"{r['peak_bytes'] / 1e6:.0f}"]
-        cells += [f"{r['predicted_bytes'] / 1e6:.0f}", f"{r['error']:+.0%}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    table, text = "\n".join(lines), "\n".join(summary)
+    groups = {
+        "rows": "eleven nets",
+        "large": "nets whose activations take most",
+        "held_out": "nets that no constant was fitted to",
+    }
+    versions = sorted({r["onnxruntime"] for r in result["rows"]}, reverse=True)
+    summary, tables = [], []
+    for group, title in groups.items():
+        for what in ("training", "predicting"):
+            for version in versions:
+                errors = [r["error"] for r in result[group] if r["what"] == what and r["onnxruntime"] == version]
+                if errors:
+                    summary.append(f"- {title}, {what}, onnxruntime {version}: {spread(errors)}.")
+        lines = []
+        for r in result[group]:
+            net = f"{r['net']}, {r['image']} px" if r["image"] else r["net"]
+            cells = [net, r["density"], r["what"], r["batch"], r["onnxruntime"], f"{r['peak_bytes'] / 1e6:.0f}"]
+            cells += [f"{r['predicted_bytes'] / 1e6:.0f}", f"{r['error']:+.0%}"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        head = "| net | density | process | batch | onnxruntime | peak MB | predicted | error |\n|" + "---|" * 8
+        tables.append(f"## {title.capitalize()}\n\n{head}\n" + "\n".join(lines))
+    text = "\n".join(summary)
     return f"""# How far predicted memory is off
 
 {about["date"]}, {about["cpu"]}, Python {about["python"]}, onnxruntime {" and ".join(versions)}.
@@ -266,14 +314,12 @@ def page(about: dict[str, Any], result: dict[str, Any]) -> str:
 
 Peak resident memory, every case in a fresh process that has imported all that a board's agent imports. Training is a
 whole round of {STEPS} steps, from the first evaluation to the new model's check and the last one, with {SAMPLES} local
-samples (64 with larger images) and {TEST_SAMPLES} to test with, read from a file. Its prediction begins with what the
-process measured of itself before.
+samples (64 outside the first table) and {TEST_SAMPLES} to test with, read from a file. Its prediction begins with what
+the process measured of itself before; that of predicting with the median of what the training processes measured.
 
 {text}
 
-| net | density | process | batch | onnxruntime | peak MB | predicted | error |
-|---|---|---|---|---|---|---|---|
-{table}
+{(chr(10) * 2).join(tables)}
 """
 
 
@@ -282,7 +328,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=32, help=argparse.SUPPRESS)
-    parser.add_argument("--raw", type=Path, help="where to keep, or from where to take, what was measured")
+    parser.add_argument("--raw", type=Path, help="where measurements are kept")
+    parser.add_argument("--prepared", type=Path, help="where prepared nets are kept")
     parser.add_argument("--python", nargs="+", help="interpreters that measure (default: this one)")
     arguments = parser.parse_args()
     if arguments.child:
@@ -290,19 +337,15 @@ def main() -> None:
         return
     from synthetic_nets import setting, write
 
-    if arguments.raw and arguments.raw.exists():
-        raw = json.loads(arguments.raw.read_text())
-    else:
-        with tempfile.TemporaryDirectory() as made:
-            prepare(Path(made))
-            pythons = arguments.python or [sys.executable]
-            rows = [r for p in pythons for r in measure(Path(made), p)]
-            raw = {"setting": setting("onnxruntime"), "rows": [r for r in rows if "image" not in r]}
-            raw["large"] = [r for r in rows if "image" in r]
-        if arguments.raw:
-            arguments.raw.write_text(json.dumps(raw))
-    result = {**raw, "rows": compare(raw["rows"]), "large": compare(raw["large"])}
-    write("planner", result, page(raw["setting"], result))
+    with tempfile.TemporaryDirectory() as made:
+        root, raw = arguments.prepared or Path(made) / "nets", arguments.raw or Path(made) / "raw.json"
+        if not root.exists():
+            root.mkdir()
+            prepare(root)
+        measure(root, arguments.python or [sys.executable], raw)
+        about = setting("onnxruntime")
+        result = {"setting": about, **compare(json.loads(raw.read_text()), root)}
+    write("planner", result, page(about, result))
 
 
 if __name__ == "__main__":

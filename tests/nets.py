@@ -210,3 +210,20 @@ def unet_bn() -> nn.Module:
 
 def gru_net() -> nn.Module:
     return _make(GRUNet)
+
+
+class LSTMNet(nn.Module):
+    """A layer of LSTM in both directions over a series, and a linear layer."""
+
+    def __init__(self, hidden: int = 128, steps: int = 128, features: int = 9, classes: int = 6) -> None:
+        super().__init__()
+        self.input_shape = (steps, features)
+        self.lstm = nn.LSTM(features, hidden, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * hidden, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x)[0].mean(1))
+
+
+def lstm_net() -> nn.Module:
+    return _make(LSTMNet)

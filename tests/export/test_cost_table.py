@@ -72,9 +72,10 @@ def test_rows_of_a_small_net_by_hand(imported: Imported) -> None:
     assert pool.makes.size((3, *sizes[1:]), sizes) == 3 * 12 * 12
 
 
-@pytest.mark.parametrize(("kind", "kept"), [(nn.GRU, 6), (nn.LSTM, 8)])
-def test_what_a_recurrent_layer_keeps_of_every_step_is_counted(kind: type[nn.RNNBase], kept: int) -> None:
+@pytest.mark.parametrize(("kind", "gates", "kept"), [(nn.GRU, 3, 4), (nn.LSTM, 4, 6)])
+def test_what_a_recurrent_layer_keeps_of_every_step_is_counted(kind: type[nn.RNNBase], gates: int, kept: int) -> None:
     found = import_onnx(export_torch(Sequences(kind, both=False)), "sequences").architecture
     steps = [v for v in found.activations if "~" in v.name and v.kept and v.positions == 5]
     assert len(steps) == kept
+    assert [v.positions for v in found.activations if v.name.endswith("~gates")] == [5 * gates]
     assert all(v.channels.length == 12 for v in steps)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,6 @@ from fedprune_server.simulation.demo_fleet import BOARDS, fleet_job
 from fedprune_server.simulation.digits import digits_model
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "planner.json"
-SAMPLES = 512
 LOW, HIGH = -0.05, 0.15
 
 DEMO = {
@@ -40,24 +41,35 @@ def test_memory_of_the_demos_boards_is_predicted(name: str) -> None:
     device = Device(1, True, board.profile().to_dict(), None, samples)
     Planner(job, compose(job), model.architecture).plan(name, device)
     assert device.plan is not None, device.excluded
-    predicted = Plan.from_dict(device.plan).prediction.memory_bytes
-    assert all(LOW <= predicted / peak - 1 <= HIGH for peak in measured.values())
+    expected = Plan.from_dict(device.plan).prediction.memory_bytes
+    assert all(LOW <= expected / peak - 1 <= HIGH for peak in measured.values())
 
 
-def test_memory_of_eleven_nets_is_predicted() -> None:
-    rows = [r for r in json.loads(RESULTS.read_text())["rows"] if r["what"] == "training"]
+@pytest.mark.parametrize(
+    ("group", "nets"), [("rows", {"VGG11-BN", "convnext_atto"}), ("large", {"efficientnet_b0", "gru_net"})]
+)
+def test_memory_of_training_and_predicting_is_predicted(group: str, nets: set[str]) -> None:
+    rows = json.loads(RESULTS.read_text())[group]
     assert {r["onnxruntime"] for r in rows} == {"1.31.1", "1.23.2"}
-    assert len({r["net"] for r in rows}) == 11
+    assert nets <= {r["net"] for r in rows}
+    assert len({(r["net"], r["image"]) for r in rows}) == {"rows": 11, "large": 8}[group]
     for row in rows:
-        costs, process = Costs(**row["costs"]), row["process_bytes"]
-        predicted = costs.training_memory(row["batch"], Features(), SAMPLES, process=process).total
-        assert LOW <= predicted / row["peak_bytes"] - 1 <= HIGH, row
+        assert LOW <= predicted(row, rows) / row["peak_bytes"] - 1 <= HIGH, row
 
 
-def test_memory_of_nets_whose_activations_take_most_is_predicted() -> None:
-    rows = json.loads(RESULTS.read_text())["large"]
-    assert {("efficientnet_b0", 224), ("mobilenetv3_small_100", 224)} <= {(r["net"], r["image"]) for r in rows}
-    for row in rows:
-        costs, process = Costs(**row["costs"]), row["process_bytes"]
-        predicted = costs.training_memory(row["batch"], Features(), SAMPLES, process=process).total
-        assert LOW <= predicted / row["peak_bytes"] - 1 <= HIGH, row
+def test_memory_of_training_nets_that_no_constant_was_fitted_to_is_predicted() -> None:
+    rows = json.loads(RESULTS.read_text())["held_out"]
+    assert len({r["net"] for r in rows}) >= 5
+    errors = [predicted(r, rows) / r["peak_bytes"] - 1 for r in rows if r["what"] == "training"]
+    assert max(errors) <= HIGH
+    assert min(errors) >= -0.07  # fasternet_t0 and resnet10t: docs/planner.md
+    assert sum(LOW <= e for e in errors) >= 0.9 * len(errors)
+
+
+def predicted(row: dict[str, Any], rows: list[dict[str, Any]]) -> int:
+    """Peak memory by today's constants, of a process that measured itself."""
+    costs = Costs(**row["costs"])
+    if row["what"] == "training":
+        return costs.training_memory(row["batch"], Features(), row["samples"], process=row["process_bytes"]).total
+    alike = [r["process_bytes"] for r in rows if r["process_bytes"] and r["onnxruntime"] == row["onnxruntime"]]
+    return costs.inference_bytes(row["batch"], int(statistics.median(alike)))

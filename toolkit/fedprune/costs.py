@@ -27,29 +27,29 @@ PROCESS_BYTES = 85_000_000
 """A board's process before it trains: Python, numpy, onnxruntime 1.31 with a loaded graph, the MQTT client and the
 agent. A board that measures it reports its own: 1.23 takes 8 MB less, 1.32 2 MB more."""
 
-ROUND_BYTES = 10_200_000
+ROUND_BYTES = 10_900_000
 """What a round adds to that whatever the model: threads, buffers, and what allocators round up."""
 
-VALUE_BYTES = 150_000
+VALUE_BYTES = 131_000
 """What a loaded graph takes per activation of the model, which is some thirty nodes of a training graph."""
 
 HELD_BYTES = 4 * 2**20
 """Samples up to this size are held in memory; larger arrays stay on the disk and are read as batches are drawn."""
 
-WEIGHT_COPIES = 5.37
+WEIGHT_COPIES = 5.82
 """Arrays of the size of all weights that exist at the peak of a step: weights as received, weights and momentum before
 and after the step, and what remains of gradients and temporaries of the update."""
 
 FROZEN_COPIES = 2
 """The same of weights that aren't trained: as received, and as the step reads them."""
 
-ACTIVATION_COPIES = 0.52
+ACTIVATION_COPIES = 0.69
 """Memory over size of all activations: the backward pass doesn't need all of them, and the allocator leaves gaps."""
 
-UNROLLED_COPIES = 1.48
+UNROLLED_COPIES = 1.26
 """The same of the lines that depthwise and grouped convolutions read (`unrolled_elements`)."""
 
-TRANSIENTS = 3.74
+TRANSIENTS = 1.94
 """Arrays of the size of the largest activation that exist in addition: the gradients that go in and out of a layer."""
 
 GAPS_OF_PARTS = 1.12
@@ -65,13 +65,14 @@ ACTIVATION_PASSES = 12
 WEIGHT_PASSES = 6
 """The same of its weights."""
 
-INFERENCE_RUNTIME_BYTES = 70_000_000
-INFERENCE_VALUE_BYTES = 20_000
-"""The same as `PROCESS_BYTES` and `VALUE_BYTES` for a process that only predicts."""
+AGENT_BYTES = 17_200_000
+"""What a process that only predicts lacks of a board's: the MQTT client and the agent."""
 
-INFERENCE_COPIES = 3.4
-"""Arrays of the size of all weights while a model is loaded: the file's pages, onnxruntime's copy, and what it lays out
-anew for its kernels."""
+INFERENCE_COPIES, INFERENCE_KERNEL_COPIES = 1.26, 3.37
+"""Arrays of the size of the weights while a model is loaded: of most weights, and of those of convolutions and recurrent
+layers (`_LAID_OUT`), which onnxruntime lays out anew while the former arrays still exist."""
+
+_LAID_OUT = ("Conv", "GRU", "LSTM", "RNN")
 
 INFERENCE_VALUES = 3
 """Largest activations that live at once in a forward pass: a layer's input, its output, a branch that waits."""
@@ -138,6 +139,7 @@ class Costs:
         unrolled_bytes: Lines that depthwise and grouped convolutions read, written out (`unrolled_elements`).
         inference_activation_bytes: Activations that live at once in a forward pass.
         sample_bytes: One sample of local data.
+        kernel_bytes: Weights of convolutions and recurrent layers.
         values: How many activations the model has.
     """
 
@@ -151,6 +153,7 @@ class Costs:
     unrolled_bytes: int
     inference_activation_bytes: int
     sample_bytes: int
+    kernel_bytes: int
     values: int
 
     @property
@@ -191,11 +194,17 @@ class Costs:
             samples=min(samples * self.sample_bytes, HELD_BYTES),
         )
 
-    def inference_bytes(self, batch: int) -> int:
-        """Peak memory of a process that predicts `batch` samples at a time."""
-        activations = batch * (self.inference_activation_bytes + self.sample_bytes)
-        fixed = INFERENCE_RUNTIME_BYTES + INFERENCE_VALUE_BYTES * self.values
-        return int(fixed + INFERENCE_COPIES * self.parameter_bytes + activations)
+    def inference_bytes(self, batch: int, process: int | None = None) -> int:
+        """Peak memory of a process that predicts `batch` samples at a time.
+
+        Args:
+            batch: Samples of a prediction.
+            process: As for `training_memory`.
+        """
+        fixed = max(0, (PROCESS_BYTES if process is None else process) - AGENT_BYTES)
+        weights = INFERENCE_COPIES * (self.parameter_bytes - self.kernel_bytes)
+        weights += INFERENCE_KERNEL_COPIES * self.kernel_bytes
+        return int(fixed + weights + batch * (self.inference_activation_bytes + self.sample_bytes))
 
     @property
     def storage_bytes(self) -> int:
@@ -233,6 +242,7 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
     values = [_bytes(v, checked, architecture) for v in architecture.activations]
     kept = sum(b for v, b in zip(architecture.activations, values, strict=True) if v.kept)
     parameters = sum(prod(shape) for shape in shapes.values())
+    kernels = {r.weight for r in architecture.layers if r.op in _LAID_OUT and r.weight}
     head = tensorfile.header((name, "F32", shape) for name, shape in shapes.items())
     return Costs(
         parameters=parameters,
@@ -249,6 +259,7 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
         ),
         inference_activation_bytes=sum(sorted(values)[-INFERENCE_VALUES:]),
         sample_bytes=FLOAT * prod(architecture.input_shape),
+        kernel_bytes=FLOAT * sum(prod(shapes[w]) for w in kernels),
         values=len(values),
     )
 

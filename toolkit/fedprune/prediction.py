@@ -217,7 +217,7 @@ def predict(
         training_macs=costs.training_macs,
         wire_bytes=costs.wire_bytes,
         memory_bytes=memory.total,
-        inference_bytes=costs.inference_bytes(1),
+        inference_bytes=costs.inference_bytes(1, None if probe is None else probe.process_bytes),
         storage_bytes=costs.storage_with(recipe.own_files),
         step_s=step_s,
         steps=steps,

@@ -40,8 +40,11 @@ _UNCOUNTED = VIEWS | {"Constant", "ConstantOfShape", "Shape", "Size", "Dropout",
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _RECURRENT = ("LSTM", "GRU", "RNN")
-_STEP_VALUES = {"LSTM": 8, "GRU": 6, "RNN": 2}
-"""Arrays of the size of its output that a recurrent layer's gradient keeps: gates, their slopes, states."""
+_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+"""Gates of a recurrent layer, which the training graph computes and differentiates as one array over all steps."""
+
+_STEP_VALUES = {"LSTM": 6, "GRU": 4, "RNN": 1}
+"""Arrays of the size of its output that a recurrent layer's gradient keeps in addition to it."""
 
 
 def layers(graph: Graph, parameters: Mapping[str, str], values: ValueAxes, seen: Trace) -> Iterable[Layer]:
@@ -196,5 +199,7 @@ def activations(graph: Graph, values: ValueAxes, seen: Trace) -> Iterable[Activa
         others = [n for i, n in enumerate(sizes) if i != place]
         value = Activation(name, channels or Axis.fixed(1), int(np.prod(others, dtype=np.int64)), name in kept)
         yield value
-        for i in range(_STEP_VALUES.get(sequences.get(name, ""), 0)):
-            yield replace(value, name=f"{name}~{i}", kept=True)
+        if op := sequences.get(name):
+            yield replace(value, name=f"{name}~gates", positions=_GATES[op] * value.positions, kept=False)
+            for i in range(_STEP_VALUES[op]):
+                yield replace(value, name=f"{name}~{i}", kept=True)
