@@ -109,8 +109,9 @@ def nets() -> dict[str, Any]:
 def module_of(name: str, image: int) -> Any:
     """A network of timm for images of a size, or with size 0 one of the tests'."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import nets as shared
     import zoo
+
+    import nets as shared
 
     return zoo.timm_model(name, image) if image else getattr(shared, name)()
 

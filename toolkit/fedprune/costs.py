@@ -69,8 +69,8 @@ AGENT_BYTES = 17_200_000
 """What a process that only predicts lacks of a board's: the MQTT client and the agent."""
 
 INFERENCE_COPIES, INFERENCE_KERNEL_COPIES = 1.26, 3.37
-"""Arrays of the size of the weights while a model is loaded: of most weights, and of those of convolutions and recurrent
-layers (`_LAID_OUT`), which onnxruntime lays out anew while the former arrays still exist."""
+"""Arrays of the size of the weights while a model is loaded: of most weights, and of those of convolutions and
+recurrent layers (`_LAID_OUT`), which onnxruntime lays out anew while the former arrays still exist."""
 
 _LAID_OUT = ("Conv", "GRU", "LSTM", "RNN")
 
