@@ -269,6 +269,24 @@ def test_contents_that_are_not_those_of_the_wheels_are_refused(board: Updater, t
     assert unchanged(board)
 
 
+def test_a_release_that_the_launcher_would_not_start_is_refused_before_it_is_pulled(
+    board: Updater, tmp_path: Path
+) -> None:
+    other = SigningKey.make()
+    folder = source(make_release(tmp_path / "two", 2, key=other))
+    updater = Updater(board.home.root, other.verifying)
+    for refuse in (updater.examine, updater.stage):
+        with pytest.raises(ReleaseError, match="the launcher starts only what another key has signed"):
+            refuse(folder)
+        assert unchanged(board)
+    assert list((board.home.root / "incoming").iterdir()) == []
+    (board.home.root / "server.pub").write_text("no key")
+    with pytest.raises(ReleaseError, match="holds no key"):
+        updater.examine(folder)
+    (board.home.root / "server.pub").write_text(other.verifying.hex)
+    updater.stage(folder)
+
+
 def test_packages_of_the_board_are_never_hidden(board: Updater, tmp_path: Path) -> None:
     assert own_packages(["numpy", "no_such_package"]) == {"numpy"}
     folder = make_release(tmp_path / "two", 2)

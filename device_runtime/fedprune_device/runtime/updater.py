@@ -132,6 +132,7 @@ class Updater:
             StorageError: The disk fails.
         """
         release, state = self._opened(source), self._state()
+        self._check_launcher()
         admit(release, state.highest, self._board)
         with storage_errors(f"can't read {self.home.root}"):
             need, free, old = self._room(release, state.other)
@@ -233,10 +234,25 @@ class Updater:
     def _opened(self, source: Source) -> Release:
         return opened(source.manifest()[: MAX_MANIFEST + 1], source.signature(), self._key)
 
+    def _check_launcher(self) -> None:
+        """Make sure that the launcher would start what the server's key has signed."""
+        try:
+            known = self.home.key()
+        except DamagedError as error:
+            raise ReleaseError(str(error), hint="Write the server's key there, as root.") from error
+        if known not in (None, self._key.raw):
+            raise ReleaseError(
+                "the launcher starts only what another key has signed",
+                expected=f"key {VerifyingKey(known).fingerprint}",
+                got=f"key {self._key.fingerprint}",
+                hint=f"If the server's key was replaced, write the new one to {self.home.root / KEY}, as root.",
+            )
+
     def _bring(self, source: Source, state: State) -> Release:
         """All that comes before the state is changed: check, pull, check, unpack, verify."""
         manifest, signature, slot = source.manifest()[: MAX_MANIFEST + 1], source.signature(), state.other
         release = opened(manifest, signature, self._key)
+        self._check_launcher()
         admit(release, state.highest, self._board)
         admit_packages(release)
         _LOG.info(
