@@ -233,8 +233,9 @@ Of {count} plans {whole[0]} kept at least 95 % of the weights before and {whole[
 ## Plans that were carried out
 
 Each model was exported for its board, and `fedprune-device train` trained the bundle for {STEPS} steps on
-{SAMPLES:,} samples of noise, evaluations included. The peak is that of resident memory, mapped libraries included; the
-limit is the board's. {_beyond(result["measured"])}
+{SAMPLES:,} samples of noise, evaluations included. The peak is the kernel's high-water mark of resident memory (VmHWM),
+mapped libraries included; the limit is the board's. The two are compared; no control group enforces the limit, since
+the machine's cgroup v2 has no memory controller. {_beyond(result["measured"])}
 
 | net | board | kept | parts | predicted MB | limit MB | peak MB |
 |---|---|---|---|---|---|---|
