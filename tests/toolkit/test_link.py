@@ -373,6 +373,30 @@ def test_a_connection_that_is_flooded_closes_for_a_while_and_names_the_topic(sta
 
 
 @pytest.mark.mosquitto
+def test_a_flood_that_goes_on_closes_the_connection_no_longer_each_time(mosquitto: Any) -> None:
+    pauses: list[float] = []
+
+    class Pauses(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.append(timeout or 0.0)
+            return super().wait(0.01)
+
+    listener = Link(mosquitto.url, "listener", inbox=Inbox(50_000), pause_s=7.0)
+    listener._closing = Pauses()
+    listener.subscribe(["x/#"])
+    listener.start()
+    with closing(listener), connected(mosquitto.url, "stranger") as stranger:
+        until = time.monotonic() + 60
+        while len(pauses) < 5 and time.monotonic() < until:
+            for _ in range(200):
+                stranger.publish("x/flood", b"x", 0)
+            if isinstance(listener.get(0.0), ConnectionDown):
+                while not isinstance(listener.get(30), ConnectionUp):
+                    pass
+        assert pauses[:5] == [7.0] * 5
+
+
+@pytest.mark.mosquitto
 def test_what_has_arrived_is_read_without_looking_at_the_socket_for_each_message(
     mosquitto: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -256,9 +256,10 @@ class Link:
                 log.warning("connection to %s failed unexpectedly", self.url, exc_info=True)
                 reason = f"{type(error).__name__}: {error}"
             self._lost(reason)
-            if self._paused:
+            if self._paused:  # no failure: a flood that goes on must not keep it closed for longer and longer
                 self._paused = False
                 self._closing.wait(self._pause_s)
+                continue
             if self._trial is not None and self._trial.at_once:
                 continue
             # Only a connection that has lasted resets the back-off: two clients of one name push each other out.
