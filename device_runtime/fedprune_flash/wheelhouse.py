@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.requirements import Requirement
 from packaging.version import Version
 
+from fedprune.disk import file_digest
 from fedprune.errors import KitError, StorageFullError
 from fedprune.wheels import OWN, environment, parsed, supported, unmet
 from fedprune_flash.target import Target
@@ -24,8 +26,10 @@ from fedprune_flash.target import Target
 SHADOWS = ("numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python", "tensorrt", "torch")
 """What JetPack brings, built for its GPU and for each other: a wheel of the same name would be found first."""
 
-CONSTRAINTS = "constraints.txt"
+LOCK = Path(__file__).with_name("board_wheels.txt")
+"""All wheels that a board may get from a network: versions, and sha256 of each file."""
 
+_HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 _LINES = 3
 _ROUNDS = 5
 
@@ -66,7 +70,7 @@ def own_wheel(folder: Path) -> Path:
 def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) -> None:
     """Fetch what a board needs into a folder, but for what its own Python is to bring.
 
-    From a network it is what the checkout's constraints say, so that the same kit is the same tomorrow.
+    From a network it is what the lock file lists, by version and sha256, so that the same kit is the same tomorrow.
 
     Args:
         wheel: fedprune's own.
@@ -75,7 +79,7 @@ def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) ->
         links: Folders with wheels. If there are any, nothing else is looked at and no network is used.
 
     Raises:
-        KitError: pip fails; its last lines are in the message.
+        KitError: pip fails, with its last lines in the message, or a file from the network is not in the lock file.
     """
     platforms = [part for tag in target.platforms for part in ("--platform", tag)]
     kind = ["--implementation", "cp", "--python-version", target.python, "--only-binary=:all:"]
@@ -83,7 +87,7 @@ def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) ->
     with tempfile.TemporaryDirectory() as folder:
         sources = ["--no-index", *(p for link in links for p in ("--find-links", str(link)))]
         if not links:
-            fixed = Path(folder) / CONSTRAINTS
+            fixed = Path(folder) / LOCK.name
             fixed.write_text("".join(f"{line}\n" for line in constraints(target)), encoding="utf-8")
             sources = ["--constraint", str(fixed)]
         for _ in range(_ROUNDS):
@@ -93,29 +97,25 @@ def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) ->
             wanted = sorted({f"{r.name}{r.specifier}" for _, r, found in _unmet(wheels, target) if found is None})
             if not wanted:
                 break
+    known = set(_HASH.findall(LOCK.read_text(encoding="ascii")))
     for path in out.glob("*.whl"):
-        if parsed(path, KitError)[0] in target.system:
+        name = parsed(path, KitError)[0]
+        if name in target.system:
             path.unlink()
+        elif not links and name != OWN and (found := file_digest(path)) not in known:
+            raise KitError(
+                f"{path.name} from the network", expected=f"a file of {LOCK.name}", got=f"sha256 {found}",
+                hint="The index may have been tampered with. Wheels of your own are given with --find-links.",
+            )  # fmt: skip
 
 
 def constraints(target: Target) -> list[str]:
-    """The versions that the checkout is tested with, as they are on a target; none where fedprune is installed.
-
-    Raises:
-        KitError: A line of the file is none.
-    """
-    source = checkout()
-    if source is None or not (source / CONSTRAINTS).is_file():
-        return []
+    """The versions of the lock file, as they are on a target."""
     environment, found = _environment(target), []
-    for line in (source / CONSTRAINTS).read_text(encoding="utf-8").splitlines():
-        text = line.partition("#")[0].strip()
-        if not text:
+    for line in LOCK.read_text(encoding="ascii").splitlines():
+        if not line or line.startswith(("#", " ")):
             continue
-        try:
-            wanted = Requirement(text)
-        except InvalidRequirement as error:
-            raise KitError(f"{CONSTRAINTS}: {text!r:.80} can't be read") from error
+        wanted = Requirement(line.rstrip(" \\"))
         if wanted.marker is None or wanted.marker.evaluate(environment):
             found.append(f"{wanted.name}{wanted.specifier}")
     return found
