@@ -92,6 +92,30 @@ def test_a_report_can_be_read_by_everybody_on_a_phone(pages: dict[str, Path], pa
         return boxes.slice(1).filter((b, i) => b.top < boxes[i].bottom - 0.5);
     }).length"""
     assert page.evaluate(overlaps) == 0
+    if name != "comparison":  # its tables have eight columns, and scroll
+        beyond = """[...document.querySelectorAll('.table:not(.long, details *)')]
+            .filter(e => e.scrollWidth > e.clientWidth).map(e => e.getAttribute('aria-label'))"""
+        assert page.evaluate(beyond) == []
+
+
+def test_notes_of_bars_take_one_line_each_on_a_desk(pages: dict[str, Path], page: sync_api.Page) -> None:
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.goto(pages["export"].as_uri())
+    wrapped = """[...document.querySelectorAll('.bars .note')]
+        .filter(e => e.getBoundingClientRect().height > 1.5 * parseFloat(getComputedStyle(e).lineHeight))
+        .map(e => e.textContent)"""
+    assert page.locator(".bars .note").count() > 5
+    assert page.evaluate(wrapped) == []
+
+
+def test_a_run_has_one_colour_in_all_charts(pages: dict[str, Path], page: sync_api.Page) -> None:
+    page.goto(pages["simulation"].as_uri())
+    bars = page.locator("ul[aria-label='Bytes down and up'] li")
+    colours = bars.locator("rect").evaluate_all("rects => rects.map(r => getComputedStyle(r).fill)")
+    curves = page.locator("#curves g[data-curve] polyline").evaluate_all(
+        "lines => lines.slice(0, 2).map(l => getComputedStyle(l).stroke)"
+    )
+    assert colours == [curves[0], curves[0], curves[1], curves[1]]
 
 
 def test_a_legend_hides_its_curves_and_a_search_its_rows(pages: dict[str, Path], page: sync_api.Page) -> None:

@@ -60,6 +60,11 @@ def share(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.1%}"
 
 
+def decimals(value: float | None, digits: int) -> str:
+    """A number with a fixed number of decimals, for columns."""
+    return NOTHING if value is None else f"{value:.{digits}f}"
+
+
 def number(value: float | None) -> str:
     """A number, short."""
     if value is None:
@@ -196,6 +201,7 @@ FILTERS: dict[str, Any] = {
     "size": size,
     "share": share,
     "number": number,
+    "decimals": decimals,
     "count": count,
     "seconds": seconds,
     "clock": clock,

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from fedprune.quantity import amount, quantity
-from fedprune.report.chart import Chart, chart, scale, tiles, together
+from fedprune.report.chart import Chart, chart, scale, style, tiles, together
 from fedprune.report.page import Bar, bars, boxes, charts, paragraph
 from fedprune_server.simulation.record import Record, RoundRow, beside
 
@@ -80,8 +80,7 @@ def devices(run: Record, reference: Record | None) -> str:
             value = each.latest.get(device.name)
             name = f"{device.name} (density {device.density:.2f})" if not i else f"{device.name} ({names[i]})"
             share = 0.0 if value is None else min(1.0, max(0.0, value / top))
-            style = f"part {('one', 'two')[i]}"
-            rows.append(Bar(name, ((style, 0.0, share),), _said(value, kind)))
+            rows.append(Bar(name, ((f"part {style(i)}", 0.0, share),), _said(value, kind)))
     legend = boxes(names) if len(runs) > 1 else ""
     text = paragraph("The model that each device serves, on its own test data, as measured last; – for never.")
     return "".join(parts) + text + legend + bars(rows, f"Local {kind} of each device")
@@ -91,9 +90,9 @@ def traffic(runs: Sequence[Record]) -> str:
     """Bytes down and up of every run."""
     most = max(max(r.last.down, r.last.up) for r in runs) or 1
     rows = [
-        Bar(f"{run.title}, {way}", ((f"part {style}", 0.0, count / most),), amount(count, "bytes"))
-        for run in runs
-        for way, style, count in (("down", "one", run.last.down), ("up", "two", run.last.up))
+        Bar(f"{run.title}, {way}", ((f"part {style(i)}", 0.0, count / most),), amount(count, "bytes"))
+        for i, run in enumerate(runs)
+        for way, count in (("down", run.last.down), ("up", run.last.up))
     ]
     return bars(rows, "Bytes down and up")
 

@@ -62,9 +62,9 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
             (
                 run.title,
                 str(len(run.rounds)),
-                f"{run.last.at:.0f}",
-                f"{run.last.down / 1e6:.2f}",
-                f"{run.last.up / 1e6:.2f}",
+                f"{run.last.at:,.0f}",
+                f"{run.last.down / 1e6:,.2f}",
+                f"{run.last.up / 1e6:,.2f}",
                 f"{run.macs() / 1e12:.3g}" if run.macs() else "–",
                 shown(run, local),
                 shown(run, whole),
@@ -91,9 +91,9 @@ def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
             (
                 run.title,
                 str(row.round),
-                f"{row.at:.0f}",
+                f"{row.at:,.0f}",
                 f"{first.at / row.at:.2f}" if first is not None and row.at else "–",
-                f"{(row.down + row.up) / 1e6:.2f}",
+                f"{(row.down + row.up) / 1e6:,.2f}",
                 f"{macs / 1e12:.3g}" if macs else "–",
             )
         )

@@ -108,10 +108,10 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
             for i, kind in enumerate(("mean local", "global"))
             if tail > 1
         ),
-        ("MB down", *(f"{r.last.down / 1e6:.2f}" for r in runs)),
-        ("MB up", *(f"{r.last.up / 1e6:.2f}" for r in runs)),
+        ("MB down", *(f"{r.last.down / 1e6:,.2f}" for r in runs)),
+        ("MB up", *(f"{r.last.up / 1e6:,.2f}" for r in runs)),
         ("rounds", *(str(len(r.rounds)) for r in runs)),
-        ("seconds", *(f"{r.last.at:.0f}" for r in runs)),
+        ("seconds", *(f"{r.last.at:,.0f}" for r in runs)),
         *private,
     ]
     if reference is None:

@@ -206,7 +206,7 @@ def test_what_a_board_tells_of_itself_is_text(opened: Open) -> None:
     page = opened("/devices/board-0006")
     expect(page.get_by_role("region", name="Crashes")).to_contain_text("MemoryError: <i>no room</i> for 12 MB")
     expect(page.get_by_role("region", name="Crashes")).to_contain_text("21.0 MB of 512 MB of memory free")
-    expect(page.get_by_role("region", name="Its own log")).to_contain_text("<b>2 leaves</b>")
+    expect(page.get_by_role("region", name="Device log")).to_contain_text("<b>2 leaves</b>")
     page.get_by_text("Where").click()
     expect(page.get_by_text("fedprune_device.trainer:212 in step")).to_be_visible()
     expect(page.locator(".facts", has_text="Update")).to_contain_text("trial release 6")
@@ -239,7 +239,7 @@ def test_the_table_is_sorted_filtered_and_paged_by_the_server(opened: Open, cons
     page.go_back()
     expect(page.locator("#found")).to_have_text("240 devices")
     page.goto("/fleet?q=nobody-has-this")
-    expect(page.locator("main")).to_contain_text("No device is like that")
+    expect(page.locator("main")).to_contain_text("No device matches")
 
 
 def test_the_table_stays_live_and_keeps_what_people_do(opened: Open, console: ServedConsole) -> None:
@@ -268,7 +268,7 @@ def test_who_turns_a_page_is_not_held_up_by_news(opened: Open) -> None:
 
 def test_approving_a_board_that_waits(opened: Open, console: ServedConsole) -> None:
     page = opened("/", "operator")
-    page.get_by_role("region", name="Waiting to be let in").get_by_role("link", name="board-0013").click()
+    page.get_by_role("region", name="Waiting for approval").get_by_role("link", name="board-0013").click()
     expect(page.locator(".notice")).to_contain_text("ab12-cd34-ef56-7890")
     page.get_by_role("button", name="Approve").click()
     dialog = page.get_by_role("dialog")
@@ -314,7 +314,7 @@ def test_revoking_a_board_needs_its_name_and_an_admin(opened: Open, console: Ser
     dialog.get_by_label("Write board-0008 to confirm").fill("board-0008")
     yes.click()
     expect(page.locator("#said")).to_contain_text("did revoke")
-    expect(page.locator(".notice.bad")).to_contain_text("It was revoked")
+    expect(page.locator(".notice.bad")).to_contain_text("This board was revoked")
     assert [o.device for o in orders(console, "revoke")] == ["board-0008"]
     for role, places in (("operator", ["/devices/board-0009"]), ("viewer", ["/rollouts"])):
         for place in places:
@@ -385,7 +385,7 @@ def test_an_alert_is_seen_at_once(opened: Open, console: ServedConsole) -> None:
     expect(page.get_by_role("region", name="Open").get_by_role("listitem").first).to_contain_text(text)
     expect(page.locator("#nav .count")).to_have_text(f"{before + 1} open")
     console.hear([AlertNews("new", time.time(), "disk", "critical", "board-0001", None, text, time.time())])
-    expect(page.get_by_role("region", name="Over")).to_contain_text(text)
+    expect(page.get_by_role("region", name="Resolved")).to_contain_text(text)
     page.get_by_label("Text").fill("line 119")
     expect(page.locator("#found")).to_have_text("1 line")
 
@@ -396,14 +396,14 @@ def test_a_round_under_way_and_its_curves(opened: Open, console: ServedConsole) 
     expect(page.get_by_role("row", name="layer0.conv").locator("svg rect").first).to_have_class("h10")
     numbers = page.locator("details", has_text="Global loss as numbers")
     numbers.locator("summary").click()
-    ended = len(page.locator("section", has_text="Rounds that ended").locator("tbody tr").all())
+    ended = len(page.locator("section", has_text="Finished rounds").locator("tbody tr").all())
     plot = page.locator(".plot").first
     box = plot.bounding_box()
     assert box is not None
     page.mouse.move(box["x"] + 2, box["y"] + 20)
     expect(page.locator("figure output").first).to_contain_text("round 1:")
     console.hear([console.fleet.round("trial", 26), console.fleet.job("trial")])
-    rows = page.locator("section", has_text="Rounds that ended").locator("tbody tr")
+    rows = page.locator("section", has_text="Finished rounds").locator("tbody tr")
     expect(rows.first).to_contain_text("26")
     assert len(rows.all()) == min(ended + 1, 25)
     expect(page.locator("figure output").first).to_contain_text("round 1:")  # the pointer still rests there
@@ -503,6 +503,29 @@ def test_everybody_can_use_the_page(opened: Open, place: str) -> None:
     assert found.violations_count == 0, found.generate_report()
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_the_table_of_the_fleet_cuts_nothing_off(opened: Open) -> None:
+    page = opened("/fleet")
+    cut = "cells => cells.filter(c => c.scrollWidth > c.clientWidth).map(c => c.textContent)"
+    cells = page.locator("#devices td, #devices th")
+    assert cells.count() > 1000
+    assert cells.evaluate_all(cut) == []
+    assert page.locator("#devices").evaluate("t => t.scrollWidth <= t.parentElement.clientWidth")
+    densities = page.locator("#devices tbody td:nth-child(4)").all_inner_texts()
+    assert all(re.fullmatch(r"[01]\.\d\d|–", d) for d in densities), densities
+
+
+@pytest.mark.parametrize("place", ["device", "rounds"])
+def test_names_of_groups_are_not_broken_on_a_phone(opened: Open, place: str) -> None:
+    page = opened(PLACES[place], viewport={"width": 390, "height": 800})
+    names = page.locator("th.text", has_text="layer0.conv").filter(visible=True)
+    expect(names).to_have_count(1)
+    height, line, wider = names.evaluate("""e => [
+        e.getBoundingClientRect().height, parseFloat(getComputedStyle(e).lineHeight),
+        e.closest('.table').scrollWidth - e.closest('.table').clientWidth]""")
+    assert height < 2 * line
+    assert wider <= 0
 
 
 def test_dialogs_can_be_used_by_everybody(opened: Open) -> None:

@@ -251,7 +251,8 @@ def figure(drawn: Chart, *, legend: bool = True) -> str:
         f"{c.name} {_last(c.values)}" if len(drawn.curves) > 1 else _last(c.values) for c in drawn.curves
     )
     keys = legend_of([(c.name, c.style) for c in drawn.curves]) if legend and len(drawn.curves) > 1 else ""
-    said = text(f"{drawn.along} {drawn.places[-1]}: {latest}")
+    at = f"{drawn.along} {drawn.places[-1]}" if drawn.along == "round" else f"{drawn.places[-1]} {drawn.along}"
+    said = text(f"{at}: {latest}")
     output = f'<output aria-hidden="true">{said}</output>' if few else ""
     lines = "".join(f'<line class="rule" x1="0" x2="{WIDTH}" y1="{y:g}" y2="{y:g}"/>' for y in drawn.rules)
     for i, curve in enumerate(drawn.curves):

@@ -7,6 +7,12 @@ function read(plot) {
   return { along, ...Object.fromEntries(Object.entries({ at, places, values, names, styles }).map(([k, v]) => [k, JSON.parse(v)])) };
 }
 
+// A place on the x axis: "round 3", but "3 MB" and "3 seconds".
+function placeOf(data, index) {
+  const { along, places } = data;
+  return along === "round" ? `${along} ${places[index]}` : `${places[index]} ${along}`;
+}
+
 function off(group) {
   const key = group?.id ?? "";
   if (!hidden.has(key)) hidden.set(key, new Set());
@@ -22,7 +28,7 @@ function say(plot, data, best) {
   const output = plot.closest("figure").querySelector("output");
   if (!output) return;
   const texts = shown(plot, data).map(({ name, i }) => `${data.names.length > 1 ? `${name} ` : ""}${data.values[best][i] || "–"}`);
-  output.textContent = `${data.along} ${data.places[best]}: ${texts.join(", ")}`;
+  output.textContent = `${placeOf(data, best)}: ${texts.join(", ")}`;
 }
 
 function point(plot, x, y) {
@@ -54,7 +60,7 @@ function tip(plot, data, best, x, y) {
   };
   const here = shown(plot, data).filter(({ i }) => data.values[best][i]).map((c) => ({ ...c, far: near(c.i) })).sort((a, b) => a.far - b.far);
   box.replaceChildren(...[
-    Object.assign(document.createElement("b"), { textContent: `${data.along} ${data.places[best]}` }),
+    Object.assign(document.createElement("b"), { textContent: placeOf(data, best) }),
     ...here.slice(0, 8).map(({ name, i }) => Object.assign(document.createElement("span"), { className: `key ${data.styles[i]}`, textContent: `${name} ${data.values[best][i]}` })),
     ...(here.length > 8 ? [Object.assign(document.createElement("i"), { textContent: `and ${here.length - 8} more` })] : []),
   ]);
