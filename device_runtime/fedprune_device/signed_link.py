@@ -9,10 +9,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from fedprune.errors import FedpruneError, ProtocolError, StaleEpochError, StorageError
 from fedprune.trust.correspondence import Opener, Sealer
 from fedprune.trust.device_identity import DeviceIdentity
+from fedprune.trust.envelope import Envelope
+from fedprune.trust.succession import Succession, follow
 from fedprune.wire.complaints import Complaints
 from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Birth, Hello, Message, parse
@@ -61,10 +64,11 @@ class SignedLink:
         """
         if self._topics.parse(topic).channel != "up":
             return self._link.publish(topic, payload, qos)
-        if topic == self._topics.up(self._identity.device) and isinstance(parse(payload), Birth):
+        if topic == self._topics.up(self._identity.device) and isinstance(birth := parse(payload), Birth):
             # The server may have restarted: only an epoch that is new to it is sure to count.
             self._sealer.renew(topic)
             self._birth = topic, payload
+            payload = replace(birth, server_key=self._opener.key.id.hex()).to_bytes()
             if self._silent_since is None:
                 self._silent_since = self._clock()
         return self._link.publish(topic, self._sealer.seal(topic, payload), qos)
@@ -94,6 +98,7 @@ class SignedLink:
         try:
             if self._topics.parse(topic).channel != "down":
                 return item
+            self._follow(topic, payload)
             body = self._opener.open(topic, payload)
             self._silent_since = math.inf  # the server is there; what this board hears now, it hears as a member
             self._note(topic, parse(body))
@@ -104,6 +109,23 @@ class SignedLink:
         except (ProtocolError, StorageError) as error:
             self._complaints.about(topic, error)
         return None
+
+    def _follow(self, topic: str, payload: bytes) -> None:
+        """Learn a hello's key if the known key leads to it; ask for such a hello where another key signed a message."""
+        envelope = Envelope.parse(payload)
+        known = self._opener.key
+        if envelope.key_id == known.id:
+            return
+        message = parse(envelope.body)
+        if isinstance(message, Hello) and message.successions:
+            key = follow(self._identity.site, known, map(Succession.from_hex, message.successions))
+            if key.id == envelope.key_id:
+                envelope.verify(key, topic)
+                self._identity.succeed(key)
+                self._opener = Opener(key, self._identity.heard(), self._identity.hear)
+                _LOG.info("the server's signing key was replaced: %s follows %s", key.fingerprint, known.fingerprint)
+                return
+        self._say_again()
 
     def _look(self) -> None:
         """Say, once a connection, that a server doesn't answer: to a board that was shut out nobody says so."""

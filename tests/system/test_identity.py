@@ -24,6 +24,7 @@ from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune_device import cli as device_cli
 from fedprune_server import cli as server_cli
+from fedprune_server.identity.folder import IdentityFolder
 from machine import listens
 
 pytestmark = pytest.mark.system
@@ -205,3 +206,37 @@ def test_without_an_identity_nothing_leaves_this_machine(
         run(server_cli.main, *server, "--host", host)
     assert not (tmp_path / "d").exists()
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.mosquitto
+@pytest.mark.parametrize("site", ["mosquitto"], indirect=True)
+def test_rounds_go_on_under_a_new_signing_key_also_with_a_board_that_was_off(site: Site) -> None:
+    config = site.folder / "fleet.toml"
+    config.write_text(config.read_text().replace("rounds = 5", "rounds = 3"))
+    site.hold(2)
+    site.start_all()
+    site.wait_until_held(2)
+    for name in ("south", "server"):
+        site.processes[name].kill()
+        site.processes[name].wait()
+    keys = {name: (site.folder / name / "identity" / "server.pub").read_text() for name in DEVICES}
+
+    rotate = [sys.executable, "-m", "fedprune_server.cli", "identity", "rotate", "--state", str(site.state)]
+    subprocess.run(rotate, check=True, capture_output=True, timeout=60)
+    with IdentityFolder(site.state, read_only=True) as identity:
+        new, certificates = identity.key.verifying.hex, len(identity.authority.lines())
+    assert new not in keys.values()
+
+    def learnt(name: str) -> bool:
+        return (site.folder / name / "identity" / "server.pub").read_text() == new
+
+    site.start("server")
+    site.wait_for(lambda: learnt("north"), "north follows")
+    assert not learnt("south")
+    site.start("south")
+    site.wait_for(lambda: learnt("south"), "south follows")
+    site.let_go(2)
+    history = site.complete().history
+    assert [(r["round"], r["devices"].keys()) for r in history] == [(n, set(DEVICES)) for n in (1, 2, 3)]
+    with IdentityFolder(site.state, read_only=True) as identity:
+        assert len(identity.authority.lines()) == certificates

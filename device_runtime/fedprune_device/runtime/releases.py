@@ -55,16 +55,14 @@ def updater_here(identity: DeviceIdentity | None, environment: Mapping[str, str]
     Args:
         identity: The board's; its server's key is the one that releases must be signed with.
         environment: Where the launcher says which folder is its.
-
-    Raises:
-        IdentityError: The board hasn't joined.
     """
     root = environment.get("FEDPRUNE_ROOT", "")
     if not root or not environment.get("FEDPRUNE_SLOT"):
         return NO_LAUNCHER
     if identity is None:
         return NO_IDENTITY
-    return Updater(Path(root), identity.server, keep=KEPT if TEGRA.exists() else ())
+    joined = identity
+    return Updater(Path(root), lambda: joined.server, keep=KEPT if TEGRA.exists() else ())
 
 
 class Releases:

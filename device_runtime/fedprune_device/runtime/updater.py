@@ -56,7 +56,7 @@ class Updater:
 
     Args:
         root: The folder of slots and launcher.
-        key: What the server signs with.
+        key: What the server signs with, or a function that returns it: the server may replace it.
         keep: Packages of the board's own Python that no release may hide, see `KEPT`.
         python: The Python that wheels must be for.
         machine: The processor that they must be for.
@@ -66,7 +66,7 @@ class Updater:
     def __init__(
         self,
         root: Path,
-        key: VerifyingKey,
+        key: VerifyingKey | Callable[[], VerifyingKey],
         *,
         keep: Collection[str] = (),
         python: str = f"cp{sys.version_info.major}{sys.version_info.minor}",
@@ -232,7 +232,9 @@ class Updater:
             return state
 
     def _opened(self, source: Source) -> Release:
-        return opened(source.manifest()[: MAX_MANIFEST + 1], source.signature(), self._key)
+        return opened(
+            source.manifest()[: MAX_MANIFEST + 1], source.signature(), self._key() if callable(self._key) else self._key
+        )
 
     def _check_launcher(self) -> None:
         """Make sure that the launcher would start what the server's key has signed."""

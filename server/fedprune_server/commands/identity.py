@@ -9,13 +9,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fedprune.cli import whole_number
 from fedprune.disk import storage_errors
 from fedprune.errors import ExitCode, ProtocolError, UsageError
 from fedprune.trust.keys import VerifyingKey, grouped
 from fedprune_server.commands.state import add_state
+
+if TYPE_CHECKING:
+    from fedprune_server.identity.folder import IdentityFolder
 
 _MAX_CLAIMS = 1000
 _MAX_HOURS = 24 * 365
@@ -28,6 +31,13 @@ def register(commands: Any) -> None:
         "--site", type=name_of("site"), default="default", metavar="NAME", help="the fleet's site (default: default)"
     )
     init.set_defaults(run=_init)
+
+    identity = _command(commands, "identity", "show this server's identity, or replace its signing key")
+    identity.add_argument(
+        "action", nargs="?", default="show", choices=("show", "rotate"), metavar="ACTION",
+        help="show (default), or rotate: replace the signing key of a stopped server; boards follow by themselves",
+    )  # fmt: skip
+    identity.set_defaults(run=_identity)
 
     claim = _command(commands, "claim", "make one-time claims, each of which lets one device in")
     claim.add_argument(
@@ -108,9 +118,31 @@ def _init(arguments: argparse.Namespace) -> int:
     check_unowned(arguments.state)
     with IdentityFolder.make(arguments.state, arguments.site) as identity:
         print(f"identity of site {identity.site} in {identity.path}: back it up, and let nobody else read it")
-        print(f"pin of the authority: {grouped(identity.authority.pin.hex())}")
-        print(f"the server's key:     {identity.key.verifying.fingerprint}")
+        _describe(identity)
     return int(ExitCode.OK)
+
+
+def _identity(arguments: argparse.Namespace) -> int:
+    from fedprune_server.identity.folder import IdentityFolder
+    from fedprune_server.store.folder_lock import folder_lock
+
+    if arguments.action == "rotate":
+        IdentityFolder(arguments.state, read_only=True).close()  # there is one
+        # A server that runs would go on with the old key.
+        with folder_lock(arguments.state), IdentityFolder(arguments.state) as identity:
+            identity.rotate()
+    with IdentityFolder(arguments.state, read_only=True) as identity:
+        print(f"site:                 {identity.site}")
+        _describe(identity)
+        print(f"earlier keys that boards can follow to it: {len(identity.successions)}")
+    if arguments.action == "rotate":
+        print("back the identity up before the server starts: boards that know this key won't hear a copy without it")
+    return int(ExitCode.OK)
+
+
+def _describe(identity: IdentityFolder) -> None:
+    print(f"pin of the authority: {grouped(identity.authority.pin.hex())}")
+    print(f"the server's key:     {identity.key.verifying.fingerprint}")
 
 
 def _claim(arguments: argparse.Namespace) -> int:

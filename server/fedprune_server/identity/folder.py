@@ -2,6 +2,8 @@
 
     authority.key, authority.pem, register.jsonl, crl.pem    the certificate authority (`fedprune.trust.authority`)
     signing.key     what the server signs its messages with
+    signing.key.new its successor, while it is being replaced
+    successions.json    by which boards follow from earlier keys to that one (`fedprune.trust.succession`)
     epoch           its latest epoch
     server.key, server.pem    what it connects to the broker with
     broker.key, broker.pem    of the embedded broker, if there is one
@@ -14,7 +16,9 @@ Whoever has this folder is the server: back it up, and keep it to yourself.
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -23,7 +27,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from fedprune.disk import write_whole
+from fedprune.disk import storage_errors, sync_folder, write_whole
 from fedprune.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
 from fedprune.quantity import quantity
 from fedprune.trust.authority import CERTIFICATE, DEVICE_DAYS, SERVER, Authority
@@ -39,7 +43,9 @@ from fedprune.trust.certificates import (
 from fedprune.trust.claim import Claim
 from fedprune.trust.epoch import EpochFile
 from fedprune.trust.keys import SigningKey
+from fedprune.trust.succession import Succession, follow
 from fedprune.trust.tls import PinnedContext, pinned_context
+from fedprune.wire.messages import MAX_SUCCESSIONS
 from fedprune.wire.topics import check_device, check_name
 from fedprune_device.owner import check_unowned
 from fedprune_server.identity.store import APPROVED, REVOKED, IdentityStore
@@ -50,6 +56,7 @@ FOLDER = "identity"
 _SIGNING, _EPOCH, _KEY, _CERTIFICATE, _STORE, _SITE = (
     "signing.key", "epoch", "server.key", "server.pem", "identity.db", "site",
 )  # fmt: skip
+_NEW_SIGNING, _SUCCESSIONS = "signing.key.new", "successions.json"
 _BROKER_LASTS_S = 365 * 24 * 3600
 _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
 _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
@@ -68,6 +75,7 @@ class IdentityFolder:
         site: The site's name.
         authority: The certificate authority.
         key: What the server signs its messages with.
+        successions: Of the signing key, the oldest first.
         epochs: Its epochs.
         store: Claims, devices and answers.
 
@@ -94,12 +102,71 @@ class IdentityFolder:
         except (UnicodeDecodeError, ProtocolError) as error:
             raise IdentityError(f"{self.path / _SITE} is damaged", hint="Write the site's name into it.") from error
         self.authority = Authority(self.path, clock, read_only=read_only)
-        self.key = SigningKey.load(self.path / _SIGNING)
+        self.successions = self._read_successions()
+        self.key = self._load_key(read_only=read_only)
         self.epochs = EpochFile(self.path / _EPOCH, clock)
         self.store = IdentityStore(self.path / _STORE, read_only=read_only)
         self._issuing = threading.Lock()
         if not read_only:
             self.revoke_again()
+
+    def rotate(self) -> None:
+        """Replace the signing key; boards follow by the succession that the old key signs.
+
+        No server may run on the folder. A crash leaves the old key, or the new one with its succession.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        new = SigningKey.make()
+        new.save(self.path / _NEW_SIGNING)
+        if os.geteuid() == 0:  # the server may run as another user
+            owner = (self.path / _SIGNING).stat()
+            with storage_errors(f"can't write {self.path / _NEW_SIGNING}"):
+                os.chown(self.path / _NEW_SIGNING, owner.st_uid, owner.st_gid)
+        made = Succession.make(self.site, self.key, new.verifying)
+        kept = (*self.successions, made)[-MAX_SUCCESSIONS:]
+        write_whole(self.path / _SUCCESSIONS, json.dumps([s.hex for s in kept], indent=1).encode())  # now it counts
+        self.successions = kept
+        self.key = self._load_key(read_only=False)
+
+    def _read_successions(self) -> tuple[Succession, ...]:
+        path = self.path / _SUCCESSIONS
+        try:
+            body = json.loads(path.read_bytes())
+            if not isinstance(body, list) or not 1 <= len(body) <= MAX_SUCCESSIONS:
+                raise ValueError
+            found = tuple(Succession.from_hex(str(text)) for text in body)
+            if follow(self.site, found[0].before, found) != found[-1].after:
+                raise ValueError
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+        except (ValueError, RecursionError, ProtocolError) as error:
+            raise IdentityError(f"{path} is damaged", hint="Restore the backup of the identity folder.") from error
+        return found
+
+    def _load_key(self, *, read_only: bool) -> SigningKey:
+        """The signing key; a replacement that a crash has broken off is completed if its succession was written."""
+        path, new = self.path / _SIGNING, self.path / _NEW_SIGNING
+        key = SigningKey.load(path)
+        if not self.successions or key.verifying == self.successions[-1].after:
+            return key
+        latest = self.successions[-1].after
+        successor = SigningKey.load(new) if new.exists() else None
+        if successor is None or successor.verifying != latest:
+            raise IdentityError(
+                f"{path} is not the key that {self.path / _SUCCESSIONS} ends in",
+                expected=latest.fingerprint,
+                got=key.verifying.fingerprint,
+                hint="Restore both files from the same backup.",
+            )
+        if not read_only:
+            with storage_errors(f"can't write {path}"):
+                new.replace(path)
+                sync_folder(self.path)
+        return successor
 
     def revoke_again(self) -> None:
         """Revoke the certificates of revoked devices, where a crash or a disk lost that revocation.

@@ -66,7 +66,7 @@ class JoinDesk:
                 return self._signed(digest, WAITING, "the operator must approve this device")
             if kept is not None:
                 answer = parse(kept)
-                if isinstance(answer, JoinAnswer):
+                if isinstance(answer, JoinAnswer) and answer.server_key == self._identity.key.verifying.hex:
                     return answer
             certificate = self._issue(request)
         except (JoinError, IdentityError) as error:

@@ -12,17 +12,20 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from fedprune.errors import ProtocolError, SignatureError, StaleEpochError, TwoSignersError
+from fedprune.errors import IdentityError, ProtocolError, SignatureError, StaleEpochError, TwoSignersError
+from fedprune.release import signed
 from fedprune.trust.correspondence import Opener, Sealer
 from fedprune.trust.envelope import unseal
-from fedprune.trust.keys import VerifyingKey
+from fedprune.trust.keys import VerifyingKey, grouped
 from fedprune.wire.complaints import Complaints
 from fedprune.wire.connection_news import ConnectionUp
 from fedprune.wire.join_messages import APPROVED
 from fedprune.wire.messages import Birth, Death, Hello, parse
+from fedprune.wire.release_messages import ReleaseOffer
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.fleet.quarantine import Quarantine
 from fedprune_server.identity.folder import IdentityFolder
@@ -94,6 +97,9 @@ class SignedLink(Relay):
         self._topics = Topics(identity.site)
         self._desk = JoinDesk(identity)
         self._sealer = Sealer(identity.key, identity.epochs)
+        self._key = identity.key
+        self._successions = identity.successions
+        self._earlier = {s.before.id.hex() for s in identity.successions}
         self._openers: dict[str, Opener] = {}
         self._members: dict[str, str] = {}
         self._version: int | None = None
@@ -118,8 +124,15 @@ class SignedLink(Relay):
         if address.device != EVERYONE and address.device not in self._look():
             return False
         if address.channel == "down":
-            if address.device != EVERYONE and isinstance(parse(payload), Hello):
-                self._asked[address.device] = min(_ASKED, self._asked.get(address.device, 0) + 1)
+            message = parse(payload)
+            if isinstance(message, Hello):
+                if address.device != EVERYONE:
+                    self._asked[address.device] = min(_ASKED, self._asked.get(address.device, 0) + 1)
+                if self._successions:
+                    payload = replace(message, successions=tuple(s.hex for s in self._successions)).to_bytes()
+            elif isinstance(message, ReleaseOffer) and self._successions:  # its rollout may be older than the key
+                renewed = signed(message.manifest.encode(), self._key).hex()
+                payload = replace(message, signature=renewed).to_bytes()
             payload = self._sealer.seal(topic, payload)
         return self._link.publish(topic, payload, qos)
 
@@ -241,6 +254,8 @@ class SignedLink(Relay):
         if topic == self._topics.up(device) and isinstance(birth := parse(body), Birth):
             self._sealer.renew(self._topics.down(device))
             self._compare(device, birth.session, opener.epoch(topic) - before)
+            self._offer_successions(device, birth.server_key)
+            return replace(birth, server_key=None).to_bytes()  # the board's link added it
         return body
 
     def _compare(self, device: str, session: int, step: int) -> None:
@@ -260,6 +275,23 @@ class SignedLink(Relay):
             self._news.append(Doubled(device))
         else:
             self._repeat_hello(device)
+
+    def _offer_successions(self, device: str, known: str | None) -> None:
+        """Greet a device that knows an earlier key of this server; log one that knows a key that is none of them."""
+        if known is None or known == self._key.verifying.id.hex():
+            return
+        if known in self._earlier:
+            log.info("%s knows an earlier signing key of this server and is offered the present one", device)
+            self._repeat_hello(device)
+            return
+        error = IdentityError(
+            f"{device} knows the server by another signing key and won't hear it",
+            expected=grouped(self._key.verifying.id.hex()),
+            got=grouped(known),
+            hint="Was this identity restored from a backup, or copied, before the key was replaced? Then restore "
+            "signing.key and successions.json from a later one.",
+        )
+        self._complaints.about(self._topics.up(device), error)
 
     def _look(self) -> dict[str, str]:
         """The members' keys by name; a member that is gone or has another key now is reported as shut out."""

@@ -14,6 +14,7 @@ from fedprune.trust.device_identity import DeviceIdentity
 from fedprune_server.cli import main
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.join_desk import JoinDesk
+from fedprune_server.store.folder_lock import folder_lock
 
 Captured = pytest.CaptureFixture[str]
 
@@ -197,3 +198,30 @@ def test_what_makes_no_sense_is_one_clear_line(
 def test_a_state_folder_without_identity_says_what_to_do(tmp_path: Path, capsys: Captured) -> None:
     assert main(["claim", "--state", str(tmp_path)]) == ExitCode.IDENTITY
     assert "fedprune-server init" in capsys.readouterr().err
+
+
+def test_the_signing_key_is_replaced_while_no_server_runs(state: str, tmp_path: Path, capsys: Captured) -> None:
+    def shown() -> str:
+        assert main(["identity", "--state", state]) == ExitCode.OK
+        return capsys.readouterr().out
+
+    before = shown()
+    assert "earlier keys that boards can follow to it: 0" in before
+    with folder_lock(Path(state)):
+        assert main(["identity", "rotate", "--state", state]) == ExitCode.STORAGE
+    capsys.readouterr()
+    assert shown() == before
+    assert main(["identity", "rotate", "--state", state]) == ExitCode.OK
+    assert "back the identity up" in capsys.readouterr().out
+    assert "earlier keys that boards can follow to it: 1" in shown()
+    with IdentityFolder(Path(state), read_only=True) as identity:
+        key = identity.key.verifying
+        assert key.fingerprint in shown()
+    assert key.fingerprint not in before
+    assert stat.S_IMODE((Path(state) / "identity" / "signing.key").stat().st_mode) == 0o600
+
+
+def test_without_an_identity_there_is_no_key_to_replace(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["identity", "rotate", "--state", str(tmp_path)]) == ExitCode.IDENTITY
+    assert "fedprune-server init" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -11,16 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import StorageError, StorageFullError
+from fedprune.errors import IdentityError, StorageError, StorageFullError
+from fedprune.release import signed
 from fedprune.trust.claim import Claim
 from fedprune.trust.device_identity import DeviceIdentity
+from fedprune.trust.keys import SigningKey
+from fedprune.trust.succession import Succession
 from fedprune.trust.trusted_time import BUILT
 from fedprune.wire.connection_news import ConnectionUp, Event
 from fedprune.wire.join_messages import APPROVED, JoinAnswer
 from fedprune.wire.messages import Birth, Death, Finished, Hello, Progress, parse
+from fedprune.wire.release_messages import ReleaseOffer
 from fedprune.wire.topics import Topics
 from fedprune_device import signed_link as device_side
 from fedprune_server.fleet.quarantine import BURST, Quarantine
+from fedprune_server.identity import folder as folder_module
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.link import signed_link as server_side
 from fedprune_server.link.wire import Doubled, ShutOut
@@ -566,3 +571,178 @@ def test_what_was_opened_of_a_board_that_is_shut_out_meanwhile_is_dropped(lab: L
     lab.now += 2
     assert lab.server.link.get() == ShutOut("pi-1")
     assert not isinstance(lab.server.link.get(), tuple)
+
+
+def meet(server: Server, board: Board) -> None:
+    """A board connects, and both hear what the other sends until neither has anything left to say."""
+    board.say(birth(board.identity.device))
+    while board.end.sent or server.end.sent:
+        up, board.end.sent = board.end.sent, []
+        server.hears(*up)
+        down, server.end.sent = server.end.sent, []
+        board.hears(*(s for s in down if s[0].startswith(TOPICS.down(board.identity.device))))
+
+
+def hears_its_server(lab: Lab, board: Board) -> bool:
+    said = lab.server.say(board.identity.device, Finished("job"))
+    lab.server.end.sent.clear()
+    return board.hears(said) != []
+
+
+def test_boards_follow_the_server_to_new_keys_also_those_that_missed_two_of_them(lab: Lab) -> None:
+    one, two = lab.boards["pi-1"], lab.boards["pi-2"]
+    first = lab.identity.key.verifying
+    lab.identity.rotate()
+    lab.new_server()
+    assert not hears_its_server(lab, one)  # it has not met the server yet, and asks
+    meet(lab.server, one)
+    assert hears_its_server(lab, one)
+    assert one.identity.server == lab.identity.key.verifying != first
+
+    lab.identity.rotate()
+    lab.new_server()
+    lab.now += 60
+    for board in (one, two):
+        meet(lab.server, board)
+        assert hears_its_server(lab, board)
+        assert lab.new_board(board.identity.device).identity.server == lab.identity.key.verifying
+    assert lab.server.doubled == []
+
+
+def test_a_hello_to_everybody_carries_the_succession(lab: Lab) -> None:
+    lab.identity.rotate()
+    lab.new_server()
+    lab.server.link.publish(TOPICS.broadcast(), Hello().to_bytes())
+    assert lab.boards["pi-1"].hears(lab.server.end.sent[-1]) != []
+    assert hears_its_server(lab, lab.boards["pi-1"])
+
+
+def test_a_succession_by_a_wrong_key_counts_for_nothing(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pi, right, forger = lab.boards["pi-1"], lab.identity.key, SigningKey.make()
+    forged = Succession.make("lab", forger, forger.verifying)
+    other_site = Succession.make("other", right, forger.verifying)
+    for bad in (Succession(right.verifying, forger.verifying, forged.signature), forged, other_site):
+        monkeypatch.setattr(lab.identity, "key", forger)
+        monkeypatch.setattr(lab.identity, "successions", (bad,))
+        lab.new_server()
+        assert pi.hears(lab.server.say("pi-1", Hello())) == []
+        assert pi.identity.server == right.verifying
+    # The right succession for which somebody without the new key signs.
+    lab.identity.successions = (Succession.make("lab", right, SigningKey.make().verifying),)
+    lab.new_server()
+    assert pi.hears(lab.server.say("pi-1", Hello())) == []
+    assert pi.identity.server == right.verifying
+
+
+def test_an_older_succession_that_is_repeated_takes_no_board_back(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    pi = lab.boards["pi-1"]
+    first = lab.identity.key
+    lab.identity.rotate()
+    second, shorter = lab.identity.key, lab.identity.successions
+    lab.new_server()
+    old = lab.server.say("pi-1", Hello())
+    lab.identity.rotate()
+    lab.new_server()
+    meet(lab.server, pi)
+    newest = pi.identity.server
+    assert pi.hears(old) == []
+    assert pi.identity.server == newest
+
+    for key, successions in ((second, shorter), (first, ())):  # a server restored from a backup that is older
+        lab.identity.key, lab.identity.successions = key, successions
+        lab.new_server()
+        caplog.clear()
+        lab.now += 60
+        meet(lab.server, pi)
+        assert not hears_its_server(lab, pi)
+        assert pi.identity.server == newest
+        assert "pi-1 knows the server by another signing key" in caplog.text
+        pi.end.sent.clear()
+
+
+def test_an_answer_that_was_kept_from_before_takes_no_board_back(lab: Lab) -> None:
+    claim = Claim.parse(lab.identity.claim("pi-3", DAY).text)
+    device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
+    request = device.request(claim)
+    asked = TOPICS.join(request.nonce), request.to_bytes()
+    lab.server.hears(asked)
+    lab.identity.rotate()
+    lab.new_server().hears(asked)
+    answer = parse(lab.server.end.sent[-1][1])
+    assert isinstance(answer, JoinAnswer)
+    assert device.admit(answer, claim.pin) is not None
+    assert device.server == lab.identity.key.verifying
+
+
+@pytest.mark.parametrize("writes", range(5))
+def test_a_rotation_that_a_crash_breaks_off_leaves_a_server_that_every_board_hears(
+    lab: Lab, writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = 0
+
+    def broken(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: object, **words: object) -> object:
+            nonlocal done
+            if done == writes:
+                raise KeyboardInterrupt
+            done += 1
+            return function(*given, **words)
+
+        return call
+
+    before = lab.identity.key.verifying
+    with monkeypatch.context() as patch:
+        for name in ("write_whole", "sync_folder"):
+            patch.setattr(f"fedprune_server.identity.folder.{name}", broken(getattr(folder_module, name)))
+        patch.setattr(SigningKey, "save", broken(SigningKey.save))
+        renamed, whole = broken(Path.replace), Path.replace
+        patch.setattr(Path, "replace", lambda p, to: (renamed if p.name == "signing.key.new" else whole)(p, to))
+        if writes < 4:
+            with pytest.raises(KeyboardInterrupt):
+                lab.identity.rotate()
+        else:
+            lab.identity.rotate()
+    with IdentityFolder(lab.folder / "state", read_only=True) as seen:
+        looked = seen.key.verifying
+    with IdentityFolder(lab.folder / "state", clock=lambda: float(BUILT + 30 * DAY)) as identity:
+        assert identity.key.verifying == looked
+        assert (looked == before) == (writes < 2)
+        lab.identity = identity
+        lab.new_server()
+        for board in lab.boards.values():
+            meet(lab.server, board)
+            assert hears_its_server(lab, board)
+        identity.rotate()  # can be done again
+    with IdentityFolder(lab.folder / "state", read_only=True) as seen:
+        assert seen.key.verifying not in (looked, before)
+
+
+def test_files_of_two_backups_are_refused(lab: Lab) -> None:
+    path = lab.folder / "state" / "identity"
+    old = (path / "signing.key").read_bytes()
+    lab.identity.rotate()
+    (path / "signing.key").write_bytes(old)
+    with pytest.raises(IdentityError, match="not the key"):
+        IdentityFolder(lab.folder / "state", read_only=True)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '["00"]', "[1]", '["' + "0" * 256 + '"]'])
+def test_a_damaged_file_of_successions_is_refused(lab: Lab, text: str) -> None:
+    (lab.folder / "state" / "identity" / "successions.json").write_text(text)
+    with pytest.raises(IdentityError, match="is damaged"):
+        IdentityFolder(lab.folder / "state", read_only=True)
+
+
+def test_a_release_from_before_is_offered_with_the_new_key_s_signature(lab: Lab) -> None:
+    offer = ReleaseOffer(7, "{}", signed(b"{}", lab.identity.key).hex(), ("ab" * 32,), 3, 600.0)
+    lab.identity.rotate()
+    lab.new_server()
+    pi = lab.boards["pi-1"]
+    meet(lab.server, pi)
+    assert lab.server.link.publish(TOPICS.down("pi-1"), offer.to_bytes())
+    [(_, raw)] = pi.hears(lab.server.end.sent[-1])
+    found = parse(raw)
+    assert isinstance(found, ReleaseOffer)
+    assert found.signature == signed(b"{}", lab.identity.key).hex() != offer.signature

@@ -47,6 +47,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = tmp_path_factory.mktemp("begun") / "state"
     play_job(state, events=11)
     with IdentityFolder.make(state, "default") as identity:
+        identity.rotate()
         identity.claim("attic", 3600)
     with RolloutStore(state) as rollouts:
         rollouts.blobs.put(b"a wheel" * 1000)
@@ -139,7 +140,13 @@ def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, name: s
     new = restored(tmp_path / name, tmp_path / "new")
     assert rows(new) == rows(state)
     assert wrong(new) == []
-    for path in ("model.onnx", "identity/signing.key", "identity/authority.key", "identity/register.jsonl"):
+    for path in (
+        "model.onnx",
+        "identity/signing.key",
+        "identity/successions.json",
+        "identity/authority.key",
+        "identity/register.jsonl",
+    ):
         assert (new / path).read_bytes() == (state / path).read_bytes()
     with IdentityFolder(new) as identity, IdentityFolder(state) as before:
         assert identity.site == before.site == "default"

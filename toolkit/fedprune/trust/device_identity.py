@@ -103,6 +103,15 @@ class DeviceIdentity:
         except (OSError, UnicodeDecodeError, ProtocolError) as error:
             raise IdentityError(f"{self.device} doesn't know its server's key", hint="Let it join again.") from error
 
+    def succeed(self, key: VerifyingKey) -> None:
+        """Replace the server's key by its successor, for good.
+
+        Raises:
+            StorageError: The disk fails or is full; the old key still counts.
+        """
+        self._forget()  # an answer that is still on its way names the old key
+        write_whole(self._folder / _SERVER, key.hex.encode())
+
     def request(self, claim: Claim | None = None) -> JoinRequest:
         """What it asks with: to join, or, once it has, for a new certificate; the same until it is answered.
 

@@ -260,6 +260,19 @@ def names(limit: int) -> Check:
     return check
 
 
+def successions(limit: int) -> Check:
+    """A list of successions of a signing key as hex digits (`fedprune.trust.succession`), the oldest first."""
+    digits = hexadecimal(256)
+
+    @described(_list_of({"type": "string", "pattern": "^[0-9a-f]{256}$"}, limit))
+    def check(where: str, value: object) -> tuple[str, ...]:
+        if not isinstance(value, (list, tuple)) or len(value) > limit:
+            raise ProtocolError(where, expected=f"a list of at most {limit} successions", got=shown(value))
+        return tuple(digits(f"{where}[{i}]", item) for i, item in enumerate(value))
+
+    return check
+
+
 @described(
     {
         "type": "object",

@@ -26,6 +26,9 @@ MAX_WANT = 1024
 """Leaves or pieces that one `Want` may ask for."""
 
 _MOST_CODECS = 64
+MAX_SUCCESSIONS = 32
+"""Successions of a signing key that a server keeps."""
+
 _MOST_ABILITIES = 64
 
 TO = "to"
@@ -55,6 +58,7 @@ class Birth(CheckedMessage):
         codecs: Names of the codecs in which it can send updates (`fedprune.codec`); None where it knows none.
         answer_s: Seconds that answers take on its way, as far as it knows.
         abilities: What else it knows of the protocol, such as `TO`; None where it says nothing of that.
+        server_key: Id of the signing key by which it knows its server; None without an identity.
     """
 
     device: str
@@ -67,9 +71,10 @@ class Birth(CheckedMessage):
     codecs: tuple[str, ...] | None = None
     answer_s: float | None = field(default=None, compare=False)
     abilities: tuple[str, ...] | None = None
+    server_key: str | None = field(default=None, compare=False)
 
     kind: ClassVar[str] = "birth"
-    newer: ClassVar[frozenset[str]] = frozenset({"codecs", "answer_s", "abilities"})
+    newer: ClassVar[frozenset[str]] = frozenset({"codecs", "answer_s", "abilities", "server_key"})
     checks: ClassVar[Mapping[str, Check]] = {
         "device": check.device,
         "session": _COUNT,
@@ -81,6 +86,7 @@ class Birth(CheckedMessage):
         "codecs": check.optional(check.names(_MOST_CODECS)),
         "answer_s": check.optional(check.number(0.0, 3600.0)),
         "abilities": check.optional(check.names(_MOST_ABILITIES)),
+        "server_key": check.optional(check.hexadecimal(16)),
     }
 
 
@@ -222,13 +228,19 @@ class Hello(CheckedMessage):
 
     Attributes:
         time: The server's, in seconds since 1970, by which boards with a wrong clock know which certificates are over.
+        successions: Of the server's signing key, the oldest first, by which boards follow it to the present key; None
+            where the key was never replaced.
     """
 
     time: int | None = None
+    successions: tuple[str, ...] | None = None
 
     kind: ClassVar[str] = "hello"
-    checks: ClassVar[Mapping[str, Check]] = {"time": check.optional(_COUNT)}
-    newer: ClassVar[frozenset[str]] = frozenset({"time"})
+    checks: ClassVar[Mapping[str, Check]] = {
+        "time": check.optional(_COUNT),
+        "successions": check.optional(check.successions(MAX_SUCCESSIONS)),
+    }
+    newer: ClassVar[frozenset[str]] = frozenset({"time", "successions"})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""Successions of a server's signing key: each key signs the one that replaces it.
+
+A device that knows any earlier key follows the signatures to the present one. The earlier private keys aren't needed
+for that, so that a server keeps the successions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fedprune.errors import ProtocolError
+from fedprune.trust.keys import KEY, SIGNATURE, SigningKey, VerifyingKey
+from fedprune.trust.transcript import transcript
+
+LENGTH = 2 * (2 * KEY + SIGNATURE)
+"""Hex digits of a succession."""
+
+_DOMAIN = "fedprune succession 1"
+
+
+@dataclass(frozen=True)
+class Succession:
+    """A signing key's replacement.
+
+    Attributes:
+        before: The replaced key.
+        after: The new key.
+        signature: By the replaced key, over the site and both keys.
+    """
+
+    before: VerifyingKey
+    after: VerifyingKey
+    signature: bytes
+
+    @classmethod
+    def make(cls, site: str, before: SigningKey, after: VerifyingKey) -> Succession:
+        """Replace a key."""
+        return cls(before.verifying, after, before.sign(_text(site, before.verifying, after)))
+
+    @classmethod
+    def from_hex(cls, text: str) -> Succession:
+        """Read a succession as `hex` writes it; its signature is not verified.
+
+        Raises:
+            ProtocolError: The text has another form.
+        """
+        try:
+            raw = bytes.fromhex(text)
+        except ValueError:
+            raw = b""
+        if 2 * len(raw) != LENGTH or len(text) != LENGTH:
+            raise ProtocolError("succession of a signing key", expected=f"{LENGTH} hex digits", got=len(text))
+        return cls(VerifyingKey(raw[:KEY]), VerifyingKey(raw[KEY : 2 * KEY]), raw[2 * KEY :])
+
+    @property
+    def hex(self) -> str:
+        """Both keys and the signature, as messages and files carry them."""
+        return (self.before.raw + self.after.raw + self.signature).hex()
+
+
+def follow(site: str, key: VerifyingKey, successions: Iterable[Succession]) -> VerifyingKey:
+    """The key that a known key leads to; the known key itself where it was not replaced.
+
+    Args:
+        site: The fleet's.
+        key: The known key.
+        successions: The oldest first.
+
+    Raises:
+        SignatureError: A succession on the way is not signed by the key that it replaces.
+    """
+    for succession in successions:
+        if succession.before == key:
+            key.verify(succession.signature, _text(site, succession.before, succession.after))
+            key = succession.after
+    return key
+
+
+def _text(site: str, before: VerifyingKey, after: VerifyingKey) -> bytes:
+    return transcript(_DOMAIN, site, before.raw, after.raw)
