@@ -49,6 +49,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "fedprune-server replay": ("fedprune-server replay --state state",),
     "fedprune-server init": ("fedprune-server init --state state",),
+    "fedprune-server identity": (
+        "fedprune-server identity --state state",
+        "fedprune-server identity rotate --state state",
+    ),
     "fedprune-server claim": (
         "fedprune-server claim --state state --device attic --out attic.claim",
         "fedprune-server claim --state state --count 40 --hours 24 --out claims",
