@@ -75,10 +75,14 @@ class Updater:
     ) -> None:
         self.home = Home(root)
         self._incoming = root / "incoming"
-        self._key = key
+        self._known_key = key
         self._keep = frozenset(keep)
         self._board = {"python": python, "machine": machine or platform.machine()}
         self._free = free
+
+    @property
+    def _key(self) -> VerifyingKey:
+        return self._known_key() if callable(self._known_key) else self._known_key
 
     def install(self, source: Source) -> Release:
         """Set a board up: the launcher, and a first release in the first slot, which needs no trial.
@@ -232,9 +236,7 @@ class Updater:
             return state
 
     def _opened(self, source: Source) -> Release:
-        return opened(
-            source.manifest()[: MAX_MANIFEST + 1], source.signature(), self._key() if callable(self._key) else self._key
-        )
+        return opened(source.manifest()[: MAX_MANIFEST + 1], source.signature(), self._key)
 
     def _check_launcher(self) -> None:
         """Make sure that the launcher would start what the server's key has signed."""
