@@ -118,10 +118,11 @@ class SignedLink:
             return
         message = parse(envelope.body)
         if isinstance(message, Hello) and message.successions:
-            key = follow(self._identity.site, known, map(Succession.from_hex, message.successions))
+            successions = [Succession.from_hex(text) for text in message.successions]
+            key = follow(self._identity.site, known, successions)
             if key.id == envelope.key_id:
                 envelope.verify(key, topic)
-                self._identity.succeed(key)
+                self._identity.succeed(key, successions)
                 self._opener = Opener(key, self._identity.heard(), self._identity.hear)
                 _LOG.info("the server's signing key was replaced: %s follows %s", key.fingerprint, known.fingerprint)
                 return

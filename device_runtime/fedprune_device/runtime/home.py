@@ -11,9 +11,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,11 @@ KEY = "server.pub"
 PURPOSE = b"fedprune release 1\n"
 """What is signed of a release begins with it; `fedprune.release` has the same, which the launcher can't import."""
 
+SUCCESSION = b"fedprune succession 1\0"
+"""What is signed of a succession begins with it; `fedprune.trust.succession` has the same."""
+
 _KEY_BYTES = 32
+_MOST_SUCCESSIONS = 32
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -43,6 +49,8 @@ class Record:
         system: Modules that it takes from the board's own Python; None where nobody wrote it down.
         manifest: The signed manifest that it was installed from; empty where nothing was signed.
         signature: The manifest's signature, as hex.
+        site: The fleet's name; empty where the server's key was never replaced.
+        successions: How the key that signed the manifest replaced earlier ones (`fedprune.trust.succession`), as hex.
     """
 
     version: int
@@ -52,6 +60,8 @@ class Record:
     system: tuple[str, ...] | None = None
     manifest: str = ""
     signature: str = ""
+    site: str = ""
+    successions: tuple[str, ...] = ()
 
 
 class Home:
@@ -128,7 +138,8 @@ class Home:
             own = body.get("system")
             system = None if own is None else tuple(map(str, own))
             proof = str(body.get("manifest", "")), str(body.get("signature", ""))
-            made = Record(int(body["version"]), str(body["name"]), str(body["entry"]), files, system, *proof)
+            lineage = str(body.get("site", "")), tuple(map(str, body.get("successions", ())))
+            made = Record(int(body["version"]), str(body["name"]), str(body["entry"]), files, system, *proof, *lineage)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedError(f"the record of slot {slot} is not one") from error
         if not _ENTRY.fullmatch(made.entry):
@@ -200,11 +211,37 @@ def files_digest(files: Mapping[str, tuple[str, int]]) -> str:
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
+def successors(key: bytes, site: str, successions: Iterable[str]) -> list[bytes]:
+    """A key and those that replaced it, each signed by the one before.
+
+    Args:
+        key: The key that is believed.
+        site: The fleet's name.
+        successions: The oldest first, as hex; the first that is wrong ends the list.
+    """
+    found = [key]
+    for text in islice(successions, _MOST_SUCCESSIONS):
+        try:
+            raw = bytes.fromhex(text)
+        except ValueError:
+            break
+        before, after, signature = raw[:_KEY_BYTES], raw[_KEY_BYTES : 2 * _KEY_BYTES], raw[2 * _KEY_BYTES :]
+        if before != found[-1]:
+            continue  # older than the key that is believed
+        parts = ((b"t", site.encode()), (b"b", before), (b"b", after))
+        signed = SUCCESSION + b"".join(kind + struct.pack("<I", len(part)) + part for kind, part in parts)
+        if not verify(before, signature, signed):
+            break
+        found.append(after)
+    return found
+
+
 def _signed(record: Record, key: bytes) -> bool:
-    """Whether a record is that of a manifest which a key's owner signed."""
+    """Whether a record is that of a manifest which the owner of a key, or of a successor of it, signed."""
     try:
         signature, manifest = bytes.fromhex(record.signature), record.manifest.encode()
-        body = json.loads(manifest) if verify(key, signature, PURPOSE + manifest) else {}
+        keys = successors(key, record.site, record.successions)
+        body = json.loads(manifest) if any(verify(k, signature, PURPOSE + manifest) for k in reversed(keys)) else {}
         told = body["number"], body["entry"], body["contents"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return False

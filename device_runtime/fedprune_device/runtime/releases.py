@@ -62,7 +62,12 @@ def updater_here(identity: DeviceIdentity | None, environment: Mapping[str, str]
     if identity is None:
         return NO_IDENTITY
     joined = identity
-    return Updater(Path(root), lambda: joined.server, keep=KEPT if TEGRA.exists() else ())
+    return Updater(
+        Path(root),
+        lambda: joined.server,
+        identity=joined.folder,
+        keep=KEPT if TEGRA.exists() else (),
+    )
 
 
 class Releases:

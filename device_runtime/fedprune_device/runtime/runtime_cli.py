@@ -97,7 +97,8 @@ def _update(arguments: argparse.Namespace) -> int:
 def _updater(arguments: argparse.Namespace) -> Any:
     from fedprune_device.runtime.updater import KEPT, Updater
 
-    return Updater(arguments.root, _server_key(arguments.key), keep=KEPT if arguments.jetson else ())
+    key, identity = _server_key(arguments.key), Path(arguments.key).parent if Path(arguments.key).exists() else None
+    return Updater(arguments.root, key, identity=identity, keep=KEPT if arguments.jetson else ())
 
 
 def _server_key(given: str) -> Any:

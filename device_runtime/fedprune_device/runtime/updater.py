@@ -23,10 +23,11 @@ from fedprune.disk import locked, storage_errors, sync_folder, write_all
 from fedprune.errors import ReleaseError, StorageError, StorageFullError
 from fedprune.release import MAX_FILE, Release, ReleaseFile, opened
 from fedprune.trust.keys import VerifyingKey
+from fedprune.trust.succession import kept_successions
 from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune_device.durable import place
 from fedprune_device.runtime.admission import admit, admit_packages, own_packages
-from fedprune_device.runtime.home import KEY, Home, Record, digest, files_digest, write_file
+from fedprune_device.runtime.home import KEY, Home, Record, digest, files_digest, successors, write_file
 from fedprune_device.runtime.source import Source
 from fedprune_device.runtime.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, State
 from fedprune_device.runtime.wheel import Wheel
@@ -57,6 +58,7 @@ class Updater:
     Args:
         root: The folder of slots and launcher.
         key: What the server signs with, or a function that returns it: the server may replace it.
+        identity: Folder of the board's identity, which keeps how that key replaced earlier ones; None without one.
         keep: Packages of the board's own Python that no release may hide, see `KEPT`.
         python: The Python that wheels must be for.
         machine: The processor that they must be for.
@@ -68,6 +70,7 @@ class Updater:
         root: Path,
         key: VerifyingKey | Callable[[], VerifyingKey],
         *,
+        identity: Path | None = None,
         keep: Collection[str] = (),
         python: str = f"cp{sys.version_info.major}{sys.version_info.minor}",
         machine: str = "",
@@ -75,7 +78,7 @@ class Updater:
     ) -> None:
         self.home = Home(root)
         self._incoming = root / "incoming"
-        self._known_key = key
+        self._known_key, self._identity = key, identity
         self._keep = frozenset(keep)
         self._board = {"python": python, "machine": machine or platform.machine()}
         self._free = free
@@ -83,6 +86,9 @@ class Updater:
     @property
     def _key(self) -> VerifyingKey:
         return self._known_key() if callable(self._known_key) else self._known_key
+
+    def _successions(self) -> tuple[str, tuple[str, ...]]:
+        return ("", ()) if self._identity is None else kept_successions(self._identity)
 
     def install(self, source: Source) -> Release:
         """Set a board up: the launcher, and a first release in the first slot, which needs no trial.
@@ -244,12 +250,12 @@ class Updater:
             known = self.home.key()
         except DamagedError as error:
             raise ReleaseError(str(error), hint="Write the server's key there, as root.") from error
-        if known not in (None, self._key.raw):
+        if known is not None and self._key.raw not in successors(known, *self._successions()):
             raise ReleaseError(
                 "the launcher starts only what another key has signed",
-                expected=f"key {VerifyingKey(known).fingerprint}",
+                expected=f"key {VerifyingKey(known).fingerprint}, or one that it leads to",
                 got=f"key {self._key.fingerprint}",
-                hint=f"If the server's key was replaced, write the new one to {self.home.root / KEY}, as root.",
+                hint="On a board that moved to another server install the runtime again (docs/update-the-fleet.md).",
             )
 
     def _bring(self, source: Source, state: State) -> Release:
@@ -280,7 +286,9 @@ class Updater:
         # One sync of all instead of thousands, which would wear out a card; the launcher reads every digest anyway.
         os.sync()
         proof = manifest.decode(), signature.hex()
-        record = Record(release.number, release.version, release.entry, files, release.system, *proof)
+        record = Record(
+            release.number, release.version, release.entry, files, release.system, *proof, *self._successions()
+        )
         self.home.write_record(slot, record)
         try:
             self.home.whole(slot, from_disk=True)

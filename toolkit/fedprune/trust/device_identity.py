@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedprune.disk import storage_errors, sync_folder, write_whole
@@ -42,6 +42,7 @@ from fedprune.trust.epoch import EpochFile
 from fedprune.trust.joining import Admission, check_answer
 from fedprune.trust.joining import make_request as make_join_request
 from fedprune.trust.keys import SigningKey, VerifyingKey
+from fedprune.trust.succession import SUCCESSIONS, Succession
 from fedprune.trust.tls import PinnedContext, pinned_context
 from fedprune.trust.trusted_time import TrustedTime
 from fedprune.wire.join_messages import JoinAnswer, JoinRequest
@@ -65,6 +66,7 @@ class DeviceIdentity:
         clock: Seconds since 1970.
 
     Attributes:
+        folder: Its folder.
         key: What it signs its messages with.
         epochs: Its epochs.
 
@@ -74,7 +76,7 @@ class DeviceIdentity:
     """
 
     def __init__(self, folder: Path, site: str, device: str, clock: Callable[[], float] = time.time) -> None:
-        self._folder = folder
+        self.folder = folder
         self.site, self.device = site, device
         with storage_errors(f"can't use {folder}"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -89,7 +91,7 @@ class DeviceIdentity:
     @property
     def joined(self) -> bool:
         """Whether it has a certificate and knows its server."""
-        return all((self._folder / name).exists() for name in (_CERTIFICATE, _KEY, _AUTHORITY, _SERVER))
+        return all((self.folder / name).exists() for name in (_CERTIFICATE, _KEY, _AUTHORITY, _SERVER))
 
     @property
     def server(self) -> VerifyingKey:
@@ -99,18 +101,24 @@ class DeviceIdentity:
             IdentityError: The device hasn't joined, or the file is damaged.
         """
         try:
-            return VerifyingKey.from_hex((self._folder / _SERVER).read_text().strip(), "the server's key")
+            return VerifyingKey.from_hex((self.folder / _SERVER).read_text().strip(), "the server's key")
         except (OSError, UnicodeDecodeError, ProtocolError) as error:
             raise IdentityError(f"{self.device} doesn't know its server's key", hint="Let it join again.") from error
 
-    def succeed(self, key: VerifyingKey) -> None:
+    def succeed(self, key: VerifyingKey, successions: Sequence[Succession]) -> None:
         """Replace the server's key by its successor, for good.
+
+        Args:
+            key: The successor.
+            successions: All that the server sent; the launcher follows them from the key that it was installed with.
 
         Raises:
             StorageError: The disk fails or is full; the old key still counts.
         """
         self._forget()  # an answer that is still on its way names the old key
-        write_whole(self._folder / _SERVER, key.hex.encode())
+        lines = [self.site, *(s.hex for s in successions)]
+        write_whole(self.folder / SUCCESSIONS, "\n".join(lines).encode())
+        write_whole(self.folder / _SERVER, key.hex.encode())
 
     def request(self, claim: Claim | None = None) -> JoinRequest:
         """What it asks with: to join, or, once it has, for a new certificate; the same until it is answered.
@@ -126,8 +134,8 @@ class DeviceIdentity:
             return pending
         tls_key = make_tls_key()
         request = make_join_request(self.site, self.device, self.key, make_request(tls_key, self.device), claim)
-        save_tls_key(tls_key, self._folder / _NEW_KEY)
-        write_whole(self._folder / _REQUEST, request.to_bytes())
+        save_tls_key(tls_key, self.folder / _NEW_KEY)
+        write_whole(self.folder / _REQUEST, request.to_bytes())
         return request
 
     def admit(self, answer: JoinAnswer, pin: bytes) -> Admission | None:
@@ -155,13 +163,13 @@ class DeviceIdentity:
             raise
         if admission is None:
             return None
-        write_whole(self._folder / _AUTHORITY, admission.authority.encode())
+        write_whole(self.folder / _AUTHORITY, admission.authority.encode())
         if self.joined and self.server.hex != admission.server.hex:
-            with storage_errors(f"can't write {self._folder}"):
-                (self._folder / _HEARD).unlink(missing_ok=True)  # another sender's
-        write_whole(self._folder / _SERVER, admission.server.hex.encode())
-        write_whole(self._folder / _ADMITTED, str(admission.time).encode())
-        write_whole(self._folder / _CERTIFICATE, admission.certificate.encode())
+            with storage_errors(f"can't write {self.folder}"):
+                (self.folder / _HEARD).unlink(missing_ok=True)  # another sender's
+        write_whole(self.folder / _SERVER, admission.server.hex.encode())
+        write_whole(self.folder / _ADMITTED, str(admission.time).encode())
+        write_whole(self.folder / _CERTIFICATE, admission.certificate.encode())
         self._finish()
         self.times.learn(admission.time)
         return admission
@@ -174,12 +182,12 @@ class DeviceIdentity:
             IdentityError: It hasn't joined yet.
         """
         if self._time is None:
-            self._time = TrustedTime(self._folder / _TIME, self._ends)
+            self._time = TrustedTime(self.folder / _TIME, self._ends)
         return self._time
 
     def _ends(self) -> int:
         """When its certificate ends, in seconds since 1970."""
-        certificate = load_certificate(self._folder / _CERTIFICATE, "the device's certificate")
+        certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
         return seconds_of(certificate.not_valid_after_utc)
 
     @property
@@ -189,7 +197,7 @@ class DeviceIdentity:
         Raises:
             IdentityError: It knows none yet.
         """
-        return pin_of(load_certificate(self._folder / _AUTHORITY, "the authority's certificate"))
+        return pin_of(load_certificate(self.folder / _AUTHORITY, "the authority's certificate"))
 
     def heard(self) -> dict[str, int]:
         """The latest epoch of its server by stream (`fedprune.trust.correspondence`), as `hear` wrote it.
@@ -197,7 +205,7 @@ class DeviceIdentity:
         Raises:
             StorageError: It can't be read or is damaged.
         """
-        path = self._folder / _HEARD
+        path = self.folder / _HEARD
         try:
             body = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -219,13 +227,13 @@ class DeviceIdentity:
         Raises:
             StorageError: The disk fails or is full; the epoch hasn't begun.
         """
-        write_whole(self._folder / _HEARD, json.dumps(self.heard() | {stream: epoch}, sort_keys=True).encode())
+        write_whole(self.folder / _HEARD, json.dumps(self.heard() | {stream: epoch}, sort_keys=True).encode())
 
     def renewal_due(self) -> bool:
         """Whether it is time to ask for a new certificate, as far as the time floor knows."""
-        certificate = load_certificate(self._folder / _CERTIFICATE, "the device's certificate")
+        certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
         try:
-            begun = int((self._folder / _ADMITTED).read_text())
+            begun = int((self.folder / _ADMITTED).read_text())
         except (OSError, ValueError):
             return True
         return self.times.floor >= begun + RENEW_AT * (seconds_of(certificate.not_valid_after_utc) - begun)
@@ -240,16 +248,16 @@ class DeviceIdentity:
         Raises:
             IdentityError: It hasn't joined, or a file is damaged.
         """
-        authority = authority or self._folder / _AUTHORITY
+        authority = authority or self.folder / _AUTHORITY
         if not certificate:
             return pinned_context(authority, None, None, lambda: self.times.floor)
-        own, key = (self._folder / name for name in (_CERTIFICATE, _KEY))
+        own, key = (self.folder / name for name in (_CERTIFICATE, _KEY))
         return pinned_context(authority, own, key, lambda: self.times.floor)
 
     def _pending(self) -> JoinRequest | None:
         try:
-            request = parse((self._folder / _REQUEST).read_bytes())
-            key = load_tls_key(self._folder / _NEW_KEY)
+            request = parse((self.folder / _REQUEST).read_bytes())
+            key = load_tls_key(self.folder / _NEW_KEY)
             own = isinstance(request, JoinRequest) and key.public_key() == request_key(request.csr)
         except (OSError, ProtocolError, IdentityError):
             return None  # none, or a power cut came between key and request: nobody was asked with it
@@ -259,23 +267,23 @@ class DeviceIdentity:
 
     def _forget(self) -> None:
         """Drop the pending request, which was refused: the next one is another."""
-        with storage_errors(f"can't write {self._folder}"):
+        with storage_errors(f"can't write {self.folder}"):
             for name in (_REQUEST, _NEW_KEY):
-                (self._folder / name).unlink(missing_ok=True)
-            sync_folder(self._folder)
+                (self.folder / name).unlink(missing_ok=True)
+            sync_folder(self.folder)
 
     def _finish(self) -> None:
         """Put the new TLS key in its place if the certificate is its own: also after a power cut right before."""
-        new = self._folder / _NEW_KEY
-        if not new.exists() or not (self._folder / _CERTIFICATE).exists():
+        new = self.folder / _NEW_KEY
+        if not new.exists() or not (self.folder / _CERTIFICATE).exists():
             return
-        certificate = load_certificate(self._folder / _CERTIFICATE, "the device's certificate")
+        certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
         try:
             fits = key_digest(load_tls_key(new).public_key()) == key_digest(certificate.public_key())
         except IdentityError:
             return
         if fits:
-            with storage_errors(f"can't write {self._folder}"):
-                new.replace(self._folder / _KEY)
-                (self._folder / _REQUEST).unlink(missing_ok=True)
-                sync_folder(self._folder)
+            with storage_errors(f"can't write {self.folder}"):
+                new.replace(self.folder / _KEY)
+                (self.folder / _REQUEST).unlink(missing_ok=True)
+                sync_folder(self.folder)

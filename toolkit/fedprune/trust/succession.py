@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+from fedprune.disk import storage_errors
 from fedprune.errors import ProtocolError
 from fedprune.trust.keys import KEY, SIGNATURE, SigningKey, VerifyingKey
 from fedprune.trust.transcript import transcript
 
 LENGTH = 2 * (2 * KEY + SIGNATURE)
 """Hex digits of a succession."""
+
+SUCCESSIONS = "successions"
+"""File of a device's identity beside the server's key: the fleet's name, then the successions, a line each."""
 
 _DOMAIN = "fedprune succession 1"
 
@@ -75,6 +80,20 @@ def follow(site: str, key: VerifyingKey, successions: Iterable[Succession]) -> V
             key.verify(succession.signature, _text(site, succession.before, succession.after))
             key = succession.after
     return key
+
+
+def kept_successions(folder: Path) -> tuple[str, tuple[str, ...]]:
+    """The fleet's name and the successions, the oldest first, that a device's identity keeps; none before the first.
+
+    They are not verified.
+
+    Raises:
+        StorageError: The file can't be read.
+    """
+    path = folder / SUCCESSIONS
+    with storage_errors(f"can't read {path}"):
+        site, *found = path.read_text("utf-8", "replace").split() if path.exists() else [""]
+    return site, tuple(found)
 
 
 def _text(site: str, before: VerifyingKey, after: VerifyingKey) -> bytes:
