@@ -179,12 +179,12 @@ def named(site: Site) -> dict[str, bool]:
     words = [sys.executable, "-m", "fedprune_server.cli", "doctor", "--state", str(site.state)]
     doctor = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120).stdout
     log = (site.folder / "server.log").read_text()
-    marks = (f"device {HOSTILE} is in quarantine", "floods the topic for joining")
     alerts = "".join(p.read_text() for p in site.state.glob("*alert*.json"))
+    member, stranger = f"{HOSTILE} is in quarantine", "lately from the MQTT client"
     return {
-        "log": any(mark in log for mark in marks),
-        "doctor": any(mark in doctor for mark in (f"{HOSTILE} is in quarantine", marks[1])),
-        "alerts": HOSTILE in alerts or marks[1] in alerts,
+        "log": any(mark in log for mark in (member, "floods the topic for joining")),
+        "doctor": any(mark in doctor for mark in (member, stranger)),
+        "alerts": HOSTILE in alerts or stranger in alerts,
     }
 
 
