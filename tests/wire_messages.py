@@ -114,7 +114,7 @@ messages = st.one_of(
               st.none() | texts, st.none() | texts, st.none() | hexes.map(lambda h: h[:32])),
     st.builds(
         ServerPresence, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), texts, texts, counts, counts, counts,
-        st.sampled_from([None, True]), st.none() | hexes.map(lambda h: h[:32]),
+        st.sampled_from([None, True]), st.none() | hexes.map(lambda h: h[:32]), st.sampled_from([None, True]),
     ),
 )  # fmt: skip
 
@@ -161,5 +161,5 @@ EXAMPLES: list[Message] = [
     ),
     LogWanted(60, 16_384, 7),
     ServerQuery(DIGEST[:32], DIGEST[:32], True, "host", "/state", None),
-    ServerPresence(DIGEST[:32], DIGEST[:32], "yard", "/var/lib/fedprune", 1_800_000_000, 7, 9, True, None),
+    ServerPresence(DIGEST[:32], DIGEST[:32], "yard", "/var/lib/fedprune", 1_800_000_000, 7, 9, True, None, True),
 ]

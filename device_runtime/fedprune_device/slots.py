@@ -211,7 +211,9 @@ class Slots:
             record = self.current()
             if record is None:
                 raise ModelError(
-                    f"no model serves in {self._root.parent} yet", hint="The device must finish a round first."
+                    f"no model serves in {self._root.parent} yet",
+                    hint="Is it the board's own state folder (`fedprune-device run --state`)? The board must finish a "
+                    "round first.",
                 )
             folder = self._root / record.slot
             graph = graph_file(record.precision) if record.lowered else GRAPH

@@ -226,7 +226,14 @@ def _run(arguments: argparse.Namespace) -> int:
         if identity is not None:
             if folder.lease.shared is not None:
                 stack.enter_context(shared_identity(folder.database_url, folder.lease, config.state, identity))
-            at = leadership(reached.url, identity, config.state, config.ca, folder.lease.shared)
+            at = leadership(
+                reached.url,
+                identity,
+                config.state,
+                config.ca,
+                folder.lease.shared,
+                embedded=reached.broker is not None,
+            )
             leader = stack.enter_context(at)
         rollouts = None if arguments.insecure else stack.enter_context(RolloutStore(config.state))
         members = None if identity is None else identity.store.members

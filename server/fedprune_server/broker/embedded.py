@@ -207,7 +207,8 @@ class EmbeddedBroker:
         if taken:
             return BrokerError(
                 f"embedded broker: port {self.port} of {self.host} is taken",
-                hint="Is another broker running? Use its URL instead, or choose another port.",
+                hint="If another server of this fleet runs there, stop it. Else use that broker (--broker URL) or "
+                "another port.",
             )
         hint = install_command("server") if "amqtt" in reason else "Check the address, or use another broker."
         return BrokerError(f"embedded broker on {self.host}:{self.port} doesn't start ({reason})", hint=hint)

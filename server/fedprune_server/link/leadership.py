@@ -99,6 +99,7 @@ class Leadership:
         key: The server's signing key.
         folder: The state folder.
         lease: Id of the shared database whose lease the server holds; None for a database of its own.
+        embedded: Whether the broker ends with this process.
         looks_only: Whether it will never serve, as `doctor`.
         clock: Monotonic clock.
 
@@ -114,6 +115,7 @@ class Leadership:
         folder: Path,
         lease: str | None = None,
         *,
+        embedded: bool = False,
         looks_only: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -124,7 +126,7 @@ class Leadership:
         self._lock = threading.Lock()
         self._nonces: deque[str] = deque(maxlen=_NONCES)
         self._others: dict[str, ServerPresence] = {}
-        self._looks_only = looks_only
+        self._embedded, self._looks_only = embedded, looks_only
         self._replaced: frozenset[str] = frozenset()
         self._candidates: dict[tuple[str, str], Candidate] = {}
         self._successor: ServerPresence | None = None
@@ -174,10 +176,16 @@ class Leadership:
             alone: Whether no other server can have been at the broker yet, so that none is waited for.
 
         Raises:
-            OtherServerError: Another server answers, and `take_over` is not set.
+            OtherServerError: Another server answers, and `take_over` is not set, or the broker ends with that server.
             StorageError: The claim's epoch can't be written down.
         """
         found = [] if alone else self.others()
+        if any(other.embedded for other in found):
+            raise OtherServerError(
+                f"another server runs this fleet: {described(found[0])}",
+                hint="The broker is part of that server and ends with it. Stop that server, then start this one with "
+                "an embedded broker on the same port (without --broker): boards connect to it by themselves.",
+            )
         if found and not take_over:
             raise OtherServerError(
                 f"another server runs this fleet: {described(found[0])}",
@@ -278,7 +286,9 @@ class Leadership:
         epoch = 0 if self._epochs is None else self._epochs.written
         settled = self._settled() or None
         place = self._host, self._folder, self._since
-        return ServerPresence(nonce, self._instance, *place, self._claim, epoch, settled, self._lease)
+        return ServerPresence(
+            nonce, self._instance, *place, self._claim, epoch, settled, self._lease, self._embedded or None
+        )
 
     def _settled(self) -> bool:
         return self._took_over or self._clock() >= self._served_at + SETTLED_S
@@ -318,6 +328,7 @@ def leadership(
     ca: Path | None,
     lease: str | None = None,
     *,
+    embedded: bool = False,
     looks_only: bool = False,
 ) -> Iterator[Leadership]:
     """A server's leadership over a connection of its own, which ends with the context.
@@ -328,6 +339,7 @@ def leadership(
         folder: Its state folder.
         ca: Who vouches for the broker; the server's own authority by default.
         lease: As in `Leadership`.
+        embedded: As in `Leadership`.
         looks_only: As in `Leadership`.
 
     Raises:
@@ -335,7 +347,7 @@ def leadership(
     """
     inbox = Inbox[Event](_INBOX_BYTES)
     link = Link(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.context(ca), inbox=inbox)
-    made = Leadership(link, identity.site, identity.key, folder, lease, looks_only=looks_only)
+    made = Leadership(link, identity.site, identity.key, folder, lease, embedded=embedded, looks_only=looks_only)
     try:
         yield made
     finally:

@@ -418,10 +418,11 @@ def _progress(job: JobStatus, now: float) -> Iterator[Alert]:
 
 def _predictions(job: JobStatus, now: float) -> Iterator[Alert]:
     if job.off:
-        name, text = next(iter(job.off.items()))
+        which = "; ".join(f"{name} {text}" for name, text in islice(job.off.items(), SHOWN))
+        which += f" and {len(job.off) - SHOWN} more" if len(job.off) > SHOWN else ""
         yield Alert(
             "prediction-off", INFO, now,
-            f"{quantity(len(job.off), 'board')} of job {job.name} needed far more than planned: {name} {text}",
+            f"{quantity(len(job.off), 'board')} of job {job.name} needed far more than planned: {which}",
             "a board that needs more memory than planned may be killed, and one that needs more time may be late",
             f"compare with {command('status', *at(job.folder))}; see what else runs on the board, or give it less "
             "(docs/planner.md)",

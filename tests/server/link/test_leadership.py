@@ -84,10 +84,10 @@ class Lab:
         self.made: list[Leadership] = []
 
     def server(
-        self, name: str, *, key: SigningKey = KEY, lease: str | None = None, looks_only: bool = False
+        self, name: str, *, key: SigningKey = KEY, lease: str | None = None, **more: bool
     ) -> tuple[Leadership, End, EpochFile]:
         end = End(self.hub)
-        made = Leadership(end, "lab", key, self.folder / name, lease, looks_only=looks_only, clock=lambda: self.now)
+        made = Leadership(end, "lab", key, self.folder / name, lease, clock=lambda: self.now, **more)
         self.made.append(made)
         return made, end, EpochFile(self.folder / name, lambda: float(len(self.made)))
 
@@ -116,7 +116,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def serving(lab: Lab, name: str, **more: str) -> tuple[Leadership, End, EpochFile]:
+def serving(lab: Lab, name: str, **more: str | bool) -> tuple[Leadership, End, EpochFile]:
     server, end, epochs = lab.server(name, **more)  # type: ignore[arg-type]
     server.enter(epochs, take_over=False)
     return server, end, epochs
@@ -136,6 +136,15 @@ def test_a_second_server_is_refused_and_one_that_takes_over_ends_the_first(lab: 
         first.confirm()
     assert not superseded(second)
     assert later.next() > epochs.written  # boards take what it says for later
+
+
+def test_a_server_whose_broker_would_end_with_it_is_not_replaced(lab: Lab) -> None:
+    first, _, _ = serving(lab, "first", embedded=True)
+    for take_over in (False, True):
+        second, _, later = lab.server("second")
+        with pytest.raises(OtherServerError, match="The broker is part of that server and ends with it"):
+            second.enter(later, take_over=take_over)
+    assert not superseded(first)
 
 
 def places(server: Leadership) -> list[tuple[str, bool]]:

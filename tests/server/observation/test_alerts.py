@@ -201,6 +201,14 @@ def test_clients_that_flood_the_joins_under_ever_new_names_are_one_alert_after_a
     assert "revoke" not in alert.todo
 
 
+def test_an_alert_about_predictions_names_each_board_up_to_a_few() -> None:
+    job = with_job(off={f"b{n}": f"memory {n} MB" for n in range(7)})
+    (alert,) = [a for a in evaluate(job, NOW) if a.kind == "prediction-off"]
+    assert alert.what.endswith(
+        "b0 memory 0 MB; b1 memory 1 MB; b2 memory 2 MB; b3 memory 3 MB; b4 memory 4 MB and 2 more"
+    )
+
+
 def test_a_flood_of_joins_from_many_clients_is_the_same_alert_without_a_name(tmp_path: Path) -> None:
     daemon, now = Fleet(tmp_path, JOB).daemon(), [1000.0]
     quarantine = Quarantine(lambda: now[0])

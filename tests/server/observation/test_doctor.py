@@ -211,7 +211,7 @@ def test_a_server_on_a_copy_of_this_disk_is_another_server(
     class Asking:
         def others(self) -> list[ServerPresence]:
             place = socket.gethostname(), str(tmp_path.resolve()), 1
-            return [ServerPresence("ab" * 16, f"{n:032x}", *place, n, n, None, None) for n in range(answers)]
+            return [ServerPresence("ab" * 16, f"{n:032x}", *place, n, n, None, None, None) for n in range(answers)]
 
     IdentityFolder.make(tmp_path, "lab").close()
     monkeypatch.setattr(site, "leadership", lambda *_, **__: nullcontext(Asking()))

@@ -59,6 +59,7 @@ class ServerPresence(CheckedMessage):
         settled: True once it has taken over on purpose or served for half a minute; else null.
         lease: Id of the database whose lease it holds; null where that is a file of its own. Between two servers of
             one database the lease decides.
+        embedded: True where the broker is part of it, and ends with it; else null.
     """
 
     nonce: str
@@ -70,6 +71,7 @@ class ServerPresence(CheckedMessage):
     epoch: int
     settled: bool | None
     lease: str | None
+    embedded: bool | None
 
     kind: ClassVar[str] = "server-presence"
     checks: ClassVar[Mapping[str, Check]] = {
@@ -82,4 +84,5 @@ class ServerPresence(CheckedMessage):
         "epoch": check.whole(),
         "settled": check.optional(check.true),
         "lease": check.optional(_RANDOM),
+        "embedded": check.optional(check.true),
     }
