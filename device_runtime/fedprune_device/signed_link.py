@@ -142,6 +142,8 @@ class SignedLink:
         if isinstance(message, Hello) and topic == self._topics.down(self._identity.device):
             # Said to this board alone: what it says now must count, even if a copy of its disk was heard meanwhile.
             self._sealer.leap()
+        if isinstance(message, Hello) and message.successions:
+            self._identity.keep_successions(message.successions)  # a board may have joined under the latest key
         if isinstance(message, Hello) and message.time is not None:
             try:
                 self._identity.times.learn(message.time)

@@ -180,9 +180,9 @@ class Leadership:
             StorageError: The claim's epoch can't be written down.
         """
         found = [] if alone else self.others()
-        if any(other.embedded for other in found):
+        if hosts := [other for other in found if other.embedded]:
             raise OtherServerError(
-                f"another server runs this fleet: {described(found[0])}",
+                f"another server runs this fleet: {described(hosts[0])}",
                 hint="The broker is part of that server and ends with it. Stop that server, then start this one with "
                 "an embedded broker on the same port (without --broker): boards connect to it by themselves.",
             )

@@ -16,7 +16,7 @@ from fedprune.release import signed
 from fedprune.trust.claim import Claim
 from fedprune.trust.device_identity import DeviceIdentity
 from fedprune.trust.keys import SigningKey
-from fedprune.trust.succession import Succession
+from fedprune.trust.succession import SUCCESSIONS, Succession, kept_successions
 from fedprune.trust.trusted_time import BUILT
 from fedprune.wire.connection_news import ConnectionUp, Event
 from fedprune.wire.join_messages import APPROVED, JoinAnswer
@@ -607,6 +607,18 @@ def test_boards_follow_the_server_to_new_keys_also_those_that_missed_two_of_them
         assert hears_its_server(lab, board)
         assert lab.new_board(board.identity.device).identity.server == lab.identity.key.verifying
     assert lab.server.doubled == []
+
+
+def test_a_board_that_joined_under_the_latest_key_keeps_the_successions_for_its_launcher(lab: Lab) -> None:
+    one = lab.boards["pi-1"]
+    lab.identity.rotate()
+    lab.new_server()
+    meet(lab.server, one)
+    (one.identity.folder / SUCCESSIONS).unlink()
+    assert one.hears(lab.server.say("pi-1", Hello())) != []
+    assert kept_successions(one.identity.folder) == (one.identity.site, tuple(s.hex for s in lab.identity.successions))
+    (one.identity.folder / SUCCESSIONS).write_text("")  # a damaged card
+    assert kept_successions(one.identity.folder) == ("", ())
 
 
 def test_a_hello_to_everybody_carries_the_succession(lab: Lab) -> None:

@@ -105,6 +105,18 @@ class DeviceIdentity:
         except (OSError, UnicodeDecodeError, ProtocolError) as error:
             raise IdentityError(f"{self.device} doesn't know its server's key", hint="Let it join again.") from error
 
+    def keep_successions(self, successions: Sequence[str]) -> None:
+        """Keep the successions of the server's key for the launcher, as `Succession.hex`; nothing is written twice.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        text, path = "\n".join([self.site, *successions]).encode(), self.folder / SUCCESSIONS
+        with storage_errors(f"can't read {path}"):
+            known = path.read_bytes() if path.exists() else b""
+        if known != text:
+            write_whole(path, text)
+
     def succeed(self, key: VerifyingKey, successions: Sequence[Succession]) -> None:
         """Replace the server's key by its successor, for good.
 
@@ -116,8 +128,7 @@ class DeviceIdentity:
             StorageError: The disk fails or is full; the old key still counts.
         """
         self._forget()  # an answer that is still on its way names the old key
-        lines = [self.site, *(s.hex for s in successions)]
-        write_whole(self.folder / SUCCESSIONS, "\n".join(lines).encode())
+        self.keep_successions([s.hex for s in successions])
         write_whole(self.folder / _SERVER, key.hex.encode())
 
     def request(self, claim: Claim | None = None) -> JoinRequest:

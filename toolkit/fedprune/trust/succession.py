@@ -92,7 +92,7 @@ def kept_successions(folder: Path) -> tuple[str, tuple[str, ...]]:
     """
     path = folder / SUCCESSIONS
     with storage_errors(f"can't read {path}"):
-        site, *found = path.read_text("utf-8", "replace").split() if path.exists() else [""]
+        site, *found = (path.read_text("utf-8", "replace") if path.exists() else "").split() or [""]
     return site, tuple(found)
 
 

@@ -71,9 +71,10 @@ class ServerPresence(CheckedMessage):
     epoch: int
     settled: bool | None
     lease: str | None
-    embedded: bool | None
+    embedded: bool | None = None
 
     kind: ClassVar[str] = "server-presence"
+    newer: ClassVar[frozenset[str]] = frozenset({"embedded"})
     checks: ClassVar[Mapping[str, Check]] = {
         "nonce": _RANDOM,
         "instance": _RANDOM,
