@@ -97,7 +97,7 @@ class Site(CheckedMessage):
     kind: ClassVar[str] = "site"
     checks: ClassVar[Mapping[str, Check]] = {
         "version": SHORT,
-        "site": check.site,
+        "site": check.name,
         "jobs": list_of(check.job, 1000),
         "started_at": TIME,
         "connected": truth,
@@ -187,7 +187,7 @@ class Rollouts(CheckedMessage):
     kind: ClassVar[str] = "rollouts"
     checks: ClassVar[Mapping[str, Check]] = {
         "rows": list_of(row_of(ROLLOUT), 50),
-        "releases": list_of(check.site, 200),
+        "releases": list_of(check.name, 200),
     }
 
 

@@ -50,12 +50,12 @@ class Order(CheckedMessage):
     kind: ClassVar[str] = "order"
     checks: ClassVar[Mapping[str, Check]] = {
         "number": check.whole(1),
-        "operator": check.site,
+        "operator": check.name,
         "order": check.choice(*ORDER_KINDS),
         "job": check.optional(check.job),
         "device": check.optional(check.device),
         "key": check.optional(check.text(128)),
-        "release": check.optional(check.site),
+        "release": check.optional(check.name),
         "groups": list_of(check.number(0.0, 1.0), 20),
         "devices": list_of(check.device, 100),
         "reason": check.text(500),

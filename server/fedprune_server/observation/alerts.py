@@ -295,9 +295,9 @@ def at(folder: Path) -> tuple[str, str]:
     return "--state", str(folder)
 
 
-def some(names: Sequence[str]) -> str:
+def some(names: Sequence[str], separator: str = ", ") -> str:
     """The first few names."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return separator.join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def day(moment: float) -> str:
@@ -418,8 +418,7 @@ def _progress(job: JobStatus, now: float) -> Iterator[Alert]:
 
 def _predictions(job: JobStatus, now: float) -> Iterator[Alert]:
     if job.off:
-        which = "; ".join(f"{name} {text}" for name, text in islice(job.off.items(), SHOWN))
-        which += f" and {len(job.off) - SHOWN} more" if len(job.off) > SHOWN else ""
+        which = some([f"{name} {text}" for name, text in job.off.items()], "; ")
         yield Alert(
             "prediction-off", INFO, now,
             f"{quantity(len(job.off), 'board')} of job {job.name} needed far more than planned: {which}",

@@ -57,7 +57,7 @@ class Begin(CheckedMessage):
     kind: ClassVar[str] = "begin"
     checks: ClassVar[Mapping[str, Check]] = {
         "url": _PATH,
-        "site": check.site,
+        "site": check.name,
         "tag": check.tag,
         "blobs": _PATH,
         "pulls": check.whole(1, 1000),

@@ -77,8 +77,8 @@ def tag(where: str, value: object) -> str:
 
 
 @described(defined("name"))
-def site(where: str, value: object) -> str:
-    """A site's name."""
+def name(where: str, value: object) -> str:
+    """A name, such as a site's."""
     return check_name(value, where)
 
 
@@ -193,16 +193,49 @@ def blobs(limit: int) -> Check:
     return check
 
 
-def blob_list(limit: int) -> Check:
-    """A list of at least one blob reference."""
+def list_of(one: Check, what: str, most: int, least: int = 0) -> Check:
+    """A list of values that a check takes.
 
-    @described(_list_of(defined("blob"), limit, least=1))
-    def check(where: str, value: object) -> tuple[BlobRef, ...]:
-        if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= limit:
-            raise ProtocolError(where, expected=f"a list of 1 to {limit} blobs", got=shown(value))
-        return tuple(blob(f"{where}[{i}]", item) for i, item in enumerate(value))
+    Args:
+        one: Checks a value.
+        what: The values' noun, for the error.
+        most: Most values.
+        least: Fewest.
+    """
+    expected = f"a list of {f'{least} to' if least else 'at most'} {most} {what}"
+
+    @described(_list_of(schema_of(one), most, least))
+    def check(where: str, value: object) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple)) or not least <= len(value) <= most:
+            raise ProtocolError(where, expected=expected, got=shown(value))
+        return tuple(one(f"{where}[{i}]", item) for i, item in enumerate(value))
 
     return check
+
+
+def blob_list(limit: int) -> Check:
+    """A list of at least one blob reference."""
+    return list_of(blob, "blobs", limit, least=1)
+
+
+def wholes(limit: int, low: int, high: int) -> Check:
+    """A list of whole numbers."""
+    return list_of(whole(low, high), "numbers", limit)
+
+
+def digests(limit: int) -> Check:
+    """A list of at least one sha256 as hex."""
+    return list_of(digest, "digests", limit, least=1)
+
+
+def names(limit: int) -> Check:
+    """A list of short names of what a peer knows, which may be more than this version does."""
+    return list_of(name, "names", limit)
+
+
+def successions(limit: int) -> Check:
+    """A list of successions of a signing key as hex digits (`fedprune.trust.succession`), the oldest first."""
+    return list_of(hexadecimal(256), "successions", limit)
 
 
 @described({"const": True})
@@ -221,56 +254,6 @@ def optional(check: Check) -> Check:
         return None if value is None else check(where, value)
 
     return checked
-
-
-def wholes(limit: int, low: int, high: int) -> Check:
-    """A list of whole numbers."""
-    one = whole(low, high)
-
-    @described(_list_of(schema_of(one), limit))
-    def check(where: str, value: object) -> tuple[int, ...]:
-        if not isinstance(value, (list, tuple)) or len(value) > limit:
-            raise ProtocolError(where, expected=f"a list of at most {limit} numbers", got=shown(value))
-        return tuple(one(f"{where}[{i}]", item) for i, item in enumerate(value))
-
-    return check
-
-
-def digests(limit: int) -> Check:
-    """A list of at least one sha256 as hex."""
-
-    @described(_list_of(defined("digest"), limit, least=1))
-    def check(where: str, value: object) -> tuple[str, ...]:
-        if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= limit:
-            raise ProtocolError(where, expected=f"a list of 1 to {limit} digests", got=shown(value))
-        return tuple(digest(f"{where}[{i}]", item) for i, item in enumerate(value))
-
-    return check
-
-
-def names(limit: int) -> Check:
-    """A list of short names of what a peer knows, which may be more than this version does."""
-
-    @described(_list_of(defined("name"), limit))
-    def check(where: str, value: object) -> tuple[str, ...]:
-        if not isinstance(value, (list, tuple)) or len(value) > limit:
-            raise ProtocolError(where, expected=f"a list of at most {limit} names", got=shown(value))
-        return tuple(check_name(item, f"{where}[{i}]") for i, item in enumerate(value))
-
-    return check
-
-
-def successions(limit: int) -> Check:
-    """A list of successions of a signing key as hex digits (`fedprune.trust.succession`), the oldest first."""
-    digits = hexadecimal(256)
-
-    @described(_list_of({"type": "string", "pattern": "^[0-9a-f]{256}$"}, limit))
-    def check(where: str, value: object) -> tuple[str, ...]:
-        if not isinstance(value, (list, tuple)) or len(value) > limit:
-            raise ProtocolError(where, expected=f"a list of at most {limit} successions", got=shown(value))
-        return tuple(digits(f"{where}[{i}]", item) for i, item in enumerate(value))
-
-    return check
 
 
 @described(

@@ -41,7 +41,7 @@ class JoinRequest(CheckedMessage):
 
     kind: ClassVar[str] = "join"
     checks: ClassVar[Mapping[str, Check]] = {
-        "site": check.site,
+        "site": check.name,
         "device": check.device,
         "key": check.hexadecimal(64),
         "csr": check.text(4096),
