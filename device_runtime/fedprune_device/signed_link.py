@@ -27,8 +27,10 @@ _LOG = logging.getLogger("fedprune.device")
 PATIENCE_S = 300.0
 """After so long without a word of its server a board says so; one that has nothing to do may hear none for a day."""
 
-_AGAIN_S = 10.0
-"""At most so often a server is told anew that this board has restarted."""
+_AGAIN_S, _LONGEST_AGAIN_S = 10.0, 3600.0
+"""The pause after a repeated birth, which doubles with each further one, and the longest pause.
+
+Whoever may publish on the board's topics can send messages that lead to a birth."""
 
 
 class SignedLink:
@@ -52,7 +54,7 @@ class SignedLink:
         self._opener = Opener(identity.server, identity.heard(), identity.hear)
         self._clock = clock
         self._birth: tuple[str, bytes] | None = None
-        self._again_at = 0.0
+        self._again_at, self._pause_s = 0.0, _AGAIN_S
         self._complaints = Complaints(_LOG, clock)
         self._silent_since: float | None = None
 
@@ -152,9 +154,12 @@ class SignedLink:
 
     def _say_again(self) -> None:
         """The server doesn't know that this board has restarted, or somebody repeats what it said before."""
-        if self._birth is None or self._clock() < self._again_at:
+        now = self._clock()
+        if self._birth is None or now < self._again_at:
             return
-        self._again_at = self._clock() + _AGAIN_S
+        if now >= self._again_at + _LONGEST_AGAIN_S:  # it was quiet
+            self._pause_s = _AGAIN_S
+        self._again_at, self._pause_s = now + self._pause_s, min(_LONGEST_AGAIN_S, 2 * self._pause_s)
         try:
             self.publish(*self._birth)
         except StorageError as error:

@@ -21,7 +21,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -102,8 +102,8 @@ class IdentityFolder:
         except (UnicodeDecodeError, ProtocolError) as error:
             raise IdentityError(f"{self.path / _SITE} is damaged", hint="Write the site's name into it.") from error
         self.authority = Authority(self.path, clock, read_only=read_only)
-        self.successions = self._read_successions()
-        self.key = self._load_key(read_only=read_only)
+        self.successions = read_successions(self.path, self.site)
+        self.key = load_signing_key(self.path, self.successions, read_only=read_only)
         self.epochs = EpochFile(self.path / _EPOCH, clock)
         self.store = IdentityStore(self.path / _STORE, read_only=read_only)
         self._issuing = threading.Lock()
@@ -128,45 +128,7 @@ class IdentityFolder:
         kept = (*self.successions, made)[-MAX_SUCCESSIONS:]
         write_whole(self.path / _SUCCESSIONS, json.dumps([s.hex for s in kept], indent=1).encode())  # now it counts
         self.successions = kept
-        self.key = self._load_key(read_only=False)
-
-    def _read_successions(self) -> tuple[Succession, ...]:
-        path = self.path / _SUCCESSIONS
-        try:
-            body = json.loads(path.read_bytes())
-            if not isinstance(body, list) or not 1 <= len(body) <= MAX_SUCCESSIONS:
-                raise ValueError
-            found = tuple(Succession.from_hex(str(text)) for text in body)
-            if follow(self.site, found[0].before, found) != found[-1].after:
-                raise ValueError
-        except FileNotFoundError:
-            return ()
-        except OSError as error:
-            raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
-        except (ValueError, RecursionError, ProtocolError) as error:
-            raise IdentityError(f"{path} is damaged", hint="Restore the backup of the identity folder.") from error
-        return found
-
-    def _load_key(self, *, read_only: bool) -> SigningKey:
-        """The signing key; a replacement that a crash has broken off is completed if its succession was written."""
-        path, new = self.path / _SIGNING, self.path / _NEW_SIGNING
-        key = SigningKey.load(path)
-        if not self.successions or key.verifying == self.successions[-1].after:
-            return key
-        latest = self.successions[-1].after
-        successor = SigningKey.load(new) if new.exists() else None
-        if successor is None or successor.verifying != latest:
-            raise IdentityError(
-                f"{path} is not the key that {self.path / _SUCCESSIONS} ends in",
-                expected=latest.fingerprint,
-                got=key.verifying.fingerprint,
-                hint="Restore both files from the same backup.",
-            )
-        if not read_only:
-            with storage_errors(f"can't write {path}"):
-                new.replace(path)
-                sync_folder(self.path)
-        return successor
+        self.key = load_signing_key(self.path, kept)
 
     def revoke_again(self) -> None:
         """Revoke the certificates of revoked devices, where a crash or a disk lost that revocation.
@@ -322,6 +284,62 @@ class IdentityFolder:
             return False
         authority_ends = seconds_of(self.authority.certificate.not_valid_after_utc)
         return seconds_of(found.not_valid_after_utc) >= min(self.authority.now() + seconds, authority_ends)
+
+
+def read_successions(folder: Path, site: str) -> tuple[Succession, ...]:
+    """The successions of a server's signing key, verified, the oldest first.
+
+    Raises:
+        IdentityError: The file is damaged, or another site's.
+        StorageError: It can't be read.
+    """
+    path = folder / _SUCCESSIONS
+    try:
+        body = json.loads(path.read_bytes())
+        if not isinstance(body, list) or not 1 <= len(body) <= MAX_SUCCESSIONS:
+            raise ValueError
+        found = tuple(Succession.from_hex(str(text)) for text in body)
+        if follow(site, found[0].before, found) != found[-1].after:
+            raise ValueError
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    except (ValueError, RecursionError, ProtocolError) as error:
+        raise IdentityError(f"{path} is damaged", hint="Restore the backup of the identity folder.") from error
+    return found
+
+
+def load_signing_key(folder: Path, successions: Sequence[Succession], *, read_only: bool = False) -> SigningKey:
+    """A server's signing key; a rotation that was interrupted is completed if its succession was written.
+
+    Args:
+        folder: The identity's.
+        successions: As `read_successions` gives them.
+        read_only: Leave the files as they are.
+
+    Raises:
+        IdentityError: A file is missing or damaged, or the key is not the one that the successions end in.
+        StorageError: The disk fails or is full.
+    """
+    path, new = folder / _SIGNING, folder / _NEW_SIGNING
+    key = SigningKey.load(path)
+    if not successions or key.verifying == successions[-1].after:
+        return key
+    latest = successions[-1].after
+    successor = SigningKey.load(new) if new.exists() else None
+    if successor is None or successor.verifying != latest:
+        raise IdentityError(
+            f"{path} is not the key that {folder / _SUCCESSIONS} ends in",
+            expected=latest.fingerprint,
+            got=key.verifying.fingerprint,
+            hint="Restore both files from the same backup.",
+        )
+    if not read_only:
+        with storage_errors(f"can't write {path}"):
+            new.replace(path)
+            sync_folder(folder)
+    return successor
 
 
 def _issue_server(authority: Authority, folder: Path) -> None:

@@ -16,8 +16,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from fedprune.errors import IdentityError, ProtocolError, SignatureError, StaleEpochError, TwoSignersError
-from fedprune.release import signed
+from fedprune.errors import IdentityError, ProtocolError, ReleaseError, SignatureError, StaleEpochError, TwoSignersError
+from fedprune.release import is_signed, signed
 from fedprune.trust.correspondence import Opener, Sealer
 from fedprune.trust.envelope import unseal
 from fedprune.trust.keys import VerifyingKey, grouped
@@ -99,6 +99,7 @@ class SignedLink(Relay):
         self._sealer = Sealer(identity.key, identity.epochs)
         self._key = identity.key
         self._successions = identity.successions
+        self._unsigned: set[int] = set()  # stored releases whose signature is none of this server's
         self._earlier = {s.before.id.hex() for s in identity.successions}
         self._openers: dict[str, Opener] = {}
         self._members: dict[str, str] = {}
@@ -131,8 +132,7 @@ class SignedLink(Relay):
                 if self._successions:
                     payload = replace(message, successions=tuple(s.hex for s in self._successions)).to_bytes()
             elif isinstance(message, ReleaseOffer) and self._successions:  # its rollout may be older than the key
-                renewed = signed(message.manifest.encode(), self._key).hex()
-                payload = replace(message, signature=renewed).to_bytes()
+                payload = self._signed_again(topic, message).to_bytes()
             payload = self._sealer.seal(topic, payload)
         return self._link.publish(topic, payload, qos)
 
@@ -157,6 +157,24 @@ class SignedLink(Relay):
             if not device or device in self._members:  # as of now: it may have changed since
                 return opened
         return Unheard()
+
+    def _signed_again(self, topic: str, offer: ReleaseOffer) -> ReleaseOffer:
+        """A stored release with the present key's signature.
+
+        Where its signature is by none of this server's keys it stays as it is: the board refuses it and reports why.
+        """
+        manifest, signature = offer.manifest.encode(), bytes.fromhex(offer.signature)
+        keys = (self._key.verifying, *(s.before for s in self._successions))
+        if any(is_signed(manifest, signature, key) for key in keys):
+            return replace(offer, signature=signed(manifest, self._key).hex())
+        if offer.number not in self._unsigned:
+            self._unsigned.add(offer.number)
+            error = ReleaseError(
+                f"the stored release {offer.number} is not signed by this server, and boards will refuse it",
+                hint="Make the release again, with `fedprune-server release`, and start another rollout.",
+            )
+            log.error("%s", error)
+        return offer
 
     def _read(self, item: Item | Unheard | None) -> None:
         """Open the waiting messages, for a turn's time at most, and store the epochs they begin in one transaction.

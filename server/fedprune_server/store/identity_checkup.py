@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fedprune.disk import storage_errors
 from fedprune.errors import FedpruneError, IdentityError
 from fedprune.trust.authority import CERTIFICATE, CRL, KEY, REGISTER, Authority
 from fedprune.trust.certificates import key_digest, load_certificate, load_tls_key
 from fedprune.trust.epoch import EpochFile
 from fedprune.trust.keys import SigningKey
+from fedprune_server.identity.folder import load_signing_key, read_successions
 from fedprune_server.store.finding import Finding, Weight
 
 _RESTORE = "Restore the backup of the identity folder."
@@ -47,7 +49,7 @@ def check_identity(identity: Path) -> Iterator[Finding]:
     if not missing & {KEY, CERTIFICATE, REGISTER}:
         yield from _failure(lambda: _authority(identity, crl=CRL not in missing))
     if "signing.key" not in missing:
-        yield from _failure(lambda: SigningKey.load(identity / "signing.key"))
+        yield from _failure(lambda: _signing_key(identity))
     yield from _failure(lambda: EpochFile(identity / "epoch"))
     if not missing & {"server.key", "server.pem"}:
         yield from _failure(lambda: _server(identity))
@@ -58,6 +60,16 @@ def _failure(read: Callable[[], object]) -> Iterator[Finding]:
         read()
     except FedpruneError as error:
         yield Finding(Weight.WRONG, str(error))
+
+
+def _signing_key(identity: Path) -> None:
+    site = identity / "site"
+    if not site.exists():  # a finding of its own, and what successions are verified with
+        SigningKey.load(identity / "signing.key")
+        return
+    with storage_errors(f"can't read {site}"):
+        name = site.read_text("utf-8", "replace").strip()
+    load_signing_key(identity, read_successions(identity, name), read_only=True)
 
 
 def _authority(identity: Path, *, crl: bool) -> None:

@@ -15,6 +15,7 @@ from fedprune.errors import IdentityError, StorageError, StorageFullError
 from fedprune.release import signed
 from fedprune.trust.claim import Claim
 from fedprune.trust.device_identity import DeviceIdentity
+from fedprune.trust.envelope import seal
 from fedprune.trust.keys import SigningKey
 from fedprune.trust.succession import SUCCESSIONS, Succession, kept_successions
 from fedprune.trust.trusted_time import BUILT
@@ -758,3 +759,48 @@ def test_a_release_from_before_is_offered_with_the_new_key_s_signature(lab: Lab)
     found = parse(raw)
     assert isinstance(found, ReleaseOffer)
     assert found.signature == signed(b"{}", lab.identity.key).hex() != offer.signature
+
+
+def test_a_stored_release_that_no_key_of_the_server_signed_is_not_signed_anew(
+    lab: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, forger = signed(b"{}", lab.identity.key).hex(), SigningKey.make()
+    lab.identity.rotate()
+    lab.identity.rotate()
+    lab.new_server()
+    pi = lab.boards["pi-1"]
+    meet(lab.server, pi)
+
+    def arrives(manifest: str, signature: str) -> str:
+        offer = ReleaseOffer(7, manifest, signature, ("ab" * 32,), 3, 600.0)
+        assert lab.server.link.publish(TOPICS.down("pi-1"), offer.to_bytes())
+        [(_, raw)] = pi.hears(lab.server.end.sent[-1])
+        found = parse(raw)
+        assert isinstance(found, ReleaseOffer)
+        return found.signature
+
+    assert arrives("{}", good) == arrives("{}", signed(b"{}", lab.identity.key).hex())
+    assert caplog.text == ""
+    for manifest, signature in (('{"other": 1}', good), ("{}", signed(b"{}", forger).hex()), ("{}", "00" * 64)):
+        assert arrives(manifest, signature) == signature
+    assert caplog.text.count("is not signed by this server") == 1
+
+
+def test_messages_by_a_foreign_key_cause_ever_fewer_births(lab: Lab) -> None:
+    pi, forger = lab.boards["pi-1"], SigningKey.make()
+    meet(lab.server, pi)
+    topic = TOPICS.down("pi-1")
+    births = []
+    for n in range(6 * 360):  # six hours, every ten seconds
+        lab.now += 10
+        pi.hears((topic, seal(forger, topic, n, 0, Finished("job").to_bytes())), lab.server.say("pi-1", Hello()))
+        if pi.end.sent:
+            births.append(lab.now)
+            pi.end.sent.clear()
+    assert births[0] == 10  # a board that missed a rotation asks at once
+    assert len(births) < 16
+
+    lab.identity.rotate()
+    lab.new_server()
+    assert pi.hears(lab.server.say("pi-1", Hello())) != []  # that is no obstacle to following
+    assert pi.identity.server == lab.identity.key.verifying

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from fedprune.blobs import BlobStore
 from fedprune.errors import ExitCode, FedpruneError, IdentityError
 from fedprune.kept_table import SUFFIX
+from fedprune.trust.keys import SigningKey
+from fedprune.trust.succession import Succession
 from fedprune_server.cli import main
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.rollouts.store import RolloutStore
@@ -139,6 +142,16 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     "server's key another one": (
         lambda s: shutil.copy(s / "identity" / "authority.key", s / "identity" / "server.key"),
         "don't belong together.*next start",
+    ),
+    "successions damaged": (
+        lambda s: (s / "identity" / "successions.json").write_text("[]"),
+        r"successions\.json is damaged.*Restore",
+    ),
+    "successions of another key": (
+        lambda s: (s / "identity" / "successions.json").write_text(
+            json.dumps([Succession.make("default", SigningKey.make(), SigningKey.make().verifying).hex])
+        ),
+        r"signing\.key is not the key that .*successions\.json ends in.*same backup",
     ),
     "signing key damaged": (lambda s: (s / "identity" / "signing.key").write_bytes(b"x"), "signing.key"),
 }
