@@ -150,10 +150,14 @@ class Site:
             for name in self.devices:
                 (self.folder / f"{name}.claim").write_text(identity.claim(name, 3600).text)
             if self.mosquitto:
-                broker = Broker(("127.0.0.1",), self.port, self.join_port, self.folder, bind="127.0.0.1")
-                write_broker(identity, "mosquitto", broker, self.folder)
-                with (self.folder / "mosquitto.conf").open("a") as file:
-                    file.write("user root\n")  # what starts it here can't give its files to another user
+                self.write_broker(identity)
+
+    def write_broker(self, identity: IdentityFolder) -> None:
+        """Give Mosquitto the files that the server writes for it."""
+        broker = Broker(("127.0.0.1",), self.port, self.join_port, self.folder, bind="127.0.0.1")
+        write_broker(identity, "mosquitto", broker, self.folder)
+        with (self.folder / "mosquitto.conf").open("a") as file:
+            file.write("user root\n")  # what starts it here can't give its files to another user
 
     def __enter__(self: _Site) -> _Site:
         return self

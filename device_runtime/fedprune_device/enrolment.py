@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import ssl
 import threading
 import time
@@ -40,6 +41,8 @@ _WAITING_S = 20.0
 _LOOK_S = 600.0
 _DAY_S = 24 * 3600.0
 _PATIENCE_S = 60.0
+_SPREAD_S = 10.0
+"""Boards that hear at once that the authority is being replaced ask within so many seconds, each at its own moment."""
 
 
 def join_urls(broker: str) -> list[str]:
@@ -208,8 +211,8 @@ def _asked(
 class Renewal:
     """Asks for a new certificate when it is time, beside what the board does; at the next connection it counts.
 
-    Also when the broker hasn't let the board in for a while, at most once a day: a board that lay in a drawer doesn't
-    know what time it is.
+    It is time, too, when the server has named another authority than the certificate's, and when the broker hasn't let
+    the board in for a while, at most once a day: a board that lay in a drawer doesn't know what time it is.
 
     Args:
         identity: The board's; it has joined.
@@ -242,14 +245,21 @@ class Renewal:
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
+        self._identity.renew_now.set()
         self._thread.join(10)
 
     def _run(self) -> None:
-        while not self._stopped.wait(_LOOK_S):
+        asked = self._identity.renew_now
+        while True:
+            if asked.wait(_LOOK_S):
+                asked.clear()
+                self._stopped.wait(random.uniform(0, _SPREAD_S))  # noqa: S311  # nosec B311  # no secret
+            if self._stopped.is_set():
+                return
             try:
                 if self.due():
                     self.renew()
-            except Exception as error:  # noqa: BLE001, PERF203 - nothing may end what keeps the board a member
+            except Exception as error:  # noqa: BLE001 - nothing may end what keeps the board a member
                 _LOG.warning("no new certificate yet: %s", error)
 
     def due(self) -> bool:
@@ -265,7 +275,7 @@ class Renewal:
             FedpruneError: There is none; the old one stays.
         """
         enrol(
-            self._identity, self._urls, None, self._identity.pin, authority=self._authority,
+            self._identity, self._urls, None, self._identity.pins[0], authority=self._authority,
             patience_s=patience_s, stopped=self._stopped, tell=_LOG.debug,
         )  # fmt: skip
         self._renewed_at = self._clock()

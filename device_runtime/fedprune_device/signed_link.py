@@ -70,7 +70,8 @@ class SignedLink:
             # The server may have restarted: only an epoch that is new to it is sure to count.
             self._sealer.renew(topic)
             self._birth = topic, payload
-            payload = replace(birth, server_key=self._opener.key.id.hex()).to_bytes()
+            self._identity.renewed.clear()
+            payload = replace(birth, server_key=self._opener.key.id.hex(), authority=self._identity.issuer()).to_bytes()
             if self._silent_since is None:
                 self._silent_since = self._clock()
         return self._link.publish(topic, self._sealer.seal(topic, payload), qos)
@@ -92,6 +93,8 @@ class SignedLink:
         """The next message or event; None, too, if what came doesn't count."""
         item = self._link.get(timeout)
         self._look()
+        if self._birth is not None and self._identity.renewed.is_set():  # the server waits for that in a rotation
+            self._publish_birth()
         if not isinstance(item, tuple):
             if isinstance(item, ConnectionDown):
                 self._silent_since = None
@@ -146,6 +149,11 @@ class SignedLink:
             self._sealer.leap()
         if isinstance(message, Hello) and message.successions:
             self._identity.keep_successions(message.successions)  # a board may have joined under the latest key
+        if isinstance(message, Hello) and message.authorities:
+            try:
+                self._identity.follow_authorities(message.authorities)
+            except FedpruneError as error:  # it is said again
+                _LOG.warning("%s", error)
         if isinstance(message, Hello) and message.time is not None:
             try:
                 self._identity.times.learn(message.time)
@@ -160,7 +168,11 @@ class SignedLink:
         if now >= self._again_at + _LONGEST_AGAIN_S:  # it was quiet
             self._pause_s = _AGAIN_S
         self._again_at, self._pause_s = now + self._pause_s, min(_LONGEST_AGAIN_S, 2 * self._pause_s)
+        self._publish_birth()
+
+    def _publish_birth(self) -> None:
         try:
-            self.publish(*self._birth)
+            if self._birth is not None:
+                self.publish(*self._birth)
         except StorageError as error:
             _LOG.warning("%s", error)

@@ -240,3 +240,60 @@ def test_rounds_go_on_under_a_new_signing_key_also_with_a_board_that_was_off(sit
     assert [(r["round"], r["devices"].keys()) for r in history] == [(n, set(DEVICES)) for n in (1, 2, 3)]
     with IdentityFolder(site.state, read_only=True) as identity:
         assert len(identity.authority.lines()) == certificates
+
+
+@pytest.mark.mosquitto
+@pytest.mark.parametrize("site", ["mosquitto"], indirect=True)
+def test_a_fleet_moves_to_a_new_authority_also_with_a_board_that_was_off_at_first(site: Site) -> None:
+    config = site.folder / "fleet.toml"
+    config.write_text(config.read_text().replace("rounds = 5", "rounds = 3"))
+    site.hold(2)
+    site.start_all()
+    site.wait_until_held(2)
+
+    def end(*names: str) -> None:
+        for name in names:
+            site.processes[name].kill()
+            site.processes[name].wait()
+
+    def replace_authority(action: str) -> subprocess.CompletedProcess[str]:
+        """While the server is off; then the broker gets its new files, and both start."""
+        end("server")
+        command = [sys.executable, "-m", "fedprune_server.cli", "identity", action, "--state", str(site.state)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode == ExitCode.OK:
+            with IdentityFolder(site.state) as identity:
+                site.write_broker(identity)
+            site.kill("broker")
+        site.start("server")
+        return done
+
+    def left() -> list[str]:
+        with IdentityFolder(site.state, read_only=True) as identity:
+            return identity.without_new_certificate()
+
+    def trusted(name: str) -> str:
+        return (site.folder / name / "identity" / "authority.pem").read_text()
+
+    old = trusted("north")
+    end("south")
+    done = replace_authority("rotate-ca")
+    assert done.returncode == ExitCode.OK, done.stderr
+    assert "boards without a certificate of that one: 2" in done.stdout
+    site.wait_for(lambda: left() == ["south"], "north has a certificate of the new authority")
+    assert trusted("north").startswith(old)
+    assert trusted("south") == old
+
+    done = replace_authority("retire-ca")
+    assert done.returncode == ExitCode.IDENTITY, done.stdout
+    assert "none for south" in done.stderr
+    site.start("south")
+    site.wait_for(lambda: left() == [], "south has one, too")
+    done = replace_authority("retire-ca")
+    assert done.returncode == ExitCode.OK, done.stderr
+    new = (site.state / "identity" / "authority.pem").read_text()
+    assert (site.folder / "authority.pem").read_text() == new != old
+    site.wait_for(lambda: {trusted(name) for name in DEVICES} == {new}, "boards trust the new one alone")
+    site.let_go(2)
+    history = site.complete().history
+    assert [(r["round"], r["devices"].keys()) for r in history] == [(n, set(DEVICES)) for n in (1, 2, 3)]

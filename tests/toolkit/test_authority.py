@@ -313,3 +313,35 @@ def test_a_list_that_another_has_signed_revokes_nothing(authority: Authority, tm
         other._list.write(other._revoked)
     (tmp_path / "identity" / "crl.pem").write_bytes((tmp_path / "other" / "crl.pem").read_bytes())
     assert not Authority(tmp_path / "identity").is_revoked(serial)
+
+
+def test_while_one_authority_replaces_another_openssl_trusts_and_refuses_certificates_of_both(
+    authority: Authority,
+) -> None:
+    folder = authority.crl_path.parent
+    pems = [authority.issue_device("lab", name, csr(name)) for name in ("pi-1", "pi-2")]
+    server = authority.issue_server(csr(subject.SERVER))
+    authority.begin_rotation("lab")
+    both = Authority(folder)
+    pems += [both.issue_device("lab", name, csr(name)) for name in ("pi-1", "pi-2")]
+    broker = both.issue_broker(["127.0.0.1"], csr("broker"))
+    assert both.revoke_device("pi-1") == 2
+    listed = ("-crl_check", "-CRLfile", str(both.crl_path), "-purpose", "sslclient")
+    for pem in (pems[1], pems[3]):
+        verified(both, pem, *listed)
+    for pem in (pems[0], pems[2]):
+        assert "certificate revoked" in verified(both, pem, *listed, ok=False)
+    assert both.is_current(read_certificate(broker, "broker"), client=False)
+    assert broker != server
+    assert [both.is_current(read_certificate(p, "device"), client=True) for p in pems] == [False] * 2 + [True] * 2
+
+    both.end_rotation()
+    new = Authority(folder)
+    assert (new.pins, new.ever_rotated, new.rotating) == (both.pins[1:], True, False)
+    verified(new, pems[3], *listed)
+    assert "certificate revoked" in verified(new, pems[2], *listed, ok=False)
+    for pem in (pems[1], server, broker):
+        verified(new, pem, ok=False)
+    assert new.crl_is_right()
+    with pytest.raises(IdentityError, match="is not being replaced"):
+        new.end_rotation()

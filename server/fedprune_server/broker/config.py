@@ -22,7 +22,7 @@ from pathlib import Path
 from fedprune.disk import storage_errors, write_whole
 from fedprune.errors import IdentityError
 from fedprune.trust.authority import SERVER
-from fedprune.trust.certificates import make_request, make_tls_key, tls_key_pem
+from fedprune.trust.certificates import make_request, make_tls_key, pem_of, tls_key_pem
 from fedprune.wire.topics import EVERYONE, JOIN, JOINED, NO_JOB, PREFIX, SERVERS
 from fedprune_server.identity.folder import IdentityFolder
 
@@ -105,7 +105,7 @@ def write_broker(identity: IdentityFolder, kind: str, broker: Broker, out: Path)
     certificate = identity.authority.issue_broker(broker.hosts, make_request(key, "broker"))
     texts = mosquitto(identity.site, broker) if kind == MOSQUITTO else emqx(identity.site, broker)
     write_whole(out / KEY, tls_key_pem(key), private=True)
-    write_whole(out / CERTIFICATE, (certificate + identity.authority.pem).encode())
+    write_whole(out / CERTIFICATE, (certificate + pem_of(identity.authority.certificate)).encode())
     write_whole(out / AUTHORITY, identity.authority.pem.encode())
     write_whole(out / CRL, identity.authority.crl_path.read_bytes())
     for name, text in texts.items():

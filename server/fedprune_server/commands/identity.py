@@ -20,6 +20,19 @@ from fedprune_server.commands.state import add_state
 if TYPE_CHECKING:
     from fedprune_server.identity.folder import IdentityFolder
 
+_ROTATE, _ROTATE_CA, _RETIRE_CA = "rotate", "rotate-ca", "retire-ca"
+_FILES = (
+    "back the identity up, give the broker the files that `fedprune-server broker-config` writes now and restart it "
+    "(the embedded broker needs none), then start the server"
+)
+_NEXT = {
+    _ROTATE: "back the identity up before the server starts: boards that know this key won't hear a copy without it",
+    _ROTATE_CA: f"{_FILES}: boards get new certificates by themselves. When `fedprune-server identity` lists none "
+    "any more, stop the server and end it: fedprune-server identity retire-ca",
+    _RETIRE_CA: f"{_FILES}. Unused claims from before are void: make new ones",
+}
+"""What to do after an action."""
+
 _MAX_CLAIMS = 1000
 _MAX_HOURS = 24 * 365
 
@@ -32,11 +45,17 @@ def register(commands: Any) -> None:
     )
     init.set_defaults(run=_init)
 
-    identity = _command(commands, "identity", "show this server's identity, or replace its signing key")
+    identity = _command(
+        commands, "identity", "show this server's identity, or replace its signing key or certificate authority"
+    )
     identity.add_argument(
-        "action", nargs="?", default="show", choices=("show", "rotate"), metavar="ACTION",
-        help="show (default), or rotate: replace the signing key of a stopped server; boards follow by themselves",
+        "action", nargs="?", default="show", choices=("show", _ROTATE, _ROTATE_CA, _RETIRE_CA), metavar="ACTION",
+        help="show (default); of a stopped server, rotate: replace the signing key; rotate-ca: begin to replace the "
+        "certificate authority; retire-ca: end that, when all boards have certificates of the new one",
     )  # fmt: skip
+    identity.add_argument(
+        "--force", action="store_true", help="retire-ca also while boards have none: they must join again with a claim"
+    )
     identity.set_defaults(run=_identity)
 
     claim = _command(commands, "claim", "make one-time claims, each of which lets one device in")
@@ -126,17 +145,29 @@ def _identity(arguments: argparse.Namespace) -> int:
     from fedprune_server.identity.folder import IdentityFolder
     from fedprune_server.store.folder_lock import folder_lock
 
-    if arguments.action == "rotate":
+    action: str = arguments.action
+    if arguments.force and action != _RETIRE_CA:
+        raise UsageError("--force", expected=f"with {_RETIRE_CA}", got=f"with {action}")
+    if action != "show":
         IdentityFolder(arguments.state, read_only=True).close()  # there is one
         # A server that runs would go on with the old key.
         with folder_lock(arguments.state), IdentityFolder(arguments.state) as identity:
-            identity.rotate()
+            if action == _ROTATE:
+                identity.rotate()
+            elif action == _ROTATE_CA:
+                identity.rotate_authority()
+            else:
+                identity.retire_authority(force=arguments.force)
     with IdentityFolder(arguments.state, read_only=True) as identity:
         print(f"site:                 {identity.site}")
         _describe(identity)
+        if identity.authority.rotating:
+            left = identity.without_new_certificate()
+            print(f"about to replace it:  {grouped(identity.authority.pins[-1].hex())}")
+            print(f"boards without a certificate of that one: {len(left)}{''.join(f'{chr(10)}  {n}' for n in left)}")
         print(f"earlier keys that boards can follow to it: {len(identity.successions)}")
-    if arguments.action == "rotate":
-        print("back the identity up before the server starts: boards that know this key won't hear a copy without it")
+    if action in _NEXT:
+        print(_NEXT[action])
     return int(ExitCode.OK)
 
 
@@ -212,6 +243,7 @@ def _list(identity: Any, arguments: argparse.Namespace) -> None:
             "status": d.status,
             "key": VerifyingKey.from_hex(d.key).fingerprint,
             "asked": d.asked,
+            "behind": identity.behind(d),
             "certificate_ends": max((i.ends for i in identity.authority.of_device(d.device)), default=None),
         }
         for d in identity.store.devices()
@@ -221,7 +253,8 @@ def _list(identity: Any, arguments: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=2, sort_keys=True))
         return
     for row in rows:
-        print(f"{row['device']:<24} {row['status']:<9} {row['key']}")
+        note = f"  at an earlier {' and '.join(row['behind'])}" if row["behind"] else ""
+        print(f"{row['device']:<24} {row['status']:<9} {row['key']}{note}")
     if not rows:
         print("no device has asked yet")
 

@@ -1,6 +1,7 @@
 """A server's identity: its authority, its keys, and whom it has let in. `<state>/identity`, mode 0700.
 
     authority.key, authority.pem, register.jsonl, crl.pem    the certificate authority (`fedprune.trust.authority`)
+    authority.key.new    its successor's key, while that one replaces it
     signing.key     what the server signs its messages with
     signing.key.new its successor, while it is being replaced
     successions.json    by which boards follow from earlier keys to that one (`fedprune.trust.succession`)
@@ -30,7 +31,7 @@ from cryptography import x509
 from fedprune.disk import storage_errors, sync_folder, write_whole
 from fedprune.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
 from fedprune.quantity import quantity
-from fedprune.trust.authority import CERTIFICATE, DEVICE_DAYS, SERVER, Authority
+from fedprune.trust.authority import CERTIFICATE, DEVICE_DAYS, NEW_KEY, SERVER, Authority
 from fedprune.trust.certificates import (
     key_digest,
     load_certificate,
@@ -48,7 +49,7 @@ from fedprune.trust.tls import PinnedContext, pinned_context
 from fedprune.wire.messages import MAX_SUCCESSIONS
 from fedprune.wire.topics import check_device, check_name
 from fedprune_device.owner import check_unowned
-from fedprune_server.identity.store import APPROVED, REVOKED, IdentityStore
+from fedprune_server.identity.store import APPROVED, REVOKED, Device, IdentityStore
 
 log = logging.getLogger("fedprune.server")
 
@@ -59,6 +60,9 @@ _SIGNING, _EPOCH, _KEY, _CERTIFICATE, _STORE, _SITE = (
 _NEW_SIGNING, _SUCCESSIONS = "signing.key.new", "successions.json"
 _BROKER_LASTS_S = 365 * 24 * 3600
 _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
+_SHOWN = 5
+"""Boards that an error names."""
+
 _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
 _WEB_KEY, _WEB_CERTIFICATE = "web.key", "web.pem"
 
@@ -101,6 +105,7 @@ class IdentityFolder:
             raise StorageError(f"can't read {self.path / _SITE}: {error.strerror}", hint=remedy(error)) from error
         except (UnicodeDecodeError, ProtocolError) as error:
             raise IdentityError(f"{self.path / _SITE} is damaged", hint="Write the site's name into it.") from error
+        self._clock = clock
         self.authority = Authority(self.path, clock, read_only=read_only)
         self.successions = read_successions(self.path, self.site)
         self.key = load_signing_key(self.path, self.successions, read_only=read_only)
@@ -120,15 +125,75 @@ class IdentityFolder:
         """
         new = SigningKey.make()
         new.save(self.path / _NEW_SIGNING)
-        if os.geteuid() == 0:  # the server may run as another user
-            owner = (self.path / _SIGNING).stat()
-            with storage_errors(f"can't write {self.path / _NEW_SIGNING}"):
-                os.chown(self.path / _NEW_SIGNING, owner.st_uid, owner.st_gid)
+        self._give_to_owner(self.path / _NEW_SIGNING)
         made = Succession.make(self.site, self.key, new.verifying)
         kept = (*self.successions, made)[-MAX_SUCCESSIONS:]
         write_whole(self.path / _SUCCESSIONS, json.dumps([s.hex for s in kept], indent=1).encode())  # now it counts
         self.successions = kept
         self.key = load_signing_key(self.path, kept)
+
+    def rotate_authority(self) -> None:
+        """Begin to replace the certificate authority: boards and server get certificates of the new one.
+
+        No server may run on the folder.
+
+        Raises:
+            IdentityError: It is being replaced already.
+            StorageError: The disk fails or is full.
+        """
+        self.authority.begin_rotation(self.site)
+        self._give_to_owner(self.path / NEW_KEY)
+        self.authority = Authority(self.path, self._clock)
+
+    def retire_authority(self, *, force: bool = False) -> None:
+        """End the replacement of the certificate authority: the old one counts no more.
+
+        No server may run on the folder.
+
+        Args:
+            force: Also while boards have no certificate of the new one; they must join again.
+
+        Raises:
+            IdentityError: It is not being replaced, or boards have no certificate of the new one yet.
+            StorageError: The disk fails or is full.
+        """
+        if (left := self.without_new_certificate()) and not force:
+            names = ", ".join(left[:_SHOWN]) + (f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else "")
+            raise IdentityError(
+                f"{quantity(len(left), 'board')} would be locked out: no certificate of the new authority yet",
+                expected="certificates for all boards",
+                got=f"none for {names}",
+                hint="Let them connect while the server runs. Revoke boards that are gone; with --force the others "
+                "must join again, with a claim.",
+            )
+        self.authority.end_rotation()
+        self.authority = Authority(self.path, self._clock)
+
+    def behind(self, device: Device) -> list[str]:
+        """What of this server a device that is let in knew an earlier one of when it connected last.
+
+        Empty, too, before its first connection.
+        """
+        present = {
+            "signing key": (device.server_key, self.key.verifying.id.hex()),
+            "certificate authority": (device.authority, self.authority.pins[-1].hex()),
+        }
+        earlier = [what for what, (known, latest) in present.items() if known not in (None, latest)]
+        return earlier if device.status == APPROVED else []
+
+    def without_new_certificate(self) -> list[str]:
+        """Boards that are let in and have not reported a certificate of the authority that replaces the old one."""
+        if not self.authority.rotating:
+            return []
+        latest = self.authority.pins[-1].hex()
+        return [d.device for d in self.store.devices() if d.status == APPROVED and d.authority != latest]
+
+    def _give_to_owner(self, path: Path) -> None:
+        """Let the identity's owner read a file that root made: the server may run as another user."""
+        if os.geteuid() == 0:
+            owner = (self.path / _SIGNING).stat()
+            with storage_errors(f"can't write {path}"):
+                os.chown(path, owner.st_uid, owner.st_gid)
 
     def revoke_again(self) -> None:
         """Revoke the certificates of revoked devices, where a crash or a disk lost that revocation.
@@ -234,7 +299,7 @@ class IdentityFolder:
 
     def _listening(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         certificate, private, wanted = self.path / certificate_name, self.path / key_name, sorted(set(hosts))
-        if not self._lasts(certificate, private, _BROKER_LASTS_S) or _hosts(certificate) != set(wanted):
+        if not self._lasts(certificate, private, _BROKER_LASTS_S, client=False) or _hosts(certificate) != set(wanted):
             key = make_tls_key()
             issued = self.authority.issue_broker(wanted, make_request(key, "broker"))
             save_tls_key(key, private)
@@ -267,18 +332,20 @@ class IdentityFolder:
         """
         certificate, key = (self.path / name for name in (_CERTIFICATE, _KEY))
         with self._issuing:  # several connections may want it at once
-            if not self._lasts(certificate, key, _SERVER_LASTS_S):
+            if not self._lasts(certificate, key, _SERVER_LASTS_S, client=True):
                 try:
                     _issue_server(self.authority, self.path)
                 except StorageError as error:  # the old one may do until there is room
                     log.warning("no new certificate for the server yet: %s", error)
         return authority or self.path / CERTIFICATE, certificate, key
 
-    def _lasts(self, certificate: Path, key: Path, seconds: int) -> bool:
-        """Whether a certificate is there, its key is this one, and it lasts so long, or as long as the authority."""
+    def _lasts(self, certificate: Path, key: Path, seconds: int, *, client: bool) -> bool:
+        """Whether a certificate is the present authority's and for this key, and lasts so long or as long as that."""
         try:
             found = load_certificate(certificate, "certificate")
             if key_digest(found.public_key()) != key_digest(load_tls_key(key).public_key()):
+                return False
+            if not self.authority.is_current(found, client=client):
                 return False
         except (IdentityError, ProtocolError):
             return False

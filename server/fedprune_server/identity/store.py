@@ -44,7 +44,7 @@ it gets no second one, and is refused once that one has ended or was revoked."""
 KEPT_CLAIMS_S = 30 * 86_400
 """Seconds for which unused claims are kept after their end, so that a late board learns the reason."""
 
-_FORMAT = 1
+_FORMAT = 2
 _BUSY_S = 10
 _TABLES = """
 CREATE TABLE IF NOT EXISTS claims (
@@ -55,6 +55,7 @@ CREATE TABLE IF NOT EXISTS devices (
     PRIMARY KEY (device, key));
 CREATE TABLE IF NOT EXISTS answers (
     number INTEGER PRIMARY KEY AUTOINCREMENT, request TEXT UNIQUE NOT NULL, device TEXT NOT NULL, answer BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS followed (key TEXT PRIMARY KEY, server_key TEXT, authority TEXT);
 CREATE TABLE IF NOT EXISTS heard (
     key TEXT NOT NULL, stream TEXT NOT NULL, epoch INTEGER NOT NULL, PRIMARY KEY (key, stream));
 """
@@ -73,12 +74,16 @@ class Device:
         key: Its verifying key, as hex.
         status: `waiting`, `approved` or `revoked`.
         asked: When it asked first, in seconds since 1970.
+        server_key: Id of the signing key by which the device knew this server at its latest birth, as hex.
+        authority: Pin of the certificate authority whose certificate it had then, as hex.
     """
 
     device: str
     key: str
     status: str
     asked: int
+    server_key: str | None = None
+    authority: str | None = None
 
 
 class IdentityStore:
@@ -109,7 +114,7 @@ class IdentityStore:
             self._connection.execute("PRAGMA synchronous=FULL")
         with self._transaction() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in ((_FORMAT,) if read_only else (0, _FORMAT)):
+            if version not in ((_FORMAT,) if read_only else (0, 1, _FORMAT)):
                 raise StorageError(f"{path} was written by another version", expected=_FORMAT, got=version)
             if read_only:
                 return
@@ -223,7 +228,10 @@ class IdentityStore:
     def devices(self) -> list[Device]:
         """All keys that asked or were let in, by name."""
         with self._transaction() as connection:
-            rows = connection.execute("SELECT device, key, status, asked FROM devices ORDER BY device, asked, key")
+            rows = connection.execute(
+                "SELECT device, key, status, asked, server_key, authority FROM devices LEFT JOIN followed USING (key) "
+                "ORDER BY device, asked, key"
+            )
             return [Device(*row) for row in rows]
 
     def key_of(self, device: str) -> str | None:
@@ -244,13 +252,17 @@ class IdentityStore:
         with self._transaction() as connection:
             return dict(connection.execute("SELECT stream, epoch FROM heard WHERE key = ?", (key,)))
 
-    def hear(self, begun: Sequence[tuple[str, str, int]]) -> None:
-        """Note that epochs of senders have begun; all are on the disk when this returns.
+    def hear(
+        self, begun: Sequence[tuple[str, str, int]], followed: Iterable[tuple[str, str | None, str | None]] = ()
+    ) -> None:
+        """Keep which epochs of senders have begun; all are on the disk when this returns.
 
         Args:
             begun: Verifying key, stream and epoch of each.
+            followed: Verifying key of each device, and its `server_key` and `authority` as in `Device`.
         """
         with self._transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO followed VALUES (?, ?, ?)", followed)
             connection.executemany("INSERT OR REPLACE INTO heard (key, stream, epoch) VALUES (?, ?, ?)", begun)
         self.also_hear(begun)
 

@@ -100,6 +100,10 @@ class SignedLink(Relay):
         self._key = identity.key
         self._successions = identity.successions
         self._unsigned: set[int] = set()  # stored releases whose signature is none of this server's
+        authority = identity.authority
+        self._authorities = tuple(p.hex() for p in authority.pins) if authority.ever_rotated else None
+        self._followed = {d.key: (d.server_key, d.authority) for d in identity.store.devices()}
+        self._to_follow: dict[str, tuple[str | None, str | None]] = {}  # not yet on the disk
         self._earlier = {s.before.id.hex() for s in identity.successions}
         self._openers: dict[str, Opener] = {}
         self._members: dict[str, str] = {}
@@ -129,8 +133,8 @@ class SignedLink(Relay):
             if isinstance(message, Hello):
                 if address.device != EVERYONE:
                     self._asked[address.device] = min(_ASKED, self._asked.get(address.device, 0) + 1)
-                if self._successions:
-                    payload = replace(message, successions=tuple(s.hex for s in self._successions)).to_bytes()
+                successions = tuple(s.hex for s in self._successions) or None
+                payload = replace(message, successions=successions, authorities=self._authorities).to_bytes()
             elif isinstance(message, ReleaseOffer) and self._successions:  # its rollout may be older than the key
                 payload = self._signed_again(topic, message).to_bytes()
             payload = self._sealer.seal(topic, payload)
@@ -186,9 +190,13 @@ class SignedLink(Relay):
             if not isinstance(item, Unheard):
                 self._take(item)
             item = self._link.get() if self._clock() < until and len(self._opened) < _READ_AHEAD else None
-        if self._begun:
-            self._store.hear([(key, stream, epoch) for (key, stream), epoch in self._begun.items()])
+        if self._begun or self._to_follow:
+            self._store.hear(
+                [(key, stream, epoch) for (key, stream), epoch in self._begun.items()],
+                [(key, *known) for key, known in self._to_follow.items()],
+            )
             self._begun.clear()
+            self._to_follow.clear()
 
     def _take(self, item: Item) -> None:
         if isinstance(item, ConnectionUp):
@@ -272,8 +280,13 @@ class SignedLink(Relay):
         if topic == self._topics.up(device) and isinstance(birth := parse(body), Birth):
             self._sealer.renew(self._topics.down(device))
             self._compare(device, birth.session, opener.epoch(topic) - before)
+            known = birth.server_key, birth.authority
+            if self._followed.get(opener.key.hex) != known:
+                self._followed[opener.key.hex] = self._to_follow[opener.key.hex] = known
             self._offer_successions(device, birth.server_key)
-            return replace(birth, server_key=None).to_bytes()  # the board's link added it
+            if self._authorities is not None and birth.authority != self._authorities[-1]:
+                self._repeat_hello(device)  # it names the authority of which the device needs a certificate
+            return replace(birth, server_key=None, authority=None).to_bytes()  # the board's link added them
         return body
 
     def _compare(self, device: str, session: int, step: int) -> None:

@@ -69,6 +69,7 @@ def _examine(folder: Path, timeout: float, now: float) -> Iterator[Ailment]:
         lambda: site.broker(folder, server, timeout, running=running),
         lambda: site.other_servers(folder, server, running=running),
         lambda: site.revocations(folder),
+        lambda: () if broken else site.rotation(folder),
         lambda: site.bucket(server, timeout),
         lambda: site.crashes(folder, now),
         lambda: site.backups(folder, now),

@@ -87,6 +87,38 @@ def identity(folder: Path) -> Iterator[Ailment]:
             yield of_finding(finding, "identity", "without it the server can't prove to boards who it is")
 
 
+def rotation(folder: Path) -> Iterator[Ailment]:
+    """Boards that don't know the server's present keys, and a replacement of the authority that can end.
+
+    Args:
+        folder: The state folder, with a whole identity.
+    """
+    if not (folder / IDENTITY).is_dir():
+        return
+    with IdentityFolder(folder, read_only=True) as opened:
+        behind = {d.device: opened.behind(d) for d in opened.store.devices()}
+        rotating, left = opened.authority.rotating, opened.without_new_certificate()
+    if names := [name for name, what in behind.items() if "signing key" in what]:
+        yield note(
+            "signing-key",
+            f"{quantity(len(names), 'board')} last connected before the signing key was replaced: {_few(names)}",
+            "they follow when they connect; a stolen old key deceives them until then",
+            command("devices", *at(folder)),
+        )
+    if rotating:
+        waits = f"{quantity(len(left), 'board')} has no certificate of the new one yet: {_few(left)}" if left else ""
+        yield note(
+            "authority",
+            f"the certificate authority is being replaced; {waits or 'all boards have certificates of the new one'}",
+            "the old authority counts until that ends",
+            "let these boards connect, or revoke them" if left else command("identity", "retire-ca", *at(folder)),
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
 def clock(now: float, last_event: float | None) -> Iterator[Ailment]:
     """Whether this machine's clock can be right."""
     ahead = last_event is not None and last_event > now + _AHEAD_S

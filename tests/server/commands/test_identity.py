@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import stat
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
 from fedprune.errors import ExitCode
+from fedprune.trust.certificates import load_certificate
 from fedprune.trust.claim import Claim
 from fedprune.trust.device_identity import DeviceIdentity
 from fedprune_server.cli import main
@@ -219,6 +221,47 @@ def test_the_signing_key_is_replaced_while_no_server_runs(state: str, tmp_path: 
         assert key.fingerprint in shown()
     assert key.fingerprint not in before
     assert stat.S_IMODE((Path(state) / "identity" / "signing.key").stat().st_mode) == 0o600
+
+
+def test_the_authority_is_replaced_in_two_steps(state: str, tmp_path: Path, capsys: Captured) -> None:
+    def run(action: str, *more: str) -> tuple[int, str]:
+        code = main(["identity", action, "--state", state, *more])
+        read = capsys.readouterr()
+        return code, read.out + read.err
+
+    board, _ = asks(state, tmp_path / "1", "pi-1", Claim.parse(claimed(state, capsys)))
+    assert run("retire-ca") == (ExitCode.IDENTITY, ANY)
+    with folder_lock(Path(state)):
+        assert run("rotate-ca")[0] == ExitCode.STORAGE
+    code, said = run("rotate-ca")
+    assert (code, "boards without a certificate of that one: 1\n  pi-1\n" in said) == (ExitCode.OK, True), said
+    assert "broker-config" in said
+    assert run("rotate-ca") == (ExitCode.IDENTITY, ANY)
+    assert stat.S_IMODE((Path(state) / "identity" / "authority.key.new").stat().st_mode) == 0o600
+
+    out = tmp_path / "broker"
+    assert main(["broker-config", "mosquitto", "--state", state, "--host", "localhost", "--out", str(out)]) == 0
+    with IdentityFolder(Path(state)) as identity:
+        old, new = identity.authority.pins
+        assert (out / "authority.pem").read_text() == identity.authority.pem
+        assert identity.authority.is_current(load_certificate(out / "broker.pem", "broker"), client=False)
+        identity.store.hear([], [(board.key.verifying.hex, identity.key.verifying.id.hex(), old.hex())])
+    capsys.readouterr()
+    assert main(["devices", "--state", state]) == ExitCode.OK
+    assert "at an earlier certificate authority" in capsys.readouterr().out
+    code, said = run("retire-ca")
+    assert (code, "pi-1" in said) == (ExitCode.IDENTITY, True)
+    assert run("rotate", "--force")[0] == ExitCode.USAGE
+    code, said = run("retire-ca", "--force")
+    assert (code, "claims from before are void" in said) == (ExitCode.OK, True), said
+    with IdentityFolder(Path(state), read_only=True) as identity:
+        assert identity.authority.pins == (new,)
+
+
+def claimed(state: str, capsys: Captured) -> str:
+    capsys.readouterr()
+    assert main(["claim", "--state", state]) == ExitCode.OK
+    return capsys.readouterr().out.strip()
 
 
 def test_without_an_identity_there_is_no_key_to_replace(tmp_path: Path, capsys: Captured) -> None:

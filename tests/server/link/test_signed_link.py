@@ -7,12 +7,14 @@ import logging
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from fedprune.errors import IdentityError, StorageError, StorageFullError
+from fedprune.errors import IdentityError, SignatureError, StorageError, StorageFullError
 from fedprune.release import signed
+from fedprune.trust import authority as authority_module
 from fedprune.trust.claim import Claim
 from fedprune.trust.device_identity import DeviceIdentity
 from fedprune.trust.envelope import seal
@@ -30,6 +32,8 @@ from fedprune_server.identity import folder as folder_module
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.link import signed_link as server_side
 from fedprune_server.link.wire import Doubled, ShutOut
+from fedprune_server.observation.site_doctor import rotation
+from fedprune_server.store.identity_checkup import check_identity
 
 DAY = 24 * 3600
 TOPICS = Topics("lab")
@@ -546,14 +550,14 @@ def test_boards_that_come_back_together_cost_one_transaction(lab: Lab) -> None:
     finally:
         store._connection.set_trace_callback(None)
     written = [i for i, s in enumerate(statements) if s.startswith("INSERT")]
-    assert len(written) == len(births)
+    assert len(written) == 2 * len(births)  # its epoch, and which keys of the server it knows
     assert "COMMIT" not in statements[written[0] : written[-1]]
 
 
 def test_what_is_not_on_the_disk_yet_is_not_given_out(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     births = [board.say(birth(name, 6)) for name, board in lab.boards.items()]
 
-    def full(_begun: object) -> None:
+    def full(*_begun: object) -> None:
         raise StorageFullError("no room")
 
     monkeypatch.setattr(lab.identity.store, "hear", full)
@@ -804,3 +808,187 @@ def test_messages_by_a_foreign_key_cause_ever_fewer_births(lab: Lab) -> None:
     lab.new_server()
     assert pi.hears(lab.server.say("pi-1", Hello())) != []  # that is no obstacle to following
     assert pi.identity.server == lab.identity.key.verifying
+
+
+def renew(lab: Lab, board: Board) -> None:
+    """A board asks for a new certificate, and meets its server again."""
+    request = board.identity.request()
+    lab.server.hears((TOPICS.join(request.nonce), request.to_bytes()))
+    answer = parse(lab.server.end.sent.pop()[1])
+    assert isinstance(answer, JoinAnswer)
+    assert board.identity.admit(answer, board.identity.pins[0]) is not None
+    lab.now += 60
+    meet(lab.server, board)
+
+
+def test_a_new_authority_replaces_the_old_one_when_all_boards_have_its_certificates(lab: Lab) -> None:
+    one, two = lab.boards["pi-1"], lab.boards["pi-2"]
+    old = lab.identity.authority.pin
+    lab.identity.rotate_authority()
+    both, new = lab.identity.authority.pins, lab.identity.authority.pins[-1]
+    assert both[0] == old != new
+    lab.new_server()
+    meet(lab.server, one)
+    assert one.identity.renew_now.is_set()
+    assert one.identity.pins == (old,)  # only an answer that the old authority signs can add another one
+    assert one.identity.renewal_due()
+    renew(lab, one)
+    assert not one.identity.renewal_due()
+    assert (one.identity.pins, one.identity.issuer()) == (both, new.hex())
+    assert lab.identity.without_new_certificate() == ["pi-2"]
+    with pytest.raises(IdentityError, match=r"1 board would be locked out.*none for pi-2"):
+        lab.identity.retire_authority()
+
+    three = lab.let_in("pi-3", "pi-3")  # a claim's pin is still the old authority's
+    assert three.identity.issuer() == new.hex()
+    for board in (two, three):
+        meet(lab.server, board)
+    assert two.identity.renewal_due()
+    renew(lab, two)
+    lab.identity.retire_authority()
+    assert lab.identity.authority.pins == (new,)
+    lab.new_server()
+    for board in (one, two, three):
+        lab.now += 60
+        meet(lab.server, board)
+        lab.server.say(board.identity.device, Hello())  # as each day
+        board.hears(lab.server.end.sent.pop())
+        assert board.identity.pins == (new,)
+        assert not board.identity.renewal_due()
+        assert hears_its_server(lab, board)
+    assert lab.let_in("pi-4", "pi-4").identity.pins == (new,)
+    assert lab.server.doubled == []
+    lab.identity.rotate_authority()  # can be done again
+    assert lab.identity.authority.pins[0] == new
+
+
+def test_an_answer_from_before_the_rotation_is_not_given_again(lab: Lab) -> None:
+    claim = Claim.parse(lab.identity.claim("pi-3", DAY).text)
+    device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
+    request = device.request(claim)
+    asked = TOPICS.join(request.nonce), request.to_bytes()
+    lab.server.hears(asked)
+    lab.identity.rotate_authority()
+    lab.new_server().hears(asked)
+    answer = parse(lab.server.end.sent[-1][1])
+    assert isinstance(answer, JoinAnswer)
+    assert device.admit(answer, claim.pin) is not None
+    assert device.pins == lab.identity.authority.pins
+    board = Board(device, lambda: lab.now)
+    meet(lab.server, board)  # its TLS key has a certificate of the old authority, which it replaces
+    assert device.renewal_due()
+    renew(lab, board)
+    assert lab.identity.without_new_certificate() == ["pi-1", "pi-2"]
+
+
+def test_a_board_that_was_left_behind_joins_again_with_a_claim(lab: Lab) -> None:
+    pi = lab.boards["pi-1"]
+    lab.identity.rotate_authority()
+    lab.identity.retire_authority(force=True)
+    lab.new_server()
+    request = pi.identity.request()
+    lab.server.hears((TOPICS.join(request.nonce), request.to_bytes()))
+    answer = parse(lab.server.end.sent[-1][1])
+    assert isinstance(answer, JoinAnswer)
+    with pytest.raises(SignatureError, match="another server"):
+        pi.identity.admit(answer, pi.identity.pins[0])
+    lab.identity.revoke("pi-1")
+    lab.now += 2
+    again = lab.let_in("pi-1", "again")
+    meet(lab.server, again)
+    assert hears_its_server(lab, again)
+
+
+def test_a_board_keeps_its_authority_where_a_server_names_none_that_it_knows(lab: Lab) -> None:
+    pi = lab.boards["pi-1"]
+    before = pi.identity.pins
+    lab.identity.rotate_authority()
+    lab.identity.retire_authority(force=True)
+    lab.new_server()
+    assert pi.hears(lab.server.say("pi-1", Hello())) != []
+    assert pi.identity.pins == before
+    assert pi.identity.renewal_due()
+
+
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize("writes", range(4))
+def test_a_rotation_of_the_authority_that_a_crash_breaks_off_can_go_on(
+    lab: Lab, writes: int, end: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = 0
+
+    def broken(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: object, **words: object) -> object:
+            nonlocal done
+            if done == writes:
+                raise KeyboardInterrupt
+            done += 1
+            return function(*given, **words)
+
+        return call
+
+    def boards_come() -> None:
+        lab.new_server()
+        for board in lab.boards.values():
+            lab.now += 60
+            meet(lab.server, board)
+            if board.identity.renewal_due():
+                renew(lab, board)
+            assert hears_its_server(lab, board)
+
+    if end:
+        lab.identity.rotate_authority()
+        boards_come()
+    old = lab.identity.authority.pin
+    with monkeypatch.context() as patch:
+        for name in ("write_whole", "save_tls_key", "sync_folder"):
+            patch.setattr(f"fedprune.trust.authority.{name}", broken(getattr(authority_module, name)))
+        renamed, whole = broken(Path.replace), Path.replace
+        patch.setattr(Path, "replace", lambda p, to: (renamed if p.name == "authority.key.new" else whole)(p, to))
+        with suppress(KeyboardInterrupt):
+            (lab.identity.retire_authority if end else lab.identity.rotate_authority)()
+    with IdentityFolder(lab.folder / "state", read_only=True) as seen:
+        looked = seen.authority.pins
+    assert all(
+        "crl.pem" in f.what for f in check_identity(lab.folder / "state" / "identity")
+    )  # written at the next use
+    with IdentityFolder(lab.folder / "state", clock=lambda: float(BUILT + 30 * DAY)) as identity:
+        lab.identity = identity
+        assert identity.authority.pins == looked
+        assert list(check_identity(lab.folder / "state" / "identity")) == []
+        assert len(looked) == (2 if (writes < 1 if end else writes > 1) else 1)
+        if not identity.authority.rotating and identity.authority.pin == old:
+            identity.rotate_authority()
+        boards_come()
+        if identity.authority.rotating:
+            identity.retire_authority()
+        boards_come()
+        assert old not in identity.authority.pins
+    assert not (lab.folder / "state" / "identity" / "authority.key.new").exists()
+
+
+def test_the_server_keeps_which_of_its_keys_a_board_knew_last(lab: Lab) -> None:
+    def behind() -> dict[str, list[str]]:
+        with IdentityFolder(lab.folder / "state", read_only=True) as seen:
+            return {d.device: seen.behind(d) for d in seen.store.devices()}
+
+    for board in lab.boards.values():
+        meet(lab.server, board)
+    assert behind() == {"pi-1": [], "pi-2": []}
+    lab.identity.rotate()
+    lab.identity.rotate_authority()
+    both = ["signing key", "certificate authority"]
+    assert behind() == {"pi-1": both, "pi-2": both}
+    lab.new_server()
+    for _ in range(2):  # it follows, and answers the hello
+        meet(lab.server, lab.boards["pi-1"])
+    assert behind() == {"pi-1": ["certificate authority"], "pi-2": both}
+    assert [a.kind for a in rotation(lab.folder / "state")] == ["signing-key", "authority"]
+    renew(lab, lab.boards["pi-1"])
+    assert behind() == {"pi-1": [], "pi-2": both}
+    lab.now += 60
+    meet(lab.server, lab.boards["pi-2"])
+    renew(lab, lab.boards["pi-2"])
+    assert [(a.kind, "all boards" in a.what, "retire-ca" in a.todo) for a in rotation(lab.folder / "state")] == [
+        ("authority", True, True)
+    ]

@@ -4,8 +4,13 @@ A folder holds it:
 
     authority.key    its ECDSA key, mode 0600
     authority.pem    its own certificate, which boards and brokers trust
+    authority.key.new    its successor's key, while that one replaces it; authority.pem then has both certificates
     register.jsonl   every certificate that was issued, and every one revoked (`fedprune.trust.register`)
     crl.pem          the list of revoked certificates that a broker loads (`fedprune.trust.revocation_list`)
+
+A rotation replaces the authority. From its begin to its end both are trusted: the old one still signs answers to
+requests to join and brokers' certificates, since boards may know no other; the new one issues the certificates that
+clients show. At its end the old key is deleted.
 
 Every certificate is valid from 1970 on, because a board's or broker's clock may say so.
 """
@@ -25,15 +30,18 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from fedprune.disk import storage_errors, write_whole
+from fedprune.disk import storage_errors, sync_folder, write_whole
 from fedprune.errors import IdentityError, ProtocolError, StorageError, shown
 from fedprune.trust.certificates import (
     EPOCH,
+    Signer,
+    TlsKey,
     common_name,
     device_uri,
     host_name,
+    issued_by,
     key_digest,
-    load_certificate,
+    load_authorities,
     load_tls_key,
     make_tls_key,
     moment_of,
@@ -49,6 +57,7 @@ from fedprune.trust.revocation_list import RevocationList
 from fedprune.trust.trusted_time import BUILT
 from fedprune.wire.topics import check_device, check_name
 
+NEW_KEY = "authority.key.new"
 KEY, CERTIFICATE, REGISTER, CRL = "authority.key", "authority.pem", "register.jsonl", "crl.pem"
 
 SERVER = "fedprune-server"
@@ -76,6 +85,7 @@ class Issued:
         key: sha256 of its public key, as hex.
         ends: When it ends, in seconds since 1970.
         pem: The certificate.
+        authority: Identifier of the issuing authority's key.
     """
 
     serial: int
@@ -84,6 +94,7 @@ class Issued:
     key: str
     ends: int
     pem: str
+    authority: bytes
 
 
 class Authority:
@@ -101,11 +112,10 @@ class Authority:
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time, *, read_only: bool = False) -> None:
         self._clock = clock
-        self._key = load_tls_key(folder / KEY, "the authority's key")
-        self.certificate = load_certificate(folder / CERTIFICATE, "the authority's certificate")
-        if self.certificate.public_key() != self._key.public_key():
-            raise IdentityError(f"{folder / KEY} and {folder / CERTIFICATE} don't belong together")
-        self._list = RevocationList(folder / CRL, self._key, self.certificate)
+        self._folder = folder
+        self._signers = _signers(folder, read_only=read_only)
+        self.certificate = self._signers[0].certificate
+        self._list = RevocationList(folder / CRL, self._signers)
         self._issued: dict[int, Issued] = {}
         self._by_key: dict[str, Issued] = {}
         self._revoked: dict[int, int] = {}
@@ -136,31 +146,69 @@ class Authority:
         with storage_errors(f"can't write {folder}"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         key = make_tls_key()
-        name = _subject(site)
-        ends = moment_of(max(clock(), BUILT) + AUTHORITY_DAYS * _DAY)
-        usage = dict.fromkeys(_USAGES, False) | {"key_cert_sign": True, "crl_sign": True}
-        identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-        certificate = (
-            _builder(name, name, key.public_key(), ends, x509.random_serial_number())
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(x509.KeyUsage(**usage), critical=True)
-            .add_extension(identifier, critical=False)
-            .sign(key, hashes.SHA256())
-        )
+        certificate = _self_signed(key, _subject(site), clock)
         save_tls_key(key, folder / KEY)
         write_whole(folder / REGISTER, b"", private=True)
         write_whole(folder / CERTIFICATE, pem_of(certificate).encode())  # last: with it the authority is there
         return cls(folder, clock)
 
+    def begin_rotation(self, site: str) -> None:
+        """Make a successor, which issues clients' certificates from the next `Authority` of this folder on.
+
+        A crash leaves one authority, or both.
+
+        Raises:
+            IdentityError: It is being replaced already.
+            StorageError: The disk fails or is full.
+        """
+        if self.rotating:
+            raise IdentityError("the authority is being replaced already", hint="End that first: identity retire-ca.")
+        key = make_tls_key()
+        certificate = _self_signed(key, _successor(site, key), self._clock)
+        save_tls_key(key, self._folder / NEW_KEY)
+        write_whole(self._folder / CERTIFICATE, (self.pem + pem_of(certificate)).encode())  # now it counts
+
+    def end_rotation(self) -> None:
+        """Trust the successor alone, from the next `Authority` of this folder on; the old key is deleted.
+
+        Raises:
+            IdentityError: It is not being replaced.
+            StorageError: The disk fails or is full.
+        """
+        if not self.rotating:
+            raise IdentityError("the authority is not being replaced", hint="Begin that first: identity rotate-ca.")
+        write_whole(self._folder / CERTIFICATE, pem_of(self._signers[-1].certificate).encode())  # now it counts
+        _signers(self._folder, read_only=False)
+
+    @property
+    def rotating(self) -> bool:
+        """Whether a successor is about to replace it."""
+        return len(self._signers) > 1
+
+    @property
+    def ever_rotated(self) -> bool:
+        """Whether it is being replaced, or has replaced another one that issued a certificate."""
+        known = {_identifier(s) for s in self._signers}
+        return self.rotating or any(i.authority not in known for i in self._issued.values())
+
+    def is_current(self, certificate: x509.Certificate, *, client: bool) -> bool:
+        """Whether the authority that issues such certificates now has issued this one."""
+        return issued_by(certificate, self._signers[-1 if client else 0].certificate)
+
     @property
     def pem(self) -> str:
-        """The authority's certificate."""
-        return pem_of(self.certificate)
+        """The certificates of the authorities that the fleet trusts, the oldest first."""
+        return "".join(pem_of(s.certificate) for s in self._signers)
 
     @property
     def pin(self) -> bytes:
         """What claims name it by."""
-        return pin_of(self.certificate)
+        return self.pins[0]
+
+    @property
+    def pins(self) -> tuple[bytes, ...]:
+        """Pins of the authorities that the fleet trusts, the oldest first."""
+        return tuple(pin_of(s.certificate) for s in self._signers)
 
     @property
     def crl_path(self) -> Path:
@@ -169,7 +217,7 @@ class Authority:
 
     def sign(self, data: bytes) -> bytes:
         """ECDSA over SHA-256, in DER, by the authority's key; `data` begins with a text that says what it is for."""
-        return self._key.sign(data, ec.ECDSA(hashes.SHA256()))
+        return self._signers[0].key.sign(data, ec.ECDSA(hashes.SHA256()))
 
     def now(self) -> int:
         """The time, in seconds since 1970, which is never before this software was built."""
@@ -325,6 +373,10 @@ class Authority:
     def _known(self, device: str, key: ec.EllipticCurvePublicKey) -> Issued | None:
         """The certificate that a device's key has; None if it may get one."""
         known = self._by_key.get(key_digest(key).hex())
+        if known is not None and known.authority not in {_identifier(s) for s in self._signers}:
+            if known.serial in self._revoked:
+                raise IdentityError(f"the certificate of {device}'s TLS key is revoked", hint="Make a new key.")
+            known = None  # what a retired authority issued is worth nothing
         if known is None:
             live = [i for i in self.of_device(device) if i.serial not in self._revoked and i.ends > self.now()]
             if len(live) >= MAX_LIVE:
@@ -348,20 +400,21 @@ class Authority:
     ) -> str:
         if not 1 <= days <= _LONGEST_DAYS:
             raise IdentityError("days of a certificate", expected=f"1 to {_LONGEST_DAYS}", got=days)
-        ends = min(moment_of(self.now() + days * _DAY), self.certificate.not_valid_after_utc)
+        signer = self._signers[0 if kind == BROKER else -1]
+        ends = min(moment_of(self.now() + days * _DAY), signer.certificate.not_valid_after_utc)
         serial = x509.random_serial_number()
         usage = dict.fromkeys(_USAGES, False) | {"digital_signature": True}
         builder = (
-            _builder(common_name(name), self.certificate.subject, key, ends, serial)
+            _builder(common_name(name), signer.certificate.subject, key, ends, serial)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.KeyUsage(**usage), critical=True)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.key.public_key()), critical=False)
         )
         if alternatives is not None:
             builder = builder.add_extension(alternatives, critical=False)
-        pem = pem_of(builder.sign(self._key, hashes.SHA256()))
+        pem = pem_of(builder.sign(signer.key, hashes.SHA256()))
         entry = {"serial": f"{serial:x}", "kind": kind, "name": name, "at": self.now(), "pem": pem}
         self._register.append({"issued": entry})
         return pem
@@ -396,11 +449,56 @@ def _parsed(entry: dict[str, Any]) -> Issued | tuple[int, int]:
         raise ValueError(str(error)) from error
     ends = seconds_of(certificate.not_valid_after_utc)
     digest = key_digest(certificate.public_key()).hex()
-    return Issued(int(row["serial"], 16), row["kind"], row["name"], digest, ends, row["pem"])
+    try:
+        issuer = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    except x509.ExtensionNotFound:
+        issuer = None
+    return Issued(int(row["serial"], 16), row["kind"], row["name"], digest, ends, row["pem"], issuer or b"")
 
 
 def _revocation(serial: int, at: int) -> dict[str, Any]:
     return {"revoked": {"serial": f"{serial:x}", "at": at}}
+
+
+def _signers(folder: Path, *, read_only: bool) -> tuple[Signer, ...]:
+    """The authorities that a folder's certificates name, the oldest first, each with its key.
+
+    The end of a rotation that was interrupted is completed.
+    """
+    path, new = folder / KEY, folder / NEW_KEY
+    certificates = load_authorities(folder / CERTIFICATE)
+    keys = [load_tls_key(path, "the authority's key")]
+    latest = certificates[-1].public_key()
+    if latest != keys[0].public_key() and new.exists():
+        keys.append(load_tls_key(new, "the new authority's key"))
+    if len(certificates) == 1 and len(keys) == 2 and latest == keys[1].public_key():
+        keys = keys[1:]
+        if not read_only:
+            with storage_errors(f"can't write {path}"):
+                new.replace(path)
+                sync_folder(folder)
+    if [k.public_key() for k in keys] != [c.public_key() for c in certificates]:
+        raise IdentityError(
+            f"{path} and {folder / CERTIFICATE} don't belong together", hint="Restore both from the same backup."
+        )
+    return tuple(Signer(key, certificate) for key, certificate in zip(keys, certificates, strict=True))
+
+
+def _identifier(signer: Signer) -> bytes:
+    return x509.SubjectKeyIdentifier.from_public_key(signer.key.public_key()).digest
+
+
+def _self_signed(key: TlsKey, name: x509.Name, clock: Callable[[], float]) -> x509.Certificate:
+    ends = moment_of(max(clock(), BUILT) + AUTHORITY_DAYS * _DAY)
+    usage = dict.fromkeys(_USAGES, False) | {"key_cert_sign": True, "crl_sign": True}
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    return (
+        _builder(name, name, key.public_key(), ends, x509.random_serial_number())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.KeyUsage(**usage), critical=True)
+        .add_extension(identifier, critical=False)
+        .sign(key, hashes.SHA256())
+    )
 
 
 _USAGES = (
@@ -425,3 +523,8 @@ def _builder(
 
 def _subject(site: str) -> x509.Name:
     return common_name(f"fedprune {site[:40]} authority")
+
+
+def _successor(site: str, key: TlsKey) -> x509.Name:
+    """Another name than its predecessor's, by which some brokers look for an issuer."""
+    return common_name(f"fedprune {site[:32]} authority {key_digest(key.public_key()).hex()[:8]}")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import re
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fedprune.disk import storage_errors
 from fedprune.errors import IdentityError, ProtocolError, shown
 from fedprune.trust.claim import PIN
 from fedprune.trust.private_file import read_private, write_private
+from fedprune.wire.join_messages import MAX_AUTHORITIES
 
 MAX_PEM = 8192
 """Bytes of a certificate or request that is looked at."""
@@ -26,8 +30,18 @@ MAX_PEM = 8192
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 """What a board's clock says before it has heard of the time."""
 
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+
 TlsKey = ec.EllipticCurvePrivateKey
 _BROKEN = (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm)
+
+
+@dataclass(frozen=True)
+class Signer:
+    """A certificate authority's key and certificate."""
+
+    key: TlsKey
+    certificate: x509.Certificate
 
 
 def make_tls_key() -> TlsKey:
@@ -137,6 +151,47 @@ def load_certificate(path: Path, what: str) -> x509.Certificate:
         raise IdentityError(f"{what}: can't read {path} ({error.strerror})") from error
     except ProtocolError as error:
         raise IdentityError(error.what, expected=error.expected, got=error.got) from error
+
+
+def read_authorities(pem: str | bytes, what: str = "the authorities' certificates") -> tuple[x509.Certificate, ...]:
+    """The authorities that a fleet trusts, the oldest first: one, or two while one replaces the other.
+
+    Raises:
+        ProtocolError: It is none, too long, or too many.
+    """
+    raw = pem.encode() if isinstance(pem, str) else pem
+    found = tuple(read_certificate(part, what) for part in _CERTIFICATE.findall(raw[: MAX_PEM + 1])) or (
+        read_certificate(raw, what),
+    )
+    if len(raw) > MAX_PEM or len(found) > MAX_AUTHORITIES:
+        raise ProtocolError(
+            what, expected=f"at most {MAX_AUTHORITIES}, of at most {MAX_PEM} bytes", got=f"{len(found)} in {len(raw)}"
+        )
+    return found
+
+
+def load_authorities(path: Path) -> tuple[x509.Certificate, ...]:
+    """Read authorities from a file, as `read_authorities`.
+
+    Raises:
+        IdentityError: The file is missing or damaged.
+    """
+    what = "the authority's certificate"
+    load_certificate(path, what)  # names the file
+    try:
+        with storage_errors(f"can't read {path}"):
+            return read_authorities(path.read_bytes(), f"{what} {path}")
+    except ProtocolError as error:
+        raise IdentityError(error.what, expected=error.expected, got=error.got) from error
+
+
+def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether an authority signed a certificate."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return True
 
 
 def pem_of(certificate: x509.Certificate) -> str:

@@ -6,7 +6,7 @@
     tls.key.new       the TLS key of that request
     tls.key           the key of its certificate
     device.pem        its certificate
-    authority.pem     the authority that it trusts
+    authority.pem     the authorities that it trusts, the oldest first: one, or two while one replaces the other
     server.pub        the server's verifying key, as hex
     admitted          the server's time when that was issued
     time              its time floor
@@ -19,6 +19,7 @@ one with its own.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,11 +27,14 @@ from pathlib import Path
 from fedprune.disk import storage_errors, sync_folder, write_whole
 from fedprune.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
 from fedprune.trust.certificates import (
+    issued_by,
     key_digest,
+    load_authorities,
     load_certificate,
     load_tls_key,
     make_request,
     make_tls_key,
+    pem_of,
     pin_of,
     request_key,
     save_tls_key,
@@ -69,6 +73,8 @@ class DeviceIdentity:
         folder: Its folder.
         key: What it signs its messages with.
         epochs: Its epochs.
+        renew_now: Set when the server has named another authority than the certificate's; whoever renews clears it.
+        renewed: Set by a new certificate; whoever reports that to the server clears it.
 
     Raises:
         IdentityError: A file is damaged or open to other users.
@@ -87,6 +93,8 @@ class DeviceIdentity:
         self.epochs = EpochFile(folder / _EPOCH, clock)
         self._finish()
         self._time: TrustedTime | None = None
+        self._issuer: str | None = None
+        self.renew_now, self.renewed = threading.Event(), threading.Event()
 
     @property
     def joined(self) -> bool:
@@ -154,7 +162,7 @@ class DeviceIdentity:
 
         Args:
             answer: What came.
-            pin: Of the authority: the claim's, a given one, or, to renew, that of the authority that it knows.
+            pin: Of the authority: the claim's, or a given one. A device that has joined believes those that it knows.
 
         Returns:
             What was learnt; None if it must wait for the operator, and ask again with the same request.
@@ -168,7 +176,7 @@ class DeviceIdentity:
         if pending is None:
             raise IdentityError(f"{self.device} has asked for nothing")
         try:
-            admission = check_answer(answer, pending, pin)
+            admission = check_answer(answer, pending, pin, *(self.pins if self.joined else ()))
         except JoinError:
             self._forget()
             raise
@@ -182,6 +190,7 @@ class DeviceIdentity:
         write_whole(self.folder / _ADMITTED, str(admission.time).encode())
         write_whole(self.folder / _CERTIFICATE, admission.certificate.encode())
         self._finish()
+        self.renewed.set()
         self.times.learn(admission.time)
         return admission
 
@@ -202,13 +211,46 @@ class DeviceIdentity:
         return seconds_of(certificate.not_valid_after_utc)
 
     @property
-    def pin(self) -> bytes:
-        """Of the authority that it knows, to renew.
+    def pins(self) -> tuple[bytes, ...]:
+        """Of the authorities that it knows, the oldest first.
 
         Raises:
             IdentityError: It knows none yet.
         """
-        return pin_of(load_certificate(self.folder / _AUTHORITY, "the authority's certificate"))
+        return tuple(map(pin_of, load_authorities(self.folder / _AUTHORITY)))
+
+    def follow_authorities(self, pins: Sequence[str]) -> None:
+        """Trust no authority that the server doesn't name, and have a certificate of another one renewed.
+
+        A new authority is learnt from the answer to that renewal, which a known one signs.
+
+        Args:
+            pins: Of the authorities that the server names, as hex; the last one issues certificates.
+
+        Raises:
+            IdentityError: A file is missing or damaged.
+            StorageError: The disk fails or is full.
+        """
+        known = load_authorities(self.folder / _AUTHORITY)
+        kept = [authority for authority in known if pin_of(authority).hex() in pins]
+        if kept and len(kept) < len(known):
+            write_whole(self.folder / _AUTHORITY, "".join(map(pem_of, kept)).encode())
+        self._issuer = pins[-1] if pins else None
+        if self._is_replaced():
+            self.renew_now.set()
+
+    def _is_replaced(self) -> bool:
+        """Whether another authority than the one that the server named has issued the certificate."""
+        return self._issuer is not None and self.issuer() != self._issuer
+
+    def issuer(self) -> str | None:
+        """Pin, as hex, of the trusted authority that issued the certificate; None without one."""
+        try:
+            certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
+            trusted = load_authorities(self.folder / _AUTHORITY)
+        except IdentityError:
+            return None
+        return next((pin_of(a).hex() for a in trusted if issued_by(certificate, a)), None)
 
     def heard(self) -> dict[str, int]:
         """The latest epoch of its server by stream (`fedprune.trust.correspondence`), as `hear` wrote it.
@@ -241,7 +283,9 @@ class DeviceIdentity:
         write_whole(self.folder / _HEARD, json.dumps(self.heard() | {stream: epoch}, sort_keys=True).encode())
 
     def renewal_due(self) -> bool:
-        """Whether it is time to ask for a new certificate, as far as the time floor knows."""
+        """Whether to ask for a new certificate: by the time floor, or because its authority is being replaced."""
+        if self._is_replaced():
+            return True
         certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
         try:
             begun = int((self.folder / _ADMITTED).read_text())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -17,7 +18,16 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedprune.errors import JoinError, ProtocolError, SignatureError
-from fedprune.trust.certificates import key_digest, name_of, pem_of, pin_of, read_certificate, request_key
+from fedprune.trust.certificates import (
+    issued_by,
+    key_digest,
+    name_of,
+    pem_of,
+    pin_of,
+    read_authorities,
+    read_certificate,
+    request_key,
+)
 from fedprune.trust.claim import Claim, mac, same
 from fedprune.trust.keys import SigningKey, VerifyingKey, grouped
 from fedprune.trust.transcript import transcript
@@ -33,7 +43,7 @@ class Admission:
 
     Attributes:
         certificate: Its certificate (PEM).
-        authority: The fleet's authority (PEM).
+        authority: The authorities that the fleet trusts (PEM), the oldest first.
         server: What the server signs its messages with.
         time: The server's, in seconds since 1970.
     """
@@ -101,29 +111,30 @@ def answer_text(
     return transcript(_ANSWER, request, status, reason, time, authority, certificate, server_key)
 
 
-def check_answer(answer: JoinAnswer, request: JoinRequest, pin: bytes) -> Admission | None:
+def check_answer(answer: JoinAnswer, request: JoinRequest, *pins: bytes) -> Admission | None:
     """What an answer gives the device that asked.
 
     Args:
         answer: What came.
         request: What was asked.
-        pin: Of the authority: the claim's, or one that the device was given.
+        pins: Of the authority: the claim's, one that the device was given, or those that it knows.
 
     Returns:
         What it needs from now on; None if it must wait for the operator, and ask again with the same request.
 
     Raises:
-        SignatureError: The answer is to another request, or not by the authority with this pin.
+        SignatureError: The answer is to another request, or not by an authority with one of the pins.
         JoinError: The device is refused.
         ProtocolError: The answer makes no sense.
     """
     if not same(answer.request, digest_of(request)):
         raise SignatureError("the answer is to another request")
-    authority = read_certificate(answer.authority, "the authority's certificate")
-    if not same(pin_of(authority), pin):
+    authorities = read_authorities(answer.authority)
+    authority = authorities[0]
+    if not any(same(pin_of(authority), pin) for pin in pins):
         raise SignatureError(
             "the answer comes from another server than the claim's",
-            expected=f"an authority with pin {grouped(pin.hex())}",
+            expected=f"an authority with pin {grouped(pins[0].hex())}",
             got=grouped(pin_of(authority).hex()),
             hint="Somebody stands between this board and its server, or the claim is another server's.",
         )
@@ -151,16 +162,17 @@ def check_answer(answer: JoinAnswer, request: JoinRequest, pin: bytes) -> Admiss
     if answer.certificate is None or answer.server_key is None:
         raise ProtocolError("joined: approved", expected="a certificate and the server's key", got="one or none")
     certificate = read_certificate(answer.certificate, "the device's certificate")
-    _check_certificate(certificate, authority, request)
+    _check_certificate(certificate, authorities, request)
     server = VerifyingKey.from_hex(answer.server_key, "joined: field server_key")
-    return Admission(pem_of(certificate), pem_of(authority), server, answer.time)
+    trusted = "".join(map(pem_of, authorities))
+    return Admission(pem_of(certificate), trusted, server, answer.time)
 
 
-def _check_certificate(certificate: x509.Certificate, authority: x509.Certificate, request: JoinRequest) -> None:
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (InvalidSignature, ValueError, TypeError) as error:
-        raise ProtocolError("the device's certificate is not by the server's authority") from error
+def _check_certificate(
+    certificate: x509.Certificate, authorities: Sequence[x509.Certificate], request: JoinRequest
+) -> None:
+    if not any(issued_by(certificate, authority) for authority in authorities):
+        raise ProtocolError("the device's certificate is not by the server's authority")
     if key_digest(certificate.public_key()) != key_digest(request_key(request.csr)):
         raise ProtocolError("the device's certificate is for another key")
     if name_of(certificate) != request.device:

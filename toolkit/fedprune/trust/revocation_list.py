@@ -1,11 +1,14 @@
 """The list of revoked certificates that a broker loads, in PEM (RFC 5280, section 5).
 
-It never goes out of date: a broker whose list is out of date refuses everybody, which would lock a fleet out.
+It never goes out of date: a broker whose list is out of date refuses everybody, which would lock a fleet out. While one
+authority replaces another the file has a list of each, with the same serial numbers: brokers ask for the list of the
+authority that issued a certificate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -13,7 +16,9 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 
 from fedprune.disk import write_whole
-from fedprune.trust.certificates import EPOCH, TlsKey, moment_of, seconds_of
+from fedprune.trust.certificates import EPOCH, Signer, moment_of, seconds_of
+
+_LIST = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOTALL)
 
 
 class RevocationList:
@@ -21,34 +26,37 @@ class RevocationList:
 
     Args:
         path: The file.
-        key: The authority's key.
-        certificate: The authority's certificate.
+        signers: The authorities that the fleet trusts.
     """
 
-    def __init__(self, path: Path, key: TlsKey, certificate: x509.Certificate) -> None:
+    def __init__(self, path: Path, signers: Sequence[Signer]) -> None:
         self.path = path
-        self._key, self._certificate = key, certificate
+        self._signers = tuple(signers)
 
     def is_right(self, revoked: Mapping[int, int]) -> bool:
-        """Whether it is there, and has these certificates.
+        """Whether it is there, and each authority's list has these certificates.
 
         Args:
             revoked: When they were revoked, in seconds since 1970, by serial number.
         """
         found = self._read()
-        return found is not None and {r.serial_number for r in found} == set(revoked)
+        return len(found) == len(self._signers) and all(
+            crl.is_signature_valid(signer.key.public_key()) and {r.serial_number for r in crl} == set(revoked)
+            for crl, signer in zip(found, self._signers, strict=True)
+        )
 
     def revoked(self) -> dict[int, int]:
         """When the certificates on it were revoked, by serial number; empty if it is missing or not the authority's."""
-        return {r.serial_number: seconds_of(r.revocation_date_utc) for r in self._read() or ()}
+        keys = [signer.key.public_key() for signer in self._signers]
+        signed = (crl for crl in self._read() if any(crl.is_signature_valid(key) for key in keys))
+        return {r.serial_number: seconds_of(r.revocation_date_utc) for crl in signed for r in crl}
 
-    def _read(self) -> x509.CertificateRevocationList | None:
-        """The stored list, if the authority has signed it."""
+    def _read(self) -> list[x509.CertificateRevocationList]:
+        """The stored lists; none if one of them is damaged."""
         try:
-            found = x509.load_pem_x509_crl(self.path.read_bytes())
-            return found if found.is_signature_valid(self._key.public_key()) else None
+            return [x509.load_pem_x509_crl(part) for part in _LIST.findall(self.path.read_bytes())]
         except (OSError, ValueError, UnsupportedAlgorithm):
-            return None
+            return []
 
     def write(self, revoked: Mapping[int, int]) -> None:
         """Write it, if it isn't the one that is there.
@@ -59,19 +67,21 @@ class RevocationList:
         Raises:
             StorageError: The disk fails or is full.
         """
-        if self.is_right(revoked):
-            return
-        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
-        builder = (
-            x509.CertificateRevocationListBuilder()
-            .issuer_name(self._certificate.subject)
-            .last_update(EPOCH)
-            .next_update(self._certificate.not_valid_after_utc)
-            .add_extension(x509.CRLNumber(len(revoked) + 1), critical=False)
-            .add_extension(issuer, critical=False)
-        )
-        for serial, at in revoked.items():
-            row = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(moment_of(at)).build()
-            builder = builder.add_revoked_certificate(row)
-        crl = builder.sign(self._key, hashes.SHA256())
-        write_whole(self.path, crl.public_bytes(serialization.Encoding.PEM))
+        if not self.is_right(revoked):
+            write_whole(self.path, b"".join(_signed(signer, revoked) for signer in self._signers))
+
+
+def _signed(signer: Signer, revoked: Mapping[int, int]) -> bytes:
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.key.public_key())
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(signer.certificate.subject)
+        .last_update(EPOCH)
+        .next_update(signer.certificate.not_valid_after_utc)
+        .add_extension(x509.CRLNumber(len(revoked) + 1), critical=False)
+        .add_extension(issuer, critical=False)
+    )
+    for serial, at in revoked.items():
+        row = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(moment_of(at)).build()
+        builder = builder.add_revoked_certificate(row)
+    return builder.sign(signer.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)

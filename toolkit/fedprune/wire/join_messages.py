@@ -12,6 +12,9 @@ from fedprune.wire.fields import Check
 
 APPROVED, WAITING, REFUSED = "approved", "waiting", "refused"
 
+MAX_AUTHORITIES = 2
+"""Certificate authorities that a fleet trusts at a time: two while one replaces the other."""
+
 _PEM = check.text(8192)
 
 
@@ -61,10 +64,11 @@ class JoinAnswer(CheckedMessage):
         status: `approved`; `waiting` for the operator: ask again with the same request; or `refused`.
         reason: Why, in words.
         time: The server's, in seconds since 1970; no certificate that has ended by then counts any more.
-        authority: The fleet's certificate authority (PEM).
+        authority: The certificate authorities that the fleet trusts (PEM), the oldest first: one, or two while one
+            replaces the other.
         certificate: The device's (PEM), if it is approved.
         server_key: What the server signs its messages with, as hex, if the device is approved.
-        signature: Over all of the above, by the authority's key: ECDSA with SHA-256, in DER, as hex.
+        signature: Over all of the above, by the first authority's key: ECDSA with SHA-256, in DER, as hex.
     """
 
     request: str

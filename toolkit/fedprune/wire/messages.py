@@ -16,7 +16,7 @@ from fedprune.wire import fields as check
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.checked_message import MAX_MESSAGE, CheckedMessage, read_checked
 from fedprune.wire.fields import Check
-from fedprune.wire.join_messages import JoinAnswer, JoinRequest
+from fedprune.wire.join_messages import MAX_AUTHORITIES, JoinAnswer, JoinRequest
 from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
 from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import ReleaseFromServer, ReleaseReport
@@ -59,6 +59,7 @@ class Birth(CheckedMessage):
         answer_s: Seconds that answers take on its way, as far as it knows.
         abilities: What else it knows of the protocol, such as `TO`; None where it says nothing of that.
         server_key: Id of the signing key by which it knows its server; None without an identity.
+        authority: Pin of the certificate authority that issued its certificate; None without an identity.
     """
 
     device: str
@@ -72,9 +73,10 @@ class Birth(CheckedMessage):
     answer_s: float | None = field(default=None, compare=False)
     abilities: tuple[str, ...] | None = None
     server_key: str | None = field(default=None, compare=False)
+    authority: str | None = field(default=None, compare=False)
 
     kind: ClassVar[str] = "birth"
-    newer: ClassVar[frozenset[str]] = frozenset({"codecs", "answer_s", "abilities", "server_key"})
+    newer: ClassVar[frozenset[str]] = frozenset({"codecs", "answer_s", "abilities", "server_key", "authority"})
     checks: ClassVar[Mapping[str, Check]] = {
         "device": check.device,
         "session": _COUNT,
@@ -87,6 +89,7 @@ class Birth(CheckedMessage):
         "answer_s": check.optional(check.number(0.0, 3600.0)),
         "abilities": check.optional(check.names(_MOST_ABILITIES)),
         "server_key": check.optional(check.hexadecimal(16)),
+        "authority": check.optional(check.hexadecimal(24)),
     }
 
 
@@ -230,17 +233,21 @@ class Hello(CheckedMessage):
         time: The server's, in seconds since 1970, by which boards with a wrong clock know which certificates are over.
         successions: Of the server's signing key, the oldest first, by which boards follow it to the present key; None
             where the key was never replaced.
+        authorities: Pins of the certificate authorities that the fleet trusts, the oldest first; the last one issues
+            the devices' certificates. None where the authority was never replaced.
     """
 
     time: int | None = None
     successions: tuple[str, ...] | None = None
+    authorities: tuple[str, ...] | None = None
 
     kind: ClassVar[str] = "hello"
     checks: ClassVar[Mapping[str, Check]] = {
         "time": check.optional(_COUNT),
         "successions": check.optional(check.successions(MAX_SUCCESSIONS)),
+        "authorities": check.optional(check.list_of(check.hexadecimal(24), "pins of authorities", MAX_AUTHORITIES)),
     }
-    newer: ClassVar[frozenset[str]] = frozenset({"time", "successions"})
+    newer: ClassVar[frozenset[str]] = frozenset({"time", "successions", "authorities"})
 
 
 @dataclass(frozen=True)
