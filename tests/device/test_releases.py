@@ -312,7 +312,7 @@ def test_a_release_by_the_key_that_replaced_the_launchers_is_installed_and_start
         {"successions": (chain[1].hex,)},
         {"successions": (chain[0].hex, thief.hex)},
         {"successions": (chain[0].hex, "no hex")},
-        {"successions": (chain[0].hex[:-2] + "00", chain[1].hex)},
+        {"successions": (chain[0].hex[:-2] + "ff", chain[1].hex)},
         {"site": "another"},
     ):
         board.home.write_record(slot, replace(record, **wrong))
