@@ -115,7 +115,8 @@ class IdentityStore:
         with self._transaction() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in ((_FORMAT,) if read_only else (0, 1, _FORMAT)):
-                raise StorageError(f"{path} was written by another version", expected=_FORMAT, got=version)
+                hint = "A start of the server brings an older one up to date."
+                raise StorageError(f"{path} was written by another version", expected=_FORMAT, got=version, hint=hint)
             if read_only:
                 return
             for statement in _TABLES.split(";"):

@@ -46,7 +46,7 @@ def _certificates(folder: Path) -> Iterator[CertificateDates]:
             continue
         todo = f"start the server again, which makes a new one: {command('run', *at(folder))}"
         if name.startswith("authority"):
-            todo = "make a new identity, and let every board join it (docs/security.md)"
+            todo = f"replace the authority while the server is stopped: {command('identity', 'rotate-ca', *at(folder))}"
         try:
             yield _dates(path, load_certificate(path, "certificate"), todo)
         except FedpruneError as error:

@@ -1,8 +1,9 @@
 """What servers of one PostgreSQL database share of their identity, so that a standby forgets no revocation.
 
-The identity's folder has the keys and stays on each machine. The server that has the job writes devices, claims, the
-register of certificates and the epochs of senders into the database as well; the one that takes over completes its own
-folder from there. What was revoked, used or heard on either side stays so.
+The identity's folder has the keys and stays on each machine; the database has the successions of the signing key, so
+that no server goes on with a key that boards don't hear any more. The server that has the job writes devices, claims,
+the register of certificates and the epochs of senders into the database as well; the one that takes over completes its
+own folder from there. What was revoked, used or heard on either side stays so.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import sqlalchemy as sql
 
-from fedprune.errors import FedpruneError, StorageError, shown
+from fedprune.errors import FedpruneError, IdentityError, StorageError, shown
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.store import CLAIM_ROW, DEVICE_ROW, EPOCH_ROW, REVOKED, SharedRow
 from fedprune_server.store.database import Database
@@ -27,7 +28,7 @@ from fedprune_server.store.schema import IDENTITY, encoded, upsert
 log = logging.getLogger("fedprune.server")
 
 LOOKED_S = 1.0
-_LINE = "register"
+_LINE, _EARLIER = "register", "earlier key"
 
 
 class SharedIdentity:
@@ -54,6 +55,7 @@ class SharedIdentity:
         """Complete an identity from the database, then the database from the identity.
 
         Raises:
+            IdentityError: The identity has an earlier signing key than the server that had the job.
             LeaseLostError: Another server has taken the job over.
             StorageError: A row is damaged, or database or disk fail.
         """
@@ -67,7 +69,9 @@ class SharedIdentity:
                 value = json.loads(body)
             except (ValueError, RecursionError) as error:
                 raise StorageError(f"a shared row of the identity is damaged: {kind} {shown(key)}") from error
-            if kind == _LINE:
+            if kind == _EARLIER:
+                _check_key(identity, key)
+            elif kind == _LINE:
                 lines.append(str(value))
             else:
                 shared.append((kind, key, value))
@@ -94,6 +98,7 @@ class SharedIdentity:
         lines = identity.authority.lines()
         found = [row for row in identity.store.shared() if epochs or row[0] != EPOCH_ROW]
         rows = [(kind, key, encoded(value)) for kind, key, value in found]
+        rows += [(_EARLIER, s.before.id.hex(), encoded(s.hex)) for s in identity.successions]
         rows += [(_LINE, hashlib.sha256(line.encode()).hexdigest(), encoded(line)) for line in lines]
         here = {row[:2] for row in rows}
         keys = {value[1] for kind, _, value in found if kind == DEVICE_ROW and value[2] != REVOKED}
@@ -143,6 +148,7 @@ def shared_identity(url: str, lease: Lease, state: Path, identity: IdentityFolde
         identity: The server's.
 
     Raises:
+        IdentityError: The identity has an earlier signing key than the server that had the job.
         StorageError: A row is damaged, or database or disk fail.
     """
     with closing(SharedIdentity(url, lease)) as shared, IdentityFolder(state) as watched:
@@ -156,6 +162,14 @@ def shared_identity(url: str, lease: Lease, state: Path, identity: IdentityFolde
         finally:
             closed.set()
             thread.join()
+
+
+def _check_key(identity: IdentityFolder, earlier: str) -> None:
+    if identity.key.verifying.id.hex() == earlier:
+        raise IdentityError(
+            f"{identity.path} has an earlier signing key than the server that had the job: boards would not hear it",
+            hint="Copy signing.key and successions.json of that server's identity into this one's.",
+        )
 
 
 def _watch(shared: SharedIdentity, identity: IdentityFolder, closed: threading.Event) -> None:

@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sql
 from cryptography import x509
 
-from fedprune.errors import StorageError, UsedClaimError
+from fedprune.errors import IdentityError, StorageError, UsedClaimError
 from fedprune.trust.certificates import make_request, make_tls_key
 from fedprune.trust.claim import Claim
 from fedprune.trust.joining import make_request as make_join_request
@@ -85,6 +85,40 @@ def test_a_stale_standby_knows_who_was_shut_out_and_heard_since(tmp_path: Path, 
 
     with serving(first, url) as identity:
         assert sorted(identity.store.members()) == ["pi-3"]
+
+
+def test_a_standby_with_an_earlier_signing_key_is_refused_until_it_has_the_present_one(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    url = postgres.database()
+    first, second = tmp_path / "first", tmp_path / "second"
+    with IdentityFolder.make(first, "lab") as identity:
+        join(identity, "pi-1")
+    with serving(first, url):
+        pass
+    shutil.copytree(first / "identity", second / "identity")
+    with serving(second, url):
+        pass
+    for _ in range(2):
+        with IdentityFolder(first) as identity:
+            identity.rotate()
+    with serving(first, url):  # boards follow it from here on
+        pass
+    with pytest.raises(IdentityError, match=r"earlier signing key.*successions\.json"), serving(second, url):
+        pass
+    for name in ("signing.key", "successions.json"):
+        shutil.copy2(first / "identity" / name, second / "identity" / name)
+    with serving(second, url) as identity, IdentityFolder(first, read_only=True) as other:
+        assert identity.key.verifying == other.key.verifying
+        assert identity.store.members().keys() == {"pi-1"}
+    with IdentityFolder(second) as identity:
+        identity.rotate()
+    with serving(second, url):
+        pass
+    with pytest.raises(IdentityError, match="earlier signing key"), serving(first, url):
+        pass
+    with IdentityFolder.make(tmp_path / "third", "lab"), serving(tmp_path / "third", url):
+        pass  # a new identity, as after the loss of all others
 
 
 def test_a_revocation_on_the_standby_s_machine_is_not_undone(tmp_path: Path, postgres: Postgres) -> None:
