@@ -26,6 +26,7 @@ from fedprune_server.console.lookout import SWEEP_S, Lookout
 from fedprune_server.console.order_words import EXPIRED, Answer, Order
 from fedprune_server.console.process import Child
 from fedprune_server.console.roles import LOOKS
+from fedprune_server.console.surroundings import Member
 from fedprune_server.observation.alert_book import AlertBook
 from fedprune_server.observation.alerts import Alert
 from fedprune_server.observation.onlooker import Onlooker
@@ -264,7 +265,7 @@ class Feed(Onlooker):
             self._say_devices(found[half:], gone)
 
     def _row(self, name: str) -> dict[str, Any] | None:
-        member = ("member", None) if self._members is None else self._members.status(name)
+        member = Member("member") if self._members is None else self._members.status(name)
         job = self._lent(name) or self._of.get(name)
         if job is None or name not in self._views[job].state.devices:
             job = next((j for j, v in self._views.items() if name in v.state.devices), job)
@@ -286,7 +287,7 @@ class Feed(Onlooker):
             name,
             job=job if device is not None else None,
             here=False if self._here is None else self._here(name),
-            member=member or ("revoked", None),
+            member=member or Member("revoked"),
             traffic=(sum(c.down for c in contacts), up),
             now=before[1] or None,
             update=None if self._releases is None else self._releases.standing(name),

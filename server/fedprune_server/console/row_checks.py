@@ -137,6 +137,7 @@ DEVICE: dict[str, Check] = {
     "quarantine": check.optional(row_of({"until": check.optional(TIME), "reason": TEXT})),
     "status": check.choice(*STATUSES),
     "key": check.optional(check.text(64)),
+    "behind": check.optional(SHORT),
     "excluded": check.optional(TEXT),
 }
 """A device's row. Each device has one, whatever jobs it takes part in; `job` is the one that has it, or had it last.

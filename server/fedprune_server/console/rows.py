@@ -10,6 +10,7 @@ from typing import Any
 from fedprune.coordination.state import Device, Progress, State, Task
 from fedprune.wire.fields import one_line
 from fedprune.wire.release_messages import COMMITTED
+from fedprune_server.console.surroundings import Member
 from fedprune_server.observation.view import JobView
 
 _STATE = {
@@ -32,7 +33,7 @@ def device_row(
     *,
     job: str | None,
     here: bool,
-    member: tuple[str, str | None],
+    member: Member,
     traffic: tuple[int, int],
     now: float | None,
     update: Mapping[str, Any] | None = None,
@@ -44,7 +45,7 @@ def device_row(
         name: The device.
         job: That job's name, where it takes part.
         here: Whether it is there, at this job or at none.
-        member: Its status, and the fingerprint of a key that waits.
+        member: What the identity knows of it.
         traffic: Bytes to it and from it, of all jobs.
         now: When it was heard last; None where nobody knows.
         update: Where the release of the latest rollout stands there, as `surroundings.ReleaseWatch.standing` has it.
@@ -52,7 +53,7 @@ def device_row(
     state, contact = view.state, view.roster[name]
     device, task = state.devices.get(name), state.tasks.get(name)
     shown = view.roster.row(name, view.pulled(name))
-    status, key = member
+    status = member.status
     online = here or bool(device is not None and device.online)
     doing = shown.state if not (shown.state == "offline" and here) else "not at this job"
     held = view.quarantine.held(name)
@@ -96,7 +97,8 @@ def device_row(
         "staleness": None if device is None or not device.last else max(0, _ended(state) - device.last),
         "quarantine": None if held is None else {"until": held[0], "reason": one_line(held[1], 500)},
         "status": status,
-        "key": key,
+        "key": member.key,
+        "behind": member.behind,
         "excluded": one_line(excluded, 500) if excluded else None,
     }  # fmt: skip
 

@@ -84,7 +84,7 @@ def with_console(
         if identity is not None:
             store = IdentityStore(identity.path / "identity.db", read_only=True)
             stack.callback(store.close)
-            members, clerk = Members(store), Clerk(config.state, config.console_releases)
+            members, clerk = Members(store, identity.behind), Clerk(config.state, config.console_releases)
             if releases_given:
                 releases = ReleaseWatch(stack.enter_context(RolloutStore(config.state)))
         lookout = Lookout(members, releases, clerk)

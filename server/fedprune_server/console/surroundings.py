@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from fedprune.coordination.rollout import Fate, RolloutPhase
 from fedprune.errors import FedpruneError
@@ -12,7 +12,7 @@ from fedprune.release import Release
 from fedprune.trust.keys import VerifyingKey
 from fedprune.wire.fields import one_line
 from fedprune.wire.release_messages import ReleaseOffer
-from fedprune_server.identity.store import APPROVED, WAITING, IdentityStore
+from fedprune_server.identity.store import APPROVED, WAITING, Device, IdentityStore
 from fedprune_server.rollouts.store import Entry, RolloutStore
 
 MOST_ROLLOUTS = 20
@@ -23,25 +23,40 @@ _EARLIER_FAILURES = 3
 """Boards that failed in the latest rollout, and in each of the earlier ones, that are named."""
 
 
+class Member(NamedTuple):
+    """What the identity knows of a device.
+
+    Attributes:
+        status: `member`, `waiting` or `revoked`.
+        key: Fingerprint of a key that waits.
+        behind: What of the server it knew an earlier one of when it connected last, in words.
+    """
+
+    status: str
+    key: str | None = None
+    behind: str | None = None
+
+
 class Members:
     """Who is let in, who waits, and who was shut out.
 
     Args:
         store: The identity's database, open for this alone.
+        behind: What of the server a device knew an earlier one of when it connected last.
     """
 
-    def __init__(self, store: IdentityStore) -> None:
-        self._store = store
+    def __init__(self, store: IdentityStore, behind: Callable[[Device], Sequence[str]] = lambda _device: ()) -> None:
+        self._store, self._behind = store, behind
         self._version: int | None = None
-        self._known: Mapping[str, tuple[str, str | None]] = {}
+        self._known: Mapping[str, Member] = {}
 
     @property
     def names(self) -> set[str]:
         """All who asked, ever."""
         return set(self._known)
 
-    def status(self, device: str) -> tuple[str, str | None] | None:
-        """A device's status and the fingerprint of its key that waits; None for one that nobody knows."""
+    def status(self, device: str) -> Member | None:
+        """A device; None for one that never asked."""
         return self._known.get(device)
 
     def look(self) -> set[str]:
@@ -62,15 +77,16 @@ class Members:
             changed = {n for n in before.keys() | self._known.keys() if before.get(n) != self._known.get(n)}
         return changed
 
-    def _read(self) -> dict[str, tuple[str, str | None]]:
-        found: dict[str, tuple[str, str | None]] = {}
+    def _read(self) -> dict[str, Member]:
+        found: dict[str, Member] = {}
         rank = {"revoked": 0, "waiting": 1, "member": 2}
         for device in self._store.devices():
             status = {APPROVED: "member", WAITING: "waiting"}.get(device.status, "revoked")
             key = VerifyingKey.from_hex(device.key).fingerprint if status == "waiting" else None
-            before = found.get(device.device, ("revoked", None))
-            best = status if rank[status] >= rank[before[0]] else before[0]
-            found[device.device] = best, key or before[1]
+            before = found.get(device.device, Member("revoked"))
+            best = status if rank[status] >= rank[before.status] else before.status
+            behind = " and ".join(self._behind(device)) or before.behind
+            found[device.device] = Member(best, key or before.key, behind)
         return found
 
 

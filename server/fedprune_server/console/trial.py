@@ -213,7 +213,8 @@ class TrialFleet:
             "bytes_down": chance.randrange(10**9), "bytes_up": chance.randrange(10**9),
             "seconds": round(chance.uniform(10, 300), 1), "accuracy": round(chance.uniform(0.5, 0.95), 4),
             "loss": round(chance.uniform(0.1, 2.0), 4), "staleness": chance.randrange(4), "quarantine": None,
-            "status": status, "key": "ab12-cd34-ef56-7890" if status == "waiting" else None, "excluded": None,
+            "status": status, "key": "ab12-cd34-ef56-7890" if status == "waiting" else None, "behind": None,
+            "excluded": None,
         }  # fmt: skip
         if i % 5 == 1 and status == "member":
             state = ("committed", "trial", "downloading", "rolled back")[i // 5 % 4]

@@ -18,7 +18,7 @@ from fedprune.wire.release_messages import COMMITTED, ReleaseReport
 from fedprune_server.console.clerk import Clerk
 from fedprune_server.console.feed_words import Answer, Order
 from fedprune_server.console.lookout import Lookout
-from fedprune_server.console.surroundings import Members, ReleaseWatch
+from fedprune_server.console.surroundings import Member, Members, ReleaseWatch
 from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.identity.store import IdentityStore
 from fedprune_server.observation.alerts import Snapshot, evaluate
@@ -72,9 +72,23 @@ def test_a_board_is_let_in_by_the_fingerprint_that_it_shows_and_by_no_other(stat
         assert (right.ok, right.text) == (True, f"attic is let in with key {key.fingerprint}")
         assert set(store.members()) == {"attic"}
         members.look()
-        assert (members.status("attic") or ("",))[0] == "member"
+        assert members.status("attic") == Member("member")
     assert not ordered(clerk, "approve", device="attic", key=key.fingerprint).ok, "it waits no longer"
     assert other.fingerprint != key.fingerprint
+
+
+def test_a_board_at_an_earlier_signing_key_is_known_to_be(state: Path, clerk: Clerk) -> None:
+    key = asks(state, "attic")
+    assert ordered(clerk, "approve", device="attic", key=key.fingerprint).ok
+    with IdentityFolder(state) as identity:
+        earlier = identity.key.verifying.id.hex()
+        identity.rotate()
+        members = Members(identity.store, identity.behind)
+        for known, behind in ((earlier, "signing key"), (identity.key.verifying.id.hex(), None)):
+            with IdentityFolder(state) as other:  # another connection, as the server's
+                other.store.hear([], [(key.hex, known, identity.authority.pins[-1].hex())])
+            members.look()
+            assert members.status("attic") == Member("member", None, behind)
 
 
 def test_a_board_is_turned_away_and_one_that_is_in_stays(state: Path, clerk: Clerk) -> None:

@@ -21,7 +21,7 @@ from fedprune_server.console.lookout import Lookout
 from fedprune_server.console.model import Model
 from fedprune_server.console.order_words import EXPIRED, Order
 from fedprune_server.console.setup import desks_of
-from fedprune_server.console.surroundings import Members
+from fedprune_server.console.surroundings import Member, Members
 from fedprune_server.observation.monitor import Monitor
 from fedprune_server.terminal.log_lines import about
 from toy import JOB
@@ -77,7 +77,7 @@ class Many(Members):
     """More who are let in than are told at once."""
 
     def __init__(self) -> None:
-        self._known = {f"board-{i:04d}": ("member", None) for i in range(120)}
+        self._known = {f"board-{i:04d}": Member("member") for i in range(120)}
 
     def look(self) -> set[str]:
         return set()
@@ -119,9 +119,10 @@ def test_a_waiting_board_is_waiting_on_its_page_too(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(rows, "device_row", lambda view, name, **more: views.append(view) or whole(view, name, **more))
     feed, _ = watched(fleet.daemon(), fleet.air, lookout=Lookout(Many()))
     flush(feed, fleet.air)
-    member = ("waiting", "ab12")
+    member = Member("waiting", "ab12", "signing key")
     row = whole(views[0], "stranger", job=None, here=False, member=member, traffic=(0, 0), now=None)
     assert (row["state"], row["doing"]) == ("waiting", "waiting")
+    assert (row["key"], row["behind"]) == ("ab12", "signing key")
 
 
 def test_a_console_that_was_started_anew_knows_the_same(tmp_path: Path) -> None:
