@@ -1,7 +1,7 @@
 """Putting the runtime on boards: kits, images of Raspberry Pi OS, cards."""
 
 from fedprune_flash.board_file import BoardFile
-from fedprune_flash.kit import Kit, build_kit, open_kit
+from fedprune_flash.kit import Kit, Signer, build_kit, open_kit
 from fedprune_flash.target import Target
 
-__all__ = ["BoardFile", "Kit", "Target", "build_kit", "open_kit"]
+__all__ = ["BoardFile", "Kit", "Signer", "Target", "build_kit", "open_kit"]

@@ -191,8 +191,8 @@ def _first_boot(arguments: argparse.Namespace, device: str) -> FirstBoot:
 
 
 def _kit(arguments: argparse.Namespace) -> int:
-    from fedprune.trust.keys import SigningKey, VerifyingKey
-    from fedprune_flash.kit import build_kit
+    from fedprune.trust.keys import VerifyingKey
+    from fedprune_flash.kit import Signer, build_kit
     from fedprune_flash.target import Target
 
     authorities = None if arguments.ca is None else _read(arguments.ca)
@@ -210,7 +210,7 @@ def _kit(arguments: argparse.Namespace) -> int:
         authorities=authorities,
         pin=arguments.ca_sha256,
         claim=claim,
-        key=None if arguments.signing_key is None else SigningKey.load(arguments.signing_key),
+        signer=None if arguments.signing_key is None else Signer.load(arguments.signing_key),
     )
     print(
         f"{kit.folder}: {kit.target}, {quantity(len(kit.files), 'file')}, {kit.bytes / 1e6:.1f} MB, sha256 {kit.digest}"

@@ -24,8 +24,18 @@ from typing import Any
 
 from fedprune import __version__
 from fedprune.disk import file_digest, storage_errors
-from fedprune.errors import ConfigError, KitError, ProtocolError, SignatureError, UsageError, remedy, shown
+from fedprune.errors import (
+    ConfigError,
+    IdentityError,
+    KitError,
+    ProtocolError,
+    SignatureError,
+    UsageError,
+    remedy,
+    shown,
+)
 from fedprune.trust.keys import SigningKey, VerifyingKey
+from fedprune.trust.succession import Succession, follow, read_successions
 from fedprune.wire import fields
 from fedprune_device.runtime.home import PURPOSE
 from fedprune_device.runtime.updater import write_launcher
@@ -54,7 +64,60 @@ MAX_BYTES = 2**31
 
 _MAX_FILES = 500
 _MAX_MANIFEST = 2**20
-_VERSION = 3
+_VERSION = 4
+
+
+@dataclass(frozen=True)
+class Signer:
+    """A server's signing key, and how it replaced earlier ones: boards that know one of those follow it.
+
+    Attributes:
+        key: The key.
+        site: The fleet's name.
+        successions: The oldest first.
+    """
+
+    key: SigningKey
+    site: str = ""
+    successions: tuple[Succession, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> Signer:
+        """Read a signing key, and the successions beside it if it lies in its server's identity folder.
+
+        Raises:
+            IdentityError: A file is damaged, or the key is not the one that the successions end in.
+            StorageError: A file can't be read.
+        """
+        key, site = SigningKey.load(path), path.parent / "site"
+        if not site.exists():
+            return cls(key)
+        with storage_errors(f"can't read {site}"):
+            name = site.read_text("utf-8", "replace").strip()
+        successions = read_successions(path.parent, name)
+        if successions and successions[-1].after != key.verifying:
+            raise IdentityError(
+                f"{path} is not the key that the successions beside it end in",
+                expected=successions[-1].after.fingerprint,
+                got=key.verifying.fingerprint,
+                hint="`fedprune-server check` says what is wrong with that folder.",
+            )
+        return cls(key, name if successions else "", successions)
+
+    def check(self, kit: Kit) -> None:
+        """Make sure that this key, or one that it replaced, signed a kit.
+
+        Raises:
+            KitError: Another key did, or none.
+        """
+        signed = None if not kit.key else VerifyingKey.from_hex(kit.key)
+        if signed is None or follow(self.site, signed, self.successions) != self.key.verifying:
+            raise KitError(
+                f"{kit.folder} is not signed by this server",
+                expected=f"key {self.key.verifying.fingerprint}",
+                got=f"key {signed.fingerprint}" if signed else "no signature",
+                hint="Make the kit with the --signing-key of this server.",
+            )
 
 
 @dataclass(frozen=True)
@@ -111,7 +174,7 @@ def build_kit(
     authorities: bytes | None = None,
     pin: str | None = None,
     claim: str | None = None,
-    key: SigningKey | None = None,
+    signer: Signer | None = None,
 ) -> Kit:
     """Make a kit; the folder appears only when it is whole. One with a claim is for this user alone.
 
@@ -124,7 +187,7 @@ def build_kit(
         authorities: Certificates in PEM form, if `board.authority`.
         pin: sha256 of one of them, as hex.
         claim: A one-time claim.
-        key: The server's, which signs it; without one the kit is not signed.
+        signer: The server's key, which signs it; without one the kit is not signed.
 
     Raises:
         UsageError: The folder is there already.
@@ -160,19 +223,19 @@ def build_kit(
                 (new / CLAIM).touch(mode=0o600)  # before anything is in it
                 (new / CLAIM).write_text(checked_claim(claim), encoding="ascii")
             contents = contents_digest(Wheel(path, path.name) for path in sorted(wheels.iterdir()))
-            (new / MANIFEST).write_text(_manifest(new, target, board, contents, key), encoding="utf-8")
+            (new / MANIFEST).write_text(_manifest(new, target, board, contents, signer), encoding="utf-8")
             new.rename(out)
     return open_kit(out)
 
 
-def told_files(kit: Kit, board: BoardFile, claim: str | None, key: SigningKey | None = None) -> dict[str, bytes]:
+def told_files(kit: Kit, board: BoardFile, claim: str | None, signer: Signer | None = None) -> dict[str, bytes]:
     """What a kit for another board of the same kind has in place of this one's: all but wheels and programs.
 
     Args:
         kit: The kit.
         board: What the other board is told.
         claim: Its claim, if it gets one.
-        key: The server's, which signs it.
+        signer: The server's key, which signs it.
 
     Returns:
         Contents by path, the manifest among them.
@@ -188,7 +251,7 @@ def told_files(kit: Kit, board: BoardFile, claim: str | None, key: SigningKey | 
     rows = {f.path: asdict(f) for f in kit.files if f.path != CLAIM}
     for name, data in made.items():
         rows[name] = {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return {**made, MANIFEST: _manifest_text(rows, kit.target, board, kit.contents, key, kit.fedprune).encode()}
+    return {**made, MANIFEST: _manifest_text(rows, kit.target, board, kit.contents, signer, kit.fedprune).encode()}
 
 
 def _told(board: BoardFile, target: Target) -> dict[str, str]:
@@ -285,7 +348,7 @@ def _signer(body: dict[str, Any]) -> str:
     return key.hex
 
 
-def _manifest(folder: Path, target: Target, board: BoardFile, contents: str, key: SigningKey | None) -> str:
+def _manifest(folder: Path, target: Target, board: BoardFile, contents: str, signer: Signer | None) -> str:
     rows = {
         str(p.relative_to(folder)): {
             "path": str(p.relative_to(folder)),
@@ -295,7 +358,7 @@ def _manifest(folder: Path, target: Target, board: BoardFile, contents: str, key
         for p in sorted(folder.rglob("*"))
         if p.is_file()
     }
-    return _manifest_text(rows, target, board, contents, key)
+    return _manifest_text(rows, target, board, contents, signer)
 
 
 def _manifest_text(
@@ -303,7 +366,7 @@ def _manifest_text(
     target: Target,
     board: BoardFile,
     contents: str,
-    key: SigningKey | None,
+    signer: Signer | None,
     version: str = __version__,
 ) -> str:
     claim = rows.pop(CLAIM, None)
@@ -320,10 +383,12 @@ def _manifest_text(
         "number": NUMBER,
         "entry": ENTRY,
         "contents": contents,
-        "key": None if key is None else key.verifying.hex,
+        "key": None if signer is None else signer.key.verifying.hex,
+        "site": "" if signer is None else signer.site,
+        "successions": [] if signer is None else [s.hex for s in signer.successions],
     }
-    if key is not None:
-        body["signature"] = key.sign(PURPOSE + signed_text(body).encode()).hex()
+    if signer is not None:
+        body["signature"] = signer.key.sign(PURPOSE + signed_text(body).encode()).hex()
     return json.dumps(body, indent=1, sort_keys=True) + "\n"
 
 

@@ -13,14 +13,13 @@ from fedprune.errors import BoardError, JoinError, KitError, ProfileError
 from fedprune.identification import Facts, identify
 from fedprune.jetpack import l4t_release
 from fedprune.quantity import quantity
-from fedprune.trust.keys import SigningKey
 from fedprune.wire.fields import one_line
 from fedprune_flash.board_link import INSTALL_S, BoardLink
 from fedprune_flash.claims import Claims
 from fedprune_flash.installer_archive import INSTALLER, installer_archive
 from fedprune_flash.inventory import BoardRow
 from fedprune_flash.journal import BEGUN, DONE, REMOVED, Journal
-from fedprune_flash.kit import Kit, told_files
+from fedprune_flash.kit import Kit, Signer, told_files
 from fedprune_flash.on_board.kit_folder import CLAIM
 from fedprune_flash.target import PYTHONS
 
@@ -41,7 +40,7 @@ class Order:
         wait: Seconds within which a service must run.
         accept_new: Whether the key of a host that was never seen is believed.
         new_claims: Whether boards that have a claim and haven't joined get another.
-        key: The server's, which signs what each board gets; None to install without signatures.
+        signer: The server's key, which signs what each board gets; None to install without signatures.
     """
 
     kits: tuple[Kit, ...] = ()
@@ -51,11 +50,11 @@ class Order:
     wait: float = 120.0
     accept_new: bool = False
     new_claims: bool = False
-    key: SigningKey | None = None
+    signer: Signer | None = None
 
     def work(self, row: BoardRow) -> str:
         """A digest of what is done with a board: if it is another, something has changed."""
-        signer = None if self.key is None else self.key.verifying.hex
+        signer = None if self.signer is None else self.signer.key.verifying.hex
         body = [asdict(row), sorted(kit.digest for kit in self.kits), self.remove, self.purge, signer]
         return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
@@ -116,7 +115,7 @@ def provision(row: BoardRow, link: BoardLink, order: Order, claims: Claims, jour
         journal.handed(row.device)  # a kill may have come before it was written down
     files = _files(order, kit, row, claims.claim(row.device) if needs else None)
     _copy(link, files, found, telling)
-    words = ["--wait", f"{order.wait:g}", *([] if order.key else ["--unsigned"])]
+    words = ["--wait", f"{order.wait:g}", *([] if order.signer else ["--unsigned"])]
     code, last = link.install(words, telling.say, INSTALL_S + order.wait)
     after = link.ask("probe")
     if code == 0 or after.get("claimed") is True or after.get("joined") is True:
@@ -187,7 +186,7 @@ def _kit_for(kits: Sequence[Kit], found: Mapping[str, Any]) -> Kit:
 
 def _files(order: Order, kit: Kit, row: BoardRow, claim: str | None) -> dict[str, _File]:
     """The kit as this board gets it; the claim is copied last, so that it is no longer there than it must be."""
-    told = told_files(kit, row.told(kit.board), claim, order.key)
+    told = told_files(kit, row.told(kit.board), claim, order.signer)
     files = {f.path: _File(kit.folder / f.path, f.sha256, f.bytes) for f in kit.files if f.path != CLAIM}
     for path, data in sorted(told.items(), key=lambda item: item[0] == CLAIM):
         files[path] = _file(data)

@@ -55,11 +55,10 @@ def add_ssh_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _ssh(arguments: argparse.Namespace) -> int:
-    from fedprune.trust.keys import SigningKey
     from fedprune_flash.claims import Claims, read_claims
     from fedprune_flash.inventory import read_inventory
     from fedprune_flash.journal import Journal
-    from fedprune_flash.kit import open_kit
+    from fedprune_flash.kit import Signer, open_kit
     from fedprune_flash.provision import Order
     from fedprune_flash.rollout import Rollout, print_outcomes
 
@@ -80,9 +79,11 @@ def _ssh(arguments: argparse.Namespace) -> int:
             "--signing-key or --unsigned", expected="one of them",
             hint="Each board's own settings are signed by identity/signing.key of the server's state folder.",
         )  # fmt: skip
-    key = None if signer is None else SigningKey.load(signer)
+    server = None if signer is None else Signer.load(signer)
     kits = tuple(open_kit(folder, unsigned=arguments.unsigned) for folder in arguments.kit)
     for kit in kits:
+        if server is not None:
+            server.check(kit)
         for row in rows:
             row.told(kit.board)
     texts = () if arguments.claims is None else read_claims(arguments.claims)
@@ -95,7 +96,7 @@ def _ssh(arguments: argparse.Namespace) -> int:
         arguments.wait,
         arguments.accept_new_hosts,
         arguments.new_claims,
-        key,
+        server,
     )
     used = None if arguments.claims is None else arguments.claims.with_name(f"{arguments.claims.name}.used")
     claims = Claims(journal, texts, arguments.server_state, arguments.hours, used)

@@ -12,7 +12,7 @@ from arm_userland import BOOKWORM, userland
 
 from fedprune.errors import ExitCode
 from fedprune.trust.keys import SigningKey
-from fedprune_flash import BoardFile, Target, build_kit
+from fedprune_flash import BoardFile, Signer, Target, build_kit
 from fedprune_flash.installer_archive import INSTALLER
 from tiny_wheels import fleet_of_wheels, wheel
 
@@ -30,7 +30,9 @@ def test_a_kit_that_the_processor_can_t_run_is_refused(
     for name in ("coloredlogs", "flatbuffers", "packaging", "protobuf", "sympy"):
         wheel(wheels, name)
     told = BoardFile("mqtts://broker.example:8883", "attic", "lab")
-    kit = build_kit(tmp_path / "kit", told, Target(BOOKWORM.python), wheel=own, links=[wheels], key=SigningKey.make())
+    kit = build_kit(
+        tmp_path / "kit", told, Target(BOOKWORM.python), wheel=own, links=[wheels], signer=Signer(SigningKey.make())
+    )
     board = copied(userland(BOOKWORM), tmp_path / "board", processor=processor)
     shutil.copytree(kit.folder, board.root / STICK[1:])
     done = board.run("/usr/bin/python3", f"{STICK}/{INSTALLER}", "--no-start", offline=True)

@@ -434,6 +434,17 @@ def test_a_board_is_set_up_once(board: Updater, tmp_path: Path) -> None:
     assert Home(board.home.root).load() == board.home.load()
 
 
+def test_a_board_whose_state_is_lost_is_not_set_up_for_another_server(board: Updater, tmp_path: Path) -> None:
+    for name in ("state.json", "copy.json"):
+        (board.home.folder / name).write_bytes(b"")
+    other = SigningKey.make()
+    folder = make_release(tmp_path / "other", 2, key=other)
+    with pytest.raises(ReleaseError, match="has a runtime already"):
+        Updater(board.home.root, other.verifying).install(source(folder))
+    assert board.home.key() == PUBLIC.raw
+    assert board.home.recover().stable
+
+
 def linked(path: Path) -> Path:
     entry = zipfile.ZipInfo("app/link")
     entry.external_attr = (stat.S_IFLNK | 0o777) << 16

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from runtime_releases import KEY
 
-from fedprune_flash import BoardFile, Kit, Target, build_kit, open_kit
+from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit, open_kit
 from tiny_wheels import fleet_of_wheels
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -38,7 +38,7 @@ def plain_kit(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     board = BoardFile("mqtts://broker.example:8883", "attic", "lab")
     own = next(wheels.glob("fedprune-*.whl"))
     out = tmp_path_factory.mktemp("kit") / "kit"
-    return build_kit(out, board, Target(HERE, platform.machine()), wheel=own, links=[wheels], key=KEY).folder
+    return build_kit(out, board, Target(HERE, platform.machine()), wheel=own, links=[wheels], signer=Signer(KEY)).folder
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def make_kit(tmp_path: Path, wheels: Path) -> Callable[..., Kit]:
             tmp_path / name,
             board or BoardFile("mqtts://broker.example:8883", "attic", "lab"),
             target or Target(HERE, platform.machine()),
-            **{"wheel": next(wheels.glob("fedprune-*.whl")), "links": [wheels], "key": KEY, **changes},
+            **{"wheel": next(wheels.glob("fedprune-*.whl")), "links": [wheels], "signer": Signer(KEY), **changes},
         )
 
     return make

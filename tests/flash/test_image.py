@@ -624,7 +624,7 @@ def test_partitions_are_where_sfdisk_sees_them(make_source: MakeSource) -> None:
 def test_a_kit_that_is_not_signed_needs_to_be_asked_for(
     make_source: MakeSource, make_kit: Callable[..., Kit], tmp_path: Path, capsys: Capture
 ) -> None:
-    kit, out = make_kit("plain", key=None), tmp_path / "out.img"
+    kit, out = make_kit("plain", signer=None), tmp_path / "out.img"
     words = ["image", str(make_source()), "--out", str(out), "--kit", str(kit.folder)]
     assert cli.main(words) == ExitCode.KIT
     assert "is not signed" in capsys.readouterr().err

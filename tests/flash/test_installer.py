@@ -23,10 +23,11 @@ from signed_kits import change, sign
 import tiny_wheels
 from fedprune.errors import ExitCode, StorageFullError
 from fedprune.trust.keys import SigningKey
+from fedprune.trust.succession import Succession
 from fedprune_device.runtime.home import Home, digest
 from fedprune_device.runtime.state import State
 from fedprune_device.runtime.updater import Updater
-from fedprune_flash import BoardFile, Kit, Target, build_kit
+from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit
 from fedprune_flash.installer_archive import installer_archive
 from fedprune_flash.on_board import board_files
 from fedprune_flash.on_board.installation import FIRST_BOOT
@@ -47,7 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     here = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
     out = tmp_path_factory.mktemp("whole") / "kit"
     own = next(wheels.glob("fedprune-*"))
-    return build_kit(out, board, here, wheel=own, links=[wheels], claim=CLAIM, key=KEY).folder
+    return build_kit(out, board, here, wheel=own, links=[wheels], claim=CLAIM, signer=Signer(KEY)).folder
 
 
 @pytest.fixture
@@ -73,6 +74,13 @@ def program(root: Path, *arguments: str) -> str:
 
 def home(root: Path) -> Home:
     return Home(root / "opt/fedprune")
+
+
+def serving(root: Path) -> str:
+    """What the release is called that starts."""
+    state = home(root).load()
+    assert state is not None
+    return home(root).whole(state.stable).name
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
@@ -388,6 +396,105 @@ def test_a_key_that_the_operator_names_takes_the_place_of_the_boards(kit: Path, 
     assert program(root, "x") == "fedprune x\n"
 
 
+NEXT = SigningKey.make()
+"""What replaced the server's key."""
+
+SUCCESSION = Succession.make("lab", KEY, NEXT.verifying).hex
+
+
+def test_a_board_follows_its_server_to_a_new_key(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
+    root, kit = tmp_path / "root", newer(make_kit, tmp_path, wheels)
+    root.mkdir()
+    assert run(make_kit("old").folder, root).returncode == 0
+    updater = Updater(root / "opt/fedprune", PUBLIC)
+    for text in (Succession.make("barn", KEY, NEXT.verifying).hex, Succession.make("lab", OTHER, NEXT.verifying).hex):
+        sign(kit, NEXT, site="lab", successions=[text])
+        assert run(kit, root).returncode == ExitCode.KIT
+    sign(kit, NEXT, site="lab", successions=[SUCCESSION])
+    done = run(kit, root)
+    assert done.returncode == 0, done.stderr
+    assert f"signed with key {NEXT.verifying.fingerprint}" in done.stdout
+    assert (root / "opt/fedprune/server.pub").read_text() == PUBLIC.hex, "the launcher follows, too"
+    assert program(root, "x") == "fedprune x\n"
+    assert serving(root) == KitFolder(kit).runtime
+
+    updater.stage(source(make_release(tmp_path / "release", 1)))
+    with updater.home.changing():
+        state = updater.home.load()
+        assert state is not None
+        updater.home.save(state.commit())
+    for more in ([], ["--key", NEXT.verifying.hex]):
+        assert "newer than any kit's" in run(kit, root, *more).stdout
+        assert program(root) == "version 1\n"
+
+
+@pytest.mark.parametrize("kind", EACH_KIND)
+def test_the_power_may_fail_while_a_board_changes_its_server(
+    kit: Path, tmp_path: Path, wheels: Path, kind: str, make_kit: MakeKit
+) -> None:
+    before, root = tmp_path / "before", tmp_path / "root"
+    before.mkdir()
+    assert run(make_kit("old").folder, before).returncode == 0
+    kit = newer(make_kit, tmp_path, wheels)
+    sign(kit, OTHER)
+
+    def install() -> None:
+        runtime = RuntimeSlot(KitFolder(kit), root / "opt/fedprune", sys.executable, None, OTHER.verifying.raw)
+        if not runtime.laid_out:
+            runtime.lay_out()
+        if not runtime.filled:
+            runtime.fill()
+
+    shutil.copytree(before, root, symlinks=True)
+    with power() as supply:
+        install()
+    rows = list(cuts(kind, supply.names))
+    assert len(rows) > 40
+    for at, how in rows[:4] + rows[-16:]:  # in between the wheels' files are written, of which no record tells
+        shutil.rmtree(root)
+        shutil.copytree(before, root, symlinks=True)
+        with power(at, how), pytest.raises(CutError):
+            install()
+        assert program(root, "x") == "fedprune x\n", (at, how)
+        install()
+        assert program(root, "x") == "fedprune x\n", (at, how)
+        assert serving(root) == KitFolder(kit).runtime
+        assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying.hex
+
+
+def test_a_second_cut_leaves_what_the_first_one_installed(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(make_kit("old").folder, root).returncode == 0
+    before = home(root).load()
+    assert before is not None
+    kit = newer(make_kit, tmp_path, wheels)
+    sign(kit, OTHER)
+    assert run(kit, root, "--key", OTHER.verifying.hex).returncode == 0
+    home(root).save(replace(before, sequence=1000))  # as if it had been cut off before the state
+    runtime = RuntimeSlot(KitFolder(kit), root / "opt/fedprune", sys.executable, None, OTHER.verifying.raw)
+    assert not runtime.filled
+    with power(1), pytest.raises(CutError):
+        runtime.fill()
+    assert program(root, "x") == "fedprune x\n"
+
+
+@pytest.mark.parametrize("what", ["fifo", "link", "folder"])
+def test_root_reads_no_key_through_what_the_service_put_there(kit: Path, tmp_path: Path, what: str) -> None:
+    key = tmp_path / "root/var/lib/fedprune/identity/server.pub"
+    key.parent.mkdir(parents=True)
+    if what == "fifo":
+        os.mkfifo(key)
+    elif what == "link":
+        (tmp_path / "elsewhere").write_text(OTHER.verifying.hex)
+        key.symlink_to(tmp_path / "elsewhere")
+    else:
+        key.mkdir()
+    done = run(kit, tmp_path / "root")
+    assert done.returncode == ExitCode.KIT
+    assert "the server's key" in done.stderr
+
+
 def test_the_launcher_starts_nothing_of_a_kit_that_was_changed_after_it_was_installed(
     kit: Path, tmp_path: Path
 ) -> None:
@@ -407,7 +514,7 @@ def test_the_launcher_starts_nothing_of_a_kit_that_was_changed_after_it_was_inst
 
 
 def test_a_kit_that_is_not_signed_needs_to_be_asked_for(make_kit: MakeKit, kit: Path, tmp_path: Path) -> None:
-    root, plain = tmp_path / "root", make_kit("plain", key=None).folder
+    root, plain = tmp_path / "root", make_kit("plain", signer=None).folder
     root.mkdir()
     assert "the kit is not signed" in run(plain, root).stderr
     assert not list(root.iterdir())
@@ -464,7 +571,7 @@ def jetson_kit(tmp_path: Path, wheels: Path) -> Path:
     board = BoardFile("mqtts://broker.example", "nano", "lab")
     target = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", jetson=True)
     own = next(wheels.glob("fedprune-*"))
-    folder = build_kit(tmp_path / "jetson-kit", board, target, wheel=own, links=[links], key=KEY).folder
+    folder = build_kit(tmp_path / "jetson-kit", board, target, wheel=own, links=[links], signer=Signer(KEY)).folder
     sign(folder, architecture=platform.machine())
     return folder
 

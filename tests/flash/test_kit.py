@@ -17,9 +17,12 @@ from runtime_releases import KEY, PUBLIC
 from signed_kits import change, sign
 
 import tiny_wheels
-from fedprune.errors import ConfigError, ExitCode, KitError, UsageError
+from fedprune.errors import ConfigError, ExitCode, IdentityError, KitError, UsageError
+from fedprune.trust.keys import SigningKey
+from fedprune.trust.succession import FILE, Succession
 from fedprune_device.runtime.unit import HIDDEN, Service
-from fedprune_flash import BoardFile, Kit, Target, build_kit, cli, open_kit, wheelhouse
+from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit, cli, open_kit, wheelhouse
+from fedprune_flash.on_board.kit_folder import KitFolder
 
 MakeKit = Callable[..., Kit]
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -129,10 +132,36 @@ def test_a_signature_that_does_not_fit_is_found(make_kit: MakeKit) -> None:
 
 
 def test_a_kit_that_must_be_signed_is_refused_without_a_signature(make_kit: MakeKit) -> None:
-    kit = make_kit(key=None)
+    kit = make_kit(signer=None)
     assert kit.key == ""
     with pytest.raises(KitError, match="is not signed"):
         open_kit(kit.folder, unsigned=False)
+
+
+def test_a_kit_is_taken_from_its_server_and_from_that_servers_earlier_keys_alone(
+    make_kit: MakeKit, tmp_path: Path
+) -> None:
+    identity = tmp_path / "identity"
+    identity.mkdir()
+    latest = SigningKey.make()
+    latest.save(identity / "signing.key")
+    with pytest.raises(KitError, match=latest.verifying.fingerprint):
+        Signer.load(identity / "signing.key").check(make_kit("earlier"))
+
+    (identity / "site").write_text("lab")
+    (identity / FILE).write_text(json.dumps([Succession.make("lab", KEY, latest.verifying).hex]))
+    signer = Signer.load(identity / "signing.key")
+    signer.check(make_kit("before"))
+    kit = make_kit("after", signer=signer)
+    signer.check(kit)
+    assert KitFolder(kit.folder).follows(KEY.verifying.raw, latest.verifying.raw)
+    for foreign in (make_kit("foreign", signer=Signer(SigningKey.make())), make_kit("plain", signer=None)):
+        with pytest.raises(KitError, match="not signed by this server"):
+            signer.check(foreign)
+
+    SigningKey.make().save(identity / "other.key")
+    with pytest.raises(IdentityError, match="successions"):
+        Signer.load(identity / "other.key")
 
 
 def test_nothing_is_left_of_a_kit_that_fails(tmp_path: Path, make_kit: MakeKit) -> None:

@@ -13,7 +13,7 @@ import pytest
 from runtime_releases import KEY
 
 import tiny_wheels
-from fedprune_flash import BoardFile, Target, build_kit
+from fedprune_flash import BoardFile, Signer, Target, build_kit
 from fedprune_flash.target import PYTHONS
 from ssh_boards import SYSTEMCTL
 
@@ -73,7 +73,7 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     tiny_wheels.wheel(links, "onnxruntime", "1.31", {"onnxruntime/__init__.py": refuses})
     own = next(links.glob("fedprune-*"))
     target = Target(python, platform.machine())
-    build_kit(tmp_path / "kit", board, target, wheel=own, links=[links], claim="one-time", key=KEY)
+    build_kit(tmp_path / "kit", board, target, wheel=own, links=[links], claim="one-time", signer=Signer(KEY))
     (tmp_path / "usr/bin").mkdir(parents=True)
     (tmp_path / "usr/bin/systemctl").write_text(SYSTEMCTL)
     (tmp_path / "usr/bin/systemctl").chmod(0o755)

@@ -21,7 +21,7 @@ from fedprune.errors import ExitCode
 from fedprune.trust.claim import Claim
 from fedprune.trust.keys import SigningKey
 from fedprune_device.runtime.home import Home
-from fedprune_flash import BoardFile, Kit, Target, build_kit, cli
+from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit, cli
 from fedprune_flash.journal import Journal
 from ssh_boards import PROFILE, Board, Boards
 
@@ -37,7 +37,9 @@ def kit(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     board = BoardFile("mqtts://broker.example:8883", "any", "lab", "own.samples:load")
     here = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
     own = next(wheels.glob("fedprune-*.whl"))
-    return build_kit(tmp_path_factory.mktemp("ssh-kit") / "kit", board, here, wheel=own, links=[wheels], key=KEY).folder
+    return build_kit(
+        tmp_path_factory.mktemp("ssh-kit") / "kit", board, here, wheel=own, links=[wheels], signer=Signer(KEY)
+    ).folder
 
 
 @pytest.fixture
@@ -321,7 +323,7 @@ def test_a_board_that_has_joined_gets_no_claim(boards: Boards, kit: Path, tmp_pa
     words = ["ssh", str(boards.inventory()), "--kit", str(kit), "--only", "attic"]
     assert cli.main(words) == ExitCode.USAGE
     SigningKey.make().save(tmp_path / "another.key")
-    assert cli.main([*words, "--signing-key", str(tmp_path / "another.key")]) == ExitCode.BOARD
+    assert cli.main([*words, "--signing-key", str(tmp_path / "another.key")]) == ExitCode.KIT
     assert not (board.root / "opt/fedprune").exists()
     assert cli.main([*words, "--signing-key", str(tmp_path / "signing.key")]) == ExitCode.OK
     assert not board.claim.exists()
@@ -329,7 +331,10 @@ def test_a_board_that_has_joined_gets_no_claim(boards: Boards, kit: Path, tmp_pa
 
 
 def test_boards_may_be_installed_without_signatures(boards: Boards, make_kit: MakeKit, tmp_path: Path) -> None:
-    board, plain = boards.boards[0], make_kit(key=None, board=BoardFile("mqtts://h", "any", "lab", "own.samples:load"))
+    board, plain = (
+        boards.boards[0],
+        make_kit(signer=None, board=BoardFile("mqtts://h", "any", "lab", "own.samples:load")),
+    )
     write_claims(tmp_path / "claims", 1)
     words = ["ssh", str(boards.inventory()), "--kit", str(plain.folder), "--claims", str(tmp_path / "claims")]
     KEY.save(tmp_path / "signing.key")
@@ -388,12 +393,14 @@ def test_on_a_terminal_boards_at_work_are_shown(boards: Boards, kit: Path) -> No
 
 
 def test_the_server_makes_claims_for_the_boards_names(
-    boards: Boards, kit: Path, tmp_path: Path, capsys: Capture
+    boards: Boards, make_kit: MakeKit, tmp_path: Path, capsys: Capture
 ) -> None:
     server = pytest.importorskip("fedprune_server.cli")
     folder = pytest.importorskip("fedprune_server.identity.folder")
     state = tmp_path / "state"
     assert server.main(["init", "--state", str(state), "--site", "lab"]) == ExitCode.OK
+    board = BoardFile("mqtts://h", "any", "lab", "own.samples:load")
+    kit = make_kit(signer=Signer.load(state / "identity/signing.key"), board=board).folder
     words = ["ssh", str(boards.inventory()), "--kit", str(kit), "--server-state", str(state)]
     assert cli.main(words) == ExitCode.OK
     with folder.IdentityFolder(state) as identity:

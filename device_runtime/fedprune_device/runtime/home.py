@@ -164,18 +164,19 @@ class Home:
             (self.folder / f"{slot}.json").unlink()
         _sync(self.folder)
 
-    def whole(self, slot: str, *, from_disk: bool = False) -> Record:
+    def whole(self, slot: str, *, from_disk: bool = False, key: bytes | None = None) -> Record:
         """A slot's record, if the server signed it, every file matches it and no other file exists.
 
         Args:
             slot: The slot.
             from_disk: Read synced files from the disk instead of the page cache, which hides write errors.
+            key: The key that must have signed it (default: the installed one).
 
         Raises:
             DamagedError: The first thing that is wrong.
         """
         record, folder = self.record(slot), self.root / slot
-        key = self.key()
+        key = self.key() if key is None else key
         if key is not None and not _signed(record, key):
             raise DamagedError(f"slot {slot}: the server's key has not signed what is in it")
         paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())

@@ -14,7 +14,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,7 +103,7 @@ class Updater:
             for folder in (root, self.home.folder, self._incoming, *(root / slot for slot in SLOTS)):
                 folder.mkdir(parents=True, exist_ok=True)
         with self._alone(), storage_errors(f"can't write {root}"):
-            if self.home.load() is not None:
+            if self.home.load() is not None or self._recoverable():
                 raise ReleaseError(f"{root} has a runtime already", hint="Update it with `fedprune-device update`.")
             write_file(root / KEY, self._key.hex.encode())
             release = self._bring(source, State(SLOTS[1]))
@@ -111,6 +111,13 @@ class Updater:
             self.home.save(State(SLOTS[0], highest=release.number))
             self._clear_incoming(None)
         return release
+
+    def _recoverable(self) -> bool:
+        """Whether a slot is whole though the launcher's state is lost; another key would make it unusable."""
+        with suppress(DamagedError):
+            self.home.recover()
+            return True
+        return False
 
     def pulled(self) -> BlobStore:
         """Where files of a release grow that come over the network; made where there is none.

@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             place.check_root()
             key = trusted_key(kit, place, arguments.key, unsigned=arguments.unsigned)
             kit.check()
-            print(f"signed with key {fingerprint(key)}" if key else "not signed", flush=True)
+            print(f"signed with key {fingerprint(kit.key)}" if key else "not signed", flush=True)
             work = Installation(kit, place, start=not arguments.no_start, key=key)
             install(work, dry=arguments.dry_run, wait=arguments.wait)
     except FedpruneError as error:

@@ -80,7 +80,7 @@ class Place:
         """
         for path in (f"{HOME}/{KEY}", f"{STATE}/identity/{KEY}"):
             if os.path.lexists(self.at(path)):
-                return read_key(str(self.at(path)))
+                return read_key(str(self.at(path)), os.O_NOFOLLOW | os.O_NONBLOCK)  # the second is not root's
         return None
 
     def check_root(self) -> None:
@@ -93,8 +93,12 @@ class Place:
             raise UsageError("only root may do this", hint="Run it with sudo.")
 
 
-def read_key(given: str) -> bytes:
+def read_key(given: str, flags: int = 0) -> bytes:
     """A server's key, from its 64 hex digits or from a file with them.
+
+    Args:
+        given: The digits, or the file.
+        flags: For opening the file.
 
     Raises:
         KitError: It is something else.
@@ -102,7 +106,7 @@ def read_key(given: str) -> bytes:
     digits = given
     try:
         if not _HEX.fullmatch(given):
-            with Path(given).open("rb") as file:
+            with os.fdopen(os.open(given, os.O_RDONLY | flags), "rb") as file:
                 digits = file.read(200).decode("ascii", "replace").strip()
     except OSError as error:
         raise KitError(f"can't read the server's key {given}: {error.strerror}") from error
@@ -112,7 +116,9 @@ def read_key(given: str) -> bytes:
 
 
 def trusted_key(kit: KitFolder, place: Place, given: str | None, *, unsigned: bool) -> bytes | None:
-    """The key that signed a kit, which this board may believe; None for a kit that may be installed unsigned.
+    """The key that this board is to go by with a kit; None for a kit that may be installed unsigned.
+
+    A key from which the kit's successions lead to the one that signed it stays.
 
     Args:
         kit: The kit.
@@ -123,9 +129,11 @@ def trusted_key(kit: KitFolder, place: Place, given: str | None, *, unsigned: bo
     Raises:
         KitError: The kit is not signed, or not by a key that the board may believe.
     """
-    known = place.server_key() if given is None else read_key(given)
+    own = place.server_key()
+    known = own if given is None else read_key(given)
     if kit.signature or (known is not None and not unsigned):
-        return kit.authenticate(known)
+        key = kit.authenticate(known)
+        return own if own is not None and kit.follows(own, key) else known or key
     if not unsigned:
         raise KitError("the kit is not signed", hint="Make it with --signing-key, or install it with --unsigned.")
     if place.at(f"{HOME}/{KEY}").exists():
@@ -143,7 +151,7 @@ class Installation:
         kit: The kit.
         place: The board.
         start: Whether the service is started.
-        key: The key that signed the kit; None for a kit that is not signed.
+        key: The key that the board is to go by; None for a kit that is not signed.
     """
 
     def __init__(self, kit: KitFolder, place: Place, *, start: bool, key: bytes | None = None) -> None:
@@ -160,11 +168,10 @@ class Installation:
         return RuntimeSlot(self.kit, self.place.at(HOME), python, self.place.owner, self.key)
 
     def check(self) -> None:
-        """Make sure that the kit is for this board and whole, and that there is room.
+        """Make sure that the kit is for this board, and that there is room.
 
         Raises:
-            KitError: It is for another board, or damaged.
-            UsageError: This is not root.
+            KitError: It is for another board, or its wheels don't go together.
             StorageFullError: There is no room.
         """
         wanted, found = self.kit.manifest.get("python"), self._python()
@@ -201,13 +208,13 @@ class Installation:
                 self._add_user,
             ),
             Step(
-                f"lay out {HOME}: launcher.pyz{', the key' if self.key else ''}, slots a and b",
+                f"lay out {HOME}: launcher.pyz, slots a and b",
                 f"rm -r {HOME}",
                 lambda: runtime.laid_out,
                 runtime.lay_out,
             ),
             Step(
-                f"unpack the kit's {len(self.kit.wheels)} wheels into a slot",
+                f"unpack the kit's {len(self.kit.wheels)} wheels into a slot{', write the key' if self.key else ''}",
                 f"rm -r {HOME}",
                 lambda: runtime.filled,
                 self._fill,
@@ -257,7 +264,7 @@ class Installation:
         call(["useradd", "--system", "--no-create-home", "--home-dir", STATE, "--shell", "/usr/sbin/nologin", USER])
 
     def resume(self) -> None:
-        """After a failure: start the service again if it was stopped here. What ran before is still what starts."""
+        """After a failure: start the service again if it was stopped here. Whatever slot is whole is what starts."""
         if self._stopped:
             self.place.control.tell("start", "--no-block", SERVICE, must=False)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedprune.errors import KitError, shown
 from fedprune_device.runtime.ed25519 import verify
-from fedprune_device.runtime.home import PURPOSE
+from fedprune_device.runtime.home import PURPOSE, successors
 from fedprune_flash.on_board.board_files import blacken, sync
 
 SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*){0,3}")
@@ -23,7 +23,7 @@ SPENT = ".claim.txt.spent"
 LAUNCHER, ENVIRONMENT, AUTHORITY = "launcher.pyz", "device.env", "ca.pem"
 SERVICE = "fedprune.service"
 
-_VERSION = 3
+_VERSION = 4
 
 
 class KitFolder:
@@ -38,6 +38,8 @@ class KitFolder:
         runtime: What the release in it is called: fedprune's version, and a digest of the wheels.
         signature: The server's signature on what kit.json says otherwise, as hex; empty where nothing is signed.
         signed: What is signed: kit.json without its signature, written in one certain way.
+        site: The fleet's name; empty where the server's key was never replaced.
+        successions: How the key that signed it replaced earlier ones, as hex, the oldest first.
 
     Raises:
         KitError: There is no manifest, or it is not that of a kit.
@@ -48,6 +50,7 @@ class KitFolder:
         self.manifest = _manifest(self.read(MANIFEST))
         self.signature = str(self.manifest.pop("signature", ""))
         self.signed = signed_text(self.manifest)
+        self.site, self.successions = str(self.manifest["site"]), tuple(map(str, self.manifest["successions"]))
         rows = sorted((str(row["path"]), str(row["sha256"])) for row in self.manifest["files"])
         wheels = [row for row in rows if row[0].endswith(".whl")]
         self.names = {path for path, _ in rows}
@@ -83,6 +86,15 @@ class KitFolder:
         """Whether it leaves numpy, onnxruntime and TensorRT to the board."""
         return self.manifest.get("jetson") is True
 
+    @property
+    def key(self) -> bytes:
+        """The key that signed it, by its own account.
+
+        Raises:
+            ValueError: It names none.
+        """
+        return bytes.fromhex(str(self.manifest.get("key", "")))
+
     def authenticate(self, known: bytes | None) -> bytes:
         """Make sure that the server signed the manifest, before anything else in the kit is looked at.
 
@@ -93,13 +105,13 @@ class KitFolder:
             The key that signed it.
 
         Raises:
-            KitError: Another key signed it, or nothing did.
+            KitError: Neither that key nor a successor of it signed it.
         """
         try:
-            key, signature = bytes.fromhex(str(self.manifest.get("key", ""))), bytes.fromhex(self.signature)
+            key, signature = self.key, bytes.fromhex(self.signature)
         except ValueError:
             key = signature = b""
-        if known not in (None, key):
+        if known is not None and not self.follows(known, key):
             raise KitError(
                 "the kit is not signed by the server that this board knows",
                 expected=f"key {fingerprint(known or b'')}",
@@ -109,6 +121,10 @@ class KitFolder:
         if not verify(key, signature, PURPOSE + self.signed.encode()):
             raise KitError("the kit's manifest is not what was signed", hint="Copy or make the kit again.")
         return key
+
+    def follows(self, known: bytes, key: bytes) -> bool:
+        """Whether a key is a known one, or replaced it by the kit's successions."""
+        return key in successors(known, self.site, self.successions)
 
     def check(self) -> None:
         """Make sure that every file is what the manifest says, and that there is no other.
@@ -177,6 +193,8 @@ def _manifest(raw: bytes) -> dict[str, Any]:
                 raise ValueError("a row is none")
         if not all(isinstance(n, str) and isinstance(v, str) for n, v in body["imports"].items()):
             raise ValueError("imports")
+        if not isinstance(body["site"], str) or not isinstance(body["successions"], list):
+            raise ValueError("successions")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise KitError("kit.json is not that of a kit for this installer", hint="Make the kit again.") from error
     made: dict[str, Any] = body

@@ -44,7 +44,8 @@ class RuntimeSlot:
         root: The folder of launcher and slots.
         python: The Python that will run it.
         owner: The service's user, as whom the kit's modules are tried; None for the installing user.
-        key: The server's key, which the launcher goes by; None for a kit that is not signed.
+        key: The key that the launcher is to go by: it or a successor of it signed the kit. None for a kit that is not
+            signed.
 
     Attributes:
         home: What the launcher sees of it.
@@ -55,23 +56,20 @@ class RuntimeSlot:
         self, kit: KitFolder, root: Path, python: str, owner: Owner | None = None, key: bytes | None = None
     ) -> None:
         self._kit, self._python, self._owner = kit, python, owner
-        self._key = b"" if key is None else key.hex().encode()
+        self._key = key
         self.home = Home(root)
         self.folders = [root / name for name in _FOLDERS]
 
     @property
     def laid_out(self) -> bool:
-        """Whether folders, launcher and key are there."""
-        launcher, key = self.home.root / LAUNCHER, self.home.root / KEY
+        """Whether folders and launcher are there."""
         with suppress(OSError):
-            same = launcher.read_bytes() == self._kit.read(LAUNCHER) and (
-                not self._key or key.read_bytes() == self._key
-            )
+            same = (self.home.root / LAUNCHER).read_bytes() == self._kit.read(LAUNCHER)
             return same and all(f.is_dir() for f in self.folders)
         return False
 
     def lay_out(self) -> None:
-        """Make folders, launcher and key; the last two stay root's.
+        """Make folders and launcher, which stays root's.
 
         Raises:
             OSError: The disk fails or is full.
@@ -79,8 +77,6 @@ class RuntimeSlot:
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
         write_file(self.home.root / LAUNCHER, self._kit.read(LAUNCHER))
-        if self._key:
-            write_file(self.home.root / KEY, self._key)
 
     @property
     def filled(self) -> bool:
@@ -89,17 +85,18 @@ class RuntimeSlot:
         if state is None:
             return False
         try:
-            record = self.home.whole(state.stable)
+            record = self.home.whole(state.stable, key=self._key)
+            same = self.home.key() == self._key
         except DamagedError:
             return False
-        return record.version > NUMBER or record.name == self._kit.runtime or state.phase != STABLE
+        return same and (record.version > NUMBER or record.name == self._kit.runtime or state.phase != STABLE)
 
     @property
     def newer(self) -> bool:
         """Whether a release of the server's is there, so that the kit's runtime is left out."""
         state = self._state()
         with suppress(DamagedError):
-            return state is not None and self.home.whole(state.stable).version > NUMBER
+            return state is not None and self.home.whole(state.stable, key=self._key).version > NUMBER
         return False
 
     def check(self) -> None:
@@ -131,6 +128,8 @@ class RuntimeSlot:
     def fill(self) -> None:
         """Unpack the wheels into the slot that isn't in use, try them, and make that slot the one that starts.
 
+        The server's key is written when the new slot is whole: a board always has a slot that its key has signed.
+
         Raises:
             ReleaseError: A wheel is damaged.
             RuntimeUnavailableError: What was unpacked doesn't load on this board.
@@ -153,17 +152,20 @@ class RuntimeSlot:
             raise
         home.write_record(slot, self._record(files))
         try:
-            home.whole(slot, from_disk=True)
+            home.whole(slot, from_disk=True, key=self._key)
         except DamagedError as error:
             home.drop_record(slot)
             raise StorageError(
                 f"what was written isn't what is there ({error})", hint="Is the disk failing?"
             ) from error
+        if self._key is not None:
+            write_file(home.root / KEY, self._key.hex().encode())
         with home.changing():
             home.save(State(slot, highest=0 if state is None else state.highest))
 
     def _record(self, files: dict[str, tuple[str, int]]) -> Record:
-        return Record(NUMBER, self._kit.runtime, ENTRY, files, None, self._kit.signed, self._kit.signature)
+        kit = self._kit
+        return Record(NUMBER, kit.runtime, ENTRY, files, None, kit.signed, kit.signature, kit.site, kit.successions)
 
     def _state(self) -> State | None:
         """The launcher's state, as the launcher would have it: where both copies are lost, by what the slots hold."""
@@ -174,9 +176,17 @@ class RuntimeSlot:
         return state
 
     def _free_slot(self) -> str:
-        """The slot that isn't in use, which is emptied."""
+        """The slot that the launcher wouldn't start, which is emptied."""
         state = self._state()
-        return SLOTS[0] if state is None else state.other
+        if state is None:
+            return SLOTS[0]
+        return state.stable if self._starts(state.other) and not self._starts(state.stable) else state.other
+
+    def _starts(self, slot: str) -> bool:
+        with suppress(DamagedError):
+            self.home.whole(slot)
+            return True
+        return False
 
     def _unpack(self, slot: Path) -> dict[str, tuple[str, int]]:
         """Unpack the wheels and try them; returns sha256 and size of each file."""

@@ -44,7 +44,8 @@ from fedprune.trust.certificates import (
 from fedprune.trust.claim import Claim
 from fedprune.trust.epoch import EpochFile
 from fedprune.trust.keys import SigningKey
-from fedprune.trust.succession import Succession, follow
+from fedprune.trust.succession import FILE as _SUCCESSIONS
+from fedprune.trust.succession import Succession, read_successions
 from fedprune.trust.tls import PinnedContext, pinned_context
 from fedprune.wire.messages import MAX_SUCCESSIONS
 from fedprune.wire.topics import check_device, check_name
@@ -57,7 +58,7 @@ FOLDER = "identity"
 _SIGNING, _EPOCH, _KEY, _CERTIFICATE, _STORE, _SITE = (
     "signing.key", "epoch", "server.key", "server.pem", "identity.db", "site",
 )  # fmt: skip
-_NEW_SIGNING, _SUCCESSIONS = "signing.key.new", "successions.json"
+_NEW_SIGNING = "signing.key.new"
 _BROKER_LASTS_S = 365 * 24 * 3600
 _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
 _SHOWN = 5
@@ -351,30 +352,6 @@ class IdentityFolder:
             return False
         authority_ends = seconds_of(self.authority.certificate.not_valid_after_utc)
         return seconds_of(found.not_valid_after_utc) >= min(self.authority.now() + seconds, authority_ends)
-
-
-def read_successions(folder: Path, site: str) -> tuple[Succession, ...]:
-    """The successions of a server's signing key, verified, the oldest first.
-
-    Raises:
-        IdentityError: The file is damaged, or another site's.
-        StorageError: It can't be read.
-    """
-    path = folder / _SUCCESSIONS
-    try:
-        body = json.loads(path.read_bytes())
-        if not isinstance(body, list) or not 1 <= len(body) <= MAX_SUCCESSIONS:
-            raise ValueError
-        found = tuple(Succession.from_hex(str(text)) for text in body)
-        if follow(site, found[0].before, found) != found[-1].after:
-            raise ValueError
-    except FileNotFoundError:
-        return ()
-    except OSError as error:
-        raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
-    except (ValueError, RecursionError, ProtocolError) as error:
-        raise IdentityError(f"{path} is damaged", hint="Restore the backup of the identity folder.") from error
-    return found
 
 
 def load_signing_key(folder: Path, successions: Sequence[Succession], *, read_only: bool = False) -> SigningKey:

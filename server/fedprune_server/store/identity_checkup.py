@@ -11,7 +11,8 @@ from fedprune.trust.authority import CERTIFICATE, CRL, KEY, REGISTER, Authority
 from fedprune.trust.certificates import key_digest, load_certificate, load_tls_key
 from fedprune.trust.epoch import EpochFile
 from fedprune.trust.keys import SigningKey
-from fedprune_server.identity.folder import load_signing_key, read_successions
+from fedprune.trust.succession import read_successions
+from fedprune_server.identity.folder import load_signing_key
 from fedprune_server.store.finding import Finding, Weight
 
 _RESTORE = "Restore the backup of the identity folder."

@@ -6,17 +6,22 @@ for that, so that a server keeps the successions alone.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedprune.disk import storage_errors
-from fedprune.errors import ProtocolError
+from fedprune.errors import IdentityError, ProtocolError, StorageError, remedy
 from fedprune.trust.keys import KEY, SIGNATURE, SigningKey, VerifyingKey
 from fedprune.trust.transcript import transcript
+from fedprune.wire.messages import MAX_SUCCESSIONS
 
 LENGTH = 2 * (2 * KEY + SIGNATURE)
 """Hex digits of a succession."""
+
+FILE = "successions.json"
+"""File of a server's identity, beside its signing key."""
 
 SUCCESSIONS = "successions"
 """File of a device's identity beside the server's key: the fleet's name, then the successions, a line each."""
@@ -80,6 +85,34 @@ def follow(site: str, key: VerifyingKey, successions: Iterable[Succession]) -> V
             key.verify(succession.signature, _text(site, succession.before, succession.after))
             key = succession.after
     return key
+
+
+def read_successions(folder: Path, site: str) -> tuple[Succession, ...]:
+    """The successions of a server's signing key, verified, the oldest first.
+
+    Args:
+        folder: The server's identity.
+        site: The fleet's name.
+
+    Raises:
+        IdentityError: The file is damaged, or another site's.
+        StorageError: It can't be read.
+    """
+    path = folder / FILE
+    try:
+        body = json.loads(path.read_bytes())
+        if not isinstance(body, list) or not 1 <= len(body) <= MAX_SUCCESSIONS:
+            raise ValueError
+        found = tuple(Succession.from_hex(str(text)) for text in body)
+        if follow(site, found[0].before, found) != found[-1].after:
+            raise ValueError
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    except (ValueError, RecursionError, ProtocolError) as error:
+        raise IdentityError(f"{path} is damaged", hint="Restore the backup of the identity folder.") from error
+    return found
 
 
 def kept_successions(folder: Path) -> tuple[str, tuple[str, ...]]:
