@@ -103,7 +103,7 @@ class Updater:
             for folder in (root, self.home.folder, self._incoming, *(root / slot for slot in SLOTS)):
                 folder.mkdir(parents=True, exist_ok=True)
         with self._alone(), storage_errors(f"can't write {root}"):
-            if self.home.load() is not None or self._recoverable():
+            if self.home.load() is not None or self._starts_of_another():
                 raise ReleaseError(f"{root} has a runtime already", hint="Update it with `fedprune-device update`.")
             write_file(root / KEY, self._key.hex.encode())
             release = self._bring(source, State(SLOTS[1]))
@@ -112,11 +112,11 @@ class Updater:
             self._clear_incoming(None)
         return release
 
-    def _recoverable(self) -> bool:
-        """Whether a slot is whole though the launcher's state is lost; another key would make it unusable."""
+    def _starts_of_another(self) -> bool:
+        """Whether the launcher's state is lost, and a slot is whole that another server's key has signed."""
         with suppress(DamagedError):
             self.home.recover()
-            return True
+            return self.home.key() not in (None, self._key.raw)
         return False
 
     def pulled(self) -> BlobStore:
