@@ -319,7 +319,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     from fedprune_device.probe import probe
 
     turned_off()  # what is wrong with the setting comes first
-    report = probe(arguments.threads)
+    report = probe(arguments.threads, begin=_begin)
     if arguments.json:
         print(json.dumps(report.to_dict(), sort_keys=True))
         return int(ExitCode.OK)
@@ -335,8 +335,15 @@ def _probe(arguments: argparse.Namespace) -> int:
             value = _latency(report)
         elif field.name == "forms":
             value = _forms(report)
-        print(f"{field.name}: {'unknown' if value in (None, '') else value}")
+        if value not in (None, ""):
+            print(f"{field.name}: {value}")
     return int(ExitCode.OK)
+
+
+def _begin(what: str, seconds: float) -> None:
+    """Name a measurement that begins, where no spinner turns."""
+    if not sys.stderr.isatty():
+        print(f"measuring {what}: about {seconds:.0f} s, longer on a slow board", file=sys.stderr, flush=True)
 
 
 def _latency(report: ProbeReport) -> str:
@@ -345,8 +352,8 @@ def _latency(report: ProbeReport) -> str:
     if table is None:
         return ""
     error = f"{table.error:.1%}" if table.points else "unknown"
-    counted = "single channels" if table.block == 1 else f"multiples of {table.block} channels"
-    return f"{table.points} measurements, median error {error}, reckons with {counted}"
+    steps = "channel by channel" if table.block == 1 else f"in steps of {table.block} channels"
+    return f"{table.points} measurements of layers, median error {error}, times grow {steps}"
 
 
 def _forms(report: ProbeReport) -> str:

@@ -23,10 +23,14 @@ from fedprune_device.data import Shape, arrays_of, checked_inputs, checked_sampl
 from fedprune_device.labels import targets
 from fedprune_device.local.command import add_sample_options, fixed_samples
 from fedprune_device.own_labels import OwnLabels
+from fedprune_device.owner import FILE
 from fedprune_device.predictions import described, judged
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Slots
 from fedprune_device.stored_array import Inputs
+
+_MOST_NAMED = 10
+"""Folders of boards that an error names."""
 
 
 def add_predict_command(commands: Any) -> None:
@@ -121,6 +125,10 @@ def _slots(state: Path) -> Slots:
             )
         if pointer.is_file():
             pointer.open("rb").close()
+        elif inside := sorted(p.parent.name for p in state.glob(f"*/{FILE}")):
+            raise StorageError(
+                f"{state} is no board's state folder", expected=f"one of those in it: {', '.join(inside[:_MOST_NAMED])}"
+            )
     return Slots(state / "serving")
 
 

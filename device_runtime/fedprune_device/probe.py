@@ -24,6 +24,8 @@ from fedprune import __version__, step, tensorfile
 from fedprune.blocks import block_size
 from fedprune.chance import keyed
 from fedprune.errors import MissingExtraError, RuntimeUnavailableError
+from fedprune.form_times import FormTimes
+from fedprune.latency import LatencyTable
 from fedprune.probe_report import ProbeReport
 from fedprune.session import Session
 from fedprune.session import version as onnxruntime_version
@@ -48,6 +50,7 @@ def probe(
     form_seconds: float = 10.0,
     memory_file: Path | None = None,
     runtime: str = "",
+    begin: Callable[[str, float], None] = lambda what, seconds: None,
 ) -> ProbeReport:
     """Measure this board.
 
@@ -60,6 +63,7 @@ def probe(
         memory_file: Where the layers' times are kept, so that the next start need not measure them again; beside it
             those of forms.
         runtime: onnxruntime's version, where this process has loaded it; else another process tries that first.
+        begin: Called before each measurement that is made, with its name and about how long it takes.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -69,18 +73,24 @@ def probe(
     began = time.monotonic()
     total, available = memory(root)
     version = runtime or check_runtime()
+    begin("training and predicting", seconds)
     train, infer = _rates(threads, seconds)
     about = f"fedprune {__version__}, onnxruntime {version}, {threads} threads, {board(root)}"
     latency = forms = None
-    if layer_seconds and memory_file is not None:
-        latency = remembered_table(memory_file, about, lambda: measure_table(threads, layer_seconds, train))
-    elif layer_seconds:
-        latency = measure_table(threads, layer_seconds, train)
-    if form_seconds and memory_file is not None:
-        file = memory_file.with_name(FORM_FILE)
-        forms = remembered_forms(file, about, lambda: measure_forms(threads, form_seconds))
-    elif form_seconds:
-        forms = measure_forms(threads, form_seconds)
+
+    def of_layers() -> LatencyTable:
+        begin("layers", layer_seconds)
+        return measure_table(threads, layer_seconds, train)
+
+    def of_forms() -> FormTimes:
+        begin("forms of convolutions", form_seconds)
+        return measure_forms(threads, form_seconds)
+
+    if layer_seconds:
+        latency = of_layers() if memory_file is None else remembered_table(memory_file, about, of_layers)
+    if form_seconds:
+        file = None if memory_file is None else memory_file.with_name(FORM_FILE)
+        forms = of_forms() if file is None else remembered_forms(file, about, of_forms)
     return ProbeReport(
         cores=len(os.sched_getaffinity(0)),
         memory_total=total,

@@ -34,8 +34,8 @@ from fedprune_device.trainer import Trainer, TrainingResult
 _EVERY_S = 1.0
 """Seconds between two updates of the progress line on a terminal."""
 
-_PARTS = 10
-"""Progress lines of a training, elsewhere."""
+_EVERY_LINE_S = 10.0
+"""Seconds between two progress lines, elsewhere."""
 
 
 def add_train_command(commands: Any) -> None:
@@ -249,19 +249,19 @@ def _interruptible() -> Iterator[threading.Event]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Show steps on stderr: one line that changes on a terminal, elsewhere a line for every tenth of them."""
-    live, shown, began = sys.stderr.isatty(), [0.0], time.monotonic()
+    """Show steps on stderr: one line that changes on a terminal, elsewhere a line every ten seconds and at the end."""
+    live, began = sys.stderr.isatty(), time.monotonic()
+    shown = [began]
 
     def tell(done: int, total: int) -> None:
         now = time.monotonic()
-        if live and (now - shown[0] >= _EVERY_S or done == total):
+        if now - shown[0] >= (_EVERY_S if live else _EVERY_LINE_S) or done == total:
             shown[0] = now
-            print(f"\rstep {done} of {total}, {now - began:.0f} s ", end="", file=sys.stderr, flush=True)
-        elif not live and done * _PARTS // total > (done - 1) * _PARTS // total:
-            print(f"step {done} of {total}, {now - began:.0f} s", file=sys.stderr, flush=True)
+            start, end = ("\r", " ") if live else ("", "\n")
+            print(f"{start}step {done} of {total}, {now - began:.0f} s", end=end, file=sys.stderr, flush=True)
 
     try:
         yield tell
     finally:
-        if live and shown[0]:
+        if live and shown[0] > began:
             print(file=sys.stderr)

@@ -123,6 +123,11 @@ def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
     return out
 
 
+def agreement(error: float) -> str:
+    """How near a file's outputs are to those of its source, for people."""
+    return f"the source's outputs {f'to within {error:.1e}' if error else 'exactly'}"
+
+
 def onnx_parity(raw: bytes, graph: Graph) -> float:
     """How far the outputs of an ONNX file are from a graph's, on random samples.
 

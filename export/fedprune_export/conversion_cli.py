@@ -98,7 +98,7 @@ def to_onnx(arguments: argparse.Namespace) -> int:
     raw = conversion.onnx_file(source.graph, source.names, arguments.name or "model", arguments.opset)
     error = conversion.onnx_parity(raw, source.graph)
     write_whole(arguments.out, raw)
-    print(f"{arguments.out}: {len(raw):,} bytes, {source.title}; outputs equal to {error:.1e}")
+    print(f"{arguments.out}: {len(raw):,} bytes, {source.title}; {conversion.agreement(error)}")
     return int(ExitCode.OK)
 
 
@@ -134,7 +134,7 @@ def to_torch(arguments: argparse.Namespace) -> int:
     if arguments.into is None or arguments.others == "zero":
         module = None if named is None else torch_module(named)
         error = conversion.state_parity(state, graph, source.graph, module, hint)
-        compared = f"; outputs equal to {error:.1e}{'' if module is None else ' in torch'}"
+        compared = f"; {conversion.agreement(error)}{'' if module is None else ' in torch'}"
     size = conversion.write_state_dict(arguments.out, state)
     print(f"{arguments.out}: {quantity(len(state), 'tensor')}, {size:,} bytes, {source.title}{compared}")
     return int(ExitCode.OK)

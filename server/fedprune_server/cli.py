@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export-model", help="write the global model of a state folder")
     add_state(export)
     export.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="model.onnx, weights.safetensors, or state.pt"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="model.onnx, weights.safetensors, or state.pt; written over if it is there",
     )
     export.add_argument("--opset", type=whole_number, metavar="N", help="opset of the .onnx file (default: 17)")
     export.add_argument("--round", type=int, metavar="N", help="after this round, if its model is still kept")
@@ -288,6 +293,8 @@ def _run(arguments: argparse.Namespace) -> int:
             leader.enter(identity.epochs, take_over=arguments.take_over, alone=reached.broker is not None)
             crl = identity.authority.crl_path
             stack.enter_context(delivering(config.on_revocation, config.state, crl))
+        for line in chain.from_iterable(kept.opened.changed for kept in jobs):
+            log.warning("setting changed since the last start: %s", line)
         given = rollouts is not None
         here = (lambda: daemon.connected) if isinstance(daemon, Host) else None
         watched = [(desk, kept.config.state) for desk, kept in zip(desks_of(daemon)[0], jobs, strict=True)]
@@ -325,8 +332,6 @@ def _say_what_runs(kept: Any) -> None:
     opened = kept.opened
     for note in opened.model.notes:
         log.info("model: %s", note)
-    for line in opened.changed:
-        log.warning("setting changed since the last start: %s", line)
     log.info(
         "job %s, round %d of %d, state in %s, %d groups of channels, %s",
         opened.job.name,

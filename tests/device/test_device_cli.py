@@ -159,6 +159,16 @@ def test_a_state_folder_that_is_not_there_is_said_so(tmp_path: Path, capsys: Cap
     assert f"there is no folder {tmp_path / 'nosuch'}" in capsys.readouterr().err
 
 
+def test_predict_names_the_boards_folders_inside_the_one_that_was_given(tmp_path: Path, capsys: Capture) -> None:
+    for name in ("attic", "yard"):
+        (tmp_path / name).mkdir()
+        Owner(name, "home").claim(tmp_path / name)
+    np.savez(tmp_path / "d.npz", x=np.zeros((5, 6), np.float32))
+    arguments = ["predict", "--state", str(tmp_path), "--input", str(tmp_path / "d.npz")]
+    assert cli.main(arguments) == ExitCode.STORAGE
+    assert "is no board's state folder: expected one of those in it: attic, yard" in capsys.readouterr().err
+
+
 def test_a_state_folder_that_may_not_be_read_is_a_storage_error(
     tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -213,15 +223,16 @@ def test_a_bundle_that_was_changed_does_not_predict(tmp_path: Path, bundle: Path
 
 def test_a_probe_is_printed_for_people(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     report = ProbeReport(cores=4, memory_total=2_000_000_000, memory_available=500_400_000, seconds=10.062659254999744)
-    monkeypatch.setattr("fedprune_device.probe.probe", lambda threads: report)
+    monkeypatch.setattr("fedprune_device.probe.probe", lambda threads, begin: report)
     assert cli.main(["probe"]) == ExitCode.OK
     lines = capsys.readouterr().out.splitlines()
     assert {"memory_total: 2000 MB", "memory_available: 500 MB", "seconds: 10.1"} <= set(lines)
+    assert not [line for line in lines if line.endswith(": unknown")], "what wasn't measured tells a reader nothing"
 
 
 def test_a_probe_is_printed_as_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     report = ProbeReport(cores=4, memory_total=2_000_000_000, memory_available=500_400_000, seconds=10.0)
-    monkeypatch.setattr("fedprune_device.probe.probe", lambda threads: report)
+    monkeypatch.setattr("fedprune_device.probe.probe", lambda threads, begin: report)
     assert cli.main(["probe", "--json"]) == ExitCode.OK
     assert ProbeReport.from_dict(json.loads(capsys.readouterr().out)) == report
 

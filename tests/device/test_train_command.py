@@ -61,7 +61,8 @@ def test_a_trained_bundle_has_the_weights_that_training_gives(
         np.testing.assert_array_equal(value, wanted.tensors[name])
     before, after = accuracy(bundle, data), accuracy(tmp_path / "out", data)
     assert after > before
-    said = capsys.readouterr().out
+    said, steps = capsys.readouterr()
+    assert steps == "step 9 of 9, 0 s\n", "in a pipe a line every ten seconds, and the last"
     assert "70 training samples, 20 test samples" in said
     assert f"before: accuracy {before:.4f}" in said
     assert f"after: accuracy {after:.4f}" in said

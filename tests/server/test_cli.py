@@ -352,7 +352,9 @@ def test_a_site_that_is_no_name_is_a_usage_error(capsys: pytest.CaptureFixture[s
 
 
 def test_a_copy_that_is_refused_has_reached_nobody(
-    state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    state: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     IdentityFolder.make(state, "default").close()
     outward: list[str] = []
@@ -368,8 +370,12 @@ def test_a_copy_that_is_refused_has_reached_nobody(
         raise OtherServerError("another server runs this fleet")
 
     monkeypatch.setattr(Leadership, "enter", refuse)
+    monkeypatch.setattr("fedprune_server.store.state_folder._changes", lambda *_: ["rounds: 5 is now 77"])
+    warned: list[object] = []
+    monkeypatch.setattr("fedprune_server.cli.log.warning", lambda *said: warned.append(said))
     assert main(["run", "--state", str(state), "--port", "0"]) == ExitCode.OTHER_SERVER
     assert "another server runs this fleet" in capsys.readouterr().err
+    assert warned == [], "a start that is refused changes no setting"
     assert outward == []
 
 

@@ -6,6 +6,7 @@ import argparse
 import errno
 import signal
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +217,15 @@ def test_options_are_not_cut_short_and_arguments_may_look_like_them() -> None:
         run_command("tool", parser, ["run", "--config", "x", "--", "--densty"])
 
 
-@pytest.mark.parametrize(("line", "near"), [("lok --round 3", " (did you mean 'look'?)"), ("zzz --config", "")])
+@pytest.mark.parametrize(
+    ("line", "end"),
+    [
+        ("lok --round 3", ": invalid choice: 'lok' (did you mean 'look'?). See `tool --help`.\n"),
+        ("zzz --config", "look). See `tool --help`.\n"),
+    ],
+)
 def test_a_misspelt_command_comes_with_the_one_that_was_meant(
-    line: str, near: str, capsys: pytest.CaptureFixture[str]
+    line: str, end: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         run_command("tool", parser, line.split())
@@ -226,7 +233,24 @@ def test_a_misspelt_command_comes_with_the_one_that_was_meant(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"invalid choice: '{line.split()[0]}'" in said
-    assert said.endswith(f"){near}. See `tool --help`.\n")
+    assert said.replace("'look')", "look)").endswith(end)
+
+
+def test_a_module_of_ours_that_is_missing_is_an_incomplete_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        import_module("fedprune.no_such_module")
+        return 0
+
+    def build() -> argparse.ArgumentParser:
+        out = argparse.ArgumentParser()
+        out.set_defaults(run=run)
+        return out
+
+    assert run_command("tool", build, []) == ExitCode.INTERNAL
+    said = capsys.readouterr().err
+    assert "installation is incomplete (No module named 'fedprune.no_such_module')" in said
+    assert "run the command again" in said
+    assert "report" not in said
 
 
 def test_a_word_that_is_nearly_a_command_is_one_unless_a_file_has_its_name(

@@ -69,6 +69,14 @@ def run_command(
     except FedpruneError as error:
         _say(str(error))
         return int(error.exit_code)
+    except ImportError as error:
+        if not (error.name or "").startswith("fedprune"):
+            return _internal(prog, error)
+        _say(
+            f"fedprune's installation is incomplete ({error}). If pip is at work on it, run the command again when "
+            "that is done; else install fedprune again."
+        )
+        return int(ExitCode.INTERNAL)
     except OSError as error:
         if error.errno in _NO_ROOM:
             _say(f"no room left on the disk{_where(error)}. Free some and run the command again.")
@@ -182,12 +190,12 @@ def _shorten(parser: argparse.ArgumentParser) -> None:
 
 
 def _with_meant(message: str) -> str:
-    """argparse's verdict on a command or choice that isn't there, with the one that was meant."""
+    """argparse's verdict on a command or choice that isn't there; the one that was meant instead of all that are."""
     found = _CHOICE.search(message)
     if found is None:
         return message
-    names = [name.strip(" '") for name in found[2].split(",")]
-    return f"{message}{meant(found[1], names)}"
+    near = meant(found[1], [name.strip(" '") for name in found[2].split(",")])
+    return f"{message[: found.start()]}invalid choice: {found[1]!r}{near}" if near else message
 
 
 def check_command(word: str, commands: Iterable[str], hint: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeAlias
 
 from fedprune.architecture import Architecture, widths_at
@@ -130,6 +130,18 @@ class Plan:
     accumulate: int = 1
     notes: tuple[str, ...] = ()
     warning: str = ""
+
+    @property
+    def before_rounds(self) -> Prediction:
+        """The prediction by profile and probe alone, at the same widths, without what rounds taught."""
+        p, c = self.prediction, self.correction
+        return replace(
+            p,
+            step_s=p.step_s / c.step,
+            train_s=p.train_s / c.step,
+            latency_s=p.latency_s / c.latency,
+            memory_bytes=p.memory.uncorrected,
+        )
 
     def limit(self, name: str) -> Limit:
         """The limit of that name.

@@ -6,6 +6,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, TextIO
@@ -65,7 +66,7 @@ class _Turning:
                 self._stream.flush()
 
     def _turn(self) -> None:
-        pause = AFTER_S
+        pause, began = AFTER_S, time.monotonic()
         for sign in itertools.cycle(_SIGNS):
             if self._ended.wait(pause):
                 return
@@ -73,7 +74,7 @@ class _Turning:
             with self._guard:
                 if not self._ended.is_set():
                     self._shown = True
-                    self._stream.write(f"{_ERASE}{sign} {self._title}")
+                    self._stream.write(f"{_ERASE}{sign} {self._title}, {time.monotonic() - began:.0f} s")
                     self._stream.flush()
 
 

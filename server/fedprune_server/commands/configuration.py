@@ -100,7 +100,7 @@ def _chosen(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
         keys[key.get(name, ("server", name))] = value
     options = {"deadline_s": "deadline", "path": "model", "data": "", "webhook": "alert-webhook"}
     tables: dict[str, Any] = {}
-    places: dict[tuple[str, ...], str] = {}
+    places: dict[tuple[str | int, ...], str] = {}
     for (table, key_), value in keys.items():
         if value is not None:
             tables.setdefault(table, {})[key_] = value

@@ -8,12 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fedprune.cli import whole_number
 from fedprune.disk import storage_errors
 from fedprune.errors import ExitCode, ProtocolError, UsageError
+from fedprune.quantity import quantity
 from fedprune.trust.keys import VerifyingKey, grouped
 from fedprune_server.commands.state import add_state
 
@@ -187,7 +189,15 @@ def _claim(arguments: argparse.Namespace) -> int:
     with IdentityFolder(arguments.state) as identity, _claims_file(arguments.out) as file:
         for _ in range(arguments.count):
             print(identity.claim(arguments.device, 3600 * arguments.hours).text, file=file)
+    _print_claims(arguments, arguments.device or "any name that is free", arguments.count)
     return int(ExitCode.OK)
+
+
+def _print_claims(arguments: argparse.Namespace, names: str, count: int = 1) -> None:
+    """What a file of claims is good for; on standard output claims stand alone."""
+    if arguments.out is not None:
+        end = datetime.now().astimezone() + timedelta(hours=arguments.hours)
+        print(f"{arguments.out}: {quantity(count, 'claim')} for {names}, valid until {end:%Y-%m-%d %H:%M %Z}")
 
 
 @contextmanager
@@ -197,7 +207,9 @@ def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
         yield None
         return
     if path.exists():
-        raise UsageError("--out", expected="a file that isn't there yet", got=str(path))
+        raise UsageError(
+            "--out", expected="a file that isn't there yet", got=str(path), hint="The claims in it may still be unused."
+        )
     with (
         storage_errors(f"can't write {path}"),
         os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
@@ -234,6 +246,7 @@ def _replace(identity: Any, arguments: argparse.Namespace) -> None:
         keys, certificates = identity.revoke(arguments.device)
         print(revoked(identity, arguments.device, keys, certificates), file=sys.stderr)
         print(identity.claim(arguments.device, 3600 * arguments.hours).text, file=file)
+    _print_claims(arguments, arguments.device)
 
 
 def _list(identity: Any, arguments: argparse.Namespace) -> None:

@@ -26,12 +26,12 @@ def export_model(arguments: argparse.Namespace) -> int:
         size, compared = len(weights), ""
     elif out.suffix == ".onnx":
         raw = conversion.onnx_file(model.graph, model.tensors, model.architecture.name, arguments.opset)
-        compared = f"; outputs equal to {conversion.onnx_parity(raw, model.graph):.1e}"
+        compared = f"; {conversion.agreement(conversion.onnx_parity(raw, model.graph))}"
         write_whole(out, raw)
         size = len(raw)
     else:
         state = conversion.state_dict(model.tensors, model.graph)
-        compared = f"; outputs equal to {conversion.state_parity(state, model.graph, model.graph):.1e}"
+        compared = f"; {conversion.agreement(conversion.state_parity(state, model.graph, model.graph))}"
         size = conversion.write_state_dict(out, state)
     print(f"{out}: {size:,} bytes{compared}")
     return int(ExitCode.OK)

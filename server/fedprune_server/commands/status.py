@@ -12,7 +12,7 @@ from fedprune.disk import held
 from fedprune.errors import ConfigError
 from fedprune.privacy import Privacy
 from fedprune.quantity import quantity
-from fedprune_server.fleet.foresight import Compared, compared, described
+from fedprune_server.fleet.foresight import Compared, compared, described, planned
 from fedprune_server.fleet.quarantine import read_rows
 from fedprune_server.identity.folder import FOLDER, IdentityFolder
 from fedprune_server.identity.store import REVOKED
@@ -240,7 +240,7 @@ def _misbehaved(row: dict[str, Any]) -> str:
 
 
 def _compared(row: dict[str, Any], state: State | None) -> Compared:
-    return compared(row["name"], state, (row["plan"] or {}).get("prediction"))
+    return compared(row["name"], state, planned(row["plan"]) if row["plan"] else None)
 
 
 def _outsider(name: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def _backup(arguments: argparse.Namespace) -> int:
             made = back_up(part, target, advance)
         record_backup(part)
         print(
-            f"{target}: job {made.job} in round {made.round}, {quantity(len(made.entries), 'file')}, {made.size} bytes"
+            f"{target}: job {made.job} in round {made.round}, {quantity(len(made.entries), 'file')}, "
+            f"{made.size:,} bytes"
         )
         has_identity = has_identity or made.has_identity
     if has_identity:

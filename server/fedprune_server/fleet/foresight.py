@@ -10,6 +10,7 @@ from fedprune.coordination import State
 from fedprune.coordination.state import Device
 from fedprune.errors import FedpruneError
 from fedprune.job import Job
+from fedprune.plan import Plan
 from fedprune.prediction import predict
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
@@ -33,15 +34,20 @@ def compared(name: str, state: State | None, predicted: Mapping[str, Any] | None
     Args:
         name: The device.
         state: The coordinator's state.
-        predicted: Figures of its plan's prediction; None without a plan.
+        predicted: Figures of a prediction; None without any.
     """
     measured = _measured(name, state)
     rows = {m: (_number(predicted, figure), _number(measured, m)) for m, (_, figure, _) in QUANTITIES.items()}
     return {m: pair for m, pair in rows.items() if pair != (None, None)}
 
 
+def planned(plan: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The figures of a plan without what rounds taught: a measurement that corrected them would always agree."""
+    return vars(Plan.from_dict(plan).before_rounds)
+
+
 def predicted(name: str, device: Device, job: Job, architecture: Architecture) -> Mapping[str, Any] | None:
-    """What a device's rounds are expected to cost: its plan's figures, or those of the widths that the job gives it.
+    """The cost of a device's rounds as predicted before any of them: by its plan, or for the widths that the job gives.
 
     Args:
         name: The device.
@@ -50,8 +56,7 @@ def predicted(name: str, device: Device, job: Job, architecture: Architecture) -
         architecture: The global model's architecture.
     """
     if device.plan is not None:
-        figures: Mapping[str, Any] = device.plan["prediction"]
-        return figures
+        return planned(device.plan)
     if not device.widths:
         return None
     try:

@@ -64,7 +64,8 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
             knows, or names a file that can't be used.
     """
     known = variables()
-    layer = Layer("the environment", {}, places := {})
+    places: dict[tuple[str | int, ...], str] = {}
+    layer = Layer("the environment", {}, places)
     for name in sorted(environment):
         where = f"environment variable {name}"
         if not name.startswith(_PREFIXES):

@@ -14,7 +14,8 @@ from fedprune.toml_file import read_toml_text
 from fedprune.toml_places import key_places
 
 _UNKNOWN = re.compile(r"(?:\[([\w.]+)\](?: of a further job)?:? )?(?:kind '[^']*': )?unknown (?:key|table) '([^']*)'")
-_KEY = re.compile(r"\[([\w.]+)\] ")
+_ROW = re.compile(r"\[\[(\w+)\]\] ?(\d+)?")
+_KEY = re.compile(r"\[([\w.]+)\](?: |$)")
 _NO_OPTION = re.compile(r".* has no option '([^']*)'")
 _TABLE = re.compile(r"(\w+)$")
 _PASSWORD = re.compile(r"(://[^/@\s:]*):\S*@")
@@ -28,12 +29,12 @@ class Layer:
     Attributes:
         name: The origin, where a setting has no place of its own.
         tables: The settings, as the tables of a `fleet.toml`.
-        places: Where settings and tables stand, such as `fleet.toml:12:1`.
+        places: Where settings and tables stand, such as `fleet.toml:12:1`; tables of a list by their index, from 0.
     """
 
     name: str
     tables: dict[str, Any] = field(default_factory=dict)
-    places: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    places: Mapping[tuple[str | int, ...], str] = field(default_factory=dict)
 
     def has(self, path: tuple[str, ...]) -> bool:
         """Whether it says anything of a setting."""
@@ -48,11 +49,7 @@ def file_layer(path: Path) -> Layer:
         MissingExtraError: Python 3.10 without the package tomli.
     """
     tables, text = read_toml_text(path, ConfigError)
-    places = {}
-    for keys, (line, column) in key_places(text).items():
-        names = tuple(k for k in keys if isinstance(k, str))
-        if len(names) == len(keys):  # no setting stands in a list of tables
-            places[names] = f"{path}:{line}:{column}"
+    places = {keys: f"{path}:{line}:{column}" for keys, (line, column) in key_places(text).items()}
     return Layer(str(path), tables, places)
 
 
@@ -109,7 +106,7 @@ def _place(layers: Sequence[Layer], subject: str) -> str | None:
 
     A table without a place stands where the first of its keys does, if one layer alone has it: that of what is missing.
     """
-    path: tuple[str, ...] = ()
+    path: tuple[str | int, ...] = ()
     for path in _paths(subject):
         for layer in reversed(layers):
             if path in layer.places:
@@ -118,9 +115,13 @@ def _place(layers: Sequence[Layer], subject: str) -> str | None:
     return next((v for k, v in saying[0].places.items() if k[:-1] == path), None) if len(saying) == 1 else None
 
 
-def _paths(subject: str) -> Iterator[tuple[str, ...]]:
+def _paths(subject: str) -> Iterator[tuple[str | int, ...]]:
     """Settings of which a message may speak, the likeliest first."""
-    if (option := _NO_OPTION.match(subject)) is not None:
+    if (row := _ROW.match(subject)) is not None:
+        one = (row[1], int(row[2]) - 1) if row[2] else (row[1],)
+        yield from ((*one, word) for word in re.findall(r"\w+", subject[row.end() :])[:20])
+        yield one
+    elif (option := _NO_OPTION.match(subject)) is not None:
         yield ("job", "options", option[1])
     if (unknown := _UNKNOWN.match(subject)) is not None:
         table = tuple(unknown[1].split(".")) if unknown[1] else ()
@@ -136,7 +137,7 @@ def _paths(subject: str) -> Iterator[tuple[str, ...]]:
         yield (name[1],)
 
 
-def _at(tables: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+def _at(tables: Mapping[str, Any], path: tuple[str | int, ...]) -> Any:
     value: Any = tables
     for name in path:
         if not isinstance(value, Mapping) or name not in value:

@@ -39,7 +39,7 @@ def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
             raise StorageError(f"the run in {place} measures {run.measure}", expected=runs[0][1].measure)
     titles = [run.title for _, run in runs]
     named = [
-        run if titles.count(run.title) == 1 else replace(run, title=f"{run.title} ({_place(place)})")
+        run if titles.count(run.title) == 1 else replace(run, title=f"{_place(place)} ({run.title})")
         for place, run in runs
     ]
     return tuple(named)

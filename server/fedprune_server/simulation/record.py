@@ -18,7 +18,7 @@ from fedprune.architecture import Architecture
 from fedprune.coordination import State
 from fedprune.coordination.state import Progress
 from fedprune.costs import costs_at
-from fedprune.disk import write_whole
+from fedprune.disk import storage_errors, write_whole
 from fedprune.errors import StorageError
 from fedprune.job import Job
 from fedprune.quantity import quantity
@@ -277,10 +277,8 @@ class Record:
         Raises:
             StorageError: It can't be read or is damaged; the message names it.
         """
-        try:
+        with storage_errors(f"can't read {path}"):
             text = path.read_text(encoding="utf-8", errors="replace")  # JSON has none of what is replaced
-        except OSError as error:
-            raise StorageError(f"can't read {path}: {error.strerror}") from error
         return cls.from_json(text, str(path))
 
 

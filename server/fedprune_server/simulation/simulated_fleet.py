@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,14 +10,13 @@ from typing import Any
 
 from fedprune.errors import ConfigError
 from fedprune.job import Job
-from fedprune.toml_file import read_toml
 from fedprune_device.data import LocalData
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_server.data.federation import Federation
 from fedprune_server.data.picture import Partition
 from fedprune_server.data.table import DataPlan
 from fedprune_server.settings.config import ServerConfig
-from fedprune_server.settings.layers import merged
+from fedprune_server.settings.layers import Layer, file_layer, located, merged
 from fedprune_server.settings.tables import overridden, parse_config
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet_devices import Link, named, read_devices
@@ -76,10 +75,15 @@ def read_plan(
         FedpruneError: Model, data or a profile can't be read; the message names the table and the key.
     """
     found = read_tables(path, changes)
+    with located(found.layers, str(path)):
+        return _plan(found, path, _overridden(found.config.job, strategy, seed, rounds), title, reference=reference)
+
+
+def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool) -> Plan:
+    """The plan of a file's tables; arguments and errors are those of `read_plan`."""
     config, settings = found.config, found.settings
     if config.model is None:
         raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
-    job = _overridden(config.job, strategy, seed, rounds)
     federation = None
     if found.data is not None:
         with named(f"{path}: [data]"):
@@ -139,7 +143,8 @@ class Tables:
     """What a `fleet.toml` says, before any model, profile or data is read.
 
     Attributes:
-        body: Its tables.
+        body: Its tables, with the changes.
+        layers: The file, and the changes.
         config: Those that a server reads, too, but [server].
         data: The table [data], or None.
         dropouts: How devices vanish.
@@ -150,6 +155,7 @@ class Tables:
     """
 
     body: Mapping[str, Any]
+    layers: tuple[Layer, ...]
     config: ServerConfig
     data: DataPlan | None
     dropouts: DropOuts
@@ -161,11 +167,23 @@ class Tables:
 
 def read_tables(path: Path, changes: Mapping[str, Any] | None = None) -> Tables:
     """Read a `fleet.toml` alone; arguments and errors are those of `read_plan`."""
-    body = _with(read_toml(path, ConfigError), changes or {})
-    config = parse_config({k: v for k, v in body.items() if k != "server"}, str(path), path.parent)
-    data = _data(body["data"], body.get("devices"), path) if "data" in body else None
-    dropouts, availability = read_dropouts(body, path), read_availability(body, path)
-    return Tables(body, config, data, dropouts, availability, *read_weather(body, path), read_settings(body, path))
+    file = file_layer(path)
+    layers = (file, Layer(str(path), dict(changes or {}), {p: str(path) for p in _keys((), changes or {})}))
+    body = _with(file.tables, changes or {})
+    with located(layers, str(path)):
+        config = parse_config({k: v for k, v in body.items() if k != "server"}, str(path), path.parent)
+        data = _data(body["data"], body.get("devices"), path) if "data" in body else None
+        dropouts, availability = read_dropouts(body, path), read_availability(body, path)
+        circumstances = *read_weather(body, path), read_settings(body, path)
+        return Tables(body, layers, config, data, dropouts, availability, *circumstances)
+
+
+def _keys(path: tuple[str, ...], tables: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The paths of all tables and keys."""
+    for key, value in tables.items():
+        yield (*path, key)
+        if isinstance(value, Mapping):
+            yield from _keys((*path, key), value)
 
 
 def _with(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

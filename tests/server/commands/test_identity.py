@@ -81,7 +81,7 @@ def test_a_replacement_s_claim_is_all_that_is_printed_or_goes_to_a_file(
     assert "attic: 1 key" in printed.err
     out = tmp_path / "claim"
     assert main(["devices", "--state", state, "replace", "attic", "--out", str(out)]) == ExitCode.OK
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out.startswith(f"{out}: 1 claim for attic, valid until ")
     Claim.parse(out.read_text())
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
 
@@ -97,7 +97,10 @@ def test_a_misspelt_device_comes_with_the_one_that_was_meant(
 
 def test_claims_go_to_a_new_file_that_its_owner_alone_reads(state: str, tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "claims"
-    assert main(["claim", "--state", state, "--count", "2", "--out", str(out)]) == ExitCode.OK
+    capsys.readouterr()
+    assert main(["claim", "--state", state, "--count", "2", "--hours", "24", "--out", str(out)]) == ExitCode.OK
+    said = capsys.readouterr().out
+    assert said.startswith(f"{out}: 2 claims for any name that is free, valid until ")
     assert len({Claim.parse(line).id for line in out.read_text().splitlines()}) == 2
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
     assert main(["claim", "--state", state, "--out", str(out)]) == ExitCode.USAGE

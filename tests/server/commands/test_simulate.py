@@ -240,7 +240,7 @@ def test_what_is_wrong_is_named(config, tmp_path, capsys, old, new, code, named)
     assert main(["--config", config(CONFIG.replace(old, new, 1)), "--out", str(tmp_path / "out")]) == code
     err = capsys.readouterr().err
     assert named in err
-    assert "fleet.toml: " in err
+    assert re.search(r"fleet\.toml:\d+:\d+: " if code == ExitCode.CONFIG else "fleet.toml: ", err)
     assert err.count("\n") == 1
 
 

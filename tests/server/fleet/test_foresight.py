@@ -13,7 +13,7 @@ from fedprune.coordination import State
 from fedprune.coordination.state import Device
 from fedprune.job import Job
 from fedprune.plan import plan
-from fedprune.prediction import predict
+from fedprune.prediction import NO_CORRECTION, predict
 from fedprune.quantity import amount
 from fedprune.recipe import Recipe
 from fedprune.strategies import compose
@@ -52,6 +52,17 @@ def test_measurements_at_other_widths_are_left_out() -> None:
     other = state(METRICS, widths=tuple(w + 1 for w in MADE.widths))
     assert all(seen is None for _, seen in compared("pi", other, vars(MADE.prediction)).values())
     assert compared("nobody", other, None) == {}
+
+
+def test_a_prediction_is_the_one_before_any_round_whatever_rounds_taught() -> None:
+    learnt = NO_CORRECTION.after(MADE.prediction, NO_CORRECTION, METRICS)
+    again = plan(toy.ARCHITECTURE, BOARD, JOB.recipe, 100, correction=learnt)
+    device = replace(state(METRICS).devices["pi"], plan=again.to_dict())
+    assert again.prediction.step_s == METRICS["step_seconds"], "what a plan says now agrees by itself"
+    foretold = predicted("pi", device, JOB, toy.ARCHITECTURE)
+    assert foretold is not None
+    for figure in ("step_s", "latency_s", "train_s", "memory_bytes"):
+        assert foretold[figure] == pytest.approx(vars(MADE.prediction)[figure]), figure
 
 
 def test_widths_that_the_job_gives_are_predicted_for_too() -> None:

@@ -183,7 +183,7 @@ def test_a_mistake_of_the_file_that_all_runs_have_in_common_is_its_own(
     (fleet / "sweep.toml").write_text(SWEEP)
     assert main(["sweep", str(fleet / "sweep.toml"), "--out", str(fleet / "out")]) == ExitCode.CONFIG
     err = capsys.readouterr().err
-    assert "fleet.toml: [job] unknown key 'round'" in err
+    assert "fleet.toml:4:1: [job] unknown key 'round'" in err
     assert "sweep.toml" not in err
 
 
