@@ -343,5 +343,7 @@ def test_while_one_authority_replaces_another_openssl_trusts_and_refuses_certifi
     for pem in (pems[1], server, broker):
         verified(new, pem, ok=False)
     assert new.crl_is_right()
+    assert new.made_for("lab")
+    assert not new.made_for("other")
     with pytest.raises(IdentityError, match="is not being replaced"):
         new.end_rotation()

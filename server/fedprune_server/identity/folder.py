@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +30,7 @@ from cryptography import x509
 from fedprune.disk import storage_errors, sync_folder, write_whole
 from fedprune.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
 from fedprune.quantity import quantity
-from fedprune.trust.authority import CERTIFICATE, DEVICE_DAYS, NEW_KEY, SERVER, Authority
+from fedprune.trust.authority import CERTIFICATE, DEVICE_DAYS, SERVER, Authority
 from fedprune.trust.certificates import (
     key_digest,
     load_certificate,
@@ -44,6 +43,7 @@ from fedprune.trust.certificates import (
 from fedprune.trust.claim import Claim
 from fedprune.trust.epoch import EpochFile
 from fedprune.trust.keys import SigningKey
+from fedprune.trust.private_file import give_to_owner_of
 from fedprune.trust.succession import FILE as _SUCCESSIONS
 from fedprune.trust.succession import Succession, read_successions
 from fedprune.trust.tls import PinnedContext, pinned_context
@@ -126,7 +126,7 @@ class IdentityFolder:
         """
         new = SigningKey.make()
         new.save(self.path / _NEW_SIGNING)
-        self._give_to_owner(self.path / _NEW_SIGNING)
+        give_to_owner_of(self.path / _NEW_SIGNING, self.path / _SIGNING)
         made = Succession.make(self.site, self.key, new.verifying)
         kept = (*self.successions, made)[-MAX_SUCCESSIONS:]
         write_whole(self.path / _SUCCESSIONS, json.dumps([s.hex for s in kept], indent=1).encode())  # now it counts
@@ -143,7 +143,6 @@ class IdentityFolder:
             StorageError: The disk fails or is full.
         """
         self.authority.begin_rotation(self.site)
-        self._give_to_owner(self.path / NEW_KEY)
         self.authority = Authority(self.path, self._clock)
 
     def retire_authority(self, *, force: bool = False) -> None:
@@ -188,13 +187,6 @@ class IdentityFolder:
             return []
         latest = self.authority.pins[-1].hex()
         return [d.device for d in self.store.devices() if d.status == APPROVED and d.authority != latest]
-
-    def _give_to_owner(self, path: Path) -> None:
-        """Let the identity's owner read a file that root made: the server may run as another user."""
-        if os.geteuid() == 0:
-            owner = (self.path / _SIGNING).stat()
-            with storage_errors(f"can't write {path}"):
-                os.chown(path, owner.st_uid, owner.st_gid)
 
     def revoke_again(self) -> None:
         """Revoke the certificates of revoked devices, where a crash or a disk lost that revocation.

@@ -106,7 +106,7 @@ def rotation(folder: Path) -> Iterator[Ailment]:
             command("devices", *at(folder)),
         )
     if rotating:
-        waits = f"{quantity(len(left), 'board')} has no certificate of the new one yet: {_few(left)}" if left else ""
+        waits = f"{quantity(len(left), 'board')} without a certificate of the new one: {_few(left)}" if left else ""
         yield note(
             "authority",
             f"the certificate authority is being replaced; {waits or 'all boards have certificates of the new one'}",

@@ -7,6 +7,7 @@ import re
 import secrets
 import shlex
 import signal
+import socket
 import ssl
 import subprocess
 import threading
@@ -57,22 +58,29 @@ class Site:
         self.folder = folder
         self.identity = IdentityFolder.make(folder / "state", "lab")
         self.broker = Broker(("127.0.0.1", "localhost"), free_port(), free_port(), folder / "broker")
-        write_broker(self.identity, "mosquitto", self.broker, folder / "broker")
-        with (folder / "broker" / CONFIG).open("a") as file:
+        self.log, self.binary = (folder / "log").open("wb"), binary
+        self.start()
+
+    def start(self) -> None:
+        """Write the broker's files and start it."""
+        write_broker(self.identity, "mosquitto", self.broker, self.broker.folder)
+        with (self.broker.folder / CONFIG).open("a") as file:
             file.write("user root\n")  # what starts it here can't give its files to another user
-        self.log = (folder / "log").open("wb")
         self.process = subprocess.Popen(
-            [binary, "-v", "-c", folder / "broker" / CONFIG], stdout=self.log, stderr=subprocess.STDOUT
+            [self.binary, "-v", "-c", self.broker.folder / CONFIG], stdout=self.log, stderr=subprocess.STDOUT
         )
         deadline = time.monotonic() + 30
         while not (listens(self.broker.port) and listens(self.broker.join_port)):
             if time.monotonic() > deadline or self.process.poll() is not None:
-                pytest.fail(f"mosquitto doesn't come up: {(folder / 'log').read_text()}")
+                pytest.fail(f"mosquitto doesn't come up: {(self.folder / 'log').read_text()}")
             time.sleep(0.02)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def close(self) -> None:
+        self.stop()
         self.log.close()
         self.identity.close()
 
@@ -295,6 +303,44 @@ def test_revoked_devices_are_refused_each_time_the_broker_has_loaded_the_list_ag
     claim = site.identity.claim("lost", 60)
     assert claim.text
     assert not site.refuses(site.device("lost").context())  # the board that replaces it
+
+
+@pytest.mark.mosquitto
+def test_a_broker_takes_certificates_of_both_authorities_from_its_new_files_on(tmp_path: Path) -> None:
+    site = Site(tmp_path, find_mosquitto())
+    try:
+        old, lost = site.device("old"), site.device("lost")
+        site.identity.rotate_authority()
+        assert site.refuses(site.identity.context())  # a server whose broker hasn't got its files gives out nothing
+        assert not site.refuses(old.context())
+
+        site.stop()
+        site.start()
+        new, lost_too = site.device("new"), site.device("lost-too")
+        for context in (site.identity.context(), old.context(), new.context(), lost.context(), lost_too.context()):
+            assert not site.refuses(context)
+        for name in ("lost", "lost-too"):
+            site.identity.revoke(name)
+        site.stop()
+        site.start()
+        assert site.refuses(lost.context())
+        assert site.refuses(lost_too.context())
+        assert not site.refuses(old.context())
+
+        site.identity.retire_authority(force=True)
+        site.stop()
+        site.start()
+        for context in (site.identity.context(), new.context()):
+            assert not site.refuses(context)
+        assert site.refuses(lost_too.context())
+        left_behind = old.context()  # it doesn't believe the broker
+        with (
+            socket.create_connection(("127.0.0.1", site.broker.port)) as raw,
+            pytest.raises(ssl.SSLCertVerificationError),
+        ):
+            left_behind.wrap_socket(raw, server_hostname="127.0.0.1")
+    finally:
+        site.close()
 
 
 @pytest.mark.mosquitto

@@ -52,6 +52,7 @@ from fedprune.trust.certificates import (
     save_tls_key,
     seconds_of,
 )
+from fedprune.trust.private_file import give_to_owner_of
 from fedprune.trust.register import Register
 from fedprune.trust.revocation_list import RevocationList
 from fedprune.trust.trusted_time import BUILT
@@ -166,6 +167,7 @@ class Authority:
         key = make_tls_key()
         certificate = _self_signed(key, _successor(site, key), self._clock)
         save_tls_key(key, self._folder / NEW_KEY)
+        give_to_owner_of(self._folder / NEW_KEY, self._folder / KEY)
         write_whole(self._folder / CERTIFICATE, (self.pem + pem_of(certificate)).encode())  # now it counts
 
     def end_rotation(self) -> None:
@@ -225,7 +227,7 @@ class Authority:
 
     def made_for(self, site: str) -> bool:
         """Whether it was made for this site, as far as its certificate tells: names are cut there."""
-        return self.certificate.subject == _subject(site)
+        return self.certificate.subject in (_subject(site), _successor(site, self._signers[0].key))
 
     def issue_device(self, site: str, device: str, csr: str, days: int = DEVICE_DAYS) -> str:
         """A certificate for a device to connect with; the same one if its key has one already.

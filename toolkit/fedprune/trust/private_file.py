@@ -25,6 +25,18 @@ def write_private(path: Path, data: bytes) -> None:
     write_whole(path, data, private=True)
 
 
+def give_to_owner_of(path: Path, other: Path) -> None:
+    """Give a file that root made to the owner of another file: what reads it may run as that user.
+
+    Raises:
+        StorageError: The disk fails.
+    """
+    if os.geteuid() == 0:
+        with storage_errors(f"can't write {path}"):
+            owner = other.stat()
+            os.chown(path, owner.st_uid, owner.st_gid)
+
+
 def read_private(path: Path, what: str) -> bytes:
     """Read a secret that only its owner can have read or written: this user, or root. Root reads any user's.
 
