@@ -136,7 +136,7 @@ class SignedLink(Relay):
                 successions = tuple(s.hex for s in self._successions) or None
                 payload = replace(message, successions=successions, authorities=self._authorities).to_bytes()
             elif isinstance(message, ReleaseOffer) and self._successions:  # its rollout may be older than the key
-                payload = self._signed_again(topic, message).to_bytes()
+                payload = self._signed_again(message).to_bytes()
             payload = self._sealer.seal(topic, payload)
         return self._link.publish(topic, payload, qos)
 
@@ -162,7 +162,7 @@ class SignedLink(Relay):
                 return opened
         return Unheard()
 
-    def _signed_again(self, topic: str, offer: ReleaseOffer) -> ReleaseOffer:
+    def _signed_again(self, offer: ReleaseOffer) -> ReleaseOffer:
         """A stored release with the present key's signature.
 
         Where its signature is by none of this server's keys it stays as it is: the board refuses it and reports why.
