@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def quantity(number: int, one: str, many: str = "", *, form: str = "") -> str:
     """A number with its noun.
@@ -13,6 +15,11 @@ def quantity(number: int, one: str, many: str = "", *, form: str = "") -> str:
         form: How the number is written, such as `,`.
     """
     return f"{number:{form}} {one if number == 1 else many or one + 's'}"
+
+
+def some(names: Sequence[str], separator: str = ", ", most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def amount(value: float, unit: str) -> str:

@@ -18,7 +18,7 @@ from fedprune.cli import whole_number
 from fedprune.coordination.rollout import CAREFUL, Fate, RolloutPhase
 from fedprune.disk import held
 from fedprune.errors import ExitCode, UsageError
-from fedprune.quantity import quantity
+from fedprune.quantity import quantity, some
 from fedprune.release import Release
 from fedprune.terminal import Column, print_table
 from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS
@@ -279,10 +279,7 @@ def _body(entry: Entry) -> dict[str, Any]:
 
 
 def _named(names: list[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f": {', '.join(names[:_SHOWN])}{more}"
+    return f": {some(names, most=_SHOWN)}" if names else ""
 
 
 def _groups(text: str) -> list[float]:

@@ -29,7 +29,7 @@ from cryptography import x509
 
 from fedprune.disk import storage_errors, sync_folder, write_whole
 from fedprune.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
-from fedprune.quantity import quantity
+from fedprune.quantity import quantity, some
 from fedprune.trust.authority import CERTIFICATE, DEVICE_DAYS, SERVER, Authority
 from fedprune.trust.certificates import (
     key_digest,
@@ -61,9 +61,6 @@ _SIGNING, _EPOCH, _KEY, _CERTIFICATE, _STORE, _SITE = (
 _NEW_SIGNING = "signing.key.new"
 _BROKER_LASTS_S = 365 * 24 * 3600
 _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
-_SHOWN = 5
-"""Boards that an error names."""
-
 _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
 _WEB_KEY, _WEB_CERTIFICATE = "web.key", "web.pem"
 
@@ -158,11 +155,10 @@ class IdentityFolder:
             StorageError: The disk fails or is full.
         """
         if (left := self.without_new_certificate()) and not force:
-            names = ", ".join(left[:_SHOWN]) + (f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else "")
             raise IdentityError(
                 f"{quantity(len(left), 'board')} would be locked out: no certificate of the new authority yet",
                 expected="certificates for all boards",
-                got=f"none for {names}",
+                got=f"none for {some(left)}",
                 hint="Let them connect while the server runs. Revoke boards that are gone; with --force the others "
                 "must join again, with a claim.",
             )

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from fedprune.coordination import Phase
 from fedprune.coordination.rollout import RolloutPhase
-from fedprune.quantity import quantity
+from fedprune.quantity import quantity, some
 from fedprune_server.fleet.quarantine import CROWDED_S
 
 CRITICAL, WARNING, INFO = "critical", "warning", "info"
@@ -293,11 +293,6 @@ def command(*words: object) -> str:
 def at(folder: Path) -> tuple[str, str]:
     """The words of a command that name the state folder."""
     return "--state", str(folder)
-
-
-def some(names: Sequence[str], separator: str = ", ") -> str:
-    """The first few names."""
-    return separator.join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def day(moment: float) -> str:

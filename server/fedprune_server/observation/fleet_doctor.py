@@ -12,9 +12,9 @@ from typing import Any
 from fedprune.coordination import Phase, State
 from fedprune.coordination.state import Progress
 from fedprune.errors import shown
-from fedprune.quantity import quantity
+from fedprune.quantity import quantity, some
 from fedprune_server.observation.ailment import Ailment, note, wrong
-from fedprune_server.observation.alerts import SHOWN, JobStatus, at, command, some
+from fedprune_server.observation.alerts import SHOWN, JobStatus, at, command
 from fedprune_server.observation.monitor import off_by_far
 from fedprune_server.observation.reasons import kind_of
 from fedprune_server.work.divergence import of_history

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedprune.errors import FedpruneError
-from fedprune.quantity import quantity
+from fedprune.quantity import quantity, some
 from fedprune.trust.authority import CRL
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.link import Link
@@ -101,22 +101,18 @@ def rotation(folder: Path) -> Iterator[Ailment]:
     if names := [name for name, what in behind.items() if "signing key" in what]:
         yield note(
             "signing-key",
-            f"{quantity(len(names), 'board')} last connected before the signing key was replaced: {_few(names)}",
+            f"{quantity(len(names), 'board')} last connected before the signing key was replaced: {some(names)}",
             "they follow when they connect; a stolen old key deceives them until then",
             command("devices", *at(folder)),
         )
     if rotating:
-        waits = f"{quantity(len(left), 'board')} without a certificate of the new one: {_few(left)}" if left else ""
+        waits = f"{quantity(len(left), 'board')} without a certificate of the new one: {some(left)}" if left else ""
         yield note(
             "authority",
             f"the certificate authority is being replaced; {waits or 'all boards have certificates of the new one'}",
             "the old authority counts until that ends",
             "let these boards connect, or revoke them" if left else command("identity", "retire-ca", *at(folder)),
         )
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def clock(now: float, last_event: float | None) -> Iterator[Ailment]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedprune.errors import shown
+from fedprune.quantity import some
 
 _MOST = 5
 """Settings that a message names; with more of them another one is meant anyway."""
@@ -23,8 +24,7 @@ def differences(stored: Mapping[str, Any], given: Mapping[str, Any], ignored: Se
     """
     old, new = ({k: v for k, v in body.items() if k not in ignored} for body in (stored, given))
     found = [f"{name} (stored {_word(a)}, given {_word(b)})" for name, a, b in _pairs("", old, new)]
-    more = f" and {len(found) - _MOST} more" if len(found) > _MOST else ""
-    return ", ".join(found[:_MOST]) + more
+    return some(found, most=_MOST)
 
 
 def _pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
