@@ -96,9 +96,19 @@ def rotation(folder: Path) -> Iterator[Ailment]:
     if not (folder / IDENTITY).is_dir():
         return
     with IdentityFolder(folder, read_only=True) as opened:
-        behind = {d.device: opened.behind(d) for d in opened.store.devices()}
+        behind = {d.device: d.server_key for d in opened.store.devices() if "signing key" in opened.behind(d)}
+        chain = {s.before.id.hex() for s in opened.successions}
         rotating, left = opened.authority.rotating, opened.without_new_certificate()
-    if names := [name for name, what in behind.items() if "signing key" in what]:
+    if names := [name for name, key in behind.items() if key not in chain]:
+        yield wrong(
+            "foreign-key",
+            f"{quantity(len(names), 'board')} last knew the server by a signing key that successions.json doesn't lead "
+            f"from: {some(names)}",
+            "they don't hear this server",
+            "restore signing.key and successions.json from the latest backup; or let these boards join again, with "
+            + command("devices", "replace", "NAME", *at(folder)),
+        )
+    if names := [name for name, key in behind.items() if key in chain]:
         yield note(
             "signing-key",
             f"{quantity(len(names), 'board')} last connected before the signing key was replaced: {some(names)}",

@@ -984,6 +984,11 @@ def test_the_server_keeps_which_of_its_keys_a_board_knew_last(lab: Lab) -> None:
         meet(lab.server, lab.boards["pi-1"])
     assert behind() == {"pi-1": ["certificate authority"], "pi-2": both}
     assert [a.kind for a in rotation(lab.folder / "state")] == ["signing-key", "authority"]
+    path = lab.folder / "state" / "identity" / "successions.json"
+    chain = path.read_bytes()
+    path.unlink()
+    assert [(a.kind, "pi-2" in a.what) for a in rotation(lab.folder / "state") if a.wrong] == [("foreign-key", True)]
+    path.write_bytes(chain)
     renew(lab, lab.boards["pi-1"])
     assert behind() == {"pi-1": [], "pi-2": both}
     lab.now += 60
