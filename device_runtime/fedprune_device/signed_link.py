@@ -71,7 +71,9 @@ class SignedLink:
             self._sealer.renew(topic)
             self._birth = topic, payload
             self._identity.renewed.clear()
-            payload = replace(birth, server_key=self._opener.key.id.hex(), authority=self._identity.issuer()).to_bytes()
+            payload = replace(
+                birth, server_key=self._opener.key.id.hex(), authorities=self._identity.authorities()
+            ).to_bytes()
             if self._silent_since is None:
                 self._silent_since = self._clock()
         return self._link.publish(topic, self._sealer.seal(topic, payload), qos)

@@ -111,7 +111,7 @@ def test_a_missing_field_is_named(message: Message) -> None:
             or field.name
             in ("codecs", "codec", "weights_codec", "coded", "moved", "moved_from", "blobs_at", "answer_s")
             or field.name in ("abilities", "to")
-            or (message.kind == Birth.kind and field.name in ("server_key", "authority"))
+            or (message.kind == Birth.kind and field.name in ("server_key", "authorities"))
             or (message.kind, field.name) == ("server-presence", "embedded")
             or message.kind == Hello.kind
             or (message.kind, field.name) == (Want.kind, "number")

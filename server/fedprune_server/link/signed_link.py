@@ -280,13 +280,13 @@ class SignedLink(Relay):
         if topic == self._topics.up(device) and isinstance(birth := parse(body), Birth):
             self._sealer.renew(self._topics.down(device))
             self._compare(device, birth.session, opener.epoch(topic) - before)
-            known = birth.server_key, birth.authority
+            known = birth.server_key, birth.authorities[-1] if birth.authorities else None
             if self._followed.get(opener.key.hex) != known:
                 self._followed[opener.key.hex] = self._to_follow[opener.key.hex] = known
             self._offer_successions(device, birth.server_key)
-            if self._authorities is not None and birth.authority != self._authorities[-1]:
-                self._repeat_hello(device)  # it names the authority of which the device needs a certificate
-            return replace(birth, server_key=None, authority=None).to_bytes()  # the board's link added them
+            if self._authorities is not None and birth.authorities != self._authorities:
+                self._repeat_hello(device)  # it names the authorities that the device is to trust from now on
+            return replace(birth, server_key=None, authorities=None).to_bytes()  # the board's link added them
         return body
 
     def _compare(self, device: str, session: int, step: int) -> None:

@@ -241,16 +241,17 @@ class DeviceIdentity:
 
     def _is_replaced(self) -> bool:
         """Whether another authority than the one that the server named has issued the certificate."""
-        return self._issuer is not None and self.issuer() != self._issuer
+        return self._issuer is not None and self.authorities()[-1:] != (self._issuer,)
 
-    def issuer(self) -> str | None:
-        """Pin, as hex, of the trusted authority that issued the certificate; None without one."""
+    def authorities(self) -> tuple[str, ...]:
+        """Pins, as hex, of the trusted authorities up to the one that issued the certificate; empty without one."""
         try:
             certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
             trusted = load_authorities(self.folder / _AUTHORITY)
         except IdentityError:
-            return None
-        return next((pin_of(a).hex() for a in trusted if issued_by(certificate, a)), None)
+            return ()
+        last = next((i for i, authority in enumerate(trusted) if issued_by(certificate, authority)), -1)
+        return tuple(pin_of(authority).hex() for authority in trusted[: last + 1])
 
     def heard(self) -> dict[str, int]:
         """The latest epoch of its server by stream (`fedprune.trust.correspondence`), as `hear` wrote it.

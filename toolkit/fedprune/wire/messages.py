@@ -40,6 +40,7 @@ PARTS = ("data", "leaves")
 _COUNT = check.whole()
 _SHORT = check.text(256)
 _LONG = check.text(4096)
+_PINS = check.list_of(check.hexadecimal(24), "pins of authorities", MAX_AUTHORITIES)
 _ASSIGNMENT: dict[str, Check] = {"job": check.job, "round": _COUNT, "attempt": _COUNT}
 
 
@@ -59,7 +60,8 @@ class Birth(CheckedMessage):
         answer_s: Seconds that answers take on its way, as far as it knows.
         abilities: What else it knows of the protocol, such as `TO`; None where it says nothing of that.
         server_key: Id of the signing key by which it knows its server; None without an identity.
-        authority: Pin of the certificate authority that issued its certificate; None without an identity.
+        authorities: Pins of the certificate authorities that it trusts, up to the one that issued its certificate, the
+            oldest first; None without an identity.
     """
 
     device: str
@@ -73,10 +75,10 @@ class Birth(CheckedMessage):
     answer_s: float | None = field(default=None, compare=False)
     abilities: tuple[str, ...] | None = None
     server_key: str | None = field(default=None, compare=False)
-    authority: str | None = field(default=None, compare=False)
+    authorities: tuple[str, ...] | None = field(default=None, compare=False)
 
     kind: ClassVar[str] = "birth"
-    newer: ClassVar[frozenset[str]] = frozenset({"codecs", "answer_s", "abilities", "server_key", "authority"})
+    newer: ClassVar[frozenset[str]] = frozenset({"codecs", "answer_s", "abilities", "server_key", "authorities"})
     checks: ClassVar[Mapping[str, Check]] = {
         "device": check.device,
         "session": _COUNT,
@@ -89,7 +91,7 @@ class Birth(CheckedMessage):
         "answer_s": check.optional(check.number(0.0, 3600.0)),
         "abilities": check.optional(check.names(_MOST_ABILITIES)),
         "server_key": check.optional(check.hexadecimal(16)),
-        "authority": check.optional(check.hexadecimal(24)),
+        "authorities": check.optional(_PINS),
     }
 
 
@@ -245,7 +247,7 @@ class Hello(CheckedMessage):
     checks: ClassVar[Mapping[str, Check]] = {
         "time": check.optional(_COUNT),
         "successions": check.optional(check.successions(MAX_SUCCESSIONS)),
-        "authorities": check.optional(check.list_of(check.hexadecimal(24), "pins of authorities", MAX_AUTHORITIES)),
+        "authorities": check.optional(_PINS),
     }
     newer: ClassVar[frozenset[str]] = frozenset({"time", "successions", "authorities"})
 
