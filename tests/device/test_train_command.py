@@ -69,6 +69,19 @@ def test_a_trained_bundle_has_the_weights_that_training_gives(
     assert "9 steps" in said
 
 
+def test_a_folder_that_may_not_be_written_is_refused_before_training(
+    tmp_path: Path, bundle: Path, samples: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    whole = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and whole(path, mode))
+
+    assert train(bundle, samples, tmp_path / "out") == ExitCode.STORAGE
+
+    said, error = capsys.readouterr()
+    assert (said, error.count("can't write a bundle to")) == ("", 1)
+    assert "Let this user read and write there" in error
+
+
 def test_a_bundle_is_trained_in_place(bundle: Path, samples: Path, data: LocalData) -> None:
     before = (bundle / WEIGHTS).read_bytes()
     (bundle / "report.md").write_text("what was cut")

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 
 from fedprune.cli import DEBUG, check_command, ended_by_signals, run_command, seconds, whole_number, with_extra
-from fedprune.errors import BrokerError, ConfigError, ExitCode, ModelError, PlanError, StorageFullError, UsageError
+from fedprune.errors import (
+    BrokerError,
+    ConfigError,
+    ExitCode,
+    ModelError,
+    PlanError,
+    RuntimeUnavailableError,
+    StorageFullError,
+    UsageError,
+)
 from fedprune.extras import install_command
 
 pytestmark = pytest.mark.board
@@ -63,11 +72,24 @@ def test_errors_are_one_line_and_a_code(
     assert captured.err.count("\n") == 1
 
 
+def by(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(KeyboardInterrupt(), "interrupted\n"), (KeyboardInterrupt("go on"), "interrupted: go on\n")],
+    [
+        (KeyboardInterrupt(), "interrupted\n"),
+        (KeyboardInterrupt("go on"), "interrupted: go on\n"),
+        # as a compiled module fails that is just being imported
+        (
+            by(RuntimeUnavailableError("no onnxruntime"), by(ImportError("failed"), KeyboardInterrupt())),
+            "interrupted\n",
+        ),
+    ],
 )
-def test_an_interruption_is_no_error(error: KeyboardInterrupt, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interruption_is_no_error(error: BaseException, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(failing(error)) == ExitCode.INTERRUPTED
     assert capsys.readouterr().err == said
 

@@ -9,6 +9,7 @@ that is cut off before that rename has changed nothing; one that is cut off afte
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from fedprune.bundle import (
     open_bundle,
 )
 from fedprune.disk import locked, storage_errors, sync_folder, write_whole
-from fedprune.errors import BundleError, StorageError, shown
+from fedprune.errors import BundleError, StorageError, remedy, shown
 from fedprune.precision import PRECISIONS, files_of
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
@@ -72,13 +73,17 @@ def check_folder(folder: Path, target: str) -> None:
 
     Raises:
         BundleError: The folder is a file, or holds something else than a bundle of this target.
-        StorageError: The folder can't be read.
+        StorageError: The folder can't be read, made or written to.
     """
     if folder.exists() and not folder.is_dir():
         raise BundleError(f"{folder} is not a folder", hint="Give another --out.")
     with storage_errors(f"can't read {folder}"):
         if folder.is_dir() and not is_bundle(folder) and not _left_over(folder):
             raise BundleError(f"{folder} is not empty and holds no bundle", hint="Empty it, or give another --out.")
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):  # better known before hours of training than after
+        refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        raise StorageError(f"can't write a bundle to {folder}: {refused.strerror}", hint=remedy(refused))
     there = _target(files_folder(folder) / MANIFEST)
     if there not in ("", target):
         raise BundleError(

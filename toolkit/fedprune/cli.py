@@ -63,10 +63,11 @@ def run_command(
         # The reader went away (`| head`); what is left must not fail again when the interpreter flushes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.OK)
-    except KeyboardInterrupt as error:  # which is no error: somebody wanted it
-        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
-        return int(ExitCode.INTERRUPTED)
+    except KeyboardInterrupt as error:  # no error: the user wanted it
+        return _interrupted(error)
     except FedpruneError as error:
+        if (stopped := _interruption(error)) is not None:
+            return _interrupted(stopped)
         _say(str(error))
         return int(error.exit_code)
     except ImportError as error:
@@ -90,6 +91,18 @@ def run_command(
         return int(ExitCode.INTERNAL)
     except Exception as error:  # noqa: BLE001  the last line of defence: a user never sees a bare traceback
         return _internal(prog, error)
+
+
+def _interrupted(error: KeyboardInterrupt) -> int:
+    print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
+    return int(ExitCode.INTERRUPTED)
+
+
+def _interruption(error: BaseException) -> KeyboardInterrupt | None:
+    """The interruption that caused an error: compiled modules that are just being imported fail by it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error if isinstance(error, KeyboardInterrupt) else None
 
 
 def _command_of(arguments: argparse.Namespace) -> list[str]:

@@ -214,7 +214,12 @@ def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
         storage_errors(f"can't write {path}"),
         os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
     ):
-        yield file
+        try:
+            yield file
+            file.flush()
+        except BaseException:
+            path.unlink()
+            raise
 
 
 def _devices(arguments: argparse.Namespace) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from pathlib import Path
+from typing import Any
 from unittest.mock import ANY
 
 import pytest
@@ -93,6 +95,25 @@ def test_a_misspelt_device_comes_with_the_one_that_was_meant(
     asks(state, tmp_path / "1", "attic")
     assert main(["devices", "--state", state, action, "atic", "--key", "ab"]) == ExitCode.JOIN
     assert "attic" in capsys.readouterr().err
+
+
+def test_a_file_of_claims_is_whole_or_not_there(
+    state: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, made = IdentityFolder.claim, []
+
+    def claim(*arguments: Any) -> Claim:
+        if made:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        made.append(whole(*arguments))
+        return made[0]
+
+    monkeypatch.setattr(IdentityFolder, "claim", claim)
+    out = tmp_path / "claims"
+    assert main(["claim", "--state", state, "--count", "2", "--out", str(out)]) == ExitCode.STORAGE_FULL
+    assert not out.exists()
+    monkeypatch.undo()
+    assert main(["claim", "--state", state, "--count", "2", "--out", str(out)]) == ExitCode.OK
 
 
 def test_claims_go_to_a_new_file_that_its_owner_alone_reads(state: str, tmp_path: Path, capsys: Captured) -> None:
