@@ -1,7 +1,8 @@
-"""Where runs stand, on a terminal."""
+"""Progress of runs: drawn on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -23,6 +24,26 @@ from fedprune_server.simulation.runs import Standing
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.terminal.table import logged_above
 
+LINE_S = 10.0
+"""Seconds between two lines where nothing can be drawn in place."""
+
+
+class _Lines:
+    """Progress lines where nothing can be drawn in place: pipes, files and simple terminals.
+
+    Args:
+        console: Where they are printed.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._at = console, time.monotonic()
+
+    def show(self, text: str) -> None:
+        """Print a line, unless the last one is less than `LINE_S` ago."""
+        if not self._console.is_interactive and time.monotonic() - self._at >= LINE_S:
+            self._at = time.monotonic()
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
 
 class Following:
     """A bar on standard error for one run, and a spinner while it is prepared; log lines scroll by above them.
@@ -34,7 +55,7 @@ class Following:
     def __init__(self, title: str) -> None:
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._console = console
+        self._console, self._lines = console, _Lines(console)
         self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
         self._rounds = self._bar.add_task(title, total=None, note="")
         self._title = title
@@ -75,6 +96,7 @@ class Following:
             note = f"accuracy {metrics['accuracy']:.1%}"
         shown = min(rounds, len(state.history) + (done if state.round > len(state.history) else 0))
         self._bar.update(self._rounds, completed=round(shown, 2), note=note)
+        self._lines.show(f"{self._title}: {len(state.history)} of {rounds} rounds are done{note and ', '}{note}")
 
     def _say(self, text: str) -> None:
         self._console.print(f"{self._title}: {text}", markup=False, highlight=False, soft_wrap=True)
@@ -85,7 +107,9 @@ class Watching:
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+        console = Console(stderr=True)
+        self._lines = _Lines(console)
+        self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
         self._all = self._bars.add_task("runs", total=None, note="")
         self._own: dict[str, TaskID] = {}
         self._before: float | None = None
@@ -109,6 +133,7 @@ class Watching:
         failed = sum(s.state == "failed" for s in standings)
         note = f"{over} of {len(standings)}" + (f", {failed} failed" if failed else "")
         self._bars.update(self._all, completed=done, note=note)
+        self._lines.show(f"{note} runs are over")
         for standing in standings:
             task = self._own.get(standing.name)
             if standing.state == "running":

@@ -6,16 +6,18 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedprune.coordination import State
 from fedprune.errors import StorageError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune_server.data.picture import Partition
-from fedprune_server.simulation import charts
+from fedprune_server.simulation import charts, runs_progress
 from fedprune_server.simulation.comparison import final_rows, print_comparison
 from fedprune_server.simulation.record import DeviceRow, Record, RoundRow, beside
 from fedprune_server.simulation.report import (
@@ -369,6 +371,19 @@ def test_a_comparison_is_markdown_in_a_pipe_and_a_fitted_table_on_a_terminal(cap
     assert "…" not in out
     assert "local" in out
     assert "training TMACs" in out  # a column, or among those that are named as left out
+
+
+def test_a_pipe_gets_a_line_now_and_then(monkeypatch, capsys):
+    job = Job(name="yard", rounds=3)
+    state = State(model="0" * 64, history=[{"metrics": {"accuracy": 0.5}}], round=1)
+    simulation = SimpleNamespace(state=state, job=job)
+    with Following("yard") as following:
+        following.begin(simulation)
+        following.show(simulation)
+        assert "are done" not in capsys.readouterr().err, "so soon"
+        monkeypatch.setattr(runs_progress, "LINE_S", 0.0)
+        following.show(simulation)
+    assert "yard: 1 of 3 rounds are done, accuracy 50.0%\n" in capsys.readouterr().err
 
 
 def test_a_terminal_sees_that_a_simulation_is_prepared_from_its_first_moment_on(monkeypatch):
