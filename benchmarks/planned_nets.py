@@ -131,6 +131,7 @@ def planned_by(commit: str | None, folder: Path) -> list[dict[str, Any]]:
 def carried_out(net: str, board: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Export a net for a board, and train the bundle within the plan's memory."""
     from fedprune.errors import PlanError
+    from fedprune.profile_store import find
     from fedprune_export.cli import main as export
 
     sys.path.insert(0, str(ROOT / "tests"))
@@ -147,12 +148,11 @@ def carried_out(net: str, board: str, changes: dict[str, Any]) -> dict[str, Any]
         if code := export(command):
             return {**row, "kept": 0.0, "error": f"fedprune-export ended with {code} ({PlanError.__name__})"}
         report = json.loads((folder / "bundle" / "report.json").read_text())
-        limits = {m["name"]: m["limit"] for m in report["plan"]["limits"]}
         row |= {
             "kept": report["after"]["parameters"] / report["before"]["parameters"],
             "accumulate": report["plan"]["accumulate"],
             "predicted_bytes": report["plan"]["prediction"]["memory_bytes"],
-            "limit_bytes": int(limits["memory"]),
+            "limit_bytes": find(board).training_bytes,
         }
         return {**row, **trained(folder, row["limit_bytes"], net)}
 
@@ -234,7 +234,8 @@ Of {count} plans {whole[0]} kept at least 95 % of the weights before and {whole[
 
 Each model was exported for its board, and `fedprune-device train` trained the bundle for {STEPS} steps on
 {SAMPLES:,} samples of noise, evaluations included. The peak is the kernel's high-water mark of resident memory (VmHWM),
-mapped libraries included; the limit is the board's. The two are compared; no control group enforces the limit, since
+mapped libraries included; the limit is what the board has for training, of which a plan without a probe leaves 5 %
+free. The two are compared; no control group enforces the limit, since
 the machine's cgroup v2 has no memory controller. {_beyond(result["measured"])}
 
 | net | board | kept | parts | predicted MB | limit MB | peak MB |

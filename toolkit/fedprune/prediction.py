@@ -31,6 +31,9 @@ OFF = 1.25
 MEMORY_OFF = 1.1
 """The same of memory, of which too much ends the process."""
 
+TOO_LOW = 0.05
+"""How far predicted memory may be below the measured one (docs/planner.md)."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -293,8 +296,11 @@ def train_rate(profile: HardwareProfile, probe: ProbeReport | None) -> float:
 
 
 def training_memory(profile: HardwareProfile, probe: ProbeReport | None) -> int:
-    """Bytes that training may take: of the memory that is really there, and no more than was free."""
+    """Bytes that training may take: of the memory that is really there, and no more than was free.
+
+    Without a probe the size of the board's process is a typical one: as much stays free as predictions may be too low.
+    """
     if probe is None:
-        return profile.training_bytes
+        return round(profile.training_bytes * (1 - TOO_LOW))
     free = min(probe.memory_total - profile.memory.reserve_bytes, probe.memory_available)
     return round(max(0, free) * profile.memory.training_share)
