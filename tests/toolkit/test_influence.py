@@ -13,7 +13,7 @@ from two_groups import TRAINED
 
 from fedprune.architecture import widths_at
 from fedprune.element_mask import ElementMask
-from fedprune.influence import REJECTED, WHOLE, bounds, capped, lengths, reaches, shortened, weight_limit
+from fedprune.influence import REACH, REJECTED, WHOLE, bounds, capped, lengths, reaches, shortened, weight_limit
 from fedprune.selection import Selection, Tensors
 from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
 
@@ -80,6 +80,10 @@ def test_fewer_steps_narrow_no_limit() -> None:
 
 def test_steps_of_one_or_two_boards_let_neither_move_further() -> None:
     assert reaches({"a": 1, "boast": 10**9}, 4.0) == {"a": 1.0, "boast": 1.0}
+
+
+def test_claimed_steps_are_limited_where_weights_are_not() -> None:
+    assert reaches({"a": 1, "b": 1, "c": 1, "boast": 10**9}, 0.0) == {"a": 1.0, "b": 1.0, "c": 1.0, "boast": REACH}
 
 
 def test_updates_within_the_limit_count_as_they_are() -> None:

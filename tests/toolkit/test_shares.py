@@ -91,3 +91,22 @@ def test_a_guess_does_not_weigh_the_whole_fleet(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Staleness, "__call__", lambda self, k: asked.append(k) or call(self, k))
     Shares(state, schedule, Job(), uniform=False).weight("d0")
     assert len(asked) < 20
+
+
+def test_another_sample_count_weighs_the_fleet_again_only_if_it_moves_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    schedule = Schedule("asynchronous", window_s=2.0, keep=True, staleness=Staleness("polynomial"))
+    state = fleet([8] * 200, [], [10] * 200)
+    shares = Shares(state, schedule, Job(), uniform=False)
+    before = shares.weight("d0")
+    asked: list[str] = []
+    call = Shares._counted
+    monkeypatch.setattr(Shares, "_counted", lambda self, name: asked.append(name) or call(self, name))
+    state.devices["d5"].samples = 20
+    assert shares.weight("d0") == before
+    assert asked == ["d5"]
+    for number in range(150):
+        state.devices[f"d{number}"].samples = 1000
+    shares.weight("d0")
+    assert len(asked) > 200

@@ -45,6 +45,9 @@ MEMORY = "move_reference"
 TENSOR = 2.0
 """Limit of a single tensor, as a multiple of `move_limit`: tensors differ more between boards than updates do."""
 
+REACH = 4.0
+"""How many times further than others a board with more steps may move if weights have no limit of their own."""
+
 REJECTED = 8.0
 """An update longer than this many limits is rejected. None of the honest updates that we measured was."""
 
@@ -101,12 +104,12 @@ def reaches(steps: Mapping[str, int], most: float) -> dict[str, float]:
 
     Args:
         steps: Optimiser steps by device.
-        most: The largest such multiple; 0 for no limit.
+        most: The largest such multiple, that of weights; where weights have no limit (0), `REACH`.
     """
     if len(steps) < _MAJORITY:
         return dict.fromkeys(steps, 1.0)
     middle = max(1, statistics.median_low(steps.values()))
-    return {device: max(1.0, min(count / middle, most or math.inf)) for device, count in steps.items()}
+    return {device: max(1.0, min(count / middle, most or REACH)) for device, count in steps.items()}
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,11 @@ class Shares:
         samples = {n: devices[n].samples for n in names if n in devices}
         if any(self._samples.get(n) != count for n, count in samples.items()):
             self._samples |= samples
-            self._limit = weight_limit(self._samples.values(), self._job.weight_limit, self._job.most_samples)
-            self._total = sum(1 if self._uniform else max(1, min(n, self._limit)) for n in self._samples.values())
-            names |= self._listed.keys()  # another limit may change what they count for
+            limit = weight_limit(self._samples.values(), self._job.weight_limit, self._job.most_samples)
+            if limit != self._limit:
+                names |= self._listed.keys()  # it may change what they count for
+            self._limit = limit
+            self._total = sum(1 if self._uniform else max(1, min(n, limit)) for n in self._samples.values())
         for name in names:
             if name in self._listed:
                 number, share, whole = self._listed.pop(name)
