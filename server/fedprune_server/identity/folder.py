@@ -100,7 +100,9 @@ class IdentityFolder:
                 f"{state} has no identity", hint=f"Make one: fedprune-server init --state {state}"
             ) from error
         except OSError as error:
-            raise StorageError(f"can't read {self.path / _SITE}: {error.strerror}", hint=remedy(error)) from error
+            refused = isinstance(error, PermissionError)
+            hint = "Run the command as the server's user, who alone may read its keys." if refused else remedy(error)
+            raise StorageError(f"can't read {self.path / _SITE}: {error.strerror}", hint=hint) from error
         except (UnicodeDecodeError, ProtocolError) as error:
             raise IdentityError(f"{self.path / _SITE} is damaged", hint="Write the site's name into it.") from error
         self._clock = clock

@@ -271,7 +271,7 @@ def translated(url: str) -> Iterator[None]:
             raise StorageFullError(
                 f"no room left for {url}", hint="Make room on the disk and start the server again; nothing is lost."
             ) from error
-        hint = "If the file is damaged, restore the server's backup; else check its permissions."
+        hint = "Run the command as the server's user; if the file is damaged, restore the server's backup."
         if not url.startswith("sqlite"):
             hint = "Look into the database's own log."
         raise StorageError(f"{url}: {text}", hint=hint) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -251,9 +252,9 @@ def logged_above(console: Any) -> Iterator[None]:
 
 
 def make_display(stream: TextIO | None = None) -> Display:
-    """A live table on a terminal, lines elsewhere."""
+    """A live table on a terminal that can draw in place, lines elsewhere."""
     stream = stream or sys.stdout
-    return LiveTable(stream) if stream.isatty() else Lines()
+    return LiveTable(stream) if stream.isatty() and os.environ.get("TERM") != "dumb" else Lines()
 
 
 def title(snapshot: Snapshot) -> str:

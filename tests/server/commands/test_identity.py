@@ -221,6 +221,19 @@ def test_what_makes_no_sense_is_one_clear_line(
     assert error.count("\n") == 1
 
 
+def test_another_users_keys_are_for_the_servers_user_alone(
+    state: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert main(["identity", "--state", state]) == ExitCode.STORAGE
+    said = capsys.readouterr().err
+    assert "Run the command as the server's user" in said
+    assert "Let this user read" not in said
+
+
 def test_a_state_folder_without_identity_says_what_to_do(tmp_path: Path, capsys: Captured) -> None:
     assert main(["claim", "--state", str(tmp_path)]) == ExitCode.IDENTITY
     assert "fedprune-server init" in capsys.readouterr().err

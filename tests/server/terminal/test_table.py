@@ -37,6 +37,11 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def _draws_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+
 def test_a_row_has_every_column() -> None:
     expected = ("pi", "raspberry-pi-4b", "0.5", "12,345", "2.50", "1.25", "12.3", "87.5%", "train 3/10")
     assert cells(ROW) == expected
@@ -134,6 +139,11 @@ def test_a_span_is_a_word_or_two(seconds: float, said: str) -> None:
 
 def test_without_a_terminal_there_are_lines() -> None:
     assert isinstance(make_display(io.StringIO()), Lines)
+
+
+def test_a_terminal_that_draws_nothing_in_place_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(make_display(Terminal()), Lines)
 
 
 def test_lines_show_devices_only_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:
