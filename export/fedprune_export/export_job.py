@@ -15,7 +15,7 @@ from fedprune.engine_plan import EnginePlan
 from fedprune.errors import BundleError, DataError, ModelError, UsageError
 from fedprune.plan import DENSITIES, plan
 from fedprune.precision import INT8
-from fedprune.prediction import predict
+from fedprune.prediction import TOO_LOW, predict
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
@@ -154,6 +154,7 @@ class ExportJob:
             probe=self.probe,
             densities=DENSITIES if arguments.density is None else (arguments.density,),
             frozen=model.frozen,
+            margin=TOO_LOW if self.probe is None else 0.0,
         )
         recipe, full = self.recipe.in_parts(chosen.accumulate), model.architecture.sizes
         whole = predict(

@@ -202,13 +202,13 @@ def test_a_board_with_little_memory_gets_parts_of_a_batch(
     lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     batches = ("--set", "batch_size=256", "--samples", "256")
-    board = str(small_board(tmp_path, 104 * 10**6))
+    board = str(small_board(tmp_path, 110 * 10**6))
     assert export(lenet_file, tmp_path / "b", *batches, target=board) == ExitCode.OK
     said = capsys.readouterr().out
     bundle, plan = open_bundle(tmp_path / "b"), json.loads((tmp_path / "b" / "report.json").read_text())["plan"]
     assert plan["density"] == 1
     assert plan["accumulate"] == bundle.recipe.accumulate > 1
-    assert sum(plan["prediction"]["memory"].values()) == plan["prediction"]["memory_bytes"] <= 104 * 10**6
+    assert sum(plan["prediction"]["memory"].values()) == plan["prediction"]["memory_bytes"] <= 110 * 10**6
     assert f"(accumulate = {bundle.recipe.accumulate})" in said
     assert "weights and optimiser state" in said
     assert b"::sum" in (tmp_path / "b" / "training.onnx").read_bytes()

@@ -26,7 +26,7 @@ from fedprune.architecture import (
 from fedprune.errors import ExitCode, PlanError
 from fedprune.ladder import equal_work, rungs
 from fedprune.plan import DENSITIES, NOTHING, Limit, Plan, Uniform, plan
-from fedprune.prediction import TOO_LOW, Correction, bandwidth, latency_table, predict, train_rate, training_memory
+from fedprune.prediction import Correction, bandwidth, latency_table, predict, train_rate, training_memory
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
@@ -63,8 +63,7 @@ def board(**changes: Mapping[str, float]) -> HardwareProfile:
 
 
 def memory_of(training: float) -> HardwareProfile:
-    total = 10**9 + round(int(training) / (1 - TOO_LOW))
-    return board(memory={"total_bytes": total, "reserve_bytes": 10**9, "training_share": 1.0})
+    return board(memory={"total_bytes": int(training) + 10**9, "reserve_bytes": 10**9, "training_share": 1.0})
 
 
 def test_a_small_net_fits_whole() -> None:
@@ -359,13 +358,13 @@ def board_of(**memory: float) -> HardwareProfile:
 
 
 def test_a_model_that_nearly_vanishes_comes_with_a_warning_and_what_keeps_it() -> None:
-    total = 10**9 + round(2 * (need(NET, 16) - NET_WEIGHTS) / (1 - TOO_LOW))
-    made = plan(NET, board_of(total_bytes=total, training_share=0.5), RECIPE, 500)
+    room = need(NET, 16) - NET_WEIGHTS
+    made = plan(NET, board_of(total_bytes=10**9 + 2 * room, training_share=0.5), RECIPE, 500)
     assert made.prediction.parameters < 0.25 * FULL.parameters
     assert f"only {made.prediction.parameters / FULL.parameters:.1%} of the weights are kept" in made.warning
     assert "The whole model breaks memory: " in made.warning
     share = float(made.warning.partition("memory.training_share = ")[2].partition(" ")[0])
-    assert plan(NET, board_of(total_bytes=total, training_share=share), RECIPE, 500).widths == NET.sizes
+    assert plan(NET, board_of(total_bytes=10**9 + 2 * room, training_share=share), RECIPE, 500).widths == NET.sizes
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 

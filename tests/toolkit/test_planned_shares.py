@@ -27,7 +27,7 @@ from fedprune.coordination import events as on
 from fedprune.errors import ConfigError
 from fedprune.job import Job
 from fedprune.plan import Plan
-from fedprune.prediction import TOO_LOW, Prediction, predict
+from fedprune.prediction import Prediction, predict
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
 from fedprune.strategies import compose
@@ -75,10 +75,9 @@ def turn_of(strategy: str, options: dict[str, Any], budget: int) -> tuple[Job, T
 
 def limited(memory: int, storage: int) -> HardwareProfile:
     """A board whose training may take so much."""
-    total = 10**9 + round(memory / (1 - TOO_LOW))
     return replace(
         PI,
-        memory=replace(PI.memory, total_bytes=total, reserve_bytes=10**9, training_share=1.0),
+        memory=replace(PI.memory, total_bytes=memory + 10**9, reserve_bytes=10**9, training_share=1.0),
         storage=replace(PI.storage, budget_bytes=storage),
     )
 

@@ -276,6 +276,7 @@ def plan(
     densities: Sequence[float] = DENSITIES,
     correction: Correction = NO_CORRECTION,
     frozen: Collection[str] = (),
+    margin: float = 0.0,
 ) -> Plan:
     """The widest submodel of `architecture` that a board can train.
 
@@ -297,6 +298,7 @@ def plan(
         correction: What its earlier rounds taught. What they taught about memory never excludes the board: if nothing
             fits for that reason alone, the plan is the narrowest candidate, with a warning.
         frozen: Tensors that the model's author froze.
+        margin: Share of the memory that stays free; `TOO_LOW` where no round will correct the plan.
 
     Raises:
         PlanError: Not even the narrowest candidate fits; or there is no candidate, or a limit isn't positive.
@@ -304,7 +306,7 @@ def plan(
     for name, value in (("samples", samples), ("byte_budget", byte_budget), ("deadline_s", deadline_s)):
         if value is not None and (not math.isfinite(value) or value <= 0):
             raise PlanError(name, expected="a number above 0", got=value)
-    room = training_memory(profile, probe)
+    room = round(training_memory(profile, probe) * (1 - margin))
 
     def asked_of(widths: tuple[int, ...]) -> Recipe:
         return recipe if isinstance(recipe, Recipe) else recipe(widths)
@@ -321,7 +323,7 @@ def plan(
         seen = predict(
             architecture, widths, profile, chosen, samples, probe=probe, correction=correction, frozen=frozen
         )
-        return _Predicted(widths, asked, chosen, seen, _limits(seen, profile, probe, byte_budget, deadline_s))
+        return _Predicted(widths, asked, chosen, seen, _limits(seen, profile, room, byte_budget, deadline_s))
 
     def remedies(found: _Predicted) -> str:
         return _remedies(architecture, profile, found, samples, frozen, need_of(found.widths))
@@ -612,12 +614,12 @@ _HINTS = {
 def _limits(
     prediction: Prediction,
     profile: HardwareProfile,
-    probe: ProbeReport | None,
+    room: int,
     byte_budget: int | None,
     deadline_s: float | None,
 ) -> tuple[Limit, ...]:
     limits = [
-        Limit(MEMORY, prediction.memory_bytes, training_memory(profile, probe), "bytes"),
+        Limit(MEMORY, prediction.memory_bytes, room, "bytes"),
         Limit(LINK, prediction.round_bytes, profile.link.bytes_per_round, "bytes"),
         Limit(STORAGE, prediction.storage_bytes, profile.storage.budget_bytes, "bytes"),
     ]

@@ -296,11 +296,8 @@ def train_rate(profile: HardwareProfile, probe: ProbeReport | None) -> float:
 
 
 def training_memory(profile: HardwareProfile, probe: ProbeReport | None) -> int:
-    """Bytes that training may take: of the memory that is really there, and no more than was free.
-
-    Without a probe the size of the board's process is a typical one: as much stays free as predictions may be too low.
-    """
+    """Bytes that training may take: of the memory that is really there, and no more than was free."""
     if probe is None:
-        return round(profile.training_bytes * (1 - TOO_LOW))
+        return profile.training_bytes
     free = min(probe.memory_total - profile.memory.reserve_bytes, probe.memory_available)
     return round(max(0, free) * profile.memory.training_share)
