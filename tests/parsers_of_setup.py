@@ -137,7 +137,7 @@ def _kits() -> tuple[Target, ...]:
         (folder / path).write_bytes(data)
         rows.append({"path": path, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
     manifest = {
-        "version": 3, "fedprune": "0.1", "python": "3.11", "architecture": "aarch64", "jetson": False, "data": "local",
+        "version": 4, "fedprune": "0.1", "python": "3.11", "architecture": "aarch64", "jetson": False, "data": "local",
         "imports": {"numpy": "numpy"}, "claim": None, "files": rows,
         "number": 0, "entry": "app:main", "contents": "0" * 64, "key": None,
     }  # fmt: skip
