@@ -22,14 +22,15 @@ from typing import Any
 import numpy as np
 from synthetic_nets import parameters, resnet18, setting, weights, write
 
-from fedprune import fold_loops, loop_compiler, tensorfile
-from fedprune.aggregation import Fold
-from fedprune.architecture import Architecture, widths_at
-from fedprune.element_mask import ElementMask
-from fedprune.scoring import random_ranks
-from fedprune.selection import Selection, Tensors
-from fedprune.strategies.means import Mean
-from fedprune.strategies.robust import Robust, Robustness
+from fedprune.aggregation import compiled_kernels, kernel_compiler
+from fedprune.aggregation.fold import Fold
+from fedprune.core import tensorfile
+from fedprune.importance.scoring import random_ranks
+from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.averaging import Mean
+from fedprune.strategies.methods.robust import Robust, Robustness
 from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
 
 CLIENTS = 10
@@ -78,12 +79,12 @@ def slowly(run: Callable[[], Any]) -> Callable[[], Any]:
     """The same by numpy alone."""
 
     def without() -> Any:
-        loops = fold_loops.loops()
-        fold_loops.use({})
+        loops = compiled_kernels.loops()
+        compiled_kernels.use({})
         try:
             return run()
         finally:
-            fold_loops.use(loops)
+            compiled_kernels.use(loops)
 
     return without
 
@@ -244,7 +245,7 @@ def main() -> None:
     mixed, ranked, various = (updates(net, base, DENSITIES, o) for o in ("own", "common", "various"))
     folded, middle = partial(fold, net, base), Robustness(centre="median")
     start = time.perf_counter()
-    compiled = loop_compiler.load()
+    compiled = kernel_compiler.load()
     about_loops = (
         f"Folds use loops compiled by numba, which took {time.perf_counter() - start:.1f} s, once per process."
         if compiled

@@ -18,14 +18,14 @@ import torch
 from synthetic_nets import setting, write
 from zoo import timm_model
 
-from fedprune.architecture import widths_at
-from fedprune.selection import Selection
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
 from fedprune_export.channels import analyse
-from fedprune_export.cut import cut
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.importing.model_file import parse
 from fedprune_export.importing.normalise import normalise
 from fedprune_export.importing.preparation import prepared
+from fedprune_export.pruning.cut import cut
 
 MODELS = ("resnet18", "resnet50", "mobilenetv2_100", "efficientnet_b0", "densenet121", "vit_tiny_patch16_224")
 REPEATS = 5

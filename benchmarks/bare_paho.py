@@ -13,7 +13,7 @@ from typing import Any
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
-from fedprune.wire.blob_ref import LEAF, leaf_table
+from fedprune.blobs.blob_ref import LEAF, leaf_table
 
 
 def bare(url: str, size: int, leaves: int, qos: int, *, stored: bool = False) -> float | None:

@@ -21,18 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.codec import Codec, decode, encode
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune_export.imported import Model
+from fedprune.core import tensorfile
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ROOT / "build/compression.json"

@@ -23,16 +23,16 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from console import processor, quantile  # noqa: E402
 
-from fedprune.blobs import BlobStore  # noqa: E402
+from fedprune.blobs.blob_store import BlobStore  # noqa: E402
 from fedprune.coordination import Phase, State  # noqa: E402
-from fedprune.coordination.state import Device, Progress, Task  # noqa: E402
-from fedprune.profile_store import find  # noqa: E402
-from fedprune_server.console.feed import BUDGET_S, EVERY_S, Feed  # noqa: E402
-from fedprune_server.console.feed_words import ToConsole, line  # noqa: E402
-from fedprune_server.console.order_words import Order  # noqa: E402
-from fedprune_server.fleet.quarantine import Quarantine  # noqa: E402
-from fedprune_server.fleet.roster import Roster  # noqa: E402
-from fedprune_server.observation.view import JobView  # noqa: E402
+from fedprune.hardware.profile_store import find  # noqa: E402
+from fedprune.jobs.state import Device, Progress, Task  # noqa: E402
+from fedprune_server.devices.quarantine import Quarantine  # noqa: E402
+from fedprune_server.devices.registry import Roster  # noqa: E402
+from fedprune_server.monitoring.view import JobView  # noqa: E402
+from fedprune_server.web.state.order_messages import Order  # noqa: E402
+from fedprune_server.web.state.publisher import BUDGET_S, EVERY_S, Feed  # noqa: E402
+from fedprune_server.web.state.publisher_messages import ToConsole, line  # noqa: E402
 from toy import ARCHITECTURE, JOB  # noqa: E402 - lies beside the tests
 
 SITE = {

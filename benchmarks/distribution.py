@@ -26,28 +26,28 @@ from typing import Any
 from mosquitto import mosquitto, needed
 from synthetic_nets import resnet18, setting, weights, write
 
-from fedprune import tensorfile
-from fedprune.architecture import Architecture, widths_at
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
-from fedprune.coordination.state import Progress, Task
-from fedprune.job import Job
-from fedprune.selection import Selection
-from fedprune.strategies.plain import plain
+from fedprune.core import tensorfile
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Progress, Task
+from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.selection import Selection
+from fedprune.strategies.methods.plain import plain
 from fedprune.strategies.roles import Submodel
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_news import ConnectionUp
-from fedprune.wire.link import Link
+from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Birth, Want, parse
+from fedprune.wire.mqtt.link import Link
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.downloads import Downloads
-from fedprune_server.link.downloads import Downloads as Answers
-from fedprune_server.link.post import Line, Post
-from fedprune_server.link.sharing import Audience, Sharing
-from fedprune_server.work.slab_chains import SlabChains
+from fedprune_device.network.blob_download import Downloads
+from fedprune_server.executor.slab_chains import SlabChains
+from fedprune_server.messaging.outbox import Line, Post
+from fedprune_server.transfer.downloads import Downloads as Answers
+from fedprune_server.transfer.multicast import Audience, Sharing
 
 DEVICES, PROCESSES = 100, 4
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)

@@ -32,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from real_site import Site, write_material
 from synthetic_nets import setting, write
 
-from fedprune.trust.claim import Claim
-from fedprune.trust.correspondence import Sealer
-from fedprune.trust.device_identity import DeviceIdentity
+from fedprune.security.device_identity import DeviceIdentity
+from fedprune.security.join_token import Claim
+from fedprune.security.signed_channel import Sealer
 from fedprune.wire.messages import Want
 from fedprune.wire.topics import Topics
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.identity.join_desk import JoinDesk
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.service import JoinDesk
 
 HOSTILE = "mallory"
 SITE = Topics("default")
@@ -176,7 +176,7 @@ def median(windows: list[dict[str, float]], what: str) -> float:
 
 def named(site: Site) -> dict[str, bool]:
     """Where the culprit is named now: the log, `doctor`, and the alerts that the console shows."""
-    words = [sys.executable, "-m", "fedprune_server.cli", "doctor", "--state", str(site.state)]
+    words = [sys.executable, "-m", "fedprune_server.cli.main", "doctor", "--state", str(site.state)]
     doctor = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120).stdout
     log = (site.folder / "server.log").read_text()
     alerts = "".join(p.read_text() for p in site.state.glob("*alert*.json"))

@@ -44,7 +44,7 @@ def case(seed: int) -> tuple[str, bytes]:
 
 def outcome(raw: bytes) -> dict[str, Any]:
     """What became of a model."""
-    from fedprune.errors import FedpruneError
+    from fedprune.core.errors import FedpruneError
     from fedprune_export.importing import import_onnx
 
     try:

@@ -27,21 +27,21 @@ from bare_paho import bare
 from mosquitto import mosquitto, needed
 from synthetic_nets import RESULTS, setting, write
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.wire.blob_ref import LEAF, BlobRef
 from fedprune.wire.chunk import PACKET_OVERHEAD, QOS, Chunk
-from fedprune.wire.connection_news import ConnectionUp
-from fedprune.wire.link import Link
+from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Want, parse
+from fedprune.wire.mqtt.link import Link
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.downloads import Downloads as BoardsDownloads
-from fedprune_device.outbox import Outbox
-from fedprune_server.link.downloads import Downloads
-from fedprune_server.link.post import Line, Post
-from fedprune_server.link.sharing import Audience, Sharing
+from fedprune_device.network.blob_download import Downloads as BoardsDownloads
+from fedprune_device.network.uplink import Outbox
+from fedprune_server.messaging.outbox import Line, Post
+from fedprune_server.transfer.downloads import Downloads
+from fedprune_server.transfer.multicast import Audience, Sharing
 
 SIZE = 46_000_000
 TOPICS = Topics("bench")

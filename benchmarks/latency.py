@@ -21,20 +21,22 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import step, tensorfile, widths_at
-from fedprune.architecture import Architecture
-from fedprune.features import Features
-from fedprune.ladder import equal_work, rungs
-from fedprune.latency import LatencyTable, Measurement, fitted
-from fedprune.plan import DENSITIES
-from fedprune.session import Session
-from fedprune.workload import workload
-from fedprune_device.layer_times import measure
-from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
-from fedprune_export.imported import Model
+from fedprune import widths_at
+from fedprune.core import tensorfile
+from fedprune.costs.kernel_workload import workload
+from fedprune.costs.latency_model import LatencyTable, Measurement, fitted
+from fedprune.model.architecture import Architecture
+from fedprune.planning.plan import DENSITIES
+from fedprune.planning.width_candidates import equal_work, rungs
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune_device.hardware.layer_timing import measure
+from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
+from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.inference import inference_model
-from fedprune_export.training import training_graph
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 16
@@ -83,12 +85,14 @@ class Bench:
         """A training step to be timed."""
         tensors = self.tensors(widths)
         feeds: dict[str, Any] = {
-            step.X: self._random.standard_normal((BATCH, *self.architecture.input_shape)).astype(np.float32),
-            step.Y: self._random.integers(0, self.architecture.classes, BATCH),
+            step_contract.X: self._random.standard_normal((BATCH, *self.architecture.input_shape)).astype(np.float32),
+            step_contract.Y: self._random.integers(0, self.architecture.classes, BATCH),
         }
-        feeds |= {n: np.array(0, np.float32) for n in (step.LR, step.MOMENTUM, step.WEIGHT_DECAY)}
+        feeds |= {
+            n: np.array(0, np.float32) for n in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
+        }
         feeds |= tensors
-        feeds |= {step.buffer(t.name): np.zeros_like(tensors[t.name]) for t in self.architecture.trainable}
+        feeds |= {step_contract.buffer(t.name): np.zeros_like(tensors[t.name]) for t in self.architecture.trainable}
         return lambda: self._step.run(feeds)
 
     def prediction(self, widths: Sequence[int]) -> Callable[[], object]:

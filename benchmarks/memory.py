@@ -64,16 +64,16 @@ def ratio(plain: Any, again: Any) -> tuple[float, float]:
 def measure(name: str, folder: Path) -> list[dict[str, Any]]:
     from step_nets import network
 
-    from fedprune.architecture import widths_at
-    from fedprune.blocks import block_size
-    from fedprune.features import Features
-    from fedprune.selection import Selection
+    from fedprune.model.architecture import widths_at
+    from fedprune.model.selection import Selection
+    from fedprune.runtime.blocks import block_size
+    from fedprune.training.features import Features
     from fedprune_export.formulation import Forms
     from fedprune_export.importing import export_torch, import_onnx
-    from fedprune_export.recomputation import recomputed
-    from fedprune_export.training import training_graph
-    from fedprune_export.training_memory import GAPS_AGAIN, taken, training_memory
-    from fedprune_export.value_sizes import value_sizes
+    from fedprune_export.training.checkpointing import recomputed
+    from fedprune_export.training.memory import GAPS_AGAIN, taken, training_memory
+    from fedprune_export.training.step_graph import training_graph
+    from fedprune_export.training.value_sizes import value_sizes
 
     model, block = import_onnx(export_torch(network(name)), name), block_size()
     arch = model.architecture

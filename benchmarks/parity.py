@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from one_step import FLIPPED, KINDS, NETS, Arrays, batch, distances, feeds, oracle, parts
 
 import nets
-from fedprune.architecture import widths_at
-from fedprune.features import Features
-from fedprune.selection import Selection
-from fedprune.session import Session
-from fedprune_export.imported import Model
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
+from fedprune.runtime.session import Session
+from fedprune.training.features import Features
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 
 SEEDS = 24
 DENSITIES = (1.0, 0.5)

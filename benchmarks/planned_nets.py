@@ -86,12 +86,12 @@ def architectures(folder: Path) -> None:
 
 def plans(folder: Path) -> list[dict[str, Any]]:
     """Plan every architecture of a folder for every shipped board. It runs with the earlier version, too."""
-    from fedprune import profile_store
-    from fedprune.architecture import Architecture
-    from fedprune.costs import costs_at
-    from fedprune.errors import PlanError
-    from fedprune.plan import plan
-    from fedprune.recipe import Recipe
+    from fedprune.core.errors import PlanError
+    from fedprune.costs.costs import costs_at
+    from fedprune.hardware import profile_store
+    from fedprune.model.architecture import Architecture
+    from fedprune.planning.plan import plan
+    from fedprune.training.recipe import Recipe
 
     rows = []
     for path in sorted(folder.glob("*.json")):
@@ -130,9 +130,9 @@ def planned_by(commit: str | None, folder: Path) -> list[dict[str, Any]]:
 
 def carried_out(net: str, board: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Export a net for a board, and train the bundle within the plan's memory."""
-    from fedprune.errors import PlanError
-    from fedprune.profile_store import find
-    from fedprune_export.cli import main as export
+    from fedprune.core.errors import PlanError
+    from fedprune.hardware.profile_store import find
+    from fedprune_export.cli.main import main as export
 
     sys.path.insert(0, str(ROOT / "tests"))
     row: dict[str, Any] = {"net": net, "board": board, "recipe": changes}
@@ -159,12 +159,12 @@ def carried_out(net: str, board: str, changes: dict[str, Any]) -> dict[str, Any]
 
 def trained(folder: Path, limit: int, net: str) -> dict[str, Any]:
     """Train a folder's bundle on noise by `fedprune-device train`, in a process with so much memory."""
-    from fedprune.bundle import open_bundle
+    from fedprune.runtime.bundle import open_bundle
 
     bundle = open_bundle(folder / "bundle")
     shape, classes = bundle.architecture.input_shape, bundle.architecture.classes
     write_samples(folder / "samples.npz", shape, classes, many=net in LABELS)
-    code = "import sys; from fedprune_device.cli import main; code = main(sys.argv[1:]); "
+    code = "import sys; from fedprune_device.cli.main import main; code = main(sys.argv[1:]); "
     code += (
         "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')), file=sys.stderr); sys.exit(code)"
     )

@@ -4,9 +4,9 @@
 
 Peak memory is the high-water mark of resident memory of a process that has imported what `fedprune-device run` imports
 and reads its samples from a file; a round is a whole one, in a thread, evaluations and the new model's check included.
-Predictions begin with what the process measures of itself, as a board's do. The constants of `fedprune.costs` were
-fitted to the nets of `nets`, `TIMM` and `LARGE` with onnxruntime 1.31.1 and 1.23.2 together, and to none of `HELD_OUT`.
-Cases that the raw file has aren't measured again. Times are another page's: `latency.py`.
+Predictions begin with what the process measures of itself, as a board's do. The constants of `fedprune.costs.costs`
+were fitted to the nets of `nets`, `TIMM` and `LARGE` with onnxruntime 1.31.1 and 1.23.2 together, and to none of
+`HELD_OUT`. Cases that the raw file has aren't measured again. Times are another page's: `latency.py`.
 """
 
 from __future__ import annotations
@@ -129,21 +129,21 @@ def child(folder: Path, batch: int) -> None:
     process = 0
     if batch:
         # All that `fedprune-device run` imports; a thread trains, as on a board.
-        import fedprune_device.agent
-        import fedprune_device.cli
-        import fedprune_device.local.command
-        import fedprune_device.reporter
-        import fedprune_device.runtime.heart
-        import fedprune_device.runtime.releases  # noqa: F401
-        from fedprune_device.data import load_data
-        from fedprune_device.process_memory import process_memory
+        import fedprune_device.agent.agent
+        import fedprune_device.api.options
+        import fedprune_device.cli.main
+        import fedprune_device.releases.release_agent
+        import fedprune_device.releases.watchdog
+        import fedprune_device.telemetry.reporter  # noqa: F401
+        from fedprune_device.data.dataset import load_data
+        from fedprune_device.hardware.process_memory import process_memory
 
         data = load_data(str(folder.parent / f"{spec['net']}.npz"))
         process = (process_memory() or 0) - data.bytes
         with ThreadPoolExecutor(1) as thread:
             thread.submit(carry_out, folder, batch, spec, data).result()
     else:
-        from fedprune_device.predictor import Predictor
+        from fedprune_device.serving.predictor import Predictor
 
         predictor = Predictor(folder, threads=1)
         rng = np.random.default_rng(0)
@@ -156,11 +156,11 @@ def child(folder: Path, batch: int) -> None:
 
 def carry_out(folder: Path, batch: int, spec: dict[str, Any], data: Any) -> None:
     """A round on noise: evaluation, a few steps, the check of the new model, evaluation, predictions of one sample."""
-    from fedprune.recipe import Recipe
+    from fedprune.training.recipe import Recipe
     from fedprune.wire.offer import Offer
-    from fedprune_device.assignment import Workbench
-    from fedprune_device.predictor import GRAPH, WEIGHTS
-    from fedprune_device.store import DeviceStore
+    from fedprune_device.serving.predictor import GRAPH, WEIGHTS
+    from fedprune_device.storage.state_directory import DeviceStore
+    from fedprune_device.training.round_runner import Workbench
 
     recipe = Recipe(epochs=STEPS, batch_size=batch, lr=1e-6, max_steps=STEPS)
     with tempfile.TemporaryDirectory(dir=folder) as state, DeviceStore(Path(state)) as store:
@@ -202,14 +202,15 @@ def prepare_net(
     samples: int,
 ) -> None:
     """Write a net, its samples and its costs."""
-    from fedprune import tensorfile, widths_at
-    from fedprune.costs import costs_at
-    from fedprune.features import Features
-    from fedprune.selection import Selection
-    from fedprune_device.predictor import GRAPH, WEIGHTS
+    from fedprune import widths_at
+    from fedprune.core import tensorfile
+    from fedprune.costs.costs import costs_at
+    from fedprune.model.selection import Selection
+    from fedprune.training.features import Features
+    from fedprune_device.serving.predictor import GRAPH, WEIGHTS
+    from fedprune_export.bundles.inference import inference_model
     from fedprune_export.importing import export_torch, import_onnx
-    from fedprune_export.inference import inference_model
-    from fedprune_export.training import training_graph
+    from fedprune_export.training.step_graph import training_graph
 
     name = f"{net}-{image}" if image else net
     model = import_onnx(export_torch(module), name)
@@ -254,8 +255,8 @@ def measure(root: Path, pythons: list[str], raw: Path) -> None:
 
 def compare(rows: list[dict[str, Any]], root: Path) -> dict[str, list[dict[str, Any]]]:
     """Predictions and their errors beside what was measured, in three groups: `rows`, `large` and `held_out`."""
-    from fedprune.costs import Costs
-    from fedprune.features import Features
+    from fedprune.costs.costs import Costs
+    from fedprune.training.features import Features
 
     table: dict[str, list[dict[str, Any]]] = {"rows": [], "large": [], "held_out": []}
     versions = {row["onnxruntime"] for row in rows}

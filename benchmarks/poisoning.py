@@ -24,19 +24,19 @@ from benchmarks.accuracy.run import UNLIMITED, experiment_of, rounds_of
 from kept_runs import kept_runs
 from synthetic_nets import setting, write
 
-from fedprune import tensorfile
-from fedprune.architecture import Architecture
-from fedprune.influence import TENSOR
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
+from fedprune.coordination.influence import TENSOR
+from fedprune.core import tensorfile
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import Architecture
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation import virtual_device
+from fedprune_server.executor.limits import Limited, Limits
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.run_folder import simulate
-from fedprune_server.simulation.virtual_device import StoredData, VirtualDevice
-from fedprune_server.work.limits import Limited, Limits
+from fedprune_server.simulation.fleet import virtual_device
+from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice
+from fedprune_server.simulation.results.run_folder import simulate
 
 SEEDS = (0, 1, 2)
 """Seeds of runs on the digits; the tables' protocols are run with the first two."""

@@ -95,10 +95,10 @@ def trained(samples: dict[str, Array], epochs: int) -> Any:
 
 def make(folder: Path, model: Any, widths: tuple[int, ...], x: Array) -> dict[str, dict[str, Any]]:
     """The files of all precisions, made as a board makes them; what is in each."""
-    from fedprune import tensorfile
-    from fedprune.precision import PRECISIONS, lowered_weights, weights_file
-    from fedprune.selection import Selection
-    from fedprune_export.inference import inference_model
+    from fedprune.core import tensorfile
+    from fedprune.model.selection import Selection
+    from fedprune.runtime.precision import PRECISIONS, lowered_weights, weights_file
+    from fedprune_export.bundles.inference import inference_model
     from fedprune_export.precision import lower
 
     tensors = Selection.of(model.architecture, widths).gather(model.tensors)
@@ -147,8 +147,8 @@ def score(session: Any, x: Array) -> Array:
 
 def measure(samples: dict[str, Array], epochs: int) -> list[dict[str, Any]]:
     """A row per precision."""
-    from fedprune.precision import graph_file
-    from fedprune.session import Session
+    from fedprune.runtime.precision import graph_file
+    from fedprune.runtime.session import Session
     from fedprune_export.importing import export_torch, import_onnx
 
     model = import_onnx(export_torch(trained(samples, epochs), name="resnet20"), "resnet20")
@@ -187,11 +187,11 @@ def measure(samples: dict[str, Array], epochs: int) -> list[dict[str, Any]]:
 
 def ways(samples: dict[str, Array], epochs: int) -> list[dict[str, Any]]:
     """int8 by several ways to choose a range; the first is what boards do."""
-    from fedprune import tensorfile
-    from fedprune.precision import prepare
-    from fedprune.session import Session
-    from fedprune_export.graph import Port
+    from fedprune.core import tensorfile
+    from fedprune.runtime.precision import prepare
+    from fedprune.runtime.session import Session
     from fedprune_export.importing import export_torch, import_onnx
+    from fedprune_export.ir.graph import Port
     from fedprune_export.precision import lower
     from fedprune_export.precision.folding import fold
     from fedprune_export.precision.pair import Pair

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import tensorfile
-from fedprune.features import Features
-from fedprune.recipe import Recipe
+from fedprune.core import tensorfile
+from fedprune.training.features import Features
+from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.client import Board
 
@@ -47,9 +47,9 @@ def make(name: str, folder: Path) -> None:
     """What the server would send: both graphs and the weights."""
     from step_nets import network
 
+    from fedprune_export.bundles.inference import inference_model
     from fedprune_export.importing import export_torch, import_onnx
-    from fedprune_export.inference import inference_model
-    from fedprune_export.training import training_graph
+    from fedprune_export.training.step_graph import training_graph
 
     model = import_onnx(export_torch(network(name)), name)
     widths = [g.size for g in model.architecture.groups]
@@ -61,16 +61,16 @@ def make(name: str, folder: Path) -> None:
 
 def serve(folder: Path, threads: int) -> None:
     """The board: it does what it is told on its standard input, and says when it does."""
-    from fedprune_device.assignment import LoadedTrainer, Workbench
-    from fedprune_device.care import Care
-    from fedprune_device.data import LocalData
-    from fedprune_device.local.address import Address
-    from fedprune_device.local.endpoints import Endpoints
-    from fedprune_device.local.live_model import LiveModel
-    from fedprune_device.local.server import LocalServer
-    from fedprune_device.slots import Serving
-    from fedprune_device.store import DeviceStore
-    from fedprune_device.training_thread import TrainingThread
+    from fedprune_device.api.address import Address
+    from fedprune_device.api.endpoints import Endpoints
+    from fedprune_device.api.http_server import LocalServer
+    from fedprune_device.api.live_model import LiveModel
+    from fedprune_device.data.dataset import LocalData
+    from fedprune_device.hardware.thermal_guard import Care
+    from fedprune_device.serving.model_slots import Serving
+    from fedprune_device.storage.state_directory import DeviceStore
+    from fedprune_device.training.round_runner import LoadedTrainer, Workbench
+    from fedprune_device.training.training_thread import TrainingThread
 
     about = json.loads((folder / "about.json").read_text())
     rng = np.random.default_rng(0)

@@ -20,18 +20,18 @@ import numpy as np
 from kept_runs import kept_runs
 from synthetic_nets import RESULTS, setting, write
 
-from fedprune.blobs import BlobStore
-from fedprune.job import Job
-from fedprune.privacy import Privacy
-from fedprune_export.imported import Model
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.jobs.job import Job
+from fedprune.privacy.settings import Privacy
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation import virtual_device
-from fedprune_server.simulation.demo_fleet import BOARDS, fleet_job, reference_job
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.accountant import library
 from fedprune_server.simulation.digits import Federation, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet import virtual_device
+from fedprune_server.simulation.fleet.demo_fleet import BOARDS, fleet_job, reference_job
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
-from fedprune_server.work.accountant import library
 
 DELTA = 1e-5
 LAST = 3

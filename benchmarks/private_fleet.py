@@ -20,18 +20,18 @@ import numpy as np
 from kept_runs import kept_runs
 from synthetic_nets import setting, write
 
-from fedprune.blobs import BlobStore
-from fedprune.gaussian_privacy import epsilon
-from fedprune.job import Job
-from fedprune.privacy import SHARED, Privacy
-from fedprune_export.imported import Model
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.jobs.job import Job
+from fedprune.privacy.accounting import epsilon
+from fedprune.privacy.settings import SHARED, Privacy
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation import virtual_device
-from fedprune_server.simulation.demo_fleet import BOARDS, fleet_job, reference_job
+from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import Federation, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet import virtual_device
+from fedprune_server.simulation.fleet.demo_fleet import BOARDS, fleet_job, reference_job
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
 
 DELTA = 1e-5
 COUNT, ROUNDS, EPOCHS, CLIP = 20, 6, 2, 1.0

@@ -17,17 +17,17 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.swarm.site import find_mosquitto, free_port
 
-from fedprune.blobs import BlobStore
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import MAX_PACKET, Chunk
-from fedprune.wire.link import Link
 from fedprune.wire.messages import TO, Gone, Want, parse
+from fedprune.wire.mqtt.link import Link
+from fedprune.wire.mqtt.unsent import HIGH_WATER
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune.wire.unsent import HIGH_WATER
-from fedprune_server.link.uploads import Wants
-from fedprune_server.receivers.receivers import Receivers
-from fedprune_server.receivers.words import Begin
+from fedprune_server.transfer.upload_workers.messages import Begin
+from fedprune_server.transfer.upload_workers.receivers import Receivers
+from fedprune_server.transfer.uploads import Wants
 
 _TOPICS = Topics("default")
 _LIMIT_S = 120.0

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from fedprune import widths_at
-from fedprune.architecture import Architecture
-from fedprune.ladder import rungs
-from fedprune.latency import LatencyTable, fitted
-from fedprune.plan import DENSITIES
-from fedprune.workload import workload
-from fedprune_device.layer_times import measure
+from fedprune.costs.kernel_workload import workload
+from fedprune.costs.latency_model import LatencyTable, fitted
+from fedprune.model.architecture import Architecture
+from fedprune.planning.plan import DENSITIES
+from fedprune.planning.width_candidates import rungs
+from fedprune_device.hardware.layer_timing import measure
 from fedprune_export.importing import export_torch, import_onnx
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 from synthetic_nets import setting, write
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.job import Job
-from fedprune_export.imported import Model
+from fedprune.core import tensorfile
+from fedprune.jobs.job import Job
 from fedprune_export.importing import load
-from fedprune_server.work.crew import Crew
-from fedprune_server.work.ray_pool import RayPool
-from fedprune_server.work.worker import Worker
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.ray_pool import RayPool
+from fedprune_server.executor.worker import Worker
+from fedprune_server.executor.worker_pool import Crew
 
 MODEL = "shared_sums:vgg"
 UPDATES = 32

@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from fedprune.job import Job
-from fedprune_server.console.device_words import Coverage, DeviceDetails
-from fedprune_server.console.feed_words import JobNews, Rollouts, RoundNews, Site, ToConsole
-from fedprune_server.console.log_words import AlertNews, BoardLog, LogLine
-from fedprune_server.console.trial import TrialFleet
-from fedprune_server.data.picture import Partition
-from fedprune_server.simulation.record import DeviceRow, Record, RoundRow
+from fedprune.jobs.job import Job
+from fedprune_server.simulation.datasets.picture import Partition
+from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow
+from fedprune_server.web.demo_fleet import TrialFleet
+from fedprune_server.web.state.device_messages import Coverage, DeviceDetails
+from fedprune_server.web.state.log_messages import AlertNews, BoardLog, LogLine
+from fedprune_server.web.state.publisher_messages import JobNews, Rollouts, RoundNews, Site, ToConsole
 
 GROUPS = (
     ("stem", 32),

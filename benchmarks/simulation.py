@@ -18,19 +18,19 @@ import torch
 from accuracy.nets import NETS
 from synthetic_nets import setting, write
 
-from fedprune import tensorfile
-from fedprune.architecture import widths_at
-from fedprune.blobs import BlobStore
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
-from fedprune_device.data import LocalData
-from fedprune_export.imported import Model
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.hardware.profile_store import find
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
+from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.inference import inference_model
-from fedprune_export.training import training_graph
-from fedprune_server.simulation.trainers import bench
-from fedprune_server.simulation.virtual_device import Bench, VirtualDevice, Work
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
+from fedprune_server.simulation.fleet.trainers import bench
+from fedprune_server.simulation.fleet.virtual_device import Bench, VirtualDevice, Work
 
 SHAPE, CLASSES = (3, 16, 16), 10
 DEVICES, SAMPLES, TESTS = 20, 450, 150

@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 from synthetic_nets import setting, write
 
-from fedprune.blobs import BlobStore
-from fedprune.chance import keyed
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune_device.data import LocalData
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.rng import keyed
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import StoredData, VirtualDevice
 
 CASES = ((50, 1.0), (250, 0.2), (1000, 0.05), (1000, 0.01), (4000, 0.0025))
 """Devices and participation: 50 trainings a round, or 10."""

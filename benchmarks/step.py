@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import step
-from fedprune.selection import Tensors
-from fedprune.session import Session
+from fedprune.model.selection import Tensors
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
 
 DENSITIES = (1.0, 0.5, 0.25)
 THREADS = (1, 2)
@@ -54,17 +54,17 @@ def batch(shape: tuple[int, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
 
 def our_step(graph: Path, tensors: Tensors, x: Any, y: Any, threads: int) -> Step:
     session = Session(graph, threads=threads, training=True)
-    scalars = {step.LR: LR, step.MOMENTUM: MOMENTUM, step.WEIGHT_DECAY: DECAY}
-    feeds: dict[str, Any] = {**{n: v.copy() for n, v in tensors.items()}, step.X: x, step.Y: y}
+    scalars = {step_contract.LR: LR, step_contract.MOMENTUM: MOMENTUM, step_contract.WEIGHT_DECAY: DECAY}
+    feeds: dict[str, Any] = {**{n: v.copy() for n, v in tensors.items()}, step_contract.X: x, step_contract.Y: y}
     feeds |= {n: np.array(v, np.float32) for n, v in scalars.items()}
     feeds |= {n: np.zeros_like(tensors[n.split("::")[0]]) for n in session.inputs if "::" in n}
 
     def run() -> float:
         out = session.run(feeds)
         for name in feeds:  # in place, as the board's trainer has it
-            if step.following(name) in out:
-                np.copyto(feeds[name], out[step.following(name)])
-        return float(out[step.LOSS])
+            if step_contract.following(name) in out:
+                np.copyto(feeds[name], out[step_contract.following(name)])
+        return float(out[step_contract.LOSS])
 
     return run
 
@@ -164,13 +164,13 @@ def main() -> None:
     from step_nets import NETS, network
     from synthetic_nets import setting, write
 
-    from fedprune.architecture import widths_at
-    from fedprune.blocks import block_size
-    from fedprune.features import Features
-    from fedprune.selection import Selection
+    from fedprune.model.architecture import widths_at
+    from fedprune.model.selection import Selection
+    from fedprune.runtime.blocks import block_size
+    from fedprune.training.features import Features
     from fedprune_export.formulation import Forms
     from fedprune_export.importing import export_torch, import_onnx
-    from fedprune_export.training import training_graph
+    from fedprune_export.training.step_graph import training_graph
 
     about, block = setting("onnxruntime", "torch"), block_size()
     rows: list[dict[str, Any]] = []

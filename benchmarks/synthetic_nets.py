@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from fedprune import __version__
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.selection import Tensors
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Tensors
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -145,8 +145,8 @@ def gradients(record: Record, model: Any, name: str) -> None:
     from gradient_distance import Trained
     from whole_models import pictures
 
-    from fedprune.selection import Selection
-    from fedprune_export.cut import cut
+    from fedprune.model.selection import Selection
+    from fedprune_export.pruning.cut import cut
 
     arch = model.architecture
     trained = Trained(model)

@@ -28,14 +28,14 @@ from bare_paho import bare
 from mosquitto import found, mosquitto
 from synthetic_nets import RESULTS, setting, write
 
-from fedprune.blobs import BlobStore
-from fedprune.wire.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
-from fedprune.wire.link import Link
 from fedprune.wire.messages import Gone, Want, parse
+from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
-from fedprune_server.broker.embedded import EmbeddedBroker
+from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 
 SIZE = 20_000_000
 TOPICS = Topics("bench")

@@ -22,9 +22,9 @@ from unittest import mock
 import numpy as np
 from synthetic_nets import RESULTS, parameters, setting, write
 
-from fedprune.architecture import Architecture, TensorKind, widths_at
-from fedprune.selection import Selection, Tensors
-from fedprune.transport import Transport, alignment, solver
+from fedprune.model.architecture import Architecture, TensorKind, widths_at
+from fedprune.model.selection import Selection, Tensors
+from fedprune.optimal_transport import Transport, alignment, solver
 
 RATES = (0.25, 0.5, 0.75)
 REPEATS = 3

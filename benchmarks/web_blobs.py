@@ -27,15 +27,15 @@ from goodput import SIZE, ours
 from mosquitto import mosquitto, needed
 from synthetic_nets import RESULTS, setting, write
 
-from fedprune.blobs import BlobStore
-from fedprune.trust.certificates import make_request, make_tls_key, save_tls_key
-from fedprune.trust.tls import pinned_context
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.security.tls import pinned_context
 from fedprune.wire.blob_url import BlobUrl
-from fedprune_device.web_fetch import WebFetch
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.link.web_blobs import web_blobs
-from fedprune_server.settings.config import ServerConfig
+from fedprune_device.network.http_fetch import WebFetch
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.transfer.http import web_blobs
 
 LEAVES = 3
 """Of a chunk over MQTT, as usual."""

@@ -30,7 +30,7 @@ def measure(name: str) -> dict[str, Any]:
     import whole_models
     from cutting import distance, outputs, random_selection
 
-    from fedprune_export.cut import cut, masked
+    from fedprune_export.pruning.cut import cut, masked
 
     start = time.process_time()
     model = whole_models.imported(name)
@@ -69,7 +69,7 @@ def beside(name: str, model: Any) -> dict[str, Any]:
     from cutting import distance, outputs, random_selection
     from physical_pruning import lines, our_groups, outputs_of, prune, their_groups
 
-    from fedprune_export.cut import cut
+    from fedprune_export.pruning.cut import cut
 
     whole = whole_models.MODELS[name]
     if whole.vocabulary:

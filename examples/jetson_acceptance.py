@@ -20,19 +20,21 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import session, step, tensorfile
-from fedprune.bundle import TRAINING, Bundle, open_bundle
-from fedprune.disk import file_digest
-from fedprune.engine_plan import EnginePlan
-from fedprune.errors import EngineError, FedpruneError
-from fedprune.precision import files_of, graph_file, lowered_weights, weights_file
-from fedprune.session import Session
-from fedprune_device.data import LocalData
+from fedprune.core import tensorfile
+from fedprune.core.disk import file_digest
+from fedprune.core.errors import EngineError, FedpruneError
+from fedprune.runtime import session
+from fedprune.runtime.bundle import TRAINING, Bundle, open_bundle
+from fedprune.runtime.precision import files_of, graph_file, lowered_weights, weights_file
+from fedprune.runtime.session import Session
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune.training import step_contract
+from fedprune_device.data.dataset import LocalData
 from fedprune_device.engines import bindings
 from fedprune_device.engines.engine_command import made_engine
-from fedprune_device.engines.keeper import Keeper, Wanted, here
-from fedprune_device.predictor import WEIGHTS, Predictor
-from fedprune_device.trainer import Trainer
+from fedprune_device.engines.engine_selector import Keeper, Wanted, here
+from fedprune_device.serving.predictor import WEIGHTS, Predictor
+from fedprune_device.training.trainer import Trainer
 
 ROUNDS = 50
 
@@ -172,7 +174,7 @@ class Acceptance:
         return Wanted(Predictor(folder), folder, file_digest(folder / WEIGHTS))
 
     def inputs(self, count: int) -> Any:
-        kind, shape = Session(self.bundle.path("inference.onnx")).inputs[step.X]
+        kind, shape = Session(self.bundle.path("inference.onnx")).inputs[step_contract.X]
         sizes = [d if isinstance(d, int) else 1 for d in shape[1:]]
         if kind == "tensor(int64)":
             return np.zeros((count, *sizes), np.int64)

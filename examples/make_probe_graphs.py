@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import blocks
-from fedprune.chance import keyed
-from fedprune.costs import costs_at
-from fedprune.features import Features
-from fedprune.workload import BLOCKS
+from fedprune.core.rng import keyed
+from fedprune.costs.costs import costs_at
+from fedprune.costs.kernel_workload import BLOCKS
+from fedprune.runtime import blocks
+from fedprune.training.features import Features
+from fedprune_export.bundles.inference import inference_model
 from fedprune_export.formulation import Forms, formulated
-from fedprune_export.graph import Graph, Port
 from fedprune_export.importing import import_onnx
-from fedprune_export.inference import inference_model
-from fedprune_export.training import training_graph
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.training.step_graph import training_graph
 
 sys.path.insert(0, str(Path(__file__).parent))
 from probe_forms import BATCH as FORM_BATCH
@@ -122,7 +122,7 @@ def packed(files: dict[str, bytes]) -> bytes:
 
 
 def check_of_blocks(block: int) -> bytes:
-    """A convolution of 3×3 in plain layout and in blocks, as `fedprune.blocks` compares them."""
+    """A convolution of 3×3 in plain layout and in blocks, as `fedprune.runtime.blocks` compares them."""
     shapes = {blocks.X: ("N", blocks.CHANNELS, blocks.PLACES, blocks.PLACES), blocks.W: (blocks.CHANNELS,) * 2 + (3, 3)}
     ports = [Port(n, np.dtype(np.float32), s) for n, s in shapes.items()]
     result = Port(blocks.IN_BLOCKS, np.dtype(np.float32), shapes[blocks.X])

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprune.architecture import TensorKind
-from fedprune.scoring import channel_sums, ranks
+from fedprune.importance.scoring import channel_sums, ranks
+from fedprune.model.architecture import TensorKind
 from fedprune.strategies import Strategy, read_options
-from fedprune.strategies.extraction import Nobody, Selected
-from fedprune.strategies.means import Mean
-from fedprune.strategies.objectives import AsJob
+from fedprune.strategies.averaging import Mean
+from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.roles import Ranking
+from fedprune.strategies.slicing import Nobody, Selected
 
 
 class Energy:

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fedprune.form_times import Shape
+from fedprune.costs.form_times import Shape
+from fedprune_export.autodiff.conv_geometry import Window, operator_attrs
+from fedprune_export.autodiff.intended import Intended
+from fedprune_export.autodiff.rules.dense import Dense, Formulation
+from fedprune_export.autodiff.rules.depthwise import Depthwise
 from fedprune_export.formulation import Forms
 from fedprune_export.formulation.formulator import Formulator
-from fedprune_export.gradients.dense import Dense, Formulation
-from fedprune_export.gradients.depthwise import Depthwise
-from fedprune_export.gradients.intended import Intended
-from fedprune_export.gradients.windows import Window, operator_attrs
-from fedprune_export.graph import Graph, Port
+from fedprune_export.ir.graph import Graph, Port
 
 BATCH = 16
 """Samples of a run: whole blocks of any length."""

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedprune.chance import keyed
-from fedprune_export.graph import Graph, Port
+from fedprune.core.rng import keyed
+from fedprune_export.ir.graph import Graph, Port
 
 CLASSES = 10
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from fedprune.trust.envelope import HEADER as ENVELOPE
-from fedprune.wire.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.security.envelope import HEADER as ENVELOPE
 from fedprune.wire.checked_message import CheckedMessage
 from fedprune.wire.chunk import HEADER, MAX_PAYLOAD
 from fedprune.wire.join_messages import JoinAnswer, JoinRequest

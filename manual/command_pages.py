@@ -6,12 +6,12 @@ import argparse
 import re
 from collections.abc import Iterator
 
-from fedprune.cli_examples import EXAMPLES
-from fedprune_device import cli as device
-from fedprune_export import cli as export
+from fedprune.terminal.examples import EXAMPLES
+from fedprune_device.cli import main as device
+from fedprune_export.cli import main as export
 from fedprune_flash import cli as flash
-from fedprune_server import cli as server
-from fedprune_server.commands import simulate
+from fedprune_server.cli import main as server
+from fedprune_server.cli import simulate
 
 _HEAD = """# Commands
 

@@ -6,7 +6,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-from fedprune.errors import ExitCode
+from fedprune.core.errors import ExitCode
 
 WINGS = ("toolkit", "export", "device_runtime", "server")
 _BASE = "FedpruneError"
@@ -14,7 +14,7 @@ _BASE = "FedpruneError"
 
 @cache
 def by_exit_code(root: Path) -> dict[ExitCode, list[str]]:
-    """Names of the errors with which a command ends, by the exit code; those of `fedprune.errors` first.
+    """Names of the errors with which a command ends, by the exit code; those of `fedprune.core.errors` first.
 
     Args:
         root: The repository.

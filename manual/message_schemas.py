@@ -9,9 +9,9 @@ from dataclasses import MISSING, fields
 from typing import Any, get_args
 
 from fedprune.wire.checked_message import MAX_MESSAGE, VERSION, CheckedMessage
-from fedprune.wire.fields import DEFINITIONS
 from fedprune.wire.messages import BetweenServers, FromDevice, FromServer
 from fedprune.wire.schema import Schema, schema_of
+from fedprune.wire.validation import DEFINITIONS
 from manual.docstring import attributes, summary
 
 _NONE = re.compile(r"\bNone\b")

@@ -10,13 +10,13 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from fedprune.job import Job
-from fedprune.privacy import Privacy
-from fedprune.recipe import Recipe
-from fedprune.schedule import Schedule, Staleness
-from fedprune_server.cli import build_parser
-from fedprune_server.settings.alert_settings import AlertSettings
-from fedprune_server.settings.config import ServerConfig
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Schedule, Staleness
+from fedprune.privacy.settings import Privacy
+from fedprune.training.recipe import Recipe
+from fedprune_server.cli.main import build_parser
+from fedprune_server.config.alert_settings import AlertSettings
+from fedprune_server.config.config import ServerConfig
 from manual.docstring import attributes
 
 _HEAD = """# Settings

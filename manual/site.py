@@ -25,7 +25,7 @@ BESIDE = (
     "examples/*/README.md",
     "examples/*/*.toml",
     "examples/*/*.py",
-    "server/fedprune_server/console/static/mark.svg",
+    "server/fedprune_server/web/static/mark.svg",
 )
 """What is part of the site beside docs/."""
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from memory_fleet import MemoryLink, MemoryServer, clock
 
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Progress
-from fedprune_device.agent import Agent
-from fedprune_device.data import LocalData
-from fedprune_device.privacy_floor import Floor
-from fedprune_device.store import DeviceStore
-from fedprune_device.trainer import Trainer
+from fedprune_device.agent.agent import Agent
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.privacy.policy import Floor
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.trainer import Trainer
 
 LONG = Recipe(epochs=5000, batch_size=1, lr=1e-4)
 

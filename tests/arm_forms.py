@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fedprune import tensorfile
-from fedprune.blocks import block_size
-from fedprune.bundle import TRAINING, WEIGHTS, open_bundle
-from fedprune.recipe import Recipe
-from fedprune_device.data import LocalData
-from fedprune_device.trainer import Trainer
+from fedprune.core import tensorfile
+from fedprune.runtime.blocks import block_size
+from fedprune.runtime.bundle import TRAINING, WEIGHTS, open_bundle
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.training.trainer import Trainer
 
 RECIPE = Recipe(epochs=1, batch_size=8, lr=0.05, momentum=0.9, weight_decay=0.01)
 SAMPLES = 21

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from arm_board import Board
 
-from fedprune_flash.installer_archive import INSTALLER
+from fedprune_flash.kit.installer_archive import INSTALLER
 
 STICK = "/media/stick/kit"
 UNIT = "/etc/systemd/system/fedprune.service"

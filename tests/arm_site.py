@@ -121,4 +121,4 @@ class Headquarters:
         return done.stdout
 
 
-_PROGRAM = (sys.executable, "-m", "fedprune_server.cli")
+_PROGRAM = (sys.executable, "-m", "fedprune_server.cli.main")

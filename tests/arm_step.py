@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedprune import step
-from fedprune.session import Session
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
 
 
 def main(out: Path) -> None:
@@ -19,13 +19,13 @@ def main(out: Path) -> None:
     random = np.random.default_rng(0)
     tensors = {n: (0.1 * random.standard_normal(shape)).astype(np.float32) for n, shape in reference["tensors"].items()}
     feeds = {
-        step.X: random.standard_normal((reference["batch"], *reference["input_shape"])).astype(np.float32),
-        step.Y: random.integers(0, reference["classes"], reference["batch"]),
-        step.LR: np.array(0.1, np.float32),
-        step.MOMENTUM: np.array(0.9, np.float32),
-        step.WEIGHT_DECAY: np.array(0, np.float32),
+        step_contract.X: random.standard_normal((reference["batch"], *reference["input_shape"])).astype(np.float32),
+        step_contract.Y: random.integers(0, reference["classes"], reference["batch"]),
+        step_contract.LR: np.array(0.1, np.float32),
+        step_contract.MOMENTUM: np.array(0.9, np.float32),
+        step_contract.WEIGHT_DECAY: np.array(0, np.float32),
     }
-    feeds |= tensors | {step.buffer(n): np.zeros_like(v) for n, v in tensors.items()}
+    feeds |= tensors | {step_contract.buffer(n): np.zeros_like(v) for n, v in tensors.items()}
     graph = (assets / "probe_training.onnx").read_bytes()
     np.savez(out, **Session(graph, threads=1, training=True).run(feeds))
 

@@ -11,7 +11,7 @@ from coordinator_shell import digest
 from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.job import Job
+from fedprune.jobs.job import Job
 from toy import JOB, NAMES
 
 RECIPE: dict[str, Any] = {"epochs": 1, "batch_size": 5}

@@ -13,13 +13,13 @@ from urllib.parse import urlencode
 
 from argon2 import PasswordHasher
 
-from fedprune_server.console.app import make_app
-from fedprune_server.console.context import Console, make_console
-from fedprune_server.console.database import ConsoleDatabase
-from fedprune_server.console.gate import Surroundings
-from fedprune_server.console.model import Model
-from fedprune_server.console.order_words import Order
-from fedprune_server.console.trial import TrialFleet
+from fedprune_server.web.app import make_app
+from fedprune_server.web.auth.middleware import Surroundings
+from fedprune_server.web.context import Console, make_console
+from fedprune_server.web.database import ConsoleDatabase
+from fedprune_server.web.demo_fleet import TrialFleet
+from fedprune_server.web.state.model import Model
+from fedprune_server.web.state.order_messages import Order
 
 QUICK = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 PASSWORD = "a long horse, a battery"

@@ -9,7 +9,7 @@ from typing import Any
 from fedprune.coordination import State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.job import Job
+from fedprune.jobs.job import Job
 from toy import ARCHITECTURE
 
 

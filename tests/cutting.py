@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.architecture import widths_at
-from fedprune.selection import Selection
-from fedprune.session import Session
-from fedprune_export.cut import cut, masked
-from fedprune_export.graph import Graph
-from fedprune_export.imported import Model
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
+from fedprune.runtime.session import Session
+from fedprune_export.ir.graph import Graph
+from fedprune_export.pruning.cut import cut, masked
+from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from memory_fleet import TOPICS, MemoryServer
 
-from fedprune.wire.link import Link
-from fedprune_server.broker.embedded import EmbeddedBroker
+from fedprune.wire.mqtt.link import Link
+from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 
 
 class Wires:
@@ -54,7 +54,7 @@ class Field:
             sys.executable,
             *python,
             "-m",
-            "fedprune_device.cli",
+            "fedprune_device.cli.main",
             "run",
             "--no-probe",
             "--until-finished",

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedprune.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.session import Session
-from fedprune_export import gradients  # noqa: F401 (registers the rules)
-from fedprune_export.gradients.tape import Shape, Tape
-from fedprune_export.graph import Graph, Node, Port
-from fedprune_export.imported import Model
+from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.runtime.session import Session
+from fedprune_export import autodiff  # noqa: F401 (registers the rules)
+from fedprune_export.autodiff.tape import Shape, Tape
+from fedprune_export.ir.graph import Graph, Node, Port
+from fedprune_export.pruning.model import Model
 
 Oracle = Callable[..., torch.Tensor]
 Arrays = dict[str, np.ndarray[Any, Any]]

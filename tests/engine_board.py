@@ -12,12 +12,12 @@ import numpy as np
 from local_board import weights_of
 from tensorrt_double import calls
 
-from fedprune import tensorfile
-from fedprune.engine_plan import EnginePlan
+from fedprune.core import tensorfile
+from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines import bindings
-from fedprune_device.engines.keeper import Answering, Keeper, Wanted
-from fedprune_device.engines.shelf import Place
-from fedprune_device.predictor import Predictor
+from fedprune_device.engines.engine_cache import Place
+from fedprune_device.engines.engine_selector import Answering, Keeper, Wanted
+from fedprune_device.serving.predictor import Predictor
 
 X = np.random.default_rng(3).standard_normal((9, 6)).astype(np.float32)
 

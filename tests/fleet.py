@@ -12,20 +12,20 @@ from typing import Any
 
 import sqlalchemy
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.job import Job
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.jobs.job import Job
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import TO, Accepted, Birth, Cancelled, Death, Finished, Gone, Hello, Update, Want, parse
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
-from fedprune_server.daemon import Daemon
-from fedprune_server.store.storage import Storage
+from fedprune_server.engine.daemon import Daemon
+from fedprune_server.storage.storage import Storage
 from toy import ARCHITECTURE, JOB, NAMES
 
 SIZE = 100_000

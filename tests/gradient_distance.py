@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch_graph import run
 
-from fedprune import step
-from fedprune.features import Features
-from fedprune.session import Session
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
 from fedprune_export.formulation import Forms
-from fedprune_export.graph import Graph
-from fedprune_export.imported import Model
-from fedprune_export.training import training_graph
+from fedprune_export.ir.graph import Graph
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -154,13 +154,13 @@ class Trained:
 
     def gradients(self, tensors: Arrays, x: Any, y: Any) -> Arrays:
         """Our gradients of the cross-entropy at these tensors, of any width."""
-        feeds: Arrays = {**tensors, step.X: x, step.Y: y}
+        feeds: Arrays = {**tensors, step_contract.X: x, step_contract.Y: y}
         for name in self._session.inputs:
             if name not in feeds:  # momentum and learning rate, which gradients don't depend on
                 owner = name.rpartition("::")[0]
                 feeds[name] = np.zeros_like(tensors[owner]) if owner in tensors else np.array(0, np.float32)
-        got = self._session.run(feeds, [step.gradient(n) for n in self.names])
-        return {n: got[step.gradient(n)] for n in self.names}
+        got = self._session.run(feeds, [step_contract.gradient(n) for n in self.names])
+        return {n: got[step_contract.gradient(n)] for n in self.names}
 
     def distances(self, net: torch.nn.Module | Graph, tensors: Arrays, samples: Iterable[tuple[Any, Any]]) -> Distances:
         """Distances from float64 over some batches of samples and labels."""

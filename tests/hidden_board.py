@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import tensorfile
-from fedprune.chance import keyed
-from fedprune.element_mask import ElementMask
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
+from fedprune.core import tensorfile
+from fedprune.core.rng import keyed
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
-from fedprune_device.assignment import Workbench
-from fedprune_device.data import LocalData
-from fedprune_device.store import DeviceStore
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.round_runner import Workbench
 
 HIDDEN, FEATURES, CLASSES = 8, 6, 3
 SEED, DEVICE = 7, "d"

@@ -20,7 +20,7 @@ from typing import Any
 
 from real_site import Site
 
-from fedprune_server.store.storage import Storage
+from fedprune_server.storage.storage import Storage
 
 BOARDS = ("north", "south")
 SHIM = Path(__file__).parent / "death.c"
@@ -102,7 +102,7 @@ class Doomed(Site):
     def command(self, name: str) -> list[str]:
         command = super().command(name)
         if name in BOARDS:
-            at = command.index("fedprune_device.cli")
+            at = command.index("fedprune_device.cli.main")
             command[at - 1 : at + 1] = [str(Path(__file__).with_name("noted_device.py")), str(self.notes(name))]
         return command
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import tensorfile
+from fedprune.core import tensorfile
+from fedprune_device.api.address import Address
+from fedprune_device.api.endpoints import Endpoints
+from fedprune_device.api.http_server import LocalServer
+from fedprune_device.api.live_model import LiveModel
 from fedprune_device.client import Board
-from fedprune_device.local.address import Address
-from fedprune_device.local.endpoints import Endpoints
-from fedprune_device.local.images import Pixels
-from fedprune_device.local.live_model import LiveModel
-from fedprune_device.local.reservoir import Limits
-from fedprune_device.local.sample_set import SampleSet
-from fedprune_device.local.server import LocalServer
-from fedprune_device.local.shares import Shares
-from fedprune_device.slots import Serving, Slots
+from fedprune_device.data.image_decoding import Pixels
+from fedprune_device.data.reservoir import Limits
+from fedprune_device.data.sample_store import SampleSet
+from fedprune_device.data.splits import Shares
+from fedprune_device.serving.model_slots import Serving, Slots
 
 NAMES = ("ant", "bee", "cat")
 

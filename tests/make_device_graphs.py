@@ -17,15 +17,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from fedprune import step, tensorfile
-from fedprune.architecture import Architecture, Axis, TensorKind, TensorSpec
-from fedprune.features import Features
-from fedprune_export.graph import Graph, Port
-from fedprune_export.imported import Model
+from fedprune.core import tensorfile
+from fedprune.model.architecture import Architecture, Axis, TensorKind, TensorSpec
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import import_onnx
-from fedprune_export.inference import inference_model
+from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.precision import lower
-from fedprune_export.training import training_graph
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 
 FEATURES, CLASSES, HIDDEN, VOCABULARY = 6, 3, 8, 11
 FOLDER = Path(__file__).parent / "device" / "graphs"
@@ -35,55 +36,58 @@ def training(full: bool = False, stats: bool = False) -> Graph:
     g = Graph()
     f32, i64 = np.dtype(np.float32), np.dtype(np.int64)
     shapes = {"w": (CLASSES, FEATURES), "b": (CLASSES,)}
-    g.inputs = [Port(step.X, f32, ("N", FEATURES)), Port(step.Y, i64, ("N",))]
-    g.inputs += [Port(n, f32, ()) for n in (step.LR, step.MOMENTUM, step.WEIGHT_DECAY)]
+    g.inputs = [Port(step_contract.X, f32, ("N", FEATURES)), Port(step_contract.Y, i64, ("N",))]
+    g.inputs += [Port(n, f32, ()) for n in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)]
     for name, shape in shapes.items():
-        g.inputs += [Port(name, f32, shape), Port(step.buffer(name), f32, shape)]
+        g.inputs += [Port(name, f32, shape), Port(step_contract.buffer(name), f32, shape)]
         if full:
-            g.inputs += [Port(step.anchor(name), f32, shape), Port(step.strength(name), f32, ())]
+            g.inputs += [Port(step_contract.anchor(name), f32, shape), Port(step_contract.strength(name), f32, ())]
     if full:
-        g.inputs += [Port(n, f32, (CLASSES,)) for n in (step.LOGIT_OFFSET, step.CLASS_MASK, step.CLASS_WEIGHT)]
-    x = step.X
+        g.inputs += [
+            Port(n, f32, (CLASSES,))
+            for n in (step_contract.LOGIT_OFFSET, step_contract.CLASS_MASK, step_contract.CLASS_WEIGHT)
+        ]
+    x = step_contract.X
     if stats:
         g.inputs.append(Port("mean", f32, (FEATURES,)))
         batch = g.emit("ReduceMean", x, attrs={"axes": [0], "keepdims": 0})
         kept = g.emit("Mul", "mean", g.scalar(0.9))
-        g.emit("Add", kept, g.emit("Mul", batch, g.scalar(0.1)), out=step.following("mean"))
-        g.outputs.append(Port(step.following("mean"), f32, (FEATURES,)))
+        g.emit("Add", kept, g.emit("Mul", batch, g.scalar(0.1)), out=step_contract.following("mean"))
+        g.outputs.append(Port(step_contract.following("mean"), f32, (FEATURES,)))
         x = g.emit("Sub", x, batch)
     z = g.emit("Gemm", x, "w", "b", attrs={"transB": 1})
     if full:
-        z = g.emit("Mul", g.emit("Add", z, step.LOGIT_OFFSET), step.CLASS_MASK)
-    hot = g.emit("OneHot", step.Y, g.constant(CLASSES, np.int64), g.constant([0, 1], np.float32))
+        z = g.emit("Mul", g.emit("Add", z, step_contract.LOGIT_OFFSET), step_contract.CLASS_MASK)
+    hot = g.emit("OneHot", step_contract.Y, g.constant(CLASSES, np.int64), g.constant([0, 1], np.float32))
     log_p = g.emit("LogSoftmax", z, attrs={"axis": 1})
     each = g.emit("Neg", g.emit("ReduceSum", g.emit("Mul", hot, log_p), g.ints(1), attrs={"keepdims": 1}))
     if full:
-        weight = g.emit("ReduceSum", g.emit("Mul", hot, step.CLASS_WEIGHT), g.ints(1), attrs={"keepdims": 1})
+        weight = g.emit("ReduceSum", g.emit("Mul", hot, step_contract.CLASS_WEIGHT), g.ints(1), attrs={"keepdims": 1})
     else:
         weight = g.emit("Mul", each, g.scalar(0))
         weight = g.emit("Add", weight, g.scalar(1))
     share = g.emit("Div", weight, g.emit("ReduceSum", weight, attrs={"keepdims": 1}))
-    g.emit("ReduceSum", g.emit("Mul", each, share), out=step.LOSS, attrs={"keepdims": 0})
+    g.emit("ReduceSum", g.emit("Mul", each, share), out=step_contract.LOSS, attrs={"keepdims": 0})
     best = g.emit("ArgMax", z, attrs={"axis": 1, "keepdims": 0})
-    equal = g.emit("Cast", g.emit("Equal", best, step.Y), attrs={"to": int(TensorProto.INT64)})
-    g.emit("ReduceSum", equal, out=step.HITS, attrs={"keepdims": 0})
+    equal = g.emit("Cast", g.emit("Equal", best, step_contract.Y), attrs={"to": int(TensorProto.INT64)})
+    g.emit("ReduceSum", equal, out=step_contract.HITS, attrs={"keepdims": 0})
     dz = g.emit("Mul", g.emit("Sub", g.emit("Exp", log_p), hot), share)
     if full:
-        dz = g.emit("Mul", dz, step.CLASS_MASK)
+        dz = g.emit("Mul", dz, step_contract.CLASS_MASK)
     gradients = {
         "w": g.emit("Gemm", dz, x, attrs={"transA": 1}),
         "b": g.emit("ReduceSum", dz, g.ints(0), attrs={"keepdims": 0}),
     }
     for name, gradient in gradients.items():
         if full:
-            pull = g.emit("Mul", g.emit("Sub", name, step.anchor(name)), step.strength(name))
+            pull = g.emit("Mul", g.emit("Sub", name, step_contract.anchor(name)), step_contract.strength(name))
             gradient = g.emit("Add", gradient, pull)
-        gradient = g.emit("Add", gradient, g.emit("Mul", name, step.WEIGHT_DECAY))
-        old = g.emit("Mul", step.buffer(name), step.MOMENTUM)
-        new = g.emit("Add", old, gradient, out=step.following(step.buffer(name)))
-        g.emit("Sub", name, g.emit("Mul", new, step.LR), out=step.following(name))
-        g.outputs += [Port(step.following(n), f32, shapes[name]) for n in (name, step.buffer(name))]
-    g.outputs += [Port(step.LOSS, f32, ()), Port(step.HITS, i64, ())]
+        gradient = g.emit("Add", gradient, g.emit("Mul", name, step_contract.WEIGHT_DECAY))
+        old = g.emit("Mul", step_contract.buffer(name), step_contract.MOMENTUM)
+        new = g.emit("Add", old, gradient, out=step_contract.following(step_contract.buffer(name)))
+        g.emit("Sub", name, g.emit("Mul", new, step_contract.LR), out=step_contract.following(name))
+        g.outputs += [Port(step_contract.following(n), f32, shapes[name]) for n in (name, step_contract.buffer(name))]
+    g.outputs += [Port(step_contract.LOSS, f32, ()), Port(step_contract.HITS, i64, ())]
     return g
 
 

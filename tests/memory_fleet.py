@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.recipe import Recipe
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.training.recipe import Recipe
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Accepted, Birth, Finished, Update, Want, parse
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics

@@ -10,10 +10,10 @@ import os
 import sys
 from typing import Any
 
-from fedprune.errors import ProtocolError
-from fedprune.wire.connection_news import Event
-from fedprune.wire.link import Link
+from fedprune.core.errors import ProtocolError
+from fedprune.wire.connection_events import Event
 from fedprune.wire.messages import Accepted, Update, parse
+from fedprune.wire.mqtt.link import Link
 
 
 def _note(descriptor: int, topic: str, payload: bytes) -> None:
@@ -48,7 +48,7 @@ def main(path: str) -> int:
         return item
 
     Link.publish, Link.get = noted_publish, noted_get  # type: ignore[method-assign]
-    from fedprune_device.cli import main as run
+    from fedprune_device.cli.main import main as run
 
     return int(run(sys.argv[2:]) or 0)
 

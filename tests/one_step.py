@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedprune import step
-from fedprune.architecture import Architecture
-from fedprune_export.imported import Model
+from fedprune.model.architecture import Architecture
+from fedprune.training import step_contract
+from fedprune_export.pruning.model import Model
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 NETS = ("lenet", "vgg11_bn", "resnet20_bn")
@@ -54,9 +54,13 @@ def batch(kind: Any, seed: int, architecture: Architecture) -> tuple[np.ndarray[
 
 def feeds(architecture: Architecture, tensors: Arrays, x: Any, y: Any) -> Arrays:
     """What the training graph is fed in the first step."""
-    out: Arrays = {**tensors, step.X: x, step.Y: y}
-    out |= {step.buffer(t.name): np.zeros_like(tensors[t.name]) for t in architecture.trainable}
-    for scalar, value in ((step.LR, LR), (step.MOMENTUM, MOMENTUM), (step.WEIGHT_DECAY, DECAY)):
+    out: Arrays = {**tensors, step_contract.X: x, step_contract.Y: y}
+    out |= {step_contract.buffer(t.name): np.zeros_like(tensors[t.name]) for t in architecture.trainable}
+    for scalar, value in (
+        (step_contract.LR, LR),
+        (step_contract.MOMENTUM, MOMENTUM),
+        (step_contract.WEIGHT_DECAY, DECAY),
+    ):
         out[scalar] = np.array(value, np.float32)
     return out
 
@@ -64,12 +68,12 @@ def feeds(architecture: Architecture, tensors: Arrays, x: Any, y: Any) -> Arrays
 def parts(architecture: Architecture) -> dict[str, list[str]]:
     """The step's results: groups of tensors that are compared as one vector."""
     out = {
-        "loss": [step.LOSS],
-        "gradients": [step.gradient(t.name) for t in architecture.trainable],
-        "weights": [step.following(t.name) for t in architecture.trainable],
+        "loss": [step_contract.LOSS],
+        "gradients": [step_contract.gradient(t.name) for t in architecture.trainable],
+        "weights": [step_contract.following(t.name) for t in architecture.trainable],
     }
     if architecture.statistics:
-        out["statistics"] = [step.following(t.name) for t in architecture.statistics]
+        out["statistics"] = [step_contract.following(t.name) for t in architecture.statistics]
     return out
 
 
@@ -82,12 +86,12 @@ def oracle(net: torch.nn.Module, model: Model, tensors: Arrays, x: Any, y: Any, 
     logits = torch.func.functional_call(net, state, given)
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(y))
     loss.backward()
-    gradients = {step.gradient(n): w.grad.numpy().copy() for n, w in leaves.items() if w.grad is not None}
+    gradients = {step_contract.gradient(n): w.grad.numpy().copy() for n, w in leaves.items() if w.grad is not None}
     optimiser.step()
     return {
-        step.LOSS: loss.detach().numpy(),
+        step_contract.LOSS: loss.detach().numpy(),
         **gradients,
-        **{step.following(n): v.detach().numpy() for n, v in state.items()},
+        **{step_contract.following(n): v.detach().numpy() for n, v in state.items()},
     }
 
 

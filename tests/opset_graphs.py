@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fedprune import step
-from fedprune.features import Features
-from fedprune.session import Session
-from fedprune_export.graph import Graph, Port
-from fedprune_export.imported import Model
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
 from fedprune_export.importing import import_onnx
-from fedprune_export.target_opset import OPSETS
-from fedprune_export.training import training_graph
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.opset_lowering import OPSETS
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 
 FILE = Path(__file__).parent / "device" / "graphs" / "opsets.npz"
 F32 = np.dtype(np.float32)
@@ -77,14 +77,21 @@ def graphs() -> dict[str, tuple[Graph, Arrays]]:
     rng, model = np.random.default_rng(0), network()
     training = training_graph(model, Features())
     x = {"x": rng.standard_normal((5, 8, 6, 6)).astype(np.float32)}
-    feeds: Arrays = {step.X: rng.standard_normal((5, 3, 8, 8)).astype(np.float32), step.Y: np.arange(5) % 4}
+    feeds: Arrays = {
+        step_contract.X: rng.standard_normal((5, 3, 8, 8)).astype(np.float32),
+        step_contract.Y: np.arange(5) % 4,
+    }
     feeds |= model.tensors
     for port in training.inputs:
         if port.name not in feeds:
             tensor = port.name.partition("::")[0]
             shape = model.tensors[tensor].shape if tensor in model.tensors else ()
             feeds[port.name] = np.full(shape, 0.0 if shape else 0.1, port.dtype)
-    return {"forms": (forms(), x), "network": (model.graph, {"x": feeds[step.X]}), "training": (training, feeds)}
+    return {
+        "forms": (forms(), x),
+        "network": (model.graph, {"x": feeds[step_contract.X]}),
+        "training": (training, feeds),
+    }
 
 
 def checked(graph: Graph, opset: int) -> bytes:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fedprune.errors import FedpruneError
+from fedprune.core.errors import FedpruneError
 
 
 @dataclass(frozen=True)

@@ -15,26 +15,26 @@ import numpy as np
 from parser_target import Target, as_file, as_object, as_text, dumped, scratch
 from parsers_of_files import npz, picture
 
-from fedprune import tensorfile
-from fedprune.errors import FedpruneError
+from fedprune.core import tensorfile
+from fedprune.core.durable import read_document
+from fedprune.core.errors import FedpruneError
 from fedprune.wire.log_messages import CrashReport
-from fedprune_device.board_log import BoardLog
-from fedprune_device.crash import _fault_frames
-from fedprune_device.data import load_data, read_arrays
-from fedprune_device.durable import read_document
-from fedprune_device.local.address import Address
-from fedprune_device.local.bodies import array, batch, document
-from fedprune_device.local.images import Pixels
-from fedprune_device.local.request import Answer, Request
-from fedprune_device.local.segments import Kind, SegmentLog
-from fedprune_device.local.segments import Record as Sample
-from fedprune_device.local.server import _Handler
-from fedprune_device.own import Own
-from fedprune_device.prediction_command import _samples as samples_to_predict
-from fedprune_device.private_text import private
-from fedprune_device.runtime.home import Home, Record
-from fedprune_device.runtime.state import DamagedError, State
-from fedprune_device.slots import Serving
+from fedprune_device.api.address import Address
+from fedprune_device.api.http_server import _Handler
+from fedprune_device.api.request import Answer, Request
+from fedprune_device.api.request_body import array, batch, document
+from fedprune_device.cli.predict import _samples as samples_to_predict
+from fedprune_device.data.dataset import load_data, read_arrays
+from fedprune_device.data.image_decoding import Pixels
+from fedprune_device.data.segment_log import Kind, SegmentLog
+from fedprune_device.data.segment_log import Record as Sample
+from fedprune_device.launcher.slot_store import Home, Record
+from fedprune_device.launcher.state import DamagedError, State
+from fedprune_device.privacy.redaction import private
+from fedprune_device.serving.model_slots import Serving
+from fedprune_device.storage.local_state import Own
+from fedprune_device.telemetry.crash_reports import _fault_frames
+from fedprune_device.telemetry.log_buffer import BoardLog
 
 SHAPE = (3, 8, 8)
 _FILES = 2 * 2**20
@@ -186,7 +186,7 @@ _LINE = {"number": 8, "at": 1, "level": "error", "count": 2, "text": "too hot: 8
 _FAULT = b"""Fatal Python error: Segmentation fault
 
 Current thread 0x00007f (most recent call first):
-  File "/opt/a/fedprune_device/agent.py", line 12 in run
+  File "/opt/a/fedprune_device/agent/agent.py", line 12 in run
   File "/usr/lib/python3/dist-packages/numpy/x.py", line 9 in f
 """
 

@@ -17,38 +17,38 @@ import numpy as np
 from parser_target import Target, as_file, as_json, as_object, as_text, dumped, scratch
 from runtime_releases import make_wheel
 
-from fedprune import tensorfile
-from fedprune.architecture import Architecture
-from fedprune.bundle import open_bundle
 from fedprune.coordination import State
-from fedprune.coordination.rollout import Rollout, RolloutPlan
-from fedprune.coordination.state import Device, Task
-from fedprune.engine_plan import EnginePlan
-from fedprune.errors import ConfigError, ReleaseError
-from fedprune.job import Job
-from fedprune.ordered_dropout import TensorAxes, axes_json
-from fedprune.profile import HardwareProfile
-from fedprune.profile_store import shipped_folder
-from fedprune.schedule import Schedule
-from fedprune.selection import Selection
-from fedprune.toml_file import read_toml
-from fedprune.toml_places import key_places
-from fedprune.trust.register import Register
-from fedprune.trust.replay import Window
-from fedprune.wheels import parsed, required
-from fedprune_export.labelled_data import read as read_labelled
-from fedprune_server.bucket import bucket
-from fedprune_server.bucket.layout import Owner, digest_of
-from fedprune_server.data.cifar import read_cifar
-from fedprune_server.data.idx import read_idx
-from fedprune_server.data.image_folder import read_image_folder
-from fedprune_server.data.npz import read_npz
-from fedprune_server.data.plain_pickle import read_plain
-from fedprune_server.data.table import DataPlan
-from fedprune_server.settings.tables import parse_config, read_config
-from fedprune_server.simulation.fleet_weather import read_availability, read_dropouts, read_settings, read_weather
-from fedprune_server.simulation.record import Record
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, ReleaseError
+from fedprune.core.toml_file import read_toml
+from fedprune.core.toml_positions import key_places
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.hardware.profile_store import shipped_folder
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Schedule
+from fedprune.jobs.state import Device, Task
+from fedprune.model.architecture import Architecture
+from fedprune.model.nested_widths import TensorAxes, axes_json
+from fedprune.model.selection import Selection
+from fedprune.releases.rollout import Rollout, RolloutPlan
+from fedprune.releases.wheels import parsed, required
+from fedprune.runtime.bundle import open_bundle
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune.security.issuance_log import Register
+from fedprune.security.replay_protection import Window
+from fedprune_export.checks.labelled_data import read as read_labelled
+from fedprune_server.config.tables import parse_config, read_config
+from fedprune_server.simulation.datasets.cifar import read_cifar
+from fedprune_server.simulation.datasets.idx import read_idx
+from fedprune_server.simulation.datasets.image_folder import read_image_folder
+from fedprune_server.simulation.datasets.npz import read_npz
+from fedprune_server.simulation.datasets.plain_pickle import read_plain
+from fedprune_server.simulation.datasets.table import DataPlan
+from fedprune_server.simulation.network_tables import read_availability, read_dropouts, read_settings, read_weather
+from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.sweep import read_sweep
+from fedprune_server.storage.s3 import bucket
+from fedprune_server.storage.s3.layout import Owner, digest_of
 from tiny_wheels import wheel
 from toy import ARCHITECTURE, JOB
 
@@ -131,8 +131,8 @@ def _descriptions() -> tuple[Target, ...]:
 
 def _bundle(selection: Selection) -> Path:
     """A bundle whose graphs nobody loads."""
-    from fedprune.bundle import ARCHITECTURE as NAMED
-    from fedprune.bundle import FILES, FORMAT, SUBMODEL, WEIGHTS
+    from fedprune.runtime.bundle import ARCHITECTURE as NAMED
+    from fedprune.runtime.bundle import FILES, FORMAT, SUBMODEL, WEIGHTS
 
     folder = scratch() / "bundle"
     folder.mkdir(exist_ok=True)
@@ -357,7 +357,7 @@ def zipped(names: dict[str, bytes]) -> bytes:
 
 
 def _wheels() -> tuple[Target, ...]:
-    from fedprune_device.runtime.wheel import Wheel
+    from fedprune_device.launcher.wheel import Wheel
 
     made = wheel(scratch() / "wheels", "fedprune", requires=["numpy>=1"]).read_bytes()
     small = make_wheel(scratch() / "small.whl", {"app/__init__.py": "x = 1\n" * 50, "app-1.dist-info/METADATA": "a"})

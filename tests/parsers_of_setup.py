@@ -16,23 +16,23 @@ from pathlib import Path
 
 from parser_target import Target, as_file, as_object, as_text, dumped, scratch
 
-from fedprune.errors import BoardError
-from fedprune.trust.authority import Authority
-from fedprune.trust.claim import Claim
-from fedprune_device.enrolment import one_claim
-from fedprune_flash.board_file import BoardFile, checked_authorities
-from fedprune_flash.board_link import BoardLink
-from fedprune_flash.claims import read_claims
-from fedprune_flash.drives import disk_names, from_diskutil, from_lsblk
-from fedprune_flash.ext4 import Ext4
-from fedprune_flash.fat import Fat
-from fedprune_flash.image_source import unpack
-from fedprune_flash.inventory import read_inventory
-from fedprune_flash.kit import open_kit
+from fedprune.core.errors import BoardError
+from fedprune.security.authority import Authority
+from fedprune.security.join_token import Claim
+from fedprune_device.enrolment.enrolment import one_claim
+from fedprune_flash.card.drives import disk_names, from_diskutil, from_lsblk
+from fedprune_flash.image.ext4 import Ext4
+from fedprune_flash.image.fat import Fat
+from fedprune_flash.image.partitions import read_partitions
+from fedprune_flash.image.region import Region
+from fedprune_flash.image.unpacking import unpack
+from fedprune_flash.kit.board_settings import BoardFile, checked_authorities
+from fedprune_flash.kit.kit import open_kit
 from fedprune_flash.on_board import far_side
 from fedprune_flash.on_board.kit_folder import KitFolder
-from fedprune_flash.partitions import read_partitions
-from fedprune_flash.region import Region
+from fedprune_flash.ssh.claims import read_claims
+from fedprune_flash.ssh.connection import BoardLink
+from fedprune_flash.ssh.inventory import read_inventory
 
 _FILES = 2 * 2**20
 """Bytes that hashing and unpacking may take for any file."""

@@ -14,22 +14,22 @@ from cryptography.hazmat.primitives import serialization
 from parser_target import Target, as_json, as_object, as_text, dumped, scratch
 from runtime_releases import KEY, PUBLIC
 
-from fedprune import tensorfile
-from fedprune.blob_part import read_tensors
-from fedprune.blobs import BlobStore
-from fedprune.element_mask import ElementMask
-from fedprune.errors import FedpruneError
-from fedprune.form_times import FormTimes
-from fedprune.latency import LatencyTable, typical_table
-from fedprune.npy_array import float32_array
-from fedprune.precision import INT8, graphs_of, packed, unpacked
-from fedprune.probe_report import ProbeReport
-from fedprune.profile import HardwareProfile
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune.release import Release, ReleaseFile, opened, signed
-from fedprune.trust.authority import Authority
-from fedprune.trust.certificates import (
+from fedprune.blobs.blob_ref import LEAF, BlobRef, is_digest
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.tensor_reader import read_tensors
+from fedprune.core import tensorfile
+from fedprune.core.errors import FedpruneError
+from fedprune.core.npy_array import float32_array
+from fedprune.costs.form_times import FormTimes
+from fedprune.costs.latency_model import LatencyTable, typical_table
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.hardware.profile_store import find
+from fedprune.model.element_mask import ElementMask
+from fedprune.releases.release import Release, ReleaseFile, opened, signed
+from fedprune.runtime.precision import INT8, graphs_of, packed, unpacked
+from fedprune.security.authority import Authority
+from fedprune.security.certificates import (
     key_digest,
     make_tls_key,
     name_of,
@@ -38,14 +38,14 @@ from fedprune.trust.certificates import (
     read_certificate,
     request_key,
 )
-from fedprune.trust.certificates import make_request as make_csr
-from fedprune.trust.claim import Claim
-from fedprune.trust.correspondence import Opener
-from fedprune.trust.envelope import Envelope, seal
-from fedprune.trust.joining import answer_text, check_answer, check_request, digest_of, make_request
-from fedprune.trust.keys import VerifyingKey
+from fedprune.security.certificates import make_request as make_csr
+from fedprune.security.envelope import Envelope, seal
+from fedprune.security.join_token import Claim
+from fedprune.security.joining import answer_text, check_answer, check_request, digest_of, make_request
+from fedprune.security.keys import VerifyingKey
+from fedprune.security.signed_channel import Opener
+from fedprune.training.recipe import Recipe
 from fedprune.wire import messages as m
-from fedprune.wire.blob_ref import LEAF, BlobRef, is_digest
 from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import BrokerUrl
 from fedprune.wire.chunk import Chunk
@@ -55,11 +55,11 @@ from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import ReleaseOffer, ReleaseReport, ReleaseWithdrawn
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
-from fedprune_device.offered import unpacked as offered
-from fedprune_server.console import feed_words, order_words
-from fedprune_server.console.trial import TrialFleet
-from fedprune_server.link.blob_server import BlobHandler
-from fedprune_server.receivers import words
+from fedprune_device.training.received_weights import unpacked as offered
+from fedprune_server.transfer.http_server import BlobHandler
+from fedprune_server.transfer.upload_workers import messages
+from fedprune_server.web.demo_fleet import TrialFleet
+from fedprune_server.web.state import order_messages, publisher_messages
 from toy import ARCHITECTURE, JOB
 
 TOPIC = Topics("lab").up("a")
@@ -91,11 +91,15 @@ def wire_targets() -> tuple[Target, ...]:
     probe = ProbeReport.from_dict(PROBE).to_dict()
     return (
         Target("wire.message", m.parse, told, text=True, share=6),
-        Target("wire.word of a receiver", lambda raw: words.parse_line(raw + b"\n"), _words(), text=True, share=2),
+        Target("wire.word of a receiver", lambda raw: messages.parse_line(raw + b"\n"), _words(), text=True, share=2),
         Target(
-            "wire.word to the console", lambda raw: feed_words.parse_news(raw + b"\n"), _news(), text=True, share=0.5
+            "wire.word to the console",
+            lambda raw: publisher_messages.parse_news(raw + b"\n"),
+            _news(),
+            text=True,
+            share=0.5,
         ),
-        Target("wire.order", lambda raw: feed_words.parse_order(raw + b"\n"), _orders(), text=True, share=2),
+        Target("wire.order", lambda raw: publisher_messages.parse_order(raw + b"\n"), _orders(), text=True, share=2),
         Target("wire.chunk", lambda raw: list(Chunk.parse(raw).leaves()), chunks, factor=8, share=4),
         Target("wire.pull", _pulled, chunks, factor=16, constant=4 * 2**20, share=0.2),
         Target("wire.topic", as_text(_topic), _topics(), text=True, share=2),
@@ -161,7 +165,7 @@ def _messages() -> list[Any]:
             3,
             "exception",
             "ValueError: no",
-            ({"module": "fedprune_device.cli", "line": 1, "function": "f"},),
+            ({"module": "fedprune_device.cli.main", "line": 1, "function": "f"},),
             "fedprune 0.1",
             "a",
             3.5,
@@ -175,31 +179,31 @@ def _messages() -> list[Any]:
 
 def _words() -> tuple[bytes, ...]:
     told = (
-        words.Begin("mqtt://h", "s", "0" * 16, "/b", 4, 131072, None, None, None, 0, 1),
-        words.Fetch("a", 1, 2, REF, None, 0.5),
-        words.Asks("a", ZERO, "data", 0, 3, None),
-        words.Failed("a", 1, 2, "because"),
-        words.Took("a", 7, 1),
+        messages.Begin("mqtt://h", "s", "0" * 16, "/b", 4, 131072, None, None, None, 0, 1),
+        messages.Fetch("a", 1, 2, REF, None, 0.5),
+        messages.Asks("a", ZERO, "data", 0, 3, None),
+        messages.Failed("a", 1, 2, "because"),
+        messages.Took("a", 7, 1),
     )
-    return tuple(words.line(word)[:-1] for word in told)
+    return tuple(messages.line(word)[:-1] for word in told)
 
 
 def _news() -> tuple[bytes, ...]:
     """One line of each kind, and small ones: what is fuzzed is their form."""
     fleet = TrialFleet(2, 1)
     told = [*fleet.begin(), fleet.details("board-0000"), fleet.board_log("board-0000"), fleet.coverage("trial")]
-    told.append(order_words.Answer(1, True, "so"))
+    told.append(order_messages.Answer(1, True, "so"))
     kinds = {type(word): word for word in told}
-    return tuple(feed_words.line(word)[:-1] for word in kinds.values())
+    return tuple(publisher_messages.line(word)[:-1] for word in kinds.values())
 
 
 def _orders() -> tuple[bytes, ...]:
     orders = (
-        order_words.Order(1, "ann", "pause", job="toy"),
-        order_words.Order(2, "ann", "rollout_start", release="r-1", groups=(0.1, 1.0), devices=("a", "b")),
-        feed_words.Listening("http://127.0.0.1:8470/"),
+        order_messages.Order(1, "ann", "pause", job="toy"),
+        order_messages.Order(2, "ann", "rollout_start", release="r-1", groups=(0.1, 1.0), devices=("a", "b")),
+        publisher_messages.Listening("http://127.0.0.1:8470/"),
     )
-    return tuple(feed_words.line(word)[:-1] for word in orders)
+    return tuple(publisher_messages.line(word)[:-1] for word in orders)
 
 
 def _release() -> Release:

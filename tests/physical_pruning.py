@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune.architecture import Architecture, TensorKind
-from fedprune.selection import Selection
+from fedprune.model.architecture import Architecture, TensorKind
+from fedprune.model.selection import Selection
 
 Side = tuple[str, str]
 """A layer's name, and which of its sides ("in" or "out")."""

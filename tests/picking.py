@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedprune.allocation import Fixed
-from fedprune.chance import keyed
-from fedprune.job import Job
-from fedprune.selection import Selection
-from fedprune.strategies.autoflip import Emergent
-from fedprune.strategies.extraction import Selected
-from fedprune.strategies.fedper import OwnHistory
+from fedprune.core.rng import keyed
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Selection
+from fedprune.strategies.allocation import Fixed
+from fedprune.strategies.averaging import Mean
 from fedprune.strategies.importance import Importance
-from fedprune.strategies.means import Mean
-from fedprune.strategies.objectives import AsJob
+from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.methods.autoflip import Emergent
+from fedprune.strategies.methods.fedper import OwnHistory
 from fedprune.strategies.roles import Cut, Submodel
 from fedprune.strategies.scorers import ByName
+from fedprune.strategies.slicing import Selected
 from fedprune.strategies.strategy import Strategy
 
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import profile_store, tensorfile
+from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune.wire.blob_ref import BlobRef
-from fedprune_server.settings.config import ServerConfig
+from fedprune.core import tensorfile
+from fedprune.hardware import profile_store
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.store.state_folder import StateFolder
 
 BOARD = profile_store.find("raspberry-pi-5").to_dict()
 JOB = Job(rounds=3, devices=1, scorer="magnitude", recipe=Recipe(max_steps=2))

@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from fedprune.errors import ModelError
-from fedprune_export.graph import Graph, Port
-from fedprune_export.imported import Model
+from fedprune.core.errors import ModelError
 from fedprune_export.importing import import_onnx
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.model import Model
 
 F32 = np.dtype(np.float32)
 

@@ -17,10 +17,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.coordination import Phase, State
-from fedprune.errors import StorageError
-from fedprune_server.broker.config import Broker, write_broker
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.store.storage import Storage
+from fedprune.core.errors import StorageError
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.messaging.broker.config import Broker, write_broker
+from fedprune_server.storage.storage import Storage
 from machine import find_mosquitto, free_port, listens
 
 FILES = """
@@ -36,7 +36,7 @@ data = "evaluation.npz"
 HELD = """\
 import runpy, sys, time
 from pathlib import Path
-from fedprune_device.trainer import Trainer
+from fedprune_device.training.trainer import Trainer
 
 folder, train = Path(sys.argv[1]), Trainer.train
 
@@ -187,14 +187,14 @@ class Site:
         if name == "server":
             where = ["--broker", self.url] if self.mosquitto else ["--port", str(self.port)]
             run = ["run", "--config", str(self.folder / "fleet.toml"), "--state", str(self.state), "--until-finished"]
-            return [*python, "fedprune_server.cli", *run, *where, *security]
+            return [*python, "fedprune_server.cli.main", *run, *where, *security]
         if self.secure:
             join = self.join_port if self.mosquitto else self.port
             security = ["--claim", str(self.folder / f"{name}.claim"), "--join", f"mqtts://127.0.0.1:{join}"]
         url = self._url(self.board_ports.get(name, self.port))
         start = [*python[:1], "-c", HELD, str(self.holds)] if self.may_hold else python
         return [
-            *(*start, "fedprune_device.cli", "run", "--broker", url, "--device", name, "--no-probe", *security),
+            *(*start, "fedprune_device.cli.main", "run", "--broker", url, "--device", name, "--no-probe", *security),
             *("--data", str(self.material / f"{name}.npz"), "--state", str(self.folder / name), "--threads", "1"),
             *("--profile", "raspberry-pi-4b", "--until-finished", "--patient"),
         ]

@@ -10,21 +10,21 @@ from typing import Any
 
 from runtime_releases import PUBLIC, versions_in
 
-from fedprune.blobs import BlobStore
-from fedprune.errors import FedpruneError
-from fedprune.release import FILES, MANIFEST, SIGNATURE, Release
-from fedprune.wire.connection_news import ConnectionUp
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import FedpruneError
+from fedprune.releases.release import FILES, MANIFEST, SIGNATURE, Release
+from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Birth, Want, parse
 from fedprune.wire.release_messages import COMMITTED, REFUSED, ROLLED_BACK, ReleaseOffer, ReleaseReport
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.runtime.heart import Heart
-from fedprune_device.runtime.home import Home, Record
-from fedprune_device.runtime.launcher import End, launch
-from fedprune_device.runtime.releases import Releases
-from fedprune_device.runtime.state import STABLE, State
-from fedprune_device.runtime.trial import Trial
-from fedprune_device.runtime.updater import Updater
+from fedprune_device.launcher.launcher import End, launch
+from fedprune_device.launcher.slot_store import Home, Record
+from fedprune_device.launcher.state import STABLE, State
+from fedprune_device.releases.installer import Updater
+from fedprune_device.releases.release_agent import Releases
+from fedprune_device.releases.release_trial import Trial
+from fedprune_device.releases.watchdog import Heart
 
 TOPICS = Topics("site")
 ENDS = (COMMITTED, ROLLED_BACK, REFUSED)

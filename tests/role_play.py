@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.chance import keyed
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors, mesh
+from fedprune.core.rng import keyed
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Selection, Tensors, mesh
 from fedprune.strategies.roles import Cut, Past, Report, Scene, Submodel, Turn
 from fedprune.strategies.strategy import Strategy
+from fedprune.training.recipe import Recipe
 
 A, B = (Axis((Segment(g, 0, n),)) for g, n in enumerate((6, 4)))
 

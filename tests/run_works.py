@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedprune.chance import keyed
-from fedprune.errors import PlanError
+from fedprune.core.errors import PlanError
+from fedprune.core.rng import keyed
 from fedprune_server.simulation.runs import Report, Run
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import uvicorn
 from argon2 import PasswordHasher
 
-from fedprune_server.console.app import make_app
-from fedprune_server.console.context import make_console
-from fedprune_server.console.database import ConsoleDatabase
-from fedprune_server.console.feed_words import ToConsole
-from fedprune_server.console.model import Model
-from fedprune_server.console.order_words import Answer, Order
-from fedprune_server.console.streams import GATHER_S, Streams
-from fedprune_server.console.trial import TrialFleet
+from fedprune_server.web.app import make_app
+from fedprune_server.web.context import make_console
+from fedprune_server.web.database import ConsoleDatabase
+from fedprune_server.web.demo_fleet import TrialFleet
+from fedprune_server.web.events import GATHER_S, Streams
+from fedprune_server.web.state.model import Model
+from fedprune_server.web.state.order_messages import Answer, Order
+from fedprune_server.web.state.publisher_messages import ToConsole
 
 PASSWORD = "correct horse battery"
 ROLES = ("viewer", "operator", "admin")

@@ -10,15 +10,15 @@ from typing import Any
 
 from fleet import Air, ToyDevice, ToyWorker, quick
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.job import Job
-from fedprune.wire.connection_news import ConnectionUp
+from fedprune.jobs.job import Job
+from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Birth, Finished
 from fedprune.wire.offer import Offer
-from fedprune_server.fleet.quarantine import Quarantine
-from fedprune_server.host import Host
-from fedprune_server.job_desk import JobDesk
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.engine.host import Host
+from fedprune_server.engine.job_runner import JobDesk
 from toy import ARCHITECTURE
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from runtime_releases import KEY
 
-from fedprune.trust.keys import SigningKey
-from fedprune_device.runtime.home import PURPOSE
+from fedprune.security.keys import SigningKey
+from fedprune_device.launcher.slot_store import PURPOSE
 from fedprune_flash.on_board.kit_folder import signed_text
 
 

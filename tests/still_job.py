@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedprune_server.observation.facts import Facts
+from fedprune_server.monitoring.facts import Facts
 from fedprune_server.terminal.table import Snapshot
 from toy import JOB
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from fedprune.architecture import (
+from fedprune.model.architecture import (
     FIXED,
     Activation,
     Architecture,
@@ -17,7 +17,7 @@ from fedprune.architecture import (
     TensorKind,
     TensorSpec,
 )
-from fedprune.selection import Selection, Tensors
+from fedprune.model.selection import Selection, Tensors
 
 Update = tuple[Selection, Tensors, int, int]
 """A selection, its trained tensors, its weight, and steps."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from fedprune.aggregation import Fold
-from fedprune.architecture import Architecture
-from fedprune.element_mask import ElementMask
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors
+from fedprune.aggregation.fold import Fold
+from fedprune.model.architecture import Architecture
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.roles import Aggregator, Closing, Cut, Memory, Report, Scene, Submodel, Turn
+from fedprune.training.recipe import Recipe
 
 
 def scene(

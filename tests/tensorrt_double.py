@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.errors import ModelError
-from fedprune.session import Session
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import Session
 
 CENSUS: dict[str, Any] = json.loads((Path(__file__).parent / "device/engines/census.json").read_text())
 VERSIONS: list[str] = CENSUS["versions"]

@@ -13,7 +13,7 @@ from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.pace import PARTS
-from fedprune.job import Job
+from fedprune.jobs.job import Job
 
 
 @dataclass

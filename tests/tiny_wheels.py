@@ -45,10 +45,10 @@ def fleet_of_wheels(folder: Path, *, jetson: bool = False) -> Path:
         folder,
         "fedprune",
         "0.1.0",
-        {"fedprune_device/__init__.py": "", "fedprune_device/cli.py": PROGRAM},
+        {"fedprune_device/__init__.py": "", "fedprune_device/cli/main.py": PROGRAM},
         ["numpy>=1", 'onnxruntime>=1; extra == "board"', 'pillow>=1; extra == "jetson"'],
         ["board", "jetson"],
-        scripts="fedprune-device = fedprune_device.cli:main",
+        scripts="fedprune-device = fedprune_device.cli.main:main",
     )
     wheel(folder, "numpy", "2.0")
     wheel(folder, "pillow", "10.0")

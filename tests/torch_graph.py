@@ -14,7 +14,7 @@ import torch
 import torch_layers  # noqa: F401 (registers its operators)
 from torch_operators import OPERATORS
 
-from fedprune_export.graph import Graph
+from fedprune_export.ir.graph import Graph
 
 Tensor = torch.Tensor
 

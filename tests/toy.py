@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedprune.architecture import Activation, Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.job import Job
-from fedprune.schedule import Schedule
-from fedprune.strategies.means import DeltaMean
-from fedprune.strategies.plain import plain
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Schedule
+from fedprune.model.architecture import (
+    Activation,
+    Architecture,
+    Axis,
+    ChannelGroup,
+    Layer,
+    Segment,
+    TensorKind,
+    TensorSpec,
+)
+from fedprune.strategies.averaging import DeltaMean
+from fedprune.strategies.methods.plain import plain
 from fedprune.strategies.strategy import Strategy
 
 CHANNELS = Axis((Segment(0, 0, 8),))

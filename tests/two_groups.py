@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from fedprune.architecture import Activation, Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.architecture import (
+    Activation,
+    Architecture,
+    Axis,
+    ChannelGroup,
+    Layer,
+    Segment,
+    TensorKind,
+    TensorSpec,
+)
 
 FIRST, SECOND = Axis((Segment(0, 0, 6),)), Axis((Segment(1, 0, 5),))
 ARCHITECTURE = Architecture(

@@ -16,7 +16,7 @@ from real_site import Site
 
 from machine import free_port
 
-SERVER = [sys.executable, "-m", "fedprune_server.cli"]
+SERVER = [sys.executable, "-m", "fedprune_server.cli.main"]
 
 
 class Hook(BaseHTTPRequestHandler):

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 
 Behaviour = Callable[["Handler", bytes], bool]
 """Given the whole of what is asked for; whether it has answered."""

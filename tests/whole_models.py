@@ -15,8 +15,8 @@ import zoo
 from torch import nn
 
 import nets
-from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.pruning.model import Model
 
 
 @dataclass(frozen=True)

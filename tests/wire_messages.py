@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from fedprune.recipe import Recipe
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.training.recipe import Recipe
 from fedprune.wire.blob_url import check_blob_url
 from fedprune.wire.log_messages import LEVELS, MAX_FRAMES, MAX_LINES, BoardLines, CrashReport, LogWanted
 from fedprune.wire.messages import (
@@ -151,7 +151,7 @@ EXAMPLES: list[Message] = [
         3,
         "exception",
         "ValueError: no",
-        ({"module": "fedprune_device.cli", "line": 1, "function": "f"},),
+        ({"module": "fedprune_device.cli.main", "line": 1, "function": "f"},),
         "fedprune 0.1",
         "a",
         3.5,

@@ -27,8 +27,8 @@ from typing import Any
 from benchmarks.accuracy.page import page
 from benchmarks.accuracy.protocol import Method, Protocol
 
-from fedprune.cli import run_command, with_extra
-from fedprune.errors import ConfigError, TrainingError
+from fedprune.core.cli import run_command, with_extra
+from fedprune.core.errors import ConfigError, TrainingError
 
 RUNS = Path("build/accuracy")
 RESULTS = Path("benchmarks/results/accuracy")

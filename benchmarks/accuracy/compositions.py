@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedprune.aggregation import Rule
-from fedprune.allocation import Tiers
-from fedprune.job import Job
-from fedprune.strategies.extraction import Nobody, Selected
-from fedprune.strategies.means import Mean
-from fedprune.strategies.objectives import AsJob
+from fedprune.aggregation.fold import Rule
+from fedprune.jobs.job import Job
+from fedprune.strategies.allocation import Tiers
+from fedprune.strategies.averaging import Mean
+from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.options import read_options
 from fedprune.strategies.scorers import ByName
+from fedprune.strategies.slicing import Nobody, Selected
 from fedprune.strategies.strategy import Strategy
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from benchmarks.accuracy import sets
 
-from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_server.data.table import DataPlan
+from fedprune_export.pruning.model import Model
+from fedprune_server.simulation.datasets.table import DataPlan
 
 FOLDER = Path("build/accuracy/nets")
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from benchmarks.accuracy.protocol import Board, Method, Protocol
 
-from fedprune.recipe import Recipe
+from fedprune.training.recipe import Recipe
 
 _WORKSTATION = (Board("generic-x86-64"),)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.accuracy.nets import definition
 
-from fedprune.recipe import Recipe
+from fedprune.training.recipe import Recipe
 
 AVERAGE = 0.85
 """Decay of the moving average that every device keeps of its own trained weights, whatever the method: it is measured

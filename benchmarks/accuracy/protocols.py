@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.accuracy.papers import PAPERS
 from benchmarks.accuracy.protocol import Method, Protocol
 
-from fedprune.recipe import Recipe
+from fedprune.training.recipe import Recipe
 
 SLICES = "benchmarks.accuracy.compositions:slices"
 

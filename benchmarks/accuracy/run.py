@@ -23,22 +23,22 @@ from benchmarks.accuracy import nets, sets
 from benchmarks.accuracy.protocol import AVERAGE, CALIBRATION, Board, Method, Protocol
 from benchmarks.accuracy.shares import shares
 
-from fedprune.allocation import natural
-from fedprune.chance import keyed
-from fedprune.job import Job
-from fedprune.profile import HardwareProfile
-from fedprune.profile_store import find
-from fedprune_export.imported import Model
-from fedprune_server.data.federation import Federation
-from fedprune_server.data.table import DataPlan
+from fedprune.core.rng import keyed
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.strategies.allocation import natural
+from fedprune_export.pruning.model import Model
+from fedprune_server.simulation.datasets.federation import Federation
+from fedprune_server.simulation.datasets.table import DataPlan
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.record import Record
-from fedprune_server.simulation.run_folder import simulate
+from fedprune_server.simulation.fleet.trainers import ONNXRUNTIME
+from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice
+from fedprune_server.simulation.measure import Measure, Moment
+from fedprune_server.simulation.network_model import Weather
+from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.results.run_folder import simulate
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.trainers import ONNXRUNTIME
-from fedprune_server.simulation.virtual_device import StoredData, VirtualDevice
-from fedprune_server.simulation.weather import Weather
-from fedprune_server.work.measure import Measure, Moment
 
 SMALL = 60_000_000
 """Numbers that fit into memory as they are; larger data sets are read anew for every training."""

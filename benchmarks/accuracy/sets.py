@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from fedprune.errors import DataError
-from fedprune_server.data.samples import Samples
-from fedprune_server.data.source import VARIABLE, read_samples
+from fedprune.core.errors import DataError
+from fedprune_server.simulation.datasets.samples import Samples
+from fedprune_server.simulation.datasets.source import VARIABLE, read_samples
 
 
 @cache

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fedprune.architecture import Architecture, widths_at
-from fedprune.element_order import prunable
+from fedprune.importance.element_ranking import prunable
+from fedprune.model.architecture import Architecture, widths_at
 
 
 def shares(architecture: Architecture, densities: Sequence[float]) -> list[float]:

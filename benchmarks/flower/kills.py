@@ -20,7 +20,7 @@ from benchmarks.flower.meter import Meter
 from benchmarks.flower.sides import Fedprune, Flower, Model, Side
 from benchmarks.swarm.site import Site
 
-from fedprune.errors import FedpruneError
+from fedprune.core.errors import FedpruneError
 
 AT = 2
 CLIENTS, ROUNDS, EPOCHS = 4, 4, 200

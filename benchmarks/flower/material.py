@@ -11,10 +11,10 @@ import onnx
 from benchmarks.swarm.job import small_cnn
 from onnx import helper
 
-from fedprune import tensorfile
-from fedprune.recipe import Recipe
+from fedprune.core import tensorfile
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.training.step_graph import training_graph
 from fedprune_server.simulation.digits import CLASSES, deal, write_hand
 
 ALPHA = 5.0

@@ -16,7 +16,7 @@ from benchmarks.flower.meter import Meter, meter
 from benchmarks.flower.sides import Model, Round, Side
 from benchmarks.swarm.site import Site, site
 
-from fedprune.errors import FedpruneError
+from fedprune.core.errors import FedpruneError
 
 LEFT = 2 << 30
 """Bytes of memory that must stay free: who takes more harms whatever else runs on the machine."""

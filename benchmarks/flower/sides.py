@@ -15,10 +15,10 @@ import numpy as np
 from benchmarks.flower.material import Job, write_fleet
 from benchmarks.swarm.site import Site, family, find_mosquitto, free_port
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.errors import FedpruneError, StorageError
-from fedprune_server.store.storage import Storage
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.core.errors import FedpruneError, StorageError
+from fedprune_server.storage.storage import Storage
 
 _ROOT = Path(__file__).parents[2]
 _START_S = 120.0
@@ -106,7 +106,7 @@ class Fedprune:
 
     def start_client(self, name: str, port: int, *, watch: bool = False) -> None:
         """A device."""
-        run = [sys.executable, "-m", "fedprune_device.cli", "run", "--insecure", "--patient", "--no-probe"]
+        run = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--patient", "--no-probe"]
         run += ["--no-blocks", "--threads", "1", "--profile", "raspberry-pi-4b", "--log-level", "info"]
         run += ["--broker", f"mqtt://127.0.0.1:{port}", "--device", name]
         folder = self._place.folder

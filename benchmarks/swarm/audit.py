@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from benchmarks.swarm.updates import mean
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune_server.store.storage import Storage
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune_server.storage.storage import Storage
 
 Ledger = Mapping[str, Mapping[str, Any]]
 

@@ -13,8 +13,8 @@ from benchmarks.swarm.mqtt import Session
 from benchmarks.swarm.shelf import Arriving, Shelf
 from benchmarks.swarm.updates import Remade, device_name
 
-from fedprune.partial_blob import PartialBlob
-from fedprune.wire.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.messages import (
@@ -34,7 +34,7 @@ from fedprune.wire.messages import (
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import CHUNK_LEAVES, Pull, Serve
-from fedprune_device.outbox import ANNOUNCE_MAX_S, ANNOUNCE_S
+from fedprune_device.network.uplink import ANNOUNCE_MAX_S, ANNOUNCE_S
 
 _MAX_PACKET = CHUNK_LEAVES * LEAF + PACKET_OVERHEAD
 

@@ -19,10 +19,10 @@ from benchmarks.swarm.board import Board, Works
 from benchmarks.swarm.shelf import Shelf
 from benchmarks.swarm.updates import Remade
 
-from fedprune.chance import keyed
-from fedprune.probe_report import ProbeReport
-from fedprune.profile import HardwareProfile
-from fedprune.profile_store import find
+from fedprune.core.rng import keyed
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.hardware.profile_store import find
 from fedprune.wire.topics import Topics
 
 SHARES = {

@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fedprune.chance import keyed
-from fedprune.prediction import predict
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
+from fedprune.core.rng import keyed
+from fedprune.hardware.profile_store import find
+from fedprune.planning.cost_prediction import predict
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal
 

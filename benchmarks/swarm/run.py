@@ -15,7 +15,7 @@ from benchmarks.swarm.fleet import SHARES
 from benchmarks.swarm.job import seconds_per_sample, write_job
 from benchmarks.swarm.site import Site, find_mosquitto, site
 
-from fedprune_server.store.storage import Storage
+from fedprune_server.storage.storage import Storage
 
 CALLERS = 2
 """Devices that live in the process which measures latencies."""

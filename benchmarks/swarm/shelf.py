@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef
+from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef
 
 
 class Shelf:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedprune.errors import BrokerError, FedpruneError
+from fedprune.core.errors import BrokerError, FedpruneError
 
 _ROOT = Path(__file__).parents[2]
 _EVERY_S = 1.0
@@ -121,7 +121,7 @@ class Site:
             FedpruneError: It ends before it is connected.
         """
         python = [sys.executable, *([] if profile is None else ["-m", "cProfile", "-o", str(profile)])]
-        module = ["-m", "fedprune_server.cli", "run", "--config", str(config), "--insecure"]
+        module = ["-m", "fedprune_server.cli.main", "run", "--config", str(config), "--insecure"]
         process = self.start("server", [*python, *module])
         until = time.monotonic() + _START_S
         while "connected to the broker" not in self.said("server"):

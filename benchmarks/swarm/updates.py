@@ -14,10 +14,10 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.blobs import BlobStore
-from fedprune.chance import keyed
-from fedprune.errors import BundleError
-from fedprune.wire.blob_ref import BlobRef, leaf_table
+from fedprune.blobs.blob_ref import BlobRef, leaf_table
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import BundleError
+from fedprune.core.rng import keyed
 
 NOISE = 0.01
 MARK = np.float32(1)

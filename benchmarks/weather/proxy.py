@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from benchmarks.swarm.mqtt import packets
 
-from fedprune.chance import keyed
-from fedprune.errors import ProtocolError
-from fedprune.wire.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.core.errors import ProtocolError
+from fedprune.core.rng import keyed
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Want, parse
 

@@ -13,9 +13,9 @@ import numpy as np
 from benchmarks.swarm.site import Site, find_mosquitto, site
 from benchmarks.weather.proxy import Proxy, Weather
 
-from fedprune.errors import FedpruneError, StorageError
+from fedprune.core.errors import FedpruneError, StorageError
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
-from fedprune_server.store.storage import Storage
+from fedprune_server.storage.storage import Storage
 
 STORM = Weather(
     round_trip_s=2.0,
@@ -175,7 +175,7 @@ async def _weathered(
 
 def _board(folder: Path, name: str, port: int) -> list[str | Path]:
     """The command of a board's own process."""
-    run = [sys.executable, "-m", "fedprune_device.cli", "run", "--insecure", "--patient", "--no-probe"]
+    run = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--patient", "--no-probe"]
     where = ["--broker", f"mqtt://127.0.0.1:{port}", "--device", name, "--profile", "raspberry-pi-4b"]
     return [*run, *where, "--threads", "1", "--data", folder / f"{name}.npz", "--state", folder / name]
 

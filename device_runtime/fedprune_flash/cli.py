@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedprune import __version__
-from fedprune.cli import run_command, with_extra
-from fedprune.errors import CardError, ConfigError, ExitCode, UsageError, remedy
-from fedprune.quantity import quantity
-from fedprune_flash.board_file import SAMPLES, BoardFile
-from fedprune_flash.first_boot import FirstBoot, Wifi, ssh_keys
+from fedprune.core.cli import run_command, with_extra
+from fedprune.core.errors import CardError, ConfigError, ExitCode, UsageError, remedy
+from fedprune.core.text import quantity
+from fedprune_flash.image.board_setup import FirstBoot, Wifi, ssh_keys
+from fedprune_flash.kit.board_settings import SAMPLES, BoardFile
 from fedprune_flash.ssh_cli import add_ssh_command
 
 _CLAIM = "FEDPRUNE_CLAIM"
@@ -116,10 +116,11 @@ def _jetson(arguments: argparse.Namespace) -> int:
 
 
 def _image(arguments: argparse.Namespace) -> int:
-    from fedprune_flash import drives, image
-    from fedprune_flash.kit import open_kit
-    from fedprune_flash.plan import Step, described
-    from fedprune_flash.scheme import Scheme
+    from fedprune_flash.card import drives
+    from fedprune_flash.image import boot_image as image
+    from fedprune_flash.image.first_boot_scheme import Scheme
+    from fedprune_flash.kit.kit import open_kit
+    from fedprune_flash.kit.plan import Step, described
     from fedprune_flash.shown_progress import shown_progress
 
     if arguments.yes is not None and arguments.yes != arguments.card:
@@ -154,8 +155,8 @@ def _image(arguments: argparse.Namespace) -> int:
 
 
 def _write_card(image: Path, device: str, yes: str | None) -> None:
-    from fedprune_flash.card import write_card
-    from fedprune_flash.drives import chosen, drives
+    from fedprune_flash.card.card_writer import write_card
+    from fedprune_flash.card.drives import chosen, drives
     from fedprune_flash.shown_progress import shown_progress
 
     # Drives come and go while an image is made: look again before anything is lost.
@@ -191,9 +192,9 @@ def _first_boot(arguments: argparse.Namespace, device: str) -> FirstBoot:
 
 
 def _kit(arguments: argparse.Namespace) -> int:
-    from fedprune.trust.keys import VerifyingKey
-    from fedprune_flash.kit import Signer, build_kit
-    from fedprune_flash.target import Target
+    from fedprune.security.keys import VerifyingKey
+    from fedprune_flash.kit.kit import Signer, build_kit
+    from fedprune_flash.kit.target import Target
 
     authorities = None if arguments.ca is None else _read(arguments.ca)
     claim = os.environ.get(_CLAIM)

@@ -17,8 +17,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedprune.errors import ConfigError, meant, shown
-from fedprune.jetpack import jetpack
+from fedprune.core.errors import ConfigError, meant, shown
+from fedprune.hardware.jetpack import jetpack
 
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
 _INITRD = "sudo ./tools/kernel_flash/l4t_initrd_flash.sh --external-device nvme0n1p1"

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedprune.cli import ended_by_signals, seconds, whole_number, with_extra
-from fedprune.errors import ConfigError, ExitCode, UsageError
-from fedprune.quantity import quantity
+from fedprune.core.cli import ended_by_signals, seconds, whole_number, with_extra
+from fedprune.core.errors import ConfigError, ExitCode, UsageError
+from fedprune.core.text import quantity
 
 _MOST_JOBS = 64
 
@@ -55,12 +55,12 @@ def add_ssh_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _ssh(arguments: argparse.Namespace) -> int:
-    from fedprune_flash.claims import Claims, read_claims
-    from fedprune_flash.inventory import read_inventory
-    from fedprune_flash.journal import Journal
-    from fedprune_flash.kit import Signer, open_kit
-    from fedprune_flash.provision import Order
-    from fedprune_flash.rollout import Rollout, print_outcomes
+    from fedprune_flash.kit.kit import Signer, open_kit
+    from fedprune_flash.ssh.board_setup_run import Order
+    from fedprune_flash.ssh.claims import Claims, read_claims
+    from fedprune_flash.ssh.inventory import read_inventory
+    from fedprune_flash.ssh.journal import Journal
+    from fedprune_flash.ssh.rollout import Rollout, print_outcomes
 
     if arguments.purge and not arguments.remove:
         raise UsageError("--purge without --remove")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedprune.errors import FedpruneError
-from fedprune_server.data.federation import Federation
-from fedprune_server.data.picture import draw_partition
-from fedprune_server.data.table import DataPlan
+from fedprune.core.errors import FedpruneError
+from fedprune_server.simulation.datasets.federation import Federation
+from fedprune_server.simulation.datasets.picture import draw_partition
+from fedprune_server.simulation.datasets.table import DataPlan
 
 CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 BOARDS = ("hall-zero", "attic-zero", "shed-pi3", "shop-pi3", "yard-pi4", "barn-pi4", "desk-pi5", "dock-pi5")

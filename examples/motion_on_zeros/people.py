@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fedprune.errors import FedpruneError
-from fedprune_server.data.npz import npz_arrays
-from fedprune_server.data.source import found
+from fedprune.core.errors import FedpruneError
+from fedprune_server.simulation.datasets.npz import npz_arrays
+from fedprune_server.simulation.datasets.source import found
 
 UCI = Path("UCI HAR Dataset")
 SIGNALS = [f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz"]

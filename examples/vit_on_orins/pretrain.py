@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional
 from vit import WEIGHTS, SmallViT
 
-from fedprune.errors import FedpruneError
-from fedprune_server.data.samples import Preparation
-from fedprune_server.data.source import read_samples
+from fedprune.core.errors import FedpruneError
+from fedprune_server.simulation.datasets.samples import Preparation
+from fedprune_server.simulation.datasets.source import read_samples
 
 WHERE = "Unpack cifar-100-python.tar.gz and cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html"
 

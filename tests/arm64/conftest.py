@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from arm_userland import BOOKWORM, CACHE
 
-from fedprune_flash import wheelhouse
+from fedprune_flash.kit import wheelhouse
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

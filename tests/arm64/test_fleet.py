@@ -14,8 +14,8 @@ from arm_installation import install, program, service
 from arm_site import SITE, Headquarters
 from arm_userland import BOOKWORM, JAMMY, TRIXIE, System, userland
 
-from fedprune.architecture import widths_at
-from fedprune.trust.keys import SigningKey
+from fedprune.model.architecture import widths_at
+from fedprune.security.keys import SigningKey
 from fedprune_export.importing import import_onnx
 from fedprune_flash import BoardFile, Target, build_kit
 from fedprune_server.simulation.digits import digits_model
@@ -71,5 +71,5 @@ def test_a_board_installs_offline_joins_trains_and_counts(system: System, own_wh
     assert done.returncode == 0, done.stderr
     state, out = board.root / "var/lib/fedprune", tmp_path / "logits.npy"
     here = ["--state", str(state), "--input", str(board.root / "x.npy"), "--output", str(out)]
-    subprocess.run([sys.executable, "-m", "fedprune_device.cli", "predict", *here], check=True)
+    subprocess.run([sys.executable, "-m", "fedprune_device.cli.main", "predict", *here], check=True)
     np.testing.assert_allclose(np.load(board.root / "logits.npy"), np.load(out), rtol=1e-3, atol=1e-4)

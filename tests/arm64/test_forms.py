@@ -15,15 +15,16 @@ from arm_forms import RECIPE, trained
 from arm_userland import BOOKWORM, userland
 from smooth_nets import SmoothResNet
 
-from fedprune.architecture import widths_at
-from fedprune.bundle import TRAINING
-from fedprune.bundle_folder import write_bundle
-from fedprune.selection import Selection
-from fedprune_export.bundle import bundle_files
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
+from fedprune.runtime.bundle import TRAINING
+from fedprune.runtime.bundle_folder import write_bundle
+from fedprune_export.bundles.bundle import bundle_files
 from fedprune_export.formulation import Forms
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.training import training_graph
-from fedprune_flash import Target, wheelhouse
+from fedprune_export.training.step_graph import training_graph
+from fedprune_flash import Target
+from fedprune_flash.kit import wheelhouse
 
 HERE = Path(__file__).resolve().parent
 FIXED = "fixed.onnx"

@@ -10,10 +10,10 @@ from arm_board import copied
 from arm_installation import STICK
 from arm_userland import BOOKWORM, userland
 
-from fedprune.errors import ExitCode
-from fedprune.trust.keys import SigningKey
+from fedprune.core.errors import ExitCode
+from fedprune.security.keys import SigningKey
 from fedprune_flash import BoardFile, Signer, Target, build_kit
-from fedprune_flash.installer_archive import INSTALLER
+from fedprune_flash.kit.installer_archive import INSTALLER
 from tiny_wheels import fleet_of_wheels, wheel
 
 

@@ -12,8 +12,9 @@ from arm_board import Board, copied
 from arm_step import main as train_here
 from arm_userland import BOOKWORM, userland
 
-from fedprune.errors import ExitCode
-from fedprune_flash import Target, wheelhouse
+from fedprune.core.errors import ExitCode
+from fedprune_flash import Target
+from fedprune_flash.kit import wheelhouse
 
 HERE = Path(__file__).resolve().parent
 SITE, OLD = "/site", "/old"
@@ -58,7 +59,7 @@ def test_a_training_step_gives_what_it_gives_here(processor: str, board: Board, 
 
 @pytest.mark.parametrize("processor", OLDER)
 def test_a_wheel_that_the_processor_can_t_run_is_said_so(processor: str, board: Board) -> None:
-    done = on(board, processor, OLD, SITE).run("/usr/bin/python3", "-m", "fedprune_device.cli", "probe")
+    done = on(board, processor, OLD, SITE).run("/usr/bin/python3", "-m", "fedprune_device.cli.main", "probe")
     assert done.returncode == ExitCode.RUNTIME, done.stderr
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "onnxruntime kills the process that loads it (signal 4)" in said
@@ -68,6 +69,6 @@ def test_a_wheel_that_the_processor_can_t_run_is_said_so(processor: str, board: 
 
 def test_the_same_wheel_runs_where_the_processor_can(board: Board, broken_wheel: Path) -> None:
     """So what was said above is the processor's doing, not that of the wheel or of this emulation."""
-    program = "from fedprune_device.probe import check_runtime; print(check_runtime())"
+    program = "from fedprune_device.hardware.probe import check_runtime; print(check_runtime())"
     done = on(board, "cortex-a76", OLD, SITE).run("/usr/bin/python3", "-c", program)
     assert (done.returncode, done.stdout.strip()) == (0, broken_wheel.name.split("-")[1]), done.stderr

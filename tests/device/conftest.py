@@ -10,12 +10,12 @@ import pytest
 from agent_bench import Bench
 from local_board import LocalBoard
 
-from fedprune import tensorfile
-from fedprune.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
-from fedprune.bundle import FILES, MANIFEST, manifest
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors
-from fedprune_device.data import LocalData
+from fedprune.core import tensorfile
+from fedprune.model.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
+from fedprune.model.selection import Selection, Tensors
+from fedprune.runtime.bundle import FILES, MANIFEST, manifest
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
 
 FEATURES, CLASSES = 6, 3
 

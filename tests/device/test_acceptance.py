@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from memory_fleet import MemoryServer
 
-from fedprune.errors import ConfigError, PlanError
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
-from fedprune_device.acceptance import check_offer
-from fedprune_device.store import DeviceStore
+from fedprune.core.errors import ConfigError, PlanError
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
+from fedprune_device.network.offer_checks import check_offer
+from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
 

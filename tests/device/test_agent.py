@@ -12,16 +12,16 @@ import pytest
 from agent_bench import LONG, Bench, expected, same
 from memory_fleet import TOPICS, MemoryLink, clock
 
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth, Cancelled, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
-from fedprune_device.agent import Agent
-from fedprune_device.data import LocalData
-from fedprune_device.duty import Duty
-from fedprune_device.evaluation import Evaluation
-from fedprune_device.own import Own
-from fedprune_device.predictor import Predictor
-from fedprune_device.store import DeviceStore
+from fedprune_device.agent.agent import Agent
+from fedprune_device.agent.offer_handler import Duty
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.serving.predictor import Predictor
+from fedprune_device.storage.local_state import Own
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.evaluation import Evaluation
 
 pytestmark = pytest.mark.board
 

@@ -12,17 +12,17 @@ import pytest
 from agent_bench import Bench
 from hidden_board import HIDDEN, hidden_weights
 
-from fedprune import tensorfile
-from fedprune.costs import WEIGHT_FILES, storage_bytes
-from fedprune.element_mask import ElementMask
-from fedprune.errors import ExitCode
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.core import tensorfile
+from fedprune.core.errors import ExitCode
+from fedprune.costs.costs import WEIGHT_FILES, storage_bytes
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth, Refusal
 from fedprune.wire.offer import Offer
-from fedprune_device.own import OwnFolder
-from fedprune_device.slots import Slots
+from fedprune_device.serving.model_slots import Slots
+from fedprune_device.storage.local_state import OwnFolder
 
 pytestmark = pytest.mark.board
 

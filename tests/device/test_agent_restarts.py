@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from agent_bench import LONG, Bench, expected, same
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.errors import ExitCode, StorageFullError
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.core.errors import ExitCode, StorageFullError
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth, Cancelled, Gone, Progress, Refusal, Update, Want
-from fedprune_device.data import LocalData
-from fedprune_device.duty import Duty
-from fedprune_device.privacy_floor import Floor
-from fedprune_device.store import DeviceStore
+from fedprune_device.agent.offer_handler import Duty
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.privacy.policy import Floor
+from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
 

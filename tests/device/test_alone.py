@@ -17,20 +17,20 @@ import pytest
 from memory_fleet import MemoryLink, MemoryServer, clock
 from power import EACH_KIND, CutError, cuts, power
 
-from fedprune import tensorfile
-from fedprune.errors import FedpruneError, StorageFullError
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
+from fedprune.core import tensorfile
+from fedprune.core.errors import FedpruneError, StorageFullError
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
-from fedprune_device import alone
-from fedprune_device.agent import Agent
-from fedprune_device.alone import Alone
-from fedprune_device.data import LocalData
-from fedprune_device.owner import Owner
-from fedprune_device.slots import Slots
-from fedprune_device.store import DeviceStore
-from fedprune_device.trainer import Trainer
+from fedprune_device.agent.agent import Agent
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.serving.model_slots import Slots
+from fedprune_device.storage.directory_owner import Owner
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training import offline_training as alone
+from fedprune_device.training.offline_training import Alone
+from fedprune_device.training.trainer import Trainer
 
 pytestmark = pytest.mark.board
 

@@ -12,21 +12,22 @@ import numpy as np
 import pytest
 from memory_fleet import MemoryLink, MemoryServer, clock
 
-from fedprune import blocks, step
-from fedprune.errors import ConfigError, ModelError, TrainingError
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.core.errors import ConfigError, ModelError, TrainingError
+from fedprune.model.selection import Tensors
+from fedprune.runtime import blocks
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Progress, Refusal, Update, Want
 from fedprune.wire.offer import Offer
-from fedprune_device import step_choice
-from fedprune_device.agent import Agent
-from fedprune_device.alone import Alone
-from fedprune_device.assignment import Workbench
-from fedprune_device.data import LocalData
-from fedprune_device.step_choice import StepChoice
-from fedprune_device.store import DeviceStore
-from fedprune_device.trainer import Trainer
+from fedprune_device.agent.agent import Agent
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training import graph_choice
+from fedprune_device.training.graph_choice import StepChoice
+from fedprune_device.training.offline_training import Alone
+from fedprune_device.training.round_runner import Workbench
+from fedprune_device.training.trainer import Trainer
 
 pytestmark = pytest.mark.board
 
@@ -39,7 +40,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Here:
 
     def say(block: int) -> None:
         monkeypatch.setattr(blocks, "block_size", lambda: block)
-        monkeypatch.setattr(step_choice, "block_size", lambda: block)
+        monkeypatch.setattr(graph_choice, "block_size", lambda: block)
 
     return say
 
@@ -47,7 +48,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Here:
 def made_for(graph: bytes, block: int) -> bytes:
     """A graph of standard operators that says it was made for blocks: a field of ONNX's `ModelProto` more."""
     entry = b"".join(
-        bytes([tag, len(text)]) + text for tag, text in ((0x0A, step.BLOCK.encode()), (0x12, b"%d" % block))
+        bytes([tag, len(text)]) + text for tag, text in ((0x0A, step_contract.BLOCK.encode()), (0x12, b"%d" % block))
     )
     return graph + bytes([0x72, len(entry)]) + entry
 
@@ -232,7 +233,7 @@ def test_blocks_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks.turn_off()
     assert blocks.block_size() == 0
     with pytest.raises(ModelError, match=r"switched off here \(FEDPRUNE_NO_BLOCKS or --no-blocks\)"):
-        blocks.check_block({step.BLOCK: "16"})
+        blocks.check_block({step_contract.BLOCK: "16"})
 
 
 @pytest.mark.parametrize(

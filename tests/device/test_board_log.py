@@ -16,16 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import ConfigError, FedpruneError, IdentityError, JoinError
-from fedprune.wire.connection_news import ConnectionUp
+from fedprune.core.errors import ConfigError, FedpruneError, IdentityError, JoinError
+from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
 from fedprune.wire.messages import Birth, Hello, parse
 from fedprune.wire.topics import Topics
-from fedprune_device.board_log import KEPT, KEPT_BYTES, BoardLog
-from fedprune_device.care import Care
-from fedprune_device.crash import Crashes
-from fedprune_device.private_text import OTHER, module_at, module_of, private
-from fedprune_device.reporter import Reporter
+from fedprune_device.hardware.thermal_guard import Care
+from fedprune_device.privacy.redaction import OTHER, module_at, module_of, private
+from fedprune_device.telemetry.crash_reports import Crashes
+from fedprune_device.telemetry.log_buffer import KEPT, KEPT_BYTES, BoardLog
+from fedprune_device.telemetry.reporter import Reporter
 
 pytestmark = pytest.mark.board
 
@@ -97,10 +97,10 @@ def test_a_private_text_is_one_short_printable_line(text: str, limit: int) -> No
 
 
 def test_modules_of_others_are_not_named() -> None:
-    assert module_of("fedprune_device.agent") == "fedprune_device.agent"
+    assert module_of("fedprune_device.agent.agent") == "fedprune_device.agent.agent"
     assert module_of("numpy.linalg.linalg") == "numpy"
     assert module_of("annas_clinic.load") == module_of("__main__") == OTHER
-    assert module_at("/opt/slots/a/fedprune_device/local/server.py") == "fedprune_device.local.server"
+    assert module_at("/opt/slots/a/fedprune_device/api/http_server.py") == "fedprune_device.api.http_server"
     assert module_at("/usr/lib/python3/dist-packages/numpy/core.py") == "numpy"
     assert module_at("/home/anna/clinic/load.py") == OTHER
 
@@ -184,7 +184,7 @@ def test_an_exception_that_ends_the_run_is_reported_by_module_and_line(tmp_path:
     report = CrashReport("pi", 1, **body)
     assert report.cause == "error"
     assert "ConfigError" in report.text
-    assert report.frames[0]["module"] == "fedprune_device.care"
+    assert report.frames[0]["module"] == "fedprune_device.hardware.thermal_guard"
     assert report.frames[0]["line"] > 0
     assert {"module": OTHER, "line": 0, "function": ""} in report.frames  # the test, which is nobody's module
     assert report.memory_total
@@ -224,7 +224,8 @@ def test_a_thread_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
 def ended(folder: Path, how: str) -> dict[str, Any] | None:
     """What the next run knows of one that ended so."""
     script = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom fedprune_device.crash import Crashes\n"
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "from fedprune_device.telemetry.crash_reports import Crashes\n"
         f"with Crashes(Path(sys.argv[1]), boot=lambda: 'b').watched():\n    {how}\n"
     )
     subprocess.run([sys.executable, "-c", script, str(folder)], check=False, capture_output=True, timeout=60)

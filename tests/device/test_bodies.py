@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fedprune.errors import DataError
+from fedprune.core.errors import DataError
+from fedprune_device.api.request import Request, RequestError
+from fedprune_device.api.request_body import JSON, NPY, RAW, SAFETENSORS, array, batch
 from fedprune_device.client import _body
-from fedprune_device.local.bodies import JSON, NPY, RAW, SAFETENSORS, array, batch
-from fedprune_device.local.request import Request, RequestError
 
 pytestmark = pytest.mark.board
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.errors import ConfigError
-from fedprune_device.care import Care, condition, firmware_flags, power_mode
+from fedprune.core.errors import ConfigError
+from fedprune_device.hardware.thermal_guard import Care, condition, firmware_flags, power_mode
 
 pytestmark = pytest.mark.board
 

@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 from hidden_board import DEVICE, HIDDEN, HiddenBoard, hidden_weights
 
-from fedprune import tensorfile
-from fedprune.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.codec import CODECS, Codec, decode, is_packed, weights
-from fedprune.codec.relocation import relocation
-from fedprune.element_mask import ElementMask
-from fedprune.errors import ConfigError, StorageFullError
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.codec.remap import relocation
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, StorageFullError
+from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
-from fedprune_device.acceptance import check_offer
-from fedprune_device.assignment import DamagedBlobError, Workbench
-from fedprune_device.data import LocalData
-from fedprune_device.own import Own
-from fedprune_device.residual import carried
-from fedprune_device.store import DeviceStore
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.network.offer_checks import check_offer
+from fedprune_device.storage.local_state import Own
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.error_feedback import carried
+from fedprune_device.training.round_runner import DamagedBlobError, Workbench
 
 pytestmark = pytest.mark.board
 
@@ -239,6 +239,6 @@ def test_what_is_left_out_needs_room(board: HiddenBoard, monkeypatch: pytest.Mon
 
 
 def test_a_birth_says_which_codecs_are_known() -> None:
-    from fedprune_device.greeting import Greeting
+    from fedprune_device.agent.birth import Greeting
 
     assert Greeting("d", "", None).birth(1, 10, None, 0.0).codecs == CODECS

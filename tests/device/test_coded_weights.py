@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from memory_fleet import MemoryLink, MemoryServer, clock
 
-from fedprune import tensorfile
 from fedprune.codec import Codec, weights
-from fedprune.selection import Tensors
+from fedprune.core import tensorfile
+from fedprune.model.selection import Tensors
 from fedprune.wire.messages import Finished, Hello, Refusal, Want
 from fedprune.wire.offer import Offer
-from fedprune_device.agent import Agent
-from fedprune_device.data import LocalData
-from fedprune_device.store import DeviceStore
+from fedprune_device.agent.agent import Agent
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
 

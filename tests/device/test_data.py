@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.errors import DataError
-from fedprune_device.data import LocalData, load_data, load_inputs
-from fedprune_device.labels import class_presence, class_weights, log_prior
+from fedprune.core.errors import DataError
+from fedprune_device.data.dataset import LocalData, load_data, load_inputs
+from fedprune_device.data.labels import class_presence, class_weights, log_prior
 
 pytestmark = pytest.mark.board
 
@@ -22,7 +22,7 @@ Y = np.arange(20) % 4
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where samples of a file are held: these are few enough for memory, but errors and splits are the same."""
     if request.param == "disk":
-        monkeypatch.setattr("fedprune_device.stored_array.HELD_BYTES", 0)
+        monkeypatch.setattr("fedprune_device.data.stored_array.HELD_BYTES", 0)
 
 
 def save(path: Path, **arrays: object) -> str:
@@ -110,7 +110,7 @@ def test_inputs_need_no_labels(tmp_path: Path, arrays: dict[str, object]) -> Non
 def test_inputs_come_from_whatever_a_function_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_inputs.py").write_text(
         "import numpy as np\n"
-        "from fedprune_device.data import LocalData\n"
+        "from fedprune_device.data.dataset import LocalData\n"
         "x, y = np.ones((3, 2), 'float32'), np.zeros(3, int)\n"
         "def bare(): return x\n"
         "def pair(): return x, y\n"

@@ -14,21 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import blocks, profile_store, tensorfile
-from fedprune.architecture import Architecture
-from fedprune.bundle import FILES, MANIFEST, manifest
-from fedprune.errors import ExitCode, RuntimeUnavailableError
-from fedprune.form_times import FormTimes, Shape
-from fedprune.probe_report import ProbeReport
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors
-from fedprune_device import cli
-from fedprune_device.data import LocalData
-from fedprune_device.labels import log_prior
-from fedprune_device.owner import Owner
-from fedprune_device.probe import check_runtime
-from fedprune_device.slots import Serving
-from fedprune_device.store import DeviceStore
+from fedprune.core import tensorfile
+from fedprune.core.errors import ExitCode, RuntimeUnavailableError
+from fedprune.costs.form_times import FormTimes, Shape
+from fedprune.hardware import profile_store
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.model.architecture import Architecture
+from fedprune.model.selection import Selection, Tensors
+from fedprune.runtime import blocks
+from fedprune.runtime.bundle import FILES, MANIFEST, manifest
+from fedprune.training.recipe import Recipe
+from fedprune_device.cli import main
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.labels import log_prior
+from fedprune_device.hardware.probe import check_runtime
+from fedprune_device.serving.model_slots import Serving
+from fedprune_device.storage.directory_owner import Owner
+from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
 
@@ -52,7 +54,7 @@ def test_predictions_use_the_serving_model_and_its_offset(
 ) -> None:
     np.save(tmp_path / "x.npy", data.x_test)
     out = tmp_path / "out.npy"
-    code = cli.main(["predict", "--state", str(state), "--input", str(tmp_path / "x.npy"), "--output", str(out)])
+    code = main.main(["predict", "--state", str(state), "--input", str(tmp_path / "x.npy"), "--output", str(out)])
     assert code == ExitCode.OK
     wanted = data.x_test @ weights["w"].T + weights["b"] + np.array([0, 50, 0])
     np.testing.assert_allclose(np.load(out), wanted, atol=1e-4)
@@ -60,7 +62,7 @@ def test_predictions_use_the_serving_model_and_its_offset(
 
 def test_the_likeliest_classes_are_printed(tmp_path: Path, state: Path, data: LocalData, capsys: Capture) -> None:
     np.savez(tmp_path / "d.npz", x=data.x_test[:2], y=np.array([1, 0]))
-    assert cli.main(["predict", "--state", str(state), "--input", str(tmp_path / "d.npz"), "--top", "2"]) == 0
+    assert main.main(["predict", "--state", str(state), "--input", str(tmp_path / "d.npz"), "--top", "2"]) == 0
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
     assert [line.split()[:2] for line in lines] == [["0:", "1"], ["1:", "1"]]
@@ -70,7 +72,7 @@ def test_the_likeliest_classes_are_printed(tmp_path: Path, state: Path, data: Lo
 
 def predicted(source: Path | str, state: Path, capsys: Capture, *more: str) -> tuple[int, str]:
     """How many samples were predicted, and what was said of them."""
-    code = cli.main(["predict", "--state", str(state), "--input", str(source), *more])
+    code = main.main(["predict", "--state", str(state), "--input", str(source), *more])
     shown = capsys.readouterr()
     assert code == ExitCode.OK, shown.err
     return len(shown.out.splitlines()), shown.err
@@ -126,7 +128,7 @@ def test_a_split_that_is_not_there_is_named(tmp_path: Path, state: Path, data: L
     np.savez(tmp_path / "d.npz", x=data.x_train, y=data.y_train)
     arguments = ["predict", "--state", str(state), "--input", str(tmp_path / "d.npz"), "--split", "val"]
 
-    assert cli.main(arguments) == ExitCode.DATA
+    assert main.main(arguments) == ExitCode.DATA
 
     assert "no val samples" in capsys.readouterr().err
 
@@ -136,7 +138,7 @@ def test_an_input_that_is_no_array_is_one_line_and_an_exit_code(
     tmp_path: Path, state: Path, content: bytes, capsys: Capture
 ) -> None:
     (tmp_path / "x.npy").write_bytes(content)
-    code = cli.main(["predict", "--state", str(state), "--input", str(tmp_path / "x.npy")])
+    code = main.main(["predict", "--state", str(state), "--input", str(tmp_path / "x.npy")])
     error = capsys.readouterr().err
     assert code == ExitCode.DATA
     assert error.startswith("error: ")
@@ -148,13 +150,13 @@ def test_an_input_that_is_no_array_is_one_line_and_an_exit_code(
 @pytest.mark.parametrize("shape", [(0, 6), ()])
 def test_no_samples_are_an_error(tmp_path: Path, state: Path, shape: tuple[int, ...], capsys: Capture) -> None:
     np.savez(tmp_path / "empty.npz", x=np.zeros(shape, np.float32))
-    code = cli.main(["predict", "--state", str(state), "--input", str(tmp_path / "empty.npz")])
+    code = main.main(["predict", "--state", str(state), "--input", str(tmp_path / "empty.npz")])
     assert code == ExitCode.DATA
     assert "empty.npz holds no samples" in capsys.readouterr().err
 
 
 def test_a_state_folder_that_is_not_there_is_said_so(tmp_path: Path, capsys: Capture) -> None:
-    code = cli.main(["predict", "--state", str(tmp_path / "nosuch"), "--input", "x.npy"])
+    code = main.main(["predict", "--state", str(tmp_path / "nosuch"), "--input", "x.npy"])
     assert code == ExitCode.STORAGE
     assert f"there is no folder {tmp_path / 'nosuch'}" in capsys.readouterr().err
 
@@ -165,7 +167,7 @@ def test_predict_names_the_boards_folders_inside_the_one_that_was_given(tmp_path
         Owner(name, "home").claim(tmp_path / name)
     np.savez(tmp_path / "d.npz", x=np.zeros((5, 6), np.float32))
     arguments = ["predict", "--state", str(tmp_path), "--input", str(tmp_path / "d.npz")]
-    assert cli.main(arguments) == ExitCode.STORAGE
+    assert main.main(arguments) == ExitCode.STORAGE
     assert "is no board's state folder: expected one of those in it: attic, yard" in capsys.readouterr().err
 
 
@@ -176,7 +178,7 @@ def test_a_state_folder_that_may_not_be_read_is_a_storage_error(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    assert cli.main(["predict", "--state", str(state), "--input", "x.npy"]) == ExitCode.STORAGE
+    assert main.main(["predict", "--state", str(state), "--input", "x.npy"]) == ExitCode.STORAGE
     assert "serving.json: Permission denied" in capsys.readouterr().err
 
 
@@ -185,7 +187,7 @@ def test_what_is_missing_is_named(tmp_path: Path, state: Path, what: list[str], 
     np.save(tmp_path / "x.npy", np.zeros((1, 6), np.float32))
     arguments = ["--state", str(state), "--input", str(tmp_path / "x.npy")]
     arguments[arguments.index(what[0]) + 1] = what[1]
-    assert cli.main(["predict", *arguments]) in (ExitCode.DATA, ExitCode.STORAGE)
+    assert main.main(["predict", *arguments]) in (ExitCode.DATA, ExitCode.STORAGE)
     assert what[1].split(".")[0] in capsys.readouterr().err
 
 
@@ -193,7 +195,7 @@ def test_a_bundle_predicts_with_the_names_of_its_classes(
     tmp_path: Path, bundle: Path, weights: Tensors, data: LocalData, capsys: Capture
 ) -> None:
     np.save(tmp_path / "x.npy", data.x_test)
-    assert cli.main(["predict", "--bundle", str(bundle), "--input", str(tmp_path / "x.npy"), "--top", "3"]) == 0
+    assert main.main(["predict", "--bundle", str(bundle), "--input", str(tmp_path / "x.npy"), "--top", "3"]) == 0
     wanted = np.argmax(data.x_test @ weights["w"].T + weights["b"], axis=1)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == [("ant", "bee", "cat")[c] for c in wanted]
@@ -206,7 +208,7 @@ def test_a_bundle_predicts_for_the_label_shares_of_given_data(
     np.savez(tmp_path / "own.npz", x=data.x_train, y=data.y_train, x_test=data.x_test, y_test=data.y_test)
     np.save(tmp_path / "x.npy", data.x_test)
     arguments = ["--bundle", str(bundle), "--input", str(tmp_path / "x.npy"), "--output", str(tmp_path / "out.npy")]
-    assert cli.main(["predict", *arguments, "--data", str(tmp_path / "own.npz")]) == ExitCode.OK
+    assert main.main(["predict", *arguments, "--data", str(tmp_path / "own.npz")]) == ExitCode.OK
     plain = data.x_test @ weights["w"].T + weights["b"]
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), plain + log_prior(data.y_train, 3), atol=1e-4)
 
@@ -217,14 +219,14 @@ def test_a_bundle_that_was_changed_does_not_predict(tmp_path: Path, bundle: Path
         file.seek(-1, 2)
         file.write(b"x")
     arguments = ["predict", "--bundle", str(bundle), "--input", str(tmp_path / "x.npy")]
-    assert cli.main(arguments) == ExitCode.BUNDLE
+    assert main.main(arguments) == ExitCode.BUNDLE
     assert "weights.safetensors" in capsys.readouterr().err
 
 
 def test_a_probe_is_printed_for_people(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     report = ProbeReport(cores=4, memory_total=2_000_000_000, memory_available=500_400_000, seconds=10.062659254999744)
-    monkeypatch.setattr("fedprune_device.probe.probe", lambda threads, begin: report)
-    assert cli.main(["probe"]) == ExitCode.OK
+    monkeypatch.setattr("fedprune_device.hardware.probe.probe", lambda threads, begin: report)
+    assert main.main(["probe"]) == ExitCode.OK
     lines = capsys.readouterr().out.splitlines()
     assert {"memory_total: 2000 MB", "memory_available: 500 MB", "seconds: 10.1"} <= set(lines)
     assert not [line for line in lines if line.endswith(": unknown")], "what wasn't measured tells a reader nothing"
@@ -232,8 +234,8 @@ def test_a_probe_is_printed_for_people(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_a_probe_is_printed_as_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     report = ProbeReport(cores=4, memory_total=2_000_000_000, memory_available=500_400_000, seconds=10.0)
-    monkeypatch.setattr("fedprune_device.probe.probe", lambda threads, begin: report)
-    assert cli.main(["probe", "--json"]) == ExitCode.OK
+    monkeypatch.setattr("fedprune_device.hardware.probe.probe", lambda threads, begin: report)
+    assert main.main(["probe", "--json"]) == ExitCode.OK
     assert ProbeReport.from_dict(json.loads(capsys.readouterr().out)) == report
 
 
@@ -246,7 +248,7 @@ def run(tmp_path: Path, *, insecure: Sequence[str] = ("--insecure",), **changes:
         "--state": str(tmp_path / "state"),
         **{f"--{k}": v for k, v in changes.items()},
     }
-    return cli.main(["run", *insecure, *(part for row in values.items() for part in row if row[1])])
+    return main.main(["run", *insecure, *(part for row in values.items() for part in row if row[1])])
 
 
 @pytest.fixture
@@ -258,7 +260,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(threads)
         return ProbeReport(cores=1, memory_total=10**9, memory_available=10**8, seconds=0.0)
 
-    monkeypatch.setattr("fedprune_device.probe.probe_apart", probe)
+    monkeypatch.setattr("fedprune_device.hardware.probe.probe_apart", probe)
     return made
 
 
@@ -270,12 +272,15 @@ def test_a_broker_that_is_not_there_is_an_error(tmp_path: Path, probed: list[int
 
 def test_a_board_without_tensorrt_imports_none_of_its_modules() -> None:
     code = (
-        "import sys; from fedprune_device import cli; cli.build_parser(); from fedprune_device.agent import Agent; "
-        "from fedprune_device.local.command import answering; from fedprune_device.local.live_model import LiveModel; "
+        "import sys; from fedprune_device.cli import main as cli; cli.build_parser(); "
+        "from fedprune_device.agent.agent import Agent; "
+        "from fedprune_device.api.options import answering; from fedprune_device.api.live_model import LiveModel; "
         "print(*sorted(m for m in sys.modules if m.startswith('fedprune_device.engines.')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == {f"fedprune_device.engines.{m}" for m in ("engine_command", "tier")}
+    assert set(done.stdout.split()) == {
+        f"fedprune_device.engines.{m}" for m in ("accelerator_options", "engine_command")
+    }
 
 
 def test_a_release_on_trial_that_has_checked_onnxruntime_does_not_load_it_once_more(
@@ -286,11 +291,11 @@ def test_a_release_on_trial_that_has_checked_onnxruntime_does_not_load_it_once_m
             pass
 
     checked: list[str] = []
-    monkeypatch.setattr("fedprune_device.probe.check_runtime", lambda: checked.append("apart"))
-    monkeypatch.setattr("fedprune_device.runtime.trial.Trial.current", lambda: Checked())
+    monkeypatch.setattr("fedprune_device.hardware.probe.check_runtime", lambda: checked.append("apart"))
+    monkeypatch.setattr("fedprune_device.releases.release_trial.Trial.current", lambda: Checked())
     assert run(tmp_path) == ExitCode.BROKER
     assert not checked
-    monkeypatch.setattr("fedprune_device.runtime.trial.Trial.current", lambda: None)
+    monkeypatch.setattr("fedprune_device.releases.release_trial.Trial.current", lambda: None)
     assert run(tmp_path) == ExitCode.BROKER
     assert checked == ["apart"]
 
@@ -305,7 +310,7 @@ def test_a_stop_during_a_measurement_is_no_crash(
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeUnavailableError("the probe failed (killed by signal 15)")
 
-    monkeypatch.setattr(f"fedprune_device.probe.{child}", killed)
+    monkeypatch.setattr(f"fedprune_device.hardware.probe.{child}", killed)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert run(tmp_path) == ExitCode.OK
@@ -319,7 +324,7 @@ def test_the_log_counts_what_was_probed_instead_of_printing_it(
 ) -> None:
     rows = tuple((Shape(3, 1, n, 8, 64), (("kernel.taps", 1.0), ("kernel.products", 2.0))) for n in range(1, 24))
     report = ProbeReport(cores=1, memory_total=10**9, memory_available=10**8, seconds=0.0, forms=FormTimes(rows))
-    monkeypatch.setattr("fedprune_device.probe.probe_apart", lambda *_, **__: report)
+    monkeypatch.setattr("fedprune_device.hardware.probe.probe_apart", lambda *_, **__: report)
     with caplog.at_level("INFO"):
         assert run(tmp_path) == ExitCode.BROKER
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("probe: ")]
@@ -335,9 +340,9 @@ def test_a_process_and_samples_that_a_plan_counts_are_not_counted_as_taken_memor
         told.append(probe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedprune_device.agent.Agent", agent)
-    monkeypatch.setattr("fedprune_device.process_memory.own_memory", lambda: 60_000_000)
-    monkeypatch.setattr("fedprune_device.process_memory.process_memory", lambda: 90_000_000)
+    monkeypatch.setattr("fedprune_device.agent.agent.Agent", agent)
+    monkeypatch.setattr("fedprune_device.hardware.process_memory.own_memory", lambda: 60_000_000)
+    monkeypatch.setattr("fedprune_device.hardware.process_memory.process_memory", lambda: 90_000_000)
     assert run(tmp_path) == ExitCode.INTERRUPTED
     (report,) = told
     assert (report.memory_available, report.process_bytes) == (160_000_000, 90_000_000 - (5 * 6 * 4 + 5 * 8))
@@ -389,7 +394,7 @@ def test_a_name_that_is_none_is_a_usage_error(tmp_path: Path, changes: dict[str,
 )
 def test_a_device_is_called_like_its_host(monkeypatch: pytest.MonkeyPatch, host: str, name: str) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: host)
-    arguments = cli.build_parser().parse_args(["run", "--data", "d.npz", "--state", "s"])
+    arguments = main.build_parser().parse_args(["run", "--data", "d.npz", "--state", "s"])
     assert arguments.device == name
 
 
@@ -405,7 +410,7 @@ def test_a_board_that_waits_to_be_let_in_asks_systemd_for_more_time(
             heard.append(manager.recv(1000))
             return False
 
-        monkeypatch.setattr(cli, "join_first", waiting)
+        monkeypatch.setattr(main, "join_first", waiting)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         assert run(tmp_path) == ExitCode.OK
     assert b"EXTEND_TIMEOUT_USEC=900000000" in heard[0].splitlines()
@@ -418,8 +423,8 @@ def test_an_onnxruntime_that_kills_processes_is_an_exit_code_also_where_a_model_
     python.write_text("#!/bin/sh\nkill -ILL $$\n")
     python.chmod(0o755)
     loaded: list[object] = []
-    monkeypatch.setattr("fedprune_device.probe.check_runtime", lambda: check_runtime(str(python)))
-    monkeypatch.setattr("fedprune_device.local.command.LiveModel", loaded.append)
+    monkeypatch.setattr("fedprune_device.hardware.probe.check_runtime", lambda: check_runtime(str(python)))
+    monkeypatch.setattr("fedprune_device.api.options.LiveModel", loaded.append)
     assert run(tmp_path, state=str(state), local="127.0.0.1:0") == ExitCode.RUNTIME
     assert "signal 4" in capsys.readouterr().err
     assert not loaded, "this process has not loaded it"
@@ -445,10 +450,10 @@ def test_a_password_is_never_shown(tmp_path: Path, probed: list[int], capsys: Ca
 
 
 def test_identify_says_what_fits_and_why(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["identify", "--json"]) == 0
+    assert main.main(["identify", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["profile"] in profile_store.shipped()
-    assert cli.main(["identify"]) == 0
+    assert main.main(["identify"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{found['profile']}: {found['title']}\n")
     assert all(f"because of {e}" in out for e in found["evidence"])
@@ -481,11 +486,11 @@ def test_predictions_are_told_by_what_the_model_was_trained_for(
     (bundle / MANIFEST).write_text(manifest(files, selection, Recipe(loss=loss), opened["target"], names))
     np.savez(tmp_path / "d.npz", x=np.ones((2, 6), np.float32), y=np.array(y))
     arguments = ["predict", "--bundle", str(bundle), "--input", str(tmp_path / "d.npz"), "--top", "2"]
-    assert cli.main(arguments) == ExitCode.OK
+    assert main.main(arguments) == ExitCode.OK
     shown = capsys.readouterr()
     assert shown.out.splitlines() == lines
     assert shown.err.startswith(verdict)
-    assert cli.main([*arguments, "--data", str(tmp_path / "d.npz")]) == ExitCode.USAGE
+    assert main.main([*arguments, "--data", str(tmp_path / "d.npz")]) == ExitCode.USAGE
 
 
 def test_blocks_are_turned_off_before_anything_is_measured(
@@ -494,12 +499,12 @@ def test_blocks_are_turned_off_before_anything_is_measured(
     monkeypatch.setenv(blocks.OFF, "")
     arguments = ["run", "--insecure", "--broker", "mqtt://127.0.0.1:9", "--device", "d", "--data", "nothing.npz"]
     arguments += ["--state", str(tmp_path / "state")]
-    assert cli.main(arguments) == ExitCode.DATA
+    assert main.main(arguments) == ExitCode.DATA
     assert os.environ[blocks.OFF] == ""
-    assert cli.main([*arguments, "--no-blocks"]) == ExitCode.DATA
+    assert main.main([*arguments, "--no-blocks"]) == ExitCode.DATA
     assert os.environ[blocks.OFF] == "1"
     assert blocks.block_size() == 0
     monkeypatch.setenv(blocks.OFF, "perhaps")
     for words in (arguments, ["probe"]):
-        assert cli.main(words) == ExitCode.CONFIG
+        assert main.main(words) == ExitCode.CONFIG
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {blocks.OFF} in the environment: ")

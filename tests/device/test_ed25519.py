@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.errors import SignatureError
-from fedprune.release import signed
-from fedprune.trust.keys import SigningKey, VerifyingKey
-from fedprune_device.runtime.ed25519 import verify
-from fedprune_device.runtime.home import PURPOSE
+from fedprune.core.errors import SignatureError
+from fedprune.releases.release import signed
+from fedprune.security.keys import SigningKey, VerifyingKey
+from fedprune_device.launcher.ed25519 import verify
+from fedprune_device.launcher.slot_store import PURPOSE
 
 KEY = SigningKey.make()
 ORDER = 2**252 + 27742317777372353535851937790883648493

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.blocks import block_size
-from fedprune.form_times import MOST_SHAPES, FormTimes, Shape
-from fedprune_device import form_probe
-from fedprune_device.form_probe import measure_forms, remembered_forms
+from fedprune.costs.form_times import MOST_SHAPES, FormTimes, Shape
+from fedprune.runtime.blocks import block_size
+from fedprune_device.hardware import convolution_timing
+from fedprune_device.hardware.convolution_timing import measure_forms, remembered_forms
 
 pytestmark = pytest.mark.board
 
@@ -49,9 +49,9 @@ def test_a_slow_board_stops_after_the_shape_that_it_has_begun() -> None:
 
 
 def test_blocks_that_are_not_there_leave_standard_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = form_probe._files()
+    files = convolution_timing._files()
     broken = {name: b"nothing" if "/16/" in name else raw for name, raw in files.items()}
-    monkeypatch.setattr(form_probe, "_files", lambda: broken)
+    monkeypatch.setattr(convolution_timing, "_files", lambda: broken)
 
     ((_, times),) = measure_forms(seconds=0.0, block=16).rows
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from fedprune.wire.messages import Birth, parse
-from fedprune_device.greeting import AGAIN_S, Greeting
-from fedprune_device.runtime.home import Home, Record
+from fedprune_device.agent.birth import AGAIN_S, Greeting
+from fedprune_device.launcher.slot_store import Home, Record
 
 pytestmark = pytest.mark.board
 

@@ -9,16 +9,16 @@ import pytest
 from power import power
 from runtime_releases import OUTSIDE, PUBLIC, make_release, source
 
-from fedprune.errors import RuntimeUnavailableError
-from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
-from fedprune_device.predictor import Predictor
-from fedprune_device.runtime.heart import Heart
-from fedprune_device.runtime.home import Home
-from fedprune_device.runtime.launcher import decide
-from fedprune_device.runtime.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome
-from fedprune_device.runtime.trial import PACKAGES, Trial, check_health, check_packages
-from fedprune_device.runtime.updater import Updater
-from fedprune_device.slots import Serving, Slots
+from fedprune.core.errors import RuntimeUnavailableError
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
+from fedprune_device.launcher.launcher import decide
+from fedprune_device.launcher.slot_store import Home
+from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome
+from fedprune_device.releases.installer import Updater
+from fedprune_device.releases.release_trial import PACKAGES, Trial, check_health, check_packages
+from fedprune_device.releases.watchdog import Heart
+from fedprune_device.serving.model_slots import Serving, Slots
+from fedprune_device.serving.predictor import Predictor
 
 pytestmark = pytest.mark.board
 
@@ -140,7 +140,7 @@ def test_a_board_that_is_well_passes_the_checks(board: Updater, model: Path, tmp
     slots.prepare()
     check_health(tmp_path / "serving")
     slots.stage(model / "inference.onnx", model / "weights.safetensors")
-    from fedprune.disk import file_digest
+    from fedprune.core.disk import file_digest
 
     digests = (file_digest(model / "inference.onnx"), file_digest(model / "weights.safetensors"))
     Predictor(model).check(3)
@@ -154,7 +154,7 @@ def test_a_board_that_is_well_passes_the_checks(board: Updater, model: Path, tmp
 
 
 def test_a_model_that_served_and_cannot_any_more_fails_the_check(model: Path, tmp_path: Path) -> None:
-    from fedprune.disk import file_digest
+    from fedprune.core.disk import file_digest
 
     slots = Slots(tmp_path / "serving")
     slots.prepare()
@@ -184,7 +184,7 @@ def test_a_package_that_comes_from_outside_the_release_fails_the_check(
     check_packages(slot, PACKAGES)
     with pytest.raises(RuntimeUnavailableError, match=r"safetensors is not in the release: it would come from .*/safe"):
         check_packages(slot, [n for n in PACKAGES if n != "safetensors"])
-    monkeypatch.setattr("fedprune_device.runtime.trial.PACKAGES", ("of_the_slot", "of_nothing"))
+    monkeypatch.setattr("fedprune_device.releases.release_trial.PACKAGES", ("of_the_slot", "of_nothing"))
     (slot / "of_the_slot").mkdir(parents=True)
     (slot / "of_the_slot" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(slot))

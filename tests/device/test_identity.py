@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.identification import identify
-from fedprune_device.identity import facts
+from fedprune.hardware.identification import identify
+from fedprune_device.hardware.board_facts import facts
 
 pytestmark = pytest.mark.board
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.errors import ConfigError, DataError, StorageError
-from fedprune_device.local import image_folder, images
-from fedprune_device.local.image_folder import ImageFolder
-from fedprune_device.local.images import Pixels
-from fedprune_device.local.shares import Shares
+from fedprune.core.errors import ConfigError, DataError, StorageError
+from fedprune_device.data import image_decoding, image_folder
+from fedprune_device.data.image_decoding import Pixels
+from fedprune_device.data.image_folder import ImageFolder
+from fedprune_device.data.splits import Shares
 
 pytestmark = pytest.mark.board
 
@@ -84,11 +84,11 @@ def test_an_image_that_is_damaged_or_too_large_is_left_out_by_name(
     put(tmp_path, "ant/a.png", 1)
     (tmp_path / "ant" / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     (tmp_path / "ant" / "large.jpg").write_bytes(bytes(3000))
-    monkeypatch.setattr("fedprune_device.local.image_folder.MAX_BYTES", 2000)
+    monkeypatch.setattr("fedprune_device.data.image_folder.MAX_BYTES", 2000)
     assert folder(tmp_path).snapshot(SHAPE).samples == 1
     assert "torn.jpg is left out" in caplog.text
     assert "large.jpg is left out" in caplog.text
-    assert images.MAX_BYTES > 2000
+    assert image_decoding.MAX_BYTES > 2000
 
 
 def test_a_pipe_or_a_link_that_is_called_like_an_image_is_left_out_by_name(

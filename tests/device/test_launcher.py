@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from runtime_releases import PUBLIC, make_release, source
 
-from fedprune.trust.keys import SigningKey
-from fedprune_device.runtime.home import KEY, PURPOSE, Home, digest, files_digest
-from fedprune_device.runtime.state import COMMITTED, ROLLED_BACK, STABLE, TRIAL, Outcome
-from fedprune_device.runtime.updater import LAUNCHER, Updater
+from fedprune.security.keys import SigningKey
+from fedprune_device.launcher.slot_store import KEY, PURPOSE, Home, digest, files_digest
+from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, STABLE, TRIAL, Outcome
+from fedprune_device.releases.installer import LAUNCHER, Updater
 
 pytestmark = [pytest.mark.board, pytest.mark.system]
 
@@ -28,7 +28,7 @@ HEALTHY = """
 import os, sys
 sys.path.insert(0, os.environ["FEDPRUNE_ROOT"] + "/launcher.pyz")
 from pathlib import Path
-from fedprune_device.runtime.home import Home
+from fedprune_device.launcher.slot_store import Home
 
 def main():
     home = Home(Path(os.environ["FEDPRUNE_ROOT"]))
@@ -232,10 +232,10 @@ def test_beside_a_committed_release_the_launcher_sleeps_until_it_is_stopped(boar
 def test_the_launcher_needs_the_standard_library_only(board: Updater, tmp_path: Path) -> None:
     with zipfile.ZipFile(board.home.root / LAUNCHER) as archive:
         names = archive.namelist()
-    assert "fedprune_device/runtime/launcher.py" in names
+    assert "fedprune_device/launcher/launcher.py" in names
     code = (
         "import sys; before = set(sys.modules); sys.path.insert(0, sys.argv[1]);"
-        "import fedprune_device.runtime.launcher as l; new = {n.split('.')[0] for n in set(sys.modules) - before};"
+        "import fedprune_device.launcher.launcher as l; new = {n.split('.')[0] for n in set(sys.modules) - before};"
         "print(sorted(new - set(sys.stdlib_module_names) - {'fedprune_device'}), l.VERSION)"
     )
     command = [sys.executable, "-I", "-S", "-c", code, str(board.home.root / LAUNCHER)]

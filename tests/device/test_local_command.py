@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from local_board import NAMES, LocalBoard
 
-from fedprune.errors import ExitCode, StorageFullError
-from fedprune_device import cli
+from fedprune.core.errors import ExitCode, StorageFullError
+from fedprune_device.api import http_server
+from fedprune_device.cli import main
 from fedprune_device.client import Board
-from fedprune_device.local import server
 
 pytestmark = pytest.mark.board
 
@@ -32,7 +32,7 @@ def arguments(root: Path) -> list[str]:
 
 
 def start(root: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fedprune_device.cli", *arguments(root), *more]
+    command = [sys.executable, "-m", "fedprune_device.cli.main", *arguments(root), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -82,7 +82,7 @@ def test_a_board_without_its_server_answers_and_keeps_samples_over_a_kill(tmp_pa
 def test_a_mistake_is_one_line_and_an_exit_code(
     tmp_path: Path, more: list[str], code: ExitCode, capsys: Capture
 ) -> None:
-    assert cli.main([*arguments(tmp_path), *more]) == code
+    assert main.main([*arguments(tmp_path), *more]) == code
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
@@ -91,7 +91,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(
 )
 def test_an_option_that_makes_no_sense_is_a_usage_error(tmp_path: Path, more: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main([*arguments(tmp_path), *more])
+        main.main([*arguments(tmp_path), *more])
     assert caught.value.code == ExitCode.USAGE
     assert more[0] in capsys.readouterr().err
 
@@ -103,9 +103,9 @@ def test_files_are_handed_in(tmp_path: Path, graphs: Path, capsys: Capture) -> N
     np.savez(tmp_path / "more.npz", x=-X)
     files = [str(tmp_path / "labelled.npz"), str(tmp_path / "more.npz")]
     with local.serving():
-        assert cli.main(["collect", "--local", local.address, *files]) == ExitCode.OK
+        assert main.main(["collect", "--local", local.address, *files]) == ExitCode.OK
         assert capsys.readouterr().out == "10 kept, 0 known, 0 not kept, 0 left out\n"
-        assert cli.main(["collect", "--local", local.address, files[0]]) == ExitCode.OK
+        assert main.main(["collect", "--local", local.address, files[0]]) == ExitCode.OK
         assert capsys.readouterr().out == "0 kept, 5 known, 0 not kept, 0 left out\n"
         counts = local.board.samples()
     assert {c: row["kept"] for c, row in counts["classes"].items()} == {"0": 2, "1": 2, "2": 1}
@@ -119,7 +119,7 @@ def test_a_file_that_is_divided_already_gives_its_training_samples(
     local.install(1)
     np.savez(tmp_path / "d.npz", x_train=X[:3], y_train=[0, 1, 2], x_test=X[3:], y_test=[0, 1])
     with local.serving():
-        assert cli.main(["collect", "--local", local.address, str(tmp_path / "d.npz")]) == ExitCode.OK
+        assert main.main(["collect", "--local", local.address, str(tmp_path / "d.npz")]) == ExitCode.OK
         assert [c["kept"] for c in local.board.samples()["classes"].values()] == [1, 1, 1]
     assert capsys.readouterr().out == "3 kept, 0 known, 0 not kept, 0 left out\n"
 
@@ -129,7 +129,7 @@ def test_samples_that_do_not_fit_are_left_out_by_name(tmp_path: Path, graphs: Pa
     local.install(1)
     np.savez(tmp_path / "d.npz", x=X, y=[0, 1, 2, 3, 1])
     with local.serving():
-        assert cli.main(["collect", "--local", local.address, str(tmp_path / "d.npz")]) == ExitCode.DATA
+        assert main.main(["collect", "--local", local.address, str(tmp_path / "d.npz")]) == ExitCode.DATA
     said = capsys.readouterr()
     assert said.out == "4 kept, 0 known, 0 not kept, 1 left out\n"
     assert f"sample 3 of {tmp_path / 'd.npz'} is left out: label: expected a whole number from 0 to 2" in said.err
@@ -144,8 +144,8 @@ def test_what_the_board_refuses_is_told_by_what_it_is(
     command = ["collect", "--local", local.address, str(tmp_path / "d.npz")]
     with local.serving():
         with monkeypatch.context() as patch:
-            patch.setattr(server, "BODY_BYTES", 20)
-            assert cli.main(command) == ExitCode.DATA
+            patch.setattr(http_server, "BODY_BYTES", 20)
+            assert main.main(command) == ExitCode.DATA
         said = capsys.readouterr()
         assert said.out == "0 kept, 0 known, 0 not kept, 5 left out\n"
         assert "size of the body" in said.err
@@ -155,7 +155,7 @@ def test_what_the_board_refuses_is_told_by_what_it_is(
 
         assert local.samples is not None
         monkeypatch.setattr(local.samples, "add", full)
-        assert cli.main(command) == ExitCode.STORAGE_FULL
+        assert main.main(command) == ExitCode.STORAGE_FULL
         assert "no room for samples" in capsys.readouterr().err
 
 
@@ -172,7 +172,7 @@ def test_a_folder_of_images_is_handed_in_by_class(tmp_path: Path, graphs: Path, 
         path.write_bytes(file.getvalue())
     with local.serving():
         # The model takes six numbers: images don't fit, and each is told by name.
-        assert cli.main(["collect", "--local", local.address, str(tmp_path / "images")]) == ExitCode.DATA
+        assert main.main(["collect", "--local", local.address, str(tmp_path / "images")]) == ExitCode.DATA
     said = capsys.readouterr()
     assert said.out == "0 kept, 0 known, 0 not kept, 3 left out\n"
     assert said.err.count("is left out") == 3
@@ -199,7 +199,7 @@ def test_a_source_that_holds_no_samples_is_an_error(
     local = LocalBoard(tmp_path, graphs)
     local.install(1)
     with local.serving():
-        assert cli.main(["collect", "--local", local.address, str(path)]) == ExitCode.DATA
+        assert main.main(["collect", "--local", local.address, str(path)]) == ExitCode.DATA
     assert what in capsys.readouterr().err
 
 
@@ -208,5 +208,5 @@ def test_a_board_that_does_not_run_is_an_error(
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     np.savez(tmp_path / "d.npz", x=X)
-    assert cli.main(["collect", "--state", str(tmp_path), str(tmp_path / "d.npz")]) == ExitCode.BROKER
+    assert main.main(["collect", "--state", str(tmp_path), str(tmp_path / "d.npz")]) == ExitCode.BROKER
     assert "can't be reached" in capsys.readouterr().err

@@ -15,16 +15,16 @@ import safetensors.numpy
 from local_board import NAMES, LocalBoard, ask, npy, request, softmax, weights_of
 from memory_fleet import MemoryLink, MemoryServer, clock
 
-from fedprune import tensorfile
-from fedprune.errors import DataError, ModelError
-from fedprune.recipe import Recipe
+from fedprune.core import tensorfile
+from fedprune.core.errors import DataError, ModelError
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth
-from fedprune_device.agent import Agent
+from fedprune_device.agent.agent import Agent
+from fedprune_device.api.live_model import LiveModel
 from fedprune_device.client import BoardError
-from fedprune_device.local.images import Pixels
-from fedprune_device.local.live_model import LiveModel
-from fedprune_device.slots import Serving, Slots
-from fedprune_device.store import DeviceStore
+from fedprune_device.data.image_decoding import Pixels
+from fedprune_device.serving.model_slots import Serving, Slots
+from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
 

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from local_board import LocalBoard, ask, npy, parsed, received, request
 
-from fedprune.errors import ConfigError, StorageError
+from fedprune.core.errors import ConfigError, StorageError
+from fedprune_device.api import http_server
+from fedprune_device.api.address import Address
+from fedprune_device.api.http_server import LocalServer
 from fedprune_device.client import Board
-from fedprune_device.local import server
-from fedprune_device.local.address import Address
-from fedprune_device.local.server import LocalServer
 
 pytestmark = pytest.mark.board
 
@@ -170,7 +170,7 @@ def test_a_client_that_goes_in_the_middle_does_no_harm(open_board: LocalBoard, c
 
 
 def test_clients_that_say_nothing_do_not_keep_others_out(served: LocalBoard) -> None:
-    idle = [served.connect() for _ in range(2 * server.CONNECTIONS)]
+    idle = [served.connect() for _ in range(2 * http_server.CONNECTIONS)]
     try:
         idle[-1].sendall(GOOD[:10])
         for _ in range(5):
@@ -194,11 +194,11 @@ def test_a_user_who_only_connects_keeps_no_other_user_out(served: LocalBoard, mo
         until(lambda: len(seen) == count)
         return found
 
-    monkeypatch.setattr(server, "_user", user)
+    monkeypatch.setattr(http_server, "_user", user)
     raw = request("POST", "/v1/predict", npy(X), Content_Type=NPY)
     (slow,) = come("ann", 1)
     slow.sendall(raw[:-1])
-    hostile = come("bob", 4 * server.CONNECTIONS)
+    hostile = come("bob", 4 * http_server.CONNECTIONS)
     slow.sendall(raw[-1:])
     assert parsed(received(slow))[0][0] == 200, "bob's own places are what bob gets"
     hostile += come("bob", 1)
@@ -211,13 +211,13 @@ def test_a_user_who_only_connects_keeps_no_other_user_out(served: LocalBoard, mo
 def test_the_kernel_says_who_has_connected(tmp_path: Path) -> None:
     one, other = socket.socketpair(socket.AF_UNIX)
     with one, other:
-        assert server._user(one) == os.getuid()
+        assert http_server._user(one) == os.getuid()
     with socket.socket(socket.AF_INET) as port:
-        assert server._user(port) == -1
+        assert http_server._user(port) == -1
 
 
 def test_a_client_that_sends_too_slowly_is_cut_off(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(http_server, "REQUEST_SECONDS", 0.2)
     for raw in (b"", GOOD[:-2], request("POST", "/v1/predict", npy(X), Content_Type=NPY)[:-1]):
         with served.connect() as connection:
             connection.sendall(raw)
@@ -225,7 +225,7 @@ def test_a_client_that_sends_too_slowly_is_cut_off(served: LocalBoard, monkeypat
 
 
 def test_a_client_that_drips_is_cut_off_too(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(http_server, "REQUEST_SECONDS", 0.2)
 
     def drip(connection: socket.socket) -> None:
         for _ in range(3000):
@@ -248,22 +248,22 @@ def test_a_client_that_never_reads_costs_nobody_else_anything(
         return client, address
 
     def come() -> list[socket.socket]:
-        count = accepted[0] + server.CONNECTIONS
-        found = [served.connect() for _ in range(server.CONNECTIONS)]
+        count = accepted[0] + http_server.CONNECTIONS
+        found = [served.connect() for _ in range(http_server.CONNECTIONS)]
         for connection in found:
             connection.sendall(request("POST", "/v1/predict", npy(np.zeros((64, 6), np.float32)), Content_Type=NPY))
         until(lambda: accepted[0] == count and all(c.since is None for c in [*served.server._clients.values()]))
         return found
 
     monkeypatch.setattr(LocalServer, "get_request", narrow)
-    monkeypatch.setattr(server._Handler, "timeout", 600.0)
+    monkeypatch.setattr(http_server._Handler, "timeout", 600.0)
     greedy = come()
-    until(lambda: len(served.server._clients) == server.CONNECTIONS)
+    until(lambda: len(served.server._clients) == http_server.CONNECTIONS)
     assert ask(served, GOOD)[0] == 503, "all places are taken by answers that nobody reads"
     for connection in greedy:
         connection.close()
     until(lambda: not served.server._clients)
-    monkeypatch.setattr(server._Handler, "timeout", 1.0)
+    monkeypatch.setattr(http_server._Handler, "timeout", 1.0)
     greedy = come()
     patient = Board(served.address, tries=30)
     assert patient.predict(X).round == 1, "until they have lost them"

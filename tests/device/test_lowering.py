@@ -15,18 +15,18 @@ from hidden_board import CLASSES, DEVICE, HIDDEN, HiddenBoard, hidden_weights, l
 from memory_fleet import MemoryLink, MemoryServer, clock
 from power import EACH_KIND, CutError, cuts, power
 
-from fedprune import tensorfile
-from fedprune.errors import BundleError, ProtocolError, StorageError
-from fedprune.precision import PRECISIONS, files_of, graphs_of, packed, served_files, unpacked
-from fedprune.recipe import Recipe
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, ProtocolError, StorageError
+from fedprune.runtime.precision import PRECISIONS, files_of, graphs_of, packed, served_files, unpacked
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Want, parse
-from fedprune_device.acceptance import check_offer
-from fedprune_device.agent import Agent
-from fedprune_device.assignment import DamagedBlobError, Workbench
-from fedprune_device.data import LocalData
-from fedprune_device.lowering import Judge, Lowering
-from fedprune_device.slots import Serving
-from fedprune_device.store import DeviceStore
+from fedprune_device.agent.agent import Agent
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.network.offer_checks import check_offer
+from fedprune_device.serving.model_slots import Serving
+from fedprune_device.serving.reduced_precision import Judge, Lowering
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.round_runner import DamagedBlobError, Workbench
 
 pytestmark = pytest.mark.board
 
@@ -137,7 +137,7 @@ def test_the_fastest_is_faster_by_more_than_chance(
     data: LocalData, times: tuple[float, ...], fastest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("fedprune_device.lowering.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("fedprune_device.serving.reduced_precision.time.perf_counter", lambda: now[0])
 
     class Slow:
         def __init__(self, seconds: float) -> None:

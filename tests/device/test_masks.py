@@ -12,19 +12,20 @@ from hidden_board import CLASSES, DEVICE, HIDDEN, SEED, HiddenBoard, hidden_weig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune import step, tensorfile
-from fedprune.chance import keyed
-from fedprune.element_mask import ElementMask
-from fedprune.errors import BundleError, FedpruneError, TrainingError
-from fedprune.ordered_dropout import TensorAxes
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
-from fedprune.session import Session
-from fedprune_device.data import LocalData
-from fedprune_device.offered import unpacked
-from fedprune_device.own import Own, OwnFolder
-from fedprune_device.store import DeviceStore
-from fedprune_device.trainer import Trainer, TrainingResult
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, FedpruneError, TrainingError
+from fedprune.core.rng import keyed
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.selection import Tensors
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.storage.local_state import Own, OwnFolder
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.received_weights import unpacked
+from fedprune_device.training.trainer import Trainer, TrainingResult
 
 pytestmark = pytest.mark.board
 
@@ -123,7 +124,7 @@ def test_personal_tensors_keep_to_the_mask(board: HiddenBoard) -> None:
 
 
 def axes(graphs: Path) -> TensorAxes:
-    return TensorAxes.from_json(Session(graphs / "masked.onnx", training=True).metadata[step.AXES])
+    return TensorAxes.from_json(Session(graphs / "masked.onnx", training=True).metadata[step_contract.AXES])
 
 
 @pytest.mark.parametrize(
@@ -264,7 +265,7 @@ def test_the_last_steps_squared_gradients_follow_the_weights(board: HiddenBoard,
     mask = half(weights) if masked else None
     _, sent, _ = board.carry_out(board.offer(1, recipe, weights, graph=graph, mask=mask))
     names = [n for n in NAMES if n not in ("mean", "var")]
-    assert list(sent) == [*NAMES, *(step.squares(n) for n in names)]
+    assert list(sent) == [*NAMES, *(step_contract.squares(n) for n in names)]
     dense = weights if mask is None else mask.applied(weights)
     steps = recipe.steps(board.data.samples)
     one, two = (
@@ -274,8 +275,8 @@ def test_the_last_steps_squared_gradients_follow_the_weights(board: HiddenBoard,
     for name in names:
         square = ((one[name].astype(np.float64) - two[name]) / recipe.lr) ** 2
         square = square[mask.active[name]] if mask is not None and name in mask.active else square
-        assert sent[step.squares(name)].shape == sent[name].shape
-        np.testing.assert_allclose(sent[step.squares(name)], square, rtol=1e-2, atol=1e-7)
+        assert sent[step_contract.squares(name)].shape == sent[name].shape
+        np.testing.assert_allclose(sent[step_contract.squares(name)], square, rtol=1e-2, atol=1e-7)
 
 
 def test_squares_of_what_stays_on_the_board_stay_there(board: HiddenBoard) -> None:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.chance import keyed
-from fedprune_device.batches import Part
-from fedprune_device.mixup import mixed
+from fedprune.core.rng import keyed
+from fedprune_device.data.batches import Part
+from fedprune_device.data.mixup import mixed
 
 pytestmark = pytest.mark.board
 

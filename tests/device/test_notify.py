@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_device.runtime.notify import READY, notify, starting, status, watchdog_seconds
-from fedprune_device.runtime.unit import Service
+from fedprune_device.launcher.sd_notify import READY, notify, starting, status, watchdog_seconds
+from fedprune_device.releases.unit import Service
 
 pytestmark = pytest.mark.board
 

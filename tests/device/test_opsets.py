@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.session import Session
+from fedprune.runtime.session import Session
 
 pytestmark = pytest.mark.board
 

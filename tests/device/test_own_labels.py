@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hidden_board import HiddenBoard, hidden_weights, logits
 
-from fedprune.recipe import Recipe
-from fedprune_device.data import LocalData
-from fedprune_device.own_labels import OwnLabels
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.logit_adjustment import OwnLabels
 
 pytestmark = pytest.mark.board
 

@@ -16,21 +16,20 @@ from hidden_board import CLASSES, DEVICE, HIDDEN, SEED, HiddenBoard, hidden_weig
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune import tensorfile
-from fedprune.architecture import Axis, Segment
-from fedprune.element_mask import ElementMask
-from fedprune.errors import StorageError
-from fedprune.ordered_dropout import TensorAxes
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
+from fedprune.core import durable, tensorfile
+from fedprune.core.errors import StorageError
+from fedprune.model.architecture import Axis, Segment
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
-from fedprune_device import durable
-from fedprune_device.average import averaged, blended
-from fedprune_device.calibration import measured
-from fedprune_device.data import LocalData
-from fedprune_device.own import MOST_OTHERS, KeptOwn, Own, OwnFolder, OwnInMemory
-from fedprune_device.store import DeviceStore
-from fedprune_device.trainer import Trainer
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.storage.local_state import MOST_OTHERS, KeptOwn, Own, OwnFolder, OwnInMemory
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.batch_norm import measured
+from fedprune_device.training.moving_average import averaged, blended
+from fedprune_device.training.trainer import Trainer
 
 pytestmark = pytest.mark.board
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from power import EACH_KIND, KINDS, CutError, cuts, power
 from runtime_releases import PUBLIC, make_release, source, versions_in
 
-from fedprune.errors import FedpruneError, RuntimeUnavailableError
-from fedprune_device.runtime.home import KEY, Home, Record
-from fedprune_device.runtime.launcher import End, launch
-from fedprune_device.runtime.state import COMMITTED, ROLLED_BACK, SLOTS, STABLE, DamagedError, Outcome, State
-from fedprune_device.runtime.trial import Trial
-from fedprune_device.runtime.updater import Updater
+from fedprune.core.errors import FedpruneError, RuntimeUnavailableError
+from fedprune_device.launcher.launcher import End, launch
+from fedprune_device.launcher.slot_store import KEY, Home, Record
+from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, SLOTS, STABLE, DamagedError, Outcome, State
+from fedprune_device.releases.installer import Updater
+from fedprune_device.releases.release_trial import Trial
 
 pytestmark = pytest.mark.board
 

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.errors import DataError, ModelError
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
-from fedprune_device.data import LocalData
-from fedprune_device.losses import loss_terms
-from fedprune_device.predictor import Predictor
-from fedprune_device.trainer import Trainer
+from fedprune.core import tensorfile
+from fedprune.core.errors import DataError, ModelError
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.losses import loss_terms
+from fedprune_device.serving.predictor import Predictor
+from fedprune_device.training.trainer import Trainer
 
 pytestmark = pytest.mark.board
 

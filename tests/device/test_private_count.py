@@ -11,22 +11,21 @@ import numpy as np
 import pytest
 from hidden_board import DEVICE, HiddenBoard, hidden_weights
 
-from fedprune import tensorfile
-from fedprune.errors import ConfigError, DataError, DivergedError, ExitCode, PlanError, PrivacyError
-from fedprune.gaussian_privacy import epsilon
-from fedprune.recipe import Recipe
+from fedprune.core import durable, tensorfile
+from fedprune.core.errors import ConfigError, DataError, DivergedError, ExitCode, PlanError, PrivacyError
+from fedprune.privacy.accounting import epsilon
+from fedprune.training.recipe import Recipe
 from fedprune.wire.log_messages import LogWanted
-from fedprune_device import durable
-from fedprune_device.acceptance import check_offer
-from fedprune_device.assignment import Workbench
-from fedprune_device.board_log import BoardLog
-from fedprune_device.crash import Crashes
-from fedprune_device.data import LocalData
-from fedprune_device.privacy_floor import Floor, read_floor
-from fedprune_device.private_count import FILE, PrivateCount
-from fedprune_device.private_text import bare, refused
-from fedprune_device.store import DeviceStore
-from fedprune_device.trainer import Trainer
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.network.offer_checks import check_offer
+from fedprune_device.privacy.budget import FILE, PrivateCount
+from fedprune_device.privacy.policy import Floor, read_floor
+from fedprune_device.privacy.redaction import bare, refused
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.telemetry.crash_reports import Crashes
+from fedprune_device.telemetry.log_buffer import BoardLog
+from fedprune_device.training.round_runner import Workbench
+from fedprune_device.training.trainer import Trainer
 
 pytestmark = pytest.mark.board
 
@@ -74,7 +73,7 @@ def test_jobs_without_noise_are_not_counted_and_need_no_file(board: HiddenBoard)
 
 
 def test_it_is_on_the_disk_before_noise_is_drawn(board: HiddenBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedprune_device.private_count.GaussianNoise.secret", lambda: 1 / 0)
+    monkeypatch.setattr("fedprune_device.privacy.budget.GaussianNoise.secret", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(board, board.offer(1, PRIVATE, SENT, graph="kept"))
     assert count(board).draws == 1
@@ -214,7 +213,7 @@ def test_of_a_private_board_the_log_tells_what_stands_in_the_code(tmp_path: Path
     log = BoardLog(tmp_path, "pi", quiet=lambda: quiet)
     log.addFilter(lambda record: True)
     line = logging.LogRecord("fedprune.device", logging.WARNING, BoardLog.__module__, 1, "%s: %d", (SECRET, 3), None)
-    line.pathname = "/x/site-packages/fedprune_device/agent.py"
+    line.pathname = "/x/site-packages/fedprune_device/agent/agent.py"
     log.emit(line)
     quiet = True
     error = DataError(SECRET)

@@ -12,14 +12,14 @@ import pytest
 from hidden_board import DEVICE, HiddenBoard, hidden_weights
 
 from fedprune.codec import Codec, decode
-from fedprune.element_mask import ElementMask
-from fedprune.errors import ConfigError
-from fedprune.recipe import Recipe
+from fedprune.core.errors import ConfigError
+from fedprune.model.element_mask import ElementMask
+from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
-from fedprune_device.assignment import MEASURED, Workbench
-from fedprune_device.data import LocalData
-from fedprune_device.own import Own
-from fedprune_device.store import DeviceStore
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.storage.local_state import Own
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.round_runner import MEASURED, Workbench
 
 pytestmark = pytest.mark.board
 

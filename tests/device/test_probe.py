@@ -11,13 +11,22 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from fedprune.errors import MissingExtraError, RuntimeUnavailableError
-from fedprune.form_times import FormTimes
-from fedprune.latency import LatencyTable, typical_table
-from fedprune.probe_report import ProbeReport
-from fedprune_device.layer_times import LayerNets, measure, remembered_table
-from fedprune_device.probe import board, check_runtime, clock_hz, memory, probe, probe_apart, temperature_c, throttled
-from fedprune_device.runtime.trial import check_health
+from fedprune.core.errors import MissingExtraError, RuntimeUnavailableError
+from fedprune.costs.form_times import FormTimes
+from fedprune.costs.latency_model import LatencyTable, typical_table
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune_device.hardware.layer_timing import LayerNets, measure, remembered_table
+from fedprune_device.hardware.probe import (
+    board,
+    check_runtime,
+    clock_hz,
+    memory,
+    probe,
+    probe_apart,
+    temperature_c,
+    throttled,
+)
+from fedprune_device.releases.release_trial import check_health
 
 pytestmark = pytest.mark.board
 
@@ -52,8 +61,8 @@ def test_a_probe_measures_this_machine() -> None:
 
 
 PEAK = """
-from fedprune_device.process_memory import peak_memory
-from fedprune_device.probe import {0}
+from fedprune_device.hardware.process_memory import peak_memory
+from fedprune_device.hardware.probe import {0}
 before = peak_memory()
 assert {0}(seconds=0.05, layer_seconds=0.0, form_seconds=0.0).train_rate > 1e6
 print(peak_memory() - before)

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.board
 
 PEAKS = """
 import numpy as np
-from fedprune_device.process_memory import own_memory, peak_memory, process_memory, restart_peak
+from fedprune_device.hardware.process_memory import own_memory, peak_memory, process_memory, restart_peak
 large = np.ones(50_000_000, np.uint8)
 held = own_memory()
 del large

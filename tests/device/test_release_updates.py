@@ -18,8 +18,8 @@ from power import KINDS, TURNS, CutError, cuts, power
 from release_site import Board, ReleaseServer
 from runtime_releases import PUBLIC, make_release, source
 
-from fedprune.errors import RuntimeUnavailableError, StorageError
-from fedprune.trust.keys import SigningKey
+from fedprune.core.errors import RuntimeUnavailableError, StorageError
+from fedprune.security.keys import SigningKey
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Gone, Want, parse
 from fedprune.wire.release_messages import (
@@ -32,12 +32,12 @@ from fedprune.wire.release_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
-from fedprune_device.runtime.launcher import launch
-from fedprune_device.runtime.pulling import Pulling
-from fedprune_device.runtime.releases import NO_IDENTITY, NO_LAUNCHER, Releases, updater_here
-from fedprune_device.runtime.source import Source
-from fedprune_device.runtime.state import STABLE
-from fedprune_device.runtime.updater import Updater
+from fedprune_device.launcher.launcher import launch
+from fedprune_device.launcher.state import STABLE
+from fedprune_device.releases.installer import Updater
+from fedprune_device.releases.release_agent import NO_IDENTITY, NO_LAUNCHER, Releases, updater_here
+from fedprune_device.releases.release_download import Pulling
+from fedprune_device.releases.release_source import Source
 
 pytestmark = pytest.mark.board
 

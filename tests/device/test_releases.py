@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runtime_releases import KEY, PUBLIC, PYTHON, make_release, make_wheel, source, versions_in
 
-from fedprune.errors import ExitCode, ReleaseError, StorageError, StorageFullError
-from fedprune.release import (
+from fedprune.core.errors import ExitCode, ReleaseError, StorageError, StorageFullError
+from fedprune.releases.release import (
     FILES,
     MANIFEST,
     SIGNATURE,
@@ -30,16 +30,16 @@ from fedprune.release import (
     signed,
     write_again,
 )
-from fedprune.trust.device_identity import DeviceIdentity
-from fedprune.trust.keys import SigningKey, VerifyingKey
-from fedprune.trust.succession import Succession, follow
+from fedprune.security.device_identity import DeviceIdentity
+from fedprune.security.keys import SigningKey, VerifyingKey
+from fedprune.security.succession import Succession, follow
 from fedprune.wire.release_messages import MAX_MANIFEST
-from fedprune_device.runtime.admission import own_packages
-from fedprune_device.runtime.home import Home, successors
-from fedprune_device.runtime.source import FolderSource
-from fedprune_device.runtime.state import STABLE, STAGED, TRIAL, DamagedError
-from fedprune_device.runtime.updater import Updater
-from fedprune_device.runtime.wheel import Wheel, contents_digest
+from fedprune_device.launcher.slot_store import Home, successors
+from fedprune_device.launcher.state import STABLE, STAGED, TRIAL, DamagedError
+from fedprune_device.launcher.wheel import Wheel, contents_digest
+from fedprune_device.releases.installer import Updater
+from fedprune_device.releases.release_checks import own_packages
+from fedprune_device.releases.release_source import FolderSource
 
 pytestmark = pytest.mark.board
 
@@ -333,7 +333,7 @@ def test_packages_of_the_board_are_never_hidden(board: Updater, tmp_path: Path) 
     assert own_packages(["numpy", "no_such_package"]) == {"numpy"}
     folder = make_release(tmp_path / "two", 2)
     wheel = make_wheel(tmp_path / "numpy-9-py3-none-any.whl", {"numpy/__init__.py": "VERSION = 2\n"})
-    from fedprune.release import write_release
+    from fedprune.releases.release import write_release
 
     wheels = [wheel, *(folder / "wheels").iterdir()]
     contents = contents_digest(Wheel(path, path.name) for path in wheels)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune_device.local.reservoir import UNLABELLED, Limits, Reservoir
+from fedprune_device.data.reservoir import UNLABELLED, Limits, Reservoir
 
 pytestmark = pytest.mark.board
 

@@ -17,13 +17,13 @@ from faults import Crash, fault
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.errors import ConfigError, DataError, StorageError, StorageFullError
-from fedprune_device.local import sample_set
-from fedprune_device.local.reservoir import Limits
-from fedprune_device.local.sample import NoSampleError, SampleConflictError, encoded, outline
-from fedprune_device.local.sample_set import SampleSet
-from fedprune_device.local.segments import Record, digest
-from fedprune_device.local.shares import Shares
+from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError
+from fedprune_device.data import sample_store
+from fedprune_device.data.reservoir import Limits
+from fedprune_device.data.sample import NoSampleError, SampleConflictError, encoded, outline
+from fedprune_device.data.sample_store import SampleSet
+from fedprune_device.data.segment_log import Record, digest
+from fedprune_device.data.splits import Shares
 
 pytestmark = pytest.mark.board
 
@@ -230,7 +230,7 @@ def test_the_number_of_training_samples_is_always_the_counted_one(moves: list[tu
 
 
 def test_there_are_no_more_different_labels_than_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_set, "_LABELS", 0)
+    monkeypatch.setattr(sample_store, "_LABELS", 0)
     with opened(tmp_path, samples=8) as samples:
         for n in range(8):
             samples.add(x_of(n), n)
@@ -245,7 +245,7 @@ def test_there_are_no_more_different_labels_than_samples(tmp_path: Path, monkeyp
 
 
 def test_a_label_that_was_taken_back_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_set, "_LABELS", 0)
+    monkeypatch.setattr(sample_store, "_LABELS", 0)
     with opened(tmp_path, samples=8) as samples:
         name = samples.add(x_of(0), 0).id
         for label in range(1, 100):
@@ -277,7 +277,7 @@ def test_a_flood_of_samples_that_are_declined_is_counted_and_hardly_written(tmp_
 @pytest.mark.parametrize("held", [0, 2**30])
 def test_a_snapshot_stays_as_it_is(samples: SampleSet, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
     """Also where it is read from segments that are cleared away meanwhile."""
-    monkeypatch.setattr("fedprune_device.local.sample_set.HELD_BYTES", held)
+    monkeypatch.setattr("fedprune_device.data.sample_store.HELD_BYTES", held)
     for n in range(10):
         samples.add(x_of(n), 0)
     data = samples.snapshot()

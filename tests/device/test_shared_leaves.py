@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs import BlobStore
-from fedprune.errors import StorageError
-from fedprune.wire.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import StorageError
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.offer import Offer
 from fedprune.wire.transfer import Pull, Serve
-from fedprune_device.shared_leaves import SharedLeaves
-from fedprune_device.store import DeviceStore
+from fedprune_device.network.leaf_reuse import SharedLeaves
+from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
 
@@ -175,6 +175,6 @@ def test_a_disk_that_fails_ends_the_pull_and_a_donor_that_can_t_be_read_doesn_t(
         assert partial.set_table(source.table(ref.sha256))
         assert SharedLeaves(target).lend(partial) == 0
         patch.undo()
-        patch.setattr("fedprune.partial_blob.write_all", broken)
+        patch.setattr("fedprune.blobs.partial_blob.write_all", broken)
         with pytest.raises(StorageError, match="the disk fails"):
             SharedLeaves(target).lend(partial)

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 from memory_fleet import TOPICS
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.errors import ProtocolError, StorageError
-from fedprune.recipe import Recipe
-from fedprune.slabs import slab
-from fedprune.wire.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.codec.width_deltas import slab
+from fedprune.core import tensorfile
+from fedprune.core.errors import ProtocolError, StorageError
+from fedprune.training.recipe import Recipe
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Gone, Want
 from fedprune.wire.offer import Offer
 from fedprune.wire.transfer import PATIENCE, Serve
-from fedprune_device.acceptance import same_work, slabs_fit
-from fedprune_device.downloads import Downloads
-from fedprune_device.store import DeviceStore
+from fedprune_device.network.blob_download import Downloads
+from fedprune_device.network.offer_checks import same_work, slabs_fit
+from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
 

@@ -11,15 +11,14 @@ import pytest
 from faults import Crash, fault
 from power import power
 
-from fedprune import tensorfile
-from fedprune.errors import ModelError, StorageError, StorageFullError
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.core import durable, tensorfile
+from fedprune.core.errors import ModelError, StorageError, StorageFullError
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
-from fedprune_device import durable
-from fedprune_device.owner import Owner
-from fedprune_device.slots import Serving, Slots
-from fedprune_device.store import DeviceStore
+from fedprune_device.serving.model_slots import Serving, Slots
+from fedprune_device.storage.directory_owner import Owner
+from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
 

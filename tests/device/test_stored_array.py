@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.costs import HELD_BYTES
-from fedprune.errors import DataError
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
-from fedprune_device.data import load_data, load_inputs
-from fedprune_device.stored_array import StoredArray
-from fedprune_device.trainer import Trainer
+from fedprune.core.errors import DataError
+from fedprune.costs.costs import HELD_BYTES
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import load_data, load_inputs
+from fedprune_device.data.stored_array import StoredArray
+from fedprune_device.training.trainer import Trainer
 
 pytestmark = pytest.mark.board
 
@@ -44,7 +44,7 @@ def peak_below(most: int) -> Iterator[None]:
 @pytest.fixture
 def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few samples a file has, they stay there."""
-    monkeypatch.setattr("fedprune_device.stored_array.HELD_BYTES", 0)
+    monkeypatch.setattr("fedprune_device.data.stored_array.HELD_BYTES", 0)
 
 
 @pytest.mark.usefixtures("nothing_held")
@@ -115,7 +115,7 @@ def test_batches_from_the_disk_are_those_from_memory(
     write(folder / "d.npz", x=x, y=np.arange(41) % 3, x_val=x[:4], y_val=np.arange(4) % 3)
     data = load_data(str(folder / "d.npz"), seed, "d", spool=folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedprune_device.stored_array.HELD_BYTES", 2**30)
+        patch.setattr("fedprune_device.data.stored_array.HELD_BYTES", 2**30)
         wanted = load_data(str(folder / "d.npz"), seed, "d")
     for split in ("train", "test", "val"):
         found, whole = getattr(data, f"x_{split}"), getattr(wanted, f"x_{split}")
@@ -138,7 +138,7 @@ def test_training_on_samples_on_the_disk_gives_the_same_bits(tmp_path: Path, wei
     results = []
     for held in (0, 2**30):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fedprune_device.stored_array.HELD_BYTES", held)
+            patch.setattr("fedprune_device.data.stored_array.HELD_BYTES", held)
             data = load_data(str(tmp_path / "d.npz"))
         assert isinstance(data.x_train, StoredArray) == (held == 0)
         trainer = Trainer(GRAPHS / "plain.onnx")

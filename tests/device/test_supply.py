@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.blobs import BlobStore
-from fedprune.errors import ProtocolError
-from fedprune.wire.answer_time import AnswerTime
-from fedprune.wire.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, Chunk
 from fedprune.wire.messages import Gone, Want, parse
 from fedprune.wire.offer import Offer
+from fedprune.wire.rtt import AnswerTime
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.outbox import Outbox
-from fedprune_device.store import DeviceStore
-from fedprune_device.supply import Supply
+from fedprune_device.network.downloader import Supply
+from fedprune_device.network.uplink import Outbox
+from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.bundle import MANIFEST, WEIGHTS, open_bundle
-from fedprune.errors import ExitCode
-from fedprune.selection import Tensors
-from fedprune_device import cli
-from fedprune_device.data import LocalData
-from fedprune_device.predictor import Predictor
-from fedprune_device.trainer import Trainer
+from fedprune.core import tensorfile
+from fedprune.core.errors import ExitCode
+from fedprune.model.selection import Tensors
+from fedprune.runtime.bundle import MANIFEST, WEIGHTS, open_bundle
+from fedprune_device.cli import main
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.serving.predictor import Predictor
+from fedprune_device.training.trainer import Trainer
 
 pytestmark = pytest.mark.board
 
@@ -34,7 +34,7 @@ def samples(tmp_path: Path, data: LocalData) -> Path:
 
 
 def train(bundle: Path, samples: Path | str, out: Path, *more: str) -> int:
-    return cli.main(["train", "--bundle", str(bundle), "--data", str(samples), "--out", str(out), *more])
+    return main.main(["train", "--bundle", str(bundle), "--data", str(samples), "--out", str(out), *more])
 
 
 def accuracy(folder: Path, data: LocalData) -> float:

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.chance import keyed
-from fedprune.errors import DataError, ModelError, TrainingError
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
-from fedprune_device.data import LocalData
-from fedprune_device.labels import class_presence, class_weights, log_prior
-from fedprune_device.trainer import Trainer, TrainingResult, TrainingStoppedError
+from fedprune.core.errors import DataError, ModelError, TrainingError
+from fedprune.core.rng import keyed
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.labels import class_presence, class_weights, log_prior
+from fedprune_device.training.trainer import Trainer, TrainingResult, TrainingStoppedError
 
 pytestmark = pytest.mark.board
 

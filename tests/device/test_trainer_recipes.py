@@ -11,20 +11,21 @@ import numpy as np
 import pytest
 from memory_fleet import MemoryServer
 
-from fedprune import step, tensorfile
-from fedprune.chance import keyed
-from fedprune.errors import DataError, TrainingError
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
-from fedprune.session import Session
-from fedprune_device.assignment import Workbench
-from fedprune_device.batches import Batches
-from fedprune_device.data import LocalData
-from fedprune_device.labels import class_weights, positive_weights, targets
-from fedprune_device.losses import data_loss, hits, loss_terms
-from fedprune_device.patience import Patience
-from fedprune_device.store import DeviceStore
-from fedprune_device.trainer import Trainer, TrainingResult
+from fedprune.core import tensorfile
+from fedprune.core.errors import DataError, TrainingError
+from fedprune.core.rng import keyed
+from fedprune.model.selection import Tensors
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.batches import Batches
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.labels import class_weights, positive_weights, targets
+from fedprune_device.data.losses import data_loss, hits, loss_terms
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.early_stopping import Patience
+from fedprune_device.training.round_runner import Workbench
+from fedprune_device.training.trainer import Trainer, TrainingResult
 
 pytestmark = pytest.mark.board
 
@@ -499,7 +500,7 @@ def test_no_part_of_a_round_works_on_more_samples_than_a_step(
     run, sizes = Session.run, list[int]()
 
     def counted(session: Session, feeds: Tensors, outputs: Any = None, **how: Any) -> Tensors:
-        sizes.append(len(feeds[step.X]))
+        sizes.append(len(feeds[step_contract.X]))
         return run(session, feeds, outputs, **how)
 
     monkeypatch.setattr(Session, "run", counted)
@@ -541,5 +542,5 @@ def test_a_loss_of_many_outputs_is_that_of_its_parts(loss: str, monkeypatch: pyt
     outputs = rng.standard_normal((7, 5)).astype(np.float32)
     y = rng.integers(0, 2, (7, 5)).astype(np.float32)
     whole = data_loss(loss, outputs, y)
-    monkeypatch.setattr("fedprune_device.losses._AT_ONCE", 10)
+    monkeypatch.setattr("fedprune_device.data.losses._AT_ONCE", 10)
     assert data_loss(loss, outputs, y) == pytest.approx(whole, rel=1e-12)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ConfigError
-from fedprune_device.cli import main
-from fedprune_device.runtime.unit import Service
+from fedprune.core.errors import ConfigError
+from fedprune_device.cli.main import main
+from fedprune_device.releases.unit import Service
 
 pytestmark = pytest.mark.board
 
@@ -110,8 +110,8 @@ except PermissionError:
     pass
 import numpy as np
 from pathlib import Path
-from fedprune_device.probe import _rates
-from fedprune_device.runtime.trial import _run_small_graph
+from fedprune_device.hardware.probe import _rates
+from fedprune_device.releases.release_trial import _run_small_graph
 _run_small_graph()
 train, infer = _rates(2, 0.1)
 assert train > 0 and infer > 0

@@ -13,17 +13,17 @@ import pytest
 from memory_fleet import MemoryLink, MemoryServer, clock
 from web_place import Handler, WebPlace
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Cancelled, Refusal, Update, Want
 from fedprune.wire.offer import Offer
-from fedprune_device import web_fetch
-from fedprune_device.agent import Agent
-from fedprune_device.data import LocalData
-from fedprune_device.store import DeviceStore
-from fedprune_device.trainer import Trainer
+from fedprune_device.agent.agent import Agent
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.network import http_fetch
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.trainer import Trainer
 
 pytestmark = pytest.mark.board
 
@@ -58,7 +58,7 @@ class Board:
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent's clock goes fast: half a second in which this machine stands still would be a stall."""
-    monkeypatch.setattr(web_fetch, "STALL_S", 1e6)
+    monkeypatch.setattr(http_fetch, "STALL_S", 1e6)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def hangs(board: Board) -> Callable[[Handler, bytes], bool]:
 def test_a_web_server_that_hangs_is_given_up(
     board: Board, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(web_fetch, "STALL_S", 0.3)
+    monkeypatch.setattr(http_fetch, "STALL_S", 0.3)
     board.server.plan = [board.offer(1)]
     board.web.behave = hangs(board)
     board.run()

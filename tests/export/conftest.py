@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fedprune_export.imported import Model
+from fedprune_export.pruning.model import Model
 
 
 @pytest.fixture(scope="session")

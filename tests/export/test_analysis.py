@@ -11,13 +11,13 @@ import pytest
 import zoo
 from cutting import distance, inputs, outputs, random_selection
 
-from fedprune.architecture import FIXED, Architecture, TensorKind
-from fedprune.selection import Selection
+from fedprune.model.architecture import FIXED, Architecture, TensorKind
+from fedprune.model.selection import Selection
 from fedprune_export.channels.grouping import _passes
-from fedprune_export.cut import cut
-from fedprune_export.graph import Graph, Port
-from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.model import Model
 
 pytestmark = pytest.mark.torch
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from fedprune import profile_store
-from fedprune.blocks import block_size
-from fedprune.bundle import WEIGHTS, open_bundle
-from fedprune.errors import ExitCode, ModelError
-from fedprune.prediction import predict
-from fedprune.recipe import Recipe
-from fedprune_export import bench_cli
-from fedprune_export.cli import main
-from fedprune_export.stopwatch import Stopwatch
+from fedprune.core.errors import ExitCode, ModelError
+from fedprune.hardware import profile_store
+from fedprune.planning.cost_prediction import predict
+from fedprune.runtime.blocks import block_size
+from fedprune.runtime.bundle import WEIGHTS, open_bundle
+from fedprune.training.recipe import Recipe
+from fedprune_export.cli import bench
+from fedprune_export.cli.main import main
+from fedprune_export.profiling.benchmark import Stopwatch
 from fedprune_server.simulation.digits import digits_model
 
 
@@ -102,7 +102,7 @@ def test_a_step_in_blocks_is_timed_beside_the_other_one(
     options = ("--target", "generic-x86-64", "--density", "0.25", "--block", "8,16", "--out", str(tmp_path / "b"))
     assert main([str(tmp_path / "digits.onnx"), *options]) == ExitCode.OK
     for here in {0, block_size()}:  # another one's graph would compute garbage
-        monkeypatch.setattr(bench_cli, "block_size", lambda here=here: here)
+        monkeypatch.setattr(bench, "block_size", lambda here=here: here)
         capsys.readouterr()
         for batch in (2, Recipe().micro_batch):  # steps in blocks take whole batches alone
             given = ("--runs", "1", "--batch", str(batch), "--json", "--target", "generic-x86-64")

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from cutting import distance, inputs, outputs, random_selection
 
-from fedprune import step, tensorfile
-from fedprune.bundle import FILES, MANIFEST, open_bundle
-from fedprune.bundle_folder import write_bundle
-from fedprune.errors import BundleError, StorageError, StorageFullError
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
-from fedprune.session import Session
-from fedprune_export.bundle import bundle_files
-from fedprune_export.cut import cut
-from fedprune_export.imported import Model
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, StorageError, StorageFullError
+from fedprune.model.selection import Selection
+from fedprune.runtime.bundle import FILES, MANIFEST, open_bundle
+from fedprune.runtime.bundle_folder import write_bundle
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
+from fedprune_export.bundles.bundle import bundle_files
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.model import Model
 
 pytestmark = pytest.mark.torch
 
@@ -63,7 +64,9 @@ def test_a_bundle_that_mixes_says_so_and_another_does_not(
 
     assert open_bundle(tmp_path / "b").recipe == recipe
     assert {k: said[k] for k in ("mixup", "blend") if k in said} == ({"mixup": 0.25, "blend": 0.25} if mixup else {})
-    assert inputs_of & {step.Y_PARTNER, step.Y_SHARE} == ({step.Y_PARTNER, step.Y_SHARE} if mixup else set())
+    assert inputs_of & {step_contract.Y_PARTNER, step_contract.Y_SHARE} == (
+        {step_contract.Y_PARTNER, step_contract.Y_SHARE} if mixup else set()
+    )
 
 
 def test_what_is_written_is_read_back(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:

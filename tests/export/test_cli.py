@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import zoo
 
-from fedprune import profile_store
-from fedprune.bundle import FILES, MANIFEST, blocked_file, open_bundle
-from fedprune.engine_plan import EnginePlan
-from fedprune.errors import ExitCode
-from fedprune.extras import install_command
-from fedprune.probe_report import ProbeReport
-from fedprune_export.cli import main
-from fedprune_export.gradients.tape import RULES
-from fedprune_export.imported import Model
+from fedprune.core.errors import ExitCode
+from fedprune.hardware import profile_store
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.runtime.bundle import FILES, MANIFEST, blocked_file, open_bundle
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune.terminal.extras import install_command
+from fedprune_export.autodiff.tape import RULES
+from fedprune_export.cli.main import main
 from fedprune_export.importing import read_source
+from fedprune_export.pruning.model import Model
 
 pytestmark = pytest.mark.torch
 
@@ -347,7 +347,7 @@ def test_without_onnx_the_extra_is_named(lenet_file: Path, tmp_path: Path) -> No
     code = (
         "import sys\n"
         "sys.modules['onnx'] = None\n"
-        "from fedprune_export.cli import main\n"
+        "from fedprune_export.cli.main import main\n"
         f"sys.exit(main([{str(lenet_file)!r}, '--target', 'raspberry-pi-5', '--out', {str(tmp_path / 'b')!r}]))\n"
     )
 
@@ -383,7 +383,7 @@ def test_an_onnx_file_is_exported_without_importing_torch(lenet_file: Path, tmp_
     code = (
         "import sys\n"
         "sys.modules['torch'] = None\n"
-        "from fedprune_export.cli import main\n"
+        "from fedprune_export.cli.main import main\n"
         f"sys.exit(main([{str(lenet_file)!r}, '--target', 'raspberry-pi-5', '--out', {str(tmp_path / 'b')!r}]))\n"
     )
 

@@ -9,13 +9,13 @@ from cutting import cut_error, random_selection
 from one_step import distances, feeds, oracle, parts
 from torch import nn
 
-from fedprune.features import Features
-from fedprune.session import Session
-from fedprune_export.cut import at_widths
-from fedprune_export.graph import Graph, Port
-from fedprune_export.imported import Model
+from fedprune.runtime.session import Session
+from fedprune.training.features import Features
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.cut import at_widths
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 
 pytestmark = pytest.mark.torch
 

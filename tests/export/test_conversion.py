@@ -9,14 +9,14 @@ import onnx
 import pytest
 from cutting import distance
 
-from fedprune import tensorfile
-from fedprune.bundle import open_bundle
-from fedprune.disk import file_digest
-from fedprune.errors import ExitCode
-from fedprune.session import Session
-from fedprune_device.slots import Serving, Slots
-from fedprune_export import conversion
-from fedprune_export.cli import main
+from fedprune.core import tensorfile
+from fedprune.core.disk import file_digest
+from fedprune.core.errors import ExitCode
+from fedprune.runtime.bundle import open_bundle
+from fedprune.runtime.session import Session
+from fedprune_device.serving.model_slots import Serving, Slots
+from fedprune_export.bundles import conversion
+from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_server.simulation.digits import digits_model
 

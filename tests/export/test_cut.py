@@ -9,12 +9,12 @@ import pytest
 import zoo
 from cutting import cut_error, inputs, outputs, random_selection
 
-from fedprune.errors import BundleError
-from fedprune.selection import Selection
-from fedprune_export.cut import at_widths, cut
-from fedprune_export.graph import Graph, Port
-from fedprune_export.imported import Model
+from fedprune.core.errors import BundleError
+from fedprune.model.selection import Selection
 from fedprune_export.importing import import_onnx
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.cut import at_widths, cut
+from fedprune_export.pruning.model import Model
 
 pytestmark = pytest.mark.torch
 

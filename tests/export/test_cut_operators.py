@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from cutting import cut_error, random_selection
 
-from fedprune_export.graph import Graph, Port
-from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.model import Model
 
 F32 = np.dtype(np.float32)
 CHANNELS, SIDE = 8, 6

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_nets import mixing_nets, nets
 
-from fedprune_export.imported import Model
+from fedprune_export.pruning.model import Model
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment
-from fedprune.errors import ModelError
-from fedprune.session import Session
-from fedprune_export.gradients.dimensions import BATCH, Dimensions
-from fedprune_export.graph import Graph, Port
+from fedprune.core.errors import ModelError
+from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment
+from fedprune.runtime.session import Session
+from fedprune_export.autodiff.dimensions import BATCH, Dimensions
+from fedprune_export.ir.graph import Graph, Port
 
 GROUPS = {"g0": 7, "g1": 5, "g2": 11}
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedprune.errors import ModelError
-from fedprune.session import Session
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import Session
+from fedprune_export.autodiff.tape import RULES
 from fedprune_export.eager.context import OPERATORS, Context
 from fedprune_export.eager.program import Program
-from fedprune_export.gradients.tape import RULES
-from fedprune_export.graph import Graph, Node, Port
-from fedprune_export.training import training_graph  # noqa: F401 (registers the gradient rules)
+from fedprune_export.ir.graph import Graph, Node, Port
+from fedprune_export.training.step_graph import training_graph  # noqa: F401 (registers the gradient rules)
 
 pytestmark = pytest.mark.torch
 

@@ -13,27 +13,27 @@ import smooth_nets
 import torch
 import torch_graph
 
-from fedprune import step
-from fedprune.architecture import widths_at
-from fedprune.element_mask import ElementMask
-from fedprune.errors import BundleError, ModelError
-from fedprune.features import Features
-from fedprune.feeds import first_step
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors
-from fedprune.session import Session
-from fedprune_device.data import LocalData
-from fedprune_device.trainer import Trainer, TrainingResult
-from fedprune_export.cut import at_widths
+from fedprune.core.errors import BundleError, ModelError
+from fedprune.model.architecture import widths_at
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune.training.feeds import first_step
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.training.trainer import Trainer, TrainingResult
 from fedprune_export.eager.context import Context
 from fedprune_export.eager.program import Program
 from fedprune_export.eager.stacks import Row
 from fedprune_export.eager.training import TrainingStep
 from fedprune_export.eager.widths import widths_of
-from fedprune_export.graph import Graph
-from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.ir.graph import Graph
+from fedprune_export.pruning.cut import at_widths
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 
 pytestmark = pytest.mark.torch
 
@@ -89,11 +89,11 @@ def first_feeds(model: Model, graph: Graph, recipe: Recipe, seed: int, sizes: tu
     inputs, out = {p.name for p in graph.inputs}, []
     for size in sizes:
         feeds = first_step(recipe, submodel(model, rng, 0.5), inputs, size, model.architecture.classes)
-        feeds[step.X] = samples_of(model, rng, size)
-        feeds[step.Y] = rng.integers(0, model.architecture.classes, size)
-        if step.Y_PARTNER in inputs:
-            feeds[step.Y_PARTNER] = rng.permutation(feeds[step.Y])
-            feeds[step.Y_SHARE] = np.array(rng.random(), np.float32)
+        feeds[step_contract.X] = samples_of(model, rng, size)
+        feeds[step_contract.Y] = rng.integers(0, model.architecture.classes, size)
+        if step_contract.Y_PARTNER in inputs:
+            feeds[step_contract.Y_PARTNER] = rng.permutation(feeds[step_contract.Y])
+            feeds[step_contract.Y_SHARE] = np.array(rng.random(), np.float32)
         out.append(feeds)
     return out
 
@@ -242,15 +242,17 @@ def test_steps_of_many_devices_are_each_ones_own(option: str) -> None:
     rng = np.random.default_rng(2)
     for i, feeds in enumerate(fed):
         if recipe.loss != "cross_entropy":
-            feeds[step.Y] = rng.random((len(feeds[step.X]), model.architecture.classes)).astype(np.float32)
-        if step.CLASS_WEIGHT in feeds:
-            feeds[step.CLASS_WEIGHT] = rng.random(model.architecture.classes).astype(np.float32)
-        if step.DIVISOR in feeds:
-            feeds[step.DIVISOR] = np.array(9 + i, np.float32)
+            feeds[step_contract.Y] = rng.random((len(feeds[step_contract.X]), model.architecture.classes)).astype(
+                np.float32
+            )
+        if step_contract.CLASS_WEIGHT in feeds:
+            feeds[step_contract.CLASS_WEIGHT] = rng.random(model.architecture.classes).astype(np.float32)
+        if step_contract.DIVISOR in feeds:
+            feeds[step_contract.DIVISOR] = np.array(9 + i, np.float32)
     for given, got in zip(fed, ours.run_many(fed), strict=True):
         assert distance(got, ours.run(given)) < CLOSE
     for given, got in zip(fed, ours.run_many(fed, resident=True), strict=True):
-        assert isinstance(got[step.following("fc.weight")], Row)
+        assert isinstance(got[step_contract.following("fc.weight")], Row)
         assert distance(got, ours.run(given)) < CLOSE
 
 
@@ -262,9 +264,11 @@ def test_a_number_of_the_step_may_be_written_to() -> None:
     fed = first_feeds(model, graph, recipe, 0, (4, 4))
     for share in (0.2, 0.9):
         for each in fed:
-            each[step.Y_SHARE][...] = share
-        for each, got in zip(fed, ours.run_many(fed, [step.LOSS]), strict=True):
-            assert float(got[step.LOSS]) == pytest.approx(float(ours.run(each, [step.LOSS])[step.LOSS]), rel=1e-5)
+            each[step_contract.Y_SHARE][...] = share
+        for each, got in zip(fed, ours.run_many(fed, [step_contract.LOSS]), strict=True):
+            assert float(got[step_contract.LOSS]) == pytest.approx(
+                float(ours.run(each, [step_contract.LOSS])[step_contract.LOSS]), rel=1e-5
+            )
 
 
 def test_rows_that_stay_on_the_device_are_fed_as_arrays_are() -> None:
@@ -274,7 +278,7 @@ def test_rows_that_stay_on_the_device_are_fed_as_arrays_are() -> None:
     fed = first_feeds(model, graph, recipe, 1, (4, 4, 4))
     moved = [n for n in graph_state(graph) if n in fed[0]]
     kept = ours.run_many(fed, resident=True)
-    again = [{**f, **{n: k[step.following(n)] for n in moved}} for f, k in zip(fed, kept, strict=True)]
+    again = [{**f, **{n: k[step_contract.following(n)] for n in moved}} for f, k in zip(fed, kept, strict=True)]
     arrays = [{n: np.asarray(v) for n, v in f.items()} for f in again]
     for got, expected in zip(ours.run_many(again[1:]), ours.run_many(arrays[1:]), strict=True):
         assert all(np.array_equal(got[n], expected[n]) for n in expected)
@@ -289,8 +293,8 @@ def test_what_the_forward_pass_gives_needs_nothing_else() -> None:
     graph = training_graph(model, recipe.features)
     ours = TrainingStep(model, graph, recipe)
     fed = first_feeds(model, graph, recipe, 1, (6, 4))
-    names = [step.following("bn.running_mean"), step.following("bn.running_var")]
-    bare = [{n: v for n, v in f.items() if n in model.tensors or n == step.X} for f in fed]
+    names = [step_contract.following("bn.running_mean"), step_contract.following("bn.running_var")]
+    bare = [{n: v for n, v in f.items() if n in model.tensors or n == step_contract.X} for f in fed]
     whole = ours.run(fed[0])
     for got in (ours.run(bare[0], names), ours.run_many(bare, names)[0]):
         assert set(got) == set(names)
@@ -304,7 +308,7 @@ def test_feeds_that_torch_fails_on_are_an_error() -> None:
     graph = training_graph(model, recipe.features)
     ours = TrainingStep(model, graph, recipe)
     fed = first_feeds(model, graph, recipe, 1, (4, 4))
-    fed[1][step.X] = fed[1][step.X][:, :3]
+    fed[1][step_contract.X] = fed[1][step_contract.X][:, :3]
     with pytest.raises(ModelError, match="torch couldn't run"):
         ours.run(fed[1])
 

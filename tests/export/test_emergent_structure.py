@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from cutting import distance, inputs, outputs
 
-from fedprune import step
-from fedprune.element_mask import ElementMask
-from fedprune.element_order import prunable
-from fedprune.feeds import first_step
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors
-from fedprune.session import Session
-from fedprune.survivors import surviving, survivors
-from fedprune_export.cut import cut
-from fedprune_export.imported import Model
+from fedprune.importance.element_ranking import prunable
+from fedprune.importance.structured_from_mask import surviving, survivors
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.feeds import first_step
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 from nets import LeNet, seeded
 
 pytestmark = pytest.mark.torch
@@ -68,10 +68,10 @@ def test_a_step_of_the_cut_net_is_that_of_the_masked_one(model: Model) -> None:
     x, y = inputs(model, 6), np.arange(6)
 
     def after(tensors: Tensors, bits: ElementMask) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
-        fed = {step.X: x, step.Y: y, **first_step(recipe, tensors, session.inputs, 6, 10)}
-        fed |= {step.mask(n): m.astype(np.float32) for n, m in bits.active.items()}
+        fed = {step_contract.X: x, step_contract.Y: y, **first_step(recipe, tensors, session.inputs, 6, 10)}
+        fed |= {step_contract.mask(n): m.astype(np.float32) for n, m in bits.active.items()}
         got = session.run(fed)
-        return {n: got[step.following(n)] for n in tensors} | {"loss": got[step.LOSS]}
+        return {n: got[step_contract.following(n)] for n in tensors} | {"loss": got[step_contract.LOSS]}
 
     whole = after(weights, mask)
     small = after(selection.gather(weights), mask.gathered(selection))

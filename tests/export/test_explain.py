@@ -13,26 +13,27 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune import blocks, profile_store, session
-from fedprune.architecture import widths_at
-from fedprune.costs import costs_at
-from fedprune.errors import ExitCode
-from fedprune.features import Features
-from fedprune.form_times import FormTimes, Shape
-from fedprune.probe_report import ProbeReport
-from fedprune.recipe import Recipe
-from fedprune.session import KernelTimes
-from fedprune_export import explanation, machine_speed
-from fedprune_export.cli import main
-from fedprune_export.explanation_page import page
+from fedprune.core.errors import ExitCode
+from fedprune.costs.costs import costs_at
+from fedprune.costs.form_times import FormTimes, Shape
+from fedprune.hardware import profile_store
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.model.architecture import widths_at
+from fedprune.runtime import blocks, session
+from fedprune.runtime.session import KernelTimes
+from fedprune.training.features import Features
+from fedprune.training.recipe import Recipe
+from fedprune_export.autodiff.conv_geometry import Window
+from fedprune_export.autodiff.rules.dense import formulation
+from fedprune_export.cli.main import main
 from fedprune_export.formulation import Forms
-from fedprune_export.gradients.dense import formulation
-from fedprune_export.gradients.windows import Window
-from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.machine_speed import Speed
-from fedprune_export.step_pieces import KINDS, PRODUCTS, Piece, pieces
-from fedprune_export.training import training_graph
+from fedprune_export.profiling import machine_peak, roofline
+from fedprune_export.profiling.machine_peak import Speed
+from fedprune_export.profiling.roofline_layers import KINDS, PRODUCTS, Piece, pieces
+from fedprune_export.pruning.model import Model
+from fedprune_export.reports.roofline_page import page
+from fedprune_export.training.step_graph import training_graph
 from fedprune_server.simulation.digits import digits_model
 
 SPEED = Speed(1e9, 1e9, "of a slow machine")
@@ -88,9 +89,9 @@ def test_forms_are_those_that_were_chosen(model: Model) -> None:
     assert {p.form for p in found(model, Forms(16, 16)) if p.title == "conv2"} == {"blocks"}
 
 
-def explained(model: Model, runs: int = 0, forms: Forms | None = None) -> explanation.Explanation:
+def explained(model: Model, runs: int = 0, forms: Forms | None = None) -> roofline.Explanation:
     widths = widths_at(model.architecture, 0.25)
-    return explanation.explain(model, widths, Recipe(), SPEED, batch=4, forms=forms, runs=runs)
+    return roofline.explain(model, widths, Recipe(), SPEED, batch=4, forms=forms, runs=runs)
 
 
 @pytest.mark.parametrize("forms", FORMS[:2])
@@ -101,7 +102,7 @@ def test_what_is_measured_is_found_again(model: Model, forms: Forms | None, monk
         seen.append(session.kernel_times(*given, **more))  # type: ignore[arg-type]
         return seen[-1]
 
-    monkeypatch.setattr(explanation, "kernel_times", watched)
+    monkeypatch.setattr(roofline, "kernel_times", watched)
 
     out = explained(model, 3, forms)
 
@@ -158,7 +159,7 @@ def test_sub_graphs_count_once() -> None:
     piece = Piece("conv", "Conv", "weight gradient", "blocks", 1, 1, ("Conv~1", "Pad~2"))
     kernels = {"If~3": ("If", 9.0), "Conv~1": ("Conv", 5.0), "Pad~2_more": ("Pad", 3.0), "strange": ("Cast", 1.0)}
 
-    spent, unknown = explanation._spent([piece], KernelTimes(10.0, kernels))
+    spent, unknown = roofline._spent([piece], KernelTimes(10.0, kernels))
 
     assert spent == [{"products": 5.0, "layout": 3.0}]
     assert unknown == 1.0
@@ -168,17 +169,17 @@ def test_sub_graphs_count_once() -> None:
 def test_threads_have_their_share_of_a_profiles_peak(threads: int, share: float) -> None:
     profile = profile_store.find("raspberry-pi-5")
 
-    speed = machine_speed.promised(profile, threads)
+    speed = machine_peak.promised(profile, threads)
 
     assert speed.flops == profile.compute.peak_flops * share
     assert speed.bytes_s == profile.memory.bandwidth_bytes_s
 
 
 def test_this_machine_has_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_speed, "_MOVED", 2**12)
-    monkeypatch.setattr(machine_speed, "_SIDE", 16)
+    monkeypatch.setattr(machine_peak, "_MOVED", 2**12)
+    monkeypatch.setattr(machine_peak, "_SIDE", 16)
 
-    speed = machine_speed.measured(2)
+    speed = machine_peak.measured(2)
 
     assert speed.flops > 0
     assert speed.bytes_s > 0
@@ -239,7 +240,7 @@ def test_the_command_prints_what_is_explained(
 def test_a_step_is_measured_and_drawn(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedprune_export.explain_cli.RUNS", 1)
+    monkeypatch.setattr("fedprune_export.cli.explain.RUNS", 1)
     file = tmp_path / "step.html"
     options = ("--target", "raspberry-pi-5", "--density", "0.25", "--batch", "2", "--measure", "--page", str(file))
 
@@ -256,9 +257,9 @@ def test_a_step_is_measured_and_drawn(
 def test_by_this_machine_s_bounds_what_was_measured_has_a_ratio(
     digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedprune_export.explain_cli.RUNS", 1)
-    monkeypatch.setattr(machine_speed, "_MOVED", 2**12)
-    monkeypatch.setattr(machine_speed, "_SIDE", 16)
+    monkeypatch.setattr("fedprune_export.cli.explain.RUNS", 1)
+    monkeypatch.setattr(machine_peak, "_MOVED", 2**12)
+    monkeypatch.setattr(machine_peak, "_SIDE", 16)
 
     assert main(["explain", str(digits), "--density", "0.25", "--batch", "2", "--measure"]) == ExitCode.OK
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.errors import ExitCode
-from fedprune_export.cli import COMMANDS, build_parser, main
+from fedprune.core import tensorfile
+from fedprune.core.errors import ExitCode
+from fedprune_export.cli.main import COMMANDS, build_parser, main
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model, load_digits
 

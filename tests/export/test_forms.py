@@ -9,19 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune import step
-from fedprune.architecture import widths_at
-from fedprune.blocks import block_size
-from fedprune.features import Features
-from fedprune.feeds import first_step
-from fedprune.form_times import NAMES, FormTimes, Shape
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
-from fedprune.session import Session
+from fedprune.costs.form_times import NAMES, FormTimes, Shape
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
+from fedprune.runtime.blocks import block_size
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune.training.feeds import first_step
+from fedprune.training.recipe import Recipe
+from fedprune_export.autodiff.conv_geometry import Window
 from fedprune_export.formulation import Forms
-from fedprune_export.gradients.windows import Window
 from fedprune_export.importing import import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.training.step_graph import training_graph
 from fedprune_server.simulation.digits import digits_model
 
 
@@ -117,10 +117,10 @@ def test_whatever_a_table_says_the_step_is_the_same(seed: int, block: int) -> No
         graph = training_graph(model, Features(), widths=widths, forms=forms)
         session = Session(graph.to_bytes(), training=True)
         more = first_step(Recipe(lr=0.1), tensors, session.inputs, 5, 10)
-        results.append(session.run({step.X: x, step.Y: y, **more}))
+        results.append(session.run({step_contract.X: x, step_contract.Y: y, **more}))
         operators.append([n.op for n in graph.nodes])
     assert operators[0] != operators[1]
     for name, usual in results[0].items():
         np.testing.assert_allclose(results[1][name], usual, rtol=1e-3, atol=1e-4, err_msg=name)
-    moved = [n for n in tensors if not np.array_equal(results[0][step.following(n)], tensors[n])]
+    moved = [n for n in tensors if not np.array_equal(results[0][step_contract.following(n)], tensors[n])]
     assert any(n.startswith("conv2") for n in moved)

@@ -17,22 +17,23 @@ from random_nets import mixing_nets, nets
 from smooth_nets import SmoothMobileNet, SmoothResNet
 from torch import nn
 
-from fedprune import blocks, step
-from fedprune.architecture import widths_at
-from fedprune.errors import ConfigError, ModelError
-from fedprune.features import Features
-from fedprune.selection import Selection
-from fedprune.session import Session
-from fedprune_device.step_graph import StepGraph
-from fedprune_export.cut import cut
+from fedprune.core.errors import ConfigError, ModelError
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
+from fedprune.runtime import blocks
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune_device.training.step_graph import StepGraph
+from fedprune_export.autodiff import intents
+from fedprune_export.autodiff.conv_geometry import Window
 from fedprune_export.formulation import Forms, formulated, pointwise
 from fedprune_export.formulation.layouts import Layouts
-from fedprune_export.gradients import intents
-from fedprune_export.gradients.windows import Window
-from fedprune_export.graph import Graph, Port
-from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 from nets import lenet, resnet20_bn, vgg11_bn
 
 pytestmark = pytest.mark.torch
@@ -190,7 +191,7 @@ def test_a_mean_far_from_zero_costs_no_digits(mean: float, forms: Forms) -> None
     for name, value in exact.items():
         deviation = np.sqrt(exact[name.replace("_mean", "_var")])  # a mean may cancel to nothing
         size = np.linalg.norm(np.hypot(value, deviation) if name.endswith("_mean") else value)
-        off = np.linalg.norm(got[step.following(name)] - value) / size
+        off = np.linalg.norm(got[step_contract.following(name)] - value) / size
         assert off <= max(FLOOR, 2 * np.linalg.norm(usual[name] - value) / size), name
 
 
@@ -444,10 +445,10 @@ def test_standard_operators_alone_are_what_no_block_means() -> None:
     model = import_onnx(export_torch(resnet20_bn()), "net")
     graph = training_graph(model, Features(), widths=model.architecture.sizes)
     assert {n.domain for n in graph.nodes} == {""}
-    assert step.BLOCK not in graph.metadata
+    assert step_contract.BLOCK not in graph.metadata
     inside = training_graph(model, Features(), widths=model.architecture.sizes, forms=Forms(16, 32))
     assert {n.domain for n in inside.nodes} == {"", "com.microsoft.nchwc"}
-    assert inside.metadata[step.BLOCK] == "16"
+    assert inside.metadata[step_contract.BLOCK] == "16"
 
 
 def test_no_processor_has_such_blocks() -> None:

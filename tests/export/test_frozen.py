@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune import step
-from fedprune.errors import ConfigError, ModelError
-from fedprune.features import Features
-from fedprune.freezing import trained_tensors
-from fedprune.session import Session
-from fedprune_export.graph import Graph
-from fedprune_export.imported import Model
+from fedprune.core.errors import ConfigError, ModelError
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune.training.trainable import trained_tensors
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.ir.graph import Graph
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 from nets import seeded
 
 pytestmark = pytest.mark.torch
@@ -61,9 +61,12 @@ def model() -> Model:
 def feeds(model: Model, graph: Graph, batch: int = 7) -> Arrays:
     rng = np.random.default_rng(batch)
     out: Arrays = {**model.tensors}
-    out[step.X] = rng.standard_normal((batch, *model.architecture.input_shape)).astype(np.float32)
-    out[step.Y] = rng.integers(0, CLASSES, batch)
-    out |= {n: np.array(v, np.float32) for n, v in ((step.LR, 0.1), (step.MOMENTUM, 0.9), (step.WEIGHT_DECAY, 0.01))}
+    out[step_contract.X] = rng.standard_normal((batch, *model.architecture.input_shape)).astype(np.float32)
+    out[step_contract.Y] = rng.integers(0, CLASSES, batch)
+    out |= {
+        n: np.array(v, np.float32)
+        for n, v in ((step_contract.LR, 0.1), (step_contract.MOMENTUM, 0.9), (step_contract.WEIGHT_DECAY, 0.01))
+    }
     for port in graph.inputs:
         if "::" in port.name:
             out[port.name] = np.zeros_like(out[port.name.partition("::")[0]])
@@ -81,12 +84,18 @@ def oracle(model: Model, trained: set[str], moving: set[str], fed: Arrays, dtype
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in trained)
     optimiser = torch.optim.SGD(leaves.values(), 0.1, 0.9, weight_decay=0.01)
-    loss = nn.functional.cross_entropy(net(torch.tensor(fed[step.X], dtype=dtype)), torch.tensor(fed[step.Y]))
+    loss = nn.functional.cross_entropy(
+        net(torch.tensor(fed[step_contract.X], dtype=dtype)), torch.tensor(fed[step_contract.Y])
+    )
     loss.backward()
-    out = {step.gradient(n): p.grad.numpy().copy() for n, p in leaves.items() if p.grad is not None}
+    out = {step_contract.gradient(n): p.grad.numpy().copy() for n, p in leaves.items() if p.grad is not None}
     optimiser.step()
     state = net.state_dict()
-    return out | {step.LOSS: loss.detach().numpy()} | {step.following(n): state[n].numpy() for n in trained | moving}
+    return (
+        out
+        | {step_contract.LOSS: loss.detach().numpy()}
+        | {step_contract.following(n): state[n].numpy() for n in trained | moving}
+    )
 
 
 FREEZES = {
@@ -104,7 +113,7 @@ FREEZES = {
 def scopes(model: Model, features: Features) -> tuple[set[str], set[str]]:
     trained = {t.name for t in trained_tensors(model.architecture, features)}
     made = {p.name for p in training_graph(model, features).outputs}
-    return trained, {t.name for t in model.architecture.statistics if step.following(t.name) in made}
+    return trained, {t.name for t in model.architecture.statistics if step_contract.following(t.name) in made}
 
 
 @pytest.mark.parametrize("name", FREEZES)
@@ -115,13 +124,15 @@ def test_what_is_trained_moves_as_in_torch(model: Model, name: str) -> None:
     fed = feeds(model, graph)
     exact = oracle(model, trained, moving, fed, torch.float64)
     # The order of samples changes nothing but rounding: a few orders show how much that is on this processor.
-    orders = [np.random.default_rng(k).permutation(len(fed[step.Y])) for k in range(6)]
+    orders = [np.random.default_rng(k).permutation(len(fed[step_contract.Y])) for k in range(6)]
     usual = [
-        oracle(model, trained, moving, fed | {n: fed[n][order] for n in (step.X, step.Y)}, torch.float32)
+        oracle(
+            model, trained, moving, fed | {n: fed[n][order] for n in (step_contract.X, step_contract.Y)}, torch.float32
+        )
         for order in orders
     ]
     got = Session(graph.to_bytes(), training=True).run(fed)
-    assert {n for n in got if "::momentum" not in n and n != step.HITS} == set(exact)
+    assert {n for n in got if "::momentum" not in n and n != step_contract.HITS} == set(exact)
 
     def size(value: Any) -> float:
         return float(np.linalg.norm(np.asarray(value, np.float64).ravel()))
@@ -141,8 +152,8 @@ def test_frozen_tensors_bring_nothing_and_give_nothing(model: Model, name: str) 
     features = FREEZES[name]
     graph = training_graph(model, features)
     trained, moving = scopes(model, features)
-    assert {p.name for p in graph.inputs if "::" in p.name} == {step.buffer(n) for n in trained}
-    made = {p.name.partition("::")[0] for p in graph.outputs} - {step.LOSS, step.HITS}
+    assert {p.name for p in graph.inputs if "::" in p.name} == {step_contract.buffer(n) for n in trained}
+    made = {p.name.partition("::")[0] for p in graph.outputs} - {step_contract.LOSS, step_contract.HITS}
     assert made == trained | moving
     assert {t.name for t in model.architecture.tensors} <= {p.name for p in graph.inputs}
 
@@ -167,17 +178,17 @@ def test_the_backward_pass_shrinks_with_every_layer_that_is_frozen(model: Model)
 def test_a_layer_between_trained_ones_is_passed_through(model: Model) -> None:
     graph = training_graph(model, Features(frozen=("conv2.*", "norm2.*")))
     whole = training_graph(model, Features())
-    assert step.buffer("conv1.weight") in {p.name for p in graph.inputs}
+    assert step_contract.buffer("conv1.weight") in {p.name for p in graph.inputs}
     assert len(graph.nodes) < len(whole.nodes)
 
 
 def test_what_the_model_froze_stays_frozen(model: Model) -> None:
     frozen = replace(model, frozen=("conv1.weight", "conv1.bias"))
     names = {p.name for p in training_graph(frozen, Features()).inputs}
-    assert step.buffer("conv1.weight") not in names
-    assert step.buffer("norm1.weight") in names
+    assert step_contract.buffer("conv1.weight") not in names
+    assert step_contract.buffer("norm1.weight") in names
     named = {p.name for p in training_graph(frozen, Features(trainable=("conv1.weight",))).inputs}
-    assert {n for n in named if "::" in n} == {step.buffer("conv1.weight")}
+    assert {n for n in named if "::" in n} == {step_contract.buffer("conv1.weight")}
 
 
 def test_a_norm_with_half_of_its_statistics_frozen_is_refused(model: Model) -> None:

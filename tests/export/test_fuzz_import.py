@@ -7,7 +7,7 @@ import pytest
 from model_corpus import corpus
 from model_mutations import damaged
 
-from fedprune.errors import ModelError
+from fedprune.core.errors import ModelError
 from fedprune_export.importing import import_onnx
 
 MODELS = corpus()

@@ -11,10 +11,10 @@ from differentiation import Arrays, Oracle, check, differentiated, floats, ints,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import ModelError
-from fedprune.session import Session
-from fedprune_export.gradients.tape import RULES, rule
-from fedprune_export.graph import Node
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import Session
+from fedprune_export.autodiff.tape import RULES, rule
+from fedprune_export.ir.graph import Node
 
 pytestmark = pytest.mark.torch
 

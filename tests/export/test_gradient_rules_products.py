@@ -8,7 +8,7 @@ from differentiation import check, differentiated, node, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import ModelError
+from fedprune.core.errors import ModelError
 
 pytestmark = pytest.mark.torch
 

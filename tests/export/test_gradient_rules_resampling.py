@@ -11,7 +11,7 @@ from differentiation import check, differentiated, ints, node, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import ModelError
+from fedprune.core.errors import ModelError
 
 pytestmark = pytest.mark.torch
 

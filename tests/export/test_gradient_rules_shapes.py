@@ -12,8 +12,8 @@ from differentiation import Arrays, Oracle, check, differentiated, floats, ints,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import ModelError
-from fedprune_export.graph import Node
+from fedprune.core.errors import ModelError
+from fedprune_export.ir.graph import Node
 
 pytestmark = pytest.mark.torch
 

@@ -11,10 +11,10 @@ from differentiation import Symbols, check, differentiated, node, normal
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import ModelError
-from fedprune.session import Session
-from fedprune_export.gradients import depthwise
-from fedprune_export.graph import Graph, Port
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import Session
+from fedprune_export.autodiff.rules import depthwise
+from fedprune_export.ir.graph import Graph, Port
 
 pytestmark = pytest.mark.torch
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_nets import mixing_nets, nets
 
-from fedprune_export.cut import cut
-from fedprune_export.imported import Model
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.model import Model
 
 pytestmark = pytest.mark.torch
 

@@ -13,9 +13,9 @@ from differentiation import check, differentiated, ints, node, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import ModelError
-from fedprune.session import Session
-from fedprune_export.graph import Graph, Node, Port
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import Session
+from fedprune_export.ir.graph import Graph, Node, Port
 
 pytestmark = pytest.mark.torch
 

@@ -15,13 +15,13 @@ from gradient_distance import CAP
 from one_step import FLIPPED, Arrays, distances, feeds, oracle, parts, tensor_distances
 from torch import nn
 
-from fedprune.architecture import widths_at
-from fedprune.features import Features
-from fedprune.selection import Selection
-from fedprune.session import Session
-from fedprune_export.imported import Model
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
+from fedprune.runtime.session import Session
+from fedprune.training.features import Features
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 from nets import seeded
 
 pytestmark = pytest.mark.torch

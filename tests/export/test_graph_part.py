@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from fedprune.graph_part import part_for
-from fedprune.session import Session
+from fedprune.runtime.onnx_subgraph import part_for
+from fedprune.runtime.session import Session
 
 
 def value(name: str, shape: list[int], kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from cutting import cut_error, distance, inputs, outputs, random_selection
 
-from fedprune.architecture import Segment
-from fedprune_export.imported import Model
+from fedprune.model.architecture import Segment
 from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.pruning.model import Model
 
 pytestmark = pytest.mark.torch
 

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from fedprune.errors import ModelError
+from fedprune.core.errors import ModelError
 from fedprune_export.importing import PARAMETERS_KEY, import_onnx, load
 from fedprune_export.importing.metadata import TIED_KEY, write
 from fedprune_export.importing.preparation import MOST_NODES

@@ -10,12 +10,12 @@ import pytest
 import zoo
 from cutting import distance, inputs, outputs, random_selection
 
-from fedprune import tensorfile
-from fedprune.errors import BundleError
-from fedprune.session import Session
-from fedprune_export.cut import cut
-from fedprune_export.imported import Model
-from fedprune_export.inference import WEIGHTS_FILE, inference_model
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError
+from fedprune.runtime.session import Session
+from fedprune_export.bundles.inference import WEIGHTS_FILE, inference_model
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.model import Model
 
 pytestmark = pytest.mark.torch
 

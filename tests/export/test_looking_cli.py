@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ExitCode
+from fedprune.core.errors import ExitCode
+from fedprune_export.autodiff.tape import RULES as GRADIENTS
 from fedprune_export.channels.rule import RULES as CHANNELS
-from fedprune_export.cli import main
-from fedprune_export.composites import NATIVE
-from fedprune_export.gradients.tape import RULES as GRADIENTS
+from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS
 from fedprune_export.importing.translation import TRANSLATED
-from fedprune_export.target_opset import EARLIER_FORMS, LATER_FORMS
+from fedprune_export.ir.composites import NATIVE
+from fedprune_export.ir.opset_lowering import EARLIER_FORMS, LATER_FORMS
 from fedprune_server.simulation.digits import digits_model
 
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch.nn import functional
 
-from fedprune import step
-from fedprune.features import Features
-from fedprune.session import Session
-from fedprune_export.gradients.tape import BATCH, port
-from fedprune_export.graph import Graph
-from fedprune_export.losses import target_shape, write_loss
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune_export.autodiff.tape import BATCH, port
+from fedprune_export.ir.graph import Graph
+from fedprune_export.training.losses import target_shape, write_loss
 
 pytestmark = pytest.mark.torch
 
@@ -46,8 +46,8 @@ def session(name: str, parts: bool = False) -> Session:
     asked = LOSSES[name]
     features = Features(**{**asked.__dict__, "accumulate": parts, "sample_losses": True})
     g = Graph(name="loss")
-    g.inputs = [port("z", (BATCH, K)), port(step.Y, *target_shape(features, K))]
-    g.outputs = [port(step.LOSS, ())]
+    g.inputs = [port("z", (BATCH, K)), port(step_contract.Y, *target_shape(features, K))]
+    g.outputs = [port(step_contract.LOSS, ())]
     g.emit("Identity", write_loss(g, "z", K, features), out="dz")
     g.outputs.append(port("dz", (BATCH, K)))
     return Session(g.to_bytes(), training=True)
@@ -57,12 +57,12 @@ def numbers(seed: int) -> dict[str, Array]:
     """What the losses read besides logits and labels."""
     rng = np.random.default_rng(seed)
     return {
-        step.LOGIT_OFFSET: rng.standard_normal(K).astype(np.float32),
-        step.CLASS_WEIGHT: rng.uniform(0.1, 3, K).astype(np.float32),
-        step.CLASS_MASK: np.array([1, 0, 1, 1], np.float32),
-        step.LABEL_SMOOTHING: np.array(rng.uniform(0, 1), np.float32),
-        step.HUBER_DELTA: np.array(rng.uniform(0.1, 3), np.float32),
-        step.Y_SHARE: np.array(rng.choice([0, 1, rng.uniform(0, 1)]), np.float32),
+        step_contract.LOGIT_OFFSET: rng.standard_normal(K).astype(np.float32),
+        step_contract.CLASS_WEIGHT: rng.uniform(0.1, 3, K).astype(np.float32),
+        step_contract.CLASS_MASK: np.array([1, 0, 1, 1], np.float32),
+        step_contract.LABEL_SMOOTHING: np.array(rng.uniform(0, 1), np.float32),
+        step_contract.HUBER_DELTA: np.array(rng.uniform(0.1, 3), np.float32),
+        step_contract.Y_SHARE: np.array(rng.choice([0, 1, rng.uniform(0, 1)]), np.float32),
     }
 
 
@@ -83,18 +83,18 @@ def partners(y: Array, seed: int) -> Array:
 def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtype: torch.dtype) -> dict[str, Array]:
     get = {k: torch.tensor(v, dtype=dtype) for k, v in extra.items()}
     leaf = torch.tensor(z, dtype=dtype, requires_grad=True)
-    x, weight = leaf, get[step.CLASS_WEIGHT] if features.class_weight else None
+    x, weight = leaf, get[step_contract.CLASS_WEIGHT] if features.class_weight else None
     if features.logit_offset:
-        x = x + get[step.LOGIT_OFFSET]
+        x = x + get[step_contract.LOGIT_OFFSET]
     if features.class_mask:
-        x = torch.where(get[step.CLASS_MASK] > 0, x, torch.zeros_like(x))
+        x = torch.where(get[step_contract.CLASS_MASK] > 0, x, torch.zeros_like(x))
     target = torch.tensor(y) if y.dtype == np.int64 else torch.tensor(y, dtype=dtype)
-    share = get[step.Y_SHARE] if features.mixup else torch.ones((), dtype=dtype)
-    partner = torch.tensor(extra[step.Y_PARTNER]) if features.mixup else target
+    share = get[step_contract.Y_SHARE] if features.mixup else torch.ones((), dtype=dtype)
+    partner = torch.tensor(extra[step_contract.Y_PARTNER]) if features.mixup else target
     out: dict[str, torch.Tensor] = {}
     for reduction in ("mean", "none"):
         if features.loss == "cross_entropy":
-            smooth = float(extra[step.LABEL_SMOOTHING]) if features.label_smoothing else 0.0
+            smooth = float(extra[step_contract.LABEL_SMOOTHING]) if features.label_smoothing else 0.0
             own, other = (
                 functional.cross_entropy(x, t, weight, label_smoothing=smooth, reduction=reduction)
                 for t in (target, partner)
@@ -107,15 +107,17 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
         elif features.loss == "mse":
             out[reduction] = functional.mse_loss(x, target, reduction=reduction)
         else:
-            out[reduction] = functional.huber_loss(x, target, reduction=reduction, delta=float(extra[step.HUBER_DELTA]))
+            out[reduction] = functional.huber_loss(
+                x, target, reduction=reduction, delta=float(extra[step_contract.HUBER_DELTA])
+            )
     out["mean"].backward()
     each = out["none"] if out["none"].ndim == 1 else out["none"].mean(1)
     assert leaf.grad is not None
-    found = {step.LOSS: out["mean"], step.SAMPLE_LOSSES: each, "dz": leaf.grad}
+    found = {step_contract.LOSS: out["mean"], step_contract.SAMPLE_LOSSES: each, "dz": leaf.grad}
     if features.loss == "cross_entropy":
-        found[step.HITS] = (x.argmax(1) == (target if share >= 0.5 else partner)).sum()
+        found[step_contract.HITS] = (x.argmax(1) == (target if share >= 0.5 else partner)).sum()
     if features.loss == "bce":
-        found[step.HITS] = ((x > 0) == (target > 0.5)).sum()
+        found[step_contract.HITS] = ((x > 0) == (target > 0.5)).sum()
     return {k: v.detach().numpy() for k, v in found.items()}
 
 
@@ -134,9 +136,9 @@ logits = st.integers(1, 9).flatmap(
 def test_a_loss_and_its_gradient_are_torchs(name: str, z: Array, seed: int) -> None:
     features, run = LOSSES[name], session(name)
     y, extra = labels(LOSSES[name].loss, len(z), seed), numbers(seed)
-    extra[step.Y_PARTNER] = partners(y, seed)
+    extra[step_contract.Y_PARTNER] = partners(y, seed)
     exact, usual = (oracle(features, z, y, extra, t) for t in (torch.float64, torch.float32))
-    got = run.run({k: v for k, v in {"z": z, step.Y: y, **extra}.items() if k in run.inputs})
+    got = run.run({k: v for k, v in {"z": z, step_contract.Y: y, **extra}.items() if k in run.inputs})
     assert set(got) == set(exact)
     # Where terms cancel, what is left is as exact as the terms: the largest of them is as large as a logit.
     floor = 2e-7 * (1 + float(np.abs(z).max()))
@@ -150,19 +152,23 @@ def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(name: str) -> None:
     features = LOSSES[name]
     rng = np.random.default_rng(5)
     z, y, extra = rng.standard_normal((11, K)).astype(np.float32), labels(features.loss, 11, 5), numbers(5)
-    weights = extra[step.CLASS_WEIGHT][y] if features.class_weight and features.loss == "cross_entropy" else np.ones(11)
-    extra[step.DIVISOR] = np.array(weights.sum(), np.float32)
+    weights = (
+        extra[step_contract.CLASS_WEIGHT][y]
+        if features.class_weight and features.loss == "cross_entropy"
+        else np.ones(11)
+    )
+    extra[step_contract.DIVISOR] = np.array(weights.sum(), np.float32)
     split = np.array_split(np.arange(11), 3)
     partner = np.concatenate([partners(y[rows], 5) for rows in split])
-    run, exact = session(name, True), oracle(features, z, y, {**extra, step.Y_PARTNER: partner}, torch.float64)
+    run, exact = session(name, True), oracle(features, z, y, {**extra, step_contract.Y_PARTNER: partner}, torch.float64)
     found = []
     for rows in split:
-        fed = {"z": z[rows], step.Y: y[rows], step.Y_PARTNER: partner[rows], **extra}
+        fed = {"z": z[rows], step_contract.Y: y[rows], step_contract.Y_PARTNER: partner[rows], **extra}
         found.append(run.run({k: v for k, v in fed.items() if k in run.inputs}))
-    assert sum(float(f[step.LOSS]) for f in found) == pytest.approx(float(exact[step.LOSS]), rel=1e-6)
+    assert sum(float(f[step_contract.LOSS]) for f in found) == pytest.approx(float(exact[step_contract.LOSS]), rel=1e-6)
     assert error(np.concatenate([f["dz"] for f in found]), exact["dz"]) < 1e-6
-    if step.HITS in exact:
-        assert sum(int(f[step.HITS]) for f in found) == exact[step.HITS]
+    if step_contract.HITS in exact:
+        assert sum(int(f[step_contract.HITS]) for f in found) == exact[step_contract.HITS]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -170,7 +176,7 @@ def test_extreme_outputs_give_finite_losses(name: str) -> None:
     features, run, extra = LOSSES[name], session(name), numbers(1)
     z = np.array([[1e6, -1e6, 0, 1], [-1e6, 1e6, 1e-30, -1e-30]], np.float32)
     y = labels(features.loss, 2, 0)
-    fed = {"z": z, step.Y: y, step.Y_PARTNER: y[::-1].copy(), **extra}
+    fed = {"z": z, step_contract.Y: y, step_contract.Y_PARTNER: y[::-1].copy(), **extra}
     got = run.run({k: v for k, v in fed.items() if k in run.inputs})
     assert all(np.isfinite(v).all() for v in got.values())
 
@@ -188,9 +194,9 @@ def test_a_sample_that_is_not_mixed_has_the_loss_that_it_has_without_mixup(
     mixed: str, plain: str, z: Array, seed: int, where: str
 ) -> None:
     y, extra = labels("cross_entropy", len(z), seed), numbers(seed)
-    fed = {"z": z, step.Y: y, step.Y_PARTNER: y, **extra}
+    fed = {"z": z, step_contract.Y: y, step_contract.Y_PARTNER: y, **extra}
     if where == "whole":
-        fed |= {step.Y_PARTNER: partners(y, seed), step.Y_SHARE: np.array(1, np.float32)}
+        fed |= {step_contract.Y_PARTNER: partners(y, seed), step_contract.Y_SHARE: np.array(1, np.float32)}
     got, wanted = (
         run.run({k: v for k, v in fed.items() if k in run.inputs}) for run in (session(mixed), session(plain))
     )
@@ -202,11 +208,11 @@ def test_a_sample_that_is_not_mixed_has_the_loss_that_it_has_without_mixup(
 def test_mixed_labels_are_torchs_probabilities_of_classes(z: Array, seed: int) -> None:
     """Where classes weigh alike: eq. 1 of mixup, with labels one-hot, smoothed after they were mixed."""
     y, extra = labels("cross_entropy", len(z), seed), numbers(seed)
-    extra[step.Y_PARTNER] = partners(y, seed)
-    share, smooth = float(extra[step.Y_SHARE]), float(extra[step.LABEL_SMOOTHING])
+    extra[step_contract.Y_PARTNER] = partners(y, seed)
+    share, smooth = float(extra[step_contract.Y_SHARE]), float(extra[step_contract.LABEL_SMOOTHING])
     exact = oracle(Features(mixup=True, label_smoothing=True), z, y, extra, torch.float64)
     leaf = torch.tensor(z, dtype=torch.float64, requires_grad=True)
-    hot = share * np.eye(K)[y] + (1 - share) * np.eye(K)[extra[step.Y_PARTNER]]
+    hot = share * np.eye(K)[y] + (1 - share) * np.eye(K)[extra[step_contract.Y_PARTNER]]
     functional.cross_entropy(leaf, torch.tensor(hot), label_smoothing=smooth).backward()
     assert leaf.grad is not None
     np.testing.assert_allclose(exact["dz"], leaf.grad.numpy(), atol=1e-12)
@@ -214,6 +220,6 @@ def test_mixed_labels_are_torchs_probabilities_of_classes(z: Array, seed: int) -
 
 def test_small_losses_keep_their_digits() -> None:
     z = np.array([[20, -20, 40, -40]], np.float32)
-    got = session("bce").run({"z": z, step.Y: np.array([[1, 0, 1, 0]], np.float32)})
+    got = session("bce").run({"z": z, step_contract.Y: np.array([[1, 0, 1, 0]], np.float32)})
     np.testing.assert_allclose(got["dz"][0] * K, [-np.exp(-20), np.exp(-20), -np.exp(-40), np.exp(-40)], rtol=1e-6)
-    assert got[step.LOSS] == pytest.approx(np.exp(-20) / 2, rel=1e-6)
+    assert got[step_contract.LOSS] == pytest.approx(np.exp(-20) / 2, rel=1e-6)

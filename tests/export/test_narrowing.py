@@ -9,12 +9,12 @@ from cutting import distance, inputs, outputs, random_selection
 from torch import nn
 
 import nets
-from fedprune.errors import ModelError
-from fedprune.selection import Selection
-from fedprune_export.cut import cut
-from fedprune_export.imported import Model
+from fedprune.core.errors import ModelError
+from fedprune.model.selection import Selection
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.narrowing import narrowed
+from fedprune_export.importing.torch_narrowing import narrowed
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.model import Model
 
 pytestmark = pytest.mark.torch
 

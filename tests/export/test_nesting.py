@@ -13,13 +13,13 @@ from cutting import distance, inputs, outputs
 from torch import nn
 
 import nets
-from fedprune.architecture import TensorKind, widths_at
-from fedprune.nesting import just_made, nested
-from fedprune.selection import Selection
-from fedprune_export.cut import cut
-from fedprune_export.graph import Graph
-from fedprune_export.imported import Model
+from fedprune.model.architecture import TensorKind, widths_at
+from fedprune.model.nested_init import just_made, nested
+from fedprune.model.selection import Selection
 from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.ir.graph import Graph
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.model import Model
 
 pytestmark = pytest.mark.torch
 

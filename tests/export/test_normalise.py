@@ -10,13 +10,13 @@ import pytest
 from cutting import distance, outputs
 from onnx import helper, numpy_helper
 
-from fedprune.errors import ModelError
-from fedprune.session import Session
-from fedprune.step import RESERVED
-from fedprune_export.graph import Graph, Port
-from fedprune_export.imported import Model
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import Session
+from fedprune.training.step_contract import RESERVED
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.roles import CONSTANT_PREFIX
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.model import Model
 
 F32 = np.dtype(np.float32)
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from fedprune.errors import ModelError
+from fedprune.core.errors import ModelError
 from fedprune_export import channels
+from fedprune_export.autodiff.tape import RULES as GRADIENTS
+from fedprune_export.autodiff.tape import Tape
+from fedprune_export.autodiff.tape import rule as gradient_rule
 from fedprune_export.channels.rule import RULES as CHANNELS
 from fedprune_export.channels.rule import rule as channel_rule
-from fedprune_export.gradients.tape import RULES as GRADIENTS
-from fedprune_export.gradients.tape import Tape
-from fedprune_export.gradients.tape import rule as gradient_rule
 
 pytestmark = pytest.mark.torch
 

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedprune.errors import ModelError
-from fedprune.session import Session
-from fedprune_export.graph import Graph, Port
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import Session
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.torch_export import quiet
-from fedprune_export.target_opset import OPSETS
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.opset_lowering import OPSETS
 
 pytestmark = pytest.mark.torch
 

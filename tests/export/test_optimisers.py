@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune import step
-from fedprune.features import Features
-from fedprune.recipe import OPTIMIZERS
-from fedprune.session import Session
-from fedprune_export.gradients.tape import port
-from fedprune_export.graph import Graph
-from fedprune_export.optimisers import Trained, add_inputs, write_updates
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune.training.recipe import OPTIMIZERS
+from fedprune_export.autodiff.tape import port
+from fedprune_export.ir.graph import Graph
+from fedprune_export.training.optimisers import Trained, add_inputs, write_updates
 
 pytestmark = pytest.mark.torch
 
@@ -58,9 +58,9 @@ def steps(run: Session, numbers: Arrays, gradients: list[Arrays]) -> list[Arrays
     """Every step's tensors and state."""
     state, found = start(run), []
     for count, gradient in enumerate(gradients, 1):
-        fed = {**numbers, **state, **gradient, step.STEP_NUMBER: np.array(count, np.int64)}
+        fed = {**numbers, **state, **gradient, step_contract.STEP_NUMBER: np.array(count, np.int64)}
         out = run.run({k: v for k, v in fed.items() if k in run.inputs})
-        state = {n: out[step.following(n)] for n in state}
+        state = {n: out[step_contract.following(n)] for n in state}
         found.append(state)
     return found
 
@@ -76,7 +76,10 @@ def gradients(count: int, seed: int, sizes: float) -> list[Arrays]:
 
 
 def scalars(**values: float) -> Arrays:
-    return {k: np.array(v, np.float64 if k in (step.BETA1, step.BETA2) else np.float32) for k, v in values.items()}
+    return {
+        k: np.array(v, np.float64 if k in (step_contract.BETA1, step_contract.BETA2) else np.float32)
+        for k, v in values.items()
+    }
 
 
 def oracle(
@@ -89,12 +92,12 @@ def oracle(
         made: torch.optim.Optimizer = torch.optim.SGD(
             leaves.values(), get["lr"], get["momentum"], weight_decay=get["weight_decay"]
         )
-        names = {"momentum_buffer": step.buffer}
+        names = {"momentum_buffer": step_contract.buffer}
     else:
         kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
         betas = (get["beta1"], get["beta2"])
         made = kind(leaves.values(), get["lr"], betas, get["epsilon"], get["weight_decay"])
-        names = {"exp_avg": step.buffer, "exp_avg_sq": step.second}
+        names = {"exp_avg": step_contract.buffer, "exp_avg_sq": step_contract.second}
     for name, leaf in leaves.items():
         leaf.grad = torch.tensor(gradient[f"d{name}"], dtype=dtype)
         made.state[leaf] = {key: torch.tensor(state[array(name)], dtype=dtype) for key, array in names.items()}
@@ -130,12 +133,12 @@ def beyond_rounding(
     sums = {
         "tensors": (tensors, size(before, tensors)),
         "means": (
-            [step.buffer(n) for n in tensors],
-            size(before, [step.buffer(n) for n in tensors])
+            [step_contract.buffer(n) for n in tensors],
+            size(before, [step_contract.buffer(n) for n in tensors])
             + decay * size(before, tensors)
             + min(clip, size(gradient, [f"d{n}" for n in tensors])),
         ),
-        "squares": ([step.second(n) for n in tensors], 0.0),
+        "squares": ([step_contract.second(n) for n in tensors], 0.0),
     }
     off = []
     for kind, (names, terms) in sums.items():
@@ -199,13 +202,13 @@ def test_bias_correction_keeps_its_digits(count: int) -> None:
     state = start(run)
     for name, shape in SHAPES.items():
         # What count − 1 such gradients have left behind.
-        state[step.buffer(name)] = np.full(shape, size * (1 - 0.9 ** (count - 1)), np.float32)
-        state[step.second(name)] = np.full(shape, float(size) ** 2 * (1 - 0.999 ** (count - 1)), np.float32)
+        state[step_contract.buffer(name)] = np.full(shape, size * (1 - 0.9 ** (count - 1)), np.float32)
+        state[step_contract.second(name)] = np.full(shape, float(size) ** 2 * (1 - 0.999 ** (count - 1)), np.float32)
         state[name] = np.zeros(shape, np.float32)
     fed = {**numbers, **state, **{f"d{n}": np.full(s, size, np.float32) for n, s in SHAPES.items()}}
-    got = run.run({**fed, step.STEP_NUMBER: np.array(count, np.int64)})
+    got = run.run({**fed, step_contract.STEP_NUMBER: np.array(count, np.int64)})
     for name in SHAPES:
-        np.testing.assert_allclose(got[step.following(name)], -1, rtol=4e-7)
+        np.testing.assert_allclose(got[step_contract.following(name)], -1, rtol=4e-7)
 
 
 def test_a_norm_below_the_limit_changes_no_bit() -> None:
@@ -225,10 +228,12 @@ def test_pull_and_mask_act_with_every_optimiser(optimizer: str) -> None:
     masks = {n: (rng.random(s) < 0.6).astype(np.float32) for n, s in SHAPES.items()}
     masks["scale"] = np.array(1, np.float32)
     anchors = {n: rng.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
-    extra = {step.mask(n): m for n, m in masks.items()} | {step.anchor(n): a for n, a in anchors.items()}
-    extra |= {step.strength(n): np.array(m) for n, m in mu.items()}
+    extra = {step_contract.mask(n): m for n, m in masks.items()} | {
+        step_contract.anchor(n): a for n, a in anchors.items()
+    }
+    extra |= {step_contract.strength(n): np.array(m) for n, m in mu.items()}
     given_gradients = gradients(1, 5, 1.0)[0]
-    fed = {**numbers, **state, **extra, **given_gradients, step.STEP_NUMBER: np.array(1, np.int64)}
+    fed = {**numbers, **state, **extra, **given_gradients, step_contract.STEP_NUMBER: np.array(1, np.int64)}
     got = run.run({k: v for k, v in fed.items() if k in run.inputs})
     pulled = {
         f"d{n}": ((given_gradients[f"d{n}"] + mu[n] * (state[n] - anchors[n])) * masks[n]).astype(np.float32)
@@ -236,11 +241,11 @@ def test_pull_and_mask_act_with_every_optimiser(optimizer: str) -> None:
     }
     want = oracle(optimizer, numbers, state, pulled, 0.5, 1, torch.float64)
     for name in SHAPES:
-        np.testing.assert_allclose(got[step.gradient(name)], pulled[f"d{name}"], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(got[step_contract.gradient(name)], pulled[f"d{name}"], rtol=1e-5, atol=1e-7)
         expected = np.where(masks[name] > 0, want[name], state[name])
-        np.testing.assert_allclose(got[step.following(name)], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got[step_contract.following(name)], expected, rtol=1e-5, atol=1e-6)
         held = np.broadcast_to(masks[name] == 0, SHAPES[name])
-        np.testing.assert_array_equal(got[step.following(name)][held], state[name][held])
+        np.testing.assert_array_equal(got[step_contract.following(name)][held], state[name][held])
 
 
 def test_sums_and_squares_are_those_of_the_data_loss_alone() -> None:
@@ -248,26 +253,37 @@ def test_sums_and_squares_are_those_of_the_data_loss_alone() -> None:
     first, second = gradients(2, 4, 1.0)
     state = start(run)
     numbers = scalars(lr=0.1, weight_decay=0.3, clip_norm=0.1, momentum=0.0)
-    extra = {f(n): np.full(s, 2, np.float32) for n, s in SHAPES.items() for f in (step.anchor, step.squares)}
-    extra |= {step.strength(n): np.array(3, np.float32) for n in SHAPES}
+    extra = {
+        f(n): np.full(s, 2, np.float32)
+        for n, s in SHAPES.items()
+        for f in (step_contract.anchor, step_contract.squares)
+    }
+    extra |= {step_contract.strength(n): np.array(3, np.float32) for n in SHAPES}
     part = run.run({**numbers, **state, **extra, **first})
-    sums = {step.total(n): part[step.following(step.total(n))] for n in SHAPES}
+    sums = {step_contract.total(n): part[step_contract.following(step_contract.total(n))] for n in SHAPES}
     whole = run.run({**numbers, **state, **extra, **second, **sums})
     for name in SHAPES:
         total = first[f"d{name}"] + second[f"d{name}"]
-        np.testing.assert_array_equal(sums[step.total(name)], first[f"d{name}"])
-        np.testing.assert_array_equal(whole[step.following(step.total(name))], total)
-        np.testing.assert_allclose(whole[step.following(step.squares(name))], 2 + total**2, rtol=1e-6)
-        np.testing.assert_allclose(whole[step.gradient(name)], total + 3 * (state[name] - 2), rtol=1e-6)
+        np.testing.assert_array_equal(sums[step_contract.total(name)], first[f"d{name}"])
+        np.testing.assert_array_equal(whole[step_contract.following(step_contract.total(name))], total)
+        np.testing.assert_allclose(whole[step_contract.following(step_contract.squares(name))], 2 + total**2, rtol=1e-6)
+        np.testing.assert_allclose(whole[step_contract.gradient(name)], total + 3 * (state[name] - 2), rtol=1e-6)
 
 
 def test_only_what_is_asked_for_is_in_the_graph() -> None:
     names = {"w", "dw", "b", "db", "scale", "dscale"}
-    buffers = {step.buffer(n) for n in SHAPES}
+    buffers = {step_contract.buffer(n) for n in SHAPES}
     plain = set(session("sgd").inputs)
-    assert plain == names | buffers | {step.LR, step.MOMENTUM, step.WEIGHT_DECAY}
+    assert plain == names | buffers | {step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY}
     adam = set(session("adam").inputs)
-    assert adam == names | buffers | {step.second(n) for n in SHAPES} | {
-        *(step.LR, step.WEIGHT_DECAY, step.BETA1, step.BETA2, step.EPSILON, step.STEP_NUMBER)
+    assert adam == names | buffers | {step_contract.second(n) for n in SHAPES} | {
+        *(
+            step_contract.LR,
+            step_contract.WEIGHT_DECAY,
+            step_contract.BETA1,
+            step_contract.BETA2,
+            step_contract.EPSILON,
+            step_contract.STEP_NUMBER,
+        )
     }
-    assert set(session("sgd", clip=True).inputs) == plain | {step.CLIP_NORM}
+    assert set(session("sgd", clip=True).inputs) == plain | {step_contract.CLIP_NORM}

@@ -12,13 +12,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fedprune.bundle import open_bundle
-from fedprune.errors import ExitCode, UsageError
-from fedprune.probe_report import ProbeReport
-from fedprune.recipe import Recipe
-from fedprune.session import Session
-from fedprune_export.cli import main
-from fedprune_export.options import add_recipe_options, read_recipe, targets
+from fedprune.core.errors import ExitCode, UsageError
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.runtime.bundle import open_bundle
+from fedprune.runtime.session import Session
+from fedprune.training.recipe import Recipe
+from fedprune_export.cli.main import main
+from fedprune_export.cli.options import add_recipe_options, read_recipe, targets
 from fedprune_server.simulation.digits import digits_model
 
 

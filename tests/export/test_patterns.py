@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from cutting import distance, outputs
 
-from fedprune.session import Session
-from fedprune_export.graph import Graph, Port
-from fedprune_export.imported import Model
+from fedprune.runtime.session import Session
 from fedprune_export.importing import import_onnx
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.model import Model
 
 F32 = np.dtype(np.float32)
 Build = Callable[[Graph, str], str]

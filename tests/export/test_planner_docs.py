@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from fedprune import profile_store
-from fedprune.architecture import widths_at
-from fedprune.errors import ExitCode
-from fedprune.ladder import MULTIPLES, rungs, snapped
-from fedprune.plan import DENSITIES
-from fedprune.prediction import latency_table
-from fedprune.recipe import Recipe
-from fedprune_export.cli import main
+from fedprune.core.errors import ExitCode
+from fedprune.hardware import profile_store
+from fedprune.model.architecture import widths_at
+from fedprune.planning.cost_prediction import latency_table
+from fedprune.planning.plan import DENSITIES
+from fedprune.planning.width_candidates import MULTIPLES, rungs, snapped
+from fedprune.training.recipe import Recipe
+from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
 

@@ -19,9 +19,10 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import nets
-from fedprune import tensorfile
-from fedprune.errors import ModelError
-from fedprune.precision import (
+from fedprune.core import tensorfile
+from fedprune.core.errors import ModelError
+from fedprune.model.selection import Selection
+from fedprune.runtime.precision import (
     CALIBRATION_SAMPLES,
     PRECISIONS,
     RANGES,
@@ -34,13 +35,12 @@ from fedprune.precision import (
     prepare_file,
     weights_file,
 )
-from fedprune.selection import Selection
-from fedprune.session import Session
-from fedprune_device.predictor import Predictor
-from fedprune_export.imported import Model
+from fedprune.runtime.session import Session
+from fedprune_device.serving.predictor import Predictor
+from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.inference import inference_model
 from fedprune_export.precision import Lowered, lower
+from fedprune_export.pruning.model import Model
 
 pytestmark = pytest.mark.torch
 

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.bundle import MANIFEST, open_bundle
-from fedprune.errors import BundleError, ExitCode, ModelError
-from fedprune.precision import PRECISIONS, files_of, graph_file, weights_file
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
-from fedprune_device.cli import main as device
-from fedprune_device.predictor import Predictor
-from fedprune_export.bundle import bundle_files
-from fedprune_export.cli import main
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, ExitCode, ModelError
+from fedprune.model.selection import Selection
+from fedprune.runtime.bundle import MANIFEST, open_bundle
+from fedprune.runtime.precision import PRECISIONS, files_of, graph_file, weights_file
+from fedprune.training.recipe import Recipe
+from fedprune_device.cli.main import main as device
+from fedprune_device.serving.predictor import Predictor
+from fedprune_export.bundles.bundle import bundle_files
+from fedprune_export.checks.labelled_data import LabelledData
+from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
-from fedprune_export.labelled_data import LabelledData
 from fedprune_export.precision import Trials, lower
 from fedprune_export.precision import trial as trials
 from fedprune_server.simulation.digits import digits_model

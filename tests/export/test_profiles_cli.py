@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from fedprune import profile_store
-from fedprune.errors import ExitCode, ProfileError
-from fedprune.profile import HardwareProfile
-from fedprune_export import profiles_cli
+from fedprune.core.errors import ExitCode, ProfileError
+from fedprune.hardware import profile_store
+from fedprune.hardware.profile import HardwareProfile
+from fedprune_export.cli import profiles
 
 
 def run(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    profiles_cli.register(parser.add_subparsers())
+    profiles.register(parser.add_subparsers())
     arguments = parser.parse_args(["profiles", *words])
     code: int = arguments.function(arguments)
     return code

@@ -15,22 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedprune import step
-from fedprune.architecture import widths_at
-from fedprune.blocks import block_size
-from fedprune.errors import PlanError
-from fedprune.features import Features
-from fedprune.selection import Selection, Tensors
-from fedprune.session import Session
+from fedprune.core.errors import PlanError
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection, Tensors
+from fedprune.runtime.blocks import block_size
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
 from fedprune_export.formulation import Forms
-from fedprune_export.graph import Graph
-from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.liveness import execution_order, live_bytes
-from fedprune_export.recomputation import recomputed
-from fedprune_export.training import training_graph
-from fedprune_export.training_memory import fitted, training_memory
-from fedprune_export.value_sizes import value_sizes
+from fedprune_export.ir.graph import Graph
+from fedprune_export.ir.liveness import execution_order, live_bytes
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.checkpointing import recomputed
+from fedprune_export.training.memory import fitted, training_memory
+from fedprune_export.training.step_graph import training_graph
+from fedprune_export.training.value_sizes import value_sizes
 from nets import seeded
 
 pytestmark = pytest.mark.torch
@@ -64,9 +64,11 @@ def whole(models: dict[str, Model]) -> tuple[Graph, tuple[int, ...], Tensors]:
 def feeds(model: Model, graph: Graph, tensors: Tensors) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     out: dict[str, Any] = dict(tensors)
-    out[step.X] = rng.standard_normal((BATCH, *model.architecture.input_shape)).astype(np.float32)
-    out[step.Y] = rng.integers(0, 4, BATCH)
-    out |= {n: np.array(0.1, np.float32) for n in (step.LR, step.MOMENTUM, step.WEIGHT_DECAY)}
+    out[step_contract.X] = rng.standard_normal((BATCH, *model.architecture.input_shape)).astype(np.float32)
+    out[step_contract.Y] = rng.integers(0, 4, BATCH)
+    out |= {
+        n: np.array(0.1, np.float32) for n in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
+    }
     out |= {p.name: np.zeros_like(tensors[p.name.split("::")[0]]) for p in graph.inputs if "::" in p.name}
     return out
 
@@ -180,7 +182,7 @@ def test_a_limit_is_kept_or_refused(models: dict[str, Model]) -> None:
 _PROCESS = """
 import sys
 import numpy as np
-from fedprune.session import Session
+from fedprune.runtime.session import Session
 feeds = dict(np.load(sys.argv[2]))
 session = Session(open(sys.argv[1], "rb").read(), training=True)
 for _ in range(3):
@@ -197,8 +199,8 @@ def test_a_real_process_takes_less(models: dict[str, Model], tmp_path: Path) -> 
     sizes = value_sizes(graph, model.architecture, widths, batch, 1)
     found = recomputed(graph, sizes, 0)
     fed = feeds(model, graph, tensors)
-    fed[step.X] = np.repeat(fed[step.X], batch // BATCH, axis=0)
-    fed[step.Y] = np.repeat(fed[step.Y], batch // BATCH)
+    fed[step_contract.X] = np.repeat(fed[step_contract.X], batch // BATCH, axis=0)
+    fed[step_contract.Y] = np.repeat(fed[step_contract.Y], batch // BATCH)
     np.savez(tmp_path / "feeds.npz", **fed)
     peaks = []
     for one in (graph, found.graph):

@@ -12,12 +12,13 @@ import onnx
 import pytest
 from token_net import token_net
 
-from fedprune import __version__, tensorfile
-from fedprune.errors import DataError, ExitCode
-from fedprune.quantity import amount
-from fedprune.session import Session
-from fedprune_export import labelled_data
-from fedprune_export.cli import main
+from fedprune import __version__
+from fedprune.core import tensorfile
+from fedprune.core.errors import DataError, ExitCode
+from fedprune.core.text import amount
+from fedprune.runtime.session import Session
+from fedprune_export.checks import labelled_data
+from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model, load_digits
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Selection
 from fedprune.report.chart import LEVELS, Strip
 from fedprune.report.page import Bar, bars
-from fedprune.selection import Selection
-from fedprune_export.report_page import channel_bars, layer_bars
+from fedprune_export.reports.page import channel_bars, layer_bars
 
 
 def architecture(sizes: tuple[int, ...], name: str = "conv") -> Architecture:

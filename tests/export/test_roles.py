@@ -13,12 +13,12 @@ from cutting import cut_error, random_selection
 from torch import nn
 
 import nets
-from fedprune.errors import ModelError
-from fedprune.features import Features
-from fedprune_export.graph import Graph, Port
-from fedprune_export.imported import Model
+from fedprune.core.errors import ModelError
+from fedprune.training.features import Features
 from fedprune_export.importing import PARAMETERS_KEY, export_torch, import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 
 pytestmark = pytest.mark.torch
 

@@ -16,14 +16,14 @@ from cutting import distance, inputs, outputs
 from torch import nn
 
 import nets
-from fedprune.errors import MissingExtraError, ModelError
-from fedprune.session import Session
-from fedprune_export.graph import Graph, Port
-from fedprune_export.imported import Model
+from fedprune.core.errors import MissingExtraError, ModelError
+from fedprune.runtime.session import Session
 from fedprune_export.importing import export_torch, import_onnx, load, read_source
 from fedprune_export.importing.metadata import FROZEN_KEY, PARAMETERS_KEY, write
 from fedprune_export.importing.timm_models import timm_name
-from fedprune_export.trace import sample_feeds, vocabulary
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.trace import sample_feeds, vocabulary
+from fedprune_export.pruning.model import Model
 
 pytestmark = pytest.mark.torch
 
@@ -205,7 +205,7 @@ def test_networks_of_timm_load_without_torchvision(tmp_path: Path, broken: bool)
 import os
 import subprocess
 import sys
-from fedprune.errors import MissingExtraError
+from fedprune.core.errors import MissingExtraError
 from fedprune_export.importing.timm_models import timm_model
 
 network, shape = timm_model("test_resnet")

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune import profile_store
-from fedprune.bundle import FILES, MANIFEST, open_bundle
-from fedprune.errors import ExitCode
-from fedprune_export.cli import main
+from fedprune.core.errors import ExitCode
+from fedprune.hardware import profile_store
+from fedprune.runtime.bundle import FILES, MANIFEST, open_bundle
+from fedprune_export.cli.main import main
 from fedprune_server.simulation.digits import digits_model
 
 

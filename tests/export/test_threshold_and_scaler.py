@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune import step
-from fedprune.features import Features
-from fedprune.feeds import first_step
-from fedprune.ordered_dropout import TensorAxes
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
-from fedprune.session import Session
-from fedprune_export.imported import Model
+from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.selection import Selection
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune.training.feeds import first_step
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.scaler import scaled_outputs
-from fedprune_export.training import training_graph
+from fedprune_export.pruning.model import Model
+from fedprune_export.pruning.scaler import scaled_outputs
+from fedprune_export.training.step_graph import training_graph
 from nets import seeded
 
 pytestmark = pytest.mark.torch
@@ -81,15 +81,15 @@ def feeds(kind: str, session: Session, recipe: Recipe, theta: float, seed: int =
     rng, m = np.random.default_rng(seed), model(kind)
     tensors = dict(m.tensors)
     fed = first_step(recipe, tensors, session.inputs, 8, CLASSES)
-    fed[step.X] = rng.standard_normal((8, *m.architecture.input_shape)).astype(np.float32)
-    fed[step.Y] = rng.integers(0, CLASSES, 8)
+    fed[step_contract.X] = rng.standard_normal((8, *m.architecture.input_shape)).astype(np.float32)
+    fed[step_contract.Y] = rng.integers(0, CLASSES, 8)
     for name, value in tensors.items():
-        if step.threshold(name) in session.inputs and name.endswith(".weight") and "norm" not in name:
-            fed[step.threshold(name)] = np.array(theta, np.float32)
-        if step.mask(name) in session.inputs and name.endswith(".weight"):
-            fed[step.mask(name)] = (rng.random(value.shape) < 0.8).astype(np.float32)
-        if step.anchor(name) in session.inputs:
-            fed[step.anchor(name)] = (value + 0.1 * rng.standard_normal(value.shape)).astype(np.float32)
+        if step_contract.threshold(name) in session.inputs and name.endswith(".weight") and "norm" not in name:
+            fed[step_contract.threshold(name)] = np.array(theta, np.float32)
+        if step_contract.mask(name) in session.inputs and name.endswith(".weight"):
+            fed[step_contract.mask(name)] = (rng.random(value.shape) < 0.8).astype(np.float32)
+        if step_contract.anchor(name) in session.inputs:
+            fed[step_contract.anchor(name)] = (value + 0.1 * rng.standard_normal(value.shape)).astype(np.float32)
     return fed
 
 
@@ -115,35 +115,37 @@ def oracle(kind: str, fed: Arrays, recipe: Recipe, dtype: torch.dtype) -> Arrays
     leaves = {n: get[n].clone().requires_grad_() for n in names}
     used = {}
     for n, w in leaves.items():
-        theta = get.get(step.threshold(n))
-        used[n] = w * get[step.mask(n)] if step.mask(n) in get else w
+        theta = get.get(step_contract.threshold(n))
+        used[n] = w * get[step_contract.mask(n)] if step_contract.mask(n) in get else w
         if theta is not None and theta > 0:
             used[n] = used[n] * Above.apply(w.abs(), theta)
     module = net(kind).train()
-    if step.OUTPUT_SCALE in get:
+    if step_contract.OUTPUT_SCALE in get:
         for name in LAYERS[kind]:
-            module.get_submodule(name).register_forward_hook(lambda _, __, y: y * get[step.OUTPUT_SCALE])
+            module.get_submodule(name).register_forward_hook(lambda _, __, y: y * get[step_contract.OUTPUT_SCALE])
     statistics = {t.name: get[t.name].clone() for t in model(kind).architecture.statistics}
     loss = nn.functional.cross_entropy(
-        torch.func.functional_call(module, {**used, **statistics}, get[step.X]), get["y"]
+        torch.func.functional_call(module, {**used, **statistics}, get[step_contract.X]), get["y"]
     )
     pulls = [
-        get[step.strength(n)] / 2 * ((w - get[step.anchor(n)]) ** 2).sum()
+        get[step_contract.strength(n)] / 2 * ((w - get[step_contract.anchor(n)]) ** 2).sum()
         for n, w in leaves.items()
-        if step.anchor(n) in get
+        if step_contract.anchor(n) in get
     ]
     (loss + sum(pulls)).backward()
-    out = {step.LOSS: loss.detach().numpy()} | {step.following(n): s.numpy() for n, s in statistics.items()}
+    out = {step_contract.LOSS: loss.detach().numpy()} | {
+        step_contract.following(n): s.numpy() for n, s in statistics.items()
+    }
     for n, w in leaves.items():
         assert w.grad is not None
-        w.grad *= get.get(step.mask(n), 1)
-        out[step.gradient(n)] = w.grad.numpy().copy()
+        w.grad *= get.get(step_contract.mask(n), 1)
+        out[step_contract.gradient(n)] = w.grad.numpy().copy()
     kinds: dict[str, Any] = {
         "sgd": lambda p: torch.optim.SGD(p, recipe.lr, recipe.momentum),
         "adam": lambda p: torch.optim.Adam(p, recipe.lr),
     }
     kinds[recipe.optimizer](list(leaves.values())).step()
-    return out | {step.following(n): w.detach().numpy() for n, w in leaves.items()}
+    return out | {step_contract.following(n): w.detach().numpy() for n, w in leaves.items()}
 
 
 def check(got: Arrays, kind: str, fed: Arrays, recipe: Recipe) -> None:
@@ -179,9 +181,9 @@ def test_below_the_threshold_nothing_counts_and_nothing_is_learnt() -> None:
     below = np.abs(fed["conv2.weight"]) < 0.1
     other["conv2.weight"] = np.where(below, fed["conv2.weight"] / 3, fed["conv2.weight"]).astype(np.float32)
     got, changed = session.run(fed), session.run(other)
-    assert got[step.LOSS] == changed[step.LOSS]
-    assert not got[step.gradient("conv2.weight")][below].any()
-    assert got[step.gradient("conv2.weight")][~below].all()
+    assert got[step_contract.LOSS] == changed[step_contract.LOSS]
+    assert not got[step_contract.gradient("conv2.weight")][below].any()
+    assert got[step_contract.gradient("conv2.weight")][~below].all()
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3])
@@ -205,9 +207,9 @@ def test_a_threshold_is_met_by_what_equals_it() -> None:
     session = Session(training_graph(model("spatial"), features).to_bytes(), training=True)
     fed = feeds("spatial", session, Recipe(), theta=0.1)
     fed["fc.weight"] = np.full_like(fed["fc.weight"], 0.1)
-    assert session.run(fed)[step.gradient("fc.weight")].any()
+    assert session.run(fed)[step_contract.gradient("fc.weight")].any()
     fed["fc.weight"] = np.full_like(fed["fc.weight"], np.nextafter(np.float32(0.1), np.float32(0)))
-    assert not session.run(fed)[step.gradient("fc.weight")].any()
+    assert not session.run(fed)[step_contract.gradient("fc.weight")].any()
 
 
 @pytest.mark.parametrize("kind", NETS)
@@ -215,7 +217,7 @@ def test_a_threshold_is_met_by_what_equals_it() -> None:
 def test_the_scaler_is_torchs_layers_times_a_number(kind: str, scale: float) -> None:
     recipe = Recipe(scale=2.0, report_squares=True, lr=0.01, mask="hard", proximal=0.1)
     session = Session(training_graph(model(kind), recipe.features).to_bytes(), training=True)
-    fed = feeds(kind, session, recipe, theta=0.0) | {step.OUTPUT_SCALE: np.array(scale, np.float32)}
+    fed = feeds(kind, session, recipe, theta=0.0) | {step_contract.OUTPUT_SCALE: np.array(scale, np.float32)}
     assert set(fed) == set(session.inputs)
     check(session.run(fed), kind, fed, recipe)
 
@@ -240,7 +242,7 @@ def test_only_layers_before_the_last_are_scaled() -> None:
 
 def test_axes_are_written_without_ordered_dropout() -> None:
     graph = training_graph(model("spatial"), Features(axes=True))
-    axes = TensorAxes.from_json(graph.metadata[step.AXES])
+    axes = TensorAxes.from_json(graph.metadata[step_contract.AXES])
     assert axes.sizes == model("spatial").architecture.sizes
     whole = Selection.full(model("spatial").architecture)
     assert {n: tuple(a.length for a in of) for n, of in axes.axes.items() if n in whole.shapes()} == whole.shapes()

@@ -17,8 +17,8 @@ from cutting import distance, outputs, random_selection
 from physical_pruning import lines, our_groups, outputs_of, prune, their_groups, verdicts
 from whole_models import MODELS
 
-from fedprune.selection import Selection
-from fedprune_export.cut import cut
+from fedprune.model.selection import Selection
+from fedprune_export.pruning.cut import cut
 
 pytestmark = pytest.mark.torch
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune import step
-from fedprune.architecture import Architecture, widths_at
-from fedprune.errors import ModelError
-from fedprune.features import Features
-from fedprune.selection import Selection
-from fedprune.session import Session
-from fedprune_export.graph import TRAINING_OPSET, Graph, Node, Port
-from fedprune_export.imported import Model
+from fedprune.core.errors import ModelError
+from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.selection import Selection
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.ir.graph import TRAINING_OPSET, Graph, Node, Port
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 from nets import seeded
 
 pytestmark = pytest.mark.torch
@@ -70,26 +70,26 @@ def feeds(model: Model, features: Features, batch: int, seed: int = 0, tensors: 
 
     out: Arrays = {
         **tensors,
-        step.X: normal((batch, *model.architecture.input_shape)),
-        step.Y: rng.integers(0, CLASSES, batch),
-        step.LR: np.array(0.1, np.float32),
-        step.MOMENTUM: np.array(0.9, np.float32),
-        step.WEIGHT_DECAY: np.array(0.01, np.float32),
+        step_contract.X: normal((batch, *model.architecture.input_shape)),
+        step_contract.Y: rng.integers(0, CLASSES, batch),
+        step_contract.LR: np.array(0.1, np.float32),
+        step_contract.MOMENTUM: np.array(0.9, np.float32),
+        step_contract.WEIGHT_DECAY: np.array(0.01, np.float32),
     }
     if features.logit_offset:
-        out[step.LOGIT_OFFSET] = normal((CLASSES,))
+        out[step_contract.LOGIT_OFFSET] = normal((CLASSES,))
     if features.class_weight:
-        out[step.CLASS_WEIGHT] = np.array([0.5, 2.0, 0.1, 1.0], np.float32)
+        out[step_contract.CLASS_WEIGHT] = np.array([0.5, 2.0, 0.1, 1.0], np.float32)
     if features.class_mask:
-        out[step.CLASS_MASK] = np.array([1, 0, 1, 1], np.float32)
+        out[step_contract.CLASS_MASK] = np.array([1, 0, 1, 1], np.float32)
     for spec in model.architecture.trainable:
         shape = tensors[spec.name].shape
-        out[step.buffer(spec.name)] = 0.1 * normal(shape)
+        out[step_contract.buffer(spec.name)] = 0.1 * normal(shape)
         if features.proximal:
-            out[step.anchor(spec.name)] = tensors[spec.name] + 0.1 * normal(shape)
-            out[step.strength(spec.name)] = np.array(rng.uniform(0, 2), np.float32)
+            out[step_contract.anchor(spec.name)] = tensors[spec.name] + 0.1 * normal(shape)
+            out[step_contract.strength(spec.name)] = np.array(rng.uniform(0, 2), np.float32)
         if features.element_mask:
-            out[step.mask(spec.name)] = (rng.random(shape) < 0.7).astype(np.float32)
+            out[step_contract.mask(spec.name)] = (rng.random(shape) < 0.7).astype(np.float32)
     return out
 
 
@@ -98,29 +98,40 @@ def oracle(model: Model, features: Features, fed: Arrays, dtype: torch.dtype) ->
     get = {k: torch.tensor(v, dtype=dtype if v.dtype == np.float32 else None) for k, v in fed.items()}
     names = [t.name for t in model.architecture.trainable]
     leaves = {n: get[n].clone().requires_grad_() for n in names}
-    used = {n: w * get[step.mask(n)] if features.element_mask else w for n, w in leaves.items()}
+    used = {n: w * get[step_contract.mask(n)] if features.element_mask else w for n, w in leaves.items()}
     statistics = {t.name: get[t.name].clone() for t in model.architecture.statistics}
-    logits = torch.func.functional_call(small().train(), {**used, **statistics}, get[step.X])
+    logits = torch.func.functional_call(small().train(), {**used, **statistics}, get[step_contract.X])
     if features.logit_offset:
-        logits = logits + get[step.LOGIT_OFFSET]
+        logits = logits + get[step_contract.LOGIT_OFFSET]
     if features.class_mask:
-        logits = torch.where(get[step.CLASS_MASK] > 0, logits, torch.zeros_like(logits))
-    loss = nn.functional.cross_entropy(logits, get[step.Y], get.get(step.CLASS_WEIGHT))
+        logits = torch.where(get[step_contract.CLASS_MASK] > 0, logits, torch.zeros_like(logits))
+    loss = nn.functional.cross_entropy(logits, get[step_contract.Y], get.get(step_contract.CLASS_WEIGHT))
     objective = loss
     if features.proximal:
-        pulls = [get[step.strength(n)] / 2 * ((w - get[step.anchor(n)]) ** 2).sum() for n, w in leaves.items()]
+        pulls = [
+            get[step_contract.strength(n)] / 2 * ((w - get[step_contract.anchor(n)]) ** 2).sum()
+            for n, w in leaves.items()
+        ]
         objective = loss + sum(pulls)
     objective.backward()
-    out = {step.LOSS: loss.detach().numpy(), step.HITS: (logits.argmax(1) == get[step.Y]).sum().numpy()}
+    out = {
+        step_contract.LOSS: loss.detach().numpy(),
+        step_contract.HITS: (logits.argmax(1) == get[step_contract.Y]).sum().numpy(),
+    }
     for n, w in leaves.items():
         assert w.grad is not None
-        mask = get[step.mask(n)] if features.element_mask else torch.ones_like(w)
+        mask = get[step_contract.mask(n)] if features.element_mask else torch.ones_like(w)
         gradient = w.grad * mask
-        buffer = get[step.MOMENTUM] * get[step.buffer(n)] + (gradient + get[step.WEIGHT_DECAY] * w.detach()) * mask
-        out[step.gradient(n)] = gradient.numpy()
-        out[step.following(step.buffer(n))] = buffer.numpy()
-        out[step.following(n)] = torch.where(mask > 0, w.detach() - get[step.LR] * buffer, w.detach()).numpy()
-    return out | {step.following(n): s.numpy() for n, s in statistics.items()}
+        buffer = (
+            get[step_contract.MOMENTUM] * get[step_contract.buffer(n)]
+            + (gradient + get[step_contract.WEIGHT_DECAY] * w.detach()) * mask
+        )
+        out[step_contract.gradient(n)] = gradient.numpy()
+        out[step_contract.following(step_contract.buffer(n))] = buffer.numpy()
+        out[step_contract.following(n)] = torch.where(
+            mask > 0, w.detach() - get[step_contract.LR] * buffer, w.detach()
+        ).numpy()
+    return out | {step_contract.following(n): s.numpy() for n, s in statistics.items()}
 
 
 def far(got: Arrays, exact: Arrays, usual: Arrays) -> list[str]:
@@ -165,25 +176,37 @@ def test_all_features_go_together(model: Model) -> None:
     session = Session(graph.to_bytes(), training=True)
     trained = [t.name for t in model.architecture.trainable if t.name != "conv1.weight"]
     fed = {n: v for n, v in feeds(model, EVERYTHING, 9).items() if n in session.inputs}
-    fed |= {step.BETA1: np.array(0.9), step.BETA2: np.array(0.99), step.STEP_NUMBER: np.array(1)}
-    numbers = (step.EPSILON, step.CLIP_NORM, step.LABEL_SMOOTHING, step.DIVISOR)
+    fed |= {
+        step_contract.BETA1: np.array(0.9),
+        step_contract.BETA2: np.array(0.99),
+        step_contract.STEP_NUMBER: np.array(1),
+    }
+    numbers = (step_contract.EPSILON, step_contract.CLIP_NORM, step_contract.LABEL_SMOOTHING, step_contract.DIVISOR)
     fed |= {n: np.array(v, np.float32) for n, v in zip(numbers, (1e-8, 0.1, 0.2, 9), strict=True)}
     for name in trained:
         zero = np.zeros_like(fed[name])
-        fed |= {f(name): zero for f in (step.buffer, step.second, step.total, step.squares)}
-        fed[step.anchor(name)] = fed[name]  # no pull, so that the objective's gradient is the data loss's
+        fed |= {
+            f(name): zero
+            for f in (step_contract.buffer, step_contract.second, step_contract.total, step_contract.squares)
+        }
+        fed[step_contract.anchor(name)] = fed[name]  # no pull, so that the objective's gradient is the data loss's
     got = session.run(fed)
     assert set(fed) == set(session.inputs)
-    per_tensor = (step.buffer, step.second, step.total, step.squares)
-    wanted = {step.LOSS, step.HITS, step.SAMPLE_LOSSES, *(step.gradient(n) for n in trained)}
-    wanted |= {step.following(n) for n in (*trained, "norm.running_mean", "norm.running_var")}
-    assert set(got) == wanted | {step.following(f(n)) for n in trained for f in per_tensor}
-    assert got[step.SAMPLE_LOSSES].sum() / 9 == pytest.approx(float(got[step.LOSS]), rel=1e-6)
+    per_tensor = (step_contract.buffer, step_contract.second, step_contract.total, step_contract.squares)
+    wanted = {
+        step_contract.LOSS,
+        step_contract.HITS,
+        step_contract.SAMPLE_LOSSES,
+        *(step_contract.gradient(n) for n in trained),
+    }
+    wanted |= {step_contract.following(n) for n in (*trained, "norm.running_mean", "norm.running_var")}
+    assert set(got) == wanted | {step_contract.following(f(n)) for n in trained for f in per_tensor}
+    assert got[step_contract.SAMPLE_LOSSES].sum() / 9 == pytest.approx(float(got[step_contract.LOSS]), rel=1e-6)
     for name in trained:
-        squares = got[step.following(step.squares(name))]
-        np.testing.assert_allclose(squares, got[step.gradient(name)] ** 2, rtol=1e-5, atol=1e-12)
+        squares = got[step_contract.following(step_contract.squares(name))]
+        np.testing.assert_allclose(squares, got[step_contract.gradient(name)] ** 2, rtol=1e-5, atol=1e-12)
     assert all(np.isfinite(v).all() for v in got.values())
-    assert json.loads(session.metadata[step.AXES])["sizes"] == list(model.architecture.sizes)
+    assert json.loads(session.metadata[step_contract.AXES])["sizes"] == list(model.architecture.sizes)
 
 
 def test_the_axes_of_tensors_are_written_only_for_ordered_dropout(model: Model) -> None:
@@ -206,12 +229,14 @@ def test_several_steps_are_torchs_sgd(model: Model) -> None:
     tensors = dict(model.tensors)
     for seed, batch in enumerate((8, 8, 3)):
         fed = feeds(model, Features(), batch, seed, tensors)
-        fed |= {step.buffer(t.name): state[t.name] for t in model.architecture.trainable}
+        fed |= {step_contract.buffer(t.name): state[t.name] for t in model.architecture.trainable}
         got = session.run(fed)
-        tensors = {n: got[step.following(n)] for n in tensors}
-        state |= {t.name: got[step.following(step.buffer(t.name))] for t in model.architecture.trainable}
+        tensors = {n: got[step_contract.following(n)] for n in tensors}
+        state |= {
+            t.name: got[step_contract.following(step_contract.buffer(t.name))] for t in model.architecture.trainable
+        }
         sgd.zero_grad()
-        x, y = torch.tensor(fed[step.X], dtype=torch.float64), torch.tensor(fed[step.Y])
+        x, y = torch.tensor(fed[step_contract.X], dtype=torch.float64), torch.tensor(fed[step_contract.Y])
         nn.functional.cross_entropy(net(x), y).backward()
         sgd.step()
     for name, value in net.state_dict().items():
@@ -233,13 +258,13 @@ def test_masked_elements_neither_count_nor_move(model: Model) -> None:
     fed = feeds(model, ALL, 5)
     other = dict(fed)
     for spec in model.architecture.trainable:
-        hidden = fed[step.mask(spec.name)] == 0
+        hidden = fed[step_contract.mask(spec.name)] == 0
         other[spec.name] = np.where(hidden, fed[spec.name] + 7, fed[spec.name]).astype(np.float32)
     got, changed = session.run(fed), session.run(other)
-    assert got[step.LOSS] == changed[step.LOSS]
+    assert got[step_contract.LOSS] == changed[step_contract.LOSS]
     for spec in model.architecture.trainable:
-        hidden = fed[step.mask(spec.name)] == 0
-        np.testing.assert_array_equal(changed[step.following(spec.name)][hidden], other[spec.name][hidden])
+        hidden = fed[step_contract.mask(spec.name)] == 0
+        np.testing.assert_array_equal(changed[step_contract.following(spec.name)][hidden], other[spec.name][hidden])
 
 
 def test_logits_of_masked_classes_count_as_zero(model: Model) -> None:
@@ -247,11 +272,11 @@ def test_logits_of_masked_classes_count_as_zero(model: Model) -> None:
     session = Session(training_graph(model, features).to_bytes(), training=True)
     fed = feeds(model, features, 6)
     fed["fc.bias"] = fed["fc.bias"].copy()
-    loss = session.run(fed)[step.LOSS]
+    loss = session.run(fed)[step_contract.LOSS]
     fed["fc.bias"][1] += 5
     got = session.run(fed)
-    assert got[step.LOSS] == loss
-    assert got[step.gradient("fc.bias")][1] == 0
+    assert got[step_contract.LOSS] == loss
+    assert got[step_contract.gradient("fc.bias")][1] == 0
 
 
 def test_extreme_logits_give_a_finite_loss(model: Model) -> None:
@@ -260,7 +285,7 @@ def test_extreme_logits_give_a_finite_loss(model: Model) -> None:
     fed["fc.weight"] = fed["fc.weight"] * np.float32(1e6)
     got = session.run(fed)
     assert all(np.isfinite(v).all() for v in got.values())
-    assert got[step.LOSS] > 1000
+    assert got[step_contract.LOSS] > 1000
 
 
 def test_a_batch_of_one_position_keeps_statistics_finite() -> None:
@@ -303,10 +328,12 @@ def test_statistics_move_by_the_modules_momentum(first: float, second: float) ->
     net.load_state_dict({n: torch.tensor(v) for n, v in normalised.tensors.items()}, strict=False)
     fed = feeds(normalised, Features(), 7)
     got = Session(training_graph(normalised, Features()).to_bytes(), training=True).run(fed)
-    net(torch.tensor(fed[step.X], dtype=torch.float64))
+    net(torch.tensor(fed[step_contract.X], dtype=torch.float64))
     for name, value in net.named_buffers():
         if not name.endswith("num_batches_tracked"):
-            np.testing.assert_allclose(got[step.following(name)], value.numpy(), rtol=2e-6, atol=1e-7, err_msg=name)
+            np.testing.assert_allclose(
+                got[step_contract.following(name)], value.numpy(), rtol=2e-6, atol=1e-7, err_msg=name
+            )
 
 
 def test_statistics_that_never_move_are_noted() -> None:
@@ -347,7 +374,7 @@ def test_one_graph_gives_the_bits_of_a_graph_of_fixed_width(model: Model, densit
 def test_dimensions_of_one_channel_group_have_one_name(model: Model) -> None:
     ports = {p.name: p.shape for p in training_graph(model, ALL).inputs}
     first, second = ports["conv1.weight"], ports["conv2.weight"]
-    assert first[0] == second[1] == ports["norm.running_mean"][0] == ports[step.mask("norm.weight")][0]
+    assert first[0] == second[1] == ports["norm.running_mean"][0] == ports[step_contract.mask("norm.weight")][0]
     assert isinstance(first[0], str)
     assert first[1:] == (2, 3, 3)
     assert ports["fc.weight"] == (CLASSES, f"{second[0]}*4")
@@ -357,11 +384,19 @@ def test_inputs_and_outputs_are_those_of_the_contract(model: Model) -> None:
     graph = training_graph(model, Features())
     arch = model.architecture
     trainable = [t.name for t in arch.trainable]
-    scalars = [step.LR, step.MOMENTUM, step.WEIGHT_DECAY]
+    scalars = [step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY]
     names = [t.name for t in arch.tensors]
-    assert {p.name for p in graph.inputs} == {step.X, step.Y, *scalars, *names, *map(step.buffer, trainable)}
-    outputs = {step.LOSS, step.HITS, *map(step.following, names)}
-    assert {p.name for p in graph.outputs} == outputs | {step.following(step.buffer(n)) for n in trainable}
+    assert {p.name for p in graph.inputs} == {
+        step_contract.X,
+        step_contract.Y,
+        *scalars,
+        *names,
+        *map(step_contract.buffer, trainable),
+    }
+    outputs = {step_contract.LOSS, step_contract.HITS, *map(step_contract.following, names)}
+    assert {p.name for p in graph.outputs} == outputs | {
+        step_contract.following(step_contract.buffer(n)) for n in trainable
+    }
     assert graph.opset == TRAINING_OPSET
     assert {n.domain for n in graph.nodes} == {""}
 

@@ -16,13 +16,13 @@ import torch
 from one_step import FLIPPED, KINDS, NETS, batch, distances, feeds, oracle, parts, tensor_distances, tensors
 
 import nets
-from fedprune import step
-from fedprune.architecture import widths_at
-from fedprune.features import Features
-from fedprune.selection import Selection
-from fedprune.session import Session
-from fedprune_export.imported import Model
-from fedprune_export.training import training_graph
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 
 pytestmark = pytest.mark.torch
 
@@ -84,7 +84,7 @@ def test_a_gradient_where_there_is_none_does_not_hide(imported: Callable[[str], 
     arch = model.architecture
     x, y = batch(KINDS[0], 0, arch)
     exact = oracle(nets.vgg11_bn().train(), model, model.tensors, x, y, torch.float64)
-    bias = step.gradient("features.0.bias")
+    bias = step_contract.gradient("features.0.bias")
     assert np.linalg.norm(exact[bias]) < 1e-12
     assert tensor_distances(exact, exact, arch)[bias] == 0
     assert tensor_distances({**exact, bias: exact[bias] + 0.01}, exact, arch)[bias] > FLIPPED

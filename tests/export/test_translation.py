@@ -12,11 +12,11 @@ import pytest
 from cutting import distance, outputs
 from onnx import helper, numpy_helper
 
-from fedprune.errors import ModelError
-from fedprune.session import Session
-from fedprune_export.graph import Graph, Port
-from fedprune_export.imported import Model
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import Session
 from fedprune_export.importing import import_onnx
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.model import Model
 
 F32 = np.dtype(np.float32)
 Build = Callable[[Graph], str]
@@ -116,7 +116,7 @@ def test_swish_of_an_opset_to_come() -> None:
     node = helper.make_node("Swish", ["x"], ["y"], alpha=1.5)
 
     from fedprune_export.importing.translation import translate
-    from fedprune_export.trace import Trace
+    from fedprune_export.ir.trace import Trace
 
     graph.nodes = Graph.from_proto(
         helper.make_model(helper.make_graph([node], "g", [], [helper.make_tensor_value_info("y", 1, [3])]))

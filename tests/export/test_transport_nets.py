@@ -9,10 +9,10 @@ import pytest
 import whole_models
 from cutting import distance, outputs, random_selection
 
-from fedprune.architecture import widths_at
-from fedprune.selection import Selection
-from fedprune.transport import Transport
-from fedprune_export.cut import at_widths
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
+from fedprune.optimal_transport import Transport
+from fedprune_export.pruning.cut import at_widths
 
 pytestmark = pytest.mark.torch
 pytest.importorskip("ot")

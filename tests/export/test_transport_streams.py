@@ -12,10 +12,10 @@ import whole_models
 from pot_plans import pot
 from torch import nn
 
-from fedprune.architecture import Architecture
-from fedprune.selection import Selection, Tensors
-from fedprune.transport import Transport
-from fedprune.transport.steps import after_sums, steps
+from fedprune.model.architecture import Architecture
+from fedprune.model.selection import Selection, Tensors
+from fedprune.optimal_transport import Transport
+from fedprune.optimal_transport.layer_order import after_sums, steps
 from fedprune_export.importing import export_torch, import_onnx
 
 pytestmark = pytest.mark.torch

@@ -12,19 +12,29 @@ import pytest
 from onnx import numpy_helper
 from token_net import token_net
 
-from fedprune import step, tensorfile
-from fedprune.blocks import OFF, block_size
-from fedprune.bundle import ARCHITECTURE, FILES, INFERENCE, TRAINING, WEIGHTS, blocked_file, manifest, open_bundle
-from fedprune.bundle_folder import write_bundle
-from fedprune.errors import BundleError, ConfigError, ExitCode, FedpruneError, ModelError, TrainingError
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
-from fedprune_export.bundle import bundle_files
-from fedprune_export.cli import main
-from fedprune_export.imported import Model
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, ConfigError, ExitCode, FedpruneError, ModelError, TrainingError
+from fedprune.model.selection import Selection
+from fedprune.runtime.blocks import OFF, block_size
+from fedprune.runtime.bundle import (
+    ARCHITECTURE,
+    FILES,
+    INFERENCE,
+    TRAINING,
+    WEIGHTS,
+    blocked_file,
+    manifest,
+    open_bundle,
+)
+from fedprune.runtime.bundle_folder import write_bundle
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
+from fedprune_export.bundles.bundle import bundle_files
+from fedprune_export.bundles.verification import verify
+from fedprune_export.checks.parity import parity, try_step
+from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
-from fedprune_export.parity import parity, try_step
-from fedprune_export.verification import verify
+from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import digits_model
 
 CHECKS = ["files", "weights", "inference", "training", "descent", "agreement"]
@@ -129,7 +139,7 @@ def test_a_step_in_blocks_goes_where_the_other_one_goes(
 def test_a_step_in_blocks_that_goes_elsewhere_is_found(model: Model, half: Selection, tmp_path: Path) -> None:
     files = bundle_files(model, half, Recipe(), blocks=(HERE,))
     graph = onnx.load_model_from_string(files[blocked_file(HERE)])
-    moved = step.following(model.architecture.trainable[-1].name)
+    moved = step_contract.following(model.architecture.trainable[-1].name)
     (node,) = [n for n in graph.graph.node if moved in n.output]
     node.output[list(node.output).index(moved)] = "before"
     graph.graph.initializer.append(numpy_helper.from_array(np.array(0.1, np.float32), "tenth"))
@@ -244,7 +254,7 @@ def test_an_export_tries_the_step_at_its_own_widths(
     with pytest.raises(ModelError, match="onnxruntime couldn't run the graph"):
         try_step(model, Recipe(), {**files, TRAINING: broken})
     (tmp_path / "digits.onnx").write_bytes(digits_model())
-    monkeypatch.setattr("fedprune_export.bundle.training_step", lambda *_: broken)
+    monkeypatch.setattr("fedprune_export.bundles.bundle.training_step", lambda *_: broken)
     code = main(
         [str(tmp_path / "digits.onnx"), "--target", "raspberry-pi-5", "--density", "0.5", "--out", str(tmp_path / "b")]
     )
@@ -252,13 +262,13 @@ def test_an_export_tries_the_step_at_its_own_widths(
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("ignored", [step.Y_PARTNER, step.Y_SHARE])
+@pytest.mark.parametrize("ignored", [step_contract.Y_PARTNER, step_contract.Y_SHARE])
 def test_a_training_step_that_does_not_mix_labels(model: Model, half: Selection, tmp_path: Path, ignored: str) -> None:
     """A step that takes a label for its own partner, or counts the first label alone."""
 
     def unmixed(proto: onnx.ModelProto) -> None:
         proto.graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "all of it"))
-        other = step.Y if ignored == step.Y_PARTNER else "all of it"
+        other = step_contract.Y if ignored == step_contract.Y_PARTNER else "all of it"
         for node in proto.graph.node:
             node.input[:] = [other if i == ignored else i for i in node.input]
 

@@ -15,8 +15,8 @@ from gradient_distance import TENSOR, Trained
 from torch_graph import run
 from whole_models import MODELS, OURS
 
-from fedprune.selection import Selection
-from fedprune_export.cut import cut, masked
+from fedprune.model.selection import Selection
+from fedprune_export.pruning.cut import cut, masked
 
 pytestmark = pytest.mark.torch
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import BoardError, ExitCode
+from fedprune.core.errors import BoardError, ExitCode
 from fedprune_flash import Kit, cli
-from fedprune_flash.board_link import BoardLink
-from fedprune_flash.inventory import BoardRow
 from fedprune_flash.on_board import far_side
+from fedprune_flash.ssh.connection import BoardLink
+from fedprune_flash.ssh.inventory import BoardRow
 
 pytestmark = pytest.mark.system
 
@@ -214,7 +214,7 @@ def test_what_a_board_says_beside_its_answers_fills_no_disk_and_no_memory(fake: 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """As patient as a test is."""
-    monkeypatch.setattr("fedprune_flash.board_link._ANSWER_S", 1.0)
+    monkeypatch.setattr("fedprune_flash.ssh.connection._ANSWER_S", 1.0)
 
 
 @pytest.mark.usefixtures("patient")

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from fedprune.errors import CardError
-from fedprune_flash import cli, drives
-from fedprune_flash.card import write_card
-from fedprune_flash.drives import Drive, chosen, disk_names, from_diskutil, from_lsblk
+from fedprune.core.errors import CardError
+from fedprune_flash import cli
+from fedprune_flash.card import drives
+from fedprune_flash.card.card_writer import write_card
+from fedprune_flash.card.drives import Drive, chosen, disk_names, from_diskutil, from_lsblk
 
 
 def row(path: str, size: int, kind: str = "part", **more: Any) -> dict[str, Any]:
@@ -223,7 +224,7 @@ def test_only_the_devices_name_confirms(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     drive = Drive(str(card), 10_000_000, "Test Card", removable=True, read_only=False)
-    monkeypatch.setattr("fedprune_flash.drives.drives", lambda: [drive])
+    monkeypatch.setattr("fedprune_flash.card.drives.drives", lambda: [drive])
     monkeypatch.setattr("sys.stdin", io.StringIO(typed.format(card)))
     before = card.read_bytes()
     if confirmed:
@@ -249,7 +250,7 @@ def test_a_drive_that_changes_while_somebody_is_asked_is_not_written_to(
         "none": [drive],
     }[change]
     answers = iter([[drive], later])
-    monkeypatch.setattr("fedprune_flash.drives.drives", lambda: next(answers))
+    monkeypatch.setattr("fedprune_flash.card.drives.drives", lambda: next(answers))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{card}\n"))
     before = card.read_bytes()
     if change == "none":

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from disk_images import fsck_fat, make_fat, mcopy, mlist, mtype, run
-from fedprune.errors import ImageError
-from fedprune_flash.fat import Fat
-from fedprune_flash.region import Region
+from fedprune.core.errors import ImageError
+from fedprune_flash.image.fat import Fat
+from fedprune_flash.image.region import Region
 
 WHEN = datetime(2026, 11, 21, 1, 2, 4)
 KINDS = {12: (2048, 4), 16: (16_384, 2), 32: (40_960, 1)}

@@ -18,12 +18,12 @@ import tomllib
 import yaml
 
 from disk_images import SECTOR, fsck_fat, make_image, mlist, mtype, run, tool
-from fedprune.errors import ExitCode, ImageError
+from fedprune.core.errors import ExitCode, ImageError
 from fedprune_flash import Kit, Target, cli
-from fedprune_flash.drives import Drive
-from fedprune_flash.ext4 import Ext4
-from fedprune_flash.partitions import read_partitions
-from fedprune_flash.region import Region
+from fedprune_flash.card.drives import Drive
+from fedprune_flash.image.ext4 import Ext4
+from fedprune_flash.image.partitions import read_partitions
+from fedprune_flash.image.region import Region
 
 pytestmark = pytest.mark.system
 
@@ -518,8 +518,8 @@ def test_the_command_refuses_cards_before_it_writes_anything(
         Drive("/dev/nvme0n1", 2**40, "Disk", removable=False, read_only=False, mounts=("/",)),
         Drive("/dev/mmcblk0", 2**40, "Card", removable=True, read_only=False, mounts=("/media/bootfs",)),
     ]
-    monkeypatch.setattr("fedprune_flash.drives.drives", lambda: known)
-    monkeypatch.setattr("fedprune_flash.card.write_card", lambda *_: pytest.fail("the card was written to"))
+    monkeypatch.setattr("fedprune_flash.card.drives.drives", lambda: known)
+    monkeypatch.setattr("fedprune_flash.card.card_writer.write_card", lambda *_: pytest.fail("the card was written to"))
     arguments = command(make_source(), tmp_path / "out.img", kit, key, "--card", card, "--yes", card)
     refused(capsys, arguments, ExitCode.CARD, words)
 

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.errors import ConfigError, ExitCode, JoinError, StorageError
-from fedprune.trust.claim import Claim
+from fedprune.core.errors import ConfigError, ExitCode, JoinError, StorageError
+from fedprune.security.join_token import Claim
 from fedprune_flash import BoardFile, cli
-from fedprune_flash.board_link import ssh_command
-from fedprune_flash.claims import Claims, read_claims
-from fedprune_flash.inventory import BoardRow, read_inventory
-from fedprune_flash.journal import DONE, Journal
+from fedprune_flash.ssh.claims import Claims, read_claims
+from fedprune_flash.ssh.connection import ssh_command
+from fedprune_flash.ssh.inventory import BoardRow, read_inventory
+from fedprune_flash.ssh.journal import DONE, Journal
 
 DOCS = Path(__file__).parents[2] / "docs"
 GOOD = {"device": "attic", "host": "attic.local", "board": "raspberry-pi-5"}

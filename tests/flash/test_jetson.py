@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from fedprune.errors import ExitCode
+from fedprune.core.errors import ExitCode
 from fedprune_flash import cli
 from fedprune_flash.jetson import BOARDS, commands
 

@@ -17,11 +17,12 @@ from runtime_releases import KEY, PUBLIC
 from signed_kits import change, sign
 
 import tiny_wheels
-from fedprune.errors import ConfigError, ExitCode, IdentityError, KitError, UsageError
-from fedprune.trust.keys import SigningKey
-from fedprune.trust.succession import FILE, Succession
-from fedprune_device.runtime.unit import HIDDEN, Service
-from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit, cli, open_kit, wheelhouse
+from fedprune.core.errors import ConfigError, ExitCode, IdentityError, KitError, UsageError
+from fedprune.security.keys import SigningKey
+from fedprune.security.succession import FILE, Succession
+from fedprune_device.releases.unit import HIDDEN, Service
+from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit, cli, open_kit
+from fedprune_flash.kit import wheelhouse
 from fedprune_flash.on_board.kit_folder import KitFolder
 
 MakeKit = Callable[..., Kit]
@@ -435,7 +436,7 @@ def test_a_full_disk_under_pip_is_said_to_be_one(
     tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: [Errno 28] No space left on device: 'a.whl'\n")
-    monkeypatch.setattr("fedprune_flash.wheelhouse.subprocess.run", lambda *_, **__: failed)
+    monkeypatch.setattr("fedprune_flash.kit.wheelhouse.subprocess.run", lambda *_, **__: failed)
     assert cli.main(arguments(tmp_path / "kit", wheels, tmp_path)) == ExitCode.STORAGE_FULL
     assert "no room" in capsys.readouterr().err
 

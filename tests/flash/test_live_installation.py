@@ -14,7 +14,7 @@ from runtime_releases import KEY
 
 import tiny_wheels
 from fedprune_flash import BoardFile, Signer, Target, build_kit
-from fedprune_flash.target import PYTHONS
+from fedprune_flash.kit.target import PYTHONS
 from ssh_boards import SYSTEMCTL
 
 pytestmark = pytest.mark.system

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 from runtime_releases import KEY, PUBLIC
 
-from fedprune.errors import ExitCode
-from fedprune.trust.claim import Claim
-from fedprune.trust.keys import SigningKey
-from fedprune_device.runtime.home import Home
+from fedprune.core.errors import ExitCode
+from fedprune.security.join_token import Claim
+from fedprune.security.keys import SigningKey
+from fedprune_device.launcher.slot_store import Home
 from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit, cli
-from fedprune_flash.journal import Journal
+from fedprune_flash.ssh.journal import Journal
 from ssh_boards import PROFILE, Board, Boards
 
 pytestmark = pytest.mark.system
@@ -91,7 +91,7 @@ def check_installed(board: Board) -> None:
 SIGNALLED = """
 import os, runpy, sys
 from pathlib import Path
-from fedprune_flash.journal import DONE, Journal
+from fedprune_flash.ssh.journal import DONE, Journal
 
 roots, number, enough = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 note, done = Journal.note, set()
@@ -395,8 +395,8 @@ def test_on_a_terminal_boards_at_work_are_shown(boards: Boards, kit: Path) -> No
 def test_the_server_makes_claims_for_the_boards_names(
     boards: Boards, make_kit: MakeKit, tmp_path: Path, capsys: Capture
 ) -> None:
-    server = pytest.importorskip("fedprune_server.cli")
-    folder = pytest.importorskip("fedprune_server.identity.folder")
+    server = pytest.importorskip("fedprune_server.cli.main")
+    folder = pytest.importorskip("fedprune_server.enrollment.pki")
     state = tmp_path / "state"
     assert server.main(["init", "--state", str(state), "--site", "lab"]) == ExitCode.OK
     board = BoardFile("mqtts://h", "any", "lab", "own.samples:load")

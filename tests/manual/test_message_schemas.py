@@ -18,7 +18,7 @@ pytest.importorskip("jsonschema")
 from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 
-from fedprune.errors import ProtocolError
+from fedprune.core.errors import ProtocolError
 from fedprune.wire.messages import Message, parse
 from manual import asyncapi, message_schemas
 from wire_messages import DIGEST, EXAMPLES, messages

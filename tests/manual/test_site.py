@@ -64,7 +64,7 @@ def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
 
 
 def test_the_site_has_the_project_s_mark(site: Path) -> None:
-    mark = "server/fedprune_server/console/static/mark.svg"
+    mark = "server/fedprune_server/web/static/mark.svg"
     assert (site / mark).read_bytes() == (ROOT / mark).read_bytes()
     page = (site / "docs" / "planner.html").read_text(encoding="utf-8")
     assert re.search(rf'<link rel="icon" href="../{mark}">', page)

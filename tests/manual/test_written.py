@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.job import Job
-from fedprune.privacy import Privacy
-from fedprune.recipe import Recipe
-from fedprune.schedule import Schedule
-from fedprune_server.settings.alert_settings import AlertSettings
-from fedprune_server.settings.config import ServerConfig
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Schedule
+from fedprune.privacy.settings import Privacy
+from fedprune.training.recipe import Recipe
+from fedprune_server.config.alert_settings import AlertSettings
+from fedprune_server.config.config import ServerConfig
 from manual import command_pages, written
 
 ROOT = Path(__file__).parents[2]
@@ -48,11 +48,11 @@ def test_a_changed_a_missing_and_a_left_over_file_are_stale(
 
 
 def test_the_page_of_commands_has_every_command_and_every_option(files: dict[str, str]) -> None:
-    from fedprune_device import cli as device
-    from fedprune_export import cli as export
+    from fedprune_device.cli import main as device
+    from fedprune_export.cli import main as export
     from fedprune_flash import cli as flash
-    from fedprune_server import cli as server
-    from fedprune_server.commands import simulate
+    from fedprune_server.cli import main as server
+    from fedprune_server.cli import simulate
 
     page = files["docs/reference/cli.md"]
     parsers = [module.build_parser() for module in (device, export, flash, server, simulate)]

@@ -23,14 +23,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.serverapp.strategy import FedAvg
 
 from fedprune import strategies
-from fedprune.aggregation import Fold
-from fedprune.architecture import widths_at
-from fedprune.errors import FedpruneError
+from fedprune.aggregation.fold import Fold
+from fedprune.core.errors import FedpruneError
 from fedprune.flower import PRESETS, REFUSED, FedpruneStrategy, Part, answer
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
+from fedprune.training.recipe import Recipe
 from fedprune_export import importing
-from fedprune_export.imported import Model
+from fedprune_export.pruning.model import Model
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,7 +133,7 @@ def case_mixed_widths_are_our_fold() -> None:
     strategy = FedpruneStrategy(model(), "plain", density=[0.75, 0.5, 0.25], **QUIET)
     _, replies, ours = one_round(strategy)
     architecture, tensors = model().architecture, model().tensors
-    from fedprune.scoring import ranks, score
+    from fedprune.importance.scoring import ranks, score
 
     fold = Fold(architecture, tensors)
     for reply, density in zip(replies, (0.75, 0.5, 0.25), strict=True):

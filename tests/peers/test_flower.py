@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from strategy_reports import close, report, scene
 
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.selection import Selection, Tensors
-from fedprune.strategies.means import DeltaMean, Mean
-from fedprune.strategies.robust import Robust, Robustness
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.averaging import DeltaMean, Mean
+from fedprune.strategies.methods.robust import Robust, Robustness
 from fedprune.strategies.roles import Aggregator
 from strategies import model
 

@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.blocks import block_size
-from fedprune.coordination.state import Device
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
-from fedprune_export.imported import Model
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device
+from fedprune.model.selection import Tensors
+from fedprune.runtime.blocks import block_size
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.offers import Offers
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
-from fedprune_server.work.offers import Offers
 
 HERE = block_size()
 NAMES = ("raspberry-pi-4b", "jetson-orin-nano")

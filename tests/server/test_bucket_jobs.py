@@ -12,23 +12,23 @@ import pytest
 from fleet import NAMES, Fleet
 from s3 import S3
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.errors import ConfigError, ExitCode, StorageFullError
+from fedprune.core.errors import ConfigError, ExitCode, StorageFullError
 from fedprune.wire.messages import Accepted
-from fedprune_server.bucket import patience as bucket_patience
-from fedprune_server.bucket.bucket import BucketError, parse
-from fedprune_server.bucket.layout import digest_of
-from fedprune_server.bucket.store import BucketStore
-from fedprune_server.cli import main
-from fedprune_server.link.shipping import Shipping
-from fedprune_server.store.backup import back_up
-from fedprune_server.store.blob_place import BLOBS
-from fedprune_server.store.checkup import check
-from fedprune_server.store.finding import Finding, Weight
-from fedprune_server.store.restoring import opened, read_manifest, restore, verify
-from fedprune_server.store.storage import Storage
+from fedprune_server.cli.main import main
+from fedprune_server.maintenance.backup import back_up
+from fedprune_server.maintenance.finding import Finding, Weight
+from fedprune_server.maintenance.restoring import opened, read_manifest, restore, verify
+from fedprune_server.maintenance.state_check import check
+from fedprune_server.storage.blob_place import BLOBS
+from fedprune_server.storage.s3 import retry as bucket_patience
+from fedprune_server.storage.s3.bucket import BucketError, parse
+from fedprune_server.storage.s3.layout import digest_of
+from fedprune_server.storage.s3.store import BucketStore
+from fedprune_server.storage.storage import Storage
 from fedprune_server.terminal.shown_bytes import silent
+from fedprune_server.transfer.s3_sync import Shipping
 from played_job import play_job
 from toy import JOB
 

@@ -15,24 +15,24 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fedprune import tensorfile
 from fedprune.coordination import Phase, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import ExitCode, ModelError
-from fedprune.job import Job
-from fedprune.session import Session
-from fedprune_server.broker import revocations
-from fedprune_server.cli import main
-from fedprune_server.console import setup as console
-from fedprune_server.daemon import Daemon
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.link.connection import Connection
-from fedprune_server.link.leadership import Leadership, OtherServerError
-from fedprune_server.observation import setup as observation
-from fedprune_server.settings.config import ServerConfig
+from fedprune.core import tensorfile
+from fedprune.core.errors import ExitCode, ModelError
+from fedprune.jobs.job import Job
+from fedprune.runtime.session import Session
+from fedprune_server.cli.main import main
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.engine.daemon import Daemon
+from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.messaging.broker import revocations
+from fedprune_server.messaging.connection import Connection
+from fedprune_server.messaging.leadership import Leadership, OtherServerError
+from fedprune_server.monitoring import setup as observation
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.store.state_folder import StateFolder
+from fedprune_server.web import setup as console
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_taken_port_ends_with_one_clear_error(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fedprune_server.broker.embedded._PORT_PATIENCE_S", 0.0)
+    monkeypatch.setattr("fedprune_server.messaging.broker.embedded._PORT_PATIENCE_S", 0.0)
     command = ["run", "--insecure", "--model", str(model), "--state", str(tmp_path / "s"), "--port", str(taken_port)]
     assert main(command) == ExitCode.BROKER
     assert f"port {taken_port} of 127.0.0.1 is taken" in one_line(capsys)
@@ -275,7 +275,7 @@ def test_a_model_that_lacks_its_input_shape_gets_advice_that_the_server_can_take
         assert input_shape is None
         raise ModelError("shape unknown", hint="Give --input-shape (such as 3,32,32).")
 
-    monkeypatch.setattr("fedprune_server.store.state_folder.read_source", read)
+    monkeypatch.setattr("fedprune_server.engine.state_directory.read_source", read)
     assert main(["run", "--insecure", "--model", "nets:make", "--state", str(tmp_path / "s")]) == ExitCode.MODEL
     line = one_line(capsys)
     assert "--input-shape" not in line
@@ -370,9 +370,9 @@ def test_a_copy_that_is_refused_has_reached_nobody(
         raise OtherServerError("another server runs this fleet")
 
     monkeypatch.setattr(Leadership, "enter", refuse)
-    monkeypatch.setattr("fedprune_server.store.state_folder._changes", lambda *_: ["rounds: 5 is now 77"])
+    monkeypatch.setattr("fedprune_server.engine.state_directory._changes", lambda *_: ["rounds: 5 is now 77"])
     warned: list[object] = []
-    monkeypatch.setattr("fedprune_server.cli.log.warning", lambda *said: warned.append(said))
+    monkeypatch.setattr("fedprune_server.cli.main.log.warning", lambda *said: warned.append(said))
     assert main(["run", "--state", str(state), "--port", "0"]) == ExitCode.OTHER_SERVER
     assert "another server runs this fleet" in capsys.readouterr().err
     assert warned == [], "a start that is refused changes no setting"
@@ -532,10 +532,10 @@ def test_a_missing_package_names_the_extra(
     state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in (
-        "fedprune_server.commands.status",
-        "fedprune_server.store.storage",
-        "fedprune_server.store.state_folder",
-        "fedprune_server.daemon",
+        "fedprune_server.cli.status",
+        "fedprune_server.storage.storage",
+        "fedprune_server.engine.state_directory",
+        "fedprune_server.engine.daemon",
     ):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "sqlalchemy", None)

@@ -9,31 +9,31 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.architecture import widths_at
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.codec import CODECS, DOWN, Codec, bound, decode, encode, packing
 from fedprune.coordination import State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.state import Progress
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Progress
+from fedprune.model.architecture import widths_at
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth, parse
 from fedprune.wire.offer import Offer
-from fedprune_device.decoding import decoded
-from fedprune_device.trainer import Trainer
-from fedprune_export.imported import Model
+from fedprune_device.training.decoding import decoded
+from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
+from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import Federation, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
-from fedprune_server.work.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
-from fedprune_server.work.worker import Worker
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b")
 SETTINGS = ("zlib", "float16", "int8", "top-k:0.05")

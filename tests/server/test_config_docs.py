@@ -7,13 +7,13 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from fedprune.errors import ExitCode, FedpruneError
-from fedprune.job import Job
-from fedprune.privacy import WRITTEN, Privacy
-from fedprune.recipe import Recipe
-from fedprune_server.settings.alert_settings import AlertSettings
-from fedprune_server.settings.config import ServerConfig
-from fedprune_server.settings.tables import parse_config
+from fedprune.core.errors import ExitCode, FedpruneError
+from fedprune.jobs.job import Job
+from fedprune.privacy.settings import WRITTEN, Privacy
+from fedprune.training.recipe import Recipe
+from fedprune_server.config.alert_settings import AlertSettings
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.tables import parse_config
 from manual.errors import by_exit_code
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

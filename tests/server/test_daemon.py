@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 from fleet import SIZE, Fleet, ToyDevice, fill, folded, larger
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.state import Progress as Part
-from fedprune.coordination.state import Task
-from fedprune.errors import ProtocolError
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.core.errors import ProtocolError
+from fedprune.jobs.state import Progress as Part
+from fedprune.jobs.state import Task
 from fedprune.wire.messages import Accepted, Birth, Cancelled, Finished, Progress, Refusal, Update, Want
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
-from fedprune_server.daemon import Daemon
-from fedprune_server.store.garbage import sweep
-from fedprune_server.store.storage import Storage
-from fedprune_server.work.update_size import UPDATE_SIZE
+from fedprune_server.engine.daemon import Daemon
+from fedprune_server.executor.retention import sweep
+from fedprune_server.executor.update_size import UPDATE_SIZE
+from fedprune_server.storage.storage import Storage
 from toy import JOB
 
 

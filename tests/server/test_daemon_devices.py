@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from fleet import Fleet, ToyDevice, fill, folded
 
-from fedprune.profile_store import find
-from fedprune.wire.connection_news import ConnectionUp
+from fedprune.hardware.profile_store import find
+from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Birth, Gone, Progress, Refusal, Want
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
-from fedprune_server.observation.onlooker import Shown
-from fedprune_server.store.storage import Storage
+from fedprune_server.monitoring.observer import Shown
+from fedprune_server.storage.storage import Storage
 from fedprune_server.terminal.table import Lines, Snapshot
 from toy import JOB
 
@@ -43,7 +43,7 @@ def test_who_joins_is_told_of_with_the_share_of_weights_that_it_gets(
     fleet: Fleet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, density: float, line: str
 ) -> None:
     fleet.job = replace(JOB, density=density, rounds=1)
-    monkeypatch.setattr("fedprune.plan.Plan.gains", lambda plan: "gained much")
+    monkeypatch.setattr("fedprune.planning.plan.Plan.gains", lambda plan: "gained much")
     with caplog.at_level(logging.DEBUG, "fedprune"):
         fleet.run()
     said = [(r.levelname, r.getMessage()) for r in caplog.records]

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from fleet import Fleet, fill, folded, larger
 
+from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State
 from fedprune.coordination import events as on
-from fedprune.errors import ModelError, StorageError, StorageFullError
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.core.errors import ModelError, StorageError, StorageFullError
 from fedprune.wire.messages import Finished
 from fedprune.wire.offer import Offer
-from fedprune_server.store.garbage import sweep
-from fedprune_server.store.storage import Storage
-from fedprune_server.work.offers import GRAPH_ROUNDS
+from fedprune_server.executor.offers import GRAPH_ROUNDS
+from fedprune_server.executor.retention import sweep
+from fedprune_server.storage.storage import Storage
 from toy import JOB
 
 

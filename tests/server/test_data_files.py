@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import strategies  # noqa: F401 - its settings of Hypothesis
-from fedprune.errors import DataError
-from fedprune_server.data import idx, npz
-from fedprune_server.data.idx import read_idx, read_idx_folder
-from fedprune_server.data.image_folder import read_image_folder
-from fedprune_server.data.npz import npz_arrays, read_npz
-from fedprune_server.data.samples import Preparation, Samples, assembled
-from fedprune_server.data.source import read_samples
+from fedprune.core.errors import DataError
+from fedprune_server.simulation.datasets import idx, npz
+from fedprune_server.simulation.datasets.idx import read_idx, read_idx_folder
+from fedprune_server.simulation.datasets.image_folder import read_image_folder
+from fedprune_server.simulation.datasets.npz import npz_arrays, read_npz
+from fedprune_server.simulation.datasets.samples import Preparation, Samples, assembled
+from fedprune_server.simulation.datasets.source import read_samples
 
 # --- npz
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import strategies  # noqa: F401 - its settings of Hypothesis
-from fedprune.errors import ConfigError, DataError
-from fedprune_server.data import partition
-from fedprune_server.data.federation import Federation, Holding, default_names, federate
-from fedprune_server.data.picture import Partition, draw_partition, partition_table
-from fedprune_server.data.samples import Preparation, assembled
-from fedprune_server.data.table import DataPlan
+from fedprune.core.errors import ConfigError, DataError
+from fedprune_server.simulation.datasets import partition
+from fedprune_server.simulation.datasets.federation import Federation, Holding, default_names, federate
+from fedprune_server.simulation.datasets.picture import Partition, draw_partition, partition_table
+from fedprune_server.simulation.datasets.samples import Preparation, assembled
+from fedprune_server.simulation.datasets.table import DataPlan
 
 
 def shuffled(counts, seed=0):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ExitCode
-from fedprune_server.cli import build_parser, main
-from fedprune_server.settings.environment import CONFIG, variables
-from fedprune_server.settings.unit import ServerUnit
+from fedprune.core.errors import ExitCode
+from fedprune_server.cli.main import build_parser, main
+from fedprune_server.cli.systemd_unit import ServerUnit
+from fedprune_server.config.environment import CONFIG, variables
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "deploy.md").read_text()

@@ -16,13 +16,13 @@ import yaml
 
 from compose_file import DEPLOY, mounts, read_compose
 from fedprune import __version__
-from fedprune.toml_file import parse_toml
-from fedprune_server.broker.config import CONFIG as MOSQUITTO_CONF
-from fedprune_server.cli import build_parser
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.pulse import FILE as PULSE
-from fedprune_server.settings.environment import environment_layer, variables
-from fedprune_server.settings.tables import parse_config
+from fedprune.core.toml_file import parse_toml
+from fedprune_server.cli.main import build_parser
+from fedprune_server.config.environment import environment_layer, variables
+from fedprune_server.config.tables import parse_config
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.messaging.broker.config import CONFIG as MOSQUITTO_CONF
+from fedprune_server.monitoring.health import FILE as PULSE
 
 PINNED = re.compile(r"[\w./-]+:\d+\.\d+(\.\d+)?(-[\w.-]+)?")
 ENVIRONMENT = {"FEDPRUNE_HOST": "fleet.example"}

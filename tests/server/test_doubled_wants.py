@@ -7,16 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.messages import Update, Want, parse
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.outbox import Outbox
-from fedprune_server.link.downloads import Downloads
-from fedprune_server.link.post import Line, Post
-from fedprune_server.link.sharing import Audience, Sharing
+from fedprune_device.network.uplink import Outbox
+from fedprune_server.messaging.outbox import Line, Post
+from fedprune_server.transfer.downloads import Downloads
+from fedprune_server.transfer.multicast import Audience, Sharing
 
 TOPICS = Topics("lab")
 

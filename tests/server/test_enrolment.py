@@ -15,22 +15,22 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import BrokerError, ConfigError, ExitCode, IdentityError, JoinError
-from fedprune.trust.certificates import read_certificate
-from fedprune.trust.claim import Claim
-from fedprune.trust.device_identity import DeviceIdentity
-from fedprune.trust.keys import grouped
-from fedprune.wire.link import Link
-from fedprune_device import enrolment
-from fedprune_device.cli import main
-from fedprune_device.enrolment import Renewal, enrol, join_urls
-from fedprune_device.membership import add_membership, join_first, membership
-from fedprune_device.store import DeviceStore
-from fedprune_server.broker.embedded import EmbeddedBroker, TlsFiles
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.link.connection import identity_of
-from fedprune_server.link.signed_link import SignedLink
-from fedprune_server.settings.config import ServerConfig
+from fedprune.core.errors import BrokerError, ConfigError, ExitCode, IdentityError, JoinError
+from fedprune.security.certificates import read_certificate
+from fedprune.security.device_identity import DeviceIdentity
+from fedprune.security.join_token import Claim
+from fedprune.security.keys import grouped
+from fedprune.wire.mqtt.link import Link
+from fedprune_device.cli.main import main
+from fedprune_device.enrolment import enrolment
+from fedprune_device.enrolment.enrolment import Renewal, enrol, join_urls
+from fedprune_device.enrolment.membership import add_membership, join_first, membership
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.messaging.authentication import SignedLink
+from fedprune_server.messaging.broker.embedded import EmbeddedBroker, TlsFiles
+from fedprune_server.messaging.connection import identity_of
 from machine import free_port
 
 Captured = pytest.CaptureFixture[str]

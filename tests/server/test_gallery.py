@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from benchmarks import gallery
 
-from fedprune.errors import ExitCode
-from fedprune_device import cli as device
-from fedprune_export import cli as export
-from fedprune_server import cli as server
-from fedprune_server.commands import simulate
-from fedprune_server.simulation.run_folder import simulate as simulate_run
-from fedprune_server.simulation.simulated_fleet import read_plan
+from fedprune.core.errors import ExitCode
+from fedprune_device.cli import main as device
+from fedprune_export.cli import main as export
+from fedprune_server.cli import main as server
+from fedprune_server.cli import simulate
+from fedprune_server.simulation.fleet.simulated_fleet import read_plan
+from fedprune_server.simulation.results.run_folder import simulate as simulate_run
 from fedprune_server.simulation.sweep import read_sweep
 from machine import free_port
 

@@ -11,15 +11,15 @@ from fleet import Fleet, fill
 from several import KilledError, SeveralJobs, named
 
 from fedprune.coordination import Phase, State
-from fedprune.errors import ConfigError
-from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
+from fedprune.core.errors import ConfigError
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Cancelled, Finished, Update
 from fedprune.wire.offer import Offer
-from fedprune_server.fleet.presence import ANSWER_S
-from fedprune_server.further_jobs import further
-from fedprune_server.link import intake
-from fedprune_server.settings.config import ServerConfig
-from fedprune_server.store.storage import Storage
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.devices.presence import ANSWER_S
+from fedprune_server.engine.further_jobs import further
+from fedprune_server.messaging import intake
+from fedprune_server.storage.storage import Storage
 from toy import JOB
 
 

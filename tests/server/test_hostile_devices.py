@@ -10,8 +10,8 @@ from fleet import Fleet, fill, folded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State
-from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Birth, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
 from fedprune.wire.topics import Topics
 from toy import JOB

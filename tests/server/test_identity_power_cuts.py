@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from power import KINDS, CutError, power
 
-from fedprune.trust.claim import Claim
-from fedprune.trust.correspondence import Opener, Sealer
-from fedprune.trust.device_identity import DeviceIdentity
-from fedprune.trust.keys import VerifyingKey
-from fedprune.trust.trusted_time import BUILT
+from fedprune.security.device_identity import DeviceIdentity
+from fedprune.security.join_token import Claim
+from fedprune.security.keys import VerifyingKey
+from fedprune.security.signed_channel import Opener, Sealer
+from fedprune.security.trusted_time import BUILT
 from fedprune.wire.join_messages import JoinAnswer, JoinRequest
 from fedprune.wire.messages import Birth, Hello, parse
 from fedprune.wire.topics import Topics
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.identity.join_desk import JoinDesk
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.service import JoinDesk
 
 TOPICS = Topics("lab")
 UP, DOWN = TOPICS.up("attic"), TOPICS.down("attic")

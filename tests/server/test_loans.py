@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from several import SeveralJobs, named
 
 from fedprune.wire.offer import Offer
-from fedprune_server.host import Host
-from fedprune_server.job_desk import JobDesk
-from fedprune_server.loans import Loans
+from fedprune_server.engine.device_scheduler import Loans
+from fedprune_server.engine.host import Host
+from fedprune_server.engine.job_runner import JobDesk
 from toy import JOB
 
 ASYNCHRONOUS = {"strategy": "toy:scheduled", "options": {"schedule": {"kind": "asynchronous", "arrivals": 2}}}

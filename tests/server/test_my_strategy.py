@@ -13,18 +13,19 @@ from typing import Any
 import pytest
 
 import fedprune
-from fedprune import profile_store, tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.errors import ConfigError
-from fedprune.influence import MEMORY
-from fedprune.job import Job
-from fedprune.recipe import Recipe
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination.influence import MEMORY
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError
+from fedprune.hardware import profile_store
+from fedprune.jobs.job import Job
 from fedprune.strategies import compose
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "write-a-strategy.md"
@@ -124,7 +125,7 @@ def test_modules_have_the_roles_that_the_page_says(role: str) -> None:
     names = re.findall(r"`([a-z_.]+)`", row.split("|")[4])
     assert names
     for name in names:
-        whole = name if name.startswith("fedprune.") else f"fedprune.strategies.{name.rpartition('.')[2]}"
+        whole = name if name.startswith("fedprune.") else f"fedprune.{name}"
         module = importlib.import_module(whole)
         own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
         assert any(all(hasattr(kind, n) for n in ROLES[role]) for kind in own), name

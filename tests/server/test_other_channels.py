@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Coordinator, State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.job import Job
+from fedprune.core import tensorfile
+from fedprune.jobs.job import Job
 from fedprune_export.importing import import_onnx
+from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.work.worker import Worker
 
 NAMES = ("a", "b")
 

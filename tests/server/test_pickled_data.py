@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import strategies  # noqa: F401 - its settings of Hypothesis
-from fedprune.errors import DataError
-from fedprune_server.data import plain_pickle
-from fedprune_server.data.cifar import read_cifar
-from fedprune_server.data.plain_pickle import read_plain
-from fedprune_server.data.samples import Preparation
+from fedprune.core.errors import DataError
+from fedprune_server.simulation.datasets import plain_pickle
+from fedprune_server.simulation.datasets.cifar import read_cifar
+from fedprune_server.simulation.datasets.plain_pickle import read_plain
+from fedprune_server.simulation.datasets.samples import Preparation
 
 # --- pickles
 

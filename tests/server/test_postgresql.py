@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from fedprune.coordination import Coordinator, State
 from fedprune.coordination import events as on
-from fedprune.errors import ConfigError, StorageError
-from fedprune_server.commands.status import status
-from fedprune_server.settings.config import ServerConfig
+from fedprune.core.errors import ConfigError, StorageError
+from fedprune_server.cli.status import status
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.engine.state_directory import StateFolder, stored_config
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.store.database import LostConnectionError
-from fedprune_server.store.state_folder import StateFolder, stored_config
-from fedprune_server.store.storage import FILE, Storage
+from fedprune_server.storage.database import LostConnectionError
+from fedprune_server.storage.storage import FILE, Storage
 from postgres import Postgres
 from stored_job import born, filled
 from toy import ARCHITECTURE, JOB

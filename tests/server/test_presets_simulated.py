@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.job import Job
-from fedprune.prediction import predict
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
-from fedprune_device.data import LocalData
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Tensors
+from fedprune.planning.cost_prediction import predict
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
 TIERS = [1.0, 0.5, 0.25]

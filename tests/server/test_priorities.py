@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import HEADER, MAX_PACKET, Chunk
 from fedprune.wire.messages import Cancelled, Progress, Update, Want, parse
+from fedprune.wire.mqtt.unsent import HIGH_WATER
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune.wire.unsent import HIGH_WATER
-from fedprune_device.outbox import Outbox
-from fedprune_server.link.downloads import Downloads
-from fedprune_server.link.post import Line, Post
-from fedprune_server.link.sharing import Audience, Sharing
+from fedprune_device.network.uplink import Outbox
+from fedprune_server.messaging.outbox import Line, Post
+from fedprune_server.transfer.downloads import Downloads
+from fedprune_server.transfer.multicast import Audience, Sharing
 
 TOPICS = Topics("lab")
 LEAVES = 400

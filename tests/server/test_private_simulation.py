@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.job import Job
-from fedprune.privacy import Privacy
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune_device.assignment import MEASURED
-from fedprune_export.imported import Model
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.privacy.settings import Privacy
+from fedprune.training.recipe import Recipe
+from fedprune_device.training.round_runner import MEASURED
 from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import Federation, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.report import summary
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.results.report import summary
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
 
 KIND = "raspberry-pi-4b"
 STATISTICS = ("running_mean", "running_var")

@@ -13,9 +13,9 @@ import pytest
 from fleet import Fleet
 from several import SeveralJobs, named
 
-from fedprune.errors import ExitCode, StorageError
-from fedprune_server.cli import main
-from fedprune_server.pulse import RUNNING, STANDING_BY, Pulse, check_pulse
+from fedprune.core.errors import ExitCode, StorageError
+from fedprune_server.cli.main import main
+from fedprune_server.monitoring.health import RUNNING, STANDING_BY, Pulse, check_pulse
 from toy import JOB
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ExitCode
-from fedprune_device import cli as device
-from fedprune_export import cli as export
+from fedprune.core.errors import ExitCode
+from fedprune_device.cli import main as device
+from fedprune_export.cli import main as export
 from fedprune_flash import cli as flash
-from fedprune_server import cli as server
-from fedprune_server.commands import simulate
-from fedprune_server.commands.demo_run import DemoFolder
+from fedprune_server.cli import main as server
+from fedprune_server.cli import simulate
+from fedprune_server.cli.demo_run import DemoFolder
 
 ROOT = Path(__file__).parents[2]
 MAIN = {
@@ -70,8 +70,8 @@ def test_readmes_commands_for_a_fleet_make_sense_and_name_files_that_are_there()
 
 @pytest.mark.usefixtures("_demo")
 def test_a_server_takes_the_examples_fleet() -> None:
-    from fedprune_server.settings.tables import read_config
-    from fedprune_server.store.state_folder import StateFolder
+    from fedprune_server.config.tables import read_config
+    from fedprune_server.engine.state_directory import StateFolder
 
     config = read_config(Path("examples/fleet.toml"))
     assert (config.job.strategy, config.job.devices) == ("fedprune", 3)

@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.errors import ConfigError, DataError, PlanError
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune_device.data import LocalData
-from fedprune_export.imported import Model
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, DataError, PlanError
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.evaluation_data import load_evaluation
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.report import summary, summary_text, write_report
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.results.report import summary, summary_text, write_report
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
-from fedprune_server.work.own_samples import load_evaluation
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b")
 Labels = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], np.ndarray[Any, Any]]

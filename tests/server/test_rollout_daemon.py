@@ -10,16 +10,16 @@ from fleet import Air, Fleet, ToyDevice
 from runtime_releases import KEY, make_release
 from several import JobsDevice, SeveralJobs, named
 
+from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import Phase
-from fedprune.coordination.rollout import Fate, Rollout, RolloutPhase, RolloutPlan, Stage
-from fedprune.release import FILES, Release, read_release
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.releases.release import FILES, Release, read_release
+from fedprune.releases.rollout import Fate, Rollout, RolloutPhase, RolloutPlan, Stage
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_news import ConnectionDown
+from fedprune.wire.connection_events import ConnectionDown
 from fedprune.wire.messages import Gone, Want, parse
 from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseOffer, ReleaseReport
 from fedprune.wire.transfer import Pull
-from fedprune_server.rollouts.store import RolloutStore
+from fedprune_server.ota.store import RolloutStore
 from toy import JOB, NAMES
 
 

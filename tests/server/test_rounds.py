@@ -11,23 +11,23 @@ from typing import Any
 import pytest
 from fleet import Fleet
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
-from fedprune.coordination.lot import ENOUGH
 from fedprune.coordination.pace import PARTS, SILENT, SLOW
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
+from fedprune.coordination.sampling import ENOUGH
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Cancelled, Progress
 from fedprune.wire.offer import Offer
 from fedprune_export.importing import import_onnx
+from fedprune_server.executor.retention import Garbage
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet_devices import with_link
+from fedprune_server.simulation.fleet.fleet_devices import with_link
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.network_model import DropOuts, Weather
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
-from fedprune_server.simulation.weather import DropOuts, Weather
-from fedprune_server.store.garbage import Garbage
 from toy import JOB
 
 NAMES = ("a", "b", "c", "d", "e")

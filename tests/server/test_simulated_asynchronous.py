@@ -2,18 +2,18 @@
 
 import pytest
 
-from fedprune.blobs import BlobStore
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import Bench, VirtualDevice
+from fedprune_server.simulation.measure import Measure
+from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.simulation.state import Trained
-from fedprune_server.simulation.virtual_device import Bench, VirtualDevice
-from fedprune_server.simulation.weather import Availability, DropOuts, Weather
-from fedprune_server.work.measure import Measure
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "raspberry-pi-5", "jetson-nano", "jetson-orin-nano")
 SCHEDULES = {
@@ -67,7 +67,7 @@ class KillError(Exception):
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_killed_run_goes_on_to_the_same_model(build, monkeypatch, schedule):
-    monkeypatch.setattr("fedprune_server.simulation.rhythm._WITHIN_S", 0.0)
+    monkeypatch.setattr("fedprune_server.simulation.save_interval._WITHIN_S", 0.0)
     whole = build("whole", schedule, **HARSH)
     history = whole.run()
     assert [row["round"] for row in history] == list(range(1, 10))

@@ -10,23 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
+from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_server.settings.differences import differences
+from fedprune_server.config.differences import differences
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.patience import MAX_ATTEMPTS
-from fedprune_server.simulation.round_notes import Notary, Notes
-from fedprune_server.simulation.run_folder import is_run, simulate
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.measure import Measure, Moment
+from fedprune_server.simulation.results.round_notes import Notary, Notes
+from fedprune_server.simulation.results.run_folder import is_run, simulate
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
-from fedprune_server.work.measure import Measure, Moment
+from fedprune_server.simulation.stall_detector import MAX_ATTEMPTS
 
 NAMES = ("a", "b")
 HAND = deal(NAMES, seed=1)

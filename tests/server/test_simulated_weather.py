@@ -13,27 +13,27 @@ import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
 
-from fedprune import tensorfile
-from fedprune.architecture import widths_at
-from fedprune.blobs import BlobStore
-from fedprune.costs import costs_at
-from fedprune.errors import ConfigError, PlanError
-from fedprune.job import Job
-from fedprune.ordered_dropout import TensorAxes
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, PlanError
+from fedprune.costs.costs import costs_at
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import widths_at
+from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.selection import Selection
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation import virtual_device
+from fedprune_server.executor.calibration import Calibration
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet_devices import with_link
-from fedprune_server.simulation.run_folder import simulate
+from fedprune_server.simulation.fleet import virtual_device
+from fedprune_server.simulation.fleet.fleet_devices import with_link
+from fedprune_server.simulation.fleet.virtual_device import Bench, StoredData, VirtualDevice
+from fedprune_server.simulation.measure import Measure
+from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
+from fedprune_server.simulation.results.run_folder import simulate
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import Bench, StoredData, VirtualDevice
-from fedprune_server.simulation.weather import Availability, DropOuts, Weather
-from fedprune_server.work.calibration import Calibration
-from fedprune_server.work.measure import Measure
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
 SMALL = {"density": 0.25, "recipe": Recipe(max_steps=1), "scorer": "ordered"}
@@ -245,8 +245,8 @@ class KillError(Exception):
 @pytest.mark.parametrize("trainings", [1, 2, 3, 4, 5])
 def test_trainings_that_go_together_are_the_same_after_a_kill(build, monkeypatch, trainings):
     monkeypatch.setattr("fedprune_server.simulation.simulation.Bench", Batched)
-    monkeypatch.setattr("fedprune_server.simulation.rhythm._WITHIN_S", 0.0)  # in the middle of a round, too
-    monkeypatch.setattr("fedprune_server.simulation.rhythm._SHARE", 0.0)
+    monkeypatch.setattr("fedprune_server.simulation.save_interval._WITHIN_S", 0.0)  # in the middle of a round, too
+    monkeypatch.setattr("fedprune_server.simulation.save_interval._SHARE", 0.0)
     whole = build("whole", recipe=Recipe(max_steps=1))
     whole.run()
     groups = Batched.last.ready

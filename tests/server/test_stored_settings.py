@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune_server.settings.config import ServerConfig, without_password
-from fedprune_server.settings.tables import overridden
-from fedprune_server.store.state_folder import stored_config
-from fedprune_server.store.storage import FILE, Storage
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune_server.config.config import ServerConfig, without_password
+from fedprune_server.config.tables import overridden
+from fedprune_server.engine.state_directory import stored_config
+from fedprune_server.storage.storage import FILE, Storage
 
 
 @pytest.fixture

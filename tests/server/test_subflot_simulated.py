@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from cutting import outputs
 
-from fedprune import tensorfile
-from fedprune.architecture import widths_at
-from fedprune.blobs import BlobStore
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors
-from fedprune_export.cut import at_widths
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection, Tensors
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.cut import at_widths
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
 
 pytest.importorskip("ot")
 

@@ -12,8 +12,8 @@ from several import SeveralJobs, named
 
 from fedprune.wire.log_messages import LOG, BoardLines, CrashReport, LogWanted
 from fedprune.wire.messages import TO, Birth, parse
-from fedprune_server.fleet.board_logs import BoardLogs, read_logs
-from fedprune_server.observation.metrics import Metrics
+from fedprune_server.devices.board_logs import BoardLogs, read_logs
+from fedprune_server.monitoring.metrics import Metrics
 from toy import JOB
 
 

@@ -13,22 +13,23 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fedprune import step, tensorfile
-from fedprune.aggregation import Fold
-from fedprune.blobs import BlobStore
+from fedprune.aggregation.fixed_point import MAX_WEIGHT
+from fedprune.aggregation.fold import Fold
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import StorageError, StrategyError
-from fedprune.fixed_point import MAX_WEIGHT
-from fedprune.influence import MEMORY
-from fedprune.job import Job
+from fedprune.coordination.influence import MEMORY
+from fedprune.core import tensorfile
+from fedprune.core.errors import StorageError, StrategyError
+from fedprune.jobs.job import Job
 from fedprune.strategies import compose
-from fedprune.strategies.means import Mean
+from fedprune.strategies.averaging import Mean
 from fedprune.strategies.roles import Closing, Report, Submodel
-from fedprune_export.imported import Model
+from fedprune.training import step_contract
 from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.work.worker import Worker
 
 Update = dict[str, npt.NDArray[Any]]
 
@@ -65,12 +66,12 @@ def squares(update: Update) -> None:
     for name in [n for n in update if n.endswith((".weight", ".bias"))]:
         value = np.full(update[name].shape, 0.5, np.float32)
         value.reshape(-1)[0] = 0
-        update[step.squares(name)] = value
+        update[step_contract.squares(name)] = value
 
 
 def swapped(update: Update) -> None:
     squares(update)
-    name = step.squares("conv1.weight")
+    name = step_contract.squares("conv1.weight")
     value = update[name]
     update[name] = value.reshape(value.shape[1], value.shape[0], *value.shape[2:])
 
@@ -78,20 +79,20 @@ def swapped(update: Update) -> None:
 def filled(number: float) -> Callable[[Update], None]:
     def make(update: Update) -> None:
         squares(update)
-        update[step.squares("conv1.weight")].reshape(-1)[1] = number
+        update[step_contract.squares("conv1.weight")].reshape(-1)[1] = number
 
     return make
 
 
 def other_type(update: Update) -> None:
     squares(update)
-    name = step.squares("conv1.weight")
+    name = step_contract.squares("conv1.weight")
     update[name] = update[name].astype(np.int32)
 
 
 def unknown(update: Update) -> None:
     squares(update)
-    update[step.squares("nobody")] = np.zeros(3, np.float32)
+    update[step_contract.squares("nobody")] = np.zeros(3, np.float32)
 
 
 BAD = {

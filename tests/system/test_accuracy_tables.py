@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fedprune.architecture import widths_at
-from fedprune.element_order import magnitudes, prunable, top
-from fedprune.selection import Selection
+from fedprune.core.tensorfile import encode
+from fedprune.importance.element_ranking import magnitudes, prunable, top
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
 from fedprune.strategies import compose
-from fedprune.tensorfile import encode
-from fedprune_server.data.samples import assembled
+from fedprune_server.simulation.datasets.samples import assembled
 
 pytestmark = pytest.mark.torch
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from real_site import Site, write_material
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
-from fedprune.errors import ConfigError, StorageError
-from fedprune_server.store.replay import Step, replay
-from fedprune_server.store.state_folder import BLOBS
-from fedprune_server.store.storage import FILE, Storage
+from fedprune.core.errors import ConfigError, StorageError
+from fedprune_server.engine.state_directory import BLOBS
+from fedprune_server.maintenance.replay import Step, replay
+from fedprune_server.storage.storage import FILE, Storage
 
 pytestmark = pytest.mark.system
 
@@ -105,7 +105,7 @@ def test_the_log_gives_the_same_models_again(site: Site, monkeypatch: pytest.Mon
     site.start_all()
     state = finish(site)
     scratch = site.folder / "scratch"
-    monkeypatch.setattr("fedprune_server.store.replay.TemporaryDirectory", lambda **_: nullcontext(str(scratch)))
+    monkeypatch.setattr("fedprune_server.maintenance.replay.TemporaryDirectory", lambda **_: nullcontext(str(scratch)))
     found = again(site)
     assert [BlobStore(scratch).has(s.model) for s in (found[0], found[-1])] == [False, True]  # past rounds' are deleted
     assert [(s.round, s.model) for s in found] == models(state)
@@ -124,7 +124,7 @@ def test_kills_are_survived_and_the_log_still_gives_the_same_models(site: Site) 
     assert [r for r, _ in models(state)] == list(range(1, 9))
     assert [(s.round, s.model) for s in again(site)] == models(state)
     out = subprocess.run(
-        [sys.executable, "-m", "fedprune_server.cli", "replay", "--state", str(site.state)],
+        [sys.executable, "-m", "fedprune_server.cli.main", "replay", "--state", str(site.state)],
         capture_output=True,
         text=True,
         check=True,

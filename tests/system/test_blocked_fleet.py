@@ -17,26 +17,26 @@ import numpy as np
 import pytest
 from fleet import quick
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.blocks import block_size
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.job import Job
-from fedprune.probe_report import ProbeReport
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune.wire.connection_news import ConnectionUp
+from fedprune.core import tensorfile
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.runtime.blocks import block_size
+from fedprune.training.recipe import Recipe
+from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Refusal, Want, parse
 from fedprune.wire.topics import Topics
-from fedprune_device.agent import Agent
-from fedprune_device.store import DeviceStore
+from fedprune_device.agent.agent import Agent
+from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_export.importing import import_onnx
-from fedprune_server.daemon import Daemon
+from fedprune_server.engine.daemon import Daemon
+from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
-from fedprune_server.work.worker import Worker
 
 pytestmark = pytest.mark.system
 

@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import step
-from fedprune.architecture import widths_at
-from fedprune.blocks import block_size
-from fedprune.element_mask import ElementMask
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors
-from fedprune_device.data import LocalData
-from fedprune_device.trainer import Trainer, TrainingResult
+from fedprune.model.architecture import widths_at
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.runtime.blocks import block_size
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.training.trainer import Trainer, TrainingResult
 from fedprune_export.formulation import Forms
-from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 
 torch = pytest.importorskip("torch")
 from smooth_nets import SmoothMobileNet, SmoothResNet  # noqa: E402 - torch may not be there
@@ -100,8 +100,8 @@ def test_a_graph_for_one_board_takes_and_gives_what_the_standard_graph_does(
     other = training_graph(model, recipe.features, widths=widths, forms=Forms(block, 8 if block else 0))
     assert {(p.name, p.dtype) for p in other.inputs} == {(p.name, p.dtype) for p in one.inputs}
     assert {(p.name, p.dtype) for p in other.outputs} == {(p.name, p.dtype) for p in one.outputs}
-    assert other.metadata.get(step.BLOCK) == (str(block) if block else None)
-    assert {k: v for k, v in other.metadata.items() if k != step.BLOCK} == one.metadata
+    assert other.metadata.get(step_contract.BLOCK) == (str(block) if block else None)
+    assert {k: v for k, v in other.metadata.items() if k != step_contract.BLOCK} == one.metadata
 
 
 @pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune.chance import keyed
-from fedprune.recipe import Recipe
-from fedprune_device.data import LocalData
-from fedprune_device.trainer import Trainer
+from fedprune.core.rng import keyed
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.training.step_graph import training_graph
 from nets import seeded
 
 

@@ -19,7 +19,7 @@ from relay import Relay
 from will_broker import WillBroker
 
 from fedprune.coordination import Phase, State
-from fedprune_server.store.storage import Storage
+from fedprune_server.storage.storage import Storage
 from machine import find_mosquitto, free_port, listens
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
@@ -44,8 +44,8 @@ frozen = {}
 """
 IMPATIENT = """\
 import runpy, sys
-from fedprune_device import outbox
-from fedprune_server.fleet.presence import Presence
+from fedprune_device.network import uplink as outbox
+from fedprune_server.devices.presence import Presence
 outbox.ALIVE_S = 1.0
 Presence.__init__.__defaults__ = 4.0, 3.0
 sys.argv[:2] = sys.argv[1:2]

@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 
 import nets
-from fedprune import tensorfile
-from fedprune.architecture import widths_at
-from fedprune.chance import keyed
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors
+from fedprune.core import tensorfile
+from fedprune.core.rng import keyed
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection, Tensors
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
-from fedprune_device.assignment import Workbench
-from fedprune_device.data import LocalData
-from fedprune_device.predictor import Predictor
-from fedprune_device.store import DeviceStore
-from fedprune_device.trainer import Trainer
-from fedprune_export.imported import Model
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.serving.predictor import Predictor
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.round_runner import Workbench
+from fedprune_device.training.trainer import Trainer
+from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import load
-from fedprune_export.inference import inference_model
-from fedprune_export.training import training_graph
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch

@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.architecture import widths_at
-from fedprune.chance import keyed
-from fedprune.freezing import trained_tensors
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors
-from fedprune.session import Session
-from fedprune_device.data import LocalData
-from fedprune_device.labels import class_weights, positive_weights
-from fedprune_device.trainer import Trainer
-from fedprune_export.imported import Model
+from fedprune.core.rng import keyed
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection, Tensors
+from fedprune.runtime.session import Session
+from fedprune.training.recipe import Recipe
+from fedprune.training.trainable import trained_tensors
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.labels import class_weights, positive_weights
+from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.training import training_graph
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402 - torch may not be there

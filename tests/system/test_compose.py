@@ -18,8 +18,8 @@ import pytest
 from real_site import write_material
 
 from compose_file import DEPLOY, mounts, read_compose, remapped
-from fedprune.errors import ExitCode
-from fedprune_server.store.storage import Storage
+from fedprune.core.errors import ExitCode
+from fedprune_server.storage.storage import Storage
 from machine import find_mosquitto, free_port, listens
 from postgres import Postgres
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.system, pytest.mark.mosquitto, pytest.mark.postgresql,
 
 BOARDS = ("attic", "barn", "cellar")
 PROGRAM = """#!/bin/sh
-exec {python} -m fedprune_server.cli "$@"
+exec {python} -m fedprune_server.cli.main "$@"
 """
 
 
@@ -156,7 +156,8 @@ def test_a_round_runs_through_what_compose_starts(composed: Composed, database: 
         assert claim.returncode == 0, claim.stderr
         (site.folder / f"{name}.claim").write_text(claim.stdout)
         site.start(
-            name, sys.executable, "-m", "fedprune_device.cli", "run", "--device", name, "--no-probe", "--threads", "1",
+            name, sys.executable, "-m", "fedprune_device.cli.main", "run", "--device", name, "--no-probe",
+            "--threads", "1",
             "--broker", f"mqtts://127.0.0.1:{member}", "--join", f"mqtts://127.0.0.1:{join}",
             "--claim", f"{name}.claim", "--data", f"fleet/{name}.npz", "--state", f"board-{name}",
             "--profile", "raspberry-pi-4b",

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from real_site import Site, write_material
 
-from fedprune_server.store.replay import replay
-from fedprune_server.store.storage import Storage
+from fedprune_server.maintenance.replay import replay
+from fedprune_server.storage.storage import Storage
 
 pytestmark = pytest.mark.system
 

@@ -11,10 +11,10 @@ import pytest
 from real_site import Site, write_material
 
 from fedprune.coordination import Phase, State
-from fedprune.coordination.state import Progress
-from fedprune.errors import ExitCode
-from fedprune.trust.tls import unpinned_context
-from fedprune.wire.link import Link
+from fedprune.core.errors import ExitCode
+from fedprune.jobs.state import Progress
+from fedprune.security.tls import unpinned_context
+from fedprune.wire.mqtt.link import Link
 from machine import listens
 
 pytestmark = pytest.mark.system

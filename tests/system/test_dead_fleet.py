@@ -14,7 +14,7 @@ import pytest
 from real_site import write_material
 from watched_site import SERVER, Hook, Watched, doctor, shown
 
-from fedprune.errors import ExitCode
+from fedprune.core.errors import ExitCode
 from machine import listens
 
 pytestmark = pytest.mark.system

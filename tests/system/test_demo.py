@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ConfigError
-from fedprune_server.commands.demo_run import DemoFolder
-from fedprune_server.simulation.demo_fleet import BOARDS
-from fedprune_server.simulation.record import Record
+from fedprune.core.errors import ConfigError
+from fedprune_server.cli.demo_run import DemoFolder
+from fedprune_server.simulation.fleet.demo_fleet import BOARDS
+from fedprune_server.simulation.results.record import Record
 
 pytestmark = pytest.mark.system
 
-COMMAND = (sys.executable, "-m", "fedprune_server.cli", "demo", "--quick", "--out")
+COMMAND = (sys.executable, "-m", "fedprune_server.cli.main", "demo", "--quick", "--out")
 
 
 def command_line(pid: int) -> str:

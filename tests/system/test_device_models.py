@@ -12,12 +12,12 @@ import pytest
 from device_process import Field, loaded_packages, running
 from memory_fleet import MemoryServer
 
-from fedprune.architecture import widths_at
-from fedprune.bundle import INFERENCE, TRAINING, WEIGHTS
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
+from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Update
-from fedprune_export.bundle import bundle_files
+from fedprune_export.bundles.bundle import bundle_files
 from fedprune_export.importing import load
 
 pytest.importorskip("torch")

@@ -12,12 +12,12 @@ import pytest
 from device_process import Field, loaded_packages, running
 from memory_fleet import MemoryServer
 
-from fedprune import tensorfile
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
+from fedprune.core import tensorfile
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth, Death, Progress, Update
-from fedprune_device.data import load_data
-from fedprune_device.trainer import Trainer
+from fedprune_device.data.dataset import load_data
+from fedprune_device.training.trainer import Trainer
 
 pytestmark = pytest.mark.system
 

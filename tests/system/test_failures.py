@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import machine
-from fedprune.errors import ExitCode
-from fedprune.profile_store import shipped_folder
+from fedprune.core.errors import ExitCode
+from fedprune.hardware.profile_store import shipped_folder
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
 
 pytestmark = pytest.mark.system

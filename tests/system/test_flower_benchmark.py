@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_device.data import load_data
-from fedprune_server.settings.tables import read_config
+from fedprune_device.data.dataset import load_data
+from fedprune_server.config.tables import read_config
 
 pytestmark = pytest.mark.system
 

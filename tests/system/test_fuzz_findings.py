@@ -20,7 +20,7 @@ from parsers_of_files import file_targets, npz, zipped
 from parsers_of_setup import setup_targets
 from parsers_of_the_wire import wire_targets
 
-from fedprune.errors import FedpruneError, ProtocolError
+from fedprune.core.errors import FedpruneError, ProtocolError
 
 TARGETS = {t.name: t for t in (*file_targets(), *board_targets(), *setup_targets())}
 DEEP = b"[" * 100_000
@@ -127,7 +127,7 @@ def test_a_small_file_gets_no_more_memory_than_it_can_fill() -> None:
 
 @pytest.mark.parametrize("name", ["samples.npz", "samples.to predict", "data.labelled", "samples.data"])
 def test_archives_that_would_fill_the_memory_are_not_unpacked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedprune.archive_limits.MOST_INFLATED", 2**20)
+    monkeypatch.setattr("fedprune.core.zip_limits.MOST_INFLATED", 2**20)
     raw = npz(x=np.zeros((64, 3, 256, 256), np.float32), y=np.zeros(64, np.int64))
     assert len(raw) < 100_000
     tracemalloc.start()

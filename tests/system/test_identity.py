@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 from real_site import Site, write_material
 
-from fedprune.errors import ExitCode, FedpruneError
-from fedprune.trust.envelope import HEADER, seal
-from fedprune.trust.keys import SigningKey
-from fedprune.trust.tls import unpinned_context
-from fedprune.wire.link import Link
+from fedprune.core.errors import ExitCode, FedpruneError
+from fedprune.security.envelope import HEADER, seal
+from fedprune.security.keys import SigningKey
+from fedprune.security.tls import unpinned_context
 from fedprune.wire.messages import Finished, Update, parse
+from fedprune.wire.mqtt.link import Link
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
-from fedprune_device import cli as device_cli
-from fedprune_server import cli as server_cli
-from fedprune_server.identity.folder import IdentityFolder
+from fedprune_device.cli import main as device_cli
+from fedprune_server.cli import main as server_cli
+from fedprune_server.enrollment.pki import IdentityFolder
 from machine import listens
 
 pytestmark = pytest.mark.system
@@ -176,7 +176,16 @@ def test_a_claim_lets_one_board_in_and_a_revoked_one_is_out_at_once(site: Site, 
     assert again.returncode == ExitCode.JOIN, again.stderr
     assert "claim" in again.stderr
 
-    revoke = [sys.executable, "-m", "fedprune_server.cli", "devices", "revoke", "north", "--state", str(site.state)]
+    revoke = [
+        sys.executable,
+        "-m",
+        "fedprune_server.cli.main",
+        "devices",
+        "revoke",
+        "north",
+        "--state",
+        str(site.state),
+    ]
     subprocess.run(revoke, check=True, capture_output=True)
 
     site.wait_for(lambda: "device north was shut out" in (site.folder / "server.log").read_text(), "north is out")
@@ -221,7 +230,7 @@ def test_rounds_go_on_under_a_new_signing_key_also_with_a_board_that_was_off(sit
         site.processes[name].wait()
     keys = {name: (site.folder / name / "identity" / "server.pub").read_text() for name in DEVICES}
 
-    rotate = [sys.executable, "-m", "fedprune_server.cli", "identity", "rotate", "--state", str(site.state)]
+    rotate = [sys.executable, "-m", "fedprune_server.cli.main", "identity", "rotate", "--state", str(site.state)]
     subprocess.run(rotate, check=True, capture_output=True, timeout=60)
     with IdentityFolder(site.state, read_only=True) as identity:
         new, certificates = identity.key.verifying.hex, len(identity.authority.lines())
@@ -262,7 +271,7 @@ def test_a_fleet_moves_to_a_new_authority_also_with_a_board_that_was_off_at_firs
     def replace_authority(action: str) -> subprocess.CompletedProcess[str]:
         """While the server is off; then the broker gets its new files, and both start."""
         end("server")
-        command = [sys.executable, "-m", "fedprune_server.cli", "identity", action, "--state", str(site.state)]
+        command = [sys.executable, "-m", "fedprune_server.cli.main", "identity", action, "--state", str(site.state)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode == ExitCode.OK and site.mosquitto:
             with IdentityFolder(site.state) as identity:

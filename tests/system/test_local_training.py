@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.agreement import Agreement
-from fedprune.bundle import WEIGHTS, open_bundle
-from fedprune.errors import ExitCode
-from fedprune_device.cli import main as device
-from fedprune_export.cli import main as export
+from fedprune.core.errors import ExitCode
+from fedprune.runtime.bundle import WEIGHTS, open_bundle
+from fedprune.runtime.quantization_check import Agreement
+from fedprune_device.cli.main import main as device
+from fedprune_export.cli.main import main as export
 from fedprune_server.simulation.digits import digits_model, load_digits
 
 pytestmark = pytest.mark.system

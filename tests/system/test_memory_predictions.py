@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from fedprune.coordination.planning import Planner
-from fedprune.coordination.state import Device
-from fedprune.costs import Costs
-from fedprune.features import Features
-from fedprune.plan import Plan
+from fedprune.coordination.width_planner import Planner
+from fedprune.costs.costs import Costs
+from fedprune.jobs.state import Device
+from fedprune.planning.plan import Plan
 from fedprune.strategies import compose
+from fedprune.training.features import Features
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation.demo_fleet import BOARDS, fleet_job
 from fedprune_server.simulation.digits import digits_model
+from fedprune_server.simulation.fleet.demo_fleet import BOARDS, fleet_job
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "planner.json"
 LOW, HIGH = -0.05, 0.15

@@ -15,9 +15,9 @@ import pytest
 from console_operator import ANN, Operator
 from real_site import Site, write_material
 
-from fedprune.errors import ExitCode
-from fedprune_server.cli import main
-from fedprune_server.fleet.board_logs import read_logs
+from fedprune.core.errors import ExitCode
+from fedprune_server.cli.main import main
+from fedprune_server.devices.board_logs import read_logs
 from machine import free_port, listens
 
 pytestmark = pytest.mark.system

@@ -25,7 +25,16 @@ NOBODY = "mqtt://127.0.0.1:9"
 
 
 def start(root: Path, url: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "fedprune_device.cli", "run", "--no-probe", "--insecure", "--patient", "--local"]
+    command = [
+        sys.executable,
+        "-m",
+        "fedprune_device.cli.main",
+        "run",
+        "--no-probe",
+        "--insecure",
+        "--patient",
+        "--local",
+    ]
     command += ["--broker", url, "--site", "site", "--device", "d", "--threads", "1"]
     command += ["--data", "local", "--state", str(root / "state")]
     with (root / "log").open("a") as log:

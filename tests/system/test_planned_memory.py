@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import profile_store
-from fedprune.plan import plan
-from fedprune.recipe import Recipe
-from fedprune_export.cli import main as export
+from fedprune.hardware import profile_store
+from fedprune.planning.plan import plan
+from fedprune.training.recipe import Recipe
+from fedprune_export.cli.main import main as export
 from fedprune_export.importing import load
 
 pytestmark = pytest.mark.torch
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.torch
 ZERO = "raspberry-pi-zero-2w"
 TRAIN = """
 import sys
-from fedprune_device.cli import main
+from fedprune_device.cli.main import main
 code = main(sys.argv[1:])
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
 sys.exit(code)

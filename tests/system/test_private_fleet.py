@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from real_site import Site, write_material
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.gaussian_privacy import epsilon
-from fedprune_device.private_count import PrivateCount
-from fedprune_server.commands.status import describe, status
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.privacy.accounting import epsilon
+from fedprune_device.privacy.budget import PrivateCount
+from fedprune_server.cli.status import describe, status
 
 pytestmark = [pytest.mark.system, pytest.mark.soak]
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ExitCode
-from fedprune.job import Job
-from fedprune_export.cli import main
-from fedprune_server.data.picture import Partition
-from fedprune_server.simulation.comparison import write_comparison
+from fedprune.core.errors import ExitCode
+from fedprune.jobs.job import Job
+from fedprune_export.cli.main import main
+from fedprune_server.simulation.datasets.picture import Partition
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.simulation.record import DeviceRow, Record, RoundRow
-from fedprune_server.simulation.report import write_report
+from fedprune_server.simulation.results.comparison import write_comparison
+from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow
+from fedprune_server.simulation.results.report import write_report
 from machine import find_chromium
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -19,15 +19,15 @@ from real_site import Site, write_material
 from relay import Relay
 from runtime_releases import OUTSIDE, PYTHON, make_wheel
 
-from fedprune.release import Release, read_release, write_release
-from fedprune.trust.keys import SigningKey
-from fedprune_device.runtime.home import Home
-from fedprune_device.runtime.source import FolderSource
-from fedprune_device.runtime.updater import LAUNCHER, Updater
-from fedprune_device.runtime.wheel import Wheel, contents_digest
-from fedprune_server.cli import main
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.store.storage import Storage
+from fedprune.releases.release import Release, read_release, write_release
+from fedprune.security.keys import SigningKey
+from fedprune_device.launcher.slot_store import Home
+from fedprune_device.launcher.wheel import Wheel, contents_digest
+from fedprune_device.releases.installer import LAUNCHER, Updater
+from fedprune_device.releases.release_source import FolderSource
+from fedprune_server.cli.main import main
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.storage.storage import Storage
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 
@@ -87,7 +87,7 @@ class UpdatedSite(Site):
         for name in BOARDS:
             Updater(folder / f"{name}-home", self.key.verifying).install(FolderSource(first))
 
-    def release(self, number: int, *more: Path, entry: str = "fedprune_device.cli:main") -> Path:
+    def release(self, number: int, *more: Path, entry: str = "fedprune_device.cli.main:main") -> Path:
         def made(files: tuple[Any, ...]) -> Release:
             system = tuple(set(OUTSIDE) - {wheel.name.partition("-")[0] for wheel in more})
             about = PYTHON, platform.machine(), entry, 2 * 10**8
@@ -103,7 +103,7 @@ class UpdatedSite(Site):
             super().start(name, in_group=in_group)
             return
         inherited = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "FEDPRUNE"))}
-        home, module = self.folder / f"{name}-home", self.command(name).index("fedprune_device.cli")
+        home, module = self.folder / f"{name}-home", self.command(name).index("fedprune_device.cli.main")
         arguments = [a for a in self.command(name)[module + 1 :] if a != "--until-finished"]
         command = ["sh", "-c", FOREVER, "sh", sys.executable, str(home / LAUNCHER), *arguments]
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -147,7 +147,7 @@ class UpdatedSite(Site):
             return {r["name"]: r["bytes_down"] for r in storage.devices()}
 
     def status(self) -> dict[str, Any]:
-        command = [sys.executable, "-m", "fedprune_server.cli", "rollout", "status", "--json", "--state"]
+        command = [sys.executable, "-m", "fedprune_server.cli.main", "rollout", "status", "--json", "--state"]
         done = subprocess.run([*command, str(self.state)], capture_output=True, text=True, check=True)
         body: dict[str, Any] = json.loads(done.stdout)
         return body

@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.job import Job
-from fedprune_device.data import LocalData
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.jobs.job import Job
+from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.torch_export import export_torch
-from fedprune_server.commands.demo_run import DemoFolder, run_job
-from fedprune_server.simulation.demo_fleet import BOARDS, fleet_job
+from fedprune_server.cli.demo_run import DemoFolder, run_job
 from fedprune_server.simulation.digits import Federation, deal, digits_model, write_hand
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.record import Record
+from fedprune_server.simulation.fleet.demo_fleet import BOARDS, fleet_job
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
 
 pytestmark = pytest.mark.system
 

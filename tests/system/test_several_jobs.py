@@ -12,8 +12,8 @@ import pytest
 from real_site import FILES, Site, models, write_material
 
 from fedprune.coordination import Phase, State
-from fedprune.errors import ExitCode
-from fedprune_server.store.storage import Storage
+from fedprune.core.errors import ExitCode
+from fedprune_server.storage.storage import Storage
 
 pytestmark = pytest.mark.system
 
@@ -91,7 +91,7 @@ def site(material: Path, tmp_path: Path) -> Iterator[SharedSite]:
 
 
 def server(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fedprune_server.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "fedprune_server.cli.main", *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 

@@ -14,22 +14,22 @@ from typing import Any
 import pytest
 from fleet import quick
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune.wire.link import Link
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Want, parse
+from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import EVERYONE, Topics
-from fedprune_device import downloads
-from fedprune_device.agent import Agent
-from fedprune_device.store import DeviceStore
+from fedprune_device.agent.agent import Agent
+from fedprune_device.network import blob_download
+from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_export.importing import import_onnx
-from fedprune_server.daemon import Daemon
-from fedprune_server.link.sharing import shareable
+from fedprune_server.engine.daemon import Daemon
+from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import deal, digits_model
-from fedprune_server.work.worker import Worker
+from fedprune_server.transfer.multicast import shareable
 from machine import find_mosquitto, free_port, listens
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
@@ -78,7 +78,7 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No board asks on its own because this machine stood still for some seconds."""
-    monkeypatch.setattr(downloads, "PATIENCE", 100.0)
+    monkeypatch.setattr(blob_download, "PATIENCE", 100.0)
 
 
 class Watched:

@@ -14,8 +14,8 @@ from real_site import Site, models, write_material
 from s3 import S3
 
 from fedprune.coordination import Phase, State
-from fedprune.coordination.state import Progress
-from fedprune.errors import ExitCode
+from fedprune.core.errors import ExitCode
+from fedprune.jobs.state import Progress
 from postgres import Postgres
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
@@ -121,7 +121,7 @@ def kill_the_first(pair: Pair) -> None:
 def ends_as(pair: Pair, undisturbed: State, state: Path) -> None:
     """The job ends to the same bits, and nothing is wrong with the state folder of who ended it."""
     assert models(pair.finish()) == models(undisturbed)
-    command = [sys.executable, "-m", "fedprune_server.cli", "check", "--state", str(state)]
+    command = [sys.executable, "-m", "fedprune_server.cli.main", "check", "--state", str(state)]
     assert subprocess.run(command, check=False).returncode == ExitCode.OK
 
 

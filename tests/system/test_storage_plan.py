@@ -6,16 +6,16 @@ from typing import Any, cast
 import pytest
 
 import nets
-from fedprune.blobs import BlobStore
-from fedprune.costs import costs_at, storage_bytes
-from fedprune.errors import PlanError
-from fedprune.recipe import Recipe
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import PlanError
+from fedprune.costs.costs import costs_at, storage_bytes
+from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
-from fedprune_device.acceptance import check_offer
-from fedprune_device.store import DeviceStore
+from fedprune_device.network.offer_checks import check_offer
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.inference import inference_model
-from fedprune_export.training import training_graph
+from fedprune_export.training.step_graph import training_graph
 
 pytestmark = pytest.mark.torch
 

@@ -11,9 +11,9 @@ import pytest
 from real_site import Site, write_material
 from watched_site import SERVER, Hook, Watched, doctor, shown
 
-from fedprune.errors import ExitCode
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.store.storage import Storage
+from fedprune.core.errors import ExitCode
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.storage.storage import Storage
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from runtime_releases import KEY, OUTSIDE, PUBLIC, PYTHON, make_wheel, source
 
-from fedprune.release import Release, write_release
-from fedprune_device.runtime.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome, State
-from fedprune_device.runtime.updater import LAUNCHER, Updater
-from fedprune_device.runtime.wheel import Wheel, contents_digest
-from fedprune_server.broker.embedded import EmbeddedBroker
+from fedprune.releases.release import Release, write_release
+from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome, State
+from fedprune_device.launcher.wheel import Wheel, contents_digest
+from fedprune_device.releases.installer import LAUNCHER, Updater
+from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from machine import free_port
 
 pytestmark = pytest.mark.system
@@ -61,7 +61,7 @@ class Board:
 
     def release(self, number: int, *more: Path) -> Path:
         def made(files: tuple[object, ...]) -> Release:
-            entry = "fedprune_device.cli:main"
+            entry = "fedprune_device.cli.main:main"
             system = tuple(set(OUTSIDE) - {wheel.name.partition("-")[0] for wheel in more})
             about = PYTHON, platform.machine(), entry, 10**8
             return Release(number, f"0.{number}", *about, files, contents, system=system)  # type: ignore[arg-type]

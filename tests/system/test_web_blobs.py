@@ -13,11 +13,11 @@ import pytest
 from real_site import Site, write_material
 from web_place import Behaviour, Handler, WebPlace
 
-from fedprune.blobs import BlobStore
-from fedprune.trust.certificates import make_request, make_tls_key, save_tls_key
-from fedprune.trust.tls import unpinned_context
-from fedprune.wire.link import Link
-from fedprune_server.identity.folder import IdentityFolder
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.security.tls import unpinned_context
+from fedprune.wire.mqtt.link import Link
+from fedprune_server.enrollment.pki import IdentityFolder
 from machine import free_port
 
 pytestmark = pytest.mark.system

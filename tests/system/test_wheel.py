@@ -49,7 +49,9 @@ def test_packages_come_from_the_wheel(unpacked: Path) -> None:
 
 
 def test_profiles_are_inside(unpacked: Path) -> None:
-    done = run(unpacked, "-c", "from fedprune_export.cli import main; import sys; sys.exit(main(['profiles', 'list']))")
+    done = run(
+        unpacked, "-c", "from fedprune_export.cli.main import main; import sys; sys.exit(main(['profiles', 'list']))"
+    )
 
     assert done.returncode == 0, done.stderr
     for name in ("raspberry-pi-zero-2w", "raspberry-pi-4b", "raspberry-pi-5", "jetson-orin-nano", "generic-aarch64"):

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedprune.wire.connection_news import ConnectionUp
-from fedprune.wire.link import Link
+from fedprune.wire.connection_events import ConnectionUp
+from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 
 pytestmark = pytest.mark.mosquitto

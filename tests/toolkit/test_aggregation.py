@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.aggregation import Fold, Rule
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.errors import BundleError, FedpruneError, ProtocolError
-from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS
-from fedprune.selection import Selection, Tensors
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS
+from fedprune.aggregation.fold import Fold, Rule
+from fedprune.core.errors import BundleError, FedpruneError, ProtocolError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Selection, Tensors
 from strategies import Update, architectures, model, ranks, rounds, seeds, selections, trained
 
 pytestmark = pytest.mark.board

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.allocation import Allocator, Fixed, Fleet, Tiers, natural
-from fedprune.architecture import widths_at
-from fedprune.chance import keyed
-from fedprune.coordination.state import Device, State, Task
-from fedprune.errors import ConfigError
-from fedprune.growth import Ladder, TimeDriven, balanced
-from fedprune.recovery import Recovery, watch
+from fedprune.core.errors import ConfigError
+from fedprune.core.rng import keyed
+from fedprune.jobs.state import Device, State, Task
+from fedprune.model.architecture import widths_at
+from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, natural
+from fedprune.strategies.growth import Ladder, TimeDriven, balanced
+from fedprune.strategies.recovery import Recovery, watch
 from toy import ARCHITECTURE, JOB
 
 pytestmark = pytest.mark.board
@@ -416,7 +416,7 @@ def test_many_births_sort_no_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
         seen += 1
         return natural(name)
 
-    monkeypatch.setattr("fedprune.allocation.natural", counted)
+    monkeypatch.setattr("fedprune.strategies.allocation.natural", counted)
     tiers, fleet = Tiers((1.0, 0.5, 0.25)), Fleet(JOB, ARCHITECTURE, State("m"))
     for i in range(300):
         fleet.state.devices[f"device-{i}"] = Device(1, True, {}, None, 5)

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs import BlobStore
-from fedprune.wire.answer_time import MAX_PATIENCE, AnswerTime
-from fedprune.wire.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Want
-from fedprune.wire.numbered_wants import NumberedWants, numbered
+from fedprune.wire.request_ids import NumberedWants, numbered
+from fedprune.wire.rtt import MAX_PATIENCE, AnswerTime
 from fedprune.wire.transfer import PATIENCE, Pull, Serve
 
 pytestmark = pytest.mark.board

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.architecture import (
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import (
     FIXED,
     Architecture,
     Axis,
@@ -22,8 +23,7 @@ from fedprune.architecture import (
     TensorSpec,
     widths_at,
 )
-from fedprune.errors import BundleError
-from fedprune.selection import Selection
+from fedprune.model.selection import Selection
 from strategies import architectures, widths
 
 pytestmark = pytest.mark.board

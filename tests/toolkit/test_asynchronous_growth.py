@@ -13,7 +13,7 @@ from asynchronous_shell import Shell, job_of
 from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.job import Job
+from fedprune.jobs.job import Job
 
 STALE = {"decay": "polynomial", "a": 0.5}
 JOBS = {

@@ -13,21 +13,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.aggregation import Fold
-from fedprune.allocation import Fixed, Fleet, Tiers
-from fedprune.coordination.state import Device, State, Task
-from fedprune.element_mask import ElementMask
-from fedprune.errors import ConfigError
-from fedprune.growth import Ladder, TimeDriven
-from fedprune.job import Job
-from fedprune.scoring import ordered, ranks
-from fedprune.selection import Selection
-from fedprune.strategies import asynchronous, compose, pr_fl
-from fedprune.strategies.elements import Elements
-from fedprune.strategies.extraction import Selected
-from fedprune.strategies.means import DeltaMean, Mean
+from fedprune.aggregation.fold import Fold
+from fedprune.core.errors import ConfigError
+from fedprune.importance.scoring import ordered, ranks
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device, State, Task
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection
+from fedprune.strategies import compose
+from fedprune.strategies.allocation import Fixed, Fleet, Tiers
+from fedprune.strategies.averaging import DeltaMean, Mean
+from fedprune.strategies.growth import Ladder, TimeDriven
+from fedprune.strategies.methods import asynchronous, pr_fl
 from fedprune.strategies.roles import Turn
+from fedprune.strategies.slicing import Selected
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.unstructured_masks import Elements
 from toy import ARCHITECTURE, JOB
 
 pytestmark = pytest.mark.board

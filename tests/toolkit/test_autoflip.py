@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from role_play import NET, Device, Play, identical, moved
 
-from fedprune.architecture import TensorKind
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors, mesh
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import TensorKind
+from fedprune.model.selection import Tensors, mesh
 from fedprune.strategies import compose
-from fedprune.strategies.elements import Elements, global_mask
-from fedprune.strategies.means import Mean
+from fedprune.strategies.averaging import Mean
 from fedprune.strategies.roles import Submodel, Turn
 from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.unstructured_masks import Elements, global_mask
+from fedprune.training.recipe import Recipe
 from strategies import model, seeds
 
 pytestmark = pytest.mark.board

@@ -17,8 +17,8 @@ from timed_shell import Board, begun
 from fedprune.coordination import Coordinator, Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.state import Progress
-from fedprune.job import Job
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Progress
 from toy import ARCHITECTURE, JOB
 
 pytestmark = pytest.mark.board

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.errors import ProtocolError
+from fedprune.core.errors import ProtocolError
 from fedprune.wire.blob_url import LOOPBACK, MAX_URL, BlobUrl, check_blob_url
 
 pytestmark = pytest.mark.board

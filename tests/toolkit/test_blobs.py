@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from power import KINDS, CutError, power
 
 import machine
-from fedprune.blobs import BlobStore
-from fedprune.errors import ProtocolError, StorageError, StorageFullError
-from fedprune.wire.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ProtocolError, StorageError, StorageFullError
 
 pytestmark = pytest.mark.board
 

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune import tensorfile
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.bundle import COMPLETE, FILES, MANIFEST, WEIGHTS, blocked_file, manifest, open_bundle
-from fedprune.engine_plan import EnginePlan
-from fedprune.errors import BundleError, ExitCode
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, ExitCode
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Selection
+from fedprune.runtime.bundle import COMPLETE, FILES, MANIFEST, WEIGHTS, blocked_file, manifest, open_bundle
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune.training.recipe import Recipe
 
 pytestmark = pytest.mark.board
 

@@ -13,15 +13,15 @@ import pytest
 from faults import fault
 from power import EACH_KIND, TURNS, CutError, cuts, power
 
-from fedprune import tensorfile
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.bundle import COMPLETE, FILES, MANIFEST, TRAINING, WEIGHTS, open_bundle
-from fedprune.bundle_folder import PARTIAL, check_folder, is_bundle, write_bundle
-from fedprune.disk import locked
-from fedprune.errors import BundleError, BusyError, ExitCode, StorageError, StorageFullError
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
-from fedprune_export.cli import main
+from fedprune.core import tensorfile
+from fedprune.core.disk import locked
+from fedprune.core.errors import BundleError, BusyError, ExitCode, StorageError, StorageFullError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Selection
+from fedprune.runtime.bundle import COMPLETE, FILES, MANIFEST, TRAINING, WEIGHTS, open_bundle
+from fedprune.runtime.bundle_folder import PARTIAL, check_folder, is_bundle, write_bundle
+from fedprune.training.recipe import Recipe
+from fedprune_export.cli.main import main
 from fedprune_server.simulation.digits import digits_model
 
 TARGET = "raspberry-pi-5"

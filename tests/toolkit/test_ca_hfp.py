@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from role_play import NET, Device, Play, identical
 from strategy_reports import close_fold, report, scene
 
-from fedprune.architecture import widths_at
-from fedprune.errors import ConfigError
-from fedprune.evidence import Evidence
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune.scoring import channel_sums, curvature, magnitude, movement, random_ranks, ranks
-from fedprune.selection import Selection
+from fedprune.core.errors import ConfigError
+from fedprune.importance.gradient_stats import Evidence
+from fedprune.importance.scoring import channel_sums, curvature, magnitude, movement, random_ranks, ranks
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
 from fedprune.strategies import compose
-from fedprune.strategies.ca_hfp import ca_hfp
-from fedprune.strategies.fedavg import fedavg
+from fedprune.strategies.methods.ca_hfp import ca_hfp
+from fedprune.strategies.methods.fedavg import fedavg
 from fedprune.strategies.roles import Memories, Scene
 from fedprune.strategies.scorers import EVIDENCE, ByName
+from fedprune.training.recipe import Recipe
 from strategies import architectures, model, seeds, trained
 from toy import ARCHITECTURE
 

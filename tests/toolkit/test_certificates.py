@@ -5,8 +5,8 @@ import ipaddress
 import pytest
 from cryptography import x509
 
-from fedprune.errors import IdentityError
-from fedprune.trust.certificates import host_name
+from fedprune.core.errors import IdentityError
+from fedprune.security.certificates import host_name
 
 pytestmark = pytest.mark.board
 

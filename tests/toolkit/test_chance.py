@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedprune.chance import keyed
+from fedprune.core.rng import keyed
 
 pytestmark = pytest.mark.board
 
@@ -46,6 +46,6 @@ def test_drawing_from_one_leaves_another_alone() -> None:
 
 
 def test_another_process_draws_the_same() -> None:
-    code = "from fedprune.chance import keyed; print(keyed(7, 3, 'pi', 'batches').integers(0, 2**63))"
+    code = "from fedprune.core.rng import keyed; print(keyed(7, 3, 'pi', 'batches').integers(0, 2**63))"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(out.stdout) == keyed(7, 3, "pi", "batches").integers(0, 2**63)

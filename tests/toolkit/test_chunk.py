@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import ProtocolError
-from fedprune.wire.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import HEADER, MAX_PAYLOAD, Chunk, leaves_per_chunk
 from fedprune.wire.topics import Topics
 

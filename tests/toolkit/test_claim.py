@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import JoinError
-from fedprune.trust.claim import ID, PIN, SECRET, Claim, mac, same
-from fedprune.trust.transcript import transcript
+from fedprune.core.errors import JoinError
+from fedprune.security.canonical_encoding import transcript
+from fedprune.security.join_token import ID, PIN, SECRET, Claim, mac, same
 
 pytestmark = pytest.mark.board
 

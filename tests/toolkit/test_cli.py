@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from fedprune.cli import DEBUG, check_command, ended_by_signals, run_command, seconds, whole_number, with_extra
-from fedprune.errors import (
+from fedprune.core.cli import DEBUG, check_command, ended_by_signals, run_command, seconds, whole_number, with_extra
+from fedprune.core.errors import (
     BrokerError,
     ConfigError,
     ExitCode,
@@ -23,7 +23,7 @@ from fedprune.errors import (
     StorageFullError,
     UsageError,
 )
-from fedprune.extras import install_command
+from fedprune.terminal.extras import install_command
 
 pytestmark = pytest.mark.board
 

@@ -13,9 +13,9 @@ from synchronous_shell import Shell
 from fedprune.coordination import Coordinator, Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.state import Task
-from fedprune.errors import ConfigError, StorageError
-from fedprune.job import Job
+from fedprune.core.errors import ConfigError, StorageError
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Task
 from toy import ARCHITECTURE, JOB, NAMES
 
 pytestmark = pytest.mark.board

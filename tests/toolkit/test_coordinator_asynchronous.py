@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from fedprune.coordination import AsynchronousCoordinator, Coordinator, Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.state import Progress
-from fedprune.errors import ConfigError
-from fedprune.job import Job
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Progress
 from toy import ARCHITECTURE, JOB, NAMES
 
 pytestmark = pytest.mark.board
@@ -428,6 +428,6 @@ def test_exploration_asks_all_at_once_and_so_not_asynchronously() -> None:
     coordinator = coordinate(ALL, ARCHITECTURE, State("m0"))
     explores = replace(coordinator.strategy, explores=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedprune.coordination.desk.compose", lambda job: explores)
+        patch.setattr("fedprune.coordination.base.compose", lambda job: explores)
         with pytest.raises(ConfigError, match="exploration"):
             AsynchronousCoordinator(ALL, ARCHITECTURE, State("m0"))

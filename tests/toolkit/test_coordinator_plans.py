@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 from coordinator_shell import digest
 
-from fedprune import profile_store
-from fedprune.architecture import Activation, Axis, ChannelGroup, Segment, TensorKind, TensorSpec, widths_at
 from fedprune.coordination import Coordinator, State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.planning import Planner
-from fedprune.coordination.state import Device, Progress, Task
-from fedprune.latency import typical_table
-from fedprune.plan import DENSITIES, MEMORY, Plan
-from fedprune.prediction import Correction, predict
-from fedprune.probe_report import ProbeReport
+from fedprune.coordination.width_planner import Planner
+from fedprune.costs.latency_model import typical_table
+from fedprune.hardware import profile_store
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.jobs.state import Device, Progress, Task
+from fedprune.model.architecture import Activation, Axis, ChannelGroup, Segment, TensorKind, TensorSpec, widths_at
+from fedprune.planning.cost_prediction import Correction, predict
+from fedprune.planning.plan import DENSITIES, MEMORY, Plan
 from fedprune.strategies import compose
 from toy import ARCHITECTURE, JOB
 

@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune import tensorfile
-from fedprune.architecture import (
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError
+from fedprune.costs.costs import FROZEN_COPIES, HELD_BYTES, PROCESS_BYTES, WEIGHT_COPIES, costs_at, memory_seconds
+from fedprune.costs.kernel_workload import workload
+from fedprune.model.architecture import (
     Activation,
     Architecture,
     Axis,
@@ -23,10 +26,7 @@ from fedprune.architecture import (
     TensorSpec,
     widths_at,
 )
-from fedprune.costs import FROZEN_COPIES, HELD_BYTES, PROCESS_BYTES, WEIGHT_COPIES, costs_at, memory_seconds
-from fedprune.errors import BundleError
-from fedprune.features import Features
-from fedprune.workload import workload
+from fedprune.training.features import Features
 
 PLAIN = Features()
 BRIEF = settings(max_examples=50, deadline=None)

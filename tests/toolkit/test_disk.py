@@ -7,9 +7,9 @@ import stat
 
 import pytest
 
-from fedprune.blobs import BlobStore
-from fedprune.disk import locked, read_file, storage_errors, write_whole
-from fedprune.errors import BusyError, StorageError, StorageFullError
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.disk import locked, read_file, storage_errors, write_whole
+from fedprune.core.errors import BusyError, StorageError, StorageFullError
 
 pytestmark = pytest.mark.board
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.architecture import Architecture, TensorKind
-from fedprune.element_mask import ElementMask
-from fedprune.element_order import magnitudes, prunable, quantile, threshold, top, with_floors
-from fedprune.errors import BundleError
-from fedprune.selection import Selection, Tensors
+from fedprune.core.errors import BundleError
+from fedprune.importance.element_ranking import magnitudes, prunable, quantile, threshold, top, with_floors
+from fedprune.model.architecture import Architecture, TensorKind
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
 from strategies import architectures, model, seeds, selections
 from toy import ARCHITECTURE
 

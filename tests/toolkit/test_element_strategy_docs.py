@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.strategies import PRESETS, autoflip, fedobp, fiarse
+from fedprune.strategies import PRESETS
+from fedprune.strategies.methods import autoflip, fedobp, fiarse
 
 PAGES = Path(__file__).parents[2] / "docs" / "strategies"
 

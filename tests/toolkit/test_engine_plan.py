@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.engine_plan import FORMAT, MOST_BATCH, TOLERANCES, EnginePlan
-from fedprune.errors import ConfigError
+from fedprune.core.errors import ConfigError
+from fedprune.runtime.tensorrt_config import FORMAT, MOST_BATCH, TOLERANCES, EnginePlan
 
 pytestmark = pytest.mark.board
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import MissingExtraError
-from fedprune.extras import install_command
+from fedprune.core.errors import MissingExtraError
+from fedprune.terminal.extras import install_command
 
 ROOT = Path(__file__).parents[2]
 

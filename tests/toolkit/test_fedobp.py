@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from role_play import NET, Device, Play, identical, moved
 
-from fedprune.architecture import TensorKind
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.selection import Selection, Tensors, mesh
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import TensorKind
+from fedprune.model.selection import Selection, Tensors, mesh
 from fedprune.strategies import compose
 from fedprune.strategies.strategy import Strategy
 from strategies import model, seeds

@@ -11,18 +11,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from role_play import NET
 
-from fedprune.aggregation import Fold
-from fedprune.architecture import Architecture, TensorKind
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.nesting import nested
-from fedprune.recipe import Recipe
-from fedprune.scoring import magnitude, ranks
-from fedprune.selection import Selection, Tensors
+from fedprune.aggregation.fold import Fold
+from fedprune.core.errors import ConfigError
+from fedprune.importance.scoring import magnitude, ranks
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import Architecture, TensorKind
+from fedprune.model.nested_init import nested
+from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose
-from fedprune.strategies.fedprune import Settled
+from fedprune.strategies.methods.fedprune import Settled
 from fedprune.strategies.roles import Scene, Turn
 from fedprune.strategies.scorers import Held
+from fedprune.training.recipe import Recipe
 from strategies import architectures, model, seeds
 
 pytestmark = pytest.mark.board

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from role_play import NET, Device, Play, identical, moved
 
-from fedprune.element_order import prunable
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
+from fedprune.core.errors import ConfigError
+from fedprune.importance.element_ranking import prunable
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Submodel, Turn
 from fedprune.strategies.strategy import Strategy
+from fedprune.training.recipe import Recipe
 from strategies import model, seeds
 
 pytestmark = pytest.mark.board

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.errors import ProtocolError
-from fedprune.wire import fields
+from fedprune.core.errors import ProtocolError
+from fedprune.wire import validation
 
 pytestmark = pytest.mark.board
 
@@ -15,23 +15,23 @@ pytestmark = pytest.mark.board
 @pytest.mark.parametrize("code", [0, 7, 27, 0x7F, 0x80, 0x9B, 0x9F, 0xD800])
 def test_a_text_holds_nothing_that_steers_a_terminal(code: int) -> None:
     with pytest.raises(ProtocolError, match="printable"):
-        fields.text(10)("reason", f"a{chr(code)}b")
+        validation.text(10)("reason", f"a{chr(code)}b")
 
 
 @pytest.mark.parametrize("value", ["two\nlines", "a\ttab", "µ", "\xa0", "漢字"])
 def test_a_text_may_hold_lines_tabs_and_any_script(value: str) -> None:
-    assert fields.text(10)("reason", value) == value
+    assert validation.text(10)("reason", value) == value
 
 
 @given(st.text(max_size=50) | st.text(st.characters(max_codepoint=0xFF), max_size=50))
 def test_a_strangers_text_becomes_one_printable_line(value: str) -> None:
-    shown = fields.one_line(value, 20)
+    shown = validation.one_line(value, 20)
     assert shown.isprintable() or not shown
     assert len(shown) <= 23
 
 
 def test_words_stay_words_on_one_line() -> None:
-    assert fields.one_line("no room\n  on\tdisk\x1b[2J") == "no room on disk [2J"
+    assert validation.one_line("no room\n  on\tdisk\x1b[2J") == "no room on disk [2J"
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_words_stay_words_on_one_line() -> None:
     ],
 )
 def test_what_serves_is_the_average_where_there_is_one(metrics: dict[str, float], accuracy: float | None) -> None:
-    assert fields.served(metrics, "accuracy") == accuracy
+    assert validation.served(metrics, "accuracy") == accuracy

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.errors import ProtocolError
-from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Range, run_all
-from fedprune.magnitude import check_range, magnitude
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Range, run_all
+from fedprune.aggregation.magnitude import check_range, magnitude
+from fedprune.core.errors import ProtocolError
 
 pytestmark = pytest.mark.board
 

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedprune import fold_loops, loop_compiler
-from fedprune.aggregation import Fold, Rule
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.errors import ProtocolError
-from fedprune.fixed_point import VALUE_BITS, FixedSum, Range
-from fedprune.magnitude import check_range, magnitude
-from fedprune.selection import Selection, Tensors
+from fedprune.aggregation import compiled_kernels, kernel_compiler
+from fedprune.aggregation.fixed_point import VALUE_BITS, FixedSum, Range
+from fedprune.aggregation.fold import Fold, Rule
+from fedprune.aggregation.magnitude import check_range, magnitude
+from fedprune.core.errors import ProtocolError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Selection, Tensors
 from strategies import Update, architectures, model, rounds, trained
 
 SPAN = Range(3)
@@ -30,28 +30,28 @@ Given = tuple[Architecture, Tensors, list[Update]]
 
 
 @cache
-def compiled() -> dict[str, fold_loops.Loop]:
-    return loop_compiler._compile()
+def compiled() -> dict[str, compiled_kernels.Loop]:
+    return kernel_compiler._compile()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def loops() -> Iterator[None]:
     pytest.importorskip("numba", reason="the extra fast is not installed")
-    before = fold_loops.loops()
-    fold_loops.use(compiled())
+    before = compiled_kernels.loops()
+    compiled_kernels.use(compiled())
     yield
-    fold_loops.use(before)
+    compiled_kernels.use(before)
 
 
 class Numpy:
     """Within it numpy does all work."""
 
     def __enter__(self) -> None:
-        self._loops = fold_loops.loops()
-        fold_loops.use({})
+        self._loops = compiled_kernels.loops()
+        compiled_kernels.use({})
 
     def __exit__(self, *_: object) -> None:
-        fold_loops.use(self._loops)
+        compiled_kernels.use(self._loops)
 
 
 def laid(values: npt.NDArray[Any], how: str) -> npt.NDArray[Any]:
@@ -102,25 +102,25 @@ def test_sums_have_the_same_bits(
 def test_loops_are_what_adds() -> None:
     """The comparison above would hold if no loop were ever used."""
     total, rows = np.zeros((4, 6)), [np.ones((4, 5), np.float32)] * 3
-    assert fold_loops.add(total[:, :5], rows, [1, 2, 3], 35, VALUE_BITS)
+    assert compiled_kernels.add(total[:, :5], rows, [1, 2, 3], 35, VALUE_BITS)
     assert (total[:, :5] == 6 * 2.0**35).all()
     assert (total[:, 5] == 0).all()
-    assert not fold_loops.add(total[:, :5], [laid(row, "apart") for row in rows], [1, 2, 3], 35, VALUE_BITS)
-    one = fold_loops.Apart(np.array([3, 0]), np.array([2]), np.array([[1.0], [2.0]], np.float32), 5)
-    assert fold_loops.scatter(total[..., None], [one], 0)
+    assert not compiled_kernels.add(total[:, :5], [laid(row, "apart") for row in rows], [1, 2, 3], 35, VALUE_BITS)
+    one = compiled_kernels.Apart(np.array([3, 0]), np.array([2]), np.array([[1.0], [2.0]], np.float32), 5)
+    assert compiled_kernels.scatter(total[..., None], [one], 0)
     assert (total[3, 2], total[0, 2]) == (6 * 2.0**35 + 5, 6 * 2.0**35 + 10)
     outside = [
         one._replace(columns=np.array([6])),
         one._replace(rows=np.array([3, -1])),
         one._replace(rows=np.array([3])),
     ]
-    assert not any(fold_loops.scatter(total[..., None], [each], 0) for each in outside)
+    assert not any(compiled_kernels.scatter(total[..., None], [each], 0) for each in outside)
     out = np.empty((4, 6), np.float32)
-    assert fold_loops.scale(total, 2.0**-35, out)
+    assert compiled_kernels.scale(total, 2.0**-35, out)
     assert (out[:, :5] == 6).all()
     with Numpy():
-        assert not fold_loops.scale(total, 1.0, out)
-        assert fold_loops.magnitude(out) is None
+        assert not compiled_kernels.scale(total, 1.0, out)
+        assert compiled_kernels.magnitude(out) is None
 
 
 @given(
@@ -181,7 +181,7 @@ def test_rows_of_another_shape_are_refused(quick: bool) -> None:
             with pytest.raises(ValueError, match=r"shape|broadcast"):
                 total.add_all([np.ones(shape, np.float32)], [1])
         assert not total.limbs[0].any()
-    assert not fold_loops.scale(total.limbs[0], 1.0, np.empty((4, 5), np.float32))
+    assert not compiled_kernels.scale(total.limbs[0], 1.0, np.empty((4, 5), np.float32))
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -245,11 +245,11 @@ def test_an_update_that_is_not_finite_changes_nothing(architecture: Architecture
 
 
 def test_loops_are_for_large_models_where_numba_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_compiler, "_tried", False)
+    monkeypatch.setattr(kernel_compiler, "_tried", False)
     with Numpy():
-        assert not loop_compiler.load(loop_compiler.WORTH - 1)
+        assert not kernel_compiler.load(kernel_compiler.WORTH - 1)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert not loop_compiler.load()
+        assert not kernel_compiler.load()
 
 
 def test_numpy_does_the_work_where_numba_fails(
@@ -258,11 +258,11 @@ def test_numpy_does_the_work_where_numba_fails(
     def fails() -> None:
         raise ImportError("Numba needs another numpy\nand says more")
 
-    monkeypatch.setattr(loop_compiler, "_tried", False)
-    monkeypatch.setattr(loop_compiler, "_compile", fails)
+    monkeypatch.setattr(kernel_compiler, "_tried", False)
+    monkeypatch.setattr(kernel_compiler, "_compile", fails)
     with Numpy():
-        assert not loop_compiler.load()
-        assert not loop_compiler.load()
+        assert not kernel_compiler.load()
+        assert not kernel_compiler.load()
     (record,) = caplog.records
     assert "Numba needs another numpy" in record.getMessage()
     assert "says more" not in record.getMessage()
@@ -272,7 +272,7 @@ def test_a_process_that_may_run_no_new_code_does_without() -> None:
     """As under systemd's MemoryDenyWriteExecute: compiling would end the process."""
     script = """
 import ctypes
-from fedprune import loop_compiler
+from fedprune.aggregation import kernel_compiler as loop_compiler
 REFUSE_EXEC_GAIN, SET_MDWE = 1, 65
 assert loop_compiler._may_run_what_it_wrote()
 if ctypes.CDLL(None).prctl(SET_MDWE, REFUSE_EXEC_GAIN, 0, 0, 0):

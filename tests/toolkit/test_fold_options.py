@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.aggregation import Fold, Rule
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.element_mask import ElementMask
-from fedprune.errors import BundleError, ProtocolError
-from fedprune.selection import Selection, Tensors
+from fedprune.aggregation.fold import Fold, Rule
+from fedprune.core.errors import BundleError, ProtocolError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
 from strategies import architectures, model, ranks, seeds, selections, trained, widths
 
 pytestmark = pytest.mark.board

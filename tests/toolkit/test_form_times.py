@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.errors import ProfileError
-from fedprune.form_times import MOST_SHAPES, NAMES, FormTimes, Shape
+from fedprune.core.errors import ProfileError
+from fedprune.costs.form_times import MOST_SHAPES, NAMES, FormTimes, Shape
 
 pytestmark = pytest.mark.board
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fedprune.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
-from fedprune.errors import ConfigError
-from fedprune.features import Features
-from fedprune.freezing import frozen_tensors, trained_tensors
+from fedprune.core.errors import ConfigError
+from fedprune.model.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
+from fedprune.training.features import Features
+from fedprune.training.trainable import frozen_tensors, trained_tensors
 
 pytestmark = pytest.mark.board
 

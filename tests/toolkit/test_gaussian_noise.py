@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fedprune.gaussian_noise import GaussianNoise
+from fedprune.privacy.gaussian_noise import GaussianNoise
 
 pytestmark = pytest.mark.board
 

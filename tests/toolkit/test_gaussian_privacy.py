@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.gaussian_privacy import delta, epsilon, most_cost
+from fedprune.privacy.accounting import delta, epsilon, most_cost
 
 pytestmark = pytest.mark.board
 

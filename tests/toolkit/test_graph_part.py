@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune import step
-from fedprune.errors import ModelError
-from fedprune.feeds import first_step
-from fedprune.graph_part import metadata_of, part_for
-from fedprune.recipe import Recipe
-from fedprune.session import Session
+from fedprune.core.errors import ModelError
+from fedprune.runtime.onnx_subgraph import metadata_of, part_for
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.feeds import first_step
+from fedprune.training.recipe import Recipe
 
 pytestmark = pytest.mark.board
 
@@ -40,7 +40,7 @@ def feeds_for(name: str) -> tuple[bytes, Session, dict[str, Any]]:
     rng = np.random.default_rng(3)
     tensors = {}
     for tensor, (_, shape) in session.inputs.items():
-        if tensor not in step.RESERVED and "::" not in tensor:
+        if tensor not in step_contract.RESERVED and "::" not in tensor:
             sizes = [d if isinstance(d, int) else 8 for d in shape]
             tensors[tensor] = np.abs(rng.standard_normal(sizes)).astype(np.float32)
     feeds = first_step(RECIPES[name], tensors, session.inputs, 12, 3)
@@ -62,7 +62,7 @@ def test_every_output_alone_is_what_the_whole_graph_gives(name: str) -> None:
 @pytest.mark.parametrize("name", ["narrow", "masked", "kept", "scaled", "threshold"])
 def test_statistics_need_the_forward_pass_alone(name: str) -> None:
     raw, session, _ = feeds_for(name)
-    statistics = [o for o in session.outputs if o in (step.following("mean"), step.following("var"))]
+    statistics = [o for o in session.outputs if o in (step_contract.following("mean"), step_contract.following("var"))]
     part = Session(part_for(raw, statistics), training=True)
     assert set(part.outputs) == set(statistics)
     assert {"y", "lr", "w2", "b2", "w1::momentum"}.isdisjoint(part.inputs)
@@ -102,7 +102,7 @@ def test_damaged_graphs_raise_nothing_but_model_errors(data: st.DataObject) -> N
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(raw) - 1))
         raw[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
-    assert len(error_of(bytes(raw), [step.LOSS])) < 500
+    assert len(error_of(bytes(raw), [step_contract.LOSS])) < 500
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fedprune import profile_store
-from fedprune.errors import ProfileError
-from fedprune.identification import Facts, identify
-from fedprune.jetpack import RELEASES, jetpack, l4t_release
+from fedprune.core.errors import ProfileError
+from fedprune.hardware import profile_store
+from fedprune.hardware.identification import Facts, identify
+from fedprune.hardware.jetpack import RELEASES, jetpack, l4t_release
 
 pytestmark = pytest.mark.board
 

@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from role_play import NET, Device, Play
 
-from fedprune.chance import keyed
-from fedprune.element_order import prunable, top
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.selection import Tensors, mesh
+from fedprune.core.errors import ConfigError
+from fedprune.core.rng import keyed
+from fedprune.importance.element_ranking import prunable, top
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Tensors, mesh
 from fedprune.strategies import compose
-from fedprune.strategies.elements import Elements
 from fedprune.strategies.importance import Importance, Kind
 from fedprune.strategies.roles import Submodel
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.unstructured_masks import Elements
 from strategies import model, seeds
 
 pytestmark = pytest.mark.board

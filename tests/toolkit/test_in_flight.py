@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from timed_shell import Board, Timed, begun
 
 from fedprune.coordination import events as on
-from fedprune.coordination.line import Line
-from fedprune.coordination.state import Device, Progress, State, Task
+from fedprune.coordination.wait_queue import Line
+from fedprune.jobs.state import Device, Progress, State, Task
 from toy import JOB
 
 pytestmark = pytest.mark.board

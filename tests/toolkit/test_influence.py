@@ -11,10 +11,20 @@ from hypothesis import strategies as st
 from two_groups import ARCHITECTURE as NET
 from two_groups import TRAINED
 
-from fedprune.architecture import widths_at
-from fedprune.element_mask import ElementMask
-from fedprune.influence import REACH, REJECTED, WHOLE, bounds, capped, lengths, reaches, shortened, weight_limit
-from fedprune.selection import Selection, Tensors
+from fedprune.coordination.influence import (
+    REACH,
+    REJECTED,
+    WHOLE,
+    bounds,
+    capped,
+    lengths,
+    reaches,
+    shortened,
+    weight_limit,
+)
+from fedprune.model.architecture import widths_at
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
 
 DICE = np.random.default_rng(0)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.errors import ConfigError, ProtocolError
-from fedprune.job import Job
-from fedprune.recipe import Recipe
+from fedprune.core.errors import ConfigError, ProtocolError
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
 from fedprune.wire.topics import check_job
 
 pytestmark = pytest.mark.board

@@ -5,20 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import FedpruneError, JoinError, ProtocolError, SignatureError
-from fedprune.trust.authority import Authority
-from fedprune.trust.certificates import make_request as make_csr
-from fedprune.trust.certificates import make_tls_key
-from fedprune.trust.claim import Claim
-from fedprune.trust.joining import (
-    answer_text,
-    check_answer,
-    check_request,
-    digest_of,
-    holds_claim,
-    make_request,
-)
-from fedprune.trust.keys import SigningKey
+from fedprune.core.errors import FedpruneError, JoinError, ProtocolError, SignatureError
+from fedprune.security.authority import Authority
+from fedprune.security.certificates import make_request as make_csr
+from fedprune.security.certificates import make_tls_key
+from fedprune.security.join_token import Claim
+from fedprune.security.joining import answer_text, check_answer, check_request, digest_of, holds_claim, make_request
+from fedprune.security.keys import SigningKey
 from fedprune.wire.join_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
 from fedprune.wire.messages import parse
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import IdentityError, ProtocolError, SignatureError, StorageFullError
-from fedprune.trust.keys import SigningKey, VerifyingKey
+from fedprune.core.errors import IdentityError, ProtocolError, SignatureError, StorageFullError
+from fedprune.security.keys import SigningKey, VerifyingKey
 from machine import small_disk
 
 pytestmark = pytest.mark.board

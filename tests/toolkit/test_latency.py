@@ -13,7 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.architecture import (
+from fedprune.core.errors import ProfileError
+from fedprune.costs.costs import costs_at, memory_seconds
+from fedprune.costs.kernel_workload import FEATURES, KINDS, workload
+from fedprune.costs.latency_model import LatencyTable, Measurement, fitted, typical_table
+from fedprune.model.architecture import (
     Architecture,
     Axis,
     ChannelGroup,
@@ -24,12 +28,8 @@ from fedprune.architecture import (
     Volume,
     widths_at,
 )
-from fedprune.costs import costs_at, memory_seconds
-from fedprune.errors import ProfileError
-from fedprune.ladder import Rung, equal_work, rungs, snapped
-from fedprune.latency import LatencyTable, Measurement, fitted, typical_table
-from fedprune.plan import DENSITIES
-from fedprune.workload import FEATURES, KINDS, workload
+from fedprune.planning.plan import DENSITIES
+from fedprune.planning.width_candidates import Rung, equal_work, rungs, snapped
 
 pytestmark = pytest.mark.board
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.layout import Expansion, mass_in, to_global
-from fedprune.selection import Selection
+from fedprune.aggregation.layout import Expansion, mass_in, to_global
+from fedprune.model.selection import Selection
 from strategies import architectures, model, ranks, seeds, selections
 
 pytestmark = pytest.mark.board

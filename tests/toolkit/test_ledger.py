@@ -17,13 +17,13 @@ import toy
 from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.ledger import holding, spent
-from fedprune.coordination.state import Task
-from fedprune.errors import ConfigError
-from fedprune.gaussian_privacy import epsilon
-from fedprune.job import Job
-from fedprune.privacy import Privacy
-from fedprune.selection import Selection
+from fedprune.coordination.privacy_budget import holding, spent
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Task
+from fedprune.model.selection import Selection
+from fedprune.privacy.accounting import epsilon
+from fedprune.privacy.settings import Privacy
 
 pytestmark = pytest.mark.board
 
@@ -257,7 +257,7 @@ def rebirths(job: Job, times: int) -> Fleet:
 
 @pytest.mark.parametrize("kind", ["synchronous", "async"])
 def test_a_round_that_begins_again_and_again_overdraws_no_budget(kind: str) -> None:
-    from fedprune.gaussian_privacy import epsilon
+    from fedprune.privacy.accounting import epsilon
 
     privacy = replace(LOCAL, epsilon_budget=4.0)
     schedule: dict[str, Any] = {} if kind == "synchronous" else {"schedule": {"kind": kind}}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination.lending import Borrower, Lending
+from fedprune.coordination.device_scheduler import Borrower, Lending
 
 pytestmark = pytest.mark.board
 

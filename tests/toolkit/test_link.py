@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from fedprune.errors import BrokerError, ConfigError
-from fedprune.wire import link as link_module
-from fedprune.wire import unsent
+from fedprune.core.errors import BrokerError, ConfigError
 from fedprune.wire.broker_url import BrokerUrl, tls_context
-from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
-from fedprune.wire.inbox import Inbox
-from fedprune.wire.link import Link
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
+from fedprune.wire.mqtt import link as link_module
+from fedprune.wire.mqtt import unsent
+from fedprune.wire.mqtt.inbox import Inbox
+from fedprune.wire.mqtt.link import Link
 from machine import free_port
 
 Start = Callable[..., Any]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timed_shell import Board, begun
 
-from fedprune.chance import keyed
-from fedprune.coordination.lot import beyond, drawn, places
+from fedprune.coordination.sampling import beyond, drawn, places
+from fedprune.core.rng import keyed
 from toy import JOB
 
 pytestmark = pytest.mark.board

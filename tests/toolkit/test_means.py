@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategy_reports import close, report, scene
 
-from fedprune.aggregation import Fold, Rule
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.element_mask import ElementMask
-from fedprune.errors import BundleError, ConfigError
-from fedprune.head import head_axes
-from fedprune.recipe import Recipe
-from fedprune.schedule import Arrival, Schedule, Staleness
-from fedprune.selection import Selection, Tensors
-from fedprune.strategies.means import VELOCITY, DeltaMean, Mean
+from fedprune.aggregation.fold import Fold, Rule
+from fedprune.core.errors import BundleError, ConfigError
+from fedprune.jobs.schedule import Arrival, Schedule, Staleness
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.classifier_head import head_axes
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.averaging import VELOCITY, DeltaMean, Mean
+from fedprune.training.recipe import Recipe
 from strategies import architectures, model, seeds, selections, trained
 
 pytestmark = pytest.mark.board

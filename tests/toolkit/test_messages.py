@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import ProtocolError
+from fedprune.core.errors import ProtocolError
 from fedprune.wire.log_messages import CrashReport, LogWanted
 from fedprune.wire.messages import (
     MAX_MESSAGE,

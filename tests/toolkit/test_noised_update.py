@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from two_groups import ARCHITECTURE, TRAINED
 
-from fedprune.aggregation import Fold, Rule
-from fedprune.errors import TrainingError
-from fedprune.gaussian_noise import GaussianNoise
-from fedprune.noised_update import noised, norm
-from fedprune.selection import Selection, Tensors
+from fedprune.aggregation.fold import Fold, Rule
+from fedprune.core.errors import TrainingError
+from fedprune.model.selection import Selection, Tensors
+from fedprune.privacy.gaussian_noise import GaussianNoise
+from fedprune.privacy.mechanism import noised, norm
 
 pytestmark = pytest.mark.board
 

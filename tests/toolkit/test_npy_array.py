@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fedprune.errors import ProtocolError
-from fedprune.npy_array import float32_array
+from fedprune.core.errors import ProtocolError
+from fedprune.core.npy_array import float32_array
 
 pytestmark = pytest.mark.board
 

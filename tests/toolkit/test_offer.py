@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fedprune.errors import ProtocolError
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.core.errors import ProtocolError
 from fedprune.wire.messages import parse
 from fedprune.wire.offer import Offer
 

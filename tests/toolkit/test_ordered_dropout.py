@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.errors import BundleError
-from fedprune.ordered_dropout import TensorAxes, axes_json
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.nested_widths import TensorAxes, axes_json
 from strategies import architectures, model, seeds, selections
 
 pytestmark = pytest.mark.board

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from timed_shell import Board, Timed, begun
 
 from fedprune.coordination import events as on
-from fedprune.coordination.lot import ENOUGH, MAX_CUTS
-from fedprune.coordination.state import State
+from fedprune.coordination.sampling import ENOUGH, MAX_CUTS
+from fedprune.jobs.state import State
 from toy import JOB
 
 pytestmark = pytest.mark.board

@@ -13,10 +13,7 @@ import pytest
 from role_play import NET, Play, identical
 from role_play import Device as Part
 
-from fedprune import profile_store
-from fedprune.allocation import Fleet
-from fedprune.coordination.state import Device, State
-from fedprune.errors import (
+from fedprune.core.errors import (
     BundleError,
     ConfigError,
     ExitCode,
@@ -26,21 +23,24 @@ from fedprune.errors import (
     StrategyError,
     meant,
 )
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
+from fedprune.hardware import profile_store
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device, State
+from fedprune.model.selection import Selection
 from fedprune.strategies import Strategy, compose
+from fedprune.strategies.allocation import Fleet
 from fedprune.strategies.roles import Cut, Scene, Submodel, Turn
+from fedprune.training.recipe import Recipe
 from strategies import model
 
 SOURCE = '''
 """Somebody's file."""
-from fedprune.errors import BundleError, ProtocolError, StorageError
-from fedprune.scoring import magnitude, ranks
+from fedprune.core.errors import BundleError, ProtocolError, StorageError
+from fedprune.importance.scoring import magnitude, ranks
 from fedprune.strategies import Strategy
-from fedprune.strategies.extraction import Nobody, Selected
-from fedprune.strategies.means import Mean
-from fedprune.strategies.objectives import AsJob
+from fedprune.strategies.slicing import Nobody, Selected
+from fedprune.strategies.averaging import Mean
+from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.roles import Closing, Ranking, Submodel
 import numpy as np
 

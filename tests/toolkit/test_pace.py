@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from timed_shell import Board, Timed, begun
 
 from fedprune.coordination import events as on
-from fedprune.coordination.lot import MAX_CUTS
 from fedprune.coordination.pace import LOOKS, PARTS, SILENT, SLOW, Pace, news, note, share_of
-from fedprune.coordination.state import Progress, State, Task
+from fedprune.coordination.sampling import MAX_CUTS
+from fedprune.jobs.state import Progress, State, Task
 from toy import JOB
 
 pytestmark = pytest.mark.board

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune import tensorfile
-from fedprune.aggregation import Fold
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.blob_part import read_tensors
-from fedprune.blobs import BlobStore
-from fedprune.element_mask import ElementMask
-from fedprune.errors import BundleError, FedpruneError, StorageError
-from fedprune.partial_sums import blocks
-from fedprune.selection import Selection, Tensors
-from fedprune.wire.blob_ref import LEAF
+from fedprune.aggregation.fold import Fold
+from fedprune.aggregation.partial_sums import blocks
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.tensor_reader import read_tensors
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, FedpruneError, StorageError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
 from strategies import architectures, model, ranks, seeds, trained, widths
 
 pytestmark = pytest.mark.board

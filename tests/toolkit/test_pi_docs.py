@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ExitCode
-from fedprune.trust.claim import Claim
-from fedprune_device.cli import build_parser
-from fedprune_server import cli as server
+from fedprune.core.errors import ExitCode
+from fedprune.security.join_token import Claim
+from fedprune_device.cli.main import build_parser
+from fedprune_server.cli import main as server
 
 PAGE = (Path(__file__).parents[2] / "docs" / "pi.md").read_text()
 

@@ -11,8 +11,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fedprune import profile_store
-from fedprune.architecture import (
+from fedprune.core.errors import ExitCode, PlanError
+from fedprune.hardware import profile_store
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.model.architecture import (
     Activation,
     Architecture,
     Axis,
@@ -23,13 +26,10 @@ from fedprune.architecture import (
     TensorSpec,
     widths_at,
 )
-from fedprune.errors import ExitCode, PlanError
-from fedprune.ladder import equal_work, rungs
-from fedprune.plan import DENSITIES, NOTHING, Limit, Plan, Uniform, plan
-from fedprune.prediction import Correction, bandwidth, latency_table, predict, train_rate, training_memory
-from fedprune.probe_report import ProbeReport
-from fedprune.profile import HardwareProfile
-from fedprune.recipe import Recipe
+from fedprune.planning.cost_prediction import Correction, bandwidth, latency_table, predict, train_rate, training_memory
+from fedprune.planning.plan import DENSITIES, NOTHING, Limit, Plan, Uniform, plan
+from fedprune.planning.width_candidates import equal_work, rungs
+from fedprune.training.recipe import Recipe
 
 pytestmark = pytest.mark.board
 

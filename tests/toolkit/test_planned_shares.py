@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 from role_play import NET
 
-from fedprune import profile_store
-from fedprune.architecture import (
+from fedprune.coordination import Coordinator, State
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.errors import ConfigError
+from fedprune.hardware import profile_store
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import (
     Activation,
     Architecture,
     Axis,
@@ -21,17 +27,11 @@ from fedprune.architecture import (
     kept_share,
     widths_at,
 )
-from fedprune.coordination import Coordinator, State
-from fedprune.coordination import commands as do
-from fedprune.coordination import events as on
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.plan import Plan
-from fedprune.prediction import Prediction, predict
-from fedprune.profile import HardwareProfile
-from fedprune.recipe import Recipe
+from fedprune.planning.cost_prediction import Prediction, predict
+from fedprune.planning.plan import Plan
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Turn
+from fedprune.training.recipe import Recipe
 from toy import ARCHITECTURE
 
 pytestmark = pytest.mark.board

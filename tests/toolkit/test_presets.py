@@ -11,20 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategy_reports import scene
 
-from fedprune.allocation import Fixed, Tiers
-from fedprune.architecture import widths_at
 from fedprune.coordination import Coordinator, State
-from fedprune.element_mask import ElementMask
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
-from fedprune.strategies.fedper import OwnHistory
-from fedprune.strategies.heterofl import LEVELS, Rolling
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import widths_at
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection
+from fedprune.strategies.allocation import Fixed, Tiers
+from fedprune.strategies.methods.fedper import OwnHistory
+from fedprune.strategies.methods.heterofl import LEVELS, Rolling
+from fedprune.strategies.methods.robust import Robust
+from fedprune.strategies.methods.subflot import Transported
 from fedprune.strategies.presets import PRESETS, compose
-from fedprune.strategies.robust import Robust
 from fedprune.strategies.roles import Cut, Past, Submodel, Turn
-from fedprune.strategies.subflot import Transported
+from fedprune.training.recipe import Recipe
 from strategies import architectures, model, seeds, selections
 from toy import ARCHITECTURE
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.privacy import Privacy
-from fedprune.recipe import Recipe
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.privacy.settings import Privacy
 from fedprune.strategies import compose
 from fedprune.strategies.presets import PRESETS
 from fedprune.strategies.strategy import Strategy
+from fedprune.training.recipe import Recipe
 
 pytestmark = pytest.mark.board
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import ProfileError
-from fedprune.form_times import FormTimes, Shape
-from fedprune.probe_report import ProbeReport
+from fedprune.core.errors import ProfileError
+from fedprune.costs.form_times import FormTimes, Shape
+from fedprune.hardware.probe_report import ProbeReport
 
 pytestmark = pytest.mark.board
 

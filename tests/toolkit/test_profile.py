@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune import profile_store
-from fedprune.errors import ExitCode, ProfileError
-from fedprune.profile import HardwareProfile
-from fedprune.profile_sections import SECTIONS
+from fedprune.core.errors import ExitCode, ProfileError
+from fedprune.hardware import profile_store
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.hardware.profile_sections import SECTIONS
 
 pytestmark = pytest.mark.board
 

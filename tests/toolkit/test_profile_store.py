@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprune import profile_store
-from fedprune.errors import ProfileError
+from fedprune.core.errors import ProfileError
+from fedprune.hardware import profile_store
 
 pytestmark = pytest.mark.board
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fedprune
-from fedprune.quantity import quantity
+from fedprune.core.text import quantity
 
 pytestmark = pytest.mark.board
 

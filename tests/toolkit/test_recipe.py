@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.errors import ConfigError
-from fedprune.features import Features
-from fedprune.recipe import LEAST_MIXUP, Recipe
+from fedprune.core.errors import ConfigError
+from fedprune.training.features import Features
+from fedprune.training.recipe import LEAST_MIXUP, Recipe
 
 pytestmark = pytest.mark.board
 

@@ -10,7 +10,7 @@ from asynchronous_shell import ALL, WINDOW, Shell, job_of, summed
 from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.job import Job
+from fedprune.jobs.job import Job
 from toy import JOB
 
 pytestmark = pytest.mark.board

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from fedprune.errors import ReplayError, StaleEpochError, StorageError
-from fedprune.trust.correspondence import MAX_STREAMS, Opener, Sealer, stream_of
-from fedprune.trust.epoch import EpochFile
-from fedprune.trust.keys import SigningKey
-from fedprune.trust.replay import WINDOW, Window
+from fedprune.core.errors import ReplayError, StaleEpochError, StorageError
+from fedprune.security.epoch import EpochFile
+from fedprune.security.keys import SigningKey
+from fedprune.security.replay_protection import WINDOW, Window
+from fedprune.security.signed_channel import MAX_STREAMS, Opener, Sealer, stream_of
 
 pytestmark = pytest.mark.board
 

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from role_play import NET
 from strategy_reports import close, close_fold, report, scene
 
-from fedprune.addition import Addition, norm
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.element_mask import ElementMask
-from fedprune.errors import ConfigError
-from fedprune.fixed_point import MAX_WEIGHT
-from fedprune.robust import Direction, centre, clipped, slabs, standing_out
-from fedprune.selection import Selection, Tensors
-from fedprune.strategies.means import DeltaMean, Mean
-from fedprune.strategies.robust import Robust, Robustness, robust
+from fedprune.aggregation.client_update import Addition, norm
+from fedprune.aggregation.fixed_point import MAX_WEIGHT
+from fedprune.aggregation.robust import Direction, centre, clipped, slabs, standing_out
+from fedprune.core.errors import ConfigError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.averaging import DeltaMean, Mean
+from fedprune.strategies.methods.robust import Robust, Robustness, robust
 from fedprune.strategies.roles import Report, Scene
 from strategies import architectures, model, ranks, seeds, selections, trained, widths
 

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.coordination.roll import Entry, Roll
+from fedprune.jobs.change_tracking import Entry, Roll
 
 
 @dataclass

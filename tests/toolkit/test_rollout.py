@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination.rollout import (
+from fedprune.core.errors import ConfigError, StorageError
+from fedprune.releases.rollout import (
     CAREFUL,
     Fate,
     Give,
@@ -22,7 +23,6 @@ from fedprune.coordination.rollout import (
     Wake,
     Withdraw,
 )
-from fedprune.errors import ConfigError, StorageError
 
 pytestmark = pytest.mark.board
 

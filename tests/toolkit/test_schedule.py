@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedprune.errors import ConfigError
-from fedprune.fixed_point import MAX_WEIGHT
-from fedprune.job import Job
-from fedprune.schedule import Arrival, Decay, Mixing, Schedule, Staleness
-from fedprune.server_step import ServerStep
+from fedprune.aggregation.fixed_point import MAX_WEIGHT
+from fedprune.aggregation.server_optimizer import ServerStep
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Arrival, Decay, Mixing, Schedule, Staleness
 from fedprune.strategies import compose
 
 pytestmark = pytest.mark.board

@@ -10,11 +10,11 @@ import pytest
 from asynchronous_shell import Shell
 
 from fedprune.coordination import Phase
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.schedule import Staleness
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Staleness
 from fedprune.strategies import PRESETS, compose
-from fedprune.strategies.means import DeltaMean, Mean
+from fedprune.strategies.averaging import DeltaMean, Mean
 from toy import JOB
 
 pytestmark = pytest.mark.board

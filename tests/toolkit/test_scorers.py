@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from role_play import NET, Play
 
-from fedprune.job import Job
+from fedprune.jobs.job import Job
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Memory, Scene
 from fedprune.strategies.scorers import HELD, ByName, Held

@@ -11,13 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune import tensorfile
-from fedprune.aggregation import Fold
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec, widths_at
-from fedprune.errors import BundleError, ConfigError
-from fedprune.evidence import Evidence
-from fedprune.scoring import curvature, magnitude, ordered, random_ranks, ranks, score
-from fedprune.selection import Selection, Tensors
+from fedprune.aggregation.fold import Fold
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, ConfigError
+from fedprune.importance.gradient_stats import Evidence
+from fedprune.importance.scoring import curvature, magnitude, ordered, random_ranks, ranks, score
+from fedprune.model.architecture import (
+    Architecture,
+    Axis,
+    ChannelGroup,
+    Layer,
+    Segment,
+    TensorKind,
+    TensorSpec,
+    widths_at,
+)
+from fedprune.model.selection import Selection, Tensors
 from strategies import architectures, model, seeds, trained
 
 pytestmark = pytest.mark.board

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.errors import BundleError
-from fedprune.selection import Selection, mesh
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Selection, mesh
 from strategies import architectures, model, ranks, seeds, selections, trained, widths
 
 pytestmark = pytest.mark.board

@@ -15,9 +15,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from fedprune import session as sessions
-from fedprune.errors import ModelError
-from fedprune.session import Session
+from fedprune.core.errors import ModelError
+from fedprune.runtime import session as sessions
+from fedprune.runtime.session import Session
 
 pytestmark = pytest.mark.board
 
@@ -60,7 +60,7 @@ def test_feeds_that_do_not_fit_are_one_clear_error() -> None:
 
 
 def test_onnxruntime_leaves_no_trace_of_telemetry(tmp_path: Path) -> None:
-    code = f"from pathlib import Path; from fedprune.session import Session; Session(Path({str(GRAPH)!r}))"
+    code = f"from pathlib import Path; from fedprune.runtime.session import Session; Session(Path({str(GRAPH)!r}))"
     kept = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
     subprocess.run([sys.executable, "-c", code], env={**kept, "HOME": str(tmp_path)}, check=True)
 
@@ -122,7 +122,7 @@ SMALL = Path(__file__).resolve().parents[1] / "device" / "graphs" / "inference.o
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    from fedprune import tensorfile
+    from fedprune.core import tensorfile
 
     (tmp_path / "inference.onnx").write_bytes(SMALL.read_bytes())
     weights = {"w": np.ones((3, 6), np.float32), "b": np.zeros(3, np.float32)}
@@ -218,7 +218,7 @@ def test_a_run_that_fails_on_cuda_after_another_did_is_done_on_the_cpu(
 
 def test_operators_are_timed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    graph = (Path(sessions.__file__).parent / "assets" / "blocks_16.onnx").read_bytes()
+    graph = (Path(sessions.__file__).parents[1] / "assets" / "blocks_16.onnx").read_bytes()
     feeds = {
         name: np.ones([d if isinstance(d, int) else 2 for d in shape], np.float32)
         for name, (_, shape) in Session(graph, training=True).inputs.items()

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune import setting_checks
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.schedule import Schedule
+from fedprune.core import validation
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Schedule
 from fedprune.strategies import compose
-from fedprune.strategies.robust import Robustness
+from fedprune.strategies.methods.robust import Robustness
 
 pytestmark = pytest.mark.board
 
@@ -34,12 +34,12 @@ def test_numbers_pass_where_they_are_in_range(value: float, above: bool, below: 
     low, high = -3, 4.5
     fits = low <= value <= high and not (above and value == low) and not (below and value == high)
     if fits:
-        found = setting_checks.number("a", value, low, high, above=above, below=below)
+        found = validation.number("a", value, low, high, above=above, below=below)
         assert found == value
         assert type(found) is float
     else:
         with pytest.raises(ConfigError, match=r"^a: expected a number "):
-            setting_checks.number("a", value, low, high, above=above, below=below)
+            validation.number("a", value, low, high, above=above, below=below)
 
 
 @pytest.mark.parametrize(
@@ -58,24 +58,24 @@ def test_what_is_no_such_number_is_told_the_range(
     above: bool, below: bool, high: float, said: str, value: object
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        setting_checks.number("a", value, 0, high, above=above, below=below)
+        validation.number("a", value, 0, high, above=above, below=below)
     assert caught.value.expected == said
     assert len(caught.value.got) <= 80
 
 
 @pytest.mark.parametrize("value", [0, 10, 2.0, True, "3", None, math.nan])
 def test_whole_numbers_are_whole_and_in_range(value: object) -> None:
-    assert setting_checks.whole("a", 9, 1, 9) == 9
+    assert validation.whole("a", 9, 1, 9) == 9
     with pytest.raises(ConfigError, match=r"^a: expected a whole number from 1 to 9"):
-        setting_checks.whole("a", value, 1, 9)
+        validation.whole("a", value, 1, 9)
 
 
 def test_tables_may_have_less_but_no_more() -> None:
-    assert setting_checks.known(Shape, {"high": 3}, "shape") == {"high": 3}
+    assert validation.known(Shape, {"high": 3}, "shape") == {"high": 3}
     with pytest.raises(ConfigError, match=r"^shape: unknown key 'long': expected one of wide, high$"):
-        setting_checks.known(Shape, {"high": 3, "long": 1}, "shape")
+        validation.known(Shape, {"high": 3, "long": 1}, "shape")
     with pytest.raises(ConfigError, match=r"^file: unknown table 'shop': expected one of shape, size$"):
-        setting_checks.only(("shape", "size"), {"shop": {}}, "file", "table")
+        validation.only(("shape", "size"), {"shop": {}}, "file", "table")
 
 
 @pytest.mark.parametrize(

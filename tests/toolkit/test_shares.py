@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.coordination.shares import Shares
-from fedprune.coordination.state import Device, Progress, State, Task
-from fedprune.job import Job
-from fedprune.schedule import Mixing, Schedule, Staleness
+from fedprune.coordination.staleness import Shares
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Mixing, Schedule, Staleness
+from fedprune.jobs.state import Device, Progress, State, Task
 
 pytestmark = pytest.mark.board
 

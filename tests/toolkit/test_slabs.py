@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune import tensorfile
-from fedprune.architecture import Architecture
-from fedprune.element_mask import ElementMask
-from fedprune.errors import BundleError
-from fedprune.selection import Selection
-from fedprune.slabs import MAX_SLABS, chains, compose, own_share, places, slab
+from fedprune.codec.width_deltas import MAX_SLABS, chains, compose, own_share, places, slab
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import Architecture
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection
 from strategies import architectures, model, ranks, seeds, widths
 
 pytestmark = pytest.mark.board

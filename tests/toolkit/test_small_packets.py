@@ -13,24 +13,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.errors import ProtocolError
-from fedprune.wire.blob_ref import LEAF
+from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD, Chunk, leaves_per_chunk
 from fedprune.wire.chunk_limit import ChunkLimit
-from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
-from fedprune.wire.link import Link
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Update, Want, parse
+from fedprune.wire.mqtt.link import Link
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
-from fedprune_device.downloads import Downloads as BoardsDownloads
-from fedprune_device.outbox import Outbox
-from fedprune_server.link.downloads import Downloads
-from fedprune_server.link.post import Line, Post
-from fedprune_server.link.sharing import Audience, Sharing
-from fedprune_server.link.uploads import Arrived, Uploads
+from fedprune_device.network.blob_download import Downloads as BoardsDownloads
+from fedprune_device.network.uplink import Outbox
+from fedprune_server.messaging.outbox import Line, Post
+from fedprune_server.transfer.downloads import Downloads
+from fedprune_server.transfer.multicast import Audience, Sharing
+from fedprune_server.transfer.uploads import Arrived, Uploads
 
 TOPICS = Topics("lab")
 USUAL = leaves_per_chunk(MAX_PACKET)

@@ -9,8 +9,8 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
-from fedprune import spinner as module
-from fedprune.spinner import spinner
+from fedprune.terminal import spinner as module
+from fedprune.terminal.spinner import spinner
 
 pytestmark = pytest.mark.board
 

@@ -11,7 +11,7 @@ import pytest
 
 import fedprune_start
 from fedprune import __version__
-from fedprune.errors import ExitCode
+from fedprune.core.errors import ExitCode
 
 ENTRIES = [fedprune_start.device, fedprune_start.server, fedprune_start.simulate, fedprune_start.export]
 

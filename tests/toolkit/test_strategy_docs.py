@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedprune.job import Job
-from fedprune.strategies import (
-    PRESETS,
+from fedprune.jobs.job import Job
+from fedprune.strategies import PRESETS
+from fedprune.strategies.methods import (
     asynchronous,
     autoflip,
     ca_hfp,
@@ -24,7 +24,7 @@ from fedprune.strategies import (
     pr_fl,
     subflot,
 )
-from fedprune.strategies.robust import Robustness
+from fedprune.strategies.methods.robust import Robustness
 
 PAGES = Path(__file__).parents[2] / "docs/strategies"
 

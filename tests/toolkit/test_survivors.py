@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.element_mask import ElementMask
-from fedprune.element_order import prunable
-from fedprune.errors import BundleError
-from fedprune.selection import Selection, Tensors
-from fedprune.survivors import surviving, survivors
+from fedprune.core.errors import BundleError
+from fedprune.importance.element_ranking import prunable
+from fedprune.importance.structured_from_mask import surviving, survivors
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
 from strategies import architectures, model, seeds, selections
 
 pytestmark = pytest.mark.board

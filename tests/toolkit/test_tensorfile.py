@@ -15,8 +15,8 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune import tensorfile
-from fedprune.errors import BundleError
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError
 
 pytestmark = pytest.mark.board
 

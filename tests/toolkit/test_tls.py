@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ConfigError, IdentityError
-from fedprune.trust.authority import Authority
-from fedprune.trust.certificates import make_request, make_tls_key, save_tls_key
-from fedprune.trust.tls import check_peer, insecure_allowed, pinned_context, unpinned_context
-from fedprune.trust.trusted_time import BUILT
+from fedprune.core.errors import ConfigError, IdentityError
+from fedprune.security.authority import Authority
+from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.security.tls import check_peer, insecure_allowed, pinned_context, unpinned_context
+from fedprune.security.trusted_time import BUILT
 from fedprune.wire.broker_url import failure
 
 pytestmark = pytest.mark.board

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ConfigError, MissingExtraError, ProfileError
-from fedprune.toml_file import read_toml
+from fedprune.core.errors import ConfigError, MissingExtraError, ProfileError
+from fedprune.core.toml_file import read_toml
 
 pytestmark = pytest.mark.board
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.toml_file import parse_toml
-from fedprune.toml_places import key_places
+from fedprune.core.toml_file import parse_toml
+from fedprune.core.toml_positions import key_places
 
 pytestmark = pytest.mark.board
 

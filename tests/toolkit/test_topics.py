@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paho.mqtt.client import topic_matches_sub
 
-from fedprune.errors import ProtocolError
+from fedprune.core.errors import ProtocolError
 from fedprune.wire.topics import Address, Topics
 
 pytestmark = pytest.mark.board

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs import BlobStore
-from fedprune.errors import ProtocolError, StorageError
-from fedprune.wire.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.wire.chunk import HEADER, Chunk
 from fedprune.wire.messages import Gone, Want, parse
 from fedprune.wire.transfer import MAX_TRIES, WIDE_WINDOW_LEAVES, WINDOW_LEAVES, Pull, Serve
@@ -441,7 +441,7 @@ def test_a_full_disk_in_the_middle_is_reported_and_the_pull_can_go_on(
 PULLING = """
     import sys, time
     from pathlib import Path
-    from fedprune.blobs import BlobStore
+    from fedprune.blobs.blob_store import BlobStore
     from fedprune.wire.chunk import Chunk
     from fedprune.wire.transfer import Pull, Serve
 

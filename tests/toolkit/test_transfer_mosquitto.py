@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from fedprune.blobs import BlobStore
-from fedprune.wire.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_news import ConnectionUp
-from fedprune.wire.link import Link
+from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Gone, Want, parse
+from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
 

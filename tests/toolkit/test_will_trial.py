@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from will_broker import NOT_AUTHORIZED, WillBroker
 
-from fedprune.errors import BrokerError
-from fedprune.wire import link as link_module
-from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
-from fedprune.wire.link import Link
-from fedprune.wire.will_trial import AGAIN_S, WillTrial
+from fedprune.core.errors import BrokerError
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
+from fedprune.wire.mqtt import link as link_module
+from fedprune.wire.mqtt.link import Link
+from fedprune.wire.mqtt.will_trial import AGAIN_S, WillTrial
 
 UNAVAILABLE, BAD_PASSWORD, NOT_ALLOWED, SILENCE = 136, 134, 135, 0
 

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from role_play import NET, Device, Play, identical
 from strategy_reports import report, scene
 
-from fedprune.allocation import Fixed, Tiers
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Selection, Tensors
+from fedprune.optimal_transport import Transport
+from fedprune.strategies.allocation import Fixed, Tiers
+from fedprune.strategies.methods.subflot import RATES, Transported
 from fedprune.strategies.presets import compose
 from fedprune.strategies.roles import Cut, Past, Submodel, Turn
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.subflot import RATES, Transported
-from fedprune.transport import Transport
+from fedprune.training.recipe import Recipe
 from strategies import architectures, model, ranks, seeds, selections
 
 pytest.importorskip("ot")

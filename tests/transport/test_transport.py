@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pot_plans import pot
 
-from fedprune.errors import BundleError, MissingExtraError
-from fedprune.transport import Coupling, exact_plan, solver
-from fedprune.transport.coupling import corner
-from fedprune.transport.distances import squared_distances
+from fedprune.core.errors import BundleError, MissingExtraError
+from fedprune.optimal_transport import Coupling, exact_plan, solver
+from fedprune.optimal_transport.coupling import corner
+from fedprune.optimal_transport.distances import squared_distances
 from strategies import seeds
 
 Floats = npt.NDArray[Any]
@@ -203,7 +203,7 @@ def test_wide_couplings_are_worked_through_in_chunks(monkeypatch: pytest.MonkeyP
         flat = x.reshape(1, n, -1)
         whole = plan.forward(x), plan.forward(flat)
         with monkeypatch.context() as patch:
-            patch.setattr("fedprune.transport.coupling._CHUNK", 100)
+            patch.setattr("fedprune.optimal_transport.coupling._CHUNK", 100)
             parts = plan.forward(x), plan.forward(flat)
         assert all(a.tobytes() == b.tobytes() for a, b in zip(whole, parts, strict=True))
 
@@ -231,7 +231,7 @@ def test_distances_between_rows_that_are_all_near_are_taken_around_their_middle(
 
 def test_solvers_are_loaded_on_use_and_bring_no_torch() -> None:
     code = (
-        "import sys, numpy as np, fedprune.transport as t, fedprune.strategies.presets;"
+        "import sys, numpy as np, fedprune.optimal_transport as t, fedprune.strategies.presets;"
         "print([m for m in ('ot', 'scipy') if m in sys.modules]);"
         "t.exact_plan(np.random.default_rng(0).random((200, 150)));"
         "print([m for m in ('torch', 'jax', 'tensorflow') if m in sys.modules])"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pot_plans import pot
 from role_play import NET
 
-from fedprune.architecture import (
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import (
     FIXED,
     Architecture,
     Axis,
@@ -23,9 +24,8 @@ from fedprune.architecture import (
     TensorSpec,
     Volume,
 )
-from fedprune.errors import BundleError
-from fedprune.selection import Selection, Tensors
-from fedprune.transport import Transport
+from fedprune.model.selection import Selection, Tensors
+from fedprune.optimal_transport import Transport
 from strategies import architectures, model, ranks, seeds, selections
 
 Floats = npt.NDArray[Any]

@@ -1,6 +1,7 @@
 """Federated learning for fleets of unequal boards: the method, on numpy."""
 
-from fedprune.architecture import (
+from fedprune.core.errors import ExitCode, FedpruneError
+from fedprune.model.architecture import (
     Activation,
     Architecture,
     Axis,
@@ -11,10 +12,9 @@ from fedprune.architecture import (
     TensorSpec,
     widths_at,
 )
-from fedprune.errors import ExitCode, FedpruneError
-from fedprune.features import Features
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors
+from fedprune.model.selection import Selection, Tensors
+from fedprune.training.features import Features
+from fedprune.training.recipe import Recipe
 
 __version__ = "0.1.0"
 

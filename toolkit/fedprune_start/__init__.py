@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _USAGE, _INTERRUPTED = 2, 4
-"""Exit codes of `fedprune.errors`, which isn't imported yet."""
+"""Exit codes of `fedprune.core.errors`, which isn't imported yet."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,19 @@ class _Command:
 
 _COMMANDS = {
     "export": _Command(
-        "fedprune_export.cli", "export", ("onnx", "onnxruntime", "rich"), "cut a model to what a board can train"
+        "fedprune_export.cli.main", "export", ("onnx", "onnxruntime", "rich"), "cut a model to what a board can train"
     ),
     "simulate": _Command(
-        "fedprune_server.commands.simulate",
+        "fedprune_server.cli.simulate",
         "server",
         ("onnx", "ot", "scipy", "sqlalchemy", "matplotlib"),
         "run a fleet on a virtual clock, compare strategies",
     ),
     "server": _Command(
-        "fedprune_server.cli", "server", ("onnx", "ot", "scipy", "sqlalchemy", "amqtt"), "train a model on a fleet"
+        "fedprune_server.cli.main", "server", ("onnx", "ot", "scipy", "sqlalchemy", "amqtt"), "train a model on a fleet"
     ),
     "device": _Command(
-        "fedprune_device.cli",
+        "fedprune_device.cli.main",
         "board",
         ("onnxruntime",),
         "train and predict on a board, in a fleet or alone",

@@ -20,16 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import step
-from fedprune.engine_plan import EnginePlan
-from fedprune.errors import EngineError, ExitCode, FedpruneError
-from fedprune_device import durable
+from fedprune.core import durable
+from fedprune.core.errors import EngineError, ExitCode, FedpruneError
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune.training import step_contract
 from fedprune_device.engines import bindings
 from fedprune_device.engines.bindings import Complaints
 from fedprune_device.engines.build import build, refit
+from fedprune_device.engines.build_process import Order
 from fedprune_device.engines.engine import Engine
-from fedprune_device.engines.making import Order
-from fedprune_device.engines.trial import answers
+from fedprune_device.engines.engine_check import answers
 
 _PR_SET_PDEATHSIG = 1
 _TOLD_EVERY_S = 0.5
@@ -96,7 +96,7 @@ def _latency(engine: Engine, x: Any) -> float:
     times = []
     for _ in range(_RUNS):
         began = time.perf_counter()
-        engine.run({step.X: x}, [step.LOGITS])
+        engine.run({step_contract.X: x}, [step_contract.LOGITS])
         times.append(time.perf_counter() - began)
     return float(np.median(times))
 

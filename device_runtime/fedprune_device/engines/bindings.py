@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fedprune.errors import EngineError, reason
+from fedprune.core.errors import EngineError, reason
 from fedprune_device.engines.cuda import Cuda, Device
 
 WRONG_WHEN_REFITTABLE = ("11.3.",)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedprune.engine_plan import EnginePlan
-from fedprune.errors import EngineError
+from fedprune.core.errors import EngineError
+from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines.bindings import Bindings, Complaints
 
 Tell = Callable[[str], None]

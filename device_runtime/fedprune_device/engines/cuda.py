@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from fedprune.errors import EngineError
+from fedprune.core.errors import EngineError
 
 NAMES = (
     "libcudart.so.13",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.errors import EngineError
+from fedprune.core.errors import EngineError
 from fedprune_device.engines.bindings import Bindings, Complaints
 from fedprune_device.engines.cuda import Stream
 

@@ -10,17 +10,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprune.bundle import files_folder, open_bundle
-from fedprune.cli import ended_by_signals
-from fedprune.disk import file_digest, storage_errors
-from fedprune.engine_plan import EnginePlan
-from fedprune.errors import EngineError, ExitCode, UsageError
-from fedprune_device.engines.tier import ENGINES, read_plan
-from fedprune_device.predictor import WEIGHTS, Predictor
-from fedprune_device.slots import Slots
+from fedprune.core.cli import ended_by_signals
+from fedprune.core.disk import file_digest, storage_errors
+from fedprune.core.errors import EngineError, ExitCode, UsageError
+from fedprune.runtime.bundle import files_folder, open_bundle
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune_device.engines.accelerator_options import ENGINES, read_plan
+from fedprune_device.serving.model_slots import Slots
+from fedprune_device.serving.predictor import WEIGHTS, Predictor
 
 if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
-    from fedprune_device.engines.keeper import Keeper, Wanted
+    from fedprune_device.engines.engine_selector import Keeper, Wanted
 
 _LOOK_S = 0.2
 
@@ -44,7 +44,7 @@ def add_engine_command(commands: Any) -> None:
 
 def _build_engine(arguments: argparse.Namespace) -> int:
     from fedprune_device.engines import bindings
-    from fedprune_device.engines.keeper import Keeper, Wanted, here
+    from fedprune_device.engines.engine_selector import Keeper, Wanted, here
 
     if (arguments.bundle is None) != (arguments.out is None):
         raise UsageError("--out is for --bundle, and needed there")

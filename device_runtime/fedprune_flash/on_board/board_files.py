@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from fedprune.errors import StorageError
+from fedprune.core.errors import StorageError
 
 Owner = tuple[int, int]
 """Numbers of a user and its group."""

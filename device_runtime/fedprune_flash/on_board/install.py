@@ -17,7 +17,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from fedprune.errors import ExitCode, FedpruneError, UsageError, meant, reason
+from fedprune.core.errors import ExitCode, FedpruneError, UsageError, meant, reason
 from fedprune_flash.on_board.installation import STATE, USER, Installation, Place, removal, trusted_key
 from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder, fingerprint
 

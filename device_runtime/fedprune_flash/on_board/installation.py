@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from fedprune.errors import KitError, UsageError, shown
-from fedprune_device.runtime.home import KEY
+from fedprune.core.errors import KitError, UsageError, shown
+from fedprune_device.launcher.slot_store import KEY
 from fedprune_flash.on_board.board_files import Owner, drop, give, holds, owned, sync, write
 from fedprune_flash.on_board.kit_folder import AUTHORITY, CLAIM, ENVIRONMENT, SERVICE, KitFolder
 from fedprune_flash.on_board.runtime_slot import RuntimeSlot

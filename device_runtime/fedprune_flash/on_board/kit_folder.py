@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fedprune.errors import KitError, shown
-from fedprune_device.runtime.ed25519 import verify
-from fedprune_device.runtime.home import PURPOSE, successors
+from fedprune.core.errors import KitError, shown
+from fedprune_device.launcher.ed25519 import verify
+from fedprune_device.launcher.slot_store import PURPOSE, successors
 from fedprune_flash.on_board.board_files import blacken, sync
 
 SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*){0,3}")

@@ -10,14 +10,14 @@ import subprocess  # nosec B404  # lists of words, never a shell
 from contextlib import suppress
 from pathlib import Path
 
-from fedprune.errors import KitError, RuntimeUnavailableError, StorageError, StorageFullError
-from fedprune_device.runtime.home import KEY, Home, Record, write_file
-from fedprune_device.runtime.state import SLOTS, STABLE, DamagedError, State
-from fedprune_device.runtime.wheel import Wheel
+from fedprune.core.errors import KitError, RuntimeUnavailableError, StorageError, StorageFullError
+from fedprune_device.launcher.slot_store import KEY, Home, Record, write_file
+from fedprune_device.launcher.state import SLOTS, STABLE, DamagedError, State
+from fedprune_device.launcher.wheel import Wheel
 from fedprune_flash.on_board.board_files import Owner, empty, give
 from fedprune_flash.on_board.kit_folder import LAUNCHER, KitFolder
 
-ENTRY = "fedprune_device.cli:main"
+ENTRY = "fedprune_device.cli.main:main"
 NUMBER = 0
 """Of every kit's release: those of a server are higher, so that a kit never takes the place of one."""
 

@@ -7,7 +7,7 @@ import subprocess  # nosec B404  # lists of words, never a shell
 import time
 from pathlib import Path
 
-from fedprune.errors import BoardError, DataError, StorageError, reason
+from fedprune.core.errors import BoardError, DataError, StorageError, reason
 from fedprune_flash.on_board.kit_folder import SERVICE
 
 _PAUSE_S = 0.5

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedprune_device.data import LocalData
+from fedprune_device.data.dataset import LocalData
 from fedprune_server.simulation.digits import deal
 
 ALPHA = 5.0

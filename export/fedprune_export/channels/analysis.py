@@ -11,24 +11,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedprune.architecture import (
-    Architecture,
-    Axis,
-    ChannelGroup,
-    TensorKind,
-    TensorSpec,
-)
-from fedprune.errors import ModelError
-from fedprune.step import LOGITS
+from fedprune.core.errors import ModelError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, TensorKind, TensorSpec
+from fedprune.training.step_contract import LOGITS
 from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.channels.choices import Choices, Prefer
 from fedprune_export.channels.cost_table import ValueAxes, activations, layers
 from fedprune_export.channels.grouping import grouped
 from fedprune_export.channels.rule import Channels, Pick, walk
 from fedprune_export.channels.targets import TARGETS
-from fedprune_export.graph import Graph
-from fedprune_export.shape_arithmetic import follow, origins
-from fedprune_export.trace import Trace
+from fedprune_export.ir.graph import Graph
+from fedprune_export.ir.shape_arithmetic import follow, origins
+from fedprune_export.ir.trace import Trace
 
 _MOST_RUNS = 40
 """Runs of the rules: a choice or two per layer are settled in fewer than ten."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.architecture import Activation, Axis, Layer, Volume
-from fedprune.step import LOGITS, X
-from fedprune_export.graph import Graph, Node
-from fedprune_export.operators import ELEMENTWISE, REARRANGEMENTS, VIEWS
-from fedprune_export.trace import Trace
+from fedprune.model.architecture import Activation, Axis, Layer, Volume
+from fedprune.training.step_contract import LOGITS, X
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.operators import ELEMENTWISE, REARRANGEMENTS, VIEWS
+from fedprune_export.ir.trace import Trace
 
 ValueAxes = Mapping[str, tuple[Axis | None, ...]]
 """Per value its axes at full width; None for an axis that follows the batch."""

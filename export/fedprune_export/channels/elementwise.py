@@ -6,8 +6,8 @@ import numpy as np
 
 from fedprune_export.channels.atoms import AtomRow, still
 from fedprune_export.channels.rule import Channels, rule
-from fedprune_export.graph import Node
-from fedprune_export.operators import MANY_TO_ONE, ONE_TO_ONE
+from fedprune_export.ir.graph import Node
+from fedprune_export.ir.operators import MANY_TO_ONE, ONE_TO_ONE
 
 _ALONE = (
     "Acos",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedprune.architecture import FIXED, Axis, Segment
+from fedprune.model.architecture import FIXED, Axis, Segment
 from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.channels.rule import Pick
 

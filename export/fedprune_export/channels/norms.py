@@ -9,7 +9,7 @@ import numpy as np
 from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.channels.products import GROUPS, POSITIONS
 from fedprune_export.channels.rule import Channels, rule
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 
 def _vectors(channels: Channels, node: Node, indices: Sequence[int], rows: Sequence[AtomRow]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedprune_export.channels.atoms import AtomRow, still
 from fedprune_export.channels.rule import Channels, rule
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 GROUPS, POSITIONS = "groups", "positions"
 """What a grouped operator loses: whole groups, or the same positions of every group."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedprune_export.channels.atoms import AtomRow, still
 from fedprune_export.channels.rule import Channels, rule
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 

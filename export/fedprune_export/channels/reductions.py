@@ -6,7 +6,7 @@ import numpy as np
 
 from fedprune_export.channels.atoms import AtomRow, still
 from fedprune_export.channels.rule import Channels, rule
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 ADDING = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2")
 """Reductions to which a channel that is zero adds nothing: cutting it is the same as masking it."""

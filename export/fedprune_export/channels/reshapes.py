@@ -14,8 +14,8 @@ import numpy as np
 
 from fedprune_export.channels.atoms import AtomRow, still
 from fedprune_export.channels.rule import Channels, Rows, rule
-from fedprune_export.graph import Node
-from fedprune_export.trace import BATCH_EXTENT, BATCHES, Trace
+from fedprune_export.ir.graph import Node
+from fedprune_export.ir.trace import BATCH_EXTENT, BATCHES, Trace
 
 Assignment = tuple[int | None, ...]
 """Per old axis the new axis that takes its atoms."""

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from fedprune_export.channels.atoms import AtomRow, Atoms, still
 from fedprune_export.channels.choices import Choices
-from fedprune_export.graph import Graph, Node
-from fedprune_export.registry import registrar
-from fedprune_export.trace import Trace
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.registry import registrar
+from fedprune_export.ir.trace import Trace
 
 Rows = tuple[AtomRow, ...]
 """Atoms of a value, one row per axis."""

@@ -9,7 +9,7 @@ import numpy as np
 from fedprune_export.channels.atoms import AtomRow, still
 from fedprune_export.channels.reductions import fresh_axes
 from fedprune_export.channels.rule import Channels, rule
-from fedprune_export.graph import Graph, Node
+from fedprune_export.ir.graph import Graph, Node
 
 
 @rule("Concat")

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from fedprune_export.eager.context import OPERATORS, Context, Tensor, numbers, operator, unsupported
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 _TYPES = {
     1: torch.float32,

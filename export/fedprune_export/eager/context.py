@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fedprune.errors import ModelError
-from fedprune_export.graph import Node
+from fedprune.core.errors import ModelError
+from fedprune_export.ir.graph import Node
 
 Tensor = torch.Tensor
 

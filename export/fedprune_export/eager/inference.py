@@ -1,4 +1,4 @@
-"""Inference graphs run by torch, as a `fedprune.session.Session` of them is used."""
+"""Inference graphs run by torch, as a `fedprune.runtime.session.Session` of them is used."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedprune import step
-from fedprune.errors import ModelError
-from fedprune_export.cut import at_widths
+from fedprune.core.errors import ModelError
+from fedprune.training import step_contract
 from fedprune_export.eager.context import Context, Tensor
 from fedprune_export.eager.program import Program
 from fedprune_export.eager.stacks import Stacks
 from fedprune_export.eager.widths import widths_of
-from fedprune_export.imported import Model
+from fedprune_export.pruning.cut import at_widths
+from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -115,8 +115,8 @@ class Inference:
     def __init__(self, predictions: Predictions, tensors: Mapping[str, Array]) -> None:
         self._predictions = predictions
         self.tensors = dict(tensors)
-        self.inputs = {step.X: predictions.input}
-        self.outputs = (step.LOGITS,)
+        self.inputs = {step_contract.X: predictions.input}
+        self.outputs = (step_contract.LOGITS,)
         self.metadata: dict[str, str] = {}
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
@@ -129,4 +129,4 @@ class Inference:
         Raises:
             ModelError: See `Predictions.logits`.
         """
-        return {step.LOGITS: self._predictions.logits([self.tensors], [feeds[step.X]])[0]}
+        return {step_contract.LOGITS: self._predictions.logits([self.tensors], [feeds[step_contract.X]])[0]}

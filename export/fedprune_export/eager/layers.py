@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
+from fedprune_export.autodiff.rules.resampling import axis_matrix
 from fedprune_export.eager.context import Context, Tensor, numbers, operator, unsupported
-from fedprune_export.gradients.resampling import axis_matrix
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 _TRANSPOSED = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from fedprune import step
+from fedprune.training import step_contract
 from fedprune_export.eager.context import Tensor
 
 
@@ -37,10 +37,10 @@ def judge(loss: str, logits: Tensor, y: Tensor, feeds: Mapping[str, Tensor], pre
         feeds: Vectors over classes and numbers of the loss, by input name of the training graph.
         present: 1 for samples, 0 for padding [N]; None where there is no padding.
     """
-    if step.LOGIT_OFFSET in feeds:
-        logits = logits + feeds[step.LOGIT_OFFSET]
-    if step.CLASS_MASK in feeds:
-        logits = torch.where(feeds[step.CLASS_MASK] > 0, logits, torch.zeros_like(logits))
+    if step_contract.LOGIT_OFFSET in feeds:
+        logits = logits + feeds[step_contract.LOGIT_OFFSET]
+    if step_contract.CLASS_MASK in feeds:
+        logits = torch.where(feeds[step_contract.CLASS_MASK] > 0, logits, torch.zeros_like(logits))
     there = torch.ones(y.shape[0], device=y.device) if present is None else present
     right: Tensor | None
     if loss == "cross_entropy":
@@ -51,7 +51,7 @@ def judge(loss: str, logits: Tensor, y: Tensor, feeds: Mapping[str, Tensor], pre
         rows, divisor = each.mean(1), there.sum()
         right = None if hit is None else hit.sum(1)
     hits = None if right is None else (right * there.to(torch.int64)).sum()
-    return Judged(rows * there, feeds.get(step.DIVISOR, divisor), hits)
+    return Judged(rows * there, feeds.get(step_contract.DIVISOR, divisor), hits)
 
 
 def _cross_entropy(logits: Tensor, y: Tensor, feeds: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,24 +61,24 @@ def _cross_entropy(logits: Tensor, y: Tensor, feeds: Mapping[str, Tensor]) -> tu
     """
     log_p = torch.log_softmax(logits, 1)
     classes = logits.shape[1]
-    weight = feeds.get(step.CLASS_WEIGHT)
+    weight = feeds.get(step_contract.CLASS_WEIGHT)
     own = log_p.gather(1, y[:, None])[:, 0]
     of_class = torch.ones_like(own) if weight is None else weight[y]
     rows, label = -of_class * own, y
-    if step.Y_PARTNER in feeds:
-        partner, first = feeds[step.Y_PARTNER], feeds[step.Y_SHARE]
+    if step_contract.Y_PARTNER in feeds:
+        partner, first = feeds[step_contract.Y_PARTNER], feeds[step_contract.Y_SHARE]
         other = log_p.gather(1, partner[:, None])[:, 0]
         rows = first * rows - (1 - first) * (other if weight is None else weight[partner] * other)
         label = torch.where(first < 0.5, partner, y)
-    if step.LABEL_SMOOTHING in feeds:
-        share = feeds[step.LABEL_SMOOTHING]
+    if step_contract.LABEL_SMOOTHING in feeds:
+        share = feeds[step_contract.LABEL_SMOOTHING]
         spread = log_p if weight is None else log_p * weight
         rows = (1 - share) * rows - share / classes * spread.sum(1)
     return rows, of_class, (logits.argmax(1) == label).to(torch.int64)
 
 
 def _bce(logits: Tensor, y: Tensor, feeds: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    weight = feeds.get(step.CLASS_WEIGHT)
+    weight = feeds.get(step_contract.CLASS_WEIGHT)
     positive = y if weight is None else y * weight
     each = (1 - y) * _softplus(logits) + positive * _softplus(-logits)
     return each, ((logits > 0) == (y > 0.5)).to(torch.int64)
@@ -94,7 +94,7 @@ def _mse(logits: Tensor, y: Tensor, feeds: Mapping[str, Tensor]) -> tuple[Tensor
 
 def _huber(logits: Tensor, y: Tensor, feeds: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     size = (logits - y).abs()
-    c = torch.minimum(size, feeds[step.HUBER_DELTA])
+    c = torch.minimum(size, feeds[step_contract.HUBER_DELTA])
     return c * (size - c / 2), None
 
 

@@ -12,7 +12,7 @@ import torch
 
 from fedprune_export.eager.arithmetic import together
 from fedprune_export.eager.context import Context, Tensor, numbers, operator, unsupported
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 
 @operator("Shape")

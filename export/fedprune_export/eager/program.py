@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedprune.errors import ModelError
+from fedprune.core.errors import ModelError
 from fedprune_export.eager import arithmetic, layers, movement, recurrent
 from fedprune_export.eager.context import OPERATORS, Context, Operator, Tensor
-from fedprune_export.graph import Graph, Node
+from fedprune_export.ir.graph import Graph, Node
 
 __all__ = ["Context", "Program", "Tensor"]
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from fedprune_export.eager.context import Context, Tensor, operator, unsupported
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 Cell = Callable[[Tensor, list[Tensor]], list[Tensor]]
 """From a step's input and the states to the next states; the first of them is the step's output."""

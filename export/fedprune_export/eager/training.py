@@ -1,7 +1,9 @@
-"""A training step by the contract of `fedprune.step`, computed by torch: of one device, or of many at once.
+"""A training step by the contract of `fedprune.training.step_contract`, computed by torch: of one device, or of many at
+once.
 
-It is used as a `fedprune.session.Session` of the training graph is, so that a board's trainer drives it as it drives
-onnxruntime; what it computes is what the training graph says, with torch's own differentiation of the inference graph.
+It is used as a `fedprune.runtime.session.Session` of the training graph is, so that a board's trainer drives it as it
+drives onnxruntime; what it computes is what the training graph says, with torch's own differentiation of the inference
+graph.
 """
 
 from __future__ import annotations
@@ -14,19 +16,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedprune import step
-from fedprune.errors import ModelError
-from fedprune.recipe import Recipe
-from fedprune_export.cut import at_widths
+from fedprune.core.errors import ModelError
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
 from fedprune_export.eager.context import Context, Tensor
 from fedprune_export.eager.losses import judge
 from fedprune_export.eager.optimisers import updated, used
 from fedprune_export.eager.program import Program
 from fedprune_export.eager.stacks import Row, Stacks
 from fedprune_export.eager.widths import widths_of
-from fedprune_export.graph import Graph
-from fedprune_export.imported import Model
-from fedprune_export.scaler import scaled_outputs
+from fedprune_export.ir.graph import Graph
+from fedprune_export.pruning.cut import at_widths
+from fedprune_export.pruning.model import Model
+from fedprune_export.pruning.scaler import scaled_outputs
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Any]
@@ -64,12 +66,17 @@ class TrainingStep:
         self._asked = set(self.outputs)
         names = [t.name for t in model.architecture.tensors]
         self._names = tuple(names)
-        self._trained = tuple(n for n in names if step.buffer(n) in self.inputs)
+        self._trained = tuple(n for n in names if step_contract.buffer(n) in self.inputs)
         self._statistics = frozenset(t.name for t in model.architecture.statistics)
-        self._moving = frozenset(n for n in self._statistics if step.following(n) in self._asked)
-        self._observable = {step.LOSS, step.HITS, step.SAMPLE_LOSSES, *map(step.following, self._moving)}
+        self._moving = frozenset(n for n in self._statistics if step_contract.following(n) in self._asked)
+        self._observable = {
+            step_contract.LOSS,
+            step_contract.HITS,
+            step_contract.SAMPLE_LOSSES,
+            *map(step_contract.following, self._moving),
+        }
         self._kept = _momenta(model.graph)
-        self._scaled = scaled_outputs(model) if step.OUTPUT_SCALE in self.inputs else frozenset[str]()
+        self._scaled = scaled_outputs(model) if step_contract.OUTPUT_SCALE in self.inputs else frozenset[str]()
         self._programs: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], Program] = OrderedDict()
         self._stacks = Stacks(self._device)
         self._program(model.tensors)  # an operator that is missing is better known at once
@@ -88,7 +95,7 @@ class TrainingStep:
         wanted = self.outputs if outputs is None else tuple(outputs)
         observed = self._check(feeds, wanted)
         values = {n: self._stacks.single(v) for n, v in feeds.items()}
-        values[step.X] = _last(values[step.X])
+        values[step_contract.X] = _last(values[step_contract.X])
         program = self._program(feeds)
         try:
             if observed:
@@ -118,13 +125,13 @@ class TrainingStep:
         for each in feeds:
             observed = self._check(each, wanted)
         program = self._program(feeds[0])
-        sizes = [len(each[step.X]) for each in feeds]
+        sizes = [len(each[step_contract.X]) for each in feeds]
         values = {
             n: self._stacks.stacked(n, [each[n] for each in feeds], constant=self._constant(n))
             for n in feeds[0]
-            if n not in step.OF_SAMPLES
+            if n not in step_contract.OF_SAMPLES
         }
-        for n in step.OF_SAMPLES.intersection(feeds[0]):
+        for n in step_contract.OF_SAMPLES.intersection(feeds[0]):
             values[n] = self._stacks.padded([each[n] for each in feeds], max(sizes))
         if min(sizes) != max(sizes):
             there = [[1.0] * size + [0.0] * (max(sizes) - size) for size in sizes]
@@ -152,7 +159,7 @@ class TrainingStep:
     def _constant(self, name: str) -> bool:
         """Whether a round feeds the same array in every step."""
         kind = name.partition("::")[2]
-        named = name in self._names or name in step.OF_STEPS
+        named = name in self._names or name in step_contract.OF_STEPS
         return kind in ("anchor", "mu", "mask", "threshold") or (not kind and not named)
 
     def _differentiated(self, program: Program, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -180,19 +187,19 @@ class TrainingStep:
         tensors = {n: leaves[n] if n in leaves else feeds[n] for n in self._names}
         present = feeds.get(_PRESENT)
         run = Context(training=True, statistics=self._statistics, moving=self._moving, present=present)
-        logits = program(tensors, feeds[step.X], run, feeds.get(step.OUTPUT_SCALE))
+        logits = program(tensors, feeds[step_contract.X], run, feeds.get(step_contract.OUTPUT_SCALE))
         found: dict[str, Tensor] = {}
         loss = logits
-        if step.Y in feeds:
-            judged = judge(self._loss, logits, feeds[step.Y], feeds, present)
+        if step_contract.Y in feeds:
+            judged = judge(self._loss, logits, feeds[step_contract.Y], feeds, present)
             loss = (judged.rows / judged.divisor).sum()
-            found[step.LOSS] = loss.detach()
+            found[step_contract.LOSS] = loss.detach()
             if judged.hits is not None:
-                found[step.HITS] = judged.hits
-            found[step.SAMPLE_LOSSES] = judged.rows.detach()
+                found[step_contract.HITS] = judged.hits
+            found[step_contract.SAMPLE_LOSSES] = judged.rows.detach()
         for name, value in run.measured.items():
             keep = self._kept[name]
-            found[step.following(name)] = feeds[name] * keep + value.detach() * (1 - keep)
+            found[step_contract.following(name)] = feeds[name] * keep + value.detach() * (1 - keep)
         return loss, found
 
     def _program(self, feeds: Feeds) -> Program:
@@ -210,7 +217,7 @@ class TrainingStep:
     def _check(self, feeds: Feeds, wanted: Collection[str]) -> bool:
         """Make sure that what is wanted can be had; whether the forward pass alone gives it."""
         observed = self._observable.issuperset(wanted)
-        needed = {step.X, *self._names} if observed else set(self.inputs)
+        needed = {step_contract.X, *self._names} if observed else set(self.inputs)
         if set(feeds) - set(self.inputs) or needed - set(feeds) or set(wanted) - set(self.outputs):
             raise ModelError(
                 "a training step can't be run",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedprune.architecture import FIXED, Architecture
-from fedprune.errors import BundleError
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import FIXED, Architecture
 
 
 def widths_of(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from fedprune_export.autodiff.conv_geometry import Window, operator_attrs
+from fedprune_export.autodiff.intents import INPUT_GRADIENT
+from fedprune_export.autodiff.rules.convolutions import Convolution
+from fedprune_export.autodiff.rules.dense import Dense, Formulation
+from fedprune_export.autodiff.rules.depthwise import Depthwise
 from fedprune_export.formulation.formulator import Formulator, rule
 from fedprune_export.formulation.layouts import BLOCKED, Made
-from fedprune_export.gradients.convolutions import Convolution
-from fedprune_export.gradients.dense import Dense, Formulation
-from fedprune_export.gradients.depthwise import Depthwise
-from fedprune_export.gradients.intents import INPUT_GRADIENT
-from fedprune_export.gradients.windows import Window, operator_attrs
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 
 @rule("Conv")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from fedprune_export.autodiff.intents import RECTIFIED
+from fedprune_export.autodiff.rules.elementwise import between, where_positive
 from fedprune_export.formulation.formulator import Formulator, rule
-from fedprune_export.gradients.elementwise import between, where_positive
-from fedprune_export.gradients.intents import RECTIFIED
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 _TRUTHS = frozenset({"Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Equal", "And", "Or", "Not"})
 

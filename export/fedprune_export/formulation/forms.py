@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedprune.errors import ConfigError
-from fedprune.form_times import FormTimes, Shape
-from fedprune.workload import BLOCKS
-from fedprune_export.gradients.dense import Formulation, KernelForm, formulation
-from fedprune_export.gradients.windows import Window
+from fedprune.core.errors import ConfigError
+from fedprune.costs.form_times import FormTimes, Shape
+from fedprune.costs.kernel_workload import BLOCKS
+from fedprune_export.autodiff.conv_geometry import Window
+from fedprune_export.autodiff.rules.dense import Formulation, KernelForm, formulation
 
 _LARGE_FILTER, _SMALL_MAP = 1024, 64
 """Places of a map up to which a gradient as large as the batch's maps is a good kernel; places up to which one product
@@ -28,7 +28,7 @@ class Forms:
     """How layers are computed on a board.
 
     Attributes:
-        block: Channels that its convolutions compute at once (`fedprune.blocks` finds it), 0 for standard
+        block: Channels that its convolutions compute at once (`fedprune.runtime.blocks` finds it), 0 for standard
             operators alone.
         batch: Samples of every batch, where there are blocks; any number where there are none.
         full: Channels from which on what a convolution makes fills blocks well enough.

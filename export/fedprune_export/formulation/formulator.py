@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from fedprune import step
+from fedprune.training import step_contract
+from fedprune_export.autodiff.dimensions import BATCH
+from fedprune_export.autodiff.intents import Intentions
 from fedprune_export.formulation.forms import Forms
 from fedprune_export.formulation.layouts import Layouts, Sizes
-from fedprune_export.gradients.dimensions import BATCH
-from fedprune_export.gradients.intents import Intentions
-from fedprune_export.graph import Graph, Node, Port
-from fedprune_export.registry import registrar
+from fedprune_export.ir.graph import Graph, Node, Port
+from fedprune_export.ir.registry import registrar
 
 Rule = Callable[["Formulator", Node], bool]
 """Writes a node's operators and says whether it has; else the node is copied, with its inputs in plain layout."""
@@ -59,7 +59,7 @@ class Formulator:
             if self.layouts.in_blocks(name):
                 self.graph.emit("Identity", self.layouts.plain(name), out=name)
         if self.forms.block:
-            self.graph.metadata[step.BLOCK] = str(self.forms.block)
+            self.graph.metadata[step_contract.BLOCK] = str(self.forms.block)
             self.graph.inputs = [self._of_batch(p) for p in self.graph.inputs]
         self.graph.prune()
         return self.graph

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedprune_export.autodiff.intents import GROUP_NORMALISE, GROUP_NORMALISE_GRADIENT
 from fedprune_export.formulation.formulator import Formulator, rule
 from fedprune_export.formulation.norms import followers
-from fedprune_export.gradients.intents import GROUP_NORMALISE, GROUP_NORMALISE_GRADIENT
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 
 @dataclass(frozen=True)

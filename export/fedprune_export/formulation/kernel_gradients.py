@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fedprune_export.autodiff.conv_geometry import Window
+from fedprune_export.autodiff.intents import KERNEL_GRADIENT
+from fedprune_export.autodiff.rules.dense import Dense, Formulation
+from fedprune_export.autodiff.rules.depthwise import Depthwise
 from fedprune_export.formulation import pointwise
 from fedprune_export.formulation.formulator import Formulator, rule
 from fedprune_export.formulation.layouts import BLOCKED, Layouts
-from fedprune_export.gradients.dense import Dense, Formulation
-from fedprune_export.gradients.depthwise import Depthwise
-from fedprune_export.gradients.intents import KERNEL_GRADIENT
-from fedprune_export.gradients.windows import Window
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 _FILTERS = 64
 """Outputs that onnxruntime's convolution in blocks computes at once, if blocks have 16 channels."""

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedprune.errors import ModelError
-from fedprune_export.gradients.windows import Window
-from fedprune_export.graph import Graph, Node
+from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.conv_geometry import Window
+from fedprune_export.ir.graph import Graph, Node
 
 BLOCKED = "com.microsoft.nchwc"
 """The domain of onnxruntime's operators with channels in blocks."""

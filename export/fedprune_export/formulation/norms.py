@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedprune_export.autodiff.intents import NORMALISE, NORMALISE_GRADIENT
+from fedprune_export.autodiff.rules.norms import Normal
 from fedprune_export.formulation.formulator import Formulator, rule
-from fedprune_export.gradients.intents import NORMALISE, NORMALISE_GRADIENT
-from fedprune_export.gradients.norms import Normal
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 
+from fedprune_export.autodiff.conv_geometry import Window
+from fedprune_export.autodiff.intents import POOL_GRADIENT
+from fedprune_export.autodiff.rules.elementwise import STEEP
+from fedprune_export.autodiff.rules.pooling import tiled_gradient
 from fedprune_export.formulation.formulator import Formulator, rule
 from fedprune_export.formulation.layouts import BLOCKED
-from fedprune_export.gradients.elementwise import STEEP
-from fedprune_export.gradients.intents import POOL_GRADIENT
-from fedprune_export.gradients.pooling import tiled_gradient
-from fedprune_export.gradients.windows import Window
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 
 @rule("MaxPool")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+from fedprune_export.autodiff.intents import SCALED_SUM
 from fedprune_export.formulation.formulator import Formulator, rule
 from fedprune_export.formulation.layouts import BLOCKED
-from fedprune_export.gradients.intents import SCALED_SUM
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 
 _LARGE = 4096
 """Numbers of a tensor from which on it is worth it."""

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from fedprune.errors import ModelError
-from fedprune_export.graph import Graph, Node
-from fedprune_export.shape_inference import MOST_NUMBERS
-from fedprune_export.trace import Trace
+from fedprune.core.errors import ModelError
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.shape_inference import MOST_NUMBERS
+from fedprune_export.ir.trace import Trace
 
 
 def emit_attention(graph: Graph, node: Node, seen: Trace, used: set[str]) -> None:

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.errors import ModelError
-from fedprune.session import Session
-from fedprune.step import LOGITS, X
-from fedprune_export.graph import Graph, Port
-from fedprune_export.trace import inferred, sample_feeds
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import Session
+from fedprune.training.step_contract import LOGITS, X
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.trace import inferred, sample_feeds
 
 _TOLERANCE = 1e-4
 _BATCHES = (2, 1, 8)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from fedprune_export.graph import Graph, Node
-from fedprune_export.operators import MANY_TO_ONE, REARRANGEMENTS
-from fedprune_export.shape_arithmetic import SOURCES
-from fedprune_export.trace import Trace
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.operators import MANY_TO_ONE, REARRANGEMENTS
+from fedprune_export.ir.shape_arithmetic import SOURCES
+from fedprune_export.ir.trace import Trace
 
 _PASSING = REARRANGEMENTS | {"Cast", "Gather", "Slice", "Split", "Concat"}
 _MOST_COPIES = 64

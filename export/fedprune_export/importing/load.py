@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 import onnx
 
-from fedprune.errors import ModelError, reason, shape_text, shown
+from fedprune.core.errors import ModelError, reason, shape_text, shown
 from fedprune_export.channels import analyse
-from fedprune_export.imported import Model
 from fedprune_export.importing import metadata
 from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.model_file import check, parse, read_model_file
@@ -19,6 +18,7 @@ from fedprune_export.importing.normalise import normalise
 from fedprune_export.importing.preparation import prepared
 from fedprune_export.importing.timm_models import PREFIX, timm_model, timm_name
 from fedprune_export.importing.torch_export import export_torch, factory_product
+from fedprune_export.pruning.model import Model
 
 __all__ = ["PARAMETERS_KEY", "check_input", "export_torch", "import_onnx", "load", "read_source", "torch_module"]
 

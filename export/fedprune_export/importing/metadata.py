@@ -8,8 +8,8 @@ from collections.abc import Set as AbstractSet
 
 import onnx
 
-from fedprune.errors import ModelError, shown
-from fedprune_export.graph import check_name
+from fedprune.core.errors import ModelError, shown
+from fedprune_export.ir.graph import check_name
 
 PARAMETERS_KEY = "fedprune.parameters"
 """Lists the trainable tensors."""

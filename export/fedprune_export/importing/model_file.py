@@ -10,9 +10,9 @@ from pathlib import Path
 
 import onnx
 
-from fedprune.disk import MOST_BYTES, open_file, read_file
-from fedprune.errors import ModelError, reason, shown
-from fedprune.extras import install_command
+from fedprune.core.disk import MOST_BYTES, open_file, read_file
+from fedprune.core.errors import ModelError, reason, shown
+from fedprune.terminal.extras import install_command
 
 _BARE = re.compile(r"[a-z][a-z0-9_]{2,60}")
 """What looks like a network's name more than like a file's."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprune_export.graph import Graph, Node
 from fedprune_export.importing.patterns import Expressions
-from fedprune_export.trace import Trace
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.trace import Trace
 
 _SHAPING = ("Reshape", "Unsqueeze", "Squeeze")
 

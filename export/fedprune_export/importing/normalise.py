@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from fedprune.errors import ModelError
-from fedprune.session import Session
-from fedprune.step import LOGITS, RESERVED, X
-from fedprune_export.graph import Graph, Port
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import Session
+from fedprune.training.step_contract import LOGITS, RESERVED, X
 from fedprune_export.importing.comparison import compare
 from fedprune_export.importing.fills import narrow_constants, part_fills
 from fedprune_export.importing.metadata import shown_names
@@ -28,8 +27,9 @@ from fedprune_export.importing.simplification import bypass, drop_idle, simplify
 from fedprune_export.importing.soundness import check_indices, check_nodes
 from fedprune_export.importing.translation import translate, upgraded
 from fedprune_export.importing.transpositions import merge_transpositions
-from fedprune_export.shape_arithmetic import follow
-from fedprune_export.trace import Trace, check_batch, sample_input, trace
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.shape_arithmetic import follow
+from fedprune_export.ir.trace import Trace, check_batch, sample_input, trace
 
 Array = npt.NDArray[Any]
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprune_export.composites import GELU_CUBE
-from fedprune_export.graph import Graph, Node
-from fedprune_export.trace import Trace
+from fedprune_export.ir.composites import GELU_CUBE
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.trace import Trace
 
 _EXACT = 1e-6
 """How far a constant may be from its definition, relative to it: the rounding of float32 and a bit."""

@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from fedprune.errors import ModelError, reason, shown
-from fedprune_export.graph import read_tensor
+from fedprune.core.errors import ModelError, reason, shown
 from fedprune_export.importing.model_file import check
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequences
+from fedprune_export.ir.graph import read_tensor
 
 MOST_NODES = 40_000
 """Operators of a model, its functions written out: so many are imported in about a minute."""

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.errors import ModelError
-from fedprune_export.graph import TRAINING_OPSET, Graph, Node
-from fedprune_export.trace import Trace
+from fedprune.core.errors import ModelError
+from fedprune_export.ir.graph import TRAINING_OPSET, Graph, Node
+from fedprune_export.ir.trace import Trace
 
 _NEAR = 1e-4
 """How near to a whole or half place a place counts as being there."""

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from fedprune.errors import ModelError
-from fedprune_export.graph import Graph, Node
-from fedprune_export.operators import REARRANGEMENTS
+from fedprune.core.errors import ModelError
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.operators import REARRANGEMENTS
 
 CONSTANT_PREFIX = "const~"
 """Initialisers whose names begin so are constants: `Graph.constant` names them."""

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from fedprune.errors import ModelError, shown
-from fedprune_export.graph import read_tensor
+from fedprune.core.errors import ModelError, shown
+from fedprune_export.ir.graph import read_tensor
 
 Array = npt.NDArray[Any]
 

@@ -7,9 +7,9 @@ from collections.abc import Container
 
 import numpy as np
 
-from fedprune.errors import ModelError
-from fedprune_export.graph import Graph, Node
-from fedprune_export.trace import Trace
+from fedprune.core.errors import ModelError
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.trace import Trace
 
 _KEEPING = frozenset({"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
 _ENDLESS = 2**31 - 1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import onnx
 
-from fedprune.errors import ModelError, shown
-from fedprune_export.graph import Graph, Node
-from fedprune_export.trace import Trace
+from fedprune.core.errors import ModelError, shown
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.trace import Trace
 
 _FLAGS = frozenset({"keepdims", "is_causal", "linear_before_reset", "layout", "count_include_pad", "ceil_mode"})
 _LONGEST = 20_000

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedprune.errors import MissingExtraError, ModelError, reason, shown
+from fedprune.core.errors import MissingExtraError, ModelError, reason, shown
 from fedprune_export.importing.torch_export import quiet, torch_package
 from fedprune_export.importing.torchvision_placeholder import torchvision_or_placeholder
 

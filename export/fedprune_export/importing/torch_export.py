@@ -19,8 +19,8 @@ from typing import Any
 
 import onnx
 
-from fedprune.errors import MissingExtraError, ModelError, reason, shape_text
-from fedprune.own_modules import own_module
+from fedprune.core.errors import MissingExtraError, ModelError, reason, shape_text
+from fedprune.core.user_modules import own_module
 from fedprune_export.importing import metadata
 
 _TORCH_HINT = "First pip install torch --index-url https://download.pytorch.org/whl/cpu (a small CPU wheel), then"

@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import NoReturn
 
-from fedprune.errors import MissingExtraError
+from fedprune.core.errors import MissingExtraError
 
 TORCHVISION = "torchvision"
 

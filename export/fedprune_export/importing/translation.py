@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from fedprune.errors import ModelError, reason
-from fedprune_export.composites import COMPOSITES
-from fedprune_export.graph import TRAINING_OPSET, Graph, Node
+from fedprune.core.errors import ModelError, reason
 from fedprune_export.importing.attention import emit_attention
 from fedprune_export.importing.resizing import emit_pad, emit_resize
-from fedprune_export.target_opset import REDUCTIONS, check_form
-from fedprune_export.trace import Trace
+from fedprune_export.ir.composites import COMPOSITES
+from fedprune_export.ir.graph import TRAINING_OPSET, Graph, Node
+from fedprune_export.ir.opset_lowering import REDUCTIONS, check_form
+from fedprune_export.ir.trace import Trace
 
 Array = npt.NDArray[Any]
 

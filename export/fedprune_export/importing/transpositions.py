@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fedprune_export.channels.reshapes import common_factors, extents
-from fedprune_export.graph import Graph, Node
-from fedprune_export.trace import BATCH_EXTENT, Trace
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.trace import BATCH_EXTENT, Trace
 
 
 def merge_transpositions(graph: Graph, seen: Trace) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedprune.precision import RANGES
-from fedprune_export.cut import at_widths
-from fedprune_export.graph import Port
-from fedprune_export.imported import Model
-from fedprune_export.inference import with_weights
+from fedprune.runtime.precision import RANGES
+from fedprune_export.bundles.inference import with_weights
+from fedprune_export.ir.graph import Port
 from fedprune_export.precision.quantisation import Plan
+from fedprune_export.pruning.cut import at_widths
+from fedprune_export.pruning.model import Model
 
 
 def calibration_graph(model: Model, widths: Sequence[int], plan: Plan) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from fedprune_export.graph import Node
+from fedprune_export.ir.graph import Node
 from fedprune_export.precision.pair import Pair
 
 _HALF = frozenset(

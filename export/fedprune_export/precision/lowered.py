@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprune.errors import ModelError
-from fedprune.precision import (
+from fedprune.core.errors import ModelError
+from fedprune.runtime.precision import (
     PRECISIONS,
     RANGES,
     calibrate_file,
@@ -18,13 +18,13 @@ from fedprune.precision import (
     prepare_file,
     weights_file,
 )
-from fedprune.session import Session
-from fedprune_export.imported import Model
+from fedprune.runtime.session import Session
 from fedprune_export.precision.calibration import calibration_graph
 from fedprune_export.precision.folding import fold
 from fedprune_export.precision.half import halve
 from fedprune_export.precision.pair import Pair
 from fedprune_export.precision.quantisation import planned, quantise, settle
+from fedprune_export.pruning.model import Model
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Lowered:
 
     Attributes:
         precision: Which one.
-        graph: What computes; its tensors are external data in the file `fedprune.precision.weights_file`.
+        graph: What computes; its tensors are external data in the file `fedprune.runtime.precision.weights_file`.
         prepare: Float32 weights, and for int8 ranges of activations, to these tensors.
         calibrate: A batch of samples to ranges of activations; None where none are needed.
         layers: Outputs of the layers that compute with 8 bits, in order.
@@ -66,7 +66,7 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
     Args:
         model: The whole model.
         widths: Kept channels per group.
-        precision: One of `fedprune.precision.PRECISIONS`.
+        precision: One of `fedprune.runtime.precision.PRECISIONS`.
         keep: With int8, outputs of layers that stay in float32.
 
     Raises:

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune import tensorfile
-from fedprune.errors import ModelError
-from fedprune_export.cut import at_widths
-from fedprune_export.graph import Graph, Node, Port
-from fedprune_export.imported import Model
-from fedprune_export.inference import add_external
-from fedprune_export.shape_inference import infer
+from fedprune.core import tensorfile
+from fedprune.core.errors import ModelError
+from fedprune_export.bundles.inference import add_external
+from fedprune_export.ir.graph import Graph, Node, Port
+from fedprune_export.ir.shape_inference import infer
+from fedprune_export.pruning.cut import at_widths
+from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
 

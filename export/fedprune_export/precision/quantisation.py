@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnx import TensorProto
 
-from fedprune.precision import RANGES
-from fedprune_export.graph import Node, Port
+from fedprune.runtime.precision import RANGES
+from fedprune_export.ir.graph import Node, Port
 from fedprune_export.precision.folding import channel_axis
 from fedprune_export.precision.half import described
 from fedprune_export.precision.pair import Pair

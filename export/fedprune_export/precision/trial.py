@@ -10,22 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import tensorfile
-from fedprune.agreement import SAMPLES, Agreement, agreement
-from fedprune.bundle import INFERENCE, WEIGHTS
-from fedprune.errors import ModelError
-from fedprune.precision import (
-    INT8,
-    graph_file,
-    lowered_weights,
-    weights_file,
-)
-from fedprune.session import Array, Session
-from fedprune.step import LOGITS, X
-from fedprune_export.imported import Model
-from fedprune_export.labelled_data import LabelledData
+from fedprune.core import tensorfile
+from fedprune.core.errors import ModelError
+from fedprune.runtime.bundle import INFERENCE, WEIGHTS
+from fedprune.runtime.precision import INT8, graph_file, lowered_weights, weights_file
+from fedprune.runtime.quantization_check import SAMPLES, Agreement, agreement
+from fedprune.runtime.session import Array, Session
+from fedprune.training.step_contract import LOGITS, X
+from fedprune_export.checks.labelled_data import LabelledData
+from fedprune_export.ir.trace import sample_feeds
 from fedprune_export.precision.lowered import Lowered, lower
-from fedprune_export.trace import sample_feeds
+from fedprune_export.pruning.model import Model
 
 _AT_ONCE = 64
 _RANDOM = 64

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedprune.disk import storage_errors, write_whole
-from fedprune_export.imported import Model
-from fedprune_export.inference import WEIGHTS_FILE, inference_model
+from fedprune.core.disk import storage_errors, write_whole
+from fedprune_export.bundles.inference import WEIGHTS_FILE, inference_model
+from fedprune_export.pruning.model import Model
 
 FOLDER = "checkpoints"
 MODEL_FILE = "model.onnx"

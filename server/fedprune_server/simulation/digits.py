@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.chance import keyed
-from fedprune.errors import DataError
-from fedprune_device.data import TEST_SHARE, LocalData
+from fedprune.core.errors import DataError
+from fedprune.core.rng import keyed
+from fedprune_device.data.dataset import TEST_SHARE, LocalData
 
 CLASSES = 10
 ALPHA = 0.5

@@ -13,16 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune import __version__
-from fedprune.job import Job
+from fedprune.jobs.job import Job
 from fedprune.strategies import compose
-from fedprune.strategies.own import own_code
-from fedprune_export.imported import Model
-from fedprune_server.data.picture import Partition
-from fedprune_server.simulation.trainers import ONNXRUNTIME
-from fedprune_server.simulation.virtual_device import VirtualDevice
-from fedprune_server.simulation.weather import Availability, DropOuts, Weather
-from fedprune_server.work.evaluator import Evaluation
-from fedprune_server.work.measure import Hook, described
+from fedprune.strategies.user_strategies import own_code
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.evaluator import Evaluation
+from fedprune_server.simulation.datasets.picture import Partition
+from fedprune_server.simulation.fleet.trainers import ONNXRUNTIME
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.measure import Hook, described
+from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,8 @@ class Experiment:
         availability: When devices are there.
         measure: What is measured of the global model, in the simulation alone.
         checkpoints: After every so many rounds the global model is kept; 0 for never.
-        trainer: What trains: `onnxruntime` as on boards, or another that `fedprune_server.simulation.trainers` knows.
+        trainer: What trains: `onnxruntime` as on boards, or another that `fedprune_server.simulation.fleet.trainers`
+            knows.
         workers: In how many processes.
         partition: The fleet's data as reports show it.
     """

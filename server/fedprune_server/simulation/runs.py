@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedprune.disk import locked, storage_errors, write_whole
-from fedprune.errors import ConfigError, FedpruneError, MissingExtraError, StorageError, shown
+from fedprune.core.disk import locked, storage_errors, write_whole
+from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, StorageError, shown
 from fedprune.wire.topics import check_name
-from fedprune_server.children import begin_helper
-from fedprune_server.settings.differences import differences
+from fedprune_server.config.differences import differences
+from fedprune_server.process.children import begin_helper
 
 DONE, FAILED, PROGRESS = "done.json", "failed.txt", "progress.json"
 """Files of a run's folder."""

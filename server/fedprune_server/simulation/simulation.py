@@ -14,31 +14,31 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedprune.blobs import BlobStore
-from fedprune.chance import keyed
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.codec import CODECS
 from fedprune.coordination import Coordinator, Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.pace import PARTS
-from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
-from fedprune.recipe import Recipe
-from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.fields import one_line
-from fedprune_server.simulation import trainers
+from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError
+from fedprune.core.rng import keyed
+from fedprune.training.recipe import Recipe
+from fedprune.wire.validation import one_line
+from fedprune_server.executor.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit
+from fedprune_server.executor.worker import Worker
+from fedprune_server.executor.worker_pool import Crew, helped
 from fedprune_server.simulation.checkpoints import write_checkpoint
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.keeping import Keeping
-from fedprune_server.simulation.patience import Patience, excuse
-from fedprune_server.simulation.record import Record, record_of
-from fedprune_server.simulation.round_notes import Notary
+from fedprune_server.simulation.fleet import trainers
+from fedprune_server.simulation.fleet.trainers import ONNXRUNTIME
+from fedprune_server.simulation.fleet.virtual_device import Bench, pulls
+from fedprune_server.simulation.network_model import ALWAYS
+from fedprune_server.simulation.results.record import Record, record_of
+from fedprune_server.simulation.results.round_notes import Notary
+from fedprune_server.simulation.stall_detector import Patience, excuse
 from fedprune_server.simulation.state import Item, Left, SimulationState, Trained
-from fedprune_server.simulation.trainers import ONNXRUNTIME
-from fedprune_server.simulation.virtual_device import Bench, pulls
-from fedprune_server.simulation.weather import ALWAYS
-from fedprune_server.work.crew import Crew, helped
-from fedprune_server.work.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit
-from fedprune_server.work.worker import Worker
+from fedprune_server.simulation.state_keeping import Keeping
 
 log = logging.getLogger("fedprune.server")
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
-from fedprune.disk import locked, storage_errors, write_whole
-from fedprune.errors import StorageError
-from fedprune_server.simulation.round_notes import Notes
-from fedprune_server.store.garbage import texts
+from fedprune.core.disk import locked, storage_errors, write_whole
+from fedprune.core.errors import StorageError
+from fedprune_server.executor.retention import texts
+from fedprune_server.simulation.results.round_notes import Notes
 
 FORMAT = "fedprune.simulation/2"
 FILE = "simulation.json"

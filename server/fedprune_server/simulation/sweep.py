@@ -23,10 +23,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedprune import setting_checks
-from fedprune.disk import file_digest, is_there, storage_errors
-from fedprune.errors import ConfigError, FedpruneError, shown
-from fedprune.toml_file import read_toml
+from fedprune.core import validation
+from fedprune.core.disk import file_digest, is_there, storage_errors
+from fedprune.core.errors import ConfigError, FedpruneError, shown
+from fedprune.core.toml_file import read_toml
 from fedprune_server.simulation.runs import Report, Run
 
 _KEYS = ("config", "seeds", "runs")
@@ -45,7 +45,7 @@ def read_sweep(path: Path) -> list[Run]:
         ConfigError: It can't be read, or a key is missing, unknown or wrong, in a variant's own tables, too.
     """
     body = read_toml(path, ConfigError)
-    setting_checks.only(_KEYS, body, str(path))
+    validation.only(_KEYS, body, str(path))
     config = body.get("config")
     if not isinstance(config, str) or not is_there(path.parent / config, file=True):
         raise ConfigError(f"{path}: config", expected="a fleet.toml that exists", got=shown(config))
@@ -136,7 +136,7 @@ def _variant(row: object, common: Sequence[int], files: _Files, where: str) -> l
 
 def _check(config: Path, changes: Mapping[str, Any], where: str) -> None:
     """Read the `fleet.toml` with a variant's changes, and say in an error whose fault it is."""
-    from fedprune_server.simulation.simulated_fleet import read_tables
+    from fedprune_server.simulation.fleet.simulated_fleet import read_tables
 
     try:
         read_tables(config, changes)
@@ -149,7 +149,7 @@ def _check(config: Path, changes: Mapping[str, Any], where: str) -> None:
 
 def _wrong(config: Path) -> str:
     """What is wrong with a `fleet.toml` without any changes; empty if nothing is."""
-    from fedprune_server.simulation.simulated_fleet import read_tables
+    from fedprune_server.simulation.fleet.simulated_fleet import read_tables
 
     try:
         read_tables(config)
@@ -175,9 +175,9 @@ def simulated(run: Run, folder: Path, report: Report) -> dict[str, Any]:
     Raises:
         FedpruneError: As `simulated_fleet.read_plan` and `run_folder.simulate`.
     """
-    from fedprune_server.simulation.report import write_report
-    from fedprune_server.simulation.run_folder import simulate
-    from fedprune_server.simulation.simulated_fleet import read_plan
+    from fedprune_server.simulation.fleet.simulated_fleet import read_plan
+    from fedprune_server.simulation.results.report import write_report
+    from fedprune_server.simulation.results.run_folder import simulate
     from fedprune_server.simulation.simulation import Simulation
 
     logging.getLogger("fedprune").addHandler(logging.NullHandler())  # other runs' bars are on the terminal

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
-from fedprune.quantity import quantity
-from fedprune.terminal import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fitted
+from fedprune.core.text import quantity
+from fedprune.terminal.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fitted
 from fedprune_server.terminal.log_lines import OneLine
 
 log = logging.getLogger("fedprune.server")

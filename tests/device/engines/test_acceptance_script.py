@@ -14,11 +14,11 @@ import pytest
 from engine_board import EngineBoard
 from hidden_board import FEATURES, HIDDEN, hidden_weights
 
-from fedprune import tensorfile
-from fedprune.bundle import open_bundle
-from fedprune.engine_plan import EnginePlan
-from fedprune.errors import ExitCode
-from fedprune.precision import lowered_weights, unpacked, weights_file
+from fedprune.core import tensorfile
+from fedprune.core.errors import ExitCode
+from fedprune.runtime.bundle import open_bundle
+from fedprune.runtime.precision import lowered_weights, unpacked, weights_file
+from fedprune.runtime.tensorrt_config import EnginePlan
 
 pytestmark = pytest.mark.board
 

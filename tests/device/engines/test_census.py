@@ -12,7 +12,7 @@ import tensorrt_double
 from engine_board import EngineBoard
 from tensorrt_double import CENSUS, VERSIONS, Double, members
 
-from fedprune.engine_plan import EnginePlan
+from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines import bindings, build, engine
 from fedprune_device.engines.build import refit
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from engine_board import EngineBoard
 
-from fedprune.errors import EngineError
+from fedprune.core.errors import EngineError
 from fedprune_device.engines.cuda import Cuda, Stream
 
 pytestmark = pytest.mark.board

@@ -16,17 +16,17 @@ from engine_board import EngineBoard, X
 from hidden_board import DEVICE, HIDDEN, HiddenBoard, hidden_weights
 from local_board import LocalBoard
 
-from fedprune.engine_plan import EnginePlan
-from fedprune.errors import ExitCode
-from fedprune.recipe import Recipe
-from fedprune_device import cli
-from fedprune_device.assignment import Workbench
-from fedprune_device.data import LocalData
+from fedprune.core.errors import ExitCode
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune.training.recipe import Recipe
+from fedprune_device.api.live_model import LiveModel
+from fedprune_device.cli import main
+from fedprune_device.data.dataset import LocalData
 from fedprune_device.engines import cuda
-from fedprune_device.local.live_model import LiveModel
-from fedprune_device.lowering import Lowering
-from fedprune_device.predictor import Predictor
-from fedprune_device.store import DeviceStore
+from fedprune_device.serving.predictor import Predictor
+from fedprune_device.serving.reduced_precision import Lowering
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.round_runner import Workbench
 
 pytestmark = pytest.mark.board
 
@@ -40,7 +40,7 @@ def state(tmp_path: Path, graphs: Path) -> Path:
 
 
 def test_the_engine_of_what_serves_is_built_and_reported(board: EngineBoard, state: Path, capsys: Capture) -> None:
-    assert cli.main(["build-engine", "--state", str(state)]) == ExitCode.OK
+    assert main.main(["build-engine", "--state", str(state)]) == ExitCode.OK
     shown = capsys.readouterr().out
     for words in ("sm 8.7", "TensorRT 10.16.1: types of the graph", "made: build in", "check: deviation 0 from", " ms"):
         assert words in shown
@@ -48,7 +48,7 @@ def test_the_engine_of_what_serves_is_built_and_reported(board: EngineBoard, sta
 
 
 def test_the_report_can_be_read_by_programs(board: EngineBoard, state: Path, capsys: Capture) -> None:
-    assert cli.main(["build-engine", "--state", str(state), "--json"]) == ExitCode.OK
+    assert main.main(["build-engine", "--state", str(state), "--json"]) == ExitCode.OK
     body = json.loads(capsys.readouterr().out)
     assert body["way"] == "build"
     assert body["deviation"] <= 1e-3
@@ -59,26 +59,26 @@ def test_an_engine_that_cant_be_built_is_one_line_and_an_exit_code(
     board: EngineBoard, state: Path, capsys: Capture
 ) -> None:
     board.set(out_of_memory=True)
-    assert cli.main(["build-engine", "--state", str(state)]) == ExitCode.ENGINE
+    assert main.main(["build-engine", "--state", str(state)]) == ExitCode.ENGINE
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_plan_that_makes_no_sense_is_refused(board: EngineBoard, state: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"format": "fedprune.engine/1", "precision": "int3"}')
     command = ["build-engine", "--state", str(state), "--plan", str(tmp_path / "plan.json")]
-    assert cli.main(command) == ExitCode.CONFIG
+    assert main.main(command) == ExitCode.CONFIG
 
 
 @pytest.mark.parametrize("options", [["--bundle", "b"], ["--state", "s", "--out", "o"]])
 def test_out_is_for_bundles(options: list[str]) -> None:
-    assert cli.main(["build-engine", *options]) == ExitCode.USAGE
+    assert main.main(["build-engine", *options]) == ExitCode.USAGE
 
 
 def test_a_machine_without_cuda_is_one_line_and_an_exit_code(
     state: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "NAMES", ("libno-such-library.so",))
-    assert cli.main(["build-engine", "--state", str(state)]) == ExitCode.ENGINE
+    assert main.main(["build-engine", "--state", str(state)]) == ExitCode.ENGINE
     err = capsys.readouterr().err
     assert "no CUDA on this machine" in err
     assert err.count("\n") == 1
@@ -89,7 +89,7 @@ def test_a_machine_without_a_gpu_says_so(
     board: EngineBoard, state: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, devices: str, why: str
 ) -> None:
     monkeypatch.setenv("DOUBLE_DEVICES", devices)
-    assert cli.main(["build-engine", "--state", str(state)]) == ExitCode.ENGINE
+    assert main.main(["build-engine", "--state", str(state)]) == ExitCode.ENGINE
     err = capsys.readouterr().err
     assert err.startswith("error: no NVIDIA GPU can be used on this machine (")
     assert f"{why}). Engines are built on the Jetson" in err
@@ -109,12 +109,12 @@ def test_what_is_given_is_looked_at_before_the_machine(
 ) -> None:
     monkeypatch.setattr(cuda, "NAMES", ("libno-such-library.so",))
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["build-engine", *words]) == code
+    assert main.main(["build-engine", *words]) == code
 
 
 def test_a_builder_ends_with_a_process_that_is_killed(board: EngineBoard, state: Path) -> None:
     board.set(sleep=600)
-    command = [sys.executable, "-m", "fedprune_device.cli", "build-engine", "--state", state]
+    command = [sys.executable, "-m", "fedprune_device.cli.main", "build-engine", "--state", state]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as agent:
         try:
             _until(lambda: bool(board.builds))
@@ -128,7 +128,7 @@ def test_a_builder_ends_with_a_process_that_is_killed(board: EngineBoard, state:
             os.kill(int(builder), signal.SIGKILL)
     # The next one finds all that it needs, and nobody beside it.
     board.set()
-    assert cli.main(["build-engine", "--state", str(state)]) == ExitCode.OK
+    assert main.main(["build-engine", "--state", str(state)]) == ExitCode.OK
 
 
 def test_predictions_go_on_while_an_engine_takes_over(board: EngineBoard, tmp_path: Path, graphs: Path) -> None:
@@ -157,7 +157,7 @@ def test_beside_a_lowered_model_engines_are_held_to_float32(
     board: EngineBoard, tmp_path: Path, graphs: Path, data: LocalData, capsys: Capture, precision: str
 ) -> None:
     state = _lowered(tmp_path / "state", graphs, data, precision)
-    assert cli.main(["build-engine", "--state", str(state), "--json"]) == ExitCode.OK
+    assert main.main(["build-engine", "--state", str(state), "--json"]) == ExitCode.OK
     assert json.loads(capsys.readouterr().out)["deviation"] == 0
     with LiveModel(state / "serving", keeper=board.keeper()) as model:
         folder = model._slots.folder(model.serving().record)
@@ -172,7 +172,7 @@ def test_a_lowered_graph_becomes_an_engine_with_its_own_weights(
     state = _lowered(tmp_path / "state", graphs, data, "float16")
     (tmp_path / "plan.json").write_text(EnginePlan(graph="float16.onnx", precision="float16").to_json())
     command = ["build-engine", "--state", str(state), "--plan", str(tmp_path / "plan.json"), "--json"]
-    assert cli.main(command) == ExitCode.OK
+    assert main.main(command) == ExitCode.OK
     assert 0 < json.loads(capsys.readouterr().out)["deviation"] < 3e-2
 
 

@@ -9,15 +9,16 @@ import pytest
 from engine_board import EngineBoard, X
 from tensorrt_double import VERSIONS
 
-from fedprune import step, tensorfile
-from fedprune.engine_plan import EnginePlan
-from fedprune.errors import EngineError, StorageFullError
-from fedprune_device.engines import keeper as engines_keeper
+from fedprune.core import tensorfile
+from fedprune.core.errors import EngineError, StorageFullError
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune.training import step_contract
+from fedprune_device.engines import engine_selector as engines_keeper
 from fedprune_device.engines.bindings import Bindings
-from fedprune_device.engines.keeper import BUILD, MOST_FAILURES, REBUILD, REFIT, Keeper
-from fedprune_device.engines.making import Making, Order
-from fedprune_device.engines.shelf import ENGINE, Record, Shelf
-from fedprune_device.predictor import Predictor
+from fedprune_device.engines.build_process import Making, Order
+from fedprune_device.engines.engine_cache import ENGINE, Record, Shelf
+from fedprune_device.engines.engine_selector import BUILD, MOST_FAILURES, REBUILD, REFIT, Keeper
+from fedprune_device.serving.predictor import Predictor
 
 pytestmark = pytest.mark.board
 
@@ -452,7 +453,7 @@ def test_a_batch_is_split_into_what_the_engine_takes_and_filled_up(board: Engine
     assert "shapes [[2, 6], [3, 6], [4, 6]]" in board.calls()
     expected = wanted.predictor.predict(X)
     for count in (0, 1, 2, 4, 5, 9):
-        out = found.run({step.X: X[:count]})[step.LOGITS]
+        out = found.run({step_contract.X: X[:count]})[step_contract.LOGITS]
         np.testing.assert_allclose(out, expected[:count], rtol=1e-6)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.engine_plan import EnginePlan
-from fedprune.errors import EngineError, StorageError
-from fedprune_device.engines.making import Making, Order
-from fedprune_device.engines.shelf import Shelf
+from fedprune.core.errors import EngineError, StorageError
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune_device.engines.build_process import Making, Order
+from fedprune_device.engines.engine_cache import Shelf
 
 pytestmark = pytest.mark.board
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import EngineError
-from fedprune_device import durable
-from fedprune_device.engines.shelf import Record, Shelf
+from fedprune.core import durable
+from fedprune.core.errors import EngineError
+from fedprune_device.engines.engine_cache import Record, Shelf
 
 pytestmark = pytest.mark.board
 
@@ -57,7 +57,7 @@ def test_what_is_no_record_is_not_known(tmp_path: Path, body: Any) -> None:
 LOADS = """
 import sys
 from pathlib import Path
-from fedprune_device.engines.shelf import Shelf
+from fedprune_device.engines.engine_cache import Shelf
 with Shelf(Path(sys.argv[1])).loading("e" * 64):
     print("loading", flush=True)
     sys.stdin.read()

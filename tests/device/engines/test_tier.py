@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from fedprune import profile_store
-from fedprune.engine_plan import EnginePlan
-from fedprune.errors import ConfigError, StorageError
-from fedprune_device import cli
-from fedprune_device.engines.tier import tier_of
+from fedprune.core.errors import ConfigError, StorageError
+from fedprune.hardware import profile_store
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune_device.cli import main
+from fedprune_device.engines.accelerator_options import tier_of
 
 pytestmark = pytest.mark.board
 
 
 def asked(*options: str) -> argparse.Namespace:
-    return cli.build_parser().parse_args(["run", "--state", "s", "--data", "d.npz", *options])
+    return main.build_parser().parse_args(["run", "--state", "s", "--data", "d.npz", *options])
 
 
 @pytest.mark.parametrize(

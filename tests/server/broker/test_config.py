@@ -20,18 +20,20 @@ import pytest
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
-from fedprune.errors import IdentityError
-from fedprune.trust.authority import Authority
-from fedprune.trust.certificates import make_request, make_tls_key, save_tls_key
-from fedprune.trust.claim import Claim
-from fedprune.trust.device_identity import DeviceIdentity
-from fedprune.trust.tls import pinned_context, unpinned_context
-from fedprune.trust.trusted_time import BUILT
+from fedprune.core.errors import IdentityError
+from fedprune.security.authority import Authority
+from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.security.device_identity import DeviceIdentity
+from fedprune.security.join_token import Claim
+from fedprune.security.tls import pinned_context, unpinned_context
+from fedprune.security.trusted_time import BUILT
 from fedprune.wire.join_messages import JoinAnswer
 from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
-from fedprune_device.enrolment import Renewal
-from fedprune_server.broker.config import (
+from fedprune_device.enrolment.enrolment import Renewal
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.service import JoinDesk
+from fedprune_server.messaging.broker.config import (
     ACL,
     CONFIG,
     EMQX_ACL,
@@ -42,9 +44,7 @@ from fedprune_server.broker.config import (
     mosquitto,
     write_broker,
 )
-from fedprune_server.broker.revocations import delivering
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.identity.join_desk import JoinDesk
+from fedprune_server.messaging.broker.revocations import delivering
 from machine import find_mosquitto, free_port, listens
 
 LAB = Topics("lab")

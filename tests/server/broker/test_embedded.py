@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.blobs import BlobStore
-from fedprune.errors import BrokerError
-from fedprune.wire import link as link_module
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import BrokerError
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
-from fedprune.wire.link import Link
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Want, parse
+from fedprune.wire.mqtt import link as link_module
+from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
-from fedprune_server.broker.child import kind
-from fedprune_server.broker.embedded import EmbeddedBroker
+from fedprune_server.messaging.broker.child import kind
+from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from machine import free_port, listens
 
 pytestmark = pytest.mark.system
@@ -150,7 +150,7 @@ def test_a_port_that_is_just_becoming_free_is_waited_for() -> None:
 
 
 def test_a_taken_port_is_named(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedprune_server.broker.embedded._PORT_PATIENCE_S", 0.0)
+    monkeypatch.setattr("fedprune_server.messaging.broker.embedded._PORT_PATIENCE_S", 0.0)
     second = EmbeddedBroker(port=broker.port)
 
     with pytest.raises(BrokerError, match=rf"port {broker.port} of 127\.0\.0\.1 is taken"):
@@ -189,8 +189,8 @@ def test_it_survives_the_thread_that_started_it() -> None:
 
 PARENT = """
     import os, sys, time
-    from fedprune_server.broker.embedded import EmbeddedBroker
-    from fedprune.wire.link import Link
+    from fedprune_server.messaging.broker.embedded import EmbeddedBroker
+    from fedprune.wire.mqtt.link import Link
 
     broker = EmbeddedBroker(port=int(sys.argv[2]))
     broker.start()

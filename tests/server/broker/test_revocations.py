@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ConfigError
-from fedprune_server.broker import revocations
-from fedprune_server.broker.revocations import RevocationCommandError, _watch, deliver, delivered, delivering
-from fedprune_server.observation import site_doctor
-from fedprune_server.settings.config import ServerConfig
+from fedprune.core.errors import ConfigError
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.maintenance import site_doctor
+from fedprune_server.messaging.broker import revocations
+from fedprune_server.messaging.broker.revocations import RevocationCommandError, _watch, deliver, delivered, delivering
 
 
 def command(text: str) -> str:

@@ -18,17 +18,17 @@ from typing import Any
 import pytest
 from s3 import S3, SECRETS
 
-from fedprune.blobs import BlobStore
-from fedprune.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
-from fedprune.wire.blob_ref import LEAF
-from fedprune_server.bucket import bucket
-from fedprune_server.bucket import patience as bucket_patience
-from fedprune_server.bucket import store as bucket_store
-from fedprune_server.bucket.bucket import Bucket, BucketError, parse
-from fedprune_server.bucket.layout import BLOBS, digest_of
-from fedprune_server.bucket.near import Near
-from fedprune_server.bucket.patience import StoppedError
-from fedprune_server.bucket.store import BucketStore
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
+from fedprune_server.storage.s3 import bucket
+from fedprune_server.storage.s3 import retry as bucket_patience
+from fedprune_server.storage.s3 import store as bucket_store
+from fedprune_server.storage.s3.bucket import Bucket, BucketError, parse
+from fedprune_server.storage.s3.layout import BLOBS, digest_of
+from fedprune_server.storage.s3.local_copy import Near
+from fedprune_server.storage.s3.retry import StoppedError
+from fedprune_server.storage.s3.store import BucketStore
 
 
 @pytest.fixture(autouse=True)

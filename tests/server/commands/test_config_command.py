@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from real_site import write_material
 
-from fedprune.errors import ExitCode
-from fedprune_server.cli import build_parser, main
-from fedprune_server.commands.configuration import configured
-from fedprune_server.store.state_folder import StateFolder
+from fedprune.core.errors import ExitCode
+from fedprune_server.cli.configuration import configured
+from fedprune_server.cli.main import build_parser, main
+from fedprune_server.engine.state_directory import StateFolder
 
 FILE = """\
 [job]

@@ -11,14 +11,14 @@ from unittest.mock import ANY
 
 import pytest
 
-from fedprune.errors import ExitCode
-from fedprune.trust.certificates import load_certificate
-from fedprune.trust.claim import Claim
-from fedprune.trust.device_identity import DeviceIdentity
-from fedprune_server.cli import main
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.identity.join_desk import JoinDesk
-from fedprune_server.store.folder_lock import folder_lock
+from fedprune.core.errors import ExitCode
+from fedprune.security.certificates import load_certificate
+from fedprune.security.device_identity import DeviceIdentity
+from fedprune.security.join_token import Claim
+from fedprune_server.cli.main import main
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.service import JoinDesk
+from fedprune_server.storage.folder_lock import folder_lock
 
 Captured = pytest.CaptureFixture[str]
 

@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("argon2", reason="the extra console is not installed")
 
-from fedprune_server.cli import main
-from fedprune_server.console.audit import Audit
-from fedprune_server.console.database import FILE, ConsoleDatabase
-from fedprune_server.console.phrases import action_text
+from fedprune_server.cli.main import main
+from fedprune_server.web.audit import Audit
+from fedprune_server.web.database import FILE, ConsoleDatabase
+from fedprune_server.web.views.formatting import action_text
 
 
 def test_what_is_done_at_the_terminal_is_in_the_audit_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

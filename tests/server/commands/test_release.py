@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from runtime_releases import PYTHON, make_wheel
 
-from fedprune_device.cli import main as device
-from fedprune_device.runtime.home import Home
-from fedprune_server.cli import main as server
+from fedprune_device.cli.main import main as device
+from fedprune_device.launcher.slot_store import Home
+from fedprune_server.cli.main import main as server
 from tiny_wheels import wheel as small_wheel
 
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from runtime_releases import make_release
 
-from fedprune.blobs import BlobStore
-from fedprune.release import Release
-from fedprune.trust.keys import SigningKey
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.releases.release import Release
+from fedprune.security.keys import SigningKey
 from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, STATES, ReleaseReport
-from fedprune_server.cli import main
-from fedprune_server.commands.rollout import add_rollout_command
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.rollouts.desk import RolloutDesk
-from fedprune_server.rollouts.store import RolloutStore
+from fedprune_server.cli.main import main
+from fedprune_server.cli.rollout import add_rollout_command
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.ota.coordinator import RolloutDesk
+from fedprune_server.ota.store import RolloutStore
 
 NAMES = [f"board-{i}" for i in range(20)]
 Read = Callable[..., str]

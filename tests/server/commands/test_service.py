@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ConfigError, ExitCode
-from fedprune_server.cli import build_parser, main
-from fedprune_server.settings.unit import ServerUnit
+from fedprune.core.errors import ConfigError, ExitCode
+from fedprune_server.cli.main import build_parser, main
+from fedprune_server.cli.systemd_unit import ServerUnit
 
 ANALYZE = shutil.which("systemd-analyze")
 analyzed = pytest.mark.skipif(ANALYZE is None, reason="systemd-analyze is not installed")
@@ -102,9 +102,10 @@ def test_the_libraries_compute_where_memory_is_never_writable_and_executable() -
 import ctypes, sys
 if ctypes.CDLL(None, use_errno=True).prctl(65, 1, 0, 0, 0):
     sys.exit(77)
-import fedprune_server.cli, fedprune_server.daemon, fedprune_server.store.state_folder, fedprune_server.link.connection
+import fedprune_server.cli.main, fedprune_server.engine.daemon
+import fedprune_server.engine.state_directory, fedprune_server.messaging.connection
 import scipy.optimize, sqlalchemy, pyarrow, onnx, psycopg, numpy as np
-from fedprune_device.runtime.trial import _run_small_graph
+from fedprune_device.releases.release_trial import _run_small_graph
 _run_small_graph()
 scipy.optimize.linear_sum_assignment(np.eye(3))
 print("computed")

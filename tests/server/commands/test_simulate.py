@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.errors import ExitCode
-from fedprune.extras import install_command
-from fedprune_server.commands.simulate import build_parser, main
-from fedprune_server.settings.tables import read_config
-from fedprune_server.simulation import demo_fleet
+from fedprune.core.errors import ExitCode
+from fedprune.terminal.extras import install_command
+from fedprune_server.cli.simulate import build_parser, main
+from fedprune_server.config.tables import read_config
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
-from fedprune_server.simulation.record import Record
-from fedprune_server.simulation.report import TAIL
-from fedprune_server.simulation.simulated_fleet import demo_plan, read_plan
-from fedprune_server.simulation.virtual_device import Bench
+from fedprune_server.simulation.fleet import demo_fleet
+from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan
+from fedprune_server.simulation.fleet.virtual_device import Bench
+from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.results.report import TAIL
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "simulate.md"
 NAMES = ("barn", "dock")
@@ -102,7 +102,7 @@ def test_a_second_call_does_not_train_again(config, tmp_path, monkeypatch, capsy
     arguments = ["--config", config(), "--out", str(tmp_path / "out")]
     assert main(arguments) == ExitCode.OK
     first = Record.load(tmp_path / "out" / "metrics.json")
-    again = "fedprune_server.simulation.virtual_device.Bench.carry_out"
+    again = "fedprune_server.simulation.fleet.virtual_device.Bench.carry_out"
     monkeypatch.setattr(again, lambda *_: pytest.fail("trained again"))
     capsys.readouterr()
     assert main(arguments) == ExitCode.OK
@@ -341,7 +341,7 @@ def without_onnx(arguments):
     code = (
         "import sys\n"
         "sys.modules['onnx'] = None\n"
-        "from fedprune_server.commands.simulate import main\n"
+        "from fedprune_server.cli.simulate import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     words = [sys.executable, "-c", code, *arguments]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ExitCode
-from fedprune_device.owner import Owner
-from fedprune_server.cli import build_parser, main
-from fedprune_server.commands.state import VARIABLE
+from fedprune.core.errors import ExitCode
+from fedprune_device.storage.directory_owner import Owner
+from fedprune_server.cli.main import build_parser, main
+from fedprune_server.cli.state import VARIABLE
 
 OTHERWISE = {"alerts", "run", "config", "restore", "service"}
 """Commands that read settings in layers, make a new folder or write a unit."""

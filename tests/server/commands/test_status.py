@@ -11,18 +11,18 @@ import pytest
 
 from fedprune.coordination import Phase, State
 from fedprune.coordination.events import DeviceBorn, Extracted, Ticked
-from fedprune.coordination.state import Device, Progress, Task
-from fedprune.disk import locked
-from fedprune.errors import ExitCode
-from fedprune.job import Job
-from fedprune.privacy import Privacy
-from fedprune.trust.device_identity import DeviceIdentity
-from fedprune_server.cli import main
-from fedprune_server.commands.status import status
-from fedprune_server.fleet.quarantine import FILE, Quarantine
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.identity.join_desk import JoinDesk
-from fedprune_server.store.storage import Storage
+from fedprune.core.disk import locked
+from fedprune.core.errors import ExitCode
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device, Progress, Task
+from fedprune.privacy.settings import Privacy
+from fedprune.security.device_identity import DeviceIdentity
+from fedprune_server.cli.main import main
+from fedprune_server.cli.status import status
+from fedprune_server.devices.quarantine import FILE, Quarantine
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.service import JoinDesk
+from fedprune_server.storage.storage import Storage
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_status_as_json_has_excluded_boards_and_reasons(fleet_state: Path, capsy
 def test_status_says_that_no_server_runs_and_when_devices_were_heard_of(
     stopped_state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedprune_server.commands.status._clock", lambda at: f"{at:g} s")
+    monkeypatch.setattr("fedprune_server.cli.status._clock", lambda at: f"{at:g} s")
     with Storage.at(stopped_state) as storage:
         state = storage.load()
         assert state is not None

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import StorageFullError
-from fedprune_server.console.audit import FAILED_EVERY_S, MOST_FAILED, Audit
-from fedprune_server.console.database import FILE, ConsoleDatabase
+from fedprune.core.errors import StorageFullError
+from fedprune_server.web.audit import FAILED_EVERY_S, MOST_FAILED, Audit
+from fedprune_server.web.database import FILE, ConsoleDatabase
 
 
 def test_failed_logins_beyond_a_few_are_counted_and_not_listed(tmp_path: Path) -> None:

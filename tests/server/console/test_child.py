@@ -19,15 +19,15 @@ from typing import Any
 import pytest
 
 from console_browser import PASSWORD, QUICK, trial
-from fedprune.errors import StorageError
-from fedprune_server.console import child
-from fedprune_server.console.accounts import Accounts
-from fedprune_server.console.connections import Connections
-from fedprune_server.console.database import ConsoleDatabase
-from fedprune_server.console.feed_words import Begin
-from fedprune_server.console.model import Model
-from fedprune_server.console.process import ConsoleProcess
-from fedprune_server.console.trial import TrialFleet
+from fedprune.core.errors import StorageError
+from fedprune_server.web import child
+from fedprune_server.web.auth.accounts import Accounts
+from fedprune_server.web.connections import Connections
+from fedprune_server.web.database import ConsoleDatabase
+from fedprune_server.web.demo_fleet import TrialFleet
+from fedprune_server.web.process import ConsoleProcess
+from fedprune_server.web.state.model import Model
+from fedprune_server.web.state.publisher_messages import Begin
 
 
 def begin(path: Path) -> Begin:

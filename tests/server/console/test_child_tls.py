@@ -22,15 +22,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedprune.errors import ConfigError
-from fedprune.trust.certificates import common_name
-from fedprune_server.console.feed_words import Begin, line
-from fedprune_server.console.process import ConsoleProcess
-from fedprune_server.console.setup import check_tls
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.observation.alerts import Snapshot, evaluate
-from fedprune_server.observation.site_facts import site_facts
-from fedprune_server.settings.config import ServerConfig
+from fedprune.core.errors import ConfigError
+from fedprune.security.certificates import common_name
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.monitoring.alerts import Snapshot, evaluate
+from fedprune_server.monitoring.site_facts import site_facts
+from fedprune_server.web.process import ConsoleProcess
+from fedprune_server.web.setup import check_tls
+from fedprune_server.web.state.publisher_messages import Begin, line
 
 
 def begin(folder: Path, certificate: Path, key: Path) -> Begin:
@@ -79,7 +79,7 @@ def test_a_child_that_cannot_use_its_key_says_which_and_ends(tmp_path: Path) -> 
         certificate, _, _ = identity.web(["127.0.0.1"])
     key = tmp_path / "other.key"
     key.write_text("no key")
-    command = [sys.executable, "-m", "fedprune_server.console.child"]
+    command = [sys.executable, "-m", "fedprune_server.web.child"]
     done = subprocess.run(command, input=line(begin(tmp_path, certificate, key)), capture_output=True, timeout=60)
     (said,) = done.stderr.decode().splitlines()
     assert (done.returncode, said.startswith("the console ends: ")) == (1, True)

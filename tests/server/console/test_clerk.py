@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 from runtime_releases import make_release
 
-from fedprune.trust.certificates import make_request, make_tls_key
-from fedprune.trust.keys import SigningKey, VerifyingKey
+from fedprune.security.certificates import make_request, make_tls_key
+from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.wire.release_messages import COMMITTED, ReleaseReport
-from fedprune_server.console.clerk import Clerk
-from fedprune_server.console.feed_words import Answer, Order
-from fedprune_server.console.lookout import Lookout
-from fedprune_server.console.surroundings import Member, Members, ReleaseWatch
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.identity.store import IdentityStore
-from fedprune_server.observation.alerts import Snapshot, evaluate
-from fedprune_server.observation.site_facts import site_facts
-from fedprune_server.rollouts.desk import RolloutDesk
-from fedprune_server.rollouts.store import RolloutStore
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.store import IdentityStore
+from fedprune_server.monitoring.alerts import Snapshot, evaluate
+from fedprune_server.monitoring.site_facts import site_facts
+from fedprune_server.ota.coordinator import RolloutDesk
+from fedprune_server.ota.store import RolloutStore
+from fedprune_server.web.state.admin_executor import Clerk
+from fedprune_server.web.state.poller import Lookout
+from fedprune_server.web.state.publisher_messages import Answer, Order
+from fedprune_server.web.state.surroundings import Member, Members, ReleaseWatch
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ProtocolError
-from fedprune_server.console.clerk import MOST, Clerk
-from fedprune_server.console.order_words import EXPIRED, Answer, Order
+from fedprune.core.errors import ProtocolError
+from fedprune_server.web.state.admin_executor import MOST, Clerk
+from fedprune_server.web.state.order_messages import EXPIRED, Answer, Order
 
 
 def answer(clerk: Clerk) -> Answer:

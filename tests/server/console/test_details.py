@@ -12,16 +12,16 @@ from fleet import Fleet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.selection import Selection
+from fedprune.model.selection import Selection
 from fedprune.wire.log_messages import BoardLines, CrashReport
-from fedprune_server.console.board_told import LATEST, OF_BOARD, BoardTold
-from fedprune_server.console.channel_drawing import channels
-from fedprune_server.console.details import details, held
-from fedprune_server.console.feed_words import ToConsole, line, parse_news
-from fedprune_server.console.model import Model
-from fedprune_server.console.rows import running, versions
-from fedprune_server.console.trial import TrialFleet
-from fedprune_server.fleet.board_logs import BoardLogs, Told
+from fedprune_server.devices.board_logs import BoardLogs, Told
+from fedprune_server.web.demo_fleet import TrialFleet
+from fedprune_server.web.state.board_logs import LATEST, OF_BOARD, BoardTold
+from fedprune_server.web.state.details import details, held
+from fedprune_server.web.state.model import Model
+from fedprune_server.web.state.publisher_messages import ToConsole, line, parse_news
+from fedprune_server.web.state.rows import running, versions
+from fedprune_server.web.views.channel_drawing import channels
 from toy import JOB
 
 
@@ -162,9 +162,9 @@ def test_logs_that_cannot_be_read_cost_no_page(tmp_path: Path) -> None:
 def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
     pytest.importorskip("fastapi", reason="the extra console is not installed")
     httpx, argon2 = pytest.importorskip("httpx"), pytest.importorskip("argon2")
-    from fedprune_server.console.app import make_app
-    from fedprune_server.console.context import make_console
-    from fedprune_server.console.database import ConsoleDatabase
+    from fedprune_server.web.app import make_app
+    from fedprune_server.web.context import make_console
+    from fedprune_server.web.database import ConsoleDatabase
 
     fleet, model = TrialFleet(10), Model()
     words = [*fleet.begin(), fleet.details("board-0006"), fleet.board_log("board-0006")]

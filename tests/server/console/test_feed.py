@@ -13,17 +13,17 @@ from fleet import Fleet
 from several import SeveralJobs, named
 
 from fedprune.coordination import Phase
-from fedprune_server.console import rows
-from fedprune_server.console.device_words import Coverage, Devices
-from fedprune_server.console.feed import COVERED_S, Feed
-from fedprune_server.console.feed_words import Beat, ToConsole, line, parse_news
-from fedprune_server.console.lookout import Lookout
-from fedprune_server.console.model import Model
-from fedprune_server.console.order_words import EXPIRED, Order
-from fedprune_server.console.setup import desks_of
-from fedprune_server.console.surroundings import Member, Members
-from fedprune_server.observation.monitor import Monitor
+from fedprune_server.monitoring.monitor import Monitor
 from fedprune_server.terminal.log_lines import about
+from fedprune_server.web.setup import desks_of
+from fedprune_server.web.state import rows
+from fedprune_server.web.state.device_messages import Coverage, Devices
+from fedprune_server.web.state.model import Model
+from fedprune_server.web.state.order_messages import EXPIRED, Order
+from fedprune_server.web.state.poller import Lookout
+from fedprune_server.web.state.publisher import COVERED_S, Feed
+from fedprune_server.web.state.publisher_messages import Beat, ToConsole, line, parse_news
+from fedprune_server.web.state.surroundings import Member, Members
 from toy import JOB
 
 SITE = {

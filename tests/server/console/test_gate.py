@@ -9,8 +9,8 @@ import pytest
 from starlette.routing import Mount
 
 from console_browser import PASSWORD, Browser, trial
-from fedprune_server.console.app import make_app, make_routes
-from fedprune_server.console.gate import HEADERS, OPEN, STATIC, Surroundings, safe_path
+from fedprune_server.web.app import make_app, make_routes
+from fedprune_server.web.auth.middleware import HEADERS, OPEN, STATIC, Surroundings, safe_path
 
 JSON = {"content-type": "application/json"}
 

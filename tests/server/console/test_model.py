@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import ProtocolError
-from fedprune_server.console.device_words import Devices
-from fedprune_server.console.feed_words import line, parse_news, parse_order
-from fedprune_server.console.model import SORTABLE, Model
-from fedprune_server.console.streams import NAMES, Pending, event
-from fedprune_server.console.trial import TrialFleet
+from fedprune.core.errors import ProtocolError
+from fedprune_server.web.demo_fleet import TrialFleet
+from fedprune_server.web.events import NAMES, Pending, event
+from fedprune_server.web.state.device_messages import Devices
+from fedprune_server.web.state.model import SORTABLE, Model
+from fedprune_server.web.state.publisher_messages import line, parse_news, parse_order
 
 
 def told(devices: int) -> tuple[Model, TrialFleet]:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from console_browser import trial
-from fedprune_server.console.feed_words import Site
-from fedprune_server.console.order_desk import OrderDesk
-from fedprune_server.console.order_words import EXPIRED, EXPIRES_S, Answer
-from fedprune_server.console.phrases import action_text
-from fedprune_server.console.roles import NEEDED, ROLES
-from fedprune_server.console.row_checks import ORDER_KINDS
-from fedprune_server.console.sessions import Session
+from fedprune_server.web.auth.roles import NEEDED, ROLES
+from fedprune_server.web.auth.sessions import Session
+from fedprune_server.web.state.order_messages import EXPIRED, EXPIRES_S, Answer
+from fedprune_server.web.state.orders import OrderDesk
+from fedprune_server.web.state.publisher_messages import Site
+from fedprune_server.web.state.row_checks import ORDER_KINDS
+from fedprune_server.web.views.formatting import action_text
 
 FIELDS = {
     "pause": {"job": "trial"}, "resume": {"job": "trial"}, "coverage": {"job": "trial"},

@@ -17,12 +17,12 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 
 from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
 
-from fedprune_server.console import model  # noqa: E402
-from fedprune_server.console.device_words import Devices  # noqa: E402
-from fedprune_server.console.feed_words import Beat, JobNews, Rollouts, ToConsole  # noqa: E402
-from fedprune_server.console.log_words import AlertNews  # noqa: E402
-from fedprune_server.console.order_words import Order  # noqa: E402
-from fedprune_server.console.trial import TrialFleet  # noqa: E402
+from fedprune_server.web.demo_fleet import TrialFleet  # noqa: E402
+from fedprune_server.web.state import model  # noqa: E402
+from fedprune_server.web.state.device_messages import Devices  # noqa: E402
+from fedprune_server.web.state.log_messages import AlertNews  # noqa: E402
+from fedprune_server.web.state.order_messages import Order  # noqa: E402
+from fedprune_server.web.state.publisher_messages import Beat, JobNews, Rollouts, ToConsole  # noqa: E402
 from served_console import PASSWORD, ServedConsole, answered  # noqa: E402
 
 pytestmark = pytest.mark.browser
@@ -208,7 +208,7 @@ def test_what_a_board_tells_of_itself_is_text(opened: Open) -> None:
     expect(page.get_by_role("region", name="Crashes")).to_contain_text("21.0 MB of 512 MB of memory free")
     expect(page.get_by_role("region", name="Device log")).to_contain_text("<b>2 leaves</b>")
     page.get_by_text("Where").click()
-    expect(page.get_by_text("fedprune_device.trainer:212 in step")).to_be_visible()
+    expect(page.get_by_text("fedprune_device.training.trainer:212 in step")).to_be_visible()
     expect(page.locator(".facts", has_text="Update")).to_contain_text("trial release 6")
     page.goto("/fleet?q=board-0006")
     expect(page.get_by_role("row", name="board-0006")).to_contain_text("5/a trial")

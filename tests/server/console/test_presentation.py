@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune_server.console.phrases import action_text, ago, seconds, size
-from fedprune_server.console.presentation import charts, device_charts, figures, local_measure, plan
+from fedprune_server.web.views.formatting import action_text, ago, seconds, size
+from fedprune_server.web.views.presentation import charts, device_charts, figures, local_measure, plan
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from fedprune.errors import StorageError
-from fedprune_server.console import lookout as lookouts
-from fedprune_server.console import surroundings
-from fedprune_server.console.lookout import Lookout, Seen
-from fedprune_server.console.surroundings import ReleaseWatch
+from fedprune.core.errors import StorageError
+from fedprune_server.web.state import poller as lookouts
+from fedprune_server.web.state import surroundings
+from fedprune_server.web.state.poller import Lookout, Seen
+from fedprune_server.web.state.surroundings import ReleaseWatch
 
 
 class Busy:

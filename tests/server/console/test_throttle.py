@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedprune_server.console.database import ConsoleDatabase
-from fedprune_server.console.throttle import ACCOUNT, ADDRESS, FORGOTTEN_S, KNOWN_S, PAIR, Throttle
+from fedprune_server.web.auth.throttle import ACCOUNT, ADDRESS, FORGOTTEN_S, KNOWN_S, PAIR, Throttle
+from fedprune_server.web.database import ConsoleDatabase
 
 HERE, THERE = "192.0.2.1", "2001:db8::1"
 

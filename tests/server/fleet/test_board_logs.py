@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import StorageError
+from fedprune.core.errors import StorageError
 from fedprune.wire.log_messages import BoardLines, CrashReport
-from fedprune_server.fleet import board_logs
-from fedprune_server.fleet.board_logs import CRASHES, FILE, BoardLogs, frames_of, read_logs
+from fedprune_server.devices import board_logs
+from fedprune_server.devices.board_logs import CRASHES, FILE, BoardLogs, frames_of, read_logs
 
 
 def lines(device: str, *texts: str, first: int = 1) -> BoardLines:
@@ -20,7 +20,7 @@ def lines(device: str, *texts: str, first: int = 1) -> BoardLines:
 
 
 def crash(device: str, number: int, text: str = "ValueError: no") -> CrashReport:
-    frames = ({"module": "fedprune_device.agent", "line": 7, "function": "run"},)
+    frames = ({"module": "fedprune_device.agent.agent", "line": 7, "function": "run"},)
     return CrashReport(device, number, 9, "exception", text, frames, "fedprune 0.1", "a", 3.0, 61.5, 10, 20)
 
 
@@ -42,7 +42,7 @@ def test_lines_and_crashes_are_kept_once_and_answered(tmp_path: Path) -> None:
         ("a", "line", "two", 2),
         ("b", "crash", "ValueError: no", 1),
     ]
-    assert frames_of(found[-1]) == ["fedprune_device.agent:7 in run"]
+    assert frames_of(found[-1]) == ["fedprune_device.agent.agent:7 in run"]
     assert [r.text for r in read_logs(tmp_path, "a", after=1)] == ["two"]
     assert (tmp_path / FILE).stat().st_mode & 0o077 == 0
 

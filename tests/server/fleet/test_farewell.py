@@ -9,10 +9,10 @@ from fleet import NAMES, Fleet
 from several import SeveralJobs, named
 
 from fedprune.coordination import Phase, State
-from fedprune.coordination.state import Device
+from fedprune.jobs.state import Device
 from fedprune.wire.messages import Finished
-from fedprune_server.fleet.farewell import LEAST_S, MOST_S, Farewell
-from fedprune_server.fleet.roster import Roster
+from fedprune_server.devices.registry import Roster
+from fedprune_server.devices.shutdown import LEAST_S, MOST_S, Farewell
 from toy import ARCHITECTURE, JOB
 
 

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 
 import toy
-from fedprune import profile_store
 from fedprune.coordination import State
-from fedprune.coordination.state import Device
-from fedprune.job import Job
-from fedprune.plan import plan
-from fedprune.prediction import NO_CORRECTION, predict
-from fedprune.quantity import amount
-from fedprune.recipe import Recipe
+from fedprune.core.text import amount
+from fedprune.hardware import profile_store
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device
+from fedprune.planning.cost_prediction import NO_CORRECTION, predict
+from fedprune.planning.plan import plan
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Turn
-from fedprune_server.fleet.foresight import compared, described, predicted, table
-from fedprune_server.simulation.record import Record, record_of
-from fedprune_server.simulation.report import foresight_rows
+from fedprune.training.recipe import Recipe
+from fedprune_server.devices.plan_vs_actual import compared, described, predicted, table
+from fedprune_server.simulation.results.record import Record, record_of
+from fedprune_server.simulation.results.report import foresight_rows
 
 BOARD = profile_store.find("raspberry-pi-5")
 JOB = Job(name="leaves", recipe=Recipe())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedprune_server.fleet.namesakes import AGAIN_S, APART_S, MANY, QUIET_S, SIGNS, SIGNS_WITHIN_S, Namesakes
+from fedprune_server.devices.clone_detection import AGAIN_S, APART_S, MANY, QUIET_S, SIGNS, SIGNS_WITHIN_S, Namesakes
 
 PI, NANO = ("pi", 300), ("nano", 80)
 

@@ -12,10 +12,10 @@ from fleet import Fleet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.wire.connection_news import ConnectionUp
+from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Alive, Hello
-from fedprune_server.fleet.presence import ANSWER_S, QUIET_S, Presence
-from fedprune_server.link import intake
+from fedprune_server.devices.presence import ANSWER_S, QUIET_S, Presence
+from fedprune_server.messaging import intake
 from toy import JOB, NAMES
 
 EVENTS = st.lists(

@@ -15,21 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import strategies  # noqa: F401 - its settings of Hypothesis
-from fedprune.blobs import BlobStore
+from fedprune.aggregation.magnitude import check_range
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
-from fedprune.coordination.state import Progress as Part
-from fedprune.coordination.state import Task
-from fedprune.errors import BundleError, ProtocolError
-from fedprune.magnitude import check_range
-from fedprune.tensorfile import decode
-from fedprune.wire.blob_ref import LEAF
+from fedprune.core.errors import BundleError, ProtocolError
+from fedprune.core.tensorfile import decode
+from fedprune.jobs.state import Progress as Part
+from fedprune.jobs.state import Task
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.link import Link
 from fedprune.wire.messages import MAX_WANT, Accepted, Birth, Cancelled, Death, Gone, Hello, Progress, Want
+from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
-from fedprune_server.fleet.quarantine import (
+from fedprune_server.devices.quarantine import (
     BAD,
     BIRTH,
     BURST,
@@ -46,7 +46,7 @@ from fedprune_server.fleet.quarantine import (
     Released,
     read_rows,
 )
-from fedprune_server.link.guard import Guarded
+from fedprune_server.messaging.rate_limit import Guarded
 from toy import JOB
 
 SITE = Topics("default")

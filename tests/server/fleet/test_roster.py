@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedprune.coordination import State
-from fedprune.coordination.state import Device
-from fedprune_server.fleet.roster import Roster, parameters
+from fedprune.jobs.state import Device
+from fedprune_server.devices.registry import Roster, parameters
 from toy import ARCHITECTURE, JOB
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from fedprune.errors import IdentityError, JoinError, ProtocolError, StorageError
-from fedprune.trust.certificates import (
+from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError
+from fedprune.security.certificates import (
     load_certificate,
     make_request,
     make_tls_key,
@@ -20,17 +20,17 @@ from fedprune.trust.certificates import (
     save_tls_key,
     seconds_of,
 )
-from fedprune.trust.claim import Claim
-from fedprune.trust.device_identity import DeviceIdentity
-from fedprune.trust.joining import make_request as make_join_request
-from fedprune.trust.keys import SigningKey
-from fedprune.trust.trusted_time import BUILT
+from fedprune.security.device_identity import DeviceIdentity
+from fedprune.security.join_token import Claim
+from fedprune.security.joining import make_request as make_join_request
+from fedprune.security.keys import SigningKey
+from fedprune.security.trusted_time import BUILT
 from fedprune.wire.join_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
 from fedprune.wire.messages import Hello, parse
 from fedprune.wire.topics import Topics
-from fedprune_server.identity import store as identity_store
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.identity.join_desk import JoinDesk
+from fedprune_server.enrollment import store as identity_store
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.service import JoinDesk
 
 HOUR, DAY = 3600, 24 * 3600
 NOW = [float(BUILT + 30 * DAY)]

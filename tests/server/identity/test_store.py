@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_server.identity.store import APPROVED, DEVICE_ROW, EPOCH_ROW, REVOKED, WAITING, IdentityStore, SharedRow
+from fedprune_server.enrollment.store import APPROVED, DEVICE_ROW, EPOCH_ROW, REVOKED, WAITING, IdentityStore, SharedRow
 
 OLD, NEW = "aa" * 32, "bb" * 32
 

@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 from s3 import S3
 
-from fedprune.blobs import BlobStore
-from fedprune.errors import ConfigError
-from fedprune.trust.certificates import make_request, make_tls_key, save_tls_key
-from fedprune.trust.tls import pinned_context
-from fedprune.wire.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ConfigError
+from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.security.tls import pinned_context
 from fedprune.wire.blob_url import BlobUrl
-from fedprune_device.web_fetch import WebFetch
-from fedprune_server.bucket.bucket import BucketError
-from fedprune_server.bucket.store import BucketStore
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.link import blob_server
-from fedprune_server.link.blob_server import BlobServer
-from fedprune_server.link.web_blobs import WebBlobs, web_blobs
-from fedprune_server.settings.config import ServerConfig
+from fedprune_device.network.http_fetch import WebFetch
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.storage.s3.bucket import BucketError
+from fedprune_server.storage.s3.store import BucketStore
+from fedprune_server.transfer import http_server
+from fedprune_server.transfer.http import WebBlobs, web_blobs
+from fedprune_server.transfer.http_server import BlobServer
 
 BLOB = np.random.default_rng(0).bytes(9 * LEAF + 100)
 REF = BlobRef.of(BLOB)
@@ -37,7 +37,7 @@ SECRET = BlobRef.of(b"an update of another board")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blob_server, "POLL_S", 0.01)
+    monkeypatch.setattr(http_server, "POLL_S", 0.01)
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_who_says_nothing_loses_its_place(store: BlobStore, monkeypatch: pytest.
         clients = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10)) for _ in range(8)]
         assert ask(server, place(REF))[:2] == (200, BLOB)  # the longest made room
         assert sum(_ended(c) for c in clients) >= 5
-    monkeypatch.setattr(blob_server, "FIRST_S", 0.2)
+    monkeypatch.setattr(http_server, "FIRST_S", 0.2)
     with (
         BlobServer("127.0.0.1", 0, store, None) as server,
         socket.create_connection(("127.0.0.1", server.port), 10) as client,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.blobs import BlobStore
-from fedprune.wire.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.messages import Gone, Want
 from fedprune.wire.transfer import Serve
-from fedprune_server.link.downloads import MAX_WAITING, Downloads
+from fedprune_server.transfer.downloads import MAX_WAITING, Downloads
 
 
 @pytest.fixture

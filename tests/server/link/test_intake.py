@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections import deque
 
-from fedprune.wire.connection_news import ConnectionUp
-from fedprune_server.link.intake import TURN_S, Intake
-from fedprune_server.link.wire import Item, Unheard
+from fedprune.wire.connection_events import ConnectionUp
+from fedprune_server.messaging.intake import TURN_S, Intake
+from fedprune_server.messaging.transport import Item, Unheard
 
 
 class Waiting:

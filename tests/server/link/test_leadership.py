@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.trust.envelope import unseal
-from fedprune.trust.epoch import EpochFile
-from fedprune.trust.keys import SigningKey
-from fedprune.wire.connection_news import ConnectionUp, Event
+from fedprune.security.envelope import unseal
+from fedprune.security.epoch import EpochFile
+from fedprune.security.keys import SigningKey
+from fedprune.wire.connection_events import ConnectionUp, Event
 from fedprune.wire.messages import parse
 from fedprune.wire.server_messages import ServerPresence, ServerQuery
 from fedprune.wire.topics import Topics
-from fedprune_server.link import leadership
-from fedprune_server.link.leadership import SETTLED_S, Leadership, OtherServerError
+from fedprune_server.messaging import leadership
+from fedprune_server.messaging.leadership import SETTLED_S, Leadership, OtherServerError
 
 TOPIC = Topics("lab").servers()
 KEY = SigningKey.make()

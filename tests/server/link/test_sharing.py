@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.coordination.state import Progress, Task
-from fedprune.wire.blob_ref import LEAF, BlobRef
+from fedprune.jobs.state import Progress, Task
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Gone, Want
 from fedprune.wire.transfer import Pull, Serve
-from fedprune_server.link.sharing import GATHER_S, HOLD_S, ON_ITS_WAY_S, Audience, Publication, Sharing, shareable
+from fedprune_server.transfer.multicast import GATHER_S, HOLD_S, ON_ITS_WAY_S, Audience, Publication, Sharing, shareable
 
 LEAVES = 100
 DATA = random.Random(0).randbytes(LEAVES * LEAF - 5)

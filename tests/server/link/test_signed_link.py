@@ -12,28 +12,28 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import IdentityError, SignatureError, StorageError, StorageFullError
-from fedprune.release import signed
-from fedprune.trust import authority as authority_module
-from fedprune.trust.claim import Claim
-from fedprune.trust.device_identity import DeviceIdentity
-from fedprune.trust.envelope import seal
-from fedprune.trust.keys import SigningKey
-from fedprune.trust.succession import SUCCESSIONS, Succession, kept_successions
-from fedprune.trust.trusted_time import BUILT
-from fedprune.wire.connection_news import ConnectionUp, Event
+from fedprune.core.errors import IdentityError, SignatureError, StorageError, StorageFullError
+from fedprune.releases.release import signed
+from fedprune.security import authority as authority_module
+from fedprune.security.device_identity import DeviceIdentity
+from fedprune.security.envelope import seal
+from fedprune.security.join_token import Claim
+from fedprune.security.keys import SigningKey
+from fedprune.security.succession import SUCCESSIONS, Succession, kept_successions
+from fedprune.security.trusted_time import BUILT
+from fedprune.wire.connection_events import ConnectionUp, Event
 from fedprune.wire.join_messages import APPROVED, JoinAnswer
 from fedprune.wire.messages import Birth, Death, Finished, Hello, Progress, parse
 from fedprune.wire.release_messages import ReleaseOffer
 from fedprune.wire.topics import Topics
-from fedprune_device import signed_link as device_side
-from fedprune_server.fleet.quarantine import BURST, Quarantine
-from fedprune_server.identity import folder as folder_module
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.link import signed_link as server_side
-from fedprune_server.link.wire import Doubled, ShutOut
-from fedprune_server.observation.site_doctor import rotation
-from fedprune_server.store.identity_checkup import check_identity
+from fedprune_device.network import signed_link as device_side
+from fedprune_server.devices.quarantine import BURST, Quarantine
+from fedprune_server.enrollment import pki as folder_module
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.maintenance.identity_check import check_identity
+from fedprune_server.maintenance.site_doctor import rotation
+from fedprune_server.messaging import authentication as server_side
+from fedprune_server.messaging.transport import Doubled, ShutOut
 
 DAY = 24 * 3600
 TOPICS = Topics("lab")
@@ -712,7 +712,7 @@ def test_a_rotation_that_a_crash_breaks_off_leaves_a_server_that_every_board_hea
     before = lab.identity.key.verifying
     with monkeypatch.context() as patch:
         for name in ("write_whole", "sync_folder"):
-            patch.setattr(f"fedprune_server.identity.folder.{name}", broken(getattr(folder_module, name)))
+            patch.setattr(f"fedprune_server.enrollment.pki.{name}", broken(getattr(folder_module, name)))
         patch.setattr(SigningKey, "save", broken(SigningKey.save))
         renamed, whole = broken(Path.replace), Path.replace
         patch.setattr(Path, "replace", lambda p, to: (renamed if p.name == "signing.key.new" else whole)(p, to))
@@ -940,7 +940,7 @@ def test_a_rotation_of_the_authority_that_a_crash_breaks_off_can_go_on(
     old = lab.identity.authority.pin
     with monkeypatch.context() as patch:
         for name in ("write_whole", "save_tls_key", "sync_folder"):
-            patch.setattr(f"fedprune.trust.authority.{name}", broken(getattr(authority_module, name)))
+            patch.setattr(f"fedprune.security.authority.{name}", broken(getattr(authority_module, name)))
         renamed, whole = broken(Path.replace), Path.replace
         patch.setattr(Path, "replace", lambda p, to: (renamed if p.name == "authority.key.new" else whole)(p, to))
         with suppress(KeyboardInterrupt):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fleet import Fleet
 
-from fedprune.errors import BrokerError
-from fedprune_server.link.supervised import Supervisor
+from fedprune.core.errors import BrokerError
+from fedprune_server.messaging.embedded_broker import Supervisor
 
 
 class Slow:

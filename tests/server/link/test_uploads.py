@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs import BlobStore
-from fedprune.wire.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Want
 from fedprune.wire.transfer import Serve
-from fedprune_server.link.uploads import STALLED_S, Arrived, Spoilt, Uploads
+from fedprune_server.transfer.uploads import STALLED_S, Arrived, Spoilt, Uploads
 
 
 class World:

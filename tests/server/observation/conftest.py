@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from fedprune.coordination import Coordinator, State
-from fedprune_server.observation.onlooker import Onlooker
+from fedprune_server.monitoring.observer import Onlooker
 from still_job import StillJob
 from stored_job import TO_THE_SECOND_ROUND
 from toy import ARCHITECTURE, JOB

@@ -18,13 +18,13 @@ import pytest
 from fleet import Fleet, ToyDevice
 
 from fedprune.coordination import Phase
-from fedprune.coordination.rollout import RolloutPhase
-from fedprune.errors import StorageError
-from fedprune_server.fleet.quarantine import Quarantine
-from fedprune_server.link.leadership import Candidate
-from fedprune_server.observation import site_facts as site_facts_module
-from fedprune_server.observation.alert_book import AlertBook, AlertChange
-from fedprune_server.observation.alerts import (
+from fedprune.core.errors import StorageError
+from fedprune.releases.rollout import RolloutPhase
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.messaging.leadership import Candidate
+from fedprune_server.monitoring import site_facts as site_facts_module
+from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
+from fedprune_server.monitoring.alerts import (
     KINDS,
     MOST,
     Alert,
@@ -35,9 +35,9 @@ from fedprune_server.observation.alerts import (
     Snapshot,
     evaluate,
 )
-from fedprune_server.observation.monitor import FILE, Monitor, off_by_far, read_open
-from fedprune_server.observation.onlooker import Onlooker
-from fedprune_server.rollouts.store import RolloutStore
+from fedprune_server.monitoring.monitor import FILE, Monitor, off_by_far, read_open
+from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.ota.store import RolloutStore
 from toy import JOB
 
 NOW, DAY, ROOM = 1_800_000_000.0, 86_400.0, 10**12

@@ -22,25 +22,25 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedprune.coordination import Phase, State
-from fedprune.coordination.state import Device
-from fedprune.disk import locked
-from fedprune.errors import ExitCode
-from fedprune.job import Job
-from fedprune.trust.keys import SigningKey
+from fedprune.core.disk import locked
+from fedprune.core.errors import ExitCode
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device
+from fedprune.security.keys import SigningKey
 from fedprune.wire.log_messages import CrashReport
 from fedprune.wire.server_messages import ServerPresence
-from fedprune_server.cli import main
-from fedprune_server.fleet.board_logs import BoardLogs
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.observation import site_doctor as site
-from fedprune_server.observation import site_facts as site_facts_module
-from fedprune_server.observation.ailment import Ailment, of_alert
-from fedprune_server.observation.alerts import Alert, Snapshot, evaluate
-from fedprune_server.observation.fleet_doctor import Case, ailments
-from fedprune_server.observation.monitor import FILE
-from fedprune_server.observation.site_facts import site_facts
-from fedprune_server.store.backup_record import last_backup, record_backup
-from fedprune_server.store.storage import Storage
+from fedprune_server.cli.main import main
+from fedprune_server.devices.board_logs import BoardLogs
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.maintenance import site_doctor as site
+from fedprune_server.maintenance.ailment import Ailment, of_alert
+from fedprune_server.maintenance.backup_record import last_backup, record_backup
+from fedprune_server.maintenance.fleet_doctor import Case, ailments
+from fedprune_server.monitoring import site_facts as site_facts_module
+from fedprune_server.monitoring.alerts import Alert, Snapshot, evaluate
+from fedprune_server.monitoring.monitor import FILE
+from fedprune_server.monitoring.site_facts import site_facts
+from fedprune_server.storage.storage import Storage
 
 NOW = 1_800_000_000.0
 PROFILE = {"name": "pi"}

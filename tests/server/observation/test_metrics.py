@@ -15,14 +15,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedprune.coordination import State
-from fedprune.errors import ConfigError
-from fedprune_server.observation import web
-from fedprune_server.observation.alert_book import AlertBook
-from fedprune_server.observation.alerts import KINDS as ALERTS
-from fedprune_server.observation.metrics import PARTS, Metrics
-from fedprune_server.observation.onlooker import Onlooker
-from fedprune_server.observation.reasons import KINDS, OTHER, kind_of
-from fedprune_server.observation.web import HANGS_S, served
+from fedprune.core.errors import ConfigError
+from fedprune_server.monitoring import web
+from fedprune_server.monitoring.alert_book import AlertBook
+from fedprune_server.monitoring.alerts import KINDS as ALERTS
+from fedprune_server.monitoring.metrics import PARTS, Metrics
+from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.monitoring.reasons import KINDS, OTHER, kind_of
+from fedprune_server.monitoring.web import HANGS_S, served
 from still_job import StillJob
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"

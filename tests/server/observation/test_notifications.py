@@ -21,13 +21,15 @@ from typing import Any
 import pytest
 from fleet import Fleet
 
-from fedprune.errors import ConfigError, ExitCode
-from fedprune_server.cli import main
-from fedprune_server.observation import notifications
-from fedprune_server.observation.alert_book import AlertBook
-from fedprune_server.observation.alerts import Alert
-from fedprune_server.observation.monitor import restored
-from fedprune_server.observation.notifications import (
+from fedprune.core.errors import ConfigError, ExitCode
+from fedprune_server.cli.main import main
+from fedprune_server.config.alert_settings import AlertSettings, shown_url
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.monitoring import notifications
+from fedprune_server.monitoring.alert_book import AlertBook
+from fedprune_server.monitoring.alerts import Alert
+from fedprune_server.monitoring.monitor import restored
+from fedprune_server.monitoring.notifications import (
     KEPT,
     MOST,
     Mail,
@@ -40,9 +42,7 @@ from fedprune_server.observation.notifications import (
     fetch,
     trial,
 )
-from fedprune_server.observation.setup import monitoring
-from fedprune_server.settings.alert_settings import AlertSettings, shown_url
-from fedprune_server.settings.config import ServerConfig
+from fedprune_server.monitoring.setup import monitoring
 from toy import JOB
 
 NOON = datetime(2026, 3, 4, 12, 0).timestamp()

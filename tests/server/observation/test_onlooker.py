@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from fedprune_server.observation.onlooker import Onlooker, Onlookers
-from fedprune_server.observation.view import JobView
+from fedprune_server.monitoring.observer import Onlooker, Onlookers
+from fedprune_server.monitoring.view import JobView
 from still_job import StillJob
 
 CALLS = ("event", "command", "noticed", "saved", "round_over", "turned", "ended")

@@ -13,8 +13,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune_server.observation.onlooker import Onlooker
-from fedprune_server.observation.traces import JobTraces
+from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.monitoring.traces import JobTraces
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_round_is_a_tree_of_spans(
     devices = {"device": 3, "extract": 3, "train": 3, "pull": 3, "aggregate": 3}
     assert names == {"round": 1, "score": 1, "close": 1, "evaluate": 1, **devices}
     for span in mine:
-        assert span.attributes["fedprune.job"] == "toy"
+        assert span.attributes["fedprune.jobs.job"] == "toy"
         above = parent(span, spans)
         if span.name == "round":
             assert above is None

@@ -17,22 +17,20 @@ from fleet import Air, Fleet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.errors import ConfigError, ProtocolError
-from fedprune.wire.blob_ref import LEAF, BlobRef
-from fedprune.wire.link import Link
+from fedprune.core.errors import ConfigError, ProtocolError
 from fedprune.wire.messages import TO, Want
+from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune_server.child_process import TRIES
-from fedprune_server.fleet.quarantine import BURST, BYTES_PER_POINT, Quarantine
-from fedprune_server.link.uploads import Arrived, Spoilt, Uploads
-from fedprune_server.receivers.child import MOST_NAMES, Receiving
-from fedprune_server.receivers.receiver import Receiver
-from fedprune_server.receivers.receivers import Receivers
-from fedprune_server.receivers.setup import alone_receives
-from fedprune_server.receivers.words import (
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.devices.quarantine import BURST, BYTES_PER_POINT, Quarantine
+from fedprune_server.engine.upload_workers import alone_receives
+from fedprune_server.process.line_process import TRIES
+from fedprune_server.transfer.upload_workers.child import MOST_NAMES, Receiving
+from fedprune_server.transfer.upload_workers.messages import (
     MAX_LINE,
     Asks,
     Beat,
@@ -47,7 +45,9 @@ from fedprune_server.receivers.words import (
     parse_line,
     read,
 )
-from fedprune_server.settings.config import ServerConfig
+from fedprune_server.transfer.upload_workers.receiver import Receiver
+from fedprune_server.transfer.upload_workers.receivers import Receivers
+from fedprune_server.transfer.uploads import Arrived, Spoilt, Uploads
 from machine import find_mosquitto, free_port
 
 DIGEST = "ab" * 32

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from runtime_releases import make_release
 
-from fedprune.coordination.rollout import Fate, RolloutPhase
-from fedprune.errors import ConfigError, ReleaseError
-from fedprune.release import MANIFEST, Release, opened, write_again
-from fedprune.trust.keys import SigningKey
+from fedprune.core.errors import ConfigError, ReleaseError
+from fedprune.releases.release import MANIFEST, Release, opened, write_again
+from fedprune.releases.rollout import Fate, RolloutPhase
+from fedprune.security.keys import SigningKey
 from fedprune.wire.release_messages import COMMITTED, REFUSED, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.rollouts.back import back
-from fedprune_server.rollouts.desk import RolloutDesk
-from fedprune_server.rollouts.start import Terms, start
-from fedprune_server.rollouts.store import FILE, FOLDER, Entry, RolloutStore
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.ota.back import back
+from fedprune_server.ota.coordinator import RolloutDesk
+from fedprune_server.ota.start import Terms, start
+from fedprune_server.ota.store import FILE, FOLDER, Entry, RolloutStore
 
 NAMES = [f"board-{i}" for i in range(10)]
 HALF = Terms((0.5, 1.0))

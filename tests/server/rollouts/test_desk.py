@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runtime_releases import KEY, make_release
 
-from fedprune.coordination.rollout import CAREFUL, Fate, Rollout, RolloutPhase, RolloutPlan, Stage
-from fedprune.errors import ConfigError, ReleaseError, StorageError
-from fedprune.release import Release, read_release
+from fedprune.core.errors import ConfigError, ReleaseError, StorageError
+from fedprune.releases.release import Release, read_release
+from fedprune.releases.rollout import CAREFUL, Fate, Rollout, RolloutPhase, RolloutPlan, Stage
 from fedprune.wire.messages import parse
 from fedprune.wire.release_messages import (
     COMMITTED,
@@ -27,8 +27,8 @@ from fedprune.wire.release_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
-from fedprune_server.rollouts.desk import RolloutDesk
-from fedprune_server.rollouts.store import FILE, FOLDER, RolloutStore
+from fedprune_server.ota.coordinator import RolloutDesk
+from fedprune_server.ota.store import FILE, FOLDER, RolloutStore
 
 NAMES = [f"board-{i}" for i in range(10)]
 GOOD = (DOWNLOADING, STAGED, TRIAL, COMMITTED)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ConfigError
-from fedprune_server.settings.config import ServerConfig
-from fedprune_server.settings.tables import overridden, parse_config, read_config
+from fedprune.core.errors import ConfigError
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.tables import overridden, parse_config, read_config
 
 WHOLE = """
 [job]

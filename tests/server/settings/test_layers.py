@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.privacy import Privacy
-from fedprune.recipe import Recipe
-from fedprune_server.settings.alert_settings import AlertSettings
-from fedprune_server.settings.config import ServerConfig
-from fedprune_server.settings.environment import environment_layer, variables
-from fedprune_server.settings.layers import masked, merged
-from fedprune_server.settings.tables import as_tables, parse_config, read_config
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.privacy.settings import Privacy
+from fedprune.training.recipe import Recipe
+from fedprune_server.config.alert_settings import AlertSettings
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.environment import environment_layer, variables
+from fedprune_server.config.layers import masked, merged
+from fedprune_server.config.tables import as_tables, parse_config, read_config
 
 DIGITS = "\n\n  [{table}]\n# x = 1\n  {key} = {value}\n"
 FREE = {"input_shape", "options"}

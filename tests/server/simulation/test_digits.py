@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.errors import DataError
-from fedprune_device.data import load_data
+from fedprune.core.errors import DataError
+from fedprune_device.data.dataset import load_data
 from fedprune_server.simulation.digits import CLASSES, deal, digits_model, load_digits, write_hand
 
 NAMES = [f"board-{i}" for i in range(6)]

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from fedprune.blobs import BlobStore
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation import trainers
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.prepared_bench import Done, PreparedBench
+from fedprune_server.simulation.fleet import trainers
+from fedprune_server.simulation.fleet.prepared_runner import Done, PreparedBench
+from fedprune_server.simulation.fleet.virtual_device import Bench, VirtualDevice, Work
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import Bench, VirtualDevice, Work
 
 PROFILES = ("raspberry-pi-5", "raspberry-pi-zero-2w")
 

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.coordination import State
-from fedprune.errors import StorageError
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune_server.data.picture import Partition
-from fedprune_server.simulation import charts, runs_progress
-from fedprune_server.simulation.comparison import final_rows, print_comparison
-from fedprune_server.simulation.record import DeviceRow, Record, RoundRow, beside
-from fedprune_server.simulation.report import (
+from fedprune.core.errors import StorageError
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
+from fedprune_server.simulation.datasets.picture import Partition
+from fedprune_server.simulation.results import charts, runs_progress
+from fedprune_server.simulation.results.comparison import final_rows, print_comparison
+from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow, beside
+from fedprune_server.simulation.results.report import (
     absences,
     claims,
     foresight_rows,
@@ -29,7 +29,7 @@ from fedprune_server.simulation.report import (
     summary_text,
     write_report,
 )
-from fedprune_server.simulation.runs_progress import Following
+from fedprune_server.simulation.results.runs_progress import Following
 
 GROUPS = (("stem", 8), ("body", 24))
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from run_works import drawn
 
-from fedprune.errors import ConfigError, ExitCode, MissingExtraError, StorageError
-from fedprune_server.commands.simulate import main
+from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError, StorageError
+from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
-from fedprune_server.simulation.record import Record
+from fedprune_server.simulation.fleet.simulated_fleet import read_tables
+from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.runs import DONE, Run, Standing, carry_out
-from fedprune_server.simulation.simulated_fleet import read_tables
 from fedprune_server.simulation.sweep import read_sweep, simulated
 
 RUNS = [Run(f"run-{i}", {"seed": i}) for i in range(3)]

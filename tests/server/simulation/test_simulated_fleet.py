@@ -8,20 +8,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fedprune.errors import ConfigError, ExitCode, FedpruneError
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune_server.commands.simulate import build_compare_parser, main
-from fedprune_server.simulation import metrics_table
-from fedprune_server.simulation.comparison import final_rows, read_runs, target_rows
+from fedprune.core.errors import ConfigError, ExitCode, FedpruneError
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune_server.cli.simulate import build_compare_parser, main
 from fedprune_server.simulation.digits import deal, digits_model
-from fedprune_server.simulation.fleet_devices import HELD
-from fedprune_server.simulation.metrics_table import SPENT
-from fedprune_server.simulation.record import Record, RoundRow
-from fedprune_server.simulation.simulated_fleet import read_plan
-from fedprune_server.simulation.virtual_device import StoredData
-from fedprune_server.simulation.weather import PR_FL, Availability, Weather
-from fedprune_server.work.reference import fedavg
+from fedprune_server.simulation.fleet.fleet_devices import HELD
+from fedprune_server.simulation.fleet.simulated_fleet import read_plan
+from fedprune_server.simulation.fleet.virtual_device import StoredData
+from fedprune_server.simulation.network_model import PR_FL, Availability, Weather
+from fedprune_server.simulation.reference import fedavg
+from fedprune_server.simulation.results import metrics_table
+from fedprune_server.simulation.results.comparison import final_rows, read_runs, target_rows
+from fedprune_server.simulation.results.metrics_table import SPENT
+from fedprune_server.simulation.results.record import Record, RoundRow
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 HEAD = """
@@ -214,7 +214,7 @@ def test_parquet_has_what_the_record_has(run):
     assert {r["time_s"] for r in long} == {r.at for r in record.rounds}
     assert wide.column("mean_accuracy_after").to_pylist() == pytest.approx(record.mean_locals())
     assert wide.column("training_macs").to_pylist() == [r.macs for r in record.rounds]
-    assert json.loads(wide.schema.metadata[b"fedprune.job"]) == record.job
+    assert json.loads(wide.schema.metadata[b"fedprune.jobs.job"]) == record.job
 
 
 def test_long_tables_are_written_piece_by_piece(tmp_path, monkeypatch):

@@ -10,21 +10,21 @@ import numpy as np
 import onnx
 import pytest
 
-from fedprune import tensorfile
-from fedprune.blobs import BlobStore
-from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError, StorageFullError
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError, StorageFullError
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation import rhythm
+from fedprune_server.simulation import save_interval
 from fedprune_server.simulation import state as simulation_state
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.network_model import DropOuts
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.simulation.state import FILE
-from fedprune_server.simulation.virtual_device import VirtualDevice
-from fedprune_server.simulation.weather import DropOuts
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
 
@@ -122,8 +122,8 @@ def kill_at(monkeypatch):
         delete(store, name)
 
     # Saved at the end of every round and never within one, however slow the disk is: the number of steps is the same.
-    monkeypatch.setattr(rhythm, "_DEAR_S", math.inf)
-    monkeypatch.setattr(rhythm, "_WITHIN_S", math.inf)
+    monkeypatch.setattr(save_interval, "_DEAR_S", math.inf)
+    monkeypatch.setattr(save_interval, "_WITHIN_S", math.inf)
     monkeypatch.setattr(simulation_state, "write_whole", saving)
     monkeypatch.setattr(BlobStore, "delete", deleting)
 
@@ -218,7 +218,7 @@ def test_a_run_is_not_cut_to_fewer_rounds_than_it_has_come_to(build):
 
 @pytest.mark.parametrize("strategy", ["fedbuff", "own_rounds:compose"])
 def test_a_run_that_depends_on_its_rounds_is_not_extended(build, strategy, tmp_path, monkeypatch):
-    (tmp_path / "own_rounds.py").write_text("from fedprune.strategies.plain import plain as compose\n")
+    (tmp_path / "own_rounds.py").write_text("from fedprune.strategies.methods.plain import plain as compose\n")
     monkeypatch.syspath_prepend(tmp_path)
     build(rounds=1, strategy=strategy).run()
     with pytest.raises(StorageError, match="other settings"):

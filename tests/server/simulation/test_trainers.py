@@ -13,23 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.architecture import widths_at
-from fedprune.blobs import BlobStore
-from fedprune.errors import ConfigError, ModelError, RuntimeUnavailableError, TrainingError
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
-from fedprune_device.data import LocalData
-from fedprune_export.imported import Model
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, ModelError, RuntimeUnavailableError, TrainingError
+from fedprune.hardware.profile_store import find
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
+from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.inference import inference_model
-from fedprune_export.training import training_graph
-from fedprune_server.simulation.ensemble import Ensemble
-from fedprune_server.simulation.pooled_bench import PooledBench
-from fedprune_server.simulation.torch_bench import TorchBench
-from fedprune_server.simulation.trainers import bench, choice
-from fedprune_server.simulation.virtual_device import Bench, Outcome, VirtualDevice, Work
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
+from fedprune_server.simulation.fleet.ensemble import Ensemble
+from fedprune_server.simulation.fleet.pooled_runner import PooledBench
+from fedprune_server.simulation.fleet.torch_runner import TorchBench
+from fedprune_server.simulation.fleet.trainers import bench, choice
+from fedprune_server.simulation.fleet.virtual_device import Bench, Outcome, VirtualDevice, Work
 
 pytest.importorskip("torch")
 import smooth_nets

@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 from hidden_board import HiddenBoard, hidden_weights
 
-from fedprune import tensorfile
-from fedprune.architecture import widths_at
-from fedprune.blobs import BlobStore
-from fedprune.element_mask import ElementMask
-from fedprune.errors import BundleError, DataError, ModelError
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, DataError, ModelError
+from fedprune.hardware.profile_store import find
+from fedprune.model.architecture import widths_at
+from fedprune.model.element_mask import ElementMask
+from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
-from fedprune_device.assignment import MEASURED, Workbench
-from fedprune_device.data import LocalData
-from fedprune_device.slots import Slots
-from fedprune_device.store import DeviceStore
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.serving.model_slots import Slots
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.round_runner import MEASURED, Workbench
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.simulation.virtual_device import Bench, VirtualDevice, pulls
+from fedprune_server.simulation.fleet.virtual_device import Bench, VirtualDevice, pulls
 
 GRAPHS = Path(__file__).parents[2] / "device" / "graphs"
 RNG = np.random.default_rng(5)
@@ -63,7 +63,7 @@ def test_it_gives_what_a_board_gives(store, offer, tmp_path):
 
 
 def test_metrics_that_are_not_finite_are_left_out(store, offer, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedprune_device.evaluation.data_loss", lambda *_: float("nan"))
+    monkeypatch.setattr("fedprune_device.training.evaluation.data_loss", lambda *_: float("nan"))
     assert "loss_after" not in Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1).metrics
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.errors import ConfigError
-from fedprune_server.simulation.weather import ALWAYS, PR_FL, PR_FL_LINKS, Availability, Weather, transfer
+from fedprune.core.errors import ConfigError
+from fedprune_server.simulation.network_model import ALWAYS, PR_FL, PR_FL_LINKS, Availability, Weather, transfer
 
 DEVICES = [f"d{i}" for i in range(400)]
 

@@ -14,23 +14,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.errors import ConfigError, ExitCode, StorageError
-from fedprune.trust.claim import Claim
-from fedprune_server.cli import main
-from fedprune_server.console import database as console_database
-from fedprune_server.console.database import ConsoleDatabase
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.rollouts.store import RolloutStore
-from fedprune_server.store.backup import back_up
-from fedprune_server.store.backup_manifest import CONSOLE, Entry, Manifest
-from fedprune_server.store.checkup import check
-from fedprune_server.store.finding import Weight
-from fedprune_server.store.restoring import opened, read_manifest, restore, verify
-from fedprune_server.store.state_folder import BLOBS
-from fedprune_server.store.storage import FILE, Storage
+from fedprune.core.errors import ConfigError, ExitCode, StorageError
+from fedprune.security.join_token import Claim
+from fedprune_server.cli.main import main
+from fedprune_server.engine.state_directory import BLOBS
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.maintenance.backup import back_up
+from fedprune_server.maintenance.backup_manifest import CONSOLE, Entry, Manifest
+from fedprune_server.maintenance.finding import Weight
+from fedprune_server.maintenance.restoring import opened, read_manifest, restore, verify
+from fedprune_server.maintenance.state_check import check
+from fedprune_server.ota.store import RolloutStore
+from fedprune_server.storage.storage import FILE, Storage
 from fedprune_server.terminal.shown_bytes import silent
+from fedprune_server.web import database as console_database
+from fedprune_server.web.database import ConsoleDatabase
 from played_job import play_job
 from postgres import Postgres
 

@@ -16,18 +16,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs import BlobStore
-from fedprune.errors import ExitCode, FedpruneError, IdentityError
-from fedprune.kept_table import SUFFIX
-from fedprune.trust.keys import SigningKey
-from fedprune.trust.succession import Succession
-from fedprune_server.cli import main
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.rollouts.store import RolloutStore
-from fedprune_server.store.checkup import check
-from fedprune_server.store.finding import Finding, Weight
-from fedprune_server.store.state_folder import BLOBS, StateFolder
-from fedprune_server.store.storage import FILE, Storage
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.leaf_cache import SUFFIX
+from fedprune.core.errors import ExitCode, FedpruneError, IdentityError
+from fedprune.security.keys import SigningKey
+from fedprune.security.succession import Succession
+from fedprune_server.cli.main import main
+from fedprune_server.engine.state_directory import BLOBS, StateFolder
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.maintenance.finding import Finding, Weight
+from fedprune_server.maintenance.state_check import check
+from fedprune_server.ota.store import RolloutStore
+from fedprune_server.storage.storage import FILE, Storage
 from fedprune_server.terminal.shown_bytes import silent
 from played_job import play_job
 from postgres import Postgres
@@ -218,7 +218,10 @@ def _read_only(folder: Path, *command: object) -> subprocess.CompletedProcess[st
     )  # fmt: skip
 
 
-_LOOK = "import sys; from fedprune_server.cli import main; sys.exit(max(main([w, '--state', sys.argv[1]]) for w in {}))"
+_LOOK = (
+    "import sys; from fedprune_server.cli.main import main; "
+    "sys.exit(max(main([w, '--state', sys.argv[1]]) for w in {}))"
+)
 
 
 def test_a_folder_that_can_not_be_written_to_is_looked_over_and_shown(state: Path) -> None:
@@ -239,7 +242,7 @@ def test_what_a_crashed_server_wrote_last_is_read_where_nothing_can_be_written(s
     connection.close()
     assert (crashed / f"{FILE}-wal").stat().st_size
     look = (
-        "import sys; from fedprune_server.store.database import Database; "
+        "import sys; from fedprune_server.storage.database import Database; "
         "d = Database(f'sqlite:///{sys.argv[1]}', read_only=True)\n"
         "with d.transaction() as c: print(c.exec_driver_sql('SELECT count(*) FROM later').scalar())"
     )

@@ -10,7 +10,7 @@ import pytest
 
 from fedprune.coordination import Coordinator, State
 from fedprune.coordination import events as on
-from fedprune_server.store.storage import FILE, Storage
+from fedprune_server.storage.storage import FILE, Storage
 from stored_job import born
 from toy import ARCHITECTURE, JOB
 
@@ -44,7 +44,7 @@ def test_the_log_is_read_page_by_page(storage: Storage, monkeypatch: pytest.Monk
     transaction = storage.database.transaction
     monkeypatch.setattr(storage.database, "transaction", lambda: asked.append(1) or transaction())
     for page in (1, 3, 7):
-        monkeypatch.setattr("fedprune_server.store.event_log._PAGE", page)
+        monkeypatch.setattr("fedprune_server.storage.event_log._PAGE", page)
         asked.clear()
         assert list(storage.log.events()) == whole
         assert len(asked) == 7 // page + 1 + (7 % page > 0)

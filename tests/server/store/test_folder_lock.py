@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.disk import held
-from fedprune.errors import StorageError
-from fedprune_server.store import folder_lock as module
-from fedprune_server.store.folder_lock import LOCK, folder_lock
-from fedprune_server.store.state_folder import MODEL, StateFolder
+from fedprune.core.disk import held
+from fedprune.core.errors import StorageError
+from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.storage import folder_lock as module
+from fedprune_server.storage.folder_lock import LOCK, folder_lock
+from fedprune_server.storage.place import MODEL
 
 
 def test_who_comes_second_is_told_and_the_lock_ends_with_its_block(

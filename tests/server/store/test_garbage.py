@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.state import Progress
-from fedprune.job import Job
-from fedprune_server.work.workshop import Work, Workshop
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Progress
+from fedprune_server.executor.background import Work, Workshop
 from toy import JOB
 
 MADE = (on.Scored, on.Extracted, on.Folded, on.Closed, on.Evaluated)

@@ -13,11 +13,11 @@ import pytest
 
 from fedprune.coordination import State
 from fedprune.coordination import events as on
-from fedprune.errors import BusyError, StorageError
-from fedprune_server.store import lease
-from fedprune_server.store.lease import LeaseLostError
-from fedprune_server.store.state_folder import StateFolder
-from fedprune_server.store.storage import Storage
+from fedprune.core.errors import BusyError, StorageError
+from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.storage import lease
+from fedprune_server.storage.lease import LeaseLostError
+from fedprune_server.storage.storage import Storage
 from postgres import Postgres
 
 

@@ -8,11 +8,11 @@ import pytest
 
 from fedprune.coordination import Phase, coordinate
 from fedprune.coordination import events as on
-from fedprune_server.settings.config import ServerConfig
-from fedprune_server.store.checkup import check
-from fedprune_server.store.finding import Weight
-from fedprune_server.store.replay import replay
-from fedprune_server.store.state_folder import StateFolder
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.maintenance.finding import Weight
+from fedprune_server.maintenance.replay import replay
+from fedprune_server.maintenance.state_check import check
 from fedprune_server.terminal.shown_bytes import silent
 from played_job import JOB, play_job
 

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.coordination import events as on
-from fedprune.errors import StorageError, StorageFullError
-from fedprune_server.store import schema_migration
-from fedprune_server.store.schema import TABLES
-from fedprune_server.store.storage import FILE, FORMAT, Storage
+from fedprune.core.errors import StorageError, StorageFullError
+from fedprune_server.storage import schema_migration
+from fedprune_server.storage.schema import TABLES
+from fedprune_server.storage.storage import FILE, FORMAT, Storage
 from postgres import Postgres
 
 # What the first version made, word for word; never to be changed.
@@ -136,7 +136,7 @@ def test_a_server_starts_without_alembic(tmp_path: Path) -> None:
     """Both on a new database and on one that is there."""
     code = f"""
 import sys
-from fedprune_server.store.storage import Storage
+from fedprune_server.storage.storage import Storage
 for _ in range(2):
     Storage("sqlite:///{tmp_path / FILE}").close()
 assert "alembic" not in sys.modules
@@ -180,8 +180,8 @@ def test_the_file_is_laid_aside_before_it_is_migrated(tmp_path: Path, monkeypatc
         connection.exec_driver_sql("DROP TABLE rounds")
         raise StorageError("power cut")
 
-    monkeypatch.setattr("fedprune_server.store.storage.latest", lambda: "9999")
-    monkeypatch.setattr("fedprune_server.store.storage.migrate", spoil)
+    monkeypatch.setattr("fedprune_server.storage.storage.latest", lambda: "9999")
+    monkeypatch.setattr("fedprune_server.storage.storage.migrate", spoil)
     before = list(sqlite3.connect(tmp_path / FILE).iterdump())
     with pytest.raises(StorageError, match="power cut"):
         Storage.at(tmp_path)
@@ -198,8 +198,8 @@ def test_nothing_is_migrated_where_the_copy_has_no_room(tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedprune_server.store.storage.latest", lambda: "9999")
-    monkeypatch.setattr("fedprune_server.store.database._copy_pages", full)
+    monkeypatch.setattr("fedprune_server.storage.storage.latest", lambda: "9999")
+    monkeypatch.setattr("fedprune_server.storage.database._copy_pages", full)
     with pytest.raises(StorageFullError):
         Storage.at(tmp_path)
     assert list(sqlite3.connect(tmp_path / FILE).iterdump()) == before
@@ -209,7 +209,7 @@ def test_nothing_is_migrated_where_the_copy_has_no_room(tmp_path: Path, monkeypa
 def test_whoever_only_looks_migrates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_first(tmp_path)
     before = list(sqlite3.connect(tmp_path / FILE).iterdump())
-    monkeypatch.setattr("fedprune_server.store.storage.latest", lambda: "9999")
+    monkeypatch.setattr("fedprune_server.storage.storage.latest", lambda: "9999")
     with pytest.raises(StorageError, match=r"older version: expected revision 9999.*got 0001\. Start the server"):
         Storage.existing(tmp_path)
     assert Storage.settings_in(tmp_path) == {"job": {"name": "job"}}

@@ -13,18 +13,18 @@ import pytest
 import sqlalchemy as sql
 from cryptography import x509
 
-from fedprune.errors import IdentityError, StorageError, UsedClaimError
-from fedprune.trust.certificates import make_request, make_tls_key
-from fedprune.trust.claim import Claim
-from fedprune.trust.joining import make_request as make_join_request
-from fedprune.trust.keys import SigningKey
+from fedprune.core.errors import IdentityError, StorageError, UsedClaimError
+from fedprune.security.certificates import make_request, make_tls_key
+from fedprune.security.join_token import Claim
+from fedprune.security.joining import make_request as make_join_request
+from fedprune.security.keys import SigningKey
 from fedprune.wire.join_messages import APPROVED, JoinRequest
-from fedprune_server.identity.folder import IdentityFolder
-from fedprune_server.identity.join_desk import JoinDesk
-from fedprune_server.store.lease import ROW, LeaseLostError
-from fedprune_server.store.schema import IDENTITY, META
-from fedprune_server.store.shared_identity import SharedIdentity, shared_identity
-from fedprune_server.store.state_folder import StateFolder
+from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.service import JoinDesk
+from fedprune_server.enrollment.shared_identity import SharedIdentity, shared_identity
+from fedprune_server.storage.lease import ROW, LeaseLostError
+from fedprune_server.storage.schema import IDENTITY, META
 from postgres import Postgres
 
 pytestmark = pytest.mark.postgresql

@@ -5,16 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from fedprune import profile_store, tensorfile
 from fedprune.coordination import Coordinator, Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import ConfigError, DataError, ModelError
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune_server.settings.config import ServerConfig
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, DataError, ModelError
+from fedprune.hardware import profile_store
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.simulation.digits import digits_model, load_digits
-from fedprune_server.store.state_folder import StateFolder
 
 
 @pytest.fixture

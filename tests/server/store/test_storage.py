@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from fedprune.coordination import Coordinator, State
 from fedprune.coordination import events as on
-from fedprune.coordination.state import Device
-from fedprune.errors import StorageError, StorageFullError
-from fedprune_device.owner import Owner
-from fedprune_server.store.storage import FILE, Storage
+from fedprune.core.errors import StorageError, StorageFullError
+from fedprune.jobs.state import Device
+from fedprune_device.storage.directory_owner import Owner
+from fedprune_server.storage.storage import FILE, Storage
 from stored_job import TO_THE_SECOND_ROUND, born, filled
 from toy import ARCHITECTURE, JOB
 
@@ -99,7 +99,7 @@ def test_old_rounds_devices_stay_on_the_disk_and_leave_the_memory(
     whole = storage.rounds()
     state.slim(7)
     assert [len(r["devices"]) for r in state.history] == [0, 3, 3]
-    monkeypatch.setattr("fedprune_server.store.storage.PARTS_KEPT", 7)
+    monkeypatch.setattr("fedprune_server.storage.storage.PARTS_KEPT", 7)
     with Storage.at(tmp_path) as other:
         assert other.load() == state
         state.round = 9

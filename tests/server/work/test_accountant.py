@@ -10,12 +10,12 @@ import pytest
 
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
-from fedprune.coordination.ledger import spent
-from fedprune.coordination.state import Device
-from fedprune.errors import ConfigError, ExitCode, MissingExtraError
-from fedprune.extras import install_command
-from fedprune.privacy import Privacy
-from fedprune_server.work.accountant import Accountant, accountant, costs, library
+from fedprune.coordination.privacy_budget import spent
+from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError
+from fedprune.jobs.state import Device
+from fedprune.privacy.settings import Privacy
+from fedprune.terminal.extras import install_command
+from fedprune_server.executor.accountant import Accountant, accountant, costs, library
 
 PRIVACY = Privacy(clip=1.0, noise_multiplier=2.0)
 

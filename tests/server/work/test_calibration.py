@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedprune.errors import DataError
-from fedprune.features import Features
+from fedprune.core.errors import DataError
+from fedprune.training.features import Features
 from fedprune_export.importing import import_onnx
+from fedprune_server.executor.calibration import MAX_SAMPLES, Calibration
 from fedprune_server.simulation.digits import digits_model, load_digits
-from fedprune_server.work.calibration import MAX_SAMPLES, Calibration
 
 
 @pytest.fixture(scope="module")

@@ -17,26 +17,26 @@ from typing import Any
 import pytest
 from s3 import S3
 
-from fedprune import profile_store
-from fedprune.architecture import widths_at
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.state import named_in
-from fedprune.errors import StorageError
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune_export.imported import Model
+from fedprune.core.errors import StorageError
+from fedprune.hardware import profile_store
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import named_in
+from fedprune.model.architecture import widths_at
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_server.bucket.store import BucketStore
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.offers import GRAPH_ROUNDS
+from fedprune_server.executor.process_pool import ProcessPool
+from fedprune_server.executor.worker import Worker
+from fedprune_server.executor.worker_pool import Crew
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
-from fedprune_server.work.crew import Crew
-from fedprune_server.work.offers import GRAPH_ROUNDS
-from fedprune_server.work.process_pool import ProcessPool
-from fedprune_server.work.worker import Worker
+from fedprune_server.storage.s3.store import BucketStore
 
 DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
 JOB = Job(rounds=2, devices=3, density=0.5, recipe=Recipe(max_steps=4))
@@ -187,7 +187,7 @@ def test_helpers_leave_ctrl_c_to_their_parent_and_end_with_it() -> None:
         "import os, sys, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
         "from multiprocessing import get_context\n"
-        "from fedprune_server.children import begin_helper\n"
+        "from fedprune_server.process.children import begin_helper\n"
         "if __name__ == '__main__':\n"
         "    pool = ProcessPoolExecutor(1, get_context('spawn'), begin_helper, (os.getpid(),))\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"

@@ -10,17 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.coordination import events as on
-from fedprune.errors import PlanError
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
+from fedprune.core.errors import PlanError
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
+from fedprune_server.executor.divergence import advice, of_history, warn
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.report import summary_text
-from fedprune_server.simulation.run_folder import simulate
-from fedprune_server.simulation.virtual_device import VirtualDevice
-from fedprune_server.work.divergence import advice, of_history, warn
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.results.report import summary_text
+from fedprune_server.simulation.results.run_folder import simulate
 
 RECIPE = Recipe(lr=0.5).to_dict()
 

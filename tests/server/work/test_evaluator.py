@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.architecture import widths_at
-from fedprune.blobs import BlobStore
-from fedprune.errors import ConfigError
-from fedprune.job import Job
-from fedprune.profile_store import find
-from fedprune.recipe import Recipe
-from fedprune_export.imported import Model
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ConfigError
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import widths_at
+from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.evaluator import Evaluator, Sessions
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.virtual_device import VirtualDevice
-from fedprune_server.work.evaluator import Evaluator, Sessions
 
 
 @pytest.fixture(scope="module")

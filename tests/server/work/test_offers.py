@@ -9,26 +9,26 @@ import numpy as np
 import onnx
 import pytest
 
-from fedprune import step
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.coordination.state import Progress, Task
-from fedprune.precision import graphs_of, unpacked
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
+from fedprune.jobs.state import Progress, Task
+from fedprune.model.selection import Selection
+from fedprune.runtime.precision import graphs_of, unpacked
 from fedprune.strategies.roles import Submodel
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
-from fedprune_device.assignment import Workbench
-from fedprune_device.data import LocalData
-from fedprune_device.lowering import Lowering
-from fedprune_device.slots import Slots
-from fedprune_export.imported import Model
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.serving.model_slots import Slots
+from fedprune_device.serving.reduced_precision import Lowering
+from fedprune_device.training.round_runner import Workbench
 from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.offers import GRAPH_ROUNDS, Offers
+from fedprune_server.executor.offers import graphs_of as named_graphs
+from fedprune_server.executor.retention import Garbage
+from fedprune_server.executor.update_size import sent
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.store.garbage import Garbage
-from fedprune_server.work.offers import GRAPH_ROUNDS, Offers
-from fedprune_server.work.offers import graphs_of as named_graphs
-from fedprune_server.work.update_size import sent
 
 ROUNDS = 3 * GRAPH_ROUNDS
 GRAPHS = ("training", "inference")
@@ -67,7 +67,7 @@ def test_a_graph_that_is_named_in_every_round_is_made_once(
 ) -> None:
     offers = Offers(model, store)
     first = offers.training(Recipe(), 1)
-    monkeypatch.setattr("fedprune_server.work.offers.training_graph", None)
+    monkeypatch.setattr("fedprune_server.executor.offers.training_graph", None)
     assert all(offers.training(Recipe(), r) == first for r in range(1, ROUNDS))
     assert first["sha256"] in offers.graphs()
 
@@ -102,7 +102,7 @@ def test_boards_with_blocks_get_a_graph_of_their_widths_beside_the_one_of_all(mo
     for (_, block), found in blocked.items():
         (ref,) = found.values()
         graph = onnx.load_model_from_string(store.read(ref["sha256"]))
-        assert {p.key: p.value for p in graph.metadata_props}[step.BLOCK] == str(block)
+        assert {p.key: p.value for p in graph.metadata_props}[step_contract.BLOCK] == str(block)
     assert all(named_graphs(body) <= offers.graphs() for body in bodies.values())
     assert graphs <= offers.graphs()
 
@@ -113,7 +113,7 @@ def test_a_graph_in_blocks_is_made_once_and_let_go_of(
     offers, sizes = Offers(model, store), model.architecture.sizes
     first = offers.blocked(Recipe(), sizes, 16, 1)
     made = []
-    monkeypatch.setattr("fedprune_server.work.offers.blocked_step", lambda *given: made.append(given) or b"graph")
+    monkeypatch.setattr("fedprune_server.executor.offers.blocked_step", lambda *given: made.append(given) or b"graph")
     assert offers.blocked(Recipe(), sizes, 16, 2) == first
     assert offers.blocked(Recipe(lr=0.5), sizes, 16, 3) == first
     assert not made
@@ -135,7 +135,7 @@ def test_an_offer_does_without_a_graph_that_can_not_be_made(
     def fail(*_: object) -> bytes:
         raise KeyError("Mul~1")
 
-    monkeypatch.setattr("fedprune_server.work.offers.blocked_step", fail)
+    monkeypatch.setattr("fedprune_server.executor.offers.blocked_step", fail)
     offers = Offers(model, store)
     selection = Selection.of(model.architecture, model.architecture.sizes)
     submodel = Submodel(selection, selection.gather(model.tensors))

@@ -21,23 +21,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.architecture import widths_at
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import ConfigError, ExitCode, MissingExtraError
-from fedprune.job import Job
-from fedprune_export.imported import Model
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import widths_at
 from fedprune_export.importing import import_onnx
-from fedprune_server.settings.cluster_url import check_url
-from fedprune_server.settings.config import ServerConfig
+from fedprune_export.pruning.model import Model
+from fedprune_server.config.cluster_url import check_url
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.executor import pool_tasks, ray_pool
+from fedprune_server.executor.pool_tasks import Settings
+from fedprune_server.executor.ray_pool import ClusterError, RayPool
+from fedprune_server.executor.worker import Worker
+from fedprune_server.executor.worker_pool import Crew
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.work import crew_work, ray_pool
-from fedprune_server.work.crew import Crew
-from fedprune_server.work.crew_work import Settings
-from fedprune_server.work.ray_pool import ClusterError, RayPool
-from fedprune_server.work.worker import Worker
 from machine import free_port
 
 JOB = Job(rounds=2, devices=3, density=0.5)
@@ -108,7 +108,7 @@ def test_whoever_waits_for_a_cluster_that_goes_is_told(
     monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
     link = ray_pool._Link(address, Settings.of(worker(model, tmp_path)), "", told.set, lambda: False)
     listener = threading.Thread(target=link.listen, daemon=True)
-    futures = [link.submit(crew_work.check, None) for _ in range(2)]
+    futures = [link.submit(pool_tasks.check, None) for _ in range(2)]
     listener.start()
     for future in futures:
         with pytest.raises(ClusterError, match="is lost"):
@@ -154,7 +154,7 @@ def test_a_task_that_can_not_be_handed_on_fails_alone(
     listener = threading.Thread(target=link.listen, daemon=True)
     listener.start()
     orders = [None, threading.Lock(), None]
-    futures = [link.submit(crew_work.check, order) for order in orders]
+    futures = [link.submit(pool_tasks.check, order) for order in orders]
     for future, words in zip(
         futures, ("as it should", "can't be handed to the cluster.*pickle", "as it should"), strict=True
     ):
@@ -170,7 +170,7 @@ def test_no_cluster_on_this_machine_and_what_is_none_are_errors(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
-    monkeypatch.setattr("fedprune_server.work.ray_pool._START_S", 20.0)
+    monkeypatch.setattr("fedprune_server.executor.ray_pool._START_S", 20.0)
     with socket.create_server(("127.0.0.1", 0)) as other:
         for url in (f"ray:127.0.0.1:{other.getsockname()[1]}", "ray:auto"):
             w = worker(model, tmp_path)
@@ -273,9 +273,9 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
         assert len([r.message for r in caplog.records if "is lost" in r.message]) == 1
         until = time.monotonic() + 60
         while "is back:" not in caplog.text and time.monotonic() < until:
-            pool.submit(crew_work.extract, ())
+            pool.submit(pool_tasks.extract, ())
             time.sleep(0.3)
-        assert pool.submit(crew_work.extract, ()).result(60) == crew_work.Made((), {})
+        assert pool.submit(pool_tasks.extract, ()).result(60) == pool_tasks.Made((), {})
         assert [r.message for r in caplog.records if "is back:" in r.message]
 
 
@@ -315,7 +315,7 @@ def test_a_machine_that_does_not_see_the_blobs_is_named(
 def test_a_server_says_what_is_wrong_and_ends(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
     (tmp_path / "model.onnx").write_bytes(digits_model())
-    command = [sys.executable, "-m", "fedprune_server.cli", "run", "--insecure", "--port", "0"]
+    command = [sys.executable, "-m", "fedprune_server.cli.main", "run", "--insecure", "--port", "0"]
     command += ["--model", str(tmp_path / "model.onnx"), "--state", str(tmp_path / "state")]
     command += ["--workers-url", f"ray:127.0.0.1:{free_port()}"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)

@@ -15,21 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.architecture import widths_at
-from fedprune.blobs import BlobStore
+from fedprune.aggregation.coverage import Coverage
+from fedprune.aggregation.partial_sums import PartialSums
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coverage import Coverage
-from fedprune.job import Job
-from fedprune.partial_sums import PartialSums
-from fedprune_export.imported import Model
+from fedprune.core import tensorfile
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import widths_at
 from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor import pool_tasks, shared_sums
+from fedprune_server.executor.pool_tasks import Settings, Task
+from fedprune_server.executor.worker import Worker
+from fedprune_server.executor.worker_pool import Crew
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.work import crew_work, shared_sums
-from fedprune_server.work.crew import Crew
-from fedprune_server.work.crew_work import Settings, Task
-from fedprune_server.work.worker import Worker
 
 DENSITIES = (1.0, 0.5, 0.25, 1.0, 0.75, 0.5, 0.25, 1.0, 0.5)
 
@@ -142,8 +142,8 @@ def test_sums_of_helpers_have_the_workers_bits(
     helpers = Helpers(alone)
     crew = Crew(worker(model, tmp_path, settings), helpers, block=500, batch=batch)
     assert played(crew, folds[::-1], close) == expected
-    assert helpers.count(crew_work.check) == len(folds)
-    assert helpers.count(crew_work.add_up) >= 2
+    assert helpers.count(pool_tasks.check) == len(folds)
+    assert helpers.count(pool_tasks.add_up) >= 2
 
 
 @pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES)
@@ -169,14 +169,14 @@ def test_a_helper_reads_no_more_of_an_update_than_it_adds(model: Model, tmp_path
     folds, close = round_of(w)
     helpers = Helpers(w)
     played(Crew(w, helpers, block=500), folds, close)
-    added = [a for t, a in helpers.done if t is crew_work.add_up]
+    added = [a for t, a in helpers.done if t is pool_tasks.add_up]
     assert len(added) == 3
     assert sorted(n for a in added for n in a.names) == sorted(t.name for t in w.architecture.tensors)
     report = w.reports.some(folds[0].contribution, added[0].refs, added[0].names)
     assert set(report.trained.tensors) == set(added[0].names)
 
 
-@pytest.mark.parametrize("task", [crew_work.check, crew_work.add_up])
+@pytest.mark.parametrize("task", [pool_tasks.check, pool_tasks.add_up])
 @pytest.mark.parametrize("when", [1, 2, 3])
 def test_what_helpers_fail_at_the_worker_does(model: Model, tmp_path: Path, task: Task, when: int) -> None:
     alone = worker(model, tmp_path, {"strategy": "plain"})
@@ -294,7 +294,7 @@ def test_submodels_of_many_devices_are_few_tasks(model: Model, tmp_path: Path) -
     helpers = Helpers(w)
     crew = Crew(w, helpers)
     crew.expect(orders)
-    assert helpers.count(crew_work.extract) == 400 / 16
+    assert helpers.count(pool_tasks.extract) == 400 / 16
     assert [crew.execute(o) for o in orders[:20]] == [w.execute(o) for o in orders[:20]]
     helpers.fails = lambda *_: True
     crew.expect(orders[:20])
@@ -326,7 +326,7 @@ class Never(Future[Any]):
         raise LateError
 
 
-@pytest.mark.parametrize("never", [crew_work.add_up, crew_work.check, crew_work.extract])
+@pytest.mark.parametrize("never", [pool_tasks.add_up, pool_tasks.check, pool_tasks.extract])
 def test_helpers_that_hang_are_waited_for_once(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, never: Task
 ) -> None:

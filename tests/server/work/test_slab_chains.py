@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
-from fedprune.architecture import widths_at
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.state import Task
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune.wire.blob_ref import BlobRef
-from fedprune_device.downloads import composed
-from fedprune_export.imported import Model
+from fedprune.core import tensorfile
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Task
+from fedprune.model.architecture import widths_at
+from fedprune.training.recipe import Recipe
+from fedprune_device.network.blob_download import composed
 from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.worker import Worker
+from fedprune_server.maintenance.replay import _plain
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.store.replay import _plain
-from fedprune_server.work.worker import Worker
 
 DENSITIES = {"a": 1.0, "b": 0.25, "c": 0.5, "d": 0.5, "e": 1.0}
 

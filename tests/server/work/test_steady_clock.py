@@ -9,8 +9,8 @@ import pytest
 from fleet import Fleet, folded
 
 from fedprune.wire.messages import Hello
-from fedprune_server.rollouts.store import RolloutStore
-from fedprune_server.work.steady_clock import SteadyClock
+from fedprune_server.executor.steady_clock import SteadyClock
+from fedprune_server.ota.store import RolloutStore
 from toy import JOB
 
 DAY = 24 * 3600.0

@@ -11,23 +11,23 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fedprune import tensorfile
-from fedprune.architecture import widths_at
-from fedprune.blobs import BlobStore
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import ConfigError, ModelError, StorageError
-from fedprune.influence import MEMORY
-from fedprune.job import Job
-from fedprune.nesting import nested
-from fedprune.recipe import Recipe
-from fedprune.scoring import random_ranks
-from fedprune.selection import Selection
-from fedprune_device.trainer import Trainer
-from fedprune_export.imported import Model
+from fedprune.coordination.influence import MEMORY
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, ModelError, StorageError
+from fedprune.importance.scoring import random_ranks
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import widths_at
+from fedprune.model.nested_init import nested
+from fedprune.model.selection import Selection
+from fedprune.training.recipe import Recipe
+from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import Federation, deal, digits_model
-from fedprune_server.work.worker import Worker
 
 DEVICES = ("a", "b", "c")
 DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}

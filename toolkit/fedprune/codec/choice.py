@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from fedprune.errors import ConfigError, shown
+from fedprune.core.errors import ConfigError, shown
 
 PLAIN = "none"
 """No codec: a tensor file of float32."""

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune import tensorfile
-from fedprune.errors import BundleError, ProtocolError
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, ProtocolError
 
 Array = npt.NDArray[Any]
 

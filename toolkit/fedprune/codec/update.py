@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune import step, tensorfile
-from fedprune.codec import packing, places
+from fedprune.codec import packing, sparse_indices
 from fedprune.codec.choice import Codec
-from fedprune.errors import ProtocolError, shown
+from fedprune.core import tensorfile
+from fedprune.core.errors import ProtocolError, shown
+from fedprune.training import step_contract
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -104,7 +105,7 @@ def decode(codec: Codec, raw: bytes, sent: Mapping[str, Float32], trained: Colle
     Raises:
         ProtocolError: It is damaged, larger than these tensors can be, or holds something else.
     """
-    squares = {step.squares(n): sent[n] for n in sent if n in trained}
+    squares = {step_contract.squares(n): sent[n] for n in sent if n in trained}
     allowed = {**sent, **squares}
     parts = packing.unpack(raw, _inner_bound(codec, {n: v.shape for n, v in allowed.items()}, trained))
     return read(codec, parts, allowed, trained)
@@ -167,7 +168,7 @@ def _largest(codec: Codec, name: str, shape: Shape, coded: bool) -> Iterator[tup
         yield name + _CODES, "I8", (_count(codec, size),) if kept else shape
         yield name + _SCALES, "F32", (_scales(codec, shape),)
         if kept:
-            yield name + _BITMAP, "U8", (places.bitmap_bytes(size),)
+            yield name + _BITMAP, "U8", (sparse_indices.bitmap_bytes(size),)
 
 
 def _names(codec: Codec, name: str, start: Array, trained: Collection[str]) -> set[str]:
@@ -201,9 +202,9 @@ def _coded(codec: Codec, name: str, difference: Float32) -> Parts:
         codes, scales = _quantised(difference.reshape(rows, -1))
         return {name + _CODES: codes.reshape(difference.shape), name + _SCALES: scales}
     flat = difference.reshape(-1)
-    kept = places.largest(flat, _count(codec, flat.size))
+    kept = sparse_indices.largest(flat, _count(codec, flat.size))
     codes, scales = _quantised(flat[kept][None])
-    gaps, bitmap = places.to_gaps(kept), places.to_bitmap(kept, flat.size)
+    gaps, bitmap = sparse_indices.to_gaps(kept), sparse_indices.to_bitmap(kept, flat.size)
     where = {name + _GAPS: gaps} if gaps.size < bitmap.size else {name + _BITMAP: bitmap}
     return {name + _CODES: codes[0], name + _SCALES: scales, **where}
 
@@ -250,9 +251,9 @@ def _places(name: str, parts: Mapping[str, Array], count: int, size: int) -> npt
     if (gaps in parts) == (bitmap in parts):
         raise ProtocolError(f"indices of {shown(name)} in an update", expected="gaps or a bitmap", got="both or none")
     if bitmap in parts:
-        found = _part(parts, bitmap, np.uint8, (places.bitmap_bytes(size),))
-        return places.from_bitmap(found, count, size, f"{shown(name)} in an update")
-    return places.from_gaps(_part(parts, gaps, np.uint8, None), count, size, f"{shown(name)} in an update")
+        found = _part(parts, bitmap, np.uint8, (sparse_indices.bitmap_bytes(size),))
+        return sparse_indices.from_bitmap(found, count, size, f"{shown(name)} in an update")
+    return sparse_indices.from_gaps(_part(parts, gaps, np.uint8, None), count, size, f"{shown(name)} in an update")
 
 
 def _part(parts: Mapping[str, Array], name: str, kind: type[Any], shape: Shape | None) -> Array:

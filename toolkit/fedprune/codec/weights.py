@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fedprune.codec import packing, update
 from fedprune.codec.choice import DOWN, Codec
-from fedprune.errors import ProtocolError
+from fedprune.core.errors import ProtocolError
 
 Tensors = dict[str, npt.NDArray[np.float32]]
 

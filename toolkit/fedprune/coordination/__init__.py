@@ -2,12 +2,12 @@
 
 from collections.abc import Collection
 
-from fedprune.architecture import Architecture
 from fedprune.coordination.asynchronous import AsynchronousCoordinator
-from fedprune.coordination.coordinator import Coordinator
-from fedprune.coordination.desk import Desk
-from fedprune.coordination.state import Phase, State
-from fedprune.job import Job
+from fedprune.coordination.base import Desk
+from fedprune.coordination.synchronous import Coordinator
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Phase, State
+from fedprune.model.architecture import Architecture
 from fedprune.strategies import compose
 
 __all__ = ["AsynchronousCoordinator", "Coordinator", "Desk", "Phase", "State", "coordinate"]

@@ -11,18 +11,18 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from fedprune.architecture import Architecture
-from fedprune.chance import keyed
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.attendance import Attendance
-from fedprune.coordination.desk import Commands, Desk, based, steps_of
-from fedprune.coordination.dismissal import LATE
-from fedprune.coordination.roll import Roll
-from fedprune.coordination.shares import Shares, plain
-from fedprune.coordination.state import Phase, Progress, State, Task
-from fedprune.job import Job
-from fedprune.wire.fields import believable
+from fedprune.coordination.availability import Attendance
+from fedprune.coordination.base import Commands, Desk, based, steps_of
+from fedprune.coordination.staleness import Shares, plain
+from fedprune.coordination.stragglers import LATE
+from fedprune.core.rng import keyed
+from fedprune.jobs.change_tracking import Roll
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Phase, Progress, State, Task
+from fedprune.model.architecture import Architecture
+from fedprune.wire.validation import believable
 
 
 class AsynchronousCoordinator(Desk):

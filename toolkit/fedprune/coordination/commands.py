@@ -150,7 +150,8 @@ class Extract:
         basis: What it is cut from.
         part: Whose it is.
         block: Channels that the device computes at once, for a training graph of its own; 0 for the one of all.
-        forms: What forms of layers took there (`fedprune.form_times`), as plain JSON types; None if that isn't known.
+        forms: What forms of layers took there (`fedprune.costs.form_times`), as plain JSON types; None if that isn't
+            known.
         coding: What of it travels encoded.
         accumulate: Parts in which the device works through a batch, unless the recipe asks for more.
     """
@@ -293,7 +294,7 @@ class Evaluate:
     Attributes:
         round: The round that it comes of.
         model: Its digest.
-        spent: What it has cost of privacy (`fedprune.coordination.ledger`); None where nothing is promised.
+        spent: What it has cost of privacy (`fedprune.coordination.privacy_budget`); None where nothing is promised.
         foreseen: What that would be after another round.
     """
 

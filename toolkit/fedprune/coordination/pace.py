@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from fedprune.coordination.state import Progress, Task
+from fedprune.jobs.state import Progress, Task
 
 PARTS = 10
 """A device's training is told of in so many parts."""

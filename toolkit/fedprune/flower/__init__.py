@@ -3,7 +3,7 @@
 Nothing else in fedprune imports Flower, and whoever doesn't import this package doesn't need it.
 """
 
-from fedprune.errors import MissingExtraError
+from fedprune.core.errors import MissingExtraError
 
 try:
     import flwr.serverapp.strategy  # noqa: F401
@@ -13,7 +13,7 @@ except ImportError as error:
         extra="flower",
     ) from error
 
-from fedprune.flower.part import Part, answer
+from fedprune.flower.client import Part, answer
 from fedprune.flower.presets import PRESETS, REFUSED
 from fedprune.flower.strategy import FedpruneStrategy
 

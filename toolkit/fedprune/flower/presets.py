@@ -6,12 +6,12 @@ it keeps between rounds, masks that it trains under, gradients that it reports) 
 
 from __future__ import annotations
 
-from fedprune.errors import ConfigError, meant
-from fedprune.job import Job
-from fedprune.recipe import Recipe
+from fedprune.core.errors import ConfigError, meant
+from fedprune.jobs.job import Job
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Turn
 from fedprune.strategies.strategy import Strategy
+from fedprune.training.recipe import Recipe
 
 PRESETS = ("fedavg", "fedprox", "fedprune", "fedrolex", "heterofl", "plain")
 """Names of the strategies that work under Flower."""

@@ -12,20 +12,20 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedprune import tensorfile
-from fedprune.architecture import Architecture
-from fedprune.disk import is_there, write_whole
-from fedprune.errors import FedpruneError, ProtocolError, StorageError
-from fedprune.fixed_point import MAX_WEIGHT
+from fedprune.aggregation.checks import check_counts, check_model
+from fedprune.aggregation.fixed_point import MAX_WEIGHT
+from fedprune.coordination.influence import MEMORY, bounds, capped, lengths, reaches, shortened
+from fedprune.core import tensorfile
+from fedprune.core.disk import is_there, write_whole
+from fedprune.core.errors import FedpruneError, ProtocolError, StorageError
+from fedprune.flower.allocation import Share
 from fedprune.flower.presets import composed
-from fedprune.flower.shares import Share
-from fedprune.freezing import frozen_tensors
-from fedprune.influence import MEMORY, bounds, capped, lengths, reaches, shortened
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection, Tensors
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import Architecture
+from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.roles import Cut, Memories, Report, Scene, Submodel, Turn
-from fedprune.tensor_checks import check_counts, check_model
+from fedprune.training.recipe import Recipe
+from fedprune.training.trainable import frozen_tensors
 
 FORMAT = "fedprune.flower-state/1"
 

@@ -15,16 +15,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedprune.architecture import TensorKind
-from fedprune.errors import ConfigError, FedpruneError, PlanError, ProtocolError
-from fedprune.features import Features
+from fedprune.core.errors import ConfigError, FedpruneError, PlanError, ProtocolError
+from fedprune.core.npy_array import float32_array
+from fedprune.flower.allocation import Share, Shares, Wishes
+from fedprune.flower.messages import ASKING, FORMAT, RECORD, STEPS, check_format
 from fedprune.flower.rounds import Rounds, Task, Update, WholeModel
-from fedprune.flower.shares import Share, Shares, Wishes
-from fedprune.flower.words import ASKING, FORMAT, RECORD, STEPS, check_format
-from fedprune.job import Job
-from fedprune.npy_array import float32_array
-from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import TensorKind
+from fedprune.model.selection import Tensors
+from fedprune.training.features import Features
+from fedprune.training.recipe import Recipe
 
 _ASK_S = 60.0
 """Seconds that nodes have to say what they carry; who is late is asked again in the next round."""

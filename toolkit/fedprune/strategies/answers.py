@@ -1,7 +1,7 @@
 """What roles answer, checked: of which type it is, and of which shape.
 
 The presets' own roles are tested; those that somebody else writes are asked through these checks
-(`fedprune.strategies.own`), so that a slip is named where it was made and not where it is felt.
+(`fedprune.strategies.user_strategies`), so that a slip is named where it was made and not where it is felt.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.aggregation import Fold
-from fedprune.allocation import Fleet
-from fedprune.architecture import Architecture
-from fedprune.element_mask import ElementMask
-from fedprune.errors import FedpruneError, shape_text, shown
-from fedprune.recipe import Recipe
-from fedprune.selection import Selection
+from fedprune.aggregation.fold import Fold
+from fedprune.core.errors import FedpruneError, shape_text, shown
+from fedprune.model.architecture import Architecture
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection
+from fedprune.strategies.allocation import Fleet
 from fedprune.strategies.roles import Closing, Cut, Ranking, Report, Scene, Submodel
+from fedprune.training.recipe import Recipe
 
 Check = Callable[[Any, Sequence[Any]], None]
 """Looks at an answer and at what was asked with."""

@@ -13,11 +13,11 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation import Fold
-from fedprune.element_order import magnitudes, prunable, with_floors
-from fedprune.errors import ConfigError, shown
-from fedprune.scoring import ordered, ranks
-from fedprune.selection import Tensors, mesh
+from fedprune.aggregation.fold import Fold
+from fedprune.core.errors import ConfigError, shown
+from fedprune.importance.element_ranking import magnitudes, prunable, with_floors
+from fedprune.importance.scoring import ordered, ranks
+from fedprune.model.selection import Tensors, mesh
 from fedprune.strategies.roles import Memories, Ranking, Report, Scene
 
 Floats = npt.NDArray[np.float32]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar
 
-from fedprune import setting_checks
-from fedprune.errors import ConfigError, meant, shown
-from fedprune.job import Job
+from fedprune.core import validation
+from fedprune.core.errors import ConfigError, meant, shown
+from fedprune.jobs.job import Job
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ def number(
     Raises:
         ConfigError: It is out of range, or no number at all.
     """
-    setting_checks.number(f"job: option {name} of {strategy}", value, low, high, above=above, below=below)
+    validation.number(f"job: option {name} of {strategy}", value, low, high, above=above, below=below)
 
 
 def numbers(strategy: str, name: str, values: Sequence[object]) -> None:
@@ -75,7 +75,7 @@ def numbers(strategy: str, name: str, values: Sequence[object]) -> None:
         ConfigError: One is none.
     """
     most = sys.float_info.max
-    if not all(setting_checks.within(value, -most, most) for value in values):
+    if not all(validation.within(value, -most, most) for value in values):
         raise ConfigError(f"job: option {name} of {strategy}", expected="finite numbers", got=shown(list(values)))
 
 
@@ -85,7 +85,7 @@ def choice(strategy: str, name: str, value: str, allowed: tuple[str, ...]) -> No
     Raises:
         ConfigError: It is another one.
     """
-    setting_checks.word(f"job: option {name} of {strategy}", value, allowed)
+    validation.word(f"job: option {name} of {strategy}", value, allowed)
 
 
 def _default(field: Field[Any]) -> Any:

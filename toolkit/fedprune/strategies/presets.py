@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from fedprune.errors import ConfigError, meant
-from fedprune.job import Job
-from fedprune.strategies.asynchronous import fedasync, fedbuff, fedfix
-from fedprune.strategies.autoflip import autoflip
-from fedprune.strategies.ca_hfp import ca_hfp
-from fedprune.strategies.fedavg import fedavg, fedprox
-from fedprune.strategies.fedobp import fedobp
-from fedprune.strategies.fedper import fedper, history, local
-from fedprune.strategies.fedprune import fedprune
-from fedprune.strategies.fiarse import fiarse
-from fedprune.strategies.heterofl import fedrolex, heterofl
-from fedprune.strategies.own import own_strategy
-from fedprune.strategies.plain import plain
-from fedprune.strategies.pr_fl import pr_fl
-from fedprune.strategies.private import check_private
-from fedprune.strategies.robust import robust
-from fedprune.strategies.scheduling import scheduled
+from fedprune.core.errors import ConfigError, meant
+from fedprune.jobs.job import Job
+from fedprune.strategies.methods.asynchronous import fedasync, fedbuff, fedfix
+from fedprune.strategies.methods.autoflip import autoflip
+from fedprune.strategies.methods.ca_hfp import ca_hfp
+from fedprune.strategies.methods.fedavg import fedavg, fedprox
+from fedprune.strategies.methods.fedobp import fedobp
+from fedprune.strategies.methods.fedper import fedper, history, local
+from fedprune.strategies.methods.fedprune import fedprune
+from fedprune.strategies.methods.fiarse import fiarse
+from fedprune.strategies.methods.heterofl import fedrolex, heterofl
+from fedprune.strategies.methods.plain import plain
+from fedprune.strategies.methods.pr_fl import pr_fl
+from fedprune.strategies.methods.robust import robust
+from fedprune.strategies.methods.subflot import subflot
+from fedprune.strategies.privacy_checks import check_private
+from fedprune.strategies.schedule_override import scheduled
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.subflot import subflot
+from fedprune.strategies.user_strategies import own_strategy
 
 ROBUST = "robust"
 """The option that goes with every strategy."""
@@ -56,8 +56,8 @@ PRESETS: dict[str, Preset] = {
 def compose(job: Job) -> Strategy:
     """The strategy of a job: a preset by its name, or a function of the user's as `package.module:function`.
 
-    The option `robust` goes with every strategy: it wraps the aggregator (`fedprune.strategies.robust`). The job's
-    `schedule` takes the place of the strategy's own (`fedprune.strategies.scheduling`).
+    The option `robust` goes with every strategy: it wraps the aggregator (`fedprune.strategies.methods.robust`). The
+    job's `schedule` takes the place of the strategy's own (`fedprune.strategies.schedule_override`).
 
     Raises:
         ConfigError: There is no such strategy, its options are wrong, or it can't keep the job's privacy.

@@ -3,7 +3,7 @@
 Roles are small objects without state of their own: all that lasts lies in the job's memory, which is stored after every
 round, so that a round can be repeated, in another process, with the same bits. *Scorer*, *extractor*, *aggregator* and
 *personaliser* work on tensors, in the worker; *objective* writes the recipe that a board trains by; *allocator* and
-*schedule* (`fedprune.allocation`, `fedprune.schedule`) decide in the coordinator, which sees no tensor.
+*schedule* (`fedprune.strategies.allocation`, `fedprune.jobs.schedule`) decide in the coordinator, which sees no tensor.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation import Fold
-from fedprune.architecture import Architecture
-from fedprune.element_mask import ElementMask
-from fedprune.recipe import Recipe
-from fedprune.scoring import Ranks
-from fedprune.selection import Selection, Tensors
+from fedprune.aggregation.fold import Fold
+from fedprune.importance.scoring import Ranks
+from fedprune.model.architecture import Architecture
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.training.recipe import Recipe
 
 Memory = Mapping[str, Mapping[str, npt.NDArray[Any]]]
 """What a job remembers between rounds: named collections of tensors, such as `velocity`. Loaded when asked for."""
@@ -159,7 +159,8 @@ class Report:
         steps: Optimiser steps behind it.
         read_sent: Reads the submodel that it was sent.
         squares: Squared gradients of the last step by tensor, where the recipe asks for them; in the submodel's
-            coordinates, finite and not negative (`fedprune.tensor_checks.check_squares`). A device may leave some out.
+            coordinates, finite and not negative (`fedprune.aggregation.checks.check_squares`). A device may leave some
+            out.
     """
 
     cut: Cut

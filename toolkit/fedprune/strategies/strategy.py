@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from fedprune import setting_checks
-from fedprune.allocation import Allocator
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune.schedule import Schedule
+from fedprune.core import validation
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Schedule
+from fedprune.strategies.allocation import Allocator
 from fedprune.strategies.roles import Aggregator, Extractor, Objective, Personaliser, Scorer, Starter, Turn
+from fedprune.training.recipe import Recipe
 
 Inputs = Literal["sum", "updates", "measurements"]
 """What the server needs of boards: a round's sum of updates, single updates, or measurements on samples as well."""
@@ -28,7 +28,7 @@ class Strategy:
         personaliser: What of a device's model is its own, as far as the server keeps it.
         objective: What boards minimise.
         inputs: What the server needs of boards, by which a job with privacy is accepted or refused
-            (`fedprune.strategies.private`). Required, so that no strategy is taken for private by omission.
+            (`fedprune.strategies.privacy_checks`). Required, so that no strategy is taken for private by omission.
         allocator: Who gets how much of the model; None leaves it to the planner, or to the job's `density`.
         schedule: When offers go out and rounds close; None for synchronous rounds.
         explores: In so many first rounds every device is asked, and the scorer learns, but the model doesn't move.
@@ -54,7 +54,7 @@ class Strategy:
     starter: Starter | None = None
 
     def __post_init__(self) -> None:
-        setting_checks.word(f"strategy {self.name}: inputs", self.inputs, get_args(Inputs))
+        validation.word(f"strategy {self.name}: inputs", self.inputs, get_args(Inputs))
 
     def foreseen(self, job: Job, device: str, widths: tuple[int, ...], density: float, samples: int) -> Recipe:
         """The recipe by which a device's costs are foretold, long before its turns come.

@@ -1,8 +1,8 @@
 """Addresses of web servers that have blobs, and where a blob lies there.
 
-Below such an address blobs lie as in a blob store's folder (`fedprune.blobs`), so that any web server in front of one
-will do: `{base}/{first two digits}/{sha256}`, and beside it, with `.leaves` behind its name, the file of its leaf table
-(`fedprune.kept_table`).
+Below such an address blobs lie as in a blob store's folder (`fedprune.blobs.blob_store`), so that any web server in
+front of one will do: `{base}/{first two digits}/{sha256}`, and beside it, with `.leaves` behind its name, the file of
+its leaf table (`fedprune.blobs.leaf_cache`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
-from fedprune.errors import ProtocolError, shown
-from fedprune.kept_table import SUFFIX
+from fedprune.blobs.leaf_cache import SUFFIX
+from fedprune.core.errors import ProtocolError, shown
 from fedprune.wire.schema import described
 
 MAX_URL = 512

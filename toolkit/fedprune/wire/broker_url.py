@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from fedprune.errors import ConfigError, FedpruneError
+from fedprune.core.errors import ConfigError, FedpruneError
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
-from fedprune.errors import ProtocolError, UnknownMessageError, shown
-from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.fields import Check
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.core.errors import ProtocolError, UnknownMessageError, shown
+from fedprune.wire.validation import Check
 
 VERSION = 1
 MAX_MESSAGE = 256 * 1024

@@ -20,8 +20,8 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from io import RawIOBase
 
-from fedprune.errors import ProtocolError
-from fedprune.wire.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.core.errors import ProtocolError
 from fedprune.wire.messages import PARTS
 
 HEADER = struct.Struct("<3sBB3sI32s")

@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from fedprune.errors import FedpruneError
-from fedprune.wire.fields import one_line
+from fedprune.core.errors import FedpruneError
+from fedprune.wire.validation import one_line
 
 MOST = 20
 """Lines in a row; whoever sends more bad messages is heard of again an hour later."""

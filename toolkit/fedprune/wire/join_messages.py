@@ -1,4 +1,4 @@
-"""Messages by which a device is let in; `fedprune.trust.joining` makes and checks what is signed in them."""
+"""Messages by which a device is let in; `fedprune.security.joining` makes and checks what is signed in them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedprune.wire import fields as check
+from fedprune.wire import validation as check
 from fedprune.wire.checked_message import CheckedMessage
-from fedprune.wire.fields import Check
+from fedprune.wire.validation import Check
 
 APPROVED, WAITING, REFUSED = "approved", "waiting", "refused"
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fedprune.errors import ProtocolError, shown
-from fedprune.wire import fields as check
+from fedprune.core.errors import ProtocolError, shown
+from fedprune.wire import validation as check
 from fedprune.wire.checked_message import CheckedMessage
-from fedprune.wire.fields import Check
 from fedprune.wire.schema import Schema, described, schema_of
+from fedprune.wire.validation import Check
 
 LOG = "log"
 """Ability of a board: it sends warnings and errors of its log, and reports of crashes, to a server that asks."""

@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
 
-from fedprune.errors import ProtocolError
-from fedprune.wire import fields as check
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.core.errors import ProtocolError
+from fedprune.wire import validation as check
 from fedprune.wire.checked_message import MAX_MESSAGE, CheckedMessage, read_checked
-from fedprune.wire.fields import Check
 from fedprune.wire.join_messages import MAX_AUTHORITIES, JoinAnswer, JoinRequest
 from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
 from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import ReleaseFromServer, ReleaseReport
 from fedprune.wire.server_messages import ServerPresence, ServerQuery
+from fedprune.wire.validation import Check
 
 MAX_WANT = 1024
 """Leaves or pieces that one `Want` may ask for."""
@@ -169,7 +169,7 @@ class Refusal(CheckedMessage):
         round: The round.
         attempt: The attempt.
         reason: Why, in words.
-        exit_code: The code of the error behind it, see `fedprune.errors.ExitCode`.
+        exit_code: The code of the error behind it, see `fedprune.core.errors.ExitCode`.
     """
 
     device: str

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fedprune.wire import fields as check
-from fedprune.wire.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.wire import validation as check
 from fedprune.wire.blob_url import check_blob_url
 from fedprune.wire.checked_message import CheckedMessage
-from fedprune.wire.fields import Check
+from fedprune.wire.validation import Check
 
 _MOST_PRECISIONS = 8
 _MOST_BLOCKS = 8
@@ -34,24 +34,24 @@ class Offer(CheckedMessage):
         weights: The submodel's weights.
         training: The training graph of standard operators, which every board runs.
         inference: The inference graph, whose external data the weights are.
-        recipe: The recipe, as `fedprune.recipe.Recipe.to_offer` gives it.
+        recipe: The recipe, as `fedprune.training.recipe.Recipe.to_offer` gives it.
         mask: Which elements are active (`ElementMask.to_tensors`): of masked tensors `weights` has the active
             values alone, and so has the update. None where all are.
         ranking: Digest of the order of channels that the selection is the beginning of. Selections of other widths
             with the same digest are nested. None where nothing is known of it.
-        lowered: By precision, the graphs with which the board can serve at it (`fedprune.precision.packed`). None
+        lowered: By precision, the graphs with which the board can serve at it (`fedprune.runtime.precision.packed`).
+            None where there are none.
+        blocked: By channels of a block, training graphs for boards that compute so many at once
+            (`fedprune.runtime.blocks`), at these widths alone. A board pulls the one that it can use instead of
+            `training`. None where there are none.
+        slabs: What `weights` can be made of instead of being pulled (`fedprune.codec.width_deltas`): the narrowest
+            submodel's file, and what each wider one adds to it, up to this one. Other devices pull the same blobs. None
             where there are none.
-        blocked: By channels of a block, training graphs for boards that compute so many at once (`fedprune.blocks`),
-            at these widths alone. A board pulls the one that it can use instead of `training`. None where there are
-            none.
-        slabs: What `weights` can be made of instead of being pulled (`fedprune.slabs`): the narrowest submodel's file,
-            and what each wider one adds to it, up to this one. Other devices pull the same blobs. None where there are
-            none.
         codec: How the update is to be encoded (`fedprune.codec.Codec`); None for a plain tensor file.
         weights_codec: How weights come where they come encoded; a board keeps those that it has until the next offer.
         coded: The weights so encoded: a board that has what they are the difference to may pull this instead.
         held: sha256 of what they are the difference to; None for the difference to 0.
-        moved: Where channels lie that a device was sent last (`fedprune.codec.relocation`); None where they lie as
+        moved: Where channels lie that a device was sent last (`fedprune.codec.remap`); None where they lie as
             they did, or where nothing is known of that.
         moved_from: Digest of the selection that those were sent in.
         blobs_at: A web server that has these blobs, too (`fedprune.wire.blob_url`); None for MQTT alone.

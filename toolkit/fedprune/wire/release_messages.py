@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedprune.wire import fields as check
+from fedprune.wire import validation as check
 from fedprune.wire.checked_message import CheckedMessage
-from fedprune.wire.fields import Check
+from fedprune.wire.validation import Check
 
 DOWNLOADING, STAGED, TRIAL = "downloading", "staged", "trial"
 COMMITTED, ROLLED_BACK, REFUSED = "committed", "rolled back", "refused"
@@ -32,7 +32,7 @@ class ReleaseOffer(CheckedMessage):
 
     Attributes:
         number: The release's number.
-        manifest: Its manifest, as it was signed (`fedprune.release.Release.to_bytes`).
+        manifest: Its manifest, as it was signed (`fedprune.releases.release.Release.to_bytes`).
         signature: The server's on it, as hex.
         leaves: For each file of the manifest, in order, the sha256 of its leaf table: with the digest and the size that
             the manifest says they name the blob that the board pulls.

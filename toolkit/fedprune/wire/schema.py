@@ -20,7 +20,7 @@ def described(schema: Schema | Callable[[], Schema]) -> Callable[[Described], De
 
     Args:
         schema: JSON Schema, or what makes it when it is asked for; references into `#/$defs/` are to
-            `fedprune.wire.fields.DEFINITIONS`.
+            `fedprune.wire.validation.DEFINITIONS`.
     """
 
     def mark(check: Described) -> Described:

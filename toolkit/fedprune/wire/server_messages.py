@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedprune.wire import fields as check
+from fedprune.wire import validation as check
 from fedprune.wire.checked_message import CheckedMessage
-from fedprune.wire.fields import Check
+from fedprune.wire.validation import Check
 
 _RANDOM = check.hexadecimal(32)
 

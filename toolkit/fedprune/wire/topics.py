@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from fedprune.errors import ProtocolError
+from fedprune.core.errors import ProtocolError
 
 PREFIX = "fedprune/1"
 """First levels of every topic; the number is the protocol's version."""

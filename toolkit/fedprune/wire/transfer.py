@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from fedprune.blobs import BlobStore
-from fedprune.errors import ProtocolError, StorageError
-from fedprune.partial_blob import PartialBlob
-from fedprune.wire.answer_time import MAX_PATIENCE, AnswerTime
-from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef
+from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.partial_blob import PartialBlob
+from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.wire.chunk import MAX_PACKET, Chunk, leaves_per_chunk, read_chunks
 from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.messages import MAX_WANT, Gone, Want
+from fedprune.wire.rtt import MAX_PATIENCE, AnswerTime
 
 CHUNK_LEAVES = leaves_per_chunk(MAX_PACKET)
 """Leaves that are asked for at a time at least."""

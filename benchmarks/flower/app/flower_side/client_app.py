@@ -8,9 +8,9 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedprune.recipe import Recipe
-from fedprune_device.data import load_data
-from fedprune_device.trainer import Trainer
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import load_data
+from fedprune_device.training.trainer import Trainer
 
 app = ClientApp()
 

@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedprune import tensorfile
+from fedprune.core import tensorfile
 
 app = ServerApp()
 

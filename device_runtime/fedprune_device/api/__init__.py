@@ -1,0 +1,1 @@
+"""The local interface for applications beside the agent."""

@@ -1,0 +1,147 @@
+"""Where the local interface listens: a unix socket, or a port of this machine alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprune.core.errors import ConfigError, StorageError, remedy
+
+MODE = 0o660
+"""Who may talk to the board: its user and its group."""
+
+_PATH_BYTES = 100
+"""What an address of a unix socket may be long, less a temporary name's ending."""
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_TCP = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/]+)):(\d{1,5})")
+_BACKLOG = 32
+
+
+class Bound(socket.socket):
+    """A socket that listens, and by what its file is known again."""
+
+    file: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Address:
+    """An address that this machine alone reaches.
+
+    Attributes:
+        path: The socket's file; None for a port.
+        host: The port's address.
+        port: The port; 0 takes a free one.
+    """
+
+    path: Path | None = None
+    host: str = ""
+    port: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read `unix:/path` or `127.0.0.1:PORT`.
+
+        Raises:
+            ConfigError: It is none, or one that others could reach.
+        """
+        if text.startswith("unix:"):
+            path = Path(text.removeprefix("unix:"))
+            if not path.is_absolute() or len(os.fsencode(path)) > _PATH_BYTES:
+                wanted = f"unix: and an absolute path of at most {_PATH_BYTES} bytes"
+                raise ConfigError("address of the local interface", expected=wanted, got=repr(text))
+            return cls(path)
+        match = _TCP.fullmatch(text)
+        if match is None or int(match[3]) > 65_535:
+            wanted = "unix:/run/fedprune/local.sock or 127.0.0.1:PORT"
+            raise ConfigError("address of the local interface", expected=wanted, got=repr(text))
+        host = match[1] or match[2]
+        if host not in _LOOPBACK:
+            raise ConfigError(
+                "address of the local interface",
+                expected=" or ".join(_LOOPBACK),
+                got=host,
+                hint="Nobody is asked who they are, so that no other machine may reach it; use ssh -L for that.",
+            )
+        return cls(None, "127.0.0.1" if host == "localhost" else host, int(match[3]))
+
+    def bind(self) -> Bound:
+        """A socket that listens there.
+
+        Raises:
+            StorageError: The file can't be made, or another program listens there.
+        """
+        return self._bind_port() if self.path is None else self._bind_file(self.path)
+
+    def release(self, bound: Bound) -> None:
+        """Close the socket, and delete its file if it is still this one's."""
+        bound.close()
+        if self.path is not None and bound.file is not None:
+            with contextlib.suppress(OSError):
+                if _identity(self.path) == bound.file:
+                    self.path.unlink()
+
+    def _bind_port(self) -> Bound:
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        bound = Bound(family, socket.SOCK_STREAM)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind((self.host, self.port))
+            bound.listen(_BACKLOG)
+        except OSError as error:
+            bound.close()
+            raise StorageError(
+                f"can't listen on {self.host}:{self.port}: {error.strerror or error}", hint="Choose another port."
+            ) from error
+        return bound
+
+    def _bind_file(self, path: Path) -> Bound:
+        _check_free(path)
+        # Under another name until nobody but those who may can connect, and until it listens.
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        bound = Bound(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            new.unlink(missing_ok=True)
+            bound.bind(str(new))
+            new.chmod(MODE)
+            bound.listen(_BACKLOG)
+            bound.file = _identity(new)
+            new.replace(path)
+        except OSError as error:
+            bound.close()
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise StorageError(f"can't listen on {path}: {error.strerror or error}", hint=remedy(error)) from error
+        return bound
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """By what a file is known again; a number alone may be given to another one."""
+    status = path.lstat()
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+def _check_free(path: Path) -> None:
+    """Make sure that nobody listens there; what a killed process left doesn't matter."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(f"can't listen on {path}: {error.strerror}", hint=remedy(error)) from error
+    if not stat.S_ISSOCK(status.st_mode):
+        raise StorageError(f"{path} is there already, and no socket", hint="Choose another path.")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return
+        except OSError as error:
+            raise StorageError(f"can't listen on {path}: {error.strerror or error}", hint=remedy(error)) from error
+    raise StorageError(f"another program listens on {path}", hint="Stop it, or choose another path.")

@@ -1,0 +1,206 @@
+"""What the local interface answers: predictions, samples, status."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from fedprune.core.errors import shown
+from fedprune_device.api.live_model import LiveModel, Loaded
+from fedprune_device.api.request import Answer, Request, RequestError
+from fedprune_device.api.request_body import KINDS, array, batch, document
+from fedprune_device.data.dataset import Array
+from fedprune_device.data.image_decoding import TYPES, Pixels
+from fedprune_device.data.sample import MAX_LABEL, Added, NoSampleError, SampleConflictError
+from fedprune_device.data.sample_store import SampleSet
+
+MAX_BATCH = 64
+
+_SAMPLE = re.compile(r"/v1/samples/([0-9a-f]{32})(/label)?")
+_LOCAL = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?", re.IGNORECASE)
+
+_PATHS = {
+    "/v1/predict": ("POST",),
+    "/v1/samples": ("GET", "POST"),
+    "/v1/samples/ID": ("DELETE",),
+    "/v1/samples/ID/label": ("POST",),
+    "/v1/status": ("GET",),
+    "/v1/health": ("GET",),
+}
+
+
+class Endpoints:
+    """All that can be asked. May be asked from any thread.
+
+    Args:
+        model: What predicts.
+        samples: Takes samples; None where the board has its data from elsewhere.
+        status: What the board says of itself.
+        class_names: Names of the classes, in their order.
+        pixels: How the model takes images.
+    """
+
+    def __init__(
+        self,
+        model: LiveModel,
+        samples: SampleSet | None,
+        status: Callable[[], dict[str, Any]],
+        *,
+        class_names: tuple[str, ...] = (),
+        pixels: Pixels | None = None,
+    ) -> None:
+        self._model, self._samples, self._status = model, samples, status
+        self._names, self._pixels = class_names, pixels or Pixels()
+        self._decoder = threading.Lock()  # one at a time: a picture is larger than its file
+
+    def answer(self, request: Request) -> Answer:
+        """Answer a request.
+
+        Raises:
+            RequestError: It is none of this interface, or can't be answered now.
+            DataError: Its sample doesn't fit.
+            ModelError: An operator fails.
+            StorageError: The disk fails or is full; nothing changed.
+        """
+        # A page in a browser may send requests to this machine; browsers then name the page, or the name it used.
+        if "origin" in request.headers:
+            raise RequestError(403, "requests of web pages are not answered")
+        host = request.headers.get("host", "")
+        if not _LOCAL.fullmatch(host):
+            raise RequestError(403, "the header Host", expected="localhost or 127.0.0.1", got=shown(host))
+        match = _SAMPLE.fullmatch(request.path)
+        name = request.path if match is None else "/v1/samples/ID" + (match[2] or "")
+        if name not in _PATHS:
+            raise RequestError(404, f"there is no {shown(request.path)}", expected=" or ".join(_PATHS))
+        if request.method not in _PATHS[name]:
+            raise RequestError(405, f"{shown(request.method)} of {name}", expected=", ".join(_PATHS[name]))
+        known = {"/v1/predict": "top", "/v1/samples": "label"}.get(name) if request.method == "POST" else None
+        for found in request.query:
+            if found != known:
+                wanted = known or "nothing"
+                raise RequestError(400, "what stands behind the question mark", expected=wanted, got=shown(found))
+        if match is not None:
+            return self._change(request, match[1])
+        if request.method == "POST":
+            return self._predict(request) if name == "/v1/predict" else self._add(request)
+        return {"/v1/samples": self._counts, "/v1/status": self._standing, "/v1/health": self._health}[name]()
+
+    def _predict(self, request: Request) -> Answer:
+        model = self._model.serving()  # the same one to the end
+        top = None if "top" not in request.query else _whole("top", request.query["top"], 1, MAX_LABEL)
+        x = batch(self._array(request, model), model.shape, MAX_BATCH, tokens=model.tokens)
+        rows = self._model.predict(model, x)
+        if not np.isfinite(rows).all():
+            raise RequestError(500, "the model's outputs are not finite", hint="Look at the input's scale.")
+        record = model.record
+        names = {"class_names": list(self._names)} if self._names else {}
+        predictions = [self._row(row, record.loss, top) for row in rows.tolist()]
+        return Answer({"model": _named(model), "classes": record.classes, **names, "predictions": predictions})
+
+    def _row(self, row: list[float], loss: str, top: int | None) -> dict[str, Any]:
+        """What is said of one sample."""
+        order = sorted(range(len(row)), key=lambda c: (-row[c], c))
+        found = self._one(order[0], row[order[0]]) if loss == "cross_entropy" else {}
+        if loss not in ("cross_entropy", "bce"):
+            return {"values": row}
+        if top is None:
+            return {**found, "probabilities": row}
+        return {**found, "top": [self._one(c, row[c]) for c in order[:top]]}
+
+    def _one(self, number: int, probability: float) -> dict[str, Any]:
+        name = {"name": self._names[number]} if number < len(self._names) else {}
+        return {"class": number, **name, "probability": probability}
+
+    def _add(self, request: Request) -> Answer:
+        samples, model = self._set(), self._model.loaded
+        label = self._label(request.query["label"]) if "label" in request.query else None
+        x = self._array(request, model)
+        if model is not None:
+            x = batch(x, model.shape, 1, tokens=model.tokens)[0]
+        elif x.dtype.kind == "f":
+            x = x.astype(np.float32)
+        try:
+            added = samples.add(x, label)
+        except SampleConflictError as error:
+            raise RequestError.of(409, error) from error
+        return self._told(added, 201 if added.kept and not added.duplicate else 200)
+
+    def _change(self, request: Request, name: str) -> Answer:
+        samples = self._set()
+        try:
+            if request.method == "POST":
+                return self._told(samples.label(name, self._label(document(request, "label")["label"])), 200)
+            samples.delete(name)
+            return Answer({"id": name, "kept": False})
+        except NoSampleError as error:
+            raise RequestError.of(404, error) from error
+
+    def _told(self, added: Added, status: int) -> Answer:
+        body = asdict(added)
+        if added.label is not None and added.label < len(self._names):
+            body["name"] = self._names[added.label]
+        return Answer(body, status)
+
+    def _counts(self) -> Answer:
+        found = self._set().counts()
+        for label, row in found["classes"].items():
+            if int(label) < len(self._names):
+                row["name"] = self._names[int(label)]
+        return Answer(found)
+
+    def _standing(self) -> Answer:
+        model = self._model.loaded
+        serving = None if model is None else {**_named(model), "by": self._model.answers}
+        shape = None if model is None else [s if isinstance(s, int) else None for s in model.shape]
+        return Answer({**self._status(), "serving": serving, "input": shape})
+
+    def _health(self) -> Answer:
+        return Answer({"status": "ok", "serves": self._model.loaded is not None})
+
+    def _set(self) -> SampleSet:
+        if self._samples is None:
+            raise RequestError(
+                409, "this board takes no samples", hint="It takes them where it was started with --data local."
+            )
+        return self._samples
+
+    def _label(self, value: object) -> int:
+        """A class by its number or its name."""
+        model = self._model.loaded
+        if model is not None and model.record.loss != "cross_entropy":
+            raise RequestError(409, "labels of this model are no classes", got=f"loss {model.record.loss}")
+        most = MAX_LABEL if model is None else model.record.classes - 1
+        most = min(most, len(self._names) - 1) if self._names else most
+        if isinstance(value, str) and value in self._names:
+            return self._names.index(value)
+        return _whole("label", value, 0, most, ", or a class's name" if self._names else "")
+
+    def _array(self, request: Request, model: Loaded | None) -> Array:
+        shape = None if model is None else model.shape
+        if request.kind in TYPES:
+            if shape is None:
+                raise RequestError(503, "no model says how large images are", hint="Wait for the first round.")
+            with self._decoder:
+                return self._pixels.read(request.body, (TYPES[request.kind],), shape)
+        if request.kind not in KINDS:
+            known = " or ".join((*KINDS, *TYPES))
+            raise RequestError(415, "the header Content-Type", expected=known, got=shown(request.kind))
+        return array(request, shape, tokens=model is not None and model.tokens)
+
+
+def _named(model: Loaded) -> dict[str, Any]:
+    record = model.record
+    return {"job": record.job, "round": record.round, "digest": record.weights}
+
+
+def _whole(what: str, value: object, low: int, high: int, more: str = "") -> int:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise RequestError(422, what, expected=f"a whole number from {low} to {high}{more}", got=shown(value))
+    return value

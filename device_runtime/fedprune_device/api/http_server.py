@@ -1,0 +1,272 @@
+"""The local interface's server: the standard library's, with bounds on size, time and number.
+
+A connection is for one request. Whoever is slow loses it after a while, and at once to the next one who comes when all
+are taken, unless that one's user has as many already; what is being answered is never cut off.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import socketserver
+import struct
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from fedprune import __version__
+from fedprune.core.errors import FedpruneError, shown
+from fedprune_device.api.address import Address
+from fedprune_device.api.endpoints import Endpoints
+from fedprune_device.api.request import Answer, Request, RequestError
+
+_LOG = logging.getLogger("fedprune.device")
+
+CONNECTIONS = 8
+"""Clients at a time; each has a thread and at most one body."""
+
+BODY_BYTES = 8 * 2**20
+REQUEST_SECONDS = 20.0
+"""How long a request may take to arrive."""
+
+SOCKET_SECONDS = 10.0
+"""How long a client may send nothing, or read nothing of its answer."""
+
+_PEER = struct.Struct("3i")  # struct ucred: process, user, group
+_CLOSE_SECONDS = 5.0
+_LINGER_SECONDS = 1.0
+
+
+@dataclass
+class _Client:
+    user: int
+    """Who connected, as the kernel says; one for all where it doesn't: on a port."""
+    since: float | None
+    """Since when it has been sending; None once its request is whole."""
+
+
+class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Listens at once, and until `close`.
+
+    Args:
+        address: Where.
+        endpoints: What is answered.
+        connections: How many clients there may be at a time.
+
+    Raises:
+        StorageError: The address is taken, or can't be listened on.
+    """
+
+    daemon_threads = True
+    block_on_close = False  # a client that hangs must not keep the board from ending
+
+    def __init__(self, address: Address, endpoints: Endpoints, connections: int = CONNECTIONS) -> None:
+        super().__init__(("", 0), _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = self._bound = address.bind()
+        self.endpoints = endpoints
+        self._address, self._most = address, connections
+        self._lock = threading.Lock()
+        self._clients: dict[Any, _Client] = {}
+        self._thread = threading.Thread(target=self.serve_forever, name="fedprune-local", daemon=True)
+        self._thread.start()
+        _LOG.info("the local interface listens on %s", address.path or f"{address.host}:{self.port}")
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def port(self) -> int:
+        """The port; 0 for a unix socket."""
+        return 0 if self._address.path is not None else int(self.socket.getsockname()[1])
+
+    def close(self) -> None:
+        """Listen no longer, and end all connections; what is being answered has a few seconds."""
+        self.shutdown()
+        self._thread.join()
+        self._address.release(self._bound)
+        self._cut(float("inf"))
+        ends = time.monotonic() + _CLOSE_SECONDS
+        while self._clients and time.monotonic() < ends:
+            time.sleep(0.01)
+
+    def arrived(self, client: Any) -> None:
+        """A client's request is whole: it won't be cut off any more."""
+        with self._lock:
+            if client in self._clients:
+                self._clients[client].since = None
+
+    # What the standard library calls
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a client."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            _LOG.warning("the local interface: %s", error)
+            time.sleep(0.1)  # too many open files, for example, which would come again at once
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a client a thread, if there is one left."""
+        user = _user(request)
+        with self._lock:
+            if len(self._clients) >= self._most:
+                self._make_room(user)
+            if admitted := len(self._clients) < self._most:
+                self._clients[request] = _Client(user, time.monotonic())
+        if admitted:
+            super().process_request(request, client_address)
+            return
+        error = RequestError(503, "too many requests at a time", expected=f"at most {self._most}", hint="Try again.")
+        body = Answer.of(error).to_bytes()
+        head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        with suppress(OSError):
+            request.setblocking(False)
+            request.send(f"{head}Retry-After: 1\r\nConnection: close\r\n\r\n".encode() + body)
+        self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """A client is done with."""
+        with self._lock:
+            self._clients.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Twice a second: cut off those who send too slowly."""
+        self._cut(time.monotonic() - REQUEST_SECONDS)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """One client must not end the service of others."""
+        _LOG.debug("a client of the local interface went", exc_info=True)
+
+    def _make_room(self, user: int) -> None:
+        """Cut off who has been sending for longest: of the user with the most places, and of nobody with fewer than
+        `user` has."""
+        held = Counter(c.user for c in self._clients.values())
+        sending = [c for c, state in self._clients.items() if state.since is not None]  # the longest first
+        found = [c for c in sending if (own := self._clients[c].user) == user or held[own] > held[user]]
+        if found:
+            longest = max(found, key=lambda c: held[self._clients[c].user])
+            _shut(longest)
+            del self._clients[longest]
+
+    def _cut(self, before: float) -> None:
+        with self._lock:
+            for client, state in self._clients.items():
+                if state.since is not None and state.since < before:
+                    _shut(client)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Reads one request, and answers it."""
+
+    server: LocalServer
+    protocol_version = "HTTP/1.1"
+    timeout = SOCKET_SECONDS
+
+    def handle(self) -> None:
+        """Answer one request; whoever has another one connects again."""
+        self.close_connection = True
+        self.handle_one_request()
+
+    def do_GET(self) -> None:
+        """Answer."""
+        read = False
+        try:
+            body = self._body()
+            read = True
+            self.server.arrived(self.connection)
+            answer = self.server.endpoints.answer(self._request(body))
+        except FedpruneError as error:
+            answer = Answer.of(error)
+        except MemoryError:
+            answer = Answer.of(RequestError(503, "not enough memory for the request"))
+        except OSError:
+            raise  # the client has gone
+        except Exception:  # noqa: BLE001 - a client sees no traceback
+            _LOG.exception("unexpected error while a request was answered")
+            answer = Answer.of(RequestError(500, "an unexpected error", hint="The board's log has it."))
+        self._say(answer)
+        if not read:
+            self._linger()
+
+    do_POST = do_DELETE = do_GET  # noqa: N815 - the library's names
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the library can't read as a request is told as everything else is."""
+        status = 405 if code == 501 else int(code)
+        self._say(Answer.of(RequestError(status, "the request can't be read", got=message)))
+        self._linger()
+
+    def version_string(self) -> str:
+        """What the answer says of the server."""
+        return f"fedprune/{__version__}"
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name
+        """Requests are no news."""
+
+    def _body(self) -> bytes:
+        lengths = self.headers.get_all("Content-Length", [])
+        if "Transfer-Encoding" in self.headers:
+            raise RequestError(411, "the body's length", expected="the header Content-Length", got="chunks")
+        if not lengths and self.command != "POST":
+            return b""
+        if len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,15}", lengths[0]):
+            got = shown(lengths[0]) if len(lengths) == 1 else f"{len(lengths)} of them"
+            raise RequestError(411, "the header Content-Length", expected="a whole number, once", got=got)
+        size = int(lengths[0])
+        if size > BODY_BYTES:
+            hint = "Send fewer samples at a time."
+            raise RequestError(413, "size of the body", expected=f"at most {BODY_BYTES} bytes", got=size, hint=hint)
+        body = self.rfile.read(size)
+        if len(body) < size:
+            raise ConnectionAbortedError("a client ended in the middle of a body")
+        return body
+
+    def _request(self, body: bytes) -> Request:
+        try:
+            url = urlsplit(self.path)
+            query = dict(parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query), errors="strict"))
+            path = unquote(url.path, errors="strict")
+        except ValueError as error:
+            raise RequestError(400, "the address of the request", got=shown(self.path)) from error
+        return Request(self.command, path, query, {k.lower(): v for k, v in self.headers.items()}, body)
+
+    def _say(self, answer: Answer) -> None:
+        body = answer.to_bytes()
+        self.request_version = self.protocol_version  # an answer without a head helps nobody
+        self.send_response(answer.status)
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Cache-Control": "no-store"}
+        for name, value in {**headers, **answer.headers, "Connection": "close"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _linger(self) -> None:
+        """Take what still comes: a connection that is closed on it may lose the answer."""
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(_LINGER_SECONDS)
+            while self.connection.recv(2**16):
+                pass
+
+
+def _user(client: Any) -> int:
+    """Who is at the other end of a unix socket (SO_PEERCRED, unix(7)); -1 of a port."""
+    with suppress(OSError):
+        if client.family == socket.AF_UNIX:
+            _, user, _ = _PEER.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+            return int(user)
+    return -1
+
+
+def _shut(client: Any) -> None:
+    with suppress(OSError):
+        client.shutdown(socket.SHUT_RDWR)  # wakes its thread, which closes it

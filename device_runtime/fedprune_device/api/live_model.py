@@ -1,0 +1,184 @@
+"""The model that answers predictions: always a whole one, the old one until the new one has passed its check."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import FedpruneError
+from fedprune_device.api.request import RequestError
+from fedprune_device.data.dataset import Array, Shape
+from fedprune_device.serving.model_slots import Serving, Slots
+from fedprune_device.serving.prediction_text import likely
+from fedprune_device.serving.predictor import Predictor
+
+if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
+    from fedprune_device.engines.engine_selector import Keeper
+
+_LOG = logging.getLogger("fedprune.device")
+
+_LOOK_SECONDS = 0.5
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 600.0
+"""Between two tries at a model that can't be loaded; each pause is twice the last. It may have been lack of memory."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with all that is said of it.
+
+    Attributes:
+        predictor: The model.
+        record: What it is.
+    """
+
+    predictor: Predictor
+    record: Serving
+
+    @property
+    def shape(self) -> Shape:
+        """One sample's shape."""
+        return self.predictor.input_shape
+
+    @property
+    def tokens(self) -> bool:
+        """Whether it takes whole numbers."""
+        return self.predictor.takes_tokens
+
+
+class LiveModel:
+    """Follows the serving folder of a state directory, in a thread of its own.
+
+    Args:
+        serving: The folder.
+        threads: Threads that predict, beside those that train.
+        clock: Seconds that only grow.
+        cuda: Whether onnxruntime is to predict on an NVIDIA GPU, if that works.
+        keeper: Makes engines for what serves; None where onnxruntime alone answers.
+    """
+
+    def __init__(
+        self,
+        serving: Path,
+        threads: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        cuda: bool = False,
+        keeper: Keeper | None = None,
+    ) -> None:
+        self._slots, self._pointer = Slots(serving), serving / "serving.json"
+        self._threads, self._clock, self._cuda, self._keeper = threads, clock, cuda, keeper
+        self._loaded: Loaded | None = None
+        self._seen: tuple[int, ...] | None = None  # the pointer to what is loaded
+        self._tried: tuple[int, ...] | None = None
+        self._pause, self._again = 0.0, 0.0
+        self._lock = threading.Lock()  # more predictions at a time would only share the same cores
+        self._looking = threading.Lock()
+        self._stopping = threading.Event()
+        self._look_safely()
+        self._thread = threading.Thread(target=self._watch, name="fedprune-live-model", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> LiveModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Follow no longer; what is loaded still answers."""
+        self._stopping.set()
+        self._thread.join()
+        if self._keeper is not None:
+            self._keeper.close()
+
+    @property
+    def answers(self) -> str:
+        """What computes the answers, and why not an engine where none does."""
+        return "onnxruntime" if self._keeper is None else self._keeper.status
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """What answers now; None before the first model."""
+        return self._loaded
+
+    def serving(self) -> Loaded:
+        """What answers now.
+
+        Raises:
+            RequestError: Nothing yet.
+        """
+        if self._loaded is None:
+            raise RequestError(503, "no model serves yet", hint="The board must finish a round first.")
+        return self._loaded
+
+    def predict(self, model: Loaded, x: Array) -> npt.NDArray[np.float64]:
+        """What a model says of samples: probabilities of classes or labels, or numbers.
+
+        Args:
+            model: The model; the same one to the end, whatever serves meanwhile.
+            x: Samples [n, ...].
+
+        Returns:
+            Rows [n, outputs], with what the board's own labels say in them.
+
+        Raises:
+            ModelError: An operator fails.
+        """
+        with self._lock:
+            logits = model.predictor.predict(x)
+        return likely(model.record.loss, model.record.own(logits).astype(np.float64))
+
+    def look(self) -> None:
+        """Load what serves, if it is another model; what can't be loaded or fails its check is tried again later."""
+        with self._looking:
+            self._look()
+            self._turn()
+
+    def _look(self) -> None:
+        try:
+            status = self._pointer.stat()
+            found = status.st_ino, status.st_mtime_ns, status.st_size
+        except OSError:
+            return
+        now = self._clock()
+        if found == self._seen or (found == self._tried and now < self._again):
+            return
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S) if found == self._tried else _FIRST_PAUSE_S
+        self._tried, self._again = found, now + self._pause
+        try:
+            predictor, record = self._slots.open(self._threads, cuda=self._cuda)
+            if self._loaded is None or record != self._loaded.record:
+                predictor.check(record.classes)
+                self._loaded = Loaded(predictor, record)
+                _LOG.info("round %d of job %s answers predictions", record.round, record.job)
+                if self._keeper is not None:
+                    from fedprune_device.engines.engine_selector import Wanted
+
+                    self._keeper.want(Wanted.serving(predictor, self._slots.folder(record), record, self._threads))
+            self._seen = found
+        except FedpruneError as error:
+            _LOG.warning("the new model doesn't answer predictions; trying again in %g s: %s", self._pause, error)
+
+    def _turn(self) -> None:
+        """Let an engine answer in onnxruntime's place, once there is one."""
+        found, model = None if self._keeper is None else self._keeper.turn(), self._loaded
+        if found is not None and model is not None:
+            self._loaded = Loaded(Predictor(self._slots.folder(model.record), session=found), model.record)
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(_LOOK_SECONDS):
+            self._look_safely()
+
+    def _look_safely(self) -> None:
+        try:
+            self.look()
+        except Exception:  # noqa: BLE001 - whatever a model does, predictions go on
+            _LOG.exception("unexpected error while loading a model; the old one answers")

@@ -1,0 +1,193 @@
+"""What the command line says of the local interface and of where samples come from."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedprune.core.cli import whole_number
+from fedprune_device.api.address import Address
+from fedprune_device.api.endpoints import Endpoints
+from fedprune_device.api.http_server import LocalServer
+from fedprune_device.api.live_model import LiveModel
+from fedprune_device.data.dataset import TEST_SHARE, load_data
+from fedprune_device.data.image_decoding import Pixels
+from fedprune_device.data.image_folder import ImageFolder
+from fedprune_device.data.reservoir import Limits
+from fedprune_device.data.sample_source import Samples
+from fedprune_device.data.sample_store import SampleSet
+from fedprune_device.data.splits import Shares
+from fedprune_device.hardware.probe import temperature_c
+
+if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
+    from fedprune_device.engines.engine_selector import Keeper
+
+LOCAL = "local"
+"""The source of samples that is the set of those handed in."""
+
+SOCKET = "local.sock"
+"""The socket in the state folder, where no other address is given."""
+
+SAMPLES_BYTES = 64 * 2**20
+SAMPLES_MOST = 10_000
+_LARGEST_ROOM = 2**40
+
+
+def add_local_options(parser: argparse.ArgumentParser) -> None:
+    """Add to `run` where samples come from, and the local interface."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="SRC",
+        help=".npz with x and y, package.module:function, a folder with a folder of images per class, "
+        "or `local`: what the application hands in",
+    )
+    local = parser.add_argument_group("the local interface (docs/local-interface.md)")
+    local.add_argument(
+        "--local",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help=f"answer the application: unix:/path or 127.0.0.1:PORT (without ADDRESS: {SOCKET} in --state)",
+    )
+    add_sample_options(local)
+    local.add_argument(
+        "--samples-bytes", type=whole_number, default=SAMPLES_BYTES, metavar="N", help="their room (default: 64 MiB)"
+    )
+
+
+def add_sample_options(group: argparse._ArgumentGroup) -> None:
+    """Add how images become samples, how many samples are kept, and how many of them are for testing.
+
+    Args:
+        group: Where the options are listed.
+    """
+    group.add_argument(
+        "--class-names", type=_names, default=(), metavar="A,B,C", help="names of the classes, as on all boards"
+    )
+    group.add_argument(
+        "--image-mean", type=_numbers, default=(0.0,), metavar="M[,M,M]", help="of images, which are scaled to 0 to 1"
+    )
+    group.add_argument(
+        "--image-deviation", type=_numbers, default=(1.0,), metavar="D[,D,D]", help="they are divided by this"
+    )
+    group.add_argument(
+        "--samples-most", type=whole_number, default=SAMPLES_MOST, metavar="N", help="samples kept (default: 10000)"
+    )
+    group.add_argument(
+        "--test-share",
+        type=float,
+        default=TEST_SHARE,
+        metavar="SHARE",
+        help="of samples handed in or in folders, kept for testing (default: %(default)s)",
+    )
+
+
+def local_address(arguments: argparse.Namespace) -> Address | None:
+    """Where to listen; None where the application isn't answered.
+
+    Raises:
+        ConfigError: It is no address of this machine.
+    """
+    if arguments.local is None:
+        return None
+    return Address.parse(arguments.local or f"unix:{arguments.state.absolute() / SOCKET}")
+
+
+def open_samples(arguments: argparse.Namespace, stack: ExitStack) -> Samples:
+    """Where the board's samples come from.
+
+    Raises:
+        ConfigError: A setting makes no sense.
+        DataError: The source can't be used.
+        StorageError: The disk fails.
+    """
+    if arguments.data == LOCAL:
+        limits = Limits(arguments.samples_most, min(arguments.samples_bytes, _LARGEST_ROOM))
+        return stack.enter_context(SampleSet(arguments.state / "samples", limits, _shares(arguments)))
+    return fixed_samples(arguments, spool=arguments.state)
+
+
+def fixed_samples(
+    arguments: argparse.Namespace, class_names: tuple[str, ...] = (), spool: Path | None = None
+) -> Samples:
+    """The samples of a file, a function or a folder of images.
+
+    Args:
+        arguments: The command line.
+        class_names: Names of the classes, where the command line gives none.
+        spool: A folder for copies of large arrays, see `load_data`.
+
+    Raises:
+        ConfigError: A setting makes no sense.
+        DataError: The source can't be used.
+        StorageError: The disk fails.
+    """
+    source, names = arguments.data, arguments.class_names or class_names
+    if Path(source).is_dir():
+        return ImageFolder(Path(source), _pixels(arguments), _shares(arguments), arguments.samples_most, names, spool)
+    return load_data(source, arguments.seed, arguments.device, arguments.validation_share, spool=spool)
+
+
+def _shares(arguments: argparse.Namespace) -> Shares:
+    return Shares(arguments.test_share, arguments.validation_share, arguments.seed, arguments.device)
+
+
+@contextmanager
+def answering(
+    address: Address | None,
+    arguments: argparse.Namespace,
+    samples: Samples,
+    status: Callable[[], dict[str, Any]],
+    *,
+    cuda: bool = False,
+    keeper: Keeper | None = None,
+) -> Iterator[None]:
+    """Answer the application while the body runs, if there is an address.
+
+    Args:
+        address: Where.
+        arguments: The command line.
+        samples: The board's; the application adds to them if they are a set that takes some.
+        status: What the board says of itself, beside its name, temperature and samples.
+        cuda: Whether onnxruntime is to predict on an NVIDIA GPU, if that works.
+        keeper: Makes engines for what serves, where the board has TensorRT.
+
+    Raises:
+        ConfigError: A setting makes no sense.
+        StorageError: The address is taken, or the disk fails.
+    """
+    if address is None:
+        yield
+        return
+
+    def standing() -> dict[str, Any]:
+        about = {"device": arguments.device, "temperature_c": temperature_c(), "samples": samples.samples}
+        return {**about, **status()}
+
+    takes, names = samples if isinstance(samples, SampleSet) else None, arguments.class_names
+    with LiveModel(arguments.state / "serving", cuda=cuda, keeper=keeper) as model:
+        endpoints = Endpoints(model, takes, standing, class_names=names, pixels=_pixels(arguments))
+        with LocalServer(address, endpoints):
+            yield
+
+
+def _pixels(arguments: argparse.Namespace) -> Pixels:
+    return Pixels(arguments.image_mean, arguments.image_deviation)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    found = tuple(name.strip() for name in text.split(","))
+    if "" in found or len(set(found)) < len(found) or any(n.isdecimal() or not n.isprintable() for n in found):
+        raise argparse.ArgumentTypeError(f"expected different names with commas between them, got {text!r}")
+    return found
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, or three with commas, got {text!r}") from None

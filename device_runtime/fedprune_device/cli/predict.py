@@ -1,0 +1,216 @@
+"""`fedprune-device predict`: with the serving model of a board, or with a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.cli import whole_number
+from fedprune.core.disk import is_there, storage_errors
+from fedprune.core.errors import BundleError, DataError, ExitCode, StorageError, UsageError, remedy
+from fedprune.core.zip_limits import check_members
+from fedprune.runtime.bundle import Bundle, open_bundle
+from fedprune.runtime.precision import PRECISIONS, graph_file
+from fedprune_device.api.options import add_sample_options, fixed_samples
+from fedprune_device.data.dataset import Shape, arrays_of, checked_inputs, checked_samples, load_data, why_unreadable
+from fedprune_device.data.labels import targets
+from fedprune_device.data.logit_adjustment import OwnLabels
+from fedprune_device.data.stored_array import Inputs
+from fedprune_device.serving.model_slots import Slots
+from fedprune_device.serving.prediction_text import described, judged
+from fedprune_device.serving.predictor import Predictor
+from fedprune_device.storage.directory_owner import FILE
+
+_MOST_NAMED = 10
+"""Folders of boards that an error names."""
+
+
+def add_predict_command(commands: Any) -> None:
+    """Add `predict`."""
+    predict = commands.add_parser("predict", help="predict with the serving model, also while the agent runs")
+    source = predict.add_mutually_exclusive_group(required=True)
+    source.add_argument("--state", type=Path, metavar="DIR", help="the serving model of a running or stopped agent")
+    source.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of fedprune-export")
+    predict.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="SRC",
+        help=".npy, or what trains: .npz with x or x_test (and labels), package.module:function, or a folder with "
+        "a folder of images per class",
+    )
+    predict.add_argument(
+        "--split",
+        choices=("test", "train", "val"),
+        help="which samples of SRC (default: its test samples, or all of a file without any)",
+    )
+    out = predict.add_mutually_exclusive_group()
+    out.add_argument("--output", type=Path, metavar="FILE", help="write the logits to this .npy file")
+    out.add_argument("--top", type=whole_number, default=1, metavar="K", help="print the K likeliest (default: 1)")
+    predict.add_argument("--data", metavar="SRC", help="with --bundle: adjust logits to the label shares of this data")
+    predict.add_argument(
+        "--threads", type=whole_number, default=threads(), metavar="N", help="default: half of the cores"
+    )
+    predict.add_argument("--precision", choices=PRECISIONS, help="with --bundle: the precision, of those that it has")
+    add_sample_options(predict.add_argument_group("images and samples"))
+    predict.set_defaults(run=_predict, device="", seed=0, validation_share=0.0)
+
+
+def threads() -> int:
+    """Half of the cores: predictions and the system need some, too."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    own = OwnLabels()
+    class_names: tuple[str, ...] = ()
+    if arguments.bundle is not None:
+        bundle = open_bundle(arguments.bundle)
+        predictor = Predictor(_graph(bundle, arguments.precision), threads=arguments.threads)
+        class_names, loss = bundle.class_names, bundle.recipe.loss
+        if arguments.data is not None:
+            if loss != "cross_entropy":
+                raise UsageError(f"--data with a model of loss {loss!r}", expected="one that predicts one class")
+            classes = bundle.architecture.classes
+            labels = targets(load_data(arguments.data).y_train, loss, classes)
+            own = OwnLabels.of(labels, replace(bundle.recipe, logit_adjustment=True), classes)
+    elif arguments.precision is not None:
+        raise UsageError("--precision", expected="with --bundle", hint="What a board serves at says its `run --serve`.")
+    else:
+        predictor, record = _slots(arguments.state).open(arguments.threads)
+        own, loss = record.own, record.loss
+    chosen = _samples(arguments, predictor.input_shape, class_names)
+    if chosen.name:
+        print(f"{chosen.name} of {arguments.input}", file=sys.stderr)
+    logits = own(predictor.predict(chosen.x))
+    if arguments.output is not None:
+        with arguments.output.open("wb") as file:
+            np.save(file, logits)
+    else:
+        for line in described(logits, loss, arguments.top, class_names):
+            print(line)
+    if chosen.y is not None and len(chosen.y):
+        print(judged(logits, chosen.y, loss), file=sys.stderr)
+    return int(ExitCode.OK)
+
+
+def _graph(bundle: Bundle, precision: str | None) -> Path:
+    """The graph of a bundle at a precision."""
+    if precision is None:
+        return bundle.folder
+    if precision not in bundle.precisions:
+        raise BundleError(
+            f"{bundle.folder} has no {precision}",
+            expected=", ".join(bundle.precisions) or "float32 alone",
+            hint=f"Export it with --precision {precision}.",
+        )
+    return bundle.path(graph_file(precision))
+
+
+def _slots(state: Path) -> Slots:
+    """The serving models of a state folder that is there and may be read."""
+    pointer = state / "serving" / "serving.json"
+    with storage_errors(f"can't read {pointer}"):
+        if not state.is_dir():
+            raise StorageError(
+                f"there is no folder {state}", hint="Give the folder that `fedprune-device run --state` uses."
+            )
+        if pointer.is_file():
+            pointer.open("rb").close()
+        elif inside := sorted(p.parent.name for p in state.glob(f"*/{FILE}")):
+            raise StorageError(
+                f"{state} is no board's state folder", expected=f"one of those in it: {', '.join(inside[:_MOST_NAMED])}"
+            )
+    return Slots(state / "serving")
+
+
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """Samples to predict.
+
+    Attributes:
+        x: Their inputs.
+        y: Their labels, if any.
+        name: What part of the source they are; empty for all of it.
+    """
+
+    x: Inputs
+    y: npt.NDArray[Any] | None
+    name: str = ""
+
+
+def _samples(arguments: argparse.Namespace, shape: Shape, class_names: tuple[str, ...]) -> _Chosen:
+    """The samples of any source that a board trains on, and of arrays without labels.
+
+    Raises:
+        DataError: The source can't be read, or has no such samples.
+        ConfigError: A folder's name is not a class.
+    """
+    source, split = str(arguments.input), arguments.split
+    if is_there(arguments.input, file=True) or (":" not in source and not arguments.input.is_dir()):
+        found = _arrays(arguments.input)
+        chosen = _named_part(found, split)
+        if chosen is not None:
+            return _checked(chosen, source)
+        if "y" not in found and "y_train" not in found:
+            raise DataError(f"{source}: no {split or ''} samples", expected="x", got=", ".join(found) or "nothing")
+    trains = argparse.Namespace(**{**vars(arguments), "data": source})
+    data = fixed_samples(trains, class_names).snapshot(shape)
+    split = split or ("test" if len(data.y_test) else "train")
+    x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
+    if not len(y):
+        raise DataError(f"{source}: no {split} samples")
+    return _Chosen(x, y, f"the {split} samples")
+
+
+def _named_part(found: Mapping[str, Inputs], split: str | None) -> _Chosen | None:
+    """The arrays of a split: by default test samples, else all; None where no arrays have its name."""
+    names = {"x_test": "y_test", "x": "y", "x_train": "y_train", "x_val": "y_val"}
+    wanted = names if split is None else [f"x_{split}"]
+    if split == "train" and "x_test" in found:
+        wanted = ["x_train", "x"]  # a file with test samples of its own trains on all of x
+    name = next((n for n in wanted if n in found), None)
+    if name is None:
+        return None
+    y = None if names[name] not in found else np.asarray(found[names[name]])
+    return _Chosen(found[name], y, "" if name == "x" else name)
+
+
+def _checked(chosen: _Chosen, source: str) -> _Chosen:
+    """Samples in the types that a model takes."""
+    if not chosen.x.shape or not len(chosen.x):
+        raise DataError(f"{source} holds no samples", expected="inputs [n, ...]", got=chosen.x.shape)
+    try:
+        if chosen.y is None:
+            return replace(chosen, x=checked_inputs(chosen.x))
+        x, y = checked_samples(chosen.x, chosen.y)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    return replace(chosen, x=x, y=y)
+
+
+def _arrays(path: Path) -> dict[str, Inputs]:
+    """The arrays of a file by name; a single one is called x."""
+    try:
+        with path.open("rb") as raw:
+            check_members(raw, str(path), DataError)
+            found = np.load(raw, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return {"x": found}
+            return arrays_of(path, found)
+    except OSError as error:
+        raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
+    except DataError:
+        raise
+    except Exception as error:  # what is damaged makes zipfile, zlib, numpy and its parser of headers raise anything
+        raise DataError(
+            f"{path} can't be read as arrays{why_unreadable(error)}", expected="a .npy array, or an .npz file with x"
+        ) from error

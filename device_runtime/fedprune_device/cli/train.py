@@ -1,0 +1,267 @@
+"""`fedprune-device train`: train a bundle on this machine's samples, without a server."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedprune.core import tensorfile
+from fedprune.core.cli import recipe_setting, whole_number
+from fedprune.core.errors import ExitCode, FedpruneError, ModelError, UsageError
+from fedprune.core.text import quantity
+from fedprune.model.selection import Tensors
+from fedprune.runtime.blocks import block_size, turn_off
+from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
+from fedprune.runtime.bundle_folder import check_folder, read_files, write_bundle
+from fedprune.runtime.precision import CALIBRATION_SAMPLES, files_of, graph_file, lowered_weights, weights_file
+from fedprune.training.recipe import Recipe
+from fedprune_device.api.options import add_sample_options, fixed_samples
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.logit_adjustment import OwnLabels
+from fedprune_device.serving.predictor import Predictor
+from fedprune_device.serving.reduced_precision import Judge
+from fedprune_device.training.evaluation import PROBE_SAMPLES, Evaluation
+from fedprune_device.training.trainer import Trainer, TrainingResult
+
+_EVERY_S = 1.0
+"""Seconds between two updates of the progress line on a terminal."""
+
+_EVERY_LINE_S = 10.0
+"""Seconds between two progress lines, elsewhere."""
+
+
+def add_train_command(commands: Any) -> None:
+    """Add `train`."""
+    train = commands.add_parser(
+        "train",
+        help="train a bundle on this machine's samples, without a server",
+        description="Train a bundle on local samples and write it with the trained weights. Ctrl-C ends training early "
+        "and keeps what was trained until then.",
+    )
+    train.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="a bundle of fedprune-export")
+    train.add_argument(
+        "--data",
+        required=True,
+        metavar="SRC",
+        help=".npz with x and y, package.module:function, or a folder with a folder of images per class",
+    )
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="the trained bundle; may be the same DIR")
+    train.add_argument(
+        "--epochs", type=whole_number, metavar="N", help="passes over the samples (default: the recipe's)"
+    )
+    train.add_argument("--lr", type=float, metavar="RATE", help="learning rate (default: as exported)")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=recipe_setting,
+        metavar="KEY=VALUE",
+        help="any other number of the recipe, such as batch_size=16; repeatable",
+    )
+    train.add_argument("--seed", type=int, default=0, help="of the test split and the order of samples (default: 0)")
+    train.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the training samples, set aside for early stopping (default: 0)",
+    )
+    train.add_argument("--threads", type=whole_number, metavar="N", help="default: half of the cores")
+    train.add_argument(
+        "--no-blocks", action="store_true", help="train with standard operators alone, not with channels in blocks"
+    )
+    add_sample_options(train.add_argument_group("images and samples"))
+    train.set_defaults(run=_train, device="")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from fedprune_device.cli.predict import threads
+
+    if arguments.no_blocks:
+        turn_off()
+    bundle = open_bundle(arguments.bundle)
+    recipe = _recipe(bundle, arguments)
+    check_folder(arguments.out, bundle.target)
+    samples = fixed_samples(arguments, bundle.class_names)
+    number = arguments.threads or threads()
+    trainer = Trainer(bundle.path(TRAINING), blocked=bundle.blocked(block_size()), threads=number)
+    data = samples.snapshot(trainer.input_shape)
+    training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, number)
+    print(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
+    print(f"before: {training.measured(Predictor(bundle.folder, threads=number), 'before')}", flush=True)
+    with _interruptible() as asked, _progress() as progress:
+        result = training.train(progress, asked.is_set)
+    print(
+        f"trained: {quantity(result.steps, 'step')} in {result.seconds:.1f} s, "
+        f"loss {result.loss_first:.4g} -> {result.loss_last:.4g}"
+    )
+    files, after = training.finished(result)
+    print(f"after: {after}")
+    write_bundle(arguments.out, files, bundle.selection, bundle.recipe, bundle.target, bundle.class_names)
+    print(f"{arguments.out}: {quantity(len(files), 'file')}, {sum(map(len, files.values())):,} bytes")
+    if asked.is_set():
+        raise KeyboardInterrupt(
+            f"after {result.steps} of {quantity(recipe.steps(data.samples), 'step')}; "
+            f"{arguments.out} holds what was trained until then"
+        )
+    return int(ExitCode.OK)
+
+
+def _recipe(bundle: Bundle, arguments: argparse.Namespace) -> Recipe:
+    """The bundle's recipe with the settings of the command line.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range.
+        UsageError: The bundle's training step can't do what they ask for.
+    """
+    body = bundle.recipe.to_dict() | dict(arguments.set)
+    for name in ("epochs", "lr"):
+        if getattr(arguments, name) is not None:
+            body[name] = getattr(arguments, name)
+    recipe = Recipe.from_dict(body)
+    if recipe.features != bundle.recipe.features:
+        changed = [name for name, value in recipe.to_dict().items() if value != bundle.recipe.to_dict().get(name)]
+        raise UsageError(
+            f"the recipe needs another training step than {bundle.folder} has",
+            got=", ".join(f"{name}={body[name]}" for name in changed),
+            hint="Export the bundle again with these settings (fedprune-export ... --set KEY=VALUE).",
+        )
+    return recipe
+
+
+class _LocalTraining:
+    """One training of a bundle on local samples.
+
+    Args:
+        bundle: The bundle.
+        recipe: How it is trained.
+        data: The samples.
+        trainer: Its loaded training step.
+        seed: Decides the order of the samples.
+        threads: Threads inside an operator.
+
+    Raises:
+        DataError: The samples don't fit the model.
+    """
+
+    def __init__(
+        self, bundle: Bundle, recipe: Recipe, data: LocalData, trainer: Trainer, seed: int, threads: int
+    ) -> None:
+        self._bundle, self._recipe, self._data, self._trainer = bundle, recipe, data, trainer
+        self._seed, self._threads, self._classes = seed, threads, bundle.architecture.classes
+        data.check(self._classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
+        self._evaluation = Evaluation(data, recipe, self._classes, OwnLabels.of(data.y_train, recipe, self._classes))
+
+    def measured(self, model: Predictor, when: str) -> str:
+        """Measure a model on the test samples: its accuracy, where classes are predicted, and its loss."""
+        self._evaluation.add(model, when)
+        metrics = self._evaluation.metrics
+        found = [(n, metrics.get(f"{n}_{when}")) for n in ("accuracy", "loss")]
+        return ", ".join(f"{name} {value:.4f}" for name, value in found if value is not None) or "no test samples"
+
+    def train(self, progress: Callable[[int, int], None], enough: Callable[[], bool]) -> TrainingResult:
+        """Train until all epochs are done, or it is enough."""
+        return self._trainer.train(
+            tensorfile.load(self._bundle.path(WEIGHTS)),
+            self._data,
+            self._recipe,
+            seed=self._seed,
+            device="",
+            round=1,
+            classes=self._classes,
+            widths=self._bundle.selection.widths,
+            progress=progress,
+            enough=enough,
+        )
+
+    def finished(self, result: TrainingResult) -> tuple[dict[str, bytes], str]:
+        """The files of the trained bundle, and what was measured of its model.
+
+        Raises:
+            ModelError: The trained model doesn't compute what its training step says.
+        """
+        tensors: Tensors = {n: result.tensors[n] for n in self._bundle.selection.shapes()}
+        if self._recipe.calibrate and self._trainer.normalised:
+            tensors = self._trainer.calibrated(tensors, self._data, self._recipe, seed=self._seed, device="")
+        loss = None
+        if not self._trainer.normalised:
+            loss = self._trainer.loss(tensors, self._data, self._recipe, self._classes, PROBE_SAMPLES)
+        files = read_files(self._bundle)
+        files[WEIGHTS] = tensorfile.encode(tensors)
+        with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
+            folder = Path(name)
+            for file in (INFERENCE, WEIGHTS):
+                (folder / file).write_bytes(files[file])
+            model = Predictor(folder, threads=self._threads)
+            self._evaluation.check(model, loss)
+            after = self.measured(model, "after")
+            for precision in self._bundle.precisions:
+                self._lower(folder, precision, files, tensors, model)
+        return files, after
+
+    def _lower(
+        self, folder: Path, precision: str, files: dict[str, bytes], tensors: Mapping[str, Any], whole: Predictor
+    ) -> None:
+        """Make a lower precision of the new weights; one that decides otherwise than float32 is left out."""
+        for file in files_of(precision):
+            (folder / file).write_bytes(files[file])
+        try:
+            files[weights_file(precision)] = lowered_weights(
+                folder, precision, tensors, self._data.x_train[:CALIBRATION_SAMPLES]
+            )
+            (folder / weights_file(precision)).write_bytes(files[weights_file(precision)])
+            found = Judge(whole, self._data, self._recipe, self._classes).hear(
+                Predictor(folder / graph_file(precision))
+            )
+            if found.refusal:
+                raise ModelError(found.refusal)
+        except FedpruneError as error:  # a training that is done must not end by this
+            print(f"{precision} is left out: {error}", file=sys.stderr)
+            for file in files_of(precision):
+                del files[file]
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Let the first SIGINT or SIGTERM set an event; the second one interrupts."""
+    asked = threading.Event()
+
+    def ask(*_: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Show steps on stderr: one line that changes on a terminal, elsewhere a line every ten seconds and at the end."""
+    live, began = sys.stderr.isatty(), time.monotonic()
+    shown = [began]
+
+    def tell(done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - shown[0] >= (_EVERY_S if live else _EVERY_LINE_S) or done == total:
+            shown[0] = now
+            start, end = ("\r", " ") if live else ("", "\n")
+            print(f"{start}step {done} of {total}, {now - began:.0f} s", end=end, file=sys.stderr, flush=True)
+
+    try:
+        yield tell
+    finally:
+        if live and shown[0] > began:
+            print(file=sys.stderr)

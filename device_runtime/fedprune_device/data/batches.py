@@ -1,0 +1,98 @@
+"""Which local samples every training step takes, and in which parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.rng import keyed
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.stored_array import Inputs
+
+Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Samples that are worked on at once, and take memory of their own only while they are.
+
+    Attributes:
+        make: Makes the samples.
+        y: Their labels, as `labels.targets` gives them.
+        partner: Classes of the samples that were mixed into them; None where they are their own.
+    """
+
+    make: Callable[[], Array]
+    y: Array
+    partner: Array | None = None
+
+    @classmethod
+    def of(cls, x: Inputs, y: Array, rows: Rows) -> Part:
+        """Some of the samples, with their labels."""
+        return cls(lambda: x[rows], y[rows])
+
+    @property
+    def x(self) -> Array:
+        """The samples, made anew each time."""
+        return self.make()
+
+
+class Batches:
+    """The steps of one round.
+
+    Args:
+        samples: Local training samples.
+        recipe: Epochs, batch size, parts of a batch, most steps.
+        normalised: Whether the model has batch-norm statistics that move.
+
+    Attributes:
+        per_epoch: Steps of an epoch.
+        steps: Steps of the round.
+    """
+
+    def __init__(self, samples: int, recipe: Recipe, *, normalised: bool) -> None:
+        self._samples = samples
+        self._recipe = recipe
+        self._normalised = normalised
+        self._starts = range(0, samples, recipe.batch_size)
+        # Statistics of a single sample are worthless (over a 1×1 map its variance is 0, the unbiased one 0/0), so
+        # a leftover sample waits for an epoch whose order puts it into a real batch.
+        if normalised and len(self._starts) > 1 and samples % recipe.batch_size == 1 < recipe.batch_size:
+            self._starts = self._starts[:-1]
+        self.per_epoch = len(self._starts)
+        steps = recipe.epochs * self.per_epoch
+        self.steps = min(steps, recipe.max_steps) if recipe.max_steps else steps
+
+    def rows(self, *key: object, seed: int) -> Iterator[tuple[int, Rows]]:
+        """Epoch and rows of every step.
+
+        Args:
+            *key: With the seed and the epoch it decides the order.
+            seed: The job's seed.
+        """
+        number = 0
+        for epoch in range(self._recipe.epochs):
+            order = keyed(seed, *key, "batches", epoch).permutation(self._samples)
+            for start in self._starts:
+                if number == self.steps:
+                    return
+                number += 1
+                yield epoch, order[start : start + self._recipe.batch_size]
+
+    def parts(self, rows: Rows) -> list[Rows]:
+        """The parts in which a batch is worked through, as equal as can be."""
+        most = self._recipe.micro_batch
+        if self._normalised and most == 2 and len(rows) % 2 and len(rows) > 1:
+            rows = rows[:-1]  # as above: no part of a single sample
+        return np.array_split(rows, -(-len(rows) // most))
+
+
+def even_parts(order: Rows, most: int) -> list[Rows]:
+    """Rows in parts as equal as can be, of at most `most`, but of two at least where there are so many."""
+    count = -(-len(order) // most)
+    return np.array_split(order, max(1, min(count, len(order) // 2)))

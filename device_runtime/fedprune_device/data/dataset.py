@@ -1,0 +1,449 @@
+"""A board's own samples: read, checked, split, counted. They never leave the board; only counts do."""
+
+from __future__ import annotations
+
+import inspect
+import zipfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.disk import is_there
+from fedprune.core.errors import DataError, StorageError, remedy
+from fedprune.core.rng import keyed
+from fedprune.core.user_modules import own_module
+from fedprune.core.zip_limits import check_members
+from fedprune_device.data.labels import targets
+from fedprune_device.data.stored_array import Inputs, StoredArray, member, moved_out, select
+
+Array = npt.NDArray[Any]
+Shape = tuple[int | str | None, ...]
+
+TEST_SHARE = 0.2
+"""Share of the samples that is set aside where a source brings no test split of its own."""
+
+_SPLITS = ("train", "test", "val")
+_NO_SAMPLES = np.zeros((0, 0), np.float32)
+
+_SCALE = "Scale images yourself as the model expects them, such as x.astype('float32') / 255."
+
+
+@dataclass(frozen=True, eq=False)
+class LocalData:
+    """Training, test and validation samples of one device.
+
+    Attributes:
+        x_train: Inputs [n, ...]: float32, or int64 for token ids; large ones may be stored on the disk.
+        y_train: Labels: classes int64 [n], or float32 [n] or [n, K] (0 or 1 per class, or numbers to predict).
+        x_test: Inputs that are never trained on; may be empty. What is measured on them is reported alone.
+        y_test: Their labels.
+        x_val: Inputs that are never trained on, by which training and fleet decide; may be empty.
+        y_val: Their labels.
+
+    Raises:
+        DataError: Types, lengths or shapes don't fit, a number is not finite, or a class or token id is negative.
+    """
+
+    x_train: Inputs
+    y_train: Array
+    x_test: Inputs
+    y_test: Array
+    x_val: Inputs = field(default_factory=lambda: _NO_SAMPLES)
+    y_val: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __post_init__(self) -> None:
+        x: Inputs
+        for split in _SPLITS:
+            if split == "val" and not len(self.y_val) and not len(self.x_val):
+                x, y = self.x_train[:0], self.y_train[:0]
+            else:
+                x, y = checked_samples(getattr(self, f"x_{split}"), getattr(self, f"y_{split}"), split)
+            object.__setattr__(self, f"x_{split}", x)
+            object.__setattr__(self, f"y_{split}", y)
+        if not len(self.y_train):
+            raise DataError("training data is empty", expected="at least one sample", got=0)
+        for split in filter(lambda s: len(getattr(self, f"y_{s}")), _SPLITS[1:]):
+            x, y = getattr(self, f"x_{split}"), getattr(self, f"y_{split}")
+            if x.shape[1:] != self.x_train.shape[1:]:
+                raise DataError(f"shape of one {split} sample", expected=self.x_train.shape[1:], got=x.shape[1:])
+            for one, other, what in ((self.x_train, x, "inputs"), (self.y_train, y, "labels")):
+                if (one.dtype, one.shape[1:]) != (other.dtype, other.shape[1:]):
+                    raise DataError(f"type of {split} {what}", expected=_kind(one), got=_kind(other))
+
+    @property
+    def samples(self) -> int:
+        """Training samples."""
+        return len(self.y_train)
+
+    def snapshot(self, shape: Shape | None = None) -> LocalData:
+        """Itself: it never changes."""
+        return self
+
+    @property
+    def bytes(self) -> int:
+        """Memory that all samples and labels take."""
+        return sum(getattr(self, f"{kind}_{split}").nbytes for kind in "xy" for split in _SPLITS)
+
+    def with_validation(self, share: float, seed: int = 0, device: str = "") -> LocalData:
+        """The same with some of the training samples set aside for validation; unchanged where there are such already.
+
+        Args:
+            share: Of the training samples, from 0 to below 1, rounded down.
+            seed: With the device's name it decides which.
+            device: The device's name.
+
+        Raises:
+            DataError: The share is out of range.
+        """
+        if not 0 <= share < 1:
+            raise DataError("share of the training samples for validation", expected="0 to below 1", got=share)
+        aside = int(self.samples * share)
+        if not aside or len(self.y_val):
+            return self
+        order = keyed(seed, "validation", device).permutation(self.samples)
+        train, val = np.sort(order[aside:]), np.sort(order[:aside])
+        x, y = self.x_train, self.y_train
+        return LocalData(select(x, train), y[train], self.x_test, self.y_test, select(x, val), y[val])
+
+    def moved_out(self, spool: Path) -> LocalData:
+        """The same with large arrays on the disk.
+
+        Args:
+            spool: The folder for the copies, which go with this process.
+
+        Raises:
+            StorageError: There is no room for them.
+        """
+        train, test, val = (_moved_out(x, spool) for x in (self.x_train, self.x_test, self.x_val))
+        return replace(self, x_train=train, x_test=test, x_val=val)
+
+    def check(
+        self,
+        classes: int,
+        shape: tuple[int | str | None, ...] | None = None,
+        *,
+        loss: str = "cross_entropy",
+        token_ids: bool | None = None,
+    ) -> None:
+        """Check the data against a model.
+
+        Args:
+            classes: Entries of the model's output.
+            shape: One sample's shape as the model takes it; names and None stand for any size.
+            loss: What the model is trained with.
+            token_ids: Whether the model takes whole numbers; None leaves that unchecked.
+
+        Raises:
+            DataError: Labels don't fit the loss or the number of classes, or samples have another shape or type.
+        """
+        for y in filter(len, (self.y_train, self.y_test, self.y_val)):
+            targets(y, loss, classes)
+        if shape is not None:
+            check_shape(self.x_train, shape)
+        if token_ids is not None:
+            check_type(self.x_train, token_ids)
+
+
+def load_data(
+    source: str, seed: int = 0, device: str = "", validation_share: float = 0.0, *, spool: Path | None = None
+) -> LocalData:
+    """Read a device's data; large arrays of an `.npz` file stay there and are read as batches are drawn.
+
+    Args:
+        source: A `.npz` file with `x`, `y` (or `x_train`, `y_train`) and, if there are such, `x_test`,
+            `y_test`, `x_val`, `y_val`; or `package.module:function`. The function may take `device` and `seed` and
+            returns a `LocalData`, a mapping with a file's names, (x, y) or (x_train, y_train, x_test, y_test).
+        seed: Seed of the split where the source has no test samples.
+        device: The device's name: it keys the split.
+        validation_share: Share of the training samples that is set aside for validation, where the source has no
+            validation samples.
+        spool: A folder for copies of large arrays that a file has compressed or a function returns; without one they
+            are held in memory.
+
+    Returns:
+        Checked data. The same source, seed and device always give the same split.
+
+    Raises:
+        DataError: The source can't be read or doesn't hold usable samples; the message names it.
+    """
+    found = _found(source, seed, device, spool)
+    try:
+        data = found if isinstance(found, LocalData) else _assemble(found, seed, device)
+        del found
+        if spool is not None:
+            data = data.moved_out(spool)
+        return data.with_validation(validation_share, seed, device)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+
+
+def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, *, token_ids: bool = False) -> Inputs:
+    """Read samples without labels; where a source has labels, nobody looks at them.
+
+    Args:
+        source: As for `load_data`, but no label is needed. Of a source with `x_test` those samples are read, else all.
+        shape: One sample's shape as the model takes it; names and None stand for any size.
+        token_ids: Whether the model takes whole numbers.
+
+    Raises:
+        DataError: The source can't be read or doesn't hold usable samples; the message names it.
+    """
+    found = _found(source, 0, "", None)
+    try:
+        if isinstance(found, LocalData):
+            found = {"x_train": found.x_train, **({"x_test": found.x_test} if len(found.x_test) else {})}
+        elif not isinstance(found, np.ndarray):
+            found = _named(found)
+        if isinstance(found, dict):
+            name = next((n for n in ("x_test", "x_train", "x") if n in found), None)
+            if name is None:
+                raise DataError("array 'x' is missing", got=", ".join(map(str, found)) or "nothing")
+            found = found[name]
+        x = checked_inputs(found if isinstance(found, StoredArray) else np.asarray(found), "unlabelled")
+        check_type(x, token_ids)
+        if shape is not None:
+            check_shape(x, shape)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    return x
+
+
+def check_shape(x: Inputs, shape: tuple[int | str | None, ...]) -> None:
+    """Check samples against a model's input.
+
+    Args:
+        x: Samples [n, ...].
+        shape: One sample's shape as the model takes it; names and None stand for any size.
+
+    Raises:
+        DataError: They have another shape.
+    """
+    got = x.shape[1:]
+    if len(got) != len(shape) or any(isinstance(d, int) and d != g for d, g in zip(shape, got, strict=True)):
+        raise DataError(
+            "shape of one sample",
+            expected=shape,
+            got=got,
+            hint="Prepare the data as the model's input wants it (channels first).",
+        )
+
+
+def check_type(x: Inputs, token_ids: bool) -> None:
+    """Check the samples' type against a model's input.
+
+    Args:
+        x: Samples.
+        token_ids: Whether the model takes whole numbers.
+
+    Raises:
+        DataError: They are of the other type.
+    """
+    if (x.dtype.kind == "i") != token_ids:
+        raise DataError(
+            "type of inputs",
+            expected="whole numbers (token ids)" if token_ids else "float32",
+            got=x.dtype,
+            hint="Save token ids as int64." if token_ids else _SCALE,
+        )
+
+
+def _found(source: str, seed: int, device: str, spool: Path | None) -> object:
+    path = Path(source)
+    if source.endswith(".npz") or is_there(path, file=True):
+        return read_arrays(path, spool)
+    if ":" in source:
+        return _call(source, seed, device)
+    raise DataError(
+        f"data source {source!r}",
+        expected="a .npz file that exists or package.module:function",
+        got="neither",
+    )
+
+
+def checked_samples(x: object, y: object, split: str = "") -> tuple[Inputs, Array]:
+    """Samples and labels in the types that `LocalData` has.
+
+    Args:
+        x: Inputs [n, ...].
+        y: Labels.
+        split: What they are, for messages.
+
+    Raises:
+        DataError: Types, lengths or shapes don't fit, or a number is out of range.
+    """
+    labels, kind = _checked_labels(np.asarray(y), split), f"{split} " if split else ""
+    inputs = checked_inputs(x if isinstance(x, StoredArray) else np.asarray(x), split)
+    if len(inputs) != len(labels):
+        raise DataError(f"number of {kind}labels", expected=len(inputs), got=len(labels))
+    return inputs, labels
+
+
+def _checked_labels(labels: Array, split: str) -> Array:
+    kind = f"{split} " if split else ""
+    if labels.dtype.kind not in "iufb" or labels.ndim not in (1, 2):
+        raise DataError(
+            f"{kind}labels",
+            expected="classes as whole numbers [n], or numbers [n] or [n, K]",
+            got=f"{labels.dtype} {labels.shape}",
+        )
+    if labels.ndim == 1 and labels.dtype.kind != "f":
+        if len(labels) and int(labels.min()) < 0:
+            raise DataError(
+                f"a {kind}label is negative",
+                expected="0 or more",
+                got=int(labels.min()),
+                hint="Save numbers to predict as float32.",
+            )
+        return np.ascontiguousarray(labels, np.int64)
+    labels = np.ascontiguousarray(labels, np.float32)
+    if not np.isfinite(labels).all():
+        bad = int(np.flatnonzero(~np.isfinite(labels.reshape(len(labels), -1)).all(1))[0])
+        raise DataError(f"{kind}labels hold numbers that are not finite", got=f"sample {bad}")
+    return labels
+
+
+def checked_inputs(inputs: Inputs, split: str = "") -> Inputs:
+    """Inputs as float32 or int64; arguments and errors are those of `checked_samples`."""
+    kind = f"{split} " if split else ""
+    if inputs.dtype.kind != "f" and inputs.dtype not in (np.int32, np.int64):
+        raise DataError(f"type of {kind}inputs", expected="float32", got=inputs.dtype, hint=_SCALE)
+    if inputs.ndim < 2:
+        raise DataError(f"{kind}inputs", expected="[n, ...]", got=inputs.shape)
+    if not isinstance(inputs, StoredArray):
+        inputs = np.ascontiguousarray(inputs, np.int64 if inputs.dtype.kind == "i" else np.float32)
+        _check_numbers(inputs, kind, 0)
+        return inputs
+    if inputs.checked:
+        return inputs
+    first = 0
+    for chunk in inputs.chunks():
+        _check_numbers(chunk, kind, first)
+        first += len(chunk)
+    return replace(inputs, checked=True)
+
+
+def _check_numbers(inputs: Array, kind: str, first: int) -> None:
+    """Refuse negative token ids and numbers that are not finite; `first` is the number of the first sample."""
+    if inputs.dtype.kind == "i":
+        if inputs.size and int(inputs.min()) < 0:
+            raise DataError(f"{kind}inputs hold a negative token id", expected="0 or more", got=int(inputs.min()))
+    elif not np.isfinite(inputs).all():
+        bad = first + int(np.flatnonzero(~np.isfinite(inputs.reshape(len(inputs), -1)).all(1))[0])
+        raise DataError(f"{kind}inputs hold numbers that are not finite", got=f"sample {bad}")
+
+
+def _moved_out(x: Inputs, spool: Path) -> Inputs:
+    if isinstance(x, StoredArray):
+        return x
+    stored = moved_out(x, spool)
+    return replace(stored, checked=True) if isinstance(stored, StoredArray) else stored
+
+
+def _kind(array: Inputs) -> str:
+    return f"{array.dtype} [{', '.join(['n', *map(str, array.shape[1:])])}]"
+
+
+def read_arrays(path: Path, spool: Path | None = None) -> dict[str, Inputs]:
+    """The arrays of an `.npz` file by name; objects in it are refused, not unpickled.
+
+    Args:
+        path: The file.
+        spool: A folder for copies of large arrays of samples that are compressed; without one they are held in memory.
+            Others of samples (`x`, `x_train`, ...) that are large stay in the file.
+
+    Raises:
+        DataError: It can't be read, or is another kind of file.
+    """
+    try:
+        with path.open("rb") as raw:
+            check_members(raw, str(path), DataError)
+            with np.load(raw, allow_pickle=False) as file:
+                if not hasattr(file, "files"):
+                    raise DataError(f"{path} is a single array", expected="an .npz file with x and y")
+                return arrays_of(path, file, spool)
+    except (DataError, StorageError):
+        raise
+    except OSError as error:
+        raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
+    except Exception as error:  # what is damaged makes zipfile, numpy and its parser of headers raise anything
+        raise DataError(
+            f"{path} is not an .npz file of plain arrays{why_unreadable(error)}",
+            hint="Write it with numpy.savez(path, x=..., y=...).",
+        ) from error
+
+
+def arrays_of(path: Path, file: Any, spool: Path | None = None) -> dict[str, Inputs]:
+    """The arrays of an opened `.npz` file by name; arguments as in `read_arrays`, errors as numpy raises them."""
+    entries = {info.filename.removesuffix(".npy"): info for info in file.zip.infolist()}
+    return {
+        name: member(path, file.zip, entries[name], spool) if name.partition("_")[0] == "x" else file[name]
+        for name in file.files
+    }
+
+
+def why_unreadable(error: Exception) -> str:
+    """What numpy's error says of a file, without its advice to allow pickles; in brackets, or empty."""
+    text = str(error)
+    if "Object arrays" in text:
+        return " (it holds objects, which are never unpickled)"
+    # What is neither a zip archive nor an array numpy takes for a pickle.
+    return "" if not text or "pickle" in text or isinstance(error, zipfile.BadZipFile) else f" ({text})"
+
+
+def _call(source: str, seed: int, device: str) -> object:
+    module_name, _, name = source.partition(":")
+    try:
+        function = getattr(own_module(module_name), name)
+        known = {"device": device, "seed": seed}
+        takes = inspect.signature(function).parameters
+        return function(**{k: v for k, v in known.items() if k in takes})
+    except DataError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise DataError(
+            f"data source {source} failed ({type(error).__name__}: {error})",
+            hint="Run the function by itself on this device.",
+        ) from error
+
+
+def _named(found: object) -> dict[str, Any]:
+    """Arrays by name, from a mapping or a tuple."""
+    if isinstance(found, (tuple, list)):
+        names = {2: ("x", "y"), 4: ("x_train", "y_train", "x_test", "y_test")}.get(len(found))
+        if names is None:
+            raise DataError("data", expected="2 or 4 arrays", got=len(found))
+        found = dict(zip(names, found, strict=True))
+    if not isinstance(found, dict):
+        raise DataError("data", expected="arrays, a mapping or LocalData", got=type(found).__name__)
+    return found
+
+
+def _assemble(arrays: object, seed: int, device: str) -> LocalData:
+    found = _named(arrays)
+    suffix = "_train" if "x_train" in found else ""
+    try:
+        x, y = _inputs(found[f"x{suffix}"]), np.asarray(found[f"y{suffix}"])
+    except KeyError as error:
+        raise DataError(
+            f"array {error.args[0]!r} is missing",
+            expected="x and y (or x_train and y_train)",
+            got=", ".join(map(str, found)) or "nothing",
+        ) from error
+    for split in ("test", "val"):
+        if (f"x_{split}" in found) != (f"y_{split}" in found):
+            raise DataError(f"{split} data", expected=f"both x_{split} and y_{split}, or neither")
+    own: Any = (_inputs(found["x_val"]), np.asarray(found["y_val"])) if "x_val" in found else ()
+    if "x_test" in found:
+        return LocalData(x, y, _inputs(found["x_test"]), np.asarray(found["y_test"]), *own)
+    x, y = checked_samples(x, y, "")  # before the split, so that an error names the sample by its place in the source
+    order = keyed(seed, "split", device).permutation(len(y))
+    aside = int(len(y) * TEST_SHARE)
+    train, test = np.sort(order[aside:]), np.sort(order[:aside])
+    return LocalData(select(x, train), y[train], select(x, test), y[test], *own)
+
+
+def _inputs(found: object) -> Inputs:
+    return found if isinstance(found, StoredArray) else np.asarray(found)

@@ -1,0 +1,86 @@
+"""Images as a model's input; needs Pillow."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ConfigError, DataError, MissingExtraError, reason, shape_text
+from fedprune_device.data.dataset import Shape
+
+TYPES = {"image/jpeg": "JPEG", "image/png": "PNG"}
+ENDINGS = (".jpg", ".jpeg", ".png")
+MAX_BYTES = 4 * 2**20
+MAX_PIXELS = 2**24
+"""A file may be small and its picture not: it is asked for its size before it is unpacked."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How a model takes images: scaled to its input, from 0 to 1, then (x − mean) / deviation.
+
+    Attributes:
+        mean: One for all colours, or one for each.
+        deviation: The same.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    deviation: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        for name, numbers in (("mean", self.mean), ("deviation", self.deviation)):
+            if len(numbers) not in (1, 3) or not np.isfinite(numbers).all():
+                raise ConfigError(f"{name} of pixels", expected="one number, or three", got=numbers)
+        if min(self.deviation) <= 0:
+            raise ConfigError("deviation of pixels", expected="above 0", got=min(self.deviation))
+
+    def read(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.float32]:
+        """An image as one sample; arguments and errors are those of `decoded`."""
+        return np.asarray(self.numbers(self.decoded(body, kinds, shape)[None])[0], np.float32)
+
+    def decoded(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.uint8]:
+        """An image in the size that the model takes, [height, width, colours].
+
+        Args:
+            body: The file.
+            kinds: Pillow's names of the formats that it may have.
+            shape: The model's input, [1, height, width] or [3, height, width].
+
+        Raises:
+            DataError: It is no such image, or too large, or the model doesn't take images.
+            MissingExtraError: Pillow is not installed.
+        """
+        if len(shape) != 3 or shape[0] not in (1, 3) or not all(isinstance(s, int) for s in shape):
+            raise DataError("an image for this model", expected=f"numbers {shape_text(*shape)}", got="an image")
+        try:
+            from PIL import Image
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("images need Pillow", extra="board") from error
+        colours, height, width = (int(s) for s in shape if s is not None)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of sizes, which are looked at here
+                with Image.open(io.BytesIO(body), formats=kinds) as image:
+                    if image.width * image.height > MAX_PIXELS:
+                        size = f"{image.width} x {image.height}"
+                        raise DataError("size of an image", expected=f"at most {MAX_PIXELS} pixels", got=size)
+                    image.draft(None, (width, height))
+                    turned = image.convert("RGB" if colours == 3 else "L")
+                    scaled = turned.resize((width, height), Image.Resampling.BILINEAR)
+        except DataError:
+            raise
+        except Exception as error:  # what is damaged makes a decoder raise anything
+            raise DataError("the image can't be read", expected=" or ".join(kinds), got=reason(error)) from error
+        return np.asarray(scaled, np.uint8).reshape(height, width, colours)
+
+    def numbers(self, pixels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Decoded images [n, height, width, colours] as samples [n, colours, height, width]."""
+        colours = pixels.shape[3]
+        x = pixels.astype(np.float32).transpose(0, 3, 1, 2) / np.float32(255)
+        mean, deviation = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.deviation))
+        return np.ascontiguousarray((x - mean[:colours]) / deviation[:colours], np.float32)

@@ -1,0 +1,201 @@
+"""A folder per class, which the application fills with images: new ones are noticed at the next round."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import ConfigError, DataError
+from fedprune_device.data.dataset import LocalData, Shape
+from fedprune_device.data.decoded_images import DecodedImages, RoomError
+from fedprune_device.data.file_index import INDEX, FileIndex
+from fedprune_device.data.image_decoding import ENDINGS, MAX_BYTES, Pixels
+from fedprune_device.data.splits import Shares
+
+_LOG = logging.getLogger("fedprune.device")
+
+_MOST_FILES = 200_000
+"""Files that are looked at, of each class as many as there are, or a fair share."""
+
+_T = TypeVar("_T")
+
+
+_HASHED_AT_START = 1000
+"""Files that are read at the start if the index doesn't know them; a round reads the others, so that a board with many
+new files is ready at once."""
+
+PIXEL_BYTES = 2**30
+"""Room on the disk for decoded images."""
+
+
+@dataclass(frozen=True)
+class _Image:
+    path: Path
+    label: int
+    name: str
+    """sha256 of the file, which decides the sample's part and whether it is among the chosen ones."""
+
+
+class ImageFolder:
+    """A board's samples as image files.
+
+    A round's images are decoded once, into a file without a name, as bytes; batches are read from there.
+
+    Args:
+        root: The folder; `CLASS/image.jpg` in it, where CLASS is a number or one of the names.
+        pixels: How the model takes images.
+        shares: What is held out.
+        most: Images that a round takes at most: as many of each class as there are, or a fair share. Their digests say
+            which ones: as good as at random, and always the same.
+        class_names: Names of the classes, in their order.
+        state: A folder for the index of files and for decoded images; without one nothing is remembered, and the
+            system's folder for temporary files is used.
+        room: Bytes that decoded images may take on the disk.
+
+    Raises:
+        ConfigError: A folder is no class.
+        StorageError: The folder can't be read.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        pixels: Pixels,
+        shares: Shares,
+        most: int,
+        class_names: tuple[str, ...] = (),
+        state: Path | None = None,
+        room: int = PIXEL_BYTES,
+    ) -> None:
+        self._root, self._pixels, self._shares, self._most = root, pixels, shares, most
+        self._names, self._state, self._room = class_names, state, room
+        self._index = FileIndex(None if state is None else state / INDEX)
+        self._decoded: DecodedImages | None = None
+        self._chosen: list[_Image] = []
+        self._training = 0
+        self._look(_HASHED_AT_START)
+
+    @property
+    def samples(self) -> int:
+        """Training images, as of the last look."""
+        return self._training
+
+    def snapshot(self, shape: Shape | None = None) -> LocalData:
+        """The images that are there now. One that can't be read, or isn't written to its end, is left out by name.
+
+        Args:
+            shape: The model's input, [1, height, width] or [3, height, width].
+
+        Raises:
+            DataError: There is nothing to train on, or the model takes no images.
+            StorageError: The folder can't be read, or there is no room for decoded images.
+        """
+        if shape is None:
+            raise DataError("the size of images", expected="a model's input")
+        self._look()
+        parts: dict[str, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
+        decoded = self._decoded_for(shape)
+        for image in self._chosen:
+            try:
+                row = decoded.row(image.name, partial(_content, image.path))
+            except RoomError:
+                _LOG.warning("images of %s are left out: decoded ones may take %d bytes", self._root, self._room)
+                break
+            except (OSError, DataError) as error:
+                _LOG.warning("%s is left out: %s", image.path, error)
+                continue
+            parts[self._shares.part(image.name)].append((image.label, row))
+        if not parts["train"]:
+            raise DataError(f"{self._root} has nothing to train on", expected="CLASS/image.jpg", got="no image")
+        arrays: list[Any] = []
+        for part in ("train", "test", "val"):
+            rows = np.array([r for _, r in parts[part]], np.int64)
+            arrays += [decoded.samples(rows), np.array([c for c, _ in parts[part]], np.int64)]
+        return LocalData(*arrays)
+
+    def _decoded_for(self, shape: Shape) -> DecodedImages:
+        """Decoded images of earlier rounds, unless they have another shape or too many are no longer chosen."""
+        wanted = {image.name for image in self._chosen}
+        if self._decoded is None or not self._decoded.serves(shape, wanted):
+            self._decoded = None
+            self._decoded = DecodedImages(self._pixels, shape, self._state, self._room)
+        return self._decoded
+
+    def _look(self, most_new: int = _MOST_FILES) -> None:
+        """Find the images, and choose; of those that the index doesn't know read at most `most_new`."""
+        by_class: dict[int, list[_Image]] = {}
+        with storage_errors(f"can't read {self._root}"):
+            folders = sorted(p for p in self._root.iterdir() if p.is_dir() and not p.name.startswith("."))
+            labels = {f: self._label(f) for f in folders}
+            files = [sorted(p for p in f.iterdir() if p.suffix.lower() in ENDINGS) for f in folders]
+        if (count := sum(map(len, files))) > _MOST_FILES:
+            _LOG.warning("%s holds %d images; %d are looked at, of every class", self._root, count, _MOST_FILES)
+        with self._index.updating() as index:
+            for path in islice(_in_turn(files), _MOST_FILES):
+                try:
+                    status, key = path.lstat(), str(path.relative_to(self._root))
+                    name = index.known(key, status)
+                    if name is None:
+                        if not most_new:
+                            continue
+                        most_new -= 1
+                        name = index.add(key, status, hashlib.sha256(_content(path)).hexdigest())
+                except FileNotFoundError:
+                    continue  # it was deleted, or renamed, since it was listed
+                except (OSError, DataError) as error:
+                    _LOG.warning("%s is left out: %s", path, error)
+                    continue
+                label = labels[path.parent]
+                by_class.setdefault(label, []).append(_Image(path, label, name))
+        # The same files count once.
+        lines = [sorted({i.name: i for i in found}.values(), key=lambda i: i.name) for found in by_class.values()]
+        self._chosen = list(islice(_in_turn(lines), self._most))
+        self._training = sum(self._shares.part(i.name) == "train" for i in self._chosen)
+
+    def _label(self, folder: Path) -> int:
+        if folder.name in self._names:
+            return self._names.index(folder.name)
+        if folder.name.isdecimal() and folder.name.isascii() and len(folder.name) < 8:
+            return int(folder.name)
+        wanted = " or ".join(self._names) or "a number"
+        raise ConfigError(
+            f"{folder} is no class", expected=wanted, got=folder.name,
+            hint="Give the classes' names in the order that all boards share: --class-names A,B,C.",
+        )  # fmt: skip
+
+
+def _in_turn(lines: Iterable[list[_T]]) -> Iterable[_T]:
+    """One of each line in turn, until all are over."""
+    return (one for turn in zip_longest(*lines) for one in turn if one is not None)
+
+
+def _content(path: Path) -> bytes:
+    """An image's bytes.
+
+    Raises:
+        DataError: It is no plain file, or larger than an image may be.
+        OSError: It can't be read; ELOOP for a symbolic link.
+    """
+    with open(path, "rb", opener=_opened) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError("an image", expected="a plain file", got="something else")
+        content = b"" if status.st_size > MAX_BYTES else file.read(MAX_BYTES + 1)  # it may be growing
+    if max(status.st_size, len(content)) > MAX_BYTES:
+        raise DataError("size of an image", expected=f"at most {MAX_BYTES} bytes", got="more")
+    return content
+
+
+def _opened(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would be waited for

@@ -1,0 +1,404 @@
+"""The samples that the application hands in: a bounded set on the disk, and the board's training data.
+
+samples/set.json            what the set was made with, and its key
+samples/segment-*.log       the samples (`segments`)
+
+Which samples stay is the reservoir's business. Which of them are held out is decided by a keyed hash of a sample's
+name and by nothing else, so that a sample never moves from one part to another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError
+from fedprune.costs.costs import HELD_BYTES
+from fedprune_device.data.census import census, record_of, seen_in
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.reservoir import UNLABELLED, Limits, Reservoir, Verdict
+from fedprune_device.data.sample import (
+    Added,
+    Array,
+    NoSampleError,
+    SampleConflictError,
+    checked_label,
+    encoded,
+    of_one_kind,
+    outline,
+)
+from fedprune_device.data.segment_log import HEAD_BYTES, Kind, Place, Record, SegmentLog, digest
+from fedprune_device.data.splits import Shares, claimed
+from fedprune_device.data.stored_array import FILE, StoredArray
+
+_LOG = logging.getLogger("fedprune.device")
+
+_SEGMENTS = 16
+"""Segments that the room on the disk is divided into."""
+
+_LIVE = 5 / 8
+"""Share of the room that samples take; the rest is for what no longer counts, and for cleaning."""
+
+_PIECE = 256 * 1024
+"""Bytes of samples that are written anew with one sync: clearing away a segment of many small ones is soon done."""
+
+_LABELS = 1000
+"""Different labels that there may be at least; as many as samples otherwise. What is counted of each is kept."""
+
+_NOTED = 64
+"""Declined samples (or a hundredth of all) after which it is noted how many were seen: a flood wears no card."""
+
+
+class SampleSet:
+    """The set. All methods may be called from any thread.
+
+    Args:
+        root: Its folder; made if missing.
+        limits: How many samples, and how many bytes on the disk, it may hold.
+        shares: What is held out.
+
+    Raises:
+        ConfigError: It was made with other shares, or there is room for nothing.
+        StorageError: The folder can't be written or read.
+    """
+
+    def __init__(self, root: Path, limits: Limits, shares: Shares | None = None) -> None:
+        self._root, self._limits, self._shares = root, limits, shares or Shares()
+        self._lock = threading.RLock()
+        segment = limits.bytes // _SEGMENTS
+        if segment <= HEAD_BYTES or limits.samples < 2:
+            raise ConfigError(
+                "room for samples", expected="at least 2 samples and 16 kB", got=f"{limits.samples}, {limits.bytes} B"
+            )
+        self._segment = segment
+        key = claimed(root, self._shares)
+        self._reservoir = Reservoir(
+            Limits(limits.samples, int(limits.bytes * _LIVE), limits.unlabelled), self._shares.seed
+        )
+        self._log = SegmentLog(root, key, segment)
+        self._places: dict[str, Place] = {}
+        self._declined = 0
+        self._training: set[str] = set()
+        self._replay()
+
+    def __enter__(self) -> SampleSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def largest(self) -> int:
+        """Bytes that one sample may take."""
+        return self._segment - HEAD_BYTES
+
+    @property
+    def samples(self) -> int:
+        """Samples that would be trained on now. Never waits for the disk, so that the agent's loop may ask."""
+        return len(self._training)
+
+    def add(self, x: Array, label: int | None = None) -> Added:
+        """Take a sample in, if it is to stay.
+
+        Args:
+            x: One sample, float32 or int64, as the model takes it.
+            label: Its class.
+
+        Raises:
+            SampleConflictError: It is there with another label.
+            DataError: It is of another type, too large, or holds a number that is not finite; or the label is none, or
+                there are too many different ones.
+            StorageFullError: The disk is full; nothing changed.
+            StorageError: The disk fails; nothing changed.
+        """
+        payload = encoded(x)
+        if len(payload) > self.largest:
+            raise DataError(
+                "size of a sample",
+                expected=f"at most {self.largest} bytes",
+                got=len(payload),
+                hint="Give the set more room (--samples-bytes).",
+            )
+        number = checked_label(label)
+        name = digest(payload).hex()
+        with self._lock:
+            self._check_room_for(number)
+            if name in self._reservoir:
+                old = self._reservoir.label(name)
+                if number in (UNLABELLED, old):
+                    return self._added(name, old, kept=True, duplicate=True)
+                if old != UNLABELLED:
+                    raise SampleConflictError(
+                        f"sample {name} is there already", expected=f"label {old}", got=number,
+                        hint=f"To change it, POST to /v1/samples/{name}/label.",
+                    )  # fmt: skip
+                return self._relabel(name, number, payload)
+            return self._take(name, number, payload)
+
+    def label(self, name: str, label: int) -> Added:
+        """Give a sample a label, or another one.
+
+        Raises:
+            NoSampleError: It is not there.
+            DataError: The label is none, or there are too many different ones.
+            StorageError: The disk fails or is full; nothing changed.
+        """
+        number = checked_label(label)
+        with self._lock:
+            self._known(name)
+            self._check_room_for(number)
+            if self._reservoir.label(name) == number:
+                return self._added(name, number, kept=True, duplicate=True)
+            place = self._places[name]
+            with self._log.reading([place]) as read:
+                payload = read(place)
+            if digest(payload).hex() != name:
+                self._forget(name)
+                raise NoSampleError(f"sample {name} is damaged and was given up")
+            return self._relabel(name, number, payload)
+
+    def delete(self, name: str) -> None:
+        """Take a sample back.
+
+        Raises:
+            NoSampleError: It is not there.
+            StorageError: The disk fails or is full; nothing changed.
+        """
+        with self._lock:
+            self._known(name)
+            self._write([Record(Kind.DELETED, bytes.fromhex(name))])
+            self._reservoir.drop(name, unseen=True)
+            self._gone(name)
+
+    def names(self) -> list[str]:
+        """Names of all samples that are kept."""
+        with self._lock:
+            return sorted(self._reservoir)
+
+    def counts(self) -> dict[str, Any]:
+        """What is there, for people and programs: samples by class and part, what was seen, and the room."""
+        with self._lock:
+            return {**census(self._reservoir, self._shares), "disk_bytes": self._log.size}
+
+    def snapshot(self, shape: Sequence[int | str | None] | None = None) -> LocalData:
+        """All samples with labels, as they are now; what comes later doesn't change them.
+
+        Args:
+            shape: One sample's shape as the model takes it. Samples of another shape are left out.
+
+        Raises:
+            DataError: There is nothing to train on.
+            StorageError: The disk fails.
+        """
+        with self._lock:
+            rows = [(n, c) for c, names in self._reservoir.kept().items() if c != UNLABELLED for n in names]
+            places = {n: self._places[n] for n, _ in rows}
+            segments = sorted({place.segment for place in places.values()})
+            files = self._log.opened(segments)  # what is cleared away meanwhile doesn't matter
+        found, begins = [], {}
+        for n, c in rows:
+            place = places[n]
+            number = segments.index(place.segment)
+            with storage_errors(f"can't read {self._root}"):
+                payload = os.pread(files.descriptors[number], place.size, place.at)
+            if digest(payload).hex() != n:
+                with self._lock:
+                    self._forget(n)
+                continue
+            x = outline(payload)
+            found.append((n, c, x))
+            begins[n] = FILE * number + place.at + place.size - x.size * x.itemsize
+        fitting = of_one_kind(found, shape)
+        if len(fitting) < len(found):
+            _LOG.warning(
+                "%d samples have another shape than the rest, or the model: left out", len(found) - len(fitting)
+            )
+        parts: dict[str, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
+        for name, label, _ in fitting:
+            parts[self._shares.part(name)].append((label, begins[name]))
+        if not parts["train"]:
+            raise DataError(
+                "there is nothing to train on yet",
+                expected="samples with labels",
+                got=f"{len(fitting)}, none of them for training",
+                hint="Hand some in: POST /v1/samples?label=...",
+            )
+        one = fitting[0][2]
+        held = one.size * 4 * len(fitting) <= HELD_BYTES
+        arrays: list[Any] = []
+        for part in ("train", "test", "val"):
+            at = np.array([p for _, p in parts[part]], np.int64)
+            stored = StoredArray(files, None, 0, one.dtype, (len(at), *one.shape), checked=True, places=at)
+            arrays += [stored[:] if held else stored, np.array([c for c, _ in parts[part]], np.int64)]
+        return LocalData(*arrays)
+
+    def close(self) -> None:
+        """Note what was seen, and close the files."""
+        with self._lock:
+            if self._declined:
+                self._note()
+            self._log.close()
+
+    def _take(self, name: str, label: int, payload: bytes) -> Added:
+        verdict = self._reservoir.judge(name, label, HEAD_BYTES + len(payload))
+        if verdict.kept:
+            dropped = [Record(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.dropped]
+            record = Record(Kind.SAMPLE, bytes.fromhex(name), label, verdict.seen, payload)
+            # First what is new: if the end is torn, there is one too many, not one too few.
+            place = self._write([record, *dropped])[0]
+            self._places[name] = place
+        else:
+            self._declined += 1
+        if self._declined >= max(_NOTED, sum(self._reservoir.seen.values()) // 100):
+            self._note()
+        return self._followed(verdict)
+
+    def _followed(self, verdict: Verdict) -> Added:
+        self._reservoir.follow(verdict)
+        for gone in verdict.dropped:
+            self._gone(gone)
+        if verdict.kept and self._trained(verdict.id, verdict.label):
+            self._training.add(verdict.id)
+        return self._added(verdict.id, verdict.label, kept=verdict.kept, duplicate=False)
+
+    def _relabel(self, name: str, label: int, payload: bytes) -> Added:
+        """Take a sample out of one class and offer it to another."""
+        old, size = self._reservoir.label(name), HEAD_BYTES + len(payload)
+        seen = self._reservoir.seen[old]
+        self._reservoir.drop(name, unseen=True)
+        verdict = self._reservoir.judge(name, label, size)
+        self._reservoir.restore(name, old, size)  # until it is on the disk
+        self._reservoir.set_seen(old, seen)
+        if verdict.kept:
+            dropped = [Record(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.dropped]
+            place = self._write([Record(Kind.SAMPLE, bytes.fromhex(name), label, verdict.seen, payload), *dropped])[0]
+        else:
+            self._write([Record(Kind.DELETED, bytes.fromhex(name))])
+        self._reservoir.drop(name, unseen=True)
+        self._gone(name)
+        if verdict.kept:
+            self._places[name] = place
+        return self._followed(verdict)
+
+    def _write(self, records: list[Record]) -> list[Place]:
+        """Append records, and make room for them first."""
+        self._clean(sum(r.size for r in records))
+        return self._append(records)
+
+    def _append(self, records: list[Record]) -> list[Place]:
+        """Append records; a new segment begins with what was seen, so that older ones may go."""
+        if self._log.begins(sum(r.size for r in records)):
+            counts = record_of(self._reservoir.seen)
+            if counts.size <= self._segment // 4:
+                return self._log.append([counts, *records])[1:]
+        return self._log.append(records)
+
+    def _note(self) -> None:
+        """Write down what was seen, which may get lost: then a few samples more are kept than should be."""
+        self._declined, record = 0, record_of(self._reservoir.seen)
+        try:
+            self._clean(record.size)
+            self._log.note(record)
+        except StorageError as error:
+            _LOG.warning("can't note how many samples were seen: %s", error)
+
+    def _clean(self, need: int) -> None:
+        """Clear away the oldest segments until the log stays within its room."""
+        for _ in range(4 * _SEGMENTS):
+            segments = self._log.segments
+            if len(segments) < 2 or self._log.size + need + self._segment <= self._limits.bytes:
+                return
+            self._move_out(segments[0])
+            self._log.remove_oldest()
+        raise StorageFullError(
+            "no room for samples", expected=f"at most {self._limits.bytes} bytes", got=self._log.size
+        )
+
+    def _move_out(self, segment: int) -> None:
+        alive = {n: p for n, p in self._places.items() if p.segment == segment}
+        if not alive:
+            return
+        piece: list[Record] = []
+        size = 0
+        with self._log.reading(alive.values()) as read:
+            for name, place in alive.items():
+                payload = read(place)
+                if digest(payload).hex() != name:
+                    self._forget(name)
+                    continue
+                record = Record(Kind.SAMPLE, bytes.fromhex(name), self._reservoir.label(name), 0, payload)
+                size += record.size
+                if piece and (size > _PIECE or self._log.begins(size)):  # a piece fills what a segment has left
+                    self._move(piece)
+                    piece, size = [], record.size
+                piece.append(record)
+        self._move(piece)
+
+    def _move(self, records: list[Record]) -> None:
+        if records:
+            places = self._append(records)
+            self._places.update((r.name.hex(), place) for r, place in zip(records, places, strict=True))
+
+    def _replay(self) -> None:
+        for record, place in self._log.replay():
+            name = record.name.hex()
+            if record.kind == Kind.COUNTS:
+                self._recount(record)
+                continue
+            known = name in self._reservoir
+            if known:
+                moved = record.kind == Kind.DELETED or self._reservoir.label(name) != record.label
+                self._reservoir.drop(name, unseen=moved and record.kind != Kind.DROPPED)
+                del self._places[name]
+            if record.kind == Kind.SAMPLE:
+                if record.seen:
+                    self._reservoir.set_seen(record.label, record.seen)
+                self._reservoir.restore(name, record.label, HEAD_BYTES + place.size)
+                self._places[name] = place
+        while (surplus := self._reservoir.surplus()) is not None:  # a torn end, bits that were lost, or less room
+            self._reservoir.drop(surplus)
+            del self._places[surplus]
+        kept = self._reservoir.kept()
+        self._training = {n for c, names in kept.items() for n in names if self._trained(n, c)}
+
+    def _recount(self, record: Record) -> None:
+        try:
+            for label, seen in seen_in(record).items():
+                self._reservoir.set_seen(label, seen)
+        except ValueError as error:
+            _LOG.warning("counts of samples are damaged (%s)", error)
+
+    def _forget(self, name: str) -> None:
+        _LOG.warning("sample %s is damaged: going on without it", name)
+        if name in self._reservoir:
+            self._reservoir.drop(name)
+            self._gone(name)
+
+    def _gone(self, name: str) -> None:
+        del self._places[name]
+        self._training.discard(name)
+
+    def _trained(self, name: str, label: int) -> bool:
+        return label != UNLABELLED and self._shares.part(name) == "train"
+
+    def _known(self, name: str) -> None:
+        if name not in self._reservoir:
+            raise NoSampleError(
+                f"there is no sample {name[:40]!r}", hint="It may have made room for others; GET /v1/samples counts."
+            )
+
+    def _check_room_for(self, label: int) -> None:
+        """What is counted per class must stay small, also before a model says how many there are."""
+        most = max(self._limits.samples, _LABELS)
+        if label != UNLABELLED and not self._reservoir.knows(label) and self._reservoir.labels >= most:
+            raise DataError("label", expected=f"at most {most} different ones", got=f"{label} beside them")
+
+    def _added(self, name: str, label: int, *, kept: bool, duplicate: bool) -> Added:
+        return Added(name, kept, duplicate, None if label == UNLABELLED else label, self._shares.part(name))

@@ -1,0 +1,278 @@
+"""An append-only log of samples in segments: what wears a flash card least, and what a power cut can't tear.
+
+A sample in a file of its own costs a write of the folder, of an inode and of both their journals; here it is one
+write and one sync at the end of a file. Nothing is changed in place. Every record has a head with a digest of its
+own, keyed so that no sample can pass for a record, and its payload is named by its digest: what is damaged is skipped
+by name, and what a power cut tore is the end of a segment that is never written to again.
+
+Room is made from the oldest segment on: what is alive in it is written anew at the end, and the file is deleted. A
+deletion in the oldest segment is of something older, which is gone, so that none has to be kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from fedprune.core.disk import storage_errors, sync_folder, write_all
+from fedprune_device.data.stored_array import Copy
+
+_LOG = logging.getLogger("fedprune.device")
+
+_MAGIC = b"FpS1"
+_HEAD = struct.Struct("<4sB3xiIQ16s")
+_DIGEST = 8
+HEAD_BYTES = _HEAD.size + _DIGEST
+NAME_BYTES = 16
+_FILE = re.compile(r"segment-(\d{8})\.log")
+
+
+class Kind(IntEnum):
+    """What a record says."""
+
+    SAMPLE = 1
+    """A sample is kept, with a label; an older record of it no longer counts."""
+    DROPPED = 2
+    """It made room for another one."""
+    DELETED = 3
+    """Somebody took it back."""
+    COUNTS = 4
+    """How many samples were seen; the payload is JSON."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record's payload lies: segment, offset and size."""
+
+    segment: int
+    at: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record.
+
+    Attributes:
+        kind: What it says.
+        name: 16 bytes: a sample's name, or a digest of the payload.
+        label: The sample's class, or -1.
+        seen: Samples of that class that were seen; 0 says nothing.
+        payload: The sample, or the counts; empty where a record is read from a log, which has its place.
+    """
+
+    kind: Kind
+    name: bytes
+    label: int = 0
+    seen: int = 0
+    payload: bytes = b""
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes in a segment."""
+        return HEAD_BYTES + len(self.payload)
+
+
+def digest(payload: bytes) -> bytes:
+    """The name of a payload."""
+    return hashlib.sha256(payload).digest()[:NAME_BYTES]
+
+
+class SegmentLog:
+    """The log. Whoever writes holds a lock of their own.
+
+    Args:
+        root: The folder; made if missing.
+        key: Secret of this log, which keys the heads' digests.
+        segment_bytes: A segment that is longer gets no further record.
+
+    Raises:
+        StorageError: The folder can't be written or read.
+    """
+
+    def __init__(self, root: Path, key: bytes, segment_bytes: int) -> None:
+        self._root, self._key, self._segment_bytes = root, key, segment_bytes
+        with storage_errors(f"can't read {root}"):
+            root.mkdir(parents=True, exist_ok=True)
+            found = [(m, p.stat().st_size) for p in root.iterdir() if (m := _FILE.fullmatch(p.name))]
+        self._sizes = dict(sorted((int(m[1]), size) for m, size in found))
+        self._last = max(self._sizes, default=0)
+        self._open: int | None = None
+        self._torn = True  # until the last segment has been read to its end
+
+    @property
+    def size(self) -> int:
+        """Bytes of all segments."""
+        return sum(self._sizes.values())
+
+    @property
+    def segments(self) -> list[int]:
+        """Numbers of the segments, oldest first."""
+        return list(self._sizes)
+
+    def path(self, segment: int) -> Path:
+        """A segment's file."""
+        return self._root / f"segment-{segment:08}.log"
+
+    def replay(self) -> Iterator[tuple[Record, Place]]:
+        """All records, oldest first. What is damaged is skipped and logged.
+
+        Raises:
+            StorageError: A segment can't be read.
+        """
+        for segment in self._sizes:
+            with storage_errors(f"can't read {self.path(segment)}"):
+                data = self.path(segment).read_bytes()
+            at = 0
+            while at < len(data):
+                record, size = self._parse(data, at)
+                if record is None:
+                    after = data.find(_MAGIC, at + 1)
+                    _LOG.warning("%s: damaged or torn at byte %d", self.path(segment).name, at)
+                    at = after if after >= 0 else len(data)
+                    self._torn = True
+                    continue
+                self._torn = False
+                yield record, Place(segment, at + HEAD_BYTES, size)
+                at += HEAD_BYTES + size
+        self._torn = self._torn or not self._sizes
+
+    def append(self, records: Sequence[Record]) -> list[Place]:
+        """Write records, durably, in one piece; if that fails, none of them is there.
+
+        Returns:
+            Where their payloads lie.
+
+        Raises:
+            StorageFullError: No room.
+            StorageError: The disk fails.
+        """
+        return self._append(records, sync=True)
+
+    def note(self, record: Record) -> None:
+        """Write a record that may get lost."""
+        self._append([record], sync=False)
+
+    def begins(self, need: int) -> bool:
+        """Whether records of so many bytes would begin a new segment."""
+        size = self._sizes.get(self._last, self._segment_bytes)
+        return self._torn or (size > 0 and size + need > self._segment_bytes)
+
+    @contextlib.contextmanager
+    def reading(self, places: Iterable[Place]) -> Iterator[Callable[[Place], bytes]]:
+        """Open segments for reading; once that is done, nothing that is written or removed disturbs.
+
+        Args:
+            places: What will be read.
+
+        Returns:
+            Reads a payload; what is cut short comes shorter.
+
+        Raises:
+            StorageError: A segment can't be opened or read.
+        """
+        with contextlib.ExitStack() as stack, storage_errors(f"can't read {self._root}"):
+            files = {n: stack.enter_context(self.path(n).open("rb")) for n in sorted({p.segment for p in places})}
+            yield lambda place: os.pread(files[place.segment].fileno(), place.size, place.at)
+
+    def opened(self, segments: Sequence[int]) -> Copy:
+        """Segments that stay readable whatever is written or removed.
+
+        Raises:
+            StorageError: One can't be opened.
+        """
+        descriptors: list[int] = []
+        try:
+            with storage_errors(f"can't read {self._root}"):
+                descriptors += (os.open(self.path(n), os.O_RDONLY | os.O_CLOEXEC) for n in segments)
+        finally:
+            copy = Copy(*descriptors)
+        return copy
+
+    def remove_oldest(self) -> None:
+        """Delete the oldest segment.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        segment = next(iter(self._sizes))
+        if segment == self._last:
+            self._torn = True
+            self._close()
+        with storage_errors(f"can't write {self._root}"):
+            self.path(segment).unlink(missing_ok=True)
+            sync_folder(self._root)
+        del self._sizes[segment]
+
+    def close(self) -> None:
+        """Close what is open."""
+        self._close()
+
+    def _append(self, records: Sequence[Record], *, sync: bool) -> list[Place]:
+        with storage_errors(f"can't write {self._root}"):
+            if self.begins(sum(r.size for r in records)):
+                self._begin()
+            descriptor = self._opened()
+            start = at = self._sizes[self._last]
+            places, pieces = [], []
+            for record in records:
+                head = self._head(record)
+                places.append(Place(self._last, at + len(head), len(record.payload)))
+                pieces += [head, record.payload]
+                at += record.size
+            self._torn = True  # until all is written
+            try:
+                write_all(descriptor, b"".join(pieces), start)
+                if sync:
+                    os.fsync(descriptor)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, start)
+                self._sizes[self._last] = os.fstat(descriptor).st_size
+                self._torn = self._sizes[self._last] != start
+                raise
+            self._sizes[self._last], self._torn = at, False
+        return places
+
+    def _begin(self) -> None:
+        self._close()
+        number = self._last + 1
+        path = self.path(number)
+        self._open = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        sync_folder(self._root)
+        self._last, self._sizes[number], self._torn = number, 0, False
+
+    def _opened(self) -> int:
+        if self._open is None:
+            self._open = os.open(self.path(self._last), os.O_RDWR | os.O_CLOEXEC)
+        return self._open
+
+    def _close(self) -> None:
+        if self._open is not None:
+            os.close(self._open)
+            self._open = None
+
+    def _head(self, record: Record) -> bytes:
+        head = _HEAD.pack(_MAGIC, record.kind, record.label, len(record.payload), record.seen, record.name)
+        return head + self._seal(head)
+
+    def _seal(self, head: bytes) -> bytes:
+        return hashlib.blake2b(head, digest_size=_DIGEST, key=self._key).digest()
+
+    def _parse(self, data: bytes, at: int) -> tuple[Record | None, int]:
+        head = data[at : at + _HEAD.size]
+        if len(head) < _HEAD.size or data[at + _HEAD.size : at + HEAD_BYTES] != self._seal(head):
+            return None, 0
+        _, kind, label, size, seen, name = _HEAD.unpack(head)
+        if at + HEAD_BYTES + size > len(data) or kind not in {*Kind}:
+            return None, 0
+        payload = data[at + HEAD_BYTES : at + HEAD_BYTES + size] if kind == Kind.COUNTS else b""
+        return Record(Kind(kind), name, label, seen, payload), size

@@ -1,0 +1,73 @@
+"""Which samples are held out, and the file that says so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedprune.core import durable
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import ConfigError, StorageError
+from fedprune_device.data.dataset import TEST_SHARE
+
+_FORMAT = "fedprune.samples/1"
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which part of the samples is held out.
+
+    Attributes:
+        test: Share of all.
+        validation: Share of the rest.
+        seed: With the device's name, of the choice.
+        device: The device's name.
+    """
+
+    test: float = TEST_SHARE
+    validation: float = 0.0
+    seed: int = 0
+    device: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("test", "validation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"share of samples for {name}", expected="0 to below 1", got=getattr(self, name))
+
+    def part(self, name: str) -> str:
+        """The part that a sample belongs to, for ever."""
+        text = "\x1f".join([str(self.seed), self.device, "part", name])
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+        if number < self.test:
+            return "test"
+        return "val" if number < self.test + (1 - self.test) * self.validation else "train"
+
+
+def claimed(root: Path, shares: Shares) -> bytes:
+    """The key of the set in a folder. A new set is made with the shares that are asked for, and keeps them.
+
+    Raises:
+        ConfigError: The set was made with others.
+        StorageError: The folder can't be written or read.
+    """
+    path, wanted = root / "set.json", asdict(shares)
+    body = durable.read_document(path)
+    if body is None:
+        with storage_errors(f"can't write {root}"):
+            root.mkdir(parents=True, exist_ok=True)
+        durable.sweep(root)
+        body = {"format": _FORMAT, "shares": wanted, "key": os.urandom(16).hex()}
+        durable.write_document(path, body)
+    if body.get("format") != _FORMAT:
+        raise StorageError(f"{path} is of another version", expected=_FORMAT, got=body.get("format"))
+    if body["shares"] != wanted:
+        raise ConfigError(
+            f"the samples in {root} are divided otherwise",
+            expected=json.dumps(body["shares"]),
+            got=json.dumps(wanted),
+            hint="Keep --seed, --device and the shares as they were: a test sample must never be trained on.",
+        )
+    return bytes.fromhex(body["key"])

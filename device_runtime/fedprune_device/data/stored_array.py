@@ -1,0 +1,280 @@
+"""Samples that stay on the disk and are read row by row, as batches are drawn.
+
+Rows are read with `pread` rather than mapped: mapped pages count as this process's memory, and a file that is cut short
+while it is mapped kills the process instead of raising an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy
+
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import DataError
+from fedprune.costs.costs import HELD_BYTES
+
+Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
+
+FILE = 2**48
+"""More bytes than any file has: the factor that separates offsets of several files."""
+
+_CHUNK_BYTES = 2**20
+
+
+class Copy:
+    """Open files, closed when nothing refers to them: without a name they are gone then, however the process ends.
+
+    Args:
+        descriptors: Their descriptors.
+    """
+
+    def __init__(self, *descriptors: int) -> None:
+        self.descriptors = descriptors
+
+    def __del__(self) -> None:
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+    def fileno(self) -> int:
+        """The descriptor of the first."""
+        return self.descriptors[0]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredArray:
+    """An array of samples [n, ...] on the disk.
+
+    Attributes:
+        file: The file: a path, or a copy without a name.
+        stamp: Inode, size and time of the file's last change, which must stay the same; None for one that only grows.
+        offset: Where the numbers begin.
+        stored: Their type in the file.
+        whole: The array's shape in the file.
+        rows: The samples that belong to this array, in order; None for all.
+        checked: Whether all numbers have been found usable.
+        convert: Turns what is read into samples; None where only the type changes.
+        sample: The shape of one then.
+        places: Where each sample begins, in a file's bytes plus `FILE` times the number of the file; None where they
+            follow each other from `offset` on.
+    """
+
+    file: Path | Copy
+    stamp: tuple[int, int, int] | None
+    offset: int
+    stored: np.dtype[Any]
+    whole: tuple[int, ...]
+    rows: Rows | None = None
+    checked: bool = False
+    convert: Callable[[Array], Array] | None = None
+    sample: tuple[int, ...] | None = None
+    places: Rows | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the samples that are read: float32, or int64 for token ids."""
+        return np.dtype(np.int64 if self.stored.kind == "i" else np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Samples, and the shape of one."""
+        return (len(self), *(self.whole[1:] if self.sample is None else self.sample))
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return sum(0 if kept is None else kept.nbytes for kept in (self.rows, self.places))
+
+    def __len__(self) -> int:
+        return self.whole[0] if self.rows is None else len(self.rows)
+
+    def __getitem__(self, rows: Any) -> Array:
+        """Some samples, read now.
+
+        Args:
+            rows: Numbers of samples, or a slice.
+
+        Raises:
+            DataError: The file has changed.
+            StorageError: It can't be read.
+        """
+        chosen = _chosen(rows, len(self)) if self.rows is None else self.rows[rows]
+        one = self.stored.itemsize * prod(self.whole[1:])
+        raw = np.empty((np.size(chosen), *self.whole[1:]), self.stored)
+        bytes_of = memoryview(raw.reshape(-1).view(np.uint8).data)
+        with self._opened() as descriptors:
+            at = 0
+            for place, count in self._pieces(np.atleast_1d(chosen), one):
+                piece = bytes_of[at * one : (at + count) * one]
+                self._fill(descriptors[place // FILE], piece, place % FILE)
+                at += count
+        read = raw.astype(self.dtype, copy=False) if self.convert is None else self.convert(raw)
+        return read if np.ndim(chosen) else read[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.asarray(self[:], dtype)
+
+    def select(self, rows: Rows) -> StoredArray:
+        """Some of the samples, which stay on the disk."""
+        return replace(self, rows=np.asarray(rows if self.rows is None else self.rows[rows], np.int64))
+
+    def chunks(self) -> Iterator[Array]:
+        """All samples in order, a few at a time; errors are those of reading some."""
+        step = max(1, _CHUNK_BYTES // max(1, self.dtype.itemsize * prod(self.shape[1:])))
+        return (self[start : start + step] for start in range(0, len(self), step))
+
+    def _pieces(self, rows: Rows, one: int) -> Iterator[tuple[int, int]]:
+        """Where pieces of neighbouring samples begin, and how many samples each has."""
+        if self.places is not None:
+            return ((int(place), 1) for place in self.places[rows])
+        return ((self.offset + first * one, count) for first, count in _runs(rows))
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[int, ...]]:
+        with contextlib.ExitStack() as stack, storage_errors(f"can't read {self._name}"):
+            if isinstance(self.file, Path):
+                descriptors: tuple[int, ...] = (stack.enter_context(self.file.open("rb")).fileno(),)
+            else:
+                descriptors = self.file.descriptors
+            if self.stamp is not None and _stamp(descriptors[0]) != self.stamp:
+                raise self._changed()
+            yield descriptors
+
+    def _fill(self, descriptor: int, piece: memoryview, at: int) -> None:
+        while piece:
+            count = os.preadv(descriptor, [piece], at)
+            if not count:
+                raise self._changed()
+            piece, at = piece[count:], at + count
+
+    @property
+    def _name(self) -> str:
+        return str(self.file) if isinstance(self.file, Path) else "the copy of the samples"
+
+    def _changed(self) -> DataError:
+        return DataError(
+            f"{self._name} has changed since it was opened",
+            expected="a file that stays as it is",
+            hint="Write new samples to another file, rename it over this one, and restart the device.",
+        )
+
+
+Inputs: TypeAlias = "Array | StoredArray"
+"""Samples in memory or on the disk: both give some as an array by `x[rows]`."""
+
+
+def select(x: Inputs, rows: Rows) -> Inputs:
+    """Some of the samples; those on the disk stay there."""
+    return x.select(rows) if isinstance(x, StoredArray) else x[rows]
+
+
+def member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: Path | None) -> Inputs:
+    """An array of samples in an `.npz` file, on the disk if it is large.
+
+    Args:
+        path: The file.
+        archive: The same, opened.
+        info: The array's entry.
+        spool: A folder for a copy of what is compressed; without one that is held in memory.
+
+    Raises:
+        DataError: The numbers are cut short.
+        StorageError: There is no room for the copy.
+        Exception: It is damaged, in whichever way `zipfile` or numpy says so.
+    """
+    # Header, checksum, offset and stamp are of one open file: another one may take the path's place meanwhile.
+    if archive.fp is None:
+        raise DataError(f"{path} is closed")
+    descriptor = archive.fp.fileno()
+    stamp = _stamp(descriptor)
+    with archive.open(info) as stream:
+        packed = info.compress_type != zipfile.ZIP_STORED
+        shape: tuple[int, ...] = ()
+        if npy.read_magic(stream) == (1, 0):
+            shape, fortran, dtype = npy.read_array_header_1_0(stream)
+            begin = info.file_size - prod(shape) * dtype.itemsize
+            usable = _usable(dtype, shape) and not fortran and stream.tell() == begin
+        if not shape or not usable or (packed and spool is None):
+            with archive.open(info) as again:
+                return np.asarray(npy.read_array(again, allow_pickle=False))
+        if packed and spool is not None:
+            return _spooled(spool, shape, dtype, lambda file: shutil.copyfileobj(stream, file, _CHUNK_BYTES))
+        while stream.read(_CHUNK_BYTES):  # to the end, where the checksum is compared
+            pass
+    head = os.pread(descriptor, 30, info.header_offset)
+    start = info.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+    return StoredArray(path.absolute(), stamp, start + begin, dtype, shape)
+
+
+def moved_out(x: Array, spool: Path) -> Inputs:
+    """Samples from memory, on the disk if they are large.
+
+    Args:
+        x: The samples.
+        spool: The folder for the copy, which goes with this process.
+
+    Raises:
+        StorageError: There is no room for the copy.
+    """
+    if not _usable(x.dtype, x.shape):
+        return x
+    return _spooled(spool, x.shape, x.dtype, lambda file: file.write(np.ascontiguousarray(x).data))
+
+
+def _usable(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
+    """Whether these are many samples of a type that a model may take."""
+    kind = dtype.kind == "f" or dtype in (np.int32, np.int64)
+    return kind and len(shape) > 1 and 4 * prod(shape) > HELD_BYTES
+
+
+def _spooled(
+    spool: Path, shape: tuple[int, ...], dtype: np.dtype[Any], write: Callable[[IO[bytes]], object]
+) -> StoredArray:
+    with storage_errors(f"can't write a copy of the samples to {spool}"):
+        spool.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=spool) as file:
+            write(file)
+            file.flush()
+            copy = Copy(os.dup(file.fileno()))
+        return StoredArray(copy, _stamp(copy.fileno()), 0, dtype, shape)
+
+
+def _stamp(descriptor: int) -> tuple[int, int, int]:
+    status = os.fstat(descriptor)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _chosen(rows: Any, count: int) -> Rows:
+    """Numbers of the samples that an index chooses of `count`; memory for the chosen ones alone."""
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(count), dtype=np.int64)
+    chosen = np.asarray(rows)
+    chosen = (np.flatnonzero(chosen) if chosen.dtype == np.bool_ else chosen).astype(np.int64)
+    chosen = np.where(chosen < 0, chosen + count, chosen)
+    if chosen.size and not 0 <= chosen.min() <= chosen.max() < count:
+        raise IndexError(f"samples {chosen.min()} to {chosen.max()} of {count}")
+    return chosen
+
+
+def _runs(rows: Rows) -> Iterator[tuple[int, int]]:
+    """First rows and lengths of the runs of neighbours, in order."""
+    ends = np.flatnonzero(np.diff(rows) != 1) + 1
+    for run in np.split(rows, ends) if len(rows) else []:
+        yield int(run[0]), len(run)

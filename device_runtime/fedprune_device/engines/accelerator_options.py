@@ -1,0 +1,84 @@
+"""What a board computes with: its processor, CUDA, or TensorRT for predictions and CUDA for the rest."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedprune.core.disk import storage_errors
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.hardware.profile_sections import TIERS
+from fedprune.runtime.tensorrt_config import EnginePlan
+
+if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
+    from fedprune_device.engines.engine_selector import Keeper
+
+ENGINES = "engines"
+"""The folder of engines in a state directory."""
+
+CPU, _, TENSORRT = TIERS
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What a board computes with, as far as that works there.
+
+    Attributes:
+        name: One of `TIERS`.
+        plan: How engines are built.
+    """
+
+    name: str
+    plan: EnginePlan
+
+    @property
+    def cuda(self) -> bool:
+        """Whether onnxruntime is to compute on an NVIDIA GPU."""
+        return self.name != CPU
+
+    def keeper(self, state: Path) -> Keeper | None:
+        """What keeps an engine for predictions, if there is to be one.
+
+        Args:
+            state: The board's state directory.
+        """
+        if self.name != TENSORRT:
+            return None
+        from fedprune_device.engines.engine_selector import Keeper
+
+        return Keeper(state / ENGINES, self.plan)
+
+
+def add_tier_options(parser: Any) -> None:
+    """Add what is to compute to `run`."""
+    parser.add_argument(
+        "--tier", choices=TIERS, help="what computes, if it works here: docs/jetson.md (default: as the profile says)"
+    )
+    parser.add_argument(
+        "--engine-plan", type=Path, metavar="FILE", help="how TensorRT engines are built: an engine.json"
+    )
+
+
+def tier_of(arguments: argparse.Namespace, profile: HardwareProfile | None) -> Tier:
+    """What the command line, or else the profile, says.
+
+    Raises:
+        ConfigError: The plan makes no sense.
+        StorageError: It can't be read.
+    """
+    name = arguments.tier or (CPU if profile is None else profile.software.tier)
+    return Tier(name, EnginePlan() if arguments.engine_plan is None else read_plan(arguments.engine_plan))
+
+
+def read_plan(path: Path) -> EnginePlan:
+    """A plan from a file.
+
+    Raises:
+        ConfigError: It makes no sense.
+        StorageError: It can't be read.
+    """
+    with storage_errors(f"can't read {path}"):
+        raw = path.read_bytes()
+    return EnginePlan.from_json(raw, str(path))

@@ -1,0 +1,164 @@
+"""An engine in the making: a child process with an order, watched from outside, and ended when its time is over."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess  # nosec B404  # lists of words, never a shell
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import EngineError, reason
+from fedprune_device.engines.engine_cache import Shelf
+
+_MOST_SAID = 4096
+"""Bytes of what a child said last that are looked at."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a child process is to make.
+
+    Attributes:
+        folder: Where graph, weights and `x.npy`, the inputs of the check, lie, and what is made will.
+        plan: The plan, as JSON.
+        refittable: Whether the engine is to take new weights later.
+        timings: The timing cache; None for none.
+        base: The engine that gets new weights; None to build one.
+        parent: The process that wants it, with which the child ends: this one.
+    """
+
+    folder: Path
+    plan: str
+    refittable: bool = False
+    timings: Path | None = None
+    base: Path | None = None
+    parent: int = field(default_factory=os.getpid)
+
+    def to_json(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Order:
+        """What `to_json` gave."""
+        body = json.loads(text)
+        paths = {n: None if body[n] is None else Path(body[n]) for n in ("timings", "base")}
+        return cls(Path(body["folder"]), body["plan"], body["refittable"], **paths, parent=body["parent"])
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a child process made.
+
+    Attributes:
+        seconds: How long that took.
+        latency_s: Median time of one sample.
+        answers: What the engine says of the inputs of the check.
+    """
+
+    seconds: float
+    latency_s: float
+    answers: npt.NDArray[Any]
+
+
+class Making:
+    """A child process at work.
+
+    Args:
+        shelf: In whose work folder it works.
+        order: What it is to make.
+        timeout_s: When it is ended.
+        clock: Seconds that only grow.
+
+    Raises:
+        EngineError: It can't be started.
+        StorageError: The disk fails.
+    """
+
+    def __init__(
+        self, shelf: Shelf, order: Order, timeout_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._folder, self._clock = order.folder, clock
+        self._timeout_s, self._until = timeout_s, clock() + timeout_s
+        self._out, self._err = shelf.work / "out.txt", shelf.work / "err.txt"
+        command = [sys.executable, "-m", "fedprune_device.engines"]
+        given = shelf.work / "order.json"
+        with storage_errors(f"can't write {shelf.work}"):
+            given.write_text(order.to_json())
+            with given.open() as stdin, self._out.open("wb") as out, self._err.open("wb") as err:
+                try:
+                    # A group of its own, so that all that TensorRT starts ends with it.
+                    self._child = subprocess.Popen(command, stdin=stdin, stdout=out, stderr=err, start_new_session=True)  # noqa: S603  # nosec B603  # our own module, in this Python
+                except OSError as error:
+                    raise EngineError(f"can't start {sys.executable}: {error.strerror}") from error
+
+    @property
+    def progress(self) -> str:
+        """What the child said last of how far it is."""
+        return _last_line(self._out)
+
+    def poll(self) -> Made | None:
+        """What was made; None while it isn't done.
+
+        Raises:
+            EngineError: The child failed, was killed, or its time is over.
+        """
+        code = self._child.poll()
+        if code is None:
+            if self._clock() < self._until:
+                return None
+            self.stop()
+            raise EngineError(
+                "the engine wasn't built in time",
+                expected=f"at most {self._timeout_s:g} s",
+                hint="Give the plan a longer timeout_s, or a lower level.",
+            )
+        if code < 0:
+            name = signal.Signals(-code).name if -code in signal.Signals._value2member_map_ else str(-code)
+            hint = "Memory ran out: give the plan a smaller pool_bytes or batch." if -code == signal.SIGKILL else ""
+            raise EngineError(f"the process that makes the engine was ended by {name}", hint=hint)
+        if code:
+            raise EngineError(_last_line(self._err) or f"making the engine failed ({code})")
+        return self._made()
+
+    def stop(self) -> None:
+        """End the child and all that it started."""
+        if self._child.poll() is None:  # until then its number is nobody else's
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait()
+
+    def _made(self) -> Made:
+        try:
+            said = json.loads(_last_line(self._out))
+            seconds, latency = float(said["seconds"]), float(said["latency_s"])
+            if not (math.isfinite(seconds) and math.isfinite(latency)):
+                raise ValueError("times are not finite")
+            found = np.load(self._folder / "answers.npy", allow_pickle=False)
+        except (ValueError, KeyError, TypeError, OSError, EOFError, RecursionError, OverflowError) as error:
+            raise EngineError(
+                f"the process that makes the engine left nothing that can be read ({reason(error)})"
+            ) from error
+        return Made(seconds, latency, found)
+
+
+def _last_line(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _MOST_SAID))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return reason(Exception(lines[-1])) if lines else ""

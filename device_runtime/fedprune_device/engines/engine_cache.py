@@ -1,0 +1,254 @@
+"""Engines on the board's own disk. Nothing here ever came over a network, and nothing here is trusted to be whole.
+
+lock           held by whoever makes an engine
+engine.plan    the engine for what serves, with engine.json: what it is for and its digest
+base.plan      an engine that takes new weights, with base.json
+timing.cache   what the builder measured, with timing.json: on what
+record.json    how long refitting and building took, and what failed
+loading.json   there while an engine is being loaded: if it still is once nobody loads any, that ended the process
+loading.lock   held by whoever loads one
+work/          where a child process makes the next one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedprune.core import durable
+from fedprune.core import validation as check
+from fedprune.core.disk import file_digest, locked, storage_errors
+from fedprune.core.errors import BusyError, ConfigError, EngineError, FedpruneError, StorageError, shown
+
+_LOG = logging.getLogger("fedprune.device")
+
+ENGINE, BASE, TIMINGS = "engine", "base", "timing"
+_FILES = {ENGINE: "engine.plan", BASE: "base.plan", TIMINGS: "timing.cache"}
+_MOST_COUNTED = 10**9
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an engine is valid: on one kind of board, with one system and one TensorRT.
+
+    Attributes:
+        board: The board's name, as its device tree has it.
+        l4t: NVIDIA's release of Linux; empty elsewhere.
+        sm: The GPU's compute capability.
+        tensorrt: TensorRT's version.
+        power: The number of the power mode, which timings depend on; None where there is none.
+    """
+
+    board: str
+    l4t: str
+    sm: str
+    tensorrt: str
+    power: int | None = None
+
+    def key(self, graph: str, plan: str) -> str:
+        """What an engine of a graph and a plan is for, in one digest. The power mode changes speed, not validity."""
+        return _digest({**asdict(replace(self, power=None)), "graph": graph, "plan": plan})
+
+    @property
+    def timings(self) -> str:
+        """What a timing cache is for."""
+        return _digest(asdict(self))
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of making engines for one key.
+
+    Attributes:
+        key: The key.
+        refit_s: Seconds of a refit; None before one was measured.
+        rebuild_s: Seconds of a build with a timing cache that knows the layers; None before.
+        refits: False when a refitted engine computed something else, or TensorRT refused.
+        failures: Builds in a row that failed.
+        reason: Why the last one did.
+    """
+
+    key: str
+    refit_s: float | None = None
+    rebuild_s: float | None = None
+    refits: bool = True
+    failures: int = 0
+    reason: str = ""
+
+
+class Shelf:
+    """The folder of engines in a state directory.
+
+    Args:
+        root: The folder; made when something is first written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def work(self) -> Path:
+        """Where a child process works."""
+        return self.root / "work"
+
+    def path(self, what: str) -> Path:
+        """Where a file lies, or will lie: of `ENGINE`, `BASE` or `TIMINGS`."""
+        return self.root / _FILES[what]
+
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """Be the one who makes an engine, in an empty work folder.
+
+        Raises:
+            StorageError: Somebody else is, or the disk fails.
+        """
+        with storage_errors(f"can't write {self.root}"):
+            self.root.mkdir(parents=True, exist_ok=True)
+        busy = f"another process makes an engine in {self.root}"
+        with locked(self.root / "lock", busy, "Wait until it is done, or stop the agent."):
+            with storage_errors(f"can't write {self.work}"):
+                shutil.rmtree(self.work, ignore_errors=True)
+                self.work.mkdir(mode=0o700)
+            durable.sweep(self.root)
+            try:
+                yield
+            finally:
+                shutil.rmtree(self.work, ignore_errors=True)
+
+    def put(self, what: str, new: Path, key: str, facts: dict[str, Any]) -> None:
+        """Take a finished file from the work folder. A cut at any moment leaves the old one, the new one or none.
+
+        Args:
+            what: `ENGINE`, `BASE` or `TIMINGS`.
+            new: The file.
+            key: What it is for.
+            facts: What else is to be known of it.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        with storage_errors(f"can't read {new}"):
+            sha256 = file_digest(new)
+        durable.place(new, self.path(what))
+        if what == ENGINE:  # what ended a process was another, or has been made anew and tried since
+            durable.remove(self._marker)
+        durable.write_document(self._note(what), {**facts, "key": key, "sha256": sha256})
+
+    def read(self, what: str, key: str) -> tuple[bytes, dict[str, Any]]:
+        """A file and its facts.
+
+        Args:
+            what: `ENGINE`, `BASE` or `TIMINGS`.
+            key: What it must be for.
+
+        Raises:
+            EngineError: There is none, it is for something else, or it is damaged.
+        """
+        try:
+            note = durable.read_document(self._note(what))
+        except StorageError as error:
+            raise EngineError(str(error)) from error
+        path = self.path(what)
+        if note is None or not path.is_file():
+            raise EngineError(f"there is no {path.name} yet")
+        if note.get("key") != key:
+            raise EngineError(f"{path.name} is of another board, system, TensorRT, graph or plan")
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise EngineError(f"can't read {path}: {error.strerror}") from error
+        if hashlib.sha256(raw).hexdigest() != note.get("sha256"):
+            raise EngineError(f"{path.name} is damaged")
+        return raw, note
+
+    def record(self, key: str) -> Record:
+        """What is known of making engines for a key; what can't be read is not known."""
+        try:
+            body = durable.read_document(self.root / "record.json")
+            found = Record(key) if body is None else _checked(Record(**body))
+        except (FedpruneError, TypeError) as error:
+            _LOG.warning("what is known of making engines can't be read, going on without it: %s", error)
+            found = Record(key)
+        return found if found.key == key else Record(key)
+
+    def keep(self, record: Record) -> None:
+        """Keep what is known.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        durable.write_document(self.root / "record.json", asdict(record))
+
+    @contextmanager
+    def loading(self, sha256: str) -> Iterator[None]:
+        """Load an engine in this process, unless that has ended a process before.
+
+        Where another process is loading one at this moment, both do. Only the other one's end would be noticed: this
+        one would load the engine again at its next start.
+
+        Args:
+            sha256: The engine's digest.
+
+        Raises:
+            EngineError: It has.
+            StorageError: The disk fails.
+        """
+        marker = self._marker
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.root / "loading.lock", "another process loads an engine", ""))
+                alone = True
+            except BusyError:
+                alone = False
+            if not alone:  # outside of the handler, or what fails while it loads would seem to come from the lock
+                yield
+                return
+            try:
+                before = durable.read_document(marker)
+            except StorageError:
+                before = None
+            if before is not None and before.get("sha256") == sha256:
+                raise EngineError(
+                    "loading this engine ended the process before",
+                    hint="Build it anew: `fedprune-device build-engine`.",
+                )
+            durable.write_document(marker, {"sha256": sha256})
+            try:
+                yield
+            finally:  # whatever went wrong, this process is still there
+                durable.remove(marker)
+
+    @property
+    def _marker(self) -> Path:
+        return self.root / "loading.json"
+
+    def _note(self, what: str) -> Path:
+        return self.root / f"{what}.json"
+
+
+def _checked(record: Record) -> Record:
+    """A record whose fields are what `Record` says of them.
+
+    Raises:
+        ConfigError: One isn't.
+    """
+    for name in ("refit_s", "rebuild_s"):
+        if getattr(record, name) is not None:
+            check.number(name, getattr(record, name), 0, math.inf)
+    check.whole("failures", record.failures, 0, _MOST_COUNTED)
+    for name, kind in (("refits", bool), ("reason", str)):
+        if not isinstance(getattr(record, name), kind):
+            raise ConfigError(name, expected=kind.__name__, got=shown(getattr(record, name)))
+    return record
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

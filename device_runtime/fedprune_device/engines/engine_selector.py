@@ -1,0 +1,353 @@
+"""Decides what answers predictions: an engine that is valid here and has passed its check, or else onnxruntime."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune.core import durable
+from fedprune.core.disk import file_digest, storage_errors
+from fedprune.core.errors import EngineError, FedpruneError
+from fedprune.runtime.precision import PRECISIONS, graph_file, weights_file
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune_device.engines import bindings
+from fedprune_device.engines.bindings import Bindings
+from fedprune_device.engines.build_process import Made, Making, Order
+from fedprune_device.engines.engine import Array, Engine
+from fedprune_device.engines.engine_cache import BASE, ENGINE, TIMINGS, Place, Record, Shelf
+from fedprune_device.engines.engine_check import WrongError, answers, deviation, trial_inputs
+from fedprune_device.hardware.board_facts import facts
+from fedprune_device.hardware.thermal_guard import power_mode
+from fedprune_device.serving.model_slots import Serving
+from fedprune_device.serving.predictor import WEIGHTS, Predictor
+
+_LOG = logging.getLogger("fedprune.device")
+
+MOST_FAILURES = 2
+"""Builds in a row that may fail before no more are tried by themselves: each takes minutes of the board's GPU."""
+
+REFIT, REBUILD, BUILD = "refit", "rebuild", "build"
+"""How an engine gets weights: put into one that was built for it; built again, with all timings known; or built."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A model for which an engine is wanted.
+
+    Attributes:
+        predictor: The float32 model in onnxruntime, on the CPU: the measure of the engine, and what answers when an
+            engine fails.
+        folder: Where its graph and weights lie.
+        weights: sha256 of the weights.
+    """
+
+    predictor: Predictor
+    folder: Path
+    weights: str
+
+    @classmethod
+    def serving(cls, predictor: Predictor, folder: Path, record: Serving, threads: int = 1) -> Wanted:
+        """What serves, given the model that is loaded. Beside a lowered one lies the float32 one: that is the measure.
+
+        Raises:
+            ModelError: The float32 model can't be loaded.
+        """
+        return cls(Predictor(folder, threads=threads) if record.lowered else predictor, folder, record.weights)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A child process with what it is for."""
+
+    making: Making
+    way: str
+    refittable: bool
+    key: str
+    place: Place
+    warm: bool
+
+
+class Keeper:
+    """Keeps an engine for the model that serves. Nothing that goes wrong with engines goes further than its `status`.
+
+    Args:
+        root: The folder of engines.
+        plan: How they are built.
+        find: Finds TensorRT.
+        where: Says what board this is, given TensorRT.
+
+    Attributes:
+        status: What answers predictions, and why, in a few words.
+        facts: Numbers of the engine that answers: how it was made, seconds, deviation, latency; empty without one.
+        error: Why there is no engine, once that is so; else None.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        plan: EnginePlan,
+        find: Callable[[], Bindings] = bindings.find,
+        where: Callable[[Bindings], Place] | None = None,
+    ) -> None:
+        self.shelf, self.plan = Shelf(root), plan
+        self._find, self._where = find, where or here
+        self._bindings: Bindings | None = None
+        self._wanted: Wanted | None = None
+        self._anew = False
+        self._job: _Job | None = None
+        self._lock = ExitStack()
+        self._x = np.zeros(0)
+        self._expected = np.zeros(0)
+        self.status = "onnxruntime"
+        self.facts: dict[str, Any] = {}
+        self.error: FedpruneError | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is being made or to be looked at."""
+        return self._wanted is None
+
+    @property
+    def progress(self) -> str:
+        """How far the child process is, in its words."""
+        return "" if self._job is None else self._job.making.progress
+
+    def want(self, wanted: Wanted, *, anew: bool = False) -> None:
+        """Ask for an engine for a model; `turn` does the rest. What was wanted before no longer is.
+
+        Args:
+            wanted: The model.
+            anew: Whether to make one even if there is one, and whatever failed before.
+        """
+        self.close()
+        self._wanted, self._anew, self.error = wanted, anew, None
+        self.status, self.facts = "onnxruntime (an engine is being made)", {}
+
+    def turn(self) -> Answering | None:
+        """Go on without waiting for a child process.
+
+        What this process must do itself, the caller waits for: to find CUDA and TensorRT and predict the samples of the
+        check on the processor, when it begins, and to load an engine and try it. For a large model that takes seconds.
+
+        Returns:
+            What answers from now on, once there is a good engine; else None, and onnxruntime answers.
+        """
+        wanted = self._wanted
+        if wanted is None:
+            return None
+        try:
+            found = self._go_on(wanted)
+        except Exception as error:  # noqa: BLE001 - whatever it is, onnxruntime goes on answering
+            known = error if isinstance(error, FedpruneError) else EngineError(f"unexpected: {error!r}"[:300])
+            self.close()
+            self.status, self.error = f"onnxruntime ({known})", known
+            _LOG.warning("no engine answers, but onnxruntime: %s", known, exc_info=known is not error)
+            return None
+        if found is not None:
+            self.close()
+            _LOG.info("%s answers predictions: %s", self.status, self._shown())
+        return found
+
+    def close(self) -> None:
+        """End what is being made; nothing is wanted any more."""
+        job, self._job, self._wanted = self._job, None, None
+        if job is not None:
+            job.making.stop()
+            with suppress(FedpruneError):
+                self._count(job.key, -1)  # nothing was wrong with it
+        self._lock.close()
+
+    def fell_back(self, error: EngineError) -> None:
+        """Note that an engine failed while it answered."""
+        self.status, self.facts = f"onnxruntime (the engine failed: {error})", {}
+        _LOG.warning("onnxruntime answers, because the engine failed: %s", error)
+
+    def _go_on(self, wanted: Wanted) -> Answering | None:
+        if self._bindings is None:
+            self._bindings = self._find()
+        if self._job is None:
+            return self._begin(wanted, self._bindings)
+        made = None
+        try:
+            made = self._job.making.poll()
+            return None if made is None else self._take(wanted, self._bindings, self._job, made)
+        except EngineError as error:
+            self._failed(wanted, self._bindings, self._job, error, tried=made is not None)
+            return None
+
+    def _begin(self, wanted: Wanted, found: Bindings) -> Answering | None:
+        place = self._where(found)
+        graph = wanted.folder / self.plan.graph
+        if not graph.is_file():
+            raise EngineError(f"the plan's graph {self.plan.graph} isn't there")
+        with storage_errors(f"can't read {graph}"):
+            key = place.key(file_digest(graph), self.plan.digest)
+        self._x = trial_inputs(wanted.predictor.session.inputs, self.plan.batch[2])
+        self._expected = answers(wanted.predictor.session, self._x)
+        record = self.shelf.record(key)
+        if not self._anew:
+            try:
+                return self._load(wanted, found, key)
+            except EngineError as error:
+                _LOG.info("an engine is to be made: %s", error)
+            if record.failures >= MOST_FAILURES:
+                raise EngineError(
+                    f"{record.failures} engines failed: {record.reason}",
+                    hint="Try again: `fedprune-device build-engine --anew`.",
+                )
+        way = self._way(found, record, key)
+        self._lock.enter_context(self.shelf.making())
+        self._start(wanted, found, key, place, way, refittable=way == BUILD and self._refits(found, record))
+        return None
+
+    def _refits(self, found: Bindings, record: Record) -> bool:
+        return found.refits and self.plan.refit and record.refits
+
+    def _way(self, found: Bindings, record: Record, key: str) -> str:
+        """Each way is tried once and measured; then the faster one is taken."""
+        try:
+            self.shelf.read(BASE, key)
+        except EngineError:
+            return BUILD
+        if not self._refits(found, record):
+            return REBUILD
+        if record.refit_s is None:
+            return REFIT
+        return REBUILD if record.rebuild_s is None or record.rebuild_s < record.refit_s else REFIT
+
+    def _start(
+        self, wanted: Wanted, found: Bindings, key: str, place: Place, way: str, *, refittable: bool = False
+    ) -> None:
+        shelf, work = self.shelf, self.shelf.work
+        lowered = [weights_file(p) for p in PRECISIONS if graph_file(p) == self.plan.graph]
+        for name in (self.plan.graph, WEIGHTS, *lowered):
+            durable.place(wanted.folder / name, work / name, sync=False)
+        with storage_errors(f"can't read {work / WEIGHTS}"):
+            if file_digest(work / WEIGHTS) != wanted.weights:
+                raise EngineError("the model was replaced meanwhile")
+        file = io.BytesIO()
+        np.save(file, self._x)
+        durable.write(work / "x.npy", file.getvalue(), sync=False)
+        timings = None
+        try:
+            shelf.read(TIMINGS, place.timings)
+            timings = shelf.path(TIMINGS)
+        except EngineError:
+            pass  # every layer is measured then
+        base = shelf.path(BASE) if way == REFIT else None
+        order = Order(work, self.plan.to_json(), refittable, timings, base)
+        making = Making(shelf, order, self.plan.timeout_s)
+        try:
+            # It counts as failed until it is done: what takes the whole board down must not be tried for ever. What
+            # can't even be started takes nothing down, and doesn't count.
+            self._count(key, 1, "it was cut off, by lack of memory, a crash or a power cut")
+        except BaseException:
+            making.stop()
+            raise
+        self._job = _Job(making, way, refittable, key, place, timings is not None)
+        _LOG.info("making an engine (%s) with %s", way, found.describe())
+
+    def _take(self, wanted: Wanted, found: Bindings, job: _Job, made: Made) -> Answering:
+        """Check what a child process made, put it on the shelf and load it."""
+        far = deviation(made.answers, self._expected, self.plan.tolerance)
+        shelf, key = self.shelf, job.key
+        numbers = {"weights": wanted.weights, "way": job.way, "seconds": made.seconds, "deviation": far}
+        numbers["latency_s"] = made.latency_s
+        if job.way != REFIT:
+            shelf.put(TIMINGS, shelf.work / "timing.cache", job.place.timings, {})
+        if job.refittable:
+            shelf.put(BASE, shelf.work / "engine.plan", key, numbers)
+        shelf.put(ENGINE, shelf.work / "engine.plan", key, numbers)
+        # One that this process has no memory for is a failure, too: before it is loaded nothing counts as done.
+        answering = self._load(wanted, found, key)
+        record = replace(shelf.record(key), failures=0, reason="")
+        if job.way == REFIT:
+            record = replace(record, refit_s=made.seconds)
+        elif job.way == REBUILD and job.warm:
+            record = replace(record, rebuild_s=made.seconds)
+        shelf.keep(record)
+        return answering
+
+    def _failed(self, wanted: Wanted, found: Bindings, job: _Job, error: EngineError, *, tried: bool) -> None:
+        """What takes new weights, or has taken them, may be wrong where a plain engine is right: build one.
+
+        What a child process has tried and this one has no memory for is nobody's mistake: no other way would help.
+        """
+        self._job = None
+        wrong = isinstance(error, WrongError)
+        if (wrong and job.refittable) or (job.way == REFIT and (wrong or not tried)):
+            _LOG.warning("engines that take new weights don't work here, building one that doesn't: %s", error)
+            self._count(job.key, -1)
+            self.shelf.keep(replace(self.shelf.record(job.key), refits=False))
+            self._start(wanted, found, job.key, job.place, REBUILD)
+            return
+        self._count(job.key, 0, str(error))
+        raise error
+
+    def _count(self, key: str, more: int, reason: str = "") -> None:
+        record = self.shelf.record(key)
+        self.shelf.keep(replace(record, failures=max(0, record.failures + more), reason=reason[:300]))
+
+    def _load(self, wanted: Wanted, found: Bindings, key: str) -> Answering:
+        raw, numbers = self.shelf.read(ENGINE, key)
+        if numbers.get("weights") != wanted.weights:
+            raise EngineError("the engine has other weights")
+        with self.shelf.loading(str(numbers["sha256"])):
+            engine = Engine(found, raw)
+            try:
+                far = deviation(answers(engine, self._x), self._expected, self.plan.tolerance)
+            except EngineError:
+                engine.close()
+                raise
+        self.facts = {**numbers, "deviation": far}
+        self.status = f"TensorRT {found.version}, {self.plan.precision}"
+        return Answering(engine, wanted.predictor, self)
+
+    def _shown(self) -> str:
+        f = self.facts
+        speed = f"{1e3 * f['latency_s']:.3g} ms a sample"
+        return f"{f['way']} in {f['seconds']:.1f} s, deviation {f['deviation']:.2g}, {speed}"
+
+
+class Answering:
+    """An engine that answers, and onnxruntime behind it for the day when it doesn't.
+
+    Args:
+        engine: The engine.
+        predictor: The same model in onnxruntime.
+        keeper: Told when the engine fails.
+    """
+
+    def __init__(self, engine: Engine, predictor: Predictor, keeper: Keeper) -> None:
+        self.inputs, self.outputs = predictor.session.inputs, predictor.session.outputs
+        self._engine: Engine | None = engine
+        self._predictor, self._keeper = predictor, keeper
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """See `fedprune.runtime.session.Session.run`."""
+        if self._engine is not None:
+            try:
+                return self._engine.run(feeds, outputs)
+            except EngineError as error:
+                self._keeper.fell_back(error)
+                self._engine = None  # after an error of CUDA nothing of it can be believed
+        return self._predictor.session.run(feeds, outputs)
+
+    def close(self) -> None:
+        """Give the engine's memory back; onnxruntime answers from now on."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+
+
+def here(found: Bindings) -> Place:
+    """What board this is."""
+    read = facts()
+    return Place(read.model[:200], read.l4t, found.device.sm, found.version, power_mode())

@@ -1,0 +1,1 @@
+"""How a board joins a fleet and shows its membership."""

@@ -1,0 +1,98 @@
+"""What each form of a convolution takes on this board: one small graph per form and shape, timed.
+
+The graphs are assets that `examples/make_probe_graphs.py` writes, by the rules that write training graphs. Those of the
+most telling shapes come first: where time ends, the others are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tarfile
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune.core.errors import ModelError
+from fedprune.core.rng import keyed
+from fedprune.costs.form_times import FormTimes, Shape
+from fedprune.runtime.blocks import block_size
+from fedprune.runtime.session import Session
+from fedprune_device.hardware.layer_timing import Clock, median_seconds
+from fedprune_device.hardware.measurement_cache import remembered
+
+ARCHIVE = "probe_forms.tar.gz"
+"""The asset: `index.json` and a graph per shape, length of a block and form."""
+
+_ENOUGH = 0.008
+"""Seconds that one graph's runs take where they are short: there are two hundred of them."""
+
+
+def measure_forms(
+    threads: int = 1, seconds: float = 10.0, clock: Clock = time.perf_counter, block: int | None = None
+) -> FormTimes:
+    """Time the forms.
+
+    Args:
+        threads: Threads inside an operator.
+        seconds: Time for all of it; what has begun is finished, and the first shape is always measured.
+        clock: Seconds that only grow.
+        block: Channels that convolutions compute at once here; found by default, 0 for standard operators alone.
+
+    Raises:
+        ModelError: The graphs of standard operators don't run.
+    """
+    files = _files()
+    index: dict[str, Any] = json.loads(files["index.json"])
+    blocks = (0, block_size() if block is None else block)
+    rows: list[tuple[Shape, tuple[tuple[str, float], ...]]] = []
+    end = clock() + seconds
+    for number, row in enumerate(index["shapes"]):
+        if rows and clock() > end:
+            break
+        kernel, stride, inputs, outputs, places, depthwise = row["shape"]
+        times: list[tuple[str, float]] = []
+        for length in dict.fromkeys(blocks):
+            for name in row["graphs"].get(str(length), ()):
+                graph = files[f"{number}/{length}/{name}.onnx"]
+                with contextlib.suppress(*(ModelError,) if length else ()):
+                    times.append((name, _seconds(graph, index["batch"], threads, clock)))
+        rows.append((Shape(kernel, stride, inputs, outputs, places, bool(depthwise)), tuple(times)))
+    return FormTimes(tuple(rows))
+
+
+def remembered_forms(path: Path, about: str, make: Callable[[], FormTimes]) -> FormTimes:
+    """The times of an earlier start, as long as nothing has changed that they depend on.
+
+    Args:
+        path: Where they are kept; nothing is kept where the folder isn't there yet.
+        about: What they depend on: board, versions, threads.
+        make: Measures.
+    """
+    return remembered(path, about, _archive(), "forms", FormTimes.from_dict, make)
+
+
+def _seconds(graph: bytes, batch: int, threads: int, clock: Clock) -> float:
+    """Seconds per sample, in as many digits as a measurement is worth."""
+    session = Session(graph, threads=threads, training=True)
+    random = keyed(0, "forms")
+    feeds = {
+        name: random.standard_normal([d if isinstance(d, int) else batch for d in shape]).astype(np.float32)
+        for name, (_, shape) in session.inputs.items()
+    }
+    return float(f"{median_seconds(partial(session.run, feeds), clock, _ENOUGH) / batch:.3g}")
+
+
+def _files() -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(_archive()), mode="r:gz") as archive:
+        return {m.name: part.read() for m in archive if (part := archive.extractfile(m)) is not None}
+
+
+def _archive() -> bytes:
+    return (resources.files("fedprune_device") / "assets" / ARCHIVE).read_bytes()

@@ -1,0 +1,215 @@
+"""What kinds of layers take on this board: small nets, timed at a few widths, and the table that explains the times.
+
+The nets are assets that `examples/make_probe_graphs.py` writes. Their training graphs run at any width, as those of
+jobs do; predictions have a graph per width, since onnxruntime lays out constant weights for the widths that it finds.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune.core import tensorfile
+from fedprune.core.rng import keyed
+from fedprune.costs.latency_model import LatencyTable, Measurement, fitted
+from fedprune.model.architecture import Architecture
+from fedprune.model.selection import Tensors
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune_device.hardware.measurement_cache import remembered
+from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
+
+ARCHIVE = "probe_layers.tar.gz"
+"""The asset: `index.json` and a folder per net."""
+
+_MIN_POINTS = 3
+"""Widths of a net that are measured even where its share of the time is over; one, where all of the time is."""
+
+_MIN_RUNS, _MAX_RUNS = 3, 25
+_ENOUGH = 0.03
+"""Seconds that one point's runs take where they are short."""
+
+_LONG = 0.3
+"""Seconds of a run from which on one is enough."""
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class _Time:
+    """Until when a net may be measured: its share, and the end of all."""
+
+    clock: Clock
+    share: float
+    end: float
+
+    def over(self, points: int) -> bool:
+        """Whether no more is to be measured after so many points."""
+        now = self.clock()
+        return (points >= _MIN_POINTS and now > self.share) or (points >= 1 and now > self.end)
+
+
+class LayerNets:
+    """The shipped nets, read from the package."""
+
+    def __init__(self) -> None:
+        with tarfile.open(fileobj=io.BytesIO(_archive()), mode="r:gz") as archive:
+            self._files = {m.name: part.read() for m in archive if (part := archive.extractfile(m)) is not None}
+
+    @cached_property
+    def points(self) -> dict[str, list[dict[str, Any]]]:
+        """Per net the widths and batches to measure, the most telling ones first."""
+        found: dict[str, list[dict[str, Any]]] = json.loads(self._files["index.json"])
+        return found
+
+    def architecture(self, net: str) -> Architecture:
+        """A net's architecture."""
+        return Architecture.from_json(self._files[f"{net}/architecture.json"])
+
+    def training(self, net: str) -> bytes:
+        """A net's training graph."""
+        return self._files[f"{net}/training.onnx"]
+
+    def inference(self, net: str, point: int) -> bytes:
+        """A net's inference graph at one of its points."""
+        return self._files[f"{net}/inference-{point}.onnx"]
+
+
+def measure(threads: int = 1, seconds: float = 10.0, clock: Clock = time.perf_counter) -> list[Measurement]:
+    """Time the nets' training steps and predictions.
+
+    Args:
+        threads: Threads inside an operator.
+        seconds: Time for all of it; points are left out where it doesn't suffice, but one per net.
+        clock: Seconds that only grow.
+
+    Raises:
+        ModelError: The shipped graphs don't run.
+    """
+    nets = LayerNets()
+    began, found = clock(), list[Measurement]()
+    end = began + seconds
+    for place, (net, points) in enumerate(nets.points.items()):
+        now = clock()
+        share = (end - now) / (len(nets.points) - place)
+        found += _steps(nets, net, points, threads, _Time(clock, now + share * 0.65, end))
+        now = clock()
+        found += _predictions(nets, net, points, threads, _Time(clock, now + share * 0.35, end))
+    return found
+
+
+def measure_table(
+    threads: int = 1, seconds: float = 10.0, rate: float | None = None, clock: Clock = time.perf_counter
+) -> LatencyTable:
+    """The table of this board, see `measure`.
+
+    Args:
+        threads: Threads inside an operator.
+        seconds: Time for the measurements.
+        rate: FLOP/s of the reference net's training step, if known.
+        clock: Seconds that only grow.
+    """
+    measured = measure(threads, seconds, clock)
+    return fitted(measured, rate) if rate else fitted(measured)
+
+
+def remembered_table(path: Path, about: str, make: Callable[[], LatencyTable]) -> LatencyTable:
+    """The table of an earlier start, as long as nothing has changed that it depends on.
+
+    Args:
+        path: Where it is kept; nothing is kept where the folder isn't there yet.
+        about: What it depends on: board, versions, threads.
+        make: Measures.
+    """
+    return remembered(path, about, _archive(), "latency", LatencyTable.from_dict, make)
+
+
+def _archive() -> bytes:
+    return (resources.files("fedprune_device") / "assets" / ARCHIVE).read_bytes()
+
+
+def _steps(
+    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, time_left: _Time
+) -> list[Measurement]:
+    architecture = nets.architecture(net)
+    session = Session(nets.training(net), threads=threads, training=True)
+    out: list[Measurement] = []
+    for number, point in enumerate(points):
+        if time_left.over(number):
+            break
+        widths, batch = tuple(point["widths"]), int(point["batch"])
+        feeds = _feeds(architecture, widths, batch)
+        taken = median_seconds(lambda f=feeds: session.run(f), time_left.clock)  # type: ignore[misc]
+        out.append(Measurement(architecture, widths, batch, taken, True))
+    return out
+
+
+def _predictions(
+    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, time_left: _Time
+) -> list[Measurement]:
+    architecture = nets.architecture(net)
+    x = keyed(0, "layers").standard_normal((1, *architecture.input_shape)).astype(np.float32)
+    out: list[Measurement] = []
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        for number, point in enumerate(points):
+            if time_left.over(number):
+                break
+            widths = tuple(point["widths"])
+            (folder / GRAPH).write_bytes(nets.inference(net, number))
+            (folder / WEIGHTS).write_bytes(tensorfile.encode(_tensors(architecture, widths)))
+            predictor = Predictor(folder, threads=threads)
+            taken = median_seconds(lambda p=predictor: p.predict(x), time_left.clock)  # type: ignore[misc]
+            out.append(Measurement(architecture, widths, 1, taken, False))
+    return out
+
+
+def _tensors(architecture: Architecture, widths: tuple[int, ...]) -> Tensors:
+    """Positive weights of an ordinary size: no numbers that processors are slow with."""
+    random = keyed(0, "layers", *widths)
+    shapes = architecture.shapes(widths)
+    return {n: (0.01 + 0.05 * random.random(s, np.float32)).astype(np.float32) for n, s in shapes.items()}  # nosec B311  # NumPy's, for values to time with
+
+
+def _feeds(architecture: Architecture, widths: tuple[int, ...], batch: int) -> Tensors:
+    random, tensors = keyed(0, "layers", batch), _tensors(architecture, widths)
+    feeds: dict[str, Any] = {
+        step_contract.X: random.standard_normal((batch, *architecture.input_shape)).astype(np.float32),
+        step_contract.Y: random.integers(0, architecture.classes, batch),
+    }
+    feeds |= {
+        n: np.array(0, np.float32) for n in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
+    }
+    return (
+        feeds | tensors | {step_contract.buffer(t.name): np.zeros_like(tensors[t.name]) for t in architecture.trainable}
+    )
+
+
+def median_seconds(run: Callable[[], object], clock: Clock, enough: float = _ENOUGH) -> float:
+    """Seconds of a run, without the first, which allocates; slow boards run but once more.
+
+    Args:
+        run: What is timed.
+        clock: Seconds that only grow.
+        enough: Seconds of all runs after which there are enough of them.
+    """
+    began = clock()
+    run()
+    least = 1 if clock() - began > _LONG else _MIN_RUNS
+    times: list[float] = []
+    while len(times) < least or (sum(times) < enough and len(times) < _MAX_RUNS):
+        began = clock()
+        run()
+        times.append(clock() - began)
+    return max(float(np.median(times)), 1e-7)

@@ -1,0 +1,139 @@
+"""Care for the board: training waits while it is too hot or too low on voltage, and goes on when it has recovered."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fedprune.core.errors import ConfigError
+from fedprune_device.hardware.probe import temperature_c, throttled
+
+_LOG = logging.getLogger("fedprune.device")
+
+HOT_C, COOL_C = 80.0, 72.0
+"""Where training waits, and where it goes on: a Raspberry Pi slows its clock down from 80 °C on, gradually
+(https://www.raspberrypi.com/documentation/computers/raspberry-pi.html)."""
+
+_LOOK_S = 5.0
+_UNDER_VOLTAGE = 1
+
+
+class Care:
+    """Stands between training steps.
+
+    Args:
+        hot_c: Temperature in °C at which training waits.
+        cool_c: Below which it goes on; less than `hot_c`, so that it doesn't flutter.
+        root: Where /sys is found.
+        clock: Seconds that only grow.
+        sleep: Waits so many seconds.
+
+    Attributes:
+        waiting: Why training waits now; empty while it doesn't.
+        waited: Seconds that it has waited in all.
+
+    Raises:
+        ConfigError: The limits don't make sense.
+    """
+
+    def __init__(
+        self,
+        hot_c: float = HOT_C,
+        cool_c: float = COOL_C,
+        *,
+        root: Path = Path("/"),
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        if not (math.isfinite(hot_c) and math.isfinite(cool_c) and 0 < cool_c < hot_c <= 120):
+            raise ConfigError(
+                "temperatures that pause training", expected="0 < cool < hot ≤ 120 °C", got=f"{cool_c:g}, {hot_c:g}"
+            )
+        self._hot, self._cool = hot_c, cool_c
+        self._root = root
+        self._clock = clock
+        self._sleep = sleep
+        self._next = -math.inf
+        self.waiting = ""
+        self.waited = 0.0
+
+    def pause(self, stop: Callable[[], bool]) -> bool:
+        """Wait while the board needs it; asked between two training steps.
+
+        Args:
+            stop: Whether training is to end, wait or no wait.
+
+        Returns:
+            What `stop` says in the end.
+        """
+        now = self._clock()
+        if now < self._next:
+            return stop()
+        self._next = now + _LOOK_S
+        why = self._trouble(self._hot)
+        if why and not stop():
+            _LOG.warning("training waits: %s", why)
+            self.waiting = why
+            while (why := self._trouble(self._cool)) and not stop():
+                self._sleep(1.0)
+            self.waiting = ""
+            seconds = self._clock() - now
+            self.waited += seconds
+            self._next = self._clock() + _LOOK_S
+            _LOG.info("training goes on after %.0f s", seconds)
+        return stop()
+
+    def _trouble(self, limit_c: float) -> str:
+        found = temperature_c(self._root)
+        if found is not None and found >= limit_c:
+            return f"{found:.0f} °C, limit {limit_c:g} °C"
+        if firmware_flags(self._root) & _UNDER_VOLTAGE:
+            return "the supply's voltage is too low"
+        return ""
+
+
+def firmware_flags(root: Path = Path("/")) -> int:
+    """What a Raspberry Pi's firmware says is wrong now and since boot (`get_throttled`); 0 on other boards.
+
+    Bits 0 to 3: low voltage, clock capped, throttled, soft temperature limit; bits 16 to 19 the same since boot
+    (https://www.raspberrypi.com/documentation/computers/os.html#vcgencmd).
+
+    Args:
+        root: Where /sys is found.
+    """
+    path = root / "sys/devices/platform/soc/soc:firmware/get_throttled"
+    try:
+        return int(path.read_text(encoding="ascii", errors="replace").strip().removeprefix("0x")[:8] or "0", 16)
+    except (OSError, ValueError):
+        return 0
+
+
+def power_mode(root: Path = Path("/")) -> int | None:
+    """The number of a Jetson's power mode, as nvpmodel keeps it; None on other boards.
+
+    Args:
+        root: Where /var is found.
+    """
+    try:
+        text = (root / "var/lib/nvpmodel/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    digits = text.partition("pmode:")[2][:4]
+    return int(digits) if digits.isdigit() else None
+
+
+def condition(root: Path = Path("/")) -> str:
+    """The board's condition in a few words, for a log.
+
+    Args:
+        root: Where /sys and /var are found.
+    """
+    found, flags, mode = temperature_c(root), firmware_flags(root), power_mode(root)
+    parts = ["temperature unknown" if found is None else f"{found:.0f} °C"]
+    parts += ["slowed down"] if throttled(root) else []
+    parts += ["low voltage since boot"] if flags >> 16 & _UNDER_VOLTAGE else []
+    parts += [] if mode is None else [f"power mode {mode}"]
+    return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""The program that starts the installed runtime; standard library only."""

@@ -1,0 +1,246 @@
+"""The launcher: which of two installed releases runs, and the way back when a new one is no good.
+
+`updater.write_launcher` puts this module and those that it imports into one file beside the slots, when a board is
+set up. It needs nothing but the standard library, so that no update can break it. An attempt of a trial is taken off on
+the disk before the release is started, so that a crash, a hang or a power cut uses it up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess  # nosec B404  # lists of words, never a shell
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from fedprune_device.launcher.sd_notify import notify
+from fedprune_device.launcher.slot_store import KEY, Home, Record
+from fedprune_device.launcher.state import COMMITTED, STAGED, TRIAL, DamagedError, Outcome, State, line
+
+VERSION = 1
+"""What a release may ask for (`Release.launcher`)."""
+
+_PAUSE_S = 0.2
+_GRACE_S = 10.0
+_WORDS_S = 2.0
+_WORDS = 2000
+_WORDLESS = "the last attempt ended without a word, as power cuts do"
+_START = """
+import sys
+from importlib import import_module
+sys.path[:] = [p for p in sys.path if p]
+module, _, function = sys.argv.pop(1).partition(":")
+sys.argv[0] = module
+sys.exit(getattr(import_module(module), function)())
+"""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a release that was started ended.
+
+    Attributes:
+        reason: In words.
+        code: The launcher's own exit code, if it ends with it.
+        asked: Whether the launcher was told to stop.
+    """
+
+    reason: str
+    code: int = 1
+    asked: bool = False
+
+
+def decide(home: Home) -> tuple[str, Record, State]:
+    """Which slot to start now; what a trial costs is on the disk when this returns.
+
+    Returns:
+        The slot, what is in it, and the state; on trial if its phase is `TRIAL`.
+
+    Raises:
+        DamagedError: Nothing can be started.
+        OSError: The disk fails.
+    """
+    with home.changing():
+        state = home.load()
+        if state is None:
+            state = home.recover()
+            home.save(state)
+        if state.phase == TRIAL and state.left <= 0:
+            trouble = f" ({state.trouble})" if state.trouble else ""
+            state = _saved(home, state.roll_back(_WORDLESS + trouble))
+        if state.phase == TRIAL:
+            try:
+                record = home.whole(state.other)
+                return state.other, record, _saved(home, state.used())
+            except DamagedError as error:
+                state = _saved(home, state.roll_back(f"not what was staged: {error}"))
+        if state.phase == STAGED:
+            lapsed = state.left <= 0
+            state = _saved(home, state.roll_back("staged, but not begun in time") if lapsed else state.used())
+        try:
+            return state.stable, home.whole(state.stable), state
+        except DamagedError as error:
+            reason = str(error)
+        try:
+            record = home.whole(state.other)
+        except DamagedError:
+            if home.key() is not None:
+                raise DamagedError(reason) from None  # what the server hasn't signed is never started
+            # Most files of the stable slot are as they were: better a try than a board that is silent.
+            return state.stable, home.record(state.stable), state
+        version = state.highest
+        with suppress(DamagedError):
+            version = home.record(state.stable).version
+        state = _saved(home, state.fall_back(version, f"{reason}; version {record.version} serves"))
+        return state.stable, record, state
+
+
+def launch(home: Home, run: Callable[[str, Record, State | None], End]) -> int:
+    """Start what should run; after a trial that failed, what should run then.
+
+    Args:
+        home: Where everything is.
+        run: Starts a slot and returns when it has ended. A state is given for trials, which it must end in time.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        DamagedError: Nothing can be started.
+        OSError: The disk fails.
+    """
+    while True:
+        slot, record, state = decide(home)
+        on_trial = state.phase == TRIAL
+        end = run(slot, record, state if on_trial else None)
+        if not on_trial:
+            return end.code
+        with home.changing():
+            after = home.load()
+            if after is not None and after.phase == TRIAL and after.highest == state.highest:
+                told = after.trouble if after.sequence > state.sequence else ""
+                home.save(after.failed(f"{end.reason} ({told})" if told else end.reason))
+        if end.asked or (after is not None and after.outcome == Outcome(state.highest, COMMITTED)):
+            return end.code
+
+
+class Starter:
+    """Runs slots as processes of this Python.
+
+    Args:
+        home: Where everything is.
+        arguments: The runtime's arguments.
+    """
+
+    def __init__(self, home: Home, arguments: Sequence[str]) -> None:
+        self._home = home
+        self._arguments = list(arguments)
+        self._asked = 0
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, slot: str, record: Record, state: State | None) -> End:
+        """Start a slot: a stable one in place of this process, one on trial beside it."""
+        command = [sys.executable, "-c", _START, record.entry, *self._arguments]
+        environment = {
+            **os.environ,
+            "FEDPRUNE_ROOT": str(self._home.root),
+            "FEDPRUNE_SLOT": slot,
+            "PYTHONPATH": str(self._home.root / slot),
+            "PYTHONDONTWRITEBYTECODE": "1",  # a slot has the files of its record and no other
+            "PYTHONNOUSERSITE": "1",
+        }
+        if state is None:
+            os.execve(sys.executable, command, environment)  # noqa: S606  # nosec B606  # there is no shell in it, which is the point
+        notify(f"STATUS=trying version {record.version}\nEXTEND_TIMEOUT_USEC={int((state.seconds + 30) * 1e6)}")
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._child = child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)  # noqa: S603  # nosec B603  # this Python, with a slot of the launcher's own folder
+        words = LastWords(child.stderr)
+        deadline = time.monotonic() + state.seconds
+        while child.poll() is None and time.monotonic() < deadline and not self._asked:
+            time.sleep(_PAUSE_S)
+        after = self._home.load()
+        late = not self._asked and child.poll() is None and after is not None and after.phase == TRIAL
+        if late or self._asked:
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_GRACE_S)
+            child.kill()
+        child.wait()  # a committed release runs on, and the launcher sleeps until it ends
+        for number, handler in before.items():  # else a stop would be lost while the next release starts
+            signal.signal(number, handler)
+        code = child.returncode
+        how = f"killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        reason = f"not healthy within {state.seconds:g} s" if late else f"{how} before it was healthy"
+        said = words.read() if code > 0 and not late else ""
+        reason += f": {said}" if said else ""
+        return End(reason, 0 if self._asked else code if code >= 0 else 128 - code, bool(self._asked))
+
+    def _ask(self, number: int, _frame: object) -> None:
+        """Pass a stop on to the release; a second one kills it."""
+        if self._child is not None:
+            self._child.send_signal(signal.SIGKILL if self._asked else signal.SIGTERM)
+        self._asked = number
+
+
+class LastWords:
+    """Passes on what a process writes to stderr, and remembers the last line that isn't empty.
+
+    Args:
+        stream: The reading end of its stderr.
+    """
+
+    def __init__(self, stream: IO[bytes] | None) -> None:
+        self._stream = stream
+        self._last = b""
+        self._thread = threading.Thread(target=self._pass, daemon=True)
+        self._thread.start()
+
+    def read(self) -> str:
+        """The last line, once the process has ended."""
+        self._thread.join(_WORDS_S)  # a process of its own that lives on may hold the stream open
+        return line(self._last.decode(errors="replace"))
+
+    def _pass(self) -> None:
+        if self._stream is None:
+            return
+        with self._stream as stream:
+            while piece := stream.readline(_WORDS):
+                self._last = piece if piece.strip() else self._last
+                with suppress(OSError):
+                    sys.stderr.buffer.write(piece)
+                    sys.stderr.buffer.flush()
+
+
+def signal_name(number: int) -> str:
+    """What a signal is called, such as SIGILL."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {number}"
+
+
+def main() -> int:
+    """Start the runtime that is installed beside this file; all arguments are the runtime's."""
+    home = Home(Path(os.environ.get("FEDPRUNE_ROOT") or Path(sys.argv[0]).resolve().parent))
+    try:
+        if home.key() is None:
+            print(f"{home.root} has no {KEY}: slots are checked for damage, not for who made them", file=sys.stderr)
+        return launch(home, Starter(home, sys.argv[1:]))
+    except (DamagedError, OSError) as error:
+        print(f"error: {line(str(error))}. Install the runtime again.", file=sys.stderr)
+        return 31
+
+
+def _saved(home: Home, state: State) -> State:
+    home.save(state)
+    return replace(state, sequence=state.sequence + 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""The folder in which the slots, their records and the state of updates lie, and all that is written there.
+
+Every file is written beside its old self, flushed and renamed. The launcher is made of this module, so that it imports
+the standard library only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fedprune_device.launcher.ed25519 import verify
+from fedprune_device.launcher.state import ROLLED_BACK, SLOTS, DamagedError, Outcome, State
+
+FORMAT = 1
+"""Of what is written here; a launcher that is installed once reads what later releases write."""
+
+KEY = "server.pub"
+PURPOSE = b"fedprune release 1\n"
+"""What is signed of a release begins with it; `fedprune.releases.release` has the same, which the launcher can't
+import."""
+
+SUCCESSION = b"fedprune succession 1\0"
+"""What is signed of a succession begins with it; `fedprune.security.succession` has the same."""
+
+_KEY_BYTES = 32
+_MOST_SUCCESSIONS = 32
+_ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an installed release consists of.
+
+    Attributes:
+        version: Its number.
+        name: Its version for people.
+        entry: What to run, `module:function`.
+        files: sha256 and size by path within the slot.
+        system: Modules that it takes from the board's own Python; None where nobody wrote it down.
+        manifest: The signed manifest that it was installed from; empty where nothing was signed.
+        signature: The manifest's signature, as hex.
+        site: The fleet's name; empty where the server's key was never replaced.
+        successions: How the key that signed the manifest replaced earlier ones (`fedprune.security.succession`), as
+            hex.
+    """
+
+    version: int
+    name: str
+    entry: str
+    files: dict[str, tuple[str, int]]
+    system: tuple[str, ...] | None = None
+    manifest: str = ""
+    signature: str = ""
+    site: str = ""
+    successions: tuple[str, ...] = ()
+
+
+class Home:
+    """The folder of launcher, slots and state.
+
+    server.pub        the server's key as hex, root's alone: what it hasn't signed isn't started
+    a, b              the slots
+    state/state.json  the state, with a checksum; state/copy.json is the same once more
+    state/a.json      what is in slot a; it is written last and removed first, and likewise state/b.json
+    incoming/         what has arrived of the next release (`updater`)
+
+    Args:
+        root: The folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = root / "state"
+
+    def key(self) -> bytes | None:
+        """The key that signs what may be started; None where the board has none, and slots are only checked for damage.
+
+        Raises:
+            DamagedError: Its file can't be read, or holds something else.
+        """
+        path = self.root / KEY
+        try:
+            key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{path} holds no key") from error
+        if len(key) != _KEY_BYTES:
+            raise DamagedError(f"{path} holds no key")
+        return key
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the state while it is read and written; another process waits meanwhile."""
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def load(self) -> State | None:
+        """The newest state that is whole; None where there is none."""
+        found = []
+        for name in ("state.json", "copy.json"):
+            with suppress(DamagedError):
+                found.append(State.read(_read(self.folder / name)))
+        return max(found, key=lambda s: s.sequence, default=None)
+
+    def save(self, state: State) -> None:
+        """Write a state twice; after a cut at any moment the old or the new one counts.
+
+        Raises:
+            OSError: The disk fails or is full.
+        """
+        state = replace(state, sequence=state.sequence + 1)
+        for name in ("copy.json", "state.json"):
+            _write(self.folder / name, asdict(state))
+
+    def record(self, slot: str) -> Record:
+        """What should be in a slot.
+
+        Raises:
+            DamagedError: Nothing is installed there, or the record is damaged.
+        """
+        body = _read(self.folder / f"{slot}.json")
+        try:
+            files = {str(path): (str(sha256), int(size)) for path, (sha256, size) in body["files"].items()}
+            own = body.get("system")
+            system = None if own is None else tuple(map(str, own))
+            proof = str(body.get("manifest", "")), str(body.get("signature", ""))
+            lineage = str(body.get("site", "")), tuple(map(str, body.get("successions", ())))
+            made = Record(int(body["version"]), str(body["name"]), str(body["entry"]), files, system, *proof, *lineage)
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+            raise DamagedError(f"the record of slot {slot} is not one") from error
+        if not _ENTRY.fullmatch(made.entry):
+            raise DamagedError(f"the record of slot {slot} names no module:function")
+        return made
+
+    def write_record(self, slot: str, record: Record) -> None:
+        """Say what is in a slot, which makes it whole.
+
+        Raises:
+            OSError: The disk fails or is full.
+        """
+        _write(self.folder / f"{slot}.json", asdict(record))
+
+    def drop_record(self, slot: str) -> None:
+        """Let a slot count as empty, durably, before it is changed.
+
+        Raises:
+            OSError: The disk fails.
+        """
+        with suppress(FileNotFoundError):
+            (self.folder / f"{slot}.json").unlink()
+        _sync(self.folder)
+
+    def whole(self, slot: str, *, from_disk: bool = False, key: bytes | None = None) -> Record:
+        """A slot's record, if the server signed it, every file matches it and no other file exists.
+
+        Args:
+            slot: The slot.
+            from_disk: Read synced files from the disk instead of the page cache, which hides write errors.
+            key: The key that must have signed it (default: the installed one).
+
+        Raises:
+            DamagedError: The first thing that is wrong.
+        """
+        record, folder = self.record(slot), self.root / slot
+        key = self.key() if key is None else key
+        if key is not None and not _signed(record, key):
+            raise DamagedError(f"slot {slot}: the server's key has not signed what is in it")
+        paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+        found = {str(p.relative_to(folder)) for p in paths}
+        for path in sorted(found ^ set(record.files)):
+            what = "is missing" if path in record.files else "doesn't belong there"
+            raise DamagedError(f"slot {slot}: {path} {what}")
+        for path, (sha256, size) in record.files.items():
+            if (folder / path).is_symlink() or digest(folder / path, from_disk=from_disk) != (sha256, size):
+                raise DamagedError(f"slot {slot}: {path} is damaged")
+        return record
+
+    def recover(self) -> State:
+        """A state where none is left: the slot with the lower number has served before, the other may never have.
+
+        Raises:
+            DamagedError: No slot is whole.
+        """
+        versions = {}
+        for slot in SLOTS:
+            with suppress(DamagedError):
+                versions[slot] = self.whole(slot).version
+        if not versions:
+            raise DamagedError("neither the launcher's state nor a slot is whole")
+        highest, stable = max(versions.values()), min(versions, key=lambda s: versions[s])
+        reason = f"both copies of the launcher's state were damaged; version {versions[stable]} serves"
+        return State(stable, highest=highest, outcome=Outcome(highest, ROLLED_BACK, reason))
+
+
+def files_digest(files: Mapping[str, tuple[str, int]]) -> str:
+    """sha256 of a slot's files, each by path, sha256 and size: what a release's manifest says of them."""
+    rows = [[path, *files[path]] for path in sorted(files)]
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
+def successors(key: bytes, site: str, successions: Iterable[str]) -> list[bytes]:
+    """A key and those that replaced it, each signed by the one before.
+
+    Args:
+        key: The key that is believed.
+        site: The fleet's name.
+        successions: The oldest first, as hex; the first that is wrong ends the list.
+    """
+    found = [key]
+    for text in islice(successions, _MOST_SUCCESSIONS):
+        try:
+            raw = bytes.fromhex(text)
+        except ValueError:
+            break
+        before, after, signature = raw[:_KEY_BYTES], raw[_KEY_BYTES : 2 * _KEY_BYTES], raw[2 * _KEY_BYTES :]
+        if before != found[-1]:
+            continue  # older than the key that is believed
+        parts = ((b"t", site.encode()), (b"b", before), (b"b", after))
+        signed = SUCCESSION + b"".join(kind + struct.pack("<I", len(part)) + part for kind, part in parts)
+        if not verify(before, signature, signed):
+            break
+        found.append(after)
+    return found
+
+
+def _signed(record: Record, key: bytes) -> bool:
+    """Whether a record is that of a manifest which the owner of a key, or of a successor of it, signed."""
+    try:
+        signature, manifest = bytes.fromhex(record.signature), record.manifest.encode()
+        keys = successors(key, record.site, record.successions)
+        body = json.loads(manifest) if any(verify(k, signature, PURPOSE + manifest) for k in reversed(keys)) else {}
+        told = body["number"], body["entry"], body["contents"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return bool(told == (record.version, record.entry, files_digest(record.files)))
+
+
+def digest(path: Path, *, from_disk: bool = False) -> tuple[str, int]:
+    """sha256 and size of a file; ("", -1) if it can't be read."""
+    found, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            if from_disk:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while piece := file.read(2**20):
+                found.update(piece)
+                size += len(piece)
+    except OSError:
+        return "", -1
+    return found.hexdigest(), size
+
+
+def _read(path: Path) -> Any:
+    try:
+        outer = json.loads(path.read_bytes())
+        text = outer["body"]
+        if outer["format"] != FORMAT or hashlib.sha256(text.encode()).hexdigest() != outer["sha256"]:
+            raise ValueError("another format or digest")
+        return json.loads(text)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path.name} is missing or damaged") from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace a file's content: after a cut at any moment it has the old content or the new one.
+
+    Raises:
+        OSError: The disk fails or is full.
+    """
+    new = path.with_name(f".{path.name}.new")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    new.replace(path)
+    _sync(path.parent)
+
+
+def _write(path: Path, body: Any) -> None:
+    text = json.dumps(body, sort_keys=True)
+    whole = {"format": FORMAT, "body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_file(path, json.dumps(whole).encode())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

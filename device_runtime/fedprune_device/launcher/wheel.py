@@ -1,0 +1,160 @@
+"""Unpacking wheels into a slot without pip: a board has neither an index nor the time for it.
+
+A wheel is a zip file (https://packaging.python.org/en/latest/specifications/binary-distribution-format/). Its packages
+lie at the root, or under `*.data/purelib` and `*.data/platlib`; scripts, headers and data have no place in a slot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedprune.core.errors import ReleaseError, shown
+from fedprune_device.launcher.slot_store import files_digest
+
+MAX_ENTRIES = 50_000
+_PIECE = 2**20
+_DATA = re.compile(r"[^/]+\.data/(?P<scheme>[^/]+)/(?P<rest>.+)")
+_PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
+
+
+class Wheel:
+    """A wheel whose every name and size has been checked, and which is unpacked as it was checked.
+
+    Args:
+        path: The file.
+        name: Its name, for messages.
+
+    Attributes:
+        size: Bytes that it takes when it is unpacked.
+        paths: Where its files go, within a slot.
+
+    Raises:
+        ReleaseError: It is no wheel, or a name in it leads elsewhere.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path = path
+        self._name = name
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise ReleaseError(f"{name} is no wheel ({error})") from error
+        if len(entries) > MAX_ENTRIES:
+            raise ReleaseError(f"{name}: too many files", expected=f"at most {MAX_ENTRIES}", got=len(entries))
+        self._targets: dict[str, str] = {}
+        self.size = 0
+        taken: set[str] = set()
+        for entry in entries:
+            target = self._target(entry)
+            if target is None:
+                continue
+            if target in taken:
+                raise ReleaseError(f"{name}: {shown(target)} is there twice")
+            taken.add(target)
+            self._targets[entry.filename] = target
+            self.size += entry.file_size
+        self.paths = frozenset(taken)
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """The top-level names that it brings."""
+        tops = {path.split("/")[0] for path in self.paths}
+        return frozenset(top.split(".")[0] for top in tops if not top.endswith((".dist-info", ".libs")))
+
+    def unpack(self, folder: Path | None) -> Iterator[tuple[str, str, int]]:
+        """Write its files.
+
+        Args:
+            folder: Where to; no file of it may be there yet. None to read them alone.
+
+        Yields:
+            Path, sha256 and size of each file. None of those that were written is synced.
+
+        Raises:
+            ReleaseError: A file is not as long as it says, or damaged.
+            OSError: The disk fails or is full.
+        """
+        with zipfile.ZipFile(self._path) as archive:
+            for inner, target in self._targets.items():
+                entry = archive.getinfo(inner)
+                found, size = hashlib.sha256(), 0
+                with _created(folder, target) as write:
+                    for piece in self._pieces(archive, entry, target):
+                        size += len(piece)
+                        if size > entry.file_size:
+                            break
+                        found.update(piece)
+                        write(piece)
+                if size != entry.file_size:
+                    raise ReleaseError(f"{self._name}: {shown(target)}", expected=f"{entry.file_size} bytes")
+                yield target, found.hexdigest(), size
+
+    def _pieces(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: str) -> Iterator[bytes]:
+        """A file's content; a place outside the archive is an OSError of its own, which is not the disk's."""
+        try:
+            with archive.open(entry) as source:
+                while piece := source.read(_PIECE):
+                    yield piece
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+            raise ReleaseError(f"{self._name}: {shown(target)} is damaged ({error})") from error
+
+    def _target(self, entry: zipfile.ZipInfo) -> str | None:
+        """Where an entry goes; None for what isn't installed."""
+        name = entry.filename
+        inside = _DATA.fullmatch(name)
+        if inside is not None:
+            if inside["scheme"] not in ("purelib", "platlib"):
+                return None
+            name = inside["rest"]
+        if entry.filename.endswith("/"):
+            return None
+        parts = name.split("/")
+        kind = stat.S_IFMT(entry.external_attr >> 16)
+        if (
+            len(name) > 1000
+            or any(part in (".", "..") or not _PART.fullmatch(part) for part in parts)
+            or "__pycache__" in parts
+            or kind not in (0, stat.S_IFREG)
+            or entry.flag_bits & 1
+            or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        ):
+            raise ReleaseError(f"{self._name}: {shown(entry.filename)}", expected="a plain file inside the slot")
+        return name
+
+
+def contents_digest(wheels: Iterable[Wheel]) -> str:
+    """The digest of all files that wheels bring into a slot, see `files_digest`.
+
+    Raises:
+        ReleaseError: A file is damaged.
+    """
+    return files_digest({path: (sha256, size) for wheel in wheels for path, sha256, size in wheel.unpack(None)})
+
+
+@contextmanager
+def _created(folder: Path | None, target: str) -> Iterator[Callable[[bytes], object]]:
+    """A new file, by what writes to it."""
+    if folder is None:
+        yield len
+        return
+    path = folder / target
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def write(piece: bytes) -> None:
+        while piece:
+            piece = piece[os.write(descriptor, piece) :]
+
+    try:
+        yield write
+    finally:
+        os.close(descriptor)

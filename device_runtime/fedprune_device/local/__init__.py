@@ -1,1 +1,0 @@
-"""The board's interface for the application beside it: predictions, and samples to learn from."""

@@ -1,0 +1,219 @@
+"""The blobs of an offer on their way to the device. No network I/O: it says what to ask for, and where to listen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.codec.width_deltas import compose
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, ProtocolError, StorageError
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.chunk_limit import ChunkLimit
+from fedprune.wire.messages import Want
+from fedprune.wire.offer import Offer
+from fedprune.wire.rtt import AnswerTime
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import PATIENCE, Pull
+from fedprune_device.network.leaf_reuse import SharedLeaves
+
+_LOG = logging.getLogger("fedprune.device")
+
+_SHARED_LEAVES = 8
+"""Leaves of a shared blob that are asked for at a time: many ask, and one answer serves all of them."""
+
+
+class Downloads:
+    """Parallel pulls of what a device lacks for an offer.
+
+    An offer with slabs is one whose blobs other devices pull, too: this device then listens where the server publishes
+    them to all, takes what the others asked for, and makes its weights of the slabs. Whatever goes wrong with that, it
+    pulls its weights whole, on its own topic. Weights that can be decoded from something shorter it has in that way
+    before all others; they are decoded where they are used.
+
+    Args:
+        store: Where the blobs end up; what is there of them already is not asked for again.
+        offer: The offer.
+        now: The time, on the same clock as later calls.
+        limit: How many leaves a chunk may hold, as far as is known.
+        answers: How long the server's answers take, as far as is known.
+        slabs: Whether to make the weights of slabs, if the offer has any.
+        shared: Whether shared topics can be heard.
+        plainly: Whether weights are pulled as they are, though they could be decoded.
+
+    Attributes:
+        deaf: Whether nothing came on a shared topic in time.
+
+    Raises:
+        StorageFullError: There is no room for them.
+        StorageError: The disk fails.
+        ProtocolError: A reference contradicts itself.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        offer: Offer,
+        now: float,
+        limit: ChunkLimit | None = None,
+        answers: AnswerTime | None = None,
+        *,
+        slabs: bool = True,
+        shared: bool = True,
+        plainly: bool = False,
+    ) -> None:
+        self.offer = offer
+        self.began = now
+        self.deaf = False
+        self._store = store
+        self._limit = limit or ChunkLimit()
+        self._answers = answers or AnswerTime()
+        self._leaves = SharedLeaves(store)
+        lacking = not store.has(offer.weights.sha256)
+        coded = offer.coded is not None and not plainly and offer.coded in offer.shorter(store.has)
+        self._coded: tuple[BlobRef, ...] = (offer.coded,) if coded and offer.coded else ()
+        self._slabs = offer.slabs if slabs and offer.slabs and lacking and not self._coded else ()
+        self._shared = shared and bool(offer.slabs)
+        self._heard = False
+        self._listens_since = now
+        refs: dict[str, BlobRef] = {r.sha256: r for r in (*offer.blobs(), *self._instead)}
+        if self._instead and offer.weights not in self._instead:
+            del refs[offer.weights.sha256]
+        self._pulls = {sha256: self._pull(ref) for sha256, ref in refs.items() if not store.has(sha256)}
+
+    def _pull(self, ref: BlobRef) -> Pull:
+        slabs = self.offer.slabs or ()
+        own = ref in (self.offer.weights, self.offer.coded, self.offer.moved) and ref not in slabs
+        partial = self._store.partial(ref, vouched=True)  # the server has named and signed both of its digests
+        lend = self._leaves.lend
+        if own or not self._shared:
+            return Pull(ref, partial, limit=self._limit, answers=self._answers, lend=lend)
+        return Pull(
+            ref,
+            partial,
+            chunk_leaves=_SHARED_LEAVES,
+            limit=self._limit,
+            shared=True,
+            answers=self._answers,
+            lend=lend,
+        )
+
+    @property
+    def _instead(self) -> tuple[BlobRef, ...]:
+        """What makes the weights, if they aren't pulled whole."""
+        return self._coded or self._slabs
+
+    @property
+    def done(self) -> bool:
+        """Whether everything is there."""
+        return not self._slabs and all(p.done for p in self._pulls.values())
+
+    @property
+    def lacking(self) -> tuple[BlobRef, ...]:
+        """What is still to be pulled."""
+        return tuple(p.ref for p in self._pulls.values() if not p.done)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Leaves that are there, and leaves in all, of the blobs that were lacking."""
+        rows = [p.progress for p in self._pulls.values()]
+        return sum(done for done, _ in rows), sum(total for _, total in rows)
+
+    def listens(self, topics: Topics) -> frozenset[str]:
+        """The shared topics of what is still to come."""
+        job = self.offer.job
+        return frozenset(topics.shared(s, job) for s, p in self._pulls.items() if p.shared and not p.done)
+
+    def start(self, now: float) -> list[Want]:
+        """What to ask for on a new connection."""
+        self._listens_since = now
+        return [want for p in self._pulls.values() if not p.done for want in p.start(now)] + self._settle(now)
+
+    def remind(self, now: float) -> list[Want]:
+        """What to ask for once more of a server that says on this connection that it is there, perhaps a new one."""
+        return [want for p in self._pulls.values() if not p.done for want in p.remind(now)]
+
+    def chunk(self, chunk: Chunk, now: float, *, shared: bool = False) -> list[Want]:
+        """Take in a chunk; those of other blobs are ignored.
+
+        Args:
+            chunk: The chunk.
+            now: The time.
+            shared: Whether it came on a shared topic.
+
+        Raises:
+            ProtocolError: The blob can't be had from this server.
+            StorageError: The disk fails or is full.
+        """
+        pull = self._pulls.get(chunk.sha256)
+        if pull is None or pull.done:
+            return []
+        self._heard = self._heard or shared
+        return pull.on_chunk(chunk, now) + self._settle(now)
+
+    def tick(self, now: float) -> list[Want]:
+        """What to ask for again."""
+        awaits = self._shared and any(p.shared and not p.done for p in self._pulls.values())
+        if awaits and not self._heard and now - self._listens_since > self._answers.patience(PATIENCE):
+            # A broker whose rules are older than shared topics lets nothing through there, and doesn't say so.
+            self._shared, self.deaf = False, True
+            for pull in self._pulls.values():
+                pull.shared = False
+        return [want for p in self._pulls.values() if not p.done for want in p.on_tick(now)] + self._settle(now)
+
+    def gone(self, sha256: str, now: float) -> list[Want]:
+        """The server doesn't have a blob any more: without what makes the weights they are pulled whole.
+
+        Raises:
+            ProtocolError: It can't be done without.
+        """
+        pull = self._pulls.get(sha256)
+        if pull is None or pull.done:
+            return []
+        if any(r.sha256 == sha256 for r in self._instead) and sha256 != self.offer.weights.sha256:
+            return self._whole(now)
+        raise ProtocolError(f"the server no longer has blob {sha256[:12]}")
+
+    def _settle(self, now: float) -> list[Want]:
+        """Make the weights, once all slabs are there."""
+        if not self._slabs or any(not p.done for s, p in self._pulls.items() if s in {r.sha256 for r in self._slabs}):
+            return []
+        weights = self.offer.weights.sha256
+        if self._slabs[-1].sha256 != weights:
+            try:
+                made = composed(self._store, self._slabs)
+                if tensorfile.digest(made) != weights:
+                    raise BundleError("slabs make other weights than the offer names")
+                self._store.put(made)
+            except (BundleError, StorageError) as error:
+                _LOG.warning("%s: pulling the weights whole", error)
+                return self._whole(now)
+        self._slabs = ()
+        return []
+
+    def _whole(self, now: float) -> list[Want]:
+        pull = self._pull(self.offer.weights)
+        for ref in self._instead:
+            self._pulls.pop(ref.sha256, None)
+        self._coded = self._slabs = ()
+        self._pulls[self.offer.weights.sha256] = pull
+        return pull.start(now)
+
+
+def composed(store: BlobStore, slabs: Sequence[BlobRef]) -> bytes:
+    """The tensor file that slabs make.
+
+    Args:
+        store: Where they are.
+        slabs: Their references, in ascending order.
+
+    Raises:
+        StorageError: One is not there, or damaged.
+        BundleError: They are none, or don't fit each other.
+    """
+    tensors = tensorfile.decode(store.read(slabs[0].sha256))
+    for ref in slabs[1:]:
+        tensors = compose(tensors, tensorfile.decode(store.read(ref.sha256)))
+    return tensorfile.encode(tensors)

@@ -1,0 +1,183 @@
+"""What the current offer needs, on its way to the board: from the web server that it names, and the rest over MQTT."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+
+from fedprune.wire.broker_url import tls_context
+from fedprune.wire.chunk import MAX_PACKET, Chunk
+from fedprune.wire.chunk_limit import ChunkLimit
+from fedprune.wire.messages import Want
+from fedprune.wire.offer import Offer
+from fedprune.wire.rtt import AnswerTime
+from fedprune.wire.topics import Topics
+from fedprune_device.network.blob_download import Downloads
+from fedprune_device.network.http_download import Web
+from fedprune_device.network.offer_checks import slabs_fit
+from fedprune_device.network.uplink import Outbox, Wire
+from fedprune_device.storage.state_directory import DeviceStore
+
+
+class Supply:
+    """The way of one offer's blobs at a time. All of it is quick.
+
+    Args:
+        store: The board's state; blobs end up there.
+        link: The connection; listens to the topics that pulls share.
+        topics: The site's.
+        outbox: Says what is wanted.
+        answers: How long the server's answers take, as far as is known.
+        max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
+        context: Gives TLS with the web servers that offers name.
+    """
+
+    def __init__(
+        self,
+        store: DeviceStore,
+        link: Wire,
+        topics: Topics,
+        outbox: Outbox,
+        answers: AnswerTime,
+        max_packet: int = MAX_PACKET,
+        context: Callable[[], ssl.SSLContext] = tls_context,
+    ) -> None:
+        self._store, self._link, self._topics, self._outbox = store, link, topics, outbox
+        self._answers, self._limit = answers, ChunkLimit(max_packet)
+        self._web = Web(store.blobs, context)
+        self._downloads: Downloads | None = None
+        self._plainly = False
+        self._listening: frozenset[str] = frozenset()
+        self._deaf = False  # to shared topics, as long as this connection lasts
+
+    @property
+    def offer(self) -> Offer | None:
+        """Whose blobs are on their way; None where nothing is."""
+        return None if self._downloads is None else self._downloads.offer
+
+    @property
+    def fetching(self) -> bool:
+        """Whether the web server is at work; nothing is pulled over MQTT meanwhile."""
+        return self._web.fetching
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Leaves that are there, and leaves in all."""
+        part = self._web if self._web.fetching else self._downloads
+        return (0, 0) if part is None else part.progress
+
+    def begin(self, offer: Offer, now: float, *, plainly: bool = False, asks: bool = True) -> None:
+        """Begin with an offer, in place of the one before.
+
+        Args:
+            offer: The offer.
+            now: The time.
+            plainly: Pull weights as they are, though they could be decoded.
+            asks: Whether the server can be asked at once, or is as soon as it is there.
+
+        Raises:
+            StorageError: The disk fails or has no room.
+            ProtocolError: A reference contradicts itself.
+        """
+        self._plainly = plainly
+        downloads = self._downloads = self._to_pull(offer, now)
+        if not self._web.begin(offer, downloads.lacking) and asks:
+            self._ask(downloads, downloads.start(now))
+
+    def renumber(self, offer: Offer) -> None:
+        """Let what is on its way count for another attempt at the same work."""
+        if self._downloads is not None:
+            self._downloads.offer = offer
+
+    def connected(self, now: float) -> None:
+        """A connection is there: ask for all that is lacking."""
+        self._deaf = False
+        if self._downloads is not None and not self._web.fetching:
+            self._ask(self._downloads, self._downloads.start(now))
+
+    def remind(self, now: float) -> None:
+        """The server says that it is there, perhaps a new one: ask once more."""
+        if self._downloads is not None and not self._web.fetching:
+            self._ask(self._downloads, self._downloads.remind(now))
+
+    def chunk(self, chunk: Chunk, now: float, *, shared: bool) -> None:
+        """Take in a chunk; `shared` says that it came on a shared topic.
+
+        Raises:
+            ProtocolError: The offer's blobs can't be had; so does StorageError.
+        """
+        self._pull(lambda downloads: downloads.chunk(chunk, now, shared=shared))
+
+    def gone(self, sha256: str, now: float) -> None:
+        """The server doesn't have a blob any more.
+
+        Raises:
+            ProtocolError: The offer's blobs can't be had; so does StorageError.
+        """
+        self._pull(lambda downloads: downloads.gone(sha256, now))
+
+    def turn(self, now: float) -> float | None:
+        """Go on with what is on its way.
+
+        Returns:
+            Seconds that it took, once all of it is there; nothing is on its way then.
+
+        Raises:
+            ProtocolError: The offer's blobs can't be had; so does StorageError.
+        """
+        took = None
+        if self._downloads is not None and self._web.over():
+            self._pull_rest(self._downloads, now)
+        if self._downloads is not None and not self._web.fetching:
+            if self._downloads.done:
+                took = now - self._downloads.began
+                self._downloads = None
+            else:
+                self._deaf = self._deaf or self._downloads.deaf
+                self._pull(lambda downloads: downloads.tick(now))
+        if self._downloads is None or self._web.fetching:
+            self._listen(frozenset())
+        return took
+
+    def stop(self) -> None:
+        """Nothing is needed any more."""
+        self._downloads = None
+        self._web.stop()
+
+    def join(self, timeout: float) -> None:
+        """Wait for the web's thread, but no longer than `timeout` seconds."""
+        self._web.join(timeout)
+
+    def _pull_rest(self, before: Downloads, now: float) -> None:
+        """Pull over MQTT what the web server didn't give."""
+        downloads = self._downloads = self._to_pull(before.offer, now)
+        downloads.began = before.began
+        self._ask(downloads, downloads.start(now))
+
+    def _to_pull(self, offer: Offer, now: float) -> Downloads:
+        slabs = offer.slabs is not None and slabs_fit(offer, self._store)
+        return Downloads(
+            self._store.blobs,
+            offer,
+            now,
+            self._limit,
+            self._answers,
+            slabs=slabs,
+            shared=not self._deaf,
+            plainly=self._plainly,
+        )
+
+    def _pull(self, step: Callable[[Downloads], list[Want]]) -> None:
+        downloads = self._downloads
+        if downloads is not None and not self._web.fetching:  # what comes meanwhile was asked for before
+            self._ask(downloads, step(downloads))
+
+    def _ask(self, downloads: Downloads, wants: list[Want]) -> None:
+        """Ask for pieces, after the broker was told where the answers are heard."""
+        self._listen(downloads.listens(self._topics))
+        self._outbox.ask(downloads.offer.job, wants)
+
+    def _listen(self, topics: frozenset[str]) -> None:
+        if topics != self._listening:
+            self._listening = topics
+            self._link.listen(topics)

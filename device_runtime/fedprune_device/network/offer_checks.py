@@ -1,0 +1,124 @@
+"""Whether a device takes an offer: what can be said before anything is pulled, and whether it is news."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedprune.codec import Codec
+from fedprune.core.errors import PlanError, StorageFullError
+from fedprune.costs.costs import storage_bytes
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
+from fedprune.wire.messages import Accepted, Cancelled, Update
+from fedprune.wire.offer import Offer
+from fedprune_device.storage.state_directory import DeviceStore
+
+
+def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | None) -> None:
+    """Check an offer against the disk and the board's limits.
+
+    Args:
+        offer: The offer.
+        store: The device's state directory.
+        profile: What the board is, if that is known.
+
+    Raises:
+        ConfigError: The recipe doesn't make sense, or the codec of updates isn't known here.
+        PrivacyError: It is less private than the board's owner asks for.
+        StorageFullError: Its files don't fit on the disk.
+        PlanError: It is beyond what the profile allows.
+    """
+    recipe = Recipe.from_dict(offer.recipe)
+    store.privacy.check(recipe)
+    full = _full_size(offer)
+    lowered = offer.lowered or {}
+    needed, free = _needed(offer, recipe, store), store.free_bytes() + store.reclaimable_bytes(offer)
+    if needed > free:
+        raise StorageFullError("no room for the offer's files", expected=f"{needed} bytes", got=f"{free} free")
+    if profile is None:
+        return
+    total = storage_bytes(full, offer.training.size, offer.inference.size, recipe.own_files)
+    total += sum(r.size for r in offer.graphs[2:]) + (2 * full if lowered else 0)
+    if total > profile.storage.budget_bytes:
+        raise PlanError(
+            "the offer needs more room than the profile allows",
+            expected=f"at most {profile.storage.budget_bytes} bytes",
+            got=total,
+        )
+    memory = _copies(recipe) * full
+    if memory > profile.training_bytes:
+        raise PlanError(
+            "the offered model needs more memory than the profile allows",
+            expected=f"at most {profile.training_bytes} bytes",
+            got=f"{memory} and more",
+        )
+
+
+def slabs_fit(offer: Offer, store: DeviceStore) -> bool:
+    """Whether there is room for an offer's slabs beside all that it needs: for a while both are on the disk.
+
+    Raises:
+        ConfigError: The recipe doesn't make sense, or the codec of updates isn't known here.
+        StorageError: The disk fails.
+    """
+    slabs = sum(r.size for r in offer.slabs or () if not store.blobs.has(r.sha256))
+    return slabs + _needed(offer, Recipe.from_dict(offer.recipe), store) <= store.free_bytes()
+
+
+def fits(offer: Offer, store: DeviceStore) -> bool:
+    """Whether there is room for an offer beside all that is on the disk.
+
+    Raises:
+        ConfigError: The recipe doesn't make sense, or the codec of updates isn't known here.
+        StorageError: The disk fails.
+    """
+    return _needed(offer, Recipe.from_dict(offer.recipe), store) <= store.free_bytes()
+
+
+def _needed(offer: Offer, recipe: Recipe, store: DeviceStore) -> int:
+    """Bytes on the disk that an offer asks for beyond what is there of it."""
+    coming = offer.blobs() if offer.coded is None else (*offer.blobs(), offer.coded)
+    lacking = [r for r in coming if not store.blobs.has(r.sha256)]
+    codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
+    # What serves is no longer what is sent; and, before and after a round, what codes left out.
+    coded = 0 if codec is None else 1 + 2 * codec.feedback
+    # A lowered model is smaller than the one that it is made of.
+    copies = 2 + recipe.own_files + coded + len(offer.lowered or {})
+    return sum(r.size for r in lacking) + copies * _full_size(offer)
+
+
+def _full_size(offer: Offer) -> int:
+    """About the bytes of the weights with all elements in their places: a mask has a bit for every four of them."""
+    return max(offer.weights.size, 0 if offer.mask is None else 32 * offer.mask.size)
+
+
+def _copies(recipe: Recipe) -> int:
+    """Arrays of the size of all weights that training can't do without.
+
+    Those are the weights as received, now and next, and the optimiser's state now and next. Which tensors are frozen
+    only the training graph says, so that a recipe that freezes some is held to the weights alone.
+    """
+    return 1 if recipe.frozen or recipe.trainable else 3 + 2 * len(step_contract.states(recipe.optimizer))
+
+
+def same_work(one: Offer, other: Offer) -> bool:
+    """Whether two offers differ in nothing but the number of the attempt, the graph's form and the way of the weights.
+
+    They train to the same bits or, with another form, to the same numbers but for rounding.
+    """
+    return _work(one) == _work(other)
+
+
+def _work(offer: Offer) -> Offer:
+    return replace(offer, attempt=0, blocked=None, slabs=None, blobs_at=None)
+
+
+def place_of(message: Offer | Update | Accepted) -> tuple[str, int]:
+    """Job and round."""
+    return message.job, message.round
+
+
+def attempt_of(message: Offer | Update | Cancelled) -> tuple[str, int, int]:
+    """Job, round and attempt."""
+    return message.job, message.round, message.attempt

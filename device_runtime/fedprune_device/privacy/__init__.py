@@ -1,0 +1,1 @@
+"""What may leave a board, and in which words."""

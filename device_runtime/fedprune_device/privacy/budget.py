@@ -1,0 +1,120 @@
+"""How often a board has handed in updates with noise, counted by itself: on the disk before noise is drawn.
+
+A server counts, too, but may be set back to an older backup, may run other jobs, or may be somebody else's. What is
+counted here is a board's own update with its own noise, as whoever sees single updates sees it; a job with `shared`
+noise promises more to those who see sums alone. Every draw of noise is a release: what was worked on twice, with
+other noise, counts twice, and so does what was never sent.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+from fedprune.core import durable
+from fedprune.core.errors import PrivacyError, StorageError
+from fedprune.privacy.accounting import epsilon
+from fedprune.privacy.gaussian_noise import GaussianNoise
+from fedprune.training.recipe import Recipe
+from fedprune.wire.offer import Offer
+from fedprune_device.privacy.policy import Floor, multiplier_of
+
+FILE = "privacy.json"
+"""In the board's state directory."""
+
+_MOST = 2**53
+
+
+class PrivateCount:
+    """A board's count.
+
+    Args:
+        root: The state directory.
+
+    Attributes:
+        floor: What the owner asks for; None for nothing.
+        cost: Σ 1/z² over all draws.
+        draws: How many there were.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / FILE
+        self._guard = threading.Lock()
+        self._damage = ""
+        self.floor: Floor | None = None
+        self.cost, self.draws, self._marked = 0.0, 0, False
+        try:
+            self._take(durable.read_document(self._path))
+        except StorageError as error:
+            self._damage = str(error)
+
+    @property
+    def private(self) -> bool:
+        """Whether the board's samples are, or have been, in a private job, or must be: it says less of itself then."""
+        return self.floor is not None or self._marked or bool(self._damage)
+
+    def check(self, recipe: Recipe) -> None:
+        """Check an offer's recipe before anything is done for it; from now on the board is private, if that is.
+
+        Raises:
+            PrivacyError: It is less than the owner asks for, or what was spent is no longer known.
+            StorageError: The disk fails or is full.
+        """
+        if self.floor is None and not recipe.update_clip:
+            return
+        self._known()
+        if self.floor is not None:
+            self.floor.check(recipe, self.cost)
+        if recipe.update_clip and not self._marked:
+            with self._guard:
+                self._write(self.cost, self.draws)
+
+    def draw(self, offer: Offer) -> GaussianNoise:
+        """Noise for an update; that it was drawn is on the disk before it is.
+
+        Raises:
+            PrivacyError: As `check`.
+            StorageError: The disk fails or is full: without its count there is no update.
+        """
+        recipe = Recipe.from_dict(offer.recipe)
+        self.check(recipe)
+        multiplier = multiplier_of(recipe)
+        if multiplier:
+            with self._guard:
+                self._write(math.nextafter(self.cost + multiplier**-2, math.inf), self.draws + 1)
+        return GaussianNoise.secret()
+
+    def describe(self, delta: float | None = None) -> str:
+        """What was spent, in words.
+
+        Args:
+            delta: δ; by default the owner's.
+        """
+        floor = self.floor or Floor()
+        if self._damage:
+            return f"what was spent is not known: {self._damage}"
+        at = delta or floor.delta
+        most = f" of {floor.most_epsilon:g}" if floor.most_epsilon else ""
+        drawn = f"{self.draws} update{'' if self.draws == 1 else 's'} with noise"
+        return f"ε {epsilon(self.cost, at):.4g}{most} at δ {at:g}, for {drawn}"
+
+    def _known(self) -> None:
+        if self._damage:
+            raise PrivacyError(
+                f"what this board has spent of its privacy is not known: {self._damage}",
+                hint=f"Restore {self._path.name}; without it the board would begin again at 0.",
+            )
+
+    def _take(self, body: dict[str, Any] | None) -> None:
+        if body is None:
+            return
+        cost, draws = body.get("cost"), body.get("draws")
+        if type(cost) is not float or not 0 <= cost < math.inf or type(draws) is not int or not 0 <= draws < _MOST:
+            raise StorageError(f"{self._path} is of another version")
+        self.cost, self.draws, self._marked = cost, draws, True
+
+    def _write(self, cost: float, draws: int) -> None:
+        durable.write_document(self._path, {"cost": float(cost), "draws": draws})
+        self.cost, self.draws, self._marked = float(cost), draws, True

@@ -1,0 +1,129 @@
+"""What a board's owner asks of a job's privacy before the board takes part: a file of its own, `[privacy]`.
+
+    [privacy]
+    least_noise = 1.0     # standard deviation of this board's own noise, in units of the clip
+    most_clip = 1.0       # the most that an update may be long
+    most_epsilon = 8.0    # for all private jobs together that this state directory has seen
+    delta = 1e-5          # at which that is reckoned
+
+What isn't said isn't asked for, but that there is noise at all. The server has no say in it.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprune.core import validation
+from fedprune.core.errors import ConfigError, PrivacyError
+from fedprune.core.toml_file import read_toml
+from fedprune.privacy.accounting import epsilon
+from fedprune.training.recipe import Recipe
+
+PRIVACY = "FEDPRUNE_PRIVACY"
+
+_LEAST = 1e-6
+"""Less noise than this, in units of the clip, is none: what one such update costs could be no number."""
+
+_HINT = "The board's owner asks for it; the job's [job.privacy] says otherwise."
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a job's privacy must be, at least.
+
+    Attributes:
+        least_noise: Standard deviation of the board's own noise, in units of the clip; 0 for any above 0.
+        most_clip: The most that the clip may be; 0 for any.
+        most_epsilon: The most that all of the board's releases together may cost; 0 for any.
+        delta: δ at which that is reckoned.
+    """
+
+    least_noise: float = 0.0
+    most_clip: float = 0.0
+    most_epsilon: float = 0.0
+    delta: float = 1e-5
+
+    def __post_init__(self) -> None:
+        validation.number("privacy: least_noise", self.least_noise, 0, 1e4)
+        validation.number("privacy: most_clip", self.most_clip, 0, 1e6)
+        validation.number("privacy: most_epsilon", self.most_epsilon, 0, 1e6)
+        validation.number("privacy: delta", self.delta, 0, 1, above=True, below=True)
+
+    def check(self, recipe: Recipe, cost: float) -> None:
+        """Check what one more update under a recipe would be.
+
+        Args:
+            recipe: The offer's.
+            cost: What the board's releases have cost so far (`fedprune.privacy.accounting`).
+
+        Raises:
+            PrivacyError: It is less private than the owner asks for.
+        """
+        multiplier = multiplier_of(recipe)
+        if not multiplier:
+            raise PrivacyError(
+                "this board takes part in private jobs alone",
+                expected="updates with clip and noise",
+                got="a clip without noise, or with next to none" if recipe.update_clip else "neither clip nor noise",
+                hint=_HINT,
+            )
+        if multiplier < self.least_noise:
+            raise PrivacyError(
+                "noise of this board's update, in units of the clip",
+                expected=f"at least {self.least_noise:g}",
+                got=f"{multiplier:g}",
+                hint=_HINT,
+            )
+        if self.most_clip and recipe.update_clip > self.most_clip:
+            raise PrivacyError(
+                "clip of this board's update",
+                expected=f"at most {self.most_clip:g}",
+                got=recipe.update_clip,
+                hint=_HINT,
+            )
+        spent = epsilon(cost + multiplier**-2, self.delta)
+        if self.most_epsilon and spent > self.most_epsilon:
+            raise PrivacyError(
+                "this board's budget of privacy is spent: ε after one more update",
+                expected=f"at most {self.most_epsilon:g} at δ {self.delta:g}",
+                got=f"{spent:.4g}",
+                hint="The board counts all private jobs that it has taken part in.",
+            )
+
+
+def multiplier_of(recipe: Recipe) -> float:
+    """The noise multiplier of one board's own update; 0 where nothing is promised."""
+    found = recipe.update_noise / recipe.update_clip if recipe.update_clip else 0.0
+    return found if found >= _LEAST else 0.0
+
+
+def read_floor(path: Path | None) -> Floor | None:
+    """The owner's file; None where there is none.
+
+    Raises:
+        ConfigError: It can't be read, isn't TOML, or a setting is unknown or out of range.
+    """
+    if path is None:
+        return None
+    body = read_toml(path, ConfigError)
+    validation.only(("privacy",), body, str(path), "table")
+    table = body.get("privacy")
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: [privacy]", expected="a table of settings, such as most_epsilon", got="none")
+    return Floor(**validation.known(Floor, table, f"{path}: privacy"))
+
+
+def add_floor_option(parser: ArgumentParser) -> None:
+    """Add the option that names the owner's file."""
+    named = os.environ.get(PRIVACY)
+    parser.add_argument(
+        "--privacy",
+        type=Path,
+        metavar="FILE",
+        default=Path(named) if named else None,
+        help=f"TOML with [privacy]: what a job must promise before this board takes part; ${PRIVACY}"
+        " (default: take part in any)",
+    )

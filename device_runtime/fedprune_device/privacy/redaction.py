@@ -1,0 +1,113 @@
+"""Texts of a board's log as they may leave the board: no paths, no passwords, no rows of numbers."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+
+from fedprune.core.errors import ConfigError, FedpruneError, PlanError, PrivacyError, ProtocolError, StorageFullError
+from fedprune.wire.validation import one_line
+
+OTHER = "(other)"
+"""In the place of a module that is neither the runtime's nor one that every board has."""
+
+KEPT = "(its words stay on the board, whose samples are in a private job)"
+
+_PLAIN = (ConfigError, PlanError, PrivacyError, ProtocolError, StorageFullError)
+"""Errors that are about offers and the board, and not about its samples."""
+
+_CONVERSION = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(?:\*|[0-9]+)?(?:\.(?:\*|[0-9]+))?[diouxXeEfFgGcrsa%]")
+
+_OURS = ("fedprune", "fedprune_start", "fedprune_device", "fedprune_export", "fedprune_flash", "fedprune_server")
+_KNOWN = frozenset(
+    {*sys.stdlib_module_names, "numpy", "paho", "safetensors", "cryptography", "onnxruntime", "PIL", "tensorrt"}
+)
+_OWNER = re.compile(r"(?<=://)[^/@\s]*@")
+_CLAIM = re.compile(r"\bFP1-[A-Za-z0-9-]+")
+_PATH = re.compile(r"""(?<![\w:/.])(?:~|\.{0,2})/[^\s'",;:()<>]+|\b[A-Za-z]:\\[^\s'",;]+""")
+_FILE_URL = re.compile(r"\bfile://\S+")
+_NUMBERS = re.compile(r"[\[(]\s*(?:[-+0-9.eE]+(?:\s*,\s*|\s+)){3,}[-+0-9.eE]*[^\])]{0,400}[\])]?")
+_IN_A_PACKAGE = (
+    re.compile(r"/(?:site-packages|dist-packages|lib-dynload)/([A-Za-z0-9_]+)"),
+    re.compile(r"/python3[0-9.t]*/([A-Za-z0-9_]+)"),
+)
+
+
+def private(text: str, limit: int) -> str:
+    """A text as it may be told to the server: one line, without what is the board's owner's alone.
+
+    Paths, user names and passwords of addresses, claims, and lists of more than three numbers are left out. What else
+    an error says of samples it can't know; the runtime's own errors name shapes and places, not values.
+
+    Args:
+        text: The text.
+        limit: Characters that it may have.
+    """
+    flat = one_line(text, 8 * limit)
+    flat = _OWNER.sub("", flat)
+    flat = _FILE_URL.sub("(a path)", flat)
+    flat = _CLAIM.sub("(a claim)", flat)
+    flat = _PATH.sub("(a path)", flat)
+    flat = _NUMBERS.sub("[...]", flat)
+    return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."
+
+
+def bare(record: logging.LogRecord) -> str:
+    """A line of the log without anything that was filled in: what a board says of itself whose samples are private.
+
+    Of our own code's lines that is the text that stands in the code, with the names of errors; of others', whose they
+    are.
+    """
+    module = module_at(record.pathname)
+    if not module.startswith(_OURS) or not isinstance(record.msg, str):
+        return f"a line of {module} {KEPT}"
+    values = list(record.args) if isinstance(record.args, tuple) else []
+
+    def filled(found: re.Match[str]) -> str:
+        if found[0].endswith("%"):
+            return "%"
+        value = values.pop(0) if values else None
+        return named(value) if isinstance(value, BaseException) else "..."
+
+    text = _CONVERSION.sub(filled, record.msg)
+    if record.exc_info and record.exc_info[1] is not None:
+        text = f"{text}: {named(record.exc_info[1])}"
+    return one_line(text, 500)
+
+
+def named(error: BaseException) -> str:
+    """An error's name alone: ours and Python's; of others, that there was one."""
+    kind = type(error)
+    return kind.__name__ if module_of(kind.__module__) != OTHER else "an error"
+
+
+def refused(error: BaseException, *, private: bool) -> str:
+    """Why an offer isn't carried out, as the server is told.
+
+    Args:
+        error: The reason.
+        private: Whether the job is: then nothing is said that an error may have from samples.
+    """
+    if private and not isinstance(error, _PLAIN):
+        return f"{named(error)} {KEPT}"
+    return str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error}"
+
+
+def module_of(name: str) -> str:
+    """A module's name as it may be told: our own in full, of well-known packages the package, of others nothing."""
+    top = name.partition(".")[0]
+    if top in _OURS:
+        return name[:128]
+    return top if top in _KNOWN and top != "__main__" else OTHER
+
+
+def module_at(path: str) -> str:
+    """The same for a module's file."""
+    parts = path.replace("\\", "/").removesuffix(".py").split("/")
+    for i in range(len(parts) - 1, -1, -1):
+        if parts[i] in _OURS:
+            names = parts[i:]
+            return ".".join(names[:-1] if names[-1] == "__init__" else names)[:128]
+    found = next((f for pattern in _IN_A_PACKAGE if (f := pattern.search(path))), None)
+    return module_of(found[1]) if found else OTHER

@@ -1,0 +1,1 @@
+"""Releases of the runtime: asked for, checked, installed, tried."""

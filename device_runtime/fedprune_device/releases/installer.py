@@ -1,0 +1,419 @@
+"""The updater: brings a release into the slot that doesn't run, whole and verified, and marks it for its trial.
+
+What runs is never touched. Until the other slot's record is written, last of all, that slot counts as empty; what has
+arrived stays, so that a cut only costs the time since.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import platform
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.disk import locked, storage_errors, sync_folder, write_all
+from fedprune.core.durable import place
+from fedprune.core.errors import ReleaseError, StorageError, StorageFullError
+from fedprune.releases.release import MAX_FILE, Release, ReleaseFile, opened
+from fedprune.security.keys import VerifyingKey
+from fedprune.security.succession import kept_successions
+from fedprune.wire.release_messages import MAX_MANIFEST
+from fedprune_device import launcher
+from fedprune_device.launcher.slot_store import KEY, Home, Record, digest, files_digest, successors, write_file
+from fedprune_device.launcher.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, State
+from fedprune_device.launcher.wheel import Wheel
+from fedprune_device.releases.release_checks import admit, admit_packages, own_packages
+from fedprune_device.releases.release_source import Source
+
+_LOG = logging.getLogger("fedprune.device")
+
+LAUNCHER = "launcher.pyz"
+STARTS = 10
+"""Starts of the service that a staged release waits for its trial, before it is dropped."""
+
+ATTEMPTS, SECONDS = 3, 600.0
+"""Of a trial, and of each attempt."""
+
+KEPT = ("cv2", "numpy", "onnxruntime", "tensorrt", "torch")
+"""Packages that JetPack brings, built for its GPU and for each other; a wheel must not hide them."""
+
+PULLED = "pulled"
+"""Folder within `incoming` of what comes over the network, as a blob store."""
+
+_MARGIN = 32 * 2**20
+_PIECE = 2**18
+_AGAIN = "It is pulled again the next time."
+
+
+class Updater:
+    """Installs releases.
+
+    Args:
+        root: The folder of slots and launcher.
+        key: What the server signs with, or a function that returns it: the server may replace it.
+        identity: Folder of the board's identity, which keeps how that key replaced earlier ones; None without one.
+        keep: Packages of the board's own Python that no release may hide, see `KEPT`.
+        python: The Python that wheels must be for.
+        machine: The processor that they must be for.
+        free: Bytes that are free on the disk of a folder.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        key: VerifyingKey | Callable[[], VerifyingKey],
+        *,
+        identity: Path | None = None,
+        keep: Collection[str] = (),
+        python: str = f"cp{sys.version_info.major}{sys.version_info.minor}",
+        machine: str = "",
+        free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+    ) -> None:
+        self.home = Home(root)
+        self._incoming = root / "incoming"
+        self._known_key, self._identity = key, identity
+        self._keep = frozenset(keep)
+        self._board = {"python": python, "machine": machine or platform.machine()}
+        self._free = free
+
+    @property
+    def _key(self) -> VerifyingKey:
+        return self._known_key() if callable(self._known_key) else self._known_key
+
+    def _successions(self) -> tuple[str, tuple[str, ...]]:
+        return ("", ()) if self._identity is None else kept_successions(self._identity)
+
+    def install(self, source: Source) -> Release:
+        """Set a board up: the launcher, and a first release in the first slot, which needs no trial.
+
+        Raises:
+            ReleaseError: The release is refused, or something is installed already.
+            StorageFullError: There is no room.
+            StorageError: The disk fails.
+        """
+        root = self.home.root
+        with storage_errors(f"can't write {root}"):
+            for folder in (root, self.home.folder, self._incoming, *(root / slot for slot in SLOTS)):
+                folder.mkdir(parents=True, exist_ok=True)
+        with self._alone(), storage_errors(f"can't write {root}"):
+            if self.home.load() is not None or self._starts_of_another():
+                raise ReleaseError(f"{root} has a runtime already", hint="Update it with `fedprune-device update`.")
+            write_file(root / KEY, self._key.hex.encode())
+            release = self._bring(source, State(SLOTS[1]))
+            write_launcher(root / LAUNCHER)
+            self.home.save(State(SLOTS[0], highest=release.number))
+            self._clear_incoming(None)
+        return release
+
+    def _starts_of_another(self) -> bool:
+        """Whether the launcher's state is lost, and a slot is whole that another server's key has signed."""
+        with suppress(DamagedError):
+            self.home.recover()
+            return self.home.key() not in (None, self._key.raw)
+        return False
+
+    def pulled(self) -> BlobStore:
+        """Where files of a release grow that come over the network; made where there is none.
+
+        Raises:
+            StorageError: It can't be made.
+        """
+        return BlobStore(self._incoming / PULLED, max_size=MAX_FILE)
+
+    def take(self, release: Release) -> None:
+        """Hand what was pulled of a release to `stage`, without a copy where the disk has links.
+
+        Raises:
+            StorageFullError: There is no room.
+            StorageError: The disk fails, or a file isn't there.
+        """
+        store = self.pulled()
+        for file in release.files:
+            place(store.path(file.sha256), self._incoming / file.sha256)
+
+    def examine(self, source: Source) -> Release:
+        """A release that this board would take; nothing of it but its manifest is looked at, nothing is changed.
+
+        Whether the board's Python has the packages that it takes from it only `stage` asks, because that takes long.
+
+        Raises:
+            ReleaseError: It is refused; the reason is in the message.
+            StorageFullError: There is no room.
+            StorageError: The disk fails.
+        """
+        release, state = self._opened(source), self._state()
+        self._check_launcher()
+        admit(release, state.highest, self._board)
+        with storage_errors(f"can't read {self.home.root}"):
+            need, free, old = self._room(release, state.other)
+        if need > free + old:
+            raise _no_room(release, need, free + old)
+        return release
+
+    def clear(self) -> None:
+        """Delete what was left over of files that had arrived.
+
+        Raises:
+            StorageError: The disk fails, or another process updates this board.
+        """
+        with self._alone(), storage_errors(f"can't write {self._incoming}"):
+            self._clear_incoming(None)
+
+    def drop(self, number: int, reason: str) -> None:
+        """Have a release that is staged not tried; one on trial, or none, is left alone.
+
+        Args:
+            number: The release's number.
+            reason: Why.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        with storage_errors(f"can't write {self.home.root}"), self.home.changing():
+            state = self._state()
+            if state.phase == STAGED and state.highest == number:
+                self.home.save(state.roll_back(reason))
+
+    def stage(self, source: Source) -> Release:
+        """Bring a release into the slot that doesn't run. Done twice, it goes on where it was.
+
+        Returns:
+            The release; it waits until `arm`.
+
+        Raises:
+            ReleaseError: It is refused; the reason is in the message.
+            StorageFullError: There is no room; what runs is untouched.
+            StorageError: The disk fails, or a trial is under way.
+        """
+        with self._alone(), storage_errors(f"can't write {self.home.root}"):
+            state = self._state()
+            if state.phase != STABLE:
+                release = self._opened(source)
+                if release.number == state.highest:
+                    self._clear_incoming(None)  # a cut may have come before
+                    return release
+                if state.phase == TRIAL:
+                    raise StorageError(f"release {state.highest} is on trial", hint="Wait until it is over.")
+                state = self._change(lambda s: replace(s, phase=STABLE, left=0))
+            release = self._bring(source, state)
+            self._change(lambda s: s.stage(release.number, STARTS))
+            self._clear_incoming(None)
+        _LOG.info("release %d (%s) is staged in slot %s", release.number, release.version, state.other)
+        return release
+
+    def arm(self, attempts: int = ATTEMPTS, seconds: float = SECONDS) -> None:
+        """Have the staged release tried when the service starts the next time.
+
+        Args:
+            attempts: How often it may be started before it is rolled back.
+            seconds: How long each of them may take until it is healthy.
+
+        Raises:
+            StorageError: Nothing is staged, or the disk fails.
+        """
+        if not 1 <= attempts <= 100 or not 1 <= seconds <= LONGEST_S:
+            raise StorageError("a trial", expected=f"1 to 100 attempts of 1 to {LONGEST_S:g} s each")
+        with storage_errors(f"can't write {self.home.root}"), self.home.changing():
+            state = self._state()
+            if state.phase == STABLE:
+                raise StorageError("no release is staged", hint="Stage one first.")
+            if state.phase == STAGED:
+                self.home.save(state.arm(attempts, seconds))
+
+    def _alone(self) -> AbstractContextManager[None]:
+        lock = self.home.folder / "update.lock"
+        if not self.home.folder.is_dir():
+            raise StorageError(f"{self.home.root} has no runtime", hint="`fedprune-device install` sets a board up.")
+        return locked(lock, f"another process updates {self.home.root}", "Wait until it is done.")
+
+    def _state(self) -> State:
+        state = self.home.load()
+        if state is None:
+            raise StorageError(
+                f"{self.home.root} has no state that is whole",
+                hint="Restart the service: its launcher mends it. On a new board use `fedprune-device install`.",
+            )
+        return state
+
+    def _change(self, change: Callable[[State], State]) -> State:
+        with self.home.changing():
+            state = change(self._state())
+            self.home.save(state)
+            return state
+
+    def _opened(self, source: Source) -> Release:
+        return opened(source.manifest()[: MAX_MANIFEST + 1], source.signature(), self._key)
+
+    def _check_launcher(self) -> None:
+        """Make sure that the launcher would start what the server's key has signed."""
+        try:
+            known = self.home.key()
+        except DamagedError as error:
+            raise ReleaseError(str(error), hint="Write the server's key there, as root.") from error
+        if known is not None and self._key.raw not in successors(known, *self._successions()):
+            raise ReleaseError(
+                "the launcher starts only what another key has signed",
+                expected=f"key {VerifyingKey(known).fingerprint}, or one that it leads to",
+                got=f"key {self._key.fingerprint}",
+                hint="On a board that moved to another server install the runtime again (docs/update-the-fleet.md).",
+            )
+
+    def _bring(self, source: Source, state: State) -> Release:
+        """All that comes before the state is changed: check, pull, check, unpack, verify."""
+        manifest, signature, slot = source.manifest()[: MAX_MANIFEST + 1], source.signature(), state.other
+        release = opened(manifest, signature, self._key)
+        self._check_launcher()
+        admit(release, state.highest, self._board)
+        admit_packages(release)
+        _LOG.info(
+            "release %d (%s): %d files, %d bytes", release.number, release.version, len(release.files), release.size
+        )
+        self._clear_incoming(release)
+        self._make_room(release, slot)
+        for file in release.files:
+            self._pull(source, file)
+        wheels = [Wheel(self._incoming / f.sha256, f.name) for f in release.files]
+        self._check_wheels(release, wheels)
+        self._empty(slot)
+        files: dict[str, tuple[str, int]] = {}
+        for wheel in wheels:
+            files |= {path: (sha256, size) for path, sha256, size in wheel.unpack(self.home.root / slot)}
+        if files_digest(files) != release.contents:
+            self._empty(slot)
+            raise ReleaseError(
+                "a release's files unpacked are not those that its manifest says", hint="Have the release made again."
+            )
+        # One sync of all instead of thousands, which would wear out a card; the launcher reads every digest anyway.
+        os.sync()
+        proof = manifest.decode(), signature.hex()
+        record = Record(
+            release.number, release.version, release.entry, files, release.system, *proof, *self._successions()
+        )
+        self.home.write_record(slot, record)
+        try:
+            self.home.whole(slot, from_disk=True)
+        except DamagedError as error:
+            self.home.drop_record(slot)
+            raise StorageError(
+                f"what was written isn't what is there ({error})", hint="The disk may be failing."
+            ) from error
+        return release
+
+    def _room(self, release: Release, slot: str) -> tuple[int, int, int]:
+        """Bytes that a release needs, that are free, and that the slot's old content takes."""
+        wanted = {f.sha256 for f in release.files}
+        here = sum(p.stat().st_size for p in self._incoming.rglob("*") if p.name in wanted and p.is_file())
+        old = sum(p.lstat().st_size for p in (self.home.root / slot).rglob("*"))
+        return max(release.size - here, 0) + release.unpacked + _MARGIN, self._free(self.home.root), old
+
+    def _make_room(self, release: Release, slot: str) -> None:
+        need, free, old = self._room(release, slot)
+        if need > free + old:
+            raise _no_room(release, need, free + old)
+        if need > free:
+            self._empty(slot)
+
+    def _pull(self, source: Source, file: ReleaseFile) -> None:
+        path = self._incoming / file.sha256
+        begun = path.exists()
+        if begun and digest(path) == (file.sha256, file.size):
+            return
+        self._pull_rest(source, file, path)
+        if digest(path) == (file.sha256, file.size):
+            return
+        path.unlink()
+        if begun:  # a power cut may have left its last bytes unwritten
+            self._pull_rest(source, file, path)
+            if digest(path) == (file.sha256, file.size):
+                return
+            path.unlink()
+        raise ReleaseError(f"{file.name} is not what the release says it is", hint=_AGAIN)
+
+    def _pull_rest(self, source: Source, file: ReleaseFile, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            have = os.fstat(descriptor).st_size
+            if have > file.size:
+                os.ftruncate(descriptor, 0)
+                have = 0
+            while have < file.size:
+                piece = source.read(file.sha256, have, min(_PIECE, file.size - have))
+                if not 0 < len(piece) <= file.size - have:
+                    raise ReleaseError(f"{file.name}", expected=f"{file.size} bytes", got=have + len(piece))
+                write_all(descriptor, piece, have)
+                have += len(piece)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        sync_folder(path.parent)
+
+    def _check_wheels(self, release: Release, wheels: list[Wheel]) -> None:
+        size = sum(w.size for w in wheels)
+        if size > release.unpacked:
+            raise ReleaseError("a release's files unpacked", expected=f"at most {release.unpacked} bytes", got=size)
+        own = {*release.system} | own_packages(self._keep)
+        paths: set[str] = set()
+        for file, wheel in zip(release.files, wheels, strict=True):
+            twice = sorted(paths & wheel.paths)
+            if twice:
+                raise ReleaseError(f"{file.name}: {twice[0]} is in another wheel, too")
+            paths |= wheel.paths
+            hidden = sorted(wheel.modules & own)
+            if hidden:
+                raise ReleaseError(
+                    f"{file.name} would hide the board's own {', '.join(hidden)}",
+                    hint="Leave it out of the release and name it in `system`.",
+                )
+
+    def _empty(self, slot: str) -> None:
+        self.home.drop_record(slot)
+        for path in (self.home.root / slot).iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _clear_incoming(self, release: Release | None) -> None:
+        wanted = set() if release is None else {f.sha256 for f in release.files}
+        old = [path for path in self._incoming.iterdir() if path.name not in wanted and not path.is_dir()]
+        for path in old:
+            path.unlink()
+        if old:
+            sync_folder(self._incoming)
+
+
+def _no_room(release: Release, need: int, there: int) -> StorageFullError:
+    return StorageFullError(
+        f"no room for release {release.number}",
+        expected=f"{need / 1e6:.0f} MB",
+        got=f"{there / 1e6:.0f} MB",
+        hint="Free some space; what runs is untouched.",
+    )
+
+
+def write_launcher(path: Path) -> None:
+    """Write the launcher: one file of the modules that it is made of.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: The disk fails or is full.
+    """
+    here, data = Path(str(launcher.__file__)).parent, io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for package in ("fedprune_device", "fedprune_device/launcher"):
+            archive.writestr(zipfile.ZipInfo(f"{package}/__init__.py"), "")
+        for name in ("ed25519.py", "state.py", "slot_store.py", "sd_notify.py", "launcher.py"):
+            archive.writestr(zipfile.ZipInfo(f"fedprune_device/launcher/{name}"), (here / name).read_bytes())
+        main = "import sys\nfrom fedprune_device.launcher.launcher import main\nsys.exit(main())\n"
+        archive.writestr(zipfile.ZipInfo("__main__.py"), main)
+    write_file(path, data.getvalue())

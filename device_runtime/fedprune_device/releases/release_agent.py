@@ -1,0 +1,345 @@
+"""Releases that the server offers: pulled, staged, tried at a quiet moment, and reported however they end.
+
+This stands between the agent and its connection, and the agent knows nothing of it. What must survive a power cut is
+what was pulled (each leaf is checked when it is taken up again) and the launcher's state; which release is wanted the
+server says again at every birth.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+from fedprune.core.errors import FedpruneError, ProtocolError
+from fedprune.security.device_identity import DeviceIdentity
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import Birth, Gone, Want, parse
+from fedprune.wire.release_messages import (
+    COMMITTED,
+    DOWNLOADING,
+    REFUSED,
+    ROLLED_BACK,
+    STAGED,
+    TRIAL,
+    ReleaseOffer,
+    ReleaseReport,
+    ReleaseWithdrawn,
+)
+from fedprune.wire.topics import NO_JOB, Topics
+from fedprune.wire.validation import one_line
+from fedprune_device.hardware.board_facts import TEGRA
+from fedprune_device.launcher import state as on_disk
+from fedprune_device.network.uplink import Wire
+from fedprune_device.releases.installer import KEPT, Updater
+from fedprune_device.releases.release_download import Pulling, Staging, forget
+
+_LOG = logging.getLogger("fedprune.device")
+
+_PROGRESS_S = 10.0
+"""Between two reports of a download."""
+
+_LOOK_S = 0.5
+"""Between two looks at how the trial under way stands."""
+
+NO_LAUNCHER = "this board's runtime was not started by a launcher, so that nothing could go back by itself"
+NO_IDENTITY = "this board takes part without identity, so that it knows no key that releases are signed with"
+
+
+def updater_here(identity: DeviceIdentity | None, environment: Mapping[str, str] = os.environ) -> Updater | str:
+    """What installs releases on this board, or why nothing does.
+
+    Args:
+        identity: The board's; its server's key is the one that releases must be signed with.
+        environment: Where the launcher says which folder is its.
+    """
+    root = environment.get("FEDPRUNE_ROOT", "")
+    if not root or not environment.get("FEDPRUNE_SLOT"):
+        return NO_LAUNCHER
+    if identity is None:
+        return NO_IDENTITY
+    joined = identity
+    return Updater(
+        Path(root),
+        lambda: joined.server,
+        identity=joined.folder,
+        keep=KEPT if TEGRA.exists() else (),
+    )
+
+
+class Releases:
+    """A connection on which what concerns releases is seen to; all else passes.
+
+    Args:
+        link: The connection.
+        device: The board's name.
+        site: The fleet's site.
+        updater: Installs releases; or why none can be installed here.
+        quiet: Whether a restart would cost nothing now.
+        restart: Ends this process, so that the launcher begins the trial.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        link: Wire,
+        device: str,
+        site: str,
+        updater: Updater | str,
+        *,
+        quiet: Callable[[], bool],
+        restart: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._link = link
+        self._device, self._topics = device, Topics(site)
+        self._updater = updater
+        self._quiet, self._restart = quiet, restart
+        self._clock = clock
+        self._offer: ReleaseOffer | None = None
+        self._pulling: Pulling | None = None
+        self._staging: Staging | None = None
+        self._withdrawn: ReleaseWithdrawn | None = None
+        self._trouble = ""  # what went wrong while it is unpacked
+        self._ready = False  # staged, and waiting for a quiet moment
+        self._trying = False  # this process is the trial
+        self._leaving = False
+        self._last: ReleaseReport | None = None
+        self._report_at = self._look_at = 0.0
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        """Send without waiting; False if that isn't possible now. After a birth the server hears where releases are."""
+        sent = self._link.publish(topic, payload, qos)
+        if topic == self._topics.up(self._device) and isinstance(parse(payload), Birth):
+            self._guarded(self._greet)
+        return sent
+
+    @property
+    def unsent(self) -> int:
+        """Payload bytes that wait to be sent."""
+        return self._link.unsent
+
+    def listen(self, topics: Collection[str]) -> None:
+        """Listen to exactly these shared topics."""
+        self._link.listen(topics)
+
+    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
+        """The next message or event for the agent; None, too, if what came was about releases."""
+        item = self._link.get(timeout)
+        if isinstance(item, tuple) and self._meant(*item):
+            item = None
+        self._guarded(self._turn)
+        return item
+
+    # What comes in
+
+    def _meant(self, topic: str, payload: bytes) -> bool:
+        """Whether something is about releases; it is then seen to."""
+        try:
+            address = self._topics.parse(topic)
+            if address.channel == "down/blob":
+                chunk = Chunk.parse(payload)
+                if self._pulling is None or not self._pulling.wants(chunk.sha256):
+                    return False
+                self._guarded(lambda: self._on_chunk(chunk))
+                return True
+            if address.channel != "down" or (address.device, address.job) != (self._device, NO_JOB):
+                return False
+            message = parse(payload)
+        except ProtocolError:
+            return False  # the agent says what is wrong
+        if isinstance(message, Gone) and (self._pulling is None or not self._pulling.wants(message.sha256)):
+            return False
+        if not isinstance(message, (ReleaseOffer, ReleaseWithdrawn, Gone)):
+            return False
+        self._guarded(lambda: self._on_message(message))
+        return True
+
+    def _on_message(self, message: ReleaseOffer | ReleaseWithdrawn | Gone) -> None:
+        if isinstance(message, ReleaseOffer):
+            self._on_offer(message)
+        elif isinstance(message, ReleaseWithdrawn):
+            self._on_withdrawn(message)
+        elif self._offer is not None:
+            _LOG.info("release %d: the server no longer has it", self._offer.number)
+            self._forget_offer()
+
+    def _on_offer(self, offer: ReleaseOffer) -> None:
+        if self._leaving or self._staging is not None:
+            return  # soon there is more to say; and another one is offered again
+        self._last = None  # who offers it again hasn't heard
+        if isinstance(self._updater, str):
+            self._say(offer.number, REFUSED, self._updater)
+            return
+        state, reason = self._standing(self._updater, offer.number)
+        if state == STAGED:
+            self._offer, self._ready = offer, True
+        if state is not None:
+            self._say(offer.number, state, reason)
+        elif self._offer == offer:
+            self._progress()
+        elif (disk := self._updater.home.load()) is None or disk.phase != on_disk.TRIAL:
+            self._begin(self._updater, offer)
+
+    def _begin(self, updater: Updater, offer: ReleaseOffer) -> None:
+        self._forget_offer()
+        self._offer = offer
+        self._pulling = Pulling(updater, offer)
+        release = self._pulling.release
+        _LOG.info("release %d (%s) is offered: %d bytes", release.number, release.version, release.size)
+        self._ask(self._pulling.start(self._clock()))
+        self._progress()
+
+    def _on_chunk(self, chunk: Chunk) -> None:
+        if self._pulling is not None:
+            self._ask(self._pulling.chunk(chunk, self._clock()))
+
+    def _on_withdrawn(self, message: ReleaseWithdrawn) -> None:
+        if isinstance(self._updater, str) or self._leaving:
+            return
+        if self._offer is not None and self._offer.number == message.number:
+            _LOG.info("release %d is withdrawn: %s", message.number, one_line(message.reason))
+            if self._staging is not None:
+                self._withdrawn = message  # and seen to when it is done
+                return
+            self._forget_offer()
+        self._updater.drop(message.number, f"withdrawn: {one_line(message.reason, 200)}")
+        if self._pulling is None and self._staging is None:
+            forget(self._updater)
+
+    def _forget_offer(self) -> None:
+        self._offer = self._pulling = self._staging = self._withdrawn = None
+        self._ready, self._trouble = False, ""
+
+    # What is to be done
+
+    def _turn(self) -> None:
+        if isinstance(self._updater, str) or self._leaving:
+            return
+        if self._trying and self._clock() >= self._look_at:
+            self._look_at = self._clock() + _LOOK_S
+            self._tell(self._updater)
+        if self._pulling is not None and self._staging is None:
+            self._ask(self._pulling.tick(self._clock()))
+            if self._pulling.done:
+                self._staging = Staging(self._updater, self._pulling)
+            self._progress()
+        if self._staging is not None and not self._staging.alive:
+            error, self._staging, self._pulling = self._staging.error, None, None
+            forget(self._updater)
+            if self._withdrawn is not None:
+                self._on_withdrawn(self._withdrawn)
+            elif error is not None:
+                raise error
+            elif self._trouble and self._offer is not None:
+                self._updater.drop(self._offer.number, self._trouble)
+                self._refuse(self._trouble)
+            elif self._offer is not None:
+                self._ready = True
+                self._say(self._offer.number, STAGED)
+        if self._ready and self._offer is not None and self._quiet():
+            self._try(self._updater, self._offer)
+
+    def _try(self, updater: Updater, offer: ReleaseOffer) -> None:
+        state = updater.home.load()
+        if state is None or state.highest != offer.number or state.phase == on_disk.STABLE:
+            self._forget_offer()  # another process of this board was faster
+            return
+        forget(updater)  # a power cut may have come before
+        updater.arm(offer.attempts, offer.seconds)
+        _LOG.info("release %d is tried now: the service starts anew", offer.number)
+        self._say(offer.number, TRIAL)
+        self._leaving = True
+        self._restart()
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        """Whatever goes wrong with a release is told to the server; the agent goes on."""
+        try:
+            step()
+        except FedpruneError as error:
+            self._refuse(str(error))
+        except Exception as error:  # noqa: BLE001 - one bad release must not end a device's service
+            _LOG.exception("unexpected error with a release; going on")
+            self._refuse(f"{type(error).__name__}: {error}")
+
+    def _refuse(self, reason: str) -> None:
+        if self._offer is None:
+            _LOG.warning("%s", reason)
+            return
+        if self._staging is not None:  # its thread reads the files that would be deleted: seen to when it has ended
+            _LOG.warning("%s", reason)
+            self._trouble = self._trouble or reason
+            return
+        number = self._offer.number
+        _LOG.warning("release %d is refused: %s", number, reason)
+        self._forget_offer()
+        self._say(number, REFUSED, reason)
+        try:
+            if not isinstance(self._updater, str):
+                forget(self._updater)
+        except FedpruneError as error:  # it is tried again with the next release
+            _LOG.warning("can't delete what was pulled: %s", error)
+
+    # What is said
+
+    def _greet(self) -> None:
+        """After a birth: say where a release stands, and ask again for what is missing."""
+        if isinstance(self._updater, str):
+            return
+        self._last = None
+        if self._pulling is not None:
+            if self._staging is None:
+                self._ask(self._pulling.start(self._clock()))
+            self._progress()
+        else:
+            self._tell(self._updater)
+
+    def _tell(self, updater: Updater) -> None:
+        """Say what the launcher's state knows of the last release."""
+        found = updater.home.load()
+        if found is None or (found.phase == on_disk.STABLE and found.outcome is None):
+            self._trying = False
+            return
+        number = found.highest if found.phase != on_disk.STABLE or found.outcome is None else found.outcome.version
+        state, reason = self._standing(updater, number)
+        self._trying = state == TRIAL
+        if state is not None:
+            self._say(number, state, reason)
+
+    def _standing(self, updater: Updater, number: int) -> tuple[str | None, str]:
+        """Where a release stands by the launcher's state, and why; None if that knows nothing of it."""
+        found = updater.home.load()
+        if found is None:
+            return REFUSED, "the launcher's state is damaged; a restart mends it"
+        if found.phase != on_disk.STABLE and found.highest == number:
+            return {on_disk.STAGED: STAGED, on_disk.TRIAL: TRIAL}[found.phase], found.trouble
+        if found.outcome is not None and found.outcome.version == number:
+            good = found.outcome.result == on_disk.COMMITTED
+            return (COMMITTED if good else ROLLED_BACK), found.outcome.reason
+        try:
+            runs = updater.home.record(found.stable).version == number
+        except on_disk.DamagedError:
+            runs = False
+        return (COMMITTED, "") if runs else (None, "")
+
+    def _progress(self) -> None:
+        if self._pulling is None or self._offer is None:
+            return
+        now = self._clock()
+        if self._last is None or now >= self._report_at:
+            self._report_at = now + _PROGRESS_S
+            done, total = self._pulling.progress
+            self._say(self._offer.number, DOWNLOADING, "", done, total)
+
+    def _say(self, number: int, state: str, reason: str = "", done: int = 0, total: int = 0) -> None:
+        report = ReleaseReport(self._device, number, state, one_line(reason, 1000), done, total)
+        if report != self._last:
+            self._last = report
+            self._link.publish(self._topics.up(self._device), report.to_bytes())
+
+    def _ask(self, wants: list[Want]) -> None:
+        for want in wants:
+            self._link.publish(self._topics.up(self._device), want.to_bytes())

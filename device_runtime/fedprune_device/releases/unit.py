@@ -1,0 +1,189 @@
+"""The systemd unit of a board's service: restarts, a watchdog, a sandbox, and limits that leave others their share.
+
+A CPU board gets a strict sandbox. On a Jetson CUDA needs the GPU's device files and makes code as it runs, so that
+there devices are named and memory may be both written and executed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from fedprune.core.errors import ConfigError, shown
+from fedprune_device.launcher.sd_notify import START_S
+
+_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+_PATH = re.compile(r"/[A-Za-z0-9_./@+-]{0,200}")
+
+JETSON_DEVICES = (
+    "/dev/nvmap",
+    "/dev/nvhost-as-gpu",
+    "/dev/nvhost-ctrl",
+    "/dev/nvhost-ctrl-gpu",
+    "/dev/nvhost-ctxsw-gpu",
+    "/dev/nvhost-dbg-gpu",
+    "/dev/nvhost-gpu",
+    "/dev/nvhost-prof-gpu",
+    "/dev/nvhost-sched-gpu",
+    "/dev/nvhost-tsg-gpu",
+    "/dev/nvidia0",
+    "/dev/nvidiactl",
+    "/dev/nvidia-modeset",
+    "/dev/nvidia-uvm",
+    "/dev/nvidia-uvm-tools",
+)
+"""The GPU's files under JetPack 5 and 6 (nvhost) and later ones (nvidia). Those that a board lacks are passed over."""
+
+JETSON_CLASSES = ("char-nvidia", "char-nvhost", "char-drm")
+"""The same by the names of their drivers in /proc/devices."""
+
+
+HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # nosec B108  # names alone
+"""What a service doesn't see, or as a folder of its own (ProtectHome, PrivateTmp)."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """What a unit says.
+
+    Attributes:
+        jetson: Whether the board computes on an NVIDIA GPU.
+        arguments: What follows `fedprune-device` in the command.
+        root: The folder of launcher and slots.
+        state: The name of the folder under /var/lib.
+        user: Who runs it.
+        environment: The file with the broker's address.
+        memory_max: Most memory, as systemd writes it (share or bytes).
+        cpu_quota: Most processor time in per cent of one core; 0 for no limit.
+        needs: A file without which it isn't started, if any.
+    """
+
+    jetson: bool = False
+    arguments: tuple[str, ...] = field(default=("run", "--patient"))
+    root: str = "/opt/fedprune"
+    state: str = "fedprune"
+    user: str = "fedprune"
+    environment: str = "/etc/fedprune/device.env"
+    memory_max: str = "75%"
+    cpu_quota: int = 0
+    needs: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("state", "user"):
+            if not _NAME.fullmatch(getattr(self, name)):
+                raise ConfigError(name, expected="small letters, digits, - and _", got=shown(getattr(self, name)))
+        for name in ("root", "environment", "needs"):
+            value = getattr(self, name)
+            if name == "needs" and not value:
+                continue
+            if not _PATH.fullmatch(value) or ".." in value.split("/"):
+                raise ConfigError(name, expected="an absolute path of letters, digits and _./@+-", got=shown(value))
+        if not re.fullmatch(r"[1-9][0-9]{0,11}[KMG]?|[1-9][0-9]?%|100%", self.memory_max):
+            raise ConfigError("memory limit", expected="such as 75% or 512M", got=shown(self.memory_max))
+        if not 0 <= self.cpu_quota <= 100_000:
+            raise ConfigError("processor limit", expected="per cent, 0 for none", got=self.cpu_quota)
+        if any("\n" in a or "\0" in a for a in self.arguments):
+            raise ConfigError("arguments of a service", expected="one line each")
+
+    def text(self) -> str:
+        """The unit file."""
+        command = " ".join(map(quoted, ("/usr/bin/python3", "-I", f"{self.root}/launcher.pyz", *self.arguments)))
+        sections = {
+            "Unit": [
+                "Description=fedprune: federated learning on this board",
+                "Wants=network-online.target",
+                "After=network-online.target",
+                "# Half an hour of restarts at once, then it stays down; what comes and goes has passed by then.",
+                "StartLimitIntervalSec=3600",
+                "StartLimitBurst=60",
+                *([f"ConditionPathExists={self.needs}"] if self.needs else []),
+            ],
+            "Service": [
+                "Type=notify",
+                "NotifyAccess=all",
+                "WatchdogSec=180",
+                f"TimeoutStartSec={START_S}",
+                "TimeoutStopSec=45",
+                "Restart=always",
+                "RestartSec=30",
+                f"User={self.user}",
+                f"StateDirectory={self.state}",
+                f"EnvironmentFile=-{self.environment}",
+                f"ExecStart={command}",
+                *self._shares(),
+                *self._sandbox(),
+            ],
+            "Install": ["WantedBy=multi-user.target"],
+        }
+        return "\n\n".join("\n".join([f"[{name}]", *lines]) for name, lines in sections.items()) + "\n"
+
+    def _shares(self) -> list[str]:
+        quota = [f"CPUQuota={self.cpu_quota}%"] if self.cpu_quota else []
+        return [
+            "# The application goes first: training takes what is left.",
+            "CPUWeight=20",
+            *quota,
+            "Nice=10",
+            "IOSchedulingClass=idle",
+            "IOWeight=20",
+            f"MemoryMax={self.memory_max}",
+            "MemorySwapMax=0",
+            "OOMScoreAdjust=500",
+            "OOMPolicy=continue",  # where a child that builds an engine was too large, the agent goes on
+            "TasksMax=256",
+        ]
+
+    def _sandbox(self) -> list[str]:
+        slots = " ".join(f"{self.root}/{name}" for name in ("a", "b", "incoming", "state"))
+        lines = [
+            "NoNewPrivileges=yes",
+            "CapabilityBoundingSet=",
+            "AmbientCapabilities=",
+            "ProtectSystem=strict",
+            f"ReadWritePaths={slots}",
+            "ProtectHome=yes",
+            "PrivateTmp=yes",
+            "ProtectClock=yes",
+            "ProtectHostname=yes",
+            "ProtectControlGroups=yes",
+            "ProtectKernelLogs=yes",
+            "ProtectKernelModules=yes",
+            "ProtectProc=invisible",
+            "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK",
+            "RestrictNamespaces=yes",
+            "RestrictRealtime=yes",
+            "RestrictSUIDSGID=yes",
+            "LockPersonality=yes",
+            "RemoveIPC=yes",
+            "SystemCallArchitectures=native",
+            "SystemCallErrorNumber=EPERM",
+            "UMask=0027",
+        ]
+        if not self.jetson:
+            return [
+                *lines,
+                "PrivateDevices=yes",
+                "PrivateUsers=yes",
+                "ProtectKernelTunables=yes",
+                "MemoryDenyWriteExecute=yes",
+                "SystemCallFilter=@system-service",
+                "SystemCallFilter=~@privileged @resources @obsolete",
+                "SystemCallFilter=setpriority sched_setaffinity sched_setscheduler",
+            ]
+        return [
+            *lines,
+            "# CUDA makes code as it runs, talks to the GPU through its files, and sets its clocks through sysfs.",
+            "SupplementaryGroups=video render",
+            "DevicePolicy=closed",
+            *(f"DeviceAllow={name} rw" for name in (*JETSON_CLASSES, *JETSON_DEVICES)),
+            "SystemCallFilter=@system-service",
+            "SystemCallFilter=~@obsolete",
+        ]
+
+
+def quoted(word: str) -> str:
+    """A word of a command line as systemd reads it."""
+    escaped = word.replace("%", "%%").replace("$", "$$")
+    if re.fullmatch(r"[A-Za-z0-9_./:@=,+%$-]+", escaped):
+        return escaped
+    return '"' + escaped.replace("\\", "\\\\").replace('"', '\\"') + '"'

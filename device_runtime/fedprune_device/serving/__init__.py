@@ -1,0 +1,1 @@
+"""Forward passes: the active model, its slots, and predictions."""

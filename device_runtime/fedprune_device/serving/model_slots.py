@@ -1,0 +1,264 @@
+"""The serving model on disk: two slots and a pointer, so that one whole model is always there.
+
+A new model is put together in a folder of its own, checked there, moved into the slot that doesn't serve, and then the
+pointer is replaced. Whoever reads checks digests: after a power cut, or when a card has lost bits, the slot that was
+good before serves again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fedprune.core import durable, tensorfile
+from fedprune.core.disk import file_digest, storage_errors
+from fedprune.core.errors import ModelError, StorageError
+from fedprune.runtime.precision import FLOAT32, PRECISIONS, graph_file, served_files
+from fedprune.training.recipe import LOSSES
+from fedprune_device.data.logit_adjustment import OwnLabels
+from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
+from fedprune_device.serving.reduced_precision import clear
+
+_LOG = logging.getLogger("fedprune.device")
+_NAMES = ("a", "b")
+_POINTER = "serving.json"
+_STAGE = "next"
+_LATER = frozenset({"loss", "present", "precision", "lowered"})
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The model that serves predictions.
+
+    Attributes:
+        job: The job that it comes from.
+        round: The round.
+        classes: Entries of its logits.
+        inference: sha256 of the graph.
+        weights: sha256 of the weights.
+        offset: Added to the logits of own predictions, where the recipe adjusts logits.
+        slot: Where it lies.
+        loss: What it was trained with.
+        present: 0 for the classes whose logits are replaced by 0 in own predictions, else 1; None where none are.
+        precision: At what it predicts; the float32 model is there in any case.
+        lowered: sha256 of that precision's graph and weights; empty for float32.
+    """
+
+    job: str
+    round: int
+    classes: int
+    inference: str
+    weights: str
+    offset: tuple[float, ...] | None = None
+    slot: str = ""
+    loss: str = "cross_entropy"
+    present: tuple[float, ...] | None = None
+    precision: str = FLOAT32
+    lowered: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Its files, with their sha256."""
+        lowered = dict(zip(served_files(self.precision), self.lowered, strict=True)) if self.lowered else {}
+        return {GRAPH: self.inference, WEIGHTS: self.weights} | lowered
+
+    @property
+    def own(self) -> OwnLabels:
+        """What turns its logits into those of own predictions."""
+        return OwnLabels(self.offset, self.present)
+
+    @classmethod
+    def from_dict(cls, body: dict[str, Any]) -> Serving:
+        """Read and check.
+
+        Raises:
+            StorageError: It is not what this class writes.
+        """
+        try:
+            values = {f.name: body[f.name] for f in fields(cls) if f.name not in _LATER}
+            values["loss"] = body.get("loss", "cross_entropy")  # records of older agents have none of these
+            values["present"] = body.get("present")
+            values["precision"] = body.get("precision", FLOAT32)
+            values["lowered"] = tuple(map(str, body.get("lowered", ())))
+            if values["precision"] not in (FLOAT32, *PRECISIONS):
+                raise ValueError(values["precision"])
+            if len(values["lowered"]) != (0 if values["precision"] == FLOAT32 else 2):
+                raise ValueError("lowered")
+            if values["loss"] not in LOSSES:
+                raise ValueError(values["loss"])
+            if values["slot"] not in _NAMES:
+                raise ValueError(values["slot"])
+            for name in ("offset", "present"):
+                if values[name] is not None:
+                    values[name] = tuple(float(v) for v in values[name])
+                    if len(values[name]) != values["classes"] or not all(map(math.isfinite, values[name])):
+                        raise ValueError(name)
+            return cls(**values)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise StorageError(f"the record of the serving model is not one ({error!r})") from error
+
+
+class Slots:
+    """The serving folder of a device. Reading needs no lock, so predictions work beside a running agent.
+
+    Args:
+        root: The folder; made when something is first written.
+        lasting: Whether staged models must outlive a power cut; where none is ever installed, they need not.
+
+    Attributes:
+        job: The job whose models may be installed; empty for those of any job.
+    """
+
+    def __init__(self, root: Path, *, lasting: bool = True) -> None:
+        self._root = root
+        self._lasting = lasting
+        self.job = ""
+
+    def prepare(self) -> None:
+        """Make the folders and clear away what a killed process left.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        for folder in (self._root, *(self._root / n for n in (*_NAMES, _STAGE))):
+            with storage_errors(f"can't write {folder}"):
+                folder.mkdir(parents=True, exist_ok=True)
+            durable.sweep(folder)
+
+    @property
+    def staging(self) -> Path:
+        """The folder in which a candidate is put together."""
+        return self._root / _STAGE
+
+    def stage(self, inference: Path, weights: Path | bytes) -> Path:
+        """Put a candidate together, without touching what serves.
+
+        Args:
+            inference: The graph.
+            weights: Its weights: a file that never changes, or bytes.
+
+        Returns:
+            The candidate's folder; valid until the next call.
+
+        Raises:
+            StorageFullError: No room.
+            StorageError: The disk fails.
+        """
+        folder = self._root / _STAGE
+        _clear(folder)
+        durable.place(inference, folder / GRAPH, sync=self._lasting)
+        if isinstance(weights, Path):
+            durable.place(weights, folder / WEIGHTS, sync=self._lasting)
+        else:
+            durable.write(folder / WEIGHTS, weights, sync=self._lasting)
+        return folder
+
+    def install(self, record: Serving) -> Serving:
+        """Let the staged candidate serve, if it is of the job that may.
+
+        Args:
+            record: What it is; the slot is chosen here.
+
+        Returns:
+            The record with its slot.
+
+        Raises:
+            StorageError: The disk fails, or the staged files are not the record's; the old model serves on.
+        """
+        stage = self._root / _STAGE
+        if self.job not in ("", record.job):
+            return record
+        if not _intact(stage, record):
+            raise StorageError("the staged model is not the one to install", hint="The disk may be failing.")
+        current = self.current()
+        slot = _NAMES[1] if current is not None and current.slot == _NAMES[0] else _NAMES[0]
+        record = Serving(**{**asdict(record), "slot": slot})
+        _clear(self._root / slot)
+        for name in record.files:
+            durable.move(stage / name, self._root / slot / name)
+        rows = [record] + ([current] if current is not None else [])
+        durable.write_document(self._root / _POINTER, {"models": [asdict(r) for r in rows]})
+        return record
+
+    def current(self) -> Serving | None:
+        """What serves: the newest record whose files are intact; None without any."""
+        for row in self._rows():
+            if _intact(self._root / row.slot, row):
+                return row
+            _LOG.warning("model of job %s, round %d in slot %s is damaged", row.job, row.round, row.slot)
+        return None
+
+    def folder(self, record: Serving) -> Path:
+        """Where a model lies, until another one takes its slot."""
+        return self._root / record.slot
+
+    def open(self, threads: int = 1, *, cuda: bool = False) -> tuple[Predictor, Serving]:
+        """Load what serves.
+
+        Args:
+            threads: Threads inside an operator.
+            cuda: Whether to compute on an NVIDIA GPU, if that works.
+
+        Raises:
+            ModelError: Nothing serves yet.
+            StorageError: The folder can't be read.
+        """
+        for _ in range(5):
+            record = self.current()
+            if record is None:
+                raise ModelError(
+                    f"no model serves in {self._root.parent} yet",
+                    hint="Is it the board's own state folder (`fedprune-device run --state`)? The board must finish a "
+                    "round first.",
+                )
+            folder = self._root / record.slot
+            graph = graph_file(record.precision) if record.lowered else GRAPH
+            predictor = Predictor(folder / graph, threads=threads, cuda=cuda)
+            # An agent may have replaced the files while they were being loaded.
+            if _intact(folder, record):
+                return predictor, record
+        raise StorageError("the serving model changes faster than it can be loaded")
+
+    def weights(self, record: Serving) -> bytes:
+        """The weights file of a model that serves.
+
+        Raises:
+            StorageError: It can't be read, or is damaged.
+        """
+        path = self._root / record.slot / WEIGHTS
+        with storage_errors(f"can't read {path}"):
+            raw = path.read_bytes()
+        if tensorfile.digest(raw) != record.weights:
+            raise StorageError(f"{path} is damaged")
+        return raw
+
+    def installed_at(self) -> float:
+        """When the model that serves was installed, in seconds since 1970; 0 where none was."""
+        try:
+            return (self._root / _POINTER).stat().st_mtime
+        except OSError:
+            return 0.0
+
+    def _rows(self) -> list[Serving]:
+        try:
+            body = durable.read_document(self._root / _POINTER)
+            return [Serving.from_dict(row) for row in (body or {"models": []})["models"]]
+        except StorageError as error:
+            _LOG.warning("%s", error)
+            return []
+
+
+def _intact(folder: Path, record: Serving) -> bool:
+    try:
+        return all(file_digest(folder / name) == digest for name, digest in record.files.items())
+    except OSError:
+        return False
+
+
+def _clear(folder: Path) -> None:
+    """Delete what another model left at lower precision."""
+    for precision in PRECISIONS:
+        clear(folder, precision)

@@ -1,0 +1,131 @@
+"""The model that a device serves predictions with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError, ModelError, shape_text
+from fedprune.core.rng import keyed
+from fedprune.runtime.session import Runs, Session
+from fedprune.training import step_contract as step
+from fedprune_device.data.losses import Terms, data_loss
+from fedprune_device.data.stored_array import Inputs
+
+Array = npt.NDArray[Any]
+
+GRAPH = "inference.onnx"
+WEIGHTS = "weights.safetensors"
+"""The graph's weights are external data in this file beside it."""
+
+
+class Predictor:
+    """A loaded inference graph with its weights.
+
+    Args:
+        model: The folder, or `inference.onnx` in it with `weights.safetensors` beside it.
+        threads: Threads inside an operator.
+        session: Runs the graph instead of a session of onnxruntime.
+        cuda: Whether that session is to compute on an NVIDIA GPU.
+
+    Attributes:
+        session: What runs the graph.
+        input_shape: One sample's shape.
+
+    Raises:
+        ModelError: A file is missing, or onnxruntime doesn't accept the graph with these weights.
+    """
+
+    def __init__(self, model: Path, *, threads: int = 1, session: Runs | None = None, cuda: bool = False) -> None:
+        path = model / GRAPH if model.is_dir() else model
+        if not path.is_file():
+            raise ModelError(f"there is no model at {path}")
+        self.session: Runs = session or Session(path, threads=threads, cuda=cuda)
+        if step.X not in self.session.inputs or step.LOGITS not in self.session.outputs:
+            raise ModelError(
+                f"{path} is not an inference graph",
+                expected=f"input {step.X}, output {step.LOGITS}",
+                got=f"{', '.join(self.session.inputs)}; {', '.join(self.session.outputs)}",
+            )
+        kind, shape = self.session.inputs[step.X]
+        self.input_shape = shape[1:]
+        self._dtype = np.dtype(np.int64 if kind == "tensor(int64)" else np.float32)
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether its inputs are whole numbers (token ids)."""
+        return self._dtype.kind == "i"
+
+    def predict(self, x: Inputs, batch: int = 64) -> npt.NDArray[np.float32]:
+        """Logits of every sample.
+
+        Args:
+            x: Inputs [n, ...]; whole numbers where the model takes token ids.
+            batch: Samples per run.
+
+        Raises:
+            DataError: The inputs' shape or kind isn't the model's.
+            ModelError: An operator fails.
+        """
+        shape = self.input_shape
+        if x.ndim != len(shape) + 1 or any(
+            isinstance(d, int) and d != g for d, g in zip(shape, x.shape[1:], strict=True)
+        ):
+            raise DataError("shape of the inputs", expected=shape_text("n", *shape), got=shape_text(*x.shape))
+        if self._dtype.kind == "i" and x.dtype.kind not in "iu":
+            raise DataError("type of the inputs", expected="whole numbers (token ids)", got=x.dtype)
+        # An empty input still runs once: that is how the number of classes is known.
+        starts = range(0, max(len(x), 1), batch)
+        parts = [
+            self.session.run({step.X: np.ascontiguousarray(x[s : s + batch], self._dtype)}, [step.LOGITS])[step.LOGITS]
+            for s in starts
+        ]
+        return np.concatenate([np.asarray(p) for p in parts]).astype(np.float32, copy=False)
+
+    def check(
+        self,
+        classes: int,
+        x: Array | None = None,
+        y: Array | None = None,
+        *,
+        loss: float | None = None,
+        terms: Terms | None = None,
+        kind: str = "cross_entropy",
+        batch: int = 64,
+    ) -> None:
+        """The numeric check before a model may serve.
+
+        Args:
+            classes: Entries that its logits must have.
+            x: A few inputs; fixed noise without them (or the first token).
+            y: Their labels, as the training graph takes them.
+            loss: What the training graph says the loss of these samples is at the same weights. A model with
+                batch-norm statistics has none: training and inference differ there by design.
+            terms: Vectors and numbers of the loss, as `losses.loss_terms` gives them.
+            kind: Which loss it is.
+            batch: Inputs per run.
+
+        Raises:
+            ModelError: Logits have another shape, are not finite, or contradict the training graph's loss.
+        """
+        if x is None:
+            free = [d if isinstance(d, int) else 1 for d in self.input_shape]
+            noise = keyed(0, "check").standard_normal((4, *free))
+            x = np.zeros(noise.shape, np.int64) if self._dtype.kind == "i" else noise.astype(np.float32)
+        logits = self.predict(x, batch)
+        if logits.shape != (len(x), classes):
+            raise ModelError("shape of the new model's logits", expected=(len(x), classes), got=logits.shape)
+        if not np.isfinite(logits).all():
+            raise ModelError("the new model's logits are not finite")
+        if loss is not None and y is not None:
+            mine = data_loss(kind, logits, y, terms)
+            if not abs(mine - loss) <= 1e-3 * (1 + abs(loss)):
+                raise ModelError(
+                    "the new model's predictions contradict its training graph",
+                    expected=f"a loss of {loss:.6g}",
+                    got=f"{mine:.6g}",
+                    hint="Inference graph, weights or training graph don't belong together.",
+                )

@@ -1,0 +1,176 @@
+"""The model that serves at lower precision: made on the board of every round's weights, and held to what float32 says.
+
+The server sends graphs; weights and the ranges of activations are the board's own. A model that doesn't say what
+float32 says, or can't be made here, doesn't serve: float32 does, and the log says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fedprune.core import durable, tensorfile
+from fedprune.core.disk import file_digest, storage_errors
+from fedprune.core.errors import FedpruneError, ModelError
+from fedprune.runtime.precision import (
+    CALIBRATION_SAMPLES,
+    FLOAT32,
+    SERVED,
+    files_of,
+    graph_file,
+    lowered_weights,
+    served_files,
+    unpacked,
+    weights_file,
+)
+from fedprune.runtime.quantization_check import SAMPLES, Agreement, agreement
+from fedprune.training.recipe import Recipe
+from fedprune.wire.offer import Offer
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.labels import targets
+from fedprune_device.serving.predictor import WEIGHTS, Predictor
+
+_LOG = logging.getLogger("fedprune.device")
+
+FASTEST = "fastest"
+SERVE = (FLOAT32, *SERVED, FASTEST)
+"""What a board may be told to serve at."""
+
+_TURNS = 9
+_FASTER = 0.9
+"""Share of float32's time that a lowered model may take to be called faster: less may be chance."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A lowered model that may serve, beside the float32 one that it was made of.
+
+    Attributes:
+        precision: Which one.
+        graph: sha256 of its graph.
+        weights: sha256 of its weights.
+    """
+
+    precision: str
+    graph: str
+    weights: str
+
+
+class Lowering:
+    """Lowers staged models.
+
+    Args:
+        serve: What is to serve, one of `SERVE`.
+        threads: Threads inside an operator.
+        lasting: Whether staged models must outlive a power cut.
+    """
+
+    def __init__(self, serve: str = FLOAT32, threads: int = 1, *, lasting: bool = True) -> None:
+        self._serve, self._threads, self._lasting = serve, threads, lasting
+
+    def wanted(self, offer: Offer) -> Offer:
+        """The offer without graphs that this board has no use for: they are not pulled."""
+        names = () if self._serve == FLOAT32 else SERVED if self._serve == FASTEST else (self._serve,)
+        return replace(offer, lowered={p: ref for p, ref in (offer.lowered or {}).items() if p in names} or None)
+
+    def staged(
+        self,
+        folder: Path,
+        kits: Mapping[str, bytes],
+        data: LocalData,
+        recipe: Recipe,
+        classes: int,
+    ) -> Staged | None:
+        """Lower the model that is staged in a folder.
+
+        Args:
+            folder: Where the float32 model lies; what may serve is put beside it.
+            kits: Graphs by precision.
+            data: The board's samples.
+            recipe: The round's recipe.
+            classes: Entries of the model's outputs.
+
+        Returns:
+            What is to serve; None for the float32 model.
+        """
+        if not kits:
+            return None
+        whole = Predictor(folder, threads=self._threads)
+        judge = Judge(whole, data, recipe, classes)
+        tried = {p: self._tried(folder, p, kit, data, judge) for p, kit in kits.items()}
+        candidates = {FLOAT32: whole} | {p: model for p, model in tried.items() if model is not None}
+        chosen = self._chosen(candidates, data)
+        for precision in candidates.keys() - {FLOAT32, chosen}:
+            clear(folder, precision)
+        if chosen == FLOAT32:
+            return None
+        with storage_errors(f"can't read {folder}"):
+            return Staged(chosen, file_digest(folder / graph_file(chosen)), file_digest(folder / weights_file(chosen)))
+
+    def _tried(self, folder: Path, precision: str, kit: bytes, data: LocalData, judge: Judge) -> Predictor | None:
+        """Make a precision's files in the folder; the model that they are if it may serve."""
+        try:
+            for name, raw in unpacked(kit, precision).items():
+                durable.write(folder / name, raw, sync=self._lasting)
+            raw = lowered_weights(
+                folder, precision, tensorfile.load(folder / WEIGHTS), data.x_train[:CALIBRATION_SAMPLES]
+            )
+            durable.write(folder / weights_file(precision), raw, sync=self._lasting)
+            model = Predictor(folder / graph_file(precision), threads=self._threads)
+            found = judge.hear(model)
+            if found.refusal:
+                raise ModelError(found.refusal)
+        except FedpruneError as error:  # a round that is done must not end by this
+            _LOG.warning("the model doesn't serve with %s: %s", precision, error)
+            clear(folder, precision)
+            return None
+        _LOG.info("the model may serve with %s: %s", precision, found.describe())
+        clear(folder, precision, made=False)
+        return model
+
+    def _chosen(self, candidates: Mapping[str, Predictor], data: LocalData) -> str:
+        """What serves of what may: what was asked for, or what predicts one sample fastest."""
+        if self._serve != FASTEST:
+            return self._serve if self._serve in candidates else FLOAT32
+        times: dict[str, list[float]] = {p: [] for p in candidates}
+        for _ in range(_TURNS):  # in turn, so that whatever else the board does hits all alike
+            for precision, model in candidates.items():
+                began = time.perf_counter()
+                model.predict(data.x_train[:1])
+                times[precision].append(time.perf_counter() - began)
+        medians = {p: float(np.median(t[1:])) for p, t in times.items()}
+        _LOG.info("a prediction takes %s", ", ".join(f"{1000 * s:.3g} ms with {p}" for p, s in medians.items()))
+        best = min(medians, key=medians.__getitem__)
+        return best if medians[best] < _FASTER * medians[FLOAT32] else FLOAT32
+
+
+class Judge:
+    """What float32 says of samples that may decide something: validation samples or, without any, training samples."""
+
+    def __init__(self, whole: Predictor, data: LocalData, recipe: Recipe, classes: int) -> None:
+        validated = len(data.y_val) > 0
+        self._x = (data.x_val if validated else data.x_train)[:SAMPLES]
+        self._y = targets((data.y_val if validated else data.y_train)[:SAMPLES], recipe.loss, classes)
+        self._loss, self._at_once = recipe.loss, recipe.micro_batch
+        self._reference = whole.predict(self._x, self._at_once)
+
+    def hear(self, model: Predictor) -> Agreement:
+        """How a model compares with it."""
+        return agreement(self._loss, self._reference, model.predict(self._x, self._at_once), self._y)
+
+
+def clear(folder: Path, precision: str, *, made: bool = True) -> None:
+    """Delete the files of a precision, or only those that make it.
+
+    Raises:
+        StorageError: The disk fails.
+    """
+    with storage_errors(f"can't write {folder}"):
+        for name in files_of(precision):
+            if (made or name not in served_files(precision)) and (folder / name).exists():
+                (folder / name).unlink()

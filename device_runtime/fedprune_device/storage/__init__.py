@@ -1,0 +1,1 @@
+"""The state directory: what a board keeps, and who may write it."""

@@ -1,0 +1,94 @@
+"""Whose state directory it is: a file in it names device and site, once the device is in its fleet."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedprune.core import durable
+from fedprune.core.errors import StorageError, shown
+
+FILE = "device.json"
+
+_LOG = logging.getLogger("fedprune.device")
+
+_LONGEST = 64
+
+_OF_A_SERVER = ("server.db", "identity/authority.key")
+"""What only a server's state folder has."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A device of a site.
+
+    Attributes:
+        device: Its name.
+        site: The site's name.
+    """
+
+    device: str
+    site: str
+
+    def check(self, root: Path) -> None:
+        """Refuse a directory that is somebody else's; one that doesn't say whose it is may be taken.
+
+        Raises:
+            StorageError: It is another device's, of another site, or a server's.
+        """
+        for name in _OF_A_SERVER:
+            if (root / name).exists():
+                raise StorageError(
+                    f"{root} is the state folder of a server",
+                    expected=f"one of device {self.device}'s own",
+                    got=f"a folder with {name}",
+                    hint="Use another --state.",
+                )
+        found = _read(root)
+        device, site = found.get("device"), found.get("site", self.site)  # earlier versions didn't note the site
+        if device in (None, self.device) and site == self.site:
+            return
+        raise StorageError(
+            f"{root} is the state directory of another device",
+            expected=f"device {self.device} of site {self.site}",
+            got=f"device {_shown(device)} of site {_shown(site)}",
+            hint="Use its --device and --site, or another --state; delete the directory to begin anew in it.",
+        )
+
+    def claim(self, root: Path) -> None:
+        """Write down that the directory is this device's.
+
+        Raises:
+            StorageError: It is somebody else's, or the disk fails or is full.
+        """
+        self.check(root)
+        if _read(root) != asdict(self):
+            durable.write_document(root / FILE, asdict(self))
+
+
+def check_unowned(root: Path) -> None:
+    """Refuse a device's directory as a server's state folder.
+
+    Raises:
+        StorageError: It is a device's.
+    """
+    if (root / FILE).exists():
+        raise StorageError(
+            f"{root} is the state directory of a device",
+            expected="a folder of the server's own",
+            got=f"one with {FILE}",
+            hint="Give another --state.",
+        )
+
+
+def _read(root: Path) -> dict[str, object]:
+    try:
+        return durable.read_document(root / FILE) or {}
+    except StorageError as error:
+        _LOG.warning("%s: whose directory it is, is no longer known", error)
+        return {}
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST else shown(value)

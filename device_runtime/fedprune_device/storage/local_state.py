@@ -1,0 +1,362 @@
+"""What a board keeps of its own from round to round: the moving average of its weights, its personal tensors, and
+what its last update left out.
+
+There are two records at most: the newest, and the one that the newest was made from. A round that is done twice (a
+power cut, an update that was lost, another attempt) finds the same beginning both times and gives the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core import durable, tensorfile
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import BundleError, StorageError
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Tensors
+from fedprune.wire.offer import Offer
+
+_LOG = logging.getLogger("fedprune.device")
+
+_FORMAT = "fedprune.own/1"
+_HEAD, _DIGEST = "record", "sha256"
+_FIELDS = ("job", "seed", "architecture", "selection", "ranking", "widths", "round")
+_SLOTS = ("a", "b")
+_STAGED = durable.TEMPORARY + "staged"
+"""What a round has left while its result may still be dropped; a new process deletes it."""
+_JOB, _OTHERS = "job", "others"
+MOST_OTHERS = 3
+"""Number of jobs, in addition to the present one, whose personal state a board keeps: the latest ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """What was kept after a round.
+
+    Attributes:
+        job: The job.
+        seed: Its seed.
+        architecture: Digest of its architecture.
+        selection: Digest of the selection in whose coordinates the tensors lie.
+        ranking: Digest of the order of channels that it is the beginning of; None where that is unknown.
+        widths: Kept channels per group.
+        round: The round.
+        average: Moving average of all tensors; empty where the recipe asks for none.
+        personal: Tensors that stay on the board, as that round left them.
+        mask: Which elements of the average are active; None for all.
+        residual: What the round's encoded update left out of its tensors; empty where it left nothing out.
+    """
+
+    job: str
+    seed: int
+    architecture: str
+    selection: str
+    ranking: str | None
+    widths: tuple[int, ...]
+    round: int
+    average: Tensors = field(default_factory=dict)
+    personal: Tensors = field(default_factory=dict)
+    mask: ElementMask | None = None
+    residual: Tensors = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        offer: Offer,
+        average: Tensors,
+        personal: Tensors,
+        mask: ElementMask | None,
+        residual: Tensors | None = None,
+    ) -> Own:
+        """What an offer's round leaves."""
+        place = (offer.job, offer.seed, offer.architecture, offer.selection, offer.ranking, offer.widths, offer.round)
+        return cls(*place, average, personal, mask, residual or {})
+
+    def precedes(self, offer: Offer) -> bool:
+        """Whether it was left by an earlier round of the same run."""
+        mine, theirs = ((o.job, o.seed, o.architecture) for o in (self, offer))
+        return mine == theirs and self.round < offer.round
+
+    def personalised(self, offer: Offer, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+        """Received tensors with the board's personal ones in the place of theirs, where they still fit.
+
+        Args:
+            offer: The offer.
+            tensors: The received tensors that are personal.
+        """
+        if self.selection != offer.selection:
+            return dict(tensors)
+        return {n: self.personal[n] if self._fits(n, v) else v for n, v in tensors.items()}
+
+    def _fits(self, name: str, tensor: npt.NDArray[np.float32]) -> bool:
+        mine = self.personal.get(name)
+        return mine is not None and mine.shape == tensor.shape
+
+    def to_bytes(self) -> bytes:
+        """As a tensor file whose head knows a digest of the rest."""
+        arrays: dict[str, npt.NDArray[Any]] = {f"average/{n}": v for n, v in self.average.items()}
+        arrays |= {f"personal/{n}": v for n, v in self.personal.items()}
+        arrays |= {f"residual/{n}": v for n, v in self.residual.items()}
+        if self.mask is not None:
+            arrays |= {f"mask/{n}": v for n, v in self.mask.to_tensors().items() if n in self.average}
+        head = {n: getattr(self, n) for n in _FIELDS} | {"format": _FORMAT, "masked": self.mask is not None}
+        text = json.dumps(head, sort_keys=True).encode()
+        digest = np.frombuffer(_digest(text, arrays), np.uint8)
+        return tensorfile.encode({_HEAD: np.frombuffer(text, np.uint8), _DIGEST: digest, **arrays})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Own:
+        """Read and check.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        try:
+            arrays = tensorfile.decode(data)
+            text, digest = arrays.pop(_HEAD).tobytes(), arrays.pop(_DIGEST).tobytes()
+            if _digest(text, arrays) != digest:
+                raise ValueError("the digest is another")
+            head = json.loads(text)
+            if head.pop("format") != _FORMAT:
+                raise ValueError("another format")
+            parts: dict[str, dict[str, npt.NDArray[Any]]] = {k: {} for k in ("average", "personal", "residual", "mask")}
+            for name, value in arrays.items():
+                kind, _, tensor = name.partition("/")
+                parts[kind][tensor] = value
+            shapes = {n: v.shape for n, v in parts["average"].items()}
+            mask = ElementMask.from_tensors(parts["mask"], shapes) if head.pop("masked") else None
+            head["widths"] = tuple(head["widths"])
+            kept = {"average": parts["average"], "personal": parts["personal"], "residual": parts["residual"]}
+            return cls(**{**head, **kept, "mask": mask})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BundleError) as error:
+            raise StorageError(f"what the board keeps of its own is damaged ({error})") from error
+
+
+def _digest(text: bytes, arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """sha256 of a record: of its head, and of all names, types, shapes and bytes in their order."""
+    digest = hashlib.sha256(text)
+    for name, value in arrays.items():
+        digest.update(json.dumps([name, value.dtype.str, value.shape]).encode())
+        digest.update(np.ascontiguousarray(value).data)
+    return digest.digest()
+
+
+class Shelf(Protocol):
+    """Where two records can lie."""
+
+    def read(self) -> dict[str, bytes]:
+        """What lies there, by place."""
+        ...
+
+    def stage(self, record: bytes) -> None:
+        """Store a record that `read` doesn't return before `commit`.
+
+        Raises:
+            StorageError: It can't be stored.
+        """
+        ...
+
+    def commit(self, neighbour: str | None) -> None:
+        """Make the staged record the newest; delete all others except the one at `neighbour`.
+
+        Raises:
+            StorageError: The disk fails; what was there stays.
+        """
+        ...
+
+
+class KeptOwn:
+    """Finds what an offer's round begins with, and keeps what it leaves.
+
+    Args:
+        shelf: Where the records lie.
+        offer: The offer.
+
+    Attributes:
+        base: What an earlier round of the same run left; None where there is none.
+    """
+
+    def __init__(self, shelf: Shelf, offer: Offer) -> None:
+        self._shelf = shelf
+        self._place: str | None = None
+        self.base: Own | None = None
+        for place, data in sorted(shelf.read().items()):
+            try:
+                found = Own.from_bytes(data)
+            except StorageError as error:
+                _LOG.warning("%s: going on without it", error)
+                continue
+            if found.precedes(offer) and (self.base is None or found.round > self.base.round):
+                self._place, self.base = place, found
+
+    def release(self) -> None:
+        """Forget what the round began with; on the shelf it stays."""
+        self.base = None
+
+    def stage(self, own: Own) -> None:
+        """Store the round's state without making it current: the round may still be cancelled.
+
+        Raises:
+            StorageFullError: No room.
+            StorageError: The disk fails.
+        """
+        self._shelf.stage(own.to_bytes())
+
+    def commit(self) -> None:
+        """Make the staged state current, and keep the state that the round began with.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        self._shelf.commit(self._place)
+
+
+class OwnInMemory:
+    """A shelf that lasts as long as the process."""
+
+    def __init__(self, records: dict[str, bytes] | None = None) -> None:
+        self.records = dict(records or {})
+        self._staged = b""
+
+    def read(self) -> dict[str, bytes]:
+        """See `Shelf`."""
+        return dict(self.records)
+
+    def stage(self, record: bytes) -> None:
+        """See `Shelf`."""
+        self._staged = record
+
+    def commit(self, neighbour: str | None) -> None:
+        """See `Shelf`."""
+        kept = {} if neighbour is None else {neighbour: self.records[neighbour]}
+        self.records, self._staged = {**kept, _free(neighbour): self._staged}, b""
+
+
+class OwnFolder:
+    """A shelf in a board's state directory. Records of other jobs, to which the board may come back, lie aside.
+
+    Args:
+        root: The folder; made when something is first written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def prepare(self) -> None:
+        """Make the folder and clear away what a killed process left.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        with storage_errors(f"can't write {self._root}"):
+            self._root.mkdir(parents=True, exist_ok=True)
+        durable.sweep(self._root)
+
+    def read(self) -> dict[str, bytes]:
+        """See `Shelf`; a file that can't be read is as good as none."""
+        found = {name: _content(self._root / name) for name in _SLOTS}
+        return {name: data for name, data in found.items() if data is not None}
+
+    def stage(self, record: bytes) -> None:
+        """See `Shelf`."""
+        durable.write(self._root / _STAGED, record)
+
+    def commit(self, neighbour: str | None) -> None:
+        """See `Shelf`."""
+        place = _free(neighbour)
+        durable.move(self._root / _STAGED, self._root / place)
+        for name in _SLOTS:
+            if name not in (place, neighbour):
+                durable.remove(self._root / name)
+
+    def turn_to(self, job: str, before: str = "") -> None:
+        """Lay aside what is of another job, and take out what was laid aside of this one.
+
+        After a crash at any point in it, doing it again loses nothing.
+
+        Args:
+            job: The job's name.
+            before: Whose the records are, where the folder has never held those of two jobs; empty for this one's.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        marker = self._root / _JOB
+        before = (_content(marker) or b"").decode(errors="replace") or before or job
+        if before != job:
+            self._move(self._root, self._aside(before))
+            durable.write(marker, job.encode())
+        if self._aside(job).is_dir():
+            self._move(self._aside(job), self._root)
+        self._let_go()
+
+    def forget(self, job: str) -> None:
+        """Delete what was laid aside of a job, which is over.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        with storage_errors(f"can't delete {self._aside(job)}"):
+            if self._aside(job).is_dir():
+                shutil.rmtree(self._aside(job))
+
+    def _aside(self, job: str) -> Path:
+        return self._root / _OTHERS / job
+
+    def _move(self, source: Path, target: Path) -> None:
+        with storage_errors(f"can't write {target}"):
+            names = [n for n in _SLOTS if (source / n).exists()]
+            if names:
+                target.mkdir(parents=True, exist_ok=True)
+                target.touch()
+            for name in names:
+                durable.move(source / name, target / name)
+
+    def _let_go(self) -> None:
+        """Delete what is of jobs that the board has not worked for for long."""
+        others = self._root / _OTHERS
+        with storage_errors(f"can't write {others}"):
+            aside = list(others.iterdir()) if others.is_dir() else []
+            for path in [p for p in aside if not any(p.iterdir())]:
+                path.rmdir()
+                aside.remove(path)
+            for path in sorted(aside, key=lambda p: p.stat().st_mtime)[:-MOST_OTHERS]:
+                shutil.rmtree(path)
+
+    def paths(self) -> list[Path]:
+        """Files that there may be."""
+        return [self._root / name for name in _SLOTS]
+
+    def clear(self) -> None:
+        """Forget everything: the job is over.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        for path in self.paths():
+            if path.exists():
+                durable.remove(path)
+
+
+def _free(neighbour: str | None) -> str:
+    return next(n for n in _SLOTS if n != neighbour)
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _LOG.warning("can't read %s: %s", path, error.strerror)
+        return None

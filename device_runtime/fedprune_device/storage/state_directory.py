@@ -1,0 +1,353 @@
+"""A device's state directory: what survives a power cut.
+
+lock            one process at a time
+device.json     whose directory it is (`owner`)
+session.json    number of the last connection
+offer.json      the last offer that was accepted, and whether it is done
+pending.json    an update that the server has not acknowledged
+blobs/          weights and graphs by digest, finished or partly pulled
+serving/        the model that serves predictions (`slots`)
+privacy.json    how much noise was drawn for private updates (`private_count`)
+own/            what the board keeps of its own from round to round (`own`)
+log.json        warnings and errors that the server hasn't heard of (`board_log`)
+crash.json      how the last run ended, if the server hasn't heard of it (`crash`, with running.json and fault.txt)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import durable
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import FedpruneError, PrivacyError, ProtocolError, StorageError
+from fedprune.training.recipe import Recipe
+from fedprune.wire import messages
+from fedprune.wire.offer import Offer
+from fedprune_device.privacy.budget import PrivateCount
+from fedprune_device.privacy.policy import Floor
+from fedprune_device.serving.model_slots import Slots
+from fedprune_device.storage.directory_owner import Owner
+from fedprune_device.storage.local_state import OwnFolder
+
+_LOG = logging.getLogger("fedprune.device")
+
+_LAST_TIME = 2**53
+"""Milliseconds that no right clock shows; a wrong one must not use up the numbers."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The last offer, and whether nothing is left to do for it.
+
+    Attributes:
+        donor: sha256 of earlier weights that stay until its own are here, which may share leaves with them, or empty.
+    """
+
+    offer: Offer
+    done: bool = False
+    donor: str = ""
+
+
+class DeviceStore:
+    """The state directory of one device.
+
+    Args:
+        root: The directory; made if missing.
+        clock: Seconds since 1970.
+        owner: Whose it must be, if it is anybody's; without it nobody asks.
+
+    Attributes:
+        blobs: Weights and graphs.
+        slots: The serving model.
+        own: What it keeps of its own from round to round.
+        privacy: What it has told of its samples under noise, and what its owner asks for.
+        task: The last offer.
+        pending: An update that is not acknowledged.
+
+    Raises:
+        StorageError: Another process uses the directory, it is another device's, or it can't be written.
+    """
+
+    def __init__(self, root: Path, clock: Callable[[], float] = time.time, *, owner: Owner | None = None) -> None:
+        if owner is not None:
+            owner.check(root)  # before anything is put into somebody else's
+        with storage_errors(f"can't write {root}"):
+            root.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise StorageError(
+                f"another fedprune-device uses {root}", hint="Stop it, or give this one a --state of its own."
+            ) from error
+        self.root = root
+        self._clock = clock
+        try:
+            durable.sweep(root)
+            self.blobs = BlobStore(root / "blobs")
+            self.slots = Slots(root / "serving")
+            self.slots.prepare()
+            self.own = OwnFolder(root / "own")
+            self.own.prepare()
+            self.privacy = PrivateCount(root)
+            self.session = _number(self._read("session.json"))
+            self.task = self._load_task()
+            self._turn_to_job()
+            self.pending = self._load_pending()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def close(self) -> None:
+        """Release the directory."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> DeviceStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def hold_to(self, floor: Floor | None) -> None:
+        """Ask of every job what the board's owner asks for; an update that waits and is less private is dropped.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        self.privacy.floor = floor
+        if floor is None or self.pending is None:
+            return
+        task = self.task
+        try:
+            if task is None or self.waiting(task.offer) is None:
+                raise PrivacyError("it may be without noise")
+            # What it cost is counted already, whether it is handed in or not.
+            replace(floor, most_epsilon=0.0).check(Recipe.from_dict(task.offer.recipe), 0.0)
+        except FedpruneError as error:
+            _LOG.warning("the update that waits is dropped, since the board's owner asks for more: %s", error)
+            self.forget()
+
+    def next_session(self) -> int:
+        """A number for a new connection, larger than every earlier one, on disk before it is used.
+
+        It is the time in milliseconds where that is larger, so that also a board whose directory was deleted is
+        believed to be there anew.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        number = max(self.session + 1, int(min(1000 * self._clock(), _LAST_TIME)))
+        durable.write_document(self.root / "session.json", {"number": number})
+        self.session = number
+        return number
+
+    def accept(self, offer: Offer) -> None:
+        """Make an offer the current one; what is the board's own in another job is laid aside.
+
+        Raises:
+            StorageError: The disk fails or is full; the old offer stays.
+        """
+        if self._of_another_run(offer):
+            self.own.clear()
+        self.own.turn_to(offer.job, "" if self.task is None else self.task.offer.job)
+        before = self.task
+        donor = ""
+        if before is not None and offer.coded is None:
+            last = before.offer.weights.sha256
+            donor = last if last != offer.weights.sha256 and self.blobs.has(last) else before.donor
+        self._set_task(Task(offer, donor=donor))
+
+    def dismiss(self) -> None:
+        """Keep earlier weights no longer: there is no room for them and the offer's.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        if self.task is not None and self.task.donor:
+            self._set_task(replace(self.task, donor=""))
+
+    def finish(self) -> None:
+        """Note that nothing is left to do for the current offer; its graphs stay for the next one.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        if self.task is not None and not self.task.done:
+            self._set_task(replace(self.task, done=True))
+
+    def drop(self) -> None:
+        """Forget the current offer and what was kept for its job, which is over; its last model serves on.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        durable.remove(self.root / "offer.json")
+        self.own.clear()
+        self.task = None
+
+    def keep(self, update: messages.Update) -> None:
+        """Keep an update until the server has it. Its weights must be in `blobs`.
+
+        Raises:
+            StorageError: The weights aren't there, or the disk fails or is full.
+        """
+        if not self.blobs.has(update.weights.sha256):
+            raise StorageError("an update's weights are missing from the store")
+        durable.write_document(self.root / "pending.json", {"message": _body(update)})
+        self.pending = update
+
+    def forget(self) -> None:
+        """Drop the pending update.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        durable.remove(self.root / "pending.json")
+        self.pending = None
+
+    def waiting(self, offer: Offer) -> messages.Update | None:
+        """The update of an offer's round that the server doesn't have yet, if there is one."""
+        pending = self.pending
+        return pending if pending is not None and (pending.job, pending.round) == (offer.job, offer.round) else None
+
+    def collect(self) -> int:
+        """Delete blobs, whole or partly pulled, that neither the current offer nor the pending update refers to.
+
+        A disk that fails at this is a warning: what couldn't be deleted is tried again the next time.
+
+        Returns:
+            How many were deleted.
+        """
+        count = 0
+        try:
+            for name in self._unwanted(self.task):
+                self.blobs.delete(name)
+                count += 1
+        except StorageError as error:
+            _LOG.warning("can't clear away old files: %s", error)
+        return count
+
+    def reclaimable_bytes(self, offer: Offer) -> int:
+        """Room that `collect` would make if this offer were the current one.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        partial = self.blobs.root / "partial"
+        paths = [path for name in self._unwanted(Task(offer)) for path in (self.blobs.path(name), partial / name)]
+        if self._of_another_run(offer):
+            paths += self.own.paths()
+        total = 0
+        with storage_errors(f"can't read {self.blobs.root}"):
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat()
+                    # A file that a model slot holds, too, stays on the disk.
+                    total += 512 * status.st_blocks if status.st_nlink == 1 else 0
+        return total
+
+    def free_bytes(self) -> int:
+        """Room on the disk."""
+        return shutil.disk_usage(self.root).free
+
+    def _of_another_run(self, offer: Offer) -> bool:
+        before = None if self.task is None else self.task.offer
+        return before is not None and before.job == offer.job and before.seed != offer.seed
+
+    def _unwanted(self, task: Task | None) -> list[str]:
+        wanted = set()
+        if task is not None:
+            offer = task.offer
+            wanted = {graph.sha256 for graph in offer.graphs}
+            if offer.weights_codec is not None or offer.weights.leaf_count > 1:
+                wanted.add(offer.weights.sha256)  # the next ones may come as the difference to these, or share leaves
+            if not self.blobs.has(offer.weights.sha256):
+                wanted.add(task.donor)
+            if not task.done:
+                wanted.update(r.sha256 for r in offer.blobs())
+                wanted.update({offer.held} if offer.held else ())
+                wanted.update({offer.coded.sha256} if offer.coded else ())
+                if not self.blobs.has(offer.weights.sha256):
+                    wanted.update(r.sha256 for r in offer.slabs or ())
+        if self.pending is not None:
+            wanted.add(self.pending.weights.sha256)
+        with storage_errors(f"can't read {self.blobs.root}"):
+            unfinished = {p.name.split(".")[0] for p in (self.blobs.root / "partial").iterdir()}
+        return sorted((unfinished | set(self.blobs.names())) - wanted)
+
+    def _turn_to_job(self) -> None:
+        """Have what is the board's own in the present job at hand, also where a crash came in between."""
+        try:
+            if self.task is not None:
+                self.own.turn_to(self.task.offer.job)
+        except StorageError as error:  # a full disk keeps no board from starting; the next offer needs it
+            _LOG.warning("%s", error)
+
+    def _set_task(self, task: Task) -> None:
+        durable.write_document(
+            self.root / "offer.json", {"message": _body(task.offer), "done": task.done, "donor": task.donor}
+        )
+        self.task = task
+
+    def _load_task(self) -> Task | None:
+        body = self._read("offer.json")
+        offer = self._message(body, Offer, "offer.json")
+        if offer is None or body is None:
+            return None
+        donor = body.get("donor")
+        return Task(offer, bool(body.get("done")), donor if isinstance(donor, str) else "")
+
+    def _load_pending(self) -> messages.Update | None:
+        update: messages.Update | None = self._message(self._read("pending.json"), messages.Update, "pending.json")
+        if update is None:
+            return None
+        try:
+            self.blobs.read(update.weights.sha256)
+        except StorageError as error:
+            # Without its weights an update is nothing; the offer is still there, and trains to the same bits.
+            _LOG.warning("the pending update is lost, its offer is trained again: %s", error)
+            self.blobs.delete(update.weights.sha256)
+            durable.remove(self.root / "pending.json")
+            return None
+        return update
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            return durable.read_document(self.root / name)
+        except StorageError as error:
+            _LOG.warning("%s: going on without it", error)
+            return None
+
+    def _message(self, body: dict[str, Any] | None, kind: type[Any], name: str) -> Any:
+        if body is None:
+            return None
+        try:
+            message = messages.parse(json.dumps(body.get("message")).encode())
+        except ProtocolError as error:
+            _LOG.warning("%s is damaged, going on without it: %s", name, error)
+            return None
+        return message if isinstance(message, kind) else None
+
+
+def _body(message: Offer | messages.Update) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(message.to_bytes())
+    return body
+
+
+def _number(body: dict[str, Any] | None) -> int:
+    number = (body or {}).get("number", 0)
+    return number if isinstance(number, int) and not isinstance(number, bool) and number >= 0 else 0

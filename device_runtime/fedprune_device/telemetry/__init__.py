@@ -1,0 +1,1 @@
+"""Logs and crash reports that a board sends."""

@@ -1,0 +1,240 @@
+"""How a board's last run ended, where nobody had asked it to: written down as it ends, or found out at the next start.
+
+An exception that ends the service, or one of its threads, is written by the run itself. A fault in native code leaves
+what Python's faulthandler could still write; a run that was killed leaves only the mark that it had begun, unless the
+power was cut, which is no crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fedprune import __version__
+from fedprune.core import durable
+from fedprune.core.errors import FedpruneError, IdentityError, JoinError
+from fedprune.wire.log_messages import MAX_FRAMES, MAX_TEXT
+from fedprune_device.hardware.probe import memory, temperature_c
+from fedprune_device.privacy.redaction import KEPT, module_at, module_of, named, private
+
+_LOG = logging.getLogger("fedprune.device")
+
+FILE = "crash.json"
+MARK = "running.json"
+FAULT = "fault.txt"
+"""In the board's state directory: a crash that the server hasn't heard of, the run that is under way, and what
+faulthandler writes."""
+
+_SAFE = ("signal", "killed")
+"""Causes whose texts have nothing of an exception's own words."""
+
+_MOST_FAULT = 65_536
+_FATAL = re.compile(r"^(?:Fatal Python error|Windows fatal exception): (.{1,200})$", re.MULTILINE)
+_FRAME = re.compile(r'^  File "([^"\n]{1,4096})", line ([0-9]{1,9}) in ([^\n]{1,128})$')
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Crashes:
+    """What is known of how runs ended.
+
+    Args:
+        folder: The board's state directory, which this process holds.
+        clock: Seconds since 1970.
+        boot: Names this boot of the board; empty where nothing does.
+        quiet: Whether the board's samples are in a private job: of an exception its name alone is told then.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        clock: Callable[[], float] = time.time,
+        boot: Callable[[], str] | None = None,
+        quiet: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._quiet = quiet
+        self._folder, self._clock = folder, clock
+        self._boot = boot or _boot
+        self._begun = clock()
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """The crash that the server should hear of, if there is one: a `CrashReport`'s fields but for device and
+        number."""
+        try:
+            found = durable.read_document(self._folder / FILE)
+        except FedpruneError:
+            self.told()
+            return None
+        if not isinstance(found, dict):
+            return None
+        if self._quiet() and found.get("cause") not in _SAFE:
+            name, said, _ = str(found.get("text", "")).partition(":")
+            found["text"] = f"{name if said and name.isidentifier() else 'an error'} {KEPT}"
+        return found
+
+    def told(self) -> None:
+        """The server has it."""
+        with contextlib.suppress(FedpruneError):
+            durable.remove(self._folder / FILE)
+
+    def exception(self, error: BaseException, cause: str = "exception") -> None:
+        """Write down an exception that ends the service, or a thread of it."""
+        said = f"{named(error)}: {KEPT}" if self._quiet() else f"{type(error).__name__}: {error}"
+        text = private(said, 2 * MAX_TEXT)
+        self._write(cause, text, _frames(error.__traceback__), self._clock() - self._begun)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """A run: how the last one ended is found out first, and how this one ends is written down."""
+        self._look_back()
+        self._mark()
+        before = threading.excepthook
+
+        def hook(arguments: Any) -> None:
+            if arguments.exc_value is not None and not isinstance(arguments.exc_value, SystemExit):
+                self.exception(arguments.exc_value, "thread")
+            before(arguments)
+
+        enabled = faulthandler.is_enabled()
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                fault = stack.enter_context((self._folder / FAULT).open("wb"))
+                faulthandler.enable(fault)
+            threading.excepthook = hook
+            try:
+                yield
+            except (KeyboardInterrupt, SystemExit, IdentityError, JoinError):  # the operator approves boards
+                raise
+            except BaseException as error:
+                self.exception(error, "error" if isinstance(error, FedpruneError) else "exception")
+                raise
+            finally:
+                threading.excepthook = before
+                faulthandler.disable()
+                if enabled and sys.__stderr__ is not None:
+                    with contextlib.suppress(OSError, ValueError):
+                        faulthandler.enable(sys.__stderr__)
+                self._unmark()
+
+    def _look_back(self) -> None:
+        """What the last run left: a fault, or the mark of one that was killed."""
+        mark, fault = self._read_mark(), self._read_fault()
+        known = self._folder / FILE
+        found = _FATAL.search(fault)
+        if found is not None:
+            self._write("signal", private(found[1], MAX_TEXT), _fault_frames(fault), None, mark)
+        elif mark is not None and not known.exists() and mark.get("boot") and mark.get("boot") == self._boot():
+            text = "the process was killed, or ended without a word: by the system for want of memory, or by somebody"
+            self._write("killed", text, [], None, mark)
+        else:
+            return
+        crash = self.report
+        if crash is not None:
+            _LOG.warning("the last run crashed: %s", crash.get("text", ""))
+
+    def _write(
+        self,
+        cause: str,
+        text: str,
+        frames: list[dict[str, Any]],
+        uptime: float | None,
+        mark: dict[str, Any] | None = None,
+    ) -> None:
+        found = mark or self._state()
+        free = found.get("memory_available")
+        body = {
+            "at": max(0, int(self._clock())),
+            "cause": cause,
+            "text": text,
+            "frames": frames,
+            "release": str(found.get("release", ""))[:256],
+            "slot": str(found.get("slot", ""))[:64],
+            "uptime_s": None if uptime is None else round(max(0.0, min(uptime, 1e11)), 1),
+            "temperature_c": None if mark else temperature_c(),
+            "memory_available": free if isinstance(free, int) else None,
+            "memory_total": found.get("memory_total") if isinstance(found.get("memory_total"), int) else None,
+        }
+        with contextlib.suppress(FedpruneError):  # with a disk that is full nothing can be kept
+            durable.write_document(self._folder / FILE, body)
+
+    def _state(self) -> dict[str, Any]:
+        total, free = memory()
+        return {
+            "release": f"fedprune {__version__}",
+            "slot": os.environ.get("FEDPRUNE_SLOT", ""),
+            "memory_total": total,
+            "memory_available": free,
+        }
+
+    def _mark(self) -> None:
+        body = {**self._state(), "boot": self._boot(), "begun": int(self._begun)}
+        body.pop("memory_available")  # of the end nothing is known
+        with contextlib.suppress(FedpruneError):
+            durable.write_document(self._folder / MARK, body)
+
+    def _unmark(self) -> None:
+        with contextlib.suppress(FedpruneError):
+            durable.remove(self._folder / MARK)
+        with contextlib.suppress(OSError):
+            (self._folder / FAULT).unlink(missing_ok=True)
+
+    def _read_mark(self) -> dict[str, Any] | None:
+        try:
+            found = durable.read_document(self._folder / MARK)
+        except FedpruneError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _read_fault(self) -> str:
+        try:
+            with (self._folder / FAULT).open("rb") as file:
+                return file.read(_MOST_FAULT).decode(errors="replace")
+        except OSError:
+            return ""
+
+
+def _boot() -> str:
+    try:
+        return _BOOT.read_text(encoding="ascii", errors="replace").strip()[:64]
+    except OSError:
+        return ""
+
+
+def _frames(trace: TracebackType | None) -> list[dict[str, Any]]:
+    """The innermost frames of an exception, by module and line."""
+    rows = []
+    for frame, line in traceback.walk_tb(trace):
+        module = module_of(str(frame.f_globals.get("__name__", "")))
+        ours = module.startswith("fedprune")
+        rows.append(
+            {"module": module, "line": line if ours else 0, "function": frame.f_code.co_name[:128] if ours else ""}
+        )
+    return rows[::-1][:MAX_FRAMES]
+
+
+def _fault_frames(fault: str) -> list[dict[str, Any]]:
+    """The frames of the thread in which a fault happened, of what faulthandler wrote."""
+    rows: list[dict[str, Any]] = []
+    current = False
+    for text in fault.splitlines():
+        if text.startswith(("Current thread", "Stack (most recent call first)")):
+            current = True
+        elif current and (found := _FRAME.match(text)):
+            module = module_at(found[1])
+            ours = module.startswith("fedprune")
+            function = private(found[3], 128) if ours else ""
+            rows.append({"module": module, "line": int(found[2]) if ours else 0, "function": function})
+        elif current and not text.startswith("  "):
+            break
+    return rows[:MAX_FRAMES]

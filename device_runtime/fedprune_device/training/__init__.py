@@ -1,0 +1,1 @@
+"""One round's computation, from received weights to an update."""

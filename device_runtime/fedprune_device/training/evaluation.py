@@ -1,0 +1,136 @@
+"""What a board measures of its models, on its own samples."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.labels import targets
+from fedprune_device.data.logit_adjustment import OwnLabels
+from fedprune_device.data.losses import data_loss, hits, loss_terms
+from fedprune_device.hardware.process_memory import peak_memory
+from fedprune_device.serving.predictor import Predictor
+from fedprune_device.training.trainer import TrainingResult
+
+PROBE_SAMPLES = 32
+"""Local samples with which a new model is checked before it serves."""
+
+_MOST_AT_ONCE = 64
+"""Samples that are predicted at once, where a training step takes as many: the planner counts a step's memory."""
+
+_PREDICTIONS = 7
+"""Predictions of one sample that are timed in a round."""
+
+MEASURED = frozenset(
+    {
+        "download_seconds",
+        "evaluate_seconds",
+        "train_seconds",
+        "step_seconds",
+        "latency_seconds",
+        "peak_memory_bytes",
+    }
+)
+"""Metrics that tell of the machine; all others are the same wherever an offer is carried out."""
+
+
+class Evaluation:
+    """Measures models of one round.
+
+    Args:
+        data: The board's samples.
+        recipe: The round's recipe.
+        classes: Entries of the models' outputs.
+        own: What the board's own labels say about its predictions.
+    """
+
+    def __init__(self, data: LocalData, recipe: Recipe, classes: int, own: OwnLabels) -> None:
+        self._data = data
+        self._recipe = recipe
+        self._classes = classes
+        self._own = own
+        self._at_once = min(_MOST_AT_ONCE, recipe.micro_batch, data.samples)
+        self.metrics: dict[str, float] = {"samples_test": float(len(data.y_test))}
+        if len(data.y_val):
+            self.metrics["samples_validation"] = float(len(data.y_val))
+
+    def add(self, model: Predictor, when: str) -> None:
+        """Measure a model.
+
+        Args:
+            model: The model.
+            when: `before` for the offered one, `after` for the trained one, `average` for the board's own average,
+                which is measured on test samples alone.
+        """
+        began = time.monotonic()
+        if self._add(model, "test", when):
+            self.metrics["evaluate_seconds"] = time.monotonic() - began
+        if when != "average":
+            self._add(model, "val", "validation" if when == "after" else f"validation_{when}")
+
+    def check(self, model: Predictor, loss: float | None) -> None:
+        """The numeric check before a model may serve.
+
+        Args:
+            model: The model.
+            loss: What the training graph says of the first samples, where both compute the same.
+
+        Raises:
+            ModelError: It fails.
+        """
+        y = targets(self._data.y_train, self._recipe.loss, self._classes)
+        model.check(
+            self._classes,
+            self._data.x_train[:PROBE_SAMPLES],
+            y[:PROBE_SAMPLES],
+            loss=loss,
+            terms=loss_terms(y, self._recipe, self._classes),
+            kind=self._recipe.loss,
+            batch=self._at_once,
+        )
+
+    def latency(self, model: Predictor) -> None:
+        """Median time of predicting one sample; the first prediction allocates and doesn't count."""
+        times = []
+        for _ in range(_PREDICTIONS + 1):
+            began = time.perf_counter()
+            model.predict(self._data.x_train[:1])
+            times.append(time.perf_counter() - began)
+        self.metrics["latency_seconds"] = float(np.median(times[1:]))
+
+    def finite(self) -> dict[str, float]:
+        """All metrics that are finite."""
+        return {name: value for name, value in self.metrics.items() if math.isfinite(value)}
+
+    def _add(self, model: Predictor, split: str, name: str) -> bool:
+        """Loss and, where classes are predicted, accuracy on one split, if it has samples."""
+        x, y = getattr(self._data, f"x_{split}"), getattr(self._data, f"y_{split}")
+        if not len(y):
+            return False
+        y = targets(y, self._recipe.loss, self._classes)
+        outputs = self._own(model.predict(x, self._at_once))
+        right = hits(self._recipe.loss, outputs, y)
+        if right is not None:
+            self.metrics[f"accuracy_{name}"] = float(np.mean(right))
+        terms: dict[str, npt.NDArray[Any]] = {step_contract.HUBER_DELTA: np.array(self._recipe.huber_delta)}
+        self.metrics[f"loss_{name}"] = data_loss(self._recipe.loss, outputs, y, terms)
+        return True
+
+
+def training_metrics(result: TrainingResult) -> dict[str, float]:
+    """What training itself measured."""
+    right = {} if result.train_accuracy is None else {"train_accuracy": result.train_accuracy}
+    return right | {
+        "loss_first": result.loss_first,
+        "loss_last": result.loss_last,
+        "train_seconds": result.seconds,
+        "step_seconds": result.step_seconds,
+        "peak_memory_bytes": peak_memory(),
+    }

@@ -1,0 +1,87 @@
+"""Which training graph of an offer a board uses: one with channels in blocks, if it brings one for this processor, else
+the one of standard operators, which every board runs.
+
+The server knows the length of blocks that the board announced. It may be another one by now (onnxruntime was replaced,
+the card moved to another board), so what counts is what is found here.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from fedprune.core.errors import ModelError
+from fedprune.runtime.blocks import OFF, block_size, turned_off
+from fedprune.wire.offer import Offer
+
+_LOG = logging.getLogger("fedprune.device")
+
+
+class StepChoice:
+    """Chooses, and learns from failures.
+
+    Args:
+        standard: Whether the graph of standard operators is always used, as on a GPU.
+    """
+
+    def __init__(self, *, standard: bool = False) -> None:
+        self._standard = standard
+        self._failed = False
+
+    def suited(self, offer: Offer) -> Offer:
+        """The offer without the graphs that this board can't use: none of them is pulled."""
+        if not offer.blocked:
+            return replace(offer, blocked=None)
+        here = "" if self._standard else str(block_size())
+        mine = {block: ref for block, ref in offer.blocked.items() if block == here}
+        if not mine and not self._standard:
+            none = "blocks are switched off" if turned_off() else "no blocks"
+            _LOG.info(
+                "round %d of job %s: its graph for blocks of %s channels is not for this processor (%s): standard "
+                "operators are used",
+                offer.round,
+                offer.job,
+                " or ".join(offer.blocked),
+                f"blocks of {here}" if here != "0" else none,
+            )
+        return replace(offer, blocked=mine or None)
+
+    def instead(self, offer: Offer, error: BaseException) -> Offer | None:
+        """What is to be tried where an offer's work has failed: the same with standard operators, from now on.
+
+        Args:
+            offer: The offer, as `suited` left it.
+            error: Why it failed.
+
+        Returns:
+            The offer; None where it used standard operators already, or it is not the graph that failed.
+        """
+        if not offer.blocked or not (isinstance(error, ModelError) or isinstance(error.__cause__, ModelError)):
+            return None
+        self._standard = self._failed = True
+        _LOG.warning(
+            "round %d of job %s: with channels in blocks it fails (%s): trying standard operators",
+            offer.round,
+            offer.job,
+            error,
+        )
+        return replace(offer, blocked=None)
+
+    def described(self, offer: Offer) -> str:
+        """In words, how a board trains for an offer that `suited` left to it; and why, where it isn't in blocks."""
+        if offer.blocked:
+            return f"in blocks of {next(iter(offer.blocked))} channels"
+        return f"with standard operators ({self._why(offer)})"
+
+    def _why(self, offer: Offer) -> str:
+        """What lies on the board's side comes first: no other recipe would change it."""
+        if self._standard:
+            return "with channels in blocks it failed" if self._failed else "a GPU has no blocks of channels"
+        if turned_off():
+            return f"blocks of channels are switched off: --no-blocks or {OFF}"
+        here = block_size()
+        if not here:
+            return "this processor has no blocks of channels"
+        if offer.recipe.get("ordered_dropout"):
+            return "steps of this recipe are of several widths: ordered dropout"
+        return f"no graph for blocks of {here} channels was offered"

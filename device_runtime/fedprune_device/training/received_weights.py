@@ -1,0 +1,62 @@
+"""The submodel that an offer names, as a board trains it: checked, with all elements in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
+
+
+def unpacked(
+    weights: bytes,
+    mask: bytes | None,
+    recipe: Recipe,
+    axes: TensorAxes | None,
+    widths: Sequence[int],
+    maskable: Collection[str],
+) -> tuple[Tensors, ElementMask | None]:
+    """Read what an offer names.
+
+    Args:
+        weights: The weights file.
+        mask: The mask file, or None.
+        recipe: The recipe.
+        axes: How channels lie on the tensors' axes, as the training graph says it; needed with a mask.
+        widths: Channels per group.
+        maskable: Tensors that may have a mask: all but statistics.
+
+    Returns:
+        All tensors in full, with 0 where masked, and which elements are active (None for all).
+
+    Raises:
+        BundleError: The weights are no canonical tensor file, or mask and weights don't fit each other or the model.
+    """
+    tensors: Tensors = tensorfile.decode(weights)
+    # The inference graph finds its weights at offsets that only the canonical form has.
+    if tensorfile.encode(tensors) != weights:
+        raise BundleError("the weights are not a canonical tensor file", hint="The server must write them anew.")
+    if mask is None:
+        return tensors, None
+    if recipe.mask == "none":
+        raise BundleError("the offer has a mask", expected="recipe.mask 'hard' or 'threshold'", got="'none'")
+    if axes is None:
+        raise BundleError("the offer has a mask, but its training graph doesn't say how its tensors lie")
+    try:
+        bits = tensorfile.decode(mask)
+        for name in bits:
+            if name not in maskable or name not in tensors:
+                raise BundleError(f"mask of {name}", expected="no mask", got="one")
+        for name, value in tensors.items():
+            if value.dtype != np.float32:
+                raise BundleError(f"type of {name}", expected="float32", got=value.dtype)
+        known = ElementMask.from_tensors(bits, axes.shapes(widths))
+        return known.unpack(tensors), known
+    except BundleError as error:
+        raise BundleError(f"mask and weights of the offer don't fit each other: {error}") from error

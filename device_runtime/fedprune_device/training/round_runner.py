@@ -1,0 +1,287 @@
+"""What a device does for an offer once all is there: evaluate, train, evaluate, check, swap the serving model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.core.errors import DivergedError, StorageError
+from fedprune.privacy.gaussian_noise import GaussianNoise
+from fedprune.runtime.precision import FLOAT32
+from fedprune.training.recipe import Recipe
+from fedprune.wire.messages import Update
+from fedprune.wire.offer import Offer
+from fedprune_device.data.logit_adjustment import OwnLabels
+from fedprune_device.data.sample_source import Samples
+from fedprune_device.serving.model_slots import Serving, Slots
+from fedprune_device.serving.predictor import Predictor
+from fedprune_device.serving.reduced_precision import Lowering
+from fedprune_device.storage.local_state import KeptOwn, OwnInMemory, Shelf
+from fedprune_device.training.decoding import decoded
+from fedprune_device.training.evaluation import MEASURED, Evaluation, training_metrics
+from fedprune_device.training.loaded import LoadedTrainer
+from fedprune_device.training.local_update import Work
+from fedprune_device.training.trainer import TrainingResult, TrainingStoppedError
+
+__all__ = ["MEASURED", "DamagedBlobError", "LoadedTrainer", "Trained", "Workbench"]
+
+_LOG = logging.getLogger("fedprune.device")
+
+Report = Callable[[str, int, int], None]
+"""Takes the phase, units done and units in all."""
+
+
+class DamagedBlobError(StorageError):
+    """A blob on the disk is not what its name says, and must be pulled again.
+
+    To delete it is left to the loop that pulls: that alone knows whether it is being pulled anew already.
+
+    Attributes:
+        sha256: Its name.
+    """
+
+    sha256 = ""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of an offer, which changes nothing that lasts before `Workbench.commit`.
+
+    Attributes:
+        update: The message to the server; its weights are in the store.
+        model: The new model, staged and checked.
+        metrics: All measurements; a private update reports only some of them.
+        own: The board's own state after the round, staged; None where the recipe keeps none.
+    """
+
+    update: Update
+    model: Serving
+    metrics: Mapping[str, float]
+    own: KeptOwn | None = None
+
+    def keep(self) -> None:
+        """Make the board's own state after the round the current one.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        if self.own is not None:
+            self.own.commit()
+
+
+class Workbench:
+    """Carries out offers, one at a time. The simulator does it here, too.
+
+    Args:
+        device: The device's name.
+        blobs: All blobs of an offer; trained weights are put there.
+        slots: Where models are staged and serve.
+        data: The device's samples; every offer takes those that there are when it begins.
+        trainer: The loaded training graph; benches may share it.
+        shelf: Where the device keeps what is its own between rounds; by default as long as this bench lasts.
+        lowering: Lowers what serves; by default nothing is lowered.
+        noise: The noise of a private update; by default of a key that nobody keeps. Only simulations give another.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        blobs: BlobStore,
+        slots: Slots,
+        data: Samples,
+        trainer: LoadedTrainer | None = None,
+        shelf: Shelf | None = None,
+        lowering: Lowering | None = None,
+        noise: Callable[[Offer], GaussianNoise] | None = None,
+    ) -> None:
+        self._device = device
+        self._blobs = blobs
+        self._slots = slots
+        self._data = data
+        self._trainer = trainer or LoadedTrainer()
+        self._shelf = shelf or OwnInMemory()
+        self._lowering = lowering or Lowering()
+        self._noise = noise or (lambda offer: GaussianNoise.secret())
+
+    def commit(self, made: Trained) -> Update:
+        """Make a result current: the board's own state and the model that serves.
+
+        Args:
+            made: The result of `make` for the newest offer.
+
+        Returns:
+            The update, to be sent.
+
+        Raises:
+            StorageError: The disk fails; the old model serves on.
+        """
+        made.keep()
+        self._slots.install(made.model)
+        return made.update
+
+    def make(
+        self,
+        offer: Offer,
+        *,
+        download_seconds: float = 0.0,
+        report: Report = lambda *_: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Trained:
+        """Evaluate, train, evaluate, check. Nothing that lasts changes: a stopped round's result is dropped.
+
+        The same offer always gives the same weights, so that one that was cut off can be done again; only a private
+        update's noise is another one each time. A private update tells nothing else that was measured on samples, nor
+        that training ran away.
+
+        Args:
+            offer: The offer; its blobs are in the store.
+            download_seconds: How long they took to arrive, for the metrics.
+            report: Told how far it is.
+            stop: Asked between training steps, and after them.
+
+        Returns:
+            The update, the staged model and the board's staged state.
+
+        Raises:
+            DamagedBlobError: A blob must be pulled again.
+            ConfigError: The recipe or the codec doesn't make sense.
+            BundleError: The weights are not a canonical tensor file, or a mask doesn't fit them.
+            DataError: The local data doesn't fit the model.
+            TrainingError: Training failed.
+            TrainingStoppedError: `stop` said so.
+            ModelError: A graph doesn't load, or the new model fails its check.
+            StorageError: The disk fails or is full.
+        """
+        recipe = Recipe.from_dict(offer.recipe)
+        # Damage is found out first, before a graph is loaded.
+        weights = self._weights(offer)
+        mask = None if offer.mask is None else self._blob(offer.mask)
+        blocked = next(iter((offer.blocked or {}).values()), None)
+        trainer = self._trainer.of(
+            offer.training.sha256,
+            lambda: self._blob(offer.training),
+            None if blocked is None else lambda: self._blob(blocked),
+        )
+        data = self._data.snapshot(trainer.input_shape)
+        work = Work(offer, recipe, weights, mask, trainer, self._shelf, self._device, data, lambda: self._noise(offer))
+        data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
+        self._blob(offer.inference)
+        kits = self._lowering.wanted(offer).lowered or {}
+        for kit in kits.values():
+            self._blob(kit)
+        own = OwnLabels.of(data.y_train, recipe, offer.classes)
+        evaluation = Evaluation(data, recipe, offer.classes, own)
+        evaluation.metrics["download_seconds"] = download_seconds
+
+        evaluates = offer.round % recipe.evaluate_every == 0
+        report("evaluate", 0, 2)
+        if evaluates:
+            evaluation.add(self._candidate(offer, work.before() or offer.weights), "before")
+        del weights, mask
+        began = time.monotonic()
+        try:
+            result = trainer.train(
+                work.tensors,
+                data,
+                recipe,
+                seed=offer.seed,
+                device=self._device,
+                round=offer.round,
+                classes=offer.classes,
+                widths=offer.widths,
+                mask=work.mask,
+                progress=lambda done, total: report("train", done, total),
+                stop=stop,
+            )
+        except DivergedError as error:
+            if not recipe.update_clip:
+                raise
+            # That it did is of the samples, too: the server gets noise alone, as from a board that learnt nothing.
+            _LOG.warning("round %d of job %s: %s; the update is noise alone", offer.round, offer.job, error)
+            result = TrainingResult.unmoved(
+                work.tensors, recipe.steps(data.samples), data.samples, time.monotonic() - began
+            )
+        if stop():
+            raise TrainingStoppedError("training was stopped after its last step")
+        report("evaluate", 1, 2)
+        # From here on there is memory for the new ones alone, beside the model that is loaded and what is blended in.
+        work.tensors = {}
+        made, kept = work.made(result, self._blobs.put, self._blob), work.kept
+        result = replace(result, tensors={}, squares={}, last_squares={})  # arrays in the loaded graph's memory
+        del work, trainer
+        self._trainer.release()
+        serves: BlobRef | bytes = made.sent if made.after is None else tensorfile.encode(made.after)
+        made = replace(made, after=None)
+        when = "after"
+        if made.average is not None:
+            if evaluates:
+                evaluation.add(self._candidate(offer, serves), when)
+            serves, when = tensorfile.encode(made.average), "average"
+            made = replace(made, average=None)
+        model = self._candidate(offer, serves)
+        evaluation.check(model, made.loss)
+        if evaluates:
+            evaluation.add(model, when)
+        evaluation.latency(model)
+        graphs = {p: self._blob(kit) for p, kit in kits.items()}
+        lowered = self._lowering.staged(self._slots.staging, graphs, data, recipe, offer.classes)
+        evaluation.metrics |= training_metrics(result)
+        if kept is not None and made.own is not None:
+            kept.stage(made.own)
+        metrics = evaluation.finite()
+        told = {n: v for n, v in metrics.items() if n in MEASURED} if recipe.update_clip else metrics
+        update = Update(
+            self._device,
+            offer.job,
+            offer.round,
+            offer.attempt,
+            offer.weights.sha256,
+            made.sent,
+            result.samples,
+            result.steps,
+            told,
+        )
+        serving = Serving(
+            job=offer.job,
+            round=offer.round,
+            classes=offer.classes,
+            inference=offer.inference.sha256,
+            weights=serves.sha256 if isinstance(serves, BlobRef) else tensorfile.digest(serves),
+            offset=own.offset,
+            loss=recipe.loss,
+            present=own.present,
+            precision=FLOAT32 if lowered is None else lowered.precision,
+            lowered=() if lowered is None else (lowered.graph, lowered.weights),
+        )
+        return Trained(update, serving, metrics, kept)
+
+    def _blob(self, ref: BlobRef) -> bytes:
+        return self._read(ref.sha256)
+
+    def _read(self, sha256: str) -> bytes:
+        try:
+            return self._blobs.read(sha256)
+        except StorageError as error:
+            damaged = DamagedBlobError(str(error))
+            damaged.sha256 = sha256
+            raise damaged from error
+
+    def _weights(self, offer: Offer) -> bytes:
+        """The received weights, decoded where they came so."""
+        if offer.coded is not None and not self._blobs.has(offer.weights.sha256):
+            raw = decoded(offer, self._read)
+            if raw is None:
+                damaged = DamagedBlobError("the weights that were decoded are not those that were offered")
+                damaged.sha256 = offer.coded.sha256
+                raise damaged
+            self._blobs.put(raw)
+        return self._blob(offer.weights)
+
+    def _candidate(self, offer: Offer, weights: BlobRef | bytes) -> Predictor:
+        source = self._blobs.path(weights.sha256) if isinstance(weights, BlobRef) else weights
+        return self._trainer.predictor(self._slots.stage(self._blobs.path(offer.inference.sha256), source))

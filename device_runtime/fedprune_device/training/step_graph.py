@@ -1,0 +1,325 @@
+"""A loaded training graph: what it takes, what it gives, and how one step of it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ModelError, TrainingError
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.nested_widths import TensorAxes
+from fedprune.runtime.blocks import check_block, check_graph
+from fedprune.runtime.onnx_subgraph import part_for
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.feeds import anchors, numbers
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.batches import Part
+from fedprune_device.data.losses import loss_terms
+
+Array = npt.NDArray[Any]
+
+_NUMBERS = frozenset(
+    {
+        *(step_contract.Y_PARTNER, step_contract.Y_SHARE),
+        *(step_contract.LABEL_SMOOTHING, step_contract.HUBER_DELTA, step_contract.CLIP_NORM, step_contract.DIVISOR),
+        *(step_contract.LOGIT_OFFSET, step_contract.CLASS_WEIGHT, step_contract.CLASS_MASK, step_contract.OUTPUT_SCALE),
+    }
+)
+"""Inputs that a training graph may have once, besides those that it must have."""
+
+
+class Moved(NamedTuple):
+    """What a step gives.
+
+    Attributes:
+        loss: The batch's data loss.
+        hits: How many of its samples are right.
+        values: What has moved, by input name.
+        gradients: Those that were asked for.
+    """
+
+    loss: float
+    hits: int
+    values: dict[str, Array]
+    gradients: list[Array]
+
+
+class StepGraph:
+    """A training graph written to the contract of `fedprune.training.step_contract`.
+
+    Args:
+        graph: A file or its bytes.
+        blocked: A graph for this processor, with channels in blocks, that takes whole batches: all other samples go
+            through `graph`, which is loaded when the first of them come. None for none.
+        threads: Threads inside an operator; with 1 the same inputs give the same bits.
+        session: Runs the graph instead of a session of onnxruntime.
+        cuda: Whether that session is to compute on an NVIDIA GPU.
+
+    Attributes:
+        names: The model's tensors.
+        trainable: Those that an optimiser moves.
+        statistics: Those that a step measures.
+        frozen: Those that stay as they are.
+        states: The optimiser's arrays.
+        squares: Sums of squared gradients, where the graph has them.
+        gradients: The gradients, where the graph gives them.
+        scores: Whether it says how many samples are right.
+        input_shape: One sample's shape.
+        token_ids: Whether samples are whole numbers.
+
+    Raises:
+        ModelError: onnxruntime doesn't accept the graph, or it was made for another kind of processor.
+        TrainingError: It is not a training graph.
+    """
+
+    def __init__(
+        self,
+        graph: Path | bytes,
+        *,
+        blocked: Path | bytes | None = None,
+        threads: int = 1,
+        session: Session | None = None,
+        cuda: bool = False,
+    ) -> None:
+        self._graph = graph
+        self._threads = threads
+        self._cuda = cuda
+        self._given = session
+        if session is None:
+            check_graph(blocked or graph)
+        self._session = session or Session(blocked or graph, threads=threads, training=True, cuda=cuda)
+        self._forward: dict[tuple[str, ...], Session] = {}
+        check_block(self._session.metadata)
+        inputs, outputs = self._session.inputs, set(self._session.outputs)
+        optimizer = "adam" if step_contract.BETA1 in inputs else "sgd"
+        required = {step_contract.X, step_contract.Y, step_contract.LR, step_contract.WEIGHT_DECAY}
+        required |= (
+            {step_contract.BETA1, step_contract.BETA2, step_contract.EPSILON, step_contract.STEP_NUMBER}
+            if optimizer == "adam"
+            else {step_contract.MOMENTUM}
+        )
+        self._classifies = inputs.get(step_contract.Y, ("", ()))[0] == "tensor(int64)"
+        results = {step_contract.LOSS, step_contract.HITS} if self._classifies else {step_contract.LOSS}
+        if required - set(inputs) or not results <= outputs:
+            missing = sorted(required - set(inputs)) + sorted(results - outputs)
+            raise TrainingError("this is not a training graph", got=f"no {', '.join(missing)}")
+        self.scores = step_contract.HITS in outputs
+        self._results = (step_contract.LOSS, step_contract.HITS) if self.scores else (step_contract.LOSS,)
+        self.names = tuple(n for n in inputs if n not in step_contract.RESERVED and "::" not in n)
+        self.trainable = tuple(n for n in self.names if step_contract.buffer(n) in inputs)
+        self.statistics = tuple(
+            n for n in self.names if n not in self.trainable and step_contract.following(n) in outputs
+        )
+        self.frozen = tuple(n for n in self.names if n not in {*self.trainable, *self.statistics})
+        batch = inputs[step_contract.X][1][0]
+        self._whole = batch if blocked is not None and isinstance(batch, int) else 0
+        self._rest: Session | None = None
+        self.input_shape = inputs[step_contract.X][1][1:]
+        self.token_ids = inputs[step_contract.X][0] == "tensor(int64)"
+        self.states = [f(n) for n in self.trainable for f in step_contract.states(optimizer)]
+        self.squares = [step_contract.squares(n) for n in self.trainable if step_contract.squares(n) in inputs]
+        self._sums = [step_contract.total(n) for n in self.trainable if step_contract.total(n) in inputs]
+        gradients = [step_contract.gradient(n) for n in self.trainable]
+        self.gradients = gradients if outputs.issuperset(gradients) else []
+        known = {*required, *self.names, *_NUMBERS, *self.states, *self.squares, *self._sums}
+        known.update(
+            f(n)
+            for n in self.trainable
+            for f in (step_contract.anchor, step_contract.strength, step_contract.mask, step_contract.threshold)
+        )
+        if set(inputs) - known:
+            raise TrainingError(
+                "the training graph has inputs that this device can't feed",
+                got=", ".join(sorted(set(inputs) - known)[:5]),
+                hint="Update fedprune on the device.",
+            )
+        self._moving = [*self.trainable, *self.statistics, *self.states, *self.squares]
+        lacking = {step_contract.following(n) for n in (*self._moving, *self._sums)} - outputs
+        if lacking:
+            raise TrainingError("the training graph lacks outputs", got=", ".join(sorted(lacking)[:5]))
+
+    def check(self, tensors: Mapping[str, Array]) -> None:
+        """Check weights against the graph's inputs.
+
+        Raises:
+            TrainingError: A tensor is missing, unknown, of another type or of a shape that doesn't fit.
+        """
+        for name in self.names:
+            if name not in tensors:
+                raise TrainingError(f"tensor {name} is missing from the weights")
+        for name in tensors:
+            if name not in self.names:
+                raise TrainingError(f"the training graph has no tensor {name}")
+        sizes: dict[str, int] = {}
+        for name, value in tensors.items():
+            shape = self._session.inputs[name][1]
+            if value.dtype != np.float32:
+                raise TrainingError(f"type of {name}", expected="float32", got=value.dtype)
+            if len(shape) != value.ndim:
+                raise TrainingError(f"shape of {name}", expected=shape, got=value.shape)
+            for dim, size in zip(shape, value.shape, strict=True):
+                # A free dimension has a name; the same name must mean the same width everywhere.
+                wanted = sizes.setdefault(dim, size) if isinstance(dim, str) and dim else dim
+                if isinstance(wanted, int) and wanted != size:
+                    raise TrainingError(f"shape of {name}", expected=f"{wanted} ({dim})", got=value.shape)
+
+    @cached_property
+    def axes(self) -> TensorAxes | None:
+        """How channels lie on the tensors' axes; None where the graph doesn't say it.
+
+        Raises:
+            BundleError: What it says can't be read.
+        """
+        text = self._session.metadata.get(step_contract.AXES)
+        return None if text is None else TensorAxes.from_json(text)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a batch can be worked through in parts."""
+        return bool(self._sums)
+
+    def constants(
+        self,
+        tensors: Mapping[str, Array],
+        y: Array,
+        recipe: Recipe,
+        classes: int,
+        mask: ElementMask | None = None,
+    ) -> dict[str, Array]:
+        """What is fed in every step alike.
+
+        Args:
+            tensors: The weights as received.
+            y: All training labels, as `labels.targets` gives them.
+            recipe: The recipe.
+            classes: Entries of the model's output.
+            mask: Which elements of the tensors are active; None for all.
+
+        Raises:
+            TrainingError: The graph was made for another kind of recipe.
+            DataError: A label is out of range.
+        """
+        feeds = numbers(recipe) | anchors(recipe, tensors, self.trainable) | loss_terms(y, recipe, classes)
+        feeds |= self.masking(tensors, recipe, mask)
+        moving = {*step_contract.OF_SAMPLES, step_contract.STEP_NUMBER, step_contract.DIVISOR}
+        wanted = set(self._session.inputs) - moving - {*self.names, *self.states, *self.squares, *self._sums}
+        classifies, scores = recipe.loss == "cross_entropy", recipe.loss in ("cross_entropy", "bce")
+        whole = not self._sums and recipe.features.accumulate
+        mute = not self.gradients and recipe.report_squares
+        if wanted != set(feeds) or classifies != self._classifies or scores != self.scores or whole or mute:
+            raise TrainingError(
+                "training graph and recipe don't fit each other",
+                expected=", ".join(sorted(wanted - set(feeds))[:5]) or "no further inputs",
+                got=", ".join(sorted(set(feeds) - wanted)[:5]) or f"no value for them (loss {recipe.loss})",
+            )
+        return feeds
+
+    def masking(self, tensors: Mapping[str, Array], recipe: Recipe, mask: ElementMask | None) -> dict[str, Array]:
+        """Masks, thresholds and the scaler; those that the graph has and the recipe doesn't ask for change nothing."""
+        active = {} if mask is None else mask.active
+        feeds: dict[str, Array] = {}
+        if recipe.features.scale or step_contract.OUTPUT_SCALE in self._session.inputs:
+            feeds[step_contract.OUTPUT_SCALE] = np.array(recipe.scale, np.float32)
+        for name in self.trainable:
+            if recipe.features.element_mask or step_contract.mask(name) in self._session.inputs:
+                on = active.get(name)
+                feeds[step_contract.mask(name)] = np.ones_like(tensors[name]) if on is None else on.astype(np.float32)
+            if recipe.features.threshold or step_contract.threshold(name) in self._session.inputs:
+                theta = recipe.mask_threshold if name in active else 0.0
+                feeds[step_contract.threshold(name)] = np.array(theta, np.float32)
+        return feeds
+
+    def advance(
+        self,
+        feeds: Mapping[str, Array],
+        parts: Sequence[Part],
+        number: int,
+        gradients: Sequence[str] = (),
+    ) -> Moved:
+        """One optimiser step.
+
+        Args:
+            feeds: Tensors, states and constants.
+            parts: The batch, in the parts in which it is worked through.
+            number: The step, from 1.
+            gradients: Outputs that are wanted, too.
+
+        Raises:
+            TrainingError: An operator fails.
+        """
+        feeds = dict(feeds)
+        if step_contract.STEP_NUMBER in self._session.inputs:
+            feeds[step_contract.STEP_NUMBER] = np.array(number, np.int64)
+        if step_contract.DIVISOR in self._session.inputs:
+            feeds[step_contract.DIVISOR] = np.array(sum(weight_of(part.y, feeds) for part in parts), np.float32)
+        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in self._sums}
+        loss, hits = 0.0, 0
+        moved: dict[str, Array] = {}
+        asked: list[Array] = []
+        for count, part in enumerate(parts, 1):
+            last = count == len(parts)
+            names = self._moving if last else [*self.statistics, *self._sums]
+            extra = list(gradients) if last else []
+            labels = {step_contract.Y: part.y}
+            if step_contract.Y_PARTNER in self._session.inputs:
+                labels[step_contract.Y_PARTNER] = part.y if part.partner is None else part.partner
+            out = self._run(
+                {**feeds, **labels, step_contract.X: part.x},
+                [*self._results, *map(step_contract.following, names), *extra],
+            )
+            loss += float(out[step_contract.LOSS])
+            hits += int(out[step_contract.HITS]) if step_contract.HITS in out else 0
+            moved, asked = {n: out[step_contract.following(n)] for n in names}, [out[n] for n in extra]
+            if not last:
+                # onnxruntime's outputs are stored among the activations in its arena: if they stayed, the next part's
+                # activations would have to fit around them, and the arena would grow.
+                feeds |= {n: np.array(value) for n, value in moved.items()}
+                del out
+                moved.clear()
+        return Moved(loss, hits, moved, asked)
+
+    def run_forward(self, feeds: dict[str, Array], outputs: Sequence[str]) -> Mapping[str, Array]:
+        """Run what of the graph some outputs need.
+
+        Args:
+            feeds: Inputs; those that aren't needed are left out.
+            outputs: Names of the outputs.
+
+        Raises:
+            TrainingError: The graph has no such output, or an operator fails.
+        """
+        session = self._given or self._forward.get(tuple(outputs))
+        try:
+            if session is None:
+                raw = self._graph if isinstance(self._graph, bytes) else self._graph.read_bytes()
+                session = Session(part_for(raw, outputs), threads=self._threads, training=True, cuda=self._cuda)
+                self._forward[tuple(outputs)] = session
+            return session.run({n: v for n, v in feeds.items() if n in session.inputs}, outputs)
+        except ModelError as error:
+            raise TrainingError(f"the training graph failed: {error}") from error
+
+    def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        try:
+            return self._session_for(len(feeds[step_contract.X])).run(feeds, outputs)
+        except ModelError as error:
+            raise TrainingError(f"the training graph failed: {error}") from error
+
+    def _session_for(self, samples: int) -> Session:
+        if self._whole in (0, samples):
+            return self._session
+        if self._rest is None:
+            self._rest = Session(self._graph, threads=self._threads, training=True, cuda=self._cuda)
+        return self._rest
+
+
+def weight_of(y: Array, feeds: Mapping[str, Array]) -> float:
+    """What a part of a batch adds to the divisor of the loss."""
+    if y.ndim == 1 and step_contract.CLASS_WEIGHT in feeds:
+        return float(feeds[step_contract.CLASS_WEIGHT][y].sum(dtype=np.float64))
+    return float(len(y))

@@ -1,0 +1,357 @@
+"""Local training: a compiled step graph, fed batch by batch, without any training framework."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import BundleError, DivergedError, ExitCode, FedpruneError, TrainingError
+from fedprune.core.rng import keyed
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.selection import Tensors
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.batches import Batches, Part, even_parts
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.labels import targets
+from fedprune_device.data.mixup import mixed
+from fedprune_device.training.batch_norm import measured
+from fedprune_device.training.early_stopping import Patience
+from fedprune_device.training.step_graph import StepGraph, weight_of
+
+Array = npt.NDArray[Any]
+
+_FAR = "The learning rate may be too high for this device's data: try a lower lr, or a smaller momentum."
+
+
+class TrainingStoppedError(FedpruneError):
+    """Training was told to stop, because its round is over or the process ends; nothing was wrong."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What local training gave.
+
+    Attributes:
+        tensors: The new weights and statistics, in the order in which they were given.
+        steps: Optimiser steps that led to these weights.
+        samples: Local training samples.
+        loss_first: Mean loss over the first tenth of the steps (at least one).
+        loss_last: Mean loss over the last tenth of the steps (at least one).
+        train_accuracy: Share of correctly classified samples (with `bce` of labels) in the last epoch, as seen while
+            training; None where numbers are predicted.
+        seconds: Wall-clock time.
+        step_seconds: Median time of a step.
+        squares: Squared gradients summed over the steps, by tensor, if the graph gives them.
+        last_squares: Squared gradients of the last of these steps, by tensor, if the recipe asks for them.
+    """
+
+    tensors: Tensors
+    steps: int
+    samples: int
+    loss_first: float
+    loss_last: float
+    train_accuracy: float | None
+    seconds: float
+    step_seconds: float
+    squares: Tensors
+    last_squares: Tensors
+
+    @classmethod
+    def unmoved(cls, tensors: Tensors, steps: int, samples: int, seconds: float) -> TrainingResult:
+        """What training would give that had changed nothing.
+
+        Args:
+            tensors: The weights and statistics that it began with.
+            steps: Steps that it should have taken.
+            samples: Local training samples.
+            seconds: Time that went into it.
+        """
+        nothing = math.nan
+        return cls(dict(tensors), steps, samples, nothing, nothing, None, seconds, seconds / max(1, steps), {}, {})
+
+
+class Trainer:
+    """A loaded training graph, with what a round needs of it.
+
+    Args:
+        graph: A training graph written to the contract of `fedprune.training.step_contract`: a file or its bytes.
+        blocked: The same for this processor and whole batches alone, with channels in blocks; None for none.
+        threads: Threads inside an operator; with 1 the same inputs give the same bits.
+        session: Runs the graph instead of a session of onnxruntime.
+        cuda: Whether that session is to compute on an NVIDIA GPU.
+
+    Attributes:
+        names: The model's tensors.
+        trainable: Those that an optimiser moves.
+        frozen: Those that stay as they are; all others are statistics.
+        normalised: Whether there are batch-norm statistics that move.
+        input_shape: One sample's shape.
+        token_ids: Whether samples are whole numbers.
+
+    Raises:
+        ModelError: onnxruntime doesn't accept the graph.
+        TrainingError: It is not a training graph.
+    """
+
+    def __init__(
+        self,
+        graph: Path | bytes,
+        *,
+        blocked: Path | bytes | None = None,
+        threads: int = 1,
+        session: Session | None = None,
+        cuda: bool = False,
+    ) -> None:
+        self._graph = StepGraph(graph, blocked=blocked, threads=threads, session=session, cuda=cuda)
+        self.names = self._graph.names
+        self.trainable = self._graph.trainable
+        self.frozen = self._graph.frozen
+        self.normalised = bool(self._graph.statistics)
+        self.input_shape = self._graph.input_shape
+        self.token_ids = self._graph.token_ids
+
+    @property
+    def axes(self) -> TensorAxes | None:
+        """How channels lie on the tensors' axes; None where the graph doesn't say it.
+
+        Raises:
+            BundleError: What it says can't be read.
+        """
+        return self._graph.axes
+
+    def check(self, tensors: Mapping[str, Array]) -> None:
+        """Check weights against the graph's inputs.
+
+        Raises:
+            TrainingError: A tensor is missing, unknown, of another type or of a shape that doesn't fit.
+        """
+        self._graph.check(tensors)
+
+    def train(
+        self,
+        tensors: Mapping[str, Array],
+        data: LocalData,
+        recipe: Recipe,
+        *,
+        seed: int,
+        device: str,
+        round: int,  # noqa: A002 - the field's word
+        classes: int,
+        widths: Sequence[int] = (),
+        mask: ElementMask | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+        enough: Callable[[], bool] | None = None,
+    ) -> TrainingResult:
+        """Train on local data.
+
+        Args:
+            tensors: Weights and statistics as received; they are the proximal term's anchors, too.
+            data: Local samples.
+            recipe: What to do.
+            seed: The job's seed: with round and device it decides the order of the samples.
+            device: The device's name.
+            round: The round.
+            classes: Entries of the model's output.
+            widths: Channels per group that the tensors have; needed for ordered dropout alone.
+            mask: Which elements of the tensors are active; the others are 0.
+            progress: Called with (steps done, steps in all) after each step.
+            stop: Asked before each step; True ends the training with an error.
+            enough: Asked after each step; True ends the training with what it has reached.
+
+        Raises:
+            TrainingError: Graph, weights and recipe don't fit each other.
+            DivergedError: A loss or weight is not finite.
+            TrainingStoppedError: `stop` said so.
+            DataError: Labels or shapes of the data don't fit the model.
+        """
+        began = time.monotonic()
+        self.check(tensors)
+        data.check(classes, self.input_shape, loss=recipe.loss, token_ids=self.token_ids)
+        y = targets(data.y_train, recipe.loss, classes)
+        constant = self._graph.constants(tensors, y, recipe, classes, mask)
+        state: dict[str, Array] = {n: np.array(v, order="C") for n, v in tensors.items()}  # steps write into it
+        for name in (*self._graph.states, *self._graph.squares):
+            state[name] = np.zeros_like(state[name.partition("::")[0]])
+        plans = self._plans(tensors, recipe, widths)
+        batches = Batches(data.samples, recipe, normalised=self.normalised)
+        waits = recipe.patience > 0 and self._can_validate(data)
+        patience = Patience(recipe.patience, keep=recipe.best_epoch) if waits else None
+        losses: list[float] = []
+        times: list[float] = []
+        squares: Tensors = {}
+        hits = seen = 0
+        for number, (_, rows) in enumerate(batches.rows(round, device, seed=seed), 1):
+            if stop is not None and stop():
+                raise TrainingStoppedError(f"training was stopped before step {number} of {batches.steps}")
+            at = time.monotonic()
+            parts = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
+            plan, fed = plans[0], {**constant, **state}
+            if recipe.mixup and not self.token_ids:
+                parts, share = mixed(parts, recipe.mixup, keyed(seed, round, device, "mixup", number))
+                fed |= {step_contract.Y_SHARE: share} if recipe.features.mixup else {}
+            if len(plans) > 1:
+                plan = plans[int(keyed(seed, round, device, "widths", number).integers(len(plans)))]
+            if plan != plans[0] and self.axes is not None:
+                fed = self.axes.narrowed(fed, plans[0], plan)
+            ends = number == batches.steps or number % batches.per_epoch == 0
+            wanted = self._graph.gradients if recipe.report_squares and ends else []
+            loss, right, moved, gradients = self._graph.advance(fed, parts, number, wanted)
+            if not math.isfinite(loss):
+                raise DivergedError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
+            if plan == plans[0] or self.axes is None:
+                # onnxruntime's outputs lie among the activations in its arena: if they stayed, those of the next step
+                # would have to fit round them, and the arena would grow.
+                for name in moved:
+                    np.copyto(state[name], moved[name])
+            else:
+                # Statistics of narrower layers are those of other sums: only steps at the own width measure them.
+                moved = {n: v for n, v in moved.items() if n not in self._graph.statistics}
+                self.axes.write_back(state, moved, plans[0], plan)
+            del moved
+            losses.append(loss)
+            if (number - 1) % batches.per_epoch == 0:
+                hits = seen = 0
+            hits, seen = hits + right, seen + sum(part.y.size for part in parts)
+            if gradients:
+                with np.errstate(over="ignore"):  # what is not finite is an error below
+                    squares = {n: np.square(np.asarray(g)) for n, g in zip(self.trainable, gradients, strict=True)}
+            times.append(time.monotonic() - at)
+            if progress is not None:
+                progress(number, batches.steps)
+            if patience is not None and ends:
+                reached = {n: state[n].copy() for n in tensors}
+                judged = self._validation_loss({**constant, **reached}, data, recipe, classes)
+                if judged is not None and patience.over(judged, reached, number, squares):
+                    break
+            if enough is not None and enough():
+                break
+        steps = len(losses)
+        if patience is not None and recipe.best_epoch and patience.steps:
+            state |= patience.tensors
+            steps, squares = patience.steps, patience.squares
+        result = {n: np.asarray(state[n], np.float32) for n in tensors}
+        for name, value in {**result, **{step_contract.squares(n): v for n, v in squares.items()}}.items():
+            if not np.isfinite(value).all():
+                raise DivergedError(f"tensor {name} is not finite after step {steps}", hint=_FAR)
+        tenth = max(1, len(losses) // 10)
+        return TrainingResult(
+            tensors=result,
+            steps=steps,
+            samples=data.samples,
+            loss_first=float(np.mean(losses[:tenth])),
+            loss_last=float(np.mean(losses[-tenth:])),
+            train_accuracy=hits / seen if self._graph.scores else None,
+            seconds=time.monotonic() - began,
+            step_seconds=float(np.median(times)),
+            squares={n.partition("::")[0]: state[n] for n in self._graph.squares},
+            last_squares=squares,
+        )
+
+    def calibrated(
+        self, tensors: Mapping[str, Array], data: LocalData, recipe: Recipe, *, seed: int, device: str
+    ) -> Tensors:
+        """Batch-norm statistics of the local training samples at these weights, which stay as they are.
+
+        It is one pass in training mode, in batches of what a step works on at once: every statistic becomes the mean
+        of what the batches say, as torch's BatchNorm has it with momentum=None. Layers' outputs aren't scaled.
+
+        Args:
+            tensors: All tensors; elements that are masked are 0.
+            data: Local samples.
+            recipe: What the graph was made for.
+            seed: The job's seed: with the device it decides which samples are in one batch.
+            device: The device's name.
+
+        Returns:
+            The tensors with new statistics; those that are frozen stay as they are.
+
+        Raises:
+            TrainingError: The graph fails on them.
+        """
+        names = self._graph.statistics
+        if not names:
+            return dict(tensors)
+        self.check(tensors)
+        order = keyed(seed, "calibration", device).permutation(data.samples)
+        batches = even_parts(order, recipe.micro_batch)
+        feeds = {n: np.asarray(v, order="C") for n, v in tensors.items() if n not in names}
+        feeds |= self._graph.masking(tensors, replace(recipe, scale=1.0, mask_threshold=0.0), None)
+        return dict(tensors) | measured(self._graph.run_forward, names, feeds, data.x_train, batches, tensors)
+
+    def loss(
+        self, tensors: Mapping[str, Array], data: LocalData, recipe: Recipe, classes: int, samples: int = 32
+    ) -> float:
+        """Data loss of the first training samples at these weights, which stay as they are, without masks and scaler.
+
+        Raises:
+            TrainingError: Weights or recipe don't fit the graph.
+            DataError: The labels don't fit the recipe's loss.
+        """
+        self.check(tensors)
+        y = targets(data.y_train, recipe.loss, classes)
+        feeds = self._graph.constants(tensors, y, replace(recipe, scale=1.0, mask_threshold=0.0), classes)
+        feeds |= {n: np.asarray(v, order="C") for n, v in tensors.items()}
+        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in (*self._graph.states, *self._graph.squares)}
+        rows = np.arange(min(samples, len(y)))
+        batches = Batches(data.samples, recipe, normalised=self.normalised)
+        parts = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
+        if self._graph.accumulates:
+            return self._graph.advance(feeds, parts, 1).loss
+        losses = [self._graph.advance(feeds, [part], 1).loss for part in parts]
+        return float(np.average(losses, weights=[weight_of(part.y, feeds) for part in parts]))
+
+    def _can_validate(self, data: LocalData) -> bool:
+        return len(data.y_val) > (1 if self.normalised else 0)  # statistics of a single sample are worthless
+
+    def _validation_loss(self, feeds: dict[str, Array], data: LocalData, recipe: Recipe, classes: int) -> float | None:
+        """Data loss of the validation samples, as a step sees it (batch norm takes their statistics), but unscaled.
+
+        None where all of them are of classes that the training samples lack, so that they weigh nothing.
+        """
+        y = targets(data.y_val, recipe.loss, classes)
+        feeds = dict(feeds)
+        if step_contract.OUTPUT_SCALE in feeds:
+            feeds[step_contract.OUTPUT_SCALE] = np.array(1, np.float32)
+        loss = total = 0.0
+        for rows in even_parts(np.arange(len(y)), recipe.micro_batch):
+            weight = weight_of(y[rows], feeds)
+            if not weight:
+                continue  # of classes that the training samples lack, which weigh nothing
+            own = {
+                step_contract.X: data.x_val[rows],
+                step_contract.Y: y[rows],
+                step_contract.DIVISOR: np.array(weight, np.float32),
+            }
+            own[step_contract.Y_PARTNER] = y[rows]
+            loss += weight * float(self._graph.run_forward({**feeds, **own}, [step_contract.LOSS])[step_contract.LOSS])
+            total += weight
+        if not math.isfinite(loss):
+            raise DivergedError("the validation loss is not finite", got=loss, hint=_FAR)
+        return loss / total if total else None
+
+    def _plans(self, tensors: Mapping[str, Array], recipe: Recipe, widths: Sequence[int]) -> list[tuple[int, ...]]:
+        """The widths at which steps train, the tensors' own first."""
+        if not recipe.ordered_dropout:
+            return [()]
+        try:
+            axes = self.axes or TensorAxes.from_json("{}")
+            plans = axes.plans(widths, recipe.ordered_dropout)
+            axes.check(tensors, plans[0])
+        except BundleError as error:
+            raise TrainingError(
+                f"ordered dropout: {error}", hint="The training graph must be made for this recipe."
+            ) from error
+        return plans

@@ -1,0 +1,1 @@
+"""Cards and drives that an image is written to."""

@@ -1,0 +1,96 @@
+"""Writing an image to a card, and reading it back."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from fedprune.core.disk import write_all
+from fedprune.core.errors import CardError
+
+_PIECE = 4 * 2**20
+_HEAD = 4096
+"""Bytes with the partition table, which are written last: a card that was pulled out half-written doesn't boot."""
+
+Progress = Callable[[int, int], None]
+
+
+def write_card(image: Path, card: Path, progress: Progress) -> str:
+    """Write an image to a card and read it back.
+
+    Args:
+        image: The image.
+        card: The card's device; nobody else may have it open.
+        progress: Is told how many bytes are written and read back, and how many that will be.
+
+    Returns:
+        sha256 of the image, which the card gave back.
+
+    Raises:
+        CardError: It can't be opened or written to, or gives back something else.
+    """
+    size = image.stat().st_size
+    try:
+        wanted = _write(image, card, size, progress)
+        found = _digest(card, size, progress)
+    except OSError as error:
+        hint = {
+            errno.EACCES: "Run it as a user who may write to drives, with sudo for example.",
+            errno.EPERM: "Run it as a user who may write to drives, with sudo for example.",
+            errno.EBUSY: "Another program uses it: unmount it first.",
+        }.get(error.errno or 0, "Look whether the card is still there, or take another one.")
+        raise CardError(f"can't write to {card}: {error.strerror}", hint=hint) from error
+    if found != wanted:
+        raise CardError(
+            f"{card} gives back something else than was written",
+            expected=f"sha256 {wanted[:12]}",
+            got=found[:12],
+            hint="Take another card: this one is broken, or smaller than it says.",
+        )
+    return wanted
+
+
+def _write(image: Path, card: Path, size: int, progress: Progress) -> str:
+    found = hashlib.sha256()
+    with image.open("rb") as source:
+        # Linux opens a block device that something uses exclusively for nobody else.
+        exclusive = os.O_EXCL if stat.S_ISBLK(card.stat().st_mode) else 0
+        descriptor = os.open(card, os.O_WRONLY | exclusive)
+        try:
+            head = source.read(_HEAD)
+            found.update(head)
+            write_all(descriptor, bytes(len(head)))
+            at = len(head)
+            while piece := source.read(_PIECE):
+                found.update(piece)
+                write_all(descriptor, piece, at)
+                at += len(piece)
+                progress(at, 2 * size)
+            os.fsync(descriptor)
+            write_all(descriptor, head)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return found.hexdigest()
+
+
+def _digest(card: Path, size: int, progress: Progress) -> str:
+    found = hashlib.sha256()
+    with card.open("rb", buffering=0) as file:
+        # Otherwise what was just written would come from memory.
+        with suppress(AttributeError, OSError):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        left = size
+        while left:
+            piece = file.read(min(_PIECE, left))
+            if not piece:
+                break
+            found.update(piece)
+            left -= len(piece)
+            progress(2 * size - left, 2 * size)
+    return found.hexdigest()

@@ -1,0 +1,1 @@
+"""A board's image, changed in place without mounting it."""

@@ -1,0 +1,136 @@
+"""What a board is to become at its first boot: name, user, SSH keys, wireless network."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+import struct
+from dataclasses import dataclass
+
+from fedprune.core.errors import ConfigError, shown
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
+_COUNTRY = re.compile(r"[A-Z]{2}")
+_KEY = re.compile(r"[0-9A-Fa-f]{64}")
+_PHRASE = re.compile(r"[\x20-\x7e]{8,63}")
+_COMMENT = re.compile(r"[\x20-\x7e]{0,200}")
+_KINDS = (
+    "ssh-ed25519",
+    "ssh-rsa",
+    "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384",
+    "ecdsa-sha2-nistp521",
+    "sk-ssh-ed25519@openssh.com",
+    "sk-ecdsa-sha2-nistp256@openssh.com",
+)
+_MAX_KEYS = 20
+_RESERVED = ("root", "fedprune")
+
+
+@dataclass(frozen=True)
+class Wifi:
+    """A wireless network.
+
+    Args:
+        ssid: Its name, of 1 to 32 bytes.
+        key: Its key: 64 hex digits. It opens this one network, as the passphrase would, but doesn't give that away.
+        country: Where it is, as ISO 3166 has it: without one the radio stays off.
+        hidden: Whether it doesn't announce itself.
+    """
+
+    ssid: str
+    key: str
+    country: str
+    hidden: bool = False
+
+    @classmethod
+    def of(cls, ssid: str, passphrase: str, country: str, *, hidden: bool = False) -> Wifi:
+        """A network of WPA2 or WPA3 with its passphrase, of 8 to 63 characters, or its key in 64 hex digits.
+
+        Raises:
+            ConfigError: A value is none; the passphrase is not repeated.
+        """
+        raw = ssid.encode("utf-8", "surrogatepass")
+        if not 1 <= len(raw) <= 32 or not ssid.isprintable():
+            raise ConfigError("name of the wireless network", expected="1 to 32 printable bytes", got=shown(ssid))
+        if not _COUNTRY.fullmatch(country):
+            raise ConfigError(
+                "--wifi-country, the country of the network", expected="two capital letters", got=shown(country)
+            )
+        if _KEY.fullmatch(passphrase):
+            return cls(ssid, passphrase.lower(), country, hidden)
+        if not _PHRASE.fullmatch(passphrase):
+            raise ConfigError(
+                "passphrase of the wireless network",
+                expected="8 to 63 printable ASCII characters",
+                got=f"{len(passphrase)} characters",
+            )
+        # IEEE 802.11i, annex H.4: what wpa_passphrase computes.
+        key = hashlib.pbkdf2_hmac("sha1", passphrase.encode("ascii"), raw, 4096, 32).hex()
+        return cls(ssid, key, country, hidden)
+
+
+@dataclass(frozen=True)
+class FirstBoot:
+    """What a board is to become.
+
+    Args:
+        hostname: Its name in the network.
+        user: The user who may log in, with sudo; None leaves the image's users as they are.
+        ssh_keys: Public keys with which they may; a user has at least one, and no password.
+        wifi: Its wireless network, if any.
+
+    Raises:
+        ConfigError: A value is none.
+    """
+
+    hostname: str
+    user: str | None = None
+    ssh_keys: tuple[str, ...] = ()
+    wifi: Wifi | None = None
+
+    def __post_init__(self) -> None:
+        if not _HOST_NAME.fullmatch(self.hostname):
+            raise ConfigError(
+                "host name",
+                expected="1 to 63 letters, digits and dashes",
+                got=shown(self.hostname),
+                hint="See --hostname.",
+            )
+        if bool(self.user) != bool(self.ssh_keys):
+            raise ConfigError("user and SSH key", expected="both or neither", got=self.user or "a key alone")
+        if self.user is not None and (not _USER.fullmatch(self.user) or self.user in _RESERVED):
+            raise ConfigError("user", expected="small letters, digits, _ and -", got=shown(self.user))
+
+
+def ssh_keys(text: str) -> tuple[str, ...]:
+    """The public keys of a file such as `~/.ssh/id_ed25519.pub` or `authorized_keys`.
+
+    Raises:
+        ConfigError: It holds none, or something else; a private key above all.
+    """
+    if "PRIVATE KEY" in text:
+        raise ConfigError("SSH key", expected="the public one, which ends with .pub", got="a private key")
+    lines = [line.strip() for line in text.splitlines()]
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not 1 <= len(keys) <= _MAX_KEYS:
+        raise ConfigError("SSH keys", expected=f"1 to {_MAX_KEYS}", got=len(keys))
+    for key in keys:
+        kind, _, rest = key.partition(" ")
+        body, _, comment = rest.partition(" ")
+        if kind not in _KINDS or not _is_key(kind, body) or not _COMMENT.fullmatch(comment):
+            raise ConfigError("SSH key", expected="a public key of OpenSSH without options", got=shown(key))
+    return keys
+
+
+def _is_key(kind: str, body: str) -> bool:
+    """Whether a key's body begins with its kind, as RFC 4253, 6.6, has it."""
+    try:
+        raw = base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError):
+        return False
+    name = kind.encode("ascii")
+    return len(raw) > 4 + len(name) and raw[: 4 + len(name)] == struct.pack(">I", len(name)) + name

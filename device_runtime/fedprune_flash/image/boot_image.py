@@ -1,0 +1,280 @@
+"""An image of Raspberry Pi OS with a kit: looked at, planned and written to, without root or a mount."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from fedprune.core.disk import storage_errors, sync_folder
+from fedprune.core.errors import ImageError, KitError, UsageError
+from fedprune_flash.image.board_setup import FirstBoot
+from fedprune_flash.image.ext4 import Ext4
+from fedprune_flash.image.fat import MAX_FILE, Fat
+from fedprune_flash.image.first_boot_files import KIT_FOLDER, first_boot_files
+from fedprune_flash.image.first_boot_scheme import CMDLINE, Scheme, recognise
+from fedprune_flash.image.partitions import Partitions, read_partitions
+from fedprune_flash.image.unpacking import Progress, packing, unpack
+from fedprune_flash.kit.kit import Kit
+from fedprune_flash.kit.plan import Step
+from fedprune_flash.on_board.kit_folder import MANIFEST
+
+_MOUNTS = ("/boot/firmware", "/boot")
+_MACHINES = {0xB7: "aarch64", 0x28: "armhf", 0x3E: "x86_64"}  # e_machine of ELF
+_PYTHONS = {"debian 12": "3.11", "debian 13": "3.13", "ubuntu 22.04": "3.10", "ubuntu 24.04": "3.12"}
+_TELLING = {
+    "user-data": ("hostname", "users", "runcmd", "bootcmd", "write_files", "packages", "chpasswd", "rpi_userconf"),
+    "network-config": ("wifis", "bridges", "bonds", "vlans", "addresses"),
+    "meta-data": (),
+}
+"""What of cloud-init's files is in no template (https://github.com/RPi-Distro/pi-gen, stage2/04-cloud-init/files)."""
+
+_MARGIN = 64
+"""Clusters on top of the files': folders, which grow."""
+
+
+@dataclass(frozen=True)
+class System:
+    """What an image's root file system says of itself; empty where it can't be read.
+
+    Attributes:
+        title: Its name and version.
+        python: The version of its Python.
+        architecture: What its programs run on.
+        mount: Where it mounts its boot partition.
+    """
+
+    title: str = ""
+    python: str = ""
+    architecture: str = ""
+    mount: str = _MOUNTS[0]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was found in an image."""
+
+    partitions: Partitions
+    system: System
+    scheme: Scheme
+    cmdline: str
+    size: int
+
+
+@contextmanager
+def opened_image(
+    source: Path, out: Path | None, progress: Progress | None = None, *, private: bool = False
+) -> Iterator[BinaryIO]:
+    """An image's bytes, unpacked: in a new file that takes its name at the end, or for reading alone.
+
+    Args:
+        source: The image.
+        out: The file that is to be; None for reading alone, for which a packed one is unpacked for as long.
+        progress: Is told how far unpacking is.
+        private: Whether only this user may read the new file, from its first byte on.
+
+    Raises:
+        ImageError: It is no image.
+        UsageError: `out` is there already.
+        StorageError: The disk fails.
+    """
+    if out is None:
+        if not packing(source):
+            with source.open("rb") as file:
+                yield file
+            return
+        with tempfile.TemporaryFile() as file:
+            unpack(source, file, progress)
+            yield file
+        return
+    if out.exists():
+        raise UsageError(f"{out} is there already", hint="Name another file, or remove it.")
+    packing(source)
+    partial = out.with_name(f".{out.name}.partial")
+    with storage_errors(f"can't write {out}"):
+        try:
+            partial.unlink(missing_ok=True)  # one that was left over may be open to others
+            partial.touch(mode=0o600 if private else 0o666, exist_ok=False)
+            with partial.open("r+b") as file:
+                unpack(source, file, progress)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(out)
+            sync_folder(out.parent)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def examine(file: BinaryIO, scheme: Scheme | None = None, name: str = "the image") -> Contents:
+    """Look at an image.
+
+    Args:
+        file: Its bytes.
+        scheme: How it takes settings, if somebody knows better.
+        name: What it is called in messages.
+
+    Raises:
+        ImageError: It has no partitions or no boot partition, or nothing tells how it takes settings.
+    """
+    size = file.seek(0, os.SEEK_END)
+    partitions = read_partitions(file, size, name)
+    fat = Fat(partitions.boot.region(file, "the boot partition"))
+    root = _root(file, partitions)
+    found = scheme or recognise(fat, lambda path: root is not None and root.exists(path))
+    if fat.find(CMDLINE) is None:
+        raise ImageError("the boot partition has no cmdline.txt", expected="that of a Raspberry Pi")
+    return Contents(partitions, _system(root), found, fat.read(CMDLINE).decode("utf-8", "replace").strip(), size)
+
+
+def check(contents: Contents, kit: Kit) -> None:
+    """Make sure that image and kit fit each other.
+
+    Raises:
+        KitError: The kit is for another Python or architecture than the image's.
+        ImageError: The image updates by two root partitions, and its scheme would make it boot for ever.
+    """
+    system, target = contents.system, kit.target
+    if target.jetson:
+        raise KitError(
+            f"a kit for a Jetson in an image of {system.title or 'a Raspberry Pi'}",
+            hint="Make the kit without --jetson; on a Jetson install from a stick or over SSH.",
+        )
+    for what, there, wanted, option in (
+        ("Python", system.python, target.python, "python"),
+        ("architecture", system.architecture, target.architecture, "architecture"),
+    ):
+        if there and there != wanted:
+            hint = f"Make the kit with --{option} {there}."
+            if there == "armhf":
+                hint = "There is no onnxruntime for a 32-bit system: take the 64-bit image."
+            raise KitError(
+                f"{what} of {system.title or 'the image'}", expected=f"{wanted}, as the kit's", got=there, hint=hint
+            )
+    if len(contents.partitions.roots) > 1 and contents.scheme in (Scheme.FIRSTRUN, Scheme.CUSTOM_TOML):
+        # https://docs.mender.io: firstrun.sh with run_success_action=reboot lets such an image reboot for ever.
+        raise ImageError(
+            "an image with two root partitions, for updates, can't take settings by a script at its first boot",
+            hint="Take an unchanged image of Raspberry Pi OS.",
+        )
+
+
+def customise(file: BinaryIO, contents: Contents, kit: Kit, wanted: FirstBoot, *, write: bool = True) -> list[Step]:
+    """Write a kit, and what starts it, to an image's boot partition.
+
+    Args:
+        file: The image's bytes.
+        contents: What was found in it.
+        kit: The kit.
+        wanted: What the board is to become.
+        write: Whether it is written; else only what would be is said.
+
+    Returns:
+        What is done, with its reverse.
+
+    Raises:
+        ImageError: No room on the boot partition, or settings of somebody else's on it.
+    """
+    fat = Fat(contents.partitions.boot.region(file, "the boot partition"))
+    files = first_boot_files(contents.scheme, wanted, contents.system.mount, contents.cmdline, unsigned=not kit.key)
+    steps = []
+    for name, content in files.items():
+        before = fat.find(name)
+        if before is not None and name != CMDLINE:
+            _check_template(name, fat.read(name))
+        undo = f"write {name} as it was" if before is not None else f"delete {name}"
+        steps.append(Step(f"write {name} ({len(content)} bytes)", undo))
+    if fat.find(KIT_FOLDER) is not None:
+        raise ImageError(f"there is a folder {KIT_FOLDER} on the boot partition", hint="Take an unchanged image.")
+    count = len(kit.files) + 1
+    steps.insert(
+        0, Step(f"write the kit to {KIT_FOLDER}/ ({count} files, {kit.bytes / 1e6:.1f} MB)", f"delete {KIT_FOLDER}/")
+    )
+    rows = [f.path for f in kit.files] + [MANIFEST]
+    needed = sum(fat.clusters_for((kit.folder / p).stat().st_size) for p in rows)
+    needed += sum(fat.clusters_for(len(content)) for content in files.values()) + _MARGIN
+    if needed * fat.cluster > fat.free:
+        raise ImageError(
+            "the kit doesn't fit the boot partition",
+            expected=f"{needed * fat.cluster / 1e6:.1f} MB free",
+            got=f"{fat.free / 1e6:.1f} MB",
+            hint="Images of Raspberry Pi OS 12 and newer have room; else bring the kit on a USB stick.",
+        )
+    if write:
+        for path in rows:
+            with (kit.folder / path).open("rb") as source:
+                fat.write(f"{KIT_FOLDER}/{path}", source, (kit.folder / path).stat().st_size)
+        for name, content in files.items():
+            fat.write(name, content)
+        fat.flush()
+        _verify(file, contents, kit, files)
+    return steps
+
+
+def _verify(file: BinaryIO, contents: Contents, kit: Kit, files: dict[str, bytes]) -> None:
+    """Read back what was written, from the disk: a board that doesn't come up is far away."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    fat = Fat(contents.partitions.boot.region(file, "the boot partition"))
+    wrong = [name for name, content in files.items() if fat.read(name) != content]
+    paths = [*(f.path for f in kit.files), MANIFEST]
+    wrong += [p for p in paths if fat.read(f"{KIT_FOLDER}/{p}", MAX_FILE) != (kit.folder / p).read_bytes()]
+    if wrong:
+        raise ImageError(f"{wrong[0]} reads back as something else than was written")
+
+
+def _check_template(name: str, content: bytes) -> None:
+    """Raspberry Pi OS brings templates, in which next to all is a comment; anything else is somebody's own."""
+    lines = [line.strip() for line in content.decode("utf-8", "replace").splitlines()]
+    own = [line for line in lines if line and not line.startswith("#")]
+    telling = _TELLING.get(name)
+    if telling is not None:
+        own = [line for line in own if line.partition(":")[0] in telling]
+    if own:
+        raise ImageError(
+            f"{name} on the boot partition says something already",
+            got=repr(own[0][:60]),
+            hint="Take an unchanged image.",
+        )
+
+
+def _root(file: BinaryIO, partitions: Partitions) -> Ext4 | None:
+    for partition in partitions.roots:
+        with suppress(ImageError):
+            return Ext4(partition.region(file, "the root partition"))
+    return None
+
+
+def _system(root: Ext4 | None) -> System:
+    if root is None:
+        return System()
+    release = dict(re.findall(r'^([A-Z_]+)="?([^"\n]*)"?$', _text(root, "/etc/os-release"), re.MULTILINE))
+    title = "".join(c for c in release.get("PRETTY_NAME", "") if c.isprintable())[:80]
+    python = _PYTHONS.get(f"{release.get('ID', '')} {release.get('VERSION_ID', '')}", "")
+    architecture = ""
+    with suppress(ImageError):
+        real = root.real("/usr/bin/python3")
+        if found := re.search(r"/python(3\.\d{1,2})$", real):
+            python = found[1]
+        head = root.read(real, 20)
+        if head[:4] == b"\x7fELF" and len(head) == 20:
+            architecture = _MACHINES.get(struct.unpack_from("<H", head, 18)[0], "")
+    table = [line.split() for line in _text(root, "/etc/fstab").splitlines() if not line.startswith("#")]
+    mounted = {row[1] for row in table if len(row) > 2 and row[2] in ("vfat", "msdos", "auto")}
+    mount = next((m for m in _MOUNTS if m in mounted), _MOUNTS[0])
+    return System(title, python, architecture, mount)
+
+
+def _text(root: Ext4, path: str) -> str:
+    try:
+        return root.read(path, 64 * 1024).decode("utf-8", "replace")
+    except ImageError:
+        return ""

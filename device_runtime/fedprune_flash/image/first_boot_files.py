@@ -1,0 +1,303 @@
+"""The files on a boot partition that make an image into a board, for every scheme.
+
+All of them end in `fedprune-install.sh`, which lies beside the kit's folder and starts the kit's installer. A power cut
+may come at any moment of a first boot, so that what starts it comes again at every boot until the kit is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+
+from fedprune_flash.image.board_setup import FirstBoot, Wifi
+from fedprune_flash.image.first_boot_scheme import CMDLINE, Scheme
+from fedprune_flash.on_board.installation import FIRST_BOOT
+
+KIT_FOLDER = "fedprune"
+STARTER = "fedprune-install.sh"
+SCRIPT = "fedprune-firstrun.sh"
+"""Not `firstrun.sh`, whose content and cmdline.txt the initramfs of Raspberry Pi OS 12 rewrites."""
+
+_GROUPS = "users,adm,dialout,audio,netdev,video,plugdev,games,input,gpio,spi,i2c,render,sudo"
+
+_STARTER = """\
+#!/bin/sh
+# Installs fedprune from the kit beside this file. What happens is told in /var/log/fedprune-install.log.
+cd "$(dirname "$0")/fedprune" && exec python3 install.pyz{options} "$@" >>/var/log/fedprune-install.log 2>&1
+"""
+
+_FIRSTRUN = """\
+#!/bin/sh
+# The first boot. What fails here must not keep the board from booting: each part stands for itself.
+set +e
+exec >>/var/log/fedprune-firstrun.log 2>&1
+boot=$(cd "$(dirname "$0")" && pwd)
+{parts}sh "$boot/fedprune-install.sh" --no-start
+sync
+# After a power cut no boot would end well whose cmdline.txt is empty, or names a script that is gone.
+sed -E 's/ ?systemd\\.(run|run_success_action|unit)=[^ ]*//g' "$boot/cmdline.txt" >"$boot/cmdline.new" &&
+    sync && mv "$boot/cmdline.new" "$boot/cmdline.txt" && sync && rm -f "$0"
+sync
+exit 0
+"""
+
+_INSTALLED = "/etc/systemd/system/multi-user.target.wants/fedprune.service"
+
+_UNIT = """\
+[Unit]
+Description=fedprune: install the kit on the boot partition
+ConditionPathExists=!{installed}
+RequiresMountsFor={mount}
+After=cloud-final.service
+[Service]
+Type=oneshot
+ExecStart=/bin/sh {mount}/{starter}
+"""
+
+# cloud-init writes down that `runcmd` and `write_files` were done before it does them, once for a board. `bootcmd` is
+# done at every boot, early on, so that the unit waits for the boot partition and for the end of cloud-init. It lies in
+# /run, and so leaves nothing behind.
+_EVERY_BOOT = """\
+[ -e {installed} ] || [ -L {removed} ] && exit 0
+mkdir -p {folder}
+cat >{unit} <<'FEDPRUNE'
+{text}FEDPRUNE
+systemctl daemon-reload
+systemctl --no-block start {name}
+"""
+
+_HOSTNAME = """\
+echo {name} >/etc/hostname
+sed -i 's/^127\\.0\\.1\\.1.*/127.0.1.1\\t{name}/' /etc/hosts
+"""
+
+_USER = """\
+first=$(getent passwd 1000 | cut -d: -f1)
+if [ -x /usr/lib/userconf-pi/userconf ]; then
+    /usr/lib/userconf-pi/userconf {name} '!'
+elif [ "$first" != {name} ]; then
+    usermod -l {name} "$first" && usermod -m -d /home/{name} {name} && groupmod -n {name} "$first"
+fi
+home=$(getent passwd {name} | cut -d: -f6)
+install -d -o {name} -g {name} -m 700 "$home/.ssh"
+printf '%s\\n' {keys} >"$home/.ssh/authorized_keys"
+chown {name}:{name} "$home/.ssh/authorized_keys"
+chmod 600 "$home/.ssh/authorized_keys"
+echo {name} 'ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/010_{name}-nopasswd
+chmod 440 /etc/sudoers.d/010_{name}-nopasswd
+echo 'PasswordAuthentication no' >/etc/ssh/sshd_config.d/10-fedprune.conf
+systemctl enable ssh
+"""
+
+_WIFI = """\
+umask 077
+if systemctl -q is-enabled NetworkManager; then
+    cat >/etc/NetworkManager/system-connections/fedprune.nmconnection <<'FEDPRUNE'
+[connection]
+id=fedprune
+type=wifi
+[wifi]
+mode=infrastructure
+ssid={numbers}
+hidden={hidden}
+[wifi-security]
+key-mgmt=wpa-psk
+psk={key}
+[ipv4]
+method=auto
+[ipv6]
+method=auto
+FEDPRUNE
+else
+    cat >/etc/wpa_supplicant/wpa_supplicant.conf <<'FEDPRUNE'
+country={country}
+ctrl_interface=DIR=/var/run/wpa_supplicant GROUP=netdev
+update_config=1
+network={{
+    scan_ssid={scan}
+    ssid={hex}
+    psk={key}
+}}
+FEDPRUNE
+fi
+umask 022
+raspi-config nonint do_wifi_country {country}
+rfkill unblock wifi
+for switch in /var/lib/systemd/rfkill/*:wlan; do echo 0 >"$switch"; done
+"""
+
+
+def first_boot_files(
+    scheme: Scheme, wanted: FirstBoot, mount: str, cmdline: str, *, unsigned: bool = False
+) -> dict[str, bytes]:
+    """All files to write beside the kit.
+
+    Args:
+        scheme: How the image takes settings.
+        wanted: What the board is to become.
+        mount: Where the image mounts its boot partition.
+        cmdline: What cmdline.txt says now.
+        unsigned: Whether the kit is installed though no server has signed it.
+
+    Returns:
+        Contents by name, cmdline.txt among them where it changes.
+    """
+    files = {STARTER: _STARTER.format(options=" --unsigned" if unsigned else "")}
+    words = cmdline.split()
+    if scheme is Scheme.CLOUD_INIT:
+        files |= _cloud_init(wanted, mount)
+        identity = hashlib.sha256("".join(files.values()).encode()).hexdigest()[:16]
+        files["meta-data"] = f"dsmode: local\ninstance-id: fedprune-{identity}\n"
+        words = [w for w in words if not w.startswith("ds=")] + [f"ds=nocloud;i=fedprune-{identity}"]
+    elif scheme is Scheme.PRESEED:
+        files["rpi-preseed.toml"] = _preseed(wanted, mount)
+    else:
+        parts = "" if scheme is Scheme.CUSTOM_TOML else _parts(wanted)
+        files[SCRIPT] = _FIRSTRUN.format(parts=parts)
+        if scheme is Scheme.CUSTOM_TOML:
+            files["custom.toml"] = _custom_toml(wanted)
+        words = [w for w in words if not w.startswith(("systemd.run", "systemd.unit="))]
+        words += [f"systemd.run={mount}/{SCRIPT}", "systemd.run_success_action=reboot"]
+        words.append("systemd.unit=kernel-command-line.target")
+    if scheme is not Scheme.PRESEED:
+        files[CMDLINE] = " ".join(words) + "\n"
+    return {name: text.encode() for name, text in files.items()}
+
+
+def _cloud_init(wanted: FirstBoot, mount: str) -> dict[str, str]:
+    body: dict[str, object] = {"hostname": wanted.hostname, "manage_etc_hosts": True}
+    commands: list[list[str]] = []
+    if wanted.user is not None:
+        body["users"] = [
+            {
+                "name": wanted.user,
+                "groups": _GROUPS,
+                "shell": "/bin/bash",
+                "lock_passwd": True,  # nosec B105  # a switch, no password
+                "sudo": "ALL=(ALL) NOPASSWD:ALL",
+                "ssh_authorized_keys": list(wanted.ssh_keys),
+            }
+        ]
+        body["ssh_pwauth"] = False
+        commands.insert(0, ["systemctl", "enable", "--now", "ssh"])
+    if wanted.wifi is not None:
+        commands.insert(0, ["rfkill", "unblock", "wifi"])
+    body["bootcmd"] = [["sh", "-c", _every_boot(mount)]]
+    if commands:
+        body["runcmd"] = commands
+    files = {"user-data": "#cloud-config\n" + _yaml(body)}
+    if wanted.wifi is not None:
+        files["network-config"] = _yaml({"network": _netplan(wanted.wifi)})
+    return files
+
+
+def _every_boot(mount: str) -> str:
+    text = _UNIT.format(installed=_INSTALLED, mount=mount, starter=STARTER)
+    unit = PurePosixPath(FIRST_BOOT)
+    removed = f"/etc/systemd/system/{unit.name}"
+    return _EVERY_BOOT.format(
+        installed=_INSTALLED, removed=removed, folder=unit.parent, unit=unit, name=unit.name, text=text
+    )
+
+
+def _netplan(wifi: Wifi) -> dict[str, object]:
+    point: dict[str, object] = {"password": wifi.key}
+    if wifi.hidden:
+        point["hidden"] = True
+    wireless = {"dhcp4": True, "optional": True, "regulatory-domain": wifi.country, "access-points": {wifi.ssid: point}}
+    return {
+        "version": 2,
+        "ethernets": {"eth0": {"dhcp4": True, "optional": True}},
+        "wifis": {"wlan0": wireless},
+    }
+
+
+def _preseed(wanted: FirstBoot, mount: str) -> str:
+    tables: dict[str, dict[str, object]] = {"system": {"hostname": wanted.hostname}}
+    if wanted.user is not None:
+        tables["user"] = {"name": wanted.user, "passwordless_sudo": True}
+        tables["ssh"] = {"enabled": True, "password_authentication": False, "authorized_keys": list(wanted.ssh_keys)}  # nosec B105  # a switch, no password
+    if wanted.wifi is not None:
+        tables["wlan"] = {**_wlan(wanted.wifi), "key_mgmt": "wpa-psk"}
+    # The installer needs neither network nor time.
+    tables["runcmd"] = {"late": [f"sh {mount}/{STARTER}"], "late_require_time_sync": False}
+    return 'config_version = "1.1"\n' + _toml(tables)
+
+
+def _custom_toml(wanted: FirstBoot) -> str:
+    tables: dict[str, dict[str, object]] = {"system": {"hostname": wanted.hostname}}
+    if wanted.user is not None:
+        tables["user"] = {"name": wanted.user}
+        tables["ssh"] = {"enabled": True, "password_authentication": False, "authorized_keys": list(wanted.ssh_keys)}  # nosec B105  # a switch, no password
+    if wanted.wifi is not None:
+        tables["wlan"] = _wlan(wanted.wifi)
+    return "config_version = 1\n" + _toml(tables)
+
+
+def _wlan(wifi: Wifi) -> dict[str, object]:
+    return {
+        "ssid": wifi.ssid,
+        "password": wifi.key,
+        "password_encrypted": True,  # nosec B105  # a switch, no password
+        "hidden": wifi.hidden,
+        "country": wifi.country,
+    }
+
+
+def _parts(wanted: FirstBoot) -> str:
+    parts = _HOSTNAME.format(name=wanted.hostname)
+    if wanted.user is not None:
+        parts += _USER.format(name=wanted.user, keys=" ".join(shlex.quote(k) for k in wanted.ssh_keys))
+    if wanted.wifi is not None:
+        wifi, raw = wanted.wifi, wanted.wifi.ssid.encode()
+        parts += _WIFI.format(
+            numbers="".join(f"{byte};" for byte in raw),  # whatever characters it has
+            hex=raw.hex(),
+            key=wifi.key,
+            country=wifi.country,
+            hidden=str(wifi.hidden).lower(),
+            scan=int(wifi.hidden),
+        )
+    return parts
+
+
+def _yaml(value: Mapping[str, object]) -> str:
+    """YAML in blocks, whose scalars are JSON's."""
+    return "".join(_yaml_lines(value, 0))
+
+
+def _yaml_lines(value: object, depth: int) -> list[str]:
+    space = "  " * depth
+    lines = []
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            name = key if str(key).replace("-", "").replace("_", "").isalnum() and str(key).isascii() else ""
+            head = f"{space}{name if name and name[0].isalpha() else _scalar(key)}:"
+            if isinstance(item, Mapping) or (isinstance(item, list) and item and isinstance(item[0], Mapping)):
+                lines += [f"{head}\n", *_yaml_lines(item, depth + 1)]
+            elif isinstance(item, list):
+                lines += [f"{head}\n", *(f"{space}- {_scalar(i)}\n" for i in item)]
+            else:
+                lines.append(f"{head} {_scalar(item)}\n")
+    elif isinstance(value, list):
+        for item in value:
+            first, *rest = _yaml_lines(item, depth + 1)
+            lines += [f"{space}- {first.lstrip()}", *rest]
+    return lines
+
+
+def _scalar(value: object) -> str:
+    """JSON, which YAML takes as it is, but for JSON's pairs of escapes: characters beyond ASCII stay themselves."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _toml(tables: Mapping[str, Mapping[str, object]]) -> str:
+    """TOML, whose strings, truths and lists of strings are JSON's; characters beyond ASCII stay themselves."""
+    blocks = []
+    for name, table in tables.items():
+        rows = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in table.items())
+        blocks.append(f"\n[{name}]\n{rows}")
+    return "".join(blocks)

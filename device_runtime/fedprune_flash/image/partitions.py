@@ -1,0 +1,100 @@
+"""The partition table of an image: the four entries of a master boot record.
+
+Layout: https://wiki.osdev.org/MBR_(x86). A Raspberry Pi boots from the first FAT partition, and its root file system is
+an ext4 one. Offsets are read, never assumed.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from fedprune.core.errors import ImageError
+from fedprune_flash.image.region import Region
+
+SECTOR = 512
+FAT_TYPES = frozenset({0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E})
+LINUX = 0x83
+_GPT = 0xEE
+_ENTRIES = 446
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition: its number from 1, its type, where it starts and how long it is, in bytes."""
+
+    number: int
+    kind: int
+    start: int
+    size: int
+
+    def region(self, file: BinaryIO, what: str) -> Region:
+        """Its bytes in the image."""
+        return Region(file, self.start, self.size, f"{what} (partition {self.number})")
+
+
+@dataclass(frozen=True)
+class Partitions:
+    """What an image of a board's card has.
+
+    Attributes:
+        boot: The FAT partition from which the board boots.
+        roots: Its Linux partitions; more than one where updates alternate between two.
+    """
+
+    boot: Partition
+    roots: tuple[Partition, ...]
+
+
+def read_partitions(file: BinaryIO, size: int, name: str = "the image") -> Partitions:
+    """Read an image's table.
+
+    Args:
+        file: The image.
+        size: Its size in bytes.
+        name: What it is called in messages.
+
+    Raises:
+        ImageError: It has none, a GPT instead, partitions beyond its end or over each other, or none to boot from.
+    """
+    file.seek(0)
+    head = file.read(2 * SECTOR)
+    if len(head) < 2 * SECTOR or head[510:512] != b"\x55\xaa":
+        raise ImageError(f"{name} has no partition table", expected="a master boot record")
+    found = []
+    for number in range(1, 5):
+        entry = head[_ENTRIES + 16 * (number - 1) :][:16]
+        kind = entry[4]
+        start, sectors = struct.unpack_from("<II", entry, 8)
+        if kind == _GPT or head[SECTOR : SECTOR + 8] == b"EFI PART":
+            raise ImageError(
+                f"{name} has a GUID partition table",
+                expected="a master boot record, as images of Raspberry Pi OS have",
+                hint="That is an image for another kind of board. On a Jetson use a kit.",
+            )
+        if kind and sectors:
+            found.append(Partition(number, kind, start * SECTOR, sectors * SECTOR))
+    _check(found, size)
+    boot = next((p for p in found if p.kind in FAT_TYPES), None)
+    if boot is None:
+        kinds = ", ".join(f"{p.kind:#04x}" for p in found) or "none"
+        raise ImageError(
+            "the image has no boot partition", expected="a FAT partition", got=f"partitions of type {kinds}"
+        )
+    return Partitions(boot, tuple(p for p in found if p.kind == LINUX))
+
+
+def _check(found: list[Partition], size: int) -> None:
+    end = SECTOR
+    for partition in sorted(found, key=lambda p: p.start):
+        if partition.start < end:
+            raise ImageError(f"partition {partition.number} lies over another one or the table")
+        end = partition.start + partition.size
+        if end > size:
+            raise ImageError(
+                f"partition {partition.number} ends beyond the image: it is cut short",
+                expected=f"{end} bytes",
+                got=size,
+                hint="Fetch the image again.",
+            )

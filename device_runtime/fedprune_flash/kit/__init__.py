@@ -1,0 +1,1 @@
+"""The kit that installs the runtime: wheels, settings, services."""

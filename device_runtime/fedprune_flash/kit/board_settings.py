@@ -1,0 +1,187 @@
+"""What a board is told about itself: server, site, name, data, and the authority that it trusts.
+
+It lies on a memory card that anybody may read, so that nothing in it is worth stealing: no password and no key. A
+claim, which is good for one enrolment, is a file of its own, and the installer deletes it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from fedprune.core.errors import ConfigError, ProtocolError, shown
+from fedprune.core.validation import known
+from fedprune.security.tls import insecure_allowed
+from fedprune.wire.topics import check_device, check_name
+from fedprune.wire.validation import whole
+from fedprune_device.releases.unit import HIDDEN
+
+SAMPLES = "/srv/fedprune/samples.npz"
+"""Where a board's samples are looked for unless told otherwise."""
+
+MAX_CLAIM = 4096
+MAX_AUTHORITIES = 256 * 1024
+
+_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
+_PATH = re.compile(r"/[A-Za-z0-9_.@/-]{1,200}")
+_FUNCTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,150}:[A-Za-z_][A-Za-z0-9_]{0,60}")
+_CLAIM = re.compile(r"[\x21-\x7e](?:[\x20-\x7e\n]*[\x21-\x7e])?\n?")
+_PRIVATE = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
+
+
+@dataclass(frozen=True)
+class BoardFile:
+    """What a board is told.
+
+    Args:
+        server: `mqtts://host[:port]`, without user and password; `mqtt://` on this machine alone, for trials.
+        device: The board's name, unique in its site.
+        site: The fleet's site.
+        data: Its samples: an absolute path on the board, or `package.module:function`.
+        authority: Whether the kit brings certificates of others who vouch for the broker.
+        join: Where to ask to be let in, if not at the broker's host, port 8884.
+
+    Raises:
+        ConfigError: A value is not one; the message names it.
+    """
+
+    server: str
+    device: str
+    site: str = "default"
+    data: str = SAMPLES
+    authority: bool = False
+    join: str = ""
+
+    def __post_init__(self) -> None:
+        _check_server("server", self.server)
+        if self.join != "":
+            _check_server("join", self.join)
+        try:
+            check_device(self.device)
+            check_name(self.site, "site")
+        except ProtocolError as error:
+            raise ConfigError(error.what, expected=error.expected, got=error.got) from error
+        if not isinstance(self.data, str) or not (_is_path(self.data) or _FUNCTION.fullmatch(self.data)):
+            raise ConfigError(
+                "data of the board", expected="an absolute path or package.module:function", got=shown(self.data)
+            )
+        if hidden := _hidden(self.data):
+            raise ConfigError(
+                "data of the board",
+                expected="a path that its service sees",
+                got=f"one in {hidden}, which is hidden from it",
+                hint=f"Take another one, such as {SAMPLES}.",
+            )
+        if not isinstance(self.authority, bool):
+            raise ConfigError("authority", expected="true or false", got=shown(self.authority))
+        if self.authority and not self.server.startswith("mqtts://"):
+            raise ConfigError("a certificate for a server without TLS", expected="mqtts://", got=shown(self.server))
+
+    def to_json(self) -> str:
+        """As the kit holds it."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, body: dict[str, Any]) -> BoardFile:
+        """From what JSON gave.
+
+        Raises:
+            ConfigError: It is none; the message names the key.
+        """
+        try:
+            return cls(**known(cls, body, "board.json"))
+        except TypeError as error:
+            raise ConfigError("board.json", expected="server and device", got=", ".join(sorted(body))) from error
+
+
+def checked_claim(text: str) -> str:
+    """The text of a one-time claim.
+
+    Raises:
+        ConfigError: It is empty, too long or no printable text, or a private key, which has no place on a card.
+    """
+    if _PRIVATE.search(text):
+        raise ConfigError(
+            "claim", expected="a one-time claim", got="a private key", hint="Keys are made on the board and stay there."
+        )
+    if len(text) > MAX_CLAIM or not _CLAIM.fullmatch(text):
+        raise ConfigError("claim", expected=f"at most {MAX_CLAIM} printable ASCII characters", got=shown(text[:80]))
+    return text
+
+
+def checked_authorities(raw: bytes, pin: str | None = None) -> bytes:
+    """Certificates of authorities in PEM form.
+
+    Args:
+        raw: The file.
+        pin: sha256 of one of the certificates (DER) as hex, with or without colons, which must be among them.
+
+    Returns:
+        The certificates alone, as PEM.
+
+    Raises:
+        ConfigError: It holds none, or something secret, or not the one that was pinned.
+    """
+    if len(raw) > MAX_AUTHORITIES:
+        raise ConfigError("certificate file", expected=f"at most {MAX_AUTHORITIES} bytes", got=len(raw))
+    if _PRIVATE.search(raw.decode("ascii", "replace")):
+        raise ConfigError("certificate file", expected="certificates alone", got="a private key among them")
+    try:
+        found = x509.load_pem_x509_certificates(raw)
+    except ValueError as error:
+        raise ConfigError("certificate file", expected="certificates in PEM form", got=shown(raw[:40])) from error
+    if pin is not None:
+        wanted = pin.replace(":", "").lower()
+        prints = [c.fingerprint(SHA256()).hex() for c in found]
+        if wanted not in prints:
+            raise ConfigError("sha256 of the certificate", expected=wanted, got=", ".join(prints))
+    return b"".join(c.public_bytes(Encoding.PEM) for c in found)
+
+
+def _check_server(name: str, value: object) -> None:
+    expected = "mqtts://host[:port]"
+    if not isinstance(value, str):
+        raise ConfigError(name, expected=expected, got=shown(value))
+    try:
+        parts = urlsplit(value)
+    except ValueError as error:
+        raise ConfigError(name, expected=expected, got=shown(value)) from error
+    if "@" in parts.netloc:
+        raise ConfigError(
+            name,
+            expected=f"{expected}, without user and password",
+            got="a user",  # whose password is not repeated
+            hint="A card can be read by anybody, and a board needs none: it has a certificate once it has joined.",
+        )
+    host, port = parts.netloc, ""
+    if found := re.fullmatch(r"(.*):(\d{1,5})", host):
+        host, port = found[1], found[2]
+    fits = (
+        parts.scheme in ("mqtt", "mqtts") and _HOST.fullmatch(host) and not (parts.path + parts.query + parts.fragment)
+    )
+    if not fits:
+        raise ConfigError(name, expected=expected, got=shown(value))
+    if parts.scheme == "mqtt":
+        insecure_allowed(host)
+    if port:
+        try:
+            whole(1, 65_535)("port", int(port))
+        except ProtocolError as error:
+            raise ConfigError(f"port of {name}", expected=error.expected, got=error.got) from error
+
+
+def _hidden(data: str) -> str:
+    """Which folder that the service doesn't see has this path; empty if none has."""
+    parts = tuple(part for part in data.split("/") if part not in ("", ".")) if data.startswith("/") else ()
+    return next((f for f in HIDDEN if parts[: f.count("/")] == tuple(f.split("/")[1:])), "")
+
+
+def _is_path(text: str) -> bool:
+    return bool(_PATH.fullmatch(text)) and ".." not in text.split("/")

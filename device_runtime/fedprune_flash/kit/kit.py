@@ -1,0 +1,428 @@
+"""A kit: a folder with everything that a board needs, for a USB stick, a card's boot partition or a copy over SSH.
+
+install.pyz       the installer, which needs nothing but Python
+kit.json          what the kit is for, sha256 and size of every file, and the server's signature on all of that
+board.json        what the board is told
+device.env        the same as the service's environment
+fedprune.service  the systemd unit
+launcher.pyz      what starts the runtime of a slot
+ca.pem            others who vouch for the broker, if any
+claim.txt         a one-time claim, if any; the installer deletes it
+wheelhouse/       fedprune, and all that it needs on that board
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedprune import __version__
+from fedprune.core.disk import file_digest, storage_errors
+from fedprune.core.errors import (
+    ConfigError,
+    IdentityError,
+    KitError,
+    ProtocolError,
+    SignatureError,
+    UsageError,
+    remedy,
+    shown,
+)
+from fedprune.security.keys import SigningKey, VerifyingKey
+from fedprune.security.succession import Succession, follow, read_successions
+from fedprune.wire import validation
+from fedprune_device.launcher.slot_store import PURPOSE
+from fedprune_device.launcher.wheel import Wheel, contents_digest
+from fedprune_device.releases.installer import write_launcher
+from fedprune_flash.kit import service_files, wheelhouse
+from fedprune_flash.kit.board_settings import BoardFile, checked_authorities, checked_claim
+from fedprune_flash.kit.installer_archive import INSTALLER, installer_archive
+from fedprune_flash.kit.target import Target
+from fedprune_flash.on_board.kit_folder import (
+    AUTHORITY,
+    CLAIM,
+    ENVIRONMENT,
+    LAUNCHER,
+    MANIFEST,
+    SAFE_PATH,
+    SERVICE,
+    WHEELS,
+    signed_text,
+)
+from fedprune_flash.on_board.runtime_slot import ENTRY, NUMBER
+
+BOARD = "board.json"
+
+MAX_BYTES = 2**31
+"""What a kit may have altogether; a boot partition holds less."""
+
+_MAX_FILES = 500
+_MAX_MANIFEST = 2**20
+_VERSION = 4
+
+
+@dataclass(frozen=True)
+class Signer:
+    """A server's signing key, and how it replaced earlier ones: boards that know one of those follow it.
+
+    Attributes:
+        key: The key.
+        site: The fleet's name.
+        successions: The oldest first.
+    """
+
+    key: SigningKey
+    site: str = ""
+    successions: tuple[Succession, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> Signer:
+        """Read a signing key, and the successions beside it if it lies in its server's identity folder.
+
+        Raises:
+            IdentityError: A file is damaged, or the key is not the one that the successions end in.
+            StorageError: A file can't be read.
+        """
+        key, site = SigningKey.load(path), path.parent / "site"
+        if not site.exists():
+            return cls(key)
+        with storage_errors(f"can't read {site}"):
+            name = site.read_text("utf-8", "replace").strip()
+        successions = read_successions(path.parent, name)
+        if successions and successions[-1].after != key.verifying:
+            raise IdentityError(
+                f"{path} is not the key that the successions beside it end in",
+                expected=successions[-1].after.fingerprint,
+                got=key.verifying.fingerprint,
+                hint="`fedprune-server check` says what is wrong with that folder.",
+            )
+        return cls(key, name if successions else "", successions)
+
+    def check(self, kit: Kit) -> None:
+        """Make sure that this key, or one that it replaced, signed a kit.
+
+        Raises:
+            KitError: Another key did, or none.
+        """
+        signed = None if not kit.key else VerifyingKey.from_hex(kit.key)
+        if signed is None or follow(self.site, signed, self.successions) != self.key.verifying:
+            raise KitError(
+                f"{kit.folder} is not signed by this server",
+                expected=f"key {self.key.verifying.fingerprint}",
+                got=f"key {signed.fingerprint}" if signed else "no signature",
+                hint="Make the kit with the --signing-key of this server.",
+            )
+
+
+@dataclass(frozen=True)
+class KitFile:
+    """A file of a kit: its path in it, its size in bytes and its sha256 as hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A kit that was read and whose files were checked.
+
+    Attributes:
+        folder: Where it is.
+        target: The board that it is for.
+        board: What the board is told.
+        files: All files but the manifest, sorted by path; the claim only while it is there.
+        fedprune: The version in it.
+        digest: sha256 of the manifest.
+        key: The key that signed it, as hex; empty for a kit that is not signed.
+        contents: The digest of what its wheels unpack to.
+    """
+
+    folder: Path
+    target: Target
+    board: BoardFile
+    files: tuple[KitFile, ...]
+    fedprune: str
+    digest: str
+    key: str
+    contents: str
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files, the manifest included."""
+        return sum(f.bytes for f in self.files) + (self.folder / MANIFEST).stat().st_size
+
+    @property
+    def claimed(self) -> bool:
+        """Whether a claim is in it."""
+        return any(f.path == CLAIM for f in self.files)
+
+
+def build_kit(
+    out: Path,
+    board: BoardFile,
+    target: Target,
+    *,
+    wheel: Path | None = None,
+    links: Sequence[Path] = (),
+    authorities: bytes | None = None,
+    pin: str | None = None,
+    claim: str | None = None,
+    signer: Signer | None = None,
+) -> Kit:
+    """Make a kit; the folder appears only when it is whole. One with a claim is for this user alone.
+
+    Args:
+        out: The folder, which is made.
+        board: What the board is told.
+        target: The board that it is for.
+        wheel: fedprune's own wheel; built from the checkout by default.
+        links: Folders with wheels, instead of a network.
+        authorities: Certificates in PEM form, if `board.authority`.
+        pin: sha256 of one of them, as hex.
+        claim: A one-time claim.
+        signer: The server's key, which signs it; without one the kit is not signed.
+
+    Raises:
+        UsageError: The folder is there already.
+        ConfigError: Certificates or claim are none.
+        KitError: The wheels can't be had, or don't suit the target.
+        StorageError: The disk fails.
+    """
+    if out.exists():
+        raise UsageError(f"{out} is there already", hint="Name a folder that isn't, or remove it.")
+    if board.authority != (authorities is not None):
+        raise ConfigError("certificates of authorities", expected="given exactly if the board is told so")
+    if pin is not None and authorities is None:
+        raise ConfigError("sha256 of a certificate without the certificate", hint="Name its file with --ca.")
+    with storage_errors(f"can't write {out}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            new = Path(folder) / "kit"
+            wheels = new / WHEELS
+            new.mkdir(mode=0o777 if claim is None else 0o700)
+            wheels.mkdir()
+            own = wheelhouse.build_wheel(Path(folder)) if wheel is None else _given(wheel)
+            wheelhouse.fetch(own, target, wheels, links)
+            if not (wheels / own.name).exists():
+                shutil.copyfile(own, wheels / own.name)
+            wheelhouse.check(sorted(wheels.iterdir()), target)
+            (new / INSTALLER).write_bytes(installer_archive())
+            write_launcher(new / LAUNCHER)
+            for name, text in _told(board, target).items():
+                (new / name).write_text(text, encoding="utf-8")
+            if authorities is not None:
+                (new / AUTHORITY).write_bytes(checked_authorities(authorities, pin))
+            if claim is not None:
+                (new / CLAIM).touch(mode=0o600)  # before anything is in it
+                (new / CLAIM).write_text(checked_claim(claim), encoding="ascii")
+            contents = contents_digest(Wheel(path, path.name) for path in sorted(wheels.iterdir()))
+            (new / MANIFEST).write_text(_manifest(new, target, board, contents, signer), encoding="utf-8")
+            new.rename(out)
+    return open_kit(out)
+
+
+def told_files(kit: Kit, board: BoardFile, claim: str | None, signer: Signer | None = None) -> dict[str, bytes]:
+    """What a kit for another board of the same kind has in place of this one's: all but wheels and programs.
+
+    Args:
+        kit: The kit.
+        board: What the other board is told.
+        claim: Its claim, if it gets one.
+        signer: The server's key, which signs it.
+
+    Returns:
+        Contents by path, the manifest among them.
+
+    Raises:
+        ConfigError: The board is to trust authorities that the kit doesn't bring, or the claim is none.
+    """
+    if board.authority != kit.board.authority:
+        raise ConfigError("certificates of authorities", expected=f"as in {kit.folder}: {kit.board.authority}")
+    made = {name: text.encode() for name, text in _told(board, kit.target).items()}
+    if claim is not None:
+        made[CLAIM] = checked_claim(claim).encode("ascii")
+    rows = {f.path: asdict(f) for f in kit.files if f.path != CLAIM}
+    for name, data in made.items():
+        rows[name] = {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {**made, MANIFEST: _manifest_text(rows, kit.target, board, kit.contents, signer, kit.fedprune).encode()}
+
+
+def _told(board: BoardFile, target: Target) -> dict[str, str]:
+    return {
+        BOARD: board.to_json(),
+        ENVIRONMENT: service_files.environment(board),
+        SERVICE: service_files.unit(board, target),
+    }
+
+
+def open_kit(folder: Path, *, unsigned: bool = True) -> Kit:
+    """Read a kit and check its signature, if it has one, and every file of it.
+
+    Args:
+        folder: The kit.
+        unsigned: Whether one that is not signed will do.
+
+    Raises:
+        KitError: It is none, a file is missing, damaged or one too many, or it should be signed.
+    """
+    raw = _read(folder / MANIFEST, _MAX_MANIFEST)
+    try:
+        body = json.loads(raw)
+        if not isinstance(body, dict) or body.get("version") != _VERSION:
+            raise KitError(f"{folder / MANIFEST}", expected=f"a kit of version {_VERSION}", got=shown(body))
+        target = Target(body.get("python", ""), body.get("architecture", ""), body.get("jetson") is True)
+        files = tuple(_row(row) for row in _rows(body))
+        key, contents = _signer(body), validation.digest("contents", body.get("contents"))
+        claim = body.get("claim")
+        if claim is not None:
+            files += (_row(claim),) if (folder / CLAIM).exists() else ()
+    except (ValueError, RecursionError) as error:
+        raise KitError(f"{folder / MANIFEST} is not JSON") from error
+    except (ConfigError, ProtocolError) as error:
+        raise KitError(f"{folder / MANIFEST}: {error}") from error
+    if not key and not unsigned:
+        raise KitError(f"{folder} is not signed", hint="Make it with --signing-key, or take it with --unsigned.")
+    if sum(f.bytes for f in files) > MAX_BYTES:
+        raise KitError(f"{folder}", expected=f"at most {MAX_BYTES} bytes", got=sum(f.bytes for f in files))
+    _check_files(folder, files)
+    try:
+        told = json.loads(_read(folder / BOARD, _MAX_MANIFEST))
+        board = BoardFile.from_dict(told if isinstance(told, dict) else {})
+    except (ValueError, ConfigError) as error:
+        raise KitError(f"{folder / BOARD}: {error}") from error
+    return Kit(
+        folder,
+        target,
+        board,
+        tuple(sorted(files, key=lambda f: f.path)),
+        str(body.get("fedprune", ""))[:40],
+        hashlib.sha256(raw).hexdigest(),
+        key,
+        contents,
+    )
+
+
+def _check_files(folder: Path, files: Sequence[KitFile]) -> None:
+    for file in files:
+        path = folder / file.path
+        try:
+            size, found = path.stat().st_size, ""
+            if size == file.bytes and path.is_file() and not path.is_symlink():
+                found = file_digest(path)
+        except OSError as error:
+            raise KitError(f"can't read {path}: {error.strerror}", hint="Make the kit again.") from error
+        if found != file.sha256:
+            raise KitError(
+                f"{path} is damaged",
+                expected=f"{file.bytes} bytes, sha256 {file.sha256[:12]}",
+                got=f"{size} bytes, sha256 {found[:12] or 'not looked at'}",
+                hint="Copy or make the kit again.",
+            )
+    listed = {f.path for f in files} | {MANIFEST}
+    extra = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir())
+    for name in extra:
+        if name not in listed:
+            raise KitError(f"{folder / name} is not part of the kit", hint="Remove it, or make the kit again.")
+
+
+def _signer(body: dict[str, Any]) -> str:
+    """The key that signed a manifest, as hex; empty if none did.
+
+    Raises:
+        ProtocolError: The signature is not that of the key that is named.
+    """
+    if body.get("key") is None and not body.get("signature"):
+        return ""
+    key, signature = VerifyingKey.from_hex(body.get("key"), "key"), str(body.get("signature"))
+    try:
+        key.verify(bytes.fromhex(signature), PURPOSE + signed_text(body).encode())
+    except (SignatureError, ValueError) as error:
+        raise ProtocolError("signature", expected=f"that of key {key.fingerprint}", got="another") from error
+    return key.hex
+
+
+def _manifest(folder: Path, target: Target, board: BoardFile, contents: str, signer: Signer | None) -> str:
+    rows = {
+        str(p.relative_to(folder)): {
+            "path": str(p.relative_to(folder)),
+            "bytes": p.stat().st_size,
+            "sha256": file_digest(p),
+        }
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+    return _manifest_text(rows, target, board, contents, signer)
+
+
+def _manifest_text(
+    rows: dict[str, dict[str, Any]],
+    target: Target,
+    board: BoardFile,
+    contents: str,
+    signer: Signer | None,
+    version: str = __version__,
+) -> str:
+    claim = rows.pop(CLAIM, None)
+    body: dict[str, Any] = {
+        "version": _VERSION,
+        "fedprune": version,
+        "python": target.python,
+        "architecture": target.architecture,
+        "jetson": target.jetson,
+        "data": board.data,
+        "imports": dict(target.imports),
+        "claim": claim,
+        "files": [rows[path] for path in sorted(rows)],
+        "number": NUMBER,
+        "entry": ENTRY,
+        "contents": contents,
+        "key": None if signer is None else signer.key.verifying.hex,
+        "site": "" if signer is None else signer.site,
+        "successions": [] if signer is None else [s.hex for s in signer.successions],
+    }
+    if signer is not None:
+        body["signature"] = signer.key.sign(PURPOSE + signed_text(body).encode()).hex()
+    return json.dumps(body, indent=1, sort_keys=True) + "\n"
+
+
+def _rows(body: dict[str, Any]) -> list[Any]:
+    rows = body.get("files")
+    if not isinstance(rows, list) or not 0 < len(rows) <= _MAX_FILES:
+        raise ProtocolError("files", expected=f"1 to {_MAX_FILES} files", got=shown(rows))
+    return rows
+
+
+def _row(row: object) -> KitFile:
+    if not isinstance(row, dict) or set(row) != {"path", "bytes", "sha256"}:
+        raise ProtocolError("a file", expected="path, bytes and sha256", got=shown(row))
+    path = row["path"]
+    if not isinstance(path, str) or not SAFE_PATH.fullmatch(path) or ".." in path.split("/"):
+        raise ProtocolError("path of a file", expected="a path inside the kit", got=shown(path))
+    return KitFile(path, validation.whole(0, MAX_BYTES)(path, row["bytes"]), validation.digest(path, row["sha256"]))
+
+
+def _given(wheel: Path) -> Path:
+    if not wheel.is_file():
+        raise KitError(f"there is no wheel {wheel}", hint="`python -m build --wheel` makes one in dist/.")
+    return wheel.resolve()
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise KitError(
+            f"can't read {path}: {error.strerror}",
+            hint=remedy(error) or "Name a folder that `fedprune-flash kit` made.",
+        ) from error
+    if len(raw) > limit:
+        raise KitError(f"{path}", expected=f"at most {limit} bytes", got="more")
+    return raw

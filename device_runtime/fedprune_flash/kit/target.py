@@ -1,0 +1,85 @@
+"""What a kit is for: a Python, an architecture, and whether the board brings its own onnxruntime."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedprune.core.errors import ConfigError, shown
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+"""JetPack 6, Raspberry Pi OS 12, JetPack 7 and Raspberry Pi OS 13."""
+
+ARCHITECTURES = ("aarch64", "x86_64")
+
+JETPACKS: Mapping[str, str] = {"numpy": "1.23", "onnxruntime": "1.18"}
+"""What a Jetson brings, built for its GPU and for each other: at least these versions."""
+
+# One tag is not enough: wheels that are tagged for an older glibc alone are found under that tag only.
+_GLIBC = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
+
+_MINOR = re.compile(r"3\.(\d{1,2})")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The kind of board that a kit is for.
+
+    Args:
+        python: The version of its Python, such as "3.13"; wheels with compiled code suit one alone.
+        architecture: `aarch64` or `x86_64`, as `uname -m` says it.
+        jetson: Whether the board's own onnxruntime-gpu and TensorRT are used; then nothing of the kit may shadow them.
+
+    Raises:
+        ConfigError: There are no wheels for such a board.
+    """
+
+    python: str = "3.13"
+    architecture: str = "aarch64"
+    jetson: bool = False
+
+    def __post_init__(self) -> None:
+        if self.python not in PYTHONS:
+            raise ConfigError("Python of the board", expected=" or ".join(PYTHONS), got=shown(self.python))
+        if self.architecture not in ARCHITECTURES:
+            hint = ""
+            if self.architecture in ("armv6l", "armv7l", "armhf"):
+                hint = "There is no onnxruntime for a 32-bit system: use the 64-bit image."
+            raise ConfigError(
+                "architecture of the board",
+                expected=" or ".join(ARCHITECTURES),
+                got=shown(self.architecture),
+                hint=hint,
+            )
+        if self.jetson and self.architecture != "aarch64":
+            raise ConfigError("architecture of a Jetson", expected="aarch64", got=shown(self.architecture))
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Its Python as numbers, such as (3, 13)."""
+        found = _MINOR.fullmatch(self.python)
+        return 3, int(found[1]) if found else 0
+
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        """Platform tags of wheels that run there, the newest first."""
+        return tuple(f"{tag}_{self.architecture}" for tag in _GLIBC)
+
+    @property
+    def extra(self) -> str:
+        """Which extra of fedprune the board needs."""
+        return "jetson" if self.jetson else "board"
+
+    @property
+    def system(self) -> Mapping[str, str]:
+        """What the board's own Python must have, and since which version; a kit brings no wheel of these."""
+        return JETPACKS if self.jetson else {}
+
+    @property
+    def imports(self) -> Mapping[str, str]:
+        """What must load on the board before the runtime is believed to work, and since which version."""
+        return {name: self.system.get(name, "") for name in ("numpy", "onnxruntime", "fedprune_device")}
+
+    def __str__(self) -> str:
+        return f"Python {self.python} on {self.architecture}" + (", Jetson" if self.jetson else "")

@@ -1,0 +1,184 @@
+"""A wheelhouse: all wheels that a board needs, fetched for its Python and processor, which are not this machine's.
+
+pip downloads for another platform, but reads markers such as `python_version < "3.11"` for the Python that runs it. So
+the wheels are checked here once more: every one must run on the target, and what each requires there must be there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess  # nosec B404  # lists of words, never a shell
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from fedprune.core.disk import file_digest
+from fedprune.core.errors import KitError, StorageFullError
+from fedprune.releases.wheels import OWN, environment, parsed, supported, unmet
+from fedprune_flash.kit.target import Target
+
+SHADOWS = ("numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python", "tensorrt", "torch")
+"""What JetPack brings, built for its GPU and for each other: a wheel of the same name would be found first."""
+
+LOCK = Path(__file__).with_name("board_wheels.txt")
+"""All wheels that a board may get from a network: versions, and sha256 of each file."""
+
+_HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
+_LINES = 3
+_ROUNDS = 5
+
+
+def checkout() -> Path | None:
+    """The folder of fedprune's source code, if that is what runs; None where it is installed."""
+    for folder in Path(__file__).resolve().parents:
+        if (folder / "pyproject.toml").is_file() and (folder / "device_runtime" / "fedprune_flash").is_dir():
+            return folder
+    return None
+
+
+def build_wheel(out: Path) -> Path:
+    """Build fedprune's own wheel from the checkout that runs.
+
+    Raises:
+        KitError: There is no checkout, or it doesn't build.
+    """
+    source = checkout()
+    if source is None:
+        raise KitError("there is no source code to build a wheel from", hint="Name one with --wheel.")
+    _pip("wheel", "--no-deps", "--wheel-dir", str(out), str(source))
+    return own_wheel(out)
+
+
+def own_wheel(folder: Path) -> Path:
+    """fedprune's own wheel in a folder.
+
+    Raises:
+        KitError: There is none, or more than one.
+    """
+    found = sorted(p for p in folder.glob("*.whl") if parsed(p, KitError)[0] == OWN)
+    if len(found) != 1:
+        raise KitError(f"wheels of fedprune in {folder}", expected="one", got=len(found))
+    return found[0]
+
+
+def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) -> None:
+    """Fetch what a board needs into a folder, but for what its own Python is to bring.
+
+    From a network it is what the lock file lists, by version and sha256, so that the same kit is the same tomorrow.
+
+    Args:
+        wheel: fedprune's own.
+        target: The board.
+        out: The folder.
+        links: Folders with wheels. If there are any, nothing else is looked at and no network is used.
+
+    Raises:
+        KitError: pip fails, with its last lines in the message, or a file from the network is not in the lock file.
+    """
+    platforms = [part for tag in target.platforms for part in ("--platform", tag)]
+    kind = ["--implementation", "cp", "--python-version", target.python, "--only-binary=:all:"]
+    wanted = [f"{wheel}[{target.extra}]"]
+    with tempfile.TemporaryDirectory() as folder:
+        sources = ["--no-index", *(p for link in links for p in ("--find-links", str(link)))]
+        if not links:
+            fixed = Path(folder) / LOCK.name
+            fixed.write_text("".join(f"{line}\n" for line in constraints(target)), encoding="utf-8")
+            sources = ["--constraint", str(fixed)]
+        for _ in range(_ROUNDS):
+            _pip("download", *sources, *platforms, *kind, "--dest", str(out), *wanted)
+            # What markers ask for on the target alone, pip has left out.
+            wheels = sorted(out.glob("*.whl"))
+            wanted = sorted({f"{r.name}{r.specifier}" for _, r, found in _unmet(wheels, target) if found is None})
+            if not wanted:
+                break
+    known = set(_HASH.findall(LOCK.read_text(encoding="ascii")))
+    for path in out.glob("*.whl"):
+        name = parsed(path, KitError)[0]
+        if name in target.system:
+            path.unlink()
+        elif not links and name != OWN and (found := file_digest(path)) not in known:
+            raise KitError(
+                f"{path.name} from the network", expected=f"a file of {LOCK.name}", got=f"sha256 {found}",
+                hint="The index may have been tampered with. Wheels of your own are given with --find-links.",
+            )  # fmt: skip
+
+
+def constraints(target: Target) -> list[str]:
+    """The versions of the lock file, as they are on a target."""
+    environment, found = _environment(target), []
+    for line in LOCK.read_text(encoding="ascii").splitlines():
+        if not line or line.startswith(("#", " ")):
+            continue
+        wanted = Requirement(line.rstrip(" \\"))
+        if wanted.marker is None or wanted.marker.evaluate(environment):
+            found.append(f"{wanted.name}{wanted.specifier}")
+    return found
+
+
+def check(wheels: Sequence[Path], target: Target) -> None:
+    """Make sure that the wheels run on the target and lack nothing.
+
+    Raises:
+        KitError: One is for another Python or architecture, is damaged, would shadow the board's own packages, or
+            requires what isn't there; the message names it.
+    """
+    runs = supported(target.version[1], [*target.platforms, f"linux_{target.architecture}"])
+    versions: dict[str, Version] = {}
+    for wheel in wheels:
+        name, version, tags = parsed(wheel, KitError)
+        if name in versions:
+            raise KitError(f"wheels of {name}", expected="one", got=f"{versions[name]} and {version}")
+        if not tags & runs:
+            raise KitError(
+                f"{wheel.name}", expected=f"a wheel for {target}", got=", ".join(sorted(str(t) for t in tags)[:3])
+            )
+        if target.jetson and name in SHADOWS:
+            raise KitError(
+                f"{name} in a kit for a Jetson",
+                expected="the board's own",
+                got=wheel.name,
+                hint="A plain wheel would be found before JetPack's, which knows the GPU.",
+            )
+        versions[name] = version
+    if OWN not in versions:
+        raise KitError(f"{OWN} is missing", hint="Add its wheel to the folder of --find-links.")
+    for wheel, wanted, found in _unmet(wheels, target):
+        raise KitError(
+            f"{wheel.name} requires {wanted.name}{wanted.specifier} on {target}",
+            got="nothing" if found is None else found,
+            hint="Add the wheel to the folder of --find-links, or let pip fetch it.",
+        )
+
+
+def _unmet(wheels: Sequence[Path], target: Target) -> Iterator[tuple[Path, Requirement, Version | None]]:
+    """What wheels require on the target and don't have; the board's own the installer looks at."""
+    return unmet(wheels, _environment(target), target.extra, lambda name: name in target.system, KitError)
+
+
+def _environment(target: Target) -> dict[str, str]:
+    return environment(target.version[1], target.architecture)
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+    done = subprocess.run(  # noqa: S603  # nosec B603  # pip, with names that our own metadata says
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PIP_NO_INPUT": "1"}, timeout=3600
+    )
+    if done.returncode and os.strerror(errno.ENOSPC) in done.stderr:
+        raise StorageFullError(
+            f"pip {arguments[0]} found no room: {os.strerror(errno.ENOSPC)}",
+            hint=f"Free some space, where the kit is to be and in {tempfile.gettempdir()}.",
+        )
+    if done.returncode:
+        said = " ".join(done.stderr.strip().splitlines()[-_LINES:])
+        raise KitError(
+            f"pip {arguments[0]} failed: {said[:600] or done.returncode}",
+            hint="pip 24.1 or newer is needed to download for another Python; without a network name a folder of "
+            "wheels with --find-links.",
+        )

@@ -1,0 +1,1 @@
+"""Installation over the network: inventory, progress, one board after the other."""

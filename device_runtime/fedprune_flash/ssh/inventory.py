@@ -1,0 +1,221 @@
+"""The inventory of boards that are installed over SSH: a TOML file, checked before anything of it is used.
+
+[defaults]                       what all boards have unless they say otherwise
+user = "ann"
+
+[[board]]
+device = "attic"
+host = "attic.local"
+board = "raspberry-pi-5"
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.errors import ConfigError, ProfileError, ProtocolError, shown
+from fedprune.core.toml_file import read_toml_text
+from fedprune.core.toml_positions import key_places
+from fedprune.core.validation import only, whole
+from fedprune.hardware import profile_store
+from fedprune.wire.topics import check_device
+from fedprune_flash.kit.board_settings import BoardFile
+
+MAX_BOARDS = 1000
+
+_HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9])?|[0-9A-Fa-f:]{2,45}(?:%[A-Za-z0-9._-]{1,15})?")
+_USER = re.compile(r"[A-Za-z_][A-Za-z0-9._-]{0,31}")
+_FILE = re.compile(r"[^-\x00-\x1f\x7f\"%][^\x00-\x1f\x7f\"%]{0,300}")
+_ROOT = re.compile(r"/|(/[A-Za-z0-9_.+-]{1,100}){1,20}")
+_SETTING = re.compile(r"(?:port of )?(\w*)")
+"""What an error of a row begins with: the key, in most cases."""
+_OWN = ("device", "host")
+"""What no two boards share, so that it has no default."""
+
+
+@dataclass(frozen=True)
+class BoardRow:
+    """A board of the inventory.
+
+    Attributes:
+        device: Its name in the fleet.
+        host: Name or address by which SSH reaches it.
+        board: The hardware profile that it must have.
+        port: Its SSH port; None for what SSH's own configuration says.
+        user: Who logs in; empty for whom SSH's own configuration says.
+        key: The private key to log in with; empty for what SSH's own configuration and agent have.
+        known_hosts: A file of host keys, in place of the user's own.
+        server, join, site, data: As of the kit, unless they say otherwise.
+        root: Where the board's file system begins; anything but / is a trial.
+    """
+
+    device: str
+    host: str
+    board: str
+    port: int | None = None
+    user: str = ""
+    key: str = ""
+    known_hosts: str = ""
+    server: str = ""
+    join: str = ""
+    site: str = ""
+    data: str = ""
+    root: str = "/"
+
+    def __post_init__(self) -> None:
+        where = f"board {shown(self.device)}"
+        for name in (f.name for f in fields(self)):
+            if name != "port" and not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{where}: {name}", expected="a text", got=shown(getattr(self, name)))
+        try:
+            check_device(self.device)
+        except ProtocolError as error:
+            raise ConfigError(f"{where}: device", expected=error.expected, got=error.got) from error
+        if self.port is not None:
+            whole(f"{where}: port", self.port, 1, 65_535)
+        for name, pattern, expected in (
+            ("host", _HOST, "a host's name or address"),
+            ("user", _USER, "a user's name"),
+            ("key", _FILE, "a file's name"),
+            ("known_hosts", _FILE, "a file's name"),
+            ("root", _ROOT, "an absolute path"),
+        ):
+            value = getattr(self, name)
+            if (value or name in ("host", "root")) and not pattern.fullmatch(value):
+                raise ConfigError(f"{where}: {name}", expected=expected, got=shown(value))
+        if ".." in self.root.split("/"):
+            raise ConfigError(f"{where}: root", expected="an absolute path", got=shown(self.root))
+        try:
+            profile_store.find(self.board)
+        except ProfileError as error:
+            raise ConfigError(f"{where}: board: {error.what}", hint=error.hint) from error
+        self.told(BoardFile("mqtts://example", self.device))
+
+    def check_files(self) -> None:
+        """Make sure that the files are there which SSH is to read.
+
+        Raises:
+            ConfigError: One isn't.
+        """
+        for name in ("key", "known_hosts"):
+            if getattr(self, name) and not Path(getattr(self, name)).is_file():
+                raise ConfigError(f"board {shown(self.device)}: {name}: there is no file {getattr(self, name)}")
+
+    def told(self, kit: BoardFile) -> BoardFile:
+        """What the board is told, where a kit says the rest.
+
+        Raises:
+            ConfigError: A value is none.
+        """
+        try:
+            return BoardFile(
+                self.server or kit.server,
+                self.device,
+                self.site or kit.site,
+                self.data or kit.data,
+                kit.authority,
+                self.join or kit.join,
+            )
+        except ConfigError as error:
+            what = f"board {shown(self.device)}: {error.what}"
+            raise ConfigError(what, expected=error.expected, got=error.got, hint=error.hint) from error
+
+    def __str__(self) -> str:
+        return f"{self.device} ({self.host}{'' if self.port in (None, 22) else f':{self.port}'})"
+
+
+def read_inventory(path: Path) -> tuple[BoardRow, ...]:
+    """The boards of an inventory; paths in it count from its folder.
+
+    Raises:
+        ConfigError: It can't be read, has a value that is none, or two boards of one name or at one address; the
+            message says file, line and column.
+    """
+    body, text = read_toml_text(path, ConfigError)
+    places = _Places(path, text)
+    places.only(("defaults", "board"), body, (), "", "table")
+    names = tuple(f.name for f in fields(BoardRow))
+    defaults = _table(body.get("defaults", {}), f"{places.at('defaults')}: defaults")
+    places.only(tuple(n for n in names if n not in _OWN), defaults, ("defaults",), "defaults")
+    rows = body.get("board", [])
+    if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_BOARDS:
+        raise ConfigError(places.at("board"), expected=f"1 to {MAX_BOARDS} tables [[board]]", got=shown(rows))
+    boards = tuple(_board(row, defaults, names, places, i) for i, row in enumerate(rows))
+    for what, named, key in (
+        ("device", "device", lambda b: b.device),
+        ("address", "host", lambda b: f"{b.host}:{b.port or 22}"),
+    ):
+        seen: set[str] = set()
+        for i, board in enumerate(boards):
+            if key(board) in seen:
+                place = places.at("board", i, named)
+                raise ConfigError(f"{place}: two boards with the {what} {shown(key(board))}")
+            seen.add(key(board))
+    for i, board in enumerate(boards):  # at last, so that no missing file hides what is misspelt
+        with places.of_row(rows[i], defaults, i, f"board {shown(board.device)}"):
+            board.check_files()
+    return boards
+
+
+class _Places:
+    """Where tables and keys of an inventory stand."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path = path
+        self._found = key_places(text)
+
+    def at(self, *keys: str | int) -> str:
+        """File, line and column of a key, or of the table that would have it."""
+        while keys and keys not in self._found:
+            keys = keys[:-1]
+        return ":".join(map(str, (self.path, *self._found[keys]))) if keys else str(self.path)
+
+    def only(
+        self,
+        allowed: tuple[str, ...],
+        body: Mapping[str, Any],
+        table: tuple[str | int, ...],
+        who: str,
+        noun: str = "key",
+    ) -> None:
+        """Make sure that a table has no other keys, as `setting_checks.only` does."""
+        other = next((k for k in body if k not in allowed), "")
+        only(allowed, body, f"{self.at(*table, other)}{who and ': '}{who}", noun)
+
+    @contextmanager
+    def of_row(self, own: Mapping[str, Any], defaults: Mapping[str, Any], number: int, who: str) -> Iterator[None]:
+        """Let errors of a row say where the setting stands: in the row itself, or among the defaults."""
+        try:
+            yield
+        except ConfigError as error:
+            named = _SETTING.match(error.what.removeprefix(f"{who}: "))
+            key = "" if named is None else named[1]
+            place = self.at("defaults", key) if key in defaults and key not in own else self.at("board", number, key)
+            what = f"{place}: {error.what}"
+            raise ConfigError(what, expected=error.expected, got=error.got, hint=error.hint) from error
+
+
+def _table(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(where, expected="a table", got=shown(value))
+    return value
+
+
+def _board(row: object, defaults: Mapping[str, Any], names: tuple[str, ...], places: _Places, number: int) -> BoardRow:
+    own = _table(row, f"{places.at('board', number)}: board")
+    made = {**defaults, **own}
+    who = f"board {shown(made.get('device', ''))}"
+    places.only(names, own, ("board", number), who)
+    for name in (*_OWN, "board"):
+        if name not in made:
+            raise ConfigError(f"{places.at('board', number)}: {who} has no {name}")
+    for name in ("key", "known_hosts"):
+        if isinstance(made.get(name), str) and made[name]:
+            made[name] = str(places.path.parent / Path(made[name]).expanduser())
+    with places.of_row(own, defaults, number, who):
+        return BoardRow(**made)

@@ -1,0 +1,24 @@
+"""Reverse-mode differentiation over ONNX graphs: the tape, and one gradient rule per operator.
+
+Importing the modules of rules registers them.
+"""
+
+from fedprune_export.autodiff import indexing, scatter  # noqa: F401 (they register)
+from fedprune_export.autodiff.rules import (  # noqa: F401 (they register)
+    arithmetic,
+    convolutions,
+    elementwise,
+    group_norms,
+    layer_norms,
+    norms,
+    padding,
+    pooling,
+    products,
+    recurrent,
+    reductions,
+    resampling,
+    shapes,
+)
+from fedprune_export.autodiff.tape import RULES, Tape
+
+__all__ = ["RULES", "Tape"]

@@ -1,0 +1,1 @@
+"""Gradient rules of the operators, one family of operators per module."""

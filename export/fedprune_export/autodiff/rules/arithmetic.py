@@ -1,0 +1,167 @@
+"""Gradient rules of element-wise operators of several values: arithmetic, extremes, choices, comparisons."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.tape import Pull, Tape, describe, rule
+from fedprune_export.ir.graph import Node
+
+
+@rule("Add", "Sub", "Mul", "Div")
+def arithmetic(tape: Tape, node: Node) -> Pull:
+    """The four binary operators with broadcasting."""
+    left, right = node.inputs
+    a, b = tape.value(left), tape.value(right)
+    shape = tape.broadcast(node, tape.shape(left), tape.shape(right))
+    g = tape.graph
+    y = g.emit(node.op, a, b)
+    tape.enter(node.outputs[0], y, shape)
+
+    def pull(dy: str) -> None:
+        if tape.wants(left):
+            da = {
+                "Add": lambda: dy,
+                "Sub": lambda: dy,
+                "Mul": lambda: g.emit("Mul", dy, b),
+                "Div": lambda: g.emit("Div", dy, b),
+            }[node.op]()
+            tape.add(left, tape.reduced(da, shape, tape.shape(left)))
+        if tape.wants(right):
+            if node.op == "Sub" and tape.shape(right) != shape:
+                # The smaller array is negated.
+                tape.add(right, g.emit("Neg", tape.reduced(dy, shape, tape.shape(right))))
+                return
+            db = {
+                "Add": lambda: dy,
+                "Sub": lambda: g.emit("Neg", dy),
+                "Mul": lambda: g.emit("Mul", dy, a),
+                "Div": lambda: g.emit("Neg", g.emit("Div", g.emit("Mul", dy, y), b)),
+            }[node.op]()
+            tape.add(right, tape.reduced(db, shape, tape.shape(right)))
+
+    return pull
+
+
+@rule("Sum", "Mean")
+def sums(tape: Tape, node: Node) -> Pull:
+    """The sum or mean of any number of values; each gets dy, or its share of it."""
+    g, names = tape.graph, node.inputs
+    shape = tape.broadcast(node, *[tape.shape(n) for n in names])
+    tape.enter(node.outputs[0], g.emit(node.op, *[tape.value(n) for n in names]), shape)
+
+    def pull(dy: str) -> None:
+        share = g.emit("Mul", dy, g.scalar(1 / len(names))) if node.op == "Mean" else dy
+        for name in names:
+            if tape.wants(name):
+                tape.add(name, tape.reduced(share, shape, tape.shape(name)))
+
+    return pull
+
+
+@rule("Max", "Min")
+def extremes(tape: Tape, node: Node) -> Pull:
+    """The larger or smaller of two or more values, which gets dy; equals share it, as in torch.
+
+    One number beside a value is a bound of torch's clamp: the value gets all of dy at the bound, too.
+    """
+    g, names = tape.graph, node.inputs
+    shapes = [tape.shape(n) for n in names]
+    y, shape = tape.value(names[0]), shapes[0]
+    chain = []
+    for name, other in zip(names[1:], shapes[1:], strict=True):
+        left, b, before = y, tape.value(name), shape
+        shape = tape.broadcast(node, shape, other)
+        y = g.emit(node.op, left, b)
+        chain.append((name, left, b, before, shape))
+    bounded = len(names) == 2 and any(map(tape.is_number, names))
+    if not chain:
+        y = g.emit("Identity", y)
+    tape.enter(node.outputs[0], y, shape)
+    wins = "Greater" if node.op == "Max" else "Less"
+
+    def pull(dy: str) -> None:
+        if bounded:
+            name, bound = sorted(names, key=tape.is_number)
+            inside = g.emit(f"{wins}OrEqual", tape.value(name), tape.value(bound))
+            tape.add(name, g.emit("Where", inside, dy, g.scalar(0)))
+            return
+        for name, left, b, before, whole in reversed(chain):
+            half = g.emit("Where", g.emit("Equal", left, b), g.emit("Mul", dy, g.scalar(0.5)), g.scalar(0))
+            if tape.wants(name):
+                share = g.emit("Where", g.emit(wins, b, left), dy, half)
+                tape.add(name, tape.reduced(share, whole, tape.shape(name)))
+            dy = tape.reduced(g.emit("Where", g.emit(wins, left, b), dy, half), whole, before)
+        tape.add(names[0], dy)
+
+    return pull
+
+
+@rule("Pow")
+def power(tape: Tape, node: Node) -> Pull:
+    """Dx = dy · p · x^(p − 1), dp = dy · y · log x; both 0 where the power is constant there."""
+    left, right = node.inputs
+    g, x = tape.graph, tape.value(left)
+    constant = tape.constant(node, 1)
+    if constant is not None and constant.dtype.kind != "f":
+        p = g.constant(constant, np.float32)
+        exponent: tuple[int | str, ...] = constant.shape
+    else:
+        p, exponent = tape.value(right), tape.shape(right)
+    shape = tape.broadcast(node, tape.shape(left), exponent)
+    squares = constant is not None and bool(np.all(constant == 2))
+    y = g.emit("Mul", x, x) if squares and shape == tape.shape(left) else g.emit("Pow", x, p)
+    tape.enter(node.outputs[0], y, shape)
+
+    def pull(dy: str) -> None:
+        if tape.wants(left):
+            if squares:
+                slope = g.emit("Add", x, x)
+            else:
+                slope = g.emit("Mul", p, g.emit("Pow", x, g.emit("Sub", p, g.scalar(1))))
+                if constant is None or np.any(constant == 0):
+                    slope = g.emit("Where", g.emit("Equal", p, g.scalar(0)), g.scalar(0), slope)
+            tape.add(left, tape.reduced(g.emit("Mul", dy, slope), shape, tape.shape(left)))
+        if tape.wants(right):
+            still = g.emit("And", g.emit("Equal", x, g.scalar(0)), g.emit("GreaterOrEqual", p, g.scalar(0)))
+            growth = g.emit("Where", still, g.scalar(0), g.emit("Mul", y, g.emit("Log", x)))
+            tape.add(right, tape.reduced(g.emit("Mul", dy, growth), shape, tape.shape(right)))
+
+    return pull
+
+
+@rule("Mod")
+def remainder(tape: Tape, node: Node) -> Pull:
+    """X less a multiple of the divisor, which must not train: dx = dy."""
+    left, right = node.inputs
+    shape = tape.broadcast(node, tape.shape(left), tape.shape(right))
+    y = tape.graph.emit("Mod", tape.value(left), tape.value(right), attrs=node.attrs)
+    tape.enter(node.outputs[0], y, shape)
+    if tape.wants(right):
+        raise ModelError(f"{describe(node)}: its divisor trains", expected="a constant divisor")
+    return lambda dy: tape.add(left, tape.reduced(dy, shape, tape.shape(left)))
+
+
+@rule("Where")
+def choice(tape: Tape, node: Node) -> Pull:
+    """The first value where the condition holds, else the second; each gets dy where it was taken."""
+    condition, left, right = node.inputs
+    shape = tape.broadcast(node, *[tape.shape(i) for i in node.inputs])
+    g, taken = tape.graph, tape.value(condition)
+    tape.enter(node.outputs[0], g.emit("Where", taken, tape.value(left), tape.value(right)), shape)
+
+    def pull(dy: str) -> None:
+        if tape.wants(left):
+            tape.add(left, tape.reduced(g.emit("Where", taken, dy, g.scalar(0)), shape, tape.shape(left)))
+        if tape.wants(right):
+            tape.add(right, tape.reduced(g.emit("Where", taken, g.scalar(0), dy), shape, tape.shape(right)))
+
+    return pull
+
+
+@rule("Greater", "Less", "Equal", "GreaterOrEqual", "LessOrEqual", "And", "Or", "Xor")
+def comparison(tape: Tape, node: Node) -> None:
+    """Comparisons and logic: no gradient passes."""
+    shape = tape.broadcast(node, *[tape.shape(i) for i in node.inputs])
+    tape.enter(node.outputs[0], tape.graph.emit(node.op, *[tape.value(i) for i in node.inputs]), shape)

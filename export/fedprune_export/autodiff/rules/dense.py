@@ -1,0 +1,210 @@
+"""Convolution in one group.
+
+The gradients of a layer have several formulations each that give the same numbers; which one is fast depends on the
+layer's shape. `formulation` chooses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedprune_export.autodiff.conv_geometry import Window, leftovers, operator_attrs
+from fedprune_export.ir.graph import Graph
+
+KernelForm = Literal["taps", "products", "columns", "convolution"]
+
+
+@dataclass(frozen=True)
+class Formulation:
+    """How one convolution is computed.
+
+    Attributes:
+        input_gradient: A convolution with the flipped kernel, or a transposed convolution.
+        weight_gradient: A product per kernel element and sample ("taps"), one per kernel element ("products"), one over
+            columns (all windows of the whole batch), or a convolution with dy as its kernel.
+    """
+
+    input_gradient: Literal["flipped", "transposed"]
+    weight_gradient: KernelForm
+
+
+_SMALL_MAP, _LARGE_KERNEL, _IMAGE_CHANNELS = 64, 25, 3
+"""Where one formulation overtakes another: measured with LeNet, VGG11 and ResNet20 on x86 (`benchmarks/step.py`)."""
+
+
+def formulation(w: Window, channels: int) -> Formulation:
+    """The formulation for a layer.
+
+    Args:
+        w: The layer's window.
+        channels: Its input channels at full width.
+    """
+    area, elements = math.prod(w.output), math.prod(w.kernel)
+    large = elements >= _LARGE_KERNEL
+    if large and channels <= _IMAGE_CHANNELS:
+        weight: KernelForm = "convolution"
+    else:
+        weight = "taps" if area >= _SMALL_MAP else "columns"
+    return Formulation("flipped" if w.flips and not large else "transposed", weight)
+
+
+class Dense:
+    """A convolution in one group (see `convolutions.Convolution`).
+
+    Args:
+        g: The graph that is written to.
+        w: The layer's window.
+        kernel: The kernel's value.
+        form: How it is computed.
+    """
+
+    def __init__(self, g: Graph, w: Window, kernel: str, form: Formulation) -> None:
+        self.g, self.w, self.kernel, self.form = g, w, kernel, form
+        self.rank = len(w.sizes)
+
+    def apply(self, x: str, bias: list[str]) -> str:
+        """The convolution of x."""
+        return self.g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(self.w))
+
+    def back(self, dy: str, bias: list[str]) -> str:
+        """What the transposed convolution makes of dy."""
+        out: str = getattr(self, f"back_by_{self.form.input_gradient}")(dy, bias)
+        return out
+
+    def kernel_gradient(self, x: str, dy: str) -> str:
+        """The kernel's gradient."""
+        out: str = getattr(self, f"kernel_by_{self.form.weight_gradient}")(x, dy)
+        return out
+
+    # -- input gradient ---------------------------------------------------------------------------------------------
+
+    def flipped_kernel(self, *, swapped: bool = True) -> str:
+        """The kernel with its channels swapped (but not those of a depthwise one), and its taps in reverse order."""
+        g, axes = self.g, range(2, self.rank + 2)
+        kernel = g.emit("Transpose", self.kernel, attrs={"perm": [1, 0, *axes]}) if swapped else self.kernel
+        flip = [a for a in axes if self.w.kernel[a - 2] > 1]
+        if not flip:
+            return kernel
+        ones = [-1] * len(flip)
+        return g.emit("Slice", kernel, g.ints(*ones), g.ints(*[-(2**31)] * len(flip)), g.ints(*flip), g.ints(*ones))
+
+    def back_window(self) -> Window:
+        """The window of the convolution that gives the input's gradient (stride 1)."""
+        w = self.w
+        pads = tuple(
+            (d * (k - 1) - before, d * (k - 1) - after)
+            for (before, after), d, k in zip(w.pads, w.dilations, w.kernel, strict=True)
+        )
+        return Window(w.output, w.kernel, w.strides, w.dilations, pads, w.sizes)
+
+    def back_by_flipped(self, dy: str, bias: list[str]) -> str:
+        """A convolution of dy with the flipped kernel."""
+        return self.g.emit("Conv", dy, self.flipped_kernel(), *bias, attrs=operator_attrs(self.back_window()))
+
+    def back_by_transposed(self, dy: str, bias: list[str]) -> str:
+        """A transposed convolution, for strides."""
+        attrs = {**operator_attrs(self.w), "output_padding": leftovers(self.w)}
+        return self.g.emit("ConvTranspose", dy, self.kernel, *bias, attrs=attrs)
+
+    # -- weight gradient --------------------------------------------------------------------------------------------
+
+    def kernel_by_taps(self, x: str, dy: str) -> str:
+        """One batched matrix product per kernel element, summed over the batch."""
+        g, w = self.g, self.w
+        rows = g.emit("Reshape", dy, g.ints(0, 0, -1))
+        # Channels last: a tap is then a copy of long runs, and the product needs no further transpose.
+        x = g.emit("Transpose", x, attrs={"perm": [0, *range(2, self.rank + 2), 1]})
+        products = []
+        for tap in taps(g, _padded(g, x, w, first=1), w, first=1):
+            flat = g.emit("Reshape", tap, g.ints(0, math.prod(w.output), -1)) if self.rank > 1 else tap
+            product = g.emit("MatMul", rows, flat)
+            products.append(g.emit("ReduceSum", product, g.ints(0), attrs={"keepdims": 0}))
+        return self._joined(products)
+
+    def kernel_by_products(self, x: str, dy: str) -> str:
+        """One matrix product per kernel element over the whole batch."""
+        g, w = self.g, self.w
+        rows = g.emit("Flatten", _channels_first(g, dy, self.rank), attrs={"axis": 1})
+        x = g.emit("Transpose", x, attrs={"perm": [0, *range(2, self.rank + 2), 1]})
+        flat = [
+            g.emit("Flatten", t, attrs={"axis": self.rank + 1}) for t in taps(g, _padded(g, x, w, first=1), w, first=1)
+        ]
+        return self._joined([g.emit("MatMul", rows, t) for t in flat])
+
+    def _joined(self, products: list[str]) -> str:
+        """A matrix [outputs, inputs] per kernel element as the kernel's gradient."""
+        g, w = self.g, self.w
+        total = g.emit("Concat", *products, attrs={"axis": 1}) if len(products) > 1 else products[0]
+        count = math.prod(w.kernel)
+        if count == 1:
+            return g.emit("Unsqueeze", total, g.ints(*range(2, self.rank + 2)))
+        apart = g.emit("Reshape", total, g.ints(0, count, -1))
+        return g.emit("Reshape", g.emit("Transpose", apart, attrs={"perm": [0, 2, 1]}), g.ints(0, 0, *w.kernel))
+
+    def kernel_by_columns(self, x: str, dy: str) -> str:
+        """One matrix product over all windows of the batch."""
+        g = self.g
+        rows = g.emit("Flatten", _batch_last(g, dy, self.rank), attrs={"axis": 1})
+        flat = g.emit("Gemm", rows, columns(g, x, self.w), attrs={"transB": 1})
+        return g.emit("Reshape", flat, g.ints(0, -1, *self.w.kernel))
+
+    def kernel_by_convolution(self, x: str, dy: str) -> str:
+        """A convolution over the batch, with dy as the kernel."""
+        g, w = self.g, self.w
+        attrs: dict[str, Any] = {
+            "kernel_shape": list(w.output),
+            "strides": list(w.dilations),
+            "dilations": list(w.strides),
+            "pads": w.flat_pads,
+        }
+        swapped = g.emit("Conv", _channels_first(g, x, self.rank), _channels_first(g, dy, self.rank), attrs=attrs)
+        if any(rest >= d for rest, d in zip(leftovers(w), w.dilations, strict=True)):
+            axes = range(2, self.rank + 2)
+            swapped = g.emit("Slice", swapped, g.ints(*[0] * self.rank), g.ints(*w.kernel), g.ints(*axes))
+        return _channels_first(g, swapped, self.rank)
+
+
+def columns(g: Graph, x: str, w: Window) -> str:
+    """All windows of a whole batch: [C · taps, positions · N]. With the batch last, a tap is a copy of long runs."""
+    padded = _padded(g, _batch_last(g, x, len(w.sizes)), w, first=1)
+    parts = [g.emit("Unsqueeze", t, g.ints(1)) for t in taps(g, padded, w, first=1)]
+    stacked = g.emit("Concat", *parts, attrs={"axis": 1}) if len(parts) > 1 else parts[0]
+    return g.emit("Flatten", stacked, attrs={"axis": 2})
+
+
+def taps(g: Graph, padded: str, w: Window, first: int) -> list[str]:
+    """What each kernel element sees of a padded input whose spatial axes start at `first`."""
+    axes = range(first, first + len(w.sizes))
+    out = []
+    for position in itertools.product(*map(range, w.kernel)):
+        starts = [p * d for p, d in zip(position, w.dilations, strict=True)]
+        ends = [s + (n - 1) * t + 1 for s, n, t in zip(starts, w.output, w.strides, strict=True)]
+        whole = all(
+            s == 0 and t == 1 and e == size + sum(pad)
+            for s, e, t, size, pad in zip(starts, ends, w.strides, w.sizes, w.pads, strict=True)
+        )
+        if whole:
+            out.append(padded)
+            continue
+        steps = [g.ints(*w.strides)] if any(t != 1 for t in w.strides) else []
+        out.append(g.emit("Slice", padded, g.ints(*starts), g.ints(*ends), g.ints(*axes), *steps))
+    return out
+
+
+def _padded(g: Graph, x: str, w: Window, first: int) -> str:
+    """Zeros around the spatial axes, which start at `first`; two axes in all are not spatial."""
+    if not any(w.flat_pads):
+        return x
+    begins, ends = ([0] * first + [p[k] for p in w.pads] + [0] * (2 - first) for k in (0, 1))
+    return g.emit("Pad", x, g.ints(*begins, *ends))
+
+
+def _channels_first(g: Graph, value: str, rank: int) -> str:
+    return g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, rank + 2)]})
+
+
+def _batch_last(g: Graph, value: str, rank: int) -> str:
+    return g.emit("Transpose", value, attrs={"perm": [*range(1, rank + 2), 0]})

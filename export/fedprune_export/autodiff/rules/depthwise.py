@@ -1,0 +1,191 @@
+"""Depthwise convolution for any number of channels.
+
+The operator's group count would have to be a number. Instead every channel multiplies a matrix of its own: lines of the
+map lie one below the other ([channels, lines, elements of a line]), and the kernel is a banded matrix that makes a line
+of the output of those that it reads. These are several times more MACs than needed, but as matrix products
+over the whole batch, and far less memory moves than with one pass per kernel element.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune_export.autodiff.conv_geometry import Indices, Window, add_bias, answers, joined, reads
+from fedprune_export.ir.graph import Graph
+
+Band = npt.NDArray[np.float32]
+
+_TINY_MAP, _WHOLE_LINE, _BLOCK = 16, 64, 16
+"""A map up to this area is one line; lines up to this length stay whole; longer ones are cut into blocks.
+
+Measured with MobileNetV2's layers on x86 (`benchmarks/layers.py`).
+"""
+
+
+@dataclass(frozen=True)
+class Side:
+    """How one side of the convolution is cut into lines.
+
+    Attributes:
+        sizes: Its spatial sizes.
+        count: Lines of one channel's map.
+        length: Elements of a line.
+        pads: Zeros before and after its last axis, to make it whole blocks.
+    """
+
+    sizes: tuple[int, ...]
+    count: int
+    length: int
+    pads: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A depthwise convolution as products of lines with banded matrices.
+
+    Attributes:
+        reads: Which lines of the input each line of the output reads; -1 for zeros: [lines, lines read].
+        band: Where a kernel element leads from an input to an output, as 1:
+            [kernel elements inside a line, blocks of a line, elements of an input's line, elements of an output's].
+        into: The input.
+        out: The output.
+    """
+
+    reads: Indices
+    band: Band
+    into: Side
+    out: Side
+
+
+def lines(w: Window) -> Lines:
+    """How a window's maps are best cut into lines."""
+    last = len(w.sizes) - 1
+    if math.prod(w.sizes) <= _TINY_MAP:
+        bands = [_band(reads(w, axis), w.sizes[axis]) for axis in range(last + 1)]
+        band = bands[0]
+        for other in bands[1:]:
+            both = np.einsum("kio,lpq->klipoq", band, other)
+            band = both.reshape([a * b for a, b in zip(band.shape, other.shape, strict=True)])
+        sides = [Side(sizes, 1, math.prod(sizes)) for sizes in (w.sizes, w.output)]
+        return Lines(np.zeros((1, 1), np.int64), band[:, None], *sides)
+    size, output, kernel = w.sizes[last], w.output[last], w.kernel[last]
+    stride, dilation = w.strides[last], w.dilations[last]
+    leading = [math.prod(s[:last]) for s in (w.sizes, w.output)]
+    if size <= _WHOLE_LINE:
+        band = _band(reads(w, last), size)[:, None]
+        into, out = Side(w.sizes, leading[0], size), Side(w.output, leading[1], output)
+        inside = np.zeros((1, 1), np.int64)
+    else:
+        step = max(_BLOCK // stride, 1)
+        length, before = step * stride, w.pads[last][0]
+        blocks = ((step - 1) * stride + dilation * (kernel - 1)) // length + 1
+        band = np.zeros((kernel, blocks * length, step), np.float32)
+        for tap, element in itertools.product(range(kernel), range(step)):
+            band[tap, element * stride + tap * dilation, element] = 1
+        band = band.reshape(kernel, blocks, length, step)
+        count_in, count_out = -(-(size + before) // length), -(-output // step)
+        into = Side(w.sizes, leading[0] * count_in, length, (before, count_in * length - size - before))
+        out = Side(w.output, leading[1] * count_out, step, (0, count_out * step - output))
+        inside = np.arange(count_out)[:, None] + np.arange(blocks)
+        inside = np.where(inside < count_in, inside, -1)
+    leading_reads = np.zeros((1, 1), np.int64)
+    for axis in range(last):
+        leading_reads = joined(leading_reads, reads(w, axis), w.sizes[axis])
+    return Lines(joined(leading_reads, inside, into.count // leading[0]), band, into, out)
+
+
+def _band(read: Indices, size: int) -> Band:
+    """1 where a kernel element leads from an input to an output: [elements, inputs, outputs]."""
+    hit: Band = (read[None] == np.arange(size)[:, None, None]).transpose(2, 0, 1).astype(np.float32)
+    return hit
+
+
+class Depthwise:
+    """One input and one output channel per group (see `convolutions.Convolution`)."""
+
+    def __init__(self, g: Graph, w: Window, kernel: str) -> None:
+        self.g, self.w, self.cut = g, w, lines(w)
+        self.elements, blocks = self.cut.band.shape[:2]
+        self.outer = math.prod(w.kernel) // self.elements
+        self.read = self.outer * blocks  # lines of the input per line of the output
+        self.kernel = self.g.emit("Reshape", kernel, self.g.ints(0, self.outer, self.elements))
+        self._lines: dict[str, str] = {}
+        self._seen: dict[str, str] = {}
+
+    def apply(self, x: str, bias: list[str]) -> str:
+        """The convolution of x."""
+        y = self.g.emit("MatMul", self.seen(x), self.banded(self.cut.band))
+        return add_bias(self.g, _from_lines(self.g, y, self.cut.out), bias, len(self.w.sizes))
+
+    def back(self, dy: str, bias: list[str]) -> str:
+        """What the transposed convolution makes of dy."""
+        g, cut = self.g, self.cut
+        spread = _gathered(g, self.lines(dy, cut.out), answers(cut.reads, cut.into.count), cut.out)
+        x = g.emit("MatMul", spread, self.banded(cut.band.transpose(0, 1, 3, 2)))
+        return add_bias(g, _from_lines(g, x, cut.into), bias, len(self.w.sizes))
+
+    def kernel_gradient(self, x: str, dy: str) -> str:
+        """The gradients of the bands, whose elements are summed."""
+        g, out = self.g, self.cut.out
+        # Of the two factors the smaller one is turned.
+        side = g.emit("Reshape", self.lines(dy, out), g.ints(0, -1, out.length))
+        side = g.emit("Transpose", side, attrs={"perm": [0, 2, 1]})
+        apart = g.emit("Reshape", g.emit("MatMul", side, self.seen(x)), g.ints(0, out.length, self.outer, -1))
+        apart = g.emit("Transpose", apart, attrs={"perm": [0, 2, 3, 1]})
+        apart = g.emit("Reshape", apart, g.ints(0, self.outer, -1))
+        sums = g.emit("MatMul", apart, g.constant(self.cut.band.reshape(self.elements, -1).T, np.float32))
+        return g.emit("Reshape", sums, g.ints(0, 1, *self.w.kernel))
+
+    def banded(self, band: Band) -> str:
+        """The matrix of every channel."""
+        g = self.g
+        matrix = g.emit("MatMul", self.kernel, g.constant(band.reshape(self.elements, -1), np.float32))
+        return g.emit("Reshape", matrix, g.ints(0, self.read * band.shape[2], band.shape[3]))
+
+    def lines(self, value: str, side: Side) -> str:
+        """[N, C, ...] as [C, N, lines, elements], made once."""
+        if value not in self._lines:
+            self._lines[value] = _to_lines(self.g, value, side)
+        return self._lines[value]
+
+    def seen(self, x: str) -> str:
+        """The lines that each line of the output reads, made once: [C, N · lines, lines read · elements]."""
+        if x not in self._seen:
+            into = self.cut.into
+            self._seen[x] = _gathered(self.g, self.lines(x, into), self.cut.reads, into)
+        return self._seen[x]
+
+
+def _to_lines(g: Graph, value: str, side: Side) -> str:
+    """[N, C, ...] as [C, N, lines, elements]."""
+    rank = len(side.sizes)
+    value = g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, rank + 2)]})
+    if any(side.pads):
+        before, after = ([0] * (rank + 1) + [p] for p in side.pads)
+        value = g.emit("Pad", value, g.ints(*before, *after))
+    return g.emit("Reshape", value, g.ints(0, 0, side.count, side.length))
+
+
+def _from_lines(g: Graph, value: str, side: Side) -> str:
+    """[C, N · lines, elements] as [N, C, ...]."""
+    before, after = side.pads
+    sizes = [*side.sizes[:-1], side.sizes[-1] + before + after]
+    value = g.emit("Reshape", value, g.ints(0, -1, *sizes))
+    if before or after:
+        value = g.emit("Slice", value, g.ints(before), g.ints(before + side.sizes[-1]), g.ints(len(sizes) + 1))
+    return g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, len(sizes) + 2)]})
+
+
+def _gathered(g: Graph, value: str, read: Indices, side: Side) -> str:
+    """The lines that are read, side by side: [C, N, lines, elements] as [C, N · readers, lines read · elements]."""
+    if read.shape[1] > 1 or not np.array_equal(read[:, 0], np.arange(side.count)):
+        if (read < 0).any():
+            value = g.emit("Pad", value, g.ints(0, 0, 0, 0, 0, 0, 1, 0))
+        # An index of -1 is the last line: the zeros.
+        value = g.emit("Gather", value, g.constant(read, np.int64), attrs={"axis": 2})
+    return g.emit("Reshape", value, g.ints(0, -1, read.shape[1] * side.length))

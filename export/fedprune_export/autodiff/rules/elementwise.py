@@ -1,0 +1,379 @@
+"""Gradient rules of functions that act on each number by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.intents import DOMAIN, RECTIFIED
+from fedprune_export.autodiff.tape import Pull, Tape, describe, rule
+from fedprune_export.ir.composites import GELU_CUBE
+from fedprune_export.ir.graph import Graph, Node
+
+Slope = Callable[[Graph, Node, str, str], str]
+"""Writes the derivative at every number, given the graph, the node, its input and its output."""
+
+
+def _unary(tape: Tape, node: Node) -> tuple[str, str]:
+    """Write a one-input operator as it is; its input and output in the training graph."""
+    x = tape.value(node.inputs[0])
+    y = tape.graph.emit(node.op, x, attrs=node.attrs)
+    tape.enter(node.outputs[0], y, tape.shape(node.inputs[0]))
+    return x, y
+
+
+def _smooth(operator: str, text: str, slope: Slope) -> None:
+    """Register a function that is written as it is and whose gradient is dy times its derivative."""
+
+    def function(tape: Tape, node: Node) -> Pull:
+        x, y = _unary(tape, node)
+        return lambda dy: tape.add(node.inputs[0], tape.graph.emit("Mul", dy, slope(tape.graph, node, x, y)))
+
+    function.__doc__ = text
+    rule(operator)(function)
+
+
+def _number(node: Node, name: str, default: float) -> float:
+    return float(np.float32(node.attrs.get(name, default)))
+
+
+def _times(g: Graph, value: str, factor: float) -> str:
+    return g.emit("Mul", value, g.scalar(factor))
+
+
+def _squared(g: Graph, value: str) -> str:
+    return g.emit("Mul", value, value)
+
+
+def _rest(g: Graph, value: str) -> str:
+    """1 − value."""
+    return g.emit("Sub", g.scalar(1), value)
+
+
+def _more(g: Graph, value: str) -> str:
+    """1 + value."""
+    return g.emit("Add", value, g.scalar(1))
+
+
+def _inverse(g: Graph, value: str) -> str:
+    return g.emit("Reciprocal", value)
+
+
+def _root(g: Graph, value: str) -> str:
+    return g.emit("Sqrt", value)
+
+
+_smooth("Sigmoid", "Dx = dy · y · (1 − y).", lambda g, n, x, y: g.emit("Mul", y, _rest(g, y)))
+_smooth("Tanh", "Dx = dy · (1 − y²).", lambda g, n, x, y: _rest(g, _squared(g, y)))
+_smooth("Exp", "Dx = dy · y.", lambda g, n, x, y: y)
+_smooth("Softplus", "Dx = dy · sigmoid(x).", lambda g, n, x, y: g.emit("Sigmoid", x))
+_smooth("Abs", "Dx = dy · sign(x).", lambda g, n, x, y: g.emit("Sign", x))
+_smooth("Sin", "Dx = dy · cos(x).", lambda g, n, x, y: g.emit("Cos", x))
+_smooth("Cos", "Dx = −dy · sin(x).", lambda g, n, x, y: g.emit("Neg", g.emit("Sin", x)))
+_smooth("Tan", "Dx = dy · (1 + y²).", lambda g, n, x, y: _more(g, _squared(g, y)))
+_smooth("Atan", "Dx = dy / (1 + x²).", lambda g, n, x, y: _inverse(g, _more(g, _squared(g, x))))
+_smooth("Asin", "Dx = dy / √(1 − x²).", lambda g, n, x, y: _inverse(g, _root(g, _rest(g, _squared(g, x)))))
+_smooth(
+    "Acos",
+    "Dx = −dy / √(1 − x²).",
+    lambda g, n, x, y: g.emit("Neg", _inverse(g, _root(g, _rest(g, _squared(g, x))))),
+)
+_smooth("Sinh", "Dx = dy · cosh(x).", lambda g, n, x, y: g.emit("Cosh", x))
+_smooth("Cosh", "Dx = dy · sinh(x).", lambda g, n, x, y: g.emit("Sinh", x))
+_smooth("Asinh", "Dx = dy / √(1 + x²).", lambda g, n, x, y: _inverse(g, _root(g, _more(g, _squared(g, x)))))
+_smooth("Atanh", "Dx = dy / (1 − x²).", lambda g, n, x, y: _inverse(g, _rest(g, _squared(g, x))))
+_smooth(
+    "Acosh",
+    "Dx = dy / √(x² − 1).",
+    lambda g, n, x, y: _inverse(g, _root(g, g.emit("Sub", _squared(g, x), g.scalar(1)))),
+)
+_smooth("Reciprocal", "Dx = −dy · y².", lambda g, n, x, y: g.emit("Neg", _squared(g, y)))
+_smooth(
+    "Erf",
+    "Dx = dy · 2/√π · e^(−x²).",
+    lambda g, n, x, y: _times(g, g.emit("Exp", g.emit("Neg", _squared(g, x))), 2 / math.sqrt(math.pi)),
+)
+_smooth("Softsign", "Dx = dy / (1 + |x|)².", lambda g, n, x, y: _inverse(g, _squared(g, _more(g, g.emit("Abs", x)))))
+
+
+STEEP = 2.0**126
+"""The slope of a line that is a step from 0 to 1 for all but the least numbers."""
+
+
+@rule("Identity", "Dropout")
+def identity(tape: Tape, node: Node) -> Pull:
+    """y = x; an exported Dropout is one, too."""
+    name = node.inputs[0]
+    tape.enter(node.outputs[0], tape.value(name), tape.shape(name))
+    return lambda dy, *_: tape.add(name, dy)
+
+
+_FLOATS, _FLOAT32 = {1, 10, 11, 16}, 1
+
+
+@rule("Cast")
+def cast(tape: Tape, node: Node) -> Pull | None:
+    """Between floats nothing, because all of them train as float32; whole numbers and truths have no gradient."""
+    name = node.inputs[0]
+    x, to = tape.value(name), int(node.attrs["to"])
+    if to not in _FLOATS:
+        tape.enter(node.outputs[0], tape.graph.emit("Cast", x, attrs={"to": to}), tape.shape(name))
+        return None
+    y = tape.graph.emit("Cast", x, attrs={"to": _FLOAT32}) if not tape.wants(name) else x
+    tape.enter(node.outputs[0], y, tape.shape(name))
+    return lambda dy: tape.add(name, dy)
+
+
+@rule("Relu")
+def relu(tape: Tape, node: Node) -> Pull:
+    """Dx = dy where y > 0."""
+    _, y = _unary(tape, node)
+    return lambda dy: tape.add(node.inputs[0], rectified(tape, dy, y))
+
+
+def rectified(tape: Tape, dy: str, y: str) -> str:
+    """Dy where y, which is never below 0, is above it; as an intent where the tape takes intents."""
+    if tape.intends:
+        attrs = {"finite": int(tape.finite_slopes)}
+        return tape.graph.emit(RECTIFIED, dy, y, attrs=attrs, domain=DOMAIN)
+    return where_positive(tape.graph, dy, y, finite=tape.finite_slopes)
+
+
+def where_positive(g: Graph, dy: str, y: str, *, finite: bool) -> str:
+    """Dy where y, which is never below 0, is above it, else 0.
+
+    Args:
+        g: The graph that is written to.
+        dy: The gradient of y.
+        y: The value.
+        finite: Whether dy is finite. Its product with a mask is then the same, and faster than a choice: the mask is a
+            line so steep that it is 1 from the least normal number on.
+    """
+    if finite:
+        return g.emit("Mul", dy, g.emit("HardSigmoid", y, attrs={"alpha": STEEP, "beta": 0.0}))
+    return g.emit("Where", g.emit("Greater", y, g.scalar(0)), dy, g.scalar(0))
+
+
+def between(g: Graph, dy: str, y: str, low: str, high: str) -> str:
+    """Dy where y lies between two numbers, else 0, also where dy is infinite."""
+    inside = g.emit("And", g.emit("Greater", y, low), g.emit("Less", y, high))
+    return g.emit("Where", inside, dy, g.scalar(0))
+
+
+@rule("LeakyRelu")
+def leaky_relu(tape: Tape, node: Node) -> Pull:
+    """Dx = dy where x > 0, else alpha · dy."""
+    x, _ = _unary(tape, node)
+    g = tape.graph
+
+    def pull(dy: str) -> None:
+        scaled = _times(g, dy, _number(node, "alpha", 0.01))
+        tape.add(node.inputs[0], g.emit("Where", g.emit("Greater", x, g.scalar(0)), dy, scaled))
+
+    return pull
+
+
+@rule("ThresholdedRelu")
+def thresholded_relu(tape: Tape, node: Node) -> Pull:
+    """Dx = dy where x > alpha."""
+    x, _ = _unary(tape, node)
+    g = tape.graph
+    over = g.emit("Greater", x, g.scalar(_number(node, "alpha", 1.0)))
+    return lambda dy: tape.add(node.inputs[0], g.emit("Where", over, dy, g.scalar(0)))
+
+
+@rule("Shrink")
+def shrink(tape: Tape, node: Node) -> Pull:
+    """Dx = dy where |x| > lambd."""
+    x, _ = _unary(tape, node)
+    g = tape.graph
+    outside = g.emit("Greater", g.emit("Abs", x), g.scalar(_number(node, "lambd", 0.5)))
+    return lambda dy: tape.add(node.inputs[0], g.emit("Where", outside, dy, g.scalar(0)))
+
+
+@rule("Elu", "Selu", "Celu")
+def exponential_units(tape: Tape, node: Node) -> Pull:
+    """Gamma · x above 0 and gamma · alpha · (e^(x/c) − 1) below; dx = dy · gamma, or dy · gamma · alpha/c · e^(x/c)."""
+    x, _ = _unary(tape, node)
+    g = tape.graph
+    alpha = _number(node, "alpha", 1.67326319217681884765625 if node.op == "Selu" else 1.0)
+    gamma = _number(node, "gamma", 1.05070102214813232421875) if node.op == "Selu" else 1.0
+    scale = alpha if node.op == "Celu" else 1.0
+
+    def pull(dy: str) -> None:
+        below = g.emit("Min", x, g.scalar(0))  # e^x of large x would be infinite
+        steepness = g.emit("Exp", g.emit("Div", below, g.scalar(scale)) if scale != 1 else below)
+        slope = _times(g, steepness, gamma * alpha / scale)
+        above = _times(g, dy, gamma) if gamma != 1 else dy
+        tape.add(node.inputs[0], g.emit("Where", g.emit("Greater", x, g.scalar(0)), above, g.emit("Mul", dy, slope)))
+
+    return pull
+
+
+@rule("PRelu")
+def parametric_relu(tape: Tape, node: Node) -> Pull:
+    """Dx = dy where x > 0, else slope · dy; dslope = Σ dy · x where x ≤ 0."""
+    left, right = node.inputs
+    x, slope, shape = tape.value(left), tape.value(right), tape.shape(left)
+    g = tape.graph
+    shape = tape.broadcast(node, shape, tape.shape(right))
+    tape.enter(node.outputs[0], g.emit("PRelu", x, slope), shape)
+    above = g.emit("Greater", x, g.scalar(0))
+
+    def pull(dy: str) -> None:
+        if tape.wants(left):
+            tape.add(left, g.emit("Where", above, dy, g.emit("Mul", dy, slope)))
+        if tape.wants(right):
+            share = g.emit("Where", above, g.scalar(0), g.emit("Mul", dy, x))
+            tape.add(right, tape.reduced(share, shape, tape.shape(right)))
+
+    return pull
+
+
+@rule("Gelu")
+def gelu(tape: Tape, node: Node) -> Pull:
+    """Y = x · Φ(x), exact by the error function or approximated by tanh; dx = dy · (Φ + x · Φ′)."""
+    name = node.inputs[0]
+    x, g = tape.value(name), tape.graph
+    if str(node.attrs.get("approximate", "none")) == "tanh":
+        return _tanh_gelu(tape, node, x)
+    share = _times(g, _more(g, g.emit("Erf", _times(g, x, math.sqrt(0.5)))), 0.5)
+    tape.enter(node.outputs[0], g.emit("Mul", x, share), tape.shape(name))
+
+    def pull(dy: str) -> None:
+        bell = g.emit("Exp", _times(g, _squared(g, x), -0.5))
+        slope = g.emit("Add", share, g.emit("Mul", x, _times(g, bell, 1 / math.sqrt(2 * math.pi))))
+        tape.add(name, g.emit("Mul", dy, slope))
+
+    return pull
+
+
+def _tanh_gelu(tape: Tape, node: Node, x: str) -> Pull:
+    """Y = x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) / 2, with 1 + tanh(u) = 2 · sigmoid(2u)."""
+    g, c = tape.graph, 2 * math.sqrt(2 / math.pi)
+    square = _squared(g, x)
+    inner = g.emit("Mul", x, g.emit("Add", _times(g, square, c * GELU_CUBE), g.scalar(c)))
+    share = g.emit("Sigmoid", inner)
+    tape.enter(node.outputs[0], g.emit("Mul", x, share), tape.shape(node.inputs[0]))
+
+    def pull(dy: str) -> None:
+        steepness = g.emit("Add", _times(g, square, 3 * c * GELU_CUBE), g.scalar(c))
+        change = g.emit("Mul", g.emit("Mul", share, _rest(g, share)), g.emit("Mul", x, steepness))
+        tape.add(node.inputs[0], g.emit("Mul", dy, g.emit("Add", share, change)))
+
+    return pull
+
+
+@rule("Mish")
+def mish(tape: Tape, node: Node) -> Pull:
+    """Y = x · t with t = tanh(softplus(x)); dx = dy · (t + x · (1 − t²) · sigmoid(x))."""
+    name = node.inputs[0]
+    x, g = tape.value(name), tape.graph
+    t = g.emit("Tanh", g.emit("Softplus", x))
+    tape.enter(node.outputs[0], g.emit("Mul", x, t), tape.shape(name))
+
+    def pull(dy: str) -> None:
+        change = g.emit("Mul", g.emit("Mul", x, _rest(g, _squared(g, t))), g.emit("Sigmoid", x))
+        tape.add(name, g.emit("Mul", dy, g.emit("Add", t, change)))
+
+    return pull
+
+
+@rule("Clip")
+def clip(tape: Tape, node: Node) -> Pull:
+    """Dx = dy where low < x < high, torch's hardtanh (ReLU6); one bound alone is torch's clamp, dy at the bound, too.
+
+    With two bounds ONNX doesn't say which of torch's operators it was. Only at exactly a bound do the two differ.
+    """
+    name = node.inputs[0]
+    x = tape.value(name)
+    g = tape.graph
+    if not tape.wants(name):
+        given = [tape.value(i) if i else "" for i in node.inputs[1:]]
+        tape.enter(node.outputs[0], g.emit("Clip", x, *given), tape.shape(name))
+        return lambda dy: None
+    bounds = [tape.number(node, i) for i in (1, 2)]
+    names = [g.scalar(float(b)) if b is not None else "" for b in bounds]
+    while names and not names[-1]:
+        names.pop()
+    y = g.emit("Clip", x, *names)
+    tape.enter(node.outputs[0], y, tape.shape(name))
+
+    def pull(dy: str) -> None:
+        if all(b is not None for b in bounds):
+            attrs = {"bounds": names}
+            inner = g.emit(RECTIFIED, dy, y, attrs=attrs, domain=DOMAIN) if tape.intends else between(g, dy, y, *names)
+            tape.add(name, inner)
+            return
+        given = [(op, bound) for op, bound in zip(("Greater", "Less"), names, strict=False) if bound]
+        inside = [g.emit(f"{op}OrEqual", x, bound) for op, bound in given]
+        tape.add(name, g.emit("Where", inside[0], dy, g.scalar(0)) if inside else dy)
+
+    return pull
+
+
+@rule("Sqrt")
+def square_root(tape: Tape, node: Node) -> Pull:
+    """Dx = dy / (2 · y), and 0 where y is: so torch has it of the standard deviation of equal numbers."""
+    _, y = _unary(tape, node)
+    g = tape.graph
+
+    def pull(dy: str) -> None:
+        slope = g.emit("Where", g.emit("Equal", y, g.scalar(0)), g.scalar(0), g.emit("Div", g.scalar(0.5), y))
+        tape.add(node.inputs[0], g.emit("Mul", dy, slope))
+
+    return pull
+
+
+@rule("Log")
+def logarithm(tape: Tape, node: Node) -> Pull:
+    """Dx = dy / x."""
+    x, _ = _unary(tape, node)
+    return lambda dy: tape.add(node.inputs[0], tape.graph.emit("Div", dy, x))
+
+
+@rule("Neg")
+def negation(tape: Tape, node: Node) -> Pull:
+    """Dx = −dy."""
+    _unary(tape, node)
+    return lambda dy: tape.add(node.inputs[0], tape.graph.emit("Neg", dy))
+
+
+@rule("HardSigmoid")
+def hard_sigmoid(tape: Tape, node: Node) -> Pull:
+    """Dx = alpha · dy where 0 < y < 1."""
+    _, y = _unary(tape, node)
+    g = tape.graph
+
+    def pull(dy: str) -> None:
+        inside = g.emit("And", g.emit("Greater", y, g.scalar(0)), g.emit("Less", y, g.scalar(1)))
+        slope = _times(g, dy, _number(node, "alpha", 0.2))
+        tape.add(node.inputs[0], g.emit("Where", inside, slope, g.scalar(0)))
+
+    return pull
+
+
+@rule("HardSwish")
+def hard_swish(tape: Tape, node: Node) -> Pull:
+    """Y = x · clip(x/6 + 1/2, 0, 1); dx = dy · (0 up to −3, 1 from 3 on, x/3 + 1/2 between)."""
+    x, _ = _unary(tape, node)
+    g = tape.graph
+
+    def pull(dy: str) -> None:
+        slope = g.emit("Add", _times(g, x, 1 / 3), g.scalar(0.5))
+        slope = g.emit("Where", g.emit("LessOrEqual", x, g.scalar(-3)), g.scalar(0), slope)
+        slope = g.emit("Where", g.emit("GreaterOrEqual", x, g.scalar(3)), g.scalar(1), slope)
+        tape.add(node.inputs[0], g.emit("Mul", dy, slope))
+
+    return pull
+
+
+@rule("Floor", "Ceil", "Round", "Sign", "Hardmax", "IsNaN", "IsInf", "Not")
+def steps(tape: Tape, node: Node) -> None:
+    """Constant between jumps: no gradient passes."""
+    if any(i and i != node.inputs[0] for i in node.inputs[1:]):
+        raise ModelError(f"{describe(node)}: inputs", expected=1, got=len(node.inputs))
+    _unary(tape, node)

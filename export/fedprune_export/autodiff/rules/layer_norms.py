@@ -1,0 +1,206 @@
+"""Gradient rules of softmax and of normalisations that look at one sample alone.
+
+Statistics are taken of values that a first mean has centred, so that a mean far from zero costs no digits. How many
+elements a statistic is over is counted at run time where channels are among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.rules.reductions import divided, summed
+from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, rule
+from fedprune_export.ir.graph import Node
+
+
+@rule("Softmax")
+def softmax(tape: Tape, node: Node) -> Pull:
+    """Dx = y · (dy − Σ dy · y) along the axis."""
+    name, axis, y = _along(tape, node)
+    g = tape.graph
+
+    def pull(dy: str) -> None:
+        weighted = g.emit("Mul", dy, y)
+        rest = g.emit("Mul", y, summed(g, weighted, [axis]))
+        tape.add(name, g.emit("Sub", weighted, rest))
+
+    return pull
+
+
+@rule("LogSoftmax")
+def log_softmax(tape: Tape, node: Node) -> Pull:
+    """Dx = dy − e^y · Σ dy along the axis."""
+    name, axis, y = _along(tape, node)
+    g = tape.graph
+
+    def pull(dy: str) -> None:
+        rest = g.emit("Mul", g.emit("Exp", y), summed(g, dy, [axis]))
+        tape.add(name, g.emit("Sub", dy, rest))
+
+    return pull
+
+
+def _along(tape: Tape, node: Node) -> tuple[str, int, str]:
+    """Write an operator that acts along one axis; its input, the axis, its output."""
+    name = node.inputs[0]
+    shape = tape.shape(name)
+    axis = int(node.attrs.get("axis", -1)) % len(shape)
+    y = tape.graph.emit(node.op, tape.value(name), attrs={**node.attrs, "axis": axis})
+    tape.enter(node.outputs[0], y, shape)
+    return name, axis, y
+
+
+def normalised(
+    tape: Tape, x: str, axes: list[int], dims: Sequence[Dim], epsilon: float
+) -> tuple[str, Callable[[str], str]]:
+    """A value less its mean over axes, divided by its standard deviation, and what turns its gradient into x's.
+
+    With n elements, s = 1/√(var + ε) and z the result: dx = s · (dz − Σdz/n − z · Σ(dz · z)/n).
+    """
+    g = tape.graph
+
+    def mean(value: str) -> str:
+        return g.emit("ReduceMean", value, attrs={"axes": axes, "keepdims": 1})
+
+    # The mean of float32 sums is off by a little where it is large: centring twice makes it exact.
+    rough = g.emit("Sub", x, mean(x))
+    centred = g.emit("Sub", rough, mean(rough))
+    variance = mean(g.emit("Mul", centred, centred))
+    inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", variance, g.scalar(epsilon))))
+    z = g.emit("Mul", centred, inverse)
+
+    def pull(dz: str) -> str:
+        share = divided(tape, summed(g, dz, axes), dims)
+        slope = divided(tape, summed(g, g.emit("Mul", dz, z), axes), dims)
+        rest = g.emit("Sub", g.emit("Sub", dz, share), g.emit("Mul", z, slope))
+        return g.emit("Mul", rest, inverse)
+
+    return z, pull
+
+
+@rule("LayerNormalization")
+def layer_norm(tape: Tape, node: Node) -> Pull:
+    """Normalised over the last axes, counted at run time where channels are among them; scale and bias per element."""
+    name, gamma, beta = node.inputs[0], node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else ""
+    if any(node.outputs[1:]):
+        raise ModelError(f"{describe(node)}: its statistics are used", expected="one output")
+    x, shape = tape.value(name), tape.shape(name)
+    g, rank = tape.graph, len(shape)
+    axis = int(node.attrs.get("axis", -1)) % rank
+    axes, epsilon = list(range(axis, rank)), float(node.attrs.get("epsilon", 1e-5))
+    scale = tape.fitted(node, 1, shape[axis:])
+    dims = [shape[a] for a in axes]
+    # The operator's own statistics lose digits where the mean is large; of centred values they are exact.
+    centred = g.emit("Sub", x, g.emit("ReduceMean", x, attrs={"axes": axes, "keepdims": 1}))
+    inputs = [centred, scale] + ([tape.fitted(node, 2, shape[axis:])] if beta else [])
+    y, rest, inverse = g.emit_many("LayerNormalization", *inputs, outputs=3, attrs={"axis": axis, "epsilon": epsilon})
+    tape.enter(node.outputs[0], y, shape)
+
+    def pull(dy: str) -> None:
+        z = g.emit("Mul", g.emit("Sub", centred, rest), inverse)
+        if tape.wants(gamma):
+            tape.add(gamma, tape.reduced(g.emit("Mul", dy, z), shape, tape.shape(gamma)))
+        if beta and tape.wants(beta):
+            tape.add(beta, tape.reduced(dy, shape, tape.shape(beta)))
+        if tape.wants(name):
+            dz = g.emit("Mul", dy, scale)
+            share = divided(tape, summed(g, dz, axes), dims)
+            slope = divided(tape, summed(g, g.emit("Mul", dz, z), axes), dims)
+            change = g.emit("Sub", g.emit("Sub", dz, share), g.emit("Mul", z, slope))
+            tape.add(name, g.emit("Mul", change, inverse))
+
+    return pull
+
+
+@rule("RMSNormalization")
+def rms_norm(tape: Tape, node: Node) -> Pull:
+    """Divided by the root of the mean square over the last axes; dx = s · (dz − z · Σ(dz · z)/n)."""
+    name, gamma = node.inputs[:2]
+    x, shape = tape.value(name), tape.shape(name)
+    g, rank = tape.graph, len(shape)
+    axes = list(range(int(node.attrs.get("axis", -1)) % rank, rank))
+    dims = [shape[a] for a in axes]
+    scale = tape.fitted(node, 1, tuple(dims))
+    square = g.emit("ReduceMean", g.emit("Mul", x, x), attrs={"axes": axes, "keepdims": 1})
+    lifted = g.emit("Add", square, g.scalar(float(node.attrs.get("epsilon", 1e-5))))
+    inverse = g.emit("Reciprocal", g.emit("Sqrt", lifted))
+    z = g.emit("Mul", x, inverse)
+    tape.enter(node.outputs[0], g.emit("Mul", z, scale), shape)
+
+    def pull(dy: str) -> None:
+        if tape.wants(gamma):
+            tape.add(gamma, tape.reduced(g.emit("Mul", dy, z), shape, tape.shape(gamma)))
+        if tape.wants(name):
+            dz = g.emit("Mul", dy, scale)
+            slope = divided(tape, summed(g, g.emit("Mul", dz, z), axes), dims)
+            tape.add(name, g.emit("Mul", g.emit("Sub", dz, g.emit("Mul", z, slope)), inverse))
+
+    return pull
+
+
+@rule("LpNormalization")
+def lp_norm(tape: Tape, node: Node) -> Pull:
+    """X divided by its length (p = 2) or sum of absolutes (p = 1) along an axis; 0 stays 0."""
+    name, g = node.inputs[0], tape.graph
+    x, shape = tape.value(name), tape.shape(name)
+    axis, order = int(node.attrs.get("axis", -1)) % len(shape), int(node.attrs.get("p", 2))
+    size = g.emit(f"ReduceL{order}", x, attrs={"axes": [axis], "keepdims": 1})
+    length = g.emit("Where", g.emit("Equal", size, g.scalar(0)), g.scalar(1), size)
+    y = g.emit("Div", x, length)
+    tape.enter(node.outputs[0], y, shape)
+
+    def pull(dy: str) -> None:
+        along = summed(g, g.emit("Mul", dy, y), [axis])
+        direction = y if order == 2 else g.emit("Sign", x)
+        tape.add(name, g.emit("Div", g.emit("Sub", dy, g.emit("Mul", direction, along)), length))
+
+    return pull
+
+
+_NOTHING = 1e-18
+"""The square of what the operator adds to a standard deviation."""
+
+
+@rule("MeanVarianceNormalization")
+def standardised(tape: Tape, node: Node) -> Pull:
+    """Less the mean and divided by the standard deviation over the given axes."""
+    name = node.inputs[0]
+    shape = tape.shape(name)
+    axes = sorted(int(a) % len(shape) for a in node.attrs.get("axes", [0, 2, 3]))
+    z, pull = normalised(tape, tape.value(name), axes, [shape[a] for a in axes], _NOTHING)
+    tape.enter(node.outputs[0], z, shape)
+    return lambda dy: tape.add(name, pull(dy))
+
+
+@rule("LRN")
+def local_response(tape: Tape, node: Node) -> Pull:
+    """X · s^−β with s from squares of neighbouring channels; dx = dy · s^−β − 2αβ/n · x · Σ dy·x·s^(−β−1)."""
+    name, g = node.inputs[0], tape.graph
+    x, shape = tape.value(name), tape.shape(name)
+    size = int(node.attrs["size"])
+    alpha, beta, bias = (float(node.attrs.get(k, d)) for k, d in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0)))
+    before, after = (size - 1) // 2, size // 2
+
+    def neighbours(value: str, before: int, after: int) -> str:
+        """The sum over a window of channels: shifted copies of the padded value."""
+        pads = [0, before] + [0] * (len(shape) - 1) + [after] + [0] * (len(shape) - 2)
+        padded, total = g.emit("Pad", value, g.ints(*pads)), ""
+        for k in range(size):
+            end = k + 1 - size or 2**31
+            part = g.emit("Slice", padded, g.ints(k), g.ints(end), g.ints(1))
+            total = g.emit("Add", total, part) if total else part
+        return total
+
+    spread = g.emit("Mul", neighbours(g.emit("Mul", x, x), before, after), g.scalar(alpha / size))
+    base = g.emit("Add", spread, g.scalar(bias))
+    share = g.emit("Pow", base, g.scalar(-beta))
+    tape.enter(node.outputs[0], g.emit("Mul", x, share), shape)
+
+    def pull(dy: str) -> None:
+        own = g.emit("Mul", dy, share)
+        weighted = neighbours(g.emit("Div", g.emit("Mul", own, x), base), after, before)
+        others = g.emit("Mul", g.emit("Mul", x, weighted), g.scalar(2 * alpha * beta / size))
+        tape.add(name, g.emit("Sub", own, others))
+
+    return pull

@@ -1,0 +1,213 @@
+"""Gradient rules of batch normalisation: in training mode, and by frozen statistics."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from fedprune.core.errors import ModelError
+from fedprune.training import step_contract
+from fedprune_export.autodiff.intents import DOMAIN, NORMALISE, NORMALISE_GRADIENT
+from fedprune_export.autodiff.rules.reductions import count_of
+from fedprune_export.autodiff.tape import Pull, Tape, describe, port, rule
+from fedprune_export.ir.graph import Graph, Node
+
+
+@rule("BatchNormalization")
+def batch_norm(tape: Tape, node: Node) -> Pull:
+    """Normalise by the batch; the running statistics become outputs, with torch's unbiased variance.
+
+    Where the statistics are frozen, normalise by them, as torch does in evaluation mode.
+
+    The node's momentum is the share of the old statistics that is kept (torch's is the share that is replaced).
+
+    With c = x − mean, s = 1/√(var + ε) and n elements per channel:
+    dγ = s · Σ dy·c, dβ = Σ dy, dx = γ · s · (dy − Σdy/n − c · s² · Σ dy·c / n). Sums are taken of centred values, so
+    that a mean far from zero costs no digits.
+    """
+    name, gamma, beta, mean_name, var_name = node.inputs
+    if not (tape.is_tensor(mean_name) and tape.is_tensor(var_name)):
+        return _still(tape, node)
+    if tape.frozen(mean_name) != tape.frozen(var_name):
+        raise ModelError(
+            f"{describe(node)}: only one of its statistics is frozen",
+            expected=f"both of {mean_name} and {var_name}, or neither",
+            hint="Mend the patterns of recipe.frozen and recipe.trainable.",
+        )
+    if tape.frozen(mean_name):
+        return _still(tape, node)
+    g = tape.graph
+    if any(o.name == step_contract.following(mean_name) for o in g.outputs):
+        raise ModelError(f"{describe(node)} shares its statistics with another node", got=mean_name)
+    x, shape = tape.value(name), tape.shape(name)
+    scale, shift = _vector(tape, node, 1, mean_name), _vector(tape, node, 2, var_name)
+    eps = float(node.attrs.get("epsilon", 1e-5))
+    keep = float(node.attrs.get("momentum", 0.9))
+    count = count_of(tape, [shape[0], *shape[2:]])
+    intended = tape.intends and len(shape) == 4
+    if intended:
+        inputs, attrs = (x, scale, shift, count), {"epsilon": eps}
+        y, mean, var = g.emit_many(NORMALISE, *inputs, outputs=3, attrs=attrs, domain=DOMAIN)
+    else:
+        normal = Normal(g, x, scale, shift, eps, len(shape))
+        y, mean, var = normal.y, normal.mean, normal.variance
+    tape.enter(node.outputs[0], y, shape)
+    others = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
+    unbiased = g.emit("Mul", var, g.emit("Div", count, others))
+    for statistic, value in ((mean_name, mean), (var_name, unbiased)):
+        old = g.emit("Mul", tape.value(statistic), g.scalar(keep))
+        new = g.emit("Mul", value, g.scalar(1 - keep))
+        g.emit("Add", old, new, out=step_contract.following(statistic))
+        g.outputs.append(port(step_contract.following(statistic), tape.shape(statistic)))
+
+    def pull(dy: str) -> None:
+        if intended:
+            dx, dgamma, dbeta = g.emit_many(NORMALISE_GRADIENT, dy, x, mean, outputs=3, domain=DOMAIN)
+        else:
+            dgamma, dbeta = normal.pulled_vectors(dy)
+            dx = normal.pulled(dy, dgamma, dbeta, count) if tape.wants(name) else ""
+        tape.add(gamma, dgamma)
+        tape.add(beta, dbeta)
+        if tape.wants(name):
+            tape.add(name, dx)
+
+    return pull
+
+
+class Normal:
+    """Values [N, C, ...] normalised by their batch, and the pull-back.
+
+    A mean out of float32 sums is off by a little, most where much of the input is flat. Values that it has centred give
+    exact statistics; `_rest` is what it was off by.
+
+    Args:
+        g: The graph that is written to.
+        x: The values.
+        scale: One number per channel, [C].
+        shift: Another one.
+        epsilon: What is added to the variance.
+        rank: Axes of x.
+
+    Attributes:
+        y: The values, normalised.
+        mean: The batch's mean, [C].
+        variance: Its variance (over n, not n − 1), [C].
+    """
+
+    def __init__(self, g: Graph, x: str, scale: str, shift: str, epsilon: float, rank: int) -> None:
+        self._graph, self._scale, self._epsilon = g, scale, epsilon
+        self._channels = channels = _Channels(g, rank)
+        rough = g.emit("ReduceMean", x, attrs={"axes": channels.others, "keepdims": 1})
+        self._centred = g.emit("Sub", x, rough)
+        # onnxruntime writes the batch's statistics into the arrays that come in as running ones unless those outputs
+        # leave the graph, so it gets scratch arrays. Nothing else may compute the same: equal nodes are merged.
+        scratch = g.emit("Sub", scale, scale), g.emit("Sub", shift, shift)
+        self.y, self._rest, self.variance = g.emit_many(
+            "BatchNormalization",
+            self._centred,
+            scale,
+            shift,
+            *scratch,
+            outputs=3,
+            attrs={"epsilon": epsilon, "momentum": 0.0, "training_mode": 1},
+        )
+        self.mean = g.emit("Add", g.emit("Squeeze", rough, g.ints(*channels.others)), self._rest)
+
+    @cached_property
+    def _spread(self) -> str:
+        return self._graph.emit("Add", self.variance, self._graph.scalar(self._epsilon))
+
+    @cached_property
+    def _inverse(self) -> str:
+        return self._graph.emit("Reciprocal", self._graph.emit("Sqrt", self._spread))
+
+    def pulled_vectors(self, dy: str) -> tuple[str, str]:
+        """The gradients of scale and shift."""
+        g, channels = self._graph, self._channels
+        total = channels.summed(dy)
+        dot = g.emit("Sub", channels.summed(g.emit("Mul", dy, self._centred)), g.emit("Mul", self._rest, total))
+        return g.emit("Mul", dot, self._inverse), total
+
+    def pulled(self, dy: str, dscale: str, dshift: str, count: str) -> str:
+        """The gradient of x, given those of scale and shift and the number of elements per channel."""
+        g = self._graph
+        slope = g.emit("Div", g.emit("Mul", dscale, self._inverse), count)
+        base = g.emit("Sub", g.emit("Div", dshift, count), g.emit("Mul", self._rest, slope))
+        # centred · slope + base, which the operator computes at inference in one pass.
+        zero = g.emit("Sub", self._inverse, self._inverse)
+        one = g.emit("Add", zero, g.scalar(1))
+        fit = g.emit("BatchNormalization", self._centred, slope, base, zero, one, attrs={"epsilon": 0.0})
+        steepness = g.emit("Mul", self._scale, self._inverse)
+        return g.emit("Mul", g.emit("Sub", dy, fit), self._channels.column(steepness))
+
+
+class _Channels:
+    """What is done channel by channel to values whose second axis has the channels.
+
+    Args:
+        graph: The graph that is written to.
+        rank: How many axes the values have.
+    """
+
+    def __init__(self, graph: Graph, rank: int) -> None:
+        self._graph = graph
+        self.others = [0, *range(2, rank)]
+
+    def column(self, vector: str) -> str:
+        """One number per channel as it fits the values."""
+        inner = len(self.others) - 1
+        return self._graph.emit("Unsqueeze", vector, self._graph.ints(*range(1, 1 + inner))) if inner else vector
+
+    def summed(self, value: str) -> str:
+        """The sums over all axes but the channels'."""
+        return self._graph.emit("ReduceSum", value, self._graph.ints(*self.others), attrs={"keepdims": 0})
+
+
+def _still(tape: Tape, node: Node) -> Pull:
+    """Normalise by statistics that never change, as at inference, or that the graph computes (of weights, mostly).
+
+    With c = (x − mean) · s and s = 1/√(var + ε): dγ = Σ dy·c, dβ = Σ dy, dx = γ · s · dy; and of computed statistics
+    dmean = −γ · s · Σ dy, dvar = −γ · s² · Σ dy·c / 2.
+    """
+    name, gamma, beta, mean_name, var_name = node.inputs
+    g, shape = tape.graph, tape.shape(node.inputs[0])
+    channels = _Channels(g, len(shape))
+    scale, shift = _vector(tape, node, 1, mean_name), _vector(tape, node, 2, var_name)
+    mean, var = tape.value(mean_name), tape.value(var_name)
+    attrs = {"epsilon": float(node.attrs.get("epsilon", 1e-5))}
+    x = tape.value(name)
+    tape.enter(node.outputs[0], g.emit("BatchNormalization", x, scale, shift, mean, var, attrs=attrs), shape)
+    inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", var, g.scalar(attrs["epsilon"]))))
+
+    def pull(dy: str) -> None:
+        steepness = g.emit("Mul", scale, inverse)
+        if tape.wants(gamma) or tape.wants(var_name):
+            centred = g.emit("Sub", x, channels.column(mean))
+            dot = g.emit("Mul", channels.summed(g.emit("Mul", dy, centred)), inverse)
+            tape.add(gamma, dot)
+            if tape.wants(var_name):
+                half = g.emit("Mul", g.emit("Mul", steepness, inverse), g.scalar(-0.5))
+                tape.add(var_name, g.emit("Mul", half, dot))
+        if tape.wants(beta) or tape.wants(mean_name):
+            total = channels.summed(dy)
+            tape.add(beta, total)
+            if tape.wants(mean_name):
+                tape.add(mean_name, g.emit("Neg", g.emit("Mul", steepness, total)))
+        if tape.wants(name):
+            tape.add(name, g.emit("Mul", dy, channels.column(steepness)))
+
+    return pull
+
+
+def _vector(tape: Tape, node: Node, index: int, statistic: str) -> str:
+    """A vector that scales or shifts; a constant one is as long as the statistic, because it may go with a cut.
+
+    The analysis lets only constants with equal entries be cut.
+    """
+    name = node.inputs[index]
+    if tape.is_tensor(name) or tape.producer(name) is not None:
+        return tape.value(name)
+    g, constant, like = tape.graph, np.asarray(tape.number(node, index), np.float32), tape.value(statistic)
+    same = np.all(constant == constant[0])
+    return g.emit("Add", g.emit("Sub", like, like), g.constant(constant[0] if same else constant, np.float32))

@@ -1,0 +1,219 @@
+"""Gradient rules of poolings."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.conv_geometry import Window, leftovers, operator_attrs, window
+from fedprune_export.autodiff.intents import DOMAIN, POOL_GRADIENT
+from fedprune_export.autodiff.rules.elementwise import rectified, where_positive
+from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, rule
+from fedprune_export.ir.graph import Graph, Node
+
+
+def _kernel(node: Node) -> tuple[int, ...]:
+    return tuple(int(k) for k in node.attrs["kernel_shape"])
+
+
+def _upsampled(g: Graph, value: str, factors: tuple[int, ...]) -> str:
+    """Every element repeated to a block."""
+    attrs = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    scales = g.constant([1.0, 1.0, *map(float, factors)], np.float32)
+    return g.emit("Resize", value, "", scales, attrs=attrs)
+
+
+@rule("MaxPool")
+def max_pool(tape: Tape, node: Node) -> Pull:
+    """The gradient goes to the first maximum of each window, as torch does it, in flat regions, too."""
+    if len(node.outputs) > 1 and node.outputs[1]:
+        raise ModelError(f"{describe(node)}: the indices of a pooling are used")
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    w = window(tape, node, _kernel(node))
+    g = tape.graph
+    attrs = {
+        "kernel_shape": list(w.kernel),
+        "strides": list(w.strides),
+        "pads": w.flat_pads,
+        "dilations": list(w.dilations),
+    }
+    out: Shape = (*shape[:2], *w.output)
+    if not tape.wants(name):
+        tape.enter(node.outputs[0], g.emit("MaxPool", x, attrs=attrs), out)
+        return lambda dy: None
+    if w.tiles and len(w.sizes) < 3:
+        y = g.emit("MaxPool", x, attrs=attrs)
+        tape.enter(node.outputs[0], y, out)
+        before = tape.producer(name)
+        follows = before is not None and before.op == "Relu" and tape.only_reader(name) is node
+
+        def pull_tiled(dy: str) -> None:
+            if before is None or not follows:
+                tape.add(name, gradient(dy))
+                return
+            # What comes out of a ReLU is 0 exactly where its maximum is: the small array is masked, not the large one.
+            if tape.intends and len(w.sizes) == 2:
+                masked = rectified(tape, dy, y)
+                tape.written[masked] = out
+            else:
+                masked = where_positive(g, dy, y, finite=tape.finite_slopes)
+            tape.add(before.inputs[0], gradient(masked))
+
+        def gradient(dy: str) -> str:
+            if tape.intends and len(w.sizes) == 2:
+                return g.emit(POOL_GRADIENT, dy, x, y, attrs={"window": w}, domain=DOMAIN)
+            return tiled_gradient(g, w, x, y, dy)
+
+        return pull_tiled
+    y, indices = g.emit_many("MaxPool", x, outputs=2, attrs=attrs)
+    tape.enter(node.outputs[0], y, out)
+
+    def pull(dy: str) -> None:
+        # Indices are flat over the whole input, so one scatter serves all of it; windows that overlap add up.
+        flat = g.emit("Reshape", x, g.ints(-1))
+        zeros = g.emit("ConstantOfShape", tape.shape_of(flat))
+        places, parts = g.emit("Reshape", indices, g.ints(-1)), g.emit("Reshape", dy, g.ints(-1))
+        spread = g.emit("ScatterElements", zeros, places, parts, attrs={"axis": 0, "reduction": "add"})
+        tape.add(name, g.emit("Reshape", spread, tape.shape_of(x)))
+
+    return pull
+
+
+def tiled_gradient(g: Graph, w: Window, x: str, y: str, dy: str) -> str:
+    """The gradient where windows lie side by side, without the slow indices.
+
+    Candidates (equal to their window's maximum) get distinct marks, highest for the first; the highest mark in each
+    window wins. Exact, and much faster than pooling with indices.
+    """
+    marks = np.arange(math.prod(w.kernel), 0, -1, dtype=np.float32).reshape(w.kernel)
+    tiled = np.tile(marks, w.output)[None, None]
+    candidate = g.emit("Equal", x, _upsampled(g, y, w.kernel))
+    mark = g.emit("Where", candidate, g.constant(tiled, np.float32), g.scalar(0))
+    attrs = {"kernel_shape": list(w.kernel), "strides": list(w.strides)}
+    best = _upsampled(g, g.emit("MaxPool", mark, attrs=attrs), w.kernel)
+    return g.emit("Where", g.emit("Equal", mark, best), _upsampled(g, dy, w.kernel), g.scalar(0))
+
+
+@rule("GlobalMaxPool")
+def global_max_pool(tape: Tape, node: Node) -> Pull:
+    """The gradient goes to the first maximum of each map, as torch does it."""
+    name, g = node.inputs[0], tape.graph
+    x, shape = tape.value(name), tape.shape(name)
+    area = math.prod(tape.static(node, shape[2:]))
+    tape.enter(node.outputs[0], g.emit("GlobalMaxPool", x), (*shape[:2], *[1] * (len(shape) - 2)))
+
+    def pull(dy: str) -> None:
+        flat = g.emit("Reshape", x, g.ints(0, 0, -1))
+        place = g.emit("ArgMax", flat, attrs={"axis": 2, "keepdims": 1})
+        here = g.emit("Equal", place, g.constant(np.arange(area)[None, None], np.int64))
+        spread = g.emit("Where", here, g.emit("Reshape", dy, g.ints(0, 0, 1)), g.scalar(0))
+        tape.add(name, g.emit("Reshape", spread, tape.shape_of(x)))
+
+    return pull
+
+
+@rule("AveragePool")
+def average_pool(tape: Tape, node: Node) -> Pull:
+    """The gradient is spread evenly over each window (over what is not padding, if padding doesn't count).
+
+    Of a window that reaches beyond its padding (a size that is rounded up) what is beyond never counts, as in torch.
+    """
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    w = window(tape, node, _kernel(node))
+    if any(d != 1 for d in w.dilations):
+        raise ModelError(f"{describe(node)}: dilation of an average", hint="Use a convolution.")
+    counted = bool(node.attrs.get("count_include_pad", 0))
+    g, counts = tape.graph, _counts(w, counted)
+    beyond = any(w.overhang)
+    attrs = {
+        "kernel_shape": list(w.kernel),
+        "strides": list(w.strides),
+        "pads": w.flat_pads,
+        "count_include_pad": int(counted or beyond),
+    }
+    y = g.emit("AveragePool", x, attrs=attrs)
+    if beyond:
+        y = g.emit("Mul", y, g.constant(math.prod(w.kernel) / counts[None, None], np.float32))
+    tape.enter(node.outputs[0], y, (*shape[:2], *w.output))
+
+    def pull(dy: str) -> None:
+        share = g.emit("Mul", dy, g.constant(1 / counts[None, None], np.float32))
+        tape.add(name, _spread(tape, w, x, share))
+
+    return pull
+
+
+@rule("LpPool")
+def lp_pool(tape: Tape, node: Node) -> Pull:
+    """Y = (Σ |x|ᵖ)^(1/p) over each window; dx = sign(x) · |x|ᵖ⁻¹ · Σ dy / yᵖ⁻¹ over the windows, 0 where y is 0."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    w = window(tape, node, _kernel(node))
+    if any(w.overhang) or any(d != 1 for d in w.dilations):
+        raise ModelError(f"{describe(node)}: dilation or a rounded-up size", hint="Use a window that fits the map.")
+    g, power = tape.graph, int(node.attrs.get("p", 2))
+    attrs = {"kernel_shape": list(w.kernel), "strides": list(w.strides), "pads": w.flat_pads, "p": power}
+    y = g.emit("LpPool", x, attrs=attrs)
+    tape.enter(node.outputs[0], y, (*shape[:2], *w.output))
+
+    def pull(dy: str) -> None:
+        tape.add(name, _rooted(g, x, power, _spread(tape, w, x, _unrooted(g, y, power, dy))))
+
+    return pull
+
+
+@rule("GlobalLpPool")
+def global_lp_pool(tape: Tape, node: Node) -> Pull:
+    """The same over the whole map."""
+    name, g, power = node.inputs[0], tape.graph, int(node.attrs.get("p", 2))
+    x, shape = tape.value(name), tape.shape(name)
+    y = g.emit("GlobalLpPool", x, attrs={"p": power})
+    tape.enter(node.outputs[0], y, (*shape[:2], *[1] * (len(shape) - 2)))
+    return lambda dy: tape.add(name, _rooted(g, x, power, _unrooted(g, y, power, dy)))
+
+
+def _rooted(g: Graph, x: str, power: int, slope: str) -> str:
+    """Slope · sign(x) · |x|^(power − 1)."""
+    if power == 2:
+        return g.emit("Mul", x, slope)
+    steep = g.emit("Sign", x)
+    if power > 1:
+        steep = g.emit("Mul", steep, g.emit("Pow", g.emit("Abs", x), g.scalar(power - 1)))
+    return g.emit("Mul", steep, slope)
+
+
+def _unrooted(g: Graph, y: str, power: int, dy: str) -> str:
+    """Dy / y^(power − 1), 0 where y is 0."""
+    if power == 1:
+        return dy
+    steep = y if power == 2 else g.emit("Pow", y, g.scalar(power - 1))
+    return g.emit("Where", g.emit("Greater", y, g.scalar(0)), g.emit("Div", dy, steep), g.scalar(0))
+
+
+def _spread(tape: Tape, w: Window, x: str, share: str) -> str:
+    """For every place of x the sum of what the windows that it is in have."""
+    g = tape.graph
+    if w.tiles and len(w.sizes) < 3:
+        return _upsampled(g, share, w.kernel)
+    # Channels join the batch: one kernel of ones then serves any number of them.
+    rows = g.emit("Reshape", share, g.ints(-1, 1, *w.output))
+    ones = g.constant(np.ones((1, 1, *w.kernel)), np.float32)
+    spread = g.emit("ConvTranspose", rows, ones, attrs={**operator_attrs(w), "output_padding": leftovers(w)})
+    return g.emit("Reshape", spread, tape.shape_of(x))
+
+
+def _counts(w: Window, counted: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """How many elements each window averages."""
+    total = np.ones(w.output)
+    for axis, (size, k, stride, pad, out) in enumerate(
+        zip(w.sizes, w.kernel, w.strides, w.pads, w.output, strict=True)
+    ):
+        start = np.arange(out) * stride - pad[0]
+        end = size + pad[1] - (w.overhang[axis] if w.overhang else 0)
+        per_axis = np.minimum(start + k, end) - start if counted else np.minimum(start + k, size) - np.maximum(start, 0)
+        total = total * per_axis.reshape([-1 if i == axis else 1 for i in range(len(w.output))])
+    return total

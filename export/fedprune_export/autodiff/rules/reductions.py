@@ -1,0 +1,228 @@
+"""Gradient rules of operators that reduce axes or accumulate along them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, rule
+from fedprune_export.ir.graph import Graph, Node
+
+_AXES_BY_INPUT = frozenset({"ReduceSum"})
+"""Opset 17 takes axes of these as an input, those of other reductions as an attribute."""
+
+
+class Reduction:
+    """A node that reduces some axes of its first input.
+
+    Attributes:
+        axes: The reduced axes, ascending.
+        kept: Shape with the reduced axes as 1.
+        out: Shape of the output.
+    """
+
+    def __init__(self, tape: Tape, node: Node, axes: list[int] | None = None) -> None:
+        self.tape, self.node, self.g = tape, node, tape.graph
+        self.name = node.inputs[0]
+        self.x, self.shape = tape.value(self.name), tape.shape(self.name)
+        rank = len(self.shape)
+        if axes is None:
+            values = tape.number(node, 1)
+            raw = node.attrs.get("axes") if values is None else values.reshape(-1)
+            if raw is not None and len(raw):
+                axes = sorted({int(a) % rank for a in raw})
+            else:
+                axes = [] if int(node.attrs.get("noop_with_empty_axes", 0)) else list(range(rank))
+        self.axes = axes
+        self.keep = bool(node.attrs.get("keepdims", 1))
+        self.kept: Shape = tuple(1 if i in axes else d for i, d in enumerate(self.shape))
+        self.out = self.kept if self.keep else tuple(d for i, d in enumerate(self.shape) if i not in axes)
+
+    def write(self, *, keep: bool | None = None) -> str:
+        """The reduction as it is; entered as the output, unless its axes are to be kept."""
+        y = self.reduced(self.node.op, self.x, keep=self.keep if keep is None else keep)
+        if keep is None or keep == self.keep:
+            self.tape.enter(self.node.outputs[0], y, self.out)
+        return y
+
+    def write_kept(self) -> str:
+        """The reduction with its axes kept, for the pull-back; the output is made from it."""
+        y = self.write(keep=True)
+        if not self.keep:
+            out = self.g.emit("Squeeze", y, self.g.ints(*self.axes)) if self.axes else y
+            self.tape.enter(self.node.outputs[0], out, self.out)
+        return y
+
+    def reduced(self, op: str, value: str, *, keep: bool = True) -> str:
+        """A value of the input's shape, reduced over the same axes."""
+        if not self.axes:
+            return self.g.emit("Identity", value)
+        if op in _AXES_BY_INPUT:
+            return self.g.emit(op, value, self.g.ints(*self.axes), attrs={"keepdims": int(keep)})
+        return self.g.emit(op, value, attrs={"axes": self.axes, "keepdims": int(keep)})
+
+    def opened(self, dy: str) -> str:
+        """The output's gradient with the reduced axes as 1, so that it broadcasts."""
+        if self.keep or not self.axes:
+            return dy
+        return self.g.emit("Unsqueeze", dy, self.g.ints(*self.axes))
+
+    def spread(self, value: str) -> str:
+        """A value with reduced axes of 1 repeated along them."""
+        return self.g.emit("Expand", value, self.tape.shape_of(self.x))
+
+    def share(self, value: str) -> str:
+        """A value divided by how many elements are reduced to one."""
+        return divided(self.tape, value, [self.shape[a] for a in self.axes])
+
+
+def divided(tape: Tape, value: str, dims: Sequence[Dim]) -> str:
+    """A float value divided by the product of these dimensions, at run time where it varies."""
+    g, count = tape.graph, tape.product(dims)
+    if isinstance(count, int):
+        return g.emit("Mul", value, g.scalar(1 / count))
+    return g.emit("Div", value, count_of(tape, dims))
+
+
+def count_of(tape: Tape, dims: Sequence[Dim]) -> str:
+    """The product of dimensions as float32: a constant where it is fixed, else of shape [1]."""
+    g, count = tape.graph, tape.product(dims)
+    if isinstance(count, int):
+        return g.scalar(count)
+    return g.emit("Cast", tape.size(count), attrs={"to": 1})
+
+
+@rule("ReduceSum")
+def total(tape: Tape, node: Node) -> Pull:
+    """A sum over any axes; every element gets dy."""
+    r = Reduction(tape, node)
+    r.write()
+    return lambda dy: tape.add(r.name, r.spread(r.opened(dy)))
+
+
+@rule("ReduceMean", "GlobalAveragePool")
+def mean(tape: Tape, node: Node) -> Pull:
+    """The mean over any axes, channels as well (counted at run time); the gradient is spread evenly."""
+    pooled = node.op == "GlobalAveragePool"
+    r = Reduction(tape, node, list(range(2, len(tape.shape(node.inputs[0])))) if pooled else None)
+    y = r.reduced("ReduceMean", r.x, keep=r.keep)
+    tape.enter(node.outputs[0], y, r.out)
+    return lambda dy: tape.add(r.name, r.spread(r.share(r.opened(dy))))
+
+
+@rule("ReduceMax", "ReduceMin")
+def extreme(tape: Tape, node: Node) -> Pull:
+    """The largest or smallest number along axes; equals share the gradient, as in torch's amax."""
+    r = Reduction(tape, node)
+    y, g = r.write_kept(), tape.graph
+
+    def pull(dy: str) -> None:
+        best = g.emit("Equal", r.x, y)
+        count = r.reduced("ReduceSum", g.emit("Cast", best, attrs={"to": 1}))
+        share = g.emit("Div", r.opened(dy), count)
+        tape.add(r.name, g.emit("Where", best, share, g.scalar(0)))
+
+    return pull
+
+
+@rule("ReduceProd")
+def product(tape: Tape, node: Node) -> Pull:
+    """A product along axes; dx = dy · the product of the others, right with zeros, too."""
+    r = Reduction(tape, node)
+    r.write()
+    g = tape.graph
+
+    def pull(dy: str) -> None:
+        nothing = g.emit("Equal", r.x, g.scalar(0))
+        others = g.emit("Where", nothing, g.scalar(1), r.x)
+        whole = r.reduced("ReduceProd", others)
+        zeros = r.reduced("ReduceSum", g.emit("Cast", nothing, attrs={"to": 1}))
+        none, one = (g.emit("Equal", zeros, g.scalar(n)) for n in (0, 1))
+        at_zero = g.emit("Where", g.emit("And", nothing, one), whole, g.scalar(0))
+        slope = g.emit("Where", none, g.emit("Div", whole, others), at_zero)
+        tape.add(r.name, g.emit("Mul", r.opened(dy), slope))
+
+    return pull
+
+
+@rule("ReduceL1")
+def absolute_sum(tape: Tape, node: Node) -> Pull:
+    """The sum of absolute values; dx = dy · sign(x)."""
+    r = Reduction(tape, node)
+    r.write()
+    g = tape.graph
+    return lambda dy: tape.add(r.name, g.emit("Mul", r.opened(dy), g.emit("Sign", r.x)))
+
+
+@rule("ReduceL2")
+def length(tape: Tape, node: Node) -> Pull:
+    """The Euclidean length; dx = dy · x / y, and 0 where the length is."""
+    r = Reduction(tape, node)
+    y, g = r.write_kept(), tape.graph
+
+    def pull(dy: str) -> None:
+        nothing = g.emit("Equal", y, g.scalar(0))
+        share = g.emit("Div", r.opened(dy), g.emit("Where", nothing, g.scalar(1), y))
+        tape.add(r.name, g.emit("Mul", r.x, share))
+
+    return pull
+
+
+@rule("ReduceSumSquare")
+def squares(tape: Tape, node: Node) -> Pull:
+    """The sum of squares; dx = 2 · dy · x."""
+    r = Reduction(tape, node)
+    r.write()
+    g = tape.graph
+    return lambda dy: tape.add(r.name, g.emit("Mul", g.emit("Mul", r.opened(dy), g.scalar(2)), r.x))
+
+
+@rule("ReduceLogSum")
+def logarithm_of_sum(tape: Tape, node: Node) -> Pull:
+    """The logarithm of a sum; dx = dy / Σx."""
+    r = Reduction(tape, node)
+    r.write()
+    g = tape.graph
+    return lambda dy: tape.add(r.name, r.spread(g.emit("Div", r.opened(dy), r.reduced("ReduceSum", r.x))))
+
+
+@rule("ReduceLogSumExp")
+def log_sum_exp(tape: Tape, node: Node) -> Pull:
+    """The logarithm of a sum of exponentials, less the largest first; dx = dy · e^(x − y)."""
+    r = Reduction(tape, node)
+    g = tape.graph
+    top = r.reduced("ReduceMax", r.x)
+    rest = g.emit("Log", r.reduced("ReduceSum", g.emit("Exp", g.emit("Sub", r.x, top))))
+    y = g.emit("Add", top, rest)
+    out = y if r.keep or not r.axes else g.emit("Squeeze", y, g.ints(*r.axes))
+    tape.enter(node.outputs[0], out, r.out)
+    return lambda dy: tape.add(r.name, g.emit("Mul", r.opened(dy), g.emit("Exp", g.emit("Sub", r.x, y))))
+
+
+@rule("CumSum")
+def running_sum(tape: Tape, node: Node) -> Pull:
+    """A running sum along an axis; the gradient is the running sum from the other end."""
+    name, g = node.inputs[0], tape.graph
+    axis = tape.number(node, 1)
+    if axis is None:
+        raise ModelError(f"{describe(node)}: no axis")
+    where = g.constant(int(axis.reshape(-1)[0]), "int64")
+    tape.enter(node.outputs[0], g.emit("CumSum", tape.value(name), where, attrs=node.attrs), tape.shape(name))
+    back = {**node.attrs, "reverse": 1 - int(node.attrs.get("reverse", 0))}
+    return lambda dy: tape.add(name, g.emit("CumSum", dy, where, attrs=back))
+
+
+@rule("ArgMax", "ArgMin")
+def place_of_extreme(tape: Tape, node: Node) -> None:
+    """The place of the largest or smallest number: no gradient passes."""
+    name = node.inputs[0]
+    shape = tape.shape(name)
+    axis = int(node.attrs.get("axis", 0)) % len(shape)
+    keep = int(node.attrs.get("keepdims", 1))
+    out = tuple(1 if i == axis else d for i, d in enumerate(shape) if keep or i != axis)
+    tape.enter(node.outputs[0], tape.graph.emit(node.op, tape.value(name), attrs=node.attrs), out)
+
+
+def summed(g: Graph, value: str, axes: list[int], *, keep: bool = True) -> str:
+    """A sum over axes."""
+    return g.emit("ReduceSum", value, g.ints(*axes), attrs={"keepdims": int(keep)})

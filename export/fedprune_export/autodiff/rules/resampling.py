@@ -1,0 +1,123 @@
+"""Gradient rules of operators that resize maps or exchange space and channels.
+
+Every way of resizing is linear along each axis on its own, so its pull-back is a product with the transposed matrix of
+each axis. The matrices are read off the operator itself, run on unit vectors: whatever its mode, they are right.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import Session
+from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, rule
+from fedprune_export.ir.graph import Graph, Node, Port
+
+Matrix = npt.NDArray[np.float32]
+
+
+@rule("Resize")
+def resize(tape: Tape, node: Node) -> Pull:
+    """Nearest, linear and cubic resizing of axes whose size is fixed.
+
+    Raises:
+        ModelError: A region is cropped, or the batch or channels are resized.
+    """
+    name = node.inputs[0]
+    x, shape, g = tape.value(name), tape.shape(name), tape.graph
+    if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        raise ModelError(f"{describe(node)} crops a region", expected="resizing of the whole map")
+    scales, sizes = tape.number(node, 2), tape.target_shape(node, 3)
+    scales = scales if scales is not None and scales.size else None
+    matrices: dict[int, Matrix] = {}
+    for axis in range(len(shape)):
+        factor = float(scales[axis]) if scales is not None else None
+        wanted = int(sizes[axis]) if sizes is not None else 0
+        if factor == 1 or (factor is None and wanted in (0, tape.extent(shape[axis]))):
+            continue
+        (size,) = tape.static(node, shape[axis : axis + 1])
+        matrices[axis] = axis_matrix(node, size, factor, wanted)
+    out: Shape = tuple(matrices[a].shape[0] if a in matrices else d for a, d in enumerate(shape))
+    amounts = ["", g.constant(scales, np.float32)] if scales is not None else ["", "", tape.sizes(out)]
+    tape.enter(node.outputs[0], g.emit("Resize", x, *amounts, attrs=node.attrs), out)
+
+    def pull(dy: str) -> None:
+        tape.add(name, _gathered(tape, dy, out, shape, matrices))
+
+    return pull
+
+
+def axis_matrix(node: Node, size: int, scale: float | None, wanted: int) -> Matrix:
+    """What the operator does along one axis: [new size, size]."""
+    graph = Graph(nodes=[Node("Resize", ["x", ""], ["y"], dict(node.attrs))])
+    graph.inputs, graph.outputs = (
+        [Port("x", np.dtype(np.float32), (1, size, size, 1))],
+        [Port("y", np.dtype(np.float32), (None,) * 4)],
+    )
+    if scale is not None:
+        graph.nodes[0].inputs.append(graph.constant([1, 1, scale, 1], np.float32))
+    else:
+        graph.nodes[0].inputs += ["", graph.ints(1, size, wanted, 1)]
+    columns = Session(graph.to_bytes()).run({"x": np.eye(size, dtype=np.float32)[None, :, :, None]})["y"]
+    return np.ascontiguousarray(columns[0, :, :, 0].T, np.float32)
+
+
+def _gathered(tape: Tape, dy: str, out: Shape, shape: Shape, matrices: dict[int, Matrix]) -> str:
+    """The sum over what each place went to, axis by axis."""
+    g, rank = tape.graph, len(shape)
+    repeats = [_repeats(matrices[a]) if a in matrices else 1 for a in range(2, rank)]
+    if rank > 2 and not {0, 1} & set(matrices) and all(repeats):
+        # Every place has become a block of its own: a pooling adds it up.
+        window = {"kernel_shape": repeats, "strides": repeats}
+        return g.emit("Mul", g.emit("AveragePool", dy, attrs=window), g.scalar(float(np.prod(repeats))))
+    value, now = dy, list(out)
+    for axis, matrix in sorted(matrices.items(), key=lambda item: item[1].shape[1] / item[1].shape[0]):
+        before, after = tape.product(now[:axis]), tape.product(now[axis + 1 :])
+        tall: Shape = (before, now[axis], after)
+        value = tape.reshape(value, tuple(now), tall if after != 1 else tall[:2])
+        now[axis] = matrix.shape[1]
+        if after == 1:
+            value = g.emit("MatMul", value, g.constant(matrix, np.float32))
+            value = tape.reshape(value, (before, now[axis]), tuple(now))
+        else:
+            value = g.emit("MatMul", g.constant(matrix.T, np.float32), value)
+            value = tape.reshape(value, (before, now[axis], after), tuple(now))
+    return value
+
+
+def _repeats(matrix: Matrix) -> int:
+    """How often each place is repeated in turn; 0 where something else is done."""
+    times, rest = divmod(matrix.shape[0], matrix.shape[1])
+    same = not rest and np.array_equal(matrix, np.repeat(np.eye(matrix.shape[1], dtype=np.float32), times, axis=0))
+    return times if same else 0
+
+
+@rule("DepthToSpace", "SpaceToDepth")
+def space_and_depth(tape: Tape, node: Node) -> Pull:
+    """Blocks of channels as blocks of places, or the reverse: each is the other's pull-back."""
+    name = node.inputs[0]
+    x, shape, g = tape.value(name), tape.shape(name), tape.graph
+    size, deep = int(node.attrs["blocksize"]), node.op == "SpaceToDepth"
+    height, width = tape.static(node, shape[2:])
+    if deep:
+        out: Shape = (shape[0], tape.product([shape[1], size * size]), height // size, width // size)
+    else:
+        channels: Dim | None = tape.dims.quotient(shape[1], size * size)
+        if channels is None:
+            raise ModelError(f"{describe(node)}: its blocks of channels are cut unevenly", got=shape[1])
+        out = (shape[0], channels, height * size, width * size)
+    tape.enter(node.outputs[0], g.emit(node.op, x, attrs=node.attrs), out)
+
+    def pull(dy: str) -> None:
+        if deep:
+            dx = g.emit("DepthToSpace", dy, attrs={"blocksize": size})
+        elif node.attrs.get("mode", "DCR") == "DCR":
+            dx = g.emit("SpaceToDepth", dy, attrs={"blocksize": size})
+        else:
+            apart = g.emit("Reshape", dy, g.ints(0, 0, height, size, width, size))
+            apart = g.emit("Transpose", apart, attrs={"perm": [0, 1, 3, 5, 2, 4]})
+            dx = g.emit("Reshape", apart, g.ints(0, -1, height, width))
+        tape.add(name, dx)
+
+    return pull

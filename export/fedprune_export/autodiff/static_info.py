@@ -1,0 +1,202 @@
+"""What is known of a model before it is differentiated: axes of values, constants, shape arithmetic, dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ModelError
+from fedprune.model.architecture import FIXED, Axis, TensorSpec
+from fedprune_export.autodiff.dimensions import BATCH, Dim, Dimensions, Shape
+from fedprune_export.ir.graph import Node
+from fedprune_export.ir.trace import BATCH_EXTENT, BATCHES, Trace, trace
+from fedprune_export.pruning.model import Model
+
+Array = npt.NDArray[Any]
+
+
+class Knowledge:
+    """What the channel analysis and a trace say of a model's values.
+
+    Args:
+        model: The model.
+        dims: The dimensions of its training graph.
+    """
+
+    def __init__(self, model: Model, dims: Dimensions) -> None:
+        self.dims = dims
+        self._source = model.graph
+        self._architecture = model.architecture
+        self._analysed = model.values
+        self._arithmetic: dict[str, Node] = {}
+
+    def known(self, name: str) -> tuple[Dim | None, ...] | None:
+        """A value's dimensions as the channel analysis found them, None for an axis that follows the batch.
+
+        None where the model was not analysed.
+        """
+        axes = self._analysed.get(name)
+        if axes is None:
+            return None
+        return tuple(None if a is None else self.dims.of_axis(a, self._architecture) for a in axes)
+
+    def axis(self, name: str, index: int) -> Axis | None:
+        """What lies on an axis of a value at full width; None where it follows the batch or was not analysed."""
+        axes = self._analysed.get(name)
+        return axes[index] if axes is not None else None
+
+    def prefix(self, axis: Axis, index: int) -> Dim | None:
+        """How many of the first `index` indices of an axis are left at every width; None where that is no number."""
+        parts: list[Dim] = []
+        for s in axis.segments:
+            if index <= 0:
+                break
+            if s.length <= index:
+                parts.append(self.dims.of_axis(Axis((s,)), self._architecture))
+            elif s.group == FIXED:
+                parts.append(index)
+            else:
+                return None
+            index -= s.length
+        return self.dims.total(parts)
+
+    def is_tensor(self, name: str) -> bool:
+        """Whether a value is a weight or statistic."""
+        return name in self._architecture.by_name
+
+    def is_number(self, name: str) -> bool:
+        """Whether a value is one constant number, without axes."""
+        constant = self._source.initializers.get(name)
+        return constant is not None and not constant.ndim and not self.is_tensor(name)
+
+    def constant(self, node: Node, index: int) -> Array | None:
+        """The constant at a node's input, None where it is computed from data or a parameter, or is not there."""
+        if index >= len(node.inputs) or not node.inputs[index]:
+            return None
+        name = node.inputs[index]
+        if name in self._arithmetic or (name in self._source.initializers and not self.is_tensor(name)):
+            return self.number(node, index)
+        return None
+
+    def number(self, node: Node, index: int) -> Array | None:
+        """The constant at a node's input, None where there is no such input.
+
+        Raises:
+            ModelError: The input is computed from data, or depends on the batch.
+        """
+        number = self._traced(node, index)
+        if number is None:
+            return None
+        out, changing = number
+        if changing.any():
+            raise ModelError(
+                f"{describe(node)}: input {index} depends on the batch",
+                expected="a constant",
+                hint="Only the target of a Reshape may.",
+            )
+        return out
+
+    def target_shape(self, node: Node, index: int) -> Array | None:
+        """The target shape at a node's input with multiples of the batch at its `extent`, None where there is none.
+
+        Raises:
+            ModelError: The input is computed from data, or depends on the batch in another way than as a multiple.
+        """
+        number = self._traced(node, index)
+        if number is None:
+            return None
+        out, changing = number
+        if not changing.any():
+            return out
+        times, rest = np.divmod(out, BATCHES[0])
+        second = self._trace.integers_second[node.inputs[index]]
+        if np.any(changing & ((rest != 0) | (second != times * BATCHES[1]))):
+            raise ModelError(
+                f"{describe(node)}: its target shape is no multiple of the batch", got=f"{out} of {BATCHES[0]} samples"
+            )
+        return np.where(changing, times * BATCH_EXTENT, out)
+
+    def _traced(self, node: Node, index: int) -> tuple[Array, npt.NDArray[np.bool_]] | None:
+        """A constant or the result of shape arithmetic, and where it depends on the batch."""
+        if index >= len(node.inputs) or not node.inputs[index]:
+            return None
+        name = node.inputs[index]
+        if name in self._source.initializers and not self.is_tensor(name):
+            constant = self._source.initializers[name]
+            return constant, np.zeros(constant.shape, np.bool_)
+        first, second = self._trace.integers.get(name), self._trace.integers_second.get(name)
+        if first is None or second is None or first.shape != second.shape:
+            raise ModelError(f"{describe(node)}: input {index} is not constant")
+        return first, np.asarray(first != second)
+
+    def traced_shape(self, name: str) -> Shape:
+        """A value's shape where only the batch varies: every size is a linear form of it.
+
+        Raises:
+            ModelError: A size follows the batch in another way.
+        """
+        out: list[Dim] = []
+        first, second = self._trace.shapes[name], self._trace.shapes_second[name]
+        for a, b in zip(first, second, strict=True):
+            slope, rest = divmod(b - a, BATCHES[1] - BATCHES[0])
+            if rest:
+                raise ModelError(f"a size of value {name} is no linear form of the batch", got=f"{a}, {b}")
+            out.append(self.dims.total([self.dims.product([BATCH, slope]), a - slope * BATCHES[0]]))
+        return tuple(out)
+
+    # -- dimensions -------------------------------------------------------------------------------------------------
+
+    def tensor_shape(self, spec: TensorSpec) -> Shape:
+        """The symbolic shape of a tensor of the architecture."""
+        return tuple(self.dims.of_axis(axis, self._architecture) for axis in spec.axes)
+
+    def symbol(self, name: str, extent: int) -> Dim:
+        """A dimension whose size varies, and its size at full width."""
+        return self.dims.symbol(name, extent)
+
+    def extent(self, dim: Dim) -> int:
+        """A dimension's size at full width (for the batch a large prime)."""
+        return self.dims.extent(dim)
+
+    def product(self, dims: Sequence[Dim]) -> Dim:
+        """The dimension that merging these gives."""
+        return self.dims.product(dims)
+
+    def total(self, dims: Sequence[Dim]) -> Dim:
+        """The dimension that concatenating these gives."""
+        return self.dims.total(dims)
+
+    def size(self, dim: Dim) -> str:
+        """A value that holds a dimension's size at run time, as int64 of shape [1]; a constant where it is fixed."""
+        return self.dims.size(dim)
+
+    def sizes(self, dims: Sequence[Dim]) -> str:
+        """A value that holds a shape at run time, as int64 of shape [len(dims)]; a constant where it is fixed."""
+        return self.dims.sizes(dims)
+
+    def static(self, node: Node, dims: Sequence[Dim]) -> tuple[int, ...]:
+        """These dimensions as numbers.
+
+        Raises:
+            ModelError: One of them is a channel or batch dimension.
+        """
+        if not all(isinstance(d, int) for d in dims):
+            raise ModelError(
+                f"{describe(node)} needs a fixed size where the batch or a channel dimension varies",
+                got=list(dims),
+                hint="One training graph serves all widths; this operator can't be a part of it.",
+            )
+        return tuple(d for d in dims if isinstance(d, int))
+
+    @cached_property
+    def _trace(self) -> Trace:
+        return trace(self._source)
+
+
+def describe(node: Node) -> str:
+    """A node in words, for messages."""
+    return f"node {node.name or node.outputs[0]} ({node.op})"

@@ -1,0 +1,397 @@
+"""The tape: a forward pass in training mode, written node by node, and the pull-backs that reverse it.
+
+Every operator has one *rule*: it writes the operator's forward into the training graph, says what shape comes out,
+and returns the pull-back that turns the output's gradient into gradients of the inputs. Shapes are symbolic in the
+batch and in every channel dimension, so that what is written serves all widths of an architecture; a rule that would
+need a channel count as a number raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ModelError
+from fedprune.training import step_contract
+from fedprune_export.autodiff.dimensions import BATCH, Dim, Dimensions, Shape
+from fedprune_export.autodiff.intents import Intentions
+from fedprune_export.autodiff.static_info import Knowledge, describe
+from fedprune_export.ir.drafts import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Purpose
+from fedprune_export.ir.graph import Graph, Node, Port
+from fedprune_export.ir.registry import registrar
+from fedprune_export.ir.trace import sample_sizes
+from fedprune_export.pruning.model import Model
+
+__all__ = ["BATCH", "RULES", "Dim", "Pull", "Rule", "Shape", "Tape", "describe", "port", "rule", "sample_shape"]
+
+Array = npt.NDArray[Any]
+
+Pull = Callable[..., None]
+"""Takes the gradients of a node's outputs (None where there is none) and adds those of its inputs."""
+
+Rule = Callable[["Tape", Node], "Pull | None"]
+
+RULES: dict[str, Rule] = {}
+"""Rules by operator."""
+
+rule = registrar(RULES, "gradient")
+"""Register a rule for operators."""
+
+
+_FINITE_SLOPES = frozenset(
+    {
+        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Neg", "Sum", "Mean", "Identity", "Dropout"),
+        *("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu", "Softmax", "LogSoftmax"),
+        *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax"),
+        *("BatchNormalization", "LayerNormalization", "InstanceNormalization", "GroupNormalization"),
+        *("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Pad", "Resize"),
+        *("Shape", "Gather", "Constant", "ConstantOfShape", "Expand", "Cast"),
+    }
+)
+"""Operators whose gradient is finite wherever their inputs are."""
+
+
+class Tape(Knowledge):
+    """A training graph in the making.
+
+    Args:
+        model: The model to differentiate.
+        graph: The graph that is written to.
+        frozen: Names of tensors that don't train: their gradients are not computed, and a batch normalisation whose
+            statistics are frozen normalises by them.
+        scaled: Names of values that are multiplied by the input `output_scale` as soon as they are computed.
+        intends: Which intents rules may write, which `formulation` is to turn into operators; None for none.
+
+    Attributes:
+        written: Shapes of values of the training graph, as far as they are known.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        graph: Graph,
+        frozen: Collection[str] = (),
+        *,
+        scaled: Collection[str] = (),
+        intends: Intentions | None = None,
+    ) -> None:
+        super().__init__(model, Dimensions(graph))
+        self.graph = graph
+        self.intends = intends
+        self.written: dict[str, Shape] = {}
+        self._frozen = frozenset(frozen)
+        self._scaled = frozenset(scaled)
+        self._values: dict[str, str] = {}
+        self._shapes: dict[str, Shape] = {}
+        self._wanted: set[str] = set()
+        self._gradients: dict[str, list[str]] = {}
+        self._pulls: list[tuple[Node, Pull]] = []
+        self._shape_values: dict[str, str] = {}
+        self._first_of_pull = 0
+        self._readers = model.graph.consumers()
+        self._producers = model.graph.producers()
+
+    @cached_property
+    def finite_slopes(self) -> bool:
+        """Whether no operator of the model has an infinite gradient at a finite value, as roots have at 0."""
+        return all(not node.domain and node.op in _FINITE_SLOPES for node in self._source.nodes)
+
+    # -- values -----------------------------------------------------------------------------------------------------
+
+    def enter(self, name: str, value: str, shape: Shape, *, wanted: bool = False) -> None:
+        """Make a value of the model known: what it is called in the training graph, and its shape."""
+        self._values[name] = value
+        self._shapes[name] = shape
+        self.written[value] = shape
+        self.dims.seen(value, shape)
+        if wanted and name not in self._frozen:
+            self._wanted.add(name)
+
+    def value(self, name: str) -> str:
+        """What a value of the model is called in the training graph; constants are copied on first use.
+
+        A constant over channels is as long as there are channels left, which takes equal entries along that axis.
+
+        Raises:
+            ModelError: The value is not known yet, or a constant has another number for each channel.
+        """
+        if name not in self._values:
+            array = self._source.initializers.get(name)
+            if array is None:
+                self._copy_arithmetic(name)
+            else:
+                self._enter_constant(name, array)
+        return self._values[name]
+
+    def _enter_constant(self, name: str, array: Array) -> None:
+        if array.dtype in (np.float16, np.float64):
+            array = array.astype(np.float32)
+        known = self.known(name)
+        shape: Shape = array.shape if known is None or None in known else tuple(d for d in known if d is not None)
+        varying = [i for i, d in enumerate(shape) if isinstance(d, str)]
+        small = array
+        for axis in varying:
+            small = small.take([0], axis)
+        if varying and not np.array_equal(np.broadcast_to(small, array.shape), array):
+            raise ModelError(
+                f"constant {name} has another number for each channel",
+                expected="equal numbers along axes that are cut, or a parameter",
+                got=f"axes {list(shape)}",
+            )
+        value = self.graph.constant(small, array.dtype)
+        if varying:
+            value = self.graph.emit("Expand", value, self.sizes(shape))
+        self.enter(name, value, shape)
+
+    def _copy_arithmetic(self, name: str) -> None:
+        """Shape arithmetic that data is computed with is copied, so that it computes with the sizes at run time."""
+        node = self._arithmetic.get(name)
+        if node is None:
+            raise ModelError(f"value {name} is read before it is computed")
+        inputs = [self.value(i) if i else "" for i in node.inputs]
+        outputs = self.graph.emit_many(node.op, *inputs, outputs=len(node.outputs), attrs=node.attrs)
+        for output, value in zip(node.outputs, outputs, strict=True):
+            if output:
+                known = self.known(output)
+                if known is None or None in known:
+                    known = self.traced_shape(output)
+                self.enter(output, value, tuple(d for d in known if d is not None))
+
+    def shape(self, name: str) -> Shape:
+        """Symbolic shape of a value of the model."""
+        self.value(name)
+        return self._shapes[name]
+
+    def blocks(self, node: Node, name: str, index: int, count: int) -> tuple[Dim, Dim]:
+        """How an axis that is divided into `count` equal blocks at full width is divided at every width.
+
+        Either whole blocks are cut (their number varies), or the same positions of every block (their length does).
+
+        Returns:
+            How many blocks there are, and how long each is.
+
+        Raises:
+            ModelError: Neither is so.
+        """
+        dim = self.shape(name)[index]
+        length, rest = divmod(self.extent(dim), count)
+        axis = self.axis(name, index)
+        if not rest:
+            if isinstance(dim, int):
+                return count, length
+            ends = [self.prefix(axis, i * length) for i in range(count + 1)] if axis is not None else [None]
+            first = ends[1] if len(ends) > 1 else None
+            if first is not None and all(e == self.product([i, first]) for i, e in enumerate(ends)):
+                return count, first
+            number = self.dims.quotient(dim, length)
+            if number is not None:
+                return number, length
+        raise ModelError(f"{describe(node)}: its blocks are cut unevenly", expected=f"{count} equal blocks", got=dim)
+
+    def producer(self, name: str) -> Node | None:
+        """The node that makes a value, None for inputs and weights."""
+        return self._producers.get(name)
+
+    def only_reader(self, name: str) -> Node | None:
+        """The one node that reads a value, None where there are more or it is an output."""
+        readers = self._readers.get(name, [])
+        if len(readers) != 1 or any(p.name == name for p in self._source.outputs):
+            return None
+        return readers[0][0]
+
+    # -- shapes -----------------------------------------------------------------------------------------------------
+
+    def reshape(self, value: str, shape: Shape, target: Shape) -> str:
+        """A value of `shape` reshaped to `target`, by constants as far as these say it."""
+        if shape == target:
+            return value
+        entries = [d if isinstance(d, int) else 0 if shape[i : i + 1] == (d,) else -1 for i, d in enumerate(target)]
+        free = [i for i, e in enumerate(entries) if e == -1]
+        if len(free) > 1:
+            # All but one are computed; of the rest a run of numbers is one constant.
+            parts: list[str] = []
+            run: list[int] = []
+            for i, entry in enumerate(entries):
+                if i in free[1:]:
+                    parts += ([self.graph.ints(*run)] if run else []) + [self.size(target[i])]
+                    run = []
+                else:
+                    run.append(entry)
+            parts += [self.graph.ints(*run)] if run else []
+            return self.graph.emit("Reshape", value, self.graph.emit("Concat", *parts, attrs={"axis": 0}))
+        return self.graph.emit("Reshape", value, self.graph.ints(*entries))
+
+    def broadcast(self, node: Node, *shapes: Shape) -> Shape:
+        """The shape to which these broadcast.
+
+        Raises:
+            ModelError: They don't, or a constant spans a channel dimension.
+        """
+        rank = max(map(len, shapes))
+        out: list[Dim] = []
+        for column in zip(*[(1,) * (rank - len(s)) + s for s in shapes], strict=True):
+            large = [d for d in dict.fromkeys(column) if d != 1]
+            if len(large) > 1:
+                raise ModelError(
+                    f"{describe(node)}: sizes don't fit each other at every width", expected=large[0], got=large[1]
+                )
+            out.append(large[0] if large else 1)
+        return tuple(out)
+
+    def fitted(self, node: Node, index: int, shape: Shape) -> str:
+        """What scales or shifts a value whose last axes have `shape`; a constant with equal entries fits any width."""
+        name = node.inputs[index]
+        constant = self._source.initializers.get(name)
+        if constant is None or self.is_tensor(name) or not any(isinstance(d, str) for d in shape):
+            return self.value(name)
+        own = constant.reshape(-1)
+        if not own.size or np.any(own != own[0]):
+            return self.value(name)
+        first = self.graph.constant(np.float32(own[0]), np.float32)
+        return self.graph.emit("Expand", first, self.sizes(shape[len(shape) - constant.ndim :]))
+
+    def shape_of(self, value: str) -> str:
+        """A node that gives the run-time shape of a value of the training graph."""
+        if value not in self._shape_values:
+            self._shape_values[value] = self.graph.emit("Shape", value)
+        return self._shape_values[value]
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+
+    def frozen(self, name: str) -> bool:
+        """Whether a tensor doesn't train."""
+        return name in self._frozen
+
+    def wants(self, name: str) -> bool:
+        """Whether the gradient of a value is needed."""
+        return name in self._wanted
+
+    def forward(self) -> None:
+        """Write the forward pass of all nodes.
+
+        Raises:
+            ModelError: An operator has no rule, or its rule can't handle this use.
+        """
+        for node in self._source.nodes:
+            if self._is_shape_arithmetic(node):
+                continue
+            function = RULES.get(node.op) if node.domain in ("", "ai.onnx") else None
+            if function is None:
+                raise ModelError(
+                    f"{describe(node)} has no gradient rule",
+                    expected=f"one of {len(RULES)} operators (`fedprune-export operators` lists them)",
+                    hint="Replace the operator, or add a rule for it (docs/add-an-operator.md).",
+                )
+            self.graph.purpose = Purpose(FORWARD, node.name or node.outputs[0])
+            pull = function(self, node)
+            self._check_shapes(node)
+            if pull is not None and node.outputs[0] in self._scaled:
+                pull = self._scale(node.outputs[0], pull)
+            if pull is not None and any(self.wants(i) for i in node.inputs if i):
+                self._wanted.update(o for o in node.outputs if o)
+                self._pulls.append((node, pull))
+
+    def _scale(self, name: str, pull: Pull) -> Pull:
+        """Multiply a value by `output_scale`, and its gradient before it is pulled back."""
+        self.enter(name, self.graph.emit("Mul", self.value(name), step_contract.OUTPUT_SCALE), self.shape(name))
+
+        def scaled(dy: str) -> None:
+            slope = self.graph.emit("Mul", dy, step_contract.OUTPUT_SCALE)
+            self.written[slope] = self.shape(name)
+            pull(slope)
+
+        return scaled
+
+    def _check_shapes(self, node: Node) -> None:
+        """What a rule says of its outputs' shapes must be what the channel analysis says."""
+        for name in node.outputs:
+            known, shape = self.known(name) if name else None, self._shapes.get(name)
+            if known is None or shape is None:
+                continue
+            if len(known) != len(shape) or any(k not in (None, d) for k, d in zip(known, shape, strict=True)):
+                raise ModelError(
+                    f"{describe(node)}: the cut and the training graph would differ in shape",
+                    expected=list(known),
+                    got=list(shape),
+                    hint="The channel rule and the gradient rule of this operator contradict each other.",
+                )
+
+    def _is_shape_arithmetic(self, node: Node) -> bool:
+        """Nodes that only compute with shapes are not copied: rules look their results up in a trace."""
+        inputs = [i for i in node.inputs if i]
+        derived = any(i in self._arithmetic for i in inputs) and all(
+            i in self._arithmetic or (i in self._source.initializers and not self.is_tensor(i)) for i in inputs
+        )
+        # What is as long as there are channels is data, even if it is computed from nothing else: states of zeros.
+        long = any(isinstance(d, str) for o in node.outputs if o for d in self.known(o) or ())
+        if node.op in ("Shape", "Size") or (derived and not long):
+            self._arithmetic.update(dict.fromkeys(node.outputs, node))
+            return True
+        return False
+
+    # -- backward ---------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, gradient: str) -> None:
+        """Add to the gradient of a value of the model."""
+        self._gradients.setdefault(name, []).append(gradient)
+        self.written[gradient] = self.shape(name)
+        self._purposed(name)
+
+    def gradient(self, name: str) -> str | None:
+        """The whole gradient of a value; call it when everything that reads the value has been pulled back."""
+        parts = self._gradients.get(name)
+        if not parts:
+            return None
+        while len(parts) > 1:
+            parts[:2] = [self.graph.emit("Add", parts[0], parts[1])]
+            self.written[parts[0]] = self.shape(name)
+        return parts[0]
+
+    def backward(self) -> None:
+        """Write the backward pass from the gradients that were added to the model's outputs."""
+        for node, pull in reversed(self._pulls):
+            self.graph.purpose = Purpose(INPUT_GRADIENT, node.name or node.outputs[0])
+            self._first_of_pull = len(self.graph.nodes)
+            gradients = [self.gradient(o) if o else None for o in node.outputs]
+            if any(gradients):
+                pull(*gradients)
+
+    def _purposed(self, name: str) -> None:
+        """What a pull-back has written since its last gradient was for this one: of a weight, or of samples."""
+        now = self.graph.purpose
+        if now is None or now.part != INPUT_GRADIENT:
+            return
+        axes = self.known(name)
+        if self.is_tensor(name) or (axes is not None and None not in axes):
+            for node in self.graph.nodes[self._first_of_pull :]:
+                node.purpose = Purpose(WEIGHT_GRADIENT, now.layer)
+        self._first_of_pull = len(self.graph.nodes)
+
+    def reduced(self, gradient: str, shape: Shape, target: Shape) -> str:
+        """A gradient of `shape` summed over the axes along which `target` was broadcast."""
+        lead = len(shape) - len(target)
+        axes = list(range(lead))
+        axes += [i + lead for i, d in enumerate(target) if d == 1 and shape[i + lead] != 1]
+        if axes:
+            gradient = self.graph.emit("ReduceSum", gradient, self.graph.ints(*axes), attrs={"keepdims": 1})
+        if lead:
+            gradient = self.graph.emit("Squeeze", gradient, self.graph.ints(*range(lead)))
+        return gradient
+
+
+def port(name: str, shape: Shape, dtype: npt.DTypeLike = np.float32) -> Port:
+    """An input or output of the training graph."""
+    return Port(name, np.dtype(dtype), tuple(shape))
+
+
+def sample_shape(graph: Graph) -> Shape:
+    """The shape of the model's input, with the batch's name.
+
+    Raises:
+        ModelError: See `trace.sample_sizes`.
+    """
+    return (BATCH, *sample_sizes(graph.inputs[0]))

@@ -1,0 +1,242 @@
+"""Weights and graphs out of fedprune: a torch state dict, or one ONNX file with the weights inside."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from fedprune.core import tensorfile
+from fedprune.core.disk import write_whole
+from fedprune.core.errors import BundleError, MissingExtraError, ModelError, UsageError, reason
+from fedprune.model.architecture import TensorKind
+from fedprune.runtime.bundle import WEIGHTS, Bundle
+from fedprune.runtime.session import Session
+from fedprune.training.step_contract import LOGITS, X
+from fedprune_export.bundles.graph import check_origin
+from fedprune_export.checks.parity import LIMIT, SAMPLES, distance
+from fedprune_export.importing import import_onnx, metadata
+from fedprune_export.importing.metadata import PARAMETERS_KEY, tied
+from fedprune_export.ir.drafts import NORMAL_OPSET
+from fedprune_export.ir.graph import Graph
+from fedprune_export.ir.trace import sample_feeds
+from fedprune_export.pruning.model import Model
+
+Array = npt.NDArray[Any]
+
+_COUNTER = "num_batches_tracked"
+"""What torch's batch norms count beside their statistics; a strict `load_state_dict` misses it."""
+
+
+def with_weights(model: Model, tensors: Mapping[str, Array], where: str) -> Model:
+    """A model with other weights, such as the server's global ones.
+
+    Args:
+        model: The whole model.
+        tensors: All its tensors by name; further ones, such as torch's counters, are left out.
+        where: Where they come from, for messages.
+
+    Raises:
+        BundleError: The tensors are not the model's.
+    """
+    for spec in model.architecture.tensors:
+        value = tensors.get(spec.name)
+        if value is None or value.shape != spec.shape or value.dtype != np.float32:
+            raise BundleError(
+                f"{where} holds no weights of {model.architecture.name}: tensor {spec.name}",
+                expected=f"float32 {spec.shape}",
+                got="nothing" if value is None else f"{value.dtype} {value.shape}",
+                hint="A submodel's weights are in its bundle: give that instead.",
+            )
+    graph = model.graph.copy()
+    graph.initializers.update({t.name: tensors[t.name] for t in model.architecture.tensors})
+    return replace(model, graph=graph)
+
+
+def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None = None) -> bytes:
+    """A model as one ONNX file with its weights inside, which can be imported again.
+
+    Args:
+        graph: The model, with its weights.
+        names: Its weights and statistics.
+        name: What it is called.
+        opset: The opset of the file; by default the graph's own, or one that every supported onnxruntime loads.
+
+    Raises:
+        ModelError: The graph can't be written at that opset, or the file computes something else.
+    """
+    written = graph
+    if opset not in (None, graph.opset) and graph.opset != NORMAL_OPSET:
+        written = import_onnx(graph.to_bytes(), name).graph
+    proto = written.to_proto(opset=opset)
+    listed = {p.key: p.value for p in proto.metadata_props}
+    listed[PARAMETERS_KEY] = json.dumps(list(names))
+    onnx.helper.set_model_props(proto, listed)
+    raw: bytes = proto.SerializeToString(deterministic=True)
+    return raw
+
+
+def placed(bundle: Bundle, into: Model, *, keep: bool = False) -> dict[str, Array]:
+    """The tensors of a bundle at their places in the whole model's.
+
+    Args:
+        bundle: A bundle whose files have been checked.
+        into: The whole model.
+        keep: Whether the model's own weights stay in the channels that the bundle lacks. Otherwise these weights are 0,
+            so that the channels add nothing; statistics stay in any case.
+
+    Raises:
+        BundleError: The bundle is not one of that model's.
+    """
+    check_origin(bundle, into)
+    statistics = {t.name for t in into.architecture.tensors if t.kind in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)}
+    onto = {n: v if keep or n in statistics else np.zeros_like(v) for n, v in into.tensors.items()}
+    return dict(bundle.selection.scatter(tensorfile.load(bundle.path(WEIGHTS)), onto))
+
+
+def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
+    """Tensors as a torch module's state dict has them: with the counters of its batch norms, and all names of each.
+
+    Args:
+        tensors: Tensors of a model, or of a submodel.
+        graph: A graph of the model, which says what other names tensors have.
+
+    Raises:
+        ModelError: What it says is damaged.
+    """
+    out: dict[str, Array] = {}
+    others = tied(graph.metadata)
+    for name, value in tensors.items():
+        out |= dict.fromkeys((name, *others.get(name, ())), value)
+        norm = name.removesuffix("running_var")
+        if norm != name and f"{norm}running_mean" in tensors:
+            out[norm + _COUNTER] = np.zeros((), np.int64)
+    return out
+
+
+def agreement(error: float) -> str:
+    """How near a file's outputs are to those of its source, for people."""
+    return f"the source's outputs {f'to within {error:.1e}' if error else 'exactly'}"
+
+
+def onnx_parity(raw: bytes, graph: Graph) -> float:
+    """How far the outputs of an ONNX file are from a graph's, on random samples.
+
+    Raises:
+        ModelError: They are too far from it, or onnxruntime doesn't load the file.
+    """
+    x = sample_feeds(graph, SAMPLES)[X]
+    return _checked(outputs(raw, x), outputs(graph.to_bytes(), x), "the ONNX file")
+
+
+def state_parity(
+    state: Mapping[str, Array], graph: Graph, reference: Graph, module: Any = None, hint: str = ""
+) -> float:
+    """How far the outputs of a model with the tensors of a state dict are from a reference's, on random samples.
+
+    Args:
+        state: The state dict.
+        graph: The model that takes it.
+        reference: The model whose outputs are expected.
+        module: The same model in torch, which loads the state dict, too; None for none.
+        hint: What to do where they differ.
+
+    Raises:
+        ModelError: They are too far from it, or the module doesn't load the state dict.
+    """
+    x = sample_feeds(reference, SAMPLES)[X]
+    expected = outputs(reference.to_bytes(), x)
+    filled = graph.copy()
+    filled.initializers.update({n: state[n] for n in graph.initializers if n in state})
+    error = _checked(outputs(filled.to_bytes(), x), expected, "the model with this state dict", hint)
+    if module is None:
+        return error
+    found = _module_outputs(module, state, x, frozenset(metadata.unused(graph.metadata)))
+    return max(error, _checked(found, expected, "the torch module with it", hint))
+
+
+def outputs(model: bytes, x: Array) -> Array:
+    """A model's outputs for samples."""
+    return Session(model).run({X: x})[LOGITS]
+
+
+def _checked(found: Array, expected: Array, what: str, hint: str = "") -> float:
+    error = distance(found, expected) if found.shape == expected.shape else math.inf
+    if not error <= LIMIT:
+        raise ModelError(
+            f"{what} computes something else than the model that it was made of",
+            expected=f"outputs equal to {LIMIT:g}",
+            got=f"a difference of {error:.2g}",
+            hint=hint or "Please report this with the model.",
+        )
+    return error
+
+
+def _module_outputs(module: Any, state: Mapping[str, Array], x: Array, spare: AbstractSet[str]) -> Array:
+    """Outputs of a torch module with a state dict; buffers that the state dict lacks stay as they are."""
+    torch = _torch()
+    try:
+        missed, unknown = module.load_state_dict(
+            {n: torch.from_numpy(np.array(v)) for n, v in state.items()}, strict=False
+        )
+    except RuntimeError as error:  # a tensor of another shape
+        raise ModelError(f"the torch module doesn't load the state dict ({reason(error)})") from error
+    parameters = {n for n, _ in module.named_parameters(remove_duplicate=False)}
+    lacking = sorted(n for n in missed if n in parameters - spare)
+    if lacking or unknown:
+        raise ModelError(
+            "the state dict is not the torch module's",
+            expected=f"a tensor {lacking[0]}" if lacking else "no other tensors",
+            got="none" if lacking else f"a tensor {unknown[0]}",
+        )
+    module.eval()
+    with torch.no_grad():
+        found: Array = module(torch.from_numpy(x)).numpy()
+    return found
+
+
+def write_state_dict(path: Path, state: Mapping[str, Array]) -> int:
+    """Write a state dict; returns the file's size.
+
+    Args:
+        path: A name that ends in `.safetensors`, or in `.pt` or `.pth` for `torch.load(..., weights_only=True)`.
+        state: Tensors by name.
+
+    Raises:
+        UsageError: The name ends in something else.
+        MissingExtraError: torch is needed and not installed.
+        StorageError: The file can't be written.
+    """
+    if path.suffix == ".safetensors":
+        raw = tensorfile.encode(state)
+        write_whole(path, raw)
+        return len(raw)
+    if path.suffix not in (".pt", ".pth"):
+        raise UsageError(f"{path}", expected="a file name that ends in .safetensors, .pt or .pth")
+    torch = _torch()
+    buffer = io.BytesIO()
+    torch.save({n: torch.from_numpy(np.array(v)) for n, v in state.items()}, buffer)
+    raw = buffer.getvalue()
+    write_whole(path, raw)
+    return len(raw)
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtraError(
+            "a .pt file needs torch, which is not installed",
+            hint="Write a .safetensors file, or",
+            extra="torch",
+        ) from error
+    return torch

@@ -1,0 +1,281 @@
+"""Is a bundle whole, and does it compute what it should? Every check says what it found, or raises what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, ModelError, TrainingError
+from fedprune.core.text import quantity
+from fedprune.runtime.blocks import OFF, block_size, turned_off
+from fedprune.runtime.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, blocked_file, open_bundle
+from fedprune.runtime.precision import files_of, graph_file, lowered_weights, prepare_file, weights_file
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract as step
+from fedprune_export.bundles.graph import check_origin, inference_graph
+from fedprune_export.checks.parity import LIMIT, distance, parity
+from fedprune_export.checks.step_feeds import Array, loss, random_labels, step_feeds
+from fedprune_export.ir.graph import Graph
+from fedprune_export.ir.trace import sample_feeds
+from fedprune_export.pruning.model import Model
+
+LOSS_LIMIT = 1e-3
+"""How far, relative to 1 + loss, the two graphs' losses may differ: as on a board before it serves a model."""
+
+STEP_LIMIT = 1e-2
+"""How far, relative to its length, a step in blocks of channels may be from one without: a ReLU whose sign rounding
+flips moves everything before it, and what is wrong is wrong as a whole."""
+
+_BATCH = 6
+_BATCHES = (1, 3, 6)
+_RATES = (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
+"""Learning rates of the trial steps: some curves are steep."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of a bundle that was passed.
+
+    Attributes:
+        name: What was looked at.
+        found: What there was, in words.
+    """
+
+    name: str
+    found: str
+
+
+def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
+    """Check a bundle, one thing after the other.
+
+    Args:
+        folder: The bundle's folder.
+        model: The whole model that it was cut from, to compare with.
+
+    Raises:
+        ConfigError: The environment doesn't say whether there are blocks here.
+        BundleError: A file is missing, changed, or doesn't fit the others.
+        ModelError: onnxruntime doesn't take a graph, or a graph computes nonsense.
+        TrainingError: The training step computes nonsense.
+    """
+    turned_off()  # says what is wrong with the setting before the work begins
+    bundle = open_bundle(folder)
+    files = (*FILES, *(n for p in bundle.precisions for n in files_of(p)), *map(blocked_file, bundle.blocks))
+    size = sum(bundle.path(n).stat().st_size for n in files)
+    yield Check("files", f"{len(files)} files of {size:,} bytes are as they were exported")
+    trial = _Trial(bundle)
+    yield Check("weights", trial.check_weights())
+    yield Check("inference", trial.check_inference())
+    yield Check("training", trial.check_step())
+    yield Check("descent", trial.check_descent())
+    yield Check("agreement", trial.check_agreement())
+    for block in bundle.blocks:
+        yield Check(f"blocks of {block}", trial.check_blocked(block))
+    for precision in bundle.precisions:
+        yield Check(precision, trial.check_precision(precision))
+    if model is not None:
+        yield Check("model", check_model(bundle, model))
+
+
+class _Trial:
+    """A bundle under trial, with a batch of random samples."""
+
+    def __init__(self, bundle: Bundle, samples: int = _BATCH) -> None:
+        self.bundle = bundle
+        self.samples = samples
+        self.outputs = bundle.architecture.classes
+        self.tensors = tensorfile.load(bundle.path(WEIGHTS))
+
+    @cached_property
+    def graph(self) -> Graph:
+        return inference_graph(self.bundle.folder)
+
+    @cached_property
+    def training(self) -> Session:
+        return Session(self.bundle.path(TRAINING), training=True)
+
+    @cached_property
+    def x(self) -> Array:
+        return sample_feeds(self.graph, self.samples)[step.X]
+
+    @cached_property
+    def y(self) -> Array:
+        return random_labels(self.bundle.recipe, self.samples, self.outputs)
+
+    def feeds(self, tensors: dict[str, Array] | None = None, rate: float | None = None) -> dict[str, Array]:
+        out = step_feeds(
+            self.training.inputs,
+            self.bundle.recipe,
+            self.tensors if tensors is None else tensors,
+            self.x,
+            self.y,
+            self.outputs,
+        )
+        return out if rate is None else {**out, step.LR: np.array(rate, np.float32)}
+
+    @cached_property
+    def loss(self) -> float:
+        return float(self.training.run(self.feeds(), [step.LOSS])[step.LOSS])
+
+    def check_weights(self) -> str:
+        """All numbers are finite; names and shapes are those of the selection, or the bundle wouldn't have opened."""
+        for name, value in self.tensors.items():
+            if not np.isfinite(value).all():
+                raise BundleError(f"{WEIGHTS}: tensor {name} has numbers that are not finite")
+        return f"{quantity(len(self.tensors), 'tensor')}, {sum(v.size for v in self.tensors.values()):,} finite numbers"
+
+    def check_inference(self) -> str:
+        """Logits of several batch sizes have the right shape, and are those of each sample alone."""
+        shape = self.bundle.architecture.input_shape
+        if tuple(self.graph.inputs[0].shape[1:]) != shape:
+            raise BundleError(f"{INFERENCE}: its input", expected=shape, got=self.graph.inputs[0].shape[1:])
+        session = Session(self.bundle.path(INFERENCE))
+        whole = session.run({step.X: self.x})[step.LOGITS]
+        for batch in _BATCHES:
+            logits = session.run({step.X: self.x[:batch]})[step.LOGITS]
+            if logits.shape != (batch, self.outputs):
+                raise ModelError(f"{INFERENCE}: logits", expected=(batch, self.outputs), got=logits.shape)
+            if not np.isfinite(logits).all():
+                raise ModelError(f"{INFERENCE}: logits of {batch} random samples are not finite")
+            if not distance(logits, whole[:batch]) <= LIMIT:
+                raise ModelError(f"{INFERENCE}: the logits of a sample depend on the others of its batch")
+        return f"logits [n, {self.outputs}] of {', '.join(map(str, _BATCHES))} random samples are finite"
+
+    def check_step(self) -> str:
+        """A step gives a finite loss, moves weights, and keeps all shapes."""
+        # A recipe may say a rate of 0, at which nothing ought to move: the step is tried all the same.
+        out = self.training.run(self.feeds(rate=None if self.bundle.recipe.lr else _RATES[0]))
+        if not np.isfinite(out[step.LOSS]):
+            raise TrainingError(f"{TRAINING}: the loss of random samples", expected="a finite number", got=self.loss)
+        moved = 0
+        for name, value in self.tensors.items():
+            after = out.get(step.following(name), value)
+            if after.shape != value.shape:
+                raise TrainingError(f"{TRAINING}: next value of {name}", expected=value.shape, got=after.shape)
+            if not np.isfinite(after).all():
+                raise TrainingError(f"{TRAINING}: next value of {name} is not finite")
+            moved += self.bundle.architecture.by_name[name].kind.trainable and not np.array_equal(after, value)
+        if not moved:
+            raise TrainingError(f"{TRAINING}: a step moves no weight")
+        still = [n for n in self.tensors if step.following(n) not in out]
+        return f"loss {float(out[step.LOSS]):.4g}; a step moves {quantity(moved, 'tensor')}" + (
+            f" and leaves {len(still)} frozen" if still else ""
+        )
+
+    def check_descent(self) -> str:
+        """A small step lowers the loss of the batch that it is taken for."""
+        for rate in _RATES:
+            out = self.training.run(self.feeds(rate=rate))
+            after = {n: out.get(step.following(n), v) for n, v in self.tensors.items()}
+            later = float(self.training.run(self.feeds(after), [step.LOSS])[step.LOSS])
+            if later < self.loss:
+                return f"a step at learning rate {rate:g} lowers the loss to {later:.4g}"
+        raise TrainingError(f"{TRAINING}: no step, however small, lowers the loss of its own batch", got=self.loss)
+
+    def check_agreement(self) -> str:
+        """Both graphs compute the same loss, where batch norms take the batch's statistics in both."""
+        graph = self.graph
+        norms = [
+            n
+            for n in graph.nodes
+            if n.op == "BatchNormalization" and step.following(n.inputs[3]) in self.training.outputs
+        ]
+        if norms and graph.opset < 14:
+            return f"not compared: batch norms can't be told to train at opset {graph.opset}"
+        trained = graph.copy()
+        for node in trained.nodes:
+            if node.op == "BatchNormalization" and step.following(node.inputs[3]) in self.training.outputs:
+                node.attrs["training_mode"] = 1
+                node.outputs += [trained.fresh("mean"), trained.fresh("var")]
+        logits = Session(trained.to_bytes(), training=True).run({step.X: self.x})[step.LOGITS]
+        mine = loss(self.bundle.recipe, logits, self.feeds())
+        if not abs(mine - self.loss) <= LOSS_LIMIT * (1 + abs(self.loss)):
+            raise ModelError(
+                "inference and training graph contradict each other",
+                expected=f"a loss of {self.loss:.6g}",
+                got=f"{mine:.6g} of the inference graph's logits",
+                hint="Export the bundle again.",
+            )
+        return f"the inference graph's logits give the same loss to {abs(mine - self.loss):.1e}"
+
+    def check_blocked(self, block: int) -> str:
+        """The step in blocks of channels goes where the other one goes; only such a processor computes it."""
+        here = block_size()
+        if here != block:
+            found = f"this machine has blocks of {here}" if here else "this machine has none that give right numbers"
+            if not here and turned_off():
+                found = f"blocks are switched off here ({OFF})"
+            return f"not tried: {found}, and it trains with {TRAINING}"
+        name = blocked_file(block)
+        session = Session(self.bundle.path(name), training=True)
+        whole = _Trial(self.bundle, self.bundle.recipe.micro_batch)
+        feeds = whole.feeds(rate=None if self.bundle.recipe.lr else _RATES[0])
+        wanted, got = self.training.run(feeds), session.run(feeds)
+        away = moved = 0.0
+        for tensor, before in self.tensors.items():
+            there = wanted.get(step.following(tensor), before).astype(np.float64)
+            mine = got.get(step.following(tensor), before)
+            if mine.shape != there.shape:
+                raise TrainingError(f"{name}: next value of {tensor}", expected=there.shape, got=mine.shape)
+            away += float(np.sum((mine - there) ** 2))
+            moved += float(np.sum((there - before) ** 2))
+        apart = np.sqrt(away / moved)
+        if not apart <= STEP_LIMIT:
+            raise TrainingError(
+                f"{name} and {TRAINING} train to different weights",
+                expected=f"steps that are apart by {STEP_LIMIT:g} of their length at most",
+                got=f"{apart:.2g}",
+                hint="Export the bundle again.",
+            )
+        return f"a step ends where that of {TRAINING} ends, to {apart:.1e} of its length; this machine trains with it"
+
+    def check_precision(self, precision: str) -> str:
+        """The lowered weights are what the bundle's own graph makes of the weights; its predictions are finite."""
+        bundle = self.bundle
+        held = tensorfile.load(bundle.path(weights_file(precision)))
+        made = tensorfile.decode(lowered_weights(bundle.folder, precision, self.tensors))
+        for name in (*made, *held):
+            mine, theirs = made.get(name), held.get(name)
+            if mine is None or theirs is None or mine.dtype != theirs.dtype or mine.shape != theirs.shape:
+                raise BundleError(
+                    f"{weights_file(precision)}: tensor {name} is not what {prepare_file(precision)} makes"
+                )
+            # Another processor may round a number to its neighbour.
+            one = 1.0 if mine.dtype.kind in "iu" else 0.0
+            if not np.allclose(mine.astype(np.float64), theirs.astype(np.float64), rtol=1e-3, atol=one + 1e-6):
+                raise BundleError(
+                    f"{weights_file(precision)}: tensor {name} is not of these weights", hint="Export the bundle again."
+                )
+        whole = Session(bundle.path(INFERENCE)).run({step.X: self.x})[step.LOGITS]
+        logits = Session(bundle.path(graph_file(precision))).run({step.X: self.x})[step.LOGITS]
+        if logits.shape != whole.shape or not np.isfinite(logits).all():
+            raise ModelError(f"{graph_file(precision)}: logits of random samples are not finite numbers {whole.shape}")
+        off = distance(logits, whole)
+        return f"{len(held)} tensors are those of the weights; logits of random samples are {off:.1e} off"
+
+
+def check_model(bundle: Bundle, model: Model) -> str:
+    """A bundle's outputs are those of the whole model with the lost channels masked.
+
+    Raises:
+        BundleError: The bundle is of another architecture, or its weights are not the model's.
+        ModelError: It computes something else.
+    """
+    check_origin(bundle, model)
+    mine = bundle.selection.gather(model.tensors)
+    held = tensorfile.load(bundle.path(WEIGHTS))
+    changed = [n for n, v in mine.items() if not np.array_equal(v, held[n])]
+    if changed:
+        raise BundleError(
+            "the bundle holds other weights than the model",
+            expected=f"{len(mine)} equal tensors",
+            got=f"{len(changed)} others, such as {changed[0]}",
+            hint="Give the model that the bundle was exported from; a torch factory may draw other weights each time.",
+        )
+    error = parity(model, bundle.selection, {n: bundle.path(n).read_bytes() for n in (INFERENCE, WEIGHTS)})
+    return f"equal to the whole model with the lost channels masked to {error:.1e}"

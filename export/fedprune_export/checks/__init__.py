@@ -1,0 +1,1 @@
+"""Proofs that a cut computes what it should: parity, gradients, trial steps."""

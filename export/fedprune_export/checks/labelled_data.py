@@ -1,0 +1,140 @@
+"""Samples with labels that a report measures a model on: read from a file, checked, scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError, remedy, shape_text
+from fedprune.core.zip_limits import check_members
+from fedprune.model.architecture import Architecture
+
+Array = npt.NDArray[Any]
+
+LABELS = ("classes", "multi", "values")
+"""What labels are: the number of one class, a 0 or 1 per class, or the values that the output should have."""
+
+_BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledData:
+    """Checked samples.
+
+    Attributes:
+        x: Inputs [n, ...], of the type that the model takes.
+        y: int64 [n] for classes; else float32 [n, outputs].
+        labels: What `y` is, one of `LABELS`.
+    """
+
+    x: Array
+    y: Array
+    labels: str
+
+    @property
+    def measure(self) -> str:
+        """What `score` computes, in words."""
+        return {
+            "classes": "accuracy",
+            "multi": "accuracy over all labels",
+            "values": "root of the mean squared error",
+        }[self.labels]
+
+    def score(self, outputs: Callable[[Array], Array]) -> float:
+        """How well a model does: a share of right answers, or for values an error.
+
+        Args:
+            outputs: The model: inputs [n, ...] to outputs [n, outputs].
+        """
+        parts = [outputs(self.x[s : s + _BATCH]) for s in range(0, len(self.x), _BATCH)]
+        out = np.concatenate(parts)
+        if self.labels == "classes":
+            return float(np.mean(out.argmax(axis=1) == self.y))
+        if self.labels == "multi":
+            return float(np.mean((out > 0) == (self.y > 0.5)))
+        return float(np.sqrt(np.mean((out.astype(np.float64) - self.y) ** 2)))
+
+
+def read(path: Path, architecture: Architecture, dtype: npt.DTypeLike, labels: str = "classes") -> LabelledData:
+    """Read a `.npz` file with `x_test` and `y_test`, or else `x` and `y`.
+
+    Args:
+        path: The file.
+        architecture: The model that will be measured.
+        dtype: Type of its input.
+        labels: What the labels are, one of `LABELS`.
+
+    Raises:
+        DataError: The file can't be read, lacks an array, or holds samples that don't fit the model.
+    """
+    arrays = _arrays(path)
+    pair = next((p for p in (("x_test", "y_test"), ("x", "y")) if all(n in arrays for n in p)), None)
+    if pair is None:
+        raise DataError(f"{path}", expected="arrays x_test and y_test, or x and y", got=", ".join(arrays) or "none")
+    x, y = (arrays[n] for n in pair)
+    if not len(x) or x.shape[1:] != architecture.input_shape:
+        raise DataError(
+            f"{path}: shape of {pair[0]}", expected=shape_text("n", *architecture.input_shape), got=shape_text(*x.shape)
+        )
+    wanted = np.dtype(dtype)
+    if wanted.kind == "i" and x.dtype.kind not in "iu":
+        raise DataError(f"{path}: type of {pair[0]}", expected="whole numbers", got=x.dtype)
+    if x.dtype.kind not in "iufb":
+        raise DataError(f"{path}: {pair[0]}", expected="numbers", got=x.dtype)
+    _check_finite(f"{path}: {pair[0]}", x)
+    return LabelledData(x.astype(wanted), _labels(path, pair[1], y, len(x), architecture.classes, labels), labels)
+
+
+def _labels(path: Path, name: str, y: Array, samples: int, outputs: int, labels: str) -> Array:
+    if y.ndim < 1 or len(y) != samples:
+        raise DataError(f"{path}: {name}", expected=f"{samples} labels", got=shape_text(*y.shape))
+    if labels == "classes":
+        if y.shape != (samples,) or y.dtype.kind not in "iu":
+            raise DataError(f"{path}: {name}", expected="one whole number per sample", got=_kind(y))
+        if y.min() < 0 or y.max() >= outputs:
+            wrong = int(y.min() if y.min() < 0 else y.max())
+            raise DataError(f"{path}: a label is out of range", expected=f"0 to {outputs - 1}", got=wrong)
+        return y.astype(np.int64)
+    if y.ndim == 1 and outputs == 1:
+        y = y[:, None]
+    if y.shape != (samples, outputs) or y.dtype.kind not in "iufb":
+        raise DataError(f"{path}: {name}", expected=f"numbers {shape_text(samples, outputs)}", got=_kind(y))
+    _check_finite(f"{path}: {name}", y)
+    if labels == "multi" and not np.isin(y, (0, 1)).all():
+        raise DataError(f"{path}: {name}", expected="0 or 1 for every class")
+    return y.astype(np.float32)
+
+
+def _check_finite(where: str, array: Array) -> None:
+    bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
+    if len(bad):
+        raise DataError(f"{where} holds numbers that are not finite", got=f"sample {bad[0]}")
+
+
+def _kind(array: Array) -> str:
+    return f"{array.dtype} {shape_text(*array.shape)}"
+
+
+def _arrays(path: Path) -> dict[str, Array]:
+    try:
+        with path.open("rb") as raw:
+            check_members(raw, str(path), DataError)
+            found = np.load(raw, allow_pickle=False)
+            if not hasattr(found, "files"):
+                raise DataError(f"{path} is no .npz file", hint="Write it with numpy.savez(path, x=..., y=...).")
+            with found as file:
+                return {n: file[n] for n in file.files}
+    except OSError as error:
+        raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
+    except DataError:
+        raise
+    except Exception as error:  # what is damaged makes zipfile, zlib, numpy and its parser of headers raise anything
+        raise DataError(
+            f"{path} is no .npz file of plain arrays ({type(error).__name__})",
+            hint="Write it with numpy.savez(path, x=..., y=...).",
+        ) from error

@@ -1,0 +1,143 @@
+"""`explain MODEL`: where the time of a training step goes, layer by layer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedprune.core.cli import whole_number
+from fedprune.core.disk import write_whole
+from fedprune.core.errors import ExitCode, UsageError
+from fedprune.costs.kernel_workload import BLOCKS
+from fedprune.hardware import profile_store
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.model.architecture import widths_at
+from fedprune.runtime.blocks import block_size, check_length
+from fedprune.terminal import tables
+from fedprune_export.cli.options import (
+    MODEL_HELP,
+    add_model_options,
+    add_probe_option,
+    add_profiles_option,
+    add_recipe_options,
+    density,
+    read_model,
+    read_probe,
+    read_recipe,
+)
+
+if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense
+    from fedprune_export.profiling.machine_peak import Speed
+    from fedprune_export.profiling.roofline import Explanation
+
+RUNS = 15
+"""Steps that are timed."""
+
+
+def register(subparsers: Any) -> None:
+    """Add the command `explain`; its function takes the parsed arguments and returns an exit code.
+
+    Args:
+        subparsers: What `ArgumentParser.add_subparsers` returned.
+    """
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "explain",
+        help="where the time of a training step goes, layer by layer",
+        description="Print, for each layer's forward pass and gradients, the form that computes it, how much it "
+        "multiplies and moves, and the least time that this takes; with --measure also what it takes on this machine. "
+        "Pieces below 1 percent of the step share a row; --json and --page have all of them.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--target", metavar="PROFILE", help="whose bounds: a hardware profile (default: measured on this machine)"
+    )
+    add_profiles_option(parser)
+    parser.add_argument("--density", type=density, default=1.0, help="kept share of all channels (default: 1)")
+    parser.add_argument("--batch", type=whole_number, default=32, metavar="N", help="samples of a step (default: 32)")
+    parser.add_argument("--threads", type=whole_number, default=1, metavar="N", help="threads (default: 1)")
+    parser.add_argument(
+        "--block",
+        type=int,
+        choices=(0, *BLOCKS[1:]),
+        help="explain the graph for one board, with so many channels in a block, or 0 for standard operators (default: "
+        "the graph of bundles, which serves every width)",
+    )
+    add_probe_option(parser)
+    parser.add_argument("--measure", action="store_true", help="run the step on this machine, and time every piece")
+    parser.add_argument("--page", type=Path, metavar="FILE.html", help="write it as a page with a picture, too")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_model_options(parser)
+    add_recipe_options(parser)
+    parser.set_defaults(function=explain)
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """Print an explanation.
+
+    Raises:
+        FedpruneError: The model can't be imported or trained, there is no such profile or probe report, this machine
+            can't run the step that is to be measured, or the page can't be written.
+    """
+    profile = profile_store.chosen(arguments.target, arguments.profiles) if arguments.target else None
+    if arguments.page is not None and arguments.page.suffix.lower() not in (".html", ".htm"):
+        raise UsageError("--page", expected="a file name that ends in .html", got=str(arguments.page))
+    recipe, probe = read_recipe(arguments), read_probe(arguments)
+    if probe is not None and arguments.block is None:
+        raise UsageError("--probe chooses forms of the graph for one board", expected="--block, too")
+    if arguments.measure and arguments.block:
+        here = f"--block {block_size()}" if block_size() else "--block 0 (standard operators)"
+        check_length(arguments.block, f"Measure with {here}, or leave --measure out.")
+    with tables.progress() as tell:
+        tell(f"importing {arguments.model}")
+        model = read_model(arguments)
+        from fedprune_export.formulation import Forms
+        from fedprune_export.profiling import roofline
+
+        tell("looking at this machine" if profile is None else "reading the profile")
+        speed = bounds(profile, arguments.threads)
+        tell("explaining the step")
+        found = roofline.explain(
+            model,
+            widths_at(model.architecture, arguments.density),
+            recipe,
+            speed,
+            batch=arguments.batch,
+            forms=None
+            if arguments.block is None
+            else Forms(
+                arguments.block,
+                arguments.batch if arguments.block else 0,
+                times=None if probe is None else probe.forms,
+            ),
+            runs=RUNS if arguments.measure else 0,
+            threads=arguments.threads,
+        )
+    if arguments.page is not None:
+        from fedprune_export.reports.roofline_page import page
+
+        write_whole(arguments.page, page(found).encode())
+    if arguments.json:
+        tables.print_json(found.to_dict())
+    else:
+        show(found)
+    return int(ExitCode.OK)
+
+
+def bounds(profile: HardwareProfile | None, threads: int) -> Speed:
+    """What a board promises, or what this machine reaches.
+
+    Args:
+        profile: The board; None for this machine.
+        threads: Threads inside an operator.
+    """
+    from fedprune_export.profiling import machine_peak
+
+    return machine_peak.measured(threads) if profile is None else machine_peak.promised(profile, threads)
+
+
+def show(found: Explanation) -> None:
+    """Print the table and the summary of the step."""
+    tables.print_table(found.columns, found.rows(fold=True))
+    for line in found.summary():
+        print(line)

@@ -1,0 +1,69 @@
+"""`fedprune-export`: a model and boards in, bundles out; and commands that look at models and bundles."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from fedprune import __version__
+from fedprune.core.cli import check_command, run_command, with_extra
+
+COMMANDS = {
+    "groups": ("cli.groups", "the channel groups of a model, and what stays"),
+    "operators": ("cli.operators", "every operator that can be cut or trained"),
+    "verify": ("cli.verify", "check a bundle: files, graphs, a training step"),
+    "explain": ("cli.explain", "where the time of a training step goes, layer by layer"),
+    "bench": ("cli.bench", "time a bundle on this machine"),
+    "to-onnx": ("cli.convert", "a bundle or model as one ONNX file"),
+    "to-torch": ("cli.convert", "a bundle's weights as a torch state dict"),
+    "profiles": ("cli.profiles", "list, show, check and identify hardware profiles"),
+}
+"""Commands beside the export, by the first word of the command line: their module and what they do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        return run_command("fedprune-export", lambda: _command_parser(words[0]), words)
+    return run_command("fedprune-export", lambda: _export_parser(words), words)
+
+
+def _export_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    if words and not any(word.startswith("--target") for word in words):  # without it, it is no export
+        check_command(words[0], COMMANDS, "See `fedprune-export --help`.")
+    return build_parser()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The grammar of an export."""
+    from fedprune_export.cli.export import add_arguments, export
+
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="fedprune-export",
+        description="Cut a model to what a board can train, and write the board's bundle.",
+        epilog="other commands (each has its own --help):\n"
+        + "".join(f"  {name:{width}}  {what}\n" for name, (_, what) in COMMANDS.items())
+        + "\nExit codes are explained in docs/exit-codes.md.",
+    )
+    parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
+    add_arguments(parser)
+    parser.set_defaults(run=with_extra("export", export))
+    return parser
+
+
+def _command_parser(name: str) -> argparse.ArgumentParser:
+    """The grammar of one of the other commands; its module registers it, and may register further ones."""
+    parser = argparse.ArgumentParser(prog="fedprune-export")
+    module = importlib.import_module(f"fedprune_export.{COMMANDS[name][0]}")
+    module.register(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
+    parser.set_defaults(run=_run if name == "profiles" else with_extra("export", _run))
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    function: Callable[[argparse.Namespace], int] = arguments.function
+    return function(arguments)

@@ -1,0 +1,292 @@
+"""Options that several commands share: where a model comes from, and how it is trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedprune.core.cli import recipe_setting, whole_number
+from fedprune.core.disk import read_file
+from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
+from fedprune.costs.kernel_workload import BLOCKS
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.runtime.precision import PRECISIONS
+from fedprune.training.recipe import Recipe
+
+if TYPE_CHECKING:  # a command that needs no model starts without onnx
+    from fedprune_export.pruning.model import Model
+
+MODEL_HELP = "model.onnx, package.module:factory of a torch module, or timm:NAME"
+
+PREFERENCES = ("coarse", "fine")
+
+_LOSS_OF = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
+_LABELS_OF = {"cross_entropy": "classes", "bce": "multi", "mse": "values", "huber": "values"}
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how a model is imported; `read_model` reads them."""
+    group = parser.add_argument_group("the model")
+    group.add_argument("--input-shape", type=shape, metavar="C,H,W", help="one sample's shape, for torch modules")
+    group.add_argument("--token-ids", action="store_true", help="a torch module takes whole numbers: token ids")
+    group.add_argument("--name", help="the model's name (default: that of the file or factory)")
+    group.add_argument("--output", metavar="NAME", help="which output counts, where an ONNX file has several")
+    group.add_argument(
+        "--parameters",
+        type=Path,
+        metavar="FILE",
+        help="names of the trainable tensors of an ONNX file: one per line, or a JSON list",
+    )
+    group.add_argument(
+        "--prefer",
+        choices=PREFERENCES,
+        help="where channels can be cut in two ways: whole heads or groups (coarse), or a part of each (fine)",
+    )
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how a board trains; `read_recipe` reads them."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--recipe", type=Path, metavar="FILE", help="local training as JSON; the options below win")
+    group.add_argument("--loss", choices=tuple(_LABELS_OF), help="what training minimises (default: cross_entropy)")
+    group.add_argument(
+        "--labels",
+        choices=tuple(_LOSS_OF),
+        help="what labels are: the number of a class, a 0 or 1 per class, or values; it chooses the loss",
+    )
+    group.add_argument("--label-smoothing", type=float, metavar="SHARE", help="of cross_entropy: 0 to below 1")
+    group.add_argument("--huber-delta", type=float, metavar="D", help="of huber: where squares become straight lines")
+    group.add_argument(
+        "--freeze", action="append", metavar="PATTERN", help="tensors that aren't trained, such as 'stem.*'; repeatable"
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=recipe_setting,
+        metavar="KEY=VALUE",
+        help="any other setting of the recipe, such as lr=0.01 or ordered_dropout=0.25,0.5; repeatable",
+    )
+
+
+def read_model(arguments: argparse.Namespace, source: str | None = None, name: str | None = None) -> Model:
+    """Import the model that a command line names.
+
+    Args:
+        arguments: The parsed command line.
+        source: The model, where it is not `arguments.model`.
+        name: What to call it where the command line doesn't say; an architecture is only equal under the same name.
+
+    Raises:
+        ModelError: It can't be imported.
+        ConfigError: The list of parameters can't be read.
+        MissingExtraError: torch or timm is needed and not installed.
+    """
+    from fedprune_export.importing import load
+
+    chosen: dict[str, Any] = {"name": arguments.name or name, "input_shape": arguments.input_shape}
+    chosen["token_ids"] = arguments.token_ids
+    if arguments.output is not None:
+        chosen["output"] = arguments.output
+    if arguments.prefer is not None:
+        chosen["prefer"] = arguments.prefer
+    if arguments.parameters is not None:
+        chosen["parameters"] = _names_in(arguments.parameters)
+    return load(arguments.model if source is None else source, **chosen)
+
+
+def add_profiles_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says where a user's own profiles lie."""
+    parser.add_argument(
+        "--profiles",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder of own profiles that --target takes by name; repeatable",
+    )
+
+
+def add_precision_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says at which lower precisions a bundle can predict, too."""
+    parser.add_argument(
+        "--precision",
+        type=precisions,
+        default=(),
+        metavar="P,P",
+        help=f"lower precisions to predict at, too: {', '.join(PRECISIONS)}; int8 needs --data",
+    )
+
+
+def precisions(text: str) -> tuple[str, ...]:
+    """Names of lower precisions, separated by commas, each once."""
+    found = tuple(dict.fromkeys(names(text)))
+    wrong = next((n for n in found if n not in PRECISIONS), None)
+    if wrong is not None:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PRECISIONS)}, got {wrong!r}")
+    return found
+
+
+def add_probe_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says what a board measured of itself; `read_probe` reads it."""
+    parser.add_argument(
+        "--probe",
+        type=Path,
+        metavar="FILE.json",
+        help="what the board measured of itself (fedprune-device probe --json); it beats the profile",
+    )
+
+
+def read_probe(arguments: argparse.Namespace) -> ProbeReport | None:
+    """What a board measured of itself, if the command line gives it.
+
+    Raises:
+        ConfigError: The file can't be read.
+        ProfileError: It is no probe report.
+    """
+    if arguments.probe is None:
+        return None
+    try:
+        return ProbeReport.from_dict(_json(arguments.probe))
+    except ProfileError as error:
+        raise ProfileError(f"{arguments.probe}: {error}") from error
+
+
+def labels_of(recipe: Recipe) -> str:
+    """What labels a recipe's loss compares with: classes, multi or values."""
+    return _LABELS_OF[recipe.loss]
+
+
+def read_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe of a command line: that of the file, with what the options say in its place.
+
+    Raises:
+        ConfigError: The file can't be read, or a setting is unknown or makes no sense.
+        UsageError: Options contradict each other.
+    """
+    body = {} if arguments.recipe is None else _recipe_body(arguments.recipe)
+    if arguments.loss and arguments.labels and _LABELS_OF[arguments.loss] != arguments.labels:
+        raise UsageError(
+            f"--loss {arguments.loss} compares with labels of another kind",
+            expected=f"--labels {_LABELS_OF[arguments.loss]}",
+            got=arguments.labels,
+        )
+    if arguments.labels and not arguments.loss and _LABELS_OF.get(str(body.get("loss"))) != arguments.labels:
+        body["loss"] = _LOSS_OF[arguments.labels]
+    for key in ("loss", "label_smoothing", "huber_delta"):
+        if getattr(arguments, key) is not None:
+            body[key] = getattr(arguments, key)
+    if arguments.freeze:
+        body["frozen"] = arguments.freeze
+    body.update(arguments.set)
+    return _checked(body, arguments.recipe)
+
+
+def _checked(body: dict[str, Any], path: Path | None) -> Recipe:
+    try:
+        return Recipe.from_dict(body)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if path is not None else str(error)) from error
+
+
+def _recipe_body(path: Path) -> dict[str, Any]:
+    body = _json(path)
+    if not isinstance(body, dict):
+        raise ConfigError(f"{path}", expected="an object of recipe settings", got=type(body).__name__)
+    return body
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(read_file(path))
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({error})") from error
+
+
+def _names_in(path: Path) -> list[str]:
+    """Tensor names of a file: a JSON list, or one per line, `#` begins a remark."""
+    try:
+        text = read_file(path).decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no text ({error})") from error
+    if text.lstrip().startswith("["):
+        names = _json(path)
+        if not all(isinstance(n, str) for n in names):
+            raise ConfigError(f"{path}", expected="a list of tensor names")
+    else:
+        names = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if not names:
+        raise ModelError(f"{path} names no tensor", expected="at least one trainable tensor")
+    return list(names)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names of an option, separated by commas."""
+    return tuple(n.strip() for n in text.split(","))
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Sizes of an option, separated by commas or ×."""
+    try:
+        return tuple(whole_number(n) for n in text.replace("x", ",").split(","))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected sizes of 1 or more, such as 3,32,32, got {text!r}") from error
+
+
+def density(text: str) -> float | None:
+    """A kept share, or None for `auto`."""
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, or auto, got {text!r}")
+    return value
+
+
+def blocks(text: str) -> tuple[int, ...]:
+    """Lengths of blocks of channels; none for 0."""
+    known = [str(b) for b in BLOCKS[1:]]
+    if text == "0":
+        return ()
+    found = text.split(",")
+    if not set(found) <= set(known):
+        raise argparse.ArgumentTypeError(
+            f"expected {', '.join(known)}, several with commas, or 0 for none, got {text!r}"
+        )
+    return tuple(sorted({int(b) for b in found}))
+
+
+def targets(texts: Sequence[str]) -> tuple[str, ...]:
+    """Names of profiles, given one by one or separated by commas, each once.
+
+    Raises:
+        UsageError: There is none, or one of them comes twice.
+    """
+    found = [n.strip() for text in texts for n in text.split(",") if n.strip()]
+    if not found:
+        raise UsageError("--target", expected="the name of a hardware profile, or a file")
+    twice = [n for n in found if found.count(n) > 1]
+    if twice:
+        raise UsageError(f"--target {twice[0]} comes twice")
+    return tuple(found)
+
+
+def byte_count(text: str) -> int:
+    """Bytes, such as 200MB, 1.5GB or 200000000; powers of 1000."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMG]?B?)", text.strip(), re.IGNORECASE)
+    value = round(float(found[1]) * units.get(found[2].upper(), 0)) if found else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected bytes, such as 200MB or 1.5GB, got {text!r}")
+    return value

@@ -1,0 +1,208 @@
+"""`profiles list | show | check | identify`: hardware profiles on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.cli import whole_number
+from fedprune.core.errors import ProfileError
+from fedprune.hardware import profile_store
+from fedprune.hardware.identification import Facts, identify
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.hardware.profile_sections import SECTIONS
+from fedprune.terminal.tables import Column, print_table
+
+
+def register(subparsers: Any) -> None:
+    """Add the command `profiles`; its functions take the parsed arguments and return an exit code.
+
+    Args:
+        subparsers: What `ArgumentParser.add_subparsers` returned.
+    """
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "profiles", help="hardware profiles: list, show, check, identify"
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="all profiles, one line each")
+    listing.set_defaults(function=list_profiles)
+    showing = actions.add_parser("show", help="one profile, every figure with its source")
+    showing.add_argument("name", help="a profile's name, or a TOML or JSON file")
+    showing.set_defaults(function=show_profile)
+    checking = actions.add_parser("check", help="check files of profiles")
+    checking.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    checking.set_defaults(function=check_profiles)
+    finding = actions.add_parser("identify", help="the profile for a board, from what the board says of itself")
+    finding.add_argument("--model", default="", help="what its /proc/device-tree/model says")
+    finding.add_argument(
+        "--compatible",
+        action="append",
+        default=[],
+        metavar="ENTRY",
+        help="an entry of its /proc/device-tree/compatible (can be repeated)",
+    )
+    finding.add_argument("--l4t", default="", metavar="RELEASE", help="a Jetson's L4T release, such as 36.4.3")
+    finding.add_argument("--memory", type=whole_number, metavar="BYTES", help="its MemTotal")
+    finding.add_argument("--clock", type=whole_number, metavar="HZ", help="the highest clock of its processor")
+    finding.add_argument("--machine", default="aarch64", help="what uname -m says (default: aarch64)")
+    finding.set_defaults(function=identify_profile)
+    for action in (listing, showing, checking, finding):
+        action.add_argument("--json", action="store_true", help="print JSON")
+    for action in (listing, showing, finding):
+        action.add_argument(
+            "--folder", type=Path, action="append", default=[], help="a folder of own profiles (can be repeated)"
+        )
+
+
+def list_profiles(arguments: argparse.Namespace) -> int:
+    """Print all profiles, the sound ones before the first error is raised.
+
+    Raises:
+        ProfileError: What is wrong with the others, each named.
+    """
+    profiles: list[HardwareProfile] = []
+    bad: list[ProfileError] = []
+    names = profile_store.names(arguments.folder)
+    for name in names:
+        try:
+            profiles.append(profile_store.find(name, arguments.folder))
+        except ProfileError as error:  # noqa: PERF203
+            bad.append(error)
+    if arguments.json:
+        _print_json([p.to_dict() for p in profiles])
+    else:
+        _print_profiles(profiles)
+    _raise(bad, len(names))
+    return 0
+
+
+_LISTED = (
+    Column("name"),
+    Column("board", drop=1, wrap=20),
+    Column("cores", drop=3),
+    Column("memory", right=True),
+    Column("for training", right=True),
+    Column("trains at", right=True, drop=2),
+    Column("per round", right=True, drop=4),
+)
+_FIGURES = Column("figure"), Column("value", wrap=12), Column("source", wrap=20)
+
+
+def _print_profiles(profiles: Sequence[HardwareProfile]) -> None:
+    rows = [
+        (
+            p.name,
+            p.title if p.support == "first" else f"{p.title} (second tier)",
+            f"{p.cpu.cores} x {p.cpu.clock_hz / 1e9:g} GHz",
+            _bytes(p.memory.total_bytes),
+            _bytes(p.training_bytes),
+            f"{p.train_rate / 1e9:.1f} GFLOP/s",
+            _bytes(p.link.bytes_per_round),
+        )
+        for p in profiles
+    ]
+    print_table(_LISTED, rows)
+
+
+def _raise(bad: Sequence[ProfileError], of: int) -> None:
+    if len(bad) == 1:
+        raise bad[0]
+    if bad:
+        raise ProfileError(f"{len(bad)} of {of} profiles are not sound: " + "; ".join(map(str, bad)))
+
+
+def show_profile(arguments: argparse.Namespace) -> int:
+    """Print one profile.
+
+    Raises:
+        ProfileError: There is none of that name, or it doesn't make sense.
+    """
+    profile = profile_store.chosen(arguments.name, arguments.folder)
+    if arguments.json:
+        _print_json(profile.to_dict())
+        return 0
+    print(f"{profile.name}: {profile.title} ({profile.family}, {profile.arch})")
+    if profile.identify:
+        print(f"device tree: {', '.join(profile.identify)}")
+    if profile.advice:
+        print(f"second tier: {profile.advice}")
+    rows = [(key, _figure(key, value), profile.sources[key]) for key, value in profile.figures().items()]
+    print_table(_FIGURES, rows)
+    return 0
+
+
+def check_profiles(arguments: argparse.Namespace) -> int:
+    """Check files, all of them before the first error is raised.
+
+    Raises:
+        ProfileError: What is wrong with the files, each named.
+    """
+    good: list[tuple[Path, HardwareProfile]] = []
+    bad: list[tuple[Path, ProfileError]] = []
+    for path in arguments.files:
+        try:
+            good.append((path, profile_store.read(path)))
+        except ProfileError as error:  # noqa: PERF203
+            bad.append((path, error))
+    if arguments.json:
+        rows = [{"file": str(f), "ok": True, "name": p.name} for f, p in good]
+        rows += [{"file": str(f), "ok": False, "error": str(e)} for f, e in bad]
+        _print_json(rows)
+    else:
+        for path, profile in good:
+            print(f"{path}: ok ({profile.name}, {len(profile.sources)} figures with sources)")
+    _raise([e for _, e in bad], len(arguments.files))
+    return 0
+
+
+def identify_profile(arguments: argparse.Namespace) -> int:
+    """Print which profile fits a board, and why.
+
+    Raises:
+        ProfileError: None fits.
+    """
+    facts = Facts(
+        arguments.model,
+        tuple(arguments.compatible),
+        arguments.l4t,
+        arguments.machine,
+        arguments.memory,
+        arguments.clock,
+    )
+    found = identify(facts, arguments.folder)
+    if arguments.json:
+        _print_json(found.to_dict())
+    else:
+        print(found.describe())
+    return 0
+
+
+_UNITS = {f"{s}.{f.name}": str(f.metadata["unit"]) for s, (kind, _) in SECTIONS.items() for f in fields(kind)}
+
+
+def _figure(key: str, value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    unit = _UNITS[key]
+    if unit == "bytes":
+        return _bytes(value)
+    for step, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if unit in ("Hz", "FLOP/s", "bytes/s") and value >= step:
+            return f"{value / step:g} {prefix}{'B/s' if unit == 'bytes/s' else unit}"
+    return f"{value:g} {unit}" if unit in ("W", "s") else f"{value:g}"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True))

@@ -1,0 +1,60 @@
+"""`verify BUNDLE`: check a bundle on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.errors import ExitCode, FedpruneError
+from fedprune.runtime.bundle import open_bundle
+from fedprune.terminal import tables
+from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
+
+
+def register(subparsers: Any) -> None:
+    """Add the command `verify`; its function takes the parsed arguments and returns an exit code.
+
+    Args:
+        subparsers: What `ArgumentParser.add_subparsers` returned.
+    """
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "verify",
+        help="check a bundle: files, graphs, a training step",
+        description="Check every file of a bundle, load its graphs, run predictions and a training step with random "
+        "numbers, and compare the graphs with each other. The first thing that is wrong ends the command.",
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument("--model", metavar="MODEL", help=f"compare with the model that was cut: {MODEL_HELP}")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_model_options(parser)
+    parser.set_defaults(function=verify)
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Print every check that is passed.
+
+    Raises:
+        FedpruneError: Something is wrong with the bundle or the model.
+    """
+    from fedprune_export.bundles import verification
+
+    passed: list[dict[str, str]] = []
+    try:
+        with tables.progress() as tell:
+            model = None
+            if arguments.model:
+                tell(f"importing {arguments.model}")
+                model = read_model(arguments, name=open_bundle(arguments.bundle).architecture.name)
+            tell("checking the bundle")
+            for check in verification.verify(arguments.bundle, model):
+                passed.append({"check": check.name, "found": check.found})
+                if not arguments.json:
+                    print(f"{check.name}: {check.found}")
+    except FedpruneError as error:
+        if arguments.json:
+            tables.print_json({"ok": False, "passed": passed, "error": str(error)})
+        raise
+    if arguments.json:
+        tables.print_json({"ok": True, "passed": passed})
+    return int(ExitCode.OK)

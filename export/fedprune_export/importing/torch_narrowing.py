@@ -1,0 +1,150 @@
+"""A torch module made as narrow as the weights that it is to hold: the same layers, with fewer channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ModelError
+from fedprune_export.importing.torch_export import torch_package
+
+Module = TypeVar("Module")
+
+Shape = tuple[int, ...]
+
+_HINT = "Build the module at this width yourself, and load the tensors into it."
+
+
+def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Module:
+    """Cut a torch module down to the shapes of a submodel's tensors, and load these.
+
+    Layers say their new sizes (`out_channels`, `num_features`, ...), too; what the module's own `forward` says in
+    numbers (a `view` to 128 features) stays as it is. Parameters stay on their device and of their type.
+
+    Args:
+        module: The whole model, of the same code as the one that was imported. It is changed.
+        tensors: A submodel's weights and statistics, by their names in the state dict.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ModelError: Names don't fit, a tensor is larger than the module's, or a layer is of a kind whose size its
+            weights don't tell: grouped convolutions that aren't depthwise, group norms of several groups, recurrent
+            layers, attention, and whoever else holds parameters.
+        MissingExtraError: torch is not installed.
+    """
+    torch = torch_package()
+    if not isinstance(module, torch.nn.Module):
+        raise ModelError("what is to be narrowed", expected="a torch module", got=type(module).__name__)
+    names = _names(module)
+    unknown = sorted(set(tensors) - set(names.values()))
+    if unknown:
+        raise ModelError(f"the module has no tensor {unknown[0]!r}", got=f"{len(unknown)} such names")
+    lacking = sorted({n for key, n in names.items() if key[0] == "parameter" and n not in tensors})
+    if lacking:
+        raise ModelError(f"there is no tensor for {lacking[0]!r} of the module", got=f"{len(lacking)} such names")
+    made: dict[int, Any] = {}
+    plans = [(prefix, part, *_shapes(part, names, tensors)) for prefix, part in module.named_modules()]
+    for prefix, part, old, new in plans:  # all are looked at before the first is changed
+        _fit(torch, prefix or type(part).__name__, part, old, new, change=False)
+    for prefix, part, old, new in plans:
+        _fit(torch, prefix, part, old, new, change=True)
+        for name, value in [*part._parameters.items()]:
+            if value is not None:
+                if id(value) not in made:
+                    array = tensors[names["parameter", id(value)]]
+                    data = torch.tensor(array, dtype=value.dtype, device=value.device)
+                    made[id(value)] = (torch.nn.Parameter(data, requires_grad=value.requires_grad), value)
+                part._parameters[name] = made[id(value)][0]
+        for name, value in [*part._buffers.items()]:
+            key = None if value is None else names.get(("buffer", id(value)))
+            if key is not None and key in tensors:
+                part._buffers[name] = torch.tensor(tensors[key], dtype=value.dtype, device=value.device)
+    return module
+
+
+def _names(module: Any) -> dict[tuple[str, int], str]:
+    """The first name of every parameter and buffer."""
+    out: dict[tuple[str, int], str] = {}
+    for name, value in module.named_parameters():
+        out["parameter", id(value)] = name
+    for name, value in module.named_buffers():
+        out["buffer", id(value)] = name
+    return out
+
+
+def _shapes(
+    part: Any, names: Mapping[tuple[str, int], str], tensors: Mapping[str, npt.NDArray[np.float32]]
+) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Shapes of a layer's own tensors before and after, of those that there are tensors for."""
+    old: dict[str, Shape] = {}
+    new: dict[str, Shape] = {}
+    for kind, name, value in _own(part):
+        key = names.get((kind, id(value)))
+        if key is not None and key in tensors:
+            old[name], new[name] = tuple(value.shape), tensors[key].shape
+    return old, new
+
+
+def _own(part: Any) -> Iterator[tuple[str, str, Any]]:
+    for kind, held in (("parameter", part._parameters), ("buffer", part._buffers)):
+        for name, value in held.items():
+            if value is not None:
+                yield kind, name, value
+
+
+def _fit(torch: Any, where: str, part: Any, old: dict[str, Shape], new: dict[str, Shape], *, change: bool) -> None:
+    """Check, or set, the sizes that a layer says of itself."""
+    if old == new:
+        return
+    for name, shape in new.items():
+        if len(shape) != len(old[name]) or any(a > b for a, b in zip(shape, old[name], strict=True)):
+            raise ModelError(f"{where}.{name} can't be narrowed", expected=f"at most {old[name]}", got=shape)
+    sizes = _sizes(torch, where, part, old, new)
+    if change:
+        for name, size in sizes.items():
+            setattr(part, name, size)
+
+
+def _sizes(torch: Any, where: str, part: Any, old: dict[str, Shape], new: dict[str, Shape]) -> dict[str, Any]:
+    """What a layer of these weights says of itself.
+
+    Raises:
+        ModelError: Its kind isn't known here, or its weights don't tell.
+    """
+    nn = torch.nn
+    one = next(iter(new.values()))
+    shape = new.get("weight", one)
+    if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if part.groups == 1:
+            return {"out_channels": shape[0], "in_channels": shape[1]}
+        if part.groups == part.in_channels == part.out_channels:
+            return {"out_channels": shape[0], "in_channels": shape[0], "groups": shape[0]}
+    elif isinstance(part, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        if part.groups == 1:
+            return {"in_channels": shape[0], "out_channels": shape[1]}
+    elif type(part) is nn.Linear:
+        return {"out_features": shape[0], "in_features": shape[1]}
+    elif isinstance(part, (nn.modules.batchnorm._NormBase)):
+        return {"num_features": shape[0]}
+    elif isinstance(part, nn.GroupNorm):
+        if part.num_groups == 1:
+            return {"num_channels": shape[0]}
+        if part.num_groups == part.num_channels:
+            return {"num_channels": shape[0], "num_groups": shape[0]}
+    elif isinstance(part, (nn.LayerNorm, getattr(nn, "RMSNorm", nn.LayerNorm))):
+        return {"normalized_shape": tuple(shape)}
+    elif type(part) is nn.Embedding and shape[0] == old["weight"][0]:
+        return {"embedding_dim": shape[1]}
+    elif isinstance(part, nn.PReLU):
+        return {"num_parameters": math.prod(shape)}
+    raise ModelError(
+        f"{where}: a {type(part).__name__} like this can't be narrowed by its weights alone",
+        got=f"{old} to {new}",
+        hint=_HINT,
+    )

@@ -1,0 +1,127 @@
+"""Operators that the normalised graph has beyond opset 17, and how they are written where the target lacks them.
+
+They have the name and the meaning of a later opset's operator. As one node they can be cut and differentiated as what
+they are; in primitives, a norm is a dozen operators that mean nothing by themselves. Nothing here reads a shape: a
+training graph has no number of channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+from fedprune_export.ir.drafts import Draft, Node
+
+_Draft = TypeVar("_Draft", bound=Draft)
+
+GELU_CUBE = 0.044715
+"""The factor of the cube in the tanh form of Gelu."""
+
+NATIVE = {"LayerNormalization": 17, "Mish": 18, "Gelu": 20, "GroupNormalization": 21, "RMSNormalization": 23}
+"""From which opset on an operator is written as it is."""
+
+COMPOSITES = frozenset(NATIVE) - {"LayerNormalization"}
+"""Those that opset 17 lacks."""
+
+
+def expanded(graph: _Draft, opset: int) -> _Draft:
+    """The graph without operators that `opset` lacks; names of values stay. The same object if nothing changes."""
+    lacking = {op for op, since in NATIVE.items() if opset < since}
+    if not any(n.op in lacking and not n.domain for n in graph.nodes):
+        return graph
+    out = graph.copy()
+    nodes, out.nodes = out.nodes, []
+    for node in nodes:
+        if node.op in lacking and not node.domain:
+            out.purpose = node.purpose
+            _RULES[node.op](out, node)
+        else:
+            out.nodes.append(node)
+    return out
+
+
+def _gelu(out: Draft, node: Node) -> None:
+    """x / 2 * (1 + erf(x / sqrt 2)), in the order that onnxruntime fuses; or its approximation by tanh."""
+    x = node.inputs[0]
+    if node.attrs.get("approximate", "none") == "tanh":
+        cube = out.emit("Mul", out.emit("Mul", x, x), x)
+        inner = out.emit("Add", x, out.emit("Mul", cube, out.scalar(GELU_CUBE)))
+        curve = out.emit("Tanh", out.emit("Mul", inner, out.scalar(math.sqrt(2 / math.pi))))
+    else:
+        curve = out.emit("Erf", out.emit("Div", x, out.scalar(math.sqrt(2))))
+    product = out.emit("Mul", x, out.emit("Add", curve, out.scalar(1)))
+    out.emit("Mul", product, out.scalar(0.5), out=node.outputs[0])
+
+
+def _mish(out: Draft, node: Node) -> None:
+    x = node.inputs[0]
+    out.emit("Mul", x, out.emit("Tanh", out.emit("Softplus", x)), out=node.outputs[0])
+
+
+def _group_norm(out: Draft, node: Node) -> None:
+    """An instance norm of [batch, groups, rest], then scale and bias on [batch, channels, rest]."""
+    x, scale, bias = node.inputs
+    groups = int(node.attrs["num_groups"])
+    one, zero = (out.constant([v] * groups, "float32") for v in (1.0, 0.0))
+    grouped = out.emit("Reshape", x, out.ints(0, groups, -1))
+    attrs = {"epsilon": float(node.attrs.get("epsilon", 1e-5))}
+    normal = out.emit("InstanceNormalization", grouped, one, zero, attrs=attrs)
+    rows = out.emit("Concat", out.ints(0), out.emit("Shape", scale), out.ints(-1), attrs={"axis": 0})
+    value = out.emit("Mul", out.emit("Reshape", normal, rows), out.emit("Unsqueeze", scale, out.ints(1)))
+    value = out.emit("Add", value, out.emit("Unsqueeze", bias, out.ints(1)))
+    out.emit("Reshape", value, out.emit("Shape", x), out=node.outputs[0])
+
+
+def _rms_norm(out: Draft, node: Node) -> None:
+    """x / sqrt(mean x^2 + epsilon) * scale, with means over the axes from `axis` on."""
+    x, scale = node.inputs
+    axes, value, back = _trailing(out, node)
+    root = _root(out, out.emit("ReduceMean", out.emit("Mul", value, value), attrs=axes), node)
+    normal = out.emit("Div", value, root)
+    if back:
+        normal = out.emit("Reshape", normal, out.emit("Shape", x))
+    out.emit("Mul", normal, scale, out=node.outputs[0])
+
+
+def _layer_norm(out: Draft, node: Node) -> None:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias; mean and 1 / deviation too where something reads them."""
+    x, scale, *bias = (i for i in node.inputs if i)
+    further = [*node.outputs[1:], "", ""][:2]
+    axes, value, back = _trailing(out, node)
+    mean = out.emit("ReduceMean", value, attrs=axes, out=further[0] or None)
+    centred = out.emit("Sub", value, mean)
+    root = _root(out, out.emit("ReduceMean", out.emit("Mul", centred, centred), attrs=axes), node)
+    if further[1]:
+        out.emit("Reciprocal", root, out=further[1])
+    normal = out.emit("Div", centred, root)
+    if back:
+        normal = out.emit("Reshape", normal, out.emit("Shape", x))
+    if bias:
+        out.emit("Add", out.emit("Mul", normal, scale), bias[0], out=node.outputs[0])
+    else:
+        out.emit("Mul", normal, scale, out=node.outputs[0])
+
+
+def _trailing(out: Draft, node: Node) -> tuple[dict[str, object], str, bool]:
+    """Axes from `axis` on as attributes of a reduction, what to reduce, and whether that has another shape than x.
+
+    Axes that are counted from the front can't be listed without the rank: their value is seen as a matrix.
+    """
+    axis = int(node.attrs.get("axis", -1))
+    if axis < 0:
+        return {"axes": list(range(axis, 0)), "keepdims": 1}, node.inputs[0], False
+    return {"axes": [-1], "keepdims": 1}, out.emit("Flatten", node.inputs[0], attrs={"axis": axis}), True
+
+
+def _root(out: Draft, mean_square: str, node: Node) -> str:
+    return out.emit("Sqrt", out.emit("Add", mean_square, out.scalar(float(node.attrs.get("epsilon", 1e-5)))))
+
+
+_RULES: dict[str, Callable[[Draft, Node], None]] = {
+    "Gelu": _gelu,
+    "Mish": _mish,
+    "GroupNormalization": _group_norm,
+    "RMSNormalization": _rms_norm,
+    "LayerNormalization": _layer_norm,
+}

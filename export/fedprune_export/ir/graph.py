@@ -1,0 +1,181 @@
+"""An ONNX graph as plain Python: what every pass of the compiler reads and writes, read from files and written to them.
+
+What a graph holds is a `drafts.Draft`; this adds the file.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from fedprune.core.errors import ModelError, shown
+from fedprune_export.ir.drafts import NORMAL_OPSET, Array, Dim, Draft, Node, Port
+from fedprune_export.ir.opset_lowering import at_opset
+
+__all__ = ["TRAINING_OPSET", "Array", "Dim", "Graph", "Node", "Port", "check_name", "read_tensor"]
+
+TRAINING_OPSET = NORMAL_OPSET
+"""The opset of graphs that train; every onnxruntime that fedprune supports loads it."""
+
+_TYPES = frozenset(helper.get_all_tensor_dtypes())
+
+_UNPRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Kinds of characters that names don't hold: controls, marks of direction, halves of characters, line ends."""
+
+
+class Graph(Draft):
+    """A graph that files are read into and written from, at any opset."""
+
+    def to_proto(self, *, opset: int | None = None) -> onnx.ModelProto:
+        """As an ONNX model.
+
+        Args:
+            opset: What to write a normalised graph at; by default 17. Others can only be written as they are.
+
+        Raises:
+            ModelError: An operator has no form in that opset.
+        """
+        if self.opset == NORMAL_OPSET:
+            return at_opset(self, NORMAL_OPSET if opset is None else opset).as_held()
+        if opset not in (None, self.opset):
+            raise ModelError("only normalised graphs can be written at another opset", expected=self.opset, got=opset)
+        return self.as_held()
+
+    def to_bytes(self, *, opset: int | None = None) -> bytes:
+        """As the bytes of an ONNX file; the same graph gives the same bytes. See `to_proto`."""
+        raw: bytes = self.to_proto(opset=opset).SerializeToString(deterministic=True)
+        return raw
+
+    @classmethod
+    def from_proto(cls, model: onnx.ModelProto) -> Graph:
+        """Read an ONNX model; `Constant` nodes become initialisers.
+
+        Raises:
+            ModelError: The model has local functions, sub-graphs or sparse tensors.
+        """
+        if model.functions:
+            raise ModelError("the model has local functions", hint="Export it without them (inline functions).")
+        proto = model.graph
+        if proto.sparse_initializer:
+            raise ModelError("the model has sparse tensors", hint="Export it with dense weights.")
+        _check_text(proto)
+        opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+        initializers = {t.name: read_tensor(t) for t in proto.initializer}
+        nodes: list[Node] = []
+        for n in proto.node:
+            attrs = {a.name: _attribute(n, a) for a in n.attribute}
+            domain = "" if n.domain == "ai.onnx" else n.domain
+            if n.op_type == "Constant" and not domain:
+                initializers[n.output[0]] = _constant_value(attrs)
+            else:
+                nodes.append(Node(n.op_type, list(n.input), list(n.output), attrs, n.name, domain))
+        graph = cls(
+            [_port(p) for p in proto.input if p.name not in initializers],
+            [_port(p) for p in proto.output],
+            nodes,
+            initializers,
+            opset,
+            proto.name or "model",
+            {p.key: p.value for p in model.metadata_props if p.key.startswith("fedprune.")},
+        )
+        taken: Iterable[str] = [
+            *initializers,
+            *(o for n in nodes for o in n.outputs),
+            *(p.name for p in graph.inputs),
+        ]
+        tails = [t.rsplit("~", 1)[1] for t in taken if "~" in t]
+        # Only short numbers count: a name of a thousand digits is nothing that `fresh` could ever come to.
+        graph._counter = max([int(t) for t in tails if re.fullmatch("[0-9]{1,9}", t)], default=0)
+        return graph
+
+
+def _check_text(graph: onnx.GraphProto) -> None:
+    """Make sure that all names are text that can be printed; protobuf hands on what isn't text as bytes."""
+    texts: list[object] = [graph.name, *(t.name for t in graph.initializer)]
+    for n in graph.node:
+        texts += [n.name, n.op_type, n.domain, *n.input, *n.output, *(a.name for a in n.attribute)]
+    for value in (*graph.input, *graph.output):
+        texts += [value.name, *(d.dim_param for d in value.type.tensor_type.shape.dim)]
+    odd = next((t for t in texts if not isinstance(t, str)), None)
+    if odd is not None:
+        raise ModelError("a name in the model is not UTF-8 text", got=shown(odd))
+    for text in texts:
+        check_name(str(text))
+
+
+def check_name(name: str) -> None:
+    """Make sure that a name holds nothing that would steer a terminal or break a line.
+
+    Raises:
+        ModelError: It does.
+    """
+    if not name.isprintable() and any(unicodedata.category(c) in _UNPRINTED for c in name):
+        raise ModelError(
+            "a name in the model holds characters that can't be printed", got=shown(name), hint="Rename it."
+        )
+
+
+def read_tensor(tensor: onnx.TensorProto) -> Array:
+    """The numbers of a tensor.
+
+    Raises:
+        ModelError: They lie in another file, are of no known type, or are more or fewer than its shape says.
+    """
+    name = shown(tensor.name)
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        raise ModelError(f"tensor {name} lies in another file", hint="Load the model with its external data.")
+    try:
+        return np.array(numpy_helper.to_array(tensor), order="C")  # 0-d stays 0-d, unlike ascontiguousarray
+    except (KeyError, TypeError, ValueError) as error:
+        reason = error if isinstance(error, ValueError) else "its type is unknown"
+        raise ModelError(f"tensor {name} can't be read ({str(reason)[:200]})") from error
+
+
+def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> Any:
+    if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
+        raise ModelError(
+            f"node {shown(node.name or node.op_type)} has a sub-graph ({node.op_type})",
+            hint="Control flow can't be cut or trained; export the model without If, Loop and Scan.",
+        )
+    try:
+        value = helper.get_attribute_value(attribute)
+        if isinstance(value, onnx.TensorProto):
+            return read_tensor(value)
+        if isinstance(value, bytes):
+            return value.decode()
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [v.decode() if isinstance(v, bytes) else v for v in value]
+    except ValueError as error:  # of no known type, or text that isn't UTF-8
+        raise ModelError(f"attribute {shown(attribute.name)} of {shown(node.op_type)} can't be read") from error
+    return value
+
+
+def _constant_value(attrs: Mapping[str, Any]) -> Array:
+    for key, dtype in (
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+    ):
+        if key in attrs:
+            return np.array(attrs[key], dtype)
+    if "value" in attrs:
+        return np.asarray(attrs["value"])
+    raise ModelError("a Constant node holds neither numbers nor a tensor", got=", ".join(attrs))
+
+
+def _port(value: onnx.ValueInfoProto) -> Port:
+    tensor = value.type.tensor_type
+    if not value.type.HasField("tensor_type") or tensor.elem_type not in _TYPES:
+        raise ModelError(
+            f"{shown(value.name)} is not a tensor of a known type",
+            hint="Sequences, maps and optionals are not supported.",
+        )
+    dims: list[Dim] = [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim]
+    return Port(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), tuple(dims))

@@ -1,0 +1,188 @@
+"""Writing a normalised graph at a target's opset: operators that changed after opset 17, and those that came before it.
+
+To support a further form, add a rule to `_LATER` or `_EARLIER`: a function that emits what the opset has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import onnx
+
+from fedprune.core.errors import ModelError
+from fedprune_export.ir.composites import expanded
+from fedprune_export.ir.drafts import NORMAL_OPSET, Draft, Node
+
+OPSETS = range(13, 24)
+"""Opsets that can be written."""
+
+REDUCTIONS = frozenset(
+    {
+        "ReduceMean",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceLogSum",
+        "ReduceLogSumExp",
+        "ReduceSumSquare",
+    }
+)
+"""Reductions whose axes are an attribute at opset 17 and an input from 18 on."""
+
+_MODES = {"bilinear": "linear", "bicubic": "cubic"}
+"""Names that GridSample gives its modes from opset 20 on."""
+
+_Rule = Callable[[Draft, Node], None]
+_Draft = TypeVar("_Draft", bound=Draft)
+
+
+def at_opset(graph: _Draft, opset: int) -> _Draft:
+    """A normalised graph in the forms of an opset; values keep their names. It is the same object if nothing changes.
+
+    Raises:
+        ModelError: There is no such opset, or an operator has no form in it.
+    """
+    if opset not in OPSETS:
+        raise ModelError("opset to write", expected=f"{OPSETS[0]} to {OPSETS[-1]}", got=opset)
+    graph = expanded(graph, opset)
+    if opset == NORMAL_OPSET:
+        return graph
+    rules = {op: rule for op, (since, rule) in _LATER.items() if opset >= since}
+    rules |= {op: rule for op, (since, rule) in _EARLIER.items() if opset < since}
+    out = graph.copy()
+    nodes, out.nodes, out.opset = out.nodes, [], opset
+    for node in nodes:
+        rule = None if node.domain else rules.get(node.op)
+        if rule is not None:
+            rule(out, node)
+        else:
+            out.nodes.append(node)
+    for node in out.nodes:
+        if not node.domain:
+            check_form(node, opset)
+    return out
+
+
+def check_form(node: Node, opset: int) -> None:
+    """Make sure that an opset has an operator in the form that a node uses.
+
+    Raises:
+        ModelError: It hasn't.
+    """
+    try:
+        schema = onnx.defs.get_schema(node.op, opset, "")
+    except onnx.defs.SchemaError as error:
+        raise ModelError(
+            f"operator {node.op} ({node.name}) does not exist in opset {opset}",
+            hint="Use operators that are listed in docs/export.md, or another opset.",
+        ) from error
+    extra = sorted(set(node.attrs) - set(schema.attributes))
+    used = len(node.inputs)
+    while used and not node.inputs[used - 1]:
+        used -= 1
+    if extra or used > schema.max_input:
+        raise ModelError(
+            f"operator {node.op} ({node.name}) is in a form that opset {opset} doesn't have",
+            got=", ".join(extra) or f"{used} inputs",
+            hint="Use a simpler form of it, or another opset.",
+        )
+
+
+def _reduction(out: Draft, node: Node) -> None:
+    """Axes as an input."""
+    axes = node.attrs.pop("axes", None)
+    if axes is not None:
+        node.inputs = [node.inputs[0], out.ints(*axes)]
+    out.nodes.append(node)
+
+
+def _split(out: Draft, node: Node) -> None:
+    """Equal parts need their number."""
+    if len(node.inputs) < 2 or not node.inputs[1]:
+        node.attrs["num_outputs"] = len(node.outputs)
+    out.nodes.append(node)
+
+
+def _grid_sample(out: Draft, node: Node) -> None:
+    mode = node.attrs.get("mode", "bilinear")
+    node.attrs["mode"] = _MODES.get(mode, mode)
+    out.nodes.append(node)
+
+
+def _shape(out: Draft, node: Node) -> None:
+    """A part of a shape is sliced out of the whole."""
+    start, end = node.attrs.pop("start", 0), node.attrs.pop("end", None)
+    if start or end is not None:
+        whole = out.emit("Shape", node.inputs[0])
+        out.emit("Slice", whole, out.ints(start), out.ints(2**62 if end is None else end), out=node.outputs[0])
+    else:
+        out.nodes.append(node)
+
+
+def _hard_swish(out: Draft, node: Node) -> None:
+    gate = out.emit("HardSigmoid", node.inputs[0], attrs={"alpha": 1 / 6, "beta": 0.5})
+    out.emit("Mul", node.inputs[0], gate, out=node.outputs[0])
+
+
+def _batch_norm(out: Draft, node: Node) -> None:
+    """The statistics of the batch, and what running ones become, in primitives: training is a mode since opset 14."""
+    if not node.attrs.pop("training_mode", 0):
+        out.nodes.append(node)
+        return
+    x, scale, bias, *running = node.inputs
+    ends = out.ints(1)
+    rows = out.emit("Concat", out.ints(0), out.emit("Shape", scale), out.ints(-1), attrs={"axis": 0})
+    value = out.emit("Reshape", x, rows)
+    mean = out.emit("ReduceMean", value, attrs={"axes": [0, 2], "keepdims": 1})
+    centred = out.emit("Sub", value, mean)
+    variance = out.emit("ReduceMean", out.emit("Mul", centred, centred), attrs={"axes": [0, 2], "keepdims": 1})
+    epsilon = out.scalar(float(node.attrs.get("epsilon", 1e-5)))
+    normal = out.emit("Div", centred, out.emit("Sqrt", out.emit("Add", variance, epsilon)))
+    value = out.emit("Mul", normal, out.emit("Unsqueeze", scale, ends))
+    value = out.emit("Add", value, out.emit("Unsqueeze", bias, ends))
+    out.emit("Reshape", value, out.emit("Shape", x), out=node.outputs[0])
+    keep = float(node.attrs.get("momentum", 0.9))
+    for old, new, name in zip(running, (mean, variance), node.outputs[1:], strict=False):
+        if name:
+            kept = out.emit("Mul", old, out.scalar(keep))
+            fresh = out.emit("Mul", out.emit("Reshape", new, out.ints(-1)), out.scalar(1 - keep))
+            out.emit("Add", kept, fresh, out=name)
+
+
+def _without(*defaults: tuple[str, object]) -> _Rule:
+    """Leave out attributes that say what an earlier opset does anyway."""
+
+    def rule(out: Draft, node: Node) -> None:
+        for name, value in defaults:
+            if name in node.attrs and node.attrs[name] == value:
+                del node.attrs[name]
+        out.nodes.append(node)
+
+    return rule
+
+
+_LATER: dict[str, tuple[int, _Rule]] = {
+    **dict.fromkeys(REDUCTIONS, (18, _reduction)),
+    "Split": (18, _split),
+    "GridSample": (20, _grid_sample),
+}
+"""First opset of a new form, and how to write it."""
+
+_EARLIER: dict[str, tuple[int, _Rule]] = {
+    "Shape": (15, _shape),
+    "HardSwish": (14, _hard_swish),
+    "Reshape": (14, _without(("allowzero", 0))),
+    "BatchNormalization": (14, _batch_norm),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), (14, _without(("layout", 0)))),
+    **dict.fromkeys(("ScatterND", "ScatterElements"), (16, _without(("reduction", "none")))),
+}
+"""First opset of the form that opset 17 has, and how to write it before."""
+
+LATER_FORMS = {op: since for op, (since, _) in _LATER.items()}
+"""First opset of a form that comes after opset 17's."""
+
+EARLIER_FORMS = {op: since for op, (since, _) in _EARLIER.items()}
+"""First opset of the form that opset 17 has, where it isn't the first."""

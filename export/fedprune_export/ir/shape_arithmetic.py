@@ -1,0 +1,97 @@
+"""Shape arithmetic: what a graph computes from sizes alone, and which elements of it follow certain axes.
+
+Sizes may follow the batch, which varies between runs, or channels, which vary between submodels. A number that follows
+neither is a constant. That is told from how it is computed: numbers that came out equal in a few runs need not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.operators import ELEMENTWISE
+from fedprune_export.ir.trace import Trace
+
+Marks = npt.NDArray[np.bool_]
+"""Per element of a value, whether it follows one of the axes in question."""
+
+SOURCES = ("Shape", "Size")
+"""Where shape arithmetic begins."""
+
+_ALIKE = ELEMENTWISE | {"Where", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Not", "And", "Or", "Mod"}
+_RESHAPED = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
+
+
+def follow(
+    graph: Graph, seen: Trace, constants: Container[str], marked: Callable[[str], Sequence[bool]]
+) -> dict[str, Marks]:
+    """All values that are computed from shapes and constants alone.
+
+    Args:
+        graph: The graph.
+        seen: Shapes of its values.
+        constants: Names of initialisers that are constants.
+        marked: Which axes of a value to follow.
+
+    Returns:
+        Per value which of its elements depend on the size of a marked axis; for operators other than those that shape
+        arithmetic is made of, all or none.
+    """
+    out: dict[str, Marks] = {}
+    for node in graph.nodes:
+        if node.domain:
+            continue
+        if node.op in SOURCES:
+            row = np.array(marked(node.inputs[0]), np.bool_)
+            if node.op == "Shape":
+                out[node.outputs[0]] = row[int(node.attrs.get("start", 0)) : node.attrs.get("end")]
+            else:
+                out[node.outputs[0]] = np.array(row.any())
+            continue
+        reads = [i for i in node.inputs if i]
+        if node.op == "ConstantOfShape" or (node.op == "Expand" and node.inputs[0] not in out):
+            continue  # sizes say how long it is, not what is in it
+        if any(i in out for i in reads) and all(i in out or i in constants for i in reads):
+            for name in node.outputs:
+                if name:
+                    out[name] = _passed(graph, seen, node, name, out)
+    return out
+
+
+def origins(graph: Graph, values: Iterable[str]) -> list[Node]:
+    """The sources from which these values are computed, in the graph's order."""
+    needed = set(values)
+    found = []
+    for node in reversed(graph.nodes):
+        if needed.intersection(node.outputs):
+            if node.op in SOURCES and not node.domain:
+                found.append(node)
+            else:
+                needed.update(node.inputs)
+    return found[::-1]
+
+
+def _passed(graph: Graph, seen: Trace, node: Node, output: str, held: dict[str, Marks]) -> Marks:
+    """Marks of a node's output."""
+    marks = [held.get(i, np.zeros(seen.shapes[i], np.bool_)) for i in node.inputs if i]
+    shape = seen.shapes[output]
+    found: Marks | None = None
+    first = marks[0]
+    if node.op == "Gather" and first.ndim == 1 and node.inputs[1] in graph.initializers:
+        found = np.asarray(first[graph.initializers[node.inputs[1]]])
+    elif node.op == "Slice" and first.ndim == 1:
+        bounds = [graph.initializers.get(i) for i in node.inputs[1:3]]
+        if len(node.inputs) < 5 and all(b is not None and b.size == 1 for b in bounds):
+            found = first[slice(*(int(b.item()) for b in bounds if b is not None))]
+    elif node.op == "Concat":
+        found = np.concatenate(marks, axis=int(node.attrs["axis"]))
+    elif node.op in _RESHAPED and not any(m.any() for m in marks[1:]):
+        found = first
+    elif node.op in _ALIKE and not any(seen.batched(output)):
+        found = np.logical_or.reduce([np.broadcast_to(m, shape) for m in marks])
+    if found is None or found.size != int(np.prod(shape, dtype=np.int64)):
+        return np.full(shape, any(m.any() for m in marks))
+    return found.reshape(shape)

@@ -1,0 +1,356 @@
+"""Shapes of all values of a graph at one batch size, without running it.
+
+Every operator's shape comes from onnx; numbers that shapes are computed from are computed as well, as long as they are
+few. Nothing is allocated that a file merely claims: a shape is known before anything of that shape is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+from fedprune.core.errors import ModelError, reason, shown
+from fedprune_export.ir.composites import NATIVE
+from fedprune_export.ir.graph import Graph, Node
+
+Array = npt.NDArray[Any]
+
+_FEW = 1024
+"""Numbers of a value that is computed; shape arithmetic has a handful."""
+
+MOST_NUMBERS = 2**28
+"""Numbers of one value, and of all values that are needed at the same time: 1 GiB of float32."""
+
+MOST_WORK = 2**40
+"""MACs of one sample: the largest image networks take a fifth of it."""
+
+_GROWING = frozenset({"ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"})
+"""Operators whose output is as large as their arguments say."""
+
+
+@dataclass
+class Inferred:
+    """What is known of a graph's values at one batch size.
+
+    Attributes:
+        shapes: Shapes by name; values of which onnx can't tell the shape are missing.
+        dtypes: Types by name.
+        numbers: Values that don't depend on data, as long as they are small.
+        missing: Values whose shape isn't known, in the graph's order.
+    """
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)
+    numbers: dict[str, Array] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+def infer(graph: Graph, batch: int, measured: Mapping[str, Array] | None = None) -> Inferred:
+    """The shapes of all values.
+
+    Args:
+        graph: The graph.
+        batch: Size of the first axis of its inputs.
+        measured: Values that were computed at this batch size, where their shapes can't be told otherwise.
+
+    Raises:
+        ModelError: An operator is in a form that onnx doesn't allow, or a value would be huge.
+    """
+    out = Inferred()
+    for port in graph.inputs:
+        out.shapes[port.name] = (batch, *(int(d) for d in port.shape[1:] if isinstance(d, int)))
+        out.dtypes[port.name] = port.dtype
+    for name, value in graph.initializers.items():
+        hold(out, name, value)
+    for name, value in (measured or {}).items():
+        hold(out, name, value)
+    for node in graph.nodes:
+        wanted = [o for o in node.outputs if o and o not in out.shapes]
+        if wanted:
+            follow(graph, out, node, wanted)
+    _check_memory(graph, out)
+    work = sum(_work(n, out) for n in graph.nodes if not n.domain) // max(batch, 1)
+    if work > MOST_WORK:
+        raise ModelError("MACs for one sample", expected=f"at most {MOST_WORK}", got=work)
+    return out
+
+
+def hold(out: Inferred, name: str, value: Array) -> None:
+    """Make a value known whose numbers are known."""
+    out.shapes[name], out.dtypes[name] = value.shape, value.dtype
+    if value.size <= _FEW:
+        out.numbers[name] = value
+
+
+def follow(graph: Graph, out: Inferred, node: Node, wanted: Sequence[str]) -> None:
+    """Add the shapes of a node's outputs, and their numbers where these are few.
+
+    Raises:
+        ModelError: See `infer`.
+    """
+    reads = [i for i in node.inputs if i]
+    if node.op in NATIVE and not node.domain and node.inputs[0] in out.shapes:
+        found = {wanted[0]: (out.shapes[node.inputs[0]], out.dtypes[node.inputs[0]])}
+        if node.op == "LayerNormalization" and len(wanted) > 1:
+            found = _by_onnx(graph, out, node)
+    elif all(i in out.shapes for i in reads) and (not node.domain or node.op == "Constant"):
+        found = _by_onnx(graph, out, node)
+    else:
+        found = {}
+    for name in wanted:
+        if name not in found:
+            if node.op in _GROWING and not node.domain:
+                raise ModelError(
+                    f"the size of {node.op} {shown(node.name)} can't be told without running it",
+                    hint="Export the model with sizes that follow from the input's.",
+                )
+            out.missing.append(name)
+            continue
+        out.shapes[name], out.dtypes[name] = found[name]
+        if math.prod(out.shapes[name]) > MOST_NUMBERS:
+            raise ModelError(
+                f"{node.op} {shown(node.name)} makes a value of {out.shapes[name]}"[:300],
+                expected=f"at most {MOST_NUMBERS} numbers",
+            )
+    few = all(name in found and math.prod(found[name][0]) <= _FEW for name in wanted)
+    if (few and all(i in out.numbers for i in reads)) or (node.op in ("Shape", "Size") and few and not node.domain):
+        for name, value in _compute(graph, out, node).items():
+            if value.shape == out.shapes.get(name):
+                out.numbers[name] = value.astype(out.dtypes[name], copy=False)
+
+
+_Kinds = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
+
+
+def _by_onnx(graph: Graph, out: Inferred, node: Node) -> _Kinds:
+    """Shapes and types of outputs, as far as onnx can tell them."""
+    opset = graph.opset
+    try:
+        schema = onnx.defs.get_schema(node.op, opset, node.domain)
+    except onnx.defs.SchemaError:
+        return {}
+    reads = dict.fromkeys(i for i in node.inputs if i)
+    types = {
+        i: helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(out.dtypes[i]), out.shapes[i]) for i in reads
+    }
+    data = {i: numpy_helper.from_array(out.numbers[i], i) for i in reads if i in out.numbers}
+    try:
+        inferred = onnx.shape_inference.infer_node_outputs(
+            schema, node.to_proto(), types, data, opset_imports=[helper.make_opsetid("", opset)], ir_version=8
+        )
+    except Exception as error:
+        raise ModelError(f"operator {node.op} {shown(node.name)} makes no sense ({reason(error)})") from error
+    found: _Kinds = {}
+    for name, kind in inferred.items():
+        if not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
+            continue
+        dims = kind.tensor_type.shape.dim
+        if all(d.HasField("dim_value") and d.dim_value >= 0 for d in dims):
+            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type))
+            found[name] = (tuple(d.dim_value for d in dims), dtype)
+    return found
+
+
+def _check_memory(graph: Graph, out: Inferred) -> None:
+    """No more numbers at the same time than fit."""
+    last: dict[str, int] = {}
+    for at, node in enumerate(graph.nodes):
+        last.update(dict.fromkeys((i for i in node.inputs if i), at))
+    alive = 0
+    for at, node in enumerate(graph.nodes):
+        alive += sum(math.prod(out.shapes.get(o, ())) for o in node.outputs if o)
+        if alive > MOST_NUMBERS:
+            raise ModelError(
+                f"values of {alive} numbers are needed at the same time for one batch",
+                expected=f"at most {MOST_NUMBERS}",
+                hint="Export the model for a smaller input.",
+            )
+        done = {i for i in [*node.inputs, *node.outputs] if i and last.get(i, at) == at}
+        alive -= sum(math.prod(out.shapes.get(i, ())) for i in done if i not in graph.initializers)
+
+
+def _work(node: Node, out: Inferred) -> int:
+    """MACs of an operator that does more than one or a few for each number."""
+    shapes = [out.shapes.get(i, ()) for i in node.inputs]
+    made = math.prod(out.shapes.get(node.outputs[0], ()))
+    if node.op in ("MatMul", "Gemm") and len(shapes) > 1 and shapes[0]:
+        return made * shapes[0][0 if node.attrs.get("transA") else -1]
+    if node.op == "Conv" and len(shapes) > 1:
+        return made * math.prod(shapes[1][1:])
+    if node.op == "ConvTranspose" and len(shapes) > 1:
+        return math.prod(shapes[0]) * math.prod(shapes[1][1:])
+    if node.op in ("LSTM", "GRU", "RNN") and len(shapes) > 2:
+        return math.prod(shapes[0][:2]) * (math.prod(shapes[1]) + math.prod(shapes[2]))
+    if node.op == "Einsum":
+        return _einsum_work(str(node.attrs.get("equation", "")), shapes)
+    if "kernel_shape" in node.attrs:
+        return made * math.prod(int(k) for k in node.attrs["kernel_shape"])
+    if node.op == "Attention" and len(shapes) > 2:
+        return 2 * math.prod(shapes[0]) * math.prod(shapes[1][-2:-1])
+    return made
+
+
+def _einsum_work(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
+    """The product of all sizes that an equation names; an ellipsis counts as the axes that no letter stands for."""
+    sizes: dict[str, int] = {}
+    rest = 1
+    for term, shape in zip(equation.partition("->")[0].replace(" ", "").split(","), shapes, strict=False):
+        letters = term.replace(".", "")
+        named = dict(zip(letters, shape[: len(letters)] if "." not in term else shape[-len(letters) :], strict=False))
+        sizes.update(named)
+        rest = max(rest, math.prod(shape) // max(1, math.prod(named.values())))
+    return rest * math.prod(sizes.values())
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def _compute(graph: Graph, out: Inferred, node: Node) -> dict[str, Array]:
+    """The outputs of an operator on few numbers; empty if it isn't known here."""
+    first = node.outputs[0]
+    if node.op == "Shape":
+        whole = out.shapes[node.inputs[0]]
+        return {first: np.array(whole[int(node.attrs.get("start", 0)) : node.attrs.get("end")], np.int64)}
+    if node.op == "Size":
+        return {first: np.array(math.prod(out.shapes[node.inputs[0]]), np.int64)}
+    rule = _NUMBERS.get(node.op)
+    if rule is None or node.domain or len(node.outputs) != 1:
+        return {}
+    reads = [out.numbers[i] if i else None for i in node.inputs]
+    try:
+        with np.errstate(all="ignore"):
+            value = rule(node, reads, out.shapes[first], out.dtypes[first])
+    except (ValueError, TypeError, IndexError, ZeroDivisionError, OverflowError, KeyError):
+        return {}
+    return {} if value is None else {first: np.asarray(value)}
+
+
+_Number = Callable[[Node, "list[Any]", "tuple[int, ...]", "np.dtype[Any]"], Any]
+
+
+def _slice(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    x, starts, ends, axes, steps = [*reads, None, None][:5]
+    axes = list(range(len(starts))) if axes is None else axes.tolist()
+    steps = [1] * len(axes) if steps is None else steps.tolist()
+    index = [slice(None)] * x.ndim
+    for axis, start, end, step in zip(axes, starts.tolist(), ends.tolist(), steps, strict=True):
+        size = x.shape[axis]
+        low = max(start, -size) if step > 0 else start
+        stop = None if step < 0 and end < -size else end
+        index[axis] = slice(low, stop, step)
+    return x[tuple(index)]
+
+
+def _divide(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    a, b = reads
+    if dtype.kind == "f":
+        return a / b
+    if not np.all(b):
+        return None
+    return np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
+
+
+def _modulo(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    a, b = reads
+    if dtype.kind != "f" and not np.all(b):
+        return None
+    return np.fmod(a, b) if node.attrs.get("fmod", 0) else np.mod(a, b)
+
+
+def _reduce(function: Callable[..., Any]) -> _Number:
+    def rule(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        axes = reads[1] if len(reads) > 1 else node.attrs.get("axes")
+        if (axes is not None and len(axes) == 0) or (axes is None and node.attrs.get("noop_with_empty_axes")):
+            return None
+        which = None if axes is None else tuple(int(a) for a in axes)
+        return function(reads[0], axis=which, keepdims=bool(node.attrs.get("keepdims", 1)))
+
+    return rule
+
+
+def _cast(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    if dtype.kind not in "fiub" or (dtype.kind in "iu" and not np.isfinite(reads[0]).all()):
+        return None
+    return reads[0].astype(dtype)
+
+
+def _plain(function: Callable[..., Any]) -> _Number:
+    return lambda node, reads, shape, dtype: function(*reads)
+
+
+def _shaped(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    return reads[0].reshape(shape)
+
+
+def _filled(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    return np.full(shape, np.asarray(node.attrs.get("value", np.zeros(1, np.float32))).reshape(-1)[0])
+
+
+def _gather(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    return np.take(reads[0], reads[1], axis=int(node.attrs.get("axis", 0)))
+
+
+def _concat(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    return np.concatenate(reads, axis=int(node.attrs["axis"]))
+
+
+def _transposed(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    return np.transpose(reads[0], node.attrs.get("perm"))
+
+
+def _range(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    return reads[0] + np.arange(shape[0]) * reads[2]
+
+
+def _many(function: Callable[..., Any]) -> _Number:
+    def rule(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        value = reads[0]
+        for other in reads[1:]:
+            value = function(value, other)
+        return value
+
+    return rule
+
+
+_NUMBERS: dict[str, _Number] = {
+    **dict.fromkeys(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"), _shaped),
+    **dict.fromkeys(("Cast", "CastLike"), _cast),
+    **{op: _plain(getattr(np, op.lower())) for op in ("Abs", "Floor", "Ceil", "Sqrt", "Exp", "Log", "Sign")},
+    **{op: _plain(getattr(np, op.lower())) for op in ("Equal", "Less", "Greater", "Where")},
+    "Add": _plain(np.add),
+    "Sub": _plain(np.subtract),
+    "Mul": _plain(np.multiply),
+    "Neg": _plain(np.negative),
+    "LessOrEqual": _plain(np.less_equal),
+    "GreaterOrEqual": _plain(np.greater_equal),
+    "Pow": _plain(np.power),
+    "Not": _plain(np.logical_not),
+    "And": _plain(np.logical_and),
+    "Or": _plain(np.logical_or),
+    "Max": _many(np.maximum),
+    "Min": _many(np.minimum),
+    "Sum": _many(np.add),
+    "Reciprocal": _plain(np.reciprocal),
+    "ReduceProd": _reduce(np.prod),
+    "ReduceSum": _reduce(np.sum),
+    "ReduceMax": _reduce(np.max),
+    "ReduceMin": _reduce(np.min),
+    "Concat": _concat,
+    "ConstantOfShape": _filled,
+    "Div": _divide,
+    "Expand": lambda node, reads, shape, dtype: np.broadcast_to(reads[0], shape),
+    "Gather": _gather,
+    "Mod": _modulo,
+    "Range": _range,
+    "Slice": _slice,
+    "Tile": lambda node, reads, shape, dtype: np.tile(reads[0], reads[1]),
+    "Transpose": _transposed,
+}
+"""How few numbers are computed: by node, inputs, and shape and type of the output."""

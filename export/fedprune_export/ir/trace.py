@@ -1,0 +1,211 @@
+"""What a graph's values look like: shapes, types and small integers at several batch sizes.
+
+Shapes are inferred, operator by operator, with all the numbers that they are computed from; what can't be inferred is
+run. Axes whose size differs between batch sizes depend on the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import Session
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.shape_inference import Inferred, infer
+
+Array = npt.NDArray[Any]
+
+BATCHES = (3, 5)
+"""The first two batch sizes; tests use others, so that nothing frozen at one of these goes unnoticed."""
+
+BATCH_EXTENT = 1_000_003
+"""Stands for the batch where sizes are matched by arithmetic: a prime that no model's dimension is a multiple of."""
+
+_FURTHER = (1, 8)
+"""More sizes, for the sake of shapes alone: some sizes follow the batch only where it is small or even."""
+
+_MAX_NUMBERS = 2**24
+"""Numbers of one sample, of which several batches are made: four times what a camera's picture has."""
+
+_SMALL = 64
+
+_IDENTIFIERS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Slice"})
+"""Operators that hand identifiers on."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Shapes of every value.
+
+    Attributes:
+        shapes: Shape at the first batch size.
+        shapes_second: Shape at the second batch size.
+        shapes_further: Shapes at further batch sizes.
+        dtypes: Type of every value.
+        integers: Values of small integer tensors at the first batch size (shape arithmetic).
+        integers_second: The same at the second batch size.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    shapes_second: Mapping[str, tuple[int, ...]]
+    shapes_further: tuple[Mapping[str, tuple[int, ...]], ...]
+    dtypes: Mapping[str, np.dtype[Any]]
+    integers: Mapping[str, Array]
+    integers_second: Mapping[str, Array]
+
+    def batched(self, name: str) -> tuple[bool, ...]:
+        """Per axis, whether its size depends on the batch."""
+        columns = zip(*(shapes[name] for shapes in self._all), strict=True)
+        return tuple(len(set(column)) > 1 for column in columns)
+
+    def dims(self, name: str) -> tuple[int | None, ...]:
+        """Sizes, None where they depend on the batch."""
+        return tuple(None if b else a for a, b in zip(self.shapes[name], self.batched(name), strict=True))
+
+    @property
+    def _all(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
+        return (self.shapes, self.shapes_second, *self.shapes_further)
+
+
+def check_batch(port: Port) -> None:
+    """Make sure that an input takes batches of any size.
+
+    Raises:
+        ModelError: It doesn't.
+    """
+    if not port.shape or isinstance(port.shape[0], int):
+        raise ModelError(
+            f"input {port.name} has a fixed batch",
+            expected="a free first dimension",
+            got=list(port.shape),
+            hint="Export the model with a dynamic batch.",
+        )
+
+
+def sample_sizes(port: Port) -> list[int]:
+    """Sizes of one sample of an input.
+
+    Raises:
+        ModelError: A dimension other than the first is free.
+    """
+    sizes = [d for d in port.shape[1:] if isinstance(d, int)]
+    if len(sizes) + 1 != len(port.shape):
+        raise ModelError(
+            f"input {port.name} has free dimensions besides the batch",
+            expected="fixed sizes from the second dimension on",
+            got=list(port.shape),
+            hint="Export the model with a fixed input size.",
+        )
+    return sizes
+
+
+def sample_input(port: Port, batch: int, seed: int = 0, *, below: int = 2) -> Array:
+    """An array for a graph input: random normal numbers, or random identifiers for int64.
+
+    Args:
+        port: The input.
+        batch: Number of samples.
+        seed: Seed of the random numbers.
+        below: How many identifiers there are; see `vocabulary`.
+
+    Raises:
+        ModelError: See `sample_sizes`; or a size is none, or the array would be huge.
+    """
+    sizes = sample_sizes(port)
+    if any(d < 1 for d in sizes) or math.prod(sizes) > _MAX_NUMBERS:
+        raise ModelError(f"size of input {port.name}", expected=f"1 to {_MAX_NUMBERS} numbers per sample", got=sizes)
+    if port.dtype == np.int64:
+        return np.random.default_rng(seed).integers(0, below, (batch, *sizes))
+    return np.random.default_rng(seed).standard_normal((batch, *sizes), np.float32)
+
+
+def sample_feeds(graph: Graph, batch: int, seed: int = 0) -> dict[str, Array]:
+    """Arrays for all inputs of a graph.
+
+    Raises:
+        ModelError: See `sample_input`.
+    """
+    below = vocabulary(graph)
+    return {p.name: sample_input(p, batch, seed, below=below) for p in graph.inputs}
+
+
+def vocabulary(graph: Graph) -> int:
+    """How many identifiers the embeddings hold that read a graph's input; 2 where none does."""
+    names = {p.name for p in graph.inputs if p.dtype == np.int64}
+    sizes = []
+    for node in graph.nodes:
+        if node.domain:
+            continue
+        if node.op in _IDENTIFIERS and node.inputs[0] in names:
+            names.update(node.outputs)
+        elif node.op == "Gather" and node.inputs[1] in names and node.inputs[0] in graph.initializers:
+            axis = int(node.attrs.get("axis", 0))
+            shape = graph.initializers[node.inputs[0]].shape
+            sizes += [shape[axis]] if -len(shape) <= axis < len(shape) else []
+        elif node.op == "OneHot" and node.inputs[0] in names and node.inputs[1] in graph.initializers:
+            sizes.append(int(graph.initializers[node.inputs[1]].reshape(-1)[0]))
+    return max(1, min(sizes, default=2))
+
+
+def trace(graph: Graph) -> Trace:
+    """Look at every value of a graph at all batch sizes.
+
+    Raises:
+        ModelError: The batch can't vary, a value would be huge, or an operator makes no sense.
+    """
+    for port in graph.inputs:
+        check_batch(port)
+    runs = [inferred(graph, batch) for batch in (*BATCHES, *_FURTHER)]
+    first, second, *further = runs
+    for name, shape in first.shapes.items():
+        if any(len(run.shapes[name]) != len(shape) for run in runs):
+            raise ModelError(
+                f"value {name} has another number of axes for one sample than for several",
+                hint="Squeeze axes by number, so that an axis of one sample stays.",
+            )
+    return Trace(
+        first.shapes,
+        second.shapes,
+        tuple(run.shapes for run in further),
+        first.dtypes,
+        _integers(first),
+        _integers(second),
+    )
+
+
+def inferred(graph: Graph, batch: int) -> Inferred:
+    """What is known of a graph's values at one batch size: all shapes and types.
+
+    Raises:
+        ModelError: See `trace`.
+    """
+    found = infer(graph, batch)
+    measured: dict[str, Array] = {}
+    while found.missing:
+        before = len(measured)
+        measured |= _measured(graph, found.missing, batch)
+        found = infer(graph, batch, measured)
+        if len(measured) == before:
+            raise ModelError(f"value {found.missing[0]} has no shape")
+    return found
+
+
+def _integers(found: Inferred) -> dict[str, Array]:
+    return {k: v for k, v in found.numbers.items() if v.dtype.kind in "iu" and v.size <= _SMALL}
+
+
+def _measured(graph: Graph, names: Sequence[str], batch: int) -> dict[str, Array]:
+    """These values, from a run."""
+    probe = graph.copy()
+    probe.outputs = [Port(n, np.dtype(np.float32), ()) for n in names]
+    probe.prune()
+    proto = probe.to_proto()
+    for value in proto.graph.output:
+        value.ClearField("type")
+    return Session(proto.SerializeToString()).run(sample_feeds(probe, batch))

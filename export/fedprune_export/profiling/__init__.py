@@ -1,0 +1,1 @@
+"""Where a step's time goes: roofline profiles and measured operators of the machine at hand."""

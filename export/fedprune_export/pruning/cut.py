@@ -1,0 +1,52 @@
+"""Cutting: the physically smaller graph of a submodel.
+
+Weights are gathered in rank order; what else in a graph says a channel count is rewritten (see `rewrites`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedprune.model.selection import Selection
+from fedprune_export.ir.graph import Graph
+from fedprune_export.pruning.masked_reference import masked
+from fedprune_export.pruning.model import Model
+from fedprune_export.pruning.rewrites import REWRITES, Sizes
+
+__all__ = ["at_widths", "cut", "masked"]
+
+
+def cut(model: Model, selection: Selection) -> Graph:
+    """The submodel's inference graph with its weights.
+
+    Args:
+        model: The whole model.
+        selection: What to keep.
+
+    Raises:
+        BundleError: The selection belongs to another architecture.
+    """
+    model.check(selection)
+    graph = at_widths(model, selection.widths)
+    graph.initializers = {**selection.gather(model.tensors), **graph.initializers}
+    return graph
+
+
+def at_widths(model: Model, widths: Sequence[int]) -> Graph:
+    """The graph of a submodel without its weights: nodes and constants depend on widths alone.
+
+    Raises:
+        BundleError: The widths don't fit the architecture.
+    """
+    sizes = Sizes(model, model.architecture.check_widths(widths))
+    graph = model.graph.copy()
+    for name in model.architecture.by_name:
+        del graph.initializers[name]
+    nodes, graph.nodes = graph.nodes, []
+    for node in nodes:
+        rewrite = None if node.domain else REWRITES.get(node.op)
+        if rewrite is not None:
+            rewrite(graph, node, sizes)
+        graph.nodes.append(node)
+    graph.prune()
+    return graph

@@ -1,0 +1,1 @@
+"""Pages and tables that tell people what an export did."""

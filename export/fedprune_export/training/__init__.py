@@ -1,0 +1,1 @@
+"""Training graphs: losses, optimisers, memory, and values that are computed twice."""

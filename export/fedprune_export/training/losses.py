@@ -1,0 +1,222 @@
+"""Losses of a training step, with their gradient by the logits: torch's functions of the same names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune_export.autodiff.tape import BATCH, Shape, port
+from fedprune_export.ir.graph import Graph
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A loss: Σ row·weight over the divisor.
+
+    Attributes:
+        row: Loss of every sample [N, 1].
+        slope: Its gradient by the sample's logits [N, K].
+        weight: The samples' weights [N, 1], or empty.
+        divisor: What the sum is divided by, or empty for the number of samples.
+    """
+
+    row: str
+    slope: str
+    weight: str = ""
+    divisor: str = ""
+
+
+def target_shape(features: Features, outputs: int) -> tuple[Shape, np.dtype[np.generic]]:
+    """Shape and type of the labels."""
+    if features.loss == "cross_entropy":
+        return (BATCH,), np.dtype(np.int64)
+    return (BATCH, outputs), np.dtype(np.float32)
+
+
+def write_loss(g: Graph, logits: str, outputs: int, features: Features) -> str:
+    """Write the loss and what else is known of a batch's outputs.
+
+    Args:
+        g: The training graph; its inputs and outputs grow.
+        logits: The model's output [N, K].
+        outputs: K.
+        features: Which loss, and what of it.
+
+    Returns:
+        The gradient of the loss by the logits.
+    """
+    present = ""
+    if features.logit_offset:
+        g.inputs.append(port(step_contract.LOGIT_OFFSET, (outputs,)))
+        logits = g.emit("Add", logits, step_contract.LOGIT_OFFSET)
+    if features.class_mask:
+        g.inputs.append(port(step_contract.CLASS_MASK, (outputs,)))
+        present = g.emit("Greater", step_contract.CLASS_MASK, g.scalar(0))
+        logits = g.emit("Where", present, logits, g.scalar(0))
+    if features.class_weight:
+        g.inputs.append(port(step_contract.CLASS_WEIGHT, (outputs,)))
+    parts = _LOSSES[features.loss](g, logits, outputs, features)
+    share = _share(g, parts, features)
+    g.emit("ReduceSum", g.emit("Mul", parts.row, share), attrs={"keepdims": 0}, out=step_contract.LOSS)
+    if features.sample_losses:
+        row = g.emit("Mul", parts.row, parts.weight) if parts.weight else parts.row
+        g.emit("Squeeze", row, g.ints(1), out=step_contract.SAMPLE_LOSSES)
+        g.outputs.append(port(step_contract.SAMPLE_LOSSES, (BATCH,)))
+    gradient = g.emit("Mul", parts.slope, share)
+    # Logits of masked classes were replaced, so that no gradient passes them.
+    return g.emit("Where", present, gradient, g.scalar(0)) if present else gradient
+
+
+def _share(g: Graph, parts: _Parts, features: Features) -> str:
+    """By what a sample's loss is multiplied: [N, 1] or []."""
+    divisor = parts.divisor
+    if features.accumulate:
+        g.inputs.append(port(step_contract.DIVISOR, ()))
+        divisor = step_contract.DIVISOR
+    if parts.weight:
+        return g.emit("Div", parts.weight, divisor)
+    if not divisor:
+        batch = g.emit("Gather", g.emit("Shape", step_contract.Y), g.constant(0, np.int64))
+        divisor = g.emit("Cast", batch, attrs={"to": 1})
+    return g.emit("Reciprocal", divisor)
+
+
+def _cross_entropy(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
+    """Cross-entropy with class labels; hits are samples whose largest logit is their label's.
+
+    With smoothing ε, a_c = (1 − ε)·w_y·[c = y] + ε/K·w_c: the loss is −Σ a_c·log p_c, its slope p·Σa − a. With mixup,
+    w_y·[c = y] is λ·w_y·[c = y] + (1 − λ)·w_y'·[c = y']; because partners' labels are the same ones in another order,
+    their weights add up to the same divisor, and the loss is λ·CE(y) + (1 − λ)·CE(y') (Zhang et al. 2018, eq. 2).
+    """
+    label = g.emit("Unsqueeze", step_contract.Y, g.ints(1))
+    is_label = g.emit("Equal", label, g.constant(np.arange(outputs)[None], np.int64))
+    log_probability = g.emit("LogSoftmax", logits, attrs={"axis": 1})
+    probability = g.emit("Softmax", logits, attrs={"axis": 1})
+    expected = g.emit("Cast", is_label, attrs={"to": 1})
+    guess = g.emit("ArgMax", logits, attrs={"axis": 1, "keepdims": 0})
+    if features.mixup:
+        g.inputs += [port(step_contract.Y_PARTNER, (BATCH,), np.int64), port(step_contract.Y_SHARE, ())]
+        minor = g.emit("Less", step_contract.Y_SHARE, g.scalar(0.5))
+        _count_hits(g, g.emit("Equal", guess, g.emit("Where", minor, step_contract.Y_PARTNER, step_contract.Y)))
+    else:
+        _count_hits(g, g.emit("Equal", guess, step_contract.Y))
+    weight = divisor = ""
+    if features.class_weight:
+        weight = g.emit("Gather", step_contract.CLASS_WEIGHT, label)
+        divisor = g.emit("ReduceSum", weight, attrs={"keepdims": 0})
+    if features.mixup:
+        aim = _mixed(g, expected, weight, outputs)
+        if features.label_smoothing:
+            kept, spread = _smoothing(g, outputs, features, "")
+            aim = g.emit("Add", g.emit("Mul", aim, kept), spread)
+        return _towards(g, aim, probability, log_probability, divisor)
+    if not features.label_smoothing:
+        own = g.emit("Where", is_label, log_probability, g.scalar(0))
+        row = g.emit("Neg", g.emit("ReduceSum", own, g.ints(1), attrs={"keepdims": 1}))
+        return _Parts(row, g.emit("Sub", probability, expected), weight, divisor)
+    kept, spread = _smoothing(g, outputs, features, weight)
+    aim = g.emit("Add", g.emit("Mul", expected, kept), spread)
+    return _towards(g, aim, probability, log_probability, divisor)
+
+
+def _mixed(g: Graph, expected: str, weight: str, outputs: int) -> str:
+    """What two labels and their shares make the model aim at [N, K].
+
+    Args:
+        g: The graph.
+        expected: 1 where a class is the sample's label, else 0.
+        weight: The weight of each sample's label [N, 1], or empty.
+        outputs: K.
+    """
+    partner = g.emit("Unsqueeze", step_contract.Y_PARTNER, g.ints(1))
+    is_partner = g.emit("Equal", partner, g.constant(np.arange(outputs)[None], np.int64))
+    own, other = step_contract.Y_SHARE, g.emit("Sub", g.scalar(1), step_contract.Y_SHARE)
+    if weight:
+        own = g.emit("Mul", own, weight)
+        other = g.emit("Mul", other, g.emit("Gather", step_contract.CLASS_WEIGHT, partner))
+    mixed_in = g.emit("Cast", is_partner, attrs={"to": 1})
+    return g.emit("Add", g.emit("Mul", expected, own), g.emit("Mul", mixed_in, other))
+
+
+def _smoothing(g: Graph, outputs: int, features: Features, weight: str) -> tuple[str, str]:
+    """By what labels are multiplied, [] or with their weights [N, 1], and what every class gets of them: [] or [K]."""
+    g.inputs.append(port(step_contract.LABEL_SMOOTHING, ()))
+    kept = g.emit("Sub", g.scalar(1), step_contract.LABEL_SMOOTHING)
+    spread = g.emit("Div", step_contract.LABEL_SMOOTHING, g.scalar(outputs))
+    if weight:
+        kept = g.emit("Mul", kept, weight)
+    if features.class_weight:
+        spread = g.emit("Mul", spread, step_contract.CLASS_WEIGHT)
+    return kept, spread
+
+
+def _towards(g: Graph, aim: str, probability: str, log_probability: str, divisor: str) -> _Parts:
+    """Cross-entropy with any aim [N, K]."""
+    row = g.emit("Neg", g.emit("ReduceSum", g.emit("Mul", aim, log_probability), g.ints(1), attrs={"keepdims": 1}))
+    whole = g.emit("ReduceSum", aim, g.ints(1), attrs={"keepdims": 1})
+    return _Parts(row, g.emit("Sub", g.emit("Mul", probability, whole), aim), "", divisor)
+
+
+def _bce(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
+    """Binary cross-entropy of every label, from logits; hits are labels on whose side of 0 the logit is.
+
+    With positive weight p: (1 − y)·softplus(x) + p·y·softplus(−x), its slope (1 − y)·σ(x) − p·y·σ(−x). All of it is
+    written with e = exp(−|x|) and without differences, so that small losses keep their digits.
+    """
+    zero, one = g.scalar(0), g.scalar(1)
+    e = g.emit("Exp", g.emit("Neg", g.emit("Abs", logits)))
+    above = g.emit("Add", one, e)
+    # log(1 + e) where the sum rounds e off: log(u)·e/(u − 1), in which the rounding of u cancels.
+    rounded = g.emit("Sub", above, one)
+    lost = g.emit("Equal", rounded, zero)
+    exact = g.emit("Div", g.emit("Mul", g.emit("Log", above), e), g.emit("Where", lost, one, rounded))
+    soft = g.emit("Where", lost, e, exact)
+    positive = g.emit("Greater", logits, zero)
+    absent, present = g.emit("Sub", one, step_contract.Y), step_contract.Y
+    if features.class_weight:
+        present = g.emit("Mul", present, step_contract.CLASS_WEIGHT)
+
+    def side(load: str, x: str, up: str, down: str) -> tuple[str, str]:
+        """A kind of labels' loss and the size of its slope."""
+        softplus = g.emit("Add", soft, g.emit("Relu", x))
+        sigma = g.emit("Div", g.emit("Where", positive, up, down), above)
+        return g.emit("Mul", load, softplus), g.emit("Mul", load, sigma)
+
+    of_absent, down = side(absent, logits, one, e)
+    of_present, up = side(present, g.emit("Neg", logits), e, one)
+    each, slope = g.emit("Add", of_absent, of_present), g.emit("Sub", down, up)
+    _count_hits(g, g.emit("Equal", positive, g.emit("Greater", step_contract.Y, g.scalar(0.5))))
+    return _mean(g, each, slope, outputs)
+
+
+def _mse(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
+    """Squared error of every output: d², slope 2·d."""
+    d = g.emit("Sub", logits, step_contract.Y)
+    return _mean(g, g.emit("Mul", d, d), g.emit("Mul", d, g.scalar(2)), outputs)
+
+
+def _huber(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
+    """Huber's error of every output: with c = min(|d|, δ) it is c·(|d| − c/2), its slope d within ±δ."""
+    g.inputs.append(port(step_contract.HUBER_DELTA, ()))
+    d = g.emit("Sub", logits, step_contract.Y)
+    size = g.emit("Abs", d)
+    c = g.emit("Min", size, step_contract.HUBER_DELTA)
+    each = g.emit("Mul", c, g.emit("Sub", size, g.emit("Mul", c, g.scalar(0.5))))
+    return _mean(g, each, g.emit("Mul", g.emit("Sign", d), c), outputs)
+
+
+_LOSSES = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse, "huber": _huber}
+
+
+def _mean(g: Graph, each: str, slope: str, outputs: int) -> _Parts:
+    """Every sample's mean over its outputs."""
+    row = g.emit("ReduceMean", each, attrs={"axes": [1], "keepdims": 1})
+    return _Parts(row, g.emit("Mul", slope, g.scalar(1 / outputs)))
+
+
+def _count_hits(g: Graph, right: str) -> None:
+    g.emit("ReduceSum", g.emit("Cast", right, attrs={"to": 7}), attrs={"keepdims": 0}, out=step_contract.HITS)
+    g.outputs.append(port(step_contract.HITS, (), np.int64))

@@ -1,0 +1,92 @@
+"""`fedprune-server config check|show`: which settings a server would use, and where each comes from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.cli import with_extra
+from fedprune.core.errors import ExitCode
+
+
+def add_config_command(commands: Any) -> None:
+    """Add `config` to the parser of `fedprune-server`; what `run` may be told, it may be told, too."""
+    config = commands.add_parser("config", help="check settings, and show where each comes from")
+    actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
+    run = commands.choices["run"]
+    for name, text in (
+        ("check", "check a fleet.toml together with the environment, and show what a server would use"),
+        ("show", "show what `run` with the same options would use"),
+    ):
+        action = actions.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[run], add_help=False
+        )
+        if name == "check":
+            action.add_argument("file", type=Path, metavar="FILE", help="the fleet.toml")
+        action.add_argument("--json", action="store_true", help="as JSON, for programs")
+        action.add_argument("--all", action="store_true", help="also what is as by default")
+        action.set_defaults(run=with_extra("server", _show))
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from fedprune_server.cli.configuration import configured
+
+    if arguments.action == "check":
+        arguments.config = arguments.file
+    found = configured(arguments)
+    rows = [row for row in _rows(found) if arguments.all or arguments.json or row["from"] != _DEFAULT]
+    if arguments.json:
+        print(json.dumps(rows, indent=2, sort_keys=True))
+        return int(ExitCode.OK)
+    from fedprune_server.config.layers import brief
+
+    table = ""
+    for row in rows:
+        if row["table"] != table:
+            table = row["table"]
+            print(f"[{table}]")
+        line = f"{row['key']} = {brief(row['value'])}"
+        print(f"{line:<48} # {row['from']}")
+    if not rows:
+        print("# every setting is as by default; --all shows them")
+    return int(ExitCode.OK)
+
+
+_DEFAULT = "default"
+
+
+def _rows(found: Any) -> Iterator[dict[str, Any]]:
+    """Every setting with its value and its origin, without passwords."""
+    from fedprune_server.config.alert_settings import shown_url
+    from fedprune_server.config.layers import masked, origin
+    from fedprune_server.config.tables import as_tables
+
+    tables = as_tables(found.config)
+    for path, value in _settings((), _whole(tables, found.config)):
+        came = origin(found.layers, path) or _DEFAULT
+        shown = masked(value) if isinstance(value, str) else value
+        if path[0] == "alerts" and path[-1] in ("webhook", "heartbeat"):
+            shown = shown_url(value)
+        yield {"table": ".".join(path[:-1]), "key": path[-1], "value": shown, "from": came}
+
+
+def _whole(tables: dict[str, Any], config: Any) -> dict[str, Any]:
+    """The tables with those keys of [job], too, that are left out where they are as by default."""
+    from dataclasses import asdict, fields
+
+    job = {f.name: getattr(config.job, f.name) for f in fields(config.job)} | tables["job"]
+    job["privacy"] = asdict(config.job.privacy)
+    return {**tables, "job": job}
+
+
+def _settings(path: tuple[str, ...], table: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The settings of a table, and after them those of its tables."""
+    inner = {k: v for k, v in table.items() if isinstance(v, Mapping) and (v or not path)}
+    for key, value in table.items():
+        if key not in inner and not (isinstance(value, Mapping) and not value):
+            yield (*path, key), value
+    for key, value in inner.items():
+        yield from _settings((*path, key), value)

@@ -1,0 +1,289 @@
+"""What the demo does: real processes, a real broker, two jobs one after the other, one report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune.core.cli import ended_by_signals
+from fedprune.core.disk import locked, storage_errors
+from fedprune.core.errors import ConfigError, ExitCode
+from fedprune.core.text import quantity
+from fedprune.jobs.job import Job
+from fedprune.terminal.tables import print_verdicts, progress
+from fedprune.wire.mqtt.link import Link
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.engine.daemon import Daemon
+from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.messaging.broker.embedded import EmbeddedBroker
+from fedprune_server.monitoring.observer import Onlooker, Shown
+from fedprune_server.monitoring.view import JobView
+from fedprune_server.process.children import Children
+from fedprune_server.simulation.datasets.picture import Partition
+from fedprune_server.simulation.digits import DIGITS, deal, digits_model, write_hand
+from fedprune_server.simulation.fleet.demo_fleet import BOARDS, QUICK_ROUNDS, ROUNDS, fleet_job, reference_job, too_few
+from fedprune_server.simulation.reference import TITLE
+from fedprune_server.simulation.results.record import Record, record_of
+from fedprune_server.simulation.results.report import claims, summary_text, write_report
+from fedprune_server.terminal.table import make_display
+
+log = logging.getLogger("fedprune.server")
+
+MARK = "demo.json"
+"""Says that a folder is a demo's, so that the next demo may clear it."""
+
+_SITE = "demo"
+_MEASURED = "payload at the broker: delivered to devices, received from them"
+
+
+@dataclass(frozen=True)
+class DemoFolder:
+    """The folder of a demo: everything that its processes read.
+
+    Attributes:
+        root: The folder.
+    """
+
+    root: Path
+
+    @property
+    def model(self) -> Path:
+        """The model with which both jobs begin."""
+        return self.root / "model.onnx"
+
+    @property
+    def evaluation(self) -> Path:
+        """The server's own samples."""
+        return self.root / "data" / "server.npz"
+
+    @property
+    def calibration(self) -> Path:
+        """What the server measures batch-norm statistics on."""
+        return self.root / "data" / "calibration.npz"
+
+    @property
+    def profiles(self) -> Path:
+        """Hardware profiles of the boards."""
+        return self.root / "profiles"
+
+    def data(self, board: str) -> Path:
+        """A board's own samples."""
+        return self.root / "data" / f"{board}.npz"
+
+    @classmethod
+    def prepare(cls, root: Path, seed: int) -> DemoFolder:
+        """Clear the folder of an earlier demo and write what a new one needs.
+
+        Raises:
+            ConfigError: The folder holds something that is not a demo's.
+        """
+        if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not (root / MARK).is_file())):
+            raise ConfigError(
+                f"{root} holds something that is not a demo's",
+                hint="Name another folder with --out, or empty this one.",
+            )
+        if root.exists():
+            shutil.rmtree(root)
+        folder = cls(root)
+        for path in (root, root / "data", folder.profiles):
+            path.mkdir(parents=True)
+        (root / MARK).write_text(json.dumps({"format": "fedprune.demo/1", "seed": seed}) + "\n", encoding="utf-8")
+        folder.model.write_bytes(digits_model())
+        hands = deal([b.name for b in BOARDS], seed=seed)
+        np.savez(folder.evaluation, x=hands.x, y=hands.y)
+        np.savez(folder.calibration, x=hands.calibration)
+        for board in BOARDS:
+            write_hand(folder.data(board.name), hands.devices[board.name])
+            profile = board.profile()
+            (folder.profiles / f"{profile.name}.json").write_text(profile.to_json(), encoding="utf-8")
+        return folder
+
+
+def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool = False) -> int:
+    """Run both jobs, write the report, print the summary.
+
+    Args:
+        out: The folder of the run; an earlier demo's is cleared.
+        seed: Keys every random number.
+        rounds: Rounds of each job.
+        quick: Two rounds, if `rounds` doesn't say otherwise.
+
+    Returns:
+        The exit code, as `verdict` says.
+
+    Raises:
+        FedpruneError: A process died, or the folder can't be used.
+    """
+    began = time.monotonic()
+    rounds = rounds if rounds is not None else QUICK_ROUNDS if quick else ROUNDS
+    jobs = fleet_job(seed, rounds), reference_job(seed, rounds)  # a wrong number must not cost an earlier demo
+    with _alone(out), _logging(), ended_by_signals():
+        folder = DemoFolder.prepare(out, seed)
+        size = f"{quantity(len(BOARDS), 'device')}, {quantity(rounds, 'round')}"
+        print(f"{size}, two jobs: models as wide as each link allows, then FedAvg.")
+        print(f"Devices' output lies in {out}/*/devices/*.log\n")
+        data = Partition.of_devices(deal([b.name for b in BOARDS], seed=seed).devices, DIGITS)
+        fleet = replace(run_job("fedprune", jobs[0], folder), partition=data)
+        reference = replace(run_job(TITLE, jobs[1], folder), partition=data)
+        return _ended(out, fleet, reference, began)
+
+
+def _alone(out: Path) -> AbstractContextManager[None]:
+    """Hold the lock beside a demo's folder, which is cleared when another demo begins in it."""
+    out = out.resolve()
+    with storage_errors(f"can't make {out.parent}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    return locked(
+        out.with_name(f".{out.name}.lock"), f"another demo runs in {out}", "Wait for it, or name another folder: --out."
+    )
+
+
+def _ended(out: Path, fleet: Record, reference: Record, began: float) -> int:
+    fleet.save(out / "metrics.json")
+    reference.save(out / "metrics-reference.json")
+    unjudged = too_few(len(fleet.rounds))
+    with progress("writing the report"):
+        report = write_report(out, fleet, reference, judged=not unjudged)
+    print()
+    print_verdicts(summary_text(fleet, reference, judged=not unjudged))
+    if unjudged:
+        print(f"\n{unjudged}")
+    print(f"\n{time.monotonic() - began:.0f} s in all. Report: {report.html}")
+    return int(verdict(fleet, reference))
+
+
+def verdict(fleet: Record, reference: Record) -> ExitCode:
+    """How a demo ends: `CLAIM` if a claim failed. Few rounds show that it runs, and no more."""
+    held = too_few(len(fleet.rounds)) or all(c.held for c in claims(fleet, reference))
+    return ExitCode.OK if held else ExitCode.CLAIM
+
+
+def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str, int]], None] | None = None) -> Record:
+    """Run a job to its end: broker, server and one process per board.
+
+    Args:
+        title: For people.
+        job: The job.
+        folder: What the processes read; what they write goes into a folder of the job's name.
+        watch: Told the boards' process ids when the first round is over.
+
+    Raises:
+        FedpruneError: A process died, or the job can't go on.
+    """
+    place = folder.root / job.name
+    traffic: dict[int, tuple[int, int]] = {}
+    with ExitStack() as stack:
+        broker = stack.enter_context(EmbeddedBroker("127.0.0.1", 0))
+        children = stack.enter_context(Children())
+        for board in BOARDS:
+            _start_board(children, board.name, folder, place, broker.url)
+        state = stack.enter_context(StateFolder(place / "server"))
+        config = ServerConfig(
+            job=job,
+            model=str(folder.model),
+            evaluation=str(folder.evaluation),
+            calibration=str(folder.calibration),
+            site=_SITE,
+            state=state.path,
+        )
+        opened = state.open_job(config)
+        link = Link(broker.url, f"fedprune-server-{_SITE}")
+        stack.callback(link.close)
+        meter = _Watch(children, lambda number: traffic.__setitem__(number, _bytes(broker)), watch)
+        daemon = Daemon(
+            job,
+            opened.model.architecture,
+            opened.state,
+            state.storage,
+            state.store,
+            opened.worker,
+            link,
+            site=_SITE,
+            profiles=(folder.profiles,),
+            broker=broker,
+            frozen=opened.model.frozen,
+            onlookers=[meter, Shown(make_display())],
+        )
+        link.subscribe(daemon.subscriptions)
+        link.start()
+        began = time.time()
+        final = daemon.run(until_finished=True)
+        ranking = final.ranking
+        return record_of(
+            title,
+            job,
+            opened.model.architecture,
+            final,
+            traffic=traffic,
+            ranking=state.store.read(ranking) if ranking and state.store.has(ranking) else None,
+            measured=_MEASURED,
+            began=began,
+        )
+
+
+class _Watch(Onlooker):
+    """Looks after the boards, and reads the broker's meter after every round."""
+
+    def __init__(
+        self, children: Children, meter: Callable[[int], None], watch: Callable[[dict[str, int]], None] | None
+    ) -> None:
+        self._children = children
+        self._meter = meter
+        self._watch = watch
+
+    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
+        """Check the processes.
+
+        Raises:
+            ChildDiedError: One has ended.
+        """
+        self._children.check()
+
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+        """Read the meter."""
+        self._meter(int(summary["round"]))
+        if self._watch is not None:
+            self._watch(self._children.pids)
+
+
+def _start_board(children: Children, name: str, folder: DemoFolder, place: Path, url: str) -> None:
+    board = next(b for b in BOARDS if b.name == name)
+    devices = place / "devices"
+    devices.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--broker", url, "--site", _SITE]
+    command += ["--device", name, "--data", str(folder.data(name)), "--state", str(devices / name)]
+    # Plans shall come from the profiles: a probe would measure this machine.
+    command += ["--profile", str(folder.profiles / f"{board.profile().name}.json"), "--no-probe", "--threads", "1"]
+    children.start(f"device {name}", command, devices / f"{name}.log", {"OMP_NUM_THREADS": "1"})
+
+
+def _bytes(broker: EmbeddedBroker) -> tuple[int, int]:
+    """Payload bytes down and up that passed the broker."""
+    meter = broker.traffic()
+    down = meter.delivered.get("down", 0) + meter.delivered.get("down/blob", 0)
+    return down, meter.received.get("up", 0) + meter.received.get("up/blob", 0)
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger("fedprune")
+    before = root.handlers[:], root.level, root.propagate
+    root.handlers[:], root.propagate = [handler], False
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.handlers[:], root.propagate = before[0], before[2]
+        root.setLevel(before[1])

@@ -1,0 +1,314 @@
+"""`fedprune-server init`, `claim`, `devices` and `broker-config`: who may take part, and how they are known."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from fedprune.core.cli import whole_number
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import ExitCode, ProtocolError, UsageError
+from fedprune.core.text import quantity
+from fedprune.security.keys import VerifyingKey, grouped
+from fedprune_server.cli.state import add_state
+
+if TYPE_CHECKING:
+    from fedprune_server.enrollment.pki import IdentityFolder
+
+_ROTATE, _ROTATE_CA, _RETIRE_CA = "rotate", "rotate-ca", "retire-ca"
+_FILES = (
+    "back the identity up, give the broker the files that `fedprune-server broker-config` writes now and restart it "
+    "(the embedded broker needs none), then start the server"
+)
+_NEXT = {
+    _ROTATE: "back the identity up before the server starts: boards that know this key won't hear a copy without it",
+    _ROTATE_CA: f"{_FILES}: boards get new certificates by themselves. When `fedprune-server identity` lists none "
+    "any more, stop the server and end it: fedprune-server identity retire-ca",
+    _RETIRE_CA: f"{_FILES}. Unused claims from before are void: make new ones",
+}
+"""What to do after an action."""
+
+_MAX_CLAIMS = 1000
+_MAX_HOURS = 24 * 365
+
+
+def register(commands: Any) -> None:
+    """Add the commands to the parser of `fedprune-server`."""
+    init = _command(commands, "init", "make this server's identity: its keys and certificate authority")
+    init.add_argument(
+        "--site", type=name_of("site"), default="default", metavar="NAME", help="the fleet's site (default: default)"
+    )
+    init.set_defaults(run=_init)
+
+    identity = _command(
+        commands, "identity", "show this server's identity, or replace its signing key or certificate authority"
+    )
+    identity.add_argument(
+        "action", nargs="?", default="show", choices=("show", _ROTATE, _ROTATE_CA, _RETIRE_CA), metavar="ACTION",
+        help="show (default); of a stopped server, rotate: replace the signing key; rotate-ca: begin to replace the "
+        "certificate authority; retire-ca: end that, when all boards have certificates of the new one",
+    )  # fmt: skip
+    identity.add_argument(
+        "--force", action="store_true", help="retire-ca also while boards have none: they must join again with a claim"
+    )
+    identity.set_defaults(run=_identity)
+
+    claim = _command(commands, "claim", "make one-time claims, each of which lets one device in")
+    claim.add_argument(
+        "--device",
+        type=name_of("device"),
+        metavar="NAME",
+        help="for this device alone (default: for any name that is free)",
+    )
+    claim.add_argument("--count", type=whole_number, default=1, metavar="N", help="how many (default: 1)")
+    claim.add_argument("--hours", type=whole_number, default=72, metavar="H", help="how long they last (default: 72)")
+    claim.add_argument("--out", type=Path, metavar="FILE", help="write them to a new file that only you can read")
+    claim.set_defaults(run=_claim)
+
+    devices = _command(commands, "devices", "list devices, let one in that waits, or shut one out")
+    devices.add_argument("--json", action="store_true", help="the list as JSON, for programs")
+    devices.add_argument(
+        "action", nargs="?", default="list", choices=("list", "approve", "revoke", "replace"), metavar="ACTION",
+        help="list (default), approve, revoke, or replace: revoke it and make a claim for a board of the same name",
+    )  # fmt: skip
+    devices.add_argument("device", nargs="?", metavar="NAME", help="the device")
+    devices.add_argument("--key", metavar="FINGERPRINT", help="of the key to approve, as the board shows it")
+    devices.add_argument("--hours", type=whole_number, default=72, metavar="H", help="of the claim to replace it with")
+    devices.add_argument(
+        "--out", type=Path, metavar="FILE", help="write that claim to a new file that only you can read"
+    )
+    devices.set_defaults(run=_devices)
+
+    broker = _command(commands, "broker-config", "write a broker's configuration, access rules and certificate")
+    broker.add_argument("kind", choices=("mosquitto", "emqx"), metavar="BROKER", help="which one it is")
+    broker.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    broker.add_argument(
+        "--host", action="append", required=True, metavar="HOST", help="by which boards reach it; may be repeated"
+    )
+    broker.add_argument("--port", type=_port, default=8883, metavar="N", help="for members (default: 8883)")
+    broker.add_argument("--join-port", type=_port, default=8884, metavar="N", help="for joining (default: 8884)")
+    broker.add_argument("--bind", default="", metavar="ADDRESS", help="address to listen on (default: all)")
+    broker.add_argument("--at", type=Path, metavar="DIR", help="where the broker finds the files (default: --out)")
+    broker.add_argument("--form", choices=("2.0", "2.1"), default="2.0", help="of Mosquitto's file (default: 2.0)")
+    broker.add_argument("--plugin", type=Path, metavar="FILE", help="Mosquitto's acl-file plugin, of form 2.1")
+    broker.set_defaults(run=_broker_config)
+
+
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
+    add_state(parser)
+    return parser
+
+
+def _port(text: str) -> int:
+    value = whole_number(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
+    return value
+
+
+def name_of(what: str) -> Callable[[str], str]:
+    """Reads a name of an option.
+
+    Args:
+        what: `site` or `device`.
+    """
+
+    def checked(text: str) -> str:
+        from fedprune.wire.topics import check_device, check_name
+
+        try:
+            return check_device(text) if what == "device" else check_name(text, what)
+        except ProtocolError as error:
+            raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
+
+    return checked
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from fedprune_device.storage.directory_owner import check_unowned
+    from fedprune_server.enrollment.pki import IdentityFolder
+
+    check_unowned(arguments.state)
+    with IdentityFolder.make(arguments.state, arguments.site) as identity:
+        print(f"identity of site {identity.site} in {identity.path}: back it up, and let nobody else read it")
+        _describe(identity)
+    return int(ExitCode.OK)
+
+
+def _identity(arguments: argparse.Namespace) -> int:
+    from fedprune_server.enrollment.pki import IdentityFolder
+    from fedprune_server.storage.folder_lock import folder_lock
+
+    action: str = arguments.action
+    if arguments.force and action != _RETIRE_CA:
+        raise UsageError("--force", expected=f"with {_RETIRE_CA}", got=f"with {action}")
+    if action != "show":
+        IdentityFolder(arguments.state, read_only=True).close()  # there is one
+        # A server that runs would go on with the old key.
+        with folder_lock(arguments.state), IdentityFolder(arguments.state) as identity:
+            if action == _ROTATE:
+                identity.rotate()
+            elif action == _ROTATE_CA:
+                identity.rotate_authority()
+            else:
+                identity.retire_authority(force=arguments.force)
+    with IdentityFolder(arguments.state, read_only=True) as identity:
+        print(f"site:                 {identity.site}")
+        _describe(identity)
+        if identity.authority.rotating:
+            left = identity.without_new_certificate()
+            print(f"about to replace it:  {grouped(identity.authority.pins[-1].hex())}")
+            print(f"boards without a certificate of that one: {len(left)}{''.join(f'{chr(10)}  {n}' for n in left)}")
+        print(f"earlier keys that boards can follow to it: {len(identity.successions)}")
+    if action in _NEXT:
+        print(_NEXT[action])
+    return int(ExitCode.OK)
+
+
+def _describe(identity: IdentityFolder) -> None:
+    print(f"pin of the authority: {grouped(identity.authority.pin.hex())}")
+    print(f"the server's key:     {identity.key.verifying.fingerprint}")
+
+
+def _claim(arguments: argparse.Namespace) -> int:
+    from fedprune_server.enrollment.pki import IdentityFolder
+
+    _check_hours(arguments.hours)
+    if arguments.count > _MAX_CLAIMS:
+        raise UsageError("--count", expected=f"at most {_MAX_CLAIMS}", got=arguments.count)
+    if arguments.count > 1 and arguments.device is not None:
+        raise UsageError("--count and --device", expected="one of them", got="both", hint="A name is one device's.")
+    with IdentityFolder(arguments.state) as identity, _claims_file(arguments.out) as file:
+        for _ in range(arguments.count):
+            print(identity.claim(arguments.device, 3600 * arguments.hours).text, file=file)
+    _print_claims(arguments, arguments.device or "any name that is free", arguments.count)
+    return int(ExitCode.OK)
+
+
+def _print_claims(arguments: argparse.Namespace, names: str, count: int = 1) -> None:
+    """What a file of claims is good for; on standard output claims stand alone."""
+    if arguments.out is not None:
+        end = datetime.now().astimezone() + timedelta(hours=arguments.hours)
+        print(f"{arguments.out}: {quantity(count, 'claim')} for {names}, valid until {end:%Y-%m-%d %H:%M %Z}")
+
+
+@contextmanager
+def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
+    """Where claims are written; None for standard output."""
+    if path is None:
+        yield None
+        return
+    if path.exists():
+        raise UsageError(
+            "--out", expected="a file that isn't there yet", got=str(path), hint="The claims in it may still be unused."
+        )
+    with (
+        storage_errors(f"can't write {path}"),
+        os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
+    ):
+        try:
+            yield file
+            file.flush()
+        except BaseException:
+            path.unlink()
+            raise
+
+
+def _devices(arguments: argparse.Namespace) -> int:
+    from fedprune_server.enrollment.approval import revoke
+    from fedprune_server.enrollment.pki import IdentityFolder
+
+    with IdentityFolder(arguments.state) as identity:
+        if arguments.action == "list":
+            _list(identity, arguments)
+            return int(ExitCode.OK)
+        if arguments.device is None:
+            raise UsageError(f"devices {arguments.action}", expected="the name of a device", got="none")
+        if arguments.action == "approve":
+            _approve(identity, arguments)
+            return int(ExitCode.OK)
+        _check_hours(arguments.hours)
+        if arguments.action == "replace":
+            _replace(identity, arguments)
+            return int(ExitCode.OK)
+        print(revoke(identity, arguments.device))
+    return int(ExitCode.OK)
+
+
+def _replace(identity: Any, arguments: argparse.Namespace) -> None:
+    """Standard output gets the claim alone, as that of `claim`."""
+    from fedprune_server.enrollment.approval import revoked
+
+    with _claims_file(arguments.out) as file:
+        keys, certificates = identity.revoke(arguments.device)
+        print(revoked(identity, arguments.device, keys, certificates), file=sys.stderr)
+        print(identity.claim(arguments.device, 3600 * arguments.hours).text, file=file)
+    _print_claims(arguments, arguments.device)
+
+
+def _list(identity: Any, arguments: argparse.Namespace) -> None:
+    rows = [
+        {
+            "device": d.device,
+            "status": d.status,
+            "key": VerifyingKey.from_hex(d.key).fingerprint,
+            "asked": d.asked,
+            "behind": identity.behind(d),
+            "certificate_ends": max((i.ends for i in identity.authority.of_device(d.device)), default=None),
+        }
+        for d in identity.store.devices()
+        if arguments.device in (None, d.device)
+    ]
+    if arguments.json:
+        print(json.dumps(rows, indent=2, sort_keys=True))
+        return
+    for row in rows:
+        note = f"  at an earlier {' and '.join(row['behind'])}" if row["behind"] else ""
+        print(f"{row['device']:<24} {row['status']:<9} {row['key']}{note}")
+    if not rows:
+        print("no device has asked yet")
+
+
+def _approve(identity: Any, arguments: argparse.Namespace) -> None:
+    from fedprune_server.enrollment.approval import approve
+
+    if arguments.key is None:
+        raise UsageError(
+            f"devices approve {arguments.device}", expected="--key FINGERPRINT, as the board shows it", got="none",
+            hint="It is in the output of `fedprune-device`, and must be the one in `fedprune-server devices`.",
+        )  # fmt: skip
+    print(approve(identity, arguments.device, arguments.key))
+
+
+def _broker_config(arguments: argparse.Namespace) -> int:
+    from fedprune_server.enrollment.pki import IdentityFolder
+    from fedprune_server.messaging.broker.config import KEY, Broker, write_broker
+
+    given = {} if arguments.plugin is None else {"plugin": arguments.plugin}
+    broker = Broker(
+        tuple(arguments.host),
+        arguments.port,
+        arguments.join_port,
+        arguments.at or arguments.out.resolve(),
+        arguments.form,
+        bind=arguments.bind,
+        **given,
+    )
+    with IdentityFolder(arguments.state) as identity:
+        for name in write_broker(identity, arguments.kind, broker, arguments.out):
+            print(arguments.out / name)
+    print(f"the broker's user must be able to read them; {KEY} nobody else")
+    return int(ExitCode.OK)
+
+
+def _check_hours(hours: int) -> None:
+    if hours > _MAX_HOURS:
+        raise UsageError("--hours", expected=f"at most {_MAX_HOURS}", got=hours)

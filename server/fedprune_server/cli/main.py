@@ -1,0 +1,409 @@
+"""`fedprune-server`: run a job on a fleet, look at it, take its model out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from fedprune import __version__
+from fedprune.core.cli import run_command, whole_number, with_extra
+from fedprune.core.errors import ExitCode
+from fedprune.core.text import quantity
+from fedprune_server.cli.alerts import add_alerts_command
+from fedprune_server.cli.config import add_config_command
+from fedprune_server.cli.demo import register as register_demo
+from fedprune_server.cli.health import add_health_command
+from fedprune_server.cli.identity import name_of
+from fedprune_server.cli.identity import register as register_identity
+from fedprune_server.cli.model import export_model
+from fedprune_server.cli.observe import add_observe_commands
+from fedprune_server.cli.operators import add_operators_command
+from fedprune_server.cli.release import add_release_command
+from fedprune_server.cli.rollout import add_rollout_command
+from fedprune_server.cli.service import add_service_command
+from fedprune_server.cli.state import add_state
+from fedprune_server.cli.store import add_store_commands
+
+log = logging.getLogger("fedprune.server")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command("fedprune-server", build_parser, argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    parser = argparse.ArgumentParser(
+        prog="fedprune-server",
+        description="Train one model on a fleet of unequal boards.",
+        epilog="Exit codes are explained in docs/exit-codes.md.",
+    )
+    parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run(commands)
+    status = commands.add_parser("status", help="show devices and rounds of a state folder")
+    add_state(status)
+    status.add_argument(
+        "--rounds", type=whole_number, metavar="N", help="the last N rounds (default: 10; all with --json)"
+    )
+    status.add_argument("--json", action="store_true", help="as JSON, for programs")
+    status.set_defaults(run=with_extra("server", _status))
+    export = commands.add_parser("export-model", help="write the global model of a state folder")
+    add_state(export)
+    export.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="model.onnx, weights.safetensors, or state.pt; written over if it is there",
+    )
+    export.add_argument("--opset", type=whole_number, metavar="N", help="opset of the .onnx file (default: 17)")
+    export.add_argument("--round", type=int, metavar="N", help="after this round, if its model is still kept")
+    export.set_defaults(run=with_extra("server", export_model))
+    replay = commands.add_parser("replay", help="work a job out again from its log, and compare")
+    add_state(replay)
+    replay.set_defaults(run=with_extra("server", _replay))
+    register_identity(commands)
+    register_demo(commands)
+    add_release_command(commands)
+    add_rollout_command(commands)
+    add_store_commands(commands)
+    add_config_command(commands)
+    add_alerts_command(commands)
+    add_service_command(commands)
+    add_health_command(commands)
+    add_observe_commands(commands)
+    add_operators_command(commands)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser("run", help="run a job, or go on with one after a stop or crash")
+    run.add_argument("--config", type=Path, metavar="FILE", help="fleet.toml; the options below win over it")
+    run.add_argument("--model", metavar="MODEL", help="model.onnx, or package.module:factory of a torch module")
+    run.add_argument("--evaluation", metavar="DATA", help=".npz with x and y, or package.module:function")
+    run.add_argument("--calibration", metavar="DATA", help="the same, labels not needed: for batch-norm statistics")
+    run.add_argument("--state", type=Path, metavar="DIR", help="what must survive a crash (default: fedprune-state)")
+    run.add_argument(
+        "--database", metavar="URL", help="postgresql+psycopg://user@host/name (default: SQLite in the state folder)"
+    )
+    run.add_argument("--blobs", metavar="URL", help="s3://bucket/prefix (default: folder, the state folder)")
+    run.add_argument("--broker", metavar="URL", help="mqtts://host[:port], mqtt://host[:port] or embedded (default)")
+    run.add_argument(
+        "--ca",
+        type=Path,
+        metavar="FILE",
+        help="who vouches for the broker at mqtts://; `system` for the system's authorities (default: the fleet's own)",
+    )
+    run.add_argument(
+        "--insecure", action="store_true", help="without identity, TLS and signatures: for trials on this machine alone"
+    )
+    run.add_argument("--host", help="address of the embedded broker (default: 127.0.0.1, this machine only)")
+    run.add_argument(
+        "--port", type=int, help="port of the embedded broker (default: 8883, or 1883 with --insecure; 0: a free one)"
+    )
+    run.add_argument(
+        "--blob-url", metavar="URL", help="where boards find blobs on the web, too, such as https://models.example; off"
+    )
+    run.add_argument(
+        "--serve-blobs", metavar="[ADDRESS:]PORT", help="give out blobs over HTTPS, too (default address: --host); off"
+    )
+    run.add_argument(
+        "--console", metavar="[ADDRESS:]PORT", help="show operators the fleet in a browser (default address: 127.0.0.1)"
+    )
+    run.add_argument("--site", type=name_of("site"), help="devices of this site take part (default: default)")
+    run.add_argument("--profiles", type=Path, metavar="DIR", help="hardware profiles beside the shipped ones")
+    run.add_argument("--workers", type=whole_number, metavar="N", help="processes that make submodels (default: 1)")
+    run.add_argument("--receivers", type=int, metavar="N", help="processes that take in updates (default: 0)")
+    run.add_argument(
+        "--workers-url", metavar="URL", help="ray:auto or ray://host:port: a cluster helps (default: processes)"
+    )
+    run.add_argument(
+        "--keep",
+        type=whole_number,
+        metavar="N",
+        help="global models that stay on the disk (default: 3)",
+    )
+    run.add_argument("--archive", action="store_true", default=None, help="keep all that `replay` needs")
+    run.add_argument("--name", help="name of the job")
+    run.add_argument(
+        "--job", type=Path, action="append", default=[], metavar="FILE",
+        help="a further job on the same boards; may be given several times",
+    )  # fmt: skip
+    run.add_argument("--weight", type=float, metavar="W", help="the job's share of the boards, beside further jobs")
+    run.add_argument("--seed", type=int, help="keys every random number")
+    run.add_argument("--rounds", type=whole_number, metavar="N", help="rounds to run")
+    run.add_argument("--devices", type=whole_number, metavar="N", help="a round starts when so many devices are there")
+    run.add_argument("--participation", type=float, metavar="SHARE", help="share of the devices that a round asks")
+    run.add_argument(
+        "--schedule", metavar="KIND", help="when the model moves: sync, semi-async or async (default: the strategy's)"
+    )
+    run.add_argument("--over-selection", type=float, metavar="SHARE", help="ask so many more than a round needs")
+    run.add_argument("--fairness", type=float, metavar="SHARE", help="places that go to who has waited longest")
+    run.add_argument("--in-flight", type=whole_number, metavar="N", help="devices that work at a time (default: all)")
+    run.add_argument("--pace", type=float, metavar="X", help="give up who takes X times as long as half of the devices")
+    run.add_argument("--deadline", type=float, metavar="S", help="seconds that a round waits for updates")
+    run.add_argument(
+        "--strategy", metavar="NAME", help="such as fedprune or subflot (docs/strategies), or package.module:function"
+    )
+    run.add_argument("--density", type=float, metavar="D", help="kept share on all devices; 0: the planner decides")
+    run.add_argument(
+        "--standby", action="store_true", help="wait while another server has the job, and go on with it if that ends"
+    )
+    run.add_argument(
+        "--take-over", action="store_true",
+        help="replace another server of this identity that runs elsewhere: it ends, and boards follow this one",
+    )  # fmt: skip
+    run.add_argument("--log-format", choices=("text", "json"), help="text (default), or json: an object on each line")
+    run.add_argument(
+        "--metrics", metavar="[ADDRESS:]PORT", help="figures for Prometheus (default address: 127.0.0.1); off"
+    )
+    run.add_argument("--traces", metavar="URL", help="spans of rounds to an OpenTelemetry collector, by OTLP; off")
+    run.add_argument("--alert-webhook", metavar="URL", help="post alerts as JSON to this address; off")
+    run.add_argument("--until-finished", action="store_true", help="end when the job is done")
+    run.add_argument("--verbose", "-v", action="store_true", help="say more, such as each device's row per round")
+    run.set_defaults(run=with_extra("server", _run))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from fedprune.hardware.profile_store import find as find_profile
+    from fedprune.hardware.profile_store import names as names_of_profiles
+    from fedprune_server.cli.configuration import configured
+    from fedprune_server.devices.board_logs import BoardLogs
+    from fedprune_server.engine.daemon import Daemon
+    from fedprune_server.engine.further_jobs import further, hosted
+    from fedprune_server.engine.further_jobs import opened as open_job
+    from fedprune_server.engine.host import Host
+    from fedprune_server.engine.state_directory import StateFolder
+    from fedprune_server.engine.upload_workers import alone_receives, receiving
+    from fedprune_server.enrollment.shared_identity import shared_identity
+    from fedprune_server.maintenance.restored_record import restored_from
+    from fedprune_server.messaging.broker.revocations import delivering
+    from fedprune_server.messaging.connection import connection, identity_of
+    from fedprune_server.messaging.leadership import leadership
+    from fedprune_server.monitoring.alert_book import AlertBook
+    from fedprune_server.monitoring.health import Pulse
+    from fedprune_server.monitoring.monitor import restored
+    from fedprune_server.monitoring.notifications import channels
+    from fedprune_server.monitoring.observer import Shown
+    from fedprune_server.monitoring.setup import monitoring, watching
+    from fedprune_server.ota.store import RolloutStore
+    from fedprune_server.terminal.log_lines import JSON, logged_to_stdout
+    from fedprune_server.terminal.table import Lines, make_display
+    from fedprune_server.transfer.http import web_blobs
+    from fedprune_server.web.setup import check_console, desks_of, with_console
+
+    config = configured(arguments).config
+    with ExitStack() as stack:
+        stack.enter_context(logged_to_stdout(verbose=arguments.verbose, form=config.log_format))
+        pulse, waited = Pulse(), None
+        if arguments.standby:
+            with pulse.standing_by():
+                waited = stack.enter_context(StateFolder(config.state, config.database, standby=True))
+            # The other server may have been started with other settings meanwhile.
+            config = configured(arguments).config
+        check_console(config)  # before another server is asked to end, as by a take-over
+        channels(config.alerts)
+        identity = stack.enter_context(identity_of(config, insecure=arguments.insecure))
+        folder = waited or stack.enter_context(StateFolder(config.state, config.database))
+        if copy := restored_from(config.state):
+            log.info("%s was %s", config.state, copy)
+        profiles = () if config.profiles is None else (config.profiles,)
+        for name in names_of_profiles(profiles) if profiles else ():
+            find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
+        logs = stack.enter_context(BoardLogs(config.state, config.board_logs))
+        alerts = AlertBook(restored(config.state))
+        watch = stack.enter_context(watching(config, {"database": folder.lease.trouble}, alerts.counts))
+        jobs = [open_job(stack, config, folder), *(open_job(stack, c) for c in further(config, arguments.job))]
+        reached = stack.enter_context(connection(config, identity))
+        if reached.broker is not None:
+            log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
+        leader = None
+        if identity is not None:
+            if folder.lease.shared is not None:
+                stack.enter_context(shared_identity(folder.database_url, folder.lease, config.state, identity))
+            at = leadership(
+                reached.url,
+                identity,
+                config.state,
+                config.ca,
+                folder.lease.shared,
+                embedded=reached.broker is not None,
+            )
+            leader = stack.enter_context(at)
+        rollouts = None if arguments.insecure else stack.enter_context(RolloutStore(config.state))
+        members = None if identity is None else identity.store.members
+        web = stack.enter_context(web_blobs(config, identity, folder.store))
+        daemon: Daemon | Host
+        if len(jobs) > 1:
+            alone_receives(config)
+            daemon = hosted(
+                jobs, reached, lambda kept, desk: _say_what_next(kept.config.state, arguments.until_finished, desk),
+                profiles=profiles, rollouts=rollouts, members=members, blobs_at=web.url, logs=logs,
+                watch=watch,
+            )  # fmt: skip
+            first: Daemon = daemon.first
+        else:
+            kept = jobs[0]
+            daemon = alone = Daemon(
+                kept.opened.job,
+                kept.opened.model.architecture,
+                kept.opened.state,
+                folder.storage,
+                folder.store,
+                kept.worker,
+                reached.wire,
+                site=reached.site,
+                keep=config.kept,
+                uploads=stack.enter_context(receiving(config, reached, identity, folder.store)),
+                pulls=config.pulls,
+                profiles=profiles,
+                max_devices=config.max_devices,
+                max_packet=config.max_packet,
+                broker=reached.broker,
+                rollouts=rollouts,
+                members=members,
+                blobs_at=web.url,
+                quarantine=reached.quarantine,
+                logs=logs,
+                frozen=kept.opened.model.frozen,
+                onlookers=[
+                    Shown(Lines() if config.log_format == JSON else make_display()),
+                    *watch(kept.opened.job.name),
+                ],
+            )
+            first = alone
+            alone.when_finished = lambda: _say_what_next(config.state, arguments.until_finished, alone)
+        web.give(first)
+        for kept in jobs:
+            _say_what_runs(kept)
+            kept.folder.lease.lost = daemon.stop
+        if leader is not None and identity is not None:
+            # Until here a copy that was started by mistake has changed nothing outside its own folder.
+            leader.lost = daemon.stop
+            leader.enter(identity.epochs, take_over=arguments.take_over, alone=reached.broker is not None)
+            crl = identity.authority.crl_path
+            stack.enter_context(delivering(config.on_revocation, config.state, crl))
+        for line in chain.from_iterable(kept.opened.changed for kept in jobs):
+            log.warning("setting changed since the last start: %s", line)
+        given = rollouts is not None
+        here = (lambda: daemon.connected) if isinstance(daemon, Host) else None
+        watched = [(desk, kept.config.state) for desk, kept in zip(desks_of(daemon)[0], jobs, strict=True)]
+        others = tuple if leader is None else leader.candidates
+        stack.enter_context(monitoring(config, watched, alerts, here, others))
+        stack.enter_context(
+            with_console(config, reached, identity, daemon, releases_given=given, logs=logs, alerts=alerts)
+        )
+        reached.start(daemon.subscriptions)
+        for kept in jobs:
+            kept.folder.keep(kept.opened)  # a broker that can't be reached is not one to remember
+        first.onlookers.each_turn(pulse.beat)  # of several jobs each has its turn in every turn of the loop
+        stack.callback(pulse.stop)
+        with _stopped_by_signals(daemon) as signals:
+            daemon.run(until_finished=arguments.until_finished)
+        for kept in jobs:
+            kept.folder.lease.confirm()
+        if leader is not None:
+            leader.confirm()
+        if reached.broker is not None:
+            traffic = reached.broker.traffic()
+            log.info(
+                "the broker took in %d and delivered %d payload bytes",
+                sum(traffic.received.values()),
+                sum(traffic.delivered.values()),
+            )
+        if signals and not daemon.finished:
+            log.info("stopped: the same command goes on with what %s holds", config.state)
+    # SIGTERM is how a service is stopped; Ctrl-C is somebody who didn't wait for the end.
+    return int(ExitCode.INTERRUPTED if signal.SIGINT in signals and not daemon.finished else ExitCode.OK)
+
+
+def _say_what_runs(kept: Any) -> None:
+    """A job as it begins, or goes on."""
+    opened = kept.opened
+    for note in opened.model.notes:
+        log.info("model: %s", note)
+    log.info(
+        "job %s, round %d of %d, state in %s, %d groups of channels, %s",
+        opened.job.name,
+        opened.state.round,
+        opened.job.rounds,
+        kept.config.state,
+        len(opened.model.architecture.groups),
+        opened.state.phase.value,
+    )
+
+
+def _say_what_next(state: Path, until_finished: bool, daemon: Any) -> None:
+    """What to do with a job that is finished, and what the server still waits for."""
+    from fedprune_server.executor.divergence import of_history
+
+    if spoilt := of_history(daemon.state.history, daemon.job.recipe.to_dict()):
+        log.warning("%s", spoilt)
+    log.info(
+        "to take the model out: fedprune-server export-model --state %s --out global.onnx", shlex.quote(str(state))
+    )
+    if not until_finished:
+        log.info(
+            "the server keeps running, so that boards that connect later learn that the job is finished. "
+            "Ctrl-C ends it; with --until-finished it ends by itself. "
+            "For more rounds, start it again with a higher --rounds."
+        )
+
+
+@contextmanager
+def _stopped_by_signals(daemon: Any) -> Iterator[list[int]]:
+    """Stop the daemon at SIGTERM or Ctrl-C; the signals that came are in the list."""
+    came: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        came.append(number)  # and nothing slow: the loop may be in the middle of anything
+        daemon.stop()
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            log.info("stopped by %s", signal.Signals(came[0]).name)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    import json
+
+    from fedprune_server.cli.status import LATEST, describe, status_of_all
+
+    body = status_of_all(arguments.state)
+    if arguments.json:
+        for job in (body, *body.get("jobs", [])):
+            job["rounds"] = job["rounds"][-(arguments.rounds or len(job["rounds"])) :]
+        print(json.dumps(body, indent=2, sort_keys=True))
+    else:
+        print(describe(body, arguments.rounds or LATEST))
+    return int(ExitCode.OK)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from fedprune_server.maintenance.replay import replay
+
+    rounds = 0
+    for step in replay(arguments.state):
+        rounds += 1
+        print(f"round {step.round}: {step.model} ({quantity(len(step.devices), 'device')}: {', '.join(step.devices)})")
+    print(f"{quantity(rounds, 'round')}, every model the same to the bit" if rounds else "no round has ended yet")
+    return int(ExitCode.OK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""`fedprune-server logs` and `doctor`: what boards say of themselves, and what is wrong with a fleet."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedprune.core.cli import seconds, whole_number, with_extra
+from fedprune.core.errors import ExitCode, StorageError
+from fedprune_server.cli.identity import name_of
+from fedprune_server.cli.state import add_state
+
+if TYPE_CHECKING:
+    from fedprune_server.devices.board_logs import Told
+
+_LOOK_S = 1.0
+
+
+def add_observe_commands(commands: Any) -> None:
+    """Add them to the parser's commands."""
+    logs = commands.add_parser("logs", help="show warnings, errors and crashes that boards have told")
+    add_state(logs)
+    logs.add_argument("--device", type=name_of("device"), metavar="NAME", help="of this board alone")
+    logs.add_argument("--last", type=whole_number, default=100, metavar="N", help="the last N (default: 100)")
+    logs.add_argument("--follow", action="store_true", help="wait for more, until Ctrl-C")
+    logs.add_argument("--json", action="store_true", help="one JSON object on each line, for programs")
+    logs.set_defaults(run=with_extra("server", _logs))
+
+    doctor = commands.add_parser("doctor", help="say in words what is wrong with a fleet, and what to do")
+    add_state(doctor)
+    doctor.add_argument(
+        "--timeout", type=seconds, default=5.0, metavar="S",
+        help="for how long broker, database and bucket are waited for, each (default: 5)",
+    )  # fmt: skip
+    doctor.add_argument("--json", action="store_true", help="as JSON, for programs")
+    doctor.set_defaults(run=with_extra("server", _doctor))
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from fedprune_device.storage.directory_owner import check_unowned
+    from fedprune_server.devices.board_logs import read_logs
+
+    folder: Path = arguments.state
+    if not folder.is_dir():
+        raise StorageError(f"{folder} is no server's state folder", hint="Give the folder of `run --state`.")
+    check_unowned(folder)
+    rows = read_logs(folder, arguments.device, most=arguments.last)
+    _show(rows, as_json=arguments.json)
+    after = rows[-1].id if rows else 0
+    if not rows and not arguments.follow and not arguments.json:
+        print("no board has told anything")
+    while arguments.follow:
+        time.sleep(_LOOK_S)
+        rows = read_logs(folder, arguments.device, after)
+        _show(rows, as_json=arguments.json)
+        after = rows[-1].id if rows else after
+    return int(ExitCode.OK)
+
+
+def _show(rows: Sequence[Told], *, as_json: bool) -> None:
+    from fedprune_server.devices.board_logs import frames_of
+
+    for row in rows:
+        if as_json:
+            print(json.dumps(row.to_dict(), sort_keys=True), flush=True)
+            continue
+        if row.kind != "crash":
+            print(row, flush=True)
+            continue
+        body = row.body
+        ran = "" if body["uptime_s"] is None else f" after {body['uptime_s']:.0f} s"
+        heat = "" if body["temperature_c"] is None else f", {body['temperature_c']:.0f} °C"
+        free = body["memory_available"]
+        room = "" if free is None else f", {free / 1e6:.0f} MB of memory free"
+        slot = f", slot {body['slot']}" if body["slot"] else ""
+        print(f"{row} ({body['cause']} in {body['release']}{slot}{ran}{heat}{room})", flush=True)
+        for frame in frames_of(row):
+            print(f"    {frame}", flush=True)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fedprune_server.maintenance.doctor import examined
+
+    findings = examined(arguments.state, arguments.timeout)
+    wrong = sum(f.wrong for f in findings)
+    if arguments.json:
+        print(json.dumps({"state": str(arguments.state), "findings": [f.to_dict() for f in findings]}, indent=2))
+    else:
+        for finding in findings:
+            print(finding)
+        if not findings:
+            print(f"{arguments.state}: nothing is wrong that could be seen from here")
+    return int(ExitCode.FOUND if wrong else ExitCode.OK)

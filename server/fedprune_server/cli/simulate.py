@@ -1,0 +1,208 @@
+"""`fedprune-simulate`: run a fleet on a virtual clock and write its report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedprune import __version__
+from fedprune.core.cli import check_command, ended_by_signals, run_command, whole_number, with_extra
+from fedprune.core.errors import ExitCode, UsageError
+from fedprune.terminal.tables import print_verdicts, progress
+
+if TYPE_CHECKING:  # what follows needs packages of an extra; the command line doesn't
+    from fedprune_server.simulation.experiment import Experiment
+    from fedprune_server.simulation.results.record import Record
+
+PROG = "fedprune-simulate"
+COMPARE = "compare"
+SWEEP = "sweep"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == [COMPARE]:
+        return run_command(PROG, build_compare_parser, given[1:])
+    if given[:1] == [SWEEP]:
+        return run_command(PROG, build_sweep_parser, given[1:])
+    return run_command(PROG, lambda: _parser_of(given), given)
+
+
+def _parser_of(given: Sequence[str]) -> argparse.ArgumentParser:
+    if given:
+        check_command(given[0], (COMPARE, SWEEP), f"See `{PROG} --help`.")
+    return build_parser()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        description="Simulate a fleet on a virtual clock and write its report.",
+        epilog=f"`{PROG} {COMPARE} DIR... --out DIR` puts several runs into one report; "
+        f"`{PROG} {SWEEP} FILE --out DIR` does many runs side by side. "
+        "Exit codes are explained in docs/exit-codes.md.",
+    )
+    parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", type=Path, metavar="FILE", help="a fleet.toml with a [[devices]] table")
+    source.add_argument("--demo", action="store_true", help="the fleet of `fedprune-server demo`, beside FedAvg")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the run; one that was killed goes on, and a finished one to more --rounds",
+    )
+    parser.add_argument("--reference", action="store_true", help="run FedAvg at full width on the same devices, too")
+    parser.add_argument("--strategy", metavar="NAME", help="instead of the job's, as in `fedprune-server run`")
+    parser.add_argument("--seed", type=int, metavar="N", help="instead of the job's")
+    parser.add_argument("--rounds", type=whole_number, metavar="N", help="instead of the job's")
+    parser.add_argument("--trainer", metavar="NAME", help="what trains, such as torch or torch:cuda; onnxruntime else")
+    parser.add_argument("--workers", type=whole_number, metavar="N", help="train in so many processes")
+    parser.set_defaults(run=with_extra("server", _run))
+    return parser
+
+
+def build_compare_parser() -> argparse.ArgumentParser:
+    """The grammar of `fedprune-simulate compare`."""
+    parser = argparse.ArgumentParser(
+        prog=f"{PROG} {COMPARE}", description="Put runs side by side: curves, finals, time and bytes to a target."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs, or their metrics.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
+    parser.add_argument(
+        "--target",
+        type=float,
+        action="append",
+        metavar="X",
+        help="accuracy (or loss) whose cost is compared; repeatable",
+    )
+    parser.set_defaults(run=with_extra("server", _compare))
+    return parser
+
+
+def build_sweep_parser() -> argparse.ArgumentParser:
+    """The grammar of `fedprune-simulate sweep`."""
+    parser = argparse.ArgumentParser(
+        prog=f"{PROG} {SWEEP}", description="Simulate a fleet again and again, with other settings each time."
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="a TOML file: config, seeds, and [[runs]]")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the runs' folders; finished runs are kept"
+    )
+    parser.add_argument("--workers", type=whole_number, default=1, metavar="N", help="so many runs at a time")
+    parser.add_argument("--ray", action="store_true", help="on a Ray cluster, which must see DIR and the data")
+    parser.set_defaults(run=with_extra("server", _sweep))
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    with progress("reading the fleet"):
+        from fedprune_server.simulation.fleet.demo_fleet import too_few
+        from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan
+        from fedprune_server.simulation.results.report import summary_text, write_report
+
+        out = _run_folder(options.out)
+        changes = {"strategy": options.strategy, "seed": options.seed, "rounds": options.rounds}
+        plan = (
+            demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)
+        )
+    plan = replace(plan, trainer=options.trainer or plan.trainer, workers=options.workers or plan.workers)
+    compared, reference = plan.compared(), None
+    run = _one(plan, out)
+    if compared is not None:
+        reference = _one(compared, out, suffix="-reference", state="reference")
+    # What the demo claims was chosen for its own fleet, budget and rounds.
+    unjudged = too_few(plan.job.rounds) if options.demo else ""
+    judged = options.demo and not unjudged
+    with progress("writing the report"):
+        report = write_report(out, run, reference, judged=judged)
+    print_verdicts(summary_text(run, reference, judged=judged))
+    if unjudged:
+        print(f"\n{unjudged}")
+    print(f"\nReport: {report.html}")
+    return int(ExitCode.OK)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    with progress("reading the runs"):
+        from fedprune_server.simulation.results.comparison import print_comparison, read_runs, write_comparison
+
+        out, targets = _folder(options.out), tuple(options.target or ())
+        runs = read_runs(options.runs)
+        page = write_comparison(out, runs, targets)
+    print_comparison(runs, targets)
+    print(f"\nReport: {page}")
+    return int(ExitCode.OK)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from fedprune_server.simulation.results.comparison import print_comparison, read_runs, write_comparison
+    from fedprune_server.simulation.results.report import absences
+    from fedprune_server.simulation.results.runs_progress import Watching
+    from fedprune_server.simulation.runs import FAILED, carry_out
+    from fedprune_server.simulation.sweep import read_sweep, simulated
+
+    with progress("reading the sweep"):
+        runs, out = read_sweep(options.file), _folder(options.out)
+    with _goes_on(out), Watching() as watching:
+        ended = carry_out(simulated, runs, out, workers=options.workers, ray=options.ray, watch=watching.show)
+    failed = [e for e in ended if e.result is None]
+    done = [out / e.name for e in ended if e.result is not None]
+    if done:
+        records = read_runs(done)
+        page = write_comparison(out, records)
+        print_comparison(records)
+        print(f"\nReport: {page}")
+        for record in records:
+            for line in absences(record):
+                print(f"{record.title}: {line}", file=sys.stderr)
+    for run in failed:
+        details = out / run.name / FAILED
+        more = f" (details: {details})" if details.exists() else ""
+        print(f"{run.name} failed: {run.error.splitlines()[-1]}{more}", file=sys.stderr)
+    return int(ExitCode.TRAINING if failed else ExitCode.OK)
+
+
+def _folder(out: Path) -> Path:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file", expected="a folder, which is made if missing")
+    return out
+
+
+def _run_folder(out: Path) -> Path:
+    """A folder in which nothing but a run's files are written over."""
+    from fedprune_server.simulation.results.run_folder import is_run
+
+    if _folder(out).is_dir() and any(out.iterdir()) and not is_run(out):
+        raise UsageError(f"--out {out} holds something that is not a run's", expected="an empty folder, or a run's own")
+    return out
+
+
+@contextmanager
+def _goes_on(folder: Path) -> Iterator[None]:
+    """Say what to do after Ctrl-C; SIGTERM is the same."""
+    with ended_by_signals():
+        try:
+            yield
+        except KeyboardInterrupt as stopped:
+            raise KeyboardInterrupt(f"the same command goes on with what {folder} holds") from stopped
+
+
+def _one(experiment: Experiment, folder: Path, *, suffix: str = "", state: str = "run") -> Record:
+    from fedprune_server.simulation.results.run_folder import simulate
+    from fedprune_server.simulation.results.runs_progress import Following
+
+    with _goes_on(folder), Following(experiment.title) as following:
+        return simulate(experiment, folder, following.show, begun=following.begin, suffix=suffix, state=state)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

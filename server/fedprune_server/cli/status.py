@@ -1,0 +1,261 @@
+"""What `fedprune-server status` says of a state folder, as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from fedprune.coordination import Phase, State
+from fedprune.core.disk import held
+from fedprune.core.errors import ConfigError
+from fedprune.core.text import quantity
+from fedprune.privacy.settings import Privacy
+from fedprune_server.devices.plan_vs_actual import Compared, compared, described, planned
+from fedprune_server.devices.quarantine import read_rows
+from fedprune_server.enrollment.pki import FOLDER, IdentityFolder
+from fedprune_server.enrollment.store import REVOKED
+from fedprune_server.executor.accountant import costs
+from fedprune_server.monitoring.alerts import Snapshot, evaluate
+from fedprune_server.monitoring.monitor import read_open
+from fedprune_server.storage.folder_lock import LOCK
+from fedprune_server.storage.further_folders import folders
+from fedprune_server.storage.place import FILE, kept
+from fedprune_server.storage.storage import Storage
+from fedprune_server.terminal.table import metric_texts
+
+_NOT_BEGUN = "not begun"
+
+LATEST = 10
+"""Rounds that the text shows unless it is asked for more."""
+
+
+def status_of_all(state: Path) -> dict[str, Any]:
+    """The first job of a state folder as `status` has it, with its further jobs under `jobs`, if it has any.
+
+    A device is at one job at a time: `job` says at which, if a server runs and it is at any. `alerts` are those that
+    the running server has open.
+
+    Raises:
+        StorageError: A folder holds no job, or is damaged.
+        IdentityError: The identity is damaged, or others may read it.
+    """
+    first = status(state)
+    first["alerts"] = _alerts(state, running=first["running"])
+    further = [status(folder, state) for folder in folders(state) if (folder / FILE).exists() or kept(folder)]
+    if not further:
+        return first
+    every = [first, *further]
+    at = {d["name"]: body["job"].get("name") for body in every for d in body["devices"] if d["online"]}
+    for body in every:
+        body["devices"] = [{**d, "job": at.get(d["name"])} for d in body["devices"]]
+    return first | {"jobs": further}
+
+
+def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
+    """A job as it stands on the disk; a server may be running on it.
+
+    Args:
+        folder: The job's folder.
+        identity: The state folder of the server's identity, where that is another one.
+
+    Returns:
+        JSON: the job's settings, its round and phase, all finished rounds, a row per device and, if the job is private,
+        what that has cost each (`fedprune_server.executor.accountant.costs`). Devices that can't even be planned for
+        have rows, too, and every row says how the device's last part in a round went. Without a server nobody is
+        online; `seen_at` (and the job's `heard_at`) are then when the log last heard of a device (of anything), in
+        seconds since 1970, and None while one runs or where the log doesn't say.
+
+    Raises:
+        StorageError: The folder holds no job, or is damaged.
+        IdentityError: Its identity is damaged, or others may read it.
+    """
+    running = held(folder / LOCK)
+    with Storage.existing(folder) as storage:
+        settings, state, rows = storage.settings(), storage.load(), storage.devices()
+        outsiders = storage.outsiders()
+        last, seen = (None, {}) if running else storage.log.heard()
+    revoked, misbehaved = _revoked(identity or folder), read_rows(identity or folder)
+    known = {row["name"] for row in rows}
+    rows += [_outsider(name, body) for name, body in outsiders.items() if name not in known]
+    devices = [
+        row
+        | _last_part(row["name"], state)
+        | {
+            "compared": _compared(row, state),
+            "online": row["online"] and running and row["name"] not in revoked,
+            "revoked": row["name"] in revoked,
+            "quarantine": misbehaved.get(row["name"]),
+            "seen_at": seen.get(row["name"]),
+        }
+        for row in sorted(rows, key=lambda r: r["name"])
+    ]
+    return {
+        "folder": str(folder),
+        "server": str(identity or folder),
+        "running": running,
+        "heard_at": last,
+        "job": (settings or {}).get("job", {}),
+        "round": state.round if state is not None else 0,
+        "phase": state.phase.value if state is not None else _NOT_BEGUN,
+        "paused": state is not None and state.paused,
+        "rounds": state.history if state is not None else [],
+        "devices": devices,
+        **_privacy((settings or {}).get("job", {}), state),
+    }
+
+
+def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
+    """The same as text.
+
+    Args:
+        body: What `status` gave.
+        rounds: How many of the latest rounds to show.
+    """
+    job, history = body["job"], body["rounds"]
+    lines = [f"job {job.get('name', '?')}: round {body['round']} of {job.get('rounds', '?')}, {_phase(body)}"]
+    if not body["running"]:
+        lines.append(_stopped(body))
+    lines += [f"  {a['severity']}: {a['what']}. To do: {a['todo']}" for a in body.get("alerts", ())]
+    if "privacy" in body:
+        lines.append(_private(body["privacy"]))
+    for device in body["devices"]:
+        lines += _device_lines(device, body.get("privacy", {}).get("epsilon", {}).get(device["name"]))
+    shown = history[-rounds:]
+    if len(shown) < len(history):
+        lines.append(f"  the last {len(shown)} of {quantity(len(history), 'round')}:")
+    for row in shown:
+        counted = sum(d["progress"] == "folded" for d in row["devices"].values())
+        metrics = ", ".join(metric_texts(row["metrics"]))
+        asked = quantity(len(row["devices"]), "device")
+        lines.append(f"  round {row['round']}: {counted} of {asked}, {metrics or 'not evaluated'}")
+        lines += [
+            f"    {name}: {part['progress']}: {part['reason']}"
+            for name, part in sorted(row["devices"].items())
+            if part["reason"]
+        ]
+    return "\n".join([*lines, *(describe(further, rounds) for further in body.get("jobs", []))])
+
+
+def _alerts(folder: Path, *, running: bool) -> list[dict[str, Any]]:
+    """Open alerts of a running server, and that its loop hangs if it does."""
+    live = read_open(folder) if running else None
+    if live is None:
+        return []
+    now = time.time()
+    hangs = evaluate(Snapshot(folder, turned_s=max(0.0, now - live[0])), now)
+    keys = ("kind", "severity", "since", "what", "todo", "job", "device")
+    return [{key: getattr(alert, key) for key in keys} for alert in (*hangs, *live[1])]
+
+
+def _privacy(job: dict[str, Any], state: State | None) -> dict[str, Any]:
+    try:
+        found = costs(Privacy.from_dict(job.get("privacy", {})), state)
+    except ConfigError:  # of another version
+        return {}
+    return {"privacy": found} if found else {}
+
+
+def _private(body: dict[str, Any]) -> str:
+    """What a private job has cost, for people."""
+    known = {name: value for name, value in body["epsilon"].items() if value is not None}
+    said = "ε unknown without the extra privacy"
+    if known:
+        dearest = max(known, key=lambda n: known[n])
+        said = f"ε at most {known[dearest]:.3g} ({dearest})"
+    budget = f", budget {body['epsilon_budget']:g}" if body["epsilon_budget"] else ""
+    noise = f"{body['noise']} noise of {body['noise_multiplier']:g} times the clip {body['clip']:g}"
+    return f"  private: {said} at δ {body['delta']:g}{budget}; {noise}"
+
+
+def _phase(body: dict[str, Any]) -> str:
+    paused = ", paused" if body["paused"] else ""
+    if body["running"] or body["phase"] in (Phase.FINISHED.value, _NOT_BEGUN):
+        return f"{body['phase']}{paused}"
+    return f"stopped while {body['phase']}{paused}"
+
+
+def _stopped(body: dict[str, Any]) -> str:
+    since = "" if body["heard_at"] is None else f"; the last event was at {_clock(body['heard_at'])}"
+    end = "" if body["phase"] == Phase.FINISHED.value else "; to go on: fedprune-server run --state "
+    return f"  no server is running{since}{end and end + shlex.quote(body['server'])}"
+
+
+def _revoked(folder: Path) -> set[str]:
+    """Devices that were shut out, and have no other key."""
+    if not (folder / FOLDER).is_dir():
+        return set()
+    with IdentityFolder(folder, read_only=True) as identity:
+        devices = identity.store.devices()
+    return {d.device for d in devices if d.status == REVOKED} - {d.device for d in devices if d.status != REVOKED}
+
+
+def _connection(device: dict[str, Any]) -> str:
+    if device["revoked"]:
+        return "revoked"
+    if device["online"]:
+        return "online"
+    if "job" in device and device["seen_at"] is None:
+        return f"at work for {device['job']}" if device["job"] else "free, or not there"
+    return "offline" if device["seen_at"] is None else f"last heard of at {_clock(device['seen_at'])}"
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[str]:
+    plan = device["plan"]
+    width = f"density {plan['density']:.3g}, bound by {plan['bound']}" if plan else f"widths {device['widths']}"
+    lines = [
+        f"  device {device['name']} ({device['profile']}): {_connection(device)}, "
+        f"{quantity(device['samples'], 'sample')}, "
+        + (f"excluded: {device['excluded']}" if device["excluded"] else width)
+        + f", {device['bytes_down'] / 1e6:.2f} MB down, {device['bytes_up'] / 1e6:.2f} MB up"
+        + ("" if epsilon is None else f", ε {epsilon:.3g}")
+    ]
+    times = described(device["compared"])
+    if times:
+        lines.append(f"    {times}")
+    if device["quarantine"]:
+        lines.append(f"    {_misbehaved(device['quarantine'])}")
+    if device["reason"]:
+        lines.append(f"    round {device['round']}: {device['progress']}: {device['reason']}")
+    return lines
+
+
+def _misbehaved(row: dict[str, Any]) -> str:
+    """What a device sent that didn't count, and whether it is listened to."""
+    kinds = {
+        "dropped": "messages dropped unread", "bad": "messages that make no sense", "unasked": "chunks unasked for",
+        "refused": "updates that no board makes",
+    }  # fmt: skip
+    parts = [f"{row[key]} {what}" for key, what in kinds.items() if row[key]]
+    if row["until"] is not None and row["until"] > time.time():
+        parts.insert(0, f"in quarantine until {_clock(row['until'])}, for the {row['times']}. time: {row['reason']}")
+    elif row["times"]:
+        parts.insert(0, f"was in quarantine {row['times']} times, lastly: {row['reason']}")
+    return "; ".join(parts)
+
+
+def _compared(row: dict[str, Any], state: State | None) -> Compared:
+    return compared(row["name"], state, planned(row["plan"]) if row["plan"] else None)
+
+
+def _outsider(name: str, body: dict[str, Any]) -> dict[str, Any]:
+    blank = {"online": False, "profile": "?", "samples": 0, "excluded": "unknown"}
+    return {**blank, **body, "name": name, "widths": [], "plan": None, "bytes_down": 0, "bytes_up": 0}
+
+
+def _last_part(name: str, state: State | None) -> dict[str, Any]:
+    """How a device's last part in a round went: in the present one, else in the last that asked it."""
+    if state is not None:
+        task = state.tasks.get(name)
+        if task is not None:
+            return {"round": state.round_of(task), "progress": task.progress.value, "reason": task.reason}
+        for row in reversed(state.history):
+            part = row["devices"].get(name)
+            if part is not None:
+                return {"round": row["round"], "progress": part["progress"], "reason": part["reason"]}
+    return {"round": None, "progress": None, "reason": ""}

@@ -1,0 +1,164 @@
+"""`fedprune-server check`, `backup` and `restore`: look after a server's state folder."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.cli import ended_by_signals, with_extra
+from fedprune.core.errors import ExitCode, StorageError, UsageError
+from fedprune.core.text import quantity
+from fedprune_server.cli.state import add_state
+
+
+def add_store_commands(commands: Any) -> None:
+    """Add them to the parser's commands."""
+    check = commands.add_parser("check", help="see whether all that a job needs is there and whole")
+    add_state(check)
+    check.add_argument(
+        "--repair", action="store_true", help="delete what isn't needed, set damaged blobs aside, say what was done"
+    )
+    check.add_argument(
+        "--from", dest="backup", type=Path, metavar="DIR", help="with --repair: a backup to take missing blobs from"
+    )
+    check.set_defaults(run=with_extra("server", _check))
+
+    backup = commands.add_parser("backup", help="copy all that a job needs, also while its server runs")
+    add_state(backup)
+    backup.add_argument(
+        "--to", type=Path, required=True, metavar="PLACE", help="a folder, to which the next adds; or FILE.tar"
+    )
+    backup.set_defaults(run=with_extra("server", _backup))
+
+    restore = commands.add_parser("restore", help="make a state folder of a backup")
+    restore.add_argument(
+        "--from", dest="backup", type=Path, required=True, metavar="PLACE", help="what `backup --to` wrote"
+    )
+    restore.add_argument("--state", type=Path, required=True, metavar="DIR", help="the new state folder")
+    restore.add_argument(
+        "--database", metavar="URL", help="of an empty PostgreSQL database (default: SQLite in the folder)"
+    )
+    restore.add_argument("--dry-run", action="store_true", help="see whether the backup is whole, and write nothing")
+    restore.set_defaults(run=with_extra("server", _restore))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from fedprune.core.disk import held
+    from fedprune_server.maintenance.finding import Finding, Weight
+    from fedprune_server.maintenance.repair import repair
+    from fedprune_server.maintenance.state_check import check, size_of
+    from fedprune_server.storage.folder_lock import LOCK, folder_lock
+    from fedprune_server.storage.further_folders import folders
+    from fedprune_server.terminal.shown_bytes import shown_bytes
+
+    folder: Path = arguments.state
+    if arguments.backup is not None and not arguments.repair:
+        raise UsageError("--from without --repair", hint="A check alone changes nothing.")
+    if arguments.backup is not None and not arguments.backup.is_dir():
+        raise UsageError("--from", expected="a backup's folder", got=str(arguments.backup))
+
+    def found(part: Path, *, running: bool) -> list[Finding]:
+        with shown_bytes(f"reading {part}", size_of(part)) as advance:
+            return list(check(part, advance, running=running))
+
+    wrong = 0
+    for part in (folder, *folders(folder)):
+        if arguments.repair:
+            backup = None if arguments.backup is None else arguments.backup / part.relative_to(folder)
+            with folder_lock(part):
+                findings = found(part, running=False)
+                for finding in findings:
+                    print(finding)
+                for done in repair(part, findings, backup):
+                    print(f"repaired: {done}")
+                findings = found(part, running=False)
+                left = [f for f in findings if f.weight is Weight.WRONG]
+                for finding in left:
+                    print(f"still {finding}")
+        else:
+            findings = found(part, running=held(part / LOCK))
+            for finding in findings:
+                print(finding)
+        wrong += sum(f.weight is Weight.WRONG for f in findings)
+    if wrong:
+        raise StorageError(
+            f"{folder}: {wrong} thing{'s are' if wrong > 1 else ' is'} wrong",
+            hint="See above; docs/back-up.md says what to do.",
+        )
+    print(f"{folder}: all that its job needs is there and whole")
+    return int(ExitCode.OK)
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    from fedprune_server.maintenance.backup import back_up
+    from fedprune_server.maintenance.backup_record import record_backup
+    from fedprune_server.maintenance.state_check import size_of
+    from fedprune_server.storage.further_folders import folders
+    from fedprune_server.terminal.shown_bytes import shown_bytes
+
+    state: Path = arguments.state
+    further = folders(state)
+    if further and arguments.to.suffix == ".tar":
+        raise UsageError(
+            "--to", expected=f"a folder, as {state} has further jobs", got=str(arguments.to),
+            hint=f"For one job alone give its own folder, such as --state {further[0]}.",
+        )  # fmt: skip
+    has_identity = False
+    for part in (state, *further):
+        target = arguments.to / part.relative_to(state)
+        with ended_by_signals(), shown_bytes(f"backing {part} up", size_of(part)) as advance:
+            made = back_up(part, target, advance)
+        record_backup(part)
+        print(
+            f"{target}: job {made.job} in round {made.round}, {quantity(len(made.entries), 'file')}, "
+            f"{made.size:,} bytes"
+        )
+        has_identity = has_identity or made.has_identity
+    if has_identity:
+        print("it has the server's private keys: whoever has it is the server, so keep it to yourself")
+    return int(ExitCode.OK)
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    from fedprune_server.maintenance.restoring import check_target, opened, read_manifest, restore, verify
+    from fedprune_server.storage.further_folders import folders
+    from fedprune_server.terminal.shown_bytes import shown_bytes
+
+    target: Path = arguments.state
+    backup: Path = arguments.backup
+    parts = [backup, *folders(backup)]
+    if not arguments.dry_run:
+        for part in parts:
+            check_target(target / part.relative_to(backup))
+    manifests = []
+    for part in parts:
+        with ended_by_signals(), opened(part) as source:
+            manifest = read_manifest(source, part)
+            with shown_bytes(f"reading {part}", manifest.size) as advance:
+                verify(source, manifest, advance)
+        print(
+            f"{part} is whole: job {manifest.job} in round {manifest.round}, {quantity(len(manifest.entries), 'file')}"
+        )
+        manifests.append(manifest)
+    if arguments.dry_run:
+        return int(ExitCode.OK)
+    for part, manifest in zip(parts, manifests, strict=True):
+        database = arguments.database if part == backup else None
+        writing = shown_bytes(f"writing {target}", manifest.size)
+        with ended_by_signals(), opened(part) as source, writing as advance:
+            restore(source, manifest, target / part.relative_to(backup), database, advance)
+    manifest = manifests[0]
+    if manifest.has_operators:
+        print(
+            "the console's operators are those of the backup: remove again whoever was removed since, and give new "
+            "passwords where they were changed (fedprune-server operators)"
+        )
+    print(f"to go on: fedprune-server run --state {shlex.quote(str(target))}")
+    if manifest.has_identity:
+        print(
+            "first revoke again whoever was shut out since the backup (docs/security.md#a-backup-that-is-restored), "
+            "and see that the old server doesn't run any more"
+        )
+    return int(ExitCode.OK)

@@ -1,1 +1,0 @@
-"""The command lines below `fedprune-server`, and `fedprune-simulate`."""

@@ -1,0 +1,169 @@
+"""Settings of notifications about alerts: the table [alerts]."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from email.headerregistry import Address
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fedprune.core import validation
+from fedprune.core.errors import ConfigError, shown
+
+OFF = "off"
+PATHS = ("webhook_secret", "mail_password")
+"""Keys that name files."""
+
+_LEVELS = ("info", "warning", "critical")
+_HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+
+
+@dataclass(frozen=True)
+class AlertSettings:
+    """Settings of notifications, `[alerts]`.
+
+    Attributes:
+        webhook: Where alerts are posted as JSON, as `https://...` or `http://...`; `off` for nowhere.
+        webhook_secret: A file with a key: the header `X-Fedprune-Signature` then proves that a post is this server's.
+        heartbeat: An address that is fetched once a minute while the server works, for a service that notices when
+            that ends; `off` for none.
+        mail_to: Who gets alerts by e-mail, with commas; `off` for no mail.
+        mail_from: The sender of these e-mails.
+        mail_server: The relay, as `smtp://host[:port]` (port 587) or `smtps://host[:port]` (TLS from the start, 465).
+        mail_starttls: Whether a relay at `smtp://` is spoken to over TLS alone.
+        mail_user: The name to log in with at the relay; `off` for no log-in.
+        mail_password: A file with the password for that.
+        severity: The least severity that is notified: `info`, `warning` or `critical`.
+        quiet_hours: A time of the day, by the server's time zone, as `22:00-07:00`, in which only `quiet_severity`
+            counts; `off` for none. What is still open afterwards is notified then.
+        quiet_severity: The least severity that is notified in quiet hours.
+        repeat_minutes: How often an open alert is notified again; 0 for once.
+        resolved: Whether the end of an alert is notified, too.
+    """
+
+    webhook: str = OFF
+    webhook_secret: Path | None = None
+    heartbeat: str = OFF
+    mail_to: str = OFF
+    mail_from: str = "fedprune@localhost"
+    mail_server: str = "smtp://localhost"
+    mail_starttls: bool = True
+    mail_user: str = OFF
+    mail_password: Path | None = None
+    severity: str = "warning"
+    quiet_hours: str = OFF
+    quiet_severity: str = "critical"
+    repeat_minutes: int = 240
+    resolved: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("webhook", "heartbeat"):
+            _check_url(name, getattr(self, name))
+        for name in ("mail_starttls", "resolved"):
+            validation.truth(f"alerts: {name}", getattr(self, name))
+        for name in ("severity", "quiet_severity"):
+            validation.word(f"alerts: {name}", getattr(self, name), _LEVELS)
+        validation.whole("alerts: repeat_minutes", self.repeat_minutes, 0, 100_000)
+        for name in PATHS:
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ConfigError(f"alerts: {name}", expected="a file that exists", got=shown(str(path)))
+        if self.webhook_secret is not None and self.webhook == OFF:
+            raise ConfigError("alerts: webhook_secret", expected="a webhook as well", got="none")
+        if (self.mail_password is None) != (self.mail_user == OFF):
+            raise ConfigError("alerts: mail_user and mail_password", expected="both of them", got="one")
+        for address in (*self.recipients, self.mail_from):
+            _check_address(address)
+        _ = self.relay
+        if self.quiet_hours != OFF and not _HOURS.fullmatch(self.quiet_hours):
+            raise ConfigError(
+                "alerts: quiet_hours", expected=f"HH:MM-HH:MM, such as 22:00-07:00, or {OFF!r}",
+                got=shown(self.quiet_hours),
+            )  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any], where: str = "alerts") -> AlertSettings:
+        """Check a table [alerts].
+
+        Raises:
+            ConfigError: A key is unknown or has a wrong value.
+        """
+        validation.only([f.name for f in fields(cls)], body, where)
+        values = dict(body)
+        for field in fields(cls):
+            value = values.get(field.name)
+            if value is None or not (isinstance(field.default, str) or field.name in PATHS):
+                continue
+            if not isinstance(value, str) or not value.strip():
+                raise ConfigError(f"alerts: {field.name}", expected="a text", got=shown(value))
+            values[field.name] = Path(value) if field.name in PATHS else value
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, with paths that hold in every folder."""
+        return {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """Who gets e-mails."""
+        return () if self.mail_to == OFF else tuple(a.strip() for a in self.mail_to.split(","))
+
+    @property
+    def relay(self) -> tuple[str, str, int]:
+        """Scheme, host and port of the mail relay."""
+        scheme, host, port = _parts(self.mail_server)
+        if scheme not in ("smtp", "smtps") or not host or port == 0 or self.mail_server.count("/") > 2:
+            raise ConfigError(
+                "alerts: mail_server", expected="smtp://host[:port] or smtps://host[:port]", got=shown(self.mail_server)
+            )
+        return scheme, host, port or (587 if scheme == "smtp" else 465)
+
+    def least(self, at: datetime) -> str:
+        """The least severity that is notified at a local time."""
+        found = _HOURS.fullmatch(self.quiet_hours)
+        if found is None:
+            return self.severity
+        h1, m1, h2, m2 = map(int, found.groups())
+        begins, ends, now = 60 * h1 + m1, 60 * h2 + m2, 60 * at.hour + at.minute
+        quiet = begins <= now < ends if begins <= ends else now >= begins or now < ends
+        return max(self.severity, self.quiet_severity, key=_LEVELS.index) if quiet else self.severity
+
+
+def shown_url(url: str) -> str:
+    """A URL's scheme, host and port alone: the user, the path and the query often hold secrets."""
+    scheme, host, port = _parts(url)
+    if url == OFF or not host:
+        return OFF if url == OFF else "not a URL"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}{'' if port is None else f':{port}'}/..."
+
+
+def _check_url(name: str, url: str) -> None:
+    scheme, host, port = _parts(url)
+    fine = scheme in ("http", "https") and host and port != 0 and "@" not in url.partition("://")[2].partition("/")[0]
+    if url != OFF and not (fine and url.isascii() and url.isprintable() and " " not in url and "#" not in url):
+        raise ConfigError(
+            f"alerts: {name}", expected=f"https://host[:port]/path or http://..., without a user, or {OFF!r}",
+            got=shown(shown_url(url)),
+        )  # fmt: skip
+
+
+def _parts(url: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port of an address; empty where the address is invalid, and 0 for an invalid port."""
+    try:
+        found = urlsplit(url)
+        return found.scheme, found.hostname or "", found.port
+    except ValueError:
+        return "", "", 0
+
+
+def _check_address(text: str) -> None:
+    try:
+        Address(addr_spec=text)
+    except (ValueError, IndexError) as error:
+        raise ConfigError(
+            "alerts: mail_to and mail_from", expected="addresses such as ann@example.org, with commas", got=shown(text)
+        ) from error

@@ -1,0 +1,45 @@
+"""Where a server's helpers are: on this machine, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import re
+
+from fedprune.core.errors import ConfigError
+
+PROCESSES = "processes"
+"""Processes of this machine."""
+
+_AUTO, _CLIENT, _NODE = "ray:auto", "ray://", "ray:"
+_PLACE = re.compile(r"[A-Za-z0-9._\-]{1,253}:[0-9]{1,5}|\[[0-9A-Fa-f:.]{2,45}\]:[0-9]{1,5}")
+
+
+def check_url(url: str) -> str:
+    """A setting that says where helpers are.
+
+    Raises:
+        ConfigError: It doesn't.
+    """
+    place = url.removeprefix(_CLIENT) if url.startswith(_CLIENT) else url.removeprefix(_NODE)
+    if url not in (PROCESSES, _AUTO) and not (url.startswith(_NODE) and _PLACE.fullmatch(place)):
+        raise ConfigError(
+            "server: workers_url", expected=f"{PROCESSES!r}, ray:auto, ray:HOST:PORT or ray://HOST:PORT", got=repr(url)
+        )
+    return url
+
+
+def ray_address(url: str) -> str:
+    """What Ray calls it."""
+    return url if url.startswith(_CLIENT) else url.removeprefix(_NODE)
+
+
+def needs_client(url: str) -> bool:
+    """Whether it is reached through a Ray client server, from outside of the cluster."""
+    return url.startswith(_CLIENT)
+
+
+def endpoint(url: str) -> tuple[str, int] | None:
+    """Host and port; None where Ray finds them itself."""
+    if url in (PROCESSES, _AUTO):
+        return None
+    host, _, port = ray_address(url).removeprefix(_CLIENT).rpartition(":")
+    return host.strip("[]"), int(port)

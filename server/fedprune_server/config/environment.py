@@ -1,0 +1,155 @@
+"""Settings from environment variables: `FEDPRUNE_<TABLE>_<KEY>`, or with `_FILE` the name of a file that holds one.
+
+Texts are taken as they are; every other value is written as in TOML: `3`, `0.5`, `true`, `["float16"]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.errors import ConfigError, meant, remedy, shown
+from fedprune.core.toml_file import parse_toml
+from fedprune.jobs.job import Job
+from fedprune.privacy.settings import Privacy
+from fedprune.training.recipe import Recipe
+from fedprune_server.config.alert_settings import AlertSettings
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.layers import Layer
+from fedprune_server.config.tables import TABLES, anchored
+
+CONFIG = "FEDPRUNE_CONFIG"
+"""Names the `fleet.toml`, where `--config` doesn't."""
+
+_FILE = "_FILE"
+_EXPECTED = "a setting, as FEDPRUNE_<TABLE>_<KEY>"
+_MAX_FILE = 65536
+_PREFIXES = tuple(f"FEDPRUNE_{table.upper()}_" for table in TABLES)
+_OPEN = {"FEDPRUNE_JOB_OPTIONS_": ("job", "options"), "FEDPRUNE_JOB_SCHEDULE_": ("job", "schedule")}
+"""Tables whose keys are not known here: the strategy's own."""
+_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$")
+"""Ends of the variables that Kubernetes makes for a Service, whatever that is called."""
+
+
+def variables() -> dict[str, tuple[tuple[str, ...], bool]]:
+    """Every variable by name: the setting that it is, and whether it is a text."""
+    found: dict[tuple[str, ...], bool] = {
+        ("model", "path"): True,
+        ("model", "input_shape"): False,
+        ("evaluation", "data"): True,
+        ("calibration", "data"): True,
+    }
+    for table, kind, left in (
+        (("job",), Job, ("privacy", "recipe")),
+        (("job", "privacy"), Privacy, ()),
+        (("job", "recipe"), Recipe, ()),
+        (("server",), ServerConfig, ("job", "model", "evaluation", "calibration", "input_shape", "alerts")),
+        (("alerts",), AlertSettings, ()),
+    ):
+        for f in fields(kind):
+            if f.name not in left:
+                path: tuple[str, ...] = (*table, f.name)
+                found[path] = _is_text(str(f.type), f.default)
+    return {"FEDPRUNE_" + "_".join(path).upper(): (path, text) for path, text in found.items()}
+
+
+def environment_layer(environment: Mapping[str, str]) -> Layer:
+    """What the environment says. Relative paths in it count from the current folder.
+
+    Raises:
+        ConfigError: A variable of one of the tables, or of what looks like one, is no setting, has no value that TOML
+            knows, or names a file that can't be used.
+    """
+    known = variables()
+    places: dict[tuple[str | int, ...], str] = {}
+    layer = Layer("the environment", {}, places)
+    for name in sorted(environment):
+        where = f"environment variable {name}"
+        if not name.startswith(_PREFIXES):
+            if setting := _misspelt(name, known):
+                raise ConfigError(f"{where} (did you mean {setting!r}?)", expected=_EXPECTED)
+            continue
+        path, text, from_file = _setting(name, known)
+        if path in places:
+            raise ConfigError(where, expected="this or the variable without _FILE", got="both")
+        value = _content(Path(environment[name]), where) if from_file else environment[name]
+        table = layer.tables
+        for part in path[:-1]:
+            table = table.setdefault(part, {})
+        table[path[-1]] = value if text else _value(value, path, where)
+        places[path] = where
+    return Layer(layer.name, anchored(layer.tables, Path.cwd()), places)
+
+
+def _setting(name: str, known: Mapping[str, tuple[tuple[str, ...], bool]]) -> tuple[tuple[str, ...], bool, bool]:
+    """The setting of a variable, whether it is a text, and whether the variable names a file with it."""
+    for plain, from_file in ((name, False), (name.removesuffix(_FILE), True)):
+        if plain in known:
+            return (*known[plain], from_file)
+    for prefix, table in _OPEN.items():
+        if name.startswith(prefix) and len(name) > len(prefix):
+            return (*table, name.removeprefix(prefix).lower()), False, False
+    raise ConfigError(
+        f"environment variable {name[:80]}{meant(name.removesuffix(_FILE), known)}",
+        expected=_EXPECTED,
+        hint="docs/run-a-fleet.md lists tables and keys. Where Kubernetes made it, set enableServiceLinks: false.",
+    )  # fmt: skip
+
+
+def _misspelt(name: str, known: Iterable[str]) -> str | None:
+    """The setting that somebody seems to have meant who wrote a table's name with one slip, and the key without any."""
+    program, _, rest = name.partition("_")
+    word, _, key = rest.removesuffix(_FILE).partition("_")
+    if program != "FEDPRUNE" or not word.isalpha() or _LINK.search(name):
+        return None
+    meant = (f"FEDPRUNE_{table}_{key}" for table in map(str.upper, TABLES) if _slipped(word, table))
+    return next((setting for setting in meant if setting in known), None)
+
+
+def _slipped(word: str, table: str) -> bool:
+    """Whether a word has a letter more or less than a table's name, another one, or two swapped."""
+    if abs(len(word) - len(table)) == 1:
+        short, long = sorted((word, table), key=len)
+        return any(short == long[:i] + long[i + 1 :] for i in range(len(long)))
+    wrong = [i for i, (w, t) in enumerate(zip(word, table, strict=False)) if w != t]
+    swapped = len(wrong) == 2 and wrong[1] == wrong[0] + 1 and sorted(word) == sorted(table)
+    return len(word) == len(table) and (len(wrong) == 1 or swapped)
+
+
+def _is_text(kind: str, default: object) -> bool:
+    if kind.startswith(("dict", "tuple")):
+        return False
+    return isinstance(default, (str, Path)) or kind.startswith(("str", "Path"))
+
+
+def _value(text: str, path: tuple[str, ...], where: str) -> Any:
+    """A value written as in TOML; an option of a strategy may also be a bare word."""
+    try:
+        return parse_toml(f"value = {text}\n")["value"] if "\n" not in text else _no_value()
+    except ValueError:
+        if path[:-1] in _OPEN.values():
+            return text
+        expected = 'a value as in TOML: 3, 0.5, true, ["a"]'
+        raise ConfigError(f"{where}: [{'.'.join(path[:-1])}] {path[-1]}", expected=expected, got=shown(text)) from None
+
+
+def _no_value() -> Any:
+    raise ValueError("more than a line")
+
+
+def _content(path: Path, where: str) -> str:
+    """The text in a file, such as a secret's, without the end of its line."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_FILE + 1)
+        text = raw.decode().removesuffix("\n").removesuffix("\r")
+    except OSError as error:
+        raise ConfigError(f"{where}: can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: {path}", expected="a text in UTF-8", got="other bytes") from error
+    if not text or len(raw) > _MAX_FILE or "\0" in text:
+        raise ConfigError(f"{where}: {path}", expected=f"a text of 1 to {_MAX_FILE} bytes", got=f"{len(raw)} bytes")
+    return text

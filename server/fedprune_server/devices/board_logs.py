@@ -1,0 +1,304 @@
+"""What boards tell of their logs and crashes, on the server's disk: so much of each board, so much in all, no more.
+
+A database of its own beside the job's, because boards are the fleet's and not a job's, and because losing it costs
+nothing but these lines. The daemon collects what comes and writes it a few times a second at most; a board lets go of
+a line when it is told that the server's disk has it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import StorageError
+from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
+from fedprune.wire.validation import one_line
+from fedprune_server.terminal.log_lines import about
+
+log = logging.getLogger("fedprune.server")
+
+FILE = "board-logs.db"
+"""In the state folder."""
+
+LINES, BYTES = 60, 16_384
+"""What a board may tell in an hour."""
+
+PER_BOARD, CRASHES, IN_ALL = 200, 10, 50_000
+"""Lines and crashes of a board that are kept, and rows of all boards."""
+
+_WAITING = 4096
+"""Rows that wait to be written; more than that are left out."""
+
+_HOUR_S = 3600.0
+_LATEST = 253_402_214_400
+"""Seconds from 1970 to the last day that calendars know, of the year 9999: a board's clock may say anything."""
+
+_FORMAT = 1
+_BUSY_S = 5
+_LOOP_BUSY_MS = 200  # the server's loop waits no longer for who reads; boards tell their lines again
+_TABLE = """
+CREATE TABLE IF NOT EXISTS told (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, device TEXT NOT NULL, number INTEGER NOT NULL, kind TEXT NOT NULL,
+    at REAL NOT NULL, received REAL NOT NULL, level TEXT NOT NULL, count INTEGER NOT NULL, text TEXT NOT NULL,
+    body TEXT NOT NULL, UNIQUE (device, number))
+"""
+_INSERT = """
+INSERT OR IGNORE INTO told (device, number, kind, at, received, level, count, text, body) VALUES (?,?,?,?,?,?,?,?,?)
+"""
+_TRIM = """
+DELETE FROM told WHERE device = ? AND kind = ? AND id <= (
+    SELECT id FROM told WHERE device = ? AND kind = ? ORDER BY id DESC LIMIT 1 OFFSET ?)
+"""
+_TRIM_ALL = "DELETE FROM told WHERE id <= (SELECT id FROM told ORDER BY id DESC LIMIT 1 OFFSET ?)"
+
+
+@dataclass(frozen=True)
+class Told:
+    """A line of a board's log, or a crash.
+
+    Attributes:
+        id: Grows with each that came.
+        device: The board.
+        kind: `line` or `crash`.
+        at: When, in seconds since 1970, by the board's clock.
+        received: The same by the server's.
+        level: `warning` or `error`.
+        count: How often the line came.
+        text: What it says, on one line.
+        body: A crash's `cause`, `frames`, `release`, `slot`, `uptime_s`, `temperature_c` and memory; nothing for lines.
+    """
+
+    id: int
+    device: str
+    kind: str
+    at: float
+    received: float
+    level: str
+    count: int
+    text: str
+    body: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        times = f" ({self.count} times)" if self.count > 1 else ""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(self.at, _LATEST)))
+        return f"{stamp} {self.device} {self.level}: {self.text}{times}"
+
+
+class BoardLogs:
+    """What boards tell, in a state folder.
+
+    Args:
+        folder: The folder.
+        lines: Lines that a board may tell in an hour; 0 for none.
+        clock: Seconds since 1970.
+        monotonic: Seconds that only grow.
+
+    Raises:
+        StorageError: The file is damaged, of another version, or the disk fails.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        lines: int = LINES,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path, self._lines, self._clock, self._monotonic = folder / FILE, lines, clock, monotonic
+        self._waiting: deque[tuple[Any, ...]] = deque()
+        self._answers: set[str] = set()
+        self._kept: dict[str, int] = {}
+        self._hours: dict[str, tuple[float, int]] = {}
+        self._complained = False
+        self.told: Callable[[Told], None] = lambda row: None
+        """Called with each line and crash that is new on the disk."""
+        with _translated(self._path):
+            self._path.touch(0o600)
+            self._connection = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)
+        try:
+            with _translated(self._path):
+                self._connection.execute("PRAGMA synchronous=FULL")
+                version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+                if version not in (0, _FORMAT):
+                    raise StorageError(f"{self._path} was written by another version", expected=_FORMAT, got=version)
+                self._connection.execute(_TABLE)
+                self._connection.execute(f"PRAGMA user_version={_FORMAT}")
+                self._connection.execute(f"PRAGMA busy_timeout={_LOOP_BUSY_MS}")
+                self._kept.update(self._connection.execute("SELECT device, max(number) FROM told GROUP BY device"))
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    def __enter__(self) -> BoardLogs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def wanted(self, device: str) -> LogWanted:
+        """What a board is told that it may tell, and what is here of it."""
+        return LogWanted(self._lines, BYTES, self._kept.get(device))
+
+    def lines(self, message: BoardLines) -> None:
+        """A board told lines of its log; more than it may are left out."""
+        device, now = message.device, self._clock()
+        allowed = self._allowance(device, len(message.lines))
+        for line in message.lines[:allowed]:
+            row = (line["number"], "line", line["at"], now, line["level"], line["count"], one_line(line["text"]), "{}")
+            self._put((device, *row))
+        self._answers.add(device)
+
+    def crashed(self, message: CrashReport) -> None:
+        """A board told how its last run ended."""
+        now, text = self._clock(), one_line(message.text, 1000)
+        where = [{**f, "module": one_line(f["module"], 128), "function": one_line(f["function"], 128)}
+                 for f in message.frames]  # fmt: skip
+        body = {
+            "cause": one_line(message.cause, 64),
+            "frames": where,
+            "release": one_line(message.release, 256),
+            "slot": one_line(message.slot, 64),
+            "uptime_s": message.uptime_s,
+            "temperature_c": message.temperature_c,
+            "memory_available": message.memory_available,
+            "memory_total": message.memory_total,
+        }
+        self._answers.add(message.device)
+        if not self._allowance(message.device, 1):
+            return
+        row = (message.number, "crash", message.at, now, "error", 1, text, json.dumps(body, sort_keys=True))
+        self._put((message.device, *row))
+
+    def save(self) -> dict[str, LogWanted]:
+        """Write what has come; a disk that fails costs these lines, and boards tell them again.
+
+        Returns:
+            What to answer boards, by name.
+        """
+        if not self._answers:
+            return {}
+        rows, answers = list(self._waiting), self._answers
+        self._waiting.clear()
+        self._answers = set()
+        try:
+            new = self._write(rows) if rows else []
+        except StorageError as error:
+            if not self._complained:
+                self._complained = True
+                log.warning("%s: lines of boards' logs are not kept", error)
+            return {}
+        self._complained = False
+        for row in rows:
+            self._kept[row[0]] = max(self._kept.get(row[0], 0), row[1])
+        for told in new:
+            with about(device=told.device):
+                if told.kind == "crash":
+                    log.warning("device %s crashed: %s%s", told.device, told.text, _place(told.body))
+                else:
+                    log.debug("device %s says: %s", told.device, told.text)
+            self.told(told)
+        return {device: self.wanted(device) for device in sorted(answers)}
+
+    def _put(self, row: tuple[Any, ...]) -> None:
+        if len(self._waiting) < _WAITING:
+            self._waiting.append(row)
+
+    def _allowance(self, device: str, wanted: int) -> int:
+        """How many of so many lines a board may tell: twice of what it was told, since clocks differ."""
+        now = self._monotonic()
+        since, used = self._hours.get(device, (now, 0))
+        if now - since >= _HOUR_S:
+            since, used = now, 0
+        allowed = max(0, min(wanted, 2 * self._lines + CRASHES - used))
+        self._hours[device] = since, used + allowed
+        return allowed
+
+    def _write(self, rows: list[tuple[Any, ...]]) -> list[Told]:
+        with _translated(self._path), self._connection as connection:  # which commits, or rolls back
+            connection.execute("BEGIN IMMEDIATE")
+            last = connection.execute("SELECT max(id) FROM told").fetchone()[0] or 0
+            connection.executemany(_INSERT, rows)
+            found = [_row(r) for r in connection.execute(f"{_SELECT} WHERE id > ? ORDER BY id", (last,))]
+            for device, kind in {(r.device, r.kind) for r in found}:
+                most = CRASHES if kind == "crash" else PER_BOARD
+                connection.execute(_TRIM, (device, kind, device, kind, most))
+            connection.execute(_TRIM_ALL, (IN_ALL,))
+        return found
+
+
+_SELECT = "SELECT id, device, kind, at, received, level, count, text, body FROM told"
+
+
+def read_logs(folder: Path, device: str | None = None, after: int = 0, most: int = 1000) -> list[Told]:
+    """What a state folder has of boards' logs, the oldest first.
+
+    Args:
+        folder: The folder.
+        device: One board's alone.
+        after: What is newer than this `id`.
+        most: The latest so many.
+
+    Raises:
+        StorageError: The file is damaged, or can't be read.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return []
+    query, values = f"{_SELECT} WHERE id > ?", [after]
+    if device is not None:
+        query, values = f"{query} AND device = ?", [after, device]  # type: ignore[list-item]
+    with _translated(path):
+        opened = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)
+        with closing(opened) as connection:
+            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+                return []  # made this moment
+            rows = connection.execute(f"{query} ORDER BY id DESC LIMIT ?", (*values, most)).fetchall()
+    return [_row(r) for r in reversed(rows)]
+
+
+def frames_of(told: Told) -> list[str]:
+    """Where a crash happened, as lines for people."""
+    rows = []
+    for frame in told.body.get("frames", ()):
+        at = f"{frame['module']}:{frame['line']} in {frame['function']}" if frame["line"] else frame["module"]
+        rows.append(at)
+    return rows
+
+
+def _row(values: tuple[Any, ...]) -> Told:
+    try:
+        number, device, kind, at, received, level, count, text, body = values
+        return Told(number, device, kind, at, received, level, count, text, json.loads(body))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StorageError(f"a row of boards' logs is damaged ({error})", hint=f"Delete {FILE}.") from error
+
+
+def _place(body: Mapping[str, Any]) -> str:
+    ours = [f for f in body["frames"] if f["line"]]
+    return f" ({ours[0]['module']}:{ours[0]['line']})" if ours else ""
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        with storage_errors(f"can't use {path}"):
+            yield
+    except sqlite3.Error as error:
+        raise StorageError(f"{path}: {error}", hint="It may be deleted: it holds boards' lines alone.") from error

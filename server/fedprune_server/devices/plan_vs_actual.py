@@ -1,0 +1,112 @@
+"""What was predicted of a device's rounds beside what it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedprune.coordination import State
+from fedprune.core.errors import FedpruneError
+from fedprune.core.text import amount
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device
+from fedprune.model.architecture import Architecture
+from fedprune.planning.cost_prediction import predict
+from fedprune.planning.plan import Plan
+from fedprune.strategies import compose
+
+QUANTITIES: dict[str, tuple[str, str, str]] = {
+    "step_seconds": ("step", "step_s", "s"),
+    "latency_seconds": ("prediction", "latency_s", "s"),
+    "peak_memory_bytes": ("memory", "memory_bytes", "bytes"),
+}
+"""Per metric of an update its name for people, the figure of a plan's prediction, and the unit of both."""
+
+Compared = dict[str, tuple[float | None, float | None]]
+"""Per metric what was predicted and what was measured, as far as there is either."""
+
+
+def compared(name: str, state: State | None, predicted: Mapping[str, Any] | None) -> Compared:
+    """A device's predictions beside its latest measurements at the same widths.
+
+    Args:
+        name: The device.
+        state: The coordinator's state.
+        predicted: Figures of a prediction; None without any.
+    """
+    measured = _measured(name, state)
+    rows = {m: (_number(predicted, figure), _number(measured, m)) for m, (_, figure, _) in QUANTITIES.items()}
+    return {m: pair for m, pair in rows.items() if pair != (None, None)}
+
+
+def planned(plan: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The figures of a plan without what rounds taught: a measurement that corrected them would always agree."""
+    return vars(Plan.from_dict(plan).before_rounds)
+
+
+def predicted(name: str, device: Device, job: Job, architecture: Architecture) -> Mapping[str, Any] | None:
+    """The cost of a device's rounds as predicted before any of them: by its plan, or for the widths that the job gives.
+
+    Args:
+        name: The device.
+        device: What is known of it.
+        job: The job's settings.
+        architecture: The global model's architecture.
+    """
+    if device.plan is not None:
+        return planned(device.plan)
+    if not device.widths:
+        return None
+    try:
+        probe = None if device.probe is None else ProbeReport.from_dict(device.probe)
+        profile = HardwareProfile.from_dict(device.profile)
+        recipe = compose(job).foreseen(job, name, device.widths, device.density, device.samples)
+        return vars(predict(architecture, device.widths, profile, recipe, device.samples, probe=probe))
+    except FedpruneError:
+        return None
+
+
+def described(rows: Compared) -> str:
+    """One line for people; empty where nothing was measured."""
+    parts = []
+    for metric, (expected, seen) in rows.items():
+        if seen is None:
+            continue
+        title, _, unit = QUANTITIES[metric]
+        text = f"{title} {amount(seen, unit)}"
+        parts.append(text if expected is None else f"{text} (predicted {amount(expected, unit)})")
+    return ", ".join(parts)
+
+
+def table(rows: Sequence[tuple[str, Compared]]) -> list[tuple[str, ...]]:
+    """Devices and their comparisons as rows for a report; the first is the header."""
+    names = [f"{title} {word}" for title, *_ in QUANTITIES.values() for word in ("predicted", "measured", "off by")]
+    out: list[tuple[str, ...]] = [("device", *names)]
+    for name, pairs in rows:
+        cells = [name]
+        for metric, (_, _, unit) in QUANTITIES.items():
+            expected, seen = pairs.get(metric, (None, None))
+            cells += ["–" if v is None else amount(v, unit) for v in (expected, seen)]
+            cells.append(f"{expected / seen - 1:+.0%}" if expected is not None and seen else "–")
+        out.append(tuple(cells))
+    return out
+
+
+def _measured(name: str, state: State | None) -> Mapping[str, Any]:
+    """Metrics of a device's latest update at the widths that it has now."""
+    if state is None or name not in state.devices:
+        return {}
+    widths = list(state.devices[name].widths)
+    for row in reversed(state.history):
+        part = row["devices"].get(name)
+        if part is not None and part["progress"] == "folded" and part.get("widths") == widths:
+            metrics: Mapping[str, Any] = part["metrics"]
+            return metrics
+    return {}
+
+
+def _number(values: Mapping[str, Any] | None, name: str) -> float | None:
+    value = (values or {}).get(name)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -1,0 +1,410 @@
+"""Quarantine of devices that flood the server or send unusable updates; the other devices are not affected.
+
+Every device has an allowance of points, which is refilled with time and with the server's messages that need an answer.
+Each message costs points, by its size and by the work it causes. Requested chunks, and requests for blobs that the
+device was offered, are free, up to a few times what the blob needs. So a board that delivers updates, fetches models or
+reconnects with ten thousand others spends little, whatever its speed, and answers don't pay for a flood. A device
+without points, or one that sends updates that no board makes, is quarantined: its messages are dropped unread, for a
+minute at first and twice as long each time.
+
+The accounting takes the same few steps for every message and keeps records of members only; unknown names share one
+allowance, because a stranger can choose any number of them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.core.disk import storage_errors, write_whole
+from fedprune.core.errors import StorageError
+from fedprune.wire.messages import MAX_WANT
+from fedprune.wire.validation import one_line
+
+log = logging.getLogger("fedprune.server")
+
+FILE = "quarantine.json"
+"""In the state folder, for `fedprune-server status`."""
+
+BURST, PER_S = 4000.0, 20.0
+"""A device's most points, and the points that it regains in a second."""
+
+MESSAGE, BYTES_PER_POINT = 1.0, 4096
+"""Cost of a message, and bytes of it that cost another point."""
+
+BIRTH = 30.0
+"""Additional cost of a birth: the server plans, and writes to its disk."""
+
+BAD = 50.0
+"""Cost of an invalid message, or one in another device's name. Messages of newer versions are valid."""
+
+EARNED = 2.0
+"""Points that a device gets for each message that needs an answer."""
+
+FREE_WANTS, WANTS_PER_LEAF = 64, 4
+"""Free requests for an offered blob: a fixed number, and a number for each of its leaves."""
+
+_WANT = MESSAGE + 0.25
+_BLOBS = 256
+
+CREDIT = 4 * MAX_WANT * LEAF
+"""Bytes of chunks that count as asked for at most, however many were: each leaf that is asked for counts twice."""
+
+STRIKES = 3
+"""Updates in a row that no board makes of what it was sent."""
+
+FIRST_S, LONGEST_S = 60.0, 3600.0
+"""How long a device is in quarantine the first time, and at most: each time is twice as long as the last."""
+
+FORGIVEN_S = 24 * 3600.0
+"""After so long without, the next time is the first."""
+
+STRANGERS_BURST, STRANGERS_PER_S = 100_000.0, 1000.0
+"""Points of all devices together that the server doesn't know yet, and that they get back in a second."""
+
+CROWDED_S = 60.0
+"""Seconds for which requests to join count as flooded after some were dropped."""
+
+_SAVE_S, _TELL_S = 10.0, 600.0
+
+_NO_BOARDS = re.compile(
+    r"got a number that is not finite|arrived damaged|don't make up the blob|contradicts itself|tensor file"
+    r"|expected variances|^update (lacks|holds|can't be read)|^(type|shape) of .* in an update|^size of the update"
+)
+"""Reasons that no board of ours gives: it looks at its own weights before it announces them. Weights that are far too
+large are none of them, since training that runs away makes such, nor is an update that is gone."""
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A device was quarantined: its work for the job is void."""
+
+    device: str
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Released:
+    """A device's quarantine has ended; it may have been connected all the time."""
+
+    device: str
+
+
+@dataclass
+class Counts:
+    """What a device sent that didn't count, since the server's start."""
+
+    dropped: int = 0
+    bad: int = 0
+    unasked: int = 0
+    refused: int = 0
+    times: int = 0
+
+
+@dataclass
+class _Ledger:
+    points: float = BURST
+    at: float = 0.0
+    credit: int = 0
+    fetching: dict[str, int] = field(default_factory=dict)
+    strikes: int = 0
+    level: int = 0
+    until: float = 0.0
+    reason: str = ""
+    counts: Counts = field(default_factory=Counts)
+
+
+class Quarantine:
+    """The allowances of all devices.
+
+    Args:
+        clock: Seconds that only grow, above 0.
+        path: File for `fedprune-server status`; None for no file.
+        wall: Seconds since 1970, for display.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        path: Path | None = None,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock, self._wall, self._path = clock, wall, path
+        self._ledgers: dict[str, _Ledger] = {}
+        self._strangers = _Ledger(STRANGERS_BURST, clock())
+        self._crowd: tuple[str, float] | None = None
+        self._crowded_at = -CROWDED_S
+        self._news: list[Quarantined | Released] = []
+        self._ends: list[tuple[float, str]] = []
+        self._dirty = path is not None and path.exists()
+        self._save_at = self._tell_at = clock()
+
+    def know(self, devices: Iterable[str]) -> None:
+        """Give devices allowances of their own. The caller bounds their number."""
+        for device in devices:
+            if device not in self._ledgers:
+                self._ledgers[device] = _Ledger(at=self._clock())
+
+    def hears(self, device: str, size: int, *, chunk: bool = False) -> bool:
+        """Charge a device for a message, and decide whether to read it.
+
+        Args:
+            device: The topic's device name.
+            size: Bytes.
+            chunk: Whether it is a chunk of a blob.
+        """
+        ledger, now = self._ledgers.get(device), self._clock()
+        if ledger is None:
+            return self._stranger(MESSAGE + size / BYTES_PER_POINT, now)
+        if now < ledger.until:
+            ledger.counts.dropped += 1
+            self._dirty = True
+            return False
+        if chunk:
+            asked = min(ledger.credit, size)
+            ledger.credit -= asked
+            if asked == size:
+                return True
+            ledger.counts.unasked += 1
+            size -= asked
+        cost = MESSAGE + size / BYTES_PER_POINT
+        heard = self._charge(
+            device, ledger, cost, now, "chunks that the server didn't ask for" if chunk else "too many messages"
+        )
+        ledger.counts.dropped += not heard
+        return heard
+
+    def ignores(self, topic: str) -> bool:
+        """Whether a topic's messages are dropped before they cost anything more; may be called from any thread."""
+        parts = topic.split("/", 4)
+        ledger = self._ledgers.get(parts[3]) if len(parts) > 3 else None
+        if ledger is None or self._clock() >= ledger.until:
+            return False
+        ledger.counts.dropped += 1
+        self._dirty = True
+        return True
+
+    def sends(self, device: str) -> None:
+        """The server sends a device a message that needs an answer."""
+        if (ledger := self._ledgers.get(device)) is not None:
+            self._refill(ledger, self._clock())
+            ledger.points = min(BURST, ledger.points + EARNED)
+
+    def fetches(self, device: str, sha256: str, leaves: int) -> None:
+        """A device requests part of a blob that it was offered: the message costs nothing, a few times over.
+
+        Args:
+            device: The device.
+            sha256: The blob.
+            leaves: Of the whole blob.
+        """
+        if (ledger := self._ledgers.get(device)) is None:
+            return
+        spent = ledger.fetching.pop(sha256, 0)
+        free = spent < FREE_WANTS + WANTS_PER_LEAF * leaves  # a blob that is still coming has no leaves yet
+        if free:
+            self._refill(ledger, self._clock())
+            ledger.points = min(BURST, ledger.points + _WANT)
+        ledger.fetching[sha256] = spent + free
+        if len(ledger.fetching) > _BLOBS:
+            del ledger.fetching[next(iter(ledger.fetching))]
+
+    def asked(self, device: str, leaves: int) -> None:
+        """The server requests leaves of a blob from a device; each may come twice."""
+        if (ledger := self._ledgers.get(device)) is not None:
+            ledger.credit = min(CREDIT, ledger.credit + 2 * leaves * (LEAF + 64))
+
+    def born(self, device: str) -> None:
+        """A device that is let in has announced itself."""
+        self.know([device])
+        ledger = self._ledgers[device]
+        self._charge(device, ledger, BIRTH, self._clock(), "it announces itself again and again")
+
+    def bad(self, device: str) -> None:
+        """A device has sent an invalid message."""
+        if (ledger := self._ledgers.get(device)) is not None:
+            ledger.counts.bad += 1
+            self._charge(device, ledger, BAD, self._clock(), "messages that make no sense")
+        else:
+            self._stranger(BAD, self._clock())
+
+    def crowded(self, client: str) -> None:
+        """Report that requests to join fill their inbox, and that its connection is closed for a while.
+
+        Args:
+            client: MQTT client id of the one that floods; empty if many clients send a few requests each. Only the
+                latest client is kept: a stranger can choose any number of ids.
+        """
+        now = self._clock()
+        quiet, self._crowded_at = now < self._crowded_at + CROWDED_S, now
+        if not client:
+            if not quiet:
+                log.warning(
+                    "more boards ask to join than this server answers at a time: some wait longer, and ask again. If "
+                    "you don't expect them, close the listener for joining"
+                )
+            return
+        client = one_line(client, 64)
+        if not self.floods_joins():
+            log.warning(
+                "the MQTT client %s floods the topic for joining: requests to join, %s's first of all, are dropped. "
+                "The broker's log tells its address; close the listener for joining while no board is to join",
+                client, client,
+            )  # fmt: skip
+        self._crowd = client, now + CROWDED_S
+
+    def floods_joins(self) -> str | None:
+        """The MQTT client id that flooded the requests to join within the last `CROWDED_S`.
+
+        Returns:
+            Empty if only many clients together did; None if none did.
+        """
+        now = self._clock()
+        if self._crowd is not None and self._crowd[1] > now:
+            return self._crowd[0]
+        return "" if now < self._crowded_at + CROWDED_S else None
+
+    def refused(self, device: str, reason: str) -> None:
+        """A device's update doesn't count."""
+        ledger = self._ledgers.get(device)
+        if ledger is None or not _NO_BOARDS.search(reason):
+            return
+        ledger.counts.refused += 1
+        ledger.strikes += 1
+        self._dirty = True
+        if ledger.strikes >= STRIKES and self._clock() >= ledger.until:
+            self._sentence(device, ledger, f"{STRIKES} updates in a row that no board makes, lastly: {reason[:200]}")
+
+    def counted(self, device: str) -> None:
+        """A device's update counts."""
+        if (ledger := self._ledgers.get(device)) is not None:
+            ledger.strikes = 0
+
+    def news(self) -> Quarantined | Released | None:
+        """Who was put into quarantine or has come out of it; once each."""
+        now = self._clock()
+        while self._ends and self._ends[0][0] <= now:
+            _, device = heapq.heappop(self._ends)
+            log.info("device %s is listened to again", device)
+            self._news.append(Released(device))
+            self._dirty = True
+        return self._news.pop(0) if self._news else None
+
+    def held(self, device: str) -> tuple[float, str] | None:
+        """Until when a device is in quarantine, in seconds since 1970, and why; None for one that is listened to."""
+        ledger, now = self._ledgers.get(device), self._clock()
+        if ledger is None or ledger.until <= now:
+            return None
+        return self._wall() + ledger.until - now, ledger.reason
+
+    def all_held(self) -> list[str]:
+        """All devices in quarantine."""
+        return sorted(device for device in {name for _, name in self._ends} if self.held(device) is not None)
+
+    def release(self, device: str) -> bool:
+        """End a device's quarantine before its time; returns whether it was in one."""
+        if self.held(device) is None or device not in self._ledgers:
+            return False
+        ledger, now = self._ledgers[device], self._clock()
+        ledger.until, ledger.at = now, now
+        self._ends = [(at, name) for at, name in self._ends if name != device] + [(now, device)]
+        heapq.heapify(self._ends)
+        self._dirty = True
+        return True
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Counts of devices' messages that were not used, and the end of their quarantine, as JSON."""
+        now, wall = self._clock(), self._wall()
+        return {
+            device: {
+                **asdict(ledger.counts),
+                "until": wall + ledger.until - now if ledger.until > now else None,
+                "reason": ledger.reason,
+            }
+            for device, ledger in sorted(self._ledgers.items())
+            if ledger.counts != Counts()
+        }
+
+    def save(self) -> None:
+        """Keep for `status` what has changed, every few seconds at most; a disk that fails costs no more than that."""
+        now = self._clock()
+        if self._path is None or not self._dirty or now < self._save_at:
+            return
+        self._dirty, self._save_at = False, now + _SAVE_S
+        try:
+            with storage_errors(f"can't write {self._path}"):
+                write_whole(self._path, json.dumps(self.rows(), sort_keys=True).encode())
+        except StorageError as error:
+            log.warning("%s", error)
+
+    def _charge(self, device: str, ledger: _Ledger, cost: float, now: float, reason: str) -> bool:
+        if now < ledger.until:
+            return False
+        self._refill(ledger, now)
+        ledger.points -= cost
+        if ledger.points >= 0:
+            return True
+        self._sentence(device, ledger, reason)
+        return False
+
+    def _refill(self, ledger: _Ledger, now: float) -> None:
+        ledger.points = min(BURST, ledger.points + max(0.0, now - ledger.at) * PER_S)
+        ledger.at = max(now, ledger.at)
+
+    def _sentence(self, device: str, ledger: _Ledger, reason: str) -> None:
+        now = self._clock()
+        if now < ledger.until:
+            return
+        if now - ledger.until > FORGIVEN_S:
+            ledger.level = 0
+        seconds = min(LONGEST_S, FIRST_S * 2.0**ledger.level)
+        ledger.level = min(ledger.level + 1, 16)
+        ledger.counts.times += 1
+        ledger.until, ledger.reason = now + seconds, reason
+        ledger.points, ledger.at, ledger.credit, ledger.strikes = BURST, now + seconds, 0, 0
+        heapq.heappush(self._ends, (ledger.until, device))
+        self._news.append(Quarantined(device, reason, seconds))
+        self._dirty = True
+        log.warning(
+            "device %s is in quarantine for %.0f s, for the %d. time: %s. What it sends is dropped unread; the board's "
+            "log and `fedprune-server status` say more",
+            device, seconds, ledger.counts.times, reason,
+        )  # fmt: skip
+
+    def _stranger(self, cost: float, now: float) -> bool:
+        ledger = self._strangers
+        ledger.points = min(STRANGERS_BURST, ledger.points + (now - ledger.at) * STRANGERS_PER_S)
+        ledger.at = now
+        if ledger.points >= cost:
+            ledger.points -= cost
+            return True
+        ledger.counts.dropped += 1
+        if now >= self._tell_at:
+            self._tell_at = now + _TELL_S
+            log.warning(
+                "unknown devices send too much: %d messages of theirs were dropped unread so far. See who "
+                "uses your broker",
+                ledger.counts.dropped,
+            )
+        return False
+
+
+def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """The rows that a server saved in its state folder; empty if the file is damaged."""
+    try:
+        body = json.loads((folder / FILE).read_bytes())
+        return {str(device): {**_BLANK, **dict(row)} for device, row in body.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+_BLANK: dict[str, Any] = {**asdict(Counts()), "until": None, "reason": ""}

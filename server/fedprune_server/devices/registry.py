@@ -1,0 +1,360 @@
+"""Who is in the fleet, as people see it: devices, their traffic and what they are doing."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedprune.coordination import Phase, State
+from fedprune.core.errors import ProtocolError
+from fedprune.costs.costs import costs_at
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Progress as Part
+from fedprune.model.architecture import Architecture
+from fedprune.planning.plan import Plan
+from fedprune.wire.messages import Progress
+from fedprune_server.devices.clone_detection import SIGNS, SIGNS_WITHIN_S, Namesakes
+from fedprune_server.devices.presence import Presence
+from fedprune_server.devices.shutdown import Farewell
+from fedprune_server.terminal.table import Row, Snapshot
+
+log = logging.getLogger("fedprune.server")
+
+
+@dataclass
+class Contact:
+    """What the daemon knows of a device beside the coordinator's state; nothing here need survive."""
+
+    down: int = 0
+    up: int = 0
+    progress: Progress | None = None
+    software: str = ""
+    offered_at: float | None = None
+    heard_at: float = -math.inf
+    seconds: float | None = None
+    accuracy: float | None = None
+    loss: float | None = None
+    introduced: tuple[Any, ...] = ()
+    problem: str = ""
+    parameters: tuple[tuple[int, ...], int] = ((), 0)
+    """Its submodel's widths, and the numbers in that."""
+
+
+class Roster:
+    """The devices of a job beside the coordinator's state.
+
+    Args:
+        job: The job.
+        architecture: The global model's.
+        state: The coordinator's state; read, never changed.
+        traffic: Payload bytes to and from each device before this start of the server.
+        limit: How many devices there may ever be; names cost a stranger nothing, but memory and disk here.
+        outsiders: Devices that couldn't be planned for before this start of the server, as `outsiders` gave them.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        architecture: Architecture,
+        state: State,
+        traffic: Mapping[str, tuple[int, int]],
+        limit: int = 1000,
+        outsiders: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._job = job
+        self._architecture = architecture
+        self.whole = costs_at(architecture, architecture.sizes).parameters
+        """Numbers in the whole model."""
+        self._state = state
+        self._limit = limit
+        self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
+        self.moved: dict[str, tuple[int, int]] = {}
+        """Payload bytes to and from the devices whose number has changed, since whoever keeps it took it."""
+        self.prefix = ""
+        """What begins a line about a device's place in the job, where that is one of several."""
+        self.namesakes = Namesakes()
+        self.presence = Presence(self._session)
+        self.outsiders: dict[str, dict[str, Any]] = {}
+        """Devices that announced themselves and can't even be planned for, and why."""
+        for name, body in (outsiders or {}).items():
+            self.outsiders[name] = {**body, "online": False}
+            self._contacts.setdefault(name, Contact(problem=str(body.get("excluded", ""))))
+
+    def _session(self, device: str) -> int | None:
+        """The number of a device's connection, or None if it isn't there."""
+        known = self._state.devices.get(device)
+        return known.session if known is not None and known.online else None
+
+    def __getitem__(self, device: str) -> Contact:
+        """A device's contact; for one that was never admitted a blank that nobody keeps."""
+        return self._contacts.get(device) or Contact()
+
+    def admit(self, device: str, software: str, size: int) -> None:
+        """Make the acquaintance of a device that announces itself.
+
+        Args:
+            device: Its name.
+            software: What it says that it runs.
+            size: Bytes of its announcement.
+
+        Raises:
+            ProtocolError: It is a new one, and there are too many already.
+        """
+        if device not in self._contacts:
+            if len(self._contacts) >= self._limit:
+                raise ProtocolError(
+                    f"device {device} is one too many",
+                    expected=f"at most {self._limit} devices",
+                    hint="Raise max_devices in [server], and see who uses your broker.",
+                )
+            self._contacts[device] = Contact(up=size)
+            self.moved[device] = (0, size)
+        self._contacts[device].software = software
+
+    def admitted(self, device: str) -> bool:
+        """Whether a device has ever announced itself."""
+        return device in self._contacts
+
+    @property
+    def names(self) -> set[str]:
+        """All that were ever admitted."""
+        return set(self._contacts)
+
+    @property
+    def traffic(self) -> dict[str, tuple[int, int]]:
+        """Payload bytes to and from each device, over all starts of the server."""
+        return {n: (c.down, c.up) for n, c in sorted(self._contacts.items())}
+
+    def received(self, device: str, size: int) -> None:
+        """Count bytes from a device; not a stranger's, who might flood us with names."""
+        if device in self._contacts:
+            contact = self._contacts[device]
+            contact.up += size
+            self.moved[device] = (contact.down, contact.up)
+
+    def sent(self, device: str, size: int) -> None:
+        """Count bytes to a device."""
+        if device in self._contacts:
+            contact = self._contacts[device]
+            contact.down += size
+            self.moved[device] = (contact.down, contact.up)
+
+    def offered(self, device: str, now: float) -> None:
+        """A device has been offered a round."""
+        contact = self[device]
+        contact.offered_at, contact.progress, contact.heard_at = now, None, now
+
+    def heard(self, device: str, now: float, progress: Progress | None = None) -> None:
+        """A device has shown that it works on its offer."""
+        contact = self[device]
+        contact.heard_at, contact.progress = now, progress or contact.progress
+
+    def silent(self, now: float, patience_s: float) -> list[str]:
+        """Devices that have an offer, are there, and haven't shown for so long that they know of it.
+
+        Each of them is named again only after another `patience_s`.
+        """
+        state = self._state
+        names = []
+        for name, task in state.tasks.items():
+            if task.progress is not Part.OFFERED or now - self[name].heard_at < patience_s:
+                continue
+            device = state.devices.get(name)
+            if state.awaits(task) and device is not None and device.online:
+                self[name].heard_at = now
+                names.append(name)
+        return sorted(names)
+
+    def delivered(self, device: str, now: float) -> None:
+        """A device's update is here."""
+        contact = self[device]
+        if contact.offered_at is not None:
+            contact.seconds, contact.offered_at = now - contact.offered_at, None
+
+    def born(self, device: str, session: int, profile: str, samples: int, now: float) -> None:
+        """A device announces itself: see whether it is the one that had this name before.
+
+        Args:
+            device: Its name; it has been admitted.
+            session: Number of its connection.
+            profile: What it says that it is.
+            samples: Its training samples.
+            now: Seconds of a clock that nobody sets.
+        """
+        known = self._state.devices.get(device)
+        reason = self.namesakes.born(device, session, (profile, samples), known is not None and known.online, now)
+        if reason:
+            log.warning(
+                "device %s: another board called %s seems to be connected: %s. Give every board a --device of its own, "
+                "unless this one was only started again with other data. If the card of one is a copy of the other's: "
+                "fedprune-server devices replace %s, and let each join anew.",
+                device,
+                device,
+                reason,
+                device,
+            )
+
+    def doubled(self, device: str, now: float) -> None:
+        """Take in a sign that two boards sign with one device's key; the log warns once there are enough.
+
+        Args:
+            device: Its name.
+            now: Seconds of a clock that nobody sets.
+        """
+        if self.namesakes.doubled(device, now):
+            log.warning(
+                "two boards seem to use the identity of %s, as if one were a copy of the other's card or state folder: "
+                "%d signs of it within %.0f minutes. A broker that delays messages for long can look the same, so look "
+                "for the second board first. If there is one, take it away, or revoke the identity of both "
+                "(fedprune-server devices replace %s) and let each join again with a name and claim of its own.",
+                device,
+                SIGNS,
+                SIGNS_WITHIN_S / 60,
+                device,
+            )
+
+    def exclude(self, device: str, problem: str, profile: str, samples: int) -> None:
+        """A device can't even be planned for; said once.
+
+        Args:
+            device: Its name; it has been admitted.
+            problem: Why.
+            profile: What it says that it is.
+            samples: Its training samples.
+        """
+        if self[device].problem != problem:
+            log.warning("%sdevice %s is excluded: %s", self.prefix, device, problem)
+        self[device].problem = problem
+        self.outsiders[device] = {"online": True, "profile": profile, "samples": samples, "excluded": problem}
+
+    def gone(self, device: str) -> None:
+        """A device's connection has ended."""
+        self.presence.left(device)
+        if device in self.outsiders:
+            self.outsiders[device]["online"] = False
+
+    def introduce(self, name: str) -> None:
+        """Say who joined and how wide its model is, once for each plan."""
+        contact, device = self[name], self._state.devices[name]
+        contact.problem = ""
+        self.outsiders.pop(name, None)
+        what = (device.widths, device.excluded, device.samples, device.profile.get("name"))
+        if what == contact.introduced:
+            return
+        contact.introduced = what
+        title = device.profile.get("title") or device.profile.get("name")
+        if device.excluded:
+            log.warning("%sdevice %s (%s) is excluded: %s", self.prefix, name, title, device.excluded)
+            return
+        known = (name, title, device.samples, contact.software or "?")
+        log.info("%sdevice %s joined: %s, %d samples, %s", self.prefix, *known)
+        if device.plan is not None:
+            plan = Plan.from_dict(device.plan)
+            for line in plan.describe(self.whole).splitlines():
+                log.info("  %s", line)
+            if plan.warning:
+                log.warning("%sdevice %s: %s", self.prefix, name, plan.warning)
+            if gains := plan.gains():
+                log.debug("  %s", gains)
+        else:
+            kept = costs_at(self._architecture, device.widths).parameters / self.whole
+            by = "job" if device.density == self._job.density else "strategy"
+            log.info("  density %.3g, as the %s says: keeps %.0f%% of the weights", device.density, by, 100 * kept)
+
+    def farewell(self, now: float) -> Farewell:
+        """Whom to wait for, now that the job is done.
+
+        Args:
+            now: Seconds of a clock that nobody sets.
+        """
+        devices = self._state.devices
+        away = (n for n, d in devices.items() if not d.online and not d.excluded)
+        return Farewell((n for n, d in devices.items() if d.online), away, lambda n: devices[n].online, now)
+
+    def bars(self, device: str) -> bool:
+        """Whether a device can take no part in the job, as far as is known."""
+        known = self._state.devices.get(device)
+        return device in self.outsiders if known is None else bool(known.excluded)
+
+    def snapshot(self, now: float, connected: bool, pulled: Mapping[str, tuple[int, int]]) -> Snapshot:
+        """The job as it stands.
+
+        Args:
+            now: The clock of deadlines.
+            connected: Whether the broker is there.
+            pulled: Leaves that have arrived and leaves in all of the updates under way, by device.
+        """
+        state = self._state
+        names = sorted(state.devices.keys() | self._contacts.keys())
+        return Snapshot(
+            job=self._job.name,
+            round=state.round,
+            rounds=self._job.rounds,
+            phase=state.phase.value,
+            metrics=dict(state.history[-1]["metrics"]) if state.history else {},
+            remaining_s=state.deadline - now if state.phase is Phase.TRAINING and state.deadline else None,
+            connected=connected,
+            rows=tuple(self._row(n, pulled.get(n)) for n in names),
+        )
+
+    def row(self, name: str, pulled: tuple[int, int] | None) -> Row:
+        """A device as it stands.
+
+        Args:
+            name: The device.
+            pulled: Leaves of its update that have arrived, and of all; None where none is under way.
+        """
+        return self._row(name, pulled)
+
+    def _row(self, name: str, pulled: tuple[int, int] | None) -> Row:
+        contact = self._contacts.get(name) or Contact()
+        device, task = self._state.devices.get(name), self._state.tasks.get(name)
+        if device is None:
+            profile = self.outsiders.get(name, {}).get("profile", "?")
+            doing = f"excluded: {contact.problem}" if contact.problem else "unknown"
+            return Row(name, profile, None, 0, contact.down, contact.up, None, None, doing)
+        density = float(device.plan["density"]) if device.plan else device.density if device.widths else None
+        if device.widths != contact.parameters[0]:
+            count = parameters(self._architecture, device.widths) if device.widths else 0
+            contact.parameters = device.widths, count
+        if device.excluded:
+            doing = f"excluded: {device.excluded}"
+        elif not device.online:
+            doing = "offline"
+        elif task is None or not self._state.awaits(task):
+            doing = "ready"
+        elif task.progress is Part.OFFERED and contact.progress is not None:
+            p = contact.progress
+            doing = f"{p.phase} {p.done}/{p.total}" if p.total else p.phase
+        elif task.progress is Part.PULLING and pulled is not None:
+            doing = f"upload {pulled[0]}/{pulled[1]}"
+        elif task.progress is Part.REFUSED:
+            doing = f"refused: {task.reason}"
+        else:
+            doing = "aggregated" if task.progress is Part.FOLDED else task.progress.value
+        return Row(
+            device=name,
+            profile=str(device.profile.get("name", "?")),
+            density=density,
+            parameters=contact.parameters[1],
+            bytes_down=contact.down,
+            bytes_up=contact.up,
+            seconds=contact.seconds,
+            accuracy=contact.accuracy,
+            loss=contact.loss,
+            state=f"{doing} (two boards of this name?)" if self.namesakes.suspects(name) else doing,
+        )
+
+
+def parameters(architecture: Architecture, widths: tuple[int, ...]) -> int:
+    """Trainable numbers at these widths."""
+    total = 0
+    for spec in architecture.trainable:
+        size = 1
+        for d in architecture.shape(spec.name, widths):
+            size *= d
+        total += size
+    return total

@@ -1,0 +1,1 @@
+"""The server's loop, and one runner per job."""

@@ -1,0 +1,87 @@
+"""What happens to a job, saved turn by turn; and what its rounds leave behind, deleted once nothing needs it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+from fedprune.coordination import Phase, State
+from fedprune.coordination import events as on
+from fedprune_server.devices.registry import Roster
+from fedprune_server.executor.retention import Garbage
+from fedprune_server.storage.storage import PARTS_KEPT, Storage
+
+
+class Journal:
+    """Keeps a job's events and state.
+
+    Args:
+        state: The coordinator's state.
+        storage: Where they are saved.
+        garbage: Deletes blobs.
+        roster: The devices, whose traffic is saved, too.
+        let_go: Digests that the server's errands no longer need; told whether a phase of the round has just begun.
+        arriving: Digests of blobs on their way here.
+        monotonic: Seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        storage: Storage,
+        garbage: Garbage,
+        roster: Roster,
+        let_go: Callable[[bool], Iterable[str]],
+        arriving: Callable[[], AbstractSet[str]],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._state, self._storage, self._garbage, self._roster = state, storage, garbage, roster
+        self._let_go, self._arriving, self._monotonic = let_go, arriving, monotonic
+        self._at = (state.round, state.phase)
+        self._told = len(state.history)
+
+    def heard(self, event: on.Event) -> None:
+        """The coordinator was told of an event, which is not saved yet."""
+        if isinstance(event, on.Extracted):
+            self._garbage.made(event.offer, self._state.round)
+        if isinstance(event, on.UpdateStored):
+            self._garbage.suspect([event.weights])  # it may have come too late for anybody to want it
+
+    def save(self, events: Sequence[on.Event], now: float) -> float | None:
+        """Save events and what has changed with them.
+
+        Args:
+            events: What the coordinator was told.
+            now: Seconds since 1970.
+
+        Returns:
+            The seconds that it took; None where there was nothing to save.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        state = self._state
+        self._garbage.follow(state)
+        self._garbage.suspect(self._let_go(state.phase is not self._at[1]))
+        # First remembered, then done: after a crash at any point the state asks for what was not done.
+        begun, took = self._monotonic(), None
+        if self._storage.save(state, events, now, self._roster.moved):
+            self._roster.moved.clear()
+            took = self._monotonic() - begun
+        self._storage.put_outsiders(self._roster.outsiders)
+        before, self._at = self._at, (state.round, state.phase)
+        if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
+            # No offer is being made: coordinators order them while a round collects, the workshop answers in order, so
+            # all are here before the round's end is; and those of the next round are ordered after this.
+            self._garbage.collect(state, self._arriving())
+        return took
+
+    def ended(self) -> Iterator[dict[str, Any]]:
+        """Summaries of the rounds that have ended since the last call; then they are all that memory holds of them."""
+        history = self._state.history
+        ended, self._told = history[self._told :], len(history)
+        yield from ended
+        if ended:
+            self._state.slim(PARTS_KEPT)

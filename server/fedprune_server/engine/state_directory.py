@@ -1,0 +1,392 @@
+"""The folder in which a server keeps everything that must survive a crash: database, blobs, the model it began with."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import Phase, State
+from fedprune.core import tensorfile
+from fedprune.core.disk import read_file, storage_errors
+from fedprune.core.errors import ConfigError, ModelError, StorageError
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Selection
+from fedprune_device.storage.directory_owner import check_unowned
+from fedprune_export.importing import check_input, import_onnx, read_source
+from fedprune_export.pruning.model import Model
+from fedprune_server.config.alert_settings import AlertSettings
+from fedprune_server.config.config import ServerConfig, without_password
+from fedprune_server.config.tables import with_stored
+from fedprune_server.executor.evaluation_data import load_calibration, load_evaluation
+from fedprune_server.executor.retention import kept_models, sweep
+from fedprune_server.executor.worker import Worker
+from fedprune_server.storage.blob_place import BLOBS, NUMBER, lay_down, move_in, new_number, number_of, opened, reader
+from fedprune_server.storage.database import check_url, shown
+from fedprune_server.storage.folder_lock import folder_lock
+from fedprune_server.storage.lease import Lease
+from fedprune_server.storage.place import MODEL, url_of
+from fedprune_server.storage.place import keep as keep_place
+from fedprune_server.storage.s3.store import BucketStore
+from fedprune_server.storage.storage import Storage
+
+log = logging.getLogger("fedprune.server")
+
+
+@dataclass
+class OpenJob:
+    """A job that is ready to run.
+
+    Attributes:
+        job: Its settings.
+        model: The model that it began with.
+        worker: Carries out its heavy commands.
+        state: Where it stands.
+        changed: What differs from the settings with which it ran last, one line each.
+        settings: What the next start will go on with.
+        source: The model's file, where the folder doesn't have it yet.
+    """
+
+    job: Job
+    model: Model
+    worker: Worker
+    state: State
+    changed: list[str]
+    settings: dict[str, Any]
+    source: bytes | None
+
+
+class StateFolder:
+    """A state folder, held by one server at a time.
+
+    Args:
+        path: The folder; made if missing.
+        database: The database's URL; by default the folder says it, or has the database itself.
+        standby: Wait until no other server has the folder, or the database.
+
+    Attributes:
+        lease: What keeps other servers from the database.
+        database_url: The database's URL, perhaps with a password.
+
+    Raises:
+        ConfigError: The folder's job is in another database than the given one.
+        StorageError: Another server runs on it, it is a device's, or it can't be used.
+    """
+
+    def __init__(self, path: Path, database: str | None = None, *, standby: bool = False) -> None:
+        self.path = path
+        check_unowned(path)
+        with storage_errors(f"can't use state folder {path}"):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.enter_context(folder_lock(path, standby=standby))
+            self.database_url = url_of(path, database)
+            if database is not None:
+                self._check_moved()
+            self.lease = Lease(self.database_url, path)
+            stack.callback(self.lease.close)
+            self.lease.wait(standby=standby)
+            # Only now, because opening them changes them: another server may have been at work.
+            self.store = BlobStore(path / BLOBS)
+            self.storage = Storage.at(path, database)
+            stack.callback(self.storage.close)
+            self.lease.take()
+            self.storage.database.fence = self.lease.check
+            self._open = stack.pop_all()
+        self._raw = b""
+
+    def close(self) -> None:
+        """Let other servers have it."""
+        self._open.close()
+
+    def __enter__(self) -> StateFolder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def open_job(self, config: ServerConfig) -> OpenJob:
+        """The job of this folder, begun if there is none yet.
+
+        Raises:
+            ConfigError: The configuration doesn't fit what the folder holds.
+            ModelError: The model can't be used.
+            DataError: The evaluation or calibration data can't be used.
+            StorageError: The folder is damaged.
+        """
+        opened = self.read_job(config)
+        self.keep(opened)
+        return opened
+
+    def read_job(self, config: ServerConfig) -> OpenJob:
+        """The job as `open_job` gives it, of which the folder knows nothing yet: a start that fails is not remembered.
+
+        Raises:
+            ConfigError: As `open_job`; so do ModelError, DataError and StorageError.
+        """
+        if config.archive:
+            self.storage.log.least = 0
+        known, state = self.storage.settings(), self.storage.load()
+        if known is not None:
+            self._check_name(config, known, state)
+        self._open_store(config, known)
+        raw, name = self._model_bytes(config, known, state)
+        model = import_onnx(raw, name)
+        check_input(config.model or name, model, config.input_shape)
+        evaluation = calibration = None
+        if config.evaluation is not None:
+            evaluation = load_evaluation(config.evaluation, model, config.job.recipe.loss)
+        if config.calibration is not None:
+            calibration = load_calibration(config.calibration, model)
+        settings = {
+            "job": config.job.to_dict(),
+            "name": name,
+            "model": tensorfile.digest(raw),
+            "evaluation": _anywhere(config.evaluation),
+            "calibration": _anywhere(config.calibration),
+            "server": config.server_settings(),
+            "alerts": config.alerts.to_dict(),
+        }
+        if (number := number_of(known)) is not None or isinstance(self.store, BucketStore):
+            settings[NUMBER] = number or new_number()
+        if known is None:
+            self._keep_foreign(raw)
+        worker = Worker(config.job, model, self.store, evaluation, calibration, slabs=config.slabs)
+        _ = worker.accountant  # whatever it lacks is better known now
+        if state is None:
+            state = State(model=worker.initial(), architecture=model.architecture.digest)
+        else:
+            self._move_in(config, known or {}, state)
+            self._check_blobs(state)
+            self._fit(state, model)
+            sweep(self.store, state, config.kept)  # not a new job's folder: its worker has just put graphs there
+        source = raw if known is None else None
+        self._raw = raw
+        return OpenJob(config.job, model, worker, state, _changes(known, settings), settings, source)
+
+    def keep(self, opened: OpenJob) -> None:
+        """Remember a job and its settings, for the next start.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        if opened.source is not None:
+            self.store.write_file(self.path / MODEL, opened.source)
+        keep_place(self.path, self.database_url)
+        # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
+        self.storage.put_settings(opened.settings)
+        lay_down(self.store, number_of(opened.settings), opened.job.name, self._raw)
+        if self.storage.load() is None:
+            self.storage.save(opened.state, (), time.time())
+
+    def _open_store(self, config: ServerConfig, known: dict[str, Any] | None) -> None:
+        """Take the blobs from where the configuration says that they are."""
+        self.store = opened(self.path, config.blobs, config.cache_mib * 2**20, known)
+        if isinstance(self.store, BucketStore):
+            self._open.callback(self.store.close)
+
+    def _move_in(self, config: ServerConfig, known: dict[str, Any], state: State) -> None:
+        needed = state.references() | kept_models(state, config.kept)
+        if config.archive:
+            needed |= set(reader(self.path, known).names())
+        move_in(self.path, self.store, known, needed)
+
+    def _check_moved(self) -> None:
+        """A database that knows nothing of the folder's job would begin another one."""
+        before = url_of(self.path)
+        if before == self.database_url or Storage.settings_in(self.path) is None:
+            return
+        if Storage.settings_in(self.path, self.database_url) is None:
+            raise ConfigError(
+                f"the job of {self.path} is in {shown(check_url(before))}, and the database that was given is empty",
+                hint="To move it there, use `fedprune-server backup`, and `restore --database` into a new folder.",
+            )
+
+    def _check_name(self, config: ServerConfig, known: dict[str, Any], state: State | None) -> None:
+        """A job of another name is another job."""
+        name = known["job"]["name"]
+        if config.job.name != name:
+            raise ConfigError(
+                f"{self.path} holds {_described(known, state)}",
+                expected=f"the name {name}",
+                got=config.job.name,
+                hint=f"For a new job take another --state folder; to go on with {name} give its name, or none.",
+            )
+
+    def _model_bytes(
+        self, config: ServerConfig, known: dict[str, Any] | None, state: State | None
+    ) -> tuple[bytes, str]:
+        if known is None:
+            if config.model is None:
+                raise ConfigError(
+                    f"{self.path} holds no job yet and no model is given",
+                    expected="a model to begin with",
+                    hint="Give --model model.onnx, or [model] path in the configuration.",
+                )
+            return _source_bytes(config.model, config.input_shape), _name_of(config.model)
+        path = self.path / MODEL
+        with storage_errors(f"can't read {path}"):
+            # A second server of a job, on a machine of its own, is given the model, too.
+            given = not path.exists() and config.model is not None and Path(config.model).is_file()
+            kept = None if path.exists() or given or not isinstance(self.store, BucketStore) else self.store.model()
+            raw = read_source(str(config.model)) if given else read_file(path) if kept is None else kept
+            given = given or kept is not None
+        if given and tensorfile.digest(raw) == known["model"]:
+            self.store.write_file(path, raw)
+        elif tensorfile.digest(raw) != known["model"]:
+            raise StorageError(f"{path} is damaged", hint="Restore the server's backup.")
+        name = str(known["name"])
+        # A torch factory may draw other weights each time; its job goes on with those that it drew first.
+        if config.model is not None and (
+            read_source(config.model) != raw if Path(config.model).is_file() else _name_of(config.model) != name
+        ):
+            raise ConfigError(
+                f"{config.model} is not the model with which the job in {self.path} began, which holds "
+                f"{_described(known, state)}",
+                hint="For another model take another --state folder; to go on with this one leave the model out.",
+            )
+        return raw, name
+
+    def _keep_foreign(self, raw: bytes) -> None:
+        """A folder without a job may be somebody's own, with a model of theirs."""
+        path = self.path / MODEL
+        with storage_errors(f"can't read {path}"):
+            other = path.exists() and read_file(path) != raw
+        if other:
+            raise ConfigError(
+                f"{path} is another model, and {self.path} holds no job",
+                hint="Name a folder of its own with --state, or move the file away.",
+            )
+
+    def _check_blobs(self, state: State) -> None:
+        if not self.store.has(state.model):
+            where = self.store.bucket.url if isinstance(self.store, BucketStore) else self.path / BLOBS
+            raise StorageError(
+                f"the global model {state.model} is missing from {where}",
+                hint="Restore the server's backup.",
+            )
+
+    def _fit(self, state: State, model: Model) -> None:
+        """Let go of rankings of channels that another version of the compiler found in the model."""
+        digest = model.architecture.digest
+        known = {state.architecture or digest}
+        if state.ranking is not None and self.store.has(state.ranking):
+            known.add(Selection.owner(self.store.read(state.ranking)))
+        if known != {digest}:
+            log.warning("this version describes the model differently: channels are ranked anew")
+            state.score_anew()
+        if known != {digest} or not state.architecture:
+            state.architecture = digest
+            self.storage.save(state, (), time.time())
+
+
+def stored_config(folder: Path, config: ServerConfig, chosen: Mapping[str, Any]) -> ServerConfig:
+    """The configuration with what a state folder's last start ran with, if there was one.
+
+    Args:
+        folder: The state folder.
+        config: The configuration for a new one.
+        chosen: What the command line says of the server; None means that it says nothing.
+
+    Raises:
+        StorageError: The folder is damaged.
+        ConfigError: What it ran with no longer makes sense, such as a folder that has gone.
+    """
+    known = Storage.settings_in(folder, chosen.get("database"))
+    if known is None:
+        return config
+    data: dict[str, Any] = {k: getattr(config, k) or known.get(k) for k in ("evaluation", "calibration")}
+    alerts = AlertSettings.from_dict(known.get("alerts", {}))
+    config = replace(config, **data, job=Job.from_dict(known["job"]), alerts=alerts)
+    return with_stored(config, known.get("server", {}), chosen)
+
+
+def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]:
+    """The model of a state folder, and the bytes of its weights.
+
+    Args:
+        folder: The folder; a server may be running on it.
+        digest: Which weights; the current ones by default.
+
+    Raises:
+        StorageError: The folder holds no job, or is damaged.
+    """
+    with Storage.existing(folder) as storage:
+        known, state = storage.settings(), storage.load()
+    if known is None or state is None:
+        raise StorageError(f"{folder} holds no job yet")
+    with storage_errors(f"can't read {folder / MODEL}"):
+        raw = read_file(folder / MODEL)
+    weights = reader(folder, known).read(digest or state.model)
+    return import_onnx(raw, str(known["name"])), weights
+
+
+def model_after(folder: Path, round_: int) -> str:
+    """Digest of the global model after a round.
+
+    Raises:
+        StorageError: There was no such round, its model is no longer kept, or the folder is damaged.
+    """
+    with Storage.existing(folder) as storage:
+        found = {r["round"]: str(r["model"]) for r in storage.rounds()}
+        known = storage.settings()
+    if round_ not in found:
+        raise StorageError(f"{folder} holds no round {round_}", expected=f"1 to {max(found, default=0)}")
+    if not reader(folder, known).has(found[round_]):
+        raise StorageError(
+            f"the model after round {round_} is no longer kept", hint="Run with a larger --keep to keep more of them."
+        )
+    return found[round_]
+
+
+def _name_of(source: str) -> str:
+    """What a model is called: as its file or factory."""
+    return source.rpartition(":")[2] if ":" in source else Path(source).stem
+
+
+def _described(known: Mapping[str, Any], state: State | None) -> str:
+    """A folder's job in a few words."""
+    name, rounds = known["job"]["name"], known["job"]["rounds"]
+    done = 0 if state is None else len(state.history)
+    ended = state is not None and state.phase is Phase.FINISHED
+    return f"job {name} of model {known['name']}, {'finished' if ended else 'stopped'} after {done} of {rounds} rounds"
+
+
+def _changes(known: dict[str, Any] | None, settings: dict[str, Any]) -> list[str]:
+    if known is None:
+        return []
+    lines = []
+    for table in ("job", "server"):
+        old, new = known.get(table, settings[table]), settings[table]
+        for key in new:
+            before, after = old.get(key), new[key]
+            if before == after:
+                continue
+            if key == "broker":  # the password in it is nobody's business
+                before, after = without_password(str(before)), without_password(str(after))
+            lines.append(f"{key}: {before!r} is now {after!r}")
+    return lines
+
+
+def _anywhere(source: str | None) -> str | None:
+    """A source that the next start finds from any folder: the file's whole path, or a function's name."""
+    return str(Path(source).resolve()) if source is not None and Path(source).is_file() else source
+
+
+def _source_bytes(source: str, input_shape: tuple[int, ...] | None) -> bytes:
+    """A model's bytes, without advice that only `fedprune-export` can follow."""
+    try:
+        return read_source(source, input_shape=input_shape)
+    except ModelError as error:
+        if "--input-shape" not in error.hint:
+            raise
+        hint = (
+            "Give the module an attribute input_shape, such as (3, 32, 32), or the configuration "
+            "[model] input_shape, such as [3, 32, 32]."
+        )
+        raise ModelError(error.what, expected=error.expected, got=error.got, hint=hint) from error

@@ -1,0 +1,84 @@
+"""Letting devices in that wait, and shutting them out, as an operator decides: at a terminal or in the console."""
+
+from __future__ import annotations
+
+from fedprune.core.errors import JoinError, meant, shown
+from fedprune.core.text import quantity
+from fedprune.security.keys import VerifyingKey
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.store import WAITING
+
+
+def approve(identity: IdentityFolder, device: str, fingerprint: str) -> str:
+    """Let a device in that waits; returns what to say of it.
+
+    Args:
+        identity: The server's.
+        device: Its name.
+        fingerprint: Of its key, as the board shows it.
+
+    Raises:
+        JoinError: It doesn't wait, or with another key.
+        StorageError: The disk fails or is full.
+    """
+    given = fingerprint.strip().lower()
+    known = identity.store.devices()
+    waiting = [d for d in known if d.device == device and d.status == WAITING]
+    if not waiting:
+        near = meant(device, {d.device for d in known if d.status == WAITING})
+        raise JoinError(f"no such device waits: {device}{near}", hint="See `fedprune-server devices`.")
+    right = [d for d in waiting if VerifyingKey.from_hex(d.key).fingerprint == given]
+    if not right:
+        raise JoinError(
+            f"no key with this fingerprint waits as {device}", got=shown(fingerprint),
+            hint="If the board shows it, then what waits is another's: don't let it in. See `fedprune-server devices`.",
+        )  # fmt: skip
+    identity.store.approve(device, right[0].key, identity.authority.now())
+    return f"{device} is let in with key {given}"
+
+
+def deny(identity: IdentityFolder, device: str, fingerprint: str | None = None) -> str:
+    """Turn away what waits under a name; a device of that name that is let in stays. Returns what to say of it.
+
+    Args:
+        identity: The server's.
+        device: The name.
+        fingerprint: Of the key to turn away; None for all that wait.
+
+    Raises:
+        JoinError: None waits.
+        StorageError: The disk fails or is full.
+    """
+    given = None if fingerprint is None else fingerprint.strip().lower()
+    keys = [
+        d.key
+        for d in identity.store.devices()
+        if d.device == device and d.status == WAITING and given in (None, VerifyingKey.from_hex(d.key).fingerprint)
+    ]
+    count = identity.store.deny(device, keys, identity.authority.now())
+    if not count:
+        raise JoinError(f"no such device waits: {device}", hint="See `fedprune-server devices`.")
+    return f"{device}: {quantity(count, 'key')} turned away"
+
+
+def revoke(identity: IdentityFolder, device: str) -> str:
+    """Shut a device out; returns what to say of it.
+
+    Raises:
+        JoinError: None of this name is let in or waits.
+        StorageError: The disk fails or is full.
+    """
+    keys, certificates = identity.revoke(device)
+    if not keys and not certificates:
+        near = meant(device, {d.device for d in identity.store.devices()})
+        raise JoinError(f"no device {device} is let in or waits{near}", hint="See `fedprune-server devices`.")
+    return revoked(identity, device, keys, certificates)
+
+
+def revoked(identity: IdentityFolder, device: str, keys: int, certificates: int) -> str:
+    """What to say of a device that was shut out."""
+    line = f"{device}: {quantity(keys, 'key')} and {quantity(certificates, 'certificate')} revoked"
+    if not certificates:
+        return line
+    path = identity.authority.crl_path
+    return f"{line}\nunless on_revocation does that: copy {path} to the broker and restart the broker"

@@ -1,0 +1,124 @@
+"""Who is let in: a request to join comes in, an answer that the authority signs goes out."""
+
+from __future__ import annotations
+
+import logging
+
+from fedprune.core.errors import ForeignClaimError, IdentityError, JoinError, ProtocolError
+from fedprune.security.authority import SERVER
+from fedprune.security.certificates import read_certificate
+from fedprune.security.joining import answer_text, check_request, digest_of
+from fedprune.wire.join_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
+from fedprune.wire.messages import parse
+from fedprune.wire.topics import Topics
+from fedprune.wire.validation import one_line
+from fedprune_server.enrollment.pki import IdentityFolder
+
+log = logging.getLogger("fedprune.server")
+
+
+class JoinDesk:
+    """Answers requests to join. Whoever asks the same twice gets the same certificate twice.
+
+    Args:
+        identity: The server's.
+    """
+
+    def __init__(self, identity: IdentityFolder) -> None:
+        self._identity = identity
+        self._topics = Topics(identity.site)
+
+    @property
+    def subscription(self) -> str:
+        """What to listen to."""
+        return self._topics.join_subscription()
+
+    def receive(self, topic: str, payload: bytes) -> tuple[str, JoinAnswer]:
+        """Answer a message on a topic of requests.
+
+        Returns:
+            The answer's topic, and the answer.
+
+        Raises:
+            ProtocolError: It is no request, or not by who it says; nobody is answered.
+            StorageError: The disk fails or is full; the same request can be made again.
+        """
+        nonce = self._topics.parse_join(topic)
+        request = parse(payload)
+        if not isinstance(request, JoinRequest):
+            raise ProtocolError("message of who wants to join", expected=JoinRequest.kind, got=request.kind)
+        if request.nonce != nonce:
+            raise ProtocolError("nonce of a request", expected=nonce, got=request.nonce)
+        return self._topics.joined(nonce), self.answer(request)
+
+    def answer(self, request: JoinRequest) -> JoinAnswer:
+        """The answer to a request.
+
+        Raises:
+            ProtocolError: Who asks hasn't the keys that it asks for.
+            StorageError: The disk fails or is full.
+        """
+        check_request(request)
+        digest = digest_of(request)
+        kept = self._identity.store.answer(digest)
+        present = self._identity.key.verifying.hex, self._identity.authority.pem
+        try:
+            if not self._may(request, digest):
+                return self._signed(digest, WAITING, "the operator must approve this device")
+            if kept is not None:
+                answer = parse(kept)
+                if isinstance(answer, JoinAnswer) and (answer.server_key, answer.authority) == present:
+                    return answer
+            certificate = self._issue(request)
+        except (JoinError, IdentityError) as error:
+            log.warning("%s may not join: %s", request.device, one_line(str(error)))
+            return self._signed(digest, REFUSED, one_line(str(error)))
+        answer = self._signed(digest, APPROVED, "", certificate, self._identity.key.verifying.hex)
+        self._identity.store.keep_answer(digest, request.device, answer.to_bytes())
+        log.info("%s has a certificate", request.device)
+        return answer
+
+    def _issue(self, request: JoinRequest) -> str:
+        """A certificate for a device that was let in.
+
+        Raises:
+            JoinError: It was shut out meanwhile, by a command beside the server.
+            IdentityError: The authority issues none.
+        """
+        authority = self._identity.authority
+        certificate = authority.issue_device(request.site, request.device, request.csr)
+        # Whoever revokes takes the key's approval first and then looks for certificates. So a key that is still
+        # approved now will have this one found; one that isn't may have had it overlooked.
+        if self._identity.store.key_of(request.device) != request.key:
+            authority.revoke(read_certificate(certificate, "certificate").serial_number)
+            raise JoinError(f"{request.device} is approved no more")
+        return certificate
+
+    def _may(self, request: JoinRequest, digest: str) -> bool:
+        """Whether a device is let in; False if it must wait.
+
+        Raises:
+            JoinError: It is not.
+            IdentityError: The authority would issue no certificate; no claim is used.
+        """
+        if request.site != self._identity.site:
+            raise ForeignClaimError(f"this server's site is {self._identity.site}", got=request.site)
+        if request.device == SERVER:
+            raise JoinError(f"no device may be called {SERVER!r}", hint="Choose another name.")
+        now = self._identity.authority.now()
+        if request.claim is not None:
+            self._identity.authority.check_device(request.device, request.csr)
+            self._identity.store.use_claim(request, digest, now)
+            return True
+        status = self._identity.store.ask(request.device, request.key, now)
+        if status not in (APPROVED, WAITING):
+            raise JoinError(f"this key of {request.device} was revoked", hint="Let the board make a new one.")
+        return status == APPROVED
+
+    def _signed(
+        self, request: str, status: str, reason: str, certificate: str | None = None, server_key: str | None = None
+    ) -> JoinAnswer:
+        authority = self._identity.authority
+        now, pem = authority.now(), authority.pem
+        signature = authority.sign(answer_text(request, status, reason, now, pem, certificate, server_key))
+        return JoinAnswer(request, status, reason, now, pem, certificate, server_key, signature.hex())

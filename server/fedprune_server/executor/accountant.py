@@ -1,0 +1,107 @@
+"""How much a job's releases have told of a device's samples: ε at a δ, by Google's dp-accounting.
+
+All that is released is a Gaussian mechanism, or made of what one has released. Several, of any noise multipliers z and
+each chosen in the light of those before, cost as much as a single one at multiplier 1/√Σ 1/z² (Dong et al. 2019,
+"Gaussian differential privacy", Corollary 3.3), whose ε at a δ is known exactly (Balle and Wang 2018, Theorem 8). There
+is no discount for devices that a round doesn't ask: who is asked follows from the job's seed, which boards are told.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from fedprune.coordination import commands as do
+from fedprune.coordination.base import EPSILON_NEXT
+from fedprune.coordination.privacy_budget import spent
+from fedprune.core.errors import ConfigError, MissingExtraError
+from fedprune.jobs.state import State
+from fedprune.privacy.settings import Privacy
+
+EPSILON = "epsilon"
+
+
+class Accountant:
+    """Works out a job's ε.
+
+    Args:
+        privacy: The job's settings; there is noise.
+
+    Raises:
+        ConfigError: Not even the first round is within the budget.
+        MissingExtraError: dp-accounting is not installed.
+    """
+
+    def __init__(self, privacy: Privacy) -> None:
+        self._privacy = privacy
+        self._library = library()
+        first = self.epsilon(privacy.noise_multiplier**-2)
+        if privacy.epsilon_budget and first > privacy.epsilon_budget:
+            raise ConfigError(
+                "job: privacy: epsilon_budget",
+                expected=f"at least {first:.3g}, what the first round costs with noise_multiplier "
+                f"{privacy.noise_multiplier:g} and delta {privacy.delta:g}",
+                got=privacy.epsilon_budget,
+            )
+
+    def epsilon(self, cost: float) -> float:
+        """ε at the job's δ.
+
+        Args:
+            cost: Σ 1/z² over a device's releases.
+        """
+        if cost <= 0:
+            return 0.0
+        return float(self._library.get_epsilon_gaussian(1 / math.sqrt(cost), self._privacy.delta))
+
+    def metrics(self, command: do.Evaluate) -> dict[str, float]:
+        """What a round's summary says of privacy: the ε of the device that it has cost most, now and a round on."""
+        if command.spent is None or command.foreseen is None:
+            return {}
+        return {EPSILON: self.epsilon(command.spent), EPSILON_NEXT: self.epsilon(command.foreseen)}
+
+
+def costs(privacy: Privacy, state: State | None) -> dict[str, Any]:
+    """What a job has cost of privacy, as JSON; empty where nothing is promised.
+
+    Returns:
+        `epsilon` by device, at `delta`, with the job's `noise`, `clip`, `noise_multiplier` and `epsilon_budget`. Where
+        dp-accounting is not installed, ε are None.
+    """
+    if state is None or not state.private or not privacy.on:
+        return {}
+    known: dict[str, float | None] = {}
+    try:
+        counts = Accountant(replace(privacy, epsilon_budget=0.0))
+    except MissingExtraError:
+        known = dict.fromkeys(sorted(state.devices))
+    else:
+        known = {name: counts.epsilon(spent(device.releases)) for name, device in sorted(state.devices.items())}
+    return privacy.to_dict() | {"epsilon": known}
+
+
+def accountant(privacy: Privacy) -> Accountant | None:
+    """The accountant of a job; None where there is no noise, and nothing is promised.
+
+    Raises:
+        ConfigError: As `Accountant`.
+        MissingExtraError: As `Accountant`.
+    """
+    return Accountant(privacy) if privacy.on and privacy.noise_multiplier else None
+
+
+def library() -> Any:
+    """dp-accounting.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        import dp_accounting
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            "dp-accounting is not installed, which works out what a private job costs",
+            extra="privacy",
+        ) from error
+    return dp_accounting

@@ -1,0 +1,163 @@
+"""What the worker reads again and again: models, rankings, memories and updates, out of the blob store."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.codec import Codec, decode, is_packed
+from fedprune.coordination import commands as do
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, shown
+from fedprune.model.architecture import Architecture
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.roles import Past
+from fedprune.training import step_contract
+
+T = TypeVar("T")
+
+_MODELS = 3
+"""Models, and orders of elements, that are kept in memory: asynchronous updates go back to a few earlier ones."""
+
+_RANKINGS = 8
+
+_SQUARES = step_contract.squares("")
+
+
+class Archive:
+    """Reads and keeps the last few of each kind.
+
+    Args:
+        architecture: The model's architecture.
+        store: Where the blobs lie.
+    """
+
+    def __init__(self, architecture: Architecture, store: BlobStore) -> None:
+        self._architecture = architecture
+        self._store = store
+        self._models: OrderedDict[str, Tensors] = OrderedDict()
+        self._orders: OrderedDict[str, Tensors] = OrderedDict()
+        self._rankings: OrderedDict[str, dict[tuple[int, ...], Selection]] = OrderedDict()
+
+    def model(self, digest: str) -> Tensors:
+        """A global model.
+
+        Raises:
+            StorageError: The blob isn't there or is damaged.
+            BundleError: It isn't a tensor file.
+        """
+        return _kept(self._models, digest, _MODELS, self.tensors)
+
+    def order(self, digest: str | None) -> Tensors | None:
+        """An order of elements; errors are those of `model`."""
+        return None if digest is None else _kept(self._orders, digest, _MODELS, self.tensors)
+
+    def tensors(self, digest: str) -> dict[str, npt.NDArray[Any]]:
+        """A tensor file, as views on it; errors are those of `model`."""
+        return tensorfile.decode(self._store.map(digest))
+
+    def update(self, digest: str, codec: str | None, sent: str | None) -> dict[str, npt.NDArray[Any]]:
+        """A device's update as it was before it was encoded, but for what its codec leaves out.
+
+        Args:
+            digest: The update.
+            codec: The codec that was offered; a device may send its update plainly all the same.
+            sent: Digest of the weights that the device was sent; needed with a codec.
+
+        Raises:
+            StorageError: A blob isn't there or is damaged.
+            BundleError: It isn't a tensor file.
+            ProtocolError: It isn't what its codec makes of an update of these weights.
+        """
+        raw = self._store.read(digest)
+        chosen = None if codec is None else Codec.parse(codec)
+        if chosen is None or sent is None or not is_packed(raw):
+            return tensorfile.decode(raw)
+        trained = frozenset(t.name for t in self._architecture.trainable)
+        return dict(decode(chosen, raw, self.tensors(sent), trained))
+
+    def selection(self, ranking: str, widths: tuple[int, ...]) -> Selection:
+        """The first channels of a ranking; boards of equal width share one, with its maps.
+
+        Raises:
+            StorageError: The blob isn't there or is damaged.
+            BundleError: It isn't a ranking, or the widths don't fit.
+        """
+        known = _kept(self._rankings, ranking, _RANKINGS, self._ranked)
+        if widths not in known:
+            known[widths] = known[self._architecture.sizes].narrowed(widths)
+        return known[widths]
+
+    def _ranked(self, digest: str) -> dict[tuple[int, ...], Selection]:
+        whole = Selection.from_json(self._store.read(digest), self._architecture)
+        return {self._architecture.sizes: whole.narrowed(self._architecture.sizes)}
+
+    def mask(self, digest: str | None, selection: Selection) -> ElementMask | None:
+        """An element mask of a submodel; errors are those of `model`."""
+        return None if digest is None else ElementMask.from_tensors(self.tensors(digest), selection.shapes())
+
+    def past(self, past: do.Past | None, withheld: Callable[[Selection], Tensors]) -> Past | None:
+        """A device's last counted update.
+
+        Args:
+            past: Where it lies.
+            withheld: Gives the tensors of a submodel that don't travel.
+        """
+        if past is None:
+            return None
+        selection = self.selection(past.ranking, past.widths)
+        mask = self.mask(past.mask, selection)
+        tensors, _ = parts(self.update(past.weights, past.codec, past.sent), mask)
+        return Past(selection, tensors | withheld(selection), mask, past.round)
+
+    def memory(self, digests: Mapping[str, str]) -> Mapping[str, Mapping[str, npt.NDArray[Any]]]:
+        """What a job remembers; each collection is read when it is asked for."""
+        return _Memory(self, digests)
+
+
+def parts(update: Mapping[str, npt.NDArray[Any]], mask: ElementMask | None) -> tuple[Tensors, Tensors]:
+    """The trained tensors of an update, and its squared gradients, both as large as the submodel.
+
+    Raises:
+        BundleError: An update of a masked submodel has another number of values than the mask has active elements, or
+            values of another type than float32.
+    """
+    trained = {n: v for n, v in update.items() if not n.endswith(_SQUARES)}
+    squares = {n.removesuffix(_SQUARES): v for n, v in update.items() if n.endswith(_SQUARES)}
+    if mask is None:
+        return trained, squares  # `tensor_checks` look at them as they came
+    for name, value in update.items():
+        if value.dtype != np.float32:
+            raise BundleError(f"type of {shown(name)}", expected="float32", got=value.dtype)
+    return mask.unpack(trained), mask.unpack(squares)
+
+
+class _Memory(Mapping[str, Mapping[str, npt.NDArray[Any]]]):
+    def __init__(self, archive: Archive, digests: Mapping[str, str]) -> None:
+        self._archive = archive
+        self._digests = dict(digests)
+
+    def __getitem__(self, name: str) -> Mapping[str, npt.NDArray[Any]]:
+        return self._archive.tensors(self._digests[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._digests)
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+
+def _kept(known: OrderedDict[str, T], digest: str, most: int, read: Callable[[str], T]) -> T:
+    """An entry of a small cache; the one that was used least lately makes room."""
+    if digest not in known:
+        known[digest] = read(digest)
+        while len(known) > most:
+            known.popitem(last=False)
+    known.move_to_end(digest)
+    return known[digest]

@@ -1,0 +1,117 @@
+"""The one thread in which a job's heavy commands are carried out, in order, beside the daemon's loop."""
+
+from __future__ import annotations
+
+import contextvars
+import queue
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune_server.terminal.log_lines import about
+
+Work = do.Score | do.Extract | do.Fold | do.Close | do.Evaluate
+Result = on.Event | BaseException
+
+
+class Executes(Protocol):
+    """Whoever carries out heavy commands; `fedprune_server.executor.worker.Worker` does."""
+
+    def execute(self, command: Work) -> on.Event:
+        """Carry out one command."""
+        ...
+
+    def expect(self, commands: Sequence[do.Command]) -> None:
+        """Commands of which some will be carried out in a moment: what can be done ahead may begin."""
+        ...
+
+
+class Workshop:
+    """Runs commands on a worker in a thread of its own.
+
+    Results come in the order of the commands, and each is there before the next command begins. The daemon deletes what
+    earlier rounds needed when a round's last result is here, and so relies on it that no earlier command still runs.
+
+    Args:
+        worker: Carries them out.
+    """
+
+    def __init__(self, worker: Executes) -> None:
+        self._worker = worker
+        self._orders: queue.Queue[Work | None] = queue.Queue()
+        self._results: queue.Queue[Result] = queue.Queue()
+        self._pending = 0
+        # A daemon thread: a process that is told to end doesn't wait for a long evaluation; it will be repeated.
+        within = contextvars.copy_context()  # what the log says it is about, such as the job
+        self._thread = threading.Thread(target=within.run, args=(self._run,), name="fedprune-workshop", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a result is awaited."""
+        return self._pending > 0
+
+    @property
+    def waiting(self) -> int:
+        """How many commands are under way, or wait."""
+        return self._pending
+
+    def expect(self, commands: Sequence[do.Command]) -> None:
+        """Say what will be ordered in a moment."""
+        self._worker.expect(commands)
+
+    def order(self, command: Work) -> None:
+        """Have a command carried out."""
+        self._pending += 1
+        self._orders.put(command)
+
+    def collect(self) -> on.Event | None:
+        """The next result, if there is one.
+
+        Raises:
+            FedpruneError: A command failed, and not because of a device.
+        """
+        try:
+            result = self._results.get_nowait()
+        except queue.Empty:
+            return None
+        self._pending -= 1
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def close(self, patience_s: float = 5.0) -> None:
+        """End the thread after the command that it works on; don't wait longer than `patience_s`."""
+        self._orders.put(None)
+        self._thread.join(patience_s)
+
+    def _run(self) -> None:
+        while True:
+            command = self._orders.get()
+            if command is None:
+                return
+            self._results.put(self._carry_out(command))
+
+    def _carry_out(self, command: Work) -> Result:
+        try:
+            with about(round=round_of(command), device=device_of(command)):
+                return self._worker.execute(command)
+        except Exception as error:  # noqa: BLE001 - it is raised again where the loop collects it
+            return error
+
+
+def round_of(command: Work) -> int:
+    """The round that a command belongs to."""
+    return command.basis.round if isinstance(command, do.Extract) else command.round
+
+
+def device_of(command: Work) -> str | None:
+    """The device whose part a command is about, if it is one device's."""
+    match command:
+        case do.Extract():
+            return command.part.device
+        case do.Fold():
+            return command.contribution.part.device
+    return None

@@ -1,0 +1,77 @@
+"""Batch-norm statistics of the global model, measured anew on a few samples of the server's own, without labels.
+
+Devices of different widths measure statistics of different sums: a channel that is fed by half of the channels before
+it has another mean and variance than in the whole model. Their average fits no width, and least of all the whole model
+(HeteroFL, Diao et al. 2021, re-estimates statistics, too). One forward pass in training mode over samples like the
+devices' puts that right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError, shape_text
+from fedprune.model.selection import Tensors
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune.training.trainable import frozen_tensors
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
+
+MAX_SAMPLES = 512
+"""All samples go through the model in one batch, so that the statistics are exactly theirs."""
+
+
+class Calibration:
+    """Measures statistics.
+
+    Args:
+        model: The model; its architecture and graph are used, not its weights.
+        x: Samples, as the model takes them, in any order; of more than 512 as many are used.
+        features: What of the model is frozen: such statistics stay as they are.
+
+    Raises:
+        DataError: There are fewer than two samples, or they have another shape than the model's input.
+    """
+
+    def __init__(self, model: Model, x: npt.NDArray[Any], features: Features | None = None) -> None:
+        shape = tuple(model.architecture.input_shape)
+        if x.ndim == 0 or x.shape[1:] != shape or len(x) < 2:
+            raise DataError("calibration samples", expected=shape_text("2 or more", *shape), got=shape_text(*x.shape))
+        # The order decides the last bits of a mean, so it must not depend on how a file was read.
+        rows = np.array(sorted(range(len(x)), key=lambda i: x[i].tobytes()))
+        chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLES)).astype(np.int64)]
+        self._x = np.ascontiguousarray(x[chosen])
+        features = features or Features()
+        kept = Features(frozen=features.frozen, trainable=features.trainable)
+        frozen = frozen_tensors(model.architecture, kept, model.frozen)
+        self._trained = [t.name for t in model.architecture.trainable if t.name not in frozen]
+        self._statistics = [t.name for t in model.architecture.statistics if t.name not in frozen]
+        graph = model.graph.copy()
+        for node in graph.nodes:
+            if node.op == "BatchNormalization":
+                node.attrs["momentum"] = 0.0  # The batch's statistics alone, whatever share a training step keeps.
+        self._session = Session(training_graph(replace(model, graph=graph), kept).to_bytes(), training=True)
+
+    def __call__(self, tensors: Tensors) -> Tensors:
+        """The same model with statistics of these samples; weights stay as they are, bit for bit.
+
+        Raises:
+            ModelError: An operator fails.
+        """
+        names = self._statistics
+        if not names:
+            return tensors
+        feeds = dict(tensors) | {step_contract.buffer(n): np.zeros_like(tensors[n]) for n in self._trained}
+        feeds |= {
+            k: np.array(0, np.float32) for k in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
+        }
+        feeds |= {step_contract.X: self._x, step_contract.Y: np.zeros(len(self._x), np.int64)}
+        feeds |= {n: np.zeros_like(tensors[n]) for n in names}
+        measured = self._session.run(feeds, [step_contract.following(n) for n in names])
+        return dict(tensors) | {n: measured[step_contract.following(n)] for n in names}

@@ -1,0 +1,94 @@
+"""Whether a job's training ran away, and what to change then."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fedprune.coordination import events as on
+from fedprune.jobs.job import Job
+from fedprune_server.terminal.log_lines import about
+
+log = logging.getLogger("fedprune.server")
+
+_RISE = 1.1
+"""Times the loss after the first round that the last one must be: less than that may be chance."""
+
+_SIGNS = ("not finite", "finite numbers of magnitude")
+"""What reasons say of training that ran away: a board's refusal, and the server's of weights that are far too large."""
+
+
+def of_history(history: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> str:
+    """What to say at the end of a coordinator's history; empty where nothing is wrong.
+
+    Args:
+        history: Its summaries of rounds.
+        recipe: The job's recipe, as JSON.
+    """
+    measured = [row["metrics"] for row in history if row["metrics"].get("samples")]
+    reasons = [str(part.get("reason", "")) for row in history[-1:] for part in row["devices"].values()]
+    return advice([m.get("loss") for m in measured], reasons, recipe)
+
+
+def advice(losses: Sequence[float | None], reasons: Iterable[str], recipe: Mapping[str, Any]) -> str:
+    """What to say of these losses; empty where nothing is wrong.
+
+    Args:
+        losses: Of the global model after every round that measured it; None where it was not finite.
+        reasons: Why boards took no part in the last round; empty for each that did.
+        recipe: The job's recipe, as JSON.
+    """
+    parts = list(reasons)
+    failed = sum(map(ran_away, parts))
+    first, last = (losses[0], losses[-1]) if losses else (0.0, 0.0)
+    if last is None or not math.isfinite(last):
+        what = "the global model's loss is no longer finite"
+    elif failed and _most(parts):
+        what = f"{failed} of the devices ended with numbers that are not finite, or far too large"
+    elif first is not None and last > _RISE * first:
+        what = f"the global model's loss rose, from {first:.4g} after the first round to {last:.4g} after the last"
+    else:
+        return ""
+    return f"training diverged: {what}. {remedy(recipe)}"
+
+
+def warn(event: on.UpdateRejected, job: Job, prefix: str, reasons: Iterable[str]) -> None:
+    """Log that an update doesn't count, and what to change where training ran away on most of the round's devices.
+
+    Args:
+        event: What became of the update.
+        job: The job that it is for.
+        prefix: What lines of this job begin with.
+        reasons: Why devices of the round, this one included, don't count so far; empty for each of the others.
+    """
+    with about(job=job.name, round=event.round, device=event.device):
+        log.warning("%supdate of %s in round %d doesn't count: %s", prefix, event.device, event.round, event.reason)
+        if ran_away(event.reason) and _most(list(reasons)):
+            log.warning("%s%s", prefix, remedy(job.recipe.to_dict()))
+
+
+def ran_away(reason: str) -> bool:
+    """Whether a reason why an update doesn't count says that training ran away."""
+    return any(sign in reason for sign in _SIGNS)
+
+
+def _most(reasons: Sequence[str]) -> bool:
+    """Whether training ran away on at least half of the devices: on fewer, it is these that are odd."""
+    return 2 * sum(map(ran_away, reasons)) >= len(reasons)
+
+
+def remedy(recipe: Mapping[str, Any]) -> str:
+    """What to change in a recipe with which training diverges."""
+    lr, momentum, clip = (_now(recipe, key) for key in ("lr", "momentum", "clip_norm"))
+    return (
+        f"The likeliest cause is a learning rate that is too high: in [job.recipe] lower lr ({lr}; try a tenth) or "
+        f"momentum ({momentum}), or set clip_norm ({clip}; try 1). If that doesn't help, look at the samples: scaled "
+        "as the model expects, with the right labels. Begin anew in another folder: the weights are spoilt."
+    )
+
+
+def _now(recipe: Mapping[str, Any], key: str) -> str:
+    value = recipe.get(key)
+    return f"now {value:g}" if isinstance(value, (int, float)) else "see the recipe"

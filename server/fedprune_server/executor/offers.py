@@ -1,0 +1,279 @@
+"""What an offer names: weights, masks and graphs, put into the blob store once and referred to by digest."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from fedprune import codec
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.codec.remap import relocated, relocation
+from fedprune.coordination import commands as do
+from fedprune.core import tensorfile
+from fedprune.core.errors import ProtocolError, StorageError
+from fedprune.costs.form_times import FormTimes
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.roles import Submodel
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
+from fedprune.training.trainable import frozen_tensors, matching
+from fedprune_export.bundles.bundle import blocked_step
+from fedprune_export.bundles.inference import inference_model
+from fedprune_export.precision import lower
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
+from fedprune_server.executor.update_size import UPDATE_BOUND, UPDATE_SIZE
+
+GRAPH_ROUNDS = 10
+"""A graph that no offer named for so many rounds is let go of, and made again if it is needed again."""
+
+_WITHHELD = 64
+
+_LOG = logging.getLogger("fedprune.server")
+
+
+class LatestGraphs:
+    """Which graphs offers have named of late: the one rule of whoever makes, keeps or deletes graphs.
+
+    A graph counts from the latest round of all that were heard of: one that a part of an earlier round names once more
+    is as much in use as any.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
+        self._round = 0
+
+    def name(self, graphs: Iterable[str], round_: int) -> None:
+        """Note the digests of graphs that an offer of a round names."""
+        self._round = max(self._round, round_)
+        self._last |= dict.fromkeys(graphs, self._round)
+
+    def let_go(self, round_: int) -> set[str]:
+        """Let go of graphs that no offer has named for `GRAPH_ROUNDS` rounds, now that this round is reached.
+
+        Returns:
+            Their digests.
+        """
+        self._round = max(self._round, round_)
+        gone = {g for g, last in self._last.items() if last < self._round - GRAPH_ROUNDS}
+        for digest in gone:
+            del self._last[digest]
+        return gone
+
+    def digests(self) -> set[str]:
+        """Of all that were named and not let go of."""
+        return set(self._last)
+
+
+def graphs_of(offer: Mapping[str, Any]) -> set[str]:
+    """Digests of the graphs that an offer names."""
+    named = [offer[name] for name in ("training", "inference") if name in offer]
+    return {ref["sha256"] for ref in (*named, *offer.get("lowered", {}).values(), *offer.get("blocked", {}).values())}
+
+
+def blobs_of(offer: Mapping[str, Any]) -> set[str]:
+    """Digests of all that an offer names but slabs."""
+    named = [offer[name] for name in ("weights", "mask", "coded", "moved") if name in offer]
+    ranking = {offer["ranking"]} if "ranking" in offer else set()
+    return graphs_of(offer) | {ref["sha256"] for ref in named} | ranking
+
+
+class Offers:
+    """Puts what offers name into a store.
+
+    Args:
+        model: The imported model.
+        store: Where blobs are put.
+        precisions: At which lower precisions boards may serve, too.
+    """
+
+    def __init__(self, model: Model, store: BlobStore, precisions: Sequence[str] = ()) -> None:
+        self._model = model
+        self._store = store
+        self._precisions = precisions
+        self._graphs: dict[str | tuple[int, ...], dict[str, Any]] = {}
+        self._latest = LatestGraphs()
+        self._withheld: dict[str, frozenset[str]] = {}
+        self._failed: set[str] = set()
+        self._trained = frozenset(t.name for t in model.architecture.trainable)
+
+    def body(
+        self,
+        submodel: Submodel,
+        recipe: Recipe,
+        round_: int,
+        block: int = 0,
+        times: FormTimes | None = None,
+        coding: do.Coding = do.Coding(),  # noqa: B008 - it is frozen
+        before: Selection | None = None,
+    ) -> dict[str, Any]:
+        """The entries of an offer that follow from what a device is sent and how it trains.
+
+        Args:
+            submodel: What it is sent.
+            recipe: How it trains.
+            round_: The offer's round.
+            block: Channels that the device computes at once; 0 for none.
+            times: What forms took there; None if that isn't known.
+            coding: What of it travels encoded.
+            before: The selection of what the device goes on from; None where nothing is known.
+
+        Raises:
+            ModelError: The model can't be trained by this recipe.
+            StorageError: The disk fails or is full.
+        """
+        mask = submodel.mask
+        packed = submodel.tensors if mask is None else mask.pack(submodel.tensors)
+        packed, coded = self._coded(packed, coding, submodel, before)
+        body: dict[str, Any] = {
+            **coded,
+            "weights": self._store.put(tensorfile.encode(packed)).to_dict(),
+            "training": self.training(recipe, round_),
+            "inference": self.inference(submodel.selection.widths, round_),
+            "recipe": recipe.to_offer(),
+        }
+        shapes = self._answer(packed, recipe)
+        header = tensorfile.header((n, "F32", shape) for n, shape in shapes.items())
+        body[UPDATE_SIZE] = len(header) + 4 * sum(map(math.prod, shapes.values()))
+        chosen = None if coding.update is None else codec.Codec.parse(coding.update)
+        if chosen is not None:
+            body |= {"codec": coding.update, UPDATE_BOUND: codec.bound(chosen, shapes, self._trained)}
+        if self._precisions:
+            body["lowered"] = self.lowered(submodel.selection.widths, round_)
+        blocked = self.blocked(recipe, submodel.selection.widths, block, round_, times)
+        if blocked:
+            body["blocked"] = blocked
+        if mask is not None:
+            body["mask"] = self._store.put(tensorfile.encode(mask.to_tensors())).to_dict()
+        return body
+
+    def training(self, recipe: Recipe, round_: int) -> dict[str, Any]:
+        """The training graph of a recipe, named in a round; errors are those of `body`."""
+        features = recipe.features
+        return self._graph(features.key, round_, lambda: training_graph(self._model, features).to_bytes())
+
+    def blocked(
+        self, recipe: Recipe, widths: tuple[int, ...], block: int, round_: int, times: FormTimes | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """The training graph of a recipe at some widths with channels in blocks, by their length, named in a round.
+
+        It stands beside the one that every board runs: what a board said of itself may not hold any more when it
+        trains. There is none without blocks, nor where steps are of several widths (ordered dropout).
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        key = f"{recipe.features.key} {widths} {block} {recipe.micro_batch} {hash(times)}"
+        if not block or recipe.ordered_dropout or key in self._failed:
+            return {}
+        try:
+            make = partial(blocked_step, self._model, recipe, widths, block, times)
+            return {str(block): self._graph(key, round_, make)}
+        except StorageError:
+            raise
+        except Exception:  # noqa: BLE001 - offers can do without: whatever our own code fails on must not end a job
+            _LOG.warning("no training graph for blocks of %d channels at widths %s", block, widths, exc_info=True)
+            self._failed.add(key)
+            return {}
+
+    def inference(self, widths: tuple[int, ...], round_: int) -> dict[str, Any]:
+        """The inference graph at some widths, named in a round; errors are those of `body`."""
+        return self._graph(widths, round_, lambda: inference_model(self._model, widths))
+
+    def lowered(self, widths: tuple[int, ...], round_: int) -> dict[str, dict[str, Any]]:
+        """The graphs of lower precisions at some widths, named in a round.
+
+        Raises:
+            ModelError: Nothing of the model can be computed with 8 bits, where that is asked for.
+            StorageError: The disk fails or is full.
+        """
+        return {p: self._graph(f"{p} {widths}", round_, partial(self._kit, widths, p)) for p in self._precisions}
+
+    def _kit(self, widths: tuple[int, ...], precision: str) -> bytes:
+        return lower(self._model, widths, precision).packed
+
+    def note(self, graphs: Iterable[str], round_: int) -> None:
+        """Note graphs that an offer of a round names, and let go of those that none has named for long."""
+        if self._latest.let_go(round_):
+            current = self._latest.digests()
+            self._graphs = {k: ref for k, ref in self._graphs.items() if ref["sha256"] in current}
+        self._latest.name(graphs, round_)
+
+    def graphs(self) -> set[str]:
+        """Digests of the graphs that offers of the latest rounds named."""
+        return self._latest.digests()
+
+    def _graph(self, key: str | tuple[int, ...], round_: int, make: Callable[[], bytes]) -> dict[str, Any]:
+        """The reference of the graph made for `key`; it is made if it isn't known, or was deleted meanwhile."""
+        found = self._graphs.get(key)
+        if found is None or not self._store.has(found["sha256"]):
+            found = self._store.put(make()).to_dict()
+        self.note([found["sha256"]], round_)
+        self._graphs[key] = found
+        return found
+
+    def withheld(self, recipe: Recipe) -> frozenset[str]:
+        """Tensors that no update carries: those that are frozen, and those that stay on the board.
+
+        Raises:
+            ConfigError: A pattern matches no tensor, or no tensor is left to train.
+        """
+        features = recipe.features
+        key = "|".join((features.key, *recipe.personal))
+        if key not in self._withheld:
+            architecture = self._model.architecture
+            frozen = frozen_tensors(architecture, features, self._model.frozen)
+            if len(self._withheld) >= _WITHHELD:
+                self._withheld.clear()
+            # A pattern that matches nothing is an error: what was misspelt must not be sent by mistake.
+            self._withheld[key] = frozen | matching(architecture, recipe.personal, "recipe: personal")
+        return self._withheld[key]
+
+    def _coded(
+        self, packed: Tensors, coding: do.Coding, submodel: Submodel, before: Selection | None
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """Weights as a device has them once it has decoded them, and what an offer says of that.
+
+        The server goes on from these, so that both have the very same bits. What coding leaves out is in the difference
+        to the next weights, and so never adds up.
+        """
+        says: dict[str, Any] = {}
+        moved = b""
+        if before is not None and before.digest != submodel.selection.digest:
+            moved = relocation(before, submodel.selection)
+            says = {"moved": self._store.put(moved).to_dict(), "moved_from": before.digest}
+        chosen = None if coding.weights is None else codec.Codec.parse(coding.weights)
+        if chosen is None:
+            return packed, says
+        says["weights_codec"] = str(chosen)
+        held, base = None, None
+        if before is not None and coding.held is not None and submodel.mask is None:
+            found = self._held(coding.held.weights or "")
+            found = relocated(found, moved, 2**40) if moved else found
+            if {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in packed.items()}:
+                held, base = coding.held.weights, found
+        if base is None and chosen.feedback:
+            return packed, says  # whole weights in 255 steps would be too coarse to train from
+        try:
+            raw = codec.weights.encode(chosen, packed, base, self._trained)
+            there = codec.weights.decode(chosen, raw, base, sum(v.nbytes for v in packed.values()))
+        except ProtocolError as error:
+            _LOG.warning("weights are sent plainly: %s", error)
+            return packed, says
+        reference = {"coded": self._store.put(raw).to_dict()}
+        return there, {**says, **reference, **({} if held is None else {"held": held})}
+
+    def _held(self, digest: str) -> Tensors:
+        """Weights that a device holds; nothing where they are here no longer."""
+        return tensorfile.decode(self._store.read(digest)) if digest and self._store.has(digest) else {}
+
+    def _answer(self, packed: Tensors, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+        """Shapes of the update that answers these weights: as many, without what is withheld."""
+        withheld = self.withheld(recipe)
+        sent = {n: v.shape for n, v in packed.items() if n not in withheld}
+        if recipe.report_squares:
+            sent |= {step_contract.squares(n): shape for n, shape in sent.items() if n in self._trained}
+        return sent

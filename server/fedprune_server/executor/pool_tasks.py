@@ -1,0 +1,161 @@
+"""What a crew's helpers do, in whichever process they are, and on whichever machine.
+
+Each is a function of a worker and one argument. What it is given are commands, digests and names of tensors; what they
+name is read from the blob store and checked. What it answers is an event, or sums. So it makes no difference who does
+it, or whether it is done twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedprune.aggregation.partial_sums import PartialSums
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.influence import Lengths, lengths
+from fedprune.core.errors import FedpruneError, StorageError
+from fedprune.jobs.job import Job
+from fedprune.wire.validation import one_line
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.worker import Worker
+from fedprune_server.storage.s3.store import BucketStore, Objects
+
+log = logging.getLogger("fedprune.server")
+
+Task = Callable[[Worker, Any], Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a helper makes its worker of.
+
+    Attributes:
+        job: The job.
+        model: The imported model.
+        store: The blobs.
+    """
+
+    job: Job
+    model: Model
+    store: BlobStore
+
+    @classmethod
+    def of(cls, worker: Worker) -> Settings:
+        """Those of a worker."""
+        store = worker.store
+        if type(store) is BlobStore:  # a helper may be started in another folder
+            store = BlobStore(store.root.resolve(), durable=store.durable, sweep=False)
+        return cls(worker.job, worker.model, store)
+
+    def worker(self) -> Worker:
+        """A worker on the same blobs.
+
+        Raises:
+            StorageError: The folder isn't there.
+        """
+        store, folder = self.store, self.store.root
+        if not folder.is_dir():
+            raise StorageError(f"there is no folder {folder} on this machine")
+        if type(store) is BlobStore:
+            store = BlobStore(folder, durable=store.durable, sweep=False)
+        return Worker(self.job, self.model, store)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Submodels that were made.
+
+    Attributes:
+        events: Their offers; None where one could not be made.
+        objects: What their blobs are called in a bucket, if that is where blobs are kept.
+    """
+
+    events: tuple[on.Event | None, ...]
+    objects: Objects
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Some tensors of some updates, to be added up.
+
+    Attributes:
+        command: The round's; its contributions are the updates.
+        names: The tensors.
+        refs: Of the updates' blobs, so that no more of them is read than these tensors; None where all is needed.
+    """
+
+    command: do.Close
+    names: frozenset[str]
+    refs: Mapping[str, BlobRef] | None
+
+
+def extract(worker: Worker, commands: Sequence[do.Extract]) -> Made:
+    """Make submodels; None for one at which this fails: the server's own worker will tell the reason."""
+    events = tuple(_made(worker, command) for command in commands)
+    return Made(events, worker.store.news() if isinstance(worker.store, BucketStore) else {})
+
+
+def _made(worker: Worker, command: do.Extract) -> on.Event | None:
+    try:
+        return worker.execute(command)
+    except Exception:
+        log.debug("submodel of %s", command.part.device, exc_info=True)
+        return None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An update that has passed its checks.
+
+    Attributes:
+        event: The answer to the command.
+        lengths: How far the update moved.
+    """
+
+    event: on.Folded
+    lengths: Lengths
+
+
+def check(worker: Worker, command: do.Fold) -> Checked | on.UpdateRejected:
+    """Check an update, as far as that can be done without adding it to any sums.
+
+    Raises:
+        StorageError: It can't be read.
+    """
+    found = command.contribution
+    device, round_, attempt = found.part.device, found.basis.round, found.part.attempt
+    fold, _ = worker.sums.at(command)
+    try:
+        report = worker.reports.report(found)
+        worker.sums.check(report, fold)
+    except StorageError:
+        raise
+    except FedpruneError as error:
+        return on.UpdateRejected(device, round_, attempt, one_line(str(error)))
+    return Checked(on.Folded(device, round_, attempt), lengths(report))
+
+
+def add_up(worker: Worker, addition: Addition) -> PartialSums:
+    """Add up some tensors of some updates.
+
+    Raises:
+        FedpruneError: An update can't be added; the server's own worker finds out which, and why.
+    """
+    command = addition.command
+    fold = worker.sums.at(command)[0].narrowed(addition.names)
+    for found in command.contributions:
+        if addition.refs is None:
+            report = worker.reports.report(found)
+            worker.sums.check(report, fold)
+            lifted = worker.reports.lifted(report)
+        else:
+            report = worker.reports.some(found, addition.refs, addition.names)
+            fold.check(report.trained.selection, report.trained.tensors)
+            lifted = report.trained
+        worker.strategy.aggregator.add(fold, report, lifted)
+    return fold.partial()

@@ -1,0 +1,207 @@
+"""The process that hands a crew's tasks to a Ray cluster, and what runs there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from fedprune import __version__
+from fedprune.aggregation.partial_sums import PartialSums
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import FedpruneError, StorageError, reason
+from fedprune_server.executor.pool_tasks import Settings, Task
+from fedprune_server.executor.worker import Worker
+from fedprune_server.process.children import begin_helper
+
+_RETRIES = 3
+"""So often a task begins anew elsewhere whose machine or process has died."""
+
+_POLL_S, _LOOK_S = 0.01, 5.0
+_EMPTY_S = 30.0
+"""A cluster without processors for so long is lost."""
+
+_PROBE_S = 60.0
+
+_worker: tuple[str, Worker] | None = None
+"""In a process of the cluster: its worker, and of which server."""
+
+
+def serve(parent: int, address: str, settings: Settings, probe: str, connection: Connection) -> None:
+    """Hand tasks to a cluster until the other end of the pipe is closed; runs in a process of its own.
+
+    What comes are numbers, functions and their arguments. What goes back is a kind and what belongs to it: `size` and
+    the cluster's processors; `done` and a number, with the result behind it; `failed` and a number, with a text behind
+    it; `lost` and why, where the cluster can't be used.
+    """
+    begin_helper(parent)
+    _be_quiet()
+    try:
+        _Cluster(address, settings, probe, connection).run()
+    except (EOFError, BrokenPipeError):
+        pass
+    except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
+        connection.send(("lost", f"{type(error).__name__}: {reason(error)}"))
+    os._exit(0)  # Ray's own end may wait for a cluster that is gone
+
+
+def receive_result(connection: Connection) -> Any:
+    """What `_send_result` has sent."""
+    result = connection.recv()
+    if not isinstance(result, PartialSums):
+        return result
+    arrays = {}
+    for key, shape in connection.recv():
+        value = np.empty(shape, np.int64)
+        if value.size:
+            connection.recv_bytes_into(value.reshape(-1).view(np.uint8))
+        arrays[key] = value
+    return replace(result, arrays=arrays)
+
+
+def _send_result(connection: Connection, result: Any) -> None:
+    """Send a result; sums as bare bytes, so that they are not copied once more."""
+    if not isinstance(result, PartialSums):
+        connection.send(result)
+        return
+    connection.send(replace(result, arrays={}))
+    connection.send([(key, value.shape) for key, value in result.arrays.items()])
+    for value in result.arrays.values():
+        if value.size:
+            connection.send_bytes(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+
+
+class _Cluster:
+    """A connection to a Ray cluster.
+
+    Raises:
+        Exception: Whatever Ray raises where it can't be reached.
+        FedpruneError: It can't be used.
+    """
+
+    def __init__(self, address: str, settings: Settings, probe: str, connection: Connection) -> None:
+        import ray
+
+        self._ray: Any = ray
+        self._connection = connection
+        # What can be imported here must be there, too: a strategy may be a module of the current folder.
+        there = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=there)
+        self._probe(settings, probe)
+        # In a list it isn't read before every task.
+        self._settings = [ray.put(settings)]
+        self._token = probe
+        self._carry = self._ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(_carry)
+        self._tasks: dict[Any, int] = {}
+        self._seen = self._looked = time.monotonic()
+        self._size = -1
+        self._look(time.monotonic())
+
+    def run(self) -> None:
+        """Hand on tasks and results."""
+        while True:
+            while self._connection.poll(0 if self._tasks else 0.2):
+                number, task, argument = self._connection.recv()
+                self._tasks[self._carry.remote(self._settings, self._token, task, argument)] = number
+            if self._tasks:
+                known = list(self._tasks)
+                done, _ = self._ray.wait(known, num_returns=min(len(known), 8), timeout=_POLL_S)
+                for ref in done:
+                    self._answer(ref, self._tasks.pop(ref))
+            now = time.monotonic()
+            if now - self._looked >= _LOOK_S:
+                self._look(now)
+
+    def _answer(self, ref: Any, number: int) -> None:
+        try:
+            result = self._ray.get(ref)
+        except Exception as error:  # noqa: BLE001 - whatever a task or its machine died of
+            self._connection.send(("failed", number))
+            self._connection.send(f"{type(error).__name__}: {str(error)[-1000:]}")
+            return
+        self._connection.send(("done", number))
+        _send_result(self._connection, result)
+
+    def _look(self, now: float) -> None:
+        """See how large the cluster is.
+
+        Raises:
+            FedpruneError: It has had no processors for long.
+        """
+        self._looked = now
+        size = int(self._ray.cluster_resources().get("CPU", 0))
+        if size:
+            self._seen = now
+        if now - self._seen > _EMPTY_S:
+            raise FedpruneError("the cluster has no processors any more")
+        if size != self._size:
+            self._size = size
+            self._connection.send(("size", size))
+
+    def _probe(self, settings: Settings, probe: str) -> None:
+        """See that every machine of the cluster can help.
+
+        Raises:
+            FedpruneError: One can't, or there is none.
+        """
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = [n for n in self._ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0)]
+        if not nodes:
+            raise FedpruneError("no machine of the cluster has processors for tasks")
+        asked = {}
+        for node in nodes:
+            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            see = self._ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=where)(_see)
+            asked[see.remote(str(settings.store.root), probe)] = node["NodeManagerAddress"]
+        done, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=_PROBE_S)
+        answered = 0
+        for ref, address in asked.items():
+            if ref not in done:
+                raise FedpruneError(f"{address} has not answered in {_PROBE_S:g} s")
+            try:
+                version, fault = self._ray.get(ref)
+            except Exception:  # noqa: BLE001, S112  # nosec B112  # it has died, and Ray notices that late
+                continue
+            answered += 1
+            if fault or version != __version__:
+                raise FedpruneError(f"{address}: {fault or f'fedprune {version} there, {__version__} here'}")
+        if not answered:
+            raise FedpruneError("no machine of the cluster could be asked")
+
+
+def _see(folder: str, probe: str) -> tuple[str, str]:
+    """What version of fedprune a machine has, and why it can't read the server's blobs, if it can't."""
+    from pathlib import Path
+
+    try:
+        if not Path(folder).is_dir():
+            raise StorageError(f"there is no folder {folder}")
+        BlobStore(Path(folder), sweep=False).read(probe)
+    except FedpruneError as error:
+        return __version__, str(error)
+    return __version__, ""
+
+
+def _carry(settings: list[Any], token: str, task: Task, argument: Any) -> Any:
+    """Do a task, with the worker of the last one if it was for the same server."""
+    global _worker
+    if _worker is None or _worker[0] != token:
+        import ray
+
+        made: Settings = ray.get(settings[0])
+        _worker = token, made.worker()
+    return task(_worker[1], argument)
+
+
+def _be_quiet() -> None:
+    """Ray's own log is in its own folder."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)

@@ -1,0 +1,277 @@
+"""Helpers on a Ray cluster.
+
+Ray runs in a child process, because a driver may end its process when it loses its cluster, and because it takes over
+signals and the log. What happens to that child, or to the cluster, costs no more than the tasks that were under way:
+their futures fail, whoever asked does them here, and a new child tries to reach the cluster once a minute.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import multiprocessing
+import os
+import queue
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ConfigError, ExitCode, FedpruneError, MissingExtraError, reason
+from fedprune_server.config.cluster_url import check_url, endpoint, needs_client, ray_address
+from fedprune_server.executor.pool_tasks import Settings, Task
+from fedprune_server.executor.ray_child import receive_result, serve
+from fedprune_server.executor.worker import Worker
+
+log = logging.getLogger("fedprune.server")
+
+_CONNECT_S = 10.0
+_START_S, _LOOK_S = 120.0, 0.2
+_AGAIN_S = 60.0
+
+
+class ClusterError(FedpruneError):
+    """A cluster of helpers can't be reached, is lost, or can't do what it should."""
+
+    exit_code = ExitCode.CLUSTER
+
+
+def _unusable(url: str, why: str) -> ClusterError:
+    return ClusterError(
+        f"the Ray cluster at {url} can't be used",
+        got=why,
+        hint="Start it with `ray start`, check address and port, and see that all its machines see the state folder's "
+        "blobs and have this version of fedprune; --workers-url processes does without.",
+    )
+
+
+class RayPool:
+    """Lets a cluster do tasks.
+
+    Args:
+        url: The cluster, as `fedprune_server.config.cluster_url` says.
+        worker: Whose job it helps with; every machine of the cluster must see its blob store's folder.
+        again_s: Pause between attempts to reach a cluster that was lost.
+
+    Raises:
+        ClusterError: The cluster can't be reached, has no processors, or a machine of it doesn't see the folder.
+        MissingExtraError: Ray is not installed.
+        ConfigError: The URL is none, or blobs are in a bucket.
+    """
+
+    adds = True
+    patience_s = 900.0
+
+    def __init__(self, url: str, worker: Worker, *, again_s: float = _AGAIN_S) -> None:
+        check_url(url)
+        if importlib.util.find_spec("ray") is None:
+            raise MissingExtraError("Ray is not installed", extra="scale")
+        if needs_client(url) and importlib.util.find_spec("grpc") is None:
+            raise MissingExtraError("Ray's client is not installed", extra="scale")
+        if type(worker.store) is not BlobStore:
+            raise ConfigError(
+                "server: workers_url",
+                expected="blobs in a folder that all machines of the cluster see",
+                got="blobs in a bucket",
+                hint="Leave --blobs out in a new state folder, or let --workers-url be processes.",
+            )
+        self._url = url
+        self._store = worker.store
+        self._settings = Settings.of(worker)
+        self._again_s = again_s
+        self._lock = threading.Lock()
+        self._closed = False
+        self._reaching: threading.Thread | None = None
+        self._tried = time.monotonic()
+        self._link: _Link | None = self._reach()
+        threading.Thread(target=self._link.listen, name="fedprune-ray", daemon=True).start()
+        log.info("a cluster at %s helps: %d processors", url, self._link.size)
+
+    @property
+    def size(self) -> int:
+        """Processors of the cluster; 1 while it is lost."""
+        link = self._link
+        return 1 if link is None else max(1, link.size)
+
+    def submit(self, task: Task, argument: Any) -> Future[Any]:
+        """Have a task done."""
+        with self._lock:
+            link = self._link
+            if link is not None and link.lost:
+                self._link = link = None
+            idle = self._reaching is None or not self._reaching.is_alive()
+            if link is None and not self._closed and idle and time.monotonic() - self._tried >= self._again_s:
+                self._reaching = threading.Thread(target=self._reach_again, name="fedprune-cluster", daemon=True)
+                self._reaching.start()
+        if link is None:
+            future: Future[Any] = Future()
+            future.set_exception(ClusterError("the cluster is lost"))
+            return future
+        return link.submit(task, argument)
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        with self._lock:
+            self._closed = True
+            link, self._link = self._link, None
+        if link is not None:
+            link.close()
+
+    def _reach_again(self) -> None:
+        try:
+            link = self._reach()
+        except FedpruneError as error:
+            log.debug("%s", error)
+            self._tried = time.monotonic()
+            return
+        with self._lock:
+            late = self._closed
+            self._link = None if late else link
+        if late:
+            link.close()
+            return
+        log.info("the cluster at %s is back: %d processors", self._url, link.size)
+        link.listen()  # here: the child ends with the thread that has started it
+
+    def _reach(self) -> _Link:
+        place = endpoint(self._url)
+        if place is not None:  # Ray itself tries for minutes
+            try:
+                socket.create_connection(place, _CONNECT_S).close()
+            except (OSError, OverflowError) as error:
+                raise _unusable(self._url, reason(error)) from error
+        # Whoever reads it sees the very folder, not an empty one of the same name.
+        probe = self._store.put(secrets.token_bytes(32)).sha256
+        try:
+            return _Link(self._url, self._settings, probe, self._lost, lambda: self._closed)
+        finally:
+            self._store.delete(probe)
+
+    def _lost(self) -> None:
+        self._tried = time.monotonic()
+        if not self._closed:
+            log.warning("the cluster at %s is lost: the server does its work until it is back", self._url)
+
+
+class _Link:
+    """The child that talks with the cluster.
+
+    Args:
+        url: The cluster.
+        settings: Of its workers.
+        probe: A blob that all its machines must see.
+        told: Called when it is lost.
+        given_up: Whether nobody waits for the cluster any more.
+
+    Attributes:
+        size: Processors of the cluster.
+        lost: Whether the child, or its cluster, is gone.
+    """
+
+    def __init__(
+        self, url: str, settings: Settings, probe: str, told: Callable[[], None], given_up: Callable[[], bool]
+    ) -> None:
+        self._told = told
+        self._given_up = given_up
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=serve, args=(os.getpid(), ray_address(url), settings, probe, theirs), name="fedprune-ray"
+        )
+        self._process.start()
+        theirs.close()
+        self.size, self.lost = 0, False
+        self._number = 0
+        self._futures: dict[int, Future[Any]] = {}
+        self._lock = threading.Lock()
+        self._orders: queue.SimpleQueue[tuple[int, Task, Any] | None] = queue.SimpleQueue()
+        try:
+            self.size = self._first(url)
+        except BaseException:
+            self._end()
+            raise
+        # A pipe is full soon while a cluster doesn't answer, and the server's loop must not wait for it.
+        threading.Thread(target=self._hand_on, name="fedprune-ray-orders", daemon=True).start()
+
+    def _first(self, url: str) -> int:
+        """How many processors there are, as the child says once it has reached the cluster."""
+        kind, what = "lost", f"no answer in {_START_S:g} s"
+        until = time.monotonic() + _START_S
+        with suppress(EOFError, OSError):
+            # Little by little: this process doesn't end before the child does.
+            while not self._given_up() and time.monotonic() < until:
+                if self._connection.poll(_LOOK_S):
+                    kind, what = self._connection.recv()
+                    break
+        if kind == "size":
+            return int(what)
+        raise _unusable(url, what)
+
+    def submit(self, task: Task, argument: Any) -> Future[Any]:
+        """Hand a task on."""
+        future: Future[Any] = Future()
+        with self._lock:
+            if self.lost:
+                future.set_exception(ClusterError("the cluster is lost"))
+                return future
+            self._number += 1
+            self._futures[self._number] = future
+            self._orders.put((self._number, task, argument))
+        return future
+
+    def _hand_on(self) -> None:
+        while (order := self._orders.get()) is not None:
+            try:
+                self._connection.send(order)
+            except OSError:  # noqa: PERF203 - the child is gone: whoever listens tells
+                return
+            except Exception as error:  # noqa: BLE001 - pickling may fail in any way, and does before a byte is sent
+                with self._lock:
+                    future = self._futures.pop(order[0], None)
+                if future is not None:  # else the cluster was lost meanwhile
+                    future.set_exception(ClusterError("a task can't be handed to the cluster", got=reason(error)))
+
+    def listen(self) -> None:
+        """Take in results until the child is gone."""
+        try:
+            while True:
+                kind, what = self._connection.recv()
+                if kind == "lost":
+                    log.debug("the cluster: %s", what)
+                    break
+                if kind == "size":
+                    self.size = int(what)
+                elif kind == "done":
+                    result = receive_result(self._connection)
+                    self._futures.pop(what).set_result(result)
+                else:
+                    error = ClusterError("a helper failed", got=self._connection.recv())
+                    self._futures.pop(what).set_exception(error)
+        except (EOFError, OSError):
+            pass
+        except Exception:  # an answer that can't be read: what comes behind it can't be told apart either
+            log.warning("what a cluster answers can't be read", exc_info=True)
+        with self._lock:
+            self.lost = True
+            left, self._futures = list(self._futures.values()), {}
+        self._orders.put(None)
+        self._told()
+        for future in left:
+            future.set_exception(ClusterError("the cluster is lost"))
+        self._end()
+
+    def close(self) -> None:
+        """End the child."""
+        self._end()
+
+    def _end(self) -> None:
+        self._process.terminate()
+        self._process.join(5.0)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()

@@ -1,0 +1,167 @@
+"""The slabs of a round: what its submodels add to each other, made once and named by the offers of all its devices."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.codec import Codec
+from fedprune.codec.width_deltas import chains, own_share, places, slab
+from fedprune.coordination import commands as do
+from fedprune.core import tensorfile
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.roles import Submodel
+from fedprune.strategies.strategy import Strategy
+
+LEAST = 256 * 1024
+"""Bytes of a round's largest submodel below which every device is sent its own: what is saved isn't worth the words."""
+
+MOST_OWN = 0.5
+"""A submodel of which its slab would hold more than this share as whole tensors begins a chain of its own."""
+
+_ROUNDS = 2
+"""Rounds that are remembered: an offer may be made once more after the next round has begun to be expected."""
+
+_Basis = tuple[int, str, str, str | None]
+_Kind = tuple[tuple[int, ...], float]
+
+
+@dataclass(frozen=True)
+class _Link:
+    """A submodel in its chain."""
+
+    weights: str
+    slabs: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Below:
+    """The submodel that the next one of a chain is compared with."""
+
+    selection: Selection
+    mask: ElementMask | None
+    packed: Tensors
+
+
+class SlabChains:
+    """Makes slabs of what a round's devices are sent.
+
+    What devices are sent must not depend on who they are, but on widths and density alone; and who else is in the round
+    must be known before the first submodel is made, since narrower ones are what a wider one is made of. Where it
+    isn't, as after a restart in the middle of a round, the remaining devices get slabs of their own, or none: offers
+    without slabs are as good as any. Devices whose weights lose something in their codec, each by what it holds, get
+    none.
+
+    Args:
+        strategy: Says whether devices are sent the same.
+        store: Where slabs are put.
+        make: Makes a submodel.
+        least: Bytes of a round's largest submodel from which on slabs are made.
+    """
+
+    def __init__(
+        self, strategy: Strategy, store: BlobStore, make: Callable[[do.Extract], Submodel], least: int = LEAST
+    ) -> None:
+        self._alike = all(getattr(r, "alike", False) is True for r in (strategy.extractor, strategy.personaliser))
+        self._store = store
+        self._make = make
+        self._least = least
+        self._expected: dict[_Basis, list[do.Extract]] = {}
+        self._links: dict[_Basis, tuple[list[do.Extract], dict[_Kind, _Link]]] = {}
+
+    def expect(self, commands: Iterable[do.Command]) -> None:
+        """Note which submodels will be made; this may be called while another thread makes one."""
+        if not self._alike:
+            return
+        rounds: dict[_Basis, list[do.Extract]] = {}
+        for command in commands:
+            if isinstance(command, do.Extract) and _whole(command.coding):
+                rounds.setdefault(_basis(command), []).append(command)
+        for basis, extracts in rounds.items():
+            if len(extracts) > 1:
+                self._expected = dict([*self._expected.items(), (basis, extracts)][-_ROUNDS:])
+
+    def named(self, command: do.Extract, weights: str) -> dict[str, Any]:
+        """The entry of an offer with the slabs that make a device's weights, in ascending order, if there are any.
+
+        Args:
+            command: What the device is sent.
+            weights: Digest of its weights.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        basis = _basis(command)
+        expected = self._expected.get(basis)
+        if expected is None:
+            return {}
+        made = self._links.get(basis)
+        if made is None or made[0] is not expected or not self._kept(made[1].get(_kind(command))):
+            made = expected, self._made(expected)
+            self._links = dict([*((b, m) for b, m in self._links.items() if b != basis), (basis, made)][-_ROUNDS:])
+        link = made[1].get(_kind(command))
+        return {"slabs": list(link.slabs)} if link is not None and link.weights == weights else {}
+
+    def _kept(self, link: _Link | None) -> bool:
+        """Whether nothing of a link was deleted meanwhile."""
+        return link is None or all(self._store.has(ref["sha256"]) for ref in link.slabs)
+
+    def _made(self, expected: Sequence[do.Extract]) -> dict[_Kind, _Link]:
+        kinds = {_kind(c): c for c in expected}
+        shapes = self._make(expected[0]).selection.architecture.shapes
+        sizes = {k: 4 * sum(math.prod(s) for s in shapes(k[0]).values()) for k in kinds}
+        if max(sizes.values()) < self._least:
+            return {}
+        order = sorted(kinds, key=lambda k: (sizes[k], k[1], k[0]))
+        devices = Counter(_kind(c) for c in expected)
+        links: dict[_Kind, _Link] = {}
+        for chain in chains([widths for widths, _ in order]):
+            members = [order[i] for i in chain]
+            if sum(devices[k] for k in members) > 1:
+                links |= self._chain([(k, kinds[k]) for k in members])
+        return links
+
+    def _chain(self, members: Sequence[tuple[_Kind, do.Extract]]) -> dict[_Kind, _Link]:
+        """The links of submodels that hold each other."""
+        links: dict[_Kind, _Link] = {}
+        below: _Below | None = None
+        for kind, command in members:
+            submodel = self._make(command)
+            mask, tensors = submodel.mask, submodel.tensors
+            here = _Below(submodel.selection, mask, tensors if mask is None else mask.pack(tensors))
+            ref = self._store.put(tensorfile.encode(here.packed)).to_dict()
+            last = next(reversed(links.values()), None)
+            if last is not None and last.weights == ref["sha256"]:
+                links[kind] = last
+                continue
+            slabs: tuple[dict[str, Any], ...] = (ref,)
+            if below is not None and last is not None:
+                entries = slab(below.packed, here.packed, places(below.selection, here.selection, below.mask, mask))
+                if own_share(entries, here.packed) <= MOST_OWN:
+                    slabs = (*last.slabs, self._store.put(tensorfile.encode(entries)).to_dict())
+            links[kind], below = _Link(ref["sha256"], slabs), here
+        return links
+
+
+def _basis(command: do.Extract) -> _Basis:
+    basis = command.basis
+    return basis.round, basis.model, basis.ranking, basis.order
+
+
+def _kind(command: do.Extract) -> _Kind:
+    """What a device's submodel depends on; its density counts where single elements are masked alone."""
+    part = command.part
+    return part.widths, part.density if command.basis.order is not None else 1.0
+
+
+def _whole(coding: do.Coding) -> bool:
+    """Whether a device has the very weights that were made for it once it has decoded them."""
+    codec = None if coding.weights is None else Codec.parse(coding.weights)
+    if codec is None or codec.name == "zlib":
+        return True
+    return codec.feedback and (coding.held is None or coding.held.weights is None)  # it is sent them as they are

@@ -1,0 +1,319 @@
+"""The worker: does the heavy work that the coordinator asks for, on blobs.
+
+Daemon and simulator use it alike. Every command is answered from blobs and settings alone, so it can be repeated at
+any time, in another process, with the same bits. What it does is what the job's strategy says.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core import tensorfile
+from fedprune.costs.form_times import FormTimes
+from fedprune.importance.element_ranking import magnitudes, threshold
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies import compose
+from fedprune.strategies.roles import Cut, Memories, Report, Scene, Submodel, Turn
+from fedprune.training.recipe import Recipe
+from fedprune.training.trainable import frozen_tensors
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.accountant import Accountant, accountant
+from fedprune_server.executor.background import Work
+from fedprune_server.executor.calibration import Calibration
+from fedprune_server.executor.evaluator import Evaluation, Evaluator, Sessions
+from fedprune_server.executor.faults import AtFaultError, Suspect
+from fedprune_server.executor.limits import Limits
+from fedprune_server.executor.offers import Offers, graphs_of
+from fedprune_server.executor.reports import Reports
+from fedprune_server.executor.round_sums import RoundSums
+from fedprune_server.executor.slab_chains import SlabChains
+
+log = logging.getLogger("fedprune.server")
+
+
+class Worker:
+    """Carries out commands of one job.
+
+    Args:
+        job: The job's settings.
+        model: The imported model; its weights are where the job starts.
+        store: Where blobs are read and put.
+        evaluation: The server's set; without it `Evaluated` carries no metrics. One that isn't finite is left out, and
+            there is no accuracy where numbers are predicted.
+        calibration: Samples on which every global model's batch-norm statistics are measured anew, if any.
+        slabs: Whether offers name slabs, of which many devices can make what they are sent.
+
+    Raises:
+        ConfigError: The job's strategy or its options are wrong, or the server's set is empty.
+        DataError: The labels of the server's set are not what the recipe's loss takes.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        model: Model,
+        store: BlobStore,
+        evaluation: Evaluation | None = None,
+        calibration: npt.NDArray[np.float32] | None = None,
+        *,
+        slabs: bool = False,
+    ) -> None:
+        self.job = job
+        self.prefix = ""
+        """What begins a line about a device's update, where the job is one of several."""
+        self.model = model
+        self.architecture = model.architecture
+        self.strategy = compose(job)
+        self.store = store
+        self._evaluator = None if evaluation is None else Evaluator(Sessions(model, 1), job.recipe, evaluation)
+        self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
+        self._offers = Offers(model, store, job.precision)
+        self.reports = Reports(job, model.architecture, self.strategy, store, self._offers.withheld)
+        self._slabs = SlabChains(self.strategy, store, self._submodel) if slabs else None
+        self.limits = Limits(job, self.reports, uniform=self.strategy.aggregator.weighting == "uniform")
+        self.sums = RoundSums(self.strategy, self.reports, self.limits)
+        self._told: set[str] = set()
+
+    @cached_property
+    def accountant(self) -> Accountant | None:
+        """What works out the job's cost of privacy; None where nothing is promised. Helpers have no need of it.
+
+        Raises:
+            ConfigError: The job's budget of privacy is not enough for a round.
+            MissingExtraError: dp-accounting is not installed.
+        """
+        return accountant(self.job.privacy)
+
+    def initial(self) -> str:
+        """Put the job's first model into the store and return its digest.
+
+        Raises:
+            BundleError: A starter can't make a model of it, or it has no last layer where one is spoken of.
+            StrategyError: A starter of somebody's own has failed.
+            ModelError: The model can't be trained, which is better known before the first device is there.
+            ConfigError: A pattern of the recipe matches no tensor.
+        """
+        recipe = self.reports.recipe(Turn(self.job.seed, 1, "", self.architecture.sizes))
+        self._offers.training(recipe, 1)
+        self._offers.lowered(self.architecture.sizes, 1)
+        self._offers.withheld(recipe)
+        starter, model = self.strategy.starter, self.model.tensors
+        if starter is not None:
+            # What isn't trained must be as it was given: nothing else would ever come of it.
+            still = frozen_tensors(self.architecture, recipe.features, self.model.frozen)
+            model = {**starter.begin(self.architecture, model), **{n: v for n, v in model.items() if n in still}}
+        return self.store.put(tensorfile.encode(model)).sha256
+
+    def execute(self, command: Work) -> on.Event:
+        """Carry out one command and return what came of it.
+
+        Raises:
+            FedpruneError: It can't be done. A `Fold` whose update is at fault is answered by `UpdateRejected` instead,
+                and a `Close` leaves such updates out.
+        """
+        match command:
+            case do.Score():
+                return self._score(command)
+            case do.Extract():
+                return self._extract(command)
+            case do.Fold():
+                return self._add(command)
+            case do.Close():
+                return self._close(command)
+            case do.Evaluate():
+                return self._evaluate(command)
+
+    def expect(self, commands: Sequence[do.Command]) -> None:
+        """Commands that will be carried out in a moment: a round's slabs follow from who is in it."""
+        if self._slabs is not None:
+            self._slabs.expect(commands)
+
+    def graphs(self) -> set[str]:
+        """Digests of the graphs that offers of the latest rounds named; they must outlive garbage collection."""
+        return self._offers.graphs()
+
+    def note(self, event: on.Extracted) -> None:
+        """Note the graphs of an offer that somebody else has made in this worker's place."""
+        self._offers.note(graphs_of(event.offer), event.round)
+
+    # A round begins.
+
+    def _score(self, command: do.Score) -> on.Scored:
+        ranking = self.strategy.scorer.rank(
+            self.reports.scene(command.round, command.model, command.memory, command.participants)
+        )
+        selection = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
+        stored = self.store.put(selection.to_json().encode()).sha256
+        order = None if ranking.order is None else self.store.put(tensorfile.encode(ranking.order)).sha256
+        return on.Scored(command.round, stored, order)
+
+    def _extract(self, command: do.Extract) -> on.Extracted:
+        part, cut = command.part, self.reports.cut(command.basis, command.part)
+        submodel = self._made(cut)
+        recipe = _masked(self.reports.recipe(cut.turn).in_parts(command.accumulate), submodel)
+        times = FormTimes.from_dict(command.forms) if command.block and command.forms is not None else None
+        held = command.coding.held
+        known = held is not None and self.store.has(held.ranking)
+        before = self.reports.archive.selection(held.ranking, held.widths) if known and held is not None else None
+        offer = {
+            "seed": self.job.seed,
+            "architecture": self.architecture.digest,
+            "selection": submodel.selection.digest,
+            "ranking": self._ranking(command.basis, cut, submodel.selection),
+            "widths": list(submodel.selection.widths),
+            "classes": self.architecture.classes,
+            **self._offers.body(submodel, recipe, command.basis.round, command.block, times, command.coding, before),
+        }
+        return self.sliced(command, on.Extracted(command.basis.round, part.device, part.attempt, offer))
+
+    def sliced(self, command: do.Extract, event: on.Extracted) -> on.Extracted:
+        """A device's offer, with the slabs that make its weights, if there are any."""
+        if self._slabs is None:
+            return event
+        return replace(event, offer=event.offer | self._slabs.named(command, event.offer["weights"]["sha256"]))
+
+    def _submodel(self, command: do.Extract) -> Submodel:
+        return self._made(self.reports.cut(command.basis, command.part))
+
+    def _made(self, cut: Cut) -> Submodel:
+        return self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
+
+    def _ranking(self, basis: do.Basis, cut: Cut, sent: Selection) -> str:
+        """The ranking that a submodel's channels are the first of: the round's or, by the extractor's choice, its own.
+
+        What comes back goes where that says, so that an extractor may choose whichever channels it likes.
+        """
+        if sent is cut.selection or sent.digest == cut.selection.narrowed(sent.widths).digest:
+            return basis.ranking
+        return self.store.put(sent.narrowed(self.architecture.sizes).to_json().encode()).sha256
+
+    # Updates come in.
+
+    def _add(self, command: do.Fold) -> on.Folded | on.UpdateRejected:
+        found = command.contribution
+        reason = self.sums.fault(command, found)
+        if reason:
+            return on.UpdateRejected(found.part.device, found.basis.round, found.part.attempt, reason)
+        return on.Folded(found.part.device, found.basis.round, found.part.attempt)
+
+    # A round ends.
+
+    def _close(self, command: do.Close) -> on.Closed:
+        """Close a round with whatever of its contributions can be used.
+
+        An update that passed when it came may be at fault now: a later model allows less, and what a scorer makes of it
+        is seen here for the first time. It is left out with its reason; else no round would ever end again. Verdicts
+        depend on blobs alone, so that they are the same whenever this is repeated.
+        """
+        at_fault: dict[str, str] = {}
+        while True:
+            counted = tuple(c for c in command.contributions if c.part.device not in at_fault)
+            limited = self.limits.of(command, counted)
+            counted = limited.contributions
+            found = limited.rejected or self.sums.all_of(command, counted)
+            if not found:
+                try:
+                    closed = self._closed(command, counted, limited.memories)
+                    break
+                except AtFaultError as error:
+                    found = {error.device: error.reason}
+            for device, reason in found.items():
+                log.warning("%supdate of %s can't be used in round %d: %s", self.prefix, device, command.round, reason)
+            at_fault |= found
+        self.sums.clear()
+        rejected = dict(sorted((closed.rejected | at_fault).items()))
+        reasons = {device: reason for device, reason in limited.reasons.items() if device not in rejected}
+        for device, reason in reasons.items():
+            # The samples that a board reports stay as they are: once is enough.
+            level = logging.DEBUG if reason in self._told else logging.WARNING
+            log.log(level, "%sthe update of %s is limited in round %d: %s", self.prefix, device, command.round, reason)
+        self._told = set(reasons.values())
+        return replace(closed, rejected=rejected, limited=reasons)
+
+    def _closed(self, command: do.Close, counted: tuple[do.Contribution, ...], memories: Memories) -> on.Closed:
+        """Close the sums.
+
+        Args:
+            command: The command.
+            counted: What counts.
+            memories: What is remembered in any case.
+
+        Raises:
+            AtFaultError: A role failed while it looked at an update.
+        """
+        if not counted:
+            return on.Closed(command.round, command.model, dict(command.memory))
+        fold, _ = self.sums.at(command)
+        scene = self.reports.scene(command.round, command.model, command.memory, command.participants)
+        rejected: dict[str, str] = {}
+        suspect = Suspect()
+
+        def reports() -> Iterator[Report]:
+            left = (c for c in counted if c.part.device not in rejected)
+            return suspect.each((c.part.device, partial(self.reports.report, c)) for c in left)
+
+        model = command.model
+        try:
+            # A round of exploration is closed, too, for the sake of who is rejected; its model is thrown away.
+            with suspect.blamed():
+                closing = self.strategy.aggregator.close(
+                    fold, scene, command.rate, lambda: ((r, self.reports.lifted(r)) for r in reports())
+                )
+            rejected |= sorted(closing.rejected.items())
+            for device, reason in rejected.items():
+                log.warning("%supdate of %s in round %d doesn't count: %s", self.prefix, device, command.round, reason)
+            if command.round > self.strategy.explores or self.strategy.explorers_count:
+                model, memories = self._put_model(closing.model, scene, counted), memories | closing.memories
+            # Last, so that a scorer learns from what counted.
+            with suspect.blamed():
+                memories = memories | self.strategy.scorer.learn(scene, fold, reports)
+        except AtFaultError:
+            self.sums.clear()
+            raise
+        return on.Closed(command.round, model, self._remembered(command.memory, memories), rejected)
+
+    def _put_model(self, tensors: Tensors, scene: Scene, counted: tuple[do.Contribution, ...]) -> str:
+        """Store the next model; what doesn't travel keeps its bits, which sums would round."""
+        kept: set[str] = set()
+        for found in counted:
+            kept |= self.reports.withheld(found.basis, found.part)
+        tensors = tensors | {n: scene.model[n] for n in kept}
+        if self._calibration is not None:
+            tensors = self._calibration(tensors)
+        return self.store.put(tensorfile.encode(tensors)).sha256
+
+    def _remembered(self, before: dict[str, str], memories: Memories) -> dict[str, str]:
+        after = dict(before)
+        for name, tensors in memories.items():
+            if tensors:
+                after[name] = self.store.put(tensorfile.encode(tensors)).sha256
+            else:
+                after.pop(name, None)
+        return after
+
+    def _evaluate(self, command: do.Evaluate) -> on.Evaluated:
+        private = {} if self.accountant is None else self.accountant.metrics(command)
+        if self._evaluator is None:
+            return on.Evaluated(command.round, private)
+        metrics = self._evaluator(self.reports.archive.model(command.model), self.architecture.sizes)
+        return on.Evaluated(command.round, metrics | private)
+
+
+def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:
+    """The recipe for a submodel's mask: it stays or, if the objective says so, is where sizes reach its least."""
+    if submodel.mask is None:
+        return recipe
+    if recipe.mask == "threshold":
+        least = threshold(magnitudes(submodel.tensors, submodel.mask.active), submodel.mask)
+        return replace(recipe, mask_threshold=least)
+    return replace(recipe, mask="hard")

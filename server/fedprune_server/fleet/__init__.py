@@ -1,1 +1,0 @@
-"""Who is in the fleet, who is there, and whom to hear."""

@@ -1,1 +1,0 @@
-"""Who a server is, and whom it has let in."""

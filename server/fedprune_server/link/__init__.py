@@ -1,1 +1,0 @@
-"""Between the daemon and the devices: what comes in, checked, and what goes out."""

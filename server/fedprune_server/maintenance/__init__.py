@@ -1,0 +1,1 @@
+"""A state directory looked over, repaired, backed up and restored."""

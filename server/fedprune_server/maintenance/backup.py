@@ -1,0 +1,271 @@
+"""A backup of a state folder, made while its server runs.
+
+A backup is a folder, in which the next one adds what has changed, or a tar file. Files lie in it by what they hold; its
+manifest says which of them belong to it, and where they go. It is written last, so that a backup that breaks off leaves
+the one before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import socket
+import sqlite3
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from fedprune import __version__
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.disk import appearing, file_digest, locked, storage_errors, write_whole
+from fedprune.core.errors import ConfigError, StorageError
+from fedprune_server.enrollment.pki import FOLDER as IDENTITY
+from fedprune_server.maintenance.backup_manifest import CONSOLE, DATABASE, NAME, Entry, Manifest
+from fedprune_server.maintenance.inventory import Inventory, inventory, lying
+from fedprune_server.ota.store import FILE as ROLLOUTS
+from fedprune_server.ota.store import FOLDER as RELEASES
+from fedprune_server.storage.blob_place import reader
+from fedprune_server.storage.copying import snapshot
+from fedprune_server.storage.database import copy_sqlite, translated
+from fedprune_server.storage.further_folders import FOLDER as FURTHER
+from fedprune_server.storage.place import MODEL
+from fedprune_server.storage.s3.store import BucketStore, NotThereError
+from fedprune_server.storage.storage import Storage
+from fedprune_server.terminal.shown_bytes import Advance
+
+_ATTEMPTS = 5
+_AGAIN = "Try again; if it stays so, see `fedprune-server check`."
+_LOCK = "lock"
+_OURS = {NAME, "blobs", "files", FURTHER, _LOCK}
+_IDENTITY = (  # the register before the devices: a certificate that was issued is then known to be, or not yet
+    "authority.key", "authority.key.new", "authority.pem", "register.jsonl", "crl.pem", "signing.key",
+    "signing.key.new", "successions.json", "epoch", "server.key", "server.pem", "broker.key", "broker.pem",
+    "identity.db", "site",
+)  # fmt: skip
+
+
+class MovedError(StorageError):
+    """The server went on meanwhile, and what the copy of its database refers to is gone."""
+
+
+def back_up(state: Path, target: Path, advance: Advance) -> Manifest:
+    """Make a backup.
+
+    Args:
+        state: The state folder; a server may be running on it.
+        target: The backup: a folder, made if missing, or a file whose name ends in `.tar`.
+        advance: Told how many bytes were written, or found to be there.
+
+    Returns:
+        What it has.
+
+    Raises:
+        ConfigError: The target is something else, another job's backup, or in the state folder itself.
+        StorageFullError: There is no room; an earlier backup in the target is as it was.
+        StorageError: The state folder is damaged, or the disk fails.
+    """
+    _check_apart(state, target)
+    write = _write_tar if target.suffix == ".tar" else _write_folder
+    for attempt in range(_ATTEMPTS):
+        try:
+            with TemporaryDirectory(prefix="fedprune-backup-") as scratch:
+                collected = _Collected(state, Path(scratch))
+                write(target, collected, advance)
+                return collected.manifest
+        except MovedError:  # noqa: PERF203 - seldom
+            if attempt + 1 == _ATTEMPTS:
+                raise
+    raise StorageError(f"no backup of {state} was made")
+
+
+def _check_apart(state: Path, target: Path) -> None:
+    """What is lost with the state folder is no backup of it."""
+    with storage_errors(f"can't read {target}"):
+        inside = target.resolve().is_relative_to(state.resolve())
+    if inside:
+        raise ConfigError(
+            f"{target} is in the state folder {state} itself", hint="Name a place outside, on another disk at best."
+        )
+
+
+class _Collected:
+    """What belongs to a backup, as of one moment."""
+
+    def __init__(self, state: Path, scratch: Path) -> None:
+        self._sources: dict[str, Path] = {}
+        self._entries: list[Entry] = []
+        with Storage.existing(state) as storage:
+            snapshot(storage, scratch / DATABASE)
+        with Storage(f"sqlite:///{scratch / DATABASE}", create=False) as copy:
+            needs = inventory(copy)
+        self._store = reader(state, needs.settings)  # a bucket is looked through after the copy was made
+        self._add(DATABASE, scratch / DATABASE)
+        self._add(MODEL, state / MODEL)
+        for name in _IDENTITY:  # what there is of it: a file that is lost must not keep the others out
+            self._add_kept(state, scratch, f"{IDENTITY}/{name}")
+        self._add_kept(state, scratch, f"{RELEASES}/{ROLLOUTS}")
+        self._add_kept(state, scratch, CONSOLE)
+        if (state / RELEASES).is_dir():
+            for digest, path in lying(state / RELEASES).blobs.items():
+                self._add(f"{RELEASES}/{digest[:2]}/{digest}", path)
+        for digest in sorted(self._needed(needs)):
+            self._add_blob(digest)
+        job = needs.settings["job"]["name"]
+        self.manifest = Manifest(
+            job, needs.settings["model"], needs.state.round, int(time.time()), __version__, tuple(self._entries),
+            f"{socket.gethostname()}:{state.resolve()}",
+        )  # fmt: skip
+
+    def read(self, entry: Entry) -> bytes:
+        """A file's bytes, checked."""
+        if entry.blob and isinstance(self._store, BucketStore):
+            try:
+                return self._store.read(entry.sha256)
+            except NotThereError as error:
+                raise MovedError(error.what, hint=_AGAIN) from error
+        path = self._sources[entry.path]
+        with _still_there(path):
+            data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            if entry.blob:
+                raise StorageError(f"blob {path} is damaged", hint="See `fedprune-server check`.")
+            raise MovedError(f"{path} changes all the time")
+        return data
+
+    def _needed(self, needs: Inventory) -> set[str]:
+        there = set(self._store.names())
+        if needs.archive:
+            return set(there) | needs.references
+        return set(needs.references | (needs.models & there))
+
+    def _add_blob(self, digest: str) -> None:
+        path = self._store.path(digest)
+        if isinstance(self._store, BucketStore):
+            if not self._store.has(digest):
+                raise MovedError(f"blob {digest} is missing", hint=_AGAIN)
+            size = self._store.size(digest)
+            self._entries.append(Entry(f"blobs/{digest[:2]}/{digest}", digest, size))
+            return
+        with _still_there(path):
+            size = path.stat().st_size
+        self._sources[f"blobs/{digest[:2]}/{digest}"] = path
+        self._entries.append(Entry(f"blobs/{digest[:2]}/{digest}", digest, size))
+
+    def _add_kept(self, state: Path, scratch: Path, path: str) -> None:
+        """A file that may be missing; a database as it is at one moment."""
+        source = state / path
+        if not source.exists():
+            return
+        if source.suffix == ".db":
+            copy_sqlite(source, scratch / source.name)
+            source = scratch / source.name
+            if path == CONSOLE:
+                _end_sessions(source)
+        elif source.name == "register.jsonl" or source.suffix not in (".key",):
+            data = _read(source)  # it may change, where the keys don't
+            source = scratch / source.name
+            write_whole(source, data, private=True)
+        self._add(path, source)
+
+    def _add(self, path: str, source: Path) -> None:
+        with storage_errors(f"can't read {source}"):
+            entry = Entry(path, file_digest(source), source.stat().st_size)
+        self._sources[path] = source
+        self._entries.append(entry)
+
+
+def _end_sessions(copy: Path) -> None:
+    """Nobody is logged in to a copy of the console's database: a session may have ended long before it is restored."""
+    with translated(str(copy)), closing(sqlite3.connect(copy)) as connection:
+        connection.execute("PRAGMA secure_delete=ON")
+        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'sessions'").fetchone():
+            with connection:
+                connection.execute("DELETE FROM sessions")
+
+
+def _write_folder(target: Path, collected: _Collected, advance: Advance) -> None:
+    _check_target(target, collected.manifest)
+    with storage_errors(f"can't make {target}"):
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("blobs", "files"):
+            (target / name).mkdir(mode=0o700, exist_ok=True)
+    with locked(target / _LOCK, f"another backup is being written to {target}", "Wait until it is done."):
+        for entry in collected.manifest.entries:
+            path = target / entry.place
+            if not _is_there(path, entry):
+                with storage_errors(f"can't make {path.parent}"):
+                    path.parent.mkdir(exist_ok=True)
+                write_whole(path, collected.read(entry), private=entry.private)
+            advance(entry.size)
+        write_whole(target / NAME, collected.manifest.to_bytes(), private=True)
+        _prune(target, {e.place for e in collected.manifest.entries})
+
+
+def _check_target(target: Path, manifest: Manifest) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConfigError(f"{target} is a file", expected="a folder, or a new name that ends in .tar")
+    with storage_errors(f"can't read {target}"):
+        strange = sorted(p.name for p in target.iterdir() if p.name not in _OURS and not p.name.startswith("."))
+    if strange:
+        raise ConfigError(
+            f"{target} has other things in it, such as {strange[0]}", hint="Name a folder of its own for backups."
+        )
+    if (target / NAME).exists():
+        with suppress(StorageError):  # one that is damaged is replaced
+            before = Manifest.parse(_read(target / NAME), str(target / NAME))
+            if (before.job, before.model) != (manifest.job, manifest.model):
+                raise ConfigError(
+                    f"{target} is a backup of another job, {before.job}", hint="Name another folder, or delete it."
+                )
+
+
+def _is_there(path: Path, entry: Entry) -> bool:
+    """Whether the backup has a file already, whole: what an earlier one wrote may have been damaged since."""
+    if not path.is_file() or path.stat().st_size != entry.size:
+        return False
+    with storage_errors(f"can't read {path}"):
+        return file_digest(path) == entry.sha256
+
+
+def _prune(target: Path, kept: set[str]) -> None:
+    """Delete what earlier backups had alone."""
+    store = BlobStore(target / "blobs")  # which tidies up after dead writers, too
+    for digest in store.names():
+        if f"blobs/{digest[:2]}/{digest}" not in kept:
+            store.delete(digest)
+    for path in [*(target / "files").iterdir(), *store.root.glob("??/.*.partial")]:
+        if f"files/{path.name}" not in kept:
+            path.unlink(missing_ok=True)
+
+
+def _write_tar(target: Path, collected: _Collected, advance: Advance) -> None:
+    with appearing(target, private=True) as partial, tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
+        _add_member(tar, NAME, collected.manifest.to_bytes())
+        for place, entry in {e.place: e for e in collected.manifest.entries}.items():
+            _add_member(tar, place, collected.read(entry))
+            advance(entry.size)
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o600
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _read(path: Path) -> bytes:
+    with storage_errors(f"can't read {path}"):
+        return path.read_bytes()
+
+
+@contextmanager
+def _still_there(path: Path) -> Iterator[None]:
+    with storage_errors(f"can't read {path}", missing=True):
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise MovedError(f"blob {path.name} is missing", hint=_AGAIN) from error

@@ -1,0 +1,250 @@
+"""What is wrong with a job's settings and results, by its state folder; the alert rules find the rest."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedprune.coordination import Phase, State
+from fedprune.core.errors import shown
+from fedprune.core.text import quantity, some
+from fedprune.jobs.state import Progress
+from fedprune_server.executor.divergence import of_history
+from fedprune_server.maintenance.ailment import Ailment, note, wrong
+from fedprune_server.monitoring.alerts import SHOWN, JobStatus, at, command
+from fedprune_server.monitoring.monitor import off_by_far
+from fedprune_server.monitoring.reasons import kind_of
+
+_ROUNDS = 3
+"""Rounds that are looked back at."""
+
+_LATE = 0.5
+"""Share of a round's devices that may be late before the deadline is what is wrong."""
+
+_PREFIXES = frozenset({"plain", "fedprune", "heterofl", "ca-hfp", "fedavg", "fedasync", "fedfix", "fedbuff", "fedper"})
+"""Strategies whose submodels are the first channels of one ranking, so that widths say which channels are trained."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job as it lies on the disk.
+
+    Attributes:
+        folder: Its state folder.
+        settings: What `put_settings` kept.
+        state: Where it stands.
+        outsiders: Devices that can't be planned for.
+        running: Whether a server runs on it.
+        groups: Channels of each group of the model; empty where that isn't known.
+        names: Names of the groups.
+        revoked: Devices that were shut out.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    state: State
+    outsiders: Mapping[str, Mapping[str, Any]]
+    running: bool
+    groups: Sequence[int] = ()
+    names: Sequence[str] = ()
+    revoked: frozenset[str] = frozenset()
+
+    @property
+    def job(self) -> Mapping[str, Any]:
+        """The job's settings."""
+        found: Mapping[str, Any] = self.settings.get("job", {})
+        return found
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return str(self.job.get("name", "?"))
+
+    @property
+    def begun(self) -> bool:
+        """Whether a job began here, or may begin any moment."""
+        return bool(self.job) or self.running
+
+    @property
+    def here(self) -> int:
+        """Boards that are connected and can take part; none without a server."""
+        return sum(d.online and not d.excluded for d in self.state.devices.values()) if self.running else 0
+
+    @property
+    def status(self) -> JobStatus:
+        """The job as the alert rules see it."""
+        job, state = self.job, self.state
+        return JobStatus(
+            self.name, self.folder, self.begun, state.phase, state.round, int(job.get("rounds", 0)), state.paused,
+            int(job.get("devices", 1)), len(state.devices) + len(self.outsiders),
+            sorted(n for n, d in state.devices.items() if not d.online and n not in self.revoked),
+            sorted(self.revoked & state.devices.keys()),
+            float(job.get("deadline_s", 600.0)),
+            off=off_by_far(state),
+        )  # fmt: skip
+
+
+def ailments(case: Case) -> Iterator[Ailment]:
+    """All that is wrong with a job."""
+    if case.state.phase is Phase.FINISHED:
+        yield from _diverges(case)
+        return
+    if not case.begun:
+        return
+    yield from _paused(case)
+    yield from _excluded(case)
+    yield from _deadline(case)
+    yield from _refused(case)
+    yield from _outlying(case)
+    yield from _uncovered(case)
+    yield from _diverges(case)
+
+
+def _paused(case: Case) -> Iterator[Ailment]:
+    if case.state.paused:
+        yield note(
+            "paused",
+            f"job {case.name} is paused",
+            "no board is asked for anything until it goes on",
+            "resume it in the console (docs/console.md)",
+        )
+
+
+def _excluded(case: Case) -> Iterator[Ailment]:
+    reasons = {n: d.excluded for n, d in case.state.devices.items() if d.excluded}
+    reasons |= {n: str(b.get("excluded", "")) for n, b in case.outsiders.items() if n not in case.state.devices}
+    for reason, names in _grouped(reasons).items():
+        yield note(
+            "excluded-devices",
+            f"{quantity(len(names), 'device')} of job {case.name} are excluded ({some(names)}): {reason}",
+            "what they could learn is missing from the model",
+            f"see {command('status', *at(case.folder))}; docs/add-a-board.md says what a board needs",
+        )
+
+
+def _deadline(case: Case) -> Iterator[Ailment]:
+    limit = float(case.job.get("deadline_s", math.inf))
+    slow = {
+        n: seconds
+        for n, d in case.state.devices.items()
+        if not d.excluded and (seconds := _foreseen(d.plan)) is not None and seconds > limit
+    }
+    if slow:
+        worst = max(slow, key=lambda n: slow[n])
+        yield wrong(
+            "deadline-too-short",
+            f"the deadline of job {case.name} is {limit:g} s, and {quantity(len(slow), 'device')} will need more, by "
+            f"their plans: {some(sorted(slow))}, {worst} {slow[worst]:.0f} s",
+            "their updates come too late, and after a few such rounds they are excluded",
+            command("run", *at(case.folder), "--deadline", math.ceil(1.5 * slow[worst])),
+        )
+        return
+    for row in case.state.history[-1:]:
+        late = sorted(n for n, p in row["devices"].items() if _is_late(p))
+        if len(row["devices"]) > 1 and len(late) >= _LATE * len(row["devices"]):
+            yield wrong(
+                "deadline-too-short",
+                f"in round {row['round']} of job {case.name} {len(late)} of {len(row['devices'])} devices were late "
+                f"for the deadline of {limit:g} s: {some(late)}",
+                "what they trained didn't count",
+                command("run", *at(case.folder), "--deadline", math.ceil(2 * limit)),
+            )
+
+
+def _refused(case: Case) -> Iterator[Ailment]:
+    rows = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
+    parts = [p for r in rows for p in r["devices"].values()]
+    parts += [vars_of(t) for t in case.state.tasks.values() if t.progress is Progress.REFUSED] if not parts else []
+    if not parts or any(p["progress"] == Progress.FOLDED.value for p in parts):
+        return
+    if all(_is_late(p) for p in parts):
+        return  # which the deadline says
+    counts = Counter(kind_of(p["reason"]) for p in parts if p["reason"])
+    example = next((p["reason"] for p in reversed(parts) if p["reason"]), "")
+    kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
+    yield wrong(
+        "all-updates-refused",
+        f"none of the last {quantity(len(parts), 'update')} of job {case.name} counted ({kinds}), such as: "
+        f"{shown(example)}",
+        "the model doesn't move",
+        f"see each board's reason: {command('status', *at(case.folder), '--rounds', _ROUNDS)}; and what the boards "
+        f"say: {command('logs', *at(case.folder))}",
+    )
+
+
+def _outlying(case: Case) -> Iterator[Ailment]:
+    rows = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for name, part in sorted(row["devices"].items()):
+            folded = part["progress"] == Progress.FOLDED.value
+            if part["reason"] and (folded or kind_of(part["reason"]) == "outlier"):
+                found.setdefault(name, []).append(part["reason"])
+    for name, reasons in sorted(found.items(), key=lambda item: -len(item[1]))[:SHOWN]:
+        yield note(
+            "outlying-device",
+            f"the updates of {name} stood out in {len(reasons)} of the last {quantity(len(rows), 'round')} of job "
+            f"{case.name}: {shown(reasons[-1])}",
+            "they count for less than the board sent, or not at all, so that no single board decides the model "
+            "(docs/security.md)",
+            f"look at its samples and its log ({command('logs', *at(case.folder))}); if it is not to be trusted: "
+            f"{command('devices', 'revoke', name, *at(case.folder))}",
+        )
+
+
+def _uncovered(case: Case) -> Iterator[Ailment]:
+    strategy = str(case.job.get("strategy", ""))
+    if strategy not in _PREFIXES or not case.groups:
+        return
+    widths = [d.widths for d in case.state.devices.values() if not d.excluded and len(d.widths) == len(case.groups)]
+    if not widths:
+        return
+    bare = [(i, max(w[i] for w in widths), size) for i, size in enumerate(case.groups)]
+    short = [(i, most, size) for i, most, size in bare if most < size]
+    if short:
+        shares = [f"{case.names[i] if i < len(case.names) else i}: {most} of {size}" for i, most, size in short]
+        yield note(
+            "uncovered-channels",
+            f"in {quantity(len(short), 'channel group')} of job {case.name} no device trains all channels "
+            f"({some(shares)})",
+            "the last channels of the ranking stay as they are, so that the whole model learns less than it could",
+            f"take a larger board in, give boards more (docs/planner.md), or take out a narrower model; "
+            f"{command('status', *at(case.folder))} says which limit binds each board",
+        )
+
+
+def _diverges(case: Case) -> Iterator[Ailment]:
+    recipe = case.job.get("recipe", {})
+    trouble = of_history(case.state.history, recipe if isinstance(recipe, Mapping) else {})
+    if trouble:
+        what, _, todo = trouble.partition(". ")
+        yield wrong("training-diverges", f"job {case.name}: {what}", "the model gets worse, not better", todo)
+
+
+def vars_of(task: Any) -> dict[str, Any]:
+    """A part under way as a finished round has it."""
+    return {"progress": task.progress.value, "reason": task.reason}
+
+
+def _foreseen(plan: Mapping[str, Any] | None) -> float | None:
+    """Seconds of a round by a device's plan."""
+    figures = (plan or {}).get("prediction", {})
+    found = [figures.get(k) for k in ("train_s", "transfer_s")]
+    return sum(map(float, found)) if all(isinstance(v, (int, float)) for v in found) else None
+
+
+def _is_late(part: Mapping[str, Any]) -> bool:
+    if part["progress"] == Progress.FOLDED.value:
+        return False
+    return kind_of(part["reason"]) == "late" or not part["reason"]
+
+
+def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, reason in sorted(reasons.items()):
+        found.setdefault(reason, []).append(name)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1]))[:SHOWN])

@@ -1,0 +1,86 @@
+"""A server's identity looked over: what of it is missing or damaged, and what to do. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import FedpruneError, IdentityError
+from fedprune.security.authority import CERTIFICATE, CRL, KEY, REGISTER, Authority
+from fedprune.security.certificates import key_digest, load_certificate, load_tls_key
+from fedprune.security.epoch import EpochFile
+from fedprune.security.keys import SigningKey
+from fedprune.security.succession import read_successions
+from fedprune_server.enrollment.pki import load_signing_key
+from fedprune_server.maintenance.finding import Finding, Weight
+
+_RESTORE = "Restore the backup of the identity folder."
+_NEXT_START = "The next start of the server makes a new one."
+_AGAIN = "`fedprune-server devices list` writes it anew, of the register; then let the broker load it."
+_NEEDED = {
+    "site": "Write the site's name into it, or restore a backup of it.",
+    KEY: _RESTORE,
+    CERTIFICATE: _RESTORE,
+    REGISTER: _RESTORE,
+    CRL: _AGAIN,
+    "signing.key": _RESTORE,
+    "epoch": "Restore a backup of it; without one see that this machine's clock is right: the next start goes on from "
+    "the time.",
+    "server.key": _NEXT_START,
+    "server.pem": _NEXT_START,
+    "identity.db": _RESTORE,
+}
+"""What an identity consists of, and what to do where it is missing."""
+
+
+def check_identity(identity: Path) -> Iterator[Finding]:
+    """Look an identity folder over; its database is looked at elsewhere.
+
+    Args:
+        identity: The folder, which is there.
+
+    Yields:
+        What was found.
+    """
+    missing = {name for name in _NEEDED if not (identity / name).exists()}
+    for name, advice in _NEEDED.items():
+        if name in missing:
+            yield Finding(Weight.WRONG, f"{identity / name} is missing", advice)
+    if not missing & {KEY, CERTIFICATE, REGISTER}:
+        yield from _failure(lambda: _authority(identity, crl=CRL not in missing))
+    if "signing.key" not in missing:
+        yield from _failure(lambda: _signing_key(identity))
+    yield from _failure(lambda: EpochFile(identity / "epoch"))
+    if not missing & {"server.key", "server.pem"}:
+        yield from _failure(lambda: _server(identity))
+
+
+def _failure(read: Callable[[], object]) -> Iterator[Finding]:
+    try:
+        read()
+    except FedpruneError as error:
+        yield Finding(Weight.WRONG, str(error))
+
+
+def _signing_key(identity: Path) -> None:
+    site = identity / "site"
+    if not site.exists():  # a finding of its own, and what successions are verified with
+        SigningKey.load(identity / "signing.key")
+        return
+    with storage_errors(f"can't read {site}"):
+        name = site.read_text("utf-8", "replace").strip()
+    load_signing_key(identity, read_successions(identity, name), read_only=True)
+
+
+def _authority(identity: Path, *, crl: bool) -> None:
+    authority = Authority(identity, read_only=True)
+    if crl and not authority.crl_is_right():
+        raise IdentityError(f"{authority.crl_path} is damaged, or not what the register says", hint=_AGAIN)
+
+
+def _server(identity: Path) -> None:
+    key, certificate = identity / "server.key", identity / "server.pem"
+    found = load_certificate(certificate, "the server's certificate")
+    if key_digest(found.public_key()) != key_digest(load_tls_key(key).public_key()):
+        raise IdentityError(f"{key} and {certificate} don't belong together", hint=_NEXT_START)

@@ -1,0 +1,107 @@
+"""What a job needs of its state folder, and what lies there: what checks, repairs and backups go by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedprune.blobs.blob_ref import is_digest
+from fedprune.blobs.leaf_cache import SUFFIX
+from fedprune.coordination import State
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import StorageError
+from fedprune_server.executor.retention import kept_models
+from fedprune_server.storage.storage import Storage
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a job needs.
+
+    Attributes:
+        settings: What the job was started with.
+        state: Where it stands.
+        references: Digests without which it can't go on.
+        models: Of global models that `keep` promises.
+        awaited: Of updates that are on their way.
+        archive: Whether all blobs are kept.
+    """
+
+    settings: Mapping[str, Any]
+    state: State
+    references: frozenset[str]
+    models: frozenset[str]
+    awaited: frozenset[str]
+    archive: bool
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """All that the next start would keep."""
+        return self.references | self.models | self.awaited
+
+
+def inventory(storage: Storage) -> Inventory:
+    """What the job of a database needs.
+
+    Raises:
+        StorageError: There is no job, or it is damaged.
+    """
+    settings, state = storage.settings(), storage.load()
+    if settings is None or state is None:
+        raise StorageError(f"{storage.url} holds no job yet", hint="Has a server been started on it?")
+    server = settings.get("server", {})
+    archive, keep = bool(server.get("archive")), server.get("keep", 1)
+    if not isinstance(keep, int) or isinstance(keep, bool):
+        raise StorageError(f"{storage.url}: its settings are damaged", expected="a whole number keep", got=repr(keep))
+    updates = frozenset(str(t.update["sha256"]) for t in state.tasks.values() if t.update)
+    models = frozenset(kept_models(state, None if archive else keep))
+    return Inventory(settings, state, frozenset(state.references()), models, updates, archive)
+
+
+@dataclass(frozen=True)
+class Lying:
+    """Files of a folder of blobs.
+
+    Attributes:
+        blobs: Files that are named as blobs are, by digest.
+        tables: Leaf tables, by their blob's digest.
+        partial: What has arrived of blobs that are not yet whole.
+        temporary: Files of writers, some of which may be dead.
+        strange: What nobody of ours wrote.
+    """
+
+    blobs: Mapping[str, Path]
+    tables: Mapping[str, Path]
+    partial: tuple[Path, ...]
+    temporary: tuple[Path, ...]
+    strange: tuple[Path, ...]
+
+
+def lying(root: Path) -> Lying:
+    """What lies in a folder of blobs; nothing is changed, nor made where it is missing.
+
+    Raises:
+        StorageError: It can't be read.
+    """
+    blobs, tables = dict[str, Path](), dict[str, Path]()
+    partial, temporary, strange = list[Path](), list[Path](), list[Path]()
+    for path in _files(root):
+        place, name = path.parent.name, path.name.removesuffix(SUFFIX)
+        if path.parent.parent == root and is_digest(name) and name[:2] == place:
+            (tables if path.name != name else blobs)[name] = path
+        elif path.parent == root / "partial":
+            partial.append(path)
+        elif path.parent == root / "tmp":
+            temporary.append(path)
+        else:
+            strange.append(path)
+    return Lying(blobs, tables, tuple(partial), tuple(temporary), tuple(strange))
+
+
+def _files(root: Path) -> Iterator[Path]:
+    with storage_errors(f"can't read {root}"):
+        for path in sorted(root.rglob("*")):
+            if not path.is_dir():
+                yield path

@@ -1,0 +1,76 @@
+"""What a repair does about what a check found: only what loses nothing that the job needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.disk import storage_errors, sync_folder
+from fedprune.core.errors import StorageError
+from fedprune.core.text import quantity
+from fedprune_server.maintenance.bucket_check import mend
+from fedprune_server.maintenance.finding import Cure, Finding
+from fedprune_server.storage.blob_place import BLOBS, bucket_of
+from fedprune_server.storage.storage import Storage
+
+DAMAGED = "damaged"
+"""Folder beside `blobs` for what was set aside."""
+
+
+def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> Iterator[str]:
+    """Delete what is not needed, set damaged blobs aside, and fetch what a backup has.
+
+    Args:
+        folder: The state folder, on which no server runs: the caller holds its lock.
+        findings: What a check found.
+        backup: The folder of a backup that may have missing blobs.
+
+    Yields:
+        What was done, after it was.
+
+    Raises:
+        StorageError: The disk fails.
+    """
+    bucket = bucket_of(folder, Storage.settings_in(folder))
+    sources: tuple[BlobStore, ...] = (
+        () if backup is None else (BlobStore(backup / BLOBS),) if (backup / BLOBS).is_dir() else ()
+    )
+    if bucket is not None:  # whose copies in the folder may be whole
+        sources = (BlobStore(folder / BLOBS), *sources)
+    for finding in findings:
+        if bucket is not None:
+            yield from mend(bucket, finding, folder / DAMAGED)
+        if finding.cure is Cure.DELETE and finding.paths:
+            _delete(finding.paths)
+            yield f"deleted {quantity(len(finding.paths), 'file')}, such as {finding.paths[0]}"
+        if finding.cure is Cure.SET_ASIDE:
+            for path in finding.paths:
+                yield f"moved {path} to {_set_aside(folder, path)}"
+        if finding.cure in (Cure.SET_ASIDE, Cure.FETCH):
+            home = BlobStore(_root(folder, finding)) if bucket is None or finding.paths else bucket
+            for source in sources:
+                with suppress(StorageError):
+                    home.put(source.read(finding.blob))
+                    yield f"took blob {finding.blob} from {source.root}"
+
+
+def _root(folder: Path, finding: Finding) -> Path:
+    return finding.paths[0].parent.parent if finding.paths else folder / BLOBS
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with storage_errors(f"can't delete {path}"):
+            path.unlink(missing_ok=True)
+
+
+def _set_aside(folder: Path, path: Path) -> Path:
+    target = folder / DAMAGED / path.name
+    with storage_errors(f"can't move {path}"):
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        path.replace(target)
+        sync_folder(target.parent)
+        sync_folder(path.parent)
+    return target

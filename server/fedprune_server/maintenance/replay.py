@@ -1,0 +1,182 @@
+"""A job worked out again from its log: the same events, a new coordinator and a new worker, the same models.
+
+The log has everything that the coordinator was ever told, and when. Rankings, submodels and models are made anew, in a
+store of their own, and compared with what the log says that they were; only what came from devices (updates) and what
+the server measured of its models are taken as they are. So the log proves how a model came about, also of an
+asynchronous job, whose course no other run repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State, coordinate
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.disk import read_file, storage_errors
+from fedprune.core.errors import ConfigError, FedpruneError, StorageError
+from fedprune.jobs.job import Job
+from fedprune_export.importing import import_onnx
+from fedprune_server.executor.evaluation_data import load_calibration
+from fedprune_server.executor.retention import texts
+from fedprune_server.executor.worker import Worker
+from fedprune_server.storage.blob_place import reader
+from fedprune_server.storage.place import MODEL
+from fedprune_server.storage.storage import Storage
+
+_KINDS: dict[str, Callable[..., on.Event]] = {kind.__name__: kind for kind in get_args(on.Event)}
+_MADE = (on.Scored, on.Extracted, on.Closed)
+"""Events that a worker answers with, and so can be worked out again."""
+
+_WAYS = ("slabs", "coded", "moved")
+"""Entries of an offer that say how something travelled."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A round that was worked out again.
+
+    Attributes:
+        round: Its number.
+        model: Digest of its model, the same as in the log.
+        devices: Whose updates entered it.
+    """
+
+    round: int
+    model: str
+    devices: tuple[str, ...]
+
+
+def replay(folder: Path) -> Iterator[Step]:
+    """Work out the job of a state folder again, round by round.
+
+    Args:
+        folder: The folder of a server that ran with `archive`, and with the same settings from beginning to end.
+
+    Raises:
+        ConfigError: The server ran without `archive`, so that updates or the log's beginning are gone.
+        StorageError: The folder holds no job, an archived update is gone, or something that was worked out differs from
+            the log; the message says what.
+        FedpruneError: As for a server that is started on the folder.
+    """
+    with Storage.existing(folder) as storage:
+        known, log = storage.settings(), storage.log.events()
+        first = next(log, None)
+        if known is None or first is None:
+            raise StorageError(f"{folder} holds no job with a log", hint="Has a server been started on it?")
+        archived = bool(known.get("server", {}).get("archive"))
+        if first[0] != 1:
+            raise _gone(archived, f"the log of {folder} begins with event {first[0]}")
+        with storage_errors(f"can't read {folder / MODEL}"):
+            raw = read_file(folder / MODEL)
+        model = import_onnx(raw, str(known["name"]))
+        source = known.get("calibration")
+        calibration = None if source is None else load_calibration(str(source), model)
+        with TemporaryDirectory(prefix="fedprune-replay-") as scratch:
+            store = BlobStore(Path(scratch), durable=False)
+            worker = Worker(Job.from_dict(known["job"]), model, store, None, calibration)
+            yield from _Replay(worker, store, reader(folder, known), archived).run(chain([first], log))
+
+
+def _gone(archived: bool, what: str) -> FedpruneError:
+    """What to say where something is missing: a job that was never archived isn't damaged."""
+    if archived:
+        return StorageError(what, hint="Did the server run with --archive from the beginning? Else restore a backup.")
+    return ConfigError(
+        f"this job ran without --archive, so that it can't be replayed: {what}",
+        hint="A new job can, if it is started with `fedprune-server run --archive`.",
+    )
+
+
+class _Replay:
+    def __init__(self, worker: Worker, store: BlobStore, updates: BlobStore, archived: bool) -> None:
+        self._worker = worker
+        self._store = store
+        self._updates = updates
+        self._archived = archived
+        self._made: dict[tuple[Any, ...], on.Event] = {}
+
+    def run(self, log: Iterable[tuple[int, float, str, dict[str, Any]]]) -> Iterator[Step]:
+        worker = self._worker
+        state = State(model=worker.initial())
+        coordinator = coordinate(worker.job, worker.architecture, state, worker.model.frozen)
+        devices: tuple[str, ...] = ()
+        for number, at, kind, body in log:
+            event = event_of(number, kind, body)
+            self._compare(number, event)
+            finished = len(state.history)
+            for command in coordinator.handle(event, at):
+                if isinstance(command, (do.Score, do.Extract, do.Close)):
+                    self._work(command)
+                if isinstance(command, do.Close):
+                    devices = tuple(c.part.device for c in command.contributions)
+            if len(state.history) > finished:
+                self._tidy(state)
+                yield Step(state.history[-1]["round"], state.history[-1]["model"], devices)
+
+    def _tidy(self, state: State) -> None:
+        """Delete what later rounds don't need."""
+        needed = state.references() | self._worker.graphs()
+        for event in self._made.values():
+            needed |= texts(vars(event))
+        for name in list(self._store.names()):
+            if name not in needed:
+                self._store.delete(name)
+
+    def _work(self, command: do.Score | do.Extract | do.Close) -> None:
+        if isinstance(command, do.Close):
+            for found in command.contributions:
+                if not (self._store.has(found.weights) or self._updates.has(found.weights)):
+                    raise _gone(self._archived, f"the update of {found.part.device} in round {command.round} is gone")
+                if not self._store.has(found.weights):
+                    self._store.put(self._updates.read(found.weights))
+        event = self._worker.execute(command)
+        self._made[_key(event)] = event
+
+    def _compare(self, number: int, event: on.Event) -> None:
+        if not isinstance(event, _MADE):
+            return
+        made = self._made.pop(_key(event), None)
+        if made is None:
+            raise StorageError(f"event {number} of the log answers nothing that was asked", got=type(event).__name__)
+        for f in fields(event):
+            logged, found = getattr(_plain(event), f.name), getattr(_plain(made), f.name)
+            if logged != found:
+                raise StorageError(
+                    f"event {number} of the log ({type(event).__name__} of round {event.round}): {f.name}",
+                    expected=logged,
+                    got=found,
+                    hint="Was the job run with other settings, or by another version?",
+                )
+
+
+def _plain(event: on.Event) -> on.Event:
+    """What was worked out, without the way on which it travelled.
+
+    Slabs are made for who is in a round, and what is packed by zlib has other bytes with another zlib.
+    """
+    if not isinstance(event, on.Extracted):
+        return event
+    return replace(event, offer={k: v for k, v in event.offer.items() if k not in _WAYS})
+
+
+def _key(event: on.Event) -> tuple[Any, ...]:
+    return (type(event), *(getattr(event, n, None) for n in ("round", "device", "attempt")))
+
+
+def event_of(number: int, kind: str, body: dict[str, Any]) -> on.Event:
+    """A row of the log as the event that it was.
+
+    Raises:
+        StorageError: This version knows no such event.
+    """
+    try:
+        return _KINDS[kind](**body)
+    except (KeyError, TypeError) as error:
+        raise StorageError(f"event {number} of the log is of another version ({kind}: {error})") from error

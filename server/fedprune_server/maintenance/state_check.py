@@ -1,0 +1,261 @@
+"""A state folder looked over: whether all that its job needs is there, whole, and says the same.
+
+Nothing is written. While a server runs on the folder, only what is still so at the end is held against it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from fedprune.blobs.blob_ref import leaf_table
+from fedprune.blobs.leaf_cache import SUFFIX, kept
+from fedprune.core import tensorfile
+from fedprune.core.disk import read_file, storage_errors
+from fedprune.core.errors import StorageError
+from fedprune.core.text import quantity
+from fedprune_server.enrollment.pki import FOLDER as IDENTITY
+from fedprune_server.maintenance.backup_manifest import CONSOLE
+from fedprune_server.maintenance.bucket_check import check_bucket, still_missing
+from fedprune_server.maintenance.event_replay import retold
+from fedprune_server.maintenance.finding import Cure, Finding, Weight
+from fedprune_server.maintenance.identity_check import check_identity
+from fedprune_server.maintenance.inventory import Inventory, Lying, inventory, lying
+from fedprune_server.ota.store import FILE as ROLLOUTS
+from fedprune_server.ota.store import FOLDER as RELEASES
+from fedprune_server.storage.blob_place import BLOBS, bucket_of
+from fedprune_server.storage.database import reading_uri
+from fedprune_server.storage.place import MODEL
+from fedprune_server.storage.s3.store import BucketStore
+from fedprune_server.storage.storage import Storage
+from fedprune_server.terminal.shown_bytes import Advance
+
+_BACKUP = "Restore a backup; or, if one has the blob: fedprune-server check --repair --from BACKUP."
+_REPAIR = "`--repair` sees to it."
+
+
+def size_of(folder: Path) -> int:
+    """Bytes that a check reads of a state folder's blobs."""
+    settings = Storage.settings_in(folder)
+    store = bucket_of(folder, settings)
+    if store is not None:
+        objects = sum(size for keys in store.objects().values() for size in keys.values())
+        return objects + sum(_size(p) for p in lying(folder / RELEASES).blobs.values())
+    return sum(_size(p) for root in (folder / BLOBS, folder / RELEASES) for p in lying(root).blobs.values())
+
+
+def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]:
+    """Look a state folder over.
+
+    Args:
+        folder: The folder.
+        advance: Told how many bytes of blobs were read.
+        running: Whether a server runs on it.
+
+    Yields:
+        What was found, as it is found.
+
+    Raises:
+        StorageError: There is no database, it is damaged, or it can't be read: then nothing else can be said.
+    """
+    with Storage.existing(folder) as storage:
+        _whole(storage)
+        needs = inventory(storage)
+        yield from _rows(storage, needs)
+        yield from _model(folder, needs)
+        there = lying(folder / BLOBS)
+        store = bucket_of(folder, needs.settings)
+        if store is not None:
+            wrong = list(check_bucket(store, there, needs, advance, running=running))
+        else:
+            wrong = list(_blobs(there, needs, advance))
+        if running:  # it may have gone on meanwhile, and deleted what it needs no more
+            needs = inventory(storage)
+            wrong = [
+                f for f in wrong if f.blob in needs.needed and (f.cure is not Cure.FETCH or _lost(folder, store, f))
+            ]
+        yield from wrong
+        yield from _left_over(there, needs, running=running, cache=store is not None)
+        if not running:
+            yield from retold(folder, storage, needs)
+    yield from _beside(folder, advance)
+
+
+def _whole(storage: Storage) -> None:
+    """The database's own check, more thorough than at every start."""
+    with storage.database.transaction() as connection:
+        if storage.database.postgresql:
+            return  # whose pages are read below, and checked by its own sums
+        found = [str(r[0]) for r in connection.exec_driver_sql("PRAGMA integrity_check(3)")]
+    if found != ["ok"]:
+        raise StorageError(f"{storage.url} is damaged ({'; '.join(found)})", hint="Restore the server's backup.")
+
+
+def _rows(storage: Storage, needs: Inventory) -> Iterator[Finding]:
+    numbers = [r.get("round") for r in storage.rounds()]
+    if numbers != list(range(1, len(numbers) + 1)):
+        yield Finding(Weight.WRONG, f"{storage.url}: the rounds are not 1 to {len(numbers)}", "Restore a backup.")
+    if {r["name"] for r in storage.devices()} != set(needs.state.devices):
+        yield Finding(Weight.WRONG, f"{storage.url}: the devices are not those of the state", "Restore a backup.")
+    last = 0
+    for number, _, _, body in storage.log.events():
+        if last and number != last + 1:
+            yield Finding(Weight.NOTE, f"{storage.url}: the log has nothing between events {last} and {number}")
+        if not isinstance(body, dict):
+            yield Finding(Weight.WRONG, f"{storage.url}: event {number} is damaged", "Restore a backup.")
+        last = number
+
+
+def _model(folder: Path, needs: Inventory) -> Iterator[Finding]:
+    path = folder / MODEL
+    try:
+        with storage_errors(f"can't read {path}"):
+            good = tensorfile.digest(read_file(path)) == needs.settings.get("model")
+    except StorageError as error:
+        yield Finding(Weight.WRONG, error.what, "Put the model's file back, or restore a backup.")
+    else:
+        if not good:
+            yield Finding(Weight.WRONG, f"{path} is damaged", "Put the model's file back, or restore a backup.")
+
+
+def _blobs(there: Lying, needs: Inventory, advance: Advance) -> Iterator[Finding]:
+    for digest in sorted(needs.references - there.blobs.keys()):
+        yield Finding(Weight.WRONG, f"blob {digest} is missing", _BACKUP, Cure.FETCH, blob=digest)
+    for row in needs.state.history:
+        model = str(row["model"])
+        if model in needs.models - needs.references and model not in there.blobs:
+            yield Finding(
+                Weight.NOTE,
+                f"the model after round {row['round']} ({model}) isn't there, though `keep` asks for it",
+                "It was let go of if `keep` was smaller then; else a backup may have it.",
+                Cure.FETCH,
+                blob=model,
+            )
+    for digest, path in there.blobs.items():
+        yield from _blob(digest, path, there.tables.get(digest), advance, needed=digest in needs.needed)
+
+
+def _blob(digest: str, path: Path, table: Path | None, advance: Advance, *, needed: bool) -> Iterator[Finding]:
+    try:
+        with storage_errors(f"can't read {path}", missing=True):
+            data = path.read_bytes()
+    except FileNotFoundError:  # deleted since the folder was looked through
+        if needed:
+            yield Finding(Weight.WRONG, f"blob {digest} is missing", _BACKUP, Cure.FETCH, blob=digest)
+        return
+    advance(len(data))
+    if hashlib.sha256(data).hexdigest() != digest:
+        files = (path,) if table is None else (path, table)
+        if needed:
+            yield Finding(Weight.WRONG, f"blob {path} is damaged", _BACKUP, Cure.SET_ASIDE, files, digest)
+        else:
+            yield Finding(Weight.WRONG, f"blob {path} is damaged, and not needed", _REPAIR, Cure.DELETE, files, digest)
+    elif table is not None and (found := _bytes(table)) is not None:
+        right = leaf_table(data)
+        if found not in (kept(right), right):  # an older version kept it bare
+            yield Finding(
+                Weight.NOTE, f"leaf table {table} is damaged: it is made again", "", Cure.DELETE, (table,), digest
+            )
+
+
+def _left_over(there: Lying, needs: Inventory, *, running: bool, cache: bool) -> Iterator[Finding]:
+    orphans = [] if running or needs.archive or cache else sorted(there.blobs.keys() - needs.needed)
+    lonely = [] if running else sorted(there.tables.keys() - there.blobs.keys())
+    unawaited = [p for p in there.partial if p.name.removesuffix(SUFFIX) not in needs.awaited]
+    orphaned = [p for d in orphans for p in (there.blobs[d], there.tables.get(d)) if p is not None]
+    for paths, what in (
+        (orphaned, "what nothing refers to (blobs and their leaf tables)"),
+        ([there.tables[d] for d in lonely], "leaf tables without a blob"),
+        ([] if running else unawaited, "parts of blobs that nobody sends any more"),
+        ([] if running else there.temporary, "temporary files"),
+    ):
+        if paths:
+            said = f"{what}: {quantity(len(paths), 'file')}, {sum(map(_size, paths))} bytes"
+            yield Finding(Weight.NOTE, said, "They do no harm; `--repair` deletes them.", Cure.DELETE, tuple(paths))
+    if there.strange:
+        files = quantity(len(there.strange), "file")
+        yield Finding(Weight.NOTE, f"{files} that no server wrote, such as {there.strange[0]}")
+
+
+def _beside(folder: Path, advance: Advance) -> Iterator[Finding]:
+    """What is not the job's: rollouts and identity."""
+    rollouts = folder / RELEASES / ROLLOUTS
+    if rollouts.exists():
+        yield from _sqlite(rollouts, "Restore a backup of it, or delete it: boards that have their release keep it.")
+        there = lying(folder / RELEASES)
+        for digest, path in there.blobs.items():
+            for found in _blob(digest, path, there.tables.get(digest), advance, needed=True):
+                advice = found.advice if found.cure is Cure.DELETE else "Stop the rollout and begin it again."
+                yield Finding(found.weight, found.what, advice, found.cure, found.paths, digest)
+    yield from _console(folder / CONSOLE)
+    if (folder / IDENTITY).is_dir():
+        if (folder / IDENTITY / "identity.db").exists():  # else it is named with all that is missing
+            yield from _sqlite(folder / IDENTITY / "identity.db", "Restore a backup of `identity/`.")
+        yield from check_identity(folder / IDENTITY)
+
+
+def _console(path: Path) -> Iterator[Finding]:
+    """The console's accounts and audit log, where there are some."""
+    if not path.exists():
+        return
+    with storage_errors(f"can't read {path}"):
+        mode = path.stat().st_mode
+    if mode & 0o077:
+        yield Finding(
+            Weight.WRONG, f"{path} can be read by other users", f"See who may have read it, then: chmod 600 {path}"
+        )
+    broken = list(_sqlite(path, "Restore a backup of it, or delete it and make the operators anew."))
+    yield from broken
+    if not broken and (strange := _strange_operators(path)):
+        yield Finding(Weight.WRONG, f"{path}: {strange}", "Restore a backup of it.")
+
+
+def _strange_operators(path: Path) -> str:
+    """What is wrong with a console's accounts; empty if nothing is."""
+    try:
+        with closing(sqlite3.connect(reading_uri(path), uri=True)) as connection:
+            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+                return ""  # just made
+            names = connection.execute("SELECT name FROM operators WHERE role NOT IN ('viewer', 'operator', 'admin')")
+            found = sorted(str(row[0]) for row in names)
+            connection.execute("SELECT count(*) FROM audit").fetchone()
+    except (sqlite3.Error, StorageError) as error:
+        return str(error)
+    return f"no such roles as those of {', '.join(found[:5])}" if found else ""
+
+
+def _sqlite(path: Path, advice: str) -> Iterator[Finding]:
+    try:
+        connection = sqlite3.connect(reading_uri(path), uri=True)
+        try:
+            found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        finally:
+            connection.close()
+    except (sqlite3.Error, StorageError) as error:
+        found = str(error)
+    if found != "ok":
+        yield Finding(Weight.WRONG, f"{path} is damaged ({found})", advice)
+
+
+def _lost(folder: Path, store: BucketStore | None, finding: Finding) -> bool:
+    if store is not None:
+        return still_missing(store, finding.blob)
+    return not (folder / BLOBS / finding.blob[:2] / finding.blob).is_file()
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        with storage_errors(f"can't read {path}", missing=True):
+            return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,361 @@
+"""The server's connection with signatures: the daemon sends and receives plain messages over it.
+
+The members are read from the identity's database, which `fedprune-server devices` changes while the server runs: a
+revoked device is cut off within a second. Requests to join are answered here, at a limited rate.
+
+Chunks of blobs pass unsigned: blobs are named by their digests, which signed messages carry.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+from fedprune.core.errors import (
+    IdentityError,
+    ProtocolError,
+    ReleaseError,
+    SignatureError,
+    StaleEpochError,
+    TwoSignersError,
+)
+from fedprune.releases.release import is_signed, signed
+from fedprune.security.envelope import unseal
+from fedprune.security.keys import VerifyingKey, grouped
+from fedprune.security.signed_channel import Opener, Sealer
+from fedprune.wire.complaints import Complaints
+from fedprune.wire.connection_events import ConnectionUp
+from fedprune.wire.join_messages import APPROVED
+from fedprune.wire.messages import Birth, Death, Hello, parse
+from fedprune.wire.release_messages import ReleaseOffer
+from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.service import JoinDesk
+from fedprune_server.messaging.intake import TURN_S
+from fedprune_server.messaging.transport import Doubled, Item, Relay, ShutOut, Unheard, Wire
+
+log = logging.getLogger("fedprune.server")
+
+_LOOK_S = 1.0
+"""Shortest time between two looks into the database for changed members."""
+
+_HELLO_S = 10.0
+"""Shortest time between two hellos that tell one device of this server's restart."""
+
+_ASKED = 3
+"""Hellos to a device whose answers are awaited: some are lost."""
+
+_READ_AHEAD = 256
+"""Most messages that are opened together."""
+
+JOINS_PER_S = 20.0
+"""Limit of answered requests to join: each costs a signature, and strangers may send them. Boards repeat theirs."""
+
+
+class Joins(Protocol):
+    """A connection for requests to join.
+
+    Attributes:
+        dropped: Messages that didn't fit into its inbox.
+        overflowed: The topic, as far as the client in it, whose messages filled the inbox; empty if many clients did.
+    """
+
+    dropped: int
+    overflowed: str
+
+    def get(self, timeout: float | None = 0.0) -> object:
+        """The next message (topic, payload) or event; None if nothing waits."""
+        ...
+
+
+class SignedLink(Relay):
+    """A connection that signs the server's messages and passes on each signed message of a member once.
+
+    Args:
+        link: The connection, subscribed to the server's topics.
+        identity: The server's identity.
+        clock: Monotonic clock, seconds.
+        joins: A connection subscribed to `JoinDesk.subscription`, so that a flood of requests to join delays no
+            member; by default `link` has that subscription, too.
+        quarantine: Learns the members.
+    """
+
+    def __init__(
+        self,
+        link: Wire,
+        identity: IdentityFolder,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        joins: Joins | None = None,
+        quarantine: Quarantine | None = None,
+    ) -> None:
+        super().__init__(link)
+        self._joining = joins
+        self._quarantine = quarantine or Quarantine(clock)
+        self._dropped, self._flooder = 0, ""
+        self._store = identity.store
+        self._time = identity.authority.now
+        self._topics = Topics(identity.site)
+        self._desk = JoinDesk(identity)
+        self._sealer = Sealer(identity.key, identity.epochs)
+        self._key = identity.key
+        self._successions = identity.successions
+        self._unsigned: set[int] = set()  # stored releases whose signature is none of this server's
+        authority = identity.authority
+        self._authorities = tuple(p.hex() for p in authority.pins) if authority.ever_rotated else None
+        self._followed = {d.key: (d.server_key, d.authority) for d in identity.store.devices()}
+        self._to_follow: dict[str, tuple[str | None, str | None]] = {}  # not yet on the disk
+        self._earlier = {s.before.id.hex() for s in identity.successions}
+        self._openers: dict[str, Opener] = {}
+        self._members: dict[str, str] = {}
+        self._version: int | None = None
+        self._look_at = 0.0
+        self._hello_at: dict[str, float] = {}
+        self._clock = clock
+        self._complaints = Complaints(log, clock)
+        self._news: deque[ShutOut | Doubled] = deque()
+        self._asked: dict[str, int] = {}
+        self._births: dict[str, int] = {}
+        self._joins, self._joins_at = JOINS_PER_S, clock()
+        self._begun: dict[tuple[str, str], int] = {}  # latest epochs by key and stream, not yet on the disk
+        self._opened: deque[tuple[str, Item]] = deque()  # by device, empty for events
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        """Send without waiting; False if that isn't possible, or if the addressed device is no member.
+
+        Raises:
+            StorageError: A new epoch can't be stored; nothing was sent.
+        """
+        address = self._topics.parse(topic)
+        if address.device != EVERYONE and address.device not in self._look():
+            return False
+        if address.channel == "down":
+            message = parse(payload)
+            if isinstance(message, Hello):
+                if address.device != EVERYONE:
+                    self._asked[address.device] = min(_ASKED, self._asked.get(address.device, 0) + 1)
+                successions = tuple(s.hex for s in self._successions) or None
+                payload = replace(message, successions=successions, authorities=self._authorities).to_bytes()
+            elif isinstance(message, ReleaseOffer) and self._successions:  # its rollout may be older than the key
+                payload = self._signed_again(message).to_bytes()
+            payload = self._sealer.seal(topic, payload)
+        return self._link.publish(topic, payload, qos)
+
+    def get(self, timeout: float | None = 0.0) -> Item | Unheard | None:
+        """The next message or event; None if nothing waits.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        self._look()
+        if self._news:
+            return self._news.popleft()
+        if self._joining is not None and self._answer_join(self._joining):
+            timeout = 0.0  # another request may wait
+        if not self._opened:
+            item = self._link.get(timeout)
+            if item is None:
+                return None
+            self._read(item)
+        while self._opened:
+            device, opened = self._opened.popleft()
+            if not device or device in self._members:  # as of now: it may have changed since
+                return opened
+        return Unheard()
+
+    def _signed_again(self, offer: ReleaseOffer) -> ReleaseOffer:
+        """A stored release with the present key's signature.
+
+        Where its signature is by none of this server's keys it stays as it is: the board refuses it and reports why.
+        """
+        manifest, signature = offer.manifest.encode(), bytes.fromhex(offer.signature)
+        keys = (self._key.verifying, *(s.before for s in self._successions))
+        if any(is_signed(manifest, signature, key) for key in keys):
+            return replace(offer, signature=signed(manifest, self._key).hex())
+        if offer.number not in self._unsigned:
+            self._unsigned.add(offer.number)
+            error = ReleaseError(
+                f"the stored release {offer.number} is not signed by this server, and boards will refuse it",
+                hint="Make the release again, with `fedprune-server release`, and start another rollout.",
+            )
+            log.error("%s", error)
+        return offer
+
+    def _read(self, item: Item | Unheard | None) -> None:
+        """Open the waiting messages, for a turn's time at most, and store the epochs they begin in one transaction.
+
+        A server whose boards all come back at once waits for the disk once, not once for each of them.
+        """
+        until = self._clock() + TURN_S
+        while item is not None:
+            if not isinstance(item, Unheard):
+                self._take(item)
+            item = self._link.get() if self._clock() < until and len(self._opened) < _READ_AHEAD else None
+        if self._begun or self._to_follow:
+            self._store.hear(
+                [(key, stream, epoch) for (key, stream), epoch in self._begun.items()],
+                [(key, *known) for key, known in self._to_follow.items()],
+            )
+            self._begun.clear()
+            self._to_follow.clear()
+
+    def _take(self, item: Item) -> None:
+        if isinstance(item, ConnectionUp):
+            # Devices may have restarted: they accept a new epoch in any case.
+            self._sealer.renew(self._topics.broadcast())
+        if not isinstance(item, tuple):
+            self._opened.append(("", item))
+            return
+        topic, payload = item
+        try:
+            if topic.endswith(f"/{NO_JOB}/{JOIN}"):
+                self._join(topic, payload)
+                return
+            device, _, channel = self._topics.parse(topic)
+            if device not in self._look():
+                hint = (
+                    "`fedprune-server devices` lists the members; `fedprune-server claim --device "
+                    f"{device}` lets it in. After a revocation it joins again with a new key: "
+                    "`fedprune-device join --new-key --claim FILE` on the board."
+                )
+                raise SignatureError(f"{device} is not let in", hint=hint)
+            self._opened.append((device, item if channel != "up" else (topic, self._open(device, topic, payload))))
+        except ProtocolError as error:
+            self._complaints.about(topic, error)
+
+    def _answer_join(self, joins: Joins) -> bool:
+        """Answer the next request to join, if the rate allows one; report a client that sends too many.
+
+        Of a client that has filled the inbox all waiting requests are dropped: others would wait behind them.
+
+        Returns:
+            Whether there was one.
+        """
+        if joins.dropped != self._dropped:
+            self._dropped, self._flooder = joins.dropped, joins.overflowed
+            self._quarantine.crowded(joins.overflowed.rpartition("/")[2])
+        self._refill_joins()
+        if self._joins < 1:
+            return False
+        item = joins.get()
+        while self._flooder and isinstance(item, tuple) and item[0].startswith(f"{self._flooder}/"):
+            item = joins.get()
+        if item is None:
+            self._flooder = ""
+        if isinstance(item, tuple):
+            try:
+                self._join(*item)
+            except ProtocolError as error:
+                self._complaints.about(item[0], error)
+        return isinstance(item, tuple)
+
+    def _refill_joins(self) -> None:
+        now = self._clock()
+        self._joins = min(JOINS_PER_S, self._joins + (now - self._joins_at) * JOINS_PER_S)
+        self._joins_at = now
+
+    def _join(self, topic: str, payload: bytes) -> None:
+        self._refill_joins()
+        if self._joins >= 1:
+            self._joins -= 1
+            topic, answer = self._desk.receive(topic, payload)
+            self._link.publish(topic, answer.to_bytes())
+            if answer.status == APPROVED:
+                self._look_at, self._version = self._clock(), None  # the new member may send at once
+
+    def _open(self, device: str, topic: str, payload: bytes) -> bytes:
+        opener = self._opener(device)
+        before = opener.epoch(topic)
+        try:
+            body = opener.open(topic, payload)
+        except StaleEpochError as error:
+            # A will was signed when its connection began. Repeating it has no effect: it has the connection's number,
+            # and only the latest connection's counts.
+            body = unseal(opener.key, topic, payload).body
+            if not isinstance(parse(body), Death):
+                if isinstance(error, TwoSignersError):
+                    self._news.append(Doubled(device))
+                self._repeat_hello(device)
+                raise
+            return body
+        if topic == self._topics.up(device) and isinstance(birth := parse(body), Birth):
+            self._sealer.renew(self._topics.down(device))
+            self._compare(device, birth.session, opener.epoch(topic) - before)
+            known = birth.server_key, birth.authorities[-1] if birth.authorities else None
+            if self._followed.get(opener.key.hex) != known:
+                self._followed[opener.key.hex] = self._to_follow[opener.key.hex] = known
+            self._offer_successions(device, birth.server_key)
+            if self._authorities is not None and birth.authorities != self._authorities:
+                self._repeat_hello(device)  # it names the authorities that the device is to trust from now on
+            return replace(birth, server_key=None, authorities=None).to_bytes()  # the board's link added them
+        return body
+
+    def _compare(self, device: str, session: int, step: int) -> None:
+        """Detect a birth of a second board with the same key.
+
+        A board's epochs follow each other, except when its process starts, which begins another session, and after a
+        hello. A copy of its disk continues from another epoch. So a board that starts gets another hello, and the
+        answers decide: a board that answers without a hello, or in an earlier epoch, is another one.
+        """
+        known = self._births.get(device)
+        self._births[device] = session
+        if step == 1 or known is None:
+            return
+        if self._asked.get(device, 0):
+            self._asked[device] -= 1
+        elif session == known:
+            self._news.append(Doubled(device))
+        else:
+            self._repeat_hello(device)
+
+    def _offer_successions(self, device: str, known: str | None) -> None:
+        """Greet a device that knows an earlier key of this server; log one that knows a key that is none of them."""
+        if known is None or known == self._key.verifying.id.hex():
+            return
+        if known in self._earlier:
+            log.info("%s knows an earlier signing key of this server and is offered the present one", device)
+            self._repeat_hello(device)
+            return
+        error = IdentityError(
+            f"{device} knows the server by another signing key and won't hear it",
+            expected=grouped(self._key.verifying.id.hex()),
+            got=grouped(known),
+            hint="Was this identity restored from a backup, or copied, before the key was replaced? Then restore "
+            "signing.key and successions.json from a later one.",
+        )
+        self._complaints.about(self._topics.up(device), error)
+
+    def _look(self) -> dict[str, str]:
+        """The members' keys by name; a member that is gone or has another key now is reported as shut out."""
+        now = self._clock()
+        if self._version is None or now >= self._look_at:
+            self._look_at = now + _LOOK_S
+            version = self._store.version()
+            if version != self._version:
+                before, self._version, self._members = self._members, version, self._store.members()
+                self._quarantine.know(self._members)
+                self._news.extend(ShutOut(n) for n, key in before.items() if self._members.get(n) != key)
+        return self._members
+
+    def _opener(self, device: str) -> Opener:
+        key, opener = self._members[device], self._openers.get(device)
+        if opener is None or opener.key.hex != key:
+            opener = Opener(VerifyingKey.from_hex(key), self._store.heard(key), partial(self._begins, key))
+            self._openers[device] = opener
+        return opener
+
+    def _begins(self, key: str, stream: str, epoch: int) -> None:
+        self._begun[key, stream] = epoch
+
+    def _repeat_hello(self, device: str) -> None:
+        """Greet a device that doesn't know of this server's restart, or whose earlier messages are being repeated."""
+        now = self._clock()
+        if now >= self._hello_at.get(device, now):
+            self._hello_at[device] = now + _HELLO_S
+            self.publish(self._topics.down(device), Hello(self._time()).to_bytes())

@@ -1,0 +1,127 @@
+"""The operator's command that brings a changed list of revoked certificates to the broker.
+
+Each revocation, by `fedprune-server devices`, in the console or by a start that completes what was lost, changes
+`crl.pem`. The running server notices and runs the command until it succeeds, with growing pauses. A note in the state
+folder names the list for which it succeeded, so that the next start delivers what was revoked while no server ran.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shlex
+import subprocess  # nosec B404  # the operator's own command, never a shell
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedprune.core.disk import storage_errors, write_whole
+from fedprune.core.errors import BrokerError, StorageError, reason
+from fedprune_server.config.alert_settings import OFF
+
+log = logging.getLogger("fedprune.server")
+
+VARIABLE = "FEDPRUNE_CRL"
+"""Names the list for the command."""
+
+NOTE = "revocations-given"
+"""File of the state folder: sha256 of the list for which the command succeeded last."""
+
+POLL_S = 1.0
+RETRY_S, LONGEST_RETRY_S = 30.0, 600.0
+"""The pause after a first failure, which doubles with each further one, and the longest pause."""
+
+TIMEOUT_S = 60.0
+_SHOWN = 500
+
+
+class RevocationCommandError(BrokerError):
+    """The command failed."""
+
+
+def delivered(folder: Path, crl: Path) -> bool:
+    """Whether the command has succeeded for the present list.
+
+    Args:
+        folder: The state folder.
+        crl: The list.
+
+    Raises:
+        StorageError: One of the two files can't be read.
+    """
+    with storage_errors(f"can't read {folder / NOTE}"):
+        note = folder / NOTE
+        return note.exists() and note.read_text(errors="replace").strip() == _digest(crl)
+
+
+def deliver(command: str, folder: Path, crl: Path) -> None:
+    """Run the command for the present list, and note that it succeeded.
+
+    Args:
+        command: The command's words, quoted as for a shell, which runs none of it.
+        folder: The state folder.
+        crl: The list.
+
+    Raises:
+        RevocationCommandError: It can't be started, fails, or takes too long.
+        StorageError: The list can't be read or the note not be written.
+    """
+    digest = _digest(crl)
+    try:
+        with tempfile.TemporaryFile() as output:  # a pipe would have to wait for processes that the command leaves
+            code = subprocess.call(  # noqa: S603  # nosec B603
+                shlex.split(command), env=os.environ | {VARIABLE: str(crl.resolve())}, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, timeout=TIMEOUT_S,
+            )  # fmt: skip
+            output.seek(max(0, output.seek(0, os.SEEK_END) - _SHOWN))
+            printed = output.read(_SHOWN).decode(errors="replace").strip()
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise RevocationCommandError(f"on_revocation = {command!r}: {reason(error)}") from error
+    if code:
+        raise RevocationCommandError(f"on_revocation = {command!r}: exit code {code}", got=printed or None)
+    write_whole(folder / NOTE, digest.encode())
+
+
+@contextmanager
+def delivering(command: str, folder: Path, crl: Path) -> Iterator[None]:
+    """While the body runs, run the command whenever the list has changed, in a thread.
+
+    Args:
+        command: As for `deliver`; `off` for none.
+        folder: The state folder.
+        crl: The list.
+    """
+    if command == OFF:
+        yield
+        return
+    closed = threading.Event()
+    thread = threading.Thread(target=_watch, args=(command, folder, crl, closed), name="revocations", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closed.set()
+        thread.join(POLL_S)
+
+
+def _watch(command: str, folder: Path, crl: Path, closed: threading.Event) -> None:
+    pause, retry_s, cause = 0.0, RETRY_S, ""
+    while not closed.wait(pause):
+        try:
+            if not delivered(folder, crl):
+                deliver(command, folder, crl)
+                log.info("the broker was given the list of revoked certificates")
+        except (RevocationCommandError, StorageError) as error:  # noqa: PERF203 - each turn waits anyway
+            if str(error) != cause:
+                log.error("the broker doesn't have the latest list of revoked certificates: %s", error)
+            pause, retry_s, cause = retry_s, min(LONGEST_RETRY_S, 2 * retry_s), str(error)
+        else:
+            pause, retry_s, cause = POLL_S, RETRY_S, ""
+
+
+def _digest(crl: Path) -> str:
+    with storage_errors(f"can't read {crl}"):
+        return hashlib.sha256(crl.read_bytes()).hexdigest()

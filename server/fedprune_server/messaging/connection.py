@@ -1,0 +1,166 @@
+"""How a server reaches its fleet: with an identity over TLS and signed, or, for trials on one machine, as it is."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from fedprune.core.errors import ConfigError, IdentityError
+from fedprune.security.tls import insecure_allowed
+from fedprune.wire.broker_url import BrokerUrl
+from fedprune.wire.mqtt.inbox import Inbox
+from fedprune.wire.mqtt.link import Link
+from fedprune.wire.topics import Topics
+from fedprune_server.config.config import LOCAL, ServerConfig
+from fedprune_server.devices.quarantine import FILE as QUARANTINE
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.enrollment.host_names import names_of
+from fedprune_server.enrollment.pki import FOLDER, IdentityFolder
+from fedprune_server.messaging.authentication import SignedLink
+from fedprune_server.messaging.broker.embedded import EmbeddedBroker, TlsFiles
+from fedprune_server.messaging.rate_limit import Guarded
+from fedprune_server.messaging.transport import Wire
+
+log = logging.getLogger("fedprune.server")
+
+JOINS_BYTES, JOINS_PAUSE_S = 2**20, 5.0
+"""Bytes of requests to join that may wait, some hundreds, and for how long their connection is closed beyond that."""
+
+_PLAIN_PORT, _TLS_PORT = 1883, 8883
+"""Where brokers listen (IANA)."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A server's connection, not up yet.
+
+    Attributes:
+        wire: What the daemon speaks and hears through.
+        link: The connection to the broker below it.
+        broker: The embedded broker, if there is one.
+        site: The fleet's.
+        joins: A connection of its own for requests to join; None without an identity.
+        quarantine: Says whom the wire hears.
+        url: The broker's address.
+    """
+
+    wire: Wire
+    link: Link
+    joins: Link | None
+    broker: EmbeddedBroker | None
+    site: str
+    quarantine: Quarantine
+    url: str
+
+    def start(self, subscriptions: Iterable[str]) -> None:
+        """Connect, and stay connected.
+
+        Args:
+            subscriptions: What the daemon listens to.
+
+        Raises:
+            BrokerError: The broker isn't there or refuses.
+        """
+        self.link.subscribe(subscriptions)
+        self.link.start()
+        if self.joins is not None:
+            self.joins.subscribe([Topics(self.site).join_subscription()])
+            self.joins.start(patient=True)
+
+
+@contextmanager
+def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterator[Connection]:
+    """A connection as a configuration wants it, closed at the end, with its embedded broker.
+
+    Args:
+        config: The configuration.
+        identity: The server's, which stays open; None to do without, on this machine alone.
+
+    Raises:
+        IdentityError: The identity's files or the authorities' can't be used.
+        BrokerError: The embedded broker doesn't start.
+    """
+    with ExitStack() as stack:
+        site = config.site if identity is None else identity.site
+        broker, url = None, config.broker
+        if config.embedded:
+            broker = stack.enter_context(_embedded(config, identity))
+            url = broker.url
+        quarantine, joins = Quarantine(path=config.state / QUARANTINE), None
+        if identity is None:
+            link = Link(url, f"fedprune-server-{config.site}"[:64], ignores=quarantine.ignores)
+            wire: Wire = Guarded(link, quarantine)
+        else:
+            link = Link(
+                url,
+                f"fedprune-{secrets.token_hex(12)}",
+                tls=lambda: identity.context(config.ca),
+                ignores=quarantine.ignores,
+            )
+            joins = Link(
+                url,
+                f"fedprune-{secrets.token_hex(12)}",
+                tls=lambda: identity.context(config.ca),
+                inbox=Inbox(JOINS_BYTES),
+                pause_s=JOINS_PAUSE_S,
+                wake=link.wake,
+            )
+            stack.callback(joins.close)
+            wire = SignedLink(Guarded(link, quarantine), identity, joins=joins, quarantine=quarantine)
+        stack.callback(link.close)
+        yield Connection(wire, link, joins, broker, site, quarantine, url)
+
+
+@contextmanager
+def identity_of(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFolder | None]:
+    """The server's identity; None if it does without, on this machine alone.
+
+    Args:
+        config: The configuration.
+        insecure: Do without.
+
+    Raises:
+        ConfigError: It would leave this machine without TLS and identity, or the site doesn't fit.
+        IdentityError: There is none, or it is damaged.
+    """
+    url = None if config.embedded else BrokerUrl.parse(config.broker)
+    if insecure or (url is not None and not url.tls):
+        insecure_allowed(config.host if url is None else url.host)
+    if insecure and url is not None and url.tls:
+        raise ConfigError(
+            "--insecure", expected="a broker at mqtt://, or the embedded one", got=url.bare,
+            hint="A broker at mqtts:// belongs to a fleet with an identity: leave --insecure out, or name another "
+            "--broker (a state folder remembers its own).",
+        )  # fmt: skip
+    if insecure:
+        yield None
+        return
+    if not (config.state / FOLDER).is_dir():
+        raise IdentityError(
+            f"{config.state} has no identity, by which boards know their server",
+            hint=f"Make one: fedprune-server init --state {config.state} --site {config.site}. "
+            "For a trial on this machine alone: --insecure.",
+        )
+    with IdentityFolder(config.state) as identity:
+        if config.site not in (identity.site, ServerConfig.site):
+            expected = f"{identity.site}, as the identity in {config.state} says"
+            raise ConfigError("site", expected=expected, got=config.site)
+        yield identity
+
+
+def _embedded(config: ServerConfig, identity: IdentityFolder | None) -> EmbeddedBroker:
+    if identity is None:
+        return EmbeddedBroker(config.host, _PLAIN_PORT if config.port is None else config.port)
+    hosts = names_of(config.host)
+    if config.host not in LOCAL:
+        log.warning(
+            "the embedded broker encrypts, but whoever reaches %s may connect: it can't change what is said, but read "
+            "models, and crowd the broker. See docs/run-a-fleet.md.",
+            config.host,
+        )
+        log.info("boards reach it as one of: %s", ", ".join(hosts))
+    port = _TLS_PORT if config.port is None else config.port
+    return EmbeddedBroker(config.host, port, TlsFiles(*identity.broker(hosts)))

@@ -1,0 +1,199 @@
+"""What the daemon sends: messages at once, chunks of blobs as fast as the connection takes them, all of it counted."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from fedprune.core.errors import ProtocolError
+from fedprune.wire.checked_message import MAX_MESSAGE
+from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
+from fedprune.wire.chunk import QOS as CHUNK_QOS
+from fedprune.wire.log_messages import LogWanted
+from fedprune.wire.messages import FromServer, Gone, Hello, Want
+from fedprune.wire.mqtt.unsent import HIGH_WATER
+from fedprune.wire.offer import Offer
+from fedprune.wire.release_messages import ReleaseOffer
+from fedprune.wire.request_ids import NumberedWants, numbered
+from fedprune.wire.topics import Topics
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.devices.registry import Roster
+from fedprune_server.messaging.transport import Wire
+from fedprune_server.transfer.downloads import Downloads
+from fedprune_server.transfer.multicast import Publication, Sharing
+from fedprune_server.transfer.uploads import Wants
+
+_CHUNKS_PER_TURN = 4
+
+_ANSWERED = (Hello, Offer, LogWanted, ReleaseOffer)
+"""Messages that a device answers."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What leads to the devices of a job.
+
+    Attributes:
+        link: The connection.
+        topics: The site's topics.
+        job: The job's name.
+        max_packet: Bytes of an MQTT packet that the broker lets through, if it is known to be less than usual.
+    """
+
+    link: Wire
+    topics: Topics
+    job: str
+    max_packet: int = MAX_PACKET
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest message that may be sent."""
+        return MAX_MESSAGE if self.max_packet >= MAX_PACKET else self.max_packet - PACKET_OVERHEAD
+
+
+class Post:
+    """The way out to the devices of one site.
+
+    Args:
+        line: What leads there.
+        roster: Counts the bytes.
+        downloads: Cuts blobs into chunks.
+        sharing: Says what is published to all devices of the job.
+        clock: Seconds of a monotonic clock.
+        quarantine: Counts what devices are asked for, and what they fetch.
+        coming: Whether a blob that isn't here will be in a moment.
+    """
+
+    def __init__(
+        self,
+        line: Line,
+        roster: Roster,
+        downloads: Downloads,
+        sharing: Sharing,
+        clock: Callable[[], float] = time.monotonic,
+        quarantine: Quarantine | None = None,
+        coming: Callable[[str], bool] = lambda sha256: False,
+    ) -> None:
+        self._doubled = NumberedWants().doubled
+        self._coming = coming
+        self._most = line.longest
+        self._quarantine = quarantine or Quarantine(clock)
+        self._link, self._topics, self._job = line.link, line.topics, line.job
+        self._roster = roster
+        self._downloads = downloads
+        self._outbox: deque[tuple[str, str, bytes]] = deque()
+        self._sharing = sharing
+        self._clock = clock
+
+    @property
+    def waiting(self) -> bool:
+        """Whether messages or chunks wait to be sent."""
+        return bool(self._downloads) or bool(self._outbox) or bool(self._sharing)
+
+    @property
+    def queued(self) -> int:
+        """How many messages wait to be sent."""
+        return len(self._outbox)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a chunk waits and could be sent now."""
+        return bool(self._downloads) and self._link.unsent < HIGH_WATER
+
+    def send(self, device: str, message: FromServer, job: str | None = None) -> None:
+        """Have a message sent at the next `deliver`; when it gets lost, somebody will ask again.
+
+        Raises:
+            ProtocolError: It is longer than a message may be, or than the broker lets through.
+        """
+        payload = message.to_bytes()
+        if len(payload) > self._most:
+            raise ProtocolError(
+                f"{message.kind}: message is too long for the broker",
+                expected=f"at most {self._most} bytes",
+                got=len(payload),
+                hint="Raise the broker's limit and max_packet in [server].",
+            )
+        topic = self._topics.down(device, job) if job else self._topics.down(device)
+        if isinstance(message, _ANSWERED):
+            self._quarantine.sends(device)
+        self._outbox.append((device, topic, payload))
+
+    def deliver(self) -> None:
+        """Send the messages that wait, as many as the connection takes; without one they are lost.
+
+        So is what the link won't send, because its device isn't let in any more: nobody waits behind that.
+        """
+        while self._outbox:
+            device, topic, payload = self._outbox[0]
+            if self._link.publish(topic, payload):
+                self._roster.sent(device, len(payload))
+            elif self._link.connected and not self._link.room:
+                return  # the others in a moment
+            self._outbox.popleft()
+
+    def broadcast(self, hello: Hello) -> None:
+        """Send a message to everybody."""
+        self._link.publish(self._topics.broadcast(), hello.to_bytes())
+
+    def ask(self, wants: Wants) -> None:
+        """Ask devices for pieces of their updates, at once: a want promises nothing that must be saved before."""
+        for device, want in wants:
+            self._quarantine.asked(device, want.count)
+            self._quarantine.sends(device)
+            topic, payload = self._topics.down(device), numbered(want).to_bytes()
+            if not self._outbox and self._link.publish(topic, payload):
+                self._roster.sent(device, len(payload))
+            else:
+                self._outbox.append((device, topic, payload))
+
+    def fetched(self, device: str, want: Want, allowed: AbstractSet[str]) -> None:
+        """A device wants pieces of a blob: queue them, if it may have them."""
+        if self._doubled(device, want):
+            return
+        if want.sha256 in allowed:
+            self._quarantine.fetches(device, want.sha256, self._downloads.leaves(want.sha256))
+            for alone in self._sharing.add(device, want, self._clock()):
+                self._downloads.add(device, alone)
+        else:
+            self.send(device, Gone(want.sha256))
+
+    def forget(self, device: str) -> None:
+        """A device has gone: what it wanted is wanted no more."""
+        self._downloads.drop(device)
+        self._sharing.drop(device)
+
+    def send_chunks(self) -> None:
+        """Send a few of the chunks that wait.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        self._publish()
+        for _ in range(_CHUNKS_PER_TURN):
+            item = self._downloads.next() if self.ready else None
+            if item is None:
+                return
+            device, chunk = item
+            if isinstance(chunk, Gone):
+                if self._coming(chunk.sha256):
+                    continue  # the device asks again
+                self.send(device, chunk)
+                self.deliver()
+            elif self._link.publish(self._topics.down_blob(device), chunk, CHUNK_QOS):
+                self._roster.sent(device, len(chunk))
+
+    def _publish(self) -> None:
+        """Send a few of the chunks that all devices wait for."""
+        for _ in range(_CHUNKS_PER_TURN):
+            item = self._sharing.next(self._clock()) if self._link.unsent < HIGH_WATER else None
+            if item is None:
+                return
+            if not isinstance(item, Publication):
+                self._downloads.add(*item)
+            elif self._link.publish(self._topics.shared(item.sha256, self._job), item.chunk, CHUNK_QOS):
+                for device in item.listeners:
+                    self._roster.sent(device, len(item.chunk))

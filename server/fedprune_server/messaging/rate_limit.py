@@ -1,0 +1,38 @@
+"""Between the broker and whoever reads messages: what a device in quarantine sends is dropped unread."""
+
+from __future__ import annotations
+
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.messaging.transport import Item, Relay, Unheard, Wire
+
+
+class Guarded(Relay):
+    """A connection that hears whom a quarantine hears. Signatures are not looked at before: each would cost as much as
+    a dozen messages that are dropped here.
+
+    Args:
+        link: The connection.
+        quarantine: Says who is heard.
+    """
+
+    def __init__(self, link: Wire, quarantine: Quarantine) -> None:
+        super().__init__(link)
+        self._quarantine = quarantine
+
+    def get(self, timeout: float | None = 0.0) -> Item | Unheard | None:
+        """The next message or event; None if nothing waits."""
+        news = self._quarantine.news()
+        if news is not None:
+            return news
+        item = self._link.get(timeout)
+        if isinstance(item, tuple):
+            topic, payload = item
+            if not self._quarantine.hears(_device(topic), len(payload), chunk=topic.endswith("/blob")):
+                return Unheard()
+        return item
+
+
+def _device(topic: str) -> str:
+    """What stands in the device's place of a topic, which need not be one."""
+    parts = topic.split("/", 4)
+    return parts[3] if len(parts) > 3 else ""

@@ -1,0 +1,96 @@
+"""The open alerts of a server: each opens once, stays while its cause lasts, may change severity, and closes once."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from fedprune_server.monitoring.alerts import KINDS, MOST, Alert
+
+_CHANGES = 4 * MOST
+"""Changes that wait for a reader; of more, the oldest is dropped."""
+
+
+@dataclass(frozen=True)
+class AlertChange:
+    """An alert that opened, changed its severity, or closed.
+
+    Attributes:
+        alert: The alert.
+        closed_at: When it closed, in seconds since 1970; None if it is open.
+    """
+
+    alert: Alert
+    closed_at: float | None = None
+
+
+class AlertBook:
+    """Open alerts.
+
+    Args:
+        restored: Alerts that the server's last run left open. They close like all others.
+    """
+
+    def __init__(self, restored: Iterable[Alert] = ()) -> None:
+        self._open: dict[str, Alert] = {a.key: a for a in restored}
+        self._begun: dict[tuple[str, str], tuple[float, float]] = {}  # by key and severity, before the delay has passed
+        self._ended: dict[str, float] = {}  # open, but gone since
+        self._unread: deque[AlertChange] = deque(maxlen=_CHANGES)
+
+    @property
+    def open(self) -> list[Alert]:
+        """All open alerts; may be read from any thread."""
+        return list(self._open.values())
+
+    @property
+    def severities(self) -> frozenset[tuple[str, str]]:
+        """Kinds and severities of the open alerts."""
+        return frozenset((a.kind, a.severity) for a in self.open)
+
+    def counts(self) -> Mapping[tuple[str, str], int]:
+        """Open alerts by kind and severity, with zeros; may be read from any thread."""
+        found = Counter((a.kind, a.severity) for a in self.open)
+        return {(kind, severity): found[kind, severity] for kind, levels in KINDS.items() for severity in levels}
+
+    def update(self, alerts: Iterable[Alert], now: float, at: float) -> list[AlertChange]:
+        """Take over the result of one look.
+
+        An alert opens when it has held for its delay, and closes when it has been gone for as long, so that what comes
+        and goes within its delay changes nothing. Another severity of an open alert has to last as long, too.
+
+        Args:
+            alerts: Alerts that hold now.
+            now: The monotonic clock.
+            at: Seconds since 1970.
+
+        Returns:
+            Alerts that opened, changed their severity, or closed.
+        """
+        changes: list[AlertChange] = []
+        held = {a.key: a for a in alerts}
+        for key, severity in self._begun.keys() - {(k, a.severity) for k, a in held.items()}:
+            del self._begun[key, severity]
+        for key, alert in held.items():
+            self._ended.pop(key, None)
+            before = self._open.get(key)
+            if before is not None and before.severity == alert.severity:
+                self._open[key] = replace(alert, since=before.since)
+                continue
+            begun, since = self._begun.setdefault((key, alert.severity), (now, alert.since))
+            if now - begun >= alert.delay_s:
+                del self._begun[key, alert.severity]
+                self._open[key] = replace(alert, since=since if before is None else before.since)
+                changes.append(AlertChange(self._open[key]))
+        for key in self._open.keys() - held.keys():
+            if now - self._ended.setdefault(key, now) >= self._open[key].delay_s:
+                del self._ended[key]
+                changes.append(AlertChange(self._open.pop(key), at))
+        self._unread.extend(changes)
+        return changes
+
+    def changes(self) -> list[AlertChange]:
+        """Changes since the last call."""
+        found = list(self._unread)
+        self._unread.clear()
+        return found

@@ -1,0 +1,531 @@
+"""Alert rules: from one snapshot of a server and its fleet to the alerts that it justifies.
+
+The server's log, its console, its metrics, its notifications and `fedprune-server doctor` all show what `evaluate`
+returns. A running server fills the snapshot once a second; the doctor fills it from the state folder.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+from fedprune.coordination import Phase
+from fedprune.core.text import quantity, some
+from fedprune.releases.rollout import RolloutPhase
+from fedprune_server.devices.quarantine import CROWDED_S
+
+CRITICAL, WARNING, INFO = "critical", "warning", "info"
+SEVERITIES = (INFO, WARNING, CRITICAL)
+"""From the least severe to the most severe."""
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "server-not-running": (CRITICAL,),
+    "server-hangs": (CRITICAL,),
+    "broker": (CRITICAL,),
+    "second-server": (CRITICAL, WARNING),
+    "no-devices": (CRITICAL, WARNING),
+    "too-few-devices": (WARNING,),
+    "no-progress": (CRITICAL,),
+    "disk": (CRITICAL, WARNING),
+    "certificate": (CRITICAL, WARNING),
+    "quarantine": (WARNING,),
+    "joins-flooded": (WARNING,),
+    "devices-wait": (WARNING,),
+    "rollout": (WARNING, INFO),
+    "rollout-paused": (INFO,),
+    "prediction-off": (INFO,),
+}
+"""The kinds of alerts with the severities that each can have."""
+
+HANGS_S = 60.0
+"""A server's loop that has not turned for this long hangs."""
+
+MOST = 500
+"""Alerts of one kind that are shown at a time."""
+
+SHOWN = 5
+"""Names that a text lists."""
+
+_DAY_S = 24 * 3600.0
+_EXPIRES_S = 30 * _DAY_S
+_STUCK_S = 6 * 3600.0
+_FULL, _NEARLY = 0.03, 0.1
+_FULL_BYTES = 256 * 2**20
+_ROOMIER = 1.2
+"""An open alert about the disk stays until this many times the limit is free."""
+
+_DELAY_S, _BROKER_S, _SECOND_S = 60.0, 15.0, 5.0
+"""The longest that boards, the broker, and a second server's takeover may take before an alert opens."""
+
+_QUIET_S = 600.0
+"""The alert about a second server closes once that one has been silent for this long."""
+
+
+@dataclass(frozen=True)
+class Alert:
+    """Something that an operator has to know.
+
+    Attributes:
+        kind: One of `KINDS`.
+        severity: One of `SEVERITIES`.
+        since: When it began, in seconds since 1970.
+        what: What is wrong.
+        why: What it leads to.
+        todo: What to do about it, with a command where there is one.
+        job: The job that it is about; None for the whole server.
+        device: The board that it is about; None for no single one.
+        subject: The file that it is about; empty for none.
+        delay_s: Seconds for which it has to hold before it opens, and to be gone before it closes.
+    """
+
+    kind: str
+    severity: str
+    since: float
+    what: str
+    why: str
+    todo: str
+    job: str | None = None
+    device: str | None = None
+    subject: str = ""
+    delay_s: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """Its kind and what it is about: the same while it lasts, whatever its severity."""
+        return ":".join(part for part in (self.kind, self.job, self.device or self.subject) if part)
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """A job as the rules see it.
+
+    Attributes:
+        name: Its name.
+        folder: Its state folder.
+        begun: Whether it ever began.
+        phase: The phase of its round.
+        round: The current round.
+        rounds: All rounds.
+        paused: Whether an operator paused it.
+        needed: Boards with which a round begins.
+        known: Boards that ever announced themselves.
+        away: Some of the boards that are not connected and not revoked.
+        revoked: Some of the revoked boards.
+        deadline_s: Seconds that a round waits for updates.
+        missed: Deadlines in a row that passed without an update.
+        empty: Rounds in a row that closed without a usable update.
+        off: Boards whose time or memory exceeds the prediction by far, with the figures in words.
+    """
+
+    name: str
+    folder: Path
+    begun: bool = True
+    phase: Phase = Phase.WAITING
+    round: int = 0
+    rounds: int = 0
+    paused: bool = False
+    needed: int = 1
+    known: int = 0
+    away: Sequence[str] = ()
+    revoked: Sequence[str] = ()
+    deadline_s: float = 600.0
+    missed: int = 0
+    empty: int = 0
+    off: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more is trained."""
+        return self.phase is Phase.FINISHED
+
+    @property
+    def delay_s(self) -> float:
+        """Seconds after which missing boards are an alert: well within a deadline."""
+        return min(_DELAY_S, self.deadline_s / 2)
+
+
+@dataclass(frozen=True)
+class CertificateDates:
+    """A certificate that boards, servers or browsers rely on.
+
+    Attributes:
+        path: Its file.
+        begins: When it becomes valid, in seconds since 1970.
+        ends: When it ends.
+        todo: How it is replaced.
+        error: Why it can't be read; empty where it can.
+    """
+
+    path: str
+    begins: float
+    ends: float
+    todo: str
+    error: str = ""
+
+
+class OtherServer(Protocol):
+    """Another server of this identity, as `link.leadership.Candidate`."""
+
+    @property
+    def host(self) -> str:
+        """Name of its machine."""
+
+    @property
+    def folder(self) -> str:
+        """Its state folder."""
+
+    @property
+    def since(self) -> float:
+        """When it was first heard, or began to serve, in seconds since 1970."""
+
+    @property
+    def heard_at(self) -> float:
+        """When it was last heard, in seconds since 1970."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether it has taken over."""
+
+
+@dataclass(frozen=True)
+class RolloutStatus:
+    """The latest rollout.
+
+    Attributes:
+        release: The release's number.
+        phase: Where it stands.
+        why: Why it is paused or stopped.
+        failed: Boards on which it failed.
+        left: Boards that haven't reported it yet.
+        heard_at: When a board last reported something of it, in seconds since 1970.
+    """
+
+    release: int
+    phase: RolloutPhase
+    why: str
+    failed: Sequence[str]
+    left: Sequence[str]
+    heard_at: float
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What the state folder's disk, identity and rollouts show.
+
+    Attributes:
+        disk: Free bytes, and all, of the state folder's disk; None if unknown.
+        certificates: Those of server, broker, console and authority.
+        waiting: Fingerprints of keys that wait for approval, by board.
+        rollout: The latest rollout.
+    """
+
+    disk: tuple[int, int] | None = None
+    certificates: Sequence[CertificateDates] = ()
+    waiting: Mapping[str, str] = field(default_factory=dict)
+    rollout: RolloutStatus | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A server and its fleet at one moment.
+
+    Attributes:
+        folder: The server's state folder.
+        jobs: Its jobs.
+        here: Boards that are connected and can take part.
+        running: Whether a server runs on the folder.
+        turned_s: Seconds since the server's loop turned; None if unknown.
+        broker: Why the broker can't be used; empty if it can.
+        others: Other servers of this identity that were heard.
+        quarantined: Boards in quarantine, and why.
+        floods_joins: MQTT client id that floods the requests to join; empty if many do together, None if none does.
+        site: What the state folder shows; None if unknown.
+        open: Kinds and severities of open alerts.
+    """
+
+    folder: Path
+    jobs: Sequence[JobStatus] = ()
+    here: int = 0
+    running: bool = True
+    turned_s: float | None = None
+    broker: str = ""
+    others: Sequence[OtherServer] = ()
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+    floods_joins: str | None = None
+    site: SiteFacts | None = None
+    open: frozenset[tuple[str, str]] = frozenset()
+
+
+def evaluate(seen: Snapshot, now: float) -> list[Alert]:
+    """All alerts that a snapshot justifies.
+
+    Args:
+        seen: The snapshot.
+        now: Seconds since 1970.
+    """
+    found = [*_server(seen, now), *_second_servers(seen, now)]
+    for job in seen.jobs:
+        if not job.finished and job.begun:
+            found += _boards(seen, job, now)
+            found += _progress(job, now)
+            found += _predictions(job, now)
+    if seen.site is not None:
+        found += _disk(seen, seen.site, now)
+        found += _certificates(seen.site, now)
+        found += _waiting(seen, seen.site, now)
+        found += _rollout(seen, seen.site.rollout, now)
+    found += _quarantine(seen, now)
+    if seen.floods_joins is not None:
+        found.append(_joins_flooded(seen.floods_joins, now))
+    return found
+
+
+def command(*words: object) -> str:
+    """A command line of `fedprune-server`, quoted for a shell."""
+    return f"fedprune-server {shlex.join(str(w) for w in words)}"
+
+
+def at(folder: Path) -> tuple[str, str]:
+    """The words of a command that name the state folder."""
+    return "--state", str(folder)
+
+
+def day(moment: float) -> str:
+    """Date and time for people."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+
+
+def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
+    if seen.running:
+        if seen.turned_s is not None and seen.turned_s > HANGS_S:
+            yield Alert(
+                "server-hangs", CRITICAL, now - seen.turned_s,
+                f"the server's loop has not turned for {seen.turned_s:.0f} s",
+                "no message of a board is read meanwhile",
+                "see the server's log and the load of its disk; stop it and start it again: it goes on where it was",
+            )  # fmt: skip
+        elif seen.broker:
+            delay = min([_BROKER_S, *(j.deadline_s / 2 for j in seen.jobs)])
+            yield Alert(
+                "broker", CRITICAL, now, seen.broker, "server and boards meet there; without it nothing moves",
+                "see that the broker runs, that its address is right (--broker), and the firewall; "
+                f"{command('doctor', *at(seen.folder))} tries it",
+                delay_s=delay,
+            )  # fmt: skip
+        return
+    for job in seen.jobs:
+        if not job.begun:
+            yield Alert(
+                "server-not-running", CRITICAL, now, f"no job has begun in {job.folder}",
+                "a server that couldn't start, or was never started, gives boards nothing to do",
+                f"{command('run', *at(job.folder), '--model', 'MODEL')}; its messages at the start tell what it lacks",
+                job=job.name,
+            )  # fmt: skip
+        elif not job.finished:
+            yield Alert(
+                "server-not-running", CRITICAL, now,
+                f"no server runs on {job.folder}, and job {job.name} is in round {job.round} of {job.rounds or '?'}",
+                "boards wait for it, and train nothing meanwhile",
+                command("run", *at(job.folder)), job=job.name,
+            )  # fmt: skip
+
+
+def _second_servers(seen: Snapshot, now: float) -> Iterator[Alert]:
+    deadline_s = min((j.deadline_s for j in seen.jobs), default=2 * _SECOND_S)
+    for other in seen.others:
+        place, subject = f"on {other.host}, state folder {other.folder}", f"{other.host}:{other.folder}"
+        if other.leads:
+            yield Alert(
+                "second-server", CRITICAL, other.since,
+                f"another server has taken this fleet over: {place}, since {day(other.since)}",
+                "this server ends (exit code 23); boards follow the other one, and nothing is wrong with them",
+                f"look after the fleet there; or, to serve it from {seen.folder} again: "
+                f"{command('run', *at(seen.folder), '--take-over')}",
+                subject=subject,
+            )  # fmt: skip
+        elif now - other.heard_at < _QUIET_S:
+            yield Alert(
+                "second-server", WARNING, other.since,
+                f"another server was started with this fleet's identity: {place}, at {day(other.since)}",
+                "a fleet has one server: this one goes on, and the other one ends (exit code 23)",
+                f"stop that one, and its service; or, to serve from there: on {other.host}, "
+                f"{command('run', '--state', other.folder, '--take-over')}",
+                subject=subject, delay_s=min(_SECOND_S, deadline_s / 2),
+            )  # fmt: skip
+
+
+def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
+    if not job.known and not seen.here:
+        yield Alert(
+            "no-devices", WARNING, now, f"no device has ever announced itself to job {job.name}",
+            "a round can't begin without boards",
+            f"let a board in: {command('claim', '--device', 'NAME', *at(seen.folder))}; then on the board: "
+            "fedprune-device join, and fedprune-device run. A board's own log says why it doesn't get through",
+            job=job.name, delay_s=job.delay_s,
+        )  # fmt: skip
+        return
+    if not seen.running or job.paused or (seen.here and (job.phase is not Phase.WAITING or seen.here >= job.needed)):
+        return
+    away = f"; away: {some(job.away)}" if job.away else ""
+    out = f"; revoked: {some(job.revoked)}" if job.revoked else ""
+    again = f"; for {some(job.revoked)}: {command('devices', 'replace', 'NAME', *at(seen.folder))}" if out else ""
+    if not seen.here:
+        yield Alert(
+            "no-devices", CRITICAL, now,
+            f"no board that can take part is connected, and job {job.name} is in round {job.round} of "
+            f"{job.rounds or '?'}{away}{out}",
+            "nothing is trained until boards come back",
+            "see that boards have power and network, and that the broker's port is open; "
+            f"{command('logs', *at(seen.folder))} shows what they sent last{again}",
+            job=job.name, delay_s=job.delay_s,
+        )  # fmt: skip
+        return
+    yield Alert(
+        "too-few-devices", WARNING, now,
+        f"job {job.name} waits for {quantity(job.needed, 'device')}, and {seen.here} can take part now{away}{out}",
+        f"a round begins with {quantity(job.needed, 'device')}",
+        f"start the boards that are away ({command('logs', *at(seen.folder))} shows what they sent last), or begin "
+        f"with fewer: {command('run', *at(job.folder), '--devices', seen.here)}{again}",
+        job=job.name, delay_s=job.delay_s,
+    )  # fmt: skip
+
+
+def _progress(job: JobStatus, now: float) -> Iterator[Alert]:
+    if job.paused or not (job.missed or job.empty):
+        return
+    missed = f"{quantity(job.missed, 'deadline')} of {job.deadline_s:g} s passed without an update"
+    if not job.missed:
+        missed = f"{quantity(job.empty, 'round')} closed without a usable update"
+    yield Alert(
+        "no-progress", CRITICAL, now,
+        f"job {job.name} makes no progress in round {job.round} of {job.rounds or '?'}: {missed}",
+        "the model doesn't move",
+        f"see each board's reason: {command('status', *at(job.folder))}, and {command('logs', *at(job.folder))}; if "
+        f"boards need longer: {command('run', *at(job.folder), '--deadline', f'{2 * job.deadline_s:g}')}",
+        job=job.name,
+    )  # fmt: skip
+
+
+def _predictions(job: JobStatus, now: float) -> Iterator[Alert]:
+    if job.off:
+        which = some([f"{name} {text}" for name, text in job.off.items()], "; ")
+        yield Alert(
+            "prediction-off", INFO, now,
+            f"{quantity(len(job.off), 'board')} of job {job.name} needed far more than planned: {which}",
+            "a board that needs more memory than planned may be killed, and one that needs more time may be late",
+            f"compare with {command('status', *at(job.folder))}; see what else runs on the board, or give it less "
+            "(docs/planner.md)",
+            job=job.name,
+        )  # fmt: skip
+
+
+def _disk(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
+    if site.disk is None:
+        return
+    free, total = site.disk
+    share = free / max(1, total)
+
+    def short(severity: str, limit: float, least: float = 0.0) -> bool:
+        as_severe = SEVERITIES[SEVERITIES.index(severity) :]
+        factor = _ROOMIER if any(("disk", s) in seen.open for s in as_severe) else 1.0
+        return share < factor * limit or free < factor * least
+
+    full = short(CRITICAL, _FULL, _FULL_BYTES)
+    if full or short(WARNING, _NEARLY):
+        yield Alert(
+            "disk", CRITICAL if full else WARNING, now,
+            f"the disk of {seen.folder} has {free / 1e9:.2f} of {total / 1e9:.0f} GB left",
+            "a server without room ends (exit code 30); nothing is lost, but nothing goes on",
+            f"make room; {command('check', *at(seen.folder), '--repair')} deletes what the job needs no more, and a "
+            "smaller --keep keeps fewer models",
+        )  # fmt: skip
+
+
+def _certificates(site: SiteFacts, now: float) -> Iterator[Alert]:
+    for entry in site.certificates:
+        left = entry.ends - now
+        if entry.error:
+            what, why = entry.error, "connections that need it fail"
+        elif entry.begins > now:
+            what, why = f"{entry.path} is valid from {day(entry.begins)} only", "who checks it refuses to connect"
+        elif left <= 0:
+            what, why = f"{entry.path} ended on {day(entry.ends)}", "who checks it refuses to connect"
+        elif left <= _EXPIRES_S:
+            what, why = f"{entry.path} ends on {day(entry.ends)}", "then who checks it refuses to connect"
+        else:
+            continue
+        ending = not entry.error and entry.begins <= now < entry.ends
+        yield Alert("certificate", WARNING if ending else CRITICAL, now, what, why, entry.todo, subject=entry.path)
+
+
+def _waiting(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
+    for name, fingerprint in islice(site.waiting.items(), MOST):
+        yield Alert(
+            "devices-wait", WARNING, now, f"{name} waits for approval", "until then all that it sends is dropped",
+            "compare the key with what the board shows, then "
+            + command("devices", "approve", name, "--key", fingerprint, *at(seen.folder)),
+            device=name,
+        )  # fmt: skip
+
+
+def _rollout(seen: Snapshot, rollout: RolloutStatus | None, now: float) -> Iterator[Alert]:
+    if rollout is None:
+        return
+    status = command("rollout", "status", *at(seen.folder))
+    about = f"the rollout of release {rollout.release}"
+    if rollout.phase is RolloutPhase.STOPPED:
+        failed = f"; it failed on {some(rollout.failed)}" if rollout.failed else ""
+        why = "" if rollout.why in ("", "stopped") else f": {rollout.why.removeprefix('stopped: ')}"
+        yield Alert(
+            "rollout", WARNING if rollout.failed else INFO, now, f"{about} was stopped{why}{failed}",
+            "boards have different releases",
+            f"{status}; then mend the release and roll out a new one, or go back: "
+            f"{command('rollout', 'back', *at(seen.folder))}",
+        )  # fmt: skip
+    elif rollout.phase is RolloutPhase.PAUSED:
+        yield Alert(
+            "rollout-paused", INFO, now, f"{about} is {rollout.why}", "no further board is given it",
+            f"to go on: {command('rollout', 'resume', *at(seen.folder))}",
+        )  # fmt: skip
+    elif rollout.phase is RolloutPhase.RUNNING and now - rollout.heard_at > _STUCK_S:
+        yield Alert(
+            "rollout", WARNING, rollout.heard_at,
+            f"{about} has heard of no board for {(now - rollout.heard_at) / 3600:.0f} h; it waits for "
+            f"{some(rollout.left) or 'boards'}",
+            "the next stage begins when enough boards of this one are well",
+            f"{status}; start the boards that are off, or end it: {command('rollout', 'stop', *at(seen.folder))}",
+        )  # fmt: skip
+
+
+def _quarantine(seen: Snapshot, now: float) -> Iterator[Alert]:
+    if not seen.running:
+        return
+    for name, why in islice(seen.quarantined.items(), MOST):
+        yield Alert(
+            "quarantine", WARNING, now, f"{name} is in quarantine: {why}", "what it sends is dropped unread",
+            f"see {command('logs', '--device', name, *at(seen.folder))} and the board's own log; it ends by itself, "
+            f"and a board that isn't yours is revoked by {command('devices', 'revoke', name, *at(seen.folder))}",
+            device=name,
+        )  # fmt: skip
+
+
+def _joins_flooded(client: str, now: float) -> Alert:
+    """Its key is fixed, because the sender chooses the client id, which therefore is in the text alone."""
+    if client:
+        sender, block = f"most of them lately from the MQTT client {client}", "block the client's address"
+    else:
+        sender = "from many MQTT clients"
+        block = "wait for the others if you expect this many boards, since they ask again; else block their addresses"
+    return Alert(
+        "joins-flooded", WARNING, now,
+        f"more requests to join arrive than the server reads, {sender}",
+        "some are dropped, so boards may not get through with theirs; boards that have joined are not affected",
+        f"{block}, which the broker's log shows; while no board is to join, close the broker's listener for joining "
+        "(docs/security.md#floods)",
+        delay_s=CROWDED_S,
+    )  # fmt: skip

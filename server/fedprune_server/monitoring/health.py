@@ -1,0 +1,112 @@
+"""A server's pulse: it beats where the loop turns, for systemd's watchdog and for who probes a container.
+
+To systemd it says `READY=1` at the first turn, `WATCHDOG=1` from then on, `STOPPING=1` at the end (sd_notify(3)). Where
+`FEDPRUNE_PULSE` names a file, that is touched as well, and says whether the server runs or stands by.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+
+from fedprune.core.errors import StorageError
+from fedprune_device.launcher.sd_notify import READY, STOPPING, WATCHDOG, notify, repeating, status, watchdog_seconds
+
+log = logging.getLogger("fedprune.server")
+
+FILE = "FEDPRUNE_PULSE"
+"""Names the file whose age tells whether the server lives."""
+
+RUNNING, STANDING_BY = "running", "standing by"
+
+_BETWEEN_S = 5.0
+"""Between two beats; the service manager may want them more often."""
+
+
+class Pulse:
+    """Tells who watches a server that its loop turns.
+
+    Args:
+        environment: Says who watches.
+        tell: Tells the service manager.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, str] = os.environ,
+        tell: Callable[[str], object] = notify,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        name = environment.get(FILE, "")
+        self._file = Path(name) if name else None
+        self._tell = tell
+        self._clock = clock
+        self._between = min(_BETWEEN_S, (watchdog_seconds(environment) or 4e9) / 4)
+        self._next = 0.0
+        self._said = ""
+
+    def beat(self) -> None:
+        """A turn of the loop."""
+        self._beat(RUNNING)
+
+    def stop(self) -> None:
+        """The server ends in order: a probe that comes now finds nothing."""
+        self._tell(STOPPING)
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.unlink()
+
+    def standing_by(self) -> AbstractContextManager[None]:
+        """While the body waits for another server's end, this one is well, though no loop of it turns."""
+        return repeating(lambda: self._beat(STANDING_BY), self._between, "pulse")
+
+    def _beat(self, what: str) -> None:
+        now = self._clock()
+        if what == self._said and now < self._next:
+            return
+        self._next = now + self._between
+        if what != self._said:
+            self._said = what
+            self._tell(f"{READY}\n{status(what)}")
+        self._tell(WATCHDOG)
+        if self._file is not None:
+            try:
+                self._file.write_text(f"{what}\n")
+            except OSError as error:
+                log.warning("can't write %s, which tells that this server lives: %s", self._file, error.strerror)
+
+
+def check_pulse(path: Path, oldest_s: float, *, running: bool = False, now: float | None = None) -> str:
+    """What a server says that lives.
+
+    Args:
+        path: The file that it touches.
+        oldest_s: How long ago it may have been touched.
+        running: Whether standing by isn't enough.
+        now: The time; by default the clock's.
+
+    Returns:
+        `RUNNING` or `STANDING_BY`.
+
+    Raises:
+        StorageError: There is no such server, or it hangs, or it only stands by.
+    """
+    try:
+        age = (time.time() if now is None else now) - path.stat().st_mtime
+        said = path.read_text(errors="replace")[:100].strip()
+    except OSError as error:
+        raise StorageError(
+            f"no server says that it lives: {path}: {error.strerror}", hint=f"It does if {FILE} names the file there."
+        ) from error
+    if age > oldest_s:
+        raise StorageError(f"the server's loop hasn't turned for {age:.0f} s", expected=f"at most {oldest_s:g} s")
+    if said not in (RUNNING, STANDING_BY):
+        raise StorageError(f"{path} is not what a server writes", got=repr(said))
+    if running and said != RUNNING:
+        raise StorageError("this server stands by", expected="one that runs")
+    return said

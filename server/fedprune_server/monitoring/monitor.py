@@ -1,0 +1,313 @@
+"""The running server's alerts: it looks once a second, logs what opens and closes, and keeps the open ones in a file.
+
+The loop's thread looks at the jobs and evaluates. A thread of the monitor's own reads databases and certificates, and
+writes `alerts.json`, from which `fedprune-server doctor` sees the open alerts and when the loop turned last.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fedprune.coordination import Phase, State
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.disk import write_whole
+from fedprune.core.errors import FedpruneError, reason
+from fedprune.core.text import amount
+from fedprune.jobs.schedule import SYNCHRONOUS
+from fedprune.jobs.state import Progress
+from fedprune.strategies import compose
+from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared
+from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
+from fedprune_server.monitoring.alerts import (
+    CRITICAL,
+    HANGS_S,
+    INFO,
+    KINDS,
+    SHOWN,
+    WARNING,
+    Alert,
+    JobStatus,
+    OtherServer,
+    SiteFacts,
+    Snapshot,
+    evaluate,
+)
+from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.monitoring.site_facts import site_facts
+from fedprune_server.monitoring.view import JobView
+
+log = logging.getLogger("fedprune.server")
+
+FILE = "alerts.json"
+"""In the state folder."""
+
+_LOOK_S = 1.0
+_FACTS_S = 5.0
+_COMPLAIN_S = 60.0
+_ROUNDING_S = 1e-3
+_LEVELS = {CRITICAL: logging.ERROR, WARNING: logging.WARNING, INFO: logging.INFO}
+
+_FAR_OFF = {"step_seconds": 2.0, "latency_seconds": 2.0, "peak_memory_bytes": 1.25}
+"""How many times its prediction a measurement exceeds before it is an alert."""
+
+
+class JobWatch(Onlooker):
+    """Counts what a job's alerts go by.
+
+    Args:
+        view: The job.
+        folder: Its state folder.
+    """
+
+    def __init__(self, view: JobView, folder: Path) -> None:
+        self._view, self._folder = view, folder
+        schedule = compose(view.job).schedule or SYNCHRONOUS
+        self._deadline_s = schedule.deadline_s or view.job.deadline_s
+        self._asynchronous = schedule.asynchronous
+        self._missed = self._empty = self._closing = 0
+        self._asked_at: float | None = None  # the first offer since an update counted
+        self._off: Mapping[str, str] = off_by_far(view.state)
+
+    def command(self, command: do.Command, now: float) -> None:
+        """Note when boards are asked, and how many updates a round closes with."""
+        if isinstance(command, do.Close):
+            self._closing = len(command.contributions)
+        elif isinstance(command, do.SendOffer) and self._asked_at is None:
+            self._asked_at = now
+
+    def event(self, event: on.Event, now: float) -> None:
+        """Count deadlines that passed without an update, and rounds that closed with nothing."""
+        if isinstance(event, (on.Folded, on.Paused)):
+            self._missed, self._asked_at = 0, now if self._asynchronous else None  # others are being asked meanwhile
+        elif isinstance(event, on.Closed) and self._closing and len(event.rejected) >= self._closing:
+            self._empty += 1
+        elif isinstance(event, on.Ticked) and self._asked_at is not None:
+            self._missed = max(self._missed, int((now - self._asked_at + _ROUNDING_S) // self._deadline_s))
+
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+        """Compare predictions with what the round's boards measured."""
+        counted = any(p["progress"] == Progress.FOLDED.value for p in summary["devices"].values())
+        self._empty = 0 if counted else self._empty + 1
+        self._off = off_by_far(seen.state)
+
+    def status(self) -> JobStatus:
+        """The job as the rules see it."""
+        job, state = self._view.job, self._view.state
+        away = (n for n, d in state.devices.items() if not d.online)
+        missing = state.phase is Phase.WAITING or not state.devices.count(True)
+        return JobStatus(
+            job.name, self._folder, True, state.phase, state.round, job.rounds, state.paused, job.devices,
+            len(state.devices) + len(self._view.roster.outsiders),
+            tuple(islice(away, SHOWN + 1)) if missing else (), (),
+            self._deadline_s, self._missed, self._empty, self._off,
+        )  # fmt: skip
+
+
+def off_by_far(state: State) -> dict[str, str]:
+    """Boards of the last round whose time or memory exceeds the prediction by far, and by how much in words."""
+    found: dict[str, str] = {}
+    for name, part in state.history[-1]["devices"].items() if state.history else ():
+        device = state.devices.get(name)
+        if device is None or device.plan is None:
+            continue
+        if part["progress"] != Progress.FOLDED.value or part.get("widths") != list(device.widths):
+            continue  # it has measured nothing of its present plan in this round
+        for metric, (expected, measured) in compared(name, state, device.plan.get("prediction")).items():
+            if expected and measured and measured > _FAR_OFF[metric] * expected:
+                title, _, unit = QUANTITIES[metric]
+                text = f"{title} {amount(measured, unit)} instead of {amount(expected, unit)}"
+                found[name] = f"{found[name]}, {text}" if name in found else text
+    return found
+
+
+class Monitor(Onlooker):
+    """Looks at a server once a second.
+
+    Args:
+        folder: The server's state folder.
+        server: Settings of the table [server].
+        views: The jobs and their folders.
+        here: Says how many boards can take part; None to count those of the only job.
+        others: Says which other servers of this identity were heard.
+        book: Where open alerts are kept; None for what the last run left open.
+        tell: Called with every alert that opens, changes its severity, or closes; it must not block.
+        clock: Seconds since 1970.
+        monotonic: The monotonic clock.
+
+    Attributes:
+        notified: Returns the alerts of which a notification was sent; called on the monitor's thread.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        server: Mapping[str, Any],
+        views: Sequence[tuple[JobView, Path]],
+        *,
+        here: Callable[[], int] | None = None,
+        others: Callable[[], Sequence[OtherServer]] = tuple,
+        book: AlertBook | None = None,
+        tell: Callable[[AlertChange], object] = lambda change: None,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder, self._server, self._view = folder, server, views[0][0]
+        self.watches = {view.job.name: JobWatch(view, place) for view, place in views}
+        self._here = here or (lambda: self._view.state.devices.count(True))
+        self._others = others
+        self.notified: Callable[[], Sequence[Alert]] = tuple
+        self._tell, self._clock, self._monotonic = tell, clock, monotonic
+        self.book = AlertBook(restored(folder)) if book is None else book
+        self._site: SiteFacts | None = None
+        self._next_at = 0.0
+        self._complain_at: float | None = None
+        self._turned_at, self._seen_at = clock(), monotonic()
+        self._over, self._wake = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the loop doesn't turn; may be asked from any thread."""
+        return self._monotonic() - self._seen_at > HANGS_S
+
+    def open(self) -> list[Alert]:
+        """All open alerts, and that the loop hangs if it does; may be asked from any thread."""
+        if not self.hangs:
+            return self.book.open
+        return [
+            *evaluate(Snapshot(self._folder, turned_s=self._monotonic() - self._seen_at), self._clock()),
+            *self.book.open,
+        ]
+
+    def start(self) -> None:
+        """Read the site's facts, and write the open alerts, on a thread of its own from now on."""
+        self._thread = threading.Thread(target=self._run, name="fedprune-alerts", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End; what is open is kept in the file."""
+        self._over.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(_COMPLAIN_S)
+            self._write()
+
+    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
+        """Look, if a second has passed; a failure costs the job nothing."""
+        now = self._monotonic()
+        if now < self._next_at:
+            return
+        self._next_at = now + _LOOK_S
+        self._turned_at, self._seen_at = self._clock(), now
+        self._look_safely()
+
+    def ended(self) -> None:
+        """Look once more: what ends the server, such as a full disk or a successor, is an alert, too."""
+        self.read_site()
+        self._look_safely()
+
+    def look(self) -> None:
+        """Evaluate the present, and report what changed."""
+        at = self._clock()
+        changes = self.book.update(evaluate(self._snapshot(), at), self._monotonic(), at)
+        for change in changes:
+            _log(change)
+            self._tell(change)
+        if changes:
+            self._wake.set()
+
+    def _look_safely(self) -> None:
+        try:
+            self.look()
+        except Exception as error:  # noqa: BLE001 - an observer must not end what it observes
+            self._complain(error)
+
+    def read_site(self) -> None:
+        """Read what the state folder shows; what can't be read stays as it was."""
+        try:
+            self._site = site_facts(self._folder, self._server)
+        except (FedpruneError, OSError) as error:
+            self._complain(error)
+
+    def _snapshot(self) -> Snapshot:
+        quarantine = self._view.quarantine
+        held = ((name, quarantine.held(name)) for name in quarantine.all_held())
+        return Snapshot(
+            self._folder,
+            [watch.status() for watch in self.watches.values()],
+            self._here(),
+            broker="" if self._view.connected() else "there is no connection to the broker",
+            others=self._others(),
+            quarantined={name: found[1] for name, found in held if found is not None},
+            floods_joins=quarantine.floods_joins(),
+            site=self._site,
+            open=self.book.severities,
+        )
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            self.read_site()
+            self._write()
+            self._wake.wait(_FACTS_S)
+            self._wake.clear()
+
+    def _write(self) -> None:
+        alerts, notified = ([asdict(a) for a in found] for found in (self.book.open, self.notified()))
+        body = {"turned_at": self._turned_at, "alerts": alerts, "notified": notified}
+        try:
+            write_whole(self._folder / FILE, json.dumps(body).encode())
+        except (FedpruneError, OSError) as error:
+            self._complain(error)
+
+    def _complain(self, error: Exception) -> None:
+        now = self._monotonic()
+        if self._complain_at is None or now >= self._complain_at:
+            self._complain_at = now + _COMPLAIN_S
+            log.error("alerts can't be worked out or written: %s: %s", type(error).__name__, reason(error))
+
+
+def read_open(folder: Path) -> tuple[float, list[Alert]] | None:
+    """When the loop of the folder's server turned last, in seconds since 1970, and its open alerts.
+
+    Returns:
+        None where no server wrote them, or the file is damaged.
+    """
+    return _read(folder, "alerts")
+
+
+def read_notified(folder: Path) -> list[Alert]:
+    """Alerts of which the last run of a folder's server sent a notification, but not of their end."""
+    found = _read(folder, "notified")
+    return [] if found is None else found[1]
+
+
+def _read(folder: Path, key: str) -> tuple[float, list[Alert]] | None:
+    try:
+        body = json.loads((folder / FILE).read_bytes())
+        alerts = [Alert(**row) for row in body[key]]
+        return float(body["turned_at"]), [a for a in alerts if a.severity in KINDS[a.kind] and float(a.delay_s) >= 0]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def restored(folder: Path) -> list[Alert]:
+    """Alerts that the last run of a folder's server left open."""
+    found = read_open(folder)
+    return [] if found is None else found[1]
+
+
+def _log(change: AlertChange) -> None:
+    alert = change.alert
+    if change.closed_at is None:
+        log.log(_LEVELS[alert.severity], "alert: %s. To do: %s", alert.what, alert.todo)
+    else:
+        log.info("the alert is over: %s", alert.what)

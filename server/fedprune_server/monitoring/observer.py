@@ -1,0 +1,127 @@
+"""Who looks on while a job runs, and what they hear of. The daemon waits for none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Generic, ParamSpec
+
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune_server.monitoring.view import JobView
+from fedprune_server.terminal.table import Display
+
+P = ParamSpec("P")
+
+
+class Calls(Generic[P]):
+    """Functions that are called one after the other; with none of them it is false, and a call does nothing."""
+
+    def __init__(self) -> None:
+        self._all: list[Callable[P, object]] = []
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call all of them."""
+        for call in self._all:
+            call(*args, **kwargs)
+
+    def add(self, call: Callable[P, object]) -> None:
+        """One more."""
+        self._all.append(call)
+
+
+class Onlooker:
+    """Looks on, and says nothing. Every method is called by the daemon's loop, and must be quick.
+
+    An onlooker has those of these methods that it wants to be called; `Onlookers` calls no others.
+
+    Attributes:
+        trace_id: What lines of the log are marked with; None for nothing.
+    """
+
+    trace_id: str | None = None
+
+    def event(self, event: on.Event, now: float) -> None:
+        """The coordinator has handled an event."""
+
+    def command(self, command: do.Command, now: float) -> None:
+        """The coordinator's command is about to be carried out."""
+
+    def noticed(self, devices: Collection[str]) -> None:
+        """Something of these devices has changed, and is about to be saved."""
+
+    def saved(self, seconds: float) -> None:
+        """The database took so long to save a turn's events."""
+
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+        """A round has been finished."""
+
+    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
+        """A turn of the loop is over, which took so long until now, beside waiting."""
+
+    def ended(self) -> None:
+        """The daemon ends."""
+
+
+_CALLS = ("event", "command", "noticed", "saved", "round_over", "turned", "ended")
+
+
+class Onlookers:
+    """All who look on at a job: for each of an `Onlooker`'s methods those that are to be called, in order of joining.
+
+    Args:
+        onlookers: Who looks on from the beginning.
+    """
+
+    def __init__(self, onlookers: Iterable[Onlooker] = ()) -> None:
+        self._all: list[Onlooker] = []
+        self.event: Calls[[on.Event, float]] = Calls()
+        self.command: Calls[[do.Command, float]] = Calls()
+        self.noticed: Calls[[Collection[str]]] = Calls()
+        self.saved: Calls[[float]] = Calls()
+        self.round_over: Calls[[dict[str, Any], float, JobView]] = Calls()
+        self.turned: Calls[[Callable[[], float], JobView]] = Calls()
+        self.ended: Calls[[]] = Calls()
+        for onlooker in onlookers:
+            self.join(onlooker)
+
+    @property
+    def trace_id(self) -> str | None:
+        """The first that there is."""
+        return next((o.trace_id for o in self._all if o.trace_id is not None), None)
+
+    def join(self, onlooker: Onlooker) -> None:
+        """Let somebody look on from now on."""
+        self._all.append(onlooker)
+        for name in _CALLS:
+            if getattr(type(onlooker), name) is not getattr(Onlooker, name):
+                getattr(self, name).add(getattr(onlooker, name))
+
+    def each_turn(self, action: Callable[[], object]) -> None:
+        """Call this, too, in every turn of the loop."""
+        self.turned.add(lambda seconds, seen: action())
+
+
+class Shown(Onlooker):
+    """Shows a job to people.
+
+    Args:
+        display: Where.
+    """
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+        """Show the round."""
+        self._display.round_over(seen.snapshot(), summary)
+
+    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
+        """Show the present, if it is time to."""
+        self._display.refresh(seen.snapshot)
+
+    def ended(self) -> None:
+        """Show no more."""
+        self._display.close()

@@ -1,0 +1,99 @@
+"""Facts for the alert rules that a state folder shows: room on its disk, certificates, waiting boards, the rollout."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+
+from fedprune.core.errors import FedpruneError, reason
+from fedprune.releases.rollout import Fate
+from fedprune.security.certificates import load_certificate, seconds_of
+from fedprune.security.keys import VerifyingKey
+from fedprune_server.config.alert_settings import OFF
+from fedprune_server.enrollment.pki import FOLDER as IDENTITY
+from fedprune_server.enrollment.store import WAITING, IdentityStore
+from fedprune_server.monitoring.alerts import CertificateDates, RolloutStatus, SiteFacts, at, command
+from fedprune_server.ota.store import FILE, FOLDER, RolloutStore
+
+_CERTIFICATES = ("authority.pem", "server.pem", "broker.pem", "web.pem")
+
+
+def site_facts(folder: Path, server: Mapping[str, Any], *, members: bool = True) -> SiteFacts:
+    """Facts of a state folder.
+
+    Args:
+        folder: The state folder.
+        server: Settings of the table [server].
+        members: Whether the identity can be read.
+
+    Raises:
+        StorageError: A database can't be read.
+    """
+    found = shutil.disk_usage(folder)
+    waiting = _waiting(folder) if members and (folder / IDENTITY).is_dir() else {}
+    certificates = (*_certificates(folder), *_console(server))
+    return SiteFacts((found.free, found.total), certificates, waiting, _rollout(folder))
+
+
+def _certificates(folder: Path) -> Iterator[CertificateDates]:
+    for name in _CERTIFICATES:
+        path = folder / IDENTITY / name
+        if not path.is_file():
+            continue
+        todo = f"start the server again, which makes a new one: {command('run', *at(folder))}"
+        if name.startswith("authority"):
+            todo = f"replace the authority while the server is stopped: {command('identity', 'rotate-ca', *at(folder))}"
+        try:
+            yield _dates(path, load_certificate(path, "certificate"), todo)
+        except FedpruneError as error:
+            yield CertificateDates(str(path), 0, 0, "restore a backup of the identity (docs/back-up.md)", str(error))
+
+
+def _console(server: Mapping[str, Any]) -> Iterator[CertificateDates]:
+    """The console's own certificate: a server doesn't start with one that has ended."""
+    path = server.get("console_certificate")
+    if not path or server.get("console", OFF) == OFF:
+        return
+    todo = "put a new one and its key there (console_certificate, console_key), and start the server again"
+    try:  # a chain may follow the certificate
+        yield _dates(Path(path), x509.load_pem_x509_certificate(Path(path).read_bytes()), todo)
+    except (OSError, ValueError) as error:
+        yield CertificateDates(str(path), 0, 0, todo, f"{path}: {reason(error)}")
+
+
+def _dates(path: Path, found: x509.Certificate, todo: str) -> CertificateDates:
+    return CertificateDates(
+        str(path), seconds_of(found.not_valid_before_utc), seconds_of(found.not_valid_after_utc), todo
+    )
+
+
+def _waiting(folder: Path) -> dict[str, str]:
+    store = IdentityStore(folder / IDENTITY / "identity.db", read_only=True)
+    try:
+        rows = [d for d in store.devices() if d.status == WAITING]
+    finally:
+        store.close()
+    return {d.device: VerifyingKey.from_hex(d.key).fingerprint for d in rows}
+
+
+def _rollout(folder: Path) -> RolloutStatus | None:
+    if not (folder / FOLDER / FILE).is_file():
+        return None
+    with RolloutStore(folder, read_only=True) as store:
+        entry = store.latest()
+    if entry is None:
+        return None
+    rollout, boards = entry.rollout, entry.rollout.boards
+    heard = [float(r["at"]) for r in entry.reports.values() if isinstance(r.get("at"), (int, float))]
+    return RolloutStatus(
+        entry.offer.number,
+        rollout.phase,
+        rollout.why,
+        sorted(n for n, b in boards.items() if b.fate is Fate.FAILED),
+        sorted(n for n, b in boards.items() if b.fate in (Fate.WAITING, Fate.GIVEN)),
+        max([entry.at, *heard]),
+    )

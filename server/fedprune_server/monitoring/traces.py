@@ -1,0 +1,207 @@
+"""A job's rounds as OpenTelemetry spans, made of the events and commands that its coordinator gets and gives.
+
+    round N  >  score, close, evaluate
+             >  device (one for each that is asked)  >  extract, train (offered to announced), pull (to stored), fold
+
+Asynchronous jobs have no end of a round that all wait for: a device's span belongs to the round in which it was asked,
+whose own span ends with the round.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, Status, StatusCode, Tracer
+
+from fedprune import __version__
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.jobs.state import Progress
+from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.monitoring.view import JobView
+
+log = logging.getLogger("fedprune.server")
+
+MAX_OPEN = 20_000
+"""Spans of devices that are open at most; of a larger fleet the others have none."""
+
+_DEVICE = "device"
+
+
+class JobTraces(Onlooker):
+    """Makes one job's spans.
+
+    Args:
+        tracer: Makes spans.
+        job: The job's name.
+    """
+
+    def __init__(self, tracer: Tracer, job: str) -> None:
+        self._tracer, self._job = tracer, job
+        self._round: Span | None = None
+        self._number = 0
+        self._open: dict[tuple[str, str], Span] = {}
+        """By what it is and whose: `device` and its parts by device's name, the round's own parts by no name."""
+
+    def command(self, command: do.Command, now: float) -> None:
+        """Something begins."""
+        match command:
+            case do.Score():
+                self._begin_round(command.round, now)
+                self._begin("score", "", now)
+            case do.Extract():
+                if self._round is None or command.basis.round > self._number:
+                    self._begin_round(command.basis.round, now)
+                name = command.part.device
+                self._device(name, command.basis.round, command.part.attempt, now)
+                self._begin("extract", name, now)
+            case do.SendOffer():
+                self._device(command.device, command.round, command.attempt, now)
+                self._begin("train", command.device, now, anew=False)
+            case do.PullUpdate():
+                self._begin("pull", command.device, now, anew=False)
+            case do.Fold():
+                self._begin("aggregate", command.contribution.part.device, now, anew=False)
+            case do.Close():
+                self._begin("close", "", now)
+            case do.Evaluate():
+                self._begin("evaluate", "", now)
+            case do.Finish():
+                self._end_all(now)
+
+    def event(self, event: on.Event, now: float) -> None:
+        """Something ends."""
+        match event:
+            case on.Scored():
+                self._end("score", "", now)
+            case on.Extracted():
+                self._end("extract", event.device, now)
+            case on.UpdateAnnounced():
+                self._end("train", event.device, now)
+            case on.UpdateStored():
+                self._end("pull", event.device, now)
+            case on.Folded():
+                self._end("aggregate", event.device, now)
+                self._end(_DEVICE, event.device, now, outcome="folded")
+            case on.UpdateRejected() | on.OfferRefused():
+                for part in ("extract", "train", "pull", "aggregate", _DEVICE):
+                    self._end(part, event.device, now, reason=event.reason)
+            case on.Closed():
+                self._end("close", "", now)
+            case on.Evaluated():
+                self._end("evaluate", "", now)
+
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+        """A round ends, and with it the parts of whoever it didn't wait for."""
+        counted = 0
+        for name, part in summary["devices"].items():
+            counted += part["progress"] == Progress.FOLDED.value
+            for what in ("extract", "train", "pull", "aggregate", _DEVICE):
+                self._end(what, name, now, reason=part["reason"], outcome=part["progress"])
+        if self._round is not None and summary["round"] == self._number:
+            self._round.set_attribute("fedprune.counted", counted)
+            self._round.set_attribute("fedprune.asked", len(summary["devices"]))
+            self._round.set_attribute("fedprune.model", str(summary["model"]))
+            for metric, value in summary["metrics"].items():
+                if isinstance(value, (int, float)):
+                    self._round.set_attribute(f"fedprune.metric.{metric}", value)
+            self._finish_round(now)
+
+    def ended(self) -> None:
+        """The daemon ends: what is open ends as it is, and the next process begins spans of its own."""
+        for key in list(self._open):
+            self._open.pop(key).end()
+        self._finish_round(None)
+
+    def _begin_round(self, number: int, now: float) -> None:
+        if self._round is not None and number == self._number:
+            return
+        self._finish_round(now)
+        self._number = number
+        attributes: dict[str, Any] = {"fedprune.jobs.job": self._job, "fedprune.round": number}
+        self._round = self._tracer.start_span("round", attributes=attributes, start_time=_ns(now))
+        self.trace_id = f"{self._round.get_span_context().trace_id:032x}"
+
+    def _finish_round(self, now: float | None) -> None:
+        for part in ("score", "close", "evaluate"):
+            if now is not None:
+                self._end(part, "", now)
+        if self._round is not None:
+            self._round.end(None if now is None else _ns(now))
+        self._round = self.trace_id = None
+
+    def _device(self, name: str, number: int, attempt: int, now: float) -> None:
+        if (_DEVICE, name) in self._open or len(self._open) >= MAX_OPEN:
+            return
+        more = {"fedprune.device": name, "fedprune.attempt": attempt}
+        self._open[_DEVICE, name] = self._span(_DEVICE, self._round, number, now, more)
+
+    def _begin(self, part: str, name: str, now: float, *, anew: bool = True) -> None:
+        if (part, name) in self._open:
+            if not anew:
+                return
+            self._end(part, name, now)
+        parent = self._open.get((_DEVICE, name)) if name else self._round
+        if parent is not None:
+            self._open[part, name] = self._span(
+                part, parent, self._number, now, {"fedprune.device": name} if name else {}
+            )
+
+    def _span(self, name: str, parent: Span | None, number: int, now: float, more: Mapping[str, Any]) -> Span:
+        within = None if parent is None else trace.set_span_in_context(parent)
+        attributes: dict[str, Any] = {"fedprune.jobs.job": self._job, "fedprune.round": number, **more}
+        return self._tracer.start_span(name, within, attributes=attributes, start_time=_ns(now))
+
+    def _end(self, part: str, name: str, now: float, *, reason: str = "", outcome: str = "") -> None:
+        span = self._open.pop((part, name), None)
+        if span is None:
+            return
+        if outcome:
+            span.set_attribute("fedprune.outcome", outcome)
+        if reason:
+            span.set_status(Status(StatusCode.ERROR, reason[:500]))
+        span.end(_ns(now))
+
+    def _end_all(self, now: float) -> None:
+        for part, name in list(self._open):
+            self._end(part, name, now)
+        self._finish_round(now)
+
+
+@contextmanager
+def traced(url: str | None, exporter: Callable[[], Any] | None = None) -> Iterator[Tracer]:
+    """A tracer whose spans go to a collector, until the end.
+
+    Args:
+        url: Where its OTLP over HTTP is, such as `http://127.0.0.1:4318`; None for what OpenTelemetry's environment
+            says.
+        exporter: Makes another exporter instead.
+
+    Yields:
+        The tracer.
+    """
+    if exporter is None:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+        place = None if url is None else f"{url.rstrip('/')}/v1/traces"
+        sends: Any = OTLPSpanExporter(endpoint=place, timeout=5)
+    else:
+        sends = exporter()
+    resource = Resource.create({"service.name": "fedprune-server", "service.version": __version__})
+    provider = TracerProvider(resource=resource)
+    provider.add_span_processor(BatchSpanProcessor(sends))
+    try:
+        yield provider.get_tracer("fedprune", __version__)
+    finally:
+        provider.shutdown()
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)

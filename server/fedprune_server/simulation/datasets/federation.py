@@ -1,0 +1,171 @@
+"""A data set dealt out: which rows each device trains, validates and tests on. Samples are copied only when asked for.
+
+A thousand devices cost a thousand lists of rows, not a thousand copies of images: `load` makes a device's data anew
+each time, from arrays that may be mapped files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError
+from fedprune_device.data.dataset import LocalData
+from fedprune_server.simulation.datasets import partition
+from fedprune_server.simulation.datasets.samples import Preparation, Samples
+
+Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Holding:
+    """What one device holds: rows of the data set, each in ascending order.
+
+    Attributes:
+        train: Trained on.
+        validation: Looked at while training (for stopping, for choices); may be empty.
+        test: Only tested on; may be empty.
+    """
+
+    train: Rows
+    validation: Rows
+    test: Rows
+
+    @property
+    def rows(self) -> Rows:
+        """All of them, in ascending order."""
+        return np.sort(np.concatenate([self.train, self.validation, self.test]))
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """A data set and who holds what of it.
+
+    Attributes:
+        samples: The data set.
+        holdings: Every device's rows, by its name.
+        server: Rows of the server's own, for evaluation; may be empty.
+        preparation: What is done to inputs on their way out.
+
+    Raises:
+        DataError: There are no devices, a row is held twice, or a device has nothing to train on.
+    """
+
+    samples: Samples
+    holdings: Mapping[str, Holding]
+    server: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
+    preparation: Preparation = field(default_factory=Preparation)
+
+    def __post_init__(self) -> None:
+        if not self.holdings:
+            raise DataError("a federation without devices", expected="one or more")
+        seen = np.zeros(len(self.samples), np.int64)
+        for name, holding in self.holdings.items():
+            if not len(holding.train):
+                raise DataError(f"training samples of {name}", expected="at least one", got=0)
+            np.add.at(seen, holding.rows, 1)
+        np.add.at(seen, self.server, 1)
+        if seen.max() > 1:
+            raise DataError(f"row {int(seen.argmax())} is held {int(seen.max())} times", expected="once at most")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The devices, in the order in which rows were dealt."""
+        return tuple(self.holdings)
+
+    def count(self, name: str) -> int:
+        """Training samples of a device, without making its data."""
+        return len(self.holdings[name].train)
+
+    def load(self, name: str) -> LocalData:
+        """Make a device's data.
+
+        Raises:
+            DataError: Samples can't be prepared, or are no usable data.
+        """
+        holding = self.holdings[name]
+        validation = self._pair(holding.validation) if len(holding.validation) else ()
+        return LocalData(*self._pair(holding.train), *self._pair(holding.test), *validation)
+
+    def evaluation(self) -> tuple[Array, Array] | None:
+        """The server's own samples and labels; None where it has none."""
+        return self._pair(self.server) if len(self.server) else None
+
+    def tests(self) -> tuple[Array, Array]:
+        """All devices' test samples together, and their labels: what global models are compared on."""
+        return self._pair(np.sort(np.concatenate([h.test for h in self.holdings.values()])))
+
+    def fingerprint(self, name: str) -> str:
+        """Digest of a device's data: of the data set, its rows and what is done to them. Cheap after the first."""
+        holding = self.holdings[name]
+        digest = hashlib.sha256(json.dumps([self._source, asdict(self.preparation)]).encode())
+        for rows in (holding.train, holding.validation, holding.test):
+            digest.update(len(rows).to_bytes(8, "little") + rows.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Samples per device and class, all splits together, int64 [devices, classes]."""
+        rows = [h.rows for h in self.holdings.values()]
+        return partition.counts(rows, self.samples.labels, self.samples.classes)
+
+    @cached_property
+    def _source(self) -> str:
+        return self.samples.digest
+
+    def _pair(self, rows: Rows) -> tuple[Array, Array]:
+        return self.preparation(self.samples.take(rows)), self.samples.labels[rows]
+
+
+def federate(
+    samples: Samples,
+    hands: Sequence[Rows],
+    *,
+    seed: int,
+    names: Sequence[str] | None = None,
+    test: float = 0.25,
+    validation: float = 0.0,
+    server: Rows | None = None,
+    preparation: Preparation | None = None,
+) -> Federation:
+    """Split what devices were dealt.
+
+    Args:
+        samples: The data set.
+        hands: Rows of every device.
+        seed: The seed.
+        names: The devices' names; by default `device-000` and so on.
+        test: Share of a device's rows that it only tests on.
+        validation: Share of the rest that it validates on.
+        server: Rows of the server's own.
+        preparation: What is done to inputs on their way out.
+
+    Raises:
+        DataError: Names come twice or are too few, or a device has too few samples to split.
+    """
+    given = list(names) if names is not None else default_names(len(hands))
+    if len(given) != len(hands) or len(set(given)) != len(given):
+        raise DataError("names of devices", expected=f"{len(hands)} different ones", got=len(set(given)))
+    holdings = {}
+    for name, hand in zip(given, hands, strict=True):
+        tested, validated, trained = partition.split(hand, (test, (1 - test) * validation), seed=seed, device=name)
+        holdings[name] = Holding(trained, validated, tested)
+    return Federation(
+        samples,
+        holdings,
+        np.zeros(0, np.int64) if server is None else np.asarray(server, np.int64),
+        preparation or Preparation(),
+    )
+
+
+def default_names(devices: int) -> list[str]:
+    """`device-000` and so on, with as many digits as are needed, three at least: they sort in their order."""
+    digits = max(3, len(str(devices - 1)))
+    return [f"device-{i:0{digits}}" for i in range(devices)]

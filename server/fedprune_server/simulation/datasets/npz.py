@@ -1,0 +1,161 @@
+"""Data sets in `.npz` files. Arrays that lie uncompressed in the file are mapped, not read."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy
+
+from fedprune.core.errors import DataError, remedy
+from fedprune.core.zip_limits import PLAIN
+from fedprune_device.data.dataset import why_unreadable
+from fedprune_server.simulation.datasets.samples import Samples, assembled
+
+Array = npt.NDArray[Any]
+
+_OWNERS = ("owner", "subject", "writer", "domain", "user")
+"""Names that the array of owners may have."""
+
+_KNOWN = frozenset(
+    {"x", "y", "x_train", "y_train", "x_test", "y_test", "is_test", "class_names"}
+    | {word + end for word in _OWNERS for end in ("", "_train", "_test")}
+)
+"""Names of the arrays that are read."""
+
+_MOST_INFLATED, _MOST_RATIO = 2**30, 100
+"""An array that grows beyond so many bytes, and to so many times what it takes in the file, isn't unpacked."""
+
+_LOCAL = struct.Struct("<4s5H3I2H")
+"""A member's header inside a zip archive (APPNOTE.TXT, 4.3.7)."""
+
+_HINT = "Write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)."
+
+
+def read_npz(path: Path) -> Samples:
+    """Read a data set.
+
+    Args:
+        path: A file with x_train, y_train, x_test and y_test, or with x, y and, if there is one, the mark is_test
+            (numbers other than 0 are test samples); `owner` (or subject, writer, domain, user) says whose samples
+            they are, `owner_train` and `owner_test` in the first form, and `class_names` what the classes are called.
+            Other arrays are not looked at.
+
+    Raises:
+        DataError: It can't be read, an array is missing, or arrays don't fit each other.
+    """
+    arrays = npz_arrays(path, _KNOWN)
+    names = _names(arrays.get("class_names"))
+    if "x_train" in arrays or "x" not in arrays:
+        _need(path, arrays, ("x_train", "y_train"))
+        if ("x_test" in arrays) != ("y_test" in arrays):
+            raise DataError("test data", expected="both x_test and y_test, or neither", got=_listed(path))
+        splits = [(arrays["x_train"], arrays["y_train"], False)]
+        if "x_test" in arrays:
+            splits.append((arrays["x_test"], arrays["y_test"], True))
+        word = next((w for w in _OWNERS if f"{w}_train" in arrays), None)
+        owners = None
+        if word is not None:
+            owners = [arrays[f"{word}_train"]]
+            if "x_test" in arrays:
+                _need(path, arrays, (f"{word}_test",))
+                owners.append(arrays[f"{word}_test"])
+        return assembled(splits, owners=owners, class_names=names)
+    _need(path, arrays, ("x", "y"))
+    word = next((w for w in _OWNERS if w in arrays), None)
+    whole = assembled(
+        [(arrays["x"], arrays["y"], False)], owners=None if word is None else [arrays[word]], class_names=names
+    )
+    if "is_test" not in arrays:
+        return whole
+    marks = arrays["is_test"]
+    if marks.dtype.kind not in "biu" or marks.shape != whole.labels.shape:
+        raise DataError("is_test", expected=f"true or false [{len(whole)}]", got=f"{marks.dtype} {marks.shape}")
+    return Samples(
+        whole.parts, whole.labels, np.asarray(marks) != 0, whole.owners, whole.owner_names, whole.class_names
+    )
+
+
+def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Array]:
+    """Arrays of a file; those that lie uncompressed in it are mapped read-only. Nothing is unpickled.
+
+    Args:
+        path: The file.
+        names: Which arrays are read, if they are there; None for all. The others are not even unpacked.
+
+    Raises:
+        DataError: It can't be read, is no `.npz` file of plain arrays, or an array is packed so tightly that it would
+            fill the memory.
+    """
+    try:
+        arrays: dict[str, Array] = {}
+        with path.open("rb") as raw, zipfile.ZipFile(raw) as archive, np.load(path, allow_pickle=False) as file:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                if names is not None and name not in names:
+                    continue
+                if member.compress_type not in PLAIN:
+                    raise DataError(f"{path}: how {name[:80]} is packed", expected="deflate, or not at all", hint=_HINT)
+                if member.file_size > max(_MOST_INFLATED, _MOST_RATIO * member.compress_size):
+                    raise DataError(
+                        f"{path}: size of {name}",
+                        expected=f"at most {_MOST_INFLATED} bytes, or {_MOST_RATIO} times what it takes in the file",
+                        got=member.file_size,
+                        hint="Write it with numpy.savez: then it is mapped, and not unpacked.",
+                    )
+                mapped = _mapped(path, raw, member) if member.filename.endswith(".npy") else None
+                arrays[name] = file[name] if mapped is None else mapped
+        return arrays
+    except OSError as error:
+        raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
+    except DataError:
+        raise
+    except Exception as error:  # what is damaged makes zipfile, numpy and its parser of headers raise anything
+        raise DataError(f"{path} is not an .npz file of plain arrays{why_unreadable(error)}", hint=_HINT) from error
+
+
+def _mapped(path: Path, raw: Any, member: zipfile.ZipInfo) -> Array | None:
+    """The array as a read-only map of the file; None where it is compressed, encrypted, tiny or of objects."""
+    if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size < 2**16:
+        return None
+    raw.seek(member.header_offset)
+    header = _LOCAL.unpack(raw.read(_LOCAL.size))
+    if header[0] != b"PK\x03\x04":
+        raise zipfile.BadZipFile("a member's header is damaged")
+    begin = member.header_offset + _LOCAL.size + header[9] + header[10]
+    raw.seek(begin)
+    version = npy.read_magic(raw)
+    if version not in ((1, 0), (2, 0)):
+        return None
+    shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(raw)
+    if dtype.hasobject or not all(shape):
+        return None
+    at = raw.tell()
+    if at + dtype.itemsize * int(np.prod(shape, dtype=object)) != begin + member.file_size:
+        raise ValueError(f"{member.filename} is cut off")
+    return np.memmap(path, dtype, "r", at, shape, "F" if fortran else "C")
+
+
+def _names(array: Array | None) -> tuple[str, ...]:
+    if array is None:
+        return ()
+    if array.dtype.kind != "U" or array.ndim != 1:
+        raise DataError("class_names", expected="texts [classes]", got=f"{array.dtype} {array.shape}")
+    return tuple(map(str, array.tolist()))
+
+
+def _need(path: Path, arrays: dict[str, Array], names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in arrays:
+            raise DataError(f"{path}: array {name!r} is missing", got=_listed(path), hint=_HINT)
+
+
+def _listed(path: Path) -> str:
+    """Names of all arrays of a file that has been read."""
+    with zipfile.ZipFile(path) as archive:
+        return ", ".join(n.removesuffix(".npy") for n in archive.namelist()) or "nothing"

@@ -1,0 +1,260 @@
+"""Who gets which samples: partitions of a data set among devices, the same for the same seed everywhere.
+
+Every function returns one sorted array of rows per device. They are disjoint, and together they are the rows that were
+given. All chance is keyed by what it decides, so a partition does not depend on what else is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError
+from fedprune.core.rng import keyed
+
+Rows = npt.NDArray[np.int64]
+Labels = npt.NDArray[np.int64]
+
+_TRIES = 100
+
+
+def iid(rows: Rows, devices: int, *, seed: int, spread: float = 0.0) -> list[Rows]:
+    """Rows at random.
+
+    Args:
+        rows: The rows to deal out.
+        devices: How many devices there are.
+        seed: The seed.
+        spread: 0 for sizes that differ by one at most; else sizes are proportional to exp(spread · normal).
+
+    Raises:
+        DataError: There are more devices than rows.
+    """
+    _check(rows, devices)
+    order = rows[keyed(seed, "iid", "order").permutation(len(rows))]
+    return _sorted(np.split(order, _cuts(len(rows), _sizes(devices, spread, seed, "iid"), 1)))
+
+
+def dirichlet(
+    rows: Rows,
+    labels: Labels,
+    devices: int,
+    *,
+    alpha: float,
+    seed: int,
+    least: int = 10,
+    balance: bool = False,
+) -> list[Rows]:
+    """Of every class, each device gets a share drawn from a Dirichlet distribution (Hsu et al., arXiv:1909.06335).
+
+    Up to 100 draws are made until every device has `least` samples. If none has it (as with a thousand devices and a
+    small alpha), the last draw is mended: devices that have too few take over samples of those that have the most.
+
+    Args:
+        rows: The rows to deal out.
+        labels: Labels of all samples, of which `rows` are some.
+        devices: How many devices there are.
+        alpha: Concentration: the smaller, the more one-sided is what a device sees.
+        seed: The seed.
+        least: Samples that every device has at least.
+        balance: A device that has a fair share already gets nothing of further classes (as in PFLlib): sizes differ
+            less.
+
+    Raises:
+        DataError: alpha is not above 0, or there are too few rows.
+    """
+    _check(rows, devices, max(1, least))
+    if not 0 < alpha < np.inf:
+        raise DataError("alpha of the Dirichlet shares", expected="a number above 0", got=alpha)
+    own = labels[rows]
+    present = np.unique(own)
+    hands: list[Rows] = []
+    for attempt in range(_TRIES):
+        counts = np.zeros(devices, np.int64)
+        parts: list[list[Rows]] = [[] for _ in range(devices)]
+        for label in present:
+            rng = keyed(seed, "dirichlet", attempt, int(label))
+            pool = rng.permutation(rows[own == label])
+            shares = _shares(rng, devices, alpha)
+            if balance:
+                open_ = counts < len(rows) / devices
+                shares = shares * open_
+                shares = shares / shares.sum() if shares.sum() > 0 else open_ / open_.sum()
+            pieces = np.split(pool, _cuts(len(pool), shares))
+            for device, piece in enumerate(pieces):
+                parts[device].append(piece)
+                counts[device] += len(piece)
+        hands = [np.concatenate(p) for p in parts]
+        if counts.min() >= least:
+            return _sorted(hands)
+    return _sorted(_mended(hands, labels, least, keyed(seed, "dirichlet", "mend")))
+
+
+def pathological(
+    rows: Rows, labels: Labels, devices: int, *, classes: int, seed: int, spread: float = 0.0
+) -> list[Rows]:
+    """Every device sees samples of so many classes only (McMahan et al., arXiv:1602.05629), no class twice.
+
+    Every class goes to as many devices as any other, or to one more or less, and is split evenly among them.
+
+    Args:
+        rows: The rows to deal out.
+        labels: Labels of all samples.
+        devices: How many devices there are.
+        classes: Classes of a device.
+        seed: The seed.
+        spread: 0 to split a class evenly; else parts are proportional to exp(spread · normal).
+
+    Raises:
+        DataError: There are not so many classes, some class would go to nobody, or a class has too few samples.
+    """
+    _check(rows, devices)
+    own = labels[rows]
+    present = np.unique(own)
+    if not 1 <= classes <= len(present):
+        raise DataError("classes per device", expected=f"1 to {len(present)}", got=classes)
+    if devices * classes < len(present):
+        raise DataError(
+            f"classes per device, {classes}",
+            expected=f"at least {-(-len(present) // devices)}, so that each of {len(present)} goes to somebody",
+            hint="Take more devices, or more classes for each.",
+        )
+    holders = _holders(len(present), devices, classes, keyed(seed, "pathological", "classes"))
+    parts: list[list[Rows]] = [[] for _ in range(devices)]
+    for number, label in enumerate(present):
+        rng = keyed(seed, "pathological", int(label))
+        pool = rng.permutation(rows[own == label])
+        who = [d for d in range(devices) if number in holders[d]]
+        if len(pool) < len(who):
+            raise DataError(f"samples of class {int(label)}", expected=f"at least {len(who)}", got=len(pool))
+        sizes = _sizes(len(who), spread, seed, "pathological", int(label))
+        for device, piece in zip(who, np.split(pool, _cuts(len(pool), sizes, 1)), strict=True):
+            parts[device].append(piece)
+    return _sorted([np.concatenate(p) for p in parts])
+
+
+def by_owner(rows: Rows, owners: npt.NDArray[np.int64], devices: int = 0, *, seed: int) -> list[Rows]:
+    """What belongs together stays together: people, writers, or one domain per device.
+
+    Args:
+        rows: The rows to deal out.
+        owners: Owners of all samples.
+        devices: 0 for a device per owner, in the owners' order. Fewer devices than owners: each gets several owners,
+            at random and as equal in number as can be. More: owner k's samples go to the devices k, k + owners, ...
+
+    Raises:
+        DataError: An owner has fewer samples than devices.
+    """
+    own = owners[rows]
+    present = np.unique(own)
+    devices = devices or len(present)
+    _check(rows, devices)
+    if devices <= len(present):
+        order = present if devices == len(present) else keyed(seed, "owners", "groups").permutation(present)
+        return [np.sort(rows[np.isin(own, group)]) for group in np.array_split(order, devices)]
+    parts: list[Rows] = [rows[:0]] * devices
+    for number, owner in enumerate(present):
+        pool = keyed(seed, "owners", int(owner)).permutation(rows[own == owner])
+        who = range(number, devices, len(present))
+        if len(pool) < len(who):
+            raise DataError(f"samples of owner {int(owner)}", expected=f"at least {len(who)}", got=len(pool))
+        for device, piece in zip(who, np.array_split(pool, len(who)), strict=True):
+            parts[device] = piece
+    return _sorted(parts)
+
+
+def chosen(rows: Rows, most: int, *, seed: int) -> Rows:
+    """So many of the rows, at random; all of them if there are no more, or `most` is 0."""
+    if not 0 < most < len(rows):
+        return np.sort(rows)
+    return np.sort(rows[keyed(seed, "chosen").permutation(len(rows))[:most]])
+
+
+def split(rows: Rows, shares: Sequence[float], *, seed: int, device: str) -> list[Rows]:
+    """A device's rows in several parts, such as validation and test; the last one gets the rest.
+
+    Args:
+        rows: The device's rows.
+        shares: Shares of the parts before the last; each above 0 gets one sample at least.
+        seed: The seed.
+        device: The device's name: it keys the split.
+
+    Raises:
+        DataError: Shares are not 0 or above, not below 1 in all, or nothing is left for the last part.
+    """
+    if any(not 0 <= s < 1 for s in shares) or sum(shares) >= 1:
+        raise DataError("shares of a split", expected="numbers of 0 or more, below 1 in all", got=list(shares))
+    order = rows[keyed(seed, "split", device).permutation(len(rows))]
+    sizes = [max(1, round(s * len(rows))) if s else 0 for s in shares]
+    if sum(sizes) >= len(rows):
+        raise DataError(f"samples of {device}", expected=f"more than {sum(sizes)} to split", got=len(rows))
+    return _sorted(np.split(order, np.cumsum(sizes)))
+
+
+def counts(hands: Sequence[Rows], labels: Labels, classes: int) -> npt.NDArray[np.int64]:
+    """Samples per device and class, int64 [devices, classes]."""
+    return np.stack([np.bincount(labels[hand], minlength=classes) for hand in hands]).astype(np.int64)
+
+
+def _check(rows: Rows, devices: int, least: int = 1) -> None:
+    if devices < 1 or least * devices > len(rows):
+        raise DataError(
+            f"samples for {devices} devices", expected=f"at least {least} for each of one or more", got=len(rows)
+        )
+
+
+def _sorted(parts: Sequence[Rows]) -> list[Rows]:
+    return [np.sort(part) for part in parts]
+
+
+def _sizes(parts: int, spread: float, seed: int, *key: object) -> npt.NDArray[np.float64]:
+    if not 0 <= spread <= 10:
+        raise DataError("spread of sizes", expected="a number from 0 to 10", got=spread)
+    weights = np.exp(spread * keyed(seed, *key, "sizes").standard_normal(parts)) if spread else np.ones(parts)
+    return np.asarray(weights / weights.sum())
+
+
+def _shares(rng: np.random.Generator, devices: int, alpha: float) -> npt.NDArray[np.float64]:
+    shares = rng.dirichlet(np.full(devices, alpha))
+    # With a tiny alpha every gamma draw may underflow; one device takes all then, as in the limit.
+    return shares if np.isfinite(shares).all() and shares.sum() > 0 else np.eye(devices)[rng.integers(devices)]
+
+
+def _cuts(total: int, shares: npt.NDArray[np.float64], least: int = 0) -> npt.NDArray[np.int64]:
+    """Where to cut `total` things into parts with these shares; every part gets `least` at least."""
+    free = total - least * len(shares)
+    given = least * np.arange(1, len(shares))
+    return (np.floor(np.cumsum(shares)[:-1] * free + 1e-9).clip(0, free) + given).astype(np.int64)
+
+
+def _holders(classes: int, devices: int, each: int, rng: np.random.Generator) -> list[set[int]]:
+    """Classes of every device: always those with the most places left, which never runs into a dead end."""
+    places = np.full(classes, devices * each // classes)
+    places[rng.permutation(classes)[: devices * each % classes]] += 1
+    out: list[set[int]] = [set() for _ in range(devices)]
+    for device in rng.permutation(devices):
+        order = np.lexsort((rng.random(classes), -places))[:each]
+        places[order] -= 1
+        out[int(device)] = set(map(int, order))
+    return out
+
+
+def _mended(hands: list[Rows], labels: Labels, least: int, rng: np.random.Generator) -> list[Rows]:
+    """Hands of which each has `least` samples: whoever has the most gives, of the class that it has most of."""
+    hands = list(hands)
+    sizes = np.array([len(h) for h in hands])
+    for device in map(int, np.flatnonzero(sizes < least)):
+        while sizes[device] < least:
+            giver = int(sizes.argmax())
+            hand = hands[giver]
+            classes, number = np.unique(labels[hand], return_counts=True)
+            pool = np.flatnonzero(labels[hand] == classes[number.argmax()])
+            count = min(least - int(sizes[device]), len(pool), int(sizes[giver]) - least)
+            moved = rng.permutation(pool)[:count]
+            hands[device] = np.concatenate([hands[device], hand[moved]])
+            hands[giver] = np.delete(hand, moved)
+            sizes[device] += count
+            sizes[giver] -= count
+    return hands

@@ -1,0 +1,104 @@
+"""The partition of a data set among devices: samples per device and class, as a heat map and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fedprune.core.text import quantity
+from fedprune.report.chart import scale, tiles
+from fedprune.report.page import Bar, bars, document, paragraph
+from fedprune_device.data.dataset import LocalData
+from fedprune_server.simulation.datasets.federation import Federation
+
+DEVICES = 300
+"""Devices that a heat map shows; of larger fleets these many, evenly spread."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The data of a fleet.
+
+    Attributes:
+        data: The data set's name; empty where devices brought samples of their own.
+        classes: Names of its classes; empty where they are numbers.
+        counts: Per device its samples of each class; empty where labels are no classes, or unknown.
+    """
+
+    data: str = ""
+    classes: tuple[str, ...] = ()
+    counts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of_federation(cls, federation: Federation, data: str = "") -> Partition:
+        """The partition of a data set that was dealt out."""
+        rows = zip(federation.names, federation.counts(), strict=True)
+        return cls(data, federation.samples.class_names, {name: tuple(map(int, row)) for name, row in rows})
+
+    @classmethod
+    def of_devices(cls, devices: Mapping[str, LocalData], data: str = "") -> Partition:
+        """The partition of devices whose samples are at hand; without counts where a label is not a class."""
+        labels = {n: np.concatenate([d.y_train, d.y_val, d.y_test]) for n, d in devices.items() if d.y_train.ndim == 1}
+        if len(labels) < len(devices) or any(y.dtype.kind != "i" for y in labels.values()):
+            return cls(data)
+        most = max((int(y.max()) + 1 for y in labels.values()), default=0)
+        return cls(data, (), {name: tuple(map(int, np.bincount(y, minlength=most))) for name, y in labels.items()})
+
+    def named(self, label: int) -> str:
+        """Name of a class."""
+        return self.classes[label] if label < len(self.classes) else str(label)
+
+    def heat_map(self) -> str:
+        """A row per device and a tile per class, as HTML; empty where nothing is known."""
+        if not self.counts:
+            return ""
+        most = max(max(counts, default=0) for counts in self.counts.values()) or 1
+        names = list(self.counts)
+        if len(names) > DEVICES:
+            names = [names[i * (len(names) - 1) // (DEVICES - 1)] for i in range(DEVICES)]
+        rows = []
+        for name in names:
+            counts = self.counts[name]
+            classes_of = ", ".join(f"{self.named(i)}: {n:,}" for i, n in enumerate(counts) if n)
+            strip = tiles(name, [n / most for n in counts])
+            rows.append(Bar(name, (strip,), quantity(sum(counts), "sample", form=","), f"{name}: {classes_of}"))
+        classes = ", ".join(self.named(i) for i in range(max(map(len, self.counts.values()))))
+        return (
+            paragraph(
+                f"A row per device, a tile per class, all splits together. Classes, from left to right: {classes}."
+            )
+            + scale("0", quantity(most, "sample", form=","))
+            + bars(rows, "Samples per device and class")
+        )
+
+
+def draw_partition(federation: Federation, path: Path, title: str = "Data of the devices") -> Path:
+    """Write the heat map of a partition as a page that needs no other file.
+
+    Args:
+        federation: The data and who holds it.
+        path: An `.html` file.
+        title: The page's heading.
+
+    Returns:
+        The file.
+    """
+    partition = Partition.of_federation(federation)
+    total = sum(map(sum, partition.counts.values()))
+    facts = {"Devices": f"{len(partition.counts):,}", "Samples": f"{total:,}"}
+    path.write_text(document(title, [partition.heat_map()], facts), encoding="utf-8")
+    return path
+
+
+def partition_table(federation: Federation) -> str:
+    """The same as text: a line per device with its samples and the classes that it has most of, as Markdown."""
+    counts, names = federation.counts(), federation.samples.class_names
+    lines = ["| device | train | validation | test | classes, most first |", "|---|---:|---:|---:|---|"]
+    for row, (name, holding) in zip(counts, federation.holdings.items(), strict=True):
+        order = [int(c) for c in np.argsort(-row, kind="stable") if row[c]]
+        listed = ", ".join(f"{names[c]} {row[c]}" for c in order[:5]) + (", ..." if len(order) > 5 else "")
+        lines.append(f"| {name} | {len(holding.train)} | {len(holding.validation)} | {len(holding.test)} | {listed} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,306 @@
+"""Samples as a data set's files hold them: arrays that may lie on disk, gathered and scaled where they are used."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError, shape_text
+
+Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
+
+_CHUNK = 4096
+"""Samples that are in memory at once where all are looked at."""
+
+_COLOURS = (1, 3, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """All samples of a data set. Rows count through the parts, one after the other.
+
+    Attributes:
+        parts: Inputs [n_i, ...], of one type and shape: uint8 images, floats, or whole numbers (token ids).
+        labels: Classes, int64 [n].
+        testing: Which samples the data set's authors keep for tests, bool [n].
+        owners: Whose sample it is (a person, a writer, a domain), as an index into `owner_names`, int64 [n]; None
+            where nobody owns any.
+        owner_names: Names of the owners.
+        class_names: Names of the classes; numbers as text where the files have no names.
+
+    Raises:
+        DataError: Lengths, types or shapes don't fit each other, or a number is out of range.
+    """
+
+    parts: tuple[Array, ...]
+    labels: npt.NDArray[np.int64]
+    testing: npt.NDArray[np.bool_]
+    owners: npt.NDArray[np.int64] | None = None
+    owner_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.parts or not len(self.labels):
+            raise DataError("a data set is empty", expected="at least one sample")
+        first = self.parts[0]
+        for part in self.parts:
+            if part.ndim < 2 or part.dtype.kind not in "fiu":
+                raise DataError("inputs", expected="numbers [n, ...]", got=f"{part.dtype} {shape_text(*part.shape)}")
+            if part.dtype != first.dtype or part.shape[1:] != first.shape[1:]:
+                raise DataError(
+                    "inputs of the parts of a data set",
+                    expected=f"{first.dtype} {shape_text('n', *first.shape[1:])}",
+                    got=f"{part.dtype} {shape_text('n', *part.shape[1:])}",
+                )
+        total = sum(map(len, self.parts))
+        object.__setattr__(self, "labels", _classes(self.labels, total))
+        if self.testing.dtype != bool or self.testing.shape != (total,):
+            raise DataError("marks of test samples", expected=f"bool [{total}]", got=_kind(self.testing))
+        if self.owners is not None:
+            known = len(self.owner_names)
+            if self.owners.dtype != np.int64 or self.owners.shape != (total,):
+                raise DataError("owners", expected=f"int64 [{total}]", got=_kind(self.owners))
+            if int(self.owners.min()) < 0 or int(self.owners.max()) >= known:
+                raise DataError("an owner", expected=f"0 to {known - 1}", got=int(self.owners.max()))
+        if not self.class_names:
+            object.__setattr__(self, "class_names", tuple(map(str, range(int(self.labels.max()) + 1))))
+        elif int(self.labels.max()) >= len(self.class_names):
+            raise DataError("a label", expected=f"below {len(self.class_names)}", got=int(self.labels.max()))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """One sample's shape as the files have it."""
+        return self.parts[0].shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the inputs as the files have it."""
+        return self.parts[0].dtype
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all inputs, labels, owners and marks: it tells data sets apart. Reads everything once."""
+        digest = hashlib.sha256(f"{self.dtype.str} {self.shape} {len(self)}".encode())
+        for part in self.parts:
+            for at in range(0, len(part), _CHUNK):
+                digest.update(np.ascontiguousarray(part[at : at + _CHUNK]).tobytes())
+        for array in (self.labels, self.testing, self.owners):
+            digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def take(self, rows: npt.ArrayLike) -> Array:
+        """A copy of some inputs, as the files have them.
+
+        Args:
+            rows: Which, each from 0 to below the number of samples.
+
+        Raises:
+            DataError: There is no such row.
+        """
+        wanted = np.asarray(rows, np.int64)
+        if len(wanted) and not (int(wanted.min()) >= 0 and int(wanted.max()) < len(self)):
+            raise DataError("rows", expected=f"0 to {len(self) - 1}", got=(int(wanted.min()), int(wanted.max())))
+        out = np.empty((len(wanted), *self.shape), self.dtype)
+        begin = 0
+        for part in self.parts:
+            here = (wanted >= begin) & (wanted < begin + len(part))
+            if here.any():
+                out[here] = part[wanted[here] - begin]
+            begin += len(part)
+        return out
+
+    def subset(self, rows: npt.ArrayLike) -> Samples:
+        """Some of the samples, copied, as a data set of their own with the same names."""
+        wanted = np.asarray(rows, np.int64)
+        return replace(
+            self,
+            parts=(self.take(wanted),),
+            labels=self.labels[wanted],
+            testing=self.testing[wanted],
+            owners=None if self.owners is None else self.owners[wanted],
+        )
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to inputs on their way to a model: whole sets are never converted, only what a device trains on.
+
+    Images, uint8 with 1, 3 or 4 colours last, first or none at all, become float32 [n, colours, height, width] from 0
+    to 1. Floats become float32, whole numbers int64 (token ids).
+
+    Attributes:
+        pool: Images shrink by this factor, by averages over squares.
+        mean: Subtracted afterwards, one number per channel (the first axis of a sample); empty for none.
+        deviation: What is left is divided by these.
+
+    Raises:
+        DataError: A number is out of range.
+    """
+
+    pool: int = 1
+    mean: tuple[float, ...] = field(default=())
+    deviation: tuple[float, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pool, bool) or not isinstance(self.pool, int) or not 1 <= self.pool <= 1024:
+            raise DataError("pool", expected="a whole number from 1 to 1024", got=self.pool)
+        if len(self.mean) != len(self.deviation) or not all(d > 0 for d in self.deviation):
+            raise DataError(
+                "mean and deviation", expected="as many of both, deviations above 0", got=(self.mean, self.deviation)
+            )
+
+    def __call__(self, raw: Array) -> Array:
+        """Prepare some inputs.
+
+        Args:
+            raw: As the files have them, [n, ...].
+
+        Raises:
+            DataError: They are no images where images are asked for, can't be divided into squares, or have another
+                number of channels than `mean`.
+        """
+        if raw.dtype.kind in "iu" and raw.dtype != np.uint8:
+            return raw.astype(np.int64)
+        x = _images(raw) if raw.dtype == np.uint8 else np.ascontiguousarray(raw, np.float32)
+        if self.pool > 1:
+            x = _pooled(x, self.pool)
+        if self.mean:
+            if len(self.mean) != x.shape[1]:
+                raise DataError("mean and deviation", expected=f"one number per channel, {x.shape[1]}", got=self.mean)
+            around = (1, -1) + (1,) * (x.ndim - 2)
+            x = (x - np.array(self.mean, np.float32).reshape(around)) / np.array(self.deviation, np.float32).reshape(
+                around
+            )
+        return np.ascontiguousarray(x)
+
+    def standardised(self, samples: Samples, rows: Sequence[int] | Rows | None = None) -> Preparation:
+        """The same, with mean and deviation measured per channel.
+
+        Args:
+            samples: The data set.
+            rows: Which samples to look at; None for all that are not kept for tests.
+
+        Raises:
+            DataError: Inputs are token ids, or a channel is the same number everywhere.
+        """
+        plain = replace(self, mean=(), deviation=())
+        looked = np.flatnonzero(~samples.testing) if rows is None else np.asarray(rows, np.int64)
+        count, total, squares = 0, np.zeros(0), np.zeros(0)
+        for at in range(0, len(looked), _CHUNK):
+            x = plain(samples.take(looked[at : at + _CHUNK]))
+            if x.dtype != np.float32:
+                raise DataError("token ids have no mean", got=str(samples.dtype))
+            flat = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1).astype(np.float64)
+            if not count:
+                total, squares = np.zeros(len(flat)), np.zeros(len(flat))
+            count += flat.shape[1]
+            total += flat.sum(1)
+            squares += np.square(flat).sum(1)
+        if not count:
+            raise DataError("no samples to measure mean and deviation on")
+        mean = total / count
+        deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        if not (np.isfinite(deviation).all() and (deviation > 0).all()):
+            raise DataError("deviation of a channel", expected="above 0", got=deviation.tolist())
+        return replace(self, mean=tuple(map(float, mean)), deviation=tuple(map(float, deviation)))
+
+
+def assembled(
+    splits: Sequence[tuple[Array, Array, bool]],
+    *,
+    owners: Sequence[Array] | None = None,
+    owner_names: Sequence[str] = (),
+    class_names: Sequence[str] = (),
+) -> Samples:
+    """A data set made of splits.
+
+    Args:
+        splits: Inputs, labels and whether they are kept for tests.
+        owners: Per split the owners, in any numbers or texts; `owner_names` are then made of them.
+        owner_names: Names, where `owners` are indices into them already.
+        class_names: Names of the classes.
+
+    Raises:
+        DataError: As `Samples`; or a split has another number of labels than inputs.
+    """
+    filled = [(x, y, kept) for x, y, kept in splits if len(y) or len(x)]
+    for x, y, _ in filled:
+        if len(x) != len(y):
+            raise DataError("number of labels", expected=len(x), got=len(y))
+    if not filled:
+        raise DataError("a data set is empty", expected="at least one sample")
+    labels = np.concatenate([np.asarray(y) for _, y, _ in filled])
+    testing = np.concatenate([np.full(len(y), kept) for _, y, kept in filled])
+    names, indices = tuple(owner_names), None
+    if owners is not None:
+        held = np.concatenate([np.asarray(o) for o in owners])
+        if held.shape != labels.shape:
+            raise DataError("number of owners", expected=len(labels), got=shape_text(*held.shape))
+        if not names:
+            if held.dtype.kind not in "iuUS":
+                raise DataError("owners", expected="whole numbers or texts", got=str(held.dtype))
+            found, indices = np.unique(held, return_inverse=True)
+            names = tuple(map(str, found.tolist()))
+            indices = indices.astype(np.int64)
+        else:
+            indices = held.astype(np.int64)
+    return Samples(tuple(x for x, _, _ in filled), labels, testing, indices, names, tuple(class_names))
+
+
+def _classes(labels: Array, total: int) -> npt.NDArray[np.int64]:
+    if labels.dtype.kind not in "iub" or labels.shape != (total,):
+        raise DataError("labels", expected=f"whole numbers [{total}]", got=_kind(labels))
+    if int(labels.min()) < 0:
+        raise DataError("a label is negative", expected="0 or more", got=int(labels.min()))
+    if int(labels.max()) >= 2**20:
+        raise DataError("a label", expected="below 1,048,576 classes", got=int(labels.max()))
+    return np.ascontiguousarray(labels, np.int64)
+
+
+def _kind(array: Array) -> str:
+    return f"{array.dtype} {shape_text(*array.shape)}"
+
+
+def _images(raw: Array) -> Array:
+    if raw.ndim == 3:
+        raw = raw[:, None]
+    elif raw.ndim == 4 and raw.shape[3] in _COLOURS:
+        raw = raw.transpose(0, 3, 1, 2)
+    elif raw.ndim != 4 or raw.shape[1] not in _COLOURS:
+        raise DataError(
+            "images",
+            expected="bytes [n, height, width], [n, height, width, colours] or [n, colours, height, width]",
+            got=shape_text(*raw.shape),
+            hint="Save other data as float32.",
+        )
+    return np.divide(raw, 255, dtype=np.float32)
+
+
+def _pooled(x: Array, factor: int) -> Array:
+    if x.ndim != 4 or x.shape[2] % factor or x.shape[3] % factor:
+        raise DataError(
+            "images to shrink", expected=f"[n, colours, height, width], divisible by {factor}", got=shape_text(*x.shape)
+        )
+    n, c, h, w = x.shape
+    # Slices are added, which is many times faster than a mean over axes of two or three.
+    total: Array = np.zeros((n, c, h // factor, w // factor), np.float32)
+    for i in range(factor):
+        for j in range(factor):
+            total += x[:, :, i::factor, j::factor]
+    total /= factor * factor
+    return total

@@ -1,0 +1,1 @@
+"""Simulated boards and what computes their training."""

@@ -1,0 +1,237 @@
+"""The table [[devices]] of a `fleet.toml`: from its rows to virtual devices, one by one or a thousand at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedprune.core import validation as setting_checks
+from fedprune.core.errors import ConfigError, FedpruneError, shown
+from fedprune.hardware import profile_store
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.wire.topics import check_device
+from fedprune_device.data.dataset import LocalData, load_data
+from fedprune_server.simulation.datasets.federation import Federation
+from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice, fingerprint
+
+MEGABYTE = 1e6
+
+HELD = 32
+"""Fleets of up to so many devices hold their samples in memory; larger ones read them when they are needed."""
+
+_KEYS = ("name", "count", "profile", "data", "link", "validation")
+_LINK_KEYS = ("down_mb_s", "up_mb_s", "latency_s")
+
+Link = Mapping[str, float]
+"""Speeds in MB/s and latency in seconds, as far as they differ from the profile's."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One device to be, and where it stands in the file."""
+
+    where: str
+    name: str
+    profile: str
+    data: str
+    link: Link
+    validation: float
+
+
+def read_devices(
+    rows: object,
+    seed: int,
+    path: Path,
+    federation: Federation | None = None,
+    links: Sequence[Link] = (),
+    *,
+    check: Callable[[LocalData], None] = lambda data: None,
+) -> tuple[VirtualDevice, ...]:
+    """The fleet that a file's [[devices]] describe.
+
+    Args:
+        rows: The table's rows.
+        seed: The job's seed: it keys the split of samples.
+        path: The file, for errors and relative paths.
+        federation: The samples of the table [data], dealt out; None where every row names its own.
+        links: Links that devices without their own get, in turn.
+        check: Raises `DataError` where a device's samples don't fit the model.
+
+    Raises:
+        ConfigError: A key is missing, unknown or wrong; the message names row and key.
+        FedpruneError: A profile or data can't be read; the message names row and key.
+    """
+    found = list(_expanded(rows, path, federation))
+    seen: dict[str, str] = {}
+    for row in found:
+        if row.name in seen:
+            raise ConfigError(
+                f"{row.where}: name", expected="another one for each device", got=f"{row.name!r} as {seen[row.name]}"
+            )
+        seen[row.name] = row.where.rpartition(" ")[2]
+    if federation is not None and len(found) != len(federation.names):
+        raise ConfigError(
+            f"{path}: [[devices]]",
+            expected=f"as many devices as [data] deals out: {len(federation.names)}",
+            got=len(found),
+        )
+    boards = _Boards(path)
+    devices = []
+    for number, row in enumerate(found):
+        link = row.link or (links[number % len(links)] if links else {})
+        with named(f"{row.where}: profile"):
+            board = boards.get(row.profile, link)
+        with named(f"{row.where}: data" if federation is None else f"{path}: [data]: {row.name}"):
+            data = _samples(row, seed, path, federation, number, check, held=len(found) <= HELD)
+        devices.append(VirtualDevice(row.name, board, data))
+    return tuple(devices)
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Say in an error where in the file the thing stands that it is about."""
+    try:
+        yield
+    except FedpruneError as error:
+        raise type(error)(f"{where}: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error
+
+
+def _expanded(rows: object, path: Path, federation: Federation | None) -> Iterator[_Row]:
+    needed = ("name", "profile", "data") if federation is None else ("profile",)
+    said = f"{', '.join(needed[:-1])} and {needed[-1]}" if len(needed) > 1 else needed[0]
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
+        raise ConfigError(f"{path}: [[devices]]", expected=f"one table with {said} per device")
+    started = 0
+    for place, row in enumerate(rows, 1):
+        where = f"{path}: [[devices]] {place}"
+        if not isinstance(row, Mapping):
+            raise ConfigError(where, expected=f"a table with {said}", got=repr(row))
+        own = _KEYS if federation is None else [k for k in _KEYS if k not in ("data", "validation")]
+        setting_checks.only(own, row, where)
+        for key in needed:
+            if key not in row:
+                raise ConfigError(f"{where}: {key} is missing", expected=said)
+        names = _names(row, where, federation, started, alone=len(rows) == 1)
+        profiles = _texts(row["profile"], f"{where}: profile")
+        data = "" if federation is not None else _text(row["data"], f"{where}: data")
+        links = _links(row.get("link", {}), f"{where}: link")
+        share = setting_checks.number(f"{where}: validation", row.get("validation", 0.0), 0, 0.9)
+        for i, name in enumerate(names):
+            yield _Row(where, name, profiles[i % len(profiles)], data, links[i % len(links)], share)
+        started += len(names)
+
+
+def _names(
+    row: Mapping[str, Any], where: str, federation: Federation | None, started: int, *, alone: bool
+) -> tuple[str, ...]:
+    """The names of a row's devices: its own, or numbered ones, or those that came with the data."""
+    count = row.get("count")
+    if count is not None:
+        setting_checks.whole(f"{where}: count", count, 1, 10**6)
+    if "name" not in row:
+        if federation is None or (count is None and not alone):
+            raise ConfigError(f"{where}: name is missing", expected="a text")
+        return federation.names[started:][: count if count is not None else None]
+    name = _text(row["name"], f"{where}: name")
+    if count is None:
+        return (_own_name(name, f"{where}: name"),)
+    digits = max(3, len(str(count)))
+    names = tuple(f"{name}-{i:0{digits}}" for i in range(1, count + 1))
+    _own_name(names[-1], f"{where}: name")
+    return names
+
+
+def _own_name(name: str, where: str) -> str:
+    try:
+        return check_device(name)
+    except FedpruneError as error:
+        raise ConfigError(where, expected=error.expected, got=error.got) from error
+
+
+def _links(value: object, where: str) -> list[Link]:
+    """The links of a row's devices: one, or several in turn."""
+    tables = value if isinstance(value, list) and value else [value]
+    found: list[Link] = []
+    for table in tables:
+        if not isinstance(table, Mapping):
+            raise ConfigError(where, expected=f"a table with {', '.join(_LINK_KEYS)}", got=shown(table))
+        setting_checks.only(_LINK_KEYS, table, where)
+        limits = {"latency_s": (0.0, 3600.0)}
+        found.append(
+            {k: setting_checks.number(f"{where}: {k}", v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()}
+        )
+    return found
+
+
+class _Boards:
+    """Profiles by name and link; devices of one kind share theirs."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[tuple[str, tuple[tuple[str, float], ...]], HardwareProfile] = {}
+
+    def get(self, name: str, link: Link) -> HardwareProfile:
+        """A profile with another link.
+
+        Raises:
+            FedpruneError: There is none of this name.
+        """
+        key = (name, tuple(sorted(link.items())))
+        if key not in self._known:
+            source = name
+            if "/" in name or name.endswith((".toml", ".json")):
+                source = str(self._path.parent / name)
+            self._known[key] = with_link(profile_store.chosen(source), link)
+        return self._known[key]
+
+
+def with_link(profile: HardwareProfile, link: Link) -> HardwareProfile:
+    """The same board on another link; what isn't said stays as it is."""
+    if not link:
+        return profile
+    known = profile.link
+    changed = replace(
+        known,
+        down_bytes_s=MEGABYTE * link["down_mb_s"] if "down_mb_s" in link else known.down_bytes_s,
+        up_bytes_s=MEGABYTE * link["up_mb_s"] if "up_mb_s" in link else known.up_bytes_s,
+        latency_s=link.get("latency_s", known.latency_s),
+    )
+    return replace(profile, link=changed)
+
+
+def _samples(
+    row: _Row,
+    seed: int,
+    path: Path,
+    federation: Federation | None,
+    place: int,
+    check: Callable[[LocalData], None],
+    *,
+    held: bool,
+) -> LocalData | StoredData:
+    if federation is not None:
+        name = federation.names[place]
+        load = partial(federation.load, name)
+        data = load()
+        check(data)
+        return data if held else StoredData(federation.count(name), federation.fingerprint(name), load)
+    source = str(path.parent / row.data) if row.data.endswith(".npz") else row.data
+    read = partial(load_data, source, seed, row.name, row.validation)
+    data = read()
+    with named(source):
+        check(data)
+    return data if held else StoredData(data.samples, fingerprint(data), read)
+
+
+def _texts(value: object, where: str) -> list[str]:
+    return [_text(v, where) for v in value] if isinstance(value, list) and value else [_text(value, where)]
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(where, expected="a text", got=repr(value))
+    return value

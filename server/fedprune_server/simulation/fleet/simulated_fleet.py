@@ -1,0 +1,246 @@
+"""What `fedprune-simulate` is to simulate: a `fleet.toml` with its [[devices]], or the demo's fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune_device.data.dataset import LocalData
+from fedprune_export.importing import import_onnx, read_source
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.layers import Layer, file_layer, located, merged
+from fedprune_server.config.tables import overridden, parse_config
+from fedprune_server.executor.evaluation_data import check_data, load_calibration, load_evaluation
+from fedprune_server.simulation.datasets.federation import Federation
+from fedprune_server.simulation.datasets.picture import Partition
+from fedprune_server.simulation.datasets.table import DataPlan
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.fleet_devices import Link, named, read_devices
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.measure import Measure
+from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
+from fedprune_server.simulation.network_tables import (
+    Settings,
+    read_availability,
+    read_dropouts,
+    read_settings,
+    read_weather,
+)
+from fedprune_server.simulation.reference import TITLE, fedavg
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(Experiment):
+    """What is to be simulated, and what it is compared with.
+
+    Attributes:
+        reference: The job that it is compared with on the same devices, or None.
+    """
+
+    reference: Job | None = None
+
+    def compared(self) -> Experiment | None:
+        """The experiment that it is compared with."""
+        return None if self.reference is None else replace(self, title=TITLE, job=self.reference, reference=None)
+
+
+def read_plan(
+    path: Path,
+    *,
+    reference: bool = False,
+    strategy: str | None = None,
+    seed: int | None = None,
+    rounds: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    title: str = "",
+) -> Plan:
+    """Read a `fleet.toml` with a [[devices]] table. What only a server needs, [server], is not looked at.
+
+    Args:
+        path: The file.
+        reference: Whether the job is compared with FedAvg.
+        strategy: Instead of the job's.
+        seed: Instead of the job's.
+        rounds: Instead of the job's.
+        changes: Tables of which single keys replace those of the file's.
+        title: Instead of the job's name.
+
+    Raises:
+        ConfigError: It can't be read, or a key is missing, unknown or wrong; the message names it.
+        FedpruneError: Model, data or a profile can't be read; the message names the table and the key.
+    """
+    found = read_tables(path, changes)
+    with located(found.layers, str(path)):
+        return _plan(found, path, _overridden(found.config.job, strategy, seed, rounds), title, reference=reference)
+
+
+def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool) -> Plan:
+    """The plan of a file's tables; arguments and errors are those of `read_plan`."""
+    config, settings = found.config, found.settings
+    if config.model is None:
+        raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
+    federation = None
+    if found.data is not None:
+        with named(f"{path}: [data]"):
+            federation = found.data.read(job.seed)
+    with named(f"{path}: [model] path"):
+        model = import_onnx(read_source(config.model, input_shape=config.input_shape), Path(config.model).stem)
+    fits = partial(check_data, model=model, loss=job.recipe.loss)
+    devices = read_devices(found.body.get("devices"), job.seed, path, federation, found.links, check=fits)
+    job = replace(job, devices=_present(found.body.get("job", {}), job, len(devices)))
+    evaluation, calibration = None, None
+    if config.evaluation is not None:
+        with named(f"{path}: [evaluation] data"):
+            evaluation = load_evaluation(config.evaluation, model, job.recipe.loss)
+    elif federation is not None:
+        evaluation = federation.evaluation()
+    if config.calibration is not None:
+        with named(f"{path}: [calibration] data"):
+            calibration = load_calibration(config.calibration, model)
+    measure = None
+    if settings.densities:
+        if evaluation is None:
+            raise ConfigError(f"{path}: [simulation] densities", expected="samples in [evaluation] to measure on")
+        tests = None if federation is None else federation.tests()
+        sets = {} if tests is None or not len(tests[1]) else {"tests": tests}  # [data] test may be 0
+        measure = Measure(
+            *evaluation, densities=settings.densities, calibration=calibration, every=settings.every, sets=sets
+        )
+    return Plan(
+        title or job.name,
+        job,
+        model,
+        devices,
+        evaluation,
+        calibration,
+        found.dropouts,
+        found.weather,
+        found.availability,
+        measure,
+        settings.checkpoints,
+        settings.trainer,
+        settings.workers,
+        _partition(devices, federation, "" if found.data is None else Path(found.data.source).stem),
+        fedavg(job) if reference else None,
+    )
+
+
+def _partition(devices: Sequence[VirtualDevice], federation: Federation | None, data: str) -> Partition:
+    """The fleet's data as reports show it."""
+    if federation is None:
+        return Partition.of_devices({d.name: d.data for d in devices if isinstance(d.data, LocalData)}, data)
+    dealt = Partition.of_federation(federation, data)
+    return replace(dealt, counts={d.name: row for d, row in zip(devices, dealt.counts.values(), strict=True)})
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a `fleet.toml` says, before any model, profile or data is read.
+
+    Attributes:
+        body: Its tables, with the changes.
+        layers: The file, and the changes.
+        config: Those that a server reads, too, but [server].
+        data: The table [data], or None.
+        dropouts: How devices vanish.
+        availability: When devices are there.
+        weather: How links and boards vary.
+        links: Links of devices that bring none.
+        settings: What the simulation is told beside that.
+    """
+
+    body: Mapping[str, Any]
+    layers: tuple[Layer, ...]
+    config: ServerConfig
+    data: DataPlan | None
+    dropouts: DropOuts
+    availability: Availability
+    weather: Weather
+    links: tuple[Link, ...]
+    settings: Settings
+
+
+def read_tables(path: Path, changes: Mapping[str, Any] | None = None) -> Tables:
+    """Read a `fleet.toml` alone; arguments and errors are those of `read_plan`."""
+    file = file_layer(path)
+    layers = (file, Layer(str(path), dict(changes or {}), {p: str(path) for p in _keys((), changes or {})}))
+    body = _with(file.tables, changes or {})
+    with located(layers, str(path)):
+        config = parse_config({k: v for k, v in body.items() if k != "server"}, str(path), path.parent)
+        data = _data(body["data"], body.get("devices"), path) if "data" in body else None
+        dropouts, availability = read_dropouts(body, path), read_availability(body, path)
+        circumstances = *read_weather(body, path), read_settings(body, path)
+        return Tables(body, layers, config, data, dropouts, availability, *circumstances)
+
+
+def _keys(path: tuple[str, ...], tables: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The paths of all tables and keys."""
+    for key, value in tables.items():
+        yield (*path, key)
+        if isinstance(value, Mapping):
+            yield from _keys((*path, key), value)
+
+
+def _with(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's tables with changes. Another strategy doesn't get the options of the file's own."""
+    job, other = body.get("job"), changes.get("job")
+    if isinstance(job, Mapping) and isinstance(other, Mapping):
+        strategy = job.get("strategy", Job().strategy)
+        if other.get("strategy", strategy) != strategy:
+            body = {**body, "job": {k: v for k, v in job.items() if k != "options"}}
+    return merged(body, changes)
+
+
+def _data(body: object, devices: object, path: Path) -> DataPlan:
+    """The table [data]; how many devices there are may also be said by [[devices]]."""
+    if isinstance(body, Mapping) and "devices" not in body and isinstance(devices, list):
+        counts = [r.get("count", 1) for r in devices if isinstance(r, Mapping) and {"name", "count"} & set(r)]
+        if len(counts) == len(devices) and all(isinstance(c, int) for c in counts):
+            body = {**body, "devices": sum(counts)}
+    return DataPlan.from_dict(body, f"{path}: [data]", path.parent)
+
+
+def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: int | None = None) -> Plan:
+    """The fleet of `fedprune-server demo`, and FedAvg on the same devices.
+
+    Args:
+        strategy: Instead of the demo's; FedAvg stays what it is compared with.
+        seed: Instead of 0.
+        rounds: Instead of the demo's.
+
+    Raises:
+        ConfigError: One of them is wrong.
+    """
+    from fedprune_server.simulation.digits import DIGITS, deal, digits_model
+    from fedprune_server.simulation.fleet.demo_fleet import BOARDS, fleet_job, reference_job
+
+    data = deal([b.name for b in BOARDS], seed=seed or 0)
+    job = _overridden(fleet_job(seed or 0), strategy, seed, rounds)
+    return Plan(
+        job.strategy,
+        job,
+        import_onnx(digits_model(), "digits-net"),
+        tuple(VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS),
+        (data.x, data.y),
+        data.calibration,
+        partition=Partition.of_devices(data.devices, DIGITS),
+        reference=_overridden(reference_job(seed or 0), None, seed, rounds),
+    )
+
+
+def _overridden(job: Job, strategy: str | None, seed: int | None, rounds: int | None) -> Job:
+    return overridden(ServerConfig(job=job), {"strategy": strategy, "seed": seed, "rounds": rounds}, {}).job
+
+
+def _present(body: Mapping[str, object], job: Job, devices: int) -> int:
+    """How many devices a round waits for: what the configuration says, if there are as many; all if it says nothing."""
+    if "devices" not in body:
+        return devices
+    if job.devices > devices:
+        print(f"note: [job] devices is {job.devices}, but there are {devices}: rounds start with {devices}.")
+    return min(job.devices, devices)

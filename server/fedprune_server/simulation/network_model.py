@@ -1,0 +1,203 @@
+"""What a simulated fleet has to live with: links and boards that vary, a server's own link, devices that are away.
+
+All chance is keyed by the job's seed and by what it is for, so the same settings give the same run, in whatever order
+things happen. Speeds vary as the mean of a few log-normal draws (PR-FL's simulation: mean of 20, σ = 0.3 for devices
+and 0.1 for the server).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from fedprune.core.errors import ConfigError, shown
+from fedprune.core.rng import keyed
+from fedprune.hardware.profile_sections import Link
+
+ALWAYS = math.inf
+"""The end of a window that never closes."""
+
+
+@dataclass(frozen=True)
+class DropOuts:
+    """Devices that vanish during a round.
+
+    Attributes:
+        probability: That a device vanishes while it works on an offer.
+        away_s: Mean time until it is back, in virtual seconds.
+    """
+
+    probability: float = 0.0
+    away_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability < 1 or not self.away_s > 0:
+            raise ConfigError(
+                "drop-outs",
+                expected="a probability from 0 to below 1 and away_s above 0",
+                got=(self.probability, self.away_s),
+            )
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Windows of time in which devices are there, such as the hours in which they are plugged in.
+
+    Every device has its own place in the period, and its own share of it between `least` and `most`.
+
+    Attributes:
+        period_s: Seconds from one window's begin to the next one's; 0 for devices that are always there.
+        least: The smallest share of the period that a window may have, above 0.
+        most: The largest.
+    """
+
+    period_s: float = 0.0
+    least: float = 1.0
+    most: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.period_s < math.inf or not 0 < self.least <= self.most <= 1:
+            raise ConfigError(
+                "availability",
+                expected="period_s of 0 or more, and shares 0 < least <= most <= 1",
+                got=(self.period_s, self.least, self.most),
+            )
+
+    def window(self, seed: int, device: str, at: float) -> tuple[float, float]:
+        """The window that is open at a time, or else the next one.
+
+        Args:
+            seed: The job's seed.
+            device: The device's name.
+            at: Virtual seconds since the beginning.
+
+        Returns:
+            When it begins and when it ends; a device that is always there has one that begins now and never ends.
+        """
+        period = self.period_s
+        chance = keyed(seed, device, "availability")
+        phase, share = chance.random() * period, self.least + (self.most - self.least) * chance.random()
+        if not period or share >= 1:
+            return at, ALWAYS
+        count = math.floor((at - phase) / period)
+        while at >= phase + count * period + share * period:
+            count += 1
+        begin = phase + count * period
+        return begin, begin + share * period
+
+
+@dataclass(frozen=True)
+class Weather:
+    """How fast devices and their links are in a round, and what the server's link can carry.
+
+    Attributes:
+        links_sigma: σ of the log-normal factor on a device's link speeds, drawn anew for every round and direction.
+        compute_sigma: The same for how fast it trains.
+        links_spread: σ of a factor on both link speeds of a device that stays the same for the whole run.
+        compute_spread: The same for how fast it trains.
+        draws: Every factor of a round is the mean of so many draws.
+        server_up_bytes_s: What the server can send to all devices together; 0 for no limit.
+        server_down_bytes_s: What it can receive from them; 0 for no limit.
+        server_sigma: σ of the factor on both in a round.
+    """
+
+    links_sigma: float = 0.0
+    compute_sigma: float = 0.0
+    links_spread: float = 0.0
+    compute_spread: float = 0.0
+    draws: int = 1
+    server_up_bytes_s: float = 0.0
+    server_down_bytes_s: float = 0.0
+    server_sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            low, high = (1, 10_000) if field.name == "draws" else (0, 10**12 if field.name.endswith("_s") else 3)
+            if not low <= value <= high:
+                raise ConfigError(f"weather: {field.name}", expected=f"a number from {low} to {high}", got=shown(value))
+
+    def link(self, seed: int, number: int, device: str, way: str) -> float:
+        """Factor on a device's link speed in a round.
+
+        Args:
+            seed: The job's seed.
+            number: The round.
+            device: The device's name.
+            way: `down` or `up`.
+        """
+        return self._spread(seed, device, "links", self.links_spread) * self._drawn(
+            self.links_sigma, seed, number, device, way
+        )
+
+    def compute(self, seed: int, number: int, device: str) -> float:
+        """Factor on how fast a device trains in a round."""
+        return self._spread(seed, device, "compute", self.compute_spread) * self._drawn(
+            self.compute_sigma, seed, number, device, "compute"
+        )
+
+    def server(self, seed: int, number: int, way: str) -> float:
+        """What the server's link carries in a round, in bytes/s; `way` is the devices' (`down` is what it sends)."""
+        rate = self.server_up_bytes_s if way == "down" else self.server_down_bytes_s
+        return rate * self._drawn(self.server_sigma, seed, number, "server", way) if rate else math.inf
+
+    def arrives(
+        self, seed: int, number: int, device: str, link: Link, way: str, size: int, now: float, free: float
+    ) -> tuple[float, float]:
+        """Send bytes between the server and a device.
+
+        Args:
+            seed: The job's seed.
+            number: The round.
+            device: The device's name.
+            link: Its profile's link.
+            way: `down` or `up`.
+            size: How many bytes.
+            now: When they are ready.
+            free: When the server's link is free.
+
+        Returns:
+            When all of them are there, and when the server's link is free again.
+        """
+        rate = (link.down_bytes_s if way == "down" else link.up_bytes_s) * self.link(seed, number, device, way)
+        arrived, free = transfer(now, free, size, rate, self.server(seed, number, way))
+        return arrived + link.latency_s, free
+
+    def _drawn(self, sigma: float, seed: int, number: int, who: str, what: str) -> float:
+        if not sigma:
+            return 1.0
+        return float(keyed(seed, number, who, what, "weather").lognormal(0.0, sigma, self.draws).mean())
+
+    @staticmethod
+    def _spread(seed: int, device: str, what: str, sigma: float) -> float:
+        return float(keyed(seed, device, what, "spread").lognormal(0.0, sigma)) if sigma else 1.0
+
+
+def transfer(now: float, free: float, size: int, rate: float, limit: float) -> tuple[float, float]:
+    """Send bytes through a server's link, in the order in which transfers begin, and over a device's.
+
+    The server's link takes one transfer after the other; a device that is slower than it hears the rest at its own
+    pace while the next one's bytes already leave (PR-FL's simulation).
+
+    Args:
+        now: When the bytes are ready.
+        free: When the server's link is free.
+        size: How many bytes.
+        rate: What the device's link carries, in bytes/s.
+        limit: What the server's link carries.
+
+    Returns:
+        When the last byte has arrived, and when the server's link is free again.
+    """
+    begin = max(now, free)
+    return begin + size / min(rate, limit), begin + size / limit
+
+
+PR_FL_LINKS = (
+    (20.0, 5.0), (18.0, 4.0), (12.0, 3.0), (10.0, 2.5), (6.0, 1.5),
+    (4.0, 1.0), (2.5, 0.6), (2.0, 0.5), (2.0, 0.5), (1.5, 0.4),
+)  # fmt: skip
+"""Down and up, in MB/s, of the ten clients of PR-FL's simulation (arXiv:2403.15439, public code)."""
+
+PR_FL = Weather(links_sigma=0.3, draws=20, server_up_bytes_s=10e6, server_down_bytes_s=50e6, server_sigma=0.1)
+"""How their speeds vary, and the server's."""

@@ -1,0 +1,237 @@
+"""Charts of runs for reports: learning, devices, data, bytes, channels."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from fedprune.core.text import amount, quantity
+from fedprune.report.chart import Chart, chart, scale, style, tiles, together
+from fedprune.report.page import Bar, bars, boxes, charts, paragraph
+from fedprune_server.simulation.results.record import Record, RoundRow, beside
+
+T = TypeVar("T")
+
+GROUPS = 12
+"""Channel groups next to each other in a row."""
+
+DEVICES = 300
+"""Devices that a list shows; of larger fleets these many, evenly spread."""
+
+CURVES = 100
+"""Devices up to which each has a curve."""
+
+FEW = 24
+"""Devices from which there is a histogram, too."""
+
+ROUNDS = 40
+"""Rows of the map of channels over rounds."""
+
+MEASURED = 6
+"""Measurements of a simulation that get curves."""
+
+_ALONG: tuple[tuple[str, Callable[[RoundRow], float]], ...] = (
+    ("round", lambda r: r.round),
+    ("MB", lambda r: (r.down + r.up) / 1e6),
+    ("seconds", lambda r: r.at),
+)
+"""The x axes of curves: rounds, bytes sent so far both ways, virtual time."""
+
+Values = Callable[[Record], "Sequence[float | None]"]
+"""A value per round, or None."""
+
+
+def curves(runs: Sequence[Record]) -> str:
+    """Accuracy (or loss) of the global and the local models by rounds, bytes and time.
+
+    Args:
+        runs: Runs laid over each other; their titles tell them apart.
+    """
+    drawn = [
+        _curve(f"curve-{i}-{label}", f"{title}, by {label}", runs, values, label, along)
+        for i, (title, values) in enumerate(_rows(runs))
+        for label, along in _ALONG
+    ]
+    found = [c for c in drawn if c is not None]
+    return charts(found, "curves") if found else ""
+
+
+def devices(run: Record, reference: Record | None) -> str:
+    """Local accuracy (or loss) of every device: by rounds, as a distribution, and as measured last."""
+    rounds = [float(r.round) for r in run.rounds]
+    local = [r.local for r in run.rounds]
+    kind = run.measure
+    parts = []
+    if 1 < len(run.devices) <= CURVES and len(rounds) > 1:
+        series = {d.name: [values.get(d.name) for values in local] for d in run.devices}
+        drawn = _chart("devices", f"Local {kind} by round", rounds, series, kind)
+        parts.append(charts([drawn], "device-curves") if drawn is not None else "")
+    runs = [run] + ([reference] if reference is not None else [])
+    if len(run.devices) > FEW:
+        parts.append(_histogram(runs))
+    names = [r.title for r in runs]
+    top = 1.0 if kind == "accuracy" else max((v for r in runs for v in r.latest.values()), default=1.0) or 1.0
+    rows = []
+    for device in _spread(run.devices, DEVICES):
+        for i, each in enumerate(runs):
+            value = each.latest.get(device.name)
+            name = f"{device.name} (density {device.density:.2f})" if not i else f"{device.name} ({names[i]})"
+            share = 0.0 if value is None else min(1.0, max(0.0, value / top))
+            rows.append(Bar(name, ((f"part {style(i)}", 0.0, share),), _said(value, kind)))
+    legend = boxes(names) if len(runs) > 1 else ""
+    text = paragraph("The model that each device serves, on its own test data, as measured last; – for never.")
+    return "".join(parts) + text + legend + bars(rows, f"Local {kind} of each device")
+
+
+def traffic(runs: Sequence[Record]) -> str:
+    """Bytes down and up of every run."""
+    most = max(max(r.last.down, r.last.up) for r in runs) or 1
+    rows = [
+        Bar(f"{run.title}, {way}", ((f"part {style(i)}", 0.0, count / most),), amount(count, "bytes"))
+        for i, run in enumerate(runs)
+        for way, count in (("down", run.last.down), ("up", run.last.up))
+    ]
+    return bars(rows, "Bytes down and up")
+
+
+def channel_map(run: Record) -> str:
+    """Channels that each device held in the last round: a row per device, a strip per group, a tile per channel."""
+    names = [d.name for d in run.devices if d.name in run.channels]
+    groups = run.groups[:GROUPS]
+    if not names or not groups:
+        return ""
+    rows = []
+    for name in _spread(names, DEVICES):
+        held = [frozenset(run.channels[name][g]) for g in range(len(groups))]
+        strips = [
+            tiles(label, [float(c in has) for c in range(size)])
+            for (label, size), has in zip(groups, held, strict=True)
+        ]
+        parts_of = ", ".join(f"{label}: {len(has)} of {size}" for (label, size), has in zip(groups, held, strict=True))
+        whole = sum(size for _, size in groups)
+        rows.append(Bar(name, strips, f"{sum(map(len, held)):,} of {whole:,} channels", f"{name}: {parts_of}"))
+    return paragraph(f"Filled channels are held in the last round. {_group_names(run)}") + bars(
+        rows, "Channels that each device holds"
+    )
+
+
+def coverage_map(run: Record) -> str:
+    """Share of each round's client updates that trained a channel: a row per round, a strip per group."""
+    noted = [r for r in run.rounds if r.coverage]
+    shown = [i for i, (_, size) in enumerate(run.groups) if size > 1][:GROUPS]
+    if not noted or not shown:
+        return ""
+    rows = [
+        Bar(
+            f"round {row.round}",
+            [tiles(run.groups[g][0], [c / max(1, row.updates) for c in row.coverage[g]]) for g in shown],
+            quantity(row.updates, "update"),
+        )
+        for row in _spread(noted, ROUNDS)
+    ]
+    return (
+        paragraph(f"Share of each round's client updates that trained a channel. {_group_names(run)}")
+        + scale()
+        + bars(rows, "Coverage of every round")
+    )
+
+
+def _rows(runs: Sequence[Record]) -> list[tuple[str, Values]]:
+    """Titles of the curves, and a run's values."""
+    kind = runs[0].measure
+    rows: list[tuple[str, Values]] = [
+        (f"Global {kind}", lambda record: record.global_values()),
+        (f"Mean local {kind}", lambda record: record.mean_locals()),
+    ]
+    for moment in beside(runs):
+        title = f"Local {kind} as {'received' if moment == 'before' else 'trained'}"
+        rows.append((title, partial(Record.own_means, metric=f"{kind}_{moment}")))
+    suffix = "_loss" if kind == "loss" else ""
+    names: dict[str, None] = {}
+    for run in runs:
+        for row in run.rounds:
+            names |= dict.fromkeys(n for n in row.measured if n.endswith("_loss") == (kind == "loss"))
+    shown = sorted(names, key=lambda name: "/" in name)[:MEASURED]  # further sets of samples last
+    rows += [(f"Measured: {name.removesuffix(suffix)}", partial(Record.measured_values, name=name)) for name in shown]
+    return [row for row in rows if any(v is not None for run in runs for v in row[1](run))]
+
+
+def _curve(
+    key: str, title: str, runs: Sequence[Record], values: Values, label: str, along: Callable[[RoundRow], float]
+) -> Chart | None:
+    points = {
+        run.title: [(along(r), v) for r, v in zip(run.rounds, values(run), strict=True) if v is not None]
+        for run in runs
+    }
+    places, series = together(points)
+    if not places:
+        return None
+    return _chart(key, title, places, series, runs[0].measure, along=label, amounts=label != "round")
+
+
+def _chart(
+    key: str,
+    title: str,
+    places: Sequence[float],
+    series: dict[str, list[float | None]],
+    kind: str,
+    *,
+    along: str = "round",
+    amounts: bool = False,
+) -> Chart | None:
+    accuracy = kind == "accuracy"
+    return chart(
+        key,
+        title,
+        places,
+        series,
+        partial(_said, kind=kind),
+        unit=(0.01, "%") if accuracy else (1.0, ""),
+        along=along,
+        top=100.0 if accuracy else None,
+        bridged=True,
+        amounts=amounts,
+    )
+
+
+def _histogram(runs: Sequence[Record]) -> str:
+    """How many devices have which local accuracy (or loss)."""
+    kind, values = runs[0].measure, [v for run in runs for v in run.latest.values() if math.isfinite(v)]
+    if not values:
+        return ""
+    low, high = (0.0, 1.0) if kind == "accuracy" else (min(values), max(values) + 1e-12)
+    bins = 10
+    found = [Counter(min(bins - 1, int(bins * (v - low) / (high - low))) for v in run.latest.values()) for run in runs]
+    most = max(max(c.values(), default=0) for c in found) or 1
+    edges = [low + (high - low) * i / bins for i in range(bins + 1)]
+    rows = [
+        Bar(
+            f"{_said(edges[i], kind)} to {_said(edges[i + 1], kind)}" + (f", {run.title}" if len(runs) > 1 else ""),
+            ((f"part {('one', 'two')[j]}", 0.0, found[j][i] / most),),
+            quantity(found[j][i], "device"),
+        )
+        for i in range(bins)
+        for j, run in enumerate(runs)
+        if any(c[i] for c in found)
+    ]
+    return paragraph(f"Devices by local {kind}.") + bars(rows, f"Devices by local {kind}")
+
+
+def _group_names(run: Record) -> str:
+    named = ", ".join(f"{label} ({size})" for label, size in run.groups[:GROUPS])
+    return f"Groups from left to right: {named}."
+
+
+def _said(value: float | None, kind: str) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.1%}" if kind == "accuracy" else f"{value:.4g}"
+
+
+def _spread(entries: Iterable[T], most: int) -> list[T]:
+    """Entries, or `most` of them, evenly spread."""
+    found = list(entries)
+    return found if len(found) <= most else [found[i * (len(found) - 1) // (most - 1)] for i in range(most)]

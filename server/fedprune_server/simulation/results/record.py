@@ -1,0 +1,433 @@
+"""A run's record: what is left of a job when it is over, in numbers, for reports and comparisons.
+
+The daemon's history and the simulator's have the same shape, so both end up here; `metrics.json` is a record on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedprune import __version__
+from fedprune.coordination import State
+from fedprune.core.disk import storage_errors, write_whole
+from fedprune.core.errors import StorageError
+from fedprune.core.text import quantity
+from fedprune.costs.costs import costs_at
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Progress
+from fedprune.model.architecture import Architecture
+from fedprune.model.selection import Selection
+from fedprune.training.recipe import REGRESSIONS
+from fedprune.wire.validation import AVERAGED, TRAINED, served
+from fedprune_device.training.round_runner import MEASURED
+from fedprune_server.devices.plan_vs_actual import Compared, compared, predicted
+from fedprune_server.executor.accountant import EPSILON
+from fedprune_server.simulation.datasets.picture import Partition
+
+if TYPE_CHECKING:
+    from fedprune_server.simulation.results.round_notes import Notes
+
+FORMAT = "fedprune.record/1"
+
+_RECIPE = {"learning rate": "lr", "batch size": "batch_size"}
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """One device of the fleet.
+
+    Attributes:
+        name: Its name.
+        profile: Its profile's name.
+        samples: Training samples.
+        widths: Kept channels per group.
+        density: Kept share that was planned; 1 for the whole model.
+        bound: The limit that kept it from being wider; empty where nobody planned.
+        parameters: Numbers in its model.
+        excluded: Why it takes no part; empty if it does.
+        compared: Per metric what was predicted of its rounds and what it measured, see `foresight`.
+        missed: Rounds that asked it and got nothing that counts.
+        why: Why that was so in the last of them.
+    """
+
+    name: str
+    profile: str
+    samples: int
+    widths: tuple[int, ...]
+    density: float
+    bound: str
+    parameters: int
+    excluded: str = ""
+    compared: Compared = field(default_factory=dict)
+    missed: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """One finished round.
+
+    Attributes:
+        round: Its number, from 1.
+        at: When it ended, in seconds since the run began.
+        model: Digest of the global model.
+        accuracy: Accuracy of the global model on the server's data, None without any.
+        loss: Its loss there.
+        local: Accuracy per device that delivered (loss, where numbers are predicted): the model that it serves, on its
+            own test data.
+        asked: Devices that were asked.
+        down: Bytes from server to devices since the run began.
+        up: Bytes from devices to server since the run began.
+        own: Whatever else devices that delivered measured, per metric and device.
+        density: Share of the model that each device that delivered had.
+        measured: What a simulation measured of the global model, by name; of a private job also its `epsilon`.
+        spent: Per device bytes down, bytes up and MACs of its training, since the round before; in
+            simulations.
+        updates: How many updates the model is made of; in simulations.
+        coverage: How many of them held each channel, per group; empty where it wasn't noted.
+    """
+
+    round: int
+    at: float
+    model: str
+    accuracy: float | None
+    loss: float | None
+    local: dict[str, float]
+    asked: int
+    down: int
+    up: int
+    own: dict[str, dict[str, float]] = field(default_factory=dict)
+    density: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    spent: dict[str, list[int]] = field(default_factory=dict)
+    updates: int = 0
+    coverage: list[list[int]] = field(default_factory=list)
+
+    @property
+    def macs(self) -> int:
+        """Multiplications of all training since the round before."""
+        return sum(macs for _, _, macs in self.spent.values())
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run.
+
+    Attributes:
+        title: For people.
+        job: The job's settings.
+        groups: The layer that makes each group's channels, and their number.
+        devices: The fleet.
+        rounds: Finished rounds, in order.
+        channels: Per device and group the channels it held in the last round, most important first.
+        measured: Where bytes were counted, such as "payload at the broker".
+        partition: The fleet's data, as far as it is known.
+        version: fedprune's version; empty in records of versions that didn't write it.
+    """
+
+    title: str
+    job: dict[str, Any]
+    groups: tuple[tuple[str, int], ...]
+    devices: tuple[DeviceRow, ...]
+    rounds: tuple[RoundRow, ...]
+    channels: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    measured: str = ""
+    partition: Partition = field(default_factory=Partition)
+    version: str = ""
+
+    def facts(self) -> dict[str, str]:
+        """A report's header: strategy, data, recipe, seed, version, date; empty where unknown."""
+        job, recipe = self.job, self.job.get("recipe", {})
+        length = f"{recipe['steps']} steps" if recipe.get("steps") else quantity(recipe.get("epochs", 0), "epoch")
+        settings_of = [
+            str(recipe.get("optimizer", "")),
+            *(f"{k} {recipe[n]:g}" for k, n in _RECIPE.items() if n in recipe),
+        ]
+        return {
+            "Strategy": str(job.get("strategy", "")),
+            "Data": self.partition.data,
+            "Recipe": ", ".join([*settings_of, length]) if recipe else "",
+            "Devices": f"{len(self.devices):,}",
+            "Rounds": f"{len(self.rounds):,}",
+            "Seed": str(job.get("seed", 0)),
+            "fedprune": self.version,
+            "Date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        }
+
+    @property
+    def last(self) -> RoundRow:
+        """The last round.
+
+        Raises:
+            StorageError: No round has ended.
+        """
+        if not self.rounds:
+            raise StorageError(f"run {self.title!r} has no finished round")
+        return self.rounds[-1]
+
+    @property
+    def measure(self) -> str:
+        """What tells how good a model is: `accuracy`, or `loss` where numbers are predicted."""
+        recipe = self.job.get("recipe", {})
+        return "loss" if isinstance(recipe, Mapping) and recipe.get("loss") in REGRESSIONS else "accuracy"
+
+    def global_values(self) -> tuple[float | None, ...]:
+        """Per round the global model's measure on the server's data; None without any."""
+        return tuple(r.loss if self.measure == "loss" else r.accuracy for r in self.rounds)
+
+    def local_values(self) -> tuple[dict[str, float], ...]:
+        """Per round each device's own measure, as it was measured last, in that round or an earlier one.
+
+        A round may ask only some devices, and not all that were asked deliver. A mean over whoever did would be another
+        fleet's in every round.
+        """
+        return tuple(_latest(row.local for row in self.rounds))
+
+    def own_means(self, metric: str) -> tuple[float | None, ...]:
+        """Per round the mean of a metric of devices' own, as each device measured it last; None before the first."""
+        return _running_means(row.own.get(metric, {}) for row in self.rounds)
+
+    def measured_values(self, name: str) -> tuple[float | None, ...]:
+        """Per round what was measured of the global model under a name; None where it wasn't."""
+        return tuple(r.measured.get(name) for r in self.rounds)
+
+    def macs(self) -> int:
+        """Multiplications of all training."""
+        return sum(r.macs for r in self.rounds)
+
+    def reached(self, target: float, values: Sequence[float | None]) -> RoundRow | None:
+        """The first round whose value is as good as a target, or None.
+
+        Args:
+            target: An accuracy, or a loss where numbers are predicted.
+            values: A value per round.
+        """
+        for row, value in zip(self.rounds, values, strict=True):
+            if value is not None and (value <= target if self.measure == "loss" else value >= target):
+                return row
+        return None
+
+    def mean_locals(self) -> tuple[float | None, ...]:
+        """Per round the mean of `local_values`, every device counting alike; None before the first."""
+        return _running_means(row.local for row in self.rounds)
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """Each device's own measure as it was measured last; devices that never delivered are missing."""
+        found: dict[str, float] = {}
+        for row in self.rounds:
+            found.update(row.local)
+        return found
+
+    def final(self, rounds: int = 1) -> tuple[float, float]:
+        """Mean local measure and global measure over the last `rounds` rounds; NaN where nothing was measured."""
+        local = [v for v in self.mean_locals()[-rounds:] if v is not None]
+        whole = [v for v in self.global_values()[-rounds:] if v is not None]
+        return (
+            sum(local) / len(local) if local else math.nan,
+            sum(whole) / len(whole) if whole else math.nan,
+        )
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "record") -> Record:
+        """Read what `to_json` wrote.
+
+        Raises:
+            StorageError: It is damaged or of another version.
+        """
+        try:
+            body = json.loads(text)
+            if body.pop("format") != FORMAT:
+                raise StorageError(f"{where} is of another version", expected=FORMAT)
+            body["groups"] = tuple((str(n), int(s)) for n, s in body["groups"])
+            body["devices"] = tuple(_device_row(d) for d in body["devices"])
+            body["rounds"] = tuple(RoundRow(**r) for r in body["rounds"])
+            partition = body.pop("partition", {})
+            counts = {str(n): tuple(map(int, c)) for n, c in partition.get("counts", {}).items()}
+            body["partition"] = Partition(str(partition.get("data", "")), tuple(partition.get("classes", ())), counts)
+            body["channels"] = {n: tuple(tuple(g) for g in groups) for n, groups in body["channels"].items()}
+            return cls(**body)
+        except StorageError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise StorageError(f"{where} is damaged ({type(error).__name__}: {error})") from error
+
+    def save(self, path: Path) -> None:
+        """Write it to a file.
+
+        Raises:
+            StorageError: The disk fails; what was there before is untouched.
+        """
+        write_whole(path, (self.to_json() + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Read it from a file.
+
+        Raises:
+            StorageError: It can't be read or is damaged; the message names it.
+        """
+        with storage_errors(f"can't read {path}"):
+            text = path.read_text(encoding="utf-8", errors="replace")  # JSON has none of what is replaced
+        return cls.from_json(text, str(path))
+
+
+def record_of(
+    title: str,
+    job: Job,
+    architecture: Architecture,
+    state: State,
+    *,
+    traffic: Mapping[int, tuple[int, int]] | None = None,
+    notes: Mapping[int, Notes] | None = None,
+    ranking: str | bytes | None = None,
+    measured: str = "",
+    began: float = 0.0,
+    partition: Partition | None = None,
+) -> Record:
+    """The record of a job.
+
+    Args:
+        title: For people.
+        job: Its settings.
+        architecture: Its model's architecture.
+        state: The coordinator's state.
+        traffic: Bytes down and up since the run began, at the end of each round, by its number.
+        notes: What a simulation noted of each round, by its number; instead of `traffic`.
+        ranking: The last round's selection as JSON, for the channel map.
+        measured: Where bytes were counted.
+        began: When the run began, on the clock of the state's history.
+        partition: The fleet's data, as far as it is known.
+    """
+    rounds = tuple(
+        _round(entry, (traffic or {}).get(entry["round"], (0, 0)), began, job.recipe.loss) for entry in state.history
+    )
+    if notes is not None:
+        rounds = tuple(_noted(row, notes[row.round]) for row in rounds)
+    missed = _missed(state)
+    selection = None if ranking is None else Selection.from_json(ranking, architecture)
+    devices = tuple(
+        DeviceRow(
+            name=name,
+            profile=str(device.profile.get("name", "")),
+            samples=device.samples,
+            widths=tuple(device.widths),
+            density=device.plan["density"] if device.plan else device.density,
+            bound=device.plan["bound"] if device.plan else "",
+            parameters=costs_at(architecture, device.widths).parameters if device.widths else 0,
+            excluded=device.excluded,
+            compared=compared(name, state, predicted(name, device, job, architecture)),
+            missed=len(missed.get(name, [])),
+            why=missed[name][-1] if name in missed else "",
+        )
+        for name, device in sorted(state.devices.items())
+    )
+    return Record(
+        title=title,
+        job=job.to_dict(),
+        groups=tuple((_label(architecture, i), g.size) for i, g in enumerate(architecture.groups)),
+        devices=devices,
+        rounds=rounds,
+        channels={} if selection is None else _channels(selection, devices),
+        measured=measured,
+        partition=partition or Partition(),
+        version=__version__,
+    )
+
+
+def beside(runs: Sequence[Record]) -> tuple[str, ...]:
+    """Which models devices measured beside those that they serve: as received, and as trained if averages serve."""
+    kind, measured = runs[0].measure, {name for run in runs for row in run.rounds for name in row.own}
+    pairs = (("before", "before"), (TRAINED, AVERAGED))
+    return tuple(moment for moment, sign in pairs if f"{kind}_{sign}" in measured)
+
+
+def _missed(state: State) -> dict[str, list[str]]:
+    """Per device why nothing came of its part, for every finished round in which that was so."""
+    found: dict[str, list[str]] = {}
+    for row in state.history:
+        for name, part in row["devices"].items():
+            if part["progress"] == Progress.REFUSED.value:
+                found.setdefault(name, []).append(str(part.get("reason", "")))
+    return found
+
+
+def _device_row(body: Mapping[str, Any]) -> DeviceRow:
+    pairs = {str(metric): (pair[0], pair[1]) for metric, pair in body.get("compared", {}).items()}
+    return DeviceRow(**{**body, "widths": tuple(body["widths"]), "compared": pairs})
+
+
+def _label(architecture: Architecture, group: int) -> str:
+    """A group under the name of the layer that makes its channels, which says more than its own."""
+    members = architecture.members(group)
+    return members[0].partition("[")[0].rpartition(".")[0] or members[0] if members else architecture.groups[group].name
+
+
+def _round(entry: Mapping[str, Any], traffic: tuple[int, int], began: float, loss: str) -> RoundRow:
+    metrics, devices = entry["metrics"], entry["devices"]
+    kind = "loss" if loss in REGRESSIONS else "accuracy"
+    delivered = {n: part for n, part in devices.items() if part["progress"] == "folded"}
+    own = {n: served(part["metrics"], kind) for n, part in delivered.items()}
+    names = sorted(set().union(*(part["metrics"] for part in delivered.values())) - MEASURED)
+    return RoundRow(
+        round=entry["round"],
+        at=entry["at"] - began,
+        model=entry["model"],
+        accuracy=metrics.get("accuracy"),
+        loss=metrics.get("loss"),
+        local={n: value for n, value in own.items() if value is not None},
+        asked=len(devices),
+        down=traffic[0],
+        up=traffic[1],
+        own={m: {n: p["metrics"][m] for n, p in delivered.items() if m in p["metrics"]} for m in names},
+        density={n: part["density"] for n, part in delivered.items() if "density" in part},
+        measured={k: metrics[k] for k in (EPSILON,) if k in metrics},
+    )
+
+
+def _noted(row: RoundRow, notes: Notes) -> RoundRow:
+    return replace(
+        row,
+        down=notes.down,
+        up=notes.up,
+        measured=row.measured | notes.measured,
+        spent={n: list(v) for n, v in sorted(notes.devices.items())},
+        updates=notes.updates,
+        coverage=notes.coverage,
+    )
+
+
+def _running_means(rows: Iterable[Mapping[str, float]]) -> tuple[float | None, ...]:
+    known: dict[str, float] = {}
+    out: list[float | None] = []
+    for row in rows:
+        known.update(row)
+        out.append(sum(known.values()) / len(known) if known else None)
+    return tuple(out)
+
+
+def _latest(rows: Iterable[Mapping[str, float]]) -> Iterator[dict[str, float]]:
+    known: dict[str, float] = {}
+    for row in rows:
+        known = {**known, **row}
+        yield known
+
+
+def _channels(selection: Selection, devices: Sequence[DeviceRow]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    return {
+        d.name: tuple(
+            tuple(int(c) for c in rank[:width]) for rank, width in zip(selection.ranks, d.widths, strict=True)
+        )
+        for d in devices
+        if d.widths
+    }

@@ -1,0 +1,335 @@
+"""The report of a run: tables and charts as one HTML page that needs no other file, and the tables as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprune.core.text import quantity
+from fedprune.report import page
+from fedprune.report.chart import text
+from fedprune_server.devices import plan_vs_actual
+from fedprune_server.executor.accountant import EPSILON
+from fedprune_server.executor.divergence import advice
+from fedprune_server.simulation.results import charts
+from fedprune_server.simulation.results.record import DeviceRow, Record
+
+TAIL = 5
+"""Final accuracies (losses) are means over this many last rounds: a single round of a small test set is a coin toss."""
+
+POINTS = 2.0
+"""How far the fleet's accuracies may lie below the reference's, in percentage points."""
+
+EXCESS = 0.05
+"""How far the fleet's losses may lie above the reference's, where numbers are predicted."""
+
+ROWS = 100
+"""Devices that a table in Markdown lists at most; those of a page, which can be searched, list ten times as many."""
+
+_NAMED = 10
+"""Most devices that the terminal is told about one by one."""
+
+SHARE = 0.5
+"""What share of the reference's bytes the fleet may use, each way."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement about two runs, and whether it held.
+
+    Attributes:
+        text: What was claimed.
+        measured: What was seen.
+        held: Whether the claim is true of what was seen.
+    """
+
+    text: str
+    measured: str
+    held: bool
+
+    @property
+    def verdict(self) -> str:
+        """PASS or FAIL."""
+        return "PASS" if self.held else "FAIL"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Files of a report.
+
+    Attributes:
+        html: The page.
+        markdown: Its tables as Markdown.
+    """
+
+    html: Path
+    markdown: Path
+
+
+def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
+    """What narrow models promise, held against a reference that trains the whole model everywhere."""
+    mine, theirs = run.final(TAIL), reference.final(TAIL)
+    lost = [_worse(run, a, b) for a, b in zip(mine, theirs, strict=True)]
+    limit = EXCESS if run.measure == "loss" else POINTS / 100
+    allowed = f"{EXCESS:.0%} above" if run.measure == "loss" else f"{POINTS:.0f} points below"
+    shares = [_ratio(run.last.down, reference.last.down), _ratio(run.last.up, reference.last.up)]
+    return (
+        Claim(
+            f"mean local and global {run.measure} at most {allowed} {reference.title}",
+            f"local {_difference(run, lost[0])}, global {_difference(run, lost[1])}",
+            all(d <= limit for d in lost),  # NaN compares false: what was not measured is not held
+        ),
+        Claim(
+            f"at most {SHARE:.0%} of its bytes, down and up",
+            f"down {_percent(shares[0])}, up {_percent(shares[1])}",
+            all(s <= SHARE for s in shares),
+        ),
+    )
+
+
+def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...]]:
+    """Rows of the summary table; the first is the header."""
+    runs = [run] + ([reference] if reference is not None else [])
+    finals = [r.final(TAIL) for r in runs]
+    last = [r.final() for r in runs]
+    tail = min(TAIL, max(len(r.rounds) for r in runs))
+    private = [("privacy", *map(_privacy, runs))] if any(r.job.get("privacy") for r in runs) else []
+    rows = [
+        ("", *(r.title for r in runs)),
+        (
+            f"mean local {run.measure}{_over(tail)}",
+            *(shown(r, f[0]) + _part(r) for r, f in zip(runs, finals, strict=True)),
+        ),
+        (f"global {run.measure}{_over(tail)}", *(shown(r, f[1]) for r, f in zip(runs, finals, strict=True))),
+        *(
+            (f"{kind} {run.measure}, last round", *(shown(r, f[i]) for r, f in zip(runs, last, strict=True)))
+            for i, kind in enumerate(("mean local", "global"))
+            if tail > 1
+        ),
+        ("MB down", *(f"{r.last.down / 1e6:,.2f}" for r in runs)),
+        ("MB up", *(f"{r.last.up / 1e6:,.2f}" for r in runs)),
+        ("rounds", *(str(len(r.rounds)) for r in runs)),
+        ("seconds", *(f"{r.last.at:,.0f}" for r in runs)),
+        *private,
+    ]
+    if reference is None:
+        return rows
+    notes = (
+        "difference",
+        *(_difference(run, _worse(run, a, b)) for a, b in zip(*finals, strict=True)),
+        *(_difference(run, _worse(run, a, b)) for a, b in zip(*last, strict=True) if tail > 1),
+        _change(_ratio(run.last.down, reference.last.down)),
+        _change(_ratio(run.last.up, reference.last.up)),
+        "",
+        "",
+        *("" for _ in private),
+    )
+    return [(*row, note) for row, note in zip(rows, notes, strict=True)]
+
+
+def _privacy(run: Record) -> str:
+    """What a run has cost of privacy: ε of the board that it cost most."""
+    settings = run.job.get("privacy")
+    if not settings:
+        return "none"
+    cost = run.last.measured.get(EPSILON)
+    return "no noise" if cost is None else f"ε {cost:.3g} at δ {settings['delta']:g}, {settings['noise']} noise"
+
+
+_PLAN = ("device", "profile", "samples", "density", "bound by", "widths", "parameters")
+
+
+def plan_rows(run: Record) -> list[tuple[str, ...]]:
+    """Rows of the plan table; the first is the header."""
+    latest = run.latest
+    return _filled(
+        [
+            (*_PLAN, f"local {run.measure}", "why not"),
+            *(
+                (
+                    d.name,
+                    d.profile,
+                    str(d.samples),
+                    f"{d.density:.3f}" if d.widths else "–",
+                    d.bound or "the job",
+                    " · ".join(map(str, d.widths)),
+                    f"{d.parameters:,}",
+                    shown(run, latest.get(d.name, math.nan)),
+                    _absence(run, d),
+                )
+                for d in run.devices
+            ),
+        ]
+    )
+
+
+def absences(run: Record) -> list[str]:
+    """Of every device that takes no part any more, or never delivered anything that counts, a sentence on why."""
+    latest = set().union(*(r.density.keys() | r.local.keys() for r in run.rounds))
+    lost = [d for d in run.devices if d.excluded or (d.missed and d.name not in latest)]
+    said = [f"{d.name}: {_absence(run, d)}" for d in lost[:_NAMED]]
+    return said if len(lost) <= _NAMED else [*said, f"and {len(lost) - _NAMED:,} more devices"]
+
+
+def diverged(run: Record) -> str:
+    """Whether training ran away, and what to change; empty where it didn't."""
+    measured = [r.loss for r in run.rounds if r.loss is not None or r.accuracy is not None]
+    return advice(measured, [d.why for d in run.devices], run.job.get("recipe", {}))
+
+
+def _absence(run: Record, device: DeviceRow) -> str:
+    """Why a device took no part, or none in some rounds; empty where it always did."""
+    if device.excluded:
+        return device.excluded
+    text = f"no update in {device.missed} of {quantity(len(run.rounds), 'round')}" if device.missed else ""
+    return f"{text}, lastly: {device.why}" if device.why else text
+
+
+def foresight_rows(run: Record) -> list[tuple[str, ...]]:
+    """Rows of the table of predictions beside measurements; the first is the header."""
+    return _filled(plan_vs_actual.table([(d.name, d.compared) for d in run.devices if d.widths]))
+
+
+def _filled(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """A table without the columns in which nothing is known of anything."""
+    kept = [i for i in range(len(rows[0])) if not i or any(row[i] not in ("", "–") for row in rows[1:])]
+    return [tuple(row[i] for i in kept) for row in rows]
+
+
+def _some(rows: list[tuple[str, ...]], most: int = ROWS) -> list[tuple[str, ...]]:
+    """The first rows of a table, and how many more there are."""
+    more = len(rows) - 1 - most
+    return rows if more <= 0 else [*rows[: most + 1], (f"and {more:,} more", *[""] * (len(rows[0]) - 1))]
+
+
+def summary_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
+    """Summary for a terminal, and the verdicts if the run is to be judged."""
+    rows = summary(run, reference)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "   ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]
+    if lost := absences(run):
+        lines += ["", *lost]
+    if spoilt := diverged(run):
+        lines += ["", spoilt]
+    if reference is not None and judged:
+        lines += ["", *(f"{c.verdict}: {c.text} ({c.measured})" for c in claims(run, reference))]
+    return "\n".join(lines)
+
+
+def write_report(folder: Path, run: Record, reference: Record | None = None, *, judged: bool = True) -> Report:
+    """Write `report.html` and `report.md` into `folder`.
+
+    Args:
+        folder: Where to; it is made if missing.
+        run: The run.
+        reference: A run to compare with.
+        judged: Whether the comparison is a test of the claims.
+
+    Raises:
+        StorageError: The run has no finished round.
+    """
+    rounds = run.last.round  # raises before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    intro = (
+        f"{quantity(len(run.devices), 'device')}, {quantity(rounds, 'round')}. "
+        f"{'Losses' if run.measure == 'loss' else 'Accuracies'} of the summary are means over the last "
+        f"{quantity(min(TAIL, len(run.rounds)), 'round')}. Local {run.measure} is that of the model that a device "
+        f"serves, on its own test data, as measured last; its mean is over the {len(run.latest)} of "
+        f"{len(run.devices)} devices that delivered." + (f" Bytes: {run.measured}." if run.measured else "")
+    )
+    verdicts = claims(run, reference) if reference is not None and judged else ()
+    report = Report(folder / "report.html", folder / "report.md")
+    report.markdown.write_text(_markdown(run, reference, intro, verdicts), encoding="utf-8")
+    report.html.write_text(_html(run, reference, intro, verdicts), encoding="utf-8")
+    return report
+
+
+def _markdown(run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...]) -> str:
+    header = ", ".join(f"{k}: {v}" for k, v in run.facts().items() if v)
+    parts = [f"# {run.title}", header, intro, "## Summary", markdown_table(summary(run, reference))]
+    parts += [f"- **{c.verdict}**: {c.text} ({c.measured})" for c in judged]
+    parts += ["## Plans", markdown_table(_some(plan_rows(run)))]
+    parts += ["## Predicted and measured", markdown_table(_some(foresight_rows(run)))]
+    parts += ["Charts are in [report.html](report.html)."]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as Markdown; the first is the header."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def _html(run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...]) -> str:
+    runs = [run] + ([reference] if reference is not None else [])
+    verdicts = "".join(
+        f'<li class="{"held" if c.held else "failed"}"><b>{c.verdict}</b>: {text(f"{c.text} ({c.measured})")}</li>'
+        for c in judged
+    )
+    parts = [
+        page.paragraph(intro),
+        page.section("Summary", html_table(summary(run, reference)), f"<ul>{verdicts}</ul>" if verdicts else ""),
+        page.section("Learning", charts.curves(runs)),
+        page.section("Devices", charts.devices(run, reference)),
+        page.section("Data of the devices", run.partition.heat_map()),
+        page.section("Bytes between server and devices", charts.traffic(runs)),
+        page.section("Channels of the devices", charts.channel_map(run)),
+        page.section("Channels over the rounds", charts.coverage_map(run)),
+        page.section("Plans", html_table(_some(plan_rows(run), 10 * ROWS), words=(1, 4))),
+        page.section("Predicted and measured", html_table(_some(foresight_rows(run), 10 * ROWS))),
+    ]
+    return page.document(run.title, parts, run.facts())
+
+
+def html_table(rows: Sequence[tuple[str, ...]], words: Sequence[int] = ()) -> str:
+    """Rows as HTML; the first is the header."""
+    return page.table(rows[0], rows[1:], words=words) if len(rows) > 1 else ""
+
+
+def _part(run: Record) -> str:
+    """Over how many devices a mean goes, where it is not all."""
+    measured, all_ = len(run.latest), len(run.devices)
+    return f" ({measured} of {quantity(all_, 'device')})" if measured < all_ else ""
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def _over(rounds: int) -> str:
+    return f", last {rounds} rounds" if rounds > 1 else ""
+
+
+def _change(ratio: float) -> str:
+    """By how much an amount is more or less than another."""
+    return f"{0 + round(100 * (ratio - 1)):+d}%" if math.isfinite(ratio) else "–"
+
+
+def _percent(value: float, digits: int = 0) -> str:
+    return f"{value:.{digits}%}" if math.isfinite(value) else "–"
+
+
+def shown(run: Record, value: float) -> str:
+    """An accuracy as a percentage, a loss as a number."""
+    if run.measure == "accuracy":
+        return _percent(value, 1)
+    return f"{value:.4g}" if math.isfinite(value) else "–"
+
+
+def _worse(run: Record, mine: float, theirs: float) -> float:
+    """By how much a measure is worse than another: a difference of accuracies, a share of the other loss."""
+    if run.measure == "accuracy":
+        return theirs - mine
+    return (mine - theirs) / theirs if theirs else math.nan
+
+
+def _difference(run: Record, worse: float) -> str:
+    if not math.isfinite(worse):
+        return "not measured"
+    return f"{0 - 100 * worse:+.1f} points" if run.measure == "accuracy" else f"{worse:+.1%}"

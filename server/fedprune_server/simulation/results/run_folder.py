@@ -1,0 +1,99 @@
+"""The folder of a simulated run: its settings, its numbers and the state that it goes on from after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.disk import storage_errors, write_whole
+from fedprune_server.config.differences import differences
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.results.metrics_table import write_metrics
+from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.state import OtherRunError
+
+CONFIG = "config{}.json"
+RECORD = "metrics{}.json"
+"""Files of a run's folder; a reference's are marked."""
+
+_UNDECIDED = ("fingerprint", "title", "checkpoints")
+"""Settings that say nothing of what a run computes, or nothing to a reader."""
+
+
+def simulate(
+    experiment: Experiment,
+    folder: Path | None = None,
+    progress: Callable[[Simulation], None] | None = None,
+    *,
+    begun: Callable[[Simulation], None] | None = None,
+    suffix: str = "",
+    state: str = "run",
+) -> Record:
+    """Run an experiment to its end, from wherever it stands, and leave its numbers in a folder.
+
+    Args:
+        experiment: The experiment.
+        folder: Where `config.json`, `metrics.json`, `metrics.parquet` and `rounds.parquet` are written, and where the
+            state lies that a killed run goes on from. Without it nothing stays.
+        progress: Called after every training and every round.
+        begun: Called once all is ready, before anything is trained.
+        suffix: Put before the ending of those files' names, where one folder has several runs.
+        state: The folder's folder of the run's state.
+
+    Returns:
+        The run's record.
+
+    Raises:
+        StorageError: The folder holds another run, or the disk fails.
+        FedpruneError: As `Simulation.run`.
+    """
+    with nullcontext(None) if folder is not None else TemporaryDirectory(prefix="fedprune-blobs-") as scratch:
+        place = None if folder is None else folder / state
+        if folder is not None and place is not None:
+            with storage_errors(f"can't make {place}"):
+                place.mkdir(parents=True, exist_ok=True)
+        blobs = BlobStore((place or Path(str(scratch))) / "blobs", durable=False)
+        try:
+            simulation = Simulation(experiment, blobs, folder=place)
+        except OtherRunError as error:
+            differ = "" if folder is None else _differences(folder / CONFIG.format(suffix), experiment)
+            raise OtherRunError(error.what, got=differ or None, hint=error.hint) from error
+        if folder is not None:
+            text = json.dumps(experiment.settings(), indent=1) + "\n"
+            write_whole(folder / CONFIG.format(suffix), text.encode())
+        simulation.run(progress, begun)
+        record = simulation.record()
+    if folder is not None:
+        record.save(folder / RECORD.format(suffix))
+        write_metrics(folder, record, suffix)
+    return record
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, also after its state was deleted so that it begins anew."""
+    return (folder / "run").is_dir() or "fingerprint" in _settings(folder / CONFIG.format(""))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A run's settings as it wrote them; empty where they can't be read."""
+    try:
+        body = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _differences(path: Path, experiment: Experiment) -> str:
+    stored = _settings(path)
+    if not stored:
+        return ""
+    found = differences(stored, json.loads(json.dumps(experiment.settings())), _UNDECIDED)
+    return (
+        found or "the same settings: what differs is the model's graph, the server's samples or a strategy's own code"
+    )

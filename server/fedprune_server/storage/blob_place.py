@@ -1,0 +1,118 @@
+"""Where a job's blobs are: in its state folder or, as its settings say, in a bucket; and how they move there."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import StorageError
+from fedprune_server.storage.s3.bucket import FOLDER
+from fedprune_server.storage.s3.store import BucketStore
+
+log = logging.getLogger("fedprune.server")
+
+BLOBS = "blobs"
+NUMBER = "bucket"
+"""Key of a job's settings: the number by which its bucket knows it."""
+
+
+def place_of(settings: Mapping[str, Any] | None) -> str:
+    """Where a job's settings say that its blobs are."""
+    return str((settings or {}).get("server", {}).get("blobs") or FOLDER)
+
+
+def number_of(settings: Mapping[str, Any] | None) -> str | None:
+    """The number by which a bucket knows a job; None for one that has not been in any."""
+    found = (settings or {}).get(NUMBER)
+    return None if found is None else str(found)
+
+
+def bucket_of(folder: Path, settings: Mapping[str, Any] | None) -> BucketStore | None:
+    """The bucket that has a job's blobs, for whoever only looks; None for a job whose blobs are in the folder.
+
+    Raises:
+        ConfigError: The bucket has another job's blobs.
+        BucketError: It can't be used.
+        MissingExtraError: boto3 isn't installed.
+    """
+    place = place_of(settings)
+    if place == FOLDER:
+        return None
+    store = BucketStore(folder / BLOBS, place, keeping=False)
+    store.check_owner(number_of(settings))
+    return store
+
+
+def reader(folder: Path, settings: Mapping[str, Any] | None) -> BlobStore:
+    """A job's blobs for whoever only looks: the folder stays as it is; errors are those of `bucket_of`."""
+    return bucket_of(folder, settings) or BlobStore(folder / BLOBS)
+
+
+def opened(folder: Path, place: str, cache: int, settings: Mapping[str, Any] | None) -> BlobStore:
+    """The store of a server.
+
+    Args:
+        folder: The state folder.
+        place: `folder`, or a bucket's URL.
+        cache: Bytes that the folder may hold of what a bucket has.
+        settings: The job's, if there is one yet.
+
+    Raises:
+        ConfigError: The bucket has another job's blobs.
+        BucketError: It can't be used.
+        MissingExtraError: boto3 isn't installed.
+    """
+    if place == FOLDER:
+        return BlobStore(folder / BLOBS)
+    store = BucketStore(folder / BLOBS, place, cache=cache)
+    store.check_owner(number_of(settings))
+    return store
+
+
+def new_number() -> str:
+    """A number for a job that comes into a bucket."""
+    return secrets.token_hex(16)
+
+
+def move_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed: Iterable[str]) -> None:
+    """Bring what a job needs where it is kept from now on.
+
+    It may be in the folder, after a restore or where it was kept until now, or in another bucket.
+
+    Raises:
+        BucketError: A bucket can't be used.
+        StorageError: A blob is damaged, or the disk fails.
+    """
+    near, missing = BlobStore(folder / BLOBS), [d for d in sorted(needed) if not store.has(d)]
+    moved = 0
+    for digest in [d for d in missing if near.has(d)]:
+        store.put(near.read(digest))
+        moved += 1
+    missing = [d for d in missing if not store.has(d)]
+    place = place_of(settings)
+    if missing and place != FOLDER and not (isinstance(store, BucketStore) and store.bucket.url == place):
+        other = BucketStore(folder / BLOBS, place, keeping=False)
+        other.check_owner(number_of(settings))
+        for digest in [d for d in missing if other.has(d)]:
+            store.put(other.read(digest))
+            moved += 1
+    if moved:
+        log.info("%d blobs were brought to %s", moved, store.bucket.url if isinstance(store, BucketStore) else folder)
+
+
+def lay_down(store: BlobStore, number: str | None, job: str, model: bytes) -> None:
+    """Have a bucket say whose blobs it has.
+
+    Raises:
+        BucketError: It can't be used.
+        StorageError: The job has no number.
+    """
+    if isinstance(store, BucketStore):
+        if number is None:
+            raise StorageError("a job in a bucket has no number")
+        store.claim(number, job, model)
+        store.patience.endless = True

@@ -1,0 +1,91 @@
+"""A database's rows carried over to another one, of whichever kind, at one moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sqlalchemy as sql
+
+from fedprune.core.errors import ConfigError
+from fedprune_server.storage.database import MARK, Database, copy_sqlite, translated
+from fedprune_server.storage.lease import DATABASE_ID
+from fedprune_server.storage.lease import ROW as LEASE
+from fedprune_server.storage.schema import EVENTS, IDENTITY, META, TABLES
+from fedprune_server.storage.storage import Storage
+
+RESTORED = "restored"
+"""Row of `meta`: digest of the backup that a database was filled from."""
+
+_OWN = (MARK, LEASE, DATABASE_ID)
+"""Rows of `meta` that are of one database and server, not of the job."""
+_ROWS = 500
+
+
+def snapshot(storage: Storage, target: Path) -> None:
+    """Write a SQLite file with all that a database holds now; others may be writing to it.
+
+    Args:
+        storage: The database, of this version's schema.
+        target: The file, which isn't there.
+
+    Raises:
+        StorageError: It can't be read or written.
+    """
+    if storage.database.file is not None:
+        copy_sqlite(storage.database.file, target)
+    else:
+        with Storage(f"sqlite:///{target}") as copy:
+            _carry(storage.database, copy.database)
+    engine = sql.create_engine(f"sqlite:///{target}")
+    try:
+        with translated(str(target)), engine.begin() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode=DELETE")  # one file
+            connection.execute(META.delete().where(META.c.key.in_((*_OWN, RESTORED))))
+    finally:
+        engine.dispose()
+
+
+def fill(url: str, source: Path, digest: str) -> None:
+    """Fill an empty database with a SQLite file's rows, in one transaction.
+
+    Args:
+        url: The database's.
+        source: What `snapshot` wrote, also of an older version: it is migrated.
+        digest: Of the backup; a database that was filled from it is left as it is.
+
+    Raises:
+        ConfigError: The database holds a job.
+        StorageError: It can't be read or written.
+    """
+    with Storage(url) as storage, Storage(f"sqlite:///{source}") as copy:
+        with storage.database.transaction() as connection:
+            filled = connection.execute(sql.select(META.c.value).where(META.c.key == RESTORED)).scalar()
+        if filled == digest:
+            return
+        if storage.settings() is not None or storage.load() is not None:
+            raise ConfigError(f"{storage.url} holds a job already", hint="Name an empty database.")
+        _carry(copy.database, storage.database, {RESTORED: digest})
+
+
+def _carry(source: Database, target: Database, more: dict[str, str] | None = None) -> None:
+    with translated(target.url), source.engine.connect() as reader, target.engine.connect() as writer:
+        if source.postgresql:
+            reader = reader.execution_options(isolation_level="REPEATABLE READ")
+        with reader.begin(), writer.begin():
+            for table in TABLES.sorted_tables:
+                writer.execute(table.delete())
+                if table is IDENTITY:
+                    continue  # a backup has the identity's own files
+                rows = reader.execution_options(yield_per=_ROWS).execute(sql.select(table))
+                for part in rows.mappings().partitions(_ROWS):
+                    kept = [dict(r) for r in part if table is not META or r["key"] not in _OWN]
+                    if kept:
+                        writer.execute(table.insert(), kept)
+            for key, value in (more or {}).items():
+                writer.execute(META.insert().values(key=key, value=value))
+            if target.postgresql:
+                last = writer.execute(sql.select(sql.func.max(EVENTS.c.number))).scalar()
+                writer.execute(META.insert().values(key=MARK, value=""))
+                if last is not None:
+                    query = "SELECT setval(pg_get_serial_sequence('events', 'number'), :last)"
+                    writer.execute(sql.text(query), {"last": last})

@@ -1,0 +1,261 @@
+"""Which server may write to a database: the one that took the lease last, for as long as it renews it.
+
+A lease is a row of `meta`: who holds it, a token that counts who ever did, and when it ends, by the database's clock.
+Every transaction of a server compares the token, so that one that was away too long (stopped, cut off, on a machine
+that hung) can write nothing any more once another has taken over.
+
+SQLite's database lies on one machine, where the state folder's lock says at once and for sure whether a server lives.
+There a lease doesn't end, and whoever has the lock takes it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import sqlalchemy as sql
+
+from fedprune.core.errors import BusyError, StorageError
+from fedprune_server.storage.database import Database, LostConnectionError
+from fedprune_server.storage.schema import META
+
+log = logging.getLogger("fedprune.server")
+
+ROW = "lease"
+DATABASE_ID = "database-id"
+"""Row of `meta`: a random id of a PostgreSQL database, which no copy of it in another database has."""
+
+LASTS_S = 15.0
+RENEWED_S = 3.0
+_LOOK_S = 1.0
+
+
+class LeaseLostError(StorageError):
+    """Another server has taken over."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    holder: str = ""
+    token: int = 0
+    expires: float | None = 0.0
+
+
+class Lease:
+    """A server's claim to a database.
+
+    Args:
+        url: The database's.
+        folder: The server's state folder, whose lock it holds.
+
+    Attributes:
+        lost: Called, in a thread of the lease's, if another server has taken over.
+        shared: Id of the database if several servers can share it, once the lease is taken; None for SQLite.
+
+    Raises:
+        StorageError: The database can't be reached.
+    """
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.lost: Callable[[], None] = lambda: None
+        self.shared: str | None = None
+        self._url, self._database = url, Database(url)
+        self._reader: Database | None = None
+        self._looked: tuple[float, str] | None = None
+        self._looking = threading.Lock()
+        number = folder.stat().st_ino
+        self._holder = f"{socket.gethostname()}:{folder.resolve()}:{number}"
+        self._token: int | None = None
+        self._gone = False
+        self._seen: _Row | None = None
+        self._ended = False
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def wait(self, *, standby: bool) -> None:
+        """Take PostgreSQL's lease, if there is a database yet, once nobody else holds it.
+
+        Args:
+            standby: Wait for as long as it takes; else only until it is clear whether its holder lives.
+
+        Raises:
+            BusyError: Another server holds it, and this one doesn't stand by.
+            StorageError: The database can't be reached.
+        """
+        if not self._database.postgresql:  # where the folder's lock was waited for
+            return
+        said = ""
+        while not self._database.patiently(lambda: not self._exists() or self._try()):
+            holder = self._seen.holder if self._seen else ""
+            if not standby and not self._ended:
+                raise self._busy()
+            if standby and holder != said:
+                log.info("standing by: %s has the job", holder.rpartition(":")[0])
+                said = holder
+            time.sleep(RENEWED_S + 1)
+        if said:
+            log.warning("taking over from %s", said.rpartition(":")[0])
+
+    def take(self) -> None:
+        """Take the lease of a database that is there by now, unless `wait` has.
+
+        Raises:
+            BusyError: Another server holds it.
+            StorageError: The database can't be used.
+        """
+        if self._token is None and not self._try():
+            raise self._busy()
+        if self._database.postgresql:
+            self.shared = self._database_id()
+            self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+            self._thread.start()
+
+    def check(self, connection: sql.Connection) -> None:
+        """Make sure, within a transaction that is about to write, that this server still has the lease.
+
+        Raises:
+            LeaseLostError: Another has it.
+        """
+        if _read(connection, share=True).token != self._token:
+            self._gone = True
+            raise self._error()
+
+    def confirm(self) -> None:
+        """Raise what `lost` was called for.
+
+        Raises:
+            LeaseLostError: Another server has taken over.
+        """
+        if self._gone:
+            raise self._error()
+
+    def trouble(self) -> str:
+        """What keeps this server from writing to its database, in words; empty if nothing does. For any thread.
+
+        It locks nothing, and the database is asked once a second at most, however often this is called.
+        """
+        with self._looking:
+            now = time.monotonic()
+            if self._looked is None or now - self._looked[0] >= _LOOK_S:
+                self._looked = now, self._look()
+            return self._looked[1]
+
+    def _look(self) -> str:
+        try:
+            if self._reader is None:
+                self._reader = Database(self._url, read_only=True)
+            with self._reader.transaction() as connection:
+                gone = self._gone or _read(connection, hold=False).token != self._token
+        except StorageError as error:
+            return str(error)
+        return "another server has taken the job over" if gone else ""
+
+    def close(self) -> None:
+        """Give it back."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+        with suppress(StorageError):  # it ends by itself
+            if self._token is not None and not self._gone:
+                with self._database.transaction() as connection:
+                    row = _read(connection)
+                    if row.token == self._token:
+                        _write(connection, _Row(row.holder, row.token, 0.0))
+        self._database.close()
+        with self._looking:
+            if self._reader is not None:
+                self._reader.close()
+
+    def _database_id(self) -> str:
+        with self._database.transaction() as connection:
+            self.check(connection)
+            known = connection.execute(sql.select(META.c.value).where(META.c.key == DATABASE_ID)).scalar()
+            if known is None:
+                known = secrets.token_hex(16)
+                connection.execute(META.insert().values(key=DATABASE_ID, value=known))
+        return str(known)
+
+    def _exists(self) -> bool:
+        with self._database.transaction() as connection:
+            return sql.inspect(connection).has_table("meta")
+
+    def _try(self) -> bool:
+        """Take the lease if it is free: given back, of a server that this folder's lock proves dead, or run out.
+
+        A lease counts as run out when it is found so twice, with time enough to renew it in between: the database may
+        have been away from all, or its clock been set.
+        """
+        with self._database.transaction() as connection:
+            row, now = _read(connection), _clock(connection)
+            ended = row.expires is not None and row.expires <= now
+            free = row.token == 0 or row.expires == 0 or row.holder == self._holder or not self._database.postgresql
+            if free or (ended and row == self._seen):
+                expires = now + LASTS_S if self._database.postgresql else None
+                _write(connection, _Row(self._holder, row.token + 1, expires))
+                self._token = row.token + 1
+                return True
+            self._seen, self._ended = row, ended
+        return False
+
+    def _renew(self) -> None:
+        while not self._closed.wait(RENEWED_S):
+            try:
+                self._renew_once()
+            except LostConnectionError:  # noqa: PERF203 - how long that may be is up to whoever needs it
+                continue
+            except StorageError as error:
+                log.error("%s", error)
+                if self._gone:
+                    self.lost()
+                    return
+
+    def _renew_once(self) -> None:
+        with self._database.transaction() as connection:
+            row = _read(connection)
+            if row.token != self._token:
+                self._gone = True
+                raise self._error()
+            _write(connection, _Row(row.holder, row.token, _clock(connection) + LASTS_S))
+
+    def _busy(self) -> BusyError:
+        holder = self._seen.holder.rpartition(":")[0] if self._seen else "another server"
+        return BusyError(
+            f"{holder} has the job of {self._database.url}",
+            hint="Stop it; or start this one with --standby, which takes over when that one ends.",
+        )
+
+    def _error(self) -> LeaseLostError:
+        return LeaseLostError(
+            f"another server has taken the job of {self._database.url} over",
+            hint="This one was away for too long. Nothing is lost; start it again with --standby.",
+        )
+
+
+def _read(connection: sql.Connection, *, share: bool = False, hold: bool = True) -> _Row:
+    query = sql.select(META.c.value).where(META.c.key == ROW)
+    text = connection.execute(query.with_for_update(read=share) if hold else query).scalar()
+    try:
+        return _Row() if text is None else _Row(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise StorageError("the database's lease is damaged", hint="Delete the row `lease` of `meta`.") from error
+
+
+def _write(connection: sql.Connection, row: _Row) -> None:
+    text = json.dumps(vars(row))
+    if not connection.execute(META.update().where(META.c.key == ROW).values(value=text)).rowcount:
+        connection.execute(META.insert().values(key=ROW, value=text))
+
+
+def _clock(connection: sql.Connection) -> float:
+    """Seconds since 1970, as the database has it: the same for all who ask."""
+    if connection.dialect.name == "sqlite":
+        return time.time()
+    return float(connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar() or 0)

@@ -1,0 +1,11 @@
+"""What Alembic runs: the steps, on the connection and in the transaction that `schema_migration` has open."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from fedprune_server.storage.schema import TABLES
+
+context.configure(connection=context.config.attributes["connection"], target_metadata=TABLES, compare_type=True)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,193 @@
+"""An S3 bucket, or what speaks like one: objects under a prefix, and what goes wrong with it in errors of ours.
+
+Where it is, and who we are, says boto3's usual environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and so on.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+from fedprune.core.errors import ConfigError, MissingExtraError, StorageError
+
+SCHEME = "s3://"
+FOLDER = "folder"
+"""What `blobs` says where they lie in the state folder."""
+
+_CONNECT_S, _READ_S, _TRIES = 5, 60, 3
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
+_PREFIX = re.compile(r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*")
+_MISSING = ("NoSuchKey", "404", "NotFound")
+_THERE, _UNKNOWN = ("PreconditionFailed", "412"), ("NotImplemented", "501")
+_MEETS = ("ConditionalRequestConflict", "409")
+"""Another write of the same object is under way: who tries again sees what came of it."""
+
+_MEETINGS = 5
+_DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
+
+
+class BucketError(StorageError):
+    """A bucket can't be used at the moment, whatever the reason."""
+
+
+def parse(url: str) -> tuple[str, str]:
+    """The bucket and the prefix of an address such as `s3://bucket/fleet/leaves`.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    name, _, prefix = url.removeprefix(SCHEME).partition("/")
+    prefix = prefix.removesuffix("/")
+    good = url.startswith(SCHEME) and _BUCKET.fullmatch(name) and (not prefix or _PREFIX.fullmatch(prefix))
+    if not good or ".." in url or len(prefix) > 512:
+        raise ConfigError(
+            "server: blobs",
+            expected=f"{FOLDER!r} or {SCHEME}bucket/prefix",
+            got=repr(url.partition("@")[2] or url)[:200],  # what some put before an @ is a secret
+            hint="Address and credentials come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+        )
+    return name, f"{prefix}/" if prefix else ""
+
+
+class Bucket:
+    """The objects under a prefix.
+
+    Methods may be called from several threads. None retries for longer than a hiccup: that is up to the caller.
+
+    Args:
+        url: `s3://bucket/prefix`.
+
+    Attributes:
+        url: The same.
+
+    Raises:
+        ConfigError: The URL is none.
+        MissingExtraError: boto3 isn't installed.
+        BucketError: The environment says nothing that boto3 can use.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._name, self._prefix = parse(url)
+        self.url = f"{SCHEME}{self._name}/{self._prefix}".rstrip("/")
+        try:
+            import boto3
+            from botocore import exceptions
+            from botocore.config import Config
+        except ImportError as error:
+            raise MissingExtraError(f"blobs at {SCHEME} need the package boto3", extra="scale") from error
+        self._failed: type[Exception] = exceptions.ClientError
+        self._broken: type[Exception] = exceptions.BotoCoreError
+        config = Config(
+            connect_timeout=_CONNECT_S,
+            read_timeout=_READ_S,
+            retries={"mode": "standard", "total_max_attempts": _TRIES},
+            max_pool_connections=16,
+            response_checksum_validation="when_required",  # who reads compares with the name
+        )
+        with self._translated("open"):
+            try:
+                self._client: Any = boto3.session.Session().client("s3", config=config)
+            except ValueError as error:  # an endpoint that is no URL
+                raise BucketError(f"can't open {self.url}: {error}", hint="Is AWS_ENDPOINT_URL right?") from error
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """Keys that begin so, and how many bytes each object has.
+
+        Raises:
+            BucketError: It can't be used.
+        """
+        options: dict[str, str] = {}
+        while True:
+            with self._translated("list"):
+                page = self._client.list_objects_v2(Bucket=self._name, Prefix=self._prefix + prefix, **options)
+            for found in page.get("Contents", ()):
+                yield str(found["Key"])[len(self._prefix) :], int(found["Size"])
+            if not page.get("IsTruncated"):
+                return
+            options["ContinuationToken"] = page["NextContinuationToken"]
+
+    def put(self, key: str, data: bytes | memoryview, sha256: str, *, anew: bool = True) -> None:
+        """Write an object; the bucket compares what it got with the digest.
+
+        Args:
+            key: Its name.
+            data: Its bytes.
+            sha256: Their digest, as hex.
+            anew: Whether it takes the place of one that is there, as it always does where a bucket knows no conditions.
+
+        Raises:
+            BucketError: It can't be used.
+        """
+        check = base64.b64encode(bytes.fromhex(sha256)).decode()
+        written = {"Bucket": self._name, "Key": self._prefix + key, "Body": bytes(data), "ChecksumSHA256": check}
+        with self._translated("write to"):
+            for attempt in range(_MEETINGS):
+                try:
+                    self._client.put_object(**written, **({} if anew else {"IfNoneMatch": "*"}))
+                    return
+                except self._failed as error:  # noqa: PERF203 - once, as a rule
+                    if not anew and _code(error) in _THERE:
+                        return
+                    if not anew and _code(error) in _UNKNOWN:
+                        self._client.put_object(**written)
+                        return
+                    if anew or _code(error) not in _MEETS or attempt + 1 == _MEETINGS:
+                        raise
+
+    def get(self, key: str, limit: int) -> bytes | None:
+        """An object's bytes, not checked; None where there is none, or one of more than `limit` bytes.
+
+        Raises:
+            BucketError: It can't be used.
+        """
+        with self._translated("read"):
+            try:
+                found = self._client.get_object(Bucket=self._name, Key=self._prefix + key)
+            except self._failed as error:
+                if _code(error) in _MISSING:
+                    return None
+                raise
+            with closing(found["Body"]) as body:  # as a context it is urllib3's stream, with errors that aren't boto3's
+                return None if int(found["ContentLength"]) > limit else bytes(body.read())
+
+    def delete(self, key: str) -> None:
+        """Delete an object; it need not be there.
+
+        Raises:
+            BucketError: It can't be used.
+        """
+        with self._translated("delete from"):
+            self._client.delete_object(Bucket=self._name, Key=self._prefix + key)
+
+    @contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except self._failed as error:
+            code = _code(error)
+            hint = "See what the bucket's own log says."
+            if code == "NoSuchBucket":
+                hint = "Make the bucket, or give another name."
+            elif code in _DENIED:
+                hint = (
+                    "Are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY right? They must be allowed to list the bucket, "
+                    "and to get, put and delete objects."
+                )
+            raise BucketError(f"can't {doing} {self.url}: {_first_line(error)}", hint=hint) from error
+        except (self._broken, OSError) as error:
+            hint = "Is it running, and AWS_ENDPOINT_URL (or AWS_REGION) right?"
+            if "redentials" in type(error).__name__:
+                hint = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
+            raise BucketError(f"can't {doing} {self.url}: {_first_line(error)}", hint=hint) from error
+
+
+def _code(error: Exception) -> str:
+    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

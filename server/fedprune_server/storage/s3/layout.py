@@ -1,0 +1,65 @@
+"""What lies where under a bucket's prefix: blobs, the model with which their job began, and whose they are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from fedprune.blobs.blob_ref import is_digest
+from fedprune.core.errors import StorageError
+
+BLOBS = "blobs/"
+OWNER = "job.json"
+MODEL = "model.onnx"
+FORMAT = "fedprune.blobs/1"
+OWNER_LIMIT = 2**16
+"""Bytes that `OWNER` may have."""
+
+_NAMED = 200
+
+
+def digest_of(key: str) -> str | None:
+    """The digest in an object's key; None for a key that no store of ours wrote."""
+    if not key.startswith(BLOBS):
+        return None
+    digest, dot, nonce = key.removeprefix(BLOBS).partition(".")
+    return digest if is_digest(digest) and dot and len(nonce) == 16 and nonce.isalnum() else None
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose blobs lie under a prefix.
+
+    Attributes:
+        number: By which the job's settings know them.
+        job: The job's name.
+    """
+
+    number: str
+    job: str
+
+    def to_bytes(self) -> bytes:
+        """As an object."""
+        return json.dumps({"format": FORMAT, "id": self.number, "job": self.job[:_NAMED]}).encode()
+
+    @classmethod
+    def parse(cls, raw: bytes, where: str) -> Owner:
+        """Read what `to_bytes` wrote.
+
+        Args:
+            raw: The object's bytes.
+            where: Its name, for errors.
+
+        Raises:
+            StorageError: It is damaged, or of another version.
+        """
+        try:
+            said = json.loads(raw)
+        except (ValueError, RecursionError):
+            said = None
+        texts = [said.get(k) for k in ("format", "id", "job")] if isinstance(said, dict) else []
+        if not texts or not all(isinstance(t, str) and t and len(t) <= _NAMED and t.isprintable() for t in texts):
+            raise StorageError(f"{where} is damaged", hint="Write it anew, or delete it.")
+        if texts[0] != FORMAT:
+            raise StorageError(f"{where} is of another version", expected=FORMAT, got=texts[0])
+        return cls(str(texts[1]), str(texts[2]))

@@ -1,0 +1,124 @@
+"""The tables of the server's database, and how devices and rounds are written as their rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sql
+from sqlalchemy.dialects import postgresql, sqlite
+
+from fedprune.core.errors import StorageError
+from fedprune.jobs.state import Device, Task
+
+TABLES = sql.MetaData()
+META = sql.Table(
+    "meta",
+    TABLES,
+    sql.Column("key", sql.String(64), primary_key=True),
+    sql.Column("value", sql.Text, nullable=False),
+)
+EVENTS = sql.Table(
+    "events",
+    TABLES,
+    sql.Column("number", sql.Integer, primary_key=True, autoincrement=True),
+    sql.Column("at", sql.Float, nullable=False),
+    sql.Column("type", sql.String(64), nullable=False),
+    sql.Column("body", sql.Text, nullable=False),
+)
+DEVICES = sql.Table(
+    "devices",
+    TABLES,
+    sql.Column("name", sql.String(64), primary_key=True),
+    sql.Column("online", sql.Boolean, nullable=False),
+    sql.Column("profile", sql.String(64), nullable=False),
+    sql.Column("samples", sql.BigInteger, nullable=False),
+    sql.Column("widths", sql.Text, nullable=False),
+    sql.Column("plan", sql.Text, nullable=False),
+    sql.Column("excluded", sql.Text, nullable=False),
+    sql.Column("body", sql.Text, nullable=False),
+    sql.Column("bytes_down", sql.BigInteger, nullable=False, default=0),
+    sql.Column("bytes_up", sql.BigInteger, nullable=False, default=0),
+)
+TASKS = sql.Table(
+    "tasks",
+    TABLES,
+    sql.Column("name", sql.String(64), primary_key=True),
+    sql.Column("body", sql.Text, nullable=False),
+)
+ROUNDS = sql.Table(
+    "rounds",
+    TABLES,
+    sql.Column("round", sql.Integer, primary_key=True),
+    sql.Column("at", sql.Float, nullable=False),
+    sql.Column("model", sql.String(64), nullable=False),
+    sql.Column("metrics", sql.Text, nullable=False),
+    sql.Column("summary", sql.Text, nullable=False),
+)
+IDENTITY = sql.Table(
+    "identity",
+    TABLES,
+    sql.Column("kind", sql.String(16), primary_key=True),
+    sql.Column("key", sql.String(256), primary_key=True),
+    sql.Column("body", sql.Text, nullable=False),
+)
+"""What servers of one PostgreSQL database share of their identity (`fedprune_server.enrollment.shared_identity`)."""
+
+
+def device_row(name: str, device: Device) -> dict[str, Any]:
+    """A device as a row, but for the bytes to it and from it."""
+    return {
+        "name": name,
+        "online": device.online,
+        "profile": str(device.profile.get("name", "")),
+        "samples": device.samples,
+        "widths": encoded(list(device.widths)),
+        "plan": encoded(device.plan),
+        "excluded": device.excluded,
+        "body": encoded(vars(device)),
+    }
+
+
+def task_row(name: str, task: Task) -> dict[str, Any]:
+    """A device's part in a round as a row."""
+    return {"name": name, "body": encoded(vars(task))}
+
+
+def round_row(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A finished round as a row, from the summary that the coordinator wrote."""
+    return {
+        "round": summary["round"],
+        "at": summary["at"],
+        "model": summary["model"],
+        "metrics": encoded(summary["metrics"]),
+        "summary": encoded(summary),
+    }
+
+
+def upsert(connection: sql.Connection, table: sql.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows, each in the place of the one with its primary key, if there is one; columns not named stay."""
+    if not rows:
+        return
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    query = insert(table)
+    keys = [c.name for c in table.primary_key]
+    others = {name: query.excluded[name] for name in rows[0] if name not in keys}
+    connection.execute(query.on_conflict_do_update(index_elements=keys, set_=others), list(rows))
+
+
+def encoded(value: object) -> str:
+    """A value as JSON, the same for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def decoded(text: str, url: str) -> Any:
+    """What `encoded` wrote.
+
+    Raises:
+        StorageError: It is damaged; the message names the database.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{url}: a row is damaged ({error})", hint="Restore the server's backup.") from error

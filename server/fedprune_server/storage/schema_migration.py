@@ -1,0 +1,118 @@
+"""The revision of a database's schema, and the way from an older one to this version's.
+
+The steps are Alembic's. It is loaded when there is a step to take: most starts find a database of this version, or make
+a new one, and loading it takes longer than both.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from functools import cache
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sql
+
+from fedprune.core.errors import StorageError
+from fedprune_server.storage.migrations import versions
+from fedprune_server.storage.schema import TABLES
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+_NUMBERED = sql.Table(
+    "alembic_version",
+    sql.MetaData(),
+    sql.Column("version_num", sql.String(32), nullable=False),
+    sql.PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+)
+"""Alembic's own: one row with the database's revision."""
+
+_FILES = "revision_"
+"""What files of steps are called, before their revisions."""
+
+FIRST = "0001"
+"""The revision of databases that were made before revisions were counted."""
+
+_FIRST_FORMAT = "fedprune.server/1"
+
+
+def latest() -> str:
+    """The revision that this version reads and writes."""
+    return _revisions()[0]
+
+
+def revision(connection: sql.Connection, url: str) -> str | None:
+    """The revision of a database; None for an empty one.
+
+    Args:
+        connection: To the database.
+        url: Its name, for errors.
+
+    Raises:
+        StorageError: It is of a later version than this one, or of another program.
+    """
+    found = _number(connection)
+    if found is None:
+        return _unnumbered(connection, url)
+    if found not in _revisions():
+        raise StorageError(
+            f"{url} was written by a later version",
+            expected=f"revision {latest()} of its schema or an older one",
+            got=found,
+            hint="Install that version again; or, without what happened since, put the copy back that was laid beside "
+            "the database when it was migrated, or restore a backup.",
+        )
+    return found
+
+
+def migrate(connection: sql.Connection, found: str | None) -> None:
+    """Bring a database to this version's schema, within the connection's transaction: wholly or not at all.
+
+    Args:
+        connection: To the database, in a transaction.
+        found: What `revision` said.
+    """
+    if found is None:
+        TABLES.create_all(connection, checkfirst=False)  # tables of that name are another program's
+        _NUMBERED.create(connection)
+        connection.execute(_NUMBERED.insert().values(version_num=latest()))
+        return
+    from alembic import command
+
+    config = _config()
+    config.attributes["connection"] = connection
+    if found == FIRST and _number(connection) is None:
+        command.stamp(config, FIRST)
+    command.upgrade(config, "head")
+
+
+def _number(connection: sql.Connection) -> str | None:
+    if not sql.inspect(connection).has_table(_NUMBERED.name):
+        return None
+    number = connection.execute(sql.select(_NUMBERED.c.version_num)).scalar()
+    return None if number is None else str(number)
+
+
+def _unnumbered(connection: sql.Connection, url: str) -> str | None:
+    if not sql.inspect(connection).has_table("meta"):
+        return None
+    value = connection.execute(sql.text("SELECT value FROM meta WHERE key = 'format'")).scalar()
+    if value in (None, _FIRST_FORMAT):  # tables without a format: a crash came between the two
+        return FIRST
+    raise StorageError(f"{url} was written by another version", expected=_FIRST_FORMAT, got=value)
+
+
+def _config() -> Config:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", "fedprune_server.storage:migrations")
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+@cache
+def _revisions() -> tuple[str, ...]:
+    """All revisions, latest first."""
+    names = (m.name for m in pkgutil.iter_modules(versions.__path__))
+    return tuple(sorted((n.removeprefix(_FILES) for n in names if n.startswith(_FILES)), reverse=True))

@@ -1,0 +1,389 @@
+"""What the server remembers on disk: the job's state, a log of all events, and tables of devices and rounds to query.
+
+Every event is saved together with the state that it led to, in one transaction, before any of its commands is carried
+out. Whatever was done was therefore remembered first, and what was remembered can be done again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import sqlalchemy as sql
+
+from fedprune.coordination import State
+from fedprune.coordination.events import Event
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import StorageError
+from fedprune.jobs.change_tracking import Roll
+from fedprune.jobs.state import Device, Task
+from fedprune_device.storage.directory_owner import check_unowned
+from fedprune_server.storage.database import Database, mark, put_mark
+from fedprune_server.storage.event_log import LOGGED_EVENTS, EventLog
+from fedprune_server.storage.place import FILE, PLACE, url_of
+from fedprune_server.storage.schema import (
+    DEVICES,
+    META,
+    ROUNDS,
+    TASKS,
+    decoded,
+    device_row,
+    encoded,
+    round_row,
+    task_row,
+)
+from fedprune_server.storage.schema_migration import latest, migrate, revision
+from fedprune_server.storage.tracked_table import RollTable
+
+log = logging.getLogger("fedprune.server")
+
+FORMAT = "fedprune.server/2"
+PARTS_KEPT = 50_000
+"""Devices' parts in finished rounds that a running server keeps in memory; all of them are in the database."""
+
+Traffic = Mapping[str, tuple[int, int]]
+"""Payload bytes by device: to it and from it."""
+
+_P = ParamSpec("_P")
+_Result = TypeVar("_Result")
+
+
+def _patient(
+    method: Callable[Concatenate[Storage, _P], _Result],
+) -> Callable[Concatenate[Storage, _P], _Result]:
+    """Let a method of one transaction outlast a database that is started again."""
+
+    @wraps(method)
+    def call(self: Storage, /, *args: _P.args, **kwargs: _P.kwargs) -> _Result:
+        return self.database.patiently(lambda: method(self, *args, **kwargs))
+
+    return call
+
+
+class Storage:
+    """A job's database.
+
+    Args:
+        url: Where it is, as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
+        create: Make what is missing, and migrate what is of an older version. Whoever only looks must not, and opens it
+            to read only.
+        logged: How many events the log keeps at least; 0 for all.
+
+    Attributes:
+        url: The same without a password, for messages.
+        database: The connection to it.
+        log: All events.
+
+    Raises:
+        StorageError: The database is damaged, of another version or can't be opened.
+        StorageFullError: There is no room for it, or for the copy that is made before it is migrated.
+    """
+
+    def __init__(self, url: str, *, create: bool = True, logged: int = LOGGED_EVENTS) -> None:
+        self._saved: State | None = None
+        self._saved_state = ""
+        self._saved_rounds = 0
+        self._devices = RollTable[Device](DEVICES, device_row)
+        self._tasks = RollTable[Task](TASKS, task_row)
+        self._saved_outsiders: dict[str, Any] = {}
+        self.database = Database(url, read_only=not create)
+        self.url = self.database.url
+        self.log = EventLog(self.database, logged)
+        self._engine = self.database.engine
+        try:
+            with self._transaction() as connection:
+                self._check(connection)
+                found = revision(connection, self.url)
+                if create and found != latest():
+                    self._migrate(connection, found)
+                if found is None and not create:
+                    raise StorageError(f"{self.url} holds no job yet", hint="Has a server been started on it?")
+                if found not in (None, latest()) and not create:
+                    raise StorageError(
+                        f"{self.url} was written by an older version",
+                        expected=f"revision {latest()} of its schema",
+                        got=found,
+                        hint="Start the server of this version on it once, which migrates it.",
+                    )
+                self._check_format(connection)
+                if create and self.database.postgresql and mark(connection) is None:
+                    put_mark(connection, "")
+        except BaseException:
+            self._engine.dispose()
+            raise
+
+    @classmethod
+    def at(cls, folder: Path, database: str | None = None) -> Storage:
+        """The database of a state folder, made where there is none.
+
+        Only its owner may read it: the broker's address may hold a password.
+
+        Args:
+            folder: The state folder.
+            database: The database's URL, if somebody gave one; else the folder says it.
+        """
+        url, path = url_of(folder, database), folder / FILE
+        if url == _sqlite(folder):
+            with storage_errors(f"can't write {path}"):
+                try:
+                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                except FileExistsError:
+                    if path.stat().st_mode & 0o077:
+                        path.chmod(0o600)
+        return cls(url)
+
+    @classmethod
+    def existing(cls, folder: Path) -> Storage:
+        """The database of a state folder that a server has already used, to read only.
+
+        Raises:
+            StorageError: There is none, this user may not read it, or as the constructor.
+        """
+        cls.check_existing(folder)
+        return cls(url_of(folder), create=False)
+
+    @classmethod
+    def settings_in(cls, folder: Path, database: str | None = None) -> dict[str, Any] | None:
+        """What `put_settings` kept, also by an older version; None where there is nothing.
+
+        Nothing is migrated: a server of the older version may be running.
+
+        Args:
+            folder: The state folder.
+            database: The database's URL, if somebody gave one; else the folder says it.
+
+        Raises:
+            StorageError: The database is damaged, of a later version, or can't be read.
+        """
+        url = url_of(folder, database)
+        if url == _sqlite(folder) and not (folder / FILE).is_file():
+            return None
+        opened = Database(url, read_only=True)
+        try:
+            with opened.transaction() as connection:
+                if revision(connection, opened.url) is None:
+                    return None
+                text = connection.execute(sql.select(META.c.value).where(META.c.key == "settings")).scalar()
+        finally:
+            opened.close()
+        return None if text is None else dict(decoded(text, opened.url))
+
+    @staticmethod
+    def check_existing(folder: Path) -> None:
+        """Make sure that a folder is one that a server has used.
+
+        Raises:
+            StorageError: It isn't, is a device's, or this user may not read it.
+        """
+        path = folder / FILE
+        with storage_errors(f"can't read {path}"):
+            path = folder / PLACE if (folder / PLACE).is_file() else path
+            there = path.is_file()
+        if not there:
+            check_unowned(folder)  # such a folder has an identity, too: the device's
+        if not there and (folder / "identity").is_dir():
+            raise StorageError(
+                f"no job has begun in {folder}: it holds an identity alone",
+                hint=f"Begin one: fedprune-server run --state {folder} --model MODEL.",
+            )
+        if not there:
+            raise StorageError(
+                f"{folder} is no server's state folder",
+                expected=f"a file {FILE} in it",
+                hint="Give the folder that `fedprune-server run --state` used.",
+            )
+        if not os.access(path, os.R_OK, effective_ids=True):
+            raise StorageError(
+                f"can't read {path}: permission denied",
+                hint="Run the command as the server's user; the database may hold a broker's password.",
+            )
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Storage:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def settings(self) -> dict[str, Any] | None:
+        """What `put_settings` kept, or None."""
+        with self._transaction() as connection:
+            text = self._meta(connection, "settings")
+        return None if text is None else dict(decoded(text, self.url))
+
+    @_patient
+    def put_settings(self, body: Mapping[str, Any]) -> None:
+        """Keep the job's settings, so that a server started on this folder alone can go on."""
+        with self._writing() as connection:
+            self._put_meta(connection, "settings", encoded(body))
+
+    def outsiders(self) -> dict[str, dict[str, Any]]:
+        """What `put_outsiders` kept, by device."""
+        with self._transaction() as connection:
+            text = self._meta(connection, "outsiders")
+        found = decoded(text or "{}", self.url)
+        self._saved_outsiders = found
+        return {str(name): dict(body) for name, body in found.items()}
+
+    @_patient
+    def put_outsiders(self, devices: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep which devices announced themselves and can't be planned for, and why; only what is new is written."""
+        if devices == self._saved_outsiders:
+            return
+        body = {name: dict(device) for name, device in devices.items()}
+        with self._writing() as connection:
+            self._put_meta(connection, "outsiders", encoded(body))
+        self._saved_outsiders = body
+
+    @_patient
+    def save(self, state: State, events: Sequence[Event], now: float, traffic: Traffic | None = None) -> bool:
+        """Make events and the state after them durable, all or nothing.
+
+        Events that changed nothing are not written: whatever they led to (another copy of an acknowledgement, say)
+        follows from the state that is on the disk already. Nor are bytes alone: they are written with the next change.
+
+        Args:
+            state: The state after the events; what has changed of it is settled.
+            events: What happened, in order; none for a state that no event led to (a new job's).
+            now: When, in seconds since 1970.
+            traffic: Bytes so far by device, for the table of devices: at least of those whose number has changed.
+
+        Returns:
+            Whether anything was written.
+
+        Raises:
+            StorageFullError: There is no room; what was saved before is untouched.
+            StorageError: The database can't be written.
+        """
+        # Devices, parts and finished rounds lie in tables of their own, so that an event doesn't write all of them.
+        body = replace(state, history=[], devices=Roll(), tasks=Roll()).to_json()
+        anew = state is not self._saved
+        devices = self._devices.changes(state.devices, anew=anew)
+        tasks = self._tasks.changes(state.tasks, anew=anew)
+        new_rounds = state.history[self._saved_rounds :]
+        written = body != self._saved_state or bool(devices or tasks or new_rounds)
+        if written:
+            with self._writing() as connection:
+                self._put_meta(connection, "state", body)
+                self.log.write(connection, events, now)
+                self._devices.write(connection, devices)
+                self._tasks.write(connection, tasks)
+                self._count(connection, {n: t for n, t in (traffic or {}).items() if n in state.devices})
+                if new_rounds:
+                    connection.execute(ROUNDS.delete().where(ROUNDS.c.round.in_([r["round"] for r in new_rounds])))
+                    connection.execute(ROUNDS.insert(), [round_row(r) for r in new_rounds])
+        self._devices.written(devices)
+        self._tasks.written(tasks)
+        self._saved, self._saved_state, self._saved_rounds = state, body, len(state.history)
+        state.settle()
+        return written
+
+    def _count(self, connection: sql.Connection, traffic: Traffic) -> None:
+        if traffic:
+            query = DEVICES.update().where(DEVICES.c.name == sql.bindparam("_name"))
+            query = query.values(bytes_down=sql.bindparam("_down"), bytes_up=sql.bindparam("_up"))
+            connection.execute(query, [{"_name": n, "_down": d, "_up": u} for n, (d, u) in traffic.items()])
+
+    def load(self) -> State | None:
+        """The state that was saved last, or None for a new database.
+
+        Of finished rounds it has what came of them; of their devices only the latest rounds', as many as hold
+        `PARTS_KEPT` parts.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        with self._transaction() as connection:
+            text = self._meta(connection, "state")
+            history = self._history(connection, PARTS_KEPT)
+            devices, tasks = self._devices.load(connection, self.url), self._tasks.load(connection, self.url)
+        if text is None:
+            return None
+        state = State.from_json(text, devices, tasks)
+        state.history = history
+        self._saved_rounds = len(history)
+        return state
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Summaries of the finished rounds, in order, as the coordinator wrote them."""
+        with self._transaction() as connection:
+            return self._history(connection)
+
+    def devices(self) -> list[dict[str, Any]]:
+        """The devices' rows, by name; `widths` and `plan` as JSON values."""
+        with self._transaction() as connection:
+            columns = [c for c in DEVICES.c if c.name != "body"]
+            rows = [dict(r) for r in connection.execute(sql.select(*columns).order_by(DEVICES.c.name)).mappings()]
+        for row in rows:
+            row["widths"], row["plan"] = decoded(row["widths"], self.url), decoded(row["plan"], self.url)
+        return rows
+
+    def traffic(self) -> dict[str, tuple[int, int]]:
+        """Bytes by device, as saved last."""
+        return {r["name"]: (int(r["bytes_down"]), int(r["bytes_up"])) for r in self.devices()}
+
+    def _check(self, connection: sql.Connection) -> None:
+        if connection.dialect.name == "sqlite":
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+            if found != "ok":
+                raise StorageError(f"{self.url} is damaged ({found})", hint="Restore the server's backup.")
+
+    def _migrate(self, connection: sql.Connection, found: str | None) -> None:
+        file = self.database.file
+        if found is not None and file is not None:
+            copy = file.with_name(f"{file.name}.revision-{found}")
+            self.database.copy(copy)
+            log.warning("%s is migrated from revision %s to %s; %s is as it was", self.url, found, latest(), copy)
+        elif found is not None:
+            log.warning("%s is migrated from revision %s to %s", self.url, found, latest())
+        migrate(connection, found)
+        self._put_meta(connection, "format", FORMAT)
+
+    def _check_format(self, connection: sql.Connection) -> None:
+        version = self._meta(connection, "format")
+        if version != FORMAT:
+            raise StorageError(f"{self.url} was written by another version", expected=FORMAT, got=version)
+
+    def _history(self, connection: sql.Connection, parts: int | None = None) -> list[dict[str, Any]]:
+        """Summaries of the finished rounds; only the latest have their devices, as many as make up so many parts."""
+        found: list[dict[str, Any]] = []
+        query = sql.select(ROUNDS.c.summary).order_by(ROUNDS.c.round.desc())
+        for text in connection.execute(query).scalars():
+            summary = decoded(text, self.url)
+            if parts is not None:
+                parts -= len(summary["devices"])
+                if parts < 0:
+                    summary["devices"] = {}
+            found.append(summary)
+        return found[::-1]
+
+    def _meta(self, connection: sql.Connection, key: str) -> str | None:
+        value = connection.execute(sql.select(META.c.value).where(META.c.key == key)).scalar()
+        return None if value is None else str(value)
+
+    def _put_meta(self, connection: sql.Connection, key: str, value: str) -> None:
+        if not connection.execute(META.update().where(META.c.key == key).values(value=value)).rowcount:
+            connection.execute(META.insert().values(key=key, value=value))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sql.Connection]:
+        with self.database.transaction() as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sql.Connection]:
+        with self.database.writing() as connection:
+            yield connection
+
+
+def _sqlite(folder: Path) -> str:
+    return f"sqlite:///{folder.resolve() / FILE}"

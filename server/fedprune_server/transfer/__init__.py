@@ -1,0 +1,1 @@
+"""Bytes of blobs on their way to boards and back."""

@@ -1,0 +1,135 @@
+"""What boards are told of blobs on the web: an address that somebody else serves, or this server's own."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State
+from fedprune.core.errors import IdentityError
+from fedprune.security.tls import insecure_allowed
+from fedprune.wire.blob_url import BlobUrl
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.enrollment.host_names import addresses_of, names_of
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.storage.s3.local_copy import near
+from fedprune_server.transfer.http_server import BlobServer
+
+log = logging.getLogger("fedprune.server")
+
+
+class Offering(Protocol):
+    """Who knows what devices are offered; `Daemon` does."""
+
+    state: State
+    web_bytes: Callable[[], Mapping[str, int]]
+    """What devices have fetched since it was last called, in bytes."""
+
+    def offered(self, device: str) -> frozenset[str]:
+        """Digests of what a device may fetch; asked from any thread."""
+        ...
+
+
+@dataclass(frozen=True)
+class WebBlobs:
+    """Blobs on the web.
+
+    Attributes:
+        url: Where boards are told that blobs lie; None where they come over MQTT alone.
+        server: This server's own, if it has one.
+    """
+
+    url: str | None = None
+    server: BlobServer | None = None
+
+    def give(self, daemon: Offering) -> None:
+        """From now on boards get what they are offered; without certificates anybody gets what anybody is offered."""
+
+        def allowed(device: str | None, sha256: str) -> bool:
+            devices = list(daemon.state.tasks) if device is None else [device]
+            return any(sha256 in daemon.offered(name) for name in devices)
+
+        if self.server is not None:
+            self.server.allowed = allowed
+            daemon.web_bytes = self.server.taken
+
+
+@contextmanager
+def web_blobs(config: ServerConfig, identity: IdentityFolder | None, store: BlobStore) -> Iterator[WebBlobs]:
+    """What a configuration says of blobs on the web, with a web server that runs until the end if it wants one.
+
+    Args:
+        config: The configuration.
+        identity: The server's; None to do without, on this machine alone.
+        store: Where blobs lie.
+
+    Raises:
+        ConfigError: The web server's address can't be listened on, or is open to others without an identity.
+        IdentityError: The identity's files can't be used.
+        StorageError: The disk fails or is full.
+    """
+    place = config.web_place
+    if place is None:
+        yield WebBlobs(config.blobs_at)
+        return
+    host, port = place
+    context = None
+    if identity is None:
+        insecure_allowed(host)
+    else:
+        said = () if config.blobs_at is None else (BlobUrl.parse(config.blobs_at).host,)
+        context = _contexts(identity, sorted({*names_of(host), *said}))
+        context()  # what is wrong with it is better known now than when a board comes
+    # What isn't near comes over MQTT: a bucket that can't be used must not take all connections.
+    with BlobServer(host, port, near(store), context) as server:
+        url = config.blobs_at or str(BlobUrl.parse(_url(host, server.port, tls=identity is not None)))
+        log.info("blobs are given out on %s:%d, and boards are told that they are at %s", host, server.port, url)
+        yield WebBlobs(url, server)
+        log.info("the web server gave out %d bytes of blobs", server.sent)
+
+
+def _contexts(identity: IdentityFolder, hosts: list[str]) -> Callable[[], ssl.SSLContext]:
+    """Gives TLS for a connection: with the list of revoked certificates as it is then."""
+    certificate, key, authority = identity.web(hosts)
+    latest: list[tuple[tuple[int, int], ssl.SSLContext]] = []
+
+    def context() -> ssl.SSLContext:
+        crl = identity.authority.crl_path
+        try:
+            about = crl.stat()
+            state = (about.st_ino, about.st_mtime_ns)
+            if not latest or latest[0][0] != state:
+                latest[:] = [(state, _context(certificate, key, authority, crl))]
+        except OSError as error:
+            raise IdentityError(f"can't use the certificate {certificate} ({error})") from error
+        return latest[0][1]
+
+    return context
+
+
+def _context(certificate: Path, key: Path, authority: Path, crl: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key)
+    context.load_verify_locations(cafile=str(authority))
+    context.load_verify_locations(cafile=str(crl))
+    context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_CRL_CHECK_LEAF
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def _url(host: str, port: int, *, tls: bool) -> str:
+    """How boards reach a place where this machine listens, as far as it can tell."""
+    if host in ("0.0.0.0", "::"):  # noqa: S104  # nosec B104  # compared with, not listened on
+        name = socket.gethostname()
+        found = sorted(a for a in addresses_of(name) if not a.startswith("127."))
+        host = found[0] if found else name.lower()
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if tls else 'http'}://{shown}:{port}"

@@ -1,0 +1,330 @@
+"""A web server for blobs: read only, for boards with a certificate of the fleet, each of which gets what it is offered.
+
+Connections, heads of requests and times are bounded. Who has a connection and says nothing loses it after a while, and
+at once to the next one who comes when all are taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import socketserver
+import ssl
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from typing import IO, Any
+
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.leaf_cache import SUFFIX, kept
+from fedprune.core.errors import ConfigError, FedpruneError, StorageError
+
+log = logging.getLogger("fedprune.server")
+
+CONNECTIONS = 64
+"""Connections at a time; each has a thread."""
+
+HEAD_BYTES = 8192
+FIRST_S = 15.0
+"""How long a handshake and the first request may take to come."""
+
+NEXT_S = 60.0
+"""The same for a further request: a board may be writing to its disk."""
+
+PIECE_S = 60.0
+_PIECE = 4 * LEAF
+"""What is sent at a time, and how long a board may take to take it."""
+
+POLL_S = 0.5
+"""How often it is looked whether somebody is too slow."""
+
+_NAME = re.compile(r"(?:/[A-Za-z0-9._~-]{1,255}){0,32}/([0-9a-f]{2})/(\1[0-9a-f]{62})(\.leaves)?")
+_RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{0,15})")
+
+
+class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Listens at once, and answers until `close`.
+
+    Args:
+        host: The address to listen on.
+        port: The port; 0 for a free one.
+        store: Where blobs lie.
+        context: Gives TLS for a new connection, which asks for the board's certificate; None to do without.
+        connections: How many there may be at a time.
+
+    Attributes:
+        allowed: Whether a device may have a blob, by their names; the device is None without TLS. Nobody, at first.
+        sent: Bytes of blobs that were sent.
+
+    Raises:
+        ConfigError: The address can't be listened on.
+    """
+
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        store: BlobStore,
+        context: Callable[[], ssl.SSLContext] | None,
+        connections: int = CONNECTIONS,
+    ) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            super().__init__((host, port), BlobHandler)
+        except (OSError, OverflowError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigError(f"server: serve_blobs: can't listen on {host}, port {port} ({why})") from error
+        self.store = store
+        self.allowed: Callable[[str | None, str], bool] = lambda device, sha256: False
+        self.sent = 0
+        self._taken: Counter[str] = Counter()
+        self._context = context
+        self._most = connections
+        self._lock = threading.Lock()
+        self._clients: dict[Any, tuple[bool, float]] = {}  # whether it waits for a request, and until when
+        self._thread = threading.Thread(target=self.serve_forever, args=(POLL_S,), name="fedprune-blobs", daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def port(self) -> int:
+        """The port."""
+        return int(self.socket.getsockname()[1])
+
+    def close(self) -> None:
+        """Listen no longer, and cut all connections."""
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+        self._cut(float("inf"))
+
+    def expect(self, client: Any, seconds: float, *, waits: bool) -> None:
+        """A client has so long for what comes next.
+
+        Args:
+            client: Its socket.
+            seconds: How long.
+            waits: Whether that is a request; else it is being answered, and makes room for nobody.
+        """
+        with self._lock:
+            if client in self._clients:
+                self._clients[client] = (waits, time.monotonic() + seconds)
+
+    def count(self, device: str | None, size: int) -> None:
+        """Bytes were sent, to a device if it is known which."""
+        with self._lock:
+            self.sent += size
+            if device is not None:
+                self._taken[device] += size
+
+    def taken(self) -> dict[str, int]:
+        """Bytes of blobs that were sent to devices since this was last asked."""
+        with self._lock:
+            found, self._taken = self._taken, Counter()
+        return dict(found)
+
+    # What the standard library calls
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a client; its handshake is for its own thread."""
+        try:
+            client, address = super().get_request()
+        except OSError as error:
+            log.warning("the web server of blobs: %s", error)
+            time.sleep(0.1)  # too many open files, for example, which would come again at once
+            raise
+        if self._context is None:
+            return client, address
+        try:
+            return self._context().wrap_socket(client, server_side=True, do_handshake_on_connect=False), address
+        except FedpruneError as error:
+            client.close()
+            log.warning("the web server of blobs: %s", error)
+            raise OSError(str(error)) from error
+        except OSError:
+            client.close()
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a client a thread; where none is left, that of who has been waiting for longest."""
+        with self._lock:
+            if len(self._clients) >= self._most:
+                waiting = [(until, c) for c, (waits, until) in self._clients.items() if waits]
+                for _, client in sorted(waiting, key=lambda pair: pair[0])[:1]:
+                    _shut(client)
+                    del self._clients[client]
+            if admitted := len(self._clients) < self._most:
+                self._clients[request] = (True, time.monotonic() + FIRST_S)
+        if admitted:
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """A client is done with."""
+        with self._lock:
+            self._clients.pop(request, None)
+        _shut(request)
+        self.close_request(request)
+
+    def service_actions(self) -> None:
+        """Every `POLL_S`: cut off those who are too slow."""
+        self._cut(time.monotonic())
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """One client must not end the service of others; a mistake of this server's is logged."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):  # the client left, or uses no TLS that is accepted here
+            log.debug("a client of the web server of blobs went: %s", error)
+        else:
+            log.error("the web server of blobs could not answer a request", exc_info=error)
+
+    def _cut(self, now: float) -> None:
+        with self._lock:
+            for client, (_, until) in self._clients.items():
+                if until < now:
+                    _shut(client)
+
+
+class _Head:
+    """What a client sends, of which a request may take so much."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.left = HEAD_BYTES
+
+    def readline(self, limit: int = -1) -> bytes:
+        """The next line.
+
+        Raises:
+            ConnectionError: The request is too long.
+        """
+        most = self.left + 1
+        line = self._stream.readline(most if limit < 0 else min(limit, most))
+        self.left -= len(line)
+        if self.left < 0:
+            raise ConnectionError("the head of a request is too long")
+        return line
+
+    def close(self) -> None:
+        """Close it."""
+        self._stream.close()
+
+
+class BlobHandler(BaseHTTPRequestHandler):
+    """Answers a client's requests, one after the other."""
+
+    server: BlobServer
+    protocol_version = "HTTP/1.1"
+    timeout = FIRST_S
+
+    def setup(self) -> None:
+        """See who it is."""
+        self._device: str | None = None
+        self.request.settimeout(self.timeout)
+        if isinstance(self.request, ssl.SSLSocket):
+            self.request.do_handshake()
+            self._device = _common_name(self.request)
+        super().setup()
+        self.rfile: Any = _Head(self.rfile)
+
+    def handle(self) -> None:
+        """Answer until it says nothing more."""
+        self.close_connection = False
+        while not self.close_connection:
+            self.close_connection = True
+            self.rfile.left = HEAD_BYTES
+            self.handle_one_request()
+            self.connection.settimeout(NEXT_S)
+            self.server.expect(self.connection, NEXT_S, waits=True)
+
+    def do_GET(self) -> None:
+        """Give a blob, its leaf table, or a part of one."""
+        if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # nobody reads what follows
+        self.server.expect(self.connection, PIECE_S, waits=False)
+        found = _NAME.fullmatch(self.path)
+        if found is None or not self.server.allowed(self._device, found[2]):
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        try:
+            store = self.server.store
+            view = memoryview(kept(store.table(found[2]))) if found[3] == SUFFIX else store.map(found[2])
+        except StorageError as error:
+            log.debug("the web server of blobs: %s", error)
+            self.send_error(HTTPStatus.NOT_FOUND)
+        else:
+            self._give(view)
+
+    do_HEAD = do_GET  # noqa: N815 - the library's names
+
+    def _give(self, view: memoryview) -> None:
+        size = len(view)
+        start, stop, status = 0, size, HTTPStatus.OK
+        asked = _RANGE.fullmatch(self.headers.get("Range", ""))
+        if asked is not None:  # anything else that may be asked for isn't understood, and may be ignored
+            start, stop = int(asked[1]), min(int(asked[2] or size) + 1, size)
+            if start >= stop:
+                self._begin(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, 0, f"bytes */{size}")
+                return
+            status = HTTPStatus.PARTIAL_CONTENT
+        self._begin(status, stop - start, f"bytes {start}-{stop - 1}/{size}" if asked is not None else "")
+        if self.command == "HEAD":
+            return
+        while start < stop:
+            piece = view[start : min(start + _PIECE, stop)]
+            self.server.expect(self.connection, PIECE_S, waits=False)
+            self.wfile.write(piece)
+            self.server.count(self._device, len(piece))
+            start += len(piece)
+
+    def _begin(self, status: HTTPStatus, length: int, range_: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Content-Length", str(length))
+        self.send_header("Accept-Ranges", "bytes")
+        if range_:
+            self.send_header("Content-Range", range_)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Say that there is nothing: a number is enough."""
+        self._begin(HTTPStatus(code), 0)
+
+    def version_string(self) -> str:
+        """What an answer says of the server."""
+        return "fedprune"
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name
+        """Requests are no news."""
+
+
+def _common_name(client: ssl.SSLSocket) -> str:
+    """The name in a client's certificate, which OpenSSL has found to be right."""
+    subject: Any = (client.getpeercert() or {}).get("subject", ())
+    names = [value for part in subject for key, value in part if key == "commonName"]
+    if len(names) != 1:
+        raise ConnectionError("a certificate without a name")
+    return str(names[0])
+
+
+def _shut(client: Any) -> None:
+    """End a connection, also one that another thread reads from or writes to."""
+    with suppress(OSError, ValueError):
+        socket.socket.shutdown(client, socket.SHUT_RDWR)  # not that of TLS, which isn't made for another thread

@@ -1,0 +1,143 @@
+"""The way of blobs between the state folder and a bucket, beside the daemon's loop, which waits for neither."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Iterable, Sequence
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import StorageError, StorageFullError
+from fedprune_server.storage.s3.local_copy import near
+from fedprune_server.storage.s3.retry import StoppedError
+from fedprune_server.storage.s3.store import BucketStore
+from fedprune_server.transfer.uploads import Arrived, Outcome
+
+log = logging.getLogger("fedprune.server")
+
+_THREADS = 4
+
+
+class Shipping:
+    """Brings updates that have arrived into the bucket, and blobs out of it that devices ask for.
+
+    Without a bucket all of that is done already.
+
+    Args:
+        store: Where the job's blobs lie.
+
+    Attributes:
+        near: The blobs of the folder; whoever looks here doesn't wait.
+    """
+
+    def __init__(self, store: BlobStore) -> None:
+        self._bucket = store if isinstance(store, BucketStore) else None
+        self.near = near(store)
+        self._orders: queue.Queue[Arrived | str | None] = queue.Queue()
+        self._ended: queue.Queue[Arrived | Exception] = queue.Queue()
+        self._shipped: set[Arrived] = set()
+        self._late: set[Arrived] = set()
+        self._fetched: set[str] = set()
+        self._lost: set[str] = set()
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an update is on its way into the bucket."""
+        return bool(self._shipped)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether updates wait because the bucket couldn't be used: until they are there no deadline should pass."""
+        if self._bucket is not None and self._bucket.away:
+            self._late |= self._shipped
+        self._late &= self._shipped
+        return bool(self._late)
+
+    @property
+    def digests(self) -> set[str]:
+        """What is on its way into the bucket."""
+        return {a.weights for a in self._shipped}
+
+    def through(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Outcomes that may be told: updates only once the bucket has them.
+
+        Args:
+            outcomes: What has come to an end since the last call.
+
+        Raises:
+            StorageError: The folder fails.
+        """
+        if self._bucket is None:
+            return list(outcomes)
+        told: list[Outcome] = []
+        for outcome in outcomes:
+            if not isinstance(outcome, Arrived) or self._bucket.has(outcome.weights):
+                told.append(outcome)
+            elif outcome not in self._shipped:
+                self._shipped.add(outcome)
+                self._order(outcome)
+        while not self._ended.empty():
+            ended = self._ended.get()
+            if isinstance(ended, Exception):
+                raise ended
+            self._shipped.discard(ended)
+            told.append(ended)
+        return told
+
+    def coming(self, sha256: str) -> bool:
+        """Whether a blob that isn't in the folder will be there in a moment, since the bucket has it."""
+        if self._bucket is None or sha256 in self._lost or not self._bucket.has(sha256):
+            return False
+        if sha256 not in self._fetched:
+            self._fetched.add(sha256)
+            self._order(sha256)
+        return True
+
+    def prepare(self, digests: Iterable[str]) -> None:
+        """Fetch what devices may soon ask for."""
+        for digest in sorted(digests) if self._bucket is not None else ():
+            if not self.near.has(digest):
+                self.coming(digest)
+
+    def close(self) -> None:
+        """Let nothing wait for the bucket any more."""
+        if self._bucket is not None:
+            self._bucket.patience.stop()
+        for _ in self._threads:
+            self._orders.put(None)
+
+    def _order(self, order: Arrived | str) -> None:
+        if len(self._threads) < _THREADS:
+            # Daemon threads: a process that is told to end doesn't wait for a bucket.
+            thread = threading.Thread(target=self._run, name="fedprune-shipping", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._orders.put(order)
+
+    def _run(self) -> None:
+        while (order := self._orders.get()) is not None:
+            try:
+                self._carry_out(order)
+            except StoppedError:  # noqa: PERF203 - each turn waits for the network anyway
+                return
+            except Exception as error:  # noqa: BLE001 - it is raised again where the loop collects it
+                self._ended.put(error)
+
+    def _carry_out(self, order: Arrived | str) -> None:
+        if self._bucket is None:
+            return
+        if isinstance(order, Arrived):
+            self._bucket.ship(order.weights)
+            self._ended.put(order)
+            return
+        try:
+            self._bucket.size(order)  # which fetches it if it is not in the folder
+        except StoppedError:
+            raise
+        except StorageError as error:
+            log.error("%s", error)
+            if not isinstance(error, StorageFullError):  # else it is tried again when somebody asks again
+                self._lost.add(order)  # whoever asks for it is told that it is gone
+        self._fetched.discard(order)

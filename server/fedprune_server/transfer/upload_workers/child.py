@@ -1,0 +1,232 @@
+"""The process of a receiver: it takes in updates from the broker, verifies them and brings them onto the disk.
+
+It is started by `fedprune_server.transfer.upload_workers.receiver.Receiver` and talks to it over its standard streams,
+in `fedprune_server.transfer.upload_workers.messages`. To devices it says nothing: what it wants of them the server
+signs and says. It holds no signing key, and ends with the server.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import secrets
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import FedpruneError, ProtocolError
+from fedprune.security.tls import pinned_context
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.complaints import Complaints
+from fedprune.wire.mqtt.link import Link
+from fedprune.wire.topics import Topics
+from fedprune.wire.validation import one_line
+from fedprune_server.process.children import begin_helper, replies_to_parent
+from fedprune_server.transfer.upload_workers.messages import (
+    MAX_REASON,
+    Asks,
+    Beat,
+    Begin,
+    Born,
+    Drop,
+    Failed,
+    Fetch,
+    Interrupted,
+    Stored,
+    There,
+    Took,
+    ToReceiver,
+    ToServer,
+    line,
+    read,
+)
+from fedprune_server.transfer.uploads import Arrived, Uploads, Wants
+
+log = logging.getLogger("fedprune.server")
+
+TICK_S, TURN_S = 0.5, 0.02
+
+MOST_NAMES = 256
+"""Devices of which is told between two ticks what came from them; there may be names of anybody's invention."""
+
+
+class Receiving:
+    """What a receiver does with what comes, apart from pipes and network.
+
+    Args:
+        uploads: Takes in updates.
+        site: The site.
+        say: Tells the server something.
+        clock: Seconds of a clock that nobody sets.
+    """
+
+    def __init__(
+        self, uploads: Uploads, site: str, say: Callable[[ToServer], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._uploads = uploads
+        self._topics = Topics(site)
+        self._say = say
+        self._clock = clock
+        self._complaints = Complaints(log, clock)
+        self._taken: dict[str, int] = {}
+        self._fetched: set[str] = set()
+
+    def order(self, word: ToReceiver | ToServer) -> None:
+        """Take in what the server says.
+
+        Raises:
+            ProtocolError: It says what is not for a receiver.
+            StorageError: The disk fails.
+        """
+        now = self._clock()
+        match word:
+            case Fetch():
+                self._fetched.add(word.device)
+                if word.session is not None:
+                    self._ask(self._uploads.born(word.device, word.session, word.answer_s, now))
+                self._ask(self._uploads.add(word.device, word.round, word.attempt, word.blob, now))
+            case Drop():
+                self._fetched.discard(word.device)
+                self._uploads.drop(word.device)
+            case There():
+                self._ask(self._uploads.heard(word.device, now))
+            case Born():
+                self._ask(self._uploads.born(word.device, word.session, word.answer_s, now))
+            case Interrupted():
+                self._uploads.interrupted(now)
+            case _:
+                raise ProtocolError("word to a receiver", got=word.kind)
+        self._tell()
+
+    def receive(self, topic: str, payload: bytes) -> None:
+        """Take in what came over the wire; from a device of which nothing is fetched it is counted, and not looked at.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        try:
+            device = self._topics.parse(topic).device
+            # Counted first, so that what it leads to is said with these bytes in the account.
+            if device in self._taken or len(self._taken) < MOST_NAMES:
+                self._taken[device] = self._taken.get(device, 0) + len(payload)
+            if device in self._fetched:
+                self._ask(self._uploads.chunk(device, Chunk.parse(payload), self._clock()))
+        except ProtocolError as error:
+            self._complaints.about(topic, error)
+        self._tell()
+
+    def tick(self, *, up: bool) -> None:
+        """Ask again for what is overdue, and say how things stand.
+
+        Args:
+            up: Whether the connection to the broker stands.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        self._ask(self._uploads.tick(self._clock()))
+        self._tell()
+        for device in list(self._taken):
+            self._count(device)
+        self._say(Beat(int(up)))
+
+    def _count(self, device: str) -> None:
+        size = self._taken.pop(device, 0)
+        if size:
+            self._say(Took(device, size, (self._uploads.progress(device) or (0, 0))[0]))
+
+    def _ask(self, wants: Wants) -> None:
+        for device, want in wants:
+            self._say(Asks(device, want.sha256, want.part, want.first, want.count, want.most))
+
+    def _tell(self) -> None:
+        for outcome in self._uploads.outcomes():
+            part = outcome.device, outcome.round, outcome.attempt
+            self._fetched.discard(outcome.device)
+            self._count(outcome.device)
+            if isinstance(outcome, Arrived):
+                self._say(Stored(*part, outcome.weights))
+            else:
+                self._say(Failed(*part, one_line(outcome.reason, MAX_REASON)))
+
+
+def _context(begin: Begin) -> Callable[[], ssl.SSLContext] | None:
+    if begin.authority is None or begin.certificate is None or begin.key is None:
+        return None
+    authority, certificate, key = Path(begin.authority), Path(begin.certificate), Path(begin.key)
+    return lambda: pinned_context(authority, certificate, key, lambda: max(begin.floor, int(time.time())))
+
+
+def _listen(orders: queue.Queue[ToReceiver | ToServer], stream: BinaryIO, link: Link) -> None:
+    """Take in what the server says; the end of that is the end of this process."""
+    try:
+        while (word := read(stream)) is not None:
+            orders.put(word)
+            link.wake()
+    finally:
+        os._exit(0)
+
+
+def run(begin: Begin, stream: BinaryIO, replies: BinaryIO) -> None:
+    """Receive until the server is gone.
+
+    Args:
+        begin: What this receiver is.
+        stream: What the server says.
+        replies: What it is told.
+
+    Raises:
+        FedpruneError: The broker's address is none, or the disk fails.
+    """
+
+    def say(word: ToServer) -> None:
+        replies.write(line(word))
+
+    store = BlobStore(Path(begin.blobs), sweep=False)
+    receiving = Receiving(Uploads(store, begin.pulls, begin.max_packet), begin.site, say)
+    name, context = f"fedprune-{secrets.token_hex(12)}", _context(begin)
+    link = Link(begin.url, name) if context is None else Link(begin.url, name, tls=context)
+    link.subscribe([Topics(begin.site).receiver_subscription(begin.tag)])
+    orders: queue.Queue[ToReceiver | ToServer] = queue.Queue()
+    link.start(patient=True)
+    threading.Thread(target=_listen, args=(orders, stream, link), daemon=True).start()
+    ticked = 0.0
+    while True:
+        item = link.get(0.1)
+        until = time.monotonic() + TURN_S
+        while item is not None:
+            if isinstance(item, tuple):
+                receiving.receive(*item)
+            item = None if time.monotonic() > until else link.get()
+        while link.connected and not orders.empty():
+            receiving.order(orders.get())
+        if time.monotonic() - ticked >= TICK_S:
+            ticked = time.monotonic()
+            receiving.tick(up=link.connected)
+        replies.flush()
+
+
+def main() -> None:
+    """Run until the parent asks for the end, or ends."""
+    replies = replies_to_parent()
+    begin = read(sys.stdin.buffer)
+    if not isinstance(begin, Begin):
+        sys.exit(2)
+    begin_helper(begin.parent)
+    try:
+        run(begin, sys.stdin.buffer, replies)
+    except BrokenPipeError:
+        sys.exit(0)
+    except FedpruneError as error:
+        print(f"a receiver ends: {error}", file=sys.stderr)
+        sys.exit(int(error.exit_code))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Updates on their way to the server, of which other processes take in those of boards that know how.
+
+The server alone speaks: it hands an announced update to a receiver, signs and says what that one wants of the board,
+and is told when the update is on the disk. What a receiver says is checked, and counts only for what it was given. When
+one dies, what it had not brought to an end is given to another one, or fetched by the server itself, from where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.wire.chunk import MAX_PACKET
+from fedprune.wire.messages import TO, Want
+from fedprune_server.transfer.upload_workers.messages import (
+    Asks,
+    Beat,
+    Begin,
+    Born,
+    Drop,
+    Failed,
+    Fetch,
+    Interrupted,
+    Stored,
+    There,
+    Took,
+    ToReceiver,
+    ToServer,
+)
+from fedprune_server.transfer.upload_workers.receiver import Receiver
+from fedprune_server.transfer.uploads import Arrived, Outcome, Spoilt, Uploads, Wants
+
+log = logging.getLogger("fedprune.server")
+
+
+@dataclass
+class _Given:
+    round: int
+    attempt: int
+    ref: BlobRef
+    receiver: Receiver
+    leaves: int = 0
+
+
+class Receivers(Uploads):
+    """Takes in updates with the help of receivers. Use it as a context, in which their processes run.
+
+    Args:
+        store: Where updates end up, a folder that the receivers see.
+        begin: The first word to a receiver with a tag.
+        count: How many receivers.
+        wake: Called from another thread when there is something to collect.
+        clock: Seconds of a clock that nobody sets, as what `now` is everywhere here.
+        concurrent: From how many devices the server itself, and each receiver, pulls at a time.
+        max_packet: Bytes of an MQTT packet that the broker lets through.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        begin: Callable[[str], Begin],
+        count: int,
+        wake: Callable[[], None],
+        clock: Callable[[], float],
+        concurrent: int = 4,
+        max_packet: int = MAX_PACKET,
+    ) -> None:
+        super().__init__(store, concurrent, max_packet)
+        self._blobs = store
+        self._clock = clock
+        self._wake = wake
+        self._news = threading.Event()
+        self._receivers = [Receiver(begin, self._spoke) for _ in range(count)]
+        self._given: dict[str, _Given] = {}
+        self._by_blob: dict[str, Receiver] = {}
+        self._fetchers = Counter[str]()
+        self._able: set[str] = set()
+        self._births: dict[str, tuple[int, float]] = {}
+        self._told: set[str] = set()
+        self._ended: list[Outcome] = []
+        self._taken: list[tuple[str, int]] = []
+        self._look_at = 0.0
+        self._stored = 0
+
+    @property
+    def receivers(self) -> Sequence[Receiver]:
+        """The receivers."""
+        return self._receivers
+
+    def __enter__(self) -> Receivers:
+        for receiver in self._receivers:
+            receiver.start(self._clock())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for receiver in self._receivers:
+            receiver.stop()
+        log.info("receivers took in %d updates", self._stored)
+
+    def add(self, device: str, round_: int, attempt: int, ref: BlobRef, now: float) -> Wants:
+        """Fetch an update; asking again for the one under way changes nothing."""
+        if not self.fetching(device, round_, attempt, ref):
+            self.drop(device)
+            receiver = self._choose(device, ref)
+            if receiver is not None:
+                self._give(device, _Given(round_, attempt, ref, receiver))
+        if device in self._given:
+            return self.heard(device, now)
+        return super().add(device, round_, attempt, ref, now)
+
+    def heard(self, device: str, now: float) -> Wants:
+        """A device announces its update, so that it is there to be asked."""
+        given = self._given.get(device)
+        if given is not None and device not in self._told:
+            given.receiver.say(There(device))
+            self._told.add(device)
+        return super().heard(device, now)
+
+    def gone(self, device: str, sha256: str, now: float) -> Wants:
+        """The device no longer has what it announced."""
+        given = self._given.get(device)
+        if given is None or given.ref.sha256 != sha256:
+            return super().gone(device, sha256, now)
+        self.drop(device)
+        reason = "the device no longer has the update that it announced"
+        self._ended.append(Spoilt(device, given.round, given.attempt, reason))
+        return []
+
+    def interrupted(self, now: float) -> None:
+        """After a reconnection: what was on the way is lost."""
+        super().interrupted(now)
+        self._told.clear()
+        for receiver in self._receivers:
+            if receiver.alive:
+                receiver.say(Interrupted())
+
+    def born(self, device: str, session: int, answer_s: float, now: float, abilities: Collection[str] = ()) -> Wants:
+        """A device announces itself; whether receivers can fetch from it, it says there."""
+        self._births[device] = session, answer_s
+        wants, given = super().born(device, session, answer_s, now, abilities), self._given.get(device)
+        if TO in abilities:
+            self._able.add(device)
+            if given is not None:
+                given.receiver.say(Born(device, session, answer_s))
+            return wants
+        self._able.discard(device)
+        if given is None:
+            return wants
+        self.drop(device)
+        return wants + super().add(device, given.round, given.attempt, given.ref, now)
+
+    def drop(self, device: str) -> list[str]:
+        """Stop fetching from a device; what has arrived stays on the disk."""
+        given = self._take_back(device)
+        if given is None:
+            return super().drop(device)
+        given.receiver.say(Drop(device))
+        return [given.ref.sha256]
+
+    def keep(self, device: str, round_: int, attempt: int) -> list[str]:
+        """Stop fetching from a device unless it is for this part."""
+        given = self._given.get(device)
+        if given is None:
+            return super().keep(device, round_, attempt)
+        return [] if (given.round, given.attempt) == (round_, attempt) else self.drop(device)
+
+    def fetching(self, device: str, round_: int, attempt: int, ref: BlobRef) -> bool:
+        """Whether this very update is being fetched, or waits to be."""
+        given = self._given.get(device)
+        if given is None:
+            return super().fetching(device, round_, attempt, ref)
+        return (given.round, given.attempt, given.ref) == (round_, attempt, ref)
+
+    def devices(self) -> list[str]:
+        """From whom something is being fetched, or waits to be."""
+        return [*super().devices(), *self._given]
+
+    def digests(self) -> set[str]:
+        """What is being fetched, or waits to be."""
+        return super().digests() | {g.ref.sha256 for g in self._given.values()}
+
+    def outcomes(self) -> list[Outcome]:
+        """What has come to an end since the last call."""
+        ended, self._ended = self._ended, []
+        return ended + super().outcomes()
+
+    def progress(self, device: str) -> tuple[int, int] | None:
+        """Leaves that have arrived and leaves in all, or None where nothing is fetched from the device."""
+        given = self._given.get(device)
+        return super().progress(device) if given is None else (given.leaves, given.ref.leaf_count)
+
+    def taken(self) -> list[tuple[str, int]]:
+        """Devices, and bytes of chunks that receivers have taken in from them since the last call."""
+        taken, self._taken = self._taken, []
+        return taken
+
+    def collect(self, now: float) -> Wants:
+        """Take in what receivers say, and start those again that have ended."""
+        if not self._news.is_set() and now < self._look_at:
+            return []
+        self._news.clear()
+        self._look_at = now + 1.0
+        wants: Wants = []
+        for receiver in self._receivers:
+            tag = receiver.tag
+            for word in receiver.words(now):
+                wants += self._hear(receiver, tag, word, now)
+            if not receiver.alive:
+                receiver.start(now)
+                wants += self._give_anew(receiver, now)
+        return wants
+
+    def _spoke(self) -> None:
+        """A receiver has said something; asked from its reader's thread."""
+        if not self._news.is_set():
+            self._news.set()
+            self._wake()
+
+    def _hear(self, receiver: Receiver, tag: str, word: ToReceiver | ToServer, now: float) -> Wants:
+        if isinstance(word, Beat):
+            return []
+        if isinstance(word, Took):
+            self._taken.append((word.device, word.size))
+            given = self._given.get(word.device)
+            if given is not None and given.receiver is receiver:
+                given.leaves = min(word.leaves, given.ref.leaf_count)
+            return []
+        given = self._given.get(word.device) if isinstance(word, (Asks, Stored, Failed)) else None
+        if given is None or given.receiver is not receiver:
+            return []  # it was dropped meanwhile, or is another's
+        if isinstance(word, Asks):
+            if word.sha256 != given.ref.sha256:
+                return []
+            return [(word.device, Want(word.sha256, word.part, word.first, word.count, None, word.most, None, tag))]
+        if not isinstance(word, (Stored, Failed)) or (word.round, word.attempt) != (given.round, given.attempt):
+            return []
+        part = word.device, word.round, word.attempt
+        if isinstance(word, Failed):
+            self._take_back(word.device)
+            self._ended.append(Spoilt(*part, word.reason))
+        elif word.sha256 == given.ref.sha256:
+            self._take_back(word.device)
+            if self._blobs.has(word.sha256) and self._blobs.size(word.sha256) == given.ref.size:
+                self._stored += 1
+                self._ended.append(Arrived(*part, word.sha256))
+            else:
+                log.error("a receiver says that it stored %s, which isn't there: fetched again", word.sha256)
+                return super().add(*part, given.ref, now)
+        return []
+
+    def _choose(self, device: str, ref: BlobRef) -> Receiver | None:
+        """Who fetches a device's update: whoever fetches the same blob, so that no two write it, or has least to do."""
+        if device not in self._able:
+            return None
+        same = self._by_blob.get(ref.sha256)
+        if same is not None and same.alive:
+            return same
+        return min((r for r in self._receivers if r.alive), key=lambda r: r.load, default=None)
+
+    def _give(self, device: str, given: _Given) -> None:
+        session, answer_s = self._births.get(device, (None, 0.0))
+        self._given[device] = given
+        self._by_blob[given.ref.sha256] = given.receiver
+        self._fetchers[given.ref.sha256] += 1
+        given.receiver.load += given.ref.size
+        given.receiver.say(Fetch(device, given.round, given.attempt, given.ref, session, answer_s))
+        self._told.add(device)
+
+    def _take_back(self, device: str) -> _Given | None:
+        given = self._given.pop(device, None)
+        if given is not None:
+            given.receiver.load -= given.ref.size
+            self._fetchers[given.ref.sha256] -= 1
+            if not self._fetchers[given.ref.sha256]:
+                del self._fetchers[given.ref.sha256], self._by_blob[given.ref.sha256]
+        return given
+
+    def _give_anew(self, dead: Receiver, now: float) -> Wants:
+        """What a receiver had under way as it died is given to others, in the same order."""
+        mine = {n: g for n, g in self._given.items() if g.receiver is dead}
+        for device in mine:
+            self._take_back(device)
+        dead.load = 0
+        wants: Wants = []
+        for device, given in mine.items():
+            wants += self.add(device, given.round, given.attempt, given.ref, now)
+        return wants

@@ -1,0 +1,301 @@
+"""Updates on their way from devices to the server: a few are pulled at a time, the others wait their turn."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ProtocolError
+from fedprune.wire.chunk import MAX_PACKET, Chunk
+from fedprune.wire.chunk_limit import ChunkLimit
+from fedprune.wire.messages import Want
+from fedprune.wire.rtt import AnswerTime
+from fedprune.wire.transfer import Pull
+
+STALLED_S = 30.0
+"""A pull that got nothing for so long gives its place to one that waits."""
+
+LEAST_BYTES_S = 8192
+"""A pull that has got less than this on average since it began gives up its place, too, once it had `STALLED_S`."""
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """An update's weights are in the store."""
+
+    device: str
+    round: int
+    attempt: int
+    weights: str
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """An update can't be had."""
+
+    device: str
+    round: int
+    attempt: int
+    reason: str
+
+
+Outcome = Arrived | Spoilt
+Wants = list[tuple[str, Want]]
+
+
+@dataclass
+class _Upload:
+    round: int
+    attempt: int
+    ref: BlobRef
+    pull: Pull | None = None
+    leaves: int = 0
+    moved_at: float = 0.0
+    began_at: float = 0.0
+    began_with: int = 0
+
+    def slow(self, now: float) -> bool:
+        """Whether it got nothing for a while, or too little since it got its place."""
+        held = now - self.began_at
+        got = (self.leaves - self.began_with) * LEAF
+        return now - self.moved_at > STALLED_S or (held > STALLED_S and got < LEAST_BYTES_S * held)
+
+
+class Uploads:
+    """Pulls of all devices; one per device. Does no network I/O: it says what to ask whom for.
+
+    Args:
+        store: Where updates end up.
+        concurrent: How many are pulled at a time, which bounds what the broker and the server's memory hold.
+        max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
+    """
+
+    def __init__(self, store: BlobStore, concurrent: int = 4, max_packet: int = MAX_PACKET) -> None:
+        self._limit = ChunkLimit(max_packet)
+        self._store = store
+        self._concurrent = concurrent
+        self._uploads: dict[str, _Upload] = {}
+        self._answers: dict[str, AnswerTime] = {}
+        self._there: dict[str, int | None] = {}  # who was heard since the last reconnection, and on which connection
+        self._all_there, self._all_there_at = True, 0.0
+        self._tickets = 0
+        self._waiting: dict[str, int] = {}  # with their tickets, in whose order they are asked
+        self._ready: list[tuple[int, str]] = []  # those of them that are there, a heap; who waits no more is skipped
+        self._running: set[str] = set()
+        self._outcomes: list[Outcome] = []
+
+    def add(self, device: str, round_: int, attempt: int, ref: BlobRef, now: float) -> Wants:
+        """Fetch an update; asking again for the one under way changes nothing.
+
+        Raises:
+            StorageError: The store fails.
+        """
+        if not self.fetching(device, round_, attempt, ref):
+            self.drop(device)
+            self._uploads[device] = _Upload(round_, attempt, ref)
+            self._wait(device)
+        return self.heard(device, now)
+
+    def heard(self, device: str, now: float) -> Wants:
+        """A device announces its update, so that it is there to be asked."""
+        if device not in self._there:
+            self._shows(device, None)
+        return self._start(now)
+
+    def chunk(self, device: str, chunk: Chunk, now: float) -> Wants:
+        """Take in a chunk from a device; one that nobody waits for is ignored.
+
+        Raises:
+            StorageError: The store fails.
+        """
+        upload = self._uploads.get(device)
+        if upload is None or upload.pull is None or chunk.sha256 != upload.ref.sha256:
+            return []
+        try:
+            wants = upload.pull.on_chunk(chunk, now)
+        except ProtocolError as error:
+            return self._end(device, Spoilt(device, upload.round, upload.attempt, str(error)), now)
+        if upload.pull.done:
+            return self._end(device, Arrived(device, upload.round, upload.attempt, upload.ref.sha256), now)
+        leaves = upload.pull.progress[0]
+        if leaves != upload.leaves:
+            upload.leaves, upload.moved_at = leaves, now
+        return [(device, w) for w in wants]
+
+    def gone(self, device: str, sha256: str, now: float) -> Wants:
+        """The device no longer has what it announced."""
+        upload = self._uploads.get(device)
+        if upload is None or upload.ref.sha256 != sha256:
+            return []
+        reason = "the device no longer has the update that it announced"
+        return self._end(device, Spoilt(device, upload.round, upload.attempt, reason), now)
+
+    def tick(self, now: float) -> Wants:
+        """Ask again for what is overdue, and let those that wait pass those that are stuck or slow."""
+        slow = [n for n in self._running if self._uploads[n].slow(now)]
+        for device in sorted(slow) if self._waiting else ():
+            self._uploads[device].pull = None  # what has arrived stays on the disk
+            self._running.discard(device)
+            self._wait(device)
+        wants: Wants = []
+        for device in sorted(self._running):
+            upload = self._uploads[device]
+            if upload.pull is None:
+                continue
+            try:
+                wants += [(device, w) for w in upload.pull.on_tick(now)]
+            except ProtocolError as error:
+                wants += self._end(device, Spoilt(device, upload.round, upload.attempt, str(error)), now)
+        return wants + self._start(now)
+
+    def interrupted(self, now: float) -> None:
+        """After a reconnection: what was on the way is lost, and who is there shows as devices announce themselves.
+
+        Until then they are not asked, and take nobody's place: where the broker was away, they come back one by one.
+        """
+        self._all_there, self._all_there_at = False, now + STALLED_S
+        self._there.clear()
+        self._ready.clear()
+        for device in self._running:
+            upload = self._uploads[device]
+            if upload.pull is not None:
+                upload.pull.give_up()
+                upload.pull = None  # what has arrived stays on the disk
+        waiting = [*sorted(self._running), *self._waiting]
+        self._waiting.clear()
+        for device in waiting:
+            self._wait(device)
+        self._running.clear()
+
+    def born(self, device: str, session: int, answer_s: float, now: float, abilities: Collection[str] = ()) -> Wants:
+        """A device announces itself: on a new connection all that was on the way from it is lost, and asked for again.
+
+        Args:
+            device: The device.
+            session: The number of its connection.
+            answer_s: How long answers take, as far as the device knows.
+            now: The time.
+            abilities: What it knows of the protocol; here nothing depends on that.
+        """
+        self._answers.setdefault(device, AnswerTime()).told(answer_s)
+        before = self._there.get(device)
+        self._shows(device, session)
+        upload = self._uploads.get(device)
+        wants: Wants = []
+        if upload is not None and upload.pull is not None and before not in (None, session):
+            upload.moved_at = upload.began_at = now  # it was asked on another connection
+            upload.began_with = upload.leaves
+            wants = [(device, w) for w in upload.pull.start(now)]
+        return wants + self._start(now)
+
+    def drop(self, device: str) -> list[str]:
+        """Stop fetching from a device; what has arrived stays on the disk and is gone on from later.
+
+        Returns:
+            Digests of what was dropped.
+        """
+        upload = self._uploads.pop(device, None)
+        if upload is None:
+            return []
+        self._waiting.pop(device, None)
+        self._running.discard(device)
+        if upload.pull is not None:
+            upload.pull.give_up()  # a broker ends the connection of who sends it too large a chunk
+        return [upload.ref.sha256]
+
+    def keep(self, device: str, round_: int, attempt: int) -> list[str]:
+        """Stop fetching from a device unless it is for this part.
+
+        Returns:
+            Digests of what was dropped.
+        """
+        upload = self._uploads.get(device)
+        return [] if upload is None or (upload.round, upload.attempt) == (round_, attempt) else self.drop(device)
+
+    def fetching(self, device: str, round_: int, attempt: int, ref: BlobRef) -> bool:
+        """Whether this very update is being fetched, or waits to be."""
+        known = self._uploads.get(device)
+        return known is not None and (known.round, known.attempt, known.ref) == (round_, attempt, ref)
+
+    def devices(self) -> list[str]:
+        """From whom something is being fetched, or waits to be."""
+        return list(self._uploads)
+
+    def digests(self) -> set[str]:
+        """What is being fetched, or waits to be."""
+        return {u.ref.sha256 for u in self._uploads.values()}
+
+    def outcomes(self) -> list[Outcome]:
+        """What has come to an end since the last call."""
+        ended, self._outcomes = self._outcomes, []
+        return ended
+
+    def progress(self, device: str) -> tuple[int, int] | None:
+        """Leaves that have arrived and leaves in all, or None where nothing is fetched from the device."""
+        upload = self._uploads.get(device)
+        return None if upload is None or upload.pull is None else upload.pull.progress
+
+    def collect(self, now: float) -> Wants:
+        """Take in what other processes say that help; without any there is nothing."""
+        return []
+
+    def taken(self) -> list[tuple[str, int]]:
+        """Devices, and bytes of chunks that other processes have taken in from them since the last call."""
+        return []
+
+    def _end(self, device: str, outcome: Outcome, now: float) -> Wants:
+        self.drop(device)
+        self._outcomes.append(outcome)
+        return self._start(now)
+
+    def _wait(self, device: str) -> None:
+        """A device stands at the end of the line."""
+        self._tickets += 1
+        self._waiting[device] = self._tickets
+        if self._all_there or device in self._there:
+            heapq.heappush(self._ready, (self._tickets, device))
+
+    def _shows(self, device: str, session: int | None) -> None:
+        """A device is there."""
+        if not self._all_there and device not in self._there and device in self._waiting:
+            heapq.heappush(self._ready, (self._waiting[device], device))
+        self._there[device] = session
+
+    def _next(self, now: float) -> str | None:
+        """Who is first in the line of those that are there."""
+        if not self._all_there and now >= self._all_there_at:
+            self._all_there = True
+            self._ready = [(ticket, device) for device, ticket in self._waiting.items()]
+        while self._ready:
+            ticket, device = heapq.heappop(self._ready)
+            if self._waiting.get(device) == ticket:
+                return device
+        return None
+
+    def _start(self, now: float) -> Wants:
+        wants: Wants = []
+        while len(self._running) < self._concurrent:
+            device = self._next(now)
+            if device is None:
+                break
+            del self._waiting[device]
+            self._running.add(device)
+            upload = self._uploads[device]
+            try:
+                answers = self._answers.setdefault(device, AnswerTime())
+                partial = self._store.partial(upload.ref)
+                upload.pull = Pull(upload.ref, partial, limit=self._limit, answers=answers)
+                upload.moved_at = upload.began_at = now
+                upload.leaves = upload.began_with = upload.pull.progress[0]
+                first = upload.pull.start(now)
+            except ProtocolError as error:
+                wants += self._end(device, Spoilt(device, upload.round, upload.attempt, str(error)), now)
+                continue
+            if upload.pull.done:  # it was already here
+                wants += self._end(device, Arrived(device, upload.round, upload.attempt, upload.ref.sha256), now)
+            else:
+                wants += [(device, w) for w in first]
+        return wants

@@ -1,0 +1,155 @@
+"""The console's API for its own pages, and for programs that log in like them: JSON below `/api/v1`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from fedprune.core.errors import ProtocolError
+from fedprune.wire.topics import check_device
+from fedprune_server.web.auth.roles import NEEDED, may
+from fedprune_server.web.context import Console, session_of
+from fedprune_server.web.state.orders import RefusedError
+from fedprune_server.web.views.paging import Page
+
+PREFIX = "/api/v1"
+_MAX_Q = 100
+
+
+def router(console: Console) -> APIRouter:
+    """The API's routes.
+
+    Args:
+        console: What they need.
+    """
+    routes, model = APIRouter(prefix=PREFIX), console.model
+
+    @routes.get("/me")
+    async def me(request: Request) -> Response:
+        session = session_of(request)
+        orders = sorted(k for k, role in NEEDED.items() if may(session.operator.role, role))
+        body = {"name": session.operator.name, "role": session.operator.role, "csrf": session.csrf}
+        return JSONResponse({**body, "orders": orders, "server_takes": model.orders})
+
+    @routes.get("/site")
+    async def site() -> Response:
+        body = {"site": model.site, "ready": model.ready, "silent_s": model.silent_s, "counts": model.counts}
+        return JSONResponse({**body, "jobs": model.jobs})
+
+    @routes.get("/jobs")
+    async def jobs() -> Response:
+        return JSONResponse({"items": model.jobs})
+
+    @routes.get("/rounds")
+    async def rounds(request: Request) -> Response:
+        job = request.query_params.get("job") or next((j["name"] for j in model.jobs), "")
+        return _page(lambda: model.rounds(job, **_paging(request)), job=job)
+
+    @routes.get("/devices")
+    async def devices(request: Request) -> Response:
+        query = request.query_params
+        only = {k: v for k in ("state", "profile", "job", "status", "online") if (v := query.get(k))}
+        sort, q = query.get("sort", "name"), query.get("q", "")[:_MAX_Q]
+        return _page(lambda: model.devices(**_paging(request), sort=sort, q=q, only=only), counts=model.counts)
+
+    @routes.get("/devices/{name}")
+    async def device(name: str) -> Response:
+        try:
+            row = model.device(check_device(name))
+        except ProtocolError as error:
+            raise HTTPException(404) from error
+        if row is None:
+            raise HTTPException(404)
+        return JSONResponse({"device": row, "details": model.details(name), "log": model.board_log(name)})
+
+    @routes.get("/coverage")
+    async def coverage(request: Request) -> Response:
+        job = request.query_params.get("job") or next((j["name"] for j in model.jobs), "")
+        return JSONResponse({"coverage": model.coverage(job)})
+
+    @routes.get("/rollouts")
+    async def rollouts() -> Response:
+        return JSONResponse({"items": model.rollouts, "releases": model.releases})
+
+    @routes.get("/alerts")
+    async def alerts(request: Request) -> Response:
+        gone = request.query_params.get("gone", "yes") != "no"
+        return _page(lambda: model.alerts(**_paging(request), gone=gone))
+
+    @routes.get("/logs")
+    async def logs(request: Request) -> Response:
+        query = request.query_params
+        only = {k: v for k in ("level", "device", "job") if (v := query.get(k))}
+        return _page(lambda: model.lines(**_paging(request, 100), q=query.get("q", "")[:_MAX_Q], only=only))
+
+    @routes.get("/audit")
+    async def audit(request: Request) -> Response:
+        if not may(session_of(request).operator.role, "admin"):
+            return JSONResponse({"error": "the audit log needs the role admin"}, 403)
+        operator = request.query_params.get("operator")
+        return _page(lambda: console.audit.page(**_paging(request), operator=operator))
+
+    @routes.get("/orders")
+    async def orders() -> Response:
+        return JSONResponse({"items": [_shown(o) for o in console.orders.latest()]})
+
+    @routes.get("/orders/{number}")
+    async def order(number: int) -> Response:
+        found = console.orders.get(number)
+        if found is None:
+            raise HTTPException(404)
+        return JSONResponse(_shown(found))
+
+    @routes.post("/orders")
+    async def give(request: Request) -> Response:
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            return JSONResponse({"error": "expected application/json"}, 415)
+        try:
+            body = json.loads(await request.body())
+        except (ValueError, RecursionError):
+            return JSONResponse({"error": "the body is no JSON"}, 422)
+        try:
+            number = console.orders.give(session_of(request), request.state.address, body)
+        except RefusedError as error:
+            return JSONResponse({"error": error.text}, error.status)
+        return JSONResponse({"order": number}, 202)
+
+    @routes.get("/events")
+    async def events(request: Request) -> Response:
+        session, token = session_of(request), request.state.token
+        if console.streams.full(session.operator.name):
+            return JSONResponse({"error": "too many streams are open"}, 429)
+
+        def allowed() -> bool:
+            return console.sessions.find(token, used=False) is not None
+
+        stream: AsyncIterator[str] = console.streams.stream(session.operator.name, allowed)
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+
+    return routes
+
+
+def _paging(request: Request, size: int = 50) -> dict[str, int]:
+    query = request.query_params
+    try:
+        return {"page": int(query.get("page", "1")[:9]), "size": int(query.get("size", str(size))[:9])}
+    except ValueError as error:
+        raise ValueError("expected whole numbers for page and size") from error
+
+
+def _page(find: Any, **more: Any) -> Response:
+    try:
+        page: Page = find()
+    except ValueError as error:
+        return JSONResponse({"error": str(error)}, 422)
+    return JSONResponse({**asdict(page), **more})
+
+
+def _shown(order: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in order.items() if k != "address"}

@@ -1,0 +1,157 @@
+"""The console's application: logging in and out, health, and the API; the pages come from `pages`."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from urllib.parse import parse_qs
+
+import anyio
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.types import ASGIApp
+
+from fedprune.core.errors import FedpruneError
+from fedprune.wire.validation import one_line
+from fedprune_server.web import api
+from fedprune_server.web.auth.accounts import MAX_PASSWORD
+from fedprune_server.web.auth.middleware import Gate, safe_path
+from fedprune_server.web.auth.sessions import LONGEST_S
+from fedprune_server.web.context import Console
+from fedprune_server.web.views import pages
+
+_HASHES = 2
+"""Passwords that are looked at at a time: each takes 64 MiB for a moment."""
+
+_QUEUE = 32
+"""Logins that wait for that; others are told to come back."""
+
+
+def make_app(console: Console) -> ASGIApp:
+    """The application, behind its gate.
+
+    Args:
+        console: What its routes need.
+    """
+    return Gate(make_routes(console), console.sessions, console.around)
+
+
+def make_routes(console: Console) -> FastAPI:
+    """The application without its gate; alone it protects nothing."""
+    # Generated documentation would need others' scripts, and would show routes to everybody.
+    app = FastAPI(title="fedprune console", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.include_router(api.router(console))
+    hashing, waiting = anyio.CapacityLimiter(_HASHES), [0]
+
+    @app.exception_handler(FedpruneError)
+    async def failed(_: Request, error: FedpruneError) -> Response:
+        return JSONResponse({"error": error.what}, 503)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        # Named by its last part only: what was sent is not repeated.
+        said = "; ".join(f"{e['loc'][-1]}: {e['msg'][:1].lower()}{e['msg'][1:]}" for e in error.errors()[:5])
+        return JSONResponse({"error": said}, 422)
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> Response:
+        return JSONResponse({"error": error.detail.lower()}, error.status_code, error.headers)
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        return JSONResponse({"ok": True})
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        ready = console.model.ready
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+    def form(request: Request, status: int = 200, error: str = "", next_path: str = "/") -> Response:
+        nonce = secrets.token_urlsafe(32)
+        csrf = console.sessions.login_token(nonce)
+        empty = len(console.accounts) == 0
+        answer = pages.login_page(request, console, csrf=csrf, error=error, next_path=next_path, empty=empty)
+        answer.status_code = status
+        _set(request, answer, console.around.login_cookie, nonce, 3600)
+        return answer
+
+    @app.get("/login")
+    async def login_form(request: Request) -> Response:
+        target = safe_path(request.query_params.get("next"))
+        if request.state.session is not None:
+            return RedirectResponse(target, 303)
+        return form(request, next_path=target)
+
+    @app.post("/login")
+    async def login(request: Request) -> Response:
+        fields = await _fields(request)
+        name, password, target = fields.get("name", ""), fields.get("password", ""), safe_path(fields.get("next"))
+        expected = console.sessions.login_token(request.cookies.get(console.around.login_cookie, ""))
+        if not hmac.compare_digest(fields.get("csrf", "").encode(), expected.encode()):
+            return form(request, 403, "The form was open for too long. Try again.", target)
+        address = request.state.address
+        wait = console.throttle.wait_s(name[:64], address)
+        if wait > 0:
+            answer = form(request, 429, f"Too many attempts. Try again in {wait:.0f} seconds.", target)
+            answer.headers["retry-after"] = str(int(wait) + 1)
+            return answer
+        if waiting[0] >= _QUEUE:
+            return form(request, 503, "Too many are logging in. Try again in a moment.", target)
+        # Counted before it is known, so that many at once are no way round it.
+        console.throttle.failed(name[:64], address)
+        hashed, waiting[0] = console.accounts.hash_of(name), waiting[0] + 1
+        try:
+            right = await anyio.to_thread.run_sync(console.accounts.fits, hashed, password, limiter=hashing)
+        finally:
+            waiting[0] -= 1
+        operator = console.accounts.get(name) if right else None
+        if operator is None or len(password) > MAX_PASSWORD or console.accounts.hash_of(name) != hashed:
+            await anyio.to_thread.run_sync(console.audit.failed, one_line(name, 64), address)
+            return form(request, 401, "Name or password is wrong.", target)
+        console.throttle.succeeded(name, address)
+        console.sessions.end(request.state.token)
+        token = await anyio.to_thread.run_sync(console.sessions.begin, operator, address)
+        await anyio.to_thread.run_sync(lambda: console.audit.note(name, address, "login", outcome="done"))
+        answer = RedirectResponse(target, 303)
+        _set(request, answer, console.around.cookie, token, int(LONGEST_S))
+        _delete(request, answer, console.around.login_cookie)
+        return answer
+
+    @app.post("/logout")
+    async def logout(request: Request) -> Response:
+        fields, session = await _fields(request), request.state.session
+        given = request.headers.get("x-csrf-token", fields.get("csrf", ""))
+        if not hmac.compare_digest(given.encode(), session.csrf.encode()):
+            return JSONResponse({"error": "the token is missing or wrong"}, 403)
+        console.sessions.end(request.state.token)
+        console.audit.note(session.operator.name, request.state.address, "logout")
+        answer = RedirectResponse("/login", 303)
+        _delete(request, answer, console.around.cookie)
+        return answer
+
+    pages.install(app, console)
+    return app
+
+
+async def _fields(request: Request) -> dict[str, str]:
+    """A form's fields: only as a plain form sends them, and no files."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-www-form-urlencoded":
+        return {}
+    body = (await request.body()).decode("utf-8", "replace")
+    try:
+        return {k: v[0] for k, v in parse_qs(body, keep_blank_values=True, max_num_fields=20).items()}
+    except ValueError:
+        return {}
+
+
+def _set(request: Request, answer: Response, name: str, value: str, seconds: int) -> None:
+    answer.set_cookie(
+        name, value, max_age=seconds, path="/", httponly=True, samesite="strict", secure=request.state.secure
+    )
+
+
+def _delete(request: Request, answer: Response, name: str) -> None:
+    answer.delete_cookie(name, path="/", httponly=True, samesite="strict", secure=request.state.secure)

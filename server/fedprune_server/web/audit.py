@@ -1,0 +1,113 @@
+"""The audit log: who did what, from where, and what came of it. Lines are added, never changed or taken away."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fedprune.wire.validation import one_line
+from fedprune_server.web.database import ConsoleDatabase
+from fedprune_server.web.views.paging import MAX_SIZE, Page
+
+_ORDER = "json_extract(what, '$.order')"
+_OUTCOME = (
+    "(SELECT a.outcome FROM audit AS a WHERE json_extract(a.what, '$.order') = json_extract(audit.what, '$.order') "  # nosec B608  # a text of ours
+    "AND a.number > audit.number ORDER BY a.number DESC LIMIT 1)"
+)
+
+MOST_FAILED, FAILED_EVERY_S = 100, 60.0
+"""Failed logins that are listed at once, and the pause after which one more is: strangers can't fill the disk."""
+
+
+class Audit:
+    """The audit log.
+
+    Args:
+        database: Where it is kept.
+        clock: Seconds since 1970.
+        monotonic: The monotonic clock.
+    """
+
+    def __init__(
+        self,
+        database: ConsoleDatabase,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._database = database
+        self._clock, self._monotonic = clock, monotonic
+        self._room, self._failed_at, self._unlisted = float(MOST_FAILED), monotonic(), 0
+
+    def note(
+        self, operator: str, address: str, action: str, what: dict[str, Any] | None = None, outcome: str = ""
+    ) -> None:
+        """Add a line.
+
+        Args:
+            operator: Who; of a failed login what was given as a name.
+            address: From where.
+            action: What was done: `login`, `logout`, an order's kind.
+            what: To what.
+            outcome: What came of it.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        self._database.do(
+            "INSERT INTO audit (at, operator, address, action, what, outcome) VALUES (?, ?, ?, ?, ?, ?)",
+            self._clock(),
+            one_line(operator, 64),
+            one_line(address, 64),
+            one_line(action, 64),
+            json.dumps(what or {}, sort_keys=True),
+            one_line(outcome, 500),
+        )
+
+    def failed(self, name: str, address: str) -> None:
+        """Add a line about a failed login; of many at a time a few are listed, and the next line counts the others.
+
+        Args:
+            name: What was given as a name.
+            address: From where.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        now = self._monotonic()
+        self._room = min(float(MOST_FAILED), self._room + (now - self._failed_at) / FAILED_EVERY_S)
+        self._failed_at = now
+        if self._room < 1:
+            self._unlisted += 1
+            return
+        self._room -= 1
+        unlisted, self._unlisted = self._unlisted, 0
+        self.note(name, address, "login", {"unlisted before": unlisted} if unlisted else None, "failed")
+
+    def page(self, page: int = 1, size: int = 50, operator: str | None = None) -> Page:
+        """Entries, the latest first; an order and its outcome, which are two lines of the log, are one entry.
+
+        Args:
+            page: From 1.
+            size: Of a page.
+            operator: Whose alone.
+
+        Raises:
+            ValueError: Page or size are none.
+            StorageError: The disk fails.
+        """
+        if page < 1 or not 1 <= size <= MAX_SIZE:
+            raise ValueError(f"expected a page from 1 on and a size from 1 to {MAX_SIZE}, got {page} and {size}")
+        whose, values = ("AND operator = ?", (operator,)) if operator is not None else ("", ())
+        where = f"WHERE ({_ORDER} IS NULL OR outcome = 'ordered') {whose}"
+        row = self._database.row(f"SELECT count(*) AS n FROM audit {where}", *values)  # noqa: S608  # nosec B608  # two texts of ours
+        total = int(row["n"]) if row else 0
+        pages = max(1, -(-total // size))
+        page = min(page, pages)
+        rows = self._database.rows(
+            f"SELECT number, at, operator, address, action, what, coalesce({_OUTCOME}, outcome) AS outcome "  # noqa: S608  # nosec B608  # as above
+            f"FROM audit {where} ORDER BY number DESC LIMIT ? OFFSET ?",
+            *values, size, (page - 1) * size,
+        )  # fmt: skip
+        return Page([{**r, "what": json.loads(r["what"])} for r in rows], page, pages, size, total)

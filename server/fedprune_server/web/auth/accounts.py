@@ -1,0 +1,178 @@
+"""Operators: who may use the console, and as what. Passwords are kept as argon2id hashes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from argon2 import PasswordHasher
+from argon2.exceptions import InvalidHashError, VerificationError
+
+from fedprune.core.errors import ConfigError, ProtocolError, StorageError
+from fedprune.wire.topics import check_name
+from fedprune_server.web.auth.roles import ROLES
+from fedprune_server.web.database import ConsoleDatabase
+
+MIN_PASSWORD, MAX_PASSWORD = 12, 1024
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Somebody who may use the console.
+
+    Attributes:
+        name: What they log in as.
+        role: One of `ROLES`.
+        made_at: When the account was made, in seconds since 1970.
+        changed_at: When role or password were changed last.
+    """
+
+    name: str
+    role: str
+    made_at: float
+    changed_at: float
+
+
+class Accounts:
+    """The operators of a console.
+
+    Args:
+        database: Where they are kept.
+        hasher: Makes hashes of passwords; None for argon2id as RFC 9106 recommends it for little memory.
+        clock: Seconds since 1970.
+    """
+
+    def __init__(
+        self, database: ConsoleDatabase, hasher: PasswordHasher | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._database = database
+        self._hasher = hasher or PasswordHasher()
+        self._clock = clock
+        self._nobody = self._hasher.hash("nobody's password")
+
+    def __len__(self) -> int:
+        row = self._database.row("SELECT count(*) AS n FROM operators")
+        return int(row["n"]) if row else 0
+
+    def list(self) -> list[Operator]:
+        """All of them, by name."""
+        return [_operator(r) for r in self._database.rows("SELECT * FROM operators ORDER BY name")]
+
+    def get(self, name: str) -> Operator | None:
+        """One of them."""
+        row = self._database.row("SELECT * FROM operators WHERE name = ?", name)
+        return None if row is None else _operator(row)
+
+    def add(self, name: str, role: str, password: str) -> Operator:
+        """A new one.
+
+        Raises:
+            ConfigError: Name, role or password are none, or there is one of this name.
+            StorageError: The disk fails or is full.
+        """
+        self.check_new(name, role)
+        check_password(name, password)
+        hashed, now = self._hasher.hash(password), self._clock()
+        added = self._database.do(
+            "INSERT OR IGNORE INTO operators (name, role, hash, made_at, changed_at) VALUES (?, ?, ?, ?, ?)",
+            name, role, hashed, now, now,
+        )  # fmt: skip
+        if not added:
+            raise _taken(name)
+        return Operator(name, role, now, now)
+
+    def check_new(self, name: str, role: str) -> None:
+        """See whether there could be a new account of this name and role.
+
+        Raises:
+            ConfigError: Name or role are none, or there is one of this name.
+            StorageError: The disk fails.
+        """
+        try:
+            check_name(name, "operator")
+        except ProtocolError as error:
+            raise ConfigError(error.what, expected=error.expected, got=error.got) from error
+        if role not in ROLES:
+            raise ConfigError("role of an operator", expected=", ".join(ROLES), got=role)
+        if self.get(name) is not None:
+            raise _taken(name)
+
+    def check_known(self, name: str) -> None:
+        """See whether there is an account of this name.
+
+        Raises:
+            ConfigError: There is none.
+            StorageError: The disk fails.
+        """
+        if self.get(name) is None:
+            raise _unknown(name)
+
+    def remove(self, name: str) -> None:
+        """Take an account away, and end its sessions.
+
+        Raises:
+            ConfigError: There is none of this name.
+            StorageError: The disk fails or is full.
+        """
+        with self._database.transaction():
+            gone = self._database.do("DELETE FROM operators WHERE name = ?", name)
+            self._database.do("DELETE FROM sessions WHERE operator = ?", name)
+        if not gone:
+            raise _unknown(name)
+
+    def set_password(self, name: str, password: str) -> None:
+        """Give an account another password, and end its sessions.
+
+        Raises:
+            ConfigError: There is none of this name, or the password is none.
+            StorageError: The disk fails or is full.
+        """
+        check_password(name, password)
+        hashed = self._hasher.hash(password)
+        with self._database.transaction():
+            changed = self._database.do(
+                "UPDATE operators SET hash = ?, changed_at = ? WHERE name = ?", hashed, self._clock(), name
+            )
+            self._database.do("DELETE FROM sessions WHERE operator = ?", name)
+        if not changed:
+            raise _unknown(name)
+
+    def hash_of(self, name: str) -> str:
+        """The hash of an operator's password; of one that isn't there, a hash that no password has."""
+        row = self._database.row("SELECT hash FROM operators WHERE name = ?", name)
+        return self._nobody if row is None else str(row["hash"])
+
+    def fits(self, hashed: str, password: str) -> bool:
+        """Whether a password has this hash. It takes long, on purpose, and may be asked from any thread."""
+        try:
+            return self._hasher.verify(hashed, password[: MAX_PASSWORD + 1]) and hashed != self._nobody
+        except (VerificationError, InvalidHashError):
+            return False
+
+
+def check_password(name: str, password: str) -> None:
+    """Refuse a password that is none.
+
+    Raises:
+        ConfigError: It is too short or long, or the operator's name.
+    """
+    if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
+        raise ConfigError("password", expected=f"{MIN_PASSWORD} to {MAX_PASSWORD} characters", got=f"{len(password)}")
+    if password.casefold() in (name.casefold(), name.casefold() * 2) or len(set(password)) < 4:
+        raise ConfigError("password", expected="one that nobody guesses", hint="Several random words make a good one.")
+
+
+def _operator(row: dict[str, Any]) -> Operator:
+    if row["role"] not in ROLES:
+        raise StorageError(f"operator {row['name']} has a role that is none", got=row["role"])
+    return Operator(row["name"], row["role"], row["made_at"], row["changed_at"])
+
+
+def _taken(name: str) -> ConfigError:
+    return ConfigError(f"there is an operator {name} already", hint="`operators password` changes a password.")
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(f"no operator is called {name!r}", hint="See `fedprune-server operators list`.")

@@ -1,0 +1,272 @@
+"""What every request passes: nothing is reached without a session but what is named here.
+
+Of requests that change something, the browser must say that they come from these pages, and repeat the session's token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fedprune.core.errors import FedpruneError
+from fedprune_server.web.auth.sessions import Sessions
+
+OPEN = frozenset({"/login", "/healthz", "/readyz"})
+"""Paths that need no session."""
+
+STATIC = "/static/"
+"""What begins the paths of files that are everybody's: scripts and styles, no data."""
+
+FORMS = frozenset({"/login", "/logout"})
+"""Paths whose forms repeat the token in a field, and check it themselves; all others in a header."""
+
+CSRF_HEADER = "x-csrf-token"
+MAX_BODY = 64 * 1024
+BODY_S = 30.0
+"""So long a request's body may take."""
+
+MAX_PATH, MAX_QUERY = 2048, 4096
+
+_SAFE = ("GET", "HEAD")
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+    "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": _POLICY,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """How browsers reach a console.
+
+    Attributes:
+        tls: Whether the console speaks TLS itself.
+        proxied: Whether a reverse proxy on this machine speaks for browsers.
+        hosts: Names by which it may be called without TLS, beside addresses and `localhost`.
+    """
+
+    tls: bool = False
+    proxied: bool = False
+    hosts: tuple[str, ...] = ()
+
+    @property
+    def cookie(self) -> str:
+        """The session cookie's name."""
+        return "__Host-fedprune" if self.tls else "fedprune"
+
+    @property
+    def login_cookie(self) -> str:
+        """The name of the cookie that belongs to a login form."""
+        return f"{self.cookie}-login"
+
+
+class _TooLongError(Exception):
+    pass
+
+
+class Gate:
+    """Lets requests through to the application, with `session` (or None), `address` and `secure` in their state.
+
+    Args:
+        app: The application.
+        sessions: Who is logged in.
+        surroundings: How browsers reach this.
+    """
+
+    def __init__(self, app: ASGIApp, sessions: Sessions, surroundings: Surroundings) -> None:
+        self._app = app
+        self._sessions = sessions
+        self._around = surroundings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        headers, path = Headers(scope=scope), scope["path"]
+        state = scope.setdefault("state", {})
+        state["address"], state["secure"] = self._client(scope, headers)
+        answered = _answers(scope, send, state["secure"])
+        try:
+            refusal = self._refusal(scope, headers, state)
+        except FedpruneError:
+            refusal = 503, "the console's database can't be used"
+        if refusal is not None:
+            await self._refuse(answered, path, *refusal)
+            return
+        if scope["method"] not in _SAFE:
+            try:
+                body = await asyncio.wait_for(_whole(receive), BODY_S)
+            except _TooLongError:
+                await self._refuse(answered, path, 413, f"at most {MAX_BODY} bytes")
+                return
+            except asyncio.TimeoutError:
+                await self._refuse(answered, path, 408, f"the body took longer than {BODY_S:.0f} s")
+                return
+            receive = _replayed(body, receive)
+        await self._app(scope, receive, answered)
+
+    def _client(self, scope: Scope, headers: Headers) -> tuple[str, bool]:
+        """The browser's address, and whether it speaks TLS."""
+        client = scope.get("client")
+        address, secure = (client[0] if client else "unknown"), self._around.tls
+        if self._around.proxied and loopback(address):
+            # The last entry is the proxy's own; what stands before it anybody can write.
+            address = headers.get("x-forwarded-for", "").rpartition(",")[2].strip() or address
+            secure = secure or headers.get("x-forwarded-proto", "").strip().lower() == "https"
+        return address[:64], secure
+
+    def _refusal(self, scope: Scope, headers: Headers, state: dict[str, Any]) -> tuple[int, str] | None:
+        path, method = scope["path"], scope["method"]
+        state["session"] = None
+        if len(scope.get("raw_path") or b"") > MAX_PATH or len(scope["query_string"]) > MAX_QUERY:
+            return 414, "the address is too long"
+        if not state["secure"] and not self._called_well(headers.get("host", "")):
+            return 421, "called by a name that is not this console's ([server] console_hosts)"
+        length = headers.get("content-length")
+        if length is not None and (not length.isdecimal() or int(length[:12]) > MAX_BODY):
+            return 413, f"at most {MAX_BODY} bytes"
+        token = cookie_parser(headers.get("cookie", "")[:8192]).get(self._around.cookie)
+        session = state["session"] = self._sessions.find(token)
+        state["token"] = token if session is not None else None
+        if session is None and path not in OPEN and not path.startswith(STATIC):
+            return 401, "log in first"
+        if method in _SAFE:
+            return None
+        if not same_origin(headers):
+            return 403, "the request comes from another site"
+        if path in FORMS:
+            return None
+        given = headers.get(CSRF_HEADER, "")
+        if session is None or not hmac.compare_digest(given.encode(), session.csrf.encode()):
+            return 403, f"the header {CSRF_HEADER} is missing or wrong"
+        return None
+
+    def _called_well(self, host: str) -> bool:
+        """Whether a browser calls this by an address or a name that is known: any other may be a name of another
+        site's that was made to point here."""
+        name = host_of(f"//{host}") if host and _plain(host) else None
+        return name is not None and (name == "localhost" or name in self._around.hosts or is_address(name))
+
+    async def _refuse(self, send: Send, path: str, status: int, text: str) -> None:
+        headers = [(b"content-type", b"application/json")]
+        body = json.dumps({"error": text}).encode()
+        if status == 401 and not path.startswith("/api/"):
+            status, body = 303, b""
+            headers = [(b"location", f"/login?next={quote(path, safe='/')}".encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def same_origin(headers: Headers) -> bool:
+    """Whether a request that changes something comes from pages of this console, as far as the browser says."""
+    if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        return False
+    origin = headers.get("origin")
+    if origin is None:
+        return True
+    scheme, mark, place = origin.partition("://")
+    return bool(mark) and scheme in ("http", "https") and place == headers.get("host")
+
+
+def host_of(url: str) -> str | None:
+    """The host of a URL; None for what is none."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+def loopback(address: str) -> bool:
+    """Whether an address is this machine's own."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def is_address(name: str) -> bool:
+    """Whether a host is named by its address."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def safe_path(path: str | None) -> str:
+    """Where to go after logging in: a path of these pages, whatever was asked for."""
+    if not path or not path.startswith("/") or path.startswith("//") or "\\" in path or not _plain(path):
+        return "/"
+    return path
+
+
+def _plain(text: str) -> bool:
+    return len(text) <= MAX_PATH and text.isascii() and text.isprintable() and " " not in text
+
+
+async def _whole(receive: Receive) -> bytes:
+    """A request's body: bounded also where nobody said how long it is, and where it comes a byte a minute.
+
+    It is read before the application is asked, which would make an error of its own of one that is too long.
+    """
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            break
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > MAX_BODY:
+            raise _TooLongError
+    return body
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """What an application receives: the body in one piece, then what else comes."""
+    told = False
+
+    async def again() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _answers(scope: Scope, send: Send, secure: bool) -> Send:
+    """Adds the headers that every answer has."""
+    keeps: Collection[str] = () if scope["path"].startswith(STATIC) else ("no-store",)
+
+    async def answered(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers[name] = value
+            for value in keeps:
+                headers["cache-control"] = value
+        await send(message)
+
+    return answered

@@ -1,0 +1,116 @@
+"""Sessions: who is logged in. A browser holds a random token; the database holds that one's digest alone."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fedprune_server.web.auth.accounts import Accounts, Operator
+from fedprune_server.web.database import ConsoleDatabase
+
+IDLE_S = 8 * 3600.0
+"""A session that nobody uses ends after so long."""
+
+LONGEST_S = 24 * 3600.0
+"""Every session ends after so long."""
+
+MOST = 20
+"""Sessions that an operator may have; the one that was used longest ago makes room."""
+
+_SEEN_S = 60.0
+
+
+@dataclass(frozen=True)
+class Session:
+    """Somebody is logged in.
+
+    Attributes:
+        operator: Who, with the role of now.
+        csrf: What every order must repeat, which other sites can't read.
+        id: The token's digest.
+    """
+
+    operator: Operator
+    csrf: str
+    id: str
+
+
+class Sessions:
+    """The sessions of a console.
+
+    Args:
+        database: Where they are kept.
+        accounts: The operators.
+        clock: Seconds since 1970.
+    """
+
+    def __init__(self, database: ConsoleDatabase, accounts: Accounts, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._accounts = accounts
+        self._clock = clock
+        self._secret = secrets.token_bytes(32)
+
+    def begin(self, operator: Operator, address: str) -> str:
+        """A new session of somebody who has shown who they are; returns its token, which is nowhere else.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        token, now = secrets.token_urlsafe(32), self._clock()
+        with self._database.transaction():
+            self._database.do("DELETE FROM sessions WHERE made_at < ? OR seen_at < ?", now - LONGEST_S, now - IDLE_S)
+            self._database.do(
+                "DELETE FROM sessions WHERE token IN "
+                "(SELECT token FROM sessions WHERE operator = ? ORDER BY seen_at DESC LIMIT -1 OFFSET ?)",
+                operator.name, MOST - 1,
+            )  # fmt: skip
+            self._database.do(
+                "INSERT INTO sessions (token, operator, csrf, address, made_at, seen_at) VALUES (?, ?, ?, ?, ?, ?)",
+                _digest(token), operator.name, secrets.token_urlsafe(32), address, now, now,
+            )  # fmt: skip
+        return token
+
+    def find(self, token: str | None, *, used: bool = True) -> Session | None:
+        """The session that a token is of; None if there is none, or not any more.
+
+        Args:
+            token: What the browser sent.
+            used: Whether somebody does something with it now, as against a stream that stays open.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        if not token or len(token) > 100:
+            return None
+        row = self._database.row("SELECT * FROM sessions WHERE token = ?", _digest(token))
+        now = self._clock()
+        if row is None or now - row["made_at"] > LONGEST_S or now - row["seen_at"] > IDLE_S:
+            return None
+        operator = self._accounts.get(row["operator"])
+        if operator is None:
+            return None
+        if used and now - row["seen_at"] > _SEEN_S:
+            # No request waits for another process to write; the next one says the same.
+            self._database.try_to(("UPDATE sessions SET seen_at = ? WHERE token = ?", (now, row["token"])))
+        return Session(operator, row["csrf"], row["token"])
+
+    def end(self, token: str | None) -> None:
+        """End a session.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        if token:
+            self._database.do("DELETE FROM sessions WHERE token = ?", _digest(token))
+
+    def login_token(self, nonce: str) -> str:
+        """What a login form must repeat, for a browser that holds this nonce."""
+        return hmac.new(self._secret, nonce.encode(), "sha256").hexdigest()
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()

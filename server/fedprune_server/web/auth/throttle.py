@@ -1,0 +1,137 @@
+"""Logins are slowed where they fail: a little for an account, more for an address, most for both together.
+
+Nobody can lock an operator out by failing in their name: from elsewhere an account waits a minute at most, and where
+its operator has logged in before it doesn't wait for others' failures.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fedprune_server.web.database import ConsoleDatabase
+
+MOST_KEPT = 10_000
+"""Accounts and addresses that are remembered; beyond that the ones that failed longest ago are forgotten."""
+
+FORGOTTEN_S = 3600.0
+
+KNOWN_S = 30 * 86_400.0
+"""So long it is remembered from where somebody has logged in, while the console runs."""
+
+
+@dataclass
+class _Failures:
+    count: int
+    at: float
+    before: float
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How failures slow what comes next.
+
+    Attributes:
+        free: Failures that cost nothing.
+        longest_s: The longest wait; each failure beyond the free ones doubles it, from a second on.
+    """
+
+    free: int
+    longest_s: float
+
+
+PAIR, ADDRESS, ACCOUNT = Limit(4, 900.0), Limit(20, 900.0), Limit(30, 60.0)
+
+
+class Throttle:
+    """Remembers failed logins, also over a restart of the console.
+
+    Args:
+        database: Where they are kept.
+        clock: Seconds since 1970.
+    """
+
+    def __init__(self, database: ConsoleDatabase, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+        self._failures: OrderedDict[tuple[str, ...], _Failures] = OrderedDict()
+        self._known: OrderedDict[tuple[str, ...], float] = OrderedDict()
+        for row in database.rows("SELECT * FROM throttle ORDER BY at"):
+            self._failures[tuple(json.loads(row["key"]))] = _Failures(row["count"], row["at"], row["before"])
+
+    def wait_s(self, account: str, address: str) -> float:
+        """How long nobody may try to log in as this account from this address; 0 for not at all."""
+        now = self._clock()
+        both, *others = self._keys(account, address)
+        if now - self._known.get(both[0], -KNOWN_S) < KNOWN_S:
+            others = others[:1]
+        return max(self._wait(key, limit, now) for key, limit in (both, *others))
+
+    def failed(self, account: str, address: str) -> None:
+        """A login has failed, or is about to be tried: `succeeded` takes that back."""
+        now = self._clock()
+        for key, _ in self._keys(account, address):
+            known = self._failures.pop(key, None)
+            if known is None or now - known.at > FORGOTTEN_S:
+                known = _Failures(0, now, now)
+            known.count, known.at, known.before = known.count + 1, now, known.at
+            self._failures[key] = known
+        while len(self._failures) > MOST_KEPT:
+            self._failures.popitem(last=False)
+        self._keep(account, address)
+
+    def succeeded(self, account: str, address: str) -> None:
+        """A login has succeeded: the account and the address together begin anew.
+
+        What failed for the address in other names still counts: an attacker may have an account, too.
+        """
+        both, *others = (key for key, _ in self._keys(account, address))
+        self._failures.pop(both, None)
+        for key in others:
+            if (known := self._failures.get(key)) is not None:
+                known.count, known.at = known.count - 1, known.before
+        self._known.pop(both, None)
+        self._known[both] = self._clock()
+        while len(self._known) > MOST_KEPT:
+            self._known.popitem(last=False)
+        self._keep(account, address)
+
+    def _keep(self, account: str, address: str) -> None:
+        """Write down what has changed. While another process writes, this is left to the next log-in."""
+        changes: list[tuple[str, tuple[object, ...]]] = []
+        for key, _ in self._keys(account, address):
+            name, known = json.dumps(key), self._failures.get(key)
+            if known is None:
+                changes.append(("DELETE FROM throttle WHERE key = ?", (name,)))
+            else:
+                values = name, known.count, known.at, known.before
+                changes.append(("INSERT OR REPLACE INTO throttle VALUES (?, ?, ?, ?)", values))
+        changes.append(("DELETE FROM throttle WHERE at < ?", (self._clock() - FORGOTTEN_S,)))
+        self._database.try_to(*changes)
+
+    def _wait(self, key: tuple[str, ...], limit: Limit, now: float) -> float:
+        known = self._failures.get(key)
+        if known is None or known.count < limit.free or now - known.at > FORGOTTEN_S:
+            return 0.0
+        seconds = min(limit.longest_s, 2.0 ** min(known.count - limit.free, 16))
+        return min(seconds, max(0.0, known.at + seconds - now))
+
+    @staticmethod
+    def _keys(account: str, address: str) -> list[tuple[tuple[str, ...], Limit]]:
+        net = network(address)
+        return [(("both", account, net), PAIR), (("address", net), ADDRESS), (("account", account), ACCOUNT)]
+
+
+def network(address: str) -> str:
+    """What stands for an address: of version 6 the network of 64 bits, since whoever has one address has them all."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address[:64]
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is None:
+        return str(ipaddress.ip_network((found, 64), strict=False))
+    return str(getattr(found, "ipv4_mapped", None) or found)

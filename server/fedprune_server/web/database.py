@@ -1,0 +1,169 @@
+"""The console's own database: operators, their sessions, and what was done. A SQLite file that only its owner reads.
+
+The console's process and `fedprune-server operators` both write to it; neither holds it for longer than a statement.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import StorageError
+from fedprune_server.storage.sqlite_errors import sqlite_errors
+
+FILE = "console.db"
+"""In the state folder."""
+
+VERSION = 1
+_BUSY_S = 10.0
+"""So long a statement that writes waits for another process."""
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS operators (
+    name TEXT PRIMARY KEY, role TEXT NOT NULL, hash TEXT NOT NULL, made_at REAL NOT NULL, changed_at REAL NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS sessions (
+    token TEXT PRIMARY KEY, operator TEXT NOT NULL, csrf TEXT NOT NULL, address TEXT NOT NULL,
+    made_at REAL NOT NULL, seen_at REAL NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS sessions_by_operator ON sessions (operator);
+CREATE TABLE IF NOT EXISTS throttle (
+    key TEXT PRIMARY KEY, count INTEGER NOT NULL, at REAL NOT NULL, before REAL NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS audit (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, operator TEXT NOT NULL, address TEXT NOT NULL,
+    action TEXT NOT NULL, what TEXT NOT NULL, outcome TEXT NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS audit_by_order ON audit (json_extract(what, '$.order'));
+CREATE TRIGGER IF NOT EXISTS audit_stays BEFORE DELETE ON audit
+    BEGIN SELECT RAISE(ABORT, 'the audit log is append only'); END;
+CREATE TRIGGER IF NOT EXISTS audit_is BEFORE UPDATE ON audit
+    BEGIN SELECT RAISE(ABORT, 'the audit log is append only'); END;
+"""
+
+
+class ConsoleDatabase:
+    """The database, made if it isn't there. Threads may share it: what writes waits for its turn, what reads doesn't.
+
+    Args:
+        path: Its file.
+
+    Raises:
+        StorageError: It can't be opened, is damaged, of another version, or open to other users.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with storage_errors(f"can't open {path}"):
+            # Made with its mode, not changed to it: there is no moment in which others could open it.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            if path.stat().st_mode & 0o077:
+                raise StorageError(
+                    f"{path} can be read by other users", hint=f"See who may have read it, then: chmod 600 {path}"
+                )
+        with self._translated():
+            self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+            self._connection.row_factory = sqlite3.Row
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, VERSION):
+                raise StorageError(f"{path} is of another version", expected=VERSION, got=version)
+            self._connection.executescript(_TABLES)
+            self._connection.execute(f"PRAGMA user_version={VERSION}")
+            # What reads has a connection of its own: on one that waits to write it would wait, too.
+            self._reader = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+            self._reader.row_factory = sqlite3.Row
+        self._writing = threading.RLock()
+        self._writer = 0
+
+    def close(self) -> None:
+        """Close it."""
+        self._reader.close()
+        self._connection.close()
+
+    def __enter__(self) -> ConsoleDatabase:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
+        """What a query finds.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        with self._translated():
+            inside = self._writer == threading.get_ident()  # of a transaction, whose changes it must see
+            return [dict(r) for r in (self._connection if inside else self._reader).execute(query, values)]
+
+    def row(self, query: str, *values: object) -> dict[str, Any] | None:
+        """The first row that a query finds."""
+        found = self.rows(query, *values)
+        return found[0] if found else None
+
+    def do(self, query: str, *values: object) -> int:
+        """Carry out a statement; returns how many rows it concerned.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        with self._writing, self._translated():
+            return self._connection.execute(query, values).rowcount
+
+    def try_to(self, *statements: tuple[str, tuple[object, ...]]) -> bool:
+        """Carry out statements, all or none, unless another process is writing.
+
+        Args:
+            statements: Queries and their values.
+
+        Returns:
+            Whether they were carried out.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        if not self._writing.acquire(blocking=False):
+            return False
+        try:
+            with self._translated():
+                self._connection.execute("PRAGMA busy_timeout=0")
+                try:
+                    self._connection.execute("BEGIN IMMEDIATE")
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error):
+                        raise
+                    return False
+                finally:
+                    self._connection.execute(f"PRAGMA busy_timeout={int(1000 * _BUSY_S)}")
+                with self._connection:  # which commits, or rolls back where SQLite hasn't done so itself
+                    for query, values in statements:
+                        self._connection.execute(query, values)
+            return True
+        finally:
+            self._writing.release()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        with self._writing, self._translated(), self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._writer = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._writer = 0
+
+    def _translated(self) -> AbstractContextManager[None]:
+        return sqlite_errors(self.path, "If it is damaged, delete it and make the operators anew.")

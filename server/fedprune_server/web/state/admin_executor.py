@@ -1,0 +1,167 @@
+"""Orders that concern who is let in and which release boards get: carried out as the command line does it.
+
+On a thread of their own, one after the other, with connections of their own to the databases: reading a release takes
+seconds, and the server's loop notices what was written there as it notices the command line's doings.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from fedprune.core.errors import FedpruneError, ProtocolError, ReleaseError, reason
+from fedprune.releases.release import MANIFEST, Release
+from fedprune.wire.release_messages import MAX_MANIFEST
+from fedprune.wire.topics import check_name
+from fedprune.wire.validation import one_line
+from fedprune_server.enrollment.approval import approve, deny, revoke
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.ota.back import back
+from fedprune_server.ota.start import Terms, start
+from fedprune_server.ota.store import RolloutStore
+from fedprune_server.web.state.order_messages import EXPIRED, Answer, Order
+
+log = logging.getLogger("fedprune.server")
+
+KINDS = frozenset(
+    {"approve", "deny", "revoke", "rollout_start", "rollout_stop", "rollout_pause", "rollout_resume", "rollout_back"}
+)
+"""Orders that are its business."""
+
+MOST = 100
+"""Orders that wait for it; reading a release takes seconds."""
+_DIGITS = 10
+
+
+class Clerk:
+    """Carries out orders of these kinds.
+
+    Args:
+        state: The server's state folder.
+        releases: A folder whose subfolders are releases that may be rolled out; None for no folder.
+        clock: Seconds since 1970.
+    """
+
+    def __init__(self, state: Path, releases: Path | None, clock: Callable[[], float] = time.time) -> None:
+        self._state = state
+        self._clock = clock
+        self._releases = releases
+        self._orders: queue.Queue[Order | None] = queue.Queue(MOST)
+        self._answers: queue.Queue[Answer] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def give(self, order: Order) -> None:
+        """Let an order be carried out.
+
+        Raises:
+            ProtocolError: Too many wait already.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="fedprune-clerk", daemon=True)
+            self._thread.start()
+        try:
+            self._orders.put_nowait(order)
+        except queue.Full:
+            raise ProtocolError(f"{MOST} orders are waiting to be carried out") from None
+
+    def answer(self) -> Answer | None:
+        """The next answer, if there is one."""
+        try:
+            return self._answers.get_nowait()
+        except queue.Empty:
+            return None
+
+    def names(self) -> tuple[str, ...]:
+        """Names of releases that may be rolled out, the newest first, by when their folders were made."""
+        if self._releases is None:
+            return ()
+        try:
+            found = [p for p in self._releases.iterdir() if p.is_dir() and not p.is_symlink() and _named(p.name)]
+            found.sort(key=lambda p: p.stat().st_mtime, reverse=True)
+        except OSError:
+            return ()
+        return tuple(p.name for p in found[:200])
+
+    def close(self) -> None:
+        """End once the order under way is done."""
+        self._closed = True
+        with suppress(queue.Full):
+            self._orders.put_nowait(None)
+        if self._thread is not None:
+            self._thread.join(10.0)
+
+    def carry_out(self, order: Order) -> str:
+        """Carry an order out; returns what came of it.
+
+        Raises:
+            FedpruneError: It can't be done; the message says why.
+        """
+        device, key = order.device or "", order.key
+        if order.order == "rollout_start":
+            if order.release not in self.names() or self._releases is None:
+                raise ReleaseError(
+                    f"no release {order.release}", expected=", ".join(self.names()) or "none is there",
+                    hint="It is a folder in the folder `console_releases` of [server].",
+                )  # fmt: skip
+            begun = start(self._state, self._releases / order.release, Terms(order.groups), order.devices or None)
+            return f"rollout {begun.number} of release {begun.release.number} to {len(begun.rollout.boards)} boards"
+        if order.order.startswith("rollout_"):
+            return self._rollout(order, f"by {order.operator}" + (f": {order.reason}" if order.reason else ""))
+        with IdentityFolder(self._state) as identity:
+            if order.order == "approve":
+                return approve(identity, device, key or "")
+            if order.order == "deny":
+                return deny(identity, device, key)
+            return revoke(identity, device)
+
+    def _rollout(self, order: Order, why: str) -> str:
+        """Do something about the rollout that is under way, or was the last one."""
+        if order.order == "rollout_back":
+            left = order.release or ""
+            if not left.isdecimal() or len(left) > _DIGITS:
+                raise ReleaseError("release that boards leave", expected="its number", got=order.release)
+            return back(self._state, why, release=int(left), above=self._highest()).told_back()
+        with RolloutStore(self._state) as store:
+            if order.order == "rollout_pause":
+                return f"rollout {store.pause(why)} is paused: no further board is given the release, those at it end"
+            if order.order == "rollout_resume":
+                return f"rollout {store.resume()} goes on"
+            return f"rollout {store.stop(why)} is to stop: boards that have the release keep it"
+
+    def _highest(self) -> int:
+        """The highest number among the releases that may be rolled out, so that none of them loses it; 0 for none."""
+        found = [0]
+        for folder in [self._releases / name for name in self.names()] if self._releases is not None else []:
+            with suppress(FedpruneError, OSError), (folder / MANIFEST).open("rb") as file:
+                found.append(Release.from_bytes(file.read(MAX_MANIFEST + 1)).number)
+        return max(found)
+
+    def _run(self) -> None:
+        while (order := self._orders.get()) is not None and not self._closed:
+            done, text = self._outcome(order)
+            self._answers.put(Answer(order.number, done, one_line(text, 1500)))
+
+    def _outcome(self, order: Order) -> tuple[bool, str]:
+        if order.expired(self._clock()):  # behind others that took their time
+            return False, EXPIRED
+        try:
+            return True, self.carry_out(order)
+        except FedpruneError as error:
+            return False, str(error)
+        except Exception as error:  # noqa: BLE001 - an order must not end the thread that carries out orders
+            log.error("an order of the console failed: %s: %s", type(error).__name__, reason(error))
+            return False, "it failed; the server's log says more"
+
+
+def _named(name: str) -> bool:
+    try:
+        check_name(name, "release")
+    except ProtocolError:
+        return False
+    return True

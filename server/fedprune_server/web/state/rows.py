@@ -1,0 +1,177 @@
+"""A device as the console shows it: made of what the coordinator, the roster and the identity know."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from fedprune.jobs.state import Device, Progress, State, Task
+from fedprune.wire.release_messages import COMMITTED
+from fedprune.wire.validation import one_line
+from fedprune_server.monitoring.view import JobView
+from fedprune_server.web.state.surroundings import Member
+
+_STATE = {
+    Progress.QUEUED: "queued",
+    Progress.EXTRACTING: "extracting",
+    Progress.OFFERED: "offered",
+    Progress.PULLING: "pulling",
+    Progress.STORED: "stored",
+    Progress.FOLDED: "folded",
+    Progress.REFUSED: "refused",
+}
+_SLOT = re.compile(r"\bslot ([ab])\b(?: with release (\d{1,10})\b)?")
+_VERSION = re.compile(r"([A-Za-z][A-Za-z0-9_.-]{0,39})[ /]v?(\d[A-Za-z0-9.+_-]{0,39})")
+_MOST_VERSIONS = 8
+
+
+def device_row(
+    view: JobView,
+    name: str,
+    *,
+    job: str | None,
+    here: bool,
+    member: Member,
+    traffic: tuple[int, int],
+    now: float | None,
+    update: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A device's row, as `feed_words.DEVICE` has it.
+
+    Args:
+        view: The job that has it, or had it last.
+        name: The device.
+        job: That job's name, where it takes part.
+        here: Whether it is there, at this job or at none.
+        member: What the identity knows of it.
+        traffic: Bytes to it and from it, of all jobs.
+        now: When it was heard last; None where nobody knows.
+        update: Where the release of the latest rollout stands there, as `surroundings.ReleaseWatch.standing` has it.
+    """
+    state, contact = view.state, view.roster[name]
+    device, task = state.devices.get(name), state.tasks.get(name)
+    shown = view.roster.row(name, view.pulled(name))
+    status = member.status
+    online = here or bool(device is not None and device.online)
+    doing = shown.state if not (shown.state == "offline" and here) else "not at this job"
+    held = view.quarantine.held(name)
+    excluded = contact.problem if device is None else device.excluded
+    slot, release = running(contact.software)
+    if release is None and update is not None and update["state"] == COMMITTED:
+        release = update["number"]
+    probe = (device.probe if device is not None else None) or {}
+    now_at = _state(
+        state,
+        device,
+        task,
+        here=here,
+        training=contact.progress is not None,
+        status=status,
+        problem=contact.problem,
+    )
+    if device is None and now_at != "excluded":
+        doing = now_at
+    return {
+        "name": name,
+        "job": job,
+        "online": online,
+        "state": now_at,
+        "doing": one_line(doing, 190),
+        "profile": one_line(shown.profile, 190),
+        "slot": slot,
+        "release": release,
+        "update": None if update is None else dict(update),
+        "density": None if shown.density is None else min(1.0, max(0.0, float(shown.density))),
+        "parameters": shown.parameters if device is not None and device.widths else None,
+        "samples": None if device is None else device.samples,
+        "seen_at": now,
+        "temperature_c": number(probe.get("temperature_c"), -100.0, 300.0),
+        "versions": versions(contact.software),
+        "bytes_down": traffic[0],
+        "bytes_up": traffic[1],
+        "seconds": number(shown.seconds, 0.0, 1e12),
+        "accuracy": number(shown.accuracy, 0.0, 1.0),
+        "loss": number(shown.loss, -1e300, 1e300),
+        "staleness": None if device is None or not device.last else max(0, _ended(state) - device.last),
+        "quarantine": None if held is None else {"until": held[0], "reason": one_line(held[1], 500)},
+        "status": status,
+        "key": member.key,
+        "behind": member.behind,
+        "excluded": one_line(excluded, 500) if excluded else None,
+    }  # fmt: skip
+
+
+def _state(
+    state: State, device: Device | None, task: Task | None, *, here: bool, training: bool, status: str, problem: str
+) -> str:
+    if device is None:
+        if problem:
+            return "excluded"
+        return "ready" if here else {"waiting": "waiting", "revoked": "revoked"}.get(status, "unknown")
+    if device.excluded:
+        return "excluded"
+    if not device.online:
+        return "revoked" if status == "revoked" else ("elsewhere" if here else "offline")
+    if task is None or not state.awaits(task):
+        return "ready"
+    return "training" if task.progress is Progress.OFFERED and training else _STATE[task.progress]
+
+
+def _ended(state: State) -> int:
+    """The last round that has ended: in the one under way no board is late yet."""
+    return int(state.history[-1]["round"]) if state.history else 0
+
+
+def versions(software: str) -> dict[str, str]:
+    """What a board says that runs there, by name."""
+    found = {n.lower(): v for n, v in _VERSION.findall(_SLOT.sub("", software[:500]))}
+    return dict(list(found.items())[:_MOST_VERSIONS])
+
+
+def running(software: str) -> tuple[str | None, int | None]:
+    """The slot that a board says it runs from and the number of the release in it; None for what it doesn't say."""
+    found = _SLOT.search(software[:500])
+    if found is None:
+        return None, None
+    return found[1], None if found[2] is None else int(found[2])
+
+
+def round_news(
+    job: str, summary: dict[str, Any], before: float | None, traffic: tuple[int, int] | None
+) -> dict[str, Any]:
+    """A finished round, as `feed_words.RoundNews` has it.
+
+    Args:
+        job: Its job.
+        summary: The coordinator's.
+        before: When the round before ended; None for the first.
+        traffic: Bytes to and from devices meanwhile; None where nobody counted.
+    """
+    parts = list(summary["devices"].values())
+    refused = Counter(one_line(str(p["reason"]), 150) or "?" for p in parts if p["progress"] == Progress.REFUSED.value)
+    if len(refused) > 100:
+        refused = Counter(dict(refused.most_common(100)))
+    stale = [float(p["staleness"]) for p in parts if isinstance(p.get("staleness"), (int, float))]
+    return {
+        "job": job,
+        "round": summary["round"],
+        "at": summary["at"],
+        "seconds": None if before is None else max(0.0, summary["at"] - before),
+        "metrics": dict(list(summary["metrics"].items())[:64]),
+        "counted": sum(p["progress"] == Progress.FOLDED.value for p in parts) if parts else None,
+        "devices": len(parts) or None,
+        "refused": dict(refused),
+        "bytes_down": None if traffic is None else traffic[0],
+        "bytes_up": None if traffic is None else traffic[1],
+        "staleness": {"mean": sum(stale) / len(stale), "max": max(stale)} if stale else None,
+        "model": summary["model"],
+    }
+
+
+def number(value: Any, low: float, high: float) -> float | None:
+    """A number as it may be told; None for what isn't one, or is no measurement."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        return None
+    return float(value)

@@ -1,0 +1,332 @@
+"""The console's pages: HTML from templates, whole without a script; scripts keep them live.
+
+Everything that a template shows is escaped; forms and orders carry the session's token. Pages ask the server by
+themselves for what it tells only who asks: a device's plan, and a job's coverage.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from fastapi import FastAPI
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from fedprune.core.errors import FedpruneError, ProtocolError
+from fedprune.report import chart
+from fedprune.wire.topics import check_device
+from fedprune_server.web.auth.roles import LOOKS, NEEDED, may
+from fedprune_server.web.context import Console, session_of
+from fedprune_server.web.state.model import SORTABLE
+from fedprune_server.web.state.orders import RefusedError
+from fedprune_server.web.state.row_checks import LEVELS
+from fedprune_server.web.views import formatting as phrases
+from fedprune_server.web.views import presentation
+
+ROWS = 100
+"""Devices, lines and entries of a page."""
+
+ROUNDS = 25
+FEW = 8
+"""Alerts, boards and lines that the overview shows of each."""
+
+ASKED_AGAIN_S = 15.0
+"""What the server was asked for is asked for again by a page after so long."""
+
+COVERAGE_AGAIN_S = 60.0
+_PATIENCE_S = 2.0
+
+THEME_COOKIE = "fedprune_theme"
+_THEMES = ("light", "dark")
+_FILTERS = ("state", "profile", "job", "status", "online")
+_MOST_Q = 200
+_PLACES = (
+    ("/", "Overview"), ("/fleet", "Fleet"), ("/rounds", "Rounds"), ("/rollouts", "Rollouts"), ("/alerts", "Alerts"),
+    ("/audit", "Audit"),
+)  # fmt: skip
+
+
+class _Files(StaticFiles):
+    """Scripts and styles; a browser asks each time whether its copy still holds, so that a new version is seen."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """Answer with a file."""
+        answer = await super().get_response(path, scope)
+        answer.headers["cache-control"] = "no-cache"
+        return answer
+
+
+class Pages:
+    """Draws pages.
+
+    Args:
+        console: What they show.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._asked: dict[tuple[str, str], float] = {}
+        self._templates = Environment(
+            loader=PackageLoader("fedprune_server.web", "templates"),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=StrictUndefined,
+            auto_reload=False,
+        )
+        self._templates.filters.update(phrases.FILTERS)
+        self._templates.filters["local_measure"] = presentation.local_measure
+        self._templates.filters["chart"] = lambda drawn: Markup(chart.figure(drawn))  # noqa: S704  # nosec B704  # the renderer escapes all names
+        self._templates.filters["strip"] = lambda drawn: Markup(chart.strip_svg(drawn))  # noqa: S704  # nosec B704  # the renderer escapes all names
+        self._templates.globals["heat_scale"] = Markup(chart.scale())  # noqa: S704  # nosec B704  # the renderer escapes all names
+
+    def draw(self, request: Request, name: str, status: int = 200, **shown: Any) -> HTMLResponse:
+        """A page for somebody who is logged in.
+
+        Args:
+            request: Who asks.
+            name: The template's name, without its ending.
+            status: Of HTTP.
+            shown: What it shows beside what every page does.
+        """
+        session, model = session_of(request), self._console.model
+        role = session.operator.role
+        return self._page(
+            request,
+            name,
+            status,
+            operator=session.operator,
+            csrf=session.csrf,
+            may=self.allowed(role),
+            orders=model.orders,
+            places=[p for p in _PLACES if p[0] != "/audit" or may(role, "admin")],
+            here=f"/{request.url.path.split('/')[1]}".replace("/devices", "/fleet"),
+            open_alerts=model.alerts(size=1, gone=False).total,
+            silent=self._silent(),
+            **shown,
+        )
+
+    def login(self, request: Request, **shown: Any) -> HTMLResponse:
+        """The login form."""
+        return self._page(request, "login", 200, **shown)
+
+    def allowed(self, role: str) -> frozenset[str]:
+        """The orders that somebody of a role may give, as far as the server takes any."""
+        takes = self._console.model.orders
+        return frozenset(
+            k
+            for k, needed in NEEDED.items()
+            if may(role, needed) and (takes == "all" or (takes == "look" and k in LOOKS))
+        )
+
+    def ask(
+        self, request: Request, kind: str, about: str, known: Mapping[str, Any] | None, again_s: float = ASKED_AGAIN_S
+    ) -> bool:
+        """Ask the server for what a page shows, unless it is younger than this; says whether it can be asked."""
+        session, now = session_of(request), time.time()
+        if kind not in self.allowed(session.operator.role):
+            return False
+        fresh = known is not None and now - known["at"] < again_s
+        if fresh or now - self._asked.get((kind, about), 0.0) < _PATIENCE_S:
+            return True
+        self._asked = {k: at for k, at in self._asked.items() if 0 <= now - at < _PATIENCE_S} | {(kind, about): now}
+        try:
+            body = {"order": kind, "device" if kind == "look" else "job": about}
+            self._console.orders.give(session, request.state.address, body)
+        except (RefusedError, FedpruneError):
+            return False
+        return True
+
+    def _page(self, request: Request, name: str, status: int, **shown: Any) -> HTMLResponse:
+        # Who isn't logged in doesn't learn whose console this is.
+        site = self._console.model.site if request.state.session is not None else None
+        theme = request.cookies.get(THEME_COOKIE, "")
+        text = self._templates.get_template(f"{name}.html").render(
+            site=site,
+            site_name=site["site"] if site else "console",
+            theme=theme if theme in _THEMES else "auto",
+            now=time.time(),
+            **shown,
+        )
+        return HTMLResponse(text, status)
+
+    def _silent(self) -> str:
+        model = self._console.model
+        if model.ready:
+            return ""
+        if model.site is None:
+            return "The server has told the console nothing yet."
+        return (
+            f"The server has told the console nothing for {phrases.seconds(model.silent_s)}: this is how it was then."
+        )
+
+
+def login_page(
+    request: Request, console: Console, *, csrf: str, error: str, next_path: str, empty: bool
+) -> HTMLResponse:
+    """The login form.
+
+    Args:
+        request: Who asks.
+        console: The console.
+        csrf: What the form must repeat in the field `csrf`.
+        error: What was wrong; empty at first.
+        next_path: Where to go on then, for the field `next`.
+        empty: Whether nobody has an account yet.
+    """
+    pages: Pages = request.app.state.pages
+    return pages.login(request, csrf=csrf, wrong=error, next=next_path, nobody=empty)
+
+
+def install(app: FastAPI, console: Console) -> None:
+    """Add the pages' routes, and the files that they need."""
+    model, pages = console.model, Pages(console)
+    app.state.pages = pages
+    assets = _Files(directory=Path(__file__).parents[1] / "static", packages=[("fedprune.report", "static")])
+    app.mount("/static", assets, name="static")
+
+    @app.exception_handler(404)
+    async def missing(request: Request, error: HTTPException) -> Response:
+        if request.url.path.startswith("/api/") or request.state.session is None:
+            return JSONResponse({"error": "not found"}, 404)
+        return pages.draw(request, "missing", 404, what="There is no such page.")
+
+    @app.get("/")
+    async def overview(request: Request) -> Response:
+        counts = model.counts
+        return pages.draw(
+            request,
+            "overview",
+            counts=counts,
+            total=sum(counts["online"].values()),
+            at_work=sum(counts["state"].get(s, 0) for s in presentation.AT_WORK),
+            jobs=presentation.job_rows(model.jobs),
+            alerts=model.alerts(size=FEW, gone=False).items,
+            waiting=model.devices(size=FEW, only={"status": "waiting"}).items,
+            log=model.lines(size=FEW).items,
+        )
+
+    @app.get("/fleet")
+    async def fleet(request: Request) -> Response:
+        query, counts = request.query_params, model.counts
+        only = {k: v[:_MOST_Q] for k in _FILTERS if (v := query.get(k))}
+        q, sort = query.get("q", "").strip()[:_MOST_Q], query.get("sort", "name")
+        sort = sort if sort.removeprefix("-") in SORTABLE else "name"
+        return pages.draw(
+            request,
+            "fleet",
+            found=model.devices(page=_page(request), size=ROWS, sort=sort, q=q, only=only),
+            total=sum(counts["online"].values()),
+            options={k: _options(counts[k], only.get(k)) for k in ("state", "profile", "job", "status")},
+            only={k: only.get(k, "") for k in _FILTERS},
+            q=q,
+            sort=sort,
+            link=_link("/fleet", {**only, "q": q, "sort": "" if sort == "name" else sort}),
+        )
+
+    @app.get("/devices/{name}")
+    async def device(request: Request, name: str) -> Response:
+        try:
+            row = model.device(check_device(name))
+        except ProtocolError:
+            row = None
+        if row is None:
+            return pages.draw(request, "missing", 404, what="The server knows no device of this name.")
+        asks = pages.ask(request, "look", name, model.details(name))
+        details = model.details(name)
+        return pages.draw(
+            request,
+            "device",
+            d=row,
+            asks=asks,
+            details=details,
+            plan=presentation.plan(details["plan"]) if details else None,
+            figures=presentation.figures(details),
+            map=presentation.channel_map(details),
+            history=details["history"] if details else (),
+            charts=presentation.device_charts(details["history"]) if details else [],
+            told=model.board_log(name),
+            log=model.lines(size=ROWS, only={"device": name}).items,
+        )
+
+    @app.get("/rounds")
+    async def rounds(request: Request) -> Response:
+        jobs = model.jobs
+        job = model.job(request.query_params.get("job", "")) or (jobs[0] if jobs else None)
+        name = job["name"] if job else ""
+        asks = pages.ask(request, "coverage", name, model.coverage(name), COVERAGE_AGAIN_S) if job else False
+        coverage = model.coverage(name)
+        return pages.draw(
+            request,
+            "rounds",
+            jobs=jobs,
+            job=job,
+            parts=presentation.parts(job) if job else None,
+            charts=presentation.charts(presentation.rounds_of(model, name)),
+            asks=asks,
+            coverage=coverage,
+            strips=presentation.strips(coverage),
+            rounds=model.rounds(name, page=_page(request), size=ROUNDS),
+            link=_link("/rounds", {"job": name if len(jobs) > 1 else ""}),
+        )
+
+    @app.get("/rollouts")
+    async def rollouts(request: Request) -> Response:
+        return pages.draw(request, "rollouts", rollouts=model.rollouts, releases=model.releases)
+
+    @app.get("/alerts")
+    async def alerts(request: Request) -> Response:
+        query, every = request.query_params, model.alerts(size=ROWS).items
+        level, q = query.get("level", ""), query.get("q", "").strip()[:_MOST_Q]
+        level = level if level in LEVELS else ""
+        return pages.draw(
+            request,
+            "alerts",
+            open=model.alerts(size=ROWS, gone=False).items,
+            over=[a for a in every if a["gone_at"] is not None],
+            log=model.lines(page=_page(request), size=ROWS, q=q, only={"level": level} if level else None),
+            levels=[(text, text) for text in LEVELS],
+            level=level,
+            q=q,
+            link=_link("/alerts", {"q": q, "level": level}),
+        )
+
+    @app.get("/audit")
+    async def audit(request: Request) -> Response:
+        if not may(session_of(request).operator.role, "admin"):
+            return pages.draw(request, "missing", 403, what="The audit log is shown to admins.")
+        entries = console.audit.page(_page(request), ROWS)
+        return pages.draw(request, "audit", entries=entries, link=_link("/audit", {}))
+
+
+def _page(request: Request) -> int:
+    """The number of the page that is asked for; the first where that is none."""
+    text = request.query_params.get("page", "1")
+    return max(1, int(text)) if text.isascii() and text.isdecimal() and len(text) < 10 else 1
+
+
+def _link(path: str, now: Mapping[str, str]) -> Callable[..., str]:
+    """Makes addresses like the one that is shown, but for what differs."""
+
+    def made(**changes: Any) -> str:
+        wanted = {k: v for k, v in {**now, **changes}.items() if v not in ("", None) and (k, v) != ("page", 1)}
+        return f"{path}?{urlencode(wanted)}" if wanted else path
+
+    return made
+
+
+def _options(counts: Mapping[str, int], chosen: str | None) -> list[tuple[str, str]]:
+    """What there is to filter by, with how many of each; also what was chosen and is there no more."""
+    found = {k: n for k, n in counts.items() if k != "None"}
+    if chosen and chosen not in found:
+        found[chosen] = 0
+    return [(k, f"{phrases.word(k)} ({n:,})") for k, n in sorted(found.items())]

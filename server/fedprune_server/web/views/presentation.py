@@ -1,0 +1,233 @@
+"""What pages show of the model, in the order and the words in which they show it.
+
+Plans come as the server wrote them, with no more than JSON checked; whatever isn't what a plan has is left out here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedprune.report.chart import Chart, Strip, chart, strip
+from fedprune_server.web.state.model import Model
+from fedprune_server.web.views import formatting as phrases
+from fedprune_server.web.views.channel_drawing import Map, channels
+from fedprune_server.web.views.paging import MAX_SIZE
+
+AT_WORK = ("extracting", "offered", "training", "pulling", "stored")
+_OVER = ("folded", "refused")
+_PARTS = ("queued", "extracting", "offered", "training", "pulling", "stored", "folded", "refused")
+_MOST_CURVES = 4
+
+_FIGURES = {
+    "round": "An update", "step": "A training step", "train": "All its steps", "transfer": "Transfer",
+    "latency": "A prediction", "memory": "Peak memory in training", "serving_memory": "Memory to predict",
+    "storage": "Storage", "download": "Download", "upload": "Upload", "step_energy": "Energy of a step",
+    "latency_energy": "Energy of a prediction",
+}  # fmt: skip
+
+Row = dict[str, Any]
+
+
+def parts(job: Row) -> Row | None:
+    """How far the parts of a job's round are: how many there are, how many are over, and each kind in words."""
+    found = {k: n for k, n in job["parts"].items() if n and k in _PARTS}
+    if not found:
+        return None
+    over = sum(found.get(k, 0) for k in _OVER)
+    each = [(phrases.word(k), found[k]) for k in _PARTS if k in found]
+    return {"asked": sum(found.values()), "over": over, "each": each}
+
+
+def job_rows(jobs: Sequence[Row]) -> list[Row]:
+    """Jobs with how far they are: rounds that are done, and the parts of the present one in a few words."""
+    rows = []
+    for job in jobs:
+        done = job["rounds"] if job["phase"] == "finished" else max(0, min(job["round"] - 1, job["rounds"]))
+        now = parts(job)
+        told = f"{now['over']:,} of {phrases.plural(now['asked'], 'client update')} finished" if now else ""
+        rows.append({**job, "done": done, "told": told})
+    return rows
+
+
+def plan(body: Mapping[str, Any] | None) -> Row | None:
+    """A plan's density, what binds it, and its limits: need, limit, and the used share of each."""
+    if not isinstance(body, Mapping):
+        return None
+    bound = _text(body.get("bound", body.get("binding"))) or "nothing"
+    return {"density": _number(body.get("density")), "bound": bound, "limits": _limits(body.get("limits"), bound)}
+
+
+def figures(details: Row | None) -> list[Row]:
+    """What was predicted of a device's work beside what was measured, where either is known."""
+    if details is None:
+        return []
+    said = {"s": phrases.seconds, "bytes": phrases.size, "J": phrases.energy}
+    return [
+        {
+            "what": _FIGURES[f["what"]],
+            "predicted": said[f["unit"]](f["predicted"]),
+            "measured": said[f["unit"]](f["measured"]),
+            "ratio": f"{f['measured'] / f['predicted']:.2f}"
+            if f["predicted"] and f["measured"] is not None
+            else phrases.NOTHING,
+        }
+        for f in details["figures"]
+    ]
+
+
+def channel_map(details: Row | None) -> list[Map]:
+    """What a device holds of each group of channels."""
+    rows = () if details is None else details["widths"]
+    return [channels(w["group"], w["kept"], w["of"], w["which"]) for w in rows]
+
+
+def rounds_of(model: Model, job: str) -> list[Row]:
+    """All rounds of a job that are kept, the oldest first."""
+    first = model.rounds(job, size=MAX_SIZE)
+    rows = list(first.items)
+    for page in range(2, first.pages + 1):
+        rows += model.rounds(job, page=page, size=MAX_SIZE).items
+    return rows[::-1]
+
+
+def charts(rounds: Sequence[Row]) -> list[Chart]:
+    """Curves of a job: each metric, updates, bytes, lengths of rounds and staleness."""
+    if not rounds:
+        return []
+    at = [float(r["round"]) for r in rounds]
+    names = {k for r in rounds for k in r["metrics"]} - {"samples"}
+    made = []
+
+    def drawn(
+        key: str,
+        title: str,
+        series: Mapping[str, Sequence[float | None]],
+        said: Any,
+        unit: tuple[float, str] = (1.0, ""),
+    ) -> None:
+        made.append(chart(key, title, at, series, said, unit=unit, from_zero=True))
+
+    for i, name in enumerate(sorted(names, key=lambda n: (n != "accuracy", n != "loss", n))[:_MOST_CURVES]):
+        values = {name: [r["metrics"].get(name) for r in rounds]}
+        if name == "accuracy":
+            made.append(chart(f"metric-{i}", f"Global {name}", at, values, phrases.share, unit=(0.01, "%"), top=100.0))
+        else:
+            made.append(chart(f"metric-{i}", f"Global {name}", at, values, phrases.number))
+    # What was before the server's start nobody counted: those numbers are None.
+    updates = {"counted": [r["counted"] for r in rounds], "asked": [r["devices"] for r in rounds]}
+    drawn("updates", "Updates", updates, phrases.number)
+    sizes = {way: [r[f"bytes_{way}"] for r in rounds] for way in ("down", "up")}
+    unit, name = phrases.axis_of_sizes(max((b or 0 for both in sizes.values() for b in both), default=0))
+    drawn("bytes", "Bytes of all devices", sizes, phrases.size, (unit, f" {name}"))
+    unit, name = phrases.axis_of_lengths(max((r["seconds"] or 0.0 for r in rounds), default=0.0))
+    drawn(
+        "seconds", "Length of a round", {"length": [r["seconds"] for r in rounds]}, phrases.seconds, (unit, f" {name}")
+    )
+    late = [r["staleness"] or {} for r in rounds]
+    if any(s.get("max") for s in late):
+        series = {"mean": [s.get("mean") for s in late], "most": [s.get("max") for s in late]}
+        drawn("staleness", "Staleness of updates, in rounds", series, phrases.about)
+    return [c for c in made if c is not None]
+
+
+def device_charts(history: Sequence[Row]) -> list[Chart]:
+    """Curves of what a device measured in its rounds.
+
+    Args:
+        history: Its client updates, the newest first.
+    """
+    rows = [h for h in reversed(history) if h["metrics"]]
+    at = [float(h["round"]) for h in rows]
+    found = []
+    for key, title, names, said, shown in _DEVICE_CHARTS:
+        series = {label: [h["metrics"].get(name) for h in rows] for label, name in names.items()}
+        series = {label: values for label, values in series.items() if any(v is not None for v in values)}
+        if not series:
+            continue
+        unit, top = (1.0, ""), None
+        most = max(v for values in series.values() for v in values if v is not None)
+        if shown == "share":
+            unit, top = (0.01, "%"), 100.0
+        elif shown in ("bytes", "s"):
+            size, name = phrases.axis_of_sizes(most) if shown == "bytes" else phrases.axis_of_lengths(most)
+            unit = size, f" {name}"
+        found.append(chart(key, title, at, series, said, unit=unit, top=top, from_zero=shown != "", bridged=True))
+    return [c for c in found if c is not None]
+
+
+def local_measure(metrics: Mapping[str, float]) -> str:
+    """The local accuracy of the model that a device serves, else its loss."""
+    for kind, said in (("accuracy", phrases.share), ("loss", phrases.number)):
+        for moment in ("average", "after", "last", "before"):
+            if (value := metrics.get(f"{kind}_{moment}")) is not None:
+                return f"{said(value)}" if kind == "accuracy" else f"loss {said(value)}"
+        if kind in metrics:
+            return f"{said(metrics[kind])}" if kind == "accuracy" else f"loss {said(metrics[kind])}"
+    return phrases.NOTHING
+
+
+_DEVICE_CHARTS: tuple[tuple[str, str, dict[str, str], Any, str], ...] = (
+    (
+        "accuracy",
+        "Local accuracy",
+        {
+            "received": "accuracy_before",
+            "trained": "accuracy_after",
+            "average": "accuracy_average",
+            "measured": "accuracy",
+        },
+        phrases.share,
+        "share",
+    ),
+    (
+        "loss",
+        "Local loss",
+        {"received": "loss_before", "trained": "loss_after", "average": "loss_average", "measured": "loss"},
+        phrases.number,
+        "",
+    ),
+    ("times", "Time of a round's training", {"training": "train_seconds"}, phrases.seconds, "s"),
+    ("step", "Time of a step and of a prediction", {"step": "step_seconds", "prediction": "latency_seconds"},
+     phrases.seconds, "s"),
+    ("memory", "Peak memory", {"peak": "peak_memory_bytes"}, phrases.size, "bytes"),
+)  # fmt: skip
+"""Charts of a device: key, title, metrics by the names of their curves, how a value is written, and its kind."""
+
+
+def strips(coverage: Row | None) -> list[Strip]:
+    """The coverage's groups, as they are drawn."""
+    return [strip(g["name"], g["channels"], g["held"]) for g in (coverage or {}).get("groups", ())]
+
+
+def _limits(found: object, bound: str) -> list[Row]:
+    rows = []
+    if isinstance(found, Mapping):
+        found = list(found.values())
+    for limit in found if isinstance(found, (list, tuple)) else ():
+        if not isinstance(limit, Mapping):
+            continue
+        name, value, most = _text(limit.get("name")), _number(limit.get("value")), _number(limit.get("limit"))
+        if not name or value is None or most is None:
+            continue
+        said = phrases.seconds if limit.get("unit") == "s" else phrases.size
+        used = value / most if most > 0 else 1.0
+        rows.append(
+            {"name": name, "used": min(max(used, 0.0), 1.0), "need": said(value), "limit": said(most),
+             "binds": name == bound}
+        )  # fmt: skip
+    return rows
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _text(value: object) -> str:
+    return value[:200] if isinstance(value, str) else ""

@@ -1,0 +1,1 @@
+"""From clients' updates to the next global model."""

@@ -1,0 +1,83 @@
+"""One update on its way into a round's sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors, mesh
+
+Moves = dict[str, npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """What `Fold.add` is given, checked.
+
+    Attributes:
+        selection: Where the submodel's channels live.
+        tensors: What was trained.
+        weight: n_k.
+        steps: Optimiser steps behind it.
+        mask: Which elements count; None for all.
+        sent: What the device began with, where that is not the fold's base.
+    """
+
+    selection: Selection
+    tensors: Mapping[str, npt.NDArray[np.float32]]
+    weight: int
+    steps: int = 1
+    mask: ElementMask | None = None
+    sent: Mapping[str, npt.NDArray[np.float32]] | None = None
+
+    def began(self, name: str, base: Tensors) -> npt.NDArray[np.float32]:
+        """What a tensor was before training, in the submodel's coordinates."""
+        if self.sent is not None:
+            return self.sent[name]
+        return np.asarray(base[name][mesh(self.selection.maps(name))])
+
+    def moves(self, base: Tensors, left_out: Collection[str] = ()) -> Moves:
+        """Δ_k by trained tensor, 0 where masked.
+
+        Args:
+            base: The fold's base w_t.
+            left_out: Tensors that don't enter the sums.
+        """
+        out: Moves = {}
+        for spec in self.selection.architecture.trainable:
+            if spec.name in left_out:
+                continue
+            moved = self.tensors[spec.name].astype(np.float64) - self.began(spec.name, base)
+            if self.mask is not None and spec.name in self.mask.active:
+                moved *= self.mask.active[spec.name]
+            out[spec.name] = moved
+        return out
+
+    def size(self, left_out: Collection[str] = ()) -> int:
+        """Elements of trained tensors that it holds."""
+        total = 0
+        for spec in self.selection.architecture.trainable:
+            if spec.name not in left_out:
+                mask = None if self.mask is None else self.mask.active.get(spec.name)
+                total += self.tensors[spec.name].size if mask is None else int(mask.sum())
+        return total
+
+    def shortened(self, base: Tensors, factor: float) -> Addition:
+        """The same with factor·Δ_k; statistics stay."""
+        tensors = dict(self.tensors)
+        for spec in self.selection.architecture.trainable:
+            if spec.name in tensors:
+                before = self.began(spec.name, base)
+                moved = tensors[spec.name].astype(np.float64) - before
+                tensors[spec.name] = (before + factor * moved).astype(np.float32)
+        return replace(self, tensors=tensors)
+
+
+def norm(moves: Mapping[str, npt.NDArray[np.float64]]) -> float:
+    """The Euclidean norm of all tensors together."""
+    return math.sqrt(sum(float(np.vdot(v, v)) for v in moves.values()))

@@ -1,0 +1,347 @@
+"""Sums of floating-point numbers whose bits don't depend on the order of the additions.
+
+A value v becomes the whole number q = round(v·2^s), and n·q is added: whole numbers add up exactly, in any order, in
+any grouping, on any machine. With |v| ≤ 2^k, a total weight of at most 2^24 and s = 38 − k, a sum stays within 2^62, so
+that int64 can't overflow; the unit is 2^-38 of the bound, and a mean is off by half of it at most. Where that is too
+coarse (batch-norm statistics, which have no natural bound), further *limbs* hold what rounding left over, each 2^38
+times finer.
+
+Several values at one place are added by one product of their weights with them, in float64: all that lies between are
+whole numbers of magnitude up to 2^53, so that this is exact, too, however a library orders it. For the same reason a
+sum itself can be float64 as long as there is little weight in it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.aggregation import compiled_kernels
+from fedprune.aggregation.magnitude import magnitude
+
+MAX_WEIGHT = 2**24
+"""The largest total weight of a sum."""
+
+VALUE_BITS = 38
+_BLOCK = 262_144  # float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call
+_LONGEST = 32_768  # numbers of one row at once
+# Adding 1.5·2^52 to a whole number of magnitude up to 2^51 in float64 leaves it in the low bits of the mantissa:
+# cheaper than a conversion, which has no vector instruction on most CPUs.
+_MAGIC = 1.5 * 2.0**52
+_MAGIC_BITS = int(np.array(_MAGIC).view(np.int64))
+_LIGHT = 2 ** (51 - VALUE_BITS)
+"""So much weight can be added to integers at once by a product in float64 and the magic number."""
+_LIGHT_SUM = 2 ** (53 - VALUE_BITS)
+"""Up to so much weight in all, sums are whole numbers that float64 holds: no conversions."""
+
+Index = tuple[Any, ...]
+
+_OWN = threading.local()
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a sum accepts, and how finely it keeps it.
+
+    Attributes:
+        exponent: Values are at most 2^exponent in magnitude.
+        limbs: 1 keeps 2^-38 of the bound, every further limb 38 bits more.
+    """
+
+    exponent: int
+    limbs: int = 1
+
+    @property
+    def bound(self) -> float:
+        """The largest magnitude of a value."""
+        return 2.0**self.exponent
+
+    @property
+    def unit(self) -> float:
+        """What a term may lose at most twice of."""
+        return math.ldexp(1.0, self.exponent - VALUE_BITS * self.limbs)
+
+    @classmethod
+    def around(cls, reference: npt.NDArray[Any], *, least: int = 3, headroom: int = 3, limbs: int = 1) -> Range:
+        """A range with room above the largest magnitude of `reference`, the same wherever it is computed.
+
+        Args:
+            reference: Finite values that all parties agree on, such as the round's base tensor.
+            least: The exponent isn't smaller than this.
+            headroom: Doublings above the reference's largest magnitude.
+            limbs: As in the class.
+        """
+        top = magnitude(reference)
+        return cls(max(least, math.frexp(top)[1] + headroom) if math.isfinite(top) else least, limbs)
+
+
+def weight_in(samples: int, total: int, devices: int) -> int:
+    """What a device's update counts for, such that a round's sum stays within what sums can hold.
+
+    Args:
+        samples: The device's.
+        total: Those of all devices of the round.
+        devices: How many these are.
+    """
+    if total <= MAX_WEIGHT:
+        return max(1, samples)
+    return max(1, samples * (MAX_WEIGHT - devices) // total)
+
+
+class FixedSum:
+    """A tensor of order-free sums of weighted values.
+
+    Args:
+        shape: The tensor's shape.
+        span: What values it accepts; callers check them with `check_range` first.
+        light: Keep a single limb as float64 until `make_room` says that there is more weight than that can hold. The
+            whole numbers are the same.
+        room: Zeros of this shape, in C order, that a light limb may lie in.
+    """
+
+    __slots__ = ("limbs", "span")
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        span: Range,
+        *,
+        light: bool = False,
+        room: npt.NDArray[np.float64] | None = None,
+    ) -> None:
+        self.span = span
+        self.limbs: tuple[npt.NDArray[Any], ...]
+        if light and span.limbs == 1:
+            self.limbs = (np.zeros(shape) if room is None else room,)
+        else:
+            self.limbs = tuple(np.zeros(shape, np.int64) for _ in range(span.limbs))
+
+    def make_room(self, weight: int) -> None:
+        """Expect so much weight in all: what was added, and what will be until this is called again."""
+        if weight > _LIGHT_SUM and self.limbs[0].dtype == np.float64:
+            light = self.limbs[0].reshape(-1)
+            light.view(np.int64)[...] = light  # where it lies, and without a copy, since it is one line
+            self.limbs = (self.limbs[0].view(np.int64),)
+
+    def add(self, values: npt.NDArray[Any], weight: int, at: Index = (...,)) -> None:
+        """Add weight·values at an index.
+
+        Args:
+            values: Finite values within the bound, of the indexed part's shape.
+            weight: A whole number from 1 up; all weights together must stay within `MAX_WEIGHT`.
+            at: Slices, or an open mesh of index arrays in which no index comes twice.
+        """
+        self.add_all([values], [weight], at)
+
+    def add_all(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], at: Index = (...,)) -> None:
+        """Add several weights·values at one index, which reads and writes the sums once.
+
+        Args:
+            rows: Arrays of values as in `add`, all of the same type.
+            weights: One per array.
+            at: As in `add`.
+        """
+        if self.span.limbs > 1:
+            self._add_limbs(rows, weights, at)
+            return
+        total = self.limbs[0]
+        part = total[at]
+        add_blocks(part, rows, weights, VALUE_BITS - self.span.exponent)
+        if not np.may_share_memory(part, total):  # an open mesh gives a copy
+            total[at] = part
+
+    def _add_limbs(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], at: Index) -> None:
+        rest = np.stack([values.astype(np.float64) for values in rows])
+        rest *= np.array(weights, np.float64).reshape(-1, *[1] * rows[0].ndim)
+        for i, limb in enumerate(self.limbs, start=1):
+            scale = VALUE_BITS * i - self.span.exponent
+            whole = np.rint(rest * math.ldexp(1.0, scale))
+            limb[at] += whole.astype(np.int64).sum(axis=0)
+            rest -= whole * math.ldexp(1.0, -scale)
+
+    def merge(self, other: FixedSum) -> None:
+        """Add another sum of the same shape and range; there must be room for its weight."""
+        for mine, theirs in zip(self.limbs, other.limbs, strict=True):
+            mine += theirs.astype(mine.dtype, copy=False)
+
+    def scatter(self, several: Sequence[compiled_kernels.Apart], beside: int) -> bool:
+        """Add weights·values where rows and columns say, and say whether a quick way to do so was there.
+
+        Args:
+            several: Values and weights as in `add`.
+            beside: Numbers per row and column.
+        """
+        total = self.limbs[0]
+        if self.span.limbs > 1 or not total.size:
+            return False
+        apart = total.reshape(total.shape[0], -1, beside)
+        return compiled_kernels.scatter(apart, several, VALUE_BITS - self.span.exponent)
+
+    def close_to(
+        self,
+        out: npt.NDArray[np.float32],
+        base: npt.NDArray[np.float32],
+        share: npt.NDArray[np.float64],
+        rows: npt.NDArray[np.int64],
+        columns: npt.NDArray[np.int64],
+        beside: int,
+    ) -> bool:
+        """Put sums times shares into `out`, in another order, and say whether a quick way to do so was there.
+
+        Args:
+            out: Of the sums' shape.
+            base: What is put where a share is 0, in the order of `out`.
+            share: By row and column.
+            rows: By row of the sums, that of `out`.
+            columns: The same by column.
+            beside: Numbers per row and column.
+        """
+        if self.span.limbs > 1 or not out.size:
+            return False
+        shape = (rows.size, columns.size, beside)
+        apart = (part.reshape(shape) for part in (base, out))
+        return compiled_kernels.close(self.limbs[0].reshape(shape), share, self.span.unit, rows, columns, *apart)
+
+    def round_to(self, out: npt.NDArray[np.float32], factor: float) -> bool:
+        """Put all sums times a factor into `out`, and say whether a quick way to do so was there.
+
+        Args:
+            out: Of the sums' shape; it gets what `value` says, rounded once more.
+            factor: What they are multiplied with.
+        """
+        return self.span.limbs == 1 and compiled_kernels.scale(self.limbs[0], self.span.unit * factor, out)
+
+    def value(
+        self, at: Index = (...,), factor: float = 1.0, out: npt.NDArray[np.float64] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """The sums times a factor as float64, rounded once per limb and by the factor.
+
+        Args:
+            at: Which.
+            factor: What they are multiplied with.
+            out: Where they may be put.
+        """
+        if self.span.limbs == 1:
+            part = self.limbs[0][at]
+            if part.dtype != np.float64:
+                part = part.astype(np.float64)
+            # The unit is a power of two, so that this is one rounding.
+            scaled: npt.NDArray[np.float64] = np.multiply(part, self.span.unit * factor, out=out)
+            return scaled
+        total = np.zeros(self.limbs[0][at].shape)
+        for i in range(self.span.limbs, 0, -1):
+            total += np.ldexp(self.limbs[i - 1][at].astype(np.float64), self.span.exponent - VALUE_BITS * i)
+        total *= factor
+        return total
+
+
+def add_blocks(total: npt.NDArray[Any], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int) -> None:
+    """Add Σ weight · round(values · 2^scale) to `total` in place, in blocks that stay in the cache.
+
+    Args:
+        total: A view on the sums, int64 or float64.
+        rows: Arrays of its shape, all float32 or all float64, of magnitude up to 2^(38 − scale).
+        weights: One per array.
+        scale: s.
+    """
+    if compiled_kernels.add(total, rows, weights, scale, VALUE_BITS):
+        return
+    if total.flags.c_contiguous and all(r.flags.c_contiguous for r in rows):
+        total, rows = total.reshape(-1), [r.reshape(-1) for r in rows]
+    if not total.size:
+        return
+    if not total.ndim:
+        total, rows = total.reshape(1), [r.reshape(1) for r in rows]
+    width = total.size // total.shape[0]
+    most = min(_LONGEST, _BLOCK // len(rows))
+    if not most:
+        half = len(rows) // 2
+        add_blocks(total, rows[:half], weights[:half], scale)
+        add_blocks(total, rows[half:], weights[half:], scale)
+    elif width > most and total.ndim > 1:
+        for i in range(total.shape[0]):
+            add_blocks(total[i], [r[i] for r in rows], weights, scale)
+    else:
+        step = max(1, most // width)
+        light = total.dtype == np.float64
+        all_runs = [(0, weights)] if light else compiled_kernels.runs(weights, _LIGHT, len(rows))
+        groups = [(first, np.array(several, np.float64)) for first, several in all_runs]
+        for start in range(0, total.shape[0], step):
+            into = total[start : start + step]
+            whole = _rounded([r[start : start + step] for r in rows], scale)
+            for first, heavy in groups:
+                part = whole[first : first + heavy.size]
+                into += (_product(part, heavy) if light else _weighted(part, heavy)).reshape(into.shape)
+
+
+def _rounded(rows: Sequence[npt.NDArray[Any]], scale: int) -> npt.NDArray[np.float64]:
+    """Values times 2^scale as whole numbers [rows, values], in this thread's own memory."""
+    shape, size = rows[0].shape, rows[0].size
+    own = _scratch()
+    whole = own.whole[: len(rows) * size].reshape(len(rows), size)
+    # Scaling by a power of two and rounding to whole numbers are exact in float32, too, at half the cost.
+    narrow = rows[0].dtype == np.float32
+    out: npt.NDArray[Any] = own.narrow[: len(rows) * size].reshape(len(rows), size) if narrow else whole
+    factor = out.dtype.type(math.ldexp(1.0, scale))
+    for values, row in zip(rows, out, strict=True):
+        np.multiply(values, factor, out=row.reshape(shape))
+    np.rint(out, out=out)
+    if narrow:
+        np.copyto(whole, out)
+    return whole
+
+
+def _weighted(whole: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Σ weight · whole [values], in this thread's own memory."""
+    if weights.sum() > _LIGHT:  # one weight alone
+        heavy: npt.NDArray[np.int64] = whole[0].astype(np.int64) * int(weights[0])
+        return heavy
+    total = _product(whole, weights)
+    total += _MAGIC
+    bits = total.view(np.int64)
+    bits -= _MAGIC_BITS
+    return bits
+
+
+def _product(whole: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Σ weight · whole [values] as float64, in this thread's own memory."""
+    total = _scratch().total[: whole.shape[1]]
+    if len(weights) == 1:
+        np.multiply(whole[0], weights[0], out=total)
+    else:
+        np.dot(weights, whole, out=total)
+    return total
+
+
+class _Scratch:
+    """A thread's own memory: fresh one would cost a page fault per 512 numbers."""
+
+    def __init__(self) -> None:
+        self.narrow = np.empty(_BLOCK, np.float32)
+        self.whole = np.empty(_BLOCK, np.float64)
+        self.total = np.empty(_LONGEST, np.float64)
+
+
+def _scratch() -> _Scratch:
+    own: _Scratch | None = getattr(_OWN, "scratch", None)
+    if own is None:
+        own = _OWN.scratch = _Scratch()
+    return own
+
+
+def run_all(tasks: list[Any], threads: int) -> None:
+    """Run callables, on several threads where asked: order-free sums don't care which is first."""
+    if threads <= 1:
+        for task in tasks:
+            task()
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(task) for task in tasks]:
+            future.result()

@@ -1,0 +1,371 @@
+"""Folding what devices learnt back into the global model, as their updates arrive.
+
+A `Fold` keeps, per coordinate i of the global model, S_i = Σ_{k covers i} n_k·w_{k,i} as an order-free sum, and how
+much weight M_i = Σ_{k covers i} n_k and N = Σ_k n_k it stands for. Since Σ n_k·w_{k,i} = M_i·w_{t,i} + Σ n_k·Δ_{k,i},
+this is the sum of what devices learnt (Δ_k = w_k − w_t) without reading w_t for every update. A rule turns it into
+the next model:
+
+- `coverage`: w_i = S_i / M_i = w_{t,i} + Σ n_k Δ_{k,i} / M_i: the mean over the devices that hold the coordinate
+  (HeteroFL, Diao et al. 2021, Sec. 3.2; weighted by samples as FedAvg, McMahan et al. 2017, Alg. 1).
+- `fill`: w_i = (S_i + (N − M_i)·w_{t,i}) / N = w_{t,i} + Σ n_k Δ_{k,i} / N: submodels are filled up from w_t before
+  the mean is taken (CA-HFP, Sec. II-A, eq. 4), so that devices without the coordinate vote for no change.
+- `zero`: w_i = S_i / N: what a device doesn't hold counts as 0 (CA-HFP's ablation without reconstruction, Table II;
+  eq. 13). It shows what reconstruction is good for, and is good for nothing else.
+
+In the first two, a coordinate that nobody holds keeps its bits; where all hold it, all three are FedAvg, bit for bit,
+by the same operations. Batch-norm statistics are always means over the devices that cover them.
+
+A device may hold single elements (a mask): M_i then counts whose mask is 1 at i. A device may have begun with an
+earlier model (asynchronous rounds): with `sent` its Δ is taken against what it was sent, and moves the model of now.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.aggregation.checks import check_counts, check_model, check_submodel
+from fedprune.aggregation.client_update import Addition
+from fedprune.aggregation.coverage import partly_active
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, Range
+from fedprune.aggregation.layout import to_global
+from fedprune.aggregation.partial_sums import PartialSums, check_parts
+from fedprune.aggregation.rebase import rebased
+from fedprune.aggregation.server_optimizer import ServerStep
+from fedprune.aggregation.update_sums import UpdateSums
+from fedprune.core.errors import BundleError, ProtocolError
+from fedprune.model.architecture import Architecture, TensorKind, TensorSpec
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+
+Rule = Literal["coverage", "fill", "zero"]
+
+Float64s = npt.NDArray[np.float64]
+
+Change = Callable[[Addition], Addition]
+"""Changes the tensors of a checked update before it is added."""
+
+
+class Fold:
+    """A streaming mean of updates, whose bits depend neither on their order nor on how partial folds were merged.
+
+    Memory is 8 bytes per coordinate (with `evidence` 24), plus one tensor while closing, however many updates there
+    are; which coordinates an update covers is kept as its selection, not as an array, but where masks of single
+    elements are added: that takes one more int64 per coordinate of the masked tensors. Up to eight checked updates wait
+    until they are added together, which reads and writes the sums once for all: their arrays are held, not copied, and
+    must stay as they are until the fold is closed.
+
+    Args:
+        architecture: The model.
+        base: The global model w_t that devices' submodels were cut from.
+        rule: `coverage`, `fill` or `zero`, as the module says.
+        evidence: Also sum movements per step and their squares, which curvature scores are made from.
+        pool_variance: Pool variances by the law of total variance, E[v] + Var[m], instead of the mean E[v] that
+            FedAvg takes of them and that HeteroFL's static batch norm accumulates over batches. It is exact where all
+            devices measured at the same weights; after local training their means also differ because their weights
+            do, hence the default.
+        threads: Threads that add; the bits don't depend on them.
+        excluded: Names of tensors that nobody shares (FedPer's personal layers): they keep their bits, and updates
+            need not have them.
+
+    Raises:
+        BundleError: The base is not a finite float32 model of this architecture, or there is no such rule or tensor.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        base: Mapping[str, npt.NDArray[np.float32]],
+        *,
+        rule: Rule = "coverage",
+        evidence: bool = False,
+        pool_variance: bool = False,
+        threads: int = 1,
+        excluded: Collection[str] = (),
+    ) -> None:
+        if rule not in get_args(Rule):
+            raise BundleError("aggregation rule", expected=" or ".join(get_args(Rule)), got=repr(rule))
+        unknown = sorted(set(excluded) - set(architecture.by_name))
+        if unknown:
+            raise BundleError(f"the model has no tensor {unknown[0]!r} to exclude")
+        self.architecture = architecture
+        self.base = check_model(architecture, base)
+        self.rule: Rule = rule
+        self.evidence = evidence
+        self.threads = threads
+        self.excluded = frozenset(excluded)
+        self.change: Change | None = None
+        self._collected: list[Addition] | None = None
+        self._shared = tuple(t for t in architecture.tensors if t.name not in self.excluded)
+        pairs = _paired_means(architecture) if pool_variance else {}
+        self._means = {v: m for v, m in pairs.items() if not {v, m} & self.excluded}
+        self._spans = {t.name: _span(t, self.base[t.name]) for t in architecture.tensors}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all updates."""
+        self.updates = 0
+        self._sums = UpdateSums(
+            self.architecture,
+            self.base,
+            self._shared,
+            self._spans,
+            self._means,
+            evidence=self.evidence,
+            threads=self.threads,
+        )
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Addition]]:
+        """Collect updates in a list instead of adding them: the sums stay as they are, and so does their weight."""
+        collected: list[Addition] = []
+        self._collected = collected
+        try:
+            yield collected
+        finally:
+            self._collected = None
+
+    def narrowed(self, names: Collection[str]) -> Fold:
+        """An empty fold of the same kind for some of the tensors: its share of a fold that is split.
+
+        Args:
+            names: The tensors; a variance that is pooled goes with its mean.
+        """
+        out = copy.copy(self)
+        out.excluded = self.excluded | {t.name for t in self.architecture.tensors if t.name not in names}
+        out._shared = tuple(t for t in self._shared if t.name in names)
+        out._means = {v: m for v, m in self._means.items() if v in names and m in names}
+        out.clear()
+        return out
+
+    @property
+    def shared(self) -> tuple[TensorSpec, ...]:
+        """The tensors that are summed."""
+        return self._shared
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Names of each mean and the variance that is pooled with it."""
+        return tuple((m, v) for v, m in self._means.items())
+
+    def partial(self) -> PartialSums:
+        """What has been summed, for `take`; the fold must not be added to any more.
+
+        Raises:
+            BundleError: Nothing was added, or masks of single elements.
+        """
+        self._sums.settle()
+        coverage = self._sums.coverage
+        shares = coverage.shares()
+        if shares is None:
+            raise BundleError("sums of masked elements can't be split")
+        arrays = {key: limb.astype(np.int64, copy=False) for key, limb in self._sums.arrays().items()}
+        names = frozenset(t.name for t in self._shared)
+        return PartialSums(names, coverage.expect_layout, shares, self.updates, arrays)
+
+    def take(self, parts: Sequence[PartialSums]) -> None:
+        """Add what narrowed folds have summed of the same updates, which together hold all tensors.
+
+        Raises:
+            BundleError: They don't, or are of another architecture, of different updates, or of other sums than these.
+            ProtocolError: The total weight would be too large.
+        """
+        check_parts(parts, self.architecture, (t.name for t in self._shared))
+        weight = parts[0].weight
+        if self.weight + weight > MAX_WEIGHT:
+            raise ProtocolError("total weight of sums", expected=f"up to {MAX_WEIGHT}", got=self.weight + weight)
+        self._sums.take(parts)
+        self.updates += parts[0].updates
+
+    @property
+    def weight(self) -> int:
+        """N, the weight of all updates."""
+        return self._sums.coverage.weight
+
+    def bound(self, name: str) -> float:
+        """The largest magnitude that values of a tensor may have in an update."""
+        return self._spans[name].bound
+
+    def check(self, selection: Selection, submodel: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Check an update before anything of it is added.
+
+        Raises:
+            BundleError: The selection is of another architecture.
+            ProtocolError: A tensor is missing, unknown, not float32, of another shape than the selection says, or
+                holds values that are not finite or out of bounds; the message names it.
+        """
+        bounds = {name: span.bound for name, span in self._spans.items()}
+        check_submodel(self.architecture, selection, submodel, bounds, self.threads, self.excluded)
+
+    def add(
+        self,
+        selection: Selection,
+        submodel: Mapping[str, npt.NDArray[np.float32]],
+        weight: int,
+        steps: int = 1,
+        *,
+        mask: ElementMask | None = None,
+        sent: Mapping[str, npt.NDArray[np.float32]] | None = None,
+        checked: bool = False,
+    ) -> None:
+        """Add one device's trained submodel: S_i += n_k·w_{k,i} at the coordinates that its selection holds.
+
+        Either all of an update is added or, where it raises, nothing.
+
+        Args:
+            selection: Where the submodel's channels live.
+            submodel: The tensors after training.
+            weight: n_k, the device's number of samples.
+            steps: Optimiser steps that it took; only evidence needs them.
+            mask: Which elements of the submodel count; None for all. What lies outside it is not looked at.
+            sent: The submodel that the device began with, where that is not the base's: w_t + (w_k − w_sent) counts
+                instead of w_k (FedBuff, Nguyen et al. 2022, Alg. 1), but for batch-norm statistics.
+            checked: `check` has passed these tensors, so that they needn't be looked at once more.
+
+        Raises:
+            BundleError: As `check`.
+            ProtocolError: As `check`, weight or steps are out of range, the mask doesn't fit, or a rebased update is
+                out of bounds.
+        """
+        check_counts(weight, steps, MAX_WEIGHT if self._collected is not None else MAX_WEIGHT - self.weight)
+        if not checked:
+            for tensors in (submodel,) if sent is None else (submodel, sent):
+                self.check(selection, tensors)
+        active = partly_active(self.architecture, selection, mask, self.excluded)
+        copied = sent is not None or bool(active)
+        addition = Addition(selection, submodel, weight, steps, mask, sent)
+        if self._collected is not None:
+            self._collected.append(addition)
+            return
+        if self.change is not None:
+            changed = self.change(addition)
+            copied = copied or changed.tensors is not submodel
+            submodel = changed.tensors
+        values: Mapping[str, npt.NDArray[Any]] = submodel
+        if sent is not None:
+            bounds = {name: span.bound for name, span in self._spans.items()}
+            values = rebased(self.architecture, selection, submodel, sent, self.base, bounds, self.excluded)
+        self._sums.add(selection, values, weight, steps, active, copied=copied)
+        self.updates += 1
+
+    def merge(self, other: Fold) -> None:
+        """Add a partial fold of other updates to the same base.
+
+        Raises:
+            BundleError: It has another architecture, base, rule or content.
+            ProtocolError: The total weight would be too large.
+        """
+        if (
+            other.architecture.digest != self.architecture.digest
+            or (other.rule, other.evidence, other._means) != (self.rule, self.evidence, self._means)
+            or other.excluded != self.excluded
+            or any(not np.array_equal(self.base[n], other.base[n]) for n in self.base)
+        ):
+            raise BundleError("folds of different models, bases or rules can't be merged")
+        if self.weight + other.weight > MAX_WEIGHT:
+            raise ProtocolError(
+                "total weight of merged folds", expected=f"up to {MAX_WEIGHT}", got=self.weight + other.weight
+            )
+        self._sums.merge(other._sums)
+        self.updates += other.updates
+
+    def close(
+        self,
+        server_momentum: float = 0.0,
+        velocity: Mapping[str, npt.NDArray[np.float32]] | None = None,
+        *,
+        rate: float = 1.0,
+        damped: bool = False,
+    ) -> tuple[Tensors, Tensors | None]:
+        """The next global model.
+
+        With server momentum β (FedAvgM, Hsu et al. 2019, Sec. 4.3), v ← β·v + rate·(w̄ − w_t) and w ← w_t + v, for
+        trainable tensors; where nobody holds a coordinate neither v nor w changes.
+
+        Args:
+            server_momentum: β, from 0 to below 1.
+            velocity: v of the round before; empty or None in the first.
+            rate: Share of the way from w_t to the mean: w ← w_t + rate·(w̄ − w_t) (FedAsync's α·s, Xie et al. 2019,
+                Alg. 1; FedBuff's η_g). Statistics are measured, so that 1 is the most they go.
+            damped: v ← β·v + (1 − β)·rate·(w̄ − w_t) instead (AutoFLIP's server): v is a moving average, not a sum.
+
+        Returns:
+            The next model, and v for the next call (None without momentum).
+
+        Raises:
+            BundleError: Velocity, momentum or rate don't fit.
+        """
+        step = ServerStep(rate, server_momentum, damped)
+        means = self._sums.means(self.rule)
+        model: Tensors = {}
+        moving: Tensors = {}
+        for spec in self.architecture.tensors:
+            before = (velocity or {}).get(spec.name)
+            if before is not None and before.shape != spec.shape:
+                raise BundleError(f"shape of velocity of {spec.name}", expected=spec.shape, got=before.shape)
+            if spec.name in self.excluded:
+                model[spec.name] = self.base[spec.name].copy()
+            elif self._sums.coverage.layout is None:
+                model[spec.name] = self.base[spec.name].copy()
+                if server_momentum and spec.kind.trainable:
+                    moving[spec.name] = (
+                        np.zeros(spec.shape, np.float32) if before is None else before.astype(np.float32)
+                    )
+            elif server_momentum and spec.kind.trainable:
+                model[spec.name], moving[spec.name] = means.moving(spec, step, before)
+            else:
+                model[spec.name] = means.following(spec, step)
+        return model, moving if server_momentum else None
+
+    def mass(self, name: str) -> npt.NDArray[np.int64]:
+        """M_i per coordinate of a tensor: the weight of the updates that hold it."""
+        spec = self.architecture.by_name[name]
+        if self._sums.coverage.layout is None or name in self.excluded:
+            return np.zeros(spec.shape, np.int64)
+        mass = self._sums.coverage.mass(spec)
+        if mass is None:
+            return np.full(spec.shape, self.weight, np.int64)
+        whole = np.array(np.broadcast_to(mass, spec.shape))
+        return to_global(whole, spec, self._sums.coverage.layout)
+
+    def movement(self, name: str) -> tuple[Float64s, Float64s, npt.NDArray[np.bool_]]:
+        """What a trainable tensor's devices say about gradient and curvature.
+
+        Returns:
+            Per coordinate Σ n_k·u_k / M and Σ n_k·u_k² / M with u_k = Δ_k / steps_k (saturated at ±1/4), and whether
+            any device trained it.
+
+        Raises:
+            BundleError: The fold was made without evidence, or the tensor isn't trainable.
+        """
+        spec = self.architecture.by_name.get(name)
+        if not self.evidence or spec is None or not spec.kind.trainable:
+            raise BundleError(f"the fold keeps no movement of {name}", hint="Make it with evidence=True.")
+        mass = self.mass(name)
+        layout = self._sums.coverage.layout
+        if layout is None or name in self.excluded:
+            return np.zeros(spec.shape), np.zeros(spec.shape), mass > 0
+        part = np.maximum(mass, 1)
+        first, second = self._sums.movement.sums(name, layout)
+        return first / part, second / part, mass > 0
+
+
+def _span(spec: TensorSpec, base: npt.NDArray[np.float32]) -> Range:
+    """Weights: 8 and 8 times the base's largest, or more. Statistics follow the data's scale: 2^24, in two limbs."""
+    if spec.kind.trainable:
+        return Range.around(base)
+    return Range.around(base, least=24, limbs=2)
+
+
+def _paired_means(architecture: Architecture) -> dict[str, str]:
+    """The mean that belongs to each variance: norms list both in the same order."""
+    means = [t for t in architecture.statistics if t.kind is TensorKind.STAT_MEAN]
+    variances = [t for t in architecture.statistics if t.kind is TensorKind.STAT_VAR]
+    if [t.axes for t in means] != [t.axes for t in variances]:
+        raise BundleError("the model's batch-norm means and variances don't pair up")
+    return {v.name: m.name for m, v in zip(means, variances, strict=True)}

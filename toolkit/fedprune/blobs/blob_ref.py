@@ -1,0 +1,106 @@
+"""References to blobs: what a blob is called, how long it is, and what its pieces hash to.
+
+A blob is named by the sha256 of its bytes. It is hashed a second time in *leaves* of 32 KiB, so that each piece can be
+verified on arrival; the digests of all leaves, one after the other, are its *leaf table*, and the reference holds the
+sha256 of that table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedprune.core.errors import ProtocolError, shown
+
+LEAF = 32 * 1024
+"""Bytes of a leaf; the last one of a blob may be shorter."""
+
+DIGEST = 32
+"""Bytes of a leaf's digest in the leaf table."""
+
+MAX_BLOB = 2**40
+"""Size that no reference may exceed; a store's own limit is usually far lower."""
+
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class BlobRef:
+    """A blob's name, size and leaf table digest.
+
+    Attributes:
+        sha256: Digest of all bytes, as hex.
+        size: Number of bytes.
+        leaves: sha256 of the leaf table, as hex.
+
+    Raises:
+        ProtocolError: A digest or the size is not one.
+    """
+
+    sha256: str
+    size: int
+    leaves: str
+
+    def __post_init__(self) -> None:
+        for name in ("sha256", "leaves"):
+            value = getattr(self, name)
+            if not is_digest(value):
+                raise ProtocolError(f"blob reference: field {name}", expected="64 hex digits", got=shown(value))
+        if not isinstance(self.size, int) or isinstance(self.size, bool) or not 0 <= self.size <= MAX_BLOB:
+            raise ProtocolError(
+                "blob reference: field size",
+                expected=f"a whole number from 0 to {MAX_BLOB}",
+                got=shown(self.size),
+            )
+
+    @classmethod
+    def of(cls, data: bytes | memoryview) -> BlobRef:
+        """The reference of these bytes."""
+        table = leaf_table(data)
+        return cls(hashlib.sha256(data).hexdigest(), len(data), hashlib.sha256(table).hexdigest())
+
+    @property
+    def leaf_count(self) -> int:
+        """Number of leaves; an empty blob has none."""
+        return -(-self.size // LEAF)
+
+    @property
+    def piece_count(self) -> int:
+        """Number of pieces of at most 32 KiB in which the leaf table travels."""
+        return -(-self.leaf_count * DIGEST // LEAF)
+
+    def leaf_size(self, index: int) -> int:
+        """Bytes of leaf `index`."""
+        return min(LEAF, self.size - index * LEAF)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {"sha256": self.sha256, "size": self.size, "leaves": self.leaves}
+
+    @classmethod
+    def from_dict(cls, body: object) -> BlobRef:
+        """Read and check; unknown keys are ignored.
+
+        Raises:
+            ProtocolError: Not a mapping, a key is missing or a value is wrong.
+        """
+        if not isinstance(body, Mapping):
+            raise ProtocolError("blob reference", expected="an object", got=type(body).__name__)
+        for name in ("sha256", "size", "leaves"):
+            if name not in body:
+                raise ProtocolError(f"blob reference: field {name}", expected="a value", got="nothing")
+        return cls(body["sha256"], body["size"], body["leaves"])
+
+
+def is_digest(value: object) -> bool:
+    """Whether `value` is a sha256 in lower-case hex."""
+    return isinstance(value, str) and _HEX.fullmatch(value) is not None
+
+
+def leaf_table(data: bytes | memoryview) -> bytes:
+    """Digests of the leaves of `data`, one after the other."""
+    view = memoryview(data)
+    return b"".join(hashlib.sha256(view[at : at + LEAF]).digest() for at in range(0, len(view), LEAF))

@@ -1,0 +1,331 @@
+"""Blob stores: folders of files that are named by the sha256 of what they hold.
+
+A file appears under its name only when it is whole and on the disk; what arrives bit by bit grows in `partial/` until
+it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import secrets
+import shutil
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from io import RawIOBase
+from pathlib import Path
+
+from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef, is_digest, leaf_table
+from fedprune.blobs.leaf_cache import SUFFIX, kept, unkept
+from fedprune.blobs.partial_blob import PartialBlob
+from fedprune.core.disk import read_file, storage_errors, sync_folder, write_all
+from fedprune.core.errors import StorageError, StorageFullError
+
+MAX_SIZE = 2**30
+"""Default limit of one blob's size."""
+
+RESERVE = 1024 * 1024
+"""Default number of bytes that stay free on the disk."""
+
+_LOST = "Was the folder copied in part, or something in it deleted? Restore a backup of it, or begin in a new one."
+
+
+class BlobStore:
+    """A content-addressed folder: `<root>/<first two hex digits>/<sha256>`, with the leaf table beside it of each that
+    has several leaves (`fedprune.blobs.leaf_cache`).
+
+    Args:
+        root: The folder; made if missing.
+        max_size: Bytes that no blob may exceed.
+        reserve: Bytes that must stay free on the disk when a blob is written.
+        durable: Flush files to the disk before they appear. A simulation can do without.
+        sweep: Remove what processes of this machine that are no more left half written. Whoever shares the folder with
+            another machine must not: it can't tell that one's processes from those that are gone.
+
+    Raises:
+        StorageError: The folder can't be made.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_size: int = MAX_SIZE,
+        reserve: int = RESERVE,
+        durable: bool = True,
+        sweep: bool = True,
+    ) -> None:
+        self.root = root
+        self.max_size = max_size
+        self.reserve = reserve
+        self.durable = durable
+        self._checked: dict[str, tuple[int, int, int]] = {}
+        with storage_errors(f"can't make blob store {root}"):
+            for folder in (root, root / "tmp", root / "partial"):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if sweep and os.geteuid() == root.stat().st_uid:  # an earlier version let others read
+                root.chmod(0o700)
+        if sweep:
+            self._sweep()
+
+    def put(self, data: bytes | memoryview) -> BlobRef:
+        """Keep these bytes; keeping them twice costs nothing.
+
+        Raises:
+            StorageFullError: The disk is full, or the blob is larger than the store allows.
+            StorageError: The disk fails.
+        """
+        table = leaf_table(data)
+        ref = BlobRef(hashlib.sha256(data).hexdigest(), len(data), hashlib.sha256(table).hexdigest())
+        if not self._whole(ref):
+            self.check_room(ref.size)
+            self.write_file(self.path(ref.sha256), data)
+            self._keep_table(ref.sha256, table)
+        return ref
+
+    def ref(self, sha256: str) -> BlobRef:
+        """The reference of a blob that is here.
+
+        Raises:
+            StorageError: It is not here.
+        """
+        size = self.size(sha256)
+        return BlobRef(sha256, size, hashlib.sha256(self.table(sha256)).hexdigest())
+
+    def has(self, sha256: str) -> bool:
+        """Whether the blob is here."""
+        return self.path(sha256).is_file()
+
+    def path(self, sha256: str) -> Path:
+        """Where the blob is, or would be.
+
+        Raises:
+            StorageError: `sha256` is no digest.
+        """
+        if not is_digest(sha256):
+            raise StorageError("name of a blob", expected="64 hex digits", got=repr(sha256)[:80])
+        return self.root / sha256[:2] / sha256
+
+    def size(self, sha256: str) -> int:
+        """Bytes of a blob that is here.
+
+        Raises:
+            StorageError: It is not here.
+        """
+        try:
+            return self.path(sha256).stat().st_size
+        except FileNotFoundError as error:
+            raise StorageError(f"blob {sha256} is not in {self.root}", hint=_LOST) from error
+
+    def read(self, sha256: str) -> bytes:
+        """A blob's bytes, checked against its name.
+
+        Raises:
+            StorageError: It is not here, or damaged.
+        """
+        self.size(sha256)
+        path = self.path(sha256)
+        with storage_errors(f"can't read {path}"):
+            data = read_file(path)
+        self._expect(sha256, data)
+        return data
+
+    def map(self, sha256: str) -> memoryview:
+        """A blob's bytes as a view on its file: what isn't looked at takes no memory.
+
+        They are checked against the blob's name when it is first mapped, and again once the file has changed.
+
+        Raises:
+            StorageError: It is not here, or damaged.
+        """
+        self.size(sha256)
+        path = self.path(sha256)
+        with storage_errors(f"can't read {path}"), path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            # An empty file can't be mapped.
+            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if about.st_size else b"")
+        state = (about.st_ino, about.st_size, about.st_mtime_ns)
+        if self._checked.get(sha256) != state:
+            self._expect(sha256, view)
+            self._checked[sha256] = state
+        return view
+
+    def _expect(self, sha256: str, data: bytes | memoryview) -> None:
+        """Make sure that bytes are what a blob's name says."""
+        path = self.path(sha256)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise StorageError(
+                f"blob {path} is damaged",
+                hint="On a board delete the file: it is fetched again. A server's or a simulation's comes back from a "
+                "backup only; without one begin in a new folder.",
+            )
+
+    def open(self, sha256: str) -> RawIOBase:
+        """A blob's file, to be read in pieces; what is read is not checked.
+
+        Raises:
+            StorageError: The blob is not here or can't be read.
+        """
+        path = self.path(sha256)
+        with storage_errors(f"can't read {path}"):
+            return path.open("rb", buffering=0)
+
+    def read_leaves(self, sha256: str, first: int, count: int) -> bytes:
+        """Bytes of `count` leaves from leaf `first` on, as far as the blob goes; not checked.
+
+        Raises:
+            StorageError: The blob is not here or can't be read.
+        """
+        with self.open(sha256) as file, storage_errors(f"can't read {self.path(sha256)}"):
+            return os.pread(file.fileno(), count * LEAF, first * LEAF)
+
+    def table(self, sha256: str) -> bytes:
+        """The leaf table of a blob that is here; made again if it is missing.
+
+        Raises:
+            StorageError: The blob is not here or can't be read.
+        """
+        count = -(-self.size(sha256) // LEAF)
+        path = self._table_path(sha256)
+        with suppress(FileNotFoundError), storage_errors(f"can't read {path}", missing=True):
+            found = unkept(path.read_bytes(), count) if count > 1 else bytes.fromhex(sha256) * count
+            if found is not None:
+                return found
+        table = leaf_table(self.read(sha256))
+        self._keep_table(sha256, table)
+        return table
+
+    def partial(self, ref: BlobRef, *, vouched: bool = False) -> PartialBlob:
+        """A blob that is to arrive, with what has arrived of it so far.
+
+        Args:
+            ref: What it shall become.
+            vouched: Whether who is trusted with the name of the blob has named its leaf table, too (`PartialBlob`).
+
+        Raises:
+            StorageFullError: The disk has no room for what is missing, or the blob is larger than the store allows.
+            StorageError: The disk fails.
+        """
+        return PartialBlob(self, ref, vouched=vouched)
+
+    def delete(self, sha256: str) -> None:
+        """Forget a blob, whole or partial; it need not be here.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        path = self.path(sha256)
+        self._checked.pop(sha256, None)
+        with storage_errors(f"can't delete {path}"):
+            path.unlink(missing_ok=True)
+            self._table_path(sha256).unlink(missing_ok=True)
+            for name in (sha256, sha256 + SUFFIX):
+                (self.root / "partial" / name).unlink(missing_ok=True)
+
+    def drop_partials(self, kept: AbstractSet[str]) -> None:
+        """Forget what has arrived of blobs that are not yet whole, except of these.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        folder = self.root / "partial"
+        with storage_errors(f"can't tidy {folder}"):
+            for path in folder.iterdir():
+                if path.name.removesuffix(SUFFIX) not in kept:
+                    path.unlink(missing_ok=True)
+
+    def names(self) -> list[str]:
+        """Digests of all blobs that are here, sorted."""
+        return sorted(p.name for p in self.root.glob("[0-9a-f][0-9a-f]/*") if is_digest(p.name))
+
+    def check_size(self, size: int) -> None:
+        """Make sure that a blob may be this large.
+
+        Raises:
+            StorageFullError: It may not.
+        """
+        if size > self.max_size:
+            raise StorageFullError(
+                "blob is larger than this store allows", expected=f"at most {self.max_size} bytes", got=size
+            )
+
+    def check_room(self, size: int) -> None:
+        """Make sure that this many more bytes fit.
+
+        Raises:
+            StorageFullError: They don't, or no blob may be that large.
+        """
+        self.check_size(size)
+        free = shutil.disk_usage(self.root).free
+        if size + self.reserve > free:
+            raise StorageFullError(
+                f"no room in {self.root}",
+                expected=f"{size + self.reserve} bytes",
+                got=f"{free} free",
+                hint="Free some space; nothing was written.",
+            )
+
+    def write_file(self, path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
+        """Write a file so that it appears whole or not at all.
+
+        Args:
+            path: The file.
+            data: What shall be in it.
+            flush: Flush it to the disk before it appears; without, a power cut may leave an empty file.
+
+        Raises:
+            StorageFullError: The disk is full; nothing is left behind.
+            StorageError: The disk fails.
+        """
+        temporary = self.root / "tmp" / f"{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            with storage_errors(f"can't write {path}"):
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                try:
+                    write_all(descriptor, data)
+                    if self.durable and flush:
+                        os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+                self.move(temporary, path, flush=flush)
+        except StorageError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def move(self, source: Path, target: Path, *, flush: bool = True) -> None:
+        """Put a finished file in its place.
+
+        Args:
+            source: The file.
+            target: Its place.
+            flush: Flush the folder, so that it is there after a power cut.
+        """
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        source.replace(target)
+        if self.durable and flush:
+            sync_folder(target.parent)
+
+    def _whole(self, ref: BlobRef) -> bool:
+        """Whether the blob is here with the right length (a file cut short by a failing disk is written again)."""
+        try:
+            return self.path(ref.sha256).stat().st_size == ref.size
+        except FileNotFoundError:
+            return False
+
+    def _keep_table(self, sha256: str, table: bytes) -> None:
+        """Keep a leaf table beside its blob, if there is room for it: it is made again where it is missing."""
+        if len(table) > DIGEST:
+            with suppress(StorageError):
+                self.write_file(self._table_path(sha256), kept(table), flush=False)
+
+    def _table_path(self, sha256: str) -> Path:
+        path = self.path(sha256)
+        return path.with_name(path.name + SUFFIX)
+
+    def _sweep(self) -> None:
+        """Remove temporary files of processes that are no more."""
+        for path in (self.root / "tmp").iterdir():
+            pid = path.name.split("-")[0]
+            if pid.isdigit() and not Path("/proc", pid).exists():
+                path.unlink(missing_ok=True)

@@ -1,0 +1,76 @@
+"""Some of a stored blob's tensors, without reading or hashing the rest of it.
+
+A blob's name is the digest of all its bytes. Its leaves (`fedprune.blobs.blob_ref`) have digests of their own, so that
+whoever needs a few tensors of a large file checks the leaves that these lie in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Collection
+
+from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import StorageError
+from fedprune.core.tensorfile import Array, array_at, header_length, offsets
+
+
+def read_tensors(store: BlobStore, ref: BlobRef, names: Collection[str] | None = None) -> dict[str, Array]:
+    """Some tensors of a stored file, as read-only views on it; what was looked at is checked.
+
+    Args:
+        store: Where the blob lies.
+        ref: The blob; its table's digest is what is trusted.
+        names: The tensors; what isn't in the file is left out. None for all.
+
+    Raises:
+        StorageError: The blob isn't here, or what was read of it is damaged.
+        BundleError: It isn't a tensor file.
+    """
+    view = _checked(store, ref)
+    view.expect(0, 8)
+    view.expect(0, 8 + header_length(view.bytes))
+    out = {}
+    for name, (code, shape, start, end) in offsets(view.bytes).items():
+        if names is None or name in names:
+            view.expect(start, end)
+            out[name] = array_at(view.bytes, code, shape, start, end)
+    return out
+
+
+class _Leaves:
+    """A blob's bytes, of which leaves are checked once, when they are first looked at."""
+
+    def __init__(self, data: memoryview, table: bytes, path: str) -> None:
+        self.bytes = data
+        self._table = table
+        self._path = path
+        self._good: set[int] = set()
+
+    def expect(self, start: int, end: int) -> None:
+        """Make sure that bytes are what the table says.
+
+        Raises:
+            StorageError: They aren't.
+        """
+        for leaf in range(start // LEAF, -(-min(end, len(self.bytes)) // LEAF)):
+            if leaf in self._good:
+                continue
+            found = hashlib.sha256(self.bytes[leaf * LEAF : (leaf + 1) * LEAF]).digest()
+            if found != self._table[leaf * DIGEST : (leaf + 1) * DIGEST]:
+                raise StorageError(f"blob {self._path} is damaged in leaf {leaf}")
+            self._good.add(leaf)
+
+
+def _checked(store: BlobStore, ref: BlobRef) -> _Leaves:
+    """A blob's file, with a leaf table that is the reference's."""
+    path, table = store.path(ref.sha256), store.table(ref.sha256)
+    with storage_errors(f"can't read {path}"), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
+    if size != ref.size or hashlib.sha256(table).hexdigest() != ref.leaves:
+        raise StorageError(f"blob {path} is damaged, or its leaf table is", expected=f"{ref.size} bytes", got=size)
+    return _Leaves(view, table, str(path))

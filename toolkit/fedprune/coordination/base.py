@@ -1,0 +1,369 @@
+"""What coordinators of synchronous and of asynchronous jobs have in common: the fleet, who takes which event, and words
+about single parts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+
+from fedprune.codec import agreed
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.privacy_budget import Ledger
+from fedprune.coordination.width_planner import Planned, Planner
+from fedprune.core.errors import ConfigError, shown
+from fedprune.jobs.change_tracking import Roll
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import SYNCHRONOUS
+from fedprune.jobs.state import Device, Phase, Progress, State, Task
+from fedprune.model.architecture import Architecture
+from fedprune.strategies import compose
+from fedprune.strategies.allocation import Allocator, Fleet
+from fedprune.training.recipe import Recipe
+
+Commands = list[do.Command]
+
+EPSILON_NEXT = "epsilon_next"
+"""What an evaluation says of privacy: the ε that a device would have after another round like its dearest."""
+
+MAX_FAILURES = 3
+"""A device that refuses so many offers in a row, or whose updates don't count, is left out until it connects again."""
+
+
+class Desk(ABC):
+    """What a coordinator does, however its rounds go.
+
+    Args:
+        job: The job's settings.
+        architecture: The global model's architecture.
+        state: Where to go on; for a new job `State(model=digest of the initial weights)`.
+        frozen: Tensors that the model's author froze.
+
+    Raises:
+        ConfigError: The job's strategy or its options are wrong, or it has begun with privacy and would go on without.
+    """
+
+    def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
+        self.job = job
+        self.architecture = architecture
+        self.state = state
+        self.strategy = compose(job)
+        self.schedule = self.strategy.schedule or SYNCHRONOUS
+        self.allocator: Allocator = self.strategy.allocator or Planned(
+            Planner(job, self.strategy, architecture, frozen)
+        )
+        self.fleet = Fleet(job, architecture, state)
+        self.ledger = Ledger(state, job.privacy)
+        weighting = self.strategy.aggregator.weighting
+        if weighting not in ("samples", "uniform"):
+            raise ConfigError(
+                f"strategy {self.strategy.name}: weighting of its aggregator",
+                expected="samples or uniform",
+                got=shown(weighting),
+            )
+        if self.schedule.asynchronous and self.strategy.explores:
+            raise ConfigError(
+                f"strategy {self.strategy.name}: rounds of exploration ask all devices at once",
+                expected="a synchronous schedule",
+                got="an asynchronous one",
+            )
+
+    def handle(self, event: on.Event, now: float) -> Commands:
+        """Take in one event and say what to do.
+
+        Args:
+            event: What happened.
+            now: The shell's clock, in seconds.
+
+        Returns:
+            Commands in the order in which they should start.
+
+        Raises:
+            TypeError: It is no event.
+        """
+        match event:
+            case on.DeviceBorn():
+                return self._born(event, now)
+            case on.DeviceDied():
+                return self._died(event)
+            case on.Scored():
+                return self._scored(event, now)
+            case on.Extracted():
+                return self._extracted(event, now)
+            case on.Progressed():
+                return self._progressed(event, now)
+            case on.UpdateAnnounced():
+                return self._announced(event, now)
+            case on.UpdateStored():
+                return self._stored(event, now)
+            case on.UpdateRejected():
+                return self._rejected(event, now)
+            case on.OfferRefused():
+                return self._give_up(event.device, self._task(event, Progress.OFFERED), event.reason, now)
+            case on.Folded():
+                return self._folded(event, now)
+            case on.Closed():
+                return self._closed(event, now)
+            case on.Evaluated():
+                return self._evaluated(event, now)
+            case on.Ticked():
+                return self._ticked(event, now)
+            case on.Paused():
+                return self._paused(event, now)
+            case on.Resumed():
+                return self.resume(now)
+        raise TypeError(f"unknown event {type(event).__name__}")
+
+    @abstractmethod
+    def resume(self, now: float) -> Commands:
+        """What to do after the state was loaded: everything that may have been under way when the last shell ended.
+
+        All devices count as offline until they announce themselves again, and are given their share of the model anew,
+        since settings may have changed; deadlines start anew.
+        """
+
+    @property
+    def deadline_s(self) -> float:
+        """Seconds that a device has for its part."""
+        return self.schedule.deadline_s or self.job.deadline_s
+
+    @property
+    def uniform(self) -> bool:
+        """Whether devices count alike, whatever their samples: under privacy no board may weigh more than another."""
+        return self.job.privacy.on or self.strategy.aggregator.weighting == "uniform"
+
+    # What a coordinator's rounds are.
+
+    @abstractmethod
+    def _born(self, event: on.DeviceBorn, now: float) -> Commands:
+        """A device has come: take it in, and give it what it has missed; with enough devices a job begins."""
+
+    @abstractmethod
+    def _collect(self, now: float) -> Commands:
+        """The round has its ranking: its parts begin."""
+
+    @abstractmethod
+    def _extracted(self, event: on.Extracted, now: float) -> Commands:
+        """A part is ready: offer it, and set its deadline or the round's."""
+
+    def _progressed(self, event: on.Progressed, now: float) -> Commands:
+        """A device is so far: nothing follows from that where deadlines are fixed."""
+        return []
+
+    @abstractmethod
+    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
+        """A device has trained: pull its update if that is awaited, say again what became of it, or call it off."""
+
+    @abstractmethod
+    def _stored(self, event: on.UpdateStored, now: float) -> Commands:
+        """An update is here: acknowledge it, so that the device lets go of it, and add it while sums are open."""
+
+    @abstractmethod
+    def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
+        """An update that was pulled or added doesn't count: the device's part has failed."""
+
+    @abstractmethod
+    def _go_on(self, now: float) -> Commands:
+        """What follows when a part has come to its end, one way or the other."""
+
+    @abstractmethod
+    def _closed(self, event: on.Closed, now: float) -> Commands:
+        """The sums have become the next model: note whose updates counted, and go on with it, or anew where
+        nobody's did."""
+
+    @abstractmethod
+    def _end(self, metrics: dict[str, float], now: float) -> Commands:
+        """The round is over: note it, and begin the next or finish."""
+
+    @abstractmethod
+    def _ticked(self, event: on.Ticked, now: float) -> Commands:
+        """Time has passed: give up what is late, and ask to be woken where a clock was set back."""
+
+    @abstractmethod
+    def _go_on_again(self, now: float) -> Commands:
+        """The job was paused and is not any more: begin what would have begun meanwhile."""
+
+    # What they have in common.
+
+    def _paused(self, event: on.Paused, now: float) -> Commands:
+        before, self.state.paused = self.state.paused, event.paused
+        return self._go_on_again(now) if before and not event.paused else []
+
+    def _scored(self, event: on.Scored, now: float) -> Commands:
+        state = self.state
+        if state.phase is not Phase.SCORING or event.round != state.round:
+            return []
+        state.ranking, state.order = event.ranking, event.order
+        return self._collect(now)
+
+    def _folded(self, event: on.Folded, now: float) -> Commands:
+        task = self._task(event, Progress.STORED)
+        if task is None:
+            return []
+        task.progress = Progress.FOLDED
+        device, offer = self.state.devices[event.device], task.offer or {}
+        device.failures = 0
+        if {"codec", "weights_codec"} & set(offer):
+            weights = offer["weights"]["sha256"] if "weights_codec" in offer else None
+            device.held = {k: offer[k] for k in ("selection", "ranking", "widths")} | {"weights": weights}
+        self.allocator.learn(self.fleet, event.device, task, task.seconds)
+        return self._go_on(now)
+
+    def _evaluated(self, event: on.Evaluated, now: float) -> Commands:
+        if self.state.phase is not Phase.EVALUATING or event.round != self.state.round:
+            return []
+        return self._end(dict(event.metrics), now)
+
+    def _give_up(self, name: str, task: Task | None, reason: str, now: float) -> Commands:
+        """A device's part has failed, if it is one that was awaited: the others go on."""
+        if task is None:
+            return []
+        self._fail(name, task, reason)
+        return self._go_on(now)
+
+    def _task(
+        self,
+        event: on.Extracted | on.Progressed | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
+        progress: Progress,
+    ) -> Task | None:
+        """The task that an event is about, if it is still awaited and at this point."""
+        task = self.state.tasks.get(event.device)
+        if task is None or not self.state.awaits(task):
+            return None
+        if (event.round, event.attempt) != (self.state.round_of(task), task.attempt):
+            return None
+        return task if task.progress is progress else None
+
+    def _admit(self, event: on.DeviceBorn) -> bool:
+        """Take in an announcement; False for one of an earlier connection, delivered late.
+
+        Of a device that is gone it is believed: one that lost its memory counts its connections anew.
+        """
+        state = self.state
+        known = state.devices.get(event.device)
+        if known is not None and known.online and event.session < known.session:
+            return False
+        device = Device(event.session, True, event.profile, event.probe, event.samples, codecs=list(event.codecs))
+        if known is None:
+            device.asked = state.round
+        else:
+            device.past, device.last, device.held = known.past, known.last, known.held
+            device.asked, device.cut = known.asked, known.cut
+            device.allocation, device.buffer, device.releases = known.allocation, known.buffer, known.releases
+            if known.session == event.session:
+                device.failures = known.failures  # it was away for another job, and has not connected anew
+        state.devices[event.device] = device
+        self.allocator.admit(self.fleet, event.device, known)
+        return True
+
+    def _died(self, event: on.DeviceDied) -> Commands:
+        device = self.state.devices.get(event.device)
+        if device is not None and device.session == event.session:
+            device.online = False
+        return []
+
+    def _all_gone(self) -> None:
+        """After a restart: nobody is there until it says so, and settings may have changed."""
+        for name, device in self.state.devices.items():
+            device.online, device.excluded = False, ""
+            self.allocator.admit(self.fleet, name, None)
+
+    def _ready(self) -> list[str]:
+        return sorted(n for n, d in self.state.devices.items() if d.online and not d.excluded and self.ledger.may(n))
+
+    def _basis(self) -> do.Basis:
+        state = self.state
+        return do.Basis(state.round, state.model, state.ranking or "", state.order, dict(state.memory))
+
+    def _extract(self, name: str, task: Task) -> do.Extract:
+        device = self.state.devices[name]
+        codec = self.job.codec(device.profile.get("name"), device.codecs)
+        held = None if device.held is None else do.Held.from_dict(device.held)
+        coding = do.Coding(codec, agreed(self.job.compression_down, device.codecs), held)
+        part = part_of(name, task)
+        return do.Extract(self._basis_of(task), part, device.block, device.forms, coding, task.accumulate)
+
+    def _basis_of(self, task: Task) -> do.Basis:
+        return self._basis() if task.basis is None else do.Basis.from_dict(task.basis)
+
+    def _contribution(self, name: str, task: Task, weight: int) -> do.Contribution:
+        offer = task.offer or {}
+        mask = offer.get("mask")
+        return do.Contribution(
+            self._basis_of(task),
+            part_of(name, task),
+            offer["weights"]["sha256"],
+            mask["sha256"] if mask else None,
+            task.weights,
+            weight,
+            task.steps,
+            tuple(offer["widths"]),
+            offer.get("ranking"),
+            offer.get("codec"),
+        )
+
+    def _fold(self, name: str, task: Task, weight: int) -> do.Fold:
+        state = self.state
+        return do.Fold(state.round, state.model, dict(state.memory), self._contribution(name, task, weight))
+
+    def _keep_past(self, name: str, task: Task) -> None:
+        """Keep when a device handed in what counts and, for strategies that go on from there, what that was."""
+        self.state.devices[name].last = self.state.round_of(task)
+        if self.strategy.keeps_past:
+            # As it was sent: an extractor may have chosen fewer channels than the part says, or others.
+            sent = self._contribution(name, task, task.weight)
+            ranking, widths = sent.ranking or sent.basis.ranking, sent.widths or task.widths
+            base = sent.sent if sent.codec else None
+            past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask, sent.codec, base)
+            self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
+
+    def _fail(self, name: str, task: Task, reason: str) -> None:
+        """A device's part came to nothing by its own fault."""
+        task.progress, task.reason = Progress.REFUSED, reason
+        device = self.state.devices[name]
+        device.failures += 1
+        if device.failures >= MAX_FAILURES:
+            device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {reason}"
+
+    def _spent_out(self, number: int) -> Commands:
+        """The end of a job of which no device may be asked once more: it stays with the model of its last round.
+
+        Args:
+            number: The round that was the last.
+        """
+        self.state.round, self.state.phase = number, Phase.FINISHED
+        self.state.tasks, self.state.deadline = Roll(), None
+        return [do.Finish(self.state.model)]
+
+    def _last(self) -> bool:
+        """Whether the job ends with the round that has just ended."""
+        return self.state.round >= self.job.rounds or self._exhausted() or self.allocator.done(self.fleet)
+
+    def _exhausted(self) -> bool:
+        """Whether another round would take a device beyond the budget of privacy."""
+        budget, history = self.job.privacy.epsilon_budget, self.state.history
+        under = self.state.spent_under or {}  # seen when a round closed, not before; another version may say more
+        if budget and self.job.privacy.account.items() <= under.items():
+            return True
+        return bool(budget and history and history[-1]["metrics"].get(EPSILON_NEXT, 0.0) > budget)
+
+    def _evaluate(self) -> do.Evaluate:
+        return do.Evaluate(self.state.round, self.state.model, self.ledger.spent(), self.ledger.foreseen())
+
+
+def part_of(name: str, task: Task) -> do.Part:
+    """A part as the worker needs to know it."""
+    past = None if task.past is None else do.Past.from_dict(task.past)
+    return do.Part(name, task.attempt, task.widths, task.density, task.samples, past, task.last)
+
+
+def based(event: on.UpdateAnnounced, task: Task) -> bool:
+    """Whether an update was trained from the weights of this task's offer, and not in an earlier run of the job."""
+    return task.offer is not None and event.base == task.offer["weights"]["sha256"]
+
+
+def steps_of(event: on.UpdateAnnounced, task: Task) -> int:
+    """Optimiser steps behind an update: its own word, as far as its recipe allows it."""
+    recipe = Recipe.from_dict((task.offer or {})["recipe"])
+    return max(1, min(event.steps, recipe.steps(task.samples)))

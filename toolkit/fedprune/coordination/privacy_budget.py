@@ -1,0 +1,135 @@
+"""How often each device's samples went into what others see, and under how much noise.
+
+The ledger lies with the devices in a job's state: how many releases there were at which noise multiplier. A release at
+multiplier z costs 1/z², the square of a Gaussian mechanism's sensitivity over its noise, and these add up, whatever was
+released before (Dong et al. 2019, Corollary 3.3): a device's sum s is what one release at multiplier 1/√s would cost.
+How much ε that is, the server works out (`fedprune_server.executor.accountant`).
+
+With local noise a release counts as soon as it is offered: what a board sent may have been seen, whatever becomes of
+it. With shared noise the sums are what is released, with the noise of those who delivered. A coordinate has the noise
+of the devices that hold it alone, and one of these may be curious and know its own. So a device counts at the
+multiplier that its worst coordinate can have had: that of the devices whose submodels hold all of its own, less one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.state import State, Task
+from fedprune.privacy.accounting import most_cost
+from fedprune.privacy.settings import Privacy
+
+
+class Ledger:
+    """A job's ledger.
+
+    Args:
+        state: Of the coordinator; it is written to.
+        privacy: The job's settings.
+
+    Raises:
+        ConfigError: The job has begun with noise and would go on without, or the other way round.
+    """
+
+    def __init__(self, state: State, privacy: Privacy) -> None:
+        self._state = state
+        self._privacy = privacy
+        self._keeps = privacy.on and privacy.noise_multiplier > 0
+        bounded = self._keeps and privacy.epsilon_budget
+        self._most = most_cost(privacy.epsilon_budget, privacy.delta) if bounded else None
+        if state.round == 0 and not any(d.releases for d in state.devices.values()):
+            state.private = self._keeps
+        elif self._keeps != state.private:
+            raise ConfigError(
+                "job: privacy: noise_multiplier",
+                expected="above 0 from a job's first round to its last, or 0 in all of them",
+                got="0 in a job that has begun with noise"
+                if state.private
+                else "noise in a job that has begun without",
+                hint="Begin anew in another folder.",
+            )
+
+    def offered(self, device: str) -> None:
+        """A device is offered a part."""
+        if self._keeps and self._privacy.local:
+            self._add(device, self._privacy.noise_multiplier)
+
+    def may(self, device: str) -> bool:
+        """Whether a device may be offered one more part: with local noise, whether that is within the budget.
+
+        What shared noise costs is known when a round ends, not before: see `release`.
+        """
+        if self._most is None or not self._privacy.local:
+            return True
+        return spent(self._state.devices[device].releases) + self._privacy.noise_multiplier**-2 <= self._most
+
+    def barred(self) -> bool:
+        """Whether no device at all may be offered one more part."""
+        return bool(self._state.devices) and not any(self.may(name) for name in self._state.devices)
+
+    def release(self, tasks: Mapping[str, Task]) -> bool:
+        """Count a round's sums as released, unless that overdraws a budget of shared noise.
+
+        Args:
+            tasks: The parts that counted, by device.
+
+        Returns:
+            Whether they may be released; if not, nothing is counted.
+        """
+        if not self._keeps or self._privacy.local:
+            return True
+        devices, told = self._state.devices, self._shared(tasks)
+        if self._most is not None and any(spent(devices[n].releases) + z**-2 > self._most for n, z in told.items()):
+            return False
+        for name, multiplier in told.items():
+            self._add(name, multiplier)
+        return True
+
+    def spent(self) -> float | None:
+        """The largest sum of 1/z² of any device; None where nothing is promised."""
+        if not self._keeps:
+            return None
+        return max((spent(d.releases) for d in self._state.devices.values()), default=0.0)
+
+    def foreseen(self) -> float | None:
+        """The same after one more release, as dear as the dearest so far; None where nothing is promised."""
+        if not self._keeps:
+            return None
+        least = min((float(z) for d in self._state.devices.values() for z in d.releases), default=None)
+        return (self.spent() or 0.0) + float(least or self._privacy.noise_multiplier) ** -2
+
+    def _shared(self, tasks: Mapping[str, Task]) -> dict[str, float]:
+        """By device the multiplier at which a round's sums tell of it."""
+        whole, boards = self._privacy.noise_multiplier, self._privacy.boards
+        return {n: whole * math.sqrt(max(1, holders - 1) / boards) for n, holders in holding(tasks).items()}
+
+    def _add(self, device: str, multiplier: float) -> None:
+        found, key = self._state.devices[device], repr(multiplier)
+        found.releases = found.releases | {key: found.releases.get(key, 0) + 1}
+
+
+def spent(row: Mapping[str, int]) -> float:
+    """Σ 1/z² of a device's releases."""
+    return math.fsum(count * float(multiplier) ** -2 for multiplier, count in row.items())
+
+
+def holding(tasks: Mapping[str, Task]) -> dict[str, int]:
+    """By device, how many devices' submodels hold all of its own, itself among them.
+
+    Submodels of one ranking hold one another where no width is larger; of those of different rankings nothing is said.
+    """
+    kinds: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name, task in tasks.items():
+        offer = task.offer or {}
+        kinds.setdefault(str(offer.get("ranking")), []).append((name, tuple(offer.get("widths", task.widths))))
+    out: dict[str, int] = {}
+    for members in kinds.values():
+        widths, place, counts = np.unique([w for _, w in members], axis=0, return_inverse=True, return_counts=True)
+        held = (widths[None, :, :] <= widths[:, None, :]).all(axis=2)  # [holder, held]
+        holders = counts @ held
+        out |= {name: int(holders[at]) for (name, _), at in zip(members, np.ravel(place), strict=True)}
+    return out

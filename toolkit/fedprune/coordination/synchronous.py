@@ -1,0 +1,411 @@
+"""The coordinator: decides what happens next in a job, and does none of it.
+
+`handle(event, now)` is a function of the state, the event and the time. The daemon and the simulator are two shells
+that feed it and carry out its commands; the same events give the same commands, so what was measured in simulation is
+what runs in the field, and a crash is survived by loading the state and asking `resume`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+from fedprune.aggregation.fixed_point import weight_in
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.base import Commands, Desk, based, steps_of
+from fedprune.coordination.influence import capped
+from fedprune.coordination.pace import LOOKS, Pace, note
+from fedprune.coordination.sampling import ENOUGH, beyond, drawn, places
+from fedprune.coordination.stragglers import TO_COME, Dismissal
+from fedprune.coordination.wait_queue import Line
+from fedprune.core.rng import keyed
+from fedprune.jobs.change_tracking import Roll
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Phase, Progress, State, Task
+from fedprune.model.architecture import Architecture
+from fedprune.wire.validation import believable
+
+
+class Coordinator(Desk):
+    """Synchronous rounds with a deadline over a changing fleet.
+
+    A round: wait for enough devices, rank the channels, extract a submodel for every chosen device, offer it, collect
+    updates until all are in or the deadline has passed, turn their sums into the next global model, evaluate it. A
+    round closes at its deadline with the updates that are on the server's disk; without any it starts anew with devices
+    that are there then, chosen anew, under the next attempt number. The deadline counts from the last offer.
+
+    Who is asked, and whether a round closes without the slowest, is said in `lot`; who is given up before the deadline
+    in `pace`. Where only so many work at a time (`in_flight`), every device has the deadline for its own offer.
+
+    Args:
+        job: The job's settings.
+        architecture: The global model's architecture.
+        state: Where to go on; for a new job `State(model=digest of the initial weights)`.
+    """
+
+    def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
+        super().__init__(job, architecture, state, frozen)
+        self._pace = Pace(job.pace, self.deadline_s) if job.pace else None
+        self._dismissal = Dismissal(state, self._pace)
+        self._line: Line | None = None
+
+    def handle(self, event: on.Event, now: float) -> Commands:
+        """Take in one event and say what to do."""
+        return super().handle(event, now) + self._look_again(now)
+
+    def resume(self, now: float) -> Commands:
+        """What to do after the state was loaded: everything that may have been under way when the last shell ended.
+
+        All devices count as offline until they announce themselves again, and are planned anew, since settings may have
+        changed; a round's deadline starts anew. A finished job goes on where it has been given more rounds.
+        """
+        state = self.state
+        state.keep_to(asynchronous=False)
+        self._all_gone()
+        if state.phase is Phase.FINISHED and not self._last():
+            state.phase = Phase.WAITING
+        state.wakes, self._line = [], None
+        if state.phase is Phase.SCORING:
+            return self._rescore(now)
+        if state.phase is Phase.TRAINING:
+            state.deadline = None
+            commands: Commands = self._start_clock(now)
+            for name, task in sorted(state.tasks.items()):
+                # How fast a device is can't be told from what it said before we were away.
+                task.offered_at = task.begun = task.heard = None
+                task.deadline = None if task.deadline is None else now + self.deadline_s
+                if task.progress is Progress.EXTRACTING:
+                    commands.append(self._extract(name, task))
+                elif task.progress is Progress.PULLING and task.update is not None:
+                    # The announcement will be repeated, too; pulling is resumed from what is on disk.
+                    commands.append(do.PullUpdate(name, state.round, task.attempt, task.update))
+                elif task.progress in (Progress.STORED, Progress.FOLDED):
+                    commands.append(self._fold(name, task, task.weight))
+            return commands + self._next_turns(self._tally()) + self._look_again(now)
+        if state.phase is Phase.CLOSING:
+            return [self._close()]
+        if state.phase is Phase.EVALUATING:
+            return [self._evaluate()]
+        if state.phase is Phase.FINISHED:
+            return [do.Finish(state.model)]
+        return self._begin(now)
+
+    def extend(self, now: float) -> Commands:
+        """Begin the next round of a finished job that has been given more rounds, as if it had never finished."""
+        if self.state.phase is not Phase.FINISHED or self._last():
+            return []
+        self.state.phase = Phase.WAITING
+        return self._begin(now) + self._look_again(now)
+
+    # Devices come and go.
+
+    def _born(self, event: on.DeviceBorn, now: float) -> Commands:
+        state = self.state
+        if not self._admit(event):
+            return []
+        commands: Commands = []
+        task = state.tasks.get(event.device)
+        if state.phase is Phase.TRAINING and task is not None and task.progress is Progress.OFFERED and task.offer:
+            commands.append(do.SendOffer(event.device, state.round, task.attempt, task.offer))
+        if state.phase is Phase.FINISHED:
+            commands.append(do.TellFinished(event.device, state.model))
+        return commands if event.more else commands + self._begin(now)
+
+    # A round begins.
+
+    def _go_on_again(self, now: float) -> Commands:
+        return self._begin(now) if self.state.phase is Phase.WAITING else self._next_turns(self._tally())
+
+    def _begin(self, now: float) -> Commands:
+        state = self.state
+        if state.paused or state.phase is not Phase.WAITING or len(state.devices) < self.job.devices:
+            return []
+        if state.devices.count(True) < self.job.devices:
+            return []
+        if self.ledger.barred():
+            return self._spent_out(state.round)
+        ready = self._ready()
+        if not ready:  # who is here has spent its budget of privacy, and who hasn't is away
+            return []
+        state.round += 1
+        self.allocator.open(self.fleet)
+        state.tasks = self._tasks(ready, attempt=1)
+        state.phase = Phase.SCORING
+        state.ranking = state.order = None
+        state.deadline = None
+        return self._score()
+
+    def _tasks(self, ready: list[str], attempt: int) -> Roll[Task]:
+        """Parts for a keyed share of the devices, each with its widths and weight of now."""
+        share = self.schedule.participation or self.job.participation
+        if self.state.round <= self.strategy.explores:
+            share = 1.0
+        count = places(share, len(ready))
+        asked = beyond(count, self.job.over_selection, len(ready))
+        self.state.wanted = count if count < asked else 0
+        # A round that nobody finished isn't offered to the same silent devices for ever.
+        lot = ("participation",) if attempt == 1 else ("participation", attempt)
+        order = keyed(self.job.seed, self.state.round, *lot).permutation(len(ready))
+        waited = {n: self.state.devices[n].asked for n in ready}
+        names = drawn([ready[i] for i in order], waited, asked, self.job.fairness)
+        chosen = {n: self.state.devices[n] for n in sorted(names)}
+        # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
+        counts = {n: 1 if self.uniform else d.samples for n, d in chosen.items()}
+        counts = capped(counts, self.job.weight_limit, self.job.most_samples)
+        total = sum(counts.values())
+        tasks = Roll[Task]()
+        for name, device in chosen.items():
+            tasks[name] = Task(
+                attempt,
+                device.widths,
+                device.density,
+                samples=device.samples,
+                weight=weight_in(counts[name], total, len(chosen)),
+                past=device.past,
+                last=device.last,
+                accumulate=device.accumulate,
+            )
+        return tasks
+
+    def _score(self) -> Commands:
+        state = self.state
+        return [do.Score(state.round, state.model, dict(state.memory), tuple(sorted(state.tasks)))]
+
+    def _rescore(self, now: float) -> Commands:
+        """Score once more for the same devices, at the widths that they have now; without any, wait for others."""
+        state = self.state
+        for name, task in list(state.tasks.items()):
+            device = state.devices[name]
+            task.widths, task.density, task.accumulate = device.widths, device.density, device.accumulate
+            if not task.widths:
+                del state.tasks[name]
+        if state.tasks:
+            return self._score()
+        state.round -= 1
+        state.phase = Phase.WAITING
+        return self._begin(now)
+
+    def _collect(self, now: float) -> Commands:
+        state = self.state
+        state.phase = Phase.TRAINING
+        if self.job.in_flight:
+            for task in state.tasks.values():
+                task.progress = Progress.QUEUED
+            self._line = None
+            return self._next_turns(self._tally())
+        return [self._extract(n, t) for n, t in sorted(state.tasks.items())]
+
+    def _next_turns(self, tally: Counter[Progress]) -> Commands:
+        """Parts for those who waited, as many as may work at a time."""
+        tasks = self.state.tasks
+        if not tally[Progress.QUEUED] or self.state.paused:
+            return []
+        room = self.job.in_flight or len(tasks)
+        room -= sum(tally[p] for p in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING))
+        self._line = self._line or Line(self.state)
+        names = self._line.next(room)
+        for name in names:
+            tasks[name].progress = Progress.EXTRACTING
+        return [self._extract(n, tasks[n]) for n in names]
+
+    def _tally(self) -> Counter[Progress]:
+        """How many of the round's parts are how far."""
+        return self.state.tasks.counts
+
+    def _extracted(self, event: on.Extracted, now: float) -> Commands:
+        task = self._task(event, Progress.EXTRACTING)
+        if task is None:
+            return []
+        task.offer = event.offer
+        task.progress, task.offered_at = Progress.OFFERED, now
+        task.deadline = now + self.deadline_s if self.job.in_flight else None
+        self.state.devices[event.device].asked = event.round
+        self.ledger.offered(event.device)
+        return [do.SendOffer(event.device, event.round, event.attempt, event.offer), *self._start_clock(now)]
+
+    def _start_clock(self, now: float) -> Commands:
+        """Set the deadline once everything has been offered."""
+        state = self.state
+        if state.deadline is not None or state.tasks.count(*TO_COME):
+            return []
+        state.deadline = now + self.deadline_s
+        return [do.Wake(state.deadline)]
+
+    # Updates come in.
+
+    def _progressed(self, event: on.Progressed, now: float) -> Commands:
+        task = self._task(event, Progress.OFFERED)
+        if task is not None and self._pace is not None:
+            note(task, event.share, now)
+        return []
+
+    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
+        state = self.state
+        task = state.tasks.get(event.device)
+        late = event.round != state.round or state.phase not in (Phase.SCORING, Phase.TRAINING)
+        if task is not None and event.round == state.round and event.attempt == task.attempt and based(event, task):
+            if task.progress in (Progress.STORED, Progress.FOLDED):
+                return [do.Acknowledge(event.device, event.round, event.attempt, task.weights)]
+            if task.progress is Progress.PULLING and not late:
+                return [do.PullUpdate(event.device, event.round, event.attempt, task.update or event.weights)]
+            if task.progress is Progress.OFFERED and not late:
+                task.progress = Progress.PULLING
+                task.update = event.weights
+                task.trained_s = None if task.offered_at is None else now - task.offered_at
+                task.steps = steps_of(event, task)
+                task.metrics = believable(event.metrics)
+                return [do.PullUpdate(event.device, event.round, event.attempt, event.weights)]
+            if task.progress is Progress.REFUSED:
+                return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
+        if task is not None and event.round == state.round and task.progress in TO_COME:
+            return []  # the offer that it gets in a moment says whether this update still counts
+        reason = "the round is over" if late else "another offer took this one's place"
+        return [do.Cancel(event.device, event.round, event.attempt, reason)]
+
+    def _stored(self, event: on.UpdateStored, now: float) -> Commands:
+        task = self._task(event, Progress.PULLING)
+        if task is None:
+            return []
+        task.progress = Progress.STORED
+        task.weights = event.weights
+        task.seconds = None if task.offered_at is None else now - task.offered_at
+        return [
+            do.Acknowledge(event.device, event.round, event.attempt, event.weights),
+            self._fold(event.device, task, task.weight),
+        ]
+
+    def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
+        task = (
+            self._task(event, Progress.STORED)
+            or self._task(event, Progress.FOLDED)
+            or self._task(event, Progress.PULLING)
+        )
+        return self._give_up(event.device, task, event.reason, now)
+
+    # A round ends.
+
+    def _ticked(self, event: on.Ticked, now: float) -> Commands:
+        state = self.state
+        if state.phase is not Phase.TRAINING:
+            return []
+        over = state.deadline is not None and now >= state.deadline
+        if not over and not self._watchful:
+            return [] if state.deadline is None else [do.Wake(state.deadline)]  # a clock was set back
+        late, number = self._dismissal.late(now, over=over), state.round
+        for name, task, reason in late:
+            self._dismissal.let_go(name, task, reason)
+        commands = self._go_on(now)
+        # Whoever is asked once more gets an offer instead: if that is the same work, it goes on where it is.
+        again = {n for n, t in state.tasks.items() if t.progress in TO_COME}
+        return [*(do.Cancel(n, number, t.attempt, why) for n, t, why in late if n not in again), *commands]
+
+    @property
+    def _watchful(self) -> bool:
+        """Whether devices are looked at while the deadline passes."""
+        return self._pace is not None or bool(self.job.in_flight)
+
+    def _look_again(self, now: float) -> Commands:
+        """Ask for the next look at the devices, unless that was asked for."""
+        state, until = self.state, now + self.deadline_s / LOOKS
+        if not self._watchful or state.phase is not Phase.TRAINING or any(now < at <= until for at in state.wakes):
+            return []
+        state.wakes = [until]
+        return [do.Wake(until)]
+
+    def _folded(self, event: on.Folded, now: float) -> Commands:
+        if self._task(event, Progress.STORED) is not None:
+            self.state.devices[event.device].cut = 0
+        return super()._folded(event, now)
+
+    def _go_on(self, now: float) -> Commands:
+        state, tally = self.state, self._tally()
+        cancels: Commands = []
+        for name, task in (rest := self._dismissal.rest(tally)):
+            self._dismissal.let_go(name, task, ENOUGH)
+            cancels.append(do.Cancel(name, state.round, task.attempt, ENOUGH))
+        if not rest and not all(p.over for p, count in tally.items() if count):
+            return self._next_turns(tally)
+        if tally[Progress.FOLDED]:
+            state.phase = Phase.CLOSING
+            return [*cancels, self._close()]
+        # Nobody delivered. Whoever refused needs time to get better: the next attempt waits for the deadline.
+        if state.deadline is None or now < state.deadline:
+            return []
+        return self._again(now)
+
+    def _deserted(self, now: float) -> Commands:
+        """None of the updates in the sums could be used: the round starts anew when its time is over."""
+        state = self.state
+        state.phase = Phase.TRAINING
+        if state.deadline is None or now < state.deadline:
+            return self._start_clock(now) or [do.Wake(state.deadline or now)]
+        return self._again(now)
+
+    def _again(self, now: float) -> Commands:
+        """Start the round anew with devices that are there now; wait for more where they are too few.
+
+        Others than those of the last attempt are ranked for, too: scorers may go by who takes part.
+        """
+        state = self.state
+        state.deadline = None
+        ready = self._ready()
+        if len(ready) < self.job.devices or state.paused:
+            state.tasks = Roll()
+            state.round -= 1
+            state.phase = Phase.WAITING
+            return self._spent_out(state.round) if self.ledger.barred() else []
+        before, attempt = set(state.tasks), 1 + max(t.attempt for t in state.tasks.values())
+        state.tasks = self._tasks(ready, attempt)
+        if set(state.tasks) == before:
+            return self._collect(now)
+        state.phase = Phase.SCORING
+        state.ranking = state.order = None
+        return self._score()
+
+    def _close(self) -> do.Close:
+        state = self.state
+        done = {n: t for n, t in sorted(state.tasks.items()) if t.progress is Progress.FOLDED}
+        parts = tuple(self._contribution(n, t, t.weight) for n, t in done.items())
+        return do.Close(state.round, state.model, dict(state.memory), tuple(done), parts)
+
+    def _closed(self, event: on.Closed, now: float) -> Commands:
+        state = self.state
+        if state.phase is not Phase.CLOSING or event.round != state.round:
+            return []
+        for name in event.limited.keys() & state.tasks.keys():
+            state.tasks[name].reason = event.limited[name]
+        for name in event.rejected.keys() & state.tasks.keys():
+            state.tasks[name].reject(event.rejected[name])
+        folded = {n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED}
+        if not folded:
+            return self._deserted(now)
+        if not self.ledger.release(folded):  # too few delivered: nobody is shown their sum
+            state.spent_under = self.job.privacy.account
+            return self._spent_out(state.round - 1)
+        for name, task in folded.items():
+            self._keep_past(name, task)
+        state.model, state.memory = event.model, dict(event.memory)
+        state.phase = Phase.EVALUATING
+        return [self._evaluate()]
+
+    def _end(self, metrics: dict[str, float], now: float) -> Commands:
+        state = self.state
+        state.history.append(self._summary(metrics, now))
+        self.allocator.review(self.fleet, metrics)
+        if self._last():
+            state.phase = Phase.FINISHED
+            return [do.Finish(state.model)]
+        state.phase = Phase.WAITING
+        return self._begin(now)
+
+    def _summary(self, metrics: dict[str, float], now: float) -> dict[str, Any]:
+        state = self.state
+        return {
+            "round": state.round,
+            "at": now,
+            "model": state.model,
+            "metrics": metrics,
+            "devices": {n: t.summary() for n, t in sorted(state.tasks.items())},
+        }

@@ -1,0 +1,159 @@
+"""How wide each device's model is: planned from what the device says of itself and from what its rounds taught."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import partial
+
+from fedprune.core.errors import FedpruneError, PlanError, StrategyError
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device, Task
+from fedprune.model.architecture import Architecture, kept_share, widths_at
+from fedprune.planning.cost_prediction import NO_CORRECTION, Correction
+from fedprune.planning.plan import MEMORY, Plan, plan
+from fedprune.strategies import Strategy
+from fedprune.strategies.allocation import Fleet
+from fedprune.training.recipe import Recipe
+
+
+class Planner:
+    """Plans a job's devices, by the recipes that its strategy is going to ask them to train by.
+
+    Args:
+        job: The job's settings.
+        strategy: What the job composes.
+        architecture: The global model's architecture.
+        frozen: Tensors that the model's author froze.
+    """
+
+    def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, frozen: Collection[str] = ()) -> None:
+        self.job = job
+        self.strategy = strategy
+        self.architecture = architecture
+        self.frozen = frozen
+
+    def plan(self, name: str, device: Device) -> None:
+        """Give a device its plan and widths, or the reason why it takes no part.
+
+        What a device's rounds taught never excludes it. One that looks too slow for any width is planned without the
+        times that they taught; one whose memory looks too small for any gets the narrowest.
+
+        Raises:
+            ConfigError: The job's recipe has settings that don't go with its strategy's, which is no fault of a device.
+        """
+        device.plan, device.widths, device.density, device.excluded = None, (), 1.0, ""
+        if not self.job.density:
+            self._recipe(name, device, self.architecture.sizes)
+        try:
+            if self.job.density:
+                device.widths, device.density = widths_at(self.architecture, self.job.density), self.job.density
+                return
+            learnt = Correction(**device.correction)
+            self._give(device, self._planned(name, device, learnt, learnt.of_memory(), NO_CORRECTION))
+        except StrategyError:  # no device's fault
+            raise
+        except FedpruneError as error:
+            device.excluded = str(error)
+
+    def replace(self, name: str, known: Device | None, device: Device) -> None:
+        """Plan a device that announced itself, with what still holds of what was known of it.
+
+        Args:
+            name: Its name.
+            known: The device before, if it was there.
+            device: The device as it announced itself.
+        """
+        if known is not None and known.profile == device.profile and _steps(known) == _steps(device):
+            device.correction = known.correction
+        said = (device.profile, device.probe, device.samples)
+        if known is not None and known.widths and (known.profile, known.probe, known.samples) == said:
+            device.plan, device.widths, device.density = known.plan, known.widths, known.density
+        else:
+            self.plan(name, device)
+
+    def learn(self, name: str, device: Device, task: Task) -> None:
+        """Let a round's own times and memory correct a device's predicted ones; plan again where they were far off."""
+        if device.plan is None or (device.widths, device.accumulate) != (task.widths, task.accumulate):
+            return
+        before = Plan.from_dict(device.plan)
+        room = before.limit(MEMORY).limit
+        learnt = Correction(**device.correction).after(before.prediction, before.correction, task.metrics, room)
+        device.correction = vars(learnt)
+        overran = task.metrics.get("peak_memory_bytes", 0.0) > room and learnt != before.correction
+        if not overran and not learnt.moved(before.correction, before.prediction):
+            return
+        try:
+            self._give(device, self._planned(name, device, learnt, *([learnt.of_memory()] if overran else [])))
+        except StrategyError:
+            raise
+        except FedpruneError:  # too slow at any width: it delivered all the same, and goes on as it is
+            return
+
+    def _give(self, device: Device, made: Plan) -> None:
+        """A plan's widths; strategies that go by a device's density (a pull, a scaler) need to know their share."""
+        device.widths, device.plan = made.widths, made.to_dict()
+        device.density = kept_share(self.architecture, made.widths)
+
+    def _recipe(self, name: str, device: Device, widths: tuple[int, ...]) -> Recipe:
+        """What the device would train by with these widths."""
+        return self.strategy.foreseen(self.job, name, widths, kept_share(self.architecture, widths), device.samples)
+
+    def _planned(self, name: str, device: Device, correction: Correction, *others: Correction) -> Plan:
+        """The plan by the first of the corrections by which one fits."""
+        try:
+            return self._plan_by(name, device, correction)
+        except PlanError:
+            if not others or set(others) == {correction}:
+                raise
+        return self._planned(name, device, *others)
+
+    def _plan_by(self, name: str, device: Device, correction: Correction) -> Plan:
+        return plan(
+            self.architecture,
+            HardwareProfile.from_dict(device.profile),
+            partial(self._recipe, name, device),
+            device.samples,
+            byte_budget=self.job.byte_budget or None,
+            deadline_s=self.job.deadline_s,
+            probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
+            correction=correction,
+            frozen=self.frozen,
+        )
+
+
+class Planned:
+    """The allocator of jobs whose strategy has none: the planner.
+
+    Args:
+        planner: The job's.
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+
+    def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
+        """Plan a device."""
+        self._planner.replace(name, known, fleet.state.devices[name])
+
+    def open(self, fleet: Fleet) -> bool:
+        """Nothing changes when a round begins."""
+        return False
+
+    def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
+        """Let a round's own times correct the predicted ones."""
+        self._planner.learn(name, fleet.state.devices[name], task)
+
+    def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
+        """Nothing changes when a round ends."""
+        return False
+
+    def done(self, fleet: Fleet) -> bool:
+        """The job runs its rounds."""
+        return False
+
+
+def _steps(device: Device) -> tuple[object, int]:
+    """What its correction belongs to: the layer times that it measured, and in which form it trains."""
+    return None if device.probe is None else device.probe.get("latency"), device.block

@@ -1,0 +1,277 @@
+"""What all commands share: errors become one line and an exit code, never a traceback.
+
+A command's parser gives every subcommand a default `run`: a function of the parsed arguments that returns an exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant, remedy
+from fedprune.terminal.examples import add_examples
+from fedprune.terminal.spinner import spinner
+
+DEBUG = "FEDPRUNE_DEBUG"
+"""Environment variable that shows tracebacks, too."""
+
+_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from ([^()]*)\)$")
+"""How argparse speaks of a word that is none of those that it may be."""
+
+_RECIPE_LISTS = ("frozen", "trainable", "ordered_dropout", "personal")
+"""Settings of a recipe that are lists."""
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def run_command(
+    prog: str, build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None
+) -> int:
+    """Parse the command line, run what it asks for and return the exit code.
+
+    Args:
+        prog: The command's name, for messages.
+        build_parser: Makes the parser.
+        argv: Arguments; those of the process by default.
+
+    Raises:
+        SystemExit: argparse ends the process: help, version, or a command line that makes no sense.
+    """
+    try:
+        parser = build_parser()
+        add_examples(parser)
+        _shorten(parser)
+        _check_options(parser, sys.argv[1:] if argv is None else argv)
+        arguments = parser.parse_args(argv)
+        with spinner(" ".join([prog, *_command_of(arguments)])):
+            code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader went away (`| head`); what is left must not fail again when the interpreter flushes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.OK)
+    except KeyboardInterrupt as error:  # no error: the user wanted it
+        return _interrupted(error)
+    except FedpruneError as error:
+        if (stopped := _interruption(error)) is not None:
+            return _interrupted(stopped)
+        _say(str(error))
+        return int(error.exit_code)
+    except ImportError as error:
+        if not (error.name or "").startswith("fedprune"):
+            return _internal(prog, error)
+        _say(
+            f"fedprune's installation is incomplete ({error}). If pip is at work on it, run the command again when "
+            "that is done; else install fedprune again."
+        )
+        return int(ExitCode.INTERNAL)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            _say(f"no room left on the disk{_where(error)}. Free some and run the command again.")
+            return int(ExitCode.STORAGE_FULL)
+        if error.strerror is None:
+            return _internal(prog, error)
+        _say(f"{error.strerror}{_where(error)}. {remedy(error)}")
+        return int(ExitCode.STORAGE)
+    except MemoryError:
+        _say("not enough memory on this machine")
+        return int(ExitCode.INTERNAL)
+    except Exception as error:  # noqa: BLE001  the last line of defence: a user never sees a bare traceback
+        return _internal(prog, error)
+
+
+def _interrupted(error: KeyboardInterrupt) -> int:
+    print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
+    return int(ExitCode.INTERRUPTED)
+
+
+def _interruption(error: BaseException) -> KeyboardInterrupt | None:
+    """The interruption that caused an error: compiled modules that are just being imported fail by it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error if isinstance(error, KeyboardInterrupt) else None
+
+
+def _command_of(arguments: argparse.Namespace) -> list[str]:
+    command = getattr(arguments, "command", None)
+    return [command] if isinstance(command, str) else []
+
+
+def with_extra(extra: str, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A command that says what to install where a package is missing.
+
+    Args:
+        extra: The extra of fedprune that brings the package.
+        run: The command; it imports what the extra brings when it is called.
+    """
+
+    def checked(arguments: argparse.Namespace) -> int:
+        try:
+            return run(arguments)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("fedprune"):
+                raise
+            raise MissingExtraError(f"this command needs {error.name}, which is not installed", extra=extra) from error
+
+    return checked
+
+
+def whole_number(text: str) -> int:
+    """A number of an option: whole and above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return value
+
+
+def recipe_setting(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE` of an option, such as lr=0.01: the value is JSON, or else text; a list may be given with commas."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, such as lr=0.01, got {text!r}")
+    found = _json_or_text(value)
+    if key not in _RECIPE_LISTS or isinstance(found, list):
+        return key, found
+    return key, [_json_or_text(part.strip()) for part in found.split(",")] if isinstance(found, str) else [found]
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def seconds(text: str) -> float:
+    """A time of an option: finite and above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: through all that must be put away."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+        yield
+        return
+
+    def end(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, end) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _shorten(parser: argparse.ArgumentParser) -> None:
+    """Let a parser, and those of its subcommands, say in one line what is wrong, without the usage of the command."""
+
+    def error(message: str) -> NoReturn:
+        _say(f"{_with_meant(message)}. See `{parser.prog} --help`.")
+        raise SystemExit(int(ExitCode.USAGE))
+
+    parser.error = error  # type: ignore[method-assign]
+    parser.allow_abbrev = False  # --round is no --rounds
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                _shorten(inner)
+
+
+def _with_meant(message: str) -> str:
+    """argparse's verdict on a command or choice that isn't there; the one that was meant instead of all that are."""
+    found = _CHOICE.search(message)
+    if found is None:
+        return message
+    near = meant(found[1], [name.strip(" '") for name in found[2].split(",")])
+    return f"{message[: found.start()]}invalid choice: {found[1]!r}{near}" if near else message
+
+
+def check_command(word: str, commands: Iterable[str], hint: str) -> None:
+    """Refuse a first word that is nearly a command's, where it may be a file's name, too, and no such file is there.
+
+    Args:
+        word: The first word of a command line.
+        commands: The commands' names.
+        hint: Which help to see.
+
+    Raises:
+        UsageError: It is nearly one.
+    """
+    near = meant(word, commands)
+    if near and word not in commands and not Path(word).exists():
+        raise UsageError(f"there is no command {word[:60]}{near}", hint=hint)
+
+
+def _check_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Find a misspelt option before what it would have said is missed, and say what was meant.
+
+    Raises:
+        UsageError: There is no such option.
+    """
+    known = _options(parser)
+    for word in argv:
+        if word == "--":
+            return
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction) and not word.startswith("-"):
+                if word not in action.choices:
+                    return  # argparse says so: without its command no option can be judged
+                parser = action.choices[word]
+                known = known | _options(parser)
+                break
+        option = word.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            raise UsageError(
+                f"there is no option {option[:60]}{meant(option, known)}", hint=f"See `{parser.prog} --help`."
+            )
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    return {name for action in parser._actions for name in action.option_strings}
+
+
+def _internal(prog: str, error: Exception) -> int:
+    kind = type(error).__name__
+    _say(
+        f"{prog} failed on something that it doesn't know ({kind}: {error}). "
+        f"Please report it, with the output of the same command under {DEBUG}=1."
+    )
+    return int(ExitCode.INTERNAL)
+
+
+def _where(error: OSError) -> str:
+    return f": {error.filename}" if error.filename else ""
+
+
+def _say(message: str) -> None:
+    """One line on stderr; the traceback before it where it is asked for."""
+    if os.environ.get(DEBUG) == "1" and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    word = "\x1b[1;31merror:\x1b[0m" if colour else "error:"
+    print(word, " ".join(message.split()), file=sys.stderr)

@@ -1,0 +1,229 @@
+"""The disk: writing to it, and what the operating system says about it in errors of ours."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from fedprune.core.errors import BusyError, StorageError, StorageFullError, remedy
+
+MOST_BYTES = 2**31 - 1
+"""The largest file that is read whole: as much as one ONNX message can hold."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_there(path: Path, *, file: bool = False) -> bool:
+    """Whether there is something of a name that somebody wrote; a name that nothing can have is none.
+
+    Args:
+        path: The path.
+        file: Whether it has to be a file.
+    """
+    try:
+        return path.is_file() if file else path.exists()
+    except (OSError, ValueError):  # too long, or with a zero byte in it
+        return False
+
+
+def open_file(path: Path | str) -> BinaryIO:
+    """A regular file, open for reading; a pipe or a device is refused without waiting for it.
+
+    Args:
+        path: The file, or a link to it.
+
+    Raises:
+        OSError: It can't be opened or is not a regular file; `strerror` says which.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_file(path: Path | str, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a regular file.
+
+    Args:
+        path: The file, or a link to it.
+        most: The largest size that is read.
+
+    Raises:
+        OSError: As `open_file`; or it is larger.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EINVAL, f"it has {size} bytes, more than {most}", str(path))
+        return file.read()
+
+
+@contextmanager
+def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
+    """Turn errors of the operating system into ours.
+
+    Args:
+        what: What can't be done, for the message.
+        missing: Let FileNotFoundError through.
+
+    Raises:
+        StorageFullError: The disk or a quota is full.
+        StorageError: Anything else.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        if missing:
+            raise
+        raise StorageError(f"{what}: {error.strerror}", hint=remedy(error)) from error
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageFullError(
+                f"{what}: {error.strerror}", hint="Free some space; what was there before is untouched."
+            ) from error
+        raise StorageError(f"{what}: {error.strerror}", hint=remedy(error)) from error
+
+
+@contextmanager
+def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
+    """Hold a file's lock, which goes with the process, however that one ends.
+
+    Args:
+        path: The file, made where there is none; its folder exists.
+        busy: What to say if somebody else holds it.
+        hint: What to do then.
+
+    Raises:
+        BusyError: Somebody else does.
+        StorageError: It can't be opened.
+    """
+    with storage_errors(f"can't open {path}"):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(busy, hint=hint) from error
+        except OSError as error:
+            raise StorageError(f"can't lock {path}: {error.strerror}") from error
+        if not os.fstat(descriptor).st_nlink:  # its holder deleted it meanwhile: a lock on it keeps nobody out
+            raise BusyError(busy, hint=hint)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def held(path: Path) -> bool:
+    """Whether somebody holds a file's lock, see `locked`; it is neither made nor kept.
+
+    Raises:
+        StorageError: It is there and can't be opened.
+    """
+    with storage_errors(f"can't open {path}"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        raise StorageError(f"can't lock {path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def write_all(descriptor: int, data: bytes | memoryview, at: int = 0) -> None:
+    """Write all of `data` at an offset, in as many calls as it takes.
+
+    Raises:
+        OSError: As `os.pwrite`.
+    """
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, at)
+        view, at = view[written:], at + written
+
+
+def write_whole(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
+    """Replace a file's content: after a crash at any moment it has the old content or the new one.
+
+    Args:
+        path: The file.
+        data: The new content.
+        private: Whether only this user may read it, from its first byte on.
+
+    Raises:
+        StorageFullError: No room; the old content is untouched.
+        StorageError: The disk fails.
+    """
+    with appearing(path, private=private) as partial:
+        partial.write_bytes(data)
+
+
+@contextmanager
+def appearing(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """Write a file so that it appears whole, and on the disk, or not at all.
+
+    Args:
+        path: Where it appears as the block ends; what was there before stays until then, and where the block fails.
+        private: Whether only this user may read it, from its first byte on.
+
+    Yields:
+        Where to write it; closed as the block ends.
+
+    Raises:
+        StorageFullError: No room; the old content is untouched.
+        StorageError: The disk fails.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with storage_errors(f"can't write {path}"):
+        try:
+            if private:
+                partial.unlink(missing_ok=True)  # one that was left over may be open to others
+                os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file as hex, read piece by piece.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and deletions in a folder survive a power cut.
+
+    Raises:
+        OSError: The folder can't be opened, or the disk fails.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

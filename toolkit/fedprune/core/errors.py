@@ -1,0 +1,362 @@
+"""Every error that fedprune raises on purpose, and the exit code with which a command ends on it.
+
+A message names what was wrong, what was expected, what was found and what to do. `docs/exit-codes.md` has a
+paragraph for each code.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from enum import IntEnum
+from pathlib import Path
+
+from fedprune.terminal.extras import install_command
+
+_LONGEST_NAME = 60
+"""Whatever is longer is no slip of the pen."""
+
+_LONGEST_PART = 1000
+"""Characters of each part of a message: others' input may be long, and an error ends in a log."""
+
+_ALIKE = 0.75
+"""`difflib`'s ratio from which a name may be another one's slip: 0.6, its default, takes shop for shape."""
+
+
+class ExitCode(IntEnum):
+    """Exit codes of all commands, in ranges by what failed."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2
+    MISSING_EXTRA = 3
+    INTERRUPTED = 4
+    CLAIM = 5
+    FOUND = 6
+    MODEL = 10
+    BUNDLE = 11
+    PROFILE = 12
+    DATA = 13
+    CONFIG = 14
+    BROKER = 20
+    PROTOCOL = 21
+    CLUSTER = 22
+    OTHER_SERVER = 23
+    NOTIFICATION = 24
+    STORAGE_FULL = 30
+    STORAGE = 31
+    PLAN = 40
+    PRIVACY = 41
+    TRAINING = 50
+    RUNTIME = 51
+    ENGINE = 52
+    KIT = 60
+    IMAGE = 61
+    CARD = 62
+    IDENTITY = 63
+    JOIN = 64
+    RELEASE = 65
+    BOARD = 66
+
+
+class FedpruneError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        what: What is wrong, in words, naming the thing.
+        expected: What would have been right.
+        got: What was found.
+        hint: What the user can do.
+    """
+
+    exit_code = ExitCode.INTERNAL
+
+    def __init__(self, what: str, *, expected: object = None, got: object = None, hint: str = "") -> None:
+        self.what = what
+        self.expected = expected
+        self.got = got
+        self.hint = hint
+        parts = [_brief(what)]
+        if expected is not None:
+            parts.append(f"expected {_brief(expected)}")
+        if got is not None:
+            parts.append(f"got {_brief(got)}")
+        message = ": ".join(parts[:1]) + (": " + ", ".join(parts[1:]) if parts[1:] else "")
+        super().__init__(f"{message}. {hint}" if hint else message)
+
+
+def _brief(value: object) -> str:
+    try:
+        text = str(value)
+    except ValueError:  # it holds a number of more digits than Python writes
+        text = shown(value)
+    return text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}..."
+
+
+def shown(value: object) -> str:
+    """A short text of any received value, for an error: on one line, without characters that can't be printed."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes)):
+        text = repr(value[:60])
+        return text if len(value) <= 60 else f"{text}... of length {len(value)}"
+    if isinstance(value, (list, tuple, Mapping)):
+        return f"{type(value).__name__} of length {len(value)}"
+    return repr(value)[:80]
+
+
+def shape_text(*sizes: object) -> str:
+    """A shape as messages show it, such as [n, 3, 32, 32]."""
+    return f"[{', '.join(map(str, sizes))}]"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of another library's error, in short, without codes that would steer a terminal."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", str(error)).strip() or type(error).__name__
+    return "".join(c if c.isprintable() else " " for c in text.splitlines()[0][:200]).strip()
+
+
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "local_epochs": "epochs",
+    "l2": "weight_decay",
+    "mu": "proximal",
+    "clients": "devices",
+    "num_rounds": "rounds",
+}
+"""What other programs call some of our settings."""
+
+
+def meant(given: object, known: Iterable[str]) -> str:
+    """What somebody may have meant who wrote a name that isn't known, in brackets after a space; else nothing.
+
+    Args:
+        given: What was written.
+        known: What could have been.
+    """
+    if not isinstance(given, str):
+        return ""
+    names = list(known)
+    near = [_ELSEWHERE[given]] if _ELSEWHERE.get(given) in names else []
+    if len(given) <= _LONGEST_NAME:
+        near = near or get_close_matches(given, names, 1, _ALIKE)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+_REMEDIES = {
+    errno.ENOENT: "Check the path, or choose another.",
+    errno.EACCES: "Let this user read and write there, or choose another place.",
+    errno.EPERM: "Let this user read and write there, or choose another place.",
+    errno.EROFS: "Choose a place that can be written to.",
+    errno.ENOTDIR: "A part of the path is a file: choose another folder.",
+    errno.EEXIST: "There is a file of that name: choose another folder.",
+    errno.EISDIR: "That is a folder: name a file.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+}
+
+
+def remedy(error: OSError | EOFError) -> str:
+    """What a user can do where the operating system refuses a path; empty where that is not known."""
+    known = _REMEDIES.get(getattr(error, "errno", None) or 0, "")
+    path = getattr(error, "filename", None)
+    if isinstance(error, FileNotFoundError) and isinstance(path, (str, Path)) and not Path(path).is_absolute():
+        return f"{known} As it stands here it counts from the current folder."
+    return known
+
+
+class UsageError(FedpruneError):
+    """A command line can't be followed, and only the work itself shows why."""
+
+    exit_code = ExitCode.USAGE
+
+
+class MissingExtraError(FedpruneError):
+    """A command needs a package of an extra that is not installed.
+
+    Args:
+        what: What is missing, and for what.
+        extra: The extra that brings it; how to install it here ends the message.
+        hint: What else the user can do or should know.
+    """
+
+    exit_code = ExitCode.MISSING_EXTRA
+
+    def __init__(self, what: str, *, extra: str = "", hint: str = "") -> None:
+        super().__init__(what, hint=" ".join(part for part in (hint, install_command(extra) if extra else "") if part))
+
+
+class ModelError(FedpruneError):
+    """A model file or graph is damaged, or uses what fedprune can't handle."""
+
+    exit_code = ExitCode.MODEL
+
+
+class BundleError(FedpruneError):
+    """A bundle, submodel, selection or architecture file doesn't hold what it should."""
+
+    exit_code = ExitCode.BUNDLE
+
+
+class ProfileError(FedpruneError):
+    """A hardware profile or probe report doesn't make sense."""
+
+    exit_code = ExitCode.PROFILE
+
+
+class DataError(FedpruneError):
+    """Training or prediction data can't be used."""
+
+    exit_code = ExitCode.DATA
+
+
+class ConfigError(FedpruneError):
+    """A job, recipe or server setting doesn't make sense."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class StrategyError(ConfigError):
+    """A strategy of the user's own fails, or a role of it answers what it may not; the message names file and line."""
+
+
+class BrokerError(FedpruneError):
+    """The MQTT broker can't be reached or refuses the connection."""
+
+    exit_code = ExitCode.BROKER
+
+
+class ProtocolError(FedpruneError):
+    """A message or blob from the network is not what the protocol allows."""
+
+    exit_code = ExitCode.PROTOCOL
+
+
+class UnknownMessageError(ProtocolError):
+    """A message is of a type or version that isn't known here: another peer may be newer."""
+
+
+class SignatureError(ProtocolError):
+    """A message isn't signed, or by another key, for another topic, or was changed on its way."""
+
+
+class ReplayError(ProtocolError):
+    """A signed message was received before, or is too old to tell."""
+
+
+class StaleEpochError(ReplayError):
+    """A signed message is of an epoch that is over here, perhaps not for its sender
+    (`fedprune.security.replay_protection`)."""
+
+
+class TwoSignersError(StaleEpochError):
+    """A signed message is of an epoch that is over, and was never received: somebody else goes on with the key."""
+
+
+class StorageError(FedpruneError):
+    """Something on disk is damaged, unreadable or not ours."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class BusyError(StorageError):
+    """Somebody else holds a lock."""
+
+
+class StorageFullError(StorageError):
+    """There is no room left on the disk; what was there before is untouched."""
+
+    exit_code = ExitCode.STORAGE_FULL
+
+
+class PlanError(FedpruneError):
+    """No width of the model fits a board's limits."""
+
+    exit_code = ExitCode.PLAN
+
+
+class PrivacyError(FedpruneError):
+    """An offer is less private than the board's owner asks for, or its budget of privacy is spent."""
+
+    exit_code = ExitCode.PRIVACY
+
+
+class TrainingError(FedpruneError):
+    """Local training failed: numbers that are not finite, or graph and weights that don't match."""
+
+    exit_code = ExitCode.TRAINING
+
+
+class DivergedError(TrainingError):
+    """Local training ended in numbers that are not finite."""
+
+
+class RuntimeUnavailableError(FedpruneError):
+    """onnxruntime can't be loaded on this machine."""
+
+    exit_code = ExitCode.RUNTIME
+
+
+class EngineError(FedpruneError):
+    """A TensorRT engine can't be made or used here, or doesn't compute what onnxruntime computes."""
+
+    exit_code = ExitCode.ENGINE
+
+
+class KitError(FedpruneError):
+    """A kit for a board is damaged, incomplete or for another board."""
+
+    exit_code = ExitCode.KIT
+
+
+class ImageError(FedpruneError):
+    """A disk image is not what can be customised: its kind, partitions, file system or scheme."""
+
+    exit_code = ExitCode.IMAGE
+
+
+class CardError(FedpruneError):
+    """A card can't be written to, or must not be."""
+
+    exit_code = ExitCode.CARD
+
+
+class IdentityError(FedpruneError):
+    """A key, certificate or list of revoked ones can't be used, or may not be made."""
+
+    exit_code = ExitCode.IDENTITY
+
+
+class JoinError(FedpruneError):
+    """A device is not let in, or a server's answer to it can't be believed."""
+
+    exit_code = ExitCode.JOIN
+
+
+class UnknownClaimError(JoinError):
+    """No such claim was made here, or whoever uses it doesn't know its secret."""
+
+
+class UsedClaimError(JoinError):
+    """A claim was used before, by another request."""
+
+
+class ExpiredClaimError(JoinError):
+    """A claim's time is over."""
+
+
+class ForeignClaimError(JoinError):
+    """A claim is for another device, site or fleet."""
+
+
+class ReleaseError(FedpruneError):
+    """A release of the runtime is not what it should be, or doesn't fit this board."""
+
+    exit_code = ExitCode.RELEASE
+
+
+class BoardError(FedpruneError):
+    """A board is not the one that was meant, can't be reached, or its service doesn't run."""
+
+    exit_code = ExitCode.BOARD

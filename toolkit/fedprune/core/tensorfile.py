@@ -1,0 +1,199 @@
+"""Named tensors as canonical safetensors bytes: the one form in which weights are stored, sent and named.
+
+Canonical means: tensors in the given order without gaps, header padded with spaces so that data begins at a multiple
+of 64. The same tensors in the same order always give the same bytes, so their sha256 can be their name, and offsets
+depend on names and shapes alone, so new weights of the same shapes can take the place of old ones inside a file that an
+ONNX model refers to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import BundleError, remedy, shown
+
+Array = npt.NDArray[Any]
+
+ALIGN = 64
+MAX_HEADER = 16 * 2**20
+MAX_RANK = 8
+"""Dimensions of a tensor; numpy itself stops at 32 or 64."""
+
+_MAX_BYTES = 2**48
+
+_CODES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_NAMES = {np.dtype(v): k for k, v in _CODES.items()}
+
+
+def header(specs: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Length and padded JSON header for tensors of these names, codes ("F32") and shapes.
+
+    Raises:
+        BundleError: A name comes twice or is reserved.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name, code, shape in specs:
+        if name in table or name == "__metadata__":
+            raise BundleError(f"tensor name {name!r} comes twice or is reserved")
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(_CODES[code]).itemsize
+        table[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGN)
+    return len(text).to_bytes(8, "little") + text
+
+
+def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Canonical bytes of `tensors`, in their order.
+
+    Raises:
+        BundleError: A tensor's type has no safetensors code.
+    """
+    # Joined from the tensors themselves: on boards a further copy of all weights is memory that they may not have.
+    return b"".join([header_of(tensors, metadata), *map(_bytes, tensors.values())])
+
+
+def header_of(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The header that `encode` begins with; the first tensor lies at its end.
+
+    Raises:
+        BundleError: A tensor's type has no safetensors code.
+    """
+    rows = []
+    for name, value in tensors.items():
+        code = _NAMES.get(value.dtype)
+        if code is None:
+            raise BundleError(f"type of tensor {name}", expected=", ".join(_CODES), got=value.dtype)
+        rows.append((name, code, value.shape))
+    return header(rows, metadata)
+
+
+def _bytes(value: Array) -> memoryview:
+    """A tensor's bytes in C order, whatever its layout in memory."""
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+
+
+def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Where each tensor of a file lies: name to (code, shape, absolute start, end).
+
+    Raises:
+        BundleError: The header is damaged, has gaps or overlaps, doesn't cover the file exactly, or a shape is one that
+            numpy can't hold.
+    """
+    view = memoryview(raw)
+    length = header_length(view)
+    try:
+        table = json.loads(bytes(view[8 : 8 + length]))
+        table.pop("__metadata__", None)
+        rows = [
+            (
+                str(k),
+                str(v["dtype"]),
+                tuple(_size(d) for d in v["shape"]),
+                _size(v["data_offsets"][0]),
+                _size(v["data_offsets"][1]),
+            )
+            for k, v in table.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise BundleError(f"tensor file header is damaged ({type(error).__name__})") from error
+    out: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+    at, base = 0, 8 + length
+    for name, code, shape, start, end in sorted(rows, key=lambda r: (r[3], r[4])):
+        if code not in _CODES:
+            raise BundleError(f"type of tensor {shown(name)}", expected=", ".join(_CODES), got=shown(code))
+        size = extent = np.dtype(_CODES[code]).itemsize
+        for d in shape:
+            size *= d
+            extent *= max(d, 1)  # numpy refuses an empty array whose other dimensions are too large
+        if len(shape) > MAX_RANK or extent >= _MAX_BYTES:
+            raise BundleError(
+                f"shape of tensor {shown(name)}",
+                expected=f"at most {MAX_RANK} dimensions and less than {_MAX_BYTES} bytes",
+                got=repr(shape)[:80],
+            )
+        if start != at or end - start != size:
+            raise BundleError(
+                f"tensor {shown(name)} doesn't lie where its shape says", expected=(at, at + size), got=(start, end)
+            )
+        out[name] = (code, shape, base + start, base + end)
+        at = end
+    if base + at != len(view):
+        raise BundleError("tensor file is cut short or too long", expected=f"{base + at} bytes", got=len(view))
+    return out
+
+
+def header_length(raw: bytes | memoryview) -> int:
+    """Bytes of a file's header, which begins after the first 8.
+
+    Raises:
+        BundleError: The file is cut short, or no header is as long.
+    """
+    if len(raw) < 8:
+        raise BundleError("tensor file is cut short", expected="at least 8 bytes", got=len(raw))
+    length = int.from_bytes(raw[:8], "little")
+    if length > MAX_HEADER or 8 + length > len(raw):
+        raise BundleError("tensor file is cut short or its header is damaged", expected=f"{length} bytes of header")
+    return length
+
+
+def array_at(raw: bytes | memoryview, code: str, shape: tuple[int, ...], start: int, end: int) -> Array:
+    """A tensor that lies where `offsets` says, as a read-only view."""
+    return np.frombuffer(memoryview(raw)[start:end], dtype=_CODES[code]).reshape(shape)
+
+
+def decode(raw: bytes | memoryview) -> dict[str, Array]:
+    """Tensors of a file, as read-only views on its bytes.
+
+    Raises:
+        BundleError: As `offsets`.
+    """
+    out: dict[str, Array] = {}
+    for name, (code, shape, start, end) in offsets(raw).items():
+        out[name] = array_at(raw, code, shape, start, end)
+    return out
+
+
+def load(path: Path) -> dict[str, Array]:
+    """Tensors of a file on disk.
+
+    Raises:
+        BundleError: The file can't be read or is damaged; the message names it.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    try:
+        return decode(raw)
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from error
+
+
+def digest(raw: bytes | memoryview) -> str:
+    """sha256 as hex."""
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _size(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**48:
+        raise ValueError(value)
+    return value

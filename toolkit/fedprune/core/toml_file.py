@@ -1,0 +1,100 @@
+"""TOML files: settings and profiles that people write."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.disk import read_file
+from fedprune.core.errors import FedpruneError, MissingExtraError, remedy
+
+_MOST_BYTES = 4 * 2**20
+"""The largest TOML file: some ten thousand boards in a table."""
+
+_MOST_PARTS = 100
+
+
+def read_toml(path: Path, error: type[FedpruneError]) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Args:
+        path: The file.
+        error: What to raise if it is none.
+
+    Raises:
+        FedpruneError: As `error`: the file can't be read or is no TOML; the message names the file and the line.
+        MissingExtraError: Python 3.10 without the package tomli.
+    """
+    return read_toml_text(path, error)[0]
+
+
+def read_toml_text(path: Path, error: type[FedpruneError]) -> tuple[dict[str, Any], str]:
+    """The tables of a TOML file, and its text; arguments and errors are those of `read_toml`."""
+    _parser()
+    try:
+        raw = read_file(path, _MOST_BYTES)
+    except OSError as cause:
+        raise error(f"can't read {path}: {cause.strerror}", hint=remedy(cause)) from cause
+    try:
+        text = raw.decode("utf-8-sig")  # editors of Windows put a mark first
+        return parse_toml(text), text
+    except UnicodeDecodeError as cause:
+        line = raw.count(b"\n", 0, cause.start) + 1
+        raise error(f"{path}:{line}: this is not TOML (not UTF-8 at line {line})") from cause
+    except ValueError as cause:  # the parser's own error is one, and says the line
+        place = re.search(r"at line (\d+), column (\d+)", str(cause))
+        where = "" if place is None else f":{place[1]}:{place[2]}"
+        raise error(f"{path}{where}: this is not TOML ({cause})") from cause
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text.
+
+    Raises:
+        ValueError: It is none; the message says the line.
+        MissingExtraError: Python 3.10 without the package tomli.
+    """
+    _check_keys(text)
+    try:
+        body: dict[str, Any] = _parser().loads(text)
+    except RecursionError as cause:
+        raise ValueError("nested too deep") from cause
+    return body
+
+
+_QUOTED = re.compile(
+    r"""
+    "{3}(?:[^"\\]|\\.|"{1,2}(?!"))*"{3} | '{3}(?:[^']|'{1,2}(?!'))*'{3}  # of several lines
+    | "(?:[^"\\\n]|\\.)*" | '[^'\n]*' | \#[^\n]*
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+"""Strings and comments of a TOML text."""
+
+
+def _check_keys(text: str) -> None:
+    """Refuse dotted keys of very many parts, for which parsers take time by the square.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if text.count(".") < _MOST_PARTS:
+        return
+    bare = _QUOTED.sub(lambda found: '""' + "\n" * found[0].count("\n"), text)
+    for number, line in enumerate(bare.split("\n"), 1):
+        if line.count(".") < _MOST_PARTS:
+            continue
+        for piece in re.split(r"[=,\[\]{}#]", line):
+            if sum(bool(part.strip()) for part in piece.split(".")) > _MOST_PARTS:
+                raise ValueError(f"a key of more than {_MOST_PARTS} parts at line {number}, column 1")
+
+
+def _parser() -> Any:
+    for name in ("tomllib", "tomli"):  # the first is part of Python since 3.11
+        try:
+            return import_module(name)
+        except ModuleNotFoundError:  # noqa: PERF203
+            continue
+    raise MissingExtraError("TOML files need Python 3.11 or the package tomli", hint="pip install tomli.")

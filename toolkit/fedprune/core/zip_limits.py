@@ -1,0 +1,72 @@
+"""What a zip archive may grow to: its sizes are looked at before anything of it is unpacked."""
+
+from __future__ import annotations
+
+import zipfile
+from typing import BinaryIO
+
+from fedprune.core.errors import FedpruneError
+
+MOST_INFLATED, MOST_RATIO = 2**30, 100
+"""What grows beyond so many bytes, and to so many times what it takes in the file, isn't unpacked."""
+
+PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Of the others, bzip2 and LZMA, `zipfile` unpacks a whole piece at once, however large that becomes."""
+
+Refuse = type[FedpruneError]
+
+
+def check_members(file: BinaryIO, what: str, refuse: Refuse) -> None:
+    """Make sure that a file that is a zip archive can be unpacked as a whole; what is none, isn't looked at.
+
+    Args:
+        file: The file; it is read from its beginning, and is there again afterwards.
+        what: Its name, for the message.
+        refuse: What is raised.
+
+    Raises:
+        FedpruneError: As `refuse`: it would fill the memory, or is packed in a way that is read nowhere here.
+        Exception: It is damaged, in whichever way `zipfile` says so.
+    """
+    file.seek(0)
+    if file.read(4)[:2] == b"PK":
+        with zipfile.ZipFile(file) as archive:
+            check_sizes(archive.infolist(), what, refuse)
+    file.seek(0)
+
+
+def check_sizes(members: list[zipfile.ZipInfo], what: str, refuse: Refuse) -> None:
+    """Make sure that members of an archive can be unpacked together; errors are those of `check_members`."""
+    taken, grown = sum(m.compress_size for m in members), sum(m.file_size for m in members)
+    if grown > max(MOST_INFLATED, MOST_RATIO * taken):
+        raise refuse(
+            f"{what}: size when it is unpacked",
+            expected=f"at most {MOST_INFLATED} bytes, or {MOST_RATIO} times what it takes in the file",
+            got=grown,
+            hint="Write arrays with numpy.savez: then they take no less room in the file.",
+        )
+    if any(m.compress_type not in PLAIN for m in members):
+        raise refuse(f"{what}: how it is packed", expected="deflate, or not at all")
+
+
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int, refuse: Refuse) -> bytes:
+    """A small member, however large it says that it is.
+
+    Args:
+        archive: The archive.
+        member: Its entry.
+        most: Bytes that it may have.
+        refuse: What is raised.
+
+    Raises:
+        FedpruneError: As `refuse`: it has more, or is packed in a way that is read nowhere here.
+        Exception: It is damaged, in whichever way `zipfile` says so.
+    """
+    if member.compress_type not in PLAIN:
+        raise refuse(f"{member.filename[:200]!r}: how it is packed", expected="deflate, or not at all")
+    with archive.open(member) as source:
+        # Without a number `zipfile` would unpack the whole, whatever the archive says of its size.
+        found = source.read(most + 1)
+    if len(found) > most:
+        raise refuse(f"{member.filename[:200]!r}", expected=f"at most {most} bytes", got="more")
+    return found

@@ -1,0 +1,1 @@
+"""What a submodel costs: multiplications, bytes, time, memory."""

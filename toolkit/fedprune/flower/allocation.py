@@ -1,0 +1,161 @@
+"""Who gets how much of the model: as its user says, as the strategy deals, or as nodes say of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+from fedprune.core.errors import ConfigError, ProtocolError, meant, shown
+from fedprune.hardware import profile_store
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device, State
+from fedprune.model.architecture import Architecture, kept_share, widths_at
+from fedprune.planning.plan import plan
+from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, check_density
+from fedprune.strategies.strategy import Strategy
+from fedprune.training.recipe import Recipe
+
+Wish = float | str
+"""A density, or the name of a hardware profile for which widths are planned."""
+
+Wishes = float | str | Sequence[float] | Mapping[int, Wish] | Callable[[int], Wish] | None
+"""One for all; tiers; by node; or None: the strategy's own tiers or, where it has none, what nodes answer."""
+
+ASK = "ask"
+"""Every node says itself what it carries."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What of the model a node gets.
+
+    Attributes:
+        widths: Channels per group.
+        density: The share of them all that these are.
+        accumulate: Parts in which it works through a batch, unless the recipe asks for more.
+    """
+
+    widths: tuple[int, ...]
+    density: float
+    accumulate: int = 1
+
+
+class Shares:
+    """Decides on shares, and remembers what nodes said.
+
+    Args:
+        job: The job's settings.
+        strategy: What it composes.
+        architecture: The model's.
+        wishes: Who gets how much.
+
+    Raises:
+        ConfigError: A density is not above 0 and at most 1, or there is no such profile.
+    """
+
+    def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, wishes: Wishes = None) -> None:
+        self._job, self._strategy, self._architecture = job, strategy, architecture
+        self._said: dict[int, Share] = {}
+        self._by_node: Callable[[int], Wish] | None = None
+        self._fleet = Fleet(job, architecture, State(model=""))
+        self._allocator: Allocator | None = None
+        if wishes is None:
+            self._allocator = strategy.allocator
+        elif isinstance(wishes, str):
+            if wishes != ASK:
+                self._by_node = _constant(wishes)
+                self.of(wishes, 1)
+        elif isinstance(wishes, Mapping):
+            self._by_node = _named(dict(wishes))
+        elif callable(wishes):
+            self._by_node = wishes
+        elif isinstance(wishes, Sequence):
+            self._allocator = Tiers(tuple(cast(Sequence[float], wishes)))
+        else:
+            self._allocator = Fixed(wishes)
+
+    @property
+    def asks(self) -> bool:
+        """Whether nodes are asked."""
+        return self._allocator is None and self._by_node is None
+
+    def unknown(self, nodes: Sequence[int]) -> list[int]:
+        """The nodes that are to be asked, and haven't answered yet."""
+        return [n for n in nodes if n not in self._said] if self.asks else []
+
+    def heard(self, node: int, density: object, profile: object, samples: object) -> None:
+        """What a node said of itself.
+
+        Raises:
+            ProtocolError: It is neither a density nor a profile that comes with fedprune.
+            PlanError: No width fits that profile.
+        """
+        if isinstance(profile, str) and density is None:
+            known = profile_store.shipped()  # names alone: nobody else's text may name a file here
+            if profile not in known:
+                raise ProtocolError(f"a node's profile {shown(profile)}{meant(profile, known)} isn't known here")
+            count = samples if isinstance(samples, int) and 1 <= samples <= 10**9 else 1
+            self._said[node] = self.of(profile, count)
+            return
+        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+            raise ProtocolError("a node's density", expected="a number above 0 and at most 1", got=shown(density))
+        self._said[node] = self.of(float(density), 1)
+
+    def deal(self, nodes: Sequence[int], round_: int) -> dict[int, Share]:
+        """The shares of a round's nodes; without those that were asked and haven't answered.
+
+        Raises:
+            ConfigError: Of a node nothing is known.
+        """
+        if self._by_node is not None:
+            return {n: self.of(self._by_node(n), 1) for n in nodes}
+        if self._allocator is None:
+            return {n: self._said[n] for n in nodes if n in self._said}
+        state = self._fleet.state
+        state.round = round_
+        for node in sorted(nodes):
+            if str(node) not in state.devices:
+                state.devices[str(node)] = Device(session=0, online=True, profile={}, probe=None, samples=1)
+                self._allocator.admit(self._fleet, str(node), None)
+        self._allocator.open(self._fleet)
+        dealt = {n: state.devices[str(n)] for n in nodes}
+        return {n: Share(d.widths, d.density) for n, d in dealt.items()}
+
+    def of(self, wish: Wish, samples: int) -> Share:
+        """The share that a density or a profile comes to.
+
+        Raises:
+            ConfigError: It is neither.
+            ProfileError: There is no such profile.
+            PlanError: No width fits it.
+        """
+        if isinstance(wish, str):
+            recipe = partial(self._recipe, wish, samples)
+            made = plan(self._architecture, profile_store.find(wish), recipe, samples)
+            return Share(made.widths, kept_share(self._architecture, made.widths), made.accumulate)
+        check_density("density of a node", wish)
+        return Share(widths_at(self._architecture, wish), float(wish))
+
+    def _recipe(self, name: str, samples: int, widths: tuple[int, ...]) -> Recipe:
+        """What a node would train by with these widths."""
+        return self._strategy.foreseen(self._job, name, widths, kept_share(self._architecture, widths), samples)
+
+
+def _constant(wish: Wish) -> Callable[[int], Wish]:
+    return lambda node: wish
+
+
+def _named(wishes: dict[int, Wish]) -> Callable[[int], Wish]:
+    def of(node: int) -> Wish:
+        if node not in wishes:
+            raise ConfigError(
+                f"density of node {node}",
+                expected="one for every node",
+                got=f"those of {len(wishes)} others",
+                hint="Node ids are new in every run: give a function of the id, or density='ask'.",
+            )
+        return wishes[node]
+
+    return of

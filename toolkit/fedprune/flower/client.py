@@ -1,0 +1,158 @@
+"""A node's part in a round: what it was sent, and the answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError
+from fedprune.core.npy_array import float32_array
+from fedprune.flower.messages import FORMAT, RECORD, STEPS, check_format
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a node was sent, to be trained or to be evaluated.
+
+    Attributes:
+        tensors: The submodel's weights and statistics, by their names in the whole model.
+        widths: Channels per group that it has.
+        density: The share of the model that these are.
+        round: The round, from 1.
+        device: What the server calls the node; with seed and round it keys the order of samples in
+            `fedprune_device.training.trainer.Trainer`.
+        seed: The job's seed.
+        classes: Entries of the model's output; 0 where it is no row of logits.
+        recipe: How the strategy would have it train. A training graph obeys it; a loop of one's own takes from it what
+            it can.
+        graph: The training graph for that recipe, as `fedprune_device.training.trainer.Trainer` takes it; empty where
+            the server sends none.
+        config: What else the server said: Flower's own configuration of the round.
+        message: Flower's message.
+    """
+
+    tensors: Tensors
+    widths: tuple[int, ...]
+    density: float
+    round: int
+    device: str
+    seed: int
+    classes: int
+    recipe: Recipe
+    graph: bytes
+    config: dict[str, Any]
+    message: Message
+
+    @classmethod
+    def of(cls, message: Message) -> Part:
+        """The part that a message of `FedpruneStrategy` describes.
+
+        Raises:
+            ProtocolError: It is no such message.
+        """
+        content = message.content
+        record = content.get(RECORD)
+        check_format(record)
+        try:
+            arrays = content[str(record["arrays"])]
+            names = [str(n) for n in record["tensors"]]
+            config = dict(content[str(record["config"])])
+            tensors = {n: float32_array(arrays[n].data, arrays[n].shape, f"tensor {n}") for n in names}
+            return cls(
+                tensors=tensors,
+                widths=tuple(int(w) for w in record["widths"]),
+                density=float(record["density"]),
+                round=int(record["round"]),
+                device=str(record["device"]),
+                seed=int(record["seed"]),
+                classes=int(record["classes"]),
+                recipe=Recipe.from_dict(json.loads(str(record["recipe"]))),
+                graph=bytes(record.get("graph", b"")),
+                config=config,
+                message=message,
+            )
+        except FedpruneError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ProtocolError(
+                f"record {RECORD!r} of a message is damaged ({type(error).__name__}: {error})"
+            ) from error
+
+    def reply(self, tensors: Mapping[str, Any], *, samples: int, steps: int = 1, **metrics: float) -> Message:
+        """The answer to a message that asked for training.
+
+        Args:
+            tensors: What was made of the submodel: arrays or torch tensors by name, such as a module's `state_dict()`.
+                What the submodel doesn't have (counters of batch norms) stays behind.
+            samples: Training samples.
+            steps: Optimiser steps behind it.
+            metrics: Further numbers, which Flower averages by samples.
+
+        Raises:
+            ConfigError: A tensor is missing or has another shape than was sent.
+        """
+        arrays = {}
+        for name, sent in self.tensors.items():
+            if name not in tensors:
+                raise ConfigError(f"the reply lacks tensor {name}", expected=f"float32 {sent.shape}")
+            value = _array(tensors[name])
+            if value.shape != sent.shape:
+                raise ConfigError(f"shape of {name} in the reply", expected=sent.shape, got=value.shape)
+            arrays[name] = Array(value)
+        key = str(self.message.content[RECORD]["arrays"])
+        return self._said({key: ArrayRecord(arrays)}, samples, {STEPS: int(steps), **metrics})
+
+    def evaluated(self, *, samples: int, **metrics: float) -> Message:
+        """The answer to a message that asked for evaluation.
+
+        Args:
+            samples: Samples that were looked at.
+            metrics: What was found.
+        """
+        return self._said({}, samples, metrics)
+
+    def _said(self, records: dict[str, Any], samples: int, metrics: Mapping[str, float]) -> Message:
+        weight = str(self.message.content[RECORD]["weight"])
+        said = MetricRecord({weight: int(samples), **{k: _number(v) for k, v in metrics.items()}})
+        return Message(RecordDict({**records, "metrics": said}), reply_to=self.message)
+
+
+def answer(
+    message: Message, *, density: float | None = None, profile: str | None = None, samples: int | None = None
+) -> Message:
+    """The answer to the question what a node carries.
+
+    Args:
+        message: The question.
+        density: The share of the model's channels that it can train.
+        profile: Or the name of the board that it is, for which the server plans widths.
+        samples: Its training samples, with which a round's time is foretold.
+
+    Raises:
+        ConfigError: Neither or both of density and profile are given.
+    """
+    if (density is None) == (profile is None):
+        raise ConfigError("what a node carries", expected="a density or a profile", got=(density, profile))
+    said = {"format": FORMAT, "density": density, "profile": profile, "samples": samples}
+    record = ConfigRecord({k: v for k, v in said.items() if v is not None})
+    return Message(RecordDict({RECORD: record}), reply_to=message)
+
+
+def _array(value: Any) -> npt.NDArray[np.float32]:
+    """An array, or what a torch tensor holds, wherever it lies."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    return np.ascontiguousarray(value, dtype=np.float32)
+
+
+def _number(value: Any) -> Any:
+    """A number as Flower takes it: Python's own."""
+    return value.item() if hasattr(value, "item") else value

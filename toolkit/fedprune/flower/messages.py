@@ -1,0 +1,32 @@
+"""What server and node say to each other beside weights, in a record of the message that is called `fedprune`."""
+
+from __future__ import annotations
+
+from fedprune.core.errors import ProtocolError, shown
+
+RECORD = "fedprune"
+"""The record's name in a message's content."""
+
+FORMAT = "fedprune.flower/1"
+
+ASKING = "query.fedprune"
+"""The type of the message in which a node is asked what it carries; its app answers `@app.query("fedprune")`."""
+
+STEPS = "num-steps"
+"""The metric that says how many optimiser steps are behind an update."""
+
+
+def check_format(record: object) -> None:
+    """Check that a record is of this format.
+
+    Raises:
+        ProtocolError: It is another's, or none.
+    """
+    found = record.get("format") if hasattr(record, "get") else None
+    if found != FORMAT:
+        raise ProtocolError(
+            f"record {RECORD!r} of a message",
+            expected=FORMAT,
+            got="nothing" if found is None else shown(found),
+            hint="Does the ServerApp use FedpruneStrategy of the same version?",
+        )

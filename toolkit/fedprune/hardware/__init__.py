@@ -1,0 +1,1 @@
+"""Hardware profiles, probe reports, and which profile fits a board."""

@@ -1,0 +1,1 @@
+"""Scores of channels and elements, and what they are computed from."""

@@ -1,0 +1,145 @@
+"""Masks out of one order of all elements: how important each is, which of them a density keeps, and from where on.
+
+All masks of one order are prefixes of it, so that a sparser one lies inside a denser one (PR-FL, arXiv 2403.15439;
+`docs/strategies/pr-fl.md`). Elements of equal importance come in the order of tensor names and positions, so that masks
+have exactly as many elements as was asked for. +∞ marks what every mask keeps, −∞ what none does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import Architecture, TensorKind
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Tensors
+
+Floats = npt.NDArray[np.float32]
+
+_HAIR = 1e-6
+"""What a product of a density and a number of elements may lack to the whole number that is meant."""
+
+
+def prunable(architecture: Architecture, more: Collection[TensorKind] = ()) -> tuple[str, ...]:
+    """Names of the tensors whose elements can be masked: the weights of layers.
+
+    Args:
+        architecture: The model.
+        more: Kinds of tensors that can be masked, too, such as biases.
+    """
+    layers = {n.weight for n in architecture.layers if n.weight}
+    return tuple(
+        t.name for t in architecture.trainable if t.kind in more or (t.kind is TensorKind.WEIGHT and t.name in layers)
+    )
+
+
+def magnitudes(tensors: Mapping[str, Floats], names: Iterable[str]) -> Tensors:
+    """|w|: the importance of every element of these tensors by its size."""
+    return {n: np.abs(tensors[n]) for n in names}
+
+
+def with_floors(order: Mapping[str, Floats], weights: Mapping[str, Floats], share: float) -> Tensors:
+    """An order of which every mask keeps, in every tensor, the share that has the largest weights.
+
+    PR-FL's floor (`config.min_density`): floor(share · n) elements of a tensor of n and at least one, so that no layer
+    is cut off.
+
+    Args:
+        order: Importance per element.
+        weights: The model's tensors, by whose size the floors are chosen.
+        share: From 0, for no floors, to 1.
+
+    Raises:
+        BundleError: The share is out of range.
+    """
+    if not 0 <= share <= 1:
+        raise BundleError("floor of element masks", expected="from 0 to 1", got=share)
+    out: Tensors = {}
+    for name, value in order.items():
+        out[name] = value.astype(np.float32)
+        if share and value.size:
+            kept = _largest(np.abs(weights[name]).reshape(-1), max(1, int(share * value.size + _HAIR)))
+            out[name][kept.reshape(value.shape)] = np.inf
+    return out
+
+
+def top(order: Mapping[str, Floats], density: float) -> ElementMask:
+    """The mask that keeps the most important elements of all tensors together.
+
+    It has floor(density · n) of the n elements of the order, and at least one; fewer only where more than the rest is
+    marked by −∞, more only where more is marked by +∞.
+
+    Args:
+        order: Importance per element.
+        density: Above 0, up to 1.
+
+    Raises:
+        BundleError: The density is out of range, or an importance is not a number.
+    """
+    if not 0 < density <= 1:
+        raise BundleError("density of an element mask", expected="above 0 and at most 1", got=density)
+    names = sorted(order)
+    flat = np.concatenate([np.asarray(order[n], np.float32).reshape(-1) for n in names] or [np.zeros(0, np.float32)])
+    if np.isnan(flat).any():
+        bad = next(n for n in names if np.isnan(order[n]).any())
+        raise BundleError(f"importance of the elements of {bad}", expected="numbers", got="NaN")
+    always, never = int(np.count_nonzero(flat == np.inf)), int(np.count_nonzero(flat == -np.inf))
+    count = max(1, int(density * flat.size + _HAIR)) if flat.size else 0
+    bits = _largest(flat, max(always, min(count, flat.size - never)))
+    active, at = {}, 0
+    for name in names:
+        size = order[name].size
+        active[name] = bits[at : at + size].reshape(order[name].shape)
+        at += size
+    return ElementMask(active)
+
+
+def threshold(order: Mapping[str, Floats], mask: ElementMask) -> float:
+    """The least importance of an active element; 0 where none is, or where all are.
+
+    For |w| and `top`, it is FIARSE's θ: the k-th largest |w| of the model (`docs/strategies/fiarse.md`).
+    """
+    if mask.density == 1.0:
+        return 0.0
+    least = [float(order[n][m].min()) for n, m in mask.active.items() if m.any()]
+    return min(least, default=0.0)
+
+
+def quantile(parts: Iterable[npt.NDArray[np.floating]], q: float) -> float:
+    """The q-quantile of all values together, linear between neighbours, for any number of values.
+
+    Args:
+        parts: Arrays of any shapes; copied.
+        q: From 0, the least, to 1, the largest.
+
+    Raises:
+        BundleError: q is out of range, or there is no value.
+    """
+    if not 0 <= q <= 1:
+        raise BundleError("quantile", expected="from 0 to 1", got=q)
+    arrays = [np.asarray(p).reshape(-1) for p in parts]
+    flat = np.concatenate(arrays) if arrays else np.zeros(0)
+    if not flat.size:
+        raise BundleError("quantile of nothing")
+    place = q * (flat.size - 1)
+    low = min(int(place), flat.size - 1)
+    high = min(low + 1, flat.size - 1)
+    flat.partition((low, high))
+    below, above = float(flat[low]), float(flat[high])
+    return below if below == above else below + (place - low) * (above - below)
+
+
+def _largest(values: Floats, count: int) -> npt.NDArray[np.bool_]:
+    """Which of the values are the `count` largest; of equal ones the first."""
+    if count <= 0:
+        return np.zeros(values.shape, np.bool_)
+    if count >= values.size:
+        return np.ones(values.shape, np.bool_)
+    least = np.partition(values, values.size - count)[values.size - count]
+    out: npt.NDArray[np.bool_] = values > least
+    equal = np.flatnonzero(values == least)
+    out[equal[: count - int(np.count_nonzero(out))]] = True
+    return out

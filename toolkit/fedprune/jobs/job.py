@@ -1,0 +1,230 @@
+"""A job: one model trained on a fleet, and every setting of how."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_args
+
+from fedprune.aggregation.fold import Rule
+from fedprune.codec.choice import DOWN, PLAIN, Codec, agreed
+from fedprune.core import validation
+from fedprune.core.errors import ConfigError, ProtocolError, shown
+from fedprune.importance.scoring import SCORERS
+from fedprune.privacy.settings import WRITTEN, Privacy
+from fedprune.runtime.precision import SERVED
+from fedprune.training.recipe import Recipe
+from fedprune.wire.topics import check_job
+
+RULES = get_args(Rule)
+
+_PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
+"""What only the plain strategy reads."""
+
+_LATER = (
+    "precision",
+    "over_selection",
+    "fairness",
+    "in_flight",
+    "pace",
+    "schedule",
+    "compression",
+    "compression_of",
+    "compression_down",
+    "privacy",
+    "weight_limit",
+    "most_samples",
+    "move_limit",
+)
+"""Settings that earlier versions didn't have, only written down where they are not as by default."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings of a job.
+
+    Attributes:
+        name: Names the job in topics and on disk: 1 to 64 letters, digits, `_`, `.` or `-`; not `.`, `..` or `-`.
+        seed: Every random number of the job is keyed by it.
+        rounds: How many rounds to run.
+        devices: A round starts when this many devices are there.
+        participation: Share of the present devices that a round asks.
+        over_selection: Share of devices that a round asks beyond those, to close as soon as enough have delivered.
+        fairness: Share of a round's places that go to those who have waited longest; the others are drawn by lot.
+        in_flight: How many devices of a round may have an offer at a time, while the others wait for their turn; 0 for
+            all.
+        deadline_s: Seconds that a round waits for updates after the offers went out.
+        pace: How many times as long as half of a round's devices took the others may take; 0 for up to the deadline.
+        schedule: Another schedule than the strategy's: `kind` (`sync`, `semi-async` or `async`) and keys of
+            `fedprune.jobs.schedule.Schedule`; empty for the strategy's own.
+        byte_budget: Payload bytes that one device may cause per round, both ways; 0 for no limit of the job's own.
+        strategy: A preset's name, or a composition of your own as `package.module:function`. `plain` is what the keys
+            from `density` to `server_momentum` say.
+        options: The strategy's own settings.
+        density: Kept share of every channel group on every device, or 0 to let the planner decide per device.
+        scorer: Ranks channels: `ordered`, `magnitude` or `curvature`.
+        warmup_rounds: Rounds of random nested ranks before the scorer's (curvature needs evidence first).
+        rule: `coverage` averages each coordinate over the devices that trained it; `fill` lets the others vote for the
+            current model (CA-HFP, eq. 4).
+        server_momentum: Momentum of the global model's moves, 0 for none.
+        recipe: Local training.
+        precision: Lower precisions that boards may serve at, too: offers bring the graphs.
+        compression: The codec of updates: `none`, `zlib`, `float16`, `int8` or `top-k:SHARE`. A device that doesn't
+            know it sends its updates plainly.
+        compression_of: The same for single hardware profiles, by name.
+        compression_down: The codec of the weights that devices are sent: `none`, `zlib`, `float16` or `int8`.
+        privacy: Whether and how what boards hand in is clipped and noised.
+        weight_limit: The most samples that a device counts for, and the most steps for which it may move further
+            than others, in multiples of the round's median; 0 for no limit.
+        most_samples: The most samples that any device counts for; 0 for no limit.
+        move_limit: The longest update, in multiples of the median of the round's updates of as many steps: a longer
+            one is shortened to it (`fedprune.coordination.influence`); 0 for no limit.
+    """
+
+    name: str = "job"
+    seed: int = 0
+    rounds: int = 10
+    devices: int = 1
+    participation: float = 1.0
+    over_selection: float = 0.0
+    fairness: float = 0.0
+    in_flight: int = 0
+    deadline_s: float = 600.0
+    pace: float = 0.0
+    schedule: dict[str, Any] = field(default_factory=dict)
+    byte_budget: int = 0
+    strategy: str = "plain"
+    options: dict[str, Any] = field(default_factory=dict)
+    density: float = 0.0
+    scorer: str = "magnitude"
+    warmup_rounds: int = 0
+    rule: Rule = "coverage"
+    server_momentum: float = 0.0
+    recipe: Recipe = field(default_factory=Recipe)
+    precision: tuple[str, ...] = ()
+    compression: str = PLAIN
+    compression_of: dict[str, str] = field(default_factory=dict)
+    compression_down: str = PLAIN
+    privacy: Privacy = field(default_factory=Privacy)
+    weight_limit: float = 4.0
+    most_samples: int = 0
+    move_limit: float = 1.5
+
+    def __post_init__(self) -> None:
+        counts = {
+            "seed": (0, 2**63 - 1),
+            "rounds": (1, 10**6),
+            "devices": (1, 10**6),
+            "in_flight": (0, 10**6),
+            "byte_budget": (0, 2**50),
+            "warmup_rounds": (0, 10**6),
+            "most_samples": (0, 2**62),
+        }
+        real = {
+            "participation": (0.0, 1.0),
+            "over_selection": (0.0, 10.0),
+            "fairness": (0.0, 1.0),
+            "deadline_s": (0.0, 1e8),
+            "density": (0.0, 1.0),
+            "server_momentum": (0.0, 0.999),
+            "weight_limit": (0.0, 1e6),
+            "move_limit": (0.0, 1e6),
+        }
+        for name, (low, high) in counts.items():
+            validation.whole(f"job: {name}", getattr(self, name), low, high)
+        for name, (least, most) in real.items():
+            validation.number(f"job: {name}", getattr(self, name), least, most)
+        if self.participation == 0 or self.deadline_s == 0:
+            raise ConfigError("job: participation and deadline_s", expected="above 0")
+        for name in ("weight_limit", "move_limit"):
+            if 0 < getattr(self, name) < 1:
+                raise ConfigError(f"job: {name}", expected="0, or 1 or more", got=getattr(self, name))
+        validation.number("job: pace", self.pace, 1 if self.pace else 0, 1000)
+        if not isinstance(self.schedule, Mapping) or not all(isinstance(k, str) for k in self.schedule):
+            raise ConfigError("job: schedule", expected="a table of settings, such as kind", got=shown(self.schedule))
+        try:
+            check_job(self.name)
+        except ProtocolError as error:
+            raise ConfigError("job: name", expected=error.expected, got=error.got) from error
+        for name, allowed in (("scorer", SCORERS), ("rule", RULES)):
+            validation.word(f"job: {name}", getattr(self, name), allowed)
+        if not isinstance(self.strategy, str) or not 0 < len(self.strategy) <= 200:
+            raise ConfigError("job: strategy", expected="a name", got=shown(self.strategy))
+        if not isinstance(self.options, Mapping) or not all(isinstance(k, str) for k in self.options):
+            raise ConfigError("job: options", expected="a table of settings", got=shown(self.options))
+        if not isinstance(self.precision, (list, tuple)) or not set(map(str, self.precision)) <= set(SERVED):
+            raise ConfigError(
+                "job: precision", expected=f"a list of some of {', '.join(SERVED)}", got=shown(self.precision)
+            )
+        object.__setattr__(self, "precision", tuple(dict.fromkeys(self.precision)))
+        Codec.parse(self.compression)
+        if not isinstance(self.compression_of, Mapping) or not all(isinstance(k, str) for k in self.compression_of):
+            raise ConfigError("job: compression_of", expected="a table by profile", got=shown(self.compression_of))
+        for profile, setting in self.compression_of.items():
+            Codec.parse(setting, f"job: compression_of {shown(profile)}")
+        validation.word("job: compression_down", self.compression_down, (PLAIN, *DOWN))
+        for name in WRITTEN:
+            if getattr(self.recipe, name):
+                raise ConfigError(
+                    f"job: recipe: {name}",
+                    expected="[job.privacy], which says what it is",
+                    got=getattr(self.recipe, name),
+                )
+        self.privacy.asked_of(self.recipe)  # what doesn't go with privacy is better known now
+        self._check_ranked()
+        if self.scorer == "curvature" and self.recipe.optimizer != "sgd":
+            raise ConfigError(
+                "job: scorer 'curvature' learns gradients from how far devices' SGD moves",
+                expected="recipe.optimizer 'sgd'",
+                got=repr(self.recipe.optimizer),
+            )
+
+    def _check_ranked(self) -> None:
+        """Refuse keys of the plain strategy beside another one, which would not look at them."""
+        if self.strategy == "plain":
+            if set(self.options) - {"robust"}:
+                raise ConfigError(
+                    "job: options of the strategy 'plain'",
+                    expected="none but robust",
+                    got=", ".join(sorted(self.options)),
+                )
+            return
+        for f in fields(self):
+            if f.name in _PLAIN and getattr(self, f.name) != f.default:
+                raise ConfigError(
+                    f"job: {f.name} beside strategy {shown(self.strategy)}",
+                    expected="only the strategy's own [job.options]",
+                    got=shown(getattr(self, f.name)),
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types; a setting that came later is only there where it is not as by default."""
+        body = asdict(self) | {"recipe": self.recipe.to_dict(), "precision": list(self.precision)}
+        body["privacy"] = self.privacy.to_dict()
+        usual = {f.name: f.default for f in fields(self)} | {"privacy": {}, "precision": []}
+        return {k: v for k, v in body.items() if k not in _LATER or v not in (usual[k], {})}
+
+    def codec(self, profile: object, known: Collection[str]) -> str | None:
+        """The codec of a device's updates, as text; None for none.
+
+        Args:
+            profile: Name of its hardware profile.
+            known: Names of the codecs that it knows.
+        """
+        return agreed(self.compression_of.get(str(profile), self.compression), known)
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Job:
+        """Read and check.
+
+        Raises:
+            ConfigError: An unknown key, a wrong type or a number out of range; the message names the key.
+        """
+        values = validation.known(cls, body, "job")
+        if "recipe" in values:
+            if not isinstance(values["recipe"], Mapping):
+                raise ConfigError("job: recipe", expected="a table of settings", got=repr(values["recipe"]))
+            values["recipe"] = Recipe.from_dict(values["recipe"])
+        if "privacy" in values:
+            values["privacy"] = Privacy.from_dict(values["privacy"])
+        return cls(**values)

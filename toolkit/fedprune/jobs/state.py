@@ -1,0 +1,417 @@
+"""All that a coordinator remembers, as plain data: digests and numbers, never weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import chain
+from typing import Any, cast
+
+from fedprune.core.errors import StorageError
+from fedprune.jobs.change_tracking import Entry, Roll
+
+FORMAT = "fedprune.state/2"
+
+
+class Phase(str, Enum):
+    """Where a round stands."""
+
+    WAITING = "waiting"
+    SCORING = "scoring"
+    TRAINING = "training"
+    CLOSING = "closing"
+    EVALUATING = "evaluating"
+    FINISHED = "finished"
+
+
+class Progress(str, Enum):
+    """Where one device's part in a round stands."""
+
+    QUEUED = "queued"
+    EXTRACTING = "extracting"
+    OFFERED = "offered"
+    PULLING = "pulling"
+    STORED = "stored"
+    FOLDED = "folded"
+    REFUSED = "refused"
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is awaited."""
+        return self in (Progress.FOLDED, Progress.REFUSED)
+
+
+@dataclass
+class Device(Entry):
+    """A device as the job knows it.
+
+    Attributes:
+        session: Number of its latest connection.
+        online: Whether that connection stands.
+        profile: Its hardware profile, as JSON.
+        probe: What it measured of itself, as JSON.
+        samples: Its training samples.
+        plan: The plan's JSON, or None where none fits.
+        widths: Kept channels per group; empty without a plan.
+        excluded: Why it takes no part; empty if it does.
+        failures: Offers in a row that it refused, or that brought an update that didn't count.
+        correction: What its rounds taught about its predicted times (`fedprune.planning.cost_prediction.Correction`).
+        density: Share of the model that it was given; where the planner chose widths group by group, the share of all
+            channels that they keep.
+        past: Its last counted update (`fedprune.coordination.commands.Past`), where the strategy keeps that.
+        last: The round of the offer behind its last counted update; 0 before the first.
+        asked: The round that it was last offered or, before the first, the one during which it came.
+        cut: Rounds in a row, of those that it was offered, that closed before it was done.
+        allocation: What the strategy's allocator remembers of it.
+        buffer: Asynchronous jobs: its last counted update (`fedprune.coordination.commands.Contribution`) where the
+            schedule keeps that, and what it counted for.
+        codecs: Names of the codecs that it knows.
+        held: What it goes on from where updates or weights are encoded (`fedprune.coordination.commands.Held`).
+        releases: Under differential privacy, in how many releases its samples are, by noise multiplier
+            (`fedprune.coordination.privacy_budget`).
+    """
+
+    session: int
+    online: bool
+    profile: dict[str, Any]
+    probe: dict[str, Any] | None
+    samples: int
+    plan: dict[str, Any] | None = None
+    widths: tuple[int, ...] = ()
+    excluded: str = ""
+    failures: int = 0
+    correction: dict[str, float] = field(default_factory=dict)
+    density: float = 1.0
+    past: dict[str, Any] | None = None
+    last: int = 0
+    asked: int = 0
+    cut: int = 0
+    allocation: dict[str, Any] = field(default_factory=dict)
+    buffer: dict[str, Any] | None = None
+    codecs: list[str] = field(default_factory=list)
+    held: dict[str, Any] | None = None
+    releases: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Device:
+        """Made again of its attributes, as JSON has them; a wrong one is a `TypeError` or `KeyError`."""
+        return cls(**{**body, "widths": tuple(body["widths"])})
+
+    @property
+    def kind(self) -> bool:
+        """Whether it could take part in a round now."""
+        return self.online and not self.excluded
+
+    @property
+    def block(self) -> int:
+        """Channels that it computes at once in training graphs made for it; 0 for none, or where it didn't say."""
+        return int((self.probe or {}).get("block", 0))
+
+    @property
+    def accumulate(self) -> int:
+        """Parts in which its plan has it work through a batch; 1 without a plan."""
+        return int((self.plan or {}).get("accumulate", 1))
+
+    @property
+    def forms(self) -> dict[str, Any] | None:
+        """What forms of layers took there, as `fedprune.costs.form_times` has it; None where it didn't say."""
+        found: dict[str, Any] | None = (self.probe or {}).get("forms")
+        return found
+
+    def references(self) -> set[str]:
+        """Digests of the blobs that are kept for it."""
+        found = _named(self.held) | _named(self.past) | _contributed((self.buffer or {}).get("contribution"))
+        return {d for d in found if d}
+
+
+@dataclass
+class Task(Entry):
+    """One device's part: in the current round or, in an asynchronous job, in the round that it was offered in.
+
+    Attributes:
+        attempt: Counts how often the round was offered.
+        widths: Widths of its submodel.
+        density: The share of the model that it was given.
+        accumulate: Parts in which its plan has it work through a batch.
+        progress: How far it is.
+        offer: What it was offered, as JSON.
+        update: Reference of the update that it announced, as JSON.
+        weights: Digest of that update, once it is stored.
+        samples: Its training samples when the round began.
+        weight: What its update counts for in the sums.
+        steps: Optimiser steps behind the update.
+        metrics: What the device measured.
+        reason: Why it was refused.
+        past: The device's last counted update when the part began.
+        last: The round of the offer behind that; 0 for none.
+        basis: Asynchronous jobs: what it was cut from (`fedprune.coordination.commands.Basis`); else the state says it.
+        offered_at: When it was offered first, on the shell's clock; None before, and where a restart lies between.
+        trained_s: How long it took from then until it announced its update; None before, and as `offered_at`.
+        begun: When it first told how much of its training was done, and the share; None before.
+        heard: The same for the last time.
+        seconds: How long it took from the offer until its update was here.
+        arrived_at: Asynchronous jobs: when its update was here.
+        deadline: When it is late, where devices have deadlines of their own; in asynchronous jobs, if it was refused,
+            when it may be tried again.
+        told: Asynchronous jobs: whether a finished round's summary has it already.
+    """
+
+    attempt: int
+    widths: tuple[int, ...]
+    density: float = 1.0
+    progress: Progress = Progress.EXTRACTING
+    offer: dict[str, Any] | None = None
+    update: dict[str, Any] | None = None
+    weights: str = ""
+    samples: int = 0
+    weight: int = 1
+    steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    past: dict[str, Any] | None = None
+    last: int = 0
+    basis: dict[str, Any] | None = None
+    offered_at: float | None = None
+    trained_s: float | None = None
+    begun: list[float] | None = None
+    heard: list[float] | None = None
+    seconds: float | None = None
+    arrived_at: float | None = None
+    deadline: float | None = None
+    told: bool = False
+    accumulate: int = 1
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Task:
+        """Made again of its attributes, as JSON has them; a wrong one is a `TypeError`, `KeyError` or `ValueError`."""
+        return cls(**{**body, "widths": tuple(body["widths"]), "progress": Progress(body["progress"])})
+
+    @property
+    def kind(self) -> Progress:
+        """How far it is."""
+        return self.progress
+
+    def references(self) -> set[str]:
+        """Digests of the blobs that it needs."""
+        found = {self.weights, (self.offer or {}).get("ranking")}
+        found |= _named(self.past) | _cut_from(self.basis) | named_in(self.offer or {})
+        return {d for d in found if d}
+
+    def reject(self, reason: str) -> None:
+        """Note that its update doesn't count, though it was in the sums: it stood out, or couldn't be used.
+
+        That is no failure of the device, which is asked again as if nothing had happened: its data may be what is odd,
+        or the model has become another one meanwhile.
+        """
+        self.progress, self.reason = Progress.REFUSED, reason
+
+    def summary(self) -> dict[str, Any]:
+        """What a finished round keeps of it, as JSON."""
+        return {
+            "progress": self.progress.value,
+            "attempt": self.attempt,
+            "widths": list(self.widths),
+            "density": self.density,
+            "samples": self.samples,
+            "metrics": dict(self.metrics),
+            "reason": self.reason,
+        }
+
+
+@dataclass
+class State:
+    """A job's state between two events.
+
+    Attributes:
+        model: Digest of the global model.
+        round: The current round, from 1; 0 before the first.
+        phase: Where that round stands.
+        devices: Known devices by name.
+        tasks: The current round's parts, by device.
+        ranking: Digest of the current round's ranking of channels.
+        order: Digest of its importance of elements; None where no masks are made of elements.
+        memory: Digests of what the strategy's roles remember, by name.
+        allocation: What the strategy's allocator remembers of the fleet.
+        deadline: When the current round stops waiting, on the shell's clock.
+        wanted: Updates with which the current round closes; 0 for all.
+        opened: Asynchronous jobs: when the current round began to collect.
+        closing: Asynchronous jobs: what enters the sums that are being closed: which updates for the first time, what
+            each counts for, and how far the sums move the model.
+        wakes: Times at which the shell was asked to say that time has passed, and has not yet.
+        history: One summary per finished round.
+        architecture: Digest of the architecture that rankings and widths belong to, where the shell keeps that.
+        private: Whether boards add noise to what they hand in, and have done so from the first round.
+        paused: Whether somebody wants nothing new to begin.
+        spent_under: Settings of privacy with which one more release would have overdrawn the budget; None before.
+    """
+
+    model: str
+    round: int = 0
+    phase: Phase = Phase.WAITING
+    devices: Roll[Device] = field(default_factory=Roll)
+    tasks: Roll[Task] = field(default_factory=Roll)
+    ranking: str | None = None
+    order: str | None = None
+    memory: dict[str, str] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
+    deadline: float | None = None
+    wanted: int = 0
+    opened: float | None = None
+    closing: dict[str, Any] | None = None
+    wakes: list[float] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    architecture: str = ""
+    private: bool = False
+    paused: bool = False
+    spent_under: dict[str, Any] | None = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("devices", "tasks"):
+            # Whoever replaces all entries has changed those that were there before, too.
+            before: Roll[Any] = self.__dict__.get(name, Roll())
+            value = value if isinstance(value, Roll) else Roll(cast(dict[str, Any], value))
+            if value is not before:
+                value.follow(before)
+        object.__setattr__(self, name, value)
+
+    def settle(self) -> None:
+        """What has changed of devices and parts is taken care of."""
+        self.devices.settle()
+        self.tasks.settle()
+
+    def slim(self, parts: int) -> None:
+        """Let go of finished rounds' devices, all but the latest so many; what came of the rounds stays."""
+        for summary in reversed(self.history):
+            parts -= len(summary["devices"])
+            if parts < 0 and summary["devices"]:
+                summary["devices"] = {}
+
+    def references(self) -> set[str]:
+        """Digests of the blobs that this state needs."""
+        found = self.own_references()
+        for entry in chain[Entry](self.devices.values(), self.tasks.values()):
+            found |= entry.references()
+        return found
+
+    def own_references(self) -> set[str]:
+        """Digests of the blobs that it needs whatever its devices and their parts need."""
+        return {d for d in (self.model, self.ranking, self.order, *self.memory.values()) if d}
+
+    def round_of(self, task: Task) -> int:
+        """The round that a part was offered in."""
+        return self.round if task.basis is None else int(task.basis["round"])
+
+    def awaits(self, task: Task) -> bool:
+        """Whether a part may still bring something: in this phase of a round or, in an asynchronous job, in any."""
+        return self.phase is Phase.TRAINING or (task.basis is not None and self.phase is not Phase.FINISHED)
+
+    def score_anew(self) -> None:
+        """Drop the ranking; a round that has begun with it starts anew, under the next attempt number.
+
+        What devices have trained of it no longer counts: it is of channels that the old ranking chose.
+        """
+        self.ranking = self.order = self.closing = None
+        for device in self.devices.values():
+            device.past = device.buffer = device.held = None
+        if any(t.basis is not None for t in self.tasks.values()):
+            for task in self.tasks.values():
+                task.progress, task.reason, task.past, task.deadline = Progress.REFUSED, "ranked anew", None, None
+            if self.phase in (Phase.TRAINING, Phase.CLOSING):
+                self.phase, self.deadline = Phase.SCORING, None
+        elif self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
+            self.phase, self.deadline = Phase.SCORING, None
+            self.tasks = Roll(
+                (
+                    n,
+                    Task(
+                        t.attempt + 1,
+                        t.widths,
+                        t.density,
+                        samples=t.samples,
+                        weight=t.weight,
+                        last=t.last,
+                        accumulate=t.accumulate,
+                    ),
+                )
+                for n, t in self.tasks.items()
+            )
+
+    def keep_to(self, *, asynchronous: bool) -> None:
+        """Drop parts that were made under another kind of schedule; a round that has begun with them starts anew.
+
+        Args:
+            asynchronous: Whether the job is asynchronous now.
+        """
+        if all((t.basis is not None) == asynchronous for t in self.tasks.values()):
+            return
+        self.tasks, self.closing, self.deadline, self.wakes = Roll(), None, None, []
+        if self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
+            self.phase, self.round = Phase.WAITING, self.round - 1
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        # `vars` instead of `asdict`: a large fleet's state is written at every event, and copying it first costs most.
+        # What came later is left out while it says nothing, so that versions which don't know it read the rest.
+        body = {k: v for k, v in vars(self).items() if v or k not in ("paused", "spent_under")}
+        return json.dumps({"format": FORMAT, **body}, sort_keys=True, separators=(",", ":"), default=vars)
+
+    @classmethod
+    def from_json(
+        cls, text: str, devices: Mapping[str, Any] | None = None, tasks: Mapping[str, Any] | None = None
+    ) -> State:
+        """Read what `to_json` wrote.
+
+        Args:
+            text: That.
+            devices: Devices beside those in it, by name, as JSON values.
+            tasks: Parts beside those in it.
+
+        Raises:
+            StorageError: The text is damaged or of another version.
+        """
+        try:
+            body = json.loads(text)
+            if body.pop("format") != FORMAT:
+                raise StorageError("state of a job is of another version", expected=FORMAT)
+            body["phase"] = Phase(body["phase"])
+            body["devices"] = Roll((k, Device.from_dict(v)) for k, v in (body["devices"] | dict(devices or {})).items())
+            body["tasks"] = Roll((k, Task.from_dict(v)) for k, v in (body["tasks"] | dict(tasks or {})).items())
+            return cls(**body)
+        except StorageError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise StorageError(
+                f"state of a job is damaged ({type(error).__name__}: {error})",
+                hint="Restore the server's backup.",
+            ) from error
+
+
+def _named(past: dict[str, Any] | None) -> set[str]:
+    """Digests that a past update refers to."""
+    return {past[k] for k in ("weights", "ranking", "mask", "sent") if past.get(k)} if past else set()
+
+
+def named_in(offer: Mapping[str, Any]) -> set[str]:
+    """Digests of the blobs that an offer names, alone, in a list, or by precision and the like."""
+    found = [v for v in offer.values() if isinstance(v, dict)]
+    found += [v for named in found for v in named.values() if isinstance(v, dict)]
+    found += [v for listed in offer.values() if isinstance(listed, list) for v in listed if isinstance(v, dict)]
+    return {v["sha256"] for v in found if isinstance(v.get("sha256"), str)}
+
+
+def _cut_from(basis: dict[str, Any] | None) -> set[str]:
+    """Digests of what a part was cut from."""
+    return {basis["model"], basis["ranking"], basis["order"], *basis["memory"].values()} if basis else set()
+
+
+def _contributed(update: dict[str, Any] | None) -> set[str]:
+    """Digests that a kept update refers to."""
+    if update is None:
+        return set()
+    return (
+        {update["sent"], update["mask"], update["weights"], update.get("ranking")}
+        | _cut_from(update["basis"])
+        | _named(update["part"]["past"])
+    )

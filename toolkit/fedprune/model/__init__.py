@@ -1,0 +1,1 @@
+"""The whole model and a submodel of it: channel groups, selections, widths."""

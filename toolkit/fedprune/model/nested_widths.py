@@ -1,0 +1,183 @@
+"""Ordered dropout inside a device (FjORD, Horvath et al., arXiv:2102.13451): narrower steps of the same model.
+
+Tensors of a submodel lie in rank order, so that a narrower submodel is a prefix of every run of channels. A step at
+narrower widths trains that prefix; the rest of weights and optimiser state stays as it is for that step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import FIXED, Architecture, Axis, Segment
+from fedprune.model.selection import Indices, mesh
+
+Array = npt.NDArray[Any]
+
+_FORMAT = "fedprune.axes/1"
+_MAX_SIZE = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class TensorAxes:
+    """How channels lie on the axes of a model's tensors.
+
+    Attributes:
+        sizes: Channels of every group in the whole model.
+        axes: Per tensor its axes.
+    """
+
+    sizes: tuple[int, ...]
+    axes: Mapping[str, tuple[Axis, ...]]
+
+    @classmethod
+    def from_json(cls, text: str) -> TensorAxes:
+        """Read what `axes_json` wrote.
+
+        Raises:
+            BundleError: It is something else.
+        """
+        try:
+            body = json.loads(text)
+            if body["format"] != _FORMAT:
+                raise BundleError("axes of a training graph", expected=_FORMAT, got=repr(body["format"])[:80])
+            sizes = tuple(_whole(n, 1) for n in body["sizes"])
+            axes = {
+                str(name): tuple(
+                    Axis(tuple(Segment(_whole(g, FIXED), _whole(s), _whole(c), _whole(i, 1)) for g, s, c, i in rows))
+                    for rows in of_tensor
+                )
+                for name, of_tensor in body["axes"].items()
+            }
+            if any(s.group >= len(sizes) for of in axes.values() for a in of for s in a.segments):
+                raise BundleError("axes of a training graph name a group that isn't there")
+        except BundleError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BundleError(f"axes of a training graph can't be read ({type(error).__name__}: {error})") from error
+        return cls(sizes, axes)
+
+    @cached_property
+    def prefixed(self) -> frozenset[int]:
+        """Groups of which fewer channels are a prefix of every run of theirs, so that they can be narrowed.
+
+        Where a part of a group's channels lies by itself (shuffled or split channels), only the ranks would tell how
+        many of them are left, and where on that axis anything else begins.
+        """
+        out = set(range(len(self.sizes)))
+        for axis in (a for of_tensor in self.axes.values() for a in of_tensor):
+            if any(s.group != FIXED and (s.start, s.count) != (0, self.sizes[s.group]) for s in axis.segments):
+                out.difference_update(axis.groups)
+        return frozenset(out)
+
+    def plans(self, widths: Sequence[int], densities: Sequence[float]) -> list[tuple[int, ...]]:
+        """The widths at which a device's steps train: its own first, then those of the densities, none wider.
+
+        A density is a share of the whole model; groups that can't be narrowed stay at the device's width.
+
+        Args:
+            widths: The device's own widths.
+            densities: From the recipe.
+
+        Raises:
+            BundleError: The widths don't fit.
+        """
+        self._fit(widths)
+        plans = [tuple(widths)]
+        for density in densities:
+            # A hair above a whole number (0.7 × 10) is not a channel.
+            wanted = [max(1, -int(-(density * n - 1e-9) // 1)) for n in self.sizes]
+            plan = tuple(
+                min(new, own) if group in self.prefixed else own
+                for group, (new, own) in enumerate(zip(wanted, widths, strict=True))
+            )
+            if plan not in plans:
+                plans.append(plan)
+        return plans
+
+    def shapes(self, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors at some widths.
+
+        Raises:
+            BundleError: The widths don't fit.
+        """
+        self._fit(widths)
+        return {n: tuple(a.size(widths, self.sizes) for a in axes) for n, axes in self.axes.items()}
+
+    def _fit(self, widths: Sequence[int]) -> None:
+        if len(widths) != len(self.sizes) or any(not 1 <= w <= n for w, n in zip(widths, self.sizes, strict=True)):
+            raise BundleError("widths don't fit the training graph", expected=f"up to {self.sizes}", got=tuple(widths))
+
+    def check(self, tensors: Mapping[str, Array], widths: Sequence[int]) -> None:
+        """Make sure that tensors have these widths.
+
+        Raises:
+            BundleError: One is unknown or has another shape.
+        """
+        for name, value in tensors.items():
+            shape = tuple(a.size(widths, self.sizes) for a in self.axes[name]) if name in self.axes else None
+            if shape != value.shape:
+                raise BundleError(
+                    f"shape of {name} at these widths", expected=shape or "no such tensor", got=value.shape
+                )
+
+    def narrowed(self, arrays: Mapping[str, Array], widths: Sequence[int], narrower: Sequence[int]) -> dict[str, Array]:
+        """The arrays of a submodel: prefixes, which may be views.
+
+        Args:
+            arrays: Tensors, and arrays of their shape that belong to them (`name::momentum`), at `widths`. What
+                belongs to no tensor, and numbers, are passed on.
+            widths: Channels per group that they have.
+            narrower: Channels per group that are left.
+        """
+        out = dict(arrays)
+        for name, value in arrays.items():
+            axes = self.axes.get(name.partition("::")[0])
+            if axes is not None and len(axes) == value.ndim:
+                out[name] = np.asarray(value[self._prefix(axes, widths, narrower)], order="C")
+        return out
+
+    def write_back(
+        self, onto: Mapping[str, Array], moved: Mapping[str, Array], widths: Sequence[int], narrower: Sequence[int]
+    ) -> None:
+        """Write a submodel's arrays to their places in `onto`; the rest of it stays as it is."""
+        for name, value in moved.items():
+            onto[name][self._prefix(self.axes[name.partition("::")[0]], widths, narrower)] = value
+
+    def _prefix(self, axes: Sequence[Axis], widths: Sequence[int], narrower: Sequence[int]) -> tuple[Any, ...]:
+        return mesh([self._kept(axis, widths, narrower) for axis in axes])
+
+    def _kept(self, axis: Axis, widths: Sequence[int], narrower: Sequence[int]) -> Indices:
+        """Indices of an axis at `widths` that are left at narrower ones."""
+        if all(widths[g] == narrower[g] for g in axis.groups):
+            return np.arange(axis.size(widths, self.sizes), dtype=np.int64)
+        parts, at = [], 0
+        for s in axis.segments:
+            length, kept = s.length, s.length
+            if s.group != FIXED:
+                length, kept = s.inner * widths[s.group], s.inner * narrower[s.group]
+            parts.append(np.arange(at, at + kept, dtype=np.int64))
+            at += length
+        return np.concatenate(parts)
+
+
+def axes_json(architecture: Architecture) -> str:
+    """How channels lie on the axes of an architecture's tensors, as text for a training graph's metadata."""
+    axes = {
+        t.name: [[[s.group, s.start, s.count, s.inner] for s in a.segments] for a in t.axes]
+        for t in architecture.tensors
+    }
+    return json.dumps({"format": _FORMAT, "sizes": architecture.sizes, "axes": axes}, separators=(",", ":"))
+
+
+def _whole(value: object, low: int = 0) -> int:
+    if type(value) is not int or not low <= value <= _MAX_SIZE:
+        raise ValueError(f"{str(value)[:40]!r} is not a whole number from {low} to {_MAX_SIZE}")
+    return value

@@ -1,0 +1,262 @@
+"""Submodels as maps: which channels of every group a device holds, in which order.
+
+A `Selection` ranks each group's channels and keeps the first `width` of them. Tensors of a submodel are laid out in
+rank order, so a narrower submodel of the same ranks is a prefix of a wider one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import FIXED, Architecture, Axis
+
+Tensors = dict[str, npt.NDArray[np.float32]]
+"""Named tensors of a model or submodel."""
+
+Indices = npt.NDArray[np.int64]
+
+
+class _Piece(NamedTuple):
+    """How a tensor is gathered: what to slice (axes that hold a run), which axes to take indices of."""
+
+    name: str
+    whole: tuple[int, ...]
+    shape: tuple[int, ...]
+    cut: tuple[Any, ...]
+    rows: tuple[tuple[int, Indices], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A rank of each group's channels, best first, and how many of them are kept.
+
+    Attributes:
+        architecture: The model that it cuts.
+        ranks: Per group a permutation of its channels.
+        widths: Per group the number of kept channels.
+    """
+
+    architecture: Architecture
+    ranks: tuple[Indices, ...]
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, architecture: Architecture, widths: Sequence[int], ranks: Sequence[npt.ArrayLike] | None = None
+    ) -> Selection:
+        """A checked selection; without ranks, channels keep their own order.
+
+        Raises:
+            BundleError: Widths or ranks don't fit the architecture.
+        """
+        checked = architecture.check_widths(widths)
+        if ranks is None:
+            ranks = [np.arange(n) for n in architecture.sizes]
+        if len(ranks) != len(architecture.groups):
+            raise BundleError("ranks don't fit the architecture", expected=len(architecture.groups), got=len(ranks))
+        orders = []
+        for group, rank in zip(architecture.groups, ranks, strict=True):
+            order = np.array(rank, dtype=np.int64)
+            if order.shape != (group.size,) or not np.array_equal(np.sort(order), np.arange(group.size)):
+                raise BundleError(f"rank of group {group.name}", expected=f"a permutation of {group.size} channels")
+            order.setflags(write=False)
+            orders.append(order)
+        return cls(architecture, tuple(orders), checked)
+
+    @classmethod
+    def full(cls, architecture: Architecture) -> Selection:
+        """The whole model in its own order."""
+        return cls.of(architecture, architecture.sizes)
+
+    def narrowed(self, widths: Sequence[int]) -> Selection:
+        """The same ranks at other widths."""
+        return Selection(self.architecture, self.ranks, self.architecture.check_widths(widths))
+
+    @property
+    def whole(self) -> bool:
+        """Whether every channel is kept (in whatever order)."""
+        return self.widths == self.architecture.sizes
+
+    def indices(self, axis: Axis) -> Indices:
+        """Full-width indices of an axis that the submodel holds, in its order."""
+        offset, parts = 0, []
+        for s in axis.segments:
+            if s.group == FIXED:
+                parts.append(np.arange(offset, offset + s.length, dtype=np.int64))
+            else:
+                kept = self.ranks[s.group][: self.widths[s.group]]
+                kept = kept[(kept >= s.start) & (kept < s.start + s.count)] - s.start
+                inner = np.arange(s.inner, dtype=np.int64)
+                parts.append((offset + kept[:, None] * s.inner + inner[None, :]).reshape(-1))
+            offset += s.length
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    @cached_property
+    def _maps(self) -> dict[str, tuple[Indices, ...]]:
+        return {t.name: tuple(self.indices(a) for a in t.axes) for t in self.architecture.tensors}
+
+    def maps(self, name: str) -> tuple[Indices, ...]:
+        """Per axis of tensor `name`, the full-width indices that the submodel holds, in its order."""
+        return self._maps[name]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the submodel's tensors."""
+        return dict(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.architecture.shapes(self.widths)
+
+    def gather(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+        """The submodel's tensors out of the full model's.
+
+        Raises:
+            BundleError: A tensor is missing or has another shape than the architecture says.
+        """
+        pieces = self._pieces
+        wholes = [_expect(tensors, piece.name, piece.whole) for piece in pieces]
+        out: Tensors = {}
+        for full, piece in zip(wholes, pieces, strict=True):
+            part = out[piece.name] = np.empty(piece.shape, np.float32)
+            _take(full[piece.cut], piece.rows, part)
+        return out
+
+    @cached_property
+    def _pieces(self) -> tuple[_Piece, ...]:
+        """How every tensor is gathered, in the architecture's order."""
+        out, shapes = [], self.shapes()
+        for spec in self.architecture.tensors:
+            maps = self.maps(spec.name)
+            runs = [_run(m) for m in maps]
+            cut = (*(slice(None) if r is None else r for r in runs), ...)
+            rows = tuple((axis, maps[axis]) for axis, r in enumerate(runs) if r is None)
+            out.append(_Piece(spec.name, spec.shape, shapes[spec.name], cut, rows))
+        return tuple(out)
+
+    def scatter(
+        self, submodel: Mapping[str, npt.NDArray[np.float32]], onto: Mapping[str, npt.NDArray[np.float32]]
+    ) -> Tensors:
+        """Reconstruct: the submodel's tensors at their places in a copy of `onto`.
+
+        Raises:
+            BundleError: A tensor is missing or has another shape than this selection says.
+        """
+        shapes = self.shapes()
+        out: Tensors = {}
+        for spec in self.architecture.tensors:
+            part = _expect(submodel, spec.name, shapes[spec.name])
+            full = _expect(onto, spec.name, spec.shape).copy()
+            full[mesh(self.maps(spec.name))] = part
+            out[spec.name] = full
+        return out
+
+    def covered(self, name: str) -> npt.NDArray[np.bool_]:
+        """Which coordinates of the full tensor the submodel holds."""
+        spec = self.architecture.by_name[name]
+        mask = np.zeros(spec.shape, np.bool_)
+        mask[mesh(self.maps(name))] = True
+        return mask
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON, as hex."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical JSON, with the architecture's digest instead of the architecture."""
+        body = {
+            "format": "fedprune.selection/1",
+            "architecture": self.architecture.digest,
+            "widths": list(self.widths),
+            "ranks": [r.tolist() for r in self.ranks],
+        }
+        return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+    @staticmethod
+    def owner(text: str | bytes) -> str:
+        """Digest of the architecture that a selection's JSON belongs to; empty where it isn't one.
+
+        Args:
+            text: What `to_json` wrote, for whichever architecture.
+        """
+        try:
+            return str(json.loads(text)["architecture"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return ""
+
+    @classmethod
+    def from_json(cls, text: str | bytes, architecture: Architecture) -> Selection:
+        """Read and check a selection of `architecture`.
+
+        Raises:
+            BundleError: It is not what `to_json` writes, or belongs to another architecture.
+        """
+        try:
+            body = json.loads(text)
+            if body["format"] != "fedprune.selection/1":
+                raise BundleError("selection format", expected="fedprune.selection/1", got=repr(body["format"]))
+            if body["architecture"] != architecture.digest:
+                raise BundleError(
+                    "selection belongs to another architecture",
+                    expected=architecture.digest[:12],
+                    got=str(body["architecture"])[:12],
+                )
+            widths, orders = list(body["widths"]), [list(r) for r in body["ranks"]]
+            if any(type(n) is not int for row in (widths, *orders) for n in row):
+                raise BundleError("selection: widths and ranks", expected="whole numbers")
+            return cls.of(architecture, widths, orders)
+        except BundleError:
+            raise
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise BundleError(f"this is not a selection ({type(error).__name__}: {error})") from error
+
+
+def mesh(maps: Sequence[Indices]) -> tuple[Any, ...]:
+    """An index for the outer product of index rows, one per axis.
+
+    It is slices where rows are runs, from the last axis on: an index array per kernel position would cost twenty
+    times as much.
+    """
+    runs = [_run(m) for m in maps]
+    last = max((i for i, r in enumerate(runs) if r is None), default=-1)
+    arrays = np.ix_(*maps[: last + 1]) if last >= 0 else ()
+    return (*arrays, *(r for r in runs[last + 1 :] if r is not None), ...)
+
+
+def _run(row: Indices) -> slice | None:
+    """The slice that a row of indices is, if it is one."""
+    if not row.size:
+        return slice(0, 0)
+    start, stop = int(row[0]), int(row[-1]) + 1
+    return slice(start, stop) if stop - start == row.size and bool((np.diff(row) == 1).all()) else None
+
+
+def _take(part: npt.NDArray[np.float32], rows: Sequence[tuple[int, Indices]], out: npt.NDArray[np.float32]) -> None:
+    """Write the outer product of index rows into `out`, taking one axis after the other."""
+    if not rows:
+        np.copyto(out, part)
+        return
+    for axis, row in rows[:-1]:
+        part = part.take(row, axis=axis)
+    axis, row = rows[-1]
+    np.take(part, row, axis=axis, out=out, mode="clip")  # nothing is clipped, but this mode writes without a buffer
+
+
+def _expect(
+    tensors: Mapping[str, npt.NDArray[np.float32]], name: str, shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    value = tensors.get(name)
+    if value is None:
+        raise BundleError(f"tensor {name} is missing")
+    if value.shape != shape:
+        raise BundleError(f"shape of {name}", expected=shape, got=value.shape)
+    return value

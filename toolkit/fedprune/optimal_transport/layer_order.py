@@ -1,0 +1,143 @@
+"""The order in which a model's layers are led, and which other tensors come after a sum of streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from fedprune.model.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
+
+_SUMS = ("Add", "Sub", "Sum")
+_NORMS = tuple(f"{kind}Normalization" for kind in ("Batch", "Layer", "Group", "Instance", "RMS"))
+_OWN_BIAS = ("Conv", "ConvTranspose", "Gemm")
+"""Operators that add their bias themselves; a MatMul's bias is an addition of its own."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A layer's weight.
+
+    Attributes:
+        name: The tensor.
+        axes: Its axes.
+        outputs: Positions of the axes along which channels are made.
+        inputs: Positions of the other axes with channels.
+        made: The groups that it writes to, with a plan of its own.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+    made: tuple[int, ...]
+
+    @cached_property
+    def outputs_groups(self) -> tuple[int, ...]:
+        """The groups on its output axes."""
+        return tuple(sorted({g for i in self.outputs for g in self.axes[i].groups}))
+
+
+def steps(architecture: Architecture) -> list[Step]:
+    """The layers' weights in the order of the graph."""
+    out: list[Step] = []
+    seen: set[str] = set()
+    for layer in architecture.layers:
+        if not layer.weight or layer.weight in seen:
+            continue
+        seen.add(layer.weight)
+        axes = architecture.by_name[layer.weight].axes
+        outputs = architecture.output_axes(layer.weight)
+        inputs = tuple(i for i, a in enumerate(axes) if i not in outputs and a.groups)
+        made = axes[outputs[0]].groups if len(outputs) == 1 else ()
+        out.append(Step(layer.weight, axes, outputs, inputs, () if _passes(layer, inputs) else made))
+    return out
+
+
+def _passes(layer: Layer, inputs: Sequence[int]) -> bool:
+    """Whether a layer works on each channel by itself (depthwise), so that its channels go on as they came."""
+    return layer.groups > 1 and not inputs and bool(_groups(layer.reads.axes) & _groups(layer.makes.axes))
+
+
+def after_sums(architecture: Architecture, order: Sequence[Step]) -> dict[str, tuple[str, ...]]:
+    """Tensors whose channels come as a sum, not straight from the layer that wrote to their group last.
+
+    Those are norms after an addition of streams (pre-activation residual networks, transformers), and biases and norms
+    of a depthwise layer that reads such a sum. The table of layers has rows of additions and norms, but doesn't say
+    whose they are: tensors and rows between two layers' weights are in the same order, that of the graph. Additions are
+    those of biases first. Where there are more or fewer norms among the rows than among the tensors, none is taken to
+    follow a sum.
+
+    Args:
+        architecture: The model.
+        order: Its `steps`.
+
+    Returns:
+        The tensors' names, by the layer's weight that they come after.
+    """
+    rows, followers = _between(architecture, {s.name for s in order})
+    summed: set[int] = set()
+    out: dict[str, tuple[str, ...]] = {}
+    for step in order:
+        summed = (summed - set(step.made)) | (set() if step.made else set(step.outputs_groups))
+        first, *rest = rows[step.name]
+        specs = followers[step.name]
+        found = [s for s in specs if s.kind is TensorKind.BIAS and set(s.axes[-1].groups) & summed]
+        norms = _norms(specs, sum(r.op in _NORMS for r in rest))
+        own = first.op in _OWN_BIAS and bool(specs) and specs[0].kind is TensorKind.BIAS
+        biases = [s for s in specs[own:] if s.kind is TensorKind.BIAS]
+        for row in rest:
+            before = [b for b in biases if not norms or specs.index(b) < specs.index(norms[0][0])]
+            if row.op in _SUMS and before:
+                biases.remove(before[0])
+            elif row.op in _SUMS:
+                summed |= _groups(row.makes.axes)
+            elif row.op in _NORMS and norms:
+                found += [s for s in norms.pop(0) if _groups(s.axes) & summed]
+        out[step.name] = tuple(s.name for s in found)
+    return out
+
+
+def _between(
+    architecture: Architecture, weights: set[str]
+) -> tuple[dict[str, list[Layer]], dict[str, list[TensorSpec]]]:
+    """What comes after each layer's weight and before the next: rows, the layer's own first, and tensors."""
+    rows: dict[str, list[Layer]] = {}
+    last = ""
+    for layer in architecture.layers:
+        last = layer.weight if layer.weight and layer.weight not in rows else last
+        if last:
+            rows.setdefault(last, []).append(layer)
+    specs: dict[str, list[TensorSpec]] = {w: [] for w in weights}
+    last = ""
+    for spec in architecture.tensors:
+        if spec.name in weights:
+            last = spec.name
+        elif last:
+            specs[last].append(spec)
+    return rows, specs
+
+
+def _norms(specs: Sequence[TensorSpec], rows: int) -> list[list[TensorSpec]]:
+    """The tensors of each norm; none where their number isn't that of the rows.
+
+    A scale alone may be a norm without bias or a learnt factor (LayerScale): what the number of rows says.
+    """
+    families: list[list[TensorSpec]] = []
+    for spec in specs:
+        if spec.kind in (TensorKind.WEIGHT, TensorKind.BIAS):
+            continue
+        last = families[-1][-1] if families else None
+        if last is None or spec.kind is TensorKind.NORM_SCALE or _module(last) != _module(spec):
+            families.append([])
+        families[-1].append(spec)
+    sure = [f for f in families if any(s.kind is not TensorKind.NORM_SCALE for s in f)]
+    return families if len(families) == rows else sure if len(sure) == rows else []
+
+
+def _module(spec: TensorSpec) -> str:
+    return spec.name.rpartition(".")[0]
+
+
+def _groups(axes: Iterable[Axis]) -> set[int]:
+    return {g for a in axes for g in a.groups}

@@ -1,0 +1,1 @@
+"""How wide a board's model is: candidates, predictions, the plan."""

@@ -1,0 +1,303 @@
+"""What a round of a submodel is expected to cost a board: memory, time, bytes, energy."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedprune.costs.costs import FLOAT, Costs, MemoryBreakdown, costs_at, memory_seconds
+from fedprune.costs.latency_model import LatencyTable, typical_table
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.model.architecture import Architecture
+from fedprune.model.nested_widths import TensorAxes
+from fedprune.training.recipe import Recipe
+from fedprune.training.trainable import trained_tensors
+
+BOUNDS = 0.2, 5.0
+"""How far a measured time may correct a predicted one: beyond that something else is wrong."""
+
+MEMORY_BOUNDS = 0.75, 2.0
+"""The least that a correction leaves of a prediction, and the most that a round's measurement counts for: as a share of
+the prediction or, for the latter, of the board's memory, if that is more."""
+
+OFF = 1.25
+"""How far a measured time may be from the predicted one before a device is planned for again."""
+
+MEMORY_OFF = 1.1
+"""The same of memory, of which too much ends the process."""
+
+TOO_LOW = 0.05
+"""How far predicted memory may be below the measured one (docs/planner.md)."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a round of a submodel is expected to cost a board.
+
+    Attributes:
+        parameters: Numbers in all tensors.
+        forward_macs: MACs of one sample's forward pass.
+        training_macs: MACs of one sample's training step.
+        wire_bytes: Size of its weights file: what travels, once each way.
+        memory_bytes: Peak memory of the training process, local data included.
+        memory: The same by what takes it.
+        inference_bytes: Peak memory of a process that predicts one sample at a time.
+        storage_bytes: What the board's disk must hold.
+        step_s: Mean time of a full training step over the widths at which the recipe trains.
+        steps: Steps of a round.
+        train_s: Time of all steps.
+        transfer_s: Time on the link, down and up.
+        latency_s: Time of the prediction of one sample.
+        step_j: Energy of a step beyond what the idle board takes, in joules; None where the profile doesn't say.
+        latency_j: The same for the prediction of one sample.
+    """
+
+    parameters: int
+    forward_macs: int
+    training_macs: int
+    wire_bytes: int
+    memory_bytes: int
+    memory: MemoryBreakdown
+    inference_bytes: int
+    storage_bytes: int
+    step_s: float
+    steps: int
+    train_s: float
+    transfer_s: float
+    latency_s: float
+    step_j: float | None = None
+    latency_j: float | None = None
+
+    @property
+    def round_s(self) -> float:
+        """Time of a round."""
+        return self.train_s + self.transfer_s
+
+    @property
+    def round_bytes(self) -> int:
+        """Bytes of a round, down plus up."""
+        return 2 * self.wire_bytes
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a board's own rounds taught about what was predicted for it.
+
+    Attributes:
+        step: Measured over predicted time of a training step.
+        latency: Measured over predicted time of a prediction.
+        memory: Measured less uncorrected peak memory of the latest round that kept to the board's memory, in bytes.
+        memory_at: Predicted graph, weights and activations of that round; 0 before the first.
+        overrun: The same difference of the round that took more than the board's memory with the least predicted.
+        overrun_at: Predicted graph, weights and activations of that round; 0 before the first.
+    """
+
+    step: float = 1.0
+    latency: float = 1.0
+    memory: float = 0.0
+    memory_at: float = 0.0
+    overrun: float = 0.0
+    overrun_at: float = 0.0
+
+    def after(
+        self, prediction: Prediction, used: Correction, measured: Mapping[str, float], room: float = math.inf
+    ) -> Correction:
+        """The correction after another round.
+
+        Args:
+            prediction: Prediction of that round.
+            used: The correction in that prediction.
+            measured: `step_seconds`, `latency_seconds` and `peak_memory_bytes`, as far as the board measured them.
+            room: Bytes that training may take.
+        """
+        low, high = BOUNDS
+        learnt = self
+        for name, predicted in (("step", prediction.step_s), ("latency", prediction.latency_s)):
+            seconds = measured.get(f"{name}_seconds", 0.0)
+            if seconds > 0 and predicted > 0:
+                factor = min(high, max(low, getattr(used, name) * seconds / predicted))
+                learnt = replace(learnt, **{name: factor})
+        peak = measured.get("peak_memory_bytes", 0.0)
+        return learnt._after_peak(prediction.memory, peak, room) if peak > 0 else learnt
+
+    def _after_peak(self, use: MemoryBreakdown, peak: float, room: float) -> Correction:
+        low, high = MEMORY_BOUNDS
+        bound = high * (max(use.uncorrected, room) if math.isfinite(room) else use.uncorrected)
+        more, at = min(bound, max(low * use.uncorrected, peak)) - use.uncorrected, float(use.of_width)
+        if peak <= room:
+            fitting = replace(self, memory=more, memory_at=at)
+            return fitting if at < self.overrun_at else replace(fitting, overrun=0.0, overrun_at=0.0)
+        if 0 < self.overrun_at < at:
+            return self
+        over = replace(self, overrun=more, overrun_at=at)
+        return over if 0 < self.memory_at < at else replace(over, memory=more, memory_at=at)
+
+    def of_memory(self) -> Correction:
+        """The same without the times."""
+        return replace(self, step=1.0, latency=1.0)
+
+    def memory_beyond(self, use: MemoryBreakdown) -> int:
+        """Bytes that a round is expected to take beyond an uncorrected prediction.
+
+        After rounds of one width they are a sum. A plan that took more than the board's memory and a smaller one that
+        did not give a straight line, by which every plan at least as large as the first takes too much.
+        """
+        more = self.memory
+        if 0 < self.memory_at < self.overrun_at:
+            slope = (self.overrun - self.memory) / (self.overrun_at - self.memory_at)
+            more += slope * (use.of_width - self.memory_at)
+        return math.ceil(max(more, (MEMORY_BOUNDS[0] - 1) * use.uncorrected))
+
+    def moved(self, earlier: Correction, prediction: Prediction) -> bool:
+        """Whether predictions change so much that a plan made with an earlier correction is out of date.
+
+        Args:
+            earlier: That correction.
+            prediction: The plan's prediction.
+        """
+        times = (self.step / earlier.step, self.latency / earlier.latency)
+        use = prediction.memory
+        memory = (use.uncorrected + self.memory_beyond(use)) / use.total
+        return not all(1 / OFF < t < OFF for t in times) or not 1 / MEMORY_OFF < memory < MEMORY_OFF
+
+
+NO_CORRECTION = Correction()
+"""Nothing was measured yet."""
+
+
+def predict(
+    architecture: Architecture,
+    widths: Sequence[int],
+    profile: HardwareProfile,
+    recipe: Recipe,
+    samples: int,
+    *,
+    probe: ProbeReport | None = None,
+    correction: Correction = NO_CORRECTION,
+    frozen: Collection[str] = (),
+) -> Prediction:
+    """What a round at these widths is expected to cost a board.
+
+    Args:
+        architecture: The model.
+        widths: Kept channels per group.
+        profile: What the board is.
+        recipe: The local training of a round.
+        samples: The board's training samples.
+        probe: What the board measured of itself; it beats the profile.
+        correction: What its rounds taught.
+        frozen: Tensors that the model's author froze.
+    """
+    costs: Costs = costs_at(architecture, widths)
+    steps = recipe.steps(samples)
+    table = latency_table(profile, probe)
+    # Each part of a batch runs the graph once: its calls and its passes over the weights are paid per part.
+    trained = np.array(_trained_widths(architecture, widths, recipe))
+    step_s = 0.0
+    for size, count in Counter(recipe.part_sizes(samples)).items():
+        once = np.maximum(
+            table.step_seconds(architecture, trained, size),
+            memory_seconds(architecture, trained, size, bandwidth(profile, probe)),
+        )
+        step_s += count * float(once.mean())
+    latency_s = float(table.latency_seconds(architecture, widths)[0])
+    step_s, latency_s = step_s * correction.step, latency_s * correction.latency
+    link, power = profile.link, profile.power
+    # Two transfers, each announced and acknowledged: a round trip before, one after.
+    transfer_s = costs.wire_bytes / link.down_bytes_s + costs.wire_bytes / link.up_bytes_s + 4 * link.latency_s
+    watts = None
+    if power is not None and power.load_w is not None and power.idle_w is not None:
+        watts = power.load_w - power.idle_w
+    memory = memory_use(architecture, widths, costs, recipe, samples, frozen, probe=probe, correction=correction)
+    return Prediction(
+        parameters=costs.parameters,
+        forward_macs=costs.forward_macs,
+        training_macs=costs.training_macs,
+        wire_bytes=costs.wire_bytes,
+        memory_bytes=memory.total,
+        inference_bytes=costs.inference_bytes(1, None if probe is None else probe.process_bytes),
+        storage_bytes=costs.storage_with(recipe.own_files),
+        step_s=step_s,
+        steps=steps,
+        train_s=steps * step_s,
+        transfer_s=transfer_s,
+        latency_s=latency_s,
+        step_j=None if watts is None else watts * step_s,
+        latency_j=None if watts is None else watts * latency_s,
+        memory=memory,
+    )
+
+
+def _trained_widths(architecture: Architecture, widths: Sequence[int], recipe: Recipe) -> list[tuple[int, ...]]:
+    """The widths at which steps train, each as often as the others: narrower ones, too, with ordered dropout."""
+    if not recipe.ordered_dropout:
+        return [tuple(widths)]
+    axes = TensorAxes(architecture.sizes, {t.name: t.axes for t in architecture.tensors})
+    return axes.plans(widths, recipe.ordered_dropout)
+
+
+def memory_use(
+    architecture: Architecture,
+    widths: Sequence[int],
+    costs: Costs,
+    recipe: Recipe,
+    samples: int,
+    frozen: Collection[str] = (),
+    *,
+    probe: ProbeReport | None = None,
+    correction: Correction = NO_CORRECTION,
+) -> MemoryBreakdown:
+    """Peak memory of a training process; arguments are those of `predict`, and the costs at these widths."""
+    trained = _trained(architecture, widths, recipe, costs.parameters, frozen)
+    batch, process = recipe.part_sizes(samples)[0], None if probe is None else probe.process_bytes
+    use = costs.training_memory(batch, recipe.features, samples, trained, recipe.own_copies, process)
+    # Where a label is a number for every output, it is held as it was read, and as float32.
+    labels = 0 if recipe.loss == "cross_entropy" else 2 * FLOAT * samples * architecture.classes
+    use = replace(use, samples=use.samples + labels)
+    return replace(use, learnt=correction.memory_beyond(use))
+
+
+def _trained(
+    architecture: Architecture, widths: Sequence[int], recipe: Recipe, parameters: int, frozen: Collection[str]
+) -> float:
+    """Share of the parameters that a recipe trains."""
+    features = recipe.features
+    if not (features.frozen or features.trainable or frozen):
+        return 1.0
+    moved = trained_tensors(architecture, features, frozen)
+    return sum(math.prod(architecture.shape(t.name, widths)) for t in moved) / max(1, parameters)
+
+
+def latency_table(profile: HardwareProfile, probe: ProbeReport | None) -> LatencyTable:
+    """What the board's kernels take: measured, else what is typical at its rate."""
+    if probe is not None and probe.latency is not None:
+        return probe.latency
+    return typical_table(train_rate(profile, probe))
+
+
+def bandwidth(profile: HardwareProfile, probe: ProbeReport | None) -> float:
+    """Bytes per second of main memory that bound a step; infinite where measured layers tell of it already."""
+    return math.inf if probe is not None and probe.latency is not None else profile.memory.bandwidth_bytes_s
+
+
+def train_rate(profile: HardwareProfile, probe: ProbeReport | None) -> float:
+    """FLOP/s of training: measured, else promised, corrected by cores and clock that the board really has."""
+    if probe is None:
+        return profile.train_rate
+    if probe.train_rate is not None:
+        return probe.train_rate
+    clock = probe.clock_hz if probe.clock_hz is not None else profile.cpu.clock_hz
+    return profile.train_rate * (probe.cores * clock) / (profile.cpu.cores * profile.cpu.clock_hz)
+
+
+def training_memory(profile: HardwareProfile, probe: ProbeReport | None) -> int:
+    """Bytes that training may take: of the memory that is really there, and no more than was free."""
+    if probe is None:
+        return profile.training_bytes
+    free = min(probe.memory_total - profile.memory.reserve_bytes, probe.memory_available)
+    return round(max(0, free) * profile.memory.training_share)

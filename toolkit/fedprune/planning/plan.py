@@ -1,0 +1,657 @@
+"""How wide a board's model can be: the widest that fits its memory, its time and its link."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeAlias
+
+from fedprune.core.errors import PlanError
+from fedprune.core.text import amount
+from fedprune.costs.costs import MemoryBreakdown, costs_at
+from fedprune.costs.latency_model import LatencyTable
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.model.architecture import Architecture, widths_at
+from fedprune.planning.cost_prediction import (
+    NO_CORRECTION,
+    Correction,
+    Prediction,
+    bandwidth,
+    latency_table,
+    memory_use,
+    predict,
+    training_memory,
+)
+from fedprune.planning.width_candidates import Rung, equal_work, rungs
+from fedprune.training.recipe import Recipe
+from fedprune.training.trainable import frozen_tensors
+
+DENSITIES: tuple[float, ...] = tuple(k / 64 for k in range(64, 3, -1))
+"""Candidates, widest first: from the whole model down to a sixteenth of every group."""
+
+NOTHING = "nothing"
+"""What bounds a plan of full width."""
+
+MEMORY = "memory"
+TIME = "time"
+LINK = "link"
+BYTES = "bytes"
+STORAGE = "storage"
+LIMITS = (MEMORY, TIME, LINK, BYTES, STORAGE)
+
+NORMALISED_SAMPLES = 8
+"""Fewest samples in a part of a full batch where batch norm takes its statistics from each part. Smaller parts make
+noisy statistics (Wu and He 2018, "Group Normalization", fig. 1); a recipe that asks for smaller ones gets them."""
+
+
+LITTLE = 0.25
+"""A plan that keeps a smaller share of the weights warns."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit of a board or job, and what a submodel would use of it.
+
+    Attributes:
+        name: memory, time, link, bytes or storage.
+        value: What the submodel needs.
+        limit: What there is.
+        unit: bytes or s.
+    """
+
+    name: str
+    value: float
+    limit: float
+    unit: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the need is within the limit."""
+        return self.value <= self.limit
+
+    @property
+    def headroom(self) -> float:
+        """What is left, as a share of the limit; negative where it doesn't fit."""
+        return (self.limit - self.value) / self.limit if self.limit > 0 else -math.inf
+
+    @property
+    def overshoot(self) -> float:
+        """Need over limit."""
+        return self.value / self.limit if self.limit > 0 else math.inf
+
+    def describe(self) -> str:
+        """One line for people."""
+        share = f"{self.overshoot:.0%}" if math.isfinite(self.overshoot) else "over"
+        return f"{self.name}: {amount(self.value, self.unit)} of {amount(self.limit, self.unit)} ({share})"
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """What uniform widths of as many MACs as a plan's would take.
+
+    Attributes:
+        density: Their share of every group.
+        step_s: Time of a training step.
+        latency_s: Time of a prediction.
+    """
+
+    density: float
+    step_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How wide a board's model is, and why.
+
+    Attributes:
+        widths: Kept channels per group.
+        density: The kept share that they are near to.
+        prediction: What a round is expected to cost.
+        limits: Every limit that was looked at.
+        bound: The limit that the next wider candidate breaks (by most, if several); "nothing" at full width.
+        uniform: What uniform widths would take instead.
+        accumulate: Parts in which a batch is worked through; at least the recipe's own `accumulate`.
+        notes: What was chosen besides the widths, and why, for people.
+        warning: That little of the model is left, and which settings would keep all of it; or that even the narrowest
+            takes too much memory. Empty where neither is so.
+        correction: What the board's rounds taught; it is in all times and in the memory.
+    """
+
+    widths: tuple[int, ...]
+    density: float
+    prediction: Prediction
+    limits: tuple[Limit, ...]
+    bound: str
+    uniform: Uniform
+    correction: Correction = NO_CORRECTION
+    accumulate: int = 1
+    notes: tuple[str, ...] = ()
+    warning: str = ""
+
+    @property
+    def before_rounds(self) -> Prediction:
+        """The prediction by profile and probe alone, at the same widths, without what rounds taught."""
+        p, c = self.prediction, self.correction
+        return replace(
+            p,
+            step_s=p.step_s / c.step,
+            train_s=p.train_s / c.step,
+            latency_s=p.latency_s / c.latency,
+            memory_bytes=p.memory.uncorrected,
+        )
+
+    def limit(self, name: str) -> Limit:
+        """The limit of that name.
+
+        Raises:
+            KeyError: This plan has no such limit.
+        """
+        return next(limit for limit in self.limits if limit.name == name)
+
+    def describe(self, whole: int | None = None) -> str:
+        """A few lines for people: width, costs, every limit, the binding one marked, and the notes.
+
+        Args:
+            whole: As in `summary`.
+        """
+        lines = self.summary(whole)
+        for limit in self.limits:
+            mark = "  <- binds" if limit.name == self.bound else ""
+            lines.append(f"  {limit.describe()}{mark}")
+            if limit.name == MEMORY:
+                lines.append(f"    {_shares(self.prediction.memory, limit)}")
+        if unbound := self.unbound():
+            lines.append(f"  {unbound}")
+        return "\n".join([*lines, *self.notes])
+
+    def unbound(self) -> str:
+        """A line that says that no limit binds; empty where one does."""
+        if self.bound != NOTHING:
+            return ""
+        # The whole model is always tried first, unless the density was not the planner's to choose.
+        reason = "the whole model fits" if self.density == 1 else f"density {self.density:.3g}, as asked"
+        return f"nothing binds: {reason}"
+
+    def summary(self, whole: int | None = None) -> list[str]:
+        """Lines on the width, the costs and what was learnt.
+
+        Args:
+            whole: Parameters of the whole model; with them it says which share of the weights is kept, which is less
+                than the density: a layer loses inputs as well as outputs.
+        """
+        p = self.prediction
+        kept = f"{p.parameters:,}"
+        if whole:
+            kept = f"keeps {p.parameters / whole:.0%} of the weights: {kept} of {whole:,}"
+        lines = [
+            f"density {self.density:.3g} ({kept} parameters, {p.forward_macs:,} MACs per sample)",
+            f"a round: {p.steps} steps of {amount(p.step_s, 's')}, {amount(p.transfer_s, 's')} on the link",
+            f"a prediction: {amount(p.latency_s, 's')}{self._energy()}",
+        ]
+        if self.correction != NO_CORRECTION:
+            c, beyond = self.correction, p.memory.learnt
+            more = "more" if beyond > 0 else "less"
+            memory = f", {amount(abs(beyond), 'bytes')} {more} memory" if beyond else ""
+            times = f"steps take {c.step:.2f}, predictions {c.latency:.2f} times as long"
+            lines.append(f"learnt from its rounds: {times}{memory}")
+        return lines
+
+    def gains(self) -> str:
+        """A line on what differs from uniform width by at least a hundredth; empty where nothing does."""
+        p, u = self.prediction, self.uniform
+        pairs = (("step", p.step_s, u.step_s), ("prediction", p.latency_s, u.latency_s))
+        found = ", ".join(
+            f"{name} {amount(mine, 's')} instead of {amount(its, 's')}"
+            for name, mine, its in pairs
+            if abs(its - mine) >= 0.01 * its
+        )
+        return found and f"gained over uniform width at as many MACs: {found}"
+
+    def _energy(self) -> str:
+        p = self.prediction
+        if p.step_j is None or p.latency_j is None:
+            return ""
+        return f"; {amount(p.step_j, 'J')} per step, {amount(p.latency_j, 'J')} per prediction"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        lists = {"widths": list(self.widths), "limits": [asdict(m) for m in self.limits], "notes": list(self.notes)}
+        return {**asdict(self), **lists}
+
+    @classmethod
+    def from_dict(cls, body: object) -> Plan:
+        """Read and check what `to_dict` writes.
+
+        Raises:
+            PlanError: It is not what `to_dict` writes.
+        """
+        try:
+            if not isinstance(body, Mapping):
+                raise TypeError(f"a {type(body).__name__}")
+            figures = body["prediction"]
+            use = {f.name: _number(figures["memory"][f.name], whole=True) for f in fields(MemoryBreakdown)}
+            plain = {f.name: _figure(figures[f.name], str(f.type)) for f in fields(Prediction) if f.name != "memory"}
+            prediction = Prediction(**plain, memory=MemoryBreakdown(**use))
+            limits = tuple(
+                Limit(
+                    _choice(m["name"], LIMITS),
+                    _number(m["value"]),
+                    _number(m["limit"]),
+                    _choice(m["unit"], ("bytes", "s")),
+                )
+                for m in body["limits"]
+            )
+            plan = cls(
+                widths=tuple(_number(w, whole=True) for w in body["widths"]),
+                density=_number(body["density"]),
+                prediction=prediction,
+                limits=limits,
+                bound=_choice(body["bound"], (*LIMITS, NOTHING)),
+                uniform=Uniform(**{f.name: _number(body["uniform"][f.name]) for f in fields(Uniform)}),
+                correction=Correction(**{f.name: _number(body["correction"][f.name]) for f in fields(Correction)}),
+                accumulate=_number(body["accumulate"], whole=True),
+                notes=tuple(_text(note) for note in body["notes"]),
+                warning=_text(body["warning"]),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise PlanError(f"this is not a plan ({type(error).__name__}: {error})") from error
+        if not 0 < plan.density <= 1 or any(w < 1 for w in plan.widths) or plan.accumulate < 1:
+            got = (plan.density, plan.widths, plan.accumulate)
+            raise PlanError("plan: density, widths or accumulate are out of range", got=got)
+        return plan
+
+
+def plan(
+    architecture: Architecture,
+    profile: HardwareProfile,
+    recipe: Recipe | Callable[[tuple[int, ...]], Recipe],
+    samples: int,
+    *,
+    byte_budget: int | None = None,
+    deadline_s: float | None = None,
+    probe: ProbeReport | None = None,
+    densities: Sequence[float] = DENSITIES,
+    correction: Correction = NO_CORRECTION,
+    frozen: Collection[str] = (),
+    margin: float = 0.0,
+) -> Plan:
+    """The widest submodel of `architecture` that a board can train.
+
+    A batch that doesn't fit the board's memory at once is worked through in parts before the model gets narrower: at
+    every width the planner takes the fewest parts with which memory suffices.
+
+    Where the planner is free to choose (`DENSITIES`), widths are those that are cheap on the board
+    (`fedprune.planning.width_candidates`); densities that a user asks for are kept to in every group.
+
+    Args:
+        architecture: The model.
+        profile: What the board is.
+        recipe: The local training of a round; or what makes it of a submodel's widths, where it depends on those.
+        samples: The board's training samples.
+        byte_budget: Bytes per round, down plus up, that the job allows.
+        deadline_s: Seconds that a round may take on the board, transfers included.
+        probe: What the board measured of itself; it beats the profile.
+        densities: Candidate shares of every group.
+        correction: What its earlier rounds taught. What they taught about memory never excludes the board: if nothing
+            fits for that reason alone, the plan is the narrowest candidate, with a warning.
+        frozen: Tensors that the model's author froze.
+        margin: Share of the memory that stays free; `TOO_LOW` where no round will correct the plan.
+
+    Raises:
+        PlanError: Not even the narrowest candidate fits; or there is no candidate, or a limit isn't positive.
+    """
+    for name, value in (("samples", samples), ("byte_budget", byte_budget), ("deadline_s", deadline_s)):
+        if value is not None and (not math.isfinite(value) or value <= 0):
+            raise PlanError(name, expected="a number above 0", got=value)
+    room = round(training_memory(profile, probe) * (1 - margin))
+
+    def asked_of(widths: tuple[int, ...]) -> Recipe:
+        return recipe if isinstance(recipe, Recipe) else recipe(widths)
+
+    def need_of(widths: tuple[int, ...]) -> _Need:
+        costs = costs_at(architecture, widths)
+        return lambda tried: (
+            memory_use(architecture, widths, costs, tried, samples, frozen, probe=probe, correction=correction).total
+        )
+
+    def predicted_at(widths: tuple[int, ...]) -> _Predicted:
+        asked = asked_of(widths)
+        chosen = _in_parts(architecture, asked, samples, room, frozen, need_of(widths))[0]
+        seen = predict(
+            architecture, widths, profile, chosen, samples, probe=probe, correction=correction, frozen=frozen
+        )
+        return _Predicted(widths, asked, chosen, seen, _limits(seen, profile, room, byte_budget, deadline_s))
+
+    def remedies(found: _Predicted) -> str:
+        return _remedies(architecture, profile, found, samples, frozen, need_of(found.widths))
+
+    batch = min(asked_of(architecture.sizes).batch_size, samples)
+    table, memory = latency_table(profile, probe), bandwidth(profile, probe)
+    candidates = _candidates(architecture, table, batch, densities, memory)
+
+    def made(found: _Predicted, density: float, bound: str, notes: tuple[str, ...], warning: str) -> Plan:
+        other = equal_work(architecture, table, batch, found.widths, memory)
+        seen = predict(
+            architecture,
+            other.widths,
+            profile,
+            found.recipe,
+            samples,
+            probe=probe,
+            correction=correction,
+            frozen=frozen,
+        )
+        return Plan(
+            found.widths,
+            density,
+            found.prediction,
+            found.limits,
+            bound,
+            Uniform(other.density, seen.step_s, seen.latency_s),
+            correction,
+            found.recipe.accumulate,
+            (*_notes(architecture, found, samples, frozen), *notes),
+            warning,
+        )
+
+    if not candidates:
+        raise PlanError("there is no density to choose from")
+    wider: tuple[int, ...] | None = None
+    for rung in candidates:
+        # Memory is looked at first: it takes a fraction of the time that a prediction takes.
+        if not _in_parts(architecture, asked_of(rung.widths), samples, room, frozen, need_of(rung.widths))[1]:
+            wider = rung.widths
+            continue
+        found = predicted_at(rung.widths)
+        if all(limit.fits for limit in found.limits):
+            widest = found if wider is None else predicted_at(candidates[0].widths)
+            kept = found.prediction.parameters / widest.prediction.parameters
+            missing = "" if wider is None or tuple(densities) != DENSITIES else _missing(widest, remedies(widest))
+            return made(
+                found,
+                rung.density,
+                _worst(predicted_at(wider).limits).name if wider else NOTHING,
+                (missing,) if kept >= LITTLE and missing else (),
+                f"only {kept:.1%} of the weights are kept. {missing}" if kept < LITTLE and missing else "",
+            )
+        wider = rung.widths
+    last = predicted_at(candidates[-1].widths)
+    worst, use = _worst(last.limits), last.prediction.memory
+    if [m.name for m in last.limits if not m.fits] == [MEMORY] and use.uncorrected <= room:
+        warning = (
+            f"the narrowest model takes more memory than the board has, by what its rounds measured: {worst.describe()}"
+        )
+        return made(last, candidates[-1].density, MEMORY, (), warning)
+    others = [m.describe() for m in last.limits if not m.fits and m is not worst]
+    raise PlanError(
+        f"no width of {architecture.name} fits {profile.name}: even the narrowest breaks {worst.name}"
+        if len(set(densities)) > 1
+        else f"{architecture.name} at density {max(densities):.3g} doesn't fit {profile.name}: it breaks {worst.name}",
+        expected=f"at most {amount(worst.limit, worst.unit)}",
+        got=f"{amount(worst.value, worst.unit)}, {amount(worst.value - worst.limit, worst.unit)} too much",
+        hint=(f"It also breaks {'; '.join(others)}. " if others else "") + _hint(last, worst, remedies(last)),
+    )
+
+
+_Need: TypeAlias = Callable[[Recipe], int]
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """A candidate's costs.
+
+    Attributes:
+        widths: Its kept channels per group.
+        asked: The recipe as the job has it.
+        recipe: The same with as many parts of a batch as memory needs.
+        prediction: Costs of a round with it.
+        limits: Every limit.
+    """
+
+    widths: tuple[int, ...]
+    asked: Recipe
+    recipe: Recipe
+    prediction: Prediction
+    limits: tuple[Limit, ...]
+
+
+def _in_parts(
+    architecture: Architecture,
+    recipe: Recipe,
+    samples: int,
+    room: int,
+    frozen: Collection[str],
+    need: _Need,
+    smallest: int | None = None,
+) -> tuple[Recipe, bool]:
+    """The recipe with the fewest parts of a batch with which memory suffices, else those that need least memory.
+
+    Args:
+        architecture: The model.
+        recipe: The recipe as the job has it.
+        samples: The board's training samples.
+        room: Bytes that training may take.
+        frozen: Tensors that the model's author froze.
+        need: Gives the bytes that training takes with a recipe.
+        smallest: Fewest samples of a part; None for what doesn't harm training.
+
+    Returns:
+        The recipe, and whether memory suffices.
+    """
+    best, least = recipe, math.inf
+    for parts in _parts(recipe, samples, smallest or _smallest(architecture, recipe, frozen)):
+        tried = recipe.in_parts(parts)
+        taken = need(tried)
+        if taken < least:
+            best, least = tried, taken
+        if taken <= room:
+            return tried, True
+    return best, False
+
+
+def _smallest(architecture: Architecture, recipe: Recipe, frozen: Collection[str]) -> int:
+    """Fewest samples of a part of a batch that don't harm training."""
+    return NORMALISED_SAMPLES if normalises(architecture, recipe, frozen) else 2 if recipe.mixup else 1
+
+
+def _parts(recipe: Recipe, samples: int, smallest: int) -> list[int]:
+    """Numbers of parts of a batch to choose from, fewest first: the recipe's own, doubled until parts are smallest."""
+    batch, held = recipe.batch_size, min(recipe.batch_size, samples)
+    # The size of equal parts of which the smallest has at least that many samples.
+    size = -(-held // max(1, held // smallest))
+    most = min(-(-batch // size), (batch - 1) // (size - 1)) if size > 1 else batch
+    out = [recipe.accumulate]
+    while 2 * out[-1] < most:
+        out.append(2 * out[-1])
+    return out + [most] * (most > out[-1])
+
+
+def normalises(architecture: Architecture, recipe: Recipe, frozen: Collection[str] = ()) -> bool:
+    """Whether a batch norm of the model takes its statistics from the samples that are worked on at once.
+
+    Args:
+        architecture: The model.
+        recipe: What it is trained by.
+        frozen: Tensors that the model's author froze.
+    """
+    statistics = {t.name for t in architecture.statistics}
+    return bool(statistics) and not statistics <= frozen_tensors(architecture, recipe.features, frozen)
+
+
+def _notes(architecture: Architecture, found: _Predicted, samples: int, frozen: Collection[str]) -> tuple[str, ...]:
+    """Why a batch is worked through in more parts than the recipe asks for, and what that changes."""
+    recipe = found.recipe
+    if recipe.accumulate == found.asked.accumulate:
+        return ()
+    why = (
+        f"batches of {min(recipe.batch_size, samples)} are worked through in parts of "
+        f"{recipe.part_sizes(samples)[0]} (accumulate = {recipe.accumulate}): whole ones don't fit the memory"
+    )
+    if not normalises(architecture, recipe, frozen):
+        return (why,)
+    statistics = (
+        "batch norm takes its statistics from each part, not from the whole batch: "
+        f"parts of full batches have at least {NORMALISED_SAMPLES} samples; "
+        "GroupNorm or LayerNorm would not depend on that"
+    )
+    return why, statistics
+
+
+def _shares(use: MemoryBreakdown, limit: Limit) -> str:
+    """A process's memory by what takes it, the largest first, and what is left of the limit."""
+    return f"{_terms(use)}, {amount(limit.limit - limit.value, 'bytes')} left"
+
+
+def _terms(use: MemoryBreakdown) -> str:
+    terms = sorted(((getattr(use, name), title) for name, title in _TERMS.items()), key=lambda term: -term[0])
+    return ", ".join(f"{title} {amount(count, 'bytes')}" for count, title in terms if count)
+
+
+_TERMS = {
+    "samples": "samples",
+    "activations": "activations",
+    "weights": "weights and optimiser state",
+    "process": "process",
+    "graph": "loaded graph",
+    "learnt": "learnt from its rounds",
+}
+"""Titles of the terms of `MemoryBreakdown`."""
+
+
+def _candidates(
+    architecture: Architecture, table: LatencyTable, batch: int, densities: Sequence[float], memory: float
+) -> Sequence[Rung]:
+    if tuple(densities) == DENSITIES:
+        return rungs(architecture, table, batch, densities, memory)
+    found: dict[tuple[int, ...], Rung] = {}
+    for density in sorted(set(densities), reverse=True):
+        widths = widths_at(architecture, density)
+        found.setdefault(widths, Rung(density, widths, 1))
+    return list(found.values())
+
+
+def _missing(widest: _Predicted, remedies: str) -> str:
+    """Why the whole model doesn't fit, and what would make it fit."""
+    broken = [
+        f"{m.describe()}: {_terms(widest.prediction.memory)}" if m.name == MEMORY else m.describe()
+        for m in widest.limits
+        if not m.fits
+    ]
+    return f"The whole model breaks {'; '.join(broken)}. {remedies}"
+
+
+def _hint(found: _Predicted, worst: Limit, remedies: str) -> str:
+    """What takes most of the memory, if that is what a candidate breaks, and what helps."""
+    if worst.name != MEMORY:
+        return f"{remedies} {_HINTS[worst.name]}"
+    return f"Memory is for: {_terms(found.prediction.memory)}. {remedies} {_HINTS[MEMORY]}"
+
+
+def _remedies(
+    architecture: Architecture,
+    profile: HardwareProfile,
+    found: _Predicted,
+    samples: int,
+    frozen: Collection[str],
+    need: _Need,
+) -> str:
+    """Settings with which a candidate would fit, one for each limit that it breaks; for memory, all that suffice."""
+    needed = []
+    for limit in found.limits:
+        if limit.fits:
+            continue
+        if limit.name == MEMORY:
+            ways = _memory_remedies(architecture, profile, found, limit, samples, frozen, need)
+            if not ways:
+                return "No setting of the recipe or the board makes room for it."
+            needed.append(", or ".join(ways))
+        else:
+            needed.append(_SETTINGS[limit.name].format(math.ceil(limit.value)))
+    return f"It fits with {'; and with '.join(needed)}."
+
+
+def _memory_remedies(
+    architecture: Architecture,
+    profile: HardwareProfile,
+    found: _Predicted,
+    limit: Limit,
+    samples: int,
+    frozen: Collection[str],
+    need: _Need,
+) -> list[str]:
+    """Settings each of which would make a candidate fit the memory, the least harmful first."""
+    ways: list[str] = []
+    smaller, fits = _in_parts(architecture, found.asked, samples, int(limit.limit), frozen, need, smallest=1)
+    if fits:
+        ways.append(f"smaller parts of a batch (--set accumulate={smaller.accumulate})")
+    share = profile.memory.training_share * limit.overshoot
+    if share <= 1:
+        share = math.ceil(100 * share) / 100
+        ways.append(f"a larger share of the board's memory (memory.training_share = {share:.2g} in its profile)")
+    return ways
+
+
+_SETTINGS = {
+    TIME: "a longer deadline (--deadline {0}, a job's deadline_s = {0})",
+    LINK: "link.bytes_per_round = {} in the board's profile",
+    BYTES: "more bytes per round (--bytes-per-round {0}, a job's byte_budget = {0})",
+    STORAGE: "storage.budget_bytes = {} in the board's profile",
+}
+"""Per limit the setting that raises it."""
+
+_HINTS = {
+    MEMORY: "Use a smaller batch, or a smaller model.",
+    TIME: "Allow more time, or fewer epochs or steps.",
+    LINK: "Raise link.bytes_per_round of the profile, or use a smaller model.",
+    BYTES: "Raise the job's byte budget, or use a smaller model.",
+    STORAGE: "Raise storage.budget_bytes of the profile.",
+}
+
+
+def _limits(
+    prediction: Prediction,
+    profile: HardwareProfile,
+    room: int,
+    byte_budget: int | None,
+    deadline_s: float | None,
+) -> tuple[Limit, ...]:
+    limits = [
+        Limit(MEMORY, prediction.memory_bytes, room, "bytes"),
+        Limit(LINK, prediction.round_bytes, profile.link.bytes_per_round, "bytes"),
+        Limit(STORAGE, prediction.storage_bytes, profile.storage.budget_bytes, "bytes"),
+    ]
+    if deadline_s is not None:
+        limits.append(Limit(TIME, prediction.round_s, deadline_s, "s"))
+    if byte_budget is not None:
+        limits.append(Limit(BYTES, prediction.round_bytes, byte_budget, "bytes"))
+    return tuple(sorted(limits, key=lambda limit: LIMITS.index(limit.name)))
+
+
+def _worst(limits: Sequence[Limit]) -> Limit:
+    return max((m for m in limits if not m.fits), key=lambda m: m.overshoot)
+
+
+def _number(value: Any, *, whole: bool = False) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a {'whole ' if whole else ''}number")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    return value
+
+
+def _figure(value: Any, kind: str) -> Any:
+    """A figure of a prediction; those that a profile may lack are numbers or null."""
+    return None if value is None and "None" in kind else _number(value, whole=kind == "int")
+
+
+def _choice(value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{value!r} is none of {', '.join(choices)}")
+    return str(value)

@@ -1,0 +1,212 @@
+"""Width plans from wide to narrow: near a uniform share of all groups, but on the cheap side of the board's cliffs.
+
+A rung keeps of every group a multiple of channels that the board's kernels like. Rungs lie on one another: what a
+narrow one keeps, every wider one keeps, so that a looser limit never gives a narrower model. A rung that the table
+expects to be slower than uniform width at as many MACs isn't one: the uniform widths take its place.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.costs.costs import memory_seconds
+from fedprune.costs.kernel_workload import workload
+from fedprune.costs.latency_model import LatencyTable
+from fedprune.model.architecture import Architecture, widths_at
+
+MULTIPLES = (16, 8, 4)
+"""What channels may be made a multiple of, in the order in which that is tried; small groups take a smaller one."""
+
+_PER_GROUP = 4
+"""Multiples that a group must have room for."""
+
+_FINE = 256
+"""Shares of uniform width among which the one of equal work is looked for."""
+
+_ABOUT = 1.1
+"""How much longer a candidate may take, step and latency together, than the fastest of the same density."""
+
+_EQUAL = 1 + 1e-9
+"""Times that differ by less are the same: sums of many terms."""
+
+Times = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One width plan.
+
+    Attributes:
+        density: The share of every group that it is near to.
+        widths: Kept channels per group.
+        multiple: What its widths are multiples of, where groups are large enough; 1 for uniform widths.
+    """
+
+    density: float
+    widths: tuple[int, ...]
+    multiple: int
+
+
+def rungs(
+    architecture: Architecture,
+    table: LatencyTable,
+    batch: int,
+    densities: Sequence[float],
+    bandwidth: float = math.inf,
+) -> tuple[Rung, ...]:
+    """The width plans of a model on a board, widest first.
+
+    Args:
+        architecture: The model.
+        table: What the board's kernels take.
+        batch: Samples of a training step.
+        densities: Shares of all groups, one rung for each at most.
+        bandwidth: Bytes per second of main memory, where that bounds a step beyond what the table says.
+    """
+    model = _Model(architecture, table, table.to_json(), batch, bandwidth)
+    return _rungs(model, tuple(sorted(set(densities), reverse=True)))
+
+
+def snapped(architecture: Architecture, density: float, multiple: int) -> tuple[int, ...]:
+    """Widths near a share of every group that are multiples of something; a small group's of something smaller.
+
+    Args:
+        architecture: The model.
+        density: The share.
+        multiple: A power of two.
+    """
+    widths = []
+    for group in architecture.groups:
+        m = multiple
+        while m > 1 and group.size < _PER_GROUP * m:
+            m //= 2
+        # The whole group is as good as a multiple: a kernel pads it no more than the whole model's.
+        near = max(m, round(density * group.size / m) * m)
+        widths.append(min(near, group.size))
+    return tuple(widths)
+
+
+def equal_work(
+    architecture: Architecture,
+    table: LatencyTable,
+    batch: int,
+    widths: Sequence[int],
+    bandwidth: float = math.inf,
+) -> Rung:
+    """The narrowest uniform widths with at least as many MACs as `widths` has.
+
+    Args:
+        architecture: The model.
+        table: What the board's kernels take.
+        batch: Samples of a training step.
+        widths: Kept channels per group.
+        bandwidth: As in `rungs`; it changes no answer.
+    """
+    found = _uniform(_Model(architecture, table, table.to_json(), batch, bandwidth))
+    return found.rungs[found.covering(float(workload(architecture).forward_macs(widths)[0]))]
+
+
+@dataclass(frozen=True)
+class _Uniform:
+    """Uniform widths by rising MACs, and what they take."""
+
+    rungs: tuple[Rung, ...]
+    macs: tuple[float, ...]
+    step_s: tuple[float, ...]
+    latency_s: tuple[float, ...]
+
+    def covering(self, macs: float) -> int:
+        """The place of the narrowest widths with at least as many MACs."""
+        return min(bisect_left(self.macs, macs), len(self.macs) - 1)
+
+
+class _Model:
+    """What uniform times depend on, compared by digests."""
+
+    def __init__(self, architecture: Architecture, table: LatencyTable, key: str, batch: int, bandwidth: float) -> None:
+        self.architecture, self.table, self.batch, self.bandwidth = architecture, table, batch, bandwidth
+        self.key = (architecture.digest, key, batch, bandwidth)
+
+    def steps(self, widths: Sequence[tuple[int, ...]]) -> Times:
+        """Times of training steps."""
+        floor = memory_seconds(self.architecture, widths, self.batch, self.bandwidth)
+        return np.maximum(floor, self.table.step_seconds(self.architecture, widths, self.batch))
+
+    def latencies(self, widths: Sequence[tuple[int, ...]]) -> Times:
+        """Times of predictions."""
+        return self.table.latency_seconds(self.architecture, widths)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Model) and self.key == other.key
+
+
+@lru_cache(maxsize=8)
+def _uniform(model: _Model) -> _Uniform:
+    found: dict[tuple[int, ...], float] = {}
+    for k in range(1, _FINE + 1):
+        found.setdefault(widths_at(model.architecture, k / _FINE), k / _FINE)
+    widths = list(found)
+    macs = workload(model.architecture).forward_macs(widths)
+    order = np.argsort(macs, kind="stable")
+    step_s, latency_s = model.steps(widths), model.latencies(widths)
+    return _Uniform(
+        tuple(Rung(found[widths[i]], widths[i], 1) for i in order),
+        *(tuple(values[order].tolist()) for values in (macs, step_s, latency_s)),
+    )
+
+
+@lru_cache(maxsize=8)
+def _rungs(model: _Model, densities: tuple[float, ...]) -> tuple[Rung, ...]:
+    architecture, uniform = model.architecture, _uniform(model)
+    out: list[Rung] = []
+    last = architecture.sizes
+    for density in densities:
+        whole = widths_at(architecture, density)
+        shapes = {whole: 1}
+        if density < 1:
+            for m in MULTIPLES:
+                shapes.setdefault(snapped(architecture, density, m), m)
+        # Clipped to the rung above, so that rungs lie on one another.
+        candidates = list(dict.fromkeys(Rung(density, tuple(map(min, w, last)), m) for w, m in shapes.items()))
+        gains, macs = _gains(model, candidates, uniform, last)
+        # Of those that are about as fast the widest: coarse steps would leave a board's room unused.
+        good = [i for i in range(len(candidates)) if gains[i] <= _ABOUT * min(gains)]
+        at = max(good, key=lambda i: (candidates[i].widths != last, macs[i]))
+        if density == densities[-1]:
+            at = 0  # what the smallest board can hold is no question of speed
+        elif gains[at] == math.inf:
+            continue
+        if candidates[at].widths != last or not out:
+            out.append(candidates[at])
+            last = candidates[at].widths
+    return tuple(out)
+
+
+def _gains(
+    model: _Model, candidates: Sequence[Rung], uniform: _Uniform, above: Sequence[int]
+) -> tuple[list[float], Times]:
+    """Step time times latency, each per MAC (the less, the better), and MACs.
+
+    Infinite where uniform widths of equal work are faster, and where a narrower model would be slower than the rung
+    above it.
+    """
+    widths = [*(c.widths for c in candidates), tuple(above)]
+    macs = workload(model.architecture).forward_macs(widths)
+    times = np.stack([model.steps(widths), model.latencies(widths)])
+    gains = []
+    for i in range(len(candidates)):
+        at = uniform.covering(float(macs[i]))
+        step, latency = times[0, i] / uniform.step_s[at], times[1, i] / uniform.latency_s[at]
+        fast = max(step, latency) <= _EQUAL and bool((times[:, i] <= _EQUAL * times[:, -1]).all())
+        gains.append(float(times[:, i].prod() / macs[i] ** 2) if fast else math.inf)
+    return gains, macs

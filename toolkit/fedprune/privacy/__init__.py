@@ -1,0 +1,1 @@
+"""Noise on updates, and the accounting of what it costs."""

@@ -1,0 +1,1 @@
+"""Releases of the runtime, their files and their roll-out."""

@@ -1,0 +1,292 @@
+"""A release of the runtime: what a board is to run, which files it is made of, and the server's signature on that.
+
+A release has a number that only grows. What is to be gone back to is released once more, under a new number: a board
+refuses numbers that are not above all that it has seen.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.disk import file_digest, storage_errors, write_whole
+from fedprune.core.errors import ProtocolError, ReleaseError, SignatureError, shown
+from fedprune.security.keys import SIGNATURE as SIGNATURE_BYTES
+from fedprune.security.keys import SigningKey, VerifyingKey
+from fedprune.wire import validation as check
+from fedprune.wire.release_messages import MAX_FILES, MAX_MANIFEST, MAX_NUMBER
+
+MANIFEST, SIGNATURE, FILES = "release.json", "release.sig", "files"
+"""Names in a release's folder."""
+
+MAX_FILE = 2**30
+MAX_BYTES = 2**31
+MAX_UNPACKED = 2**32
+"""What a release may have: bytes of a file, of all files, and of all that is unpacked."""
+
+_PURPOSE = b"fedprune release 1\n"
+"""What is signed begins with it, so that what was signed for another purpose is worth nothing here."""
+
+_FORMAT = "fedprune.release/1"
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.whl")
+_ENTRY = re.compile(r"[A-Za-z_]\w{0,63}(\.[A-Za-z_]\w{0,63}){0,7}:[A-Za-z_]\w{0,63}", re.ASCII)
+_MODULE = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
+_PYTHON = re.compile(r"cp3[0-9]{1,2}")
+_MACHINE = re.compile(r"[a-z0-9_]{1,32}")
+
+
+@dataclass(frozen=True)
+class ReleaseFile:
+    """A wheel of a release.
+
+    Attributes:
+        name: Its file name.
+        sha256: Its digest, and its name where it is kept.
+        size: Bytes.
+    """
+
+    name: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a board is to run.
+
+    Attributes:
+        number: Above that of every earlier release.
+        version: What people call it.
+        python: The Python that its wheels are for, such as cp311.
+        machine: The processor that they are for, as `uname -m` says it, such as aarch64.
+        entry: What to run, `module:function`.
+        unpacked: Bytes that it takes when it is installed, at most.
+        files: Its wheels.
+        contents: sha256 of all files that its wheels bring, by path, sha256 and size: what a board's launcher compares.
+        launcher: The oldest launcher that can start it.
+        created: When it was made, for people; nothing is decided by it.
+        system: Packages that it takes from the board's own Python, such as JetPack's onnxruntime.
+    """
+
+    number: int
+    version: str
+    python: str
+    machine: str
+    entry: str
+    unpacked: int
+    files: tuple[ReleaseFile, ...]
+    contents: str
+    launcher: int = 1
+    created: str = ""
+    system: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """What its files take together."""
+        return sum(f.size for f in self.files)
+
+    def to_bytes(self) -> bytes:
+        """The manifest, which is what is signed."""
+        return json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Release:
+        """Read a manifest and check all of it.
+
+        Raises:
+            ReleaseError: It is too long, no manifest, or a field of it makes no sense.
+        """
+        try:
+            if len(data) > MAX_MANIFEST:
+                raise ProtocolError("size", expected=f"at most {MAX_MANIFEST} bytes", got=len(data))
+            try:
+                body = json.loads(data)
+            except (ValueError, RecursionError) as error:
+                raise ProtocolError("content", expected="JSON") from error
+            return cls._checked(body)
+        except ProtocolError as error:
+            raise ReleaseError(f"a release's manifest: {error}") from error
+
+    @classmethod
+    def _checked(cls, body: Any) -> Release:
+        table = _table("content", body, ("format", *(f.name for f in fields(cls))))
+        if table["format"] != _FORMAT:
+            raise ProtocolError("format", expected=_FORMAT, got=shown(table["format"]))
+        rows = _list("files", table["files"], MAX_FILES)
+        files = tuple(_file(f"files[{i}]", row) for i, row in enumerate(rows))
+        made = cls(
+            number=check.whole(1, MAX_NUMBER)("number", table["number"]),
+            version=check.one_line(check.text(64)("version", table["version"])),
+            python=_matching("python", table["python"], _PYTHON, "a Python such as cp311"),
+            machine=_matching("machine", table["machine"], _MACHINE, "a processor such as aarch64"),
+            entry=_matching("entry", table["entry"], _ENTRY, "module:function"),
+            unpacked=check.whole(0, MAX_UNPACKED)("unpacked", table["unpacked"]),
+            files=files,
+            contents=check.digest("contents", table["contents"]),
+            launcher=check.whole(1, MAX_NUMBER)("launcher", table["launcher"]),
+            created=check.one_line(check.text(64)("created", table["created"])),
+            system=tuple(
+                _matching("system", name, _MODULE, "names of packages") for name in _list("system", table["system"], 32)
+            ),
+        )
+        if not files or len({f.name for f in files}) < len(files) or len({f.sha256 for f in files}) < len(files):
+            raise ProtocolError("files", expected="some, each of them once", got=f"{len(files)} entries")
+        if made.size > MAX_BYTES:
+            raise ProtocolError("files", expected=f"at most {MAX_BYTES} bytes together", got=made.size)
+        return made
+
+
+def signed(manifest: bytes, key: SigningKey) -> bytes:
+    """The detached signature of a manifest."""
+    return key.sign(_PURPOSE + manifest)
+
+
+def is_signed(manifest: bytes, signature: bytes, key: VerifyingKey) -> bool:
+    """Whether a manifest's detached signature is this key's; nothing of the manifest is looked at."""
+    try:
+        key.verify(signature, _PURPOSE + manifest)
+    except SignatureError:
+        return False
+    return True
+
+
+def opened(manifest: bytes, signature: bytes, key: VerifyingKey) -> Release:
+    """A release whose signature is good; nothing of the manifest is looked at before.
+
+    Args:
+        manifest: Its bytes.
+        signature: The detached signature.
+        key: The server's.
+
+    Raises:
+        ReleaseError: The signature isn't the server's, or the manifest makes no sense.
+    """
+    if len(manifest) > MAX_MANIFEST or not is_signed(manifest, signature, key):
+        raise ReleaseError(
+            "the release's signature is not the server's",
+            hint=f"This board takes releases of key {key.fingerprint} alone. Have the release made again there.",
+        )
+    return Release.from_bytes(manifest)
+
+
+def read_release(folder: Path, key: VerifyingKey) -> tuple[Release, bytes, bytes]:
+    """A release's folder, all of whose files are what its manifest says.
+
+    Args:
+        folder: As `write_release` made it.
+        key: Of the server that signed it.
+
+    Returns:
+        The release, its manifest, and the signature on that.
+
+    Raises:
+        ReleaseError: The signature isn't this key's, or a file is missing or another.
+        StorageError: The manifest or its signature can't be read.
+    """
+    with storage_errors(f"can't read the release in {folder}"):
+        manifest = _read(folder / MANIFEST, MAX_MANIFEST)
+        signature = _read(folder / SIGNATURE, SIGNATURE_BYTES)
+        release = opened(manifest, signature, key)
+        for file in release.files:
+            path = folder / FILES / file.sha256
+            if not path.is_file() or path.stat().st_size != file.size or file_digest(path) != file.sha256:
+                raise ReleaseError(
+                    f"{path} is not {file.name} of release {release.number}",
+                    hint="Copy the release's folder again, or make it anew.",
+                )
+    return release, manifest, signature
+
+
+def write_release(
+    folder: Path, release: Callable[[tuple[ReleaseFile, ...]], Release], wheels: Iterable[Path], key: SigningKey
+) -> Release:
+    """Make a release's folder: the manifest, its signature, and the wheels by digest.
+
+    Args:
+        folder: Where to; made if missing.
+        release: The release, given its files.
+        wheels: The wheels.
+        key: The server's.
+
+    Raises:
+        ReleaseError: The release makes no sense.
+        StorageError: A file can't be read or written.
+    """
+    with storage_errors(f"can't make a release in {folder}"):
+        (folder / FILES).mkdir(parents=True, exist_ok=True)
+        rows = []
+        for wheel in sorted(wheels, key=lambda w: w.name):
+            row = ReleaseFile(wheel.name, file_digest(wheel), wheel.stat().st_size)
+            write_whole(folder / FILES / row.sha256, wheel.read_bytes())
+            rows.append(row)
+    return _sign_into(folder, release(tuple(rows)), key)
+
+
+def write_again(folder: Path, old: Path, key: SigningKey, *, number: int, version: str = "", created: str) -> Release:
+    """Make a release of what an earlier one holds, under a new number: the way to go back on purpose.
+
+    Args:
+        folder: Where to; made if missing.
+        old: The earlier release's folder.
+        key: The server's, which signed the earlier one, too.
+        number: Above that of every earlier release.
+        version: What people call it; the earlier one's by default.
+        created: When it is made, for people.
+
+    Raises:
+        ReleaseError: The earlier release is not whole, or the number is not above its own.
+        StorageError: A file can't be read or written.
+    """
+    before, _, _ = read_release(old, key.verifying)
+    if number <= before.number:
+        raise ReleaseError("number of a release", expected=f"above {before.number}, as of {old}", got=number)
+    with storage_errors(f"can't make a release in {folder}"):
+        (folder / FILES).mkdir(parents=True, exist_ok=True)
+        for file in before.files:
+            write_whole(folder / FILES / file.sha256, (old / FILES / file.sha256).read_bytes())
+    again = replace(before, number=number, version=version or before.version, created=created)
+    return _sign_into(folder, again, key)
+
+
+def _sign_into(folder: Path, release: Release, key: SigningKey) -> Release:
+    made = Release.from_bytes(release.to_bytes())
+    write_whole(folder / MANIFEST, made.to_bytes())
+    write_whole(folder / SIGNATURE, signed(made.to_bytes(), key))
+    return made
+
+
+def _read(path: Path, limit: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(limit + 1)
+
+
+def _file(where: str, value: object) -> ReleaseFile:
+    row = _table(where, value, ("name", "sha256", "size"))
+    return ReleaseFile(
+        _matching(f"{where}.name", row["name"], _FILE, "the name of a wheel"),
+        check.digest(f"{where}.sha256", row["sha256"]),
+        check.whole(1, MAX_FILE)(f"{where}.size", row["size"]),
+    )
+
+
+def _table(where: str, value: object, keys: Iterable[str]) -> Mapping[str, Any]:
+    wanted = set(keys)
+    if not isinstance(value, dict) or set(value) != wanted:
+        raise ProtocolError(where, expected=f"an object of {', '.join(sorted(wanted))}", got=shown(value))
+    return value
+
+
+def _list(where: str, value: object, limit: int) -> list[Any]:
+    if not isinstance(value, list) or len(value) > limit:
+        raise ProtocolError(where, expected=f"a list of at most {limit}", got=shown(value))
+    return value
+
+
+def _matching(where: str, value: object, pattern: re.Pattern[str], expected: str) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise ProtocolError(where, expected=expected, got=shown(value))
+    return value

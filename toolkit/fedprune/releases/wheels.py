@@ -1,0 +1,116 @@
+"""Wheels for a machine that is not this one: what their names and metadata say, and what is lacking among them.
+
+Servers look at a release's wheels so, and kits at theirs. Each refuses with an error of its own, given as `refuse`.
+Needs the package `packaging`, which a board has no use for.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from email.parser import HeaderParser
+from pathlib import Path
+
+from packaging.markers import default_environment
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.tags import Tag, compatible_tags, cpython_tags
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.version import Version
+
+from fedprune.core.errors import FedpruneError, reason
+from fedprune.core.zip_limits import read_member
+
+OWN = "fedprune"
+"""The package of this project, whose extra says what a board needs."""
+
+_MAX_METADATA = 4 * 2**20
+
+Refuse = type[FedpruneError]
+
+
+def parsed(wheel: Path, refuse: Refuse) -> tuple[str, Version, frozenset[Tag]]:
+    """Name, version and tags that a wheel's file name says.
+
+    Raises:
+        FedpruneError: As `refuse`: it is no such name.
+    """
+    try:
+        name, version, _, tags = parse_wheel_filename(wheel.name)
+    except (InvalidWheelFilename, ValueError) as error:  # the latter of numbers that are too long
+        raise refuse(f"{wheel.name} is no name of a wheel") from error
+    return name, version, tags
+
+
+def supported(minor: int, platforms: Sequence[str]) -> frozenset[Tag]:
+    """Tags of wheels that run on a CPython 3.`minor` of some platforms."""
+    return frozenset(cpython_tags((3, minor), platforms=platforms)) | frozenset(
+        compatible_tags((3, minor), f"cp3{minor}", platforms)
+    )
+
+
+def environment(minor: int, machine: str) -> dict[str, str]:
+    """What markers are about, on a Linux with a CPython 3.`minor` and a processor as `uname -m` says it."""
+    found = {str(k): str(v) for k, v in default_environment().items()}
+    found.update(
+        python_version=f"3.{minor}",
+        python_full_version=f"3.{minor}.0",
+        platform_machine=machine,
+        platform_system="Linux",
+        sys_platform="linux",
+        os_name="posix",
+        implementation_name="cpython",
+        platform_python_implementation="CPython",
+    )
+    return found
+
+
+def unmet(
+    wheels: Sequence[Path], markers: dict[str, str], extra: str, provided: Callable[[str], bool], refuse: Refuse
+) -> Iterator[tuple[Path, Requirement, Version | None]]:
+    """What wheels require and don't have: by whom, what, and which version there is instead.
+
+    Args:
+        wheels: The files.
+        markers: What `environment` gives.
+        extra: Of fedprune.
+        provided: Whether the machine has a package, by its canonical name, without a wheel.
+        refuse: What is raised.
+
+    Raises:
+        FedpruneError: As `refuse`: one is no wheel, or requires something that can't be read.
+    """
+    versions = {name: version for name, version, _ in (parsed(wheel, refuse) for wheel in wheels)}
+    for wheel in wheels:
+        around = markers | {"extra": extra if parsed(wheel, refuse)[0] == OWN else ""}
+        for line in required(wheel, refuse):
+            try:
+                wanted = Requirement(line)
+            except InvalidRequirement as error:
+                raise refuse(f"{wheel.name} requires {line!r:.80}, which can't be read") from error
+            name = canonicalize_name(wanted.name)
+            if (wanted.marker and not wanted.marker.evaluate(around)) or provided(name):
+                continue
+            found = versions.get(name)
+            if found is None or not wanted.specifier.contains(found, prereleases=True):
+                yield wheel, wanted, found
+
+
+def required(wheel: Path, refuse: Refuse) -> list[str]:
+    """What a wheel requires, as its metadata says it.
+
+    Raises:
+        FedpruneError: As `refuse`: it is no wheel.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n)]
+            if len(names) != 1:
+                raise refuse(f"{wheel.name} is no wheel", expected="one METADATA", got=len(names))
+            raw = read_member(archive, archive.getinfo(names[0]), _MAX_METADATA, refuse)
+            text = raw.decode("utf-8", "replace")
+    except refuse:
+        raise
+    except Exception as error:  # what is damaged makes zipfile and zlib raise many things
+        raise refuse(f"{wheel.name} is no wheel ({reason(error)})") from error
+    return [str(line) for line in HeaderParser().parsestr(text).get_all("Requires-Dist", [])]

@@ -1,0 +1,1 @@
+"""Models and bundles as a board runs them, through onnxruntime."""

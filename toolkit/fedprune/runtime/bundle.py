@@ -1,0 +1,265 @@
+"""Bundles: the folder with all that one board needs, and the manifest that vouches for every file in it.
+
+inference.onnx        the submodel; its weights are external data inside weights.safetensors
+weights.safetensors   the weights; new ones of the same shapes can take their place
+training.onnx         one training step, for any widths of the architecture
+architecture.json     the whole model's tensors and channel groups
+submodel.json         which channels this board holds
+engine.json           how a TensorRT engine is to be built, for boards that have TensorRT (`engine_plan`); optional
+manifest.json         size and sha256 of each of these
+
+Optional are the files of lower precisions (`fedprune.runtime.precision.files_of`) and training steps for processors
+that compute a block of channels at once (`blocked_file`), which the manifest lists like these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune.core import tensorfile
+from fedprune.core.disk import file_digest, read_file
+from fedprune.core.errors import BundleError, ConfigError, shape_text, shown
+from fedprune.costs.kernel_workload import BLOCKS
+from fedprune.model.architecture import Architecture
+from fedprune.model.selection import Selection
+from fedprune.runtime import tensorrt_config
+from fedprune.runtime.precision import PRECISIONS, files_of, graph_file
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune.training.recipe import Recipe
+
+FORMAT = "fedprune.bundle/1"
+MANIFEST = "manifest.json"
+INFERENCE = "inference.onnx"
+WEIGHTS = "weights.safetensors"
+TRAINING = "training.onnx"
+ARCHITECTURE = "architecture.json"
+SUBMODEL = "submodel.json"
+COMPLETE = ".bundle.complete"
+"""In a bundle's folder: a whole bundle that is about to take its place, see `files_folder`."""
+_LONGEST = 200
+"""Characters of what a manifest says, in a message."""
+
+FILES = (INFERENCE, WEIGHTS, TRAINING, ARCHITECTURE, SUBMODEL)
+
+
+def blocked_file(block: int) -> str:
+    """The training step for processors that compute blocks of so many channels, at the bundle's widths alone."""
+    return f"training-blocked-{block}.onnx"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files have been checked.
+
+    Attributes:
+        folder: Where its files lie.
+        architecture: The whole model.
+        selection: What of it this board holds.
+        recipe: The local training that `training.onnx` was made for.
+        target: Name of the hardware profile.
+        class_names: Names of the output's entries, or empty.
+        engine: How a TensorRT engine is to be built; None where the bundle doesn't say.
+        precisions: At which lower precisions it can predict, too.
+        blocks: For which lengths of blocks it has a training step of its own.
+    """
+
+    folder: Path
+    architecture: Architecture
+    selection: Selection
+    recipe: Recipe
+    target: str
+    class_names: tuple[str, ...]
+    engine: EnginePlan | None = None
+    precisions: tuple[str, ...] = ()
+    blocks: tuple[int, ...] = ()
+
+    def blocked(self, block: int) -> Path | None:
+        """The training step for whole batches on a board, None if the bundle has none for it.
+
+        Args:
+            block: Channels that it computes at once (`fedprune.runtime.blocks.block_size`); 0 for none.
+        """
+        return self.path(blocked_file(block)) if block in self.blocks else None
+
+    def path(self, name: str) -> Path:
+        """Where one of its files lies."""
+        return self.folder / name
+
+
+def manifest(
+    files: Mapping[str, bytes], selection: Selection, recipe: Recipe, target: str, class_names: tuple[str, ...] = ()
+) -> str:
+    """The manifest of these files, as JSON text."""
+    body = {
+        "format": FORMAT,
+        "target": target,
+        "architecture": selection.architecture.digest,
+        "selection": selection.digest,
+        "widths": list(selection.widths),
+        "classes": selection.architecture.classes,
+        "class_names": list(class_names),
+        "recipe": recipe.to_dict(),
+        "files": {n: {"size": len(raw), "sha256": tensorfile.digest(raw)} for n, raw in sorted(files.items())},
+    }
+    return json.dumps(body, indent=2) + "\n"
+
+
+def files_folder(folder: Path) -> Path:
+    """Where the files of a bundle lie: in its folder, or within it in `COMPLETE`, where an export was cut off.
+
+    An export writes a whole bundle before it touches the one that is there. From the moment when the new one is
+    complete until its last file is in its place, the folder itself may hold files of both.
+    """
+    complete = folder / COMPLETE
+    try:
+        return complete if (complete / MANIFEST).exists() else folder
+    except OSError:  # whoever reads the manifest says why
+        return folder
+
+
+def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
+    """Check every file of a bundle against its manifest and read what describes it.
+
+    Raises:
+        BundleError: That is no path; the manifest is missing or damaged, or a file is missing, cut short or changed; or
+            manifest, widths and tensors contradict each other. The message names the file, what was expected and what
+            was found.
+    """
+    try:
+        folder = files_folder(Path(folder))
+    except TypeError as error:
+        raise BundleError("no bundle", expected="the path of its folder", got=type(folder).__name__) from error
+    body = _read_manifest(folder / MANIFEST)
+    precisions = tuple(p for p in PRECISIONS if graph_file(p) in body["files"])
+    blocks = tuple(b for b in BLOCKS[1:] if blocked_file(b) in body["files"])
+    for name in (*FILES, *(n for p in precisions for n in files_of(p)), *map(blocked_file, blocks)):
+        _check_file(folder / name, body["files"].get(name))
+    architecture = Architecture.from_json((folder / ARCHITECTURE).read_bytes())
+    selection = Selection.from_json((folder / SUBMODEL).read_bytes(), architecture)
+    if selection.digest != body["selection"]:
+        raise BundleError(f"{folder}: the manifest names another selection", expected=body["selection"])
+    _check_claims(folder / MANIFEST, body, selection)
+    _check_tensors(folder / WEIGHTS, selection)
+    try:
+        recipe = Recipe.from_dict(body["recipe"])
+    except (ConfigError, TypeError) as error:
+        raise BundleError(f"{folder / MANIFEST}: {error}") from error
+    return Bundle(
+        folder,
+        architecture,
+        selection,
+        recipe,
+        str(body["target"]),
+        tuple(map(str, body["class_names"])),
+        _engine(folder, body["files"]),
+        precisions,
+        blocks,
+    )
+
+
+def _engine(folder: Path, files: Mapping[str, Any]) -> EnginePlan | None:
+    """The plan of an engine, if the manifest lists one, and the graph that it names."""
+    path = folder / tensorrt_config.NAME
+    if path.name not in files:
+        return None
+    _check_file(path, files[path.name])
+    try:
+        found = EnginePlan.from_json(path.read_bytes(), str(path))
+    except ConfigError as error:
+        raise BundleError(str(error), hint="Export the bundle again.") from error
+    _check_file(folder / found.graph, files.get(found.graph))
+    return found
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(read_file(path))
+    except OSError as error:
+        raise BundleError(f"can't read {path}: {error.strerror}", hint="Is this a bundle's folder?") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is damaged", hint="Export the bundle again.") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise BundleError(f"{path} is no manifest of a bundle", expected=FORMAT)
+    wanted = {"files": dict, "recipe": dict, "class_names": list, "target": str, "selection": str}
+    for key, kind in wanted.items():
+        if not isinstance(body.get(key), kind):
+            raise BundleError(f"{path}: {key}", expected=f"a {kind.__name__}", got=type(body.get(key)).__name__)
+    return body
+
+
+def _check_claims(path: Path, body: Mapping[str, Any], selection: Selection) -> None:
+    """What the manifest says of the model must be what the files are, for whoever reads it alone."""
+    architecture = selection.architecture
+    facts = {
+        "architecture": architecture.digest,
+        "widths": list(selection.widths),
+        "classes": architecture.classes,
+    }
+    for key, fact in facts.items():
+        if body.get(key) != fact:
+            raise BundleError(
+                f"{path}: its {key} and those of the files differ",
+                expected=fact,
+                got=str(body.get(key))[:_LONGEST],
+                hint="Export the bundle again.",
+            )
+
+
+def _check_tensors(path: Path, selection: Selection) -> None:
+    """Tensors must have the shapes that the widths give them, in float32."""
+    try:
+        # Mapped, because on boards a copy of all weights is memory that they may not have.
+        raw: memoryview = np.memmap(path, np.uint8, "r").data
+        found = {name: (code, shape) for name, (code, shape, _, _) in tensorfile.offsets(raw).items()}
+    except (BundleError, ValueError) as error:  # numpy maps no empty file
+        raise BundleError(f"{path}: {error}") from error
+    except OSError as error:
+        raise BundleError(f"can't read {path}: {error.strerror}", hint="Copy or export the bundle again.") from error
+    wanted = {name: ("F32", shape) for name, shape in selection.shapes().items()}
+    for name in (*wanted, *found):
+        if found.get(name) != wanted.get(name):
+            raise BundleError(
+                f"{path}: tensor {shown(name)} is not of the widths that {SUBMODEL} and the manifest say",
+                expected=_described(wanted.get(name)),
+                got=_described(found.get(name)),
+                hint="Export the bundle again.",
+            )
+
+
+def _described(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return "no such tensor" if tensor is None else f"{tensor[0]} {shape_text(*tensor[1])}"
+
+
+def _check_file(path: Path, entry: object) -> None:
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("size"), int)
+        or not isinstance(entry.get("sha256"), str)
+    ):
+        raise BundleError(f"the manifest doesn't list {path.name}", hint="Export the bundle again.")
+    try:
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise BundleError(
+                f"{path} is cut short or too long",
+                expected=f"{entry['size']} bytes",
+                got=f"{size} bytes",
+                hint="Copy or export the bundle again.",
+            )
+        found = file_digest(path)
+    except OSError as error:
+        raise BundleError(f"can't read {path}: {error.strerror}", hint="Copy or export the bundle again.") from error
+    if found != entry["sha256"]:
+        raise BundleError(
+            f"{path} has changed since it was exported",
+            expected=f"sha256 {entry['sha256'][:16]}",
+            got=found[:16],
+            hint="Copy or export the bundle again.",
+        )

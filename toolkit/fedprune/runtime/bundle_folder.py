@@ -1,0 +1,279 @@
+"""The folder of a bundle: what may be written to it, and how a new bundle takes the place of an old one.
+
+The new bundle is written into `.bundle.partial` in the folder itself: that is on the same disk wherever the folder is
+mounted or linked to, and what else lies in the folder stays where it is. Once the new bundle is whole and durable, one
+rename to `.bundle.complete` makes it the bundle of the folder: from then on readers take it from there
+(`fedprune.runtime.bundle.files_folder`). Its files then take their places one by one, and the folder with them goes. An
+export that is cut off before that rename has changed nothing; one that is cut off after it is finished by the next.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fedprune.core.disk import locked, storage_errors, sync_folder, write_whole
+from fedprune.core.errors import BundleError, StorageError, remedy, shown
+from fedprune.costs.kernel_workload import BLOCKS
+from fedprune.model.selection import Selection
+from fedprune.runtime import tensorrt_config
+from fedprune.runtime.bundle import (
+    COMPLETE,
+    FILES,
+    INFERENCE,
+    MANIFEST,
+    WEIGHTS,
+    Bundle,
+    blocked_file,
+    files_folder,
+    manifest,
+    open_bundle,
+)
+from fedprune.runtime.precision import PRECISIONS, files_of
+from fedprune.training.recipe import Recipe
+
+PARTIAL = ".bundle.partial"
+"""Where a bundle is written; whoever holds the lock may delete it."""
+_LOCK = ".bundle.lock"
+_PLACES = "places"
+"""In it every file has a second name, which is moved to its place: that needs no room, and the first name stays."""
+
+REPORTS = ("report.json", "report.md", "report.html")
+"""The export's report of the bundle."""
+
+_NAMES = frozenset(
+    (
+        *(*FILES, MANIFEST, tensorrt_config.NAME, *REPORTS),
+        *(name for precision in PRECISIONS for name in files_of(precision)),
+        *map(blocked_file, BLOCKS[1:]),
+    )
+)
+_UNFINISHED = frozenset(f".{name}.partial" for name in _NAMES)
+"""What `write_whole` calls a file while it writes it."""
+_HEAD = 64
+"""Bytes of a graph within which it says what wrote it."""
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder claims to be a bundle."""
+    return (files_folder(folder) / MANIFEST).exists()
+
+
+def check_folder(folder: Path, target: str) -> None:
+    """Refuse to write a bundle among other things, or in the place of another board's.
+
+    Args:
+        folder: Where it is to be written. What an export that was cut off has left there is no other thing.
+        target: Name of its hardware profile.
+
+    Raises:
+        BundleError: The folder is a file, or holds something else than a bundle of this target.
+        StorageError: The folder can't be read, made or written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BundleError(f"{folder} is not a folder", hint="Give another --out.")
+    with storage_errors(f"can't read {folder}"):
+        if folder.is_dir() and not is_bundle(folder) and not _left_over(folder):
+            raise BundleError(f"{folder} is not empty and holds no bundle", hint="Empty it, or give another --out.")
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):  # better known before hours of training than after
+        refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        raise StorageError(f"can't write a bundle to {folder}: {refused.strerror}", hint=remedy(refused))
+    there = _target(files_folder(folder) / MANIFEST)
+    if there not in ("", target):
+        raise BundleError(
+            f"{folder} holds the bundle of another board",
+            expected=f"one of {target}",
+            got=f"one of {shown(there)}",
+            hint="Give each board its own --out; or name all in one --target, which makes a folder each. To replace "
+            "it, delete the folder.",
+        )
+
+
+def put_bundle(folder: Path, files: Mapping[str, bytes], target: str) -> None:
+    """Make these files the bundle of a folder; after a crash at any moment it holds the old one or the new one, whole.
+
+    Files of other names stay as they are.
+
+    Args:
+        folder: Where to; it is made, or must be empty or hold a bundle of the same target, whole or not.
+        files: All files by name, the manifest among them.
+        target: Name of the hardware profile.
+
+    Raises:
+        BundleError: The folder holds something else.
+        BusyError: Another export writes to it.
+        StorageFullError: There is no room; what was there before is untouched.
+        StorageError: The folder can't be made or written to, or the new bundle can't take its place.
+    """
+    check_folder(folder, target)
+    made = not folder.exists()
+    try:
+        with storage_errors(f"can't write a bundle to {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            if made:
+                sync_folder(folder.parent)
+            with _alone(folder):
+                _place(folder)
+                _sweep(folder)
+                check_folder(folder, target)  # another export may have ended since
+                _check_places(folder, files)
+                _write(folder, files)
+                _place(folder)
+                with suppress(OSError):  # the next export deletes what is left
+                    _sweep(folder)
+    except BaseException:
+        if made:
+            with suppress(OSError):  # it goes if nothing is in it
+                folder.rmdir()
+        raise
+
+
+def write_bundle(
+    folder: Path,
+    files: Mapping[str, bytes],
+    selection: Selection,
+    recipe: Recipe,
+    target: str,
+    class_names: tuple[str, ...] = (),
+) -> Bundle:
+    """Write a bundle with its manifest, and read it back.
+
+    After a crash at any moment the folder holds the old bundle or the new one, whole
+    (`fedprune.runtime.bundle_folder`).
+
+    Args:
+        folder: Where to; it is made, or must be empty or hold a bundle of the same target, which is replaced.
+        files: All files by name but the manifest, which lists them.
+        selection: What the board holds.
+        recipe: Its local training.
+        target: Name of the hardware profile.
+        class_names: Names of the output's entries.
+
+    Raises:
+        BundleError: The folder holds something else, or the files don't belong together.
+        BusyError: Another export writes to the folder.
+        StorageFullError: There is no room; what was there before is untouched.
+        StorageError: The folder can't be made or written to.
+    """
+    classes = selection.architecture.classes
+    if class_names and len(class_names) != classes:
+        raise BundleError("class names", expected=f"{classes} names", got=len(class_names))
+    written = manifest(files, selection, recipe, target, class_names).encode()
+    put_bundle(folder, {**files, MANIFEST: written}, target)
+    return open_bundle(folder)
+
+
+def read_files(bundle: Bundle) -> dict[str, bytes]:
+    """The files of a bundle by name, without the manifest: what it consists of, and the export's reports.
+
+    Raises:
+        StorageError: A file can't be read.
+    """
+    engine = () if bundle.engine is None else (tensorrt_config.NAME,)
+    lowered = (name for precision in bundle.precisions for name in files_of(precision))
+    names = (*FILES, *engine, *lowered, *map(blocked_file, bundle.blocks))
+    reports = (name for name in REPORTS if bundle.path(name).is_file())
+    with storage_errors(f"can't read {bundle.folder}"):
+        return {name: bundle.path(name).read_bytes() for name in (*names, *reports)}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, and leave no file of it."""
+    lock = folder / _LOCK
+    with locked(lock, f"another export writes to {folder}", "Wait until it is done, or give another --out."):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the next export deletes it
+                lock.unlink(missing_ok=True)
+
+
+def _check_places(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Nothing but a file can be replaced by a file."""
+    for name in files:
+        if (folder / name).is_dir():
+            raise BundleError(f"{folder / name} is a folder", expected="a file of a bundle", hint="Give another --out.")
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a bundle beside the one that is there, and make it the one that counts."""
+    partial = folder / PARTIAL
+    try:
+        places = partial / _PLACES
+        places.mkdir(parents=True)
+        for name, raw in files.items():
+            write_whole(partial / name, raw)
+            try:
+                os.link(partial / name, places / name)
+            except OSError:  # not every disk has hard links
+                write_whole(places / name, raw)
+        sync_folder(places)
+        partial.rename(folder / COMPLETE)
+    except BaseException:
+        with suppress(OSError):  # the next export deletes what is left
+            shutil.rmtree(partial)
+        raise
+
+
+def _place(folder: Path) -> None:
+    """Put the files of a bundle that is complete into their places; it is the folder's bundle all the while."""
+    complete = folder / COMPLETE
+    if not (complete / MANIFEST).exists():
+        return
+    try:
+        sync_folder(folder)
+        for path in sorted((complete / _PLACES).iterdir(), key=lambda p: (p.name == MANIFEST, p.name)):
+            path.replace(folder / path.name)
+        sync_folder(folder)
+    except OSError as error:
+        raise StorageError(
+            f"can't put the new bundle of {folder} into its place: {error.strerror}",
+            hint=f"It is whole, and read from {complete} until the same export is run again and can.",
+        ) from error
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what isn't in its place: of a bundle that is, or of exports that were cut off."""
+    partial, complete = folder / PARTIAL, folder / COMPLETE
+    if partial.exists():
+        shutil.rmtree(partial)
+    if complete.exists():
+        complete.rename(partial)  # it goes in one piece: nobody may read one of which a part is deleted already
+        sync_folder(folder)
+        shutil.rmtree(partial)
+    for path in list(folder.iterdir()):
+        if path.name in _UNFINISHED and path.is_file():  # earlier versions wrote in place
+            path.unlink()
+
+
+def _left_over(folder: Path) -> bool:
+    """Whether nothing is in a folder without a manifest but what an export that was cut off has left."""
+    found = {path.name for path in folder.iterdir()} - {_LOCK, PARTIAL, COMPLETE}
+    if not found <= _NAMES | _UNFINISHED:
+        return False
+    return not found & _NAMES or _exported(folder / INFERENCE)
+
+
+def _exported(path: Path) -> bool:
+    """Whether a graph is one of ours, with its weights beside it: graphs of others may have the same file name."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+        return b"fedprune" in head and WEIGHTS.encode() in head + file.read()
+
+
+def _target(path: Path) -> str:
+    """Whose bundle a manifest vouches for; empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_bytes())["target"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return found if isinstance(found, str) else ""

@@ -1,0 +1,179 @@
+"""A part of a compiled graph: what some of its outputs need, and nothing else.
+
+onnxruntime runs a whole graph however few of its outputs are wanted (its option to run only what leads to them does
+nothing in the builds that boards have). A board measures batch-norm statistics and validation losses with the forward
+pass alone, so the graph is cut before it is loaded. ONNX files are protocol buffers; what little of them must be
+understood for this is read here, because boards have no onnx package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from fedprune.core.errors import ModelError
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+_GRAPH, _METADATA = 7, 14
+"""Fields of ModelProto."""
+
+_KEY, _VALUE = 1, 2
+"""Fields of StringStringEntryProto."""
+
+_NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 5, 11, 12, 13
+"""Fields of GraphProto."""
+
+_NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE = 1, 2, 5
+"""Fields of NodeProto."""
+
+_ATTRIBUTE_GRAPHS = (6, 11)
+"""Fields of AttributeProto that hold the bodies of loops and branches."""
+
+_NAME = 1
+"""Field of ValueInfoProto."""
+
+_TENSOR_NAME = 8
+"""Field of TensorProto."""
+
+_DEEPEST = 32
+"""Loops within loops."""
+
+
+def part_for(model: bytes, outputs: Collection[str]) -> bytes:
+    """The graph with these outputs alone, and with the inputs, constants and operators that they need.
+
+    Args:
+        model: An ONNX file without external data.
+        outputs: Names of some of its outputs.
+
+    Raises:
+        ModelError: It is not an ONNX file, or has no such output.
+    """
+    try:
+        rows = list(_fields(model))
+        return b"".join(_field(n, k, _cut(v, set(outputs)) if (n, k) == (_GRAPH, _BYTES) else v) for n, k, v in rows)
+    except (IndexError, ValueError) as error:
+        raise _unreadable(error) from error
+
+
+def metadata_of(model: bytes) -> dict[str, str]:
+    """What a graph's maker wrote into it.
+
+    Args:
+        model: An ONNX file.
+
+    Raises:
+        ModelError: It is not an ONNX file.
+    """
+    try:
+        entries = [v for n, k, v in _fields(model) if (n, k) == (_METADATA, _BYTES)]
+        return {_text(entry, _KEY): _text(entry, _VALUE) for entry in entries}
+    except (IndexError, ValueError) as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> ModelError:
+    return ModelError(f"the graph can't be read as an ONNX file ({type(error).__name__}: {error})")
+
+
+def _cut(graph: bytes, wanted: set[str]) -> bytes:
+    rows = list(_fields(graph))
+    missing = wanted - {_text(v, _NAME) for n, _, v in rows if n == _OUTPUT}
+    if missing:
+        raise ModelError("the graph lacks outputs", got=", ".join(sorted(missing)[:5]))
+    kept, needed = set(), set(wanted)
+    for at in reversed(range(len(rows))):  # operators stand in the order in which they run
+        number, _, value = rows[at]
+        if number != _NODE:
+            continue
+        if needed.isdisjoint(_texts(value, _NODE_OUTPUT)):
+            continue
+        kept.add(at)
+        needed.update(_reads(value))
+        needed.discard("")  # an optional input that is absent; an optional output that is absent doesn't make it
+    out = []
+    for at, (number, kind, value) in enumerate(rows):
+        if number == _NODE and at not in kept:
+            continue
+        if number == _OUTPUT and _text(value, _NAME) not in wanted:
+            continue
+        if number in (_INPUT, _VALUE_INFO) and _text(value, _NAME) not in needed:
+            continue
+        if number == _INITIALIZER and _text(value, _TENSOR_NAME) not in needed:
+            continue
+        out.append(_field(number, kind, value))
+    return b"".join(out)
+
+
+def _reads(node: bytes, depth: int = 0) -> Iterator[str]:
+    """Names that an operator reads, also from within its loops and branches."""
+    if depth > _DEEPEST:
+        raise ValueError("loops are nested too deeply")
+    yield from _texts(node, _NODE_INPUT)
+    for number, kind, attribute in _fields(node):
+        if (number, kind) != (_NODE_ATTRIBUTE, _BYTES):
+            continue
+        for field, inner, body in _fields(attribute):
+            if field not in _ATTRIBUTE_GRAPHS or inner != _BYTES:
+                continue
+            for n, k, value in _fields(body):
+                if (n, k) == (_NODE, _BYTES):
+                    yield from _reads(value, depth + 1)
+                elif (n, k) == (_OUTPUT, _BYTES):
+                    yield _text(value, _NAME)  # a branch may hand an outer value through
+
+
+def _texts(message: bytes, number: int) -> list[str]:
+    return [v.decode() for n, k, v in _fields(message) if (n, k) == (number, _BYTES)]
+
+
+def _text(message: bytes, number: int) -> str:
+    return next(iter(_texts(message, number)), "")
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Fields of a protocol buffer: number, wire type and bytes, those of nested messages without their length."""
+    at, end = 0, len(message)
+    while at < end:
+        tag, at = _varint(message, at)
+        number, kind = tag >> 3, tag & 7
+        if kind == _VARINT:
+            _, after = _varint(message, at)
+        elif kind == _BYTES:
+            length, at = _varint(message, at)
+            after = at + length
+        elif kind in (_FIXED64, _FIXED32):
+            after = at + (8 if kind == _FIXED64 else 4)
+        else:
+            raise ValueError(f"wire type {kind}")
+        if after > end:
+            raise ValueError("cut short")
+        yield number, kind, message[at:after]
+        at = after
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if not byte & 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number is too long")
+
+
+def _field(number: int, kind: int, value: bytes) -> bytes:
+    head = _number(number << 3 | kind)
+    return head + _number(len(value)) + value if kind == _BYTES else head + value
+
+
+def _number(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

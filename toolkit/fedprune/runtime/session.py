@@ -1,0 +1,286 @@
+"""The one place that opens onnxruntime sessions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import threading
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import MissingExtraError, ModelError, RuntimeUnavailableError
+
+Array = npt.NDArray[Any]
+
+# Wheels of onnxruntime report usage to their maker. Boards promise that nothing leaves them but weights, and
+# their links are counted by the byte: it stays off, here and in child processes, unless somebody sets it otherwise.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+_LOG = logging.getLogger("fedprune.runtime.session")
+
+_SAID: set[str] = set()
+"""Causes for computing on the CPU that this process has logged."""
+
+_MOST_SAID = 20
+
+_KERNEL = "_kernel_time"
+"""How the profiler's events of operators end."""
+
+_WARM_UP = 2
+"""Runs before those that are timed."""
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+_CUDA_OPTIONS = {
+    "arena_extend_strategy": "kSameAsRequested",
+    "cudnn_conv_algo_search": "HEURISTIC",
+    "use_tf32": "0",
+}
+"""A Jetson's graphics unit shares the board's memory, so no more is taken than asked for; an exhaustive search would be
+made again for every new shape; and what is trained in float32 is computed in float32
+(https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html)."""
+
+
+class Runs(Protocol):
+    """Whatever runs a loaded graph: a session of onnxruntime, or what takes its place."""
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[str, tuple[int | str | None, ...]]]:
+        """Type and shape by input name; dimensions that are free are names or None."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Arrays by output name; see `Session.run`."""
+
+
+class Session:
+    """A loaded graph, on the CPU unless CUDA is asked for and works.
+
+    Memory patterns are off (batches and widths vary, and they cost memory without gaining time), threads don't spin
+    (a board serves predictions beside training) and, for training graphs, optimisation is basic: it halves the load
+    time at the same speed. Threads may run it at once.
+
+    Args:
+        model: A file, or the bytes of one (then without external data).
+        threads: Threads inside an operator; 0 takes one per core.
+        training: Whether this is a training graph.
+        cuda: Whether to compute on an NVIDIA GPU. Where that fails, now or while it runs, the CPU takes over: a graph
+            keeps nothing from run to run, so that nothing is lost.
+
+    Attributes:
+        inputs: Type and shape by input name.
+        outputs: Names of the outputs.
+        metadata: What the graph's maker wrote into it.
+        reason: Why it is the CPU although CUDA was asked for; empty else.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        ModelError: onnxruntime doesn't accept the graph.
+    """
+
+    def __init__(self, model: Path | bytes, *, threads: int = 1, training: bool = False, cuda: bool = False) -> None:
+        self._open = partial(_opened, model, threads, training)
+        self.reason = ""
+        self._lock = threading.Lock()
+        self._session: Any = self._opened_on_cuda() if cuda else None
+        if self._session is None:
+            self._session = self._open(_CPU)
+        self.inputs: dict[str, tuple[str, tuple[int | str | None, ...]]] = {
+            i.name: (i.type, tuple(i.shape)) for i in self._session.get_inputs()
+        }
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
+        if self.provider == "cpu":
+            del self._open  # with it go the graph's bytes
+
+    @property
+    def provider(self) -> str:
+        """What computes: `cpu` or `cuda`."""
+        return "cuda" if _on_cuda(self._session) else "cpu"
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run the graph once.
+
+        Args:
+            feeds: Arrays by input name.
+            outputs: Names of the wanted outputs; all by default.
+
+        Raises:
+            ModelError: Feeds don't fit the graph, or an operator fails on them.
+        """
+        names = list(outputs) if outputs is not None else list(self.outputs)
+        session = self._session  # another thread may replace it
+        try:
+            values: list[Array] = session.run(names, dict(feeds))
+        except Exception as error:
+            if not _on_cuda(session):
+                raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(error)})") from error
+            values = self._again(session, names, feeds, error)
+        return dict(zip(names, map(np.asarray, values), strict=True))
+
+    def _opened_on_cuda(self) -> Any:
+        if _CUDA not in _onnxruntime().get_available_providers():
+            self._without(f"onnxruntime {version()} has no CUDA provider")
+            return None
+        try:
+            session = self._open((_CUDA, _CUDA_OPTIONS), _CPU)
+        except ModelError as error:
+            self._without(str(error))
+            return None
+        # Where a library of CUDA is missing, onnxruntime doesn't fail but leaves the provider out.
+        if not _on_cuda(session):
+            self._without("onnxruntime's CUDA provider can't be loaded")
+            return None
+        return session
+
+    def _again(self, failed: Any, names: list[str], feeds: Mapping[str, Array], error: Exception) -> list[Array]:
+        """The same on the CPU. What fails there, too, is no fault of CUDA's."""
+        with self._lock:
+            session = self._open(_CPU) if self._session is failed else self._session
+            try:
+                values: list[Array] = session.run(names, dict(feeds))
+            except Exception as other:
+                raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(other)})") from other
+            if self._session is failed:
+                self._without(_first_line(error))
+                self._session = session
+                del self._open
+        return values
+
+    def _without(self, reason: str) -> None:
+        self.reason = reason
+        if reason not in _SAID and len(_SAID) < _MOST_SAID:  # a process opens a session for every width
+            _SAID.add(reason)
+            _LOG.warning("computing on the CPU instead of CUDA: %s", reason)
+
+
+def _on_cuda(session: Any) -> bool:
+    return _CUDA in session.get_providers()
+
+
+@dataclass(frozen=True)
+class KernelTimes:
+    """What the operators of a graph took.
+
+    Attributes:
+        run: Seconds of a run of the whole graph.
+        kernels: Operator and seconds per run by the node's name, as onnxruntime gives it: that of the graph's node,
+            often with something appended where nodes were merged. Operators of sub-graphs have entries of their own
+            beside the node that runs them.
+    """
+
+    run: float
+    kernels: Mapping[str, tuple[str, float]]
+
+
+def kernel_times(
+    model: bytes, feeds: Mapping[str, Array], *, threads: int = 1, runs: int = 10, training: bool = False
+) -> KernelTimes:
+    """Time every operator of a graph on the CPU, with onnxruntime's profiler.
+
+    Args:
+        model: The graph's file.
+        feeds: Arrays by input name.
+        threads: Threads inside an operator.
+        runs: How many runs are timed; medians count.
+        training: Whether this is a training graph.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        ModelError: onnxruntime doesn't accept the graph, or can't run it.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedprune-") as folder:
+        session = _opened(model, threads, training, _CPU, profile=f"{folder}/run")
+        try:
+            for _ in range(_WARM_UP + runs):
+                session.run(None, dict(feeds))
+        except Exception as error:
+            raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(error)})") from error
+        finally:
+            file = session.end_profiling()
+        events: list[dict[str, Any]] = json.loads(Path(file).read_text(encoding="utf-8"))
+    whole = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: e["ts"])[_WARM_UP:]
+    starts = [e["ts"] for e in whole]
+    found: dict[str, tuple[str, list[float]]] = {}
+    for event in events:
+        name = str(event["name"])
+        if event.get("cat") != "Node" or not name.endswith(_KERNEL):
+            continue
+        number = bisect_right(starts, event["ts"]) - 1
+        if number >= 0:
+            _, times = found.setdefault(name[: -len(_KERNEL)], (event["args"]["op_name"], [0.0] * len(whole)))
+            times[number] += event["dur"] * 1e-6
+    return KernelTimes(
+        float(np.median([e["dur"] for e in whole])) * 1e-6,
+        {name: (op, float(np.median(times))) for name, (op, times) in found.items()},
+    )
+
+
+def _opened(model: Path | bytes, threads: int, training: bool, *providers: Any, profile: str = "") -> Any:
+    ort = _onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False
+    options.log_severity_level = 4  # what fails comes as an exception; the log would print it a second time
+    # Threads that sleep between operators take longer to wake than most operators of a training step take. They spin
+    # while a step runs and sleep between steps; predictions leave the cores to whatever else the board does.
+    spinning = training and threads != 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    if training:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        # A planned reuse holds a buffer from its first value's end to its next value's beginning, half a step later.
+        options.enable_mem_reuse = False
+    try:
+        return ort.InferenceSession(
+            str(model) if isinstance(model, Path) else model,
+            options,
+            providers=list(providers),
+            enable_fallback=0,  # else a damaged file is said on stdout and tried twice, on the same provider
+        )
+    except Exception as error:
+        where = str(model) if isinstance(model, Path) else "graph"
+        raise ModelError(f"{where}: onnxruntime doesn't load it ({_first_line(error)})") from error
+
+
+def version() -> str:
+    """Version of the installed onnxruntime.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    return str(_onnxruntime().__version__)
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            "onnxruntime is not installed",
+            hint="On a Jetson it is JetPack's onnxruntime-gpu.",
+            extra="board",
+        ) from error
+    except ImportError as error:
+        raise RuntimeUnavailableError(f"onnxruntime can't be loaded ({_first_line(error)})") from error
+    return onnxruntime
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,114 @@
+"""How a TensorRT engine is to be built: which graph, how precise, for which batches, and with which limits.
+
+A bundle may carry one as `engine.json`. It is a wish of whoever exported the bundle: a board checks every field, and
+without a plan takes the defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedprune.core import validation as check
+from fedprune.core.errors import ConfigError, shown
+from fedprune.core.tensorfile import digest
+
+FORMAT = "fedprune.engine/1"
+NAME = "engine.json"
+"""What a plan is called in a bundle."""
+
+TOLERANCES = {"float32": 1e-3, "tf32": 1e-2, "float16": 3e-2}
+"""How an engine may compute, and how far its outputs may then be from onnxruntime's in float32, relative to 1 plus the
+largest of them. TF32 rounds factors to 10 bits of mantissa, as float16 has, but keeps float32's range."""
+
+_GRAPH = re.compile(r"[a-z0-9][a-z0-9._-]{0,59}\.onnx")
+_MIB = 2**20
+_LONGEST = 10_000
+"""Bytes of a plan."""
+
+MOST_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """How an engine is built.
+
+    Attributes:
+        graph: The graph, beside the weights. From TensorRT 10 on an engine's types are the graph's, so that one in
+            float16 needs a graph with float32 inputs and outputs and float16 between; TensorRT 8 chooses types itself.
+        precision: One of `TOLERANCES`.
+        batch: The least, the usual and the most samples at once; larger batches are predicted in parts.
+        pool_bytes: Memory that a layer's implementation may take for itself while the engine is built and runs.
+        timeout_s: When a build is given up.
+        level: How hard the builder searches, 0 to 5, where TensorRT lets it be said.
+        refit: Whether an engine may be built so that it takes new weights, which can cost some of its speed.
+
+    Raises:
+        ConfigError: A field is out of range.
+    """
+
+    graph: str = "inference.onnx"
+    precision: str = "float32"
+    batch: tuple[int, int, int] = (1, 1, 64)
+    pool_bytes: int = 256 * _MIB
+    timeout_s: float = 1800.0
+    level: int = 3
+    refit: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.graph, str) or not _GRAPH.fullmatch(self.graph):
+            raise ConfigError("graph", expected="the name of an .onnx file beside the weights", got=shown(self.graph))
+        check.word("precision", self.precision, tuple(TOLERANCES))
+        if not isinstance(self.batch, tuple) or len(self.batch) != 3:
+            raise ConfigError("batch", expected="the least, the usual and the most samples", got=shown(self.batch))
+        for number in self.batch:
+            check.whole("batch", number, 1, MOST_BATCH)
+        if sorted(self.batch) != list(self.batch):
+            raise ConfigError("batch", expected="ascending numbers", got=", ".join(map(str, self.batch)))
+        check.whole("pool_bytes", self.pool_bytes, _MIB, 64 * 2**30)
+        check.number("timeout_s", self.timeout_s, 1, 86_400)
+        check.whole("level", self.level, 0, 5)
+        check.truth("refit", self.refit)
+
+    @property
+    def tolerance(self) -> float:
+        """How far outputs may be from onnxruntime's, see `TOLERANCES`."""
+        return TOLERANCES[self.precision]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of its canonical text."""
+        return digest(self.to_json().encode())
+
+    def to_json(self) -> str:
+        """As canonical JSON."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, raw: bytes, where: str = NAME) -> EnginePlan:
+        """Read and check.
+
+        Args:
+            raw: JSON; a field that is missing has its default.
+            where: Where it comes from, for messages.
+
+        Raises:
+            ConfigError: It is no plan, of another version, or a field is unknown or out of range.
+        """
+        try:
+            if len(raw) > _LONGEST:
+                raise ValueError(f"{len(raw)} bytes")
+            body: Any = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where} is no plan of an engine", expected="a small JSON object") from error
+        if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
+            raise ConfigError(f"{where} is no plan of an engine that is known here", expected=f"format {FORMAT}")
+        fields = check.known(cls, body, where)
+        if isinstance(fields.get("batch"), list):
+            fields["batch"] = tuple(fields["batch"])
+        try:
+            return cls(**fields)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error.what}", expected=error.expected, got=error.got) from error

@@ -1,0 +1,532 @@
+"""The fleet's certificate authority: who gets a certificate, what it says, and which ones no longer count.
+
+A folder holds it:
+
+    authority.key    its ECDSA key, mode 0600
+    authority.pem    its own certificate, which boards and brokers trust
+    authority.key.new    its successor's key, while that one replaces it; authority.pem then has both certificates
+    register.jsonl   every certificate that was issued, and every one revoked (`fedprune.security.issuance_log`)
+    crl.pem          the list of revoked certificates that a broker loads (`fedprune.security.revocation_list`)
+
+A rotation replaces the authority. From its begin to its end both are trusted: the old one still signs answers to
+requests to join and brokers' certificates, since boards may know no other; the new one issues the certificates that
+clients show. At its end the old key is deleted.
+
+Every certificate is valid from 1970 on, because a board's or broker's clock may say so.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from fedprune.core.disk import storage_errors, sync_folder, write_whole
+from fedprune.core.errors import IdentityError, ProtocolError, StorageError, shown
+from fedprune.security.certificates import (
+    EPOCH,
+    Signer,
+    TlsKey,
+    common_name,
+    device_uri,
+    host_name,
+    issued_by,
+    key_digest,
+    load_authorities,
+    load_tls_key,
+    make_tls_key,
+    moment_of,
+    pem_of,
+    pin_of,
+    read_certificate,
+    request_key,
+    save_tls_key,
+    seconds_of,
+)
+from fedprune.security.issuance_log import Register
+from fedprune.security.private_file import give_to_owner_of
+from fedprune.security.revocation_list import RevocationList
+from fedprune.security.trusted_time import BUILT
+from fedprune.wire.topics import check_device, check_name
+
+NEW_KEY = "authority.key.new"
+KEY, CERTIFICATE, REGISTER, CRL = "authority.key", "authority.pem", "register.jsonl", "crl.pem"
+
+SERVER = "fedprune-server"
+"""Common name of the server's own certificate: brokers know the server by it, so no device may have it."""
+
+DEVICE, CLIENT, BROKER = "device", "server", "broker"
+"""Kinds of certificates."""
+
+AUTHORITY_DAYS, DEVICE_DAYS, BROKER_DAYS = 30 * 365, 2 * 365, 5 * 365
+MAX_LIVE = 64
+"""Certificates of one device that have not ended."""
+
+_DAY = 24 * 3600
+_LONGEST_DAYS = 30 * 365
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A certificate in the register.
+
+    Attributes:
+        serial: Its serial number.
+        kind: What it is for.
+        name: Its common name.
+        key: sha256 of its public key, as hex.
+        ends: When it ends, in seconds since 1970.
+        pem: The certificate.
+        authority: Identifier of the issuing authority's key.
+    """
+
+    serial: int
+    kind: str
+    name: str
+    key: str
+    ends: int
+    pem: str
+    authority: bytes
+
+
+class Authority:
+    """A certificate authority.
+
+    Args:
+        folder: Its folder, as `make` leaves it.
+        clock: Seconds since 1970.
+        read_only: Only look; nothing is written, and nothing can be issued or revoked.
+
+    Raises:
+        IdentityError: A file is missing or damaged, or key and certificate don't fit.
+        StorageError: The register is missing or damaged, or the disk fails.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time, *, read_only: bool = False) -> None:
+        self._clock = clock
+        self._folder = folder
+        self._signers = _signers(folder, read_only=read_only)
+        self.certificate = self._signers[0].certificate
+        self._list = RevocationList(folder / CRL, self._signers)
+        self._issued: dict[int, Issued] = {}
+        self._by_key: dict[str, Issued] = {}
+        self._revoked: dict[int, int] = {}
+        if not (folder / REGISTER).exists():  # it would be made anew, and who was shut out let in again
+            raise StorageError(f"{folder / REGISTER} is missing", hint="Restore the backup of the identity folder.")
+        self._register = Register(folder / REGISTER, self._take, read_only=read_only)
+        if read_only:
+            return
+        with self._register.held():
+            # What was signed as revoked stays so: a disk that lost writes may have taken lines from the register.
+            for serial, at in self._list.revoked().items():
+                if serial not in self._revoked:
+                    self._register.append(_revocation(serial, at))
+            self._list.write(self._revoked)  # a crash may have come between the register's last line and the list
+
+    @classmethod
+    def make(cls, folder: Path, site: str, clock: Callable[[], float] = time.time) -> Authority:
+        """A new authority in a folder that has none.
+
+        Raises:
+            IdentityError: There is one already.
+            ProtocolError: The site's name is none.
+            StorageError: The disk fails or is full.
+        """
+        check_name(site, "site")
+        if (folder / CERTIFICATE).exists():
+            raise IdentityError(f"{folder} has an authority already")
+        with storage_errors(f"can't write {folder}"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        key = make_tls_key()
+        certificate = _self_signed(key, _subject(site), clock)
+        save_tls_key(key, folder / KEY)
+        write_whole(folder / REGISTER, b"", private=True)
+        write_whole(folder / CERTIFICATE, pem_of(certificate).encode())  # last: with it the authority is there
+        return cls(folder, clock)
+
+    def begin_rotation(self, site: str) -> None:
+        """Make a successor, which issues clients' certificates from the next `Authority` of this folder on.
+
+        A crash leaves one authority, or both.
+
+        Raises:
+            IdentityError: It is being replaced already.
+            StorageError: The disk fails or is full.
+        """
+        if self.rotating:
+            raise IdentityError("the authority is being replaced already", hint="End that first: identity retire-ca.")
+        key = make_tls_key()
+        certificate = _self_signed(key, _successor(site, key), self._clock)
+        save_tls_key(key, self._folder / NEW_KEY)
+        give_to_owner_of(self._folder / NEW_KEY, self._folder / KEY)
+        write_whole(self._folder / CERTIFICATE, (self.pem + pem_of(certificate)).encode())  # now it counts
+
+    def end_rotation(self) -> None:
+        """Trust the successor alone, from the next `Authority` of this folder on; the old key is deleted.
+
+        Raises:
+            IdentityError: It is not being replaced.
+            StorageError: The disk fails or is full.
+        """
+        if not self.rotating:
+            raise IdentityError("the authority is not being replaced", hint="Begin that first: identity rotate-ca.")
+        write_whole(self._folder / CERTIFICATE, pem_of(self._signers[-1].certificate).encode())  # now it counts
+        _signers(self._folder, read_only=False)
+
+    @property
+    def rotating(self) -> bool:
+        """Whether a successor is about to replace it."""
+        return len(self._signers) > 1
+
+    @property
+    def ever_rotated(self) -> bool:
+        """Whether it is being replaced, or has replaced another one that issued a certificate."""
+        known = {_identifier(s) for s in self._signers}
+        return self.rotating or any(i.authority not in known for i in self._issued.values())
+
+    def is_current(self, certificate: x509.Certificate, *, client: bool) -> bool:
+        """Whether the authority that issues such certificates now has issued this one."""
+        return issued_by(certificate, self._signers[-1 if client else 0].certificate)
+
+    @property
+    def pem(self) -> str:
+        """The certificates of the authorities that the fleet trusts, the oldest first."""
+        return "".join(pem_of(s.certificate) for s in self._signers)
+
+    @property
+    def pin(self) -> bytes:
+        """What claims name it by."""
+        return self.pins[0]
+
+    @property
+    def pins(self) -> tuple[bytes, ...]:
+        """Pins of the authorities that the fleet trusts, the oldest first."""
+        return tuple(pin_of(s.certificate) for s in self._signers)
+
+    @property
+    def crl_path(self) -> Path:
+        """The list of revoked certificates, in PEM."""
+        return self._list.path
+
+    def sign(self, data: bytes) -> bytes:
+        """ECDSA over SHA-256, in DER, by the authority's key; `data` begins with a text that says what it is for."""
+        return self._signers[0].key.sign(data, ec.ECDSA(hashes.SHA256()))
+
+    def now(self) -> int:
+        """The time, in seconds since 1970, which is never before this software was built."""
+        return int(max(self._clock(), BUILT))
+
+    def made_for(self, site: str) -> bool:
+        """Whether it was made for this site, as far as its certificate tells: names are cut there."""
+        return self.certificate.subject in (_subject(site), _successor(site, self._signers[0].key))
+
+    def issue_device(self, site: str, device: str, csr: str, days: int = DEVICE_DAYS) -> str:
+        """A certificate for a device to connect with; the same one if its key has one already.
+
+        Args:
+            site: The fleet's.
+            device: Its name, the certificate's common name.
+            csr: Its request; only the key in it counts.
+            days: How long it is valid.
+
+        Returns:
+            The certificate (PEM).
+
+        Raises:
+            IdentityError: The name is reserved, the key's certificate is another's, revoked or over, or the device has
+                too many.
+            ProtocolError: Request or name are none.
+            StorageError: The disk fails or is full; nothing was issued.
+        """
+        check_name(site, "site")
+        check_device(device)
+        if device == SERVER:
+            raise IdentityError(f"no device may be called {SERVER!r}", hint="Give it another name.")
+        key = request_key(csr)
+        with self._register.held():
+            known = self._known(device, key)
+            if known is not None:
+                return known.pem
+            names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(device_uri(site, device))])
+            return self._issue(DEVICE, device, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, names)
+
+    def check_device(self, device: str, csr: str) -> None:
+        """Make sure that `issue_device` would issue this, before a claim is used for it.
+
+        Raises:
+            IdentityError, ProtocolError, StorageError: It would not.
+        """
+        with self._register.held():
+            self._known(device, request_key(csr))
+
+    def issue_server(self, csr: str, days: int = DEVICE_DAYS) -> str:
+        """A certificate for the server itself to connect with, named `fedprune-server`.
+
+        Raises:
+            ProtocolError: The request is none.
+            StorageError: The disk fails or is full.
+        """
+        key = request_key(csr)
+        with self._register.held():
+            return self._issue(CLIENT, SERVER, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, None)
+
+    def issue_broker(self, hosts: Iterable[str], csr: str, days: int = BROKER_DAYS) -> str:
+        """A certificate for a broker.
+
+        Args:
+            hosts: The names and addresses by which boards and server reach it.
+            csr: Its request.
+            days: How long it is valid.
+
+        Raises:
+            IdentityError: No host, or one that is neither name nor address.
+            ProtocolError: The request is none.
+            StorageError: The disk fails or is full.
+        """
+        names = [host_name(h) for h in hosts]
+        if not names:
+            raise IdentityError("a broker's certificate needs a host", expected="a name or an address", got="none")
+        key = request_key(csr)
+        first = str(names[0].value)[:64]
+        with self._register.held():
+            return self._issue(
+                BROKER, first, key, days, ExtendedKeyUsageOID.SERVER_AUTH, x509.SubjectAlternativeName(names)
+            )
+
+    def of_device(self, device: str) -> list[Issued]:
+        """All certificates of a device, in the order in which they were issued."""
+        return [i for i in self._issued.values() if i.kind == DEVICE and i.name == device]
+
+    def is_revoked(self, serial: int) -> bool:
+        """Whether a certificate was revoked."""
+        return serial in self._revoked
+
+    def revoke(self, serial: int) -> None:
+        """Make a certificate void, for good. Brokers learn it when they load the list again.
+
+        Raises:
+            IdentityError: It was never issued here.
+            StorageError: The disk fails or is full.
+        """
+        with self._register.held():
+            self._revoke([serial])
+
+    def revoke_device(self, device: str) -> int:
+        """Make all certificates of a device void.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        with self._register.held():
+            serials = [i.serial for i in self.of_device(device) if i.serial not in self._revoked]
+            self._revoke(serials)
+        return len(serials)
+
+    def lines(self) -> list[str]:
+        """The register's lines: all that was issued and revoked.
+
+        Raises:
+            StorageError: The register is damaged or can't be read.
+        """
+        with self._register.held():
+            return self._register.lines()
+
+    def adopt(self, lines: Iterable[str]) -> None:
+        """Add the lines of another copy of this authority's register, and revoke what they revoke.
+
+        Raises:
+            StorageError: A line is damaged, or the disk fails or is full. No line was added.
+        """
+        with self._register.held():
+            known = set(self._register.lines())
+            entries = []
+            for line in lines:
+                if line not in known:
+                    try:
+                        entry = json.loads(line)
+                        _parsed(entry)
+                    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                        raise StorageError("a shared line of the register is damaged", got=shown(line)) from error
+                    entries.append(entry)
+            if entries:
+                self._register.append(*entries)
+            self._list.write(self._revoked)
+
+    def _revoke(self, serials: list[int]) -> None:
+        for serial in serials:
+            if serial not in self._issued:
+                raise IdentityError(f"no certificate with serial number {serial:x} was issued here")
+            if serial not in self._revoked:
+                self._register.append(_revocation(serial, self.now()))
+        self._list.write(self._revoked)
+
+    def _known(self, device: str, key: ec.EllipticCurvePublicKey) -> Issued | None:
+        """The certificate that a device's key has; None if it may get one."""
+        known = self._by_key.get(key_digest(key).hex())
+        if known is not None and known.authority not in {_identifier(s) for s in self._signers}:
+            if known.serial in self._revoked:
+                raise IdentityError(f"the certificate of {device}'s TLS key is revoked", hint="Make a new key.")
+            known = None  # what a retired authority issued is worth nothing
+        if known is None:
+            live = [i for i in self.of_device(device) if i.serial not in self._revoked and i.ends > self.now()]
+            if len(live) >= MAX_LIVE:
+                raise IdentityError(f"{device} has {len(live)} certificates", hint="Revoke or replace the device.")
+            return None
+        if (known.kind, known.name) != (DEVICE, device):
+            raise IdentityError(f"the TLS key of {device} has a certificate of {known.kind} {shown(known.name)}")
+        if known.serial in self._revoked or known.ends <= self.now():
+            state = "revoked" if known.serial in self._revoked else "over"
+            raise IdentityError(f"the certificate of {device}'s TLS key is {state}", hint="Make a new key.")
+        return known
+
+    def _issue(
+        self,
+        kind: str,
+        name: str,
+        key: ec.EllipticCurvePublicKey,
+        days: int,
+        purpose: x509.ObjectIdentifier,
+        alternatives: x509.SubjectAlternativeName | None,
+    ) -> str:
+        if not 1 <= days <= _LONGEST_DAYS:
+            raise IdentityError("days of a certificate", expected=f"1 to {_LONGEST_DAYS}", got=days)
+        signer = self._signers[0 if kind == BROKER else -1]
+        ends = min(moment_of(self.now() + days * _DAY), signer.certificate.not_valid_after_utc)
+        serial = x509.random_serial_number()
+        usage = dict.fromkeys(_USAGES, False) | {"digital_signature": True}
+        builder = (
+            _builder(common_name(name), signer.certificate.subject, key, ends, serial)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.KeyUsage(**usage), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.key.public_key()), critical=False)
+        )
+        if alternatives is not None:
+            builder = builder.add_extension(alternatives, critical=False)
+        pem = pem_of(builder.sign(signer.key, hashes.SHA256()))
+        entry = {"serial": f"{serial:x}", "kind": kind, "name": name, "at": self.now(), "pem": pem}
+        self._register.append({"issued": entry})
+        return pem
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        """Apply a line of the register."""
+        parsed = _parsed(entry)
+        if isinstance(parsed, Issued):
+            self._issued[parsed.serial] = parsed
+            self._by_key[parsed.key] = parsed
+        else:
+            serial, at = parsed
+            self._revoked[serial] = at
+
+    def crl_is_right(self) -> bool:
+        """Whether the list of revoked certificates is there, and has those that the register has."""
+        return self._list.is_right(self._revoked)
+
+
+def _parsed(entry: dict[str, Any]) -> Issued | tuple[int, int]:
+    """A line of the register: a certificate, or the serial number and the time of a revocation.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: The line is damaged.
+    """
+    if "revoked" in entry:
+        return int(entry["revoked"]["serial"], 16), int(entry["revoked"]["at"])
+    row = entry["issued"]
+    try:
+        certificate = read_certificate(row["pem"], "certificate")
+    except ProtocolError as error:
+        raise ValueError(str(error)) from error
+    ends = seconds_of(certificate.not_valid_after_utc)
+    digest = key_digest(certificate.public_key()).hex()
+    try:
+        issuer = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    except x509.ExtensionNotFound:
+        issuer = None
+    return Issued(int(row["serial"], 16), row["kind"], row["name"], digest, ends, row["pem"], issuer or b"")
+
+
+def _revocation(serial: int, at: int) -> dict[str, Any]:
+    return {"revoked": {"serial": f"{serial:x}", "at": at}}
+
+
+def _signers(folder: Path, *, read_only: bool) -> tuple[Signer, ...]:
+    """The authorities that a folder's certificates name, the oldest first, each with its key.
+
+    The end of a rotation that was interrupted is completed.
+    """
+    path, new = folder / KEY, folder / NEW_KEY
+    certificates = load_authorities(folder / CERTIFICATE)
+    keys = [load_tls_key(path, "the authority's key")]
+    latest = certificates[-1].public_key()
+    if latest != keys[0].public_key() and new.exists():
+        keys.append(load_tls_key(new, "the new authority's key"))
+    if len(certificates) == 1 and len(keys) == 2 and latest == keys[1].public_key():
+        keys = keys[1:]
+        if not read_only:
+            with storage_errors(f"can't write {path}"):
+                new.replace(path)
+                sync_folder(folder)
+    if [k.public_key() for k in keys] != [c.public_key() for c in certificates]:
+        raise IdentityError(
+            f"{path} and {folder / CERTIFICATE} don't belong together", hint="Restore both from the same backup."
+        )
+    return tuple(Signer(key, certificate) for key, certificate in zip(keys, certificates, strict=True))
+
+
+def _identifier(signer: Signer) -> bytes:
+    return x509.SubjectKeyIdentifier.from_public_key(signer.key.public_key()).digest
+
+
+def _self_signed(key: TlsKey, name: x509.Name, clock: Callable[[], float]) -> x509.Certificate:
+    ends = moment_of(max(clock(), BUILT) + AUTHORITY_DAYS * _DAY)
+    usage = dict.fromkeys(_USAGES, False) | {"key_cert_sign": True, "crl_sign": True}
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    return (
+        _builder(name, name, key.public_key(), ends, x509.random_serial_number())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.KeyUsage(**usage), critical=True)
+        .add_extension(identifier, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+
+
+_USAGES = (
+    "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+    "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
+)  # fmt: skip
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, ends: datetime, serial: int
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(serial)
+        .not_valid_before(EPOCH)
+        .not_valid_after(ends)
+    )
+
+
+def _subject(site: str) -> x509.Name:
+    return common_name(f"fedprune {site[:40]} authority")
+
+
+def _successor(site: str, key: TlsKey) -> x509.Name:
+    """Another name than its predecessor's, by which some brokers look for an issuer."""
+    return common_name(f"fedprune {site[:32]} authority {key_digest(key.public_key()).hex()[:8]}")

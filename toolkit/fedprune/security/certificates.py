@@ -1,0 +1,265 @@
+"""X.509: keys for TLS, requests for certificates, and what a certificate says.
+
+TLS keys are ECDSA on P-256, which every broker takes; Ed25519 certificates many hosted ones don't.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import re
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import IdentityError, ProtocolError, shown
+from fedprune.security.join_token import PIN
+from fedprune.security.private_file import read_private, write_private
+from fedprune.wire.join_messages import MAX_AUTHORITIES
+
+MAX_PEM = 8192
+"""Bytes of a certificate or request that is looked at."""
+
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+"""What a board's clock says before it has heard of the time."""
+
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+
+TlsKey = ec.EllipticCurvePrivateKey
+_BROKEN = (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm)
+
+
+@dataclass(frozen=True)
+class Signer:
+    """A certificate authority's key and certificate."""
+
+    key: TlsKey
+    certificate: x509.Certificate
+
+
+def make_tls_key() -> TlsKey:
+    """A new key for TLS."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def save_tls_key(key: TlsKey, path: Path) -> None:
+    """Write a key as PKCS8 PEM with mode 0600, durably.
+
+    Raises:
+        StorageError: The disk fails or is full.
+    """
+    write_private(path, tls_key_pem(key))
+
+
+def tls_key_pem(key: TlsKey) -> bytes:
+    """A key as PKCS8 PEM without a password."""
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def load_tls_key(path: Path, what: str = "TLS key") -> TlsKey:
+    """Read a key that `save_tls_key` wrote.
+
+    Raises:
+        IdentityError: It is missing, open to other users, or no such key.
+        StorageError: It can't be read.
+    """
+    raw = read_private(path, what)
+    try:
+        key = serialization.load_pem_private_key(raw, None)
+    except _BROKEN as error:
+        raise IdentityError(f"{what} {path}", expected="an ECDSA key in PEM", got="something else") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise IdentityError(f"{what} {path}", expected="an ECDSA key on P-256", got=type(key).__name__)
+    return key
+
+
+def common_name(name: str) -> x509.Name:
+    """A subject with nothing but a common name."""
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def make_request(key: TlsKey, device: str) -> str:
+    """A request (PKCS #10) for a certificate, as PEM, signed by the key."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(common_name(device))
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+def request_key(pem: str, device: str | None = None) -> ec.EllipticCurvePublicKey:
+    """The key of a request, whose owner signed it; whatever else the request says is not looked at.
+
+    Args:
+        pem: The request.
+        device: Whose it must say that it is, by its common name; None not to look.
+
+    Raises:
+        ProtocolError: It is no request, another's, too long, not signed by its key, or has no P-256 key.
+    """
+    what = "certificate request"
+    if len(pem) > MAX_PEM:
+        raise ProtocolError(what, expected=f"at most {MAX_PEM} characters", got=len(pem))
+    try:
+        request = x509.load_pem_x509_csr(pem.encode())
+        key = request.public_key()
+        genuine, subject = request.is_signature_valid, request.subject
+    except (*_BROKEN, InvalidSignature) as error:
+        raise ProtocolError(what, expected="PKCS #10 in PEM", got=shown(pem)) from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise ProtocolError(f"{what}: key", expected="ECDSA on P-256", got=type(key).__name__)
+    if not genuine:
+        raise ProtocolError(f"{what} is not signed by its own key")
+    if device is not None and _name(subject) != device:
+        raise ProtocolError(f"{what}: common name", expected=device, got=shown(_name(subject)))
+    return key
+
+
+def read_certificate(pem: str | bytes, what: str) -> x509.Certificate:
+    """Read a certificate; whether it can be believed is not looked at.
+
+    Raises:
+        ProtocolError: It is none, or too long.
+    """
+    raw = pem.encode() if isinstance(pem, str) else pem
+    if len(raw) > MAX_PEM:
+        raise ProtocolError(what, expected=f"at most {MAX_PEM} bytes", got=len(raw))
+    try:
+        found = x509.load_pem_x509_certificate(raw)
+        # These are only read when they are asked for, which is long after anybody expects an error.
+        found.public_key(), found.subject, found.not_valid_after_utc
+        return found
+    except _BROKEN as error:
+        raise ProtocolError(what, expected="a certificate in PEM", got=shown(raw)) from error
+
+
+def load_certificate(path: Path, what: str) -> x509.Certificate:
+    """Read a certificate from a file.
+
+    Raises:
+        IdentityError: It is missing or none.
+    """
+    try:
+        return read_certificate(path.read_bytes(), f"{what} {path}")
+    except OSError as error:
+        raise IdentityError(f"{what}: can't read {path} ({error.strerror})") from error
+    except ProtocolError as error:
+        raise IdentityError(error.what, expected=error.expected, got=error.got) from error
+
+
+def read_authorities(pem: str | bytes, what: str = "the authorities' certificates") -> tuple[x509.Certificate, ...]:
+    """The authorities that a fleet trusts, the oldest first: one, or two while one replaces the other.
+
+    Raises:
+        ProtocolError: It is none, too long, or too many.
+    """
+    raw = pem.encode() if isinstance(pem, str) else pem
+    found = tuple(read_certificate(part, what) for part in _CERTIFICATE.findall(raw[: MAX_PEM + 1])) or (
+        read_certificate(raw, what),
+    )
+    if len(raw) > MAX_PEM or len(found) > MAX_AUTHORITIES:
+        raise ProtocolError(
+            what, expected=f"at most {MAX_AUTHORITIES}, of at most {MAX_PEM} bytes", got=f"{len(found)} in {len(raw)}"
+        )
+    return found
+
+
+def load_authorities(path: Path) -> tuple[x509.Certificate, ...]:
+    """Read authorities from a file, as `read_authorities`.
+
+    Raises:
+        IdentityError: The file is missing or damaged.
+    """
+    what = "the authority's certificate"
+    load_certificate(path, what)  # names the file
+    try:
+        with storage_errors(f"can't read {path}"):
+            return read_authorities(path.read_bytes(), f"{what} {path}")
+    except ProtocolError as error:
+        raise IdentityError(error.what, expected=error.expected, got=error.got) from error
+
+
+def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether an authority signed a certificate."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return True
+
+
+def pem_of(certificate: x509.Certificate) -> str:
+    """A certificate as PEM."""
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def key_digest(key: object) -> bytes:
+    """sha256 of a public key (its SubjectPublicKeyInfo in DER).
+
+    Raises:
+        ProtocolError: It is no elliptic curve key.
+    """
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ProtocolError("key of a certificate", expected="an ECDSA key", got=type(key).__name__)
+    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(der).digest()
+
+
+def pin_of(authority: x509.Certificate) -> bytes:
+    """What a claim names an authority by: the first 12 bytes of its key's sha256.
+
+    Raises:
+        ProtocolError: Its key is none of ours.
+    """
+    return key_digest(authority.public_key())[:PIN]
+
+
+def name_of(certificate: x509.Certificate) -> str:
+    """The common name of a certificate; empty if it has none or several."""
+    return _name(certificate.subject)
+
+
+def _name(subject: x509.Name) -> str:
+    found = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(found[0].value) if len(found) == 1 else ""
+
+
+def device_uri(site: str, device: str) -> str:
+    """How a device's certificate names it beside its common name."""
+    return f"fedprune://{site}/{device}"
+
+
+def host_name(host: str) -> x509.GeneralName:
+    """How a broker's certificate names a host.
+
+    Raises:
+        IdentityError: It is neither name nor address.
+    """
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        pass
+    labels = host.rstrip(".").split(".")
+    if not 1 <= len(host) <= 253 or not all(_label(part) for part in labels):
+        raise IdentityError("host of a broker", expected="a DNS name or an IP address", got=shown(host))
+    return x509.DNSName(host.rstrip("."))
+
+
+def _label(part: str) -> bool:
+    return 1 <= len(part) <= 63 and part.isascii() and part.replace("-", "").isalnum() and part.strip("-") == part
+
+
+def seconds_of(when: datetime) -> int:
+    """Seconds since 1970."""
+    return int(when.timestamp())
+
+
+def moment_of(seconds: float) -> datetime:
+    """The second, counted from 1970, as certificates have it."""
+    return EPOCH + timedelta(seconds=int(seconds))

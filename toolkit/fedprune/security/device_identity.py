@@ -1,0 +1,345 @@
+"""A device's identity on its disk, from its first request to every connection after.
+
+    signing.key       its Ed25519 key, made here, never sent
+    epoch             its latest epoch
+    request.json      what it asks with until it is answered; the same after every restart
+    tls.key.new       the TLS key of that request
+    tls.key           the key of its certificate
+    device.pem        its certificate
+    authority.pem     the authorities that it trusts, the oldest first: one, or two while one replaces the other
+    server.pub        the server's verifying key, as hex
+    admitted          the server's time when that was issued
+    time              its time floor
+    heard             the latest epochs of its server, by stream
+
+What is replaced is written in an order in which a power cut leaves either the old certificate with its key or the new
+one with its own.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedprune.core.disk import storage_errors, sync_folder, write_whole
+from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
+from fedprune.security.certificates import (
+    issued_by,
+    key_digest,
+    load_authorities,
+    load_certificate,
+    load_tls_key,
+    make_request,
+    make_tls_key,
+    pem_of,
+    pin_of,
+    request_key,
+    save_tls_key,
+    seconds_of,
+)
+from fedprune.security.envelope import MAX_NUMBER
+from fedprune.security.epoch import EpochFile
+from fedprune.security.join_token import Claim
+from fedprune.security.joining import Admission, check_answer
+from fedprune.security.joining import make_request as make_join_request
+from fedprune.security.keys import SigningKey, VerifyingKey
+from fedprune.security.succession import SUCCESSIONS, Succession
+from fedprune.security.tls import PinnedContext, pinned_context
+from fedprune.security.trusted_time import TrustedTime
+from fedprune.wire.join_messages import JoinAnswer, JoinRequest
+from fedprune.wire.messages import parse
+
+_SIGNING, _EPOCH, _REQUEST, _NEW_KEY = "signing.key", "epoch", "request.json", "tls.key.new"
+_KEY, _CERTIFICATE, _AUTHORITY, _SERVER = "tls.key", "device.pem", "authority.pem", "server.pub"
+_ADMITTED, _TIME, _HEARD = "admitted", "time", "heard"
+
+RENEW_AT = 2 / 3
+"""Share of a certificate's time after which a new one is asked for."""
+
+
+class DeviceIdentity:
+    """A device's keys, certificate, and what it knows of its server.
+
+    Args:
+        folder: Its folder, made with mode 0700 where there is none.
+        site: The site's name.
+        device: The device's name.
+        clock: Seconds since 1970.
+
+    Attributes:
+        folder: Its folder.
+        key: What it signs its messages with.
+        epochs: Its epochs.
+        renew_now: Set when the server has named another authority than the certificate's; whoever renews clears it.
+        renewed: Set by a new certificate; whoever reports that to the server clears it.
+
+    Raises:
+        IdentityError: A file is damaged or open to other users.
+        StorageError: The disk fails or is full.
+    """
+
+    def __init__(self, folder: Path, site: str, device: str, clock: Callable[[], float] = time.time) -> None:
+        self.folder = folder
+        self.site, self.device = site, device
+        with storage_errors(f"can't use {folder}"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = folder / _SIGNING
+        if not path.exists():
+            SigningKey.make().save(path)
+        self.key = SigningKey.load(path)
+        self.epochs = EpochFile(folder / _EPOCH, clock)
+        self._finish()
+        self._time: TrustedTime | None = None
+        self._issuer: str | None = None
+        self.renew_now, self.renewed = threading.Event(), threading.Event()
+
+    @property
+    def joined(self) -> bool:
+        """Whether it has a certificate and knows its server."""
+        return all((self.folder / name).exists() for name in (_CERTIFICATE, _KEY, _AUTHORITY, _SERVER))
+
+    @property
+    def server(self) -> VerifyingKey:
+        """What the server signs its messages with.
+
+        Raises:
+            IdentityError: The device hasn't joined, or the file is damaged.
+        """
+        try:
+            return VerifyingKey.from_hex((self.folder / _SERVER).read_text().strip(), "the server's key")
+        except (OSError, UnicodeDecodeError, ProtocolError) as error:
+            raise IdentityError(f"{self.device} doesn't know its server's key", hint="Let it join again.") from error
+
+    def keep_successions(self, successions: Sequence[str]) -> None:
+        """Keep the successions of the server's key for the launcher, as `Succession.hex`; nothing is written twice.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        text, path = "\n".join([self.site, *successions]).encode(), self.folder / SUCCESSIONS
+        with storage_errors(f"can't read {path}"):
+            known = path.read_bytes() if path.exists() else b""
+        if known != text:
+            write_whole(path, text)
+
+    def succeed(self, key: VerifyingKey, successions: Sequence[Succession]) -> None:
+        """Replace the server's key by its successor, for good.
+
+        Args:
+            key: The successor.
+            successions: All that the server sent; the launcher follows them from the key that it was installed with.
+
+        Raises:
+            StorageError: The disk fails or is full; the old key still counts.
+        """
+        self._forget()  # an answer that is still on its way names the old key
+        self.keep_successions([s.hex for s in successions])
+        write_whole(self.folder / _SERVER, key.hex.encode())
+
+    def request(self, claim: Claim | None = None) -> JoinRequest:
+        """What it asks with: to join, or, once it has, for a new certificate; the same until it is answered.
+
+        Args:
+            claim: The claim, if it has one. A request that waits for the operator makes way for one with a claim.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        pending = self._pending()
+        if pending is not None and (claim is None or pending.claim == claim.id.hex()):
+            return pending
+        tls_key = make_tls_key()
+        request = make_join_request(self.site, self.device, self.key, make_request(tls_key, self.device), claim)
+        save_tls_key(tls_key, self.folder / _NEW_KEY)
+        write_whole(self.folder / _REQUEST, request.to_bytes())
+        return request
+
+    def admit(self, answer: JoinAnswer, pin: bytes) -> Admission | None:
+        """Take an answer to the pending request; from then on it has `joined`.
+
+        Args:
+            answer: What came.
+            pin: Of the authority: the claim's, or a given one. A device that has joined believes those that it knows.
+
+        Returns:
+            What was learnt; None if it must wait for the operator, and ask again with the same request.
+
+        Raises:
+            SignatureError: The answer is not to the pending request, or not by the authority.
+            JoinError: The device is refused; the next request is a new one.
+            StorageError: The disk fails or is full; the same request can be made again.
+        """
+        pending = self._pending()
+        if pending is None:
+            raise IdentityError(f"{self.device} has asked for nothing")
+        try:
+            admission = check_answer(answer, pending, pin, *(self.pins if self.joined else ()))
+        except JoinError:
+            self._forget()
+            raise
+        if admission is None:
+            return None
+        write_whole(self.folder / _AUTHORITY, admission.authority.encode())
+        if self.joined and self.server.hex != admission.server.hex:
+            with storage_errors(f"can't write {self.folder}"):
+                (self.folder / _HEARD).unlink(missing_ok=True)  # another sender's
+        write_whole(self.folder / _SERVER, admission.server.hex.encode())
+        write_whole(self.folder / _ADMITTED, str(admission.time).encode())
+        write_whole(self.folder / _CERTIFICATE, admission.certificate.encode())
+        self._finish()
+        self.renewed.set()
+        self.times.learn(admission.time)
+        return admission
+
+    @property
+    def times(self) -> TrustedTime:
+        """Its time floor.
+
+        Raises:
+            IdentityError: It hasn't joined yet.
+        """
+        if self._time is None:
+            self._time = TrustedTime(self.folder / _TIME, self._ends)
+        return self._time
+
+    def _ends(self) -> int:
+        """When its certificate ends, in seconds since 1970."""
+        certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
+        return seconds_of(certificate.not_valid_after_utc)
+
+    @property
+    def pins(self) -> tuple[bytes, ...]:
+        """Of the authorities that it knows, the oldest first.
+
+        Raises:
+            IdentityError: It knows none yet.
+        """
+        return tuple(map(pin_of, load_authorities(self.folder / _AUTHORITY)))
+
+    def follow_authorities(self, pins: Sequence[str]) -> None:
+        """Trust no authority that the server doesn't name, and have a certificate of another one renewed.
+
+        A new authority is learnt from the answer to that renewal, which a known one signs.
+
+        Args:
+            pins: Of the authorities that the server names, as hex; the last one issues certificates.
+
+        Raises:
+            IdentityError: A file is missing or damaged.
+            StorageError: The disk fails or is full.
+        """
+        known = load_authorities(self.folder / _AUTHORITY)
+        kept = [authority for authority in known if pin_of(authority).hex() in pins]
+        if kept and len(kept) < len(known):
+            write_whole(self.folder / _AUTHORITY, "".join(map(pem_of, kept)).encode())
+        self._issuer = pins[-1] if pins else None
+        if self._is_replaced():
+            self.renew_now.set()
+
+    def _is_replaced(self) -> bool:
+        """Whether another authority than the one that the server named has issued the certificate."""
+        return self._issuer is not None and self.authorities()[-1:] != (self._issuer,)
+
+    def authorities(self) -> tuple[str, ...]:
+        """Pins, as hex, of the trusted authorities up to the one that issued the certificate; empty without one."""
+        try:
+            certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
+            trusted = load_authorities(self.folder / _AUTHORITY)
+        except IdentityError:
+            return ()
+        last = next((i for i, authority in enumerate(trusted) if issued_by(certificate, authority)), -1)
+        return tuple(pin_of(authority).hex() for authority in trusted[: last + 1])
+
+    def heard(self) -> dict[str, int]:
+        """The latest epoch of its server by stream (`fedprune.security.signed_channel`), as `hear` wrote it.
+
+        Raises:
+            StorageError: It can't be read or is damaged.
+        """
+        path = self.folder / _HEARD
+        try:
+            body = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+        except (ValueError, RecursionError):
+            body = None
+        if not isinstance(body, dict) or not all(type(n) is int and 0 <= n <= MAX_NUMBER for n in body.values()):
+            raise StorageError(
+                f"{path} is damaged",
+                hint="Without it somebody could repeat what the server said before. To accept that, delete it.",
+            )
+        return body
+
+    def hear(self, stream: str, epoch: int) -> None:
+        """Write down that an epoch of the server's has begun.
+
+        Raises:
+            StorageError: The disk fails or is full; the epoch hasn't begun.
+        """
+        write_whole(self.folder / _HEARD, json.dumps(self.heard() | {stream: epoch}, sort_keys=True).encode())
+
+    def renewal_due(self) -> bool:
+        """Whether to ask for a new certificate: by the time floor, or because its authority is being replaced."""
+        if self._is_replaced():
+            return True
+        certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
+        try:
+            begun = int((self.folder / _ADMITTED).read_text())
+        except (OSError, ValueError):
+            return True
+        return self.times.floor >= begun + RENEW_AT * (seconds_of(certificate.not_valid_after_utc) - begun)
+
+    def context(self, authority: Path | None = None, *, certificate: bool = True) -> PinnedContext:
+        """TLS for its connections.
+
+        Args:
+            authority: Who vouches for the broker; the fleet's authority by default.
+            certificate: Whether it shows its certificate; without it, it can ask for a new one.
+
+        Raises:
+            IdentityError: It hasn't joined, or a file is damaged.
+        """
+        authority = authority or self.folder / _AUTHORITY
+        if not certificate:
+            return pinned_context(authority, None, None, lambda: self.times.floor)
+        own, key = (self.folder / name for name in (_CERTIFICATE, _KEY))
+        return pinned_context(authority, own, key, lambda: self.times.floor)
+
+    def _pending(self) -> JoinRequest | None:
+        try:
+            request = parse((self.folder / _REQUEST).read_bytes())
+            key = load_tls_key(self.folder / _NEW_KEY)
+            own = isinstance(request, JoinRequest) and key.public_key() == request_key(request.csr)
+        except (OSError, ProtocolError, IdentityError):
+            return None  # none, or a power cut came between key and request: nobody was asked with it
+        if not isinstance(request, JoinRequest) or not own or request.key != self.key.verifying.hex:
+            return None
+        return request if (request.site, request.device) == (self.site, self.device) else None
+
+    def _forget(self) -> None:
+        """Drop the pending request, which was refused: the next one is another."""
+        with storage_errors(f"can't write {self.folder}"):
+            for name in (_REQUEST, _NEW_KEY):
+                (self.folder / name).unlink(missing_ok=True)
+            sync_folder(self.folder)
+
+    def _finish(self) -> None:
+        """Put the new TLS key in its place if the certificate is its own: also after a power cut right before."""
+        new = self.folder / _NEW_KEY
+        if not new.exists() or not (self.folder / _CERTIFICATE).exists():
+            return
+        certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
+        try:
+            fits = key_digest(load_tls_key(new).public_key()) == key_digest(certificate.public_key())
+        except IdentityError:
+            return
+        if fits:
+            with storage_errors(f"can't write {self.folder}"):
+                new.replace(self.folder / _KEY)
+                (self.folder / _REQUEST).unlink(missing_ok=True)
+                sync_folder(self.folder)

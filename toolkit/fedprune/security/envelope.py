@@ -1,0 +1,153 @@
+"""The envelope of a control message: who says it, on which topic, and that it is said once.
+
+A header of 92 bytes, then the message as it is (`fedprune.wire.messages`). Numbers are little-endian.
+
+| offset | bytes | |
+|-------:|------:|---|
+|      0 |     3 | `FPS` |
+|      3 |     1 | version, 1 |
+|      4 |     8 | beginning of the sha256 of the sender's verifying key |
+|     12 |     8 | epoch |
+|     20 |     8 | counter |
+|     28 |    64 | Ed25519 signature |
+
+What is signed begins with a text that no other signature of ours begins with, and holds the topic, so that a message
+means nothing on another topic, hence to another device, and nothing outside of MQTT.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from fedprune.core.errors import ProtocolError, SignatureError
+from fedprune.security.keys import SIGNATURE, SigningKey, VerifyingKey, grouped
+from fedprune.wire.checked_message import MAX_MESSAGE
+
+MAGIC = b"FPS"
+VERSION = 1
+MAX_NUMBER = 2**63 - 1
+"""Epochs and counters are no larger: they fit into any database's whole numbers."""
+
+MAX_TOPIC = 1024
+"""Bytes of a topic that can be signed; ours have at most 270."""
+
+_DOMAIN = b"fedprune signed message 1\0"
+_HEADER = struct.Struct("<3sB8sQQ")
+
+HEADER = _HEADER.size + SIGNATURE
+"""Bytes before the message."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A message in its envelope, as it came: nothing of it is to be believed before `verify`.
+
+    Attributes:
+        key_id: Names the key that the sender says it has.
+        epoch: The sender's epoch.
+        counter: Number of the message in this epoch.
+        signature: The sender's.
+        body: The message.
+    """
+
+    key_id: bytes
+    epoch: int
+    counter: int
+    signature: bytes
+    body: bytes
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Envelope:
+        """Take an envelope apart, without believing it.
+
+        Raises:
+            ProtocolError: It is none, of another version, or longer than any.
+        """
+        if len(raw) > HEADER + MAX_MESSAGE:
+            raise ProtocolError(
+                "signed message is too long", expected=f"at most {HEADER + MAX_MESSAGE} bytes", got=len(raw)
+            )
+        if len(raw) < HEADER or raw[:3] != MAGIC:
+            raise SignatureError(
+                "the message is not signed",
+                expected=f"{MAGIC.decode()} and a header of {HEADER} bytes",
+                got=f"{len(raw)} bytes",
+                hint="Whoever sent it has no identity, or an older fedprune.",
+            )
+        _, version, key_id, epoch, counter = _HEADER.unpack_from(raw)
+        if version != VERSION:
+            raise ProtocolError("version of a signed message", expected=VERSION, got=version)
+        _check_number("epoch", epoch)
+        _check_number("counter", counter)
+        return cls(key_id, epoch, counter, bytes(raw[_HEADER.size : HEADER]), bytes(raw[HEADER:]))
+
+    def verify(self, key: VerifyingKey, topic: str) -> bytes:
+        """The message, if `key`'s owner said it on `topic`.
+
+        Raises:
+            SignatureError: Another key is named, or the signature is not right.
+        """
+        if self.key_id != key.id:
+            raise SignatureError(
+                "the message is signed by another key",
+                expected=grouped(key.id.hex()),
+                got=grouped(self.key_id.hex()),
+                hint="Was the sender set up anew? Then let it join again, or approve its new key.",
+            )
+        key.verify(self.signature, _signed(self.key_id, topic, self.epoch, self.counter, self.body))
+        return self.body
+
+
+def seal(key: SigningKey, topic: str, epoch: int, counter: int, body: bytes) -> bytes:
+    """Put a message into its envelope.
+
+    Args:
+        key: The sender's key.
+        topic: Where it will be published.
+        epoch: A number that was on the sender's disk before it was first used, see
+            `fedprune.security.replay_protection`.
+        counter: Larger than those of earlier messages of this epoch and stream.
+        body: The message, at most 256 KiB.
+
+    Raises:
+        ProtocolError: A number or the message is too large.
+    """
+    if len(body) > MAX_MESSAGE:
+        raise ProtocolError("message is too long to be signed", expected=f"at most {MAX_MESSAGE} bytes", got=len(body))
+    _check_number("epoch", epoch)
+    _check_number("counter", counter)
+    key_id = key.verifying.id
+    header = _HEADER.pack(MAGIC, VERSION, key_id, epoch, counter)
+    return header + key.sign(_signed(key_id, topic, epoch, counter, body)) + body
+
+
+def unseal(key: VerifyingKey, topic: str, raw: bytes) -> Envelope:
+    """Take a message out of its envelope and make sure that it is genuine; whether it came before, a window says.
+
+    Args:
+        key: The key of the only sender that may write here.
+        topic: Where it came.
+        raw: What came.
+
+    Raises:
+        SignatureError: It is not signed, by another key, for another topic, or changed.
+        ProtocolError: It is too long, or of another version.
+    """
+    envelope = Envelope.parse(raw)
+    envelope.verify(key, topic)
+    return envelope
+
+
+def _signed(key_id: bytes, topic: str, epoch: int, counter: int, body: bytes) -> bytes:
+    """What the signature covers; every part before the last has a fixed length or says its own."""
+    where = topic.encode()
+    if len(where) > MAX_TOPIC:
+        raise ProtocolError("topic of a signed message", expected=f"at most {MAX_TOPIC} bytes", got=len(where))
+    header = _HEADER.pack(MAGIC, VERSION, key_id, epoch, counter)
+    return _DOMAIN + header + struct.pack("<H", len(where)) + where + body
+
+
+def _check_number(what: str, value: int) -> None:
+    if not 0 <= value <= MAX_NUMBER:
+        raise ProtocolError(f"{what} of a signed message", expected=f"0 to {MAX_NUMBER}", got=value)

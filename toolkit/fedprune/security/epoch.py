@@ -1,0 +1,110 @@
+"""A sender's epoch: a number that only grows, and is on the disk before the first message that carries it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fedprune.core.disk import write_whole
+from fedprune.core.errors import StorageError, remedy
+from fedprune.security.envelope import MAX_NUMBER
+
+_LAST_TIME = 2**53
+"""Milliseconds that no right clock shows; a wrong one must not use up the numbers."""
+
+_BLOCK = 256
+"""Epochs that are written down at once: a fleet that connects doesn't make its server wait for the disk each time."""
+
+
+_AHEAD = 2**16
+"""Epochs by which a sender is never ahead of its clock: that many begin within a minute nowhere."""
+
+
+class EpochFile:
+    """Where a sender keeps its epochs, beside the key that it signs with.
+
+    They are written down in blocks, before the first of a block is used; after a restart those that are left of a block
+    are passed over. A block begins at the time in milliseconds where that is larger than the last one's end, so that a
+    sender whose disk was set back to an old copy is heard again; a clock that says 1970 does no harm.
+
+    Args:
+        path: The file.
+        clock: Seconds since 1970.
+
+    Raises:
+        StorageError: It is damaged or can't be read.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._clock = clock
+        self._written = self._latest = _read(path)
+
+    @staticmethod
+    def make(path: Path) -> None:
+        """Write a file of which no epoch was used, so that one that is missing later is known to be lost.
+
+        Raises:
+            StorageFullError: No room.
+            StorageError: The disk fails.
+        """
+        write_whole(path, json.dumps({"v": 1, "epoch": 0}).encode())
+
+    def next(self) -> int:
+        """A new epoch.
+
+        Raises:
+            StorageFullError: No room; no epoch is used up.
+            StorageError: The disk fails.
+        """
+        if self._latest == self._written:
+            begin = max(self._written + 1, int(min(1000 * self._clock(), _LAST_TIME)))
+            end = begin + _BLOCK - 1
+            write_whole(self._path, json.dumps({"v": 1, "epoch": end}).encode())
+            self._latest, self._written = begin - 1, end
+        self._latest += 1
+        return self._latest
+
+    def leap(self) -> None:
+        """Let the next epoch be the time: the other side has heard a later one, of a copy of this disk perhaps."""
+        self._latest = self._written
+
+    @property
+    def written(self) -> int:
+        """The last epoch that is written down; no later one was used."""
+        return self._written
+
+    def pass_over(self, used: int = 0) -> None:
+        """Use up all epochs that another holder of the key may have used, also ahead of the clock.
+
+        Args:
+            used: An epoch that it has used, as far as is known.
+
+        Raises:
+            StorageFullError: No room.
+            StorageError: The disk fails.
+        """
+        end = max(self._written, used, int(min(1000 * self._clock(), _LAST_TIME))) + _AHEAD
+        write_whole(self._path, json.dumps({"v": 1, "epoch": end}).encode())
+        self._latest = self._written = end
+
+
+def _read(path: Path) -> int:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    try:
+        epoch = json.loads(raw)["epoch"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        epoch = None
+    if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch < MAX_NUMBER:
+        raise StorageError(
+            f"{path} is damaged",
+            hint="Delete it if the clock of this machine is right; the next epoch is then the time.",
+        )
+    return epoch

@@ -1,0 +1,103 @@
+"""One-time claims: a short text with which one device may join, and by which it knows its server.
+
+    FP1-OBKTJ3AI-7P6NWUH3-...
+
+and 5 more groups of 8 base32 characters (RFC 4648): 5 bytes of id, 15 of secret, 12 of pin, 3 of check.
+
+The secret never travels: a key that follows from it authenticates the request. The pin is the beginning of the sha256
+of the authority's public key; the answer is signed by that key. Whoever reads the text can join in the device's place
+until the claim is used or expires, no more: it opens nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import re
+import secrets
+from dataclasses import dataclass, field
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedprune.core.errors import JoinError
+
+PREFIX = "FP1"
+ID, SECRET, PIN, CHECK = 5, 15, 12, 3
+"""Bytes of the parts. 96 bits of pin: nobody makes a second authority with the same."""
+
+_GROUP = 8
+_LONGEST = 200
+_SLIPS = str.maketrans("08", "OB")  # which the alphabet lacks, for what people take them for
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, as its text says it.
+
+    Attributes:
+        id: By which the server finds it.
+        secret: What the server and the claim's holder know.
+        pin: Of the server's authority, see `fedprune.security.certificates.pin_of`.
+    """
+
+    id: bytes
+    secret: bytes = field(repr=False)
+    pin: bytes
+
+    @classmethod
+    def make(cls, pin: bytes) -> Claim:
+        """A new claim, from the operating system's random numbers."""
+        return cls(secrets.token_bytes(ID), secrets.token_bytes(SECRET), pin)
+
+    @classmethod
+    def parse(cls, text: str) -> Claim:
+        """Read a claim, in capitals or not, with whatever spaces and dashes.
+
+        Raises:
+            JoinError: It is none, or mistyped.
+        """
+        plain = re.sub(r"[\s-]", "", text[:_LONGEST]).upper()
+        if not plain.startswith(PREFIX):
+            raise JoinError("claim", expected=f"a text that begins with {PREFIX}-", got="something else")
+        body = plain[len(PREFIX) :].translate(_SLIPS)
+        length = (ID + SECRET + PIN + CHECK) * 8 // 5
+        try:
+            raw = base64.b32decode(body) if len(body) == length else b""
+        except ValueError:
+            raw = b""
+        if not raw or raw[-CHECK:] != _check(raw[:-CHECK]):
+            raise JoinError(
+                "the claim is mistyped",
+                expected=f"{length} characters after {PREFIX} whose check is right",
+                got=f"{len(body)} characters",
+                hint="Copy it again; it has the letters A to Z and the digits 2 to 7.",
+            )
+        return cls(raw[:ID], raw[ID : ID + SECRET], raw[ID + SECRET : -CHECK])
+
+    @property
+    def text(self) -> str:
+        """The text that `parse` reads."""
+        raw = self.id + self.secret + self.pin
+        body = base64.b32encode(raw + _check(raw)).decode()
+        return "-".join([PREFIX, *(body[i : i + _GROUP] for i in range(0, len(body), _GROUP))])
+
+    @property
+    def key(self) -> bytes:
+        """What authenticates requests: HKDF-SHA256 of the secret. The server keeps it, and not the secret."""
+        return HKDF(hashes.SHA256(), 32, salt=self.id, info=b"fedprune claim 1").derive(self.secret)
+
+
+def mac(key: bytes, data: bytes) -> str:
+    """HMAC-SHA256 as hex, by a claim's key."""
+    return hmac.new(key, data, hashlib.sha256).hexdigest()
+
+
+def same(one: str | bytes, other: str | bytes) -> bool:
+    """Whether two texts or two byte strings are the same, in a time that doesn't say where they differ."""
+    return hmac.compare_digest(*(v.encode() if isinstance(v, str) else v for v in (one, other)))
+
+
+def _check(raw: bytes) -> bytes:
+    return hashlib.sha256(b"fedprune claim text\0" + raw).digest()[:CHECK]

@@ -1,0 +1,148 @@
+"""Ed25519 keys (RFC 8032): what server and devices sign their messages with."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from fedprune.core.errors import IdentityError, ProtocolError, SignatureError, shown
+from fedprune.security.private_file import read_private, write_private
+
+KEY = 32
+"""Bytes of a verifying key."""
+
+SIGNATURE = 64
+"""Bytes of a signature."""
+
+KEY_ID = 8
+"""Bytes by which a message names its sender's key."""
+
+
+@dataclass(frozen=True)
+class VerifyingKey:
+    """The public half of a signing key.
+
+    Args:
+        raw: Its 32 bytes.
+
+    Raises:
+        ProtocolError: It has another length.
+    """
+
+    raw: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.raw) != KEY:
+            raise ProtocolError("verifying key", expected=f"{KEY} bytes", got=len(self.raw))
+
+    @classmethod
+    def from_hex(cls, text: object, what: str = "verifying key") -> VerifyingKey:
+        """Read a key as `hex` writes it.
+
+        Args:
+            text: 64 lower-case hex digits.
+            what: Whose key it is, for the error.
+
+        Raises:
+            ProtocolError: It is something else.
+        """
+        if not isinstance(text, str) or len(text) != 2 * KEY or set(text) - set("0123456789abcdef"):
+            raise ProtocolError(what, expected="64 hex digits", got=shown(text))
+        return cls(bytes.fromhex(text))
+
+    @property
+    def hex(self) -> str:
+        """The key as messages carry it."""
+        return self.raw.hex()
+
+    @property
+    def id(self) -> bytes:
+        """What names the key in a message's header: the first 8 bytes of its sha256."""
+        return hashlib.sha256(self.raw).digest()[:KEY_ID]
+
+    @property
+    def fingerprint(self) -> str:
+        """What people compare: the first 10 bytes of the key's sha256 as five groups of four hex digits.
+
+        80 bits: to find a second key with the same one takes about 2^80 tries.
+        """
+        return grouped(hashlib.sha256(self.raw).hexdigest()[:20])
+
+    def verify(self, signature: bytes, data: bytes) -> None:
+        """Make sure that the key's owner signed it.
+
+        Raises:
+            SignatureError: The owner did not.
+        """
+        try:
+            Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, data)
+        except (InvalidSignature, ValueError) as error:
+            raise SignatureError(
+                f"the signature is not that of key {self.fingerprint}",
+                hint="The message was changed on its way, or somebody else wrote it.",
+            ) from error
+
+
+class SigningKey:
+    """A secret key. It never leaves the machine that made it.
+
+    Args:
+        key: The key of the library.
+    """
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._key = key
+        self.verifying = VerifyingKey(key.public_key().public_bytes_raw())
+
+    @classmethod
+    def make(cls) -> SigningKey:
+        """A new key, from the operating system's random numbers."""
+        return cls(Ed25519PrivateKey.generate())
+
+    @classmethod
+    def load(cls, path: Path) -> SigningKey:
+        """Read a key that `save` wrote.
+
+        Raises:
+            IdentityError: It is missing, open to other users, or no Ed25519 key in PKCS8 PEM without a password.
+            StorageError: It can't be read.
+        """
+        raw = read_private(path, "signing key")
+        try:
+            key = serialization.load_pem_private_key(raw, None)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise IdentityError(
+                f"signing key {path}", expected="an Ed25519 key in PEM", got="something else"
+            ) from error
+        if not isinstance(key, Ed25519PrivateKey):
+            raise IdentityError(f"signing key {path}", expected="an Ed25519 key", got=type(key).__name__)
+        return cls(key)
+
+    def save(self, path: Path) -> None:
+        """Write the key as PKCS8 PEM with mode 0600; after a crash the file is whole or not there.
+
+        Raises:
+            StorageFullError: No room.
+            StorageError: The disk fails.
+        """
+        pem = self._key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        write_private(path, pem)
+
+    def sign(self, data: bytes) -> bytes:
+        """The signature of some bytes; the same for the same bytes."""
+        return self._key.sign(data)
+
+    def __repr__(self) -> str:
+        return f"SigningKey({self.verifying.fingerprint})"
+
+
+def grouped(digits: str) -> str:
+    """Hex digits in groups of four, for people."""
+    return "-".join(digits[i : i + 4] for i in range(0, len(digits), 4))

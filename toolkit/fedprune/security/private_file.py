@@ -1,0 +1,81 @@
+"""Files that hold secrets: only their owner may read them, and they are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from fedprune.core.disk import storage_errors, write_whole
+from fedprune.core.errors import IdentityError, StorageError, remedy
+
+MAX_SECRET = 16 * 1024
+"""Bytes that no file of ours with a secret exceeds."""
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a secret with mode 0600, whole or not at all; its folder is made with mode 0700 where there is none.
+
+    Raises:
+        StorageFullError: No room; what was there before is untouched.
+        StorageError: The disk fails.
+    """
+    with storage_errors(f"can't write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_whole(path, data, private=True)
+
+
+def give_to_owner_of(path: Path, other: Path) -> None:
+    """Give a file that root made to the owner of another file: what reads it may run as that user.
+
+    Raises:
+        StorageError: The disk fails.
+    """
+    if os.geteuid() == 0:
+        with storage_errors(f"can't write {path}"):
+            owner = other.stat()
+            os.chown(path, owner.st_uid, owner.st_gid)
+
+
+def read_private(path: Path, what: str) -> bytes:
+    """Read a secret that only its owner can have read or written: this user, or root. Root reads any user's.
+
+    Args:
+        path: The file; a link is not followed.
+        what: What it holds, for errors.
+
+    Raises:
+        IdentityError: It is missing, no plain file, another user's, open to other users, or larger than any of ours.
+        StorageError: It can't be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise IdentityError(f"{what} is missing: there is no {path}") from error
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    try:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode):
+            raise IdentityError(f"{what} {path}", expected="a plain file", got="something else")
+        if os.geteuid() != 0 and state.st_uid not in (os.geteuid(), 0):
+            raise IdentityError(
+                f"{what} {path} belongs to another user",
+                expected=f"user {os.geteuid()}, who reads it, or root",
+                got=f"user {state.st_uid}",
+                hint="Whoever owns it can have written it: give it back to its user if you know that nobody has.",
+            )
+        mode = stat.S_IMODE(state.st_mode)
+        if mode & 0o077:
+            raise IdentityError(
+                f"{what} {path} is open to other users",
+                expected="mode 0600",
+                got=f"0{mode:o}",
+                hint="chmod 600 it, and think about whether somebody has read it.",
+            )
+        if state.st_size > MAX_SECRET:
+            raise IdentityError(f"{what} {path}", expected=f"at most {MAX_SECRET} bytes", got=state.st_size)
+        with storage_errors(f"can't read {path}"):
+            return os.read(descriptor, MAX_SECRET)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,133 @@
+"""Successions of a server's signing key: each key signs the one that replaces it.
+
+A device that knows any earlier key follows the signatures to the present one. The earlier private keys aren't needed
+for that, so that a server keeps the successions alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import IdentityError, ProtocolError, StorageError, remedy
+from fedprune.security.canonical_encoding import transcript
+from fedprune.security.keys import KEY, SIGNATURE, SigningKey, VerifyingKey
+from fedprune.wire.messages import MAX_SUCCESSIONS
+
+LENGTH = 2 * (2 * KEY + SIGNATURE)
+"""Hex digits of a succession."""
+
+FILE = "successions.json"
+"""File of a server's identity, beside its signing key."""
+
+SUCCESSIONS = "successions"
+"""File of a device's identity beside the server's key: the fleet's name, then the successions, a line each."""
+
+_DOMAIN = "fedprune succession 1"
+
+
+@dataclass(frozen=True)
+class Succession:
+    """A signing key's replacement.
+
+    Attributes:
+        before: The replaced key.
+        after: The new key.
+        signature: By the replaced key, over the site and both keys.
+    """
+
+    before: VerifyingKey
+    after: VerifyingKey
+    signature: bytes
+
+    @classmethod
+    def make(cls, site: str, before: SigningKey, after: VerifyingKey) -> Succession:
+        """Replace a key."""
+        return cls(before.verifying, after, before.sign(_text(site, before.verifying, after)))
+
+    @classmethod
+    def from_hex(cls, text: str) -> Succession:
+        """Read a succession as `hex` writes it; its signature is not verified.
+
+        Raises:
+            ProtocolError: The text has another form.
+        """
+        try:
+            raw = bytes.fromhex(text)
+        except ValueError:
+            raw = b""
+        if 2 * len(raw) != LENGTH or len(text) != LENGTH:
+            raise ProtocolError("succession of a signing key", expected=f"{LENGTH} hex digits", got=len(text))
+        return cls(VerifyingKey(raw[:KEY]), VerifyingKey(raw[KEY : 2 * KEY]), raw[2 * KEY :])
+
+    @property
+    def hex(self) -> str:
+        """Both keys and the signature, as messages and files carry them."""
+        return (self.before.raw + self.after.raw + self.signature).hex()
+
+
+def follow(site: str, key: VerifyingKey, successions: Iterable[Succession]) -> VerifyingKey:
+    """The key that a known key leads to; the known key itself where it was not replaced.
+
+    Args:
+        site: The fleet's.
+        key: The known key.
+        successions: The oldest first.
+
+    Raises:
+        SignatureError: A succession on the way is not signed by the key that it replaces.
+    """
+    for succession in successions:
+        if succession.before == key:
+            key.verify(succession.signature, _text(site, succession.before, succession.after))
+            key = succession.after
+    return key
+
+
+def read_successions(folder: Path, site: str) -> tuple[Succession, ...]:
+    """The successions of a server's signing key, verified, the oldest first.
+
+    Args:
+        folder: The server's identity.
+        site: The fleet's name.
+
+    Raises:
+        IdentityError: The file is damaged, or another site's.
+        StorageError: It can't be read.
+    """
+    path = folder / FILE
+    try:
+        body = json.loads(path.read_bytes())
+        if not isinstance(body, list) or not 1 <= len(body) <= MAX_SUCCESSIONS:
+            raise ValueError
+        found = tuple(Succession.from_hex(str(text)) for text in body)
+        if follow(site, found[0].before, found) != found[-1].after:
+            raise ValueError
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    except (ValueError, RecursionError, ProtocolError) as error:
+        raise IdentityError(f"{path} is damaged", hint="Restore the backup of the identity folder.") from error
+    return found
+
+
+def kept_successions(folder: Path) -> tuple[str, tuple[str, ...]]:
+    """The fleet's name and the successions, the oldest first, that a device's identity keeps; none before the first.
+
+    They are not verified.
+
+    Raises:
+        StorageError: The file can't be read.
+    """
+    path = folder / SUCCESSIONS
+    with storage_errors(f"can't read {path}"):
+        site, *found = (path.read_text("utf-8", "replace") if path.exists() else "").split() or [""]
+    return site, tuple(found)
+
+
+def _text(site: str, before: VerifyingKey, after: VerifyingKey) -> bytes:
+    return transcript(_DOMAIN, site, before.raw, after.raw)

@@ -1,0 +1,74 @@
+"""A time that a board can rely on, though its clock may say 1970 or 2090.
+
+The *time floor* is the latest of when this software was built and of the times in verified messages of its server.
+The true time is never before it. A certificate that ended before the floor has ended; nothing else is said of
+validity, and the board's own clock is asked nothing. The price: an ended certificate is believed until the board hears
+a later time, hence at most until its first message from the server after that.
+
+The floor never goes back, so a server whose clock is far ahead could lock its boards out. A time is therefore only
+believed up to the end of the board's own certificate, two years at most: a broker's certificate that is made anew with
+a right clock lasts longer than that. It is written down at most once a day.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from fedprune.core.disk import write_whole
+from fedprune.core.errors import StorageError, remedy
+
+BUILT = 1_793_491_200
+"""When this version was made, in seconds since 1970: 1 November 2026, raised with every release."""
+
+_DAY = 24 * 3600
+
+
+class TrustedTime:
+    """A board's time floor.
+
+    Args:
+        path: Where it is kept.
+        latest: Gives the latest time that is believed: when the board's certificate ends, in seconds since 1970.
+
+    Raises:
+        StorageError: The file can't be read. One that is damaged counts as none: the server says the time again.
+    """
+
+    def __init__(self, path: Path, latest: Callable[[], int]) -> None:
+        self._path = path
+        self._latest = latest
+        self._written = _read(path, latest())
+        self._floor = max(BUILT, self._written)
+        self._lock = threading.Lock()
+
+    @property
+    def floor(self) -> int:
+        """Seconds since 1970; the true time is not before it."""
+        return self._floor
+
+    def learn(self, seconds: int) -> None:
+        """Take note of the time in a message of the server whose signature was right.
+
+        Raises:
+            StorageError: The disk fails or is full; the time counts until the next restart.
+        """
+        with self._lock:  # the board's loop and its renewal both learn
+            self._floor = max(self._floor, min(seconds, self._latest()))
+            if self._floor >= max(self._written, BUILT) + _DAY:
+                write_whole(self._path, json.dumps({"v": 1, "floor": self._floor}).encode())
+                self._written = self._floor
+
+
+def _read(path: Path, latest: int) -> int:
+    try:
+        floor = json.loads(path.read_bytes())["floor"]
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0
+    return min(floor, latest) if isinstance(floor, int) and not isinstance(floor, bool) and floor > 0 else 0

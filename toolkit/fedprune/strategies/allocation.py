@@ -1,0 +1,250 @@
+"""Who gets how much of the model: allocators, which the coordinator asks about every device.
+
+An allocator has no state of its own: what it remembers of a device lies in `Device.allocation`, what it remembers of
+the fleet in `State.allocation`, as plain JSON that is saved with every event. A density becomes widths, the same share
+of every channel group, or, where masks are made of elements, stays a density over a model of full width.
+
+Without an allocator devices are planned for (`fedprune.coordination.width_planner`): by the job's `density`, or by what
+their boards can hold and do within the job's deadline.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from fedprune.core import validation
+from fedprune.core.errors import ConfigError, shown
+from fedprune.core.rng import keyed
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import Architecture, widths_at
+
+if TYPE_CHECKING:  # the coordinator imports strategies, and those allocators
+    from fedprune.jobs.state import Device, State, Task
+
+_Key = list[tuple[int, int, str]]
+
+TIMES = "times"
+"""Entry of `Device.allocation`: seconds from offer to update, of the last few rounds at the present density."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fleet:
+    """What an allocator decides on, and by.
+
+    Attributes:
+        job: The job's settings.
+        architecture: The global model's architecture.
+        state: The coordinator's state: its devices' `density`, `widths` and `allocation`, and its own `allocation`, are
+            the allocator's to replace (never to change in place); the rest is to be read.
+    """
+
+    job: Job
+    architecture: Architecture
+    state: State
+    _order: list[tuple[_Key, str]] = field(default_factory=list, init=False, repr=False)
+
+    def place(self, name: str) -> int:
+        """Where a known device stands among all, in the order of names; numbers in them count as numbers.
+
+        The order is kept, since thousands of devices may announce themselves one after the other.
+        """
+        entry = (natural(name), name)
+        at = bisect_left(self._order, entry)
+        if at == len(self._order) or self._order[at] != entry:
+            self._order.insert(at, entry)
+        if len(self._order) != len(self.state.devices):  # others came or went unseen, as at a restart
+            self._order[:] = sorted((natural(n), n) for n in self.state.devices)
+            at = bisect_left(self._order, entry)
+        return at
+
+    def grant(self, name: str, density: float, *, elements: bool) -> bool:
+        """Give a device a share of the model; times that it took for another one are forgotten.
+
+        Args:
+            name: The device.
+            density: The share, above 0 and at most 1.
+            elements: Whether masks are made of elements: the device keeps all channels.
+
+        Returns:
+            Whether that is another share than it had.
+        """
+        device = self.state.devices[name]
+        widths = self.architecture.sizes if elements else widths_at(self.architecture, density)
+        if (device.density, device.widths) == (density, widths):
+            return False
+        device.density, device.widths = density, widths
+        if TIMES in device.allocation:
+            device.allocation = {**device.allocation, TIMES: []}
+        return True
+
+
+class Allocator(Protocol):
+    """Decides on densities. Whatever it is asked twice it answers alike."""
+
+    def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
+        """A device announced itself: give it density and widths, or the reason why it takes no part (`excluded`).
+
+        Args:
+            fleet: With the device as it announced itself; what is remembered of it has been taken over.
+            name: The device.
+            known: The device before, if it was there; None also when settings may have changed.
+        """
+        ...
+
+    def open(self, fleet: Fleet) -> bool:
+        """A round is about to begin, of number `fleet.state.round`.
+
+        Returns:
+            Whether densities have changed.
+        """
+        ...
+
+    def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
+        """An update counts.
+
+        Args:
+            fleet: The fleet.
+            name: Whose.
+            task: The device's part.
+            seconds: From the offer until the update was here; None where that is not known, as after a restart.
+        """
+        ...
+
+    def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
+        """A round has ended, of number `fleet.state.round`.
+
+        Args:
+            fleet: The fleet.
+            metrics: What the server measured of the new model; empty where it didn't.
+
+        Returns:
+            Whether densities have changed, so that masks must be made anew.
+        """
+        ...
+
+    def done(self, fleet: Fleet) -> bool:
+        """Whether nothing more is to be gained, and the job may end before its last round."""
+        ...
+
+
+class _Still:
+    """What most allocators answer: nothing changes with time."""
+
+    def open(self, fleet: Fleet) -> bool:
+        """Nothing changes."""
+        return False
+
+    def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
+        """Nothing to learn."""
+
+    def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
+        """Nothing changes."""
+        return False
+
+    def done(self, fleet: Fleet) -> bool:
+        """The job runs its rounds."""
+        return False
+
+
+@dataclass(frozen=True)
+class Fixed(_Still):
+    """The same density for everybody, or for devices by name.
+
+    Attributes:
+        density: Above 0 and at most 1.
+        elements: Whether masks are made of elements.
+        named: Densities of some devices.
+    """
+
+    density: float = 1.0
+    elements: bool = False
+    named: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for value in (self.density, *self.named.values()):
+            check_density("allocator: density", value)
+
+    def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
+        """Its density."""
+        fleet.grant(name, self.named.get(name, self.density), elements=self.elements)
+
+
+@dataclass(frozen=True)
+class Tiers(_Still):
+    """Densities by tier (HeteroFL, Diao et al. 2021, Sec. 4: fixed or redrawn).
+
+    Attributes:
+        densities: One per tier, in the order in which they are dealt.
+        shares: Share of the fleet in each tier; empty for equal ones.
+        by: `name`: devices in the order of their names (numbers in them count as numbers), tier by tier, among all that
+            are known when a round begins. `chance`: drawn for each device by the job's seed.
+        every: With `chance`, tiers are drawn anew every so many rounds; 0 for never.
+        elements: Whether masks are made of elements.
+    """
+
+    densities: tuple[float, ...]
+    shares: tuple[float, ...] = ()
+    by: Literal["name", "chance"] = "name"
+    every: int = 0
+    elements: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.densities:
+            raise ConfigError("allocator: densities", expected="one or more", got="none")
+        for value in self.densities:
+            check_density("allocator: densities", value)
+        fit = len(self.shares) == len(self.densities) and all(s >= 0 for s in self.shares)
+        if self.shares and not (fit and 0 < sum(self.shares) < math.inf):
+            raise ConfigError("allocator: shares", expected="one per density, of 0 or more", got=shown(self.shares))
+        validation.word("allocator: by", self.by, ("name", "chance"))
+        if self.every < 0 or (self.every and self.by == "name"):
+            raise ConfigError("allocator: every", expected="0 or more, and only by chance", got=self.every)
+
+    def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
+        """Its tier's density."""
+        fleet.grant(name, self._density(fleet, name), elements=self.elements)
+
+    def open(self, fleet: Fleet) -> bool:
+        """Deal anew: others may have come, or it is time."""
+        if self.by == "chance" and not self.every:
+            return False
+        changed = False
+        for name, device in sorted(fleet.state.devices.items()):
+            if not device.excluded:
+                changed |= fleet.grant(name, self._density(fleet, name), elements=self.elements)
+        return changed
+
+    def _density(self, fleet: Fleet, name: str) -> float:
+        if self.by == "name":
+            return self._of((fleet.place(name) + 0.5) / len(fleet.state.devices))
+        era = max(0, fleet.state.round - 1) // self.every if self.every else 0
+        return self._of(keyed(fleet.job.seed, name, era, "tier").random())
+
+    def _of(self, place: float) -> float:
+        """The density at a place from 0 to below 1 in the fleet."""
+        shares = self.shares or (1.0,) * len(self.densities)
+        reached = 0.0
+        for density, share in zip(self.densities, shares, strict=True):
+            reached += share / math.fsum(shares)
+            if place < reached:
+                return density
+        return self.densities[-1]
+
+
+def natural(name: str) -> _Key:
+    """A key that sorts `device-2` before `device-10`."""
+    return [(1, 0, part) if not part.isdigit() else (0, int(part), part) for part in re.split(r"(\d+)", name) if part]
+
+
+def check_density(what: str, value: object) -> None:
+    """Check a density.
+
+    Raises:
+        ConfigError: It is not a number above 0 and at most 1.
+    """
+    validation.number(what, value, 0, 1, above=True)

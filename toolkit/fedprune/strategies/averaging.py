@@ -1,0 +1,204 @@
+"""Aggregators that are means: of models, or of moves away from what devices were sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.aggregation.fold import Fold, Rule
+from fedprune.aggregation.kernel_compiler import load
+from fedprune.model.classifier_head import head_axes
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.roles import Closing, Report, Scene, Submodel
+from fedprune.training.trainable import matching
+
+VELOCITY = "velocity"
+"""What the server momentum remembers."""
+
+_PARALLEL = 1e-5
+"""A row whose change is this small a share of it across its own direction has only decayed."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of what devices hand in, per coordinate over those that hold it (`fedprune.aggregation.fold`).
+
+    Attributes:
+        rule: `coverage`, `fill` or `zero`.
+        server_momentum: β of FedAvgM, from 0 to below 1.
+        weighting: `samples`, or `uniform`: all devices count alike (HeteroFL).
+        damped: v ← β·v + (1 − β)·Δ instead of v ← β·v + Δ.
+        changed: Of every update only what it changed counts. `rows`: a row of the last layer that comes back as it
+            was sent, or has only shrunk by weight decay, is of a class that the device has no sample of (HeteroFL's
+            label rows: with `mask_absent_classes` such rows have no gradient). `elements`: single elements of all
+            trained tensors (FIARSE divides by the devices with a change). Empty: all counts.
+        excluded: Patterns of tensors that nobody shares (FedPer): they keep their value.
+        pool_variance: As `Fold`.
+    """
+
+    rule: Rule = "coverage"
+    server_momentum: float = 0.0
+    weighting: str = "samples"
+    damped: bool = False
+    changed: Literal["", "rows", "elements"] = ""
+    excluded: tuple[str, ...] = ()
+    pool_variance: bool = False
+
+    @property
+    def by_tensor(self) -> bool:
+        """Whether its sums may be made in parts: what changed may depend on other tensors."""
+        return not self.changed
+
+    def fold(self, scene: Scene, *, evidence: bool) -> Fold:
+        """Empty sums for a round.
+
+        Raises:
+            BundleError: The model is not finite, or there is no such rule.
+            ConfigError: A pattern of `excluded` matches no tensor.
+        """
+        load(sum(tensor.size for tensor in scene.model.values()))
+        return Fold(
+            scene.architecture,
+            scene.model,
+            rule=self.rule,
+            evidence=evidence,
+            pool_variance=self.pool_variance,
+            excluded=matching(scene.architecture, self.excluded, "excluded"),
+        )
+
+    def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
+        """Add an update: all of it or, where it raises, nothing.
+
+        Raises:
+            BundleError: As `Fold.add`.
+            ProtocolError: As `Fold.add`.
+        """
+        check(fold, report, lifted)
+        mask = self._counted(report, lifted)
+        fold.add(lifted.selection, lifted.tensors, report.weight, report.steps, mask=mask, checked=True)
+
+    def close(
+        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
+    ) -> Closing:
+        """The next model, and the velocity."""
+        before = scene.memory.get(VELOCITY) if self.server_momentum else None
+        model, velocity = fold.close(self.server_momentum, before, rate=rate, damped=self.damped)
+        return Closing(model, {} if velocity is None else {VELOCITY: velocity})
+
+    def _counted(self, report: Report, lifted: Submodel) -> ElementMask | None:
+        if not self.changed:
+            return lifted.mask
+        before = origin(report, lifted)
+        if self.changed == "rows":
+            found = changed_rows(lifted, before, decays=report.cut.scene.recipe.weight_decay > 0)
+        else:
+            names = [t.name for t in lifted.selection.architecture.trainable]
+            found = {n: np.asarray(lifted.tensors[n] != before[n]) for n in names}
+        return both(lifted.mask, ElementMask(found))
+
+
+@dataclass(frozen=True)
+class DeltaMean(Mean):
+    """The mean of moves: w_t + the mean of w_k − w_sent, whichever model a device began with.
+
+    So aggregate asynchronous rounds: FedBuff (Nguyen et al. 2022, Alg. 1) and FedFix (Fraboni et al. 2022, eq. 2). In
+    synchronous rounds it is `Mean`, bit for bit. Batch-norm statistics, which are measured, are averaged as they are.
+    """
+
+    def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
+        """Add an update's move: all of it or, where it raises, nothing.
+
+        Raises:
+            BundleError: As `Fold.add`.
+            ProtocolError: As `Fold.add`.
+        """
+        check(fold, report, lifted)
+        fold.add(
+            lifted.selection,
+            lifted.tensors,
+            report.weight,
+            report.steps,
+            mask=self._counted(report, lifted),
+            sent=origin(report, lifted),
+            checked=True,
+        )
+
+
+def check(fold: Fold, report: Report, lifted: Submodel) -> None:
+    """Check what an extractor made of an update, which itself was checked before.
+
+    Raises:
+        BundleError: As `Fold.check`.
+        ProtocolError: As `Fold.check`.
+    """
+    if lifted.tensors is not report.trained.tensors:
+        fold.check(lifted.selection, lifted.tensors)
+
+
+def origin(report: Report, lifted: Submodel) -> Tensors:
+    """What an update began with, in the coordinates of its reconstruction.
+
+    That is what the device was sent; where reconstruction led it to other coordinates (optimal transport), the model
+    that its submodel was cut from.
+    """
+    sent = report.sent
+    if same_coordinates(sent.selection, lifted.selection):
+        return sent.tensors
+    return lifted.selection.gather(report.cut.scene.model)
+
+
+def same_coordinates(one: Selection, other: Selection) -> bool:
+    """Whether two selections lay a submodel out alike: the same channels, in the same order."""
+    return one is other or (
+        one.widths == other.widths
+        and all(np.array_equal(a[:k], b[:k]) for a, b, k in zip(one.ranks, other.ranks, one.widths, strict=True))
+    )
+
+
+def both(one: ElementMask | None, other: ElementMask) -> ElementMask:
+    """Elements that are active in two masks."""
+    return other if one is None else one.intersection(other)
+
+
+def changed_rows(submodel: Submodel, before: Tensors, *, decays: bool) -> dict[str, npt.NDArray[np.bool_]]:
+    """Masks of the last layer's tensors: the rows that were trained.
+
+    Args:
+        submodel: What was trained.
+        before: What it began with.
+        decays: Weight decay also shrinks rows that have no gradient, all of a row alike: a row that only became
+            shorter was not trained. The bias goes with its weight's row.
+
+    Raises:
+        BundleError: The model has no last layer.
+    """
+    axes = head_axes(submodel.selection.architecture)
+    weight = next(iter(axes))
+    now, then = (np.moveaxis(t[weight], axes[weight], 0) for t in (submodel.tensors, before))
+    rows = (now != then).reshape(len(now), -1).any(axis=1)
+    if decays:
+        rows &= ~_shrunk(now.reshape(len(now), -1), then.reshape(len(then), -1))
+    else:
+        for name in list(axes)[1:]:
+            rows |= submodel.tensors[name] != before[name]
+    out = {}
+    for name, axis in axes.items():
+        shape = submodel.tensors[name].shape
+        along = rows.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        out[name] = np.array(np.broadcast_to(along, shape))
+    return out
+
+
+def _shrunk(now: npt.NDArray[np.float32], then: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Whether each row is c times what it was, with 0 < c ≤ 1."""
+    a, b = now.astype(np.float64), then.astype(np.float64)
+    size = np.maximum((b * b).sum(axis=1), 1e-300)
+    factor = (a * b).sum(axis=1) / size
+    off = np.sqrt(((a - factor[:, None] * b) ** 2).sum(axis=1))
+    out: npt.NDArray[np.bool_] = (off <= _PARALLEL * np.sqrt(size)) & (factor > 0) & (factor <= 1)
+    return out

@@ -1,0 +1,1 @@
+"""One module per method: the papers' strategies, the baselines, and our own."""

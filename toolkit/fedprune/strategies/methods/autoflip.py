@@ -1,0 +1,287 @@
+"""AutoFLIP (arXiv 2405.10271): devices explore once, and what their losses don't move far is masked.
+
+`docs/strategies/autoflip.md` has equations, readings and options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.aggregation.fold import Fold
+from fedprune.importance.element_ranking import prunable, quantile
+from fedprune.importance.scoring import ordered, ranks
+from fedprune.importance.structured_from_mask import surviving, survivors
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import Architecture, TensorKind
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, mesh
+from fedprune.strategies.averaging import VELOCITY, Mean
+from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.roles import Closing, Cut, Memories, Ranking, Report, Scene, Submodel, Turn
+from fedprune.strategies.slicing import Nobody
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.tiers import dealt
+from fedprune.strategies.unstructured_masks import Elements, global_mask, masked
+from fedprune.training.recipe import Recipe
+
+NAME = "autoflip"
+
+_GUIDANCE = "guidance/"
+"""Memory: per explorer G_k = (w_k^exp − w_0)², float32, as large as its submodel, and the submodel's widths."""
+
+_WIDTHS = "/widths"
+
+Scaling = Literal["minmax", "robust"]
+Pruned = Literal["decay", "keep"]
+Start = Literal["init", "explored_mean"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the preset.
+
+    Attributes:
+        pruned_share: T_p: this share of all elements, those with the least guidance, is masked; 0 masks none.
+        exploration_epochs: Most local epochs of the first round, in which devices explore.
+        patience: Exploration ends when a device's validation loss has not improved for so many epochs, with the weights
+            that it has then; 0 for never.
+        server_momentum: β of v ← β·v + (1 − β)·Δ, w ← w − v.
+        lr_decay: The learning rate of round t is lr times this to the power of t − 2.
+        biases: Whether biases are ranked and masked, too.
+        scaling: Of the guidance within every tensor: `minmax`, to 0 to 1, or `robust`, by median and interquartile
+            range.
+        pruned: Masked elements count as 0 (`decay`: momentum leads them to 0) or not at all (`keep`).
+        prune_start: Whether the elements that the first mask prunes are 0 from the start.
+        warm_start: The model that training begins with: the initial one (`init`), or the mean of what the explorers
+            found (`explored_mean`).
+        structured: Whether channels are cut that masks leave without weights.
+        masked_share: With `structured`, a channel is cut where this share of its making weights is masked.
+        densities: Tiers of device widths; empty for what the planner or the job's density says.
+    """
+
+    pruned_share: float = 0.3
+    exploration_epochs: int = 150
+    patience: int = 40
+    server_momentum: float = 0.9
+    lr_decay: float = 0.99
+    biases: bool = True
+    scaling: str = "minmax"
+    pruned: str = "decay"
+    prune_start: bool = True
+    warm_start: str = "init"
+    structured: bool = False
+    masked_share: float = 1.0
+    densities: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        number(NAME, "pruned_share", self.pruned_share, 0, 1, below=True)
+        number(NAME, "exploration_epochs", self.exploration_epochs, 1, 10_000)
+        number(NAME, "patience", self.patience, 0, 10_000)
+        number(NAME, "server_momentum", self.server_momentum, 0, 1, below=True)
+        number(NAME, "lr_decay", self.lr_decay, 1e-3, 1)
+        number(NAME, "masked_share", self.masked_share, 1e-3, 1)
+        choice(NAME, "scaling", self.scaling, get_args(Scaling))
+        choice(NAME, "pruned", self.pruned, get_args(Pruned))
+        choice(NAME, "warm_start", self.warm_start, get_args(Start))
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Ranks elements by how far the round's participants moved them when they explored: AutoFLIP's scorer.
+
+    Attributes:
+        options: The preset's settings.
+    """
+
+    options: Options
+
+    @property
+    def observes(self) -> bool:
+        """The fold's movements aren't needed."""
+        return False
+
+    def rank(self, scene: Scene) -> Ranking:
+        """+∞ for elements that stay, −∞ for masked ones; channels in their own order, those that are left first."""
+        own = ranks(ordered(scene.architecture))
+        mask = None if scene.round == 1 else self._mask(scene)
+        if mask is None:
+            return Ranking(own)
+        order = {n: np.where(m, np.inf, -np.inf).astype(np.float32) for n, m in mask.active.items()}
+        if not self.options.structured:
+            return Ranking(own, order)
+        alive = survivors(scene.architecture, mask, share=self.options.masked_share)
+        return Ranking(surviving(Selection.full(scene.architecture), alive).ranks, order)
+
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        """The explorers' guidance, in the first round."""
+        if scene.round > 1:
+            return {}
+        names = self._names(scene.architecture)
+        return {_GUIDANCE + r.cut.turn.device: _guidance(r, names) for r in reports()}
+
+    def _mask(self, scene: Scene) -> ElementMask | None:
+        explorers = sorted(n.removeprefix(_GUIDANCE) for n in scene.memory if n.startswith(_GUIDANCE))
+        if not explorers or not self.options.pruned_share:
+            return None
+        present = [d for d in scene.participants if d in set(explorers)]
+        guidance = _mean(scene, present or explorers, self._names(scene.architecture))
+        scaled = {n: _scaled(v, self.options.scaling) for n, v in guidance.items()}
+        ranked = [v[np.isfinite(v)] for v in scaled.values()]
+        if not any(v.size for v in ranked):
+            return None
+        limit = quantile(ranked, self.options.pruned_share)
+        return ElementMask({n: v > limit for n, v in scaled.items()})
+
+    def _names(self, architecture: Architecture) -> tuple[str, ...]:
+        return prunable(architecture, (TensorKind.BIAS,) if self.options.biases else ())
+
+
+@dataclass(frozen=True)
+class Emergent(Elements):
+    """Masked submodels without the channels that masks leave without weights.
+
+    Attributes:
+        share: As `survivors`.
+    """
+
+    share: float = 1.0
+
+    def extract(self, cut: Cut) -> Submodel:
+        """A slice of the global model: of the ranking's channels those that are left, with 0 where masked."""
+        mask = global_mask(cut)
+        if mask is None:
+            return super().extract(cut)
+        alive = survivors(cut.scene.architecture, mask, share=self.share)
+        return masked(cut, surviving(cut.selection, alive), mask)
+
+    def reconstruct(self, report: Report) -> Submodel:
+        """What the masked submodel with all its channels would be: channels that were cut are as they were sent."""
+        cut, trained = report.cut, report.trained
+        if not self.zeros or trained.mask is None:
+            return trained
+        whole = masked(cut, cut.selection, global_mask(cut)).tensors
+        onto = cut.selection.scatter(whole, cut.scene.model)
+        return Submodel(cut.selection, cut.selection.gather(trained.selection.scatter(trained.tensors, onto)))
+
+
+@dataclass(frozen=True)
+class Exploring:
+    """A long first round, then a learning rate that decays: AutoFLIP's objective.
+
+    However far an explorer got counts, as in the authors' code: early stopping doesn't take it back to its best epoch.
+
+    Attributes:
+        options: The preset's settings.
+    """
+
+    options: Options
+
+    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
+        """The device's recipe."""
+        if turn.round == 1:
+            options = self.options
+            return replace(
+                recipe, epochs=options.exploration_epochs, patience=options.patience, best_epoch=False, max_steps=0
+            )
+        return replace(recipe, lr=recipe.lr * self.options.lr_decay ** (turn.round - 2))
+
+
+@dataclass(frozen=True)
+class Damped(Mean):
+    """A mean with damped momentum; the explorers' models, if they count, without.
+
+    Attributes:
+        prune_start: Whether what the first mask prunes is 0 from the start.
+    """
+
+    prune_start: bool = False
+
+    def close(
+        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
+    ) -> Closing:
+        """The next model, and the velocity."""
+        if scene.round == 1:
+            return Closing(fold.close()[0])
+        closing = super().close(fold, scene, rate, reports)
+        if scene.round != 2 or not self.prune_start:
+            return closing
+        report = next((r for r, _ in reports()), None)
+        mask = None if report is None else global_mask(report.cut)
+        if mask is None:
+            return closing
+        memories = {n: mask.applied(v) if n == VELOCITY else v for n, v in closing.memories.items()}
+        return Closing(mask.applied(closing.model), dict(memories))
+
+
+def autoflip(job: Job) -> Strategy:
+    """The preset.
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
+    """
+    options = read_options(job, Options)
+    zeros = options.pruned == "decay"
+    return Strategy(
+        NAME,
+        scorer=Guided(options),
+        extractor=Emergent(zeros, options.masked_share) if options.structured else Elements(zeros),
+        aggregator=Damped(
+            server_momentum=options.server_momentum, damped=True, prune_start=options.prune_start and zeros
+        ),
+        personaliser=Nobody(),
+        objective=Exploring(options),
+        inputs="measurements",
+        allocator=dealt(job, options.densities),
+        explores=1,
+        explorers_count=options.warm_start == "explored_mean",
+        masks=True,
+    )
+
+
+def _guidance(report: Report, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
+    """G_k = (w_k^exp − w_0)² of one explorer, whose channels are its groups' first."""
+    trained = report.trained
+    out: dict[str, npt.NDArray[Any]] = {_WIDTHS: np.array(trained.selection.widths, np.int64)}
+    for name in names:
+        at = mesh(trained.selection.maps(name))
+        moved = trained.tensors[name].astype(np.float64) - report.cut.scene.model[name][at]
+        out[name] = (moved * moved).astype(np.float32)
+    return out
+
+
+def _mean(scene: Scene, devices: list[str], names: tuple[str, ...]) -> dict[str, npt.NDArray[np.float64]]:
+    """The mean over explorers that hold an element; NaN where none does."""
+    shapes = {n: scene.architecture.by_name[n].shape for n in names}
+    sums = {n: np.zeros(s) for n, s in shapes.items()}
+    counts = {n: np.zeros(s, np.int64) for n, s in shapes.items()}
+    for device in devices:
+        guidance = scene.memory[_GUIDANCE + device]
+        held = Selection.of(scene.architecture, guidance[_WIDTHS].tolist())
+        for name in names:
+            at = mesh(held.maps(name))
+            sums[name][at] += guidance[name]
+            counts[name][at] += 1
+    return {n: np.where(counts[n] > 0, sums[n] / np.maximum(counts[n], 1), np.nan) for n in names}
+
+
+def _scaled(guidance: npt.NDArray[np.float64], scaling: str) -> npt.NDArray[np.float64]:
+    """A tensor's guidance on a scale of its own; +∞, which no mask takes away, where there is none to compare.
+
+    That is where no explorer held an element, and in tensors whose elements are all alike.
+    """
+    known = guidance[~np.isnan(guidance)]
+    out = np.full(guidance.shape, np.inf)
+    if not known.size or known.min() == known.max():
+        return out
+    if scaling == "minmax":
+        low, span = float(known.min()), float(known.max() - known.min())
+    else:
+        first, low, third = (float(v) for v in np.quantile(known, (0.25, 0.5, 0.75)))
+        span = third - first or float(known.max() - known.min())
+    out[~np.isnan(guidance)] = (known - low) / span
+    return out

@@ -1,0 +1,105 @@
+"""CA-HFP (arXiv 2603.12591): nested masks of whole channels by curvature, and reconstruction before the mean.
+
+Which channels matter is scored on the server, out of what devices send anyway (`fedprune.importance.gradient_stats`).
+Narrow devices get the best channels of a wide one's. Before the mean is taken, submodels are filled up from the current
+model (rule `fill`), so that devices without a channel vote for no change. The paper leaves open how gradient and
+curvature are estimated, how scores of weights become a channel's, and how long warm-up lasts; the options say what we
+read into it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+from fedprune.aggregation.fold import Rule
+from fedprune.core.errors import ConfigError
+from fedprune.importance.gradient_stats import DECAY, Estimator
+from fedprune.importance.scoring import Form
+from fedprune.jobs.job import Job
+from fedprune.strategies.averaging import Mean
+from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.scorers import ByName
+from fedprune.strategies.slicing import Nobody, Selected
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.tiers import dealt
+
+SCORES = {"curvature": "curvature", "l1": "magnitude", "delta_w": "movement", "random": "random"}
+"""The option's words, and what our scorer calls them."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `ca-hfp`.
+
+    Attributes:
+        densities: Widths by tier, 1 − ρ each; empty to leave it to the job's `density` or the planner.
+        score: `curvature` (the paper's), or what its Table II compares with: `l1` (Σ|w|), `delta_w` (Σ|Δw|), `random`.
+        form: Of the curvature score: `abs`, |g·w| + ½·h·w²; `signed`, g·w + h·w², eq. 15 to the letter; `hw2`, h·w².
+        estimator: Of h: `fisher`, the mean of squared moves; `secant`, change of gradient over change of weight.
+        decay: What old estimates keep of themselves every round.
+        per_count: A channel's layers count by the mean over their weights instead of by the sum.
+        warmup_rounds: Rounds of random nested masks, at least; scores that learn from devices wait until every channel
+            was trained once.
+        reconstruction: `fill`: from the current model (eq. 4). `zero`: none, what a device doesn't hold counts as 0
+            (our reading of Table II's arm without reconstruction). `coverage`: HeteroFL's mean over those that hold it.
+        weighting: `samples` (the paper's p_k), or `uniform`.
+        server_momentum: β of FedAvgM; the paper has none.
+    """
+
+    densities: tuple[Any, ...] = ()
+    score: str = "curvature"
+    form: str = "abs"
+    estimator: str = "fisher"
+    decay: float = DECAY
+    per_count: bool = False
+    warmup_rounds: int = 0
+    reconstruction: str = "fill"
+    weighting: str = "samples"
+    server_momentum: float = 0.0
+
+
+def ca_hfp(job: Job) -> Strategy:
+    """The preset.
+
+    Raises:
+        ConfigError: An option is unknown or out of range, or devices don't train by SGD, whose moves are gradients.
+    """
+    options, name = read_options(job, Options), job.strategy
+    choice(name, "score", options.score, tuple(SCORES))
+    choice(name, "form", options.form, get_args(Form))
+    choice(name, "estimator", options.estimator, get_args(Estimator))
+    choice(name, "reconstruction", options.reconstruction, get_args(Rule))
+    choice(name, "weighting", options.weighting, ("samples", "uniform"))
+    number(name, "decay", options.decay, 0, 1, below=True)
+    number(name, "warmup_rounds", options.warmup_rounds, 0, 10**6)
+    number(name, "server_momentum", options.server_momentum, 0, 0.999)
+    scorer = ByName(
+        SCORES[options.score],
+        options.warmup_rounds,
+        cast(Form, options.form),
+        cast(Estimator, options.estimator),
+        options.decay,
+        options.per_count,
+    )
+    if scorer.observes and job.recipe.optimizer != "sgd":
+        raise ConfigError(
+            f"job: score {options.score!r} of {name} learns gradients from how far devices' SGD moves",
+            expected="recipe.optimizer 'sgd'",
+            got=repr(job.recipe.optimizer),
+        )
+    return Strategy(
+        name,
+        scorer=scorer,
+        extractor=Selected(),
+        aggregator=Mean(
+            rule=cast(Rule, options.reconstruction),
+            server_momentum=options.server_momentum,
+            weighting=options.weighting,
+        ),
+        personaliser=Nobody(),
+        objective=AsJob(),
+        inputs="updates",
+        allocator=dealt(job, options.densities),
+    )

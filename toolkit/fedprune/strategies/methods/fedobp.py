@@ -1,0 +1,249 @@
+"""FedOBP (arXiv 2604.16574): elements in which a device's own model is far from the global one stay its own.
+
+The server, which gets every device's whole model anyway, compares it with the global model, and sends the device the
+global model with the device's own elements in it (the cloud-edge form). `docs/strategies/fedobp.md` has equations,
+readings and options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.aggregation.fold import Fold
+from fedprune.importance.element_ranking import quantile
+from fedprune.importance.scoring import ordered, ranks
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import Architecture
+from fedprune.model.classifier_head import head_axes
+from fedprune.model.selection import Tensors, mesh
+from fedprune.strategies.averaging import Mean, same_coordinates
+from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.roles import Cut, Memories, Ranking, Report, Scene, Submodel
+from fedprune.strategies.slicing import Selected
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.tiers import dealt
+
+NAME = "fedobp"
+
+INITIAL = "initial"
+"""Memory: w_0, which a device that hands in its first update has as its own model."""
+
+_SCORES = "scores/"
+"""Memory: per device the moving average of its scores, float32, global coordinates; NaN where nothing was compared."""
+
+Score = Literal["sq_diff", "diff_times_local"]
+Normalisation = Literal["none", "layer", "global"]
+Scope = Literal["all", "classifier"]
+
+Float64s = npt.NDArray[np.float64]
+Bits = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the preset.
+
+    Attributes:
+        q: Elements whose score is above the q-quantile of all scores stay the device's own: about (1 − q) of them.
+            0 keeps all but the least, 1 none (FedAvg).
+        score: `sq_diff`: (θ_i − θ_g)²; `diff_times_local`: |(θ_i − θ_g) · θ_i|.
+        average: α of the scores' moving average, Ī ← (1 − α)·I + α·Ī at the device's visits; 0 for none.
+        normalisation: Of the scores before the quantile: `none`, from 0 to 1 in every tensor (`layer`), or over all
+            tensors (`global`, which changes no choice).
+        scope: Which tensors may stay a device's own: `all` that are trained, or the `classifier`, the last layer.
+        densities: Tiers of device widths; empty for what the planner or the job's density says.
+    """
+
+    q: float = 0.9999
+    score: str = "sq_diff"
+    average: float = 0.0
+    normalisation: str = "none"
+    scope: str = "all"
+    densities: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        number(NAME, "q", self.q, 0, 1)
+        number(NAME, "average", self.average, 0, 1, below=True)
+        choice(NAME, "score", self.score, get_args(Score))
+        choice(NAME, "normalisation", self.normalisation, get_args(Normalisation))
+        choice(NAME, "scope", self.scope, get_args(Scope))
+
+
+class _Compared(NamedTuple):
+    """A tensor of a device's model beside the global one, in the coordinates of the submodel that it is to get.
+
+    Attributes:
+        local: The device's own θ_i.
+        score: Per element.
+        known: Where there is something to compare: what the device has trained before, and is to get again.
+    """
+
+    local: npt.NDArray[np.float32]
+    score: Float64s
+    known: Bits
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Keeps a device's own elements where they are far from the global model: FedOBP's personaliser.
+
+    Attributes:
+        options: The preset's settings.
+    """
+
+    options: Options
+    as_trained: ClassVar[bool] = True
+
+    def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
+        """The submodel, with θ_i^{t−1} where its score is above the quantile."""
+        if self.options.q == 1:
+            return submodel
+        compared = self.scores(cut, submodel)
+        values = {n: self._normalised(c.score[c.known]) for n, c in compared.items() if c.known.any()}
+        if not values:
+            return submodel
+        if self.options.normalisation == "global":
+            low, high = min(float(v.min()) for v in values.values()), max(float(v.max()) for v in values.values())
+            values = {n: (v - low) / (high - low) if high > low else v - low for n, v in values.items()}
+        limit = quantile(values.values(), self.options.q)
+        tensors = dict(submodel.tensors)
+        for name, value in values.items():
+            one = compared[name]
+            own = one.known.copy()
+            own[one.known] = value > limit
+            if own.any():
+                tensors[name] = np.where(own, one.local, tensors[name])
+        return Submodel(submodel.selection, tensors, submodel.mask)
+
+    def share(self, report: Report, lifted: Submodel) -> Submodel:
+        """All of it: own elements are protected from being overwritten, not kept from the others."""
+        return lifted
+
+    def scores(self, cut: Cut, submodel: Submodel) -> dict[str, _Compared]:
+        """Scores of what may stay the device's own, averaged over its visits if so asked."""
+        architecture, options = cut.scene.architecture, self.options
+        names = list(head_axes(architecture)) if options.scope == "classifier" else _names(architecture)
+        before = cut.scene.memory.get(_SCORES + cut.turn.device) if options.average else None
+        out = {}
+        for name in names:
+            local, known = _own(cut, submodel, name)
+            far = local.astype(np.float64) - submodel.tensors[name]
+            score = far * far if options.score == "sq_diff" else np.abs(far * local)
+            if before is not None:
+                last = before[name][mesh(submodel.selection.maps(name))]
+                score = np.where(np.isnan(last), score, (1 - options.average) * score + options.average * last)
+            out[name] = _Compared(local, score, known)
+        return out
+
+    def _normalised(self, score: Float64s) -> Float64s:
+        if self.options.normalisation != "layer":
+            return score
+        low, high = float(score.min()), float(score.max())
+        return (score - low) / (high - low) if high > low else score - low
+
+
+@dataclass(frozen=True)
+class Remembering:
+    """Channels in their own order; remembers what the comparison of later rounds needs: FedOBP's scorer.
+
+    Attributes:
+        apart: The personaliser, whose scores are averaged.
+    """
+
+    apart: Apart
+
+    @property
+    def observes(self) -> bool:
+        """The fold's movements aren't needed."""
+        return False
+
+    def rank(self, scene: Scene) -> Ranking:
+        """Channels in their own order."""
+        return Ranking(ranks(ordered(scene.architecture)))
+
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        """The initial model, in the first round; moving averages of scores, where they are asked for."""
+        out: Memories = {}
+        if INITIAL not in scene.memory:
+            names = [t.name for t in scene.architecture.tensors]
+            out[INITIAL] = {n: scene.model[n] for n in names}
+        if self.apart.options.average:
+            for report in reports():
+                out[_SCORES + report.cut.turn.device] = self._averages(report)
+        return out
+
+    def _averages(self, report: Report) -> dict[str, npt.NDArray[np.float32]]:
+        cut, selection = report.cut, report.trained.selection
+        plain = Submodel(selection, selection.gather(cut.scene.model), report.trained.mask)
+        before = cut.scene.memory.get(_SCORES + cut.turn.device)
+        out = {}
+        for name, one in self.apart.scores(cut, plain).items():
+            known = None if before is None else before[name]
+            full = (
+                np.full(cut.scene.architecture.by_name[name].shape, np.nan, np.float32)
+                if known is None
+                else np.array(known)
+            )
+            at = mesh(selection.maps(name))
+            full[at] = np.where(one.known, one.score, full[at])
+            out[name] = full
+        return out
+
+
+def fedobp(job: Job) -> Strategy:
+    """The preset.
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
+    """
+    options = read_options(job, Options)
+    apart = Apart(options)
+    return Strategy(
+        NAME,
+        scorer=Remembering(apart),
+        extractor=Selected(),
+        aggregator=Mean(),
+        personaliser=apart,
+        objective=AsJob(),
+        inputs="updates",
+        allocator=dealt(job, options.densities),
+        keeps_past=True,
+    )
+
+
+def _names(architecture: Architecture) -> list[str]:
+    """All that is trained; batch-norm statistics are always the global model's."""
+    return [t.name for t in architecture.trainable]
+
+
+def _own(cut: Cut, submodel: Submodel, name: str) -> tuple[npt.NDArray[np.float32], Bits]:
+    """A device's own tensor in a submodel's coordinates, and which of its elements there are.
+
+    That is what it handed in last or, before that, the initial model.
+    """
+    selection, now = submodel.selection, submodel.tensors[name]
+    if cut.past is None:
+        initial: Tensors = dict(cut.scene.memory.get(INITIAL, cut.scene.model))
+        local, known = initial[name][mesh(selection.maps(name))], np.ones(now.shape, np.bool_)
+    elif same_coordinates(cut.past.selection, selection):
+        local, known = cut.past.tensors[name], np.ones(now.shape, np.bool_)
+        if cut.past.mask is not None and name in cut.past.mask.active:
+            known = cut.past.mask.active[name].copy()
+    else:
+        past = cut.past
+        full = np.zeros(cut.scene.architecture.by_name[name].shape, np.float32)
+        held = np.zeros(full.shape, np.bool_)
+        at = mesh(past.selection.maps(name))
+        full[at] = past.tensors[name]
+        held[at] = True if past.mask is None else past.mask.active.get(name, True)
+        into = mesh(selection.maps(name))
+        local, known = full[into], held[into]
+    if submodel.mask is not None and name in submodel.mask.active:
+        known = known & submodel.mask.active[name]
+    return local, known

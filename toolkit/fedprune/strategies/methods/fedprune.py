@@ -1,0 +1,239 @@
+"""`fedprune`: the strategy that this project recommends.
+
+Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left without single ones:
+
+- ranks that are settled before the first round and then stay: a submodel's channels are its own for good, so ordered
+  dropout can make the ranking true, and a trained model is cut where it hurts least;
+- a nested start: in a model that was just made, as its normalisations tell, no channel listens to one that only wider
+  models have, so that what a width adds is silent until it has learnt (`fedprune.model.nested_init`);
+- a logit-adjusted loss, so that a device's missing classes don't pull on the model that all share (Menon et al. 2021,
+  "Long-tail learning via logit adjustment", eq. 10, with the device's own label shares as prior);
+- ordered dropout over the fleet's densities, so that wide boards train the narrow models, too (FjORD, Horvath et al.
+  2021, Alg. 1);
+- filling from w_t, by which few devices move a coordinate less than many (CA-HFP, Sec. II-A, eq. 4);
+- server momentum (FedAvgM, Hsu et al. 2019, Sec. 4.3);
+- mixup (Zhang et al. 2018) and clipped gradients, as a board has few samples and sees them many times;
+- on the board, batch-norm statistics of its own data, and its own moving average of what it trained: half of what
+  serves, the other half being the received weights, which know of other boards' data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fedprune.aggregation.fold import Fold, Rule
+from fedprune.core.errors import ConfigError
+from fedprune.importance.scoring import SCORERS, ranks, score
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Schedule, Staleness
+from fedprune.model.architecture import Architecture
+from fedprune.model.nested_init import just_made, nested
+from fedprune.model.selection import Tensors
+from fedprune.strategies.averaging import DeltaMean, Mean
+from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Turn
+from fedprune.strategies.scorers import places_of
+from fedprune.strategies.slicing import Nobody, Selected
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.tiers import dealt
+from fedprune.training.recipe import LEAST_MIXUP, Recipe
+
+RANKS = "ranks"
+"""Memory: the ranks that were settled, by the architecture's digest and the group's number."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `fedprune`.
+
+    Attributes:
+        densities: Widths by tier; empty to give every board the widest model that the planner finds fit for it.
+        ranking: What the ranks are settled by before the first round: `nested` is the model's own order, and what a
+            width adds is silent at first; `ordered` is the model's own order; `magnitude` is by size of weights; `auto`
+            is `nested` for a model that was just made, and `magnitude` for a trained one.
+        adjust: Logit-adjusted loss (cross-entropy only).
+        dropout: Densities at which steps train beside the device's own width; empty for none.
+        rule: `fill` or `coverage`.
+        server_momentum: β of the global model's moves.
+        average: Share of the old average that a board's own moving average keeps each round; 0 for none.
+        blend: Share of the received weights in the model that serves beside that average; without one, nothing.
+        calibrate: Boards measure batch-norm statistics of their own data after training.
+        clip_norm: Norm to which a step's gradients are scaled down; 0 leaves them.
+        mixup: α with which samples of a step are mixed; 0 for samples as they are.
+        lr_decay: The learning rate of round t is lr · lr_decay^(t − 1).
+        arrivals: An asynchronous job: the model moves whenever so many updates have arrived, by the moves that they
+            report, stale ones counting (k + 1)^-½ (FedBuff, Nguyen et al. 2022); 0 for synchronous rounds.
+    """
+
+    densities: tuple[Any, ...] = ()
+    ranking: str = "auto"
+    adjust: bool = True
+    dropout: tuple[Any, ...] = (0.25, 0.5, 0.75)
+    rule: str = "fill"
+    server_momentum: float = 0.5
+    average: float = 0.85
+    blend: float = 0.5
+    calibrate: bool = True
+    clip_norm: float = 1.0
+    mixup: float = 0.2
+    lr_decay: float = 1.0
+    arrivals: int = 0
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A start at which what a width adds is silent: `fedprune.model.nested_init`.
+
+    Attributes:
+        densities: The widths that hold each other.
+        always: Whether a trained model is started so, too.
+    """
+
+    densities: tuple[float, ...]
+    always: bool = False
+
+    def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
+        """The first global model.
+
+        Raises:
+            BundleError: A density is not above 0 and at most 1.
+        """
+        if self.always or just_made(architecture, model):
+            return nested(architecture, model, self.densities)
+        return model
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Ranks by the score of the model that the job starts from, kept for the whole job.
+
+    A trained model is cut by what it has learnt. In a model that was just made, all channels are alike, and any order
+    is as good as another as long as it stays. Should another version of the compiler ever find other groups of channels
+    in the model, ranks are settled anew, by what the model is then.
+
+    Attributes:
+        scorer: `magnitude` or `ordered`; `auto` is the latter for a model that was just made, else the former.
+    """
+
+    scorer: str = "auto"
+
+    @property
+    def observes(self) -> bool:
+        """It needs to know nothing of how weights moved."""
+        return False
+
+    def rank(self, scene: Scene) -> Ranking:
+        """The settled ranks; of the first round's model, if none are."""
+        known = self._settled(scene)
+        if known is not None:
+            return known
+        name = self.scorer
+        if name == "auto":
+            name = "ordered" if just_made(scene.architecture, scene.model) else "magnitude"
+        return Ranking(ranks(score(name, scene.architecture, scene.model)))
+
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        """The first round's ranks."""
+        if self._settled(scene) is not None:
+            return {}
+        return {RANKS: dict(zip(places_of(scene.architecture), self.rank(scene).ranks, strict=True))}
+
+    def _settled(self, scene: Scene) -> Ranking | None:
+        known, places = scene.memory.get(RANKS, {}), places_of(scene.architecture)
+        return Ranking(tuple(np.asarray(known[p]) for p in places)) if set(known) == set(places) else None
+
+
+@dataclass(frozen=True)
+class Fair:
+    """The job's recipe with adjusted logits, mixup, dropout, clipping, a board's own statistics and blended average.
+
+    Attributes:
+        options: Which of them.
+    """
+
+    options: Options
+
+    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
+        """The device's recipe.
+
+        Raises:
+            ConfigError: The job's own recipe has settings that don't go with these.
+        """
+        options = self.options
+        average = recipe.average or options.average
+        return replace(
+            recipe,
+            lr=recipe.lr * options.lr_decay ** (turn.round - 1),
+            logit_adjustment=recipe.logit_adjustment or (options.adjust and recipe.loss == "cross_entropy"),
+            ordered_dropout=recipe.ordered_dropout or options.dropout,
+            average=average,
+            blend=recipe.blend or (options.blend if average else 0.0),
+            calibrate=recipe.calibrate or options.calibrate,
+            clip_norm=recipe.clip_norm or options.clip_norm,
+            mixup=recipe.mixup or options.mixup,
+        )
+
+
+def fedprune(job: Job) -> Strategy:
+    """The preset.
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
+    """
+    options = read_options(job, Options)
+    name = job.strategy
+    choice(name, "ranking", options.ranking, ("auto", "nested", *(s for s in SCORERS if s != "curvature")))
+    choice(name, "rule", options.rule, ("fill", "coverage"))
+    number(name, "server_momentum", options.server_momentum, 0, 0.999)
+    number(name, "average", options.average, 0, 1, below=True)
+    number(name, "blend", options.blend, 0, 1)
+    number(name, "clip_norm", options.clip_norm, 0, 1e6)
+    if options.mixup:
+        number(name, "mixup", options.mixup, LEAST_MIXUP, 10)
+    number(name, "lr_decay", options.lr_decay, 1e-3, 1)
+    number(name, "arrivals", options.arrivals, 0, 10**6)
+    for density in options.dropout:
+        number(name, "dropout", density, 0.001, 1)
+    rule: Rule = "fill" if options.rule == "fill" else "coverage"
+    kind = DeltaMean if options.arrivals else Mean
+    return Strategy(
+        name,
+        scorer=Settled("ordered" if options.ranking == "nested" else options.ranking),
+        extractor=Selected(),
+        aggregator=kind(rule=rule, server_momentum=options.server_momentum),
+        personaliser=Nobody(),
+        objective=Fair(options),
+        inputs="sum",
+        allocator=dealt(job, options.densities),
+        schedule=_buffered(options.arrivals) if options.arrivals else None,
+        starter=_starter(job, options),
+    )
+
+
+def _starter(job: Job, options: Options) -> Nested | None:
+    """A nested start over the widths at which steps train, or else over those of tiers.
+
+    Raises:
+        ConfigError: A nested start is asked for, and there are no such widths.
+    """
+    if options.ranking not in ("auto", "nested"):
+        return None
+    widths = tuple(d for d in job.recipe.ordered_dropout or options.dropout or options.densities if d < 1)
+    if not widths and options.ranking == "nested":
+        raise ConfigError(
+            f"job: option ranking of {job.strategy}",
+            expected="with nested, some widths below 1",
+            got="neither dropout nor densities",
+            hint="Give the densities between which it shall be nested, or let ranking be ordered.",
+        )
+    if not widths:
+        return None
+    return Nested(widths, always=options.ranking == "nested")
+
+
+def _buffered(arrivals: int) -> Schedule:
+    return Schedule(kind="asynchronous", arrivals=arrivals, staleness=Staleness("polynomial", a=0.5), mixing="damped")

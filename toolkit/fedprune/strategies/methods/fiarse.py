@@ -1,0 +1,97 @@
+"""FIARSE (Wu et al., NeurIPS 2024): submodels of the largest weights, which learn what their size is worth.
+
+`docs/strategies/fiarse.md` has equations, readings and options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from fedprune.aggregation.fold import Fold
+from fedprune.importance.element_ranking import magnitudes, prunable
+from fedprune.importance.scoring import ordered, ranks
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import TensorKind
+from fedprune.strategies.allocation import Allocator, Fixed, Tiers
+from fedprune.strategies.averaging import Mean
+from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.options import choice, read_options
+from fedprune.strategies.roles import Memories, Ranking, Report, Scene
+from fedprune.strategies.slicing import Nobody
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.unstructured_masks import Elements
+
+NAME = "fiarse"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the preset.
+
+    Attributes:
+        densities: Capacities γ, as tiers of equal size; empty for the job's density or, without one, 1, 1/4, 1/16 and
+            1/64.
+        mask: `threshold`: boards train through the threshold, which moves weights across it; `hard`: the round's mask
+            stays.
+        biases: Whether biases can be masked, too.
+        weighting: `uniform`: devices count alike, as in the paper, or by `samples`.
+        changed: Whether of an update only elements count that it changed. Otherwise all active ones do.
+    """
+
+    densities: tuple[float, ...] = ()
+    mask: str = "threshold"
+    biases: bool = False
+    weighting: str = "uniform"
+    changed: bool = True
+
+    def __post_init__(self) -> None:
+        choice(NAME, "mask", self.mask, ("threshold", "hard"))
+        choice(NAME, "weighting", self.weighting, ("uniform", "samples"))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Channels in their own order; elements by |w|.
+
+    Attributes:
+        biases: Whether biases can be masked, too.
+    """
+
+    biases: bool = False
+
+    @property
+    def observes(self) -> bool:
+        """The fold's movements aren't needed."""
+        return False
+
+    def rank(self, scene: Scene) -> Ranking:
+        """|w| of the global model."""
+        names = prunable(scene.architecture, (TensorKind.BIAS,) if self.biases else ())
+        return Ranking(ranks(ordered(scene.architecture)), magnitudes(scene.model, names))
+
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        """Nothing: the model's weights say all."""
+        return {}
+
+
+def fiarse(job: Job) -> Strategy:
+    """The preset.
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
+    """
+    options = read_options(job, Options)
+    allocator: Allocator = Tiers(options.densities or (1.0, 1 / 4, 1 / 16, 1 / 64), elements=True)
+    if job.density and not options.densities:
+        allocator = Fixed(job.density, elements=True)
+    return Strategy(
+        NAME,
+        scorer=Sizes(options.biases),
+        extractor=Elements(),
+        aggregator=Mean(weighting=options.weighting, changed="elements" if options.changed else ""),
+        personaliser=Nobody(),
+        objective=AsJob({"mask": options.mask}),
+        inputs="updates",
+        allocator=allocator,
+    )

@@ -1,0 +1,186 @@
+"""HeteroFL (Diao et al. 2021) and FedRolex (Alam et al. 2022): submodels of several widths out of one model.
+
+They differ in where the kept channels lie: HeteroFL's are the first ones; FedRolex's window moves on by one channel a
+round, around the end, so that all channels get trained. Both train with the same aids, for which HeteroFL's Sec. 3.3
+and the authors' code stand: outputs of layers are scaled by 1 / width while training, batch-norm statistics are
+measured after training (static batch norm), logits of classes that a device has no sample of are masked, and of the
+last layer a device's update counts only in rows of its own classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fedprune.aggregation.fold import Fold
+from fedprune.core.errors import ConfigError, shown
+from fedprune.jobs.job import Job
+from fedprune.strategies.averaging import Mean
+from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Scorer, Turn
+from fedprune.strategies.scorers import ByName
+from fedprune.strategies.slicing import Nobody, Selected
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.tiers import dealt
+from fedprune.training.recipe import Recipe
+
+LEVELS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+"""The papers' widths a, b, c, d, e."""
+
+
+MOST_SCALED = 1e-3
+"""The narrowest width whose scaler boards take."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `heterofl`.
+
+    Attributes:
+        densities: Widths by tier; empty for the paper's five, or the job's `density`.
+        planned: The planner decides on widths instead, board by board.
+        shares: Share of the fleet in each tier; empty for equal ones.
+        by: Tiers are dealt by `name`, or by `chance`.
+        every: With `chance`, they are drawn anew every so many rounds (the paper's dynamic mode); 0 for never.
+        weighting: `uniform`, as in the paper, or `samples`.
+        scaler: Outputs are scaled by 1 / width in training.
+        static_norm: Batch-norm statistics are measured after training, by one pass over the local samples.
+        masked: Logits of absent classes are masked (cross-entropy only).
+        label_rows: Of the last layer only rows that were trained count; goes with `masked`, since without it all are.
+        clip_norm: Gradients' largest norm; 0 leaves it to the recipe.
+        milestones: After each of these rounds, the learning rate is `factor` times what it was.
+        factor: As above.
+    """
+
+    densities: tuple[Any, ...] = ()
+    planned: bool = False
+    shares: tuple[Any, ...] = ()
+    by: str = "name"
+    every: int = 0
+    weighting: str = "uniform"
+    scaler: bool = True
+    static_norm: bool = True
+    masked: bool = True
+    label_rows: bool = True
+    clip_norm: float = 1.0
+    milestones: tuple[Any, ...] = ()
+    factor: float = 0.1
+
+
+@dataclass(frozen=True)
+class RollingOptions(Options):
+    """Settings of `fedrolex`: HeteroFL's, and how fast the window moves.
+
+    Attributes:
+        step: Channels by which it moves on each round.
+    """
+
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The aids of training narrow submodels.
+
+    Attributes:
+        options: Which of them.
+    """
+
+    options: Options
+
+    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
+        """The device's recipe."""
+        options = self.options
+        settings: dict[str, Any] = {}
+        if options.scaler and turn.density < 1:
+            settings["scale"] = 1.0 / turn.density
+        if options.static_norm:
+            settings["calibrate"] = True
+        if options.masked and recipe.loss == "cross_entropy":
+            settings["mask_absent_classes"] = True
+        if options.clip_norm:
+            settings["clip_norm"] = options.clip_norm
+        passed = sum(turn.round > m for m in options.milestones)
+        return replace(recipe, lr=recipe.lr * options.factor**passed, **settings)
+
+
+@dataclass(frozen=True)
+class Rolling:
+    """A window that moves on: channel (t·step + j) mod n comes at place j in round t = 0, 1, …
+
+    FedRolex (Alam et al. 2022, eq. 3). All devices of a round share the window's start, so that a narrow device's
+    channels are among a wide one's.
+
+    Attributes:
+        step: Channels per round.
+    """
+
+    step: int = 1
+
+    @property
+    def observes(self) -> bool:
+        """It depends on the round alone."""
+        return False
+
+    def rank(self, scene: Scene) -> Ranking:
+        """The window's channels first."""
+        start = (scene.round - 1) * self.step
+        return Ranking(tuple((np.arange(n, dtype=np.int64) + start) % n for n in scene.architecture.sizes))
+
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        """Nothing."""
+        return {}
+
+
+def heterofl(job: Job) -> Strategy:
+    """The preset.
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
+    """
+    return _widths(job, read_options(job, Options), ByName("ordered"))
+
+
+def fedrolex(job: Job) -> Strategy:
+    """The preset.
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
+    """
+    options = read_options(job, RollingOptions)
+    number(job.strategy, "step", options.step, 0, 10**6)
+    return _widths(job, options, Rolling(options.step))
+
+
+def _widths(job: Job, options: Options, scorer: Scorer) -> Strategy:
+    choice(job.strategy, "weighting", options.weighting, ("samples", "uniform"))
+    number(job.strategy, "clip_norm", options.clip_norm, 0, 1e6)
+    number(job.strategy, "factor", options.factor, 1e-6, 1)
+    if not all(type(m) is int and m >= 0 for m in options.milestones):
+        raise ConfigError(
+            f"job: option milestones of {job.strategy}", expected="numbers of rounds", got=shown(options.milestones)
+        )
+    if options.scaler:
+        for density in options.densities or ((job.density,) if job.density else ()):
+            number(job.strategy, "densities", density, MOST_SCALED, 1)
+    default = () if options.planned else LEVELS
+    rows = options.label_rows and options.masked and job.recipe.loss == "cross_entropy"
+    if rows and job.recipe.optimizer == "adam" and job.recipe.weight_decay:
+        raise ConfigError(
+            f"job: option label_rows of {job.strategy} tells rows that nobody trained by their direction, which Adam's "
+            "weight decay changes",
+            expected="optimizer adamw or sgd, weight_decay 0, or label_rows = false",
+        )
+    return Strategy(
+        job.strategy,
+        scorer=scorer,
+        extractor=Selected(),
+        aggregator=Mean(weighting=options.weighting, changed="rows" if rows else ""),
+        personaliser=Nobody(),
+        objective=Scaled(options),
+        inputs="sum",
+        allocator=dealt(job, options.densities, options.shares, options.by, options.every, default=default),
+    )

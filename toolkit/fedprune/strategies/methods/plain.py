@@ -1,0 +1,23 @@
+"""The strategy that a job's own keys describe: ranked slices, a mean, and nothing else."""
+
+from __future__ import annotations
+
+from fedprune.jobs.job import Job
+from fedprune.strategies.averaging import Mean
+from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.scorers import ByName
+from fedprune.strategies.slicing import Nobody, Selected
+from fedprune.strategies.strategy import Strategy
+
+
+def plain(job: Job) -> Strategy:
+    """Compose what the job's `scorer`, `warmup_rounds`, `rule` and `server_momentum` say."""
+    return Strategy(
+        "plain",
+        scorer=ByName(job.scorer, job.warmup_rounds),
+        extractor=Selected(),
+        aggregator=Mean(rule=job.rule, server_momentum=job.server_momentum),
+        personaliser=Nobody(),
+        objective=AsJob(),
+        inputs="sum",
+    )

@@ -1,0 +1,156 @@
+"""SubFLOT (arXiv 2604.06631): submodels by optimal transport, onto the model that a device handed in last.
+
+A device's submodel is no slice: the global model's channels are led onto the channels of the device's own last model
+(`fedprune.optimal_transport`) and mixed with it (OTP, Eqs. 3 to 6). The device trains it with a pull towards what it
+was sent, the stronger the more was pruned (SAR, Eqs. 7 and 8). What it hands in is led onto the global model's channels
+again, at full width (OTA, Eq. 9), so that the mean of a round is a plain one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Selection, Tensors
+from fedprune.optimal_transport import Maps, Plans, Transport
+from fedprune.strategies.averaging import Mean
+from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.roles import Cut, Past, Report, Submodel, Turn
+from fedprune.strategies.scorers import ByName
+from fedprune.strategies.slicing import Nobody
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.tiers import dealt
+from fedprune.training.recipe import Recipe
+
+RATES = (1.0, 0.75, 0.5, 0.25)
+"""The paper's widths: pruning rates 0, 1/4, 1/2 and 3/4 of every layer's channels."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `subflot`.
+
+    Attributes:
+        alpha: α: the global model's share in what a device is sent; its own last model has the rest.
+        sar: λ: strength of the pull, whose gradient is 2·λ·ρ·(w − w_sent) at pruning rate ρ.
+        maps: How input axes are led: `literal`, or `preserving` the function (`fedprune.optimal_transport.Transport`).
+        plans: One plan per `layer`, or per `group` of channels.
+        ota_fuse: Share of what was led back in what a device adds to the mean; the global model has the rest.
+        densities: Widths by tier; empty for the paper's four, or the job's `density`.
+        planned: The planner decides on widths instead, board by board.
+        shares: Share of the fleet in each tier; empty for equal ones.
+        by: Tiers are dealt by `name`, or by `chance`.
+        every: With `chance`, they are drawn anew every so many rounds (the paper's dynamic regime); 0 for never.
+        weighting: `samples`, as in the paper, or `uniform`.
+    """
+
+    alpha: float = 0.5
+    sar: float = 1.0
+    maps: str = "literal"
+    plans: str = "layer"
+    ota_fuse: float = 1.0
+    densities: tuple[Any, ...] = ()
+    planned: bool = False
+    shares: tuple[Any, ...] = ()
+    by: str = "name"
+    every: int = 0
+    weighting: str = "samples"
+
+
+@dataclass(frozen=True)
+class Transported:
+    """Submodels by transport onto a device's own last model; updates by transport onto the global one.
+
+    Attributes:
+        transport: How models are led onto each other.
+        alpha: α of Eq. 6.
+        fuse: The same on the way back, where the paper's figure has it and its Eq. 9 has not; 1 for none.
+    """
+
+    transport: Transport = field(default_factory=Transport)
+    alpha: float = 0.5
+    fuse: float = 1.0
+
+    def extract(self, cut: Cut) -> Submodel:
+        """OTP; a slice of the global model until the device has a history."""
+        if cut.past is None:
+            return Submodel(cut.selection, cut.selection.gather(cut.scene.model))
+        history = self.resized(cut.past, cut)
+        return Submodel(cut.selection, self.transport.prune(cut.scene.model, history, cut.selection, self.alpha))
+
+    def reconstruct(self, report: Report) -> Submodel:
+        """OTA, onto the global model that the device's submodel was made of: all channels, in their own order."""
+        trained, model = report.trained, report.cut.scene.model
+        lifted = self.transport.aggregate(trained.tensors, trained.selection, model, self.fuse)
+        return Submodel(Selection.full(trained.selection.architecture), lifted)
+
+    def resized(self, past: Past, cut: Cut) -> Tensors:
+        """A device's last model at the widths that it has now.
+
+        Where channels were added, they are the global model's, beside its own ones. Where there are only fewer, all of
+        its channels are led onto the first of them, so that none is thrown away.
+        """
+        old, new, own = past.selection, cut.selection, past.over(cut.scene.model)
+        if old.widths == new.widths:
+            return own
+        placed = new.gather(old.scatter(own, cut.scene.model))
+        if any(b > a for a, b in zip(old.widths, new.widths, strict=True)):
+            return placed
+        return self.transport.align(own, old, placed, new)
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """The job's recipe with a pull towards what the device was sent, by its pruning rate (SAR, Eqs. 7 and 8).
+
+    λ·ρ·‖w − w_sent‖² is µ/2·‖w − w_sent‖² with µ = 2·λ·ρ: a device that holds the whole model is not pulled.
+
+    Attributes:
+        sar: λ; 0 leaves the pull to the job's recipe.
+    """
+
+    sar: float = 1.0
+
+    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
+        """The device's recipe."""
+        return replace(recipe, proximal=2 * self.sar * turn.pruning_rate) if self.sar else recipe
+
+
+def subflot(job: Job) -> Strategy:
+    """The preset.
+
+    Raises:
+        ConfigError: An option is unknown or out of range, or the recipe names frozen or personal tensors, which
+            transport would mix with others.
+    """
+    options = read_options(job, Options)
+    name, recipe = job.strategy, job.recipe
+    number(name, "alpha", options.alpha, 0, 1)
+    number(name, "sar", options.sar, 0, 5e5)  # 2·λ is the most that boards are asked to pull with
+    number(name, "ota_fuse", options.ota_fuse, 0, 1)
+    choice(name, "maps", options.maps, ("literal", "preserving"))
+    choice(name, "plans", options.plans, ("layer", "group"))
+    choice(name, "weighting", options.weighting, ("samples", "uniform"))
+    for key in ("frozen", "trainable", "personal"):
+        if getattr(recipe, key):
+            raise ConfigError(
+                f"job: strategy {name} leads channels of all tensors onto each other",
+                expected=f"a recipe without {key}",
+                hint="Tensors that must stay as they are go with fedavg, fedper or heterofl.",
+            )
+    densities = options.densities or (() if options.planned or job.density else RATES)
+    return Strategy(
+        name,
+        scorer=ByName("ordered"),
+        extractor=Transported(
+            Transport(cast(Maps, options.maps), cast(Plans, options.plans)), options.alpha, options.ota_fuse
+        ),
+        aggregator=Mean(weighting=options.weighting),
+        personaliser=Nobody(),
+        objective=Anchored(options.sar),
+        inputs="updates",
+        allocator=dealt(job, densities, options.shares, options.by, options.every),
+        keeps_past=True,
+    )

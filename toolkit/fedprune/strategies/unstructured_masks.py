@@ -1,0 +1,59 @@
+"""Submodels with single elements masked, by the ranking's order of importance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedprune.importance.element_ranking import top
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection
+from fedprune.strategies.roles import Cut, Report, Submodel
+
+
+@dataclass(frozen=True)
+class Elements:
+    """The ranking's first channels, of whose elements the most important ones of the whole model are active.
+
+    How many those are is the turn's density, if the device has all channels; the masks of a round lie inside each other
+    (PR-FL, Sec. "Stage 1"; `docs/strategies/pr-fl.md`). Where the ranking has no order of elements, none is masked.
+
+    Attributes:
+        zeros: Whether masked elements count as 0 in the sums (AutoFLIP). Otherwise they don't count.
+    """
+
+    zeros: bool = False
+    alike: ClassVar[bool] = True
+
+    def extract(self, cut: Cut) -> Submodel:
+        """A slice of the global model, with 0 where masked.
+
+        Raises:
+            BundleError: The order holds something that is no number.
+        """
+        mask = global_mask(cut)
+        return masked(cut, cut.selection, mask)
+
+    def reconstruct(self, report: Report) -> Submodel:
+        """What was trained, at the places that it came from."""
+        trained = report.trained
+        return Submodel(trained.selection, trained.tensors) if self.zeros else trained
+
+
+def global_mask(cut: Cut) -> ElementMask | None:
+    """The mask of the whole model that a turn's density makes at full width; None where it masks nothing."""
+    if cut.order is None:
+        return None
+    # A device of fewer channels has its density in them already.
+    whole = cut.turn.widths == cut.scene.architecture.sizes
+    mask = top(cut.order, cut.turn.density if whole else 1.0)
+    return None if mask.count == mask.size else mask
+
+
+def masked(cut: Cut, selection: Selection, mask: ElementMask | None) -> Submodel:
+    """A slice of the global model under a mask of the whole model."""
+    tensors = selection.gather(cut.scene.model)
+    if mask is None:
+        return Submodel(selection, tensors)
+    inside = mask.gathered(selection)
+    return Submodel(selection, inside.applied(tensors), inside)

@@ -1,0 +1,369 @@
+"""What a board is asked to do with its data in one round.
+
+The *features* of a recipe decide which inputs a training graph has, so they name the graph; everything else is a number
+that is fed at run time and never needs a new graph.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from fedprune.core import validation
+from fedprune.core.errors import ConfigError, shown
+from fedprune.training.features import Features
+
+LOSSES = ("cross_entropy", "bce", "mse", "huber")
+REGRESSIONS = ("mse", "huber")
+"""Losses of numbers to predict, of which none is right or wrong."""
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+
+MASKS = ("none", "hard", "threshold")
+
+_FIRST = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "proximal",
+    "logit_adjustment",
+    "mask_absent_classes",
+    "balance_classes",
+    "max_steps",
+)
+"""Settings that every board knows."""
+
+_LATER = ("blend", "mixup", "update_clip", "update_noise")
+"""Settings that are only written down where they are not as by default: what was named by a digest keeps its name."""
+
+LEAST_MIXUP = 1e-3
+"""With a smaller α hardly a draw would mix anything; with the smallest, 1/α is no number and there is no draw."""
+
+_MOST = 1000
+_LONGEST = 1000
+"""Entries of a list of patterns or densities, and letters of a pattern."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Local training of one round.
+
+    Attributes:
+        epochs: Passes over the local data.
+        batch_size: Samples per step; the last batch of an epoch may be smaller.
+        lr: Learning rate, from 0; with 0 no weight moves, but batch-norm statistics do (schedules may end there).
+        momentum: Momentum of SGD, below 1; the buffer starts at zero every round.
+        weight_decay: Added to gradients as weight_decay · w; with AdamW it shrinks the weights by lr · weight_decay.
+        proximal: Strength µ of the pull towards the weights that were received; 0 leaves it out.
+        logit_adjustment: Add the log of the device's own (smoothed) label shares to the logits in the loss and in
+            personal predictions: log((n_c + 0.1) / (n + 0.1·C)).
+        mask_absent_classes: Take classes that the device has no sample of out of the loss (HeteroFL's masked loss).
+        balance_classes: Weigh classes by the inverse of their local share; with `bce`, each class's positive labels by
+            its negatives over its positives.
+        max_steps: Upper limit of steps, 0 for none.
+        loss: `cross_entropy` (one class per sample), `bce` (labels 0 or 1 of every class, from logits), `mse` or
+            `huber` (numbers to predict).
+        label_smoothing: Share of every label that is spread over all classes (cross-entropy).
+        huber_delta: From this error on the Huber loss grows linearly.
+        optimizer: `sgd`, `adam` or `adamw`, as in torch.optim; state starts at zero every round.
+        beta1: Adam's share of the old mean of gradients that is kept.
+        beta2: Adam's share of the old mean of squared gradients that is kept.
+        epsilon: Adam's addend of the denominator.
+        clip_norm: Gradients of all tensors together are scaled down to this norm; 0 leaves them.
+        accumulate: Parts in which a batch is worked through, one after the other: the memory of one part, the gradient
+            of the whole. (Batch norm takes the statistics of each part.)
+        frozen: Patterns of tensors (such as `layer1.*`) that are not trained and come back as they were. A batch norm
+            whose statistics are frozen normalises by them.
+        trainable: Patterns of the only tensors that are trained; empty for all but those that the model itself froze.
+        ordered_dropout: Densities: every step trains the model at one of these, or at the device's own width (FjORD);
+            empty for the device's own width in every step.
+        average: Share of the old average that the board's own moving average of trained weights keeps every round; it
+            is what serves, and its accuracy is reported. 0 for none: the last weights serve.
+        blend: Share of the received weights in the model that serves where the board keeps an average: it is
+            (1 − blend) · average + blend · received, but for tensors that are personal or frozen. The average that
+            is kept has none of it.
+        mixup: α of mixup (Zhang et al. 2018, eq. 1 and 2): every step trains on λ·x + (1 − λ)·x', λ ~ Beta(α, α), where
+            x' are its samples in another order, and on labels that are mixed alike; 0 for samples as they are. Token
+            ids can't be mixed: where a model reads them, training goes on without.
+        calibrate: After training, one pass over the local training samples measures batch-norm statistics anew, for
+            what is evaluated, serves and is sent.
+        personal: Patterns of tensors that stay on the board: they are not part of its updates, and its own last ones
+            take the place of those received.
+        scale: The outputs of every layer with weights, but the last, are multiplied by this in training alone
+            (HeteroFL's scaler: 1 / the device's share of channels).
+        mask: `none`; `hard`: elements that the offer's mask leaves out are 0 and stay so; `threshold`: so are, step by
+            step, those of masked tensors that are smaller than `mask_threshold` (FIARSE).
+        mask_threshold: FIARSE's θ.
+        patience: Training ends when the loss of the device's validation samples hasn't fallen below its lowest for so
+            many epochs; 0 trains all epochs.
+        best_epoch: With `patience` the weights of the epoch with the lowest validation loss count; if not, those that
+            training ended with.
+        evaluate_every: The board measures its models (offered, trained, averaged) on its own test and validation
+            samples in every so many rounds; in the others it trains and serves without, which costs it less.
+        report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
+        update_clip: The most that the whole update may be long (`fedprune.privacy.mechanism`); 0 leaves it as it is.
+            Above 0, batch-norm statistics aren't handed in, nor anything that was measured on samples.
+        update_noise: Standard deviation of the noise that is added to every element of the update.
+    """
+
+    epochs: int = 1
+    batch_size: int = 32
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    proximal: float = 0.0
+    logit_adjustment: bool = False
+    mask_absent_classes: bool = False
+    balance_classes: bool = False
+    max_steps: int = 0
+    loss: str = "cross_entropy"
+    label_smoothing: float = 0.0
+    huber_delta: float = 1.0
+    optimizer: str = "sgd"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float = 0.0
+    accumulate: int = 1
+    frozen: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+    ordered_dropout: tuple[float, ...] = ()
+    average: float = 0.0
+    calibrate: bool = False
+    personal: tuple[str, ...] = ()
+    scale: float = 1.0
+    mask: str = "none"
+    mask_threshold: float = 0.0
+    patience: int = 0
+    report_squares: bool = False
+    evaluate_every: int = 1
+    best_epoch: bool = True
+    blend: float = 0.0
+    mixup: float = 0.0
+    update_clip: float = 0.0
+    update_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        counts = {
+            "epochs": (1, 10_000),
+            "batch_size": (1, 65_536),
+            "max_steps": (0, 10**9),
+            "accumulate": (1, 65_536),
+            "patience": (0, 10_000),
+            "evaluate_every": (1, 10**6),
+        }
+        numbers: dict[str, tuple[float, float]] = {
+            "lr": (0, 1_000),
+            "momentum": (0, 1),
+            "weight_decay": (0, 1_000),
+            "proximal": (0, 1e6),
+            "label_smoothing": (0, 1),
+            "huber_delta": (1e-6, 1e6),
+            "beta1": (0, 1),
+            "beta2": (0, 1),
+            "epsilon": (1e-16, 1),
+            "clip_norm": (0, 1e6),
+            "average": (0, 1),
+            "blend": (0, 1),
+            "mixup": (0, 10),
+            "scale": (1e-3, 1e3),
+            "mask_threshold": (0, 1e6),
+            "update_clip": (0, 1e6),
+            "update_noise": (0, 1e10),
+        }
+        for name, (least, most) in counts.items():
+            validation.whole(f"recipe: {name}", getattr(self, name), least, most)
+        for name, (low, high) in numbers.items():
+            kept = name in ("momentum", "beta1", "beta2", "average")  # with a share of 1 nothing old is ever forgotten
+            validation.number(f"recipe: {name}", getattr(self, name), low, high, below=kept)
+        for name, allowed in (("loss", LOSSES), ("optimizer", OPTIMIZERS), ("mask", MASKS)):
+            validation.word(f"recipe: {name}", getattr(self, name), allowed)
+        for name in ("frozen", "trainable", "personal"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        object.__setattr__(self, "ordered_dropout", _densities(self.ordered_dropout))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse settings that have no meaning together."""
+        fitting = {
+            "logit_adjustment": ("cross_entropy",),
+            "mask_absent_classes": ("cross_entropy",),
+            "label_smoothing": ("cross_entropy",),
+            "balance_classes": ("cross_entropy", "bce"),
+        }
+        for name, losses in fitting.items():
+            if getattr(self, name) and self.loss not in losses:
+                raise ConfigError(
+                    f"recipe: {name} with loss {self.loss!r}",
+                    expected=f"loss {' or '.join(losses)}",
+                    got=repr(getattr(self, name)),
+                )
+        if self.accumulate > self.batch_size:
+            raise ConfigError("recipe: accumulate", expected="at most batch_size parts", got=self.accumulate)
+        if self.mask_threshold and self.mask != "threshold":
+            raise ConfigError(f"recipe: mask_threshold with mask {self.mask!r}", expected="mask 'threshold'")
+        if 0 < self.mixup < LEAST_MIXUP:
+            raise ConfigError(
+                "recipe: mixup", expected=f"0 for none, or a number from {LEAST_MIXUP} to 10", got=self.mixup
+            )
+        if self.blend and not self.average:
+            raise ConfigError(
+                "recipe: blend without average",
+                expected="average above 0",
+                got=repr(self.blend),
+                hint="What the received weights are blended with is the board's own moving average.",
+            )
+        if self.update_noise and not self.update_clip:
+            raise ConfigError("recipe: update_noise without update_clip", expected="update_clip above 0")
+        for name, tells in (
+            ("report_squares", "squared gradients"),
+            ("patience", "when the validation loss was lowest"),
+        ):
+            if self.update_clip and getattr(self, name):
+                raise ConfigError(
+                    f"recipe: {name} under privacy",
+                    expected="none",
+                    got=repr(getattr(self, name)),
+                    hint=f"A board would tell {tells}, which no noise covers.",
+                )
+        if self.ordered_dropout and self.mask != "none":
+            raise ConfigError(
+                f"recipe: ordered_dropout with mask {self.mask!r}",
+                expected="one of the two",
+                hint="A narrower step of a masked model is a model that nothing has chosen.",
+            )
+
+    @property
+    def features(self) -> Features:
+        """The training graph that this recipe needs."""
+        return Features(
+            logit_offset=self.logit_adjustment,
+            class_weight=self.balance_classes,
+            class_mask=self.mask_absent_classes,
+            proximal=self.proximal > 0,
+            loss=self.loss,
+            label_smoothing=self.label_smoothing > 0,
+            optimizer=self.optimizer,
+            clip=self.clip_norm > 0,
+            accumulate=self.accumulate > 1,
+            ordered_dropout=bool(self.ordered_dropout),
+            axes=self.average > 0 or self.mask != "none",
+            element_mask=self.mask == "hard",
+            threshold=self.mask == "threshold",
+            scale=self.scale != 1,
+            mixup=self.mixup > 0 and self.loss == "cross_entropy",
+            gradients=self.report_squares,
+            frozen=self.frozen,
+            trainable=self.trainable,
+        )
+
+    @property
+    def own_files(self) -> int:
+        """Files of a model's size that a board stores in addition to those of every round, at the peak.
+
+        These are a served model that differs from the update, and three records of the board's average and personal
+        tensors: the newest, the one that it was made from, and the staged one.
+        """
+        differs = self.calibrate or self.mask != "none" or self.report_squares or self.update_clip > 0
+        serves = differs or self.average > 0 or bool(self.personal)
+        return int(serves) + 3 * ((self.average > 0) + bool(self.personal)) + self.report_squares
+
+    @property
+    def own_copies(self) -> int:
+        """Copies of all weights that a board holds in memory besides those of training.
+
+        Those are the average as it was and as it is, the received weights that are blended into what serves, and the
+        best epoch's weights.
+        """
+        return 2 * (self.average > 0) + (self.blend > 0) + (self.patience > 0 and self.best_epoch)
+
+    @property
+    def micro_batch(self) -> int:
+        """Most samples that are in memory at once."""
+        return -(-self.batch_size // self.accumulate)
+
+    def part_sizes(self, samples: int) -> list[int]:
+        """Samples of the parts of a full batch, largest first: they differ by one at most.
+
+        Args:
+            samples: Local samples, which may be fewer than a batch.
+        """
+        batch = min(self.batch_size, samples)
+        parts = -(-batch // self.micro_batch)
+        least, more = divmod(batch, parts)
+        return [least + 1] * more + [least] * (parts - more)
+
+    def in_parts(self, accumulate: int) -> Recipe:
+        """The recipe with at least this many parts of a batch, as far as a batch has that many samples."""
+        parts = min(max(self.accumulate, accumulate), self.batch_size)
+        return self if parts == self.accumulate else replace(self, accumulate=parts)
+
+    def steps(self, samples: int) -> int:
+        """Optimiser steps for this many local samples."""
+        steps = self.epochs * -(-samples // self.batch_size)
+        return min(steps, self.max_steps) if self.max_steps else steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types; a setting that came later is only there where it is not as by default."""
+        body = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in body.items() if k not in _LATER or v != getattr(Recipe, k)}
+
+    def to_offer(self) -> dict[str, Any]:
+        """As plain JSON types, without newer settings that are as by default: older boards refuse what they don't know.
+
+        A newer setting that is not as by default is there, and such a board rightly refuses it.
+        """
+        plain = {f.name: f.default for f in fields(self)}
+        body = self.to_dict()
+        return {k: v for k, v in body.items() if k in _FIRST or getattr(self, k) != plain[k]}
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Recipe:
+        """Read and check; what is missing is as by default.
+
+        Raises:
+            ConfigError: An unknown key, a wrong type or a number out of range.
+        """
+        settings = validation.known(cls, body, "recipe")
+        for field in fields(cls):
+            if isinstance(field.default, bool) and field.name in settings:
+                validation.truth(f"recipe: {field.name}", settings[field.name])
+        return cls(**settings)
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+
+def _patterns(name: str, value: object) -> tuple[str, ...]:
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str)
+        or not all(isinstance(v, str) and 0 < len(v) <= _LONGEST for v in value)
+        or len(value) > _MOST
+    ):
+        raise ConfigError(
+            f"recipe: {name}",
+            expected=f"a list of up to {_MOST} patterns of tensor names, such as ['layer1.*']",
+            got=shown(value),
+        )
+    return tuple(value)
+
+
+def _densities(value: object) -> tuple[float, ...]:
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str)
+        or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= 1 for v in value)
+        or len(value) > _MOST
+    ):
+        raise ConfigError(
+            "recipe: ordered_dropout",
+            expected=f"a list of up to {_MOST} densities above 0 and up to 1",
+            got=shown(value),
+        )
+    return tuple(map(float, value))

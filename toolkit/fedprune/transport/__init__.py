@@ -1,7 +1,0 @@
-"""Optimal transport between models of different widths: exact plans, and leading a model onto another's channels."""
-
-from fedprune.transport.alignment import Maps, Plans, Transport
-from fedprune.transport.coupling import Coupling
-from fedprune.transport.solver import exact_plan
-
-__all__ = ["Coupling", "Maps", "Plans", "Transport", "exact_plan"]

@@ -1,0 +1,420 @@
+"""The connection to the broker: paho-mqtt behind one thread-safe inbox.
+
+The network thread does nothing but enqueue: messages and the news that the connection is up or down come out of `get`
+in the order in which they happened. Sessions at the broker are clean ones: what must not be lost is kept by devices and
+server and said again, so every connection starts from nothing, with its subscriptions made before it is reported up.
+
+MQTT 3.1.1 is spoken: nothing here needs more, every broker has it, and some leave a version 5 CONNECT unanswered.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import ssl
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from typing import Any
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+
+from fedprune.core.errors import BrokerError, FedpruneError
+from fedprune.wire.broker_url import BrokerUrl, failure, tls_context
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp, Event
+from fedprune.wire.mqtt.inbox import Inbox
+from fedprune.wire.mqtt.prompt_socket import acknowledge, prompt
+from fedprune.wire.mqtt.subscriptions import Subscriptions
+from fedprune.wire.mqtt.unsent import LOW_WATER, OUTBOX_MESSAGES, Unsent
+from fedprune.wire.mqtt.will_trial import WillTrial
+
+log = logging.getLogger(__name__)
+
+Will = tuple[str, bytes]
+
+MAX_DELAY = 60.0
+_STEADY = 10.0
+_POLL = 1.0
+_AT_ONCE = 64
+"""Most messages that are read before the network's thread writes again."""
+
+_ANSWER_S = 5.0
+"""Seconds that a broker may take for each answer, beside those that a connection may take."""
+
+
+class Link:
+    """A connection to a broker that comes back by itself.
+
+    Args:
+        url: mqtt://[user:password@]host[:port], or mqtts:// for TLS.
+        client_id: The client's name at the broker; a second client of this name pushes the first one out.
+        will: Topic and payload that the broker publishes (QoS 1, not retained) when the connection is lost; or a
+            function that is called for them before every connection, so that each can have a number of its own. To a
+            broker that refuses wills it connects without (`WillTrial`).
+        keepalive: Seconds of silence after which a ping is sent; a dead connection is noticed after about two of them.
+        tls: Gives what mqtts:// uses, before every connection, so that a certificate may be renewed meanwhile; by
+            default the system's authorities count.
+        inbox: Where messages wait to be read; by default a large one.
+        pause_s: Seconds for which the connection is closed when the inbox is full; 0 to drop messages instead.
+        wake: Called for every message that has come, from the network's thread.
+        ignores: Whether messages of a topic are dropped at once; called from the network's thread.
+
+    Raises:
+        ConfigError: The URL is not one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        client_id: str,
+        *,
+        will: Will | Callable[[], Will] | None = None,
+        keepalive: int = 30,
+        tls: Callable[[], ssl.SSLContext] = tls_context,
+        inbox: Inbox[Event] | None = None,
+        pause_s: float = 0.0,
+        wake: Callable[[], None] = lambda: None,
+        ignores: Callable[[str], bool] = lambda topic: False,
+    ) -> None:
+        self.url = BrokerUrl.parse(url)
+        self.client_id = client_id
+        self.dropped = 0
+        """Messages that didn't fit into the inbox."""
+        self.overflowed = ""
+        """The topic, as far as the sender in it, whose messages filled the inbox the last time; empty if many senders
+        did."""
+        self._pause_s = pause_s
+        self._wake = wake
+        self._ignores = ignores
+        self._will = will
+        self._trial = None if will is None else WillTrial()
+        self._keepalive = keepalive
+        self._tls = tls
+        self._inbox = inbox or Inbox[Event]()
+        self._state = threading.Condition(threading.RLock())
+        self._client: paho.Client | None = None
+        self._up = False
+        self._asked_at = self._heard_at = 0.0  # when this connection was asked for, and when the broker last answered
+        self._failure = ""
+        self._reported = ""
+        self._tell = False
+        self._subscriptions = Subscriptions()
+        self._unsent = Unsent()
+        self._paused = False
+        self._received = 0  # messages
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, timeout: float = 10.0, *, patient: bool = False) -> None:
+        """Connect, and stay connected from now on.
+
+        Args:
+            timeout: Seconds that the first connection may take.
+            patient: Return at once and keep trying, however long it takes, instead of raising.
+
+        Raises:
+            BrokerError: The first attempt failed; the link is closed.
+        """
+        self._tell = patient  # otherwise the first failure is told by the exception
+        self._thread = threading.Thread(target=self._run, name=f"link-{self.client_id}", daemon=True)
+        self._thread.start()
+        if patient:
+            return
+        trial = self._trial
+        with self._state:
+            self._state.wait_for(lambda: self._up or (self._failure and not (trial and trial.pending)), timeout)
+            if self._up:
+                return
+            reason = self._failure or f"no answer within {timeout:g} s"
+        self.close()
+        raise BrokerError(
+            f"can't connect to the MQTT broker at {self.url}: {reason}",
+            hint="Is a broker running there, is the port right, does a firewall let it through, "
+            "and do user name and password fit?",
+        )
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is up, with all subscriptions in force."""
+        return self._up
+
+    @property
+    def trouble(self) -> str:
+        """Why the connection isn't up, as far as is known; empty while it is."""
+        return "" if self._up else self._failure
+
+    def subscribe(self, topics: Iterable[str], timeout: float = 10.0) -> None:
+        """Listen to these topics, now and after every reconnection.
+
+        Raises:
+            BrokerError: The link is connected and the broker refuses or doesn't answer.
+        """
+        with self._state:
+            new = self._subscriptions.add(topics)
+            client = self._client
+            if not self._up or client is None or not new:
+                return
+            self._failure = ""
+            self._subscriptions.request(client)
+            self._state.wait_for(lambda: self._client is not client or not self._subscriptions.awaited, timeout)
+            if self._client is not client:
+                return  # the connection went; the next one subscribes to everything
+            if self._subscriptions.awaited or self._failure:
+                raise BrokerError(
+                    f"the MQTT broker at {self.url} doesn't grant a subscription",
+                    expected=", ".join(new),
+                    got=self._failure or "no answer",
+                    hint="Check the broker's access control for this user.",
+                )
+
+    def listen(self, topics: Collection[str]) -> None:
+        """Listen to exactly these topics beside those that were subscribed to, without waiting.
+
+        A broker that refuses one refuses no more than that. What is published after this call reaches the broker after
+        it, so that an answer to it is heard.
+        """
+        with self._state:
+            self._subscriptions.beside(topics, self._client if self._up else None)
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        """Send, without waiting.
+
+        Returns:
+            Whether it is on its way. False while the connection is down or too much waits to be sent: what matters is
+            said again anyway.
+        """
+        with self._state:
+            client = self._client
+            if not self._up or client is None or not self.room:
+                return False
+            info = client.publish(topic, payload, qos)
+            if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                return False
+            # The network thread takes what was sent off this list under the same lock, hence never before this.
+            self._unsent.add(info, len(payload), qos)
+            return True
+
+    @property
+    def room(self) -> bool:
+        """Whether `publish` would take a message now (if connected)."""
+        return self._unsent.room
+
+    @property
+    def unsent(self) -> int:
+        """Payload bytes that wait to be sent or acknowledged."""
+        return self._unsent.size
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything published is sent and, at QoS 1, acknowledged by the broker; whether it was in time."""
+        with self._state:
+            self._state.wait_for(lambda: not self._unsent or not self._up, timeout)
+            return not self._unsent
+
+    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | None:
+        """The next message (topic, payload) or event.
+
+        Args:
+            timeout: Seconds to wait for it; None for no end.
+
+        Returns:
+            None if nothing came, or when there is little left to send of what was more than `LOW_WATER`.
+        """
+        return self._inbox.get(timeout)
+
+    def wake(self) -> None:
+        """End a `get` that waits; from any thread."""
+        self._inbox.wake()
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Send what waits, disconnect (the will is not published) and stop; may be called twice."""
+        self.flush(timeout)
+        self._closing.set()
+        with self._state:
+            client = self._client
+        if client is not None:
+            client.disconnect()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout + 5)
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        attempt = 0
+        while not self._closing.is_set():
+            began = time.monotonic()
+            try:
+                reason = self._connection()
+            except (OSError, FedpruneError) as error:
+                reason = failure(error)
+            except Exception as error:
+                log.warning("connection to %s failed unexpectedly", self.url, exc_info=True)
+                reason = f"{type(error).__name__}: {error}"
+            self._lost(reason)
+            if self._paused:  # no failure: a flood that goes on must not keep it closed for longer and longer
+                self._paused = False
+                self._closing.wait(self._pause_s)
+                continue
+            if self._trial is not None and self._trial.at_once:
+                continue
+            # Only a connection that has lasted resets the back-off: two clients of one name push each other out.
+            attempt = 0 if time.monotonic() - began > _STEADY else attempt + 1
+            self._closing.wait(random.uniform(0, min(MAX_DELAY, 0.5 * 2.0 ** min(attempt, 10))))  # noqa: S311  # nosec B311  # a pause needs no secret
+
+    def _connection(self) -> str:
+        """One connection from CONNECT to its end; returns why it ended."""
+        client = self._new_client()
+        client.connect(self.url.host, self.url.port, self._keepalive)
+        with self._state:
+            self._client, self._failure = client, ""
+        self._asked_at = self._heard_at = time.monotonic()
+        answered, closed_at = False, 0.0
+        code = MQTTErrorCode.MQTT_ERR_SUCCESS
+        try:
+            while code == MQTTErrorCode.MQTT_ERR_SUCCESS:
+                acknowledge(client.socket())
+                code = self._turn(client)
+                self._settle()
+                answered = answered or self._up
+                if not answered and time.monotonic() > self._heard_at + client.connect_timeout + _ANSWER_S:
+                    return self._failure or "it accepts connections but doesn't answer an MQTT CONNECT"
+                if self._closing.is_set():  # DISCONNECT is on its way and ends the loop, unless the network is stuck
+                    closed_at = closed_at or time.monotonic()
+                    if time.monotonic() - closed_at > 2:
+                        break
+        finally:
+            with self._state:
+                failure = self._failure
+                if self._trial is not None:
+                    self._trial.ended()
+            with suppress(OSError, ValueError):
+                client.disconnect()
+            if (sock := client.socket()) is not None:
+                sock.close()
+        return failure or paho.error_string(code).rstrip(".").lower()
+
+    def _turn(self, client: paho.Client) -> MQTTErrorCode:
+        """Wait for the network, and read what has come: paho's `loop` polls the socket again for each packet."""
+        received = self._received
+        code = client.loop(_POLL)
+        for _ in range(_AT_ONCE):
+            if code != MQTTErrorCode.MQTT_ERR_SUCCESS or self._received == received:
+                break
+            received = self._received
+            code = client.loop_read()
+        return code
+
+    def _new_client(self) -> paho.Client:
+        # A client of its own for each connection: paho would send what was left of the last one again, all at once.
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self.client_id,
+            clean_session=True,
+            protocol=paho.MQTTv311,
+            reconnect_on_failure=False,
+        )
+        client.max_queued_messages_set(OUTBOX_MESSAGES)
+        client.username_pw_set(self.url.user, self.url.password)
+        if self.url.tls:
+            client.tls_set_context(self._tls())
+        will = self._will() if callable(self._will) else self._will
+        if will is not None and self._trial is not None and self._trial.begin():
+            client.will_set(will[0], will[1], qos=1, retain=False)
+        client.on_socket_open = lambda _client, _user, sock: prompt(sock)
+        # With this callback paho leaves writing to the network thread instead of doing it in `publish`.
+        client.on_socket_register_write = lambda *_: None
+        client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
+        client.on_message = self._on_message
+        return client
+
+    def _on_connect(self, client: paho.Client, _user: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        with self._state:
+            self._heard_at = time.monotonic()
+            if reason.is_failure:
+                self._failure = f"it refuses the connection ({str(reason).lower()})"
+                if self._trial is not None:
+                    self._trial.refused(reason.value)
+            else:
+                if self._trial is not None and not self._trial.accepted():
+                    self._failure = "a will is tried once more"
+                    client.disconnect()
+                    return
+                self._failure = ""
+                self._subscriptions.request(client)
+                if not self._subscriptions.awaited:
+                    self._report_up()
+
+    def _on_subscribe(self, client: paho.Client, _user: Any, mid: int, reasons: Any, _properties: Any) -> None:
+        with self._state:
+            refused = any(r.is_failure for r in reasons)
+            topic = self._subscriptions.answered(mid)
+            if topic is None:
+                if refused:
+                    log.info("MQTT broker %s refuses shared topics; blobs come on this device's own", self.url)
+                return
+            if refused:
+                self._failure = f"it refuses the subscription to {topic}"
+                log.error("MQTT broker %s: %s", self.url, self._failure)
+            if not self._subscriptions.awaited and not self._up:
+                if self._failure:
+                    client.disconnect()
+                elif self._subscriptions.complete:
+                    self._report_up()
+                else:
+                    self._subscriptions.request(client)
+            self._state.notify_all()
+
+    def _report_up(self) -> None:
+        self._up = self._tell = True
+        self._failure = ""
+        if self._client is not None:
+            self._subscriptions.resume(self._client)
+        self._inbox.tell(ConnectionUp(time.monotonic() - self._asked_at))
+        self._state.notify_all()
+
+    def _lost(self, reason: str) -> None:
+        with self._state:
+            was_up, self._up = self._up, False
+            news = reason != self._reported
+            self._reported = "" if was_up else reason
+            self._client, self._failure = None, reason
+            self._subscriptions.lost()
+            self._unsent.clear()
+            if was_up and not self._closing.is_set():
+                self._inbox.tell(ConnectionDown(reason))
+            self._state.notify_all()
+        if news and self._tell and not self._closing.is_set():
+            log.warning("no connection to the MQTT broker at %s: %s", self.url, reason)
+
+    def _on_message(self, client: paho.Client, _user: Any, message: paho.MQTTMessage) -> None:
+        self._received += 1
+        try:
+            topic, payload = message.topic, bytes(message.payload)
+        except UnicodeDecodeError:
+            return
+        if self._ignores(topic):
+            return
+        if self._inbox.offer(topic, payload):
+            self._wake()
+            return
+        self.dropped += 1
+        if self._pause_s and not self._paused:
+            self._paused, self.overflowed = True, self._inbox.flooder()
+            client.disconnect()  # what waits at the broker is lost with the connection
+        elif self.dropped == 1 and not self._pause_s:
+            log.warning("inbox of %s is full: messages are dropped", self.client_id)
+
+    def _settle(self) -> None:
+        """Take what was sent off the list of what waits."""
+        with self._state:
+            before = self._unsent.size
+            if self._unsent.settle():
+                if before >= LOW_WATER > self._unsent.size:
+                    self._inbox.wake()
+                self._state.notify_all()
