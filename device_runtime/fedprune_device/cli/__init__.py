@@ -1,1 +1,4 @@
-"""The command line: one module per verb."""
+"""The commands of `fedprune-device`, one module per verb; `main` builds the agent.
+
+Not here: decisions. A command reads its options, builds the objects and runs them.
+"""

@@ -1,1 +1,4 @@
-"""TensorRT engines: built on the board that they serve, checked against onnxruntime, and never trusted further."""
+"""TensorRT engines: built in a child process, cached, and checked against onnxruntime.
+
+Not here: engines from elsewhere. An engine serves only on the board that built it.
+"""

@@ -1,1 +1,4 @@
-"""How a board joins a fleet and shows its membership."""
+"""Membership: joining with a claim or by approval, renewing the certificate.
+
+Not here: keys and certificates as such (`fedprune.security`).
+"""

@@ -1,1 +1,4 @@
-"""The way to the server and back: signed messages, downloads, uploads."""
+"""The connection to the server: signed messages, downloads of blobs, uploads of updates.
+
+Not here: what follows from a message (`agent`, `releases`).
+"""

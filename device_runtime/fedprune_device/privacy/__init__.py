@@ -1,1 +1,4 @@
-"""What may leave a board, and in which words."""
+"""What may leave the board: the owner's policy, the count of private updates, redacted texts.
+
+Not here: the noise itself (`fedprune.privacy`).
+"""

@@ -1,1 +1,4 @@
-"""Releases of the runtime: asked for, checked, installed, tried."""
+"""Releases of the runtime on a board: downloaded, checked, installed, tried, reported.
+
+Not here: starting a slot and rolling back (`launcher`).
+"""

@@ -1,1 +1,4 @@
-"""Forward passes: the active model, its slots, and predictions."""
+"""Forward passes: the predictor, the slots of the active model, reduced precision.
+
+Not here: answering applications (`api`) and TensorRT (`engines`).
+"""

@@ -1,1 +1,4 @@
-"""The state directory: what a board keeps, and who may write it."""
+"""The state directory: current offer, pending update, session number, local tensors, owner.
+
+Not here: samples (`data`) and installed releases (`launcher`).
+"""

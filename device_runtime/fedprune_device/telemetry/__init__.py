@@ -1,1 +1,4 @@
-"""Logs and crash reports that a board sends."""
+"""Warnings, errors and crash reports of the board, kept and sent to the server.
+
+Not here: metrics of training, which travel in the update (`training.evaluation`).
+"""

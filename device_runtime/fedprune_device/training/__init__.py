@@ -1,1 +1,4 @@
-"""One round's computation, from received weights to an update."""
+"""One round's computation: received weights in, an update and a new model out.
+
+Not here: downloads, uploads and when to train (`network`, `agent`).
+"""

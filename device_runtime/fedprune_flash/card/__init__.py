@@ -1,1 +1,4 @@
-"""Cards and drives that an image is written to."""
+"""Cards and drives: which there are, and writing an image to one.
+
+Not here: the image's content (`image`).
+"""

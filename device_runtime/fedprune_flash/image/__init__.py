@@ -1,1 +1,4 @@
-"""A board's image, changed in place without mounting it."""
+"""A Raspberry Pi OS image changed in place, without root or a mount: partitions, FAT, first-boot files.
+
+Not here: writing it to a card (`card`).
+"""

@@ -1,4 +1,4 @@
-"""What runs on a board and not on a PC: the installer of kits, and the far side of `fedprune-flash ssh`.
+"""What runs on a board and not on the PC: the installer of kits, and the remote end of `fedprune-flash ssh`.
 
-Both need Python's standard library alone.
+Not here: anything that needs more than the standard library.
 """

@@ -1,1 +1,4 @@
-"""Installation over the network: inventory, progress, one board after the other."""
+"""Installation over SSH: inventory, journal, claims, many boards at once.
+
+Not here: the code that runs on the board (`on_board.far_side`).
+"""

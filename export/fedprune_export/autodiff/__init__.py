@@ -1,6 +1,6 @@
 """Reverse-mode differentiation over ONNX graphs: the tape, and one gradient rule per operator.
 
-Importing the modules of rules registers them.
+Not here: losses and optimisers (`training`). Importing the package registers all rules.
 """
 
 from fedprune_export.autodiff import indexing, scatter  # noqa: F401 (they register)

@@ -1,1 +1,4 @@
-"""The folder that a board gets: what is in it, how it is written whole, and conversion to ONNX and torch."""
+"""The files of a board's bundle, their verification, and conversion back to ONNX and torch.
+
+Not here: reading and writing the folder (`fedprune.runtime`), which boards do, too.
+"""

@@ -1,6 +1,6 @@
 """Channel analysis: which channels of a graph can only be kept or cut together.
 
-Importing the modules of rules registers them.
+Not here: the cut itself (`pruning`). Importing the package registers all rules.
 """
 
 from fedprune_export.channels import elementwise, norms, products, recurrent, reductions, reshapes, shapes

@@ -1,1 +1,4 @@
-"""The command line: one module per verb."""
+"""The commands of `fedprune-export`, one module per verb.
+
+Not here: compilation. `export_job` puts the steps of an export in order.
+"""

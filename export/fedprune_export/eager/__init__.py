@@ -1,1 +1,4 @@
-"""Normalised graphs run and differentiated by torch, for simulations: many devices' steps at once, also on a GPU."""
+"""Normalised graphs run and differentiated by torch, for simulations of many devices at once.
+
+Not here: anything that a board or an export uses.
+"""

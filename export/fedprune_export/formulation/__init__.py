@@ -1,7 +1,9 @@
-"""From intents to operators: how each layer of a training graph for one board is computed there.
+"""How each layer of a training graph for one x86 board is computed: layouts with channels in blocks.
 
-The graph's widths are fixed. onnxruntime's convolutions are fastest with channels in blocks (`Layouts`), which it uses
-by itself only where weights are constants; here they are inputs, so layouts are written into the graph.
+Not here: what is computed (`autodiff`). All widths of the graph are fixed.
+
+onnxruntime's convolutions are fastest with channels in blocks. It uses them by itself only where weights are constants;
+in a training graph weights are inputs, so layouts are written into the graph.
 """
 
 from fedprune_export.formulation import (

@@ -1,4 +1,7 @@
-"""Bringing a user's model in: reading, normalising, translating, telling weights from constants."""
+"""A user's model brought in: read, checked, normalised, weights told from constants.
+
+Not here: writing models back out (`bundles.conversion`).
+"""
 
 from fedprune_export.importing.load import check_input, import_onnx, load, read_source, torch_module
 from fedprune_export.importing.metadata import PARAMETERS_KEY

@@ -1,2 +1,4 @@
-"""The graph that everything here works on: nodes, operators, shapes, and which values live when. Knows no model and
-no board."""
+"""The graph that the compiler works on: nodes, operators, shapes, traces, opsets, liveness.
+
+Not here: channels, models and boards. Every other room reads and writes this one's graphs.
+"""

@@ -1,1 +1,4 @@
-"""Where a step's time goes: roofline profiles and measured operators of the machine at hand."""
+"""Where a training step's time goes: rooflines, benchmarks, the machine's peak.
+
+Not here: what a board measures of itself (`fedprune_device.hardware`).
+"""

@@ -1,1 +1,4 @@
-"""A model whose channels can be cut: the cut, the masked reference, and what keeps a width fixed."""
+"""A model whose channels can be cut: the cut, the masked reference, fixed widths.
+
+Not here: which channels are kept; a `Selection` of the toolkit says so.
+"""

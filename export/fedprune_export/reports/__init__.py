@@ -1,1 +1,4 @@
-"""Pages and tables that tell people what an export did."""
+"""Reports of an export and of a roofline, as data, Markdown and HTML.
+
+Not here: HTML and charts in general (`fedprune.report`).
+"""

@@ -1,1 +1,4 @@
-"""Training graphs: losses, optimisers, memory, and values that are computed twice."""
+"""Training graphs: forward, loss, backward, optimiser, and the memory that a step takes.
+
+Not here: gradients of single operators (`autodiff`) and the files of a bundle (`bundles`).
+"""

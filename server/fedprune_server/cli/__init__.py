@@ -1,1 +1,4 @@
-"""The command line: one file per command, argv and printing only."""
+"""The commands of `fedprune-server` and `fedprune-simulate`, one file per command.
+
+Not here: work. `main` wires a running server together.
+"""

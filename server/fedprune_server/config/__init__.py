@@ -1,1 +1,4 @@
-"""What a server is told: its file of settings, addresses in it, and where two sets of settings differ."""
+"""The server's settings: their types, their sources (file, environment, command line), their errors.
+
+Not here: what a setting leads to. The room that uses a setting reads it from `ServerConfig`.
+"""

@@ -1,1 +1,4 @@
-"""The registry of boards: who is in the fleet, what they do, what they sent."""
+"""The registry of devices: presence, traffic, quarantine, clones, logs.
+
+Not here: membership (`enrollment`) and a job's view of its devices (`fedprune.jobs.state`).
+"""

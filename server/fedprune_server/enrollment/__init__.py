@@ -1,1 +1,4 @@
-"""Who may take part: claims, approvals, revocations, the fleet's authority."""
+"""Membership of the fleet: authority, claims, approvals, revocations.
+
+Not here: certificates and signatures as such (`fedprune.security`).
+"""

@@ -1,1 +1,4 @@
-"""The heavy work that a coordinator orders: submodels, sums, checks and measurements, here or by helpers."""
+"""The heavy commands of a job: score, extract, fold, close, evaluate, here or in worker processes.
+
+Not here: decisions (`fedprune.coordination`) and messages. Commands name blobs; results are events.
+"""

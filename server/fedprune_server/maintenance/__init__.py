@@ -1,1 +1,4 @@
-"""A state directory looked over, repaired, backed up and restored."""
+"""A state folder checked, repaired, backed up, restored and replayed.
+
+Not here: anything that the running server needs (`storage`).
+"""

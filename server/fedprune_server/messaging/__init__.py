@@ -1,1 +1,4 @@
-"""MQTT in and out: authentication, rate limits, the outbox, brokers."""
+"""MQTT in and out: connection, signatures, rate limits, outbox, leadership, embedded broker.
+
+Not here: what a message means to a job (`engine.message_handler`).
+"""

@@ -1,1 +1,4 @@
-"""What a server shows of itself: figures for Prometheus, spans for OpenTelemetry, advice for people."""
+"""Observation of a running server: metrics, traces, alerts, notifications, health.
+
+Not here: anything that changes a job. Observers are told; they decide nothing.
+"""

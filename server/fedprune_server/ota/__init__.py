@@ -1,1 +1,4 @@
-"""Releases of the boards' runtime on their way to boards."""
+"""Rollouts of releases: started, sent in stages, reported, taken back.
+
+Not here: the state machine (`fedprune.releases.rollout`).
+"""

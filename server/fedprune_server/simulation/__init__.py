@@ -1,1 +1,4 @@
-"""Fleets on a virtual clock, their data and circumstances, and reports of what came of them."""
+"""Fleets on a virtual clock: experiments, their data, their devices, sweeps and results.
+
+Not here: a second implementation of rounds. Coordinator, worker and training are the real ones.
+"""

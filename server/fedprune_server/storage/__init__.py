@@ -1,1 +1,4 @@
-"""What must survive a crash: the database, the blobs, their backups and their checks."""
+"""What survives a crash: database, migrations, event log, lease, state folder, blobs in S3.
+
+Not here: looking it over, backing it up and repairing it (`maintenance`).
+"""

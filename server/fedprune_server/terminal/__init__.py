@@ -1,1 +1,4 @@
-"""What people see on a terminal: tables, lines and progress."""
+"""Log lines, the live table of a job, and progress on the server's terminal.
+
+Not here: tables of commands in general (`fedprune.terminal`).
+"""

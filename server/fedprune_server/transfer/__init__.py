@@ -1,1 +1,4 @@
-"""Bytes of blobs on their way to boards and back."""
+"""Bytes of blobs between server, boards and bucket: uploads, downloads, multicast, HTTP.
+
+Not here: storage on disk (`fedprune.blobs`) and in S3 (`storage.s3`).
+"""

@@ -1,1 +1,4 @@
-"""The operators' console: a process of its own that shows what the server tells it, and passes operators' orders on."""
+"""The operators' console: a process of its own, and the server's side of the pipes to it.
+
+Not here: decisions on a job. An operator's order is handed to the server's loop or to a thread.
+"""

@@ -1,4 +1,7 @@
-"""Codecs of what travels: an update as its difference to the weights that were sent, in fewer bytes."""
+"""Codecs of weights and updates: differences, quantisation, sparse indices, packing.
+
+Not here: messages and chunks (`wire`). A codec turns tensors into bytes and back, and nothing else.
+"""
 
 from fedprune.codec import weights
 from fedprune.codec.choice import CODECS, DOWN, PLAIN, Codec, agreed

@@ -1,4 +1,7 @@
-"""The course of a job: events in, commands out, no input or output of its own."""
+"""The decisions of a job: events in, commands out, without input, output or a clock.
+
+Not here: carrying commands out (the server's `engine` and `executor`, or the simulator).
+"""
 
 from collections.abc import Collection
 

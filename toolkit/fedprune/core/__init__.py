@@ -1,1 +1,4 @@
-"""What everything else needs: errors, checks of values, files, random numbers, texts. Imports no other room."""
+"""Errors, checks of values, files, random numbers and texts that every wing needs.
+
+Not here: anything that knows a model, a message or a job.
+"""

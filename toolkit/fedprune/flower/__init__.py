@@ -1,6 +1,6 @@
-"""fedprune's submodels for users of Flower: a strategy for its ServerApp, and what a ClientApp says to it.
+"""fedprune's strategies for users of Flower: a strategy for a ServerApp, a part for a ClientApp.
 
-Nothing else in fedprune imports Flower, and whoever doesn't import this package doesn't need it.
+Not here: anything that another room needs. No other room imports Flower or this package.
 """
 
 from fedprune.core.errors import MissingExtraError

@@ -1,1 +1,4 @@
-"""Hardware profiles, probe reports, and which profile fits a board."""
+"""What a board is: hardware profiles, probe reports, and which profile fits.
+
+Not here: the measuring itself (`fedprune_device.hardware`).
+"""

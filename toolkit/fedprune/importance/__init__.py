@@ -1,1 +1,4 @@
-"""Scores of channels and elements, and what they are computed from."""
+"""Scores of channels and elements, and the statistics that they are computed from.
+
+Not here: which score a job uses (`strategies.scorers`).
+"""

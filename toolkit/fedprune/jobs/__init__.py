@@ -1,1 +1,4 @@
-"""What a job is: settings, schedule, and the state that the coordinator keeps of it."""
+"""A job: its settings, its schedule, and the state that its coordinator keeps.
+
+Not here: decisions (`coordination`). The state holds digests and numbers, never weights.
+"""

@@ -1,1 +1,4 @@
-"""The whole model and a submodel of it: channel groups, selections, widths."""
+"""The architecture of a model and its submodels: channel groups, selections, widths, element masks.
+
+Not here: how a submodel is chosen (`planning`, `importance`, `strategies`) or what it costs (`costs`).
+"""

@@ -1,4 +1,7 @@
-"""Optimal transport between models of different widths: exact plans, and leading a model onto another's channels."""
+"""Optimal transport between the channels of two models, and models led onto another's channels.
+
+Not here: the strategy that uses it (`strategies.methods.subflot`).
+"""
 
 from fedprune.optimal_transport.alignment import Maps, Plans, Transport
 from fedprune.optimal_transport.coupling import Coupling

@@ -1,1 +1,4 @@
-"""Releases of the runtime, their files and their roll-out."""
+"""Releases of the boards' runtime: signed manifests, wheels, and the state machine of a rollout.
+
+Not here: sending and installing them (the server's `ota`, the board's `releases`).
+"""

@@ -1,4 +1,4 @@
-"""The one renderer of reports: data in, HTML with inline SVG out. Every wing draws its pages with it.
+"""The one renderer of reports: data in, HTML with inline SVG out.
 
-It knows no model, job or run: the caller gives the words and numbers to show.
+Not here: models, jobs or runs. The caller gives the words and numbers to show.
 """

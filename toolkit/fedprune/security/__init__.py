@@ -1,5 +1,4 @@
-"""Identity: who a server and a device are to each other, over a broker that neither has to trust.
+"""Identity: keys, certificates, signed envelopes, join tokens, replay protection, TLS.
 
-Signing keys and envelopes prove who said something, windows that it is said once; claims let a device in, an authority
-gives it the certificate with which it connects. Boards run all of it.
+Not here: who is let in (the server's `enrollment`) and how a board asks (the board's `enrolment`).
 """

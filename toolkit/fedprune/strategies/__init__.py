@@ -1,4 +1,7 @@
-"""Strategies: compositions of roles, each with one paper behind it."""
+"""Strategies as compositions of roles: allocator, scorer, extractor, objective, aggregator, personaliser.
+
+Not here: the order of a round (`coordination`) and tensor arithmetic (`aggregation`, `importance`).
+"""
 
 from fedprune.strategies.options import read_options
 from fedprune.strategies.presets import PRESETS, compose

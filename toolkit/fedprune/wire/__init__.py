@@ -1,5 +1,4 @@
-"""The wire: what devices and server say to each other over MQTT, and how blobs travel.
+"""The protocol between server and boards: messages, topics, chunks, transfers, the MQTT connection.
 
-`messages` are small JSON, `chunk`s are the pieces of blobs, `transfer` pulls and serves blobs without doing any network
-I/O, `topics` names the MQTT topics and `link` is the connection to the broker.
+Not here: signatures (`security`) and what either side does with a message (`engine`, `agent`).
 """

@@ -1,1 +1,1 @@
-"""The embedded broker, and the settings of others."""
+"""The embedded broker's process, and the configuration of other brokers."""

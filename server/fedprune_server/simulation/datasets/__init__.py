@@ -1,1 +1,1 @@
-"""Data sets for simulations and experiments: files read, dealt out to devices, and handed over only when they train."""
+"""Data sets for simulations: files read, dealt out to devices, loaded when they train."""

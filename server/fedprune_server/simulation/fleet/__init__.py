@@ -1,1 +1,1 @@
-"""Simulated boards and what computes their training."""
+"""Simulated boards, and the runners that compute their training."""

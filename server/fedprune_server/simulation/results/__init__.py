@@ -1,1 +1,1 @@
-"""What a run leaves: its record, reports and comparisons."""
+"""What a run leaves: its record, tables, reports and comparisons."""

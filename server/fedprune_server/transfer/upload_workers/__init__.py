@@ -1,1 +1,1 @@
-"""Processes that take in updates beside the server's own."""
+"""Worker processes that receive updates in the server's place."""

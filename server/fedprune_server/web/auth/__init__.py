@@ -1,0 +1,1 @@
+"""Operators, passwords, roles, sessions, and what every request must pass."""

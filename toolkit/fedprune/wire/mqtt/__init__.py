@@ -1,0 +1,1 @@
+"""One connection to an MQTT broker: reconnection, subscriptions, bounded inbox and outbox."""
