@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manual import asyncapi, command_pages, message_schemas, setting_pages
+from manual import asyncapi, command_pages, message_schemas, rooms, setting_pages
 
 SCHEMAS = "docs/schemas"
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 def files() -> dict[str, str]:
@@ -17,6 +18,7 @@ def files() -> dict[str, str]:
         "docs/reference/settings.md": setting_pages.page(),
         f"{SCHEMAS}/README.md": message_schemas.page(),
         **{f"{SCHEMAS}/{name}": text for name, text in schemas.items()},
+        **rooms.files(_ROOT),
     }
 
 
