@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E
 from fedprune_server.web.demo_fleet import TrialFleet  # noqa: E402
 from fedprune_server.web.state import model  # noqa: E402
 from fedprune_server.web.state.device_messages import Devices  # noqa: E402
-from fedprune_server.web.state.log_messages import AlertNews  # noqa: E402
+from fedprune_server.web.state.log_messages import AlertNews, LogLine  # noqa: E402
 from fedprune_server.web.state.order_messages import Order  # noqa: E402
 from fedprune_server.web.state.publisher_messages import Beat, JobNews, Rollouts, ToConsole  # noqa: E402
 from served_console import PASSWORD, ServedConsole, answered  # noqa: E402
@@ -388,6 +388,16 @@ def test_an_alert_is_seen_at_once(opened: Open, console: ServedConsole) -> None:
     expect(page.get_by_role("region", name="Resolved")).to_contain_text(text)
     page.get_by_label("Text").fill("line 119")
     expect(page.locator("#found")).to_have_text("1 line")
+
+
+def test_the_log_names_a_round_once_and_its_texts_begin_in_one_column(opened: Open, console: ServedConsole) -> None:
+    page = opened("/alerts", "viewer")
+    said = "round 18 of 400: 3 of 3 devices counted"
+    console.hear([LogLine(time.time(), "info", said, None, "leaves", 18)])
+    row = page.locator("#log .log > li", has_text=said)
+    expect(row.locator(".text")).to_have_text(f"leaves {said}")
+    lefts = "texts => [...new Set(texts.map(t => Math.round(t.getBoundingClientRect().left)))]"
+    assert len(page.locator("#log .log .text").evaluate_all(lefts)) == 1
 
 
 def test_a_round_under_way_and_its_curves(opened: Open, console: ServedConsole) -> None:
