@@ -12,6 +12,7 @@ runs away; at the limit itself it would refuse what onnxruntime's arena reserves
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -85,13 +86,24 @@ def architectures(folder: Path) -> None:
 
 
 def plans(folder: Path) -> list[dict[str, Any]]:
-    """Plan every architecture of a folder for every shipped board. It runs with the earlier version, too."""
-    from fedprune.core.errors import PlanError
-    from fedprune.costs.costs import costs_at
-    from fedprune.hardware import profile_store
-    from fedprune.model.architecture import Architecture
-    from fedprune.planning.plan import plan
-    from fedprune.training.recipe import Recipe
+    """Plan each architecture of a folder for every shipped board, as exports do; the earlier version can, too."""
+    try:
+        from fedprune.core.errors import PlanError
+        from fedprune.costs.costs import costs_at
+        from fedprune.hardware import profile_store
+        from fedprune.model.architecture import Architecture
+        from fedprune.planning.cost_prediction import TOO_LOW
+        from fedprune.planning.plan import plan
+        from fedprune.training.recipe import Recipe
+    except ImportError:  # the earlier version's modules
+        errors, costs, profile_store, models, plans, recipes = map(
+            importlib.import_module,
+            (f"fedprune.{name}" for name in ("errors", "costs", "profile_store", "architecture", "plan", "recipe")),
+        )
+        PlanError, costs_at, Architecture = errors.PlanError, costs.costs_at, models.Architecture
+        plan, Recipe, margin = plans.plan, recipes.Recipe, {}
+    else:
+        margin = {"margin": TOO_LOW}
 
     rows = []
     for path in sorted(folder.glob("*.json")):
@@ -101,7 +113,7 @@ def plans(folder: Path) -> list[dict[str, Any]]:
         for name in sorted(profile_store.shipped()):
             row: dict[str, Any] = {"net": path.stem, "board": name, "parameters": whole}
             try:
-                made = plan(architecture, profile_store.find(name), recipe, SAMPLES)
+                made = plan(architecture, profile_store.find(name), recipe, SAMPLES, **margin)
             except PlanError as error:
                 rows.append({**row, "kept": 0.0, "error": str(error)})
                 continue

@@ -423,9 +423,11 @@ def test_a_board_follows_its_server_to_a_new_key(make_kit: MakeKit, tmp_path: Pa
         state = updater.home.load()
         assert state is not None
         updater.home.save(state.commit())
-    for more in ([], ["--key", NEXT.verifying.hex]):
-        assert "newer than any kit's" in run(kit, root, *more).stdout
-        assert program(root) == "version 1\n"
+    assert "newer than any kit's" in run(kit, root).stdout
+    assert program(root) == "version 1\n"
+    assert run(kit, root, "--key", NEXT.verifying.hex).returncode == 0, "the operator no longer trusts the old key"
+    assert (root / "opt/fedprune/server.pub").read_text() == NEXT.verifying.hex
+    assert serving(root) == KitFolder(kit).runtime
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 from asynchronous_shell import Shell, job_of
 
+from fedprune import coordination
 from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.jobs import schedule
 from fedprune.jobs.job import Job
 
 STALE = {"decay": "polynomial", "a": 0.5}
@@ -22,6 +25,9 @@ JOBS = {
     "unbiased": lambda n: job_of(window_s=10, rounds=2, devices=n, mixing="unbiased"),
     "few at a time": lambda n: job_of(arrivals=n // 8, concurrent=n // 4, rounds=6, devices=n, staleness=STALE),
 }
+
+
+COUNTED = (str(Path(coordination.__file__).parent), str(schedule.__file__))
 
 
 class Counted(Shell):
@@ -41,10 +47,7 @@ class Counted(Shell):
         return commands
 
     def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
-        if (
-            "fedprune/coordination" not in frame.f_code.co_filename
-            and "fedprune/schedule" not in frame.f_code.co_filename
-        ):
+        if not frame.f_code.co_filename.startswith(COUNTED):
             return None
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
         return self._count

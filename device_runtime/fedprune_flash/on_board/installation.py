@@ -118,7 +118,7 @@ def read_key(given: str, flags: int = 0) -> bytes:
 def trusted_key(kit: KitFolder, place: Place, given: str | None, *, unsigned: bool) -> bytes | None:
     """The key that this board is to go by with a kit; None for a kit that may be installed unsigned.
 
-    A key from which the kit's successions lead to the one that signed it stays.
+    Without a key that the operator names, one from which the kit's successions lead to the one that signed it stays.
 
     Args:
         kit: The kit.
@@ -129,11 +129,10 @@ def trusted_key(kit: KitFolder, place: Place, given: str | None, *, unsigned: bo
     Raises:
         KitError: The kit is not signed, or not by a key that the board may believe.
     """
-    own = place.server_key()
-    known = own if given is None else read_key(given)
+    known = place.server_key() if given is None else read_key(given)
     if kit.signature or (known is not None and not unsigned):
-        key = kit.authenticate(known)
-        return own if own is not None and kit.follows(own, key) else known or key
+        signed_by = kit.authenticate(known)
+        return signed_by if known is None else known
     if not unsigned:
         raise KitError("the kit is not signed", hint="Make it with --signing-key, or install it with --unsigned.")
     if place.at(f"{HOME}/{KEY}").exists():

@@ -180,7 +180,7 @@ class RuntimeSlot:
         state = self._state()
         if state is None:
             return SLOTS[0]
-        return state.stable if self._starts(state.other) and not self._starts(state.stable) else state.other
+        return state.other if self._starts(state.stable) or not self._starts(state.other) else state.stable
 
     def _starts(self, slot: str) -> bool:
         with suppress(DamagedError):
