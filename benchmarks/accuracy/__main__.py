@@ -1,7 +1,7 @@
 """Accuracy of strategies on real data, one command a table: `python -m benchmarks.accuracy TABLE`.
 
 Every run (a method and a seed) is a process of its own. A run that was killed goes on from where it stood, one that is
-finished is not repeated unless its settings, its network or its trainer have changed; its numbers lie under
+finished is not repeated unless its settings or its network have changed; its numbers lie under
 `build/accuracy`. The page and the numbers of all finished runs are written to `benchmarks/results/accuracy` after
 every run; in another checkout the runs of that file count as finished.
 """
@@ -93,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--most", type=int, default=0, help="samples that are used, instead of the table's")
     parser.add_argument("--steps", type=int, default=0, help="most local steps of a round, instead of the table's")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
-    parser.add_argument("--trainer", default="onnxruntime", help="what trains: onnxruntime, torch or torch:cuda")
     parser.add_argument("--processes", type=int, default=1, help="processes that train within a run")
+    parser.add_argument("--cuda", action="store_true", help="train on an NVIDIA GPU")
     parser.add_argument("--page", action="store_true", help="run nothing, write the page of what there is")
     parser.add_argument("--again", action="store_true", help="run finished runs again")
     parser.add_argument(
@@ -179,22 +179,22 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
 
 def start(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "benchmarks.accuracy", protocol.name, "--one", "--methods", method.name]
-    command += ["--seeds", str(seed), "--trainer", options.trainer, "--processes", str(options.processes)]
+    command += ["--seeds", str(seed), "--processes", str(options.processes)]
     command += ["--runs", str(options.runs), "--rounds", str(options.rounds), "--most", str(options.most)]
-    command += ["--steps", str(options.steps)]
+    command += ["--steps", str(options.steps), *(["--cuda"] if options.cuda else [])]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def one(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> None:
     from benchmarks.accuracy.run import run
 
-    run(protocol, method, seed, options.runs / protocol.name, trainer=options.trainer, workers=options.processes)
+    run(protocol, method, seed, options.runs / protocol.name, workers=options.processes, cuda=options.cuda)
 
 
 def result_of(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> Path:
     from benchmarks.accuracy.run import result_path
 
-    return result_path(method, seed, options.runs / protocol.name, options.trainer)
+    return result_path(method, seed, options.runs / protocol.name, cuda=options.cuda)
 
 
 def forget(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> None:
@@ -204,13 +204,13 @@ def forget(protocol: Protocol, method: Method, seed: int, options: argparse.Name
     if finished(protocol, method, seed, options):
         result_of(protocol, method, seed, options).unlink()
         folder = options.runs / protocol.name
-        shutil.rmtree(state_path(protocol, method, seed, folder, options.trainer), ignore_errors=True)
+        shutil.rmtree(state_path(protocol, method, seed, folder, cuda=options.cuda), ignore_errors=True)
 
 
 def finished(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> bool:
-    """Whether a run with just these settings and this trainer is there."""
+    """Whether a run with just these settings is there."""
     path = result_of(protocol, method, seed, options)
-    return path.exists() and json.loads(path.read_text())["key"] == protocol.key(method, seed, options.trainer)
+    return path.exists() and json.loads(path.read_text())["key"] == protocol.key(method, seed, cuda=options.cuda)
 
 
 def results(protocol: Protocol, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -231,7 +231,7 @@ def restore(protocol: Protocol, options: argparse.Namespace) -> None:
     for run in whole(stored["runs"]):
         run.setdefault("machine", stored["machine"])
         method, seed = rows.get(run["method"]), run["seed"]
-        if method is None or run["key"] != protocol.key(method, seed, options.trainer):
+        if method is None or run["key"] != protocol.key(method, seed, cuda=options.cuda):
             continue
         if not finished(protocol, method, seed, options):
             target = result_of(protocol, method, seed, options)

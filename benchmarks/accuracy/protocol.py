@@ -138,7 +138,7 @@ class Protocol:
         """A row by its name."""
         return next(m for m in self.methods if m.name == name)
 
-    def key(self, method: Method, seed: int, trainer: str) -> str:
+    def key(self, method: Method, seed: int, *, cuda: bool = False) -> str:
         """Digest of all that decides a run's numbers but the code of strategies: results of others are not mixed in."""
         parts = asdict(self)
         for name in (
@@ -159,5 +159,5 @@ class Protocol:
         row = asdict(method)
         for name in ("paper", "note", "name", "serves"):
             row.pop(name)
-        what = [parts, row, seed, trainer, definition(self.net), AVERAGE, CALIBRATION]
+        what = [parts, row, seed, "cuda" if cuda else "onnxruntime", definition(self.net), AVERAGE, CALIBRATION]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

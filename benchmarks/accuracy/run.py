@@ -32,7 +32,6 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.datasets.federation import Federation
 from fedprune_server.simulation.datasets.table import DataPlan
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.trainers import ONNXRUNTIME
 from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice
 from fedprune_server.simulation.measure import Measure, Moment
 from fedprune_server.simulation.network_model import Weather
@@ -71,9 +70,7 @@ def job_of(protocol: Protocol, method: Method, devices: int, seed: int, elements
     )  # fmt: skip
 
 
-def experiment_of(
-    protocol: Protocol, method: Method, seed: int, *, trainer: str = ONNXRUNTIME, workers: int = 1
-) -> Experiment:
+def experiment_of(protocol: Protocol, method: Method, seed: int, *, workers: int = 1, cuda: bool = False) -> Experiment:
     """All of a run: data dealt out by the seed, net drawn by the seed, boards by tiers."""
     plan = DataPlan(source=protocol.source, seed=seed, **protocol.data)
     federation = plan.deal(sets.samples(protocol.source))
@@ -88,8 +85,8 @@ def experiment_of(
         fleet(federation, protocol.boards),
         measure=Scales(protocol, federation, seed),
         weather=Weather(**protocol.weather),
-        trainer=trainer,
         workers=workers,
+        cuda=cuda,
     )
 
 
@@ -152,8 +149,8 @@ def run(
     seed: int,
     folder: Path,
     *,
-    trainer: str = ONNXRUNTIME,
     workers: int = 1,
+    cuda: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Run, or go on with, a row for one seed; its result is written before the state that it was made from goes.
@@ -163,16 +160,16 @@ def run(
         method: The row.
         seed: The seed.
         folder: Where the result is written, and where the run's state lies until then.
-        trainer: What trains.
         workers: In how many processes.
+        cuda: Whether it trains on an NVIDIA GPU.
         quiet: Whether to say nothing of each round.
 
     Returns:
         The run's numbers as JSON.
     """
-    key, began = protocol.key(method, seed, trainer), (time.perf_counter(), cpu_seconds())
-    experiment = experiment_of(protocol, method, seed, trainer=trainer, workers=workers)
-    place = state_path(protocol, method, seed, folder, trainer)
+    key, began = protocol.key(method, seed, cuda=cuda), (time.perf_counter(), cpu_seconds())
+    experiment = experiment_of(protocol, method, seed, workers=workers, cuda=cuda)
+    place = state_path(protocol, method, seed, folder, cuda=cuda)
     place.mkdir(parents=True, exist_ok=True)
     clock = place / "seconds.json"
     before = json.loads(clock.read_text()) if clock.exists() else [0.0, 0.0]
@@ -209,7 +206,7 @@ def run(
         "method": method.name,
         "seed": seed,
         "key": key,
-        "trainer": trainer,
+        "trainer": "onnxruntime on CUDA" if cuda else "onnxruntime",
         "code": commit(),
         "machine": machine(),
         "wall_s": round(spent[0], 1),
@@ -219,7 +216,7 @@ def run(
         "devices": {d.name: [d.density, d.samples, d.parameters] for d in record.devices},
         "rounds": rounds_of(record),
     }
-    path = result_path(method, seed, folder, trainer)
+    path = result_path(method, seed, folder, cuda=cuda)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result))
     part.rename(path)
@@ -227,18 +224,18 @@ def run(
     return result
 
 
-def result_path(method: Method, seed: int, folder: Path, trainer: str) -> Path:
+def result_path(method: Method, seed: int, folder: Path, *, cuda: bool = False) -> Path:
     """Where the result of a run lies."""
-    return folder / f"{_file_name(method, seed, trainer)}.json"
+    return folder / f"{_file_name(method, seed, cuda=cuda)}.json"
 
 
-def state_path(protocol: Protocol, method: Method, seed: int, folder: Path, trainer: str) -> Path:
+def state_path(protocol: Protocol, method: Method, seed: int, folder: Path, *, cuda: bool = False) -> Path:
     """Where the state of a run lies that isn't over."""
-    return folder / f"{_file_name(method, seed, trainer)}-{protocol.key(method, seed, trainer)}"
+    return folder / f"{_file_name(method, seed, cuda=cuda)}-{protocol.key(method, seed, cuda=cuda)}"
 
 
-def _file_name(method: Method, seed: int, trainer: str) -> str:
-    words = [method.name, str(seed), *([] if trainer == ONNXRUNTIME else [trainer])]
+def _file_name(method: Method, seed: int, *, cuda: bool) -> str:
+    words = [method.name, str(seed), *(["cuda"] if cuda else [])]
     return re.sub(r"[ /:]", "_", "-".join(words))
 
 

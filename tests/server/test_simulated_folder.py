@@ -13,7 +13,7 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError
+from fedprune.core.errors import PlanError, StorageError
 from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.training.recipe import Recipe
@@ -163,21 +163,6 @@ def test_a_run_does_not_go_on_with_other_code(
     monkeypatch.setattr("fedprune_server.simulation.experiment.__version__", "99")
     with pytest.raises(StorageError, match="other settings"):
         simulate(replace(own), tmp_path / "run")
-
-
-@pytest.mark.parametrize(("trainer", "workers"), [("torhc", 1), ("torch:cuda", 2), ("torch:cuda:77", 1)])
-def test_a_trainer_that_cannot_be_costs_no_folder(
-    experiment: Experiment, tmp_path: Path, trainer: str, workers: int
-) -> None:
-    with pytest.raises(FedpruneError):
-        simulate(replace(experiment, trainer=trainer, workers=workers), tmp_path)
-    assert len(simulate(experiment, tmp_path).rounds) == JOB.rounds
-
-
-def test_a_mistyped_trainer_is_refused_at_once(experiment: Experiment, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="trainer"):
-        Simulation(replace(experiment, trainer="torhc"), BlobStore(tmp_path / "blobs"), folder=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("change", [{"densities": (0.25,)}, {"every": 2}, None])

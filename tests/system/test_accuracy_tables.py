@@ -67,7 +67,7 @@ def test_every_row_is_a_strategy(accuracy, table):
     names = [m.name for m in protocol.methods]
     assert len(set(names)) == len(names)
     assert protocol.reference in names
-    keys = {protocol.key(m, s, "onnxruntime") for m in protocol.methods for s in protocol.seeds}
+    keys = {protocol.key(m, s) for m in protocol.methods for s in protocol.seeds}
     assert len(keys) == len(names) * len(protocol.seeds)
     for method in protocol.methods:
         job = run.job_of(protocol, method, 20, 0, protocol.densities)
@@ -162,15 +162,14 @@ def test_the_result_is_there_before_the_state_goes_and_what_is_run_again_begins_
         patch.setattr(run, "shutil", SimpleNamespace(rmtree=killed))
         with pytest.raises(KilledError):
             run.run(protocol, method, 0, folder, quiet=True)
-    path = run.result_path(method, 0, folder, "onnxruntime")
+    path = run.result_path(method, 0, folder)
     result = json.loads(path.read_text())
-    assert run.state_path(protocol, method, 0, folder, "onnxruntime").is_dir()
+    assert run.state_path(protocol, method, 0, folder).is_dir()
 
     from benchmarks.accuracy import __main__ as command
 
-    options = SimpleNamespace(runs=folder.parent, trainer="onnxruntime")
+    options = SimpleNamespace(runs=folder.parent, cuda=False)
     assert command.finished(protocol, method, 0, options)
-    assert not command.finished(protocol, method, 0, SimpleNamespace(runs=folder.parent, trainer="torch"))
     command.forget(protocol, method, 0, options)
     assert not list(folder.iterdir())
     clock = iter(range(10**6))
@@ -180,19 +179,19 @@ def test_the_result_is_there_before_the_state_goes_and_what_is_run_again_begins_
     assert first["rounds"] == second["rounds"] == result["rounds"]
 
 
-def test_a_run_s_key_holds_its_trainer_its_constants_and_its_network(accuracy, monkeypatch):
+def test_a_run_s_key_holds_its_constants_and_its_network(accuracy, monkeypatch):
     from benchmarks.accuracy import nets, protocol
 
     table = TABLES["cifar10-dirichlet"]
-    key = table.key(table.methods[0], 0, "onnxruntime")
-    assert key == table.key(table.methods[0], 0, "onnxruntime")
-    assert key != table.key(table.methods[0], 0, "torch")
+    key = table.key(table.methods[0], 0)
+    assert key == table.key(table.methods[0], 0)
+    assert key != table.key(table.methods[0], 0, cuda=True)
     for name in ("AVERAGE", "CALIBRATION"):
         with monkeypatch.context() as patch:
             patch.setattr(protocol, name, 1)
-            assert key != table.key(table.methods[0], 0, "onnxruntime")
+            assert key != table.key(table.methods[0], 0)
     monkeypatch.setattr(protocol, "definition", lambda _: "another network")
-    assert key != table.key(table.methods[0], 0, "onnxruntime")
+    assert key != table.key(table.methods[0], 0)
     assert len({nets.definition(n) for n in nets.NETS}) == len(nets.NETS)
 
 
@@ -413,7 +412,7 @@ def test_finished_runs_are_taken_from_committed_results(accuracy, tmp_path, monk
     protocol = TABLES["har"]
     method, seed = protocol.methods[0], protocol.seeds[0]
     rows = [{"round": r, "own": {"accuracy_after": {"mean": 0.5, "n": 3}}, "measured": {"global": 0.1}} for r in (1, 2)]
-    run = {"method": method.name, "seed": seed, "rounds": rows, "key": protocol.key(method, seed, "onnxruntime")}
+    run = {"method": method.name, "seed": seed, "rounds": rows, "key": protocol.key(method, seed)}
     others = [{**run, "key": "of another net", "seed": protocol.seeds[1]}, {**run, "method": "nobody's"}]
     stored = {"runs": command.slim([run, *others]), "machine": "theirs"}
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")

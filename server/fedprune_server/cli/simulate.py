@@ -64,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--strategy", metavar="NAME", help="instead of the job's, as in `fedprune-server run`")
     parser.add_argument("--seed", type=int, metavar="N", help="instead of the job's")
     parser.add_argument("--rounds", type=whole_number, metavar="N", help="instead of the job's")
-    parser.add_argument("--trainer", metavar="NAME", help="what trains, such as torch or torch:cuda; onnxruntime else")
     parser.add_argument("--workers", type=whole_number, metavar="N", help="train in so many processes")
+    parser.add_argument("--cuda", action="store_true", help="train on an NVIDIA GPU, if that works")
     parser.set_defaults(run=with_extra("server", _run))
     return parser
 
@@ -114,7 +114,7 @@ def _run(options: argparse.Namespace) -> int:
         plan = (
             demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)
         )
-    plan = replace(plan, trainer=options.trainer or plan.trainer, workers=options.workers or plan.workers)
+    plan = replace(plan, workers=options.workers or plan.workers, cuda=options.cuda or plan.cuda)
     compared, reference = plan.compared(), None
     run = _one(plan, out)
     if compared is not None:

@@ -19,7 +19,6 @@ from fedprune.strategies.user_strategies import own_code
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.evaluator import Evaluation
 from fedprune_server.simulation.datasets.picture import Partition
-from fedprune_server.simulation.fleet.trainers import ONNXRUNTIME
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import Hook, described
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
@@ -41,9 +40,8 @@ class Experiment:
         availability: When devices are there.
         measure: What is measured of the global model, in the simulation alone.
         checkpoints: After every so many rounds the global model is kept; 0 for never.
-        trainer: What trains: `onnxruntime` as on boards, or another that `fedprune_server.simulation.fleet.trainers`
-            knows.
         workers: In how many processes.
+        cuda: Whether devices train on an NVIDIA GPU, if that works. Its numbers differ from a processor's by rounding.
         partition: The fleet's data as reports show it.
     """
 
@@ -58,8 +56,8 @@ class Experiment:
     availability: Availability = field(default_factory=Availability)
     measure: Hook | None = None
     checkpoints: int = 0
-    trainer: str = ONNXRUNTIME
     workers: int = 1
+    cuda: bool = False
     partition: Partition = field(default_factory=Partition)
 
     @property
@@ -124,8 +122,8 @@ class Experiment:
         return {
             "weather": asdict(self.weather),
             "availability": asdict(self.availability),
-            "trainer": self.trainer,
             "measure": described(self.measure),
+            "cuda": self.cuda,
         }
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, FedpruneError
 from fedprune_server.simulation.fleet.fleet_devices import MEGABYTE, Link
-from fedprune_server.simulation.fleet.trainers import ONNXRUNTIME, choice
 from fedprune_server.simulation.network_model import PR_FL, PR_FL_LINKS, Availability, DropOuts, Weather
 
 _LIKE: dict[str, tuple[Weather, tuple[Link, ...]]] = {
@@ -27,15 +26,15 @@ class Settings:
     """What a simulation is told beside job, model and fleet.
 
     Attributes:
-        trainer: What trains.
         workers: In how many processes.
+        cuda: Whether devices train on an NVIDIA GPU, through onnxruntime.
         checkpoints: After every so many rounds the global model is kept; 0 for never.
         densities: Densities of submodels that are measured on the server's samples.
         every: In every so many rounds.
     """
 
-    trainer: str = ONNXRUNTIME
     workers: int = 1
+    cuda: bool = False
     checkpoints: int = 0
     densities: tuple[float, ...] = ()
     every: int = 1
@@ -97,11 +96,8 @@ def read_settings(body: Mapping[str, object], path: Path) -> Settings:
     validation.only([f.name for f in fields(Settings)], table, where)
     values: dict[str, Any] = {}
     for key, value in table.items():
-        if key == "trainer":
-            try:
-                choice(value)  # type: ignore[arg-type]
-            except ConfigError as error:
-                raise ConfigError(f"{where} trainer", expected=error.expected, got=error.got) from error
+        if key == "cuda":
+            validation.truth(f"{where} cuda", value)
             values[key] = value
         elif key == "densities":
             if not isinstance(value, list):

@@ -30,8 +30,7 @@ from fedprune_server.executor.worker import Worker
 from fedprune_server.executor.worker_pool import Crew, helped
 from fedprune_server.simulation.checkpoints import write_checkpoint
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet import trainers
-from fedprune_server.simulation.fleet.trainers import ONNXRUNTIME
+from fedprune_server.simulation.fleet.pooled_runner import PooledBench
 from fedprune_server.simulation.fleet.virtual_device import Bench, pulls
 from fedprune_server.simulation.network_model import ALWAYS
 from fedprune_server.simulation.results.record import Record, record_of
@@ -52,7 +51,7 @@ class Simulation:
         folder: Where the state is saved, and looked for, and where checkpoints are put; without it nothing is.
 
     Raises:
-        ConfigError: There are no devices, or names come twice, or there is no such trainer.
+        ConfigError: There are no devices, or names come twice.
         StorageError: The folder's state is damaged or belongs to another simulation.
     """
 
@@ -61,7 +60,6 @@ class Simulation:
         self.job = job = experiment.job
         self.model = model = experiment.model
         self.store = store
-        trainers.checked(experiment.trainer, experiment.workers)
         devices = experiment.devices
         self._devices = {d.name: d for d in devices}
         if not devices or len(self._devices) != len(devices):
@@ -199,10 +197,10 @@ class Simulation:
             self._worker = alone
 
     def _bench(self, scratch: Path) -> Bench:
-        trainer, workers = self.experiment.trainer, self.experiment.workers
-        if trainer == ONNXRUNTIME and workers == 1:
-            return Bench(self.store, scratch)
-        return trainers.bench(trainer, workers, self.model, self.store, scratch)
+        workers, cuda = self.experiment.workers, self.experiment.cuda
+        if workers == 1:
+            return Bench(self.store, scratch, cuda=cuda)
+        return PooledBench(workers, self.store, scratch, cuda=cuda)
 
     def _event(self, bench: Bench, key: int, item: Item) -> on.Event | None:
         """What the coordinator is told of something that has happened; None for nothing."""

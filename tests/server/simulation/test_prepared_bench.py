@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,9 +12,9 @@ from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
+from fedprune_server.simulation import simulation as simulations
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet import trainers
 from fedprune_server.simulation.fleet.prepared_runner import Done, PreparedBench
 from fedprune_server.simulation.fleet.virtual_device import Bench, VirtualDevice, Work
 from fedprune_server.simulation.simulation import Simulation
@@ -39,18 +38,18 @@ def test_what_was_prepared_for_late_devices_is_dropped(monkeypatch: pytest.Monke
     """In every round half of the fleet is late: its work was done ahead and is never asked for."""
     benches: list[Ahead] = []
 
-    def bench(trainer: str, workers: int, model: Any, store: BlobStore, folder: Path) -> Bench:
+    def bench(workers: int, store: BlobStore, folder: Path, **_: bool) -> Bench:
         benches.append(Ahead(store, folder))
         return benches[0]
 
-    monkeypatch.setattr(trainers, "bench", bench)
+    monkeypatch.setattr(simulations, "PooledBench", bench)
     names = [f"d{i}" for i in range(4)]
     hand = deal(names, seed=0)
     devices = [VirtualDevice(n, find(PROFILES[i % 2]), hand.devices[n]) for i, n in enumerate(names)]
     job = Job(rounds=5, devices=2, density=0.5, deadline_s=0.15, recipe=Recipe(max_steps=4))
     model, held = import_onnx(digits_model(), "digits"), list[int]()
     simulation = Simulation(
-        Experiment("x", job, model, devices, trainer="torch/64"), BlobStore(tmp_path / "blobs", durable=False)
+        Experiment("x", job, model, devices, workers=2), BlobStore(tmp_path / "blobs", durable=False)
     )
 
     def watch(_: Simulation) -> None:

@@ -240,7 +240,7 @@ def test_the_docs_sweep_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "sweep.toml").write_text(block)
     runs = read_sweep(tmp_path / "sweep.toml")
     assert [r.name for r in runs] == ["heterofl-0", "heterofl-1", "heterofl-2", "ours-0"]
-    assert runs[-1].settings["changes"]["simulation"] == {"trainer": "torch"}
+    assert runs[-1].settings["changes"]["simulation"] == {"workers": 2}
 
 
 @pytest.mark.parametrize(

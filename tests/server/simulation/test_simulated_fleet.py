@@ -132,12 +132,12 @@ def test_tables_of_the_simulator_s_own_are_read(write):
     text = ROW + (
         "[weather]\nlike = 'pr-fl'\nlinks_sigma = 0.1\nserver_up_mb_s = 3\n"
         "[availability]\nperiod_s = 100\nleast = 0.5\nmost = 0.7\n"
-        "[simulation]\ncheckpoints = 5\nworkers = 2\ntrainer = 'torch'\n"
+        "[simulation]\ncheckpoints = 5\nworkers = 2\ncuda = true\n"
     )
     plan = read_plan(write(text))
     assert plan.weather == Weather(0.1, draws=20, server_up_bytes_s=3e6, server_down_bytes_s=50e6, server_sigma=0.1)
     assert plan.availability == Availability(100, 0.5, 0.7)
-    assert (plan.checkpoints, plan.workers, plan.trainer) == (5, 2, "torch")
+    assert (plan.checkpoints, plan.workers, plan.cuda) == (5, 2, True)
     assert plan.devices[0].profile.link.down_bytes_s == 20e6
 
 
@@ -158,7 +158,7 @@ def test_tables_of_the_simulator_s_own_are_read(write):
         (ROW + "[availability]\nperiod_s = 9\nleast = 0.9\nmost = 0.5\n", "[availability]"),
         (ROW + "[availability]\nmost = 2\n", "[availability] most"),
         (ROW + "[simulation]\nworkers = 0\n", "[simulation] workers"),
-        (ROW + "[simulation]\ntrainer = 3\n", "[simulation] trainer"),
+        (ROW + "[simulation]\ncuda = 3\n", "[simulation] cuda"),
         (ROW + "[simulation]\ndensities = [0]\n", "[simulation] densities"),
         (ROW + "[simulation]\ndensities = [0.5]\n", "[simulation] densities: expected samples"),
         (DATA + ROW, "[[devices]] 1: unknown key 'data'"),

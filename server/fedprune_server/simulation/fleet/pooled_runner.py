@@ -11,7 +11,6 @@ from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import FedpruneError, TrainingError
-from fedprune_export.pruning.model import Model
 from fedprune_server.process.children import begin_helper
 from fedprune_server.simulation.fleet.prepared_runner import Done, PreparedBench
 from fedprune_server.simulation.fleet.virtual_device import Bench, Outcome, VirtualDevice, Work
@@ -33,21 +32,20 @@ class PooledBench(PreparedBench):
     """A bench whose devices train in other processes; each is worked out as it would be alone, to the same bits.
 
     Args:
-        trainer: The trainer's name.
         workers: How many processes.
-        model: The model.
         store: Where offers' blobs lie and updates are put.
         folder: A folder for scratch files.
+        cuda: Whether they train on an NVIDIA GPU, if that works.
     """
 
-    def __init__(self, trainer: str, workers: int, model: Model, store: BlobStore, folder: Path) -> None:
+    def __init__(self, workers: int, store: BlobStore, folder: Path, *, cuda: bool = False) -> None:
         super().__init__(store, folder, TOGETHER)
         self._processes = workers
         self._pool = ProcessPoolExecutor(
             workers,
             multiprocessing.get_context("spawn"),  # a thread may hold any lock at the moment of a fork
             _begin,
-            (os.getpid(), trainer, model, store.root, folder),
+            (os.getpid(), store.root, folder, cuda),
         )
 
     def ahead(self, work: Sequence[Work]) -> list[Done | Exception]:
@@ -85,13 +83,11 @@ class PooledBench(PreparedBench):
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(parent: int, trainer: str, model: Model, blobs: Path, folder: Path) -> None:
+def _begin(parent: int, blobs: Path, folder: Path, cuda: bool) -> None:
     global _bench
     begin_helper(parent)
-    from fedprune_server.simulation.fleet.trainers import bench
-
     place = folder / f"process-{multiprocessing.current_process().pid}"
-    _bench = bench(trainer, 1, model, BlobStore(blobs, durable=False), place)
+    _bench = Bench(BlobStore(blobs, durable=False), place, cuda=cuda)
 
 
 def _carry_out(device: VirtualDevice, offer: dict[str, Any], number: int, board: str | None) -> Done | Failure:

@@ -123,8 +123,8 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool) -
         found.availability,
         measure,
         settings.checkpoints,
-        settings.trainer,
         settings.workers,
+        settings.cuda,
         _partition(devices, federation, "" if found.data is None else Path(found.data.source).stem),
         fedavg(job) if reference else None,
     )

@@ -192,6 +192,7 @@ class Bench:
     Args:
         store: Where offers' blobs lie and updates are put.
         folder: A folder for scratch files.
+        cuda: Whether it trains on an NVIDIA GPU, if that works.
 
     Attributes:
         together: How many offers it likes to know of at once, see `prepare`.
@@ -200,12 +201,12 @@ class Bench:
 
     together: int = 1
 
-    def __init__(self, store: BlobStore, folder: Path) -> None:
+    def __init__(self, store: BlobStore, folder: Path, *, cuda: bool = False) -> None:
         self.boards: dict[str, str] = {}
         self._store = store
         self._slots = Slots(folder, lasting=False)
         self._slots.prepare()
-        self._trainer = LoadedTrainer(keep=True)
+        self._trainer = LoadedTrainer(keep=True, cuda=cuda)
 
     def prepare(self, work: Sequence[Work]) -> None:
         """Hear of offers that will probably be carried out next; nothing that lasts may come of it.
