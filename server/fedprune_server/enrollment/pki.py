@@ -340,8 +340,8 @@ class IdentityFolder:
                 return False
         except (IdentityError, ProtocolError):
             return False
-        authority_ends = seconds_of(self.authority.certificate.not_valid_after_utc)
-        return seconds_of(found.not_valid_after_utc) >= min(self.authority.now() + seconds, authority_ends)
+        ends = self.authority.ends(client=client)
+        return seconds_of(found.not_valid_after_utc) >= min(self.authority.now() + seconds, ends)
 
 
 def load_signing_key(folder: Path, successions: Sequence[Succession], *, read_only: bool = False) -> SigningKey:

@@ -1,7 +1,7 @@
 """What servers of one PostgreSQL database share of their identity, so that a standby forgets no revocation.
 
-The identity's folder has the keys and stays on each machine; the database has the successions of the signing key, so
-that no server goes on with a key that boards don't hear any more. The server that has the job writes devices, claims,
+The identity's folder has the keys and stays on each machine; the database has the successions of the signing key and
+the replaced authorities, so that no server goes on with those. The server that has the job writes devices, claims,
 the register of certificates and the epochs of senders into the database as well; the one that takes over completes its
 own folder from there. What was revoked, used or heard on either side stays so.
 """
@@ -28,7 +28,7 @@ from fedprune_server.storage.schema import IDENTITY, encoded, upsert
 log = logging.getLogger("fedprune.server")
 
 LOOKED_S = 1.0
-_LINE, _EARLIER = "register", "earlier key"
+_LINE, _EARLIER, _AUTHORITY = "register", "earlier key", "earlier issuer"
 
 
 class SharedIdentity:
@@ -55,7 +55,7 @@ class SharedIdentity:
         """Complete an identity from the database, then the database from the identity.
 
         Raises:
-            IdentityError: The identity has an earlier signing key than the server that had the job.
+            IdentityError: The identity has an earlier signing key or authority than the server that had the job.
             LeaseLostError: Another server has taken the job over.
             StorageError: A row is damaged, or database or disk fail.
         """
@@ -71,6 +71,8 @@ class SharedIdentity:
                 raise StorageError(f"a shared row of the identity is damaged: {kind} {shown(key)}") from error
             if kind == _EARLIER:
                 _check_key(identity, key)
+            elif kind == _AUTHORITY:
+                _check_authority(identity, key)
             elif kind == _LINE:
                 lines.append(str(value))
             else:
@@ -99,6 +101,7 @@ class SharedIdentity:
         found = [row for row in identity.store.shared() if epochs or row[0] != EPOCH_ROW]
         rows = [(kind, key, encoded(value)) for kind, key, value in found]
         rows += [(_EARLIER, s.before.id.hex(), encoded(s.hex)) for s in identity.successions]
+        rows += [(_AUTHORITY, pin.hex(), encoded("")) for pin in identity.authority.pins[:-1]]
         rows += [(_LINE, hashlib.sha256(line.encode()).hexdigest(), encoded(line)) for line in lines]
         here = {row[:2] for row in rows}
         keys = {value[1] for kind, _, value in found if kind == DEVICE_ROW and value[2] != REVOKED}
@@ -148,7 +151,7 @@ def shared_identity(url: str, lease: Lease, state: Path, identity: IdentityFolde
         identity: The server's.
 
     Raises:
-        IdentityError: The identity has an earlier signing key than the server that had the job.
+        IdentityError: The identity has an earlier signing key or authority than the server that had the job.
         StorageError: A row is damaged, or database or disk fail.
     """
     with closing(SharedIdentity(url, lease)) as shared, IdentityFolder(state) as watched:
@@ -169,6 +172,14 @@ def _check_key(identity: IdentityFolder, earlier: str) -> None:
         raise IdentityError(
             f"{identity.path} has an earlier signing key than the server that had the job: boards would not hear it",
             hint="Copy signing.key and successions.json of that server's identity into this one's.",
+        )
+
+
+def _check_authority(identity: IdentityFolder, earlier: str) -> None:
+    if identity.authority.pins[-1].hex() == earlier:
+        raise IdentityError(
+            f"{identity.path} has an earlier certificate authority than the server that had the job",
+            hint="Copy authority.* of that server's identity into this one's.",
         )
 
 

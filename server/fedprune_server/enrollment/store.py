@@ -115,7 +115,8 @@ class IdentityStore:
         with self._transaction() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in ((_FORMAT,) if read_only else (0, 1, _FORMAT)):
-                hint = "A start of the server brings an older one up to date."
+                older = "A start of the server brings an older one up to date."
+                hint = older if version < _FORMAT else "Use the version of fedprune that wrote it, or a later one."
                 raise StorageError(f"{path} was written by another version", expected=_FORMAT, got=version, hint=hint)
             if read_only:
                 return

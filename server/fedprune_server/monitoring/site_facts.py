@@ -11,7 +11,7 @@ from cryptography import x509
 
 from fedprune.core.errors import FedpruneError, reason
 from fedprune.releases.rollout import Fate
-from fedprune.security.certificates import load_certificate, seconds_of
+from fedprune.security.certificates import load_authorities, load_certificate, seconds_of
 from fedprune.security.keys import VerifyingKey
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
@@ -45,10 +45,12 @@ def _certificates(folder: Path) -> Iterator[CertificateDates]:
         if not path.is_file():
             continue
         todo = f"start the server again, which makes a new one: {command('run', *at(folder))}"
-        if name.startswith("authority"):
-            todo = f"replace the authority while the server is stopped: {command('identity', 'rotate-ca', *at(folder))}"
         try:
-            yield _dates(path, load_certificate(path, "certificate"), todo)
+            found = load_authorities(path) if name.startswith("authority") else (load_certificate(path, "certificate"),)
+            if name.startswith("authority"):
+                verb = "rotate-ca" if len(found) == 1 else "retire-ca"
+                todo = f"replace the authority while the server is stopped: {command('identity', verb, *at(folder))}"
+            yield _dates(path, found[0], todo)
         except FedpruneError as error:
             yield CertificateDates(str(path), 0, 0, "restore a backup of the identity (docs/back-up.md)", str(error))
 

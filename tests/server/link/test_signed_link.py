@@ -821,6 +821,22 @@ def renew(lab: Lab, board: Board) -> None:
     meet(lab.server, board)
 
 
+def test_a_server_that_does_not_know_the_new_authority_takes_it_from_no_board(lab: Lab) -> None:
+    """As one on an old copy of the identity, which names the old authority alone."""
+    board = lab.boards["pi-1"]
+    old = lab.identity.authority.pin
+    lab.identity.rotate_authority()
+    both = lab.identity.authority.pins
+    lab.new_server()
+    meet(lab.server, board)
+    renew(lab, board)
+    assert board.identity.pins == both
+    board.identity.follow_authorities([old.hex()])
+    assert board.identity.pins == both
+    board.identity.follow_authorities([both[-1].hex()])
+    assert board.identity.pins == both[1:]
+
+
 def test_a_new_authority_replaces_the_old_one_when_all_boards_have_its_certificates(lab: Lab) -> None:
     one, two = lab.boards["pi-1"], lab.boards["pi-2"]
     old = lab.identity.authority.pin

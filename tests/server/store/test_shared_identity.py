@@ -121,6 +121,32 @@ def test_a_standby_with_an_earlier_signing_key_is_refused_until_it_has_the_prese
         pass  # a new identity, as after the loss of all others
 
 
+def test_a_standby_with_an_earlier_authority_is_refused(tmp_path: Path, postgres: Postgres) -> None:
+    url = postgres.database()
+    first, second = tmp_path / "first", tmp_path / "second"
+    with IdentityFolder.make(first, "lab"):
+        pass
+    with serving(first, url):
+        pass
+    shutil.copytree(first / "identity", second / "identity")
+    with IdentityFolder(first) as identity:
+        identity.rotate_authority()
+    with serving(first, url):
+        pass
+    with pytest.raises(IdentityError, match="earlier certificate authority"), serving(second, url):
+        pass
+    with IdentityFolder(first) as identity:
+        identity.retire_authority(force=True)
+    with serving(first, url):
+        pass
+    with pytest.raises(IdentityError, match="earlier certificate authority"), serving(second, url):
+        pass
+    shutil.rmtree(second / "identity")
+    shutil.copytree(first / "identity", second / "identity")
+    with serving(second, url):
+        pass
+
+
 def test_a_revocation_on_the_standby_s_machine_is_not_undone(tmp_path: Path, postgres: Postgres) -> None:
     url = postgres.database()
     first, second = tmp_path / "first", tmp_path / "second"

@@ -182,6 +182,10 @@ class Authority:
         write_whole(self._folder / CERTIFICATE, pem_of(self._signers[-1].certificate).encode())  # now it counts
         _signers(self._folder, read_only=False)
 
+    def ends(self, *, client: bool) -> int:
+        """When the authority that issues such certificates now ends, in seconds since 1970."""
+        return seconds_of(self._signers[-1 if client else 0].certificate.not_valid_after_utc)
+
     @property
     def rotating(self) -> bool:
         """Whether a successor is about to replace it."""

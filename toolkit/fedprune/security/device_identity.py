@@ -220,9 +220,10 @@ class DeviceIdentity:
         return tuple(map(pin_of, load_authorities(self.folder / _AUTHORITY)))
 
     def follow_authorities(self, pins: Sequence[str]) -> None:
-        """Trust no authority that the server doesn't name, and have a certificate of another one renewed.
+        """Trust no authority older than those that the server names, and have a certificate of another one renewed.
 
-        A new authority is learnt from the answer to that renewal, which a known one signs.
+        A new authority is learnt from the answer to that renewal, which a known one signs. A newer one than the server
+        names stays trusted: a server with an old copy of its identity doesn't know it.
 
         Args:
             pins: Of the authorities that the server names, as hex; the last one issues certificates.
@@ -232,9 +233,9 @@ class DeviceIdentity:
             StorageError: The disk fails or is full.
         """
         known = load_authorities(self.folder / _AUTHORITY)
-        kept = [authority for authority in known if pin_of(authority).hex() in pins]
-        if kept and len(kept) < len(known):
-            write_whole(self.folder / _AUTHORITY, "".join(map(pem_of, kept)).encode())
+        older = next((i for i, authority in enumerate(known) if pin_of(authority).hex() in pins), 0)
+        if older:
+            write_whole(self.folder / _AUTHORITY, "".join(map(pem_of, known[older:])).encode())
         self._issuer = pins[-1] if pins else None
         if self._is_replaced():
             self.renew_now.set()

@@ -28,13 +28,23 @@ def write_private(path: Path, data: bytes) -> None:
 def give_to_owner_of(path: Path, other: Path) -> None:
     """Give a file that root made to the owner of another file: what reads it may run as that user.
 
+    That user may write to the folder, so nothing but a file of root's that has this name alone is given away.
+
     Raises:
-        StorageError: The disk fails.
+        StorageError: The disk fails, or the path is no longer the file that root made.
     """
-    if os.geteuid() == 0:
-        with storage_errors(f"can't write {path}"):
-            owner = other.stat()
-            os.chown(path, owner.st_uid, owner.st_gid)
+    if os.geteuid() != 0:
+        return
+    with storage_errors(f"can't write {path}"):
+        owner = other.lstat()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_uid != 0:
+                raise StorageError(f"{path} was replaced while it was written")
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        finally:
+            os.close(descriptor)
 
 
 def read_private(path: Path, what: str) -> bytes:

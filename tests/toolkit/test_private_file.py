@@ -1,0 +1,54 @@
+"""Secrets that root makes in another user's folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fedprune.core.errors import StorageError
+from fedprune.security import private_file
+from fedprune.security.private_file import give_to_owner_of
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What root gave away; no user is needed for that."""
+    found: list[tuple[int, int]] = []
+    fstat = os.fstat
+
+    def as_roots(descriptor: int) -> SimpleNamespace:
+        state = fstat(descriptor)
+        return SimpleNamespace(st_mode=state.st_mode, st_nlink=state.st_nlink, st_uid=0)
+
+    own = {"geteuid": lambda: 0, "fstat": as_roots, "fchown": lambda _, user, group: found.append((user, group))}
+    monkeypatch.setattr(private_file, "os", SimpleNamespace(**(vars(os) | own)))
+    return found
+
+
+def test_a_file_of_roots_gets_the_owner_of_the_other(tmp_path: Path, given: list[tuple[int, int]]) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    new.write_bytes(b"secret")
+    old.touch()
+    give_to_owner_of(new, old)
+    assert given == [(old.stat().st_uid, old.stat().st_gid)]
+
+
+@pytest.mark.parametrize("kind", ["link", "second name", "folder"])
+def test_what_the_folders_user_put_in_its_place_is_not_given_away(
+    kind: str, tmp_path: Path, given: list[tuple[int, int]]
+) -> None:
+    new, old, target = tmp_path / "new", tmp_path / "old", tmp_path / "target"
+    old.touch()
+    target.write_bytes(b"root's")
+    if kind == "link":
+        new.symlink_to(target)
+    elif kind == "second name":
+        new.hardlink_to(target)
+    else:
+        new.mkdir()
+    with pytest.raises(StorageError):
+        give_to_owner_of(new, old)
+    assert given == []
