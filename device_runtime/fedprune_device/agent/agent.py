@@ -64,7 +64,7 @@ class Agent:
         care: Lets training wait while the board is too hot.
         alone: Seconds after which it trains without its server; 0 for never (`Alone`).
         answers: Says what answers predictions, for the server; empty where that is nothing special.
-        precision: What its model serves at (`lowering.SERVE`).
+        precision: What its model serves at (`serving.reduced_precision.SERVE`).
         serves: The job whose models may serve; empty for those of any job.
         max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
         web: Gives TLS with the web servers that offers name.

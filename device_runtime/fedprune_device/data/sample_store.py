@@ -1,7 +1,7 @@
 """The samples that the application hands in: a bounded set on the disk, and the board's training data.
 
 samples/set.json            what the set was made with, and its key
-samples/segment-*.log       the samples (`segments`)
+samples/segment-*.log       the samples (`data.segment_log`)
 
 Which samples stay is the reservoir's business. Which of them are held out is decided by a keyed hash of a sample's
 name and by nothing else, so that a sample never moves from one part to another.

@@ -60,8 +60,9 @@ def probe(
         threads: Threads inside an operator.
         seconds: Time for the measurements of speed; half of it trains, half of it predicts.
         root: Where /proc and /sys are found.
-        layer_seconds: Time for the layers' measurements, see `layer_times`; 0 leaves them out.
-        form_seconds: Time for the measurements of convolutions' forms, see `form_probe`; 0 leaves them out.
+        layer_seconds: Time for the layers' measurements, see `hardware.layer_timing`; 0 leaves them out.
+        form_seconds: Time for the measurements of convolutions' forms, see `hardware.convolution_timing`; 0 leaves them
+            out.
         memory_file: Where the layers' times are kept, so that the next start need not measure them again; beside it
             those of forms.
         runtime: onnxruntime's version, where this process has loaded it; else another process tries that first.

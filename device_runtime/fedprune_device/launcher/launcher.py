@@ -1,8 +1,8 @@
 """The launcher: which of two installed releases runs, and the way back when a new one is no good.
 
-`updater.write_launcher` puts this module and those that it imports into one file beside the slots, when a board is
-set up. It needs nothing but the standard library, so that no update can break it. An attempt of a trial is taken off on
-the disk before the release is started, so that a crash, a hang or a power cut uses it up.
+`releases.installer.write_launcher` puts this module and those that it imports into one file beside the slots, when a
+board is set up. It needs nothing but the standard library, so that no update can break it. An attempt of a trial is
+taken off on the disk before the release is started, so that a crash, a hang or a power cut uses it up.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Home:
     a, b              the slots
     state/state.json  the state, with a checksum; state/copy.json is the same once more
     state/a.json      what is in slot a; it is written last and removed first, and likewise state/b.json
-    incoming/         what has arrived of the next release (`updater`)
+    incoming/         what has arrived of the next release (`releases.installer`)
 
     Args:
         root: The folder.

@@ -1,16 +1,17 @@
 """A device's state directory: what survives a power cut.
 
 lock            one process at a time
-device.json     whose directory it is (`owner`)
+device.json     whose directory it is (`storage.directory_owner`)
 session.json    number of the last connection
 offer.json      the last offer that was accepted, and whether it is done
 pending.json    an update that the server has not acknowledged
 blobs/          weights and graphs by digest, finished or partly pulled
-serving/        the model that serves predictions (`slots`)
-privacy.json    how much noise was drawn for private updates (`private_count`)
-own/            what the board keeps of its own from round to round (`own`)
-log.json        warnings and errors that the server hasn't heard of (`board_log`)
-crash.json      how the last run ended, if the server hasn't heard of it (`crash`, with running.json and fault.txt)
+serving/        the model that serves predictions (`serving.model_slots`)
+privacy.json    how much noise was drawn for private updates (`privacy.budget`)
+own/            what the board keeps of its own from round to round (`storage.local_state`)
+log.json        warnings and errors that the server hasn't heard of (`telemetry.log_buffer`)
+crash.json      how the last run ended, if the server hasn't heard of it (`telemetry.crash_reports`); with it
+                running.json and fault.txt
 """
 
 from __future__ import annotations

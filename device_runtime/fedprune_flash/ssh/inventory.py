@@ -183,7 +183,7 @@ class _Places:
         who: str,
         noun: str = "key",
     ) -> None:
-        """Make sure that a table has no other keys, as `setting_checks.only` does."""
+        """Make sure that a table has no other keys, as `fedprune.core.validation.only` does."""
         other = next((k for k in body if k not in allowed), "")
         only(allowed, body, f"{self.at(*table, other)}{who and ': '}{who}", noun)
 

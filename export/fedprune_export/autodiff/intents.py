@@ -1,7 +1,7 @@
 """Intents: operators of a training graph that say what is to be computed, but not how.
 
-A graph for one board at fixed widths (`pinned`) is written with them, and `formulation` turns each into the
-operators that are fastest there. They exist between those two passes only.
+A graph for one board at fixed widths (`pruning.fixed_width`) is written with them, and `formulation` turns each into
+the operators that are fastest there. They exist between those two passes only.
 
 | operator | from | to |
 |---|---|---|

@@ -1,8 +1,8 @@
 """Nodes, inputs, outputs and constants: what a graph is made of, and how it is added to.
 
 Values are known by name. Weights are *initialisers*; constants are initialisers too, and which of them are weights is
-the importer's knowledge (`imported.Model`), not the graph's. The rules that write a graph at an opset work on drafts,
-and the graph, which writes itself by them, is one.
+the importer's knowledge (`pruning.model.Model`), not the graph's. The rules that write a graph at an opset work on
+drafts, and the graph, which writes itself by them, is one.
 """
 
 from __future__ import annotations

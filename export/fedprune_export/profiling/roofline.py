@@ -37,7 +37,7 @@ class Explained:
         compute_s: What its MACs take at the machine's peak.
         memory_s: What its bytes take at the speed of main memory.
         measured_s: What it took; None if nothing was measured.
-        spent: Of that, seconds by kind (`step_pieces.KINDS`).
+        spent: Of that, seconds by kind (`roofline_layers.KINDS`).
         comparable: Whether the bounds are those of the machine that measured.
     """
 

@@ -121,7 +121,7 @@ def pieces(model: Model, graph: Graph, widths: Sequence[int], batch: int) -> lis
 
 
 def form(op: str, part: str, operators: Sequence[str], *, depthwise: bool = False) -> str:
-    """How a part of a layer is computed, in the words of `gradients.dense` and `gradients.depthwise`.
+    """How a part of a layer is computed, in the words of `autodiff.dense` and `autodiff.depthwise`.
 
     Args:
         op: The layer's operator.

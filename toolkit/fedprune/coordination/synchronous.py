@@ -36,8 +36,9 @@ class Coordinator(Desk):
     round closes at its deadline with the updates that are on the server's disk; without any it starts anew with devices
     that are there then, chosen anew, under the next attempt number. The deadline counts from the last offer.
 
-    Who is asked, and whether a round closes without the slowest, is said in `lot`; who is given up before the deadline
-    in `pace`. Where only so many work at a time (`in_flight`), every device has the deadline for its own offer.
+    Who is asked, and whether a round closes without the slowest, is decided in `coordination.sampling`; who is given up
+    before the deadline in `pace`. Where only so many work at a time (`in_flight`), every device has the deadline for
+    its own offer.
 
     Args:
         job: The job's settings.

@@ -268,7 +268,8 @@ class Schedule:
         return max(1, math.ceil(arrival.seconds / self.window_s - 1e-9))
 
     def step(self, arrivals: Sequence[Arrival], others: Sequence[Arrival], *, uniform: bool = False) -> float:
-        """ρ: the share of the way to the sums' mean that is gone, above 0 and at most `server_step.MAX_RATE`.
+        """ρ: the share of the way to the sums' mean that is gone, above 0 and at most
+        `aggregation.server_optimizer.MAX_RATE`.
 
         That is the most that a server's step may go: only `unbiased` shares of rounds that last over a thousand windows
         could be more.

@@ -5,7 +5,7 @@ weights.safetensors   the weights; new ones of the same shapes can take their pl
 training.onnx         one training step, for any widths of the architecture
 architecture.json     the whole model's tensors and channel groups
 submodel.json         which channels this board holds
-engine.json           how a TensorRT engine is to be built, for boards that have TensorRT (`engine_plan`); optional
+engine.json           how a TensorRT engine is to be built (`runtime.tensorrt_config`); optional
 manifest.json         size and sha256 of each of these
 
 Optional are the files of lower precisions (`fedprune.runtime.precision.files_of`) and training steps for processors

@@ -51,7 +51,7 @@ class DeviceRow:
         bound: The limit that kept it from being wider; empty where nobody planned.
         parameters: Numbers in its model.
         excluded: Why it takes no part; empty if it does.
-        compared: Per metric what was predicted of its rounds and what it measured, see `foresight`.
+        compared: Per metric what was predicted of its rounds and what it measured, see `devices.plan_vs_actual`.
         missed: Rounds that asked it and got nothing that counts.
         why: Why that was so in the last of them.
     """

@@ -27,7 +27,7 @@ class Seen:
 
     Attributes:
         changed: Devices of which something else is true than before.
-        rollouts: Rows of `feed_words.ROLLOUT`; None where nothing has changed.
+        rollouts: Rows of `publisher_messages.ROLLOUT`; None where nothing has changed.
         releases: Names of releases that may be rolled out.
     """
 

@@ -54,7 +54,7 @@ class Feed(Onlooker):
 
     Args:
         views: The jobs, the first one first.
-        site: The server as a whole, but for `connected`, as `feed_words.Site` has it.
+        site: The server as a whole, but for `connected`, as `publisher_messages.Site` has it.
         child: The console's process; see `ConsoleProcess`.
         clerk: Carries out orders that concern who is let in, and releases; None for a server without an identity.
         lookout: Looks at who is let in, and at releases; None for one that has nothing to look at.

@@ -38,7 +38,7 @@ def device_row(
     now: float | None,
     update: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A device's row, as `feed_words.DEVICE` has it.
+    """A device's row, as `publisher_messages.DEVICE` has it.
 
     Args:
         view: The job that has it, or had it last.
@@ -141,7 +141,7 @@ def running(software: str) -> tuple[str | None, int | None]:
 def round_news(
     job: str, summary: dict[str, Any], before: float | None, traffic: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """A finished round, as `feed_words.RoundNews` has it.
+    """A finished round, as `publisher_messages.RoundNews` has it.
 
     Args:
         job: Its job.

@@ -114,7 +114,7 @@ class ReleaseWatch:
         return moved
 
     def look(self) -> tuple[dict[str, Any], ...] | None:
-        """Rows of `feed_words.ROLLOUT`; None where nothing has changed.
+        """Rows of `publisher_messages.ROLLOUT`; None where nothing has changed.
 
         Raises:
             StorageError: The disk fails.
