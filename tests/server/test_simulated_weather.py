@@ -225,8 +225,8 @@ class Batched(Bench):
 
     together = 2
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **named):
+        super().__init__(*args, **named)
         self.ready = []
         Batched.last = self
 

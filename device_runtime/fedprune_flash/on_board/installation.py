@@ -6,6 +6,7 @@ import os
 import platform
 import pwd
 import re
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,8 @@ def read_key(given: str, flags: int = 0) -> bytes:
     try:
         if not _HEX.fullmatch(given):
             with os.fdopen(os.open(given, os.O_RDONLY | flags), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise KitError(f"the server's key {shown(given)}", expected="a plain file", got="something else")
                 digits = file.read(200).decode("ascii", "replace").strip()
     except OSError as error:
         raise KitError(f"can't read the server's key {given}: {error.strerror}") from error

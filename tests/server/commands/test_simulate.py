@@ -110,12 +110,11 @@ def test_a_second_call_does_not_train_again(config, tmp_path, monkeypatch, capsy
     assert Record.load(tmp_path / "out" / "metrics.json") == first
 
 
-@pytest.mark.parametrize(("option", "value"), [("--trainer", "jax"), ("--seed", "9")])
-def test_no_bar_begins_before_what_ends_it_is_known(config, tmp_path, capsys, option, value):
+def test_no_bar_begins_before_what_ends_it_is_known(config, tmp_path, capsys):
     arguments = ["--config", config(), "--out", str(tmp_path / "out"), "--rounds", "1"]
     assert main(arguments) == ExitCode.OK
     capsys.readouterr()
-    assert main([*arguments, option, value]) in (ExitCode.CONFIG, ExitCode.STORAGE)
+    assert main([*arguments, "--seed", "9"]) in (ExitCode.CONFIG, ExitCode.STORAGE)
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
