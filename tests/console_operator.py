@@ -67,8 +67,11 @@ class Operator:
         return self.order(order="pause", job="leaves")
 
     def ready(self) -> bool:
-        """Whether the console has heard of its server; until then it takes no orders."""
-        return json.loads(self.ask("/readyz")) == {"ready": True}
+        """Whether the console listens and has heard of its server; until then it takes no orders."""
+        try:
+            return json.loads(self.ask("/readyz")) == {"ready": True}
+        except urllib.error.URLError:
+            return False
 
     def online(self) -> set[str]:
         """Boards that the console shows as connected."""
