@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ProtocolError
+from fedprune.core.metrics import served
+from fedprune.core.text import one_line
 from fedprune.wire import validation
 
 pytestmark = pytest.mark.board
@@ -25,13 +27,13 @@ def test_a_text_may_hold_lines_tabs_and_any_script(value: str) -> None:
 
 @given(st.text(max_size=50) | st.text(st.characters(max_codepoint=0xFF), max_size=50))
 def test_a_strangers_text_becomes_one_printable_line(value: str) -> None:
-    shown = validation.one_line(value, 20)
+    shown = one_line(value, 20)
     assert shown.isprintable() or not shown
     assert len(shown) <= 23
 
 
 def test_words_stay_words_on_one_line() -> None:
-    assert validation.one_line("no room\n  on\tdisk\x1b[2J") == "no room on disk [2J"
+    assert one_line("no room\n  on\tdisk\x1b[2J") == "no room on disk [2J"
 
 
 @pytest.mark.parametrize(
@@ -43,4 +45,4 @@ def test_words_stay_words_on_one_line() -> None:
     ],
 )
 def test_what_serves_is_the_average_where_there_is_one(metrics: dict[str, float], accuracy: float | None) -> None:
-    assert validation.served(metrics, "accuracy") == accuracy
+    assert served(metrics, "accuracy") == accuracy

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fedprune.core.metrics import MAX_LOSS, believable
 from fedprune.jobs.state import Device, State
 from fedprune.strategies.recovery import Recovery, score
-from fedprune.wire.validation import MAX_LOSS, believable
 
 pytestmark = pytest.mark.board
 

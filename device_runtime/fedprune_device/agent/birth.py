@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 from fedprune import __version__
 from fedprune.codec import CODECS
+from fedprune.core.text import one_line
 from fedprune.hardware.probe_report import ProbeReport
 from fedprune.runtime import session
 from fedprune.wire.log_messages import LOG
 from fedprune.wire.messages import TO, Birth, Update
 from fedprune.wire.offer import Offer
-from fedprune.wire.validation import one_line
 from fedprune_device.data.sample_source import Samples
 from fedprune_device.launcher.running import running
 

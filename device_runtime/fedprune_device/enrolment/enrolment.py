@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedprune.core.errors import BrokerError, IdentityError, JoinError, ProtocolError, remedy
+from fedprune.core.text import one_line
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.join_token import PREFIX, Claim
 from fedprune.security.joining import Admission
@@ -28,7 +29,6 @@ from fedprune.wire.join_messages import JoinAnswer
 from fedprune.wire.messages import parse
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
-from fedprune.wire.validation import one_line
 
 _LOG = logging.getLogger("fedprune.device")
 

@@ -21,9 +21,9 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.leaf_cache import unkept
 from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.core.errors import FedpruneError
+from fedprune.core.text import one_line
 from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import failure
-from fedprune.wire.validation import one_line
 from fedprune_device.network.leaf_reuse import SharedLeaves
 
 SILENT_S = 10.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedprune.core.metrics import served
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
-from fedprune.wire.validation import served
 
 
 class Standing:

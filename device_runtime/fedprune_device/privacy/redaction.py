@@ -7,7 +7,7 @@ import re
 import sys
 
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, PrivacyError, ProtocolError, StorageFullError
-from fedprune.wire.validation import one_line
+from fedprune.core.text import one_line
 
 OTHER = "(other)"
 """In the place of a module that is neither the runtime's nor one that every board has."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from fedprune.core.errors import FedpruneError, ProtocolError
+from fedprune.core.text import one_line
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
@@ -30,7 +31,6 @@ from fedprune.wire.release_messages import (
     ReleaseWithdrawn,
 )
 from fedprune.wire.topics import NO_JOB, Topics
-from fedprune.wire.validation import one_line
 from fedprune_device.hardware.board_facts import TEGRA
 from fedprune_device.launcher import state as on_disk
 from fedprune_device.network.uplink import Wire

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.errors import BoardError, JoinError, KitError, ProfileError
-from fedprune.core.text import quantity
+from fedprune.core.text import one_line, quantity
 from fedprune.hardware.identification import Facts, identify
 from fedprune.hardware.jetpack import l4t_release
-from fedprune.wire.validation import one_line
 from fedprune_flash.kit.installer_archive import INSTALLER, installer_archive
 from fedprune_flash.kit.kit import Kit, Signer, told_files
 from fedprune_flash.kit.target import PYTHONS

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.errors import BoardError, shown
-from fedprune.wire.validation import one_line
+from fedprune.core.text import one_line
 from fedprune_flash.on_board import far_side
 from fedprune_flash.ssh.inventory import BoardRow
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
+from fedprune.core.text import one_line
 from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
-from fedprune.wire.validation import one_line
 from fedprune_server.terminal.log_lines import about
 
 log = logging.getLogger("fedprune.server")

@@ -26,8 +26,8 @@ from typing import Any
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.core.disk import storage_errors, write_whole
 from fedprune.core.errors import StorageError
+from fedprune.core.text import one_line
 from fedprune.wire.messages import MAX_WANT
-from fedprune.wire.validation import one_line
 
 log = logging.getLogger("fedprune.server")
 

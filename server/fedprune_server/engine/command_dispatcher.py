@@ -11,11 +11,11 @@ from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import ProtocolError
+from fedprune.core.text import one_line
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress as Part
 from fedprune.wire.messages import Accepted, Cancelled, Finished
 from fedprune.wire.offer import Offer
-from fedprune.wire.validation import one_line
 from fedprune_server.devices.registry import Roster
 from fedprune_server.executor.update_size import misfit, sent
 from fedprune_server.messaging.outbox import Post

@@ -12,12 +12,12 @@ from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
 from fedprune.coordination.device_scheduler import Borrower
 from fedprune.core.errors import ProtocolError
+from fedprune.core.text import one_line
 from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Progress
 from fedprune.strategies import compose
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Birth
-from fedprune.wire.validation import one_line
 from fedprune_server.devices.presence import Presence
 from fedprune_server.engine.daemon import Daemon
 from fedprune_server.messaging.transport import Item, Relay, Wire

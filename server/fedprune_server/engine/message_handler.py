@@ -13,6 +13,8 @@ from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.coordination.pace import news, share_of
 from fedprune.core.errors import ProfileError, ProtocolError, UnknownMessageError
+from fedprune.core.metrics import believable, served
+from fedprune.core.text import one_line
 from fedprune.hardware.probe_report import ProbeReport
 from fedprune.hardware.profile import NAME
 from fedprune.hardware.profile_store import find
@@ -24,7 +26,6 @@ from fedprune.wire.log_messages import LOG, BoardLines, CrashReport
 from fedprune.wire.messages import Alive, Birth, Cancelled, Death, Gone, Hello, Progress, Refusal, Update, Want, parse
 from fedprune.wire.release_messages import ReleaseReport
 from fedprune.wire.topics import Topics
-from fedprune.wire.validation import believable, one_line, served
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.devices.quarantine import Quarantine, Quarantined, Released
 from fedprune_server.devices.registry import Roster

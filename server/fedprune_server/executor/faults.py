@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from fedprune.core.errors import FedpruneError, StorageError
-from fedprune.wire.validation import one_line
+from fedprune.core.text import one_line
 
 T = TypeVar("T")
 

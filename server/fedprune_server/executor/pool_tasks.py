@@ -19,8 +19,8 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.influence import Lengths, lengths
 from fedprune.core.errors import FedpruneError, StorageError
+from fedprune.core.text import one_line
 from fedprune.jobs.job import Job
-from fedprune.wire.validation import one_line
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.worker import Worker
 from fedprune_server.storage.s3.store import BucketStore, Objects

@@ -11,9 +11,9 @@ from fedprune.aggregation.fold import Fold
 from fedprune.aggregation.partial_sums import PartialSums
 from fedprune.coordination import commands as do
 from fedprune.core.errors import BundleError, FedpruneError, StorageError, StrategyError
+from fedprune.core.text import one_line
 from fedprune.strategies import Strategy
 from fedprune.strategies.roles import Report
-from fedprune.wire.validation import one_line
 from fedprune_server.executor.limits import Limits
 from fedprune_server.executor.reports import Reports
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedprune.core.errors import ConfigError, ExitCode, FedpruneError, reason, remedy
-from fedprune.wire.validation import one_line
+from fedprune.core.text import one_line
 from fedprune_server.config.alert_settings import OFF, AlertSettings, shown_url
 from fedprune_server.monitoring.alerts import INFO, SEVERITIES, Alert
 

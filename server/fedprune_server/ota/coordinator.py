@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 
 from fedprune.core.errors import ReleaseError
+from fedprune.core.text import one_line
 from fedprune.releases.release import Release
 from fedprune.releases.rollout import Fate, Give, Rollout, RolloutCommand, RolloutPhase, Wake, Withdraw
 from fedprune.wire.messages import FromServer
@@ -30,7 +31,6 @@ from fedprune.wire.release_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
-from fedprune.wire.validation import one_line
 from fedprune_server.ota.store import Entry, RolloutStore
 
 log = logging.getLogger("fedprune.server")

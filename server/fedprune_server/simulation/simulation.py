@@ -23,8 +23,8 @@ from fedprune.coordination import events as on
 from fedprune.coordination.pace import PARTS
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.core.rng import keyed
+from fedprune.core.text import one_line
 from fedprune.training.recipe import Recipe
-from fedprune.wire.validation import one_line
 from fedprune_server.executor.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit
 from fedprune_server.executor.worker import Worker
 from fedprune_server.executor.worker_pool import Crew, helped

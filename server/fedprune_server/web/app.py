@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp
 
 from fedprune.core.errors import FedpruneError
-from fedprune.wire.validation import one_line
+from fedprune.core.text import one_line
 from fedprune_server.web import api
 from fedprune_server.web.auth.accounts import MAX_PASSWORD
 from fedprune_server.web.auth.middleware import Gate, safe_path

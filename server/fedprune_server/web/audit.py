@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fedprune.wire.validation import one_line
+from fedprune.core.text import one_line
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.views.paging import MAX_SIZE, Page
 

@@ -17,12 +17,12 @@ from fedprune.coordination.availability import Attendance
 from fedprune.coordination.base import Commands, Desk, based, steps_of
 from fedprune.coordination.staleness import Shares, plain
 from fedprune.coordination.stragglers import LATE
+from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
 from fedprune.jobs.change_tracking import Roll
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
-from fedprune.wire.validation import believable
 
 
 class AsynchronousCoordinator(Desk):

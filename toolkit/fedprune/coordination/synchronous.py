@@ -20,12 +20,12 @@ from fedprune.coordination.pace import LOOKS, Pace, note
 from fedprune.coordination.sampling import ENOUGH, beyond, drawn, places
 from fedprune.coordination.stragglers import TO_COME, Dismissal
 from fedprune.coordination.wait_queue import Line
+from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
 from fedprune.jobs.change_tracking import Roll
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
-from fedprune.wire.validation import believable
 
 
 class Coordinator(Desk):

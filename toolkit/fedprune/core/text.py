@@ -1,4 +1,4 @@
-"""Numbers with their nouns or units, for commands and reports: 1 file, 2.10 MB, 35 ms."""
+"""Text for people: numbers with their nouns or units (1 file, 2.10 MB, 35 ms), and received text made safe to show."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ def quantity(number: int, one: str, many: str = "", *, form: str = "") -> str:
         form: How the number is written, such as `,`.
     """
     return f"{number:{form}} {one if number == 1 else many or one + 's'}"
+
+
+def one_line(value: str, limit: int = 500) -> str:
+    """Received text as it is logged, stored and shown: short, on one line, without codes that steer a terminal."""
+    flat = " ".join("".join(c if c.isprintable() else " " for c in value[:limit]).split())
+    return flat if len(value) <= limit else f"{flat}..."
 
 
 def some(names: Sequence[str], separator: str = ", ", most: int = 5) -> str:

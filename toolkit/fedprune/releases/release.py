@@ -15,6 +15,7 @@ from typing import Any
 
 from fedprune.core.disk import file_digest, storage_errors, write_whole
 from fedprune.core.errors import ProtocolError, ReleaseError, SignatureError, shown
+from fedprune.core.text import one_line
 from fedprune.security.keys import SIGNATURE as SIGNATURE_BYTES
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.wire import validation as check
@@ -120,7 +121,7 @@ class Release:
         files = tuple(_file(f"files[{i}]", row) for i, row in enumerate(rows))
         made = cls(
             number=check.whole(1, MAX_NUMBER)("number", table["number"]),
-            version=check.one_line(check.text(64)("version", table["version"])),
+            version=one_line(check.text(64)("version", table["version"])),
             python=_matching("python", table["python"], _PYTHON, "a Python such as cp311"),
             machine=_matching("machine", table["machine"], _MACHINE, "a processor such as aarch64"),
             entry=_matching("entry", table["entry"], _ENTRY, "module:function"),
@@ -128,7 +129,7 @@ class Release:
             files=files,
             contents=check.digest("contents", table["contents"]),
             launcher=check.whole(1, MAX_NUMBER)("launcher", table["launcher"]),
-            created=check.one_line(check.text(64)("created", table["created"])),
+            created=one_line(check.text(64)("created", table["created"])),
             system=tuple(
                 _matching("system", name, _MODULE, "names of packages") for name in _list("system", table["system"], 32)
             ),

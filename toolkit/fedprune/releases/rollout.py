@@ -16,8 +16,7 @@ from typing import Any
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, StorageError, shown
-from fedprune.core.text import quantity
-from fedprune.wire.validation import one_line
+from fedprune.core.text import one_line, quantity
 
 FORMAT = "fedprune.rollout/1"
 MAX_STAGES = 32

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedprune.core.errors import JoinError, ProtocolError, SignatureError
+from fedprune.core.text import one_line
 from fedprune.security.canonical_encoding import transcript
 from fedprune.security.certificates import (
     issued_by,
@@ -32,7 +33,6 @@ from fedprune.security.certificates import (
 from fedprune.security.join_token import Claim, mac, same
 from fedprune.security.keys import SigningKey, VerifyingKey, grouped
 from fedprune.wire.join_messages import APPROVED, REFUSED, JoinAnswer, JoinRequest
-from fedprune.wire.validation import one_line
 
 _REQUEST, _PROOF, _ANSWER = "fedprune join 1", "fedprune join proof 1", "fedprune joined 1"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedprune.core.errors import ConfigError, shown
-from fedprune.wire.validation import believable
+from fedprune.core.metrics import believable
 
 if TYPE_CHECKING:  # the coordinator imports strategies, and those allocators
     from fedprune.jobs.state import Device, State

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from fedprune.core.errors import FedpruneError
-from fedprune.wire.validation import one_line
+from fedprune.core.text import one_line
 
 MOST = 20
 """Lines in a row; whoever sends more bad messages is heard of again an hour later."""

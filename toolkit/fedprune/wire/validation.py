@@ -21,37 +21,11 @@ MAX_DEPTH = 8
 
 MAX_METRICS = 64
 
-TRAINED, AVERAGED = "after", "average"
-"""Which model of a device an update's metrics `accuracy_...` and `loss_...` are about, on its own test samples: the one
-that it has just trained, and its own average with what is blended into it, where it keeps one."""
-
-MAX_LOSS = 1e6
-"""Losses beyond this, of either sign, are no measurements."""
-
 _HEX = re.compile(r"[0-9a-f]*")
 _METRIC = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
 _PRINTABLE = r"^[^\u0000-\u0008\u000b-\u001f\u007f-\u009f]*$"
 _LONGEST_KEY = 256
 _LONGEST_TEXT = 65_536
-
-
-def served(metrics: Mapping[str, float], kind: str) -> float | None:
-    """What an update says of the model that the device serves: its average where it keeps one, else what it trained.
-
-    Args:
-        metrics: The update's metrics.
-        kind: `accuracy` or `loss`.
-
-    Returns:
-        The measure on the device's own test samples; None where it wasn't measured.
-    """
-    return metrics.get(f"{kind}_{AVERAGED}", metrics.get(f"{kind}_{TRAINED}"))
-
-
-def one_line(value: str, limit: int = 500) -> str:
-    """Somebody else's text as it may be logged, stored and shown: short, one line, nothing that steers a terminal."""
-    flat = " ".join("".join(c if c.isprintable() else " " for c in value[:limit]).split())
-    return flat if len(value) <= limit else f"{flat}..."
 
 
 def _list_of(item: Schema, most: int, least: int = 0) -> Schema:
@@ -273,21 +247,6 @@ def metrics(where: str, value: object) -> dict[str, float]:
         if not isinstance(name, str) or not _METRIC.fullmatch(name):
             raise ProtocolError(f"{where}: name of a metric", expected="letters, digits and _.:/-", got=shown(name))
     return {name: one(f"{where}[{name}]", item) for name, item in value.items()}
-
-
-def believable(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What a device says that it measured, without what nobody can measure: it decides on densities, and on the end.
-
-    Args:
-        metrics: Numbers by name: `accuracy…` is from 0 to 1, `loss…` from −`MAX_LOSS` to `MAX_LOSS`; all are finite.
-    """
-    limits = {"accuracy": (0.0, 1.0), "loss": (-MAX_LOSS, MAX_LOSS)}
-    found = {}
-    for name, value in metrics.items():
-        low, high = limits.get(name.split("_")[0], (-math.inf, math.inf))
-        if math.isfinite(value) and low <= value <= high:
-            found[name] = value
-    return found
 
 
 @described(defined("object"))

@@ -17,6 +17,7 @@ from fedprune import __version__
 from fedprune.coordination import State
 from fedprune.core.disk import storage_errors, write_whole
 from fedprune.core.errors import StorageError
+from fedprune.core.metrics import AVERAGED, TRAINED, served
 from fedprune.core.text import quantity
 from fedprune.costs.costs import costs_at
 from fedprune.jobs.job import Job
@@ -24,7 +25,6 @@ from fedprune.jobs.state import Progress
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Selection
 from fedprune.training.recipe import REGRESSIONS
-from fedprune.wire.validation import AVERAGED, TRAINED, served
 from fedprune_device.training.round_runner import MEASURED
 from fedprune_server.devices.plan_vs_actual import Compared, compared, predicted
 from fedprune_server.executor.accountant import EPSILON

@@ -21,12 +21,12 @@ from typing import BinaryIO
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import FedpruneError, ProtocolError
+from fedprune.core.text import one_line
 from fedprune.security.tls import pinned_context
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.complaints import Complaints
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
-from fedprune.wire.validation import one_line
 from fedprune_server.process.children import begin_helper, replies_to_parent
 from fedprune_server.transfer.upload_workers.messages import (
     MAX_REASON,

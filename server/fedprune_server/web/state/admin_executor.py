@@ -15,10 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedprune.core.errors import FedpruneError, ProtocolError, ReleaseError, reason
+from fedprune.core.text import one_line
 from fedprune.releases.release import MANIFEST, Release
 from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune.wire.topics import check_name
-from fedprune.wire.validation import one_line
 from fedprune_server.enrollment.approval import approve, deny, revoke
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.back import back

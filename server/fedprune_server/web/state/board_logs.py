@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.errors import ProtocolError, StorageError
-from fedprune.wire.validation import MAX_INT, one_line
+from fedprune.core.text import one_line
+from fedprune.wire.validation import MAX_INT
 from fedprune_server.devices.board_logs import CRASHES, Told, frames_of, read_logs
 from fedprune_server.web.state.log_messages import BoardLog, LogLine
 from fedprune_server.web.state.row_checks import LEVELS

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.errors import BundleError, StorageError
+from fedprune.core.text import one_line
 from fedprune.jobs.state import Device, Task
 from fedprune.model.selection import Selection
-from fedprune.wire.validation import one_line
 from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared, predicted
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.web.state.device_messages import Coverage, DeviceDetails

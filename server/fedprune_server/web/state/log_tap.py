@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.validation import one_line
+from fedprune.core.text import one_line
 from fedprune_server.terminal.log_lines import said_about
 from fedprune_server.web.state.log_messages import LogLine
 

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 from fedprune.core.errors import FedpruneError, ProtocolError, reason
-from fedprune.wire.validation import one_line
+from fedprune.core.text import one_line
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.observer import Onlooker

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from fedprune.core.text import one_line
 from fedprune.jobs.state import Device, Progress, State, Task
 from fedprune.wire.release_messages import COMMITTED
-from fedprune.wire.validation import one_line
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.web.state.surroundings import Member
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedprune.core.errors import FedpruneError
+from fedprune.core.text import one_line
 from fedprune.releases.release import Release
 from fedprune.releases.rollout import Fate, RolloutPhase
 from fedprune.security.keys import VerifyingKey
 from fedprune.wire.release_messages import ReleaseOffer
-from fedprune.wire.validation import one_line
 from fedprune_server.enrollment.store import APPROVED, WAITING, Device, IdentityStore
 from fedprune_server.ota.store import Entry, RolloutStore
 
