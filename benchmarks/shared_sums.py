@@ -29,7 +29,7 @@ from fedprune_export.importing import load
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.ray_pool import RayPool
 from fedprune_server.executor.worker import Worker
-from fedprune_server.executor.worker_pool import Crew
+from fedprune_server.executor.worker_pool import DistributedWorker
 
 MODEL = "shared_sums:vgg"
 UPDATES = 32
@@ -82,7 +82,9 @@ def cluster(processors: int) -> Iterator[str]:
         made.shutdown()
 
 
-def measured(worker: Worker | Crew, folds: list[do.Fold], close: do.Close) -> tuple[dict[str, Any], on.Event]:
+def measured(
+    worker: Worker | DistributedWorker, folds: list[do.Fold], close: do.Close
+) -> tuple[dict[str, Any], on.Event]:
     before, cpu = time.monotonic(), _own()
     worker.expect(folds)
     for fold in folds:
@@ -117,7 +119,7 @@ def main() -> None:
         rows.append({"way": "the server alone", **row})
         print(rows[-1], flush=True)
         with cluster(PROCESSORS) as url:
-            crew = Crew(fresh(), RayPool(url, fresh()))
+            crew = DistributedWorker(fresh(), RayPool(url, fresh()))
             try:
                 few = 2 * PROCESSORS
                 measured(crew, folds[:few], replace(close, contributions=close.contributions[:few]))  # processes start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedprune.coordination import Coordinator, State
+from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import events as on
 from toy import ARCHITECTURE, JOB
 
@@ -29,7 +29,7 @@ TO_THE_SECOND_ROUND: list[on.Event] = [
 def filled() -> State:
     """A state in the middle of a second round."""
     state = State(model="m" * 64)
-    coordinator = Coordinator(JOB, ARCHITECTURE, state)
+    coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
     for event in TO_THE_SECOND_ROUND:
         coordinator.handle(event, 1.0)
     return state

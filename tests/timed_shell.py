@@ -12,7 +12,7 @@ from coordinator_shell import digest
 from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.pace import PARTS
+from fedprune.coordination.stragglers import PARTS
 from fedprune.jobs.job import Job
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import Coordinator, State
+from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
@@ -21,7 +21,7 @@ from fedprune_server.simulation.digits import digits_model
 NAMES = ("a", "b")
 
 
-def play(worker: Worker, coordinator: Coordinator) -> None:
+def play(worker: Worker, coordinator: SynchronousCoordinator) -> None:
     """All rounds of a job whose boards hand back what they were sent."""
     queue: deque[on.Event] = deque(on.DeviceBorn(n, 1, {}, 10) for n in NAMES)
     while queue:
@@ -48,7 +48,7 @@ def test_boards_that_train_nothing_leave_the_model_as_it_is(tmp_path: Path, stra
     job = Job.from_dict({"strategy": f"picking:{strategy}", "devices": 2, "rounds": 3, "density": 0.4})
     worker = Worker(job, model, BlobStore(tmp_path, durable=False))
     start = worker.initial()
-    coordinator = Coordinator(job, model.architecture, State(model=start))
+    coordinator = SynchronousCoordinator(job, model.architecture, State(model=start))
     play(worker, coordinator)
 
     state = coordinator.state

@@ -14,7 +14,7 @@ import sqlalchemy as sql
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination import Coordinator, State
+from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune_server.cli.status import status
@@ -61,7 +61,7 @@ def test_what_is_saved_step_by_step_is_what_was_there_last(
     postgres: Postgres, steps: list[tuple[str, int, bool]]
 ) -> None:
     state = State(model="m" * 64)
-    coordinator = Coordinator(JOB, ARCHITECTURE, state)
+    coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
     changes = 0
     with Storage(postgres.database()) as storage:
         storage.save(state, (), 0.0)

@@ -13,8 +13,8 @@ from fleet import Fleet
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
-from fedprune.coordination.pace import PARTS, SILENT, SLOW
 from fedprune.coordination.sampling import ENOUGH
+from fedprune.coordination.stragglers import PARTS, SILENT, SLOW
 from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.training.recipe import Recipe

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.coordination.width_planner import Planner
+from fedprune.coordination.width_planner import WidthPlanner
 from fedprune.costs.costs import Costs
 from fedprune.jobs.state import Device
 from fedprune.planning.plan import Plan
@@ -39,7 +39,7 @@ def test_memory_of_the_demos_boards_is_predicted(name: str) -> None:
     job, model = fleet_job(), import_onnx(digits_model(), "digits")
     board = next(b for b in BOARDS if b.name == name)
     device = Device(1, True, board.profile().to_dict(), None, samples)
-    Planner(job, compose(job), model.architecture).plan(name, device)
+    WidthPlanner(job, compose(job), model.architecture).plan(name, device)
     assert device.plan is not None, device.excluded
     expected = Plan.from_dict(device.plan).prediction.memory_bytes
     assert all(LOW <= expected / peak - 1 <= HIGH for peak in measured.values())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from timed_shell import Board, begun
 
-from fedprune.coordination import Coordinator, Phase, State, coordinate
+from fedprune.coordination import Phase, State, SynchronousCoordinator, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
@@ -336,4 +336,4 @@ def test_yesterdays_update_of_another_attempt_or_base_never_counts() -> None:
 
 
 def test_coordinate_makes_the_coordinator_that_these_tests_mean() -> None:
-    assert type(coordinate(JOBS[0], ARCHITECTURE, State(model="m0"))) is Coordinator
+    assert type(coordinate(JOBS[0], ARCHITECTURE, State(model="m0"))) is SynchronousCoordinator

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synchronous_shell import Shell
 
-from fedprune.coordination import Coordinator, Phase, State, coordinate
+from fedprune.coordination import Phase, State, SynchronousCoordinator, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError, StorageError
@@ -129,7 +129,7 @@ class Weather(Shell):
         elif action == "reject" and task is not None:
             self.feed(on.UpdateRejected(name, self.state.round, task.attempt, "not finite"))
         elif action == "crash":
-            self.coordinator = Coordinator(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
+            self.coordinator = SynchronousCoordinator(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
             self.inbox.clear()
             self.carry_out(self.coordinator.resume(self.now))
 
@@ -315,7 +315,9 @@ def test_new_settings_hold_after_a_restart() -> None:
     shell = Shell(replace(JOB, density=1.0))
     shell.arrive()
     shell.feed(shell.inbox.pop(0))
-    shell.coordinator = Coordinator(replace(JOB, density=0.25), ARCHITECTURE, State.from_json(shell.state.to_json()))
+    shell.coordinator = SynchronousCoordinator(
+        replace(JOB, density=0.25), ARCHITECTURE, State.from_json(shell.state.to_json())
+    )
     shell.coordinator.resume(0.0)
 
     assert shell.state.devices["a"].widths == (2,)

@@ -11,7 +11,7 @@ from asynchronous_shell import ALL, KINDS, ONE, TWO, WINDOW, Shell, history, job
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination import AsynchronousCoordinator, Coordinator, Phase, State, coordinate
+from fedprune.coordination import AsynchronousCoordinator, Phase, State, SynchronousCoordinator, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError
@@ -31,7 +31,7 @@ def reference(job: Job) -> list[tuple[int, str]]:
 
 
 def test_the_schedule_chooses_the_coordinator() -> None:
-    assert isinstance(coordinate(JOB, ARCHITECTURE, State("m0")), Coordinator)
+    assert isinstance(coordinate(JOB, ARCHITECTURE, State("m0")), SynchronousCoordinator)
     assert isinstance(coordinate(ALL, ARCHITECTURE, State("m0")), AsynchronousCoordinator)
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from coordinator_shell import digest
 
-from fedprune.coordination import Coordinator, State
+from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.width_planner import Planner
+from fedprune.coordination.width_planner import WidthPlanner
 from fedprune.costs.latency_model import typical_table
 from fedprune.hardware import profile_store
 from fedprune.hardware.probe_report import ProbeReport
@@ -27,14 +27,14 @@ pytestmark = pytest.mark.board
 PI = profile_store.find("raspberry-pi-5")
 
 
-def planned_fleet(deadline_s: float = 10_000) -> Coordinator:
+def planned_fleet(deadline_s: float = 10_000) -> SynchronousCoordinator:
     job = replace(JOB, density=0.0, devices=1, rounds=9, deadline_s=deadline_s)
-    coordinator = Coordinator(job, ARCHITECTURE, State(model="m0"))
+    coordinator = SynchronousCoordinator(job, ARCHITECTURE, State(model="m0"))
     coordinator.handle(on.DeviceBorn("a", 1, PI.to_dict(), 10), 0.0)
     return coordinator
 
 
-def play(coordinator: Coordinator, times: float, peak: float = 0.0) -> None:
+def play(coordinator: SynchronousCoordinator, times: float, peak: float = 0.0) -> None:
     """One round in which steps take `times` as long as the plan says; `peak` is its measured memory in bytes."""
     state = coordinator.state
     coordinator.handle(on.Scored(state.round, "r"), 0.0)
@@ -79,7 +79,9 @@ def test_a_device_that_turns_out_to_need_too_much_memory_gets_the_narrowest_mode
     """It delivered: what it measured never shuts it out."""
     room = predict(ARCHITECTURE, ARCHITECTURE.sizes, PI, JOB.recipe, 10).memory_bytes + 1000
     small = replace(PI, memory=replace(PI.memory, total_bytes=room, reserve_bytes=0, training_share=1.0))
-    coordinator = Coordinator(replace(JOB, density=0.0, devices=1, rounds=9), ARCHITECTURE, State(model="m0"))
+    coordinator = SynchronousCoordinator(
+        replace(JOB, density=0.0, devices=1, rounds=9), ARCHITECTURE, State(model="m0")
+    )
     coordinator.handle(on.DeviceBorn("a", 1, small.to_dict(), 10), 0.0)
     play(coordinator, 1.0, 1.5 * room)
     for session, samples in ((1, 10), (2, 11)):
@@ -119,7 +121,7 @@ def taught(
     job = replace(JOB, density=0.0, recipe=replace(JOB.recipe, accumulate=accumulate))
     whole = predict(LARGE, LARGE.sizes, PI, job.recipe, 10).memory
     memory = replace(PI.memory, total_bytes=round(room * whole.total), reserve_bytes=0, training_share=1.0)
-    planner = Planner(job, compose(job), LARGE)
+    planner = WidthPlanner(job, compose(job), LARGE)
     device = Device(1, True, replace(PI, memory=memory).to_dict(), None, 10)
     planner.plan("a", device)
     devices, shares = [], []
@@ -188,7 +190,7 @@ def test_times_at_other_widths_than_the_plans_teach_nothing() -> None:
     assert (device.correction, device.plan) == ({}, before)
 
 
-def too_slow() -> Coordinator:
+def too_slow() -> SynchronousCoordinator:
     """A fleet after a round that was so slow that no width would be fast enough."""
     probing = planned_fleet().state.devices["a"].plan
     assert probing is not None
@@ -218,7 +220,7 @@ def test_a_device_that_is_too_slow_may_connect_anew(samples: int) -> None:
 
 def test_a_device_that_is_too_slow_outlasts_a_restart_and_unlearns() -> None:
     before = too_slow()
-    coordinator = Coordinator(before.job, ARCHITECTURE, State.from_json(before.state.to_json()))
+    coordinator = SynchronousCoordinator(before.job, ARCHITECTURE, State.from_json(before.state.to_json()))
     coordinator.resume(0.0)
     coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10), 0.0)
     device = coordinator.state.devices["a"]
@@ -271,7 +273,7 @@ def test_what_was_learnt_outlasts_a_new_connection() -> None:
 
 def test_what_a_probe_says_of_blocks_reaches_whoever_makes_the_offer() -> None:
     job = replace(JOB, devices=3)
-    coordinator = Coordinator(job, ARCHITECTURE, State(model=digest("first")))
+    coordinator = SynchronousCoordinator(job, ARCHITECTURE, State(model=digest("first")))
     probe = ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, block=16).to_dict()
     older = {k: v for k, v in probe.items() if k != "block"}
     said = {"a": probe, "b": older, "c": None}
@@ -284,5 +286,5 @@ def test_what_a_probe_says_of_blocks_reaches_whoever_makes_the_offer() -> None:
     asked = coordinator.handle(on.Scored(1, digest("ranking")), 0.0)
     wanted = {"a": 16, "b": 0, "c": 0}
     assert {c.part.device: c.block for c in asked if isinstance(c, do.Extract)} == wanted
-    again = Coordinator(job, ARCHITECTURE, State.from_json(coordinator.state.to_json())).resume(1.0)
+    again = SynchronousCoordinator(job, ARCHITECTURE, State.from_json(coordinator.state.to_json())).resume(1.0)
     assert {c.part.device: c.block for c in again if isinstance(c, do.Extract)} == wanted

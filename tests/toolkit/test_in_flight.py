@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from timed_shell import Board, Timed, begun
 
 from fedprune.coordination import events as on
-from fedprune.coordination.wait_queue import Line
+from fedprune.coordination.synchronous import WaitQueue
 from fedprune.jobs.state import Device, Progress, State, Task
 from toy import JOB
 
@@ -106,7 +106,7 @@ def test_everybody_has_one_turn(data: st.DataObject, names: list[str], away: set
     for name in names:
         state.tasks[name] = Task(1, (8,), progress=Progress.QUEUED)
         state.devices[name] = Device(1, name not in away, {}, None, 10)
-    line, found = Line(state), []
+    line, found = WaitQueue(state), []
     while some := line.next(data.draw(st.integers(1, 3))):
         found += some
         for name in some:

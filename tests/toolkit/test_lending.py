@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination.device_scheduler import Borrower, Lending
+from fedprune.coordination.device_scheduler import FairScheduler, JobDemand
 
 pytestmark = pytest.mark.board
 
@@ -31,21 +31,21 @@ class Job:
     rounds: int = 0
     time: int = 0
 
-    def borrower(self) -> Borrower:
+    def borrower(self) -> JobDemand:
         least = 1 if self.steady else self.least
-        return Borrower(self.name, self.weight, least, 2**31 if self.steady or not self.ends else 0, len(self.ends))
+        return JobDemand(self.name, self.weight, least, 2**31 if self.steady or not self.ends else 0, len(self.ends))
 
 
 def play(jobs: list[Job], devices: list[str], seconds: int) -> list[tuple[int, str, tuple[str, ...]]]:
     """Let time pass; what was lent when."""
-    lending, log = Lending(), []
+    lending, log = FairScheduler(), []
     for now in range(seconds):
         for job in jobs:
             job.ends = {d: at for d, at in job.ends.items() if at > now}
         while True:
             busy = [d for j in jobs for d in j.ends]
             assert len(busy) == len(set(busy))
-            found = lending.lend(
+            found = lending.assign(
                 [j.borrower() for j in jobs], [d for d in devices if d not in busy], devices, everybody
             )
             if not found:
@@ -114,24 +114,24 @@ def test_jobs_that_need_few_devices_each_have_their_share_at_a_time() -> None:
 
 
 def test_a_job_that_comes_later_has_no_claim_on_the_time_before() -> None:
-    lending = Lending()
-    old, new = Borrower("old", 1.0, 2, 9), Borrower("new", 1.0, 2, 9)
-    assert lending.lend([old], "ab", "ab", everybody) == {"old": ["a", "b"]}
+    lending = FairScheduler()
+    old, new = JobDemand("old", 1.0, 2, 9), JobDemand("new", 1.0, 2, 9)
+    assert lending.assign([old], "ab", "ab", everybody) == {"old": ["a", "b"]}
     lending.charge({"a": "old", "b": "old"}, 1000.0)
-    assert list(lending.lend([old, new], "ab", "ab", everybody)) == ["old"]
+    assert list(lending.assign([old, new], "ab", "ab", everybody)) == ["old"]
     lending.charge({"a": "old", "b": "old"}, 1.0)
-    assert list(lending.lend([old, new], "ab", "ab", everybody)) == ["new"]
+    assert list(lending.assign([old, new], "ab", "ab", everybody)) == ["new"]
     assert lending.used("new") == 2000.0
 
 
 def test_devices_wait_for_who_is_first_in_line_and_not_for_who_needs_too_many() -> None:
-    lending = Lending()
-    large, small = Borrower("large", 1.0, 3, 9), Borrower("small", 1.0, 1, 9)
-    assert lending.lend([large, small], "ab", "abc", everybody) == {}
-    assert list(lending.lend([large, small], "ab", "ab", everybody)) == ["small"]
+    lending = FairScheduler()
+    large, small = JobDemand("large", 1.0, 3, 9), JobDemand("small", 1.0, 1, 9)
+    assert lending.assign([large, small], "ab", "abc", everybody) == {}
+    assert list(lending.assign([large, small], "ab", "ab", everybody)) == ["small"]
 
 
 def test_a_paused_job_and_one_that_fits_nobody_get_nothing() -> None:
-    lending = Lending()
-    jobs = [Borrower("paused", 0.0, 1, 9), Borrower("picky", 1.0, 1, 9), Borrower("plain", 1.0, 1, 9)]
-    assert lending.lend(jobs, "ab", "ab", lambda job, _: job != "picky") == {"plain": ["a", "b"]}
+    lending = FairScheduler()
+    jobs = [JobDemand("paused", 0.0, 1, 9), JobDemand("picky", 1.0, 1, 9), JobDemand("plain", 1.0, 1, 9)]
+    assert lending.assign(jobs, "ab", "ab", lambda job, _: job != "picky") == {"plain": ["a", "b"]}

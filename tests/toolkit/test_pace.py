@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from timed_shell import Board, Timed, begun
 
 from fedprune.coordination import events as on
-from fedprune.coordination.pace import LOOKS, PARTS, SILENT, SLOW, Pace, news, note, share_of
 from fedprune.coordination.sampling import MAX_CUTS
+from fedprune.coordination.stragglers import LOOKS, PARTS, SILENT, SLOW, Pace, news, note, share_of
 from fedprune.jobs.state import Progress, State, Task
 from toy import JOB
 

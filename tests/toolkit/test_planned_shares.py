@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from role_play import NET
 
-from fedprune.coordination import Coordinator, State
+from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError
@@ -58,7 +58,7 @@ WIDE = Architecture(
 
 def turn_in(job: Job, profile: HardwareProfile = PI, net: Architecture = NET) -> tuple[Plan, Turn]:
     """A device's plan, and its part in the first round."""
-    coordinator = Coordinator(job, net, State(model="m0"))
+    coordinator = SynchronousCoordinator(job, net, State(model="m0"))
     coordinator.handle(on.DeviceBorn("a", 1, profile.to_dict(), 10), 0.0)
     device = coordinator.state.devices["a"]
     assert device.plan, device.excluded
@@ -86,7 +86,7 @@ def test_each_board_gets_as_many_parts_of_a_batch_as_its_memory_needs() -> None:
     net = replace(WIDE, activations=(Activation("second", B, 2**10, True),))
     job = Job(devices=2, rounds=2, recipe=Recipe(batch_size=16, accumulate=2))
     needs = {n: predict(net, net.sizes, PI, replace(job.recipe, accumulate=n), 100).memory_bytes for n in (2, 8)}
-    coordinator = Coordinator(job, net, State(model="m0"))
+    coordinator = SynchronousCoordinator(job, net, State(model="m0"))
     for name, memory in (("small", needs[8]), ("large", needs[2])):
         coordinator.handle(on.DeviceBorn(name, 1, limited(memory, 10**9).to_dict(), 100), 0.0)
     asked = coordinator.handle(on.Scored(1, "r"), 0.0)
@@ -99,7 +99,7 @@ def test_what_the_author_froze_leaves_room_for_more_of_the_model() -> None:
     frozen = predict(WIDE, WIDE.sizes, PI, job.recipe, 10, frozen=still)
     made = []
     for known in ((), still):
-        coordinator = Coordinator(job, WIDE, State(model="m0"), known)
+        coordinator = SynchronousCoordinator(job, WIDE, State(model="m0"), known)
         coordinator.handle(on.DeviceBorn("a", 1, limited(frozen.memory_bytes, 10**9).to_dict(), 10), 0.0)
         made.append(coordinator.state.devices["a"].widths)
     assert made[0] < made[1] == WIDE.sizes

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategy_reports import scene
 
-from fedprune.coordination import Coordinator, State
+from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
@@ -128,7 +128,7 @@ def test_a_weighting_that_nobody_knows_is_refused_before_it_counts() -> None:
     """An aggregator of one's own says by what devices count; a misspelt word would silently mean samples."""
     strategy = Job(strategy="toy:scheduled", options={"schedule": {}, "weighting": "sample"})
     with pytest.raises(ConfigError, match=r"weighting of its aggregator.*'sample'"):
-        Coordinator(strategy, ARCHITECTURE, State(model="m"))
+        SynchronousCoordinator(strategy, ARCHITECTURE, State(model="m"))
 
 
 def test_the_widest_settings_that_a_preset_takes_make_recipes_that_boards_take() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from role_play import NET
 from strategy_reports import close, close_fold, report, scene
 
-from fedprune.aggregation.client_update import Addition, norm
+from fedprune.aggregation.client_update import ClientUpdate, norm
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
 from fedprune.aggregation.robust import Direction, centre, clipped, slabs, standing_out
 from fedprune.core.errors import ConfigError
@@ -193,7 +193,7 @@ def test_clipped_updates_are_no_longer_than_asked_and_point_the_same_way(
 ) -> None:
     at, reports = case
     for each in reports:
-        addition = Addition(each.trained.selection, each.trained.tensors, 1, 1, each.trained.mask)
+        addition = ClientUpdate(each.trained.selection, each.trained.tensors, 1, 1, each.trained.mask)
         before, after = addition.moves(at.model), clipped(addition, at.model, limit).moves(at.model)
         assert norm(after) <= limit * (1 + 1e-4) or norm(before) <= limit
         if norm(before) <= limit:
@@ -268,7 +268,7 @@ def test_a_cosine_is_with_the_directions_of_all_others(case: tuple[Scene, list[R
     at, reports = case
     direction, additions, units = Direction(at.architecture, at.model), [], []
     for each in reports:
-        additions.append(Addition(each.trained.selection, each.trained.tensors, 1, 1, each.trained.mask))
+        additions.append(ClientUpdate(each.trained.selection, each.trained.tensors, 1, 1, each.trained.mask))
         direction.add(additions[-1])
     for k in range(len(reports)):  # by plain vectors over the whole model
         moves = []

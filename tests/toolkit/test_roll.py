@@ -11,11 +11,11 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.jobs.change_tracking import Entry, Roll
+from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
 
 
 @dataclass
-class Thing(Entry):
+class Thing(TrackedEntry):
     colour: str
     size: int = 0
 
@@ -36,7 +36,7 @@ STEPS = st.one_of(
 
 @given(st.lists(STEPS, max_size=30))
 def test_a_roll_does_what_a_dictionary_does_and_knows_what_has_changed(steps: list[Any]) -> None:
-    roll, plain = Roll[Thing](), dict[str, Thing]()
+    roll, plain = TrackedDict[Thing](), dict[str, Thing]()
     before: dict[str, Thing] = {}
     for step in steps:
         match step:
@@ -74,7 +74,7 @@ def test_a_roll_does_what_a_dictionary_does_and_knows_what_has_changed(steps: li
 
 
 def test_what_is_assigned_again_changes_nothing() -> None:
-    roll = Roll({"a": Thing("red", 1)})
+    roll = TrackedDict({"a": Thing("red", 1)})
     roll.settle()
     counts = dict(roll.counts)
     roll["a"].colour = "red"
@@ -86,7 +86,7 @@ def test_what_is_assigned_again_changes_nothing() -> None:
 
 
 def test_an_entry_that_has_left_its_roll_or_was_copied_changes_nothing_there() -> None:
-    roll = Roll({"a": Thing("red")})
+    roll = TrackedDict({"a": Thing("red")})
     copies = [copy.copy(roll["a"]), copy.deepcopy(roll["a"]), pickle.loads(pickle.dumps(roll["a"]))]  # noqa: S301
     gone = roll.pop("a")
     roll.settle()

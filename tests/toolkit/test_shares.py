@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.coordination.staleness import Shares
+from fedprune.coordination.staleness import UpdateWeights
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Mixing, Schedule, Staleness
 from fedprune.jobs.state import Device, Progress, State, Task
@@ -62,7 +62,7 @@ def test_where_all_that_is_there_enters_the_guess_is_what_counts(
     staleness = Staleness(decay, 0.6, frozen=frozen)
     schedule = Schedule("asynchronous", window_s=2.0, keep=keep, mixing=mixing, staleness=staleness)
     state = fleet(rounds, kept, samples)
-    shares = Shares(state, schedule, Job(), uniform=uniform)
+    shares = UpdateWeights(state, schedule, Job(), uniform=uniform)
     weights = shares.entering(dict(state.tasks))["weights"]
     assert {n: shares.weight(n) for n in state.tasks} == {n: weights[n] for n in state.tasks}
 
@@ -79,7 +79,7 @@ def test_who_is_left_out_counts_among_all_only_with_what_it_has_delivered(
     other.excluded = "too slow" if excluded else ""
     other.buffer = other.buffer if delivered else None
     schedule = Schedule("asynchronous", arrivals=1, mixing="share")
-    entering = Shares(state, schedule, Job(), uniform=False).entering(dict(state.tasks))
+    entering = UpdateWeights(state, schedule, Job(), uniform=False).entering(dict(state.tasks))
     assert (entering["rate"], list(entering["weights"])) == (rate, ["d0"])
 
 
@@ -89,7 +89,7 @@ def test_a_guess_does_not_weigh_the_whole_fleet(monkeypatch: pytest.MonkeyPatch)
     asked: list[int] = []
     call = Staleness.__call__
     monkeypatch.setattr(Staleness, "__call__", lambda self, k: asked.append(k) or call(self, k))
-    Shares(state, schedule, Job(), uniform=False).weight("d0")
+    UpdateWeights(state, schedule, Job(), uniform=False).weight("d0")
     assert len(asked) < 20
 
 
@@ -98,11 +98,11 @@ def test_another_sample_count_weighs_the_fleet_again_only_if_it_moves_the_limit(
 ) -> None:
     schedule = Schedule("asynchronous", window_s=2.0, keep=True, staleness=Staleness("polynomial"))
     state = fleet([8] * 200, [], [10] * 200)
-    shares = Shares(state, schedule, Job(), uniform=False)
+    shares = UpdateWeights(state, schedule, Job(), uniform=False)
     before = shares.weight("d0")
     asked: list[str] = []
-    call = Shares._counted
-    monkeypatch.setattr(Shares, "_counted", lambda self, name: asked.append(name) or call(self, name))
+    call = UpdateWeights._counted
+    monkeypatch.setattr(UpdateWeights, "_counted", lambda self, name: asked.append(name) or call(self, name))
     state.devices["d5"].samples = 20
     assert shares.weight("d0") == before
     assert asked == ["d5"]

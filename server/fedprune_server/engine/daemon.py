@@ -34,10 +34,10 @@ from fedprune_server.engine.alarms import Alarms
 from fedprune_server.engine.command_dispatcher import Errands
 from fedprune_server.engine.journal import Journal
 from fedprune_server.engine.message_handler import Reception
+from fedprune_server.engine.steady_clock import SteadyClock
 from fedprune_server.executor import divergence
-from fedprune_server.executor.background import Executes, Workshop
+from fedprune_server.executor.background import BackgroundExecutor, CommandExecutor
 from fedprune_server.executor.retention import Garbage
-from fedprune_server.executor.steady_clock import SteadyClock
 from fedprune_server.messaging.embedded_broker import Supervised, Supervisor
 from fedprune_server.messaging.intake import Intake
 from fedprune_server.messaging.outbox import Line, Post
@@ -102,7 +102,7 @@ class Daemon:
         state: State,
         storage: Storage,
         store: BlobStore,
-        worker: Executes,
+        worker: CommandExecutor,
         link: Wire,
         *,
         site: str = "default",
@@ -128,7 +128,7 @@ class Daemon:
         self._coordinator = coordinate(job, architecture, state, frozen)
         self.onlookers = Onlookers([Shown(Lines())] if onlookers is None else onlookers)
         with about(job=job.name):
-            self._workshop = Workshop(worker)
+            self._workshop = BackgroundExecutor(worker)
         self._quarantine = quarantine or Quarantine(monotonic)
         self._link = link if quarantine is not None else Guarded(link, self._quarantine)
         self._topics, self._supervisor = Topics(site), Supervisor(broker)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedprune.coordination.device_scheduler import Borrower, Lending
+from fedprune.coordination.device_scheduler import FairScheduler, JobDemand
 from fedprune.wire.messages import Birth
 from fedprune_server.engine.job_runner import JobDesk
 
@@ -22,7 +22,7 @@ class Loans:
 
     def __init__(self, desks: Mapping[str, JobDesk], here: Mapping[str, Birth]) -> None:
         self._desks, self._here = desks, here
-        self._lending = Lending()
+        self._scheduler = FairScheduler()
         self.lent: dict[str, str] = {}
         self._at_work: dict[str, str] = {}
         self._free: set[str] = set()
@@ -61,7 +61,7 @@ class Loans:
 
     def charge(self, seconds: float) -> None:
         """Note that devices have been at work for so long."""
-        self._lending.charge(self._at_work, seconds)
+        self._scheduler.charge(self._at_work, seconds)
 
     def end(self) -> None:
         """All jobs are finished: nobody is at work."""
@@ -92,7 +92,7 @@ class Loans:
                     takers.discard(device)
         return self._stale
 
-    def _able(self) -> tuple[list[Borrower], list[Borrower]]:
+    def _able(self) -> tuple[list[JobDemand], list[JobDemand]]:
         """The jobs that are not finished, and those of them that enough devices are there for."""
         borrowers = [b for d in self._desks.values() if (b := d.borrower()) is not None]
         return borrowers, [b for b in borrowers if b.able(len(self._takers[b.job]))]
@@ -113,7 +113,7 @@ class Loans:
         else:
             self._changed()
             borrowers, able = self._able()
-            found = self._lending.lend(borrowers, self._free, self._here, self._takes, self._fits, able)
+            found = self._scheduler.assign(borrowers, self._free, self._here, self._takes, self._fits, able)
         for job, devices in found.items():
             self._hand(job, devices)
         return any(found.values())

@@ -20,7 +20,7 @@ from fedprune_server.config.tables import TABLES, parse_config
 from fedprune_server.engine.host import Host
 from fedprune_server.engine.job_runner import JobDesk
 from fedprune_server.engine.state_directory import OpenJob, StateFolder, stored_config
-from fedprune_server.executor.background import Executes
+from fedprune_server.executor.background import CommandExecutor
 from fedprune_server.executor.worker_pool import helped
 from fedprune_server.messaging.connection import Connection
 from fedprune_server.monitoring.observer import Onlooker, Shown
@@ -46,7 +46,7 @@ class Kept:
     config: ServerConfig
     folder: StateFolder
     opened: OpenJob
-    worker: Executes
+    worker: CommandExecutor
 
 
 def further(first: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
@@ -97,7 +97,7 @@ def opened(stack: ExitStack, config: ServerConfig, folder: StateFolder | None = 
     """
     held = folder or stack.enter_context(StateFolder(config.state, config.database))
     job = held.read_job(config)
-    worker: Executes = stack.enter_context(helped(job.worker, config.workers, config.workers_url))
+    worker: CommandExecutor = stack.enter_context(helped(job.worker, config.workers, config.workers_url))
     return Kept(config, held, job, worker)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
-from fedprune.coordination.device_scheduler import Borrower
+from fedprune.coordination.device_scheduler import JobDemand
 from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
 from fedprune.jobs.schedule import SYNCHRONOUS
@@ -209,19 +209,19 @@ class JobDesk(Daemon):
         found, self._changed = self._changed, set()
         return found
 
-    def borrower(self) -> Borrower | None:
+    def borrower(self) -> JobDemand | None:
         """What the job needs now; None if it is finished."""
         state = self.state
         if state.phase is Phase.FINISHED:
             return None
         weight = 0.0 if state.paused else self.weight
         if state.phase is Phase.WAITING:
-            return Borrower(self.job.name, weight, self.job.devices, 2**31)
+            return JobDemand(self.job.name, weight, self.job.devices, 2**31)
         if not self._schedule.asynchronous:
-            return Borrower(self.job.name, weight, self.job.devices, 0)
+            return JobDemand(self.job.name, weight, self.job.devices, 0)
         holds = state.tasks.count(*_UNDER_WAY)
         room = max(0, (self._schedule.concurrent or 2**31) - holds) if state.phase is Phase.TRAINING else 0
-        return Borrower(self.job.name, weight, 1, room, holds)
+        return JobDemand(self.job.name, weight, 1, room, holds)
 
     def _note(self, devices: Collection[str]) -> None:
         """Keep who has changed, before that is settled; with the phase it may be anybody who has a part."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedprune.coordination import State
 from fedprune.coordination import events as on
-from fedprune.coordination.pace import news, share_of
+from fedprune.coordination.stragglers import news, share_of
 from fedprune.core.errors import ProfileError, ProtocolError, UnknownMessageError
 from fedprune.core.metrics import believable, served
 from fedprune.core.text import one_line

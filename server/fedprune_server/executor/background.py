@@ -16,7 +16,7 @@ Work = do.Score | do.Extract | do.Fold | do.Close | do.Evaluate
 Result = on.Event | BaseException
 
 
-class Executes(Protocol):
+class CommandExecutor(Protocol):
     """Whoever carries out heavy commands; `fedprune_server.executor.worker.Worker` does."""
 
     def execute(self, command: Work) -> on.Event:
@@ -28,7 +28,7 @@ class Executes(Protocol):
         ...
 
 
-class Workshop:
+class BackgroundExecutor:
     """Runs commands on a worker in a thread of its own.
 
     Results come in the order of the commands, and each is there before the next command begins. The daemon deletes what
@@ -38,7 +38,7 @@ class Workshop:
         worker: Carries them out.
     """
 
-    def __init__(self, worker: Executes) -> None:
+    def __init__(self, worker: CommandExecutor) -> None:
         self._worker = worker
         self._orders: queue.Queue[Work | None] = queue.Queue()
         self._results: queue.Queue[Result] = queue.Queue()

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.jobs.change_tracking import Roll
+from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.state import named_in
 from fedprune_server.executor.offers import LatestGraphs, graphs_of
 
@@ -34,7 +34,7 @@ class Garbage:
             return
         known = bool(self._held)
         self._hold((0, ""), state.own_references())
-        for floor, roll in enumerate[Roll[Any]]((state.devices, state.tasks), 1):
+        for floor, roll in enumerate[TrackedDict[Any]]((state.devices, state.tasks), 1):
             for name in roll.changed if known else list(roll):
                 self._hold((floor, name), roll[name].references() if name in roll else set())
 

@@ -38,7 +38,7 @@ _GROUP, _GROUPS = 16, 4
 """So many submodels at most are one task, and so many tasks there are at least for each helper, if there are enough."""
 
 
-class Crew:
+class DistributedWorker:
     """Carries out commands as its worker does; what is expected is done by helpers meanwhile.
 
     Args:
@@ -143,7 +143,9 @@ class Crew:
 
 
 @contextmanager
-def helped(worker: Worker | Crew, helpers: int, url: str = PROCESSES) -> Iterator[Worker | Crew]:
+def helped(
+    worker: Worker | DistributedWorker, helpers: int, url: str = PROCESSES
+) -> Iterator[Worker | DistributedWorker]:
     """A worker, with helpers if there are to be several processes.
 
     Args:
@@ -159,7 +161,7 @@ def helped(worker: Worker | Crew, helpers: int, url: str = PROCESSES) -> Iterato
         yield worker
         return
     pool = ProcessPool(worker, helpers) if url == PROCESSES else RayPool(url, worker)
-    with closing(Crew(worker, pool)) as crew:
+    with closing(DistributedWorker(worker, pool)) as crew:
         yield crew
 
 

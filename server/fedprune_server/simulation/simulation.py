@@ -17,17 +17,17 @@ from typing import Any
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.codec import CODECS
-from fedprune.coordination import Coordinator, Phase, State, coordinate
+from fedprune.coordination import Phase, State, SynchronousCoordinator, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.pace import PARTS
+from fedprune.coordination.stragglers import PARTS
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.core.rng import keyed
 from fedprune.core.text import one_line
 from fedprune.training.recipe import Recipe
 from fedprune_server.executor.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit
 from fedprune_server.executor.worker import Worker
-from fedprune_server.executor.worker_pool import Crew, helped
+from fedprune_server.executor.worker_pool import DistributedWorker, helped
 from fedprune_server.simulation.checkpoints import write_checkpoint
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.pooled_runner import PooledBench
@@ -70,7 +70,7 @@ class Simulation:
             )
         worker = Worker(job, model, store, experiment.evaluation, experiment.calibration)
         _ = worker.accountant  # whatever it lacks is better known now
-        self._worker: Worker | Crew = worker
+        self._worker: Worker | DistributedWorker = worker
         self._initial = worker.initial
         self._notary = Notary(job, model, store, experiment.measure)
         self._profiles: dict[int, dict[str, Any]] = {}
@@ -125,7 +125,7 @@ class Simulation:
             bench.boards = self._run.boards
             if begun is not None:
                 begun(self)
-            if isinstance(self.coordinator, Coordinator):
+            if isinstance(self.coordinator, SynchronousCoordinator):
                 self._carry_out_all(self.coordinator.extend(self._run.clock))
             while self.state.phase is not Phase.FINISHED:
                 if not self._run.queue:

@@ -21,7 +21,7 @@ from fedprune.coordination import State
 from fedprune.coordination.events import Event
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
-from fedprune.jobs.change_tracking import Roll
+from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.state import Device, Task
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.storage.database import Database, mark, put_mark
@@ -265,7 +265,7 @@ class Storage:
             StorageError: The database can't be written.
         """
         # Devices, parts and finished rounds lie in tables of their own, so that an event doesn't write all of them.
-        body = replace(state, history=[], devices=Roll(), tasks=Roll()).to_json()
+        body = replace(state, history=[], devices=TrackedDict(), tasks=TrackedDict()).to_json()
         anew = state is not self._saved
         devices = self._devices.changes(state.devices, anew=anew)
         tasks = self._tasks.changes(state.tasks, anew=anew)

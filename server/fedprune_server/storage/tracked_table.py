@@ -7,10 +7,10 @@ from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sql
 
-from fedprune.jobs.change_tracking import Entry, Roll
+from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
 from fedprune_server.storage.schema import decoded, upsert
 
-E = TypeVar("E", bound=Entry)
+E = TypeVar("E", bound=TrackedEntry)
 Row = dict[str, Any]
 
 
@@ -38,7 +38,7 @@ class RollTable(Generic[E]):
         self._known = {name: hash(body) for name, body in rows}
         return {name: decoded(body, url) for name, body in rows}
 
-    def changes(self, roll: Roll[E], *, anew: bool) -> dict[str, Row | None]:
+    def changes(self, roll: TrackedDict[E], *, anew: bool) -> dict[str, Row | None]:
         """Rows that are not in the table yet as they are now; None for those that are to go.
 
         Args:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fedprune.coordination import Coordinator, State
+from fedprune.coordination import State, SynchronousCoordinator
 from fedprune_server.monitoring.observer import Onlooker
 from still_job import StillJob
 from stored_job import TO_THE_SECOND_ROUND
@@ -19,7 +19,7 @@ def played() -> Callable[[Onlooker], State]:
 
     def play(watch: Onlooker) -> State:
         state = State(model="m" * 64)
-        coordinator = Coordinator(JOB, ARCHITECTURE, state)
+        coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
         told = 0
         for i, event in enumerate(TO_THE_SECOND_ROUND):
             now = 1000.0 + i

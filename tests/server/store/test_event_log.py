@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.coordination import Coordinator, State
+from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import events as on
 from fedprune_server.storage.storage import FILE, Storage
 from stored_job import born
@@ -23,7 +23,7 @@ def storage(tmp_path: Path) -> Iterator[Storage]:
 
 def test_events_are_kept_in_order_with_their_time(storage: Storage) -> None:
     state = State(model="m" * 64)
-    coordinator = Coordinator(replace(JOB, devices=9), ARCHITECTURE, state)
+    coordinator = SynchronousCoordinator(replace(JOB, devices=9), ARCHITECTURE, state)
     for number, name in enumerate("cab"):
         coordinator.handle(born(name), float(number))
         storage.save(state, [born(name)], float(number))

@@ -15,7 +15,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
-from fedprune_server.executor.background import Work, Workshop
+from fedprune_server.executor.background import BackgroundExecutor, Work
 from toy import JOB
 
 MADE = (on.Scored, on.Extracted, on.Folded, on.Closed, on.Evaluated)
@@ -76,7 +76,7 @@ def test_the_workshop_begins_with_nothing_before_what_was_ordered_earlier_is_ans
             pass
 
     begun: list[int] = []
-    workshop = Workshop(Slow())
+    workshop = BackgroundExecutor(Slow())
     try:
         for number in (1, 2, 3):
             workshop.order(do.Evaluate(number, ""))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fedprune.coordination import Coordinator, Phase
+from fedprune.coordination import Phase, SynchronousCoordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
@@ -64,7 +64,7 @@ def play(opened, folder, commands, until=()):
     That may also be a function that knows it when it sees it.
     """
     stops = until if callable(until) and not isinstance(until, type) else lambda c: isinstance(c, until)
-    coordinator = Coordinator(opened.job, opened.model.architecture, opened.state)
+    coordinator = SynchronousCoordinator(opened.job, opened.model.architecture, opened.state)
     todo = list(coordinator.resume(0.0) if commands is None else commands(coordinator))
     while todo:
         command, event = todo.pop(0), None

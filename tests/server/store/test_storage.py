@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination import Coordinator, State
+from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import events as on
 from fedprune.core.errors import StorageError, StorageFullError
 from fedprune.jobs.state import Device
@@ -46,7 +46,7 @@ def test_what_is_saved_step_by_step_is_what_was_there_last(
 ) -> None:
     folder = tmp_path_factory.mktemp("db")
     state = State(model="m" * 64)
-    coordinator = Coordinator(JOB, ARCHITECTURE, state)
+    coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
     changes = 0
     with Storage.at(folder) as storage:
         storage.save(state, (), 0.0)
@@ -66,7 +66,7 @@ def test_what_is_saved_step_by_step_is_what_was_there_last(
 def test_events_may_be_saved_by_the_handful(tmp_path_factory: pytest.TempPathFactory, handfuls: list[int]) -> None:
     folder = tmp_path_factory.mktemp("db")
     state = State(model="m" * 64)
-    coordinator = Coordinator(JOB, ARCHITECTURE, state)
+    coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
     events = list(TO_THE_SECOND_ROUND)
     with Storage.at(folder) as storage:
         while events:

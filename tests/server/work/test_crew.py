@@ -31,7 +31,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.executor.offers import GRAPH_ROUNDS
 from fedprune_server.executor.process_pool import ProcessPool
 from fedprune_server.executor.worker import Worker
-from fedprune_server.executor.worker_pool import Crew
+from fedprune_server.executor.worker_pool import DistributedWorker
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
@@ -53,8 +53,8 @@ def worker(model: Model, tmp_path: Path) -> Worker:
 
 
 @pytest.fixture
-def crew(worker: Worker) -> Iterator[Crew]:
-    with closing(Crew(worker, ProcessPool(worker, 2))) as crew:
+def crew(worker: Worker) -> Iterator[DistributedWorker]:
+    with closing(DistributedWorker(worker, ProcessPool(worker, 2))) as crew:
         yield crew
 
 
@@ -67,7 +67,7 @@ def extracts(worker: Worker) -> list[do.Extract]:
     return [do.Extract(basis, do.Part(n, 1, widths[n], d, 10, None)) for n, d in DENSITIES.items()]
 
 
-def test_helpers_make_the_same_offers(worker: Worker, crew: Crew) -> None:
+def test_helpers_make_the_same_offers(worker: Worker, crew: DistributedWorker) -> None:
     orders = extracts(worker)
     crew.expect([do.Wake(1.0), *orders])
 
@@ -81,14 +81,14 @@ def test_offers_that_helpers_made_have_slabs_too(model: Model, tmp_path: Path) -
     assert sliced._slabs is not None
     sliced._slabs._least = 0
     orders = extracts(sliced)
-    with closing(Crew(sliced, ProcessPool(sliced, 2))) as crew:
+    with closing(DistributedWorker(sliced, ProcessPool(sliced, 2))) as crew:
         crew.expect(orders)
         made = [crew.execute(o) for o in orders]
     assert sorted(len(e.offer["slabs"]) for e in made if isinstance(e, on.Extracted)) == [1, 2, 3]
     assert made == [sliced.execute(o) for o in orders]
 
 
-def test_graphs_of_earlier_rounds_are_let_go_of(worker: Worker, crew: Crew) -> None:
+def test_graphs_of_earlier_rounds_are_let_go_of(worker: Worker, crew: DistributedWorker) -> None:
     found = []
     for round_, order in zip((1, GRAPH_ROUNDS + 1, GRAPH_ROUNDS + 2), extracts(worker), strict=True):
         order = replace(order, basis=replace(order.basis, round=round_))
@@ -99,7 +99,9 @@ def test_graphs_of_earlier_rounds_are_let_go_of(worker: Worker, crew: Crew) -> N
     assert crew.graphs() & set(found) == set(found[1:])
 
 
-def test_graphs_that_the_worker_itself_has_made_are_let_go_of_like_those_of_helpers(worker: Worker, crew: Crew) -> None:
+def test_graphs_that_the_worker_itself_has_made_are_let_go_of_like_those_of_helpers(
+    worker: Worker, crew: DistributedWorker
+) -> None:
     first, second, _ = extracts(worker)
     own = crew.execute(first)  # nobody expected it
     assert isinstance(own, on.Extracted)
@@ -115,7 +117,7 @@ def test_what_a_helper_makes_again_is_in_the_bucket_again(model: Model, at_s3: S
     store = BucketStore(tmp_path / "blobs", f"s3://{at_s3.bucket()}/job")
     worker = Worker(JOB, model, store)
     order = extracts(worker)[0]
-    with closing(Crew(worker, ProcessPool(worker, 2))) as crew:
+    with closing(DistributedWorker(worker, ProcessPool(worker, 2))) as crew:
         for _ in range(3):  # by each of two helpers, or twice by one
             crew.expect([order])
             event = crew.execute(order)
@@ -127,7 +129,7 @@ def test_what_a_helper_makes_again_is_in_the_bucket_again(model: Model, at_s3: S
     store.close()
 
 
-def test_what_was_expected_otherwise_is_done_as_ordered(worker: Worker, crew: Crew) -> None:
+def test_what_was_expected_otherwise_is_done_as_ordered(worker: Worker, crew: DistributedWorker) -> None:
     order = extracts(worker)[0]
     crew.expect([order])
     other = replace(order, part=replace(order.part, widths=widths_at(worker.architecture, 0.75)))
@@ -135,7 +137,7 @@ def test_what_was_expected_otherwise_is_done_as_ordered(worker: Worker, crew: Cr
     assert crew.execute(other) == worker.execute(other) != worker.execute(order)
 
 
-def test_an_error_is_the_workers_own(worker: Worker, crew: Crew) -> None:
+def test_an_error_is_the_workers_own(worker: Worker, crew: DistributedWorker) -> None:
     order = extracts(worker)[0]
     lost = replace(order, basis=replace(order.basis, model="0" * 64))
     crew.expect([lost])
@@ -144,7 +146,7 @@ def test_an_error_is_the_workers_own(worker: Worker, crew: Crew) -> None:
         crew.execute(lost)
 
 
-def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: Crew) -> None:
+def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: DistributedWorker) -> None:
     orders = extracts(worker)
     crew.expect(orders)
     expected = [crew.execute(o) for o in orders]
@@ -160,7 +162,9 @@ def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: Crew) -> No
     assert [crew.execute(o) for o in orders] == expected
 
 
-def test_helpers_that_fail_are_told_once(worker: Worker, crew: Crew, caplog: pytest.LogCaptureFixture) -> None:
+def test_helpers_that_fail_are_told_once(
+    worker: Worker, crew: DistributedWorker, caplog: pytest.LogCaptureFixture
+) -> None:
     class Broken:
         adds, size, patience_s = False, 2, 5.0
 

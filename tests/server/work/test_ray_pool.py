@@ -36,7 +36,7 @@ from fedprune_server.executor import pool_tasks, ray_pool
 from fedprune_server.executor.pool_tasks import Settings
 from fedprune_server.executor.ray_pool import ClusterError, RayPool
 from fedprune_server.executor.worker import Worker
-from fedprune_server.executor.worker_pool import Crew
+from fedprune_server.executor.worker_pool import DistributedWorker
 from fedprune_server.simulation.digits import digits_model
 from machine import free_port
 
@@ -243,7 +243,7 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
     expected, offers = alone.execute(close), [alone.execute(order) for order in many]
 
     pool = RayPool(f"ray:{cluster.address}", alone, again_s=0.5)
-    with closing(Crew(worker(model, tmp_path), pool, block=500, batch=5)) as crew:
+    with closing(DistributedWorker(worker(model, tmp_path), pool, block=500, batch=5)) as crew:
         assert pool.size == 2
         crew.expect(many)
         assert [crew.execute(order) for order in many] == offers
@@ -289,7 +289,7 @@ def _node_of(pid: int, cluster: Any) -> Any:
     raise AssertionError(f"no node has process {pid}")
 
 
-def played(crew: Crew, folds: list[do.Fold], close: do.Close) -> on.Event:
+def played(crew: DistributedWorker, folds: list[do.Fold], close: do.Close) -> on.Event:
     crew.expect(folds)
     for fold in folds:
         crew.execute(fold)

@@ -28,7 +28,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.executor import pool_tasks, shared_sums
 from fedprune_server.executor.pool_tasks import Settings, Task
 from fedprune_server.executor.worker import Worker
-from fedprune_server.executor.worker_pool import Crew
+from fedprune_server.executor.worker_pool import DistributedWorker
 from fedprune_server.simulation.digits import digits_model
 
 DENSITIES = (1.0, 0.5, 0.25, 1.0, 0.75, 0.5, 0.25, 1.0, 0.5)
@@ -120,7 +120,7 @@ def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.Fold],
     return [do.Fold(1, start, {}, c) for c in found], do.Close(1, start, {}, names, tuple(found))
 
 
-def played(w: Worker | Crew, folds: list[do.Fold], close: do.Close) -> on.Event:
+def played(w: Worker | DistributedWorker, folds: list[do.Fold], close: do.Close) -> on.Event:
     """The end of a round."""
     w.expect(folds)
     events = [w.execute(fold) for fold in folds]
@@ -140,7 +140,7 @@ def test_sums_of_helpers_have_the_workers_bits(
     assert expected.model != close.model
 
     helpers = Helpers(alone)
-    crew = Crew(worker(model, tmp_path, settings), helpers, block=500, batch=batch)
+    crew = DistributedWorker(worker(model, tmp_path, settings), helpers, block=500, batch=batch)
     assert played(crew, folds[::-1], close) == expected
     assert helpers.count(pool_tasks.check) == len(folds)
     assert helpers.count(pool_tasks.add_up) >= 2
@@ -160,7 +160,7 @@ def test_a_long_update_is_shortened_to_the_same_bits_by_whoever_adds_it(
     assert unlimited.model != expected.model
     assert worker(model, tmp_path, settings).execute(close) == expected, "a process that saw no update arrive"
 
-    crew = Crew(worker(model, tmp_path, settings), Helpers(alone), block=500, batch=4)
+    crew = DistributedWorker(worker(model, tmp_path, settings), Helpers(alone), block=500, batch=4)
     assert played(crew, folds[::-1], close) == expected
 
 
@@ -168,7 +168,7 @@ def test_a_helper_reads_no_more_of_an_update_than_it_adds(model: Model, tmp_path
     w = worker(model, tmp_path, {"strategy": "plain"})
     folds, close = round_of(w)
     helpers = Helpers(w)
-    played(Crew(w, helpers, block=500), folds, close)
+    played(DistributedWorker(w, helpers, block=500), folds, close)
     added = [a for t, a in helpers.done if t is pool_tasks.add_up]
     assert len(added) == 3
     assert sorted(n for a in added for n in a.names) == sorted(t.name for t in w.architecture.tensors)
@@ -185,7 +185,7 @@ def test_what_helpers_fail_at_the_worker_does(model: Model, tmp_path: Path, task
 
     helpers = Helpers(alone)
     helpers.fails = lambda done, _: done is task and helpers.count(task) % when == 0
-    crew = Crew(worker(model, tmp_path, {"strategy": "plain"}), helpers, block=500, batch=4)
+    crew = DistributedWorker(worker(model, tmp_path, {"strategy": "plain"}), helpers, block=500, batch=4)
     assert played(crew, folds, close) == expected
 
 
@@ -212,7 +212,7 @@ def test_sums_that_cannot_be_are_not_taken(
     expected = played(alone, folds, close)
     helpers = Helpers(alone)
     helpers.changed = changed
-    crew = Crew(worker(model, tmp_path, {"strategy": "plain"}), helpers, block=500)
+    crew = DistributedWorker(worker(model, tmp_path, {"strategy": "plain"}), helpers, block=500)
     with caplog.at_level(logging.WARNING):
         assert played(crew, folds, close) == expected
 
@@ -232,7 +232,7 @@ def test_sums_that_were_taken_in_half_are_made_anew(
         add(self, *arguments)
 
     monkeypatch.setattr(Coverage, "add", short)
-    crew = Crew(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500, batch=4)
+    crew = DistributedWorker(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500, batch=4)
     assert played(crew, folds, close) == expected
     assert calls
 
@@ -244,12 +244,12 @@ def test_an_update_at_fault_costs_itself(model: Model, tmp_path: Path) -> None:
     assert isinstance(rejected, on.UpdateRejected)
     expected = played(alone, folds, close)
 
-    crew = Crew(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500, batch=4)
+    crew = DistributedWorker(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500, batch=4)
     crew.expect(folds)
     assert crew.execute(folds[3]) == rejected
     assert played(crew, folds, close) == expected
     # A round may also be told to close with it, after a restart for example.
-    restarted = Crew(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500)
+    restarted = DistributedWorker(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500)
     assert restarted.execute(close) == worker(model, tmp_path, {"strategy": "plain"}).execute(close)
 
 
@@ -260,7 +260,7 @@ def test_only_what_counts_at_the_end_is_in_the_sums(model: Model, tmp_path: Path
     lighter = replace(close, contributions=tuple(replace(c, weight=1 + c.weight // 2) for c in close.contributions))
     fewer = replace(close, contributions=close.contributions[1:])
     for end in (lighter, fewer):
-        crew = Crew(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500, batch=3)
+        crew = DistributedWorker(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500, batch=3)
         crew.expect(folds)
         for fold in folds:
             crew.execute(fold)
@@ -273,7 +273,7 @@ def test_what_cannot_be_split_is_left_to_the_worker(model: Model, tmp_path: Path
     folds, close = round_of(alone)
     expected = played(alone, folds, close)
     helpers = Helpers(alone)
-    assert played(Crew(worker(model, tmp_path, settings), helpers, block=500), folds, close) == expected
+    assert played(DistributedWorker(worker(model, tmp_path, settings), helpers, block=500), folds, close) == expected
     assert not helpers.done
 
 
@@ -281,7 +281,7 @@ def test_a_small_model_is_not_worth_the_way(model: Model, tmp_path: Path) -> Non
     w = worker(model, tmp_path, {"strategy": "plain"})
     folds, close = round_of(w)
     helpers = Helpers(w)
-    played(Crew(w, helpers), folds, close)
+    played(DistributedWorker(w, helpers), folds, close)
     assert not helpers.done
 
 
@@ -292,7 +292,7 @@ def test_submodels_of_many_devices_are_few_tasks(model: Model, tmp_path: Path) -
     parts = [replace(folds[k % 9].contribution.part, device=f"m{k}") for k in range(400)]
     orders = [do.Extract(basis, part) for part in parts]
     helpers = Helpers(w)
-    crew = Crew(w, helpers)
+    crew = DistributedWorker(w, helpers)
     crew.expect(orders)
     assert helpers.count(pool_tasks.extract) == 400 / 16
     assert [crew.execute(o) for o in orders[:20]] == [w.execute(o) for o in orders[:20]]
@@ -336,7 +336,7 @@ def test_helpers_that_hang_are_waited_for_once(
     mine = worker(model, tmp_path, STRATEGIES["plain"])
     helpers = Hanging(mine, never)
     monkeypatch.setattr(shared_sums, "time", SimpleNamespace(monotonic=lambda: helpers.now))
-    crew = Crew(mine, helpers, block=500, batch=4)
+    crew = DistributedWorker(mine, helpers, block=500, batch=4)
     orders = [do.Extract(f.contribution.basis, f.contribution.part) for f in folds]
     crew.expect(orders)
     assert [crew.execute(order) for order in orders] == [alone.execute(order) for order in orders]

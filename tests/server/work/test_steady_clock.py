@@ -9,7 +9,7 @@ import pytest
 from fleet import Fleet, folded
 
 from fedprune.wire.messages import Hello
-from fedprune_server.executor.steady_clock import SteadyClock
+from fedprune_server.engine.steady_clock import SteadyClock
 from fedprune_server.ota.store import RolloutStore
 from toy import JOB
 

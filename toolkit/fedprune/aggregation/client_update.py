@@ -16,7 +16,7 @@ Moves = dict[str, npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True, eq=False)
-class Addition:
+class ClientUpdate:
     """What `Fold.add` is given, checked.
 
     Attributes:
@@ -67,7 +67,7 @@ class Addition:
                 total += self.tensors[spec.name].size if mask is None else int(mask.sum())
         return total
 
-    def shortened(self, base: Tensors, factor: float) -> Addition:
+    def shortened(self, base: Tensors, factor: float) -> ClientUpdate:
         """The same with factor·Δ_k; statistics stay."""
         tensors = dict(self.tensors)
         for spec in self.selection.architecture.trainable:

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation.checks import check_counts, check_model, check_submodel
-from fedprune.aggregation.client_update import Addition
+from fedprune.aggregation.client_update import ClientUpdate
 from fedprune.aggregation.coverage import partly_active
 from fedprune.aggregation.fixed_point import MAX_WEIGHT, Range
 from fedprune.aggregation.layout import to_global
@@ -47,7 +47,7 @@ Rule = Literal["coverage", "fill", "zero"]
 
 Float64s = npt.NDArray[np.float64]
 
-Change = Callable[[Addition], Addition]
+Change = Callable[[ClientUpdate], ClientUpdate]
 """Changes the tensors of a checked update before it is added."""
 
 
@@ -100,7 +100,7 @@ class Fold:
         self.threads = threads
         self.excluded = frozenset(excluded)
         self.change: Change | None = None
-        self._collected: list[Addition] | None = None
+        self._collected: list[ClientUpdate] | None = None
         self._shared = tuple(t for t in architecture.tensors if t.name not in self.excluded)
         pairs = _paired_means(architecture) if pool_variance else {}
         self._means = {v: m for v, m in pairs.items() if not {v, m} & self.excluded}
@@ -121,9 +121,9 @@ class Fold:
         )
 
     @contextmanager
-    def collecting(self) -> Iterator[list[Addition]]:
+    def collecting(self) -> Iterator[list[ClientUpdate]]:
         """Collect updates in a list instead of adding them: the sums stay as they are, and so does their weight."""
-        collected: list[Addition] = []
+        collected: list[ClientUpdate] = []
         self._collected = collected
         try:
             yield collected
@@ -238,7 +238,7 @@ class Fold:
                 self.check(selection, tensors)
         active = partly_active(self.architecture, selection, mask, self.excluded)
         copied = sent is not None or bool(active)
-        addition = Addition(selection, submodel, weight, steps, mask, sent)
+        addition = ClientUpdate(selection, submodel, weight, steps, mask, sent)
         if self._collected is not None:
             self._collected.append(addition)
             return

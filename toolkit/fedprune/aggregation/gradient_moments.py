@@ -18,7 +18,7 @@ _STEP_RANGE = Range(-2)
 _STEP_SQUARE_RANGE = Range(-4)
 
 
-class Movement:
+class GradientMoments:
     """Order-free sums of u_k = Δ_k / steps_k and of its square, per coordinate.
 
     Args:
@@ -62,7 +62,7 @@ class Movement:
         for at, part in pairs:
             self.second[name].add(moved[part], weight, at)
 
-    def merge(self, other: Movement, layout: Selection, theirs: Selection) -> None:
+    def merge(self, other: GradientMoments, layout: Selection, theirs: Selection) -> None:
         """Add sums of the same tensors that lie in another layout."""
         for mine, more in ((self.first, other.first), (self.second, other.second)):
             merge_sums(mine, more, self._specs.values(), layout, theirs)

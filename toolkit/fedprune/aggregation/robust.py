@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.client_update import Addition, norm
+from fedprune.aggregation.client_update import ClientUpdate, norm
 from fedprune.aggregation.fold import Fold
 from fedprune.aggregation.layout import Expansion
 from fedprune.model.architecture import Architecture, TensorSpec
@@ -35,7 +35,7 @@ _BLOCK = 131_072  # float32s of all devices together, 512 KiB: they stay in the 
 _NETWORK = 256  # devices
 
 
-def clipped(addition: Addition, base: Tensors, limit: float, left_out: Collection[str] = ()) -> Addition:
+def clipped(addition: ClientUpdate, base: Tensors, limit: float, left_out: Collection[str] = ()) -> ClientUpdate:
     """An update whose move is at most `limit` long; one that is not longer keeps its bits.
 
     Args:
@@ -88,7 +88,7 @@ class Direction:
         self._fold = Fold(architecture, zero, rule="zero", excluded=self._left_out)
         self._sum: Tensors | None = None
 
-    def add(self, addition: Addition) -> None:
+    def add(self, addition: ClientUpdate) -> None:
         """Add an update's direction."""
         unit = self._unit(addition)
         shapes = addition.selection.shapes()
@@ -96,7 +96,7 @@ class Direction:
         self._fold.add(addition.selection, tensors, 1)
         self._sum = None
 
-    def cosine(self, addition: Addition) -> float:
+    def cosine(self, addition: ClientUpdate) -> float:
         """Between an update that was added and the sum of all others, where it holds coordinates."""
         if self._sum is None:
             self._sum = self._fold.close()[0]
@@ -109,7 +109,7 @@ class Direction:
             square += float(np.vdot(others, others))
         return dot / math.sqrt(square) if square > 0 else 0.0
 
-    def _unit(self, addition: Addition) -> dict[str, npt.NDArray[np.float64]]:
+    def _unit(self, addition: ClientUpdate) -> dict[str, npt.NDArray[np.float64]]:
         moves = addition.moves(self._base, self._left_out)
         length = norm(moves)
         return {n: v / length if length > 0 else v for n, v in moves.items()}
@@ -161,7 +161,7 @@ def slabs(specs: Sequence[TensorSpec], updates: int, budget: int) -> Iterator[li
         yield batch
 
 
-def rows_of(slab: Slab, addition: Addition, base: Tensors, whole: Selection) -> npt.NDArray[np.float32]:
+def rows_of(slab: Slab, addition: ClientUpdate, base: Tensors, whole: Selection) -> npt.NDArray[np.float32]:
     """What an update says of a slab: infinite where it says nothing.
 
     Args:

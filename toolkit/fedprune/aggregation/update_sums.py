@@ -17,7 +17,7 @@ from fedprune.aggregation import compiled_kernels
 from fedprune.aggregation.compiled_kernels import Apart
 from fedprune.aggregation.coverage import Active, Coverage
 from fedprune.aggregation.fixed_point import FixedSum, Range, run_all
-from fedprune.aggregation.gradient_moments import Movement, merge_sums
+from fedprune.aggregation.gradient_moments import GradientMoments, merge_sums
 from fedprune.aggregation.layout import (
     Expansion,
     in_one_piece,
@@ -75,7 +75,7 @@ class UpdateSums:
         threads: int,
     ) -> None:
         self.coverage = Coverage(architecture)
-        self.movement = Movement(t for t in specs if t.kind.trainable and evidence)
+        self.movement = GradientMoments(t for t in specs if t.kind.trainable and evidence)
         self._architecture, self._base, self._specs = architecture, base, specs
         self._means, self._threads = means, threads
         rooms = in_one_piece(specs, np.zeros(sum(math.prod(t.shape) for t in specs)))

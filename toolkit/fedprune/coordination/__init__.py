@@ -6,17 +6,17 @@ Not here: carrying commands out (the server's `engine` and `executor`, or the si
 from collections.abc import Collection
 
 from fedprune.coordination.asynchronous import AsynchronousCoordinator
-from fedprune.coordination.base import Desk
-from fedprune.coordination.synchronous import Coordinator
+from fedprune.coordination.base import Coordinator
+from fedprune.coordination.synchronous import SynchronousCoordinator
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, State
 from fedprune.model.architecture import Architecture
 from fedprune.strategies import compose
 
-__all__ = ["AsynchronousCoordinator", "Coordinator", "Desk", "Phase", "State", "coordinate"]
+__all__ = ["AsynchronousCoordinator", "Coordinator", "Phase", "State", "SynchronousCoordinator", "coordinate"]
 
 
-def coordinate(job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> Desk:
+def coordinate(job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> Coordinator:
     """The coordinator of a job: of synchronous rounds or of asynchronous ones, as its strategy's schedule says.
 
     Args:
@@ -29,5 +29,5 @@ def coordinate(job: Job, architecture: Architecture, state: State, frozen: Colle
         ConfigError: The job's strategy or its options are wrong.
     """
     schedule = compose(job).schedule
-    kind = AsynchronousCoordinator if schedule is not None and schedule.asynchronous else Coordinator
+    kind = AsynchronousCoordinator if schedule is not None and schedule.asynchronous else SynchronousCoordinator
     return kind(job, architecture, state, frozen)

@@ -13,19 +13,19 @@ from dataclasses import replace
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.availability import Attendance
-from fedprune.coordination.base import Commands, Desk, based, steps_of
-from fedprune.coordination.staleness import Shares, plain
+from fedprune.coordination.availability import Availability
+from fedprune.coordination.base import Commands, Coordinator, based, steps_of
+from fedprune.coordination.staleness import UpdateWeights, plain
 from fedprune.coordination.stragglers import LATE
 from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
-from fedprune.jobs.change_tracking import Roll
+from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
 
 
-class AsynchronousCoordinator(Desk):
+class AsynchronousCoordinator(Coordinator):
     """Rounds that close by arrivals or by windows, over devices that never wait for one another.
 
     Until a round is scored, and while it is closed and evaluated, updates go on coming in: they count for the next.
@@ -37,8 +37,8 @@ class AsynchronousCoordinator(Desk):
         super().__init__(job, architecture, state, frozen)
         # With fewer offers than idle devices the order is drawn: the first to ask would else always be served first.
         turn = self._turn if self.schedule.concurrent else None
-        self._attendance = Attendance(state, self.ledger.may, turn)
-        self._shares = Shares(state, self.schedule, job, uniform=self.uniform)
+        self._availability = Availability(state, self.privacy_budget.may, turn)
+        self._weights = UpdateWeights(state, self.schedule, job, uniform=self.uniform)
 
     def handle(self, event: on.Event, now: float) -> Commands:
         """Take in one event and say what to do."""
@@ -138,12 +138,12 @@ class AsynchronousCoordinator(Desk):
             return []
         room = len(state.devices)
         if self.schedule.concurrent:
-            room = self.schedule.concurrent - self._attendance.busy
+            room = self.schedule.concurrent - self._availability.busy
         if room <= 0:
             return []
-        idle = self._attendance.first(room)
+        idle = self._availability.first(room)
         if not idle:
-            over = not self._attendance.at_work and not self._attendance.arrivals and self.ledger.barred()
+            over = not self._availability.at_work and not self._availability.arrivals and self.privacy_budget.barred()
             return self._spent_out(state.round - 1) if over else []
         basis = plain(self._basis())
         for name in idle:
@@ -172,7 +172,7 @@ class AsynchronousCoordinator(Desk):
             return []
         task.offer, task.progress = event.offer, Progress.OFFERED
         task.offered_at, task.deadline = now, now + self.deadline_s
-        self.ledger.offered(event.device)
+        self.privacy_budget.offered(event.device)
         return [do.SendOffer(event.device, event.round, event.attempt, event.offer)]
 
     # Updates come in.
@@ -202,13 +202,13 @@ class AsynchronousCoordinator(Desk):
         task.seconds = None if task.offered_at is None else now - task.offered_at
         commands: Commands = [do.Acknowledge(event.device, event.round, event.attempt, event.weights)]
         if self.state.phase is Phase.TRAINING:
-            commands.append(self._fold(event.device, task, self._shares.weight(event.device)))
+            commands.append(self._fold(event.device, task, self._weights.weight(event.device)))
         return commands
 
     def _folds(self) -> Commands:
         """Add what came while no sums were open."""
         tasks = sorted(self.state.tasks.items())
-        return [self._fold(n, t, self._shares.weight(n)) for n, t in tasks if t.progress is Progress.STORED]
+        return [self._fold(n, t, self._weights.weight(n)) for n, t in tasks if t.progress is Progress.STORED]
 
     def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
         task = self._task(event, Progress.PULLING) or self._task(event, Progress.STORED)
@@ -233,7 +233,7 @@ class AsynchronousCoordinator(Desk):
             return [do.Wake(min(state.wakes))]  # a clock was set back
         state.wakes = [at for at in state.wakes if at > now]
         late: dict[str, tuple[int, int]] = {}
-        for name in self._attendance.late(now):
+        for name in self._availability.late(now):
             task = state.tasks[name]
             task.deadline = None
             if task.progress is not Progress.REFUSED:
@@ -251,7 +251,7 @@ class AsynchronousCoordinator(Desk):
         state = self.state
         if state.phase is Phase.FINISHED:
             return []
-        times = [self._attendance.next_deadline, state.deadline if state.phase is Phase.TRAINING else None]
+        times = [self._availability.next_deadline, state.deadline if state.phase is Phase.TRAINING else None]
         due = min((at for at in times if at is not None), default=None)
         if due is None or any(at <= due for at in state.wakes):
             return []
@@ -264,16 +264,16 @@ class AsynchronousCoordinator(Desk):
         state = self.state
         if state.phase is not Phase.TRAINING or state.opened is None:
             return []
-        times = self._attendance.arrivals
-        working = self._attendance.at_work
-        state.deadline = self.schedule.closes_at(state.opened, times, working or self._attendance.absent, now)
+        times = self._availability.arrivals
+        working = self._availability.at_work
+        state.deadline = self.schedule.closes_at(state.opened, times, working or self._availability.absent, now)
         if state.deadline is None and times and not working:
             # Devices that are away had time to come back.
             state.deadline = state.opened + self.deadline_s
         if state.deadline is None or state.deadline > now:
             return []
-        fresh = self._attendance.done()[: self.schedule.arrivals or None]
-        state.closing = self._shares.entering(dict(fresh))
+        fresh = self._availability.done()[: self.schedule.arrivals or None]
+        state.closing = self._weights.entering(dict(fresh))
         state.phase, state.deadline = Phase.CLOSING, None
         return [self._close()]
 
@@ -305,7 +305,7 @@ class AsynchronousCoordinator(Desk):
                 task = state.tasks[name]
                 task.reason = event.limited.get(name, "")
                 found = self._contribution(name, task, weight)
-                state.devices[name].buffer = self._shares.buffer(task, plain(found))
+                state.devices[name].buffer = self._weights.buffer(task, plain(found))
                 self._keep_past(name, task)
         if state.closing["weights"].keys() <= event.rejected.keys():
             # Nobody is left: the round goes on collecting, and whoever was in it is asked again, but not at once.
@@ -340,5 +340,5 @@ class AsynchronousCoordinator(Desk):
             state.ranking = state.order = None
         if not self._last():
             return self._open(now)
-        state.phase, state.tasks, state.wakes = Phase.FINISHED, Roll(), []
+        state.phase, state.tasks, state.wakes = Phase.FINISHED, TrackedDict(), []
         return [do.Finish(state.model)]

@@ -29,7 +29,7 @@ class _Entry:
     away: bool
 
 
-class Attendance:
+class Availability:
     """Reads the state, and never changes it.
 
     Args:

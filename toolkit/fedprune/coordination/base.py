@@ -10,10 +10,10 @@ from collections.abc import Collection
 from fedprune.codec import agreed
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.privacy_budget import Ledger
-from fedprune.coordination.width_planner import Planned, Planner
+from fedprune.coordination.privacy_budget import PrivacyBudget
+from fedprune.coordination.width_planner import PlannedWidths, WidthPlanner
 from fedprune.core.errors import ConfigError, shown
-from fedprune.jobs.change_tracking import Roll
+from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Device, Phase, Progress, State, Task
@@ -31,7 +31,7 @@ MAX_FAILURES = 3
 """A device that refuses so many offers in a row, or whose updates don't count, is left out until it connects again."""
 
 
-class Desk(ABC):
+class Coordinator(ABC):
     """What a coordinator does, however its rounds go.
 
     Args:
@@ -50,11 +50,11 @@ class Desk(ABC):
         self.state = state
         self.strategy = compose(job)
         self.schedule = self.strategy.schedule or SYNCHRONOUS
-        self.allocator: Allocator = self.strategy.allocator or Planned(
-            Planner(job, self.strategy, architecture, frozen)
+        self.allocator: Allocator = self.strategy.allocator or PlannedWidths(
+            WidthPlanner(job, self.strategy, architecture, frozen)
         )
         self.fleet = Fleet(job, architecture, state)
-        self.ledger = Ledger(state, job.privacy)
+        self.privacy_budget = PrivacyBudget(state, job.privacy)
         weighting = self.strategy.aggregator.weighting
         if weighting not in ("samples", "uniform"):
             raise ConfigError(
@@ -270,7 +270,9 @@ class Desk(ABC):
             self.allocator.admit(self.fleet, name, None)
 
     def _ready(self) -> list[str]:
-        return sorted(n for n, d in self.state.devices.items() if d.online and not d.excluded and self.ledger.may(n))
+        return sorted(
+            n for n, d in self.state.devices.items() if d.online and not d.excluded and self.privacy_budget.may(n)
+        )
 
     def _basis(self) -> do.Basis:
         state = self.state
@@ -333,7 +335,7 @@ class Desk(ABC):
             number: The round that was the last.
         """
         self.state.round, self.state.phase = number, Phase.FINISHED
-        self.state.tasks, self.state.deadline = Roll(), None
+        self.state.tasks, self.state.deadline = TrackedDict(), None
         return [do.Finish(self.state.model)]
 
     def _last(self) -> bool:
@@ -349,7 +351,9 @@ class Desk(ABC):
         return bool(budget and history and history[-1]["metrics"].get(EPSILON_NEXT, 0.0) > budget)
 
     def _evaluate(self) -> do.Evaluate:
-        return do.Evaluate(self.state.round, self.state.model, self.ledger.spent(), self.ledger.foreseen())
+        return do.Evaluate(
+            self.state.round, self.state.model, self.privacy_budget.spent(), self.privacy_budget.foreseen()
+        )
 
 
 def part_of(name: str, task: Task) -> do.Part:

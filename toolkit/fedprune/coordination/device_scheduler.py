@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Borrower:
+class JobDemand:
     """A job that is not finished, as this rule sees it.
 
     Attributes:
@@ -42,14 +42,14 @@ Fits = Callable[[str, str], bool]
 """Whether a job can give a device something to do; takes job and device."""
 
 
-class Lending:
+class FairScheduler:
     """Keeps the account of devices' time, and says who gets the free ones. Does no I/O and reads no clock."""
 
     def __init__(self) -> None:
         self._used = defaultdict[str, float](float)
         self._worked = defaultdict[tuple[str, str], float](float)
         self._turns = Counter[tuple[str, str]]()
-        self._line: frozenset[str] = frozenset()
+        self._queue: frozenset[str] = frozenset()
 
     def charge(self, at_work: Mapping[str, str], seconds: float) -> None:
         """Note that time has passed.
@@ -66,7 +66,7 @@ class Lending:
         """Seconds of devices' time that a job has had, or is taken to have had: nobody saves up by standing aside."""
         return self._used[job]
 
-    def able(self, borrowers: Sequence[Borrower], present: Collection[str], takes: Fits) -> list[Borrower]:
+    def able(self, borrowers: Sequence[JobDemand], present: Collection[str], takes: Fits) -> list[JobDemand]:
         """The jobs among which devices are shared: those that enough devices are there for.
 
         Args:
@@ -76,14 +76,14 @@ class Lending:
         """
         return [b for b in borrowers if b.able(sum(takes(b.job, d) for d in present))]
 
-    def lend(
+    def assign(
         self,
-        borrowers: Sequence[Borrower],
+        borrowers: Sequence[JobDemand],
         free: Collection[str],
         present: Collection[str],
         takes: Fits,
         fits: Fits | None = None,
-        able: Sequence[Borrower] | None = None,
+        able: Sequence[JobDemand] | None = None,
     ) -> dict[str, list[str]]:
         """Share the free devices out.
 
@@ -120,13 +120,13 @@ class Lending:
         """Devices, beginning with those that have worked least for a job: it is to learn from all of them."""
         return sorted(devices, key=lambda d: (self._worked[job, d], self._turns[job, d], d))
 
-    def _enter(self, able: Sequence[Borrower]) -> None:
+    def _enter(self, able: Sequence[JobDemand]) -> None:
         """Who was away from the line, or is new, has no claim on the time that the others have had meanwhile."""
-        floor = min((self._served(b) for b in able if b.job in self._line), default=0.0)
+        floor = min((self._served(b) for b in able if b.job in self._queue), default=0.0)
         for borrower in able:
-            if borrower.job not in self._line:
+            if borrower.job not in self._queue:
                 self._used[borrower.job] = max(self._used[borrower.job], floor * borrower.weight)
-        self._line = frozenset(b.job for b in able)
+        self._queue = frozenset(b.job for b in able)
 
-    def _served(self, borrower: Borrower) -> float:
+    def _served(self, borrower: JobDemand) -> float:
         return self._used[borrower.job] / borrower.weight

@@ -24,7 +24,7 @@ from fedprune.privacy.accounting import most_cost
 from fedprune.privacy.settings import Privacy
 
 
-class Ledger:
+class PrivacyBudget:
     """A job's ledger.
 
     Args:

@@ -14,7 +14,7 @@ from fedprune.jobs.schedule import Arrival, Schedule
 from fedprune.jobs.state import Progress, State, Task
 
 
-class Shares:
+class UpdateWeights:
     """The schedule's arithmetic on a job's state.
 
     Args:

@@ -7,28 +7,26 @@ what runs in the field, and a crash is survived by loading the state and asking 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection
 from typing import Any
 
 from fedprune.aggregation.fixed_point import weight_in
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.base import Commands, Desk, based, steps_of
+from fedprune.coordination.base import Commands, Coordinator, based, steps_of
 from fedprune.coordination.influence import capped
-from fedprune.coordination.pace import LOOKS, Pace, note
 from fedprune.coordination.sampling import ENOUGH, beyond, drawn, places
-from fedprune.coordination.stragglers import TO_COME, Dismissal
-from fedprune.coordination.wait_queue import Line
+from fedprune.coordination.stragglers import LOOKS, TO_COME, Pace, Stragglers, note
 from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
-from fedprune.jobs.change_tracking import Roll
+from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
 
 
-class Coordinator(Desk):
+class SynchronousCoordinator(Coordinator):
     """Synchronous rounds with a deadline over a changing fleet.
 
     A round: wait for enough devices, rank the channels, extract a submodel for every chosen device, offer it, collect
@@ -49,8 +47,8 @@ class Coordinator(Desk):
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
         super().__init__(job, architecture, state, frozen)
         self._pace = Pace(job.pace, self.deadline_s) if job.pace else None
-        self._dismissal = Dismissal(state, self._pace)
-        self._line: Line | None = None
+        self._stragglers = Stragglers(state, self._pace)
+        self._queue: WaitQueue | None = None
 
     def handle(self, event: on.Event, now: float) -> Commands:
         """Take in one event and say what to do."""
@@ -67,7 +65,7 @@ class Coordinator(Desk):
         self._all_gone()
         if state.phase is Phase.FINISHED and not self._last():
             state.phase = Phase.WAITING
-        state.wakes, self._line = [], None
+        state.wakes, self._queue = [], None
         if state.phase is Phase.SCORING:
             return self._rescore(now)
         if state.phase is Phase.TRAINING:
@@ -125,7 +123,7 @@ class Coordinator(Desk):
             return []
         if state.devices.count(True) < self.job.devices:
             return []
-        if self.ledger.barred():
+        if self.privacy_budget.barred():
             return self._spent_out(state.round)
         ready = self._ready()
         if not ready:  # who is here has spent its budget of privacy, and who hasn't is away
@@ -138,7 +136,7 @@ class Coordinator(Desk):
         state.deadline = None
         return self._score()
 
-    def _tasks(self, ready: list[str], attempt: int) -> Roll[Task]:
+    def _tasks(self, ready: list[str], attempt: int) -> TrackedDict[Task]:
         """Parts for a keyed share of the devices, each with its widths and weight of now."""
         share = self.schedule.participation or self.job.participation
         if self.state.round <= self.strategy.explores:
@@ -156,7 +154,7 @@ class Coordinator(Desk):
         counts = {n: 1 if self.uniform else d.samples for n, d in chosen.items()}
         counts = capped(counts, self.job.weight_limit, self.job.most_samples)
         total = sum(counts.values())
-        tasks = Roll[Task]()
+        tasks = TrackedDict[Task]()
         for name, device in chosen.items():
             tasks[name] = Task(
                 attempt,
@@ -194,7 +192,7 @@ class Coordinator(Desk):
         if self.job.in_flight:
             for task in state.tasks.values():
                 task.progress = Progress.QUEUED
-            self._line = None
+            self._queue = None
             return self._next_turns(self._tally())
         return [self._extract(n, t) for n, t in sorted(state.tasks.items())]
 
@@ -205,8 +203,8 @@ class Coordinator(Desk):
             return []
         room = self.job.in_flight or len(tasks)
         room -= sum(tally[p] for p in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING))
-        self._line = self._line or Line(self.state)
-        names = self._line.next(room)
+        self._queue = self._queue or WaitQueue(self.state)
+        names = self._queue.next(room)
         for name in names:
             tasks[name].progress = Progress.EXTRACTING
         return [self._extract(n, tasks[n]) for n in names]
@@ -223,7 +221,7 @@ class Coordinator(Desk):
         task.progress, task.offered_at = Progress.OFFERED, now
         task.deadline = now + self.deadline_s if self.job.in_flight else None
         self.state.devices[event.device].asked = event.round
-        self.ledger.offered(event.device)
+        self.privacy_budget.offered(event.device)
         return [do.SendOffer(event.device, event.round, event.attempt, event.offer), *self._start_clock(now)]
 
     def _start_clock(self, now: float) -> Commands:
@@ -294,9 +292,9 @@ class Coordinator(Desk):
         over = state.deadline is not None and now >= state.deadline
         if not over and not self._watchful:
             return [] if state.deadline is None else [do.Wake(state.deadline)]  # a clock was set back
-        late, number = self._dismissal.late(now, over=over), state.round
+        late, number = self._stragglers.late(now, over=over), state.round
         for name, task, reason in late:
-            self._dismissal.let_go(name, task, reason)
+            self._stragglers.let_go(name, task, reason)
         commands = self._go_on(now)
         # Whoever is asked once more gets an offer instead: if that is the same work, it goes on where it is.
         again = {n for n, t in state.tasks.items() if t.progress in TO_COME}
@@ -323,8 +321,8 @@ class Coordinator(Desk):
     def _go_on(self, now: float) -> Commands:
         state, tally = self.state, self._tally()
         cancels: Commands = []
-        for name, task in (rest := self._dismissal.rest(tally)):
-            self._dismissal.let_go(name, task, ENOUGH)
+        for name, task in (rest := self._stragglers.rest(tally)):
+            self._stragglers.let_go(name, task, ENOUGH)
             cancels.append(do.Cancel(name, state.round, task.attempt, ENOUGH))
         if not rest and not all(p.over for p, count in tally.items() if count):
             return self._next_turns(tally)
@@ -353,10 +351,10 @@ class Coordinator(Desk):
         state.deadline = None
         ready = self._ready()
         if len(ready) < self.job.devices or state.paused:
-            state.tasks = Roll()
+            state.tasks = TrackedDict()
             state.round -= 1
             state.phase = Phase.WAITING
-            return self._spent_out(state.round) if self.ledger.barred() else []
+            return self._spent_out(state.round) if self.privacy_budget.barred() else []
         before, attempt = set(state.tasks), 1 + max(t.attempt for t in state.tasks.values())
         state.tasks = self._tasks(ready, attempt)
         if set(state.tasks) == before:
@@ -382,7 +380,7 @@ class Coordinator(Desk):
         folded = {n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED}
         if not folded:
             return self._deserted(now)
-        if not self.ledger.release(folded):  # too few delivered: nobody is shown their sum
+        if not self.privacy_budget.release(folded):  # too few delivered: nobody is shown their sum
             state.spent_under = self.job.privacy.account
             return self._spent_out(state.round - 1)
         for name, task in folded.items():
@@ -410,3 +408,38 @@ class Coordinator(Desk):
             "metrics": metrics,
             "devices": {n: t.summary() for n, t in sorted(state.tasks.items())},
         }
+
+
+class WaitQueue:
+    """Says whose turn is next. It is made from the state when it is first asked, and looks at each device a few times.
+
+    Devices have their turns in the order of their names; whoever isn't there when its turn comes lets the others go
+    first.
+
+    Args:
+        state: The coordinator's; read, never changed.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        names = sorted(n for n, t in state.tasks.items() if t.progress is Progress.QUEUED)
+        self._here, self._away = deque(names), deque[str]()
+
+    def next(self, count: int) -> list[str]:
+        """The next devices; fewer where no more wait.
+
+        Args:
+            count: How many, at most.
+        """
+        found: list[str] = []
+        while len(found) < count and (self._here or self._away):
+            line = self._here or self._away
+            name = line.popleft()
+            task = self._state.tasks.get(name)
+            if task is None or task.progress is not Progress.QUEUED:
+                continue
+            if line is self._here and not self._state.devices[name].online:
+                self._away.append(name)
+            else:
+                found.append(name)
+        return found

@@ -18,7 +18,7 @@ from fedprune.strategies.allocation import Fleet
 from fedprune.training.recipe import Recipe
 
 
-class Planner:
+class WidthPlanner:
     """Plans a job's devices, by the recipes that its strategy is going to ask them to train by.
 
     Args:
@@ -123,14 +123,14 @@ class Planner:
         )
 
 
-class Planned:
+class PlannedWidths:
     """The allocator of jobs whose strategy has none: the planner.
 
     Args:
         planner: The job's.
     """
 
-    def __init__(self, planner: Planner) -> None:
+    def __init__(self, planner: WidthPlanner) -> None:
         self._planner = planner
 
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:

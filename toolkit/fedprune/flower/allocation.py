@@ -42,7 +42,7 @@ class Share:
     accumulate: int = 1
 
 
-class Shares:
+class Allocation:
     """Decides on shares, and remembers what nodes said.
 
     Args:

@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, ProtocolError
 from fedprune.core.npy_array import float32_array
-from fedprune.flower.allocation import Share, Shares, Wishes
+from fedprune.flower.allocation import Allocation, Share, Wishes
 from fedprune.flower.messages import ASKING, FORMAT, RECORD, STEPS, check_format
 from fedprune.flower.rounds import Rounds, Task, Update, WholeModel
 from fedprune.jobs.job import Job
@@ -78,7 +78,7 @@ class FedpruneStrategy(FedAvg):
         super().__init__(**settings)
         job = Job(strategy=strategy, options=dict(options or {}), recipe=recipe or Recipe(), seed=seed)
         self._rounds = Rounds(model, job)
-        self._shares = Shares(job, self._rounds.strategy, model.architecture, density)
+        self._allocation = Allocation(job, self._rounds.strategy, model.architecture, density)
         self._training = training
         self._graphs: dict[str, bytes] = {}
         self._state = None if state is None else Path(state)
@@ -181,8 +181,8 @@ class FedpruneStrategy(FedAvg):
         self._rounds.save(Path(path))
 
     def _dealt(self, nodes: list[int], number: int, grid: Grid) -> dict[str, Share]:
-        self._ask(self._shares.unknown(nodes), grid)
-        dealt = self._shares.deal(nodes, number)
+        self._ask(self._allocation.unknown(nodes), grid)
+        dealt = self._allocation.deal(nodes, number)
         if nodes and not dealt:
             raise ConfigError(
                 "no node says what it carries",
@@ -205,7 +205,7 @@ class FedpruneStrategy(FedAvg):
             try:
                 record = reply.content.get(RECORD)
                 check_format(record)
-                self._shares.heard(node, record.get("density"), record.get("profile"), record.get("samples"))
+                self._allocation.heard(node, record.get("density"), record.get("profile"), record.get("samples"))
             except (ProtocolError, PlanError) as error:
                 _LOG.warning("node %s is excluded: %s", node, error)
 

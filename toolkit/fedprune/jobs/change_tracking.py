@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping, MutableMapping
 from typing import Any, Generic, TypeVar
 
 
-class Entry:
+class TrackedEntry:
     """What a roll holds: an object that tells its roll when something else is assigned to one of its attributes.
 
     What attributes hold is replaced, never changed in place: only so it is noticed.
@@ -19,7 +19,7 @@ class Entry:
 
     __slots__ = ("_name", "_roll")
     _name: str
-    _roll: Roll[Any] | None
+    _roll: TrackedDict[Any] | None
 
     @property
     def kind(self) -> Hashable:
@@ -41,10 +41,10 @@ class Entry:
         return self.__dict__  # a copy is on no roll
 
 
-E = TypeVar("E", bound=Entry)
+E = TypeVar("E", bound=TrackedEntry)
 
 
-class Roll(dict[str, E], Generic[E]):
+class TrackedDict(dict[str, E], Generic[E]):
     """A dictionary of entries by name.
 
     Args:
@@ -72,7 +72,7 @@ class Roll(dict[str, E], Generic[E]):
         self._watches.append(set(self))
         return self._watches[-1]
 
-    def follow(self, before: Roll[E]) -> None:
+    def follow(self, before: TrackedDict[E]) -> None:
         """Take another roll's place: entries of both count as changed, and the other's watches go on here."""
         self.changed |= before.keys() | before.changed
         for names in before._watches:
@@ -120,6 +120,6 @@ class Roll(dict[str, E], Generic[E]):
         del self[name]
         return entry
 
-    def __ior__(self, other: Any) -> Roll[E]:  # type: ignore[override,misc]
+    def __ior__(self, other: Any) -> TrackedDict[E]:  # type: ignore[override,misc]
         self.update(other)
         return self

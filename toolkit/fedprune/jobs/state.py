@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any, cast
 
 from fedprune.core.errors import StorageError
-from fedprune.jobs.change_tracking import Entry, Roll
+from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
 
 FORMAT = "fedprune.state/2"
 
@@ -44,7 +44,7 @@ class Progress(str, Enum):
 
 
 @dataclass
-class Device(Entry):
+class Device(TrackedEntry):
     """A device as the job knows it.
 
     Attributes:
@@ -127,7 +127,7 @@ class Device(Entry):
 
 
 @dataclass
-class Task(Entry):
+class Task(TrackedEntry):
     """One device's part: in the current round or, in an asynchronous job, in the round that it was offered in.
 
     Attributes:
@@ -250,8 +250,8 @@ class State:
     model: str
     round: int = 0
     phase: Phase = Phase.WAITING
-    devices: Roll[Device] = field(default_factory=Roll)
-    tasks: Roll[Task] = field(default_factory=Roll)
+    devices: TrackedDict[Device] = field(default_factory=TrackedDict)
+    tasks: TrackedDict[Task] = field(default_factory=TrackedDict)
     ranking: str | None = None
     order: str | None = None
     memory: dict[str, str] = field(default_factory=dict)
@@ -270,8 +270,8 @@ class State:
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("devices", "tasks"):
             # Whoever replaces all entries has changed those that were there before, too.
-            before: Roll[Any] = self.__dict__.get(name, Roll())
-            value = value if isinstance(value, Roll) else Roll(cast(dict[str, Any], value))
+            before: TrackedDict[Any] = self.__dict__.get(name, TrackedDict())
+            value = value if isinstance(value, TrackedDict) else TrackedDict(cast(dict[str, Any], value))
             if value is not before:
                 value.follow(before)
         object.__setattr__(self, name, value)
@@ -291,7 +291,7 @@ class State:
     def references(self) -> set[str]:
         """Digests of the blobs that this state needs."""
         found = self.own_references()
-        for entry in chain[Entry](self.devices.values(), self.tasks.values()):
+        for entry in chain[TrackedEntry](self.devices.values(), self.tasks.values()):
             found |= entry.references()
         return found
 
@@ -322,7 +322,7 @@ class State:
                 self.phase, self.deadline = Phase.SCORING, None
         elif self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
             self.phase, self.deadline = Phase.SCORING, None
-            self.tasks = Roll(
+            self.tasks = TrackedDict(
                 (
                     n,
                     Task(
@@ -346,7 +346,7 @@ class State:
         """
         if all((t.basis is not None) == asynchronous for t in self.tasks.values()):
             return
-        self.tasks, self.closing, self.deadline, self.wakes = Roll(), None, None, []
+        self.tasks, self.closing, self.deadline, self.wakes = TrackedDict(), None, None, []
         if self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
             self.phase, self.round = Phase.WAITING, self.round - 1
 
@@ -376,8 +376,10 @@ class State:
             if body.pop("format") != FORMAT:
                 raise StorageError("state of a job is of another version", expected=FORMAT)
             body["phase"] = Phase(body["phase"])
-            body["devices"] = Roll((k, Device.from_dict(v)) for k, v in (body["devices"] | dict(devices or {})).items())
-            body["tasks"] = Roll((k, Task.from_dict(v)) for k, v in (body["tasks"] | dict(tasks or {})).items())
+            body["devices"] = TrackedDict(
+                (k, Device.from_dict(v)) for k, v in (body["devices"] | dict(devices or {})).items()
+            )
+            body["tasks"] = TrackedDict((k, Task.from_dict(v)) for k, v in (body["tasks"] | dict(tasks or {})).items())
             return cls(**body)
         except StorageError:
             raise

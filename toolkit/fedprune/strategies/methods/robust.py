@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.client_update import Addition, norm
+from fedprune.aggregation.client_update import ClientUpdate, norm
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
 from fedprune.aggregation.fold import Change, Fold
 from fedprune.aggregation.robust import Centre, Direction, Slab, centre, clipped, rows_of, slabs, standing_out
@@ -136,7 +136,7 @@ class Robust:
             return None
         return lambda addition: clipped(addition, fold.base, limit, fold.excluded)
 
-    def _additions(self, fold: Fold, reports: Reports) -> Iterator[tuple[str, Addition]]:
+    def _additions(self, fold: Fold, reports: Reports) -> Iterator[tuple[str, ClientUpdate]]:
         """What the inner aggregator makes of every update, without adding it."""
         for report, lifted in reports():
             with fold.collecting() as additions:
@@ -248,7 +248,7 @@ def robust(aggregator: Aggregator, settings: object) -> Aggregator:
 def _limited(fold: Fold, longest: float, clipped_to: Change | None) -> Change:
     """Clipping to a length per root of elements; an absolute one takes precedence."""
 
-    def passing(addition: Addition) -> Addition:
+    def passing(addition: ClientUpdate) -> ClientUpdate:
         if clipped_to is not None:
             return clipped_to(addition)
         if math.isinf(longest):
