@@ -43,10 +43,10 @@ from fedprune.wire.mqtt.link import Link
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.network.blob_download import Downloads
+from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_server.executor.slab_chains import SlabChains
 from fedprune_server.messaging.outbox import Line, Post
-from fedprune_server.transfer.downloads import Downloads as Answers
+from fedprune_server.transfer.downloads import BlobDownloads as Answers
 from fedprune_server.transfer.multicast import Audience, Sharing
 
 DEVICES, PROCESSES = 100, 4
@@ -88,7 +88,7 @@ class Board:
         self.link.subscribe(TOPICS.device_subscriptions(name))
         self.random = random.Random(name)
         self.started = False
-        self.downloads: Downloads | None = None
+        self.downloads: BlobDownloads | None = None
         self.heard: frozenset[str] = frozenset()
         self.done_at = 0.0
         self.tick_at = 0.0
@@ -116,7 +116,7 @@ class Board:
             if self.downloads is not None and not self.done_at and self.random.random() >= self.loss:
                 self.ask(self.downloads.chunk(Chunk.parse(payload), now, shared=address.device == EVERYONE))
         elif isinstance(offer := parse(payload), Offer) and self.downloads is None:
-            self.downloads = Downloads(self.store, offer, now)
+            self.downloads = BlobDownloads(self.store, offer, now)
             self.ask(self.downloads.start(now))
 
     def ask(self, wants: list[Want]) -> None:

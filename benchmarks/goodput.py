@@ -3,11 +3,11 @@
     python benchmarks/goodput.py [--output benchmarks/results/goodput.json] [--repeats 9]
 
 A run is a transfer of 46 MB to one device. *Ours* is what happens in the field: `Post` and `Downloads` of the server
-answer the wants of the board's `Downloads` and `Outbox`, through a `Link` each; every leaf is verified and written, the
-whole is flushed to the disk. *Bare* is paho that publishes the same bytes in chunks of the same size at QoS 0 as fast
-as it can, and paho that counts what arrives. *Stored* is bare paho that hashes, writes and flushes what arrives: how
-much of the difference is that work. Sender, receiver and broker are processes of their own. The three take
-turns, and which of them begins, in a broker that is new each time.
+answer the wants of the board's `BlobDownloads` and `Uplink`, through a `Link` each; each leaf is verified and written,
+the whole is flushed to the disk. *Bare* is paho that publishes the same bytes in chunks of the same size at QoS 0 as
+fast as it can, and paho that counts what arrives. *Stored* is bare paho that hashes, writes and flushes what arrives:
+how much of the difference is that work. Sender, receiver and broker are processes of their own. The three take turns,
+and which of them begins, in a broker that is new each time.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from fedprune.wire.mqtt.link import Link
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.network.blob_download import Downloads as BoardsDownloads
-from fedprune_device.network.uplink import Outbox
+from fedprune_device.network.blob_download import BlobDownloads
+from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Line, Post
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.multicast import Audience, Sharing
@@ -88,11 +88,11 @@ def receive(url: str, refs: tuple[BlobRef, BlobRef], folder: str, pipe: Connecti
         link.subscribe(TOPICS.device_subscriptions(DEVICE))
         link.start()
         assert link.get(5) == ConnectionUp()
-        outbox = Outbox(DEVICE, TOPICS, link, Serve(store))
+        outbox = Uplink(DEVICE, TOPICS, link, Serve(store))
         pipe.send("ready")
         pipe.recv()
         began = time.perf_counter()
-        downloads = BoardsDownloads(store, offer, time.monotonic())
+        downloads = BlobDownloads(store, offer, time.monotonic())
         outbox.ask(offer.job, downloads.start(time.monotonic()))
         while not downloads.done:
             item = link.get(0.05)

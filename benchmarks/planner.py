@@ -160,7 +160,7 @@ def carry_out(folder: Path, batch: int, spec: dict[str, Any], data: Any) -> None
     from fedprune.wire.offer import Offer
     from fedprune_device.serving.predictor import GRAPH, WEIGHTS
     from fedprune_device.storage.state_directory import DeviceStore
-    from fedprune_device.training.round_runner import Workbench
+    from fedprune_device.training.round_runner import RoundRunner
 
     recipe = Recipe(epochs=STEPS, batch_size=batch, lr=1e-6, max_steps=STEPS)
     with tempfile.TemporaryDirectory(dir=folder) as state, DeviceStore(Path(state)) as store:
@@ -178,7 +178,7 @@ def carry_out(folder: Path, batch: int, spec: dict[str, Any], data: Any) -> None
             inference=store.blobs.put((folder / GRAPH).read_bytes()),
             recipe=recipe.to_dict(),
         )
-        bench = Workbench("d", store.blobs, store.slots, data)
+        bench = RoundRunner("d", store.blobs, store.slots, data)
         bench.commit(bench.make(offer))
 
 

@@ -152,10 +152,10 @@ def run(case: Case) -> dict[str, Any]:
     if boasts:
         what = replace(what, devices=tuple(boasting(d) if d.name in hostile else d for d in what.devices))
         longest *= what.job.weight_limit
-    began, plain, closed = time.perf_counter(), virtual_device.Workbench, Limits.of
+    began, plain, closed = time.perf_counter(), virtual_device.RoundRunner, Limits.of
     limited: dict[int, Counter[str]] = {}
 
-    class Hostile(virtual_device.Workbench):
+    class Hostile(virtual_device.RoundRunner):
         def make(self, offer: Any, **how: Any) -> Any:
             made = super().make(offer, **how)
             if self._device not in hostile:
@@ -180,13 +180,13 @@ def run(case: Case) -> dict[str, Any]:
         )
         return found
 
-    virtual_device.Workbench = Hostile  # type: ignore[misc]
+    virtual_device.RoundRunner = Hostile  # type: ignore[misc]
     Limits.of = of  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
             record = simulate(what, Path(folder))
     finally:
-        virtual_device.Workbench = plain  # type: ignore[misc]
+        virtual_device.RoundRunner = plain  # type: ignore[misc]
         Limits.of = closed  # type: ignore[method-assign]
     accuracies = [row.accuracy if case.data == "digits" else row.measured["global"] for row in record.rounds]
     serves = "after" if case.data == "digits" else method_of(case).serves

@@ -66,10 +66,10 @@ def serve(folder: Path, threads: int) -> None:
     from fedprune_device.api.http_server import LocalServer
     from fedprune_device.api.live_model import LiveModel
     from fedprune_device.data.dataset import LocalData
-    from fedprune_device.hardware.thermal_guard import Care
+    from fedprune_device.hardware.thermal_guard import ThermalGuard
     from fedprune_device.serving.model_slots import Serving
     from fedprune_device.storage.state_directory import DeviceStore
-    from fedprune_device.training.round_runner import LoadedTrainer, Workbench
+    from fedprune_device.training.round_runner import RoundRunner, TrainerCache
     from fedprune_device.training.training_thread import TrainingThread
 
     about = json.loads((folder / "about.json").read_text())
@@ -86,13 +86,13 @@ def serve(folder: Path, threads: int) -> None:
             "job", 1, 0, 0, "a" * 64, "b" * 64, tuple(about["widths"]), CLASSES, weights, training, inference,
             recipe.to_dict(),
         )  # fmt: skip
-        bench = Workbench("d", store.blobs, store.slots, LocalData(x, y, x[:1], y[:1]), LoadedTrainer(threads))
+        bench = RoundRunner("d", store.blobs, store.slots, LocalData(x, y, x[:1], y[:1]), TrainerCache(threads))
         with LiveModel(folder / "state" / "serving") as model:
             endpoints = Endpoints(model, None, dict)
             with LocalServer(Address.parse(f"unix:{folder / SOCKET}"), endpoints):
                 print(READY, flush=True)
                 while sys.stdin.readline().strip() == "train":
-                    thread = TrainingThread(bench, offer, 0.0, Care())
+                    thread = TrainingThread(bench, offer, 0.0, ThermalGuard())
                     while thread.alive and (thread.status[0] != "train" or thread.status[1] < 2):
                         time.sleep(0.01)
                     print("trains", flush=True)

@@ -85,7 +85,7 @@ def run(case: Case) -> dict[str, Any]:
     """Global and local accuracy, and ε. What boards measure isn't told to the server; it is overheard here."""
     heard: dict[int, list[float]] = {}
 
-    class Overheard(virtual_device.Workbench):
+    class Overheard(virtual_device.RoundRunner):
         def make(self, offer: Any, **how: Any) -> Any:
             made = super().make(offer, **how)
             served = made.metrics.get("accuracy_average", made.metrics.get("accuracy_after"))
@@ -93,8 +93,8 @@ def run(case: Case) -> dict[str, Any]:
                 heard.setdefault(offer.round, []).append(served)
             return made
 
-    began, plain = time.perf_counter(), virtual_device.Workbench
-    virtual_device.Workbench = Overheard  # type: ignore[misc]
+    began, plain = time.perf_counter(), virtual_device.RoundRunner
+    virtual_device.RoundRunner = Overheard  # type: ignore[misc]
     try:
         with tempfile.TemporaryDirectory() as folder:
             data, store = hands(), BlobStore(Path(folder), durable=False)
@@ -103,7 +103,7 @@ def run(case: Case) -> dict[str, Any]:
             simulation = Simulation(what, store)
             history = simulation.run()
     finally:
-        virtual_device.Workbench = plain  # type: ignore[misc]
+        virtual_device.RoundRunner = plain  # type: ignore[misc]
     rows = [row["metrics"] for row in history]
     local = [float(np.mean(heard[number])) for number in sorted(heard)[-LAST:]]
     return {

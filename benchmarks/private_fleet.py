@@ -109,7 +109,7 @@ def run(case: Case) -> dict[str, Any]:
     """Global accuracy, and that of what boards serve at the end, which is overheard here: boards don't tell it."""
     heard: dict[int, list[float]] = {}
 
-    class Overheard(virtual_device.Workbench):
+    class Overheard(virtual_device.RoundRunner):
         def make(self, offer: Any, **how: Any) -> Any:
             made = super().make(offer, **how)
             served = made.metrics.get("accuracy_average", made.metrics.get("accuracy_after"))
@@ -117,12 +117,12 @@ def run(case: Case) -> dict[str, Any]:
                 heard.setdefault(offer.round, []).append(served)
             return made
 
-    began, plain, privacy = time.perf_counter(), virtual_device.Workbench, settings(case)
-    virtual_device.Workbench = Overheard  # type: ignore[misc]
+    began, plain, privacy = time.perf_counter(), virtual_device.RoundRunner, settings(case)
+    virtual_device.RoundRunner = Overheard  # type: ignore[misc]
     try:
         history, _ = simulated(case, privacy)
     finally:
-        virtual_device.Workbench = plain  # type: ignore[misc]
+        virtual_device.RoundRunner = plain  # type: ignore[misc]
     rows = [row["metrics"] for row in history]
     return {
         **asdict(case),

@@ -3,7 +3,7 @@
     python benchmarks/web_blobs.py [--output benchmarks/results/web_blobs.json] [--repeats 8]
 
 A run is a transfer of 46 MB to one device: over MQTT as in `goodput.py`, which has what bare paho takes, too; over
-HTTPS by `BlobServer` and `WebFetch`, in processes of their own, with certificates on both sides; and over HTTP without
+HTTPS by `BlobServer` and `HttpFetch`, in processes of their own, with certificates on both sides; and over HTTP without
 them. Every leaf is verified and written, and what is whole is flushed to the disk. The three take turns, and which of
 them begins.
 """
@@ -32,7 +32,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.tls import pinned_context
 from fedprune.wire.blob_url import BlobUrl
-from fedprune_device.network.http_fetch import WebFetch
+from fedprune_device.network.http_fetch import HttpFetch
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.transfer.http import web_blobs
@@ -63,7 +63,7 @@ def receive(url: str, ref: BlobRef, state: Path, folder: Path, pipe: Connection)
     pipe.send("ready")
     pipe.recv()
     began = time.perf_counter()
-    fetch = WebFetch(store, BlobUrl.parse(url), [ref], context)
+    fetch = HttpFetch(store, BlobUrl.parse(url), [ref], context)
     fetch.join(120)
     pipe.send(time.perf_counter() - began)
     assert not fetch.failure, fetch.failure

@@ -32,7 +32,7 @@ from fedprune.training import step_contract
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.engines import bindings
 from fedprune_device.engines.engine_command import made_engine
-from fedprune_device.engines.engine_selector import Keeper, Wanted, here
+from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector, here
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
 from fedprune_device.training.trainer import Trainer
 
@@ -121,7 +121,9 @@ class Acceptance:
         """A second is too little; should it do all the same, the engine must be right."""
         plan = replace(self.plan, timeout_s=1.0, level=5)
         try:
-            return "built in a second: " + described(made_engine(Keeper(self.folder / "hasty", plan), self.first))
+            return "built in a second: " + described(
+                made_engine(EngineSelector(self.folder / "hasty", plan), self.first)
+            )
         except EngineError as error:
             if "in time" not in str(error):
                 raise
@@ -153,10 +155,10 @@ class Acceptance:
         milliseconds = ", ".join(f"{n} {1e3 * f[1]:.3g} ms a step" for n, f in found.items())
         return f"onnxruntime {session.version()}, weights within {far:.2g}, {milliseconds}"
 
-    def keeper(self) -> Keeper:
-        return Keeper(self.engines, self.plan)
+    def keeper(self) -> EngineSelector:
+        return EngineSelector(self.engines, self.plan)
 
-    def model(self, seed: int) -> Wanted:
+    def model(self, seed: int) -> EngineRequest:
         """The bundle's model; with a seed, with weights that differ a little."""
         folder = self.folder / f"model-{seed}"
         if not folder.exists():
@@ -171,7 +173,7 @@ class Acceptance:
             (folder / WEIGHTS).write_bytes(tensorfile.encode(tensors))
             for precision in lowered:
                 (folder / weights_file(precision)).write_bytes(lowered_weights(folder, precision, tensors))
-        return Wanted(Predictor(folder), folder, file_digest(folder / WEIGHTS))
+        return EngineRequest(Predictor(folder), folder, file_digest(folder / WEIGHTS))
 
     def inputs(self, count: int) -> Any:
         kind, shape = Session(self.bundle.path("inference.onnx")).inputs[step_contract.X]

@@ -14,7 +14,7 @@ from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Progress
 from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.privacy.policy import Floor
+from fedprune_device.privacy.policy import PrivacyPolicy
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.trainer import Trainer
 
@@ -30,7 +30,7 @@ class Bench:
         self.store: DeviceStore | None = None
         self.agent: Agent | None = None
         self.profile: Any = None
-        self.floor: Floor | None = None
+        self.floor: PrivacyPolicy | None = None
 
     def run(self, until_finished: bool = True, limit: float = 60.0) -> None:
         with DeviceStore(self.root / "state") as self.store:

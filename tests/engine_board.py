@@ -15,8 +15,8 @@ from tensorrt_double import calls
 from fedprune.core import tensorfile
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines import bindings
-from fedprune_device.engines.engine_cache import Place
-from fedprune_device.engines.engine_selector import Answering, Keeper, Wanted
+from fedprune_device.engines.engine_cache import EnginePlatform
+from fedprune_device.engines.engine_selector import CheckedSession, EngineRequest, EngineSelector
 from fedprune_device.serving.predictor import Predictor
 
 X = np.random.default_rng(3).standard_normal((9, 6)).astype(np.float32)
@@ -27,28 +27,28 @@ class EngineBoard:
 
     def __init__(self, root: Path, site: Path, version: str, graphs: Path) -> None:
         self.root, self.site, self.version, self.graph = root, site, version, graphs / "inference.onnx"
-        self.place = Place("Orin", "36.4.3", "8.7", version, 0)
+        self.place = EnginePlatform("Orin", "36.4.3", "8.7", version, 0)
         self.engines = root / "engines"
 
     def set(self, **settings: Any) -> None:
         """What the double is to do from now on."""
         (self.site / "settings.json").write_text(json.dumps(settings))
 
-    def model(self, seed: int, scale: float = 1.0) -> Wanted:
+    def model(self, seed: int, scale: float = 1.0) -> EngineRequest:
         """A linear model."""
         folder = self.root / f"model-{seed}-{scale}"
         folder.mkdir(exist_ok=True)
         raw = tensorfile.encode({n: v * np.float32(scale) for n, v in weights_of(seed).items()})
         (folder / "inference.onnx").write_bytes(self.graph.read_bytes())
         (folder / "weights.safetensors").write_bytes(raw)
-        return Wanted(Predictor(folder), folder, tensorfile.digest(raw))
+        return EngineRequest(Predictor(folder), folder, tensorfile.digest(raw))
 
-    def keeper(self, plan: EnginePlan | None = None, **place: Any) -> Keeper:
+    def keeper(self, plan: EnginePlan | None = None, **place: Any) -> EngineSelector:
         """A keeper, as a process has after its start."""
         where = replace(self.place, **place)
-        return Keeper(self.engines, plan or EnginePlan(batch=(1, 1, 4)), bindings.find, lambda _: where)
+        return EngineSelector(self.engines, plan or EnginePlan(batch=(1, 1, 4)), bindings.find, lambda _: where)
 
-    def answering(self, keeper: Keeper, wanted: Wanted, *, anew: bool = False) -> Answering | None:
+    def answering(self, keeper: EngineSelector, wanted: EngineRequest, *, anew: bool = False) -> CheckedSession | None:
         """What the keeper comes to in the end."""
         keeper.want(wanted, anew=anew)
         until = time.monotonic() + 60

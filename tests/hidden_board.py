@@ -16,7 +16,7 @@ from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.round_runner import Workbench
+from fedprune_device.training.round_runner import RoundRunner
 
 HIDDEN, FEATURES, CLASSES = 8, 6, 3
 SEED, DEVICE = 7, "d"
@@ -76,7 +76,7 @@ class HiddenBoard:
     def carry_out(self, offer: Offer) -> tuple[Update, Tensors, Tensors]:
         """The update, its tensors, and the tensors that serve afterwards."""
         with DeviceStore(self.root) as store:
-            bench = Workbench(DEVICE, store.blobs, store.slots, self.data, shelf=store.own)
+            bench = RoundRunner(DEVICE, store.blobs, store.slots, self.data, shelf=store.own)
             update = bench.commit(bench.make(offer))
             sent = tensorfile.decode(store.blobs.read(update.weights.sha256))
             record = store.slots.current()

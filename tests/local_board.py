@@ -20,9 +20,9 @@ from fedprune_device.api.live_model import LiveModel
 from fedprune_device.client import Board
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.reservoir import Limits
-from fedprune_device.data.sample_store import SampleSet
-from fedprune_device.data.splits import Shares
-from fedprune_device.serving.model_slots import Serving, Slots
+from fedprune_device.data.sample_store import SampleStore
+from fedprune_device.data.splits import SplitShares
+from fedprune_device.serving.model_slots import ModelSlots, Serving
 
 NAMES = ("ant", "bee", "cat")
 
@@ -42,13 +42,13 @@ class LocalBoard:
 
     def __init__(self, root: Path, graphs: Path) -> None:
         self.root, self.graph = root, graphs / "inference.onnx"
-        self.slots = Slots(root / "state" / "serving")
+        self.slots = ModelSlots(root / "state" / "serving")
         self.slots.prepare()
         self.socket = root / "local.sock"
         self.address = f"unix:{self.socket}"
         self.board = Board(self.address, timeout=10.0, tries=1)
         self.model: LiveModel
-        self.samples: SampleSet | None = None
+        self.samples: SampleStore | None = None
         self.server: LocalServer
 
     def install(self, number: int, **other: Any) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class LocalBoard:
     ) -> Iterator[None]:
         self.model = LiveModel(self.root / "state" / "serving")
         limits = Limits(100, 4 * 2**20)
-        self.samples = SampleSet(self.root / "state" / "samples", limits, Shares(device="d")) if takes else None
+        self.samples = SampleStore(self.root / "state" / "samples", limits, SplitShares(device="d")) if takes else None
         endpoints = Endpoints(self.model, self.samples, lambda: {"device": "d"}, class_names=NAMES, pixels=pixels)
         try:
             with LocalServer(Address.parse(address or self.address), endpoints, **server) as self.server:

@@ -27,14 +27,14 @@ from fedprune_device.cli.predict import _samples as samples_to_predict
 from fedprune_device.data.dataset import load_data, read_arrays
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.segment_log import Kind, SegmentLog
-from fedprune_device.data.segment_log import Record as Sample
-from fedprune_device.launcher.slot_store import Home, Record
+from fedprune_device.data.segment_log import LogRecord as Sample
+from fedprune_device.launcher.slot_store import Home, LogRecord
 from fedprune_device.launcher.state import DamagedError, State
 from fedprune_device.privacy.redaction import private
 from fedprune_device.serving.model_slots import Serving
-from fedprune_device.storage.local_state import Own
+from fedprune_device.storage.local_state import LocalState
 from fedprune_device.telemetry.crash_reports import _fault_frames
-from fedprune_device.telemetry.log_buffer import BoardLog
+from fedprune_device.telemetry.log_buffer import LogBuffer
 
 SHAPE = (3, 8, 8)
 _FILES = 2 * 2**20
@@ -193,7 +193,7 @@ Current thread 0x00007f (most recent call first):
 
 def _log_kept(path: Path) -> object:
     """What a board takes up of its log, and would tell of it."""
-    log = BoardLog(path.parent, "a", lambda: 1.0, lambda: 1.0)
+    log = LogBuffer(path.parent, "a", lambda: 1.0, lambda: 1.0)
     told = log.take(64, 10**6)
     return None if told is None else told.to_bytes()
 
@@ -222,7 +222,7 @@ def _kept() -> tuple[Target, ...]:
     home = Home(scratch() / "home")
     home.folder.mkdir(parents=True, exist_ok=True)
     home.save(State("a", highest=3))
-    home.write_record("a", Record(1, "0.1", "app:main", {"app.py": ("0" * 64, 3)}))
+    home.write_record("a", LogRecord(1, "0.1", "app:main", {"app.py": ("0" * 64, 3)}))
     state, record = (json.loads((home.folder / n).read_bytes())["body"].encode() for n in ("state.json", "a.json"))
 
     def loaded(raw: bytes) -> object:
@@ -253,7 +253,7 @@ def _kept() -> tuple[Target, ...]:
         ),
         Target("kept.fault", as_text(_fault), (_FAULT,), text=True, constant=2**20),
         Target("kept.serving", as_object(Serving.from_dict), dumped(serving), text=True),
-        Target("kept.own", Own.from_bytes, (_own(),), share=0.5),
+        Target("kept.own", LocalState.from_bytes, (_own(),), share=0.5),
         Target("kept.launcher's state", loaded, (state,), text=True, share=0.5, frame=_slot),
         Target(
             "kept.slot's record",
@@ -276,8 +276,8 @@ def _own() -> bytes:
         "residual": {},
         "mask": None,
     }
-    for field in fields(Own):
+    for field in fields(LocalState):
         if field.name not in values:
             kind = str(field.type)
             values[field.name] = (1,) if "tuple" in kind else 1 if kind == "int" else 1.0 if kind == "float" else "0"
-    return Own(**values).to_bytes()
+    return LocalState(**values).to_bytes()

@@ -16,10 +16,10 @@ from fedprune.model.selection import Tensors
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth, Cancelled, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
 from fedprune_device.agent.agent import Agent
-from fedprune_device.agent.offer_handler import Duty
+from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.predictor import Predictor
-from fedprune_device.storage.local_state import Own
+from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.evaluation import Evaluation
 
@@ -325,7 +325,7 @@ def test_the_result_of_a_round_that_was_stopped_after_its_training_is_dropped(
         assert current.round == (3 if cancelled else 5)
         for job, rounds in {"job": [3], "other": [1, 2] if cancelled else [2, 5]}.items():
             store.own.turn_to(job)
-            assert sorted(Own.from_bytes(r).round for r in store.own.read().values()) == rounds
+            assert sorted(LocalState.from_bytes(r).round for r in store.own.read().values()) == rounds
 
 
 def test_an_agent_whose_every_turn_fails_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,20 +334,20 @@ def test_an_agent_whose_every_turn_fails_ends(bench: Bench, monkeypatch: pytest.
     def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(Duty, "turn", fails)
+    monkeypatch.setattr(OfferHandler, "turn", fails)
     with pytest.raises(RuntimeError, match="a bug"):
         bench.run()
 
 
 def test_an_agent_survives_single_turns_that_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    turn, turns = Duty.turn, itertools.count()
+    turn, turns = OfferHandler.turn, itertools.count()
 
     def fails_mostly(*arguments: Any, **options: Any) -> Any:
         if next(turns) % 5:
             raise RuntimeError("a bug")
         return turn(*arguments, **options)
 
-    monkeypatch.setattr(Duty, "turn", fails_mostly)
+    monkeypatch.setattr(OfferHandler, "turn", fails_mostly)
     bench.server.plan = [bench.server.offer(1)]
     bench.run()
     assert 1 in bench.server.updates

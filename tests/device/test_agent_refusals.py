@@ -21,8 +21,8 @@ from fedprune.model.selection import Tensors
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth, Refusal
 from fedprune.wire.offer import Offer
-from fedprune_device.serving.model_slots import Slots
-from fedprune_device.storage.local_state import OwnFolder
+from fedprune_device.serving.model_slots import ModelSlots
+from fedprune_device.storage.local_state import FolderStateStore
 
 pytestmark = pytest.mark.board
 
@@ -67,8 +67,8 @@ def test_the_disk_never_holds_more_than_the_planner_counts(bench: Bench, monkeyp
         seen.append((sum(sizes), sum(size == server.weights.size for size in sizes)))
 
     def watched(name: str) -> None:
-        plain = getattr(Slots, name)
-        monkeypatch.setattr(Slots, name, lambda self, *given: (plain(self, *given), look())[0])
+        plain = getattr(ModelSlots, name)
+        monkeypatch.setattr(ModelSlots, name, lambda self, *given: (plain(self, *given), look())[0])
 
     watched("stage")
     watched("install")
@@ -135,10 +135,10 @@ def test_what_a_board_keeps_of_its_own_is_counted(
         plain = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda self, *given: (plain(self, *given), look())[0])
 
-    watched(Slots, "stage")
-    watched(Slots, "install")
-    watched(OwnFolder, "stage")
-    watched(OwnFolder, "commit")
+    watched(ModelSlots, "stage")
+    watched(ModelSlots, "install")
+    watched(FolderStateStore, "stage")
+    watched(FolderStateStore, "commit")
     mask = ElementMask({"w1": np.ones((8, 6), np.bool_)})
     offers = [hidden_offer(bench, n, recipe, mask) for n in (1, 2, 3, 4)]
     weights, graphs = offers[0].weights.size, {offers[0].training.size, offers[0].inference.size}

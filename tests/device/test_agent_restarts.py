@@ -16,9 +16,9 @@ from fedprune.core.errors import ExitCode, StorageFullError
 from fedprune.model.selection import Tensors
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth, Cancelled, Gone, Progress, Refusal, Update, Want
-from fedprune_device.agent.offer_handler import Duty
+from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.privacy.policy import Floor
+from fedprune_device.privacy.policy import PrivacyPolicy
 from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
@@ -59,7 +59,7 @@ def test_a_round_that_promises_less_than_the_owner_asks_for_by_now_is_not_gone_o
     server.plan = [server.offer(1, Recipe(epochs=60, batch_size=1, lr=1e-3))]
     bench.stop_on(Progress, phase="train")
     bench.run(until_finished=False)
-    bench.floor = Floor()
+    bench.floor = PrivacyPolicy()
     bench.stop_on(Refusal)
     bench.run(until_finished=False)
     assert server.of(Refusal)[0].exit_code == ExitCode.PRIVACY
@@ -227,7 +227,7 @@ def test_room_that_an_offer_will_free_counts_for_it(bench: Bench, monkeypatch: p
     with bench.reopened() as store:
         store.blobs.put(bytes(free))
     monkeypatch.setattr(DeviceStore, "free_bytes", lambda s: free - sum(map(s.blobs.size, s.blobs.names())))
-    monkeypatch.setattr(Duty, "resume", lambda *_: None)  # or it would be gone by then
+    monkeypatch.setattr(OfferHandler, "resume", lambda *_: None)  # or it would be gone by then
     bench.run()
     assert not server.of(Refusal)
 

@@ -25,11 +25,11 @@ from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
 from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.serving.model_slots import Slots
-from fedprune_device.storage.directory_owner import Owner
+from fedprune_device.serving.model_slots import ModelSlots
+from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training import offline_training as alone
-from fedprune_device.training.offline_training import Alone
+from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.trainer import Trainer
 
 pytestmark = pytest.mark.board
@@ -49,7 +49,7 @@ class Board:
     def live(self, script: Callable[[MemoryLink, Agent], None], every: float = 0.0) -> None:
         """Run the agent while a script of a thread goes on; what the script raises is raised here."""
         raised: list[BaseException] = []
-        with DeviceStore(self.root / "state", owner=Owner("d", "site")) as store:
+        with DeviceStore(self.root / "state", owner=DirectoryOwner("d", "site")) as store:
             link = MemoryLink(self.server)
             agent = Agent("d", "site", store, link, self.data, alone=every, clock=clock)
 
@@ -70,7 +70,7 @@ class Board:
 
     def seen_serving(self, found: list[Tensors]) -> bool:
         """Add what serves while the agent runs; False if it changes just then."""
-        slots = Slots(self.root / "state" / "serving")
+        slots = ModelSlots(self.root / "state" / "serving")
         record = slots.current()
         with contextlib.suppress(FedpruneError, OSError):
             found.append(tensorfile.decode(slots.weights(record)) if record is not None else {})
@@ -219,13 +219,13 @@ class At:
     """A board with a finished round, and clocks that a test sets."""
 
     def __init__(self, root: Path, data: LocalData) -> None:
-        self.store = DeviceStore(root, owner=Owner("d", "site"))
+        self.store = DeviceStore(root, owner=DirectoryOwner("d", "site"))
         self.wall = self.store.slots.installed_at()
         self.now = 1000.0
         self.alone = self.made(data)
 
-    def made(self, data: LocalData) -> Alone:
-        return Alone("d", self.store, data, every=DAY, clock=lambda: self.wall)
+    def made(self, data: LocalData) -> OfflineTraining:
+        return OfflineTraining("d", self.store, data, every=DAY, clock=lambda: self.wall)
 
     def goes_by(self, seconds: float, *, connected: bool = False, idle: bool = True) -> bool:
         """Let time go by; whether it trains then, or did."""
@@ -284,7 +284,7 @@ def test_the_schedule_outlives_restarts_and_a_clock_that_was_set_back(at: At, da
 
 
 def test_it_never_trains_alone_unless_it_is_told_to(at: At, data: LocalData) -> None:
-    at.alone = Alone("d", at.store, data, clock=lambda: at.wall)
+    at.alone = OfflineTraining("d", at.store, data, clock=lambda: at.wall)
     assert not at.goes_by(1000 * DAY)
 
 
@@ -394,9 +394,9 @@ def test_a_full_disk_changes_nothing(at: At, monkeypatch: pytest.MonkeyPatch) ->
 
 def train(root: Path, data: LocalData) -> None:
     """One training alone, in this thread."""
-    with DeviceStore(root, owner=Owner("d", "site")) as store:
+    with DeviceStore(root, owner=DirectoryOwner("d", "site")) as store:
         store.collect()
-        alone = Alone("d", store, data, every=DAY)
+        alone = OfflineTraining("d", store, data, every=DAY)
         offer = alone._offer()
         assert offer is not None
         alone._commit(alone._bench.make(offer))
@@ -404,7 +404,7 @@ def train(root: Path, data: LocalData) -> None:
 
 
 def state_of(root: Path) -> tuple[str, Update | None, Any]:
-    with DeviceStore(root, owner=Owner("d", "site")) as store:
+    with DeviceStore(root, owner=DirectoryOwner("d", "site")) as store:
         predictor, record = store.slots.open()
         predictor.check(3)
         return record.weights, store.pending, store.task

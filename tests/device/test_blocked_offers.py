@@ -24,9 +24,9 @@ from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training import graph_choice
-from fedprune_device.training.graph_choice import StepChoice
-from fedprune_device.training.offline_training import Alone
-from fedprune_device.training.round_runner import Workbench
+from fedprune_device.training.graph_choice import GraphChoice
+from fedprune_device.training.offline_training import OfflineTraining
+from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import Trainer
 
 pytestmark = pytest.mark.board
@@ -195,10 +195,10 @@ def test_alone_a_board_trains_without_another_ones_graph(fleet: Fleet, here: Her
         for ref in offer.blobs():
             store.blobs.put(fleet.server.blobs.read(ref.sha256))
         store.accept(offer)
-        bench = Workbench("d", store.blobs, store.slots, fleet.data)
+        bench = RoundRunner("d", store.blobs, store.slots, fleet.data)
         bench.commit(bench.make(offer))
         store.finish()
-        alone = Alone("d", store, fleet.data, every=1.0)
+        alone = OfflineTraining("d", store, fleet.data, every=1.0)
         mine = alone._offer()
         assert mine is not None
         assert mine.blocked == offer.blocked
@@ -212,7 +212,7 @@ def test_only_what_a_graph_fails_at_is_tried_with_the_other_one(here: Here) -> N
     here(16)
     ref = BlobRef("a" * 64, 10, "b" * 64)
     offer = Offer("j", 1, 0, 7, "a" * 64, "b" * 64, (3,), 3, ref, ref, ref, {}, blocked={"16": ref, "8": ref})
-    choice = StepChoice()
+    choice = GraphChoice()
     suited = choice.suited(offer)
     assert suited == replace(offer, blocked={"16": ref})
     assert choice.suited(replace(offer, blocked={"8": ref})) == replace(offer, blocked=None)
@@ -276,14 +276,14 @@ def test_the_log_says_why_a_board_trains_without_blocks(here: Here, monkeypatch:
     blocked = replace(offer, blocked={"16": ref})
     here(16)
     monkeypatch.setenv(blocks.OFF, "0")
-    choice = StepChoice()
+    choice = GraphChoice()
     assert choice.described(blocked) == "in blocks of 16 channels"
     for given, why in (
         (dropout, "steps of this recipe are of several widths: ordered dropout"),
         (offer, "no graph for blocks of 16 channels was offered"),
     ):
         assert choice.described(given) == f"with standard operators ({why})"
-    assert "a GPU has no blocks" in StepChoice(standard=True).described(dropout)
+    assert "a GPU has no blocks" in GraphChoice(standard=True).described(dropout)
     here(0)
     assert "this processor has no blocks" in choice.described(dropout)
     monkeypatch.setenv(blocks.OFF, "yes")

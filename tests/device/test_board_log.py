@@ -21,11 +21,11 @@ from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
 from fedprune.wire.messages import Birth, Hello, parse
 from fedprune.wire.topics import Topics
-from fedprune_device.hardware.thermal_guard import Care
+from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.privacy.redaction import OTHER, module_at, module_of, private
-from fedprune_device.telemetry.crash_reports import Crashes
-from fedprune_device.telemetry.log_buffer import KEPT, KEPT_BYTES, BoardLog
-from fedprune_device.telemetry.reporter import Reporter
+from fedprune_device.telemetry.crash_reports import CrashReports
+from fedprune_device.telemetry.log_buffer import KEPT, KEPT_BYTES, LogBuffer
+from fedprune_device.telemetry.reporter import LogReporter
 
 pytestmark = pytest.mark.board
 
@@ -64,9 +64,9 @@ def record(text: str, level: int = logging.WARNING) -> logging.LogRecord:
     return logging.LogRecord("fedprune.device", level, "x.py", 1, text, (), None)
 
 
-def keeper(folder: Path, time: Time | None = None) -> BoardLog:
+def keeper(folder: Path, time: Time | None = None) -> LogBuffer:
     clock = time or Time()
-    return BoardLog(folder, "pi", clock, clock)
+    return LogBuffer(folder, "pi", clock, clock)
 
 
 @pytest.mark.parametrize(
@@ -172,14 +172,14 @@ def test_lines_outlast_the_process_and_numbers_grow(tmp_path: Path) -> None:
 
 
 def crash(folder: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), Crashes(folder).watched():
+    with pytest.raises(type(error)), CrashReports(folder).watched():
         raise error
 
 
 def test_an_exception_that_ends_the_run_is_reported_by_module_and_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError), Crashes(tmp_path).watched():
-        Care(10, 20)
-    body = Crashes(tmp_path).report
+    with pytest.raises(ConfigError), CrashReports(tmp_path).watched():
+        ThermalGuard(10, 20)
+    body = CrashReports(tmp_path).report
     assert body is not None
     report = CrashReport("pi", 1, **body)
     assert report.cause == "error"
@@ -194,14 +194,14 @@ def test_an_exception_that_ends_the_run_is_reported_by_module_and_line(tmp_path:
 @pytest.mark.parametrize("error", [IdentityError("pi is no member of site default yet"), JoinError("refused")])
 def test_a_board_that_is_not_let_in_has_not_crashed(tmp_path: Path, error: FedpruneError) -> None:
     crash(tmp_path, error)
-    assert Crashes(tmp_path).report is None
+    assert CrashReports(tmp_path).report is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_ends_well_leaves_nothing(tmp_path: Path) -> None:
-    with Crashes(tmp_path).watched():
+    with CrashReports(tmp_path).watched():
         assert (tmp_path / "running.json").exists()
-    with pytest.raises(KeyboardInterrupt), Crashes(tmp_path).watched():
+    with pytest.raises(KeyboardInterrupt), CrashReports(tmp_path).watched():
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
@@ -212,11 +212,11 @@ def test_a_thread_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
         raise ValueError("in a thread")
 
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    with Crashes(tmp_path).watched():
+    with CrashReports(tmp_path).watched():
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-    body = Crashes(tmp_path).report
+    body = CrashReports(tmp_path).report
     assert body is not None
     assert (body["cause"], body["text"]) == ("thread", "ValueError: in a thread")
 
@@ -225,13 +225,13 @@ def ended(folder: Path, how: str) -> dict[str, Any] | None:
     """What the next run knows of one that ended so."""
     script = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from fedprune_device.telemetry.crash_reports import Crashes\n"
-        f"with Crashes(Path(sys.argv[1]), boot=lambda: 'b').watched():\n    {how}\n"
+        "from fedprune_device.telemetry.crash_reports import CrashReports\n"
+        f"with CrashReports(Path(sys.argv[1]), boot=lambda: 'b').watched():\n    {how}\n"
     )
     subprocess.run([sys.executable, "-c", script, str(folder)], check=False, capture_output=True, timeout=60)
-    with Crashes(folder, boot=lambda: "b").watched():
+    with CrashReports(folder, boot=lambda: "b").watched():
         pass
-    return Crashes(folder).report
+    return CrashReports(folder).report
 
 
 def test_a_fault_in_native_code_is_reported_at_the_next_start(tmp_path: Path) -> None:
@@ -245,18 +245,18 @@ def test_a_run_that_was_killed_is_reported_but_no_power_cut(tmp_path: Path) -> N
     body = ended(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     assert body is not None
     assert body["cause"] == "killed"
-    Crashes(tmp_path).told()
-    crashes = Crashes(tmp_path, boot=lambda: "before")
+    CrashReports(tmp_path).told()
+    crashes = CrashReports(tmp_path, boot=lambda: "before")
     crashes._mark()
-    with Crashes(tmp_path, boot=lambda: "after the power came back").watched():
+    with CrashReports(tmp_path, boot=lambda: "after the power came back").watched():
         pass
-    assert Crashes(tmp_path).report is None
+    assert CrashReports(tmp_path).report is None
 
 
 def test_nothing_is_told_to_a_server_that_does_not_ask(tmp_path: Path) -> None:
     wire, time = Wire(), Time()
     log = keeper(tmp_path, time)
-    link = Reporter(wire, "pi", "lab", log, Crashes(tmp_path, time), time)
+    link = LogReporter(wire, "pi", "lab", log, CrashReports(tmp_path, time), time)
     log.emit(record("too hot"))
     crash(tmp_path, ValueError("no"))
     wire.inbox += [ConnectionUp(), (TOPICS.down("pi"), Hello(1).to_bytes())]
@@ -268,10 +268,10 @@ def test_nothing_is_told_to_a_server_that_does_not_ask(tmp_path: Path) -> None:
 
 def test_a_crash_and_lines_are_told_until_the_server_has_them(tmp_path: Path) -> None:
     wire, time = Wire(), Time()
-    log, crashes = keeper(tmp_path, time), Crashes(tmp_path, time)
+    log, crashes = keeper(tmp_path, time), CrashReports(tmp_path, time)
     crash(tmp_path, ValueError("no"))
     log.emit(record("too hot"))
-    link = Reporter(wire, "pi", "lab", log, crashes, time)
+    link = LogReporter(wire, "pi", "lab", log, crashes, time)
     link.publish(TOPICS.up("pi"), Birth("pi", 1, "p", 1, "s").to_bytes())
 
     def wanted(kept: int | None) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
-from fedprune_device.hardware.thermal_guard import Care, condition, firmware_flags, power_mode
+from fedprune_device.hardware.thermal_guard import ThermalGuard, condition, firmware_flags, power_mode
 
 pytestmark = pytest.mark.board
 
@@ -41,8 +41,8 @@ class Weather:
         if self.later:
             board(self.root, self.later.pop(0))
 
-    def care(self) -> Care:
-        return Care(80, 70, root=self.root, clock=lambda: self.now, sleep=self.sleep)
+    def care(self) -> ThermalGuard:
+        return ThermalGuard(80, 70, root=self.root, clock=lambda: self.now, sleep=self.sleep)
 
 
 def test_training_waits_above_the_limit_and_goes_on_below_the_other(tmp_path: Path) -> None:
@@ -117,4 +117,4 @@ def test_the_condition_of_a_board_in_a_few_words(tmp_path: Path) -> None:
 )
 def test_limits_that_would_flutter_or_never_end_are_refused(hot: float, cool: float) -> None:
     with pytest.raises(ConfigError, match="pause training"):
-        Care(hot, cool)
+        ThermalGuard(hot, cool)

@@ -24,10 +24,10 @@ from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer
-from fedprune_device.storage.local_state import Own
+from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.error_feedback import carried
-from fedprune_device.training.round_runner import DamagedBlobError, Workbench
+from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner
 
 pytestmark = pytest.mark.board
 
@@ -41,16 +41,16 @@ def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
     return HiddenBoard(tmp_path / "state", graphs, data)
 
 
-def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Tensors, Own | None]:
+def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Tensors, LocalState | None]:
     """The update's bytes, the tensors that serve, and the newest record of what the board keeps."""
     with DeviceStore(board.root) as store:
-        bench = Workbench(DEVICE, store.blobs, store.slots, board.data, shelf=store.own)
+        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, shelf=store.own)
         update = bench.commit(bench.make(offer))
         raw = store.blobs.read(update.weights.sha256)
         record = store.slots.current()
         assert record is not None
         serves = tensorfile.load(board.root / "serving" / record.slot / "weights.safetensors")
-        kept = [Own.from_bytes(r) for r in store.own.read().values()]
+        kept = [LocalState.from_bytes(r) for r in store.own.read().values()]
     return raw, serves, max(kept, key=lambda own: own.round, default=None)
 
 
@@ -131,9 +131,9 @@ NOW = Selection.of(ARCHITECTURE, (4,), [[7, 5, 4, 1, 0, 2, 3, 6]])
 WHOLE = {n: v for n, v in hidden_weights(seed=3).items() if n in ARCHITECTURE.by_name}
 
 
-def own(selection: Selection = BEFORE) -> Own:
+def own(selection: Selection = BEFORE) -> LocalState:
     place = (selection.digest, "c" * 64, selection.widths, 1)
-    return Own("job", 7, "a" * 64, *place, residual=selection.gather(WHOLE))
+    return LocalState("job", 7, "a" * 64, *place, residual=selection.gather(WHOLE))
 
 
 def offered(board: HiddenBoard, **other: Any) -> tuple[Offer, Callable[[BlobRef], bytes]]:
@@ -212,7 +212,7 @@ def test_weights_that_are_not_the_offered_ones_are_asked_for_as_they_are(board: 
 
 def test_a_record_with_what_was_left_out_is_read_back() -> None:
     before = own()
-    found = Own.from_bytes(before.to_bytes())
+    found = LocalState.from_bytes(before.to_bytes())
     assert {n: v.tobytes() for n, v in found.residual.items()} == {n: v.tobytes() for n, v in before.residual.items()}
     assert not found.average
     assert not found.personal
@@ -239,6 +239,6 @@ def test_what_is_left_out_needs_room(board: HiddenBoard, monkeypatch: pytest.Mon
 
 
 def test_a_birth_says_which_codecs_are_known() -> None:
-    from fedprune_device.agent.birth import Greeting
+    from fedprune_device.agent.birth import BirthBuilder
 
-    assert Greeting("d", "", None).birth(1, 10, None, 0.0).codecs == CODECS
+    assert BirthBuilder("d", "", None).birth(1, 10, None, 0.0).codecs == CODECS

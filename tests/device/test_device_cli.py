@@ -29,7 +29,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import log_prior
 from fedprune_device.hardware.probe import check_runtime
 from fedprune_device.serving.model_slots import Serving
-from fedprune_device.storage.directory_owner import Owner
+from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
@@ -164,7 +164,7 @@ def test_a_state_folder_that_is_not_there_is_said_so(tmp_path: Path, capsys: Cap
 def test_predict_names_the_boards_folders_inside_the_one_that_was_given(tmp_path: Path, capsys: Capture) -> None:
     for name in ("attic", "yard"):
         (tmp_path / name).mkdir()
-        Owner(name, "home").claim(tmp_path / name)
+        DirectoryOwner(name, "home").claim(tmp_path / name)
     np.savez(tmp_path / "d.npz", x=np.zeros((5, 6), np.float32))
     arguments = ["predict", "--state", str(tmp_path), "--input", str(tmp_path / "d.npz")]
     assert main.main(arguments) == ExitCode.STORAGE
@@ -432,7 +432,7 @@ def test_an_onnxruntime_that_kills_processes_is_an_exit_code_also_where_a_model_
 
 def test_another_devices_state_folder_is_refused(tmp_path: Path, probed: list[int], capsys: Capture) -> None:
     (tmp_path / "state").mkdir()
-    Owner("shed", "default").claim(tmp_path / "state")
+    DirectoryOwner("shed", "default").claim(tmp_path / "state")
     assert run(tmp_path) == ExitCode.STORAGE
     assert not probed
     assert "expected device d of site default, got device shed of site default" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.wire.messages import Birth, parse
-from fedprune_device.agent.birth import AGAIN_S, Greeting
+from fedprune_device.agent.birth import AGAIN_S, BirthBuilder
 from fedprune_device.launcher.slot_store import Home, Record
 
 pytestmark = pytest.mark.board
@@ -17,7 +17,7 @@ class Samples:
 
 def test_the_server_hears_what_predicts_and_when_that_changes() -> None:
     status = ["onnxruntime (an engine is being made)"]
-    greeting = Greeting("d", "jetson-thor", None, lambda: status[0])
+    greeting = BirthBuilder("d", "jetson-thor", None, lambda: status[0])
     assert greeting.birth(1, 3, None, 0.0).software.endswith("predicts with onnxruntime (an engine is being made)")
     samples: object = Samples()
     assert not greeting.outdated(samples, AGAIN_S)  # type: ignore[arg-type]
@@ -29,12 +29,14 @@ def test_the_server_hears_what_predicts_and_when_that_changes() -> None:
 
 
 def test_a_long_or_strange_reason_still_makes_a_message() -> None:
-    birth = Greeting("d", "jetson-thor", None, lambda: "onnxruntime (\x1b[31m\n" + "x" * 4000).birth(1, 3, None, 0.0)
+    birth = BirthBuilder("d", "jetson-thor", None, lambda: "onnxruntime (\x1b[31m\n" + "x" * 4000).birth(
+        1, 3, None, 0.0
+    )
     assert isinstance(parse(birth.to_bytes()), Birth)
 
 
 def test_a_board_without_engines_says_nothing_of_them() -> None:
-    assert "predicts" not in Greeting("d", "raspberry-pi-5", None).birth(1, 3, None, 0.0).software
+    assert "predicts" not in BirthBuilder("d", "raspberry-pi-5", None).birth(1, 3, None, 0.0).software
 
 
 @pytest.mark.parametrize(
@@ -51,8 +53,8 @@ def test_a_board_with_a_launcher_says_what_it_runs(
         (tmp_path / "state" / "b.json").write_text("no record")
     monkeypatch.setenv("FEDPRUNE_ROOT", str(tmp_path))
     monkeypatch.setenv("FEDPRUNE_SLOT", "b")
-    birth = Greeting("d", "jetson-thor", None, lambda: "x" * 500).birth(1, 3, None, 0.0)
+    birth = BirthBuilder("d", "jetson-thor", None, lambda: "x" * 500).birth(1, 3, None, 0.0)
     assert f", {expected}, predicts with x" in birth.software
     assert isinstance(parse(birth.to_bytes()), Birth)
     monkeypatch.setenv("FEDPRUNE_SLOT", "c\x1b")
-    assert "slot" not in Greeting("d", "jetson-thor", None).birth(1, 3, None, 0.0).software
+    assert "slot" not in BirthBuilder("d", "jetson-thor", None).birth(1, 3, None, 0.0).software

@@ -17,7 +17,7 @@ from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, Outcom
 from fedprune_device.releases.installer import Updater
 from fedprune_device.releases.release_trial import PACKAGES, Trial, check_health, check_packages
 from fedprune_device.releases.watchdog import Heart
-from fedprune_device.serving.model_slots import Serving, Slots
+from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.serving.predictor import Predictor
 
 pytestmark = pytest.mark.board
@@ -136,7 +136,7 @@ def test_what_fails_in_the_checks_is_rolled_back_with_its_reason(board: Updater)
 
 
 def test_a_board_that_is_well_passes_the_checks(board: Updater, model: Path, tmp_path: Path) -> None:
-    slots = Slots(tmp_path / "serving")
+    slots = ModelSlots(tmp_path / "serving")
     slots.prepare()
     check_health(tmp_path / "serving")
     slots.stage(model / "inference.onnx", model / "weights.safetensors")
@@ -156,7 +156,7 @@ def test_a_board_that_is_well_passes_the_checks(board: Updater, model: Path, tmp
 def test_a_model_that_served_and_cannot_any_more_fails_the_check(model: Path, tmp_path: Path) -> None:
     from fedprune.core.disk import file_digest
 
-    slots = Slots(tmp_path / "serving")
+    slots = ModelSlots(tmp_path / "serving")
     slots.prepare()
     graph = tmp_path / "other.onnx"
     graph.write_bytes(b"a graph of an operator that this onnxruntime doesn't know")

@@ -12,7 +12,7 @@ from fedprune.core.errors import ConfigError, DataError, StorageError
 from fedprune_device.data import image_decoding, image_folder
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.image_folder import ImageFolder
-from fedprune_device.data.splits import Shares
+from fedprune_device.data.splits import SplitShares
 
 pytestmark = pytest.mark.board
 
@@ -31,7 +31,7 @@ def put(root: Path, name: str, seed: int) -> Any:
 
 
 def folder(root: Path, most: int = 100, test: float = 0.0) -> ImageFolder:
-    return ImageFolder(root, Pixels(), Shares(test, device="d"), most, NAMES)
+    return ImageFolder(root, Pixels(), SplitShares(test, device="d"), most, NAMES)
 
 
 def test_images_are_samples_of_their_folders_class(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_the_number_of_training_images_is_counted_when_they_are_looked_at(
     for n in range(20):
         put(tmp_path, f"ant/{n}.png", n)
     found = folder(tmp_path, test=0.3)
-    monkeypatch.setattr(Shares, "part", lambda *_: pytest.fail("it is known already"))
+    monkeypatch.setattr(SplitShares, "part", lambda *_: pytest.fail("it is known already"))
     assert 0 < found.samples < 20
 
 
@@ -195,7 +195,7 @@ def test_files_that_have_not_changed_are_not_read_again_at_the_next_start(tmp_pa
     root, state = tmp_path / "data", tmp_path / "state"
     for n in range(6):
         put(root, f"ant/{n}.png", n)
-    first = ImageFolder(root, Pixels(), Shares(0.3), 100, NAMES, state)
+    first = ImageFolder(root, Pixels(), SplitShares(0.3), 100, NAMES, state)
     assert len(hashed) == 6
     wanted = first.snapshot(SHAPE)
     assert len(hashed) == 12  # each is decoded once
@@ -208,12 +208,12 @@ def test_files_that_have_not_changed_are_not_read_again_at_the_next_start(tmp_pa
     put(root, "bee/new.png", 98)
     with (state / "images.index").open("a") as file:
         file.write('["ant/5.png", 1, 2')  # torn by a power cut
-    later = ImageFolder(root, Pixels(), Shares(0.3), 100, NAMES, state)
+    later = ImageFolder(root, Pixels(), SplitShares(0.3), 100, NAMES, state)
     assert sorted(p.name for p in hashed) == ["2.png", "new.png"]
-    fresh = ImageFolder(root, Pixels(), Shares(0.3), 100, NAMES).snapshot(SHAPE)
+    fresh = ImageFolder(root, Pixels(), SplitShares(0.3), 100, NAMES).snapshot(SHAPE)
     assert np.array_equal(np.asarray(later.snapshot(SHAPE).x_train), np.asarray(fresh.x_train))
     hashed.clear()
-    ImageFolder(root, Pixels(), Shares(0.3), 100, NAMES, state)
+    ImageFolder(root, Pixels(), SplitShares(0.3), 100, NAMES, state)
     assert hashed == []
 
 
@@ -234,7 +234,7 @@ def test_an_index_does_not_grow_without_end(tmp_path: Path) -> None:
     for n in range(300):
         (root / "ant").mkdir(parents=True, exist_ok=True)
         (root / "ant" / "a.png").write_bytes(b"x" * (n + 1))
-        ImageFolder(root, Pixels(), Shares(0.0), 100, NAMES, state)
+        ImageFolder(root, Pixels(), SplitShares(0.0), 100, NAMES, state)
         sizes.append((state / "images.index").stat().st_size)
     assert max(sizes) < 150 * sizes[0]
 
@@ -245,7 +245,7 @@ def test_decoded_images_take_no_memory_and_no_more_room_than_they_may(
     for n in range(12):
         put(tmp_path, f"ant/{n}.png", n)
         put(tmp_path, f"bee/{n}.png", 50 + n)
-    data = ImageFolder(tmp_path, Pixels(), Shares(0.0), 100, NAMES, room=8 * 4 * 5 * 3).snapshot(SHAPE)
+    data = ImageFolder(tmp_path, Pixels(), SplitShares(0.0), 100, NAMES, room=8 * 4 * 5 * 3).snapshot(SHAPE)
     assert np.bincount(data.y_train).tolist() == [4, 4]
     assert "images of" in caplog.text
     assert data.x_train.nbytes == 8 * 8  # their rows
@@ -256,7 +256,7 @@ def test_decoded_images_take_no_memory_and_no_more_room_than_they_may(
 
 
 def test_images_that_are_replaced_round_after_round_stay_within_their_room(tmp_path: Path) -> None:
-    found = ImageFolder(tmp_path, Pixels(), Shares(0.0), 100, NAMES, room=8 * 4 * 5 * 3)
+    found = ImageFolder(tmp_path, Pixels(), SplitShares(0.0), 100, NAMES, room=8 * 4 * 5 * 3)
     for turn in range(5):
         wanted = {put(tmp_path, f"ant/{n}.png", 10 * turn + n).tobytes() for n in range(6)}
         data = found.snapshot(SHAPE)

@@ -23,7 +23,7 @@ from fedprune_device.agent.agent import Agent
 from fedprune_device.api.live_model import LiveModel
 from fedprune_device.client import BoardError
 from fedprune_device.data.image_decoding import Pixels
-from fedprune_device.serving.model_slots import Serving, Slots
+from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
@@ -243,7 +243,7 @@ def test_a_board_starts_also_with_a_model_that_breaks_what_loads_it(
     def broken(*_: object) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(Slots, "open", broken)
+    monkeypatch.setattr(ModelSlots, "open", broken)
     with local.serving():
         assert ask(local, request("GET", "/v1/health"))[1] == {"status": "ok", "serves": False}
 

@@ -24,9 +24,9 @@ from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.serving.model_slots import Serving
-from fedprune_device.serving.reduced_precision import Judge, Lowering
+from fedprune_device.serving.reduced_precision import PrecisionCheck, ReducedPrecision
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.round_runner import DamagedBlobError, Workbench
+from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner
 
 pytestmark = pytest.mark.board
 
@@ -47,7 +47,9 @@ class Board(HiddenBoard):
         weights = hidden_weights(HIDDEN // 2, seed=number)
         offer = self.offer(number, RECIPE, weights, graph="kept", lowered=kits or None, **other)
         with DeviceStore(self.root) as store:
-            bench = Workbench(DEVICE, store.blobs, store.slots, self.data, shelf=store.own, lowering=Lowering(serve))
+            bench = RoundRunner(
+                DEVICE, store.blobs, store.slots, self.data, shelf=store.own, lowering=ReducedPrecision(serve)
+            )
             bench.commit(bench.make(offer))
             record = store.slots.current()
         assert record is not None
@@ -116,9 +118,9 @@ def test_validation_samples_decide_where_there_are_some(data: LocalData) -> None
 
     whole: Any = Heard()
     apart = replace(data, x_val=data.x_train[:7] + 1, y_val=data.y_train[:7])
-    Judge(whole, apart, RECIPE, CLASSES)
+    PrecisionCheck(whole, apart, RECIPE, CLASSES)
     np.testing.assert_array_equal(whole.x, apart.x_val)
-    Judge(whole, replace(data, x_val=data.x_val[:0], y_val=data.y_val[:0]), RECIPE, CLASSES)
+    PrecisionCheck(whole, replace(data, x_val=data.x_val[:0], y_val=data.y_val[:0]), RECIPE, CLASSES)
     np.testing.assert_array_equal(whole.x, data.x_train[:512])
 
 
@@ -148,7 +150,7 @@ def test_the_fastest_is_faster_by_more_than_chance(
 
     models: Any = {p: Slow(t) for p, t in zip(("float32", "float16", "int8"), times, strict=True)}
 
-    assert Lowering("fastest")._chosen(models, data) == fastest
+    assert ReducedPrecision("fastest")._chosen(models, data) == fastest
 
 
 def test_what_nobody_asked_for_is_not_pulled(board: Board) -> None:
@@ -156,7 +158,7 @@ def test_what_nobody_asked_for_is_not_pulled(board: Board) -> None:
     offer = board.offer(1, RECIPE, hidden_weights(HIDDEN // 2), lowered=kits)
 
     def pulled(serve: str) -> set[str]:
-        return {b.sha256 for b in Lowering(serve).wanted(offer).blobs()}
+        return {b.sha256 for b in ReducedPrecision(serve).wanted(offer).blobs()}
 
     plain = {b.sha256 for b in replace(offer, lowered=None).blobs()}
     assert pulled("float32") == plain
@@ -320,7 +322,9 @@ def test_a_cut_at_any_write_leaves_the_old_or_the_new_model(board: Board, tmp_pa
 
     def work(root: Path) -> None:
         with DeviceStore(root) as store:
-            bench = Workbench(DEVICE, store.blobs, store.slots, board.data, shelf=store.own, lowering=Lowering("int8"))
+            bench = RoundRunner(
+                DEVICE, store.blobs, store.slots, board.data, shelf=store.own, lowering=ReducedPrecision("int8")
+            )
             bench.commit(bench.make(offer))
 
     def serves(root: Path) -> Serving:

@@ -22,7 +22,7 @@ from fedprune.runtime.session import Session
 from fedprune.training import step_contract
 from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.storage.local_state import Own, OwnFolder
+from fedprune_device.storage.local_state import FolderStateStore, LocalState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.received_weights import unpacked
 from fedprune_device.training.trainer import Trainer, TrainingResult
@@ -104,7 +104,10 @@ def test_what_is_blended_into_an_average_keeps_to_the_mask(board: HiddenBoard, m
         weights = hidden_weights(seed=number)
         active = half(weights, seed=number)
         _, _, serves = board.carry_out(board.offer(number, recipe, weights, graph=graph, mask=active))
-        own = max((Own.from_bytes(r) for r in OwnFolder(board.root / "own").read().values()), key=lambda o: o.round)
+        own = max(
+            (LocalState.from_bytes(r) for r in FolderStateStore(board.root / "own").read().values()),
+            key=lambda o: o.round,
+        )
         for name, value in active.applied(weights).items():
             wanted = (own.average[name] + value) / 2
             if name in active.active:

@@ -10,7 +10,7 @@ from hidden_board import HiddenBoard, hidden_weights, logits
 
 from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.logit_adjustment import OwnLabels
+from fedprune_device.data.logit_adjustment import LogitAdjustment
 
 pytestmark = pytest.mark.board
 
@@ -19,17 +19,17 @@ LOGITS = np.array([[-1.0, 5.0, -2.0], [1.0, 2.0, 3.0]], np.float32)
 
 
 def test_nothing_is_done_to_logits_that_training_left_alone() -> None:
-    assert np.array_equal(OwnLabels.of(Y, Recipe(), 3)(LOGITS), LOGITS)
+    assert np.array_equal(LogitAdjustment.of(Y, Recipe(), 3)(LOGITS), LOGITS)
 
 
 def test_adjusted_logits_have_the_log_of_the_labels_shares() -> None:
     shares = (np.array([1, 0, 3]) + 0.1) / (4 + 0.1 * 3)
 
-    assert np.allclose(OwnLabels.of(Y, Recipe(logit_adjustment=True), 3)(LOGITS), LOGITS + np.log(shares))
+    assert np.allclose(LogitAdjustment.of(Y, Recipe(logit_adjustment=True), 3)(LOGITS), LOGITS + np.log(shares))
 
 
 def test_logits_of_absent_classes_are_0() -> None:
-    masked = OwnLabels.of(Y, Recipe(mask_absent_classes=True), 3)(LOGITS)
+    masked = LogitAdjustment.of(Y, Recipe(mask_absent_classes=True), 3)(LOGITS)
 
     assert np.array_equal(masked, [[-1, 0, -2], [1, 0, 3]])
 

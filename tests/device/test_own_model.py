@@ -25,7 +25,7 @@ from fedprune.model.selection import Tensors
 from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.storage.local_state import MOST_OTHERS, KeptOwn, Own, OwnFolder, OwnInMemory
+from fedprune_device.storage.local_state import MOST_OTHERS, FolderStateStore, LocalState, MemoryStateStore, RoundState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.batch_norm import measured
 from fedprune_device.training.moving_average import averaged, blended
@@ -100,7 +100,10 @@ def test_received_weights_are_blended_into_what_serves_and_into_nothing_else(
         update, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="kept"))
         plain, same, _ = without.carry_out(without.offer(number, replace(recipe, blend=0), weights, graph="kept"))
         kept, alone = (
-            max((Own.from_bytes(raw) for raw in OwnFolder(b.root / "own").read().values()), key=lambda o: o.round)
+            max(
+                (LocalState.from_bytes(raw) for raw in FolderStateStore(b.root / "own").read().values()),
+                key=lambda o: o.round,
+            )
             for b in (board, without)
         )
         new = trained(board, number, weights)
@@ -198,7 +201,7 @@ def test_an_average_lies_between_what_it_is_made_of(decay: float, seed: int) -> 
     old, new = ({"w": rng.standard_normal((3, 4)).astype(np.float32)} for _ in range(2))
     ref = {"sha256": "a" * 64, "size": 1, "leaves": "a" * 64}
     offer = Offer("j", 2, 0, 1, "a" * 64, "b" * 64, (3,), 3, ref, ref, ref, {})  # type: ignore[arg-type]
-    base = Own("j", 1, "a" * 64, "b" * 64, None, (3,), 1, average=old)
+    base = LocalState("j", 1, "a" * 64, "b" * 64, None, (3,), 1, average=old)
     got = averaged(base, offer, new, decay)["w"]
     low, high = np.minimum(old["w"], new["w"]), np.maximum(old["w"], new["w"])
     assert np.all((got >= low - 1e-6) & (got <= high + 1e-6))
@@ -207,7 +210,7 @@ def test_an_average_lies_between_what_it_is_made_of(decay: float, seed: int) -> 
 def test_where_only_ranks_would_tell_which_channels_are_the_same_the_average_begins_anew() -> None:
     ref = {"sha256": "a" * 64, "size": 1, "leaves": "a" * 64}
     offer = Offer("j", 2, 0, 1, "a" * 64, "b" * 64, (2,), 3, ref, ref, ref, {}, None, "c" * 64)  # type: ignore[arg-type]
-    base = Own("j", 1, "a" * 64, "e" * 64, "c" * 64, (4,), 1, average={"w": np.float32([4, 4, 4, 4])})
+    base = LocalState("j", 1, "a" * 64, "e" * 64, "c" * 64, (4,), 1, average={"w": np.float32([4, 4, 4, 4])})
     new = {"w": np.float32([8, 8])}
     for parts, wanted in ((((0, 4),), [6, 6]), (((0, 2), (2, 2)), [8, 8])):
         axes = TensorAxes((4,), {"w": (Axis(tuple(Segment(0, *part, 1) for part in parts)),)})
@@ -218,7 +221,7 @@ def test_elements_that_were_masked_begin_anew_and_those_that_are_stay_zero() -> 
     ref = {"sha256": "a" * 64, "size": 1, "leaves": "a" * 64}
     offer = Offer("j", 2, 0, 1, "a" * 64, "b" * 64, (3,), 3, ref, ref, ref, {})  # type: ignore[arg-type]
     before, now = (ElementMask({"w": np.array(bits, np.bool_)}) for bits in ([1, 1, 0, 0], [1, 0, 1, 0]))
-    base = Own("j", 1, "a" * 64, "b" * 64, None, (3,), 1, {"w": np.float32([4, 4, 0, 0])}, {}, before)
+    base = LocalState("j", 1, "a" * 64, "b" * 64, None, (3,), 1, {"w": np.float32([4, 4, 0, 0])}, {}, before)
     got = averaged(base, offer, {"w": np.float32([8, 0, 8, 0])}, 0.75, mask=now)["w"]
     np.testing.assert_array_equal(got, [5, 0, 8, 0])
 
@@ -226,15 +229,15 @@ def test_elements_that_were_masked_begin_anew_and_those_that_are_stay_zero() -> 
 # -- where it is kept -------------------------------------------------------------------------------------------------
 
 
-def record(number: int, fill: float = 1.0) -> Own:
+def record(number: int, fill: float = 1.0) -> LocalState:
     mask = ElementMask({"w": np.arange(6).reshape(2, 3) % 2 == 0})
     tensors = {"w": np.full((2, 3), fill, np.float32)}
-    return Own("job", 7, "a" * 64, "b" * 64, "c" * 64, (3,), number, tensors, {"head": np.float32([fill])}, mask)
+    return LocalState("job", 7, "a" * 64, "b" * 64, "c" * 64, (3,), number, tensors, {"head": np.float32([fill])}, mask)
 
 
 def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
     one = record(3)
-    two = Own.from_bytes(one.to_bytes())
+    two = LocalState.from_bytes(one.to_bytes())
     assert (two.job, two.seed, two.round, two.widths, two.ranking) == ("job", 7, 3, (3,), "c" * 64)
     assert equal(two.average, one.average)
     assert equal(two.personal, one.personal)
@@ -251,7 +254,7 @@ def test_damage_is_noticed_or_changes_nothing(at: int, junk: bytes) -> None:
     at %= len(raw)
     raw[at : at + len(junk)] = junk
     try:
-        read = Own.from_bytes(bytes(raw))
+        read = LocalState.from_bytes(bytes(raw))
     except StorageError as error:
         assert "damaged" in error.what  # noqa: PT017 - either this or nothing
         return
@@ -263,12 +266,12 @@ def test_damage_of_any_array_is_noticed() -> None:
     for _, _, start, end in tensorfile.offsets(raw).values():
         for at in (start, end - 1):
             with pytest.raises(StorageError, match="damaged"):
-                Own.from_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+                LocalState.from_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_the_newest_record_before_a_round_and_what_it_leaves_stay(board: HiddenBoard, in_memory: bool) -> None:
-    shelf: Any = OwnInMemory() if in_memory else OwnFolder(board.root / "own")
+    shelf: Any = MemoryStateStore() if in_memory else FolderStateStore(board.root / "own")
     if not in_memory:
         shelf.prepare()
 
@@ -276,12 +279,12 @@ def test_the_newest_record_before_a_round_and_what_it_leaves_stay(board: HiddenB
         return board.offer(number, AVERAGE, hidden_weights())
 
     for number in (1, 2, 5):
-        kept = KeptOwn(shelf, offer(number))
-        kept.stage(Own.of(offer(number), {"w": np.float32([number])}, {}, None))
+        kept = RoundState(shelf, offer(number))
+        kept.stage(LocalState.of(offer(number), {"w": np.float32([number])}, {}, None))
         kept.commit()
-    rounds = {Own.from_bytes(raw).round for raw in shelf.read().values()}
+    rounds = {LocalState.from_bytes(raw).round for raw in shelf.read().values()}
     assert rounds == {2, 5}
-    bases = {n: KeptOwn(shelf, offer(n)).base for n in (1, 2, 3, 5, 6)}
+    bases = {n: RoundState(shelf, offer(n)).base for n in (1, 2, 3, 5, 6)}
     assert {n: b and b.round for n, b in bases.items()} == {1: None, 2: None, 3: 2, 5: 2, 6: 5}
 
 
@@ -325,13 +328,13 @@ def test_it_waits_while_the_board_works_for_another_job(board: HiddenBoard) -> N
         assert store.own.read() == kept
 
 
-def put(own: OwnFolder, record: bytes, beside: str | None) -> None:
+def put(own: FolderStateStore, record: bytes, beside: str | None) -> None:
     own.stage(record)
     own.commit(beside)
 
 
 def test_it_is_kept_of_a_few_jobs_and_until_they_are_over(tmp_path: Path) -> None:
-    own = OwnFolder(tmp_path / "own")
+    own = FolderStateStore(tmp_path / "own")
     own.prepare()
     for i in range(MOST_OTHERS + 2):
         own.turn_to(f"job{i}", f"job{i - 1}")
@@ -348,7 +351,7 @@ def test_it_is_kept_of_a_few_jobs_and_until_they_are_over(tmp_path: Path) -> Non
 
 def test_a_death_at_any_point_of_turning_to_another_job_loses_nothing(tmp_path: Path) -> None:
     for count in range(1, 6):
-        own = OwnFolder(tmp_path / str(count))
+        own = FolderStateStore(tmp_path / str(count))
         own.prepare()
         own.turn_to("one")
         put(own, b"first", None)
@@ -370,7 +373,7 @@ def test_a_death_at_any_point_of_turning_to_another_job_loses_nothing(tmp_path: 
             with contextlib.suppress(KeyboardInterrupt):
                 own.turn_to("two", "one")
                 own.turn_to("one")
-        own = OwnFolder(tmp_path / str(count))
+        own = FolderStateStore(tmp_path / str(count))
         own.turn_to("one")
         assert own.read() == {"a": b"first", "b": b"second"}
 

@@ -18,13 +18,13 @@ from fedprune.training.recipe import Recipe
 from fedprune.wire.log_messages import LogWanted
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer
-from fedprune_device.privacy.budget import FILE, PrivateCount
-from fedprune_device.privacy.policy import Floor, read_floor
+from fedprune_device.privacy.budget import FILE, PrivacyBudget
+from fedprune_device.privacy.policy import PrivacyPolicy, read_policy
 from fedprune_device.privacy.redaction import bare, refused
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.telemetry.crash_reports import Crashes
-from fedprune_device.telemetry.log_buffer import BoardLog
-from fedprune_device.training.round_runner import Workbench
+from fedprune_device.telemetry.crash_reports import CrashReports
+from fedprune_device.telemetry.log_buffer import LogBuffer
+from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import Trainer
 
 pytestmark = pytest.mark.board
@@ -41,17 +41,17 @@ def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
     return HiddenBoard(tmp_path / "state", graphs, data)
 
 
-def train(board: HiddenBoard, offer: Any, floor: Floor | None = None) -> Any:
+def train(board: HiddenBoard, offer: Any, floor: PrivacyPolicy | None = None) -> Any:
     """The update's tensors; every call is a process of its own."""
     with DeviceStore(board.root) as store:
         store.hold_to(floor)
-        bench = Workbench(DEVICE, store.blobs, store.slots, board.data, shelf=store.own, noise=store.privacy.draw)
+        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, shelf=store.own, noise=store.privacy.draw)
         made = bench.make(offer)
         return tensorfile.decode(store.blobs.read(made.update.weights.sha256)), made
 
 
-def count(board: HiddenBoard) -> PrivateCount:
-    return PrivateCount(board.root)
+def count(board: HiddenBoard) -> PrivacyBudget:
+    return PrivacyBudget(board.root)
 
 
 def test_every_draw_counts_also_of_the_same_work(board: HiddenBoard) -> None:
@@ -89,15 +89,23 @@ def test_without_its_count_there_is_no_update(board: HiddenBoard, monkeypatch: p
 @pytest.mark.parametrize(
     ("floor", "recipe", "says"),
     [
-        (Floor(), PLAIN, "private jobs alone: expected updates with clip and noise, got neither clip nor noise"),
-        (Floor(), replace(PLAIN, update_clip=1.0), "got a clip without noise, or with next to none"),
-        (Floor(least_noise=3.0), PRIVATE, "in units of the clip: expected at least 3, got 2"),
-        (Floor(most_clip=0.5), PRIVATE, "clip of this board's update: expected at most 0.5, got 1.0"),
-        (Floor(most_epsilon=1.0), PRIVATE, r"budget of privacy is spent: .* expected at most 1 at δ 1e-05, got 1\.9"),
+        (
+            PrivacyPolicy(),
+            PLAIN,
+            "private jobs alone: expected updates with clip and noise, got neither clip nor noise",
+        ),
+        (PrivacyPolicy(), replace(PLAIN, update_clip=1.0), "got a clip without noise, or with next to none"),
+        (PrivacyPolicy(least_noise=3.0), PRIVATE, "in units of the clip: expected at least 3, got 2"),
+        (PrivacyPolicy(most_clip=0.5), PRIVATE, "clip of this board's update: expected at most 0.5, got 1.0"),
+        (
+            PrivacyPolicy(most_epsilon=1.0),
+            PRIVATE,
+            r"budget of privacy is spent: .* expected at most 1 at δ 1e-05, got 1\.9",
+        ),
     ],
 )
 def test_an_offer_below_the_floor_is_refused_before_anything_is_done(
-    board: HiddenBoard, floor: Floor, recipe: Recipe, says: str
+    board: HiddenBoard, floor: PrivacyPolicy, recipe: Recipe, says: str
 ) -> None:
     offer = board.offer(1, recipe, SENT, graph="kept")
     with DeviceStore(board.root) as store:
@@ -111,7 +119,7 @@ def test_an_offer_below_the_floor_is_refused_before_anything_is_done(
 
 
 def test_at_the_floor_it_takes_part_until_its_budget_is_spent(board: HiddenBoard) -> None:
-    floor = Floor(least_noise=2.0, most_clip=1.0, most_epsilon=4.0)
+    floor = PrivacyPolicy(least_noise=2.0, most_clip=1.0, most_epsilon=4.0)
     offer, rounds = board.offer(1, PRIVATE, SENT, graph="kept"), 0
 
     def part(number: int) -> None:
@@ -142,8 +150,8 @@ def test_what_is_no_longer_known_is_not_taken_for_nothing(board: HiddenBoard, da
 def test_the_owners_file(tmp_path: Path) -> None:
     path = tmp_path / "owner.toml"
     path.write_text("[privacy]\nleast_noise = 1\nmost_epsilon = 8.0\n")
-    assert read_floor(path) == Floor(least_noise=1, most_epsilon=8.0)
-    assert read_floor(None) is None
+    assert read_policy(path) == PrivacyPolicy(least_noise=1, most_epsilon=8.0)
+    assert read_policy(None) is None
     for text, says in (
         ("[privacy]\nnoise = 1\n", "unknown key 'noise'"),
         ("[privacy]\ndelta = 0\n", "delta: expected a number above 0"),
@@ -152,9 +160,9 @@ def test_the_owners_file(tmp_path: Path) -> None:
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=says):
-            read_floor(path)
+            read_policy(path)
     with pytest.raises(ConfigError, match="can't read"):
-        read_floor(tmp_path / "none.toml")
+        read_policy(tmp_path / "none.toml")
 
 
 def test_an_update_without_noise_that_waits_is_dropped_when_the_owner_asks_for_noise(board: HiddenBoard) -> None:
@@ -162,14 +170,14 @@ def test_an_update_without_noise_that_waits_is_dropped_when_the_owner_asks_for_n
         offer = board.offer(1, recipe, SENT, graph="kept")
         with DeviceStore(board.root) as store:
             store.accept(offer)
-            bench = Workbench(DEVICE, store.blobs, store.slots, board.data, noise=store.privacy.draw)
+            bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, noise=store.privacy.draw)
             store.keep(bench.make(offer).update)
         with DeviceStore(board.root) as store:
-            store.hold_to(Floor())
+            store.hold_to(PrivacyPolicy())
             assert (store.pending is not None) == stays
-            store.hold_to(Floor(least_noise=2.0, most_epsilon=0.1))
+            store.hold_to(PrivacyPolicy(least_noise=2.0, most_epsilon=0.1))
             assert (store.pending is not None) == stays, "what it cost was spent when its noise was drawn"
-            store.hold_to(Floor(least_noise=2.1))
+            store.hold_to(PrivacyPolicy(least_noise=2.1))
             assert store.pending is None
 
 
@@ -181,7 +189,7 @@ def test_noise_whose_cost_is_no_number_is_none_and_spoils_no_count(board: Hidden
         for _ in range(3):
             store.privacy.draw(offer)
         with pytest.raises(PrivacyError, match="private jobs alone"):
-            Floor().check(recipe, 0.0)
+            PrivacyPolicy().check(recipe, 0.0)
     again = count(board)
     assert (again.draws, again.cost) == (0, 0.0)
     again.check(PRIVATE)
@@ -210,9 +218,9 @@ def test_training_that_runs_away_hands_in_noise_alone_and_says_nothing_of_it(
 
 def test_of_a_private_board_the_log_tells_what_stands_in_the_code(tmp_path: Path) -> None:
     quiet = False
-    log = BoardLog(tmp_path, "pi", quiet=lambda: quiet)
+    log = LogBuffer(tmp_path, "pi", quiet=lambda: quiet)
     log.addFilter(lambda record: True)
-    line = logging.LogRecord("fedprune.device", logging.WARNING, BoardLog.__module__, 1, "%s: %d", (SECRET, 3), None)
+    line = logging.LogRecord("fedprune.device", logging.WARNING, LogBuffer.__module__, 1, "%s: %d", (SECRET, 3), None)
     line.pathname = "/x/site-packages/fedprune_device/agent/agent.py"
     log.emit(line)
     quiet = True
@@ -229,7 +237,7 @@ def test_of_a_private_board_the_log_tells_what_stands_in_the_code(tmp_path: Path
     assert "stay on the board" in texts[2]
     assert not any(word in text for text in texts for word in ("cancer", "17", "ann", "scans"))
     log.save(now=True)
-    again = BoardLog(tmp_path, "pi", quiet=lambda: True).take(50, 10_000)
+    again = LogBuffer(tmp_path, "pi", quiet=lambda: True).take(50, 10_000)
     assert again is not None
     assert [row["text"] for row in again.lines] == texts, "they were bare already"
     assert LogWanted(50, 10_000).lines
@@ -253,12 +261,12 @@ def test_refusals_of_private_jobs_name_the_kind_alone_but_for_what_is_of_the_off
 
 def test_of_a_private_board_a_crash_tells_its_name(tmp_path: Path) -> None:
     for early in (True, False):
-        Crashes(tmp_path, quiet=lambda now=not early: now).exception(DataError(SECRET))  # type: ignore[misc]
-        report = Crashes(tmp_path, quiet=lambda: True).report
+        CrashReports(tmp_path, quiet=lambda now=not early: now).exception(DataError(SECRET))  # type: ignore[misc]
+        report = CrashReports(tmp_path, quiet=lambda: True).report
         assert report is not None
         assert report["text"].startswith("DataError")
         assert "cancer" not in report["text"]
-    Crashes(tmp_path).exception(DataError("plain words"))
-    report = Crashes(tmp_path).report
+    CrashReports(tmp_path).exception(DataError("plain words"))
+    report = CrashReports(tmp_path).report
     assert report is not None
     assert "plain words" in report["text"]

@@ -17,9 +17,9 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.storage.local_state import Own
+from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.round_runner import MEASURED, Workbench
+from fedprune_device.training.round_runner import MEASURED, RoundRunner
 
 pytestmark = pytest.mark.board
 
@@ -33,12 +33,12 @@ def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
     return HiddenBoard(tmp_path / "state", graphs, data)
 
 
-def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Any, Own | None]:
+def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Any, LocalState | None]:
     """The update's bytes and message, and the newest record of what the board keeps."""
     with DeviceStore(board.root) as store:
-        bench = Workbench(DEVICE, store.blobs, store.slots, board.data, shelf=store.own)
+        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, shelf=store.own)
         update = bench.commit(bench.make(offer))
-        kept = [Own.from_bytes(r) for r in store.own.read().values()]
+        kept = [LocalState.from_bytes(r) for r in store.own.read().values()]
         return store.blobs.read(update.weights.sha256), update, max(kept, key=lambda own: own.round, default=None)
 
 

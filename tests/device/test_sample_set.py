@@ -21,25 +21,25 @@ from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFu
 from fedprune_device.data import sample_store
 from fedprune_device.data.reservoir import Limits
 from fedprune_device.data.sample import NoSampleError, SampleConflictError, encoded, outline
-from fedprune_device.data.sample_store import SampleSet
-from fedprune_device.data.segment_log import Record, digest
-from fedprune_device.data.splits import Shares
+from fedprune_device.data.sample_store import SampleStore
+from fedprune_device.data.segment_log import LogRecord, digest
+from fedprune_device.data.splits import SplitShares
 
 pytestmark = pytest.mark.board
 
 ROOM = 64 * 1024
-SHARES = Shares(0.25, 0.25, seed=3, device="d")
+SHARES = SplitShares(0.25, 0.25, seed=3, device="d")
 
 
-def opened(root: Path, samples: int = 40, room: int = ROOM, shares: Shares = SHARES) -> SampleSet:
-    return SampleSet(root, Limits(samples, room), shares)
+def opened(root: Path, samples: int = 40, room: int = ROOM, shares: SplitShares = SHARES) -> SampleStore:
+    return SampleStore(root, Limits(samples, room), shares)
 
 
 def x_of(number: int, size: int = 6) -> Any:
     return np.full(size, number, np.float32)
 
 
-def held(found: SampleSet) -> dict[float, int]:
+def held(found: SampleStore) -> dict[float, int]:
     """Numbers and labels of all that would be trained or tested on."""
     data = found.snapshot()
     parts = [(data.x_train, data.y_train), (data.x_test, data.y_test), (data.x_val, data.y_val)]
@@ -47,7 +47,7 @@ def held(found: SampleSet) -> dict[float, int]:
 
 
 @pytest.fixture
-def samples(tmp_path: Path) -> Iterator[SampleSet]:
+def samples(tmp_path: Path) -> Iterator[SampleStore]:
     with opened(tmp_path / "samples") as found:
         yield found
 
@@ -66,7 +66,7 @@ def test_a_sample_comes_out_as_it_went_in(shape: list[int], tokens: bool) -> Non
     "x",
     [np.zeros(3), np.array(1, np.float32), np.array([np.nan], np.float32), np.array([-1]), np.zeros(3, np.uint8)],
 )
-def test_what_is_no_sample_is_refused(samples: SampleSet, x: Any) -> None:
+def test_what_is_no_sample_is_refused(samples: SampleStore, x: Any) -> None:
     with pytest.raises(DataError):
         samples.add(x, 0)
     assert samples.counts()["disk_bytes"] == 0
@@ -87,7 +87,7 @@ def test_what_is_handed_in_is_trained_on_also_after_a_restart(tmp_path: Path) ->
         assert again.samples == again.counts()["parts"]["train"] == again.snapshot().samples
 
 
-def test_the_same_bytes_are_known_again(samples: SampleSet) -> None:
+def test_the_same_bytes_are_known_again(samples: SampleStore) -> None:
     one = samples.add(x_of(1), 2)
     assert not one.duplicate
     again = samples.add(x_of(1), 2)
@@ -136,7 +136,7 @@ def test_a_part_is_for_ever_and_as_large_as_asked_for() -> None:
     for part, share in (("test", 0.25), ("val", 0.75 * 0.25), ("train", 0.75 * 0.75)):
         deviation = (share * (1 - share) / len(names)) ** 0.5
         assert abs(parts.count(part) / len(names) - share) < 4 * deviation
-    assert [Shares(0.25, 0.25, seed=4, device="d").part(n) for n in names] != parts
+    assert [SplitShares(0.25, 0.25, seed=4, device="d").part(n) for n in names] != parts
 
 
 def test_a_held_out_sample_never_gets_into_training(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_held_out_sample_never_gets_into_training(tmp_path: Path) -> None:
 def test_other_shares_than_the_sets_are_refused(tmp_path: Path) -> None:
     opened(tmp_path).close()
     with pytest.raises(ConfigError, match="divided otherwise"):
-        opened(tmp_path, shares=Shares(0.2, 0.25, seed=3, device="d"))
+        opened(tmp_path, shares=SplitShares(0.2, 0.25, seed=3, device="d"))
 
 
 def test_the_disk_never_holds_more_than_it_may(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_request_that_clears_away_many_small_samples_syncs_a_few_times(
         assert held(again) == before
 
 
-def test_the_number_of_training_samples_waits_for_nobody_who_writes(samples: SampleSet) -> None:
+def test_the_number_of_training_samples_waits_for_nobody_who_writes(samples: SampleStore) -> None:
     for n in range(20):
         samples.add(x_of(n), n % 2)
     found: list[int] = []
@@ -275,7 +275,7 @@ def test_a_flood_of_samples_that_are_declined_is_counted_and_hardly_written(tmp_
 
 
 @pytest.mark.parametrize("held", [0, 2**30])
-def test_a_snapshot_stays_as_it_is(samples: SampleSet, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+def test_a_snapshot_stays_as_it_is(samples: SampleStore, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
     """Also where it is read from segments that are cleared away meanwhile."""
     monkeypatch.setattr("fedprune_device.data.sample_store.HELD_BYTES", held)
     for n in range(10):
@@ -290,7 +290,7 @@ def test_a_snapshot_stays_as_it_is(samples: SampleSet, monkeypatch: pytest.Monke
     assert {x.tobytes() for x in np.asarray(data.x_train)} <= added
 
 
-def test_samples_of_another_shape_than_the_models_are_left_out(samples: SampleSet) -> None:
+def test_samples_of_another_shape_than_the_models_are_left_out(samples: SampleStore) -> None:
     for n in range(12):
         samples.add(x_of(n), 0)
         samples.add(x_of(n, 7), 0)
@@ -301,14 +301,14 @@ def test_samples_of_another_shape_than_the_models_are_left_out(samples: SampleSe
         samples.snapshot((8,))
 
 
-def test_without_labels_there_is_nothing_to_train_on(samples: SampleSet) -> None:
+def test_without_labels_there_is_nothing_to_train_on(samples: SampleStore) -> None:
     samples.add(x_of(1))
     assert samples.samples == 0
     with pytest.raises(DataError, match="nothing to train on"):
         samples.snapshot()
 
 
-def test_a_sample_beyond_a_segment_is_refused(samples: SampleSet) -> None:
+def test_a_sample_beyond_a_segment_is_refused(samples: SampleStore) -> None:
     with pytest.raises(DataError, match="--samples-bytes"):
         samples.add(np.zeros(ROOM // 16, np.float32), 0)
 
@@ -366,7 +366,7 @@ def test_a_sample_that_looks_like_records_is_a_sample(tmp_path: Path) -> None:
         assert again.counts()["classes"] == {"0": {"kept": 2, "seen": 3}}
 
 
-def history(samples: SampleSet) -> Iterator[None]:
+def history(samples: SampleStore) -> Iterator[None]:
     """What an application does; the set is small, so that much of it makes room."""
     names = []
     for n in range(30):
@@ -383,11 +383,11 @@ def history(samples: SampleSet) -> Iterator[None]:
             yield
 
 
-def small(root: Path) -> SampleSet:
+def small(root: Path) -> SampleStore:
     return opened(root, samples=12, room=8 * 1024)
 
 
-def numbers(samples: SampleSet) -> frozenset[str]:
+def numbers(samples: SampleStore) -> frozenset[str]:
     return frozenset(samples.names())
 
 
@@ -447,9 +447,9 @@ def test_a_power_cut_while_a_segment_is_cleared_away_tears_nothing(
 ) -> None:
     """Many samples are written anew in one piece; wherever that is cut, the old ones are still there."""
     pieces: list[tuple[Path, Path, int, int]] = []
-    real = SampleSet._move
+    real = SampleStore._move
 
-    def copied(self: SampleSet, records: list[Record]) -> None:
+    def copied(self: SampleStore, records: list[LogRecord]) -> None:
         before = {p.name: p.stat().st_size for p in (tmp_path / "a").glob("segment-*")}
         real(self, records)
         copy = shutil.copytree(tmp_path / "a", tmp_path / f"copy-{len(pieces)}")
@@ -462,7 +462,7 @@ def test_a_power_cut_while_a_segment_is_cleared_away_tears_nothing(
         large = samples.add(x_of(1000, 900), 0).id
         names = numbers(samples)
         labels = {n: samples._reservoir.label(n) for n in names if n != large}
-        monkeypatch.setattr(SampleSet, "_move", copied)
+        monkeypatch.setattr(SampleStore, "_move", copied)
         for n in range(30):
             samples.label(large, 1 + n % 2)
     assert len(pieces) > 3

@@ -18,7 +18,7 @@ from fedprune.core.errors import StorageError
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.offer import Offer
 from fedprune.wire.transfer import Pull, Serve
-from fedprune_device.network.leaf_reuse import SharedLeaves
+from fedprune_device.network.leaf_reuse import LeafReuse
 from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
@@ -34,7 +34,7 @@ def blob(text: str, tail: str = "") -> bytes:
 
 def pulled(source: BlobStore, target: BlobStore, ref: BlobRef, lend: Any = None) -> list[int]:
     """Leaves that had to travel, in the order in which they came."""
-    pull, travelled = Pull(ref, target.partial(ref), lend=lend or SharedLeaves(target).lend), list[int]()
+    pull, travelled = Pull(ref, target.partial(ref), lend=lend or LeafReuse(target).lend), list[int]()
     wants = pull.start(0.0)
     while not pull.done:
         answers = [Serve(source).answer(want) for want in wants]
@@ -114,7 +114,7 @@ def test_what_was_lent_is_there_after_a_restart_and_more_is_looked_for(stores: t
     source, target = stores
     donor = target.put(blob("ab")).sha256
     ref = source.put(blob("abcdefgh"))
-    first = Pull(ref, target.partial(ref), lend=SharedLeaves(target).lend)
+    first = Pull(ref, target.partial(ref), lend=LeafReuse(target).lend)
     (want,) = first.start(0.0)
     answer = Serve(source).answer(want)
     assert isinstance(answer, Iterator)
@@ -173,8 +173,8 @@ def test_a_disk_that_fails_ends_the_pull_and_a_donor_that_can_t_be_read_doesn_t(
         patch.setattr(target, "table", broken)
         partial = target.partial(ref)
         assert partial.set_table(source.table(ref.sha256))
-        assert SharedLeaves(target).lend(partial) == 0
+        assert LeafReuse(target).lend(partial) == 0
         patch.undo()
         patch.setattr("fedprune.blobs.partial_blob.write_all", broken)
         with pytest.raises(StorageError, match="the disk fails"):
-            SharedLeaves(target).lend(partial)
+            LeafReuse(target).lend(partial)

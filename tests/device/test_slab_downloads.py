@@ -22,7 +22,7 @@ from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Gone, Want
 from fedprune.wire.offer import Offer
 from fedprune.wire.transfer import PATIENCE, Serve
-from fedprune_device.network.blob_download import Downloads
+from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.offer_checks import same_work, slabs_fit
 from fedprune_device.storage.state_directory import DeviceStore
 
@@ -60,7 +60,7 @@ class Source:
             assert not isinstance(found, Gone)
             yield from found
 
-    def feed(self, downloads: Downloads, now: float = 0.0, *, shared: bool = True) -> None:
+    def feed(self, downloads: BlobDownloads, now: float = 0.0, *, shared: bool = True) -> None:
         """Answer everything, until nothing is asked for any more."""
         wants = downloads.start(now)
         while wants:
@@ -84,7 +84,7 @@ def store(tmp_path: Path) -> BlobStore:
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_weights_are_made_of_slabs_to_the_bit(source: Source, store: BlobStore, step: int) -> None:
     offer = source.offer(step)
-    downloads = Downloads(store, offer, 0.0)
+    downloads = BlobDownloads(store, offer, 0.0)
     assert not downloads.done
     source.feed(downloads)
     assert downloads.done
@@ -94,7 +94,7 @@ def test_weights_are_made_of_slabs_to_the_bit(source: Source, store: BlobStore, 
 
 
 def test_it_listens_to_what_it_lacks_and_to_nothing_wider(source: Source, store: BlobStore) -> None:
-    downloads = Downloads(store, source.offer(1), 0.0)
+    downloads = BlobDownloads(store, source.offer(1), 0.0)
     wanted = {TOPICS.shared(r.sha256, "job") for r in (*source.slabs[:2], source.graph)}
     assert downloads.listens(TOPICS) == wanted
     source.feed(downloads)
@@ -103,7 +103,7 @@ def test_it_listens_to_what_it_lacks_and_to_nothing_wider(source: Source, store:
 
 def test_what_others_asked_for_is_taken(source: Source, store: BlobStore) -> None:
     """All chunks come by themselves, the last ones first; the leaf table alone must be asked for."""
-    downloads = Downloads(store, source.offer(2), 0.0)
+    downloads = BlobDownloads(store, source.offer(2), 0.0)
     tables = [w for w in downloads.start(0.0) if w.part == "leaves"]
     for raw in source.answers(tables):
         downloads.chunk(Chunk.parse(raw), 0.0, shared=True)
@@ -116,7 +116,7 @@ def test_what_others_asked_for_is_taken(source: Source, store: BlobStore) -> Non
 
 def test_slabs_of_other_weights_are_found_out_and_the_weights_pulled_whole(source: Source, store: BlobStore) -> None:
     other = source.store.put(tensorfile.encode({"w": source.files[2]["w"] + np.float32(1)}))
-    downloads = Downloads(store, source.offer(2, weights=other), 0.0)
+    downloads = BlobDownloads(store, source.offer(2, weights=other), 0.0)
     source.feed(downloads)
     assert downloads.done
     assert store.has(other.sha256)
@@ -126,14 +126,14 @@ def test_slabs_of_other_weights_are_found_out_and_the_weights_pulled_whole(sourc
 @pytest.mark.parametrize("junk", [b"no tensor file", tensorfile.encode({"v": np.zeros(3, np.float32)})])
 def test_what_is_no_slab_costs_nothing_but_the_way(source: Source, store: BlobStore, junk: bytes) -> None:
     source.slabs[1] = source.store.put(junk)
-    downloads = Downloads(store, source.offer(2), 0.0)
+    downloads = BlobDownloads(store, source.offer(2), 0.0)
     source.feed(downloads)
     assert downloads.done
     assert store.read(source.weights[2].sha256) == tensorfile.encode(source.files[2])
 
 
 def test_a_slab_that_is_gone_is_done_without(source: Source, store: BlobStore) -> None:
-    downloads = Downloads(store, source.offer(2), 0.0)
+    downloads = BlobDownloads(store, source.offer(2), 0.0)
     downloads.start(0.0)
     wants = downloads.gone(source.slabs[1].sha256, 0.0)
     assert {w.sha256 for w in wants} == {source.weights[2].sha256}
@@ -145,11 +145,11 @@ def test_a_slab_that_is_gone_is_done_without(source: Source, store: BlobStore) -
 def test_weights_or_a_graph_that_are_gone_end_it(source: Source, store: BlobStore) -> None:
     for sha256 in (source.weights[0].sha256, source.graph.sha256):
         with pytest.raises(ProtocolError, match="no longer has"):
-            Downloads(store, source.offer(0), 0.0).gone(sha256, 0.0)
+            BlobDownloads(store, source.offer(0), 0.0).gone(sha256, 0.0)
 
 
 def test_a_device_that_hears_nothing_on_shared_topics_asks_on_its_own(source: Source, store: BlobStore) -> None:
-    downloads = Downloads(store, source.offer(2), 0.0)
+    downloads = BlobDownloads(store, source.offer(2), 0.0)
     downloads.start(0.0)
     wants = downloads.tick(PATIENCE + 1)
     assert downloads.deaf
@@ -161,7 +161,7 @@ def test_a_device_that_hears_nothing_on_shared_topics_asks_on_its_own(source: So
 
 
 def test_a_device_that_hears_something_goes_on_listening(source: Source, store: BlobStore) -> None:
-    downloads = Downloads(store, source.offer(2), 0.0)
+    downloads = BlobDownloads(store, source.offer(2), 0.0)
     raw = next(source.answers([w for w in downloads.start(0.0) if w.part == "leaves"]))
     downloads.chunk(Chunk.parse(raw), 0.1, shared=True)
     assert all(w.shared for w in downloads.tick(PATIENCE + 1))
@@ -169,14 +169,14 @@ def test_a_device_that_hears_something_goes_on_listening(source: Source, store: 
 
 
 def test_without_slabs_or_where_they_do_not_fit_nothing_is_different(source: Source, store: BlobStore) -> None:
-    plain = Downloads(store, source.offer(2, slabs=None), 0.0)
+    plain = BlobDownloads(store, source.offer(2, slabs=None), 0.0)
     assert plain.listens(TOPICS) == frozenset()
     assert not any(w.shared for w in plain.start(0.0))
     source.feed(plain)
     assert source.pulled() == {source.weights[2].sha256, source.graph.sha256}
 
     source.wants.clear()
-    tight = Downloads(BlobStore(store.root / "new"), source.offer(2), 0.0, slabs=False)
+    tight = BlobDownloads(BlobStore(store.root / "new"), source.offer(2), 0.0, slabs=False)
     source.feed(tight)
     assert tight.done
     assert source.pulled() == {source.weights[2].sha256, source.graph.sha256}
@@ -200,7 +200,7 @@ def test_slabs_stay_on_the_disk_until_the_weights_are_made(source: Source, tmp_p
         board.blobs.put(source.store.read(source.slabs[1].sha256))
         board.collect()
         assert board.blobs.has(source.slabs[1].sha256)
-        source.feed(Downloads(board.blobs, offer, 0.0))
+        source.feed(BlobDownloads(board.blobs, offer, 0.0))
         board.collect()
         assert set(board.blobs.names()) == {offer.weights.sha256, source.graph.sha256}
 
@@ -218,7 +218,7 @@ def coded(source: Source, **changes: Any) -> Offer:
 def test_what_can_be_decoded_is_pulled_before_all_slabs_and_on_its_own_topic(source: Source, store: BlobStore) -> None:
     offer = coded(source)
     assert offer.coded is not None
-    downloads = Downloads(store, offer, 0.0)
+    downloads = BlobDownloads(store, offer, 0.0)
     assert downloads.listens(TOPICS) == {TOPICS.shared(source.graph.sha256, "job")}
     source.feed(downloads)
     assert downloads.done
@@ -229,7 +229,7 @@ def test_what_can_be_decoded_is_pulled_before_all_slabs_and_on_its_own_topic(sou
 def test_who_asks_for_nothing_that_is_shared_does_not_take_itself_for_deaf(source: Source, store: BlobStore) -> None:
     store.put(source.store.read(source.graph.sha256))
     for offer, slabs in ((coded(source), True), (source.offer(2), False)):
-        downloads = Downloads(store, offer, 0.0, slabs=slabs)
+        downloads = BlobDownloads(store, offer, 0.0, slabs=slabs)
         downloads.start(0.0)
         downloads.tick(PATIENCE + 1)
         assert not downloads.deaf
@@ -243,7 +243,7 @@ def test_what_can_not_be_decoded_is_made_of_slabs_or_pulled_whole(
     source: Source, store: BlobStore, why: str, slabs: bool
 ) -> None:
     offer = coded(source, held=None if why == "plainly" else "f" * 64)
-    downloads = Downloads(store, offer, 0.0, slabs=slabs, plainly=why == "plainly")
+    downloads = BlobDownloads(store, offer, 0.0, slabs=slabs, plainly=why == "plainly")
     source.feed(downloads)
     assert downloads.done
     assert store.has(offer.weights.sha256)
@@ -254,7 +254,7 @@ def test_what_can_not_be_decoded_is_made_of_slabs_or_pulled_whole(
 def test_what_could_be_decoded_and_is_gone_is_done_without(source: Source, store: BlobStore) -> None:
     offer = coded(source)
     assert offer.coded is not None
-    downloads = Downloads(store, offer, 0.0)
+    downloads = BlobDownloads(store, offer, 0.0)
     downloads.start(0.0)
     assert {w.sha256 for w in downloads.gone(offer.coded.sha256, 0.0)} == {offer.weights.sha256}
     source.feed(downloads)
@@ -277,7 +277,7 @@ def test_room_for_slabs_counts_what_codecs_need_beside_them(source: Source, tmp_
 def test_what_a_server_names_wrongly_is_found_out_where_it_is_read(source: Source, store: BlobStore) -> None:
     data = source.store.read(source.weights[2].sha256)
     wrong = replace(source.weights[2], sha256="ab" * 32)
-    downloads = Downloads(store, source.offer(2, weights=wrong, slabs=None), 0.0)
+    downloads = BlobDownloads(store, source.offer(2, weights=wrong, slabs=None), 0.0)
     wants = downloads.start(0.0)
     while wants:
         want = wants.pop(0)

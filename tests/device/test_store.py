@@ -16,8 +16,8 @@ from fedprune.core import durable, tensorfile
 from fedprune.core.errors import ModelError, StorageError, StorageFullError
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
-from fedprune_device.serving.model_slots import Serving, Slots
-from fedprune_device.storage.directory_owner import Owner
+from fedprune_device.serving.model_slots import ModelSlots, Serving
+from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
@@ -158,7 +158,7 @@ def test_two_processes_cannot_share_a_state_directory(tmp_path: Path) -> None:
 
 
 def test_a_directory_belongs_to_one_device_of_one_site(tmp_path: Path) -> None:
-    attic, shed = Owner("attic", "home"), Owner("shed", "home")
+    attic, shed = DirectoryOwner("attic", "home"), DirectoryOwner("shed", "home")
     for _ in range(2):
         with DeviceStore(tmp_path, owner=attic):
             attic.claim(tmp_path)
@@ -167,23 +167,23 @@ def test_a_directory_belongs_to_one_device_of_one_site(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match=both):
             refused()
     with pytest.raises(StorageError, match="expected device attic of site field, got device attic of site home"):
-        DeviceStore(tmp_path, owner=Owner("attic", "field"))
+        DeviceStore(tmp_path, owner=DirectoryOwner("attic", "field"))
     DeviceStore(tmp_path, owner=attic).close()
 
 
 def test_a_directory_that_nobody_has_claimed_is_free(tmp_path: Path) -> None:
-    DeviceStore(tmp_path, owner=Owner("atic", "home")).close()
-    with DeviceStore(tmp_path, owner=Owner("attic", "home")):
-        Owner("attic", "home").claim(tmp_path)
+    DeviceStore(tmp_path, owner=DirectoryOwner("atic", "home")).close()
+    with DeviceStore(tmp_path, owner=DirectoryOwner("attic", "home")):
+        DirectoryOwner("attic", "home").claim(tmp_path)
 
 
 def test_a_directory_of_an_earlier_version_has_a_device_and_gets_a_site(tmp_path: Path) -> None:
     durable.write_document(tmp_path / "device.json", {"device": "attic"})
     with pytest.raises(StorageError, match="got device attic"):
-        Owner("shed", "home").claim(tmp_path)
-    Owner("attic", "home").claim(tmp_path)
+        DirectoryOwner("shed", "home").claim(tmp_path)
+    DirectoryOwner("attic", "home").claim(tmp_path)
     with pytest.raises(StorageError, match="got device attic of site home"):
-        Owner("attic", "field").check(tmp_path)
+        DirectoryOwner("attic", "field").check(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["server.db", "identity/authority.key"])
@@ -191,7 +191,7 @@ def test_a_servers_folder_is_no_device_s(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(StorageError, match=rf"state folder of a server: expected one of device attic's own.*{name}"):
-        DeviceStore(tmp_path, owner=Owner("attic", "home"))
+        DeviceStore(tmp_path, owner=DirectoryOwner("attic", "home"))
     assert not (tmp_path / "lock").exists()
 
 
@@ -240,7 +240,7 @@ def test_predictions_are_possible_beside_a_running_agent(tmp_path: Path, graphs:
     store = life.open()
     for step in life.steps()[:7]:
         step(store)
-    assert Slots(tmp_path / "serving").open()[1].round == 1
+    assert ModelSlots(tmp_path / "serving").open()[1].round == 1
     life.close()
 
 

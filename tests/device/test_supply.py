@@ -18,8 +18,8 @@ from fedprune.wire.offer import Offer
 from fedprune.wire.rtt import AnswerTime
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.network.downloader import Supply
-from fedprune_device.network.uplink import Outbox
+from fedprune_device.network.downloader import Downloader
+from fedprune_device.network.uplink import Uplink
 from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
@@ -81,12 +81,12 @@ def store(tmp_path: Path) -> Iterator[DeviceStore]:
 
 
 @pytest.fixture
-def supply(store: DeviceStore, line: Line) -> Supply:
-    outbox = Outbox("d", TOPICS, line, Serve(store.blobs))
-    return Supply(store, line, TOPICS, outbox, AnswerTime())
+def supply(store: DeviceStore, line: Line) -> Downloader:
+    outbox = Uplink("d", TOPICS, line, Serve(store.blobs))
+    return Downloader(store, line, TOPICS, outbox, AnswerTime())
 
 
-def pulled(supply: Supply, line: Line, now: float) -> float | None:
+def pulled(supply: Downloader, line: Line, now: float) -> float | None:
     """Answer until it is there; seconds that it took."""
     for _ in range(50):
         took = supply.turn(now)
@@ -98,7 +98,7 @@ def pulled(supply: Supply, line: Line, now: float) -> float | None:
 
 
 def test_what_an_offer_needs_comes_and_is_counted_from_its_beginning(
-    supply: Supply, line: Line, store: DeviceStore, offer: Offer
+    supply: Downloader, line: Line, store: DeviceStore, offer: Offer
 ) -> None:
     supply.begin(offer, 10.0)
     assert supply.offer == offer
@@ -108,7 +108,7 @@ def test_what_an_offer_needs_comes_and_is_counted_from_its_beginning(
     assert supply.turn(15.0) is None
 
 
-def test_nothing_is_asked_for_before_the_connection_is_there(supply: Supply, line: Line, offer: Offer) -> None:
+def test_nothing_is_asked_for_before_the_connection_is_there(supply: Downloader, line: Line, offer: Offer) -> None:
     supply.begin(offer, 0.0, asks=False)
     assert not line.wants
     supply.connected(1.0)
@@ -116,14 +116,14 @@ def test_nothing_is_asked_for_before_the_connection_is_there(supply: Supply, lin
     assert pulled(supply, line, 2.0) == 2.0
 
 
-def test_another_attempt_at_the_same_work_takes_over(supply: Supply, line: Line, offer: Offer) -> None:
+def test_another_attempt_at_the_same_work_takes_over(supply: Downloader, line: Line, offer: Offer) -> None:
     supply.begin(offer, 0.0)
     supply.renumber(replace(offer, attempt=2))
     assert supply.offer == replace(offer, attempt=2)
     assert pulled(supply, line, 1.0) == 1.0
 
 
-def test_what_is_gone_at_the_server_ends_it_with_an_error(supply: Supply, offer: Offer) -> None:
+def test_what_is_gone_at_the_server_ends_it_with_an_error(supply: Downloader, offer: Offer) -> None:
     supply.begin(offer, 0.0)
     supply.gone("0" * 64, 1.0)  # somebody else's
     with pytest.raises(ProtocolError, match="no longer has blob"):
@@ -131,7 +131,7 @@ def test_what_is_gone_at_the_server_ends_it_with_an_error(supply: Supply, offer:
 
 
 def test_who_stops_takes_nothing_more_and_listens_no_more(
-    supply: Supply, line: Line, store: DeviceStore, offer: Offer
+    supply: Downloader, line: Line, store: DeviceStore, offer: Offer
 ) -> None:
     supply.begin(replace(offer, slabs=(offer.weights,)), 0.0)
     assert line.heard[-1]

@@ -23,8 +23,8 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import class_weights, positive_weights, targets
 from fedprune_device.data.losses import data_loss, hits, loss_terms
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.early_stopping import Patience
-from fedprune_device.training.round_runner import Workbench
+from fedprune_device.training.early_stopping import EarlyStopping
+from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import Trainer, TrainingResult
 
 pytestmark = pytest.mark.board
@@ -460,8 +460,10 @@ def test_the_validation_loss_is_the_recipes(
 ) -> None:
     """Over parts of any size, with class weights and smoothing; at a learning rate of 0 no epoch is better."""
     data = labelled[recipe.loss].with_validation(0.3, 1)
-    seen, over = list[float](), Patience.over
-    monkeypatch.setattr(Patience, "over", lambda self, loss, *other: (seen.append(loss), over(self, loss, *other))[1])
+    seen, over = list[float](), EarlyStopping.over
+    monkeypatch.setattr(
+        EarlyStopping, "over", lambda self, loss, *other: (seen.append(loss), over(self, loss, *other))[1]
+    )
     still = Recipe.from_dict({**recipe.to_dict(), "lr": 0.0, "epochs": 9, "patience": 2})
     got = train(graphs / f"{graph}.onnx", weights, data, still)
     y = targets(data.y_val, recipe.loss, CLASSES)
@@ -510,7 +512,7 @@ def test_no_part_of_a_round_works_on_more_samples_than_a_step(
         for ref in (server.weights, server.graphs["inference"]):
             store.blobs.put(server.blobs.read(ref.sha256))
         training = store.blobs.put((graphs / f"{graph}.onnx").read_bytes())
-        made = Workbench("d", store.blobs, store.slots, data).make(server.offer(1, recipe, training=training))
+        made = RoundRunner("d", store.blobs, store.slots, data).make(server.offer(1, recipe, training=training))
     assert made.update.samples == samples
     assert max(sizes) == most
 
@@ -522,7 +524,7 @@ def test_frozen_tensors_do_not_travel_up(tmp_path: Path, graphs: Path, weights: 
         for ref in (server.weights, server.graphs["inference"]):
             store.blobs.put(server.blobs.read(ref.sha256))
         training = store.blobs.put((graphs / "bias.onnx").read_bytes())
-        bench = Workbench("d", store.blobs, store.slots, data)
+        bench = RoundRunner("d", store.blobs, store.slots, data)
         offer = server.offer(1, Recipe(trainable=("b",)), training=training)
         update = bench.commit(bench.make(offer))
         sent = tensorfile.decode(store.blobs.read(update.weights.sha256))

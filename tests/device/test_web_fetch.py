@@ -24,7 +24,7 @@ from fedprune.wire.broker_url import tls_context
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.transfer import Pull, Serve
 from fedprune_device.network import http_fetch
-from fedprune_device.network.http_fetch import WebFetch
+from fedprune_device.network.http_fetch import HttpFetch
 
 pytestmark = pytest.mark.board
 
@@ -51,8 +51,8 @@ def filled(root: Path) -> BlobStore:
     return store
 
 
-def fetched(store: BlobStore, url: str, *refs: BlobRef, tls: Callable[[], ssl.SSLContext] = tls_context) -> WebFetch:
-    fetch = WebFetch(store, BlobUrl.parse(url), refs or (REF,), tls)
+def fetched(store: BlobStore, url: str, *refs: BlobRef, tls: Callable[[], ssl.SSLContext] = tls_context) -> HttpFetch:
+    fetch = HttpFetch(store, BlobUrl.parse(url), refs or (REF,), tls)
     ends = time.monotonic() + 60
     while fetch.alive:
         if fetch.stalled:
@@ -261,7 +261,7 @@ def test_who_never_ends_the_head_of_an_answer_is_left(
 def test_it_ends_at_once_when_it_is_stopped(store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_fetch, "SILENT_S", 600.0)  # nothing else ends it
     web.behave = lambda h, data: not h.drip(b"", 600)
-    fetch = WebFetch(store, BlobUrl.parse(web.url), [REF], tls_context)
+    fetch = HttpFetch(store, BlobUrl.parse(web.url), [REF], tls_context)
     while not web.asked:
         time.sleep(0.002)
     fetch.stop()
@@ -324,7 +324,7 @@ class TestTls:
         monkeypatch.setattr(http_fetch, "SILENT_S", 600.0)  # nothing else ends it
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = BlobUrl.parse(f"https://127.0.0.1:{silent.getsockname()[1]}")
-            fetch = WebFetch(store, url, [REF], self.trust(tmp_path))
+            fetch = HttpFetch(store, url, [REF], self.trust(tmp_path))
             client, _ = silent.accept()
             with client:
                 client.recv(1)  # its hello has begun to come

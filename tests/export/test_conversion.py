@@ -14,7 +14,7 @@ from fedprune.core.disk import file_digest
 from fedprune.core.errors import ExitCode
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.session import Session
-from fedprune_device.serving.model_slots import Serving, Slots
+from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_export.bundles import conversion
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx, read_source
@@ -163,7 +163,7 @@ def test_the_other_channels_are_zeroed_or_kept(digits: Path, bundle: Path, tmp_p
 @pytest.fixture
 def board(bundle: Path, tmp_path: Path) -> Path:
     """A board's state folder whose model, of other weights than the bundle's, serves."""
-    slots = Slots(tmp_path / "board" / "serving")
+    slots = ModelSlots(tmp_path / "board" / "serving")
     slots.prepare()
     moved = {n: v * np.float32(1.1) for n, v in tensorfile.load(bundle / "weights.safetensors").items()}
     stage = slots.stage(bundle / "inference.onnx", tensorfile.encode(moved))
@@ -175,7 +175,7 @@ def board(bundle: Path, tmp_path: Path) -> Path:
 def test_what_a_board_serves_goes_out(
     board: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slots = Slots(board / "serving")
+    slots = ModelSlots(board / "serving")
     folder = slots.folder(slots.current() or pytest.fail("nothing serves"))
 
     assert main(["to-onnx", str(board), str(tmp_path / "o.onnx")]) == ExitCode.OK

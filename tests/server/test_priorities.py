@@ -16,7 +16,7 @@ from fedprune.wire.messages import Cancelled, Progress, Update, Want, parse
 from fedprune.wire.mqtt.unsent import HIGH_WATER
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.network.uplink import Outbox
+from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Line, Post
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.multicast import Audience, Sharing
@@ -98,8 +98,8 @@ def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: 
     assert link.leaves() == {(device, i) for device in devices for i in range(LEAVES)}
 
 
-def outbox(link: Slow, store: BlobStore) -> Outbox:
-    return Outbox("pi", TOPICS, link, Serve(store))
+def outbox(link: Slow, store: BlobStore) -> Uplink:
+    return Uplink("pi", TOPICS, link, Serve(store))
 
 
 def update(store: BlobStore, digest: str) -> Update:

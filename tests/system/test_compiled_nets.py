@@ -18,7 +18,7 @@ from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.round_runner import Workbench
+from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import Trainer
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import load
@@ -93,7 +93,7 @@ def test_a_round_of_a_submodel_ends_with_a_model_that_serves(
             store.blobs.put(inference_model(model, selection.widths)),
             RECIPE.to_dict(),
         )
-        bench = Workbench("d", store.blobs, store.slots, data)
+        bench = RoundRunner("d", store.blobs, store.slots, data)
         update = bench.commit(bench.make(offer))
         assert isinstance(update, Update)
         trained = tensorfile.decode(store.blobs.read(update.weights.sha256))

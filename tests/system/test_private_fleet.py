@@ -13,7 +13,7 @@ from real_site import Site, write_material
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.privacy.accounting import epsilon
-from fedprune_device.privacy.budget import PrivateCount
+from fedprune_device.privacy.budget import PrivacyBudget
 from fedprune_server.cli.status import describe, status
 
 pytestmark = [pytest.mark.system, pytest.mark.soak]
@@ -80,7 +80,7 @@ def test_a_private_job_ends_when_its_budget_is_spent_whoever_is_killed(site: Sit
 
     for name, device in state.devices.items():
         assert device.releases == {"1.0": ROUNDS}, name
-        own = PrivateCount(site.folder / name)
+        own = PrivacyBudget(site.folder / name)
         # A board that is killed between drawing and keeping has drawn once more than it sent.
         assert own.draws in ((0,) if name == "strict" else (ROUNDS, ROUNDS + 1)), name
         measured = [row["devices"].get(name, {}).get("metrics", {}) for row in state.history]

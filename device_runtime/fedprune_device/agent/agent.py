@@ -25,18 +25,18 @@ from fedprune.wire.offer import Offer
 from fedprune.wire.rtt import AnswerTime
 from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.agent.birth import Greeting
-from fedprune_device.agent.offer_handler import Duty
-from fedprune_device.data.sample_source import Samples
-from fedprune_device.hardware.thermal_guard import Care
-from fedprune_device.network.downloader import Supply
-from fedprune_device.network.status import Standing
-from fedprune_device.network.uplink import Outbox, Wire
-from fedprune_device.serving.reduced_precision import Lowering
+from fedprune_device.agent.birth import BirthBuilder
+from fedprune_device.agent.offer_handler import OfferHandler
+from fedprune_device.data.sample_source import SampleSource
+from fedprune_device.hardware.thermal_guard import ThermalGuard
+from fedprune_device.network.downloader import Downloader
+from fedprune_device.network.status import BoardStatus
+from fedprune_device.network.uplink import Uplink, Wire
+from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.graph_choice import StepChoice
-from fedprune_device.training.offline_training import Alone
-from fedprune_device.training.round_runner import LoadedTrainer, Workbench
+from fedprune_device.training.graph_choice import GraphChoice
+from fedprune_device.training.offline_training import OfflineTraining
+from fedprune_device.training.round_runner import RoundRunner, TrainerCache
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -62,7 +62,7 @@ class Agent:
         cuda: Whether to train on an NVIDIA GPU, if that works.
         probe: What the board measured of itself.
         care: Lets training wait while the board is too hot.
-        alone: Seconds after which it trains without its server; 0 for never (`Alone`).
+        alone: Seconds after which it trains without its server; 0 for never (`OfflineTraining`).
         answers: Says what answers predictions, for the server; empty where that is nothing special.
         precision: What its model serves at (`serving.reduced_precision.SERVE`).
         serves: The job whose models may serve; empty for those of any job.
@@ -77,14 +77,14 @@ class Agent:
         site: str,
         store: DeviceStore,
         link: Wire,
-        data: Samples,
+        data: SampleSource,
         *,
         profile: HardwareProfile | None = None,
         profile_name: str = "",
         threads: int = 1,
         cuda: bool = False,
         probe: ProbeReport | None = None,
-        care: Care | None = None,
+        care: ThermalGuard | None = None,
         alone: float = 0.0,
         answers: Callable[[], str] = lambda: "",
         precision: str = FLOAT32,
@@ -95,24 +95,24 @@ class Agent:
     ) -> None:
         self._device, self._topics = device, Topics(site)
         self._store, self._link = store, link
-        self._outbox = Outbox(device, self._topics, link, Serve(store.blobs), max_packet)
+        self._outbox = Uplink(device, self._topics, link, Serve(store.blobs), max_packet)
         self._answers = AnswerTime()
-        self._supply = Supply(store, link, self._topics, self._outbox, self._answers, max_packet, web)
+        self._supply = Downloader(store, link, self._topics, self._outbox, self._answers, max_packet, web)
         self._data, self._clock = data, clock
         known = profile_name or (profile.name if profile is not None else "")
-        self._greeting = Greeting(device, known, probe, answers)
-        lowering = Lowering(precision, threads)
+        self._greeting = BirthBuilder(device, known, probe, answers)
+        lowering = ReducedPrecision(precision, threads)
         store.slots.job = serves
-        trainer = LoadedTrainer(threads, cuda=cuda)
-        bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own, lowering, store.privacy.draw)
-        self._alone = Alone(device, store, data, threads, alone, care, cuda=cuda, lowering=lowering)
-        self._duty = Duty(
+        trainer = TrainerCache(threads, cuda=cuda)
+        bench = RoundRunner(device, store.blobs, store.slots, data, trainer, store.own, lowering, store.privacy.draw)
+        self._alone = OfflineTraining(device, store, data, threads, alone, care, cuda=cuda, lowering=lowering)
+        self._duty = OfferHandler(
             store,
             self._supply,
             self._outbox,
             bench,
             self._alone,
-            choice=StepChoice(standard=cuda),
+            choice=GraphChoice(standard=cuda),
             lowering=lowering,
             profile=profile,
             care=care,
@@ -153,7 +153,7 @@ class Agent:
         self._stopping.set()
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> BoardStatus:
         """What it is at; may be read from any thread."""
         return self._outbox.standing
 

@@ -13,7 +13,7 @@ from fedprune.runtime import session
 from fedprune.wire.log_messages import LOG
 from fedprune.wire.messages import TO, Birth, Update
 from fedprune.wire.offer import Offer
-from fedprune_device.data.sample_source import Samples
+from fedprune_device.data.sample_source import SampleSource
 from fedprune_device.launcher.running import running
 
 AGAIN_S = 60.0
@@ -26,7 +26,7 @@ _LONGEST = 150
 """Characters of what is said of who answers predictions."""
 
 
-class Greeting:
+class BirthBuilder:
     """Makes births.
 
     Args:
@@ -71,6 +71,6 @@ class Greeting:
             (TO, LOG),
         )
 
-    def outdated(self, source: Samples, now: float) -> bool:
+    def outdated(self, source: SampleSource, now: float) -> bool:
         """Whether the server should hear of other samples, or of what else predicts; looked at now and then."""
         return now >= self._at + AGAIN_S and (source.samples != self._samples or self._answers() != self._served)

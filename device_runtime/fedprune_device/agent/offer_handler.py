@@ -15,15 +15,15 @@ from fedprune.training.recipe import Recipe
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Update
 from fedprune.wire.offer import Offer
-from fedprune_device.hardware.thermal_guard import Care
-from fedprune_device.network.downloader import Supply
+from fedprune_device.hardware.thermal_guard import ThermalGuard
+from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.offer_checks import attempt_of, check_offer, fits, place_of, same_work
-from fedprune_device.network.uplink import Outbox
-from fedprune_device.serving.reduced_precision import Lowering
+from fedprune_device.network.uplink import Uplink
+from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.graph_choice import StepChoice
-from fedprune_device.training.offline_training import Alone
-from fedprune_device.training.round_runner import DamagedBlobError, Workbench
+from fedprune_device.training.graph_choice import GraphChoice
+from fedprune_device.training.offline_training import OfflineTraining
+from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner
 from fedprune_device.training.trainer import TrainingStoppedError
 from fedprune_device.training.training_thread import TrainingThread
 
@@ -34,7 +34,7 @@ _REMEMBERED = 32
 """Offers that are known when they come again."""
 
 
-class Duty:
+class OfferHandler:
     """The offer that a board has accepted, from then until the server has what came of it.
 
     Args:
@@ -52,15 +52,15 @@ class Duty:
     def __init__(
         self,
         store: DeviceStore,
-        supply: Supply,
-        outbox: Outbox,
-        bench: Workbench,
-        alone: Alone,
+        supply: Downloader,
+        outbox: Uplink,
+        bench: RoundRunner,
+        alone: OfflineTraining,
         *,
-        choice: StepChoice,
-        lowering: Lowering,
+        choice: GraphChoice,
+        lowering: ReducedPrecision,
         profile: HardwareProfile | None = None,
-        care: Care | None = None,
+        care: ThermalGuard | None = None,
     ) -> None:
         self._store, self._supply, self._outbox, self._bench, self._alone = store, supply, outbox, bench, alone
         self._choice, self._lowering, self._profile, self._care = choice, lowering, profile, care

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.errors import shown
-from fedprune_device.api.live_model import LiveModel, Loaded
+from fedprune_device.api.live_model import LiveModel, LoadedModel
 from fedprune_device.api.request import Answer, Request, RequestError
 from fedprune_device.api.request_body import KINDS, array, batch, document
 from fedprune_device.data.dataset import Array
 from fedprune_device.data.image_decoding import TYPES, Pixels
 from fedprune_device.data.sample import MAX_LABEL, Added, NoSampleError, SampleConflictError
-from fedprune_device.data.sample_store import SampleSet
+from fedprune_device.data.sample_store import SampleStore
 
 MAX_BATCH = 64
 
@@ -48,7 +48,7 @@ class Endpoints:
     def __init__(
         self,
         model: LiveModel,
-        samples: SampleSet | None,
+        samples: SampleStore | None,
         status: Callable[[], dict[str, Any]],
         *,
         class_names: tuple[str, ...] = (),
@@ -162,7 +162,7 @@ class Endpoints:
     def _health(self) -> Answer:
         return Answer({"status": "ok", "serves": self._model.loaded is not None})
 
-    def _set(self) -> SampleSet:
+    def _set(self) -> SampleStore:
         if self._samples is None:
             raise RequestError(
                 409, "this board takes no samples", hint="It takes them where it was started with --data local."
@@ -180,7 +180,7 @@ class Endpoints:
             return self._names.index(value)
         return _whole("label", value, 0, most, ", or a class's name" if self._names else "")
 
-    def _array(self, request: Request, model: Loaded | None) -> Array:
+    def _array(self, request: Request, model: LoadedModel | None) -> Array:
         shape = None if model is None else model.shape
         if request.kind in TYPES:
             if shape is None:
@@ -193,7 +193,7 @@ class Endpoints:
         return array(request, shape, tokens=model is not None and model.tokens)
 
 
-def _named(model: Loaded) -> dict[str, Any]:
+def _named(model: LoadedModel) -> dict[str, Any]:
     record = model.record
     return {"job": record.job, "round": record.round, "digest": record.weights}
 

@@ -16,12 +16,12 @@ import numpy.typing as npt
 from fedprune.core.errors import FedpruneError
 from fedprune_device.api.request import RequestError
 from fedprune_device.data.dataset import Array, Shape
-from fedprune_device.serving.model_slots import Serving, Slots
+from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.serving.prediction_text import likely
 from fedprune_device.serving.predictor import Predictor
 
 if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
-    from fedprune_device.engines.engine_selector import Keeper
+    from fedprune_device.engines.engine_selector import EngineSelector
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -31,7 +31,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 600.0
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model with all that is said of it.
 
     Attributes:
@@ -71,11 +71,11 @@ class LiveModel:
         clock: Callable[[], float] = time.monotonic,
         *,
         cuda: bool = False,
-        keeper: Keeper | None = None,
+        keeper: EngineSelector | None = None,
     ) -> None:
-        self._slots, self._pointer = Slots(serving), serving / "serving.json"
+        self._slots, self._pointer = ModelSlots(serving), serving / "serving.json"
         self._threads, self._clock, self._cuda, self._keeper = threads, clock, cuda, keeper
-        self._loaded: Loaded | None = None
+        self._loaded: LoadedModel | None = None
         self._seen: tuple[int, ...] | None = None  # the pointer to what is loaded
         self._tried: tuple[int, ...] | None = None
         self._pause, self._again = 0.0, 0.0
@@ -105,11 +105,11 @@ class LiveModel:
         return "onnxruntime" if self._keeper is None else self._keeper.status
 
     @property
-    def loaded(self) -> Loaded | None:
+    def loaded(self) -> LoadedModel | None:
         """What answers now; None before the first model."""
         return self._loaded
 
-    def serving(self) -> Loaded:
+    def serving(self) -> LoadedModel:
         """What answers now.
 
         Raises:
@@ -119,7 +119,7 @@ class LiveModel:
             raise RequestError(503, "no model serves yet", hint="The board must finish a round first.")
         return self._loaded
 
-    def predict(self, model: Loaded, x: Array) -> npt.NDArray[np.float64]:
+    def predict(self, model: LoadedModel, x: Array) -> npt.NDArray[np.float64]:
         """What a model says of samples: probabilities of classes or labels, or numbers.
 
         Args:
@@ -157,12 +157,14 @@ class LiveModel:
             predictor, record = self._slots.open(self._threads, cuda=self._cuda)
             if self._loaded is None or record != self._loaded.record:
                 predictor.check(record.classes)
-                self._loaded = Loaded(predictor, record)
+                self._loaded = LoadedModel(predictor, record)
                 _LOG.info("round %d of job %s answers predictions", record.round, record.job)
                 if self._keeper is not None:
-                    from fedprune_device.engines.engine_selector import Wanted
+                    from fedprune_device.engines.engine_selector import EngineRequest
 
-                    self._keeper.want(Wanted.serving(predictor, self._slots.folder(record), record, self._threads))
+                    self._keeper.want(
+                        EngineRequest.serving(predictor, self._slots.folder(record), record, self._threads)
+                    )
             self._seen = found
         except FedpruneError as error:
             _LOG.warning("the new model doesn't answer predictions; trying again in %g s: %s", self._pause, error)
@@ -171,7 +173,7 @@ class LiveModel:
         """Let an engine answer in onnxruntime's place, once there is one."""
         found, model = None if self._keeper is None else self._keeper.turn(), self._loaded
         if found is not None and model is not None:
-            self._loaded = Loaded(Predictor(self._slots.folder(model.record), session=found), model.record)
+            self._loaded = LoadedModel(Predictor(self._slots.folder(model.record), session=found), model.record)
 
     def _watch(self) -> None:
         while not self._stopping.wait(_LOOK_SECONDS):

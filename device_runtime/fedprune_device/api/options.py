@@ -17,13 +17,13 @@ from fedprune_device.data.dataset import TEST_SHARE, load_data
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.image_folder import ImageFolder
 from fedprune_device.data.reservoir import Limits
-from fedprune_device.data.sample_source import Samples
-from fedprune_device.data.sample_store import SampleSet
-from fedprune_device.data.splits import Shares
+from fedprune_device.data.sample_source import SampleSource
+from fedprune_device.data.sample_store import SampleStore
+from fedprune_device.data.splits import SplitShares
 from fedprune_device.hardware.probe import temperature_c
 
 if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
-    from fedprune_device.engines.engine_selector import Keeper
+    from fedprune_device.engines.engine_selector import EngineSelector
 
 LOCAL = "local"
 """The source of samples that is the set of those handed in."""
@@ -97,7 +97,7 @@ def local_address(arguments: argparse.Namespace) -> Address | None:
     return Address.parse(arguments.local or f"unix:{arguments.state.absolute() / SOCKET}")
 
 
-def open_samples(arguments: argparse.Namespace, stack: ExitStack) -> Samples:
+def open_samples(arguments: argparse.Namespace, stack: ExitStack) -> SampleSource:
     """Where the board's samples come from.
 
     Raises:
@@ -107,13 +107,13 @@ def open_samples(arguments: argparse.Namespace, stack: ExitStack) -> Samples:
     """
     if arguments.data == LOCAL:
         limits = Limits(arguments.samples_most, min(arguments.samples_bytes, _LARGEST_ROOM))
-        return stack.enter_context(SampleSet(arguments.state / "samples", limits, _shares(arguments)))
+        return stack.enter_context(SampleStore(arguments.state / "samples", limits, _shares(arguments)))
     return fixed_samples(arguments, spool=arguments.state)
 
 
 def fixed_samples(
     arguments: argparse.Namespace, class_names: tuple[str, ...] = (), spool: Path | None = None
-) -> Samples:
+) -> SampleSource:
     """The samples of a file, a function or a folder of images.
 
     Args:
@@ -132,19 +132,19 @@ def fixed_samples(
     return load_data(source, arguments.seed, arguments.device, arguments.validation_share, spool=spool)
 
 
-def _shares(arguments: argparse.Namespace) -> Shares:
-    return Shares(arguments.test_share, arguments.validation_share, arguments.seed, arguments.device)
+def _shares(arguments: argparse.Namespace) -> SplitShares:
+    return SplitShares(arguments.test_share, arguments.validation_share, arguments.seed, arguments.device)
 
 
 @contextmanager
 def answering(
     address: Address | None,
     arguments: argparse.Namespace,
-    samples: Samples,
+    samples: SampleSource,
     status: Callable[[], dict[str, Any]],
     *,
     cuda: bool = False,
-    keeper: Keeper | None = None,
+    keeper: EngineSelector | None = None,
 ) -> Iterator[None]:
     """Answer the application while the body runs, if there is an address.
 
@@ -168,7 +168,7 @@ def answering(
         about = {"device": arguments.device, "temperature_c": temperature_c(), "samples": samples.samples}
         return {**about, **status()}
 
-    takes, names = samples if isinstance(samples, SampleSet) else None, arguments.class_names
+    takes, names = samples if isinstance(samples, SampleStore) else None, arguments.class_names
     with LiveModel(arguments.state / "serving", cuda=cuda, keeper=keeper) as model:
         endpoints = Endpoints(model, takes, standing, class_names=names, pixels=_pixels(arguments))
         with LocalServer(address, endpoints):

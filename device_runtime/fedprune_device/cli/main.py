@@ -28,14 +28,14 @@ from fedprune_device.cli.predict import add_predict_command, threads
 from fedprune_device.cli.runtime import add_runtime_commands
 from fedprune_device.cli.train import add_train_command
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.engines.accelerator_options import add_tier_options, tier_of
+from fedprune_device.engines.accelerator_options import accelerator_of, add_accelerator_options
 from fedprune_device.engines.engine_command import add_engine_command
 from fedprune_device.enrolment.membership import add_join_command, add_membership, checked_urls, join_first, membership
-from fedprune_device.hardware.thermal_guard import COOL_C, HOT_C, Care, condition
-from fedprune_device.network.status import Standing
-from fedprune_device.privacy.policy import add_floor_option, read_floor
+from fedprune_device.hardware.thermal_guard import COOL_C, HOT_C, ThermalGuard, condition
+from fedprune_device.network.status import BoardStatus
+from fedprune_device.privacy.policy import add_policy_option, read_policy
 from fedprune_device.serving.reduced_precision import SERVE
-from fedprune_device.storage.directory_owner import Owner
+from fedprune_device.storage.directory_owner import DirectoryOwner
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -88,7 +88,7 @@ def _add_run(commands: Any) -> None:
         help="of the training samples, set aside for what training and fleet decide by (default: 0)",
     )
     run.add_argument("--profile", metavar="NAME", help="a hardware profile's name or file (default: what fits)")
-    add_tier_options(run)
+    add_accelerator_options(run)
     run.add_argument("--threads", type=whole_number, default=threads(), metavar="N", help="default: half of the cores")
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--patient", action="store_true", help="wait for a broker that isn't there when starting")
@@ -111,7 +111,7 @@ def _add_run(commands: Any) -> None:
         help="how much is said on stderr (default: info)",
     )
     add_local_options(run)
-    add_floor_option(run)
+    add_policy_option(run)
     run.add_argument(
         "--serve",
         choices=SERVE,
@@ -165,7 +165,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_device.releases.release_trial import Trial
     from fedprune_device.releases.watchdog import Heart
     from fedprune_device.storage.state_directory import DeviceStore
-    from fedprune_device.telemetry.reporter import Reporter, reporting
+    from fedprune_device.telemetry.reporter import LogReporter, reporting
 
     logging.basicConfig(
         level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -174,18 +174,18 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.no_blocks:
         turn_off()
     turned_off()  # what is wrong with the setting comes first
-    floor = read_floor(arguments.privacy)
-    care = Care(arguments.pause_above, arguments.resume_below)
+    floor = read_policy(arguments.privacy)
+    care = ThermalGuard(arguments.pause_above, arguments.resume_below)
     trial = Trial.current()
     if trial is not None:
         trial.check(arguments.state / "serving")
     profile = _profile(arguments.profile)
-    tier = tier_of(arguments, profile)
+    tier = accelerator_of(arguments, profile)
     address = local_address(arguments)
     keeper = None if address is None else tier.keeper(arguments.state)
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    owner = Owner(arguments.device, arguments.site)
+    owner = DirectoryOwner(arguments.device, arguments.site)
     with ExitStack() as stack, _stopped_children(stopped):
         fixed = None if arguments.data == LOCAL else open_samples(arguments, stack)  # what is wrong with it comes first
         store = stack.enter_context(DeviceStore(arguments.state, owner=owner))
@@ -202,7 +202,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 address,
                 arguments,
                 data,
-                lambda: (agents[0].standing if agents else Standing()).to_dict(),
+                lambda: (agents[0].standing if agents else BoardStatus()).to_dict(),
                 cuda=tier.cuda and keeper is None,  # what an engine is measured by must not share its faults
                 keeper=keeper,
             )
@@ -245,7 +245,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.device,
             arguments.site,
             store,
-            Reporter(heart, arguments.device, arguments.site, log, crashes),
+            LogReporter(heart, arguments.device, arguments.site, log, crashes),
             data,
             profile=profile,
             threads=arguments.threads,

@@ -22,9 +22,9 @@ from fedprune.runtime.precision import PRECISIONS, graph_file
 from fedprune_device.api.options import add_sample_options, fixed_samples
 from fedprune_device.data.dataset import Shape, arrays_of, checked_inputs, checked_samples, load_data, why_unreadable
 from fedprune_device.data.labels import targets
-from fedprune_device.data.logit_adjustment import OwnLabels
+from fedprune_device.data.logit_adjustment import LogitAdjustment
 from fedprune_device.data.stored_array import Inputs
-from fedprune_device.serving.model_slots import Slots
+from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.prediction_text import described, judged
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.storage.directory_owner import FILE
@@ -70,7 +70,7 @@ def threads() -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    own = OwnLabels()
+    own = LogitAdjustment()
     class_names: tuple[str, ...] = ()
     if arguments.bundle is not None:
         bundle = open_bundle(arguments.bundle)
@@ -81,7 +81,7 @@ def _predict(arguments: argparse.Namespace) -> int:
                 raise UsageError(f"--data with a model of loss {loss!r}", expected="one that predicts one class")
             classes = bundle.architecture.classes
             labels = targets(load_data(arguments.data).y_train, loss, classes)
-            own = OwnLabels.of(labels, replace(bundle.recipe, logit_adjustment=True), classes)
+            own = LogitAdjustment.of(labels, replace(bundle.recipe, logit_adjustment=True), classes)
     elif arguments.precision is not None:
         raise UsageError("--precision", expected="with --bundle", hint="What a board serves at says its `run --serve`.")
     else:
@@ -115,7 +115,7 @@ def _graph(bundle: Bundle, precision: str | None) -> Path:
     return bundle.path(graph_file(precision))
 
 
-def _slots(state: Path) -> Slots:
+def _slots(state: Path) -> ModelSlots:
     """The serving models of a state folder that is there and may be read."""
     pointer = state / "serving" / "serving.json"
     with storage_errors(f"can't read {pointer}"):
@@ -129,7 +129,7 @@ def _slots(state: Path) -> Slots:
             raise StorageError(
                 f"{state} is no board's state folder", expected=f"one of those in it: {', '.join(inside[:_MOST_NAMED])}"
             )
-    return Slots(state / "serving")
+    return ModelSlots(state / "serving")
 
 
 @dataclass(frozen=True, eq=False)

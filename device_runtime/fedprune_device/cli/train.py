@@ -25,9 +25,9 @@ from fedprune.runtime.precision import CALIBRATION_SAMPLES, files_of, graph_file
 from fedprune.training.recipe import Recipe
 from fedprune_device.api.options import add_sample_options, fixed_samples
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.logit_adjustment import OwnLabels
+from fedprune_device.data.logit_adjustment import LogitAdjustment
 from fedprune_device.serving.predictor import Predictor
-from fedprune_device.serving.reduced_precision import Judge
+from fedprune_device.serving.reduced_precision import PrecisionCheck
 from fedprune_device.training.evaluation import PROBE_SAMPLES, Evaluation
 from fedprune_device.training.trainer import Trainer, TrainingResult
 
@@ -158,7 +158,9 @@ class _LocalTraining:
         self._bundle, self._recipe, self._data, self._trainer = bundle, recipe, data, trainer
         self._seed, self._threads, self._classes = seed, threads, bundle.architecture.classes
         data.check(self._classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
-        self._evaluation = Evaluation(data, recipe, self._classes, OwnLabels.of(data.y_train, recipe, self._classes))
+        self._evaluation = Evaluation(
+            data, recipe, self._classes, LogitAdjustment.of(data.y_train, recipe, self._classes)
+        )
 
     def measured(self, model: Predictor, when: str) -> str:
         """Measure a model on the test samples: its accuracy, where classes are predicted, and its loss."""
@@ -218,7 +220,7 @@ class _LocalTraining:
                 folder, precision, tensors, self._data.x_train[:CALIBRATION_SAMPLES]
             )
             (folder / weights_file(precision)).write_bytes(files[weights_file(precision)])
-            found = Judge(whole, self._data, self._recipe, self._classes).hear(
+            found = PrecisionCheck(whole, self._data, self._recipe, self._classes).hear(
                 Predictor(folder / graph_file(precision))
             )
             if found.refusal:

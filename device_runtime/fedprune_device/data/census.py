@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedprune_device.data.reservoir import UNLABELLED, Reservoir
-from fedprune_device.data.segment_log import Kind, Record, digest
-from fedprune_device.data.splits import Shares
+from fedprune_device.data.segment_log import Kind, LogRecord, digest
+from fedprune_device.data.splits import SplitShares
 
 
-def census(reservoir: Reservoir, shares: Shares) -> dict[str, Any]:
+def census(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
     """Samples by class (kept, and ever seen) and by part, and the room that they take.
 
     Args:
@@ -40,13 +40,13 @@ def census(reservoir: Reservoir, shares: Shares) -> dict[str, Any]:
     }
 
 
-def record_of(seen: Mapping[int, int]) -> Record:
+def record_of(seen: Mapping[int, int]) -> LogRecord:
     """What a log keeps of how many samples of each class were ever seen."""
     payload = json.dumps({str(c): n for c, n in seen.items()}).encode()
-    return Record(Kind.COUNTS, digest(payload), payload=payload)
+    return LogRecord(Kind.COUNTS, digest(payload), payload=payload)
 
 
-def seen_in(record: Record) -> dict[int, int]:
+def seen_in(record: LogRecord) -> dict[int, int]:
     """How many samples of each class were seen, as a log has it.
 
     Raises:

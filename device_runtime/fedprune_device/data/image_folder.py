@@ -21,7 +21,7 @@ from fedprune_device.data.dataset import LocalData, Shape
 from fedprune_device.data.decoded_images import DecodedImages, RoomError
 from fedprune_device.data.file_index import INDEX, FileIndex
 from fedprune_device.data.image_decoding import ENDINGS, MAX_BYTES, Pixels
-from fedprune_device.data.splits import Shares
+from fedprune_device.data.splits import SplitShares
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -72,7 +72,7 @@ class ImageFolder:
         self,
         root: Path,
         pixels: Pixels,
-        shares: Shares,
+        shares: SplitShares,
         most: int,
         class_names: tuple[str, ...] = (),
         state: Path | None = None,

@@ -12,7 +12,7 @@ from fedprune_device.data.labels import class_presence, log_prior
 
 
 @dataclass(frozen=True)
-class OwnLabels:
+class LogitAdjustment:
     """Turns the logits of a model into those of the board's own predictions, as its training did.
 
     Attributes:
@@ -26,7 +26,7 @@ class OwnLabels:
     present: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, y: npt.NDArray[np.int64], recipe: Recipe, classes: int) -> OwnLabels:
+    def of(cls, y: npt.NDArray[np.int64], recipe: Recipe, classes: int) -> LogitAdjustment:
         """What follows from the board's training labels and the recipe.
 
         Raises:

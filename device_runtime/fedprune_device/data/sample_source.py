@@ -7,7 +7,7 @@ from typing import Protocol
 from fedprune_device.data.dataset import LocalData, Shape
 
 
-class Samples(Protocol):
+class SampleSource(Protocol):
     """Samples that may become more or other ones: each round takes those that there are when it begins."""
 
     @property

@@ -34,8 +34,8 @@ from fedprune_device.data.sample import (
     of_one_kind,
     outline,
 )
-from fedprune_device.data.segment_log import HEAD_BYTES, Kind, Place, Record, SegmentLog, digest
-from fedprune_device.data.splits import Shares, claimed
+from fedprune_device.data.segment_log import HEAD_BYTES, Kind, LogRecord, RecordPosition, SegmentLog, digest
+from fedprune_device.data.splits import SplitShares, claimed
 from fedprune_device.data.stored_array import FILE, StoredArray
 
 _LOG = logging.getLogger("fedprune.device")
@@ -56,7 +56,7 @@ _NOTED = 64
 """Declined samples (or a hundredth of all) after which it is noted how many were seen: a flood wears no card."""
 
 
-class SampleSet:
+class SampleStore:
     """The set. All methods may be called from any thread.
 
     Args:
@@ -69,8 +69,8 @@ class SampleSet:
         StorageError: The folder can't be written or read.
     """
 
-    def __init__(self, root: Path, limits: Limits, shares: Shares | None = None) -> None:
-        self._root, self._limits, self._shares = root, limits, shares or Shares()
+    def __init__(self, root: Path, limits: Limits, shares: SplitShares | None = None) -> None:
+        self._root, self._limits, self._shares = root, limits, shares or SplitShares()
         self._lock = threading.RLock()
         segment = limits.bytes // _SEGMENTS
         if segment <= HEAD_BYTES or limits.samples < 2:
@@ -83,12 +83,12 @@ class SampleSet:
             Limits(limits.samples, int(limits.bytes * _LIVE), limits.unlabelled), self._shares.seed
         )
         self._log = SegmentLog(root, key, segment)
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, RecordPosition] = {}
         self._declined = 0
         self._training: set[str] = set()
         self._replay()
 
-    def __enter__(self) -> SampleSet:
+    def __enter__(self) -> SampleStore:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -173,7 +173,7 @@ class SampleSet:
         """
         with self._lock:
             self._known(name)
-            self._write([Record(Kind.DELETED, bytes.fromhex(name))])
+            self._write([LogRecord(Kind.DELETED, bytes.fromhex(name))])
             self._reservoir.drop(name, unseen=True)
             self._gone(name)
 
@@ -249,8 +249,8 @@ class SampleSet:
     def _take(self, name: str, label: int, payload: bytes) -> Added:
         verdict = self._reservoir.judge(name, label, HEAD_BYTES + len(payload))
         if verdict.kept:
-            dropped = [Record(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.dropped]
-            record = Record(Kind.SAMPLE, bytes.fromhex(name), label, verdict.seen, payload)
+            dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.dropped]
+            record = LogRecord(Kind.SAMPLE, bytes.fromhex(name), label, verdict.seen, payload)
             # First what is new: if the end is torn, there is one too many, not one too few.
             place = self._write([record, *dropped])[0]
             self._places[name] = place
@@ -277,22 +277,24 @@ class SampleSet:
         self._reservoir.restore(name, old, size)  # until it is on the disk
         self._reservoir.set_seen(old, seen)
         if verdict.kept:
-            dropped = [Record(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.dropped]
-            place = self._write([Record(Kind.SAMPLE, bytes.fromhex(name), label, verdict.seen, payload), *dropped])[0]
+            dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.dropped]
+            place = self._write([LogRecord(Kind.SAMPLE, bytes.fromhex(name), label, verdict.seen, payload), *dropped])[
+                0
+            ]
         else:
-            self._write([Record(Kind.DELETED, bytes.fromhex(name))])
+            self._write([LogRecord(Kind.DELETED, bytes.fromhex(name))])
         self._reservoir.drop(name, unseen=True)
         self._gone(name)
         if verdict.kept:
             self._places[name] = place
         return self._followed(verdict)
 
-    def _write(self, records: list[Record]) -> list[Place]:
+    def _write(self, records: list[LogRecord]) -> list[RecordPosition]:
         """Append records, and make room for them first."""
         self._clean(sum(r.size for r in records))
         return self._append(records)
 
-    def _append(self, records: list[Record]) -> list[Place]:
+    def _append(self, records: list[LogRecord]) -> list[RecordPosition]:
         """Append records; a new segment begins with what was seen, so that older ones may go."""
         if self._log.begins(sum(r.size for r in records)):
             counts = record_of(self._reservoir.seen)
@@ -325,7 +327,7 @@ class SampleSet:
         alive = {n: p for n, p in self._places.items() if p.segment == segment}
         if not alive:
             return
-        piece: list[Record] = []
+        piece: list[LogRecord] = []
         size = 0
         with self._log.reading(alive.values()) as read:
             for name, place in alive.items():
@@ -333,7 +335,7 @@ class SampleSet:
                 if digest(payload).hex() != name:
                     self._forget(name)
                     continue
-                record = Record(Kind.SAMPLE, bytes.fromhex(name), self._reservoir.label(name), 0, payload)
+                record = LogRecord(Kind.SAMPLE, bytes.fromhex(name), self._reservoir.label(name), 0, payload)
                 size += record.size
                 if piece and (size > _PIECE or self._log.begins(size)):  # a piece fills what a segment has left
                     self._move(piece)
@@ -341,7 +343,7 @@ class SampleSet:
                 piece.append(record)
         self._move(piece)
 
-    def _move(self, records: list[Record]) -> None:
+    def _move(self, records: list[LogRecord]) -> None:
         if records:
             places = self._append(records)
             self._places.update((r.name.hex(), place) for r, place in zip(records, places, strict=True))
@@ -368,7 +370,7 @@ class SampleSet:
         kept = self._reservoir.kept()
         self._training = {n for c, names in kept.items() for n in names if self._trained(n, c)}
 
-    def _recount(self, record: Record) -> None:
+    def _recount(self, record: LogRecord) -> None:
         try:
             for label, seen in seen_in(record).items():
                 self._reservoir.set_seen(label, seen)

@@ -49,7 +49,7 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
-class Place:
+class RecordPosition:
     """Where a record's payload lies: segment, offset and size."""
 
     segment: int
@@ -58,7 +58,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Record:
+class LogRecord:
     """One record.
 
     Attributes:
@@ -122,7 +122,7 @@ class SegmentLog:
         """A segment's file."""
         return self._root / f"segment-{segment:08}.log"
 
-    def replay(self) -> Iterator[tuple[Record, Place]]:
+    def replay(self) -> Iterator[tuple[LogRecord, RecordPosition]]:
         """All records, oldest first. What is damaged is skipped and logged.
 
         Raises:
@@ -141,11 +141,11 @@ class SegmentLog:
                     self._torn = True
                     continue
                 self._torn = False
-                yield record, Place(segment, at + HEAD_BYTES, size)
+                yield record, RecordPosition(segment, at + HEAD_BYTES, size)
                 at += HEAD_BYTES + size
         self._torn = self._torn or not self._sizes
 
-    def append(self, records: Sequence[Record]) -> list[Place]:
+    def append(self, records: Sequence[LogRecord]) -> list[RecordPosition]:
         """Write records, durably, in one piece; if that fails, none of them is there.
 
         Returns:
@@ -157,7 +157,7 @@ class SegmentLog:
         """
         return self._append(records, sync=True)
 
-    def note(self, record: Record) -> None:
+    def note(self, record: LogRecord) -> None:
         """Write a record that may get lost."""
         self._append([record], sync=False)
 
@@ -167,7 +167,7 @@ class SegmentLog:
         return self._torn or (size > 0 and size + need > self._segment_bytes)
 
     @contextlib.contextmanager
-    def reading(self, places: Iterable[Place]) -> Iterator[Callable[[Place], bytes]]:
+    def reading(self, places: Iterable[RecordPosition]) -> Iterator[Callable[[RecordPosition], bytes]]:
         """Open segments for reading; once that is done, nothing that is written or removed disturbs.
 
         Args:
@@ -216,7 +216,7 @@ class SegmentLog:
         """Close what is open."""
         self._close()
 
-    def _append(self, records: Sequence[Record], *, sync: bool) -> list[Place]:
+    def _append(self, records: Sequence[LogRecord], *, sync: bool) -> list[RecordPosition]:
         with storage_errors(f"can't write {self._root}"):
             if self.begins(sum(r.size for r in records)):
                 self._begin()
@@ -225,7 +225,7 @@ class SegmentLog:
             places, pieces = [], []
             for record in records:
                 head = self._head(record)
-                places.append(Place(self._last, at + len(head), len(record.payload)))
+                places.append(RecordPosition(self._last, at + len(head), len(record.payload)))
                 pieces += [head, record.payload]
                 at += record.size
             self._torn = True  # until all is written
@@ -260,14 +260,14 @@ class SegmentLog:
             os.close(self._open)
             self._open = None
 
-    def _head(self, record: Record) -> bytes:
+    def _head(self, record: LogRecord) -> bytes:
         head = _HEAD.pack(_MAGIC, record.kind, record.label, len(record.payload), record.seen, record.name)
         return head + self._seal(head)
 
     def _seal(self, head: bytes) -> bytes:
         return hashlib.blake2b(head, digest_size=_DIGEST, key=self._key).digest()
 
-    def _parse(self, data: bytes, at: int) -> tuple[Record | None, int]:
+    def _parse(self, data: bytes, at: int) -> tuple[LogRecord | None, int]:
         head = data[at : at + _HEAD.size]
         if len(head) < _HEAD.size or data[at + _HEAD.size : at + HEAD_BYTES] != self._seal(head):
             return None, 0
@@ -275,4 +275,4 @@ class SegmentLog:
         if at + HEAD_BYTES + size > len(data) or kind not in {*Kind}:
             return None, 0
         payload = data[at + HEAD_BYTES : at + HEAD_BYTES + size] if kind == Kind.COUNTS else b""
-        return Record(Kind(kind), name, label, seen, payload), size
+        return LogRecord(Kind(kind), name, label, seen, payload), size

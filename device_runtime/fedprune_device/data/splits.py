@@ -17,7 +17,7 @@ _FORMAT = "fedprune.samples/1"
 
 
 @dataclass(frozen=True)
-class Shares:
+class SplitShares:
     """Which part of the samples is held out.
 
     Attributes:
@@ -46,7 +46,7 @@ class Shares:
         return "val" if number < self.test + (1 - self.test) * self.validation else "train"
 
 
-def claimed(root: Path, shares: Shares) -> bytes:
+def claimed(root: Path, shares: SplitShares) -> bytes:
     """The key of the set in a folder. A new set is made with the shares that are asked for, and keeps them.
 
     Raises:

@@ -27,7 +27,7 @@ from fedprune.training import step_contract
 from fedprune_device.engines import bindings
 from fedprune_device.engines.bindings import Complaints
 from fedprune_device.engines.build import build, refit
-from fedprune_device.engines.build_process import Order
+from fedprune_device.engines.build_process import BuildRequest
 from fedprune_device.engines.engine import Engine
 from fedprune_device.engines.engine_check import answers
 
@@ -43,7 +43,7 @@ def main() -> int:
         Path("/proc/self/oom_score_adj").write_text("1000")
     os.nice(10)
     try:
-        print(json.dumps(_make(Order.from_json(sys.stdin.read()))))
+        print(json.dumps(_make(BuildRequest.from_json(sys.stdin.read()))))
     except FedpruneError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return int(error.exit_code)
@@ -66,7 +66,7 @@ def _end_with(parent: int) -> None:
         raise EngineError("the process that wanted an engine has ended")
 
 
-def _make(order: Order) -> dict[str, Any]:
+def _make(order: BuildRequest) -> dict[str, Any]:
     _end_with(order.parent)
     found = bindings.find()
     plan, folder = EnginePlan.from_json(order.plan.encode()), order.folder

@@ -13,7 +13,7 @@ from fedprune.hardware.profile_sections import TIERS
 from fedprune.runtime.tensorrt_config import EnginePlan
 
 if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
-    from fedprune_device.engines.engine_selector import Keeper
+    from fedprune_device.engines.engine_selector import EngineSelector
 
 ENGINES = "engines"
 """The folder of engines in a state directory."""
@@ -22,7 +22,7 @@ CPU, _, TENSORRT = TIERS
 
 
 @dataclass(frozen=True)
-class Tier:
+class Accelerator:
     """What a board computes with, as far as that works there.
 
     Attributes:
@@ -38,7 +38,7 @@ class Tier:
         """Whether onnxruntime is to compute on an NVIDIA GPU."""
         return self.name != CPU
 
-    def keeper(self, state: Path) -> Keeper | None:
+    def keeper(self, state: Path) -> EngineSelector | None:
         """What keeps an engine for predictions, if there is to be one.
 
         Args:
@@ -46,12 +46,12 @@ class Tier:
         """
         if self.name != TENSORRT:
             return None
-        from fedprune_device.engines.engine_selector import Keeper
+        from fedprune_device.engines.engine_selector import EngineSelector
 
-        return Keeper(state / ENGINES, self.plan)
+        return EngineSelector(state / ENGINES, self.plan)
 
 
-def add_tier_options(parser: Any) -> None:
+def add_accelerator_options(parser: Any) -> None:
     """Add what is to compute to `run`."""
     parser.add_argument(
         "--tier", choices=TIERS, help="what computes, if it works here: docs/jetson.md (default: as the profile says)"
@@ -61,7 +61,7 @@ def add_tier_options(parser: Any) -> None:
     )
 
 
-def tier_of(arguments: argparse.Namespace, profile: HardwareProfile | None) -> Tier:
+def accelerator_of(arguments: argparse.Namespace, profile: HardwareProfile | None) -> Accelerator:
     """What the command line, or else the profile, says.
 
     Raises:
@@ -69,7 +69,7 @@ def tier_of(arguments: argparse.Namespace, profile: HardwareProfile | None) -> T
         StorageError: It can't be read.
     """
     name = arguments.tier or (CPU if profile is None else profile.software.tier)
-    return Tier(name, EnginePlan() if arguments.engine_plan is None else read_plan(arguments.engine_plan))
+    return Accelerator(name, EnginePlan() if arguments.engine_plan is None else read_plan(arguments.engine_plan))
 
 
 def read_plan(path: Path) -> EnginePlan:

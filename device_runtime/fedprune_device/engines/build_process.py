@@ -20,14 +20,14 @@ import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import EngineError, reason
-from fedprune_device.engines.engine_cache import Shelf
+from fedprune_device.engines.engine_cache import EngineCache
 
 _MOST_SAID = 4096
 """Bytes of what a child said last that are looked at."""
 
 
 @dataclass(frozen=True)
-class Order:
+class BuildRequest:
     """What a child process is to make.
 
     Attributes:
@@ -51,7 +51,7 @@ class Order:
         return json.dumps(asdict(self), default=str)
 
     @classmethod
-    def from_json(cls, text: str) -> Order:
+    def from_json(cls, text: str) -> BuildRequest:
         """What `to_json` gave."""
         body = json.loads(text)
         paths = {n: None if body[n] is None else Path(body[n]) for n in ("timings", "base")}
@@ -59,7 +59,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Made:
+class BuildResult:
     """What a child process made.
 
     Attributes:
@@ -73,7 +73,7 @@ class Made:
     answers: npt.NDArray[Any]
 
 
-class Making:
+class BuildProcess:
     """A child process at work.
 
     Args:
@@ -88,7 +88,7 @@ class Making:
     """
 
     def __init__(
-        self, shelf: Shelf, order: Order, timeout_s: float, clock: Callable[[], float] = time.monotonic
+        self, shelf: EngineCache, order: BuildRequest, timeout_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._folder, self._clock = order.folder, clock
         self._timeout_s, self._until = timeout_s, clock() + timeout_s
@@ -109,7 +109,7 @@ class Making:
         """What the child said last of how far it is."""
         return _last_line(self._out)
 
-    def poll(self) -> Made | None:
+    def poll(self) -> BuildResult | None:
         """What was made; None while it isn't done.
 
         Raises:
@@ -140,7 +140,7 @@ class Making:
                 os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
 
-    def _made(self) -> Made:
+    def _made(self) -> BuildResult:
         try:
             said = json.loads(_last_line(self._out))
             seconds, latency = float(said["seconds"]), float(said["latency_s"])
@@ -151,7 +151,7 @@ class Making:
             raise EngineError(
                 f"the process that makes the engine left nothing that can be read ({reason(error)})"
             ) from error
-        return Made(seconds, latency, found)
+        return BuildResult(seconds, latency, found)
 
 
 def _last_line(path: Path) -> str:

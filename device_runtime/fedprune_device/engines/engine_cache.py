@@ -36,7 +36,7 @@ _MOST_COUNTED = 10**9
 
 
 @dataclass(frozen=True)
-class Place:
+class EnginePlatform:
     """Where an engine is valid: on one kind of board, with one system and one TensorRT.
 
     Attributes:
@@ -64,7 +64,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Record:
+class CachedEngine:
     """What is known of making engines for one key.
 
     Attributes:
@@ -84,7 +84,7 @@ class Record:
     reason: str = ""
 
 
-class Shelf:
+class EngineCache:
     """The folder of engines in a state directory.
 
     Args:
@@ -169,17 +169,17 @@ class Shelf:
             raise EngineError(f"{path.name} is damaged")
         return raw, note
 
-    def record(self, key: str) -> Record:
+    def record(self, key: str) -> CachedEngine:
         """What is known of making engines for a key; what can't be read is not known."""
         try:
             body = durable.read_document(self.root / "record.json")
-            found = Record(key) if body is None else _checked(Record(**body))
+            found = CachedEngine(key) if body is None else _checked(CachedEngine(**body))
         except (FedpruneError, TypeError) as error:
             _LOG.warning("what is known of making engines can't be read, going on without it: %s", error)
-            found = Record(key)
-        return found if found.key == key else Record(key)
+            found = CachedEngine(key)
+        return found if found.key == key else CachedEngine(key)
 
-    def keep(self, record: Record) -> None:
+    def keep(self, record: CachedEngine) -> None:
         """Keep what is known.
 
         Raises:
@@ -234,8 +234,8 @@ class Shelf:
         return self.root / f"{what}.json"
 
 
-def _checked(record: Record) -> Record:
-    """A record whose fields are what `Record` says of them.
+def _checked(record: CachedEngine) -> CachedEngine:
+    """A record whose fields are what `CachedEngine` says of them.
 
     Raises:
         ConfigError: One isn't.

@@ -16,7 +16,7 @@ from fedprune.training import step_contract
 Array = npt.NDArray[Any]
 
 
-class WrongError(EngineError):
+class WrongOutputError(EngineError):
     """An engine computes something else than onnxruntime."""
 
 
@@ -55,16 +55,16 @@ def deviation(found: Array, expected: Array, tolerance: float) -> float:
         WrongError: They differ by more, in shape, or are not finite.
     """
     if found.shape != expected.shape:
-        raise WrongError(
+        raise WrongOutputError(
             "shape of the engine's outputs", expected=shape_text(*expected.shape), got=shape_text(*found.shape)
         )
     if not np.isfinite(found).all():
-        raise WrongError("the engine's outputs are not finite")
+        raise WrongOutputError("the engine's outputs are not finite")
     if not found.size:
         return 0.0
     far = float(np.abs(found - expected).max() / (1 + np.abs(expected).max()))
     if not far <= tolerance:
-        raise WrongError(
+        raise WrongOutputError(
             "the engine contradicts onnxruntime", expected=f"a deviation of at most {tolerance:g}", got=f"{far:.3g}"
         )
     return far

@@ -16,11 +16,11 @@ from fedprune.core.errors import EngineError, ExitCode, UsageError
 from fedprune.runtime.bundle import files_folder, open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines.accelerator_options import ENGINES, read_plan
-from fedprune_device.serving.model_slots import Slots
+from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
 
 if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
-    from fedprune_device.engines.engine_selector import Keeper, Wanted
+    from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector
 
 _LOOK_S = 0.2
 
@@ -44,7 +44,7 @@ def add_engine_command(commands: Any) -> None:
 
 def _build_engine(arguments: argparse.Namespace) -> int:
     from fedprune_device.engines import bindings
-    from fedprune_device.engines.engine_selector import Keeper, Wanted, here
+    from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector, here
 
     if (arguments.bundle is None) != (arguments.out is None):
         raise UsageError("--out is for --bundle, and needed there")
@@ -54,14 +54,14 @@ def _build_engine(arguments: argparse.Namespace) -> int:
         folder, root = files_folder(arguments.bundle), arguments.out
         predictor = Predictor(folder)
         with storage_errors(f"can't read {folder}"):
-            wanted = Wanted(predictor, folder, file_digest(folder / WEIGHTS))
+            wanted = EngineRequest(predictor, folder, file_digest(folder / WEIGHTS))
     else:
-        slots, root = Slots(arguments.state / "serving"), arguments.state / ENGINES
+        slots, root = ModelSlots(arguments.state / "serving"), arguments.state / ENGINES
         predictor, record = slots.open()
-        wanted = Wanted.serving(predictor, slots.folder(record), record)
+        wanted = EngineRequest.serving(predictor, slots.folder(record), record)
     found = bindings.find()
     place = here(found)
-    keeper = Keeper(root, plan or EnginePlan(), lambda: found, lambda _: place)
+    keeper = EngineSelector(root, plan or EnginePlan(), lambda: found, lambda _: place)
     if not arguments.json:
         print(f"board: {place.board or 'unknown'}, sm {place.sm}, L4T {place.l4t or 'none'}")
         print(found.describe())
@@ -77,8 +77,10 @@ def _build_engine(arguments: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def made_engine(keeper: Keeper, wanted: Wanted, *, anew: bool = False, tell: bool = False) -> dict[str, Any]:
-    """Make the engine of a model, wait for it, and return its facts (`Keeper.facts`).
+def made_engine(
+    keeper: EngineSelector, wanted: EngineRequest, *, anew: bool = False, tell: bool = False
+) -> dict[str, Any]:
+    """Make the engine of a model, wait for it, and return its facts (`EngineSelector.facts`).
 
     Args:
         keeper: Makes it.

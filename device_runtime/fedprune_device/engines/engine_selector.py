@@ -19,10 +19,10 @@ from fedprune.runtime.precision import PRECISIONS, graph_file, weights_file
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines import bindings
 from fedprune_device.engines.bindings import Bindings
-from fedprune_device.engines.build_process import Made, Making, Order
+from fedprune_device.engines.build_process import BuildProcess, BuildRequest, BuildResult
 from fedprune_device.engines.engine import Array, Engine
-from fedprune_device.engines.engine_cache import BASE, ENGINE, TIMINGS, Place, Record, Shelf
-from fedprune_device.engines.engine_check import WrongError, answers, deviation, trial_inputs
+from fedprune_device.engines.engine_cache import BASE, ENGINE, TIMINGS, CachedEngine, EngineCache, EnginePlatform
+from fedprune_device.engines.engine_check import WrongOutputError, answers, deviation, trial_inputs
 from fedprune_device.hardware.board_facts import facts
 from fedprune_device.hardware.thermal_guard import power_mode
 from fedprune_device.serving.model_slots import Serving
@@ -38,7 +38,7 @@ REFIT, REBUILD, BUILD = "refit", "rebuild", "build"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EngineRequest:
     """A model for which an engine is wanted.
 
     Attributes:
@@ -53,7 +53,7 @@ class Wanted:
     weights: str
 
     @classmethod
-    def serving(cls, predictor: Predictor, folder: Path, record: Serving, threads: int = 1) -> Wanted:
+    def serving(cls, predictor: Predictor, folder: Path, record: Serving, threads: int = 1) -> EngineRequest:
         """What serves, given the model that is loaded. Beside a lowered one lies the float32 one: that is the measure.
 
         Raises:
@@ -66,15 +66,15 @@ class Wanted:
 class _Job:
     """A child process with what it is for."""
 
-    making: Making
+    making: BuildProcess
     way: str
     refittable: bool
     key: str
-    place: Place
+    place: EnginePlatform
     warm: bool
 
 
-class Keeper:
+class EngineSelector:
     """Keeps an engine for the model that serves. Nothing that goes wrong with engines goes further than its `status`.
 
     Args:
@@ -94,12 +94,12 @@ class Keeper:
         root: Path,
         plan: EnginePlan,
         find: Callable[[], Bindings] = bindings.find,
-        where: Callable[[Bindings], Place] | None = None,
+        where: Callable[[Bindings], EnginePlatform] | None = None,
     ) -> None:
-        self.shelf, self.plan = Shelf(root), plan
+        self.shelf, self.plan = EngineCache(root), plan
         self._find, self._where = find, where or here
         self._bindings: Bindings | None = None
-        self._wanted: Wanted | None = None
+        self._wanted: EngineRequest | None = None
         self._anew = False
         self._job: _Job | None = None
         self._lock = ExitStack()
@@ -119,7 +119,7 @@ class Keeper:
         """How far the child process is, in its words."""
         return "" if self._job is None else self._job.making.progress
 
-    def want(self, wanted: Wanted, *, anew: bool = False) -> None:
+    def want(self, wanted: EngineRequest, *, anew: bool = False) -> None:
         """Ask for an engine for a model; `turn` does the rest. What was wanted before no longer is.
 
         Args:
@@ -130,7 +130,7 @@ class Keeper:
         self._wanted, self._anew, self.error = wanted, anew, None
         self.status, self.facts = "onnxruntime (an engine is being made)", {}
 
-    def turn(self) -> Answering | None:
+    def turn(self) -> CheckedSession | None:
         """Go on without waiting for a child process.
 
         What this process must do itself, the caller waits for: to find CUDA and TensorRT and predict the samples of the
@@ -169,7 +169,7 @@ class Keeper:
         self.status, self.facts = f"onnxruntime (the engine failed: {error})", {}
         _LOG.warning("onnxruntime answers, because the engine failed: %s", error)
 
-    def _go_on(self, wanted: Wanted) -> Answering | None:
+    def _go_on(self, wanted: EngineRequest) -> CheckedSession | None:
         if self._bindings is None:
             self._bindings = self._find()
         if self._job is None:
@@ -182,7 +182,7 @@ class Keeper:
             self._failed(wanted, self._bindings, self._job, error, tried=made is not None)
             return None
 
-    def _begin(self, wanted: Wanted, found: Bindings) -> Answering | None:
+    def _begin(self, wanted: EngineRequest, found: Bindings) -> CheckedSession | None:
         place = self._where(found)
         graph = wanted.folder / self.plan.graph
         if not graph.is_file():
@@ -207,10 +207,10 @@ class Keeper:
         self._start(wanted, found, key, place, way, refittable=way == BUILD and self._refits(found, record))
         return None
 
-    def _refits(self, found: Bindings, record: Record) -> bool:
+    def _refits(self, found: Bindings, record: CachedEngine) -> bool:
         return found.refits and self.plan.refit and record.refits
 
-    def _way(self, found: Bindings, record: Record, key: str) -> str:
+    def _way(self, found: Bindings, record: CachedEngine, key: str) -> str:
         """Each way is tried once and measured; then the faster one is taken."""
         try:
             self.shelf.read(BASE, key)
@@ -223,7 +223,14 @@ class Keeper:
         return REBUILD if record.rebuild_s is None or record.rebuild_s < record.refit_s else REFIT
 
     def _start(
-        self, wanted: Wanted, found: Bindings, key: str, place: Place, way: str, *, refittable: bool = False
+        self,
+        wanted: EngineRequest,
+        found: Bindings,
+        key: str,
+        place: EnginePlatform,
+        way: str,
+        *,
+        refittable: bool = False,
     ) -> None:
         shelf, work = self.shelf, self.shelf.work
         lowered = [weights_file(p) for p in PRECISIONS if graph_file(p) == self.plan.graph]
@@ -242,8 +249,8 @@ class Keeper:
         except EngineError:
             pass  # every layer is measured then
         base = shelf.path(BASE) if way == REFIT else None
-        order = Order(work, self.plan.to_json(), refittable, timings, base)
-        making = Making(shelf, order, self.plan.timeout_s)
+        order = BuildRequest(work, self.plan.to_json(), refittable, timings, base)
+        making = BuildProcess(shelf, order, self.plan.timeout_s)
         try:
             # It counts as failed until it is done: what takes the whole board down must not be tried for ever. What
             # can't even be started takes nothing down, and doesn't count.
@@ -254,7 +261,7 @@ class Keeper:
         self._job = _Job(making, way, refittable, key, place, timings is not None)
         _LOG.info("making an engine (%s) with %s", way, found.describe())
 
-    def _take(self, wanted: Wanted, found: Bindings, job: _Job, made: Made) -> Answering:
+    def _take(self, wanted: EngineRequest, found: Bindings, job: _Job, made: BuildResult) -> CheckedSession:
         """Check what a child process made, put it on the shelf and load it."""
         far = deviation(made.answers, self._expected, self.plan.tolerance)
         shelf, key = self.shelf, job.key
@@ -275,13 +282,13 @@ class Keeper:
         shelf.keep(record)
         return answering
 
-    def _failed(self, wanted: Wanted, found: Bindings, job: _Job, error: EngineError, *, tried: bool) -> None:
+    def _failed(self, wanted: EngineRequest, found: Bindings, job: _Job, error: EngineError, *, tried: bool) -> None:
         """What takes new weights, or has taken them, may be wrong where a plain engine is right: build one.
 
         What a child process has tried and this one has no memory for is nobody's mistake: no other way would help.
         """
         self._job = None
-        wrong = isinstance(error, WrongError)
+        wrong = isinstance(error, WrongOutputError)
         if (wrong and job.refittable) or (job.way == REFIT and (wrong or not tried)):
             _LOG.warning("engines that take new weights don't work here, building one that doesn't: %s", error)
             self._count(job.key, -1)
@@ -295,7 +302,7 @@ class Keeper:
         record = self.shelf.record(key)
         self.shelf.keep(replace(record, failures=max(0, record.failures + more), reason=reason[:300]))
 
-    def _load(self, wanted: Wanted, found: Bindings, key: str) -> Answering:
+    def _load(self, wanted: EngineRequest, found: Bindings, key: str) -> CheckedSession:
         raw, numbers = self.shelf.read(ENGINE, key)
         if numbers.get("weights") != wanted.weights:
             raise EngineError("the engine has other weights")
@@ -308,7 +315,7 @@ class Keeper:
                 raise
         self.facts = {**numbers, "deviation": far}
         self.status = f"TensorRT {found.version}, {self.plan.precision}"
-        return Answering(engine, wanted.predictor, self)
+        return CheckedSession(engine, wanted.predictor, self)
 
     def _shown(self) -> str:
         f = self.facts
@@ -316,7 +323,7 @@ class Keeper:
         return f"{f['way']} in {f['seconds']:.1f} s, deviation {f['deviation']:.2g}, {speed}"
 
 
-class Answering:
+class CheckedSession:
     """An engine that answers, and onnxruntime behind it for the day when it doesn't.
 
     Args:
@@ -325,7 +332,7 @@ class Answering:
         keeper: Told when the engine fails.
     """
 
-    def __init__(self, engine: Engine, predictor: Predictor, keeper: Keeper) -> None:
+    def __init__(self, engine: Engine, predictor: Predictor, keeper: EngineSelector) -> None:
         self.inputs, self.outputs = predictor.session.inputs, predictor.session.outputs
         self._engine: Engine | None = engine
         self._predictor, self._keeper = predictor, keeper
@@ -347,7 +354,7 @@ class Answering:
         self._engine = None
 
 
-def here(found: Bindings) -> Place:
+def here(found: Bindings) -> EnginePlatform:
     """What board this is."""
     read = facts()
-    return Place(read.model[:200], read.l4t, found.device.sm, found.version, power_mode())
+    return EnginePlatform(read.model[:200], read.l4t, found.device.sm, found.version, power_mode())

@@ -63,7 +63,7 @@ class ForeignAnswerError(JoinError):
 
 
 @dataclass(frozen=True)
-class Way:
+class JoinRoute:
     """How to ask.
 
     Attributes:
@@ -75,7 +75,7 @@ class Way:
     tls: Callable[[], ssl.SSLContext]
 
 
-def ways(identity: DeviceIdentity, urls: Sequence[str], authority: Path | None) -> list[Way]:
+def join_routes(identity: DeviceIdentity, urls: Sequence[str], authority: Path | None) -> list[JoinRoute]:
     """How a board can ask to be let in, likeliest first.
 
     Args:
@@ -84,12 +84,14 @@ def ways(identity: DeviceIdentity, urls: Sequence[str], authority: Path | None) 
         authority: Who vouches for the broker; by default the fleet's own authority, once the board knows it.
     """
     if not identity.joined and authority is None:
-        return [Way(BrokerUrl.parse(url).bare, unpinned_context) for url in urls]
+        return [JoinRoute(BrokerUrl.parse(url).bare, unpinned_context) for url in urls]
     if not identity.joined:
-        return [Way(url, lambda: pinned_context(authority, None, None, lambda: BUILT)) for url in urls if authority]
-    without = [Way(url, lambda: identity.context(authority, certificate=False)) for url in urls]
+        return [
+            JoinRoute(url, lambda: pinned_context(authority, None, None, lambda: BUILT)) for url in urls if authority
+        ]
+    without = [JoinRoute(url, lambda: identity.context(authority, certificate=False)) for url in urls]
     # Its own certificate may have ended; but there are brokers that let nobody in without one.
-    return [*without, Way(urls[-1], lambda: identity.context(authority))]
+    return [*without, JoinRoute(urls[-1], lambda: identity.context(authority))]
 
 
 def enrol(
@@ -134,7 +136,7 @@ def enrol(
     said: list[str] = []
     while not stopped.is_set() and (until is None or time.monotonic() < until):
         failed: list[BrokerError | ForeignAnswerError] = []
-        for way in ways(identity, urls, authority):
+        for way in join_routes(identity, urls, authority):
             try:
                 return _asked(identity, way, claim, known, until, stopped, tell)
             except (BrokerError, ForeignAnswerError) as error:  # noqa: PERF203 - each may be tried again
@@ -153,7 +155,7 @@ def enrol(
 
 def _asked(
     identity: DeviceIdentity,
-    way: Way,
+    way: JoinRoute,
     claim: Claim | None,
     pin: bytes,
     until: float | None,

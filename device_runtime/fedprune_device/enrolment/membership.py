@@ -27,7 +27,7 @@ from fedprune.wire.topics import EVERYONE, Topics, check_device, check_name
 from fedprune_device.enrolment.enrolment import Renewal, enrol, join_urls, one_claim, read_claim
 from fedprune_device.network.signed_link import SignedLink
 from fedprune_device.network.uplink import Wire
-from fedprune_device.storage.directory_owner import Owner
+from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 
 BROKER, JOIN, SITE, DEVICE = "FEDPRUNE_BROKER", "FEDPRUNE_JOIN", "FEDPRUNE_SITE", "FEDPRUNE_DEVICE"
@@ -277,7 +277,7 @@ def join_first(
 
 
 def _join(arguments: argparse.Namespace) -> int:
-    owner = Owner(arguments.device, arguments.site)
+    owner = DirectoryOwner(arguments.device, arguments.site)
     owner.check(arguments.state)
     checked_urls(arguments)
     pin = _pin(arguments.pin)

@@ -21,7 +21,7 @@ _LOOK_S = 5.0
 _UNDER_VOLTAGE = 1
 
 
-class Care:
+class ThermalGuard:
     """Stands between training steps.
 
     Args:

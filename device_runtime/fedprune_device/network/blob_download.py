@@ -17,7 +17,7 @@ from fedprune.wire.offer import Offer
 from fedprune.wire.rtt import AnswerTime
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import PATIENCE, Pull
-from fedprune_device.network.leaf_reuse import SharedLeaves
+from fedprune_device.network.leaf_reuse import LeafReuse
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -25,7 +25,7 @@ _SHARED_LEAVES = 8
 """Leaves of a shared blob that are asked for at a time: many ask, and one answer serves all of them."""
 
 
-class Downloads:
+class BlobDownloads:
     """Parallel pulls of what a device lacks for an offer.
 
     An offer with slabs is one whose blobs other devices pull, too: this device then listens where the server publishes
@@ -70,7 +70,7 @@ class Downloads:
         self._store = store
         self._limit = limit or ChunkLimit()
         self._answers = answers or AnswerTime()
-        self._leaves = SharedLeaves(store)
+        self._leaves = LeafReuse(store)
         lacking = not store.has(offer.weights.sha256)
         coded = offer.coded is not None and not plainly and offer.coded in offer.shorter(store.has)
         self._coded: tuple[BlobRef, ...] = (offer.coded,) if coded and offer.coded else ()

@@ -12,14 +12,14 @@ from fedprune.wire.messages import Want
 from fedprune.wire.offer import Offer
 from fedprune.wire.rtt import AnswerTime
 from fedprune.wire.topics import Topics
-from fedprune_device.network.blob_download import Downloads
-from fedprune_device.network.http_download import Web
+from fedprune_device.network.blob_download import BlobDownloads
+from fedprune_device.network.http_download import HttpDownload
 from fedprune_device.network.offer_checks import slabs_fit
-from fedprune_device.network.uplink import Outbox, Wire
+from fedprune_device.network.uplink import Uplink, Wire
 from fedprune_device.storage.state_directory import DeviceStore
 
 
-class Supply:
+class Downloader:
     """The way of one offer's blobs at a time. All of it is quick.
 
     Args:
@@ -37,15 +37,15 @@ class Supply:
         store: DeviceStore,
         link: Wire,
         topics: Topics,
-        outbox: Outbox,
+        outbox: Uplink,
         answers: AnswerTime,
         max_packet: int = MAX_PACKET,
         context: Callable[[], ssl.SSLContext] = tls_context,
     ) -> None:
         self._store, self._link, self._topics, self._outbox = store, link, topics, outbox
         self._answers, self._limit = answers, ChunkLimit(max_packet)
-        self._web = Web(store.blobs, context)
-        self._downloads: Downloads | None = None
+        self._web = HttpDownload(store.blobs, context)
+        self._downloads: BlobDownloads | None = None
         self._plainly = False
         self._listening: frozenset[str] = frozenset()
         self._deaf = False  # to shared topics, as long as this connection lasts
@@ -148,15 +148,15 @@ class Supply:
         """Wait for the web's thread, but no longer than `timeout` seconds."""
         self._web.join(timeout)
 
-    def _pull_rest(self, before: Downloads, now: float) -> None:
+    def _pull_rest(self, before: BlobDownloads, now: float) -> None:
         """Pull over MQTT what the web server didn't give."""
         downloads = self._downloads = self._to_pull(before.offer, now)
         downloads.began = before.began
         self._ask(downloads, downloads.start(now))
 
-    def _to_pull(self, offer: Offer, now: float) -> Downloads:
+    def _to_pull(self, offer: Offer, now: float) -> BlobDownloads:
         slabs = offer.slabs is not None and slabs_fit(offer, self._store)
-        return Downloads(
+        return BlobDownloads(
             self._store.blobs,
             offer,
             now,
@@ -167,12 +167,12 @@ class Supply:
             plainly=self._plainly,
         )
 
-    def _pull(self, step: Callable[[Downloads], list[Want]]) -> None:
+    def _pull(self, step: Callable[[BlobDownloads], list[Want]]) -> None:
         downloads = self._downloads
         if downloads is not None and not self._web.fetching:  # what comes meanwhile was asked for before
             self._ask(downloads, step(downloads))
 
-    def _ask(self, downloads: Downloads, wants: list[Want]) -> None:
+    def _ask(self, downloads: BlobDownloads, wants: list[Want]) -> None:
         """Ask for pieces, after the broker was told where the answers are heard."""
         self._listen(downloads.listens(self._topics))
         self._outbox.ask(downloads.offer.job, wants)

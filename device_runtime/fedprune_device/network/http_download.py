@@ -12,12 +12,12 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import tls_context
 from fedprune.wire.offer import Offer
-from fedprune_device.network.http_fetch import LEAST_BYTES_PER_S, STALL_S, WebFetch
+from fedprune_device.network.http_fetch import LEAST_BYTES_PER_S, STALL_S, HttpFetch
 
 _LOG = logging.getLogger("fedprune.device")
 
 
-class Web:
+class HttpDownload:
     """One fetch at a time, for the current offer. All of it is quick: a thread does the work.
 
     Args:
@@ -33,8 +33,8 @@ class Web:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._context, self._clock = store, context, clock
-        self._fetch: WebFetch | None = None
-        self._last: WebFetch | None = None
+        self._fetch: HttpFetch | None = None
+        self._last: HttpFetch | None = None
 
     def begin(self, offer: Offer, refs: Sequence[BlobRef]) -> bool:
         """Begin to fetch what is lacking for an offer, if that names a web server.
@@ -49,7 +49,7 @@ class Web:
         self.stop()
         if offer.blobs_at is None or not refs:
             return False
-        self._fetch = self._last = WebFetch(
+        self._fetch = self._last = HttpFetch(
             self._store, BlobUrl.parse(offer.blobs_at), refs, self._context, self._clock
         )
         return True

@@ -24,7 +24,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
 from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import failure
-from fedprune_device.network.leaf_reuse import SharedLeaves
+from fedprune_device.network.leaf_reuse import LeafReuse
 
 SILENT_S = 10.0
 """How long the server may take to connect, and to send nothing."""
@@ -45,11 +45,11 @@ _CUTS = 5
 """Connections that may break in the middle of a blob, if each brought something."""
 
 
-class WebError(Exception):
+class HttpFetchError(Exception):
     """A web server doesn't give what an offer says."""
 
 
-class WebFetch:
+class HttpFetch:
     """Fetches blobs into a store, beginning at once.
 
     Args:
@@ -80,7 +80,7 @@ class WebFetch:
         self.done, self.total = 0, sum(r.leaf_count for r in refs)
         self.bytes = 0
         self._store, self._refs = store, tuple(refs)
-        self._shared = SharedLeaves(store)
+        self._shared = LeafReuse(store)
         self._clock = clock
         self._moved_at = clock()
         self._behind = 0.0
@@ -117,7 +117,7 @@ class WebFetch:
                 self._blob(ref)
         except (OSError, FedpruneError) as error:
             self._fail(failure(error))
-        except (WebError, http.client.HTTPException, ValueError) as error:
+        except (HttpFetchError, http.client.HTTPException, ValueError) as error:
             self._fail(str(error) or type(error).__name__)
         except Exception as error:  # noqa: BLE001 - it is handed to the loop, and MQTT goes on
             self._fail(f"unexpected error: {type(error).__name__}: {error}")
@@ -157,7 +157,7 @@ class WebFetch:
         found = unkept(bytes(raw), ref.leaf_count)
         present = partial.count
         if found is None or not partial.set_table(found):
-            raise WebError(f"the leaf table of blob {ref.sha256[:12]} there is another one than the offer's")
+            raise HttpFetchError(f"the leaf table of blob {ref.sha256[:12]} there is another one than the offer's")
         self.done += partial.count - present
 
     def _missing(self, partial: PartialBlob) -> None:
@@ -186,7 +186,7 @@ class WebFetch:
             self.done += partial.count - before
             self.bytes += len(payload)
             if wrong:
-                raise WebError(f"leaf {wrong[0]} of blob {ref.sha256[:12]} there is not what the offer says")
+                raise HttpFetchError(f"leaf {wrong[0]} of blob {ref.sha256[:12]} there is not what the offer says")
 
     def _ask(self, path: str, length: int, range_: tuple[int, int] | None = None) -> http.client.HTTPResponse:
         """Ask for something; the answer is as long as it must be, and its body not read yet.
@@ -204,17 +204,17 @@ class WebFetch:
         answer = self._connection.answer(path, headers, self._check)
         self._came(_ANSWER_S)
         if 300 <= answer.status < 400:
-            raise WebError(f"it redirects {path} ({answer.status}), which is not followed")
+            raise HttpFetchError(f"it redirects {path} ({answer.status}), which is not followed")
         if answer.status not in (200, 206) or (answer.status == 206 and whole):
-            raise WebError(f"it answers {answer.status} to {path}")
+            raise HttpFetchError(f"it answers {answer.status} to {path}")
         expected = size if answer.status == 200 else length
         if answer.getheader("Content-Encoding", "identity") != "identity" or answer.length != expected:
             got = answer.getheader("Content-Length", "nothing")[:40]
-            raise WebError(f"it says that {path} has {got!r} bytes, and not the {expected} that the offer says")
+            raise HttpFetchError(f"it says that {path} has {got!r} bytes, and not the {expected} that the offer says")
         if answer.status == 206:
             said, right = answer.getheader("Content-Range", ""), f"bytes {start}-{start + length - 1}/{size}"
             if said != right:
-                raise WebError(f"it gives {said[:80]!r} of {path}, and not {right}")
+                raise HttpFetchError(f"it gives {said[:80]!r} of {path}, and not {right}")
         return answer
 
     def _read(self, answer: http.client.HTTPResponse, length: int) -> bytes:
@@ -240,7 +240,7 @@ class WebFetch:
 
     def _check(self) -> None:
         if self._ending.is_set():
-            raise WebError("it was told to stop")
+            raise HttpFetchError("it was told to stop")
 
 
 class _Connection(http.client.HTTPConnection):

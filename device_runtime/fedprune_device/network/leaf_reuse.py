@@ -20,7 +20,7 @@ from fedprune.core.errors import StorageError
 _LOG = logging.getLogger("fedprune.device")
 
 
-class SharedLeaves:
+class LeafReuse:
     """Finds leaves in a store.
 
     Args:

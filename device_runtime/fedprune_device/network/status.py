@@ -9,7 +9,7 @@ from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
 
 
-class Standing:
+class BoardStatus:
     """Notes that one thread writes and others read. Each is replaced as a whole."""
 
     def __init__(self) -> None:

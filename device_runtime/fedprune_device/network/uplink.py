@@ -21,7 +21,7 @@ from fedprune.wire.offer import Offer
 from fedprune.wire.request_ids import NumberedWants, numbered
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.network.status import Standing
+from fedprune_device.network.status import BoardStatus
 from fedprune_device.privacy.redaction import refused
 
 _LOG = logging.getLogger("fedprune.device")
@@ -53,7 +53,7 @@ class Wire(Protocol):
         """Listen to exactly these topics beside the device's own, without waiting."""
 
 
-class Outbox:
+class Uplink:
     """The device's side of the conversation.
 
     Args:
@@ -73,7 +73,7 @@ class Outbox:
         self._link = link
         self._pieces = pieces
         self._max_packet = max_packet
-        self.standing = Standing()
+        self.standing = BoardStatus()
         self._doubled = NumberedWants().doubled
         self._wanted: deque[tuple[Update, Want]] = deque()
         self._chunks: Iterator[bytes] = iter(())

@@ -19,7 +19,7 @@ from fedprune.privacy.accounting import epsilon
 from fedprune.privacy.gaussian_noise import GaussianNoise
 from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
-from fedprune_device.privacy.policy import Floor, multiplier_of
+from fedprune_device.privacy.policy import PrivacyPolicy, multiplier_of
 
 FILE = "privacy.json"
 """In the board's state directory."""
@@ -27,7 +27,7 @@ FILE = "privacy.json"
 _MOST = 2**53
 
 
-class PrivateCount:
+class PrivacyBudget:
     """A board's count.
 
     Args:
@@ -43,7 +43,7 @@ class PrivateCount:
         self._path = root / FILE
         self._guard = threading.Lock()
         self._damage = ""
-        self.floor: Floor | None = None
+        self.floor: PrivacyPolicy | None = None
         self.cost, self.draws, self._marked = 0.0, 0, False
         try:
             self._take(durable.read_document(self._path))
@@ -92,7 +92,7 @@ class PrivateCount:
         Args:
             delta: δ; by default the owner's.
         """
-        floor = self.floor or Floor()
+        floor = self.floor or PrivacyPolicy()
         if self._damage:
             return f"what was spent is not known: {self._damage}"
         at = delta or floor.delta

@@ -31,7 +31,7 @@ _HINT = "The board's owner asks for it; the job's [job.privacy] says otherwise."
 
 
 @dataclass(frozen=True)
-class Floor:
+class PrivacyPolicy:
     """What a job's privacy must be, at least.
 
     Attributes:
@@ -100,7 +100,7 @@ def multiplier_of(recipe: Recipe) -> float:
     return found if found >= _LEAST else 0.0
 
 
-def read_floor(path: Path | None) -> Floor | None:
+def read_policy(path: Path | None) -> PrivacyPolicy | None:
     """The owner's file; None where there is none.
 
     Raises:
@@ -113,10 +113,10 @@ def read_floor(path: Path | None) -> Floor | None:
     table = body.get("privacy")
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: [privacy]", expected="a table of settings, such as most_epsilon", got="none")
-    return Floor(**validation.known(Floor, table, f"{path}: privacy"))
+    return PrivacyPolicy(**validation.known(PrivacyPolicy, table, f"{path}: privacy"))
 
 
-def add_floor_option(parser: ArgumentParser) -> None:
+def add_policy_option(parser: ArgumentParser) -> None:
     """Add the option that names the owner's file."""
     named = os.environ.get(PRIVACY)
     parser.add_argument(

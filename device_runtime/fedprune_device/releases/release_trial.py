@@ -22,7 +22,7 @@ from fedprune_device.hardware.probe import check_runtime
 from fedprune_device.launcher.launcher import signal_name
 from fedprune_device.launcher.slot_store import Home
 from fedprune_device.launcher.state import TRIAL, DamagedError, State, line
-from fedprune_device.serving.model_slots import Slots
+from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
 PACKAGES = (
@@ -174,7 +174,7 @@ def _answer() -> None:
     try:
         _run_small_graph()
         if asked["serving"] is not None:
-            slots = Slots(Path(asked["serving"]))
+            slots = ModelSlots(Path(asked["serving"]))
             if slots.current() is not None:
                 predictor, record = slots.open()
                 predictor.check(record.classes)

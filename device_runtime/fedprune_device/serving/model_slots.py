@@ -18,7 +18,7 @@ from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ModelError, StorageError
 from fedprune.runtime.precision import FLOAT32, PRECISIONS, graph_file, served_files
 from fedprune.training.recipe import LOSSES
-from fedprune_device.data.logit_adjustment import OwnLabels
+from fedprune_device.data.logit_adjustment import LogitAdjustment
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_device.serving.reduced_precision import clear
 
@@ -66,9 +66,9 @@ class Serving:
         return {GRAPH: self.inference, WEIGHTS: self.weights} | lowered
 
     @property
-    def own(self) -> OwnLabels:
+    def own(self) -> LogitAdjustment:
         """What turns its logits into those of own predictions."""
-        return OwnLabels(self.offset, self.present)
+        return LogitAdjustment(self.offset, self.present)
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Serving:
@@ -101,7 +101,7 @@ class Serving:
             raise StorageError(f"the record of the serving model is not one ({error!r})") from error
 
 
-class Slots:
+class ModelSlots:
     """The serving folder of a device. Reading needs no lock, so predictions work beside a running agent.
 
     Args:

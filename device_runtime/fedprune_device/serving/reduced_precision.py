@@ -61,7 +61,7 @@ class Staged:
     weights: str
 
 
-class Lowering:
+class ReducedPrecision:
     """Lowers staged models.
 
     Args:
@@ -101,7 +101,7 @@ class Lowering:
         if not kits:
             return None
         whole = Predictor(folder, threads=self._threads)
-        judge = Judge(whole, data, recipe, classes)
+        judge = PrecisionCheck(whole, data, recipe, classes)
         tried = {p: self._tried(folder, p, kit, data, judge) for p, kit in kits.items()}
         candidates = {FLOAT32: whole} | {p: model for p, model in tried.items() if model is not None}
         chosen = self._chosen(candidates, data)
@@ -112,7 +112,9 @@ class Lowering:
         with storage_errors(f"can't read {folder}"):
             return Staged(chosen, file_digest(folder / graph_file(chosen)), file_digest(folder / weights_file(chosen)))
 
-    def _tried(self, folder: Path, precision: str, kit: bytes, data: LocalData, judge: Judge) -> Predictor | None:
+    def _tried(
+        self, folder: Path, precision: str, kit: bytes, data: LocalData, judge: PrecisionCheck
+    ) -> Predictor | None:
         """Make a precision's files in the folder; the model that they are if it may serve."""
         try:
             for name, raw in unpacked(kit, precision).items():
@@ -149,7 +151,7 @@ class Lowering:
         return best if medians[best] < _FASTER * medians[FLOAT32] else FLOAT32
 
 
-class Judge:
+class PrecisionCheck:
     """What float32 says of samples that may decide something: validation samples or, without any, training samples."""
 
     def __init__(self, whole: Predictor, data: LocalData, recipe: Recipe, classes: int) -> None:

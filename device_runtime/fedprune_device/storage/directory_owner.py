@@ -20,7 +20,7 @@ _OF_A_SERVER = ("server.db", "identity/authority.key")
 
 
 @dataclass(frozen=True)
-class Owner:
+class DirectoryOwner:
     """A device of a site.
 
     Attributes:

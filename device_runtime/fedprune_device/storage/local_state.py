@@ -40,7 +40,7 @@ MOST_OTHERS = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Own:
+class LocalState:
     """What was kept after a round.
 
     Attributes:
@@ -77,7 +77,7 @@ class Own:
         personal: Tensors,
         mask: ElementMask | None,
         residual: Tensors | None = None,
-    ) -> Own:
+    ) -> LocalState:
         """What an offer's round leaves."""
         place = (offer.job, offer.seed, offer.architecture, offer.selection, offer.ranking, offer.widths, offer.round)
         return cls(*place, average, personal, mask, residual or {})
@@ -115,7 +115,7 @@ class Own:
         return tensorfile.encode({_HEAD: np.frombuffer(text, np.uint8), _DIGEST: digest, **arrays})
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Own:
+    def from_bytes(cls, data: bytes) -> LocalState:
         """Read and check.
 
         Raises:
@@ -151,7 +151,7 @@ def _digest(text: bytes, arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
     return digest.digest()
 
 
-class Shelf(Protocol):
+class StateStore(Protocol):
     """Where two records can lie."""
 
     def read(self) -> dict[str, bytes]:
@@ -175,7 +175,7 @@ class Shelf(Protocol):
         ...
 
 
-class KeptOwn:
+class RoundState:
     """Finds what an offer's round begins with, and keeps what it leaves.
 
     Args:
@@ -186,13 +186,13 @@ class KeptOwn:
         base: What an earlier round of the same run left; None where there is none.
     """
 
-    def __init__(self, shelf: Shelf, offer: Offer) -> None:
+    def __init__(self, shelf: StateStore, offer: Offer) -> None:
         self._shelf = shelf
         self._place: str | None = None
-        self.base: Own | None = None
+        self.base: LocalState | None = None
         for place, data in sorted(shelf.read().items()):
             try:
-                found = Own.from_bytes(data)
+                found = LocalState.from_bytes(data)
             except StorageError as error:
                 _LOG.warning("%s: going on without it", error)
                 continue
@@ -203,7 +203,7 @@ class KeptOwn:
         """Forget what the round began with; on the shelf it stays."""
         self.base = None
 
-    def stage(self, own: Own) -> None:
+    def stage(self, own: LocalState) -> None:
         """Store the round's state without making it current: the round may still be cancelled.
 
         Raises:
@@ -221,7 +221,7 @@ class KeptOwn:
         self._shelf.commit(self._place)
 
 
-class OwnInMemory:
+class MemoryStateStore:
     """A shelf that lasts as long as the process."""
 
     def __init__(self, records: dict[str, bytes] | None = None) -> None:
@@ -229,20 +229,20 @@ class OwnInMemory:
         self._staged = b""
 
     def read(self) -> dict[str, bytes]:
-        """See `Shelf`."""
+        """See `StateStore`."""
         return dict(self.records)
 
     def stage(self, record: bytes) -> None:
-        """See `Shelf`."""
+        """See `StateStore`."""
         self._staged = record
 
     def commit(self, neighbour: str | None) -> None:
-        """See `Shelf`."""
+        """See `StateStore`."""
         kept = {} if neighbour is None else {neighbour: self.records[neighbour]}
         self.records, self._staged = {**kept, _free(neighbour): self._staged}, b""
 
 
-class OwnFolder:
+class FolderStateStore:
     """A shelf in a board's state directory. Records of other jobs, to which the board may come back, lie aside.
 
     Args:
@@ -263,16 +263,16 @@ class OwnFolder:
         durable.sweep(self._root)
 
     def read(self) -> dict[str, bytes]:
-        """See `Shelf`; a file that can't be read is as good as none."""
+        """See `StateStore`; a file that can't be read is as good as none."""
         found = {name: _content(self._root / name) for name in _SLOTS}
         return {name: data for name, data in found.items() if data is not None}
 
     def stage(self, record: bytes) -> None:
-        """See `Shelf`."""
+        """See `StateStore`."""
         durable.write(self._root / _STAGED, record)
 
     def commit(self, neighbour: str | None) -> None:
-        """See `Shelf`."""
+        """See `StateStore`."""
         place = _free(neighbour)
         durable.move(self._root / _STAGED, self._root / place)
         for name in _SLOTS:

@@ -35,11 +35,11 @@ from fedprune.core.errors import FedpruneError, PrivacyError, ProtocolError, Sto
 from fedprune.training.recipe import Recipe
 from fedprune.wire import messages
 from fedprune.wire.offer import Offer
-from fedprune_device.privacy.budget import PrivateCount
-from fedprune_device.privacy.policy import Floor
-from fedprune_device.serving.model_slots import Slots
-from fedprune_device.storage.directory_owner import Owner
-from fedprune_device.storage.local_state import OwnFolder
+from fedprune_device.privacy.budget import PrivacyBudget
+from fedprune_device.privacy.policy import PrivacyPolicy
+from fedprune_device.serving.model_slots import ModelSlots
+from fedprune_device.storage.directory_owner import DirectoryOwner
+from fedprune_device.storage.local_state import FolderStateStore
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -80,7 +80,9 @@ class DeviceStore:
         StorageError: Another process uses the directory, it is another device's, or it can't be written.
     """
 
-    def __init__(self, root: Path, clock: Callable[[], float] = time.time, *, owner: Owner | None = None) -> None:
+    def __init__(
+        self, root: Path, clock: Callable[[], float] = time.time, *, owner: DirectoryOwner | None = None
+    ) -> None:
         if owner is not None:
             owner.check(root)  # before anything is put into somebody else's
         with storage_errors(f"can't write {root}"):
@@ -98,11 +100,11 @@ class DeviceStore:
         try:
             durable.sweep(root)
             self.blobs = BlobStore(root / "blobs")
-            self.slots = Slots(root / "serving")
+            self.slots = ModelSlots(root / "serving")
             self.slots.prepare()
-            self.own = OwnFolder(root / "own")
+            self.own = FolderStateStore(root / "own")
             self.own.prepare()
-            self.privacy = PrivateCount(root)
+            self.privacy = PrivacyBudget(root)
             self.session = _number(self._read("session.json"))
             self.task = self._load_task()
             self._turn_to_job()
@@ -123,7 +125,7 @@ class DeviceStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def hold_to(self, floor: Floor | None) -> None:
+    def hold_to(self, floor: PrivacyPolicy | None) -> None:
         """Ask of every job what the board's owner asks for; an update that waits and is less private is dropped.
 
         Raises:

@@ -45,7 +45,7 @@ _FRAME = re.compile(r'^  File "([^"\n]{1,4096})", line ([0-9]{1,9}) in ([^\n]{1,
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-class Crashes:
+class CrashReports:
     """What is known of how runs ended.
 
     Args:

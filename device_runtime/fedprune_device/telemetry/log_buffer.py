@@ -32,7 +32,7 @@ _MESSAGE_BYTES = 8192
 _LAST = 2**53
 
 
-class BoardLog(logging.Handler):
+class LogBuffer(logging.Handler):
     """Keeps what a board should tell its server of its log.
 
     Args:

@@ -14,8 +14,8 @@ from fedprune.wire.log_messages import CrashReport, LogWanted
 from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
 from fedprune_device.network.uplink import Wire
-from fedprune_device.telemetry.crash_reports import Crashes
-from fedprune_device.telemetry.log_buffer import BoardLog
+from fedprune_device.telemetry.crash_reports import CrashReports
+from fedprune_device.telemetry.log_buffer import LogBuffer
 
 _AGAIN_S = 60.0
 """What the server hasn't kept after so long is told again."""
@@ -26,7 +26,7 @@ _BETWEEN_S = 5.0
 _LOGGER = "fedprune"
 
 
-class Reporter:
+class LogReporter:
     """What the agent speaks and hears through.
 
     Args:
@@ -43,8 +43,8 @@ class Reporter:
         link: Wire,
         device: str,
         site: str,
-        log: BoardLog,
-        crashes: Crashes,
+        log: LogBuffer,
+        crashes: CrashReports,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link, self._device = link, device
@@ -120,7 +120,7 @@ class Reporter:
 @contextmanager
 def reporting(
     folder: Path, device: str, quiet: Callable[[], bool] = lambda: False
-) -> Iterator[tuple[BoardLog, Crashes]]:
+) -> Iterator[tuple[LogBuffer, CrashReports]]:
     """Keep the log's warnings and how this run ends, for the server.
 
     Args:
@@ -128,7 +128,7 @@ def reporting(
         device: The board's name.
         quiet: Whether its samples are in a private job, of which no text tells.
     """
-    log, crashes = BoardLog(folder, device, quiet=quiet), Crashes(folder, quiet=quiet)
+    log, crashes = LogBuffer(folder, device, quiet=quiet), CrashReports(folder, quiet=quiet)
     logger = logging.getLogger(_LOGGER)
     logger.addHandler(log)
     try:

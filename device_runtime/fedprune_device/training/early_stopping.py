@@ -10,7 +10,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
-class Patience:
+class EarlyStopping:
     """Says when the validation loss has not fallen for long enough, and keeps the weights of its lowest.
 
     Args:

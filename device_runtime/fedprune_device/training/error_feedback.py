@@ -12,11 +12,11 @@ from fedprune.codec.remap import relocated
 from fedprune.core.errors import ProtocolError
 from fedprune.model.selection import Tensors
 from fedprune.wire.offer import Offer
-from fedprune_device.storage.local_state import Own
+from fedprune_device.storage.local_state import LocalState
 
 
 def carried(
-    base: Own | None, offer: Offer, tensors: Mapping[str, npt.NDArray[Any]], read: Callable[[BlobRef], bytes]
+    base: LocalState | None, offer: Offer, tensors: Mapping[str, npt.NDArray[Any]], read: Callable[[BlobRef], bytes]
 ) -> Tensors:
     """What the last update left out of tensors that are trained now.
 

@@ -13,7 +13,7 @@ from fedprune.training import step_contract
 from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import targets
-from fedprune_device.data.logit_adjustment import OwnLabels
+from fedprune_device.data.logit_adjustment import LogitAdjustment
 from fedprune_device.data.losses import data_loss, hits, loss_terms
 from fedprune_device.hardware.process_memory import peak_memory
 from fedprune_device.serving.predictor import Predictor
@@ -51,7 +51,7 @@ class Evaluation:
         own: What the board's own labels say about its predictions.
     """
 
-    def __init__(self, data: LocalData, recipe: Recipe, classes: int, own: OwnLabels) -> None:
+    def __init__(self, data: LocalData, recipe: Recipe, classes: int, own: LogitAdjustment) -> None:
         self._data = data
         self._recipe = recipe
         self._classes = classes

@@ -17,7 +17,7 @@ from fedprune.wire.offer import Offer
 _LOG = logging.getLogger("fedprune.device")
 
 
-class StepChoice:
+class GraphChoice:
     """Chooses, and learns from failures.
 
     Args:

@@ -9,7 +9,7 @@ from fedprune_device.serving.predictor import Predictor
 from fedprune_device.training.trainer import Trainer
 
 
-class LoadedTrainer:
+class TrainerCache:
     """The training graph that was used last: another bench's round usually needs it again.
 
     Args:

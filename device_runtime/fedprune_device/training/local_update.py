@@ -20,7 +20,7 @@ from fedprune.training import step_contract
 from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.storage.local_state import KeptOwn, Own, Shelf
+from fedprune_device.storage.local_state import LocalState, RoundState, StateStore
 from fedprune_device.training.error_feedback import carried
 from fedprune_device.training.evaluation import PROBE_SAMPLES
 from fedprune_device.training.moving_average import averaged, blended
@@ -31,7 +31,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 
 @dataclass(frozen=True)
-class Made:
+class UpdateFiles:
     """What training leaves, in memory that outlives its graph.
 
     Attributes:
@@ -45,11 +45,11 @@ class Made:
     sent: BlobRef
     after: Tensors | None
     average: Tensors | None
-    own: Own | None
+    own: LocalState | None
     loss: float | None
 
 
-class Work:
+class LocalUpdate:
     """What a board trains for an offer.
 
     Args:
@@ -80,7 +80,7 @@ class Work:
         weights: bytes,
         mask: bytes | None,
         trainer: Trainer,
-        shelf: Shelf,
+        shelf: StateStore,
         device: str,
         data: LocalData,
         noise: Callable[[], GaussianNoise],
@@ -90,7 +90,7 @@ class Work:
         self._personal = frozenset(n for n in trainer.names if any(fnmatchcase(n, p) for p in recipe.personal))
         self._codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
         feeds_back = self._codec is not None and self._codec.feedback
-        self.kept = KeptOwn(shelf, offer) if recipe.average or self._personal or feeds_back else None
+        self.kept = RoundState(shelf, offer) if recipe.average or self._personal or feeds_back else None
         self._calibrates = recipe.calibrate and trainer.normalised
         maskable = {*trainer.trainable, *trainer.frozen}
         received, self.mask = unpacked(weights, mask, recipe, trainer.axes, offer.widths, maskable)
@@ -109,7 +109,9 @@ class Work:
         changed = own or self.mask is not None or self._calibrates
         return tensorfile.encode(self._predicting(self.tensors)) if changed else None
 
-    def made(self, result: TrainingResult, put: Callable[[bytes], BlobRef], read: Callable[[BlobRef], bytes]) -> Made:
+    def made(
+        self, result: TrainingResult, put: Callable[[bytes], BlobRef], read: Callable[[BlobRef], bytes]
+    ) -> UpdateFiles:
         """What comes of the training.
 
         Args:
@@ -137,7 +139,7 @@ class Work:
         own = None
         if self.kept is not None:
             personal = {n: np.array(v) for n, v in trained.items() if n in self._personal}
-            own = Own.of(self._offer, average, personal, self.mask if average else None, residual)
+            own = LocalState.of(self._offer, average, personal, self.mask if average else None, residual)
             self.kept.release()
         served = average
         if recipe.blend:
@@ -149,7 +151,7 @@ class Work:
         kept = None
         if after is not trained:  # most of these arrays lie in the memory of the training graph
             kept = {n: np.array(v) if v is trained[n] else v for n, v in after.items()}
-        return Made(sent, kept, self._predicting(served) if served else None, own, loss)
+        return UpdateFiles(sent, kept, self._predicting(served) if served else None, own, loss)
 
     def _sent(self, result: TrainingResult, after: Tensors) -> Tensors:
         """What the server gets: what was trained, without what is frozen, which it has, and what is personal."""

@@ -18,13 +18,13 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.selection import Tensors
 from fedprune.wire.offer import Offer
-from fedprune_device.storage.local_state import Own
+from fedprune_device.storage.local_state import LocalState
 
 Array = npt.NDArray[Any]
 
 
 def averaged(
-    base: Own | None,
+    base: LocalState | None,
     offer: Offer,
     trained: Mapping[str, npt.NDArray[np.float32]],
     decay: float,
@@ -85,7 +85,7 @@ def blended(
     return out
 
 
-def _mix(value: npt.NDArray[np.float32], base: Own, name: str, decay: float, mask: ElementMask | None) -> None:
+def _mix(value: npt.NDArray[np.float32], base: LocalState, name: str, decay: float, mask: ElementMask | None) -> None:
     """Mix the old average into new weights, in their place: boards have no memory to waste."""
     fresh = None
     if base.mask is not None and name in base.mask.active:
@@ -97,7 +97,7 @@ def _mix(value: npt.NDArray[np.float32], base: Own, name: str, decay: float, mas
         value[~mask.active[name]] = 0
 
 
-def _carry(base: Own, offer: Offer, out: Tensors, decay: float, axes: TensorAxes) -> None:
+def _carry(base: LocalState, offer: Offer, out: Tensors, decay: float, axes: TensorAxes) -> None:
     """Mix the part that both widths have into the new weights."""
     if len(base.widths) != len(offer.widths):
         return

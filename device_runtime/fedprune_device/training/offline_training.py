@@ -14,12 +14,12 @@ from dataclasses import replace
 from fedprune.core import durable
 from fedprune.core.errors import FedpruneError, StorageError
 from fedprune.wire.offer import Offer
-from fedprune_device.data.sample_source import Samples
-from fedprune_device.hardware.thermal_guard import Care
-from fedprune_device.serving.reduced_precision import Lowering
+from fedprune_device.data.sample_source import SampleSource
+from fedprune_device.hardware.thermal_guard import ThermalGuard
+from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.graph_choice import StepChoice
-from fedprune_device.training.round_runner import DamagedBlobError, LoadedTrainer, Trained, Workbench
+from fedprune_device.training.graph_choice import GraphChoice
+from fedprune_device.training.round_runner import DamagedBlobError, RoundResult, RoundRunner, TrainerCache
 from fedprune_device.training.trainer import TrainingStoppedError
 from fedprune_device.training.training_thread import TrainingThread
 
@@ -31,7 +31,7 @@ AWAY_S = 600.0
 _RECORD = "alone.json"
 
 
-class Alone:
+class OfflineTraining:
     """Trains alone when it is time to.
 
     Args:
@@ -50,19 +50,19 @@ class Alone:
         self,
         device: str,
         store: DeviceStore,
-        data: Samples,
+        data: SampleSource,
         threads: int = 1,
         every: float = 0.0,
-        care: Care | None = None,
+        care: ThermalGuard | None = None,
         clock: Callable[[], float] = time.time,
         *,
         cuda: bool = False,
-        lowering: Lowering | None = None,
+        lowering: ReducedPrecision | None = None,
     ) -> None:
         self._store, self._care, self._clock, self._every = store, care, clock, every
         # What the board keeps of its own is of rounds: here it begins with what serves, and leaves nothing.
-        trainer = LoadedTrainer(threads, cuda=cuda)
-        self._bench = Workbench(device, store.blobs, store.slots, data, trainer, lowering=lowering)
+        trainer = TrainerCache(threads, cuda=cuda)
+        self._bench = RoundRunner(device, store.blobs, store.slots, data, trainer, lowering=lowering)
         self._thread: TrainingThread | None = None
         self._heard: float | None = None
         self._tried: float | None = None
@@ -129,7 +129,7 @@ class Alone:
                 self._thread = TrainingThread(self._bench, offer, 0.0, self._care)
         return False
 
-    def _commit(self, made: Trained) -> None:
+    def _commit(self, made: RoundResult) -> None:
         """Let the result serve unless validation samples say that it is worse."""
         before, after = (made.metrics.get(n) for n in ("loss_validation_before", "loss_validation"))
         better = before is None or after is None or after < before
@@ -150,7 +150,7 @@ class Alone:
             return None  # it is another one's, which is still being pulled
         if not all(self._store.blobs.has(graph.sha256) for graph in offer.graphs):
             return None  # graphs come from the server
-        offer = StepChoice().suited(offer)
+        offer = GraphChoice().suited(offer)
         weights = self._store.blobs.put(self._store.slots.weights(record))
         recipe = {**offer.recipe, "evaluate_every": 1}
         return replace(

@@ -16,19 +16,19 @@ from fedprune.runtime.precision import FLOAT32
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
-from fedprune_device.data.logit_adjustment import OwnLabels
-from fedprune_device.data.sample_source import Samples
-from fedprune_device.serving.model_slots import Serving, Slots
+from fedprune_device.data.logit_adjustment import LogitAdjustment
+from fedprune_device.data.sample_source import SampleSource
+from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.serving.predictor import Predictor
-from fedprune_device.serving.reduced_precision import Lowering
-from fedprune_device.storage.local_state import KeptOwn, OwnInMemory, Shelf
+from fedprune_device.serving.reduced_precision import ReducedPrecision
+from fedprune_device.storage.local_state import MemoryStateStore, RoundState, StateStore
 from fedprune_device.training.decoding import decoded
 from fedprune_device.training.evaluation import MEASURED, Evaluation, training_metrics
-from fedprune_device.training.loaded import LoadedTrainer
-from fedprune_device.training.local_update import Work
+from fedprune_device.training.loaded import TrainerCache
+from fedprune_device.training.local_update import LocalUpdate
 from fedprune_device.training.trainer import TrainingResult, TrainingStoppedError
 
-__all__ = ["MEASURED", "DamagedBlobError", "LoadedTrainer", "Trained", "Workbench"]
+__all__ = ["MEASURED", "DamagedBlobError", "RoundResult", "RoundRunner", "TrainerCache"]
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -49,8 +49,8 @@ class DamagedBlobError(StorageError):
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The result of an offer, which changes nothing that lasts before `Workbench.commit`.
+class RoundResult:
+    """The result of an offer, which changes nothing that lasts before `RoundRunner.commit`.
 
     Attributes:
         update: The message to the server; its weights are in the store.
@@ -62,7 +62,7 @@ class Trained:
     update: Update
     model: Serving
     metrics: Mapping[str, float]
-    own: KeptOwn | None = None
+    own: RoundState | None = None
 
     def keep(self) -> None:
         """Make the board's own state after the round the current one.
@@ -74,7 +74,7 @@ class Trained:
             self.own.commit()
 
 
-class Workbench:
+class RoundRunner:
     """Carries out offers, one at a time. The simulator does it here, too.
 
     Args:
@@ -92,23 +92,23 @@ class Workbench:
         self,
         device: str,
         blobs: BlobStore,
-        slots: Slots,
-        data: Samples,
-        trainer: LoadedTrainer | None = None,
-        shelf: Shelf | None = None,
-        lowering: Lowering | None = None,
+        slots: ModelSlots,
+        data: SampleSource,
+        trainer: TrainerCache | None = None,
+        shelf: StateStore | None = None,
+        lowering: ReducedPrecision | None = None,
         noise: Callable[[Offer], GaussianNoise] | None = None,
     ) -> None:
         self._device = device
         self._blobs = blobs
         self._slots = slots
         self._data = data
-        self._trainer = trainer or LoadedTrainer()
-        self._shelf = shelf or OwnInMemory()
-        self._lowering = lowering or Lowering()
+        self._trainer = trainer or TrainerCache()
+        self._shelf = shelf or MemoryStateStore()
+        self._lowering = lowering or ReducedPrecision()
         self._noise = noise or (lambda offer: GaussianNoise.secret())
 
-    def commit(self, made: Trained) -> Update:
+    def commit(self, made: RoundResult) -> Update:
         """Make a result current: the board's own state and the model that serves.
 
         Args:
@@ -131,7 +131,7 @@ class Workbench:
         download_seconds: float = 0.0,
         report: Report = lambda *_: None,
         stop: Callable[[], bool] = lambda: False,
-    ) -> Trained:
+    ) -> RoundResult:
         """Evaluate, train, evaluate, check. Nothing that lasts changes: a stopped round's result is dropped.
 
         The same offer always gives the same weights, so that one that was cut off can be done again; only a private
@@ -168,13 +168,15 @@ class Workbench:
             None if blocked is None else lambda: self._blob(blocked),
         )
         data = self._data.snapshot(trainer.input_shape)
-        work = Work(offer, recipe, weights, mask, trainer, self._shelf, self._device, data, lambda: self._noise(offer))
+        work = LocalUpdate(
+            offer, recipe, weights, mask, trainer, self._shelf, self._device, data, lambda: self._noise(offer)
+        )
         data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
         self._blob(offer.inference)
         kits = self._lowering.wanted(offer).lowered or {}
         for kit in kits.values():
             self._blob(kit)
-        own = OwnLabels.of(data.y_train, recipe, offer.classes)
+        own = LogitAdjustment.of(data.y_train, recipe, offer.classes)
         evaluation = Evaluation(data, recipe, offer.classes, own)
         evaluation.metrics["download_seconds"] = download_seconds
 
@@ -258,7 +260,7 @@ class Workbench:
             precision=FLOAT32 if lowered is None else lowered.precision,
             lowered=() if lowered is None else (lowered.graph, lowered.weights),
         )
-        return Trained(update, serving, metrics, kept)
+        return RoundResult(update, serving, metrics, kept)
 
     def _blob(self, ref: BlobRef) -> bytes:
         return self._read(ref.sha256)

@@ -25,7 +25,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import targets
 from fedprune_device.data.mixup import mixed
 from fedprune_device.training.batch_norm import measured
-from fedprune_device.training.early_stopping import Patience
+from fedprune_device.training.early_stopping import EarlyStopping
 from fedprune_device.training.step_graph import StepGraph, weight_of
 
 Array = npt.NDArray[Any]
@@ -188,7 +188,7 @@ class Trainer:
         plans = self._plans(tensors, recipe, widths)
         batches = Batches(data.samples, recipe, normalised=self.normalised)
         waits = recipe.patience > 0 and self._can_validate(data)
-        patience = Patience(recipe.patience, keep=recipe.best_epoch) if waits else None
+        patience = EarlyStopping(recipe.patience, keep=recipe.best_epoch) if waits else None
         losses: list[float] = []
         times: list[float] = []
         squares: Tensors = {}

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from fedprune.wire.offer import Offer
 from fedprune_device.hardware.process_memory import restart_peak
-from fedprune_device.hardware.thermal_guard import Care
-from fedprune_device.training.round_runner import Report, Trained
+from fedprune_device.hardware.thermal_guard import ThermalGuard
+from fedprune_device.training.round_runner import Report, RoundResult
 
 NICENESS = 19
 """Whatever else the board does, predictions first of all, comes before training."""
@@ -20,8 +20,8 @@ NICENESS = 19
 class Bench(Protocol):
     """Trains what an offer asks for."""
 
-    def make(self, offer: Offer, *, download_seconds: float, report: Report, stop: Callable[[], bool]) -> Trained:
-        """See `fedprune_device.training.round_runner.Workbench.make`."""
+    def make(self, offer: Offer, *, download_seconds: float, report: Report, stop: Callable[[], bool]) -> RoundResult:
+        """See `fedprune_device.training.round_runner.RoundRunner.make`."""
 
 
 class TrainingThread:
@@ -40,10 +40,10 @@ class TrainingThread:
         error: What went wrong, if something did.
     """
 
-    def __init__(self, bench: Bench, offer: Offer, download_seconds: float, care: Care | None = None) -> None:
+    def __init__(self, bench: Bench, offer: Offer, download_seconds: float, care: ThermalGuard | None = None) -> None:
         self.offer = offer
         self.status: tuple[str, int, int] = ("train", 0, 0)
-        self.made: Trained | None = None
+        self.made: RoundResult | None = None
         self.error: BaseException | None = None
         self._stop = threading.Event()
         self._bench = bench

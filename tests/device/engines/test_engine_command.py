@@ -24,9 +24,9 @@ from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.engines import cuda
 from fedprune_device.serving.predictor import Predictor
-from fedprune_device.serving.reduced_precision import Lowering
+from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.round_runner import Workbench
+from fedprune_device.training.round_runner import RoundRunner
 
 pytestmark = pytest.mark.board
 
@@ -190,7 +190,7 @@ def _lowered(root: Path, graphs: Path, data: LocalData, precision: str) -> Path:
     weights = hidden_weights(HIDDEN // 2, seed=1)
     offer = hidden.offer(1, Recipe(batch_size=10, lr=0.1), weights, graph="kept", lowered={precision: kit})
     with DeviceStore(root) as store:
-        bench = Workbench(DEVICE, store.blobs, store.slots, data, lowering=Lowering(precision))
+        bench = RoundRunner(DEVICE, store.blobs, store.slots, data, lowering=ReducedPrecision(precision))
         bench.commit(bench.make(offer))
         record = store.slots.current()
     assert record is not None

@@ -15,9 +15,9 @@ from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.training import step_contract
 from fedprune_device.engines import engine_selector as engines_keeper
 from fedprune_device.engines.bindings import Bindings
-from fedprune_device.engines.build_process import Making, Order
-from fedprune_device.engines.engine_cache import ENGINE, Record, Shelf
-from fedprune_device.engines.engine_selector import BUILD, MOST_FAILURES, REBUILD, REFIT, Keeper
+from fedprune_device.engines.build_process import BuildProcess, BuildRequest
+from fedprune_device.engines.engine_cache import ENGINE, CachedEngine, EngineCache
+from fedprune_device.engines.engine_selector import BUILD, MOST_FAILURES, REBUILD, REFIT, EngineSelector
 from fedprune_device.serving.predictor import Predictor
 
 pytestmark = pytest.mark.board
@@ -119,7 +119,7 @@ def test_each_way_is_measured_once_and_then_the_faster_one_taken(
     record = keeper.shelf.record(str(keeper.facts["key"]))
     assert record.refit_s is not None
     assert record.rebuild_s is not None
-    keeper.shelf.keep(Record(record.key, refit_s, rebuild_s))
+    keeper.shelf.keep(CachedEngine(record.key, refit_s, rebuild_s))
     assert board.answering(keeper, board.model(4))
     assert keeper.facts["way"] == way
 
@@ -351,7 +351,7 @@ def test_a_disk_that_is_full_before_a_build_starts_is_no_failed_build(
     board: EngineBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(engines_keeper, "Making", _full)
+        patch.setattr(engines_keeper, "BuildProcess", _full)
         for _ in range(MOST_FAILURES):
             keeper = board.keeper()
             assert board.answering(keeper, board.model(1)) is None
@@ -360,17 +360,17 @@ def test_a_disk_that_is_full_before_a_build_starts_is_no_failed_build(
 
 
 def test_a_build_that_cant_be_counted_is_ended(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[Making] = []
+    started: list[BuildProcess] = []
 
-    class Seen(Making):
-        def __init__(self, shelf: Shelf, order: Order, timeout_s: float) -> None:
+    class Seen(BuildProcess):
+        def __init__(self, shelf: EngineCache, order: BuildRequest, timeout_s: float) -> None:
             super().__init__(shelf, order, timeout_s)
             started.append(self)
 
     board.set(sleep=600)
     with monkeypatch.context() as patch:
-        patch.setattr(engines_keeper, "Making", Seen)
-        patch.setattr(Shelf, "keep", _full)
+        patch.setattr(engines_keeper, "BuildProcess", Seen)
+        patch.setattr(EngineCache, "keep", _full)
         keeper = board.keeper()
         assert board.answering(keeper, board.model(1)) is None
         assert "no room" in keeper.status
@@ -486,7 +486,7 @@ def test_a_bug_of_ours_is_a_reason_and_not_said_twice_a_second(
     def find() -> Bindings:
         raise ZeroDivisionError("nobody thought of this")
 
-    keeper = Keeper(board.engines, EnginePlan(), find, lambda _: board.place)
+    keeper = EngineSelector(board.engines, EnginePlan(), find, lambda _: board.place)
     assert board.answering(keeper, board.model(1)) is None
     assert keeper.turn() is None
     assert "nobody thought of this" in keeper.status
@@ -495,7 +495,7 @@ def test_a_bug_of_ours_is_a_reason_and_not_said_twice_a_second(
 
 def test_progress_is_told(board: EngineBoard) -> None:
     board.set(sleep=600)
-    keeper: Keeper = board.keeper()
+    keeper: EngineSelector = board.keeper()
     keeper.want(board.model(1))
     keeper.turn()
     _until(lambda: keeper.progress == "Building: 1 of 2")

@@ -12,33 +12,33 @@ import pytest
 
 from fedprune.core.errors import EngineError, StorageError
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune_device.engines.build_process import Making, Order
-from fedprune_device.engines.engine_cache import Shelf
+from fedprune_device.engines.build_process import BuildProcess, BuildRequest
+from fedprune_device.engines.engine_cache import EngineCache
 
 pytestmark = pytest.mark.board
 
-Start = Callable[[str], Making]
+Start = Callable[[str], BuildProcess]
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
+def shelf(tmp_path: Path) -> EngineCache:
     """One whose work folder is there, with answers in it."""
-    shelf = Shelf(tmp_path / "engines")
+    shelf = EngineCache(tmp_path / "engines")
     shelf.work.mkdir(parents=True)
     np.save(shelf.work / "answers.npy", np.ones(3))
     return shelf
 
 
 @pytest.fixture
-def start(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(shelf: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Starts a child that says something and ends."""
 
-    def started(said: str) -> Making:
+    def started(said: str) -> BuildProcess:
         program = tmp_path / "child"
         program.write_text(f"#!/bin/sh\ncat <<'.'\n{said}\n.\n")
         program.chmod(0o700)
         monkeypatch.setattr(sys, "executable", str(program))
-        making = Making(shelf, Order(shelf.work, EnginePlan().to_json()), 60.0)
+        making = BuildProcess(shelf, BuildRequest(shelf.work, EnginePlan().to_json()), 60.0)
         making._child.wait()
         return making
 
@@ -68,27 +68,27 @@ def test_times_that_are_none_are_not_believed(start: Start, said: str) -> None:
         start(said).poll()
 
 
-def test_without_answers_there_is_nothing_to_check(start: Start, shelf: Shelf) -> None:
+def test_without_answers_there_is_nothing_to_check(start: Start, shelf: EngineCache) -> None:
     (shelf.work / "answers.npy").unlink()
     with pytest.raises(EngineError, match="left nothing that can be read"):
         start('{"seconds": 1.5, "latency_s": 0.25}').poll()
 
 
 @pytest.mark.parametrize("name", ["order.json", "out.txt", "err.txt"])
-def test_files_that_cant_be_opened_are_the_disks_fault(start: Start, shelf: Shelf, name: str) -> None:
+def test_files_that_cant_be_opened_are_the_disks_fault(start: Start, shelf: EngineCache, name: str) -> None:
     (shelf.work / name).mkdir()
     with pytest.raises(StorageError, match=f"can't write {shelf.work}"):
         start("")
 
 
-def test_a_program_that_cant_be_started_is_named(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_cant_be_started_is_named(shelf: EngineCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with pytest.raises(EngineError, match="can't start /no/such/python: No such file or directory"):
-        Making(shelf, Order(shelf.work, EnginePlan().to_json()), 60.0)
+        BuildProcess(shelf, BuildRequest(shelf.work, EnginePlan().to_json()), 60.0)
 
 
-def test_a_child_whose_parent_has_ended_makes_nothing(shelf: Shelf) -> None:
-    making = Making(shelf, Order(shelf.work, EnginePlan().to_json(), parent=0), 60.0)
+def test_a_child_whose_parent_has_ended_makes_nothing(shelf: EngineCache) -> None:
+    making = BuildProcess(shelf, BuildRequest(shelf.work, EnginePlan().to_json(), parent=0), 60.0)
     making._child.wait()
     with pytest.raises(EngineError, match="the process that wanted an engine has ended"):
         making.poll()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedprune.core import durable
 from fedprune.core.errors import EngineError
-from fedprune_device.engines.engine_cache import Record, Shelf
+from fedprune_device.engines.engine_cache import CachedEngine, EngineCache
 
 pytestmark = pytest.mark.board
 
@@ -23,12 +23,12 @@ SECONDS = st.none() | st.floats(0, sys.float_info.max)
 
 
 @settings(max_examples=30)
-@given(st.builds(Record, st.just("k"), SECONDS, SECONDS, st.booleans(), st.integers(0, 1000), st.text()))
-def test_what_is_kept_is_known(record: Record) -> None:
+@given(st.builds(CachedEngine, st.just("k"), SECONDS, SECONDS, st.booleans(), st.integers(0, 1000), st.text()))
+def test_what_is_kept_is_known(record: CachedEngine) -> None:
     with tempfile.TemporaryDirectory() as root:
-        Shelf(Path(root)).keep(record)
-        assert Shelf(Path(root)).record("k") == record
-        assert Shelf(Path(root)).record("other") == Record("other")
+        EngineCache(Path(root)).keep(record)
+        assert EngineCache(Path(root)).record("k") == record
+        assert EngineCache(Path(root)).record("other") == CachedEngine("other")
 
 
 @pytest.mark.parametrize(
@@ -45,20 +45,20 @@ def test_what_is_kept_is_known(record: Record) -> None:
 )
 def test_a_record_of_other_types_is_not_known(tmp_path: Path, body: dict[str, Any]) -> None:
     durable.write_document(tmp_path / "record.json", {"key": "k", **body})
-    assert Shelf(tmp_path).record("k") == Record("k")
+    assert EngineCache(tmp_path).record("k") == CachedEngine("k")
 
 
 @pytest.mark.parametrize("body", [{}, [], ["key"], "key", 1])
 def test_what_is_no_record_is_not_known(tmp_path: Path, body: Any) -> None:
     durable.write_document(tmp_path / "record.json", body)
-    assert Shelf(tmp_path).record("k") == Record("k")
+    assert EngineCache(tmp_path).record("k") == CachedEngine("k")
 
 
 LOADS = """
 import sys
 from pathlib import Path
-from fedprune_device.engines.engine_cache import Shelf
-with Shelf(Path(sys.argv[1])).loading("e" * 64):
+from fedprune_device.engines.engine_cache import EngineCache
+with EngineCache(Path(sys.argv[1])).loading("e" * 64):
     print("loading", flush=True)
     sys.stdin.read()
 """
@@ -76,7 +76,7 @@ def another(root: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_two_processes_may_load_an_engine_at_once(tmp_path: Path) -> None:
-    shelf, loaded = Shelf(tmp_path), []
+    shelf, loaded = EngineCache(tmp_path), []
     with another(tmp_path) as process:
         with shelf.loading("e" * 64):
             loaded.append("beside it")
@@ -94,6 +94,6 @@ def test_loading_that_comes_to_an_end_leaves_no_marker(tmp_path: Path) -> None:
     with another(tmp_path) as process:
         process.communicate("")
         assert process.returncode == 0
-    with Shelf(tmp_path).loading("e" * 64):
+    with EngineCache(tmp_path).loading("e" * 64):
         assert durable.read_document(tmp_path / "loading.json") == {"sha256": "e" * 64}
     assert not (tmp_path / "loading.json").exists()

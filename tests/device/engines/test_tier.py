@@ -10,7 +10,7 @@ from fedprune.core.errors import ConfigError, StorageError
 from fedprune.hardware import profile_store
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.cli import main
-from fedprune_device.engines.accelerator_options import tier_of
+from fedprune_device.engines.accelerator_options import accelerator_of
 
 pytestmark = pytest.mark.board
 
@@ -33,7 +33,7 @@ def asked(*options: str) -> argparse.Namespace:
 def test_the_profile_says_what_computes_unless_the_command_line_does(
     tmp_path: Path, options: Any, profile: str | None, tier: str, cuda: bool, engines: bool
 ) -> None:
-    found = tier_of(asked(*options), None if profile is None else profile_store.find(profile))
+    found = accelerator_of(asked(*options), None if profile is None else profile_store.find(profile))
     assert (found.name, found.cuda) == (tier, cuda)
     keeper = found.keeper(tmp_path)
     assert (keeper is not None) == engines
@@ -43,11 +43,11 @@ def test_the_profile_says_what_computes_unless_the_command_line_does(
 def test_a_plan_comes_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "engine.json"
     with pytest.raises(StorageError, match=r"engine\.json"):
-        tier_of(asked("--engine-plan", str(path)), None)
+        accelerator_of(asked("--engine-plan", str(path)), None)
     path.write_text("{}")
     with pytest.raises(ConfigError, match=r"engine\.json"):
-        tier_of(asked("--engine-plan", str(path)), None)
+        accelerator_of(asked("--engine-plan", str(path)), None)
     path.write_text(EnginePlan(level=1).to_json())
-    keeper = tier_of(asked("--engine-plan", str(path), "--tier", "tensorrt"), None).keeper(tmp_path)
+    keeper = accelerator_of(asked("--engine-plan", str(path), "--tier", "tensorrt"), None).keeper(tmp_path)
     assert keeper is not None
     assert keeper.plan.level == 1

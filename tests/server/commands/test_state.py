@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune_device.storage.directory_owner import Owner
+from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.cli.main import build_parser, main
 from fedprune_server.cli.state import VARIABLE
 
@@ -64,7 +64,7 @@ def test_a_boards_folder_is_called_one(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "identity").mkdir()
-    Owner("attic", "default").claim(tmp_path)
+    DirectoryOwner("attic", "default").claim(tmp_path)
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     assert main(command.split()) == ExitCode.STORAGE
     assert f"{tmp_path} is the state directory of a device" in " ".join(capsys.readouterr().err.split())

@@ -21,7 +21,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.tls import pinned_context
 from fedprune.wire.blob_url import BlobUrl
-from fedprune_device.network.http_fetch import WebFetch
+from fedprune_device.network.http_fetch import HttpFetch
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.s3.bucket import BucketError
@@ -218,7 +218,7 @@ class Fleet:
 
         store = BlobStore(self.root / f"of-{device}", durable=False)
         store.delete(ref.sha256)
-        fetch = WebFetch(store, BlobUrl.parse(web.url), [ref], context)
+        fetch = HttpFetch(store, BlobUrl.parse(web.url), [ref], context)
         fetch.join(20)
         assert fetch.failure or store.has(ref.sha256)
         return fetch.failure

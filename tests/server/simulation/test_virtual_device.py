@@ -17,9 +17,9 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.serving.model_slots import Slots
+from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.round_runner import MEASURED, Workbench
+from fedprune_device.training.round_runner import MEASURED, RoundRunner
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.fleet.virtual_device import Bench, VirtualDevice, pulls
@@ -53,9 +53,9 @@ def offer(store):
 
 def test_it_gives_what_a_board_gives(store, offer, tmp_path):
     virtual = Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 4)
-    slots = Slots(tmp_path / "serving")
+    slots = ModelSlots(tmp_path / "serving")
     slots.prepare()
-    real = Workbench("d", store, slots, DEVICE.data).make(Offer("job", 4, 1, **offer), download_seconds=1.0).update
+    real = RoundRunner("d", store, slots, DEVICE.data).make(Offer("job", 4, 1, **offer), download_seconds=1.0).update
     assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
     assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
     assert set(real.metrics) >= MEASURED

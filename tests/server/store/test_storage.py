@@ -15,7 +15,7 @@ from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import events as on
 from fedprune.core.errors import StorageError, StorageFullError
 from fedprune.jobs.state import Device
-from fedprune_device.storage.directory_owner import Owner
+from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.storage.storage import FILE, Storage
 from stored_job import TO_THE_SECOND_ROUND, born, filled
 from toy import ARCHITECTURE, JOB
@@ -214,7 +214,7 @@ def test_looking_at_a_folder_without_a_database_makes_none(tmp_path: Path) -> No
     (tmp_path / "identity").mkdir()
     with pytest.raises(StorageError, match="no job has begun"):
         Storage.existing(tmp_path)
-    Owner("attic", "default").claim(tmp_path)
+    DirectoryOwner("attic", "default").claim(tmp_path)
     with pytest.raises(StorageError, match="is the state directory of a device"):
         Storage.existing(tmp_path)
 

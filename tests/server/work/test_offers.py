@@ -19,9 +19,9 @@ from fedprune.training import step_contract
 from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.serving.model_slots import Slots
-from fedprune_device.serving.reduced_precision import Lowering
-from fedprune_device.training.round_runner import Workbench
+from fedprune_device.serving.model_slots import ModelSlots
+from fedprune_device.serving.reduced_precision import ReducedPrecision
+from fedprune_device.training.round_runner import RoundRunner
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.offers import GRAPH_ROUNDS, Offers
@@ -175,12 +175,12 @@ def test_what_an_offer_brings_serves_on_a_board(model: Model, store: BlobStore, 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((80, *architecture.input_shape)).astype(np.float32)
     data = LocalData(x, rng.integers(0, 10, 80), x[:0], np.zeros(0, np.int64))
-    slots = Slots(tmp_path / "serving")
+    slots = ModelSlots(tmp_path / "serving")
     slots.prepare()
 
     for precision in ("float16", "int8"):
         offer = Offer("j", 1, 0, 7, **facts, **sent(body))
-        bench = Workbench("d", store, slots, data, lowering=Lowering(precision))
+        bench = RoundRunner("d", store, slots, data, lowering=ReducedPrecision(precision))
         bench.commit(bench.make(offer))
 
         predictor, record = slots.open()

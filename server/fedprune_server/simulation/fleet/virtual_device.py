@@ -27,9 +27,9 @@ from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.stored_array import StoredArray
-from fedprune_device.serving.model_slots import Slots
-from fedprune_device.storage.local_state import OwnInMemory
-from fedprune_device.training.round_runner import MEASURED, LoadedTrainer, Workbench
+from fedprune_device.serving.model_slots import ModelSlots
+from fedprune_device.storage.local_state import MemoryStateStore
+from fedprune_device.training.round_runner import MEASURED, RoundRunner, TrainerCache
 from fedprune_server.executor.update_size import sent
 
 _BLOBS = ("weights", "training", "inference")
@@ -163,7 +163,7 @@ class BlobShelf:
         self.digest = digest
 
     def read(self) -> dict[str, bytes]:
-        """See `fedprune_device.storage.local_state.Shelf`.
+        """See `fedprune_device.storage.local_state.StateStore`.
 
         Raises:
             StorageError: The blob isn't there or is damaged.
@@ -173,12 +173,12 @@ class BlobShelf:
         return {name: record.tobytes() for name, record in tensorfile.decode(self._store.read(self.digest)).items()}
 
     def stage(self, record: bytes) -> None:
-        """See `fedprune_device.storage.local_state.Shelf`."""
+        """See `fedprune_device.storage.local_state.StateStore`."""
         self._staged = record
 
     def commit(self, neighbour: str | None) -> None:
-        """See `fedprune_device.storage.local_state.Shelf`."""
-        shelf = OwnInMemory({} if neighbour is None else {neighbour: self.read()[neighbour]})
+        """See `fedprune_device.storage.local_state.StateStore`."""
+        shelf = MemoryStateStore({} if neighbour is None else {neighbour: self.read()[neighbour]})
         shelf.stage(self._staged)
         shelf.commit(neighbour)
         self._staged = b""
@@ -204,9 +204,9 @@ class Bench:
     def __init__(self, store: BlobStore, folder: Path, *, cuda: bool = False) -> None:
         self.boards: dict[str, str] = {}
         self._store = store
-        self._slots = Slots(folder, lasting=False)
+        self._slots = ModelSlots(folder, lasting=False)
         self._slots.prepare()
-        self._trainer = LoadedTrainer(keep=True, cuda=cuda)
+        self._trainer = TrainerCache(keep=True, cuda=cuda)
 
     def prepare(self, work: Sequence[Work]) -> None:
         """Hear of offers that will probably be carried out next; nothing that lasts may come of it.
@@ -243,7 +243,7 @@ class Bench:
         return outcome
 
     def work(
-        self, device: VirtualDevice, offer: dict[str, Any], number: int, trainer: LoadedTrainer, slots: Slots
+        self, device: VirtualDevice, offer: dict[str, Any], number: int, trainer: TrainerCache, slots: ModelSlots
     ) -> tuple[Outcome, str | None]:
         """Do the work without keeping what the board keeps: the outcome, and the digest of that.
 
@@ -262,7 +262,7 @@ class Bench:
         def noise(offer: Offer) -> GaussianNoise:
             return GaussianNoise.keyed(offer.seed, offer.round, device.name, offer.weights.sha256)
 
-        bench = Workbench(device.name, self._store, slots, device.load(), trainer, shelf, noise=noise)
+        bench = RoundRunner(device.name, self._store, slots, device.load(), trainer, shelf, noise=noise)
         made = bench.make(Offer(_JOB, number, 0, **sent(offer)))
         made.keep()
         update = made.update
