@@ -370,7 +370,7 @@ def test_a_terminal_sees_what_is_being_done(
     assert export(odd, tmp_path / "b", "--density", "0.5") == ExitCode.OK
 
     assert told[0] == f"importing {tmp_path}/\\[bold]lenet.onnx"
-    assert told[-1] == "writing"
+    assert told[-1] == "exporting for raspberry-pi-5 (1 of 1)"
 
 
 def test_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -254,7 +255,7 @@ def test_an_export_tries_the_step_at_its_own_widths(
     with pytest.raises(ModelError, match="onnxruntime couldn't run the graph"):
         try_step(model, Recipe(), {**files, TRAINING: broken})
     (tmp_path / "digits.onnx").write_bytes(digits_model())
-    monkeypatch.setattr("fedprune_export.bundles.bundle.training_step", lambda *_: broken)
+    monkeypatch.setattr("fedprune_export.api.training_step", lambda *_: SimpleNamespace(to_bytes=lambda: broken))
     code = main(
         [str(tmp_path / "digits.onnx"), "--target", "raspberry-pi-5", "--density", "0.5", "--out", str(tmp_path / "b")]
     )

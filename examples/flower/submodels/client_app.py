@@ -4,7 +4,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedprune.flower import Part, answer
-from fedprune_export.importing.torch_narrowing import narrowed
+from fedprune_export import narrowed
 from submodels.task import Net, accuracy, fit, load_data
 
 DENSITIES = (1.0, 0.5, 0.5, 0.25)

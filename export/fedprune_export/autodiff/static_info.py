@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from fedprune.core.errors import ModelError
 from fedprune.model.architecture import FIXED, Axis, TensorSpec
 from fedprune_export.autodiff.dimensions import BATCH, Dim, Dimensions, Shape
 from fedprune_export.ir.graph import Node
-from fedprune_export.ir.trace import BATCH_EXTENT, BATCHES, Trace, trace
+from fedprune_export.ir.trace import BATCH_EXTENT, BATCHES, Trace
 from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
@@ -29,6 +28,7 @@ class Knowledge:
 
     def __init__(self, model: Model, dims: Dimensions) -> None:
         self.dims = dims
+        self._model = model
         self._source = model.graph
         self._architecture = model.architecture
         self._analysed = model.values
@@ -192,9 +192,9 @@ class Knowledge:
             )
         return tuple(d for d in dims if isinstance(d, int))
 
-    @cached_property
+    @property
     def _trace(self) -> Trace:
-        return trace(self._source)
+        return self._model.trace
 
 
 def describe(node: Node) -> str:

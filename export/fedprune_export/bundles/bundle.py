@@ -13,7 +13,7 @@ from fedprune.training.recipe import Recipe
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.formulation import Forms
 from fedprune_export.pruning.model import Model
-from fedprune_export.training.step_graph import training_graph
+from fedprune_export.training.step_graph import training_graph, training_step
 
 
 def bundle_files(
@@ -31,7 +31,7 @@ def bundle_files(
         model: The whole model.
         selection: What of it the board holds.
         recipe: The local training that the training step is for.
-        training: The training step, where it is known already: it is the same for every selection.
+        training: The training step, where it is not the model's own (`training_step`).
         opset: The opset of the inference graph; by default one that every supported onnxruntime loads.
         blocks: Lengths of blocks of channels for which a training step is written, too.
 
@@ -50,20 +50,11 @@ def bundle_files(
     return {
         INFERENCE: inference_model(model, selection.widths, opset=opset),
         WEIGHTS: tensorfile.encode(selection.gather(model.tensors)),
-        TRAINING: training_step(model, recipe) if training is None else training,
+        TRAINING: training_step(model, recipe.features).to_bytes() if training is None else training,
         ARCHITECTURE: model.architecture.to_json().encode(),
         SUBMODEL: selection.to_json().encode(),
         **{blocked_file(b): blocked_step(model, recipe, selection.widths, b) for b in blocks},
     }
-
-
-def training_step(model: Model, recipe: Recipe) -> bytes:
-    """The training step of a model, for any of its widths.
-
-    Raises:
-        ModelError: An operator can't be trained.
-    """
-    return training_graph(model, recipe.features).to_bytes()
 
 
 def blocked_step(

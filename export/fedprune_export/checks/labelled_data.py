@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import DataError, remedy, shape_text
+from fedprune.core.errors import DataError, ModelError, remedy, shape_text
 from fedprune.core.zip_limits import check_members
 from fedprune.model.architecture import Architecture
+from fedprune.runtime.session import Session
+from fedprune.training.step_contract import LOGITS, X
+from fedprune_export.ir.graph import Graph
+from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
 
@@ -30,11 +34,13 @@ class LabelledData:
         x: Inputs [n, ...], of the type that the model takes.
         y: int64 [n] for classes; else float32 [n, outputs].
         labels: What `y` is, one of `LABELS`.
+        whole: The score of the whole model, if it was measured.
     """
 
     x: Array
     y: Array
     labels: str
+    whole: float | None = None
 
     @property
     def measure(self) -> str:
@@ -58,6 +64,32 @@ class LabelledData:
         if self.labels == "multi":
             return float(np.mean((out > 0) == (self.y > 0.5)))
         return float(np.sqrt(np.mean((out.astype(np.float64) - self.y) ** 2)))
+
+    def score_of(self, graph: Graph) -> float:
+        """How well an inference graph does.
+
+        Raises:
+            DataError: It doesn't take these samples.
+        """
+        session = Session(graph.to_bytes())
+
+        def outputs(x: Array) -> Array:
+            try:
+                return session.run({X: x})[LOGITS]
+            except ModelError as error:
+                raise DataError(f"the model doesn't take the samples of --data ({error})") from error
+
+        return self.score(outputs)
+
+
+def measured(path: Path, model: Model, labels: str) -> LabelledData:
+    """Samples of a file, with the score of the whole model on them.
+
+    Raises:
+        DataError: The file can't be read, or its samples don't fit the model.
+    """
+    data = read(path, model.architecture, model.graph.inputs[0].dtype, labels)
+    return replace(data, whole=data.score_of(model.graph))
 
 
 def read(path: Path, architecture: Architecture, dtype: npt.DTypeLike, labels: str = "classes") -> LabelledData:

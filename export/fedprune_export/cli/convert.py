@@ -126,7 +126,7 @@ def to_torch(arguments: argparse.Namespace) -> int:
         )
         hint = (
             "Channels of zeros count in a layer norm or group norm: use --others keep, or leave out --into and build "
-            "the module as narrow (fedprune_export.importing.torch_narrowing)."
+            "the module as narrow (fedprune_export.narrowed)."
         )
     elif source.model is not None:
         named = arguments.source

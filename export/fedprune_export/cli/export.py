@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import fedprune_export as fx
 from fedprune.core.cli import seconds, whole_number
-from fedprune.core.errors import ExitCode, FedpruneError
+from fedprune.core.errors import BundleError, ExitCode, FedpruneError, UsageError
 from fedprune.core.text import amount
+from fedprune.hardware import profile_store
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.runtime.blocks import turned_off
+from fedprune.runtime.bundle_folder import check_folder, is_bundle
+from fedprune.runtime.precision import INT8
 from fedprune.terminal import tables
 from fedprune.terminal.tables import Column
+from fedprune.training.recipe import LABELS_OF, Recipe
 from fedprune_export.cli.explain import show
-from fedprune_export.cli.export_job import ExportJob
 from fedprune_export.cli.options import (
     MODEL_HELP,
     add_model_options,
@@ -26,10 +34,11 @@ from fedprune_export.cli.options import (
     byte_count,
     density,
     names,
+    read_model,
+    read_probe,
+    read_recipe,
+    targets,
 )
-
-if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense
-    from fedprune_export.reports.report import Report
 
 _SCORERS = ("ordered", "magnitude")
 """Those that look at a model alone; curvature needs what a fleet has learnt."""
@@ -89,86 +98,197 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_options(parser)
 
 
+@dataclass(frozen=True)
+class _Boards:
+    """What the command line says about boards, checked before the model is read.
+
+    Attributes:
+        profiles: The boards.
+        folders: Where the bundle of each goes.
+        recipe: How they train.
+        probe: What the only board measured of itself, if it did.
+    """
+
+    profiles: tuple[HardwareProfile, ...]
+    folders: tuple[Path, ...]
+    recipe: Recipe
+    probe: ProbeReport | None
+
+
 def export(arguments: argparse.Namespace) -> int:
-    """Export a model for every target; returns the exit code.
+    """Export a model for every target; returns the exit code, which is that of the first target that failed.
 
     Raises:
         FedpruneError: The model, the recipe or the data are wrong; or the only target is.
     """
-    job = ExportJob(arguments)
-    if len(job.profiles) == 1:
-        with tables.progress() as tell:
-            report = job.bundle(job.profiles[0], arguments.out, tell)
-            explanation = job.explanation(report) if arguments.explain else None
-        if arguments.json:
-            body = report.to_dict()
-            tables.print_json(body if explanation is None else {**body, "explanation": explanation.to_dict()})
-        else:
-            _print_replaced(job)
-            if job.memory is not None:
-                print(job.memory.describe())
-            if job.without_blocks:
-                print(job.without_blocks)
-            _print_report(report, arguments.out)
-            if explanation is not None:
-                show(explanation)
-        return int(ExitCode.OK)
-    return _export_all(job, arguments)
-
-
-def _export_all(job: ExportJob, arguments: argparse.Namespace) -> int:
-    """Write what can be written; the exit code is that of the first target that failed."""
-    rows: list[tuple[str, ...]] = []
-    memory: list[str] = []
-    notes: dict[str, list[str]] = {}  # and the targets that each is of: no note is printed twice
-    advice: list[str] = []
-    found: list[dict[str, Any]] = []
-    failed: list[tuple[str, FedpruneError]] = []
-    for i, profile in enumerate(job.profiles, 1):
-        with tables.progress() as tell:
-            stage = f"{profile.name} ({i} of {len(job.profiles)})"
+    boards = _boards(arguments)
+    results: dict[str, fx.Report | FedpruneError] = {}
+    with tables.progress() as tell:
+        tell(f"importing {arguments.model}")
+        model = read_model(arguments)
+        data = _data(arguments, model, boards.recipe)
+        tell("deriving the training step")
+        fx.training_step(model, boards.recipe.features)  # a model that can't be trained is no board's fault
+        for profile, folder in zip(boards.profiles, boards.folders, strict=True):
+            tell(f"exporting for {profile.name} ({len(results) + 1} of {len(boards.profiles)})")
             try:
-                report = job.bundle(profile, arguments.out / profile.name, _staged(tell, stage))
-            except FedpruneError as failure:
-                if not job.begun:  # the model itself can't be imported or trained: it is no target's fault
+                results[profile.name] = _export(arguments, boards, model, data, profile, folder)
+            except FedpruneError as error:
+                if len(boards.profiles) == 1:
                     raise
-                failed.append((profile.name, failure))
-                found.append({"target": profile.name, "error": str(failure), "exit_code": int(failure.exit_code)})
-                continue
-        found.append(report.to_dict())
-        rows.append(_summary_row(report))
-        for note in report.plan.notes:
-            notes.setdefault(note, []).append(profile.name)
-        if report.plan.warning:
-            advice.append(f"warning: {profile.name}: {report.plan.warning}")
-        if job.memory is not None:
-            memory.append(f"{profile.name}: {job.memory.describe()}")
-        if report.advice:
-            advice.append(f"{profile.name} is of the second tier: {report.advice}")
-    if arguments.json:
-        tables.print_json(found)
+                results[profile.name] = error
+    if len(results) > 1:
+        return _print_all(results, model.notes, arguments.out, as_json=arguments.json)
+    report = next(r for r in results.values() if isinstance(r, fx.Report))  # the only one: its error was raised
+    _print(report, explained=arguments.explain, as_json=arguments.json)
+    return int(ExitCode.OK)
+
+
+def _boards(arguments: argparse.Namespace) -> _Boards:
+    """Check what can be checked before the model is read.
+
+    Raises:
+        UsageError: The command line contradicts itself.
+        FedpruneError: A profile, the recipe or the probe can't be read, or a folder is not for bundles.
+    """
+    turned_off()
+    profiles = tuple(profile_store.chosen(name, arguments.profiles) for name in targets(arguments.target))
+    recipe, probe = read_recipe(arguments), read_probe(arguments)
+    if INT8 in arguments.precision and arguments.data is None:
+        raise UsageError("--precision int8", expected="--data, too: samples that show what activations are like")
+    if probe is not None and len(profiles) > 1:
+        raise UsageError("--probe is of one board", expected="one --target", got=len(profiles))
+    if arguments.block and recipe.ordered_dropout:
+        raise UsageError("--block", expected="a recipe that trains at one width", got="ordered dropout")
+    if arguments.block and not any(p.arch == "x86_64" for p in profiles):
+        got = ", ".join(sorted({p.arch for p in profiles}))
+        raise UsageError("--block is for x86 boards", expected="a target of x86_64", got=got)
+    if arguments.block and arguments.memory_limit is not None:
+        raise UsageError("--memory-limit is for training.onnx", expected="no --block beside it")
+    if arguments.explain and len(profiles) > 1:
+        raise UsageError("--explain is of one board", expected="one --target", got=len(profiles))
+    return _Boards(profiles, _folders(arguments.out, [p.name for p in profiles]), recipe, probe)
+
+
+def _folders(out: Path, targets: Sequence[str]) -> tuple[Path, ...]:
+    """The folder of each target's bundle, each of which may be written to."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file", expected="a folder, which is made if missing")
+    if len(set(targets)) < len(targets):
+        raise UsageError("two targets have the same name", got=", ".join(targets))
+    if len(targets) > 1 and is_bundle(out):
+        raise BundleError(f"{out} is itself a bundle", hint="Give another --out for several targets.")
+    folders = (out,) if len(targets) == 1 else tuple(out / name for name in targets)
+    for folder, target in zip(folders, targets, strict=True):
+        check_folder(folder, target)
+    return folders
+
+
+def _data(arguments: argparse.Namespace, model: fx.Model, recipe: Recipe) -> fx.LabelledData | None:
+    """The samples of --data; the number of class names is checked, too."""
+    from fedprune_export.checks import labelled_data
+
+    classes = model.architecture.classes
+    if arguments.class_names and len(arguments.class_names) != classes:
+        raise UsageError("--class-names", expected=f"{classes} names", got=len(arguments.class_names))
+    return arguments.data and labelled_data.measured(arguments.data, model, LABELS_OF[recipe.loss])
+
+
+def _export(
+    arguments: argparse.Namespace,
+    boards: _Boards,
+    model: fx.Model,
+    data: fx.LabelledData | None,
+    profile: HardwareProfile,
+    folder: Path,
+) -> fx.Report:
+    plan = fx.plan(
+        model,
+        profile,
+        recipe=boards.recipe,
+        samples=arguments.samples,
+        density=arguments.density,
+        bytes_per_round=arguments.bytes_per_round,
+        deadline_s=arguments.deadline,
+        probe=boards.probe,
+    )
+    return fx.export(
+        model,
+        plan,
+        folder,
+        scorer=arguments.scorer,
+        data=data,
+        precisions=arguments.precision,
+        blocks=arguments.block,
+        memory_limit=arguments.memory_limit,
+        opset=arguments.opset,
+        class_names=arguments.class_names,
+    )
+
+
+def _print(report: fx.Report, *, explained: bool, as_json: bool) -> None:
+    explanation = _explanation(report) if explained else None
+    if as_json:
+        body = report.to_dict()
+        tables.print_json(body if explanation is None else {**body, "explanation": explanation.to_dict()})
+        return
+    print(report)
+    if explanation is not None:
+        show(explanation)
+
+
+def _explanation(report: fx.Report) -> fx.Explanation:
+    """Where the time of the bundle's training step goes on its board, by what the profile promises."""
+    from fedprune_export.profiling.machine_peak import promised
+
+    recipe = report.plan.recipe
+    speed = promised(report.plan.profile)
+    return fx.explain(report.model, report.selection.widths, recipe, speed, batch=recipe.micro_batch)
+
+
+def _print_all(
+    results: Mapping[str, fx.Report | FedpruneError], notes: Sequence[str], out: Path, *, as_json: bool
+) -> int:
+    """Print a row per bundle, each note once with its targets, and a line per target that failed."""
+    reports = {name: r for name, r in results.items() if not isinstance(r, FedpruneError)}
+    failed = {name: r for name, r in results.items() if isinstance(r, FedpruneError)}
+    if as_json:
+        tables.print_json([_body(name, result) for name, result in results.items()])
     else:
-        if rows:
-            tables.print_table(_SUMMARY, rows)
-        for line in (*memory, *(f"{', '.join(targets)}: {note}" for note, targets in notes.items()), *advice):
+        if reports:
+            tables.print_table(_SUMMARY, map(_summary_row, reports.values()))
+        for line in _remarks(reports):
             print(line)
-        for note in job.model.notes:
+        for note in notes:
             print(f"note: {note}")
-        _print_replaced(job)
-        where = f" in {arguments.out} (each has a report.html)" if rows else ""
-        print(f"bundles: {len(rows)} of {len(job.profiles)}{where}")
-    for name, error in failed:
+        for report in reports.values():
+            if report.replaced:
+                print(f"replaced: the bundle that was in {report.folder}")
+        where = f" in {out} (each has a report.html)" if reports else ""
+        print(f"bundles: {len(reports)} of {len(results)}{where}")
+    for name, error in failed.items():
         print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
-    return int(failed[0][1].exit_code) if failed else int(ExitCode.OK)
+    return int(next((e.exit_code for e in failed.values()), ExitCode.OK))
 
 
-def _print_replaced(job: ExportJob) -> None:
-    for out in job.replaced:
-        print(f"replaced: the bundle that was in {out}")
+def _body(name: str, result: fx.Report | FedpruneError) -> dict[str, Any]:
+    if isinstance(result, FedpruneError):
+        return {"target": name, "error": str(result), "exit_code": int(result.exit_code)}
+    return result.to_dict()
 
 
-def _staged(tell: Callable[[str], None], stage: str) -> Callable[[str], None]:
-    return lambda text: tell(f"{stage}: {text}")
+def _remarks(reports: Mapping[str, fx.Report]) -> Iterator[str]:
+    """Memory, notes, warnings and advice; a note of several targets comes once."""
+    for name, report in reports.items():
+        if report.memory is not None:
+            yield f"{name}: {report.memory.describe()}"
+    for note in dict.fromkeys(note for r in reports.values() for note in r.plan.chosen.notes):
+        yield f"{', '.join(n for n, r in reports.items() if note in r.plan.chosen.notes)}: {note}"
+    for name, report in reports.items():
+        if report.plan.chosen.warning:
+            yield f"warning: {name}: {report.plan.chosen.warning}"
+        if report.advice:
+            yield f"{name} is of the second tier: {report.advice}"
 
 
 _SUMMARY = (
@@ -184,12 +304,12 @@ _SUMMARY = (
 )
 
 
-def _summary_row(report: Report) -> tuple[str, ...]:
-    p = report.plan.prediction
+def _summary_row(report: fx.Report) -> tuple[str, ...]:
+    p = report.plan.chosen.prediction
     return (
         report.target,
         f"{report.plan.density:.3g}",
-        report.plan.bound,
+        report.plan.chosen.bound,
         f"{report.after.parameters:,}",
         f"{report.after.forward_macs:,}",
         amount(p.wire_bytes, "bytes"),
@@ -197,26 +317,3 @@ def _summary_row(report: Report) -> tuple[str, ...]:
         amount(p.step_s, "s"),
         f"{report.parity:.1e}",
     )
-
-
-def _print_report(report: Report, out: Path) -> None:
-    before, after = report.before, report.after
-    print(report.plan.describe(before.parameters))
-    if report.plan.warning:
-        print(f"warning: {report.plan.warning}")
-    print(f"parameters: {before.parameters:,} -> {after.parameters:,}")
-    print(f"MACs per sample: {before.forward_macs:,} -> {after.forward_macs:,}")
-    print(f"weights: {before.wire_bytes:,} -> {after.wire_bytes:,} bytes")
-    if report.accuracy is not None:
-        from fedprune_export.reports.report import score as shown
-
-        a = report.accuracy
-        print(f"{a.measure} on {a.samples:,} samples, untrained: {shown(a, a.before)} -> {shown(a, a.after)}")
-    print(f"parity with the masked model: {report.parity:.1e}")
-    for trial in report.trials:
-        print(f"{trial.lowered.precision}: {trial.describe()}")
-    if report.advice:
-        print(f"second tier: {report.advice}")
-    for note in report.model.notes:
-        print(f"note: {note}")
-    print(f"bundle: {out} (report.html says more)")

@@ -7,25 +7,22 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import fedprune_export as fx
 from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
 from fedprune.costs.kernel_workload import BLOCKS
 from fedprune.hardware.probe_report import ProbeReport
 from fedprune.runtime.precision import PRECISIONS
-from fedprune.training.recipe import Recipe
-
-if TYPE_CHECKING:  # a command that needs no model starts without onnx
-    from fedprune_export.pruning.model import Model
+from fedprune.training.recipe import LABELS_OF, Recipe
 
 MODEL_HELP = "model.onnx, package.module:factory of a torch module, or timm:NAME"
 
 PREFERENCES = ("coarse", "fine")
 
 _LOSS_OF = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
-_LABELS_OF = {"cross_entropy": "classes", "bce": "multi", "mse": "values", "huber": "values"}
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +49,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how a board trains; `read_recipe` reads them."""
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", type=Path, metavar="FILE", help="local training as JSON; the options below win")
-    group.add_argument("--loss", choices=tuple(_LABELS_OF), help="what training minimises (default: cross_entropy)")
+    group.add_argument("--loss", choices=tuple(LABELS_OF), help="what training minimises (default: cross_entropy)")
     group.add_argument(
         "--labels",
         choices=tuple(_LOSS_OF),
@@ -73,7 +70,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_model(arguments: argparse.Namespace, source: str | None = None, name: str | None = None) -> Model:
+def read_model(arguments: argparse.Namespace, source: str | None = None, name: str | None = None) -> fx.Model:
     """Import the model that a command line names.
 
     Args:
@@ -86,8 +83,6 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
         ConfigError: The list of parameters can't be read.
         MissingExtraError: torch or timm is needed and not installed.
     """
-    from fedprune_export.importing import load
-
     chosen: dict[str, Any] = {"name": arguments.name or name, "input_shape": arguments.input_shape}
     chosen["token_ids"] = arguments.token_ids
     if arguments.output is not None:
@@ -96,7 +91,7 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
         chosen["prefer"] = arguments.prefer
     if arguments.parameters is not None:
         chosen["parameters"] = _names_in(arguments.parameters)
-    return load(arguments.model if source is None else source, **chosen)
+    return fx.load(arguments.model if source is None else source, **chosen)
 
 
 def add_profiles_option(parser: argparse.ArgumentParser) -> None:
@@ -156,11 +151,6 @@ def read_probe(arguments: argparse.Namespace) -> ProbeReport | None:
         raise ProfileError(f"{arguments.probe}: {error}") from error
 
 
-def labels_of(recipe: Recipe) -> str:
-    """What labels a recipe's loss compares with: classes, multi or values."""
-    return _LABELS_OF[recipe.loss]
-
-
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe of a command line: that of the file, with what the options say in its place.
 
@@ -169,13 +159,13 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         UsageError: Options contradict each other.
     """
     body = {} if arguments.recipe is None else _recipe_body(arguments.recipe)
-    if arguments.loss and arguments.labels and _LABELS_OF[arguments.loss] != arguments.labels:
+    if arguments.loss and arguments.labels and LABELS_OF[arguments.loss] != arguments.labels:
         raise UsageError(
             f"--loss {arguments.loss} compares with labels of another kind",
-            expected=f"--labels {_LABELS_OF[arguments.loss]}",
+            expected=f"--labels {LABELS_OF[arguments.loss]}",
             got=arguments.labels,
         )
-    if arguments.labels and not arguments.loss and _LABELS_OF.get(str(body.get("loss"))) != arguments.labels:
+    if arguments.labels and not arguments.loss and LABELS_OF.get(str(body.get("loss"))) != arguments.labels:
         body["loss"] = _LOSS_OF[arguments.labels]
     for key in ("loss", "label_smoothing", "huber_delta"):
         if getattr(arguments, key) is not None:

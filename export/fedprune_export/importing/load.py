@@ -1,4 +1,4 @@
-"""Bringing a user's model in: an ONNX file, a torch module named as `package.module:factory`, or a network of timm."""
+"""Reading a user's model: an ONNX file, a torch module or the factory of one, or a network of timm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Prefer = Literal["coarse", "fine"]
 
 
 def load(
-    source: str | Path,
+    source: str | Path | object,
     *,
     name: str | None = None,
     input_shape: Sequence[int] | None = None,
@@ -38,8 +38,8 @@ def load(
     """Import a model.
 
     Args:
-        source: An ONNX file; `package.module:factory`, where the factory returns a torch module; or `timm:NAME`.
-        name: The architecture's name; by default that of the file, factory or network.
+        source: An ONNX file; a torch module; `package.module:factory` of one; or `timm:NAME`.
+        name: The architecture's name; by default that of the file, factory, network or module's class.
         input_shape: One sample's shape, where a torch module doesn't say it in `input_shape`; of an ONNX file it must
             be the file's own.
         token_ids: Whether a torch module takes token ids (int64), where it doesn't say it in `input_dtype`.
@@ -51,6 +51,10 @@ def load(
         ModelError: There is no such model, it is damaged, or it uses what can't be handled.
         MissingExtraError: torch or timm is needed and not installed.
     """
+    if not isinstance(source, (str, Path)):
+        name = name or type(source).__name__
+        raw = export_torch(source, input_shape=input_shape, token_ids=token_ids, name=name)
+        return import_onnx(raw, name, output=output, parameters=parameters, prefer=prefer)
     raw = read_source(source, input_shape=input_shape, token_ids=token_ids)
     text = str(source)
     default = text.rpartition(":")[2] if _is_factory(text) or text.startswith(PREFIX) else Path(text).stem
@@ -199,7 +203,9 @@ def _imported(
         normal.graph.metadata[metadata.UNUSED_KEY] = json.dumps(unused)
     if chosen != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = chosen
-    return Model(normal.graph, found.architecture, notes, found.values, still)
+    model = Model(normal.graph, found.architecture, notes, found.values, still)
+    vars(model)["trace"] = normal.trace  # the cached property: nothing is traced twice
+    return model
 
 
 def _preferred(text: str) -> Prefer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,10 @@ class Trials:
         self._x: Array = sample_feeds(model.graph, _RANDOM)[X] if data is None else data.x
         with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
             self._reference = self._outputs(Path(name), INFERENCE)
+
+    def all(self, precisions: Sequence[str]) -> tuple[Trial, ...]:
+        """A trial of each precision; errors are those of `of`."""
+        return tuple(self.of(p) for p in precisions)
 
     def of(self, precision: str) -> Trial:
         """Lower the submodel as far as its outputs allow.

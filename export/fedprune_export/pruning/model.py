@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, Axis
 from fedprune.model.selection import Selection, Tensors
+from fedprune.training.features import Features
 from fedprune_export.ir.graph import Graph
+from fedprune_export.ir.trace import Trace, trace
+from fedprune_export.pruning.groups import Groups
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Model:
         notes: What the import changed or could not analyse, for people: one sentence each.
         values: Axes of every value at full width; None for an axis that follows the batch.
         frozen: Names of tensors that the model's author froze (`requires_grad=False` in torch).
+        training_graphs: Training graphs that were derived from it (`training.step_graph.training_step`).
     """
 
     graph: Graph
@@ -29,11 +34,26 @@ class Model:
     notes: tuple[str, ...] = ()
     values: Mapping[str, tuple[Axis | None, ...]] = field(default_factory=dict, repr=False)
     frozen: tuple[str, ...] = ()
+    training_graphs: dict[Features, Graph] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def tensors(self) -> Tensors:
         """Weights and statistics by name, in the architecture's order."""
         return {t.name: self.graph.initializers[t.name] for t in self.architecture.tensors}
+
+    @cached_property
+    def trace(self) -> Trace:
+        """Shapes and types of the graph's values at several batch sizes.
+
+        Raises:
+            ModelError: The batch can't vary, a value would be huge, or an operator makes no sense.
+        """
+        return trace(self.graph)
+
+    @property
+    def groups(self) -> Groups:
+        """The channels that can only be kept or cut together, and what stays; prints as text."""
+        return Groups(self.architecture, self.notes)
 
     def check(self, selection: Selection) -> None:
         """Make sure that a selection is one of this model's channels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,15 @@ from fedprune_export.checks.parity import SAMPLES
 from fedprune_export.reports.report import Report, places, score
 
 _LAYERS = ("layer", "operator", "weight", "as cut", "MACs", "as cut", "activations", "as cut")
+
+
+def files(report: Report) -> dict[str, bytes]:
+    """The report in the three forms that a bundle has it in, by their file names."""
+    return {
+        "report.json": (json.dumps(report.to_dict(), indent=2) + "\n").encode(),
+        "report.md": report.to_markdown().encode(),
+        "report.html": page(report).encode(),
+    }
 
 
 def page(report: Report) -> str:
@@ -56,7 +66,7 @@ def page(report: Report) -> str:
             f"most {report.parity:.1e} of the largest output."
         ),
         table(("", "whole model", "this bundle", "kept"), rows, label="Costs"),
-        section("Plan", plan(report), bars(limits(report.plan), "Limits of the plan")),
+        section("Plan", plan(report), bars(limits(report.plan.chosen), "Limits of the plan")),
         section("Memory in training, predicted", memory(report)),
         section("Lower precision", table(("", "compared with float32"), trials, words=(1,)) if trials else ""),
         section(
@@ -79,7 +89,7 @@ def page(report: Report) -> str:
 
 def plan(report: Report) -> str:
     """The plan's lines, except for its limits and memory, which are bars."""
-    found = report.plan
+    found = report.plan.chosen
     lines = [*found.summary(report.before.parameters), found.unbound(), *found.notes, found.gains()]
     warning = paragraph(f"warning: {found.warning}", "warning") if found.warning else ""
     return "".join(paragraph(line) for line in lines if line) + warning
@@ -100,7 +110,7 @@ def limits(plan: Plan) -> list[Bar]:
 def memory(report: Report) -> str:
     """Peak memory of training by what takes it: of the whole model and of this bundle."""
     kinds = ["process", "graph", "weights", "activations", "samples"]
-    uses = {"whole model": report.whole.memory, "this bundle": report.plan.prediction.memory}
+    uses = {"whole model": report.plan.whole.memory, "this bundle": report.plan.chosen.prediction.memory}
     widest = max(use.total for use in uses.values())
     return boxes(kinds) + bars(
         [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from fedprune import __version__
@@ -13,12 +14,13 @@ from fedprune.core.text import amount
 from fedprune.costs.costs import FLOAT, Costs, costs_at, layer_macs
 from fedprune.model.selection import Selection
 from fedprune.planning.cost_prediction import Prediction
-from fedprune.planning.plan import Plan
 from fedprune.runtime import session
-from fedprune.training.recipe import Recipe
+from fedprune.runtime.bundle import TRAINING
+from fedprune_export.bundles.board_plan import BoardPlan
 from fedprune_export.checks.parity import SAMPLES
 from fedprune_export.precision import Trial
 from fedprune_export.pruning.model import Model
+from fedprune_export.training.memory import Fitted
 
 
 @dataclass(frozen=True)
@@ -107,40 +109,53 @@ class Figure:
         return amount(self.before, self.unit), amount(self.after, self.unit)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """An export.
+    """What an export wrote, and what it costs the board; prints as text.
 
     Attributes:
         model: The whole model.
-        selection: What the bundle holds of it.
-        target: Name of the hardware profile.
-        plan: Why it is as wide as it is.
-        whole: What a round of the whole model would cost the board.
+        plan: Why the submodel is as wide as it is, and how the board trains it.
+        selection: What the bundle holds of the model.
         scorer: How channels were ranked.
         sizes: Bytes of every file.
         parity: Largest difference between the bundle's outputs and those of the whole model with the lost channels
             masked, relative to the largest output.
+        folder: Where the bundle was written.
         accuracy: On given data, if any was given.
-        advice: What to do on a board of the second tier; empty on others.
         trials: The lower precisions that the bundle has, too.
-        recipe: How boards train it.
-        samples: Training samples that the plan counts with.
+        memory: How the training step was fitted to a memory limit, if there was one.
+        skipped_blocks: Blocks of channels that got no training step because of the memory limit.
+        replaced: Whether another bundle was in the folder.
     """
 
     model: Model
+    plan: BoardPlan
     selection: Selection
-    target: str
-    plan: Plan
-    whole: Prediction
     scorer: str
     sizes: Mapping[str, int]
     parity: float
+    folder: Path
     accuracy: Accuracy | None = None
-    advice: str = ""
     trials: tuple[Trial, ...] = ()
-    recipe: Recipe = field(default_factory=Recipe)
-    samples: int = 0
+    memory: Fitted | None = None
+    skipped_blocks: tuple[int, ...] = ()
+    replaced: bool = False
+
+    @property
+    def target(self) -> str:
+        """Name of the hardware profile."""
+        return self.plan.profile.name
+
+    @property
+    def advice(self) -> str:
+        """What to do on a board of the second tier; empty on others."""
+        return self.plan.profile.advice
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the import changed or could not analyse."""
+        return self.model.notes
 
     @property
     def before(self) -> Costs:
@@ -154,13 +169,13 @@ class Report:
 
     def facts(self) -> dict[str, str]:
         """The header: what was exported, for which board, trained how, by which version."""
-        recipe = self.recipe
+        recipe, samples = self.plan.recipe, self.plan.samples
         parts = f", in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
         return {
             "Model": self.model.architecture.name,
             "Board": self.target,
             "Batch size": f"{recipe.batch_size}{parts}",
-            "Samples on the board": f"{self.samples:,}" if self.samples else "",
+            "Samples on the board": f"{samples:,}",
             "Recipe": f"{recipe.optimizer}, learning rate {recipe.lr:g}, loss {recipe.loss}",
             "Channels ranked by": self.scorer,
             "fedprune": __version__,
@@ -169,7 +184,7 @@ class Report:
 
     def figures(self) -> tuple[Figure, ...]:
         """The table of costs, as far as they are known."""
-        before, after = _figures(self.before, self.whole), _figures(self.after, self.plan.prediction)
+        before, after = _figures(self.before, self.plan.whole), _figures(self.after, self.plan.chosen.prediction)
         return tuple(
             Figure(key, title, unit, before[key], after[key])
             for key, title, unit in _TITLES
@@ -178,8 +193,9 @@ class Report:
 
     def plan_text(self) -> str:
         """The plan in lines for people, with what it gained over uniform width."""
-        warning = self.plan.warning and f"warning: {self.plan.warning}"
-        return "\n".join(filter(None, (self.plan.describe(self.before.parameters), self.plan.gains(), warning)))
+        plan = self.plan.chosen
+        warning = plan.warning and f"warning: {plan.warning}"
+        return "\n".join(filter(None, (plan.describe(self.before.parameters), plan.gains(), warning)))
 
     def layers(self) -> tuple[LayerRow, ...]:
         """Everything that takes time, before and after, in the model's order."""
@@ -216,8 +232,8 @@ class Report:
             "target": self.target,
             "advice": self.advice,
             "scorer": self.scorer,
-            "before": _figures(self.before, self.whole),
-            "after": _figures(self.after, self.plan.prediction),
+            "before": _figures(self.before, self.plan.whole),
+            "after": _figures(self.after, self.plan.chosen.prediction),
             "accuracy": None if self.accuracy is None else asdict(self.accuracy),
             "groups": [
                 {"name": g.name, "channels": g.size, "kept": w, "members": list(architecture.members(i))}
@@ -232,12 +248,38 @@ class Report:
                 }
                 for r in self.layers()
             ],
-            "plan": self.plan.to_dict(),
+            "plan": self.plan.chosen.to_dict(),
             "parity": {"samples": SAMPLES, "max_relative_error": self.parity},
             "precisions": [t.to_dict() for t in self.trials],
             "files": dict(self.sizes),
-            "notes": list(self.model.notes),
+            "notes": list(self.notes),
         }
+
+    def __str__(self) -> str:
+        before, after = self.before, self.after
+        lines = [f"replaced: the bundle that was in {self.folder}"] if self.replaced else []
+        lines += [] if self.memory is None else [self.memory.describe()]
+        lines += [
+            f"no step in blocks of {b} channels, which --probe says: --memory-limit is for {TRAINING}"
+            for b in self.skipped_blocks
+        ]
+        lines += [
+            str(self.plan),
+            f"parameters: {before.parameters:,} -> {after.parameters:,}",
+            f"MACs per sample: {before.forward_macs:,} -> {after.forward_macs:,}",
+            f"weights: {before.wire_bytes:,} -> {after.wire_bytes:,} bytes",
+        ]
+        if self.accuracy is not None:
+            a = self.accuracy
+            shares = f"{score(a, a.before)} -> {score(a, a.after)}"
+            lines.append(f"{a.measure} on {a.samples:,} samples, untrained: {shares}")
+        lines.append(f"parity with the masked model: {self.parity:.1e}")
+        lines += [f"{t.lowered.precision}: {t.describe()}" for t in self.trials]
+        lines += [f"second tier: {self.advice}"] if self.advice else []
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*lines, f"bundle: {self.folder} (report.html says more)"])
+
+    __repr__ = __str__
 
     def _precisions(self) -> list[str]:
         """The section on lower precisions, if there are any."""
@@ -292,8 +334,8 @@ class Report:
             lines.append(f"| {_cell(f'`{r.title}`')} | {r.op} | {before} | {after} | {r.macs[0]:,} | {r.macs[1]:,} |")
         lines += ["", "## Files", "", "| file | size |", "|---|---:|"]
         lines += [f"| {name} | {amount(size, 'bytes')} |" for name, size in self.sizes.items()]
-        if self.model.notes:
-            lines += ["", "## Notes of the import", "", *(f"- {note}" for note in self.model.notes)]
+        if self.notes:
+            lines += ["", "## Notes of the import", "", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
 

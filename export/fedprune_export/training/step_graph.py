@@ -21,6 +21,18 @@ from fedprune_export.training.optimisers import Trained, add_inputs, write_updat
 from fedprune_export.training.sparse_weights import used
 
 
+def training_step(model: Model, features: Features) -> Graph:
+    """The training step of a model for all its widths; derived once per model and features.
+
+    Raises:
+        ModelError: As `training_graph`.
+        ConfigError: As `training_graph`.
+    """
+    if features not in model.training_graphs:
+        model.training_graphs[features] = training_graph(model, features)
+    return model.training_graphs[features]
+
+
 def training_graph(
     model: Model, features: Features, *, widths: Sequence[int] | None = None, forms: Forms | None = None
 ) -> Graph:

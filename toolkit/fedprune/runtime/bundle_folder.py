@@ -111,17 +111,18 @@ def put_bundle(folder: Path, files: Mapping[str, bytes], target: str) -> None:
         StorageFullError: There is no room; what was there before is untouched.
         StorageError: The folder can't be made or written to, or the new bundle can't take its place.
     """
-    check_folder(folder, target)
     made = not folder.exists()
     try:
         with storage_errors(f"can't write a bundle to {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
             if made:
+                folder.mkdir(parents=True, exist_ok=True)
                 sync_folder(folder.parent)
+            elif not folder.is_dir():
+                raise BundleError(f"{folder} is not a folder", hint="Give another --out.")
             with _alone(folder):
+                check_folder(folder, target)  # under the lock: no other export can end in between
                 _place(folder)
                 _sweep(folder)
-                check_folder(folder, target)  # another export may have ended since
                 _check_places(folder, files)
                 _write(folder, files)
                 _place(folder)

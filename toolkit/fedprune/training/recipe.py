@@ -15,7 +15,10 @@ from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
 from fedprune.training.features import Features
 
-LOSSES = ("cross_entropy", "bce", "mse", "huber")
+LABELS_OF = {"cross_entropy": "classes", "bce": "multi", "mse": "values", "huber": "values"}
+"""The labels that each loss compares with: the number of a class, a 0 or 1 per class, or values."""
+
+LOSSES = tuple(LABELS_OF)
 REGRESSIONS = ("mse", "huber")
 """Losses of numbers to predict, of which none is right or wrong."""
 

@@ -1,0 +1,114 @@
+"""The export of a model to one board: cut, checked, and written with its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedprune.importance.scoring import ranks, score
+from fedprune.model.selection import Selection
+from fedprune.runtime import tensorrt_config
+from fedprune.runtime.blocks import block_size
+from fedprune.runtime.bundle import TRAINING, blocked_file
+from fedprune.runtime.bundle_folder import is_bundle, write_bundle
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune.training.recipe import LABELS_OF
+from fedprune_export.bundles.board_plan import BoardPlan
+from fedprune_export.bundles.bundle import bundle_files
+from fedprune_export.checks.labelled_data import LabelledData, measured
+from fedprune_export.checks.parity import parity, try_step
+from fedprune_export.precision import Trials
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.model import Model
+from fedprune_export.reports.page import files as report_files
+from fedprune_export.reports.report import Accuracy, Report
+from fedprune_export.training.memory import Fitted, fitted
+from fedprune_export.training.step_graph import training_step
+
+
+def export(
+    model: Model,
+    plan: BoardPlan,
+    folder: str | Path,
+    *,
+    scorer: str = "magnitude",
+    data: str | Path | LabelledData | None = None,
+    precisions: Sequence[str] = (),
+    blocks: Sequence[int] | None = None,
+    memory_limit: int | None = None,
+    opset: int | None = None,
+    class_names: Sequence[str] = (),
+) -> Report:
+    """Write the bundle of one board, after checking that it computes what the whole model does.
+
+    Args:
+        model: The whole model.
+        plan: How wide it is on the board; see `fedprune_export.plan`.
+        folder: Where to write; it is made, or must be empty or hold a bundle for the same board, which is replaced.
+        scorer: How channels are ranked: "magnitude" or "ordered".
+        data: Samples to measure the model on, whole and as cut: a `.npz` file with x and y.
+        precisions: Lower precisions to predict at, too: "float16", "int8" (which needs `data`).
+        blocks: Lengths of blocks of channels for which an x86 board gets a training step, too; by default what the
+            plan's probe found.
+        memory_limit: Bytes that the training process may take: activations are computed again as far as it needs.
+        opset: Opset of the inference graph; by default one that every supported onnxruntime loads.
+        class_names: Names of the classes.
+
+    Raises:
+        ModelError: The model can't be trained, or the cut computes something else.
+        PlanError: The training step doesn't fit the memory limit.
+        DataError: The samples can't be read or don't fit the model.
+        BundleError: The folder holds something else.
+        StorageError: The folder can't be written.
+    """
+    folder, recipe, profile = Path(folder), plan.recipe, plan.profile
+    if isinstance(data, (str, Path)):
+        data = measured(Path(data), model, LABELS_OF[recipe.loss])
+    selection = Selection.of(model.architecture, plan.widths, ranks(score(scorer, model.architecture, model.tensors)))
+    memory = None if memory_limit is None else _fitted(model, plan, memory_limit)
+    wanted = _blocks(plan, blocks)
+    blocks, skipped = ((), wanted) if memory is not None else (wanted, ())
+    step = training_step(model, recipe.features) if memory is None else memory.graph
+    files = bundle_files(model, selection, recipe, training=step.to_bytes(), opset=opset, blocks=blocks)
+    error = parity(model, selection, files)
+    for name in (TRAINING, *(blocked_file(b) for b in blocks if b == block_size())):
+        try_step(model, recipe, files, name)
+    trials = Trials(model, selection.widths, files, data).all(precisions) if precisions else ()
+    for trial in trials:
+        files |= trial.files
+    report = Report(
+        model=model,
+        plan=plan,
+        selection=selection,
+        scorer=scorer,
+        sizes={n: len(raw) for n, raw in files.items()},
+        parity=error,
+        accuracy=None if data is None else _accuracy(model, selection, data),
+        trials=trials,
+        memory=memory,
+        skipped_blocks=skipped,
+        folder=folder,
+        replaced=is_bundle(folder),
+    )
+    files |= report_files(report)
+    if profile.software.tier == "tensorrt":
+        files[tensorrt_config.NAME] = EnginePlan().to_json().encode()
+    write_bundle(folder, files, selection, recipe, profile.name, tuple(class_names))
+    return report
+
+
+def _fitted(model: Model, plan: BoardPlan, limit: int) -> Fitted:
+    batch = min(plan.recipe.micro_batch, plan.samples)
+    return fitted(training_step(model, plan.recipe.features), model.architecture, plan.widths, batch, limit)
+
+
+def _blocks(plan: BoardPlan, asked: Sequence[int] | None) -> tuple[int, ...]:
+    """For which blocks of channels the board gets a training step: only x86 boards compute in blocks."""
+    if plan.profile.arch != "x86_64" or plan.recipe.ordered_dropout:
+        return ()
+    return plan.probed_blocks if asked is None else tuple(asked)
+
+
+def _accuracy(model: Model, selection: Selection, data: LabelledData) -> Accuracy:
+    before = data.score_of(model.graph) if data.whole is None else data.whole
+    return Accuracy(data.measure, len(data.x), before, data.score_of(cut(model, selection)))

@@ -1,0 +1,105 @@
+"""How wide a model can be on one board, and how the board then trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprune.hardware import profile_store
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.planning.cost_prediction import TOO_LOW, Prediction, predict
+from fedprune.planning.plan import DENSITIES, Plan
+from fedprune.planning.plan import plan as plan_widths
+from fedprune.training.recipe import Recipe
+from fedprune_export.pruning.model import Model
+
+
+@dataclass(frozen=True)
+class BoardPlan:
+    """A model's plan for one board; prints as a few lines.
+
+    Attributes:
+        profile: The board.
+        recipe: How the board trains; its batch is in as many parts as the board's memory needs.
+        samples: Training samples that the board is expected to hold.
+        probe: What the board measured of itself, if it did.
+        chosen: The widths, what they cost, and which limit binds.
+        whole: What a round of the whole model would cost the board.
+    """
+
+    profile: HardwareProfile
+    recipe: Recipe
+    samples: int
+    probe: ProbeReport | None
+    chosen: Plan
+    whole: Prediction
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Kept channels per group."""
+        return self.chosen.widths
+
+    @property
+    def density(self) -> float:
+        """The kept share of all channels that the widths are near to."""
+        return self.chosen.density
+
+    @property
+    def probed_blocks(self) -> tuple[int, ...]:
+        """The length of the blocks of channels that the board computes in, as it measured; empty if unknown."""
+        return (self.probe.block,) if self.probe is not None and self.probe.block else ()
+
+    def __str__(self) -> str:
+        warning = self.chosen.warning and f"warning: {self.chosen.warning}"
+        return "\n".join(filter(None, (self.chosen.describe(self.whole.parameters), warning)))
+
+
+def plan(
+    model: Model,
+    target: str | HardwareProfile,
+    *,
+    recipe: Recipe | None = None,
+    samples: int = 1000,
+    density: float | None = None,
+    bytes_per_round: int | None = None,
+    deadline_s: float | None = None,
+    probe: ProbeReport | None = None,
+    profiles: Sequence[Path] = (),
+) -> BoardPlan:
+    """Choose the widest submodel that a board can train.
+
+    Args:
+        model: The whole model.
+        target: The board: a hardware profile, its name, or its TOML file.
+        recipe: How the board trains; by default `Recipe()`.
+        samples: Training samples that the board holds.
+        density: Kept share of every channel group; by default as much as fits the board.
+        bytes_per_round: What a round may carry, down plus up.
+        deadline_s: Seconds that a round may take, transfers included.
+        probe: What the board measured of itself; it beats the profile.
+        profiles: Folders of own profiles, searched for a `target` given by name.
+
+    Raises:
+        ProfileError: There is no such profile.
+        PlanError: Not even the narrowest submodel fits.
+    """
+    profile = target if isinstance(target, HardwareProfile) else profile_store.chosen(target, profiles)
+    recipe = recipe or Recipe()
+    architecture = model.architecture
+    chosen = plan_widths(
+        architecture,
+        profile,
+        recipe,
+        samples,
+        byte_budget=bytes_per_round,
+        deadline_s=deadline_s,
+        probe=probe,
+        densities=DENSITIES if density is None else (density,),
+        frozen=model.frozen,
+        margin=TOO_LOW if probe is None else 0.0,
+    )
+    recipe = recipe.in_parts(chosen.accumulate)
+    whole = predict(architecture, architecture.sizes, profile, recipe, samples, probe=probe, frozen=model.frozen)
+    return BoardPlan(profile, recipe, samples, probe, chosen, whole)

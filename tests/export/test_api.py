@@ -1,0 +1,104 @@
+"""The Python API: what `fedprune-export` does, in three calls."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zoo
+
+import fedprune_export as fx
+from fedprune.runtime.bundle import FILES, open_bundle
+from fedprune_export.autodiff.tape import Tape
+from fedprune_export.cli.main import main
+from fedprune_export.importing import normalise
+from fedprune_server.simulation.digits import digits_model
+
+BOARD = "raspberry-pi-4b"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "digits.onnx"
+    path.write_bytes(digits_model())
+    return path
+
+
+def test_a_bundle_of_the_api_is_that_of_the_command(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = fx.load(digits)
+    plan = fx.plan(model, BOARD, bytes_per_round=100_000)
+    report = fx.export(model, plan, tmp_path / "api")
+    assert main([str(digits), "--target", BOARD, "--bytes-per-round", "100000", "--out", str(tmp_path / "cli")]) == 0
+
+    printed = capsys.readouterr().out.replace(str(tmp_path / "cli"), str(tmp_path / "api"))
+    assert printed == f"{report}\n"
+    assert str(plan) in printed
+    for name in FILES:
+        assert (tmp_path / "api" / name).read_bytes() == (tmp_path / "cli" / name).read_bytes()
+    assert open_bundle(tmp_path / "api").selection.widths == plan.widths
+    assert json.loads((tmp_path / "api" / "report.json").read_text()) == report.to_dict()
+
+
+@pytest.mark.torch
+def test_a_torch_module_is_loaded_as_it_is(tmp_path: Path) -> None:
+    model = fx.load(zoo.make("lenet"), name="lenet")
+
+    assert model.architecture.digest == fx.load("nets:lenet").architecture.digest
+    assert fx.load(zoo.make("lenet")).architecture.name == type(zoo.make("lenet")).__name__
+    assert fx.cut(model, fx.export(model, fx.plan(model, BOARD, density=0.5), tmp_path).selection).nodes
+
+
+def test_groups_print_as_the_command_prints_them(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    groups = fx.load(digits).groups
+
+    assert main(["groups", str(digits)]) == 0
+    assert capsys.readouterr().out == f"{groups}\n" == f"{groups!r}\n"
+    assert [g.size for g in groups] == [g["channels"] for g in groups.to_dict()["groups"]]
+    assert len(groups) == len(groups[:]) > 1
+
+
+def test_a_model_is_traced_twice_on_import_and_never_again_and_differentiated_once(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Import traces what it was given and what it has made of it."""
+    traces, tapes = [], []
+    trace, forward = normalise.trace, Tape.forward
+    for module in ("importing.normalise", "pruning.model"):
+        monkeypatch.setattr(f"fedprune_export.{module}.trace", lambda graph: traces.append(graph) or trace(graph))
+    monkeypatch.setattr(Tape, "forward", lambda tape: tapes.append(tape) or forward(tape))
+
+    model = fx.load(digits)
+    for board in (BOARD, "raspberry-pi-5"):
+        fx.export(model, fx.plan(model, board), tmp_path / board, memory_limit=10**9)
+
+    assert (len(traces), len(tapes)) == (2, 1)
+
+
+def test_data_of_another_label_kind_is_read_for_the_recipes_loss(digits: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "d.npz", x=random.random((4, 1, 8, 8), np.float32), y=random.integers(0, 10, 4))
+    model = fx.load(digits)
+
+    report = fx.export(model, fx.plan(model, BOARD), tmp_path / "b", data=tmp_path / "d.npz")
+
+    assert report.accuracy is not None
+    assert report.accuracy.samples == 4
+
+
+@pytest.mark.system
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import fedprune_export, sys; print([m for m in ('numpy', 'onnx', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_every_public_name_is_there_and_others_are_not() -> None:
+    assert all(getattr(fx, name) is not None for name in fx.__all__)
+    assert set(fx.__all__) <= set(dir(fx))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fx.nothing  # noqa: B018
