@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedprune.releases.release import Release, write_release
 from fedprune.security.keys import SigningKey
-from fedprune_device.launcher.wheel import Wheel, contents_digest
 from fedprune_device.releases.release_source import FolderSource
 from fedprune_device.releases.release_trial import PACKAGES
+from fedprune_device.releases.wheel import Wheel, contents_digest
 
 KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 PUBLIC = KEY.verifying

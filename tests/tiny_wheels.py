@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-PROGRAM = "import sys\n\ndef main():\n    print('fedprune', *sys.argv[1:])\n"
+PROGRAM = "import sys\n\ndef device():\n    print('fedprune', *sys.argv[1:])\n"
 
 
 def wheel(
@@ -45,10 +45,10 @@ def fleet_of_wheels(folder: Path, *, jetson: bool = False) -> Path:
         folder,
         "fedprune",
         "0.1.0",
-        {"fedprune_device/__init__.py": "", "fedprune_device/cli/main.py": PROGRAM},
+        {"fedprune_device/__init__.py": "", "fedprune_start/__init__.py": PROGRAM},
         ["numpy>=1", 'onnxruntime>=1; extra == "board"', 'pillow>=1; extra == "jetson"'],
         ["board", "jetson"],
-        scripts="fedprune-device = fedprune_device.cli.main:main",
+        scripts="fedprune-device = fedprune_start:device",
     )
     wheel(folder, "numpy", "2.0")
     wheel(folder, "pillow", "10.0")

@@ -36,10 +36,10 @@ from fedprune.security.succession import Succession, follow
 from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune_device.launcher.slot_store import Home, successors
 from fedprune_device.launcher.state import STABLE, STAGED, TRIAL, DamagedError
-from fedprune_device.launcher.wheel import Wheel, contents_digest
 from fedprune_device.releases.installer import Updater
 from fedprune_device.releases.release_checks import own_packages
 from fedprune_device.releases.release_source import FolderSource
+from fedprune_device.releases.wheel import Wheel, contents_digest
 
 pytestmark = pytest.mark.board
 

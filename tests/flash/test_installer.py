@@ -116,7 +116,7 @@ def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, tmp_pa
     assert program(root, "x") == "fedprune x\n"
     assert home(root).load() == State("a", highest=0, sequence=1)
     record = home(root).whole("a")
-    assert (record.version, record.entry) == (0, "fedprune_device.cli.main:main")
+    assert (record.version, record.entry) == (0, "fedprune_start:device")
     assert not any(name.startswith("pip") for name in record.files)
 
     before = snapshot(root)
@@ -191,7 +191,7 @@ def test_a_run_that_was_killed_is_gone_on_with(kit: Path, tmp_path: Path, word: 
     assert program(root) == "fedprune\n"
 
 
-@pytest.mark.parametrize("lost", ["a/fedprune_device/cli/main.py", "state/a.json", "state", "launcher.pyz"])
+@pytest.mark.parametrize("lost", ["a/fedprune_start/__init__.py", "state/a.json", "state", "launcher.pyz"])
 def test_what_is_lost_of_an_installation_is_made_anew(kit: Path, tmp_path: Path, lost: str) -> None:
     root = tmp_path / "root"
     root.mkdir()
@@ -507,10 +507,10 @@ def test_the_launcher_starts_nothing_of_a_kit_that_was_changed_after_it_was_inst
     root.mkdir()
     assert run(kit, root).returncode == 0
     found = home(root)
-    path = found.root / "a/fedprune_device/cli/main.py"
+    path = found.root / "a/fedprune_start/__init__.py"
     path.write_text("def main():\n    print('taken over')\n")
     record = found.record("a")
-    found.write_record("a", replace(record, files={**record.files, "fedprune_device/cli/main.py": digest(path)}))
+    found.write_record("a", replace(record, files={**record.files, "fedprune_start/__init__.py": digest(path)}))
     with pytest.raises(subprocess.CalledProcessError) as caught:
         program(root)
     assert (caught.value.returncode, caught.value.stdout) == (31, "")

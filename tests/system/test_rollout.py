@@ -22,9 +22,9 @@ from runtime_releases import OUTSIDE, PYTHON, make_wheel
 from fedprune.releases.release import Release, read_release, write_release
 from fedprune.security.keys import SigningKey
 from fedprune_device.launcher.slot_store import Home
-from fedprune_device.launcher.wheel import Wheel, contents_digest
 from fedprune_device.releases.installer import LAUNCHER, Updater
 from fedprune_device.releases.release_source import FolderSource
+from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.cli.main import main
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.storage import Storage
@@ -87,7 +87,7 @@ class UpdatedSite(Site):
         for name in BOARDS:
             Updater(folder / f"{name}-home", self.key.verifying).install(FolderSource(first))
 
-    def release(self, number: int, *more: Path, entry: str = "fedprune_device.cli.main:main") -> Path:
+    def release(self, number: int, *more: Path, entry: str = "fedprune_start:device") -> Path:
         def made(files: tuple[Any, ...]) -> Release:
             system = tuple(set(OUTSIDE) - {wheel.name.partition("-")[0] for wheel in more})
             about = PYTHON, platform.machine(), entry, 2 * 10**8

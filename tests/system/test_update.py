@@ -21,8 +21,8 @@ from runtime_releases import KEY, OUTSIDE, PUBLIC, PYTHON, make_wheel, source
 
 from fedprune.releases.release import Release, write_release
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome, State
-from fedprune_device.launcher.wheel import Wheel, contents_digest
 from fedprune_device.releases.installer import LAUNCHER, Updater
+from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from machine import free_port
 
@@ -61,7 +61,7 @@ class Board:
 
     def release(self, number: int, *more: Path) -> Path:
         def made(files: tuple[object, ...]) -> Release:
-            entry = "fedprune_device.cli.main:main"
+            entry = "fedprune_start:device"
             system = tuple(set(OUTSIDE) - {wheel.name.partition("-")[0] for wheel in more})
             about = PYTHON, platform.machine(), entry, 10**8
             return Release(number, f"0.{number}", *about, files, contents, system=system)  # type: ignore[arg-type]

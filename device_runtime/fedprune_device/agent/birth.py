@@ -14,7 +14,7 @@ from fedprune.wire.log_messages import LOG
 from fedprune.wire.messages import TO, Birth, Update
 from fedprune.wire.offer import Offer
 from fedprune_device.data.sample_source import SampleSource
-from fedprune_device.launcher.running import running
+from fedprune_device.launcher.slot_store import running
 
 AGAIN_S = 60.0
 """How soon a board greets again because something else is true than it said."""

@@ -208,6 +208,17 @@ class Home:
         return State(stable, highest=highest, outcome=Outcome(highest, ROLLED_BACK, reason))
 
 
+def running(environment: Mapping[str, str] = os.environ) -> str:
+    """The slot that the launcher started and the number of the release in it; empty without a launcher."""
+    root, slot = environment.get("FEDPRUNE_ROOT", ""), environment.get("FEDPRUNE_SLOT", "")
+    if not root or slot not in SLOTS:
+        return ""
+    try:
+        return f"slot {slot} with release {Home(Path(root)).record(slot).version}"
+    except (DamagedError, OSError):
+        return f"slot {slot}"
+
+
 def files_digest(files: Mapping[str, tuple[str, int]]) -> str:
     """sha256 of a slot's files, each by path, sha256 and size: what a release's manifest says of them."""
     rows = [[path, *files[path]] for path in sorted(files)]

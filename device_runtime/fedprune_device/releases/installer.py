@@ -29,9 +29,9 @@ from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune_device import launcher
 from fedprune_device.launcher.slot_store import KEY, Home, Record, digest, files_digest, successors, write_file
 from fedprune_device.launcher.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, State
-from fedprune_device.launcher.wheel import Wheel
 from fedprune_device.releases.release_checks import admit, admit_packages, own_packages
 from fedprune_device.releases.release_source import Source
+from fedprune_device.releases.wheel import Wheel
 
 _LOG = logging.getLogger("fedprune.device")
 

@@ -38,8 +38,8 @@ from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.security.succession import Succession, follow, read_successions
 from fedprune.wire import validation
 from fedprune_device.launcher.slot_store import PURPOSE
-from fedprune_device.launcher.wheel import Wheel, contents_digest
 from fedprune_device.releases.installer import write_launcher
+from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_flash.kit import service_files, wheelhouse
 from fedprune_flash.kit.board_settings import BoardFile, checked_authorities, checked_claim
 from fedprune_flash.kit.installer_archive import INSTALLER, installer_archive

@@ -13,11 +13,11 @@ from pathlib import Path
 from fedprune.core.errors import KitError, RuntimeUnavailableError, StorageError, StorageFullError
 from fedprune_device.launcher.slot_store import KEY, Home, Record, write_file
 from fedprune_device.launcher.state import SLOTS, STABLE, DamagedError, State
-from fedprune_device.launcher.wheel import Wheel
+from fedprune_device.releases.wheel import Wheel
 from fedprune_flash.on_board.board_files import Owner, empty, give
 from fedprune_flash.on_board.kit_folder import LAUNCHER, KitFolder
 
-ENTRY = "fedprune_device.cli.main:main"
+ENTRY = "fedprune_start:device"
 NUMBER = 0
 """Of every kit's release: those of a server are higher, so that a kit never takes the place of one."""
 

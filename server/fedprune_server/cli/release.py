@@ -36,7 +36,7 @@ def add_release_command(commands: Any) -> None:
         help="taken from the boards' own Python, so that no wheel of it is needed; repeatable",
     )
     release.add_argument(
-        "--entry", default="fedprune_device.cli.main:main", metavar="MODULE:FUNCTION", help="default: %(default)s"
+        "--entry", default="fedprune_start:device", metavar="MODULE:FUNCTION", help="default: %(default)s"
     )
     release.set_defaults(run=_release)
 
@@ -61,7 +61,7 @@ def _again(arguments: argparse.Namespace, key: SigningKey) -> Release:
 
 
 def _of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Release:
-    from fedprune_device.launcher.wheel import Wheel, contents_digest
+    from fedprune_device.releases.wheel import Wheel, contents_digest
     from fedprune_server.ota.wheels import check_wheels
 
     with storage_errors(f"can't read {arguments.wheels}"):
