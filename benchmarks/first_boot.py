@@ -88,7 +88,7 @@ class Clock:
 
 def fedprune_flash(*words: str | Path) -> str:
     """Run the command; it must succeed."""
-    command = [sys.executable, "-m", "fedprune_flash.cli", *map(str, words)]
+    command = [sys.executable, "-m", "fedprune_flash.cli.main", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{command}: {done.stderr}")
@@ -200,7 +200,9 @@ def measure(work: Path, scheme: str) -> dict[str, Any]:
         fedprune_flash("kit", "--out", work / "kit", *told, "--python", BOOKWORM.python, "--signing-key", signer)
     disk = work / "attic.img"
     with clock.step("fedprune-flash image"):
-        fedprune_flash("image", image.disk, "--out", disk, "--kit", work / "kit", "--scheme", scheme)
+        fedprune_flash(
+            "image", image.disk, "--out", disk, "--kit", work / "kit", "--signing-key", signer, "--scheme", scheme
+        )
     fsck_fat(disk, 2048 * 512, BOOT_MB * 2**20)
     found = boot(Machine(image, disk, site, SCHEMES[scheme]), site, clock)
     return {"seconds": clock.seconds, "at the server": found, "kernel": image.release}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from fedprune.terminal.examples import EXAMPLES
 from fedprune_device.cli import main as device
 from fedprune_export.cli import main as export
-from fedprune_flash import cli as flash
+from fedprune_flash.cli import main as flash
 from fedprune_server.cli import main as server
 from fedprune_server.cli import simulate
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import BoardError, ExitCode
-from fedprune_flash import Kit, cli
+from fedprune_flash import Kit
+from fedprune_flash.cli import main as cli
 from fedprune_flash.on_board import far_side
 from fedprune_flash.ssh.connection import BoardLink
 from fedprune_flash.ssh.inventory import BoardRow

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import CardError
-from fedprune_flash import cli
 from fedprune_flash.card import drives
 from fedprune_flash.card.card_writer import write_card
 from fedprune_flash.card.drives import Drive, chosen, disk_names, from_diskutil, from_lsblk
+from fedprune_flash.cli import main as cli
+from fedprune_flash.cli.image import _write_card
 
 
 def row(path: str, size: int, kind: str = "part", **more: Any) -> dict[str, Any]:
@@ -228,11 +229,11 @@ def test_only_the_devices_name_confirms(
     monkeypatch.setattr("sys.stdin", io.StringIO(typed.format(card)))
     before = card.read_bytes()
     if confirmed:
-        cli._write_card(image, str(card), None)
+        _write_card(image, str(card), None)
         assert card.read_bytes()[: image.stat().st_size] == image.read_bytes()
     else:
         with pytest.raises(CardError, match="not confirmed"):
-            cli._write_card(image, str(card), None)
+            _write_card(image, str(card), None)
         assert card.read_bytes() == before
     assert "Test Card, 0.0 GB" in capsys.readouterr().out
 
@@ -254,11 +255,11 @@ def test_a_drive_that_changes_while_somebody_is_asked_is_not_written_to(
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{card}\n"))
     before = card.read_bytes()
     if change == "none":
-        cli._write_card(image, str(card), None)
+        _write_card(image, str(card), None)
         assert card.read_bytes() != before
         return
     with pytest.raises(CardError):
-        cli._write_card(image, str(card), None)
+        _write_card(image, str(card), None)
     assert card.read_bytes() == before
 
 

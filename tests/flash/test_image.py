@@ -16,11 +16,14 @@ from typing import Any
 import pytest
 import tomllib
 import yaml
+from runtime_releases import KEY
 
 from disk_images import SECTOR, fsck_fat, make_image, mlist, mtype, run, tool
 from fedprune.core.errors import ExitCode, ImageError
-from fedprune_flash import Kit, Target, cli
+from fedprune.security.keys import SigningKey
+from fedprune_flash import Kit, Target
 from fedprune_flash.card.drives import Drive
+from fedprune_flash.cli import main as cli
 from fedprune_flash.image.ext4 import Ext4
 from fedprune_flash.image.partitions import read_partitions
 from fedprune_flash.image.region import Region
@@ -61,6 +64,7 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(
         [tool("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-C", "o'neill $HOME", "-f", str(path)], check=True
     )
+    KEY.save(path.with_name("signing.key"))
     return path.with_suffix(".pub")
 
 
@@ -112,6 +116,7 @@ def offsets(image: Path) -> tuple[int, int, int]:
 
 def command(source: Path, out: Path, kit: Kit, key: Path, *more: str) -> list[str]:
     words = ["image", str(source), "--out", str(out), "--kit", str(kit.folder), "--user", "ann", "--ssh-key", str(key)]
+    words += ["--signing-key", str(key.with_name("signing.key"))]
     return [*words, "--wifi", SSID, "--wifi-country", "DE", *more]
 
 
@@ -289,7 +294,7 @@ def test_an_image_with_something_secret_is_for_its_maker_alone(
     kit, out = make_kit(claim=claim), tmp_path / "out.img"
     before = os.umask(0o022)
     try:
-        words = ["image", str(make_source()), "--out", str(out), "--kit", str(kit.folder)]
+        words = ["image", str(make_source()), "--out", str(out), "--kit", str(kit.folder), "--unsigned"]
         assert cli.main([*words, *(["--wifi", SSID, "--wifi-country", "DE"] if wifi else [])]) == ExitCode.OK
     finally:
         os.umask(before)
@@ -576,6 +581,7 @@ def test_a_passphrase_is_never_shown(
 def test_a_file_without_a_public_key_is_refused(text: str, kit: Kit, tmp_path: Path, capsys: Capture) -> None:
     bad = tmp_path / "key.pub"
     bad.write_text(text)
+    KEY.save(tmp_path / "signing.key")
     refused(capsys, command(tmp_path / "n.img", tmp_path / "o.img", kit, bad), ExitCode.CONFIG, "SSH key")
 
 
@@ -621,14 +627,21 @@ def test_partitions_are_where_sfdisk_sees_them(make_source: MakeSource) -> None:
     assert found.boot.start == 8192 * SECTOR
 
 
-def test_a_kit_that_is_not_signed_needs_to_be_asked_for(
-    make_source: MakeSource, make_kit: Callable[..., Kit], tmp_path: Path, capsys: Capture
+def test_only_a_kit_of_the_server_goes_into_an_image(
+    make_source: MakeSource, make_kit: Callable[..., Kit], key: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    kit, out = make_kit("plain", signer=None), tmp_path / "out.img"
-    words = ["image", str(make_source()), "--out", str(out), "--kit", str(kit.folder)]
-    assert cli.main(words) == ExitCode.KIT
-    assert "is not signed" in capsys.readouterr().err
-    assert not out.exists()
+    """`--unsigned` takes any other, signed or not."""
+    out, source, ours = tmp_path / "out.img", make_source(), key.with_name("signing.key")
+    SigningKey.make().save(tmp_path / "another.key")
+    kits = {"signed": make_kit("signed"), "plain": make_kit("plain", signer=None)}
+    for name, signing, code in (
+        ("signed", None, ExitCode.USAGE),
+        ("signed", tmp_path / "another.key", ExitCode.KIT),
+        ("plain", ours, ExitCode.KIT),
+    ):
+        words = ["image", str(source), "--out", str(out), "--kit", str(kits[name].folder)]
+        refused(capsys, [*words, *(["--signing-key", str(signing)] if signing else [])], code, "igned")
+        assert not out.exists()
     assert cli.main([*words, "--unsigned"]) == ExitCode.OK
     starter = mtype(out, "fedprune-install.sh", offsets(out)[0]).decode()
     assert 'install.pyz --unsigned "$@"' in starter

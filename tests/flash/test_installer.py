@@ -604,7 +604,7 @@ def test_a_jetson_computes_with_its_own_packages(jetson_kit: Path, tmp_path: Pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     there = {path.split("/")[0].split("-")[0] for path in home(root).whole("a").files}
-    assert there == {"fedprune", "fedprune_device", "pillow"}
+    assert there == {"fedprune", "fedprune_device", "fedprune_start", "pillow"}
     unit = (root / "etc/systemd/system/fedprune.service").read_text().splitlines()
     assert "SupplementaryGroups=video render" in unit
     assert "PrivateDevices=yes" not in unit

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, ExitCode, JoinError, StorageError
 from fedprune.security.join_token import Claim
-from fedprune_flash import BoardFile, cli
+from fedprune_flash import BoardFile
+from fedprune_flash.cli import main as cli
 from fedprune_flash.ssh.claims import Claims, read_claims
 from fedprune_flash.ssh.connection import ssh_command
 from fedprune_flash.ssh.inventory import BoardRow, read_inventory

@@ -5,8 +5,8 @@ import subprocess
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune_flash import cli
-from fedprune_flash.jetson import BOARDS, commands
+from fedprune_flash.cli import main as cli
+from fedprune_flash.cli.jetson import BOARDS, commands
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from fedprune.core.errors import ExitCode
 from fedprune.security.join_token import Claim
 from fedprune.security.keys import SigningKey
 from fedprune_device.launcher.slot_store import Home
-from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit, cli
+from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit
+from fedprune_flash.cli import main as cli
 from fedprune_flash.ssh.journal import Journal
 from ssh_boards import PROFILE, Board, Boards
 
@@ -105,7 +106,7 @@ def noted(self, device, *, state=None, work=None):
 
 Journal.note = noted
 sys.argv[:4] = ["fedprune-flash"]
-runpy.run_module("fedprune_flash.cli", run_name="__main__", alter_sys=False)
+runpy.run_module("fedprune_flash.cli.main", run_name="__main__", alter_sys=False)
 """
 """The program that gets a signal as soon as so many boards are done, while some other one has its kit and is not: who
 watches it from elsewhere may find it done with all of them."""
@@ -123,7 +124,7 @@ def test_boards_are_installed_by_one_command_that_may_be_killed(tmp_path: Path, 
     try:
         inventory = made.inventory()
         options = command(inventory, kit, "--jobs", "6")
-        words = [sys.executable, "-m", "fedprune_flash.cli", *options]
+        words = [sys.executable, "-m", "fedprune_flash.cli.main", *options]
         journal = tmp_path / "boards.toml.journal"
         killed = signalled(made, signal.SIGKILL, 6, options)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -374,7 +375,7 @@ def test_claims_that_have_expired_are_replaced_on_demand(boards: Boards, kit: Pa
 
 def test_on_a_terminal_boards_at_work_are_shown(boards: Boards, kit: Path) -> None:
     near, far = pty.openpty()
-    words = [sys.executable, "-m", "fedprune_flash.cli", *command(boards.inventory(), kit)]
+    words = [sys.executable, "-m", "fedprune_flash.cli.main", *command(boards.inventory(), kit)]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=far, text=True, env={**os.environ, "TERM": "xterm"}
     )
@@ -422,7 +423,7 @@ def test_ctrl_c_ends_it_and_nothing_of_it_stays(tmp_path: Path, kit: Path) -> No
     made = Boards(tmp_path, [f"board-{number}" for number in range(6)])
     try:
         options = command(made.inventory(), kit, "--jobs", "2")
-        words = [sys.executable, "-m", "fedprune_flash.cli", *options]
+        words = [sys.executable, "-m", "fedprune_flash.cli.main", *options]
         ended = signalled(made, signal.SIGTERM, 1, options)
         assert ended.returncode == ExitCode.INTERRUPTED
         assert "Traceback" not in ended.stdout + ended.stderr

@@ -50,7 +50,7 @@ def test_a_changed_a_missing_and_a_left_over_file_are_stale(
 def test_the_page_of_commands_has_every_command_and_every_option(files: dict[str, str]) -> None:
     from fedprune_device.cli import main as device
     from fedprune_export.cli import main as export
-    from fedprune_flash import cli as flash
+    from fedprune_flash.cli import main as flash
     from fedprune_server.cli import main as server
     from fedprune_server.cli import simulate
 

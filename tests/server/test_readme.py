@@ -12,7 +12,7 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune_device.cli import main as device
 from fedprune_export.cli import main as export
-from fedprune_flash import cli as flash
+from fedprune_flash.cli import main as flash
 from fedprune_server.cli import main as server
 from fedprune_server.cli import simulate
 from fedprune_server.cli.demo_run import DemoFolder

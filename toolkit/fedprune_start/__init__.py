@@ -56,7 +56,7 @@ _COMMANDS = {
         ("onnxruntime",),
         "train and predict on a board, in a fleet or alone",
     ),
-    "flash": _Command("fedprune_flash.cli", "flash", ("packaging", "rich"), "install fedprune on boards"),
+    "flash": _Command("fedprune_flash.cli.main", "flash", ("packaging", "rich"), "install fedprune on boards"),
 }
 
 

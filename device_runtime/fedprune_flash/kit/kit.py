@@ -116,8 +116,24 @@ class Signer:
                 f"{kit.folder} is not signed by this server",
                 expected=f"key {self.key.verifying.fingerprint}",
                 got=f"key {signed.fingerprint}" if signed else "no signature",
-                hint="Make the kit with the --signing-key of this server.",
+                hint="Make it with the --signing-key of this server, or take it with --unsigned.",
             )
+
+
+def server_signer(key: Path | None, *, unsigned: bool) -> Signer | None:
+    """The server's signing key, which kits are checked against; None with `--unsigned`.
+
+    Raises:
+        UsageError: Neither or both are given.
+        FedpruneError: The key can't be read.
+    """
+    if (key is None) is not unsigned:
+        raise UsageError(
+            "--signing-key or --unsigned",
+            expected="one of them",
+            hint="The key is identity/signing.key in the server's state folder.",
+        )
+    return None if key is None else Signer.load(key)
 
 
 @dataclass(frozen=True)
@@ -262,15 +278,15 @@ def _told(board: BoardFile, target: Target) -> dict[str, str]:
     }
 
 
-def open_kit(folder: Path, *, unsigned: bool = True) -> Kit:
+def open_kit(folder: Path, signer: Signer | None = None) -> Kit:
     """Read a kit and check its signature, if it has one, and every file of it.
 
     Args:
         folder: The kit.
-        unsigned: Whether one that is not signed will do.
+        signer: The server that must have signed it; None takes any kit, signed or not.
 
     Raises:
-        KitError: It is none, a file is missing, damaged or one too many, or it should be signed.
+        KitError: It isn't a kit, a file is missing, damaged or one too many, or this server hasn't signed it.
     """
     raw = _read(folder / MANIFEST, _MAX_MANIFEST)
     try:
@@ -287,8 +303,6 @@ def open_kit(folder: Path, *, unsigned: bool = True) -> Kit:
         raise KitError(f"{folder / MANIFEST} is not JSON") from error
     except (ConfigError, ProtocolError) as error:
         raise KitError(f"{folder / MANIFEST}: {error}") from error
-    if not key and not unsigned:
-        raise KitError(f"{folder} is not signed", hint="Make it with --signing-key, or take it with --unsigned.")
     if sum(f.bytes for f in files) > MAX_BYTES:
         raise KitError(f"{folder}", expected=f"at most {MAX_BYTES} bytes", got=sum(f.bytes for f in files))
     _check_files(folder, files)
@@ -297,16 +311,11 @@ def open_kit(folder: Path, *, unsigned: bool = True) -> Kit:
         board = BoardFile.from_dict(told if isinstance(told, dict) else {})
     except (ValueError, ConfigError) as error:
         raise KitError(f"{folder / BOARD}: {error}") from error
-    return Kit(
-        folder,
-        target,
-        board,
-        tuple(sorted(files, key=lambda f: f.path)),
-        str(body.get("fedprune", ""))[:40],
-        hashlib.sha256(raw).hexdigest(),
-        key,
-        contents,
-    )
+    version, digest = str(body.get("fedprune", ""))[:40], hashlib.sha256(raw).hexdigest()
+    kit = Kit(folder, target, board, tuple(sorted(files, key=lambda f: f.path)), version, digest, key, contents)
+    if signer is not None:
+        signer.check(kit)
+    return kit
 
 
 def _check_files(folder: Path, files: Sequence[KitFile]) -> None:

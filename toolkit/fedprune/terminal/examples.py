@@ -137,8 +137,8 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-flash kit --server mqtts://192.168.1.10 --device any --signing-key signing.key --out pi-kit",
     ),
     "fedprune-flash image": (
-        "fedprune-flash image raspios.img.xz --kit kit --user ann --ssh-key id_ed25519.pub --out attic.img",
-        "fedprune-flash image raspios.img.xz --kit kit --out attic.img --dry-run",
+        "fedprune-flash image raspios.img --kit kit --signing-key signing.key --user ann --ssh-key id.pub --out o.img",
+        "fedprune-flash image raspios.img.xz --kit kit --unsigned --out attic.img --dry-run",
     ),
     "fedprune-flash jetson": ("fedprune-flash jetson jetson-orin-nano --release 36.4.3 --storage nvme",),
     "fedprune-flash ssh": (

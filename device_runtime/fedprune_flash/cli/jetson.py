@@ -1,4 +1,6 @@
-"""Commands that put Jetson Linux on a Jetson, printed and never run: they need NVIDIA's package, root and USB.
+"""`fedprune-flash jetson`: print the commands that put Jetson Linux on a Jetson.
+
+They are never run here: they need NVIDIA's package, root and USB.
 
 Sources:
 - 36.x: https://docs.nvidia.com/jetson/archives/r36.4/DeveloperGuide/SD/FlashingSupport.html
@@ -13,11 +15,12 @@ Combinations that none of them shows are refused, not guessed.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedprune.core.errors import ConfigError, meant, shown
+from fedprune.core.errors import ConfigError, ExitCode, meant, shown
 from fedprune.hardware.jetpack import jetpack
 
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
@@ -103,3 +106,19 @@ def commands(board: str, release: str, storage: str | None = None, user: str = "
         "lsusb -d 0955:",
         flash[storage],
     ]
+
+
+def add_jetson_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    jetson = commands.add_parser("jetson", help="print the commands that put Jetson Linux on a Jetson")
+    jetson.add_argument("board", metavar="BOARD", help="such as jetson-orin-nano")
+    jetson.add_argument("--release", required=True, metavar="R", help="of Jetson Linux, such as 36.4.3")
+    jetson.add_argument("--storage", metavar="WHERE", help="what it boots from: nvme, sd or emmc (default: as usual)")
+    jetson.add_argument("--user", default="nvidia", metavar="NAME", help="the first user (default: nvidia)")
+    jetson.set_defaults(run=_jetson)
+
+
+def _jetson(arguments: argparse.Namespace) -> int:
+    lines = commands(arguments.board, arguments.release, arguments.storage, arguments.user)
+    print("# On an x86-64 Ubuntu, the board on its USB in recovery mode; all that is on its storage will be lost.")
+    print("\n".join(lines))
+    return int(ExitCode.OK)

@@ -55,7 +55,7 @@ def add_ssh_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _ssh(arguments: argparse.Namespace) -> int:
-    from fedprune_flash.kit.kit import Signer, open_kit
+    from fedprune_flash.kit.kit import open_kit, server_signer
     from fedprune_flash.ssh.board_setup_run import Order
     from fedprune_flash.ssh.claims import Claims, read_claims
     from fedprune_flash.ssh.inventory import read_inventory
@@ -71,19 +71,12 @@ def _ssh(arguments: argparse.Namespace) -> int:
     rows = read_inventory(arguments.inventory)
     rows = tuple(row for row in rows if not arguments.only or row.device in arguments.only)
     _check_only(arguments.only, [row.device for row in rows], arguments.inventory)
-    signer = arguments.signing_key
-    if signer is None and arguments.server_state is not None and not arguments.unsigned:
-        signer = arguments.server_state / "identity/signing.key"
-    if arguments.kit and not arguments.remove and (signer is None) is not arguments.unsigned:
-        raise UsageError(
-            "--signing-key or --unsigned", expected="one of them",
-            hint="Each board's own settings are signed by identity/signing.key of the server's state folder.",
-        )  # fmt: skip
-    server = None if signer is None else Signer.load(signer)
-    kits = tuple(open_kit(folder, unsigned=arguments.unsigned) for folder in arguments.kit)
+    key = arguments.signing_key
+    if key is None and arguments.server_state is not None and not arguments.unsigned:
+        key = arguments.server_state / "identity/signing.key"
+    server = None if arguments.remove else server_signer(key, unsigned=arguments.unsigned)
+    kits = tuple(open_kit(folder, server) for folder in arguments.kit)
     for kit in kits:
-        if server is not None:
-            server.check(kit)
         for row in rows:
             row.told(kit.board)
     texts = () if arguments.claims is None else read_claims(arguments.claims)

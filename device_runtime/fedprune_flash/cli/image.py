@@ -1,0 +1,132 @@
+"""`fedprune-flash image`: write a kit and a board's settings into an image of Raspberry Pi OS, and onto a card."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedprune.core.cli import with_extra
+from fedprune.core.errors import CardError, ConfigError, ExitCode, UsageError
+from fedprune_flash.cli.kit import NO_CLAIM, read_bytes
+from fedprune_flash.image.board_setup import FirstBoot, Wifi, ssh_keys
+
+_WIFI = "FEDPRUNE_WIFI_PASSWORD"
+
+
+def add_image_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    image = commands.add_parser("image", help="write a kit and a board's settings into an image of Raspberry Pi OS")
+    image.add_argument("source", type=Path, metavar="SRC", help="the image: .img, .img.xz or .img.gz")
+    image.add_argument("--out", type=Path, required=True, metavar="FILE", help="the image to make")
+    image.add_argument("--kit", type=Path, required=True, metavar="FOLDER", help="what `fedprune-flash kit` made")
+    image.add_argument("--hostname", metavar="NAME", help="the board's name in the network (default: as in the fleet)")
+    image.add_argument(
+        "--user", metavar="NAME", help="who may log in with --ssh-key, and has sudo (default: nobody new)"
+    )
+    image.add_argument("--ssh-key", type=Path, metavar="FILE", help="public keys, such as ~/.ssh/id_ed25519.pub")
+    image.add_argument("--wifi", metavar="SSID", help=f"wireless network; its passphrase is in ${_WIFI}")
+    image.add_argument(
+        "--wifi-password-file", type=Path, metavar="FILE", help="the passphrase, in place of the variable"
+    )
+    image.add_argument("--wifi-country", metavar="CC", help="where it is, such as DE: without it the radio stays off")
+    image.add_argument("--wifi-hidden", action="store_true", help="the network doesn't announce itself")
+    image.add_argument(
+        "--scheme",
+        choices=("cloud-init", "firstrun", "custom-toml", "preseed"),
+        help="how the image takes settings (default: told by its boot partition)",
+    )
+    image.add_argument("--card", metavar="DEVICE", help="write it to this card, too, and read it back; needs root")
+    image.add_argument("--yes", metavar="DEVICE", help="the same device once more, instead of typing it when asked")
+    image.add_argument("--signing-key", type=Path, metavar="FILE", help="the server's, which must have signed the kit")
+    image.add_argument("--unsigned", action="store_true", help="don't check who signed the kit")
+    image.add_argument("--dry-run", action="store_true", help="say every step and its reverse, and write nothing")
+    image.set_defaults(run=with_extra("flash", _image))
+
+
+def _image(arguments: argparse.Namespace) -> int:
+    from fedprune_flash.card import drives
+    from fedprune_flash.image import boot_image as image
+    from fedprune_flash.image.first_boot_scheme import Scheme
+    from fedprune_flash.kit.kit import open_kit, server_signer
+    from fedprune_flash.kit.plan import Step, described
+
+    if arguments.yes is not None and arguments.yes != arguments.card:
+        raise UsageError("--yes names another device than --card", expected=arguments.card, got=arguments.yes)
+    card = None if arguments.card is None else drives.chosen(arguments.card, drives.drives(), 0)
+    kit = open_kit(arguments.kit, server_signer(arguments.signing_key, unsigned=arguments.unsigned))
+    wanted = _first_boot(arguments, kit.board.device)
+    scheme = Scheme(arguments.scheme) if arguments.scheme else None
+    out = None if arguments.dry_run else arguments.out
+    secret = kit.claimed or wanted.wifi is not None
+    with (
+        _progress_bar(f"Unpacking {arguments.source.name}") as told,
+        image.opened_image(arguments.source, out, told, private=secret) as file,
+    ):
+        contents = image.examine(file, scheme, str(arguments.source))
+        image.check(contents, kit)
+        steps = image.customise(file, contents, kit, wanted, write=out is not None)
+    size = f"{contents.size / 1e6:.0f} MB"
+    steps = [Step(f"copy {arguments.source} to {arguments.out} ({size})", f"delete {arguments.out}"), *steps]
+    system = contents.system.title or "unknown system"
+    print(f"{system}, {contents.scheme.value}, {contents.system.mount}; kit: {kit.target}")
+    print(described(steps))
+    if card is not None:
+        print(described([Step(f"write {arguments.out} to {card}", "none: what is on the card will be lost")]))
+    if out is not None:
+        print(f"{out} is ready{': for one board, since it holds a claim' if kit.claimed else ''}.")
+        if not kit.claimed:
+            print(NO_CLAIM)
+        if card is not None:
+            _write_card(out, card.path, arguments.yes)
+    return int(ExitCode.OK)
+
+
+def _write_card(image: Path, device: str, yes: str | None) -> None:
+    from fedprune_flash.card.card_writer import write_card
+    from fedprune_flash.card.drives import chosen, drives
+
+    # Drives come and go while an image is made: look again before anything is lost.
+    drive = chosen(device, drives(), image.stat().st_size)
+    if yes is None:
+        print(f"All that is on {drive} will be lost. Type {drive.path} to go on: ", end="", flush=True)
+        if sys.stdin.readline().strip() != drive.path:
+            raise CardError(f"{drive.path} was not confirmed", hint=f"{image} is kept.")
+        # Somebody was asked about this drive; by the answer its name may be another's.
+        now = chosen(device, drives(), image.stat().st_size)
+        if now != drive:
+            raise CardError(
+                f"{drive.path} is another drive now", expected=str(drive), got=str(now), hint=f"{image} is kept."
+            )
+    with _progress_bar(f"Writing {drive.path} and reading it back") as told:
+        digest = write_card(image, Path(drive.path), told)
+    print(f"{drive.path} holds the image, sha256 {digest}.")
+
+
+def _first_boot(arguments: argparse.Namespace, device: str) -> FirstBoot:
+    keys = () if arguments.ssh_key is None else ssh_keys(read_bytes(arguments.ssh_key).decode("utf-8", "replace"))
+    wifi = None
+    if arguments.wifi is not None:
+        passphrase = os.environ.get(_WIFI)
+        if arguments.wifi_password_file is not None:
+            passphrase = read_bytes(arguments.wifi_password_file).decode("utf-8", "replace").rstrip("\r\n")
+        if passphrase is None:
+            raise ConfigError(
+                "no passphrase for the wireless network", hint=f"Set {_WIFI} or use --wifi-password-file."
+            )
+        wifi = Wifi.of(arguments.wifi, passphrase, arguments.wifi_country or "", hidden=arguments.wifi_hidden)
+    return FirstBoot(arguments.hostname or device, arguments.user, keys, wifi)
+
+
+@contextmanager
+def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal; yields a function that takes bytes done and bytes in all."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,84 @@
+"""`fedprune-flash kit`: make a folder from which a board installs itself, without a network."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from fedprune.core.cli import with_extra
+from fedprune.core.errors import ConfigError, ExitCode, remedy
+from fedprune.core.text import quantity
+from fedprune_flash.kit.board_settings import SAMPLES, BoardFile
+
+_CLAIM = "FEDPRUNE_CLAIM"
+NO_CLAIM = (
+    "It has no claim, and without one no board gets in: give one to the kit (--claim-file), or to each board "
+    "(fedprune-flash ssh --claims, or /var/lib/fedprune/claim there)."
+)
+
+
+def add_kit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    kit = commands.add_parser("kit", help="make a folder from which a board installs itself, without a network")
+    kit.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    kit.add_argument("--server", required=True, metavar="URL", help="mqtts://host[:port], no password")
+    kit.add_argument("--join", default="", metavar="URL", help="where to join (default: the server's host, port 8884)")
+    kit.add_argument("--device", required=True, metavar="NAME", help="the board's name, unique in the site")
+    kit.add_argument("--site", default="default", help="the fleet's site (default: default)")
+    kit.add_argument("--data", default=SAMPLES, metavar="SRC", help="the board's samples (default: %(default)s)")
+    kit.add_argument("--ca", type=Path, metavar="FILE", help="who vouches for the broker, as PEM (default: the fleet)")
+    kit.add_argument("--ca-sha256", metavar="HEX", help="the certificate's fingerprint, checked against --ca")
+    kit.add_argument("--claim-file", type=Path, metavar="FILE", help=f"a one-time claim; ${_CLAIM} does the same")
+    kit.add_argument("--python", default="3.13", metavar="V", help="the board's Python, 3.10 to 3.13 (default: 3.13)")
+    kit.add_argument("--architecture", default="aarch64", metavar="A", help="aarch64 (default) or x86_64")
+    kit.add_argument("--jetson", action="store_true", help="use the board's own onnxruntime-gpu and TensorRT")
+    kit.add_argument("--wheel", type=Path, metavar="FILE", help="fedprune's wheel (default: built from the checkout)")
+    kit.add_argument(
+        "--find-links", type=Path, action="append", default=[], metavar="DIR", help="wheels; then no network is used"
+    )
+    kit.add_argument(
+        "--signing-key", type=Path, metavar="FILE", help="the server's, identity/signing.key in its state folder"
+    )
+    kit.set_defaults(run=with_extra("flash", _kit))
+
+
+def _kit(arguments: argparse.Namespace) -> int:
+    from fedprune.security.keys import VerifyingKey
+    from fedprune_flash.kit.kit import Signer, build_kit
+    from fedprune_flash.kit.target import Target
+
+    authorities = None if arguments.ca is None else read_bytes(arguments.ca)
+    claim = os.environ.get(_CLAIM)
+    if arguments.claim_file is not None:
+        claim = read_bytes(arguments.claim_file).decode("utf-8", "replace")
+    kit = build_kit(
+        arguments.out,
+        BoardFile(
+            arguments.server, arguments.device, arguments.site, arguments.data, authorities is not None, arguments.join
+        ),
+        Target(arguments.python, arguments.architecture, arguments.jetson),
+        wheel=arguments.wheel,
+        links=arguments.find_links,
+        authorities=authorities,
+        pin=arguments.ca_sha256,
+        claim=claim,
+        signer=None if arguments.signing_key is None else Signer.load(arguments.signing_key),
+    )
+    print(
+        f"{kit.folder}: {kit.target}, {quantity(len(kit.files), 'file')}, {kit.bytes / 1e6:.1f} MB, sha256 {kit.digest}"
+    )
+    if not kit.claimed:
+        print(NO_CLAIM)
+    if kit.key:
+        print(f"It is signed with key {VerifyingKey.from_hex(kit.key).fingerprint}.")
+    else:
+        print("It is not signed: nothing shows a board who made it (--signing-key).")
+    print(f"On the board: sudo python3 {kit.folder.name}/install.pyz{'' if kit.key else ' --unsigned'}")
+    return int(ExitCode.OK)
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error

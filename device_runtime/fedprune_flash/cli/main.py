@@ -1,0 +1,38 @@
+"""`fedprune-flash`: install the runtime on boards."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fedprune import __version__
+from fedprune.core.cli import run_command
+from fedprune_flash.cli.image import add_image_command
+from fedprune_flash.cli.jetson import add_jetson_command
+from fedprune_flash.cli.kit import add_kit_command
+from fedprune_flash.cli.ssh import add_ssh_command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command("fedprune-flash", build_parser, argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedprune-flash",
+        description="Install the runtime on boards.",
+        epilog="Exit codes are explained in docs/exit-codes.md.",
+    )
+    parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_kit_command(commands)
+    add_image_command(commands)
+    add_jetson_command(commands)
+    add_ssh_command(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
