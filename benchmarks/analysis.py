@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
 from synthetic_nets import setting, write
-from zoo import timm_model
 
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
@@ -26,6 +25,7 @@ from fedprune_export.importing.model_file import parse
 from fedprune_export.importing.normalise import normalise
 from fedprune_export.importing.preparation import prepared
 from fedprune_export.pruning.cut import cut
+from support.nets.published_nets import timm_model
 
 MODELS = ("resnet18", "resnet50", "mobilenetv2_100", "efficientnet_b0", "densenet121", "vit_tiny_patch16_224")
 REPEATS = 5

@@ -23,9 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmarks.screens import chromium, logged_in  # noqa: E402
-
 from fedprune_server.web.demo_fleet import TrialFleet  # noqa: E402
-from served_console import ServedConsole  # noqa: E402 - next to the tests
+from support.fakes.served_console import ServedConsole  # noqa: E402 - next to the tests
 
 DEVICES = 10_000
 TIMES = 60

@@ -33,7 +33,7 @@ from fedprune_server.monitoring.view import JobView  # noqa: E402
 from fedprune_server.web.state.order_messages import Order  # noqa: E402
 from fedprune_server.web.state.publisher import BUDGET_S, EVERY_S, Feed  # noqa: E402
 from fedprune_server.web.state.publisher_messages import ToConsole, line  # noqa: E402
-from toy import ARCHITECTURE, JOB  # noqa: E402 - lies beside the tests
+from support.fakes.tiny_job import ARCHITECTURE, JOB  # noqa: E402 - lies beside the tests
 
 SITE = {
     "version": "1", "site": "default", "started_at": 5.0, "broker": "mqtt://h", "database": "sqlite", "blobs": "folder",

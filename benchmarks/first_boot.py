@@ -26,11 +26,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from arm_image import BOOT_MB, Image, make_arm_image
-from arm_site import SITE, Headquarters
-from arm_userland import BOOKWORM, tool
-
-from disk_images import fsck_fat, mtype
+from support.processes.arm_image import BOOT_MB, Image, make_arm_image
+from support.processes.arm_site import SITE, Headquarters
+from support.processes.arm_userland import BOOKWORM, tool
+from support.processes.disk_images import fsck_fat, mtype
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "attic"
@@ -143,7 +142,7 @@ class Machine:
         self._process = subprocess.Popen(self._command())
 
     def _command(self) -> list[str]:
-        relay = f"{sys.executable} {ROOT / 'tests' / 'arm_relay.py'}"
+        relay = f"{sys.executable} {ROOT / 'tests' / 'support' / 'processes' / 'arm_relay.py'}"
         ports = {PORT: self._site.port, JOIN_PORT: self._site.join_port}
         gates = "".join(f",guestfwd=tcp:{GATE}:{there}-cmd:{relay} {here}" for there, here in ports.items())
         words = mtype(self._disk, "cmdline.txt", 2048 * 512).decode().strip()

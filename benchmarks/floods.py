@@ -29,7 +29,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from real_site import Site, write_material
 from synthetic_nets import setting, write
 
 from fedprune.security.device_identity import DeviceIdentity
@@ -39,6 +38,7 @@ from fedprune.wire.messages import Want
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import JoinDesk
+from support.processes.real_site import Site, write_material
 
 HOSTILE = "mallory"
 SITE = Topics("default")

@@ -34,8 +34,8 @@ SECONDS = 20
 
 
 def case(seed: int) -> tuple[str, bytes]:
-    from model_corpus import corpus
-    from model_mutations import damaged
+    from support.faults.model_mutations import damaged
+    from support.nets.model_corpus import corpus
 
     rng, models = np.random.default_rng(seed), corpus()
     name = sorted(models)[rng.integers(len(models))]

@@ -26,12 +26,12 @@ from synthetic_nets import setting, write
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from parser_fuzzer import Tally, fuzz
-from parser_target import Target, scratch
-from parsers_of_boards import board_targets
-from parsers_of_files import file_targets
-from parsers_of_setup import setup_targets
-from parsers_of_the_wire import wire_targets
+from support.faults.parser_fuzzer import Tally, fuzz
+from support.faults.parser_target import Target, scratch
+from support.faults.parsers_of_boards import board_targets
+from support.faults.parsers_of_files import file_targets
+from support.faults.parsers_of_messages import wire_targets
+from support.faults.parsers_of_setup import setup_targets
 
 MEMORY = 4 * 2**30
 """Address space of a process, most of which is libraries."""

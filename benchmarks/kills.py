@@ -20,12 +20,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from kill_neighbours import BACKEND, HELPER, POSTMASTER, Beside, left_alone, strike
-from kill_points import BOARDS, Doomed, check, run, undisturbed
-from real_site import write_material
 from synthetic_nets import RESULTS, setting, write
 
-from postgres import Postgres
+from support.faults.kill_neighbours import BACKEND, HELPER, POSTMASTER, Beside, left_alone, strike
+from support.faults.kill_points import BOARDS, Doomed, check, run, undisturbed
+from support.processes.postgres import Postgres
+from support.processes.real_site import write_material
 
 JOBS = 5
 BESIDE_ROUNDS = 150

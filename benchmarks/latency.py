@@ -52,10 +52,10 @@ STEPS, PREDICTIONS = 5, 15
 def nets() -> dict[str, Any]:
     """Torch modules by name."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import zoo
     from planner import nets as planned
 
-    import nets as shared
+    from support.nets import published_nets as zoo
+    from support.nets import small_nets as shared
 
     return {
         "LeNet": planned()["LeNet"],

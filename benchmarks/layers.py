@@ -63,7 +63,8 @@ def normal(*shape: int) -> np.ndarray[Any, Any]:
 def compared(node: Any, data: Arrays, shapes: Shapes, oracle: Callable[..., Any]) -> dict[str, float]:
     """CPU time of both, in ms; first their results are compared."""
     import torch
-    from differentiation import differentiated
+
+    from support.oracles.differentiation import differentiated
 
     leaves = {n: torch.tensor(a, requires_grad=True) for n, a in data.items()}
     result = oracle(**leaves)
@@ -101,7 +102,8 @@ def compared(node: Any, data: Arrays, shapes: Shapes, oracle: Callable[..., Any]
 def convolution(batch: int, groups: int, inside: int, size: int, k: int, stride: int, cut: str) -> dict[str, float]:
     """A convolution in groups of which whole ones are cut, or the same positions of each."""
     import torch
-    from differentiation import node
+
+    from support.oracles.differentiation import node
 
     channels = groups * inside
     data = {"x": normal(batch, channels, size, size), "w": normal(channels, inside, k, k)}
@@ -119,8 +121,9 @@ def convolution(batch: int, groups: int, inside: int, size: int, k: int, stride:
 
 def recurrent(op: str, batch: int, steps: int, inputs: int, hidden: int) -> dict[str, float]:
     """A recurrent layer in one direction."""
-    from differentiation import node
     from test_gradients_recurrent import dims, tensors, torchs
+
+    from support.oracles.differentiation import node
 
     case = {"direction": "forward", "steps": steps, "inputs": inputs, "hidden": hidden, "bias": True, "states": False}
     data = tensors(op, case)
@@ -135,7 +138,6 @@ def main() -> None:
     from synthetic_nets import setting, write
 
     torch.set_num_threads(1)
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "export"))
     about = setting("onnxruntime", "torch")
     rows: list[dict[str, Any]] = []
 

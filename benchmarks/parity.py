@@ -21,9 +21,6 @@ from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from one_step import FLIPPED, KINDS, NETS, Arrays, batch, distances, feeds, oracle, parts
-
-import nets
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
@@ -31,6 +28,8 @@ from fedprune.training.features import Features
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
+from support.nets import small_nets as nets
+from support.oracles.one_step import FLIPPED, KINDS, NETS, Arrays, batch, distances, feeds, oracle, parts
 
 SEEDS = 24
 DENSITIES = (1.0, 0.5)

@@ -41,7 +41,7 @@ TIMM = (
 """Networks of timm, for images of 224 pixels."""
 
 OWN = ("lenet", "vgg11_bn", "resnet20_bn", "concat_net", "unet", "unet_bn", "gru_net")
-"""Networks of `tests/nets.py`, and a net for signals."""
+"""Networks of `tests/support/nets/small_nets.py`, and a net for signals."""
 
 LABELS = {"unet": "multi", "unet_bn": "multi"}
 
@@ -64,10 +64,10 @@ MEASURED: tuple[tuple[str, str, dict[str, Any]], ...] = (
 def module(name: str) -> Any:
     """A net by name."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import zoo
     from planner import nets as shared
 
-    import nets
+    from support.nets import published_nets as zoo
+    from support.nets import small_nets as nets
 
     if name == "Signals":
         return shared()[name]

@@ -60,7 +60,7 @@ def nets() -> dict[str, Any]:
     import torch
     from torch import nn
 
-    import nets as shared
+    from support.nets import small_nets as shared
 
     class WideLeNet(nn.Module):
         """The LeNet of federated learning's papers: 32 and 64 channels, 512 hidden units."""
@@ -109,9 +109,8 @@ def nets() -> dict[str, Any]:
 def module_of(name: str, image: int) -> Any:
     """A network of timm for images of a size, or with size 0 one of the tests'."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import zoo
-
-    import nets as shared
+    from support.nets import published_nets as zoo
+    from support.nets import small_nets as shared
 
     return zoo.timm_model(name, image) if image else getattr(shared, name)()
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.accuracy.protocol import Method, Protocol
-from benchmarks.accuracy.protocols import CIFAR, PROTOCOLS, TABLES
-from benchmarks.accuracy.run import UNLIMITED, experiment_of, rounds_of
 from kept_runs import kept_runs
 from synthetic_nets import setting, write
 
+from benchmarks.accuracy.protocol import Method, Protocol
+from benchmarks.accuracy.protocols import CIFAR, PROTOCOLS, TABLES
+from benchmarks.accuracy.run import UNLIMITED, experiment_of, rounds_of
 from fedprune.coordination.influence import TENSOR
 from fedprune.core import tensorfile
 from fedprune.hardware.profile_store import find

@@ -47,7 +47,7 @@ def train(samples: dict[str, Array], epochs: int) -> Any:
     import torch
     from torch.nn.functional import cross_entropy, pad
 
-    from nets import ResNet20
+    from support.nets.small_nets import ResNet20
 
     torch.manual_seed(0)
     net = ResNet20().train().to(memory_format=torch.channels_last)
@@ -81,7 +81,7 @@ def trained(samples: dict[str, Array], epochs: int) -> Any:
     """The trained net; a later run takes what an earlier one has trained."""
     import torch
 
-    from nets import ResNet20
+    from support.nets.small_nets import ResNet20
 
     path = FOLDER / f"resnet20-{epochs}.pt"
     if not path.exists():

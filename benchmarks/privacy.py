@@ -133,6 +133,7 @@ def secret_lots() -> list[dict[str, float]]:
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
+
     from benchmarks.picture_style import FLEET, REFERENCE, save, styled
 
     with styled():

@@ -104,9 +104,10 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="write nothing but to the terminal")
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT / "tests"))
-    import zoo
     from latency import prediction
     from synthetic_nets import setting, write
+
+    from support.nets import published_nets as zoo
 
     about = setting("onnxruntime")
     model = import_onnx(export_torch(zoo.timm_model("mobilenetv2_100", SIZE)), "mobilenetv2")

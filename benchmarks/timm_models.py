@@ -7,10 +7,10 @@ and time. It is imported; cut to random channels at several densities and run at
 use, beside the masked whole network; and its training step's gradients are compared with torch's in float64.
 
 *At full width* the reference is timm's own module. *At half width* no module exists (timm's have head counts, group
-counts and window shapes written into their code), so the cut graph itself is run by torch (`tests/torch_graph.py`) in
-float64 and differentiated by torch: that its values are right is what the cut's distance says. "torch's float32" is the
-same module, or the same graph, in float32. Batch normalisations take the batch's statistics, everything else is as in
-evaluation (no dropout).
+counts and window shapes written into their code), so the cut graph itself is run by torch
+(`tests/support/oracles/torch_graph.py`) in float64 and differentiated by torch: that its values are right is what the
+cut's distance says. "torch's float32" is the same module, or the same graph, in float32. Batch normalisations take
+the batch's statistics, everything else is as in evaluation (no dropout).
 
 Deep networks with ReLUs decide now and then for the other side of zero in float32, whoever computes: distances are
 medians over several batches. Results of finished networks are kept in the folder, so that a broken run goes on where
@@ -47,15 +47,15 @@ LIMIT_SECONDS = 240
 LIMIT_BYTES = 12 * 2**30
 DENSITIES = (0.5, 0.25, 0.75, 0.001)
 FLOOR = 2.0**-21
-"""A relative distance of gradients that counts as none, as in `tests/gradient_distance.py`."""
+"""A relative distance of gradients that counts as none, as in `tests/support/oracles/gradient_distance.py`."""
 BOUND = 1e-5
 """Largest relative distance of a cut network from the masked whole one."""
 
 
 def module_of(name: str) -> Any:
     """The network with weights that hide nothing: no scale is nought, and no vector is uniform."""
-    from whole_models import scattered, settled
-    from zoo import timm_model
+    from support.nets.published_nets import timm_model
+    from support.nets.whole_models import scattered, settled
 
     return settled(scattered(timm_model(name, **NETWORKS.get(name, {}))))
 
@@ -126,7 +126,7 @@ def child(name: str, folder: Path, exports: Path | None) -> None:
 
 def cuts(record: Record, model: Any) -> None:
     """Distances of cut networks from the masked whole one."""
-    from cutting import cut_error, random_selection
+    from support.oracles.cutting import cut_error, random_selection
 
     found: dict[str, float] = {}
     record.body["cuts"] = found
@@ -141,12 +141,12 @@ def cuts(record: Record, model: Any) -> None:
 def gradients(record: Record, model: Any, name: str) -> None:
     """Distances of our gradients and of torch's float32 ones from float64, at full and at half width."""
     import numpy as np
-    from cutting import random_selection
-    from gradient_distance import Trained
-    from whole_models import pictures
 
     from fedprune.model.selection import Selection
     from fedprune_export.pruning.cut import cut
+    from support.nets.whole_models import pictures
+    from support.oracles.cutting import random_selection
+    from support.oracles.gradient_distance import Trained
 
     arch = model.architecture
     trained = Trained(model)
@@ -182,8 +182,9 @@ def off(graph: Any, tensors: Any, architecture: Any) -> float:
     """How far a graph's logits by torch in float64, in evaluation, are from those by onnxruntime."""
     import numpy as np
     import torch
-    from cutting import distance, outputs
-    from torch_graph import run
+
+    from support.oracles.cutting import distance, outputs
+    from support.oracles.torch_graph import run
 
     x = np.random.default_rng(3).standard_normal((BATCH, *architecture.input_shape)).astype(np.float32)
     state = {n: torch.tensor(v, dtype=torch.float64) for n, v in tensors.items()}

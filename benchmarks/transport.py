@@ -44,8 +44,8 @@ def networks(names: Collection[str]) -> dict[str, tuple[Architecture, Tensors]]:
     import torch
     from torch import nn
 
-    import nets
     from fedprune_export.importing import export_torch, import_onnx
+    from support.nets import small_nets as nets
 
     def norm(before: int, after: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
         conv = nn.Conv2d(before, after, kernel, stride, kernel // 2, groups=groups, bias=False)

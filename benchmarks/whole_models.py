@@ -27,10 +27,9 @@ BOUND = 1e-5
 
 def measure(name: str) -> dict[str, Any]:
     """One network."""
-    import whole_models
-    from cutting import distance, outputs, random_selection
-
     from fedprune_export.pruning.cut import cut, masked
+    from support.nets import whole_models
+    from support.oracles.cutting import distance, outputs, random_selection
 
     start = time.process_time()
     model = whole_models.imported(name)
@@ -65,11 +64,10 @@ def measure(name: str) -> dict[str, Any]:
 
 def beside(name: str, model: Any) -> dict[str, Any]:
     """Torch-Pruning's groups, and its pruned network."""
-    import whole_models
-    from cutting import distance, outputs, random_selection
-    from physical_pruning import lines, our_groups, outputs_of, prune, their_groups
-
     from fedprune_export.pruning.cut import cut
+    from support.nets import whole_models
+    from support.oracles.cutting import distance, outputs, random_selection
+    from support.oracles.physical_pruning import lines, our_groups, outputs_of, prune, their_groups
 
     whole = whole_models.MODELS[name]
     if whole.vocabulary:
@@ -108,7 +106,7 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     {", ".join(map(str, BATCHES))}: {len(wrong)} wrong cuts{": " + ", ".join(wrong) if wrong else ""}; the furthest from
     its masked original is {worst:.1e} off (the bound is {BOUND:g}). Groups equal Torch-Pruning's in {len(same)}
     networks, and there the network that it has pruned to the same channels is at most {pruned:.1e} from our cut one.
-    The differences in others are explained, and decided by what runs, in `tests/export/test_torch_pruning.py`.
+    The differences in others are explained, and decided by what runs, in `tests/export/pruning/test_torch_pruning.py`.
     {sum(r["seconds"] for r in rows):.0f} s of processor time."""
     lines = []
     for r in rows:
@@ -165,7 +163,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these networks, and no page")
     options = parser.parse_args()
     import torch
-    import whole_models
+
+    from support.nets import whole_models
 
     torch.set_num_threads(1)
     rows = []

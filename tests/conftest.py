@@ -48,7 +48,7 @@ def _limit_examples(items: list[pytest.Item], most: int) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("torch") and find_spec("torch") and find_spec("onnxscript"):
-        from exporter import keep_translations
+        from support.nets.exporter import keep_translations
 
         keep_translations()
 

@@ -26,7 +26,6 @@ from typing import Any
 
 from benchmarks.accuracy.page import page
 from benchmarks.accuracy.protocol import Method, Protocol
-
 from fedprune.core.cli import run_command, with_extra
 from fedprune.core.errors import ConfigError, TrainingError
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import sets
-
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.datasets.table import DataPlan

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.accuracy.nets import definition
-
 from fedprune.training.recipe import Recipe
 
 AVERAGE = 0.85

@@ -8,7 +8,6 @@ from typing import Any
 
 from benchmarks.accuracy.papers import PAPERS
 from benchmarks.accuracy.protocol import Method, Protocol
-
 from fedprune.training.recipe import Recipe
 
 SLICES = "benchmarks.accuracy.compositions:slices"

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from benchmarks.accuracy import nets, sets
 from benchmarks.accuracy.protocol import AVERAGE, CALIBRATION, Board, Method, Protocol
 from benchmarks.accuracy.shares import shares
-
 from fedprune.core.rng import keyed
 from fedprune.hardware.profile import HardwareProfile
 from fedprune.hardware.profile_store import find

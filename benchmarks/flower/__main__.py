@@ -14,13 +14,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+from synthetic_nets import RESULTS, setting, write
+
 from benchmarks.flower.kills import AT, DEADLINE_S, EPOCHS, KINDS, OURS, THEIRS, calm, observe
 from benchmarks.flower.material import Job
 from benchmarks.flower.measure import Make, apart, measure
 from benchmarks.flower.page import page
 from benchmarks.flower.sides import Fedprune, Flower, Model
 from benchmarks.swarm.site import find_mosquitto
-from synthetic_nets import RESULTS, setting, write
 
 NAME = "flower"
 _ROOT = Path(__file__).parents[2]

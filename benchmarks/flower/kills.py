@@ -19,7 +19,6 @@ from benchmarks.flower.measure import Make, apart, running, wait
 from benchmarks.flower.meter import Meter
 from benchmarks.flower.sides import Fedprune, Flower, Model, Side
 from benchmarks.swarm.site import Site
-
 from fedprune.core.errors import FedpruneError
 
 AT = 2

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from benchmarks.swarm.job import small_cnn
 from onnx import helper
 
+from benchmarks.swarm.job import small_cnn
 from fedprune.core import tensorfile
 from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx

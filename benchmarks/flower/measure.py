@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from benchmarks.flower.material import Job, weight_bytes, write_material
 from benchmarks.flower.meter import Meter, meter
 from benchmarks.flower.sides import Model, Round, Side
 from benchmarks.swarm.site import Site, site
-
 from fedprune.core.errors import FedpruneError
 
 LEFT = 2 << 30

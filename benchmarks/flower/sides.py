@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
 from benchmarks.flower.material import Job, write_fleet
 from benchmarks.swarm.site import Site, family, find_mosquitto, free_port
-
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import FedpruneError, StorageError

@@ -11,11 +11,12 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from synthetic_nets import RESULTS, setting, write
+
 from benchmarks.swarm.page import page
 from benchmarks.swarm.picture import draw
 from benchmarks.swarm.run import Size, measure
 from benchmarks.swarm.site import find_mosquitto
-from synthetic_nets import RESULTS, setting, write
 
 SIZES = (100, 1_000, 10_000)
 

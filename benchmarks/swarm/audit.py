@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.swarm.updates import mean
 
+from benchmarks.swarm.updates import mean
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune_server.storage.storage import Storage

@@ -12,7 +12,6 @@ from typing import Any, cast
 from benchmarks.swarm.mqtt import Session
 from benchmarks.swarm.shelf import Arriving, Shelf
 from benchmarks.swarm.updates import Remade, device_name
-
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk

@@ -18,7 +18,6 @@ from typing import Any
 from benchmarks.swarm.board import Board, Works
 from benchmarks.swarm.shelf import Shelf
 from benchmarks.swarm.updates import Remade
-
 from fedprune.core.rng import keyed
 from fedprune.hardware.probe_report import ProbeReport
 from fedprune.hardware.profile import HardwareProfile

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
 from benchmarks.picture_style import FLEET, REFERENCE, save, styled
 from benchmarks.swarm.page import Row
-from matplotlib.axes import Axes
 
 _QUESTIONS = {"call off": ("o", "-"), "say again": ("s", "--")}
 

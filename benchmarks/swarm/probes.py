@@ -19,7 +19,6 @@ from typing import Any
 from benchmarks.swarm.board import Board
 from benchmarks.swarm.fleet import Fleet, fail_loudly, usage
 from benchmarks.swarm.mqtt import Session
-
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.wire.messages import Accepted, Cancelled, Update, parse
 from fedprune.wire.topics import Topics

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from benchmarks.swarm.audit import audit
 from benchmarks.swarm.fleet import SHARES
 from benchmarks.swarm.job import seconds_per_sample, write_job
 from benchmarks.swarm.site import Site, find_mosquitto, site
-
 from fedprune_server.storage.storage import Storage
 
 CALLERS = 2

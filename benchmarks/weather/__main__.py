@@ -11,8 +11,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.weather.run import RESTART_S, SQUALL, STORM, compare, verdict
 from synthetic_nets import setting, write
+
+from benchmarks.weather.run import RESTART_S, SQUALL, STORM, compare, verdict
 
 NOISE = 0.03
 """By how much an accuracy of 449 digits may differ: one and a half standard errors."""

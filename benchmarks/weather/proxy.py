@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from benchmarks.swarm.mqtt import packets
 
+from benchmarks.swarm.mqtt import packets
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.core.errors import ProtocolError
 from fedprune.core.rng import keyed

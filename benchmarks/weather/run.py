@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from benchmarks.swarm.site import Site, find_mosquitto, site
 from benchmarks.weather.proxy import Proxy, Weather
-
 from fedprune.core.errors import FedpruneError, StorageError
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
 from fedprune_server.storage.storage import Storage

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from arm_userland import BOOKWORM, CACHE
 
 from fedprune_flash.kit import wheelhouse
+from support.processes.arm_userland import BOOKWORM, CACHE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

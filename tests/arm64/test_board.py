@@ -6,8 +6,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from arm_board import copied
-from arm_userland import BOOKWORM, userland
+
+from support.processes.arm_board import copied
+from support.processes.arm_userland import BOOKWORM, userland
 
 ASK = (
     "import platform, socket, sys; print(platform.machine()); socket.create_connection(('127.0.0.1', int(sys.argv[1])))"

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from arm_board import copied
-from arm_installation import install, program, service
-from arm_site import SITE, Headquarters
-from arm_userland import BOOKWORM, JAMMY, TRIXIE, System, userland
 
 from fedprune.model.architecture import widths_at
 from fedprune.security.keys import SigningKey
 from fedprune_export.importing import import_onnx
 from fedprune_flash import BoardFile, Target, build_kit
 from fedprune_server.simulation.digits import digits_model
+from support.processes.arm_board import copied
+from support.processes.arm_installation import install, program, service
+from support.processes.arm_site import SITE, Headquarters
+from support.processes.arm_userland import BOOKWORM, JAMMY, TRIXIE, System, userland
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.system, pytest.mark.timeout(1200)]
 

@@ -10,10 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from arm_board import copied
-from arm_forms import RECIPE, trained
-from arm_userland import BOOKWORM, userland
-from smooth_nets import SmoothResNet
 
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
@@ -25,8 +21,12 @@ from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.training.step_graph import training_graph
 from fedprune_flash import Target
 from fedprune_flash.kit import wheelhouse
+from support.nets.smooth_nets import SmoothResNet
+from support.paths import TESTS
+from support.processes.arm_board import copied
+from support.processes.arm_forms import RECIPE, trained
+from support.processes.arm_userland import BOOKWORM, userland
 
-HERE = Path(__file__).resolve().parent
 FIXED = "fixed.onnx"
 
 
@@ -57,7 +57,7 @@ def test_what_a_board_chooses_trains_to_the_numbers_of_this_machine(
     for file in bundle.iterdir():
         (board.root / "bundle" / file.name).write_bytes(file.read_bytes())
     (board.root / FIXED).write_bytes((bundle.parent / FIXED).read_bytes())
-    (board.root / "forms.py").write_bytes((HERE.parent / "arm_forms.py").read_bytes())
+    (board.root / "forms.py").write_bytes((TESTS / "support/processes/arm_forms.py").read_bytes())
 
     done = board.run("/usr/bin/python3", "/forms.py", "/bundle", "/out.npz", f"/{FIXED}")
 

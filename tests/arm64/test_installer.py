@@ -6,15 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from arm_board import copied
-from arm_installation import STICK
-from arm_userland import BOOKWORM, userland
 
 from fedprune.core.errors import ExitCode
 from fedprune.security.keys import SigningKey
 from fedprune_flash import BoardFile, Signer, Target, build_kit
 from fedprune_flash.kit.installer_archive import INSTALLER
-from tiny_wheels import fleet_of_wheels, wheel
+from support.fakes.tiny_wheels import fleet_of_wheels, wheel
+from support.processes.arm_board import copied
+from support.processes.arm_installation import STICK
+from support.processes.arm_userland import BOOKWORM, userland
 
 
 @pytest.mark.parametrize(("processor", "code"), [("cortex-a53", ExitCode.RUNTIME), ("cortex-a72", ExitCode.RUNTIME)])

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from arm_board import Board, copied
-from arm_step import main as train_here
-from arm_userland import BOOKWORM, userland
 
 from fedprune.core.errors import ExitCode
 from fedprune_flash import Target
 from fedprune_flash.kit import wheelhouse
+from support.paths import TESTS
+from support.processes.arm_board import Board, copied
+from support.processes.arm_step import main as train_here
+from support.processes.arm_userland import BOOKWORM, userland
 
-HERE = Path(__file__).resolve().parent
 SITE, OLD = "/site", "/old"
 OLDER = ("cortex-a53", "cortex-a72")
 """Of the Raspberry Pi Zero 2 W and 3, and 4: without the instructions for dot products that later ones have."""
@@ -36,7 +36,7 @@ def board(tmp_path_factory: pytest.TempPathFactory, own_wheel: Path, broken_whee
     wheelhouse.fetch(own_wheel, Target(BOOKWORM.python), folder / "wheels")
     unpack(folder / "wheels", made.root / SITE[1:])
     unpack(broken_wheel.parent, made.root / OLD[1:])
-    (made.root / "step.py").write_bytes((HERE.parent / "arm_step.py").read_bytes())
+    (made.root / "step.py").write_bytes((TESTS / "support/processes/arm_step.py").read_bytes())
     return made
 
 

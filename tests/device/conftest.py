@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from agent_bench import Bench
-from local_board import LocalBoard
 
 from fedprune.core import tensorfile
 from fedprune.model.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
@@ -16,13 +14,16 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.runtime.bundle import FILES, MANIFEST, manifest
 from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
+from support.fakes.agent_harness import Bench
+from support.fakes.local_board import LocalBoard
+from support.paths import GRAPHS
 
 FEATURES, CLASSES = 6, 3
 
 
 @pytest.fixture
 def graphs() -> Path:
-    return Path(__file__).parent / "graphs"
+    return GRAPHS
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def served(local: LocalBoard) -> Iterator[LocalBoard]:
 @pytest.fixture(scope="module")
 def open_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBoard]:
     """One board for all that changes nothing, or nothing that matters."""
-    local = LocalBoard(tmp_path_factory.mktemp("board"), Path(__file__).parent / "graphs")
+    local = LocalBoard(tmp_path_factory.mktemp("board"), GRAPHS)
     local.install(1)
     with local.serving():
         yield local

@@ -12,9 +12,8 @@ from fedprune_export.pruning.model import Model
 @pytest.fixture(scope="session")
 def imported() -> Callable[[str], Model]:
     """Imports a network of `zoo.NETS` by name, each only once."""
-    import zoo
-
     from fedprune_export.importing import export_torch, import_onnx
+    from support.nets import published_nets as zoo
 
     held: dict[str, Model] = {}
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zoo
 
 import fedprune_export as fx
 from fedprune.runtime.bundle import FILES, open_bundle
@@ -17,6 +16,7 @@ from fedprune_export.autodiff.tape import Tape
 from fedprune_export.cli.main import main
 from fedprune_export.importing import normalise
 from fedprune_server.simulation.digits import digits_model
+from support.nets import published_nets as zoo
 
 BOARD = "raspberry-pi-4b"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runtime_releases import KEY
 
 from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit, open_kit
-from tiny_wheels import fleet_of_wheels
+from support.fakes.runtime_releases import KEY
+from support.fakes.tiny_wheels import fleet_of_wheels
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 

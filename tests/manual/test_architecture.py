@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ import pytest
 from fedprune.core.errors import ConfigError
 from fedprune.core.toml_file import read_toml
 from manual import rooms
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 SOURCES = ("toolkit", "export", "device_runtime", "server")
 PAGES = ("architecture.md", "concurrency.md")
 CONTRACTS: list[dict[str, Any]] = read_toml(ROOT / "pyproject.toml", ConfigError)["tool"]["importlinter"]["contracts"]

@@ -6,12 +6,13 @@ import copy
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from support.paths import ROOT
 
 pytest.importorskip("jsonschema")
 
@@ -21,9 +22,9 @@ from jsonschema.validators import extend
 from fedprune.core.errors import ProtocolError
 from fedprune.wire.messages import Message, parse
 from manual import asyncapi, message_schemas
-from wire_messages import DIGEST, EXAMPLES, messages
+from support.fakes.messages import DIGEST, EXAMPLES, messages
 
-SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
+SCHEMAS = ROOT / "docs" / "schemas"
 
 
 def _pattern(_: Any, pattern: str, value: object, __: Any) -> Iterator[ValidationError]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from page_runner import Reader, steps
+
+from support.processes.page_runner import Reader, steps
 
 
 def follow(tmp_path: Path, page: str, **replaced: str) -> Reader:

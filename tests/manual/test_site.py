@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from support.paths import ROOT
+
 pytest.importorskip("mkdocs")
 pytest.importorskip("material")
 pytest.importorskip("mkdocstrings")
 
-ROOT = Path(__file__).parents[2]
 
 _NO_NETWORK = """
 import socket

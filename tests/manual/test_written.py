@@ -17,8 +17,7 @@ from fedprune.training.recipe import Recipe
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.config import ServerConfig
 from manual import command_pages, written
-
-ROOT = Path(__file__).parents[2]
+from support.paths import ROOT
 
 
 @pytest.fixture(scope="module")

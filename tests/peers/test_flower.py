@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategy_reports import close, report, scene
 
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.averaging import DeltaMean, Mean
 from fedprune.strategies.methods.robust import Robust, Robustness
 from fedprune.strategies.roles import Aggregator
-from strategies import model
+from support.fakes.strategy_reports import close, report, scene
+from support.nets.drawn_models import model
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("FEDPRUNE_FLOWER", ROOT / "build/flower/bin/python"))
 
 ROUNDS, CLIENTS = 3, 7

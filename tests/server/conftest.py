@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from fleet import Fleet
-from s3 import S3
 
-from postgres import Postgres
+from support.fakes.fleet import Fleet
+from support.processes.postgres import Postgres
+from support.processes.s3 import S3
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,10 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
 from fedprune.strategies import compose
 from fedprune_server.simulation.datasets.samples import assembled
+from support.paths import ROOT
 
 pytestmark = pytest.mark.torch
 
-ROOT = Path(__file__).parents[2]
 SHAPES = {"cifar10": (32, 32, 3), "cifar100": (32, 32, 3), "fashion_mnist": (28, 28), "har": (9, 128)}
 
 

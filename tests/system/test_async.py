@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_site import Site, write_material
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
@@ -21,6 +20,7 @@ from fedprune.core.errors import ConfigError, StorageError
 from fedprune_server.engine.state_directory import BLOBS
 from fedprune_server.maintenance.replay import Step, replay
 from fedprune_server.storage.storage import FILE, Storage
+from support.processes.real_site import Site, write_material
 
 pytestmark = pytest.mark.system
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fleet import quick
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
@@ -37,6 +36,7 @@ from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
+from support.fakes.fleet import quick
 
 pytestmark = pytest.mark.system
 

@@ -22,7 +22,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 
 torch = pytest.importorskip("torch")
-from smooth_nets import SmoothMobileNet, SmoothResNet  # noqa: E402 - torch may not be there
+from support.nets.smooth_nets import SmoothMobileNet, SmoothResNet  # noqa: E402 - torch may not be there
 
 pytestmark = pytest.mark.torch
 

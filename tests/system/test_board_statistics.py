@@ -13,7 +13,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.training.step_graph import training_graph
-from nets import seeded
+from support.nets.small_nets import seeded
 
 
 class Net(nn.Module):

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_site import Site, models, write_material
-from relay import Relay
-from will_broker import WillBroker
 
 from fedprune.coordination import Phase, State
 from fedprune_server.storage.storage import Storage
-from machine import find_mosquitto, free_port, listens
+from support.faults.relay import Relay
+from support.faults.will_broker import WillBroker
+from support.processes.machine import find_mosquitto, free_port, listens
+from support.processes.real_site import Site, models, write_material
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
 

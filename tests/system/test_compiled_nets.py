@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import nets
 from fedprune.core import tensorfile
 from fedprune.core.rng import keyed
 from fedprune.model.architecture import widths_at
@@ -24,6 +23,7 @@ from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import load
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
+from support.nets import small_nets as nets
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_site import write_material
 
-from compose_file import DEPLOY, mounts, read_compose, remapped
 from fedprune.core.errors import ExitCode
 from fedprune_server.storage.storage import Storage
-from machine import find_mosquitto, free_port, listens
-from postgres import Postgres
+from support.processes.compose_file import DEPLOY, mounts, read_compose, remapped
+from support.processes.machine import find_mosquitto, free_port, listens
+from support.processes.postgres import Postgres
+from support.processes.real_site import write_material
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto, pytest.mark.postgresql, pytest.mark.soak]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from real_site import Site, write_material
 
 from fedprune_server.maintenance.replay import replay
 from fedprune_server.storage.storage import Storage
+from support.processes.real_site import Site, write_material
 
 pytestmark = pytest.mark.system
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_site import Site, write_material
 
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.state import Progress
 from fedprune.security.tls import unpinned_context
 from fedprune.wire.mqtt.link import Link
-from machine import listens
+from support.processes.machine import listens
+from support.processes.real_site import Site, write_material
 
 pytestmark = pytest.mark.system
 

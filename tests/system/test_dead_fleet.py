@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from real_site import write_material
-from watched_site import SERVER, Hook, Watched, doctor, shown
 
 from fedprune.core.errors import ExitCode
-from machine import listens
+from support.processes.machine import listens
+from support.processes.real_site import write_material
+from support.processes.watched_site import SERVER, Hook, Watched, doctor, shown
 
 pytestmark = pytest.mark.system
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_process import Field, loaded_packages, running
-from memory_fleet import MemoryServer
 
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
@@ -19,11 +17,13 @@ from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Update
 from fedprune_export.bundles.bundle import bundle_files
 from fedprune_export.importing import load
+from support.fakes.agent_fleet import MemoryServer
+from support.paths import GRAPHS
+from support.processes.device_process import Field, loaded_packages, running
 
 pytest.importorskip("torch")
 pytestmark = [pytest.mark.system, pytest.mark.torch]
 
-GRAPHS = Path(__file__).parents[1] / "device" / "graphs"
 FORBIDDEN = {"torch", "onnx", "onnxscript", "scipy", "sklearn", "fedprune_export"}
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from device_process import Field, loaded_packages, running
-from memory_fleet import MemoryServer
 
 from fedprune.core import tensorfile
 from fedprune.model.selection import Tensors
@@ -18,10 +16,12 @@ from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth, Death, Progress, Update
 from fedprune_device.data.dataset import load_data
 from fedprune_device.training.trainer import Trainer
+from support.fakes.agent_fleet import MemoryServer
+from support.paths import GRAPHS
+from support.processes.device_process import Field, loaded_packages, running
 
 pytestmark = pytest.mark.system
 
-GRAPHS = Path(__file__).parents[1] / "device" / "graphs"
 SLOW = Recipe(epochs=400, batch_size=1, lr=1e-4)
 
 

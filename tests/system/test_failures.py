@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import machine
 from fedprune.core.errors import ExitCode
 from fedprune.hardware.profile_store import shipped_folder
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
+from support.processes import machine
 
 pytestmark = pytest.mark.system
 

@@ -11,10 +11,9 @@ import pytest
 
 from fedprune_device.data.dataset import load_data
 from fedprune_server.config.tables import read_config
+from support.paths import ROOT
 
 pytestmark = pytest.mark.system
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,13 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from parser_target import Target
-from parsers_of_boards import board_targets
-from parsers_of_files import file_targets, npz, zipped
-from parsers_of_setup import setup_targets
-from parsers_of_the_wire import wire_targets
 
 from fedprune.core.errors import FedpruneError, ProtocolError
+from support.faults.parser_target import Target
+from support.faults.parsers_of_boards import board_targets
+from support.faults.parsers_of_files import file_targets, npz, zipped
+from support.faults.parsers_of_messages import wire_targets
+from support.faults.parsers_of_setup import setup_targets
 
 TARGETS = {t.name: t for t in (*file_targets(), *board_targets(), *setup_targets())}
 DEEP = b"[" * 100_000

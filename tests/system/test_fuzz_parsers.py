@@ -13,12 +13,13 @@ from functools import cache
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parser_fuzzer import case, fuzz
-from parser_target import Target
-from parsers_of_boards import board_targets
-from parsers_of_files import file_targets
-from parsers_of_setup import setup_targets
-from parsers_of_the_wire import wire_targets
+
+from support.faults.parser_fuzzer import case, fuzz
+from support.faults.parser_target import Target
+from support.faults.parsers_of_boards import board_targets
+from support.faults.parsers_of_files import file_targets
+from support.faults.parsers_of_messages import wire_targets
+from support.faults.parsers_of_setup import setup_targets
 
 TARGETS = {t.name: t for t in (*wire_targets(), *file_targets(), *board_targets(), *setup_targets())}
 INPUTS = (60, pytest.param(1200, marks=pytest.mark.soak))

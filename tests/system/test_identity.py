@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from real_site import Site, write_material
 
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.security.envelope import HEADER, seal
@@ -25,7 +24,8 @@ from fedprune.wire.topics import Topics
 from fedprune_device.cli import main as device_cli
 from fedprune_server.cli import main as server_cli
 from fedprune_server.enrollment.pki import IdentityFolder
-from machine import listens
+from support.processes.machine import listens
+from support.processes.real_site import Site, write_material
 
 pytestmark = pytest.mark.system
 

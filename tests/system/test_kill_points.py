@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from kill_points import BOARDS, Doomed, check, run, undisturbed
-from real_site import write_material
+
+from support.faults.kill_points import BOARDS, Doomed, check, run, undisturbed
+from support.processes.real_site import write_material
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +17,9 @@ from fedprune.training.features import Features
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.fleet.demo_fleet import BOARDS, fleet_job
+from support.paths import ROOT
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "planner.json"
+RESULTS = ROOT / "benchmarks" / "results" / "planner.json"
 LOW, HIGH = -0.05, 0.15
 
 DEMO = {

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from console_operator import ANN, Operator
-from real_site import Site, write_material
 
 from fedprune.core.errors import ExitCode
 from fedprune_server.cli.main import main
 from fedprune_server.devices.board_logs import read_logs
-from machine import free_port, listens
+from support.processes.console_operator import ANN, Operator
+from support.processes.machine import free_port, listens
+from support.processes.real_site import Site, write_material
 
 pytestmark = pytest.mark.system
 

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from device_process import running
-from memory_fleet import MemoryServer
 
 from fedprune.wire.messages import Progress, Update
 from fedprune_device.client import Board
+from support.fakes.agent_fleet import MemoryServer
+from support.paths import GRAPHS
+from support.processes.device_process import running
 
 pytestmark = pytest.mark.system
 
-GRAPHS = Path(__file__).parents[1] / "device" / "graphs"
 NOBODY = "mqtt://127.0.0.1:9"
 
 

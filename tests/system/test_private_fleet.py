@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_site import Site, write_material
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.privacy.accounting import epsilon
 from fedprune_device.privacy.budget import PrivacyBudget
 from fedprune_server.cli.status import describe, status
+from support.processes.real_site import Site, write_material
 
 pytestmark = [pytest.mark.system, pytest.mark.soak]
 

@@ -7,9 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from real_site import Site, models, write_material
 
-from machine import find_mosquitto
+from support.processes.machine import find_mosquitto
+from support.processes.real_site import Site, models, write_material
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
 

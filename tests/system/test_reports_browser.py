@@ -17,7 +17,7 @@ from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.results.comparison import write_comparison
 from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow
 from fedprune_server.simulation.results.report import write_report
-from machine import find_chromium
+from support.processes.machine import find_chromium
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 Axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed").Axe

@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_site import Site, write_material
-from relay import Relay
-from runtime_releases import OUTSIDE, PYTHON, make_wheel
 
 from fedprune.releases.release import Release, read_release, write_release
 from fedprune.security.keys import SigningKey
@@ -28,10 +25,13 @@ from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.cli.main import main
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.storage import Storage
+from support.fakes.runtime_releases import OUTSIDE, PYTHON, make_wheel
+from support.faults.relay import Relay
+from support.paths import ROOT
+from support.processes.real_site import Site, write_material
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 
-ROOT = Path(__file__).resolve().parents[2]
 BOARDS = ("north", "south")
 CONFIG = """
 [job]
@@ -228,7 +228,7 @@ def test_a_download_goes_on_after_the_broker_and_the_server_restart(site: Update
     assert down["south"] < 0.1 * size, "it was not asked to"
 
 
-# At every push `tests/device/test_release_updates.py` shows that boards finish their round first.
+# At every push `tests/device/releases/test_release_updates.py` shows that boards finish their round first.
 @pytest.mark.soak
 @pytest.mark.parametrize("site", [BUSY], indirect=True, ids=["busy"])
 def test_boards_that_train_round_after_round_are_updated_between_two_of_them(site: UpdatedSite) -> None:

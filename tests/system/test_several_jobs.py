@@ -9,11 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from real_site import FILES, Site, models, write_material
 
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import ExitCode
 from fedprune_server.storage.storage import Storage
+from support.processes.real_site import FILES, Site, models, write_material
 
 pytestmark = pytest.mark.system
 

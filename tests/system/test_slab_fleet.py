@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import quick
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
@@ -30,7 +29,8 @@ from fedprune_server.engine.daemon import Daemon
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.transfer.multicast import shareable
-from machine import find_mosquitto, free_port, listens
+from support.fakes.fleet import quick
+from support.processes.machine import find_mosquitto, free_port, listens
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
 
@@ -249,7 +249,8 @@ def test_an_older_board_pulls_its_weights_as_ever(
     assert all(all(run.wire.shared[name]) for name in "bcde")
 
 
-@pytest.mark.soak  # boards wait long for what never comes; `tests/device/test_slab_downloads.py` has a clock for that
+# Boards wait long for what never comes; `tests/device/network/test_slab_downloads.py` has a clock for that.
+@pytest.mark.soak
 @pytest.mark.parametrize("broker", [OLD_RULES], indirect=True, ids=["older rules"])
 def test_boards_that_hear_nothing_on_shared_topics_ask_on_their_own(
     broker: str, tmp_path: Path, wanted: list[str]

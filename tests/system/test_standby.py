@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_site import Site, models, write_material
-from s3 import S3
 
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.state import Progress
-from postgres import Postgres
+from support.processes.postgres import Postgres
+from support.processes.real_site import Site, models, write_material
+from support.processes.s3 import S3
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 

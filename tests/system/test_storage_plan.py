@@ -5,7 +5,6 @@ from typing import Any, cast
 
 import pytest
 
-import nets
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import PlanError
 from fedprune.costs.costs import costs_at, storage_bytes
@@ -16,6 +15,7 @@ from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.training.step_graph import training_graph
+from support.nets import small_nets as nets
 
 pytestmark = pytest.mark.torch
 

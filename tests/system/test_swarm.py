@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from machine import find_mosquitto
+from support.paths import ROOT
+from support.processes.machine import find_mosquitto
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 
-ROOT = Path(__file__).parents[2]
 DEVICES, ROUNDS = 60, 2
 
 

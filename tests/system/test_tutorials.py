@@ -7,13 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from page_runner import Reader
 
-from machine import find_mosquitto, free_port
+from support.paths import ROOT
+from support.processes.machine import find_mosquitto, free_port
+from support.processes.page_runner import Reader
 
 pytestmark = pytest.mark.system
 
-ROOT = Path(__file__).parents[2]
 TUTORIALS = ROOT / "docs" / "tutorials"
 
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_site import Site, write_material
-from watched_site import SERVER, Hook, Watched, doctor, shown
 
 from fedprune.core.errors import ExitCode
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.storage import Storage
+from support.processes.real_site import Site, write_material
+from support.processes.watched_site import SERVER, Hook, Watched, doctor, shown
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 

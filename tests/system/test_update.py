@@ -17,18 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runtime_releases import KEY, OUTSIDE, PUBLIC, PYTHON, make_wheel, source
 
 from fedprune.releases.release import Release, write_release
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome, State
 from fedprune_device.releases.installer import LAUNCHER, Updater
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
-from machine import free_port
+from support.fakes.runtime_releases import KEY, OUTSIDE, PUBLIC, PYTHON, make_wheel, source
+from support.paths import ROOT
+from support.processes.machine import free_port
 
 pytestmark = pytest.mark.system
 
-ROOT = Path(__file__).resolve().parents[2]
 ILLEGAL = "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
 
 

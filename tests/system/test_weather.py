@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from machine import find_mosquitto
+from support.paths import ROOT
+from support.processes.machine import find_mosquitto
 
 pytestmark = pytest.mark.system
 
-ROOT = Path(__file__).parents[2]
 CONNECT = bytes.fromhex("1010 00044d515454 04 02 001e 0004") + b"here"
 
 

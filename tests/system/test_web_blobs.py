@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from real_site import Site, write_material
-from web_place import Behaviour, Handler, WebPlace
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.tls import unpinned_context
 from fedprune.wire.mqtt.link import Link
 from fedprune_server.enrollment.pki import IdentityFolder
-from machine import free_port
+from support.fakes.web_server import Behaviour, Handler, WebPlace
+from support.processes.machine import free_port
+from support.processes.real_site import Site, write_material
 
 pytestmark = pytest.mark.system
 

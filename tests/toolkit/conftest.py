@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from machine import find_mosquitto, free_port, listens
+from support.processes.machine import find_mosquitto, free_port, listens
 
 
 @dataclass

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tensorrt_double
-from engine_board import EngineBoard
 
 from fedprune_device.engines import cuda
+from support.fakes import tensorrt as tensorrt_double
+from support.fakes.engine_board import EngineBoard
 
 
 @pytest.fixture(scope="session")

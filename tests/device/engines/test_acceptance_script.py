@@ -11,18 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_board import EngineBoard
-from hidden_board import FEATURES, HIDDEN, hidden_weights
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.precision import lowered_weights, unpacked, weights_file
 from fedprune.runtime.tensorrt_config import EnginePlan
+from support.fakes.engine_board import EngineBoard
+from support.fakes.hidden_board import FEATURES, HIDDEN, hidden_weights
+from support.paths import ROOT
 
 pytestmark = pytest.mark.board
 
-ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "examples" / "jetson_acceptance.py"
 
 

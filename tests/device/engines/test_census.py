@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorrt_double
-from engine_board import EngineBoard
-from tensorrt_double import CENSUS, VERSIONS, Double, members
 
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines import bindings, build, engine
 from fedprune_device.engines.build import refit
+from support.fakes import tensorrt as tensorrt_double
+from support.fakes.engine_board import EngineBoard
+from support.fakes.tensorrt import CENSUS, VERSIONS, Double, members
 
 pytestmark = pytest.mark.board
 

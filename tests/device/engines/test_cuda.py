@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine_board import EngineBoard
 
 from fedprune.core.errors import EngineError
 from fedprune_device.engines.cuda import Cuda, Stream
+from support.fakes.engine_board import EngineBoard
 
 pytestmark = pytest.mark.board
 

@@ -12,9 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_board import EngineBoard, X
-from hidden_board import DEVICE, HIDDEN, HiddenBoard, hidden_weights
-from local_board import LocalBoard
 
 from fedprune.core.errors import ExitCode
 from fedprune.runtime.tensorrt_config import EnginePlan
@@ -27,6 +24,9 @@ from fedprune_device.serving.predictor import Predictor
 from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.round_runner import RoundRunner
+from support.fakes.engine_board import EngineBoard, X
+from support.fakes.hidden_board import DEVICE, HIDDEN, HiddenBoard, hidden_weights
+from support.fakes.local_board import LocalBoard
 
 pytestmark = pytest.mark.board
 

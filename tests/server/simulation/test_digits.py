@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from fedprune.core.errors import DataError
 from fedprune_device.data.dataset import load_data
 from fedprune_server.simulation.digits import CLASSES, deal, digits_model, load_digits, write_hand
+from support.paths import ROOT
 
 NAMES = [f"board-{i}" for i in range(6)]
 
@@ -85,6 +85,6 @@ def test_alpha_of_zero_is_refused():
 
 
 def test_shipped_model_is_what_the_example_writes(tmp_path):
-    script = Path(__file__).parents[3] / "examples" / "make_digits_model.py"
+    script = ROOT / "examples" / "make_digits_model.py"
     subprocess.run([sys.executable, script, tmp_path / "net.onnx"], check=True, timeout=60)
     assert (tmp_path / "net.onnx").read_bytes() == digits_model()

@@ -26,7 +26,7 @@ from fedprune_server.simulation.fleet.pooled_runner import PooledBench
 from fedprune_server.simulation.fleet.virtual_device import Bench, Outcome, VirtualDevice, Work
 
 pytest.importorskip("torch")
-import smooth_nets
+from support.nets import smooth_nets
 
 pytestmark = pytest.mark.torch
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_works import drawn
 
 from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError, StorageError
 from fedprune_server.cli.simulate import main
@@ -16,6 +15,8 @@ from fedprune_server.simulation.fleet.simulated_fleet import read_tables
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.runs import DONE, Run, Standing, carry_out
 from fedprune_server.simulation.sweep import read_sweep, simulated
+from support.fakes.run_works import drawn
+from support.paths import ROOT
 
 RUNS = [Run(f"run-{i}", {"seed": i}) for i in range(3)]
 WRONG = [Run(f"wrong-{kind}", {"seed": 0, "fail": kind}) for kind in ("refused", "broken", "killed")]
@@ -234,7 +235,7 @@ def test_each_variant_has_its_seeds(tmp_path: Path) -> None:
 
 
 def test_the_docs_sweep_can_be_read(tmp_path: Path) -> None:
-    text = (Path(__file__).resolve().parents[3] / "docs" / "simulate.md").read_text()
+    text = (ROOT / "docs" / "simulate.md").read_text()
     (block,) = [b.partition("```")[0] for b in text.split("```toml\n")[1:] if "[[runs]]" in b]
     (tmp_path / "fleet.toml").write_text(CONFIG)
     (tmp_path / "sweep.toml").write_text(block)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,8 +21,9 @@ from fedprune_server.simulation.results import metrics_table
 from fedprune_server.simulation.results.comparison import final_rows, read_runs, target_rows
 from fedprune_server.simulation.results.metrics_table import SPENT
 from fedprune_server.simulation.results.record import Record, RoundRow
+from support.paths import ROOT
 
-EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+EXAMPLES = ROOT / "examples"
 HEAD = """
 [job]
 name = "yard"

@@ -2,11 +2,9 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hidden_board import HiddenBoard, hidden_weights
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
@@ -23,8 +21,9 @@ from fedprune_device.training.round_runner import MEASURED, RoundRunner
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.fleet.virtual_device import Bench, VirtualDevice, pulls
+from support.fakes.hidden_board import HiddenBoard, hidden_weights
+from support.paths import GRAPHS
 
-GRAPHS = Path(__file__).parents[2] / "device" / "graphs"
 RNG = np.random.default_rng(5)
 X, Y = RNG.standard_normal((30, 6)).astype(np.float32), RNG.integers(0, 3, 30)
 WEIGHTS = {"w": 0.1 * RNG.standard_normal((3, 6)).astype(np.float32), "b": np.zeros(3, np.float32)}

@@ -1,0 +1,219 @@
+"""Offers that an agent refuses, and what it keeps on its disk meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.core import tensorfile
+from fedprune.core.errors import ExitCode
+from fedprune.costs.costs import WEIGHT_FILES, storage_bytes
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
+from fedprune.wire.messages import Birth, Refusal
+from fedprune.wire.offer import Offer
+from fedprune_device.serving.model_slots import ModelSlots
+from fedprune_device.storage.local_state import FolderStateStore
+from support.fakes.agent_harness import Bench
+from support.fakes.hidden_board import HIDDEN, hidden_weights
+from support.paths import GRAPHS
+
+pytestmark = pytest.mark.board
+
+
+@pytest.mark.parametrize(
+    ("other", "code"),
+    [
+        ({"recipe": {"epochs": 0}}, ExitCode.CONFIG),
+        ({"recipe": {"colour": 1}}, ExitCode.CONFIG),
+        ({"recipe": {"proximal": 1.0}}, ExitCode.TRAINING),
+        ({"recipe": {"lr": 1000.0, "epochs": 300, "weight_decay": 1000.0}}, ExitCode.TRAINING),
+        ({"classes": 2}, ExitCode.DATA),
+        ({"weights": BlobRef("0" * 64, 2**40, "1" * 64)}, ExitCode.STORAGE_FULL),
+    ],
+)
+def test_an_offer_that_cannot_be_carried_out_is_refused(bench: Bench, other: dict[str, Any], code: int) -> None:
+    bench.server.plan = [bench.server.offer(1, **other)]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    refusal = bench.server.of(Refusal)[0]
+    assert (refusal.round, refusal.exit_code) == (1, code)
+    assert refusal.reason
+
+
+@pytest.mark.parametrize(("budget", "memory"), [(100, 10**9), (10**9, 100)])
+def test_an_offer_beyond_the_profiles_limits_is_refused(bench: Bench, budget: int, memory: int) -> None:
+    limits = SimpleNamespace(name="tiny", storage=SimpleNamespace(budget_bytes=budget), training_bytes=memory)
+    bench.profile = limits
+    bench.server.plan = [bench.server.offer(1)]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    assert bench.server.of(Refusal)[0].exit_code == ExitCode.PLAN
+    assert bench.server.of(Birth)[0].profile == "tiny"
+
+
+def test_the_disk_never_holds_more_than_the_planner_counts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, seen = bench.server, list[tuple[int, int]]()
+
+    def look() -> None:
+        files = [p.stat() for p in (bench.root / "state").rglob("*") if p.is_file()]
+        sizes = {s.st_ino: s.st_size for s in files}.values()
+        seen.append((sum(sizes), sum(size == server.weights.size for size in sizes)))
+
+    def watched(name: str) -> None:
+        plain = getattr(ModelSlots, name)
+        monkeypatch.setattr(ModelSlots, name, lambda self, *given: (plain(self, *given), look())[0])
+
+    watched("stage")
+    watched("install")
+    server.plan = [server.offer(n) for n in (1, 2, 3, 4)]
+    bench.run()
+    graphs = server.graphs["plain"].size, server.graphs["inference"].size
+    assert max(weights for _, weights in seen) == WEIGHT_FILES
+    documents = 8192
+    assert max(total for total, _ in seen) <= storage_bytes(server.weights.size, *graphs) + documents
+
+
+def hidden_offer(bench: Bench, number: int, recipe: Recipe, mask: ElementMask) -> Offer:
+    """An offer of a masked model; what belongs to it lies at the server."""
+    graphs, put = GRAPHS, bench.server.blobs.put
+    blobs = {
+        "training": put((graphs / "masked.onnx").read_bytes()),
+        "inference": put((graphs / "hidden.onnx").read_bytes()),
+        "weights": put(tensorfile.encode(mask.pack(hidden_weights(seed=number)))),
+        "mask": put(tensorfile.encode(mask.to_tensors())),
+    }
+    return bench.server.offer(number, recipe, widths=(HIDDEN,), **blobs)
+
+
+def test_a_mask_is_pulled_with_the_weights_and_an_average_lasts_from_round_to_round(bench: Bench) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, mask="hard", average=0.5, calibrate=True)
+    mask = ElementMask({"w1": np.arange(48).reshape(8, 6) % 3 > 0})
+    bench.server.plan = [hidden_offer(bench, n, recipe, mask) for n in (1, 2)]
+    bench.run()
+    one, two = (mask.unpack(bench.server.result(n)) for n in (1, 2))
+    with bench.reopened() as store:
+        record = store.slots.current()
+        assert record is not None
+        serves = tensorfile.load(bench.root / "state" / "serving" / record.slot / "weights.safetensors")
+        assert not store.own.read()  # the job is over
+    for name in ("w1", "gamma", "beta", "w2", "b2"):
+        np.testing.assert_allclose(serves[name], 0.5 * one[name] + 0.5 * two[name], rtol=1e-6, atol=1e-7)
+    assert not serves["w1"][~mask.active["w1"]].any()
+    assert "accuracy_average" in bench.server.updates[2].metrics
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(mask="hard", calibrate=True),
+        Recipe(mask="hard", average=0.5, calibrate=True),
+        Recipe(mask="hard", average=0.5, personal=("*",), report_squares=True),
+    ],
+    ids=["calibrated", "average", "everything"],
+)
+def test_what_a_board_keeps_of_its_own_is_counted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
+    """In files of the model's size, as the planner counts them; records of what is kept hold one or two."""
+    seen = list[int]()
+
+    def look() -> None:
+        paths = [p for p in (bench.root / "state").rglob("*") if p.is_file()]
+        files = {p.stat().st_ino: p for p in paths if p.suffix not in (".json", ".onnx") and p.name != "lock"}
+        kept = sum(p.parent.name == "own" for p in files.values()) * ((recipe.average > 0) + bool(recipe.personal))
+        sizes = [p.stat().st_size for p in files.values() if p.parent.name != "own"]
+        seen.append(kept + sum(round(n / weights) for n in sizes if n not in graphs))
+
+    def watched(owner: type, name: str) -> None:
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda self, *given: (plain(self, *given), look())[0])
+
+    watched(ModelSlots, "stage")
+    watched(ModelSlots, "install")
+    watched(FolderStateStore, "stage")
+    watched(FolderStateStore, "commit")
+    mask = ElementMask({"w1": np.ones((8, 6), np.bool_)})
+    offers = [hidden_offer(bench, n, recipe, mask) for n in (1, 2, 3, 4)]
+    weights, graphs = offers[0].weights.size, {offers[0].training.size, offers[0].inference.size}
+    bench.server.plan = offers
+    bench.run()
+    assert 0 <= WEIGHT_FILES + recipe.own_files - max(seen) <= 2
+
+
+def test_an_offer_whose_mask_does_not_fit_is_refused(bench: Bench) -> None:
+    mask = ElementMask({"w1": np.arange(48).reshape(8, 6) % 3 > 0})
+    offer = hidden_offer(bench, 1, Recipe(mask="hard"), mask)
+    other = bench.server.blobs.put(tensorfile.encode({"w1": np.zeros(6, np.uint8)}))
+    bench.server.plan = [replace(offer, mask=other)]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    refusal = bench.server.of(Refusal)[0]
+    assert refusal.exit_code == ExitCode.BUNDLE
+    assert "mask and weights of the offer don't fit each other" in refusal.reason
+
+
+@pytest.mark.parametrize(
+    ("tensors", "code"),
+    [
+        ({"w": np.zeros((3, 5), np.float32), "b": np.zeros(3, np.float32)}, ExitCode.TRAINING),
+        ({"w": np.zeros((3, 6), np.float32)}, ExitCode.TRAINING),
+        (None, ExitCode.BUNDLE),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(bench: Bench, tensors: Tensors | None, code: int) -> None:
+    raw = b"no tensors" if tensors is None else tensorfile.encode(tensors)
+    bench.server.plan = [bench.server.offer(1, weights=bench.server.blobs.put(raw))]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    assert bench.server.of(Refusal)[0].exit_code == code
+
+
+def test_weights_at_other_offsets_than_the_inference_graph_expects_are_refused(bench: Bench, weights: Tensors) -> None:
+    raw = tensorfile.encode(weights, {"made": "by someone else" * 9})
+    bench.server.plan = [bench.server.offer(1, weights=bench.server.blobs.put(raw))]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    assert "canonical" in bench.server.of(Refusal)[0].reason
+
+
+def test_a_model_that_contradicts_its_training_graph_never_serves(bench: Bench, weights: Tensors) -> None:
+    server = bench.server
+    server.plan = [server.offer(1)]
+    bench.run()
+    # The offset of the graph's second tensor, changed in place: it reads b from the middle of w.
+    graph = server.blobs.read(server.graphs["inference"].sha256)
+    raw = tensorfile.encode(weights)
+    start = tensorfile.offsets(raw)["b"][2]
+    wrong = graph.replace(str(start).encode(), str(start - 16).encode())
+    assert wrong != graph
+    server.plan = [server.offer(2, inference=server.blobs.put(wrong))]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    assert server.of(Refusal)[0].exit_code == ExitCode.MODEL
+    with bench.reopened() as store:
+        serving = store.slots.current()
+        assert serving is not None
+        assert serving.round == 1
+
+
+def test_a_refused_offer_that_comes_again_is_refused_again(bench: Bench) -> None:
+    bench.server.plan = [bench.server.offer(1, recipe={"epochs": 0})]
+    times = []
+
+    def react(message: Any) -> None:
+        if isinstance(message, Refusal):
+            times.append(message)
+            if len(times) == 3:
+                assert bench.agent is not None
+                bench.agent.stop()
+
+    bench.server.react = react
+    bench.run(until_finished=False)
+    assert len(set(map(str, times))) == 1

@@ -1,0 +1,304 @@
+"""Restarts, further attempts, and what a disk loses: an agent goes on where it was."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.core.errors import ExitCode, StorageFullError
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
+from fedprune.wire.messages import Birth, Cancelled, Gone, Progress, Refusal, Update, Want
+from fedprune_device.agent.offer_handler import OfferHandler
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.privacy.policy import PrivacyPolicy
+from fedprune_device.storage.state_directory import DeviceStore
+from support.fakes.agent_harness import LONG, Bench, expected, same
+
+pytestmark = pytest.mark.board
+
+
+def test_an_update_that_was_not_accepted_is_announced_after_a_restart_without_training(
+    bench: Bench, graphs: Path, weights: Tensors, data: LocalData
+) -> None:
+    server = bench.server
+    server.plan, server.accepts = [server.offer(1)], False
+    bench.stop_on(Update)
+    bench.run(until_finished=False)
+    first = server.of(Update)[0]
+    server.accepts, server.react = True, lambda _: None
+    server.seen.clear()
+    bench.run()
+    assert server.updates[1] == first
+    assert not [p for p in server.of(Progress) if p.phase == "train"]
+    assert server.of(Birth)[0].held == {"job": "job", "round": 1, "attempt": 0}
+
+
+def test_training_that_was_cut_off_is_done_again_to_the_same_bits(
+    bench: Bench, graphs: Path, weights: Tensors, data: LocalData
+) -> None:
+    server = bench.server
+    recipe = Recipe(epochs=60, batch_size=1, lr=1e-3)
+    server.plan = [server.offer(1, recipe)]
+    bench.stop_on(Progress, phase="train")
+    bench.run(until_finished=False)
+    assert not server.of(Update)
+    server.react = lambda _: None
+    bench.run()
+    assert same(server.result(1), expected(graphs, weights, data, 1, recipe))
+
+
+def test_a_round_that_promises_less_than_the_owner_asks_for_by_now_is_not_gone_on_with(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, Recipe(epochs=60, batch_size=1, lr=1e-3))]
+    bench.stop_on(Progress, phase="train")
+    bench.run(until_finished=False)
+    bench.floor = PrivacyPolicy()
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    assert server.of(Refusal)[0].exit_code == ExitCode.PRIVACY
+    assert not server.of(Update)
+    with bench.reopened() as store:
+        assert store.task is not None
+        assert store.task.done
+
+
+def test_a_round_goes_on_after_a_restart_beside_an_older_update(bench: Bench) -> None:
+    server = bench.server
+    server.plan, server.accepts = [server.offer(1)], False
+    recipe = Recipe(epochs=60, batch_size=1, lr=1e-3)
+
+    def react(message: Any) -> None:
+        if isinstance(message, Update):
+            server.plan = [server.offer(2, recipe)]
+            server.say(server.plan[0])
+        elif isinstance(message, Progress) and (message.phase, message.round) == ("train", 2):
+            assert bench.agent is not None
+            bench.agent.stop()
+
+    server.react = react
+    bench.run(until_finished=False)
+    server.react, server.accepts = lambda _: None, True
+    bench.run()
+    assert 2 in server.updates
+
+
+def test_the_same_round_offered_again_takes_the_update_that_is_there(bench: Bench) -> None:
+    server = bench.server
+    server.plan, server.accepts = [server.offer(1)], False
+
+    def react(message: Any) -> None:
+        if isinstance(message, Update) and message.attempt == 0:
+            server.accepts = True
+            server.plan = [server.offer(1, attempt=1)]
+            server.say(server.plan[0])
+
+    server.react = react
+    bench.run()
+    assert server.updates[1].attempt == 1
+    assert len({m.metrics["train_seconds"] for m in server.of(Update)}) == 1
+
+
+def test_another_attempt_at_the_same_work_goes_on_where_the_first_one_is(
+    bench: Bench, graphs: Path, weights: Tensors, data: LocalData
+) -> None:
+    server, recipe = bench.server, Recipe(epochs=60, batch_size=1, lr=1e-3)
+    server.plan = [server.offer(1, recipe)]
+
+    def react(message: Any) -> None:
+        if isinstance(message, Progress) and message.phase == "train" and message.attempt < 5:
+            server.plan = [server.offer(1, recipe, attempt=message.attempt + 1)]
+            server.say(server.plan[0])
+
+    server.react = react
+    bench.run()
+    done = [(p.attempt, p.done) for p in server.of(Progress) if p.phase == "train"]
+    assert server.updates[1].attempt >= 2
+    assert done == sorted(done)
+    assert [d for _, d in done] == sorted({d for _, d in done})
+    assert same(server.result(1), expected(graphs, weights, data, 1, recipe))
+
+
+def test_another_attempt_while_pulling_asks_for_nothing_twice(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1)]
+    wants: list[Want] = []
+
+    def react(message: Any) -> None:
+        if isinstance(message, Want) and message.sha256 == server.graphs["inference"].sha256:
+            wants.append(message)
+            server.plan = [server.offer(1, attempt=1)]
+            server.say(server.plan[0])
+
+    server.react = react
+    bench.run()
+    assert server.updates[1].attempt == 1
+    assert len(wants) == 1
+
+
+def test_another_attempt_at_other_work_begins_anew(bench: Bench, weights: Tensors) -> None:
+    server = bench.server
+    other = server.blobs.put(tensorfile.encode({n: v + 1 for n, v in weights.items()}))
+    server.plan = [server.offer(1, LONG)]
+
+    def react(message: Any) -> None:
+        if isinstance(message, Progress) and message.phase == "train" and message.attempt == 0:
+            server.plan = [server.offer(1, attempt=1, weights=other)]
+            server.say(server.plan[0])
+
+    server.react = react
+    bench.run()
+    assert (server.updates[1].attempt, server.updates[1].base) == (1, other.sha256)
+
+
+def test_a_server_that_lost_its_state_can_begin_again(bench: Bench, weights: Tensors) -> None:
+    server = bench.server
+    server.plan, server.ends = [server.offer(1), server.offer(2)], False
+    bench.stop_on(Update, round=2)
+    bench.run(until_finished=False)
+    before = {u.weights for u in server.of(Update)}
+    other = server.blobs.put(tensorfile.encode({n: v + 1 for n, v in weights.items()}))
+    server.react, server.ends = lambda _: None, True
+    server.updates.clear()
+    server.plan = [server.offer(1, weights=other)]
+    bench.run()
+    assert server.updates[1].weights not in before
+
+
+def test_an_offer_that_comes_late_again_changes_nothing(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1), server.offer(2, Recipe(epochs=40, batch_size=1, lr=1e-3))]
+
+    def react(message: Any) -> None:
+        if isinstance(message, Progress) and message.round == 2:
+            server.say(server.offer(1))
+
+    server.react = react
+    bench.run()
+    assert sorted(server.updates) == [1, 2]
+    assert not [p for p in server.of(Progress)[-1:] if p.round == 1]
+
+
+def test_what_a_cancelled_offer_pulled_is_cleared_away(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, LONG)]
+
+    def react(message: Any) -> None:
+        if isinstance(message, Progress) and message.phase == "train":
+            server.plan = []
+            server.say(Cancelled("job", 1, 0, "too late"))
+            bench.stop_once_quiet()
+
+    server.react = react
+    bench.run(until_finished=False)
+    with bench.reopened() as store:
+        assert not store.blobs.has(server.weights.sha256)
+
+
+def test_what_a_refused_offer_pulled_is_cleared_away(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, classes=2)]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    with bench.reopened() as store:
+        assert not store.blobs.has(server.weights.sha256)
+
+
+def test_what_nobody_refers_to_is_cleared_away_at_the_start(bench: Bench) -> None:
+    with bench.reopened() as store:
+        left = store.blobs.put(b"of a process that was killed").sha256
+    bench.server.plan = [bench.server.offer(1, recipe={"epochs": 0})]
+    bench.stop_on(Birth)
+    bench.run(until_finished=False)
+    with bench.reopened() as store:
+        assert not store.blobs.has(left)
+
+
+def test_room_that_an_offer_will_free_counts_for_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, attempt=3)]
+    free = 3 * server.weights.size + 2 * max(b.size for b in server.graphs.values())
+    with bench.reopened() as store:
+        store.blobs.put(bytes(free))
+    monkeypatch.setattr(DeviceStore, "free_bytes", lambda s: free - sum(map(s.blobs.size, s.blobs.names())))
+    monkeypatch.setattr(OfferHandler, "resume", lambda *_: None)  # or it would be gone by then
+    bench.run()
+    assert not server.of(Refusal)
+
+
+@pytest.mark.parametrize("blob", ["weights", "plain", "inference"])
+def test_a_blob_that_the_disk_damaged_is_pulled_again(
+    bench: Bench, graphs: Path, weights: Tensors, data: LocalData, blob: str
+) -> None:
+    server = bench.server
+    bench.damage({"weights": server.weights, **server.graphs}[blob])
+    server.plan = [server.offer(1, Recipe(epochs=2, batch_size=16), attempt=1)]
+    bench.run()
+    assert same(server.result(1), expected(graphs, weights, data, 1))
+
+
+def test_what_the_disk_damaged_is_not_deleted_once_another_attempt_pulls_it(
+    bench: Bench, graphs: Path, weights: Tensors, data: LocalData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, damaged = bench.server, bench.damage()
+    listens, remove = threading.current_thread(), Path.unlink
+    offered, pulled, deleted = threading.Event(), threading.Event(), threading.Event()
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        """Offer the other attempt just as the damaged file is gone, and let it be pulled before anything else is."""
+        remove(path, missing_ok=missing_ok)
+        if path == damaged and not offered.is_set():
+            offered.set()
+            server.plan = [server.offer(1, Recipe(epochs=2, batch_size=16), attempt=1)]
+            server.say(server.plan[0])
+            if threading.current_thread() is not listens:
+                pulled.wait(30)
+        elif offered.is_set() and path.name == damaged.name:
+            deleted.set()
+
+    def react(message: Any) -> None:
+        if isinstance(message, Want) and message.sha256 == damaged.name:
+            pulled.set()
+            deleted.wait(30)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    server.react = react
+    bench.run()
+    assert offered.is_set()
+    assert not server.of(Refusal)
+    assert same(server.result(1), expected(graphs, weights, data, 1))
+
+
+def test_a_damaged_blob_for_which_there_is_no_room_any_more_is_a_refusal(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageFullError("no room")
+
+    bench.damage()
+    bench.stop_on(Refusal)
+    monkeypatch.setattr(BlobStore, "check_room", full)
+    bench.run(until_finished=False)
+    assert bench.server.of(Refusal)[0].exit_code == ExitCode.STORAGE_FULL
+
+
+def test_a_blob_that_the_server_no_longer_has_is_a_refusal(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, weights=BlobRef.of(b"nowhere"))]
+    bench.stop_on(Refusal)
+    stop = server.react
+
+    def react(message: Any) -> None:
+        if isinstance(message, Want) and not server.blobs.has(message.sha256):
+            server.say(Gone(message.sha256))
+        stop(message)
+
+    server.react = react
+    bench.run(until_finished=False)
+    assert "no longer has" in server.of(Refusal)[0].reason

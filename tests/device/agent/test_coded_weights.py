@@ -1,0 +1,115 @@
+"""The agent pulls what weights can be decoded from, and the weights themselves where that leads nowhere."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.codec import Codec, weights
+from fedprune.core import tensorfile
+from fedprune.model.selection import Tensors
+from fedprune.wire.messages import Finished, Hello, Refusal, Want
+from fedprune.wire.offer import Offer
+from fedprune_device.agent.agent import Agent
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.storage.state_directory import DeviceStore
+from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
+
+pytestmark = pytest.mark.board
+
+INT8 = Codec("int8")
+
+
+class Rounds:
+    """A server whose second round's weights are a difference to the first's, and the board."""
+
+    def __init__(self, root: Path, graphs: Path, first: Tensors, data: LocalData) -> None:
+        self.root, self.data, self.first = root, data, first
+        self.server = MemoryServer(root / "server", graphs, first)
+        moved = {n: (v + np.float32(0.01)).astype(np.float32) for n, v in first.items()}
+        self.raw = weights.encode(INT8, moved, first, set(first))
+        self.second = weights.decode(INT8, self.raw, first, 10**6)
+        self.server.plan = [self.server.offer(1, weights_codec="int8"), self.offer(self.raw)]
+
+    def offer(self, raw: bytes) -> Offer:
+        put = self.server.blobs.put
+        held = self.server.weights.sha256
+        whole = put(tensorfile.encode(self.second))
+        return self.server.offer(2, weights=whole, weights_codec="int8", coded=put(raw), held=held)
+
+    def run(self, until_finished: bool = True) -> None:
+        with DeviceStore(self.root / "state") as store:
+            agent = Agent("d", "site", store, MemoryLink(self.server), self.data, clock=clock)
+            late = threading.Timer(60, agent.stop)
+            late.start()
+            self.server.react = lambda m: agent.stop() if isinstance(m, Refusal) else None
+            agent.run(until_finished)
+            assert late.is_alive(), self.server.seen[-5:]
+            late.cancel()
+
+    @property
+    def pulled(self) -> set[str]:
+        return {m.sha256 for m in self.server.of(Want)}
+
+    def trained_on(self) -> str:
+        return self.server.updates[2].base
+
+
+@pytest.fixture
+def rounds(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> Rounds:
+    return Rounds(tmp_path, graphs, weights, data)
+
+
+def named(offer: Offer) -> tuple[str, str]:
+    """Digests of the weights and of what they can be decoded from."""
+    assert offer.coded is not None
+    return offer.weights.sha256, offer.coded.sha256
+
+
+def test_a_difference_is_pulled_instead_of_the_weights(rounds: Rounds) -> None:
+    rounds.run()
+    whole, coded = named(rounds.server.plan[1])
+    assert coded in rounds.pulled
+    assert whole not in rounds.pulled
+    assert rounds.trained_on() == whole
+
+
+def test_without_the_old_weights_the_new_ones_are_pulled(rounds: Rounds) -> None:
+    rounds.server.plan = rounds.server.plan[1:]
+    rounds.run()
+    whole, coded = named(rounds.server.plan[0])
+    assert whole in rounds.pulled
+    assert coded not in rounds.pulled
+
+
+@pytest.mark.parametrize("what", ["rubbish", "others"])
+def test_what_leads_to_other_weights_costs_a_pull_and_no_round(rounds: Rounds, what: str) -> None:
+    other = {n: (v + np.float32(1)).astype(np.float32) for n, v in rounds.first.items()}
+    raw = b"rubbish" * 99 if what == "rubbish" else weights.encode(INT8, other, rounds.first, set(other))
+    rounds.server.plan[1] = rounds.offer(raw)
+    rounds.run()
+    assert set(named(rounds.server.plan[1])) <= rounds.pulled
+    assert rounds.trained_on() == named(rounds.server.plan[1])[0]
+    assert not rounds.server.of(Refusal)
+
+
+def test_weights_are_kept_for_as_long_as_the_next_ones_may_need_them(rounds: Rounds) -> None:
+    """Of a job that sends no differences nothing is kept."""
+    plan, rounds.server.ends = rounds.server.plan, False
+    for offer, kept in ((plan[0], True), (replace(plan[0], round=2, weights_codec=None), False)):
+        rounds.server.plan = [offer]
+        with DeviceStore(rounds.root / "state") as store:
+            agent = Agent("d", "site", store, MemoryLink(rounds.server), rounds.data, clock=clock)
+
+            def watch(agent: Agent = agent, number: int = offer.round) -> None:
+                if agent.quiet and number in rounds.server.updates:
+                    agent.stop()
+
+            rounds.server.watch = watch
+            agent.run()
+            assert store.blobs.has(offer.weights.sha256) == kept
+    assert not {Finished, Hello} & {type(m) for m in rounds.server.seen}

@@ -1,0 +1,119 @@
+"""Private updates on a board: what leaves it is clipped and noised anew each time, and what serves is neither."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.codec import Codec, decode
+from fedprune.core.errors import ConfigError
+from fedprune.model.element_mask import ElementMask
+from fedprune.training.recipe import Recipe
+from fedprune.wire.offer import Offer
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.storage.local_state import LocalState
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.round_runner import MEASURED, RoundRunner
+from support.fakes.hidden_board import DEVICE, HiddenBoard, hidden_weights
+
+pytestmark = pytest.mark.board
+
+PLAIN = Recipe(epochs=1, batch_size=16)
+SENT = hidden_weights(seed=1)
+STATISTICS = ("mean", "var")
+
+
+@pytest.fixture
+def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
+    return HiddenBoard(tmp_path / "state", graphs, data)
+
+
+def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Any, LocalState | None]:
+    """The update's bytes and message, and the newest record of what the board keeps."""
+    with DeviceStore(board.root) as store:
+        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, shelf=store.own)
+        update = bench.commit(bench.make(offer))
+        kept = [LocalState.from_bytes(r) for r in store.own.read().values()]
+        return store.blobs.read(update.weights.sha256), update, max(kept, key=lambda own: own.round, default=None)
+
+
+def private(board: HiddenBoard, clip: float, noise: float, **settings: Any) -> Any:
+    recipe = replace(PLAIN, update_clip=clip, update_noise=noise)
+    return board.carry_out(board.offer(1, recipe, SENT, graph="kept", **settings))
+
+
+def test_a_huge_clip_without_noise_hands_in_the_very_bits_that_were_trained(board: HiddenBoard) -> None:
+    _, plain, serves = board.carry_out(board.offer(1, PLAIN, SENT, graph="kept"))
+    _, sent, serves_private = private(board, 1e6, 0.0)
+    for name, value in plain.items():
+        assert sent[name].tobytes() == (SENT if name in STATISTICS else plain)[name].tobytes(), name
+        assert serves_private[name].tobytes() == serves[name].tobytes() == value.tobytes(), name
+
+
+def test_an_update_is_as_long_as_it_may_be(board: HiddenBoard) -> None:
+    _, sent, serves = private(board, 0.01, 0.0)
+    moved = {n: sent[n].astype(np.float64) - SENT[n] for n in sent if n not in STATISTICS}
+    assert math.sqrt(sum(float((v**2).sum()) for v in moved.values())) == pytest.approx(0.01, rel=1e-3)
+    assert any(np.abs(serves[n] - SENT[n]).max() > 0.01 for n in moved), "what serves is not clipped"
+
+
+def test_of_masked_tensors_the_active_elements_are_clipped_and_noised(board: HiddenBoard) -> None:
+    random = np.random.default_rng(3)
+    mask = ElementMask({n: random.random(SENT[n].shape) < 0.5 for n in ("w1", "w2")})
+    packed = mask.pack(SENT)
+    for clip, noise in ((1e6, 0.0), (0.01, 0.0), (1e-6, 0.5)):
+        recipe = replace(PLAIN, mask="hard", update_clip=clip, update_noise=noise)
+        _, sent, serves = board.carry_out(board.offer(1, recipe, SENT, graph="masked", mask=mask))
+        assert {n: v.shape for n, v in sent.items()} == {n: v.shape for n, v in packed.items()}
+        moved = np.concatenate([(sent[n] - packed[n]).ravel() for n in sent if n not in STATISTICS])
+        if clip > 1:
+            trained = mask.pack(serves)
+            assert all(np.array_equal(sent[n], trained[n]) for n in sent if n not in STATISTICS)
+        elif not noise:
+            assert np.linalg.norm(moved) == pytest.approx(clip, rel=1e-3)
+        else:
+            assert 0.3 < moved.std() < 0.7
+
+
+def test_noise_is_another_one_each_time_and_not_in_what_serves(board: HiddenBoard) -> None:
+    _, first, serves = private(board, 1.0, 0.5)
+    _, second, serves_again = private(board, 1.0, 0.5)
+    for name in first:
+        assert serves[name].tobytes() == serves_again[name].tobytes()
+        assert np.array_equal(first[name], second[name]) == (name in STATISTICS), name
+    noise = np.concatenate([(first[n] - second[n]).ravel() for n in first if n not in STATISTICS])
+    assert 0.4 < noise.std() / math.sqrt(2) < 0.6  # of 91 elements
+
+
+@pytest.mark.parametrize("text", ["zlib", "float16", "int8", "top-k:0.25"])
+def test_codecs_see_what_is_noised_alone(board: HiddenBoard, text: str) -> None:
+    recipe = replace(PLAIN, update_clip=1e-6, update_noise=0.5)
+    raw, _, own = carry_out(board, board.offer(1, recipe, SENT, graph="kept", codec=text))
+    codec = Codec.parse(text)
+    assert codec is not None
+    found = decode(codec, raw, SENT, set(SENT) - set(STATISTICS))
+    moved = np.concatenate([(found[n] - SENT[n]).ravel() for n in found if n not in STATISTICS])
+    left = [] if own is None else [own.residual.get(n, np.zeros(0)).ravel() for n in SENT]
+    # A millionth of an update and much noise: what travels, and what is left for later, is of the noise.
+    assert 0.3 < np.sqrt((moved**2).mean()) < 0.7
+    assert all(np.abs(v).max(initial=0) < 2.5 for v in left)
+    assert any(v.any() for v in left) == codec.feedback
+
+
+def test_a_private_board_tells_nothing_that_it_measured_on_samples(board: HiddenBoard) -> None:
+    update, _, _ = board.carry_out(board.offer(1, PLAIN, SENT, graph="kept"))
+    noised, _, _ = private(board, 1.0, 0.1)
+    assert set(update.metrics) > set(noised.metrics) == MEASURED
+    assert (noised.samples, noised.steps) == (update.samples, update.steps)
+
+
+def test_an_offer_that_would_tell_more_is_refused(board: HiddenBoard) -> None:
+    offer = board.offer(1, PLAIN, SENT, graph="kept")
+    told = replace(offer, recipe={**offer.recipe, "update_clip": 1.0, "report_squares": True})
+    with pytest.raises(ConfigError, match="report_squares under privacy"):
+        board.carry_out(told)

@@ -1,0 +1,396 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import DataError, ModelError
+from fedprune.training.recipe import Recipe
+from fedprune.wire.messages import Birth
+from fedprune_device.agent.agent import Agent
+from fedprune_device.api.live_model import LiveModel
+from fedprune_device.client import BoardError
+from fedprune_device.data.image_decoding import Pixels
+from fedprune_device.serving.model_slots import ModelSlots, Serving
+from fedprune_device.storage.state_directory import DeviceStore
+from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
+from support.fakes.local_board import NAMES, LocalBoard, ask, npy, request, softmax, weights_of
+
+pytestmark = pytest.mark.board
+
+X = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
+NPY = "application/x-npy"
+
+
+# Predictions
+
+
+def test_a_batch_is_predicted_as_the_model_computes_it(served: LocalBoard) -> None:
+    found = served.board.predict(X)
+    weights = weights_of(1)
+    np.testing.assert_allclose(found.probabilities, softmax(X @ weights["w"].T + weights["b"]), atol=1e-5)
+    assert found.classes == np.argmax(found.probabilities, 1).tolist()
+    assert (found.job, found.round) == ("job", 1)
+    current = served.slots.current()
+    assert current is not None
+    assert found.digest == current.weights
+    assert [p["name"] for p in found.predictions] == [NAMES[c] for c in found.classes]
+
+
+def test_what_the_boards_own_labels_say_is_in_the_probabilities(local: LocalBoard) -> None:
+    weights = local.install(1, offset=(0.0, 3.0, 0.0), present=(1.0, 1.0, 0.0))
+    with local.serving():
+        found = local.board.predict(X).probabilities
+    logits = X @ weights["w"].T + weights["b"] + [0, 3, 0]
+    logits[:, 2] = 0
+    np.testing.assert_allclose(found, softmax(logits), atol=1e-5)
+
+
+def bodies(x: Any) -> dict[str, tuple[bytes, str]]:
+    """The same samples in every form."""
+    return {
+        "json": (json.dumps({"x": x.tolist()}).encode(), "application/json"),
+        "npy": (npy(x), NPY),
+        "npy of doubles": (npy(x.astype(float)), NPY),
+        "npy in Fortran's order": (npy(np.asfortranarray(x)), NPY),
+        "raw": (x.tobytes(), "application/octet-stream"),
+        "safetensors": (safetensors.numpy.save({"x": x}), "application/safetensors"),
+        "safetensors as the device writes them": (tensorfile.encode({"x": x}), "application/safetensors"),
+    }
+
+
+@pytest.mark.parametrize("form", bodies(X))
+def test_samples_may_come_in_several_forms(open_board: LocalBoard, form: str) -> None:
+    wanted = softmax(X @ weights_of(1)["w"].T + weights_of(1)["b"])
+    for x in (X, X[:1], X[0]):
+        body, kind = bodies(x)[form]
+        status, answer = ask(open_board, request("POST", "/v1/predict", body, Content_Type=kind))
+        assert status == 200, answer
+        np.testing.assert_allclose(
+            [p["probabilities"] for p in answer["predictions"]], wanted[: len(x) if x.ndim == 2 else 1], atol=1e-5
+        )
+
+
+def test_the_client_takes_arrays_and_lists(served: LocalBoard) -> None:
+    wanted = served.board.predict(X).probabilities
+    for x in (X.tolist(), X.astype(float), np.asfortranarray(X)):
+        np.testing.assert_allclose(served.board.predict(x).probabilities, wanted, atol=1e-6)
+
+
+def test_the_likeliest_alone_can_be_asked_for(served: LocalBoard) -> None:
+    all_of_them = served.board.predict(X).probabilities
+    for row, found in zip(np.array(all_of_them), served.board.predict(X, top=2).predictions, strict=True):
+        assert [t["class"] for t in found["top"]] == np.argsort(-row, kind="stable")[:2].tolist()
+        assert [t["name"] for t in found["top"]] == [NAMES[t["class"]] for t in found["top"]]
+        assert "probabilities" not in found
+
+
+SAFETENSORS = "application/safetensors"
+JSON = "application/json"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "what"),
+    [
+        (NPY, npy(X[:, :5]), "shape of the input"),
+        (NPY, npy(np.zeros((65, 6), np.float32)), "number of samples"),
+        (NPY, npy(np.zeros((0, 6), np.float32)), "number of samples"),
+        (NPY, npy(np.full((1, 6), np.nan, np.float32)), "not finite"),
+        (NPY, npy(np.zeros((1, 6), np.int64)), "type of the input"),
+        (NPY, npy(np.full((1, 6), 1e300)), "not finite"),
+        (NPY, npy(np.zeros((1, 6), np.uint8)), "type of the numbers"),
+        (NPY, npy(np.zeros((1, 6), [("a", "<f4")])), "type of the numbers"),
+        (NPY, npy(X)[:-1], "bytes of float32 [5, 6]"),
+        (NPY, npy(X) + b"1", "bytes of float32 [5, 6]"),
+        (NPY, npy(X).replace(b"(5, 6)", b"(5.,6)"), "no .npy file"),
+        (NPY, npy(X).replace(b"(5, 6)", b"(-5,6)"), "bytes of float32 [-5, 6]"),
+        (NPY, npy(X)[:9], "no .npy file"),
+        (NPY, b"", "no .npy file"),
+        (SAFETENSORS, safetensors.numpy.save({"y": X}), "tensors in the body"),
+        (SAFETENSORS, safetensors.numpy.save({"x": X.astype(np.uint8)}), "type of the numbers"),
+        (SAFETENSORS, safetensors.numpy.save({"x": X})[:-1], "no safetensors file"),
+        (SAFETENSORS, b"", "no safetensors file"),
+        ("application/octet-stream", X.tobytes()[:-1], "bytes of raw numbers"),
+        ("application/octet-stream", b"", "bytes of raw numbers"),
+        (JSON, b'{"x": [[1, 2, 3, 4, 5, 6], [1]]}', "x"),
+        (JSON, b'{"x": ["a", "b"]}', "x"),
+        (JSON, b'{"x": [1e999, 2, 3, 4, 5, 6]}', "not finite"),
+        (JSON, b'{"x": []}', "shape of the input"),
+        (JSON, b'{"x": 5}', "shape of the input"),
+    ],
+)  # fmt: skip
+def test_an_input_that_does_not_fit_is_said_so(open_board: LocalBoard, kind: str, body: bytes, what: str) -> None:
+    status, answer = ask(open_board, request("POST", "/v1/predict", body, Content_Type=kind))
+    assert status == 422, answer
+    assert what in answer["error"]["what"]
+
+
+def test_objects_are_never_unpickled(served: LocalBoard) -> None:
+    file = io.BytesIO()
+    np.save(file, np.array([print], object), allow_pickle=True)
+    status, answer = ask(served, request("POST", "/v1/predict", file.getvalue(), Content_Type=NPY))
+    assert (status, answer["error"]["what"]) == (422, "bytes of object [1]")
+
+
+def test_before_the_first_model_the_board_says_so_and_then_finds_it(local: LocalBoard) -> None:
+    with local.serving():
+        status, answer = ask(local, request("POST", "/v1/predict", npy(X), Content_Type=NPY))
+        assert (status, answer["error"]["what"]) == (503, "no model serves yet")
+        assert not local.board.healthy()
+        local.install(1)
+        deadline = time.monotonic() + 20
+        while not local.board.healthy():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert local.board.predict(X).round == 1
+
+
+def test_every_answer_is_of_one_whole_model_while_models_are_swapped(local: LocalBoard) -> None:
+    rounds = range(1, 13)
+    wanted = {n: softmax(X @ weights_of(n)["w"].T + weights_of(n)["b"]) for n in rounds}
+    local.install(1)
+    seen: list[list[int]] = [[], [], []]
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def predict(mine: list[int]) -> None:
+        try:
+            while not done.is_set():
+                found = local.board.predict(X)
+                np.testing.assert_allclose(found.probabilities, wanted[found.round], atol=1e-5)
+                mine.append(found.round)
+        except BaseException as error:  # noqa: BLE001 - handed to the test
+            errors.append(error)
+
+    with local.serving():
+        threads = [threading.Thread(target=predict, args=(mine,)) for mine in seen]
+        for thread in threads:
+            thread.start()
+        for n in rounds[1:]:
+            local.install(n)
+            local.model.look()
+            before, deadline = sum(map(len, seen)), time.monotonic() + 60
+            while sum(map(len, seen)) == before and not errors:  # else all may be over before anybody has asked
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not errors, errors[0]
+    assert all(mine == sorted(mine) for mine in seen)  # never back to an older model
+    assert len({n for mine in seen for n in mine}) > 1
+
+
+def test_a_model_that_fails_its_check_does_not_answer(local: LocalBoard, caplog: pytest.LogCaptureFixture) -> None:
+    local.install(1)
+    with local.serving():
+        bad = tensorfile.encode({"w": np.full((3, 6), np.inf, np.float32), "b": np.zeros(3, np.float32)})
+        local.slots.stage(local.graph, bad)
+        graph = tensorfile.digest(local.graph.read_bytes())
+        local.slots.install(Serving("job", 2, 3, graph, tensorfile.digest(bad)))
+        local.model.look()
+        assert local.board.predict(X).round == 1
+        assert "not finite" in caplog.text
+        local.install(3)
+        local.model.look()
+        assert local.board.predict(X).round == 3
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_again_with_growing_pauses(local: LocalBoard) -> None:
+    now, tries = [0.0], list[float]()
+    local.install(1)
+    with LiveModel(local.root / "state" / "serving", clock=lambda: now[0]) as model:
+        real = model._slots.open
+
+        def flaky(threads: int, **options: Any) -> Any:
+            tries.append(now[0])
+            if len(tries) < 8:
+                raise MemoryError if len(tries) % 2 else ModelError("no memory just now")
+            return real(threads, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model._slots, "open", flaky)
+            local.install(2)
+            while len(tries) < 8:
+                with contextlib.suppress(MemoryError):
+                    model.look()
+                now[0] += 1
+            pauses = np.diff(tries)
+            assert (pauses[1:] > pauses[:-1]).sum() >= 5
+            assert max(pauses) <= 601
+            assert model.serving().record.round == 2
+            for _ in range(1000):
+                model.look()
+                now[0] += 1
+            assert len(tries) == 8, "what is loaded isn't loaded again"
+
+
+def test_a_board_starts_also_with_a_model_that_breaks_what_loads_it(
+    local: LocalBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.install(1)
+
+    def broken(*_: object) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(ModelSlots, "open", broken)
+    with local.serving():
+        assert ask(local, request("GET", "/v1/health"))[1] == {"status": "ok", "serves": False}
+
+
+# Samples
+
+
+def test_samples_are_handed_in_counted_labelled_and_taken_back(served: LocalBoard) -> None:
+    board = served.board
+    one = board.add(X[0], label="bee")
+    assert (one["label"], one["name"], one["kept"], one["duplicate"]) == (1, "bee", True, False)
+    assert board.add(X[0], label=1)["duplicate"]
+    two = board.add(X[1])
+    assert (two["label"], two["kept"]) == (None, True)
+    assert board.samples()["unlabelled"] == 1
+    assert board.label(two["id"], "cat")["label"] == 2
+    counts = board.samples()
+    assert counts["classes"] == {
+        "1": {"kept": 1, "seen": 1, "name": "bee"},
+        "2": {"kept": 1, "seen": 1, "name": "cat"},
+    }
+    board.delete(one["id"])
+    board.delete(one["id"])
+    assert sum(board.samples()["parts"].values()) == 1
+    with pytest.raises(BoardError, match="there already") as found:
+        board.add(X[1], 0)
+    assert found.value.status == 409
+    with pytest.raises(BoardError, match="there is no sample") as found:
+        board.label("0" * 32, 0)
+    assert found.value.status == 404
+
+
+@pytest.mark.parametrize(("label", "status"), [("3", 422), ("-1", 422), ("dog", 422), ("", 422), ("1" * 300, 422)])
+def test_a_label_that_is_none_is_refused(open_board: LocalBoard, label: str, status: int) -> None:
+    found, answer = ask(open_board, request("POST", f"/v1/samples?label={label}", npy(X[0]), Content_Type=NPY))
+    assert found == status
+    assert "ant" in answer["error"]["expected"] or "0 to 2" in answer["error"]["expected"]
+    assert open_board.board.samples()["disk_bytes"] == 0
+
+
+def test_samples_may_come_before_the_first_model(local: LocalBoard) -> None:
+    with local.serving():
+        assert local.board.add(np.ones(6), 0)["kept"]
+        assert local.samples is not None
+        assert local.samples.names()
+
+
+def test_a_board_with_data_of_its_own_takes_no_samples(local: LocalBoard) -> None:
+    local.install(1)
+    with local.serving(takes=False):
+        for raw in (request("GET", "/v1/samples"), request("POST", "/v1/samples", npy(X[0]), Content_Type=NPY)):
+            assert ask(local, raw)[0] == 409
+        assert local.board.predict(X).round == 1
+
+
+def test_a_full_disk_is_507_and_the_next_sample_is_taken(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        status, answer = ask(served, request("POST", "/v1/samples?label=0", npy(X[0]), Content_Type=NPY))
+    assert status == 507
+    assert "No space left" in answer["error"]["what"]
+    assert served.board.add(X[0], 0)["kept"]
+
+
+def test_images_are_scaled_and_standardised(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 10, 3)).astype(np.uint8)
+    file = io.BytesIO()
+    image.fromarray(pixels).save(file, "PNG")
+    found = Pixels((0.1, 0.2, 0.3), (0.5,)).read(file.getvalue(), ("PNG",), (3, 8, 10))
+    wanted = (pixels.transpose(2, 0, 1) / 255 - np.array([0.1, 0.2, 0.3])[:, None, None]) / 0.5
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert Pixels().read(file.getvalue(), ("PNG",), (1, 4, 4)).shape == (1, 4, 4)
+
+
+def test_a_model_of_other_inputs_takes_no_images_and_says_so(served: LocalBoard) -> None:
+    status, answer = ask(served, request("POST", "/v1/predict", b"\xff\xd8", Content_Type="image/jpeg"))
+    assert (status, answer["error"]["got"]) == (422, "an image")
+
+
+@pytest.mark.parametrize("body", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(50)])
+def test_an_image_that_is_none_is_refused(body: bytes) -> None:
+    pytest.importorskip("PIL.Image")
+    with pytest.raises(DataError, match="can't be read"):
+        Pixels().read(body, ("PNG",), (3, 4, 4))
+
+
+def test_a_picture_that_would_unpack_to_more_than_memory_is_refused() -> None:
+    image = pytest.importorskip("PIL.Image")
+    file = io.BytesIO()
+    image.new("1", (14_000, 14_000)).save(file, "PNG")
+    with pytest.raises(DataError, match=r"(?i)size of an image|bomb"):
+        Pixels().read(file.getvalue(), ("PNG",), (3, 4, 4))
+
+
+# The board as a whole
+
+
+def test_status_and_health_say_what_serves(served: LocalBoard) -> None:
+    status = served.board.status()
+    assert (status["device"], status["serving"]["round"], status["input"]) == ("d", 1, [6])
+    assert served.board.healthy()
+
+
+def test_predictions_and_samples_go_on_while_a_round_is_trained(
+    local: LocalBoard, graphs: Path, weights: dict[str, Any]
+) -> None:
+    rng = np.random.default_rng(3)
+    fleet = MemoryServer(local.root / "server", graphs, weights)
+    with DeviceStore(local.root / "state") as store, local.serving():
+        assert local.samples is not None
+        for n in range(60):
+            local.samples.add(rng.standard_normal(6).astype(np.float32), n % 3)
+        trained_on = local.samples.samples
+        agent = Agent("d", "site", store, MemoryLink(fleet), local.samples, clock=clock)
+        fleet.plan = [fleet.offer(1), fleet.offer(2, Recipe(epochs=400, batch_size=1, lr=1e-4))]
+        thread = threading.Thread(target=agent.run, args=(True,))
+        thread.start()
+        during, added = 0, 0
+        while thread.is_alive():
+            if agent.standing.to_dict()["phase"] == "train" and local.board.healthy():
+                during += 1
+                assert local.board.predict(X).round in (1, 2)
+                added += local.board.add(rng.standard_normal(6), int(rng.integers(3)))["kept"]
+            else:
+                time.sleep(0.005)
+        thread.join()
+        assert during > 3
+        assert added > 3
+        births = [m for m in fleet.seen if isinstance(m, Birth)]
+        assert births[0].samples == trained_on
+        assert fleet.updates[1].samples == trained_on
+        assert fleet.updates[2].samples >= trained_on
+        assert agent.standing.to_dict()["accuracy"] == fleet.updates[2].metrics["accuracy_after"]
+        local.model.look()
+        assert local.board.predict(X).round == 2
+
+
+def test_after_a_restart_the_same_samples_are_there(local: LocalBoard) -> None:
+    local.install(1)
+    with local.serving():
+        local.board.add(X[0], 1)
+        before = local.board.samples()
+    assert not local.socket.exists()
+    with local.serving():
+        assert local.board.samples() == before
+        assert local.board.add(X[0], 1)["duplicate"]

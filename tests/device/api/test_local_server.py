@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ConfigError, StorageError
+from fedprune_device.api import http_server
+from fedprune_device.api.address import Address
+from fedprune_device.api.http_server import LocalServer
+from fedprune_device.client import Board
+from support.fakes.local_board import LocalBoard, ask, npy, parsed, received, request
+
+pytestmark = pytest.mark.board
+
+X = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
+NPY = "application/x-npy"
+GOOD = request("GET", "/v1/health")
+ALLOWED = {200, 201, 400, 403, 404, 405, 409, 411, 413, 414, 415, 422, 431, 503, 505}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# The protocol
+
+
+def test_a_connection_is_for_one_request(served: LocalBoard) -> None:
+    assert [status for status, _ in parsed(served.exchange(GOOD + GOOD))] == [200]
+
+
+def test_who_asks_before_a_body_is_told_to_go_on(served: LocalBoard) -> None:
+    body = npy(X)
+    head = request("POST", "/v1/predict", body, Content_Type=NPY, Expect="100-continue", Connection="close")
+    with served.connect() as connection:
+        connection.sendall(head[: -len(body)])
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert parsed(received(connection))[0][0] == 200
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"GET /v1/nothing HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+        (b"GET /v1/samples/../status HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+        (b"GET /v1/health?x=1 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET /v1/health?x HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET /v1/health?x=%ff HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"PUT /v1/predict HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
+        (b"GET /v1/predict HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
+        (b"GET /v1/health HTTP/1.1\r\n\r\n", 403),
+        (b"GET /v1/health\r\n\r\n", 403),
+        (b"GET /v1/health HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403),
+        (b"GET /v1/health HTTP/1.1\r\nHost: localhost.evil.example\r\n\r\n", 403),
+        (b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\nOrigin: http://a\r\n\r\n", 403),
+        (b"GET /v1/health HTTP/2.0\r\nHost: localhost\r\n\r\n", 505),
+        (b"GET / /v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: " + b"a" * 70_000 + b"\r\n\r\n", 431),
+        (b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\n\r\n", 411),
+        (b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", 411),
+        (b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1e3\r\n\r\n", 411),
+        (b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", 411),
+        (b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+        (b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999\r\n\r\n", 413),
+        (request("POST", "/v1/predict", b'{"x": [' + b"1," * 2**19 + b"1]}", Content_Type="application/json"), 413),
+        (request("POST", "/v1/predict", b"abc"), 415),
+        (request("POST", "/v1/predict", b"abc", Content_Type="text/plain"), 415),
+        (request("POST", "/v1/predict?top=0", b"abc", Content_Type=NPY), 422),
+        (request("POST", f"/v1/samples/{'0' * 32}/label", b"{", Content_Type="application/json"), 400),
+        (request("POST", f"/v1/samples/{'0' * 32}/label", b"[" * 4000, Content_Type="application/json"), 400),
+        (request("POST", f"/v1/samples/{'0' * 32}/label", b'{"label":NaN}', Content_Type="application/json"), 400),
+        (request("POST", f"/v1/samples/{'0' * 32}/label", b'{"labels":1}', Content_Type="application/json"), 400),
+        (request("POST", f"/v1/samples/{'0' * 32}/label", b'{"label":true}', Content_Type="application/json"), 422),
+        (request("POST", f"/v1/samples/{'0' * 32}/label", b'{"label":1e999}', Content_Type="application/json"), 422),
+    ],
+)  # fmt: skip
+def test_what_is_no_request_of_this_interface_is_answered_with_its_status(
+    open_board: LocalBoard, raw: bytes, status: int
+) -> None:
+    found = parsed(open_board.exchange(raw))
+    assert [s for s, _ in found] == [status]
+    assert found[0][1]["error"]["what"]
+    assert ask(open_board, GOOD)[0] == 200
+
+
+def check(open_board: LocalBoard, raw: bytes) -> None:
+    """Whatever is sent: whole answers with known statuses or none at all, no traceback, and then all is as before."""
+    found = parsed(open_board.exchange(raw))
+    for status, body in found:
+        assert status in ALLOWED
+        assert "Traceback" not in str(body)
+        assert (status < 300) == ("error" not in body)
+    assert ask(open_board, GOOD)[0] == 200
+
+
+FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZ
+@given(st.binary(max_size=400))
+def test_any_bytes_are_answered_or_the_connection_is_closed(open_board: LocalBoard, raw: bytes) -> None:
+    check(open_board, raw)
+    check(open_board, raw + b"\r\n\r\n")
+
+
+WORDS = """GET POST /v1/predict /v1/samples ?label= HTTP/1.1 : Host Content-Length Content-Type X-Shape Expect
+100-continue Connection close 0 6 99 -1 1,6 application/x-npy application/octet-stream image/png localhost %"""
+TOKENS = [*WORDS.encode().split(), b" ", b": ", b"\r\n", b"\n", b"\0", b"\xff", npy(X), npy(X)[:20], X.tobytes()]
+
+
+@FUZZ
+@given(st.lists(st.sampled_from(TOKENS), max_size=30))
+def test_pieces_of_requests_in_any_order_do_no_harm(open_board: LocalBoard, pieces: list[bytes]) -> None:
+    check(open_board, b"".join(pieces))
+
+
+@FUZZ
+@given(st.data())
+def test_damaged_requests_do_no_harm(open_board: LocalBoard, data: st.DataObject) -> None:
+    label, json = f"/v1/samples/{'0' * 32}/label", "application/json"
+    image = b"\x89PNG\r\n\x1a\n" + bytes(40)
+    raw = bytearray(
+        data.draw(
+            st.sampled_from(
+                [
+                    request("POST", "/v1/predict", npy(X), Content_Type=NPY),
+                    request("POST", "/v1/samples?label=1", npy(X[0]), Content_Type=NPY),
+                    request("POST", "/v1/predict", image, Content_Type="image/png"),
+                    request("DELETE", f"/v1/samples/{'0' * 32}"),
+                    request("POST", label, b'{"label": "ant"}', Content_Type=json),
+                ]
+            )
+        )
+    )
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        raw[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+        if not raw:
+            break
+    check(open_board, bytes(raw))
+
+
+@pytest.mark.parametrize("cut", range(0, 320, 13))
+def test_a_client_that_goes_in_the_middle_does_no_harm(open_board: LocalBoard, cut: int) -> None:
+    raw = request("POST", "/v1/samples?label=1", npy(X[0]), Content_Type=NPY)
+    with open_board.connect() as connection:
+        connection.sendall(raw[:cut])
+    assert ask(open_board, GOOD)[0] == 200
+
+
+# Slow and hostile clients
+
+
+def test_clients_that_say_nothing_do_not_keep_others_out(served: LocalBoard) -> None:
+    idle = [served.connect() for _ in range(2 * http_server.CONNECTIONS)]
+    try:
+        idle[-1].sendall(GOOD[:10])
+        for _ in range(5):
+            assert served.board.predict(X).round == 1
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+def test_a_user_who_only_connects_keeps_no_other_user_out(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seen = ["ann"], list[str]()
+
+    def user(_: object) -> str:
+        seen.append(now[0])
+        return now[0]
+
+    def come(who: str, number: int) -> list[socket.socket]:
+        now[0] = who
+        count = len(seen) + number
+        found = [served.connect() for _ in range(number)]
+        until(lambda: len(seen) == count)
+        return found
+
+    monkeypatch.setattr(http_server, "_user", user)
+    raw = request("POST", "/v1/predict", npy(X), Content_Type=NPY)
+    (slow,) = come("ann", 1)
+    slow.sendall(raw[:-1])
+    hostile = come("bob", 4 * http_server.CONNECTIONS)
+    slow.sendall(raw[-1:])
+    assert parsed(received(slow))[0][0] == 200, "bob's own places are what bob gets"
+    hostile += come("bob", 1)
+    now[0] = "ann"
+    assert served.board.predict(X).round == 1, "who has the most places makes room"
+    for connection in [slow, *hostile]:
+        connection.close()
+
+
+def test_the_kernel_says_who_has_connected(tmp_path: Path) -> None:
+    one, other = socket.socketpair(socket.AF_UNIX)
+    with one, other:
+        assert http_server._user(one) == os.getuid()
+    with socket.socket(socket.AF_INET) as port:
+        assert http_server._user(port) == -1
+
+
+def test_a_client_that_sends_too_slowly_is_cut_off(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "REQUEST_SECONDS", 0.2)
+    for raw in (b"", GOOD[:-2], request("POST", "/v1/predict", npy(X), Content_Type=NPY)[:-1]):
+        with served.connect() as connection:
+            connection.sendall(raw)
+            assert received(connection) == b""
+
+
+def test_a_client_that_drips_is_cut_off_too(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "REQUEST_SECONDS", 0.2)
+
+    def drip(connection: socket.socket) -> None:
+        for _ in range(3000):
+            connection.sendall(b"G")
+            time.sleep(0.01)
+
+    with served.connect() as connection, pytest.raises(OSError, match=r"Broken pipe|reset"):
+        drip(connection)
+
+
+def test_a_client_that_never_reads_costs_nobody_else_anything(
+    served: LocalBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, accepted = LocalServer.get_request, [0]
+
+    def narrow(self: LocalServer) -> Any:
+        client, address = real(self)
+        accepted[0] += 1
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes its least of it
+        return client, address
+
+    def come() -> list[socket.socket]:
+        count = accepted[0] + http_server.CONNECTIONS
+        found = [served.connect() for _ in range(http_server.CONNECTIONS)]
+        for connection in found:
+            connection.sendall(request("POST", "/v1/predict", npy(np.zeros((64, 6), np.float32)), Content_Type=NPY))
+        until(lambda: accepted[0] == count and all(c.since is None for c in [*served.server._clients.values()]))
+        return found
+
+    monkeypatch.setattr(LocalServer, "get_request", narrow)
+    monkeypatch.setattr(http_server._Handler, "timeout", 600.0)
+    greedy = come()
+    until(lambda: len(served.server._clients) == http_server.CONNECTIONS)
+    assert ask(served, GOOD)[0] == 503, "all places are taken by answers that nobody reads"
+    for connection in greedy:
+        connection.close()
+    until(lambda: not served.server._clients)
+    monkeypatch.setattr(http_server._Handler, "timeout", 1.0)
+    greedy = come()
+    patient = Board(served.address, tries=30)
+    assert patient.predict(X).round == 1, "until they have lost them"
+    until(lambda: not served.server._clients)
+    for connection in greedy:
+        assert len(received(connection)) < 64 * 3 * 20, "the answer was cut off"
+        connection.close()
+
+
+def test_when_all_connections_are_at_work_others_are_sent_away(
+    local: LocalBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.install(1)
+    go = threading.Event()
+    with local.serving(connections=2):
+        real = local.model.predict
+        monkeypatch.setattr(local.model, "predict", lambda *a: go.wait(10) and real(*a))
+        threads = [threading.Thread(target=local.board.predict, args=(X,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        until(lambda: sum(c.since is None for c in [*local.server._clients.values()]) == 2)
+        status, answer = ask(local, GOOD)
+        assert (status, answer["error"]["what"]) == (503, "too many requests at a time")
+        go.set()
+        for thread in threads:
+            thread.join()
+        assert ask(local, GOOD)[0] == 200
+
+
+# Addresses
+
+
+def test_only_user_and_group_may_use_the_socket(served: LocalBoard) -> None:
+    status = served.socket.stat()
+    assert stat.S_ISSOCK(status.st_mode)
+    assert stat.S_IMODE(status.st_mode) == 0o660
+    assert [p.name for p in served.root.glob("local.sock*")] == ["local.sock"]
+
+
+def test_a_socket_that_a_killed_process_left_is_taken_over_and_a_live_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    dead = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    dead.bind(str(path))
+    dead.close()
+    address = Address.parse(f"unix:{path}")
+    bound = address.bind()
+    with pytest.raises(StorageError, match="another program listens"):
+        address.bind()
+    address.release(bound)
+    path.write_text("mine")
+    with pytest.raises(StorageError, match="no socket"):
+        address.bind()
+    assert path.read_text() == "mine"
+
+
+def test_a_socket_that_another_program_has_put_in_its_place_is_left_alone(tmp_path: Path) -> None:
+    address = Address.parse(f"unix:{tmp_path / 's'}")
+    first = address.bind()
+    (tmp_path / "s").unlink()
+    second = address.bind()
+    address.release(first)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "s"))
+    address.release(second)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("text", ["0.0.0.0:80", "192.168.1.4:80", "[::]:80", "board.local:80", "127.0.0.2:80"])
+def test_an_address_that_the_network_could_reach_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected 127\.0\.0\.1 or localhost or ::1"):
+        Address.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "unix:", "unix:rel", "unix:/" + "a" * 200, "127.0.0.1", "127.0.0.1:99999", ":80", "a:b"]
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        Address.parse(text)
+
+
+def test_a_port_of_this_machine_answers_too(local: LocalBoard) -> None:
+    local.install(1)
+    with local.serving("127.0.0.1:0"):
+        assert Board(f"127.0.0.1:{local.server.port}").predict(X).round == 1
+        with pytest.raises(StorageError, match="can't listen"):
+            Address.parse(f"127.0.0.1:{local.server.port}").bind()

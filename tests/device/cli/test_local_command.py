@@ -1,0 +1,212 @@
+"""`run --local` and `collect` as processes and command lines, without any server."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.core.errors import ExitCode, StorageFullError
+from fedprune_device.api import http_server
+from fedprune_device.cli import main
+from fedprune_device.client import Board
+from support.fakes.local_board import NAMES, LocalBoard
+
+pytestmark = pytest.mark.board
+
+X = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
+Capture = pytest.CaptureFixture[str]
+
+
+def arguments(root: Path) -> list[str]:
+    """A board whose server is away: nobody listens at port 9."""
+    taken = ["run", "--insecure", "--broker", "mqtt://127.0.0.1:9", "--patient", "--no-probe", "--device", "d"]
+    return [*taken, "--state", str(root / "state"), "--data", "local", "--class-names", ",".join(NAMES)]
+
+
+def start(root: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fedprune_device.cli.main", *arguments(root), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def await_board(board: Board, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not board.healthy():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_board_without_its_server_answers_and_keeps_samples_over_a_kill(tmp_path: Path, graphs: Path) -> None:
+    local = LocalBoard(tmp_path, graphs)
+    local.install(3)
+    socket = tmp_path / "state" / "local.sock"
+    board = Board(f"unix:{socket}", timeout=10, tries=1)
+    for added, end in enumerate((signal.SIGKILL, signal.SIGTERM)):
+        process = start(tmp_path, "--local")
+        try:
+            await_board(board, process)
+            assert board.predict(X).round == 3
+            board.add(X[added], "bee")
+            assert board.samples()["classes"]["1"]["kept"] == added + 1
+            status = board.status()
+            assert (status["device"], status["connected"], status["phase"]) == ("d", False, "idle")
+        finally:
+            process.send_signal(end)
+            _, said = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in said
+    assert not socket.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        (["--local", "0.0.0.0:80"], ExitCode.CONFIG),
+        (["--local", "unix:relative"], ExitCode.CONFIG),
+        (["--test-share", "2"], ExitCode.CONFIG),
+        (["--local", "--image-deviation", "0"], ExitCode.CONFIG),
+        (["--samples-bytes", "1"], ExitCode.CONFIG),
+        (["--local", "unix:/no/such/folder/s"], ExitCode.STORAGE),
+        (["--data", "no-such-folder"], ExitCode.DATA),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_code(
+    tmp_path: Path, more: list[str], code: ExitCode, capsys: Capture
+) -> None:
+    assert main.main([*arguments(tmp_path), *more]) == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "more", [["--class-names", "a,a"], ["--class-names", "1,2"], ["--image-mean", "x"], ["--train-alone", "0"]]
+)
+def test_an_option_that_makes_no_sense_is_a_usage_error(tmp_path: Path, more: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main.main([*arguments(tmp_path), *more])
+    assert caught.value.code == ExitCode.USAGE
+    assert more[0] in capsys.readouterr().err
+
+
+def test_files_are_handed_in(tmp_path: Path, graphs: Path, capsys: Capture) -> None:
+    local = LocalBoard(tmp_path, graphs)
+    local.install(1)
+    np.savez(tmp_path / "labelled.npz", x=X, y=[0, 1, 2, 0, 1])
+    np.savez(tmp_path / "more.npz", x=-X)
+    files = [str(tmp_path / "labelled.npz"), str(tmp_path / "more.npz")]
+    with local.serving():
+        assert main.main(["collect", "--local", local.address, *files]) == ExitCode.OK
+        assert capsys.readouterr().out == "10 kept, 0 known, 0 not kept, 0 left out\n"
+        assert main.main(["collect", "--local", local.address, files[0]]) == ExitCode.OK
+        assert capsys.readouterr().out == "0 kept, 5 known, 0 not kept, 0 left out\n"
+        counts = local.board.samples()
+    assert {c: row["kept"] for c, row in counts["classes"].items()} == {"0": 2, "1": 2, "2": 1}
+    assert counts["unlabelled"] == 5
+
+
+def test_a_file_that_is_divided_already_gives_its_training_samples(
+    tmp_path: Path, graphs: Path, capsys: Capture
+) -> None:
+    local = LocalBoard(tmp_path, graphs)
+    local.install(1)
+    np.savez(tmp_path / "d.npz", x_train=X[:3], y_train=[0, 1, 2], x_test=X[3:], y_test=[0, 1])
+    with local.serving():
+        assert main.main(["collect", "--local", local.address, str(tmp_path / "d.npz")]) == ExitCode.OK
+        assert [c["kept"] for c in local.board.samples()["classes"].values()] == [1, 1, 1]
+    assert capsys.readouterr().out == "3 kept, 0 known, 0 not kept, 0 left out\n"
+
+
+def test_samples_that_do_not_fit_are_left_out_by_name(tmp_path: Path, graphs: Path, capsys: Capture) -> None:
+    local = LocalBoard(tmp_path, graphs)
+    local.install(1)
+    np.savez(tmp_path / "d.npz", x=X, y=[0, 1, 2, 3, 1])
+    with local.serving():
+        assert main.main(["collect", "--local", local.address, str(tmp_path / "d.npz")]) == ExitCode.DATA
+    said = capsys.readouterr()
+    assert said.out == "4 kept, 0 known, 0 not kept, 1 left out\n"
+    assert f"sample 3 of {tmp_path / 'd.npz'} is left out: label: expected a whole number from 0 to 2" in said.err
+
+
+def test_what_the_board_refuses_is_told_by_what_it_is(
+    tmp_path: Path, graphs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    local = LocalBoard(tmp_path, graphs)
+    local.install(1)
+    np.savez(tmp_path / "d.npz", x=X, y=[0, 1, 2, 0, 1])
+    command = ["collect", "--local", local.address, str(tmp_path / "d.npz")]
+    with local.serving():
+        with monkeypatch.context() as patch:
+            patch.setattr(http_server, "BODY_BYTES", 20)
+            assert main.main(command) == ExitCode.DATA
+        said = capsys.readouterr()
+        assert said.out == "0 kept, 0 known, 0 not kept, 5 left out\n"
+        assert "size of the body" in said.err
+
+        def full(*_: object) -> None:
+            raise StorageFullError("no room for samples")
+
+        assert local.samples is not None
+        monkeypatch.setattr(local.samples, "add", full)
+        assert main.main(command) == ExitCode.STORAGE_FULL
+        assert "no room for samples" in capsys.readouterr().err
+
+
+def test_a_folder_of_images_is_handed_in_by_class(tmp_path: Path, graphs: Path, capsys: Capture) -> None:
+    image = pytest.importorskip("PIL.Image")
+    local = LocalBoard(tmp_path, graphs)
+    local.install(1)
+    rng = np.random.default_rng(0)
+    for name in ("bee/1.png", "cat/2.png", "dog/3.png"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True)
+        file = io.BytesIO()
+        image.fromarray(rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)).save(file, "PNG")
+        path.write_bytes(file.getvalue())
+    with local.serving():
+        # The model takes six numbers: images don't fit, and each is told by name.
+        assert main.main(["collect", "--local", local.address, str(tmp_path / "images")]) == ExitCode.DATA
+    said = capsys.readouterr()
+    assert said.out == "0 kept, 0 known, 0 not kept, 3 left out\n"
+    assert said.err.count("is left out") == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ({"y": [1]}, "array 'x' is missing"),
+        ({"x": X, "y": [1]}, "y in"),
+        ({"x": X, "y": X[:, 0]}, "y in"),
+        ({"x": np.array([["a"]])}, "x in"),
+        (None, "holds no images"),
+    ],
+)
+def test_a_source_that_holds_no_samples_is_an_error(
+    tmp_path: Path, graphs: Path, content: dict[str, object] | None, what: str, capsys: Capture
+) -> None:
+    path = tmp_path / "empty"
+    path.mkdir()
+    if content is not None:
+        path = tmp_path / "d.npz"
+        np.savez(path, **content)  # type: ignore[arg-type]
+    local = LocalBoard(tmp_path, graphs)
+    local.install(1)
+    with local.serving():
+        assert main.main(["collect", "--local", local.address, str(path)]) == ExitCode.DATA
+    assert what in capsys.readouterr().err
+
+
+def test_a_board_that_does_not_run_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    np.savez(tmp_path / "d.npz", x=X)
+    assert main.main(["collect", "--state", str(tmp_path), str(tmp_path / "d.npz")]) == ExitCode.BROKER
+    assert "can't be reached" in capsys.readouterr().err

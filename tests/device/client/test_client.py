@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune_device import client
+from fedprune_device.client import Board, BoardError
+from support.fakes.local_board import LocalBoard, request
+from support.paths import ROOT
+
+pytestmark = pytest.mark.board
+
+X = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
+PAGE = ROOT / "docs" / "local-interface.md"
+
+
+@pytest.fixture
+def served(tmp_path: Path, graphs: Path) -> Iterator[LocalBoard]:
+    local = LocalBoard(tmp_path, graphs)
+    local.install(1)
+    with local.serving():
+        yield local
+
+
+def examples(language: str) -> str:
+    found = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(found) == 1
+    return str(found[0])
+
+
+def inputs(folder: Path) -> None:
+    np.save(folder / "batch.npy", X)
+    np.save(folder / "sample.npy", X[0])
+    np.save(folder / "another.npy", X[1])
+    (folder / "sample.raw").write_bytes(X[2].tobytes())
+
+
+def test_where_many_connect_the_client_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, begun = str(tmp_path / "s"), threading.Event()
+    real = client._Connection.connect
+
+    def connect(self: client._Connection) -> None:
+        begun.set()
+        real(self)
+
+    monkeypatch.setattr(client._Connection, "connect", connect)
+    found: list[object] = []
+    waiting: list[socket.socket] = []
+
+    def ask() -> None:
+        try:
+            found.append(Board(f"unix:{path}", tries=1).status())
+        except BoardError as error:
+            found.append(error)
+
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
+        listener.bind(path)
+        listener.listen(0)
+        with pytest.raises(BlockingIOError):  # noqa: PT012 - until no more may wait
+            while True:
+                other = stack.enter_context(socket.socket(socket.AF_UNIX))
+                waiting.append(other)
+                other.setblocking(False)
+                other.connect(path)
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        assert begun.wait(30)
+        thread.join(0.2)
+        assert not found, "it waits"
+        for other in waiting:
+            other.close()
+        while thread.is_alive():
+            accepted = stack.enter_context(listener.accept()[0])
+            accepted.settimeout(30)
+            if accepted.recv(10_000):
+                accepted.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+                thread.join(30)
+    assert found == [{}]
+
+
+def test_the_curl_examples_do_what_the_page_says(served: LocalBoard, tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    inputs(tmp_path)
+    text = examples("sh")
+    assert text.count("curl ") == 10
+    script = text.replace("SOCKET=/var/lib/fedprune/local.sock", f"SOCKET={served.socket}")
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 9
+    assert served.board.samples()["classes"] == {"1": {"kept": 1, "seen": 1, "name": "bee"}}
+
+
+def test_the_python_example_does_what_the_page_says(served: LocalBoard, tmp_path: Path) -> None:
+    inputs(tmp_path)
+    script = examples("python").replace("unix:/var/lib/fedprune/local.sock", served.address)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "label: expected a whole number from 0 to 2, or a class's name, got 'dog'" in done.stdout
+    assert served.board.samples()["classes"]["2"]["kept"] == 1
+
+
+def test_the_client_needs_the_standard_library_alone(served: LocalBoard, tmp_path: Path) -> None:
+    """As a copy, in an interpreter that finds nothing else."""
+    shutil.copy(str(client.__file__), tmp_path / "board.py")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import board\n"
+        "found = board.Board(sys.argv[2]).predict([[0.0] * 6])\n"
+        "assert {m.split('.')[0] for m in sys.modules} <= {'board', '__main__', *sys.stdlib_module_names}\n"
+        "print(found.round)"
+    )
+    command = [sys.executable, "-I", "-S", "-c", script, str(tmp_path), served.address]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
+
+
+def test_a_board_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(BoardError, match=r"can't be reached .*--local") as found:
+        Board(f"unix:{tmp_path}/none", tries=2).status()
+    assert found.value.status == 0
+    assert not Board(f"unix:{tmp_path}/none", tries=1).healthy()
+    with pytest.raises(BoardError, match="address of the board"):
+        Board("nowhere")
+    with pytest.raises(BoardError, match="an absolute one"):
+        Board("unix:relative/path")
+
+
+def test_an_error_of_the_board_has_its_parts(served: LocalBoard) -> None:
+    with pytest.raises(BoardError) as found:
+        served.board.predict(np.zeros((2, 7)))
+    error = found.value
+    assert (error.status, error.what, error.got) == (422, "shape of the input", "[2, 7]")
+    assert "[6]" in error.expected
+
+
+def answering(path: Path, *answers: bytes) -> threading.Thread:
+    """A board that gives each connection the next answer, whatever it is asked."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen()
+
+    def run() -> None:
+        with listener:
+            for answer in answers:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65_536)
+                    connection.sendall(answer)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def http(status: int, body: bytes) -> bytes:
+    return b"HTTP/1.1 %d X\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % (status, len(body)) + body
+
+
+def test_a_busy_or_broken_board_is_asked_again(tmp_path: Path) -> None:
+    answers = [http(503, b'{"error": {"what": "busy"}}'), b"", b"nonsense\r\n\r\n", http(200, b'{"phase": "idle"}')]
+    thread = answering(tmp_path / "s", *answers)
+    assert Board(f"unix:{tmp_path}/s").status() == {"phase": "idle"}
+    thread.join()
+
+
+def test_after_the_last_try_the_error_is_the_boards(tmp_path: Path) -> None:
+    thread = answering(tmp_path / "s", *[http(503, b'{"error": {"what": "busy"}}')] * 2)
+    with pytest.raises(BoardError, match="busy"):
+        Board(f"unix:{tmp_path}/s", tries=2).status()
+    thread.join()
+
+
+@pytest.mark.parametrize("body", [b"", b"[1]", b"nonsense", b'{"error": 3}'])
+def test_an_answer_that_makes_no_sense_is_an_error_of_its_status(tmp_path: Path, body: bytes) -> None:
+    thread = answering(tmp_path / "s", http(500, body))
+    with pytest.raises(BoardError, match=r"500|not JSON"):
+        Board(f"unix:{tmp_path}/s", tries=1).status()
+    thread.join()
+
+
+def test_requests_of_the_tests_are_what_the_client_sends(served: LocalBoard) -> None:
+    assert served.exchange(request("GET", "/v1/health")).startswith(b"HTTP/1.1 200 OK\r\n")

@@ -1,0 +1,513 @@
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError
+from fedprune_device.data import sample_store
+from fedprune_device.data.reservoir import Limits
+from fedprune_device.data.sample import NoSampleError, SampleConflictError, encoded, outline
+from fedprune_device.data.sample_store import SampleStore
+from fedprune_device.data.segment_log import LogRecord, digest
+from fedprune_device.data.splits import SplitShares
+from support.faults.failing_disk import Crash, fault
+
+pytestmark = pytest.mark.board
+
+ROOM = 64 * 1024
+SHARES = SplitShares(0.25, 0.25, seed=3, device="d")
+
+
+def opened(root: Path, samples: int = 40, room: int = ROOM, shares: SplitShares = SHARES) -> SampleStore:
+    return SampleStore(root, Limits(samples, room), shares)
+
+
+def x_of(number: int, size: int = 6) -> Any:
+    return np.full(size, number, np.float32)
+
+
+def held(found: SampleStore) -> dict[float, int]:
+    """Numbers and labels of all that would be trained or tested on."""
+    data = found.snapshot()
+    parts = [(data.x_train, data.y_train), (data.x_test, data.y_test), (data.x_val, data.y_val)]
+    return {float(x[0]): int(y) for xs, ys in parts for x, y in zip(xs, ys, strict=True)}
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Iterator[SampleStore]:
+    with opened(tmp_path / "samples") as found:
+        yield found
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.booleans())
+def test_a_sample_comes_out_as_it_went_in(shape: list[int], tokens: bool) -> None:
+    x = np.arange(int(np.prod(shape))).reshape(shape).astype(np.int64 if tokens else np.float32)
+    payload = encoded(x)
+    found = outline(payload)
+    assert (found.dtype, found.shape) == (x.dtype, x.shape)
+    assert payload.endswith(x.tobytes())
+    assert encoded(np.asfortranarray(x)) == encoded(x)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [np.zeros(3), np.array(1, np.float32), np.array([np.nan], np.float32), np.array([-1]), np.zeros(3, np.uint8)],
+)
+def test_what_is_no_sample_is_refused(samples: SampleStore, x: Any) -> None:
+    with pytest.raises(DataError):
+        samples.add(x, 0)
+    assert samples.counts()["disk_bytes"] == 0
+
+
+def test_what_is_handed_in_is_trained_on_also_after_a_restart(tmp_path: Path) -> None:
+    with opened(tmp_path) as found:
+        for n in range(20):
+            assert found.add(x_of(n), n % 2).kept
+        found.add(x_of(99))
+        before = found.counts()
+        wanted = {float(n): n % 2 for n in range(20)}
+        assert held(found) == wanted
+    with opened(tmp_path) as again:
+        assert held(again) == wanted
+        assert again.counts() == before
+        assert again.counts()["unlabelled"] == 1
+        assert again.samples == again.counts()["parts"]["train"] == again.snapshot().samples
+
+
+def test_the_same_bytes_are_known_again(samples: SampleStore) -> None:
+    one = samples.add(x_of(1), 2)
+    assert not one.duplicate
+    again = samples.add(x_of(1), 2)
+    assert (again.id, again.duplicate, again.kept) == (one.id, True, True)
+    assert samples.add(x_of(1)).label == 2
+    with pytest.raises(SampleConflictError, match="expected label 2, got 1"):
+        samples.add(x_of(1), 1)
+    assert samples.counts()["classes"] == {"2": {"kept": 1, "seen": 1}}
+
+
+def test_a_label_may_come_later_or_change(tmp_path: Path) -> None:
+    with opened(tmp_path) as samples:
+        samples.add(x_of(7), 0)
+        name = samples.add(x_of(1)).id
+        assert samples.label(name, 0).label == 0
+        assert samples.label(name, 1).label == 1
+        assert samples.add(x_of(2)).label is None
+        assert samples.add(x_of(2), 1).label == 1  # the same bytes with a label
+        wanted = held(samples) if samples.samples else {}
+        counts = samples.counts()
+    assert counts["classes"] == {"0": {"kept": 1, "seen": 1}, "1": {"kept": 2, "seen": 2}}
+    assert counts["unlabelled"] == 0
+    with opened(tmp_path) as again:
+        assert again.counts() == counts
+        assert (held(again) if again.samples else {}) == wanted
+
+
+def test_a_sample_can_be_taken_back(tmp_path: Path) -> None:
+    with opened(tmp_path) as samples:
+        names = [samples.add(x_of(n), 0).id for n in range(9)]
+        samples.delete(names[3])
+        with pytest.raises(NoSampleError):
+            samples.delete(names[3])
+        with pytest.raises(NoSampleError):
+            samples.label("f" * 32, 0)
+        assert 3.0 not in held(samples)
+    with opened(tmp_path) as again:
+        assert sorted(held(again)) == [0, 1, 2, 4, 5, 6, 7, 8]
+        assert again.counts()["classes"] == {"0": {"kept": 8, "seen": 8}}
+
+
+def test_a_part_is_for_ever_and_as_large_as_asked_for() -> None:
+    names = [f"{n:032x}" for n in range(4000)]
+    parts = [SHARES.part(n) for n in names]
+    assert parts == [SHARES.part(n) for n in names]
+    for part, share in (("test", 0.25), ("val", 0.75 * 0.25), ("train", 0.75 * 0.75)):
+        deviation = (share * (1 - share) / len(names)) ** 0.5
+        assert abs(parts.count(part) / len(names) - share) < 4 * deviation
+    assert [SplitShares(0.25, 0.25, seed=4, device="d").part(n) for n in names] != parts
+
+
+def test_a_held_out_sample_never_gets_into_training(tmp_path: Path) -> None:
+    parts: dict[float, str] = {}
+    with opened(tmp_path, samples=16) as samples:
+        for n in range(300):
+            samples.add(x_of(n), n % 3)
+            if samples.samples and n % 20 == 0:
+                data = samples.snapshot()
+                for part in ("train", "val", "test"):
+                    for x in getattr(data, f"x_{part}"):
+                        assert parts.setdefault(float(x[0]), part) == part
+    assert set(parts.values()) == {"train", "val", "test"}
+
+
+def test_other_shares_than_the_sets_are_refused(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    with pytest.raises(ConfigError, match="divided otherwise"):
+        opened(tmp_path, shares=SplitShares(0.2, 0.25, seed=3, device="d"))
+
+
+def test_the_disk_never_holds_more_than_it_may(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with opened(tmp_path, samples=10_000) as samples:
+        for n in range(900):
+            x = rng.standard_normal(int(rng.integers(1, 250))).astype(np.float32)
+            added = samples.add(x, int(rng.integers(5)) if n % 4 else None)
+            if n % 7 == 0 and added.kept:
+                samples.delete(added.id)
+            assert sum(p.stat().st_size for p in tmp_path.glob("segment-*")) <= ROOM
+        counts = samples.counts()
+    assert counts.pop("disk_bytes") > ROOM // 2
+    with opened(tmp_path, samples=10_000) as again:
+        assert again.counts().pop("disk_bytes") <= ROOM
+        assert {**again.counts(), **counts} == again.counts()
+
+
+def test_a_request_that_clears_away_many_small_samples_syncs_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs = [0]
+
+    def fsync(_: int) -> None:
+        syncs[0] += 1
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    counts = []
+    with opened(tmp_path, samples=1000, room=4 * 2**20) as samples:
+        for n in range(700):
+            samples.add(x_of(n), 0)
+        large = samples.add(x_of(1, 30_000), 0).id
+        for n in range(100):
+            syncs[0] = 0
+            samples.label(large, 1 + n % 2)
+            counts.append(syncs[0])
+        before = held(samples)
+        cleared = samples.counts()["disk_bytes"]
+    assert cleared < 100 * 120_000, "much was cleared away"
+    assert max(counts) <= 12
+    assert len(before) == 700  # the large one has another shape than the rest
+    with opened(tmp_path, samples=1000, room=4 * 2**20) as again:
+        assert held(again) == before
+
+
+def test_the_number_of_training_samples_waits_for_nobody_who_writes(samples: SampleStore) -> None:
+    for n in range(20):
+        samples.add(x_of(n), n % 2)
+    found: list[int] = []
+    with samples._lock:
+        thread = threading.Thread(target=lambda: found.append(samples.samples), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert found == [samples.counts()["parts"]["train"]]
+
+
+@given(st.lists(st.tuples(st.sampled_from("aldo"), st.integers(0, 25), st.integers(0, 3)), max_size=60))
+def test_the_number_of_training_samples_is_always_the_counted_one(moves: list[tuple[str, int, int]]) -> None:
+    with tempfile.TemporaryDirectory() as root, opened(Path(root), samples=12) as samples:
+        for move, n, label in moves:
+            name = digest(encoded(x_of(n))).hex()
+            with contextlib.suppress(NoSampleError, SampleConflictError):
+                if move == "a":
+                    samples.add(x_of(n), label)
+                elif move == "o":
+                    samples.add(x_of(n))
+                elif move == "l":
+                    samples.label(name, label)
+                else:
+                    samples.delete(name)
+            assert samples.samples == samples.counts()["parts"]["train"]
+
+
+def test_there_are_no_more_different_labels_than_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_store, "_LABELS", 0)
+    with opened(tmp_path, samples=8) as samples:
+        for n in range(8):
+            samples.add(x_of(n), n)
+        with pytest.raises(DataError, match="expected at most 8 different ones"):
+            samples.add(x_of(100), 100)
+        name = samples.names()[0]
+        with pytest.raises(DataError, match="expected at most 8 different ones"):
+            samples.label(name, 100)
+        assert samples.add(x_of(101), 3).label == 3
+        assert samples.add(x_of(102)).label is None
+        assert sum(c["seen"] for c in samples.counts()["classes"].values()) == 9
+
+
+def test_a_label_that_was_taken_back_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_store, "_LABELS", 0)
+    with opened(tmp_path, samples=8) as samples:
+        name = samples.add(x_of(0), 0).id
+        for label in range(1, 100):
+            assert samples.label(name, label).label == label
+        assert samples.counts()["classes"] == {"99": {"kept": 1, "seen": 1}}
+        for n in range(100):
+            samples.delete(samples.add(x_of(1), n).id)
+        assert samples.counts()["classes"] == {"99": {"kept": 1, "seen": 1}}
+
+
+def test_less_room_than_before_lets_samples_go(tmp_path: Path) -> None:
+    with opened(tmp_path, samples=40) as samples:
+        for n in range(30):
+            samples.add(x_of(n), n % 2)
+    with opened(tmp_path, samples=16) as again:
+        assert [c["kept"] for c in again.counts()["classes"].values()] == [6, 6]
+
+
+def test_a_flood_of_samples_that_are_declined_is_counted_and_hardly_written(tmp_path: Path) -> None:
+    with opened(tmp_path, samples=4) as samples:
+        for n in range(2000):
+            samples.add(x_of(n), 0)
+        counts, written = samples.counts(), samples.counts()["disk_bytes"]
+    assert written < 10_000
+    with opened(tmp_path, samples=4) as again:
+        assert again.counts()["classes"] == counts["classes"] == {"0": {"kept": 3, "seen": 2000}}
+
+
+@pytest.mark.parametrize("held", [0, 2**30])
+def test_a_snapshot_stays_as_it_is(samples: SampleStore, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+    """Also where it is read from segments that are cleared away meanwhile."""
+    monkeypatch.setattr("fedprune_device.data.sample_store.HELD_BYTES", held)
+    for n in range(10):
+        samples.add(x_of(n), 0)
+    data = samples.snapshot()
+    assert isinstance(data.x_train, np.ndarray) == (held > 0)
+    before = np.asarray(data.x_train).tobytes(), data.y_train.tobytes()
+    for n in range(10, 400):
+        samples.add(x_of(n), n % 4)
+    assert (np.asarray(data.x_train).tobytes(), data.y_train.tobytes()) == before
+    added = {x_of(n).tobytes() for n in range(10)}
+    assert {x.tobytes() for x in np.asarray(data.x_train)} <= added
+
+
+def test_samples_of_another_shape_than_the_models_are_left_out(samples: SampleStore) -> None:
+    for n in range(12):
+        samples.add(x_of(n), 0)
+        samples.add(x_of(n, 7), 0)
+        samples.add(np.arange(n, n + 6), 0)
+    assert samples.snapshot((6,)).x_train.shape[1:] == (6,)
+    assert samples.snapshot((7,)).x_train.shape[1:] == (7,)
+    with pytest.raises(DataError, match="nothing to train on"):
+        samples.snapshot((8,))
+
+
+def test_without_labels_there_is_nothing_to_train_on(samples: SampleStore) -> None:
+    samples.add(x_of(1))
+    assert samples.samples == 0
+    with pytest.raises(DataError, match="nothing to train on"):
+        samples.snapshot()
+
+
+def test_a_sample_beyond_a_segment_is_refused(samples: SampleStore) -> None:
+    with pytest.raises(DataError, match="--samples-bytes"):
+        samples.add(np.zeros(ROOM // 16, np.float32), 0)
+
+
+def test_a_damaged_sample_is_skipped_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with opened(tmp_path) as samples:
+        names = [samples.add(x_of(n, 40), 0).id for n in range(12)]
+        whole = held(samples)
+        path = next(tmp_path.glob("segment-*"))
+        raw = bytearray(path.read_bytes())
+        raw[raw.index(encoded(x_of(5, 40))) + 100] ^= 1
+        path.write_bytes(raw)
+        assert held(samples) == {n: c for n, c in whole.items() if n != 5}
+        assert f"sample {names[5]} is damaged" in caplog.text
+    with opened(tmp_path) as again:
+        assert held(again) == {n: c for n, c in whole.items() if n != 5}
+
+
+@pytest.mark.parametrize("where", range(0, 1200, 97))
+def test_a_bit_that_flips_anywhere_costs_one_sample_at_most(tmp_path: Path, where: int) -> None:
+    with opened(tmp_path) as samples:
+        for n in range(10):
+            samples.add(x_of(n), n % 2)
+        whole = held(samples)
+    path = next(tmp_path.glob("segment-*"))
+    raw = bytearray(path.read_bytes())
+    raw[where % len(raw)] ^= 0x10
+    path.write_bytes(raw)
+    with opened(tmp_path) as again:
+        left = held(again)
+        assert again.add(x_of(50), 1).kept
+    assert len(left) >= len(whole) - 1
+    assert left.items() <= whole.items()
+    with opened(tmp_path) as again:
+        assert held(again).keys() >= {*left}
+
+
+def test_a_sample_that_looks_like_records_is_a_sample(tmp_path: Path) -> None:
+    """What an application sends can't write the log, even where damage makes the reader look for the next record."""
+    with opened(tmp_path / "a") as other:
+        for n in range(8):
+            other.add(x_of(n), 1)
+    forged = next((tmp_path / "a").glob("segment-*")).read_bytes()
+    forged += bytes(-len(forged) % 4)
+    x = np.nan_to_num(np.frombuffer(forged, np.float32))  # every number finite
+    with opened(tmp_path / "b") as samples:
+        samples.add(x_of(100), 0)
+        samples.add(x, 0)
+        samples.add(x_of(101), 0)
+    path = next((tmp_path / "b").glob("segment-*"))
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(encoded(x)) - 5] ^= 1  # the head of the sample with the forged records in it
+    path.write_bytes(raw)
+    with opened(tmp_path / "b") as again:
+        assert again.counts()["classes"] == {"0": {"kept": 2, "seen": 3}}
+
+
+def history(samples: SampleStore) -> Iterator[None]:
+    """What an application does; the set is small, so that much of it makes room."""
+    names = []
+    for n in range(30):
+        names.append(samples.add(x_of(n, 40), n % 3 if n % 4 else None).id)
+        yield
+        if n % 5 == 4:
+            samples.add(x_of(n, 40), 1) if n % 4 == 0 else samples.add(x_of(100 + n, 90), 2)
+            yield
+        if n % 6 == 5:
+            try:
+                samples.delete(names[n - 2])
+            except NoSampleError:
+                samples.add(x_of(200 + n), 0)
+            yield
+
+
+def small(root: Path) -> SampleStore:
+    return opened(root, samples=12, room=8 * 1024)
+
+
+def numbers(samples: SampleStore) -> frozenset[str]:
+    return frozenset(samples.names())
+
+
+def test_a_power_cut_at_any_write_leaves_the_set_as_before_or_after(tmp_path: Path) -> None:
+    states: list[frozenset[str]] = []
+    with fault(0, None) as count, small(tmp_path / "dry") as samples:
+        states.append(numbers(samples))
+        states.extend(numbers(samples) for _ in history(samples))
+    writes = count[0]
+    assert writes > 100
+    assert len(list((tmp_path / "dry").glob("segment-*"))) > 3
+    for at in range(1, writes + 1):
+        root, done = tmp_path / str(at), 0
+        with fault(at, Crash()):
+            try:
+                with small(root) as samples:
+                    for _ in history(samples):
+                        done += 1
+            except Crash:
+                pass
+        with small(root) as again:
+            found = numbers(again)
+            if done + 1 < len(states):
+                before, after = states[done], states[done + 1]
+                # Where the newcomer is written and what makes room for it isn't gone yet, anything may have made room.
+                assert found in (before, after) or (found < before | after and len(found) >= len(before) - 1), at
+                assert len(found) >= min(len(before), len(after)) - 1
+            again.add(x_of(1000), 0)
+            assert again.counts()["disk_bytes"] <= 8 * 1024
+
+
+def test_a_power_cut_within_a_write_tears_nothing_that_was_there(tmp_path: Path) -> None:
+    with small(tmp_path / "a") as samples:
+        for n in range(4):
+            samples.add(x_of(n), 0)
+        before = numbers(samples)
+        path = next((tmp_path / "a").glob("segment-*"))
+        size = path.stat().st_size
+        samples.add(x_of(9), 1)
+        after = numbers(samples)
+    whole = path.read_bytes()
+    for cut in range(size, len(whole) + 1):
+        root = tmp_path / "cut"
+        shutil.copytree(tmp_path / "a", root)
+        (root / path.name).write_bytes(whole[:cut])
+        with small(root) as again:
+            assert numbers(again) == (after if cut == len(whole) else before)
+            again.add(x_of(50), 1)
+            left = numbers(again)
+        with small(root) as again:
+            assert numbers(again) == left
+        shutil.rmtree(root)
+
+
+def test_a_power_cut_while_a_segment_is_cleared_away_tears_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many samples are written anew in one piece; wherever that is cut, the old ones are still there."""
+    pieces: list[tuple[Path, Path, int, int]] = []
+    real = SampleStore._move
+
+    def copied(self: SampleStore, records: list[LogRecord]) -> None:
+        before = {p.name: p.stat().st_size for p in (tmp_path / "a").glob("segment-*")}
+        real(self, records)
+        copy = shutil.copytree(tmp_path / "a", tmp_path / f"copy-{len(pieces)}")
+        path = max(copy.glob("segment-*"))
+        pieces.append((copy, path, before.get(path.name, 0), len(records)))
+
+    with opened(tmp_path / "a", samples=200) as samples:
+        for n in range(60):
+            samples.add(x_of(n), n % 2)
+        large = samples.add(x_of(1000, 900), 0).id
+        names = numbers(samples)
+        labels = {n: samples._reservoir.label(n) for n in names if n != large}
+        monkeypatch.setattr(SampleStore, "_move", copied)
+        for n in range(30):
+            samples.label(large, 1 + n % 2)
+    assert len(pieces) > 3
+    assert max(count for *_, count in pieces) > 20
+    for copy, path, start, _ in pieces:
+        whole = path.read_bytes()
+        for cut in {*range(start, len(whole), 61), len(whole)}:
+            path.write_bytes(whole[:cut])
+            shutil.copytree(copy, tmp_path / "cut")
+            with opened(tmp_path / "cut", samples=200) as again:
+                assert numbers(again) == names
+                assert {n: again._reservoir.label(n) for n in labels} == labels
+            shutil.rmtree(tmp_path / "cut")
+
+
+def test_a_full_disk_at_any_write_changes_nothing_and_later_there_is_room_again(tmp_path: Path) -> None:
+    with fault(0, None) as count, small(tmp_path / "dry") as samples:
+        for n in range(30):
+            samples.add(x_of(n, 40), n % 3)
+        wanted = numbers(samples)
+    for at in range(8, count[0] + 1):
+        root = tmp_path / str(at)
+        with fault(at, OSError(errno.ENOSPC, "No space left on device")), small(root) as samples:
+            for n in range(30):
+                before = numbers(samples)
+                try:
+                    samples.add(x_of(n, 40), n % 3)
+                except StorageFullError:
+                    assert numbers(samples) == before
+                    samples.add(x_of(n, 40), n % 3)
+            assert numbers(samples) == wanted, at
+        with small(root) as again:
+            assert numbers(again) == wanted, at
+
+
+def test_a_disk_that_fails_is_said_and_changes_nothing(tmp_path: Path) -> None:
+    with small(tmp_path) as samples:
+        samples.add(x_of(0), 0)
+        for at in itertools.count(1):
+            with fault(at, OSError(errno.EIO, "Input/output error")):
+                try:
+                    samples.add(x_of(1), 0)
+                    break
+                except StorageError as error:
+                    assert "Input/output error" in str(error)  # noqa: PT017
+                    assert len(numbers(samples)) == 1
+        assert at > 1
+        assert len(numbers(samples)) == 2

@@ -1,0 +1,182 @@
+"""Samples that stay on the disk: the same batches as from memory, and hardly any memory."""
+
+from __future__ import annotations
+
+import tracemalloc
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import DataError
+from fedprune.costs.costs import HELD_BYTES
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import load_data, load_inputs
+from fedprune_device.data.stored_array import StoredArray
+from fedprune_device.training.trainer import Trainer
+from support.paths import GRAPHS
+
+pytestmark = pytest.mark.board
+
+TYPES = ("<f4", ">f4", "<f2", "<f8", "<i4", "<i8")
+MANY, ONE = 4000, (3, 64, 64)
+"""Samples that take 197 MB as float32, and half of that in a file of float16."""
+
+
+@contextmanager
+def peak_below(most: int) -> Iterator[None]:
+    """At no moment more memory is allocated meanwhile."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.fixture
+def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few samples a file has, they stay there."""
+    monkeypatch.setattr("fedprune_device.data.stored_array.HELD_BYTES", 0)
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_a_file_that_is_replaced_while_it_is_opened_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise one file's offset and checksum would be taken for another's."""
+    path, other = tmp_path / "d.npz", tmp_path / "other.npz"
+    np.savez(path, x=np.ones((9, 4), np.float32), y=np.arange(9) % 3)
+    np.savez(other, before=np.zeros(7, np.float32), x=np.zeros((9, 4), np.float32), y=np.arange(9) % 3)
+    read = zipfile.ZipExtFile.read
+
+    def replaced(stream: zipfile.ZipExtFile, n: int = -1) -> bytes:
+        if stream.name == "x.npy" and other.exists():
+            other.replace(path)
+        return read(stream, n)
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", replaced)
+    with pytest.raises(DataError, match="has changed"):
+        load_data(str(path))
+
+
+def test_only_chosen_samples_cost_memory(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    many = StoredArray(tmp_path / "x", None, 0, np.dtype(np.float32), (10**12, 0))
+    assert many[:3].shape == many[[0, 5, -1]].shape == (3, 0)
+    with pytest.raises(IndexError):
+        many[[10**12]]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("compressed", [False, True])
+def test_samples_that_are_large_on_the_disk_take_hardly_any_memory(tmp_path: Path, compressed: bool) -> None:
+    write = np.savez_compressed if compressed else np.savez
+    write(tmp_path / "d.npz", x=np.ones((MANY, *ONE), np.float16), y=np.arange(MANY) % 3)
+    with peak_below(16 * 2**20):
+        data = load_data(str(tmp_path / "d.npz"), validation_share=0.1, spool=tmp_path / "state")
+        order = np.random.default_rng(0).permutation(data.samples)
+        for start in range(0, data.samples, 32):
+            assert data.x_train[order[start : start + 32]].all()
+        assert data.bytes < HELD_BYTES
+    assert data.samples + len(data.y_test) + len(data.y_val) == MANY
+    assert list((tmp_path / "state").rglob("*")) == []  # a copy has no name, and goes with the process
+
+
+@pytest.mark.once
+def test_samples_that_a_function_returns_go_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "many.py").write_text(
+        f"import numpy as np\ndef load():\n    return np.ones(({MANY}, 3, 64, 64), np.float32), np.arange({MANY}) % 3\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tracemalloc.start()
+    data = load_data("many:load", spool=tmp_path)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < HELD_BYTES
+    assert data.x_train[np.array([3, 1])].sum() == 2 * 3 * 64 * 64
+
+
+@pytest.mark.usefixtures("nothing_held")
+@given(kind=st.sampled_from(TYPES), compressed=st.booleans(), seed=st.integers(0, 99))
+def test_batches_from_the_disk_are_those_from_memory(
+    kind: str, compressed: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(seed)
+    x = (100 * rng.random((41, 3, 5))).astype(kind)
+    write = np.savez_compressed if compressed else np.savez
+    write(folder / "d.npz", x=x, y=np.arange(41) % 3, x_val=x[:4], y_val=np.arange(4) % 3)
+    data = load_data(str(folder / "d.npz"), seed, "d", spool=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedprune_device.data.stored_array.HELD_BYTES", 2**30)
+        wanted = load_data(str(folder / "d.npz"), seed, "d")
+    for split in ("train", "test", "val"):
+        found, whole = getattr(data, f"x_{split}"), getattr(wanted, f"x_{split}")
+        assert isinstance(found, StoredArray)
+        assert isinstance(whole, np.ndarray)
+        assert (found.dtype, found.shape, len(found)) == (whole.dtype, whole.shape, len(whole))
+        rows = rng.integers(0, len(whole), 9)
+        for chosen in (rows, np.sort(rows), slice(1, 3), slice(None), rows[:0], 2):
+            assert np.array_equal(found[chosen], whole[chosen])
+            assert found[chosen].dtype == whole.dtype
+        assert np.array_equal(np.asarray(found.select(rows)), whole[rows])
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_training_on_samples_on_the_disk_gives_the_same_bits(tmp_path: Path, weights: Tensors) -> None:
+    shape = Trainer(GRAPHS / "plain.onnx").input_shape
+    x = np.random.default_rng(0).standard_normal((60, *(int(s or 1) for s in shape))).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x, y=np.arange(60) % 3)
+    recipe = Recipe(epochs=2, batch_size=16, lr=0.1)
+    results = []
+    for held in (0, 2**30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fedprune_device.data.stored_array.HELD_BYTES", held)
+            data = load_data(str(tmp_path / "d.npz"))
+        assert isinstance(data.x_train, StoredArray) == (held == 0)
+        trainer = Trainer(GRAPHS / "plain.onnx")
+        results.append(trainer.train(weights, data, recipe, seed=0, device="d", round=1, classes=3))
+    assert all(np.array_equal(v, results[1].tensors[n]) for n, v in results[0].tensors.items())
+
+
+@pytest.mark.usefixtures("nothing_held")
+@pytest.mark.parametrize("change", ["overwritten", "cut short", "replaced"])
+def test_a_file_that_changes_while_it_is_used_is_an_error(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "d.npz"
+    np.savez(path, x=np.ones((20, 2), np.float32), y=np.arange(20) % 3)
+    data = load_data(str(path))
+    if change == "overwritten":
+        np.savez(path, x=np.zeros((30, 2), np.float32), y=np.arange(30) % 3)
+    elif change == "cut short":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        (tmp_path / "other.npz").write_bytes(path.read_bytes())
+        (tmp_path / "other.npz").rename(path)
+    with pytest.raises(DataError, match="has changed since it was opened"):
+        data.x_train[:3]
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_samples_that_are_damaged_on_the_disk_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.npz"
+    np.savez(path, x=np.full((20, 64), 0.75, np.float32), y=np.arange(20) % 3)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(np.float32(0.75).tobytes() * 8) + 40] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=r"not an \.npz file"):
+        load_data(str(path))
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_inputs_without_labels_stay_on_the_disk(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.ones((20, 2), np.float64))
+    x: Any = load_inputs(str(tmp_path / "d.npz"))
+    assert isinstance(x, StoredArray)
+    assert x[:2].dtype == np.float32

@@ -1,0 +1,333 @@
+"""Blobs from a web server that behaves, and from one that doesn't: what is kept is right, and one line says why."""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.security.authority import Authority
+from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.security.tls import pinned_context
+from fedprune.security.trusted_time import BUILT
+from fedprune.wire.blob_url import BlobUrl
+from fedprune.wire.broker_url import tls_context
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.transfer import Pull, Serve
+from fedprune_device.network import http_fetch
+from fedprune_device.network.http_fetch import HttpFetch
+from support.fakes.web_server import Handler, WebPlace
+
+pytestmark = pytest.mark.board
+
+BLOB = np.random.default_rng(0).bytes(20 * LEAF + 100)
+REF = BlobRef.of(BLOB)
+SMALL = BlobRef.of(b"a graph")
+EMPTY = BlobRef.of(b"")
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[WebPlace]:
+    with WebPlace(filled(tmp_path / "web")) as place:
+        yield place
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path / "board", durable=False)
+
+
+def filled(root: Path) -> BlobStore:
+    store = BlobStore(root, durable=False)
+    assert [store.put(b) for b in (BLOB, b"a graph", b"")] == [REF, SMALL, EMPTY]
+    return store
+
+
+def fetched(store: BlobStore, url: str, *refs: BlobRef, tls: Callable[[], ssl.SSLContext] = tls_context) -> HttpFetch:
+    fetch = HttpFetch(store, BlobUrl.parse(url), refs or (REF,), tls)
+    ends = time.monotonic() + 60
+    while fetch.alive:
+        if fetch.stalled:
+            fetch.stop("it stalls")
+        assert time.monotonic() < ends
+        time.sleep(0.002)
+    fetch.join(60)
+    return fetch
+
+
+def test_leaves_that_another_blob_here_has_are_not_fetched(web: WebPlace, store: BlobStore) -> None:
+    store.put(BLOB[: 12 * LEAF] + b"another end")
+    fetch = fetched(store, web.url)
+    assert fetch.failure == ""
+    assert store.read(REF.sha256) == BLOB
+    assert fetch.bytes == len(BLOB) - 12 * LEAF
+    assert fetch.done == fetch.total
+
+
+def rest_over_mqtt(store: BlobStore, web: WebPlace) -> int:
+    """Pull what is missing as MQTT does, from the store behind the web server; leaves that it took."""
+    pull = Pull(REF, store.partial(REF))
+    server = Serve(BlobStore(web.root, durable=False))
+    wants, leaves = pull.start(0.0), 0
+    while wants:
+        want = wants.pop(0)
+        leaves += want.count * (want.part == "data")
+        for raw in server.answer(want):  # type: ignore[union-attr]
+            wants += pull.on_chunk(Chunk.parse(raw), 0.0)
+    assert pull.done
+    assert store.read(REF.sha256) == BLOB
+    return leaves
+
+
+def test_blobs_come_whole_over_one_connection(store: BlobStore, web: WebPlace) -> None:
+    fetch = fetched(store, web.url, REF, SMALL, EMPTY)
+    assert fetch.failure == ""
+    assert [store.read(r.sha256) for r in (REF, SMALL, EMPTY)] == [BLOB, b"a graph", b""]
+    assert (fetch.done, fetch.total, fetch.bytes) == (22, 22, len(BLOB) + len(b"a graph"))
+    name = f"/{REF.sha256[:2]}/{REF.sha256}"
+    assert web.asked == [(f"{name}.leaves", None), (name, None), (f"/{SMALL.sha256[:2]}/{SMALL.sha256}", None)]
+    assert not list((store.root / "partial").iterdir())
+
+
+def test_only_what_is_missing_is_asked_for(store: BlobStore, web: WebPlace) -> None:
+    begun = store.partial(REF)
+    begun.set_table(BlobStore(web.root).table(REF.sha256))
+    for index in (0, 1, 2, 9, 20):
+        begun.write(index, BLOB[index * LEAF : (index + 1) * LEAF])
+    begun.close()
+    fetch = fetched(store, web.url)
+    assert fetch.failure == ""
+    assert store.read(REF.sha256) == BLOB
+    assert [r for _, r in web.asked] == [f"bytes={3 * LEAF}-{9 * LEAF - 1}", f"bytes={10 * LEAF}-{20 * LEAF - 1}"]
+    assert fetch.bytes == 16 * LEAF
+
+
+def test_who_knows_no_ranges_gives_all_of_it(store: BlobStore, web: WebPlace) -> None:
+    begun = store.partial(REF)
+    begun.set_table(BlobStore(web.root).table(REF.sha256))
+    begun.write(3, BLOB[3 * LEAF : 4 * LEAF])
+    begun.close()
+    web.behave = lambda handler, data: not handler.give(data, ranges=False)
+    assert fetched(store, web.url).failure == ""
+    assert store.read(REF.sha256) == BLOB
+    assert len(web.asked) == 1
+
+
+def test_a_cut_connection_is_resumed_where_it_ended(store: BlobStore, web: WebPlace) -> None:
+    def cut(handler: Handler, data: bytes) -> bool:
+        if len(data) < LEAF or web.asked[-1][1] is not None:
+            return False
+        handler.give(data, until=9 * LEAF + 5)
+        return True
+
+    web.behave = cut
+    assert fetched(store, web.url).failure == ""
+    assert store.read(REF.sha256) == BLOB
+    assert web.asked[-1][1] == f"bytes={8 * LEAF}-{len(BLOB) - 1}"  # leaves are taken eight at a time
+
+
+def test_who_cuts_again_and_again_is_left(store: BlobStore, web: WebPlace) -> None:
+    web.behave = lambda handler, data: len(data) > LEAF and not handler.give(data, until=8 * LEAF - 1)
+    fetch = fetched(store, web.url)
+    assert "IncompleteRead" in fetch.failure
+    assert not store.has(REF.sha256)
+    web.behave = lambda handler, data: len(data) > LEAF and not handler.give(data, until=LEAF * 8)
+    fetched(store, web.url)
+    assert len(web.asked) <= 8
+
+
+BAD: dict[str, tuple[Callable[[Handler, bytes], object], str]] = {
+    "404": (lambda h, data: h.say(404, b""), "answers 404"),
+    "500": (lambda h, data: h.say(500, b"sorry"), "answers 500"),
+    "redirected": (lambda h, data: h.say(302, b"", Location="http://127.0.0.1:1/x"), "redirects .* not followed"),
+    "for ever": (lambda h, data: h.say(200, b"", **{"Content-Length": str(2**60)}), f"'{2**60}' bytes, and not"),
+    "no length": (lambda h, data: h.drip(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 1000, 0), "'nothing' bytes, and not"),
+    "chunks": (
+        lambda h, data: h.drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", 0),
+        "'nothing' bytes, and not",
+    ),
+    "too short": (lambda h, data: h.say(200, data[:-1]), "bytes, and not"),
+    "too long": (lambda h, data: h.say(200, data + b"x"), "bytes, and not"),
+    "packed": (lambda h, data: h.say(200, data, **{"Content-Encoding": "gzip"}), "bytes, and not"),
+    "a part": (lambda h, data: h.say(206, data, **{"Content-Range": f"bytes 0-{len(data) - 1}/{len(data)}"}), "206"),
+    "wrong": (lambda h, data: h.give(bytes([data[0] ^ 1]) + data[1:]), "leaf table .* another|leaf 0 of blob"),
+    "wrong later": (lambda h, data: h.give(data[:-1] + bytes([data[-1] ^ 1])), "leaf table .* another|leaf 20 of blob"),
+    "no answer": (lambda h, data: h.drip(b"", 0), "without response"),
+    "no HTTP": (lambda h, data: h.drip(b"MQTT here\r\n\r\n", 0), "MQTT here"),
+    "cut off": (lambda h, data: h.give(data, until=10), "IncompleteRead"),
+}
+
+
+@pytest.mark.parametrize("of", ["leaf table", "blob"])
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_ends_it_and_only_right_leaves_are_kept(
+    store: BlobStore, web: WebPlace, name: str, of: str
+) -> None:
+    answer, why = BAD[name]
+    web.behave = lambda h, data: h.path.endswith(".leaves") is (of == "leaf table") and not answer(h, data)
+    fetch = fetched(store, web.url)
+    assert fetch.failure
+    assert re.search(why, fetch.failure), fetch.failure
+    assert "\n" not in fetch.failure
+    assert not store.has(REF.sha256)
+    partial = store.partial(REF)
+    assert partial.count == fetch.done
+    partial.close()
+    web.behave = lambda h, data: False
+    assert rest_over_mqtt(store, web) == REF.leaf_count - partial.count
+    assert fetched(store, web.url).failure == ""
+
+
+def test_a_range_that_was_not_asked_for_is_not_believed(store: BlobStore, web: WebPlace) -> None:
+    begun = store.partial(REF)
+    begun.set_table(BlobStore(web.root).table(REF.sha256))
+    begun.write(0, BLOB[:LEAF])
+    begun.close()
+    web.behave = lambda h, data: not h.give(data, **{"Content-Range": f"bytes 0-{len(data) - 1 - LEAF}/{len(data)}"})
+    assert "it gives 'bytes 0-" in fetched(store, web.url).failure
+    assert store.partial(REF).count == 1
+
+
+def test_who_drips_is_left(store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_fetch, "STALL_S", 0.3)
+
+    def drip(handler: Handler, data: bytes) -> bool:
+        if handler.path.endswith(".leaves"):
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data[: 8 * LEAF])
+        while not web.closing.is_set():  # a byte now and then: no socket's time-out ever ends
+            handler.wfile.write(data[8 * LEAF : 8 * LEAF + 1])
+            time.sleep(0.02)
+        return True
+
+    web.behave = drip
+    began = time.monotonic()
+    fetch = fetched(store, web.url)
+    assert fetch.failure == "it stalls"
+    assert time.monotonic() - began < 5
+    assert store.partial(REF).count == 8
+
+
+def test_who_drips_leaf_by_leaf_is_left_and_was_fast_before_in_vain(
+    store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_fetch, "STALL_S", 1.0)
+    monkeypatch.setattr(http_fetch, "LEAST_BYTES_PER_S", 1000.0 * LEAF)
+    first, dripped = 8, 0
+
+    def drip(handler: Handler, data: bytes) -> bool:
+        nonlocal dripped
+        if handler.path.endswith(".leaves"):
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data[: first * LEAF])
+        for at in range(first * LEAF, len(data), LEAF):  # no leaf takes as long as one may
+            if web.closing.wait(0.3):
+                break
+            handler.wfile.write(data[at : at + LEAF])
+            dripped += 1
+        return True
+
+    web.behave = drip
+    fetch = fetched(store, web.url)
+    assert fetch.failure == "it stalls"
+    assert store.partial(REF).count >= first
+    assert dripped < REF.leaf_count - first
+    assert rest_over_mqtt(store, web) > 0
+    assert store.read(REF.sha256) == BLOB
+
+
+def test_who_never_ends_the_head_of_an_answer_is_left(
+    store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_fetch, "STALL_S", 0.2)
+    web.behave = lambda h, data: not h.drip(b"HTTP/1.1 200 OK\r\nX-Slow: ", 20)
+    assert fetched(store, web.url).failure == "it stalls"
+
+
+def test_it_ends_at_once_when_it_is_stopped(store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_fetch, "SILENT_S", 600.0)  # nothing else ends it
+    web.behave = lambda h, data: not h.drip(b"", 600)
+    fetch = HttpFetch(store, BlobUrl.parse(web.url), [REF], tls_context)
+    while not web.asked:
+        time.sleep(0.002)
+    fetch.stop()
+    assert not fetch.alive
+    fetch.join(60)
+    assert not fetch._thread.is_alive()
+    assert fetch.failure == ""
+
+
+def test_where_nobody_listens_it_says_so(store: BlobStore, web: WebPlace) -> None:
+    url = web.url
+    web.__exit__()
+    assert fetched(store, url).failure == "connection refused"
+
+
+def test_a_disk_that_is_full_ends_it(store: BlobStore, web: WebPlace) -> None:
+    store.max_size = 100
+    assert "larger than this store allows" in fetched(store, web.url).failure
+
+
+class TestTls:
+    @pytest.fixture
+    def authority(self, tmp_path: Path) -> Authority:
+        return Authority.make(tmp_path / "authority", "lab", clock=lambda: float(BUILT))
+
+    def place(self, tmp_path: Path, authority: Authority, host: str = "127.0.0.1") -> WebPlace:
+        key = make_tls_key()
+        save_tls_key(key, tmp_path / "web.key")
+        (tmp_path / "web.pem").write_text(authority.issue_broker([host], make_request(key, "web")))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "web.pem", tmp_path / "web.key")
+        return WebPlace(filled(tmp_path / "web"), context)
+
+    def trust(self, tmp_path: Path) -> Callable[[], ssl.SSLContext]:
+        return lambda: pinned_context(tmp_path / "authority" / "authority.pem", None, None, lambda: BUILT)
+
+    def test_blobs_come_over_tls(self, store: BlobStore, tmp_path: Path, authority: Authority) -> None:
+        with self.place(tmp_path, authority) as web:
+            assert fetched(store, web.url, REF, SMALL, tls=self.trust(tmp_path)).failure == ""
+        assert store.read(REF.sha256) == BLOB
+
+    def test_another_authoritys_web_server_gets_no_request(
+        self, store: BlobStore, tmp_path: Path, authority: Authority
+    ) -> None:
+        with self.place(tmp_path, authority) as web:
+            failure = fetched(store, web.url, tls=tls_context).failure
+            assert failure.startswith("TLS failed")
+            assert web.asked == []
+
+    def test_a_certificate_for_another_host_is_refused(
+        self, store: BlobStore, tmp_path: Path, authority: Authority
+    ) -> None:
+        with self.place(tmp_path, authority, "models.example") as web:
+            assert fetched(store, web.url, tls=self.trust(tmp_path)).failure.startswith("TLS failed")
+            assert web.asked == []
+
+    def test_a_handshake_that_hangs_is_cut(
+        self, store: BlobStore, tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(http_fetch, "SILENT_S", 600.0)  # nothing else ends it
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = BlobUrl.parse(f"https://127.0.0.1:{silent.getsockname()[1]}")
+            fetch = HttpFetch(store, url, [REF], self.trust(tmp_path))
+            client, _ = silent.accept()
+            with client:
+                client.recv(1)  # its hello has begun to come
+                fetch.stop()
+                fetch.join(60)
+                assert not fetch._thread.is_alive()

@@ -1,0 +1,215 @@
+"""A board whose offers name a web server: what that gives is not asked for over MQTT, and what it doesn't give is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
+from fedprune.wire.messages import Cancelled, Refusal, Update, Want
+from fedprune.wire.offer import Offer
+from fedprune_device.agent.agent import Agent
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.network import http_fetch
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.trainer import Trainer
+from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
+from support.fakes.web_server import Handler, WebPlace
+
+pytestmark = pytest.mark.board
+
+
+class Board:
+    """An agent, its server, and a web server that has the server's blobs."""
+
+    def __init__(self, root: Path, graphs: Path, weights: Tensors, data: LocalData, web: WebPlace) -> None:
+        self.root, self.data, self.web = root, data, web
+        self.server = MemoryServer(web.root, graphs, weights)
+        self.agent: Agent | None = None
+
+    def offer(self, number: int, recipe: Recipe | None = None, **other: Any) -> Offer:
+        return self.server.offer(number, recipe, **{"blobs_at": self.web.url, **other})
+
+    def run(self, limit: float = 30.0) -> float:
+        with DeviceStore(self.root / "state") as store:
+            link = MemoryLink(self.server)
+            self.agent = Agent("d", "site", store, link, self.data, clock=clock)
+            late = threading.Timer(limit, self.agent.stop)
+            late.start()
+            self.agent.run(until_finished=True)
+            assert late.is_alive(), f"not done after {limit} s: {self.server.seen[-5:]}"
+            late.cancel()
+        return limit
+
+    @property
+    def wants(self) -> list[Want]:
+        return [m for m in self.server.seen if isinstance(m, Want)]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent's clock goes fast: half a second in which this machine stands still would be a stall."""
+    monkeypatch.setattr(http_fetch, "STALL_S", 1e6)
+
+
+@pytest.fixture
+def board(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> Iterator[Board]:
+    with WebPlace(BlobStore(tmp_path / "server", durable=False)) as web:
+        yield Board(tmp_path, graphs, weights, data, web)
+
+
+def expected(graphs: Path, weights: Tensors, data: LocalData, number: int) -> Tensors:
+    recipe = Recipe(epochs=2, batch_size=16)
+    return (
+        Trainer(graphs / "plain.onnx").train(weights, data, recipe, seed=7, device="d", round=number, classes=3).tensors
+    )
+
+
+def same(one: Any, other: Any) -> bool:
+    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_all_comes_from_the_web(
+    board: Board, graphs: Path, weights: Tensors, data: LocalData, caplog: pytest.LogCaptureFixture
+) -> None:
+    offer = board.offer(1)
+    board.server.plan = [offer]
+    board.run()
+    assert same(board.server.result(1), expected(graphs, weights, data, 1))
+    assert board.wants == []
+    assert warnings(caplog) == []
+    sizes = {r.sha256: r.size for r in offer.blobs()}
+    assert sum(sizes.values()) <= board.web.sent < 1.01 * sum(sizes.values()) + 1000  # and leaf tables
+
+
+def test_what_the_web_server_lacks_comes_over_mqtt_and_the_next_offer_asks_it_again(
+    board: Board, graphs: Path, weights: Tensors, data: LocalData, caplog: pytest.LogCaptureFixture
+) -> None:
+    halves = {name: 0.5 * value for name, value in weights.items()}
+    second = board.server.blobs.put(tensorfile.encode(halves))
+    board.server.plan = [board.offer(1), board.offer(2, weights=second)]
+    board.web.answers = 0
+
+    def later(message: Any) -> None:
+        if isinstance(message, Update):
+            board.web.answers = -1
+
+    board.server.react = later
+    board.run()
+    assert same(board.server.result(1), expected(graphs, weights, data, 1))
+    assert same(board.server.result(2), expected(graphs, halves, data, 2))
+    assert board.wants
+    assert second.sha256 not in {w.sha256 for w in board.wants}
+    assert len(warnings(caplog)) == 1
+    assert "answers 404" in warnings(caplog)[0]
+    assert board.web.url in warnings(caplog)[0]
+
+
+def test_a_web_server_that_dies_in_the_middle_leaves_the_rest_to_mqtt(
+    board: Board, graphs: Path, weights: Tensors, data: LocalData, caplog: pytest.LogCaptureFixture
+) -> None:
+    offer = board.offer(1)
+    board.server.plan = [offer]
+    board.web.answers = 1
+    board.run()
+    assert same(board.server.result(1), expected(graphs, weights, data, 1))
+    assert board.web.sent > 0
+    first = board.web.asked[0][0]
+    asked = {w.sha256 for w in board.wants}
+    assert first.endswith(".leaves") or first[4:] not in asked
+    assert asked
+    assert len(warnings(caplog)) == 1
+
+
+def test_wrong_bytes_are_not_believed(
+    board: Board, graphs: Path, weights: Tensors, data: LocalData, caplog: pytest.LogCaptureFixture
+) -> None:
+    board.server.plan = [board.offer(1)]
+    board.web.behave = lambda handler, data: not handler.give(bytes(len(data)))
+    board.run()
+    assert same(board.server.result(1), expected(graphs, weights, data, 1))
+    assert len(warnings(caplog)) == 1
+
+
+def hangs(board: Board) -> Callable[[Handler, bytes], bool]:
+    return lambda handler, data: not handler.drip(b"HTTP/1.1 200 OK\r\n", 30)
+
+
+def test_a_web_server_that_hangs_is_given_up(
+    board: Board, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_fetch, "STALL_S", 0.3)
+    board.server.plan = [board.offer(1)]
+    board.web.behave = hangs(board)
+    board.run()
+    assert len(warnings(caplog)) == 1
+    assert "nothing more has come" in warnings(caplog)[0]
+    assert not any(isinstance(m, Refusal) for m in board.server.seen)
+
+
+def test_a_cancelled_offer_is_fetched_no_more(board: Board, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = board.offer(1), board.server.offer(1, attempt=1)
+    board.server.plan = [first]
+    board.web.behave = hangs(board)
+
+    def watch() -> None:
+        if board.web.asked and board.server.plan == [first]:
+            board.server.plan = [second]
+            board.server.say(Cancelled("job", 1, 0, "a test"))
+            board.server.say(second)
+
+    board.server.watch = watch
+    began = time.monotonic()
+    board.run()
+    assert time.monotonic() - began < 8
+    assert warnings(caplog) == []
+    assert len(board.web.asked) == 1
+
+
+def test_an_agent_that_is_stopped_ends_at_once(board: Board) -> None:
+    board.server.plan = [board.offer(1)]
+    board.web.behave = hangs(board)
+
+    def watch() -> None:
+        if board.web.asked and board.agent is not None:
+            board.agent.stop()
+
+    board.server.watch = watch
+    began = time.monotonic()
+    board.run()
+    assert time.monotonic() - began < 5
+    board.server.watch = lambda: None
+    board.web.behave = lambda handler, data: False
+    board.run()  # and the next process begins with the web again
+    assert board.wants == []
+    assert 1 in board.server.updates
+
+
+def test_the_web_goes_on_while_there_is_no_broker(board: Board) -> None:
+    board.server.plan = [board.offer(1)]
+    dropped = threading.Event()
+
+    def behave(handler: Handler, data: bytes) -> bool:
+        if not dropped.is_set():
+            board.server.link.drop()
+            dropped.set()
+            threading.Timer(0.3, board.server.link.restore).start()
+        return False
+
+    board.web.behave = behave
+    board.run()
+    assert dropped.is_set()
+    assert board.wants == []

@@ -1,0 +1,272 @@
+"""A board's own floor and count of privacy: what is refused, what is counted before noise is drawn, what outlives."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.core import durable, tensorfile
+from fedprune.core.errors import ConfigError, DataError, DivergedError, ExitCode, PlanError, PrivacyError
+from fedprune.privacy.accounting import epsilon
+from fedprune.training.recipe import Recipe
+from fedprune.wire.log_messages import LogWanted
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.network.offer_checks import check_offer
+from fedprune_device.privacy.budget import FILE, PrivacyBudget
+from fedprune_device.privacy.policy import PrivacyPolicy, read_policy
+from fedprune_device.privacy.redaction import bare, refused
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.telemetry.crash_reports import CrashReports
+from fedprune_device.telemetry.log_buffer import LogBuffer
+from fedprune_device.training.round_runner import RoundRunner
+from fedprune_device.training.trainer import Trainer
+from support.fakes.hidden_board import DEVICE, HiddenBoard, hidden_weights
+
+pytestmark = pytest.mark.board
+
+PLAIN = Recipe(epochs=1, batch_size=16)
+PRIVATE = replace(PLAIN, update_clip=1.0, update_noise=2.0)
+SENT = hidden_weights(seed=1)
+STATISTICS = ("mean", "var")
+SECRET = "label 'cancer' of 17 samples in /home/ann/scans"
+
+
+@pytest.fixture
+def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
+    return HiddenBoard(tmp_path / "state", graphs, data)
+
+
+def train(board: HiddenBoard, offer: Any, floor: PrivacyPolicy | None = None) -> Any:
+    """The update's tensors; every call is a process of its own."""
+    with DeviceStore(board.root) as store:
+        store.hold_to(floor)
+        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, shelf=store.own, noise=store.privacy.draw)
+        made = bench.make(offer)
+        return tensorfile.decode(store.blobs.read(made.update.weights.sha256)), made
+
+
+def count(board: HiddenBoard) -> PrivacyBudget:
+    return PrivacyBudget(board.root)
+
+
+def test_every_draw_counts_also_of_the_same_work(board: HiddenBoard) -> None:
+    offer = board.offer(1, PRIVATE, SENT, graph="kept")
+    assert count(board).draws == 0
+    first, _ = train(board, offer)
+    again, _ = train(board, offer)
+    assert not np.array_equal(first["w1"], again["w1"])
+    found = count(board)
+    assert (found.draws, found.cost) == (2, pytest.approx(2 / 4))
+    assert found.cost >= 0.5, "rounded up"
+    assert f"{epsilon(found.cost, 1e-5):.4g}" in found.describe()
+
+
+def test_jobs_without_noise_are_not_counted_and_need_no_file(board: HiddenBoard) -> None:
+    train(board, board.offer(1, PLAIN, SENT, graph="kept"))
+    assert not (board.root / FILE).exists()
+    assert not count(board).private
+
+
+def test_it_is_on_the_disk_before_noise_is_drawn(board: HiddenBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedprune_device.privacy.budget.GaussianNoise.secret", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(board, board.offer(1, PRIVATE, SENT, graph="kept"))
+    assert count(board).draws == 1
+
+
+def test_without_its_count_there_is_no_update(board: HiddenBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer = board.offer(1, PRIVATE, SENT, graph="kept")
+    monkeypatch.setattr(durable, "write_document", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(board, offer)
+
+
+@pytest.mark.parametrize(
+    ("floor", "recipe", "says"),
+    [
+        (
+            PrivacyPolicy(),
+            PLAIN,
+            "private jobs alone: expected updates with clip and noise, got neither clip nor noise",
+        ),
+        (PrivacyPolicy(), replace(PLAIN, update_clip=1.0), "got a clip without noise, or with next to none"),
+        (PrivacyPolicy(least_noise=3.0), PRIVATE, "in units of the clip: expected at least 3, got 2"),
+        (PrivacyPolicy(most_clip=0.5), PRIVATE, "clip of this board's update: expected at most 0.5, got 1.0"),
+        (
+            PrivacyPolicy(most_epsilon=1.0),
+            PRIVATE,
+            r"budget of privacy is spent: .* expected at most 1 at δ 1e-05, got 1\.9",
+        ),
+    ],
+)
+def test_an_offer_below_the_floor_is_refused_before_anything_is_done(
+    board: HiddenBoard, floor: PrivacyPolicy, recipe: Recipe, says: str
+) -> None:
+    offer = board.offer(1, recipe, SENT, graph="kept")
+    with DeviceStore(board.root) as store:
+        store.hold_to(floor)
+        with pytest.raises(PrivacyError, match=says) as caught:
+            check_offer(offer, store, None)
+    assert caught.value.exit_code is ExitCode.PRIVACY
+    with pytest.raises(PrivacyError, match=says):
+        train(board, offer, floor) if recipe is PRIVATE else floor.check(recipe, 0.0)
+    assert count(board).draws == 0
+
+
+def test_at_the_floor_it_takes_part_until_its_budget_is_spent(board: HiddenBoard) -> None:
+    floor = PrivacyPolicy(least_noise=2.0, most_clip=1.0, most_epsilon=4.0)
+    offer, rounds = board.offer(1, PRIVATE, SENT, graph="kept"), 0
+
+    def part(number: int) -> None:
+        with DeviceStore(board.root) as store:
+            store.hold_to(floor)
+            check_offer(replace(offer, job=f"job-{number % 2}"), store, None)
+            store.privacy.draw(offer)  # of either job
+
+    while rounds < 9 and epsilon(count(board).cost + 0.25, 1e-5) <= 4.0:
+        part(rounds)
+        rounds += 1
+    with pytest.raises(PrivacyError, match="budget of privacy is spent"):
+        part(rounds)
+    spent = count(board).cost
+    assert rounds == 3
+    assert epsilon(spent, 1e-5) <= 4.0 < epsilon(spent + 0.25, 1e-5)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"body":"{}","sha256":""}'])
+def test_what_is_no_longer_known_is_not_taken_for_nothing(board: HiddenBoard, damage: bytes) -> None:
+    train(board, board.offer(1, PRIVATE, SENT, graph="kept"))
+    (board.root / FILE).write_bytes(damage)
+    with pytest.raises(PrivacyError, match="what this board has spent of its privacy is not known"):
+        train(board, board.offer(2, PRIVATE, SENT, graph="kept"))
+    train(board, board.offer(3, PLAIN, SENT, graph="kept"))
+
+
+def test_the_owners_file(tmp_path: Path) -> None:
+    path = tmp_path / "owner.toml"
+    path.write_text("[privacy]\nleast_noise = 1\nmost_epsilon = 8.0\n")
+    assert read_policy(path) == PrivacyPolicy(least_noise=1, most_epsilon=8.0)
+    assert read_policy(None) is None
+    for text, says in (
+        ("[privacy]\nnoise = 1\n", "unknown key 'noise'"),
+        ("[privacy]\ndelta = 0\n", "delta: expected a number above 0"),
+        ("[private]\n", "private"),
+        ("", r"\[privacy\]: expected a table"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=says):
+            read_policy(path)
+    with pytest.raises(ConfigError, match="can't read"):
+        read_policy(tmp_path / "none.toml")
+
+
+def test_an_update_without_noise_that_waits_is_dropped_when_the_owner_asks_for_noise(board: HiddenBoard) -> None:
+    for recipe, stays in ((PLAIN, False), (PRIVATE, True)):
+        offer = board.offer(1, recipe, SENT, graph="kept")
+        with DeviceStore(board.root) as store:
+            store.accept(offer)
+            bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, noise=store.privacy.draw)
+            store.keep(bench.make(offer).update)
+        with DeviceStore(board.root) as store:
+            store.hold_to(PrivacyPolicy())
+            assert (store.pending is not None) == stays
+            store.hold_to(PrivacyPolicy(least_noise=2.0, most_epsilon=0.1))
+            assert (store.pending is not None) == stays, "what it cost was spent when its noise was drawn"
+            store.hold_to(PrivacyPolicy(least_noise=2.1))
+            assert store.pending is None
+
+
+@pytest.mark.parametrize("noise", [1e-300, 1e-160, 1e-154, 1e-9])
+def test_noise_whose_cost_is_no_number_is_none_and_spoils_no_count(board: HiddenBoard, noise: float) -> None:
+    recipe = replace(PRIVATE, update_noise=noise)
+    offer = board.offer(1, recipe, SENT, graph="kept")
+    with DeviceStore(board.root) as store:
+        for _ in range(3):
+            store.privacy.draw(offer)
+        with pytest.raises(PrivacyError, match="private jobs alone"):
+            PrivacyPolicy().check(recipe, 0.0)
+    again = count(board)
+    assert (again.draws, again.cost) == (0, 0.0)
+    again.check(PRIVATE)
+
+
+def test_training_that_runs_away_hands_in_noise_alone_and_says_nothing_of_it(
+    board: HiddenBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fine = train(board, board.offer(1, PRIVATE, SENT, graph="kept"))
+
+    def wild(*_: Any, **how: Any) -> Any:
+        raise DivergedError("the loss is not finite at step 3")
+
+    monkeypatch.setattr(Trainer, "train", wild)
+    with pytest.raises(DivergedError):
+        train(board, board.offer(2, PLAIN, SENT, graph="kept"))
+    found, made = train(board, board.offer(2, PRIVATE, SENT, graph="kept"))
+    assert set(made.update.metrics) == set(fine.update.metrics)
+    assert (made.update.steps, made.update.samples) == (fine.update.steps, fine.update.samples)
+    moved = np.concatenate([(found[n] - SENT[n]).ravel() for n in found if n not in STATISTICS])
+    assert 1.4 < moved.std() < 2.6
+
+
+# What a board tells beside its updates.
+
+
+def test_of_a_private_board_the_log_tells_what_stands_in_the_code(tmp_path: Path) -> None:
+    quiet = False
+    log = LogBuffer(tmp_path, "pi", quiet=lambda: quiet)
+    log.addFilter(lambda record: True)
+    line = logging.LogRecord("fedprune.device", logging.WARNING, LogBuffer.__module__, 1, "%s: %d", (SECRET, 3), None)
+    line.pathname = "/x/site-packages/fedprune_device/agent/agent.py"
+    log.emit(line)
+    quiet = True
+    error = DataError(SECRET)
+    line = logging.LogRecord("fedprune.device", logging.ERROR, line.pathname, 1, "round %d: %s", (3, error), None)
+    log.emit(line)
+    log.emit(logging.LogRecord("fedprune.mine", logging.ERROR, "/home/ann/mine.py", 1, SECRET, (), None))
+    told = log.take(50, 10_000)
+    assert told is not None
+    texts = [str(row["text"]) for row in told.lines]
+    assert texts[1] == "round ...: DataError"
+    assert len(texts) == 3
+    assert "stay on the board" in texts[0]
+    assert "stay on the board" in texts[2]
+    assert not any(word in text for text in texts for word in ("cancer", "17", "ann", "scans"))
+    log.save(now=True)
+    again = LogBuffer(tmp_path, "pi", quiet=lambda: True).take(50, 10_000)
+    assert again is not None
+    assert [row["text"] for row in again.lines] == texts, "they were bare already"
+    assert LogWanted(50, 10_000).lines
+
+
+def test_an_own_exceptions_name_is_not_told() -> None:
+    class CancerError(Exception):
+        pass
+
+    CancerError.__module__ = "mine"
+    line = logging.LogRecord("fedprune", 40, "/x/fedprune_device/a.py", 1, "100%% %s", (CancerError(SECRET),), None)
+    assert bare(line) == "100% an error"
+
+
+def test_refusals_of_private_jobs_name_the_kind_alone_but_for_what_is_of_the_offer() -> None:
+    assert SECRET in refused(DataError(SECRET), private=False)
+    assert SECRET in refused(PlanError(SECRET), private=True)
+    for error in (DataError(SECRET), ValueError(SECRET)):
+        assert refused(error, private=True).startswith(f"{type(error).__name__} (its words stay on the board")
+
+
+def test_of_a_private_board_a_crash_tells_its_name(tmp_path: Path) -> None:
+    for early in (True, False):
+        CrashReports(tmp_path, quiet=lambda now=not early: now).exception(DataError(SECRET))  # type: ignore[misc]
+        report = CrashReports(tmp_path, quiet=lambda: True).report
+        assert report is not None
+        assert report["text"].startswith("DataError")
+        assert "cancer" not in report["text"]
+    CrashReports(tmp_path).exception(DataError("plain words"))
+    report = CrashReports(tmp_path).report
+    assert report is not None
+    assert "plain words" in report["text"]

@@ -1,0 +1,338 @@
+"""The power fails at every single write of updates; every time the board comes back on one whole release."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedprune.core.errors import FedpruneError, RuntimeUnavailableError
+from fedprune_device.launcher.launcher import End, launch
+from fedprune_device.launcher.slot_store import KEY, Home, Record
+from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, SLOTS, STABLE, DamagedError, Outcome, State
+from fedprune_device.releases.installer import Updater
+from fedprune_device.releases.release_trial import Trial
+from support.fakes.runtime_releases import PUBLIC, make_release, source, versions_in
+from support.faults.power_cuts import EACH_KIND, KINDS, CutError, cuts, power
+
+pytestmark = pytest.mark.board
+
+ATTEMPTS = 3
+SIGILL = "onnxruntime kills the process that runs a small graph (SIGILL)"
+Bad = tuple[End, Callable[[Path | None], None] | None, str]
+
+
+def healthy(_: Path | None) -> None:
+    """Nothing is wrong."""
+
+
+def no_such_instruction(_: Path | None) -> None:
+    raise RuntimeUnavailableError(SIGILL)
+
+
+BAD: dict[str, Bad] = {
+    "crashes at import": (End("ended with exit code 1 before it was healthy"), None, "exit code 1"),
+    "hangs at import": (End("not healthy within 300 s"), None, "not healthy within 300 s"),
+    "is killed by SIGILL": (End("killed by SIGILL before it was healthy"), None, "killed by SIGILL"),
+    "lacks an instruction": (End("ended with exit code 51"), no_such_instruction, SIGILL),
+    "never reaches the broker": (End("not healthy within 300 s"), healthy, "had not reached the broker"),
+}
+
+
+class Board:
+    """A board whose processes are functions: it boots, runs what its launcher starts, and updates when it is idle."""
+
+    def __init__(self, root: Path, releases: dict[int, Path], bad: Bad) -> None:
+        self.home = Home(root)
+        self.updater = Updater(root, PUBLIC)
+        self.releases = releases
+        self.bad = bad
+        self.ran: list[int] = []
+        self.idle = False
+
+    def live(self) -> None:
+        """Boot until nothing is left to do."""
+        self.idle = False
+        for _ in range(40):
+            if self.idle:
+                return
+            launch(self.home, self.run)
+        raise AssertionError("the board never comes to rest")
+
+    def rest(self) -> None:
+        """`live`, on a disk that needn't be waited for."""
+        with power():
+            self.live()
+
+    def run(self, slot: str, record: Record, state: State | None) -> End:
+        assert versions_in(self.home.root / slot) == {f"VERSION = {record.version}"}, "two versions are mixed"
+        self.ran.append(record.version)
+        if state is None:
+            self.update()
+            return End("restarted", 0)
+        assert state.left < ATTEMPTS, "the attempt was taken off before the start"
+        trial = Trial.current({"FEDPRUNE_ROOT": str(self.home.root), "FEDPRUNE_SLOT": slot})
+        assert trial is not None
+        end, health, _ = self.bad if record.version == 3 else (End("", 0), healthy, "")
+        if health is not None:
+            try:
+                trial.check(None, health)
+            except FedpruneError:
+                return end
+        if record.version != 3:
+            trial.commit()
+            self.update()
+        return end
+
+    def update(self) -> None:
+        state = self.home.load()
+        assert state is not None
+        floor = state.highest if state.phase == STABLE else state.highest - 1
+        later = sorted(n for n in self.releases if n > floor)
+        if later:
+            self.updater.stage(source(self.releases[later[0]]))
+            self.updater.arm(ATTEMPTS)
+        self.idle = not later
+
+    def settled(self) -> State:
+        """The state, once the checks that hold for every board at rest have passed."""
+        state = self.home.load()
+        assert state is not None
+        assert state.phase == STABLE
+        assert self.home.whole(state.stable).version == self.ran[-1]
+        assert list((self.home.root / "incoming").iterdir()) == []
+        return state
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("releases")
+    return {n: make_release(folder / str(n), n) for n in (1, 2, 3)}
+
+
+@pytest.fixture(scope="module")
+def fresh(releases: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A board with release 1."""
+    root = tmp_path_factory.mktemp("fresh") / "board"
+    Updater(root, PUBLIC).install(source(releases[1]))
+    return root
+
+
+def copy_of(fresh: Path, root: Path) -> Path:
+    shutil.copytree(fresh, root)
+    return root
+
+
+def stage(board: Board, release: Path, *, arm: bool = True) -> None:
+    with power():
+        board.updater.stage(source(release))
+        if arm:
+            board.updater.arm(ATTEMPTS)
+
+
+def operations(board: Board) -> list[str]:
+    with power() as supply:
+        board.live()
+    return supply.names
+
+
+# How a trial fails makes little difference to what a cut can do: one fault at every push, the others soak.
+@pytest.mark.parametrize("kind", EACH_KIND)
+@pytest.mark.parametrize(
+    "how",
+    [
+        "lacks an instruction",
+        *(pytest.param(how, marks=pytest.mark.soak) for how in ("crashes at import", "never reaches the broker")),
+    ],
+)
+def test_a_cut_at_any_write_of_a_good_and_a_bad_update_ends_on_the_good_one(
+    fresh: Path, releases: dict[int, Path], tmp_path: Path, how: str, kind: str
+) -> None:
+    bad = BAD[how]
+    calm = Board(copy_of(fresh, tmp_path / "calm"), releases, bad)
+    points = operations(calm)
+    calm.settled()
+    assert len(points) >= 180, (
+        "three kinds of cut and three of bad releases: 1,600 points and more, soaked ones included"
+    )
+    for at, way in cuts(kind, points):
+        board = Board(copy_of(fresh, tmp_path / "cut"), releases, bad)
+        with power(at, way), pytest.raises(CutError):
+            board.live()
+        board.rest()
+        state = board.settled()
+        assert (board.ran[-1], state.highest) == (2, 3)
+        assert state.outcome is not None
+        assert (state.outcome.version, state.outcome.result) == (3, ROLLED_BACK)
+        assert bad[2] in state.outcome.reason
+        shutil.rmtree(board.home.root)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_at_any_write_of_the_first_installation_leaves_it_to_be_done_again(
+    releases: dict[int, Path], tmp_path: Path, kind: str
+) -> None:
+    with power() as supply:
+        Updater(tmp_path / "calm", PUBLIC).install(source(releases[1]))
+    for at in range(1, supply.count + 1):
+        root = tmp_path / str(at)
+        with power(at, kind), pytest.raises(CutError):
+            Updater(root, PUBLIC).install(source(releases[1]))
+        if Home(root).load() is None:
+            with power():
+                Updater(root, PUBLIC).install(source(releases[1]))
+        board = Board(root, {1: releases[1]}, BAD["hangs at import"])
+        board.rest()
+        assert board.ran == [1]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    cuts=st.lists(st.tuples(st.integers(1, 120), st.sampled_from(KINDS)), max_size=8), bad=st.sampled_from(sorted(BAD))
+)
+def test_many_cuts_in_a_row_still_end_on_a_release_that_works(
+    fresh: Path,
+    releases: dict[int, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    cuts: list[tuple[int, str]],
+    bad: str,
+) -> None:
+    board = Board(copy_of(fresh, tmp_path_factory.mktemp("many") / "board"), releases, BAD[bad])
+    for at, kind in cuts:
+        with power(at, kind):
+            try:
+                board.live()
+            except CutError:
+                continue
+    board.rest()
+    state = board.settled()
+    assert board.ran[-1] in (1, 2), "a release that never was healthy doesn't stay"
+    assert state.outcome is not None
+    assert state.outcome.result == ROLLED_BACK
+    assert state.outcome.reason
+
+
+def test_a_release_that_power_cuts_never_let_finish_is_given_up_with_a_reason(
+    fresh: Path, releases: dict[int, Path], tmp_path: Path
+) -> None:
+    board = Board(copy_of(fresh, tmp_path / "board"), {2: releases[2]}, BAD["hangs at import"])
+    stage(board, releases[2])
+
+    def cut(*_: object) -> End:
+        raise CutError
+
+    for _ in range(ATTEMPTS):
+        with pytest.raises(CutError):
+            launch(board.home, cut)
+    board.rest()
+    state = board.settled()
+    assert board.ran == [1]
+    assert state.outcome == Outcome(2, ROLLED_BACK, "the last attempt ended without a word, as power cuts do")
+
+
+def test_one_damaged_copy_of_the_state_changes_nothing(fresh: Path, releases: dict[int, Path], tmp_path: Path) -> None:
+    for name in ("state.json", "copy.json"):
+        for damage in (b"", b"{", b"\0" * 300, b"[1]", b'{"format": 1, "body": "{}", "sha256": "00"}'):
+            board = Board(copy_of(fresh, tmp_path / "board"), {2: releases[2]}, BAD["hangs at import"])
+            board.rest()
+            before = board.settled()
+            (board.home.folder / name).write_bytes(damage)
+            board.rest()
+            assert board.settled() == before
+            assert before.outcome == Outcome(2, COMMITTED)
+            shutil.rmtree(board.home.root)
+
+
+def test_with_both_copies_damaged_the_release_that_had_served_before_serves(
+    fresh: Path, releases: dict[int, Path], tmp_path: Path
+) -> None:
+    board = Board(copy_of(fresh, tmp_path / "board"), {}, BAD["hangs at import"])
+    stage(board, releases[3])
+    for name in ("state.json", "copy.json"):
+        (board.home.folder / name).write_bytes(b"\xff" * 64)
+    board.rest()
+    state = board.settled()
+    assert (board.ran, state.highest) == ([1], 3)
+    assert state.outcome is not None
+    assert "damaged" in state.outcome.reason
+
+
+@pytest.mark.parametrize("how", ["changed", "missing", "added", "linked"])
+def test_a_slot_that_is_not_what_its_record_says_is_not_started(
+    fresh: Path, releases: dict[int, Path], tmp_path: Path, how: str
+) -> None:
+    board = Board(copy_of(fresh, tmp_path / "board"), {2: releases[2]}, BAD["hangs at import"])
+    board.rest()
+    assert board.ran[-1] == 2
+    state = board.settled()
+    victim = board.home.root / state.stable / "app" / "part.py"
+    if how == "changed":
+        victim.write_text("VERSION = 3\n")
+    elif how == "added":
+        victim.with_name("extra.py").write_text("VERSION = 2\n")
+    else:
+        victim.unlink()
+        if how == "linked":
+            victim.symlink_to(victim.with_name("__init__.py"))
+    board.rest()
+    after = board.settled()
+    assert (board.ran[-1], after.stable) == (1, state.other)
+    assert after.outcome is not None
+    assert after.outcome.version == 2
+    assert "app/" in after.outcome.reason
+    assert after.outcome.reason.endswith("version 1 serves")
+
+
+def test_a_damaged_slot_is_still_tried_where_there_is_no_other(fresh: Path, tmp_path: Path) -> None:
+    home = Home(copy_of(fresh, tmp_path / "board"))
+    (home.root / "a" / "app" / "part.py").write_text("VERSION = 9\n")
+    with pytest.raises(DamagedError, match=r"part\.py is damaged"):
+        launch(home, lambda *_: End("", 0))  # with the server's key nothing is started that it hasn't signed
+    (home.root / KEY).unlink()
+    ran = []
+
+    def run(slot: str, record: Record, state: State | None) -> End:
+        ran.append((slot, record.version, state))
+        return End("", 0)
+
+    assert launch(home, run) == 0
+    assert ran == [("a", 1, None)]
+
+
+def test_a_board_with_nothing_whole_says_so(fresh: Path, tmp_path: Path) -> None:
+    home = Home(copy_of(fresh, tmp_path / "board"))
+    for name in ("state.json", "copy.json", "a.json"):
+        (home.folder / name).unlink()
+    with pytest.raises(DamagedError, match="neither the launcher's state nor a slot is whole"):
+        launch(home, lambda *_: End("", 0))
+    assert all(not (home.folder / f"{slot}.json").exists() for slot in SLOTS)
+
+
+def test_an_update_costs_the_same_syncs_however_many_files_it_has(
+    fresh: Path, releases: dict[int, Path], tmp_path: Path
+) -> None:
+    many = make_release(tmp_path / "many", 2, more={f"library/{i}.py": "VERSION = 2\n" for i in range(200)})
+    syncs = []
+    for number, folder in enumerate((releases[2], many)):
+        board = Board(copy_of(fresh, tmp_path / str(number)), {2: folder}, BAD["hangs at import"])
+        with power() as supply:
+            board.live()
+        assert board.ran[-1] == 2
+        syncs.append(supply.names.count("fsync") + supply.names.count("sync"))
+    assert syncs[0] == syncs[1] <= 30
+
+
+def test_a_staged_release_that_nobody_arms_is_dropped_in_the_end(
+    fresh: Path, releases: dict[int, Path], tmp_path: Path
+) -> None:
+    board = Board(copy_of(fresh, tmp_path / "board"), {}, BAD["hangs at import"])
+    stage(board, releases[2], arm=False)
+    for _ in range(11):
+        board.rest()
+    state = board.settled()
+    assert set(board.ran) == {1}
+    assert state.outcome == Outcome(2, ROLLED_BACK, "staged, but not begun in time")

@@ -1,0 +1,438 @@
+"""Releases that a server offers: pulled, tried, kept or taken back, refused, and every end is reported."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.core.errors import RuntimeUnavailableError, StorageError
+from fedprune.security.keys import SigningKey
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.messages import Gone, Want, parse
+from fedprune.wire.release_messages import (
+    COMMITTED,
+    DOWNLOADING,
+    REFUSED,
+    ROLLED_BACK,
+    STAGED,
+    TRIAL,
+    ReleaseReport,
+    ReleaseWithdrawn,
+)
+from fedprune_device.launcher.launcher import launch
+from fedprune_device.launcher.state import STABLE
+from fedprune_device.releases.installer import Updater
+from fedprune_device.releases.release_agent import NO_IDENTITY, NO_LAUNCHER, Releases, updater_here
+from fedprune_device.releases.release_download import Pulling
+from fedprune_device.releases.release_source import Source
+from support.fakes.release_site import Board, ReleaseServer
+from support.fakes.runtime_releases import PUBLIC, make_release, source
+from support.faults.power_cuts import KINDS, TURNS, CutError, cuts, power
+
+pytestmark = pytest.mark.board
+
+BIG: dict[str, bytes | str] = {"library/big.txt": "VERSION = 2\n" + random.Random(0).randbytes(1_000_000).hex()}
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("releases")
+    return {n: make_release(folder / str(n), n) for n in (1, 2, 3, 4)}
+
+
+@pytest.fixture(scope="module")
+def fresh(releases: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A board with release 1."""
+    root = tmp_path_factory.mktemp("fresh") / "board"
+    Updater(root, PUBLIC).install(source(releases[1]))
+    return root
+
+
+Make = Callable[..., Board]
+
+
+@pytest.fixture
+def board(fresh: Path, tmp_path: Path) -> Make:
+    def make(*offered: Path, name: str = "board") -> Board:
+        root = tmp_path / name
+        shutil.copytree(fresh, root)
+        return Board(root, ReleaseServer(tmp_path / f"{name}-server", *offered))
+
+    return make
+
+
+def states(board: Board, number: int) -> list[str]:
+    """What the board said of a release, without repetitions."""
+    said = [r.state for r in board.server.reports if r.number == number]
+    return [s for i, s in enumerate(said) if i == 0 or said[i - 1] != s]
+
+
+def test_a_good_release_is_pulled_tried_and_kept(board: Make, releases: dict[int, Path]) -> None:
+    it = board(releases[2])
+    it.live()
+    assert states(it, 2) == [DOWNLOADING, STAGED, TRIAL, COMMITTED]
+    assert it.ran == [1, 2]
+    state = it.home.load()
+    assert state is not None
+    assert (state.phase, it.home.whole(state.stable).version) == (STABLE, 2)
+    left = [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()]
+    assert left == [], "nothing of it stays beside the slot"
+
+
+def test_a_release_is_verified_on_the_disk_and_not_in_the_page_cache(
+    board: Make, releases: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped = list[str]()
+    advise = os.posix_fadvise
+
+    def watched(descriptor: int, start: int, length: int, advice: int) -> None:
+        if (start, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED):
+            dropped.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        advise(descriptor, start, length, advice)
+
+    it = board(releases[2])
+    monkeypatch.setattr(os, "posix_fadvise", watched)
+    it.live()
+    state = it.home.load()
+    assert state is not None
+    slot = it.home.root / state.stable
+    assert {str(p) for p in slot.rglob("*") if p.is_file()} == {p for p in dropped if Path(p).is_relative_to(slot)}
+
+
+def test_one_that_crashes_goes_back_and_the_server_hears_why(board: Make, releases: dict[int, Path]) -> None:
+    it = board(releases[3], releases[4])
+    it.live()
+    assert states(it, 3) == [DOWNLOADING, STAGED, TRIAL, ROLLED_BACK]
+    ended = it.server.ended(3)
+    assert ended is not None
+    assert "exit code 1" in ended.reason
+    assert it.ran == [1, 3, 3, 3, 1, 4], "a release that went back is not tried again, a higher one is"
+
+
+def test_one_that_fails_its_checks_goes_back_at_once(board: Make, releases: dict[int, Path]) -> None:
+    def check(_: Path | None) -> None:
+        raise RuntimeUnavailableError("onnxruntime kills the process that runs a small graph (SIGILL)")
+
+    it = board(releases[3])
+    it.health = check
+    it.live()
+    ended = it.server.ended(3)
+    assert ended is not None
+    assert (ended.state, "SIGILL" in ended.reason, it.ran) == (ROLLED_BACK, True, [1, 3, 1])
+
+
+def test_an_offer_of_what_the_board_knows_is_answered_from_its_disk(board: Make, releases: dict[int, Path]) -> None:
+    it = board(releases[2], releases[3])
+    it.live()
+    wants, it.server.reports = it.server.wants, []
+    it.server.offers.insert(0, it.server.offer(releases[1]))
+    it.live()
+    told = list(dict.fromkeys((r.number, r.state) for r in it.server.reports))
+    assert told == [(3, ROLLED_BACK), (1, REFUSED), (2, COMMITTED)], "it runs the second, whatever came of the third"
+    ended = it.server.ended(1)
+    assert ended is not None
+    assert "expected a number above 3" in ended.reason
+    assert it.server.wants == wants, "nothing is pulled again"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_messages_that_come_twice_or_get_lost_cost_time_alone(
+    board: Make, releases: dict[int, Path], seed: int
+) -> None:
+    it, chance, asked = board(releases[2]), random.Random(seed), 0.0
+    it.server.mangle = lambda raw: [raw] * chance.choice((0, 1, 1, 2))
+
+    def again() -> bool:
+        nonlocal asked
+        if it.now > asked + 60:  # as the server does while it hears nothing
+            asked = it.now
+            it.server.next()
+        return False
+
+    it.until = again
+    it.live()
+    assert states(it, 2)[-1] == COMMITTED
+    assert it.ran[-1] == 2
+
+
+def test_what_was_pulled_before_a_restart_is_not_pulled_again(board: Make, tmp_path: Path) -> None:
+    it = board(make_release(tmp_path / "big", 2, more=BIG, unpacked=3 * 10**6))
+    lives, passed, cut = 0, 0, False
+    came: list[tuple[str, str, int]] = []
+
+    def one(raw: bytes) -> list[bytes]:
+        """Let one chunk through in each of the board's lives."""
+        nonlocal passed, cut
+        if not raw.startswith(b"FPC"):
+            return [raw]
+        if passed == lives:
+            cut = True
+            return []
+        passed, chunk = lives, Chunk.parse(raw)
+        came.extend((chunk.part, chunk.sha256, index) for index, _ in chunk.leaves())
+        return [raw]
+
+    it.server.mangle, it.until = one, lambda: cut and not it.server.inbox
+    while not it.server.done:
+        lives, cut = lives + 1, False
+        launch(it.home, it.run)
+        assert lives < 100
+    assert lives > 5
+    assert len(came) == len(set(came)) > 30, "no leaf comes twice"
+    assert states(it, 2)[-1] == COMMITTED
+
+
+def test_nothing_is_tried_while_an_update_waits_or_training_goes_on(board: Make, releases: dict[int, Path]) -> None:
+    it = board(releases[2])
+    it.quiet = lambda: False
+    it.until = lambda: it.now > 100
+    it.serve()
+    assert states(it, 2) == [DOWNLOADING, STAGED]
+    it.quiet, it.until = (lambda: True), (lambda: False)
+    it.live()
+    assert states(it, 2)[-1] == COMMITTED
+
+
+def test_a_release_that_is_withdrawn_is_not_tried(board: Make, releases: dict[int, Path]) -> None:
+    it = board(releases[2])
+    it.quiet = lambda: False
+    it.until = lambda: STAGED in states(it, 2)
+    it.serve()
+    it.server.offers = []
+    it.server.next = lambda: it.server.say(ReleaseWithdrawn(2, "too many failed"))  # type: ignore[method-assign]
+    it.quiet, it.until = (lambda: True), (lambda: it.now > 20)
+    it.now = 0
+    it.serve()
+    state = it.home.load()
+    assert state is not None
+    assert (state.phase, it.ran) == (STABLE, [])
+    assert state.outcome is not None
+    assert state.outcome.reason == "withdrawn: too many failed"
+    assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize("what", ["withdrawal", "greeting"])
+def test_trouble_while_a_release_is_unpacked_waits_until_that_has_ended(
+    board: Make, releases: dict[int, Path], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    it, begun, go = board(releases[2]), threading.Event(), threading.Event()
+    stage, drop, progress = Updater.stage, Updater.drop, Pulling.progress.fget
+    calls, turns, failing = 0, 0, False
+
+    def slow(self: Updater, source: Source) -> Any:
+        nonlocal calls
+        calls += 1
+        begun.set()
+        assert go.wait(60)
+        return stage(self, source)
+
+    def broken(self: Updater, number: int, reason: str) -> None:
+        if number == 9:
+            raise StorageError("the disk is tired")
+        drop(self, number, reason)
+
+    def counted(self: Pulling) -> Any:
+        if failing:
+            raise StorageError("the disk is tired")
+        assert progress is not None
+        return progress(self)
+
+    def meanwhile() -> bool:
+        nonlocal turns, failing
+        if not begun.is_set() or go.is_set():
+            return False
+        turns += 1
+        if turns == 1 and what == "withdrawal":
+            it.server.say(ReleaseWithdrawn(9, "another one"))
+        elif turns == 1:
+            failing = True
+            it.server.connect()
+        elif turns == 20:
+            failing = False
+            it.server.next()  # the server says its offer again
+        elif turns == 40:
+            assert REFUSED not in states(it, 2)
+            assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()]
+            go.set()
+        return False
+
+    monkeypatch.setattr(Updater, "stage", slow)
+    monkeypatch.setattr(Updater, "drop", broken)
+    monkeypatch.setattr(Pulling, "progress", property(counted))
+    it.until = meanwhile
+    try:
+        it.serve()
+    finally:
+        go.set()
+    assert turns == 40, "nothing is said before"
+    ended = it.server.ended(2)
+    assert ended is not None
+    assert (ended.state, ended.reason, calls) == (REFUSED, "the disk is tired", 1)
+    state = it.home.load()
+    assert state is not None
+    assert state.phase == STABLE, "it isn't tried some day"
+    assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()] == []
+
+
+def test_a_server_that_lost_the_files_may_offer_them_again(board: Make, tmp_path: Path) -> None:
+    big = make_release(tmp_path / "big", 2, more=BIG, unpacked=3 * 10**6)
+    it = board(big)
+    gone: list[Want] = []
+    publish = it.server.publish
+
+    def lose(topic: str, payload: bytes, qos: int = 1) -> bool:
+        message = parse(payload)
+        if isinstance(message, Want) and not gone:
+            gone.append(message)
+            it.server.say(Gone(message.sha256))
+            it.server.next()
+            return True
+        return publish(topic, payload, qos)
+
+    it.server.publish = lose  # type: ignore[method-assign]
+    it.live()
+    assert gone
+    assert states(it, 2)[-1] == COMMITTED
+
+
+def refused(it: Board) -> str:
+    """Why the only release was refused; the board is as it was."""
+    it.live()
+    (report,) = (r for r in it.server.reports if r.state == REFUSED)
+    state = it.home.load()
+    assert state is not None
+    assert (state.phase, state.highest, it.ran) == (STABLE, 1, [1])
+    assert list((it.home.root / "b").iterdir()) == []
+    return report.reason
+
+
+def test_what_does_not_fit_is_refused_with_one_reason_before_anything_is_pulled(
+    board: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = SigningKey.make()
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"key": other}, "the release's signature is not the server's"),
+        ({"python": "cp36"}, "got cp36"),
+        ({"machine": "pdp11"}, "got pdp11"),
+        ({"launcher": 99}, "set up anew"),
+        ({"unpacked": 2**31}, "no room for release 2"),
+    ]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**31))
+    for at, (changes, said) in enumerate(cases):
+        it = board(make_release(tmp_path / f"release-{at}", 2, **changes), name=str(at))
+        assert said in refused(it)
+        assert it.server.wants == 0
+
+
+def test_the_loop_never_waits_for_what_packages_the_board_has(
+    board: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[threading.Thread] = []
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        asked.append(threading.current_thread())
+        return ask(*arguments, **options)
+
+    ask = subprocess.run
+    monkeypatch.setattr(subprocess, "run", run)
+    it = board(make_release(tmp_path / "release-good", 2, system=("json",)), name="good")
+    it.live()
+    assert it.ran[-1] == 2
+    it = board(make_release(tmp_path / "release-bad", 2, system=("no_such_package",)), name="bad")
+    assert "lacks it" in refused(it)
+    assert asked
+    assert threading.current_thread() not in asked
+
+
+def test_an_offer_that_contradicts_its_manifest_is_refused(board: Make, releases: dict[int, Path]) -> None:
+    for at, change in enumerate(({"number": 3}, {"leaves": ("ab" * 32,)}, {"signature": "ab" * 64})):
+        it = board(releases[2], name=str(at))
+        it.server.offers = [replace(it.server.offers[0], **change)]  # type: ignore[arg-type]
+        assert refused(it)
+        assert it.server.wants == 0
+
+
+def test_files_that_are_not_what_was_signed_are_refused(board: Make, tmp_path: Path) -> None:
+    big = make_release(tmp_path / "big", 2, more=BIG, unpacked=3 * 10**6)
+    it = board(big)
+    it.server.mangle = lambda raw: [raw[:-1] + bytes([raw[-1] ^ 1])] if raw.startswith(b"FPC") else [raw]
+    assert "arrived damaged" in refused(it)
+    it = board(big, name="table")
+    it.server.offers = [replace(it.server.offers[0], leaves=("ab" * 32,) * 2)]
+    assert "contradicts itself" in refused(it) or "damaged" in refused(it)
+
+
+def test_a_board_without_launcher_or_identity_says_so(releases: dict[int, Path], tmp_path: Path) -> None:
+    assert updater_here(None, {}) == NO_LAUNCHER
+    assert updater_here(None, {"FEDPRUNE_ROOT": str(tmp_path), "FEDPRUNE_SLOT": "a"}) == NO_IDENTITY
+    server = ReleaseServer(tmp_path / "server", releases[2])
+    wire = Releases(server, "d", "site", NO_LAUNCHER, quiet=lambda: True, restart=lambda: None)
+    for _ in range(2):
+        server.say(server.offers[0])
+        assert wire.get() is None
+    assert server.reports == 2 * [ReleaseReport("d", 2, REFUSED, NO_LAUNCHER, 0, 0)]
+
+
+def rest(board: Board) -> None:
+    """Live on a disk that needn't be waited for."""
+    with power():
+        board.live()
+
+
+def test_what_an_update_costs_a_card_does_not_grow_with_its_files(board: Make, tmp_path: Path) -> None:
+    syncs = []
+    for count in (0, 200):
+        more: dict[str, bytes | str] = {f"library/{i}.py": "VERSION = 2\n" for i in range(count)}
+        it = board(make_release(tmp_path / f"release-{count}", 2, more=more), name=str(count))
+        with power() as supply:
+            it.live()
+        assert it.ran[-1] == 2
+        syncs.append(supply.names.count("fsync") + supply.names.count("sync"))
+    assert syncs[0] == syncs[1] <= 31
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        pytest.param(TURNS, 0, marks=pytest.mark.once),
+        *(pytest.param(kind, part, marks=pytest.mark.soak) for kind in KINDS for part in (0, 1)),
+    ],
+)
+def test_a_cut_at_any_write_of_a_pulled_release_ends_on_a_good_one(
+    board: Make, releases: dict[int, Path], kind: str, part: int
+) -> None:
+    """Every third write by turns; of the others every second or third, half of them in each part."""
+    calm = board(releases[2], releases[3], name="calm")
+    with power() as supply:
+        calm.live()
+    assert supply.count >= 250
+    first, step = (0, 3) if kind == TURNS else (3 * part, 6) if kind == "before" else (2 * part, 4)
+    for at, how in islice(cuts(kind, supply.names), first, None, step):
+        it = board(releases[2], releases[3], name="cut")
+        with power(at, how), pytest.raises(CutError):
+            it.live()
+        rest(it)
+        state = it.home.load()
+        assert state is not None
+        assert (state.phase, state.highest, it.home.whole(state.stable).version) == (STABLE, 3, 2)
+        ended = it.server.ended(2)
+        assert ended is not None
+        assert ended.state == COMMITTED
+        ended = it.server.ended(3)
+        assert ended is not None
+        assert (ended.state, "exit code 1" in ended.reason or "without a word" in ended.reason) == (ROLLED_BACK, True)
+        assert [p for p in (it.home.root / "incoming").iterdir() if p.is_file()] == []
+        shutil.rmtree(it.home.root)
+        shutil.rmtree(it.server.store.root)

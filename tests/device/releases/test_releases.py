@@ -1,0 +1,517 @@
+"""Releases: what is refused before anything of it is unpacked, and what a wheel may hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ExitCode, ReleaseError, StorageError, StorageFullError
+from fedprune.releases.release import (
+    FILES,
+    MANIFEST,
+    SIGNATURE,
+    Release,
+    ReleaseFile,
+    opened,
+    read_release,
+    signed,
+    write_again,
+)
+from fedprune.security.device_identity import DeviceIdentity
+from fedprune.security.keys import SigningKey, VerifyingKey
+from fedprune.security.succession import Succession, follow
+from fedprune.wire.release_messages import MAX_MANIFEST
+from fedprune_device.launcher.slot_store import Home, successors
+from fedprune_device.launcher.state import STABLE, STAGED, TRIAL, DamagedError
+from fedprune_device.releases.installer import Updater
+from fedprune_device.releases.release_checks import own_packages
+from fedprune_device.releases.release_source import FolderSource
+from fedprune_device.releases.wheel import Wheel, contents_digest
+from support.fakes.runtime_releases import KEY, PUBLIC, PYTHON, make_release, make_wheel, source, versions_in
+
+pytestmark = pytest.mark.board
+
+GOOD = Release(
+    7,
+    "0.7.0",
+    "cp311",
+    "aarch64",
+    "app:main",
+    1000,
+    (ReleaseFile("app-7-py3-none-any.whl", "ab" * 32, 10),),
+    "cd" * 32,
+    system=("numpy",),
+)
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Updater:
+    updater = Updater(tmp_path / "board", PUBLIC)
+    updater.install(source(make_release(tmp_path / "one", 1)))
+    return updater
+
+
+def body(**changes: Any) -> bytes:
+    return json.dumps({**json.loads(GOOD.to_bytes()), **changes}).encode()
+
+
+def test_a_manifest_comes_back_as_it_was_written() -> None:
+    assert Release.from_bytes(GOOD.to_bytes()) == GOOD
+
+
+FILE = {"name": "a.whl", "sha256": "ab" * 32, "size": 1}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"number": 0},
+        {"number": True},
+        {"number": 1.5},
+        {"number": 2**31},
+        {"format": "fedprune.release/2"},
+        {"version": "x" * 65},
+        {"python": "py3"},
+        {"machine": "../a"},
+        {"entry": "app"},
+        {"entry": "app:main()"},
+        {"entry": "os;:main"},
+        {"launcher": 0},
+        {"unpacked": -1},
+        {"unpacked": 2**40},
+        {"system": ["a/b"]},
+        {"system": "numpy"},
+        {"more": 1},
+        {"files": []},
+        {"files": [FILE, FILE]},
+        {"files": [{**FILE, "name": "../a.whl"}]},
+        {"files": [{**FILE, "name": "a.tar.gz"}]},
+        {"files": [{**FILE, "sha256": "AB" * 32}]},
+        {"files": [{**FILE, "sha256": "../../etc/passwd"}]},
+        {"files": [{**FILE, "size": 2**31}]},
+        {"files": [{**FILE, "size": 0}]},
+        {"files": [{**FILE, "extra": 0}]},
+        {"files": [{**FILE, "name": f"{i}.whl", "sha256": f"{i:064x}"} for i in range(65)]},
+        {"files": [{"name": f"{i}.whl", "sha256": f"{i:064x}", "size": 2**30} for i in range(3)]},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ReleaseError, match="manifest"):
+        Release.from_bytes(body(**changes))
+
+
+@given(
+    st.binary(max_size=300)
+    | st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists).map(
+        lambda value: json.dumps(value).encode()
+    )
+)
+def test_any_bytes_as_a_manifest_are_refused_in_a_sentence(data: bytes) -> None:
+    with pytest.raises(ReleaseError):
+        Release.from_bytes(data)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_one_changed_byte_of_manifest_or_signature_is_noticed(at: int, change: int) -> None:
+    manifest = GOOD.to_bytes()
+    signature = signed(manifest, KEY)
+    assert opened(manifest, signature, PUBLIC) == GOOD
+    both = bytearray(manifest + signature)
+    both[at % len(both)] ^= change
+    with pytest.raises(ReleaseError, match="signature"):
+        opened(bytes(both[: len(manifest)]), bytes(both[len(manifest) :]), PUBLIC)
+
+
+def test_a_signature_for_another_purpose_is_worth_nothing() -> None:
+    manifest = GOOD.to_bytes()
+    other = SigningKey.make()
+    for signature in (KEY.sign(b"fedprune bundle 1\n" + manifest), KEY.sign(manifest), signed(manifest, other), b""):
+        with pytest.raises(ReleaseError, match="signature"):
+            opened(manifest, signature, PUBLIC)
+    with pytest.raises(ReleaseError, match=f"key {PUBLIC.fingerprint} alone"):
+        opened(b" " * (MAX_MANIFEST + 1), signed(b" " * (MAX_MANIFEST + 1), KEY), PUBLIC)
+
+
+def test_openssl_agrees_on_signatures(tmp_path: Path) -> None:
+    secret, public, raw, message, made = (tmp_path / n for n in ("key.pem", "public.pem", "raw", "message", "made"))
+
+    def openssl(*arguments: object) -> int:
+        return subprocess.run(["openssl", *map(str, arguments)], capture_output=True, check=False).returncode
+
+    assert openssl("genpkey", "-algorithm", "ed25519", "-out", secret) == 0
+    secret.chmod(0o600)
+    assert openssl("pkey", "-in", secret, "-pubout", "-out", public) == 0
+    assert openssl("pkey", "-in", secret, "-pubout", "-outform", "DER", "-out", raw) == 0
+    key, verifying = SigningKey.load(secret), VerifyingKey(raw.read_bytes()[-32:])
+    message.write_bytes(b"fedprune release 1\n" + GOOD.to_bytes())
+    made.write_bytes(signed(GOOD.to_bytes(), key))
+    verify = ("pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin", "-in", message, "-sigfile", made)
+    assert openssl(*verify) == 0
+    assert openssl("pkeyutl", "-sign", "-inkey", secret, "-rawin", "-in", message, "-out", made) == 0
+    assert opened(GOOD.to_bytes(), made.read_bytes(), verifying) == GOOD
+
+
+def test_an_earlier_release_comes_again_under_a_higher_number_and_no_other(tmp_path: Path) -> None:
+    old = make_release(tmp_path / "old", 3)
+    before, _, _ = read_release(old, PUBLIC)
+    again = write_again(tmp_path / "new", old, KEY, number=9, created="2026-02-02T00:00:00Z")
+    assert again == replace(before, number=9, created="2026-02-02T00:00:00Z")
+    assert read_release(tmp_path / "new", PUBLIC)[0] == again
+    for number in (3, 2):
+        with pytest.raises(ReleaseError, match="expected above 3"):
+            write_again(tmp_path / "no", old, KEY, number=number, created="")
+    with pytest.raises(ReleaseError, match="signature"):
+        write_again(tmp_path / "no", old, SigningKey.make(), number=9, created="")
+    victim = old / FILES / before.files[0].sha256
+    whole = victim.read_bytes()
+    for damage in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), None):
+        victim.unlink() if damage is None else victim.write_bytes(damage)
+        with pytest.raises(ReleaseError, match=before.files[0].name):
+            write_again(tmp_path / "no", old, KEY, number=9, created="")
+
+
+def test_a_release_goes_into_the_slot_that_does_not_run_and_waits_there(board: Updater, tmp_path: Path) -> None:
+    folder = source(make_release(tmp_path / "two", 2))
+    board.stage(folder)
+    state = board.home.load()
+    assert state is not None
+    assert (state.phase, state.stable, state.highest) == (STAGED, "a", 2)
+    assert board.home.whole("b").version == 2
+    assert (versions_in(board.home.root / "a"), versions_in(board.home.root / "b")) == (
+        {"VERSION = 1"},
+        {"VERSION = 2"},
+    )
+    assert (board.home.root / "b" / "library" / "__init__.py").is_file(), "what lies under purelib goes to the root"
+    board.stage(folder)
+    board.arm(2, 60)
+    board.arm(9, 90)
+    state = board.home.load()
+    assert state is not None
+    assert (state.phase, state.left, state.seconds) == (TRIAL, 2, 60)
+    with pytest.raises(StorageError, match="on trial"):
+        board.stage(source(make_release(tmp_path / "three", 3)))
+
+
+def test_a_newer_release_takes_the_place_of_a_staged_one(board: Updater, tmp_path: Path) -> None:
+    board.stage(source(make_release(tmp_path / "two", 2)))
+    board.stage(source(make_release(tmp_path / "three", 3)))
+    state = board.home.load()
+    assert state is not None
+    assert (state.phase, state.highest, board.home.whole("b").version) == (STAGED, 3, 3)
+    with pytest.raises(ReleaseError, match=r"release 2: expected a number above 3.*released once more"):
+        board.stage(source(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_number_that_is_not_above_all_that_were_staged_is_refused(
+    board: Updater, tmp_path: Path, number: int
+) -> None:
+    with board.home.changing():
+        state = board.home.load()
+        assert state is not None
+        board.home.save(replace(state, highest=4))
+    with pytest.raises(ReleaseError, match=f"release {number}: expected a number above 4") as caught:
+        board.stage(source(make_release(tmp_path / "again", number)))
+    assert caught.value.exit_code == ExitCode.RELEASE
+
+
+def unchanged(board: Updater) -> bool:
+    state = board.home.load()
+    return (
+        state is not None
+        and state.phase == STABLE
+        and state.highest == 1
+        and list((board.home.root / "b").iterdir()) == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"python": "cp36"}, f"expected {PYTHON}, got cp36"),
+        ({"machine": "pdp11"}, "got pdp11"),
+        ({"launcher": 99}, "set up anew"),
+        ({"unpacked": 100}, "unpacked"),
+        ({"system": ("no_such_package",)}, "lacks it"),
+        ({"system": ("json",), "entry": "app:main"}, None),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_the_board_is_refused_before_it_is_unpacked(
+    board: Updater, tmp_path: Path, changes: dict[str, Any], said: str | None
+) -> None:
+    folder = source(make_release(tmp_path / "two", 2, **changes))
+    if said is None:
+        board.stage(folder)
+        return
+    with pytest.raises(ReleaseError, match=said):
+        board.stage(folder)
+    assert unchanged(board)
+
+
+def test_contents_that_are_not_those_of_the_wheels_are_refused(board: Updater, tmp_path: Path) -> None:
+    folder = make_release(tmp_path / "two", 2)
+    manifest = replace(Release.from_bytes((folder / MANIFEST).read_bytes()), contents="ab" * 32).to_bytes()
+    (folder / MANIFEST).write_bytes(manifest)
+    (folder / SIGNATURE).write_bytes(signed(manifest, KEY))
+    with pytest.raises(ReleaseError, match="not those that its manifest says"):
+        board.stage(source(folder))
+    assert unchanged(board)
+
+
+def test_a_release_that_the_launcher_would_not_start_is_refused_before_it_is_pulled(
+    board: Updater, tmp_path: Path
+) -> None:
+    other = SigningKey.make()
+    folder = source(make_release(tmp_path / "two", 2, key=other))
+    updater = Updater(board.home.root, other.verifying)
+    for refuse in (updater.examine, updater.stage):
+        with pytest.raises(ReleaseError, match="the launcher starts only what another key has signed"):
+            refuse(folder)
+        assert unchanged(board)
+    assert list((board.home.root / "incoming").iterdir()) == []
+    (board.home.root / "server.pub").write_text("no key")
+    with pytest.raises(ReleaseError, match="holds no key"):
+        updater.examine(folder)
+    (board.home.root / "server.pub").write_text(other.verifying.hex)
+    updater.stage(folder)
+
+
+def test_a_release_by_the_key_that_replaced_the_launchers_is_installed_and_started(
+    board: Updater, tmp_path: Path
+) -> None:
+    keys = [KEY, SigningKey.make(), SigningKey.make()]
+    chain = [Succession.make("site", a, b.verifying) for a, b in pairwise(keys)]
+    identity = tmp_path / "identity"
+    DeviceIdentity(identity, "site", "d").succeed(keys[-1].verifying, chain)
+    folder = source(make_release(tmp_path / "two", 2, key=keys[-1]))
+    updater = Updater(board.home.root, keys[-1].verifying, identity=identity)
+
+    updater.stage(folder)
+
+    slot = board.home.load().other  # type: ignore[union-attr]
+    record = board.home.whole(slot)
+    assert (record.version, record.site, record.successions) == (2, "site", tuple(s.hex for s in chain))
+    assert (board.home.root / "server.pub").read_text() == PUBLIC.hex
+    thief = Succession.make("site", SigningKey.make(), keys[-1].verifying)
+    for wrong in (
+        {"successions": ()},
+        {"successions": (chain[1].hex,)},
+        {"successions": (chain[0].hex, thief.hex)},
+        {"successions": (chain[0].hex, "no hex")},
+        {"successions": (chain[0].hex[:-2] + "ff", chain[1].hex)},
+        {"site": "another"},
+    ):
+        board.home.write_record(slot, replace(record, **wrong))
+        with pytest.raises(DamagedError, match="the server's key has not signed"):
+            board.home.whole(slot)
+
+
+def test_the_launcher_follows_successions_as_boards_do() -> None:
+    keys = [SigningKey.make() for _ in range(4)]
+    chain = [Succession.make("north-field", a, b.verifying) for a, b in pairwise(keys)]
+    for first, key in enumerate(keys):
+        found = successors(key.verifying.raw, "north-field", [s.hex for s in chain])
+        assert found == [k.verifying.raw for k in keys[first:]]
+        assert follow("north-field", key.verifying, chain).raw == found[-1]
+
+
+def test_packages_of_the_board_are_never_hidden(board: Updater, tmp_path: Path) -> None:
+    assert own_packages(["numpy", "no_such_package"]) == {"numpy"}
+    folder = make_release(tmp_path / "two", 2)
+    wheel = make_wheel(tmp_path / "numpy-9-py3-none-any.whl", {"numpy/__init__.py": "VERSION = 2\n"})
+    from fedprune.releases.release import write_release
+
+    wheels = [wheel, *(folder / "wheels").iterdir()]
+    contents = contents_digest(Wheel(path, path.name) for path in wheels)
+
+    def release(files: tuple[ReleaseFile, ...]) -> Release:
+        return replace(Release.from_bytes((folder / MANIFEST).read_bytes()), files=files, contents=contents)
+
+    write_release(folder, release, wheels, KEY)
+    with pytest.raises(ReleaseError, match="would hide the board's own numpy"):
+        Updater(board.home.root, PUBLIC, keep=("numpy", "tensorrt")).stage(source(folder))
+    assert unchanged(board)
+    board.stage(source(folder))
+
+
+def test_a_python_that_does_not_answer_is_an_error_of_ours(
+    board: Updater, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = source(make_release(tmp_path / "two", 2, system=("json",)))
+
+    def hang(command: list[str], timeout: float, **_: Any) -> None:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", hang)
+        with pytest.raises(StorageError, match=r"can't ask .* for its packages: expected an answer within 120 s"):
+            board.stage(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(tmp_path / "nowhere"))
+        with pytest.raises(StorageError, match="can't ask"):
+            own_packages(["numpy"])
+    assert unchanged(board)
+    board.stage(folder)
+
+
+class Broken(FolderSource):
+    """A source whose link breaks, or that lies."""
+
+    def __init__(self, folder: Path, most: int, lie: bool = False) -> None:
+        super().__init__(folder)
+        self.most = most
+        self.lie = lie
+        self.given = 0
+
+    def read(self, sha256: str, at: int, limit: int) -> bytes:
+        if self.given >= self.most:
+            raise StorageError("the link is down")
+        piece = super().read(sha256, at, min(limit, 100))
+        self.given += len(piece)
+        return bytes(len(piece)) if self.lie else piece
+
+
+def test_what_was_cut_off_goes_on_where_it_was(board: Updater, tmp_path: Path) -> None:
+    folder = make_release(tmp_path / "two", 2)
+    total = sum(f.size for f in Release.from_bytes((folder / MANIFEST).read_bytes()).files)
+    given = 0
+    for _ in range(100):
+        link = Broken(folder, 300)
+        try:
+            board.stage(link)
+            break
+        except StorageError:
+            assert unchanged(board)
+        finally:
+            given += link.given
+    assert given == total, "no byte comes twice"
+    assert board.home.whole("b").version == 2
+
+
+def test_a_file_that_is_not_what_was_signed_is_refused_and_pulled_anew(board: Updater, tmp_path: Path) -> None:
+    folder = make_release(tmp_path / "two", 2)
+    with pytest.raises(ReleaseError, match="is not what the release says"):
+        board.stage(Broken(folder, 10**9, lie=True))
+    assert unchanged(board)
+    assert list((board.home.root / "incoming").iterdir()) == []
+    for path in (folder / "files").iterdir():  # what a power cut may leave: the right length, other bytes
+        (board.home.root / "incoming" / path.name).write_bytes(bytes(path.stat().st_size // 2))
+    board.stage(source(folder))
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_pulled(board: Updater, tmp_path: Path) -> None:
+    folder = make_release(tmp_path / "two", 2)
+    full = Updater(board.home.root, PUBLIC, free=lambda _: 10**6)
+    with pytest.raises(StorageFullError, match="no room for release 2"):
+        full.stage(source(folder))
+    assert unchanged(board)
+
+
+def test_a_board_is_set_up_once(board: Updater, tmp_path: Path) -> None:
+    with pytest.raises(ReleaseError, match="has a runtime already"):
+        board.install(source(make_release(tmp_path / "two", 2)))
+    with pytest.raises(StorageError, match="has no runtime"):
+        Updater(tmp_path / "nothing", PUBLIC).stage(source(tmp_path / "two"))
+    (tmp_path / "two" / SIGNATURE).unlink()
+    with pytest.raises(StorageError, match=r"release\.sig"):
+        board.stage(source(tmp_path / "two"))
+    with pytest.raises(StorageError, match="no release is staged"):
+        board.arm()
+    assert Home(board.home.root).load() == board.home.load()
+
+
+def test_a_board_whose_state_is_lost_is_not_set_up_for_another_server(board: Updater, tmp_path: Path) -> None:
+    for name in ("state.json", "copy.json"):
+        (board.home.folder / name).write_bytes(b"")
+    other = SigningKey.make()
+    folder = make_release(tmp_path / "other", 2, key=other)
+    with pytest.raises(ReleaseError, match="has a runtime already"):
+        Updater(board.home.root, other.verifying).install(source(folder))
+    assert board.home.key() == PUBLIC.raw
+    assert board.home.recover().stable
+
+
+def linked(path: Path) -> Path:
+    entry = zipfile.ZipInfo("app/link")
+    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(entry, "/etc/passwd")
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../out.py", "/etc/out.py", "a/../../out.py", "a//b.py", "a/./b.py", "a\\b.py", "a/__pycache__/b.pyc", "x" * 201],
+)
+def test_a_name_that_leads_out_of_the_slot_is_refused(tmp_path: Path, name: str) -> None:
+    for prefix in ("", "app-1.data/platlib/"):
+        with pytest.raises(ReleaseError, match="plain file inside the slot"):
+            Wheel(make_wheel(tmp_path / "w.whl", {prefix + name: "x"}), "w.whl")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_links_doubles_and_damage_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ReleaseError, match="plain file"):
+        Wheel(linked(tmp_path / "l.whl"), "l.whl")
+    with pytest.raises(ReleaseError, match="is there twice"):
+        Wheel(make_wheel(tmp_path / "d.whl", {"a.py": "1", "a-1.data/purelib/a.py": "2"}), "d.whl")
+    for data in (b"", b"PK", os.urandom(200)):
+        (tmp_path / "n.whl").write_bytes(data)
+        with pytest.raises(ReleaseError, match="is no wheel"):
+            Wheel(tmp_path / "n.whl", "n.whl")
+    whole = make_wheel(tmp_path / "h.whl", {"a.py": os.urandom(1000)})
+    raw = bytearray(whole.read_bytes())
+    raw[200] ^= 255
+    whole.write_bytes(raw)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ReleaseError, match="damaged"):
+        list(Wheel(whole, "h.whl").unpack(tmp_path / "out"))
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=20), max_size=6, unique=True))
+def test_whatever_a_wheel_is_made_of_nothing_is_written_outside(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("wheel")
+    path, slot = folder / "w.whl", folder / "in" / "slot"
+    slot.mkdir(parents=True)
+    try:
+        make_wheel(path, dict.fromkeys(names, "x"))
+        wheel = Wheel(path, "w.whl")
+        list(wheel.unpack(slot))
+    except (
+        ReleaseError,
+        OSError,
+        ValueError,
+    ):  # UnicodeEncodeError of a lone surrogate, a file where a folder should be
+        pass
+    assert {p.name for p in folder.iterdir()} <= {"w.whl", "in"}
+    assert [p.name for p in (folder / "in").iterdir()] == ["slot"]
+
+
+def test_a_wheel_with_a_nameless_file_is_refused(tmp_path: Path) -> None:
+    path = make_wheel(tmp_path / "w.whl", {"x": "1"})
+    path.write_bytes(path.read_bytes().replace(b"x", b"\0"))  # zip readers end a name there
+    with pytest.raises(ReleaseError):
+        Wheel(path, "w.whl")
+
+
+def test_bytes_that_only_a_scheme_of_no_use_brings_are_left_out(tmp_path: Path) -> None:
+    wheel = Wheel(
+        make_wheel(tmp_path / "w.whl", {"a-1.data/scripts/run": "x", "a.py": "y", "a.libs/b.so": "z"}), "w.whl"
+    )
+    assert (wheel.paths, wheel.size, wheel.modules) == ({"a.py", "a.libs/b.so"}, 2, {"a"})

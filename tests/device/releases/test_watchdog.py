@@ -1,0 +1,209 @@
+"""The heartbeat follows the loop: no turn, no beat; and a release stays once a turn has followed the connection."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+
+from fedprune.core.errors import RuntimeUnavailableError
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
+from fedprune_device.launcher.launcher import decide
+from fedprune_device.launcher.slot_store import Home
+from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome
+from fedprune_device.releases.installer import Updater
+from fedprune_device.releases.release_trial import PACKAGES, Trial, check_health, check_packages
+from fedprune_device.releases.watchdog import Heart
+from fedprune_device.serving.model_slots import ModelSlots, Serving
+from fedprune_device.serving.predictor import Predictor
+from support.fakes.runtime_releases import OUTSIDE, PUBLIC, make_release, source
+from support.faults.power_cuts import power
+
+pytestmark = pytest.mark.board
+
+Item = tuple[str, bytes] | ConnectionUp | ConnectionDown | None
+
+
+class Link:
+    unsent = 0
+
+    def __init__(self, *items: Item) -> None:
+        self.items = list(items)
+        self.sent: list[str] = []
+
+    def get(self, timeout: float | None = 0.0) -> Item:
+        return self.items.pop(0) if self.items else None
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        self.sent.append(topic)
+        return True
+
+    def listen(self, topics: Collection[str]) -> None:
+        pass
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Updater:
+    updater = Updater(tmp_path / "board", PUBLIC)
+    with power():
+        updater.install(source(make_release(tmp_path / "1", 1)))
+        updater.stage(source(make_release(tmp_path / "2", 2, system=OUTSIDE)))
+        updater.arm()
+    return updater
+
+
+def trial_of(board: Updater, slot: str = "b") -> Trial | None:
+    return Trial.current({"FEDPRUNE_ROOT": str(board.home.root), "FEDPRUNE_SLOT": slot})
+
+
+def outcome(home: Home) -> Outcome | None:
+    state = home.load()
+    assert state is not None
+    return state.outcome
+
+
+def test_a_beat_comes_with_the_loop_and_not_more_often_than_needed() -> None:
+    now, told = [0.0], list[str]()
+    heart = Heart(Link(), tell=told.append, interval=20.0, clock=lambda: now[0])
+    for _ in range(100):
+        heart.get()
+        now[0] += 0.5
+    assert told[:2] == ["READY=1", "WATCHDOG=1"]
+    assert told.count("WATCHDOG=1") == 20, "four times within ten seconds, the watchdog's half"
+    now[0] += 1000
+    assert told.count("WATCHDOG=1") == 20, "a loop that hangs is not alive"
+    heart.stop()
+    assert told[-1] == "STOPPING=1"
+
+
+def test_messages_pass_in_both_directions() -> None:
+    link = Link(("t", b"x"), None)
+    heart = Heart(link, tell=lambda _: None, interval=1.0)
+    assert (heart.get(), heart.get()) == (("t", b"x"), None)
+    assert heart.publish("up", b"y")
+    assert link.sent == ["up"]
+
+
+def test_a_release_stays_a_turn_after_the_broker_was_reached(board: Updater) -> None:
+    decide(board.home)
+    trial = trial_of(board)
+    assert trial is not None
+    told: list[str] = []
+    heart = Heart(Link(None, ConnectionUp()), trial, tell=told.append, interval=1.0)
+    heart.get()
+    heart.get()
+    assert outcome(board.home) is None, "the loop has yet to live through it"
+    heart.get()
+    assert outcome(board.home) == Outcome(2, COMMITTED)
+    assert "STATUS=connected to the broker" in told
+    assert trial_of(board) is None
+
+
+def test_a_broker_that_is_never_reached_keeps_no_release(board: Updater) -> None:
+    decide(board.home)
+    told: list[str] = []
+    heart = Heart(Link(*[ConnectionDown("refused\nagain")] * 3), trial_of(board), tell=told.append, interval=1.0)
+    for _ in range(6):
+        heart.get()
+    assert outcome(board.home) is None
+    assert "STATUS=waiting for the broker: refused again" in told
+
+
+def test_only_the_process_on_trial_may_end_it(board: Updater) -> None:
+    assert trial_of(board, "a") is None
+    assert Trial.current({}) is None
+    trial = trial_of(board)
+    assert trial is not None
+    with board.home.changing():
+        state = board.home.load()
+        assert state is not None
+        board.home.save(state.roll_back("its time is over"))
+    trial.commit()
+    assert outcome(board.home) == Outcome(2, ROLLED_BACK, "its time is over"), "too late"
+
+
+def test_what_fails_in_the_checks_is_rolled_back_with_its_reason(board: Updater) -> None:
+    trial = trial_of(board)
+    assert trial is not None
+
+    def ill(_: Path | None) -> None:
+        raise RuntimeUnavailableError("onnxruntime kills the process that loads it (signal 4)")
+
+    with pytest.raises(RuntimeUnavailableError):
+        trial.check(None, ill)
+    assert outcome(board.home) == Outcome(2, ROLLED_BACK, "onnxruntime kills the process that loads it (signal 4)")
+
+
+def test_a_board_that_is_well_passes_the_checks(board: Updater, model: Path, tmp_path: Path) -> None:
+    slots = ModelSlots(tmp_path / "serving")
+    slots.prepare()
+    check_health(tmp_path / "serving")
+    slots.stage(model / "inference.onnx", model / "weights.safetensors")
+    from fedprune.core.disk import file_digest
+
+    digests = (file_digest(model / "inference.onnx"), file_digest(model / "weights.safetensors"))
+    Predictor(model).check(3)
+    slots.install(Serving("job", 1, 3, *digests))
+    trial = trial_of(board)
+    assert trial is not None
+    trial.check(tmp_path / "serving")
+    state = board.home.load()
+    assert state is not None
+    assert (state.phase, "not reached the broker" in state.trouble) == (TRIAL, True)
+
+
+def test_a_model_that_served_and_cannot_any_more_fails_the_check(model: Path, tmp_path: Path) -> None:
+    from fedprune.core.disk import file_digest
+
+    slots = ModelSlots(tmp_path / "serving")
+    slots.prepare()
+    graph = tmp_path / "other.onnx"
+    graph.write_bytes(b"a graph of an operator that this onnxruntime doesn't know")
+    slots.stage(graph, model / "weights.safetensors")
+    slots.install(Serving("job", 1, 3, file_digest(graph), file_digest(model / "weights.safetensors")))
+    with pytest.raises(RuntimeUnavailableError, match=r"the check failed: .*onnxruntime doesn't load it"):
+        check_health(tmp_path / "serving")
+
+
+def test_an_interpreter_that_dies_of_an_illegal_instruction_is_said_to(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$2" in *version*) echo 1.23; exit 0;; esac\nkill -ILL $$\n')
+    python.chmod(0o755)
+    with pytest.raises(RuntimeUnavailableError, match=r"runs a small graph \(SIGILL\).*lacks"):
+        check_health(None, str(python))
+    python.write_text("#!/bin/sh\nkill -ILL $$\n")
+    with pytest.raises(RuntimeUnavailableError, match="signal 4"):
+        check_health(None, str(python))
+
+
+def test_a_package_that_comes_from_outside_the_release_fails_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = tmp_path / "b"
+    check_packages(slot, PACKAGES)
+    with pytest.raises(RuntimeUnavailableError, match=r"safetensors is not in the release: it would come from .*/safe"):
+        check_packages(slot, [n for n in PACKAGES if n != "safetensors"])
+    monkeypatch.setattr("fedprune_device.releases.release_trial.PACKAGES", ("of_the_slot", "of_nothing"))
+    (slot / "of_the_slot").mkdir(parents=True)
+    (slot / "of_the_slot" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(slot))
+    check_packages(slot, ["of_nothing"])
+    with pytest.raises(RuntimeUnavailableError, match=r"^of_nothing is not in the release"):
+        check_packages(slot)
+
+
+def test_a_release_that_lacks_a_package_goes_back_with_its_name(tmp_path: Path) -> None:
+    board = Updater(tmp_path / "board", PUBLIC)
+    board.install(source(make_release(tmp_path / "1", 1)))
+    board.stage(source(make_release(tmp_path / "3", 3, system=OUTSIDE[1:])))
+    board.arm()
+    decide(board.home)
+    trial = trial_of(board)
+    assert trial is not None
+    with pytest.raises(RuntimeUnavailableError):
+        trial.check(None)
+    found = outcome(board.home)
+    assert found is not None
+    assert (found.version, found.result) == (3, ROLLED_BACK)
+    assert f"{OUTSIDE[0]} is not in the release" in found.reason

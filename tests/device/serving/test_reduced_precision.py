@@ -1,0 +1,360 @@
+"""A board that serves at lower precision: prepared of every round's weights, checked, swapped whole."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, ProtocolError, StorageError
+from fedprune.runtime.precision import PRECISIONS, files_of, graphs_of, packed, served_files, unpacked
+from fedprune.training.recipe import Recipe
+from fedprune.wire.messages import Want, parse
+from fedprune_device.agent.agent import Agent
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.network.offer_checks import check_offer
+from fedprune_device.serving.model_slots import Serving
+from fedprune_device.serving.reduced_precision import PrecisionCheck, ReducedPrecision
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner
+from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
+from support.fakes.hidden_board import CLASSES, DEVICE, HIDDEN, HiddenBoard, hidden_weights, logits
+from support.faults.power_cuts import EACH_KIND, CutError, cuts, power
+
+pytestmark = pytest.mark.board
+
+Array = np.ndarray[Any, Any]
+RECIPE = Recipe(epochs=2, batch_size=10, lr=0.1)
+BOUNDS = {"float16": 5e-3, "int8": 5e-2}
+
+
+class Board(HiddenBoard):
+    """A board whose server sends graphs of lower precision, too."""
+
+    def kits(self, *precisions: str, **broken: bytes) -> dict[str, Any]:
+        with DeviceStore(self.root) as store:
+            raw = {p: (self.graphs / f"hidden_half_{p}.safetensors").read_bytes() for p in precisions}
+            return {p: store.blobs.put(kit) for p, kit in {**raw, **broken}.items()}
+
+    def work(self, number: int, serve: str, kits: dict[str, Any], **other: Any) -> Serving:
+        weights = hidden_weights(HIDDEN // 2, seed=number)
+        offer = self.offer(number, RECIPE, weights, graph="kept", lowered=kits or None, **other)
+        with DeviceStore(self.root) as store:
+            bench = RoundRunner(
+                DEVICE, store.blobs, store.slots, self.data, shelf=store.own, lowering=ReducedPrecision(serve)
+            )
+            bench.commit(bench.make(offer))
+            record = store.slots.current()
+        assert record is not None
+        return record
+
+    def slot(self, record: Serving) -> Path:
+        return self.root / "serving" / record.slot
+
+
+@pytest.fixture
+def board(tmp_path: Path, graphs: Path, data: LocalData) -> Board:
+    return Board(tmp_path / "state", graphs, data)
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_every_round_prepares_its_own_weights(board: Board, precision: str) -> None:
+    kits = board.kits("float16", "int8")
+    seen = set()
+
+    for number in (1, 2, 3):
+        record = board.work(number, precision, kits)
+
+        assert (record.round, record.precision) == (number, precision)
+        held = {p.name for p in board.slot(record).iterdir()}
+        assert held == {"inference.onnx", "weights.safetensors", *served_files(precision)}
+        left = {p.name for p in (board.root / "serving" / "next").iterdir()}
+        assert not left & {n for p in PRECISIONS for n in files_of(p)}
+        with DeviceStore(board.root) as store:
+            predictor, opened = store.slots.open()
+        expected = logits(tensorfile.load(board.slot(record) / "weights.safetensors"), board.data.x_test)
+        found = predictor.predict(board.data.x_test)
+        assert opened == record
+        assert 0 < np.abs(found - expected).max() < BOUNDS[precision] * np.abs(expected).max()
+        seen.add(record.lowered[1])
+    assert len(seen) == 3
+
+
+def test_float32_is_what_serves_unless_it_is_told_otherwise(board: Board) -> None:
+    kits = board.kits("float16", "int8")
+
+    assert board.work(1, "int8", kits).precision == "int8"
+    record = board.work(2, "float32", kits)
+
+    assert (record.precision, record.lowered) == ("float32", ())
+    assert {p.name for p in board.slot(record).iterdir()} == {"inference.onnx", "weights.safetensors"}
+    assert board.work(3, "int8", {}).precision == "float32"
+    assert board.work(4, "int8", board.kits("float16")).precision == "float32"
+
+
+def test_a_slot_holds_nothing_of_another_precision(board: Board) -> None:
+    kits = board.kits("float16", "int8")
+    for number, serve in enumerate(("int8", "int8", "float32", "float16"), 1):
+        (board.root / "serving" / "next" / "prepare-int8.onnx").write_bytes(b"left by a cut")
+        record = board.work(number, serve, kits)
+
+        lowered = () if serve == "float32" else served_files(serve)
+        assert {p.name for p in board.slot(record).iterdir()} == {"inference.onnx", "weights.safetensors", *lowered}
+        assert not (board.root / "serving" / "next" / "prepare-int8.onnx").exists()
+
+
+def test_validation_samples_decide_where_there_are_some(data: LocalData) -> None:
+    class Heard:
+        def predict(self, x: Array, _: int) -> Array:
+            self.x = x
+            return np.zeros((len(x), CLASSES), np.float32)
+
+    whole: Any = Heard()
+    apart = replace(data, x_val=data.x_train[:7] + 1, y_val=data.y_train[:7])
+    PrecisionCheck(whole, apart, RECIPE, CLASSES)
+    np.testing.assert_array_equal(whole.x, apart.x_val)
+    PrecisionCheck(whole, replace(data, x_val=data.x_val[:0], y_val=data.y_val[:0]), RECIPE, CLASSES)
+    np.testing.assert_array_equal(whole.x, data.x_train[:512])
+
+
+def test_the_fastest_serves_alone(board: Board) -> None:
+    record = board.work(1, "fastest", board.kits("float16", "int8"))
+
+    lowered = () if record.precision == "float32" else served_files(record.precision)
+    assert {p.name for p in board.slot(record).iterdir()} == {"inference.onnx", "weights.safetensors", *lowered}
+
+
+@pytest.mark.parametrize(
+    ("times", "fastest"),
+    [((10, 9.5, 9.1), "float32"), ((10, 12, 8), "int8"), ((10, 7, 8), "float16"), ((10, 30, 20), "float32")],
+)
+def test_the_fastest_is_faster_by_more_than_chance(
+    data: LocalData, times: tuple[float, ...], fastest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("fedprune_device.serving.reduced_precision.time.perf_counter", lambda: now[0])
+
+    class Slow:
+        def __init__(self, seconds: float) -> None:
+            self.seconds = seconds
+
+        def predict(self, _: object) -> None:
+            now[0] += self.seconds
+
+    models: Any = {p: Slow(t) for p, t in zip(("float32", "float16", "int8"), times, strict=True)}
+
+    assert ReducedPrecision("fastest")._chosen(models, data) == fastest
+
+
+def test_what_nobody_asked_for_is_not_pulled(board: Board) -> None:
+    kits = board.kits("float16", "int8")
+    offer = board.offer(1, RECIPE, hidden_weights(HIDDEN // 2), lowered=kits)
+
+    def pulled(serve: str) -> set[str]:
+        return {b.sha256 for b in ReducedPrecision(serve).wanted(offer).blobs()}
+
+    plain = {b.sha256 for b in replace(offer, lowered=None).blobs()}
+    assert pulled("float32") == plain
+    assert pulled("int8") == plain | {kits["int8"].sha256}
+    assert pulled("fastest") == plain | {k.sha256 for k in kits.values()}
+
+
+def test_a_model_that_says_something_else_does_not_serve(board: Board, caplog: pytest.LogCaptureFixture) -> None:
+    """The bound of float16 is made so small that nothing is left of the weights."""
+    graphs = unpacked((board.graphs / "hidden_half_float16.safetensors").read_bytes(), "float16")
+    bound = np.float32(np.finfo(np.float16).max).tobytes()
+    prepare = graphs["prepare-float16.onnx"]
+    assert prepare.count(bound) >= 1
+    graphs["prepare-float16.onnx"] = prepare.replace(bound, np.float32(1e-6).tobytes())
+    kits = board.kits(float16=packed(graphs))
+
+    with caplog.at_level(logging.WARNING, "fedprune.device"):
+        record = board.work(1, "float16", kits)
+
+    assert record.precision == "float32"
+    assert {p.name for p in board.slot(record).iterdir()} == {"inference.onnx", "weights.safetensors"}
+    assert "the model doesn't serve with float16" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["cut", "other", "nothing", "graph"])
+def test_graphs_that_are_none_leave_float32(board: Board, what: str, caplog: pytest.LogCaptureFixture) -> None:
+    raw = (board.graphs / "hidden_half_int8.safetensors").read_bytes()
+    graphs = unpacked(raw, "int8")
+    broken = {
+        "cut": raw[:-3],
+        "other": (board.graphs / "hidden_half_float16.safetensors").read_bytes(),
+        "nothing": b"",
+        "graph": packed(graphs | {"prepare-int8.onnx": b"no graph"}),
+    }[what]
+
+    with caplog.at_level(logging.WARNING, "fedprune.device"):
+        record = board.work(1, "int8", board.kits(int8=broken))
+
+    assert record.precision == "float32"
+    assert "the model doesn't serve with int8" in caplog.text
+    assert {p.name for p in board.slot(record).iterdir()} == {"inference.onnx", "weights.safetensors"}
+
+
+def test_graphs_that_the_disk_damaged_are_named_to_be_pulled_again(board: Board) -> None:
+    kits = board.kits("int8")
+    with DeviceStore(board.root) as store:
+        path = store.blobs.path(kits["int8"].sha256)
+    path.chmod(0o600)
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+
+    with pytest.raises(DamagedBlobError) as raised:
+        board.work(1, "int8", kits)
+
+    assert raised.value.sha256 == kits["int8"].sha256
+    assert path.exists(), "it may be on its way anew already"
+
+
+@pytest.mark.parametrize("name", served_files("int8"))
+def test_in_place_of_a_damaged_model_the_one_before_serves(board: Board, name: str) -> None:
+    kits = board.kits("int8")
+    before, after = board.work(1, "int8", kits), board.work(2, "int8", kits)
+    path = board.slot(after) / name
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+    with DeviceStore(board.root) as store:
+        assert store.slots.current() == before
+
+
+def test_graphs_stay_for_the_next_round(board: Board) -> None:
+    kits = board.kits("int8")
+    offer = board.offer(1, RECIPE, hidden_weights(HIDDEN // 2), lowered=kits)
+    with DeviceStore(board.root) as store:
+        store.accept(offer)
+        store.finish()
+        store.collect()
+        assert store.blobs.has(kits["int8"].sha256)
+        assert not store.blobs.has(offer.weights.sha256)
+
+
+def test_an_offer_counts_the_room_of_lowered_models(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer = board.offer(1, RECIPE, hidden_weights(HIDDEN // 2))
+    with DeviceStore(board.root) as store:
+        monkeypatch.setattr(store, "free_bytes", lambda: 2 * offer.weights.size)
+        monkeypatch.setattr(store, "reclaimable_bytes", lambda _: 0)
+        check_offer(offer, store, None)
+        lowered = replace(offer, lowered={"int8": offer.inference})
+        with pytest.raises(StorageError):
+            check_offer(lowered, store, None)
+
+
+def test_an_offer_says_its_graphs_and_older_ones_have_none(board: Board) -> None:
+    offer = board.offer(1, RECIPE, hidden_weights(HIDDEN // 2), lowered=board.kits("float16", "int8"))
+
+    assert parse(offer.to_bytes()) == offer
+    assert b"lowered" not in replace(offer, lowered=None).to_bytes()
+    for wrong in ([], {"int8": "x"}, {"int 8\n": offer.inference}, {str(i): offer.inference for i in range(9)}):
+        with pytest.raises(ProtocolError):
+            replace(offer, lowered=wrong)
+
+
+def test_a_record_of_lower_precision_is_checked(board: Board) -> None:
+    record = board.work(1, "int8", board.kits("int8"))
+    body = {**record.__dict__, "lowered": list(record.lowered)}
+
+    assert Serving.from_dict(body) == record
+    older = {k: v for k, v in body.items() if k not in ("precision", "lowered")}
+    assert Serving.from_dict(older).precision == "float32"
+    for wrong in ({"precision": "int4"}, {"lowered": []}, {"lowered": ["a"]}, {"precision": "float32"}):
+        with pytest.raises(StorageError):
+            Serving.from_dict(body | wrong)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_packed_graphs_are_unpacked(precision: str) -> None:
+    graphs = {n: n.encode() for n in graphs_of(precision)}
+
+    assert unpacked(packed(graphs), precision) == graphs
+    assert set(files_of(precision)) == {*graphs, f"{precision}.safetensors"}
+    with pytest.raises(BundleError):
+        unpacked(packed({**graphs, "more": b""}), precision)
+    with pytest.raises(BundleError):
+        unpacked(tensorfile.encode({n: np.zeros(3, np.float32) for n in graphs}), precision)
+
+
+@pytest.mark.parametrize("serve", ["float32", "int8"])
+def test_an_agent_pulls_and_serves_what_it_is_told_to(
+    tmp_path: Path, graphs: Path, data: LocalData, serve: str
+) -> None:
+    server = MemoryServer(tmp_path / "server", graphs, hidden_weights(HIDDEN // 2))
+    put = server.blobs.put
+    kits = {p: put((graphs / f"hidden_half_{p}.safetensors").read_bytes()) for p in ("float16", "int8")}
+    other: dict[str, Any] = {
+        "training": put((graphs / "kept.onnx").read_bytes()),
+        "inference": put((graphs / "hidden_half.onnx").read_bytes()),
+        "widths": (HIDDEN // 2,),
+        "lowered": kits,
+    }
+    server.plan = [server.offer(n, RECIPE, **other) for n in (1, 2)]
+
+    with DeviceStore(tmp_path / "state") as store:
+        agent = Agent("d", "site", store, MemoryLink(server), data, precision=serve, clock=clock)
+        late = threading.Timer(60, agent.stop)
+        late.start()
+        agent.run(until_finished=True)
+        assert late.is_alive()
+        late.cancel()
+        record = store.slots.current()
+
+    assert record is not None
+    assert (record.round, record.precision) == (2, serve)
+    asked = {m.sha256 for m in server.seen if isinstance(m, Want)}
+    assert asked & {k.sha256 for k in kits.values()} == ({kits["int8"].sha256} if serve == "int8" else set())
+
+
+@pytest.mark.parametrize("kind", EACH_KIND)
+def test_a_cut_at_any_write_leaves_the_old_or_the_new_model(board: Board, tmp_path: Path, kind: str) -> None:
+    kits = board.kits("int8")
+    before = board.work(1, "int8", kits)
+    offer = board.offer(2, RECIPE, hidden_weights(HIDDEN // 2, seed=2), graph="kept", lowered=kits)
+
+    def work(root: Path) -> None:
+        with DeviceStore(root) as store:
+            bench = RoundRunner(
+                DEVICE, store.blobs, store.slots, board.data, shelf=store.own, lowering=ReducedPrecision("int8")
+            )
+            bench.commit(bench.make(offer))
+
+    def serves(root: Path) -> Serving:
+        with DeviceStore(root) as store:
+            predictor, record = store.slots.open()
+            predictor.check(CLASSES)
+            return record
+
+    calm, cut = tmp_path / "calm", tmp_path / "cut"
+    shutil.copytree(board.root, calm)
+    with power() as supply:
+        work(calm)
+    after = serves(calm)
+    assert (before.precision, after.precision) == ("int8", "int8")
+    assert before.lowered != after.lowered
+    for at, how in cuts(kind, supply.names):
+        shutil.copytree(board.root, cut)
+        with power(at, how), pytest.raises(CutError):
+            work(cut)
+        assert serves(cut) in (before, after)
+        work(cut)
+        assert replace(serves(cut), slot=after.slot) == after
+        shutil.rmtree(cut)
+
+
+def test_a_board_that_trains_alone_goes_on_from_float32(board: Board) -> None:
+    """What it lowers is what it has trained, from the float32 model that lies beside the lowered one."""
+    record = board.work(1, "int8", board.kits("int8"))
+    with DeviceStore(board.root) as store:
+        raw = store.slots.weights(record)
+
+    assert tensorfile.decode(raw).keys() == hidden_weights(HIDDEN // 2).keys()
+    assert all(v.dtype == np.float32 for v in tensorfile.decode(raw).values())

@@ -1,0 +1,548 @@
+"""What a board keeps of its own: its moving average, its personal tensors, statistics of its own samples."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core import durable, tensorfile
+from fedprune.core.errors import StorageError
+from fedprune.model.architecture import Axis, Segment
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
+from fedprune.wire.offer import Offer
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.storage.local_state import MOST_OTHERS, FolderStateStore, LocalState, MemoryStateStore, RoundState
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.batch_norm import measured
+from fedprune_device.training.moving_average import averaged, blended
+from fedprune_device.training.trainer import Trainer
+from support.fakes.hidden_board import (
+    CLASSES,
+    DEVICE,
+    HIDDEN,
+    SEED,
+    HiddenBoard,
+    hidden_weights,
+    logits,
+    measured_statistics,
+)
+from support.faults.failing_disk import Crash, fault
+
+pytestmark = pytest.mark.board
+
+DECAY = 0.85
+PLAIN = Recipe(epochs=1, batch_size=16)
+AVERAGE = Recipe(epochs=1, batch_size=16, average=DECAY)
+
+
+@pytest.fixture
+def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
+    return HiddenBoard(tmp_path / "state", graphs, data)
+
+
+def trained(board: HiddenBoard, number: int, weights: Tensors) -> Tensors:
+    """What plain training makes of them in a round."""
+    trainer = Trainer(board.graphs / "kept.onnx")
+    result = trainer.train(weights, board.data, PLAIN, seed=SEED, device=DEVICE, round=number, classes=CLASSES)
+    return {n: v.copy() for n, v in result.tensors.items()}
+
+
+def mean(old: Tensors, new: Tensors) -> Tensors:
+    return {n: np.float32(DECAY) * old[n] + np.float32(1 - DECAY) * new[n] for n in new}
+
+
+def equal(one: Tensors, other: Tensors) -> bool:
+    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
+
+
+# -- the moving average -----------------------------------------------------------------------------------------------
+
+
+def test_the_average_of_all_rounds_serves_and_the_update_is_what_was_trained(board: HiddenBoard) -> None:
+    wanted: Tensors = {}
+    for number in (1, 2, 4):
+        weights = hidden_weights(seed=number)
+        update, sent, serves = board.carry_out(board.offer(number, AVERAGE, weights, graph="kept"))
+        new = trained(board, number, weights)
+        wanted = mean(wanted, new) if wanted else new
+        assert equal(sent, new)
+        assert equal(serves, wanted)
+        x, y = board.data.x_test, board.data.y_test
+        assert update.metrics["accuracy_average"] == np.mean(logits(serves, x).argmax(1) == y)
+        assert update.metrics["accuracy_after"] == np.mean(logits(new, x).argmax(1) == y)
+        assert update.metrics["accuracy_before"] == np.mean(logits(weights, x).argmax(1) == y)
+
+
+def test_a_round_that_is_done_twice_gives_the_same_average(board: HiddenBoard) -> None:
+    """Whether its update was lost, or it came again as another attempt, whatever was trained in between."""
+    first = board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))[2]
+    again = board.offer(2, AVERAGE, hidden_weights(seed=2), graph="kept")
+    two = board.carry_out(again)[2]
+    assert equal(board.carry_out(again)[2], two)
+    board.carry_out(board.offer(2, AVERAGE, hidden_weights(seed=3), graph="kept"))
+    assert equal(board.carry_out(again)[2], two)
+    assert equal(two, mean(first, trained(board, 2, hidden_weights(seed=2))))
+
+
+@pytest.mark.parametrize("blend", [0.25, 1.0])
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_received_weights_are_blended_into_what_serves_and_into_nothing_else(
+    board: HiddenBoard, tmp_path: Path, blend: float, calibrate: bool
+) -> None:
+    recipe = replace(AVERAGE, blend=blend, calibrate=calibrate)
+    without = HiddenBoard(tmp_path / "without", board.graphs, board.data)
+    average: Tensors = {}
+    for number in (1, 2):
+        weights = hidden_weights(seed=number)
+        update, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="kept"))
+        plain, same, _ = without.carry_out(without.offer(number, replace(recipe, blend=0), weights, graph="kept"))
+        kept, alone = (
+            max(
+                (LocalState.from_bytes(raw) for raw in FolderStateStore(b.root / "own").read().values()),
+                key=lambda o: o.round,
+            )
+            for b in (board, without)
+        )
+        new = trained(board, number, weights)
+        average = mean(average, new) if average else new
+        wanted = {n: np.float32(1 - blend) * average[n] + np.float32(blend) * v for n, v in weights.items()}
+        if calibrate:
+            wanted |= measured_statistics(wanted, board.data.x_train, 16)
+
+        assert equal(sent, same)
+        assert kept.to_bytes() == alone.to_bytes()
+        assert equal(kept.average, average)
+        for name, value in serves.items():
+            np.testing.assert_allclose(value, wanted[name], rtol=2e-6, atol=2e-6)
+        x, y = board.data.x_test, board.data.y_test
+        assert update.metrics["accuracy_average"] == np.mean(logits(serves, x).argmax(1) == y)
+        assert {n: update.metrics[n] for n in ("loss_before", "loss_after")} == {
+            n: plain.metrics[n] for n in ("loss_before", "loss_after")
+        }
+        assert update.metrics["loss_average"] != plain.metrics["loss_average"]
+
+
+def test_personal_and_frozen_tensors_are_not_blended(board: HiddenBoard, tmp_path: Path) -> None:
+    still = {"frozen": ("w1", "gamma", "mean", "var"), "personal": ("b2",)}
+    recipe = Recipe(epochs=1, batch_size=16, average=DECAY, blend=0.5, **still)
+    without = HiddenBoard(tmp_path / "without", board.graphs, board.data)
+    for number in (1, 2):
+        weights = hidden_weights(seed=number)
+        _, _, serves = board.carry_out(board.offer(number, recipe, weights, graph="still"))
+        _, _, plain = without.carry_out(without.offer(number, replace(recipe, blend=0), weights, graph="still"))
+        for name, value in serves.items():
+            if name in ("beta", "w2"):
+                np.testing.assert_allclose(value, (plain[name] + weights[name]) / 2, rtol=1e-6)
+            else:
+                np.testing.assert_array_equal(value, plain[name])
+
+
+@given(st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_a_blend_lies_between_what_it_is_made_of(share: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    names = ("w", "masked", "own")
+    average, received = ({n: rng.standard_normal((3, 4)).astype(np.float32) for n in names} for _ in range(2))
+    mask, own = ElementMask({"masked": rng.random((3, 4)) < 0.5}), received.pop("own")
+    before = [{n: v.copy() for n, v in tensors.items()} for tensors in (average, received)]
+    got = blended(average, received, share, mask=mask)
+    assert got["own"] is average["own"]
+    assert own is not got["own"]
+    assert not got["masked"][~mask.active["masked"]].any()
+    low, high = np.minimum(average["w"], received["w"]), np.maximum(average["w"], received["w"])
+    assert np.all((got["w"] >= low - 1e-6) & (got["w"] <= high + 1e-6))
+    assert all(equal(was, now) for was, now in zip(before, (average, received), strict=True))
+    for end, wanted in ((0.0, average), (1.0, received)):
+        np.testing.assert_array_equal(blended(average, received, end)["w"], wanted["w"])
+
+
+@pytest.mark.parametrize(
+    "other", [{"job": "another"}, {"seed": 8}, {"architecture": "e" * 64}, {"selection": "e" * 64}]
+)
+def test_the_average_of_something_else_is_none(board: HiddenBoard, other: dict[str, Any]) -> None:
+    board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
+    _, sent, serves = board.carry_out(
+        board.offer(2, AVERAGE, hidden_weights(seed=2), graph="kept", ranking=None, **other)
+    )
+    assert equal(serves, sent)
+
+
+def test_a_job_that_begins_anew_does_not_begin_with_its_last_run(board: HiddenBoard) -> None:
+    for number in (5, 6):
+        board.carry_out(board.offer(number, AVERAGE, hidden_weights(seed=number), graph="kept"))
+    _, sent, serves = board.carry_out(board.offer(1, AVERAGE, hidden_weights(), graph="kept"))
+    assert equal(serves, sent)
+
+
+@pytest.mark.parametrize(("first", "second"), [(HIDDEN, HIDDEN // 2), (HIDDEN // 2, HIDDEN)])
+def test_at_another_width_what_both_have_is_carried_over(board: HiddenBoard, first: int, second: int) -> None:
+    old = board.carry_out(board.offer(1, AVERAGE, hidden_weights(first, 1), graph="kept"))[2]
+    _, sent, serves = board.carry_out(board.offer(2, AVERAGE, hidden_weights(second, 2), graph="kept"))
+    both, at = HIDDEN // 2, {"w2": (slice(None), slice(None, HIDDEN // 2)), "b2": (slice(None),)}
+    for name, value in serves.items():
+        part = at.get(name, (slice(None, both),))
+        wanted = sent[name].copy()
+        wanted[part] = np.float32(DECAY) * old[name][part] + np.float32(1 - DECAY) * sent[name][part]
+        np.testing.assert_array_equal(value, wanted)
+
+
+def test_at_another_width_of_another_order_the_average_begins_anew(board: HiddenBoard) -> None:
+    board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
+    narrow = board.offer(2, AVERAGE, hidden_weights(HIDDEN // 2, 2), graph="kept", ranking="d" * 64)
+    _, sent, serves = board.carry_out(narrow)
+    assert equal(serves, sent)
+
+
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 2**32 - 1))
+def test_an_average_lies_between_what_it_is_made_of(decay: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    old, new = ({"w": rng.standard_normal((3, 4)).astype(np.float32)} for _ in range(2))
+    ref = {"sha256": "a" * 64, "size": 1, "leaves": "a" * 64}
+    offer = Offer("j", 2, 0, 1, "a" * 64, "b" * 64, (3,), 3, ref, ref, ref, {})  # type: ignore[arg-type]
+    base = LocalState("j", 1, "a" * 64, "b" * 64, None, (3,), 1, average=old)
+    got = averaged(base, offer, new, decay)["w"]
+    low, high = np.minimum(old["w"], new["w"]), np.maximum(old["w"], new["w"])
+    assert np.all((got >= low - 1e-6) & (got <= high + 1e-6))
+
+
+def test_where_only_ranks_would_tell_which_channels_are_the_same_the_average_begins_anew() -> None:
+    ref = {"sha256": "a" * 64, "size": 1, "leaves": "a" * 64}
+    offer = Offer("j", 2, 0, 1, "a" * 64, "b" * 64, (2,), 3, ref, ref, ref, {}, None, "c" * 64)  # type: ignore[arg-type]
+    base = LocalState("j", 1, "a" * 64, "e" * 64, "c" * 64, (4,), 1, average={"w": np.float32([4, 4, 4, 4])})
+    new = {"w": np.float32([8, 8])}
+    for parts, wanted in ((((0, 4),), [6, 6]), (((0, 2), (2, 2)), [8, 8])):
+        axes = TensorAxes((4,), {"w": (Axis(tuple(Segment(0, *part, 1) for part in parts)),)})
+        np.testing.assert_array_equal(averaged(base, offer, new, 0.5, axes=axes)["w"], wanted)
+
+
+def test_elements_that_were_masked_begin_anew_and_those_that_are_stay_zero() -> None:
+    ref = {"sha256": "a" * 64, "size": 1, "leaves": "a" * 64}
+    offer = Offer("j", 2, 0, 1, "a" * 64, "b" * 64, (3,), 3, ref, ref, ref, {})  # type: ignore[arg-type]
+    before, now = (ElementMask({"w": np.array(bits, np.bool_)}) for bits in ([1, 1, 0, 0], [1, 0, 1, 0]))
+    base = LocalState("j", 1, "a" * 64, "b" * 64, None, (3,), 1, {"w": np.float32([4, 4, 0, 0])}, {}, before)
+    got = averaged(base, offer, {"w": np.float32([8, 0, 8, 0])}, 0.75, mask=now)["w"]
+    np.testing.assert_array_equal(got, [5, 0, 8, 0])
+
+
+# -- where it is kept -------------------------------------------------------------------------------------------------
+
+
+def record(number: int, fill: float = 1.0) -> LocalState:
+    mask = ElementMask({"w": np.arange(6).reshape(2, 3) % 2 == 0})
+    tensors = {"w": np.full((2, 3), fill, np.float32)}
+    return LocalState("job", 7, "a" * 64, "b" * 64, "c" * 64, (3,), number, tensors, {"head": np.float32([fill])}, mask)
+
+
+def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
+    one = record(3)
+    two = LocalState.from_bytes(one.to_bytes())
+    assert (two.job, two.seed, two.round, two.widths, two.ranking) == ("job", 7, 3, (3,), "c" * 64)
+    assert equal(two.average, one.average)
+    assert equal(two.personal, one.personal)
+    assert two.mask is not None
+    assert one.mask is not None
+    np.testing.assert_array_equal(two.mask.active["w"], one.mask.active["w"])
+
+
+@given(st.integers(0, 10**6), st.binary(min_size=1, max_size=4))
+def test_damage_is_noticed_or_changes_nothing(at: int, junk: bytes) -> None:
+    """A header's padding and the order of its keys mean nothing."""
+    whole = record(3)
+    raw = bytearray(whole.to_bytes())
+    at %= len(raw)
+    raw[at : at + len(junk)] = junk
+    try:
+        read = LocalState.from_bytes(bytes(raw))
+    except StorageError as error:
+        assert "damaged" in error.what  # noqa: PT017 - either this or nothing
+        return
+    assert read.to_bytes() == whole.to_bytes()
+
+
+def test_damage_of_any_array_is_noticed() -> None:
+    raw = record(3).to_bytes()
+    for _, _, start, end in tensorfile.offsets(raw).values():
+        for at in (start, end - 1):
+            with pytest.raises(StorageError, match="damaged"):
+                LocalState.from_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_newest_record_before_a_round_and_what_it_leaves_stay(board: HiddenBoard, in_memory: bool) -> None:
+    shelf: Any = MemoryStateStore() if in_memory else FolderStateStore(board.root / "own")
+    if not in_memory:
+        shelf.prepare()
+
+    def offer(number: int) -> Offer:
+        return board.offer(number, AVERAGE, hidden_weights())
+
+    for number in (1, 2, 5):
+        kept = RoundState(shelf, offer(number))
+        kept.stage(LocalState.of(offer(number), {"w": np.float32([number])}, {}, None))
+        kept.commit()
+    rounds = {LocalState.from_bytes(raw).round for raw in shelf.read().values()}
+    assert rounds == {2, 5}
+    bases = {n: RoundState(shelf, offer(n)).base for n in (1, 2, 3, 5, 6)}
+    assert {n: b and b.round for n, b in bases.items()} == {1: None, 2: None, 3: 2, 5: 2, 6: 5}
+
+
+def test_a_damaged_record_costs_the_average_alone(board: HiddenBoard) -> None:
+    board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
+    (board.root / "own" / "a").write_bytes(b"junk")
+    _, sent, serves = board.carry_out(board.offer(2, AVERAGE, hidden_weights(seed=2), graph="kept"))
+    assert equal(serves, sent)
+
+
+def test_it_is_forgotten_when_an_offer_of_another_run_of_the_job_is_taken(board: HiddenBoard) -> None:
+    """The board was away when its run ended; until then it counts as room that can be had."""
+    first = board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept")
+    with DeviceStore(board.root) as store:
+        store.accept(first)
+    board.carry_out(first)
+    same, other = (board.offer(2, AVERAGE, hidden_weights(seed=1), graph="kept", **c) for c in ({}, {"seed": 99}))
+    with DeviceStore(board.root) as store:
+        assert store.reclaimable_bytes(other) > store.reclaimable_bytes(same)
+        store.accept(same)
+        assert store.own.read()
+    with DeviceStore(board.root) as store:
+        store.accept(other)
+        assert not store.own.read()
+
+
+def test_it_waits_while_the_board_works_for_another_job(board: HiddenBoard) -> None:
+    first = board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept")
+    with DeviceStore(board.root) as store:
+        store.accept(first)
+    board.carry_out(first)
+    other = replace(first, job="other")
+    with DeviceStore(board.root) as store:
+        kept = store.own.read()
+        assert kept
+        for offer in (other, first, other):
+            store.accept(offer)
+            assert store.own.read() == (kept if offer == first else {})
+    with DeviceStore(board.root) as store:
+        store.accept(first)
+        assert store.own.read() == kept
+
+
+def put(own: FolderStateStore, record: bytes, beside: str | None) -> None:
+    own.stage(record)
+    own.commit(beside)
+
+
+def test_it_is_kept_of_a_few_jobs_and_until_they_are_over(tmp_path: Path) -> None:
+    own = FolderStateStore(tmp_path / "own")
+    own.prepare()
+    for i in range(MOST_OTHERS + 2):
+        own.turn_to(f"job{i}", f"job{i - 1}")
+        put(own, bytes([i]), None)
+        time.sleep(0.01)
+    for i in range(1, MOST_OTHERS + 1):
+        own.turn_to(f"job{i}")
+        assert list(own.read().values()) == [bytes([i])]
+    own.forget("job1")
+    for job in ("job0", "job1"):
+        own.turn_to(job)
+        assert not own.read()
+
+
+def test_a_death_at_any_point_of_turning_to_another_job_loses_nothing(tmp_path: Path) -> None:
+    for count in range(1, 6):
+        own = FolderStateStore(tmp_path / str(count))
+        own.prepare()
+        own.turn_to("one")
+        put(own, b"first", None)
+        put(own, b"second", "a")
+        passed = [0]
+
+        def dying(step: Any, passed: list[int] = passed, count: int = count) -> Any:
+            def call(*arguments: Any) -> Any:
+                passed[0] += 1
+                if passed[0] == count:
+                    raise KeyboardInterrupt
+                return step(*arguments)
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("move", "write"):
+                patch.setattr(durable, name, dying(getattr(durable, name)))
+            with contextlib.suppress(KeyboardInterrupt):
+                own.turn_to("two", "one")
+                own.turn_to("one")
+        own = FolderStateStore(tmp_path / str(count))
+        own.turn_to("one")
+        assert own.read() == {"a": b"first", "b": b"second"}
+
+
+def test_it_is_forgotten_when_the_job_is_over(board: HiddenBoard) -> None:
+    board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
+    with DeviceStore(board.root) as store:
+        assert store.own.read()
+        store.drop()
+        assert not store.own.read()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_death_at_any_write_of_a_round_changes_none_of_its_bits(
+    tmp_path: Path, graphs: Path, data: LocalData, first: bool
+) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, average=DECAY, blend=0.3, personal=("w2", "b2"), calibrate=True)
+
+    def begin(name: str) -> tuple[HiddenBoard, Offer]:
+        board = HiddenBoard(tmp_path / name, graphs, data)
+        if not first:
+            board.carry_out(board.offer(1, recipe, hidden_weights(seed=1), graph="kept"))
+        return board, board.offer(2, recipe, hidden_weights(seed=2), graph="kept")
+
+    board, offer = begin("whole")
+    with fault(0, None) as writes:
+        update, sent, serves = board.carry_out(offer)
+    assert writes[0] > 15
+    for at in range(2, writes[0] + 1, 2):
+        board, offer = begin(str(at))
+        with fault(at, Crash()), pytest.raises(Crash):
+            board.carry_out(offer)
+        again = board.carry_out(offer)
+        assert equal(again[1], sent)
+        assert equal(again[2], serves)
+        assert again[0].metrics["accuracy_average"] == update.metrics["accuracy_average"]
+
+
+# -- personal tensors -------------------------------------------------------------------------------------------------
+
+
+def test_personal_tensors_stay_and_the_rest_is_the_servers(board: HiddenBoard) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, personal=("w2", "b2", "mean", "var"))
+    own: Tensors = {}
+    for number in (1, 2):
+        weights = hidden_weights(seed=number)
+        began = weights | own
+        update, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="kept"))
+        new = trained(board, number, began)
+        assert list(sent) == ["w1", "gamma", "beta"]
+        assert equal(sent, {n: new[n] for n in sent})
+        assert equal(serves, new)
+        own = {n: new[n] for n in ("w2", "b2", "mean", "var")}
+        x, y = board.data.x_test, board.data.y_test
+        assert update.metrics["accuracy_before"] == np.mean(logits(began, x).argmax(1) == y)
+
+
+def test_a_board_that_shares_nothing_sends_an_empty_file(board: HiddenBoard) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, personal=("*",))
+    update, sent, first = board.carry_out(board.offer(1, recipe, hidden_weights(seed=1), graph="kept"))
+    _, _, second = board.carry_out(board.offer(2, recipe, hidden_weights(seed=2), graph="kept"))
+    assert sent == {}
+    assert update.weights.size == 64
+    assert equal(second, trained(board, 2, first))
+
+
+@pytest.mark.parametrize("other", [{"job": "another"}, {"selection": "e" * 64}])
+def test_personal_tensors_of_something_else_are_not_taken(board: HiddenBoard, other: dict[str, Any]) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, personal=("w2",))
+    board.carry_out(board.offer(1, recipe, hidden_weights(seed=1), graph="kept"))
+    _, _, serves = board.carry_out(board.offer(2, recipe, hidden_weights(seed=2), graph="kept", **other))
+    assert equal(serves, trained(board, 2, hidden_weights(seed=2)))
+
+
+# -- statistics of the board's own samples ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [2, 7, 16, 70])
+def test_statistics_are_the_mean_of_what_the_batches_say(board: HiddenBoard, batch: int) -> None:
+    weights = hidden_weights()
+    recipe = Recipe(batch_size=batch)
+    got = Trainer(board.graphs / "kept.onnx").calibrated(weights, board.data, recipe, seed=SEED, device=DEVICE)
+    for name, value in measured_statistics(weights, board.data.x_train, batch).items():
+        np.testing.assert_allclose(got[name], value, rtol=2e-6, atol=2e-6)
+    assert all(np.array_equal(got[n], weights[n]) for n in weights if n not in ("mean", "var"))
+
+
+def test_statistics_that_are_frozen_or_cannot_be_measured_stay(board: HiddenBoard) -> None:
+    weights = hidden_weights()
+    still = Trainer(board.graphs / "still.onnx").calibrated(weights, board.data, PLAIN, seed=SEED, device=DEVICE)
+    assert equal(still, weights)
+    one = LocalData(board.data.x_train[:1], board.data.y_train[:1], board.data.x_test[:0], board.data.y_test[:0])
+    got = Trainer(board.graphs / "kept.onnx").calibrated(weights, one, PLAIN, seed=SEED, device=DEVICE)
+    assert np.isfinite(np.concatenate([v.reshape(-1) for v in got.values()])).all()
+
+
+def test_measuring_statistics_takes_the_memory_of_a_batch() -> None:
+    x, old = np.ones((64, 10_000), np.float32), {"mean": np.zeros(3, np.float32)}
+    tracemalloc.start()
+    try:
+        measured(
+            lambda feeds, outputs: {n: feeds["x"].mean() + 0.9 * feeds["mean"] for n in outputs},
+            ["mean"],
+            {},
+            x,
+            np.array_split(np.arange(64), 32),
+            old,
+        )
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 4 * x.nbytes / 32
+
+
+@pytest.mark.parametrize("average", [0.0, DECAY])
+def test_what_is_evaluated_served_and_sent_is_calibrated(board: HiddenBoard, average: float) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, average=average, calibrate=True)
+    weights, wanted = hidden_weights(seed=1), Tensors()
+    for number in (1, 2):
+        update, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="kept"))
+        new = trained(board, number, weights)
+        wanted = mean(wanted, new) if wanted and average else new
+        for got, of in ((serves, wanted), (sent, new)):
+            statistics = measured_statistics(of, board.data.x_train, 16)
+            for name, value in got.items():
+                np.testing.assert_allclose(value, statistics.get(name, of[name]), rtol=2e-6, atol=2e-6)
+                assert name in statistics or np.array_equal(value, of[name])
+        x, y = board.data.x_test, board.data.y_test
+        for when, tensors in (("before", weights), ("after", new), ("average", wanted)):
+            if when == "average" and not average:
+                continue
+            fresh = {n: v.astype(np.float32) for n, v in measured_statistics(tensors, board.data.x_train, 16).items()}
+            assert update.metrics[f"accuracy_{when}"] == np.mean(logits(tensors | fresh, x).argmax(1) == y)
+
+
+def test_validation_samples_are_measured_beside_test_samples(board: HiddenBoard) -> None:
+    board.data = board.data.with_validation(0.2, 1, DEVICE)
+    weights = hidden_weights(seed=1)
+    update, sent, _ = board.carry_out(board.offer(1, PLAIN, weights, graph="kept"))
+    x, y = board.data.x_val, board.data.y_val
+    assert update.metrics["samples_validation"] == len(y) == 14
+    assert update.metrics["accuracy_validation"] == np.mean(logits(sent, x).argmax(1) == y)
+    assert update.metrics["accuracy_validation_before"] == np.mean(logits(weights, x).argmax(1) == y)
+    assert {"loss_validation", "loss_validation_before", "loss_after", "accuracy_after"} <= set(update.metrics)
+    assert "accuracy_average" not in update.metrics
+
+
+@pytest.mark.parametrize("average", [0.0, DECAY])
+def test_rounds_without_measurements_give_the_same_models(
+    tmp_path: Path, graphs: Path, data: LocalData, average: float
+) -> None:
+    always, rarely = (HiddenBoard(tmp_path / name, graphs, data) for name in ("always", "rarely"))
+    for number in (1, 2):
+        weights = hidden_weights(seed=number)
+        every = Recipe(epochs=1, batch_size=16, average=average)
+        other = replace(every, evaluate_every=2)
+        one, *models = always.carry_out(always.offer(number, every, weights, graph="kept"))
+        two, *same = rarely.carry_out(rarely.offer(number, other, weights, graph="kept"))
+
+        assert all(equal(a, b) for a, b in zip(models, same, strict=True))
+        judged = {n for n in one.metrics if n.startswith(("accuracy", "loss_"))} - {"loss_first", "loss_last"}
+        assert {"accuracy_before", "accuracy_after"} <= judged
+        assert judged & set(two.metrics) == (judged if number == 2 else set())

@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.core import durable, tensorfile
+from fedprune.core.errors import ModelError, StorageError, StorageFullError
+from fedprune.wire.messages import Update
+from fedprune.wire.offer import Offer
+from fedprune_device.serving.model_slots import ModelSlots, Serving
+from fedprune_device.storage.directory_owner import DirectoryOwner
+from fedprune_device.storage.state_directory import DeviceStore
+from support.faults.failing_disk import Crash, fault
+from support.faults.power_cuts import power
+
+pytestmark = pytest.mark.board
+
+Snapshot = tuple[Any, ...]
+
+MOST_SYNCS = 20
+"""In a round, connecting included."""
+
+
+def weights_of(number: int) -> bytes:
+    return tensorfile.encode({"w": np.full((3, 6), number, np.float32), "b": np.zeros(3, np.float32)})
+
+
+class Life:
+    """The writes of a device's life, two rounds of it."""
+
+    def __init__(self, root: Path, graphs: Path) -> None:
+        self.root = root
+        self.graph = (graphs / "inference.onnx").read_bytes()
+        self.store: DeviceStore | None = None
+        self.done = 0
+
+    def open(self) -> DeviceStore:
+        self.store = DeviceStore(self.root, clock=lambda: 0.0)
+        return self.store
+
+    def live(self, watch: Callable[[DeviceStore], object] = lambda _: None) -> None:
+        store = self.open()
+        watch(store)
+        for step in self.steps():
+            step(store)
+            self.done += 1
+            watch(store)
+
+    def close(self) -> None:
+        if self.store is not None:
+            self.store.close()
+
+    def steps(self) -> list[Callable[[DeviceStore], object]]:
+        rounds: list[Callable[[DeviceStore], object]] = [DeviceStore.next_session]
+        for n in (1, 2):
+            rounds += [
+                lambda s, n=n: s.accept(self.offer(n)),
+                lambda s: s.collect(),
+                lambda s, n=n: s.blobs.put(weights_of(n)),
+                lambda s: s.blobs.put(self.graph),
+                lambda s, n=n: s.slots.stage(s.blobs.path(BlobRef.of(self.graph).sha256), weights_of(10 + n)),
+                lambda s, n=n: s.slots.install(self.record(n)),
+                lambda s, n=n: (s.blobs.put(weights_of(10 + n)), s.keep(self.update(n))),
+                lambda s: s.finish(),
+                lambda s: s.forget(),
+            ]
+        return rounds
+
+    def offer(self, n: int) -> Offer:
+        blob = BlobRef.of(weights_of(n))
+        graph = BlobRef.of(self.graph)
+        return Offer("job", n, 0, 7, "a" * 64, "b" * 64, (3,), 3, blob, graph, graph, {})
+
+    def update(self, n: int) -> Update:
+        return Update("d", "job", n, 0, "0" * 64, BlobRef.of(weights_of(10 + n)), 5, 5, {})
+
+    def record(self, n: int) -> Serving:
+        return Serving("job", n, 3, BlobRef.of(self.graph).sha256, BlobRef.of(weights_of(10 + n)).sha256)
+
+
+def snapshot(store: DeviceStore) -> Snapshot:
+    """What a device would go on with; a blob that nobody refers to doesn't count."""
+    serving = store.slots.current()
+    task = store.task
+    return (
+        store.session,
+        None if task is None else (task.offer.round, task.done),
+        None if store.pending is None else store.pending.round,
+        None if serving is None else serving.round,
+    )
+
+
+def fails_for_room(step: Callable[[DeviceStore], object], store: DeviceStore) -> bool:
+    try:
+        step(store)
+    except StorageFullError:
+        return True
+    return False
+
+
+def undisturbed(root: Path, graphs: Path) -> tuple[list[Snapshot], int]:
+    life = Life(root, graphs)
+    states: list[Snapshot] = []
+    with fault(0, None) as count:
+        life.live(lambda s: states.append(snapshot(s)))
+    life.close()
+    return states, count[0]
+
+
+def test_a_death_at_any_write_leaves_the_state_before_or_after_it(tmp_path: Path, graphs: Path) -> None:
+    states, writes = undisturbed(tmp_path / "dry", graphs)
+    assert writes > 60
+    for at in range(1, writes + 1):
+        life = Life(tmp_path / str(at), graphs)
+        with fault(at, Crash()), pytest.raises(Crash):
+            life.live()
+        life.close()
+        done = life.done
+        with DeviceStore(life.root) as again:
+            assert snapshot(again) in (states[done], states[done + 1]), (at, done)
+
+
+def test_a_full_disk_at_any_write_loses_nothing_and_the_write_can_be_repeated(tmp_path: Path, graphs: Path) -> None:
+    states, writes = undisturbed(tmp_path / "dry", graphs)
+    for at in range(1, writes + 1):
+        life = Life(tmp_path / str(at), graphs)
+        store = life.open()
+        with fault(at, OSError(errno.ENOSPC, "No space left on device")):
+            for number, step in enumerate(life.steps()):
+                if fails_for_room(step, store):
+                    assert snapshot(store) in (states[number], states[number + 1])
+                    if number % 9 == 6:  # the stage may be used up by an install that got that far
+                        life.steps()[number - 1](store)
+                    step(store)
+        assert snapshot(store) == states[-1]
+        life.close()
+
+
+def test_a_round_costs_a_card_few_syncs_however_large_its_model_is(tmp_path: Path, graphs: Path) -> None:
+    """What `docs/update-the-fleet.md` says of wear; every sync is at least one erased block somewhere."""
+    life = Life(tmp_path, graphs)
+    with power() as supply:
+        life.live()
+    life.close()
+    assert supply.names.count("fsync") <= 2 * MOST_SYNCS
+
+
+def test_two_processes_cannot_share_a_state_directory(tmp_path: Path) -> None:
+    with DeviceStore(tmp_path), pytest.raises(StorageError, match="another fedprune-device"):
+        DeviceStore(tmp_path)
+
+
+def test_a_directory_belongs_to_one_device_of_one_site(tmp_path: Path) -> None:
+    attic, shed = DirectoryOwner("attic", "home"), DirectoryOwner("shed", "home")
+    for _ in range(2):
+        with DeviceStore(tmp_path, owner=attic):
+            attic.claim(tmp_path)
+    both = "another device: expected device shed of site home, got device attic of site home"
+    for refused in (lambda: DeviceStore(tmp_path, owner=shed), lambda: shed.claim(tmp_path)):
+        with pytest.raises(StorageError, match=both):
+            refused()
+    with pytest.raises(StorageError, match="expected device attic of site field, got device attic of site home"):
+        DeviceStore(tmp_path, owner=DirectoryOwner("attic", "field"))
+    DeviceStore(tmp_path, owner=attic).close()
+
+
+def test_a_directory_that_nobody_has_claimed_is_free(tmp_path: Path) -> None:
+    DeviceStore(tmp_path, owner=DirectoryOwner("atic", "home")).close()
+    with DeviceStore(tmp_path, owner=DirectoryOwner("attic", "home")):
+        DirectoryOwner("attic", "home").claim(tmp_path)
+
+
+def test_a_directory_of_an_earlier_version_has_a_device_and_gets_a_site(tmp_path: Path) -> None:
+    durable.write_document(tmp_path / "device.json", {"device": "attic"})
+    with pytest.raises(StorageError, match="got device attic"):
+        DirectoryOwner("shed", "home").claim(tmp_path)
+    DirectoryOwner("attic", "home").claim(tmp_path)
+    with pytest.raises(StorageError, match="got device attic of site home"):
+        DirectoryOwner("attic", "field").check(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["server.db", "identity/authority.key"])
+def test_a_servers_folder_is_no_device_s(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(StorageError, match=rf"state folder of a server: expected one of device attic's own.*{name}"):
+        DeviceStore(tmp_path, owner=DirectoryOwner("attic", "home"))
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_closed_directory_can_be_opened_again(tmp_path: Path) -> None:
+    DeviceStore(tmp_path).close()
+    again = DeviceStore(tmp_path)
+
+    assert again.pending is None
+    again.close()
+
+
+@pytest.mark.parametrize("name", ["session.json", "offer.json", "pending.json", "serving/serving.json"])
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"body":"{}","sha256":"0"}', b"null", b"\xff" * 99])
+def test_a_damaged_file_costs_only_what_it_says(tmp_path: Path, graphs: Path, name: str, damage: bytes) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    for step in life.steps()[:8]:
+        step(store)
+    before = snapshot(store)
+    life.close()
+    (tmp_path / name).write_bytes(damage)
+    with DeviceStore(tmp_path) as again:
+        after = snapshot(again)
+    lost = ["session.json", "offer.json", "pending.json", "serving/serving.json"].index(name)
+    assert after[lost] in (None, 0)
+    assert [v for i, v in enumerate(after) if i != lost] == [v for i, v in enumerate(before) if i != lost]
+
+
+def test_the_model_before_serves_when_the_newest_one_is_damaged(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    for step in life.steps():
+        step(store)
+    current = store.slots.current()
+    assert current is not None
+    assert current.round == 2
+    (tmp_path / "serving" / current.slot / "weights.safetensors").write_bytes(weights_of(99))
+    predictor, record = store.slots.open()
+    life.close()
+    assert record.round == 1
+    np.testing.assert_allclose(predictor.predict(np.ones((1, 6), np.float32)), 66)
+
+
+def test_predictions_are_possible_beside_a_running_agent(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    for step in life.steps()[:7]:
+        step(store)
+    assert ModelSlots(tmp_path / "serving").open()[1].round == 1
+    life.close()
+
+
+def test_before_the_first_round_nothing_serves(tmp_path: Path) -> None:
+    with DeviceStore(tmp_path) as store, pytest.raises(ModelError, match="no model serves"):
+        store.slots.open()
+
+
+def test_an_install_of_other_files_than_recorded_is_refused(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    (tmp_path / "graph").write_bytes(life.graph)
+    store.slots.stage(tmp_path / "graph", weights_of(1))
+    with pytest.raises(StorageError, match="staged"):
+        store.slots.install(life.record(1))
+    assert store.slots.current() is None
+    life.close()
+
+
+def test_a_pending_update_without_its_weights_is_given_up_for_its_offer(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    for step in life.steps()[:8]:
+        step(store)
+    store.blobs.path(life.update(1).weights.sha256).write_bytes(b"rot")
+    life.close()
+    with DeviceStore(tmp_path) as again:
+        assert again.pending is None
+        assert again.task is not None
+        assert not again.task.done
+        assert not again.blobs.has(life.update(1).weights.sha256)
+
+
+def test_blobs_that_nothing_refers_to_are_collected(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    store.accept(life.offer(1))
+    wanted = {store.blobs.put(d).sha256 for d in (life.graph, weights_of(1))}
+    store.blobs.put(b"old")
+    store.blobs.partial(BlobRef.of(b"older")).close()
+    store.collect()
+    assert set(store.blobs.names()) == wanted
+    assert not list((tmp_path / "blobs" / "partial").iterdir())
+    life.close()
+
+
+def test_graphs_outlive_their_round(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    store.accept(life.offer(1))
+    graph = store.blobs.put(life.graph).sha256
+    store.finish()
+    store.collect()
+    assert store.blobs.has(graph)
+    life.close()
+
+
+@pytest.mark.parametrize(
+    ("times", "numbers"),
+    [((0.0, 0.0, 0.0), (1, 2, 3)), ((5.0, 5.0, 2.0), (5000, 5001, 5002)), ((5.0, 7.5, 9.0), (5000, 7500, 9000))],
+)
+def test_session_numbers_grow_over_restarts(tmp_path: Path, times: tuple[float, ...], numbers: tuple[int, ...]) -> None:
+    given = []
+    for now in times:
+        with DeviceStore(tmp_path, clock=lambda now=now: now) as store:
+            given.append(store.next_session())
+    assert tuple(given) == numbers
+
+
+def test_a_board_whose_directory_was_deleted_still_counts_on(tmp_path: Path) -> None:
+    given = []
+    for folder in ("first", "second"):
+        with DeviceStore(tmp_path / folder) as store:
+            given.append(store.next_session())
+        time.sleep(0.002)
+    assert given[0] < given[1]
+
+
+def test_a_clock_that_is_far_off_uses_up_no_numbers(tmp_path: Path) -> None:
+    with DeviceStore(tmp_path, clock=lambda: 1e300) as store:
+        assert [store.next_session(), store.next_session()] == [2**53, 2**53 + 1]
+
+
+def test_a_model_of_another_job_than_the_chosen_one_does_not_serve(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    (tmp_path / "graph").write_bytes(life.graph)
+    for job, serves in (("other", False), (life.record(1).job, True)):
+        store.slots.job = job
+        store.slots.stage(tmp_path / "graph", weights_of(11))
+        store.slots.install(life.record(1))
+        assert (store.slots.current() is not None) == serves
+    life.close()

@@ -1,0 +1,244 @@
+"""Encoded updates of a board: what the server reads out of them, and what the board keeps for the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.codec import CODECS, Codec, decode, is_packed, weights
+from fedprune.codec.remap import relocation
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, StorageFullError
+from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.training.recipe import Recipe
+from fedprune.wire.offer import Offer
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.network.offer_checks import check_offer
+from fedprune_device.storage.local_state import LocalState
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.error_feedback import carried
+from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner
+from support.fakes.hidden_board import DEVICE, HIDDEN, HiddenBoard, hidden_weights
+
+pytestmark = pytest.mark.board
+
+PLAIN = Recipe(epochs=1, batch_size=16)
+STATISTICS = {"mean", "var"}
+CODED = ("zlib", "float16", "int8", "top-k:0.25")
+
+
+@pytest.fixture
+def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
+    return HiddenBoard(tmp_path / "state", graphs, data)
+
+
+def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Tensors, LocalState | None]:
+    """The update's bytes, the tensors that serve, and the newest record of what the board keeps."""
+    with DeviceStore(board.root) as store:
+        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, shelf=store.own)
+        update = bench.commit(bench.make(offer))
+        raw = store.blobs.read(update.weights.sha256)
+        record = store.slots.current()
+        assert record is not None
+        serves = tensorfile.load(board.root / "serving" / record.slot / "weights.safetensors")
+        kept = [LocalState.from_bytes(r) for r in store.own.read().values()]
+    return raw, serves, max(kept, key=lambda own: own.round, default=None)
+
+
+def read(raw: bytes, text: str, sent: Tensors) -> Tensors:
+    codec = Codec.parse(text)
+    assert codec is not None
+    return decode(codec, raw, sent, set(sent) - STATISTICS)
+
+
+@pytest.mark.parametrize("text", CODED)
+def test_an_update_is_encoded_as_offered_and_what_was_trained_serves(board: HiddenBoard, text: str) -> None:
+    sent = hidden_weights(seed=1)
+    plain, serves, _ = carry_out(board, board.offer(1, PLAIN, sent, graph="kept"))
+    trained = tensorfile.decode(plain)
+    raw, serves_coded, own = carry_out(board, board.offer(1, PLAIN, sent, graph="kept", codec=text))
+    assert is_packed(raw)
+    found = read(raw, text, sent)
+    assert set(found) == set(trained)
+    for name, value in trained.items():
+        assert serves_coded[name].tobytes() == serves[name].tobytes() == value.tobytes()
+        left = own.residual.get(name, 0) if own else 0
+        assert found[name] + left == pytest.approx(value, abs=1e-6 if own else 1e-3)
+        if name in STATISTICS or text == "zlib":
+            assert found[name].tobytes() == value.tobytes()
+    assert (own is not None) == (text in ("int8", "top-k:0.25"))
+
+
+def test_what_is_left_out_is_sent_with_the_next_update(board: HiddenBoard) -> None:
+    one, two = hidden_weights(seed=1), hidden_weights(seed=2)
+    offers = [board.offer(n, PLAIN, w, graph="kept", codec="int8") for n, w in ((1, one), (2, two))]
+    _, _, first = carry_out(board, offers[0])
+    raw, serves, second = carry_out(board, offers[1])
+    assert first is not None
+    assert second is not None
+    found = read(raw, "int8", two)
+    for name in second.residual:
+        assert np.abs(first.residual[name]).max() > 0
+        assert found[name] + second.residual[name] == pytest.approx(serves[name] + first.residual[name], abs=1e-6)
+
+
+def test_a_round_that_is_done_twice_gives_the_same_update(board: HiddenBoard) -> None:
+    carry_out(board, board.offer(1, PLAIN, hidden_weights(seed=1), graph="kept", codec="top-k:0.25"))
+    again = board.offer(2, PLAIN, hidden_weights(seed=2), graph="kept", codec="top-k:0.25")
+    assert carry_out(board, again)[0] == carry_out(board, replace(again, attempt=1))[0]
+
+
+def test_a_masked_update_leaves_out_of_active_elements_alone(board: HiddenBoard) -> None:
+    rng = np.random.default_rng(0)
+    sent = hidden_weights(seed=1)
+    mask = ElementMask({"w1": rng.random(sent["w1"].shape) < 0.5, "w2": rng.random(sent["w2"].shape) < 0.5})
+    masked = mask.applied(sent)
+    recipe = replace(PLAIN, mask="hard")
+    offer = board.offer(1, recipe, masked, graph="masked", mask=mask, codec="int8")
+    raw, serves, own = carry_out(board, offer)
+    assert own is not None
+    found = mask.unpack(read(raw, "int8", mask.pack(masked)))
+    for name in set(sent) - STATISTICS:
+        assert found[name] + own.residual[name] == pytest.approx(serves[name], abs=1e-6)
+    for name, active in mask.active.items():
+        assert not own.residual[name][~active].any()
+
+
+ARCHITECTURE = Architecture(
+    "hidden",
+    (ChannelGroup("h", HIDDEN),),
+    (
+        TensorSpec("w1", TensorKind.WEIGHT, (Axis((Segment(0, 0, HIDDEN, 1),)), Axis((Segment(FIXED, 0, 1, 6),)))),
+        TensorSpec("gamma", TensorKind.NORM_SCALE, (Axis((Segment(0, 0, HIDDEN, 1),)),)),
+        TensorSpec("w2", TensorKind.WEIGHT, (Axis((Segment(FIXED, 0, 1, 3),)), Axis((Segment(0, 0, HIDDEN, 1),)))),
+    ),
+    (),
+    (),
+    (6,),
+    3,
+)
+BEFORE = Selection.of(ARCHITECTURE, (6,), [[4, 1, 7, 0, 3, 2, 5, 6]])
+NOW = Selection.of(ARCHITECTURE, (4,), [[7, 5, 4, 1, 0, 2, 3, 6]])
+WHOLE = {n: v for n, v in hidden_weights(seed=3).items() if n in ARCHITECTURE.by_name}
+
+
+def own(selection: Selection = BEFORE) -> LocalState:
+    place = (selection.digest, "c" * 64, selection.widths, 1)
+    return LocalState("job", 7, "a" * 64, *place, residual=selection.gather(WHOLE))
+
+
+def offered(board: HiddenBoard, **other: Any) -> tuple[Offer, Callable[[BlobRef], bytes]]:
+    """An offer of another selection that says how channels have moved."""
+    with DeviceStore(board.root) as store:
+        moved = store.blobs.put(relocation(BEFORE, NOW))
+    values = {"moved": moved, "moved_from": BEFORE.digest, "selection": NOW.digest, "codec": "int8", **other}
+    offer = board.offer(2, PLAIN, hidden_weights(), graph="kept", **values)
+    return offer, lambda ref: BlobStore(board.root / "blobs").read(ref.sha256)
+
+
+def test_channels_that_have_moved_keep_what_was_left_out(board: HiddenBoard) -> None:
+    found = carried(own(), *placed(offered(board)))
+    wanted = NOW.gather(WHOLE)
+    assert set(found) == set(wanted)
+    for name, axis in (("w1", 0), ("gamma", 0), ("w2", 1)):
+        new, old = np.moveaxis(found[name], axis, 0), np.moveaxis(wanted[name], axis, 0)
+        assert new[[0, 2, 3]].tobytes() == old[[0, 2, 3]].tobytes()
+        assert not new[1].any()  # channel 5 wasn't there
+
+
+def placed(made: tuple[Offer, Callable[[BlobRef], bytes]]) -> tuple[Offer, Tensors, Callable[[BlobRef], bytes]]:
+    return made[0], NOW.gather(WHOLE), made[1]
+
+
+def test_where_nothing_is_known_of_channels_nothing_is_left(board: HiddenBoard) -> None:
+    assert not carried(own(), *placed(offered(board, moved=None, moved_from=None)))
+    assert not carried(own(), *placed(offered(board, moved_from="d" * 64)))
+    assert not carried(None, *placed(offered(board)))
+    with DeviceStore(board.root) as store:
+        wrong = store.blobs.put(relocation(NOW, BEFORE) + b"x")
+    assert not carried(own(), *placed(offered(board, moved=wrong)))
+
+
+# -- weights that come encoded ----------------------------------------------------------------------------------------
+
+
+def coded(board: HiddenBoard, text: str, held: Tensors | None, **other: Any) -> tuple[Offer, Tensors]:
+    """An offer whose weights are not there, but what they can be decoded from; and these weights."""
+    codec = Codec.parse(text)
+    assert codec is not None
+    new = hidden_weights(seed=4)
+    raw = weights.encode(codec, new, held, set(new) - STATISTICS)
+    there = weights.decode(codec, raw, held, 10**6)
+    offer = board.offer(2, PLAIN, there, graph="kept", weights_codec=text)
+    with DeviceStore(board.root) as store:
+        store.blobs.delete(offer.weights.sha256)
+        base = None if held is None else store.blobs.put(tensorfile.encode(held)).sha256
+        return replace(offer, coded=store.blobs.put(other.get("raw", raw)), held=base), there
+
+
+@pytest.mark.parametrize(("text", "based"), [("zlib", False), ("float16", False), ("zlib", True), ("int8", True)])
+def test_training_goes_on_from_weights_that_were_decoded(board: HiddenBoard, text: str, based: bool) -> None:
+    offer, there = coded(board, text, hidden_weights(seed=3) if based else None)
+    update = tensorfile.decode(carry_out(board, offer)[0])
+    plain = board.offer(2, PLAIN, there, graph="kept")
+    assert plain.weights == offer.weights
+    again = tensorfile.decode(carry_out(board, plain)[0])
+    assert {n: v.tobytes() for n, v in update.items()} == {n: v.tobytes() for n, v in again.items()}
+
+
+def test_weights_that_are_not_the_offered_ones_are_asked_for_as_they_are(board: HiddenBoard) -> None:
+    held = hidden_weights(seed=3)
+    right, _ = coded(board, "int8", held)
+    other = weights.encode(Codec("int8"), hidden_weights(seed=5), held, set(held) - STATISTICS)
+    for raw in (other, b"", b"rubbish", other[:-1]):
+        offer, _ = coded(board, "int8", held, raw=raw)
+        with pytest.raises(DamagedBlobError) as caught:
+            carry_out(board, offer)
+        assert offer.coded is not None
+        assert caught.value.sha256 == offer.coded.sha256
+    with pytest.raises(DamagedBlobError) as caught:
+        carry_out(board, replace(right, held="f" * 64))
+    assert caught.value.sha256 == "f" * 64
+
+
+def test_a_record_with_what_was_left_out_is_read_back() -> None:
+    before = own()
+    found = LocalState.from_bytes(before.to_bytes())
+    assert {n: v.tobytes() for n, v in found.residual.items()} == {n: v.tobytes() for n, v in before.residual.items()}
+    assert not found.average
+    assert not found.personal
+
+
+def test_an_offer_with_an_unknown_codec_is_refused(board: HiddenBoard) -> None:
+    offer = board.offer(1, PLAIN, hidden_weights(), codec="newer")
+    with DeviceStore(board.root) as store, pytest.raises(ConfigError, match="offer: codec"):
+        check_offer(offer, store, None)
+
+
+def test_what_is_left_out_needs_room(board: HiddenBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = board.offer(1, PLAIN, hidden_weights())
+    with DeviceStore(board.root) as store:
+        room = 2 * plain.weights.size
+        monkeypatch.setattr(store, "free_bytes", lambda: room)
+        check_offer(plain, store, None)
+        for text, files in (("float16", 1), ("int8", 3)):
+            room = (2 + files) * plain.weights.size - 1
+            with pytest.raises(StorageFullError):
+                check_offer(replace(plain, codec=text), store, None)
+            room += 1
+            check_offer(replace(plain, codec=text), store, None)
+
+
+def test_a_birth_says_which_codecs_are_known() -> None:
+    from fedprune_device.agent.birth import BirthBuilder
+
+    assert BirthBuilder("d", "", None).birth(1, 10, None, 0.0).codecs == CODECS

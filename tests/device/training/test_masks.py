@@ -1,0 +1,362 @@
+"""Masks, thresholds, a scaler and squared gradients on a board."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, FedpruneError, TrainingError
+from fedprune.core.rng import keyed
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.selection import Tensors
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.storage.local_state import FolderStateStore, LocalState
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.received_weights import unpacked
+from fedprune_device.training.trainer import Trainer, TrainingResult
+from support.fakes.hidden_board import (
+    CLASSES,
+    DEVICE,
+    HIDDEN,
+    SEED,
+    HiddenBoard,
+    hidden_weights,
+    logits,
+    measured_statistics,
+)
+from support.paths import GRAPHS
+
+pytestmark = pytest.mark.board
+
+HARD = Recipe(epochs=2, batch_size=16, mask="hard", weight_decay=0.1)
+NAMES = ("w1", "gamma", "beta", "mean", "var", "w2", "b2")
+
+
+@pytest.fixture
+def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
+    return HiddenBoard(tmp_path / "state", graphs, data)
+
+
+def half(weights: Tensors, *names: str, seed: int = 0) -> ElementMask:
+    rng = np.random.default_rng(seed)
+    return ElementMask({n: rng.random(weights[n].shape) < 0.5 for n in names or ("w1", "w2")})
+
+
+def train(graph: Path, weights: Tensors, data: LocalData, recipe: Recipe, **other: Any) -> TrainingResult:
+    return Trainer(graph).train(weights, data, recipe, seed=SEED, device=DEVICE, round=1, classes=CLASSES, **other)
+
+
+# -- masks ------------------------------------------------------------------------------------------------------------
+
+
+def test_masked_elements_stay_zero_and_travel_neither_down_nor_up(board: HiddenBoard) -> None:
+    weights = hidden_weights()
+    mask = half(weights)
+    dense = mask.applied(weights)
+    update, sent, serves = board.carry_out(board.offer(1, HARD, weights, graph="masked", mask=mask))
+    wanted = train(board.graphs / "masked.onnx", dense, board.data, HARD, mask=mask).tensors
+    assert {n: v.shape for n, v in sent.items()} == {n: v.shape for n, v in mask.pack(weights).items()}
+    for name, value in mask.unpack(sent).items():
+        np.testing.assert_array_equal(value, wanted[name])
+        np.testing.assert_array_equal(value, serves[name])
+    for name, active in mask.active.items():
+        assert not serves[name][~active].any()
+        assert (serves[name][active] != dense[name][active]).all()
+    x, y = board.data.x_test, board.data.y_test
+    assert update.metrics["accuracy_before"] == np.mean(logits(dense, x).argmax(1) == y)
+    assert update.metrics["accuracy_after"] == np.mean(logits(serves, x).argmax(1) == y)
+
+
+def test_a_mask_of_nothing_but_ones_changes_nothing(board: HiddenBoard) -> None:
+    weights = hidden_weights()
+    ones = ElementMask({"w1": np.ones_like(weights["w1"], np.bool_)})
+    recipe = replace(HARD, weight_decay=0.0)
+    masked = train(board.graphs / "masked.onnx", weights, board.data, recipe, mask=ones).tensors
+    without = train(board.graphs / "masked.onnx", weights, board.data, recipe).tensors
+    plain = train(board.graphs / "kept.onnx", weights, board.data, replace(recipe, mask="none")).tensors
+    for name in weights:
+        np.testing.assert_array_equal(masked[name], without[name])
+        np.testing.assert_allclose(masked[name], plain[name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_of_masked_weights_is_masked_and_follows_the_mask(board: HiddenBoard) -> None:
+    recipe, old = replace(HARD, average=0.75), Tensors()
+    before = None
+    for number in (1, 2):
+        weights = hidden_weights(seed=number)
+        mask = half(weights, seed=number)
+        _, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="masked", mask=mask))
+        new = mask.unpack(sent)
+        for name, active in mask.active.items():
+            assert not serves[name][~active].any()
+            kept = active & before.active[name] if before is not None else np.zeros_like(active)
+            wanted = np.where(kept, 0.75 * old.get(name, new[name]) + 0.25 * new[name], new[name])
+            np.testing.assert_allclose(serves[name], wanted, rtol=1e-6)
+        old, before = serves, mask
+
+
+@pytest.mark.parametrize(("mask", "graph"), [("hard", "masked"), ("threshold", "threshold")])
+def test_what_is_blended_into_an_average_keeps_to_the_mask(board: HiddenBoard, mask: str, graph: str) -> None:
+    theta = 0.3 if mask == "threshold" else 0.0
+    recipe = Recipe(epochs=1, batch_size=16, mask=mask, mask_threshold=theta, average=0.75, blend=0.5)
+    for number in (1, 2):
+        weights = hidden_weights(seed=number)
+        active = half(weights, seed=number)
+        _, _, serves = board.carry_out(board.offer(number, recipe, weights, graph=graph, mask=active))
+        own = max(
+            (LocalState.from_bytes(r) for r in FolderStateStore(board.root / "own").read().values()),
+            key=lambda o: o.round,
+        )
+        for name, value in active.applied(weights).items():
+            wanted = (own.average[name] + value) / 2
+            if name in active.active:
+                assert not serves[name][~active.active[name]].any()
+                wanted = np.where(np.abs(wanted) >= np.float32(theta), wanted, 0)
+            np.testing.assert_allclose(serves[name], wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_personal_tensors_keep_to_the_mask(board: HiddenBoard) -> None:
+    recipe = replace(HARD, personal=("w2", "b2"))
+    weights = hidden_weights()
+    one, two = (half(weights, seed=s) for s in (1, 2))
+    board.carry_out(board.offer(1, recipe, weights, graph="masked", mask=one))
+    _, sent, serves = board.carry_out(board.offer(2, recipe, weights, graph="masked", mask=two))
+    assert "w2" not in sent
+    assert not serves["w2"][~two.active["w2"]].any()
+
+
+def axes(graphs: Path) -> TensorAxes:
+    return TensorAxes.from_json(Session(graphs / "masked.onnx", training=True).metadata[step_contract.AXES])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"bits": {"w1": np.zeros(5, np.uint8)}}, "don't fit each other: mask of w1: expected 6 bytes"),
+        ({"bits": {"w1": np.zeros(6, np.int8)}}, "don't fit each other: mask of w1"),
+        ({"bits": {"w1": np.zeros(6, np.uint8)}}, "don't fit each other: active values of w1: expected 0"),
+        ({"bits": {"mean": np.zeros(1, np.uint8)}}, "don't fit each other: mask of mean: expected no mask"),
+        ({"bits": {"w9": np.zeros(1, np.uint8)}}, "don't fit each other: mask of w9: expected no mask"),
+        ({"mask": b"junk"}, "don't fit each other: tensor file is cut short"),
+        ({"widths": (9,)}, "don't fit each other: widths"),
+        ({"widths": (8, 8)}, "don't fit each other: widths"),
+        ({"recipe": Recipe()}, r"the offer has a mask: expected recipe\.mask"),
+        ({"axes": None}, "doesn't say how its tensors lie"),
+        ({"weights": b"junk"}, "tensor file is cut short"),
+        ({"weights": tensorfile.encode({"w1": np.zeros(24, np.float64)})}, "don't fit each other: type of w1"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else None,
+)
+def test_a_mask_that_does_not_fit_is_refused(graphs: Path, change: dict[str, Any], text: str) -> None:
+    weights = hidden_weights()
+    mask = half(weights, "w1")
+    arguments: dict[str, Any] = {
+        "weights": tensorfile.encode(mask.pack(weights)),
+        "mask": tensorfile.encode(mask.to_tensors()),
+        "recipe": HARD,
+        "axes": axes(graphs),
+        "widths": (HIDDEN,),
+        "maskable": [n for n in NAMES if n not in ("mean", "var")],
+    }
+    unpacked(**arguments)
+    if "bits" in change:
+        change = {"mask": tensorfile.encode(change["bits"])}
+    with pytest.raises(BundleError, match=text):
+        unpacked(**{**arguments, **change})
+
+
+@given(st.integers(0, 2**31), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_whatever_comes_for_a_mask_costs_nothing_but_the_offer(seed: int, changes: int) -> None:
+    graphs = GRAPHS
+    rng = np.random.default_rng(seed)
+    weights = hidden_weights()
+    mask = half(weights)
+    raw = bytearray(tensorfile.encode(mask.to_tensors()))
+    for at in rng.integers(0, len(raw), changes):
+        raw[at] = rng.integers(256)
+    try:
+        tensors, got = unpacked(
+            tensorfile.encode(mask.pack(weights)), bytes(raw), HARD, axes(graphs), (HIDDEN,), ("w1", "w2", "b2")
+        )
+    except FedpruneError:
+        return
+    assert got is not None
+    assert all(tensors[n].shape == weights[n].shape and not tensors[n][~m].any() for n, m in got.active.items())
+
+
+def test_a_recipe_with_masks_needs_a_graph_with_masks(board: HiddenBoard) -> None:
+    for recipe in (HARD, Recipe(mask="threshold"), Recipe(scale=2.0), Recipe(report_squares=True)):
+        with pytest.raises(TrainingError, match="don't fit each other"):
+            train(board.graphs / "kept.onnx", hidden_weights(), board.data, recipe)
+
+
+def test_a_mask_is_pulled_kept_and_cleared_away_like_weights(board: HiddenBoard) -> None:
+    weights = hidden_weights()
+    offer = board.offer(1, HARD, weights, graph="masked", mask=half(weights))
+    assert offer.mask is not None
+    with DeviceStore(board.root) as store:
+        store.accept(offer)
+        store.collect()
+        assert all(store.blobs.has(r.sha256) for r in offer.blobs())
+        assert offer.mask in offer.blobs()
+    with DeviceStore(board.root) as store:
+        assert store.task is not None
+        assert store.task.offer == offer
+        store.finish()
+        store.collect()
+        assert not store.blobs.has(offer.mask.sha256)
+
+
+# -- thresholds -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_what_is_below_the_threshold_serves_as_zero_and_is_sent_as_it_is(board: HiddenBoard, calibrate: bool) -> None:
+    theta = 0.6
+    recipe = Recipe(epochs=2, batch_size=16, mask="threshold", mask_threshold=theta, calibrate=calibrate)
+    weights = hidden_weights()
+    mask = ElementMask({n: np.abs(weights[n]) >= theta for n in ("w1", "w2")})
+    _, sent, serves = board.carry_out(board.offer(1, recipe, weights, graph="threshold", mask=mask))
+    got = mask.unpack(sent)
+    for name in ("w1", "w2"):
+        np.testing.assert_array_equal(serves[name], np.where(np.abs(got[name]) >= np.float32(theta), got[name], 0))
+    for name in ("gamma", "beta", "b2"):  # the mask doesn't name them
+        np.testing.assert_array_equal(serves[name], got[name])
+    if calibrate:
+        for name, value in measured_statistics(serves, board.data.x_train, 16).items():
+            np.testing.assert_allclose(serves[name], value, rtol=2e-6, atol=2e-6)
+
+
+def test_a_threshold_of_nothing_is_plain_training(board: HiddenBoard) -> None:
+    weights = hidden_weights()
+    plain = train(board.graphs / "kept.onnx", weights, board.data, Recipe(epochs=2)).tensors
+    for recipe in (Recipe(epochs=2, mask="threshold"), Recipe(epochs=2, mask="threshold", mask_threshold=0.5)):
+        got = train(board.graphs / "threshold.onnx", weights, board.data, recipe).tensors  # without a mask
+        for name in weights:
+            np.testing.assert_allclose(got[name], plain[name], rtol=1e-5, atol=1e-6)
+
+
+# -- the scaler -------------------------------------------------------------------------------------------------------
+
+
+def test_the_scaler_is_for_training_alone(board: HiddenBoard) -> None:
+    """Scaled by 2 its norm's statistics are twice and four times as large, of which evaluation must know nothing."""
+    recipe = Recipe(batch_size=70, lr=0.0, momentum=0.0, scale=2.0, calibrate=True)
+    weights = hidden_weights()
+    _, sent, serves = board.carry_out(board.offer(1, recipe, weights, graph="scaled"))
+    for name, value in measured_statistics(weights, board.data.x_train, 70).items():
+        np.testing.assert_allclose(serves[name], value, rtol=2e-6, atol=2e-6)
+        np.testing.assert_array_equal(sent[name], serves[name])
+    left = train(board.graphs / "scaled.onnx", weights, board.data, recipe).tensors
+    plain = train(board.graphs / "scaled.onnx", weights, board.data, replace(recipe, scale=1.0)).tensors
+    for name, power in (("mean", 2), ("var", 4)):
+        moved = left[name] - 0.9 * weights[name]
+        np.testing.assert_allclose(moved, power * (plain[name] - 0.9 * weights[name]), rtol=1e-3, atol=1e-4)
+
+
+# -- squared gradients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_last_steps_squared_gradients_follow_the_weights(board: HiddenBoard, masked: bool) -> None:
+    """SGD without momentum and decay moves by lr · g, so the last step's move tells g."""
+    recipe = Recipe(epochs=2, batch_size=16, lr=0.05, momentum=0.0, report_squares=True)
+    recipe = replace(recipe, mask="hard") if masked else recipe
+    graph, weights = "masked" if masked else "scaled", hidden_weights()
+    mask = half(weights) if masked else None
+    _, sent, _ = board.carry_out(board.offer(1, recipe, weights, graph=graph, mask=mask))
+    names = [n for n in NAMES if n not in ("mean", "var")]
+    assert list(sent) == [*NAMES, *(step_contract.squares(n) for n in names)]
+    dense = weights if mask is None else mask.applied(weights)
+    steps = recipe.steps(board.data.samples)
+    one, two = (
+        train(board.graphs / f"{graph}.onnx", dense, board.data, replace(recipe, max_steps=s), mask=mask).tensors
+        for s in (steps - 1, steps)
+    )
+    for name in names:
+        square = ((one[name].astype(np.float64) - two[name]) / recipe.lr) ** 2
+        square = square[mask.active[name]] if mask is not None and name in mask.active else square
+        assert sent[step_contract.squares(name)].shape == sent[name].shape
+        np.testing.assert_allclose(sent[step_contract.squares(name)], square, rtol=1e-2, atol=1e-7)
+
+
+def test_squares_of_what_stays_on_the_board_stay_there(board: HiddenBoard) -> None:
+    recipe = Recipe(batch_size=16, report_squares=True, personal=("w2", "b2"))
+    _, sent, _ = board.carry_out(board.offer(1, recipe, hidden_weights(), graph="scaled"))
+    assert list(sent) == ["w1", "gamma", "beta", "mean", "var", "w1::squares", "gamma::squares", "beta::squares"]
+
+
+# -- early stopping ---------------------------------------------------------------------------------------------------
+
+
+def validation_loss(w: Tensors, data: LocalData, most: int) -> float:
+    """As a training step sees it: each part normalised by its own statistics."""
+    total = 0.0
+    for rows in np.array_split(np.arange(len(data.y_val)), -(-len(data.y_val) // most)):
+        h = data.x_val[rows].astype(np.float64) @ w["w1"].T
+        own = w | {"mean": h.mean(0), "var": h.var(0)}
+        z = logits(own, data.x_val[rows])
+        z = z - z.max(1, keepdims=True)
+        total += float((np.log(np.exp(z).sum(1)) - z[np.arange(len(rows)), data.y_val[rows]]).sum())
+    return total / len(data.y_val)
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_training_ends_when_the_validation_loss_no_longer_falls(board: HiddenBoard, patience: int) -> None:
+    data = board.data.with_validation(0.3, 3, DEVICE)
+    noise = keyed(1, "labels").permutation(data.y_train)  # nothing to be learnt, so that it soon gets worse
+    data = LocalData(data.x_train, noise, data.x_test, data.y_test, data.x_val, data.y_val)
+    recipe = Recipe(epochs=30, batch_size=16, lr=0.2, patience=patience)
+    weights = hidden_weights()
+    got = train(board.graphs / "kept.onnx", weights, data, recipe)
+    per_epoch = data.samples // 16  # a single sample that is left over is no batch
+    after = [
+        train(board.graphs / "kept.onnx", weights, data, replace(recipe, epochs=e, patience=0)).tensors
+        for e in range(1, 31)
+    ]
+    losses = [validation_loss(w, data, 16) for w in after]
+    best = waited = 0
+    for epoch in range(1, 30):
+        best, waited = (epoch, 0) if losses[epoch] < losses[best] else (best, waited + 1)
+        if waited == patience:
+            break
+    assert waited == patience, "the example must end early"
+    assert got.steps == (best + 1) * per_epoch
+    for name, value in after[best].items():
+        np.testing.assert_array_equal(got.tensors[name], value)
+    last = train(board.graphs / "kept.onnx", weights, data, replace(recipe, best_epoch=False))
+    assert last.steps == (epoch + 1) * per_epoch, "it ends as early"
+    for name, value in after[epoch].items():
+        np.testing.assert_array_equal(last.tensors[name], value)
+
+
+def test_without_validation_samples_all_epochs_are_trained(board: HiddenBoard) -> None:
+    recipe = Recipe(epochs=3, batch_size=16, patience=1)
+    one = train(board.graphs / "kept.onnx", hidden_weights(), board.data, recipe)
+    two = train(board.graphs / "kept.onnx", hidden_weights(), board.data, replace(recipe, patience=0))
+    assert one.steps == two.steps == 15
+    assert all(np.array_equal(one.tensors[n], two.tensors[n]) for n in one.tensors)
+
+
+def test_squares_are_those_of_the_step_that_led_to_the_best_weights(board: HiddenBoard) -> None:
+    data = board.data.with_validation(0.3, 3, DEVICE)
+    noise = keyed(1, "labels").permutation(data.y_train)
+    data = LocalData(data.x_train, noise, data.x_test, data.y_test, data.x_val, data.y_val)
+    recipe = Recipe(epochs=30, batch_size=16, lr=0.2, patience=1, report_squares=True)
+    got = train(board.graphs / "scaled.onnx", hidden_weights(), data, recipe)
+    assert got.steps < recipe.steps(data.samples)
+    exact = replace(recipe, patience=0, max_steps=got.steps)
+    wanted = train(board.graphs / "scaled.onnx", hidden_weights(), data, exact).last_squares
+    assert all(np.array_equal(got.last_squares[n], wanted[n]) for n in wanted)

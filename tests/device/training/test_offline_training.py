@@ -1,0 +1,438 @@
+"""A board whose server is away: it trains on, on a schedule, keeps what it still has to send, and catches up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import FedpruneError, StorageFullError
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
+from fedprune.wire.messages import Update
+from fedprune.wire.offer import Offer
+from fedprune_device.agent.agent import Agent
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.serving.model_slots import ModelSlots
+from fedprune_device.storage.directory_owner import DirectoryOwner
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training import offline_training as alone
+from fedprune_device.training.offline_training import OfflineTraining
+from fedprune_device.training.trainer import Trainer
+from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
+from support.faults.power_cuts import EACH_KIND, CutError, cuts, power
+
+pytestmark = pytest.mark.board
+
+HOUR = 3600.0
+DAY = 24 * HOUR
+
+
+class Board:
+    """An agent, its server, and the link between them that a test cuts."""
+
+    def __init__(self, root: Path, graphs: Path, weights: Tensors, data: LocalData) -> None:
+        self.root, self.data = root, data
+        self.server = MemoryServer(root / "server", graphs, weights)
+        self.server.ends = False
+
+    def live(self, script: Callable[[MemoryLink, Agent], None], every: float = 0.0) -> None:
+        """Run the agent while a script of a thread goes on; what the script raises is raised here."""
+        raised: list[BaseException] = []
+        with DeviceStore(self.root / "state", owner=DirectoryOwner("d", "site")) as store:
+            link = MemoryLink(self.server)
+            agent = Agent("d", "site", store, link, self.data, alone=every, clock=clock)
+
+            def play() -> None:
+                try:
+                    script(link, agent)
+                except BaseException as error:  # noqa: BLE001 - raised below
+                    raised.append(error)
+                finally:
+                    agent.stop()
+
+            thread = threading.Thread(target=play)
+            thread.start()
+            agent.run()
+            thread.join()
+        if raised:
+            raise raised[0]
+
+    def seen_serving(self, found: list[Tensors]) -> bool:
+        """Add what serves while the agent runs; False if it changes just then."""
+        slots = ModelSlots(self.root / "state" / "serving")
+        record = slots.current()
+        with contextlib.suppress(FedpruneError, OSError):
+            found.append(tensorfile.decode(slots.weights(record)) if record is not None else {})
+            return True
+        return False
+
+    def served(self) -> Tensors:
+        with DeviceStore(self.root / "state") as store:
+            record = store.slots.current()
+            assert record is not None
+            return tensorfile.decode(store.slots.weights(record))
+
+
+def until(condition: Callable[[], object], what: str = "it") -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def board(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> Board:
+    return Board(tmp_path, graphs, weights, data)
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server is away at once."""
+    monkeypatch.setattr(alone, "AWAY_S", 1.0)
+
+
+def expected(graphs: Path, weights: Tensors, data: LocalData, number: int) -> Tensors:
+    recipe = Recipe(epochs=2, batch_size=16)
+    trained = Trainer(graphs / "plain.onnx").train(weights, data, recipe, seed=7, device="d", round=number, classes=3)
+    return {n: np.array(v) for n, v in trained.tensors.items()}
+
+
+def same(one: Tensors, other: Tensors) -> bool:
+    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
+
+
+def times(board: Board) -> int:
+    path = board.root / "state" / "alone.json"
+    return int(alone.durable.read_document(path)["times"]) if path.exists() else 0  # type: ignore[index]
+
+
+def test_a_board_trains_on_while_its_server_is_away_and_then_goes_on_with_the_fleet(
+    board: Board, graphs: Path, weights: Tensors, data: LocalData, soon: None
+) -> None:
+    board.server.plan = [board.server.offer(1)]
+    served: list[Tensors] = []
+
+    def script(link: MemoryLink, agent: Agent) -> None:
+        until(lambda: 1 in board.server.updates, "round 1")
+        link.drop()
+        said = len(board.server.seen)
+        until(lambda: times(board) >= 2, "training alone, twice")
+        assert len(board.server.seen) == said
+        until(lambda: board.seen_serving(served), "what serves meanwhile")
+        board.server.plan.append(board.server.offer(2))
+        link.restore()
+        until(lambda: 2 in board.server.updates, "round 2")
+
+    board.live(script, every=0.2)
+    # What was trained alone is in no update: round 2 began with the weights of the server.
+    assert same(board.server.result(1), expected(graphs, weights, data, 1))
+    assert same(board.server.result(2), expected(graphs, weights, data, 2))
+    assert same(board.served(), expected(graphs, weights, data, 2))
+    # It served all the same.
+    assert len(served) == 1
+    assert not same(served[0], expected(graphs, weights, data, 1))
+
+
+def test_what_serves_while_the_server_is_away_is_trained_further(board: Board, data: LocalData, soon: None) -> None:
+    board.server.plan = [board.server.offer(1)]
+
+    def script(link: MemoryLink, agent: Agent) -> None:
+        until(lambda: 1 in board.server.updates)
+        link.drop()
+        until(lambda: times(board) >= 3)
+
+    board.live(script, every=0.2)
+    before, after = board.server.result(1), board.served()
+    losses = []
+    for tensors in (before, after):
+        logits = data.x_train @ tensors["w"].T + tensors["b"]
+        shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        losses.append(-np.log(shares[np.arange(len(data.y_train)), data.y_train]).mean())
+    assert losses[1] < losses[0]
+
+
+def test_an_update_that_waits_is_kept_and_handed_in_as_it_was(
+    board: Board, graphs: Path, weights: Tensors, data: LocalData, soon: None
+) -> None:
+    board.server.plan = [board.server.offer(1)]
+    board.server.accepts = False
+
+    def script(link: MemoryLink, agent: Agent) -> None:
+        until(lambda: board.server.of(Update), "an update")
+        link.drop()
+        until(lambda: times(board) >= 1)
+
+    board.live(script, every=0.2)
+    board.server.accepts = True
+    board.live(lambda *_: until(lambda: 1 in board.server.updates, "the update"))
+    assert same(board.server.result(1), expected(graphs, weights, data, 1))
+
+
+def test_an_offer_ends_training_alone(board: Board, soon: None) -> None:
+    board.server.plan = [board.server.offer(1, Recipe(epochs=600, batch_size=1, lr=1e-5))]
+
+    def script(link: MemoryLink, agent: Agent) -> None:
+        until(lambda: 1 in board.server.updates)
+        link.drop()
+        until(lambda: agent.standing.to_dict()["alone"])
+        assert not agent.quiet, "a restart would cost what was trained"
+        board.server.plan.append(board.server.offer(2))
+        link.restore()
+        until(lambda: 2 in board.server.updates)
+        assert not agent.standing.to_dict()["alone"]
+
+    board.live(script, every=0.2)
+    assert times(board) == 0
+
+
+def test_threads_that_train_have_the_lowest_priority(board: Board) -> None:
+    board.server.plan = [board.server.offer(1, Recipe(epochs=600, batch_size=1, lr=1e-5))]
+    found: list[int] = []
+
+    def script(link: MemoryLink, agent: Agent) -> None:
+        until(lambda: agent.standing.to_dict()["phase"] == "train")
+        thread = next(t for t in threading.enumerate() if t.name == "fedprune-training")
+        assert thread.native_id is not None
+        found.append(os.getpriority(os.PRIO_PROCESS, thread.native_id))
+
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    board.live(script)
+    assert found == [19]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
+
+
+# When
+
+
+class At:
+    """A board with a finished round, and clocks that a test sets."""
+
+    def __init__(self, root: Path, data: LocalData) -> None:
+        self.store = DeviceStore(root, owner=DirectoryOwner("d", "site"))
+        self.wall = self.store.slots.installed_at()
+        self.now = 1000.0
+        self.alone = self.made(data)
+
+    def made(self, data: LocalData) -> OfflineTraining:
+        return OfflineTraining("d", self.store, data, every=DAY, clock=lambda: self.wall)
+
+    def goes_by(self, seconds: float, *, connected: bool = False, idle: bool = True) -> bool:
+        """Let time go by; whether it trains then, or did."""
+        self.wall += seconds
+        self.now += seconds
+        self.alone.turn(self.now, connected=connected, idle=idle)
+        started = self.alone.status is not None
+        self.alone.join(30)
+        self.alone.turn(self.now, connected=connected, idle=False)
+        return started
+
+
+@pytest.fixture
+def at(board: Board, data: LocalData) -> Iterator[At]:
+    board.server.plan = [board.server.offer(1)]
+    board.live(lambda *_: until(lambda: 1 in board.server.updates))
+    at = At(board.root / "state", data)
+    at.alone.turn(at.now, connected=False, idle=True)
+    yield at
+    at.store.close()
+
+
+def test_it_trains_as_often_as_it_is_told_to(at: At) -> None:
+    assert [at.goes_by(6 * HOUR) for _ in range(12)] == 3 * [False, False, False, True]
+
+
+def test_a_server_that_was_heard_of_is_not_away(at: At) -> None:
+    assert not at.goes_by(DAY - 60, connected=True)
+    at.alone.heard(at.now)
+    assert not at.goes_by(120, connected=True)
+    assert not at.goes_by(DAY / 2, connected=True)
+    assert at.goes_by(DAY / 2, connected=True)
+
+
+def test_a_moment_without_a_connection_is_no_absence(at: At) -> None:
+    at.wall += DAY
+    at.alone.heard(at.now)
+    assert not at.goes_by(alone.AWAY_S - 1)
+    assert at.goes_by(2)
+
+
+def test_what_else_is_to_be_trained_comes_first(at: At) -> None:
+    assert not at.goes_by(2 * DAY, idle=False)
+    assert at.goes_by(1)
+
+
+def test_the_schedule_outlives_restarts_and_a_clock_that_was_set_back(at: At, data: LocalData) -> None:
+    assert at.goes_by(DAY)
+    for restart in range(3):
+        at.alone = at.made(data)
+        at.alone.turn(at.now, connected=False, idle=True)
+        assert at.goes_by(8 * HOUR) == (restart == 2)
+    at.wall -= 1000 * DAY
+    assert not at.goes_by(DAY / 2)
+    assert at.goes_by(DAY / 2)
+
+
+def test_it_never_trains_alone_unless_it_is_told_to(at: At, data: LocalData) -> None:
+    at.alone = OfflineTraining("d", at.store, data, clock=lambda: at.wall)
+    assert not at.goes_by(1000 * DAY)
+
+
+def test_only_the_model_of_the_last_offer_is_trained_on(at: At) -> None:
+    task = at.store.task
+    assert task is not None
+    other: list[Offer] = [
+        replace(task.offer, round=2),
+        replace(task.offer, job="another"),
+        replace(task.offer, mask=task.offer.weights),
+    ]
+    for offer in other:
+        at.store.accept(offer)
+        assert not at.goes_by(DAY)
+    at.store.drop()
+    assert not at.goes_by(DAY)
+
+
+def test_what_validation_samples_call_worse_does_not_serve(
+    at: At, data: LocalData, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = at.store.slots.current()
+    wrong = LocalData(data.x_train, data.y_train, data.x_test, data.y_test, data.x_train, (data.y_train + 1) % 3)
+    at.alone = at.made(wrong)
+    at.alone.turn(at.now, connected=False, idle=True)
+    with caplog.at_level("INFO"):
+        assert at.goes_by(DAY)
+    assert "the old model serves" in caplog.text
+    assert at.store.slots.current() == before
+    assert not at.goes_by(DAY / 2)
+    at.alone = at.made(LocalData(data.x_train, data.y_train, data.x_test, data.y_test, data.x_train, data.y_train))
+    at.alone.turn(at.now, connected=False, idle=True)
+    assert at.goes_by(DAY)
+    assert at.store.slots.current() != before
+
+
+def test_a_failure_is_logged_and_tried_again_when_it_is_time(
+    at: At, data: LocalData, caplog: pytest.LogCaptureFixture
+) -> None:
+    at.alone = at.made(replace(data, y_train=data.y_train + 2, y_test=data.y_test + 2))
+    at.alone.turn(at.now, connected=False, idle=True)
+    assert at.goes_by(DAY)
+    assert "training alone failed" in caplog.text
+    assert not at.goes_by(DAY - 60)
+    assert at.goes_by(120)
+
+
+@pytest.mark.parametrize("error", [StorageFullError("no room"), RuntimeError("nobody thought of it")])
+def test_what_fails_after_training_is_logged_too(
+    at: At, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    before = at.store.slots.current()
+
+    def fails(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(at.store.slots, "install", fails)
+    assert at.goes_by(DAY)
+    assert "training alone failed" in caplog.text
+    assert str(error) in caplog.text
+    assert at.store.slots.current() == before
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_damaged_graph_is_deleted_unless_an_offer_that_may_pull_it_has_ended_the_training(
+    at: At, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stopped: bool
+) -> None:
+    task = at.store.task
+    assert task is not None
+    graph = task.offer.training.sha256
+    at.store.blobs.path(graph).write_bytes(b"rot")
+    read, begun = at.store.blobs.read, threading.Event()
+
+    def reads(sha256: str) -> bytes:
+        assert begun.wait(60)
+        return read(sha256)
+
+    monkeypatch.setattr(at.store.blobs, "read", reads)
+    at.wall, at.now = at.wall + DAY, at.now + DAY
+    at.alone.turn(at.now, connected=False, idle=True)
+    if stopped:
+        at.alone.stop()
+    begun.set()
+    at.alone.join(60)
+    assert at.alone.turn(at.now, connected=False, idle=False), "it has ended"
+    assert f"{graph} is damaged" in caplog.text
+    assert at.store.blobs.has(graph) == stopped
+
+
+def test_a_full_disk_changes_nothing(at: At, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = at.store.slots.current()
+
+    def full(*_: Any) -> Any:
+        raise StorageFullError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(at.store.blobs, "put", full)
+        with pytest.raises(StorageFullError):
+            at.goes_by(DAY)
+        assert not at.goes_by(DAY / 2)
+    assert at.goes_by(DAY / 2)
+    assert at.store.slots.current() != before
+
+
+# The power fails
+
+
+def train(root: Path, data: LocalData) -> None:
+    """One training alone, in this thread."""
+    with DeviceStore(root, owner=DirectoryOwner("d", "site")) as store:
+        store.collect()
+        alone = OfflineTraining("d", store, data, every=DAY)
+        offer = alone._offer()
+        assert offer is not None
+        alone._commit(alone._bench.make(offer))
+        store.collect()
+
+
+def state_of(root: Path) -> tuple[str, Update | None, Any]:
+    with DeviceStore(root, owner=DirectoryOwner("d", "site")) as store:
+        predictor, record = store.slots.open()
+        predictor.check(3)
+        return record.weights, store.pending, store.task
+
+
+@pytest.mark.parametrize("kind", EACH_KIND)
+def test_a_cut_at_any_write_leaves_the_old_or_the_new_model_and_the_update_that_waits(
+    board: Board, data: LocalData, kind: str
+) -> None:
+    board.server.plan = [board.server.offer(1)]
+    board.server.accepts = False
+    board.live(lambda *_: until(lambda: board.server.of(Update)))
+    state, cut = board.root / "state", board.root / "cut"
+    old, pending, task = state_of(state)
+    assert pending is not None
+    shutil.copytree(state, board.root / "calm")
+    with power() as supply:
+        train(board.root / "calm", data)
+    new = state_of(board.root / "calm")[0]
+    assert new != old
+    for at, how in cuts(kind, supply.names):
+        shutil.copytree(state, cut)
+        with power(at, how), pytest.raises(CutError):
+            train(cut, data)
+        assert state_of(cut) in [(old, pending, task), (new, pending, task)]
+        train(cut, data)
+        found = state_of(cut)
+        assert found[1:] == (pending, task)
+        assert found[0] != old
+        shutil.rmtree(cut)
+    assert supply.count > 20

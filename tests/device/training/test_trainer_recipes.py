@@ -1,0 +1,548 @@
+"""Recipes beyond SGD on classes: losses, optimisers, parts of batches, frozen tensors, narrower steps, token ids."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import DataError, TrainingError
+from fedprune.core.rng import keyed
+from fedprune.model.selection import Tensors
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
+from fedprune_device.data.batches import Batches
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.labels import class_weights, positive_weights, targets
+from fedprune_device.data.losses import data_loss, hits, loss_terms
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.early_stopping import EarlyStopping
+from fedprune_device.training.round_runner import RoundRunner
+from fedprune_device.training.trainer import Trainer, TrainingResult
+from support.fakes.agent_fleet import MemoryServer
+
+pytestmark = pytest.mark.board
+
+Array = np.ndarray[Any, Any]
+HIDDEN, FEATURES, CLASSES = 8, 6, 3
+ADAMW = Recipe(
+    epochs=2,
+    batch_size=16,
+    optimizer="adamw",
+    lr=0.02,
+    weight_decay=0.1,
+    beta2=0.99,
+    clip_norm=0.3,
+    accumulate=3,
+    label_smoothing=0.2,
+    balance_classes=True,
+)
+BCE = Recipe(epochs=2, batch_size=16, lr=0.1, loss="bce", balance_classes=True)
+HUBER = Recipe(epochs=2, batch_size=16, lr=0.1, loss="huber", huber_delta=0.5, accumulate=4)
+MIXUP = Recipe(epochs=2, batch_size=16, lr=0.1, mixup=0.6, accumulate=3, label_smoothing=0.2, balance_classes=True)
+NARROW = Recipe(epochs=3, batch_size=16, lr=0.01, optimizer="adam", proximal=0.1, ordered_dropout=(0.25, 0.5))
+STILL = Recipe(batch_size=16, frozen=("w1", "gamma", "mean", "var"))
+
+
+def train(graph: Path, weights: Tensors, data: LocalData, recipe: Recipe, **other: Any) -> TrainingResult:
+    arguments = {"seed": 7, "device": "d", "round": 1, "classes": CLASSES, **other}
+    return Trainer(graph).train(weights, data, recipe, **arguments)
+
+
+def batches(recipe: Recipe, samples: int) -> list[Array]:
+    out = []
+    for epoch in range(recipe.epochs):
+        order = keyed(7, 1, "d", "batches", epoch).permutation(samples)
+        out += [order[s : s + recipe.batch_size] for s in range(0, samples, recipe.batch_size)]
+    return out
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def slope(recipe: Recipe, z: Array, y: Array, weigh: Array) -> Array:
+    """Gradient of the mean loss by the outputs, in float64, written from torch's documentation."""
+    if recipe.loss == "cross_entropy":
+        p = np.exp(z - z.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        aim = (1 - recipe.label_smoothing) * np.eye(CLASSES)[y] * weigh[y][:, None]
+        aim = aim + recipe.label_smoothing / CLASSES * weigh
+        return (p * aim.sum(1, keepdims=True) - aim) / weigh[y].sum()
+    if recipe.loss == "bce":
+        return ((1 - y) * sigmoid(z) - weigh * y * sigmoid(-z)) / z.size
+    return np.clip(z - y, -recipe.huber_delta, recipe.huber_delta) / z.size
+
+
+def by_hand(weights: Tensors, data: LocalData, recipe: Recipe) -> dict[str, Array]:
+    """A linear model's training in float64."""
+    w = {k: v.astype(np.float64) for k, v in weights.items()}
+    mean, square = ({k: np.zeros_like(v) for k, v in w.items()} for _ in range(2))
+    y_all = targets(data.y_train, recipe.loss, CLASSES)
+    weigh = np.ones(CLASSES)
+    if recipe.balance_classes:
+        weigh = class_weights(y_all, CLASSES) if recipe.loss == "cross_entropy" else positive_weights(y_all)
+    for count, rows in enumerate(batches(recipe, len(y_all)), 1):
+        x, y = data.x_train[rows].astype(np.float64), y_all[rows]
+        others, share = np.arange(len(rows)), 1.0
+        if recipe.mixup:
+            rng = keyed(7, 1, "d", "mixup", count)
+            share = float(np.float32(rng.beta(recipe.mixup, recipe.mixup)))
+            parts = np.array_split(others, -(-len(rows) // recipe.micro_batch))
+            others = np.concatenate([p[rng.permutation(len(p))] for p in parts])
+        x = share * x + (1 - share) * x[others]
+        z, real = x @ w["w"].T + w["b"], weigh.astype(np.float64)
+        if recipe.loss == "cross_entropy":
+            dz = share * slope(recipe, z, y, real) + (1 - share) * slope(recipe, z, y[others], real)
+        else:
+            dz = slope(recipe, z, share * y.astype(np.float64) + (1 - share) * y[others], real)
+        gradient = {"w": dz.T @ x, "b": dz.sum(0)}
+        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        share = min(1.0, recipe.clip_norm / (norm + 1e-6)) if recipe.clip_norm else 1.0
+        for name, g in gradient.items():
+            g = share * g
+            if recipe.optimizer == "sgd":
+                mean[name] = recipe.momentum * mean[name] + g + recipe.weight_decay * w[name]
+                w[name] = w[name] - recipe.lr * mean[name]
+                continue
+            w[name] = w[name] * (1 - recipe.lr * recipe.weight_decay)
+            mean[name] = recipe.beta1 * mean[name] + (1 - recipe.beta1) * g
+            square[name] = recipe.beta2 * square[name] + (1 - recipe.beta2) * g**2
+            spread = np.sqrt(square[name] / (1 - recipe.beta2**count)) + recipe.epsilon
+            w[name] = w[name] - recipe.lr * mean[name] / (1 - recipe.beta1**count) / spread
+    return w
+
+
+@pytest.fixture
+def labelled(data: LocalData) -> dict[str, LocalData]:
+    """The same samples with labels of every kind."""
+    rng = np.random.default_rng(4)
+    out = {"cross_entropy": data}
+    for loss in ("bce", "huber"):
+        y = data.x_train[:, :CLASSES] + 0.3 * rng.standard_normal((data.samples, CLASSES))
+        y = y > 0.8 if loss == "bce" else y.astype(np.float32)
+        out[loss] = LocalData(data.x_train, y, data.x_test, np.zeros((len(data.x_test), CLASSES), y.dtype))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("graph", "recipe"),
+    [
+        *(("adamw", ADAMW), ("bce", BCE), ("huber", HUBER), ("mixup", MIXUP)),
+        *(("bce", replace(BCE, mixup=0.4)), ("huber", replace(HUBER, mixup=1.5))),
+    ],
+)
+def test_training_is_what_the_recipe_says(
+    graphs: Path, weights: Tensors, labelled: dict[str, LocalData], graph: str, recipe: Recipe
+) -> None:
+    data = labelled[recipe.loss]
+    got = train(graphs / f"{graph}.onnx", weights, data, recipe)
+    for name, value in by_hand(weights, data, recipe).items():
+        np.testing.assert_allclose(got.tensors[name], value, atol=3e-6)
+    assert got.steps == 10 == recipe.steps(70)
+    assert got.loss_last < got.loss_first
+
+
+def test_reported_losses_and_hits_are_those_of_the_batches(
+    graphs: Path, weights: Tensors, labelled: dict[str, LocalData]
+) -> None:
+    """At a learning rate of 0 nothing moves, so that each can be computed from the weights."""
+    for graph, recipe in (("adamw", ADAMW), ("bce", BCE), ("huber", HUBER)):
+        data, loss = labelled[recipe.loss], recipe.loss
+        still = Recipe.from_dict({**recipe.to_dict(), "lr": 0.0, "epochs": 1})
+        got = train(graphs / f"{graph}.onnx", weights, data, still)
+        y, z = targets(data.y_train, loss, CLASSES), data.x_train @ weights["w"].T + weights["b"]
+        terms = loss_terms(y, still, CLASSES)
+        found = [data_loss(loss, z[rows], y[rows], terms) for rows in batches(still, data.samples)]
+        assert got.loss_first == pytest.approx(found[0], rel=1e-5)
+        assert got.loss_last == pytest.approx(found[-1], rel=1e-5)
+        right = hits(loss, z, y)
+        assert got.train_accuracy == (None if right is None else pytest.approx(np.mean(right)))
+
+
+def test_the_loss_at_given_weights_is_that_of_the_outputs(
+    graphs: Path, weights: Tensors, labelled: dict[str, LocalData]
+) -> None:
+    for graph, recipe in (("adamw", ADAMW), ("bce", BCE), ("huber", HUBER), ("mixup", MIXUP)):
+        data = labelled[recipe.loss]
+        y, z = targets(data.y_train, recipe.loss, CLASSES), data.x_train @ weights["w"].T + weights["b"]
+        loss = Trainer(graphs / f"{graph}.onnx").loss(weights, data, recipe, CLASSES, 20)
+        assert loss == pytest.approx(data_loss(recipe.loss, z[:20], y[:20], loss_terms(y, recipe, CLASSES)), rel=1e-5)
+
+
+def test_squared_gradients_are_summed_over_the_steps(
+    graphs: Path, weights: Tensors, labelled: dict[str, LocalData]
+) -> None:
+    data, recipe = labelled["huber"], Recipe(batch_size=16, lr=0.0, loss="huber", huber_delta=0.5, accumulate=2)
+    got = train(graphs / "huber.onnx", weights, data, recipe).squares
+    wanted = {"w": np.zeros((CLASSES, FEATURES)), "b": np.zeros(CLASSES)}
+    for rows in batches(recipe, data.samples):
+        x = data.x_train[rows].astype(np.float64)
+        dz = slope(recipe, x @ weights["w"].T + weights["b"], data.y_train[rows], np.ones(CLASSES))
+        wanted["w"] += (dz.T @ x) ** 2
+        wanted["b"] += dz.sum(0) ** 2
+    assert set(got) == set(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-9)
+
+
+def test_no_output_of_a_part_stays_in_the_arena_while_the_next_part_runs(
+    graphs: Path, weights: Tensors, labelled: dict[str, LocalData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: list[weakref.ref[Array]] = []
+    left: list[int] = []
+    run = Session.run
+
+    def watched(session: Session, *arguments: Any) -> dict[str, Array]:
+        left.append(sum(output() is not None for output in outputs))
+        found = {name: value.view() for name, value in run(session, *arguments).items()}
+        outputs[:] = [weakref.ref(value) for value in found.values()]
+        return found
+
+    monkeypatch.setattr(Session, "run", watched)
+    recipe = Recipe(epochs=1, batch_size=16, lr=0.0, loss="huber", huber_delta=0.5, accumulate=4)
+    train(graphs / "huber.onnx", weights, labelled["huber"], recipe)
+    assert len(left) > 4
+    assert not any(left)
+
+
+# -- frozen tensors and narrower steps --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hidden() -> Tensors:
+    rng = np.random.default_rng(9)
+    shapes = {
+        "w1": (HIDDEN, FEATURES),
+        "gamma": (HIDDEN,),
+        "beta": (HIDDEN,),
+        "w2": (CLASSES, HIDDEN),
+        "b2": (CLASSES,),
+    }
+    out = {n: (0.5 * rng.standard_normal(s)).astype(np.float32) for n, s in shapes.items()}
+    return out | {"mean": np.zeros(HIDDEN, np.float32), "var": np.ones(HIDDEN, np.float32)}
+
+
+def test_frozen_tensors_come_back_bit_by_bit(graphs: Path, hidden: Tensors, data: LocalData) -> None:
+    trainer = Trainer(graphs / "still.onnx")
+    assert (trainer.trainable, trainer.normalised) == (("beta", "w2", "b2"), False)
+    got = train(graphs / "still.onnx", hidden, data, STILL).tensors
+    assert list(got) == list(hidden)
+    for name, value in hidden.items():
+        assert (got[name].tobytes() == value.tobytes()) == (name not in trainer.trainable), name
+
+
+def test_with_frozen_statistics_the_training_loss_is_that_of_inference(
+    graphs: Path, hidden: Tensors, data: LocalData
+) -> None:
+    h = data.x_train[:32] @ hidden["w1"].T
+    h = np.maximum(hidden["gamma"] * h / np.sqrt(1 + 1e-5) + hidden["beta"], 0)
+    wanted = data_loss("cross_entropy", h @ hidden["w2"].T + hidden["b2"], data.y_train[:32])
+    assert Trainer(graphs / "still.onnx").loss(hidden, data, STILL, CLASSES) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_narrower_steps_train_prefixes_alone(graphs: Path, hidden: Tensors, data: LocalData) -> None:
+    """With one density the channels beyond it move in the steps at the own width alone."""
+    got = {}
+    for widths in ((), (0.5,)):
+        recipe = Recipe.from_dict({**NARROW.to_dict(), "ordered_dropout": list(widths) or [1.0]})
+        got[widths] = train(graphs / "narrow.onnx", hidden, data, recipe, widths=(HIDDEN,)).tensors
+    chosen = [int(keyed(7, 1, "d", "widths", n).integers(2)) for n in range(1, 16)]
+    assert 0 < sum(chosen) < 15
+    one, two = got.values()
+    for name in ("w1", "w2", "gamma"):
+        assert not np.array_equal(one[name], two[name])
+    first = Recipe.from_dict({**NARROW.to_dict(), "ordered_dropout": [0.5], "max_steps": 1})
+    seed = next(s for s in range(50) if keyed(s, 1, "d", "widths", 1).integers(2))
+    after = train(graphs / "narrow.onnx", hidden, data, first, widths=(HIDDEN,), seed=seed).tensors
+    for name, axis in {"w1": 0, "gamma": 0, "beta": 0, "w2": 1}.items():
+        moved = np.any(np.moveaxis(after[name] != hidden[name], axis, 0).reshape(HIDDEN, -1), axis=1)
+        assert moved[: HIDDEN // 2].any(), name
+        assert not moved[HIDDEN // 2 :].any(), name
+    assert np.any(after["b2"] != hidden["b2"])
+    for statistic in ("mean", "var"):
+        np.testing.assert_array_equal(after[statistic], hidden[statistic])
+
+
+def test_a_narrower_step_is_the_step_of_the_narrower_model(graphs: Path, hidden: Tensors, data: LocalData) -> None:
+    seed = next(s for s in range(50) if keyed(s, 1, "d", "widths", 1).integers(2))
+    recipe = Recipe.from_dict({**NARROW.to_dict(), "ordered_dropout": [0.5], "max_steps": 1})
+    wide = train(graphs / "narrow.onnx", hidden, data, recipe, widths=(HIDDEN,), seed=seed).tensors
+    index = {n: (slice(None),) * (n == "w2") + (slice(HIDDEN // 2),) for n in hidden if n != "b2"}
+    half = {n: v[index[n]].copy() if n in index else v for n, v in hidden.items()}
+    narrow = train(graphs / "narrow.onnx", half, data, recipe, widths=(HIDDEN // 2,), seed=seed).tensors
+    for name in ("w1", "gamma", "beta", "w2", "b2"):
+        part = wide[name][index[name]] if name in index else wide[name]
+        assert part.tobytes() == narrow[name].tobytes(), name
+
+
+def test_what_was_received_is_not_changed_by_narrower_steps(graphs: Path, hidden: Tensors, data: LocalData) -> None:
+    before = {k: v.copy() for k, v in hidden.items()}
+    train(graphs / "narrow.onnx", hidden, data, NARROW, widths=(HIDDEN,))
+    assert all(np.array_equal(before[k], hidden[k]) for k in hidden)
+
+
+@pytest.mark.parametrize("widths", [(), (HIDDEN, 1), (HIDDEN - 1,), (0,), (HIDDEN + 1,)])
+def test_widths_that_are_not_the_tensors_are_refused(
+    graphs: Path, hidden: Tensors, data: LocalData, widths: tuple[int, ...]
+) -> None:
+    with pytest.raises(TrainingError, match="ordered dropout"):
+        train(graphs / "narrow.onnx", hidden, data, NARROW, widths=widths)
+
+
+def test_ordered_dropout_needs_a_graph_that_says_where_channels_lie(
+    graphs: Path, weights: Tensors, data: LocalData
+) -> None:
+    with pytest.raises(TrainingError, match=r"ordered dropout.*must be made for this recipe"):
+        train(graphs / "plain.onnx", weights, data, Recipe(ordered_dropout=(0.5,)), widths=(8,))
+
+
+# -- what does not fit ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("graph", "recipe"),
+    [
+        ("plain", ADAMW),
+        ("plain", Recipe(loss="mse")),
+        ("plain", Recipe(loss="bce")),
+        ("plain", Recipe(accumulate=2)),
+        ("plain", Recipe(clip_norm=1)),
+        ("plain", Recipe(optimizer="adam")),
+        ("bce", Recipe(loss="mse")),
+        ("bce", Recipe()),
+        ("huber", Recipe(loss="mse", accumulate=2)),
+        ("huber", Recipe(loss="bce", accumulate=2)),
+    ],
+)
+def test_a_graph_of_another_recipe_is_refused(
+    graphs: Path, weights: Tensors, labelled: dict[str, LocalData], graph: str, recipe: Recipe
+) -> None:
+    data = labelled[recipe.loss if recipe.loss in labelled else "huber"]
+    with pytest.raises(TrainingError, match="don't fit each other"):
+        train(graphs / f"{graph}.onnx", weights, data, recipe)
+
+
+@pytest.mark.parametrize(
+    ("labels", "loss", "text"),
+    [
+        ("huber", "cross_entropy", r"loss cross_entropy: expected whole numbers \[n\].*got numbers \[n, 3\]"),
+        ("cross_entropy", "bce", r"loss bce: expected numbers from 0 to 1 \[n, 3\].*got whole numbers \[n\]"),
+        ("cross_entropy", "huber", r"loss huber: expected numbers \[n, 3\]"),
+        ("huber", "bce", "out of range: expected 0 to 1"),
+    ],
+)
+def test_labels_of_another_kind_are_refused(
+    graphs: Path, weights: Tensors, labelled: dict[str, LocalData], labels: str, loss: str, text: str
+) -> None:
+    with pytest.raises(DataError, match=text):
+        train(graphs / "bce.onnx", weights, labelled[labels], Recipe(loss=loss))
+
+
+def test_the_parts_of_a_batch_hold_no_single_sample_where_statistics_are_taken(graphs: Path) -> None:
+    assert [Trainer(graphs / f"{n}.onnx").normalised for n in ("narrow", "adamw")] == [True, False]
+    recipe = Recipe(batch_size=7, accumulate=4)
+    narrow, plain = (Batches(7, recipe, normalised=n) for n in (True, False))
+    assert [len(p) for p in plain.parts(np.arange(7))] == [2, 2, 2, 1]
+    assert [len(p) for p in narrow.parts(np.arange(7))] == [2, 2, 2]
+    assert [len(p) for p in narrow.parts(np.arange(1))] == [1]
+    fewer = Batches(9, Recipe(batch_size=9, accumulate=3), normalised=False)
+    assert [len(p) for p in fewer.parts(np.arange(5))] == [3, 2]
+
+
+# -- token ids --------------------------------------------------------------------------------------------------------
+
+
+def test_token_ids_are_trained_on(graphs: Path) -> None:
+    rng = np.random.default_rng(2)
+    y = rng.integers(0, CLASSES, 60)
+    x = rng.integers(0, 3, (60, 5)) + 3 * y[:, None]  # every class has words of its own
+    data = LocalData(x[:50], y[:50], x[50:], y[50:])
+    table = {"table": (0.01 * rng.standard_normal((11, CLASSES))).astype(np.float32)}
+    got = train(graphs / "tokens.onnx", table, data, Recipe(epochs=9, lr=0.5))
+    assert got.train_accuracy == 1
+    assert np.array_equal(got.tensors["table"][9:], table["table"][9:])  # words that nobody used
+    with pytest.raises(TrainingError, match="failed"):
+        train(graphs / "tokens.onnx", table, LocalData(x + 90, y, x[:0], y[:0]), Recipe())
+
+
+def test_samples_of_the_other_type_are_refused(graphs: Path, weights: Tensors, data: LocalData) -> None:
+    ids = LocalData(data.x_train.astype(np.int64) ** 2, data.y_train, data.x_test[:0].astype(np.int64), data.y_test[:0])
+    with pytest.raises(DataError, match=r"expected float32, got int64.*astype"):
+        train(graphs / "plain.onnx", weights, ids, Recipe())
+    floats = LocalData(data.x_train[:, :5], data.y_train, data.x_test[:0, :5], data.y_test[:0])
+    with pytest.raises(DataError, match=r"expected whole numbers \(token ids\), got float32"):
+        train(graphs / "tokens.onnx", {"table": np.zeros((11, CLASSES), np.float32)}, floats, Recipe())
+
+
+def test_token_ids_are_not_mixed(graphs: Path, data: LocalData) -> None:
+    x = (3 * np.abs(data.x_train[:, :5])).astype(np.int64) % 11
+    ids = LocalData(x, data.y_train, x[:0], data.y_train[:0])
+    weights = {"table": np.random.default_rng(1).standard_normal((11, CLASSES)).astype(np.float32)}
+    recipe = Recipe(epochs=2, batch_size=16)
+    got = train(graphs / "tokens_mixup.onnx", weights, ids, replace(recipe, mixup=0.5))
+    wanted = train(graphs / "tokens.onnx", weights, ids, recipe)
+    np.testing.assert_allclose(got.tensors["table"], wanted.tensors["table"], rtol=1e-5, atol=1e-6)
+    assert got.train_accuracy == wanted.train_accuracy
+
+
+def test_a_mixed_round_that_is_done_again_gives_the_same_bits(
+    graphs: Path, weights: Tensors, labelled: dict[str, LocalData]
+) -> None:
+    for graph, recipe in (("mixup", MIXUP), ("bce", replace(BCE, mixup=0.4))):
+        path, data = graphs / f"{graph}.onnx", labelled[recipe.loss]
+        samples = data.x_train.copy()
+        one, two = (train(path, weights, data, recipe).tensors for _ in range(2))
+        other = train(path, weights, data, recipe, round=2).tensors
+        plain = train(path, weights, data, replace(recipe, mixup=1e-3)).tensors
+        assert np.array_equal(samples, data.x_train)
+        for name in weights:
+            assert one[name].tobytes() == two[name].tobytes()
+            assert not np.array_equal(one[name], other[name])
+            assert not np.array_equal(one[name], plain[name])
+
+
+def test_samples_that_are_worked_on_one_by_one_mix_with_themselves(
+    graphs: Path, weights: Tensors, labelled: dict[str, LocalData]
+) -> None:
+    alone = Recipe(epochs=1, batch_size=4, accumulate=4, loss="huber", huber_delta=0.5, lr=0.1)
+    data = labelled["huber"]
+    got, wanted = (train(graphs / "huber.onnx", weights, data, replace(alone, mixup=a)).tensors for a in (1.0, 0.0))
+    for name in weights:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_graph_that_mixes_and_a_recipe_that_does_not_are_no_pair(
+    graphs: Path, weights: Tensors, data: LocalData
+) -> None:
+    for graph, recipe in (("mixup", replace(MIXUP, mixup=0.0)), ("plain", Recipe(mixup=0.2))):
+        with pytest.raises(TrainingError, match=r"don't fit each other.*y_share"):
+            train(graphs / f"{graph}.onnx", weights, data, recipe)
+
+
+def test_the_state_of_a_round_begins_at_zero(graphs: Path, weights: Tensors, data: LocalData) -> None:
+    """Two rounds of one step each are not one round of two steps."""
+    trainer = Trainer(graphs / "adamw.onnx")
+    arguments: dict[str, Any] = {"seed": 7, "device": "d", "round": 1, "classes": CLASSES}
+    whole = Recipe.from_dict({**ADAMW.to_dict(), "batch_size": 70, "epochs": 1, "clip_norm": 1e6})
+    one = trainer.train(weights, data, whole, **arguments).tensors
+    two = trainer.train(one, data, whole, **arguments).tensors
+    again = trainer.train(weights, data, whole, **arguments).tensors
+    assert all(np.array_equal(one[n], again[n]) for n in one)
+    # A first step of Adam moves every weight by lr, whatever its gradient.
+    for name, value in weights.items():
+        for before, after in ((value, one[name]), (one[name], two[name])):
+            np.testing.assert_allclose(
+                np.abs(after - before * (1 - whole.lr * whole.weight_decay)), whole.lr, rtol=1e-2
+            )
+
+
+def test_a_graph_that_asks_for_more_is_refused(graphs: Path) -> None:
+    raw = (graphs / "adamw.onnx").read_bytes().replace(b"w::second", b"w::thirds")
+    with pytest.raises(TrainingError, match=r"can't feed.*w::thirds"):
+        Trainer(raw)
+
+
+@pytest.mark.parametrize(("graph", "recipe"), [("adamw", ADAMW), ("bce", BCE), ("huber", HUBER), ("mixup", MIXUP)])
+def test_the_validation_loss_is_the_recipes(
+    graphs: Path,
+    weights: Tensors,
+    labelled: dict[str, LocalData],
+    monkeypatch: pytest.MonkeyPatch,
+    graph: str,
+    recipe: Recipe,
+) -> None:
+    """Over parts of any size, with class weights and smoothing; at a learning rate of 0 no epoch is better."""
+    data = labelled[recipe.loss].with_validation(0.3, 1)
+    seen, over = list[float](), EarlyStopping.over
+    monkeypatch.setattr(
+        EarlyStopping, "over", lambda self, loss, *other: (seen.append(loss), over(self, loss, *other))[1]
+    )
+    still = Recipe.from_dict({**recipe.to_dict(), "lr": 0.0, "epochs": 9, "patience": 2})
+    got = train(graphs / f"{graph}.onnx", weights, data, still)
+    y = targets(data.y_val, recipe.loss, CLASSES)
+    terms = loss_terms(targets(data.y_train, recipe.loss, CLASSES), still, CLASSES)
+    wanted = data_loss(recipe.loss, data.x_val @ weights["w"].T + weights["b"], y, terms)
+    np.testing.assert_allclose(seen, [wanted] * 3, rtol=1e-5)
+    assert got.steps == -(-data.samples // recipe.batch_size)
+
+
+def test_validation_samples_that_weigh_nothing_end_nothing(graphs: Path, weights: Tensors, data: LocalData) -> None:
+    """All are of a class that the training samples lack: they say nothing, and training goes on as without them."""
+    lacking = replace(data, y_train=np.minimum(data.y_train, CLASSES - 2))
+    useless = replace(lacking, x_val=data.x_test, y_val=np.full(len(data.x_test), CLASSES - 1, data.y_test.dtype))
+    recipe = replace(ADAMW, epochs=5, patience=1)
+    got, wanted = (train(graphs / "adamw.onnx", weights, d, recipe) for d in (useless, lacking))
+    assert got.steps == wanted.steps
+    assert all(np.array_equal(got.tensors[n], wanted.tensors[n]) for n in weights)
+
+
+@pytest.mark.parametrize(
+    ("graph", "recipe", "samples", "most"),
+    [("plain", Recipe(batch_size=2), 70, 2), ("plain", Recipe(), 3, 3), ("adamw", ADAMW, 70, 6)],
+)
+def test_no_part_of_a_round_works_on_more_samples_than_a_step(
+    tmp_path: Path,
+    graphs: Path,
+    weights: Tensors,
+    data: LocalData,
+    monkeypatch: pytest.MonkeyPatch,
+    graph: str,
+    recipe: Recipe,
+    samples: int,
+    most: int,
+) -> None:
+    """The planner's memory is that of a step; evaluations and the check of a new model must do with it."""
+    run, sizes = Session.run, list[int]()
+
+    def counted(session: Session, feeds: Tensors, outputs: Any = None, **how: Any) -> Tensors:
+        sizes.append(len(feeds[step_contract.X]))
+        return run(session, feeds, outputs, **how)
+
+    monkeypatch.setattr(Session, "run", counted)
+    server = MemoryServer(tmp_path / "server", graphs, weights)
+    data = LocalData(data.x_train[:samples], data.y_train[:samples], data.x_test, data.y_test)
+    with DeviceStore(tmp_path / "state") as store:
+        for ref in (server.weights, server.graphs["inference"]):
+            store.blobs.put(server.blobs.read(ref.sha256))
+        training = store.blobs.put((graphs / f"{graph}.onnx").read_bytes())
+        made = RoundRunner("d", store.blobs, store.slots, data).make(server.offer(1, recipe, training=training))
+    assert made.update.samples == samples
+    assert max(sizes) == most
+
+
+def test_frozen_tensors_do_not_travel_up(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> None:
+    """The update holds what was trained; what serves holds everything; the full file is gone from the store."""
+    server = MemoryServer(tmp_path / "server", graphs, weights)
+    with DeviceStore(tmp_path / "state") as store:
+        for ref in (server.weights, server.graphs["inference"]):
+            store.blobs.put(server.blobs.read(ref.sha256))
+        training = store.blobs.put((graphs / "bias.onnx").read_bytes())
+        bench = RoundRunner("d", store.blobs, store.slots, data)
+        offer = server.offer(1, Recipe(trainable=("b",)), training=training)
+        update = bench.commit(bench.make(offer))
+        sent = tensorfile.decode(store.blobs.read(update.weights.sha256))
+        predictor, record = store.slots.open()
+        assert list(sent) == ["b"]
+        assert not np.array_equal(sent["b"], weights["b"])
+        assert record.weights != update.weights.sha256
+        assert not store.blobs.has(record.weights)
+        assert store.blobs.has(server.weights.sha256)
+    wanted = data.x_test @ weights["w"].T + sent["b"]
+    np.testing.assert_allclose(predictor.predict(data.x_test), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse", "huber"])
+def test_a_loss_of_many_outputs_is_that_of_its_parts(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    outputs = rng.standard_normal((7, 5)).astype(np.float32)
+    y = rng.integers(0, 2, (7, 5)).astype(np.float32)
+    whole = data_loss(loss, outputs, y)
+    monkeypatch.setattr("fedprune_device.data.losses._AT_ONCE", 10)
+    assert data_loss(loss, outputs, y) == pytest.approx(whole, rel=1e-12)

@@ -1,0 +1,62 @@
+"""The probe's graphs are those that the compiler writes today: a board must measure what a round runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import onnx
+import pytest
+
+from support.paths import ROOT
+
+SHIPPED = ROOT / "device_runtime" / "fedprune_device" / "assets"
+CHECKS = ROOT / "toolkit" / "fedprune" / "assets"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("probe")
+    subprocess.run([sys.executable, ROOT / "examples" / "make_probe_graphs.py", folder], check=True, timeout=60)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["probe_training.onnx", "probe_inference.onnx", *[f"blocks_{b}.onnx" for b in (4, 8, 16)]]
+)
+def test_shipped_probe_graphs_are_what_the_compiler_writes(written: Path, name: str) -> None:
+    # The graph, not the file: another version of onnx may write its own name into it.
+    lies = CHECKS if name.startswith("blocks") else SHIPPED
+    new, shipped = (onnx.load(folder / name, load_external_data=False) for folder in (written, lies))
+    assert new.graph == shipped.graph, "run examples/make_probe_graphs.py"
+    assert new.opset_import == shipped.opset_import
+
+
+def test_shipped_shapes_and_costs_of_the_probe_are_what_the_compiler_says(written: Path) -> None:
+    new, shipped = (json.loads((folder / "probe.json").read_text()) for folder in (written, SHIPPED))
+    assert new == shipped, "run examples/make_probe_graphs.py"
+
+
+def files(folder: Path, name: str) -> dict[str, bytes]:
+    with tarfile.open(folder / name) as archive:
+        return {m.name: part.read() for m in archive if (part := archive.extractfile(m)) is not None}
+
+
+@pytest.mark.parametrize("archive", ["probe_layers.tar.gz", "probe_forms.tar.gz"])
+def test_shipped_archives_are_what_the_compiler_writes(written: Path, archive: str) -> None:
+    new, shipped = files(written, archive), files(SHIPPED, archive)
+    assert list(new) == list(shipped), "run examples/make_probe_graphs.py"
+    for name, body in new.items():
+        if name.endswith(".json"):
+            assert json.loads(body) == json.loads(shipped[name]), f"{name}: run examples/make_probe_graphs.py"
+        else:
+            graphs = [onnx.load_model_from_string(raw).graph for raw in (body, shipped[name])]
+            assert graphs[0] == graphs[1], f"{name}: run examples/make_probe_graphs.py"
+
+
+def test_the_nets_of_layers_stay_small() -> None:
+    assert (SHIPPED / "probe_layers.tar.gz").stat().st_size < 200_000
+    assert (SHIPPED / "probe_forms.tar.gz").stat().st_size < 100_000

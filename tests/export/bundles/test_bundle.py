@@ -1,0 +1,163 @@
+"""Writing bundles: whole or not at all, never among other things, and read back as written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, StorageError, StorageFullError
+from fedprune.model.selection import Selection
+from fedprune.runtime.bundle import FILES, MANIFEST, open_bundle
+from fedprune.runtime.bundle_folder import write_bundle
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
+from fedprune_export.bundles.bundle import bundle_files
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.model import Model
+from support.oracles.cutting import distance, inputs, outputs, random_selection
+
+pytestmark = pytest.mark.torch
+
+Imported = Callable[[str], Model]
+
+
+@pytest.fixture(scope="module")
+def lenet(imported: Imported) -> Model:
+    return imported("lenet")
+
+
+@pytest.fixture(scope="module")
+def half(lenet: Model) -> Selection:
+    return random_selection(lenet, 0.5, seed=1)
+
+
+@pytest.fixture(scope="module")
+def files(lenet: Model, half: Selection) -> dict[str, bytes]:
+    return bundle_files(lenet, half, Recipe())
+
+
+def test_a_bundle_computes_what_the_cut_graph_computes(
+    lenet: Model, half: Selection, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    bundle = write_bundle(tmp_path / "b", files, half, Recipe(), "raspberry-pi-5")
+    x = inputs(lenet, 4)
+
+    logits = Session(bundle.path("inference.onnx")).run({"x": x})["logits"]
+
+    assert distance(logits, outputs(cut(lenet, half), x)) < 1e-6
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.25])
+def test_a_bundle_that_mixes_says_so_and_another_does_not(
+    lenet: Model, half: Selection, tmp_path: Path, mixup: float
+) -> None:
+    recipe = Recipe(mixup=mixup, average=0.5, blend=mixup)
+    bundle = write_bundle(tmp_path / "b", bundle_files(lenet, half, recipe), half, recipe, "raspberry-pi-5")
+    said = json.loads((tmp_path / "b" / MANIFEST).read_text())["recipe"]
+    inputs_of = set(Session(bundle.path("training.onnx"), training=True).inputs)
+
+    assert open_bundle(tmp_path / "b").recipe == recipe
+    assert {k: said[k] for k in ("mixup", "blend") if k in said} == ({"mixup": 0.25, "blend": 0.25} if mixup else {})
+    assert inputs_of & {step_contract.Y_PARTNER, step_contract.Y_SHARE} == (
+        {step_contract.Y_PARTNER, step_contract.Y_SHARE} if mixup else set()
+    )
+
+
+def test_what_is_written_is_read_back(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
+    names = tuple(f"digit {i}" for i in range(10))
+
+    write_bundle(tmp_path / "b", files, half, Recipe(lr=0.25), "raspberry-pi-5", names)
+    bundle = open_bundle(tmp_path / "b")
+
+    assert bundle.selection.digest == half.digest
+    assert bundle.recipe == Recipe(lr=0.25)
+    assert (bundle.target, bundle.class_names) == ("raspberry-pi-5", names)
+
+
+def test_the_training_step_takes_the_weights_file(half: Selection, files: dict[str, bytes]) -> None:
+    session = Session(files["training.onnx"], training=True)
+    tensors = tensorfile.decode(files["weights.safetensors"])
+    feeds = {n: np.zeros(tensors[n.partition("::")[0]].shape, np.float32) for n in session.inputs if "::" in n}
+    scalars = {n: np.array(0.1, np.float32) for n in ("lr", "momentum", "weight_decay")}
+    x, y = np.zeros((3, 1, 28, 28), np.float32), np.zeros(3, np.int64)
+
+    out = session.run({**tensors, **feeds, **scalars, "x": x, "y": y})
+
+    assert np.isfinite(out["loss"])
+    assert {n: out[f"{n}::next"].shape for n in tensors} == half.shapes()
+
+
+def test_a_bundle_replaces_one_of_the_same_board(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b", files, half, Recipe(), "raspberry-pi-5")
+    write_bundle(tmp_path / "b", files, half, Recipe(lr=0.25), "raspberry-pi-5")
+
+    assert open_bundle(tmp_path / "b").recipe == Recipe(lr=0.25)
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == sorted([*FILES, MANIFEST])
+
+
+def test_a_bundle_of_another_board_is_not_replaced(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b", files, half, Recipe(), "raspberry-pi-5")
+    both = "holds the bundle of another board: expected one of jetson-orin-nano, got one of 'raspberry-pi-5'"
+    with pytest.raises(BundleError, match=both):
+        write_bundle(tmp_path / "b", files, half, Recipe(), "jetson-orin-nano")
+
+    assert open_bundle(tmp_path / "b").target == "raspberry-pi-5"
+
+
+def test_a_folder_with_other_things_is_left_alone(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+
+    with pytest.raises(BundleError, match="not empty and holds no bundle"):
+        write_bundle(tmp_path, files, half, Recipe(), "raspberry-pi-5")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_full_disk_leaves_the_bundle_that_was_there(
+    half: Selection, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bundle(tmp_path / "b", files, half, Recipe(), "raspberry-pi-5")
+    real = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if "training" in self.name:
+            raise OSError(28, "No space left on device", str(self))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+
+    with pytest.raises(StorageFullError, match="No space left"):
+        write_bundle(tmp_path / "b", files, half, Recipe(lr=0.25), "raspberry-pi-5")
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == sorted([*FILES, MANIFEST])
+    assert open_bundle(tmp_path / "b").recipe == Recipe()
+
+
+def test_a_folder_that_cannot_be_made(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(StorageError, match="can't write a bundle to"):
+        write_bundle(tmp_path / "file" / "b", files, half, Recipe(), "raspberry-pi-5")
+
+
+def test_class_names_must_fit(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="expected 10 names, got 2"):
+        write_bundle(tmp_path / "b", files, half, Recipe(), "raspberry-pi-5", ("a", "b"))
+
+
+def test_the_manifest_lists_sizes_and_digests(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b", files, half, Recipe(), "raspberry-pi-5")
+    listed = json.loads((tmp_path / "b" / MANIFEST).read_text())["files"]
+
+    assert {n: (e["size"], e["sha256"]) for n, e in listed.items()} == {
+        n: (len(raw), tensorfile.digest(raw)) for n, raw in files.items()
+    }
+
+
+def test_a_foreign_selection_is_refused(imported: Imported, half: Selection) -> None:
+    with pytest.raises(BundleError, match="another architecture"):
+        bundle_files(imported("concat_net"), half, Recipe())

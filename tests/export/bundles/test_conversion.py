@@ -1,0 +1,391 @@
+"""`to-onnx` and `to-torch`: what comes out computes what went in, and torch takes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from fedprune.core import tensorfile
+from fedprune.core.disk import file_digest
+from fedprune.core.errors import ExitCode
+from fedprune.runtime.bundle import open_bundle
+from fedprune.runtime.session import Session
+from fedprune_device.serving.model_slots import ModelSlots, Serving
+from fedprune_export.bundles import conversion
+from fedprune_export.cli.main import main
+from fedprune_export.importing import import_onnx, read_source
+from fedprune_server.simulation.digits import digits_model
+from support.oracles.cutting import distance
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "digits.onnx"
+    path.write_bytes(digits_model())
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(digits, tmp_path_factory.mktemp("bundles") / "b", "--density", "0.4")
+
+
+def exported(model: object, out: Path, *more: str) -> Path:
+    assert main([str(model), "--target", "raspberry-pi-5", "--out", str(out), *more]) == ExitCode.OK
+    return out
+
+
+def logits(model: Path, x: np.ndarray) -> np.ndarray:
+    return Session(model).run({"x": x})["logits"]
+
+
+X = np.random.default_rng(4).standard_normal((5, 1, 8, 8)).astype(np.float32)
+
+
+def opset_of(path: Path) -> int:
+    return next(o.version for o in onnx.load(path).opset_import if not o.domain)
+
+
+@pytest.mark.parametrize("opset", [None, 13, 17, 20, 23])
+def test_a_bundle_as_one_file_computes_the_same(bundle: Path, tmp_path: Path, opset: int | None) -> None:
+    more = [] if opset is None else ["--opset", str(opset)]
+
+    assert main(["to-onnx", str(bundle), str(tmp_path / "out.onnx"), *more]) == ExitCode.OK
+
+    assert opset_of(tmp_path / "out.onnx") == (opset or 17)
+    assert not [t for t in onnx.load(tmp_path / "out.onnx").graph.initializer if t.external_data]
+    assert distance(logits(tmp_path / "out.onnx", X), logits(bundle / "inference.onnx", X)) < 1e-6
+
+
+@pytest.mark.parametrize("opset", [13, 17, 23])
+def test_a_bundle_of_another_opset_can_be_written_at_any(digits: Path, tmp_path: Path, opset: int) -> None:
+    folder = exported(digits, tmp_path / "b", "--density", "0.4", "--opset", "20")
+    assert opset_of(folder / "inference.onnx") == 20
+
+    assert main(["to-onnx", str(folder), str(tmp_path / "out.onnx"), "--opset", str(opset)]) == ExitCode.OK
+
+    assert opset_of(tmp_path / "out.onnx") == opset
+    assert distance(logits(tmp_path / "out.onnx", X), logits(folder / "inference.onnx", X)) < 1e-6
+
+
+def test_what_was_written_can_be_imported_again(bundle: Path, tmp_path: Path) -> None:
+    main(["to-onnx", str(bundle), str(tmp_path / "out.onnx")])
+
+    again = import_onnx((tmp_path / "out.onnx").read_bytes(), "digits")
+
+    selection = open_bundle(bundle).selection
+    assert again.architecture.sizes == selection.widths
+    assert {n: v.shape for n, v in again.tensors.items()} == selection.shapes()
+    for name, value in tensorfile.load(bundle / "weights.safetensors").items():
+        np.testing.assert_array_equal(again.tensors[name], value)
+
+
+def test_a_global_model_takes_the_weights_of_a_file(digits: Path, tmp_path: Path) -> None:
+    model = import_onnx(digits.read_bytes(), "digits")
+    moved = {n: v * np.float32(1.1) for n, v in model.tensors.items()}
+    (tmp_path / "w.safetensors").write_bytes(tensorfile.encode(moved))
+    graph = model.graph.copy()
+    graph.initializers.update(moved)
+
+    code = main(["to-onnx", str(digits), str(tmp_path / "o.onnx"), "--weights", str(tmp_path / "w.safetensors")])
+
+    assert code == ExitCode.OK
+    expected = Session(graph.to_bytes()).run({"x": X})["logits"]
+    assert distance(logits(tmp_path / "o.onnx", X), expected) < 1e-6
+    assert distance(logits(tmp_path / "o.onnx", X), logits(digits, X)) > 1e-2
+
+
+def test_weights_of_another_model_are_refused(
+    digits: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = str(bundle / "weights.safetensors")
+
+    assert main(["to-onnx", str(digits), str(tmp_path / "o.onnx"), "--weights", weights]) == ExitCode.BUNDLE
+    err = capsys.readouterr().err
+    assert "tensor conv1.weight: expected float32 (32, 1, 3, 3), got float32 (13, 1, 3, 3)" in err
+    assert not (tmp_path / "o.onnx").exists()
+
+
+def test_a_state_dict_has_the_shapes_of_the_submodel(bundle: Path, tmp_path: Path) -> None:
+    assert main(["to-torch", str(bundle), str(tmp_path / "s.safetensors")]) == ExitCode.OK
+
+    found, held = tensorfile.load(tmp_path / "s.safetensors"), tensorfile.load(bundle / "weights.safetensors")
+    for name, value in held.items():
+        np.testing.assert_array_equal(found[name], value)
+    assert {n for n in found if n not in held} == {f"bn{i}.num_batches_tracked" for i in (1, 2, 3)}
+
+
+def test_a_submodel_is_put_back_at_its_places(digits: Path, bundle: Path, tmp_path: Path) -> None:
+    whole = import_onnx(digits.read_bytes(), "digits").tensors
+    zeros = {n: np.zeros_like(v) for n, v in whole.items()}
+    (tmp_path / "zero.safetensors").write_bytes(tensorfile.encode(zeros))
+    main(["to-onnx", str(digits), str(tmp_path / "z.onnx"), "--weights", str(tmp_path / "zero.safetensors")])
+
+    code = main(
+        [
+            "to-torch",
+            str(bundle),
+            str(tmp_path / "s.safetensors"),
+            "--into",
+            str(tmp_path / "z.onnx"),
+        ]
+    )
+
+    assert code == ExitCode.OK
+    selection = open_bundle(bundle).selection
+    for name, value in tensorfile.load(tmp_path / "s.safetensors").items():
+        if name in whole:
+            expected = np.where(selection.covered(name), whole[name], np.float32(0))
+            np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize("others", ["zero", "keep"])
+def test_the_other_channels_are_zeroed_or_kept(digits: Path, bundle: Path, tmp_path: Path, others: str) -> None:
+    whole, out = import_onnx(digits.read_bytes(), "digits"), tmp_path / "s.safetensors"
+
+    assert main(["to-torch", str(bundle), str(out), "--into", str(digits), "--others", others]) == ExitCode.OK
+
+    selection, state = open_bundle(bundle).selection, tensorfile.load(out)
+    for name, value in whole.tensors.items():
+        kept = others == "keep" or "running" in name
+        np.testing.assert_array_equal(
+            state[name], np.where(selection.covered(name), value, value if kept else np.float32(0))
+        )
+    graph = whole.graph.copy()
+    graph.initializers.update({n: state[n] for n in whole.tensors})
+    found = Session(graph.to_bytes()).run({"x": X})["logits"]
+    assert (distance(found, logits(bundle / "inference.onnx", X)) < 1e-5) == (others == "zero")
+
+
+@pytest.fixture
+def board(bundle: Path, tmp_path: Path) -> Path:
+    """A board's state folder whose model, of other weights than the bundle's, serves."""
+    slots = ModelSlots(tmp_path / "board" / "serving")
+    slots.prepare()
+    moved = {n: v * np.float32(1.1) for n, v in tensorfile.load(bundle / "weights.safetensors").items()}
+    stage = slots.stage(bundle / "inference.onnx", tensorfile.encode(moved))
+    digests = file_digest(stage / "inference.onnx"), file_digest(stage / "weights.safetensors")
+    slots.install(Serving("job", 7, 10, *digests))
+    return tmp_path / "board"
+
+
+def test_what_a_board_serves_goes_out(
+    board: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slots = ModelSlots(board / "serving")
+    folder = slots.folder(slots.current() or pytest.fail("nothing serves"))
+
+    assert main(["to-onnx", str(board), str(tmp_path / "o.onnx")]) == ExitCode.OK
+    assert main(["to-torch", str(board), str(tmp_path / "s.safetensors")]) == ExitCode.OK
+
+    assert distance(logits(tmp_path / "o.onnx", X), logits(folder / "inference.onnx", X)) < 1e-6
+    state = tensorfile.load(tmp_path / "s.safetensors")
+    for name, value in tensorfile.load(folder / "weights.safetensors").items():
+        np.testing.assert_array_equal(state[name], value)
+    assert capsys.readouterr().out.count("the board's model after round 7 of job job; the source's outputs ") == 2
+
+    assert main(["to-torch", str(board), str(tmp_path / "w.pt"), "--into", str(digits)]) == ExitCode.USAGE
+    assert "A board doesn't know which channels" in capsys.readouterr().err
+    (folder / "weights.safetensors").write_bytes(b"damaged")
+    assert main(["to-onnx", str(board), str(tmp_path / "p.onnx")]) == ExitCode.STORAGE
+    assert "no model that is intact" in capsys.readouterr().err
+
+
+def test_a_file_that_computes_something_else_is_not_written(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = conversion.state_dict
+    name = list(tensorfile.load(bundle / "weights.safetensors"))[-1]
+    monkeypatch.setattr(conversion, "state_dict", lambda *a: plain(*a) | {name: plain(*a)[name] + np.float32(1)})
+
+    assert main(["to-torch", str(bundle), str(tmp_path / "s.safetensors")]) == ExitCode.MODEL
+
+    assert "computes something else" in capsys.readouterr().err
+    assert not (tmp_path / "s.safetensors").exists()
+
+
+def test_another_model_takes_no_submodel(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["to-onnx", str(bundle), str(tmp_path / "small.onnx")])
+
+    code = main(["to-torch", str(bundle), str(tmp_path / "s.safetensors"), "--into", str(tmp_path / "small.onnx")])
+
+    assert code == ExitCode.BUNDLE
+    assert "was not cut from digits as it was imported here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("to-torch", "{bundle}", "{out}/s.bin"), ExitCode.USAGE, "ends in .safetensors, .pt or .pth"),
+        (
+            ("to-torch", "{digits}", "{out}/s.safetensors", "--into", "{digits}"),
+            ExitCode.USAGE,
+            "--into is for bundles",
+        ),
+        (("to-onnx", "{bundle}", "{out}/o.onnx", "--weights", "w"), ExitCode.USAGE, "--weights is for whole models"),
+        (("to-onnx", "{bundle}", "{out}/o.onnx", "--opset", "12"), ExitCode.MODEL, "expected 13 to 23, got 12"),
+        (("to-onnx", "{out}", "{out}/o.onnx"), ExitCode.BUNDLE, "Is this a bundle's folder?"),
+        (("to-onnx", "{out}/none", "{out}/o.onnx"), ExitCode.MODEL, "none"),
+        (("to-onnx", "{bundle}", "{out}/no/o.onnx"), ExitCode.STORAGE, "can't write"),
+        (("to-onnx", "{digits}", "{out}/o.onnx", "--weights", "{out}/w"), ExitCode.BUNDLE, "can't read"),
+    ],
+)
+def test_what_can_not_be_converted_is_one_line(
+    digits: Path,
+    bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    code: ExitCode,
+    said: str,
+) -> None:
+    assert main([w.format(bundle=bundle, digits=digits, out=tmp_path) for w in words]) == code
+
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["lenet", "concat_net"])
+def test_torch_loads_a_whole_state_dict_strictly(name: str, tmp_path: Path) -> None:
+    """A factory's module with its weights zeroed computes the same again once they are loaded."""
+    import torch
+
+    from support.nets import small_nets as nets
+
+    (tmp_path / "m.onnx").write_bytes(read_source(f"nets:{name}"))
+    folder = exported(tmp_path / "m.onnx", tmp_path / "b", "--density", "1")
+    for file in ("s.pt", "s.pth"):
+        assert main(["to-torch", str(folder), str(tmp_path / file), "--into", str(tmp_path / "m.onnx")]) == ExitCode.OK
+    module = getattr(nets, name)().eval()
+    x = torch.randn(3, *module.input_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = module(x).numpy()
+        for value in module.state_dict().values():
+            value.zero_()
+        module.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True), strict=True)
+        after = module(x).numpy()
+
+    np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["lenet", "concat_net"])
+def test_a_whole_module_computes_what_the_submodel_computes(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from support.nets import small_nets as nets
+
+    source = f"nets:{name}"
+    folder = exported(source, tmp_path / "b", "--density", "0.5")
+    capsys.readouterr()
+    assert main(["to-torch", str(folder), str(tmp_path / "s.pt"), "--into", source]) == ExitCode.OK
+    assert "in torch" in capsys.readouterr().out
+
+    module = getattr(nets, name)().eval()
+    module.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True), strict=True)
+    x = torch.randn(3, *module.input_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = module(x).numpy()
+    assert distance(found, logits(folder / "inference.onnx", x.numpy())) < 1e-5
+
+
+@pytest.mark.torch
+def test_a_layer_norm_over_lost_channels_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = exported("device_nets:vision_transformer", tmp_path / "b", "--density", "0.5")
+
+    assert (
+        main(["to-torch", str(folder), str(tmp_path / "s.pt"), "--into", "device_nets:vision_transformer"])
+        == ExitCode.MODEL
+    )
+
+    assert "--others keep" in capsys.readouterr().err
+    assert not (tmp_path / "s.pt").exists()
+
+
+@pytest.mark.torch
+def test_a_narrow_module_loads_a_submodel(tmp_path: Path) -> None:
+    import torch
+    from torch import nn
+
+    (tmp_path / "m.onnx").write_bytes(read_source("nets:lenet"))
+    folder = exported(tmp_path / "m.onnx", tmp_path / "b", "--density", "0.5")
+    main(["to-torch", str(folder), str(tmp_path / "s.pt")])
+    module = nn.ModuleDict(
+        {
+            "conv1": nn.Conv2d(1, 3, 5),
+            "conv2": nn.Conv2d(3, 8, 5),
+            "fc1": nn.Linear(8 * 16, 60),
+            "fc2": nn.Linear(60, 42),
+            "fc3": nn.Linear(42, 10),
+        }
+    )
+    module.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True), strict=True)
+    x = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = torch.max_pool2d(torch.relu(module["conv1"](x)), 2)
+        y = torch.flatten(torch.max_pool2d(torch.relu(module["conv2"](y)), 2), 1)
+        y = module["fc3"](torch.relu(module["fc2"](torch.relu(module["fc1"](y)))))
+
+    assert distance(y.numpy(), logits(folder / "inference.onnx", x.numpy())) < 1e-5
+
+
+@pytest.mark.torch
+def test_tied_tensors_have_all_their_names(tmp_path: Path) -> None:
+    import torch
+    from torch import nn
+
+    from fedprune_export.importing import export_torch
+
+    class Tied(nn.Module):
+        input_shape = (6,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.two.weight = self.one.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.relu(self.two(torch.relu(self.one(x)))))
+
+    torch.manual_seed(0)
+    module = Tied().eval()
+    (tmp_path / "m.onnx").write_bytes(export_torch(module))
+    folder = exported(tmp_path / "m.onnx", tmp_path / "b", "--density", "1")
+    assert main(["to-torch", str(folder), str(tmp_path / "b.pt"), "--into", str(tmp_path / "m.onnx")]) == ExitCode.OK
+    assert main(["to-torch", str(tmp_path / "m.onnx"), str(tmp_path / "m.pt")]) == ExitCode.OK
+
+    for name in ("b.pt", "m.pt"):
+        state = torch.load(tmp_path / name, weights_only=True)
+        Tied().load_state_dict(state, strict=True)
+        for key, value in module.state_dict().items():
+            assert torch.equal(state[key], value)
+
+
+def test_nothing_that_is_read_is_written_over(
+    digits: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, link = tmp_path / "digits.onnx", tmp_path / "link.onnx"
+    model.write_bytes(digits.read_bytes())
+    link.symlink_to(model)
+    weights = tmp_path / "global.safetensors"
+    weights.write_bytes(tensorfile.encode(import_onnx(digits.read_bytes(), "digits").tensors))
+    before = {p: p.read_bytes() for p in (model, weights, bundle / "inference.onnx", bundle / "weights.safetensors")}
+
+    for words in (
+        ("to-onnx", str(model), str(model)),
+        ("to-onnx", str(model), str(link)),
+        ("to-torch", str(model), str(weights), "--weights", str(weights)),
+        ("to-onnx", str(bundle), str(bundle / "inference.onnx")),
+        ("to-torch", str(bundle), str(bundle / "weights.safetensors")),
+    ):
+        assert main(list(words)) == ExitCode.USAGE
+        assert "is read and would be written over" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in before} == before

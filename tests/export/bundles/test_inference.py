@@ -1,0 +1,83 @@
+"""Inference graphs read their weights from the tensor file beside them, so that a board can swap the file alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError
+from fedprune.runtime.session import Session
+from fedprune_export.bundles.inference import WEIGHTS_FILE, inference_model
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.model import Model
+from support.nets import published_nets as zoo
+from support.oracles.cutting import distance, inputs, outputs, random_selection
+
+pytestmark = pytest.mark.torch
+
+Imported = Callable[[str], Model]
+
+
+@pytest.mark.parametrize("name", zoo.NETS)
+def test_the_folder_computes_what_the_cut_graph_computes(imported: Imported, tmp_path: Path, name: str) -> None:
+    model = imported(name)
+    selection = random_selection(model, 0.5, seed=1)
+    (tmp_path / "inference.onnx").write_bytes(inference_model(model, selection.widths))
+    (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(selection.gather(model.tensors)))
+    x = inputs(model, 3)
+
+    logits = Session(tmp_path / "inference.onnx").run({"x": x})["logits"]
+
+    assert distance(logits, outputs(cut(model, selection), x)) < 1e-6
+
+
+def test_swapping_the_weights_file_swaps_the_model(imported: Imported, tmp_path: Path) -> None:
+    model = imported("resnet20_bn")
+    one, other = (random_selection(model, 0.5, seed) for seed in (1, 2))
+    graph, x = tmp_path / "inference.onnx", inputs(model, 3)
+    graph.write_bytes(inference_model(model, one.widths))
+
+    (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(one.gather(model.tensors)))
+    first = Session(graph).run({"x": x})["logits"]
+    (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(other.gather(model.tensors)))
+    second = Session(graph).run({"x": x})["logits"]
+
+    assert distance(first, outputs(cut(model, one), x)) < 1e-6
+    assert distance(second, outputs(cut(model, other), x)) < 1e-6
+    assert distance(first, second) > 1e-2
+
+
+def test_the_graph_holds_no_weights(imported: Imported) -> None:
+    model = imported("vgg11_bn")
+
+    raw = inference_model(model, model.architecture.sizes)
+
+    assert len(raw) < 32 * 1024
+    assert sum(v.nbytes for v in model.tensors.values()) > 10 * len(raw)
+
+
+def test_the_same_widths_give_the_same_bytes(imported: Imported) -> None:
+    model = imported("concat_net")
+
+    assert inference_model(model, [4, 3, 3, 3]) == inference_model(model, [4, 3, 3, 3])
+
+
+def test_wrong_widths_are_refused(imported: Imported) -> None:
+    with pytest.raises(BundleError, match="widths"):
+        inference_model(imported("lenet"), [1, 2])
+
+
+def test_input_and_output_are_named_by_the_contract(imported: Imported, tmp_path: Path) -> None:
+    model = imported("lenet")
+    (tmp_path / "inference.onnx").write_bytes(inference_model(model, model.architecture.sizes))
+    (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(model.tensors))
+
+    session = Session(tmp_path / "inference.onnx")
+
+    assert session.inputs == {"x": ("tensor(float)", ("N", 1, 28, 28))}
+    assert session.outputs == ("logits",)
+    assert np.isfinite(session.run({"x": inputs(model, 1)})["logits"]).all()

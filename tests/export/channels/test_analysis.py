@@ -1,0 +1,285 @@
+"""Channel groups: those that Torch-Pruning finds, and its physically pruned networks compute what our cuts compute."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.model.architecture import FIXED, Architecture, TensorKind
+from fedprune.model.selection import Selection
+from fedprune_export.channels.grouping import _passes
+from fedprune_export.importing import import_onnx
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.model import Model
+from support.nets import published_nets as zoo
+from support.oracles.cutting import distance, inputs, outputs, random_selection
+
+pytestmark = pytest.mark.torch
+
+Imported = Callable[[str], Model]
+F32 = np.dtype(np.float32)
+
+
+def in_order(group: tuple[frozenset[tuple[str, str]], int]) -> tuple[list[tuple[str, str]], int]:
+    """A group as what sorts the same way whatever order its set is in."""
+    return sorted(group[0]), group[1]
+
+
+def layers_of(architecture: Architecture) -> list[tuple[frozenset[tuple[str, str]], int]]:
+    """Per group the layer sides that it touches, and its size."""
+    found = []
+    for i, group in enumerate(architecture.groups):
+        sides = {
+            (t.name.rpartition(".")[0], "out" if axis == 0 else "in")
+            for t in architecture.tensors
+            if t.kind is TensorKind.WEIGHT
+            for axis in (0, 1)
+            if i in t.axes[axis].groups
+        }
+        found.append((frozenset(sides), group.size))
+    return sorted(found, key=in_order)
+
+
+def torch_pruning(module: Any) -> tuple[Any, Any]:
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tp = pytest.importorskip("torch_pruning")
+        graph = tp.DependencyGraph().build_dependency(module, torch.zeros((2, *module.input_shape)))
+    return tp, graph
+
+
+def their_groups(module: Any) -> Iterator[tuple[frozenset[tuple[str, str]], int]]:
+    import torch
+
+    _, graph = torch_pruning(module)
+    names = {part: name for name, part in module.named_modules()}
+    kinds = (torch.nn.Conv2d, torch.nn.Linear)
+    for group in graph.get_all_groups(root_module_types=kinds):
+        sides = set()
+        for item in group:
+            part = item.dep.target.module
+            if isinstance(part, kinds):
+                out = graph.is_out_channel_pruning_fn(item.dep.handler)
+                sides.add((names[part], "out" if out else "in"))
+        yield frozenset(sides), len(group[0].idxs)
+
+
+# At every push `test_torch_pruning.py` compares the same networks and more, in its own way.
+@pytest.mark.soak
+@pytest.mark.parametrize("name", zoo.NETS)
+def test_groups_equal_torch_prunings(imported: Imported, name: str) -> None:
+    module, architecture = zoo.make(name), imported(name).architecture
+    last = architecture.layers[-1].weight.rpartition(".")[0]
+
+    theirs = sorted(their_groups(module), key=in_order)
+
+    theirs.remove((frozenset({(last, "out")}), 10))  # the classes, which we never cut
+    assert layers_of(architecture) == theirs
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", zoo.NETS)
+def test_cut_equals_what_torch_pruning_cuts(imported: Imported, name: str) -> None:
+    import torch
+
+    model, module = imported(name), zoo.make(name)
+    selection = random_selection(model, 0.5, seed=9)
+    tp, graph = torch_pruning(module)
+    modules = dict(module.named_modules())
+    for i, group in enumerate(model.architecture.groups):
+        root = next(
+            t.name.rpartition(".")[0]
+            for t in model.architecture.tensors
+            if t.kind is TensorKind.WEIGHT and t.axes[0].groups == (i,)
+        )
+        lost = sorted(selection.ranks[i][selection.widths[i] :].tolist())
+        part = modules[root]
+        prune = tp.prune_conv_out_channels if isinstance(part, torch.nn.Conv2d) else tp.prune_linear_out_channels
+        assert part.weight.shape[0] == group.size
+        graph.get_pruning_group(part, prune, idxs=lost).prune()
+    x = inputs(model, 7)
+
+    with torch.no_grad():
+        expected = module(torch.from_numpy(x)).numpy()
+
+    assert distance(outputs(cut(model, selection), x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", zoo.NETS)
+def test_layers_count_the_weights_of_the_module(imported: Imported, name: str) -> None:
+    model, module = imported(name), zoo.make(name)
+    state = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
+
+    assert set(model.tensors) == set(state)
+    for key, value in state.items():
+        np.testing.assert_array_equal(model.tensors[key], value.numpy())
+
+
+def test_cost_table_counts_positions(imported: Imported) -> None:
+    rows = {n.weight: (n.op, n.positions) for n in imported("lenet").architecture.layers if n.weight}
+
+    assert rows == {
+        "conv1.weight": ("Conv", 24 * 24),
+        "conv2.weight": ("Conv", 8 * 8),
+        "fc1.weight": ("Gemm", 1),
+        "fc2.weight": ("Gemm", 1),
+        "fc3.weight": ("Gemm", 1),
+    }
+
+
+def test_kinds_follow_use(imported: Imported) -> None:
+    kinds = {t.name: t.kind for t in imported("resnet20_bn").architecture.tensors}
+
+    assert kinds["conv1.weight"] is TensorKind.WEIGHT
+    assert kinds["bn1.weight"] is TensorKind.NORM_SCALE
+    assert kinds["bn1.bias"] is TensorKind.NORM_BIAS
+    assert kinds["bn1.running_mean"] is TensorKind.STAT_MEAN
+    assert kinds["bn1.running_var"] is TensorKind.STAT_VAR
+    assert kinds["fc.bias"] is TensorKind.BIAS
+
+
+def test_input_and_classes_stay(imported: Imported) -> None:
+    for name in zoo.NETS:
+        architecture = imported(name).architecture
+        first, last = (
+            architecture.by_name[architecture.layers[0].weight],
+            architecture.by_name[architecture.layers[-1].weight],
+        )
+        assert architecture.classes == 10
+        assert first.axes[1].groups == ()
+        assert last.axes[0].groups == ()
+
+
+def test_flattened_channels_have_an_inner_length(imported: Imported) -> None:
+    (segment,) = imported("lenet").architecture.by_name["fc1.weight"].axes[1].segments
+
+    assert (segment.count, segment.inner) == (16, 16)
+
+
+def test_concatenated_channels_are_segments_of_their_groups(imported: Imported) -> None:
+    architecture = imported("concat_net").architecture
+
+    for name, inner in (("last.weight", 1), ("fc.weight", 16)):
+        axis = architecture.by_name[name].axes[-1]
+        assert [(s.count, s.inner) for s in axis.segments] == [(8, inner), (6, inner), (6, inner), (6, inner)]
+        assert len(axis.groups) == 4
+
+
+def test_activations_lists_what_a_backward_pass_keeps(imported: Imported) -> None:
+    kept = {a.name: (a.channels.length, a.positions) for a in imported("lenet").architecture.activations if a.kept}
+
+    assert kept["x"] == (1, 28 * 28)
+    assert (6, 24 * 24) in kept.values()
+    assert (16, 16) in kept.values()
+    assert kept.keys().isdisjoint({"logits"})
+
+
+def test_groups_come_in_graph_order(imported: Imported) -> None:
+    architecture = imported("vgg11_bn").architecture
+
+    assert [g.name for g in architecture.groups] == [f"g{i}" for i in range(8)]
+    assert [g.size for g in architecture.groups] == [16, 32, 64, 64, 128, 128, 128, 128]
+
+
+def test_an_operator_without_a_rule_fixes_its_channels_and_is_named() -> None:
+    rng = np.random.default_rng(0)
+    graph = Graph(inputs=[Port("x", F32, ("N", 3, 8, 8))])
+    graph.initializers["a"] = rng.standard_normal((6, 3, 1, 1)).astype(np.float32)
+    graph.initializers["b"] = rng.standard_normal((4, 6, 1, 1)).astype(np.float32)
+    graph.initializers["c"] = rng.standard_normal((5, 4, 8, 8)).astype(np.float32)
+    value = graph.emit("Conv", "x", "a")
+    scale, zero = graph.constant(0.02, np.float32), graph.constant(128, np.uint8)
+    value = graph.emit("DequantizeLinear", graph.emit("QuantizeLinear", value, scale, zero), scale, zero)
+    value = graph.emit("Conv", value, "b")
+    value = graph.emit("Flatten", graph.emit("Conv", value, "c"))
+    graph.outputs = [Port(value, F32, ("N", 5))]
+
+    model = import_onnx(graph.to_bytes(), "net")
+
+    assert [(g.size, model.architecture.members(i)) for i, g in enumerate(model.architecture.groups)] == [
+        (4, ("b[0]", "c[1]"))
+    ]
+    assert any("QuantizeLinear" in note and "no channel rule" in note for note in model.notes)
+
+
+def test_channels_in_another_order_stay() -> None:
+    """Reversing channels between two layers: no one rank order serves both."""
+    rng = np.random.default_rng(0)
+    graph = Graph(inputs=[Port("x", F32, ("N", 3))])
+    for name, shape in (("a", (3, 4)), ("b", (4, 2))):
+        graph.initializers[name] = rng.standard_normal(shape).astype(np.float32)
+    value = graph.emit("MatMul", "x", "a")
+    value = graph.emit("Slice", value, graph.ints(-1), graph.ints(-(2**62)), graph.ints(1), graph.ints(-1))
+    graph.outputs = [Port(graph.emit("MatMul", value, "b"), F32, ("N", 2))]
+
+    model = import_onnx(graph.to_bytes(), "net")
+
+    assert model.architecture.groups == ()
+    assert all(s.group == FIXED for t in model.architecture.tensors for a in t.axes for s in a.segments)
+
+
+def test_widths_that_no_shape_tells_stay() -> None:
+    """Two groups side by side wherever they occur: one of them stays, and the note says so."""
+    rng = np.random.default_rng(0)
+    graph = Graph(inputs=[Port("x", F32, ("N", 3))])
+    for name, shape in (("a", (3, 7)), ("b", (7, 2))):
+        graph.initializers[name] = rng.standard_normal(shape).astype(np.float32)
+    value = graph.emit("MatMul", "x", "a")
+    parts = [
+        graph.emit("Slice", value, graph.ints(start), graph.ints(stop), graph.ints(1))
+        for start, stop in ((3, 7), (0, 3))
+    ]
+    value = graph.emit("Concat", parts[0], graph.emit("Tanh", parts[1]), attrs={"axis": 1})
+    graph.outputs = [Port(graph.emit("MatMul", value, "b"), F32, ("N", 2))]
+
+    model = import_onnx(graph.to_bytes(), "net")
+
+    assert [g.size for g in model.architecture.groups] == [4]
+    assert any("3 channels stay" in note for note in model.notes)
+
+
+def test_nothing_to_cut_is_not_an_error() -> None:
+    graph = Graph(inputs=[Port("x", F32, ("N", 3))])
+    graph.initializers["w"] = np.ones((3, 2), np.float32)
+    graph.outputs = [Port(graph.emit("MatMul", "x", "w"), F32, ("N", 2))]
+
+    model = import_onnx(graph.to_bytes(), "linear")
+
+    assert model.architecture.groups == ()
+    assert Selection.full(model.architecture).whole
+
+
+@pytest.mark.parametrize(
+    ("positions", "found"),
+    [
+        ([0, 1, 2], (1, 1)),
+        ([0, 0, 1, 1, 2, 2], (1, 2)),
+        ([0, 1, 2, 0, 1, 2], (2, 1)),
+        ([0, 2, 1], None),
+        ([0, 1], None),
+        ([0, 0, 1, 2], None),
+    ],
+)
+def test_passes(positions: list[int], found: tuple[int, int] | None) -> None:
+    assert _passes(np.array(positions), 3) == found
+
+
+def test_a_constant_for_each_channel_fixes_them_and_is_named() -> None:
+    rng = np.random.default_rng(0)
+    graph = Graph(inputs=[Port("x", F32, ("N", 3))])
+    for name, shape in (("a", (3, 4)), ("b", (4, 2))):
+        graph.initializers[name] = rng.standard_normal(shape).astype(np.float32)
+    value = graph.emit("Mul", graph.emit("MatMul", "x", "a"), graph.constant([1.0, 2, 3, 4], np.float32))
+    graph.outputs = [Port(graph.emit("MatMul", value, "b"), F32, ("N", 2))]
+
+    model = import_onnx(graph.to_bytes(), "net")
+
+    assert model.architecture.groups == ()
+    assert any("constant for each channel" in note for note in model.notes)

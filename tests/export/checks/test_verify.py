@@ -1,0 +1,413 @@
+"""`verify`: a good bundle passes, and every kind of damage is found, also where the manifest agrees with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, ConfigError, ExitCode, FedpruneError, ModelError, TrainingError
+from fedprune.model.selection import Selection
+from fedprune.runtime.blocks import OFF, block_size
+from fedprune.runtime.bundle import (
+    ARCHITECTURE,
+    FILES,
+    INFERENCE,
+    TRAINING,
+    WEIGHTS,
+    blocked_file,
+    manifest,
+    open_bundle,
+)
+from fedprune.runtime.bundle_folder import write_bundle
+from fedprune.training import step_contract
+from fedprune.training.recipe import Recipe
+from fedprune_export.bundles.bundle import bundle_files
+from fedprune_export.bundles.verification import verify
+from fedprune_export.checks.parity import parity, try_step
+from fedprune_export.cli.main import main
+from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.simulation.digits import digits_model
+from support.nets.token_net import token_net
+
+CHECKS = ["files", "weights", "inference", "training", "descent", "agreement"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+@pytest.fixture(scope="module")
+def half(model: Model) -> Selection:
+    random = np.random.default_rng(3)
+    arch = model.architecture
+    return Selection.of(arch, [n // 2 for n in arch.sizes], [random.permutation(n) for n in arch.sizes])
+
+
+@pytest.fixture(scope="module")
+def files(model: Model, half: Selection) -> dict[str, bytes]:
+    return bundle_files(model, half, Recipe())
+
+
+def written(folder: Path, files: dict[str, bytes], half: Selection, recipe: Recipe | None = None) -> Path:
+    """A bundle whose manifest agrees with its files, whatever is in them."""
+    write_bundle(folder, files, half, recipe or Recipe(), "raspberry-pi-5")
+    return folder
+
+
+def passed(folder: Path, model: Model | None = None) -> tuple[list[str], FedpruneError | None]:
+    """The checks that were passed, and what ended them."""
+    done: list[str] = []
+    try:
+        for check in verify(folder, model):
+            done.append(check.name)  # noqa: PERF401  what came before the error counts
+    except FedpruneError as error:
+        return done, error
+    return done, None
+
+
+def test_a_good_bundle_passes(files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path) -> None:
+    assert passed(written(tmp_path / "b", files, half)) == (CHECKS, None)
+    assert passed(tmp_path / "b", model) == ([*CHECKS, "model"], None)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(proximal=0.1, logit_adjustment=True, mask_absent_classes=True, balance_classes=True),
+        Recipe(loss="bce"),
+        Recipe(loss="mse"),
+        Recipe(loss="huber", huber_delta=0.3),
+        Recipe(label_smoothing=0.2, optimizer="adam", clip_norm=1.0),
+        Recipe(optimizer="adamw", accumulate=2, frozen=("conv1.*", "bn1.*")),
+        Recipe(ordered_dropout=(0.5,), trainable=("fc.*",)),
+        Recipe(mixup=0.3, label_smoothing=0.1, accumulate=2),
+        Recipe(mixup=0.3, loss="bce"),
+    ],
+    ids=lambda r: r.features.key,
+)
+def test_every_recipe_can_be_tried(model: Model, half: Selection, recipe: Recipe, tmp_path: Path) -> None:
+    assert passed(written(tmp_path / "b", bundle_files(model, half, recipe), half, recipe)) == (CHECKS, None)
+
+
+HERE = block_size()
+ELSEWHERE = 8 if HERE != 8 else 16
+
+
+def test_a_step_in_blocks_of_another_processor_is_not_tried(model: Model, half: Selection, tmp_path: Path) -> None:
+    folder = written(tmp_path / "b", bundle_files(model, half, Recipe(), blocks=(ELSEWHERE,)), half)
+    checks = {c.name: c.found for c in verify(folder)}
+    assert list(checks) == [*CHECKS, f"blocks of {ELSEWHERE}"]
+    assert checks[f"blocks of {ELSEWHERE}"].startswith("not tried: ")
+    assert checks["files"].startswith("6 files of ")
+
+
+def test_blocks_that_are_switched_off_are_not_said_to_be_missing(
+    model: Model, half: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(tmp_path / "b", bundle_files(model, half, Recipe(), blocks=(16,)), half)
+    monkeypatch.setenv(OFF, "true")
+    checks = {c.name: c.found for c in verify(folder)}
+    assert checks["blocks of 16"] == f"not tried: blocks are switched off here ({OFF}), and it trains with {TRAINING}"
+    monkeypatch.setenv(OFF, "maybe")
+    with pytest.raises(ConfigError, match=OFF):
+        next(verify(folder))
+
+
+@pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")
+@pytest.mark.parametrize(
+    "recipe", [Recipe(), Recipe(lr=0.0), Recipe(optimizer="adam", accumulate=2, scale=2.0)], ids=str
+)
+def test_a_step_in_blocks_goes_where_the_other_one_goes(
+    model: Model, half: Selection, tmp_path: Path, recipe: Recipe
+) -> None:
+    folder = written(tmp_path / "b", bundle_files(model, half, recipe, blocks=(HERE,)), half, recipe)
+    checks = {c.name: c.found for c in verify(folder, model)}
+    assert list(checks) == [*CHECKS, f"blocks of {HERE}", "model"]
+    assert "this machine trains with it" in checks[f"blocks of {HERE}"]
+
+
+@pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")
+def test_a_step_in_blocks_that_goes_elsewhere_is_found(model: Model, half: Selection, tmp_path: Path) -> None:
+    files = bundle_files(model, half, Recipe(), blocks=(HERE,))
+    graph = onnx.load_model_from_string(files[blocked_file(HERE)])
+    moved = step_contract.following(model.architecture.trainable[-1].name)
+    (node,) = [n for n in graph.graph.node if moved in n.output]
+    node.output[list(node.output).index(moved)] = "before"
+    graph.graph.initializer.append(numpy_helper.from_array(np.array(0.1, np.float32), "tenth"))
+    graph.graph.node.append(onnx.helper.make_node("Add", ["before", "tenth"], [moved]))
+
+    done, error = passed(written(tmp_path / "b", {**files, blocked_file(HERE): graph.SerializeToString()}, half))
+
+    assert done == CHECKS
+    assert isinstance(error, TrainingError)
+    assert f"{blocked_file(HERE)} and {TRAINING} train to different weights" in str(error)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_changed_bit_is_found(files: dict[str, bytes], half: Selection, tmp_path: Path, name: str) -> None:
+    folder = written(tmp_path / "b", files, half)
+    raw = bytearray((folder / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (folder / name).write_bytes(raw)
+
+    done, error = passed(folder)
+
+    assert done == []
+    assert isinstance(error, BundleError)
+    assert name in str(error)
+
+
+def changed(raw: bytes, change: Callable[[onnx.ModelProto], None]) -> bytes:
+    proto = onnx.load_model_from_string(raw)
+    change(proto)
+    out: bytes = proto.SerializeToString()
+    return out
+
+
+def test_weights_that_are_not_finite(files: dict[str, bytes], half: Selection, tmp_path: Path) -> None:
+    tensors = {n: v.copy() for n, v in tensorfile.decode(files[WEIGHTS]).items()}
+    tensors["conv2.weight"].flat[7] = np.nan
+
+    done, error = passed(written(tmp_path / "b", {**files, WEIGHTS: tensorfile.encode(tensors)}, half))
+
+    assert done == ["files"]
+    assert "conv2.weight has numbers that are not finite" in str(error)
+
+
+def test_a_recipe_without_a_rate_is_no_reason_to_complain(model: Model, half: Selection, tmp_path: Path) -> None:
+    still = Recipe(lr=0.0)
+    write_bundle(tmp_path / "b", bundle_files(model, half, still), half, still, "raspberry-pi-5")
+    assert [c.name for c in verify(tmp_path / "b")][-1] == "agreement"
+
+
+def test_weights_of_another_width(files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path) -> None:
+    wider = half.narrowed([w + 1 for w in half.widths])
+    raw = tensorfile.encode(wider.gather(model.tensors))
+
+    with pytest.raises(BundleError, match=r"conv1.weight.*expected F32 \[16, 1, 3, 3\], got F32 \[17, 1, 3, 3\]"):
+        written(tmp_path / "b", {**files, WEIGHTS: raw}, half)
+
+
+def test_an_inference_graph_of_another_width(
+    files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path
+) -> None:
+    wider = bundle_files(model, half.narrowed([w + 1 for w in half.widths]), Recipe())
+
+    done, error = passed(written(tmp_path / "b", {**files, INFERENCE: wider[INFERENCE]}, half))
+
+    assert (done, type(error)) == (["files", "weights"], BundleError)
+
+
+def test_a_training_step_that_climbs(files: dict[str, bytes], half: Selection, tmp_path: Path) -> None:
+    """Where weights are moved along the gradient instead of against it, no step lowers the loss."""
+
+    def uphill(proto: onnx.ModelProto) -> None:
+        for node in proto.graph.node:
+            if node.op_type == "Sub" and node.output[0].endswith("::next"):
+                node.op_type = "Add"
+
+    done, error = passed(written(tmp_path / "b", {**files, TRAINING: changed(files[TRAINING], uphill)}, half))
+
+    assert (done, type(error)) == (CHECKS[:4], TrainingError)
+    assert "no step, however small, lowers the loss" in str(error)
+
+
+def test_a_training_step_that_stands_still(files: dict[str, bytes], half: Selection, tmp_path: Path) -> None:
+    def still(proto: onnx.ModelProto) -> None:
+        for node in proto.graph.node:
+            if node.op_type == "Sub" and node.output[0].endswith("::next"):
+                del node.input[1:]
+                node.op_type = "Identity"
+
+    done, error = passed(written(tmp_path / "b", {**files, TRAINING: changed(files[TRAINING], still)}, half))
+
+    assert (done, type(error)) == (CHECKS[:3], TrainingError)
+    assert "a step moves no weight" in str(error)
+
+
+def test_an_export_tries_the_step_at_its_own_widths(
+    files: dict[str, bytes], model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A step in which a channel count stands as a number loads, and runs at full width only."""
+
+    def frozen(proto: onnx.ModelProto) -> None:
+        shape = model.tensors["bn2.bias"].shape
+        proto.graph.initializer.append(numpy_helper.from_array(np.zeros(shape, np.float32), "wide"))
+        for node in proto.graph.node:
+            if node.output[0] == "bn2.bias::next":
+                node.output[0] = "narrow"
+        proto.graph.node.append(onnx.helper.make_node("Add", ["narrow", "wide"], ["bn2.bias::next"]))
+
+    broken = changed(files[TRAINING], frozen)
+    whole = {**files, WEIGHTS: tensorfile.encode(model.tensors), TRAINING: broken}
+    try_step(model, Recipe(), whole)
+
+    with pytest.raises(ModelError, match="onnxruntime couldn't run the graph"):
+        try_step(model, Recipe(), {**files, TRAINING: broken})
+    (tmp_path / "digits.onnx").write_bytes(digits_model())
+    monkeypatch.setattr("fedprune_export.api.training_step", lambda *_: SimpleNamespace(to_bytes=lambda: broken))
+    code = main(
+        [str(tmp_path / "digits.onnx"), "--target", "raspberry-pi-5", "--density", "0.5", "--out", str(tmp_path / "b")]
+    )
+    assert code == ExitCode.MODEL
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("ignored", [step_contract.Y_PARTNER, step_contract.Y_SHARE])
+def test_a_training_step_that_does_not_mix_labels(model: Model, half: Selection, tmp_path: Path, ignored: str) -> None:
+    """A step that takes a label for its own partner, or counts the first label alone."""
+
+    def unmixed(proto: onnx.ModelProto) -> None:
+        proto.graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "all of it"))
+        other = step_contract.Y if ignored == step_contract.Y_PARTNER else "all of it"
+        for node in proto.graph.node:
+            node.input[:] = [other if i == ignored else i for i in node.input]
+
+    recipe = Recipe(mixup=0.3)
+    files = bundle_files(model, half, recipe)
+    folder = written(tmp_path / "b", {**files, TRAINING: changed(files[TRAINING], unmixed)}, half, recipe)
+
+    done, error = passed(folder)
+
+    assert (done, type(error)) == (CHECKS[:5], ModelError)
+    assert "contradict" in str(error)
+
+
+def test_graphs_that_contradict_each_other(files: dict[str, bytes], half: Selection, tmp_path: Path) -> None:
+    """An inference graph whose logits are doubled still loads, runs and is finite."""
+
+    def doubled(proto: onnx.ModelProto) -> None:
+        for node in proto.graph.node:
+            node.output[:] = ["half" if o == "logits" else o for o in node.output]
+        proto.graph.node.append(onnx.helper.make_node("Add", ["half", "half"], ["logits"]))
+
+    done, error = passed(written(tmp_path / "b", {**files, INFERENCE: changed(files[INFERENCE], doubled)}, half))
+
+    assert (done, type(error)) == (CHECKS[:5], ModelError)
+    assert "contradict each other" in str(error)
+
+
+def test_logits_of_the_wrong_shape(files: dict[str, bytes], half: Selection, tmp_path: Path) -> None:
+    def cropped(proto: onnx.ModelProto) -> None:
+        for node in proto.graph.node:
+            node.output[:] = ["all" if o == "logits" else o for o in node.output]
+        for name, number in (("from", 0), ("to", 9), ("axis", 1)):
+            proto.graph.initializer.append(numpy_helper.from_array(np.array([number]), name))
+        proto.graph.node.append(onnx.helper.make_node("Slice", ["all", "from", "to", "axis"], ["logits"]))
+        proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 9
+
+    done, error = passed(written(tmp_path / "b", {**files, INFERENCE: changed(files[INFERENCE], cropped)}, half))
+
+    assert (done, type(error)) == (CHECKS[:2], ModelError)
+    assert "expected (1, 10), got (1, 9)" in str(error)
+
+
+def test_another_model_is_told_apart(files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path) -> None:
+    folder = written(tmp_path / "b", files, half)
+    graph = model.graph.copy()
+    graph.initializers["fc.weight"] = graph.initializers["fc.weight"] + np.float32(0.01)
+    moved = Model(graph, model.architecture, model.notes, model.values)
+
+    done, error = passed(folder, moved)
+
+    assert (done, type(error)) == (CHECKS, BundleError)
+    assert "other weights than the model: expected 17 equal tensors, got 1 others, such as fc.weight" in str(error)
+
+
+def test_the_command_says_what_it_checked(
+    files: dict[str, bytes], half: Selection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = written(tmp_path / "b", files, half)
+    (tmp_path / "renamed.onnx").write_bytes(digits_model())
+
+    assert main(["verify", str(folder), "--model", str(tmp_path / "renamed.onnx")]) == ExitCode.OK
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [*CHECKS, "model"]
+
+
+def test_the_command_speaks_json_also_of_what_is_wrong(
+    files: dict[str, bytes], half: Selection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = written(tmp_path / "b", files, half)
+    assert main(["verify", str(folder), "--json"]) == ExitCode.OK
+    good = json.loads(capsys.readouterr().out)
+    (folder / ARCHITECTURE).write_text("{}")
+
+    assert main(["verify", str(folder), "--json"]) == ExitCode.BUNDLE
+
+    said = capsys.readouterr()
+    bad = json.loads(said.out)
+    assert (good["ok"], [c["check"] for c in good["passed"]]) == (True, CHECKS)
+    assert (bad["ok"], bad["passed"]) == (False, [])
+    assert ARCHITECTURE in bad["error"]
+    assert said.err.count("\n") == 1
+
+
+def test_what_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path)]) == ExitCode.BUNDLE
+    assert "Is this a bundle's folder?" in capsys.readouterr().err
+
+
+def test_a_swapped_weights_file_that_the_manifest_knows_is_a_bundle_of_its_own(
+    files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path
+) -> None:
+    """Trained weights in the place of the exported ones: all checks hold, only the model's weights are others."""
+    trained = {n: v * np.float32(0.9) for n, v in tensorfile.decode(files[WEIGHTS]).items()}
+    folder = written(tmp_path / "b", {**files, WEIGHTS: tensorfile.encode(trained)}, half)
+
+    assert open_bundle(folder).selection.digest == half.digest
+    assert passed(folder) == (CHECKS, None)
+    assert passed(folder, model)[0] == CHECKS
+
+
+def test_identifiers_are_drawn_from_the_whole_vocabulary(tmp_path: Path) -> None:
+    """A bundle whose embedding is wrong in its last row only is told from the model."""
+    model = import_onnx(token_net(9), "tokens")
+    whole = Selection.full(model.architecture)
+    files = bundle_files(model, whole, Recipe())
+    assert passed(written(tmp_path / "good", files, whole), model) == ([*CHECKS, "model"], None)
+    assert parity(model, whole, files) < 1e-6
+    tensors = {n: v.copy() for n, v in tensorfile.decode(files[WEIGHTS]).items()}
+    tensors["table"][-1] += 1
+
+    with pytest.raises(ModelError, match="something else than the masked one"):
+        parity(model, whole, {**files, WEIGHTS: tensorfile.encode(tensors)})
+
+
+def test_damage_that_the_manifest_agrees_with_never_surprises(
+    files: dict[str, bytes], half: Selection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random changes of graphs, weights and tables end in an error of ours, or in none; nothing is printed."""
+    folder = written(tmp_path / "b", files, half)
+    random = np.random.default_rng(7)
+    for round_ in range(60):
+        name = FILES[round_ % len(FILES)]
+        raw = bytearray(files[name])
+        for at in random.integers(0, min(len(raw), 3000), 1 + round_ % 3):
+            raw[at] ^= 1 << int(random.integers(8))
+        broken = {**files, name: bytes(raw)}
+        for file, content in broken.items():
+            (folder / file).write_bytes(content)
+        (folder / "manifest.json").write_text(manifest(broken, half, Recipe(), "raspberry-pi-5"))
+
+        assert main(["verify", str(folder)]) in (
+            ExitCode.OK,
+            ExitCode.MODEL,
+            ExitCode.BUNDLE,
+            ExitCode.TRAINING,
+        ), (name, round_)
+
+    said = capsys.readouterr()
+    assert {line.partition(":")[0] for line in said.out.splitlines()} <= set(CHECKS)
+    assert {line.partition(":")[0] for line in said.err.splitlines()} == {"error"}

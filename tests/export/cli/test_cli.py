@@ -1,0 +1,437 @@
+"""`fedprune-export` from the outside: bundles, reports, and one line per failure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedprune.core.errors import ExitCode
+from fedprune.hardware import profile_store
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.runtime.bundle import FILES, MANIFEST, blocked_file, open_bundle
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune.terminal.extras import install_command
+from fedprune_export.autodiff.tape import RULES
+from fedprune_export.cli.main import main
+from fedprune_export.importing import read_source
+from fedprune_export.pruning.model import Model
+from support.nets import published_nets as zoo
+
+pytestmark = pytest.mark.torch
+
+Imported = Callable[[str], Model]
+
+REPORTS = ("report.html", "report.json", "report.md")
+
+
+@pytest.fixture(scope="module")
+def lenet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "lenet.onnx"
+    path.write_bytes(read_source("nets:lenet"))
+    return path
+
+
+def export(model: object, out: Path, *more: str, target: str = "raspberry-pi-5") -> int:
+    return main([str(model), "--target", target, "--out", str(out), *more])
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def test_an_export_writes_a_bundle(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(lenet_file, tmp_path / "b", "--density", "0.5") == ExitCode.OK
+
+    bundle = open_bundle(tmp_path / "b")
+    assert bundle.selection.widths == (3, 8, 60, 42)
+    assert bundle.target == "raspberry-pi-5"
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == sorted([*FILES, MANIFEST, *REPORTS])
+    kept = (3 * 25 + 3) + (8 * 3 * 25 + 8) + (60 * 8 * 16 + 60) + (42 * 60 + 42) + (10 * 42 + 10)
+    said = capsys.readouterr().out
+    assert f"44,426 -> {kept:,}" in said
+    assert "replaced" not in said
+    assert export(lenet_file, tmp_path / "b", "--density", "0.5") == ExitCode.OK
+    assert f"replaced: the bundle that was in {tmp_path / 'b'}\n" in capsys.readouterr().out
+
+
+def test_a_board_with_tensorrt_gets_a_plan_for_its_engine(lenet_file: Path, tmp_path: Path) -> None:
+    assert export(lenet_file, tmp_path / "b", "--density", "0.5", target="jetson-orin-nano") == ExitCode.OK
+
+    assert open_bundle(tmp_path / "b").engine == EnginePlan()
+    names = {p.name for p in (tmp_path / "b").iterdir()}
+    assert names == {*FILES, MANIFEST, *REPORTS, "engine.json"}
+
+
+X86 = "generic-x86-64"
+
+
+def test_a_board_with_blocks_gets_a_step_for_them(lenet_file: Path, tmp_path: Path) -> None:
+    assert export(lenet_file, tmp_path / "b", "--density", "0.5", "--block", "8,16", target=X86) == ExitCode.OK
+
+    assert open_bundle(tmp_path / "b").blocks == (8, 16)
+    names = {p.name for p in (tmp_path / "b").iterdir()}
+    assert names == {*FILES, MANIFEST, *REPORTS, blocked_file(8), blocked_file(16)}
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert report["files"][blocked_file(16)] == (tmp_path / "b" / blocked_file(16)).stat().st_size
+
+
+def test_a_probe_says_which_blocks_a_board_has(lenet_file: Path, tmp_path: Path) -> None:
+    probe = tmp_path / "probe.json"
+    probe.write_text(json.dumps(ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, block=16).to_dict()))
+    given = ("--density", "0.5", "--probe", str(probe))
+    for name, more, blocks in (("a", (), (16,)), ("b", ("--block", "0"), ()), ("c", ("--block", "8"), (8,))):
+        assert export(lenet_file, tmp_path / name, *given, *more, target=X86) == ExitCode.OK
+        assert open_bundle(tmp_path / name).blocks == blocks
+    assert export(lenet_file, tmp_path / "d", *given, target="raspberry-pi-5") == ExitCode.OK
+    assert open_bundle(tmp_path / "d").blocks == ()
+
+
+def test_a_memory_limit_leaves_blocks_out_and_says_so(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probe = tmp_path / "probe.json"
+    probe.write_text(json.dumps(ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, block=16).to_dict()))
+    given = ("--density", "0.5", "--memory-limit", "1GB", "--probe", str(probe))
+    said = "no step in blocks of 16 channels, which --probe says: --memory-limit is for training.onnx\n"
+    assert export(lenet_file, tmp_path / "a", *given, target=X86) == ExitCode.OK
+    assert said in capsys.readouterr().out
+    assert open_bundle(tmp_path / "a").blocks == ()
+    assert export(lenet_file, tmp_path / "b", *given, "--block", "0", target=X86) == ExitCode.OK
+    assert export(lenet_file, tmp_path / "c", *given) == ExitCode.OK
+    assert "no step in blocks" not in capsys.readouterr().out
+
+
+def test_every_target_says_what_its_training_step_takes_of_a_limit(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--density", "0.5", "--memory-limit", "1GB")
+    assert export(lenet_file, tmp_path / "b", *options, target=f"raspberry-pi-5,{X86}") == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("raspberry-pi-5", X86):
+        assert len([x for x in lines if x.startswith(f"{name}: memory of a training step: ")]) == 1
+
+
+def test_boards_of_a_kind_that_has_no_blocks_get_no_step_for_them(lenet_file: Path, tmp_path: Path) -> None:
+    both = f"raspberry-pi-5,{X86}"
+    assert export(lenet_file, tmp_path / "b", "--density", "0.5", "--block", "16", target=both) == ExitCode.OK
+    assert open_bundle(tmp_path / "b" / "raspberry-pi-5").blocks == ()
+    assert open_bundle(tmp_path / "b" / X86).blocks == (16,)
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "said"),
+    [
+        (("--block", "16"), "raspberry-pi-5", "--block is for x86 boards: expected a target of x86_64, got aarch64"),
+        (("--block", "16", "--set", "ordered_dropout=0.5"), X86, "expected a recipe that trains at one width"),
+    ],
+)
+def test_blocks_that_make_no_sense(
+    lenet_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    target: str,
+    said: str,
+) -> None:
+    assert export(lenet_file, tmp_path / "b", *options, target=target) == ExitCode.USAGE
+    assert said in one_line(capsys)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_length_that_no_block_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        export("no-such-model", tmp_path / "b", "--block", "12", target=X86)
+    assert ended.value.code == ExitCode.USAGE
+    assert "expected 4, 8, 16, several with commas, or 0 for none, got '12'" in one_line(capsys)
+
+
+def test_another_boards_bundle_is_refused_before_the_model_is_read(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(lenet_file, tmp_path / "b") == ExitCode.OK
+    capsys.readouterr()
+    assert export("no-such-model", tmp_path / "b", target="raspberry-pi-4b") == ExitCode.BUNDLE
+    assert "expected one of raspberry-pi-4b, got one of 'raspberry-pi-5'" in one_line(capsys)
+
+
+def test_a_torch_factory_gives_the_same_bundle(lenet_file: Path, tmp_path: Path) -> None:
+    assert export(lenet_file, tmp_path / "file") == ExitCode.OK
+    assert export("nets:lenet", tmp_path / "factory") == ExitCode.OK
+
+    for name in FILES:
+        assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "factory" / name).read_bytes()
+
+
+@zoo.needs_timm
+def test_a_network_of_timm_is_exported_by_name(tmp_path: Path) -> None:
+    assert export("timm:test_resnet", tmp_path / "b", "--input-shape", "3,32,32", "--density", "0.5") == ExitCode.OK
+
+    architecture = open_bundle(tmp_path / "b").architecture
+    assert (architecture.name, architecture.input_shape, architecture.classes) == ("test_resnet", (3, 32, 32), 1000)
+
+
+def test_the_planner_cuts_until_a_round_fits(lenet_file: Path, tmp_path: Path) -> None:
+    assert export(lenet_file, tmp_path / "b", "--bytes-per-round", "100000") == ExitCode.OK
+
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert report["plan"]["bound"] == "bytes"
+    assert 2 * (tmp_path / "b" / "weights.safetensors").stat().st_size <= 100000
+    assert report["parity"]["max_relative_error"] < 1e-5
+
+
+def small_board(folder: Path, memory: int) -> Path:
+    """The file of a board whose training may take that many bytes."""
+    board = profile_store.find("raspberry-pi-5")
+    memory_of = replace(board.memory, total_bytes=memory + 10**9, reserve_bytes=10**9, training_share=1.0)
+    path = folder / "small.json"
+    path.write_text(replace(board, memory=memory_of).to_json())
+    return path
+
+
+def test_a_board_with_little_memory_gets_parts_of_a_batch(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = ("--set", "batch_size=256", "--samples", "256")
+    board = str(small_board(tmp_path, 110 * 10**6))
+    assert export(lenet_file, tmp_path / "b", *batches, target=board) == ExitCode.OK
+    said = capsys.readouterr().out
+    bundle, plan = open_bundle(tmp_path / "b"), json.loads((tmp_path / "b" / "report.json").read_text())["plan"]
+    assert plan["density"] == 1
+    assert plan["accumulate"] == bundle.recipe.accumulate > 1
+    assert sum(plan["prediction"]["memory"].values()) == plan["prediction"]["memory_bytes"] <= 110 * 10**6
+    assert f"(accumulate = {bundle.recipe.accumulate})" in said
+    assert "weights and optimiser state" in said
+    assert b"::sum" in (tmp_path / "b" / "training.onnx").read_bytes()
+    assert main(["verify", str(tmp_path / "b")]) == ExitCode.OK
+
+
+def test_an_export_that_keeps_little_of_a_model_warns(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(lenet_file, tmp_path / "b", "--bytes-per-round", "40000") == ExitCode.OK
+    said = capsys.readouterr().out
+    assert "warning: only " in said
+    assert "warning: only " in (tmp_path / "b" / "report.md").read_text()
+    enough = said.partition("--bytes-per-round ")[2].partition(",")[0]
+    assert export(lenet_file, tmp_path / "b", "--bytes-per-round", enough) == ExitCode.OK
+    said = capsys.readouterr().out
+    assert "keeps 100% of the weights" in said
+    assert "warning" not in said
+
+
+def test_the_report_counts_what_is_on_disk(lenet_file: Path, tmp_path: Path) -> None:
+    export(lenet_file, tmp_path / "b", "--density", "0.5")
+
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+
+    assert report["after"]["weights_bytes"] == (tmp_path / "b" / "weights.safetensors").stat().st_size
+    assert report["files"] == {n: (tmp_path / "b" / n).stat().st_size for n in FILES}
+    assert (tmp_path / "b" / "report.md").read_text().startswith("# lenet for raspberry-pi-5")
+
+
+def test_json_output_is_the_report(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(lenet_file, tmp_path / "b", "--json")
+
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "b" / "report.json").read_text())
+
+
+def test_a_recipe_names_the_training_step(lenet_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"proximal": 0.1, "epochs": 2}')
+
+    export(lenet_file, tmp_path / "b", "--recipe", str(tmp_path / "recipe.json"))
+
+    assert open_bundle(tmp_path / "b").recipe.proximal == 0.1
+    assert b"::anchor" in (tmp_path / "b" / "training.onnx").read_bytes()
+
+
+def test_a_truncated_model(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.onnx").write_bytes(lenet_file.read_bytes()[:-1000])
+
+    assert export(tmp_path / "broken.onnx", tmp_path / "b") == ExitCode.MODEL
+    assert "broken.onnx" in one_line(capsys)
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_operator_that_can_not_be_trained_is_named(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(RULES, "Relu")
+
+    assert export(lenet_file, tmp_path / "b") == ExitCode.MODEL
+    assert "(Relu) has no gradient rule" in one_line(capsys)
+
+
+def test_no_such_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(tmp_path / "none.onnx", tmp_path / "b") == ExitCode.MODEL
+    assert "No such file" in one_line(capsys)
+
+
+def test_no_such_target(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(lenet_file, tmp_path / "b", target="toaster") == ExitCode.PROFILE
+    assert "toaster" in one_line(capsys)
+
+
+def test_a_model_that_fits_at_no_width(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(lenet_file, tmp_path / "b", "--bytes-per-round", "10") == ExitCode.PLAN
+    assert "bytes" in one_line(capsys)
+
+
+@pytest.mark.parametrize("recipe", ["{", "[1]", '{"learning": 1}', '{"lr": "fast"}'])
+def test_a_strange_recipe(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str) -> None:
+    (tmp_path / "recipe.json").write_text(recipe)
+
+    assert export(lenet_file, tmp_path / "b", "--recipe", str(tmp_path / "recipe.json")) == ExitCode.CONFIG
+    assert "recipe.json" in one_line(capsys)
+
+
+def test_a_folder_with_other_things(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+
+    assert export(lenet_file, tmp_path) == ExitCode.BUNDLE
+    assert "not empty" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        *(("--density", v, f"above 0 and at most 1, or auto, got '{v}'") for v in ("0", "1.5", "wide", "nan")),
+        ("--samples", "-4", "above 0, got '-4'"),
+        ("--bytes-per-round", "0", "above 0, got '0'"),
+        ("--deadline", "-1", "above 0, got '-1'"),
+        ("--input-shape", "3,a", "such as 3,32,32, got '3,a'"),
+        ("--scorer", "curvature", "magnitude"),
+    ],
+)
+def test_a_strange_option_is_a_usage_error(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, said: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        export(lenet_file, tmp_path / "b", option, value)
+    assert caught.value.code == ExitCode.USAGE
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert option in last
+    assert said in last
+
+
+def test_a_wrong_number_of_class_names_is_a_usage_error(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(lenet_file, tmp_path / "b", "--class-names", "a,b") == ExitCode.USAGE
+    assert "--class-names: expected 10 names, got 2" in one_line(capsys)
+
+
+def test_a_file_as_the_folder_is_a_usage_error(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(lenet_file, lenet_file) == ExitCode.USAGE
+    assert "lenet.onnx is a file" in one_line(capsys)
+
+
+def test_the_report_says_that_the_density_was_asked_for(lenet_file: Path, tmp_path: Path) -> None:
+    export(lenet_file, tmp_path / "b", "--density", "0.5")
+    assert "density 0.5, as asked" in (tmp_path / "b" / "report.md").read_text()
+
+
+@pytest.mark.system
+def test_without_onnx_the_extra_is_named(lenet_file: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['onnx'] = None\n"
+        "from fedprune_export.cli.main import main\n"
+        f"sys.exit(main([{str(lenet_file)!r}, '--target', 'raspberry-pi-5', '--out', {str(tmp_path / 'b')!r}]))\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == ExitCode.MISSING_EXTRA
+    assert install_command("export") in done.stderr
+
+
+def test_a_terminal_sees_what_is_being_done(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names in square brackets are names, not styles."""
+    told: list[str] = []
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("rich.status.Status.update", lambda self, text: told.append(text))
+    odd = tmp_path / "[bold]lenet.onnx"
+    odd.write_bytes(lenet_file.read_bytes())
+
+    assert export(odd, tmp_path / "b", "--density", "0.5") == ExitCode.OK
+
+    assert told[0] == f"importing {tmp_path}/\\[bold]lenet.onnx"
+    assert told[-1] == "exporting for raspberry-pi-5 (1 of 1)"
+
+
+def test_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profiles", "list"]) == ExitCode.OK
+    assert "raspberry-pi-5" in capsys.readouterr().out
+
+
+@pytest.mark.system
+def test_an_onnx_file_is_exported_without_importing_torch(lenet_file: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from fedprune_export.cli.main import main\n"
+        f"sys.exit(main([{str(lenet_file)!r}, '--target', 'raspberry-pi-5', '--out', {str(tmp_path / 'b')!r}]))\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("given", ["3,28,28", "1,14,14", "784"])
+def test_an_input_shape_that_is_not_the_model_s_is_refused(
+    lenet_file: Path, tmp_path: Path, given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(lenet_file, tmp_path / "b", "--input-shape", given) == ExitCode.MODEL
+    said = one_line(capsys)
+    assert f"expected [1, 28, 28], got [{given.replace(',', ', ')}]" in said
+    assert "--input-shape" in said
+    assert export(lenet_file, tmp_path / "b", "--input-shape", "1,28,28") == ExitCode.OK
+
+
+def test_an_input_shape_that_a_module_does_not_take_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export("nets:lenet", tmp_path / "b", "--input-shape", "3,28,28") == ExitCode.MODEL
+    assert "torch can't export it for input [n, 3, 28, 28] (" in one_line(capsys)
+
+
+def test_a_memory_limit_is_kept_or_refused(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = ("--density", "1", "--set", "batch_size=1000")
+    assert export(lenet_file, tmp_path / "free", *large, "--memory-limit", "2GB") == ExitCode.OK
+    said = capsys.readouterr().out
+    assert "memory of a training step: " in said
+    assert "computed again" not in said
+    free = float(said.partition("memory of a training step: ")[2].split()[0])
+    limit = f"{0.95 * free:.1f}MB"
+    assert export(lenet_file, tmp_path / "tight", *large, "--memory-limit", limit) == ExitCode.OK
+    assert "computed again" in capsys.readouterr().out
+    assert (tmp_path / "tight" / "training.onnx").read_bytes() != (tmp_path / "free" / "training.onnx").read_bytes()
+    assert export(lenet_file, tmp_path / "none", "--memory-limit", "10MB") == ExitCode.PLAN
+    assert "doesn't fit its memory limit" in one_line(capsys)
+    assert export(lenet_file, tmp_path / "none", "--memory-limit", "100") == ExitCode.PLAN
+    assert "expected at most 100 bytes, got" in one_line(capsys)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("text", ["", "MB", "0", "-1MB", "1TB", "1e9", "200 pounds", "²MB"])
+def test_a_memory_limit_is_an_amount(lenet_file: Path, tmp_path: Path, text: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        export(lenet_file, tmp_path / "b", f"--memory-limit={text}")
+    assert ended.value.code == ExitCode.USAGE

@@ -1,0 +1,120 @@
+"""docs/export.md: its commands are commands, and its samples are what they print."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import ExitCode
+from fedprune_export.cli.main import COMMANDS, build_parser, main
+from fedprune_export.importing import import_onnx
+from fedprune_server.simulation.digits import digits_model, load_digits
+from support.paths import ROOT
+
+PAGE = (ROOT / "docs" / "export.md").read_text()
+BLOCKS = [block.splitlines() for block in re.findall(r"(?:^    .*\n)+", PAGE, re.MULTILINE)]
+COMMAND = "    fedprune-export "
+
+
+def sample_after(command: str) -> list[str]:
+    """The lines of the first block after a command that shows no commands."""
+    at = next(i for i, block in enumerate(BLOCKS) if any(line.startswith(COMMAND + command) for line in block))
+    return [line.strip() for line in next(b for b in BLOCKS[at + 1 :] if not b[0].startswith(COMMAND))]
+
+
+def words(line: str) -> list[str]:
+    """Columns of a table's row."""
+    return re.split(r" {2,}|\t", line.strip())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All files that the page's commands read."""
+    path = tmp_path_factory.mktemp("docs")
+    (path / "digits.onnx").write_bytes(digits_model())
+    x, y = load_digits()
+    np.savez(path / "eval.npz", x=x[:50], y=y[:50])
+    tensors = import_onnx(digits_model(), "digits").tensors
+    (path / "global.safetensors").write_bytes(tensorfile.encode(tensors))
+    (path / "my-boards").mkdir()
+    shipped = ROOT / "hardware_profiles" / "raspberry-pi-5.toml"
+    (path / "my-board.toml").write_text(shipped.read_text())
+    return path
+
+
+@pytest.fixture(scope="module")
+def printed(folder: Path) -> dict[str, list[str]]:
+    """What every command of the page prints, run in the page's order in one folder."""
+    out: dict[str, list[str]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for line in (line for block in BLOCKS for line in block if line.startswith(COMMAND)):
+            command = line.removeprefix(COMMAND)
+            text = io.StringIO()
+            with contextlib.redirect_stdout(text):
+                code = main(shlex.split(command))
+            assert code == ExitCode.OK, command
+            out[command] = text.getvalue().splitlines()
+    return out
+
+
+def test_all_commands_of_the_page_run(printed: dict[str, list[str]]) -> None:
+    assert {c.split()[0] for c in printed} >= {"digits.onnx", *COMMANDS}
+
+
+def test_the_sample_is_what_the_command_prints(printed: dict[str, list[str]]) -> None:
+    command = next(c for c in printed if c.endswith("--out bundle"))
+
+    # The last digits of the parity are the machine's own.
+    said, found = (
+        [line.strip() for line in text if "parity" not in line] for text in (sample_after(command), printed[command])
+    )
+    assert said == found
+
+
+def test_the_table_of_boards_is_what_the_command_prints(printed: dict[str, list[str]]) -> None:
+    command = next(c for c in printed if c.endswith("--out bundles"))
+
+    said, found = ([words(line)[:-1] for line in text] for text in (sample_after(command), printed[command]))
+    assert said == found
+
+
+def test_the_groups_are_what_the_command_prints(printed: dict[str, list[str]]) -> None:
+    assert sample_after("groups") == printed["groups digits.onnx"]
+
+
+def test_the_explanation_is_what_the_command_prints(printed: dict[str, list[str]]) -> None:
+    command = next(c for c in printed if c.startswith("explain") and "--target" in c)
+
+    said, found = ([words(line) for line in text] for text in (sample_after("explain"), printed[command]))
+    shown = [line for line in found if line in said]
+    assert [line for line in said if line != ["..."]] == shown
+
+
+def test_verify_says_what_the_page_says(printed: dict[str, list[str]]) -> None:
+    command = next(c for c in printed if c.startswith("verify"))
+
+    # Losses and sizes of graphs are those of the day.
+    said, found = (
+        [re.sub(r"[0-9][0-9.,e-]*", "#", line) for line in text] for text in (sample_after(command), printed[command])
+    )
+    assert said == found
+
+
+def test_every_flag_that_the_page_names_is_one() -> None:
+    text = build_parser().format_help()
+    with contextlib.redirect_stdout(io.StringIO()) as explain, pytest.raises(SystemExit):
+        main(["explain", "--help"])
+    text += explain.getvalue()
+
+    flags = set(re.findall(r"`(--[a-z-]+)", PAGE)) - {"--into", "--others", "--model", "--weights", "--state"}
+    assert len(flags) > 15
+    for flag in flags:
+        assert flag in text

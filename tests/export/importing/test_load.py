@@ -1,0 +1,475 @@
+"""Bringing models in: torch modules keep all their weights, damaged files are one clear error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fedprune.core.errors import ExitCode, MissingExtraError, ModelError
+from fedprune.terminal.extras import install_command
+from fedprune_export.importing import export_torch, import_onnx, load, read_source, torch_export
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.model import Model
+from support.nets import small_nets as nets
+from support.oracles.cutting import distance, inputs, outputs
+
+pytestmark = pytest.mark.torch
+
+Imported = Callable[[str], Model]
+F32 = np.dtype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def lenet_bytes() -> bytes:
+    return export_torch(nets.lenet())
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet20_bn", "concat_net"])
+def test_the_graph_computes_what_the_module_computes(imported: Imported, name: str) -> None:
+    model, module = imported(name), getattr(nets, name)()
+    x = inputs(model, 7)
+
+    with torch.no_grad():
+        expected = module(torch.from_numpy(x)).numpy()
+
+    assert distance(outputs(model.graph, x), expected) < 1e-5
+
+
+def test_the_same_bytes_give_the_same_architecture(lenet_bytes: bytes) -> None:
+    assert import_onnx(lenet_bytes, "a").architecture.digest == import_onnx(lenet_bytes, "a").architecture.digest
+
+
+def test_exporting_twice_gives_the_same_bytes(lenet_bytes: bytes) -> None:
+    assert export_torch(nets.lenet()) == lenet_bytes
+
+
+@pytest.mark.parametrize("name", ["lenet", "vgg11_bn", "concat_net"])
+def test_a_normalised_graph_imports_as_itself(imported: Imported, name: str) -> None:
+    model = imported(name)
+
+    again = import_onnx(model.graph.to_bytes(), name)
+
+    assert again.architecture.digest == model.architecture.digest
+
+
+def test_a_factory_is_loaded_by_name() -> None:
+    model = load("nets:lenet")
+
+    assert model.architecture.name == "lenet"
+    assert model.architecture.input_shape == (1, 28, 28)
+
+
+def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_net.py").write_text(
+        "from torch import nn\n\n\n"
+        "def small():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    model = load("my_own_net:small", input_shape=(3, 2, 2))
+
+    assert [g.size for g in model.architecture.groups] == [5]
+
+
+def test_a_class_of_modules_is_a_factory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(nn.Module):
+        input_shape = (12,)
+
+        def __init__(self, hidden: int = 5) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(12, hidden), nn.GELU(), nn.Linear(hidden, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.layers(x)
+            return out
+
+    monkeypatch.setattr(nets, "Small", Small, raising=False)
+    monkeypatch.setattr(nets, "made", Small(), raising=False)
+
+    for name in ("Small", "made"):
+        model = load(f"nets:{name}")
+        assert model.architecture.name == name
+        assert [g.size for g in model.architecture.groups] == [5]
+
+
+def test_a_class_that_needs_arguments_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nets, "Linear", nn.Linear, raising=False)
+
+    with pytest.raises(ModelError, match=r"nets:Linear failed \(TypeError: .*in_features"):
+        load("nets:Linear")
+
+
+def test_a_file_is_loaded_by_path(tmp_path: Path, lenet_bytes: bytes) -> None:
+    (tmp_path / "mine.onnx").write_bytes(lenet_bytes)
+
+    assert load(tmp_path / "mine.onnx").architecture.name == "mine"
+
+
+def test_external_weights_are_read(tmp_path: Path, lenet_bytes: bytes) -> None:
+    onnx.save_model(
+        onnx.load_model_from_string(lenet_bytes),
+        str(tmp_path / "m.onnx"),
+        save_as_external_data=True,
+        location="m.data",
+        size_threshold=0,
+    )
+
+    model = load(tmp_path / "m.onnx")
+
+    np.testing.assert_array_equal(model.tensors["fc3.bias"], import_onnx(lenet_bytes, "m").tensors["fc3.bias"])
+
+
+def test_missing_external_weights_name_the_file(tmp_path: Path, lenet_bytes: bytes) -> None:
+    proto = onnx.load_model_from_string(lenet_bytes)
+    onnx.save_model(proto, str(tmp_path / "m.onnx"), save_as_external_data=True, location="m.data", size_threshold=0)
+    (tmp_path / "m.data").unlink()
+
+    with pytest.raises(ModelError, match=r"m\.onnx.*Copy m\.data of the same export beside it"):
+        load(tmp_path / "m.onnx")
+
+
+def test_external_weights_that_are_cut_short_name_the_file(tmp_path: Path, lenet_bytes: bytes) -> None:
+    proto = onnx.load_model_from_string(lenet_bytes)
+    onnx.save_model(proto, str(tmp_path / "m.onnx"), save_as_external_data=True, location="m.data", size_threshold=0)
+    (tmp_path / "m.data").write_bytes(b"short")
+
+    with pytest.raises(ModelError, match=r"m\.onnx.*Copy m\.data of the same export beside it"):
+        load(tmp_path / "m.onnx")
+
+
+def test_training_mode_is_left_and_restored() -> None:
+    module = nets.concat_net().train()
+
+    model = import_onnx(export_torch(module), "net")
+
+    assert module.training
+    assert {n.op for n in model.graph.nodes} >= {"BatchNormalization"}
+
+
+def test_an_example_input_gives_the_shape() -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+    assert import_onnx(export_torch((module, torch.zeros(1, 4))), "net").architecture.input_shape == (4,)
+
+
+def test_an_unknown_input_shape_says_what_to_do() -> None:
+    with pytest.raises(ModelError, match="--input-shape"):
+        export_torch(nn.Linear(4, 3))
+
+
+class MixedBounds(nn.Module):
+    input_shape = (4,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(-1.5, 2)
+
+
+class Raising(nn.Module):
+    input_shape = (4,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("\x1b[31mmine\x07\nand more")
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (MixedBounds(), r"\(Cannot find a compatible OpOverload for aten\.clamp"),
+        (Raising(), r"torch can't export it for input \[.*\] \(mine\)"),
+    ],
+)
+def test_why_torch_can_not_export_is_said_in_print(module: nn.Module, message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        export_torch(module)
+
+    assert str(caught.value).isprintable()
+
+
+class Spare(nn.Module):
+    input_shape = (4,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def test_a_parameter_that_the_forward_pass_never_uses_is_left_out_with_a_note() -> None:
+    module = Spare()
+
+    model = import_onnx(export_torch(module), "spare")
+
+    assert set(model.tensors) == {"used.weight", "used.bias"}
+    note = next(n for n in model.notes if "unused" in n)
+    assert note == "The forward pass doesn't use unused.weight, unused.bias: left as they are, and in no bundle."
+    assert all(p.requires_grad for p in module.parameters())
+    again = import_onnx(model.graph.to_bytes(), "spare")
+    assert note in again.notes
+
+
+def test_a_parameter_that_the_export_loses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(graph: Any) -> None:
+        value = graph.initializers.pop("used.bias")
+        value.name = "fused"
+        graph.initializers["fused"] = value
+
+    monkeypatch.setattr(torch_export, "_separate_names", lose)
+    with pytest.raises(ModelError, match=r"lost or fused.*used\.bias"):
+        export_torch(Spare())
+
+
+class Words(nn.Module):
+    """A model of token ids that doesn't declare them."""
+
+    input_shape = (6,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.out = nn.Embedding(37, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.words(x).mean(1))
+
+
+def test_token_ids_can_be_asked_for() -> None:
+    with pytest.raises(ModelError, match="add --token-ids"):
+        export_torch(Words())
+
+    assert import_onnx(export_torch(Words(), token_ids=True), "words").graph.inputs[0].dtype == np.int64
+
+
+def test_torch_prints_nothing_of_a_failed_export(capfd: pytest.CaptureFixture[str]) -> None:
+    class Branching(nn.Module):
+        input_shape = (6,)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else x * 2
+
+    with pytest.raises(ModelError, match="torch can't export it"):
+        export_torch(Branching())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_tied_weights_stay_tied() -> None:
+    class Tied(nn.Module):
+        input_shape = (4,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+            nn.init.ones_(self.a.bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(torch.relu(self.a(torch.relu(self.a(x)))))
+
+    model = import_onnx(export_torch(Tied()), "tied")
+
+    assert set(model.tensors) == {"a.weight", "a.bias", "out.weight", "out.bias"}
+
+
+def test_a_parameter_with_a_reserved_name_stays_a_parameter() -> None:
+    class Odd(nn.Module):
+        input_shape = (4,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lr = nn.Parameter(torch.ones(4, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.lr
+
+    assert set(import_onnx(export_torch(Odd()), "odd").tensors) == {"lr_"}
+
+
+def test_buffers_are_constants() -> None:
+    class Scaled(nn.Module):
+        input_shape = (4,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(4, 2)
+            self.register_buffer("mean", torch.arange(4.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(x - self.mean)
+
+    assert set(import_onnx(export_torch(Scaled()), "net").tensors) == {"out.weight", "out.bias"}
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [nn.Conv3d(2, 6, 3, bias=False), nn.Conv3d(2, 6, 3, 2, 1, 1, 2, bias=False), nn.Conv3d(2, 6, 2, padding="same")],
+    ids=["plain", "grouped", "same"],
+)
+def test_convolutions_of_three_axes(convolution: nn.Conv3d) -> None:
+    module = nn.Sequential(convolution, nn.BatchNorm3d(6), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(6, 3))
+    model = import_onnx(export_torch(module, input_shape=(2, 4, 6, 6)), "video")
+    x = inputs(model, 3)
+
+    with torch.no_grad():
+        expected = module.eval()(torch.from_numpy(x)).numpy()
+
+    assert distance(outputs(model.graph, x), expected) < 1e-5
+    assert {n for n in model.tensors if n.startswith("0.")} == {f"0.{n}" for n, _ in convolution.named_parameters()}
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"nothing\.onnx.*No such file") as caught:
+        load(tmp_path / "nothing.onnx")
+    assert caught.value.exit_code is ExitCode.MODEL
+
+
+@pytest.mark.parametrize("source", ["no_such_module:net", "nets:no_such_net", "nets:BROKEN"])
+def test_a_factory_that_is_not_there(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nets, "BROKEN", lambda: 1 / 0, raising=False)
+
+    with pytest.raises(ModelError, match=source.rpartition(":")[2] if "module" not in source else "no_such_module"):
+        load(source)
+
+
+def test_a_factory_that_makes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nets, "wrong", lambda: 3, raising=False)
+
+    with pytest.raises(ModelError, match="expected a torch module, got int"):
+        load("nets:wrong")
+
+
+def test_without_torch_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+    with pytest.raises(MissingExtraError, match=r"pip install torch .*download\.pytorch\.org/whl/cpu") as caught:
+        load("nets:lenet")
+    assert caught.value.exit_code is ExitCode.MISSING_EXTRA
+    assert f"then {install_command('torch')}" in str(caught.value)
+
+
+@pytest.mark.parametrize("raw", [b"", b"hello", b"\x00" * 100, b"PK\x03\x04" + b"z" * 50, b"\x80\x02}q\x00."])
+def test_something_else_than_onnx(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "model.onnx").write_bytes(raw)
+
+    with pytest.raises(ModelError, match=r"model\.onnx.*not a whole ONNX model"):
+        load(tmp_path / "model.onnx")
+
+
+@settings(max_examples=40, deadline=None)
+@given(share=st.floats(0, 0.9999))
+def test_a_truncated_file_is_one_clear_error(lenet_bytes: bytes, share: float) -> None:
+    with pytest.raises(ModelError):
+        import_onnx(lenet_bytes[: int(share * len(lenet_bytes))], "net")
+
+
+def test_read_source_gives_bytes_that_import() -> None:
+    assert import_onnx(read_source("nets:concat_net"), "concat_net").architecture.classes == 10
+
+
+def _port(*shape: int | str) -> list[Port]:
+    return [Port("x", F32, shape)]
+
+
+def test_a_fixed_batch_is_refused() -> None:
+    graph = Graph(inputs=_port(1, 3), initializers={"w": np.ones((3, 2), np.float32)})
+    graph.outputs = [Port(graph.emit("MatMul", "x", "w"), F32, (1, 2))]
+
+    with pytest.raises(ModelError, match=r"fixed batch.*dynamic batch"):
+        import_onnx(graph.to_bytes(), "net")
+
+
+def test_free_height_and_width_are_refused() -> None:
+    graph = Graph(inputs=_port("N", 3, "H", "W"), initializers={"w": np.ones((2, 3, 1, 1), np.float32)})
+    graph.outputs = [Port(graph.emit("Conv", "x", "w"), F32, ("N", 2, "H", "W"))]
+
+    with pytest.raises(ModelError, match="free dimensions besides the batch"):
+        import_onnx(graph.to_bytes(), "net")
+
+
+def _branches(condition: list[str]) -> bytes:
+    """A linear layer after a choice of two activations."""
+
+    def branch(op: str) -> onnx.GraphProto:
+        info = onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, ["N", 3])
+        return onnx.helper.make_graph([onnx.helper.make_node(op, ["x"], ["z"])], op, [], [info])
+
+    graph = Graph(inputs=_port("N", 3), initializers={"yes": np.array(True), "w": np.ones((3, 2), np.float32)})
+    graph.emit("IsNaN", graph.emit("ReduceMax", "x", attrs={"keepdims": 0}), out="no")
+    graph.emit("Relu", "x", out="h")
+    graph.outputs = [Port(graph.emit("MatMul", "h", "w"), F32, ("N", 2))]
+    proto = graph.to_proto()
+    spot = next(n for n in proto.graph.node if n.op_type == "Relu")
+    choices = {"then_branch": branch("Relu"), "else_branch": branch("Tanh")}
+    spot.CopyFrom(onnx.helper.make_node("If", condition, ["h"], **choices))
+    raw: bytes = proto.SerializeToString()
+    return raw
+
+
+def test_a_branch_on_a_constant_is_taken() -> None:
+    assert [n.op for n in import_onnx(_branches(["yes"]), "net").graph.nodes] == ["Relu", "MatMul"]
+
+
+def test_control_flow_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"sub-graph \(If\)"):
+        import_onnx(_branches(["no"]), "net")
+
+
+def test_several_inputs_are_refused() -> None:
+    graph = Graph(inputs=[Port("a", F32, ("N", 3)), Port("b", F32, ("N", 3))])
+    graph.outputs = [Port(graph.emit("Add", "a", "b"), F32, ("N", 3))]
+
+    with pytest.raises(ModelError, match="one input and one output, got 2 and 1"):
+        import_onnx(graph.to_bytes(), "net")
+
+
+def test_double_precision_is_refused() -> None:
+    graph = Graph(inputs=[Port("x", np.dtype(np.float64), ("N", 3))])
+    graph.outputs = [Port(graph.emit("Relu", "x"), np.dtype(np.float64), ("N", 3))]
+
+    with pytest.raises(ModelError, match="expected float32"):
+        import_onnx(graph.to_bytes(), "net")
+
+
+@pytest.mark.system
+def test_another_process_finds_the_same_architecture(tmp_path: Path) -> None:
+    """A server imports the stored file again after a restart."""
+    (tmp_path / "net.onnx").write_bytes(export_torch(nets.concat_net()))
+    code = (
+        "import sys, hashlib\n"
+        "from fedprune_export.importing import load\n"
+        "model = load(sys.argv[1])\n"
+        "print(model.architecture.digest, hashlib.sha256(model.graph.to_bytes()).hexdigest())\n"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "net.onnx")],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+
+    assert len(seen) == 1
+
+
+def test_single_layers_keep_their_mode() -> None:
+    module = nets.concat_net().train()
+    module.last.eval()
+
+    export_torch(module)
+
+    assert (module.training, module.last.training, module.stem.training) == (True, False, True)

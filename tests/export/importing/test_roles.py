@@ -1,0 +1,203 @@
+"""Every trainable tensor stays trainable, and is known by what it is for; nothing becomes a constant in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from fedprune.core.errors import ModelError
+from fedprune.training.features import Features
+from fedprune_export.importing import PARAMETERS_KEY, export_torch, import_onnx
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
+from support.nets import small_nets as nets
+from support.oracles.cutting import cut_error, random_selection
+
+pytestmark = pytest.mark.torch
+
+F32 = np.dtype(np.float32)
+
+
+class Gated(nn.Module):
+    """A convolution that is scaled by squashed parameters, and shifted by some of a longer row."""
+
+    input_shape = (3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.gate, self.shift = nn.Parameter(torch.randn(8, 1, 1)), nn.Parameter(torch.randn(1, 12, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv(x) * torch.sigmoid(self.gate) + self.shift[:, :8]
+        return self.fc(h.relu().mean((2, 3)))
+
+
+class Functional(nn.Module):
+    """A convolution with a computed kernel."""
+
+    input_shape = (3, 8, 8)
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.w, self.fc = how, nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "scaled":
+            kernel = self.w * 0.3
+        elif self.how == "squashed":
+            kernel = torch.tanh(self.w)
+        else:
+            kernel = self.w - self.w.mean((1, 2, 3), keepdim=True)
+        return self.fc(torch.conv2d(x, kernel).relu().mean((2, 3)))
+
+
+class Odd(nn.Module):
+    """One parameter at an operator where weights are seldom."""
+
+    input_shape = (6,)
+
+    def __init__(self, use: Any) -> None:
+        super().__init__()
+        self.use, self.odd, self.fc = use, nn.Parameter(torch.rand(1, 6) + 1), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.use(x, self.odd)[:, :6])
+
+
+def imported(module: nn.Module) -> Model:
+    torch.manual_seed(0)
+    return import_onnx(export_torch(module), "net")
+
+
+def kinds(model: Model) -> dict[str, str]:
+    return {t.name: t.kind.value for t in model.architecture.tensors}
+
+
+def test_parameters_behind_other_operators_are_trained() -> None:
+    model = imported(Gated())
+
+    assert {"gate": "norm_scale", "shift": "bias"}.items() <= kinds(model).items()
+    assert {"gate", "shift"} <= {p.name for p in training_graph(model, Features()).inputs}
+
+
+@pytest.mark.parametrize("how", ["scaled", "squashed", "centred"])
+def test_a_computed_kernel_is_a_weight_and_a_layer(how: str) -> None:
+    model = imported(Functional(how))
+
+    assert kinds(model)["w"] == "weight"
+    assert [(n.weight, n.output_axis) for n in model.architecture.layers if n.weight] == [("w", 0), ("fc.weight", 0)]
+    for i in range(len(model.architecture.groups)):
+        assert cut_error(model, random_selection(model, 0.5, seed=i)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, p: torch.cat([x, p.expand(x.shape[0], 6)], 1),
+        lambda x, p: torch.where(x > 0, p, x),
+        lambda x, p: x.abs() ** p,
+        lambda x, p: -p + x,
+        lambda x, p: torch.exp(p) * x,
+        lambda x, p: torch.maximum(x, p),
+    ],
+    ids=["concat", "where", "pow", "neg", "exp", "max"],
+)
+def test_a_listed_parameter_is_never_lost(use: Any) -> None:
+    assert {"odd", "fc.weight", "fc.bias"} == set(kinds(imported(Odd(use))))
+
+
+def graph_of(odd: np.ndarray[Any, Any]) -> Graph:
+    """A graph that doesn't say which initialisers are weights."""
+    graph = Graph(inputs=[Port("image", F32, ("N", 6))])
+    graph.initializers = {"odd": odd, "w": np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)}
+    value = graph.emit("Gemm", graph.emit("Max", "image", "odd"), "w")
+    graph.outputs = [Port(value, F32, ("N", 4))]
+    return graph
+
+
+def test_without_a_list_a_tensor_of_unknown_use_is_a_constant_and_named() -> None:
+    model = import_onnx(graph_of(np.arange(6, dtype=np.float32)).to_bytes(), "net")
+
+    assert set(model.tensors) == {"w"}
+    assert any("Tensor odd is taken for a constant" in note for note in model.notes)
+
+
+def test_an_import_of_an_import_has_no_such_note() -> None:
+    model = import_onnx(graph_of(np.arange(6, dtype=np.float32)).to_bytes(), "net")
+
+    again = import_onnx(model.graph.to_bytes(), "net")
+
+    assert again.architecture.digest == model.architecture.digest
+    assert not any("taken for a constant" in note for note in again.notes)
+
+
+def test_one_number_is_a_constant_without_a_note() -> None:
+    assert import_onnx(graph_of(np.ones(1, np.float32)).to_bytes(), "net").notes == ()
+
+
+class Shifting(nn.Module):
+    """Pictures are normalised by buffers; a scale of channels is a buffer too, a mixing number a parameter."""
+
+    input_shape = (3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc, self.mix = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Parameter(torch.tensor(0.3))
+        for name, shape in (("mean", (3, 1, 1)), ("deviation", (3, 1, 1)), ("scale", (8, 1, 1))):
+            self.register_buffer(name, torch.rand(shape) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv((x - self.mean) / self.deviation).relu() * self.scale
+        return self.fc((h + self.mix * h.tanh()).mean((2, 3)))
+
+
+def bare(module: nn.Module) -> bytes:
+    """A module as torch writes it, which doesn't say what is trained."""
+    proto = onnx.load_model_from_string(export_torch(module))
+    del proto.metadata_props[:]
+    raw: bytes = proto.SerializeToString()
+    return raw
+
+
+def test_without_a_list_what_normalises_the_input_is_a_constant_and_guesses_are_named() -> None:
+    model = import_onnx(bare(Shifting()), "net")
+
+    assert set(model.tensors) == {"conv.weight", "conv.bias", "scale", "fc.weight", "fc.bias"}
+    notes = [n for n in model.notes if "--parameters" in n]
+    assert [n.partition(". --")[0] for n in notes] == [
+        "Taken for constants, as they apply straight to the input: mean, deviation",
+        "Trained because they are added or multiplied, as constants may be too: scale",
+        "Single numbers that are taken for constants: mix",
+    ]
+
+
+def test_with_a_list_nothing_is_guessed() -> None:
+    model = import_onnx(export_torch(Shifting()), "net")
+
+    assert set(model.tensors) == {"conv.weight", "conv.bias", "mix", "fc.weight", "fc.bias"}
+    assert not any("--parameters" in n for n in model.notes)
+
+
+@pytest.mark.parametrize("make", [nets.lenet, nets.resnet20_bn])
+def test_biases_of_layers_are_no_guesses(make: Callable[[], nn.Module]) -> None:
+    assert not any("--parameters" in n for n in import_onnx(bare(make()), "net").notes)
+
+
+def test_a_listed_tensor_of_another_type_is_refused() -> None:
+    graph = graph_of(np.zeros(6, np.float32))
+    graph.initializers["odd"] = np.arange(6)
+    graph.nodes.insert(0, type(graph.nodes[0])("Cast", ["odd"], ["cast"], {"to": 1}))
+    graph.nodes[1].inputs[1] = "cast"
+    proto = graph.to_proto()
+    proto.metadata_props.add(key=PARAMETERS_KEY, value='["odd", "w"]')
+
+    with pytest.raises(ModelError, match="parameter odd: expected float32, got int64"):
+        import_onnx(proto.SerializeToString(), "net")

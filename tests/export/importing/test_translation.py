@@ -1,0 +1,331 @@
+"""Operators and forms of other opsets come in as those of opset 17, with the same numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import Session
+from fedprune_export.importing import import_onnx
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.model import Model
+from support.oracles.cutting import distance, outputs
+
+F32 = np.dtype(np.float32)
+Build = Callable[[Graph], str]
+
+
+def random(*shape: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def imported(build: Build, shape: tuple[int, ...], size: int, opset: int) -> Model:
+    """The import of an operator before a matrix that takes `size` numbers; its numbers are compared."""
+    graph = Graph(inputs=[Port("image", F32, ("batch", *shape))], opset=opset)
+    value = build(graph)
+    graph.initializers["last"] = random(size, 3)
+    graph.outputs = [Port(graph.emit("MatMul", graph.emit("Flatten", value), "last"), F32, ("batch", 3))]
+    model = import_onnx(graph.to_bytes(), "net")
+    x = np.random.default_rng(1).standard_normal((7, *shape)).astype(np.float32)
+    before = Session(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
+    assert distance(outputs(model.graph, x), before) < 1e-5
+    return model
+
+
+def ops(build: Build, shape: tuple[int, ...], size: int, opset: int) -> list[str]:
+    return [n.op for n in imported(build, shape, size, opset).graph.nodes][:-2]
+
+
+def attention(*further: str, **attrs: Any) -> Build:
+    def build(g: Graph) -> str:
+        for name in "qkv":
+            g.initializers[f"w{name}"] = random(8, 8) + ord(name) % 3
+        q, k, v = (g.emit("MatMul", "image", f"w{name}") for name in "qkv")
+        rng = np.random.default_rng(3)
+        g.initializers["bias"] = rng.standard_normal((5, 5)).astype(np.float32)
+        g.initializers["mask"] = (rng.random((5, 5)) < 0.5) | np.eye(5, dtype=np.bool_)
+        return g.emit("Attention", q, k, v, *further, attrs={"q_num_heads": 2, "kv_num_heads": 2, **attrs})
+
+    return build
+
+
+CORE = ["MatMul", "Mul", "Softmax", "MatMul"]
+
+
+@pytest.mark.parametrize(
+    ("further", "attrs", "more"),
+    [
+        ((), {}, set()),
+        ((), {"scale": 0.3}, set()),
+        ((), {"is_causal": 1}, {"Add"}),
+        (("bias",), {}, {"Add"}),
+        (("mask",), {}, {"Add"}),
+        (("bias",), {"is_causal": 1}, {"Add"}),
+    ],
+)
+def test_attention_side_by_side(further: tuple[str, ...], attrs: dict[str, Any], more: set[str]) -> None:
+    found = ops(attention(*further, **attrs), (5, 8), 40, 23)
+
+    assert set(found) - {"Where"} == {*CORE, "Transpose", "Reshape", *more}
+
+
+def test_attention_by_heads() -> None:
+    assert ops(lambda g: g.emit("Attention", "image", "image", "image"), (2, 5, 4), 40, 23) == ["Transpose", *CORE]
+
+
+@pytest.mark.parametrize(
+    ("attrs", "what"),
+    [({"softcap": 2.0}, "a soft cap"), ({"kv_num_heads": 1}, "fewer heads for keys")],
+)
+def test_attention_of_other_kinds_is_named(attrs: dict[str, Any], what: str) -> None:
+    def build(g: Graph) -> str:
+        g.initializers.update(w=random(8, 8), n=random(8, 4))
+        q, k = g.emit("MatMul", "image", "w"), g.emit("MatMul", "image", "n" if "kv_num_heads" in attrs else "w")
+        return g.emit("Attention", q, k, k, attrs={"q_num_heads": 2, "kv_num_heads": 2, **attrs})
+
+    with pytest.raises(ModelError, match=f"Attention.* has {what}"):
+        imported(build, (5, 8), 40, 23)
+
+
+@pytest.mark.parametrize(("opset", "size"), [(18, 2), (20, 2), (21, 4), (23, 4)])
+def test_group_norm_scales_by_group_or_by_channel(opset: int, size: int) -> None:
+    graph = Graph(inputs=[Port("image", F32, ("batch", 4, 3, 3))], opset=opset)
+    graph.initializers.update(s=random(size), b=random(size) + 1, last=random(36, 3))
+    value = graph.emit("GroupNormalization", "image", "s", "b", attrs={"num_groups": 2})
+    graph.outputs = [Port(graph.emit("MatMul", graph.emit("Flatten", value), "last"), F32, ("batch", 3))]
+    x = random(7, 4, 3, 3)
+
+    found = outputs(import_onnx(graph.to_bytes(), "net").graph, x)
+    parts = x.reshape(7, 2, -1)
+    normal = (parts - parts.mean(2, keepdims=True)) / np.sqrt(parts.var(2, keepdims=True) + 1e-5)
+    scale, bias = (np.repeat(graph.initializers[n], 4 // size)[:, None, None] for n in "sb")
+    expected = (normal.reshape(x.shape) * scale + bias).reshape(7, -1) @ graph.initializers["last"]
+
+    assert distance(found, expected) < 1e-5
+
+
+def test_swish_of_an_opset_to_come() -> None:
+    graph = Graph(nodes=[], opset=24)
+    node = helper.make_node("Swish", ["x"], ["y"], alpha=1.5)
+
+    from fedprune_export.importing.translation import translate
+    from fedprune_export.ir.trace import Trace
+
+    graph.nodes = Graph.from_proto(
+        helper.make_model(helper.make_graph([node], "g", [], [helper.make_tensor_value_info("y", 1, [3])]))
+    ).nodes
+    graph.inputs, graph.outputs = [Port("x", F32, (3,))], [Port("y", F32, (3,))]
+    translate(graph, Trace({"x": (3,)}, {}, (), {}, {}, {}), [])
+    x = random(3)
+
+    np.testing.assert_allclose(Session(graph.to_bytes()).run({"x": x})["y"], x / (1 + np.exp(-1.5 * x)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_equal_parts_get_sizes(parts: int) -> None:
+    def build(g: Graph) -> str:
+        made = g.emit_many("Split", "image", outputs=parts, attrs={"num_outputs": parts, "axis": 1})
+        return g.emit("Concat", *made[::-1], attrs={"axis": 1})
+
+    model = imported(build, (7,), 7, 18)
+    (node,) = [n for n in model.graph.nodes if n.op == "Split"]
+
+    assert "num_outputs" not in node.attrs
+    assert len(model.graph.initializers[node.inputs[1]]) == parts
+
+
+@pytest.mark.parametrize(("mode", "opset"), [("constant", 18), ("reflect", 18), ("edge", 18), ("wrap", 19)])
+def test_pads_of_some_axes(mode: str, opset: int) -> None:
+    def build(g: Graph) -> str:
+        return g.emit("Pad", "image", g.ints(1, 0, 1, 2), "", g.ints(2, -1), attrs={"mode": mode})
+
+    assert set(ops(build, (3, 5, 5), 147, opset)) == ({"Pad"} if mode != "wrap" else {"Slice", "Concat"})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "size"),
+    [
+        (lambda g: ["", g.constant([2, 2], np.float32)], 300),
+        (lambda g: ["", "", g.ints(10, 10)], 300),
+        (lambda g: ["", "", g.ints(7, 9)], 189),
+    ],
+)
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_resizing_some_axes_is_by_scales_of_all(inputs: Callable[[Graph], list[str]], size: int, mode: str) -> None:
+    model = imported(
+        lambda g: g.emit("Resize", "image", *inputs(g), attrs={"axes": [2, 3], "mode": mode}), (3, 5, 5), size, 19
+    )
+    (node,) = [n for n in model.graph.nodes if n.op == "Resize"]
+
+    if mode == "nearest" and size == 189:  # no float32 gives 9 of 5, and a larger scale might move a place
+        assert model.graph.producers()[node.inputs[3]].op == "Concat"
+    else:
+        assert node.inputs[1] == ""
+        assert list(model.graph.initializers[node.inputs[2]][:2]) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("attrs", "message"),
+    [
+        ({"antialias": 1}, "antialias"),
+        ({"coordinate_transformation_mode": "half_pixel_symmetric"}, "half_pixel_symmetric"),
+    ],
+)
+def test_resizing_in_new_ways_is_named(attrs: dict[str, Any], message: str) -> None:
+    chosen = {"axes": [2, 3], "mode": "linear", **attrs}
+
+    with pytest.raises(ModelError, match=f"{message}.* has no form in opset 17"):
+        imported(lambda g: g.emit("Resize", "image", "", "", g.ints(3, 3), attrs=chosen), (3, 5, 5), 27, 19)
+
+
+@pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp"])
+def test_reductions_over_axes_of_an_input(op: str) -> None:
+    model = imported(lambda g: g.emit(op, "image", g.ints(-1), attrs={"keepdims": 0}), (3, 5), 3, 20)
+
+    assert model.graph.nodes[0].attrs["axes"] == [-1]
+
+
+def _raw(
+    nodes: list[onnx.NodeProto], tensors: dict[str, Any], shape: tuple[int, ...], opset: int, **more: Any
+) -> bytes:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", 1, ["N", *shape])],
+        [helper.make_tensor_value_info("y", 1, ["N", 2])],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in tensors.items()],
+    )
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("own", 1)]
+    raw: bytes = helper.make_model(graph, opset_imports=imports, ir_version=8, **more).SerializeToString()
+    return raw
+
+
+def _same(raw: bytes, shape: tuple[int, ...]) -> Model:
+    model, x = import_onnx(raw, "net"), random(7, *shape)
+    assert distance(outputs(model.graph, x), Session(raw).run({"x": x})["y"]) < 1e-5
+    return model
+
+
+def node(op: str, inputs: str, outputs: str, **attrs: Any) -> onnx.NodeProto:
+    return helper.make_node(op, inputs.split(), outputs.split(), **attrs)
+
+
+INTS = {"i0": np.int64(0), "i1": np.int64(1), "i4": np.int64(4), "last": np.int64(-1), "sizes": np.array([2, 4])}
+SEQUENCES: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
+    "chunks": (
+        [node("SplitToSequence", "x i4", "s", axis=1), node("SequenceAt", "s i1", "a"), node("SequenceAt", "s i0", "b"),
+         node("Concat", "a b", "c", axis=1)],
+        ["Split", "Concat"],
+    ),
+    "parts of sizes": (
+        [node("SplitToSequence", "x sizes", "s", axis=-1), node("SequenceAt", "s last", "a"),
+         node("SequenceAt", "s i0", "b"), node("Concat", "a b", "c", axis=1)],
+        ["Split", "Concat"],
+    ),
+    "single rows and a stack": (
+        [node("SplitToSequence", "x", "s", axis=1, keepdims=0),
+         node("ConcatFromSequence", "s", "c", axis=1, new_axis=1)],
+        [*["Gather"] * 6, *["Unsqueeze"] * 6, "Concat"],
+    ),
+    "built by hand": (
+        [node("SequenceEmpty", "", "e"), node("SequenceInsert", "e x", "f"), node("SequenceInsert", "f x i0", "g"),
+         node("SequenceErase", "g last", "h"), node("ConcatFromSequence", "h", "c", axis=1)],
+        [],
+    ),
+    "length": (
+        [node("SequenceConstruct", "x x", "s"), node("SequenceLength", "s", "n"), node("Cast", "n", "f", to=1),
+         node("Mul", "x f", "c")],
+        ["Mul"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("opset", [13, 18])
+def test_sequences_are_tensors(name: str, opset: int) -> None:
+    nodes, expected = SEQUENCES[name]
+    model = _same(_raw([*nodes, node("Gemm", "c w", "y")], {**INTS, "w": random(6, 2)}, (6,), opset), (6,))
+
+    assert [n.op for n in model.graph.nodes if n.op not in ("Gemm", "Flatten")] == [
+        o for o in expected if o != "Concat" or name != "built by hand"
+    ]
+
+
+def test_a_place_that_is_computed_is_named() -> None:
+    nodes = [
+        node("SplitToSequence", "x i4", "s", axis=1),
+        node("ArgMax", "x", "m", axis=1, keepdims=0),
+        node("ReduceMin", "m", "p", keepdims=0),
+        node("SequenceAt", "s p", "c"),
+        node("Gemm", "c w", "y"),
+    ]
+
+    with pytest.raises(ModelError, match=r"SequenceAt.*takes computed numbers"):
+        import_onnx(_raw(nodes, {**INTS, "w": random(4, 2)}, (6,), 17), "net")
+
+
+def test_local_functions_are_written_out() -> None:
+    made = helper.make_function(
+        "own", "Twice", ["a"], ["b"], [node("Relu", "a", "r"), node("Add", "r r", "b")], [helper.make_opsetid("", 17)]
+    )
+    nodes = [helper.make_node("Twice", ["x"], ["h"], domain="own"), node("Gemm", "h w", "y")]
+
+    model = _same(_raw(nodes, {"w": random(6, 2)}, (6,), 17, functions=[made]), (6,))
+
+    assert [n.op for n in model.graph.nodes] == ["Relu", "Add", "Gemm"]
+
+
+@pytest.mark.parametrize("yes", [False, True])
+def test_branches_within_branches(yes: bool) -> None:
+    """Names within a branch may be those of another; tensors of branches join the graph's."""
+    info = helper.make_tensor_value_info("z", 1, ["N", 6])
+
+    def branch(op: str) -> onnx.GraphProto:
+        tensor = numpy_helper.from_array(random(6), "k")
+        return helper.make_graph([node("Add", "x k", "t"), node(op, "t", "z")], op, [], [info], [tensor])
+
+    inner = helper.make_node("If", ["yes"], ["z"], then_branch=branch("Relu"), else_branch=branch("Tanh"))
+    outer = helper.make_graph([inner], "outer", [], [info])
+    choice = helper.make_node("If", ["on"], ["h"], then_branch=outer, else_branch=branch("Sigmoid"))
+    raw = _raw(
+        [choice, node("Gemm", "h w", "y")], {"yes": np.bool_(yes), "on": np.bool_(1), "w": random(6, 2)}, (6,), 17
+    )
+
+    assert [n.op for n in _same(raw, (6,)).graph.nodes] == ["Add", "Relu" if yes else "Tanh", "Gemm"]
+
+
+@pytest.mark.parametrize("opset", [9, 11, 12])
+def test_opsets_before_13_are_raised(opset: int) -> None:
+    clip = {"min": -1.0, "max": 1.0} if opset < 11 else {}
+    nodes = [
+        node("ReduceSum", "x", "r", axes=[2], keepdims=1),
+        node("Squeeze", "r", "s", axes=[2]),
+        node("Clip", "s" if clip else "s low high", "c", **clip),
+        node("Softmax", "c", "p", axis=1),
+        node("Dropout", "p", "d", **({} if opset >= 12 else {"ratio": 0.3})),
+        node("MatMul", "d w", "y"),
+    ]
+    tensors = {"w": random(6, 2), **({} if clip else {"low": np.float32(-1), "high": np.float32(1)})}
+
+    model = _same(_raw(nodes, tensors, (6, 3), opset), (6, 3))
+
+    assert "Dropout" not in {n.op for n in model.graph.nodes}
+    assert set(model.tensors) == {"w"}
+
+
+def test_what_a_vector_computes_alone_is_folded_unless_it_is_a_weight() -> None:
+    nodes = [node("Add", "a b", "c"), node("Mul", "w c", "v"), node("Gemm", "x v", "y")]
+    tensors = {"a": np.float32(2), "b": np.float32(0.5), "w": random(6, 2)}
+
+    model = _same(_raw(nodes, tensors, (6,), 17), (6,))
+
+    assert [n.op for n in model.graph.nodes] == ["Mul", "Gemm"]
+    assert list(model.tensors) == ["w"]
+    assert math.isclose(sum(float(v) for n, v in model.graph.initializers.items() if v.size == 1), 2.5)

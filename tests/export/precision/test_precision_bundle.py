@@ -1,0 +1,222 @@
+"""Bundles with lower precisions: written by the command, checked, timed, predicted with, and refused where damaged."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, ExitCode, ModelError
+from fedprune.model.selection import Selection
+from fedprune.runtime.bundle import MANIFEST, open_bundle
+from fedprune.runtime.precision import PRECISIONS, files_of, graph_file, weights_file
+from fedprune.training.recipe import Recipe
+from fedprune_device.cli.main import main as device
+from fedprune_device.serving.predictor import Predictor
+from fedprune_export.bundles.bundle import bundle_files
+from fedprune_export.checks.labelled_data import LabelledData
+from fedprune_export.cli.main import main
+from fedprune_export.importing import import_onnx
+from fedprune_export.precision import Trials, lower
+from fedprune_export.precision import trial as trials
+from fedprune_server.simulation.digits import digits_model
+from support.paths import ROOT
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, samples of which it decides every one clearly, and its bundle."""
+    root = tmp_path_factory.mktemp("precision")
+    (root / "digits.onnx").write_bytes(digits_model())
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 1, (300, 1, 8, 8)).astype(np.float32)
+    np.savez(root / "eval.npz", x=x, y=rng.integers(0, 10, 300))
+    assert export(root, "bundle", "folded,float16,int8") == ExitCode.OK
+    return root
+
+
+def export(root: Path, out: str, precision: str, *more: str) -> int:
+    options = ("--target", "raspberry-pi-5", "--density", "0.5", "--precision", precision)
+    data = () if "--no-data" in more else ("--data", str(root / "eval.npz"))
+    return main([str(root / "digits.onnx"), *options, *data, "--out", str(root / out)])
+
+
+def test_the_manifest_lists_what_was_asked_for(folder: Path) -> None:
+    bundle = open_bundle(folder / "bundle")
+    listed = json.loads((folder / "bundle" / MANIFEST).read_text())["files"]
+
+    assert bundle.precisions == PRECISIONS
+    assert {n for p in PRECISIONS for n in files_of(p)} <= listed.keys()
+    report = json.loads((folder / "bundle" / "report.json").read_text())["precisions"]
+    assert [r["precision"] for r in report] == list(PRECISIONS)
+    assert all(r["agreement"]["samples"] == 300 and r["agreement"]["same"] >= 0.95 for r in report)
+    assert "## Lower precision" in (folder / "bundle" / "report.md").read_text()
+    assert "<h2>Lower precision</h2>" in (folder / "bundle" / "report.html").read_text()
+    sizes = [listed[weights_file(p)]["size"] for p in PRECISIONS]
+    assert sizes[0] > 1.9 * sizes[1] > 3 * sizes[2]
+
+
+def test_the_page_writes_other_ranges_and_the_bundle_stays_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "precision.md").read_text()
+    (code,) = [b for b in re.findall(r"(?:^    .*\n|^\n)+", page, re.MULTILINE) if "lowered_weights(" in b]
+    monkeypatch.chdir(folder)
+    found: dict[str, Any] = {}
+    exec(textwrap.dedent(code), found)  # noqa: S102  the page's own lines
+
+    whole = Predictor(folder / "bundle").predict(found["images"])
+    assert np.mean(found["logits"].argmax(1) == whole.argmax(1)) >= 0.95
+    assert open_bundle(folder / "bundle").precisions == PRECISIONS
+
+
+def test_a_bundle_without_is_as_it_was(folder: Path) -> None:
+    assert main([str(folder / "digits.onnx"), "--target", "raspberry-pi-5", "--out", str(folder / "plain")]) == 0
+
+    assert open_bundle(folder / "plain").precisions == ()
+    assert json.loads((folder / "plain" / "report.json").read_text())["precisions"] == []
+    assert "## Lower precision" not in (folder / "plain" / "report.md").read_text()
+
+
+def test_verify_looks_at_every_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(folder / "bundle"), "--json"]) == ExitCode.OK
+
+    passed = {c["check"]: c["found"] for c in json.loads(capsys.readouterr().out)["passed"]}
+    assert set(PRECISIONS) <= passed.keys()
+    assert passed["files"].startswith("15 files")
+
+
+def test_bench_times_every_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--runs", "1", "--batch", "2", "--target", "raspberry-pi-5", "--json")
+    assert main(["bench", str(folder / "bundle"), *options]) == ExitCode.OK
+
+    rows = json.loads(capsys.readouterr().out)["measured"]
+    assert [r["what"] for r in rows] == ["training step", "prediction", *(f"prediction, {p}" for p in PRECISIONS)]
+    assert rows[-1]["predicted"] == {"seconds": None, "peak_bytes": None}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_board_predicts_with_a_precision(folder: Path, precision: str, tmp_path: Path) -> None:
+    found = {}
+    for name, more in (("float32", ()), (precision, ("--precision", precision))):
+        out = tmp_path / f"{name}.npy"
+        options = ("--bundle", str(folder / "bundle"), "--input", str(folder / "eval.npz"), "--output", str(out))
+        assert device(["predict", *options, *more]) == ExitCode.OK
+        found[name] = np.load(out)
+
+    far = np.abs(found[precision] - found["float32"]).max() / np.abs(found["float32"]).max()
+    assert far < {"folded": 1e-5, "float16": 5e-3, "int8": 5e-2}[precision]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--bundle", "plain", "--precision", "int8"), "has no int8"),
+        (("--state", "state", "--precision", "int8"), "expected with --bundle"),
+    ],
+)
+def test_a_precision_that_is_not_there(
+    folder: Path, options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test_a_bundle_without_is_as_it_was(folder)
+    where = (options[0], str(folder / options[1]), *options[2:])
+
+    assert device(["predict", *where, "--input", str(folder / "eval.npz")]) in (ExitCode.BUNDLE, ExitCode.USAGE)
+
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [n for p in PRECISIONS for n in files_of(p)])
+@pytest.mark.parametrize("how", ["missing", "changed", "cut", "unlisted"])
+def test_a_file_of_a_precision_is_checked(folder: Path, tmp_path: Path, name: str, how: str) -> None:
+    for path in (folder / "bundle").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    raw = (tmp_path / name).read_bytes()
+    if how == "missing":
+        (tmp_path / name).unlink()
+    elif how == "changed":
+        (tmp_path / name).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    elif how == "cut":
+        (tmp_path / name).write_bytes(raw[:-1])
+    else:
+        body = json.loads((tmp_path / MANIFEST).read_text())
+        del body["files"][name]
+        (tmp_path / MANIFEST).write_text(json.dumps(body))
+
+    if how == "unlisted" and name in map(graph_file, PRECISIONS):
+        assert name.removesuffix(".onnx") not in open_bundle(tmp_path).precisions
+    else:
+        with pytest.raises(BundleError, match=name):
+            open_bundle(tmp_path)
+
+
+def test_verify_finds_weights_of_another_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever has written the manifest anew has made digests right; the numbers are not."""
+    for path in (folder / "bundle").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tensors = dict(tensorfile.load(tmp_path / "int8.safetensors"))
+    name = next(n for n in tensors if n.endswith("~weight"))
+    tensors[name] = -tensors[name]
+    raw = tensorfile.encode(tensors)
+    (tmp_path / "int8.safetensors").write_bytes(raw)
+    body = json.loads((tmp_path / MANIFEST).read_text())
+    body["files"]["int8.safetensors"] = {"size": len(raw), "sha256": tensorfile.digest(raw)}
+    (tmp_path / MANIFEST).write_text(json.dumps(body))
+
+    assert main(["verify", str(tmp_path)]) == ExitCode.BUNDLE
+    assert "is not of these weights" in capsys.readouterr().err
+
+
+def test_int8_wants_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(folder, "nothing", "int8", "--no-data") == ExitCode.USAGE
+    assert "--data, too" in capsys.readouterr().err
+    assert not (folder / "nothing").exists()
+    with pytest.raises(SystemExit):
+        export(folder, "nothing", "int4")
+    assert "expected some of folded, float16, int8, got 'int4'" in capsys.readouterr().err
+    assert export(folder, "float16", "float16", "--no-data") == ExitCode.OK
+    assert "random ones: no --data" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lenient", [0, 1, 2, 3])
+def test_layers_stay_as_far_as_the_outputs_ask_for_it(lenient: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check is made to refuse the first tries: all layers, then all but the ends, then without the worst, too."""
+    model = import_onnx(digits_model(), "digits")
+    selection = Selection.of(model.architecture, model.architecture.sizes)
+    files = bundle_files(model, selection, Recipe())
+    layers = lower(model, selection.widths, "int8").layers
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 1, (64, *model.architecture.input_shape)).astype(np.float32)
+    data = LabelledData(x, rng.integers(0, 10, 64), "classes")
+    kept: list[set[str]] = []
+
+    def recorded(model_: object, widths: object, precision: str, *, keep: set[str]) -> object:
+        kept.append(set(keep))
+        return lower(model, selection.widths, precision, keep=keep)
+
+    def judged(*arguments: object) -> object:
+        found = original(*arguments)
+        refused = lenient == 3 or len(kept) <= lenient
+        return type(found)(found.samples, 0.0, found.error, found.right) if refused else found
+
+    original = trials.agreement
+    monkeypatch.setattr(trials, "lower", recorded)
+    monkeypatch.setattr(trials, "agreement", judged)
+    tried = Trials(model, selection.widths, files, data)
+
+    if lenient == 3:
+        with pytest.raises(ModelError, match="int8 is too far from float32"):
+            tried.of("int8")
+        return
+    found = tried.of("int8")
+
+    assert kept[0] == set()
+    ends, stay = {layers[0], layers[-1]}, set(layers) - set(found.lowered.layers)
+    assert stay > ends if lenient == 2 else stay == (ends if lenient else set())
+    assert found.agreement.refusal == ""

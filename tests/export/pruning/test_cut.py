@@ -1,0 +1,244 @@
+"""A cut graph computes what the whole graph computes with the lost channels masked, at any batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from fedprune.core.errors import BundleError
+from fedprune.model.selection import Selection
+from fedprune_export.importing import import_onnx
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.cut import at_widths, cut
+from fedprune_export.pruning.model import Model
+from support.nets import published_nets as zoo
+from support.oracles.cutting import cut_error, inputs, outputs, random_selection
+
+pytestmark = pytest.mark.torch
+
+Imported = Callable[[str], Model]
+
+
+@pytest.mark.parametrize("density", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("name", zoo.NETS)
+def test_cut_equals_masked(imported: Imported, name: str, density: float) -> None:
+    model = imported(name)
+
+    assert cut_error(model, random_selection(model, density, seed=int(density * 100))) < 1e-5
+
+
+@pytest.mark.parametrize("name", zoo.NETS)
+def test_one_channel_per_group_equals_masked(imported: Imported, name: str) -> None:
+    model = imported(name)
+
+    assert cut_error(model, random_selection(model, 0.001, seed=0)) < 1e-5
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 64])
+def test_the_batch_stays_free(imported: Imported, batch: int) -> None:
+    model = imported("concat_net")
+    x = inputs(model, batch)
+
+    logits = outputs(cut(model, random_selection(model, 0.5, seed=1)), x)
+
+    assert logits.shape == (batch, 10)
+
+
+def test_samples_of_a_batch_do_not_mix(imported: Imported) -> None:
+    model = imported("lenet")
+    graph, x = cut(model, random_selection(model, 0.5, seed=2)), inputs(model, 6)
+
+    np.testing.assert_allclose(outputs(graph, x)[4:5], outputs(graph, x[4:5]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", zoo.NETS)
+def test_reordering_channels_changes_nothing(imported: Imported, name: str) -> None:
+    model = imported(name)
+    x = inputs(model, 2)
+
+    shuffled = outputs(cut(model, random_selection(model, 1.0, seed=3)), x)
+
+    np.testing.assert_allclose(shuffled, outputs(model.graph, x), rtol=1e-3, atol=1e-5)
+
+
+def test_weights_are_those_that_the_selection_gathers(imported: Imported) -> None:
+    model = imported("lenet")
+    selection = random_selection(model, 0.5, seed=4)
+    graph = cut(model, selection)
+
+    for name, value in selection.gather(model.tensors).items():
+        np.testing.assert_array_equal(graph.initializers[name], value)
+
+
+def test_nodes_depend_on_widths_alone(imported: Imported) -> None:
+    model = imported("concat_net")
+    one, other = (random_selection(model, 0.5, seed) for seed in (1, 2))
+
+    assert at_widths(model, one.widths).to_bytes() == at_widths(model, other.widths).to_bytes()
+
+
+def test_a_foreign_selection_is_refused(imported: Imported) -> None:
+    with pytest.raises(BundleError, match="another architecture"):
+        cut(imported("lenet"), Selection.full(imported("concat_net").architecture))
+
+
+def _net(build: Callable[[Graph, np.random.Generator], str], classes: int, channels: int = 3) -> Model:
+    """A model out of nodes that `build` emits; a global pooling and a linear layer follow."""
+    rng = np.random.default_rng(0)
+    graph = Graph(inputs=[Port("image", np.dtype(np.float32), ("batch", channels, 8, 8))])
+    value = build(graph, rng)
+    pooled = graph.emit("Flatten", graph.emit("GlobalAveragePool", value), attrs={"axis": 1})
+    width = graph.initializers["last"].shape[0]
+    graph.initializers["head"] = rng.standard_normal((width, classes)).astype(np.float32)
+    graph.emit("MatMul", pooled, "head", out="scores")
+    graph.outputs = [Port("scores", np.dtype(np.float32), ("batch", classes))]
+    return import_onnx(graph.to_bytes(), "net")
+
+
+def _conv(
+    graph: Graph, rng: np.random.Generator, value: str, name: str, shape: tuple[int, ...], **attrs: object
+) -> str:
+    graph.initializers[name] = rng.standard_normal(shape).astype(np.float32) / 4
+    attrs.setdefault("pads", [shape[-1] // 2] * 4)
+    return graph.emit("Conv", value, name, attrs=attrs)
+
+
+def test_depthwise_with_multiplier() -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = _conv(graph, rng, "image", "first", (6, 3, 3, 3))
+        value = _conv(graph, rng, value, "depth", (12, 1, 3, 3), group=6)
+        return _conv(graph, rng, value, "last", (8, 12, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [6, 8]
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
+
+
+def test_grouped_convolutions_lose_whole_groups() -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (8, 3, 3, 3)))
+        value = _conv(graph, rng, value, "grouped", (12, 2, 3, 3), group=4)
+        return _conv(graph, rng, value, "last", (8, 12, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [4, 8]
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
+
+
+def test_a_gate_of_one_channel_ties_nothing() -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (6, 3, 3, 3)))
+        gate = graph.emit("Sigmoid", _conv(graph, rng, value, "gate", (1, 6, 1, 1)))
+        return _conv(graph, rng, graph.emit("Mul", value, gate), "last", (8, 6, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [6, 8]
+    assert model.architecture.shape("gate", [2, 3]) == (1, 2, 1, 1)
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
+
+
+def test_padded_channels_stay() -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = _conv(graph, rng, "image", "first", (4, 3, 3, 3))
+        padded = graph.emit("Pad", value, graph.ints(0, 2, 0, 0, 0, 2, 0, 0))
+        other = _conv(graph, rng, value, "second", (8, 4, 3, 3))
+        return _conv(graph, rng, graph.emit("Add", padded, other), "last", (8, 8, 1, 1))
+
+    model = _net(build, 4)
+
+    assert model.architecture.shape("second", [1, 1]) == (5, 1, 3, 3)
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
+
+
+def test_a_reshape_target_follows_the_cut_and_leaves_the_batch_free() -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (6, 3, 3, 3)))
+        batch = graph.emit("Slice", graph.emit("Shape", value), graph.ints(0), graph.ints(1))
+        rows = graph.emit("Reshape", value, graph.emit("Concat", batch, graph.ints(6, 64), attrs={"axis": 0}))
+        target = graph.emit("Concat", batch, graph.ints(6, 8, 8), attrs={"axis": 0})
+        return _conv(graph, rng, graph.emit("Reshape", rows, target), "last", (8, 6, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [6, 8]
+    assert cut_error(model, random_selection(model, 0.5, seed=1), batch=11) < 1e-5
+
+
+def _number_of_channels(graph: Graph, value: str, how: str) -> str:
+    """A float that a graph computes from the shape of a value."""
+    if how == "size":
+        measured = graph.emit("Size", value)
+    else:
+        measured = graph.emit("ReduceMax", graph.emit("Shape", value), attrs={"keepdims": 0})
+    return graph.emit("Cast", measured, attrs={"to": 1})
+
+
+@pytest.mark.parametrize("how", ["largest", "size"])
+def test_channels_stay_where_the_graph_computes_with_their_number(how: str) -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (16, 3, 3, 3)))
+        value = graph.emit("Div", value, _number_of_channels(graph, value, how))
+        return _conv(graph, rng, value, "last", (8, 16, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [8]
+    assert any("computes with a number of channels" in note for note in model.notes)
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
+
+
+def test_channels_go_where_the_graph_computes_with_the_batch_alone() -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (16, 3, 3, 3)))
+        batch = graph.emit("Slice", graph.emit("Shape", value), graph.ints(0), graph.ints(1))
+        value = graph.emit("Div", value, graph.emit("Cast", batch, attrs={"to": 1}))
+        return _conv(graph, rng, value, "last", (8, 16, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [16, 8]
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
+
+
+def test_a_crop_passes_channels() -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (6, 3, 3, 3)))
+        value = graph.emit("Slice", value, graph.ints(1, 2), graph.ints(-1, 7), graph.ints(-1, 2))
+        return _conv(graph, rng, value, "last", (8, 6, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [6, 8]
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
+
+
+@pytest.mark.parametrize("axes", [[1], []], ids=["axis", "no axes"])
+def test_channels_that_are_sliced_off_stay(axes: list[int]) -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (6, 3, 3, 3)))
+        ranges = (graph.ints(1), graph.ints(5), graph.ints(1)) if axes else (graph.ints(0, 1), graph.ints(2**31, 5))
+        return _conv(graph, rng, graph.emit("Slice", value, *ranges), "last", (8, 4, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [4, 8]
+    assert model.architecture.shape("first", [1, 1]) == (3, 3, 3, 3)
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
+
+
+def test_channels_that_a_reshape_mixes_stay_and_are_named() -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (6, 3, 3, 3)))
+        value = graph.emit("Tanh", graph.emit("Reshape", value, graph.ints(-1, 32, 12)))
+        return _conv(graph, rng, graph.emit("Reshape", value, graph.ints(-1, 6, 8, 8)), "last", (8, 6, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [8]
+    assert any("mixes channels" in note for note in model.notes)
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5

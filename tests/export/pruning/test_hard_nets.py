@@ -1,0 +1,131 @@
+"""Small networks that are hard to cut: every cut equals the masked original, and what can be cut is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from fedprune.model.architecture import Segment
+from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.pruning.model import Model
+from support.nets import hard_nets
+from support.oracles.cutting import cut_error, distance, inputs, outputs, random_selection
+
+pytestmark = pytest.mark.torch
+
+
+FINE = {
+    "CausalAttention": [12, 4, 4, 12],
+    "CrossAttention": [12, 12, 6, 6],
+    "DepthMultiplier": [8, 8],
+    "FusedAttention": [12, 4],
+    "GroupNorms": [2, 4, 8],
+    "GroupedConvs": [2, 3, 8],
+    "SwinBlock": [8, 4, 8],
+    "TinyViT": [12, 4, 16, 4, 16],
+    "TransposedConvs": [8, 2, 3, 8],
+}
+"""Networks in which positions can be cut as well as heads or groups, and the sizes of the groups then."""
+
+
+HEADS = {
+    "CausalAttention": [12, 3, 12],
+    "MultiheadAttention": [12, 3],
+    "TransformerEncoder": [12, 3, 16, 3, 16],
+    "TwoLSTMs": [12, 7, 7],
+}
+"""Sizes of groups where torch merges heads with the batch, or where layers begin with the same zeros."""
+
+
+SOAK = {
+    "CBAM",
+    "CRNN",
+    "CausalAttention",
+    "ConvNeXt",
+    "DenseConcat",
+    "InvertedResidual",
+    "LowRank",
+    "MaskedTokens",
+    "Mixer",
+    "OneGroupNorm",
+    "OneHead",
+    "PadShortcut",
+    "PlainRNN",
+    "Pyramid",
+    "ShuffleUnit",
+    "SwinBlock",
+    "TinyViT",
+    "TransformerEncoder",
+    "TwoGRUs",
+    "UNet",
+    "Video",
+}
+"""Networks like others that are tested each time, here or as whole ones in `test_whole_models.py`."""
+
+
+def each(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.soak if name in SOAK else ()) for name in names]
+
+
+@cache
+def exported(name: str) -> bytes:
+    return export_torch(hard_nets.make(name))
+
+
+@cache
+def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
+    return import_onnx(exported(name), name, prefer=prefer)
+
+
+@pytest.mark.parametrize("name", each(hard_nets.NETS))
+def test_the_import_computes_what_torch_computes(name: str) -> None:
+    model = imported(name)
+    x = inputs(model, 4)
+
+    with torch.no_grad():
+        expected = hard_nets.make(name)(torch.from_numpy(x)).numpy()
+
+    assert distance(outputs(model.graph, x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", each(hard_nets.NETS))
+def test_what_can_be_cut_is_found(name: str) -> None:
+    model = imported(name)
+
+    assert len(model.architecture.groups) >= hard_nets.NETS[name].groups, model.notes
+
+
+@pytest.mark.parametrize("name", each(HEADS))
+def test_how_torch_writes_them_hides_no_channels(name: str) -> None:
+    assert [g.size for g in imported(name).architecture.groups] == HEADS[name]
+
+
+@pytest.mark.parametrize("density", [0.25, 0.5, 0.75, 0.001])
+@pytest.mark.parametrize("name", each(hard_nets.NETS))
+def test_a_cut_equals_the_masked_original(name: str, density: float) -> None:
+    model = imported(name)
+
+    for batch in (2, 7):
+        assert cut_error(model, random_selection(model, density, seed=int(density * 100) + batch), batch) < 1e-5
+
+
+@pytest.mark.parametrize("name", each(FINE))
+def test_positions_are_cut_where_they_are_preferred(name: str) -> None:
+    model = imported(name, "fine")
+
+    assert [g.size for g in model.architecture.groups] == FINE[name]
+    for density, batch in ((0.25, 2), (0.5, 7), (0.75, 2), (0.001, 7)):
+        assert cut_error(model, random_selection(model, density, seed=batch), batch) < 1e-5
+
+
+def test_heads_groups_and_dims_of_one_network() -> None:
+    """The same layers: whole heads, or the same dims of every head."""
+    coarse, fine = (imported("FusedAttention", how).architecture for how in ("coarse", "fine"))
+
+    assert coarse.by_name["qkv.weight"].axes[0].segments == (Segment(1, 0, 3, 4),) * 3
+    assert fine.by_name["qkv.weight"].axes[0].segments == (Segment(1, 0, 4),) * 9
+    assert coarse.members(1) == fine.members(1) == ("qkv.weight[0]", "qkv.bias[0]", "out.weight[1]")

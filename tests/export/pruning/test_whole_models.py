@@ -1,0 +1,103 @@
+"""Whole networks: imported right, cut right at every density, differentiated right, and cut where they can be.
+
+All of ours, and some of timm's, most of which soak; `benchmarks/whole_models.py` has all of these, and
+`benchmarks/timm_models.py` many more of timm's, with their gradients.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fedprune.model.selection import Selection
+from fedprune_export.pruning.cut import cut, masked
+from support.nets import whole_models
+from support.nets.whole_models import MODELS, OURS
+from support.oracles.cutting import distance, outputs, random_selection
+from support.oracles.gradient_distance import TENSOR, Trained
+from support.oracles.torch_graph import run
+
+pytestmark = pytest.mark.torch
+
+LARGE = ("resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224")
+QUICK = (*OURS, "convnext_atto", *(pytest.param(name, marks=pytest.mark.soak) for name in LARGE))
+BOUND = 1e-5
+DENSITIES = (0.25, 0.5, 0.75, 0.001)
+BATCHES = (2, 6)
+SEEDS = 5
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_import_computes_what_the_module_computes(name: str) -> None:
+    """In float64: this also shows that the oracle of gradients runs graphs rightly."""
+    model, x = whole_models.imported(name), torch.tensor(whole_models.samples(name, 6))
+    module = MODELS[name].make().double().eval()
+    state = {n: torch.tensor(v, dtype=torch.float64) for n, v in model.tensors.items()}
+
+    with torch.no_grad():
+        expected = module(x.double() if x.is_floating_point() else x).numpy()
+
+    assert distance(run(model.graph, state, x, training=False).numpy(), expected) < 1e-6
+    assert distance(outputs(model.graph, x.numpy()), expected) < BOUND
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_cut_equals_the_masked_original(name: str) -> None:
+    model = whole_models.imported(name)
+    for density in DENSITIES:
+        selection = random_selection(model, density, seed=int(density * 100))
+        small, whole = cut(model, selection), masked(model, selection)
+        for batch in BATCHES:
+            x = whole_models.samples(name, batch)
+            assert distance(outputs(small, x), outputs(whole, x)) < BOUND, (density, batch)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_so_much_can_be_cut(name: str) -> None:
+    """A rule that is lost fixes channels, which is never wrong, but never right either."""
+    model, least = whole_models.imported(name), MODELS[name]
+    half = random_selection(model, 0.5, seed=1).gather(model.tensors)
+    kept = sum(v.size for v in half.values()) / sum(v.size for v in model.tensors.values())
+
+    assert len(model.architecture.groups) >= least.groups
+    assert kept <= least.kept
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_what_stays_is_named(name: str) -> None:
+    """Where a layer's channels stay, other than classes and places, a note says why."""
+    model = whole_models.imported(name)
+    architecture = model.architecture
+    made = {n.weight: architecture.by_name[n.weight].axes[n.output_axis] for n in architecture.layers if n.weight}
+    made = {n: axis for n, axis in list(made.items())[:-1] if n not in MODELS[name].places}
+    stays = [axis for axis in made.values() if not axis.groups and axis.length > 1]
+
+    assert not stays or any("stay" in note for note in model.notes)
+    for text in MODELS[name].stays:
+        assert any(text in note for note in model.notes), text
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_gradients_are_as_exact_as_torchs(name: str) -> None:
+    """At full width beside the module, at half width beside the cut graph as torch runs and differentiates it."""
+    model = whole_models.imported(name)
+    trained = Trained(model)
+    rng = np.random.default_rng(0)
+    sizes = [6] * SEEDS
+    if not any(n.op == "BatchNormalization" for n in model.graph.nodes):
+        sizes += [1] * SEEDS
+    batches = [
+        (whole_models.samples(name, size, seed), rng.integers(0, model.architecture.classes, size))
+        for seed, size in enumerate(sizes)
+    ]
+    half = random_selection(model, 0.5, seed=3)
+    for net, selection in ((MODELS[name].make(), Selection.full(model.architecture)), (cut(model, half), half)):
+        far = trained.distances(net, selection.gather(model.tensors), batches)
+        assert far.near, (selection.whole, far.ours, far.torch)
+        assert far.excess(far.worst) <= TENSOR, (selection.whole, far.worst)

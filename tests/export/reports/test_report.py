@@ -1,0 +1,306 @@
+"""Reports of an export count what is on disk, measure what the graphs give, and are pages that need no other file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from fedprune import __version__
+from fedprune.core import tensorfile
+from fedprune.core.errors import DataError, ExitCode
+from fedprune.core.text import amount
+from fedprune.runtime.session import Session
+from fedprune_export.checks import labelled_data
+from fedprune_export.cli.main import main
+from fedprune_export.importing import import_onnx
+from fedprune_server.simulation.digits import digits_model, load_digits
+from support.nets.token_net import token_net
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "digits.onnx"
+    path.write_bytes(digits_model())
+    return path
+
+
+def export(model: Path, out: Path, *more: str) -> int:
+    return main([str(model), "--target", "raspberry-pi-5", "--density", "0.5", "--out", str(out), *more])
+
+
+@pytest.fixture(scope="module")
+def bundle(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundles") / "b"
+    assert export(digits, out) == ExitCode.OK
+    return out
+
+
+class Page(HTMLParser):
+    """What a page refers to, and whether its tags are closed."""
+
+    VOID = frozenset({"meta", "rect", "path", "br", "img", "link", "input"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.text: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [v or "" for k, v in attrs if k in ("src", "href", "data", "action", "xlink:href", "style")]
+        self.tags[tag] += 1
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_layers_are_those_of_the_files(bundle: Path, digits: Path) -> None:
+    layers = [r for r in json.loads((bundle / "report.json").read_text())["layers"] if r["weight"]]
+    small = tensorfile.load(bundle / "weights.safetensors")
+    whole = {t.name: tuple(t.dims) for t in onnx.load(digits).graph.initializer}
+
+    assert [r["weight"] for r in layers] == ["conv1.weight", "conv2.weight", "conv3.weight", "fc.weight"]
+    for row in layers:
+        assert tuple(row["after"]["shape"]) == small[row["weight"]].shape
+        assert tuple(row["before"]["shape"]) == whole[row["weight"]]
+        assert row["after"]["parameters"] == small[row["weight"]].size
+
+
+def test_activations_are_what_the_graph_makes(bundle: Path) -> None:
+    """Every row's bytes are those of the value that its node makes of one sample, as onnxruntime makes it."""
+    proto = onnx.load(bundle / "inference.onnx")
+    made = {n.name: n.output[0] for n in proto.graph.node}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=v) for v in made.values() if v != "logits")
+    out = Session(proto.SerializeToString()).run({"x": np.zeros((1, 1, 8, 8), np.float32)})
+
+    rows = json.loads((bundle / "report.json").read_text())["layers"]
+
+    assert len(rows) > 4
+    for row in rows:
+        assert row["after"]["activation_bytes"] == out[made[row["name"]]].nbytes
+
+
+def test_multiplications_add_up(bundle: Path) -> None:
+    body = json.loads((bundle / "report.json").read_text())
+
+    for side in ("before", "after"):
+        assert sum(r[side]["macs"] for r in body["layers"]) == body[side]["forward_macs"]
+
+
+def test_predictions_stand_beside_costs(bundle: Path) -> None:
+    body = json.loads((bundle / "report.json").read_text())
+
+    assert body["after"]["memory_bytes"] == body["plan"]["prediction"]["memory_bytes"] < body["before"]["memory_bytes"]
+    assert body["after"]["step_s"] == body["plan"]["prediction"]["step_s"] < body["before"]["step_s"]
+
+
+def test_the_page_needs_nothing_else(bundle: Path) -> None:
+    text = (bundle / "report.html").read_text()
+
+    page = Page(text)
+
+    assert page.references == []
+    assert "@import" not in text
+    assert "url(" not in text
+    assert "src=" not in text
+    assert page.tags["li"] >= len(json.loads((bundle / "report.json").read_text())["groups"])
+
+
+def test_the_page_says_what_the_json_says(bundle: Path) -> None:
+    body = json.loads((bundle / "report.json").read_text())
+
+    text = " ".join(Page((bundle / "report.html").read_text()).text)
+
+    for side in ("before", "after"):
+        assert f"{body[side]['parameters']:,}" in text
+        assert amount(body[side]["weights_bytes"], "bytes") in text
+        assert f"{body[side]['memory_bytes']:,}" not in text
+    for group in body["groups"]:
+        assert f"{group['kept']} of {group['channels']}" in text
+
+
+def test_the_header_says_what_was_exported_how(bundle: Path) -> None:
+    text = " ".join(Page((bundle / "report.html").read_text()).text)
+
+    for fact in ("Model digits", "Board raspberry-pi-5", "Batch size 32", "Samples on the board 1,000", "sgd"):
+        assert fact in text
+    assert f"fedprune {__version__}" in text
+
+
+def test_the_memory_of_the_plan_is_drawn_by_what_takes_it(bundle: Path) -> None:
+    use = json.loads((bundle / "report.json").read_text())["plan"]["prediction"]["memory"]
+
+    text = (bundle / "report.html").read_text()
+
+    for kind in ("process", "weights", "activations", "samples"):
+        assert f"{kind} {amount(use[kind], 'bytes')}" in text
+
+
+def test_the_page_says_what_binds_and_has_the_memory_as_bars_alone(bundle: Path) -> None:
+    body = json.loads((bundle / "report.json").read_text())["plan"]
+    text = " ".join(Page((bundle / "report.html").read_text()).text)
+
+    assert ("nothing binds: " in text) == (body["bound"] == "nothing")
+    assert body["bound"] == "nothing"
+    assert "weights and optimiser state" not in text
+
+
+def test_names_of_a_model_are_text_on_the_page(digits: Path, tmp_path: Path) -> None:
+    proto = onnx.load(digits)
+    evil = "</pre><script>alert(1)</script>"
+    for node in proto.graph.node:
+        node.input[:] = [evil if n == "conv1.weight" else n for n in node.input]
+    next(t for t in proto.graph.initializer if t.name == "conv1.weight").name = evil
+    onnx.save(proto, tmp_path / "evil.onnx")
+
+    assert export(tmp_path / "evil.onnx", tmp_path / "b", "--name", "<b>&") == ExitCode.OK
+
+    text = (tmp_path / "b" / "report.html").read_text()
+    assert text.count("<script") == 1
+    assert evil not in text
+    assert "<b>" not in text
+    assert any("<b>& for raspberry-pi-5" in part for part in Page(text).text)
+
+
+def test_accuracies_are_those_of_the_graphs(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the whole model's own answers as labels it is right always; the bundle is right where they agree."""
+    x, _ = load_digits()
+    own = Session(digits).run({"x": x})["logits"].argmax(axis=1)
+    np.savez(tmp_path / "data.npz", x=x, y=own)
+
+    assert export(digits, tmp_path / "b", "--data", str(tmp_path / "data.npz")) == ExitCode.OK
+
+    mine = Session(tmp_path / "b" / "inference.onnx").run({"x": x})["logits"].argmax(axis=1)
+    found = json.loads((tmp_path / "b" / "report.json").read_text())["accuracy"]
+    assert found == {
+        "measure": "accuracy",
+        "samples": len(x),
+        "before": 1.0,
+        "after": pytest.approx(np.mean(mine == own), abs=1e-9),
+    }
+    assert f"accuracy on 1,797 samples, untrained: 100.0% -> {found['after']:.1%}" in capsys.readouterr().out
+    for name in ("report.md", "report.html"):
+        assert f"{found['after']:.1%}" in (tmp_path / "b" / name).read_text()
+
+
+def test_a_test_split_is_taken_first(digits: Path, tmp_path: Path) -> None:
+    x, y = load_digits()
+    np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:50], y_test=y[:50])
+
+    data = labelled_data.read(tmp_path / "data.npz", import_onnx(digits.read_bytes(), "d").architecture, np.float32)
+
+    assert len(data.x) == len(data.y) == 50
+
+
+X = np.zeros((4, 1, 8, 8), np.float32)
+Y = np.zeros(4, np.int64)
+HOLED = X.copy()
+HOLED[2, 0, 1, 5] = np.inf
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"x": X}, "expected arrays x_test and y_test, or x and y, got x"),
+        ({"x": X[:, :, :7], "y": Y}, r"shape of x: expected \[n, 1, 8, 8\], got \[4, 1, 7, 8\]"),
+        ({"x": X[:0], "y": Y[:0]}, "shape of x"),
+        ({"x": HOLED, "y": Y}, "x holds numbers that are not finite: got sample 2"),
+        ({"x": X.astype(complex), "y": Y}, "x: expected numbers, got complex128"),
+        ({"x": X, "y": Y[:3]}, "y: expected 4 labels"),
+        ({"x": X, "y": Y + 10}, "a label is out of range: expected 0 to 9, got 10"),
+        ({"x": X, "y": Y - 1}, "a label is out of range: expected 0 to 9, got -1"),
+        ({"x": X, "y": Y.astype(float)}, "one whole number per sample"),
+        ({"x": X, "y": np.array([{}] * 4, object)}, "no .npz file of plain arrays"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(
+    digits: Path, tmp_path: Path, arrays: dict[str, np.ndarray], said: str
+) -> None:
+    np.savez(tmp_path / "data.npz", **arrays)  # type: ignore[arg-type]
+    architecture = import_onnx(digits.read_bytes(), "d").architecture
+
+    with pytest.raises(DataError, match=said):
+        labelled_data.read(tmp_path / "data.npz", architecture, np.float32)
+
+
+def test_a_value_to_predict_that_is_not_finite_is_named(digits: Path, tmp_path: Path) -> None:
+    y = np.zeros((4, 10), np.float32)
+    y[3, 1] = np.nan
+    np.savez(tmp_path / "data.npz", x=X, y=y)
+    architecture = import_onnx(digits.read_bytes(), "d").architecture
+
+    with pytest.raises(DataError, match=r"data\.npz: y holds numbers that are not finite: got sample 3"):
+        labelled_data.read(tmp_path / "data.npz", architecture, np.float32, "values")
+    np.savez(tmp_path / "data.npz", x=X, y=y[:, :9])
+    with pytest.raises(DataError, match=r"y: expected numbers \[4, 10\], got float32 \[4, 9\]"):
+        labelled_data.read(tmp_path / "data.npz", architecture, np.float32, "values")
+
+
+@pytest.mark.parametrize("raw", [b"", b"PK\x03\x04 not really", b"\x93NUMPY"])
+def test_a_file_that_is_no_data_ends_with_the_code_of_data(
+    digits: Path, tmp_path: Path, raw: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.npz").write_bytes(raw)
+
+    assert export(digits, tmp_path / "b", "--data", str(tmp_path / "data.npz")) == ExitCode.DATA
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    (tmp_path / "tokens.onnx").write_bytes(token_net(20))
+    return tmp_path / "tokens.onnx"
+
+
+def test_identifiers_are_whole_numbers_that_the_model_knows(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 20, (9, 3)), random.integers(0, 5, 9)
+    np.savez(tmp_path / "good.npz", x=x.astype(np.int32), y=y)
+    np.savez(tmp_path / "float.npz", x=x.astype(np.float32), y=y)
+    np.savez(tmp_path / "far.npz", x=x + 20, y=y)
+
+    codes = [
+        export(tokens, tmp_path / f"b-{name}", "--data", str(tmp_path / f"{name}.npz"))
+        for name in ("good", "float", "far")
+    ]
+
+    assert codes == [ExitCode.OK, ExitCode.DATA, ExitCode.DATA]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "type of x: expected whole numbers" in said[0]
+    assert "the model doesn't take the samples of --data" in said[1]
+
+
+def test_labels_of_every_kind_are_scored(digits: Path, tmp_path: Path) -> None:
+    architecture = import_onnx(digits.read_bytes(), "d").architecture
+    random = np.random.default_rng(0)
+    out = random.standard_normal((4, 10)).astype(np.float32)
+    wrong = (out > 0).astype(np.float32)
+    wrong[0, :5] = 1 - wrong[0, :5]
+    np.savez(tmp_path / "multi.npz", x=X, y=wrong)
+    np.savez(tmp_path / "values.npz", x=X, y=out + 0.5)
+
+    multi = labelled_data.read(tmp_path / "multi.npz", architecture, np.float32, "multi")
+    values = labelled_data.read(tmp_path / "values.npz", architecture, np.float32, "values")
+
+    assert multi.score(lambda x: out[: len(x)]) == pytest.approx(1 - 5 / 40)
+    assert values.score(lambda x: out[: len(x)]) == pytest.approx(0.5, rel=1e-6)

@@ -1,0 +1,451 @@
+"""The training graph against torch: optimiser, loss features, masks, statistics, batches, widths."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from fedprune.core.errors import ModelError
+from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.selection import Selection
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.ir.graph import TRAINING_OPSET, Graph, Node, Port
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
+from support.nets.small_nets import seeded
+
+pytestmark = pytest.mark.torch
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+CLASSES = 4
+
+
+class Small(nn.Module):
+    """One of each: convolution, norm, pooling, a strided convolution, flatten with an inner dimension."""
+
+    input_shape = (2, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 6, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.fc = nn.Linear(8 * 4, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.max_pool2d(torch.relu(self.norm(self.conv1(x))), 2)
+        return self.fc(torch.flatten(torch.relu(self.conv2(x)), 1))
+
+
+def small() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return seeded(Small())
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(export_torch(small()), "small")
+
+
+def feeds(model: Model, features: Features, batch: int, seed: int = 0, tensors: Arrays | None = None) -> Arrays:
+    """Everything that a step reads, at random."""
+    rng = np.random.default_rng(seed)
+    tensors = dict(tensors or model.tensors)
+
+    def normal(shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    out: Arrays = {
+        **tensors,
+        step_contract.X: normal((batch, *model.architecture.input_shape)),
+        step_contract.Y: rng.integers(0, CLASSES, batch),
+        step_contract.LR: np.array(0.1, np.float32),
+        step_contract.MOMENTUM: np.array(0.9, np.float32),
+        step_contract.WEIGHT_DECAY: np.array(0.01, np.float32),
+    }
+    if features.logit_offset:
+        out[step_contract.LOGIT_OFFSET] = normal((CLASSES,))
+    if features.class_weight:
+        out[step_contract.CLASS_WEIGHT] = np.array([0.5, 2.0, 0.1, 1.0], np.float32)
+    if features.class_mask:
+        out[step_contract.CLASS_MASK] = np.array([1, 0, 1, 1], np.float32)
+    for spec in model.architecture.trainable:
+        shape = tensors[spec.name].shape
+        out[step_contract.buffer(spec.name)] = 0.1 * normal(shape)
+        if features.proximal:
+            out[step_contract.anchor(spec.name)] = tensors[spec.name] + 0.1 * normal(shape)
+            out[step_contract.strength(spec.name)] = np.array(rng.uniform(0, 2), np.float32)
+        if features.element_mask:
+            out[step_contract.mask(spec.name)] = (rng.random(shape) < 0.7).astype(np.float32)
+    return out
+
+
+def oracle(model: Model, features: Features, fed: Arrays, dtype: torch.dtype) -> Arrays:
+    """The same step in torch."""
+    get = {k: torch.tensor(v, dtype=dtype if v.dtype == np.float32 else None) for k, v in fed.items()}
+    names = [t.name for t in model.architecture.trainable]
+    leaves = {n: get[n].clone().requires_grad_() for n in names}
+    used = {n: w * get[step_contract.mask(n)] if features.element_mask else w for n, w in leaves.items()}
+    statistics = {t.name: get[t.name].clone() for t in model.architecture.statistics}
+    logits = torch.func.functional_call(small().train(), {**used, **statistics}, get[step_contract.X])
+    if features.logit_offset:
+        logits = logits + get[step_contract.LOGIT_OFFSET]
+    if features.class_mask:
+        logits = torch.where(get[step_contract.CLASS_MASK] > 0, logits, torch.zeros_like(logits))
+    loss = nn.functional.cross_entropy(logits, get[step_contract.Y], get.get(step_contract.CLASS_WEIGHT))
+    objective = loss
+    if features.proximal:
+        pulls = [
+            get[step_contract.strength(n)] / 2 * ((w - get[step_contract.anchor(n)]) ** 2).sum()
+            for n, w in leaves.items()
+        ]
+        objective = loss + sum(pulls)
+    objective.backward()
+    out = {
+        step_contract.LOSS: loss.detach().numpy(),
+        step_contract.HITS: (logits.argmax(1) == get[step_contract.Y]).sum().numpy(),
+    }
+    for n, w in leaves.items():
+        assert w.grad is not None
+        mask = get[step_contract.mask(n)] if features.element_mask else torch.ones_like(w)
+        gradient = w.grad * mask
+        buffer = (
+            get[step_contract.MOMENTUM] * get[step_contract.buffer(n)]
+            + (gradient + get[step_contract.WEIGHT_DECAY] * w.detach()) * mask
+        )
+        out[step_contract.gradient(n)] = gradient.numpy()
+        out[step_contract.following(step_contract.buffer(n))] = buffer.numpy()
+        out[step_contract.following(n)] = torch.where(
+            mask > 0, w.detach() - get[step_contract.LR] * buffer, w.detach()
+        ).numpy()
+    return out | {step_contract.following(n): s.numpy() for n, s in statistics.items()}
+
+
+def far(got: Arrays, exact: Arrays, usual: Arrays) -> list[str]:
+    """Outputs that are further from float64 than 1e-6 and twice torch's own float32."""
+
+    def error(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+        return float(np.linalg.norm((a - b).ravel()) / max(float(np.linalg.norm(b.ravel())), 1e-30))
+
+    return [n for n, v in exact.items() if error(got[n], v) > max(1e-6, 2 * error(usual[n], v))]
+
+
+ALL = Features(True, True, True, True, True, True)
+COMBINATIONS = [Features(*flags, gradients=True) for flags in itertools.product([False, True], repeat=5)]
+
+
+@pytest.mark.parametrize("features", COMBINATIONS, ids=lambda f: f.key)
+def test_a_step_with_every_combination_of_features(model: Model, features: Features) -> None:
+    session = Session(training_graph(model, features).to_bytes(), training=True)
+    fed = feeds(model, features, batch=9)
+    exact, usual = (oracle(model, features, fed, t) for t in (torch.float64, torch.float32))
+    got = session.run(fed)
+    assert set(got) == set(exact)
+    assert far(got, exact, usual) == []
+
+
+EVERYTHING = replace(
+    ALL,
+    label_smoothing=True,
+    optimizer="adamw",
+    clip=True,
+    accumulate=True,
+    squares=True,
+    sample_losses=True,
+    ordered_dropout=True,
+    frozen=("conv1.*",),
+)
+
+
+def test_all_features_go_together(model: Model) -> None:
+    """Outputs on demand agree with the gradient and the loss of the same step, and there is nothing else."""
+    graph = training_graph(model, EVERYTHING)
+    session = Session(graph.to_bytes(), training=True)
+    trained = [t.name for t in model.architecture.trainable if t.name != "conv1.weight"]
+    fed = {n: v for n, v in feeds(model, EVERYTHING, 9).items() if n in session.inputs}
+    fed |= {
+        step_contract.BETA1: np.array(0.9),
+        step_contract.BETA2: np.array(0.99),
+        step_contract.STEP_NUMBER: np.array(1),
+    }
+    numbers = (step_contract.EPSILON, step_contract.CLIP_NORM, step_contract.LABEL_SMOOTHING, step_contract.DIVISOR)
+    fed |= {n: np.array(v, np.float32) for n, v in zip(numbers, (1e-8, 0.1, 0.2, 9), strict=True)}
+    for name in trained:
+        zero = np.zeros_like(fed[name])
+        fed |= {
+            f(name): zero
+            for f in (step_contract.buffer, step_contract.second, step_contract.total, step_contract.squares)
+        }
+        fed[step_contract.anchor(name)] = fed[name]  # no pull, so that the objective's gradient is the data loss's
+    got = session.run(fed)
+    assert set(fed) == set(session.inputs)
+    per_tensor = (step_contract.buffer, step_contract.second, step_contract.total, step_contract.squares)
+    wanted = {
+        step_contract.LOSS,
+        step_contract.HITS,
+        step_contract.SAMPLE_LOSSES,
+        *(step_contract.gradient(n) for n in trained),
+    }
+    wanted |= {step_contract.following(n) for n in (*trained, "norm.running_mean", "norm.running_var")}
+    assert set(got) == wanted | {step_contract.following(f(n)) for n in trained for f in per_tensor}
+    assert got[step_contract.SAMPLE_LOSSES].sum() / 9 == pytest.approx(float(got[step_contract.LOSS]), rel=1e-6)
+    for name in trained:
+        squares = got[step_contract.following(step_contract.squares(name))]
+        np.testing.assert_allclose(squares, got[step_contract.gradient(name)] ** 2, rtol=1e-5, atol=1e-12)
+    assert all(np.isfinite(v).all() for v in got.values())
+    assert json.loads(session.metadata[step_contract.AXES])["sizes"] == list(model.architecture.sizes)
+
+
+def test_the_axes_of_tensors_are_written_only_for_ordered_dropout(model: Model) -> None:
+    assert training_graph(model, replace(EVERYTHING, ordered_dropout=False)).metadata == {}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 33])
+def test_one_graph_takes_any_batch(model: Model, batch: int) -> None:
+    session = Session(training_graph(model, ALL).to_bytes(), training=True)
+    fed = feeds(model, ALL, batch)
+    exact, usual = (oracle(model, ALL, fed, t) for t in (torch.float64, torch.float32))
+    assert far(session.run(fed), exact, usual) == []
+
+
+def test_several_steps_are_torchs_sgd(model: Model) -> None:
+    session = Session(training_graph(model, Features()).to_bytes(), training=True)
+    net = small().double().train()
+    sgd = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
+    state = {n: np.zeros_like(v) for n, v in model.tensors.items()}
+    tensors = dict(model.tensors)
+    for seed, batch in enumerate((8, 8, 3)):
+        fed = feeds(model, Features(), batch, seed, tensors)
+        fed |= {step_contract.buffer(t.name): state[t.name] for t in model.architecture.trainable}
+        got = session.run(fed)
+        tensors = {n: got[step_contract.following(n)] for n in tensors}
+        state |= {
+            t.name: got[step_contract.following(step_contract.buffer(t.name))] for t in model.architecture.trainable
+        }
+        sgd.zero_grad()
+        x, y = torch.tensor(fed[step_contract.X], dtype=torch.float64), torch.tensor(fed[step_contract.Y])
+        nn.functional.cross_entropy(net(x), y).backward()
+        sgd.step()
+    for name, value in net.state_dict().items():
+        if name in tensors:
+            np.testing.assert_allclose(tensors[name], value.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_inputs_stay_untouched(model: Model) -> None:
+    session = Session(training_graph(model, ALL).to_bytes(), training=True)
+    fed = feeds(model, ALL, 5)
+    before = {k: v.copy() for k, v in fed.items()}
+    session.run(fed)
+    for name, value in before.items():
+        np.testing.assert_array_equal(value, fed[name], err_msg=name)
+
+
+def test_masked_elements_neither_count_nor_move(model: Model) -> None:
+    session = Session(training_graph(model, ALL).to_bytes(), training=True)
+    fed = feeds(model, ALL, 5)
+    other = dict(fed)
+    for spec in model.architecture.trainable:
+        hidden = fed[step_contract.mask(spec.name)] == 0
+        other[spec.name] = np.where(hidden, fed[spec.name] + 7, fed[spec.name]).astype(np.float32)
+    got, changed = session.run(fed), session.run(other)
+    assert got[step_contract.LOSS] == changed[step_contract.LOSS]
+    for spec in model.architecture.trainable:
+        hidden = fed[step_contract.mask(spec.name)] == 0
+        np.testing.assert_array_equal(changed[step_contract.following(spec.name)][hidden], other[spec.name][hidden])
+
+
+def test_logits_of_masked_classes_count_as_zero(model: Model) -> None:
+    features = Features(class_mask=True, gradients=True)
+    session = Session(training_graph(model, features).to_bytes(), training=True)
+    fed = feeds(model, features, 6)
+    fed["fc.bias"] = fed["fc.bias"].copy()
+    loss = session.run(fed)[step_contract.LOSS]
+    fed["fc.bias"][1] += 5
+    got = session.run(fed)
+    assert got[step_contract.LOSS] == loss
+    assert got[step_contract.gradient("fc.bias")][1] == 0
+
+
+def test_extreme_logits_give_a_finite_loss(model: Model) -> None:
+    session = Session(training_graph(model, Features(gradients=True)).to_bytes(), training=True)
+    fed = feeds(model, Features(), 6)
+    fed["fc.weight"] = fed["fc.weight"] * np.float32(1e6)
+    got = session.run(fed)
+    assert all(np.isfinite(v).all() for v in got.values())
+    assert got[step_contract.LOSS] > 1000
+
+
+def test_a_batch_of_one_position_keeps_statistics_finite() -> None:
+    class Flat(nn.Module):
+        input_shape = (5,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.norm, self.fc2 = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc2(torch.relu(self.norm(self.fc1(x))))
+
+    flat = import_onnx(export_torch(seeded(Flat())), "flat")
+    session = Session(training_graph(flat, Features()).to_bytes(), training=True)
+    got = session.run(feeds(flat, Features(), 1))
+    assert all(np.isfinite(v).all() for v in got.values())
+
+
+class Normalised(nn.Module):
+    """Two normalisations that keep different shares of their old statistics."""
+
+    input_shape = (2, 6, 6)
+
+    def __init__(self, first: float | None, second: float | None) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5, momentum=first)
+        self.fc, self.last = nn.Linear(5 * 16, 6), nn.BatchNorm1d(6, momentum=second)
+        self.out = nn.Linear(6, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.flatten(torch.relu(self.norm(self.conv(x))), 1)
+        return self.out(torch.relu(self.last(self.fc(x))))
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.5, 0.01), (0.1, 1.0), (0.0, 0.3)])
+def test_statistics_move_by_the_modules_momentum(first: float, second: float) -> None:
+    net = seeded(Normalised(first, second)).double().train()
+    normalised = import_onnx(export_torch(seeded(Normalised(first, second))), "normalised")
+    net.load_state_dict({n: torch.tensor(v) for n, v in normalised.tensors.items()}, strict=False)
+    fed = feeds(normalised, Features(), 7)
+    got = Session(training_graph(normalised, Features()).to_bytes(), training=True).run(fed)
+    net(torch.tensor(fed[step_contract.X], dtype=torch.float64))
+    for name, value in net.named_buffers():
+        if not name.endswith("num_batches_tracked"):
+            np.testing.assert_allclose(
+                got[step_contract.following(name)], value.numpy(), rtol=2e-6, atol=1e-7, err_msg=name
+            )
+
+
+def test_statistics_that_never_move_are_noted() -> None:
+    moving, still = (import_onnx(export_torch(seeded(Normalised(m, 0.1))), "normalised").notes for m in (0.1, None))
+    assert [n for n in moving if "never updated" in n] == []
+    assert len([n for n in still if "never updated" in n]) == 1
+
+
+@pytest.fixture(scope="module")
+def normalised() -> bytes:
+    return export_torch(seeded(Normalised(0.1, 0.1)))
+
+
+@pytest.mark.parametrize("momentum", [-0.5, 1.5, float("nan")])
+def test_a_momentum_that_is_no_share_is_refused(normalised: bytes, momentum: float) -> None:
+    proto = onnx.load_model_from_string(normalised)
+    norm = next(n for n in proto.graph.node if n.op_type == "BatchNormalization")
+    next(a for a in norm.attribute if a.name == "momentum").f = momentum
+    with pytest.raises(ModelError, match="momentum of batch normalisation"):
+        import_onnx(proto.SerializeToString(), "normalised")
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+def test_one_graph_gives_the_bits_of_a_graph_of_fixed_width(model: Model, density: float) -> None:
+    arch = model.architecture
+    tensors = Selection.of(arch, widths_at(arch, density)).gather(model.tensors)
+    graph = training_graph(model, ALL)
+    fed = feeds(model, ALL, 6, tensors=tensors)
+    fixed = graph.copy()
+    fixed.inputs = [Port(p.name, p.dtype, fed[p.name].shape) for p in fixed.inputs]
+    fixed.outputs = [Port(p.name, p.dtype, (None,) * len(p.shape)) for p in fixed.outputs]
+    got = Session(graph.to_bytes(), training=True).run(fed)
+    want = Session(fixed.to_bytes(), training=True).run(fed)
+    for name, value in want.items():
+        np.testing.assert_array_equal(value, got[name], err_msg=name)
+
+
+def test_dimensions_of_one_channel_group_have_one_name(model: Model) -> None:
+    ports = {p.name: p.shape for p in training_graph(model, ALL).inputs}
+    first, second = ports["conv1.weight"], ports["conv2.weight"]
+    assert first[0] == second[1] == ports["norm.running_mean"][0] == ports[step_contract.mask("norm.weight")][0]
+    assert isinstance(first[0], str)
+    assert first[1:] == (2, 3, 3)
+    assert ports["fc.weight"] == (CLASSES, f"{second[0]}*4")
+
+
+def test_inputs_and_outputs_are_those_of_the_contract(model: Model) -> None:
+    graph = training_graph(model, Features())
+    arch = model.architecture
+    trainable = [t.name for t in arch.trainable]
+    scalars = [step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY]
+    names = [t.name for t in arch.tensors]
+    assert {p.name for p in graph.inputs} == {
+        step_contract.X,
+        step_contract.Y,
+        *scalars,
+        *names,
+        *map(step_contract.buffer, trainable),
+    }
+    outputs = {step_contract.LOSS, step_contract.HITS, *map(step_contract.following, names)}
+    assert {p.name for p in graph.outputs} == outputs | {
+        step_contract.following(step_contract.buffer(n)) for n in trainable
+    }
+    assert graph.opset == TRAINING_OPSET
+    assert {n.domain for n in graph.nodes} == {""}
+
+
+def test_the_gradient_of_the_input_is_not_computed(model: Model) -> None:
+    graph = training_graph(model, Features())
+    readers = {n.op for n, _ in graph.consumers()["conv1.weight"]}
+    assert "Conv" in readers
+    assert readers <= {"Conv", "Mul", "Sub", "Shape"}  # forward, weight decay, update: no flipped or transposed kernel
+
+
+def test_the_same_model_gives_the_same_bytes(model: Model) -> None:
+    assert training_graph(model, ALL).to_bytes() == training_graph(model, ALL).to_bytes()
+
+
+def test_a_graph_is_built_in_fifty_milliseconds(model: Model) -> None:
+    times = []
+    for _ in range(3):
+        start = time.thread_time()  # of this processor's: what others do meanwhile is not the graph's fault
+        training_graph(model, ALL)
+        times.append(time.thread_time() - start)
+    assert min(times) < 0.05
+
+
+def test_a_model_without_classes_is_refused(model: Model) -> None:
+    with pytest.raises(ModelError, match=r"logits.*flatten\(1\)"):
+        training_graph(replace(model, architecture=replace(model.architecture, classes=0)), Features())
+
+
+def test_a_statistic_without_its_norm_is_refused(model: Model) -> None:
+    graph = model.graph.copy()
+    norm = next(n for n in graph.nodes if n.op == "BatchNormalization")
+    norm.op, norm.inputs, norm.attrs = "Identity", norm.inputs[:1], {}
+    with pytest.raises(ModelError, match=r"norm\.running_mean"):
+        training_graph(replace(model, graph=graph), Features())
+
+
+def test_two_norms_on_the_same_statistics_are_refused(model: Model) -> None:
+    graph = model.graph.copy()
+    at = next(i for i, n in enumerate(graph.nodes) if n.op == "BatchNormalization")
+    first = graph.nodes[at]
+    twin = Node(first.op, ["between", *first.inputs[1:]], list(first.outputs), dict(first.attrs), "twin")
+    first.outputs = ["between"]
+    graph.nodes.insert(at + 1, twin)
+    with pytest.raises(ModelError, match="twin"):
+        training_graph(replace(model, graph=graph), Features())
+
+
+def test_a_free_image_size_is_refused() -> None:
+    graph = Graph([Port("x", np.dtype(np.float32), ("N", 1, None))])
+    with pytest.raises(ModelError, match="free dimensions"):
+        training_graph(Model(graph, Architecture("free", (), (), (), (), (1, 1), 2)), Features())

@@ -1,0 +1,468 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from fedprune.core.errors import ConfigError, ExitCode, IdentityError, KitError, UsageError
+from fedprune.security.keys import SigningKey
+from fedprune.security.succession import FILE, Succession
+from fedprune_device.releases.unit import HIDDEN, Service
+from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit, open_kit
+from fedprune_flash.cli import main as cli
+from fedprune_flash.kit import wheelhouse
+from fedprune_flash.on_board.kit_folder import KitFolder
+from support.fakes import tiny_wheels
+from support.fakes.runtime_releases import KEY, PUBLIC
+from support.fakes.signed_kits import change, sign
+from support.paths import ROOT
+
+MakeKit = Callable[..., Kit]
+HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate, made by openssl, and its key beside it."""
+    folder = tmp_path_factory.mktemp("authority")
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "9",
+            "-subj",
+            "/CN=lab",
+            "-keyout",
+            str(folder / "key.pem"),
+            "-out",
+            str(folder / "ca.pem"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return folder / "ca.pem"
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 as openssl prints it."""
+    done = subprocess.run(
+        ["openssl", "x509", "-in", str(path), "-noout", "-fingerprint", "-sha256"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip().partition("=")[2]
+
+
+def test_a_kit_lists_every_file_with_its_digest(make_kit: MakeKit) -> None:
+    kit = make_kit(claim="one-time")
+    body = json.loads((kit.folder / "kit.json").read_text())
+    listed = {r["path"]: (r["bytes"], r["sha256"]) for r in [*body["files"], body["claim"]]}
+    there = {
+        str(p.relative_to(kit.folder)): (p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest())
+        for p in kit.folder.rglob("*")
+        if p.is_file() and p.name != "kit.json"
+    }
+
+    assert listed == there
+    assert kit.claimed
+    assert {"install.pyz", "board.json", "device.env", "fedprune.service", "claim.txt"} <= set(there)
+    assert (body["python"], body["architecture"], body["jetson"]) == (HERE, platform.machine(), False)
+
+
+def test_a_kit_is_the_same_whenever_it_is_made(make_kit: MakeKit) -> None:
+    assert make_kit("a").digest == make_kit("b").digest
+
+
+def test_only_the_claim_may_be_missing(make_kit: MakeKit) -> None:
+    kit = make_kit(claim="one-time")
+    (kit.folder / "claim.txt").unlink()
+    assert not open_kit(kit.folder).claimed
+    (kit.folder / "device.env").unlink()
+    with pytest.raises(KitError, match=r"device\.env"):
+        open_kit(kit.folder)
+
+
+@pytest.mark.parametrize("name", ["device.env", "install.pyz", "claim.txt", "kit.json"])
+def test_any_changed_byte_is_found(make_kit: MakeKit, name: str) -> None:
+    kit = make_kit(claim="one-time")
+    path = kit.folder / name
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-2] + b"~" + raw[-1:])
+    with pytest.raises(KitError, match=re.escape(name)):
+        open_kit(kit.folder)
+
+
+def test_a_file_too_many_is_found(make_kit: MakeKit) -> None:
+    kit = make_kit()
+    (kit.folder / "wheelhouse" / "extra.whl").write_bytes(b"x")
+    with pytest.raises(KitError, match=r"extra\.whl is not part"):
+        open_kit(kit.folder)
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../b", "a//b", ".hidden", "a\nb"])
+def test_a_manifest_may_not_point_outside(make_kit: MakeKit, path: str) -> None:
+    kit = make_kit()
+    files = json.loads((kit.folder / "kit.json").read_text())["files"]
+    sign(kit.folder, files=[{**files[0], "path": path}, *files[1:]])
+    with pytest.raises(KitError, match="a path inside the kit"):
+        open_kit(kit.folder)
+
+
+def test_a_signature_that_does_not_fit_is_found(make_kit: MakeKit) -> None:
+    kit = make_kit()
+    assert kit.key == PUBLIC.hex
+    change(kit.folder, data="other.samples:load")
+    with pytest.raises(KitError, match="signature"):
+        open_kit(kit.folder)
+
+
+def test_a_kit_that_must_be_signed_is_refused_without_a_signature(make_kit: MakeKit) -> None:
+    kit = make_kit(signer=None)
+    assert kit.key == ""
+    with pytest.raises(KitError) as error:
+        open_kit(kit.folder, Signer(KEY))
+    assert error.value.got == "no signature"
+
+
+def test_a_kit_is_taken_from_its_server_and_from_that_servers_earlier_keys_alone(
+    make_kit: MakeKit, tmp_path: Path
+) -> None:
+    identity = tmp_path / "identity"
+    identity.mkdir()
+    latest = SigningKey.make()
+    latest.save(identity / "signing.key")
+    with pytest.raises(KitError, match=latest.verifying.fingerprint):
+        Signer.load(identity / "signing.key").check(make_kit("earlier"))
+
+    (identity / "site").write_text("lab")
+    (identity / FILE).write_text(json.dumps([Succession.make("lab", KEY, latest.verifying).hex]))
+    signer = Signer.load(identity / "signing.key")
+    signer.check(make_kit("before"))
+    kit = make_kit("after", signer=signer)
+    signer.check(kit)
+    assert KitFolder(kit.folder).follows(KEY.verifying.raw, latest.verifying.raw)
+    for foreign in (make_kit("foreign", signer=Signer(SigningKey.make())), make_kit("plain", signer=None)):
+        with pytest.raises(KitError, match="not signed by this server"):
+            signer.check(foreign)
+
+    SigningKey.make().save(identity / "other.key")
+    with pytest.raises(IdentityError, match="successions"):
+        Signer.load(identity / "other.key")
+
+
+def test_nothing_is_left_of_a_kit_that_fails(tmp_path: Path, make_kit: MakeKit) -> None:
+    with pytest.raises(ConfigError, match="claim"):
+        make_kit(claim="with\0zero")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_left_alone(make_kit: MakeKit) -> None:
+    kit = make_kit()
+    with pytest.raises(UsageError, match="is there already"):
+        make_kit()
+    assert open_kit(kit.folder).digest == kit.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"server": "mqtts://me:geheim@host"}, "without user and password"),
+        ({"server": "http://host"}, "mqtts://"),
+        ({"server": "mqtts://host:0"}, "port of server"),
+        ({"server": "mqtts://host/path"}, "mqtts://"),
+        ({"server": "mqtts://ho st"}, "mqtts://"),
+        ({"server": "mqtts://host\nX=1"}, "mqtts://"),
+        ({"server": "mqtt://host"}, "without TLS"),
+        ({"join": "mqtts://host:99999"}, "port of join"),
+        ({"join": "mqtts://host\nX=1"}, "join"),
+        ({"device": "all"}, "device"),
+        ({"device": "a b"}, "device"),
+        ({"site": "a/b"}, "site"),
+        ({"data": "samples.npz"}, "absolute path"),
+        ({"data": "/srv/../etc/shadow"}, "absolute path"),
+        ({"data": "/srv/a b"}, "absolute path"),
+        ({"data": "/srv/%n"}, "absolute path"),
+        ({"data": "/home/ann/samples.npz"}, "one in /home"),
+        ({"data": "//home"}, "one in /home"),
+        ({"data": "/root/x.npz"}, "one in /root"),
+        ({"data": "/run/./user/1000/x.npz"}, "one in /run/user"),
+        ({"data": "/tmp/x.npz"}, "one in /tmp"),
+        ({"data": "/var/tmp/x.npz"}, "one in /var/tmp"),
+    ],
+)
+def test_what_a_board_is_told_is_checked(changes: dict[str, str], message: str) -> None:
+    values = {"server": "mqtts://host", "device": "attic", **changes}
+    with pytest.raises(ConfigError, match=message) as caught:
+        BoardFile(**values)
+    assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "server",
+    ["mqtts://host", "mqtts://h.example:8883", "mqtts://192.168.1.4:1883", "mqtts://[::1]:1", "mqtt://127.0.0.1"],
+)
+def test_servers_are_addresses(server: str) -> None:
+    assert BoardFile(server, "attic").server == server
+
+
+@pytest.mark.parametrize("data", ["/srv/home/x.npz", "/homes/x.npz", "/run/x", "/var/x.npz", "home.samples:load"])
+def test_samples_are_where_the_service_sees_them(data: str) -> None:
+    assert BoardFile("mqtts://host", "attic", data=data).data == data
+
+
+@pytest.mark.parametrize("jetson", [False, True])
+def test_what_a_kit_refuses_as_samples_is_what_the_unit_hides(jetson: bool) -> None:
+    """ProtectHome and PrivateTmp, as systemd.exec(5) has them."""
+    lines = Service(jetson=jetson).text().splitlines()
+    assert {"ProtectHome=yes", "PrivateTmp=yes"} <= set(lines)
+    assert set(HIDDEN) == {"/home", "/root", "/run/user", "/tmp", "/var/tmp"}
+
+
+def test_a_kit_with_a_claim_is_for_its_maker_alone(make_kit: MakeKit) -> None:
+    before = os.umask(0o022)
+    try:
+        kit, plain = make_kit(claim="one-time").folder, make_kit("plain").folder
+    finally:
+        os.umask(before)
+    assert [p.stat().st_mode & 0o777 for p in (kit, kit / "claim.txt")] == [0o700, 0o600]
+    assert [p.stat().st_mode & 0o777 for p in (plain, plain / "kit.json")] == [0o755, 0o644]
+
+
+def test_a_private_key_never_goes_into_a_kit(authority: Path, make_kit: MakeKit) -> None:
+    key = (authority.parent / "key.pem").read_text()
+    board = BoardFile("mqtts://host", "attic", authority=True)
+    with pytest.raises(ConfigError, match="private key"):
+        make_kit(claim=key)
+    with pytest.raises(ConfigError, match="private key"):
+        make_kit(board=board, authorities=authority.read_bytes() + key.encode())
+
+
+def test_authorities_are_those_that_were_pinned(authority: Path, make_kit: MakeKit) -> None:
+    board = BoardFile("mqtts://host", "attic", authority=True)
+    pin = fingerprint(authority)
+    kit = make_kit(board=board, authorities=authority.read_bytes(), pin=pin)
+    assert fingerprint(kit.folder / "ca.pem") == pin
+    with pytest.raises(ConfigError, match="sha256 of the certificate"):
+        make_kit("other", board=board, authorities=authority.read_bytes(), pin="0" * 64)
+
+
+def test_the_unit_is_one_that_systemd_takes(authority: Path, make_kit: MakeKit, tmp_path: Path) -> None:
+    kit = make_kit(board=BoardFile("mqtts://h", "attic", "lab", authority=True), authorities=authority.read_bytes())
+    unit = (kit.folder / "fedprune.service").read_text()
+    command = re.search("(?m)^ExecStart=(.*)$", unit)
+    assert command is not None
+    assert command[1].split() == [
+        *("/usr/bin/python3", "-I", "/opt/fedprune/launcher.pyz", "run", "--patient", "--state", "/var/lib/fedprune"),
+        *("--data", "/srv/fedprune/samples.npz", "--ca", "/etc/fedprune/ca.pem"),
+    ]
+    assert "ConditionPathExists=/srv/fedprune/samples.npz" in unit.splitlines()
+    there = unit.replace("User=fedprune", "User=root")  # who is not here
+    (tmp_path / "fedprune.service").write_text(there)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(tmp_path / "fedprune.service")], capture_output=True, text=True, check=False
+    )
+    assert [line for line in done.stderr.splitlines() if "fedprune.service" in line and "executable" not in line] == []
+
+
+def test_wheels_for_another_board_are_refused(tmp_path: Path) -> None:
+    tiny_wheels.fleet_of_wheels(tmp_path)
+    (tmp_path / "numpy-2.0-py3-none-any.whl").unlink()
+    for tag in ("cp312-cp312-manylinux_2_28_aarch64", "cp313-cp313-manylinux_2_28_x86_64", "cp313-cp313-win_arm64"):
+        wrong = tiny_wheels.wheel(tmp_path, "numpy", "2.0", tag=tag)
+        with pytest.raises(KitError, match=r"numpy-2\.0"):
+            wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.13"))
+        wrong.unlink()
+    for tag in ("cp313-cp313-manylinux_2_27_aarch64.manylinux_2_28_aarch64", "cp39-abi3-manylinux2014_aarch64"):
+        right = tiny_wheels.wheel(tmp_path, "numpy", "2.0", tag=tag)
+        wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.13"))
+        right.unlink()
+
+
+def test_what_a_wheel_requires_on_the_target_must_be_there(tmp_path: Path) -> None:
+    tiny_wheels.fleet_of_wheels(tmp_path)
+    tiny_wheels.wheel(
+        tmp_path, "pillow", "11.0", requires=["tomli>=2; python_version < '3.11'", "absent; extra == 'x'"]
+    )
+    (tmp_path / "pillow-10.0-py3-none-any.whl").unlink()
+    wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.13"))
+    with pytest.raises(KitError, match=r"requires tomli>=2 on Python 3\.10"):
+        wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.10"))
+
+
+def test_what_markers_ask_for_on_the_target_alone_is_fetched(tmp_path: Path) -> None:
+    """pip reads them for the Python that runs it."""
+    links = tmp_path / "links"
+    own = tiny_wheels.fleet_of_wheels(links)
+    other = next(v for v in ("3.10", "3.13") if v != HERE)
+    tiny_wheels.wheel(links, "deeper", "1.0")
+    tiny_wheels.wheel(links, "numpy", "2.5", requires=[f"there; python_version == '{other}'"])
+    tiny_wheels.wheel(links, "there", "1.0", requires=[f"deeper>=1; python_version == '{other}'"])
+    out = tmp_path / "out"
+    wheelhouse.fetch(own, Target(other), out, [links])
+    assert {p.name.partition("-")[0] for p in out.iterdir()} >= {"there", "deeper"}
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.13"])
+def test_what_is_fetched_from_a_network_is_what_constraints_say_for_the_target(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def pip(*arguments: str) -> None:
+        said.extend(Path(arguments[arguments.index("--constraint") + 1]).read_text().splitlines())
+
+    monkeypatch.setattr(wheelhouse, "_pip", pip)
+    wheelhouse.fetch(tmp_path / "fedprune-1-py3-none-any.whl", Target(python), tmp_path)
+    pins = [line.partition("#")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    mine = "< " if python == "3.10" else ">= "
+    rows = [row.partition(";") for row in pins if row.strip()]
+    tested = {name.strip() for name, _, marker in rows if not marker or f'python_version {mine}"3.11"' in marker}
+    extra = {"typing-extensions"} if python == "3.10" else set()
+    assert {line for line in said if line.partition("==")[0] not in extra} <= tested
+    assert len({line.partition("==")[0] for line in said}) == len(said) > 3
+
+
+def test_a_file_from_a_network_that_the_lock_file_does_not_list_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tiny_wheels.wheel(tmp_path / "own", "fedprune", "1")
+
+    def pip(*arguments: str) -> None:
+        out = Path(arguments[arguments.index("--dest") + 1])
+        tiny_wheels.wheel(out, "numpy", "2.4.6")
+
+    monkeypatch.setattr(wheelhouse, "_pip", pip)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(KitError, match=r"numpy-2\.4\.6-py3-none-any\.whl from the network"):
+        wheelhouse.fetch(own, Target("3.13"), tmp_path / "out")
+    (numpy,) = (tmp_path / "out").glob("numpy*")
+    lock = tmp_path / "lock.txt"
+    lock.write_text(f"numpy==2.4.6 \\\n    --hash=sha256:{hashlib.sha256(numpy.read_bytes()).hexdigest()}\n")
+    monkeypatch.setattr(wheelhouse, "LOCK", lock)
+    wheelhouse.fetch(own, Target("3.13"), tmp_path / "out")
+
+
+def test_all_that_a_board_installs_is_pinned() -> None:
+    target = Target("3.11")
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in wheelhouse.constraints(target)}
+    wanted, seen = [Requirement("fedprune[board]")], set[str]()
+    while wanted:
+        requirement = wanted.pop()
+        name = requirement.name.lower().replace("_", "-")
+        if name in seen:
+            continue
+        seen.add(name)
+        for text in requires(requirement.name) or ():
+            found = Requirement(text)
+            extras = requirement.extras or {""}
+            if found.marker is None or any(found.marker.evaluate({"extra": extra}) for extra in extras):
+                wanted.append(found)
+    assert {"onnxruntime", "pillow", "cffi"} < seen
+    assert seen - {"fedprune"} <= pinned
+
+
+@pytest.mark.parametrize("name", ["numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt"])
+def test_nothing_shadows_what_a_jetson_brings(tmp_path: Path, name: str) -> None:
+    tiny_wheels.fleet_of_wheels(tmp_path, jetson=True)
+    (tmp_path / "numpy-2.0-py3-none-any.whl").unlink()
+    target = Target("3.12", jetson=True)
+    wheelhouse.check(sorted(tmp_path.iterdir()), target)
+    tiny_wheels.wheel(tmp_path, name.replace("-", "_"), "1.31")
+    with pytest.raises(KitError, match="the board's own"):
+        wheelhouse.check(sorted(tmp_path.iterdir()), target)
+
+
+def test_a_kit_for_a_jetson_has_neither_onnxruntime_nor_numpy(tmp_path: Path) -> None:
+    folder = tmp_path / "wheels"
+    own = tiny_wheels.fleet_of_wheels(folder)
+    kit = build_kit(
+        tmp_path / "kit", BoardFile("mqtts://h", "nano"), Target("3.10", jetson=True), wheel=own, links=[folder]
+    )
+    names = {Path(f.path).name.partition("-")[0] for f in kit.files if f.path.endswith(".whl")}
+    assert names == {"fedprune", "pillow"}
+    body = json.loads((kit.folder / "kit.json").read_text())
+    assert body["imports"] == {"numpy": "1.23", "onnxruntime": "1.18", "fedprune_device": ""}
+    assert "SupplementaryGroups=video render" in (kit.folder / "fedprune.service").read_text()
+
+
+@pytest.mark.parametrize(("python", "architecture"), [("3.9", "aarch64"), ("3.14", "aarch64"), ("3.13", "armv7l")])
+def test_targets_without_wheels_are_refused(python: str, architecture: str) -> None:
+    with pytest.raises(ConfigError):
+        Target(python, architecture)
+
+
+def arguments(out: Path, wheels: Path, links: Path) -> list[str]:
+    """A command line for a kit that suits this machine."""
+    values = {
+        "--out": out,
+        "--server": "mqtts://h",
+        "--device": "d",
+        "--python": HERE,
+        "--architecture": platform.machine(),
+        "--wheel": next(wheels.glob("fedprune-*")),
+        "--find-links": links,
+    }
+    return ["kit", *(str(part) for row in values.items() for part in row)]
+
+
+def test_a_missing_wheel_is_pips_error_in_one_line(
+    tmp_path: Path, wheels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "links").mkdir()
+    code = cli.main(arguments(tmp_path / "kit", wheels, tmp_path / "links"))
+    error = capsys.readouterr().err
+    assert code == ExitCode.KIT
+    assert error.startswith("error: pip download failed")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "kit").exists()
+
+
+def test_a_full_disk_under_pip_is_said_to_be_one(
+    tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: [Errno 28] No space left on device: 'a.whl'\n")
+    monkeypatch.setattr("fedprune_flash.kit.wheelhouse.subprocess.run", lambda *_, **__: failed)
+    assert cli.main(arguments(tmp_path / "kit", wheels, tmp_path)) == ExitCode.STORAGE_FULL
+    assert "no room" in capsys.readouterr().err
+
+
+def test_the_command_makes_a_kit(
+    tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDPRUNE_CLAIM", "from the environment")
+    code = cli.main(arguments(tmp_path / "kit", wheels, wheels))
+    said = capsys.readouterr()
+    assert code == ExitCode.OK, said.err
+    kit = open_kit(tmp_path / "kit")
+    assert kit.digest in said.out
+    assert (kit.folder / "claim.txt").read_text() == "from the environment"
+    assert "no claim" not in said.out
+    monkeypatch.delenv("FEDPRUNE_CLAIM")
+    assert cli.main(arguments(tmp_path / "bare", wheels, wheels)) == ExitCode.OK
+    said = capsys.readouterr().out
+    assert "no claim" in said
+    assert "It is not signed" in said
+    assert "install.pyz --unsigned" in said
+    KEY.save(tmp_path / "signing.key")
+    signed = [*arguments(tmp_path / "signed", wheels, wheels), "--signing-key", str(tmp_path / "signing.key")]
+    assert cli.main(signed) == ExitCode.OK
+    assert f"It is signed with key {PUBLIC.fingerprint}." in capsys.readouterr().out
+    assert open_kit(tmp_path / "signed", Signer(KEY)).key == PUBLIC.hex

@@ -1,0 +1,880 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tomllib
+
+from fedprune.core.errors import ExitCode, StorageFullError
+from fedprune.security.keys import SigningKey
+from fedprune.security.succession import Succession
+from fedprune_device.launcher.slot_store import Home, digest
+from fedprune_device.launcher.state import State
+from fedprune_device.releases.installer import Updater
+from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit
+from fedprune_flash.kit.installer_archive import installer_archive
+from fedprune_flash.on_board import board_files
+from fedprune_flash.on_board.installation import FIRST_BOOT
+from fedprune_flash.on_board.kit_folder import KitFolder
+from fedprune_flash.on_board.runtime_slot import RuntimeSlot
+from support.fakes import tiny_wheels
+from support.fakes.runtime_releases import KEY, PUBLIC, make_release, source, versions_in
+from support.fakes.signed_kits import change, sign
+from support.faults.power_cuts import EACH_KIND, CutError, cuts, power
+from support.paths import ROOT
+from support.processes.ssh_boards import SYSTEMCTL
+
+pytestmark = pytest.mark.system
+
+CLAIM = "one-time-claim"
+MakeKit = Callable[..., Kit]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
+    """A kit with a claim, which no test may change."""
+    board = BoardFile("mqtts://broker.example:8883", "attic", "lab")
+    here = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
+    out = tmp_path_factory.mktemp("whole") / "kit"
+    own = next(wheels.glob("fedprune-*"))
+    return build_kit(out, board, here, wheel=own, links=[wheels], claim=CLAIM, signer=Signer(KEY)).folder
+
+
+@pytest.fixture
+def kit(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "kit"))
+
+
+def run(kit: Path, root: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The installer as a board runs it, without what this environment would add."""
+    return subprocess.run(
+        [sys.executable, "-I", str(kit / "install.pyz"), "--root", str(root), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def program(root: Path, *arguments: str) -> str:
+    """What the installed command says."""
+    command = [sys.executable, str(root / "opt/fedprune/launcher.pyz"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env={}).stdout
+
+
+def home(root: Path) -> Home:
+    return Home(root / "opt/fedprune")
+
+
+def serving(root: Path) -> str:
+    """What the release is called that starts."""
+    state = home(root).load()
+    assert state is not None
+    return home(root).whole(state.stable).name
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every file's permissions, time of change and content; what programs compile as they run is left out."""
+    return {
+        str(p.relative_to(folder)): (
+            p.lstat().st_mode,
+            p.lstat().st_mtime_ns,
+            b"" if p.is_symlink() else p.read_bytes(),
+        )
+        for p in sorted(folder.rglob("*"))
+        if not p.is_dir() and "__pycache__" not in p.parts
+    }
+
+
+def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    done = run(kit, root)
+    assert done.returncode == 0, done.stderr
+
+    rows = "FEDPRUNE_BROKER=mqtts://broker.example:8883\nFEDPRUNE_SITE=lab\nFEDPRUNE_DEVICE=attic\n"
+    assert (root / "etc/fedprune/device.env").read_text() == rows
+    claim = root / "var/lib/fedprune/claim"
+    assert claim.read_text() == CLAIM
+    assert claim.stat().st_mode & 0o777 == 0o400
+    assert not (kit / "claim.txt").exists()
+    unit = root / "etc/systemd/system/fedprune.service"
+    assert unit.read_bytes() == (kit / "fedprune.service").read_bytes()
+    assert (unit.parent / "multi-user.target.wants/fedprune.service").readlink() == Path(
+        "/etc/systemd/system/fedprune.service"
+    )
+    assert program(root, "x") == "fedprune x\n"
+    assert home(root).load() == State("a", highest=0, sequence=1)
+    record = home(root).whole("a")
+    assert (record.version, record.entry) == (0, "fedprune_start:device")
+    assert not any(name.startswith("pip") for name in record.files)
+
+    before = snapshot(root)
+    again = run(kit, root)
+    assert again.returncode == 0, again.stderr
+    assert "now:" not in again.stdout
+    assert snapshot(root) == before
+
+
+def test_a_dry_run_says_every_step_with_its_reverse_and_does_none(kit: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    before = snapshot(kit)
+    done = run(kit, root, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    would = [line for line in done.stdout.splitlines() if line.startswith("would: ")]
+    assert all("(undone by: " in line for line in would)
+    words = ("launcher", "wheels", "give", "device.env", "claim", "service")
+    assert [next(w for w in words if w in line) for line in would] == list(words)
+    assert not list(root.iterdir())
+    assert snapshot(kit) == before
+
+
+def test_removal_is_the_reverse_and_keeps_what_was_learnt(kit: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "var/lib/fedprune").mkdir(parents=True)
+    (root / "var/lib/fedprune/offer.json").write_text("learnt")
+    before = snapshot(root)
+    assert run(kit, root).returncode == 0
+    assert run(kit, root, "--remove").returncode == 0
+    left = snapshot(root)
+    assert left.pop("var/lib/fedprune/claim")[2] == CLAIM.encode()
+    assert left == before
+    again = run(kit, root, "--remove")
+    assert (again.returncode, "now:" in again.stdout) == (0, False)
+    assert run(kit, root, "--remove", "--purge").returncode == 0
+    assert snapshot(root) == {}
+    assert run(kit, root, "--purge").returncode == ExitCode.USAGE
+
+
+def killed_after(kit: Path, root: Path, word: str) -> str:
+    """Start the installer, and kill it and its children when it has said a word."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", str(kit / "install.pyz"), "--root", str(root)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    said = ""
+    out = process.stdout
+    assert out is not None
+    with out:
+        for line in out:
+            said += line
+            if word in line:
+                break
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return said
+
+
+@pytest.mark.parametrize("word", ["launcher", "wheels", "give", "device.env", "claim", "service"])
+def test_a_run_that_was_killed_is_gone_on_with(kit: Path, tmp_path: Path, word: str) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert word in killed_after(kit, root, word)
+    done = run(kit, root)
+    assert done.returncode == 0, done.stderr
+    assert (root / "var/lib/fedprune/claim").read_text() == CLAIM
+    assert not (kit / "claim.txt").exists()
+    assert (root / "etc/systemd/system/multi-user.target.wants/fedprune.service").is_symlink()
+    assert program(root) == "fedprune\n"
+
+
+@pytest.mark.parametrize("lost", ["a/fedprune_start/__init__.py", "state/a.json", "state", "launcher.pyz"])
+def test_what_is_lost_of_an_installation_is_made_anew(kit: Path, tmp_path: Path, lost: str) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(kit, root).returncode == 0
+    path = root / "opt/fedprune" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = run(kit, root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("now:") == (2 if lost == "state" else 1), done.stdout
+    assert program(root) == "fedprune\n"
+
+
+def newer(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> Path:
+    """A kit with a newer numpy."""
+    links = tmp_path / "links"
+    shutil.copytree(wheels, links)
+    (links / "numpy-2.0-py3-none-any.whl").unlink()
+    tiny_wheels.wheel(links, "numpy", "2.1")
+    return make_kit("new", links=[links]).folder
+
+
+def test_a_newer_kit_replaces_an_older_one(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(make_kit("old").folder, root).returncode == 0
+    done = run(newer(make_kit, tmp_path, wheels), root)
+    assert done.returncode == 0, done.stderr
+    state = home(root).load()
+    assert state is not None
+    assert (state.stable, state.highest) == ("b", 0)
+    assert {p.name for p in root.glob("opt/fedprune/b/numpy-*")} == {"numpy-2.1.dist-info"}
+    assert program(root) == "fedprune\n"
+
+
+def test_a_kit_takes_the_place_of_no_release_of_the_server(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(make_kit("old").folder, root).returncode == 0
+    updater = Updater(root / "opt/fedprune", PUBLIC)
+    updater.stage(source(make_release(tmp_path / "release", 1)))
+    with updater.home.changing():
+        state = updater.home.load()
+        assert state is not None
+        updater.home.save(state.commit())
+    done = run(newer(make_kit, tmp_path, wheels), root)
+    assert done.returncode == 0, done.stderr
+    assert "newer than any kit's" in done.stdout
+    assert versions_in(root / "opt/fedprune/b") == {"VERSION = 1"}
+    assert program(root) == "version 1\n"
+
+
+def test_settings_of_another_kit_leave_the_runtime_alone(make_kit: MakeKit, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(make_kit("one").folder, root).returncode == 0
+    other = make_kit("two", board=BoardFile("mqtts://other.example", "attic", "lab", join="mqtts://other.example:99"))
+    done = run(other.folder, root)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if "now" in line] == ["now: write /etc/fedprune/device.env"]
+    assert "FEDPRUNE_JOIN=mqtts://other.example:99\n" in (root / "etc/fedprune/device.env").read_text()
+
+
+def test_links_in_the_slots_are_not_followed(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
+    """They belong to the service's user, and the installer is root."""
+    root, mine = tmp_path / "root", tmp_path / "mine"
+    root.mkdir()
+    assert run(make_kit("old").folder, root).returncode == 0
+    mine.mkdir()
+    (mine / "kept").write_text("mine")
+    opt = root / "opt/fedprune"
+    (opt / "b/numpy").symlink_to(mine)
+    (opt / "state/.b.json.new").symlink_to(mine / "kept")
+    assert run(newer(make_kit, tmp_path, wheels), root).returncode == 0
+    assert {p.name: p.read_text() for p in mine.iterdir()} == {"kept": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [("python", "3.9", "this kit is for Python 3.9"), ("architecture", "riscv64", "this kit is for riscv64")],
+)
+def test_a_kit_for_another_board_is_refused(kit: Path, tmp_path: Path, key: str, value: str, words: str) -> None:
+    sign(kit, **{key: value})
+    done = run(kit, tmp_path / "root")
+    assert done.returncode == ExitCode.KIT
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *(
+            (name, how)
+            for name in ("device.env", "launcher.pyz", "wheelhouse/numpy-2.0-py3-none-any.whl")
+            for how in ("damaged", "missing")
+        ),
+        ("claim.txt", "damaged"),  # one that is gone was handed over
+    ],
+)
+def test_a_damaged_kit_installs_nothing(kit: Path, tmp_path: Path, name: str, how: str) -> None:
+    path = kit / name
+    path.write_bytes(path.read_bytes() + b"x") if how == "damaged" else path.unlink()
+    root = tmp_path / "root"
+    root.mkdir()
+    done = run(kit, root)
+    assert done.returncode == ExitCode.KIT
+    assert name in done.stderr
+    assert not list(root.iterdir())
+
+
+OTHER = SigningKey.make()
+WHEEL = "wheelhouse/numpy-2.0-py3-none-any.whl"
+
+
+def swap_wheel(kit: Path) -> None:
+    """Another wheel, of which the manifest has the right digest."""
+    (kit / WHEEL).write_bytes(b"another")
+    files = json.loads((kit / "kit.json").read_text())["files"]
+    digest = hashlib.sha256(b"another").hexdigest()
+    change(kit, files=[{**row, "sha256": digest, "bytes": 7} if row["path"] == WHEEL else row for row in files])
+
+
+def link_wheel(kit: Path) -> None:
+    (kit / WHEEL).rename(kit.parent / "elsewhere")
+    (kit / WHEEL).symlink_to(kit.parent / "elsewhere")
+
+
+def link_folder(kit: Path) -> None:
+    (kit / "wheelhouse").rename(kit.parent / "elsewhere")
+    (kit / "wheelhouse").symlink_to(kit.parent / "elsewhere")
+
+
+def lead_outside(kit: Path) -> None:
+    files = json.loads((kit / "kit.json").read_text())["files"]
+    sign(kit, files=[*files, {"path": "../x", "bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}])
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a wheel with its digest": (swap_wheel, "not what was signed"),
+    "a setting": (lambda kit: change(kit, data="other.samples:load"), "not what was signed"),
+    "a key of its own": (lambda kit: change(kit, key=OTHER.verifying.hex), "not what was signed"),
+    "no key": (lambda kit: change(kit, key=None), "not what was signed"),
+    "a signature that is none": (lambda kit: change(kit, signature="xy"), "not what was signed"),
+    "no signature": (lambda kit: change(kit, signature=""), "the kit is not signed"),
+    "an added file": (lambda kit: (kit / "wheelhouse/more.whl").write_bytes(b""), "is not part of the kit"),
+    "a linked wheel": (link_wheel, "no plain file"),
+    "a linked folder": (link_folder, "no plain file"),
+    "a pipe": (lambda kit: os.mkfifo(kit / "pipe"), "no plain file"),
+    "a path that leads outside": (lead_outside, "no path of a kit"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), SPOILT.values(), ids=SPOILT)
+def test_a_kit_that_somebody_changed_installs_nothing(
+    kit: Path, tmp_path: Path, spoil: Callable[[Path], object], words: str
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    spoil(kit)
+    done = run(kit, root)
+    assert done.returncode == ExitCode.KIT
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(root.iterdir())
+
+
+def test_what_systems_leave_on_sticks_is_passed_over(kit: Path, tmp_path: Path) -> None:
+    (kit / ".DS_Store").touch()
+    (kit / "wheelhouse/._more.whl").touch()
+    assert run(kit, tmp_path / "root", "--dry-run").returncode == 0
+
+
+@pytest.mark.parametrize("where", ["opt/fedprune/server.pub", "var/lib/fedprune/identity/server.pub", "--key"])
+def test_a_kit_of_another_server_is_refused_by_a_board_that_knows_its_own(
+    kit: Path, tmp_path: Path, where: str
+) -> None:
+    root = tmp_path / "root"
+    known = tmp_path / "given" if where == "--key" else root / where
+    known.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)
+    known.write_text(OTHER.verifying.hex)
+    more = ["--key", str(known)] if where == "--key" else []
+    before = snapshot(root)
+    done = run(kit, root, *more)
+    assert done.returncode == ExitCode.KIT
+    assert f"expected key {OTHER.verifying.fingerprint}, got key {PUBLIC.fingerprint}" in done.stderr
+    assert snapshot(root) == before
+    known.write_text(PUBLIC.hex)
+    assert run(kit, root, *more).returncode == 0
+    assert (root / "opt/fedprune/server.pub").read_text() == PUBLIC.hex
+
+
+def test_a_key_that_the_operator_names_takes_the_place_of_the_boards(kit: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(kit, root).returncode == 0
+    sign(kit, OTHER)
+    assert run(kit, root).returncode == ExitCode.KIT
+    assert run(kit, root, "--key", "no key").returncode == ExitCode.KIT
+    assert run(kit, root, "--key", OTHER.verifying.hex).returncode == 0
+    assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying.hex
+    assert program(root, "x") == "fedprune x\n"
+
+
+NEXT = SigningKey.make()
+"""What replaced the server's key."""
+
+SUCCESSION = Succession.make("lab", KEY, NEXT.verifying).hex
+
+
+def test_a_board_follows_its_server_to_a_new_key(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
+    root, kit = tmp_path / "root", newer(make_kit, tmp_path, wheels)
+    root.mkdir()
+    assert run(make_kit("old").folder, root).returncode == 0
+    updater = Updater(root / "opt/fedprune", PUBLIC)
+    for text in (Succession.make("barn", KEY, NEXT.verifying).hex, Succession.make("lab", OTHER, NEXT.verifying).hex):
+        sign(kit, NEXT, site="lab", successions=[text])
+        assert run(kit, root).returncode == ExitCode.KIT
+    sign(kit, NEXT, site="lab", successions=[SUCCESSION])
+    done = run(kit, root)
+    assert done.returncode == 0, done.stderr
+    assert f"signed with key {NEXT.verifying.fingerprint}" in done.stdout
+    assert (root / "opt/fedprune/server.pub").read_text() == PUBLIC.hex, "the launcher follows, too"
+    assert program(root, "x") == "fedprune x\n"
+    assert serving(root) == KitFolder(kit).runtime
+
+    updater.stage(source(make_release(tmp_path / "release", 1)))
+    with updater.home.changing():
+        state = updater.home.load()
+        assert state is not None
+        updater.home.save(state.commit())
+    assert "newer than any kit's" in run(kit, root).stdout
+    assert program(root) == "version 1\n"
+    assert run(kit, root, "--key", NEXT.verifying.hex).returncode == 0, "the operator no longer trusts the old key"
+    assert (root / "opt/fedprune/server.pub").read_text() == NEXT.verifying.hex
+    assert serving(root) == KitFolder(kit).runtime
+
+
+@pytest.mark.parametrize("kind", EACH_KIND)
+def test_the_power_may_fail_while_a_board_changes_its_server(
+    kit: Path, tmp_path: Path, wheels: Path, kind: str, make_kit: MakeKit
+) -> None:
+    before, root = tmp_path / "before", tmp_path / "root"
+    before.mkdir()
+    assert run(make_kit("old").folder, before).returncode == 0
+    kit = newer(make_kit, tmp_path, wheels)
+    sign(kit, OTHER)
+
+    def install() -> None:
+        runtime = RuntimeSlot(KitFolder(kit), root / "opt/fedprune", sys.executable, None, OTHER.verifying.raw)
+        if not runtime.laid_out:
+            runtime.lay_out()
+        if not runtime.filled:
+            runtime.fill()
+
+    shutil.copytree(before, root, symlinks=True)
+    with power() as supply:
+        install()
+    rows = list(cuts(kind, supply.names))
+    assert len(rows) > 40
+    for at, how in rows[:4] + rows[-16:]:  # in between the wheels' files are written, of which no record tells
+        shutil.rmtree(root)
+        shutil.copytree(before, root, symlinks=True)
+        with power(at, how), pytest.raises(CutError):
+            install()
+        assert program(root, "x") == "fedprune x\n", (at, how)
+        install()
+        assert program(root, "x") == "fedprune x\n", (at, how)
+        assert serving(root) == KitFolder(kit).runtime
+        assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying.hex
+
+
+def test_a_second_cut_leaves_what_the_first_one_installed(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(make_kit("old").folder, root).returncode == 0
+    before = home(root).load()
+    assert before is not None
+    kit = newer(make_kit, tmp_path, wheels)
+    sign(kit, OTHER)
+    assert run(kit, root, "--key", OTHER.verifying.hex).returncode == 0
+    home(root).save(replace(before, sequence=1000))  # as if it had been cut off before the state
+    runtime = RuntimeSlot(KitFolder(kit), root / "opt/fedprune", sys.executable, None, OTHER.verifying.raw)
+    assert not runtime.filled
+    with power(1), pytest.raises(CutError):
+        runtime.fill()
+    assert program(root, "x") == "fedprune x\n"
+
+
+@pytest.mark.parametrize("what", ["fifo", "link", "folder"])
+def test_root_reads_no_key_through_what_the_service_put_there(kit: Path, tmp_path: Path, what: str) -> None:
+    key = tmp_path / "root/var/lib/fedprune/identity/server.pub"
+    key.parent.mkdir(parents=True)
+    if what == "fifo":
+        os.mkfifo(key)
+    elif what == "link":
+        (tmp_path / "elsewhere").write_text(OTHER.verifying.hex)
+        key.symlink_to(tmp_path / "elsewhere")
+    else:
+        key.mkdir()
+    held = os.open(key, os.O_RDWR) if what == "fifo" else None  # its maker may hold it open, and write nothing
+    done = run(kit, tmp_path / "root")
+    if held is not None:
+        os.close(held)
+    assert done.returncode == ExitCode.KIT
+    assert "the server's key" in done.stderr
+
+
+def test_the_launcher_starts_nothing_of_a_kit_that_was_changed_after_it_was_installed(
+    kit: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(kit, root).returncode == 0
+    found = home(root)
+    path = found.root / "a/fedprune_start/__init__.py"
+    path.write_text("def main():\n    print('taken over')\n")
+    record = found.record("a")
+    found.write_record("a", replace(record, files={**record.files, "fedprune_start/__init__.py": digest(path)}))
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        program(root)
+    assert (caught.value.returncode, caught.value.stdout) == (31, "")
+    assert run(kit, root).returncode == 0  # installs it again
+    assert program(root, "x") == "fedprune x\n"
+
+
+def test_a_kit_that_is_not_signed_needs_to_be_asked_for(make_kit: MakeKit, kit: Path, tmp_path: Path) -> None:
+    root, plain = tmp_path / "root", make_kit("plain", signer=None).folder
+    root.mkdir()
+    assert "the kit is not signed" in run(plain, root).stderr
+    assert not list(root.iterdir())
+    done = run(plain, root, "--unsigned")
+    assert done.returncode == 0, done.stderr
+    assert "not signed" in done.stdout.splitlines()
+    assert program(root, "x") == "fedprune x\n"
+    assert not (root / "opt/fedprune/server.pub").exists()
+
+    assert run(kit, root).returncode == 0, "a signed one of the same wheels is installed over it"
+    assert program(root, "x") == "fedprune x\n"
+    done = run(plain, root, "--unsigned")
+    assert done.returncode == ExitCode.KIT
+    assert "starts only what its server has signed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "raw", ["", "[]", "{}", '{"files": 1}', '{"version": 2, "files": [{}], "data": "", "fedprune": "1"}', "\0"]
+)
+def test_a_manifest_that_is_none_is_one_line(kit: Path, tmp_path: Path, raw: str) -> None:
+    (kit / "kit.json").write_text(raw)
+    done = run(kit, tmp_path / "root")
+    assert done.returncode == ExitCode.KIT
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def crashing(tmp_path: Path, wheels: Path) -> Iterator[Path]:
+    """Wheels whose onnxruntime dies of an instruction that the processor lacks."""
+    links = tmp_path / "links"
+    shutil.copytree(wheels, links)
+    (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
+    tiny_wheels.wheel(links, "onnxruntime", "1.21", {"onnxruntime/__init__.py": code})
+    return links
+
+
+def test_a_wheel_that_the_processor_cannot_run_is_said_so(make_kit: MakeKit, tmp_path: Path, crashing: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    done = run(make_kit(links=[crashing]).folder, root)
+    assert done.returncode == ExitCode.RUNTIME
+    assert "onnxruntime uses instructions that this processor lacks" in done.stderr
+    assert home(root).load() is None
+
+
+@pytest.fixture
+def jetson_kit(tmp_path: Path, wheels: Path) -> Path:
+    """A kit for a Jetson, but for this processor."""
+    links = tmp_path / "links"
+    shutil.copytree(wheels, links)
+    (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
+    board = BoardFile("mqtts://broker.example", "nano", "lab")
+    target = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", jetson=True)
+    own = next(wheels.glob("fedprune-*"))
+    folder = build_kit(tmp_path / "jetson-kit", board, target, wheel=own, links=[links], signer=Signer(KEY)).folder
+    sign(folder, architecture=platform.machine())
+    return folder
+
+
+def jetson(tmp_path: Path, **versions: str) -> tuple[Path, dict[str, str]]:
+    """A root that looks like a Jetson's, and an environment whose Python has these packages of its own."""
+    root, packages = tmp_path / "root", tmp_path / "packages"
+    (root / "etc").mkdir(parents=True)
+    (root / "etc/nv_tegra_release").write_text("# R36 (release), REVISION: 4.3\n")
+    for name, version in versions.items():
+        (packages / name).mkdir(parents=True)
+        (packages / name / "__init__.py").write_text(f"__version__ = {version!r}\nTHE_BOARDS_OWN = True\n")
+    binary = tmp_path / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(binary)], check=True)
+    (site,) = binary.glob("lib/*/site-packages")
+    (site / "own.pth").write_text(f"{packages}\n")
+    return root, {"python": str(binary / "bin/python")}
+
+
+def test_a_jetson_computes_with_its_own_packages(jetson_kit: Path, tmp_path: Path) -> None:
+    root, own = jetson(tmp_path, numpy="1.26.4", onnxruntime="1.23.2")
+    done = subprocess.run(
+        [own["python"], "-I", str(jetson_kit / "install.pyz"), "--root", str(root)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    there = {path.split("/")[0].split("-")[0] for path in home(root).whole("a").files}
+    assert there == {"fedprune", "fedprune_device", "fedprune_start", "pillow"}
+    unit = (root / "etc/systemd/system/fedprune.service").read_text().splitlines()
+    assert "SupplementaryGroups=video render" in unit
+    assert "PrivateDevices=yes" not in unit
+
+
+@pytest.mark.parametrize(
+    ("versions", "words"),
+    [
+        ({"numpy": "1.26.4"}, "onnxruntime can't be loaded"),
+        ({"numpy": "1.21.5", "onnxruntime": "1.23.2"}, "the board's own numpy: expected 1.23 or newer"),
+    ],
+)
+def test_a_jetson_that_lacks_its_packages_is_said_so(
+    jetson_kit: Path, tmp_path: Path, versions: dict[str, str], words: str
+) -> None:
+    root, own = jetson(tmp_path, **versions)
+    done = subprocess.run(
+        [own["python"], "-I", str(jetson_kit / "install.pyz"), "--root", str(root)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == ExitCode.RUNTIME
+    assert words in done.stderr
+    assert home(root).load() is None
+
+
+def test_kits_of_jetsons_and_of_other_boards_are_not_mixed_up(kit: Path, jetson_kit: Path, tmp_path: Path) -> None:
+    root, _ = jetson(tmp_path)
+    done = run(kit, root)
+    assert (done.returncode, "this board is one" in done.stderr) == (ExitCode.KIT, True), done.stderr
+    (tmp_path / "other").mkdir()
+    done = run(jetson_kit, tmp_path / "other")
+    assert (done.returncode, "this board is no Jetson" in done.stderr) == (ExitCode.KIT, True), done.stderr
+
+
+def test_what_a_jetson_must_have_is_what_fedprune_requires() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [*extras["dependencies"], *extras["optional-dependencies"]["board"]]
+    for name, oldest in Target(python="3.10", jetson=True).system.items():
+        assert f"{name}>={oldest}" in required
+
+
+def test_the_installer_runs_on_every_python_that_kits_are_for(tmp_path: Path) -> None:
+    pythons = sorted((Path.home() / ".pyenv/versions").glob("3.1[0-3].*/bin/python"))
+    if not pythons:
+        pytest.skip("no other Python here")
+    copy = tmp_path / "install.pyz"
+    copy.write_bytes(installer_archive())
+    for python in pythons:
+        done = subprocess.run([python, "-I", str(copy), "--dry-run"], capture_output=True, text=True, check=False)
+        assert (done.returncode, "kit.json" in done.stderr) == (ExitCode.KIT, True), (python, done.stderr)
+
+
+def test_only_root_installs_for_real(kit: Path) -> None:
+    if platform.system() != "Linux" or os.geteuid() == 0:
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable]
+        if not shutil.which("setpriv"):
+            pytest.skip("setpriv is not installed")
+    else:
+        command = [sys.executable]
+    for path in (kit, *kit.parents):
+        if path.owner() == "root" and path != Path("/") and path != Path("/tmp"):
+            path.chmod(path.stat().st_mode | 0o055)
+    done = subprocess.run([*command, "-I", str(kit / "install.pyz")], capture_output=True, text=True, check=False)
+    assert done.returncode == ExitCode.USAGE, done.stderr
+    assert "sudo" in done.stderr
+
+
+def with_service(root: Path) -> Path:
+    """Give a board a systemctl; returns the file that is there while its service runs."""
+    (root / "usr/bin").mkdir(parents=True)
+    (root / "usr/bin/systemctl").write_text(SYSTEMCTL)
+    (root / "usr/bin/systemctl").chmod(0o755)
+    return root / "run/up"
+
+
+def test_a_kit_that_fails_leaves_a_board_running(make_kit: MakeKit, tmp_path: Path, crashing: Path) -> None:
+    root = tmp_path / "root"
+    up = with_service(root)
+    assert run(make_kit("good").folder, root).returncode == 0
+    assert up.exists()
+    before = home(root).load()
+    done = run(make_kit("bad", links=[crashing]).folder, root)
+    assert done.returncode == ExitCode.RUNTIME
+    assert "stop fedprune.service" in (root / "run/calls").read_text()
+    assert up.exists(), "what was stopped for it is started again"
+    assert (home(root).load(), program(root)) == (before, "fedprune\n")
+    assert not list((root / "opt/fedprune/b").iterdir())
+    assert run(make_kit("again").folder, root).returncode == 0
+
+
+def test_a_step_that_fails_later_leaves_a_board_running(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
+    root = tmp_path / "root"
+    up = with_service(root)
+    assert run(make_kit("old").folder, root).returncode == 0
+    settings = root / "etc/fedprune/device.env"
+    settings.unlink()
+    settings.mkdir()
+    assert run(newer(make_kit, tmp_path, wheels), root).returncode == ExitCode.STORAGE
+    assert up.exists()
+
+
+def test_nothing_is_written_while_a_service_cannot_be_stopped(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
+    root = tmp_path / "root"
+    up = with_service(root)
+    assert run(make_kit("old").folder, root).returncode == 0
+    (root / "run/stubborn").touch()
+    before = snapshot(root / "opt")
+    done = run(newer(make_kit, tmp_path, wheels), root)
+    assert (done.returncode, "systemctl failed" in done.stderr) == (ExitCode.STORAGE, True)
+    assert up.exists()
+    assert snapshot(root / "opt") == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_installer_that_is_told_to_end_leaves_a_board_running(
+    make_kit: MakeKit, tmp_path: Path, wheels: Path, number: signal.Signals
+) -> None:
+    root, links = tmp_path / "root", Path(shutil.copytree(wheels, tmp_path / "slow"))
+    up = with_service(root)
+    assert run(make_kit("good").folder, root).returncode == 0
+    (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
+    there = tmp_path / "there"
+    code = f"import time\nopen({str(there)!r}, 'w').close()\ntime.sleep(600)\n"
+    tiny_wheels.wheel(links, "onnxruntime", "1.21", {"onnxruntime/__init__.py": code})
+    kit = make_kit("slow-kit", links=[links]).folder
+    command = [sys.executable, "-I", str(kit / "install.pyz"), "--root", str(root)]
+    before = signal.signal(number, signal.SIG_DFL)  # a shell that starts tests in the background has SIGINT ignored
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(number, before)
+    try:
+        deadline = time.monotonic() + 60
+        while not there.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert not up.exists()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (process.returncode, said.count("\n")) == (ExitCode.INTERRUPTED, 1), said
+    assert up.exists()
+
+
+def test_a_service_that_was_down_stays_down_when_a_kit_fails(make_kit: MakeKit, tmp_path: Path, crashing: Path) -> None:
+    root = tmp_path / "root"
+    up = with_service(root)
+    assert run(make_kit("good").folder, root).returncode == 0
+    up.unlink()
+    assert run(make_kit("bad", links=[crashing]).folder, root).returncode == ExitCode.RUNTIME
+    assert not up.exists()
+
+
+@pytest.mark.parametrize("kind", EACH_KIND)
+def test_the_power_may_fail_while_a_claim_is_overwritten(kit: Path, tmp_path: Path, kind: str) -> None:
+    root, cut = tmp_path / "root", tmp_path / "cut"
+    root.mkdir()
+    assert run(Path(shutil.copytree(kit, tmp_path / "first")), root).returncode == 0
+    shutil.copytree(kit, tmp_path / "calm")
+    with power() as supply:
+        KitFolder(tmp_path / "calm").blacken_claim()
+    assert supply.count >= 5
+    for at, how in cuts(kind, supply.names):
+        shutil.copytree(kit, cut)
+        with power(at, how), pytest.raises(CutError):
+            KitFolder(cut).blacken_claim()
+        done = run(cut, root)
+        assert done.returncode == 0, (at, done.stderr)
+        assert (root / "var/lib/fedprune/claim").read_text() == CLAIM
+        assert not [p for p in cut.iterdir() if "claim" in p.name], at
+        shutil.rmtree(cut)
+
+
+def test_a_release_of_the_server_stays_though_the_launchers_state_is_lost(
+    make_kit: MakeKit, tmp_path: Path, wheels: Path
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(make_kit("old").folder, root).returncode == 0
+    updater = Updater(root / "opt/fedprune", PUBLIC)
+    for number in (1, 2):
+        updater.stage(source(make_release(tmp_path / f"release {number}", number)))
+        with updater.home.changing():
+            state = updater.home.load()
+            assert state is not None
+            updater.home.save(state.commit())
+    for name in ("state.json", "copy.json"):
+        (updater.home.folder / name).write_bytes(b"")
+    before = {slot: updater.home.whole(slot) for slot in "ab"}
+    done = run(newer(make_kit, tmp_path, wheels), root)
+    assert done.returncode == 0, done.stderr
+    assert "newer than any kit's" in done.stdout
+    assert {slot: updater.home.whole(slot) for slot in "ab"} == before
+
+
+def test_the_slot_that_is_emptied_counts_as_room(
+    make_kit: MakeKit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    kit = make_kit().folder
+    assert run(kit, root).returncode == 0
+    spare = root / "opt/fedprune/b"
+    free = 64 * 2**20  # what is to stay free, and nothing for the kit
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(RuntimeSlot, "filled", False)
+    slot = RuntimeSlot(KitFolder(kit), root / "opt/fedprune", sys.executable)
+    with pytest.raises(StorageFullError):
+        slot.check()
+    (spare / "old").write_bytes(os.urandom(8 * 2**20))
+    slot.check()
+
+
+def test_what_is_given_are_links_themselves_and_what_vanishes_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a real chown would go; who may not change owners sees here what would be changed."""
+    mine, slot = tmp_path / "mine", tmp_path / "slot"
+    (slot / "deep").mkdir(parents=True)
+    mine.mkdir()
+    (mine / "kept").touch()
+    (slot / "deep/link").symlink_to(mine)
+    (slot / "deep/gone").touch()
+    (slot / "deep/there").touch()
+    changed: list[str] = []
+
+    def chown(name: str, *owner: int, dir_fd: int | None, follow_symlinks: bool) -> None:
+        assert (owner, follow_symlinks) == ((12345, 12345), False)
+        if name == "gone":
+            raise FileNotFoundError(name)
+        changed.append(name)
+
+    monkeypatch.setattr("os.chown", chown)
+    board_files.give([slot], (12345, 12345))
+    assert sorted(changed) == sorted([str(slot), "deep", "link", "there"])
+    own = (os.getuid(), os.getgid())
+    assert board_files.owned([slot], own)
+    assert not board_files.owned([slot], (12345, 12345))
+    with pytest.raises(FileNotFoundError):
+        board_files.give([tmp_path / "none"], own)
+
+
+def test_a_state_folder_that_is_a_link_is_said_so_and_not_purged(kit: Path, tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    (root / "var/lib").mkdir(parents=True)
+    elsewhere.mkdir()
+    (root / "var/lib/fedprune").symlink_to(elsewhere)
+    assert run(kit, root).returncode == 0
+    done = run(kit, root, "--remove", "--purge")
+    assert done.returncode == ExitCode.STORAGE
+    assert f"var/lib/fedprune is a link to {elsewhere}" in done.stderr
+    assert (elsewhere / "claim").exists()
+
+
+def test_what_is_removed_from_an_image_does_not_come_back_at_the_next_boot(kit: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    unit = root / FIRST_BOOT.lstrip("/")
+    unit.parent.mkdir(parents=True)
+    unit.touch()
+    assert run(kit, root).returncode == 0
+    assert run(kit, root, "--remove").returncode == 0
+    assert (root / "etc/systemd/system" / unit.name).readlink() == Path("/dev/null")
+
+
+def test_a_misspelt_option_is_told_with_the_one_that_was_meant(kit: Path, tmp_path: Path) -> None:
+    done = run(kit, tmp_path, "--dyr-run")
+    assert done.returncode == ExitCode.USAGE
+    assert done.stderr.startswith("error: there is no option --dyr-run (did you mean '--dry-run'?)")
+    assert done.stdout == ""

@@ -1,0 +1,140 @@
+"""`config check` and `config show`: what a server would use, and where each setting comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedprune.core.errors import ExitCode
+from fedprune_server.cli.configuration import configured
+from fedprune_server.cli.main import build_parser, main
+from fedprune_server.engine.state_directory import StateFolder
+from support.processes.real_site import write_material
+
+FILE = """\
+[job]
+name = "leaves"
+rounds = 4
+
+[job.recipe]
+lr = 0.1
+
+[server]
+broker = "mqtts://ann:secret@broker"
+keep = 5
+state = "state"
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "etc").mkdir()
+    path = tmp_path / "etc" / "fleet.toml"
+    path.write_text(FILE)
+    return path
+
+
+def rows(out: str) -> dict[str, tuple[object, str]]:
+    return {f"{r['table']}.{r['key']}": (r["value"], r["from"]) for r in json.loads(out)}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("KNID", "async", "[job.schedule] unknown key 'knid' (did you mean 'kind'?): expected one of kind, "),
+        ("WINDOW_S", "5", "[job.schedule] kind: expected sync or semi-async or async, got nothing"),
+        ("KIND", "often", "[job.schedule] kind: expected sync or semi-async or async, got 'often'"),
+    ],
+)
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_variable_of_the_schedule_is_named(
+    file: Path, key: str, value: str, said: str, from_file: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv(name := f"FEDPRUNE_JOB_SCHEDULE_{key}", value)
+    options = ["check", str(file)] if from_file else ["show", "--state", "new"]
+    assert main(["config", *options]) == ExitCode.CONFIG
+    assert f"environment variable {name}: {said}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_each_setting_comes_from_the_highest_layer_that_has_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file.parent / "broker").write_text("mqtts://bob:other@there\n")
+    for name, value in {
+        "SERVER_KEEP": "7",
+        "JOB_ROUNDS": "8",
+        "SERVER_BROKER_FILE": str(file.parent / "broker"),
+    }.items():
+        monkeypatch.setenv(f"FEDPRUNE_{name}", value)
+    assert main(["config", "check", str(file), "--rounds", "9", "--json"]) == ExitCode.OK
+    out = capsys.readouterr().out
+    found = rows(out)
+    assert found["job.name"] == ("leaves", f"{file}:2:1")
+    assert found["job.recipe.lr"] == (0.1, f"{file}:6:1")
+    assert found["server.keep"] == (7, "environment variable FEDPRUNE_SERVER_KEEP")
+    assert found["job.rounds"] == (9, "command line, --rounds")
+    assert found["server.broker"] == ("mqtts://bob:***@there", "environment variable FEDPRUNE_SERVER_BROKER_FILE")
+    assert found["server.state"] == (str(file.parent / "state"), f"{file}:11:1")
+    assert found["server.pulls"] == (4, "default")
+    assert "secret" not in out
+    assert "other" not in out
+
+
+def test_lines_show_what_is_not_as_by_default(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", str(file)]) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert [line.split(" = ")[0] for line in out.splitlines()] == [
+        "[job]", "name", "rounds", "[job.recipe]", "lr", "[server]", "broker", "state", "keep",
+    ]  # fmt: skip
+    assert main(["config", "check", str(file), "--all"]) == ExitCode.OK
+    assert "max_devices = 1000" in capsys.readouterr().out
+
+
+def test_the_environment_may_name_the_file_and_a_folder_has_its_last_start(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDPRUNE_CONFIG", str(file))
+    assert main(["config", "show", "--json"]) == ExitCode.OK
+    assert rows(capsys.readouterr().out)["server.keep"] == (5, f"{file}:10:1")
+    monkeypatch.delenv("FEDPRUNE_CONFIG")
+    write_material(file.parent, {})
+    model = str(file.parent / "model.onnx")
+    ran = configured(build_parser().parse_args(["run", "--model", model, "--keep", "9", "--rounds", "3"]), {}).config
+    with StateFolder(ran.state) as folder:
+        folder.open_job(ran)
+    monkeypatch.setenv("FEDPRUNE_JOB_ROUNDS", "6")
+    assert main(["config", "show", "--json", "--workers", "2"]) == ExitCode.OK
+    found = rows(capsys.readouterr().out)
+    assert found["server.keep"] == (9, "the last start")
+    assert found["job.rounds"] == (6, "environment variable FEDPRUNE_JOB_ROUNDS")
+    assert found["server.workers"] == (2, "command line, --workers")
+
+
+def test_a_wrong_option_or_variable_is_named(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", "check", str(file), "--port", "99999"]) == ExitCode.CONFIG
+    assert capsys.readouterr().err.startswith("error: command line, --port: [server] port: expected")
+    monkeypatch.setenv("FEDPRUNE_SERVER_RECEIVERS", "99")
+    assert main(["run", "--config", str(file)]) == ExitCode.CONFIG
+    assert capsys.readouterr().err.startswith(
+        "error: environment variable FEDPRUNE_SERVER_RECEIVERS: [server] receivers: "
+    )
+    assert main(["config", "check", str(file), "--receivers", "3"]) == ExitCode.CONFIG  # a wrong value is one
+
+
+@pytest.mark.parametrize("url", ["mysql://ann:secret@db/x", "postgresql://ann:secret@db:port/x", "ann:secret@db"])
+def test_a_database_that_cant_be_one_is_named_without_its_password(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    monkeypatch.setenv("FEDPRUNE_SERVER_DATABASE", url)
+    assert main(["config", "check", str(file)]) == ExitCode.CONFIG
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "error: environment variable FEDPRUNE_SERVER_DATABASE: [server] database: expected postgresql"
+    )
+    assert "secret" not in err

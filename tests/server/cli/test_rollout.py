@@ -1,0 +1,248 @@
+"""`fedprune-server rollout`: what the operator types and reads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.releases.release import Release
+from fedprune.security.keys import SigningKey
+from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, STATES, ReleaseReport
+from fedprune_server.cli.main import main
+from fedprune_server.cli.rollout import add_rollout_command
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.ota.coordinator import RolloutDesk
+from fedprune_server.ota.store import RolloutStore
+from support.fakes.runtime_releases import make_release
+from support.paths import ROOT
+
+NAMES = [f"board-{i}" for i in range(20)]
+Read = Callable[..., str]
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """The state folder of a server that has let twenty boards in."""
+    with IdentityFolder.make(tmp_path / "server", "lab") as identity:
+        for name in NAMES:
+            key = SigningKey.make().verifying.hex
+            identity.store.ask(name, key, 1)
+            identity.store.approve(name, key, 2)
+    return tmp_path / "server"
+
+
+@pytest.fixture
+def release(tmp_path: Path, state: Path) -> Path:
+    with IdentityFolder(state) as identity:
+        return make_release(tmp_path / "release", 7, key=identity.key)
+
+
+@pytest.fixture
+def read(state: Path, capsys: pytest.CaptureFixture[str]) -> Read:
+    def run(*words: object, code: int = 0) -> str:
+        capsys.readouterr()
+        assert main(["rollout", *map(str, words), "--state", str(state)]) == code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return out if code == 0 else err
+
+    return run
+
+
+def desk(state: Path, reports: list[ReleaseReport]) -> None:
+    """A daemon that takes these reports, and ends."""
+    with RolloutStore(state) as store:
+        run = RolloutDesk(store, lambda *_: None)
+        run.connected(True)
+        for report in reports:
+            run.reported(report)
+
+
+def test_a_rollout_is_begun_looked_at_and_stopped(state: Path, release: Path, read: Read) -> None:
+    assert read("status") == "nothing was rolled out yet\n"
+    assert json.loads(read("status", "--json")) is None
+    lines = read("start", release, "--seed", 3).splitlines()
+    assert lines[0] == "rollout 1: release 7 (0.7.0) to 20 boards, all that are let in"
+    assert [x.split(":")[1] for x in lines[1:4]] == [" 1 board", " 1 board", " 18 boards"]
+    assert lines[4] == "a board that is off for 60 minutes in its stage, or has no launcher, counts as failed:"
+    assert "--devices" in lines[5]
+    assert "no server is running" in lines[6]
+    first = lines[1].split()[-1]
+    assert "not begun" in read("status")
+
+    desk(state, [ReleaseReport(first, 7, DOWNLOADING, "", 3, 10)])
+    text = read("status")
+    assert "rollout 1 of release 7 (0.7.0): running, stage 1 of 3" in text
+    assert f"  {first}: downloading, 30% when it last said so" in text
+    desk(state, [ReleaseReport(first, 7, COMMITTED, "", 0, 0)])
+    body = json.loads(read("status", "--json"))
+    assert (body["release"], body["phase"], body["stage"], body["committed"]) == (7, "running", 1, [first])
+
+    assert "boards that have the release keep it" in read("stop", "--reason", "enough")
+    assert "to be stopped" in read("status")
+    desk(state, [])
+    assert "stopped: enough" in read("status")
+    assert "no rollout is under way" in read("stop", code=14)
+
+
+def test_a_rollout_is_paused_resumed_and_taken_back(state: Path, release: Path, read: Read, tmp_path: Path) -> None:
+    read("start", release, "--groups", "100%")
+    desk(state, [ReleaseReport(name, 7, COMMITTED, "", 0, 0) for name in NAMES])
+    assert "no board of release 7 had one of this server's before" in read("back", code=14)
+    with IdentityFolder(state) as identity:
+        second = make_release(tmp_path / "second", 8, key=identity.key)
+    read("start", second, "--devices", "board-3,board-5", "--groups", "50%,100%")
+    assert "no further board is given the release" in read("pause", "--reason", "a storm")
+    assert "running, stage 1 of 2, to be paused" in read("status").replace("not begun", "stage 1 of 2")
+    desk(state, [])
+    assert "paused, not begun" in read("status")
+    assert "paused: a storm" in read("status")
+    assert json.loads(read("status", "--json"))["pausing"] == "a storm"
+    assert "rollout 2 goes on" in read("resume")
+    assert "isn't paused" in read("resume", code=14)
+    desk(state, [])
+    desk(state, [ReleaseReport(name, 8, COMMITTED, "", 0, 0) for name in ("board-3", "board-5")])
+    desk(state, [ReleaseReport(name, 8, COMMITTED, "", 0, 0) for name in ("board-3", "board-5")])
+    assert "expected above 8" in read("back", "--number", 8, code=65)
+    told = "rollout 3: back from release 8 to what release 7 (0.7.0) holds, as release 20, for 2 boards"
+    assert read("back", "--number", 20, "--reason", "too hot").splitlines()[0] == told
+    assert "it takes boards back from release 8" in read("status")
+
+
+def test_what_failed_is_named_with_its_reason(state: Path, release: Path, read: Read) -> None:
+    read("start", release, "--groups", "25%,100%", "--success", "80%", "--errors", "0%")
+    with RolloutStore(state) as store:
+        entry = store.latest()
+        assert entry is not None
+        first = sorted(n for n, b in entry.rollout.boards.items() if b.stage == 0)
+    assert len(first) == 5
+    desk(state, [ReleaseReport(first[2], 7, ROLLED_BACK, "killed by SIGILL", 0, 0)])
+    text = read("status")
+    assert "stopped" in text
+    assert f"  {first[2]}: failed: rolled back: killed by SIGILL" in text
+
+
+def test_of_two_starts_at_once_one_is_refused_and_deletes_nothing(
+    state: Path, release: Path, read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with IdentityFolder(state) as identity:
+        other = make_release(tmp_path / "other", 8, key=identity.key)
+    put, codes = BlobStore.put, []
+
+    def meanwhile(self: BlobStore, data: bytes) -> BlobRef:
+        ref = put(self, data)
+        if not codes:
+            codes.append(-1)
+            codes.append(main(["rollout", "start", str(other), "--state", str(state)]))
+        return ref
+
+    monkeypatch.setattr(BlobStore, "put", meanwhile)
+    read("start", release)
+    assert codes == [-1, 31]
+    with RolloutStore(state) as store:
+        entry = store.latest()
+        assert entry is not None
+        assert entry.offer.number == 7
+        files = Release.from_bytes(entry.offer.manifest.encode()).files
+        assert store.blobs.names() == sorted(f.sha256 for f in files)
+    assert "is under way" in read("start", other, code=14)
+
+
+def test_boards_that_left_the_fleet_are_named_and_counted_apart(state: Path, release: Path, read: Read) -> None:
+    read("start", release, "--groups", "100%")
+    with IdentityFolder(state) as identity:
+        identity.revoke("board-3")
+        with RolloutStore(state) as store:
+            RolloutDesk(store, lambda *_: None, identity.store.members).connected(True)
+    text = read("status")
+    assert "0 updated, 19 updating, 0 failed, 0 pending, of 19" in text
+    assert "1 left the fleet before, and don't count: board-3" in text
+    assert json.loads(read("status", "--json"))["boards"]["board-3"]["fate"] == "gone"
+
+
+def test_the_same_seed_and_no_other_chooses_the_same_boards(state: Path, release: Path, read: Read) -> None:
+    said = []
+    for seed in (1, 1, 2):
+        said.append(read("start", release, "--seed", seed).splitlines()[1:4])
+        read("stop")
+        desk(state, [])
+    assert said[0] == said[1] != said[2]
+
+
+def test_chosen_boards_alone(state: Path, release: Path, read: Read) -> None:
+    said = read("start", release, "--devices", "board-3, board-5", "--groups", "100%")
+    assert "to 2 boards, those that were named" in said
+    assert "is under way" in read("start", release, code=14)
+    read("stop")
+    desk(state, [])
+    assert "got board-x" in read("start", release, "--devices", "board-3,board-x", code=14)
+
+
+def test_what_makes_no_sense_is_refused_before_anything_is_kept(
+    state: Path, release: Path, read: Read, tmp_path: Path
+) -> None:
+    assert "expected shares that grow" in read("start", release, "--groups", "10%", code=14)
+    assert "expected shares that grow" in read("start", release, "--groups", "50%,10%,100%", code=14)
+    assert "at most 1 together" in read("start", release, "--success", "95%", "--errors", "20%", code=14)
+    assert "attempts" in read("start", release, "--attempts", 101, code=2)
+    assert "seconds of a board" in read("start", release, "--patience", 0, code=14)
+    assert "can't read" in read("start", tmp_path / "nowhere", code=31)
+    foreign = make_release(tmp_path / "foreign", 8)
+    assert "signature is not the server's" in read("start", foreign, code=65)
+    victim = next((release / "files").iterdir())
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert "Copy the release's folder again" in read("start", release, code=65)
+    with RolloutStore(state) as store:
+        assert store.latest() is None
+        assert store.blobs.names() == []
+    for words in (["--groups", "a%"], ["--groups", "0.1"], ["--success", "1"], ["--errors", "101%"]):
+        with pytest.raises(SystemExit):
+            main(["rollout", "start", str(release), "--state", str(state), *words])
+
+
+def test_a_server_without_identity_or_boards_rolls_nothing_out(
+    tmp_path: Path, release: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["start", str(release)], ["status"], ["stop"]):
+        assert main(["rollout", *command, "--state", str(tmp_path / "none")]) == 63
+        assert "fedprune-server init" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    IdentityFolder.make(tmp_path / "new", "lab").close()
+    with IdentityFolder(tmp_path / "new") as identity:
+        own = make_release(tmp_path / "own", 1, key=identity.key)
+    assert main(["rollout", "start", str(own), "--state", str(tmp_path / "new")]) == 14
+    assert "no board is let in yet" in capsys.readouterr().err
+
+
+def test_the_page_names_every_option_and_every_state() -> None:
+    docs = ROOT / "docs"
+    page, protocol = (docs / "update-the-fleet.md").read_text(), (docs / "protocol.md").read_text()
+    parser = argparse.ArgumentParser()
+    add_rollout_command(parser.add_subparsers())
+    (rollout,) = (a.choices["rollout"] for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    (actions,) = (a for a in rollout._actions if isinstance(a, argparse._SubParsersAction))
+    options = {o for p in actions.choices.values() for a in p._actions for o in a.option_strings if o.startswith("--")}
+    assert len(options) > 10
+    assert [o for o in sorted(options - {"--help"}) if f"`{o}" not in page and f" {o} " not in page] == []
+    assert [s for s in STATES if f"`{s}`" not in protocol] == []
+
+
+def test_all_rollouts_are_listed_the_latest_first(state: Path, read: Read, tmp_path: Path) -> None:
+    for number in (7, 8, 9):
+        with IdentityFolder(state) as identity:
+            made = make_release(tmp_path / f"release-{number}", number, key=identity.key)
+        read("start", made)
+        read("stop")
+        desk(state, [])
+    lines = [line.split("\t") for line in read("list").splitlines()]
+    assert lines[0][:3] == ["rollout", "release", "state"]
+    assert [(row[0], row[1].split()[0], row[2]) for row in lines[1:]] == [
+        ("3", "9", "stopped"), ("2", "8", "stopped"), ("1", "7", "stopped"),
+    ]  # fmt: skip
+    assert [e["release"] for e in json.loads(read("list", "--json"))] == [9, 8, 7]

@@ -1,0 +1,223 @@
+"""Settings of file and environment: the higher layer wins, and an error says where the setting stands."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.privacy.settings import Privacy
+from fedprune.training.recipe import Recipe
+from fedprune_server.config.alert_settings import AlertSettings
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.environment import environment_layer, variables
+from fedprune_server.config.layers import masked, merged
+from fedprune_server.config.tables import as_tables, parse_config, read_config
+from support.paths import ROOT
+
+DIGITS = "\n\n  [{table}]\n# x = 1\n  {key} = {value}\n"
+FREE = {"input_shape", "options"}
+"""Checked with the model or the strategy, in words of their own."""
+
+ANYTHING = {"host", "state", "database"}
+"""Any text may be one of these."""
+
+
+def settings() -> list[tuple[str, str]]:
+    kinds = {"job": Job, "job.privacy": Privacy, "job.recipe": Recipe, "server": ServerConfig, "alerts": AlertSettings}
+    left = {"job", "model", "evaluation", "calibration", "privacy", "recipe", "alerts"} | FREE
+    return [(t, f.name) for t, kind in kinds.items() for f in fields(kind) if f.name not in left]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("table", "key"), settings())
+def test_a_wrong_value_is_named_with_its_line_and_column(table: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    for value in ("[[{ x = 1 }]]", "-7", '"no\\u0000such"')[: 2 if key in ANYTHING else 3]:
+        path.write_text(DIGITS.format(table=table, key=key, value=value))
+        with pytest.raises(ConfigError) as caught:
+            read_config(path)
+        assert str(caught.value).startswith(f"{path}:5:3: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("[server]\nprt = 1\n", "2:1: [server]: unknown key 'prt' (did you mean 'port'?)"),
+        ("[job]\n[job.recipe]\n lrr = 1\n", "3:2: [job.recipe] unknown key 'lrr' (did you mean 'lr'?)"),
+        ("[model]\n[sever]\n", "2:2: unknown table 'sever' (did you mean 'server'?)"),
+        ("server = 3\n", "1:1: server: expected a table [server]"),
+        ("[job]\nstrategy = 'fedprune'\n[job.options]\nfoo = 1\n", "4:1: [job] strategy 'fedprune' has no option"),
+        ("[job]\nstrategy = 'fedprune'\n[job.options]\ndensities = [2]\n", "4:1: [job] option densities of fedprune"),
+        ("[model]\npath = 3\n", "2:1: [model] path: expected a text"),
+        ("[job]\n[job.schedule]\nknid = 'async'\n", "3:1: [job.schedule] unknown key 'knid' (did you mean 'kind'?)"),
+        ("[job.schedule]\nkind = 'often'\n", "2:1: [job.schedule] kind: expected sync or"),
+        ("[job.schedule]\nwindow_s = 3\n", "1:2: [job.schedule] kind: expected sync or semi-async or async, got no"),
+        ("[job.schedule]\nkind='async'\nwindow_s = 3\n", "3:1: [job.schedule] kind 'async': unknown key 'window_s'"),
+        ("[server]\nbroker = 'mqtt://b'\nca = 'system'\n", "3:1: [server] ca: expected a broker at mqtts://"),
+    ],
+)  # fmt: skip
+def test_other_mistakes_are_named_with_theirs(text: str, place: str, tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_config(path)
+    assert str(caught.value).startswith(f"{path}:{place}")
+
+
+def test_every_setting_has_a_variable_of_its_own() -> None:
+    known = variables()
+    paths = {path for path, _ in known.values()}
+    assert len(paths) == len(known)
+    assert {(*t.split("."), k) for t, k in settings()} <= paths
+    assert not any(name.endswith("_FILE") for name in known)  # which says where a secret is
+    assert known["FEDPRUNE_SERVER_DATABASE"] == (("server", "database"), True)
+    assert known["FEDPRUNE_JOB_RECIPE_LR"] == (("job", "recipe", "lr"), False)
+
+
+def test_variables_are_read_as_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "db").write_text("postgresql+psycopg://ann:o=#@db/fleet\r\n")
+    tables = environment_layer(
+        {
+            "FEDPRUNE_JOB_NAME": "7",
+            "FEDPRUNE_JOB_DENSITY": "0.5",
+            "FEDPRUNE_JOB_PRECISION": '["float16"]',
+            "FEDPRUNE_JOB_RECIPE_CALIBRATE": "true",
+            "FEDPRUNE_JOB_OPTIONS_RANKING": "ordered",
+            "FEDPRUNE_JOB_OPTIONS_MIXUP": "0.3",
+            "FEDPRUNE_MODEL_PATH": "model.onnx",
+            "FEDPRUNE_EVALUATION_DATA": "package.module:function",
+            "FEDPRUNE_SERVER_CA": "system",
+            "FEDPRUNE_SERVER_STATE": "state",
+            "FEDPRUNE_SERVER_DATABASE_FILE": "db",
+            "FEDPRUNE_DEVICE": "attic",
+            "FEDPRUNE_DATA": "/data",
+        }
+    ).tables
+    assert tables == {
+        "job": {
+            "name": "7",
+            "density": 0.5,
+            "precision": ["float16"],
+            "recipe": {"calibrate": True},
+            "options": {"ranking": "ordered", "mixup": 0.3},
+        },
+        "model": {"path": str(tmp_path / "model.onnx")},
+        "evaluation": {"data": "package.module:function"},
+        "server": {
+            "ca": "system",
+            "state": str(tmp_path / "state"),
+            "database": "postgresql+psycopg://ann:o=#@db/fleet",
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"FEDPRUNE_SERVER_KEPT": "3"}, "FEDPRUNE_SERVER_KEPT (did you mean 'FEDPRUNE_SERVER_KEEP'?)"),
+        ({"FEDPRUNE_SEVER_KEEP": "3"}, "FEDPRUNE_SEVER_KEEP (did you mean 'FEDPRUNE_SERVER_KEEP'?)"),
+        ({"FEDPRUNE_SEVER_SITE_FILE": "x"}, "FEDPRUNE_SEVER_SITE_FILE (did you mean 'FEDPRUNE_SERVER_SITE'?)"),
+        ({"FEDPRUNE_JOB_ROUNDZ": "3"}, "FEDPRUNE_JOB_ROUNDZ (did you mean 'FEDPRUNE_JOB_ROUNDS'?)"),
+        ({"FEDPRUNE_JOBS_ROUNDS": "3"}, "FEDPRUNE_JOBS_ROUNDS (did you mean 'FEDPRUNE_JOB_ROUNDS'?)"),
+        ({"FEDPRUNE_SERVER_SERVICE_HOST": "10.0.0.1"}, "enableServiceLinks: false"),
+        ({"FEDPRUNE_SERVER_KEEP": "three"}, "FEDPRUNE_SERVER_KEEP: [server] keep: expected a value as in TOML"),
+        ({"FEDPRUNE_SERVER_KEEP": ""}, "FEDPRUNE_SERVER_KEEP: [server] keep: expected a value as in TOML"),
+        ({"FEDPRUNE_SERVER_KEEP": "3\nsite = 'x'"}, "FEDPRUNE_SERVER_KEEP: [server] keep: expected a value as in TOML"),
+        ({"FEDPRUNE_SERVER_DATABASE_FILE": "/nowhere"}, "DATABASE_FILE: can't read /nowhere: No such file"),
+        ({"FEDPRUNE_SERVER_DATABASE_FILE": "/dev/null"}, "DATABASE_FILE: /dev/null: expected a text of 1 to"),
+        ({"FEDPRUNE_SERVER_DATABASE_FILE": "/dev/zero"}, "DATABASE_FILE: /dev/zero: expected a text of 1 to"),
+        ({"FEDPRUNE_SERVER_SITE": "a", "FEDPRUNE_SERVER_SITE_FILE": "b"}, "SITE_FILE: expected this or the variable"),
+    ],
+)
+def test_a_variable_that_makes_no_sense_is_named(environment: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        environment_layer(environment)
+    assert str(caught.value).startswith("environment variable FEDPRUNE_")
+    assert caught.value.exit_code == ConfigError.exit_code
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["SEVER", "SERVERS", "SERVES", "SEVRER"])
+@pytest.mark.parametrize("key", ["STATE", "LOG_FORMAT", "SITE_FILE"])
+def test_one_slip_in_a_table_is_refused_with_the_name_that_was_meant(word: str, key: str) -> None:
+    meant = f"FEDPRUNE_SERVER_{key.removesuffix('_FILE')}"
+    with pytest.raises(ConfigError, match=rf"FEDPRUNE_{word}_{key} \(did you mean '{meant}'\?\)"):
+        environment_layer({f"FEDPRUNE_{word}_{key}": "x"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"FEDPRUNE_{end}" for end in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_8080", "SERVICE_PORT_HTTP",
+                                        "PORT", "PORT_1883_TCP", "PORT_1883_TCP_ADDR", "PORT_1883_TCP_PORT")),
+        "FEDPRUNE_SEVER_SERVICE_HOST", "FEDPRUNE_SEVER_PORT", "FEDPRUNE_SERVE_PORT", "FEDPRUNE_JOBS_PORT_53_UDP_PROTO",
+        "FEDPRUNE_SERVER", "FEDPRUNE_SEVER", "FEDPRUNE_JOB2_ROUNDS", "FEDPRUNE_OBSERVER_STATE", "FEDPRUNE_SEVER_STAET",
+        "FEDPRUNE_", "FEDPRUNE__STATE", "FEDPRUNES_SEVER_STATE",
+    ],
+)  # fmt: skip
+def test_names_that_nobody_misspelt_pass(name: str) -> None:
+    assert environment_layer({name: "x"}).tables == {}
+
+
+def test_variables_of_others_are_none_of_its_business() -> None:
+    """All that code, scripts and docs read or set, but for settings."""
+    root, name = ROOT, re.compile(r"(?<![\w-])FEDPRUNE_[A-Z][A-Z_]*[A-Z]\b(?!_)")
+    folders = ("toolkit", "device_runtime", "server", "export", "deploy", "docs", "examples")
+    files = [p for f in folders for p in (root / f).rglob("*") if p.suffix in (".py", ".sh", ".yaml", ".md", ".env")]
+    found = {n for p in files for n in name.findall(p.read_text())}
+    others = {
+        n
+        for n in found
+        if not n.startswith(("FEDPRUNE_JOB_", "FEDPRUNE_SERVER_", "FEDPRUNE_MODEL_", "FEDPRUNE_EVALUATION_"))
+    }
+    assert {"FEDPRUNE_DEBUG", "FEDPRUNE_DATA", "FEDPRUNE_NO_BLOCKS", "FEDPRUNE_PULSE"} <= others
+    assert environment_layer(dict.fromkeys(others, "x")).tables == {}
+
+
+def test_the_upper_layer_wins_key_by_key() -> None:
+    below = {"job": {"rounds": 1, "recipe": {"lr": 1, "epochs": 2}}, "server": {"keep": 3}}
+    above = {"job": {"recipe": {"lr": 5}}, "model": {"path": "m"}}
+    both = {"job": {"rounds": 1, "recipe": {"lr": 5, "epochs": 2}}, "server": {"keep": 3}, "model": {"path": "m"}}
+    assert merged(below, above) == both
+
+
+def test_a_configuration_becomes_tables_and_tables_that_configuration(tmp_path: Path) -> None:
+    config = ServerConfig(
+        job=Job(name="leaves", strategy="fedprune", options={"mixup": 0.2}, precision=("int8",)),
+        model="model.onnx", evaluation="a.b:c", broker="mqtts://u:p@b", ca=Path("system"), port=0, weight=0.5,
+        state=tmp_path, profiles=tmp_path, input_shape=(3, 8, 8), database="postgresql+psycopg://db/x", archive=True,
+    )  # fmt: skip
+    assert parse_config(as_tables(config), "it", Path()) == config
+    assert parse_config(as_tables(ServerConfig()), "it", Path()) == ServerConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("mqtts://ann:se:c@ret@broker:8883", "mqtts://ann:***@broker:8883"),
+        ("postgresql+psycopg://ann@db/x?password=secret&sslmode=require", "postgresql+psycopg://ann@db/x?password=***&sslmode=require"),
+        ("mqtts://ann@broker", "mqtts://ann@broker"),
+        ("package.module:function", "package.module:function"),
+    ],
+)  # fmt: skip
+def test_no_password_is_shown(text: str, shown: str) -> None:
+    assert masked(text) == shown
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"FEDPRUNE_SERVER_BROKER": "http://ann:secret@broker"},
+        {"FEDPRUNE_SERVER_BROKER": "mqtt://ann:secret@broker", "FEDPRUNE_SERVER_CA": "system"},
+    ],
+    ids=["scheme", "ca"],
+)
+def test_no_error_has_a_password(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(environment_layer(environment).tables, "it", Path())
+    assert "secret" not in str(caught.value)

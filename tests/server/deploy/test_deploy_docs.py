@@ -1,0 +1,78 @@
+"""docs/deploy.md: its commands are the program's, its errors what it says, its files there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fedprune.core.errors import ExitCode
+from fedprune_server.cli.main import build_parser, main
+from fedprune_server.cli.systemd_unit import ServerUnit
+from fedprune_server.config.environment import CONFIG, variables
+from support.paths import ROOT
+
+TEXT = (ROOT / "docs" / "deploy.md").read_text()
+
+
+def commands(text: str) -> list[list[str]]:
+    """The command lines of fedprune-server, in blocks and in sentences."""
+    found = re.findall(
+        r"fedprune-server ((?:run|init|claim|config|service|backup|status|check|broker-config) [^`\n]*)", text
+    )
+    return [shlex.split(line.partition("#")[0]) for line in found]
+
+
+@pytest.mark.parametrize("words", commands(TEXT), ids=" ".join)
+def test_the_commands_are_the_programs(words: list[str]) -> None:
+    build_parser().parse_args(words)
+
+
+def test_readmes_commands_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    section = (ROOT / "README.md").read_text().partition("\n## Deploy it\n")[2].partition("\n## ")[0]
+    monkeypatch.chdir(ROOT)
+    program = tmp_path / "bin" / "fedprune-server"
+    program.parent.mkdir()
+    program.write_text("")
+    monkeypatch.setattr("sys.argv", [str(program)])
+    lines = commands(section)
+    assert len(lines) == 2
+    for words in lines:
+        assert main(words) == ExitCode.OK
+    assert re.search(r"^ExecStart=/\S+/fedprune-server run --config", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_every_variable_that_is_named_is_one() -> None:
+    named = {n.removesuffix("_FILE") for n in re.findall(r"FEDPRUNE_[A-Z_]+\b", TEXT)}
+    known = variables().keys() | {CONFIG, "FEDPRUNE_HOST", "FEDPRUNE_PULSE", "FEDPRUNE_JOB_OPTIONS_MIXUP"}
+    assert named <= known
+
+
+def test_the_errors_are_those_that_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = re.findall(r"^    error: (.*)$", TEXT, re.MULTILINE)
+    path = tmp_path / "fleet.toml"
+    path.write_text("\n" * 10 + "[server]\nkeep = 0\n")
+    assert main(["config", "check", str(path)]) == ExitCode.CONFIG
+    path.write_text("")
+    assert main(["config", "check", str(path), "--port", "99999"]) == ExitCode.CONFIG
+    monkeypatch.setenv("FEDPRUNE_SERVER_KEEP", "0")
+    assert main(["config", "check", str(path)]) == ExitCode.CONFIG
+    got = [line.removeprefix("error: ") for line in capsys.readouterr().err.splitlines()]
+    assert sorted(got) == sorted(line.replace("/etc/fedprune/fleet.toml", str(path)) for line in said)
+
+
+def test_files_are_there_and_figures_are_the_units() -> None:
+    for name in re.findall(r"`(deploy/[\w./-]+)`", TEXT):
+        assert (ROOT / name).exists() or name in ("deploy/.env", "deploy/secrets/database-url"), name
+    unit = ServerUnit("/opt/fedprune/bin/fedprune-server").text()
+    codes = re.findall(r"exit codes ([\d, and]+) \(", TEXT)[0].replace(" and", ",").split(",")
+    assert f"RestartPreventExitStatus={' '.join(c.strip() for c in codes)}\n" in unit
+    assert "WatchdogSec=180\n" in unit
+    assert "TimeoutStopSec=90\n" in unit
+    assert "RestartSec=10\n" in unit

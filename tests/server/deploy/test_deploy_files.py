@@ -1,0 +1,271 @@
+"""The files of deploy/ fit each other, the program and the images that they name."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedprune import __version__
+from fedprune.core.toml_file import parse_toml
+from fedprune_server.cli.main import build_parser
+from fedprune_server.config.environment import environment_layer, variables
+from fedprune_server.config.tables import parse_config
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.messaging.broker.config import CONFIG as MOSQUITTO_CONF
+from fedprune_server.monitoring.health import FILE as PULSE
+from support.processes.compose_file import DEPLOY, mounts, read_compose
+
+PINNED = re.compile(r"[\w./-]+:\d+\.\d+(\.\d+)?(-[\w.-]+)?")
+ENVIRONMENT = {"FEDPRUNE_HOST": "fleet.example"}
+
+
+def manifests() -> dict[tuple[str, str], dict[str, Any]]:
+    """What Kubernetes is given, by kind and name."""
+    names = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())["resources"]
+    assert {*names, "kustomization.yaml"} == {p.name for p in (DEPLOY / "kubernetes").iterdir()}
+    parts = [p for name in names for p in yaml.safe_load_all((DEPLOY / "kubernetes" / name).read_text())]
+    found = {(p["kind"], p["metadata"]["name"]): p for p in parts}
+    assert len(found) == len(parts)
+    return found
+
+
+def templates() -> dict[str, dict[str, Any]]:
+    """Of pods, by the name of what makes them."""
+    return {name: m["spec"]["template"] for (_, name), m in manifests().items() if "template" in m.get("spec", {})}
+
+
+def pods() -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (name, m["spec"]["template"]["spec"]) for (_, name), m in manifests().items() if "template" in m.get("spec", {})
+    ]
+
+
+def containers() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    for name, pod in pods():
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            yield name, pod, container
+
+
+def check_environment(given: dict[str, str]) -> None:
+    """Every variable of ours is a setting, or one that the image is told."""
+    ours = {n.removesuffix("_FILE") for n in given if n.startswith("FEDPRUNE_")} - {
+        "FEDPRUNE_HOST",
+        "FEDPRUNE_SITE",
+        PULSE,
+    }
+    assert ours <= variables().keys()
+    environment_layer({k: v for k, v in given.items() if not k.endswith("_FILE")})
+
+
+def test_what_compose_says_holds_together() -> None:
+    body = read_compose(ENVIRONMENT)
+    services = body["services"]
+    for name, service in services.items():
+        assert PINNED.fullmatch(service["image"]), name
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert all(s in body["secrets"] for s in service.get("secrets", []))
+        for target, source in mounts(body, name, Path("x")).items():
+            assert target.startswith("/")
+            assert source.parent.name != "volumes" or source.name in body["volumes"]
+        for other, wanted in service.get("depends_on", {}).items():
+            needs = (
+                "healthcheck" in services[other]
+                if wanted["condition"] == "service_healthy"
+                else services[other]["restart"] == "no"
+            )
+            assert needs, (name, other)
+        check_environment(service.get("environment", {}))
+    assert all(re.fullmatch(r"\d+:\d+", port) for s in services.values() for port in s.get("ports", []))
+    assert services["server"]["image"].endswith(f":{__version__}")
+
+
+def test_compose_wants_the_host_by_which_boards_come() -> None:
+    with pytest.raises(KeyError, match="FEDPRUNE_HOST"):
+        read_compose({})
+
+
+def test_the_commands_of_containers_are_commands_of_the_program() -> None:
+    services = read_compose(ENVIRONMENT)["services"]
+    script = services["prepare"]["command"][0].replace("$FEDPRUNE_SITE", "lab")
+    lines = [shlex.split(line) for line in re.findall(r"fedprune-server (.*)", script)]
+    lines += [services["server"]["command"]]
+    lines += [c["args"] for name, _, c in containers() if name == "server" and "command" not in c]
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    lines += [
+        [w for w in re.findall(r'"([^"]+)"', line) if w != "fedprune-server"]
+        for line in re.findall(r"CMD (\[.*\])", dockerfile)
+    ]
+    assert len(lines) == 6
+    for words in lines:
+        build_parser().parse_args(words)
+
+
+def test_both_hand_the_broker_the_file_that_broker_config_writes() -> None:
+    broker = read_compose(ENVIRONMENT)["services"]["broker"]
+    (pod,) = (c for name, _, c in containers() if name == "broker")
+    assert broker["command"] == pod["command"]
+    folder = str(Path(broker["command"][-1]).parent)
+    assert broker["command"][-1] == f"{folder}/{MOSQUITTO_CONF}"
+    assert f"broker:{folder}:ro" in broker["volumes"]
+    assert pod["volumeMounts"][0]["mountPath"] == folder
+    assert f"--out {folder}\n" in read_compose(ENVIRONMENT)["services"]["prepare"]["command"][0]
+
+
+def test_the_images_are_the_same_for_both() -> None:
+    compose = {s["image"] for s in read_compose(ENVIRONMENT)["services"].values()}
+    assert {c["image"].removeprefix("registry.example/") for _, _, c in containers()} == compose
+
+
+def test_the_fleets_of_both_are_valid() -> None:
+    for text in (
+        (DEPLOY / "fleet" / "fleet.toml").read_text(),
+        manifests()["ConfigMap", "fleet"]["data"]["fleet.toml"],
+    ):
+        assert parse_config(parse_toml(text), "fleet.toml", Path("/etc")).job.strategy == "fedprune"
+
+
+def test_a_container_may_do_little() -> None:
+    for name, pod, container in containers():
+        assert PINNED.fullmatch(container["image"]), name
+        assert pod["enableServiceLinks"] is False  # they would make variables that look like ours
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+        own = container["securityContext"]
+        assert (own["allowPrivilegeEscalation"], own["readOnlyRootFilesystem"], own["capabilities"]) == (
+            False,
+            True,
+            {"drop": ["ALL"]},
+        )
+        if container in pod["containers"]:
+            assert {"livenessProbe", "readinessProbe"} <= container.keys()
+            assert {"requests", "limits"} <= container["resources"].keys()
+        check_environment({e["name"]: e["value"] for e in container.get("env", [])})
+
+
+def test_what_manifests_name_is_there() -> None:
+    found = manifests()
+    secrets = {"identity", "broker", "database"}  # made by hand: docs/deploy.md
+    for _, pod, container in containers():
+        volumes = {v["name"]: v for v in pod["volumes"]}
+        for mount in container["volumeMounts"]:
+            volume = volumes.get(mount["name"], {})
+            if "configMap" in volume:
+                assert ("ConfigMap", volume["configMap"]["name"]) in found
+            elif "persistentVolumeClaim" in volume:
+                assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in found
+            elif "secret" in volume:
+                assert volume["secret"]["secretName"] in secrets
+            else:
+                assert "emptyDir" in volume or mount["name"] == "data"
+        mounted = [m["mountPath"] for m in container["volumeMounts"]]
+        for e in container.get("env", []):
+            if e["value"].startswith("/"):
+                assert any(Path(e["value"]).is_relative_to(m) for m in mounted), e
+
+
+def test_services_and_policies_find_their_pods() -> None:
+    found = manifests()
+    labels = {
+        n: m["spec"]["template"]["metadata"]["labels"] for (_, n), m in found.items() if "template" in m.get("spec", {})
+    }
+    ports = {n: {p["name"] for c in pod["containers"] for p in c.get("ports", [])} for n, pod in pods()}
+    for (kind, name), manifest in found.items():
+        spec = manifest.get("spec", {})
+        if "selector" in spec and kind != "Service":
+            assert spec["selector"]["matchLabels"] == labels[name]
+        if kind == "Service":
+            assert spec["selector"] == labels[name]
+            assert {p["targetPort"] for p in spec["ports"]} <= ports[name]
+        if kind == "NetworkPolicy" and name != "nobody":
+            assert spec["podSelector"]["matchLabels"] == labels[name]
+            assert {p["port"] for rule in spec.get("ingress", []) for p in rule["ports"]} <= ports[name]
+
+
+def test_kubectl_takes_them(tmp_path: Path) -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    done = subprocess.run(
+        [kubectl, "kustomize", str(DEPLOY / "kubernetes")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(yaml.safe_load_all(done.stdout))) == len(manifests())
+
+
+@pytest.mark.soak  # its package is of 108 MB
+def test_the_schemas_of_kubernetes_know_every_word() -> None:
+    schemas = pytest.importorskip("kubernetes_validate")
+    for manifest in manifests().values():
+        for version in ("1.28", schemas.latest_version()):
+            schemas.validate(manifest, version, strict=True)
+    wrong = {**manifest, "spec": {**manifest["spec"], "policyType": ["Egress"]}}
+    with pytest.raises(schemas.ValidationError):
+        schemas.validate(wrong, version, strict=True)
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = shutil.which("hadolint", path=sysconfig.get_path("scripts")) or shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed")
+    done = subprocess.run([hadolint, str(DEPLOY / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_image_is_built_of_files_that_are_there_and_sent() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    sent = {line[1:] for line in (DEPLOY.parent / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {w for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE) for w in line.split()[:-1]}
+    assert copied == sent
+    assert all((DEPLOY.parent / name).exists() for name in copied)
+    assert re.search(r"^ARG PYTHON=3\.\d+\.\d+-slim-\w+$", text, re.MULTILINE)
+    assert text.count("-c constraints.txt -c deploy/constraints.txt") == 1
+    versions = [(DEPLOY.parent / name / "constraints.txt").read_text() for name in ("", "deploy")]
+    pins = [set(re.findall(r"^([\w.-]+)==", part.lower().replace("_", "-"), re.MULTILINE)) for part in versions]
+    assert min(map(len, pins)) > 20
+    assert not pins[0] & pins[1]
+    assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["10001:10001"]
+    assert {"HEALTHCHECK", "STOPSIGNAL", "ENTRYPOINT", "CMD"} <= {line.split(" ")[0] for line in text.splitlines()}
+    check_environment(dict(re.findall(r"(FEDPRUNE_\w+)=(\S+)", text)))
+
+
+def test_the_first_pod_takes_the_identity_of_the_secret_and_later_ones_leave_it(tmp_path: Path) -> None:
+    if shutil.which("flock") is None:
+        pytest.skip("flock is not installed")
+    (script,) = (c["args"][0] for _, _, c in containers() if c["name"] == "identity")
+    IdentityFolder.make(tmp_path / "made", "lab").close()
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    script = script.replace("/run/identity", str(tmp_path / "made" / "identity"))
+    command = ["sh", "-ec", script.replace("/var/lib/fedprune", str(volume))]
+    subprocess.run(command, check=True)
+    with IdentityFolder(volume) as identity:
+        assert identity.site == "lab"
+        identity.claim("attic", 60)
+    before = {p.name: p.read_bytes() for p in (volume / "identity").iterdir()}
+    assert {p.stat().st_mode & 0o77 for p in [volume / "identity", *(volume / "identity").iterdir()]} == {0}
+    subprocess.run(command, check=True)
+    assert {p.name: p.read_bytes() for p in (volume / "identity").iterdir()} == before
+
+
+def test_the_secrets_are_made_once(tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir(mode=0o755)  # somebody made it before
+    command = ["sh", str(DEPLOY / "secrets.sh"), str(tmp_path / "secrets")]
+    subprocess.run(command, check=True)
+    password = (tmp_path / "secrets" / "database-password").read_text()
+    assert re.fullmatch(r"[0-9a-f]{48}", password)
+    subprocess.run(command, check=True)
+    assert (tmp_path / "secrets" / "database-password").read_text() == password
+    url = (tmp_path / "secrets" / "database-url").read_text()
+    assert url == f"postgresql+psycopg://fedprune:{password}@database/fedprune"
+    assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700

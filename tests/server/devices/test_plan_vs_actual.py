@@ -1,0 +1,96 @@
+"""Predicted beside measured: only at the widths that a device has now, in the status, the record and the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedprune.coordination import State
+from fedprune.core.text import amount
+from fedprune.hardware import profile_store
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device
+from fedprune.planning.cost_prediction import NO_CORRECTION, predict
+from fedprune.planning.plan import plan
+from fedprune.strategies import compose
+from fedprune.strategies.roles import Turn
+from fedprune.training.recipe import Recipe
+from fedprune_server.devices.plan_vs_actual import compared, described, predicted, table
+from fedprune_server.simulation.results.record import Record, record_of
+from fedprune_server.simulation.results.report import foresight_rows
+from support.fakes import tiny_job as toy
+
+BOARD = profile_store.find("raspberry-pi-5")
+JOB = Job(name="leaves", recipe=Recipe())
+MADE = plan(toy.ARCHITECTURE, BOARD, JOB.recipe, 100)
+METRICS = {"step_seconds": 2 * MADE.prediction.step_s, "latency_seconds": 0.5, "peak_memory_bytes": 1e8}
+
+
+def state(metrics: dict[str, float], widths: tuple[int, ...] = MADE.widths, **changes: Any) -> State:
+    device = Device(1, True, BOARD.to_dict(), None, 100, MADE.to_dict(), MADE.widths)
+    row = {
+        "round": 1,
+        "at": 1.0,
+        "model": "0" * 64,
+        "metrics": {},
+        "devices": {"pi": {"progress": "folded", "widths": list(widths), "metrics": metrics, "reason": ""}},
+    }
+    return State(model="0" * 64, round=1, devices={"pi": replace(device, **changes)}, history=[row])
+
+
+def test_a_devices_predictions_stand_beside_its_measurements() -> None:
+    rows = compared("pi", state(METRICS), vars(MADE.prediction))
+    assert rows["step_seconds"] == (MADE.prediction.step_s, METRICS["step_seconds"])
+    assert rows["latency_seconds"] == (MADE.prediction.latency_s, 0.5)
+    assert rows["peak_memory_bytes"] == (MADE.prediction.memory_bytes, 1e8)
+    assert "memory 100.00 MB (predicted" in described(rows)
+
+
+def test_measurements_at_other_widths_are_left_out() -> None:
+    other = state(METRICS, widths=tuple(w + 1 for w in MADE.widths))
+    assert all(seen is None for _, seen in compared("pi", other, vars(MADE.prediction)).values())
+    assert compared("nobody", other, None) == {}
+
+
+def test_a_prediction_is_the_one_before_any_round_whatever_rounds_taught() -> None:
+    learnt = NO_CORRECTION.after(MADE.prediction, NO_CORRECTION, METRICS)
+    again = plan(toy.ARCHITECTURE, BOARD, JOB.recipe, 100, correction=learnt)
+    device = replace(state(METRICS).devices["pi"], plan=again.to_dict())
+    assert again.prediction.step_s == METRICS["step_seconds"], "what a plan says now agrees by itself"
+    foretold = predicted("pi", device, JOB, toy.ARCHITECTURE)
+    assert foretold is not None
+    for figure in ("step_s", "latency_s", "train_s", "memory_bytes"):
+        assert foretold[figure] == pytest.approx(vars(MADE.prediction)[figure]), figure
+
+
+def test_widths_that_the_job_gives_are_predicted_for_too() -> None:
+    device = state(METRICS).devices["pi"]
+    bare = replace(device, plan=None)
+    assert predicted("pi", bare, JOB, toy.ARCHITECTURE) == vars(MADE.prediction)
+    assert predicted("pi", replace(bare, widths=()), JOB, toy.ARCHITECTURE) is None
+
+
+def test_what_the_strategy_adds_to_the_recipe_is_predicted_for_too() -> None:
+    bare, job = replace(state(METRICS).devices["pi"], plan=None), replace(JOB, strategy="fedprune")
+    asked = compose(job).objective.recipe(job.recipe, Turn(job.seed, 1, "pi", bare.widths, 1.0, 100))
+    assert asked.own_copies == 3
+    seen = predicted("pi", bare, job, toy.ARCHITECTURE)
+    assert seen == vars(predict(toy.ARCHITECTURE, bare.widths, BOARD, asked, 100)) != vars(MADE.prediction)
+
+
+def test_a_record_keeps_the_comparison_and_a_report_shows_it() -> None:
+    run = record_of("run", JOB, toy.ARCHITECTURE, state(METRICS))
+    assert Record.from_json(run.to_json()) == run
+    header, row = foresight_rows(run)
+    assert header[:4] == ("device", "step predicted", "step measured", "step off by")
+    assert row[0] == "pi"
+    assert row[3] == "-50%"
+    assert row[8] == amount(METRICS["peak_memory_bytes"], "bytes"), "plans write the same amounts alike"
+
+
+@pytest.mark.parametrize("seen", [None, 0.0])
+def test_what_was_not_measured_is_a_dash(seen: float | None) -> None:
+    assert table([("pi", {"step_seconds": (1.5, seen)})])[1][1] == "1.5 s"
+    assert table([("pi", {"step_seconds": (1.5, seen)})])[1][3:] == ("–",) * 7

@@ -1,0 +1,152 @@
+"""Devices that vanish without a word from the broker: silence tells, within a bounded time."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.wire.connection_events import ConnectionUp
+from fedprune.wire.messages import Alive, Hello
+from fedprune_server.devices.presence import ANSWER_S, QUIET_S, Presence
+from fedprune_server.messaging import intake
+from support.fakes.fleet import Fleet
+from support.fakes.tiny_job import JOB, NAMES
+
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(["heard", "left", "wait", "wait", "lost", "connected"]), st.sampled_from(NAMES)),
+    max_size=60,
+)
+
+
+SESSION = 7
+
+
+@given(EVENTS)
+def test_who_speaks_is_never_gone_and_who_is_silent_is_asked_once_and_then_gone(events: list[tuple[str, str]]) -> None:
+    presence, now, up = Presence(lambda name: SESSION), 0.0, True
+    heard: dict[str, float] = {}
+    gone: set[str] = set()
+    presence.connected(now, NAMES)
+    heard.update(dict.fromkeys(NAMES, now))
+    for kind, name in events:
+        if kind == "wait":
+            now += 200.0
+        elif kind == "lost":
+            presence.lost()
+            up = False
+        elif kind == "connected":
+            presence.connected(now, NAMES)
+            up = True
+            gone.clear()
+            heard.update(dict.fromkeys(NAMES, now))
+        elif up:
+            getattr(presence, kind)(*((name, now) if kind == "heard" else (name,)))
+            heard[name] = now
+            gone.discard(name)
+            if kind == "left":
+                gone.add(name)
+        for asked in presence.silent(now):
+            assert now - heard[asked] >= QUIET_S
+        for silent, session in presence.gone(now).items():
+            assert session == SESSION
+            assert silent not in gone
+            assert now - heard[silent] > ANSWER_S
+            gone.add(silent)
+    if up:  # whoever says no more is gone in the end
+        for _ in range(20):
+            now += 100.0
+            presence.silent(now)
+            gone |= presence.gone(now).keys()
+        assert gone == set(NAMES)
+
+
+def vanished(fleet: Fleet, speaks_after: float | None = None) -> tuple[Any, dict[str, bool], float]:
+    """A fleet that waits for a device more; `c` vanishes at once, without a will.
+
+    Returns:
+        The daemon, who was online as time went by, and when `c` was found to be gone.
+    """
+    daemon = fleet.daemon()
+    ghost = fleet.air.devices["c"]
+    hear, found = ghost.hear, [0.0]
+
+    def idle() -> None:
+        if daemon.busy:
+            return
+        fleet.air.now += 20.0
+        now = fleet.air.now
+        if now > 100:
+            ghost.hear = (lambda topic, payload: None) if not back(now) else hear  # type: ignore[method-assign]
+        if now % 300 == 0:
+            for device in fleet.air.devices.values():
+                if device is not ghost or now <= 100 or back(now):
+                    device.say(Alive(device.name, device.session))
+        if "c" in daemon.state.devices and not daemon.state.devices["c"].online:
+            found[0] = found[0] or now
+        if now > 3000:
+            daemon.stop()
+
+    def back(now: float) -> bool:
+        return speaks_after is not None and now > speaks_after
+
+    fleet.air.on_idle = idle
+    state = daemon.run()
+    return daemon, {n: d.online for n, d in state.devices.items()}, found[0]
+
+
+@pytest.fixture
+def waiting(tmp_path: Path) -> Fleet:
+    return Fleet(tmp_path, replace(JOB, devices=9))
+
+
+def test_a_device_that_vanished_without_a_will_is_gone_within_a_quarter_of_an_hour_and_a_bit(waiting: Fleet) -> None:
+    _, online, found = vanished(waiting)
+    assert online == {"a": True, "b": True, "c": False}
+    assert QUIET_S < found <= 100 + QUIET_S + ANSWER_S + 60
+    hellos = [m for m in waiting.air.devices["a"].heard if isinstance(m, Hello)]
+    assert len(hellos) == 1  # the one to everybody: who says that it is there is not asked
+
+
+def test_one_that_speaks_again_is_there_again(waiting: Fleet) -> None:
+    _, online, found = vanished(waiting, speaks_after=2000)
+    assert found
+    assert online == {"a": True, "b": True, "c": True}
+
+
+def test_a_board_whose_birth_got_lost_is_asked_for_it(waiting: Fleet) -> None:
+    waiting.air.lost.append(waiting.air.devices["a"].topics.broadcast())
+    _, online, _ = vanished(waiting)
+    assert online == {"a": True, "b": True}
+
+
+def test_answers_that_wait_to_be_heard_are_answers(
+    waiting: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(intake, "TURN_S", -1.0)  # a message each turn
+    caplog.set_level(logging.INFO)
+    daemon, get, idle = waiting.daemon(), waiting.air.get, iter(range(2))
+
+    def slowly(timeout: float | None = 0.0) -> Any:
+        item = get(timeout)
+        waiting.air.now += 0.0 if item is None else 0.8 * ANSWER_S
+        return item
+
+    def again() -> None:
+        if daemon.busy:
+            return
+        if next(idle):
+            daemon.stop()
+        waiting.air.inbox.append(ConnectionUp())  # so that everybody is asked
+        waiting.air.get = slowly  # type: ignore[method-assign]
+
+    waiting.air.on_idle = again
+    state = daemon.run()
+    assert waiting.air.now > 2 * ANSWER_S
+    assert {n: d.online for n, d in state.devices.items()} == dict.fromkeys(NAMES, True)
+    assert "taken for gone" not in caplog.text

@@ -1,0 +1,531 @@
+"""Floods and what nobody can use end in quarantine; whatever honest fleets do, at any speed, never does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.aggregation.magnitude import check_range
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State
+from fedprune.coordination import commands as do
+from fedprune.core.errors import BundleError, ProtocolError
+from fedprune.core.tensorfile import decode
+from fedprune.jobs.state import Progress as Part
+from fedprune.jobs.state import Task
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.messages import MAX_WANT, Accepted, Birth, Cancelled, Death, Gone, Hello, Progress, Want
+from fedprune.wire.mqtt.link import Link
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import Pull, Serve
+from fedprune_server.devices.quarantine import (
+    BAD,
+    BIRTH,
+    BURST,
+    FILE,
+    FIRST_S,
+    FORGIVEN_S,
+    FREE_WANTS,
+    LONGEST_S,
+    PER_S,
+    STRANGERS_BURST,
+    STRIKES,
+    Quarantine,
+    Quarantined,
+    Released,
+    read_rows,
+)
+from fedprune_server.messaging.rate_limit import Guarded
+from support.fakes.fleet import Fleet, larger
+from support.fakes.tiny_job import JOB
+from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
+from support.paths import ROOT
+
+SITE = Topics("default")
+WANT = 200
+"""Bytes of a want, and some more."""
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def quarantine(clock: Clock) -> Quarantine:
+    made = Quarantine(clock, wall=lambda: clock.now + 10**9)
+    made.know(["a", "b"])
+    return made
+
+
+def heard(quarantine: Quarantine, device: str, messages: int, size: int = WANT, *, chunk: bool = False) -> int:
+    return sum(quarantine.hears(device, size, chunk=chunk) for _ in range(messages))
+
+
+# --- floods
+
+
+FLOODS: dict[str, Callable[[Quarantine], object]] = {
+    "too many messages": lambda q: heard(q, "a", 10_000),
+    "large messages": lambda q: heard(q, "a", 200, 256 * 1024),
+    "chunks that the server didn't ask for": lambda q: heard(q, "a", 500, 128 * 1024, chunk=True),
+    "announces itself": lambda q: [q.born("a") for _ in range(300)],
+    "messages that make no sense": lambda q: [q.bad("a") for _ in range(200)],
+    "updates in a row": lambda q: [q.refused("a", "update lacks tensor w") for _ in range(STRIKES)],
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_a_flood_ends_in_quarantine_and_the_others_are_heard(quarantine: Quarantine, clock: Clock, flood: str) -> None:
+    FLOODS[flood](quarantine)
+
+    news = quarantine.news()
+    assert isinstance(news, Quarantined)
+    assert (news.device, news.seconds) == ("a", FIRST_S)
+    assert quarantine.news() is None
+    assert heard(quarantine, "a", 100) == 0
+    assert heard(quarantine, "b", 100) == 100
+    clock.now += FIRST_S
+    assert quarantine.news() == Released("a")
+    assert heard(quarantine, "a", 100) == 100
+
+
+def test_how_much_is_heard_before_is_bounded(quarantine: Quarantine) -> None:
+    assert heard(quarantine, "a", 100_000) <= BURST
+    assert quarantine.rows()["a"]["dropped"] >= 100_000 - BURST
+    assert heard(quarantine, "b", 100_000, 128 * 1024, chunk=True) * 128 * 1024 <= BURST * 4096
+
+
+def test_each_time_is_twice_as_long_up_to_an_hour_and_is_forgiven_after_a_day(
+    quarantine: Quarantine, clock: Clock
+) -> None:
+    found = []
+    for _ in range(9):
+        heard(quarantine, "a", 10_000)
+        news = quarantine.news()
+        assert isinstance(news, Quarantined)
+        found.append(news.seconds)
+        clock.now += news.seconds
+        assert quarantine.news() == Released("a")
+    assert found == [min(LONGEST_S, FIRST_S * 2**n) for n in range(9)]
+    clock.now += FORGIVEN_S + 1
+    heard(quarantine, "a", 10_000)
+    assert quarantine.news() == Quarantined("a", "too many messages", FIRST_S)
+
+
+def test_a_device_that_goes_on_while_it_is_in_quarantine_stays_no_longer_for_it(
+    quarantine: Quarantine, clock: Clock
+) -> None:
+    heard(quarantine, "a", 10_000)
+    for _ in range(10):
+        clock.now += FIRST_S / 10
+        heard(quarantine, "a", 1000)
+        quarantine.bad("a")
+        quarantine.born("a")
+    assert isinstance(quarantine.news(), Quarantined)
+    assert quarantine.news() == Released("a")
+    assert heard(quarantine, "a", 10) == 10
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["", "a", "b", "x1", "x2"]), st.integers(0, 10**6), st.booleans(), st.floats(0, 100))
+    )
+)
+def test_points_never_exceed_the_allowance(steps: list[tuple[str, int, bool, float]]) -> None:
+    clock = Clock()
+    quarantine = Quarantine(clock)
+    quarantine.know(["a", "b"])
+    began, paid = clock.now, dict.fromkeys("ab", 0.0)
+    for device, size, sends, seconds in steps:
+        clock.now += seconds
+        if sends:
+            quarantine.sends(device)
+        elif quarantine.hears(device, size) and device in paid:
+            paid[device] += 1 + size / 4096
+        if device in paid:
+            assert paid[device] <= BURST + PER_S * (clock.now - began) + 2.0 * len(steps)
+    assert set(quarantine._ledgers) == {"a", "b"}
+
+
+def test_names_that_nobody_knows_cost_no_memory_and_share_an_allowance(
+    quarantine: Quarantine, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard_of = sum(quarantine.hears(f"x{n}", 1000) for n in range(200_000))
+
+    assert 0.5 * STRANGERS_BURST < heard_of < STRANGERS_BURST
+    assert len(quarantine._ledgers) == 2
+    assert quarantine.news() is None
+    assert caplog.text.count("unknown devices send") == 1
+    assert quarantine.hears("a", 1000)
+    clock.now += 10
+    assert quarantine.hears("x", 1000)
+
+
+def test_updates_that_an_honest_board_may_bring_are_no_strikes(quarantine: Quarantine) -> None:
+    reasons = [
+        "the device no longer has the update that it announced",
+        "values of w: expected finite numbers of magnitude up to 8, got 1e+20",
+        "it was shut out",
+        "it is in quarantine: too many messages",
+    ]
+    for reason in reasons * 10:
+        quarantine.refused("a", reason)
+    assert quarantine.news() is None
+    for _ in range(10):
+        quarantine.refused("a", "update lacks tensor w")
+        quarantine.counted("a")
+    assert quarantine.news() is None
+
+
+def test_reasons_that_our_own_checks_give_are_told_apart(quarantine: Quarantine) -> None:
+    """The words are matched, so they have to be those of the checks."""
+    for device, value in (("a", np.nan), ("b", 1e20)):
+        with pytest.raises(ProtocolError) as error:
+            check_range("w", np.array([value], np.float32), 8.0)
+        for _ in range(STRIKES):
+            quarantine.refused(device, str(error.value))
+    news = quarantine.news()
+    assert isinstance(news, Quarantined)
+    assert news.device == "a"
+    assert quarantine.news() is None
+    with pytest.raises(BundleError) as damaged:
+        decode(b"short")
+    for _ in range(STRIKES):
+        quarantine.refused("b", str(damaged.value))
+    assert isinstance(quarantine.news(), Quarantined)
+
+
+# --- honest fleets
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(32, 4), (MAX_WANT, MAX_WANT), (MAX_WANT, 1)])
+def test_a_board_may_fetch_and_deliver_as_fast_as_it_can(
+    quarantine: Quarantine, tmp_path: Path, window: int, chunk: int
+) -> None:
+    """Both ways, 64 MB in no time at all, and every message that takes part is heard."""
+    data = np.random.default_rng(0).bytes(64 * 2**20)
+    here, there = BlobStore(tmp_path / "here", durable=False), BlobStore(tmp_path / "there", durable=False)
+    ref = there.put(data)
+    serve = Serve(there)
+
+    # The server pulls: it says how much it asks for, and each chunk is heard.
+    pull = Pull(ref, here.partial(ref), window_leaves=window, chunk_leaves=chunk)
+    wants = pull.start(0.0)
+    while not pull.done:
+        want = wants.pop(0)
+        quarantine.asked("a", want.count)
+        quarantine.sends("a")
+        for raw in serve.answer(want, 128 * 1024 + 600):
+            assert quarantine.hears("a", len(raw), chunk=True)
+            wants += pull.on_chunk(Chunk.parse(raw), 0.0)
+
+    # The board pulls: each of its wants is heard, since it was offered the blob.
+    fetched = BlobStore(tmp_path / "board", durable=False)
+    pull = Pull(ref, fetched.partial(ref), window_leaves=window, chunk_leaves=chunk)
+    wants = pull.start(0.0)
+    while not pull.done:
+        want = wants.pop(0)
+        assert quarantine.hears("a", len(want.to_bytes()))
+        quarantine.fetches("a", want.sha256, serve.leaves(want.sha256))
+        for raw in serve.answer(want):
+            wants += pull.on_chunk(Chunk.parse(raw), 0.0)
+    assert quarantine.news() is None
+    assert quarantine.rows() == {}
+
+
+def test_chunks_that_come_twice_and_late_were_asked_for(quarantine: Quarantine) -> None:
+    for _ in range(1000):
+        quarantine.asked("a", 32)
+        assert heard(quarantine, "a", 16, 4 * LEAF + 44, chunk=True) == 16
+    assert quarantine.rows() == {}
+
+
+def test_ten_thousand_boards_come_back_at_once(clock: Clock) -> None:
+    """Each announces itself twice, repeats its update, asks for all that it was fetching and tells of its progress."""
+    quarantine = Quarantine(clock)
+    names = [f"board{n}" for n in range(10_000)]
+    for name in names:
+        assert quarantine.hears(name, 4000)  # nobody knows them yet: the server has restarted without its disk
+        quarantine.born(name)
+    for _ in range(3):
+        for name in names:
+            for size in (4000, 4000, 600):
+                assert quarantine.hears(name, size)
+            quarantine.born(name)
+            assert heard(quarantine, name, 40) == 40
+        clock.now += 20.0
+    assert quarantine.news() is None
+
+
+def test_a_retry_storm_is_heard(quarantine: Quarantine, clock: Clock) -> None:
+    """Nothing gets through to the board for an hour: it asks again with doubling patience, for every leaf by itself."""
+    patience, until = 5.0, clock.now + 3600
+    while clock.now < until:
+        assert heard(quarantine, "a", 32 * 4) == 32 * 4
+        assert heard(quarantine, "a", int(patience)) == int(patience)  # progress, once a second
+        clock.now += patience
+        patience = min(2 * patience, 120.0)
+    assert quarantine.news() is None
+
+
+def test_a_connection_that_breaks_every_ten_seconds_is_heard(quarantine: Quarantine, clock: Clock) -> None:
+    for _ in range(1000):
+        for _ in range(4):
+            assert quarantine.hears("a", 4000)
+            quarantine.born("a")
+        assert heard(quarantine, "a", 20) == 20
+        clock.now += 10.0
+    assert quarantine.news() is None
+
+
+def test_allowances_are_those_of_the_docs() -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    for number in (BURST, PER_S, BIRTH, BAD, STRIKES, FIRST_S, STRANGERS_BURST):
+        assert f"{number:,.0f}" in text
+
+
+# --- in the daemon
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    return Fleet(tmp_path)
+
+
+def folded(state: State) -> list[list[str]]:
+    return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
+
+
+def test_a_flood_costs_its_sender_its_part_and_nobody_else(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    flooding = fleet.air.devices["a"]
+    take = flooding.take
+
+    def flood(offer: object) -> None:
+        for _ in range(10_000):
+            flooding.say(Progress("a", JOB.name, 1, 1, "train", 1, 2))
+        take(offer)  # type: ignore[arg-type]
+
+    flooding.take = flood  # type: ignore[method-assign, assignment]
+    state = fleet.run()
+
+    assert folded(state)[0] == ["b", "c"]
+    assert all({"b", "c"} <= set(names) for names in folded(state))
+    assert state.history[0]["devices"]["a"]["reason"].startswith("it is in quarantine: too many messages")
+    assert "device a is in quarantine for 60 s" in caplog.text
+    assert caplog.text.count("quarantine for") < 5
+
+
+def test_answers_to_a_flood_do_not_pay_for_it(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    """Each want of a blob that doesn't exist is answered; the daemon takes its time, and answers, between them."""
+    flooding = fleet.air.devices["a"]
+    take, left = flooding.take, [10_000]
+
+    def flood(offer: object) -> None:
+        take(offer)  # type: ignore[arg-type]
+        for _ in range(min(left[0], 500)):
+            left[0] -= 1
+            flooding.say(Want(f"{left[0]:064x}", "data", 0, 1))
+
+    def idle() -> None:
+        flood_on = min(left[0], 500)
+        left[0] -= flood_on
+        for n in range(flood_on):
+            flooding.say(Want(f"{left[0] + n:064x}", "data", 0, 1))
+
+    flooding.take = flood  # type: ignore[method-assign, assignment]
+    daemon = fleet.daemon()
+    fleet.air.on_idle = lambda: idle() if left[0] else daemon.stop()
+    daemon.run()
+    assert "device a is in quarantine for 60 s" in caplog.text
+    assert daemon._quarantine.rows()["a"]["dropped"] > 10_000 - 1.2 * BURST
+
+
+def test_chunks_that_nobody_asked_for_end_in_quarantine(fleet: Fleet) -> None:
+    fleet.job = replace(JOB, devices=2, rounds=1)
+    device = fleet.air.devices["a"]
+    birth = device.birth
+
+    def flood() -> None:
+        birth()
+        raw = Chunk("0" * 64, "data", 0, bytes(4 * LEAF)).to_bytes()
+        for _ in range(500):
+            fleet.air.to_server(SITE.up_blob("a"), raw)
+
+    device.birth = flood  # type: ignore[method-assign]
+    daemon = fleet.daemon()
+    fleet.air.on_idle = daemon.stop
+    daemon.run()
+    row = daemon._quarantine.rows()["a"]
+    assert row["reason"] == "chunks that the server didn't ask for"
+    assert row["unasked"] * 4 * LEAF < 17 * 2**20
+    assert row["dropped"] > 300
+
+
+def test_a_device_whose_updates_no_board_makes_is_not_heard_until_its_time_is_over(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Updates that are too large: three of them, and it is left out for a minute; then it is asked to come back."""
+    caplog.set_level("INFO")
+    fleet.job = replace(JOB, devices=2, rounds=12, deadline_s=20)
+    device = fleet.air.devices["a"]
+    device.lie = larger
+    daemon = fleet.daemon()
+
+    def idle() -> None:
+        if not daemon.busy:
+            fleet.air.now += 0.5
+        if fleet.air.now > 400:
+            daemon.stop()
+
+    fleet.air.on_idle = idle
+    state = daemon.run()
+    assert "3 updates in a row that no board makes" in caplog.text
+    assert "device a is listened to again" in caplog.text
+    assert daemon._quarantine.rows()["a"]["refused"] >= STRIKES
+    assert all("a" not in names for names in folded(state))
+    assert len(folded(state)) == 12
+
+
+def test_the_servers_own_lag_is_no_strike(fleet: Fleet) -> None:
+    """An order to fetch an update is carried out after the device got a new attempt, whose offer is of another size."""
+    daemon = fleet.daemon()
+    daemon._quarantine.know(["a"])
+    daemon.state.tasks["a"] = Task(2, (4,), Part.OFFERED, offer={"weights": {"size": 4000}})
+    update = fleet.store.put(bytes(1000)).to_dict()
+    for attempt in (1, 1, 1):
+        daemon._errands.run(do.PullUpdate("a", daemon.state.round, attempt, update))
+    daemon._errands.run(do.PullUpdate("b", daemon.state.round, 1, update))
+    assert daemon._quarantine.rows() == {}
+    assert not daemon._uploads.devices()
+    daemon._errands.run(do.PullUpdate("a", daemon.state.round, 2, update))
+    assert daemon._quarantine.rows()["a"]["refused"] == 1
+
+
+def test_birth_floods_do_not_reach_the_coordinator(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    for session in range(1, 2000):
+        fleet.air.to_server(SITE.up("a"), Birth("a", session, "raspberry-pi-5", 10, "test").to_bytes())
+    fleet.air.on_idle = daemon.stop
+    daemon.run()
+    assert daemon.state.devices["a"].session < 2 * BURST / BIRTH
+
+
+def test_messages_of_a_newer_version_are_no_offence(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    daemon = fleet.daemon()
+    fleet.air.to_server(SITE.up("a"), Birth("a", 1, "raspberry-pi-5", 10, "test").to_bytes())
+    for body in ({"v": 1, "type": "mood", "mood": "good"}, {"v": 2, "type": "birth"}):
+        for _ in range(300):
+            fleet.air.to_server(SITE.up("a"), json.dumps(body).encode())
+    fleet.air.on_idle = daemon.stop
+    daemon.run()
+    assert "a" not in daemon._quarantine.rows()
+
+
+def test_a_wire_is_guarded_before_anything_is_parsed(quarantine: Quarantine, fleet: Fleet) -> None:
+    guarded = Guarded(fleet.air, quarantine)
+    guarded.get()  # the connection is up
+    for _ in range(5000):
+        fleet.air.to_server(SITE.up("a"), Death("a", 1).to_bytes())
+    fleet.air.to_server(SITE.up("b"), Death("b", 1).to_bytes())
+    got = [guarded.get() for _ in range(5002)]
+
+    assert sum(isinstance(g, tuple) and "/a/" in g[0] for g in got) <= BURST
+    assert sum(isinstance(g, Quarantined) for g in got) == 1
+    assert any(isinstance(g, tuple) and "/b/" in g[0] for g in got)
+
+
+def test_what_a_device_in_quarantine_sends_does_not_even_reach_the_inbox(quarantine: Quarantine) -> None:
+    link = Link("mqtt://localhost", "server", ignores=quarantine.ignores)
+    heard(quarantine, "a", 10_000)
+    for device in "ab":
+        link._on_message(None, None, SimpleNamespace(topic=SITE.up(device), payload=b"x"))  # type: ignore[arg-type]
+    assert link.get() == (SITE.up("b"), b"x")
+    assert link.get() is None
+    assert not quarantine.ignores("odd")
+
+
+def test_only_messages_that_need_an_answer_earn_anything(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    quarantine, post = daemon._quarantine, daemon._post
+    quarantine.know(["a"])
+    heard(quarantine, "a", 100)
+    ledger = quarantine._ledgers["a"]
+    ledger.at = quarantine._clock() + 1e6  # no time passes
+    before = ledger.points
+    post.broadcast(Hello(1))
+    for message in (Gone("0" * 64), Accepted(JOB.name, 1, 1, "0" * 64), Cancelled(JOB.name, 1, 1, "late")):
+        post.send("a", message)
+    post.fetched("a", Want("0" * 64, "data", 0, 1), set())
+    assert ledger.points == before
+    post.send("a", Hello(1))
+    assert ledger.points > before
+
+
+def test_a_blob_can_be_fetched_for_nothing_only_a_few_times(quarantine: Quarantine) -> None:
+    for _ in range(100_000):
+        if not quarantine.hears("a", WANT):
+            break
+        quarantine.fetches("a", "0" * 64, 100)
+    news = quarantine.news()
+    assert isinstance(news, Quarantined)
+    assert news.reason == "too many messages"
+
+
+def test_requests_for_a_blob_that_is_still_coming_leave_its_allowance_whole(quarantine: Quarantine) -> None:
+    for leaves in (0, 100):
+        for _ in range(FREE_WANTS):
+            quarantine.fetches("a", "0" * 64, leaves)
+    heard(quarantine, "a", 100, WANT)
+    before = quarantine._ledgers["a"].points
+    quarantine.fetches("a", "0" * 64, 100)
+    assert quarantine._ledgers["a"].points > before
+
+
+# --- what people see
+
+
+def test_what_happened_is_kept_for_status(tmp_path: Path, clock: Clock) -> None:
+    quarantine = Quarantine(clock, tmp_path / FILE, wall=lambda: clock.now)
+    quarantine.know(["a", "b"])
+    quarantine.save()
+    assert not (tmp_path / FILE).exists()
+    heard(quarantine, "a", 10_000)
+    clock.now += 10
+    quarantine.save()
+    row = read_rows(tmp_path)["a"]
+    assert row["until"] == pytest.approx(clock.now + FIRST_S - 10)
+    assert row["times"] == 1
+    assert "b" not in read_rows(tmp_path)
+    clock.now += FIRST_S
+    quarantine.news()
+    quarantine.save()
+    assert read_rows(tmp_path)["a"]["until"] is None
+    # A server that starts anew knows of nothing, and says so.
+    clock.now += 100
+    again = Quarantine(clock, tmp_path / FILE)
+    again.save()
+    assert read_rows(tmp_path) == {}
+
+
+@pytest.mark.parametrize("raw", [b"", b"[", b"[]", b'{"a": 1}', b"\xff", b"[" * 5000])
+def test_a_damaged_file_says_nothing(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / FILE).write_bytes(raw)
+    assert read_rows(tmp_path) == {}

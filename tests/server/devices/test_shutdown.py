@@ -1,0 +1,139 @@
+"""A server whose job is done waits for those that were away, for a while."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedprune.coordination import Phase, State
+from fedprune.jobs.state import Device
+from fedprune.wire.messages import Finished
+from fedprune_server.devices.registry import Roster
+from fedprune_server.devices.shutdown import LEAST_S, MOST_S, Farewell
+from support.fakes.fleet import NAMES, Fleet
+from support.fakes.several_jobs import SeveralJobs, named
+from support.fakes.tiny_job import ARCHITECTURE, JOB
+
+
+def state(**online: bool) -> State:
+    made = State(model="m")
+    for name, there in online.items():
+        made.devices[name] = Device(1, there, {}, None, 1)
+    return made
+
+
+def farewell_of(known: State, now: float) -> Farewell:
+    return Roster(JOB, ARCHITECTURE, known, {}).farewell(now)
+
+
+def test_who_is_there_was_told_and_is_not_waited_for() -> None:
+    farewell = farewell_of(state(a=True, b=True), 10.0)
+    assert not farewell.over(10.0)
+    assert not farewell.over(10.0 + LEAST_S - 0.1)
+    assert farewell.over(10.0 + LEAST_S)
+
+
+def test_who_was_away_is_waited_for_until_it_comes_or_for_good() -> None:
+    known = state(a=True, b=False)
+    farewell = farewell_of(known, 0.0)
+    assert not farewell.over(MOST_S - 0.1)
+    assert farewell.over(MOST_S)
+    known.devices["b"].online = True
+    assert farewell_of(known, 0.0).over(LEAST_S)
+
+
+def test_who_has_just_gone_may_come_back_in_a_moment() -> None:
+    known = state(a=True)
+    farewell = farewell_of(known, 0.0)
+    known.devices["a"].online = False
+    assert not farewell.over(1.0)
+    assert not farewell.over(1.0 + LEAST_S - 0.1)
+    assert farewell.over(1.0 + LEAST_S)
+
+
+def test_a_shut_out_device_is_not_waited_for() -> None:
+    known = state(a=True, b=False)
+    known.devices["b"].excluded = "its profile"
+    assert farewell_of(known, 0.0).over(LEAST_S)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["the server runs", "it was killed at the end"])
+def test_a_device_that_is_away_as_the_job_ends_is_told_when_it_returns(tmp_path: Path, killed: bool) -> None:
+    fleet = Fleet(tmp_path)
+    late = fleet.air.devices[NAMES[0]]
+    if killed:
+        assert fleet.run().phase is Phase.FINISHED
+        fleet.restart()
+        fleet.air.devices.pop(late.name)
+    late.heard.clear()
+    publish, ended = fleet.air.publish, 0.0
+
+    def watched(topic: str, payload: bytes, qos: int = 1) -> bool:
+        """The device goes when its last update is in; the job's end is when the first one is told of it."""
+        nonlocal ended
+        if b'"finished"' in payload:
+            ended = ended or fleet.air.now
+        last = b'"accepted"' in payload and b'"round":3' in payload and topic.split("/")[3] == late.name
+        if last and fleet.air.devices.pop(late.name, None) is not None:
+            late.die()
+        return publish(topic, payload, qos)
+
+    fleet.air.publish = watched  # type: ignore[method-assign]
+    daemon = fleet.daemon()
+
+    def idle() -> None:
+        if not daemon.busy:
+            fleet.air.now += 0.25
+        if ended and late.name not in fleet.air.devices and fleet.air.now >= ended + 8:
+            fleet.air.devices[late.name] = late
+            late.session += 1
+            late.birth()
+
+    fleet.air.on_idle = idle
+    fleet.air.now = 100.0
+    daemon.run(until_finished=True)
+    assert any(isinstance(m, Finished) for m in late.heard)
+    assert ended + 8 <= fleet.air.now < ended + MOST_S
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["the server runs", "it was killed at the end"])
+def test_a_device_that_is_away_as_the_last_of_several_jobs_ends_is_told_of_all(tmp_path: Path, killed: bool) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "one", devices=2), named(JOB, "two", rounds=1, devices=2)], "abc")
+    air, late = several.air, several.air.devices["a"]
+    if killed:
+        several.run()
+        several.restart()
+        air.devices.pop(late.name)
+    late.heard.clear()
+    publish, ended = air.publish, 0.0
+
+    def watched(topic: str, payload: bytes, qos: int = 1) -> bool:
+        """The device goes when one job is done; the end is when the first device is told of it."""
+        nonlocal ended
+        if b'"finished"' in payload:
+            ended = ended or air.now
+        return publish(topic, payload, qos)
+
+    air.publish = watched  # type: ignore[method-assign]
+    host = several.host()
+
+    def leaves() -> None:
+        if air.devices.pop(late.name, None) is not None:
+            late.die()
+
+    several.desks["two"].when_finished = leaves
+
+    def idle() -> None:
+        if not host.busy:
+            air.now += 0.25
+        if ended and late.name not in air.devices and air.now >= ended + 8:
+            air.devices[late.name] = late
+            late.session += 1
+            late.birth()
+
+    air.on_idle = idle
+    air.now = 100.0
+    host.run(until_finished=True)
+    assert {m.job for m in late.heard if isinstance(m, Finished)} == {"one", "two"}
+    assert ended + 8 <= air.now < ended + MOST_S

@@ -1,0 +1,341 @@
+"""Jobs whose blobs are in a bucket: whatever is lost but the bucket and the database, they end with the same models."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State
+from fedprune.core.errors import ConfigError, ExitCode, StorageFullError
+from fedprune.wire.messages import Accepted
+from fedprune_server.cli.main import main
+from fedprune_server.maintenance.backup import back_up
+from fedprune_server.maintenance.finding import Finding, Weight
+from fedprune_server.maintenance.restoring import opened, read_manifest, restore, verify
+from fedprune_server.maintenance.state_check import check
+from fedprune_server.storage.blob_place import BLOBS
+from fedprune_server.storage.s3 import retry as bucket_patience
+from fedprune_server.storage.s3.bucket import BucketError, parse
+from fedprune_server.storage.s3.layout import digest_of
+from fedprune_server.storage.s3.store import BucketStore
+from fedprune_server.storage.storage import Storage
+from fedprune_server.terminal.shown_bytes import silent
+from fedprune_server.transfer.s3_sync import Shipping
+from support.fakes.fleet import NAMES, Fleet
+from support.fakes.recorded_job import play_job
+from support.fakes.tiny_job import JOB
+from support.processes.s3 import S3
+
+MIDDLE = 11  # events, in the second round
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> State:
+    """What the job ends with, undisturbed and in a folder."""
+    return play_job(tmp_path_factory.mktemp("calm") / "state")
+
+
+@pytest.fixture
+def url(at_s3: S3) -> str:
+    return f"s3://{at_s3.bucket()}/fleet"
+
+
+@pytest.fixture
+def begun(url: str, tmp_path: Path) -> Path:
+    state = tmp_path / "state"
+    play_job(state, events=MIDDLE, blobs=url)
+    return state
+
+
+def models(state: State) -> list[str]:
+    return [r["model"] for r in state.history]
+
+
+def found(state: Path) -> list[Finding]:
+    return list(check(state, silent, running=False))
+
+
+def wrong(state: Path) -> list[str]:
+    return [f.what for f in found(state) if f.weight is Weight.WRONG]
+
+
+def keys(s3: S3, url: str) -> dict[str, str]:
+    """By digest the key of its object."""
+    name, prefix = parse(url)
+    names = [k.removeprefix(prefix) for k in s3.keys(name)]
+    return {d: prefix + k for k in names if (d := digest_of(k)) is not None}
+
+
+def needed(state: Path) -> set[str]:
+    with Storage.existing(state) as storage:
+        loaded = storage.load()
+    assert loaded is not None
+    return loaded.references()
+
+
+@pytest.mark.parametrize("events", [4, MIDDLE, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 14))])
+def test_the_database_and_the_bucket_are_enough_to_go_on(
+    url: str, tmp_path: Path, finished: State, events: int
+) -> None:
+    play_job(tmp_path / "one", events=events, blobs=url)
+    (tmp_path / "two").mkdir()
+    for name in ("server.db", "server.db-wal"):
+        if (tmp_path / "one" / name).exists():
+            shutil.copy(tmp_path / "one" / name, tmp_path / "two" / name)
+    assert models(play_job(tmp_path / "two", blobs=url)) == models(finished)
+    assert wrong(tmp_path / "two") == []
+    assert main(["export-model", "--state", str(tmp_path / "two"), "--out", str(tmp_path / "x.safetensors")]) == 0
+
+
+def test_a_cache_of_next_to_nothing_changes_no_bit(
+    url: str, tmp_path: Path, finished: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trim = BucketStore._trim
+    monkeypatch.setattr(BucketStore, "_trim", lambda self, free=0: trim(self, 2**40))
+    assert models(play_job(tmp_path / "state", blobs=url)) == models(finished)
+    assert not list((tmp_path / "state" / BLOBS).glob("??/*"))
+
+
+def test_what_the_state_names_is_in_the_bucket_and_later_starts_delete_the_rest(
+    at_s3: S3, begun: Path, url: str
+) -> None:
+    assert needed(begun) <= keys(at_s3, url).keys()
+    play_job(begun, blobs=url)
+    state = play_job(begun, blobs=url, keep=1)
+    assert needed(begun) <= keys(at_s3, url).keys()
+    assert {state.history[0]["model"], state.history[1]["model"]}.isdisjoint(keys(at_s3, url))
+
+
+def test_a_job_moves_from_the_folder_to_a_bucket_to_another_and_back(
+    at_s3: S3, url: str, tmp_path: Path, finished: State
+) -> None:
+    state = tmp_path / "state"
+    play_job(state, events=6)
+    play_job(state, events=4, blobs=url)
+    assert needed(state) <= keys(at_s3, url).keys()
+    shutil.rmtree(state / BLOBS)
+    other = f"s3://{at_s3.bucket()}"
+    play_job(state, events=4, blobs=other)
+    assert needed(state) <= keys(at_s3, other).keys()
+    shutil.rmtree(state / BLOBS)
+    assert models(play_job(state)) == models(finished)
+    assert wrong(state) == []
+
+
+def test_an_archive_moves_from_bucket_to_bucket_and_back(at_s3: S3, url: str, tmp_path: Path) -> None:
+    state, other = tmp_path / "state", f"s3://{at_s3.bucket()}"
+    play_job(state, events=2 * MIDDLE, archive=True, keep=1, blobs=url)
+    archived = keys(at_s3, url).keys()
+    shutil.rmtree(state / BLOBS)
+    play_job(state, events=1, archive=True, keep=1, blobs=other)
+    assert archived <= keys(at_s3, other).keys()
+    shutil.rmtree(state / BLOBS)
+    play_job(state, events=1, archive=True, keep=1)
+    assert archived <= set(BlobStore(state / BLOBS).names())
+
+
+def test_another_job_is_refused_a_prefix_and_deletes_nothing(at_s3: S3, begun: Path, url: str, tmp_path: Path) -> None:
+    before = keys(at_s3, url)
+    with pytest.raises(ConfigError, match="blobs of another job"):
+        play_job(tmp_path / "other", blobs=url)
+    assert keys(at_s3, url) == before
+
+
+def test_a_first_start_that_broke_off_is_no_other_job(at_s3: S3, url: str, tmp_path: Path, finished: State) -> None:
+    name, prefix = parse(url)
+    play_job(tmp_path / "state", events=1, blobs=url)
+    at_s3.client().delete_object(Bucket=name, Key=f"{prefix}job.json")
+    assert models(play_job(tmp_path / "new", blobs=url)) == models(finished)
+
+
+def test_check_finds_what_is_wrong_with_objects_and_repair_mends_it(
+    at_s3: S3, begun: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: State
+) -> None:
+    assert wrong(begun) == []
+    there, client, (name, prefix) = keys(at_s3, url), at_s3.client(), parse(url)
+    first, second = sorted(needed(begun))[:2]
+    client.put_object(Bucket=name, Key=there[first], Body=b"damaged")
+    client.delete_object(Bucket=name, Key=there[second])
+    client.put_object(Bucket=name, Key=f"{prefix}blobs/{'a' * 64}.{'0' * 16}", Body=b"nobody's")
+    client.put_object(Bucket=name, Key=f"{prefix}notes.txt", Body=b"somebody's")
+    assert len(wrong(begun)) == 3  # one damaged, one missing, one damaged that nobody needs
+    assert any("notes.txt" in f.what for f in found(begun))
+    assert main(["check", "--state", str(begun)]) == ExitCode.STORAGE
+    assert main(["check", "--state", str(begun), "--repair"]) == ExitCode.OK
+    assert (begun / "damaged" / Path(there[first]).name).read_bytes() == b"damaged"
+    assert "a" * 64 not in keys(at_s3, url)
+    assert f"{prefix}notes.txt" in at_s3.keys(name)
+    capsys.readouterr()
+    shutil.rmtree(begun / BLOBS)
+    assert wrong(begun) == []
+    assert models(play_job(begun, blobs=url)) == models(finished)
+
+
+def test_repair_takes_what_is_missing_from_a_backup(at_s3: S3, begun: Path, url: str, tmp_path: Path) -> None:
+    back_up(begun, tmp_path / "backup", silent)
+    shutil.rmtree(begun / BLOBS)
+    lost = min(needed(begun))
+    at_s3.client().delete_object(Bucket=parse(url)[0], Key=keys(at_s3, url)[lost])
+    assert wrong(begun) == [f"blob {lost} is missing from {url}"]
+    assert main(["check", "--state", str(begun), "--repair"]) == ExitCode.STORAGE
+    assert main(["check", "--state", str(begun), "--repair", "--from", str(tmp_path / "backup")]) == ExitCode.OK
+
+
+@pytest.mark.parametrize("blobs", [pytest.param("folder", marks=pytest.mark.soak), "elsewhere"])
+def test_a_backup_of_a_bucket_is_restored_to_a_folder_or_another_bucket(
+    at_s3: S3, begun: Path, tmp_path: Path, url: str, finished: State, blobs: str
+) -> None:
+    shutil.rmtree(begun / BLOBS)  # a copy; the backup takes what the bucket has
+    back_up(begun, tmp_path / "backup.tar", silent)
+    assert not list((begun / BLOBS).glob("??/*"))  # and leaves nothing behind
+    with opened(tmp_path / "backup.tar") as source:
+        manifest = read_manifest(source, tmp_path / "backup.tar")
+        verify(source, manifest, silent)
+        restore(source, manifest, tmp_path / "restored", None, silent)
+    client, (name, _) = at_s3.client(), parse(url)
+    for key in at_s3.keys(name):
+        client.delete_object(Bucket=name, Key=key)
+    client.delete_bucket(Bucket=name)
+    where = "folder" if blobs == "folder" else f"s3://{at_s3.bucket()}/new"
+    assert models(play_job(tmp_path / "restored", blobs=where)) == models(finished)
+    assert wrong(tmp_path / "restored") == []
+
+
+def test_a_server_whose_bucket_is_not_there_says_so_in_one_line(
+    at_s3: S3, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fleet.toml").write_text('[model]\npath = "model.onnx"\n[server]\nblobs = "s3://no-such-bucket/x"\n')
+    command = ["run", "--insecure", "--port", "0", "--until-finished", "--state", str(tmp_path / "new")]
+    assert main([*command, "--config", str(tmp_path / "fleet.toml")]) == ExitCode.STORAGE
+    said = capsys.readouterr().err
+    assert re.search(r"can't list s3://no-such-bucket/x: .*Make the bucket", said)
+    assert said.count("\n") == 1
+
+
+# The daemon.
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_patience, "PAUSE_S", 0.01)
+    monkeypatch.setattr(bucket_patience, "LONGEST_PAUSE_S", 0.02)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, url: str, quick: None) -> Fleet:
+    made = Fleet(tmp_path)
+    store = BucketStore(tmp_path / "blobs", url)
+    store.patience.endless = True
+    made.store = made.worker.store = store
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> State:
+    return Fleet(tmp_path_factory.mktemp("fleet")).run()
+
+
+def test_an_update_is_acknowledged_only_when_the_bucket_has_it(
+    at_s3: S3, fleet: Fleet, url: str, expected: State
+) -> None:
+    seen = []
+    device = fleet.air.devices["a"]
+    hear = device.hear
+
+    def checked(topic: str, payload: bytes) -> None:
+        hear(topic, payload)
+        if isinstance(device.heard[-1], Accepted) and not topic.endswith("blob"):
+            seen.append(device.heard[-1].weights in keys(at_s3, url))
+
+    device.hear = checked  # type: ignore[method-assign]
+    assert models(fleet.run()) == models(expected)
+    assert seen == [True] * 3
+
+
+def test_a_round_waits_for_the_bucket_beyond_its_deadline_and_loses_nothing(fleet: Fleet, expected: State) -> None:
+    store = fleet.store
+    assert isinstance(store, BucketStore)
+    real, daemon = store.bucket.put, fleet.daemon()
+
+    def away(key: str, data: bytes, sha256: str) -> None:
+        # One update waits: offers go out and others' updates count, so that the round could end at its deadline.
+        ships = threading.current_thread().name == "fedprune-shipping"
+        if ships and fleet.air.now < 3 * JOB.deadline_s and late in ([], [sha256]):
+            late[:] = [sha256]
+            raise BucketError("the bucket is away")
+        real(key, data, sha256)
+
+    store.bucket.put = away  # type: ignore[assignment,method-assign]
+
+    late: list[str] = []
+    pauses: list[float] = []
+
+    def idle() -> None:
+        time.sleep(0.0005)
+        if not daemon.busy or daemon._shipping.stuck:
+            fleet.air.now += 0.5
+        if daemon._shipping.stuck and not daemon._post.ready:
+            pauses.append(daemon._pause())
+
+    fleet.air.on_idle = idle
+    state = daemon.run(until_finished=True)
+    assert fleet.air.now >= 3 * JOB.deadline_s
+    assert min(pauses) > 0  # the loop doesn't spin meanwhile
+    assert models(state) == models(expected)
+    assert [sorted(n for n, d in r["devices"].items() if d["progress"] == "folded") for r in state.history] == [
+        sorted(NAMES)
+    ] * 3
+
+
+def test_devices_get_what_is_only_in_the_bucket(fleet: Fleet, tmp_path: Path, expected: State) -> None:
+    store = fleet.store
+    assert isinstance(store, BucketStore)
+    put = store.put
+
+    def let_go(data: bytes | memoryview) -> object:
+        ref = put(data)
+        store._unlink(ref.sha256)
+        return ref
+
+    store.put = let_go  # type: ignore[assignment,method-assign]
+    daemon = fleet.daemon()
+
+    def idle() -> None:
+        time.sleep(0.0005)
+        fleet.air.now += 0.0 if daemon.busy else 0.01
+        for device in fleet.air.devices.values():
+            for want in [w for p in device.pulls.values() for w in p.on_tick(fleet.air.now)]:
+                device.say(want)
+
+    fleet.air.on_idle = idle
+    assert models(daemon.run(until_finished=True)) == models(expected)
+    assert fleet.air.now < JOB.deadline_s
+
+
+def test_a_full_disk_loses_nothing(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BucketStore(tmp_path, url)
+    ref = store.put(b"an old model")
+    store._unlink(ref.sha256)
+    shipping = Shipping(store)
+
+    def full(size: int) -> None:
+        raise StorageFullError("no room")
+
+    def asked() -> None:
+        assert shipping.coming(ref.sha256)
+        until = time.monotonic() + 10
+        while shipping._fetched and time.monotonic() < until:
+            time.sleep(0.001)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "check_room", full)
+        asked()
+    asked()
+    assert shipping.near.read(ref.sha256) == b"an old model"
+    shipping.close()

@@ -1,0 +1,303 @@
+"""The daemon: a whole job over an air that doubles, delays and loses."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import Phase, State
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.errors import ProtocolError
+from fedprune.jobs.state import Progress as Part
+from fedprune.jobs.state import Task
+from fedprune.wire.messages import Accepted, Birth, Cancelled, Finished, Progress, Refusal, Update, Want
+from fedprune.wire.offer import Offer
+from fedprune.wire.topics import Topics
+from fedprune_server.engine.daemon import Daemon
+from fedprune_server.executor.retention import sweep
+from fedprune_server.executor.update_size import UPDATE_SIZE
+from fedprune_server.storage.storage import Storage
+from support.fakes.fleet import SIZE, Fleet, ToyDevice, fill, folded, larger
+from support.fakes.tiny_job import JOB
+
+
+def last(device: ToyDevice, kind: type) -> object:
+    return [m for m in device.heard if isinstance(m, kind)][-1]
+
+
+def test_a_job_runs_from_births_to_the_last_model(fleet: Fleet) -> None:
+    state = fleet.run()
+    assert state.phase is Phase.FINISHED
+    assert folded(state) == [["a", "b", "c"]] * 3
+
+
+def test_every_device_hears_that_the_job_is_finished(fleet: Fleet) -> None:
+    fleet.run()
+    assert all(isinstance(d.heard[-1], Finished) for d in fleet.air.devices.values())
+
+
+def test_messages_that_come_twice_change_nothing(fleet: Fleet, expected: str) -> None:
+    fleet.air.doubled = True
+    assert fleet.run().model == expected
+
+
+def test_a_few_pulls_at_a_time_give_the_same_model(fleet: Fleet, expected: str) -> None:
+    assert fleet.run(pulls=1).model == expected
+
+
+def test_an_update_that_is_said_again_while_it_is_fetched_is_no_event(fleet: Fleet) -> None:
+    device = fleet.air.devices["a"]
+    hear = device.hear
+    said = []
+
+    def eager(topic: str, payload: bytes) -> None:
+        if b'"want"' in payload and device.pending is not None:
+            said.append(device.pending)
+            fleet.air.to_server(Topics("default").up("a", JOB.name), device.pending.to_bytes())
+        hear(topic, payload)
+
+    device.hear = eager  # type: ignore[method-assign]
+    fleet.run()
+    events = [body["device"] for _, _, kind, body in Storage.at(fleet.folder).log.events() if kind == "UpdateAnnounced"]
+    assert len(said) >= 3
+    assert events.count("a") == 3
+
+
+def test_nobody_waits_behind_a_message_to_a_device_that_is_not_let_in_any_more(fleet: Fleet) -> None:
+    fleet.air.shut.add("b")
+    state = fleet.run()
+    assert folded(state) == [["a", "c"]] * 3
+
+
+def test_an_update_is_acknowledged_only_when_it_is_on_the_disk(fleet: Fleet) -> None:
+    seen = []
+    device = fleet.air.devices["a"]
+    hear = device.hear
+
+    def checked(topic: str, payload: bytes) -> None:
+        hear(topic, payload)
+        if isinstance(device.heard[-1], Accepted) and not topic.endswith("blob"):
+            seen.append(fleet.store.has(device.heard[-1].weights))
+
+    device.hear = checked  # type: ignore[method-assign]
+    fleet.run()
+    assert seen == [True] * 3
+
+
+def test_a_silent_device_is_left_behind_at_the_deadline(fleet: Fleet) -> None:
+    fleet.air.devices["b"].silent = True
+    state = fleet.run()
+    assert folded(state) == [["a", "c"]] * 3
+    assert fleet.air.now >= 3 * JOB.deadline_s
+
+
+def test_a_late_update_is_cancelled(fleet: Fleet) -> None:
+    slow = fleet.air.devices["b"]
+    slow.silent = True
+    fleet.run()
+    slow.pending = Update("b", JOB.name, 1, 1, "0" * 64, slow.store.put(fill("late")), 10, 5)
+    fleet.restart()
+    fleet.run()
+    assert isinstance(last(slow, Cancelled), Cancelled)
+    assert slow.pending is None
+
+
+def test_an_update_of_another_job_is_cancelled(fleet: Fleet) -> None:
+    device = fleet.air.devices["a"]
+    device.pending = Update("a", "other", 1, 1, "0" * 64, device.store.put(fill("other")), 10, 5)
+    fleet.run()
+    assert next(m for m in device.heard if isinstance(m, Cancelled)).job == "other"
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ({"job": "other", "round": 1, "attempt": 1}, "this server runs another job"),
+        ({"job": JOB.name, "round": 1, "attempt": 1}, "the round is over"),
+        ({"job": JOB.name, "round": 2, "attempt": 2}, None),
+        ({"job": JOB.name, "round": 2, "attempt": 1}, None),
+    ],
+)
+def test_a_device_that_works_in_vain_is_told_so_as_it_comes_back(
+    fleet: Fleet, held: dict[str, object], told: str | None
+) -> None:
+    state = State(model=fleet.worker.initial(), round=2, phase=Phase.TRAINING, ranking="r" * 64)
+    state.tasks["a"] = Task(1, (4,), Part.PULLING, weights="")
+    fleet.storage.save(state, (), 0.0)
+    daemon = fleet.daemon()
+    birth = Birth("a", 7, "raspberry-pi-5", 10, "test", held=held)
+    daemon._take((Topics("default").up("a"), birth.to_bytes()))
+    assert not fleet.air.devices["a"].heard  # nothing is said before what it follows from is saved
+    daemon._commit()
+    reasons = [m.reason for m in fleet.air.devices["a"].heard if isinstance(m, Cancelled)]
+    assert reasons == ([told] if told else [])
+
+
+def test_a_refusal_leaves_the_round_to_the_others(fleet: Fleet) -> None:
+    device = fleet.air.devices["c"]
+    device.take = lambda offer: device.say(  # type: ignore[method-assign]
+        Refusal("c", offer.job, offer.round, offer.attempt, "no room", 30)
+    )
+    state = fleet.run()
+    assert folded(state) == [["a", "b"]] * 3
+    assert state.history[0]["devices"]["c"]["reason"] == "no room"
+    assert fleet.air.now < JOB.deadline_s
+
+
+def test_an_update_that_the_worker_rejects_does_not_count(fleet: Fleet) -> None:
+    fleet.worker.poison = {"a"}
+    state = fleet.run()
+    assert folded(state) == [["b", "c"]] * 3
+    assert "not finite" in state.history[0]["devices"]["a"]["reason"]
+
+
+def test_an_update_of_the_wrong_size_is_rejected_before_a_byte_of_it_is_pulled(fleet: Fleet) -> None:
+    liar = fleet.air.devices["a"]
+    liar.lie = larger
+    state = fleet.run()
+    assert folded(state) == [["b", "c"]] * 3
+    assert not any(isinstance(m, Want) for m in liar.heard)
+
+
+def test_an_update_without_what_is_frozen_counts_and_one_of_the_offers_size_does_not(fleet: Fleet) -> None:
+    execute, refs = fleet.worker.execute, {}
+    for name in ("a", "b"):
+        device = fleet.air.devices[name]
+        refs[name] = device.store.put(fill("trained part", name, size=SIZE // 2))
+        device.lie = lambda update: replace(update, weights=refs[update.device])
+
+    def with_size(command: do.Command) -> on.Event:
+        event = execute(command)
+        if isinstance(event, on.Extracted):
+            return replace(event, offer={**event.offer, UPDATE_SIZE: SIZE // 2})
+        return event
+
+    fleet.worker.execute = with_size  # type: ignore[method-assign]
+    state = fleet.run()
+    assert folded(state) == [["a", "b"]] * 3
+    reason = f"size of the update: expected {SIZE // 2} bytes, got {SIZE}"
+    assert state.history[0]["devices"]["c"]["reason"] == reason
+
+
+def test_what_a_failed_event_leaves_behind_stops_nothing(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    handle, failed = daemon._coordinator.handle, []
+
+    def failing(event: on.Event, now: float) -> list[object]:
+        if not failed:
+            failed.append(event)
+            raise ProtocolError("our own fault")
+        return list(handle(event, now))
+
+    daemon._coordinator.handle = failing  # type: ignore[method-assign, assignment]
+    with pytest.raises(ProtocolError):
+        daemon._handle(on.DeviceDied("a", 1))
+    daemon._handle(on.DeviceBorn("a", 1, {"name": "raspberry-pi-5"}, 10))
+    assert "a" in daemon.state.devices
+
+
+def test_an_offer_that_gets_lost_is_said_again_before_the_deadline(fleet: Fleet) -> None:
+    fleet.air.lost = [Topics("default").down("b", JOB.name)]
+    state = fleet.run()
+    assert folded(state) == [["a", "b", "c"]] * 3
+    assert fleet.air.now < JOB.deadline_s
+
+
+def test_what_is_fetched_over_the_web_counts_as_sent(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet.air.lost = [Topics("default").down("b", JOB.name)]  # so that time passes
+    make, asked = fleet.daemon, 0
+
+    def fetched() -> dict[str, int]:
+        nonlocal asked
+        asked += 1
+        return {"a": 10**9, "stranger": 5}
+
+    def daemon(**options: object) -> Daemon:
+        made = make(**options)
+        made.web_bytes = fetched
+        return made
+
+    monkeypatch.setattr(fleet, "daemon", daemon)
+    fleet.run()
+    down = {name: bytes_ for name, (bytes_, _) in fleet.storage.traffic().items()}
+    assert down.keys() == {"a", "b", "c"}
+    assert 10**9 <= down["a"] < asked * 10**9 + 10**8
+    assert max(down["b"], down["c"]) < 10**8
+
+
+def test_a_device_that_is_heard_of_is_not_offered_the_same_again(fleet: Fleet) -> None:
+    slow = fleet.air.devices["b"]
+    take, offers = slow.take, []
+
+    def working(offer: Offer) -> None:
+        """Seventy seconds of training with a word every ten."""
+        offers.append(offer)
+        begun, said = fleet.air.now, [fleet.air.now]
+        idle = fleet.air.on_idle
+
+        def tell() -> None:
+            idle()
+            if fleet.air.now - begun >= 70:
+                fleet.air.on_idle = idle
+                take(offer)
+            elif fleet.air.now - said[0] >= 10:
+                said[0] = fleet.air.now
+                slow.say(Progress("b", offer.job, offer.round, offer.attempt, "train", 1, 7))
+
+        fleet.air.on_idle = tell
+
+    slow.take = working  # type: ignore[method-assign]
+    assert folded(fleet.run()) == [["a", "b", "c"]] * 3
+    assert len(offers) == 3
+
+
+def test_parts_of_updates_that_never_came_whole_do_not_stay(fleet: Fleet) -> None:
+    device, hear = fleet.air.devices["a"], fleet.air.devices["a"].hear
+    seen = []
+
+    def cut(topic: str, payload: bytes) -> None:
+        """Answers the first want for an update's leaves, then dies."""
+        hear(topic, payload)
+        if not topic.endswith("blob") and isinstance(device.heard[-1], Want) and device.heard[-1].part == "data":
+            device.hear = lambda topic, payload: None  # type: ignore[method-assign]
+            seen.append(device.heard[-1].sha256)
+            device.air.inbox = deque(list(device.air.inbox)[:-1])  # of several chunks the last is lost
+            device.die()
+
+    device.hear = cut  # type: ignore[method-assign]
+    fleet.job = replace(JOB, devices=2)
+    fleet.air.devices["a"].session = 1
+    fleet.run()
+    assert seen
+    assert not list((fleet.store.root / "partial").iterdir())
+
+
+def test_parts_that_a_crash_left_are_gone_on_with_or_deleted(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, durable=False)
+    wanted, old = (BlobRef.of(fill(name)) for name in ("wanted", "old"))
+    for ref in (wanted, old):
+        (store.root / "partial" / ref.sha256).write_bytes(b"x")
+        (store.root / "partial" / f"{ref.sha256}.leaves").write_bytes(b"x")
+    model = store.put(fill("model")).sha256
+    state = State(model=model, tasks={"a": Task(1, (4,), Part.PULLING, update=wanted.to_dict())})
+    sweep(store, state, 1)
+    assert {p.name[:64] for p in (store.root / "partial").iterdir()} == {wanted.sha256}
+    assert store.names() == [model]
+
+
+def test_an_update_that_its_device_has_lost_is_rejected(fleet: Fleet) -> None:
+    device = fleet.air.devices["a"]
+
+    def forget(update: Update) -> Update:
+        device.store.delete(update.weights.sha256)
+        return update
+
+    device.lie = forget
+    state = fleet.run()
+    assert folded(state) == [["b", "c"]] * 3

@@ -1,0 +1,237 @@
+"""Who takes part in a daemon's job: names, profiles, presence, and messages that make no sense."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.hardware.profile_store import find
+from fedprune.wire.connection_events import ConnectionUp
+from fedprune.wire.messages import Birth, Gone, Progress, Refusal, Want
+from fedprune.wire.offer import Offer
+from fedprune.wire.topics import Topics
+from fedprune_server.monitoring.observer import Shown
+from fedprune_server.storage.storage import Storage
+from fedprune_server.terminal.table import Lines, Snapshot
+from support.fakes.fleet import Fleet, ToyDevice, fill, folded
+from support.fakes.tiny_job import JOB
+
+
+def test_a_device_may_fetch_only_what_it_was_offered(fleet: Fleet) -> None:
+    secret = fleet.store.put(fill("secret")).sha256
+    spy = fleet.air.devices["a"]
+    take = spy.take
+
+    def curious(offer: Offer) -> None:
+        spy.say(Want(secret, "data", 0, 1))
+        take(offer)
+
+    spy.take = curious  # type: ignore[method-assign]
+    fleet.run()
+    assert Gone(secret) in spy.heard
+
+
+@pytest.mark.parametrize(
+    ("density", "line"), [(0.0, "density 1 (keeps 100% of"), (0.5, "density 0.5, as the job says: k")]
+)
+def test_who_joins_is_told_of_with_the_share_of_weights_that_it_gets(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, density: float, line: str
+) -> None:
+    fleet.job = replace(JOB, density=density, rounds=1)
+    monkeypatch.setattr("fedprune.planning.plan.Plan.gains", lambda plan: "gained much")
+    with caplog.at_level(logging.DEBUG, "fedprune"):
+        fleet.run()
+    said = [(r.levelname, r.getMessage()) for r in caplog.records]
+    assert any(level == "INFO" and line in text and "% of the weights" in text for level, text in said)
+    assert {level for level, text in said if "gained" in text} == (set() if density else {"DEBUG"})
+
+
+def test_a_device_with_an_unknown_profile_takes_no_part(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    fleet.job = replace(JOB, devices=2)
+    fleet.air.devices["a"].profile = "toaster"
+    state = fleet.run()
+    assert folded(state) == [["b", "c"]] * 3
+    assert "device a is excluded: there is no hardware profile called 'toaster'" in caplog.text
+
+
+def test_a_device_with_an_unknown_profile_is_remembered_until_it_can_take_part(fleet: Fleet) -> None:
+    fleet.job = replace(JOB, devices=2)
+    odd = fleet.air.devices["a"]
+    odd.profile, good = "toaster", odd.profile
+    fleet.run()
+    kept = Storage.at(fleet.folder).outsiders()
+    assert kept["a"]["profile"] == "toaster"
+    assert "no hardware profile called 'toaster'" in kept["a"]["excluded"]
+    odd.profile = good
+    fleet.restart()
+    fleet.run()
+    assert Storage.at(fleet.folder).outsiders() == {}
+
+
+def test_the_table_shows_the_accuracy_of_what_a_device_serves(fleet: Fleet) -> None:
+    averages = fleet.air.devices["b"]
+    averages.lie = lambda update: replace(update, metrics={**update.metrics, "accuracy_average": 0.5})
+    shown = []
+
+    class Rounds(Lines):
+        def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
+            shown.append({row.device: row.accuracy for row in snapshot.rows})
+
+    fleet.run(onlookers=[Shown(Rounds())])
+    assert shown == [{"a": 0.25, "b": 0.5, "c": 0.25}] * JOB.rounds
+
+
+def test_the_table_shows_why_a_device_takes_no_part(fleet: Fleet) -> None:
+    fleet.job = replace(JOB, devices=2)
+    fleet.air.devices["a"].profile = "toaster"
+    daemon = fleet.daemon()
+    fleet.air.on_idle = daemon.stop
+    daemon.run()
+    row = next(r for r in daemon.view.snapshot().rows if r.device == "a")
+    assert row.profile == "toaster"
+    assert row.state.startswith("excluded: there is no hardware profile")
+
+
+def test_two_boards_of_one_name_are_warned_of_and_shown(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    daemon = fleet.daemon()
+    device = fleet.air.devices["a"]
+
+    def idle() -> None:
+        if not daemon.busy and fleet.air.now == 0.0:
+            fleet.air.now = 1.0
+            twin = Birth("a", device.session + 1, "jetson-orin-nano", 7, "test", None, None)
+            fleet.air.to_server("fedprune/1/default/a/-/up", twin.to_bytes())
+        elif not daemon.busy:
+            daemon.stop()
+
+    fleet.air.on_idle = idle
+    daemon.run()
+    warnings = [r.getMessage() for r in caplog.records if "another board called a" in r.getMessage()]
+    assert len(warnings) == 1
+    assert "now it is a jetson-orin-nano with 7 samples" in warnings[0]
+    assert "two boards of this name?" in next(r.state for r in daemon.view.snapshot().rows if r.device == "a")
+
+
+def test_the_end_of_one_connection_leaves_a_board_online_that_has_another(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    device = fleet.air.devices["a"]
+    ended: list[bool] = []
+
+    def idle() -> None:
+        if not daemon.busy and not ended:
+            ended.append(True)
+            device.die()
+        elif not daemon.busy:
+            daemon.stop()
+
+    fleet.job = replace(JOB, devices=9)
+    fleet.air.on_idle = idle
+    state = daemon.run()
+    assert ended
+    assert state.devices["a"].online
+
+
+def test_a_board_that_counts_as_offline_and_speaks_is_asked_to_announce_itself(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    device = fleet.air.devices["a"]
+    steps = iter(range(3))
+
+    def idle() -> None:
+        if daemon.busy:
+            return
+        step = next(steps, None)
+        if step == 0:
+            fleet.air.lost.append(device.topics.down("a"))  # nobody answers what follows the will
+            device.die()
+        elif step == 1:
+            fleet.air.now += 11.0
+            device.say(Progress("a", JOB.name, 1, 1, "train", 0, 1))
+        elif step is None:
+            daemon.stop()
+
+    fleet.air.on_idle = idle
+    assert daemon.run().devices["a"].online
+
+
+@pytest.mark.parametrize("profile", ["x" * 256, "../x", ".", "raspberry-pi-5.json", "a\nb", "Ä", ""])
+def test_a_profile_is_named_by_a_plain_name(fleet: Fleet, profile: str) -> None:
+    fleet.job = replace(JOB, devices=2)
+    fleet.air.devices["a"].profile = profile
+    assert folded(fleet.run()) == [["b", "c"]] * 3
+
+
+def test_a_refusal_is_told_on_one_line(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    device = fleet.air.devices["c"]
+    device.take = lambda offer: device.say(  # type: ignore[method-assign]
+        Refusal("c", offer.job, offer.round, offer.attempt, "no room\n12:00 job toy is finished", 30)
+    )
+    state = fleet.run()
+    assert state.history[0]["devices"]["c"]["reason"] == "no room 12:00 job toy is finished"
+    assert not [r for r in caplog.records if "\n" in r.getMessage()]
+
+
+def test_profiles_of_a_folder_of_ones_own_are_found(fleet: Fleet, tmp_path: Path) -> None:
+    own = replace(find("raspberry-pi-5"), name="greenhouse-pi")
+    (tmp_path / "greenhouse-pi.json").write_text(own.to_json())
+    fleet.air.devices["a"].profile = "greenhouse-pi"
+    state = fleet.run(profiles=(tmp_path,))
+    assert state.devices["a"].profile["name"] == "greenhouse-pi"
+
+
+def test_a_device_can_not_name_a_file_of_the_server(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.job = replace(JOB, devices=2)
+    fleet.air.devices["a"].profile = str(tmp_path / "profile.json")
+    assert "a" not in fleet.run().devices
+
+
+@pytest.mark.parametrize(
+    ("channel", "payload"),
+    [("up", b"{"), ("up", b'{"v":1,"type":"birth"}'), ("up/blob", b"FPC"), ("down", b"{}"), ("up", b"\xff" * 300_000)],
+)
+def test_nonsense_is_ignored(fleet: Fleet, expected: str, channel: str, payload: bytes) -> None:
+    fleet.air.inbox.append((f"fedprune/1/default/x/-/{channel}", payload))
+    assert fleet.run().model == expected
+
+
+def test_a_message_in_the_name_of_another_device_is_ignored(fleet: Fleet) -> None:
+    other = ToyDevice("ghost", fleet.folder / "devices", fleet.air)
+    other.topics = Topics("default")
+    other.say = lambda message: fleet.air.to_server(other.topics.up("a"), message.to_bytes())  # type: ignore[method-assign, attr-defined]
+    other.birth()
+    assert "ghost" not in fleet.run().devices
+
+
+def test_a_late_death_of_an_earlier_session_means_nothing(fleet: Fleet) -> None:
+    device = fleet.air.devices["a"]
+    device.session = 5
+    device.birth()
+    device.session = 4
+    device.die()
+    device.session = 5
+    assert folded(fleet.run()) == [["a", "b", "c"]] * 3
+
+
+def test_a_device_that_died_while_the_server_was_away_is_asked_no_more(fleet: Fleet) -> None:
+    ghost = fleet.air.devices["c"]
+    fleet.job = replace(JOB, devices=2)
+    hear, heard = ghost.hear, []
+
+    def vanish(topic: str, payload: bytes) -> None:
+        """In the second round the whole connection breaks down, and this device doesn't come back."""
+        hear(topic, payload)
+        offer = ghost.heard[-1]
+        if isinstance(offer, Offer) and offer.round == 2 and not heard:
+            heard.append(offer)
+            ghost.hear = lambda topic, payload: None  # type: ignore[method-assign]
+            ghost.pulls, ghost.pending = {}, None
+            fleet.air.inbox.append(ConnectionUp())
+
+    ghost.hear = vanish  # type: ignore[method-assign]
+    state = fleet.run()
+    assert not state.devices["c"].online
+    assert sorted(state.history[2]["devices"]) == ["a", "b"]

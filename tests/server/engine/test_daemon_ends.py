@@ -1,0 +1,219 @@
+"""A daemon that ends, or is killed at any point: what is kept, what is deleted, and the next one that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.coordination import State
+from fedprune.coordination import events as on
+from fedprune.core.errors import ModelError, StorageError, StorageFullError
+from fedprune.wire.messages import Finished
+from fedprune.wire.offer import Offer
+from fedprune_server.executor.offers import GRAPH_ROUNDS
+from fedprune_server.executor.retention import sweep
+from fedprune_server.storage.storage import Storage
+from support.fakes.fleet import Fleet, fill, folded, larger
+from support.fakes.tiny_job import JOB
+
+
+def test_old_weights_are_deleted_and_the_last_models_kept(fleet: Fleet) -> None:
+    fleet.job = replace(JOB, rounds=6)
+    state = fleet.run(keep=2)
+    models = [r["model"] for r in state.history]
+    assert [fleet.store.has(m) for m in models] == [False] * 4 + [True] * 2
+    updates = [d.store.put(fill("x")) for d in fleet.air.devices.values()]
+    assert len(updates) == 3
+    # Two models, the last round's ranking, three parts and three updates, the graph; what the last round needed stays.
+    assert len(fleet.store.names()) <= 2 + 1 + 3 + 3 + 1
+
+
+def test_bytes_are_counted_per_device(fleet: Fleet) -> None:
+    fleet.run()
+    traffic = fleet.storage.traffic()
+    for name in "abc":
+        down, up = traffic[name]
+        assert down > 3 * 100_000 + 70_000
+        assert 3 * 100_000 < up < 4 * 100_000
+
+
+def test_counted_bytes_survive_a_crash(fleet: Fleet) -> None:
+    kill_at(fleet, "after saving", 19)
+    with pytest.raises(KilledError):
+        fleet.run()
+    before = Storage.at(fleet.folder).traffic()
+    fleet.restart()
+    fleet.run()
+    assert all(fleet.storage.traffic()[n][1] > before[n][1] > 100_000 for n in "abc")
+
+
+def test_a_device_that_comes_after_the_end_hears_of_it(fleet: Fleet) -> None:
+    late = fleet.air.devices.pop("c")
+    fleet.job = replace(JOB, devices=2)
+    fleet.run()
+    fleet.air.devices["c"] = late
+    fleet.restart()
+    fleet.run()
+    assert isinstance(late.heard[-1], Finished)
+
+
+def test_an_error_of_the_worker_ends_the_daemon(fleet: Fleet) -> None:
+    def fail(command: object) -> on.Event:
+        raise ModelError("no such operator")
+
+    fleet.worker.execute = fail  # type: ignore[method-assign, assignment]
+    with pytest.raises(ModelError, match="no such operator"):
+        fleet.run()
+
+
+def test_a_full_disk_ends_the_daemon_and_loses_nothing(fleet: Fleet, expected: str) -> None:
+    save, count = fleet.storage.save, [0]
+
+    def full(*arguments: object) -> None:
+        count[0] += 1
+        if count[0] == 20:
+            raise StorageFullError("no room")
+        save(*arguments)  # type: ignore[arg-type]
+
+    fleet.storage.save = full  # type: ignore[method-assign]
+    with pytest.raises(StorageFullError):
+        fleet.run()
+    fleet.restart()
+    assert fleet.run().model == expected
+
+
+class KilledError(BaseException):
+    """What a SIGKILL is to a process."""
+
+
+def kill_at(fleet: Fleet, point: str, count: int) -> None:
+    """Let the server die at the count-th passage of a point."""
+    passed = [0]
+
+    def step() -> None:
+        passed[0] += 1
+        if passed[0] == count:
+            raise KilledError
+
+    if point in ("before saving", "after saving"):
+        save = fleet.storage.save
+
+        def dying(*arguments: object) -> None:
+            if point == "before saving":
+                step()
+            save(*arguments)  # type: ignore[arg-type]
+            if point == "after saving":
+                step()
+
+        fleet.storage.save = dying  # type: ignore[method-assign]
+    else:
+        publish = fleet.air.publish
+
+        def dying_publish(topic: str, payload: bytes, qos: int = 1) -> bool:
+            sent = publish(topic, payload, qos)
+            step()
+            return sent
+
+        fleet.air.publish = dying_publish  # type: ignore[method-assign]
+
+
+def test_a_wrong_update_that_was_announced_before_a_crash_does_not_stop_the_next_server(fleet: Fleet) -> None:
+    liar = fleet.air.devices["a"]
+    liar.lie = larger
+    save = fleet.storage.save
+
+    def dying(state: State, events: Sequence[on.Event], *rest: object) -> None:
+        save(state, events, *rest)  # type: ignore[arg-type]
+        if any(isinstance(e, on.UpdateAnnounced) and e.device == "a" for e in events):
+            raise KilledError
+
+    fleet.storage.save = dying  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        fleet.run()
+    fleet.restart()
+    assert folded(fleet.run()) == [["b", "c"]] * 3
+
+
+def test_graphs_stay_while_offers_may_name_them_and_no_longer(tmp_path: Path) -> None:
+    rounds, same, last_words = 3 * GRAPH_ROUNDS, 3, 12
+    calm, killed = (Fleet(tmp_path / n, replace(JOB, rounds=rounds), graph_rounds=same) for n in ("calm", "killed"))
+    graphs = [BlobRef.of(calm.worker.graph(at)).sha256 for at in range(0, rounds + 1, same)]
+    old = [g for i, g in enumerate(graphs) if (i + 1) * same <= rounds - GRAPH_ROUNDS]
+    calm.run(keep=1)
+    assert [g for g in graphs if not calm.store.has(g)] == old
+
+    save = killed.storage.save
+
+    def dying(state: State, events: Sequence[on.Event], *rest: object) -> None:
+        save(state, events, *rest)  # type: ignore[arg-type]
+        if any(isinstance(e, on.Scored) and e.round == last_words for e in events):
+            raise KilledError
+
+    killed.storage.save = dying  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        killed.run(keep=1)
+    killed.restart()
+    state = killed.storage.load()
+    assert state is not None
+    sweep(killed.store, state, 1)  # as a server that is started does
+    delete, deleted = killed.store.delete, []
+
+    def noted(digest: str) -> None:
+        deleted.append(digest)
+        delete(digest)
+
+    killed.store.delete = noted  # type: ignore[method-assign]
+    killed.run(keep=1)
+    assert [g for g in deleted if g in graphs] == old[last_words // same :]  # when it was time, and not before
+    assert sorted(killed.store.names()) == sorted(calm.store.names())
+
+
+@pytest.mark.parametrize("point", ["before saving", "after saving", "after sending"])
+@pytest.mark.parametrize("count", [1, 4, 8, 13, 19])
+def test_a_server_killed_anywhere_goes_on_to_the_same_model(
+    fleet: Fleet, expected: str, point: str, count: int
+) -> None:
+    publish = fleet.air.publish
+    kill_at(fleet, point, count)
+    with pytest.raises(KilledError):
+        fleet.run()
+    fleet.air.publish = publish  # type: ignore[method-assign]
+    fleet.restart()
+    state = fleet.run()
+    assert state.model == expected
+    assert folded(state) == [["a", "b", "c"]] * 3
+
+
+def test_a_command_that_was_saved_but_not_done_is_repeated(fleet: Fleet) -> None:
+    save = fleet.storage.save
+
+    def dying(state: State, events: Sequence[on.Event], *rest: object) -> None:
+        save(state, events, *rest)  # type: ignore[arg-type]
+        if any(isinstance(e, on.Extracted) and e.device == "b" for e in events):
+            raise KilledError
+
+    fleet.storage.save = dying  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        fleet.run()
+    assert not any(isinstance(m, Offer) for m in fleet.air.devices["b"].heard)
+    fleet.restart()
+    fleet.run()
+    assert any(isinstance(m, Offer) and m.round == 1 for m in fleet.air.devices["b"].heard)
+
+
+def test_a_missing_blob_ends_the_daemon_with_an_error_that_names_it(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    fleet.store.delete(daemon.state.model)
+    with pytest.raises(StorageError, match=daemon.state.model):
+        daemon.run(until_finished=True)
+
+
+def test_the_database_says_what_happened(fleet: Fleet) -> None:
+    fleet.run()
+    kinds = [kind for _, _, kind, _ in Storage.at(fleet.folder).log.events()]
+    assert kinds.count("UpdateStored") == 9
+    assert kinds.count("Evaluated") == 3

@@ -1,0 +1,109 @@
+"""Devices are lent by what changes, and to the same effect as by a walk over all of them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fedprune.wire.offer import Offer
+from fedprune_server.engine.device_scheduler import Loans
+from fedprune_server.engine.host import Host
+from fedprune_server.engine.job_runner import JobDesk
+from support.fakes.several_jobs import SeveralJobs, named
+from support.fakes.tiny_job import JOB
+
+ASYNCHRONOUS = {
+    "strategy": "support.fakes.tiny_job:scheduled",
+    "options": {"schedule": {"kind": "asynchronous", "arrivals": 2}},
+}
+JOBS = st.lists(
+    st.sampled_from([{}, {"devices": 1}, {"devices": 2}, {"devices": 5}, ASYNCHRONOUS]), min_size=1, max_size=3
+)
+
+
+def compare(loans: Loans) -> None:
+    """See that what is kept of devices is what a walk over all of them finds."""
+    desks, here = loans._desks, loans._here
+    for job in desks:
+        assert loans._takers[job] == {d for d in here if loans._takes(job, d)}
+    assert loans._free == {d for d in here if d not in loans.lent and not any(k.works(d) for k in desks.values())}
+    assert loans._at_work == {d: j for d, j in loans.lent.items() if desks[j].works(d)}
+
+
+@given(JOBS, st.lists(st.tuples(st.integers(1, 25), st.booleans()), max_size=5), st.booleans())
+@example([{"devices": 2}, {"devices": 2}], [(3, True), (5, False)], True)
+@settings(max_examples=4, deadline=None)
+def test_what_is_kept_is_what_a_walk_over_all_devices_finds(
+    kinds: list[dict[str, Any]], ends: list[tuple[int, bool]], strange: bool
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [named(JOB, f"job-{i}", **{"rounds": 2, "deadline_s": 50, **kind}) for i, kind in enumerate(kinds)]
+        several, compared, offers = SeveralJobs(Path(folder), jobs, "abcd"), [0], [0]
+        several.air.devices["d"].profile = "unknown-board" if strange else several.air.devices["d"].profile
+        host = several.host()
+        share = host._loans.share
+
+        def checked() -> None:
+            share()
+            compare(host._loans)
+            compared[0] += 1
+
+        host._loans.share = checked  # type: ignore[method-assign]
+        for device in several.air.devices.values():
+
+            def dying(offer: Offer, device: Any = device, take: Any = device.take) -> None:
+                """At some offers a device loses its connection, with its part or without."""
+                offers[0] += 1
+                keeps = dict(ends).get(offers[0])
+                if keeps is not False:
+                    take(offer)
+                if keeps is not None:
+                    device.die()
+                    device.session += 1
+                    device.birth()
+
+            device.take = dying  # type: ignore[method-assign]
+
+        def idle() -> None:
+            if not host.busy:
+                several.air.now += 0.5
+                if several.air.now > 150:  # a job that needs more devices than there are never ends
+                    host.stop()
+
+        several.air.on_idle = idle
+        host.run(until_finished=True)
+        assert compared[0]
+
+
+@pytest.mark.parametrize("names", ["abcd", "abcdefghijklmnopqrstuvwxyz"])
+def test_a_device_that_moves_costs_no_look_at_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str
+) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, n, devices=99) for n in ("one", "two")], names)
+    host: Host = several.host()
+    asked, takes, steps = list[str](), JobDesk.takes, iter(range(100))
+
+    def counted(desk: JobDesk, device: str, session: int) -> bool:
+        asked.append(device)
+        return takes(desk, device, session)
+
+    def idle() -> None:
+        if host.busy:
+            return
+        step = next(steps)
+        if step == 5:
+            monkeypatch.setattr(JobDesk, "takes", counted)
+            several.air.devices["b"].session += 1
+            several.air.devices["b"].birth()
+        if step == 10:
+            host.stop()
+
+    several.air.on_idle = idle
+    host.run()
+    assert asked
+    assert set(asked) == {"b"}

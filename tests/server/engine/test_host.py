@@ -1,0 +1,246 @@
+"""Several jobs on one fleet: each comes to its end, alone with its devices, over crashes at every point."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.coordination import Phase, State
+from fedprune.core.errors import ConfigError
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import Cancelled, Finished, Update
+from fedprune.wire.offer import Offer
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.devices.presence import ANSWER_S
+from fedprune_server.engine.further_jobs import further
+from fedprune_server.messaging import intake
+from fedprune_server.storage.storage import Storage
+from support.fakes.fleet import Fleet, fill
+from support.fakes.several_jobs import KilledError, SeveralJobs, named
+from support.fakes.tiny_job import JOB
+
+
+def folded(state: State) -> list[list[str]]:
+    """Per round the devices that counted."""
+    return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
+
+
+def test_two_jobs_that_need_all_devices_take_turns_and_end_as_if_alone(tmp_path: Path) -> None:
+    jobs = [named(JOB, "one"), named(JOB, "two", seed=5, rounds=2)]
+    several = SeveralJobs(tmp_path / "several", jobs, "abc")
+    states = several.run()
+    assert [folded(s) for s in states.values()] == [[["a", "b", "c"]] * 3, [["a", "b", "c"]] * 2]
+    for job in jobs:
+        alone = Fleet(tmp_path / f"alone-{job.name}", job)
+        assert alone.run().model == states[job.name].model
+    assert several.clashes == []
+
+
+@pytest.mark.parametrize("point", ["before saving", "after saving", "after sending"])
+@pytest.mark.parametrize("count", [2, 9, 23])
+def test_a_host_killed_anywhere_goes_on_to_the_same_models(tmp_path: Path, point: str, count: int) -> None:
+    jobs = [named(JOB, "one", rounds=2), named(JOB, "two", seed=5, rounds=2)]
+    expected = {j.name: Fleet(tmp_path / j.name, j).run().model for j in jobs}
+    several = SeveralJobs(tmp_path / "several", jobs, "abc")
+    host = several.host()
+    several.die(point, count)
+    with pytest.raises(KilledError):
+        several.run(host)
+    several.restart()
+    states = several.run()
+    assert {n: s.model for n, s in states.items()} == expected
+    assert several.clashes == []
+
+
+def test_small_jobs_run_side_by_side_and_all_devices_work_for_both(tmp_path: Path) -> None:
+    jobs = [named(JOB, "one", devices=1, rounds=6), named(JOB, "two", devices=1, rounds=6)]
+    several = SeveralJobs(tmp_path, jobs, "abcdef")
+    states = several.run()
+    for state in states.values():
+        assert {n for names in folded(state) for n in names} == set("abcdef")
+        assert max(map(len, folded(state)[:-1])) <= 3  # its share, until the other one is done
+    assert several.clashes == []
+
+
+def test_a_paused_job_gets_no_device_and_holds_nobody_up(tmp_path: Path) -> None:
+    jobs = [named(JOB, "one"), named(JOB, "two")]
+    several = SeveralJobs(tmp_path, jobs, "abc", {"two": 0.0})
+    host = several.host()
+    several.desks["one"].when_finished = host.stop
+    states = several.run(host)
+    assert [s.phase for s in states.values()] == [Phase.FINISHED, Phase.WAITING]
+    assert states["two"].round == 0
+    several.restart()
+    several.weights = {}
+    assert folded(several.run()["two"]) == [["a", "b", "c"]] * 3
+
+
+def test_a_job_that_needs_more_devices_than_there_are_holds_none(tmp_path: Path) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "large", devices=4), named(JOB, "small")], "abc")
+    host = several.host()
+    several.desks["small"].when_finished = host.stop
+    states = several.run(host)
+    assert folded(states["small"]) == [["a", "b", "c"]] * 3
+    assert states["large"].round == 0
+
+
+def test_devices_hear_of_the_end_when_all_jobs_are_done(tmp_path: Path) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two", rounds=1)], "abc")
+    several.run()
+    for device in several.air.devices.values():
+        ends = [i for i, m in enumerate(device.heard) if isinstance(m, Finished)]
+        assert [m.job for m in device.heard if isinstance(m, Finished)] == ["one", "two"]
+        assert ends == [len(device.heard) - 2, len(device.heard) - 1]
+
+
+def test_an_asynchronous_job_shares_with_one_in_rounds(tmp_path: Path) -> None:
+    schedule = {"kind": "asynchronous", "arrivals": 2}
+    stream = named(JOB, "stream", strategy="support.fakes.tiny_job:scheduled", options={"schedule": schedule}, rounds=4)
+    several = SeveralJobs(tmp_path, [stream, named(JOB, "rounds")], "abcd")
+    states = several.run()
+    assert [s.phase for s in states.values()] == [Phase.FINISHED] * 2
+    assert all(len(names) >= 3 for names in folded(states["rounds"]))
+    assert several.clashes == []
+
+
+def test_a_device_that_connects_anew_at_work_goes_on_with_what_it_owes(tmp_path: Path) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two")], "abc")
+    device = several.air.devices["a"]
+    take, died = device.take, list[Offer]()
+
+    def dying(offer: Offer) -> None:
+        if died:
+            take(offer)
+            return
+        died.append(offer)
+        device.die()
+        device.session += 1
+        device.birth()
+
+    device.take = dying  # type: ignore[method-assign]
+    states = several.run()
+    assert all(folded(s) == [["a", "b", "c"]] * 3 for s in states.values())
+    assert several.air.now < JOB.deadline_s
+    assert several.clashes == []
+
+
+def test_what_is_of_no_job_of_the_server_is_cancelled(tmp_path: Path) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "one", rounds=1), named(JOB, "two", rounds=1)], "abc")
+    device = several.air.devices["a"]
+    device.pending = Update("a", "third", 4, 1, "0" * 64, device.store.put(fill("old")), 10, 5)
+    several.run()
+    said = [m for m in device.heard if isinstance(m, Cancelled)]
+    assert said
+    assert {(m.job, m.round) for m in said} == {("third", 4)}
+
+
+def test_a_device_that_no_job_can_plan_for_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two")], "abcd")
+    several.air.devices["b"].profile = "unknown-board"
+    states = several.run()
+    assert all(folded(s) == [["a", "c", "d"]] * 3 for s in states.values())
+    assert "there is no hardware profile called" in caplog.text
+
+
+def test_devices_that_do_not_come_back_after_an_outage_are_lent_no_more(tmp_path: Path) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "one", devices=2), named(JOB, "two", devices=2)], "abc")
+    host = several.host()
+    gone = several.air.devices["c"]
+    taken = gone.take
+
+    def vanish(offer: Offer) -> None:
+        taken(offer)
+        gone.hear = lambda topic, payload: None  # type: ignore[method-assign]
+        several.air.inbox.extend([ConnectionDown("an outage"), ConnectionUp()])
+
+    gone.take = vanish  # type: ignore[method-assign]
+    states = several.run(host)
+    assert all(s.phase is Phase.FINISHED for s in states.values())
+    assert "c" not in host.lent
+    assert several.clashes == []
+
+
+def test_lines_about_an_update_say_of_which_job_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "one", rounds=1), named(JOB, "two", rounds=1)], "abc")
+    host = several.host()
+    several.workers["two"].poison = {"a"}
+    several.run(host)
+    said = [r.getMessage() for r in caplog.records if "doesn't count" in r.getMessage()]
+    assert said
+    assert all(line.startswith("two: update of a in round 1 doesn't count: ") for line in said)
+
+
+def test_jobs_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="names that differ"):
+        SeveralJobs(tmp_path, [JOB, JOB], "a").host()
+
+
+def test_further_jobs_are_found_in_files_and_in_the_folder(tmp_path: Path) -> None:
+    first = ServerConfig(state=tmp_path / "state", max_devices=7, archive=True)
+    file = tmp_path / "birds.toml"
+    file.write_text('[job]\nname = "birds"\nrounds = 4\n[model]\npath = "m.onnx"\n[server]\nweight = 2\n')
+    (found,) = further(first, [file])
+    assert (found.job.name, found.job.rounds, found.weight, found.archive) == ("birds", 4, 2, False)
+    assert (found.state, found.max_devices, found.model) == (
+        first.state / "jobs" / "birds",
+        7,
+        str(tmp_path / "m.onnx"),
+    )
+    found.state.mkdir(parents=True)
+    (first.state / "jobs" / "nothing").mkdir()
+    with Storage.at(found.state) as storage:
+        storage.put_settings({"job": found.job.to_dict(), "name": "m", "server": found.server_settings()})
+    (again,) = further(first, [])
+    assert again == replace(found, model=None)
+    with pytest.raises(ConfigError, match="birds twice"):
+        further(first, [file, file])
+    file.write_text('[job]\nname = "birds"\n[server]\nport = 1\n')
+    with pytest.raises(ConfigError, match="of a further job"):
+        further(first, [file])
+
+
+def test_a_device_that_vanishes_without_a_word_is_missed_in_the_end(tmp_path: Path) -> None:
+    jobs = [named(JOB, n, devices=2, rounds=40, deadline_s=100) for n in ("one", "two")]
+    several = SeveralJobs(tmp_path, jobs, "abc")
+    host = several.host()
+    gone = several.air.devices["c"]
+    gone.hear = lambda topic, payload: None  # type: ignore[method-assign]  # and no broker tells of it
+    gone.birth()
+    states = several.run(host)
+    assert all(s.phase is Phase.FINISHED for s in states.values())
+    last = [d for s in states.values() for d in s.history[-1]["devices"]]
+    assert "c" not in last
+
+
+def test_answers_that_wait_to_be_heard_are_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "TURN_S", -1.0)  # a message each turn
+    several = SeveralJobs(tmp_path, [named(JOB, n, devices=9) for n in ("one", "two")], "abc")
+    host, air, gone = several.host(), several.air, list[str]()
+    get, give_up, idle = air.get, host._gone, iter(range(2))
+
+    def slowly(timeout: float | None = 0.0) -> Any:
+        item = get(timeout)
+        air.now += 0.0 if item is None else 0.8 * ANSWER_S
+        return item
+
+    def again() -> None:
+        if host.busy:
+            return
+        if next(idle):
+            host.stop()
+        air.inbox.append(ConnectionUp())  # so that everybody is asked
+        air.get = slowly  # type: ignore[method-assign]
+
+    def given_up(device: str) -> None:
+        gone.append(device)
+        give_up(device)
+
+    host._gone = given_up  # type: ignore[method-assign]
+    air.on_idle = again
+    host.run()
+    assert air.now > 2 * ANSWER_S
+    assert set(host._here) == set("abc")
+    assert gone == []

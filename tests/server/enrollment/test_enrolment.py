@@ -1,0 +1,335 @@
+"""How a board joins and stays a member, with its command line and code, over the embedded broker."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import socket
+import ssl
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from fedprune.core.errors import BrokerError, ConfigError, ExitCode, IdentityError, JoinError
+from fedprune.security.certificates import read_certificate
+from fedprune.security.device_identity import DeviceIdentity
+from fedprune.security.join_token import Claim
+from fedprune.security.keys import grouped
+from fedprune.wire.mqtt.link import Link
+from fedprune_device.cli.main import main
+from fedprune_device.enrolment import enrolment
+from fedprune_device.enrolment.enrolment import Renewal, enrol, join_urls
+from fedprune_device.enrolment.membership import add_membership, join_first, membership
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.messaging.authentication import SignedLink
+from fedprune_server.messaging.broker.embedded import EmbeddedBroker, TlsFiles
+from fedprune_server.messaging.connection import identity_of
+from support.processes.machine import free_port
+
+Captured = pytest.CaptureFixture[str]
+
+
+class Server:
+    """A server's identity, its broker, and a thread that answers requests to join."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.identity = stack.enter_context(IdentityFolder.make(folder, "lab"))
+        broker = stack.enter_context(EmbeddedBroker(port=0, tls=TlsFiles(*self.identity.broker(["127.0.0.1"]))))
+        self.url = broker.url
+        link = Link(broker.url, "server", tls=self.identity.context)
+        stack.callback(link.close)
+        link.subscribe(["fedprune/1/lab/+/-/join"])
+        link.start()
+        running = stack.enter_context(IdentityFolder(folder))  # as another process has it
+        self._signed, self._stop = SignedLink(link, running), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        stack.callback(self._thread.join)
+        stack.callback(self._stop.set)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._signed.get(0.05)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boards that ask again soon."""
+    monkeypatch.setattr(enrolment, "_AGAIN_S", 0.3)
+    monkeypatch.setattr(enrolment, "_WAITING_S", 0.3)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with ExitStack() as stack:
+        yield Server(tmp_path / "server", stack)
+
+
+def claim_file(server: Server, path: Path, device: str | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(server.identity.claim(device, 3600).text + "\n")
+    return path
+
+
+def join(server: Server, state: Path, *more: str, device: str = "attic") -> int:
+    return main(["join", "--broker", server.url, "--site", "lab", "--device", device, "--state", str(state), *more])
+
+
+def test_a_board_joins_with_the_claim_in_its_state_folder_which_is_gone_then(
+    server: Server, tmp_path: Path, capsys: Captured
+) -> None:
+    claim = claim_file(server, tmp_path / "board" / "claim")
+    assert join(server, tmp_path / "board") == ExitCode.OK
+    board = DeviceIdentity(tmp_path / "board" / "identity", "lab", "attic")
+    assert board.joined
+    assert server.identity.store.key_of("attic") == board.key.verifying.hex
+    assert not claim.exists()
+    assert board.key.verifying.fingerprint in capsys.readouterr().err
+    secrets = [p for p in (tmp_path / "board" / "identity").iterdir() if p.suffix == ".key"]
+    assert [stat.S_IMODE(p.stat().st_mode) for p in secrets] == [0o600] * len(secrets) != []
+    assert join(server, tmp_path / "board") == ExitCode.OK
+    assert "is a member already" in capsys.readouterr().out
+
+
+def test_a_claim_comes_by_standard_input_too(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(server.identity.claim("attic", 3600).text))
+    assert join(server, tmp_path / "board", "--claim", "-") == ExitCode.OK
+
+
+def test_a_claim_that_does_not_count_is_one_clear_error_and_stays(
+    server: Server, tmp_path: Path, capsys: Captured
+) -> None:
+    claim = claim_file(server, tmp_path / "board" / "claim", device="shed")
+    assert join(server, tmp_path / "board") == ExitCode.JOIN
+    assert "refuses attic: the claim is for another device" in capsys.readouterr().err
+    assert claim.exists()
+    claim.write_text("FP1-NONSENSE")
+    assert join(server, tmp_path / "board") == ExitCode.JOIN
+    claim.unlink()
+    assert join(server, tmp_path / "board") == ExitCode.IDENTITY
+    assert "--claim" in capsys.readouterr().err
+
+
+def test_without_a_claim_the_operator_lets_a_board_in_that_knows_the_pin(
+    server: Server, tmp_path: Path, capsys: Captured
+) -> None:
+    pin = grouped(server.identity.authority.pin.hex())
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(join(server, tmp_path / "board", "--pin", pin)))
+    thread.start()
+    # The output is read when the thread has ended: capsys loses what is written while it reads.
+    deadline = time.monotonic() + 60
+    while not server.identity.store.devices() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (waiting,) = server.identity.store.devices()
+    assert waiting.status == "waiting"
+    server.identity.store.approve("attic", waiting.key, 0)
+    thread.join(60)
+    assert codes == [ExitCode.OK]
+    assert "waiting for the operator" in capsys.readouterr().err
+    assert join(server, tmp_path / "other", "--pin", "12-34") == ExitCode.USAGE
+
+
+def test_a_claim_file_is_there_and_holds_one_claim(server: Server, tmp_path: Path, capsys: Captured) -> None:
+    file = tmp_path / "claims"
+    assert join(server, tmp_path / "board", "--claim", str(file)) == ExitCode.IDENTITY
+    said = capsys.readouterr().err
+    assert "Check the path" in said
+    assert "Errno" not in said
+    file.write_text("".join(server.identity.claim(None, 3600).text + "\n" for _ in range(3)))
+    assert join(server, tmp_path / "board", "--claim", str(file)) == ExitCode.JOIN
+    assert "holds 3 claims" in capsys.readouterr().err
+
+
+def test_a_wrong_site_ends_with_the_site_that_was_asked_for(server: Server, tmp_path: Path) -> None:
+    board = DeviceIdentity(tmp_path / "board", "elsewhere", "attic")
+    with pytest.raises(BrokerError, match=r"site elsewhere .*--site default"):
+        enrol(board, [server.url], server.identity.claim(None, 3600), patience_s=1)
+
+
+def test_a_claim_for_a_board_that_is_a_member_is_ignored_and_that_is_said(
+    server: Server, tmp_path: Path, capsys: Captured
+) -> None:
+    claim = claim_file(server, tmp_path / "claim")
+    words = ["--broker", server.url, "--site", "lab", "--device", "attic", "--state", str(tmp_path / "board")]
+    assert join(server, tmp_path / "board", "--claim", str(claim)) == ExitCode.OK
+    parser = argparse.ArgumentParser()
+    add_membership(parser)
+    arguments = parser.parse_args([*words, "--claim", str(claim)])
+    capsys.readouterr()
+    assert join_first(membership(arguments), arguments, patient=False)
+    assert "--new-key" in capsys.readouterr().err
+
+
+def test_without_a_claim_the_way_by_a_pin_is_named(server: Server, tmp_path: Path, capsys: Captured) -> None:
+    assert join(server, tmp_path / "board") == ExitCode.IDENTITY
+    assert "--pin HEX" in capsys.readouterr().err
+
+
+def test_insecure_and_a_broker_of_a_fleet_with_an_identity_exclude_each_other(tmp_path: Path, capsys: Captured) -> None:
+    words = ["--broker", "mqtts://127.0.0.1", "--device", "attic", "--state", str(tmp_path / "b"), "--data", "x.npz"]
+    assert main(["run", *words, "--insecure"]) == ExitCode.CONFIG
+    assert "--insecure: expected a broker at mqtt://" in capsys.readouterr().err
+    with (
+        pytest.raises(ConfigError, match="leave --insecure out"),
+        identity_of(ServerConfig(broker="mqtts://127.0.0.1"), insecure=True),
+    ):
+        pass
+
+
+def test_an_answer_of_another_server_is_not_believed(server: Server, tmp_path: Path) -> None:
+    with IdentityFolder.make(tmp_path / "other", "lab") as other:
+        claim = other.claim(None, 3600)
+    board = DeviceIdentity(tmp_path / "board", "lab", "attic")
+    told: list[str] = []
+    with pytest.raises(JoinError, match="didn't count"):
+        enrol(board, [server.url], Claim.parse(claim.text), patience_s=3, tell=told.append)
+    assert not board.joined
+    assert any("doesn't count" in line for line in told)
+
+
+def test_where_nobody_answers_the_next_address_is_tried_and_a_stop_ends_it(server: Server, tmp_path: Path) -> None:
+    closed = f"mqtts://127.0.0.1:{free_port()}"
+    board = DeviceIdentity(tmp_path / "board", "lab", "attic")
+    told: list[str] = []
+    assert enrol(board, [closed, server.url], server.identity.claim(None, 3600), patience_s=30, tell=told.append)
+    assert board.joined
+    assert told == []  # what failed first is no news where the next one answers
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(BrokerError):
+        enrol(DeviceIdentity(tmp_path / "b", "lab", "b"), [closed], None, b"x" * 12, stopped=stopped)
+    with pytest.raises(BrokerError, match="127"):
+        enrol(DeviceIdentity(tmp_path / "b", "lab", "b"), [closed], None, b"x" * 12, patience_s=0.5)
+    with pytest.raises(IdentityError):
+        enrol(DeviceIdentity(tmp_path / "b", "lab", "b"), [closed], None)
+
+
+@pytest.mark.parametrize(
+    ("broker", "urls"),
+    [
+        ("mqtts://h", ["mqtts://h:8884", "mqtts://h"]),
+        ("mqtts://h:8883", ["mqtts://h:8884", "mqtts://h:8883"]),
+        ("mqtts://[::1]:8883", ["mqtts://[::1]:8884", "mqtts://[::1]:8883"]),
+        ("mqtts://h:4000", ["mqtts://h:4000"]),
+        ("mqtt://localhost:8883", ["mqtt://localhost:8883"]),
+    ],
+)
+def test_boards_ask_on_the_port_for_joining_first(broker: str, urls: list[str]) -> None:
+    assert join_urls(broker) == urls
+
+
+def test_a_certificate_is_renewed_over_the_same_broker_and_works(server: Server, tmp_path: Path) -> None:
+    board = DeviceIdentity(tmp_path / "board", "lab", "attic")
+    enrol(board, [server.url], server.identity.claim(None, 3600), patience_s=30)
+    before = (tmp_path / "board" / "device.pem").read_bytes()
+    Renewal(board, [server.url], lambda: True).renew(30)
+    after = (tmp_path / "board" / "device.pem").read_bytes()
+    old, new = (read_certificate(pem, "certificate") for pem in (before, after))
+    assert old.public_key() != new.public_key()
+    with Link(server.url, "board", tls=board.context) as link:
+        link.start()
+    server.identity.revoke("attic")
+    with pytest.raises(JoinError):
+        Renewal(board, [server.url], lambda: True).renew(30)
+    assert (tmp_path / "board" / "device.pem").read_bytes() == after
+
+
+def test_a_revoked_board_begins_anew_with_a_new_key(server: Server, tmp_path: Path) -> None:
+    claim_file(server, tmp_path / "board" / "claim")
+    assert join(server, tmp_path / "board") == ExitCode.OK
+    first = DeviceIdentity(tmp_path / "board" / "identity", "lab", "attic").key.verifying.hex
+    server.identity.revoke("attic")
+    claim_file(server, tmp_path / "board" / "claim", device="attic")
+    assert join(server, tmp_path / "board", "--new-key") == ExitCode.OK
+    second = DeviceIdentity(tmp_path / "board" / "identity", "lab", "attic").key.verifying.hex
+    assert server.identity.store.key_of("attic") == second != first
+
+
+class Stranger:
+    """Who answers in the broker's place, with a certificate of its own making; it notes what clients say first."""
+
+    def __init__(self, folder: Path) -> None:
+        with IdentityFolder.make(folder, "lab") as identity:
+            certificate, key, _ = identity.broker(["127.0.0.1"])
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(certificate, key)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"mqtts://fleet:hunter2@127.0.0.1:{self.listener.getsockname()[1]}"
+        self.heard = b""
+        self.clients = 0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        with suppress(OSError):
+            while True:
+                raw, _ = self.listener.accept()
+                self.clients += 1
+                with suppress(OSError), self.context.wrap_socket(raw, server_side=True) as client:
+                    client.settimeout(1)
+                    self.heard += client.recv(4096)
+
+
+# paho leaves the socket of a failed handshake to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("who", ["new", "with an authority", "member"])
+def test_a_stranger_hears_no_password_whoever_asks(server: Server, tmp_path: Path, who: str) -> None:
+    board = DeviceIdentity(tmp_path / "board", "lab", "attic")
+    claim, authority = server.identity.claim(None, 3600), None
+    if who == "member":
+        enrol(board, [server.url], claim, patience_s=30)
+    if who == "with an authority":
+        authority = server.identity.path / "authority.pem"
+    stranger = Stranger(tmp_path / "stranger")
+    pin = board.pins[0] if who == "member" else None
+    with pytest.raises(BrokerError):
+        enrol(board, [stranger.url], None if pin else claim, pin, authority=authority, patience_s=3)
+    stranger.listener.close()
+    assert stranger.clients > 0
+    assert b"hunter2" not in stranger.heard
+    assert b"fleet" not in stranger.heard
+    assert bool(stranger.heard) == (who == "new")  # who knows an authority says nothing to others at all
+
+
+def test_away_from_its_broker_a_board_asks_for_a_certificate_once_a_day(server: Server, tmp_path: Path) -> None:
+    board = DeviceIdentity(tmp_path / "board", "lab", "attic")
+    enrol(board, [server.url], server.identity.claim(None, 3600), patience_s=30)
+    now = [0.0]
+    renewal = Renewal(board, [server.url], lambda: False, clock=lambda: now[0])
+    assert renewal.due()
+    renewal.renew(30)
+    now[0] = 23 * 3600.0
+    assert not renewal.due()
+    now[0] = 24 * 3600.0
+    assert renewal.due()
+    assert not Renewal(board, [server.url], lambda: True, clock=lambda: now[0]).due()
+
+
+def test_a_new_key_costs_the_old_identity_only_if_it_is_let_in(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "board" / "identity"
+    claim_file(server, tmp_path / "board" / "claim")
+    assert join(server, tmp_path / "board") == ExitCode.OK
+    first = DeviceIdentity(folder, "lab", "attic").key.verifying.hex
+
+    def kept() -> bool:
+        return DeviceIdentity(folder, "lab", "attic").key.verifying.hex == first
+
+    nowhere = ["join", "--new-key", "--site", "lab", "--device", "attic", "--state", str(tmp_path / "board")]
+    assert main(nowhere) == ExitCode.CONFIG
+    assert kept()
+    assert join(server, tmp_path / "board", "--new-key") == ExitCode.IDENTITY  # neither claim nor pin
+    assert kept()
+    with DeviceStore(tmp_path / "board"):  # a service that runs
+        assert join(server, tmp_path / "board", "--new-key") == ExitCode.STORAGE
+    assert kept()
+    claim_file(server, tmp_path / "board" / "claim", device="shed")
+    assert join(server, tmp_path / "board", "--new-key") == ExitCode.JOIN
+    assert kept()
+    assert not (tmp_path / "board" / "identity.old").exists()

@@ -1,0 +1,240 @@
+"""A crew gives what its worker gives, whichever process does it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import closing, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.errors import StorageError
+from fedprune.hardware import profile_store
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import named_in
+from fedprune.model.architecture import widths_at
+from fedprune.training.recipe import Recipe
+from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.offers import GRAPH_ROUNDS
+from fedprune_server.executor.process_pool import ProcessPool
+from fedprune_server.executor.worker import Worker
+from fedprune_server.executor.worker_pool import DistributedWorker
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.storage.s3.store import BucketStore
+from support.processes.s3 import S3
+
+DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
+JOB = Job(rounds=2, devices=3, density=0.5, recipe=Recipe(max_steps=4))
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+@pytest.fixture
+def worker(model: Model, tmp_path: Path) -> Worker:
+    return Worker(JOB, model, BlobStore(tmp_path / "blobs", durable=False))
+
+
+@pytest.fixture
+def crew(worker: Worker) -> Iterator[DistributedWorker]:
+    with closing(DistributedWorker(worker, ProcessPool(worker, 2))) as crew:
+        yield crew
+
+
+def extracts(worker: Worker) -> list[do.Extract]:
+    start = worker.initial()
+    scored = worker.execute(do.Score(1, start, {}, tuple(DENSITIES)))
+    assert isinstance(scored, on.Scored)
+    basis = do.Basis(1, start, scored.ranking)
+    widths = {n: widths_at(worker.architecture, d) for n, d in DENSITIES.items()}
+    return [do.Extract(basis, do.Part(n, 1, widths[n], d, 10, None)) for n, d in DENSITIES.items()]
+
+
+def test_helpers_make_the_same_offers(worker: Worker, crew: DistributedWorker) -> None:
+    orders = extracts(worker)
+    crew.expect([do.Wake(1.0), *orders])
+
+    assert [crew.execute(o) for o in orders] == [worker.execute(o) for o in orders]
+    assert crew.graphs() == worker.graphs()
+    assert all(worker.store.has(g) for g in crew.graphs())
+
+
+def test_offers_that_helpers_made_have_slabs_too(model: Model, tmp_path: Path) -> None:
+    sliced = Worker(JOB, model, BlobStore(tmp_path / "blobs", durable=False), slabs=True)
+    assert sliced._slabs is not None
+    sliced._slabs._least = 0
+    orders = extracts(sliced)
+    with closing(DistributedWorker(sliced, ProcessPool(sliced, 2))) as crew:
+        crew.expect(orders)
+        made = [crew.execute(o) for o in orders]
+    assert sorted(len(e.offer["slabs"]) for e in made if isinstance(e, on.Extracted)) == [1, 2, 3]
+    assert made == [sliced.execute(o) for o in orders]
+
+
+def test_graphs_of_earlier_rounds_are_let_go_of(worker: Worker, crew: DistributedWorker) -> None:
+    found = []
+    for round_, order in zip((1, GRAPH_ROUNDS + 1, GRAPH_ROUNDS + 2), extracts(worker), strict=True):
+        order = replace(order, basis=replace(order.basis, round=round_))
+        crew.expect([order])
+        event = crew.execute(order)
+        assert isinstance(event, on.Extracted)
+        found.append(event.offer["inference"]["sha256"])
+    assert crew.graphs() & set(found) == set(found[1:])
+
+
+def test_graphs_that_the_worker_itself_has_made_are_let_go_of_like_those_of_helpers(
+    worker: Worker, crew: DistributedWorker
+) -> None:
+    first, second, _ = extracts(worker)
+    own = crew.execute(first)  # nobody expected it
+    assert isinstance(own, on.Extracted)
+    assert own.offer["inference"]["sha256"] in crew.graphs()
+    later = replace(second, basis=replace(second.basis, round=GRAPH_ROUNDS + 2))
+    crew.expect([later])
+    event = crew.execute(later)
+    assert isinstance(event, on.Extracted)
+    assert crew.graphs() == {event.offer[name]["sha256"] for name in ("training", "inference")}
+
+
+def test_what_a_helper_makes_again_is_in_the_bucket_again(model: Model, at_s3: S3, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path / "blobs", f"s3://{at_s3.bucket()}/job")
+    worker = Worker(JOB, model, store)
+    order = extracts(worker)[0]
+    with closing(DistributedWorker(worker, ProcessPool(worker, 2))) as crew:
+        for _ in range(3):  # by each of two helpers, or twice by one
+            crew.expect([order])
+            event = crew.execute(order)
+            assert isinstance(event, on.Extracted)
+            made = named_in(event.offer)
+            assert made <= BucketStore(tmp_path / "other", store.bucket.url).objects().keys()
+            for digest in made:
+                store.delete(digest)
+    store.close()
+
+
+def test_what_was_expected_otherwise_is_done_as_ordered(worker: Worker, crew: DistributedWorker) -> None:
+    order = extracts(worker)[0]
+    crew.expect([order])
+    other = replace(order, part=replace(order.part, widths=widths_at(worker.architecture, 0.75)))
+
+    assert crew.execute(other) == worker.execute(other) != worker.execute(order)
+
+
+def test_an_error_is_the_workers_own(worker: Worker, crew: DistributedWorker) -> None:
+    order = extracts(worker)[0]
+    lost = replace(order, basis=replace(order.basis, model="0" * 64))
+    crew.expect([lost])
+
+    with pytest.raises(StorageError, match="0" * 12):
+        crew.execute(lost)
+
+
+def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: DistributedWorker) -> None:
+    orders = extracts(worker)
+    crew.expect(orders)
+    expected = [crew.execute(o) for o in orders]
+    for process in list(crew._pool._pool._processes.values()):
+        with suppress(ProcessLookupError):  # the pool ends the others as soon as it misses one
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    while not crew._pool._pool._broken:  # the pool's own thread notices
+        time.sleep(0.01)
+
+    crew.expect(orders)
+
+    assert [crew.execute(o) for o in orders] == expected
+
+
+def test_helpers_that_fail_are_told_once(
+    worker: Worker, crew: DistributedWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        adds, size, patience_s = False, 2, 5.0
+
+        def submit(self, work: object, command: object) -> Any:
+            answer: Future[None] = Future()
+            answer.set_exception(RuntimeError("the pool is broken"))
+            return answer
+
+        def close(self) -> None:
+            pass
+
+    crew._pool.close()
+    crew._pool = Broken()  # type: ignore[assignment]
+    orders = extracts(worker)
+    crew.expect(orders)
+    assert all(isinstance(crew.execute(order), on.Extracted) for order in orders)
+    (record,) = [r for r in caplog.records if "the pool is broken" in r.getMessage()]
+    assert record.levelname == "WARNING"
+
+
+def test_helpers_leave_ctrl_c_to_their_parent_and_end_with_it() -> None:
+    """The parent is interrupted with its helper, as by a terminal, and then killed."""
+    program = (
+        "import os, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from fedprune_server.process.children import begin_helper\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, get_context('spawn'), begin_helper, (os.getpid(),))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    sys.stdin.readline()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        helper = int(parent.stdout.readline())
+        os.kill(helper, signal.SIGINT)
+        parent.stdin.write("\n")
+        parent.stdin.flush()
+        assert int(parent.stdout.readline()) == helper
+        parent.kill()
+        parent.wait()
+        until = time.monotonic() + 20
+        while _alive(helper) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not _alive(helper)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_simulation_with_helpers_gives_the_same_models(model: Model, tmp_path: Path) -> None:
+    names = tuple(DENSITIES)
+    federation = deal(names, seed=0)
+    profile = profile_store.find("raspberry-pi-5")
+    devices = [VirtualDevice(n, profile, federation.devices[n]) for n in names]
+    found = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        experiment = Experiment("x", JOB, model, devices, workers=workers)
+        simulation = Simulation(experiment, BlobStore(folder / "blobs"), folder=folder)
+        found.append([h["model"] for h in simulation.run()])
+
+    assert found[0] == found[1]

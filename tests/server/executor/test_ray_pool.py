@@ -1,0 +1,325 @@
+"""A Ray cluster does a crew's tasks, to the same bits; and a server goes on when it loses one."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import widths_at
+from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.config.cluster_url import check_url
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.executor import pool_tasks, ray_pool
+from fedprune_server.executor.pool_tasks import Settings
+from fedprune_server.executor.ray_pool import ClusterError, RayPool
+from fedprune_server.executor.worker import Worker
+from fedprune_server.executor.worker_pool import DistributedWorker
+from fedprune_server.simulation.digits import digits_model
+from support.processes.machine import free_port
+
+JOB = Job(rounds=2, devices=3, density=0.5)
+DENSITIES = (1.0, 0.5, 0.25)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+def worker(model: Model, folder: Path) -> Worker:
+    return Worker(JOB, model, BlobStore(folder, durable=False))
+
+
+@pytest.mark.parametrize("url", ["processes", "ray:auto", "ray:10.0.0.1:6379", "ray://head.lan:10001", "ray:[::1]:1"])
+def test_places_of_helpers(url: str) -> None:
+    assert check_url(url) == url
+    assert ServerConfig(workers_url=url).server_settings()["workers_url"] == url
+
+
+@pytest.mark.parametrize(
+    "url", ["", "ray", "ray:", "ray://", "auto", "ray:host", "ray://a:1/../b", "dask://a:1", "ray:a b:1"]
+)
+def test_what_is_no_place_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="workers_url"):
+        ServerConfig(workers_url=url)
+
+
+def test_ray_is_missed_by_name(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"\[scale\]"):
+        RayPool("ray:auto", worker(model, tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    pytest.importorskip("ray", reason="Ray is not installed")
+    with pytest.raises(MissingExtraError, match=r"client.*\[scale\]"):
+        RayPool("ray://localhost:10001", worker(model, tmp_path))
+
+
+def test_a_cluster_that_is_not_there_is_one_clear_error(model: Model, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    w = worker(model, tmp_path)
+    with pytest.raises(ClusterError, match=r"can't be used.*refused") as caught:
+        RayPool(f"ray:127.0.0.1:{free_port()}", w)
+    assert caught.value.exit_code is ExitCode.CLUSTER
+    assert w.store.names() == []
+
+
+def _answers(parent: int, address: str, settings: Settings, probe: str, connection: Any) -> None:
+    """A child whose cluster goes, or answers what can't be read."""
+    connection.send(("size", 2))
+    number = connection.recv()[0]
+    if address == "gone":
+        connection.send(("lost", "the cluster has no processors any more"))
+    else:
+        connection.send(("done", number))
+        connection.send_bytes(b"no pickle")
+    connection.recv()  # until it is ended
+
+
+@pytest.mark.parametrize("address", ["gone", "garbled"])
+def test_whoever_waits_for_a_cluster_that_goes_is_told(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    told = threading.Event()
+    monkeypatch.setattr(ray_pool, "serve", _answers)
+    monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
+    link = ray_pool._Link(address, Settings.of(worker(model, tmp_path)), "", told.set, lambda: False)
+    listener = threading.Thread(target=link.listen, daemon=True)
+    futures = [link.submit(pool_tasks.check, None) for _ in range(2)]
+    listener.start()
+    for future in futures:
+        with pytest.raises(ClusterError, match="is lost"):
+            future.result(30)
+    assert told.is_set()
+    assert link.lost
+    listener.join(30)
+    assert not listener.is_alive()
+    link.close()
+
+
+def _is_silent(parent: int, address: str, settings: Settings, probe: str, connection: Any) -> None:
+    """A child that reaches its cluster never."""
+    connection.recv()
+
+
+def test_a_server_that_ends_does_not_wait_for_a_cluster_that_it_is_reaching(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "serve", _is_silent)
+    monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
+    monkeypatch.setattr(ray_pool, "_START_S", 3600.0)
+    with pytest.raises(ClusterError, match="can't be used"):
+        ray_pool._Link("silent", Settings.of(worker(model, tmp_path)), "", lambda: None, iter([False, True]).__next__)
+    assert not [p for p in multiprocessing.active_children() if p.name == "fedprune-ray"]
+
+
+def _does(parent: int, address: str, settings: Settings, probe: str, connection: Any) -> None:
+    """A child whose cluster fails whatever it is given."""
+    connection.send(("size", 2))
+    while True:
+        number = connection.recv()[0]
+        connection.send(("failed", number))
+        connection.send("as it should")
+
+
+def test_a_task_that_can_not_be_handed_on_fails_alone(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "serve", _does)
+    monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
+    link = ray_pool._Link("well", Settings.of(worker(model, tmp_path)), "", lambda: None, lambda: False)
+    listener = threading.Thread(target=link.listen, daemon=True)
+    listener.start()
+    orders = [None, threading.Lock(), None]
+    futures = [link.submit(pool_tasks.check, order) for order in orders]
+    for future, words in zip(
+        futures, ("as it should", "can't be handed to the cluster.*pickle", "as it should"), strict=True
+    ):
+        with pytest.raises(ClusterError, match=words):
+            future.result(30)
+    assert not link.lost
+    link.close()
+    listener.join(30)
+
+
+@pytest.mark.soak
+def test_no_cluster_on_this_machine_and_what_is_none_are_errors(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    monkeypatch.setattr("fedprune_server.executor.ray_pool._START_S", 20.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        for url in (f"ray:127.0.0.1:{other.getsockname()[1]}", "ray:auto"):
+            w = worker(model, tmp_path)
+            with pytest.raises(ClusterError, match="can't be used"):
+                RayPool(url, w)
+            assert w.store.names() == []
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes of a cluster, of one processor each, and a head without any."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 10**8},
+    )
+    made.two = [made.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2)]
+    yield made
+    made.shutdown()
+
+
+def orders(w: Worker, count: int) -> list[do.Extract]:
+    start = w.initial()
+    scored = w.execute(do.Score(1, start, {}, ("a",)))
+    assert isinstance(scored, on.Scored)
+    basis = do.Basis(1, start, scored.ranking)
+    widths = [widths_at(w.architecture, d) for d in DENSITIES]
+    return [do.Extract(basis, do.Part(f"d{k}", 1, widths[k % 3], DENSITIES[k % 3], 10, None)) for k in range(count)]
+
+
+def round_of(w: Worker, made: list[do.Extract]) -> tuple[list[do.Fold], do.Close]:
+    found = []
+    for k, order in enumerate(made):
+        event, dice = w.execute(order), np.random.default_rng(k)
+        assert isinstance(event, on.Extracted)
+        sent = event.offer["weights"]["sha256"]
+        tensors = tensorfile.decode(w.store.read(sent))
+        update = {n: (v + 0.1 * dice.random(v.shape)).astype(np.float32) for n, v in tensors.items()}
+        stored = w.store.put(tensorfile.encode(update)).sha256
+        found.append(do.Contribution(order.basis, order.part, sent, None, stored, 10 + k, 3))
+    start = made[0].basis.model
+    names = tuple(c.part.device for c in found)
+    return [do.Fold(1, start, {}, c) for c in found], do.Close(1, start, {}, names, tuple(found))
+
+
+def slow(w: Worker, where: str) -> str:
+    """A task that says where it begins and takes its time; only the first try does."""
+    place = Path(where)
+    first = not place.exists()
+    with place.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    if first:
+        time.sleep(60)
+    return "done"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_a_cluster_helps_loses_a_node_and_is_lost(
+    model: Model, tmp_path: Path, cluster: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One after the other on one cluster, because it takes long to start."""
+    caplog.set_level(logging.INFO)
+    alone = worker(model, tmp_path)
+    many = orders(alone, 60)
+    folds, close = round_of(alone, many[:12])
+    events = [alone.execute(fold) for fold in folds]
+    expected, offers = alone.execute(close), [alone.execute(order) for order in many]
+
+    pool = RayPool(f"ray:{cluster.address}", alone, again_s=0.5)
+    with closing(DistributedWorker(worker(model, tmp_path), pool, block=500, batch=5)) as crew:
+        assert pool.size == 2
+        crew.expect(many)
+        assert [crew.execute(order) for order in many] == offers
+        crew.expect(folds)
+        assert [crew.execute(fold) for fold in folds] == events
+        assert crew.execute(close) == expected
+        assert not [r for r in caplog.records if "itself" in r.message]
+
+        # A node dies under a task: it begins anew on the other one.
+        where = tmp_path / "began"
+        future = pool.submit(slow, str(where))
+        until = time.monotonic() + 60
+        while not where.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        pid = int(where.read_text().split()[0])
+        raylet = _node_of(pid, cluster)
+        cluster.remove_node(raylet, allow_graceful=False)
+        assert future.result(120) == "done"
+        assert len(where.read_text().split()) == 2
+        assert played(crew, folds, close) == expected
+        assert not [r for r in caplog.records if "itself" in r.message]
+
+        # The process that talks with the cluster dies: the server does what there is to do, and is helped again later.
+        assert pool._link is not None
+        os.kill(pool._link._process.pid or 0, signal.SIGKILL)
+        assert played(crew, folds, close) == expected
+        assert len([r.message for r in caplog.records if "is lost" in r.message]) == 1
+        until = time.monotonic() + 60
+        while "is back:" not in caplog.text and time.monotonic() < until:
+            pool.submit(pool_tasks.extract, ())
+            time.sleep(0.3)
+        assert pool.submit(pool_tasks.extract, ()).result(60) == pool_tasks.Made((), {})
+        assert [r.message for r in caplog.records if "is back:" in r.message]
+
+
+def _node_of(pid: int, cluster: Any) -> Any:
+    """The node of which a process is a worker."""
+    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    for node in cluster.two:
+        for process in node.all_processes.get("raylet", []):
+            if process.process.pid == parent:
+                return node
+    raise AssertionError(f"no node has process {pid}")
+
+
+def played(crew: DistributedWorker, folds: list[do.Fold], close: do.Close) -> on.Event:
+    crew.expect(folds)
+    for fold in folds:
+        crew.execute(fold)
+    return crew.execute(replace(close))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_a_machine_that_does_not_see_the_blobs_is_named(
+    model: Model, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = worker(model, tmp_path / "here")
+    other, gone = (worker(model, tmp_path / name).store for name in ("other", "gone"))
+    shutil.rmtree(gone.root)
+    for there, why in ((gone, "no folder"), (other, "is not in")):
+        elsewhere = replace(Settings.of(w), store=there)
+        with monkeypatch.context() as patch:
+            patch.setattr(Settings, "of", lambda _, made=elsewhere: made)
+            with pytest.raises(ClusterError, match=why):
+                RayPool(f"ray:{cluster.address}", w)
+
+
+def test_a_server_says_what_is_wrong_and_ends(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    command = [sys.executable, "-m", "fedprune_server.cli.main", "run", "--insecure", "--port", "0"]
+    command += ["--model", str(tmp_path / "model.onnx"), "--state", str(tmp_path / "state")]
+    command += ["--workers-url", f"ray:127.0.0.1:{free_port()}"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode == ExitCode.CLUSTER
+    assert "can't be used" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1

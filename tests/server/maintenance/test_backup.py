@@ -1,0 +1,481 @@
+"""A backup holds all that a job needs, at one moment; it is whole, or the one before it is. So is a restored folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State
+from fedprune.core.errors import ConfigError, ExitCode, StorageError
+from fedprune.security.join_token import Claim
+from fedprune_server.cli.main import main
+from fedprune_server.engine.state_directory import BLOBS
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.maintenance.backup import back_up
+from fedprune_server.maintenance.backup_manifest import CONSOLE, Entry, Manifest
+from fedprune_server.maintenance.finding import Weight
+from fedprune_server.maintenance.restoring import opened, read_manifest, restore, verify
+from fedprune_server.maintenance.state_check import check
+from fedprune_server.ota.store import RolloutStore
+from fedprune_server.storage.storage import FILE, Storage
+from fedprune_server.terminal.shown_bytes import silent
+from fedprune_server.web import database as console_database
+from fedprune_server.web.database import ConsoleDatabase
+from support.fakes.recorded_job import play_job
+from support.processes.postgres import Postgres
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> State:
+    """What the job ends with."""
+    return play_job(tmp_path_factory.mktemp("calm") / "state")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job in its second round, with identity and rollouts."""
+    state = tmp_path_factory.mktemp("begun") / "state"
+    play_job(state, events=11)
+    with IdentityFolder.make(state, "default") as identity:
+        identity.rotate()
+        identity.claim("attic", 3600)
+    with RolloutStore(state) as rollouts:
+        rollouts.blobs.put(b"a wheel" * 1000)
+    with ConsoleDatabase(state / CONSOLE) as console:
+        console.do("INSERT INTO operators VALUES ('ann', 'admin', 'a hash', 1, 1)")
+        console.do("INSERT INTO sessions VALUES ('a digest of a token', 'ann', 'csrf', '::1', 1, 1)")
+        console.do(
+            "INSERT INTO audit (at, operator, address, action, what, outcome) VALUES (1, 'ann', '', '', '{}', '')"
+        )
+    return state
+
+
+@pytest.fixture
+def state(begun: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(begun, tmp_path / "state")
+
+
+def test_a_lost_file_of_the_identity_keeps_nothing_else_of_it_out(state: Path, tmp_path: Path) -> None:
+    (state / "identity" / "site").unlink()
+    back_up(state, tmp_path / "backup", silent)
+    new = restored(tmp_path / "backup", tmp_path / "new")
+    for name in ("signing.key", "authority.key", "register.jsonl", "identity.db"):
+        assert (new / "identity" / name).exists()
+
+
+def restored(backup: Path, target: Path, database: str | None = None) -> Path:
+    with opened(backup) as source:
+        manifest = read_manifest(source, backup)
+        verify(source, manifest, silent)
+        restore(source, manifest, target, database, silent)
+    return target
+
+
+def saved(state: Path) -> State:
+    with Storage.existing(state) as storage:
+        found = storage.load()
+        assert found is not None
+        return found
+
+
+def rows(state: Path) -> tuple[object, ...]:
+    with Storage.existing(state) as storage:
+        return storage.settings(), storage.load(), storage.devices(), list(storage.log.events()), storage.outsiders()
+
+
+def wrong(state: Path) -> list[str]:
+    return [str(f) for f in check(state, silent, running=False) if f.weight is Weight.WRONG]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_operators_come_back_and_nobody_is_logged_in(state: Path, tmp_path: Path) -> None:
+    assert console_database.FILE == CONSOLE
+    with ConsoleDatabase(state / CONSOLE):  # a console runs
+        back_up(state, tmp_path / "backup.tar", silent)
+    assert b"a digest of a token" not in (tmp_path / "backup.tar").read_bytes()
+    new = restored(tmp_path / "backup.tar", tmp_path / "new")
+    assert (new / CONSOLE).stat().st_mode & 0o777 == 0o600
+    with ConsoleDatabase(new / CONSOLE) as console:
+        assert [(r["name"], r["role"], r["hash"]) for r in console.rows("SELECT * FROM operators")] == [
+            ("ann", "admin", "a hash")
+        ]
+        assert console.rows("SELECT * FROM sessions") == []
+        assert len(console.rows("SELECT * FROM audit")) == 1
+        with pytest.raises(StorageError, match="append only"):
+            console.do("DELETE FROM audit")
+    assert wrong(new) == []
+
+
+def test_check_looks_at_the_operators(state: Path) -> None:
+    path = state / CONSOLE
+    with ConsoleDatabase(path) as console:
+        console.do("UPDATE operators SET role = 'god'")
+    path.chmod(0o640)
+    assert [str(f).partition(str(path))[2] for f in check(state, silent, running=False) if CONSOLE in f.what] == [
+        f" can be read by other users. See who may have read it, then: chmod 600 {path}",
+        ": no such roles as those of ann. Restore a backup of it.",
+    ]
+    path.chmod(0o600)
+    path.write_bytes(b"something else " * 100)
+    (found,) = [f for f in check(state, silent, running=False) if CONSOLE in f.what]
+    assert (found.weight, "delete it and make the operators anew" in found.advice) == (Weight.WRONG, True)
+
+
+@pytest.mark.parametrize("name", ["backup", "backup.tar"])
+def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, name: str, finished: State) -> None:
+    back_up(state, tmp_path / name, silent)
+    new = restored(tmp_path / name, tmp_path / "new")
+    assert rows(new) == rows(state)
+    assert wrong(new) == []
+    for path in (
+        "model.onnx",
+        "identity/signing.key",
+        "identity/successions.json",
+        "identity/authority.key",
+        "identity/register.jsonl",
+    ):
+        assert (new / path).read_bytes() == (state / path).read_bytes()
+    with IdentityFolder(new) as identity, IdentityFolder(state) as before:
+        assert identity.site == before.site == "default"
+        assert identity.store._connection.execute("SELECT id FROM claims").fetchall() != []
+    with RolloutStore(new) as rollouts, RolloutStore(state) as old:
+        assert rollouts.blobs.names() == old.blobs.names() != []
+    end = play_job(new)
+    assert [r["model"] for r in end.history] == [r["model"] for r in finished.history]
+
+
+def test_nobody_else_can_read_what_is_private(state: Path, tmp_path: Path) -> None:
+    for name in ("backup", "backup.tar"):
+        back_up(state, tmp_path / name, silent)
+    assert (tmp_path / "backup.tar").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "backup").stat().st_mode & 0o777 == 0o700
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "backup" / "files").iterdir()} <= {0o600, 0o644}
+    new = restored(tmp_path / "backup", tmp_path / "new")
+    private = [p for p in (new / "identity").iterdir() if p.name != "epoch"]
+    for path in (new / FILE, new / "releases" / "rollouts.db", *private):
+        assert path.stat().st_mode & 0o777 == 0o600, path
+    assert (new / "identity").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("events", range(1, 24, 3))
+def test_a_job_goes_on_to_the_same_models_from_a_backup_of_any_moment(
+    tmp_path: Path, events: int, finished: State
+) -> None:
+    play_job(tmp_path / "state", events=events)
+    back_up(tmp_path / "state", tmp_path / "backup", silent)
+    new = restored(tmp_path / "backup", tmp_path / "new")
+    assert wrong(new) == []
+    assert [r["model"] for r in play_job(new).history] == [r["model"] for r in finished.history]
+
+
+def test_the_next_backup_adds_what_is_new_and_lets_go_of_what_is_not_needed(state: Path, tmp_path: Path) -> None:
+    backup = tmp_path / "backup"
+    back_up(state, backup, silent)
+    times = {p: p.stat().st_mtime_ns for p in backup.rglob("*") if p.is_file()}
+    play_job(state, events=9)
+    made = back_up(state, backup, silent)
+    kept = [p for p, at in times.items() if p.is_file() and p.stat().st_mtime_ns == at]
+    assert any(p.parent.parent == backup / "blobs" for p in kept)
+    named = {backup / e.place for e in made.entries}
+    assert {p for p in backup.rglob("*") if p.is_file()} == named | {backup / "manifest.json", backup / "lock"}
+    assert rows(restored(backup, tmp_path / "new")) == rows(state)
+
+
+def test_a_backup_of_large_files_that_are_there_already_does_not_hold_them_in_memory(
+    state: Path, tmp_path: Path
+) -> None:
+    with RolloutStore(state) as rollouts:
+        rollouts.blobs.put(bytes(32 * 2**20))
+    back_up(state, tmp_path / "backup", silent)
+    tracemalloc.start()
+    try:
+        back_up(state, tmp_path / "backup", silent)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * 2**20
+
+
+def test_what_is_damaged_in_a_backup_is_written_again_by_the_next(state: Path, tmp_path: Path) -> None:
+    backup = tmp_path / "backup"
+    made = back_up(state, backup, silent)
+    for entry in made.entries:
+        (backup / entry.place).write_bytes(b"x" * entry.size)
+    back_up(state, backup, silent)
+    assert rows(restored(backup, tmp_path / "new")) == rows(state)
+
+
+def test_backups_of_a_job_that_goes_on_are_each_of_one_moment(tmp_path: Path) -> None:
+    state, over = tmp_path / "state", threading.Event()
+    play_job(state, events=1, keep=1)
+
+    def play() -> None:
+        for _ in range(25):
+            play_job(state, events=2, keep=1)  # each start sweeps what the state doesn't need
+        over.set()
+
+    player = threading.Thread(target=play)
+    player.start()
+    try:
+        rounds, number = set(), 0
+        while not over.is_set() or not number:
+            number += 1
+            rounds.add(back_up(state, tmp_path / f"backup{number % 2}", silent).round)
+            new = restored(tmp_path / f"backup{number % 2}", tmp_path / f"new{number}")
+            assert wrong(new) == []
+    finally:
+        player.join()
+    assert number > 1
+
+
+# What breaks off.
+
+
+def dying(work: Callable[[], object], at: int) -> bool:
+    """Do something in a child that dies, as by kill -9, just before its `at`-th flush to the disk; whether it did."""
+    child = os.fork()
+    if child == 0:
+        flush, count = os.fsync, 0
+
+        def counted(descriptor: int) -> None:
+            nonlocal count
+            count += 1
+            if count == at:
+                os._exit(9)
+            flush(descriptor)
+
+        os.fsync = counted
+        try:
+            work()
+        except BaseException:  # noqa: BLE001 - the child of a test must not go on as one
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 9
+
+
+@pytest.mark.parametrize("name", ["backup", "backup.tar"])
+def test_a_backup_that_is_killed_leaves_the_one_before_it(state: Path, tmp_path: Path, name: str) -> None:
+    backup = tmp_path / name
+    back_up(state, backup, silent)
+    before = rows(state)
+    play_job(state, events=9)
+    after, at = rows(state), 1
+    assert before != after
+    kept = tmp_path / "kept"
+    (shutil.copytree if backup.is_dir() else shutil.copy2)(backup, kept)
+    while dying(lambda: back_up(state, backup, silent), at):
+        assert rows(restored(backup, tmp_path / f"new{at}")) in (before, after)
+        if backup.is_dir():
+            shutil.rmtree(backup)
+            shutil.copytree(kept, backup)
+        at += 1
+    assert at > (20 if name == "backup" else 2)
+    assert rows(restored(backup, tmp_path / "last")) == after
+
+
+def test_a_first_backup_that_is_killed_is_completed_by_the_next(state: Path, tmp_path: Path) -> None:
+    backup, at = tmp_path / "backup", 7
+    while dying(lambda: back_up(state, backup, silent), at):
+        at += 7
+    assert at > 20
+    assert rows(restored(backup, tmp_path / "new")) == rows(state)
+
+
+def test_a_restore_that_is_killed_leaves_nothing_in_the_way(state: Path, tmp_path: Path) -> None:
+    backup, new, at = tmp_path / "backup", tmp_path / "place" / "new", 1
+    back_up(state, backup, silent)
+    while dying(lambda: restored(backup, new), at):
+        if new.exists():
+            assert rows(new) == rows(state)
+            shutil.rmtree(new)
+        at += 3
+    assert at > 20
+    assert rows(new) == rows(state)
+    assert [p.name for p in new.parent.iterdir()] == ["new"]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_backup_is_refused_before_anything_is_written(
+    begun: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    place = tmp_path_factory.mktemp("damaged")
+    tar = data.draw(st.booleans())
+    backup = place / ("backup.tar" if tar else "backup")
+    back_up(begun, backup, silent)
+    paths = [backup] if tar else [p for p in sorted(backup.rglob("*")) if p.is_file() and p.name != "lock"]
+    path = data.draw(st.sampled_from(paths))
+    raw = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(raw) - 1))
+    kind = data.draw(st.sampled_from(["flip", "cut", "gone"]))
+    if kind == "gone":
+        path.unlink()
+    elif kind == "cut":
+        path.write_bytes(raw[:at])
+    else:
+        raw[at] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(raw)
+    try:
+        restored(backup, place / "new")
+    except StorageError:
+        assert not (place / "new").exists()
+    else:  # a bit of a tar file's padding, or of its members' times, means nothing
+        assert tar
+        assert rows(place / "new") == rows(begun)
+
+
+# What is refused.
+
+
+def test_nothing_is_overwritten(state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["backup", "--state", str(state), "--to", str(tmp_path / "backup")]) == ExitCode.OK
+    assert "private keys" in capsys.readouterr().out
+    before = files(state)
+    assert main(["restore", "--from", str(tmp_path / "backup"), "--state", str(state)]) == ExitCode.CONFIG
+    assert "isn't empty" in capsys.readouterr().err
+    assert files(state).keys() == before.keys()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letters.txt").write_text("dear")
+    assert main(["backup", "--state", str(state), "--to", str(tmp_path / "mine")]) == ExitCode.CONFIG
+    (tmp_path / "file").write_text("dear")
+    assert main(["backup", "--state", str(state), "--to", str(tmp_path / "file")]) == ExitCode.CONFIG
+    assert (tmp_path / "file").read_text() == "dear"
+    (tmp_path / "empty").mkdir()
+    assert main(["restore", "--from", str(tmp_path / "backup"), "--state", str(tmp_path / "empty")]) == ExitCode.OK
+    assert "fedprune-server run --state" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["", "backup", "backup.tar", "blobs/backup", "../link/backup"])
+def test_a_backup_in_the_state_folder_itself_is_refused(
+    state: Path, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (state.parent / "link").symlink_to(state)
+    before = {p for p in files(state) if not p.startswith("server.db-")}  # SQLite's, of whoever reads
+    assert main(["backup", "--state", str(state), "--to", str(state / place)]) == ExitCode.CONFIG
+    assert "is in the state folder" in capsys.readouterr().err
+    assert {p for p in files(state) if not p.startswith("server.db-")} == before
+
+
+def test_a_dry_run_writes_nothing(state: Path, tmp_path: Path) -> None:
+    backup = tmp_path / "backup"
+    made = back_up(state, backup, silent)
+    command = ["restore", "--from", str(backup), "--state", str(tmp_path / "new"), "--dry-run"]
+    assert main(command) == ExitCode.OK
+    assert not (tmp_path / "new").exists()
+    (backup / made.entries[-1].place).unlink()
+    assert main(command) == ExitCode.STORAGE
+    assert main(["restore", "--from", str(tmp_path), "--state", str(tmp_path / "new")]) == ExitCode.STORAGE
+    assert main(["restore", "--from", str(tmp_path / "none"), "--state", str(tmp_path / "new")]) == ExitCode.STORAGE
+
+
+def test_another_jobs_backup_is_not_replaced(state: Path, tmp_path: Path) -> None:
+    backup = tmp_path / "backup"
+    back_up(state, backup, silent)
+    with Storage.at(state) as storage:
+        known = storage.settings()
+        assert known is not None
+        storage.put_settings(known | {"job": known["job"] | {"name": "other"}})
+    with pytest.raises(ConfigError, match="another job, job"):
+        back_up(state, backup, silent)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../evil", "/etc/passwd", "identity/../../evil", "identity/a/b", "blobs/aa/b", "releases/x.db", "lock", ""],
+)
+def test_a_manifest_names_no_other_files(path: str) -> None:
+    with pytest.raises(StorageError, match="entry"):
+        Entry(path, "a" * 64, 1)
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=60) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(
+    lambda v: json.dumps({"format": "fedprune.backup/1", "digest": "a", "entries": v}).encode()
+))  # fmt: skip
+def test_what_is_no_manifest_is_an_error(raw: bytes) -> None:
+    with pytest.raises(StorageError):
+        Manifest.parse(raw, "here")
+
+
+def test_a_damaged_blob_is_not_backed_up(state: Path, tmp_path: Path) -> None:
+    back_up(state, tmp_path / "backup", silent)
+    store = BlobStore(state / BLOBS)
+    path = store.path(saved(state).model)
+    path.write_bytes(b"x" * path.stat().st_size)
+    for name in ("other", "other.tar"):
+        with pytest.raises(StorageError, match=r"is damaged\. See"):
+            back_up(state, tmp_path / name, silent)
+    assert not (tmp_path / "other.tar").exists()
+    assert main(["check", "--state", str(state), "--repair", "--from", str(tmp_path / "backup")]) == ExitCode.OK
+
+
+# Identity.
+
+
+def test_a_restored_servers_epochs_are_later_than_all_that_the_old_one_used(state: Path, tmp_path: Path) -> None:
+    back_up(state, tmp_path / "backup", silent)
+    with IdentityFolder(state) as old:
+        used = [old.epochs.next() for _ in range(600)]
+    new = restored(tmp_path / "backup", tmp_path / "new")
+    with IdentityFolder(new) as identity:
+        assert identity.epochs.next() > max(used)
+
+
+def test_a_claim_that_was_made_before_the_backup_is_known_after_it(state: Path, tmp_path: Path) -> None:
+    with IdentityFolder(state) as identity:
+        claim: Claim = identity.claim("cellar", 3600)
+    back_up(state, tmp_path / "backup", silent)
+    with IdentityFolder(restored(tmp_path / "backup", tmp_path / "new")) as identity:
+        known = identity.store._connection.execute("SELECT id FROM claims WHERE device = 'cellar'").fetchall()
+    assert known == [(claim.id.hex(),)]
+
+
+# PostgreSQL.
+
+
+@pytest.mark.postgresql
+def test_a_job_moves_between_databases(tmp_path: Path, postgres: Postgres, finished: State) -> None:
+    here = tmp_path / "state"
+    play_job(here, events=7)
+    back_up(here, tmp_path / "one", silent)
+    url = postgres.database()
+    there = restored(tmp_path / "one", tmp_path / "there", url)
+    assert not (there / FILE).exists()
+    assert rows(there) == rows(here)
+    play_job(there, events=6)
+    back_up(there, tmp_path / "two", silent)
+    back = restored(tmp_path / "two", tmp_path / "back")
+    assert rows(back) == rows(there)
+    assert [r["model"] for r in play_job(back).history] == [r["model"] for r in finished.history]
+    with pytest.raises(ConfigError, match="holds a job already"):
+        restored(tmp_path / "two", tmp_path / "other", url)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.postgresql
+def test_a_restore_to_postgresql_that_is_killed_can_be_done_again(tmp_path: Path, postgres: Postgres) -> None:
+    here, at = tmp_path / "state", 1
+    play_job(here, events=7)
+    back_up(here, tmp_path / "one", silent)
+    url, new = postgres.database(), tmp_path / "new"
+    while dying(lambda: restored(tmp_path / "one", new, url), at):
+        assert not new.exists() or rows(new) == rows(here)
+        shutil.rmtree(new, ignore_errors=True)
+        at += 2
+    assert at > 10
+    assert rows(new) == rows(here)

@@ -1,0 +1,364 @@
+"""A check names whatever is wrong with a state folder, and a repair takes nothing that the job needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.leaf_cache import SUFFIX
+from fedprune.core.errors import ExitCode, FedpruneError, IdentityError
+from fedprune.security.keys import SigningKey
+from fedprune.security.succession import Succession
+from fedprune_server.cli.main import main
+from fedprune_server.engine.state_directory import BLOBS, StateFolder
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.maintenance.finding import Finding, Weight
+from fedprune_server.maintenance.state_check import check
+from fedprune_server.ota.store import RolloutStore
+from fedprune_server.storage.storage import FILE, Storage
+from fedprune_server.terminal.shown_bytes import silent
+from support.fakes.recorded_job import play_job
+from support.processes.postgres import Postgres
+
+
+@pytest.fixture(scope="module")
+def archived(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An archived job in its third round, with identity and rollouts."""
+    state = tmp_path_factory.mktemp("archived") / "state"
+    play_job(state, events=17, archive=True)
+    IdentityFolder.make(state, "default").close()
+    RolloutStore(state).close()
+    return state
+
+
+@pytest.fixture
+def state(archived: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(archived, tmp_path / "state")
+
+
+def run(*arguments: object) -> int:
+    return main(["check", *map(str, arguments)])
+
+
+def found(state: Path, *, running: bool = False) -> list[Finding]:
+    return list(check(state, silent, running=running))
+
+
+def wrong(state: Path) -> list[str]:
+    return [f.what for f in found(state) if f.weight is Weight.WRONG]
+
+
+def saved(state: Path) -> tuple[str, dict[str, str]]:
+    """Of all that is there, the state, and the digests of the blobs that it refers to."""
+    with Storage.existing(state) as storage:
+        loaded = storage.load()
+        assert loaded is not None
+        return loaded.model, dict.fromkeys(loaded.references(), "")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_healthy_folder_has_nothing_and_nothing_is_written(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(state)
+    assert found(state) == []
+    assert run("--state", state) == ExitCode.OK
+    assert capsys.readouterr().out == f"{state}: all that its job needs is there and whole\n"
+    after = contents(state)
+    for name in after.keys() - before.keys():
+        assert name.startswith(FILE)  # SQLite's own, of whoever reads
+    assert {k: v for k, v in after.items() if k in before and k != f"{FILE}-shm"} == {
+        k: v for k, v in before.items() if k != f"{FILE}-shm"
+    }
+
+
+@pytest.mark.parametrize("events", range(1, 24, 2))
+def test_a_job_is_healthy_after_each_of_its_events(tmp_path: Path, events: int) -> None:
+    play_job(tmp_path / "state", events=events)
+    assert [f for f in found(tmp_path / "state") if f.weight is Weight.WRONG] == []
+    assert not any("log" in f.what for f in found(tmp_path / "state"))
+    play_job(tmp_path / "state")
+    assert wrong(tmp_path / "state") == []
+
+
+@pytest.mark.postgresql
+def test_a_folder_whose_database_is_elsewhere_is_checked_too(tmp_path: Path, postgres: Postgres) -> None:
+    play_job(tmp_path / "state", events=9, archive=True, database=postgres.database())
+    assert found(tmp_path / "state") == []
+    BlobStore(tmp_path / "state" / BLOBS).delete(saved(tmp_path / "state")[0])
+    assert len(wrong(tmp_path / "state")) == 1
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def edit(state: Path, statement: str) -> None:
+    connection = sqlite3.connect(state / FILE)
+    connection.execute(statement)
+    connection.commit()
+    connection.close()
+
+
+PAUSED = """UPDATE events SET type = 'Paused', body = '{"paused": true}'
+            WHERE number = (SELECT max(number) FROM events)"""
+
+SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "model blob gone": (lambda s: BlobStore(s / BLOBS).delete(saved(s)[0]), "blob [0-9a-f]{64} is missing"),
+    "model blob damaged": (lambda s: flip(BlobStore(s / BLOBS).path(saved(s)[0])), "blob .* is damaged"),
+    "model file damaged": (lambda s: flip(s / "model.onnx"), r"model\.onnx is damaged"),
+    "model file gone": (lambda s: (s / "model.onnx").unlink(), r"can't read .*model\.onnx"),
+    "a round gone": (lambda s: edit(s, "DELETE FROM rounds WHERE round = 1"), "rounds are not 1 to"),
+    "a device gone": (lambda s: edit(s, "DELETE FROM devices"), "devices are not those of the state|log ends"),
+    "an event gone": (lambda s: edit(s, "DELETE FROM events WHERE number = 7"), "log (ends in another|can't be)"),
+    "an event of another version": (lambda s: edit(s, "UPDATE events SET type = 'Odd' WHERE number = 3"), "Odd"),
+    "the state changed": (
+        lambda s: edit(s, "UPDATE meta SET value = replace(value, '\"round\":3', '\"round\":2') WHERE key = 'state'"),
+        "log ends in another state: round",
+    ),
+    "a pause that the state has not": (
+        lambda s: edit(s, PAUSED),
+        "log ends in another state: .*paused",
+    ),
+    "rollouts damaged": (lambda s: (s / "releases" / "rollouts.db").write_bytes(b"x" * 5000), "rollouts.db is damaged"),
+    "identity damaged": (lambda s: (s / "identity" / "identity.db").write_bytes(b"x" * 5000), "identity.db is damaged"),
+    "register missing": ((lambda s: (s / "identity" / "register.jsonl").unlink()), "register.jsonl is missing"),
+    "list of revocations damaged": ((lambda s: flip(s / "identity" / "crl.pem")), "crl.pem is damaged.* devices list"),
+    "server's key another one": (
+        lambda s: shutil.copy(s / "identity" / "authority.key", s / "identity" / "server.key"),
+        "don't belong together.*next start",
+    ),
+    "successions damaged": (
+        lambda s: (s / "identity" / "successions.json").write_text("[]"),
+        r"successions\.json is damaged.*Restore",
+    ),
+    "successions of another key": (
+        lambda s: (s / "identity" / "successions.json").write_text(
+            json.dumps([Succession.make("default", SigningKey.make(), SigningKey.make().verifying).hex])
+        ),
+        r"signing\.key is not the key that .*successions\.json ends in.*same backup",
+    ),
+    "signing key damaged": (lambda s: (s / "identity" / "signing.key").write_bytes(b"x"), "signing.key"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    {
+        "site": "Write the site's name", "authority.key": "Restore", "authority.pem": "Restore",
+        "register.jsonl": "Restore", "crl.pem": "devices list", "signing.key": "Restore", "epoch": "clock is right",
+        "server.key": "next start", "server.pem": "next start", "identity.db": "Restore",
+    }.items(),
+)  # fmt: skip
+def test_what_an_identity_lacks_is_named_with_what_to_do(state: Path, name: str, advice: str) -> None:
+    (state / "identity" / name).unlink()
+    before = contents(state)
+    lines = [str(f) for f in found(state) if f.weight is Weight.WRONG]
+    assert len(lines) == 1
+    assert re.search(rf"/{re.escape(name)} is missing\. .*{advice}", lines[0])
+    assert {k for k in contents(state) if k.startswith("identity")} == {k for k in before if k.startswith("identity")}
+
+
+def test_what_is_said_to_mend_an_identity_mends_it(state: Path) -> None:
+    for name in ("site", "epoch", "server.key", "crl.pem"):
+        (state / "identity" / name).unlink()
+    assert len(wrong(state)) == 4
+    with pytest.raises(FedpruneError, match="site is missing"):
+        IdentityFolder(state)
+    (state / "identity" / "site").write_text("default")
+    with IdentityFolder(state) as identity:
+        identity.client()
+        identity.epochs.next()
+    assert wrong(state) == []
+
+
+def test_an_identity_whose_name_was_lost_takes_no_other(state: Path) -> None:
+    """On another site's topics no board would hear the server."""
+    (state / "identity" / "site").unlink()
+    with pytest.raises(IdentityError, match=r"another site's than beta.*--site as it was"):
+        IdentityFolder.make(state, "beta")
+    assert not (state / "identity" / "site").exists()
+
+
+def test_an_identity_whose_name_was_lost_keeps_its_keys(state: Path) -> None:
+    before = contents(state / "identity")
+    (state / "identity" / "site").unlink()
+    IdentityFolder.make(state, "default").close()
+    after = contents(state / "identity")
+    assert {k for k in before if before[k] != after[k]} <= {"server.key", "server.pem", "register.jsonl", "identity.db"}
+
+
+def _read_only(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    """Run a command to whom a folder is on a disk that nobody can write to."""
+    mounts = shutil.which("unshare")
+    if mounts is None:
+        pytest.skip("needs unshare")
+    alone = [mounts, "--mount", *(() if os.geteuid() == 0 else ("--map-root-user",))]
+    mount = f"mount --bind {folder} {folder} && mount -o remount,ro,bind {folder}"
+    if subprocess.run([*alone, "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    return subprocess.run(
+        [*alone, "sh", "-c", f'{mount} && exec "$@"', "sh", *map(str, command)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+_LOOK = (
+    "import sys; from fedprune_server.cli.main import main; "
+    "sys.exit(max(main([w, '--state', sys.argv[1]]) for w in {}))"
+)
+
+
+def test_a_folder_that_can_not_be_written_to_is_looked_over_and_shown(state: Path) -> None:
+    assert not (state / f"{FILE}-wal").exists()
+    done = _read_only(state, sys.executable, "-c", _LOOK.format(["status", "check"]), state)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr
+    assert "job " in done.stdout
+    assert f"{state}: all that its job needs is there and whole" in done.stdout
+
+
+def test_what_a_crashed_server_wrote_last_is_read_where_nothing_can_be_written(state: Path, tmp_path: Path) -> None:
+    """With SQLite's files beside the database it is read; without its index, which would have to be made, refused."""
+    connection = sqlite3.connect(state / FILE)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("CREATE TABLE later (x)")
+    connection.commit()
+    crashed = shutil.copytree(state, tmp_path / "crashed")
+    connection.close()
+    assert (crashed / f"{FILE}-wal").stat().st_size
+    look = (
+        "import sys; from fedprune_server.storage.database import Database; "
+        "d = Database(f'sqlite:///{sys.argv[1]}', read_only=True)\n"
+        "with d.transaction() as c: print(c.exec_driver_sql('SELECT count(*) FROM later').scalar())"
+    )
+    done = _read_only(crashed, sys.executable, "-c", look, crashed / FILE)
+    assert done.stdout == "0\n", done.stderr
+    (crashed / f"{FILE}-shm").unlink()
+    done = _read_only(crashed, sys.executable, "-c", _LOOK.format(["status"]), crashed)
+    assert done.returncode == ExitCode.STORAGE
+    assert "Copy the state folder to where it can be written to" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", SPOILS)
+def test_what_is_wrong_is_named(state: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, words = SPOILS[name]
+    spoil(state)
+    assert run("--state", state) == ExitCode.STORAGE
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith("wrong: ")]
+    assert any(re.search(words, line) for line in lines), out
+    assert "wrong. See above" in err
+    assert len(err.splitlines()) == 1
+    assert run("--state", state, "--repair") == ExitCode.STORAGE  # none of these can be mended from nothing
+
+
+def test_a_damaged_database_is_one_error(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with sqlite3.connect(state / FILE) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.execute("PRAGMA journal_mode=DELETE")
+    connection.close()
+    raw = bytearray((state / FILE).read_bytes())
+    raw[4096:8192] = b"\xa5" * 4096
+    (state / FILE).write_bytes(raw)
+    assert run("--state", state) == ExitCode.STORAGE
+    assert "restore the server's backup" in capsys.readouterr().err.lower()
+
+
+def test_what_is_left_over_is_counted_and_goes_by_a_repair_alone(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    play_job(state, events=9)
+    store = BlobStore(state / BLOBS)
+    (store.root / "tmp" / "1-abcd").write_bytes(b"half")
+    (store.root / "partial" / ("0" * 64)).write_bytes(b"half")
+    orphan = store.put(b"nobody's").sha256
+    lonely = store.path("1" * 64)
+    lonely.parent.mkdir(exist_ok=True)
+    lonely.with_name(lonely.name + SUFFIX).write_bytes(b"x" * 32)
+    (store.root / "notes.txt").write_text("mine")
+    before, needed = contents(state / BLOBS), saved(state)[1]
+    texts = " ".join(f.what for f in found(state))
+    for words in (
+        "what nothing refers to",
+        "without a blob",
+        "that nobody sends",
+        "temporary files",
+        "notes.txt",
+    ):
+        assert words in texts
+    assert run("--state", state) == ExitCode.OK
+    assert contents(state / BLOBS) == before
+    assert run("--state", state, "--repair") == ExitCode.OK
+    assert not store.has(orphan)
+    assert (store.root / "notes.txt").exists()
+    assert needed.keys() <= set(store.names())
+    assert [f.what for f in found(state) if "notes" not in f.what] == []
+
+
+def test_while_a_server_runs_nothing_is_repaired_and_nothing_new_is_an_orphan(
+    state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StateFolder(state) as folder:
+        folder.store.put(b"not yet saved")
+        assert found(state, running=True) == []
+        assert run("--state", state) == ExitCode.OK
+        assert run("--state", state, "--repair") == ExitCode.STORAGE
+        assert "another server runs" in capsys.readouterr().err
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_happens_to_its_blobs_a_repair_mends_it_from_a_backup_or_says_what_is_lost(
+    archived: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    state = shutil.copytree(archived, tmp_path_factory.mktemp("copy") / "state")
+    store, whole = BlobStore(state / BLOBS), BlobStore(archived / BLOBS)
+    files = sorted(p for p in store.root.glob("??/*"))
+    for path in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=4, unique=True)):
+        if data.draw(st.booleans()):
+            flip(path)
+        elif data.draw(st.booleans()):
+            path.write_bytes(path.read_bytes()[:-1])
+        else:
+            path.unlink()
+    needed = set(saved(state)[1])
+    hurt = {d for d in needed if not readable(store, d)}
+    named = {f.blob for f in found(state) if f.weight is Weight.WRONG}
+    assert hurt <= named
+    assert run("--state", state, "--repair") == (ExitCode.STORAGE if hurt else ExitCode.OK)
+    assert {d for d in needed if readable(store, d)} == needed - hurt
+    assert run("--state", state, "--repair", "--from", archived) == ExitCode.OK
+    for digest in needed:
+        assert store.read(digest) == whole.read(digest)
+        assert store.ref(digest) == whole.ref(digest)
+    with StateFolder(state) as folder:
+        assert folder.storage.load() is not None
+
+
+def readable(store: BlobStore, digest: str) -> bool:
+    try:
+        store.read(digest)
+    except FedpruneError:
+        return False
+    return True
+
+
+def test_options_that_make_no_sense_are_named(state: Path, tmp_path: Path) -> None:
+    assert run("--state", state, "--from", tmp_path) == ExitCode.USAGE
+    assert run("--state", state, "--repair", "--from", tmp_path / "none") == ExitCode.USAGE
+    assert run("--state", tmp_path / "none") == ExitCode.STORAGE

@@ -1,0 +1,352 @@
+"""Each thing that can be wrong with a fleet is found where it is, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import socket
+import time
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from fedprune.coordination import Phase, State
+from fedprune.core.disk import locked
+from fedprune.core.errors import ExitCode
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device
+from fedprune.security.keys import SigningKey
+from fedprune.wire.log_messages import CrashReport
+from fedprune.wire.server_messages import ServerPresence
+from fedprune_server.cli.main import main
+from fedprune_server.devices.board_logs import BoardLogs
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.maintenance import site_doctor as site
+from fedprune_server.maintenance.ailment import Ailment, of_alert
+from fedprune_server.maintenance.backup_record import last_backup, record_backup
+from fedprune_server.maintenance.fleet_doctor import Case, ailments
+from fedprune_server.monitoring import site_facts as site_facts_module
+from fedprune_server.monitoring.alerts import Alert, Snapshot, evaluate
+from fedprune_server.monitoring.monitor import FILE
+from fedprune_server.monitoring.site_facts import site_facts
+from fedprune_server.storage.storage import Storage
+from support.paths import ROOT
+
+NOW = 1_800_000_000.0
+PROFILE = {"name": "pi"}
+
+
+def board(**values: Any) -> Device:
+    usual = {"session": 1, "online": True, "profile": PROFILE, "probe": None, "samples": 10, "widths": (8,)}
+    return Device(**{**usual, **values})
+
+
+def row(number: int, parts: dict[str, tuple[str, str]], **metrics: float) -> dict[str, Any]:
+    devices = {n: {"progress": p, "reason": r, "metrics": {}} for n, (p, r) in parts.items()}
+    return {"round": number, "at": NOW, "model": "0" * 64, "metrics": metrics, "devices": devices}
+
+
+HEALTHY = Case(
+    Path("state"),
+    {"job": Job(name="leaves", rounds=20, devices=2).to_dict()},
+    State(
+        model="0" * 64,
+        round=3,
+        phase=Phase.TRAINING,
+        devices={"a": board(), "b": board()},
+        history=[row(n, {"a": ("folded", ""), "b": ("folded", "")}, loss=1.0 / n, samples=9) for n in (1, 2)],
+    ),
+    {},
+    running=True,
+    groups=(8,),
+    names=("conv1",),
+)
+
+
+def with_state(**values: Any) -> Case:
+    return replace(HEALTHY, state=replace(HEALTHY.state, **values))
+
+
+def plan(seconds: float) -> dict[str, Any]:
+    return {"prediction": {"train_s": seconds, "transfer_s": 1.0}}
+
+
+SICK: dict[str, Case] = {
+    "server-not-running": replace(HEALTHY, running=False),
+    "paused": with_state(paused=True),
+    "no-devices": with_state(devices={}, history=[]),
+    "too-few-devices": with_state(phase=Phase.WAITING, devices={"a": board(), "b": board(online=False)}),
+    "excluded-devices": replace(HEALTHY, outsiders={"odd": {"excluded": "no profile"}}),
+    "deadline-too-short": with_state(devices={"a": board(plan=plan(5000.0)), "b": board()}),
+    "all-updates-refused": with_state(history=[row(1, {"a": ("refused", "tensor w has a wrong shape")})]),
+    "outlying-device": with_state(
+        history=[row(1, {"a": ("folded", "its update stands out: it moved 40 times as far"), "b": ("folded", "")})]
+    ),
+    "uncovered-channels": with_state(devices={"a": board(widths=(5,)), "b": board(widths=(6,))}),
+    "training-diverges": with_state(
+        history=[row(n, {"a": ("folded", "")}, loss=float(n), samples=9) for n in (1, 2, 3)]
+    ),
+}
+
+
+def found_in(case: Case) -> list[Ailment]:
+    """The doctor's findings on a job, by its own checks and by the alert rules."""
+    seen = Snapshot(case.folder, [case.status], case.here, case.running)
+    return [*ailments(case), *map(of_alert, evaluate(seen, NOW))]
+
+
+def kinds(found: Iterable[Ailment]) -> set[str]:
+    return {a.kind for a in found}
+
+
+def test_a_healthy_job_has_nothing() -> None:
+    assert kinds(found_in(HEALTHY)) == set()
+
+
+@pytest.mark.parametrize("kind", SICK)
+def test_a_job_has_what_is_wrong_with_it_and_nothing_else(kind: str) -> None:
+    found = found_in(SICK[kind])
+    assert [a.kind for a in found] == [kind]
+    assert all(found[0].to_dict().values())
+
+
+def test_a_folder_in_which_no_job_has_begun_is_said_so_and_nothing_else() -> None:
+    (found,) = found_in(replace(HEALTHY, settings={}, running=False))
+    assert found.kind == "server-not-running"
+    assert "no job has begun" in found.what
+
+
+def test_a_board_that_was_shut_out_is_not_called_away() -> None:
+    (found,) = found_in(replace(SICK["too-few-devices"], revoked=frozenset({"b", "another"})))
+    assert "; revoked: b" in found.what
+    assert "away" not in found.what
+    assert "devices replace" in found.todo
+
+
+def test_a_round_for_which_half_was_late_had_too_short_a_deadline() -> None:
+    late = with_state(history=[row(1, {"a": ("folded", ""), "b": ("refused", "missed the deadline")})])
+    assert kinds(found_in(late)) == {"deadline-too-short"}
+
+
+def test_a_finished_job_needs_no_server() -> None:
+    done = replace(SICK["server-not-running"], state=replace(HEALTHY.state, phase=Phase.FINISHED))
+    assert kinds(found_in(done)) == set()
+
+
+def test_the_clock(tmp_path: Path) -> None:
+    assert kinds(site.clock(NOW, NOW - 5)) == set()
+    assert kinds(site.clock(NOW, NOW + 3600)) == kinds(site.clock(1000.0, None)) == {"clock"}
+
+
+def test_backups_are_remembered(tmp_path: Path) -> None:
+    assert kinds(site.backups(tmp_path, NOW)) == {"backup"}
+    record_backup(tmp_path, NOW)
+    assert last_backup(tmp_path) == NOW
+    assert kinds(site.backups(tmp_path, NOW + 3600)) == set()
+    assert kinds(site.backups(tmp_path, NOW + 30 * 86_400)) == {"backup"}
+
+
+def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
+    def look(now: float) -> list[Alert]:
+        facts = replace(site_facts(tmp_path, {}), disk=None)
+        return evaluate(Snapshot(tmp_path, site=facts), now)
+
+    with IdentityFolder.make(tmp_path, "lab") as identity:
+        assert look(time.time()) == []
+        identity.store.ask("pi-1", SigningKey.make().verifying.hex, 5)
+        [found] = look(time.time())
+        assert (found.kind, found.device) == ("devices-wait", "pi-1")
+        advice = found.todo[found.todo.index("fedprune-server devices approve") :]
+        assert main(shlex.split(advice)[1:]) == 0  # what it says can be done as it stands
+        assert set(identity.store.members()) == {"pi-1"}
+    later = time.time() + 300 * 365 * 86_400
+    assert {a.kind for a in look(later)} == {"certificate"}
+    (tmp_path / "identity" / "server.pem").write_text("no certificate")
+    assert [a.severity for a in look(time.time())] == ["critical"]
+    (tmp_path / "identity" / "signing.key").unlink()
+    assert "identity" in kinds(site.identity(tmp_path))
+
+
+def test_a_certificate_of_the_console_that_ends_soon(tmp_path: Path) -> None:
+    path = tmp_path / "web.pem"
+    path.write_bytes(short_certificate(days=20))
+    server = {"console": "8470", "console_certificate": str(path)}
+    (alert,) = evaluate(Snapshot(tmp_path, site=replace(site_facts(tmp_path, server), disk=None)), time.time())
+    assert (alert.kind, alert.severity, alert.subject) == ("certificate", "warning", str(path))
+    assert site_facts(tmp_path, {**server, "console": "off"}).certificates == ()
+
+
+def short_certificate(days: float) -> bytes:
+    """A self-signed certificate that ends soon."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "fleet")])
+    now = datetime.now(timezone.utc)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=days))
+    return made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+
+def test_crashes(tmp_path: Path) -> None:
+    assert kinds(site.crashes(tmp_path, NOW)) == set()
+    with BoardLogs(tmp_path, clock=lambda: NOW) as logs:
+        logs.crashed(CrashReport("a", 1, 1, "exception", "ValueError: no", (), "fedprune", ""))
+        logs.save()
+    assert kinds(site.crashes(tmp_path, NOW + 60)) == {"crashes"}
+    assert kinds(site.crashes(tmp_path, NOW + 3 * 86_400)) == set()
+
+
+@pytest.mark.parametrize(("running", "answers", "others"), [(True, 1, 0), (True, 2, 1), (False, 1, 1), (False, 0, 0)])
+def test_a_server_on_a_copy_of_this_disk_is_another_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: bool, answers: int, others: int
+) -> None:
+    class Asking:
+        def others(self) -> list[ServerPresence]:
+            place = socket.gethostname(), str(tmp_path.resolve()), 1
+            return [ServerPresence("ab" * 16, f"{n:032x}", *place, n, n, None, None, None) for n in range(answers)]
+
+    IdentityFolder.make(tmp_path, "lab").close()
+    monkeypatch.setattr(site, "leadership", lambda *_, **__: nullcontext(Asking()))
+    found = list(site.other_servers(tmp_path, {"broker": "mqtts://broker.example"}, running=running))
+    assert [(f.kind, "copy of this disk" in f.what) for f in found] == [("second-server", True)] * others
+
+
+def test_a_broker_that_is_not_there_and_one_that_does_not_answer(tmp_path: Path) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        server = {"broker": f"mqtt://anna:hunter2@127.0.0.1:{port}"}
+        [found] = site.broker(tmp_path, server, 1.0, running=True)
+        assert found.kind == "broker"
+        assert "hunter2" not in str(found)
+        own = {"broker": "embedded", "port": port}
+        assert kinds(site.broker(tmp_path, own, 1.0, running=True)) == {"broker"}
+        assert kinds(site.broker(tmp_path, own, 1.0, running=False)) == set()
+        listening.listen()
+        assert kinds(site.broker(tmp_path, own, 1.0, running=True)) == set()
+        assert kinds(site.broker(tmp_path, server, 0.3, running=True)) == {"broker"}
+
+
+def test_a_broker_that_takes_no_large_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small:
+        connected = True
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self.size = 0
+
+        def start(self, timeout: float) -> None:
+            pass
+
+        def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+            self.size = len(payload)
+            return True
+
+        def flush(self, timeout: float) -> bool:
+            return self.size < 100_000
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(site, "Link", Small)
+    server = {"broker": "mqtt://127.0.0.1"}
+    assert kinds(site.broker(tmp_path, server, 1.0, running=True)) == {"broker-packets"}
+    assert kinds(site.broker(tmp_path, server | {"max_packet": 50_000}, 1.0, running=True)) == set()
+
+
+def test_a_bucket_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hangs:
+        def __init__(self, url: str) -> None:
+            time.sleep(5)
+
+    monkeypatch.setattr(site, "Bucket", Hangs)
+    assert kinds(site.bucket({"blobs": "s3://b/p"}, 0.05)) == {"bucket"}
+    assert kinds(site.bucket({}, 0.05)) == set()
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[None]:
+    with locked(folder / "lock", "busy", "wait"):
+        yield
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with Storage.at(tmp_path) as storage:
+        settings = {**HEALTHY.settings, "name": "n", "server": {"broker": "embedded", "port": 0}}
+        storage.put_settings(settings)
+        storage.save(HEALTHY.state, (), NOW)
+    record_backup(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")(10**12, 0, 10**12 // 2)
+    monkeypatch.setattr(site_facts_module.shutil, "disk_usage", lambda folder: usage)
+
+
+@pytest.mark.usefixtures("roomy")
+def test_the_command_says_what_why_and_what_to_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with running(folder):
+        assert main(["doctor", "--state", str(folder)]) == ExitCode.OK
+    assert "nothing is wrong" in capsys.readouterr().out
+    assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FOUND
+    body = json.loads(capsys.readouterr().out)
+    assert [f["kind"] for f in body["findings"]] == ["server-not-running"]
+    assert main(["doctor", "--state", str(folder)]) == ExitCode.FOUND
+    assert capsys.readouterr().out.count("\n  do:  fedprune-server run --state") == 1
+
+
+@pytest.mark.usefixtures("roomy")
+def test_what_the_running_server_has_open_is_found_and_so_is_a_loop_that_hangs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(turned_at: float) -> list[str]:
+        alert = Alert("no-progress", "critical", turned_at, "nothing comes", "why", "todo", job="leaves")
+        (folder / FILE).write_text(json.dumps({"turned_at": turned_at, "alerts": [asdict(alert)]}))
+        assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FOUND
+        return [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]]
+
+    with running(folder):
+        (folder / "quarantine.json").write_text(json.dumps({"a": {"until": time.time() + 50, "reason": "too many"}}))
+        assert told(time.time()) == ["quarantine", "no-progress"]
+        (folder / "quarantine.json").unlink()
+        assert told(time.time() - 100) == ["server-hangs", "no-progress"]
+        assert main(["status", "--state", str(folder)]) == ExitCode.OK
+        shown = capsys.readouterr().out
+        assert "critical: nothing comes. To do: todo" in shown
+        assert "the server's loop has not turned for 100 s" in shown
+    assert told(time.time() - 100) == ["server-not-running"], "what a dead server had open is past"
+    assert main(["status", "--state", str(folder), "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["alerts"] == []
+
+
+def test_a_folder_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--state", str(tmp_path)]) == ExitCode.STORAGE
+    assert main(["logs", "--state", str(tmp_path / "nowhere")]) == ExitCode.STORAGE
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("roomy")
+def test_a_damaged_database_is_a_finding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "server.db").write_bytes(b"SQLite format 3\0" + bytes(5000))
+    assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FOUND
+    assert [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]] == ["database"]
+
+
+def test_every_kind_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "observe.md").read_text()
+    here = Path(site.__file__).parent
+    named: Callable[[str], list[str]] = re.compile(r"(?:wrong|note)\(\s*\"([a-z-]+)\"").findall
+    kinds_ = {k for f in here.glob("*doctor.py") for k in named(f.read_text())} | {"identity"}
+    assert len(kinds_) > 12
+    assert {k for k in kinds_ if f"`{k}`" not in page} == set()

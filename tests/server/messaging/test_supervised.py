@@ -1,0 +1,64 @@
+"""A broker that died is started again, and the server's loop waits for nothing of that."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fedprune.core.errors import BrokerError
+from fedprune_server.messaging.embedded_broker import Supervisor
+from support.fakes.fleet import Fleet
+
+
+class Slow:
+    """A broker whose restart takes until it is let go on, and fails at first."""
+
+    def __init__(self) -> None:
+        self.alive = False
+        self.restarts = 0
+        self.go = threading.Event()
+
+    def restart(self) -> None:
+        self.restarts += 1
+        assert self.go.wait(30)
+        if self.restarts == 1:
+            raise BrokerError("the port is taken")
+        self.alive = True
+
+
+def test_a_restart_is_not_waited_for_and_one_that_fails_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    broker = Slow()
+    supervisor = Supervisor(broker)
+    for _ in range(50):
+        supervisor.tick()  # at once, though the restart hangs
+    assert broker.restarts == 1
+    broker.go.set()
+    end = time.monotonic() + 30
+    while not broker.alive:
+        supervisor.tick()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    supervisor.close()
+    assert broker.restarts == 2
+    assert "the port is taken" in caplog.text
+    assert [r.levelname for r in caplog.records if "has died" in r.message] == ["WARNING"] * 2
+
+
+def test_a_loop_turns_while_its_broker_is_started_again(tmp_path: Path) -> None:
+    fleet, broker = Fleet(tmp_path), Slow()
+    daemon = fleet.daemon(broker=broker)
+    for device in fleet.air.devices.values():
+        device.birth()
+    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
+    threading.Timer(2.0, broker.go.set).start()
+    assert len(fleet.run().history) == fleet.job.rounds
+    assert broker.restarts >= 1
+
+
+def test_nobody_supervises_a_broker_of_somebody_elses() -> None:
+    supervisor = Supervisor(None)
+    supervisor.tick()
+    supervisor.close()

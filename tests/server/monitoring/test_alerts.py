@@ -1,0 +1,478 @@
+"""The alert rules, the book that opens and closes alerts, and the monitor that fills both from a running job."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedprune.coordination import Phase
+from fedprune.core.errors import StorageError
+from fedprune.releases.rollout import RolloutPhase
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.messaging.leadership import Candidate
+from fedprune_server.monitoring import site_facts as site_facts_module
+from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
+from fedprune_server.monitoring.alerts import (
+    KINDS,
+    MOST,
+    Alert,
+    CertificateDates,
+    JobStatus,
+    RolloutStatus,
+    SiteFacts,
+    Snapshot,
+    evaluate,
+)
+from fedprune_server.monitoring.monitor import FILE, Monitor, off_by_far, read_open
+from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.ota.store import RolloutStore
+from support.fakes.fleet import Fleet, ToyDevice
+from support.fakes.tiny_job import JOB
+from support.paths import ROOT
+
+NOW, DAY, ROOM = 1_800_000_000.0, 86_400.0, 10**12
+TRAINING = JobStatus("leaves", Path("state"), phase=Phase.TRAINING, round=3, rounds=9, needed=2, known=2)
+CALM = Snapshot(Path("state"), [TRAINING], 2, site=SiteFacts((ROOM // 2, ROOM)))
+
+
+def with_job(here: int = 2, **values: Any) -> Snapshot:
+    return replace(CALM, jobs=[replace(TRAINING, **values)], here=here)
+
+
+def with_site(**values: Any) -> Snapshot:
+    return replace(CALM, site=replace(SiteFacts((ROOM // 2, ROOM)), **values))
+
+
+def ending(days: float) -> CertificateDates:
+    return CertificateDates("server.pem", NOW - DAY, NOW + days * DAY, "start the server again")
+
+
+def rollout(phase: RolloutPhase, why: str = "", failed: tuple[str, ...] = (), silent_s: float = 0.0) -> Snapshot:
+    return with_site(rollout=RolloutStatus(7, phase, why, failed, ("b",), NOW - silent_s))
+
+
+def another(silent_s: float, *, leads: bool = False) -> Snapshot:
+    return replace(CALM, others=[Candidate("yard", "/var/lib/fedprune", NOW - 900, NOW - silent_s, leads)])
+
+
+CASES: dict[str, tuple[Snapshot, str, str]] = {
+    "a server that is dead": (replace(with_job(0), running=False), "server-not-running", "critical"),
+    "a folder without a job": (replace(with_job(begun=False), running=False), "server-not-running", "critical"),
+    "a loop that hangs": (replace(CALM, turned_s=61.0), "server-hangs", "critical"),
+    "no broker": (replace(CALM, broker="there is no connection to the broker"), "broker", "critical"),
+    "a second server": (another(599), "second-server", "warning"),
+    "a server that took over": (another(0, leads=True), "second-server", "critical"),
+    "all boards away": (with_job(0), "no-devices", "critical"),
+    "no board yet": (with_job(0, known=0), "no-devices", "warning"),
+    "one board of two": (with_job(1, phase=Phase.WAITING, away=["b"]), "too-few-devices", "warning"),
+    "a missed deadline": (with_job(missed=1), "no-progress", "critical"),
+    "a round without updates": (with_job(empty=1), "no-progress", "critical"),
+    "a board off its plan": (with_job(off={"a": "memory 2 MB instead of 1 MB"}), "prediction-off", "info"),
+    "a disk that fills": (with_site(disk=(ROOM // 20, ROOM)), "disk", "warning"),
+    "a disk that is full": (with_site(disk=(ROOM // 100, ROOM)), "disk", "critical"),
+    "a certificate near its end": (with_site(certificates=[ending(29)]), "certificate", "warning"),
+    "a certificate at its end": (with_site(certificates=[ending(-1)]), "certificate", "critical"),
+    "a certificate of tomorrow": (
+        with_site(certificates=[replace(ending(99), begins=NOW + DAY)]), "certificate", "critical",
+    ),
+    "a certificate that is damaged": (
+        with_site(certificates=[replace(ending(99), error="no PEM")]), "certificate", "critical",
+    ),
+    "a board in quarantine": (replace(CALM, quarantined={"a": "too many messages"}), "quarantine", "warning"),
+    "requests to join that flood the server": (
+        replace(CALM, floods_joins="ab" * 16), "joins-flooded", "warning",
+    ),
+    "a board that waits": (with_site(waiting={"a": "1234"}), "devices-wait", "warning"),
+    "a rollout that failed": (rollout(RolloutPhase.STOPPED, "too many", ("a",)), "rollout", "warning"),
+    "a rollout that was stopped": (rollout(RolloutPhase.STOPPED, "stopped: by ann"), "rollout", "info"),
+    "a rollout that is paused": (rollout(RolloutPhase.PAUSED, "paused: by ann"), "rollout-paused", "info"),
+    "a rollout that hears nothing": (rollout(RolloutPhase.RUNNING, silent_s=DAY), "rollout", "warning"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_trouble_is_one_alert_with_a_remedy(case: str) -> None:
+    seen, kind, severity = CASES[case]
+    (found,) = evaluate(seen, NOW)
+    assert (found.kind, found.severity) == (kind, severity)
+    assert severity in KINDS[kind]
+    assert all((found.what, found.why, found.todo))
+    assert found.delay_s <= TRAINING.deadline_s / 2
+    assert found.since <= NOW
+
+
+def test_every_kind_is_tried_and_is_on_the_page() -> None:
+    assert {kind for _, kind, _ in CASES.values()} == set(KINDS)
+    page = (ROOT / "docs" / "observe.md").read_text()
+    assert {k for k in KINDS if f"`{k}`" not in page} == set()
+
+
+@pytest.mark.parametrize(
+    "calm",
+    [
+        CALM,
+        with_job(0, phase=Phase.FINISHED),
+        with_job(0, paused=True, missed=3),
+        with_job(1),
+        replace(CALM, turned_s=59.0),
+        with_site(certificates=[ending(31)]),
+        rollout(RolloutPhase.RUNNING),
+        another(601),
+    ],
+)
+def test_what_is_in_order_is_no_alert(calm: Snapshot) -> None:
+    assert evaluate(calm, NOW) == []
+
+
+def test_an_alert_about_a_second_server_tells_where_it_is_and_how_to_serve_from_there() -> None:
+    (found,) = evaluate(another(10), NOW)
+    assert "on yard, state folder /var/lib/fedprune" in found.what
+    assert "on yard, fedprune-server run --state /var/lib/fedprune --take-over" in found.todo
+    assert found.since == NOW - 900
+    (found,) = evaluate(another(10, leads=True), NOW)
+    assert "fedprune-server run --state state --take-over" in found.todo
+
+
+def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:
+    seen = with_site(disk=(ROOM * 11 // 100, ROOM))
+    assert evaluate(seen, NOW) == []
+    for severity in ("warning", "critical"):
+        opened = replace(seen, open=frozenset({("disk", severity)}))
+        assert [(a.kind, a.severity) for a in evaluate(opened, NOW)] == [("disk", "warning")]
+
+
+def raised(**values: Any) -> Alert:
+    return Alert(
+        **{"kind": "broker", "severity": "critical", "since": NOW, "what": "w", "why": "y", "todo": "t"} | values
+    )
+
+
+def test_an_alert_opens_once_and_closes_once_and_does_not_flap() -> None:
+    book, slow = AlertBook(), raised(delay_s=10.0)
+    opened = [len(book.update([slow], 0.0 + t, NOW + t)) for t in range(12)]
+    assert opened == [0] * 10 + [1, 0]
+    for t in range(12, 40):  # away for less than its delay, again and again
+        assert book.update([slow] if t % 5 else [], float(t), NOW + t) == []
+    assert [a.since for a in book.open] == [NOW]
+    closed = [c for t in range(40, 60) for c in book.update([], float(t), NOW + t)]
+    assert [(c.alert.kind, c.closed_at) for c in closed] == [("broker", NOW + 50)]
+    for t in range(60, 90):  # there for less than its delay
+        assert book.update([slow] if t % 5 else [], float(t), NOW + t) == []
+
+
+def test_an_alert_that_gets_better_or_worse_stays_the_same_alert() -> None:
+    book, mild, bad = AlertBook(), raised(severity="warning", delay_s=10.0), raised(delay_s=10.0)
+    alerts = [mild] * 20 + [bad] * 20 + [mild] * 20
+    changes = [(t, c) for t, alert in enumerate(alerts) for c in book.update([alert], float(t), NOW + t)]
+    assert [(t, c.alert.severity, c.closed_at) for t, c in changes] == [
+        (10, "warning", None), (30, "critical", None), (50, "warning", None),
+    ]  # fmt: skip
+    assert [a.severity for a in book.open] == ["warning"]
+    for t in range(60, 90):  # worse for less than its delay
+        assert book.update([bad if t % 5 else mild], float(t), NOW + t) == []
+
+
+def test_clients_that_flood_the_joins_under_ever_new_names_are_one_alert_after_a_while(tmp_path: Path) -> None:
+    daemon, now, changes = Fleet(tmp_path, JOB).daemon(), [1000.0], []
+    quarantine = Quarantine(lambda: now[0])
+    view = replace(daemon.view, quarantine=quarantine)
+    clock = lambda: now[0]  # noqa: E731
+    tell = lambda change: changes.append((now[0], change.alert.kind))  # noqa: E731
+    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, tell=tell, clock=clock, monotonic=clock)
+    for now[0] in range(1000, 1200):
+        if now[0] % 20 == 0:
+            quarantine.crowded(f"eve\x1b[2J-{now[0]:.0f}" * 9)
+        monitor.look()
+    assert changes == [(1060, "joins-flooded")]
+    (alert,) = monitor.book.open
+    assert "eve [2J-1180" in alert.what
+    assert len(alert.what) < 250
+    assert alert.key == "joins-flooded"
+    assert "revoke" not in alert.todo
+
+
+def test_an_alert_about_predictions_names_each_board_up_to_a_few() -> None:
+    job = with_job(off={f"b{n}": f"memory {n} MB" for n in range(7)})
+    (alert,) = [a for a in evaluate(job, NOW) if a.kind == "prediction-off"]
+    assert alert.what.endswith(
+        "b0 memory 0 MB; b1 memory 1 MB; b2 memory 2 MB; b3 memory 3 MB; b4 memory 4 MB and 2 more"
+    )
+
+
+def test_a_flood_of_joins_from_many_clients_is_the_same_alert_without_a_name(tmp_path: Path) -> None:
+    daemon, now = Fleet(tmp_path, JOB).daemon(), [1000.0]
+    quarantine = Quarantine(lambda: now[0])
+    view = replace(daemon.view, quarantine=quarantine)
+    clock = lambda: now[0]  # noqa: E731
+    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, clock=clock, monotonic=clock)
+    for now[0] in range(1000, 1100):
+        if now[0] % 20 == 0:
+            quarantine.crowded("")
+        monitor.look()
+    (alert,) = monitor.book.open
+    assert alert.key == "joins-flooded"
+    assert "from many MQTT clients" in alert.what
+    assert "wait for the others" in alert.todo
+    quarantine.crowded("eve")
+    quarantine.crowded("")
+    assert quarantine.floods_joins() == "eve", "the latest client that floods keeps its name for a while"
+
+
+@pytest.mark.parametrize("client", ["eve", ""])
+def test_a_single_overflow_of_the_joins_is_no_alert(client: str) -> None:
+    now, book = [1000.0], AlertBook()
+    quarantine = Quarantine(lambda: now[0])
+    quarantine.crowded(client)
+    for now[0] in range(1000, 1200):
+        alerts = evaluate(replace(CALM, floods_joins=quarantine.floods_joins()), NOW)
+        assert book.update(alerts, now[0], NOW) == []
+
+
+def test_the_clock_on_the_wall_may_jump() -> None:
+    book, slow = AlertBook(), raised(delay_s=10.0)
+    book.update([slow], 0.0, NOW)
+    assert book.update([slow], 1.0, NOW + 9 * DAY) == []
+    assert len(book.update([slow], 10.0, NOW - 9 * DAY)) == 1
+
+
+def test_many_strangers_hide_nothing_worse() -> None:
+    strangers = {f"d{i}": "key" for i in range(MOST + 9)}
+    found = evaluate(replace(with_site(waiting=strangers), broker="gone"), NOW)
+    book = AlertBook()
+    book.update(found, 0.0, NOW)
+    book.update(found, 60.0, NOW)
+    assert (book.counts()["devices-wait", "warning"], book.counts()["broker", "critical"]) == (MOST, 1)
+
+
+def test_changes_that_nobody_reads_do_not_pile_up() -> None:
+    book = AlertBook()
+    for i in range(9 * MOST):
+        book.update([raised()] if i % 2 == 0 else [], float(i), NOW + i)
+    changes = book.changes()
+    assert len(changes) <= 4 * MOST
+    assert changes[-1].closed_at == NOW + 9 * MOST - 1
+    assert not book.changes()
+
+
+def test_a_restarted_server_goes_on_with_its_open_alerts(tmp_path: Path) -> None:
+    left = raised(delay_s=10.0)
+    (tmp_path / FILE).write_text(json.dumps({"turned_at": NOW, "alerts": [asdict(left)]}))
+    assert read_open(tmp_path) == (NOW, [left])
+    book = AlertBook([left])
+    assert book.update([raised(delay_s=10.0, since=NOW + 50)], 0.0, NOW + 50) == []
+    assert [a.since for a in book.open] == [NOW]
+    for damaged in ("", "[]", '{"turned_at": 1, "alerts": [{}]}', '{"turned_at": 1, "alerts": [{"kind": "x"}]}'):
+        (tmp_path / FILE).write_text(damaged)
+        assert read_open(tmp_path) is None
+
+
+class Trouble(Onlooker):
+    """Does something to a fleet once its third round is over.
+
+    Args:
+        act: Does it.
+    """
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+        self.at: float | None = None
+
+    def round_over(self, summary: dict[str, Any], now: float, seen: Any) -> None:
+        """Act after the third round."""
+        if summary["round"] == 3:
+            self.at = now
+            self._act()
+
+
+Changes = list[tuple[float, str, bool]]
+"""When something opened or closed, in seconds after the trouble; what; and whether it opened."""
+
+
+def alarmed(
+    folder: Path, act: Callable[[Fleet], None], then: Callable[[Fleet, float], None] | None = None, kind: str = "sync"
+) -> Changes:
+    """What a server reports of a fleet in memory, for 200 s of virtual time after something happens to it.
+
+    Args:
+        folder: Of the server.
+        act: Happens after the third round.
+        then: Is called whenever time has passed, with the seconds since then.
+        kind: The kind of the job's schedule.
+    """
+    fleet = Fleet(folder, replace(JOB, rounds=8, deadline_s=30.0, schedule={"kind": kind}))
+    daemon = fleet.daemon()
+    trouble = Trouble(lambda: act(fleet))
+    clock = lambda: fleet.air.now  # noqa: E731
+    changes: Changes = []
+
+    def tell(change: AlertChange) -> None:
+        assert trouble.at is not None, "alerts of a healthy fleet"
+        changes.append((clock() - trouble.at, change.alert.kind, change.closed_at is None))
+
+    monitor = Monitor(folder, {}, [(daemon.view, folder)], tell=tell, clock=clock, monotonic=clock)
+    for onlooker in (trouble, monitor.watches[JOB.name], monitor):
+        daemon.onlookers.join(onlooker)
+
+    def idle() -> None:
+        if daemon.busy:
+            time.sleep(0.0005)
+            return
+        fleet.air.now += 0.5
+        if trouble.at is not None and then is not None:
+            then(fleet, fleet.air.now - trouble.at)
+        if fleet.air.now > (trouble.at or 0.0) + 200:
+            daemon.stop()
+
+    fleet.air.on_idle = idle
+    daemon.run()
+    return changes
+
+
+def test_boards_that_all_die_are_told_within_a_deadline_and_so_is_their_return(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fedprune.server")
+
+    dead: dict[str, ToyDevice] = {}
+
+    def die(fleet: Fleet) -> None:
+        dead.update(fleet.air.devices)
+        fleet.air.devices.clear()
+        for device in dead.values():
+            device.die()
+
+    def come_back(fleet: Fleet, seconds: float) -> None:
+        for device in dead.values() if seconds == 70 else ():
+            fleet.air.devices[device.name] = device
+            device.session += 1
+            device.birth()
+
+    changes = alarmed(tmp_path, die, come_back)
+    opened = {kind: at for at, kind, is_open in changes if is_open}
+    closed = {kind: at for at, kind, is_open in changes if not is_open}
+    assert {"no-devices"} <= set(opened) == set(closed)
+    assert len(changes) == 2 * len(opened), "each opens once and closes once"
+    assert all(at <= 30 + 2 for at in opened.values())
+    assert 15 <= opened["no-devices"] <= 17
+    assert 70 <= closed["no-devices"] <= 70 + 17
+    (line,) = [r for r in caplog.records if "alert: no board" in r.getMessage()]
+    assert line.levelname == "ERROR"
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_boards_that_bring_nothing_are_told_after_a_deadline(tmp_path: Path, kind: str) -> None:
+    def fall_silent(fleet: Fleet) -> None:
+        for device in fleet.air.devices.values():
+            device.silent = True
+
+    def speak(fleet: Fleet, seconds: float) -> None:
+        for device in fleet.air.devices.values() if seconds == 100 else ():
+            device.silent = False
+            device.birth()
+
+    changes = alarmed(tmp_path, fall_silent, speak, kind=kind)
+    assert [(what, is_open) for _, what, is_open in changes] == [("no-progress", True), ("no-progress", False)]
+    assert 30 <= changes[0][0] <= 32
+    assert 100 <= changes[1][0] <= 132
+
+
+def test_updates_of_which_none_counts_are_reported(tmp_path: Path) -> None:
+    def poison(fleet: Fleet) -> None:
+        fleet.worker.poison = set(fleet.air.devices)
+
+    changes = alarmed(tmp_path, poison)
+    assert [(kind, is_open) for _, kind, is_open in changes][:1] == [("no-progress", True)]
+
+
+def test_a_healthy_fleet_raises_nothing(tmp_path: Path) -> None:
+    assert alarmed(tmp_path, lambda fleet: None) == []
+
+
+def test_a_board_far_off_its_plan_is_found() -> None:
+    plan = {"prediction": {"step_s": 1.0, "memory_bytes": 100e6}}
+    part = {"progress": "folded", "widths": [4], "metrics": {"peak_memory_bytes": 126e6, "step_seconds": 1.9}}
+    device = SimpleNamespace(plan=plan, widths=(4,))
+    state: Any = SimpleNamespace(devices={"a": device, "b": device}, history=[{"devices": {"a": part, "c": part}}])
+    assert off_by_far(state) == {"a": "memory 126.00 MB instead of 100.00 MB"}
+    part["metrics"] = {"peak_memory_bytes": 124e6, "step_seconds": 1.9}
+    assert off_by_far(state) == {}
+    part |= {"metrics": {"peak_memory_bytes": 126e6}, "progress": "refused"}
+    state.history.insert(0, {"devices": {"a": {**part, "progress": "folded"}}})
+    assert off_by_far(state) == {}, "what an earlier round measured was reported then"
+
+
+def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [0.5]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(site_facts_module.shutil, "disk_usage", lambda _: usage(ROOM, 0, int(free[0] * ROOM)))
+    daemon, told = Fleet(tmp_path, JOB).daemon(), []
+    monitor = Monitor(tmp_path, {}, [(daemon.view, tmp_path)], here=lambda: 3)
+    for free[0] in (0.5, 0.09, 0.02, 0.034, 0.04, 0.11, 0.13):
+        monitor.read_site()
+        monitor.look()
+        told.append(sorted(a.severity for a in monitor.book.open if a.kind == "disk"))
+    assert told == [[], ["warning"], ["critical"], ["critical"], ["warning"], ["warning"], []]
+
+
+def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [0.5]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(site_facts_module.shutil, "disk_usage", lambda _: usage(ROOM, 0, int(free[0] * ROOM)))
+    daemon, others, told = Fleet(tmp_path, JOB).daemon(), list[Candidate](), list[tuple[str, str]]()
+    monitor = Monitor(
+        tmp_path, {}, [(daemon.view, tmp_path)], here=lambda: 3, others=lambda: others,
+        tell=lambda change: told.append((change.alert.kind, change.alert.severity)),
+    )  # fmt: skip
+    daemon.onlookers.join(monitor)
+    monitor.read_site()
+    daemon.onlookers.turned(lambda: 0.0, daemon.view)
+    assert told == []
+    free[0] = 0.0
+    others.append(Candidate("yard", "/var/lib/fedprune", NOW, NOW, leads=True))
+    daemon.onlookers.ended()
+    assert told == [("second-server", "critical"), ("disk", "critical")]
+
+
+def test_looking_at_rollouts_writes_nothing_and_waits_for_no_writer(tmp_path: Path) -> None:
+    with RolloutStore(tmp_path) as store:
+        before = store.version()
+        site_facts_module.site_facts(tmp_path, {})
+        assert store.version() == before
+    with closing(sqlite3.connect(tmp_path / "releases" / "rollouts.db", isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        assert site_facts_module.site_facts(tmp_path, {}).rollout is None
+
+
+def test_rollouts_that_are_only_read_are_not_changed(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"rollouts\.db"):
+        RolloutStore(tmp_path, read_only=True)
+    assert not list(tmp_path.iterdir())
+    RolloutStore(tmp_path).close()
+    with RolloutStore(tmp_path, read_only=True) as store:
+        assert store.latest() is None
+
+
+def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) -> None:
+    daemon, now = Fleet(tmp_path, JOB).daemon(), [0.0]
+    monitor = Monitor(tmp_path, {}, [(daemon.view, tmp_path)], here=lambda: 3, monotonic=lambda: now[0])
+    monitor.turned(lambda: 0.0, daemon.view)
+    now[0] = 59.0
+    assert not monitor.hangs
+    assert monitor.open() == []
+    now[0] = 61.0
+    assert [a.kind for a in monitor.open()] == ["server-hangs"]
+    monitor.turned(lambda: 0.0, daemon.view)
+    assert monitor.open() == []

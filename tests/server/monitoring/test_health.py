@@ -1,0 +1,126 @@
+"""A server's pulse: systemd and probes hear of it where the loop turns, and only there."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from fedprune.core.errors import ExitCode, StorageError
+from fedprune_server.cli.main import main
+from fedprune_server.monitoring.health import RUNNING, STANDING_BY, Pulse, check_pulse
+from support.fakes.fleet import Fleet
+from support.fakes.several_jobs import SeveralJobs, named
+from support.fakes.tiny_job import JOB
+
+
+class Ear:
+    def __init__(self, **environment: str) -> None:
+        self.heard: list[str] = []
+        self.now = 100.0
+        self.pulse = Pulse(environment, self.heard.append, lambda: self.now)
+
+
+def test_the_first_turn_is_ready_and_later_ones_feed_the_watchdog() -> None:
+    ear = Ear(WATCHDOG_USEC="8000000")
+    ear.pulse.beat()
+    assert ear.heard == ["READY=1\nSTATUS=running", "WATCHDOG=1"]
+    ear.now += 1.9
+    ear.pulse.beat()
+    assert len(ear.heard) == 2  # a loop turns a hundred times a second
+    ear.now += 0.1
+    ear.pulse.beat()
+    assert ear.heard[2:] == ["WATCHDOG=1"]
+    ear.pulse.stop()
+    assert ear.heard[3:] == ["STOPPING=1"]
+
+
+def test_systemd_hears_it_through_its_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        Pulse().beat()
+        assert manager.recv(99).startswith(b"READY=1")
+        assert manager.recv(99) == b"WATCHDOG=1"
+
+
+def test_a_file_tells_a_probe(tmp_path: Path) -> None:
+    path = tmp_path / "pulse"
+    ear = Ear(FEDPRUNE_PULSE=str(path))
+    with pytest.raises(StorageError, match="no server says that it lives"):
+        check_pulse(path, 60)
+    ear.pulse.beat()
+    assert check_pulse(path, 60, running=True) == RUNNING
+    os.utime(path, (1, 1))
+    with pytest.raises(StorageError, match="loop hasn't turned"):
+        check_pulse(path, 60)
+    ear.now += 1
+    ear.pulse.beat()
+    assert path.stat().st_mtime == 1  # not before its time
+    ear.now += 5
+    ear.pulse.beat()
+    assert check_pulse(path, 60) == RUNNING
+    ear.pulse.stop()
+    assert not path.exists()
+
+
+def test_who_stands_by_is_well_but_doesnt_run(tmp_path: Path) -> None:
+    path = tmp_path / "pulse"
+    pulse = Pulse({"FEDPRUNE_PULSE": str(path)}, lambda text: None)
+    with pulse.standing_by():
+        until = time.monotonic() + 10
+        while not path.exists() or not path.read_text():
+            assert time.monotonic() < until
+        assert check_pulse(path, 60) == STANDING_BY
+        with pytest.raises(StorageError, match="stands by"):
+            check_pulse(path, 60, running=True)
+    assert "pulse" not in {t.name for t in threading.enumerate()}
+    pulse.beat()
+    assert check_pulse(path, 60, running=True) == RUNNING
+
+
+def test_what_is_no_pulse_is_none(tmp_path: Path) -> None:
+    (tmp_path / "pulse").write_bytes(b"\xff\xfe")
+    with pytest.raises(StorageError, match="is not what a server writes"):
+        check_pulse(tmp_path / "pulse", 60)
+
+
+def test_a_pulse_that_cant_be_written_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Ear(FEDPRUNE_PULSE=str(tmp_path / "nowhere" / "pulse")).pulse.beat()
+    assert "can't write" in caplog.text
+
+
+def test_the_command_ends_as_a_probe_wants_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("FEDPRUNE_PULSE", raising=False)
+    assert main(["health"]) == ExitCode.USAGE
+    assert main(["health", "--pulse", str(tmp_path / "pulse")]) == ExitCode.STORAGE
+    monkeypatch.setenv("FEDPRUNE_PULSE", str(tmp_path / "pulse"))
+    Pulse().beat()
+    capsys.readouterr()
+    assert main(["health", "--ready"]) == ExitCode.OK
+    assert capsys.readouterr().out == "running\n"
+
+
+def test_the_loops_beat_in_every_turn(tmp_path: Path) -> None:
+    """However long a job waits, of one or of several: never longer than a turn of the loop."""
+    fleet, several = (
+        Fleet(tmp_path / "one"),
+        SeveralJobs(tmp_path / "several", [named(JOB, "one"), named(JOB, "two")], "abc"),
+    )
+    daemon, host = fleet.daemon(), several.host()
+    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
+    runs = ((daemon, fleet.air, fleet.run), (host.first, several.air, lambda: several.run(host)))
+    for desk, air, run in runs:
+        beats: list[float] = []
+        desk.onlookers.each_turn(lambda beats=beats, air=air: beats.append(air.now))  # type: ignore[misc]
+        began = air.now
+        run()  # type: ignore[operator]
+        assert len(beats) > 10
+        assert all(b - a <= 0.5 for a, b in pairwise([began, *beats, air.now]))

@@ -1,0 +1,189 @@
+"""Figures for Prometheus: they count what happened, and the dashboard and the alerts ask for figures that there are."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from fedprune.coordination import State
+from fedprune.core.errors import ConfigError
+from fedprune_server.monitoring import web
+from fedprune_server.monitoring.alert_book import AlertBook
+from fedprune_server.monitoring.alerts import KINDS as ALERTS
+from fedprune_server.monitoring.metrics import PARTS, Metrics
+from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.monitoring.reasons import KINDS, OTHER, kind_of
+from fedprune_server.monitoring.web import HANGS_S, served
+from support.fakes.static_job_view import StillJob
+from support.paths import ROOT
+
+DOCS = ROOT / "docs"
+
+
+class Steps:
+    """A clock that goes on by a second whenever somebody looks."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def values(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    families = text_string_to_metric_families(metrics.text().decode())
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples}
+
+
+def test_a_played_job_is_counted(played: Callable[[Onlooker], State], tmp_path: Path) -> None:
+    (tmp_path / "blobs" / "ab").mkdir(parents=True)
+    (tmp_path / "blobs" / "ab" / "abc").write_bytes(bytes(123))
+    metrics = Metrics(tmp_path, lambda: {("quarantine", "warning"): 3, ("broker", "critical"): 0}, Steps())
+    watch = metrics.watch("toy")
+    state = played(watch)
+    watch.saved(0.01)
+    watch.turned(lambda: 0.02, StillJob())
+    found = values(metrics)
+    job = ("job", "toy")
+
+    def value(name: str, **labels: str) -> float:
+        return found[f"fedprune_{name}", tuple(sorted([job, *labels.items()]))]
+
+    counted = sum(p["progress"] == "folded" for p in state.history[0]["devices"].values())
+    assert value("updates_counted_total") == counted == 3
+    assert value("rounds_finished_total") == len(state.history) == 1
+    assert value("staleness_rounds_count") == 3
+    assert value("round") == 2
+    assert value("phase", phase="training") == 1
+    assert value("phase", phase="waiting") == 0
+    assert value("devices", state="working") == 2
+    assert value("quarantined_devices") == 1
+    assert value("bytes_total", direction="down") == 700
+    assert value("broker_connected") == 1
+    assert value("model_metric", metric="accuracy") == 0.5
+    assert value("database_save_seconds_count") == 1
+    done = {"score": 2, "extract": 6, "train": 3, "pull": 3, "aggregate": 3, "close": 1, "evaluate": 1, "round": 1}
+    assert {p: value("round_part_seconds_count", part=p) for p in PARTS} == done
+    assert found["fedprune_blobs_bytes", ()] == 123
+    alerts = {dict(labels)["kind"]: n for (name, labels), n in found.items() if name == "fedprune_alerts"}
+    assert alerts == {"quarantine": 3, "broker": 0}
+
+
+def test_refused_parts_are_counted_by_kinds_that_are_few() -> None:
+    metrics = Metrics()
+    watch = metrics.watch("toy")
+    parts = {
+        "a": {"progress": "refused", "reason": "a number that is not finite"},
+        "b": {"progress": "refused", "reason": "missed the deadline"},
+        "c": {"progress": "refused", "reason": "zzz"},
+    }
+    watch.round_over({"round": 1, "model": "m", "metrics": {}, "devices": parts}, 1.0, StillJob())
+    found = values(metrics)
+    for kind in ("diverged", "late", OTHER):
+        assert found["fedprune_updates_refused_total", (("job", "toy"), ("reason", kind))] == 1
+    assert {kind_of(r) for r in ("", "weights are not finite", "x" * 5000, "no memory")} <= set(KINDS)
+
+
+@pytest.fixture
+def site() -> Iterator[tuple[str, Metrics, list[float], list[str]]]:
+    now, trouble = [100.0], [""]
+    metrics = Metrics(clock=lambda: now[0])
+    with served(("127.0.0.1", 0), metrics, {"database": lambda: trouble[0]}) as port:
+        yield f"http://127.0.0.1:{port}", metrics, now, trouble
+
+
+def status(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_the_web_server_says_whether_the_loop_turns_and_what_is_ready(
+    site: tuple[str, Metrics, list[float], list[str]],
+) -> None:
+    url, metrics, now, trouble = site
+    assert status(f"{url}/healthz")[0] == 503
+    metrics.watch("toy").turned(lambda: 0.1, StillJob())
+    assert status(f"{url}/healthz") == status(f"{url}/readyz") == (200, "ok\n")
+    trouble[0] = "no room"
+    assert status(f"{url}/readyz") == (503, "database: no room\n")
+    assert status(f"{url}/healthz")[0] == 200
+    now[0] += HANGS_S + 1
+    assert status(f"{url}/healthz")[0] == 503
+    assert "fedprune_round{" in status(f"{url}/metrics")[1]
+    assert status(f"{url}/../etc/passwd")[0] == 404
+
+
+def test_a_port_that_is_taken_is_one_clear_error(site: tuple[str, Metrics, list[float], list[str]]) -> None:
+    port = int(site[0].rpartition(":")[2])
+    with pytest.raises(ConfigError, match="server: metrics"), served(("127.0.0.1", port), Metrics(), {}):
+        pass
+
+
+def exposed() -> set[str]:
+    metrics = Metrics(Path("/nowhere"), AlertBook().counts)
+    watch = metrics.watch("toy")
+    watch.turned(lambda: 0.1, StillJob())
+    watch.round_over({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}, 1.0, StillJob())
+    families = text_string_to_metric_families(metrics.text().decode())
+    return {s.name for f in families for s in f.samples}
+
+
+def asked_for(expression: str) -> set[str]:
+    return set(re.findall(r"\bfedprune_\w+", expression))
+
+
+def test_the_dashboard_asks_for_figures_that_there_are() -> None:
+    board = json.loads((DOCS / "grafana" / "fedprune.json").read_text())
+    names = exposed()
+    targets = [t["expr"] for panel in board["panels"] for t in panel.get("targets", [])]
+    assert len(targets) >= 10
+    for expression in targets:
+        assert asked_for(expression), expression
+        assert asked_for(expression) <= names, expression
+    assert len({p["id"] for p in board["panels"]}) == len(board["panels"])
+
+
+def test_the_alerts_ask_for_figures_that_there_are() -> None:
+    yaml = pytest.importorskip("yaml")
+    groups = yaml.safe_load((DOCS / "prometheus" / "alerts.yml").read_text())["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    names = exposed()
+    assert len(rules) >= 6
+    kinds = {kind for rule in rules for kind in re.findall(r'fedprune_alerts\{kind="([\w-]+)"', rule["expr"])}
+    assert kinds
+    assert kinds <= set(ALERTS)
+    for rule in rules:
+        assert asked_for(rule["expr"]) <= names, rule["expr"]
+        assert {"alert", "expr", "labels", "annotations"} <= rule.keys()
+        assert {"summary", "description"} <= rule["annotations"].keys()
+
+
+def test_every_figure_is_explained_on_the_page() -> None:
+    page = (DOCS / "observe.md").read_text()
+    families = {re.sub(r"_(bucket|sum|count|created)$", "", n) for n in exposed()}
+    assert {n for n in families if n not in page} == set()
+
+
+def test_who_only_connects_takes_no_more_threads_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "MOST", 2)
+    metrics = Metrics()
+    metrics.turned_at = metrics.clock()
+    with served(("127.0.0.1", 0), metrics, {}) as port, ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 30)) for _ in range(2)]
+        third = stack.enter_context(socket.create_connection(("127.0.0.1", port), 30))
+        assert third.recv(1) == b""  # hung up on
+        silent[0].sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert silent[0].recv(12).startswith(b"HTTP/1.0 200")

@@ -1,0 +1,278 @@
+"""Rollouts that are paused and taken back: by a server that is killed in between, and what boards then have."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.core.errors import ConfigError, ReleaseError
+from fedprune.releases.release import MANIFEST, Release, opened, write_again
+from fedprune.releases.rollout import Fate, RolloutPhase
+from fedprune.security.keys import SigningKey
+from fedprune.wire.release_messages import COMMITTED, REFUSED, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.ota.back import back
+from fedprune_server.ota.coordinator import RolloutDesk
+from fedprune_server.ota.start import Terms, start
+from fedprune_server.ota.store import FILE, FOLDER, Entry, RolloutStore
+from support.fakes.runtime_releases import make_release
+
+NAMES = [f"board-{i}" for i in range(10)]
+HALF = Terms((0.5, 1.0))
+
+
+class CrashError(Exception):
+    """The server dies."""
+
+
+class Field:
+    """A server with real releases, and boards that refuse numbers that they have seen, like real ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.state, self.folder = folder / "state", folder
+        with IdentityFolder.make(self.state, "lab") as identity:
+            self.key = identity.key
+            for name in NAMES:
+                key = SigningKey.make().verifying.hex
+                identity.store.ask(name, key, 1)
+                identity.store.approve(name, key, 2)
+        self.now = 1000.0
+        self.seen = dict.fromkeys(NAMES, 0)
+        self.has: dict[str, Release] = {}
+        self.answers: list[ReleaseReport] = []
+        self.withdrawn: list[tuple[str, int]] = []
+        self.sent: Callable[[], None] = lambda: None
+        self.silent: set[str] = set()
+        self.desk: RolloutDesk | None = None
+        self.store = RolloutStore(self.state)
+
+    def release(self, number: int) -> Path:
+        return make_release(self.folder / f"release-{number}", number, key=self.key)
+
+    def made(self, number: int) -> Release:
+        return Release.from_bytes((self.folder / f"release-{number}" / MANIFEST).read_bytes())
+
+    def server(self) -> None:
+        """A server comes up on what is on the disk."""
+        self.store.close()
+        self.store = RolloutStore(self.state)
+        self.desk = RolloutDesk(self.store, self.send, clock=lambda: self.now, monotonic=lambda: self.now)
+        self.desk.connected(True)
+
+    def send(self, device: str, message: Any) -> None:
+        self.sent()
+        if isinstance(message, ReleaseWithdrawn):
+            self.withdrawn.append((device, message.number))
+        elif isinstance(message, ReleaseOffer) and device not in self.silent:
+            release = opened(message.manifest.encode(), bytes.fromhex(message.signature), self.key.verifying)
+            for file in release.files:
+                assert self.store.blobs.has(file.sha256)
+            state = COMMITTED
+            if release.number > self.seen[device]:
+                self.seen[device], self.has[device] = release.number, release
+            elif self.has[device].number != release.number:
+                state = REFUSED
+            self.answers.append(ReleaseReport(device, release.number, state, "", 0, 0))
+
+    def live(self, minutes: int = 8) -> None:
+        for _ in range(minutes):
+            if self.desk is None:
+                self.server()
+            assert self.desk is not None
+            self.now += 60.0
+            answers, self.answers = self.answers, []
+            for answer in answers:
+                self.desk.reported(answer)
+            self.desk.tick()
+
+    def ordered(self, what: Callable[[RolloutStore], Any]) -> Any:
+        with RolloutStore(self.state) as other:  # the command line is another process
+            return what(other)
+
+    @property
+    def entry(self) -> Entry:
+        found = self.store.latest()
+        assert found is not None
+        return found
+
+    def numbers(self) -> dict[int, int]:
+        """How many boards have which release."""
+        found = [r.number for r in self.has.values()]
+        return {n: found.count(n) for n in set(found)}
+
+
+@pytest.fixture
+def field(tmp_path: Path) -> Field:
+    made = Field(tmp_path)
+    start(made.state, made.release(1), Terms((1.0,)))
+    made.live()
+    assert made.numbers() == {1: 10}
+    return made
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_pause_lets_no_further_board_begin_until_it_is_resumed(field: Field, restart: bool) -> None:
+    start(field.state, field.release(2), HALF)
+    field.silent = set(NAMES)
+    field.live(2)
+    field.ordered(lambda s: s.pause("a storm"))
+    field.silent = set()
+    for _ in range(20):
+        if restart:
+            field.desk = None
+        field.live(1)
+    assert field.entry.rollout.phase is RolloutPhase.PAUSED
+    assert field.entry.rollout.why == "paused: a storm"
+    assert field.numbers() == {1: 5, 2: 5}, "those at it end, and the next stage waits"
+    field.ordered(lambda s: s.resume())
+    if restart:
+        field.desk = None
+    field.live()
+    assert (field.entry.rollout.phase, field.numbers()) == (RolloutPhase.DONE, {2: 10})
+
+
+def test_a_rollout_that_was_paused_before_a_server_came_begins_nothing(field: Field) -> None:
+    start(field.state, field.release(2), HALF)
+    field.ordered(lambda s: s.pause("not yet"))
+    field.server()
+    field.live(3)
+    assert field.numbers() == {1: 10}
+    assert field.ordered(lambda s: s.pause("again")) == 2, "said twice it changes nothing"
+    field.ordered(lambda s: s.resume())
+    with pytest.raises(ConfigError, match="isn't paused"):
+        field.ordered(lambda s: s.resume())
+    with pytest.raises(ConfigError, match="is under way"):
+        start(field.state, field.release(3), HALF)
+    field.live(12)
+    assert field.numbers() == {2: 10}
+    with pytest.raises(ConfigError, match="no rollout is under way"):
+        field.ordered(lambda s: s.pause("too late"))
+
+
+def test_boards_go_back_to_what_they_had_under_a_number_that_none_has_seen(field: Field) -> None:
+    start(field.state, field.release(2), HALF)
+    field.live(1)
+    took = {n for n, r in field.has.items() if r.number == 2}
+    assert len(took) == 5
+    begun = back(field.state, "it is hot", release=2, above=6)
+    told = "rollout 3: back from release 2 to what release 1 (0.1.0) holds, as release 7, for"
+    assert begun.told_back() == f"{told} {len(begun.rollout.boards)} boards"
+    field.live()
+    entries = field.store.entries()
+    assert [e.rollout.phase for e in entries] == [RolloutPhase.DONE, RolloutPhase.STOPPED, RolloutPhase.DONE]
+    assert entries[1].rollout.why == "stopped: boards go back: it is hot"
+    assert set(begun.rollout.boards) == took
+    assert field.numbers() == {7: 10}, "the other half was given it before the server saw the order, and goes back, too"
+    assert {r.version for r in field.has.values()} == {"0.1.0"}
+    with pytest.raises(ConfigError, match="release 2 isn't the one that was rolled out last"):
+        back(field.state, "clicked twice", release=2)
+    with pytest.raises(ConfigError, match="is itself the way back from release 2"):
+        back(field.state, "once more", release=7)
+    with pytest.raises(ReleaseError, match="expected a number of 7 or more"):
+        start(field.state, field.release(3), HALF)
+    other = make_release(field.folder / "other", 7, key=field.key)
+    with pytest.raises(ReleaseError, match="another release 7 was rolled out before"):
+        start(field.state, other, HALF)
+
+
+def test_what_comes_after_a_way_back_goes_back_to_that_and_never_to_what_was_left(field: Field) -> None:
+    start(field.state, field.release(2), HALF)
+    field.live()
+    back(field.state, "bad")
+    field.live()
+    start(field.state, field.release(4), HALF)
+    field.live()
+    assert field.numbers() == {4: 10}
+    files = {f.sha256 for number in (1, 4) for f in field.made(number).files}
+    assert set(field.store.blobs.names()) == files, "what nobody goes back to is not kept"
+    begun = back(field.state, "bad, too")
+    assert (begun.left, begun.again, begun.release.number) == (4, 3, 5)
+    field.live()
+    assert field.numbers() == {5: 10}
+    assert {r.files for r in field.has.values()} == {field.made(1).files}
+
+
+def test_a_server_that_dies_at_any_message_takes_all_back_all_the_same(tmp_path: Path) -> None:
+    for at in (1, 2, 5, 9, 14):
+        (tmp_path / str(at)).mkdir()
+        field = Field(tmp_path / str(at))
+        start(field.state, field.release(1), Terms((1.0,)))
+        field.live(2)
+        start(field.state, field.release(2), HALF)
+        field.live(1)
+        took = {n for n, r in field.has.items() if r.number == 2}
+        back(field.state, "bad")
+        left = at
+
+        def crash() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise CrashError
+
+        field.sent = crash
+        for _ in range(12):
+            with suppress(CrashError):
+                field.live(1)
+                continue
+            field.desk = None
+        assert took
+        assert all(field.has[n].number == 3 for n in took)
+        assert field.entry.rollout.phase is RolloutPhase.DONE
+        assert field.store.under_way() == []
+
+
+def test_nothing_is_taken_back_without_something_to_go_back_to(field: Field, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no board of release 1 had one of this server's before"):
+        back(field.state, "x")
+    start(field.state, field.release(2), HALF)
+    with pytest.raises(ConfigError, match="no board has release 2 or is at it"):
+        back(field.state, "x")
+    field.live()
+    with pytest.raises(ReleaseError, match="above 2"):
+        back(field.state, "x", number=2)
+    field.store.blobs.delete(field.made(1).files[0].sha256)
+    with pytest.raises(ReleaseError, match=r"release 1 .* is not here any more"):
+        back(field.state, "x")
+    assert field.entry.number == 2, "what was refused has changed nothing"
+    assert field.entry.wish is None
+
+
+def test_of_a_copy_of_the_same_files_it_is_said_that_going_back_changes_nothing(field: Field) -> None:
+    write_again(field.folder / "release-2", field.folder / "release-1", field.key, number=2, created="")
+    start(field.state, field.folder / "release-2", Terms((1.0,)))
+    field.live()
+    assert field.numbers() == {2: 10}
+    with pytest.raises(ConfigError, match="release 2 has the same files as release 1, so that going back would change"):
+        back(field.state, "a rehearsal")
+
+
+def test_a_board_that_failed_or_left_is_not_taken_back(field: Field) -> None:
+    start(field.state, field.release(2), Terms((1.0,), success=0.5, errors=0.5))
+    field.silent = {"board-9"}
+    field.live(1)
+    assert field.desk is not None
+    field.desk.reported(ReleaseReport("board-3", 2, REFUSED, "no room", 0, 0))
+    with IdentityFolder(field.state) as identity:
+        identity.revoke("board-4")
+    begun = back(field.state, "x")
+    assert sorted(begun.rollout.boards) == sorted(set(NAMES) - {"board-3", "board-4"})
+    assert all(b.fate is Fate.WAITING for b in begun.rollout.boards.values())
+
+
+def test_rollouts_of_an_older_version_go_on(field: Field) -> None:
+    field.store.close()
+    with sqlite3.connect(field.state / FOLDER / FILE) as old:
+        for column in ("hold", "prior", "leaves"):
+            old.execute(f"ALTER TABLE rollouts DROP COLUMN {column}")
+    old.close()
+    field.server()
+    assert (field.entry.hold, field.entry.prior, field.entry.leaves) == (None, None, None)
+    start(field.state, field.release(2), HALF)
+    field.live()
+    assert back(field.state, "x").again == 1

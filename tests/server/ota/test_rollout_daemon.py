@@ -1,0 +1,203 @@
+"""A daemon that runs a job and a rollout at once: what boards are sent, may pull, and report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.coordination import Phase
+from fedprune.releases.release import FILES, Release, read_release
+from fedprune.releases.rollout import Fate, Rollout, RolloutPhase, RolloutPlan, Stage
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.connection_events import ConnectionDown
+from fedprune.wire.messages import Gone, Want, parse
+from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseOffer, ReleaseReport
+from fedprune.wire.transfer import Pull
+from fedprune_server.ota.store import RolloutStore
+from support.fakes.fleet import Air, Fleet, ToyDevice
+from support.fakes.runtime_releases import KEY, make_release
+from support.fakes.several_jobs import JobsDevice, SeveralJobs, named
+from support.fakes.tiny_job import JOB, NAMES
+
+
+class Updated(ToyDevice):
+    """A device that trains, and pulls what it is to install."""
+
+    def __init__(self, name: str, folder: Path, air: Air) -> None:
+        super().__init__(name, folder, air)
+        self.files: dict[str, Pull] = {}
+        self.end = COMMITTED
+        self.number = 0
+        self.told: ReleaseReport | None = None
+
+    def birth(self) -> None:
+        super().birth()
+        if self.told is not None:
+            self.say(self.told)
+
+    def hear(self, topic: str, payload: bytes) -> None:
+        channel = self.topics.parse(topic).channel
+        if channel == "down/blob" and (chunk := Chunk.parse(payload)).sha256 in self.files:
+            for want in self.files[chunk.sha256].on_chunk(chunk, self.air.now):
+                self.say(want)
+            self.install()
+        elif channel == "down" and isinstance(offer := parse(payload), ReleaseOffer):
+            self.pull(offer)
+        else:
+            super().hear(topic, payload)
+
+    def pull(self, offer: ReleaseOffer) -> None:
+        self.number = offer.number
+        files = Release.from_bytes(offer.manifest.encode()).files
+        refs = [BlobRef(f.sha256, f.size, leaves) for f, leaves in zip(files, offer.leaves, strict=True)]
+        self.say(ReleaseReport(self.name, self.number, DOWNLOADING, "", 0, len(refs)))
+        self.files = {r.sha256: Pull(r, self.store.partial(r)) for r in refs}
+        for pull in self.files.values():
+            for want in pull.start(self.air.now):
+                self.say(want)
+        self.install()
+
+    def install(self) -> None:
+        if self.files and all(p.done for p in self.files.values()):
+            self.told = ReleaseReport(self.name, self.number, self.end, "a reason", 0, 0)
+            self.say(self.told)
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_release(tmp_path_factory.mktemp("release") / "7", 7)
+
+
+class UpdatedFleet(Fleet):
+    """A fleet with a rollout under way."""
+
+    def __init__(self, folder: Path, release: Path, *stages: Stage) -> None:
+        super().__init__(folder)
+        self.updated = {n: Updated(n, folder / "updated", self.air) for n in NAMES}
+        self.air.devices.update(self.updated)
+        made, manifest, signature = read_release(release, KEY.verifying)
+        with RolloutStore(folder) as store:
+            leaves = tuple(store.blobs.put((release / FILES / f.sha256).read_bytes()).leaves for f in made.files)
+            offer = ReleaseOffer(7, manifest.decode(), signature.hex(), leaves, 3, 600.0)
+            store.begin(offer, Rollout.of(RolloutPlan("release", "7", stages), NAMES), 0.0, joins=True)
+        self.files = [f.sha256 for f in made.files]
+
+    def until_over(self, folder: Path, **options: object) -> Rollout:
+        """Run a daemon until both job and rollout are over."""
+        with RolloutStore(folder) as store, RolloutStore(folder) as seen:
+            daemon = self.daemon(rollouts=store, **options)
+
+            def rollout() -> Rollout:
+                entry = seen.latest()
+                assert entry is not None
+                return entry.rollout
+
+            def idle() -> None:
+                if daemon.busy:
+                    time.sleep(0.0005)
+                    return
+                self.air.now += 0.5
+                assert self.air.now < 10_000
+                if daemon.finished and rollout().phase is not RolloutPhase.RUNNING:
+                    daemon.stop()
+
+            self.air.on_idle = idle
+            daemon.run()
+            return rollout()
+
+
+def test_a_job_and_a_rollout_go_on_side_by_side(tmp_path: Path, release: Path) -> None:
+    calm = Fleet(tmp_path / "calm").run()
+    fleet = UpdatedFleet(tmp_path, release, Stage(0.3), Stage(1.0))
+    rollout = fleet.until_over(tmp_path)
+    assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {})
+    for device in fleet.updated.values():
+        for name in fleet.files:
+            assert device.store.read(name)
+    state = fleet.storage.load()
+    assert state is not None
+    assert state.model == calm.model, "the job comes to the same bits"
+
+
+def test_a_daemon_without_its_broker_lets_no_deadline_pass(tmp_path: Path, release: Path) -> None:
+    fleet = UpdatedFleet(tmp_path, release, Stage(1.0))
+    fleet.air.publish = lambda topic, payload, qos=1: True  # type: ignore[method-assign]  # nobody hears anything
+    with RolloutStore(tmp_path) as store, RolloutStore(tmp_path) as seen:
+        daemon, lost = fleet.daemon(rollouts=store), False
+
+        def idle() -> None:
+            nonlocal lost
+            if daemon.busy:
+                time.sleep(0.0005)
+                return
+            if not lost and fleet.air.now > 10:
+                lost = True
+                fleet.air.inbox.append(ConnectionDown("a test"))
+            fleet.air.now += 0.5 if fleet.air.now < 20 else 600
+            if fleet.air.now > 4 * 3600:
+                daemon.stop()
+
+        fleet.air.on_idle = idle
+        daemon.run()
+        entry = seen.latest()
+        assert entry is not None
+        assert (entry.rollout.phase, entry.rollout.stage, entry.rollout.failures()) == (RolloutPhase.RUNNING, 0, {})
+
+
+def test_who_is_no_member_any_more_leaves_the_rollout(tmp_path: Path, release: Path) -> None:
+    fleet = UpdatedFleet(tmp_path, release, Stage(1.0))
+    rollout = fleet.until_over(tmp_path, members=lambda: set(NAMES) - {"b"})
+    assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {})
+    assert {n for n, b in rollout.boards.items() if b.fate is Fate.GONE} == {"b"}
+    assert all(rollout.boards[n].fate is Fate.WELL for n in NAMES if n != "b")
+
+
+def test_messages_that_come_twice_and_restarts_change_nothing(tmp_path: Path, release: Path) -> None:
+    fleet = UpdatedFleet(tmp_path, release, Stage(0.3), Stage(1.0))
+    fleet.air.doubled = True
+    fleet.updated["b"].end = ROLLED_BACK
+    rollout = fleet.until_over(tmp_path)
+    fleet.restart()
+    again = fleet.until_over(tmp_path)
+    assert rollout.to_dict() == again.to_dict()
+    assert rollout.phase is RolloutPhase.STOPPED
+    assert rollout.failures() == {"b": "rolled back: a reason"}
+
+
+def test_nobody_pulls_what_it_is_not_given(tmp_path: Path, release: Path) -> None:
+    fleet = UpdatedFleet(tmp_path, release, Stage(1e-9), Stage(1.0))
+    for device in fleet.updated.values():
+        device.end = ROLLED_BACK
+    fleet.air.now = 1.0
+    rollout = fleet.until_over(tmp_path)
+    (first,) = rollout.failures()
+    others = [d for n, d in fleet.updated.items() if n != first]
+    assert all(d.told is None for d in others)
+    fleet.restart()
+    for device in fleet.updated.values():
+        device.heard.clear()
+        fleet.air.to_server(device.topics.up(device.name), Want(fleet.files[0], "data", 0, 1).to_bytes())
+    fleet.until_over(tmp_path)
+    assert all(Gone(fleet.files[0]) in d.heard for d in fleet.updated.values())
+
+
+class Busy(Updated, JobsDevice):
+    """A device that works for several jobs, and pulls what it is to install."""
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_several_jobs_and_a_rollout_go_on_side_by_side(tmp_path: Path, release: Path, devices: int) -> None:
+    UpdatedFleet(tmp_path, release, Stage(0.3), Stage(1.0))
+    several = SeveralJobs(tmp_path / "jobs", [named(JOB, n, devices=devices) for n in ("one", "two")], "")
+    updated = {n: Busy(n, tmp_path / "busy", several.air) for n in NAMES}
+    several.air.devices.update(updated)
+    with RolloutStore(tmp_path) as store:
+        states = several.run(several.host(rollouts=store))
+        entry = store.latest()
+    assert entry is not None
+    assert (entry.rollout.phase, entry.rollout.failures()) == (RolloutPhase.DONE, {})
+    assert all(state.phase is Phase.FINISHED for state in states.values())
+    assert several.clashes == []

@@ -1,0 +1,457 @@
+"""The desk that runs rollouts: stages, thresholds, deadlines, restarts, and what boards are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ConfigError, ReleaseError, StorageError
+from fedprune.releases.release import Release, read_release
+from fedprune.releases.rollout import CAREFUL, Fate, Rollout, RolloutPhase, RolloutPlan, Stage
+from fedprune.wire.messages import parse
+from fedprune.wire.release_messages import (
+    COMMITTED,
+    DOWNLOADING,
+    REFUSED,
+    ROLLED_BACK,
+    STAGED,
+    TRIAL,
+    ReleaseOffer,
+    ReleaseReport,
+    ReleaseWithdrawn,
+)
+from fedprune_server.ota.coordinator import RolloutDesk
+from fedprune_server.ota.store import FILE, FOLDER, RolloutStore
+from support.fakes.runtime_releases import KEY, make_release
+
+NAMES = [f"board-{i}" for i in range(10)]
+GOOD = (DOWNLOADING, STAGED, TRIAL, COMMITTED)
+BAD = (DOWNLOADING, STAGED, TRIAL, ROLLED_BACK)
+HANGS = (DOWNLOADING, STAGED)
+SILENT: tuple[str, ...] = ()
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_release(tmp_path_factory.mktemp("release") / "7", 7)
+
+
+class Site:
+    """A desk and boards that say what they are made to say, one report a minute."""
+
+    def __init__(self, folder: Path, release: Path) -> None:
+        self.folder, self.release = folder, release
+        self.now = 1000.0
+        self.wall = 1.7e9
+        self.members = {*NAMES, "newcomer"}
+        self.fates: dict[str, tuple[str, ...]] = {}
+        self.usual = GOOD
+        self.offered: dict[str, float] = {}
+        self.withdrawn: dict[str, str] = {}
+        self.steps: dict[str, int] = {}
+        self.lost = 0
+        self.on_send: Callable[[str, Any], None] = lambda *_: None
+        self.desk: RolloutDesk | None = None
+        self.store = RolloutStore(folder)
+
+    def offer(self, number: int = 7) -> ReleaseOffer:
+        made, manifest, signature = read_release(self.release, KEY.verifying)
+        return ReleaseOffer(number, manifest.decode(), signature.hex(), ("ab" * 32,) * len(made.files), 3, 600.0)
+
+    def begin(self, *stages: Stage, number: int = 7, joins: bool = True, names: list[str] = NAMES) -> int:
+        plan = RolloutPlan("release", str(number), stages or CAREFUL, board_seconds=3600.0)
+        with RolloutStore(self.folder) as other:  # the command line is another process
+            return other.begin(self.offer(number), Rollout.of(plan, names), self.wall, joins=joins)
+
+    def start(self) -> RolloutDesk:
+        """A daemon comes up."""
+        self.store.close()
+        self.store = RolloutStore(self.folder)
+        self.desk = RolloutDesk(self.store, self.send, lambda: self.members, lambda: self.wall, lambda: self.now)
+        self.desk.connected(True)
+        return self.desk
+
+    def send(self, device: str, message: Any) -> None:
+        assert parse(message.to_bytes()) == message
+        self.on_send(device, message)
+        if self.lost:
+            self.lost -= 1
+            return
+        if isinstance(message, ReleaseOffer):
+            self.offered.setdefault(device, self.now)
+            self.steps.setdefault(device, 0)
+        elif isinstance(message, ReleaseWithdrawn):
+            self.withdrawn[device] = message.reason
+
+    def report(self, device: str, state: str, number: int = 7, done: int = 0) -> None:
+        reason = "killed by SIGILL" if state in (ROLLED_BACK, REFUSED) else ""
+        assert self.desk is not None
+        self.desk.reported(ReleaseReport(device, number, state, reason, done, 10))
+
+    def minute(self) -> None:
+        self.now += 60
+        assert self.desk is not None
+        for device in sorted(self.steps):
+            states = self.fates.get(device, self.usual)
+            at = self.steps[device]
+            if at < len(states) and device not in self.withdrawn:
+                self.steps[device] += 1
+                self.report(device, states[at])
+        self.desk.tick()
+
+    def live(self, hours: float = 4, restart: bool = False) -> Rollout:
+        for _ in range(int(60 * hours)):
+            if restart:
+                self.start()
+            self.minute()
+        return self.rollout
+
+    @property
+    def rollout(self) -> Rollout:
+        entry = self.store.latest()
+        assert entry is not None
+        return entry.rollout
+
+    def stage(self, number: int) -> list[str]:
+        return sorted(n for n, b in self.rollout.boards.items() if b.stage == number)
+
+
+@pytest.fixture
+def site(tmp_path: Path, release: Path) -> Site:
+    made = Site(tmp_path, release)
+    made.start()
+    return made
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_good_release_goes_to_all_stage_after_stage(site: Site, restart: bool) -> None:
+    site.begin(Stage(0.1), Stage(0.5), Stage(1.0))
+    rollout = site.live(restart=restart)
+    assert (rollout.phase, rollout.failures(), sorted(site.offered)) == (RolloutPhase.DONE, {}, NAMES)
+    ends = [max(site.offered[n] for n in site.stage(i)) for i in range(3)]
+    begins = [min(site.offered[n] for n in site.stage(i)) for i in range(3)]
+    assert begins[1] >= ends[0] + 4 * 60
+    assert begins[2] >= ends[1] + 4 * 60
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_bad_release_reaches_one_board_and_stops_with_its_reason(site: Site, restart: bool) -> None:
+    site.usual = BAD
+    site.begin()
+    rollout = site.live(restart=restart)
+    assert rollout.phase is RolloutPhase.STOPPED
+    assert list(site.offered) == site.stage(0)
+    assert rollout.failures() == {site.stage(0)[0]: "rolled back: killed by SIGILL"}
+    assert "stage 1: 1 of 1 board failed" in rollout.why
+
+
+def test_failures_below_the_threshold_stop_nothing_and_one_more_does(tmp_path: Path, release: Path) -> None:
+    for bad, phase in ((2, RolloutPhase.DONE), (3, RolloutPhase.STOPPED)):
+        (tmp_path / str(bad)).mkdir()
+        site = Site(tmp_path / str(bad), release)
+        site.fates = dict.fromkeys(NAMES[:bad], BAD)
+        site.start()
+        site.begin(Stage(1.0, success=0.7, errors=0.25))
+        assert site.live().phase is phase
+        assert len(site.rollout.failures()) == bad
+
+
+@pytest.mark.parametrize(("states", "minutes"), [(SILENT, 60), (HANGS, 62), ((DOWNLOADING, STAGED, TRIAL), 96)])
+def test_every_state_has_a_deadline_after_which_the_board_has_failed(
+    site: Site, states: tuple[str, ...], minutes: int
+) -> None:
+    site.usual = states
+    site.begin()
+    site.live(hours=(minutes - 1) / 60)
+    assert site.rollout.phase is RolloutPhase.RUNNING
+    site.live(hours=4 / 60)
+    (name,) = site.offered
+    assert site.rollout.phase is RolloutPhase.STOPPED
+    assert site.rollout.failures() == {name: "said nothing until its deadline"}
+    assert site.withdrawn == {name: "said nothing until its deadline"}, "it shall not install it some day"
+
+
+def test_a_slow_download_goes_on_as_long_as_it_gets_on(site: Site) -> None:
+    site.usual = SILENT
+    site.begin()
+    site.live(hours=1 / 60)
+    (name,) = site.offered
+    for done in range(10):
+        site.report(name, DOWNLOADING, done=done)
+        site.live(hours=50 / 60)
+    assert site.rollout.phase is RolloutPhase.RUNNING
+    for _ in range(2):
+        site.report(name, DOWNLOADING, done=9)
+        site.live(hours=50 / 60)
+    assert site.rollout.phase is RolloutPhase.STOPPED, "to say the same again is no progress"
+
+
+def test_an_offer_that_got_lost_is_said_again(site: Site) -> None:
+    site.lost = 3
+    site.begin()
+    assert site.live(hours=1).phase is RolloutPhase.DONE
+    assert min(site.offered.values()) >= 1000 + 3 * 60
+
+
+def test_a_board_that_comes_back_hears_its_offer_again_and_a_new_one_is_in_the_last_stage(site: Site) -> None:
+    site.usual = SILENT
+    site.begin()
+    site.live(hours=1 / 60)
+    assert site.desk is not None
+    (name,) = site.offered
+    site.offered.clear()
+    site.desk.born(name)
+    assert list(site.offered) == [name]
+    site.desk.born("newcomer")
+    site.desk.born(NAMES[0] if NAMES[0] != name else NAMES[1])
+    assert list(site.offered) == [name]
+    assert site.rollout.boards["newcomer"].stage == 2
+
+
+def test_a_rollout_to_chosen_boards_stays_with_them(site: Site) -> None:
+    site.begin(Stage(1.0), names=NAMES[:2], joins=False)
+    site.live(hours=2 / 60)
+    assert site.desk is not None
+    site.desk.born("newcomer")
+    assert site.live().phase is RolloutPhase.DONE
+    assert sorted(site.offered) == NAMES[:2]
+
+
+def test_files_are_for_the_boards_that_are_given_the_release(site: Site) -> None:
+    site.usual = HANGS
+    site.begin()
+    site.live(hours=3 / 60)
+    assert site.desk is not None
+    (name,) = site.offered
+    files = {f.sha256 for f in Release.from_bytes(site.offer().manifest.encode()).files}
+    assert {n: site.desk.files(n) for n in [*NAMES, "stranger"]} == {
+        n: (files if n == name else frozenset()) for n in [*NAMES, "stranger"]
+    }
+    site.live(hours=2)
+    assert site.desk.files(name) == frozenset()
+
+
+def test_somebody_stops_it_and_boards_that_are_at_it_hear_of_that(site: Site) -> None:
+    site.begin(Stage(0.5), Stage(1.0))
+    site.usual = HANGS
+    site.live(hours=3 / 60)
+    with RolloutStore(site.folder) as other:
+        other.stop("it is Friday")
+    site.live(hours=2 / 60)
+    assert (site.rollout.phase, site.rollout.why) == (RolloutPhase.STOPPED, "stopped: it is Friday")
+    assert sorted(site.withdrawn) == sorted(site.offered) == site.stage(0)
+    assert site.desk is not None
+    site.withdrawn.clear()
+    site.report(NAMES[0], STAGED)
+    site.report(NAMES[1], STAGED, number=99)
+    site.report(NAMES[2], COMMITTED)
+    assert list(site.withdrawn) == [NAMES[0]], "what came from a stick is not ours to stop"
+
+
+def test_a_stop_while_no_server_runs_counts_when_one_comes(site: Site) -> None:
+    site.begin()
+    with RolloutStore(site.folder) as other:
+        other.stop("changed our minds")
+    site.start()
+    assert site.rollout.phase is RolloutPhase.STOPPED
+
+
+def test_a_server_that_was_down_for_days_blames_no_board_for_it(site: Site) -> None:
+    site.fates = dict.fromkeys(NAMES, (DOWNLOADING, STAGED, TRIAL, COMMITTED))
+    site.begin(Stage(1.0))
+    site.live(hours=3 / 60)
+    site.now += 5 * 86_400
+    site.start()
+    assert site.rollout.failures() == {}
+    assert site.live().phase is RolloutPhase.DONE
+
+
+def test_a_broker_that_was_away_for_hours_blames_no_board_for_it(site: Site) -> None:
+    site.begin(Stage(1.0))
+    site.live(hours=2 / 60)
+    assert site.desk is not None
+    site.desk.connected(False)
+    for _ in range(3 * 60):
+        site.now += 60
+        site.desk.tick()
+    site.desk.connected(True)
+    assert (site.rollout.phase, site.rollout.failures()) == (RolloutPhase.RUNNING, {})
+    site.now += 58 * 60
+    site.desk.tick()
+    assert site.rollout.failures() == {}, "each has its time anew"
+    assert site.live().phase is RolloutPhase.DONE
+
+
+def test_silence_counts_from_when_the_connection_was_back(site: Site) -> None:
+    site.usual = SILENT
+    site.begin()
+    site.live(hours=0.5)
+    assert site.desk is not None
+    site.desk.connected(False)
+    site.now += 86_400
+    site.desk.connected(True)
+    site.live(hours=59 / 60)
+    assert site.rollout.phase is RolloutPhase.RUNNING
+    site.live(hours=2 / 60)
+    assert site.rollout.phase is RolloutPhase.STOPPED
+
+
+def test_nothing_is_given_before_there_is_a_connection(tmp_path: Path, release: Path) -> None:
+    site = Site(tmp_path, release)
+    site.begin()
+    desk = RolloutDesk(site.store, site.send, None, lambda: site.wall, lambda: site.now)
+    for _ in range(3):
+        site.now += 7200
+        desk.tick()
+    assert site.offered == {}
+    desk.connected(True)
+    assert (list(site.offered), site.rollout.failures()) == (site.stage(0), {})
+
+
+@pytest.mark.parametrize("jump", [2 * 3600, -2 * 3600, -1.6e9])
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_clock_that_is_set_fails_nobody_and_holds_up_no_deadline(site: Site, jump: float, restart: bool) -> None:
+    site.fates = {NAMES[4]: SILENT}
+    site.now += 60 * 86_400  # the machine has been up for long
+    site.begin(Stage(1.0, success=0.9, errors=0.1))
+    site.live(hours=2 / 60)
+    site.wall += jump
+    if restart:
+        site.now = 5.0  # the machine's clock that only grows begins anew
+        site.start()
+    site.live(hours=0.5)
+    assert site.rollout.failures() == {}
+    assert site.live(hours=1.5).phase is RolloutPhase.DONE
+    assert site.rollout.failures() == {NAMES[4]: "said nothing until its deadline"}
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_boards_that_are_revoked_leave_the_rollout_and_stop_nothing(site: Site, restart: bool) -> None:
+    site.fates = dict.fromkeys(NAMES[:5], SILENT)
+    site.begin(Stage(1.0, success=0.9, errors=0.1))
+    site.live(hours=2 / 60)
+    site.members -= set(NAMES[:5])
+    rollout = site.live(restart=restart)
+    assert (rollout.phase, rollout.failures(), site.withdrawn) == (RolloutPhase.DONE, {}, {})
+    assert {n for n, b in rollout.boards.items() if b.fate is Fate.GONE} == set(NAMES[:5])
+
+
+def test_a_revoked_board_gets_no_more_files_and_offers_until_it_is_let_in_again(site: Site) -> None:
+    site.usual = HANGS
+    site.begin(Stage(1.0, success=0.9, errors=0.1))
+    site.live(hours=1 / 60)
+    assert site.desk is not None
+    site.desk.without([NAMES[2], "stranger"])
+    site.desk.without([NAMES[2]])
+    site.offered.clear()
+    site.live(hours=10 / 60)
+    assert NAMES[2] not in site.offered
+    assert (site.desk.files(NAMES[2]), bool(site.desk.files(NAMES[3]))) == (frozenset(), True)
+    site.desk.born(NAMES[2])
+    assert NAMES[2] in site.offered
+    assert site.desk.files(NAMES[2])
+
+
+def test_a_board_that_has_it_already_has_done_well_and_one_that_went_back_before_has_failed(site: Site) -> None:
+    site.usual = (COMMITTED,)
+    site.fates = {NAMES[3]: (ROLLED_BACK,), NAMES[4]: (REFUSED,)}
+    site.begin(Stage(1.0, success=0.8, errors=0.2))
+    rollout = site.live()
+    assert rollout.phase is RolloutPhase.DONE
+    assert rollout.failures() == {NAMES[3]: "rolled back: killed by SIGILL", NAMES[4]: "refused: killed by SIGILL"}
+
+
+class CrashError(Exception):
+    """The daemon dies."""
+
+
+def test_a_crash_at_any_message_loses_none(tmp_path: Path, release: Path) -> None:
+    count = 0
+    for at in range(1, 40):
+        (tmp_path / str(at)).mkdir()
+        site, count = Site(tmp_path / str(at), release), 0
+
+        def crash(device: str, message: Any, at: int = at) -> None:
+            nonlocal count
+            count += 1
+            if count == at:
+                raise CrashError
+
+        site.on_send = crash
+        site.fates = {NAMES[0]: BAD}
+        site.begin(Stage(0.3, success=0.6, errors=0.4), Stage(1.0, success=0.6, errors=0.4))
+        alive: RolloutDesk | None = None
+        for _ in range(240):
+            with suppress(CrashError):
+                if alive is None:
+                    site.start()
+                alive = None
+                site.minute()
+                alive = site.desk
+        assert (site.rollout.phase, sorted(site.rollout.failures())) == (RolloutPhase.DONE, [NAMES[0]])
+    assert count >= 10
+
+
+def test_one_rollout_at_a_time_and_never_a_lower_number(site: Site) -> None:
+    assert site.begin() == 1
+    with pytest.raises(ConfigError, match="rollout 1, of release 7, is under way"):
+        site.begin(number=8)
+    site.live()
+    assert site.begin(number=7) == 2
+    site.live()
+    with pytest.raises(ReleaseError, match=r"release 6: expected a number of 7 or more.*release --again"):
+        site.begin(number=6)
+    with pytest.raises(ConfigError, match="no rollout is under way"):
+        site.store.stop("nothing")
+
+
+def test_a_damaged_database_is_named(site: Site) -> None:
+    site.begin()
+    with site.store._transaction() as connection:
+        connection.execute("UPDATE rollouts SET rollout = '{}'")
+    with pytest.raises(StorageError, match="rollout"):
+        site.store.latest()
+    site.store.close()
+    (site.folder / FOLDER / FILE).write_bytes(b"something else " * 100)
+    with pytest.raises(StorageError, match=FILE):
+        RolloutStore(site.folder)
+
+
+said = st.tuples(
+    st.sampled_from([*NAMES, "stranger"]), st.sampled_from([*GOOD, ROLLED_BACK, REFUSED]), st.integers(6, 8)
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(said | st.floats(1, 5000) | st.just("restart") | st.just("stop"), max_size=40))
+def test_whatever_is_said_in_whatever_order_the_disk_knows_it_and_no_stage_is_skipped(
+    release: Path, tmp_path_factory: pytest.TempPathFactory, events: list[Any]
+) -> None:
+    site = Site(tmp_path_factory.mktemp("site"), release)
+    site.begin(Stage(0.2), Stage(0.6, success=0.5, errors=0.5), Stage(1.0, success=0.5, errors=0.5))
+    site.start()
+    for event in events:
+        assert site.desk is not None
+        if event == "restart":
+            site.start()
+        elif event == "stop":
+            with RolloutStore(site.folder) as other, suppress(ConfigError):
+                other.stop("enough")
+        elif isinstance(event, float):
+            site.now += event
+            site.desk.tick()
+        else:
+            site.report(event[0], event[1], event[2])
+        rollout = site.rollout
+        for name in site.offered:
+            assert rollout.boards[name].stage <= max(rollout.stage, 0)
+        failed = [b for b in rollout.boards.values() if b.fate is Fate.FAILED]
+        assert all(b.reason for b in failed)
+        if rollout.phase is RolloutPhase.STOPPED:
+            assert rollout.why

@@ -1,0 +1,337 @@
+"""Files of data sets: what others write is read exactly, and what is damaged or dangerous is refused."""
+
+import gzip
+import io
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import DataError
+from fedprune_server.simulation.datasets import idx, npz
+from fedprune_server.simulation.datasets.idx import read_idx, read_idx_folder
+from fedprune_server.simulation.datasets.image_folder import read_image_folder
+from fedprune_server.simulation.datasets.npz import npz_arrays, read_npz
+from fedprune_server.simulation.datasets.samples import Preparation, Samples, assembled
+from fedprune_server.simulation.datasets.source import read_samples
+from support.fakes.data_set_files import (
+    idx_bytes,
+    images,
+    labels,
+    most_memory,
+    write_cifar10,
+    write_images,
+    write_mnist,
+)
+from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
+
+# --- npz
+
+
+def test_npz_with_a_split(tmp_path):
+    x, y = images(700, 16, 16), labels(700)
+    np.savez(tmp_path / "a.npz", x_train=x[:600], y_train=y[:600], x_test=x[600:], y_test=y[600:].astype(np.uint8))
+    read = read_npz(tmp_path / "a.npz")
+    assert np.array_equal(read.take(np.arange(700)), x)
+    assert np.array_equal(read.labels, y)
+    assert read.testing.sum() == 100
+    assert read.testing[600:].all()
+
+
+def test_npz_with_owners_and_marks(tmp_path):
+    x = np.random.default_rng(0).standard_normal((40, 9, 128)).astype(np.float32)
+    subject = np.repeat([3, 7, 30, 1], 10)
+    np.savez(tmp_path / "a.npz", x=x, y=labels(40, 6), subject=subject, is_test=subject == 7, lossy=np.zeros(3))
+    read = read_npz(tmp_path / "a.npz")
+    assert read.owner_names == ("1", "3", "7", "30")
+    assert [read.owner_names[o] for o in read.owners] == list(map(str, subject))
+    assert np.array_equal(read.testing, subject == 7)
+    assert read.classes == 6
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npz_arrays_are_what_numpy_reads(tmp_path, save, order):
+    arrays = {
+        "big": np.asarray(images(300, 28, 28), order=order),
+        "float": np.asarray(np.random.default_rng(0).standard_normal((200, 100)), order=order),
+        "small": np.arange(5),
+        "texts": np.array(["cat", "dog"]),
+        "empty": np.zeros((0, 4)),
+    }
+    save(tmp_path / "a.npz", **arrays)
+    read = npz_arrays(tmp_path / "a.npz")
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert read[name].dtype == array.dtype
+        assert np.array_equal(read[name], array)
+    assert isinstance(read["big"], np.memmap) == (save is np.savez)
+
+
+def test_an_npz_with_objects_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.array([{}] * 20000, object), y=labels(20000))
+    with pytest.raises(DataError, match="never unpickled"):
+        read_npz(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("missing", ["x_train", "y_train", "y_test"])
+def test_a_missing_array_is_named(tmp_path, missing):
+    arrays = {"x_train": images(4, 8, 8), "y_train": labels(4), "x_test": images(2, 8, 8), "y_test": labels(2)}
+    del arrays[missing]
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DataError, match=missing):
+        read_npz(tmp_path / "a.npz")
+
+
+@given(st.data())
+def test_a_damaged_npz_is_read_or_refused(tmp_path_factory, data):
+    file = io.BytesIO()
+    np.savez(file, x=images(100, 32, 32), y=labels(100))
+    raw = bytearray(file.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        near = data.draw(st.sampled_from([0, 0, 128, len(raw) - 400]))
+        raw[min(len(raw) - 1, near + data.draw(st.integers(0, 399)))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del raw[data.draw(st.integers(0, len(raw) - 1)) :]
+    path = tmp_path_factory.getbasetemp() / "damaged.npz"
+    path.write_bytes(raw)
+    try:
+        read = read_npz(path)
+    except DataError:
+        return
+    assert len(read) == sum(map(len, read.parts))
+
+
+# --- idx
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8", "int16", "int32", "float32", "float64"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx(tmp_path, kind, packed):
+    array = (np.random.default_rng(0).standard_normal((5, 3, 4)) * 50).astype(kind)
+    path = tmp_path / ("a.gz" if packed else "a")
+    path.write_bytes(gzip.compress(idx_bytes(array)) if packed else idx_bytes(array))
+    read = read_idx(path)
+    assert read.dtype == array.dtype
+    assert np.array_equal(read, array)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_folder(tmp_path, packed):
+    x, y = write_mnist(tmp_path, packed=packed)
+    read = read_idx_folder(tmp_path)
+    assert np.array_equal(read.take(np.arange(30)), x)
+    assert np.array_equal(read.labels, y)
+    assert read.testing.sum() == 10
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\0\0\x08",
+        b"\0\0\x08\x01\0\0\0\x02a",
+        b"\0\0\x08\x01\0\0\0\x02abc",
+        b"\0\0\x07\x01\0\0\0\x02ab",
+        b"\0\0\x08\x03" + b"\xff" * 12,
+        b"\1\0\x08\x01\0\0\0\x02ab",
+    ],
+)
+def test_a_damaged_idx_file_is_refused(tmp_path, raw):
+    (tmp_path / "a").write_bytes(raw)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(raw)[: -4 if raw else None])
+    for name in ("a", "a.gz"):
+        with pytest.raises(DataError):
+            read_idx(tmp_path / name)
+
+
+def test_an_idx_file_takes_no_memory_for_what_it_does_not_have(tmp_path, monkeypatch):
+    size = 2**26
+    monkeypatch.setattr(idx, "_MOST_INFLATED", size // 2)
+    head = b"\0\0\x08\x01" + struct.pack(">I", size)
+    (tmp_path / "a").write_bytes(head + bytes(99))
+    (tmp_path / "a.gz").write_bytes(gzip.compress(head + bytes(size)))
+
+    def read():
+        for name, said in (("a", "cut off"), ("a.gz", r"sizes.*gunzip")):
+            with pytest.raises(DataError, match=said):
+                read_idx(tmp_path / name)
+
+    assert most_memory(read) < size // 8
+
+
+# --- folders of images
+
+
+def test_a_folder_per_class(tmp_path):
+    write_images(tmp_path, ["dog/1.png", "cat/2.png", "cat/1.png", "cat/notes.txt.png"])
+    read = read_image_folder(tmp_path)
+    assert read.class_names == ("cat", "dog")
+    assert read.labels.tolist() == [0, 0, 0, 1]
+    assert np.array_equal(read.take([0]), images(1, 6, 6, 3, seed=2))
+    assert read.owners is None
+
+
+def test_folders_of_splits_and_of_domains(tmp_path):
+    write_images(tmp_path / "split", ["train/a/1.png", "train/b/1.png", "test/b/1.png"])
+    split = read_image_folder(tmp_path / "split")
+    assert split.labels[split.testing].tolist() == [1]
+    write_images(tmp_path / "domains", ["photo/a/1.png", "photo/b/1.png", "sketch/b/1.png"])
+    domains = read_image_folder(tmp_path / "domains", colour=False)
+    assert domains.owner_names == ("photo", "sketch")
+    assert domains.owners.tolist() == [0, 0, 1]
+    assert domains.shape == (6, 6)
+
+
+def test_images_of_different_sizes_need_a_size(tmp_path):
+    write_images(tmp_path, ["a/1.png"])
+    write_images(tmp_path, ["b/2.png"], side=9)
+    with pytest.raises(DataError, match=r"2\.png: size.*Say a size"):
+        read_image_folder(tmp_path)
+    assert read_image_folder(tmp_path, size=(4, 5)).shape == (4, 5, 3)
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    write_images(tmp_path, ["a/1.png"])
+    (tmp_path / "a" / "2.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"a/2\.png"):
+        read_image_folder(tmp_path)
+
+
+def test_a_file_that_programs_would_run_on_is_no_image_whatever_its_name(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin, Image
+
+    def never(*_):
+        raise AssertionError("Ghostscript was asked for")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", never)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(images(1, 6, 6, 3)[0]).save(tmp_path / "a" / "1.eps")
+    (tmp_path / "a" / "1.eps").rename(tmp_path / "a" / "1.png")
+    with pytest.raises(DataError, match=r"a/1\.png.*cannot identify"):
+        read_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "bmp", "gif", "ppm", "pgm", "webp"])
+def test_images_of_every_kind_are_read(tmp_path, suffix):
+    write_images(tmp_path, [f"a/1.{suffix}"], colour=suffix != "pgm")
+    assert read_image_folder(tmp_path).shape == (6, 6, 3)
+
+
+# --- which reader, and what becomes of the samples
+
+
+def test_sources_are_told_apart(tmp_path, monkeypatch):
+    write_mnist(tmp_path / "mnist" / "MNIST" / "raw", packed=True)
+    write_cifar10(tmp_path / "cifar" / "cifar-10-batches-py", python=True)
+    write_images(tmp_path / "pets", ["a/1.png", "b/1.png"])
+    np.savez(tmp_path / "own.npz", x=images(4, 8, 8), y=labels(4))
+    monkeypatch.setenv("FEDPRUNE_DATA", str(tmp_path))
+    lengths = {name: len(read_samples(name)) for name in ("mnist", "cifar", "pets", "own", "own.npz")}
+    assert lengths == {"mnist": 30, "cifar": 42, "pets": 2, "own": 4, "own.npz": 4}
+    with pytest.raises(DataError, match="nothing at"):
+        read_samples("unknown")
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"x_train": np.zeros((4, 3)), "y_train": labels(3)},
+        {"x": np.zeros((4, 3)), "y": labels(4), "is_test": np.zeros(3, bool)},
+        {"x": np.zeros(4), "y": labels(4)},
+        {"x": np.zeros((4, 3)), "y": labels(4) - 1},
+        {"x": np.zeros((4, 3)), "y": np.arange(4.0)},
+        {"z": np.zeros(4)},
+    ],
+)
+def test_every_error_names_the_file_once(tmp_path, arrays):
+    np.savez(tmp_path / "own.npz", **arrays)
+    with pytest.raises(DataError) as caught:
+        read_samples(tmp_path / "own.npz")
+    assert str(caught.value).count("own.npz") == 1
+
+
+def test_preparation_of_images():
+    raw = images(3, 4, 4, 3)
+    prepared = Preparation(pool=2)(raw)
+    assert prepared.shape == (3, 3, 2, 2)
+    assert np.allclose(prepared[1, 2, 0, 1], raw[1, 0:2, 2:4, 2].mean() / 255)
+    assert Preparation()(images(3, 4, 4)).shape == (3, 1, 4, 4)
+    assert Preparation()(np.arange(6).reshape(2, 3)).dtype == np.int64
+    with pytest.raises(DataError, match="divisible by 3"):
+        Preparation(pool=3)(raw)
+
+
+def test_standardised_channels_have_mean_0_and_deviation_1():
+    samples = assembled([(images(5000, 4, 4, 3), labels(5000), False), (images(10, 4, 4, 3, seed=1), labels(10), True)])
+    x = Preparation(pool=2).standardised(samples)(samples.take(range(5000)))
+    assert np.allclose(x.mean((0, 2, 3)), 0, atol=1e-5)
+    assert np.allclose(x.std((0, 2, 3)), 1, atol=1e-5)
+
+
+def test_rows_are_gathered_across_parts():
+    x = images(9, 2, 2)
+    samples = Samples((x[:4], x[4:5], x[5:]), labels(9), np.zeros(9, bool))
+    rows = [8, 0, 4, 4, 3, 5]
+    assert np.array_equal(samples.take(rows), x[rows])
+    with pytest.raises(DataError):
+        samples.take([9])
+    with pytest.raises(DataError):
+        samples.take([-1])
+
+
+def test_the_digest_tells_data_sets_apart():
+    x, y = images(9, 2, 2), labels(9)
+    whole = assembled([(x, y, False)])
+    assert whole.digest == Samples((x[:4], x[4:]), y, np.zeros(9, bool)).digest
+    assert whole.digest != assembled([(x, y, True)]).digest
+    assert whole.digest != assembled([(x, (y + 1) % 9, False)]).digest
+    assert whole.digest != assembled([(x, y, False)], owners=[y]).digest
+    assert whole.digest != assembled([(x ^ 1, y, False)]).digest
+
+
+def npy_header(*shape):
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return head.getvalue()
+
+
+def write_npz(path, **members):
+    """Compressed members as they are given: a file of some kilobytes may hold many megabytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, raw in members.items():
+            archive.writestr(f"{name}.npy", raw)
+
+
+def test_an_npz_that_claims_more_than_it_has_is_refused(tmp_path):
+    cut = npy_header(2**50) + bytes(1000)
+    write_npz(tmp_path / "a.npz", x=cut, y=cut)
+    with pytest.raises(DataError):
+        read_npz(tmp_path / "a.npz")
+
+
+def test_arrays_that_nobody_reads_are_not_unpacked(tmp_path):
+    size = 2**26
+    bomb = npy_header(size) + bytes(size)
+    arrays = {}
+    for name, array in {"x": images(4, 8, 8), "y": labels(4)}.items():
+        file = io.BytesIO()
+        np.save(file, array)
+        arrays[name] = file.getvalue()
+    write_npz(tmp_path / "a.npz", **arrays, other=bomb)
+    assert most_memory(lambda: read_npz(tmp_path / "a.npz")) < size // 8
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    size = 2**26
+    monkeypatch.setattr(npz, "_MOST_INFLATED", size // 2)
+    write_npz(tmp_path / "a.npz", x=npy_header(4, size // 4) + bytes(size), y=npy_header(4) + bytes(4))
+
+    def read():
+        with pytest.raises(DataError, match=r"size of x.*mapped"):
+            read_npz(tmp_path / "a.npz")
+
+    assert most_memory(read) < size // 8

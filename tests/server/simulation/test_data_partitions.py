@@ -1,0 +1,344 @@
+"""Partitions: disjoint, complete, the same every time, and with the classes, owners and sizes that were asked for."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ConfigError, DataError
+from fedprune_server.simulation.datasets import partition
+from fedprune_server.simulation.datasets.federation import Federation, Holding, default_names, federate
+from fedprune_server.simulation.datasets.picture import Partition, draw_partition, partition_table
+from fedprune_server.simulation.datasets.samples import Preparation, assembled
+from fedprune_server.simulation.datasets.table import DataPlan
+from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
+
+
+def shuffled(counts, seed=0):
+    """Labels with so many samples per class, in random order."""
+    return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int64)
+
+
+def covers(hands, rows):
+    return np.array_equal(np.sort(np.concatenate(hands)), rows) and all(np.array_equal(h, np.sort(h)) for h in hands)
+
+
+@st.composite
+def problems(draw):
+    counts = draw(st.lists(st.integers(1, 60), min_size=1, max_size=12))
+    labels = shuffled(counts, draw(st.integers(0, 5)))
+    rows = np.flatnonzero(np.random.default_rng(1).random(len(labels)) < draw(st.sampled_from([1.0, 0.8])))
+    devices = draw(st.integers(1, max(1, min(20, len(rows)))))
+    return rows, labels, devices, draw(st.integers(0, 3))
+
+
+@given(problems(), st.sampled_from([0.0, 0.7]))
+def test_iid(problem, spread):
+    rows, _, devices, seed = problem
+    if not len(rows):
+        return
+    hands = partition.iid(rows, devices, seed=seed, spread=spread)
+    sizes = [len(h) for h in hands]
+    assert covers(hands, rows)
+    assert min(sizes) >= 1
+    if not spread:
+        assert max(sizes) - min(sizes) <= 1
+
+
+@settings(max_examples=25)
+@given(problems(), st.sampled_from([0.001, 0.1, 1.0, 100.0]), st.booleans(), st.integers(0, 8))
+def test_dirichlet(problem, alpha, balance, least):
+    rows, labels, devices, seed = problem
+    least = min(least, len(rows) // devices)
+    if not len(rows):
+        return
+    hands = partition.dirichlet(rows, labels, devices, alpha=alpha, seed=seed, least=least, balance=balance)
+    assert covers(hands, rows)
+    assert min(map(len, hands)) >= least
+
+
+@given(problems(), st.integers(1, 4), st.sampled_from([0.0, 0.7]))
+def test_pathological(problem, classes, spread):
+    rows, labels, devices, seed = problem
+    if not len(rows):
+        return
+    present, counts = np.unique(labels[rows], return_counts=True)
+    classes = min(classes, len(present))
+    if devices * classes < len(present):
+        with pytest.raises(DataError, match="classes per device"):
+            partition.pathological(rows, labels, devices, classes=classes, seed=seed)
+        return
+    if counts.min() < -(-devices * classes // len(present)):
+        return  # a class may be too small for its holders
+    hands = partition.pathological(rows, labels, devices, classes=classes, seed=seed, spread=spread)
+    assert covers(hands, rows)
+    assert {len(np.unique(labels[h])) for h in hands} == {classes}
+    holders = [sum(int(c) in labels[h] for h in hands) for c in present]
+    assert max(holders) - min(holders) <= 1
+
+
+def test_pathological_parts_of_a_class_are_even():
+    labels = shuffled([100] * 10)
+    hands = partition.pathological(np.arange(1000), labels, 20, classes=2, seed=0)
+    assert {int(n) for row in partition.counts(hands, labels, 10) for n in row if n} == {25}
+
+
+@given(problems(), st.integers(1, 25))
+def test_owners_stay_together(problem, devices):
+    rows, owners, _, seed = problem
+    present, counts = np.unique(owners[rows], return_counts=True)
+    if not len(rows) or devices > len(present) * counts.min() or devices > len(rows):
+        return
+    hands = partition.by_owner(rows, owners, devices, seed=seed)
+    assert covers(hands, rows)
+    assert min(map(len, hands)) >= 1
+    held = [set(owners[h]) for h in hands]
+    if devices <= len(present):
+        assert sum(map(len, held)) == len(present)  # nobody is torn apart
+        assert max(map(len, held)) - min(map(len, held)) <= 1
+    else:
+        assert {len(h) for h in held} == {1}
+
+
+def test_a_device_per_owner_by_default():
+    owners = shuffled([3, 4, 5])
+    hands = partition.by_owner(np.arange(12), owners, seed=0)
+    assert [set(owners[h]) for h in hands] == [{0}, {1}, {2}]
+
+
+def test_dirichlet_shares_follow_alpha():
+    """A share of a class has mean 1/N and variance (N-1) / (N² (Nα+1))."""
+    labels = shuffled([1000] * 40)
+    for alpha in (0.1, 1.0, 10.0):
+        shares = np.concatenate(
+            [
+                partition.counts(
+                    partition.dirichlet(np.arange(40_000), labels, 10, alpha=alpha, seed=s, least=0), labels, 40
+                )
+                for s in range(5)
+            ]
+        )
+        expected = 9 / (100 * (10 * alpha + 1))
+        assert np.var(shares / 1000) == pytest.approx(expected, rel=0.15)
+
+
+def test_balance_makes_sizes_more_alike():
+    labels = shuffled([600] * 10)
+    plain, balanced = (
+        [len(h) for h in partition.dirichlet(np.arange(6000), labels, 20, alpha=0.1, seed=3, least=1, balance=b)]
+        for b in (False, True)
+    )
+    assert np.std(balanced) < np.std(plain)
+
+
+def test_a_thousand_devices_each_have_their_least():
+    labels = shuffled([6000] * 10)
+    hands = partition.dirichlet(np.arange(60_000), labels, 1000, alpha=0.1, seed=0, least=20)
+    assert covers(hands, np.arange(60_000))
+    assert min(map(len, hands)) >= 20
+
+
+@pytest.mark.parametrize(
+    "deal",
+    [
+        lambda rows, labels, seed: partition.iid(rows, 7, seed=seed),
+        lambda rows, labels, seed: partition.dirichlet(rows, labels, 7, alpha=0.3, seed=seed),
+        lambda rows, labels, seed: partition.pathological(rows, labels, 7, classes=3, seed=seed),
+        lambda rows, labels, seed: partition.by_owner(rows, labels, 4, seed=seed),
+    ],
+)
+def test_the_seed_decides(deal):
+    labels = shuffled([50] * 8)
+    same, again, other = ([h.tolist() for h in deal(np.arange(400), labels, seed)] for seed in (1, 1, 2))
+    assert same == again
+    assert same != other
+
+
+def test_what_makes_no_sense_is_refused():
+    rows, labels = np.arange(20), shuffled([10, 10])
+    for deal in (
+        lambda: partition.iid(rows, 21, seed=0),
+        lambda: partition.iid(rows, 0, seed=0),
+        lambda: partition.dirichlet(rows, labels, 3, alpha=0.0, seed=0),
+        lambda: partition.dirichlet(rows, labels, 3, alpha=1.0, seed=0, least=7),
+        lambda: partition.pathological(rows, labels, 3, classes=3, seed=0),
+        lambda: partition.pathological(rows, labels, 1, classes=1, seed=0),
+        lambda: partition.by_owner(rows, labels, 21, seed=0),
+        lambda: partition.split(rows, (0.5, 0.5), seed=0, device="a"),
+        lambda: partition.split(rows[:1], (0.5,), seed=0, device="a"),
+    ):
+        with pytest.raises(DataError):
+            deal()
+
+
+@given(st.integers(4, 200), st.floats(0, 0.5), st.floats(0, 0.4))
+def test_splits_are_disjoint_and_complete(n, test, validation):
+    rows = np.arange(n) * 3
+    tested, validated, trained = partition.split(rows, (test, validation), seed=0, device="a")
+    assert covers([tested, validated, trained], rows)
+    assert abs(len(tested) - test * n) <= 1
+    assert (len(validated) > 0) == (validation > 0)
+    other = partition.split(rows, (test, validation), seed=0, device="b")
+    assert [len(p) for p in other] == [len(tested), len(validated), len(trained)]
+
+
+# --- federations
+
+
+def pictures(n=400, owners=False):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (n, 8, 8), np.uint8)
+    y = np.arange(n) % 10
+    marks = np.arange(n) >= n * 3 // 4
+    return assembled(
+        [(x[~marks], y[~marks], False), (x[marks], y[marks], True)],
+        owners=[np.arange(n)[~marks] % 8, np.arange(n)[marks] % 8] if owners else None,
+    )
+
+
+def plan(**settings):
+    return DataPlan(**{"source": "somewhere", "devices": 8, "least": 8, **settings})
+
+
+def test_a_device_gets_exactly_its_rows():
+    samples = pictures()
+    federation = plan(validation=0.2, pool=2).deal(samples, seed=1)
+    holding = federation.holdings["device-003"]
+    data = federation.load("device-003")
+    assert np.array_equal(data.y_train, samples.labels[holding.train])
+    assert np.array_equal(data.x_test, Preparation(2)(samples.take(holding.test)))
+    assert federation.count("device-003") == data.samples
+    assert np.array_equal(data.y_val, samples.labels[holding.validation])
+
+
+def test_all_tests_together():
+    federation = plan().deal(pictures())
+    x, y = federation.tests()
+    tests = [federation.load(n) for n in federation.names]
+    assert len(y) == sum(len(d.y_test) for d in tests) == len(x)
+    assert np.bincount(y).tolist() == sum(np.bincount(d.y_test, minlength=10) for d in tests).tolist()
+    assert federation.evaluation() is None
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "owners"])
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("server", [0.0, 0.1])
+def test_nothing_is_lost_or_dealt_twice(kind, pooled, server):
+    samples = pictures(owners=True)
+    federation = plan(partition=kind, pooled=pooled, server=server).deal(samples)
+    held = np.concatenate([*(h.rows for h in federation.holdings.values()), federation.server])
+    assert np.array_equal(np.sort(held), np.arange(400))
+    if not pooled:
+        assert set(np.flatnonzero(samples.testing)) <= set(federation.server)
+    assert len(federation.server) == (0 if pooled else 100) + server * (400 if pooled else 300)
+
+
+def test_a_fingerprint_changes_with_rows_samples_and_preparation():
+    samples = pictures()
+    federation = plan().deal(samples)
+    other = samples.subset(np.arange(400))
+    other.parts[0][0] ^= 1
+    prints = {
+        federation.fingerprint("device-000"),
+        federation.fingerprint("device-001"),
+        plan().deal(samples, seed=1).fingerprint("device-000"),
+        plan(pool=2).deal(samples).fingerprint("device-000"),
+        replace(federation, samples=other).fingerprint("device-000"),
+    }
+    assert len(prints) == 5
+    assert plan().deal(pictures()).fingerprint("device-000") in prints
+
+
+def test_standardising_does_not_look_at_the_servers_samples():
+    samples = pictures()
+    federation = plan(standardise=True, pooled=False).deal(samples)
+    samples.parts[1][:] = 0
+    assert plan(standardise=True, pooled=False).deal(samples).preparation == federation.preparation
+
+
+def test_a_row_that_two_hold_is_refused():
+    rows = np.arange(4)
+    with pytest.raises(DataError, match="row 3 is held 2 times"):
+        Federation(pictures(), {"a": Holding(rows, rows[:0], rows[:0]), "b": Holding(rows[3:], rows[:0], rows[:0])})
+    with pytest.raises(DataError, match="training samples of a"):
+        Federation(pictures(), {"a": Holding(rows[:0], rows, rows[:0])})
+    with pytest.raises(DataError, match="names"):
+        federate(pictures(), [rows], seed=0, names=["a", "b"])
+
+
+def test_names_sort_in_their_order():
+    for devices in (1, 12, 1000, 1001):
+        names = default_names(devices)
+        assert names == sorted(names)
+        assert len(set(names)) == devices
+
+
+def test_owners_names_are_kept_where_they_can_be():
+    domains = assembled(
+        [(np.zeros((6, 2, 2), np.uint8), np.arange(6) % 2, False)], owners=[np.repeat(["art", "photo"], 3)]
+    )
+    assert plan(partition="owners", devices=0).deal(domains).names == ("art", "photo")
+    assert plan(partition="owners", devices=0).deal(pictures(owners=True)).names[0] == "device-000"
+
+
+def test_devices_can_be_numbered_by_size():
+    federation = plan(ascending=True).deal(pictures())
+    sizes = [len(h.rows) for h in federation.holdings.values()]
+    assert sizes == sorted(len(h.rows) for h in plan().deal(pictures()).holdings.values())
+
+
+def test_a_picture_and_a_table(tmp_path):
+    federation = plan(validation=0.1).deal(pictures())
+    page = draw_partition(federation, tmp_path / "a.html").read_text()
+    assert all(f">{name}<" in page for name in federation.names)
+    counts = federation.counts()
+    assert f"{counts[0].sum()} samples" in page
+    assert Partition.of_federation(federation).counts[federation.names[3]] == tuple(counts[3])
+    lines = partition_table(federation).splitlines()
+    assert len(lines) == 10
+    numbers = [[int(v) for v in line.split("|")[2:5]] for line in lines[2:]]
+    assert np.sum(numbers) == 400
+    crowd = plan(devices=100, least=1, partition="iid").deal(pictures(4000))
+    assert draw_partition(crowd, tmp_path / "b.html").read_text().count("<svg") == 101  # and the scale
+
+
+# --- the table [data]
+
+
+def test_the_table_is_read(tmp_path):
+    samples = pictures()
+    np.savez(tmp_path / "a.npz", x_train=samples.parts[0], y_train=samples.labels[:300])
+    body = {"source": "a.npz", "devices": 5, "partition": "pathological", "classes": 3, "test": 0.2}
+    federation = DataPlan.from_dict(body, "fleet.toml: [data]", tmp_path).read(seed=3)
+    assert len(federation.names) == 5
+    assert {int((row > 0).sum()) for row in federation.counts()} == {3}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sauce": 1}, "unknown key 'sauce'"),
+        ({"source": ""}, "source"),
+        ({"partition": "fair"}, "partition: expected iid or dirichlet"),
+        ({"devices": 0}, "devices"),
+        ({"devices": True}, "devices"),
+        ({"alpha": 0}, "alpha"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"test": 1.0}, "test"),
+        ({"validation": "some"}, "validation"),
+        ({"pooled": 1}, "pooled"),
+        ({"size": [8]}, "size"),
+        ({"size": 8}, "size"),
+        ({"pool": 0}, "pool"),
+    ],
+)
+def test_a_wrong_setting_is_named(change, said):
+    with pytest.raises(ConfigError, match=f"fleet.toml: \\[data\\].* ?{said}"):
+        DataPlan.from_dict({"source": "a", "devices": 4, **change}, "fleet.toml: [data]")
+
+
+def test_owners_need_owners():
+    with pytest.raises(DataError, match="owners of the samples"):
+        plan(partition="owners", devices=0).deal(pictures())

@@ -1,0 +1,131 @@
+"""The strategy of the documentation runs, alone and beside the presets."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedprune
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination.influence import MEMORY
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError
+from fedprune.hardware import profile_store
+from fedprune.jobs.job import Job
+from fedprune.strategies import compose
+from fedprune.training.recipe import Recipe
+from fedprune_export.importing import import_onnx
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.simulation import Simulation
+from support.paths import ROOT
+
+PAGE = ROOT / "docs" / "write-a-strategy.md"
+JOB = Job(rounds=3, devices=3, density=0.5, strategy="my_strategy:energy", recipe=Recipe(epochs=2))
+
+
+def blocks() -> list[str]:
+    """The page's Python, block by block."""
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.delitem(sys.modules, "my_strategy", raising=False)
+
+
+def simulated(job: Job, folder: Path) -> Simulation:
+    names = ("a", "b", "c")
+    federation = deal(names, seed=0)
+    profile = profile_store.find("raspberry-pi-5")
+    devices = [VirtualDevice(n, profile, federation.devices[n]) for n in names]
+    model = import_onnx(digits_model(), "digits")
+    simulation = Simulation(Experiment("x", job, model, devices, (federation.x, federation.y)), BlobStore(folder))
+    simulation.run()
+    losses = [h["metrics"]["loss"] for h in simulation.state.history]
+    assert losses[-1] < losses[0]
+    return simulation
+
+
+def test_it_learns_and_remembers(tmp_path: Path) -> None:
+    state = simulated(JOB, tmp_path).state
+    assert set(state.memory) == {"velocity", "energy", MEMORY}
+    remembered = tensorfile.decode(BlobStore(tmp_path).read(state.memory["energy"]))
+    architecture = import_onnx(digits_model(), "digits").architecture
+    sizes = {f"{architecture.digest}/{g.name}": g.size for g in architecture.groups}
+    assert {name: len(v) for name, v in remembered.items()} == sizes
+
+
+def test_the_extractor_of_the_page_learns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "halfway.py").write_text(blocks()[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    state = simulated(replace(JOB, strategy="halfway:halfway"), tmp_path / "blobs").state
+    assert all(device.past is not None for device in state.devices.values())
+    bare = simulated(replace(JOB, strategy="plain"), tmp_path / "plain").state
+    assert state.model != bare.model
+
+
+def test_helpers_take_what_the_page_says() -> None:
+    rows = re.findall(r"^\| `([\w.]+)\(([\w, ]*)\)` \|", PAGE.read_text(), re.MULTILINE)
+    assert len(rows) > 10
+    for name, names in rows:
+        found: Any = fedprune
+        for part in name.split("."):
+            found = (
+                found.__dict__.get(part)
+                or getattr(found, part, None)
+                or importlib.import_module(f"{found.__name__}.{part}")
+            )
+        assert set(filter(None, names.split(", "))) <= set(inspect.signature(found).parameters), name
+
+
+def test_its_options_are_checked() -> None:
+    with pytest.raises(ConfigError, match="no option 'boldness'"):
+        compose(replace(JOB, options={"boldness": 1}))
+    with pytest.raises(ConfigError, match="option momentum"):
+        compose(replace(JOB, options={"momentum": "high"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("nowhere:f", "No module named"), ("my_strategy:f", "has no attribute"), ("fedfoo", "plain")]
+)
+def test_what_is_no_strategy_is_said(name: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        compose(replace(JOB, strategy=name))
+
+
+def test_the_page_shows_the_very_file() -> None:
+    assert blocks()[0] == (ROOT / "examples" / "my_strategy.py").read_text()
+
+
+ROLES = {
+    "scorer": ("rank", "learn"),
+    "extractor": ("extract", "reconstruct"),
+    "personaliser": ("personalise", "share"),
+    "objective": ("recipe",),
+    "aggregator": ("fold", "add", "close"),
+    "allocator": ("admit", "open", "learn", "review", "done"),
+    "schedule": ("asynchronous",),
+}
+
+
+@pytest.mark.parametrize("role", list(ROLES))
+def test_modules_have_the_roles_that_the_page_says(role: str) -> None:
+    page = PAGE.read_text()
+    row = next(line for line in page.splitlines() if line.startswith(f"| {role} |"))
+    names = re.findall(r"`([a-z_.]+)`", row.split("|")[4])
+    assert names
+    for name in names:
+        whole = name if name.startswith("fedprune.") else f"fedprune.{name}"
+        module = importlib.import_module(whole)
+        own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+        assert any(all(hasattr(kind, n) for n in ROLES[role]) for kind in own), name

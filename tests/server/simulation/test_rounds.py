@@ -1,0 +1,262 @@
+"""The daemon and the simulator on rounds that ask more, take turns, watch progress and let few work at a time."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import Phase, State
+from fedprune.coordination.sampling import ENOUGH
+from fedprune.coordination.stragglers import PARTS, SILENT, SLOW
+from fedprune.hardware.profile_store import find
+from fedprune.jobs.job import Job
+from fedprune.training.recipe import Recipe
+from fedprune.wire.messages import Cancelled, Progress
+from fedprune.wire.offer import Offer
+from fedprune_export.importing import import_onnx
+from fedprune_server.executor.retention import Garbage
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.fleet_devices import with_link
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.network_model import DropOuts, Weather
+from fedprune_server.simulation.simulation import Simulation
+from support.fakes.fleet import Fleet
+from support.fakes.tiny_job import JOB
+
+NAMES = ("a", "b", "c", "d", "e")
+
+
+def fleet_of(folder: Path, **settings: Any) -> Fleet:
+    return Fleet(folder, replace(JOB, **{"devices": len(NAMES), **settings}), NAMES)
+
+
+def folded(state: State) -> list[list[str]]:
+    return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
+
+
+def reasons(state: State, round_: int) -> dict[str, str]:
+    return {n: d["reason"] for n, d in state.history[round_ - 1]["devices"].items() if d["reason"]}
+
+
+class Slow:
+    """A device that trains for so long, and says how far it is.
+
+    Attributes:
+        stops: The share of its training after which it does nothing more.
+    """
+
+    def __init__(self, fleet: Fleet, name: str, seconds: float, stops: float = 2.0) -> None:
+        self.fleet, self.device, self.seconds, self.stops = fleet, fleet.air.devices[name], seconds, stops
+        self.take = self.device.take
+        self.work: deque[tuple[Offer, float, int]] = deque()
+        self.device.take = self.begin  # type: ignore[method-assign]
+
+    def begin(self, offer: Offer) -> None:
+        self.work = deque([(offer, self.fleet.air.now, -1)])
+
+    def live(self) -> None:
+        """Let time pass for it."""
+        if not self.work:
+            return
+        offer, begun, told = self.work.popleft()
+        if self.device.heard and isinstance(self.device.heard[-1], Cancelled):
+            return
+        share = (self.fleet.air.now - begun) / self.seconds
+        if share >= 1 and self.stops > 1:
+            self.take(offer)
+            return
+        done = int(20 * min(share, self.stops))
+        if done > told:
+            said = Progress(self.device.name, offer.job, offer.round, offer.attempt, "train", done, 20)
+            self.device.say(said)
+        self.work.append((offer, begun, max(told, done)))
+
+
+def run(fleet: Fleet, *slow: Slow) -> State:
+    """Run a job with devices that take their time."""
+    daemon = fleet.daemon()
+
+    def idle() -> None:
+        if daemon.busy:
+            time.sleep(0.0005)
+            return
+        fleet.air.now += 0.5
+        assert fleet.air.now < 10_000
+        for device in slow:
+            device.live()
+
+    fleet.air.on_idle = idle
+    return daemon.run(until_finished=True)
+
+
+def test_enough_updates_close_a_round_and_the_slow_one_is_told(tmp_path: Path) -> None:
+    fleet = fleet_of(tmp_path, participation=0.8, over_selection=0.25, rounds=2)
+    state = run(fleet, Slow(fleet, "b", 80.0))
+    assert folded(state) == [["a", "c", "d", "e"]] * 2
+    assert reasons(state, 1) == {"b": ENOUGH}
+    told = [m.reason for m in fleet.air.devices["b"].heard if isinstance(m, Cancelled)]
+    assert told == [ENOUGH] * 2
+    assert fleet.air.now < 80
+    assert state.devices["b"].failures == 0
+    assert state.devices["b"].cut == 2
+
+
+def test_a_device_that_will_be_late_is_given_up_by_what_it_says(tmp_path: Path) -> None:
+    fleet = fleet_of(tmp_path, rounds=1, pace=2.0)
+    slow = [Slow(fleet, n, 20.0) for n in "acde"]
+    state = run(fleet, *slow, Slow(fleet, "b", 90.0))
+    assert folded(state) == [["a", "c", "d", "e"]]
+    assert reasons(state, 1) == {"b": SLOW}
+    assert fleet.air.now < 40
+
+
+def test_a_device_that_falls_silent_is_given_up_and_one_that_goes_on_is_not(tmp_path: Path) -> None:
+    fleet = fleet_of(tmp_path, rounds=1, pace=2.0)
+    slow = [Slow(fleet, n, 60.0) for n in "acde"]
+    state = run(fleet, *slow, Slow(fleet, "b", 60.0, stops=0.5))
+    assert folded(state) == [["a", "c", "d", "e"]]
+    assert reasons(state, 1) == {"b": SILENT}
+    assert fleet.air.now < JOB.deadline_s
+
+
+def test_reports_are_told_of_once_for_every_tenth_and_only_where_they_decide(tmp_path: Path) -> None:
+    for pace, most in ((0.0, 0), (2.0, PARTS + 1)):
+        fleet = fleet_of(tmp_path / str(pace), rounds=1, pace=pace)
+        run(fleet, *(Slow(fleet, n, 40.0) for n in NAMES))
+        kinds = [(k, b.get("device")) for _, _, k, b in fleet.storage.log.events()]
+        assert kinds.count(("Progressed", "a")) <= most
+        assert bool(kinds.count(("Progressed", "a"))) == bool(most)
+
+
+def test_few_work_at_a_time_and_all_count(tmp_path: Path) -> None:
+    fleet = fleet_of(tmp_path, rounds=2, in_flight=2)
+    expected = fleet_of(tmp_path / "all", rounds=2).run().model
+    seen: list[int] = []
+    save = fleet.storage.save
+
+    def watched(state: State, *rest: Any) -> None:
+        kinds = ("extracting", "offered", "pulling")
+        if state.phase is Phase.TRAINING:
+            seen.append(sum(t.progress.value in kinds for t in state.tasks.values()))
+        save(state, *rest)
+
+    fleet.storage.save = watched  # type: ignore[method-assign]
+    state = run(fleet, *(Slow(fleet, n, 10.0) for n in NAMES))
+    assert folded(state) == [list(NAMES)] * 2
+    assert max(seen) == 2
+    assert state.model == expected
+
+
+def test_a_kill_in_the_line_loses_nobody(tmp_path: Path) -> None:
+    fleet = fleet_of(tmp_path, rounds=1, in_flight=1)
+    daemon = fleet.daemon()
+
+    def idle() -> None:
+        if any(t.progress.value == "folded" for t in daemon.state.tasks.values()):
+            daemon.stop()
+
+    fleet.air.on_idle = idle
+    daemon.run()
+    fleet.restart()
+    assert folded(fleet.run()) == [list(NAMES)]
+
+
+def test_an_offer_whose_device_was_let_go_meanwhile_leaves_no_blob(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, durable=False)
+    made, model = store.put(b"weights"), store.put(b"model").sha256
+    garbage = Garbage(store, 1)
+    garbage.made({"weights": made.to_dict(), "ranking": store.put(b"ranking").sha256}, 1)
+    garbage.collect(State(model=model, round=2), set())
+    assert store.names() == [model]
+
+
+# In simulation.
+
+KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "raspberry-pi-5", "jetson-orin-nano")
+SMALL: dict[str, Any] = {"density": 0.25, "recipe": Recipe(max_steps=1), "scorer": "ordered", "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    model, hand = import_onnx(digits_model(), "digits-net"), deal(KINDS, seed=1)
+    link = {"down_mb_s": 10.0, "up_mb_s": 10.0, "latency_s": 0.0}
+    fleet = [
+        VirtualDevice(kind, with_link(find(kind), link), hand.devices[kind])  # type: ignore[arg-type]
+        for kind in KINDS
+    ]
+
+    def make(folder: Path | None = None, weather: dict[str, Any] | None = None, **settings: Any) -> Simulation:
+        job = Job(**{"devices": len(KINDS), "rounds": 2, **SMALL, **settings})
+        experiment = Experiment("x", job, model, fleet, (hand.x, hand.y), **(weather or {}))
+        store = BlobStore((folder or tmp_path_factory.mktemp("run")) / "blobs", durable=False)
+        return Simulation(experiment, store, folder=folder)
+
+    return make
+
+
+def test_a_simulation_closes_with_enough_and_waits_for_the_slow_one_in_the_end(simulated: Any) -> None:
+    run = simulated(participation=0.75, over_selection=0.34, rounds=5)
+    run.run()
+    slowest = [r for r, c in enumerate(folded(run.state), 1) if len(c) == 4]
+    assert slowest == [4]
+    assert run.state.devices[KINDS[0]].failures == 0
+
+
+def test_a_simulation_gives_up_whom_its_progress_gives_away(simulated: Any) -> None:
+    calm = simulated(rounds=1, deadline_s=1e4)
+    calm.run()
+    stormy = {"weather": Weather(compute_spread=3.0)}
+    slow, quick = (simulated(rounds=1, deadline_s=d, weather=stormy, pace=p) for d, p in ((1e3, 0.0), (1.0, 1.5)))
+    slow.run(), quick.run()
+    assert SLOW in reasons(quick.state, 1).values()
+    assert SLOW not in reasons(slow.state, 1).values()
+    assert quick.clock < slow.clock
+
+
+def test_settings_that_decide_nothing_leave_a_simulation_as_it_was(simulated: Any) -> None:
+    plain, watched = simulated(), simulated(in_flight=9, pace=1000.0, fairness=1.0)
+    plain.run(), watched.run()
+    assert [r["model"] for r in plain.state.history] == [r["model"] for r in watched.state.history]
+
+
+def test_a_killed_simulation_goes_on_in_the_line(simulated: Any, tmp_path: Path) -> None:
+    weather = {"dropouts": DropOuts(0.3, 5.0), "weather": Weather(links_sigma=0.5)}
+    settings = {"in_flight": 2, "pace": 3.0, "fairness": 0.5, "participation": 0.75, "rounds": 4, "deadline_s": 60.0}
+    whole = simulated(tmp_path / "whole", weather, **settings)
+    whole.run()
+
+    class KilledError(Exception):
+        pass
+
+    turns = 0
+
+    def kill(run: Simulation) -> None:
+        nonlocal turns
+        turns += 1
+        run._save()
+        if turns == 5:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        simulated(tmp_path / "killed", weather, **settings).run(kill)
+    again = simulated(tmp_path / "killed", weather, **settings)
+    again.run()
+    assert [r["model"] for r in again.state.history] == [r["model"] for r in whole.state.history]
+
+
+@pytest.mark.parametrize("kind", ["semi-async", pytest.param("async", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("strategy", ["fedavg", "heterofl", "fedrolex", "fedper", "fiarse", "fedprune"])
+def test_strategies_go_through_a_schedule_that_is_not_their_own(simulated: Any, strategy: str, kind: str) -> None:
+    settings = {"strategy": strategy, "density": 0.0, "scorer": "magnitude", "deadline_s": 20.0, "rounds": 3}
+    run = simulated(schedule={"kind": kind}, **settings)
+    run.run()
+    assert run.state.phase is Phase.FINISHED
+    assert all(folded(run.state))
+    assert len({r["model"] for r in run.state.history}) == 3

@@ -1,0 +1,94 @@
+"""Deleting what rounds leave behind: no offer is being made meanwhile, whatever the order of events."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.coordination import Phase
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Progress
+from fedprune_server.executor.background import BackgroundExecutor, Work
+from support.fakes.asynchronous_shell import KINDS, Shell
+from support.fakes.tiny_job import JOB
+
+MADE = (on.Scored, on.Extracted, on.Folded, on.Closed, on.Evaluated)
+
+
+def draw(shell: Shell, data: st.DataObject) -> on.Event:
+    """Anything that waits, but of what the workshop answers the first: it answers in the order of its commands."""
+    made = [e for e in shell.inbox if isinstance(e, MADE)][:1]
+    event = data.draw(st.sampled_from([*made, *(e for e in shell.inbox if not isinstance(e, MADE))]))
+    shell.inbox.remove(event)
+    return event
+
+
+@pytest.mark.parametrize("job", [JOB, *KINDS.values()], ids=["synchronous", *KINDS])
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_no_offer_is_being_made_when_a_round_begins(job: Job, data: st.DataObject) -> None:
+    shell = Shell(job)
+    shell.come()
+    troubles = 6
+    for _ in range(2000):
+        if shell.state.phase is Phase.FINISHED:
+            return
+        trouble = data.draw(st.sampled_from([*["none"] * 6, "crash", "refusal", "deadline"])) if troubles else "none"
+        troubles -= trouble != "none"
+        if trouble == "crash":
+            shell.crash()
+        if not shell.inbox or (trouble == "deadline" and shell.wakes):
+            shell.tick()
+            continue
+        event, round_ = draw(shell, data), shell.state.round
+        if trouble == "refusal" and isinstance(event, on.UpdateAnnounced):
+            event = on.OfferRefused(event.device, event.round, event.attempt, "no room")
+        waiting = list(shell.inbox)
+        shell.feed(event)
+        if shell.state.round != round_ or shell.state.phase is Phase.FINISHED:
+            assert not [e for e in waiting if isinstance(e, on.Extracted)]
+            rounds = {shell.state.round_of(t) for t in shell.state.tasks.values() if t.progress is Progress.EXTRACTING}
+            assert rounds <= {shell.state.round}
+    pytest.fail("the job doesn't come to an end")
+
+
+def test_the_workshop_begins_with_nothing_before_what_was_ordered_earlier_is_answered() -> None:
+    first, let = threading.Event(), threading.Event()
+
+    class Slow:
+        """A worker whose first command takes until somebody says so."""
+
+        def execute(self, command: Work) -> on.Event:
+            assert isinstance(command, do.Evaluate)
+            begun.append(command.round)
+            if command.round == 1:
+                first.set()
+                assert let.wait(10)
+            return on.Evaluated(command.round, {})
+
+        def expect(self, commands: Sequence[do.Command]) -> None:
+            pass
+
+    begun: list[int] = []
+    workshop = BackgroundExecutor(Slow())
+    try:
+        for number in (1, 2, 3):
+            workshop.order(do.Evaluate(number, ""))
+        assert first.wait(10)
+        assert workshop.collect() is None
+        assert begun == [1]
+        let.set()
+        found: list[on.Event] = []
+        while workshop.busy:
+            if (event := workshop.collect()) is not None:
+                found.append(event)
+        assert found == [on.Evaluated(n, {}) for n in (1, 2, 3)]
+    finally:
+        let.set()
+        workshop.close()

@@ -1,0 +1,474 @@
+"""A blob store whose home is a bucket: what it has is there for whoever comes later, and nothing else counts."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import pickle
+import socket
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
+from fedprune_server.storage.s3 import bucket
+from fedprune_server.storage.s3 import retry as bucket_patience
+from fedprune_server.storage.s3 import store as bucket_store
+from fedprune_server.storage.s3.bucket import Bucket, BucketError, parse
+from fedprune_server.storage.s3.layout import BLOBS, digest_of
+from fedprune_server.storage.s3.local_copy import Near
+from fedprune_server.storage.s3.retry import StoppedError
+from fedprune_server.storage.s3.store import BucketStore
+from support.processes.s3 import S3, SECRETS
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_patience, "PAUSE_S", 0.02)
+    monkeypatch.setattr(bucket_store, "FRESH_S", 0.0)
+    monkeypatch.setattr(bucket, "_CONNECT_S", 30)
+    monkeypatch.setattr(bucket, "_READ_S", 30)
+    monkeypatch.setattr(bucket, "_TRIES", 1)
+
+
+@pytest.fixture
+def url(at_s3: S3) -> str:
+    return f"s3://{at_s3.bucket()}/a/fleet"
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def objects(s3: S3, url: str) -> list[str]:
+    return sorted(k for k in s3.keys(parse(url)[0]) if k.startswith(f"a/fleet/{BLOBS}"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://", "s3://b", "s3:///x", "http://bucket/x", "s3://bucket/../x", "s3://bucket//x", "s3://bucket/ä",
+     "s3://key:hush@bucket/x", "s3://bucket/" + "x" * 600],
+)  # fmt: skip
+def test_what_is_no_address_of_a_bucket_is_refused_and_no_secret_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match="s3://bucket/prefix") as raised:
+        parse(url)
+    assert "hush" not in str(raised.value)
+
+
+def test_requests_are_tried_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # as it is without the haste of these tests
+    for key, value in {"REGION": "eu-1", "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}.items():
+        monkeypatch.setenv(f"AWS_{key}", value)
+    assert Bucket("s3://bucket/x")._client.meta.config.retries["total_max_attempts"] == 3
+
+
+def test_what_was_put_is_there_for_another_folder(url: str, tmp_path: Path) -> None:
+    one = BucketStore(tmp_path / "one", url)
+    data = [b"", b"small", bytes(range(256)) * 600]
+    refs = [one.put(d) for d in data]
+    two = BucketStore(tmp_path / "two", url)
+    for d, ref in zip(data, refs, strict=True):
+        assert two.has(ref.sha256)
+        assert not BlobStore.has(two, ref.sha256)
+        assert two.ref(ref.sha256) == ref
+        assert two.read(ref.sha256) == d == bytes(two.map(ref.sha256))
+        assert two.read_leaves(ref.sha256, 0, 2) == d[: 2 * LEAF]
+    assert two.names() == sorted(r.sha256 for r in refs)
+
+
+def test_putting_twice_writes_one_object(at_s3: S3, url: str, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path / "one", url)
+    for _ in range(2):
+        store.put(b"same")
+    BucketStore(tmp_path / "two", url).put(b"same")
+    assert len(objects(at_s3, url)) == 1
+
+
+def test_a_listing_goes_on_beyond_its_first_page(at_s3: S3, url: str, tmp_path: Path) -> None:
+    name, prefix = parse(url)
+    client = at_s3.client()
+    for n in range(7):
+        client.put_object(Bucket=name, Key=f"{prefix}{BLOBS}{digest(bytes([n]))}.{'0' * 16}", Body=bytes([n]))
+    store = BucketStore(tmp_path, url)
+    real = store.bucket._client.list_objects_v2
+    store.bucket._client.list_objects_v2 = lambda **options: real(MaxKeys=3, **options)
+    assert [size for _, size in store.bucket.list(BLOBS)] == [1] * 7
+
+
+def test_a_damaged_or_missing_copy_in_the_folder_costs_a_fetch(url: str, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, url)
+    ref = store.put(b"good" * LEAF)
+    for look in (store.read, store.map):
+        store.path(ref.sha256).write_bytes(b"bad!" * LEAF)
+        assert bytes(look(ref.sha256)) == b"good" * LEAF
+        store.path(ref.sha256).unlink()
+        assert bytes(look(ref.sha256)) == b"good" * LEAF
+
+
+def test_a_damaged_object_is_an_error_and_never_in_the_folder(at_s3: S3, url: str, tmp_path: Path) -> None:
+    ref = BucketStore(tmp_path / "one", url).put(b"good")
+    (key,) = objects(at_s3, url)
+    at_s3.client().put_object(Bucket=parse(url)[0], Key=key, Body=b"bad!")
+    store = BucketStore(tmp_path / "two", url)
+    with pytest.raises(StorageError, match=f"{ref.sha256}.* is damaged"):
+        store.read(ref.sha256)
+    assert not BlobStore.has(store, ref.sha256)
+
+
+def test_the_bucket_is_told_the_digest_to_compare_what_it_gets_with(at_s3: S3, url: str, tmp_path: Path) -> None:
+    store, sent = BucketStore(tmp_path, url), []
+
+    def look(request: Any, **_: object) -> None:
+        sent.append(base64.b64decode(request.headers["x-amz-checksum-sha256"]).hex())
+
+    store.bucket._client.meta.events.register("before-send.s3.PutObject", look)
+    ref = store.put(b"good")
+    assert sent == [ref.sha256]
+
+
+def test_the_folder_holds_no_more_than_it_may_and_what_was_used_last_stays(url: str, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, url, cache=2500)
+    refs = [store.put(bytes([n]) * 1000) for n in range(3)]
+    assert [BlobStore.has(store, r.sha256) for r in refs] == [False, True, True]
+    near = Near(store)
+    assert near.has(refs[1].sha256)
+    store.put(b"z" * 1000)
+    assert [near.has(r.sha256) for r in refs] == [False, True, False]
+    assert all(store.has(r.sha256) for r in refs)
+    assert store.read(refs[0].sha256) == bytes(1000)
+    assert sum(p.stat().st_size for p in tmp_path.glob("??/*")) <= 2500
+
+
+def test_what_was_used_lately_stays_unless_the_disk_is_full(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket_store, "FRESH_S", 60.0)
+    store = BucketStore(tmp_path, url, cache=10)
+    ref = store.put(b"x" * 100)
+    assert BlobStore.has(store, ref.sha256)
+    free = [50]
+    monkeypatch.setattr(bucket_store.BlobStore, "check_room", lambda *_: free.pop() and full())
+
+    def full() -> None:
+        free.append(0)
+        raise StorageFullError("full")
+
+    store.check_room(60)
+    assert not BlobStore.has(store, ref.sha256)
+
+
+def test_what_has_no_room_in_the_folder_is_not_downloaded_in_vain(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = BucketStore(tmp_path / "one", url).put(b"x" * 100)
+    store, asked = BucketStore(tmp_path / "two", url), list[str]()
+    store.reserve = 2**60
+    monkeypatch.setattr(store.bucket, "get", lambda key, limit: asked.append(key))
+    with pytest.raises(StorageFullError):
+        store.read(ref.sha256)
+    assert asked == []
+
+
+def test_what_the_bucket_does_not_have_is_never_let_go_of(url: str, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, url, cache=10)
+    only = BlobStore(tmp_path).put(b"an update that has just arrived").sha256
+    store.put(b"x" * 100)
+    assert BlobStore.has(store, only)
+    assert not store.has(only)
+    store.ship(only)
+    assert store.has(only)
+    assert not BlobStore.has(store, only)
+
+
+def test_a_blob_of_the_folder_that_is_damaged_is_not_shipped(at_s3: S3, url: str, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, url)
+    ref = BlobStore(tmp_path).put(b"good")
+    store.path(ref.sha256).write_bytes(b"bad!")
+    with pytest.raises(StorageError, match="damaged"):
+        store.ship(ref.sha256)
+    assert objects(at_s3, url) == []
+
+
+def test_what_is_deleted_goes_from_the_bucket_too(at_s3: S3, url: str, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, url)
+    kept, gone = store.put(b"kept").sha256, store.put(b"gone").sha256
+    store.delete(gone)
+    assert not store.has(gone)
+    assert store.names() == [kept]
+    store.close()
+    assert [digest_of(k.removeprefix("a/fleet/")) for k in objects(at_s3, url)] == [kept]
+    with pytest.raises(StorageError, match="is not in"):
+        store.read(gone)
+
+
+def test_a_deletion_that_comes_late_does_not_hit_what_was_put_again(at_s3: S3, url: str, tmp_path: Path) -> None:
+    old = BucketStore(tmp_path / "old", url)
+    ref = old.put(b"same bytes")
+    late: list[str] = []
+    old.bucket.delete = late.append  # type: ignore[method-assign]
+    old.delete(ref.sha256)
+    assert old.put(b"same bytes") == ref
+    new = BucketStore(tmp_path / "new", url)  # and so for another server, which has the job by now
+    wait_for(lambda: late)
+    (key,) = late
+    Bucket(url).delete(key)
+    assert len(objects(at_s3, url)) == 1
+    assert BucketStore(tmp_path / "third", url).read(ref.sha256) == b"same bytes"
+    assert new.read(ref.sha256) == b"same bytes"
+
+
+def test_a_deletion_that_fails_keeps_no_other_from_being_done(at_s3: S3, url: str, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, url)
+    first, second = store.put(b"first").sha256, store.put(b"second").sha256
+    real, failures = store.bucket.delete, [BucketError("no")]
+
+    def failing(key: str) -> None:
+        if failures:
+            raise failures.pop()
+        real(key)
+
+    store.bucket.delete = failing  # type: ignore[method-assign]
+    store.delete(first)
+    wait_for(lambda: not failures)
+    store.delete(second)
+    wait_for(lambda: [digest_of(k.removeprefix("a/fleet/")) for k in objects(at_s3, url)] == [first])
+    wait_for(lambda: not any(t.name == "fedprune-bucket" for t in threading.enumerate()))  # though it isn't closed
+
+
+def test_what_a_helper_put_again_is_not_in_the_way_of_letting_go(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket_store, "FRESH_S", 60.0)
+    store = BucketStore(tmp_path, url, cache=2500)
+    refs = [store.put(bytes([n]) * 1000) for n in range(2)]
+    store._held = OrderedDict((digest, (size, 0.0)) for digest, (size, _) in store._held.items())  # a minute later
+    store.learn({refs[0].sha256: (next(iter(store.objects()[refs[0].sha256])), 1000)})
+    store.put(b"z" * 1000)
+    assert [BlobStore.has(store, r.sha256) for r in refs] == [True, False]
+
+
+def test_putting_and_deleting_at_once_leaves_what_was_put_last(url: str, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, url)
+    ref = store.put(b"x")
+    stop = threading.Event()
+
+    def delete() -> None:
+        while not stop.is_set():
+            store.delete(ref.sha256)
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    for _ in range(10):
+        store.put(b"x")
+    stop.set()
+    thread.join()
+    store.put(b"x")
+    store.close()
+    assert BucketStore(tmp_path / "other", url).read(ref.sha256) == b"x"
+
+
+def test_a_helper_puts_what_its_parent_then_knows(at_s3: S3, url: str, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, url)
+    before = store.put(b"before").sha256
+    helper = pickle.loads(pickle.dumps(store))  # noqa: S301 - as a process gets it
+    later = store.put(b"later").sha256
+    assert helper.has(before)
+    assert helper.has(later)  # though it was put after the helper began
+    assert not helper.has(digest(b"never"))
+    made = helper.put(b"made").sha256
+    assert not store.has(made)
+    store.learn(helper.news())
+    assert store.has(made)
+    assert helper.news() == {}
+    store.delete(made)
+    store.close()
+    assert len(objects(at_s3, url)) == 2
+
+
+@pytest.fixture
+def held(at_s3: S3) -> Iterator[S3]:
+    yield at_s3
+    at_s3.go_on()
+
+
+def test_a_bucket_that_is_away_is_waited_for_and_said_once(
+    held: S3, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    store = BucketStore(tmp_path, url)
+    store.patience.endless = True
+    real, failures = store.bucket.put, iter([BucketError("no")] * 5)
+
+    def failing(key: str, data: bytes, sha256: str) -> None:
+        for error in failures:
+            raise error
+        real(key, data, sha256)
+
+    store.bucket.put = failing  # type: ignore[assignment,method-assign]
+    ref = store.put(b"patience")
+    assert store.has(ref.sha256)
+    assert [r.message.partition(":")[0] for r in caplog.records if "bucket" in r.message] == [
+        "waiting for the bucket, nothing is lost",
+        "the bucket is back",
+    ]
+
+
+def test_a_server_that_stops_waits_no_longer(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BucketStore(tmp_path, url)
+    store.patience.endless = True
+
+    def away(*_: object) -> None:
+        raise BucketError("away")
+
+    monkeypatch.setattr(store.bucket, "put", away)
+    threading.Timer(0.2, store.patience.stop).start()
+    with pytest.raises(StoppedError):
+        store.put(b"x")
+
+
+def test_a_bucket_that_does_not_answer_is_an_error_and_not_for_ever(
+    held: S3, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = BucketStore(tmp_path / "patient", url)
+    monkeypatch.setattr(bucket, "_READ_S", 1)
+    store = BucketStore(tmp_path / "store", url)
+    held.hold()
+    with pytest.raises(BucketError, match=r"can't write to s3://test.*AWS_ENDPOINT_URL"):
+        store.put(b"x")
+    held.go_on()
+    patient.put(b"y")  # it is back for certain
+    store.put(b"x")
+
+
+@pytest.mark.parametrize("length", [4, 1000])
+def test_an_answer_that_breaks_off_is_an_error_like_others(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            client, _ = listener.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\nhalf".encode())
+
+        for name, value in SECRETS.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with nullcontext() if length == len("half") else pytest.raises(BucketError, match="can't read s3://bucket/x"):
+            assert Bucket("s3://bucket/x").get("key", 1000) == b"half"
+        thread.join()
+
+
+def test_a_bucket_that_is_missing_denied_or_not_there_is_one_error(
+    at_s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BucketError, match="Make the bucket"):
+        BucketStore(tmp_path, "s3://no-such-bucket/x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(BucketError, match="Is it running, and AWS_ENDPOINT_URL"):
+        BucketStore(tmp_path, "s3://bucket/x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
+    with pytest.raises(BucketError, match="AWS_ENDPOINT_URL"):
+        BucketStore(tmp_path, "s3://bucket/x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", at_s3.endpoint)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    with pytest.raises(BucketError, match="Set AWS_ACCESS_KEY_ID"):
+        BucketStore(tmp_path, "s3://bucket/x")
+
+
+def test_a_refusal_says_what_must_be_allowed(url: str, tmp_path: Path) -> None:
+    from botocore.exceptions import ClientError
+
+    store = BucketStore(tmp_path, url)
+
+    def denied(**_: object) -> None:
+        raise ClientError({"Error": {"Code": "AccessDenied", "Message": "no"}}, "PutObject")
+
+    store.bucket._client.put_object = denied
+    with pytest.raises(BucketError, match="allowed to list the bucket"):
+        store.put(b"x")
+
+
+def test_without_boto3_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "boto3", None)
+    with pytest.raises(MissingExtraError, match=r"need the package boto3.*\[scale\]"):
+        BucketStore(tmp_path, "s3://bucket/x")
+
+
+def test_a_prefix_belongs_to_one_job(at_s3: S3, url: str, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, url)
+    store.check_owner(None)
+    store.claim("1" * 32, "leaves", b"a model")
+    with pytest.raises(ConfigError, match="blobs of another job, 'leaves'"):
+        store.claim("2" * 32, "other", b"another")  # somebody was faster
+    store.claim("1" * 32, "leaves", b"a model")
+    assert store.model() == b"a model"
+    store.check_owner("1" * 32)
+    for number in (None, "2" * 32):
+        with pytest.raises(ConfigError, match="blobs of another job, 'leaves'"):
+            store.check_owner(number)
+    for body in (b"", b"[]", b"{}", b"\xff", b'{"format": "fedprune.blobs/9", "id": "1", "job": "x"}'):
+        at_s3.client().put_object(Bucket=parse(url)[0], Key="a/fleet/job.json", Body=body)
+        with pytest.raises(StorageError, match=r"damaged|another version"):
+            store.check_owner("1" * 32)
+
+
+def test_who_claims_a_prefix_a_moment_later_than_another_job_does_not_get_it(url: str, tmp_path: Path) -> None:
+    one, two = BucketStore(tmp_path / "one", url), BucketStore(tmp_path / "two", url)
+    real, looks = two.bucket.get, iter([1])
+
+    def get(key: str, limit: int) -> bytes | None:
+        found = real(key, limit)
+        for _ in looks:
+            one.claim("1" * 32, "first", b"model of the first")
+        return found
+
+    two.bucket.get = get  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="blobs of another job, 'first'"):
+        two.claim("2" * 32, "second", b"another")
+    one.check_owner("1" * 32)
+    assert two.model() == b"model of the first"
+
+
+def test_a_bucket_that_knows_no_conditions_is_claimed_without(url: str, tmp_path: Path) -> None:
+    from botocore.exceptions import ClientError
+
+    store = BucketStore(tmp_path, url)
+    real = store.bucket._client.put_object
+
+    def put_object(**options: Any) -> object:
+        if "IfNoneMatch" in options:
+            raise ClientError({"Error": {"Code": "NotImplemented", "Message": "no"}}, "PutObject")
+        return real(**options)
+
+    store.bucket._client.put_object = put_object
+    store.claim("1" * 32, "leaves", b"a model")
+    store.check_owner("1" * 32)
+    with pytest.raises(ConfigError):
+        store.check_owner("2" * 32)
+
+
+@pytest.mark.parametrize("key", ["", "blobs/", "blobs/x", f"blobs/{'a' * 64}", f"blobs/{'a' * 64}.", "job.json",
+                                 f"blobs/{'A' * 64}.{'0' * 16}", f"blobs/{'a' * 64}.{'0' * 15}/"])  # fmt: skip
+def test_what_no_store_wrote_has_no_digest(key: str) -> None:
+    assert digest_of(key) is None

@@ -1,0 +1,244 @@
+"""The server's database: an event and its state are saved together or not at all."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.coordination import State, SynchronousCoordinator
+from fedprune.coordination import events as on
+from fedprune.core.errors import StorageError, StorageFullError
+from fedprune.jobs.state import Device
+from fedprune_device.storage.directory_owner import DirectoryOwner
+from fedprune_server.storage.storage import FILE, Storage
+from support.fakes.stored_job import TO_THE_SECOND_ROUND, born, filled
+from support.fakes.tiny_job import ARCHITECTURE, JOB
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[Storage]:
+    with Storage.at(tmp_path) as made:
+        yield made
+
+
+def test_a_new_database_holds_no_state(storage: Storage) -> None:
+    assert storage.load() is None
+
+
+def test_a_state_comes_back_as_it_was(storage: Storage, tmp_path: Path) -> None:
+    state = filled()
+    assert state.history
+    storage.save(state, (), 1.0)
+    with Storage.at(tmp_path) as other:
+        assert other.load() == state
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3), st.booleans()), max_size=8))
+def test_what_is_saved_step_by_step_is_what_was_there_last(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, bool]]
+) -> None:
+    folder = tmp_path_factory.mktemp("db")
+    state = State(model="m" * 64)
+    coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
+    changes = 0
+    with Storage.at(folder) as storage:
+        storage.save(state, (), 0.0)
+        for name, session, alive in steps:
+            event = born(name, session) if alive else on.DeviceDied(name, session)
+            before = state.to_json()
+            coordinator.handle(event, 0.0)
+            changes += state.to_json() != before
+            storage.save(state, [event], 0.0)
+    with Storage.at(folder) as storage:
+        assert storage.load() == state
+        assert len(list(storage.log.events())) == changes
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8))
+def test_events_may_be_saved_by_the_handful(tmp_path_factory: pytest.TempPathFactory, handfuls: list[int]) -> None:
+    folder = tmp_path_factory.mktemp("db")
+    state = State(model="m" * 64)
+    coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
+    events = list(TO_THE_SECOND_ROUND)
+    with Storage.at(folder) as storage:
+        while events:
+            now, events = events[: handfuls[0]], events[handfuls[0] :]
+            handfuls = handfuls[1:] + handfuls[:1]
+            for event in now:
+                coordinator.handle(event, 1.0)
+            assert storage.save(state, now, 1.0)
+            with Storage.at(folder) as other:
+                assert other.load() == state
+        assert not storage.save(state, [on.Ticked()], 2.0)
+        assert [kind for _, _, kind, _ in storage.log.events()] == [type(e).__name__ for e in TO_THE_SECOND_ROUND]
+
+
+def test_a_state_in_another_ones_place_leaves_nothing_of_it(storage: Storage, tmp_path: Path) -> None:
+    storage.save(filled(), (), 1.0)
+    state = State(model="o" * 64, history=filled().history)
+    state.devices["z"] = Device(1, True, {"name": "board"}, None, 5)
+    storage.save(state, (), 2.0)
+    with Storage.at(tmp_path) as other:
+        assert other.load() == state
+
+
+def test_old_rounds_devices_stay_on_the_disk_and_leave_the_memory(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = filled()
+    state.history += [{**state.history[0], "round": n} for n in (2, 3)]
+    storage.save(state, (), 1.0)
+    whole = storage.rounds()
+    state.slim(7)
+    assert [len(r["devices"]) for r in state.history] == [0, 3, 3]
+    monkeypatch.setattr("fedprune_server.storage.storage.PARTS_KEPT", 7)
+    with Storage.at(tmp_path) as other:
+        assert other.load() == state
+        state.round = 9
+        assert other.save(state, (), 2.0)
+        assert other.rounds() == whole
+
+
+def test_rounds_are_rows_of_their_own(storage: Storage) -> None:
+    state = filled()
+    storage.save(state, (), 1.0)
+    assert storage.rounds() == state.history
+
+
+def test_devices_can_be_queried(storage: Storage) -> None:
+    storage.save(filled(), (), 1.0, {"a": (7, 8)})
+    row = storage.devices()[0]
+    assert (row["name"], row["profile"], row["widths"], row["bytes_down"], row["bytes_up"]) == ("a", "board", [4], 7, 8)
+
+
+def test_an_event_that_changed_nothing_costs_no_write(storage: Storage) -> None:
+    state = filled()
+    storage.save(state, [born("a")], 1.0, {"a": (1, 1)})
+    storage.save(state, [on.UpdateAnnounced("a", 1, 1, "w" * 64, {}, 10, 5)], 2.0, {"a": (1, 900)})
+    assert [kind for _, _, kind, _ in storage.log.events()] == ["DeviceBorn"]
+
+
+def test_bytes_are_written_with_the_next_change(storage: Storage) -> None:
+    state = filled()
+    storage.save(state, (), 1.0, {"a": (1, 1)})
+    state.devices["b"].online = False
+    storage.save(state, [on.DeviceDied("b", 1)], 2.0, {"a": (1, 900)})
+    assert storage.traffic()["a"] == (1, 900)
+
+
+def test_settings_come_back(storage: Storage, tmp_path: Path) -> None:
+    storage.put_settings({"job": JOB.to_dict()})
+    with Storage.existing(tmp_path) as other:
+        assert other.settings() == {"job": JOB.to_dict()}
+
+
+def test_a_killed_transaction_leaves_what_was_before(tmp_path: Path) -> None:
+    before = State(model="a" * 64)
+    with Storage.at(tmp_path) as storage:
+        storage.save(before, [born("a")], 1.0)
+    connection = sqlite3.connect(tmp_path / FILE)
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("UPDATE meta SET value = 'garbage' WHERE key = 'state'")
+    connection.execute("DELETE FROM events")
+    connection.close()  # without a commit: what a kill leaves
+    with Storage.at(tmp_path) as storage:
+        assert storage.load() == before
+        assert len(list(storage.log.events())) == 1
+
+
+def test_every_commit_waits_for_the_disk(storage: Storage) -> None:
+    with storage._engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+
+
+def test_a_full_disk_says_so_and_loses_nothing(storage: Storage, tmp_path: Path) -> None:
+    before = State(model="a" * 64)
+    storage.save(before, (), 1.0)
+    with storage._engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StorageFullError, match="no room left"):
+        storage.save(State(model="b" * 64), [on.UpdateRejected("a", 1, 1, "x" * 100_000)], 2.0)
+    with Storage.at(tmp_path) as other:
+        assert other.load() == before
+
+
+@pytest.mark.parametrize("content", [b"this is no database, but a text of some length" * 100, b"\0" * 5000])
+def test_a_file_that_is_no_database_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(StorageError, match=FILE):
+        Storage.at(tmp_path)
+
+
+def test_a_damaged_page_is_found_when_opening(tmp_path: Path) -> None:
+    with Storage.at(tmp_path) as storage:
+        for number in range(50):
+            storage.save(replace(filled(), ranking=f"{number:064d}"), [born(f"device{number}")], 1.0)
+    path = tmp_path / FILE
+    raw = bytearray(path.read_bytes())
+    assert len(raw) > 3 * 4096
+    raw[4096 : 2 * 4096] = b"\xa5" * 4096
+    path.write_bytes(raw)
+    with pytest.raises(StorageError):
+        Storage.at(tmp_path)
+
+
+def test_a_state_that_is_no_state_is_an_error(storage: Storage) -> None:
+    storage.save(State(model="a" * 64), (), 1.0)
+    with storage._engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE meta SET value = '{\"format\": 7}' WHERE key = 'state'")
+    with pytest.raises(StorageError):
+        storage.load()
+
+
+def test_a_database_of_another_version_is_refused(storage: Storage, tmp_path: Path) -> None:
+    with storage._engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE meta SET value = 'fedprune.server/99' WHERE key = 'format'")
+    with pytest.raises(StorageError, match=r"fedprune\.server/99"):
+        Storage.at(tmp_path)
+
+
+def test_looking_at_a_folder_without_a_database_makes_none(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no server's state folder"):
+        Storage.existing(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "identity").mkdir()
+    with pytest.raises(StorageError, match="no job has begun"):
+        Storage.existing(tmp_path)
+    DirectoryOwner("attic", "default").claim(tmp_path)
+    with pytest.raises(StorageError, match="is the state directory of a device"):
+        Storage.existing(tmp_path)
+
+
+def test_whoever_only_looks_can_not_write(tmp_path: Path) -> None:
+    with Storage.at(tmp_path) as made:
+        made.put_settings({"job": {}})
+        with Storage.existing(tmp_path) as storage:
+            assert storage.settings() == {"job": {}}
+            with pytest.raises(StorageError, match="readonly"):
+                storage.put_settings({})
+
+
+def test_a_database_of_another_user_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Storage.at(tmp_path).close()
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
+    with pytest.raises(StorageError, match=r"server\.db: permission denied.*as the server's user"):
+        Storage.existing(tmp_path)
+
+
+def test_looking_at_an_empty_database_makes_no_tables(tmp_path: Path) -> None:
+    sqlite3.connect(tmp_path / FILE).close()
+    (tmp_path / FILE).touch()
+    with pytest.raises(StorageError, match="holds no job yet"):
+        Storage.existing(tmp_path)
+    with Storage.at(tmp_path) as storage:
+        assert storage.load() is None

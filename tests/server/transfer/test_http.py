@@ -1,0 +1,327 @@
+"""The web server of blobs: each board gets what it is offered, over TLS, and nobody anything else."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ConfigError
+from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.security.tls import pinned_context
+from fedprune.wire.blob_url import BlobUrl
+from fedprune_device.network.http_fetch import HttpFetch
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.storage.s3.bucket import BucketError
+from fedprune_server.storage.s3.store import BucketStore
+from fedprune_server.transfer import http_server
+from fedprune_server.transfer.http import WebBlobs, web_blobs
+from fedprune_server.transfer.http_server import BlobServer
+from support.processes.s3 import S3
+
+BLOB = np.random.default_rng(0).bytes(9 * LEAF + 100)
+REF = BlobRef.of(BLOB)
+SECRET = BlobRef.of(b"an update of another board")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "POLL_S", 0.01)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    store = BlobStore(tmp_path / "blobs", durable=False)
+    assert store.put(BLOB) == REF
+    assert store.put(b"an update of another board") == SECRET
+    return store
+
+
+@pytest.fixture
+def server(store: BlobStore) -> Iterator[BlobServer]:
+    with BlobServer("127.0.0.1", 0, store, None) as server:
+        server.allowed = lambda device, sha256: sha256 == REF.sha256
+        yield server
+
+
+def place(ref: BlobRef, suffix: str = "") -> str:
+    return f"/{ref.sha256[:2]}/{ref.sha256}{suffix}"
+
+
+def ask(
+    server: BlobServer, path: str, method: str = "GET", **headers: str
+) -> tuple[int, bytes, http.client.HTTPMessage]:
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
+        connection.request(method, path, headers=headers)
+        with connection.getresponse() as answer:
+            return answer.status, answer.read(), answer.headers
+
+
+def test_a_mistake_of_the_server_is_logged_with_its_traceback_and_a_client_that_goes_is_not(
+    server: BlobServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(device: str | None, sha256: str) -> bool:
+        raise KeyError("a mistake")
+
+    server.allowed = broken
+    with pytest.raises((http.client.HTTPException, OSError)):
+        ask(server, place(REF))
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert record.exc_info is not None
+    assert "a mistake" in str(record.exc_info[1])
+    caplog.clear()
+    with closing(socket.create_connection(("127.0.0.1", server.port), 10)) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset, not ended
+        client.sendall(b"GET ")
+    with suppress(OSError, http.client.HTTPException):
+        ask(server, "/x")
+    assert [r for r in caplog.records if r.levelname == "ERROR"] == []
+
+
+def test_a_blob_its_table_and_parts_of_them(server: BlobServer, store: BlobStore) -> None:
+    assert ask(server, place(REF))[:2] == (200, BLOB)
+    table = ask(server, place(REF, ".leaves"))
+    assert table[:2] == (200, store.path(REF.sha256).with_name(f"{REF.sha256}.leaves").read_bytes())
+    for first, last in ((0, 0), (1, LEAF), (LEAF - 1, LEAF), (5, len(BLOB) - 1), (len(BLOB) - 1, len(BLOB) + 7)):
+        status, body, headers = ask(server, place(REF), Range=f"bytes={first}-{last}")
+        assert (status, body) == (206, BLOB[first : last + 1])
+        assert headers["Content-Range"] == f"bytes {first}-{min(last, len(BLOB) - 1)}/{len(BLOB)}"
+    assert ask(server, place(REF), Range=f"bytes={LEAF}-")[:2] == (206, BLOB[LEAF:])
+    assert ask(server, f"/any/prefix{place(REF)}")[:2] == (200, BLOB)
+    status, body, headers = ask(server, place(REF), "HEAD")
+    assert (status, body, headers["Content-Length"]) == (200, b"", str(len(BLOB)))
+
+
+@pytest.mark.parametrize("range_", ["bytes=0-1,5-6", "bytes=-5", "leaves=0-1", "bytes=a-b", "bytes=" + "9" * 30 + "-"])
+def test_other_ranges_are_as_none(server: BlobServer, range_: str) -> None:
+    assert ask(server, place(REF), Range=range_)[:2] == (200, BLOB)
+
+
+def test_a_range_beyond_the_end_is_refused(server: BlobServer) -> None:
+    status, body, headers = ask(server, place(REF), Range=f"bytes={len(BLOB)}-")
+    assert (status, body, headers["Content-Range"]) == (416, b"", f"bytes */{len(BLOB)}")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/ab",
+        "/" + "f" * 64,
+        f"/{REF.sha256[:2]}/",
+        place(SECRET),
+        place(SECRET, ".leaves"),
+        place(REF, ".partial"),
+        place(REF) + "?x",
+        place(REF) + "/",
+        place(REF).upper(),
+        f"/00/{REF.sha256}",
+        f"/../{REF.sha256[:2]}/{REF.sha256}".replace("..", "%2e%2e"),
+        f"/{REF.sha256[:2]}/../../identity/signing.key",
+        f"/partial/{REF.sha256}",
+        "/tmp/x",
+        place(BlobRef.of(b"nowhere")),
+    ],
+)
+def test_nothing_else_can_be_had(server: BlobServer, path: str) -> None:
+    assert ask(server, path)[:2] == (404, b"")
+
+
+def test_nothing_can_be_had_before_it_is_given_and_nothing_can_be_put(store: BlobStore) -> None:
+    with BlobServer("127.0.0.1", 0, store, None) as server:
+        assert ask(server, place(REF))[0] == 404
+        for method in ("PUT", "POST", "DELETE", "OPTIONS"):
+            assert ask(server, place(REF), method)[0] == 501
+
+
+def test_a_blob_that_has_vanished_or_is_damaged_is_not_given(server: BlobServer, store: BlobStore) -> None:
+    store.delete(REF.sha256)
+    assert ask(server, place(REF))[:2] == (404, b"")
+    store.path(REF.sha256).write_bytes(BLOB[:-1] + b"?")
+    assert ask(server, place(REF))[:2] == (404, b"")
+
+
+def test_a_long_head_is_cut_off(server: BlobServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        client.sendall(b"GET / HTTP/1.1\r\n" + b"X-Much: " + b"a" * 20_000)
+        with suppress(ConnectionResetError):
+            assert client.recv(100) == b""
+
+
+def test_who_says_nothing_loses_its_place(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with BlobServer("127.0.0.1", 0, store, None, connections=3) as server, ExitStack() as stack:
+        server.allowed = lambda device, sha256: True
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10)) for _ in range(8)]
+        assert ask(server, place(REF))[:2] == (200, BLOB)  # the longest made room
+        assert sum(_ended(c) for c in clients) >= 5
+    monkeypatch.setattr(http_server, "FIRST_S", 0.2)
+    with (
+        BlobServer("127.0.0.1", 0, store, None) as server,
+        socket.create_connection(("127.0.0.1", server.port), 10) as client,
+    ):
+        ends = time.monotonic() + 5
+        with suppress(BrokenPipeError, ConnectionResetError):
+            while time.monotonic() < ends:
+                client.sendall(b"G")  # now and then a byte, so that no socket's time-out ends
+                time.sleep(0.05)
+        assert time.monotonic() < ends
+
+
+def _ended(client: socket.socket) -> bool:
+    client.setblocking(False)
+    try:
+        return client.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def test_a_port_that_is_taken_is_one_clear_error(server: BlobServer, store: BlobStore) -> None:
+    with pytest.raises(ConfigError, match=r"can't listen on 127\.0\.0\.1"):
+        BlobServer("127.0.0.1", server.port, store, None)
+
+
+class Fleet:
+    """A server with an identity, boards with certificates, and what they are offered."""
+
+    def __init__(self, root: Path, store: BlobStore) -> None:
+        self.root, self.store = root, store
+        self.identity = IdentityFolder.make(root / "state", "default")
+        self.daemon = SimpleNamespace(state=SimpleNamespace(tasks={}), offered=self._offered)
+        self.offers: dict[str, set[str]] = {}
+
+    def _offered(self, device: str) -> frozenset[str]:
+        return frozenset(self.offers.get(device, ()))
+
+    def certify(self, device: str) -> None:
+        key = make_tls_key()
+        save_tls_key(key, self.root / f"{device}.key")
+        issued = self.identity.authority.issue_device("default", device, make_request(key, device))
+        (self.root / f"{device}.pem").write_text(issued)
+
+    def fetch(self, device: str | None, web: WebBlobs, ref: BlobRef = REF) -> str:
+        def context() -> ssl.SSLContext:
+            files = (None, None) if device is None else (self.root / f"{device}.pem", self.root / f"{device}.key")
+            return pinned_context(self.identity.path / "authority.pem", *files, lambda: 0)
+
+        store = BlobStore(self.root / f"of-{device}", durable=False)
+        store.delete(ref.sha256)
+        fetch = HttpFetch(store, BlobUrl.parse(web.url), [ref], context)
+        fetch.join(20)
+        assert fetch.failure or store.has(ref.sha256)
+        return fetch.failure
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, store: BlobStore) -> Iterator[Fleet]:
+    made = Fleet(tmp_path, store)
+    yield made
+    made.identity.close()
+
+
+def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, store: BlobStore) -> None:
+    for device in ("attic", "cellar"):
+        fleet.certify(device)
+    fleet.offers = {"attic": {REF.sha256}, "cellar": {SECRET.sha256}}
+    config = ServerConfig(state=fleet.root / "state", serve_blobs="0")
+    with web_blobs(config, fleet.identity, store) as web:
+        assert web.url is not None
+        assert web.url.startswith("https://127.0.0.1:")
+        assert "answers 404" in fleet.fetch("attic", web)  # nothing is given yet
+        web.give(fleet.daemon)  # type: ignore[arg-type]
+        assert fleet.fetch("attic", web) == ""
+        assert "answers 404" in fleet.fetch("cellar", web)
+        assert "answers 404" in fleet.fetch("attic", web, SECRET)
+        assert fleet.fetch("cellar", web, SECRET) == ""
+        assert fleet.fetch(None, web) != ""
+        assert web.server is not None
+        assert web.server.sent > len(BLOB)
+        taken = fleet.daemon.web_bytes()
+        assert sum(taken.values()) == web.server.sent
+        assert len(BLOB) < taken["attic"] < len(BLOB) + 2 * LEAF
+        assert 0 < taken["cellar"] < LEAF
+        assert fleet.daemon.web_bytes() == {}
+        fleet.identity.revoke("attic")
+        assert "answers" not in (refused := fleet.fetch("attic", web))
+        assert refused
+        assert fleet.fetch("cellar", web, SECRET) == ""
+
+
+def test_without_identities_anybody_on_this_machine_gets_what_is_offered(store: BlobStore) -> None:
+    with web_blobs(ServerConfig(serve_blobs="127.0.0.1:0"), None, store) as web:
+        tasks = {"attic": None}
+        offered = {"attic": frozenset({REF.sha256})}
+        web.give(SimpleNamespace(state=SimpleNamespace(tasks=tasks), offered=offered.__getitem__))  # type: ignore[arg-type]
+        assert web.url is not None
+        assert web.url.startswith("http://127.0.0.1:")
+        assert web.server is not None
+        assert ask(web.server, place(REF))[:2] == (200, BLOB)
+        assert ask(web.server, place(SECRET))[0] == 404
+    with (
+        pytest.raises(ConfigError, match="without TLS and identity"),
+        web_blobs(ServerConfig(serve_blobs="0.0.0.0:0"), None, store),
+    ):
+        pass
+
+
+def test_nobody_waits_for_a_bucket(at_s3: S3, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, f"s3://{at_s3.bucket()}/job")
+    store.patience.endless = True
+    here, away = store.put(BLOB), store.put(b"let go of")
+    store._unlink(away.sha256)
+
+    def refuse(key: str, limit: int) -> bytes | None:
+        raise BucketError("the bucket is away")
+
+    store.bucket.get = refuse  # type: ignore[method-assign]
+    try:
+        with web_blobs(ServerConfig(serve_blobs="127.0.0.1:0"), None, store) as web:
+            assert web.server is not None
+            web.server.allowed = lambda device, sha256: True
+            assert ask(web.server, place(away))[0] == 404
+            assert ask(web.server, place(here))[:2] == (200, BLOB)
+    finally:
+        store.close()
+
+
+def test_what_somebody_else_serves_is_only_named(store: BlobStore) -> None:
+    with web_blobs(ServerConfig(), None, store) as web:
+        assert web == WebBlobs(None, None)
+    with web_blobs(ServerConfig(blob_url="https://models.example/fleet/"), None, store) as web:
+        assert web == WebBlobs("https://models.example/fleet", None)
+    both = ServerConfig(blob_url="http://localhost:9/x", serve_blobs="127.0.0.1:0")
+    with web_blobs(both, None, store) as web:
+        assert web.url == "http://localhost:9/x"
+        assert web.server is not None
+
+
+@pytest.mark.parametrize("wrong", ["", "x", ":80", "1.2.3.4:", "host:99999", "-1", "٣"])
+def test_a_wrong_place_is_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="serve_blobs"):
+        ServerConfig(serve_blobs=wrong)
+
+
+@pytest.mark.parametrize("wrong", ["", "models.example", "http://models.example", "https://u:p@models.example"])
+def test_a_wrong_address_is_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="blob_url") as caught:
+        ServerConfig(blob_url=wrong)
+    assert "u:p" not in str(caught.value)
+
+
+def test_places() -> None:
+    assert ServerConfig().web_place is None
+    assert ServerConfig(serve_blobs="8443").web_place == ("127.0.0.1", 8443)
+    assert ServerConfig(serve_blobs="8443", host="10.0.0.1").web_place == ("10.0.0.1", 8443)
+    assert ServerConfig(serve_blobs="[::1]:8443").web_place == ("::1", 8443)

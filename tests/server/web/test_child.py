@@ -1,0 +1,199 @@
+"""The console as a process of its own: it serves what it is told, and ends with its server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedprune.core.errors import StorageError
+from fedprune_server.web import child
+from fedprune_server.web.auth.accounts import Accounts
+from fedprune_server.web.connections import Connections
+from fedprune_server.web.database import ConsoleDatabase
+from fedprune_server.web.demo_fleet import TrialFleet
+from fedprune_server.web.process import ConsoleProcess
+from fedprune_server.web.state.model import Model
+from fedprune_server.web.state.publisher_messages import Begin
+from support.fakes.console_browser import PASSWORD, QUICK, trial
+
+
+def begin(path: Path) -> Begin:
+    return Begin("127.0.0.1", 0, str(path), None, None, False, "all", (), False, os.getpid())
+
+
+def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := true():
+            return found
+        time.sleep(0.02)
+    raise TimeoutError
+
+
+def fetched(url: str) -> tuple[int, Any]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310
+            return answer.status, json.loads(answer.read() or b"null")
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read() or b"null")
+
+
+@pytest.mark.system
+def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) -> None:
+    path = tmp_path / "console.db"
+    with ConsoleDatabase(path) as database:
+        Accounts(database, QUICK).add("ann", "admin", PASSWORD)
+    process = ConsoleProcess(begin(path))
+    try:
+        assert process.start(0.0)
+        until(lambda: list(process.orders(0.0)) or process.url)
+        url = process.url
+        assert fetched(url + "readyz")[0] == 503
+        for word in TrialFleet(5, 1).begin():
+            process.tell(word)
+        until(lambda: fetched(url + "readyz")[0] == 200)
+        assert fetched(url + "healthz") == (200, {"ok": True})
+        assert fetched(url + "api/v1/site")[0] == 401
+        with socket.create_connection(("127.0.0.1", int(url.split(":")[2].strip("/")))) as raw:
+            raw.sendall(b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n")
+            assert b" 421 " in raw.recv(4096)
+        assert path.stat().st_mode & 0o777 == 0o600
+        pid = process.pid
+        assert pid is not None
+        os.kill(pid, 9)
+        until(lambda: (list(process.orders(1.0)), not process.alive)[1])
+        assert process.start(2.0)
+        assert process.pid != pid
+        until(lambda: list(process.orders(2.0)) or process.url)
+    finally:
+        process.stop()
+    assert not process.alive
+
+
+@pytest.mark.system
+def test_one_that_says_nonsense_is_ended_and_after_a_few_times_left_alone(tmp_path: Path) -> None:
+    process = ConsoleProcess(begin(tmp_path / "c.db"), ["sh", "-c", 'echo \'{"v":1,"type":"order"}\'; sleep 60'])
+    for _ in range(3):
+        assert process.start(0.0)
+        until(lambda: (list(process.orders(0.0)), not process.alive)[1])
+    assert not process.start(1.0)
+    assert process.start(100.0)
+    process.stop()
+
+
+def test_it_gets_no_secret_of_the_servers_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FEDPRUNE_SERVER_DATABASE", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "CREDENTIALS_DIRECTORY"):
+        monkeypatch.setenv(name, "secret")
+    out = tmp_path / "environment"
+    program = f"import os; open({str(out)!r}, 'w').write(repr(dict(os.environ)))"
+    child = ConsoleProcess(begin(tmp_path), [sys.executable, "-c", program])
+    child.start(0.0)
+    process = child._child._process
+    assert process is not None
+    assert process.wait(30) == 0
+    child.stop()
+    assert "'PATH'" in out.read_text()
+    assert "secret" not in out.read_text()
+
+
+def test_it_looks_again_and_again_for_orders_that_the_server_has_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, looks = threading.Event(), list[float]()
+    monkeypatch.setattr(child, "EXPIRE_S", 0.001)
+    monkeypatch.setattr(child.os, "_exit", lambda code: ended.set())
+    hearing, saying = os.pipe()
+
+    def expire() -> None:
+        looks.append(time.monotonic())
+        raise StorageError("the audit log can't be written")
+
+    async def serve(sockets: Any) -> None:
+        while len(looks) < 3:
+            await asyncio.sleep(0.001)
+
+    console: Any = SimpleNamespace(orders=SimpleNamespace(expire=expire), model=Model())
+    server: Any = SimpleNamespace(serve=serve)
+    with os.fdopen(hearing, "rb") as stream, socket.socket() as listening:
+        asyncio.run(
+            asyncio.wait_for(child._serve(server, Connections(1, 1.0), listening, console, stream, lambda: None), 30)
+        )
+        os.close(saying)
+        assert ended.wait(30)
+
+
+@pytest.mark.system
+def test_half_requests_of_strangers_keep_nobody_out(tmp_path: Path) -> None:
+    process = ConsoleProcess(begin(tmp_path / "console.db"))
+    strangers: list[socket.socket] = []
+    try:
+        assert process.start(0.0)
+        until(lambda: list(process.orders(0.0)) or process.url)
+        port = int(process.url.split(":")[2].strip("/"))
+        for n in range(child.CONNECTIONS + 50):
+            raw = socket.create_connection(("127.0.0.1", port))
+            length = b"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 100\r\n\r\na"
+            start = b"POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            raw.sendall(start + length if n % 2 else start)
+            strangers.append(raw)
+        assert fetched(process.url + "healthz") == (200, {"ok": True})
+    finally:
+        for raw in strangers:
+            raw.close()
+        process.stop()
+
+
+def test_the_connection_that_waits_longest_makes_room() -> None:
+    gone: list[str] = []
+
+    def connection(name: str) -> Any:
+        return SimpleNamespace(abort=lambda: gone.append(name))
+
+    now = [0.0]
+    connections = Connections(3, 20.0, lambda: now[0])
+    for i, name in enumerate("abc"):
+        now[0] = float(i)
+        connections.opened((name, 1), connection(name))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        connections.opened(("d", 1), connection("d"))
+        connections.opened(("e", 1), connection("e"))
+        connections.opened(("f", 1), connection("f"))
+
+    scope = {"type": "http", "method": "GET", "client": ("a", 1)}
+    asyncio.run(connections.watch(app)(scope, None, None))  # type: ignore[arg-type]
+    assert gone == ["b", "c", "d"], "a's request is being answered meanwhile"
+    now[0] = 21.0
+    connections.sweep()
+    assert gone == ["b", "c", "d"]
+    now[0] = 50.0
+    connections.sweep()
+    assert sorted(gone) == ["a", "b", "c", "d", "e", "f"]
+
+
+def test_nobody_waits_for_another_process_that_writes(tmp_path: Path) -> None:
+    now = [1e9]
+    here = trial(tmp_path, clock=lambda: now[0])
+    browser = here.browser("viewer")
+    other = sqlite3.connect(tmp_path / "console.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    now[0] += 600  # so that the session's last use would be written
+    answers: list[int] = []
+    asking = threading.Thread(target=lambda: answers.append(browser.get("/").status), daemon=True)
+    asking.start()
+    until(lambda: answers, 5.0)  # the lock is held all the while
+    other.execute("ROLLBACK")
+    other.close()
+    assert answers == [200]

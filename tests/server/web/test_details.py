@@ -1,0 +1,197 @@
+"""What a board says of itself, and what is known of one device, whatever it says."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.model.selection import Selection
+from fedprune.wire.log_messages import BoardLines, CrashReport
+from fedprune_server.devices.board_logs import BoardLogs, Told
+from fedprune_server.web.demo_fleet import TrialFleet
+from fedprune_server.web.state.board_logs import LATEST, OF_BOARD, BoardTold
+from fedprune_server.web.state.details import details, held
+from fedprune_server.web.state.model import Model
+from fedprune_server.web.state.publisher_messages import ToConsole, line, parse_news
+from fedprune_server.web.state.rows import running, versions
+from fedprune_server.web.views.channel_drawing import channels
+from support.fakes.fleet import Fleet
+from support.fakes.tiny_job import JOB
+
+
+@pytest.mark.parametrize(
+    ("software", "expected"),
+    [
+        ("fedprune 0.1.0, onnxruntime 1.23.2, Python 3.11.7, slot b with release 12", ("b", 12)),
+        ("fedprune 0.1.0, slot a, predicts with TensorRT (slot b with release 3)", ("a", None)),
+        ("fedprune 0.1.0", (None, None)),
+        ("slot c with release 1", (None, None)),
+        ("slot a with release 99999999999", ("a", None)),
+        ("slot a with release -1", ("a", None)),
+        ("backslot a with release 4", (None, None)),
+    ],
+)
+def test_a_board_says_which_slot_and_release_it_runs(software: str, expected: tuple[str | None, int | None]) -> None:
+    assert running(software) == expected
+
+
+def test_a_release_is_no_version() -> None:
+    said = versions("fedprune 0.1.0, Python 3.11.7, slot b with release 12")
+    assert said == {"fedprune": "0.1.0", "python": "3.11.7"}
+
+
+@settings(deadline=None)
+@given(st.text(max_size=80))
+def test_whatever_a_board_says_it_runs_makes_a_row(text: str) -> None:
+    slot, release = running(text)
+    assert slot in (None, "a", "b")
+    assert release is None or 0 <= release < 10**10
+
+
+@settings(deadline=None)
+@given(st.integers(0, 40).flatmap(lambda n: st.lists(st.booleans(), min_size=n, max_size=n)))
+def test_a_map_shows_the_channels_that_are_held_and_no_other(bits: list[bool]) -> None:
+    which = bytes(
+        sum(b << (7 - i) for i, b in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8)
+    ).hex()  # fmt: skip
+    drawn = channels("g", sum(bits), len(bits), which)
+    assert drawn.known
+    shown = [False] * len(bits)
+    for piece in drawn.path.split("M")[1:]:
+        at, count = piece.split(" 0h")[0], piece.split("0h")[1].split("v")[0]
+        for c in range(int(at), int(at) + int(count)):
+            shown[c] = True
+    assert shown == bits
+    said = [p.split("-") for p in drawn.words.split(", ") if p]
+    assert {c for p in said for c in range(int(p[0]), int(p[-1]) + 1)} == {i for i, b in enumerate(bits) if b}
+
+
+@pytest.mark.parametrize("which", [None, "", "ff", "0000"])
+def test_a_map_that_does_not_fit_shows_how_many(which: str | None) -> None:
+    drawn = channels("g", 3, 16, which)
+    assert (drawn.known, drawn.path, drawn.words) == (False, "M0 0h3v1h-3z", "")
+
+
+def test_details_hold_the_very_channels_of_the_ranking_and_every_figure_once(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    daemon = fleet.daemon()
+    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
+    state = fleet.run()
+    view = daemon.view
+    found = parse_news(line(details(view, "a")))
+    sizes = view.architecture.sizes
+    chance = random.Random(0)
+    ranks = [chance.sample(range(n), n) for n in sizes]
+    blob = view.store.put(Selection.of(view.architecture, sizes, ranks).to_json().encode())
+    state.ranking = blob.sha256
+    state.tasks, state.devices["a"].held = {}, None  # type: ignore[assignment]
+    for row, rank, width in zip(held(view, "a"), ranks, state.devices["a"].widths, strict=True):
+        bits = "".join(f"{b:08b}" for b in bytes.fromhex(row["which"]))
+        assert {i for i, b in enumerate(bits) if b == "1"} == set(rank[:width])
+        assert row["kept"] == width
+    state.ranking = "0" * 64
+    assert {row["which"] for row in held(view, "a")} == {None}
+    names = [f["what"] for f in found.figures]  # type: ignore[union-attr]
+    assert len(names) == len(set(names))
+    assert {"round", "step", "train", "transfer", "latency", "memory", "download"} <= set(names)
+    assert details(view, "nobody").figures == ()
+
+
+HOSTILE = "12:00:00 job finished <script>alert(1)</script> {{ 7 * 7 }} é\u4e2d" + "y" * 350
+STEERS = "x\n12:00:00 job finished\x1b[2J\u202e"
+
+
+def crash(number: int, **more: Any) -> CrashReport:
+    frames = ({"module": HOSTILE[:128], "line": 7, "function": "f"},) * 16
+    fields: dict[str, Any] = {"at": 5, "cause": HOSTILE[:64], "text": HOSTILE, "frames": frames,
+                              "release": HOSTILE[:256], "slot": HOSTILE[:64], "uptime_s": -5.0, "temperature_c": 1e9,
+                              "memory_available": 2**63 - 1, "memory_total": None}  # fmt: skip
+    return CrashReport("a", number, **{**fields, **more})
+
+
+def test_what_boards_tell_is_bounded_and_steers_nothing(tmp_path: Path) -> None:
+    with BoardLogs(tmp_path, 1000) as logs:
+        told = BoardTold(tmp_path)
+        logs.told = told.hear
+        for number in range(1, 91):
+            row = {
+                "number": number,
+                "at": 2**63 - 1,
+                "level": "error",
+                "count": 2**31 - 1,
+                "text": f"{number} {HOSTILE}",
+            }
+            logs.lines(BoardLines("a", (row,)))
+        for number in range(100, 115):
+            logs.crashed(crash(number))
+        logs.save()
+        live = [told.take(50), told.take(50), told.take(50)]
+        assert [len(x) for x in live] == [50, 40, 0]  # of crashes the server's own log tells
+        model = Model()
+        words: list[ToConsole] = [*live[0], told.of("a"), told.of("nobody"), *told.latest()]
+        for word in words:
+            model.hear(parse_news(line(word)))
+        assert len(told.latest()) <= LATEST
+        # What is on the disk may be another's doing.
+        told.hear(Told(1, "a", "line", -1.0, -1.0, STEERS, 0, STEERS * 100, {}))
+        (odd,) = told.take(5)
+        model.hear(parse_news(line(odd)))
+    found = model.board_log("a")
+    assert found is not None
+    assert [row["text"].split()[0] for row in found["lines"]] == [str(n) for n in range(90, 90 - OF_BOARD, -1)]
+    assert len(found["crashes"]) == 10
+    texts = [r["text"] for r in (*found["lines"], *found["crashes"], *model.lines(size=500).items)]
+    texts += [t for c in found["crashes"] for t in (c["cause"], c["release"], c["slot"], *c["frames"])]
+    assert all(t.isprintable() for t in texts)
+    (worst,) = {(c["uptime_s"], c["temperature_c"], c["memory_available"]) for c in found["crashes"]}
+    assert worst == (None, None, 2**63 - 1)
+    assert model.board_log("nobody") == {"name": "nobody", "lines": (), "crashes": ()}
+
+
+def test_logs_that_cannot_be_read_cost_no_page(tmp_path: Path) -> None:
+    (tmp_path / "board-logs.db").write_bytes(b"not a database at all" * 100)
+    assert BoardTold(tmp_path).of("a").lines == ()
+
+
+def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="the extra console is not installed")
+    httpx, argon2 = pytest.importorskip("httpx"), pytest.importorskip("argon2")
+    from fedprune_server.web.app import make_app
+    from fedprune_server.web.context import make_console
+    from fedprune_server.web.database import ConsoleDatabase
+
+    fleet, model = TrialFleet(10), Model()
+    words = [*fleet.begin(), fleet.details("board-0006"), fleet.board_log("board-0006")]
+    for word in words:
+        model.hear(parse_news(line(word)))
+
+    async def shown(*paths: str) -> list[str]:
+        transport = httpx.ASGITransport(make_app(console))
+        cookies = {console.around.cookie: token}
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", cookies=cookies) as client:
+            answers = [await client.get(path) for path in paths]
+        assert [a.status_code for a in answers] == [200] * len(paths)
+        return [a.text for a in answers]
+
+    with ConsoleDatabase(tmp_path / "console.db") as database:
+        console = make_console(model, database, lambda order: None, hasher=argon2.PasswordHasher(1, 8, 1))
+        console.accounts.add("viewer", "viewer", "correct horse battery")
+        operator = console.accounts.get("viewer")
+        assert operator is not None
+        token = console.sessions.begin(operator, "127.0.0.1")
+        page, table = asyncio.run(shown("/devices/board-0006", "/fleet"))
+    assert "MemoryError: &lt;i&gt;no room&lt;/i&gt; for 12 MB" in page
+    assert "&lt;b&gt;2 leaves&lt;/b&gt;" in page
+    assert "<b>2 leaves" not in page
+    assert "release 5 in slot a" in page
+    assert "21.0 MB of 512 MB of memory free" in page
+    assert (
+        channels("g", **{k: v for k, v in fleet.details("board-0006").widths[0].items() if k != "group"}).words in page
+    )
+    assert '5/a <span class="mark work">trial</span>' in table

@@ -1,0 +1,213 @@
+"""Orders: who may give which, and what is passed on of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune_server.web.auth.roles import NEEDED, ROLES
+from fedprune_server.web.auth.sessions import Session
+from fedprune_server.web.state.order_messages import EXPIRED, EXPIRES_S, Answer
+from fedprune_server.web.state.orders import OrderDesk
+from fedprune_server.web.state.publisher_messages import Site
+from fedprune_server.web.state.row_checks import ORDER_KINDS
+from fedprune_server.web.views.formatting import action_text
+from support.fakes.console_browser import trial
+
+FIELDS = {
+    "pause": {"job": "trial"}, "resume": {"job": "trial"}, "coverage": {"job": "trial"},
+    "look": {"device": "board-0001"},
+    "approve": {"device": "board-0001", "key": "ab12"}, "deny": {"device": "board-0001"},
+    "revoke": {"device": "board-0001"}, "release_quarantine": {"device": "board-0001"},
+    "rollout_start": {"release": "release-5"}, "rollout_stop": {}, "rollout_pause": {}, "rollout_resume": {},
+    "rollout_back": {"release": "5"},
+}  # fmt: skip
+
+
+def test_every_order_has_a_role() -> None:
+    assert set(NEEDED) == set(ORDER_KINDS) == set(FIELDS)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_gives_its_orders_and_no_others(tmp_path: Path, role: str) -> None:
+    here = trial(tmp_path)
+    browser = here.browser(role)
+    for kind, needed in NEEDED.items():
+        may = ROLES.index(role) >= ROLES.index(needed)
+        assert browser.order(order=kind, **FIELDS[kind]).status == (202 if may else 403), kind
+        assert (kind in [o.order for o in here.orders]) is may
+    assert browser.get("/api/v1/audit").status == (200 if role == "admin" else 403)
+
+
+@pytest.mark.parametrize(("allowed", "status"), [("none", (403, 403)), ("look", (202, 403)), ("all", (202, 202))])
+def test_a_server_that_takes_no_orders_gets_none(tmp_path: Path, allowed: str, status: tuple[int, int]) -> None:
+    browser = trial(tmp_path, allowed=allowed).browser("admin")
+    assert (
+        browser.order(order="look", device="board-0001").status,
+        browser.order(order="pause", job="trial").status,
+    ) == status
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {}, {"order": "shutdown"}, {"order": ["pause"]}, {"order": "pause"}, {"order": "pause", "job": "a/b"},
+        {"order": "pause", "job": 7}, {"order": "look", "device": "../etc"}, {"order": "look", "device": "a\nb"},
+        {"order": "pause", "job": "trial", "operator": "root"}, {"order": "pause", "job": "trial", "number": 9},
+        {"order": "rollout_start", "release": "../../x"}, {"order": "rollout_start", "release": "r", "groups": "all"},
+        {"order": "rollout_start", "release": "r", "devices": ["a"] * 101},
+        {"order": "rollout_stop", "reason": "\x1b[2J"}, {"order": "rollout_back"},
+        {"order": "look", "device": "a", "devices": ["d" * 64] * 100, "reason": "\u00e9" * 500},  # too long a line
+    ],
+)  # fmt: skip
+def test_an_order_that_is_none_goes_nowhere(tmp_path: Path, body: dict[str, Any]) -> None:
+    here = trial(tmp_path)
+    assert here.browser("admin").order(**body).status == 422
+    assert here.orders == []
+
+
+def test_an_error_of_the_framework_is_said_in_the_apis_own_form(tmp_path: Path) -> None:
+    browser = trial(tmp_path).browser("admin")
+    reply = browser.get("/api/v1/orders/x")
+    assert (reply.status, set(reply.json)) == (422, {"error"})
+    assert reply.json["error"].startswith("number: input should be a valid integer")
+    assert browser.get("/logout").json == {"error": "method not allowed"}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"order": "pause", "job": "trail"}, "no job trail: there is trial"),
+        ({"order": "coverage", "job": "x"}, "no job x: there is trial"),
+        ({"order": "look", "device": "board-001"}, "no device board-001 (did you mean 'board-0"),
+        ({"order": "revoke", "device": "nobody"}, "no device nobody: there are board-0000, board-0001, "),
+        ({"order": "release_quarantine", "device": "nobody"}, "no device nobody: there are "),
+        ({"order": "rollout_start", "release": "release-5", "devices": ["board-0001", "nobody"]}, "no device nobody"),
+    ],
+)
+def test_an_order_about_what_is_not_there_is_refused_by_name(tmp_path: Path, body: dict[str, Any], said: str) -> None:
+    here = trial(tmp_path)
+    reply = here.browser("admin").order(**body)
+    assert (reply.status, here.orders) == (404, [])
+    assert reply.json["error"].startswith(said)
+    if body.get("device") == "nobody":
+        assert reply.json["error"].endswith(" and 12 more")
+
+
+@pytest.mark.parametrize(("boards", "near"), [(1000, " (did you mean 'board-0"), (1001, ": there are board-0000, ")])
+def test_near_names_are_looked_for_among_so_many_alone_that_nobody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boards: int, near: str
+) -> None:
+    here = trial(tmp_path)
+    names = dict.fromkeys(f"board-{i:04}" for i in reversed(range(boards)))
+    monkeypatch.setattr(type(here.model), "device_names", names.keys())
+    said = here.browser("admin").order(order="look", device="board-01").json["error"]
+    assert said.startswith(f"no device board-01{near}")
+    listed = ", ".join(f"board-000{i}" for i in range(8))
+    assert said.endswith(f": there are {listed} and {boards - 8} more")
+
+
+def test_the_server_answers_for_boards_of_which_the_console_may_not_have_heard(tmp_path: Path) -> None:
+    here = trial(tmp_path)
+    admin = here.browser("admin")
+    for kind in ("approve", "deny"):  # who has just asked is told of a moment later
+        assert admin.order(order=kind, device="nobody", key="ab12").status == 202
+    *words, beat = here.fleet.begin()
+    assert isinstance(words[0], Site)
+    for word in (replace(words[0], started_at=5.0), *words[1:4]):  # the server is started anew
+        here.model.hear(word)
+    assert admin.order(order="look", device="nobody").status == 202
+    assert admin.order(order="pause", job="nobodys").status == 404
+    here.model.hear(beat)
+    assert admin.order(order="look", device="nobody").status == 404
+
+
+def test_what_came_of_an_order_is_told_and_noted(tmp_path: Path) -> None:
+    here = trial(tmp_path)
+    browser = here.browser("operator", address="192.0.2.8")
+    number = browser.order(order="pause", job="trial").json["order"]
+    assert browser.get(f"/api/v1/orders/{number}").json["state"] == "waiting"
+    here.model.hear(Answer(number, True, "job trial is paused"))
+    here.model.hear(Answer(number, False, "told twice"))
+    here.model.hear(Answer(999, True, "nobody's"))
+    found = browser.get(f"/api/v1/orders/{number}").json
+    assert (found["state"], found["ok"], found["text"]) == ("done", True, "job trial is paused")
+    page = here.console.audit.page(operator="operator")
+    rows = [(r["address"], action_text(r), r["outcome"]) for r in page.items if r["action"] != "login"]
+    assert rows == [("192.0.2.8", "pause job trial", "done: job trial is paused")]
+    assert page.total == len(page.items)
+
+
+def test_an_order_that_the_server_does_not_take_expires(tmp_path: Path) -> None:
+    now = [1e9]
+    here = trial(tmp_path, clock=lambda: now[0])
+    browser = here.browser("operator", address="192.0.2.8")
+    kinds = ("pause", "resume", "coverage", "pause")
+    numbers = [browser.order(order=kind, job="trial").json["order"] for kind in kinds]
+    events: list[tuple[str, Any]] = []
+    here.model.listen(lambda *event: events.append(event))
+    assert {o.until for o in here.orders} == {1e9 + EXPIRES_S}
+    now[0] += EXPIRES_S
+    here.console.orders.expire()
+    assert events == [], "an answer may be on its way"
+    now[0] += 60
+    here.console.orders.expire()
+    here.console.orders.expire()
+    assert [kind for kind, _ in events] == ["answer"] * 4
+    assert here.model.silent_s > EXPIRES_S, "the server has said nothing by that"
+    here.model.hear(Answer(numbers[0], True, "job trial is paused"))  # was taken in time, and took long
+    here.model.hear(Answer(numbers[1], False, EXPIRED))
+    for text in ("the job has ended", "told twice"):
+        here.model.hear(Answer(numbers[3], False, text))
+    desk = here.console.orders
+    found = [(o["state"], o["ok"], o["text"]) for n in numbers if (o := desk.get(n)) is not None]
+    assert found == [("done", True, "job trial is paused"), ("done", False, EXPIRED), ("done", False, EXPIRED),
+                     ("done", False, "the job has ended")]  # fmt: skip
+    told = [(r["action"], r["outcome"]) for r in here.console.audit.page().items[:3]]
+    assert told == [
+        ("pause", "failed: the job has ended"), ("resume", EXPIRED), ("pause", "done: job trial is paused"),
+    ]  # fmt: skip
+
+
+def test_orders_are_rationed(tmp_path: Path) -> None:
+    here = trial(tmp_path)
+    browser = here.browser("viewer")
+    found = [browser.order(order="look", device="board-0001").status for _ in range(62)]
+    assert found == [202] * 60 + [429] * 2
+
+
+def test_orders_that_are_refused_are_rationed_too(tmp_path: Path) -> None:
+    here = trial(tmp_path)
+    browser = here.browser("viewer")
+    before = here.console.audit.page().total
+    found = [browser.order(order="pause", job="trial").status for _ in range(64)]
+    assert found == [403] * 60 + [429] * 4
+    assert here.console.audit.page().total == before + 60
+
+
+def test_no_answer_to_an_earlier_consoles_order_is_taken_for_one_to_this(tmp_path: Path) -> None:
+    now = [1e9]
+    here = trial(tmp_path, clock=lambda: now[0])
+    before = here.browser("operator").order(order="pause", job="trial").json["order"]
+    now[0] += 1
+    desk = OrderDesk(here.model, here.console.audit, here.orders.append, lambda: now[0])
+    operator = here.console.accounts.get("operator")
+    assert operator is not None
+    number = desk.give(Session(operator, "", ""), "::1", {"order": "resume", "job": "trial"})
+    here.model.hear(Answer(before, True, "job trial is paused"))
+    order = desk.get(number)
+    assert order is not None
+    assert order["state"] == "waiting"
+
+
+def test_a_server_that_says_nothing_gets_no_orders(tmp_path: Path) -> None:
+    now = [1e9]
+    here = trial(tmp_path, clock=lambda: now[0])
+    browser = here.browser("admin")
+    now[0] += 60
+    assert browser.order(order="pause", job="trial").status == 503
+    assert browser.get("/readyz").status == 503
+    assert browser.get("/healthz").status == 200

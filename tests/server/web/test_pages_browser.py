@@ -1,0 +1,548 @@
+"""What operators do in a browser, in a real one."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from support.processes.machine import find_chromium
+
+pytest.importorskip("fastapi", reason="the extra console is not installed")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
+
+from fedprune_server.web.demo_fleet import TrialFleet  # noqa: E402
+from fedprune_server.web.state import model  # noqa: E402
+from fedprune_server.web.state.device_messages import Devices  # noqa: E402
+from fedprune_server.web.state.log_messages import AlertNews, LogLine  # noqa: E402
+from fedprune_server.web.state.order_messages import Order  # noqa: E402
+from fedprune_server.web.state.publisher_messages import Beat, JobNews, Rollouts, ToConsole  # noqa: E402
+from support.fakes.served_console import PASSWORD, ServedConsole, answered  # noqa: E402
+
+pytestmark = pytest.mark.browser
+
+PLACES = {
+    "overview": "/",
+    "fleet": "/fleet?q=board-000",
+    "device": "/devices/board-0004",
+    "waiting": "/devices/board-0013",
+    "rounds": "/rounds",
+    "rollouts": "/rollouts",
+    "alerts": "/alerts",
+    "audit": "/audit",
+}
+Open = Callable[..., Page]
+
+
+class Fleet(TrialFleet):
+    """A trial fleet that does what it is ordered."""
+
+    def __init__(self) -> None:
+        super().__init__(240)
+        self.paused = False
+        self.rollout = dict(super().rollouts().rows[0])
+
+    def job(self, name: str) -> JobNews:
+        told = super().job(name)
+        return JobNews(**{**vars(told), "paused": self.paused})
+
+    def rollouts(self) -> Rollouts:
+        return Rollouts((self.rollout,), ("release-12",)) if hasattr(self, "rollout") else super().rollouts()
+
+    def carry(self, order: Order) -> Iterable[ToConsole]:
+        """Do what is ordered, and say so."""
+        if order.order in ("look", "coverage"):
+            yield from self.answer(order)
+            return
+        if order.order in ("pause", "resume"):
+            self.paused = order.order == "pause"
+            yield self.job(order.job or "")
+        elif order.order in ("approve", "revoke"):
+            status = {"approve": "member", "revoke": "revoked"}[order.order]
+            state = {"approve": "ready", "revoke": "revoked"}[order.order]
+            row = {**self.rows[order.device or ""], "status": status, "state": state, "doing": state}
+            self.rows[order.device or ""] = row
+            yield Devices((row,))
+        elif order.order.startswith("rollout"):
+            if order.order == "rollout_stop":
+                self.rollout = {**self.rollout, "state": "stopped", "why": f"by {order.operator}"}
+            elif order.order in ("rollout_pause", "rollout_resume"):
+                self.rollout = {**self.rollout, "state": "paused" if order.order == "rollout_pause" else "running"}
+            elif order.order == "rollout_back":
+                self.rollout = {**self.rollout, "subject": 6, "release": "6 (0.0.9)", "leaves": 5, "before": None}
+            else:
+                number = self.rollout["number"] + 1
+                self.rollout = {
+                    **self.rollout,
+                    "state": "running",
+                    "number": number,
+                    "release": order.release,
+                    "why": "",
+                }
+            yield self.rollouts()
+        yield answered(order, f"did {order.order}")
+
+
+@pytest.fixture(scope="module")
+def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedConsole]:
+    fleet = Fleet()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "SILENT_S", 3600.0)  # else, in a slow test, the server seems to say nothing
+        with ServedConsole(tmp_path_factory.mktemp("console"), fleet, fleet.carry, 0.05) as served:
+            yield served
+
+
+PATIENCE_MS = 30_000
+"""How long a browser may take for what must happen: it has but one of a machine's cores, or less."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = find_chromium()
+    expect.set_options(timeout=PATIENCE_MS)
+    environment = {
+        n: v for n, v in os.environ.items() if n != "LD_PRELOAD"
+    }  # what spares tests the disk is none of its
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], env=environment)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def opened(console: ServedConsole, browser: Browser) -> Iterator[Open]:
+    """Opens a page as somebody who is logged in; at the end no script has failed, and no policy was broken."""
+    contexts: list[BrowserContext] = []
+    wrong: list[str] = []
+
+    def open_page(path: str, role: str | None = "admin", *, live: bool = True, **options: Any) -> Page:
+        options = {"viewport": {"width": 1280, "height": 800}, "reduced_motion": "reduce"} | options
+        context = browser.new_context(base_url=console.url, **options)
+        context.set_default_timeout(PATIENCE_MS)
+        contexts.append(context)
+        if role is not None:
+            operator = console.console.accounts.get(role)
+            assert operator is not None
+            token = console.console.sessions.begin(operator, "127.0.0.1")
+            context.add_cookies([{"name": console.console.around.cookie, "value": token, "url": console.url}])
+        page = context.new_page()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
+        console.hear([Beat(time.time())])
+        page.goto(path)
+        if role is not None and live:
+            page.wait_for_selector("#live[data-state=open]")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def orders(console: ServedConsole, kind: str) -> list[Order]:
+    return [o for o in console.orders if o.order == kind]
+
+
+def test_logging_in_and_out(opened: Open) -> None:
+    page = opened("/rounds", None)
+    expect(page).to_have_title(re.compile("Log in"))
+    page.get_by_label("Name").fill("operator")
+    page.get_by_label("Password").fill("not that one at all")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("wrong")
+    page.get_by_label("Name").fill("operator")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Rounds")
+    expect(page.locator(".who")).to_have_text("operator, operator")
+    page.get_by_role("button", name="Log out").click()
+    expect(page).to_have_title(re.compile("Log in"))
+    page.goto("/fleet")
+    expect(page).to_have_title(re.compile("Log in"))
+
+
+def test_finding_a_device_by_keys_and_reading_its_plan(opened: Open, console: ServedConsole) -> None:
+    page = opened("/fleet")
+    page.keyboard.press("/")
+    page.keyboard.type("BOARD-000")
+    expect(page.locator("#found")).to_have_text("10 devices of 240")
+    assert page.evaluate("location.search") == "?q=BOARD-000"
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    page.keyboard.press("k")
+    expect(page.get_by_role("link", name="board-0001")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("board-0001")
+    limits = page.get_by_role("table", name="Limits of the plan")
+    expect(limits.get_by_role("row").filter(has_text="binds")).to_contain_text("memory")
+    expect(limits.get_by_role("row").filter(has_text="binds")).to_contain_text("88.6 MB")
+    expect(
+        page.locator("section", has_text="Predicted and measured").get_by_role("row", name="An update")
+    ).to_contain_text("42.0 s")
+    expect(page.get_by_role("row", name="Peak memory in training")).to_contain_text("84.1 MB")
+    expect(page.locator(".facts", has_text="Runs")).to_contain_text("release 6 in slot b")
+    expect(page.locator("svg.strip")).to_have_count(8)
+    held = page.get_by_role("row", name="layer7.conv").first
+    expect(held).to_contain_text("128 of 512")
+    which = next(w for w in console.fleet.details("board-0001").widths if w["group"] == "layer7.conv")["which"]
+    bits = "".join(f"{b:08b}" for b in bytes.fromhex(which))
+    runs = re.findall(r"M(\d+) 0h(\d+)v", held.locator("path").get_attribute("d") or "")
+    assert {c for at, n in runs for c in range(int(at), int(at) + int(n))} == {
+        i for i, b in enumerate(bits) if b == "1"
+    }
+    page.get_by_text("Channels as numbers").click()
+    expect(page.get_by_role("region", name="Channels as numbers")).to_contain_text("layer7.conv")
+
+
+def test_what_a_board_tells_of_itself_is_text(opened: Open) -> None:
+    page = opened("/devices/board-0006")
+    expect(page.get_by_role("region", name="Crashes")).to_contain_text("MemoryError: <i>no room</i> for 12 MB")
+    expect(page.get_by_role("region", name="Crashes")).to_contain_text("21.0 MB of 512 MB of memory free")
+    expect(page.get_by_role("region", name="Device log")).to_contain_text("<b>2 leaves</b>")
+    page.get_by_text("Where").click()
+    expect(page.get_by_text("fedprune_device.training.trainer:212 in step")).to_be_visible()
+    expect(page.locator(".facts", has_text="Update")).to_contain_text("trial release 6")
+    page.goto("/fleet?q=board-0006")
+    expect(page.get_by_role("row", name="board-0006")).to_contain_text("5/a trial")
+
+
+def test_the_table_is_sorted_filtered_and_paged_by_the_server(opened: Open, console: ServedConsole) -> None:
+    def shown() -> list[str]:
+        return page.locator("#devices tbody th").all_inner_texts()
+
+    def names(**asked: Any) -> list[str]:
+        return [r["name"] for r in console.model.devices(size=100, **asked).items]
+
+    page = opened("/fleet")
+    assert shown() == names()
+    page.get_by_role("link", name="Density").click()
+    expect(page.get_by_role("columnheader", name="Density")).to_have_attribute("aria-sort", "ascending")
+    page.get_by_role("link", name="Density").click()
+    expect(page.get_by_role("columnheader", name="Density")).to_have_attribute("aria-sort", "descending")
+    assert shown() == names(sort="-density")
+    page.keyboard.press("]")
+    expect(page.locator(".pages")).to_contain_text("page 2 of 3")
+    assert shown() == names(sort="-density", page=2)
+    page.get_by_label("State").select_option("excluded")
+    expect(page.locator("#found")).to_contain_text("of 240")
+    wanted = names(sort="-density", only={"state": "excluded"})
+    expect(page.locator("#devices tbody tr")).to_have_count(len(wanted))
+    assert shown() == wanted
+    page.go_back()
+    expect(page.locator("#found")).to_have_text("240 devices")
+    page.goto("/fleet?q=nobody-has-this")
+    expect(page.locator("main")).to_contain_text("No device matches")
+
+
+def test_the_table_stays_live_and_keeps_what_people_do(opened: Open, console: ServedConsole) -> None:
+    page = opened("/fleet?q=board-0002")
+    link = page.get_by_role("link", name="board-0002")
+    link.focus()
+    row = {**console.fleet.rows["board-0002"], "temperature_c": 99.5, "profile": "<img src=x onerror=alert(1)>"}
+    console.hear([Devices((row,))])
+    expect(page.get_by_role("row", name="board-0002")).to_contain_text("99.5")
+    expect(page.get_by_role("row", name="board-0002")).to_contain_text("<img src=x onerror=alert(1)>")
+    expect(link).to_be_focused()
+
+
+def test_who_turns_a_page_is_not_held_up_by_news(opened: Open) -> None:
+    page = opened("/fleet")
+    script = """async () => {
+      const { go, show } = await import("/static/swap.js");
+      const going = go("/fleet?page=2");
+      await show(location.href, { keep: true });
+      await going;
+      return location.search;
+    }"""
+    assert page.evaluate(script) == "?page=2"
+    expect(page.locator(".pages")).to_contain_text("page 2 of 3")
+
+
+def test_approving_a_board_that_waits(opened: Open, console: ServedConsole) -> None:
+    page = opened("/", "operator")
+    page.get_by_role("region", name="Waiting for approval").get_by_role("link", name="board-0013").click()
+    expect(page.locator(".notice")).to_contain_text("ab12-cd34-ef56-7890")
+    page.get_by_role("button", name="Approve").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("ab12-cd34-ef56-7890")
+    expect(dialog.get_by_role("button", name="Cancel")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    assert orders(console, "approve") == []
+    page.get_by_role("button", name="Approve").click()
+    dialog.get_by_role("button", name="Approve").click()
+    expect(page.locator("#said")).to_contain_text("did approve")
+    expect(page.locator(".facts", has_text="Member")).to_contain_text("member")
+    expect(page.get_by_role("button", name="Approve")).to_have_count(0)
+    (order,) = orders(console, "approve")
+    assert (order.device, order.key, order.operator) == ("board-0013", "ab12-cd34-ef56-7890", "operator")
+
+
+def test_a_click_before_the_scripts_are_there_is_not_lost(opened: Open) -> None:
+    page = opened("/")
+    held: list[sync_api.Route] = []
+    page.route("**/static/console.js", lambda route: held.append(route))
+    page.goto("/rollouts", wait_until="commit")
+    button = page.get_by_role("button", name="Start a rollout")
+    expect(button).to_be_visible()
+    while not held:
+        page.wait_for_timeout(20)
+    with pytest.raises(sync_api.TimeoutError):
+        button.click(timeout=700)
+    (script,) = held
+    script.continue_()
+    button.click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+
+
+def test_revoking_a_board_needs_its_name_and_an_admin(opened: Open, console: ServedConsole) -> None:
+    page = opened("/devices/board-0008")
+    page.get_by_role("button", name="Revoke").click()
+    dialog = page.get_by_role("dialog")
+    yes = dialog.get_by_role("button", name="Revoke")
+    expect(yes).to_be_disabled()
+    dialog.get_by_label("Write board-0008 to confirm").fill("board-0009")
+    expect(yes).to_be_disabled()
+    dialog.get_by_label("Write board-0008 to confirm").fill("board-0008")
+    yes.click()
+    expect(page.locator("#said")).to_contain_text("did revoke")
+    expect(page.locator(".notice.bad")).to_contain_text("This board was revoked")
+    assert [o.device for o in orders(console, "revoke")] == ["board-0008"]
+    for role, places in (("operator", ["/devices/board-0009"]), ("viewer", ["/rollouts"])):
+        for place in places:
+            page = opened(place, role)
+            expect(page.locator("[data-order*=revoke]")).to_have_count(0)
+            if role == "viewer":
+                expect(page.locator("[data-order], #start-open")).to_have_count(0)
+
+
+def test_pausing_and_resuming_a_job(opened: Open, console: ServedConsole) -> None:
+    page = opened("/", "operator")
+    for name, word in (("Pause", "paused, training"), ("Resume", "training")):
+        page.get_by_role("button", name=f"{name} trial").click()
+        page.get_by_role("dialog").get_by_role("button", name=name).click()
+        expect(page.locator("#said")).to_contain_text(f"did {name.lower()}")
+        expect(page.locator("#job-trial .mark")).to_have_text(word)
+    assert [o.job for o in console.orders if o.order in ("pause", "resume")] == ["trial", "trial"]
+
+
+def test_a_rollout_is_paused_resumed_and_taken_back(opened: Open, console: ServedConsole) -> None:
+    page = opened("/rollouts")
+    fleet = console.fleet
+    assert isinstance(fleet, Fleet)
+    before = fleet.rollout
+    for name, word in (("Pause", "paused"), ("Resume", "running")):
+        page.get_by_role("button", name=f"{name} rollout 2").click()
+        page.get_by_role("dialog").get_by_role("button", name=name).click()
+        expect(page.locator("main .mark").first).to_have_text(word)
+    page.get_by_role("button", name="Roll back rollout 2").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("go back to what release 4 (0.0.9) holds")
+    dialog.get_by_role("button", name="Roll back").click()
+    expect(page.locator("main")).to_contain_text("back from release 5")
+    expect(page.get_by_role("button", name="Roll back rollout 2")).to_have_count(0)
+    assert [o.release for o in orders(console, "rollout_back")] == ["5"]
+    fleet.rollout = before
+    console.hear([fleet.rollouts()])
+
+
+def test_a_rollout_is_stopped_and_another_one_started(opened: Open, console: ServedConsole) -> None:
+    page = opened("/rollouts")
+    page.get_by_role("button", name="Stop rollout 2").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("Boards that have it keep it")
+    dialog.get_by_role("button", name="Stop").click()
+    expect(page.locator("#said")).to_contain_text("did rollout_stop")
+    expect(page.locator("main .mark").first).to_have_text("stopped")
+    expect(page.locator(".notice")).to_contain_text("by admin")
+    page.get_by_role("button", name="Start a rollout").click()
+    page.get_by_label("Release", exact=True).select_option("release-12")
+    page.get_by_label("Stages, shares").fill("5, 25, 100%")
+    page.get_by_label("These boards alone").fill("board-0001, board-0002")
+    page.get_by_role("button", name="Start", exact=True).click()
+    expect(page.locator("#said")).to_contain_text("did rollout_start")
+    expect(page.get_by_role("heading", level=2)).to_have_text("release-12")
+    (order,) = orders(console, "rollout_start")
+    assert (order.release, order.groups, order.devices) == (
+        "release-12", (0.05, 0.25, 1.0), ("board-0001", "board-0002"),
+    )  # fmt: skip
+
+
+def test_an_alert_is_seen_at_once(opened: Open, console: ServedConsole) -> None:
+    page = opened("/alerts", "viewer")
+    before = console.model.alerts(size=1, gone=False).total
+    expect(page.locator("#nav .count")).to_have_text(f"{before} open")
+    text = "the disk is full <script>alert(1)</script>"
+    console.hear([AlertNews("new", time.time(), "disk", "critical", "board-0001", None, text)])
+    expect(page.get_by_role("region", name="Open").get_by_role("listitem").first).to_contain_text(text)
+    expect(page.locator("#nav .count")).to_have_text(f"{before + 1} open")
+    console.hear([AlertNews("new", time.time(), "disk", "critical", "board-0001", None, text, time.time())])
+    expect(page.get_by_role("region", name="Resolved")).to_contain_text(text)
+    page.get_by_label("Text").fill("line 119")
+    expect(page.locator("#found")).to_have_text("1 line")
+
+
+def test_the_log_names_a_round_once_and_its_texts_begin_in_one_column(opened: Open, console: ServedConsole) -> None:
+    page = opened("/alerts", "viewer")
+    said = "round 18 of 400: 3 of 3 devices counted"
+    console.hear([LogLine(time.time(), "info", said, None, "leaves", 18)])
+    row = page.locator("#log .log > li", has_text=said)
+    expect(row.locator(".text")).to_have_text(f"leaves {said}")
+    lefts = "texts => [...new Set(texts.map(t => Math.round(t.getBoundingClientRect().left)))]"
+    assert len(page.locator("#log .log .text").evaluate_all(lefts)) == 1
+
+
+def test_a_round_under_way_and_its_curves(opened: Open, console: ServedConsole) -> None:
+    page = opened("/rounds", "viewer")
+    expect(page.get_by_role("img", name=re.compile("Global accuracy by round"))).to_be_visible()
+    expect(page.get_by_role("row", name="layer0.conv").locator("svg rect").first).to_have_class("h10")
+    numbers = page.locator("details", has_text="Global loss as numbers")
+    numbers.locator("summary").click()
+    ended = len(page.locator("section", has_text="Finished rounds").locator("tbody tr").all())
+    plot = page.locator(".plot").first
+    box = plot.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 2, box["y"] + 20)
+    expect(page.locator("figure output").first).to_contain_text("round 1:")
+    console.hear([console.fleet.round("trial", 26), console.fleet.job("trial")])
+    rows = page.locator("section", has_text="Finished rounds").locator("tbody tr")
+    expect(rows.first).to_contain_text("26")
+    assert len(rows.all()) == min(ended + 1, 25)
+    expect(page.locator("figure output").first).to_contain_text("round 1:")  # the pointer still rests there
+    expect(numbers.get_by_role("row").nth(1)).to_contain_text("26")
+    assert numbers.evaluate("d => d.open")
+
+
+def test_a_lost_connection_is_said_and_mended(opened: Open) -> None:
+    page = opened("/fleet")
+    page.context.set_offline(True)
+    expect(page.get_by_role("alert")).to_contain_text("Connection lost")
+    expect(page.locator("#live")).to_have_text("not live")
+    page.context.set_offline(False)
+    expect(page.locator("#lost")).to_be_hidden()
+    expect(page.locator("#live")).to_have_text("live")
+
+
+def test_an_answer_from_before_the_loss_does_not_hide_it(opened: Open, console: ServedConsole) -> None:
+    page = opened("/fleet?q=board-0003")
+    drawn = page.content()
+    held: list[sync_api.Route] = []
+    page.route("**/fleet?*", lambda route: held.append(route))
+    console.hear([Devices((console.fleet.rows["board-0003"],))])
+    while not held:
+        page.wait_for_timeout(20)
+    page.context.set_offline(True)
+    expect(page.get_by_role("alert")).to_contain_text("Connection lost")
+    for route in held:
+        route.fulfill(body=drawn.replace("1 device of 240", "1 device of 241"), content_type="text/html")
+    expect(page.locator("#found")).to_have_text("1 device of 241")
+    expect(page.get_by_role("alert")).to_contain_text("Connection lost")
+    page.unroute("**/fleet?*")
+    page.context.set_offline(False)
+    expect(page.locator("#lost")).to_be_hidden()
+    expect(page.locator("#live")).to_have_text("live")
+
+
+def test_a_stream_that_breaks_is_taken_up_again(opened: Open) -> None:
+    page = opened("/login", None)
+    page.context.route("**/api/v1/events", lambda route: route.fulfill(status=503))
+    page.get_by_label("Name").fill("viewer")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("Connection lost")
+    page.context.unroute("**/api/v1/events")
+    expect(page.locator("#live")).to_have_text("live")
+    expect(page.locator("#lost")).to_be_hidden()
+
+
+def test_keys_can_be_switched_off(opened: Open) -> None:
+    page = opened("/fleet")
+    page.keyboard.press("?")
+    page.get_by_role("dialog").get_by_role("checkbox").uncheck()
+    page.keyboard.press("Escape")
+    page.locator("h1").click()
+    page.keyboard.press("/")
+    expect(page.locator("#f-q")).not_to_be_focused()
+
+
+def test_colours_are_chosen_and_kept(opened: Open) -> None:
+    page = opened("/", color_scheme="light")
+    ground = "getComputedStyle(document.documentElement).backgroundColor"
+    light = page.evaluate(ground)
+    page.locator("#theme").click()
+    page.locator("#theme").click()
+    dark = page.evaluate(ground)
+    assert dark != light
+    page.reload()
+    assert page.evaluate(ground) == dark
+    expect(page.locator("#theme")).to_have_text("Dark")
+
+
+def test_pages_can_be_read_without_scripts(opened: Open) -> None:
+    page = opened("/fleet", live=False, java_script_enabled=False)
+    page.get_by_role("link", name="Density").click()
+    expect(page.get_by_role("columnheader", name="Density")).to_have_attribute("aria-sort", "ascending")
+    page.get_by_label("Name").fill("board-0004")
+    page.get_by_role("button", name="Show").click()
+    expect(page.locator("#found")).to_have_text("1 device of 240")
+
+
+def _axe() -> Any:
+    reason = "axe-playwright-python is not installed"
+    return pytest.importorskip("axe_playwright_python.sync_playwright", reason=reason).Axe()
+
+
+@pytest.mark.parametrize("place", ["login", *PLACES])
+def test_everybody_can_use_the_page(opened: Open, place: str) -> None:
+    """axe finds nothing in light or dark, and a phone's width shows all of it."""
+    axe = _axe()
+    page = opened(PLACES.get(place, "/login"), None if place == "login" else "admin", color_scheme="light")
+    page.evaluate("document.querySelector('details')?.setAttribute('open', '')")
+    found = axe.run(page)
+    assert found.violations_count == 0, found.generate_report()
+    page.emulate_media(color_scheme="dark")
+    found = axe.run(page, options={"runOnly": {"type": "rule", "values": ["color-contrast"]}})
+    assert found.violations_count == 0, found.generate_report()
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_the_table_of_the_fleet_cuts_nothing_off(opened: Open) -> None:
+    page = opened("/fleet")
+    cut = "cells => cells.filter(c => c.scrollWidth > c.clientWidth).map(c => c.textContent)"
+    cells = page.locator("#devices td, #devices th")
+    assert cells.count() > 1000
+    assert cells.evaluate_all(cut) == []
+    assert page.locator("#devices").evaluate("t => t.scrollWidth <= t.parentElement.clientWidth")
+    densities = page.locator("#devices tbody td:nth-child(4)").all_inner_texts()
+    assert all(re.fullmatch(r"[01]\.\d\d|–", d) for d in densities), densities
+
+
+@pytest.mark.parametrize("place", ["device", "rounds"])
+def test_names_of_groups_are_not_broken_on_a_phone(opened: Open, place: str) -> None:
+    page = opened(PLACES[place], viewport={"width": 390, "height": 800})
+    names = page.locator("th.text", has_text="layer0.conv").filter(visible=True)
+    expect(names).to_have_count(1)
+    height, line, wider = names.evaluate("""e => [
+        e.getBoundingClientRect().height, parseFloat(getComputedStyle(e).lineHeight),
+        e.closest('.table').scrollWidth - e.closest('.table').clientWidth]""")
+    assert height < 2 * line
+    assert wider <= 0
+
+
+def test_dialogs_can_be_used_by_everybody(opened: Open) -> None:
+    axe = _axe()
+    page = opened("/devices/board-0009")
+    page.get_by_role("button", name="Revoke").click()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        found = axe.run(page)
+        assert found.violations_count == 0, found.generate_report()

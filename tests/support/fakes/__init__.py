@@ -1,0 +1,1 @@
+"""Stand-ins for networks, servers, boards and libraries, and jobs as small as can be."""

@@ -1,0 +1,84 @@
+"""An agent on a state directory, and its server."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.model.selection import Tensors
+from fedprune.training.recipe import Recipe
+from fedprune.wire.messages import Progress
+from fedprune_device.agent.agent import Agent
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.privacy.policy import PrivacyPolicy
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.trainer import Trainer
+from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
+
+LONG = Recipe(epochs=5000, batch_size=1, lr=1e-4)
+
+
+class Bench:
+    """An agent that can be started again and again on one state directory, and its server."""
+
+    def __init__(self, root: Path, graphs: Path, weights: Tensors, data: LocalData) -> None:
+        self.root, self.data = root, data
+        self.server = MemoryServer(root / "server", graphs, weights)
+        self.store: DeviceStore | None = None
+        self.agent: Agent | None = None
+        self.profile: Any = None
+        self.floor: PrivacyPolicy | None = None
+
+    def run(self, until_finished: bool = True, limit: float = 60.0) -> None:
+        with DeviceStore(self.root / "state") as self.store:
+            self.store.hold_to(self.floor)
+            self.agent = Agent(
+                "d", "site", self.store, MemoryLink(self.server), self.data, profile=self.profile, clock=clock
+            )
+            late = threading.Timer(limit, self.agent.stop)
+            late.start()
+            self.agent.run(until_finished)
+            assert late.is_alive(), f"not done after {limit} s: {self.server.seen[-5:]}"
+            late.cancel()
+
+    def stop_on(self, kind: type, **fields: Any) -> None:
+        def react(message: Any) -> None:
+            if isinstance(message, kind) and all(getattr(message, k) == v for k, v in fields.items()):
+                assert self.agent is not None
+                self.agent.stop()
+
+        self.server.react = react
+
+    def stop_once_quiet(self) -> None:
+        def watch() -> None:
+            assert self.agent is not None
+            if self.agent.quiet:
+                self.agent.stop()
+
+        self.server.watch = watch
+
+    def damage(self, blob: BlobRef | None = None) -> Path:
+        """Begin a long round, end in its midst, and let the disk damage a blob of its offer: the weights by default."""
+        self.server.plan = [self.server.offer(1, LONG)]
+        self.stop_on(Progress, phase="train")
+        self.run(until_finished=False)
+        self.server.react = lambda _: None
+        with self.reopened() as store:
+            damaged = store.blobs.path((blob or self.server.weights).sha256)
+        damaged.write_bytes(b"rot")
+        return damaged
+
+    def reopened(self) -> DeviceStore:
+        return DeviceStore(self.root / "state")
+
+
+def expected(graphs: Path, weights: Tensors, data: LocalData, number: int, recipe: Recipe | None = None) -> Tensors:
+    trainer = Trainer(graphs / "plain.onnx")
+    recipe = recipe or Recipe(epochs=2, batch_size=16)
+    return trainer.train(weights, data, recipe, seed=7, device="d", round=number, classes=3).tensors
+
+
+def same(one: Any, other: Any) -> bool:
+    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)

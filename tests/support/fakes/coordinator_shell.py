@@ -1,0 +1,114 @@
+"""A shell without clock, network or weights, for tests of what coordinators do."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import Any
+
+from fedprune.coordination import State, coordinate
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.jobs.job import Job
+from support.fakes.tiny_job import ARCHITECTURE
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+class Shell(ABC):
+    """Every command is answered as a worker and a fleet would; answers wait in the inbox."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.recipe = job.recipe.to_offer()
+        self.now = 0.0
+        self.coordinator = coordinate(job, ARCHITECTURE, State(model="m0"))
+        self.inbox: list[on.Event] = []
+        self.cancelled: list[tuple[str, int, str]] = []
+        self.wakes: list[float] = []
+
+    @property
+    def state(self) -> State:
+        return self.coordinator.state
+
+    @abstractmethod
+    def arrive(self) -> None:
+        """Every device announces itself, with a new session."""
+
+    @abstractmethod
+    def weights(self, command: do.Extract) -> str:
+        """Digest of the weights of an offer."""
+
+    @abstractmethod
+    def update(self, command: do.SendOffer) -> str:
+        """Digest of the update that answers an offer."""
+
+    @abstractmethod
+    def model(self, command: do.Close) -> str:
+        """Digest of the model that a round ends with."""
+
+    def feed(self, event: on.Event) -> list[do.Command]:
+        """Let something happen, and carry out what the coordinator says."""
+        commands = self.coordinator.handle(event, self.now)
+        self.carry_out(commands)
+        return commands
+
+    def carry_out(self, commands: list[do.Command]) -> None:
+        for command in commands:
+            answer = self.answer(command)
+            if answer is not None:
+                self.inbox.append(answer)
+
+    def answer(self, command: do.Command) -> on.Event | None:
+        match command:
+            case do.Score():
+                return on.Scored(command.round, digest("ranking", command.round))
+            case do.Extract():
+                part = command.part
+                offer: dict[str, Any] = {
+                    "weights": {"sha256": self.weights(command)},
+                    "widths": list(part.widths),
+                    "recipe": self.recipe,
+                }
+                return on.Extracted(command.basis.round, part.device, part.attempt, offer)
+            case do.SendOffer():
+                return on.UpdateAnnounced(
+                    command.device,
+                    command.round,
+                    command.attempt,
+                    command.offer["weights"]["sha256"],
+                    {"sha256": self.update(command)},
+                    10,
+                    2,
+                )
+            case do.PullUpdate():
+                return on.UpdateStored(command.device, command.round, command.attempt, str(command.weights["sha256"]))
+            case do.Fold():
+                found = command.contribution
+                return on.Folded(found.part.device, found.basis.round, found.part.attempt)
+            case do.Close():
+                return on.Closed(command.round, self.model(command))
+            case do.Evaluate():
+                return on.Evaluated(command.round, {"accuracy": 0.5})
+            case do.Cancel():
+                self.cancelled.append((command.device, command.round, command.reason))
+            case do.Wake():
+                self.wakes.append(command.at)
+        return None
+
+    def crash(self) -> None:
+        """The shell dies with all it had in flight; a new one loads the state; the devices announce themselves."""
+        self.coordinator = coordinate(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
+        self.inbox.clear()
+        self.wakes.clear()
+        self.carry_out(self.coordinator.resume(self.now))
+        self.arrive()
+
+    def run_silently(self) -> None:
+        """Run while no device says that it has an update."""
+        while self.inbox:
+            event = self.inbox.pop(0)
+            if not isinstance(event, on.UpdateAnnounced):
+                self.feed(event)

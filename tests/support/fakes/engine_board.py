@@ -1,0 +1,69 @@
+"""A model, a state folder and the double of TensorRT, for tests of engines."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune.core import tensorfile
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune_device.engines import bindings
+from fedprune_device.engines.engine_cache import EnginePlatform
+from fedprune_device.engines.engine_selector import CheckedSession, EngineRequest, EngineSelector
+from fedprune_device.serving.predictor import Predictor
+from support.fakes.local_board import weights_of
+from support.fakes.tensorrt import calls
+
+X = np.random.default_rng(3).standard_normal((9, 6)).astype(np.float32)
+
+
+class EngineBoard:
+    """What a test works with. `site` holds the double's settings, `root/engines` the engines."""
+
+    def __init__(self, root: Path, site: Path, version: str, graphs: Path) -> None:
+        self.root, self.site, self.version, self.graph = root, site, version, graphs / "inference.onnx"
+        self.place = EnginePlatform("Orin", "36.4.3", "8.7", version, 0)
+        self.engines = root / "engines"
+
+    def set(self, **settings: Any) -> None:
+        """What the double is to do from now on."""
+        (self.site / "settings.json").write_text(json.dumps(settings))
+
+    def model(self, seed: int, scale: float = 1.0) -> EngineRequest:
+        """A linear model."""
+        folder = self.root / f"model-{seed}-{scale}"
+        folder.mkdir(exist_ok=True)
+        raw = tensorfile.encode({n: v * np.float32(scale) for n, v in weights_of(seed).items()})
+        (folder / "inference.onnx").write_bytes(self.graph.read_bytes())
+        (folder / "weights.safetensors").write_bytes(raw)
+        return EngineRequest(Predictor(folder), folder, tensorfile.digest(raw))
+
+    def keeper(self, plan: EnginePlan | None = None, **place: Any) -> EngineSelector:
+        """A keeper, as a process has after its start."""
+        where = replace(self.place, **place)
+        return EngineSelector(self.engines, plan or EnginePlan(batch=(1, 1, 4)), bindings.find, lambda _: where)
+
+    def answering(self, keeper: EngineSelector, wanted: EngineRequest, *, anew: bool = False) -> CheckedSession | None:
+        """What the keeper comes to in the end."""
+        keeper.want(wanted, anew=anew)
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            found = keeper.turn()
+            if found is not None or keeper.done:
+                return found
+            time.sleep(0.02)
+        raise AssertionError(f"the keeper comes to no end: {keeper.status}, {keeper.progress}")
+
+    def calls(self) -> list[str]:
+        """What was called of TensorRT."""
+        return calls(self.site)
+
+    @property
+    def builds(self) -> list[str]:
+        """The builds, with flags, pools, and how much the timing cache knew."""
+        return [c for c in self.calls() if c.startswith("built ")]

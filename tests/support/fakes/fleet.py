@@ -1,0 +1,322 @@
+"""A fleet in memory: a link without a network, devices without training, a worker without weights."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.jobs.job import Job
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import TO, Accepted, Birth, Cancelled, Death, Finished, Gone, Hello, Update, Want, parse
+from fedprune.wire.offer import Offer
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import Pull, Serve
+from fedprune_server.engine.daemon import Daemon
+from fedprune_server.storage.storage import Storage
+from support.fakes.tiny_job import ARCHITECTURE, JOB, NAMES
+
+SIZE = 100_000
+"""Bytes of a device's weights: four leaves, in two chunks."""
+
+
+def fill(*parts: object, size: int = SIZE) -> bytes:
+    """Bytes that depend on `parts` alone."""
+    return hashlib.shake_256(repr(parts).encode()).digest(size)
+
+
+class ToyWorker:
+    """Carries out commands on bytes that mean nothing, but depend on everything that they should.
+
+    Args:
+        store: Where they lie.
+        graph_rounds: For so many rounds offers name the same graph, and then another one; None for all rounds.
+    """
+
+    def __init__(self, store: BlobStore, graph_rounds: int | None = None) -> None:
+        self.store = store
+        self.graph_rounds = graph_rounds
+        self.executed: list[object] = []
+        self.poison: set[str] = set()
+
+    def initial(self) -> str:
+        return self.store.put(fill("initial")).sha256
+
+    def expect(self, commands: list[do.Command]) -> None:
+        pass
+
+    def graph(self, round_: int) -> bytes:
+        """The graph of a round's offers."""
+        return fill("graph", round_ // self.graph_rounds if self.graph_rounds else 0, size=70_000)
+
+    def execute(self, command: do.Command) -> on.Event:
+        self.executed.append(command)
+        match command:
+            case do.Score():
+                return on.Scored(command.round, self.store.put(fill("ranks", command.model, size=50)).sha256)
+            case do.Extract():
+                basis, part = command.basis, command.part
+                self.store.read(basis.model)
+                weights = self.store.put(fill("part", basis.model, basis.ranking, part.device))
+                graph = self.store.put(self.graph(basis.round)).to_dict()
+                body = {
+                    "seed": 1,
+                    "architecture": "0" * 64,
+                    "selection": "1" * 64,
+                    "widths": list(part.widths),
+                    "classes": 3,
+                    "weights": weights.to_dict(),
+                    "training": graph,
+                    "inference": graph,
+                    "recipe": {},
+                }
+                return on.Extracted(basis.round, part.device, part.attempt, body)
+            case do.Fold():
+                self.store.read(command.contribution.weights)
+                part = command.contribution.part
+                if part.device in self.poison:
+                    return on.UpdateRejected(part.device, command.round, part.attempt, "weights are not finite")
+                return on.Folded(part.device, command.round, part.attempt)
+            case do.Close():
+                parts = [(p.part.device, p.weights) for p in command.contributions]
+                return on.Closed(command.round, self.store.put(fill("global", command.model, parts)).sha256)
+            case do.Evaluate():
+                self.store.read(command.model)
+                return on.Evaluated(command.round, {"accuracy": 0.5})
+        raise TypeError(command)
+
+
+class ToyDevice:
+    """A device that trains by hashing. Everything that it receives, it may receive twice."""
+
+    def __init__(self, name: str, folder: Path, air: Air) -> None:
+        self.name = name
+        self.air = air
+        self.topics = Topics("default")
+        self.store = BlobStore(folder / name, durable=False)
+        self.session = 1
+        self.pulls: dict[str, Pull] = {}
+        self.offer: Offer | None = None
+        self.pending: Update | None = None
+        self.heard: list[object] = []
+        self.silent = False
+        self.abilities: tuple[str, ...] | None = (TO,)
+        self.profile = "raspberry-pi-5"
+        self.lie: Callable[[Update], Update] = lambda update: update
+
+    def say(self, message: object) -> None:
+        self.air.to_server(self.topics.up(self.name), message.to_bytes())  # type: ignore[attr-defined]
+
+    def birth(self) -> None:
+        self.say(Birth(self.name, self.session, self.profile, 10, "test", abilities=self.abilities))
+
+    def hear(self, topic: str, payload: bytes) -> None:
+        if self.topics.parse(topic).channel == "down/blob":
+            chunk = Chunk.parse(payload)
+            if chunk.sha256 in self.pulls:
+                for want in self.pulls[chunk.sha256].on_chunk(chunk, self.air.now):
+                    self.say(want)
+                self.train()
+            return
+        message = parse(payload)
+        self.heard.append(message)
+        if isinstance(message, Hello):
+            self.birth()
+            self.repeat()
+            for pull in self.pulls.values():
+                for want in pull.start(self.air.now):
+                    self.say(want)
+        elif isinstance(message, Offer) and not self.silent:
+            self.take(message)
+        elif isinstance(message, Want):
+            answer = Serve(self.store).answer(message)
+            if isinstance(answer, Gone):
+                self.say(answer)
+                return
+            for raw in answer:
+                self.air.to_server(self.topics.up_to(self.name, message.to), raw)
+        elif isinstance(message, Accepted):
+            if self.pending is not None and self.pending.weights.sha256 == message.weights:
+                self.pending = None
+        elif isinstance(message, (Cancelled, Finished)):
+            self.pending = None
+
+    def take(self, offer: Offer) -> None:
+        if self.offer is not None and (self.offer.round, self.offer.attempt) == (offer.round, offer.attempt):
+            self.repeat()
+            return
+        self.offer = offer
+        self.pulls = {}
+        for ref in {offer.weights, offer.training, offer.inference}:
+            pull = self.pulls[ref.sha256] = Pull(ref, self.store.partial(ref))
+            for want in pull.start(self.air.now):
+                self.say(want)
+        self.train()
+
+    def train(self) -> None:
+        offer = self.offer
+        if offer is None or not all(p.done for p in self.pulls.values()) or not self.pulls:
+            return
+        self.pulls = {}
+        weights = self.store.put(fill("trained", self.store.read(offer.weights.sha256), self.name))
+        update = Update(
+            self.name,
+            offer.job,
+            offer.round,
+            offer.attempt,
+            offer.weights.sha256,
+            weights,
+            10,
+            5,
+            {"accuracy_after": 0.25},
+        )
+        self.pending = self.lie(update)
+        self.repeat()
+
+    def repeat(self) -> None:
+        if self.pending is not None:
+            self.say(self.pending)
+
+    def die(self) -> None:
+        self.say(Death(self.name, self.session))
+
+
+class Air:
+    """The space between server and devices: an in-memory broker that can lose and double what passes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.connected = True
+        self.unsent = 0
+        self.room = True
+        self.shut: set[str] = set()
+        """Devices to which nothing is sent, as they aren't let in any more."""
+        self.devices: dict[str, ToyDevice] = {}
+        self.inbox: deque[tuple[str, bytes] | ConnectionUp | ConnectionDown] = deque([ConnectionUp()])
+        self.doubled = False
+        self.lost: list[str] = []
+        """Topics of which the next message gets lost."""
+        self.on_idle: Callable[[], None] = lambda: None
+        self.idle = 0
+
+    def to_server(self, topic: str, payload: bytes) -> None:
+        self.inbox.extend([(topic, payload)] * (2 if self.doubled else 1))
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        name = topic.split("/")[3]
+        if name in self.shut:
+            return False
+        if topic in self.lost:
+            self.lost.remove(topic)
+            return True  # as whoever sends would think
+        for device in list(self.devices.values()) if name == "all" else [self.devices.get(name)]:
+            for _ in range(2 if self.doubled else 1):
+                if device is not None:
+                    device.hear(topic, payload)
+        return True
+
+    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
+        if self.inbox:
+            self.idle = 0
+            return self.inbox.popleft()
+        self.idle += 1
+        self.on_idle()
+        return None
+
+    def flush(self, timeout: float) -> bool:
+        return True
+
+
+def quick(folder: Path) -> Storage:
+    """A database that doesn't wait for the disk: these tests kill objects, not machines."""
+    storage = Storage.at(folder)
+
+    def relax(connection: Any, record: object) -> None:
+        connection.execute("PRAGMA synchronous=OFF")
+
+    storage._engine.dispose()
+    sqlalchemy.event.listen(storage._engine, "connect", relax)
+    return storage
+
+
+class Fleet:
+    """A server's folder, an air and devices, out of which daemons are made."""
+
+    def __init__(
+        self, folder: Path, job: Job = JOB, names: tuple[str, ...] = NAMES, *, graph_rounds: int | None = None
+    ) -> None:
+        self.folder = folder
+        self.job = job
+        self.air = Air()
+        self.clock: Callable[[], float] | None = None
+        """Of daemons; by default the air's."""
+        self.store = BlobStore(folder / "blobs", durable=False)
+        self.worker = ToyWorker(self.store, graph_rounds)
+        self.storage = quick(folder)
+        for name in names:
+            self.air.devices[name] = ToyDevice(name, folder / "devices", self.air)
+
+    def daemon(self, **options: object) -> Daemon:
+        """A daemon on what the folder holds, as a new process would make it."""
+        state = self.storage.load()
+        if state is None:
+            state = State(model=self.worker.initial())
+            self.storage.save(state, (), 0.0)
+        link = self.air
+        return Daemon(
+            self.job,
+            ARCHITECTURE,
+            state,
+            self.storage,
+            self.store,
+            self.worker,
+            link,
+            clock=self.clock or (lambda: self.air.now),
+            monotonic=lambda: self.air.now,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def run(self, **options: object) -> State:
+        """Run a daemon until its job is done, letting time pass only when nothing else can happen."""
+        daemon = self.daemon(**options)
+
+        def idle() -> None:
+            # The worker's thread is real: let it answer before the clock moves.
+            if daemon.busy:
+                time.sleep(0.0005)
+                return
+            self.air.now += 0.5
+            if self.air.now > 10_000:
+                raise TimeoutError("the job doesn't come to an end")
+
+        self.air.on_idle = idle
+        return daemon.run(until_finished=True)
+
+    def restart(self) -> None:
+        """What a new process of the server finds: its folder, and a new connection."""
+        self.storage = quick(self.folder)
+        self.worker = ToyWorker(self.store, self.worker.graph_rounds)
+        self.air.inbox = deque([ConnectionUp()])
+
+
+def folded(state: State) -> list[list[str]]:
+    """Per round the devices that counted."""
+    return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
+
+
+def larger(update: Update) -> Update:
+    """An update that claims to be larger than what was offered."""
+    ref = update.weights
+    return replace(update, weights=BlobRef(ref.sha256, ref.size + 1, ref.leaves))

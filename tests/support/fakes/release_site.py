@@ -1,0 +1,167 @@
+"""A server that offers releases and a board that takes them, in memory: processes are functions, the disk is real."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import FedpruneError
+from fedprune.releases.release import FILES, MANIFEST, SIGNATURE, Release
+from fedprune.wire.connection_events import ConnectionUp
+from fedprune.wire.messages import Birth, Want, parse
+from fedprune.wire.release_messages import COMMITTED, REFUSED, ROLLED_BACK, ReleaseOffer, ReleaseReport
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import Serve
+from fedprune_device.launcher.launcher import End, launch
+from fedprune_device.launcher.slot_store import Home, Record
+from fedprune_device.launcher.state import STABLE, State
+from fedprune_device.releases.installer import Updater
+from fedprune_device.releases.release_agent import Releases
+from fedprune_device.releases.release_trial import Trial
+from fedprune_device.releases.watchdog import Heart
+from support.fakes.runtime_releases import PUBLIC, versions_in
+
+TOPICS = Topics("site")
+ENDS = (COMMITTED, ROLLED_BACK, REFUSED)
+
+
+def healthy(_: Path | None) -> None:
+    """Nothing is wrong."""
+
+
+class ReleaseServer:
+    """Offers one release after the other, each until it has ended on the board, and serves their files."""
+
+    def __init__(self, folder: Path, *releases: Path) -> None:
+        self.store = BlobStore(folder)
+        self.offers = [self.offer(r) for r in releases]
+        self.inbox: deque[Any] = deque()
+        self.reports: list[ReleaseReport] = []
+        self.wants = 0
+        self.mangle: Callable[[bytes], list[bytes]] = lambda raw: [raw]
+
+    def offer(self, release: Path, **changes: Any) -> ReleaseOffer:
+        manifest = (release / MANIFEST).read_bytes()
+        made = Release.from_bytes(manifest)
+        refs = [self.store.put((release / FILES / f.sha256).read_bytes()) for f in made.files]
+        values = {
+            "number": made.number,
+            "manifest": manifest.decode(),
+            "signature": (release / SIGNATURE).read_bytes().hex(),
+            "leaves": tuple(r.leaves for r in refs),
+            "attempts": 3,
+            "seconds": 300.0,
+        }
+        return ReleaseOffer(**{**values, **changes})
+
+    def ended(self, number: int) -> ReleaseReport | None:
+        return next((r for r in self.reports if r.number == number and r.state in ENDS), None)
+
+    @property
+    def done(self) -> bool:
+        return all(self.ended(o.number) for o in self.offers)
+
+    def connect(self) -> None:
+        """The board's process is another, or its connection is."""
+        self.inbox.clear()
+        self.inbox.append(ConnectionUp())
+
+    def say(self, message: Any) -> None:
+        self.inbox.extend((TOPICS.down("d"), raw) for raw in self.mangle(message.to_bytes()))
+
+    def get(self, timeout: float | None = 0.0) -> Any:
+        return self.inbox.popleft() if self.inbox else None
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        message = parse(payload)
+        if isinstance(message, ReleaseReport):
+            self.reports.append(message)
+            if message.state in ENDS:
+                self.next()
+        elif isinstance(message, Birth):
+            self.next()
+        elif isinstance(message, Want):
+            self.wants += 1
+            answer = Serve(self.store).answer(message)
+            if hasattr(answer, "__iter__"):
+                for chunk in answer:
+                    self.inbox.extend((TOPICS.down_blob("d"), raw) for raw in self.mangle(chunk))
+            else:
+                self.say(answer)
+        return True
+
+    def listen(self, topics: Collection[str]) -> None:
+        pass
+
+    def next(self) -> None:
+        left = [o for o in self.offers if not self.ended(o.number)]
+        if left:
+            self.say(left[0])
+
+
+class Board:
+    """A board that boots, runs what its launcher starts, and takes what its server offers."""
+
+    def __init__(self, root: Path, server: ReleaseServer, crashes: int = 3, why: str = "exit code 1") -> None:
+        self.home = Home(root)
+        self.server = server
+        self.crashes = crashes
+        self.end = End(why)
+        self.health: Callable[[Path | None], None] = healthy
+        self.ran: list[int] = []
+        self.quiet: Callable[[], bool] = lambda: True
+        self.now = 0.0
+        self.until: Callable[[], bool] = lambda: False
+
+    def live(self, starts: int = 40) -> None:
+        """Start the service until its server has nothing more to offer."""
+        for _ in range(starts):
+            launch(self.home, self.run)
+            if self.server.done or self.until():
+                return
+        raise AssertionError(f"the board never comes to rest: {self.server.reports[-3:]}")
+
+    def run(self, slot: str, record: Record, state: State | None) -> End:
+        assert versions_in(self.home.root / slot) == {f"VERSION = {record.version}"}, "two versions are mixed"
+        self.ran.append(record.version)
+        trial = Trial.current({"FEDPRUNE_ROOT": str(self.home.root), "FEDPRUNE_SLOT": slot})
+        if trial is not None:
+            if record.version == self.crashes and self.health is healthy:
+                return self.end
+            try:
+                trial.check(None, self.health if record.version == self.crashes else healthy)
+            except FedpruneError:
+                return End("ended with exit code 51")
+        self.serve(trial)
+        return End("restarted", 0)
+
+    def serve(self, trial: Trial | None = None) -> None:
+        """The process: the agent's loop, as far as releases go."""
+        left: list[bool] = []
+        self.server.connect()
+        releases = Releases(
+            self.server,
+            "d",
+            "site",
+            Updater(self.home.root, PUBLIC),
+            quiet=lambda: self.quiet(),
+            restart=lambda: left.append(True),
+            clock=lambda: self.now,
+        )
+        heart = Heart(releases, trial, tell=lambda _: None, interval=0, clock=lambda: self.now)
+        for _ in range(100_000):
+            item = heart.get()
+            if isinstance(item, ConnectionUp):
+                heart.publish(TOPICS.up("d"), Birth("d", 1, "p", 1, "s").to_bytes())
+            elif item is None and not self.server.inbox:
+                self.now += 0.2
+                time.sleep(0.0002)  # the thread that unpacks is real
+            if left or self.until():
+                return
+            if self.server.done and (found := self.home.load()) is not None and found.phase == STABLE:
+                return
+        raise AssertionError(f"the process never ends: {self.server.reports[-3:]}")

@@ -1,0 +1,156 @@
+"""Several toy jobs on one fleet in memory."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State
+from fedprune.jobs.job import Job
+from fedprune.wire.connection_events import ConnectionUp
+from fedprune.wire.messages import Birth, Finished
+from fedprune.wire.offer import Offer
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.engine.host import Host
+from fedprune_server.engine.job_runner import JobDesk
+from support.fakes.fleet import Air, ToyDevice, ToyWorker, quick
+from support.fakes.tiny_job import ARCHITECTURE
+
+
+class KilledError(BaseException):
+    """What a SIGKILL is to a process."""
+
+
+class JobsDevice(ToyDevice):
+    """A toy device that tells jobs apart, and notes which offers reached it while it was at work on another job's."""
+
+    def __init__(self, name: str, folder: Path, air: Air) -> None:
+        super().__init__(name, folder, air)
+        self.clashes: list[tuple[str, str]] = []
+        self.jobs: list[str] = []
+
+    def take(self, offer: Offer) -> None:
+        before = self.offer
+        if before is not None and before.job != offer.job:
+            if self.pulls or (self.pending is not None and self.pending.job != offer.job):
+                self.clashes.append((before.job, offer.job))
+            self.offer = None
+        self.jobs.append(offer.job)
+        super().take(offer)
+
+    def birth(self) -> None:
+        held = None
+        if self.offer is not None and (self.pulls or self.pending is not None):
+            held = {"job": self.offer.job, "round": self.offer.round, "attempt": self.offer.attempt}
+        self.say(Birth(self.name, self.session, self.profile, 10, "test", held=held))
+
+    def hear(self, topic: str, payload: bytes) -> None:
+        pending = self.pending
+        super().hear(topic, payload)
+        last = self.heard[-1] if self.heard else None
+        if isinstance(last, Finished) and pending is not None and pending.job != last.job:
+            self.pending = pending
+
+
+class SeveralJobs:
+    """A server's folders for several jobs, an air and devices, out of which hosts are made."""
+
+    def __init__(self, folder: Path, jobs: list[Job], names: str, weights: dict[str, float] | None = None) -> None:
+        self.folder, self.jobs, self.weights = folder, jobs, weights or {}
+        folder.mkdir(exist_ok=True)
+        self.air = Air()
+        self.desks: dict[str, JobDesk] = {}
+        self.workers: dict[str, ToyWorker] = {}
+        for name in names:
+            self.air.devices[name] = JobsDevice(name, folder / "devices", self.air)
+
+    def host(self, **first: Any) -> Host:
+        """A host on what the folders hold, as a new process would make it; with options for the first job's desk."""
+        quarantine = Quarantine(lambda: self.air.now)
+        desks: list[JobDesk] = []
+        for job in self.jobs:
+            path = self.folder / job.name
+            path.mkdir(exist_ok=True)
+            storage, store = quick(path), BlobStore(path / "blobs", durable=False)
+            storage.logged = 0
+            worker = self.workers[job.name] = ToyWorker(store)
+            state = storage.load()
+            if state is None:
+                state = State(model=worker.initial())
+                storage.save(state, (), 0.0)
+
+            def clock() -> float:
+                return self.air.now
+
+            options: dict[str, Any] = {"quarantine": quarantine, "weight": self.weights.get(job.name, 1.0)}
+            options |= {"clock": clock, "monotonic": clock, "keep": None, **({} if desks else first)}
+            desks.append(JobDesk(job, ARCHITECTURE, state, storage, store, worker, self.air, **options))
+        self.desks = {d.job.name: d for d in desks}
+        return Host(desks, self.air, quarantine, clock=lambda: self.air.now, monotonic=lambda: self.air.now)
+
+    def run(self, host: Host | None = None) -> dict[str, State]:
+        """Run until all jobs are done, letting time pass only when nothing else can happen."""
+        host = host or self.host()
+
+        def idle() -> None:
+            if host.busy:
+                time.sleep(0.0005)
+                return
+            self.air.now += 0.5
+            if self.air.now > 10_000:
+                raise TimeoutError("the jobs don't come to an end")
+
+        self.air.on_idle = idle
+        host.run(until_finished=True)
+        return {name: d.state for name, d in self.desks.items()}
+
+    def die(self, point: str, count: int) -> None:
+        """Let the server die at the count-th passage of a point."""
+        passed = [0]
+
+        def step() -> None:
+            passed[0] += 1
+            if passed[0] == count:
+                raise KilledError
+
+        publish = self.air.publish
+
+        def dying_publish(topic: str, payload: bytes, qos: int = 1) -> bool:
+            sent = publish(topic, payload, qos)
+            step()
+            return sent
+
+        if point == "after sending":
+            self.air.publish = dying_publish  # type: ignore[method-assign]
+            return
+        for desk in self.desks.values():
+            save = desk._journal._storage.save
+
+            def dying(*arguments: Any, save: Any = save) -> bool:
+                if point == "before saving":
+                    step()
+                saved = bool(save(*arguments))
+                if point == "after saving":
+                    step()
+                return saved
+
+            desk._journal._storage.save = dying  # type: ignore[method-assign, assignment]
+
+    def restart(self) -> None:
+        """A new connection, for a new process on the same folders."""
+        self.air.__dict__.pop("publish", None)
+        self.air.inbox = deque([ConnectionUp()])
+
+    @property
+    def clashes(self) -> list[tuple[str, str]]:
+        """Offers that reached a device in the middle of another job's part."""
+        return [c for d in self.air.devices.values() if isinstance(d, JobsDevice) for c in d.clashes]
+
+
+def named(job: Job, name: str, **changes: object) -> Job:
+    """The same job by another name."""
+    return replace(job, name=name, **changes)  # type: ignore[arg-type]

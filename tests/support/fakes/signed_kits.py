@@ -1,0 +1,25 @@
+"""Kits whose manifests are changed and signed again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedprune.security.keys import SigningKey
+from fedprune_device.launcher.slot_store import PURPOSE
+from fedprune_flash.on_board.kit_folder import signed_text
+from support.fakes.runtime_releases import KEY
+
+
+def change(folder: Path, **changes: Any) -> None:
+    """Change a kit's manifest and leave its signature."""
+    body = json.loads((folder / "kit.json").read_text())
+    (folder / "kit.json").write_text(json.dumps({**body, **changes}))
+
+
+def sign(folder: Path, key: SigningKey = KEY, **changes: Any) -> None:
+    """Change a kit's manifest and sign it."""
+    change(folder, **changes, key=key.verifying.hex)
+    body = json.loads((folder / "kit.json").read_text())
+    change(folder, signature=key.sign(PURPOSE + signed_text(body).encode()).hex())

@@ -1,0 +1,25 @@
+"""A job that doesn't move, for those who look on."""
+
+from __future__ import annotations
+
+from fedprune_server.monitoring.facts import Facts
+from fedprune_server.terminal.table import Snapshot
+from support.fakes.tiny_job import JOB
+
+FACTS = Facts(
+    2, 5, "training", {"working": 2, "idle": 1}, {"offered": 2}, 1, 700, 300, True, {"workshop": 1, "uploads": 0}
+)
+
+
+class StillJob:
+    """What an onlooker sees of it."""
+
+    job = JOB
+
+    def snapshot(self) -> Snapshot:
+        """Nothing is shown of it."""
+        raise NotImplementedError
+
+    def facts(self) -> Facts:
+        """Always the same."""
+        return FACTS

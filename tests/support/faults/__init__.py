@@ -1,0 +1,1 @@
+"""Failing disks, power cuts, killed processes, hostile inputs and connections."""

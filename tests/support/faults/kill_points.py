@@ -1,0 +1,270 @@
+"""A job whose server, boards and broker are killed again and again, and what its ledger must say in the end.
+
+Server and boards die at flushes of files to the disk, the first of a life, the second of the next and so on, before the
+flush and after it: whatever a process believes to be safe, it learns at such a moment. The broker dies at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedprune_server.storage.storage import Storage
+from support.paths import TESTS
+from support.processes.real_site import Site
+
+BOARDS = ("north", "south")
+SHIM = TESTS / "support/faults/death.c"
+CONFIG = """
+[job]
+name = "kills"
+rounds = {rounds}
+devices = 2
+density = 0.5
+deadline_s = 600
+
+[job.recipe]
+epochs = 2
+lr = 0.001
+"""
+
+
+class LedgerError(Exception):
+    """An update was lost, counted twice or changed, or a model is another one than it should be."""
+
+
+@dataclass
+class Life:
+    """One life of a process.
+
+    Attributes:
+        who: The process's name.
+        at: At which flush it is to die; 0 for never.
+        after: Whether after the flush instead of before it.
+        file: What kind of file was being flushed, once it is dead.
+    """
+
+    who: str
+    at: int
+    after: bool
+    file: str = ""
+
+
+@dataclass
+class Kills:
+    """What happened to a job.
+
+    Attributes:
+        lives: Those that ended as they should.
+        broker: How often the broker was killed.
+        rounds: Rounds that were finished.
+        seconds: How long it took.
+    """
+
+    lives: list[Life] = field(default_factory=list)
+    broker: int = 0
+    rounds: int = 0
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """Processes killed."""
+        return len(self.lives) + self.broker
+
+
+class Doomed(Site):
+    """A site of which every process can be told when to die.
+
+    Args:
+        material: What `write_material` wrote for `BOARDS`.
+        folder: The processes' own.
+        rounds: Rounds of the job.
+        patience_s: How long a job may go without a finished round.
+    """
+
+    def __init__(self, material: Path, folder: Path, rounds: int, patience_s: float = 120) -> None:
+        super().__init__(material, folder, CONFIG.format(rounds=rounds), BOARDS, patience_s, mosquitto=True)
+        self.rounds = rounds
+        self.shim = folder / "death.so"
+        compiler = shutil.which("cc") or "cc"
+        subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", self.shim, SHIM, "-ldl"], check=True)
+        self.doom: dict[str, Life] = {}
+
+    def command(self, name: str) -> list[str]:
+        command = super().command(name)
+        if name in BOARDS:
+            at = command.index("fedprune_device.cli.main")
+            command[at - 1 : at + 1] = [str(TESTS / "support/processes/noted_device.py"), str(self.notes(name))]
+        return command
+
+    def notes(self, name: str) -> Path:
+        """Where a board's ledger is."""
+        return self.folder / f"{name}.notes"
+
+    def live(self, life: Life) -> None:
+        """Start a process that dies when it is time to."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        if life.at:
+            environment |= {"LD_PRELOAD": str(self.shim), "DEATH_AT": str(life.at)}
+            environment["DEATH_NOTE"] = str(self.folder / f"{life.who}.death")
+            environment |= {"DEATH_AFTER": "1"} if life.after else {}
+        self.doom[life.who] = life
+        with (self.folder / f"{life.who}.log").open("ab") as log:
+            self.processes[life.who] = subprocess.Popen(self.command(life.who), stdout=log, stderr=log, env=environment)
+
+    def file(self, who: str) -> str:
+        """What kind of file a process was flushing when it died."""
+        note = self.folder / f"{who}.death"
+        if not note.exists():
+            return "?"
+        path = Path(note.read_text())
+        note.unlink()
+        if path.is_dir():
+            return "folder"
+        if path.name.startswith("server.db"):
+            return "database"
+        return "state" if path.parent.name in BOARDS else path.parent.name.rstrip("0123456789abcdef") or "blob"
+
+
+def run(site: Doomed, rounds: int, kills: int, seed: int = 0, *, broker: bool = True) -> Kills:
+    """Run a job until so many processes have been killed, or it is over; then let it finish a round in peace.
+
+    Args:
+        site: Where.
+        rounds: Rounds of the job.
+        kills: How many.
+        seed: Of the order of victims.
+        broker: Whether the broker is killed, too.
+
+    Raises:
+        LedgerError: The job doesn't get on, or a process failed by itself.
+    """
+    chance, done, began = random.Random(seed), Kills(), time.monotonic()
+    next_at = dict.fromkeys(("server", *BOARDS), 0)
+
+    def next_life(who: str) -> Life:
+        if done.total >= kills:
+            return Life(who, 0, after=False)
+        # From the first flush to the fortieth, and again: early deaths alone would never let a round end.
+        next_at[who] = next_at[who] % 80 + 1
+        return Life(who, (next_at[who] + 1) // 2, after=next_at[who] % 2 == 0)
+
+    site.start("broker")
+    for who in ("server", *BOARDS):
+        site.live(next_life(who))
+    moved, last, calm_from, broker_at = time.monotonic(), -1, None, time.monotonic() + 5
+    while True:
+        time.sleep(0.02)
+        now = time.monotonic()
+        for who, life in list(site.doom.items()):
+            code = site.processes[who].poll()
+            if code == -signal.SIGKILL and life.at:
+                life.file = site.file(who)
+                done.lives.append(life)
+            elif code is not None and code != 0:
+                raise LedgerError(f"{who} ended by itself with {code}: {site.logs()}")
+            if code is not None and (code != 0 or who != "server"):
+                site.live(next_life(who))
+        if broker and done.total < kills and now > broker_at:
+            site.kill("broker")
+            done.broker += 1
+            broker_at = now + chance.uniform(2, 20)
+        if now - moved > 0.5 or site.processes["server"].poll() == 0:
+            done.rounds = len(finished_rounds(site))
+            moved, last, stuck = now, done.rounds, now - moved > site.patience_s and last == done.rounds
+            if stuck:
+                raise LedgerError(f"no round has ended for {site.patience_s} s: {site.logs()}")
+            if done.total >= kills:
+                calm_from = done.rounds if calm_from is None else calm_from
+            if site.processes["server"].poll() == 0 or (calm_from is not None and done.rounds > calm_from + 1):
+                break
+    site.stop_all()
+    done.seconds = time.monotonic() - began
+    return done
+
+
+def check(site: Doomed, calm: Doomed, rounds: int) -> dict[str, Any]:
+    """Compare what the server counted with what its boards say that they sent, and with a job that nobody disturbed.
+
+    Args:
+        site: The job that was disturbed.
+        calm: The same one, undisturbed.
+        rounds: So many of its rounds must be over.
+
+    Returns:
+        How many updates were counted, sent in other attempts or again, and accepted.
+
+    Raises:
+        LedgerError: They contradict each other.
+    """
+    found, expected = finished_rounds(site), finished_rounds(calm)
+    if len(found) < rounds:
+        raise LedgerError(f"{len(found)} rounds were finished, not {rounds}")
+    counted = _counted(site)
+    notes = {name: _notes(site.notes(name)) for name in BOARDS}
+    for summary, other in zip(found, expected, strict=False):
+        number = summary["round"]
+        if summary["model"] != other["model"]:
+            raise LedgerError(f"round {number}: model {summary['model']} instead of {other['model']}")
+        for name in BOARDS:
+            if summary["devices"][name]["progress"] != "folded":
+                raise LedgerError(f"round {number}: the update of {name} does not count")
+            digest = counted[number, name]
+            if digest not in {n[3] for n in notes[name] if n[:2] == ["sent", number]}:
+                raise LedgerError(f"round {number}: {name} never sent {digest}")
+            if strange := {n[3] for n in notes[name] if n[:2] == ["accepted", number]} - {digest}:
+                raise LedgerError(f"round {number}: {name} was told that {strange} count, and {digest} does")
+    said = Counter(n[0] for lines in notes.values() for n in lines)
+    return {"rounds": len(found), "counted": len(found) * len(BOARDS), **said}
+
+
+def _notes(path: Path) -> list[list[Any]]:
+    """A board's ledger; its last line may be cut off."""
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def finished_rounds(site: Site) -> list[dict[str, Any]]:
+    """Summaries of a job's rounds so far."""
+    if not any((site.state / name).exists() for name in ("server.db", "database")):
+        return []
+    try:
+        with Storage.existing(site.state) as storage:
+            return storage.rounds()
+    except Exception:  # noqa: BLE001 - it is being made, or written at this moment
+        return []
+
+
+def _counted(site: Site) -> dict[tuple[int, str], str]:
+    """By round and device the digest of the update that was in the sums as the round was closed."""
+    stored: dict[tuple[int, str], str] = {}
+    closed: dict[tuple[int, str], str] = {}
+    with Storage.existing(site.state) as storage:
+        for _, _, kind, body in storage.log.events():
+            if kind == "UpdateStored":
+                stored[body["round"], body["device"]] = body["weights"]
+            elif kind == "Closed":
+                for (number, name), digest in stored.items():
+                    if number == body["round"] and name not in body["rejected"]:
+                        if (number, name) in closed:
+                            raise LedgerError(f"round {number} was closed twice")
+                        closed[number, name] = digest
+    return closed
+
+
+def undisturbed(site: Doomed) -> None:
+    """Run the job without any kill."""
+    site.start("broker")
+    for who in ("server", *BOARDS):
+        site.live(Life(who, 0, after=False))
+    site.finish(max(site.patience_s, 2.0 * site.rounds))  # a long job, on a machine that may be busy
+    site.stop_all()

@@ -1,0 +1,398 @@
+"""Parsers of files that a card or a copy may have damaged: models, settings, states, data sets, wheels."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune.coordination import State
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, ReleaseError
+from fedprune.core.toml_file import read_toml
+from fedprune.core.toml_positions import key_places
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.hardware.profile_store import shipped_folder
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Schedule
+from fedprune.jobs.state import Device, Task
+from fedprune.model.architecture import Architecture
+from fedprune.model.nested_widths import TensorAxes, axes_json
+from fedprune.model.selection import Selection
+from fedprune.releases.rollout import Rollout, RolloutPlan
+from fedprune.releases.wheels import parsed, required
+from fedprune.runtime.bundle import open_bundle
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune.security.issuance_log import Register
+from fedprune.security.replay_protection import Window
+from fedprune_export.checks.labelled_data import read as read_labelled
+from fedprune_server.config.tables import parse_config, read_config
+from fedprune_server.simulation.datasets.cifar import read_cifar
+from fedprune_server.simulation.datasets.idx import read_idx
+from fedprune_server.simulation.datasets.image_folder import read_image_folder
+from fedprune_server.simulation.datasets.npz import read_npz
+from fedprune_server.simulation.datasets.plain_pickle import read_plain
+from fedprune_server.simulation.datasets.table import DataPlan
+from fedprune_server.simulation.network_tables import read_availability, read_dropouts, read_settings, read_weather
+from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.sweep import read_sweep
+from fedprune_server.storage.s3 import bucket
+from fedprune_server.storage.s3.layout import Owner, digest_of
+from support.fakes.runtime_releases import make_wheel
+from support.fakes.tiny_job import ARCHITECTURE, JOB
+from support.fakes.tiny_wheels import wheel
+from support.faults.parser_target import Target, as_file, as_json, as_object, as_text, dumped, scratch
+
+FLEET = b"""
+[model]
+path = "model.onnx"
+input_shape = [1, 3, 8, 8]
+
+[job]
+name = "attic"
+rounds = 20
+devices = 3
+density = 0.5
+deadline_s = 600.0
+[job.recipe]
+epochs = 2
+lr = 0.05
+
+[server]
+state = "state"
+broker = "mqtts://broker.example:8883"
+site = "lab"
+max_devices = 100
+
+[[devices]]
+name = "a"
+profile = "raspberry-pi-5"
+
+[links]
+up = 1e6
+"""
+
+SWEEP = b"""
+config = "fleet.toml"
+seeds = [0, 1]
+[[runs]]
+name = "one"
+job = { rounds = 3 }
+[[runs]]
+name = "two"
+seeds = [5]
+"""
+
+_FILES = 2 * 2**20
+"""Bytes that numpy's, Pillow's and zipfile's machinery may take for any file."""
+
+
+@cache
+def file_targets() -> tuple[Target, ...]:
+    """All of them."""
+    return (*_descriptions(), *_settings(), *_states(), *_data_sets(), *_wheels())
+
+
+def _descriptions() -> tuple[Target, ...]:
+    selection = Selection.of(ARCHITECTURE, (4,))
+    sound = ARCHITECTURE.to_json().encode()
+    axes = axes_json(ARCHITECTURE).encode()
+    folder = _bundle(selection)
+    manifest = (folder / "manifest.json").read_bytes()
+
+    def bundled(raw: bytes) -> object:
+        (folder / "manifest.json").write_bytes(raw)
+        return open_bundle(folder)
+
+    return (
+        Target("file.architecture", Architecture.from_json, (sound,), text=True, share=2),
+        Target(
+            "file.selection",
+            lambda raw: Selection.from_json(raw, ARCHITECTURE),
+            (selection.to_json().encode(), Selection.of(ARCHITECTURE, (8,)).to_json().encode()),
+            text=True,
+            share=2,
+        ),
+        Target("file.selection's owner", Selection.owner, (selection.to_json().encode(),), text=True),
+        Target("file.tensor axes", as_text(TensorAxes.from_json), (axes,), text=True),
+        Target("file.engine plan", EnginePlan.from_json, (EnginePlan().to_json().encode(),), text=True, share=2),
+        Target("file.bundle manifest", bundled, (manifest,), text=True, constant=_FILES, share=0.2),
+    )
+
+
+def _bundle(selection: Selection) -> Path:
+    """A bundle whose graphs nobody loads."""
+    from fedprune.runtime.bundle import ARCHITECTURE as NAMED
+    from fedprune.runtime.bundle import FILES, FORMAT, SUBMODEL, WEIGHTS
+
+    folder = scratch() / "bundle"
+    folder.mkdir(exist_ok=True)
+    tensors = {n: np.zeros(s, np.float32) for n, s in selection.shapes().items()}
+    known = {
+        NAMED: ARCHITECTURE.to_json().encode(),
+        SUBMODEL: selection.to_json().encode(),
+        WEIGHTS: tensorfile.encode(tensors),
+        "engine.json": EnginePlan().to_json().encode(),
+    }
+    files = {}
+    for name in (*FILES, "engine.json"):
+        data = known.get(name, b"graph")
+        (folder / name).write_bytes(data)
+        files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    body = {
+        "format": FORMAT, "files": files, "recipe": JOB.recipe.to_dict(), "class_names": ["a", "b", "c"],
+        "target": "raspberry-pi-5", "selection": selection.digest, "architecture": ARCHITECTURE.digest,
+        "widths": list(selection.widths), "classes": 3,
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(body))
+    return folder
+
+
+def _settings() -> tuple[Target, ...]:
+    folder = scratch() / "settings"
+    folder.mkdir(exist_ok=True)
+    (folder / "fleet.toml").write_bytes(_plain(FLEET))
+    profile = (shipped_folder() / "raspberry-pi-5.toml").read_bytes()
+    weather = {
+        "weather": {"like": "pr-fl"},
+        "availability": {},
+        "dropouts": {"away_s": 5.0},
+        "simulation": {"densities": [0.5]},
+    }
+
+    def sky(body: dict[str, Any]) -> object:
+        path = folder / "fleet.toml"
+        return [read(body, path) for read in (read_weather, read_availability, read_dropouts, read_settings)]
+
+    owner = Owner("5" * 32, "attic").to_bytes()
+    key = f"blobs/{'a' * 64}.{'0' * 16}".encode()
+    plan = {"source": "digits", "devices": 8, "partition": "dirichlet", "alpha": 0.3}
+    return (
+        Target(
+            "settings.toml",
+            as_file(lambda p: read_toml(p, ConfigError), "any.toml"),
+            (FLEET, SWEEP),
+            text=True,
+            factor=200,
+            share=0.5,
+        ),
+        Target("settings.places", as_text(key_places), (FLEET, SWEEP), text=True, factor=200, share=0.5),
+        Target(
+            "settings.fleet",
+            as_file(read_config, "settings/read.toml"),
+            (_plain(FLEET),),
+            text=True,
+            factor=200,
+            share=0.5,
+        ),
+        Target(
+            "settings.tables",
+            as_object(lambda b: parse_config(b, "it", folder)),
+            dumped({"job": JOB.to_dict(), "server": {"site": "lab", "keep": 3}}),
+            text=True,
+        ),
+        Target("settings.bucket's address", as_text(bucket.parse), (b"s3://bucket/a/prefix",), text=True, share=0.2),
+        Target("file.bucket's owner", lambda raw: Owner.parse(raw, "it"), (owner,), text=True),
+        Target("file.bucket's key", as_text(digest_of), (key,), text=True, share=0.2),
+        Target(
+            "settings.sweep",
+            as_file(read_sweep, "settings/sweep.toml"),
+            (SWEEP,),
+            text=True,
+            factor=200,
+            constant=_FILES,
+            share=0.2,
+        ),
+        Target(
+            "settings.profile",
+            as_file(HardwareProfile.from_toml, "board.toml"),
+            (profile,),
+            text=True,
+            factor=200,
+            share=0.3,
+        ),
+        Target("settings.job", as_object(Job.from_dict), dumped(JOB.to_dict()), text=True),
+        Target(
+            "settings.schedule",
+            as_object(Schedule.from_dict),
+            dumped({}, {"kind": "asynchronous", "arrivals": 2, "staleness": {}}),
+            text=True,
+            errors=(ConfigError,),
+        ),
+        Target("settings.data", as_json(DataPlan.from_dict), dumped(plan), text=True),
+        Target("settings.weather", as_object(sky), dumped(weather, {}), text=True),
+    )
+
+
+def _plain(text: bytes) -> bytes:
+    """A server's file, without a simulation's tables."""
+    return text.partition(b"[[devices]]")[0]
+
+
+def _states() -> tuple[Target, ...]:
+    device = Device(1, True, {"name": "x"}, None, 3)
+    task = Task(1, (4,), 0.5, offer={"weights": {"sha256": "0" * 64}})
+    state = State(model="0" * 64, devices={"a": device}, tasks={"a": task}).to_json().encode()
+    rollout = Rollout.of(RolloutPlan("release", "7"), ["a", "b"]).to_dict()
+    window = Window.after(5)
+    window.accept(6, 1)
+    lines = b"".join(raw + b"\n" for raw in dumped({"epoch": 1}, {"epoch": 2, "x": [1]}))
+
+    def register(raw: bytes) -> object:
+        path = scratch() / "register"
+        path.write_bytes(raw)
+        return Register(path, lambda entry: entry["epoch"])
+
+    record = Record("a run", JOB.to_dict(), (("w", 8),), (), ())
+    return (
+        Target("state.job", as_text(State.from_json), (state,), text=True, share=2),
+        Target("state.rollout", as_object(Rollout.from_dict), dumped(rollout), text=True),
+        Target("state.window of numbers", as_json(Window.from_dict), dumped(window.to_dict()), text=True),
+        Target("state.register", register, (lines,), text=True, share=0.5),
+        Target("state.record of a run", as_text(Record.from_json), (record.to_json().encode(),), text=True),
+    )
+
+
+def npz(save: Callable[..., None] = np.savez_compressed, **arrays: Any) -> bytes:
+    """An `.npz` file."""
+    file = io.BytesIO()
+    save(file, **arrays)
+    return file.getvalue()
+
+
+def picture(kind: str, size: tuple[int, int] = (8, 8)) -> bytes:
+    """A small image."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def plain_pickle(labels: bytes = b"labels") -> bytes:
+    """What CIFAR's files are like."""
+    import pickle
+
+    return pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), labels: [1, 2], b"filenames": ["a"]}, 2)
+
+
+def _data_sets() -> tuple[Target, ...]:
+    x, y = np.zeros((4, 3, 8, 8), np.float32), np.arange(4)
+    sets = npz(x=x, y=y), npz(np.savez, x_train=x, y_train=y, x_test=x, y_test=y), npz(np.savez, x=x, y=y, owner=y)
+    idx = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (2, 4, 4)) + bytes(32)
+    flat = ARCHITECTURE.input_shape
+    labelled = npz(x=np.zeros((2, *flat), np.float32), y=np.array([0, 1]))
+    folder = scratch() / "cifar"
+    folder.mkdir(exist_ok=True)
+    images = scratch() / "images"
+    (images / "cat").mkdir(parents=True, exist_ok=True)
+
+    def cifar(raw: bytes) -> object:
+        for name in ("train", "test"):
+            (folder / name).write_bytes(raw)
+        return read_cifar(folder)
+
+    def folder_of_images(raw: bytes) -> object:
+        (images / "cat" / "one.png").write_bytes(raw)
+        return read_image_folder(images)
+
+    fine = plain_pickle(b"fine_labels")
+    return (
+        Target("data.npz", as_file(read_npz, "set.npz"), sets, factor=2200, constant=_FILES, share=0.2),
+        Target("data.idx", as_file(read_idx, "set-idx3-ubyte"), (idx,), constant=_FILES),
+        Target(
+            "data.idx packed",
+            as_file(read_idx, "set-idx3-ubyte.gz"),
+            (gzip.compress(idx, mtime=0),),
+            factor=2200,
+            constant=_FILES,
+            share=0.5,
+        ),
+        Target(
+            "data.idx in gzip",
+            as_file(read_idx, "set-idx3-ubyte.gz"),
+            (idx,),
+            factor=2200,
+            constant=_FILES,
+            share=0.5,
+            frame=lambda raw: gzip.compress(raw, 1, mtime=0),
+        ),
+        Target("data.pickle", read_plain, (plain_pickle(),), constant=_FILES, share=2),
+        Target("data.cifar", cifar, (fine,), constant=_FILES, share=0.3),
+        Target(
+            "data.image folder",
+            folder_of_images,
+            (picture("PNG"), picture("JPEG"), picture("GIF"), picture("BMP"), picture("PPM"), picture("WEBP")),
+            constant=128 * 2**20,
+            share=0.3,
+        ),
+        Target(
+            "data.labelled",
+            as_file(lambda p: read_labelled(p, ARCHITECTURE, np.float32), "labelled.npz"),
+            (labelled,),
+            factor=2200,
+            constant=_FILES,
+            share=0.2,
+        ),
+    )
+
+
+def zipped(names: dict[str, bytes]) -> bytes:
+    """A zip archive."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in names.items():
+            archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
+    return file.getvalue()
+
+
+def _wheels() -> tuple[Target, ...]:
+    from fedprune_device.releases.wheel import Wheel
+
+    made = wheel(scratch() / "wheels", "fedprune", requires=["numpy>=1"]).read_bytes()
+    small = make_wheel(scratch() / "small.whl", {"app/__init__.py": "x = 1\n" * 50, "app-1.dist-info/METADATA": "a"})
+    seeds = (made, small.read_bytes())
+
+    def unpacked(path: Path) -> object:
+        folder = scratch() / "slot"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        found = Wheel(path, "it.whl")
+        if found.size > 2**20:
+            return None  # whoever unpacks looks at the room first
+        done = list(found.unpack(folder))
+        inside = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+        if inside != {path for path, _, _ in done}:
+            raise ValueError(f"files {inside}")
+        return done
+
+    def name(raw: bytes) -> object:
+        return parsed(Path(raw.decode("utf-8", "replace").replace("\0", "") or "x"), ReleaseError)
+
+    return (
+        Target("wheel.unpacked", as_file(unpacked, "one.whl"), seeds, factor=2200, constant=_FILES, share=0.2),
+        Target(
+            "wheel.metadata",
+            as_file(lambda p: required(p, ReleaseError), "two.whl"),
+            seeds,
+            factor=2200,
+            constant=8 * 2**20,
+            share=0.2,
+        ),
+        Target(
+            "wheel.file name",
+            name,
+            (b"fedprune-0.1.0-cp311-cp311-manylinux_2_17_aarch64.whl", b"a-1-py3-none-any.whl"),
+            text=True,
+        ),
+    )

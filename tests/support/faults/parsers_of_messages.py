@@ -1,0 +1,429 @@
+"""Parsers of what comes over the network: messages, chunks, envelopes, requests to join, and what they hold."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from fedprune.blobs.blob_ref import LEAF, BlobRef, is_digest
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.tensor_reader import read_tensors
+from fedprune.core import tensorfile
+from fedprune.core.errors import FedpruneError
+from fedprune.core.npy_array import float32_array
+from fedprune.costs.form_times import FormTimes
+from fedprune.costs.latency_model import LatencyTable, typical_table
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.hardware.profile_store import find
+from fedprune.model.element_mask import ElementMask
+from fedprune.releases.release import Release, ReleaseFile, opened, signed
+from fedprune.runtime.precision import INT8, graphs_of, packed, unpacked
+from fedprune.security.authority import Authority
+from fedprune.security.certificates import (
+    key_digest,
+    make_tls_key,
+    name_of,
+    pem_of,
+    pin_of,
+    read_certificate,
+    request_key,
+)
+from fedprune.security.certificates import make_request as make_csr
+from fedprune.security.envelope import Envelope, seal
+from fedprune.security.join_token import Claim
+from fedprune.security.joining import answer_text, check_answer, check_request, digest_of, make_request
+from fedprune.security.keys import VerifyingKey
+from fedprune.security.signed_channel import Opener
+from fedprune.training.recipe import Recipe
+from fedprune.wire import messages as m
+from fedprune.wire.blob_url import BlobUrl
+from fedprune.wire.broker_url import BrokerUrl
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.join_messages import APPROVED, JoinAnswer, JoinRequest
+from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
+from fedprune.wire.offer import Offer
+from fedprune.wire.release_messages import ReleaseOffer, ReleaseReport, ReleaseWithdrawn
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import Pull
+from fedprune_device.training.received_weights import unpacked as offered
+from fedprune_server.transfer.http_server import BlobHandler
+from fedprune_server.transfer.upload_workers import messages
+from fedprune_server.web.demo_fleet import TrialFleet
+from fedprune_server.web.state import order_messages, publisher_messages
+from support.fakes.runtime_releases import KEY, PUBLIC
+from support.fakes.tiny_job import ARCHITECTURE, JOB
+from support.faults.parser_target import Target, as_json, as_object, as_text, dumped, scratch
+
+TOPIC = Topics("lab").up("a")
+BLOB = np.random.default_rng(0).bytes(3 * LEAF + 100)
+REF = BlobRef.of(BLOB)
+SMALL = BlobRef.of(b"small")
+ZERO = "0" * 64
+
+PROBE = {
+    "cores": 4,
+    "memory_total": 2**33,
+    "memory_available": 2**32,
+    "seconds": 1.0,
+    "block": 16,
+    "latency": typical_table(1e9).to_dict(),
+    "forms": {"rows": [{"shape": [3, 1, 16, 16, 64, 0], "seconds": {"kernel.taps": 1e-4}}]},
+}
+
+
+@cache
+def wire_targets() -> tuple[Target, ...]:
+    """All of them."""
+    told = tuple(message.to_bytes() for message in _messages())
+    chunks = (
+        Chunk(REF.sha256, "data", 0, BLOB[:LEAF]).to_bytes(),
+        Chunk(REF.sha256, "data", 2, BLOB[2 * LEAF :]).to_bytes(),
+        Chunk(SMALL.sha256, "leaves", 1, b"x").to_bytes(),
+    )
+    probe = ProbeReport.from_dict(PROBE).to_dict()
+    return (
+        Target("wire.message", m.parse, told, text=True, share=6),
+        Target("wire.word of a receiver", lambda raw: messages.parse_line(raw + b"\n"), _words(), text=True, share=2),
+        Target(
+            "wire.word to the console",
+            lambda raw: publisher_messages.parse_news(raw + b"\n"),
+            _news(),
+            text=True,
+            share=0.5,
+        ),
+        Target("wire.order", lambda raw: publisher_messages.parse_order(raw + b"\n"), _orders(), text=True, share=2),
+        Target("wire.chunk", lambda raw: list(Chunk.parse(raw).leaves()), chunks, factor=8, share=4),
+        Target("wire.pull", _pulled, chunks, factor=16, constant=4 * 2**20, share=0.2),
+        Target("wire.topic", as_text(_topic), _topics(), text=True, share=2),
+        Target("wire.blob reference", as_json(BlobRef.from_dict), dumped(REF.to_dict()), text=True, share=2),
+        Target("wire.broker address", as_text(BrokerUrl.parse), _urls(), text=True, share=2),
+        Target("wire.blobs' address", as_text(BlobUrl.parse), _web_urls(), text=True, share=2),
+        Target("wire.request for a blob", _requested, _requests(), errors=(FedpruneError, ConnectionError), share=0.5),
+        Target("wire.probe", as_json(ProbeReport.from_dict), dumped(PROBE, probe), text=True, share=2),
+        Target("wire.latency table", as_json(LatencyTable.from_dict), dumped(probe["latency"]), text=True),
+        Target("wire.form times", as_json(FormTimes.from_dict), dumped(probe["forms"]), text=True),
+        Target("wire.profile", as_object(HardwareProfile.from_dict), _profiles(), text=True),
+        Target(
+            "wire.recipe", as_object(Recipe.from_dict), dumped(Recipe().to_offer(), JOB.recipe.to_dict()), text=True
+        ),
+        Target("wire.array", lambda raw: float32_array(raw, (2, 3), "it"), _arrays(), constant=2**20),
+        *_signed(told),
+        *_joining(),
+        *_blobs(),
+    )
+
+
+def _arrays() -> tuple[bytes, ...]:
+    """An array in NumPy's format, as Flower sends it, in either order and with either end first."""
+    out = []
+    for value in (np.zeros((2, 3), "<f4"), np.asfortranarray(np.ones((2, 3), ">f4"))):
+        file = io.BytesIO()
+        np.save(file, value)
+        out.append(file.getvalue())
+    return tuple(out)
+
+
+def _messages() -> list[Any]:
+    place = {"job": "toy", "round": 3, "attempt": 1}
+    offer = Offer(
+        **place, seed=1, architecture=ZERO, selection=ZERO, widths=(4, 8), classes=3, weights=REF, training=SMALL,
+        inference=SMALL, recipe=Recipe().to_offer(), mask=SMALL, ranking=ZERO, lowered={"int8": SMALL},
+        blocked={"16": SMALL}, blobs_at="https://models.example:8443/lab",
+    )  # fmt: skip
+    return [
+        m.Birth("a", 1, "raspberry-pi-5", 10, "fedprune 1", PROBE, {**place}, abilities=(m.TO,)),
+        m.Death("a", 1),
+        m.Alive("a", 1),
+        m.Progress("a", **place, phase="train", done=1, total=2),
+        m.Refusal("a", **place, reason="no room", exit_code=30),
+        m.Update(
+            "a", **place, base=ZERO, weights=REF, samples=10, steps=5, metrics={"accuracy_after": 0.5, "loss": 1.0}
+        ),
+        m.Hello(1_700_000_000),
+        offer,
+        m.Accepted(**place, weights=ZERO),
+        m.Cancelled(**place, reason="the round is over"),
+        m.Finished("toy"),
+        m.Want(ZERO, "data", 0, 1024),
+        m.Want(ZERO, "data", 0, 3, to=ZERO[:16]),
+        m.Gone(ZERO),
+        ReleaseOffer(1, _release().to_bytes().decode(), "0" * 128, (ZERO,), 3, 300.0),
+        ReleaseReport("a", 1, "downloading", "", 1, 2),
+        ReleaseWithdrawn(1, "a mistake"),
+        BoardLines("a", ({"number": 1, "at": 2, "level": "error", "count": 3, "text": "disk full"},)),
+        CrashReport(
+            "a",
+            2,
+            3,
+            "exception",
+            "ValueError: no",
+            ({"module": "fedprune_device.cli.main", "line": 1, "function": "f"},),
+            "fedprune 0.1",
+            "a",
+            3.5,
+            60.0,
+            1,
+            2,
+        ),
+        LogWanted(60, 16_384, 7),
+    ]
+
+
+def _words() -> tuple[bytes, ...]:
+    told = (
+        messages.Begin("mqtt://h", "s", "0" * 16, "/b", 4, 131072, None, None, None, 0, 1),
+        messages.Fetch("a", 1, 2, REF, None, 0.5),
+        messages.Asks("a", ZERO, "data", 0, 3, None),
+        messages.Failed("a", 1, 2, "because"),
+        messages.Took("a", 7, 1),
+    )
+    return tuple(messages.line(word)[:-1] for word in told)
+
+
+def _news() -> tuple[bytes, ...]:
+    """One line of each kind, and small ones: what is fuzzed is their form."""
+    fleet = TrialFleet(2, 1)
+    told = [*fleet.begin(), fleet.details("board-0000"), fleet.board_log("board-0000"), fleet.coverage("trial")]
+    told.append(order_messages.Answer(1, True, "so"))
+    kinds = {type(word): word for word in told}
+    return tuple(publisher_messages.line(word)[:-1] for word in kinds.values())
+
+
+def _orders() -> tuple[bytes, ...]:
+    orders = (
+        order_messages.Order(1, "ann", "pause", job="toy"),
+        order_messages.Order(2, "ann", "rollout_start", release="r-1", groups=(0.1, 1.0), devices=("a", "b")),
+        publisher_messages.Listening("http://127.0.0.1:8470/"),
+    )
+    return tuple(publisher_messages.line(word)[:-1] for word in orders)
+
+
+def _release() -> Release:
+    files = (ReleaseFile("app-1-py3-none-any.whl", ZERO, 1000), ReleaseFile("b-1.whl", "1" * 64, 10))
+    return Release(
+        1, "0.1", "cp311", "aarch64", "app:main", 10**6, files, ZERO, created="2026-01-01", system=("numpy",)
+    )
+
+
+def _topics() -> tuple[bytes, ...]:
+    site = Topics("lab")
+    return tuple(t.encode() for t in (site.up("a"), site.up_blob("b", "toy"), site.broadcast(), site.join("0" * 32)))
+
+
+def _topic(text: str) -> object:
+    site = Topics("lab")
+    return site.parse_join(text) if text.endswith("/join") else site.parse(text)
+
+
+def _urls() -> tuple[bytes, ...]:
+    return b"mqtts://user:pass%20word@broker.example:8883", b"mqtt://127.0.0.1", b"mqtts://[::1]:1883/"
+
+
+def _web_urls() -> tuple[bytes, ...]:
+    return b"https://models.example:8443/a-lab/~b/", b"http://127.0.0.1:8080", b"https://[2001:db8::1]"
+
+
+def _requests() -> tuple[bytes, ...]:
+    path = f"/lab/{REF.sha256[:2]}/{REF.sha256}"
+    first = f"GET {path} HTTP/1.1\r\nHost: a\r\nRange: bytes=5-70000\r\nAccept-Encoding: identity\r\n\r\n"
+    return first.encode(), f"{first}HEAD {path}.leaves HTTP/1.1\r\n\r\n".encode(), b"GET / HTTP/1.0\r\n\r\n"
+
+
+class _Client:
+    """In the place of a socket: what it sends, and how much it got."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw, self.got = raw, 0
+
+    def makefile(self, *_: object) -> io.BytesIO:
+        return io.BytesIO(self.raw)
+
+    def sendall(self, data: bytes) -> None:
+        self.got += len(data)
+
+    def settimeout(self, seconds: float) -> None:
+        pass
+
+    def setsockopt(self, *_: object) -> None:
+        pass
+
+
+class _Shelf:
+    """In the place of a web server of blobs."""
+
+    def __init__(self) -> None:
+        self.store = BlobStore(scratch() / "shelf", durable=False)
+        self.store.put(BLOB)
+        self.asked: list[str] = []
+
+    def allowed(self, device: str | None, sha256: str) -> bool:
+        self.asked.append(sha256)
+        return sha256 == REF.sha256
+
+    def expect(self, client: object, seconds: float, *, waits: bool) -> None:
+        pass
+
+    def count(self, device: str, size: int) -> None:
+        pass
+
+
+def _requested(raw: bytes) -> object:
+    """Requests to the web server of blobs: it looks for digests alone, and gives no more than it is asked for."""
+    client, shelf = _Client(raw), _Shelf()
+    BlobHandler(client, ("", 0), shelf)  # type: ignore[arg-type]
+    if not all(map(is_digest, shelf.asked)) or client.got > (raw.count(b"\n") + 1) * (len(BLOB) + 1000):
+        raise ValueError(f"{client.got} bytes for {shelf.asked}")
+    return client.got
+
+
+def _profiles() -> tuple[bytes, ...]:
+    return dumped(*(find(name).to_dict() for name in ("raspberry-pi-5", "jetson-orin-nano")))
+
+
+def _pulled(raw: bytes) -> object:
+    """A chunk that comes in the middle of a transfer of which one leaf is here."""
+    store = BlobStore(scratch() / "pull", durable=False)
+    pull = Pull(REF, store.partial(REF))
+    pull.start(0.0)
+    table = b"".join(store_digest(i) for i in range(REF.leaf_count))
+    pull.on_chunk(Chunk(REF.sha256, "leaves", 0, table), 0.0)
+    wants = pull.on_chunk(Chunk.parse(raw), 1.0)
+    if pull.outstanding > 32 or len(wants) > 32:
+        raise ValueError(f"{pull.outstanding} leaves are asked for by {len(wants)} wants")
+    return wants
+
+
+def store_digest(leaf: int) -> bytes:
+    """The digest of a leaf of `BLOB`."""
+    import hashlib
+
+    return hashlib.sha256(BLOB[leaf * LEAF : (leaf + 1) * LEAF]).digest()
+
+
+def _signed(told: tuple[bytes, ...]) -> tuple[Target, ...]:
+    small = [raw for raw in told if len(raw) < 4000]
+    envelopes = tuple(seal(KEY, TOPIC, 1000 + i, i, raw) for i, raw in enumerate(small))
+    manifest = _release().to_bytes()
+    return (
+        Target("trust.envelope", Envelope.parse, envelopes, share=2),
+        Target("trust.signed message", lambda raw: _opener().open(TOPIC, raw), envelopes, share=0.5),
+        # What is inside is damaged before it is sealed: a member of the fleet says it.
+        Target(
+            "trust.message of a member",
+            lambda raw: m.parse(_opener().open(TOPIC, raw)),
+            small,
+            text=True,
+            share=0.5,
+            frame=lambda body: seal(KEY, TOPIC, 1, 1, body[: 256 * 1024]),
+        ),
+        Target("release.manifest", Release.from_bytes, (manifest,), text=True, share=2),
+        Target(
+            "release.signed manifest",
+            lambda raw: opened(raw[64:], raw[:64], PUBLIC),
+            (manifest,),
+            text=True,
+            share=0.5,
+            frame=lambda body: signed(body, KEY) + body,
+        ),
+        Target("trust.key", as_text(VerifyingKey.from_hex), (PUBLIC.hex.encode(),), text=True),
+        Target("trust.claim", as_text(Claim.parse), (Claim(b"i" * 5, b"s" * 15, b"p" * 12).text.encode(),), text=True),
+    )
+
+
+def _opener() -> Opener:
+    return Opener(PUBLIC, {}, lambda stream, epoch: None)
+
+
+def _joining() -> tuple[Target, ...]:
+    authority = Authority.make(scratch() / "authority", "lab")
+    csr = make_csr(make_tls_key(), "pi-1")
+    claim = Claim.make(authority.pin)
+    request = make_request("lab", "pi-1", KEY, csr, claim)
+    certificate = authority.issue_device("lab", "pi-1", csr)
+    body = {
+        "request": digest_of(request), "status": APPROVED, "reason": "", "time": authority.now(),
+        "authority": authority.pem, "certificate": certificate, "server_key": PUBLIC.hex,
+    }  # fmt: skip
+    answer = JoinAnswer(**body, signature=authority.sign(answer_text(**body)).hex())
+
+    def asked(raw: bytes) -> object:
+        found = m.parse(raw)
+        return check_request(found) if isinstance(found, JoinRequest) else found
+
+    def answered(raw: bytes) -> object:
+        found = m.parse(raw)
+        return check_answer(found, request, authority.pin) if isinstance(found, JoinAnswer) else found
+
+    def pem(what: str) -> Callable[[bytes], bytes]:
+        return lambda der: f"-----BEGIN {what}-----\n{base64.encodebytes(der).decode()}-----END {what}-----\n".encode()
+
+    def believed(raw: bytes) -> object:
+        """What is looked at in a certificate, before and after it is believed."""
+        found = read_certificate(raw, "it")
+        return pin_of(found), name_of(found), key_digest(found.public_key()), found.not_valid_after_utc, pem_of(found)
+
+    content = x509.load_pem_x509_certificate(certificate.encode()).public_bytes(serialization.Encoding.DER)
+    asks = x509.load_pem_x509_csr(csr.encode()).public_bytes(serialization.Encoding.DER)
+    return (
+        Target("join.certificate's content", believed, (content,), share=2, frame=pem("CERTIFICATE")),
+        Target(
+            "join.content of a certificate request",
+            as_text(lambda text: request_key(text, "pi-1")),
+            (asks,),
+            frame=pem("CERTIFICATE REQUEST"),
+        ),
+        Target("join.request", asked, (request.to_bytes(),), text=True, share=0.5),
+        Target("join.answer", answered, (answer.to_bytes(),), text=True, share=0.5),
+        Target(
+            "join.certificate", lambda raw: read_certificate(raw, "it"), (authority.pem.encode(), certificate.encode())
+        ),
+        Target("join.certificate request", as_text(lambda text: request_key(text, "pi-1")), (csr.encode(),), share=0.5),
+    )
+
+
+def _blobs() -> tuple[Target, ...]:
+    """Blobs that are whole, as their digests say, and still anything at all."""
+    tensors = {"w": np.ones((8, 4), np.float32), "head": np.ones((3, 8), np.float32)}
+    mask = ElementMask({"w": np.arange(32).reshape(8, 4) % 3 == 0})
+    bits = tensorfile.encode(mask.to_tensors())
+    weights = tensorfile.encode(tensors)
+    graphs = packed(dict.fromkeys(graphs_of(INT8), b"graph"))
+    shapes = {n: v.shape for n, v in tensors.items()}
+    masked = tensorfile.encode(mask.pack(tensors))
+
+    def header(text: bytes) -> bytes:
+        """A header that says how long it is, before sound data."""
+        return len(text).to_bytes(8, "little") + text + weights[-(8 * 4 + 3 * 8) * 4 :]
+
+    (length,) = (int.from_bytes(weights[:8], "little"),)
+    table = weights[8 : 8 + length].rstrip()
+    recipe = Recipe.from_dict({"mask": "hard"})
+    return (
+        Target("blob.tensors", tensorfile.decode, (weights, bits, graphs), share=4),
+        Target("blob.tensors by header", tensorfile.decode, (table,), text=True, share=4, frame=header),
+        Target("blob.some tensors", _some, (weights, bits), share=0.2),
+        Target("blob.lowered graphs", lambda raw: unpacked(raw, INT8), (graphs,)),
+        Target("blob.mask", lambda raw: ElementMask.from_tensors(tensorfile.decode(raw), shapes), (bits,)),
+        Target("blob.weights of an offer", lambda raw: _offered(raw, recipe), (weights, masked)),
+    )
+
+
+def _some(raw: bytes) -> object:
+    store = BlobStore(scratch() / "blobs", durable=False)
+    ref = store.put(raw)
+    try:
+        return read_tensors(store, ref, {"w"})
+    finally:
+        store.delete(ref.sha256)
+
+
+def _offered(raw: bytes, recipe: Recipe) -> object:
+    return offered(raw, None, recipe, None, ARCHITECTURE.sizes, ("w", "head"))

@@ -1,0 +1,226 @@
+"""Parsers of what boards are set up from: claims, inventories, drives, kits, disk images."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import plistlib
+import shutil
+import struct
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from fedprune.core.errors import BoardError
+from fedprune.security.authority import Authority
+from fedprune.security.join_token import Claim
+from fedprune_device.enrolment.enrolment import one_claim
+from fedprune_flash.card.drives import disk_names, from_diskutil, from_lsblk
+from fedprune_flash.image.ext4 import Ext4
+from fedprune_flash.image.fat import Fat
+from fedprune_flash.image.partitions import read_partitions
+from fedprune_flash.image.region import Region
+from fedprune_flash.image.unpacking import unpack
+from fedprune_flash.kit.board_settings import BoardFile, checked_authorities
+from fedprune_flash.kit.kit import open_kit
+from fedprune_flash.on_board import far_side
+from fedprune_flash.on_board.kit_folder import KitFolder
+from fedprune_flash.ssh.claims import read_claims
+from fedprune_flash.ssh.connection import BoardLink
+from fedprune_flash.ssh.inventory import read_inventory
+from support.faults.parser_target import Target, as_file, as_object, as_text, dumped, scratch
+
+_FILES = 2 * 2**20
+"""Bytes that hashing and unpacking may take for any file."""
+
+
+@cache
+def setup_targets() -> tuple[Target, ...]:
+    """All of them."""
+    return (*_told(), *_kits(), *_images())
+
+
+def _told() -> tuple[Target, ...]:
+    claim = Claim(b"i" * 5, b"s" * 15, b"p" * 12).text
+    authority = Authority.make(scratch() / "board authority", "lab").pem.encode()
+    board = {"server": "mqtts://broker.example:8883", "device": "attic", "site": "lab", "data": "/data/set.npz"}
+    inventory = b"""
+[defaults]
+user = "pi"
+[[board]]
+host = "192.0.2.1"
+device = "a"
+board = "raspberry-pi-5"
+port = 22
+[[board]]
+host = "b.example"
+device = "b"
+board = "raspberry-pi-5"
+"""
+    drives = {
+        "blockdevices": [
+            {
+                "path": "/dev/sda",
+                "size": 10**9,
+                "type": "disk",
+                "rm": True,
+                "model": "x",
+                "children": [{"path": "/dev/sda1", "type": "part", "mountpoints": ["/"]}],
+            }
+        ]
+    }
+    info = {
+        "DeviceIdentifier": "disk4",
+        "DeviceNode": "/dev/disk4",
+        "TotalSize": 10**9,
+        "RemovableMedia": True,
+        "Ejectable": True,
+    }
+    listed = {
+        "WholeDisks": ["disk4"],
+        "AllDisksAndPartitions": [{"DeviceIdentifier": "disk4", "Partitions": [{"MountPoint": "/x"}]}],
+    }
+    plists = tuple(plistlib.dumps({**info, **listed}, fmt=fmt) for fmt in (plistlib.FMT_XML, plistlib.FMT_BINARY))
+    answers = tuple(far_side.MARK.encode() + raw + b"\n" for raw in dumped({"put": True}, {"x": [1]}))
+
+    def mac(raw: bytes) -> object:
+        return disk_names(raw), from_diskutil(raw, raw)
+
+    return (
+        Target(
+            "told.claim",
+            as_text(lambda text: one_claim(text, "it")),
+            (claim.encode(), claim.lower().encode() + b"\n"),
+            text=True,
+        ),
+        Target("told.claims", as_file(read_claims, "claims.txt"), (f"{claim}\n\n".encode(),), text=True),
+        Target("told.board file", as_object(BoardFile.from_dict), dumped(board), text=True),
+        Target("told.authorities", checked_authorities, (authority, authority * 2), text=True, share=0.5),
+        Target(
+            "told.inventory", as_file(read_inventory, "boards.toml"), (inventory,), text=True, factor=200, share=0.3
+        ),
+        Target("told.drives of Linux", lambda raw: from_lsblk(raw, lambda _: ""), dumped(drives), text=True),
+        Target("told.drives of a Mac", mac, plists, text=True, factor=200, share=0.5),
+        Target("told.answer of a board", _answered, answers, text=True, errors=(BoardError,), share=0.5),
+    )
+
+
+def _answered(raw: bytes) -> object:
+    """What a board says to its installer, without ssh."""
+    link = BoardLink.__new__(BoardLink)
+    link._process = type("Process", (), {"stdout": io.BytesIO(raw), "poll": lambda _: 0, "returncode": 0})()  # type: ignore[assignment]
+    link._slow = ""
+    link._within = _nothing  # type: ignore[method-assign, assignment]
+    link._lost = lambda: BoardError("it is gone")  # type: ignore[method-assign]
+    return link._answer(1.0)
+
+
+class _nothing:  # noqa: N801 - stands in for a method
+    def __init__(self, _: float) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _kits() -> tuple[Target, ...]:
+    folder = scratch() / "kit"
+    (folder / "wheelhouse").mkdir(parents=True, exist_ok=True)
+    board = {"server": "mqtts://broker.example:8883", "device": "attic", "site": "lab"}
+    files = {"board.json": json.dumps(board).encode(), "wheelhouse/a-1-py3-none-any.whl": b"wheel", "install.pyz": b"x"}
+    rows = []
+    for path, data in files.items():
+        (folder / path).write_bytes(data)
+        rows.append({"path": path, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+    manifest = {
+        "version": 4, "fedprune": "0.1", "python": "3.11", "architecture": "aarch64", "jetson": False, "data": "local",
+        "imports": {"numpy": "numpy"}, "claim": None, "files": rows,
+        "number": 0, "entry": "app:main", "contents": "0" * 64, "key": None, "site": "lab", "successions": [],
+    }  # fmt: skip
+
+    def made(raw: bytes) -> object:
+        (folder / "kit.json").write_bytes(raw)
+        return open_kit(folder)
+
+    def arrived(raw: bytes) -> object:
+        (folder / "kit.json").write_bytes(raw)
+        found = KitFolder(folder)
+        found.check()
+        return found
+
+    return (
+        Target("kit.made", made, dumped(manifest), text=True, constant=_FILES, share=0.3),
+        Target("kit.on the board", arrived, dumped(manifest), text=True, constant=_FILES, share=0.3),
+    )
+
+
+def _images() -> tuple[Target, ...]:
+    head = bytearray(2**16)
+    head[510:512] = b"\x55\xaa"
+    for number, (kind, start, sectors) in enumerate(((0x0C, 8, 16), (0x83, 32, 64))):
+        head[446 + 16 * number + 4] = kind
+        struct.pack_into("<II", head, 446 + 16 * number + 8, start, sectors)
+    image = bytes(head)
+    out = scratch() / "unpacked.img"
+
+    def table(raw: bytes) -> object:
+        return read_partitions(io.BytesIO(raw), len(raw))
+
+    def unpacked(path: Path) -> object:
+        with out.open("wb") as file:
+            return unpack(path, file)
+
+    def tree(raw: bytes) -> object:
+        found = Fat(Region(io.BytesIO(raw), 0, len(raw), "boot"))
+        listed = found.listing()
+        return [found.read(e.name) for e in listed if not e.folder], [found.listing(e.name) for e in listed if e.folder]
+
+    def linux(raw: bytes) -> object:
+        found = Ext4(Region(io.BytesIO(raw), 0, len(raw), "root"))
+        return found.read("/etc/os-release"), found.real("/usr/link"), found.exists("/lib/x")
+
+    packed = (gzip.compress(image, mtime=0), lzma.compress(image))
+    targets = [
+        Target("image.partitions", table, (image,), constant=_FILES),
+        Target("image.packed", as_file(unpacked, "packed.img"), (*packed, image), constant=80 * 2**20, share=0.2),
+    ]
+    fat, ext4 = _fat(), _ext4()
+    if fat:
+        targets.append(Target("image.boot partition", tree, (fat,), constant=8 * 2**20, share=0.1))
+    if ext4:
+        targets.append(Target("image.root partition", linux, (ext4,), constant=24 * 2**20, share=0.1))
+    return tuple(targets)
+
+
+def _fat() -> bytes:
+    """A FAT file system, where mtools can make one."""
+    if shutil.which("mformat") is None:
+        return b""
+    path, text = scratch() / "fat", scratch() / "text"
+    path.write_bytes(bytes(160 * 1024))
+    text.write_bytes(b"text\n" * 300)
+    geometry = ("-T", "320", "-h", "2", "-s", "8", "-c", "1")
+    subprocess.run(["mformat", "-i", path, *geometry, "-v", "BOOT", "::"], check=True, capture_output=True)
+    subprocess.run(["mmd", "-i", path, "::overlays"], check=True, capture_output=True)
+    for name in ("::a long file name.txt", "::config.txt", "::overlays/one.dtbo"):
+        subprocess.run(["mcopy", "-i", path, text, name], check=True, capture_output=True)
+    return path.read_bytes()
+
+
+def _ext4() -> bytes:
+    """An ext4 file system, where mke2fs can make one."""
+    program = shutil.which("mke2fs", path="/usr/sbin:/sbin:/usr/bin:/bin")
+    if program is None:
+        return b""
+    path, root = scratch() / "ext4", scratch() / "root"
+    (root / "etc").mkdir(parents=True, exist_ok=True)
+    (root / "usr").mkdir(exist_ok=True)
+    (root / "etc" / "os-release").write_text("ID=debian\n" * 50)
+    if not (root / "usr" / "link").is_symlink():
+        (root / "usr" / "link").symlink_to("../etc")
+    command = [program, "-q", "-t", "ext4", "-d", root, "-O", "^has_journal", "-b", "1024", path, "300k"]
+    subprocess.run(command, check=True, capture_output=True)
+    return path.read_bytes()

@@ -1,0 +1,1 @@
+"""Models that tests cut, train and run, and Hypothesis strategies that draw them."""

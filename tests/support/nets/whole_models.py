@@ -1,0 +1,183 @@
+"""Whole networks that the compiler is held against: ours of every kind, and published ones of timm."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.pruning.model import Model
+from support.nets import published_nets as zoo
+from support.nets import small_nets as nets
+from support.nets import whole_cnns, whole_sequences
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A network, and the least that the channel analysis must find in it.
+
+    Attributes:
+        make: Makes the module, the same each time.
+        groups: So many channel groups at least.
+        kept: Share of the parameters that are left at density .5 at most, if the analysis finds all that can be cut.
+        vocabulary: Number of words, where the input is words.
+        stays: What notes must name, because it can't be cut.
+        places: Weights of layers that make places of a map or steps of a sequence, not channels.
+    """
+
+    make: Callable[[], nn.Module]
+    groups: int
+    kept: float
+    vocabulary: int = 0
+    stays: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
+
+
+def _ours(kind: type[nn.Module]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return scattered(nets.seeded(kind()))
+
+    return make
+
+
+def _timm(name: str, **arguments: Any) -> Callable[[], nn.Module]:
+    return lambda: settled(scattered(zoo.timm_model(name, **arguments)))
+
+
+def scattered(module: nn.Module, seed: int = 1) -> nn.Module:
+    """The module with random numbers in every parameter that is uniform.
+
+    Fresh networks have scales of one, biases of nought and gains of 1e-6: with these, an error behind a scale would
+    not show.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in module.parameters():
+            first = part.reshape(-1)[0]
+            if not part.is_floating_point() or not bool((part == first).all()):
+                continue
+            if abs(float(first)) < 1e-8:
+                part.copy_(0.1 * torch.randn(part.shape, generator=generator))
+            elif abs(float(first)) < 0.05:
+                part.copy_(0.1 + 0.4 * torch.rand(part.shape, generator=generator))
+            else:
+                part.copy_(first * (0.5 + torch.rand(part.shape, generator=generator)))
+    return module
+
+
+def settled(module: nn.Module, seed: int = 2) -> nn.Module:
+    """The module with batch-norm statistics that nearly fit its layers, as those of a trained network do.
+
+    With statistics that don't fit, a deep network's values grow from layer to layer until float32 says nothing. The
+    same happens where a variance is next to nothing, so none is.
+    """
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    generator = torch.Generator().manual_seed(seed)
+    module.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        module(torch.from_numpy(pictures(np.random.default_rng(seed), (16, *module.input_shape))))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.eval()
+            norm.momentum = momentum
+            if norm.running_mean is not None and norm.running_var is not None:
+                spread = norm.running_var.sqrt()
+                norm.running_mean.add_(0.05 * spread * torch.randn(spread.shape, generator=generator))
+                norm.running_var.mul_(1 + 0.2 * torch.rand(spread.shape, generator=generator)).add_(0.01)
+    return module
+
+
+def pictures(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Coarse coloured patches with grain, each picture with a brightness and contrast of its own."""
+    n, c, h, w = shape
+    coarse = rng.standard_normal((n, c, 4, 4)).repeat(-(-h // 4), 2).repeat(-(-w // 4), 3)[:, :, :h, :w]
+    x = coarse * rng.uniform(0.5, 2, (n, 1, 1, 1)) + rng.standard_normal((n, c, 1, 1))
+    return (x + 0.3 * rng.standard_normal(shape)).astype(np.float32)
+
+
+OURS: dict[str, Whole] = {
+    "lenet": Whole(nets.lenet, 4, 0.27),
+    "vgg11_bn": Whole(nets.vgg11_bn, 8, 0.26),
+    "resnet20_bn": Whole(nets.resnet20_bn, 12, 0.26),
+    "concat_net": Whole(nets.concat_net, 4, 0.43),
+    "unet": Whole(_ours(whole_cnns.UNet), 7, 0.28),
+    "sensor_net": Whole(_ours(whole_cnns.SensorNet), 3, 0.32),
+    "group_norm_resnet": Whole(_ours(whole_cnns.GroupNormResNet), 5, 0.27),
+    "shufflenet_v2": Whole(_ours(whole_cnns.ShuffleNetV2), 8, 0.42),
+    "glu": Whole(_ours(whole_cnns.GatedLinearUnits), 3, 0.29),
+    "gate": Whole(_ours(whole_cnns.GateOfOneChannel), 2, 0.31),
+    "chunk_and_concat": Whole(_ours(whole_cnns.ChunkAndConcat), 6, 0.3),
+    "squeeze_and_excite": Whole(_ours(whole_cnns.SqueezeAndExcite), 4, 0.41),
+    "padded_shortcuts": Whole(_ours(whole_cnns.PaddedShortcuts), 3, 0.36),
+    "inception": Whole(_ours(whole_cnns.Inception), 5, 0.41),
+    "grouped": Whole(_ours(whole_cnns.Grouped), 2, 0.45),
+    "normalizer_free": Whole(_ours(whole_cnns.NormalizerFree), 3, 0.29),
+    "ghost": Whole(_ours(whole_cnns.Ghost), 3, 0.31),
+    "feature_pyramid": Whole(_ours(whole_cnns.FeaturePyramid), 5, 0.3),
+    "conv_mixer": Whole(_ours(whole_cnns.ConvMixer), 3, 0.43),
+    "video": Whole(_ours(whole_cnns.Video), 2, 0.39),
+    "vision_transformer": Whole(_ours(whole_sequences.VisionTransformer), 5, 0.35),
+    "encoder": Whole(_ours(whole_sequences.Encoder), 5, 0.29),
+    "swin": Whole(_ours(whole_sequences.Swin), 6, 0.33),
+    "mlp_mixer": Whole(_ours(whole_sequences.MLPMixer), 3, 0.42, places=("token2.weight",)),
+    "lstm": Whole(_ours(whole_sequences.LSTMClassifier), 1, 0.35),
+    "gru": Whole(_ours(whole_sequences.GRUClassifier), 3, 0.31),
+    "embedded": Whole(_ours(whole_sequences.Embedded), 3, 0.35, vocabulary=50),
+    "tied_language_model": Whole(_ours(whole_sequences.TiedLanguageModel), 3, 0.32, vocabulary=40),
+    "token_norms": Whole(_ours(whole_sequences.TokenNorms), 2, 0.41),
+    "perceptron": Whole(_ours(whole_sequences.Perceptron), 2, 0.4),
+}
+"""Small ones: all of them are tested each time."""
+
+PUBLISHED: dict[str, Whole] = {
+    "resnet18": Whole(_timm("resnet18"), 12, 0.26),
+    "resnet50": Whole(_timm("resnet50"), 37, 0.26),
+    "mobilenetv2_100": Whole(_timm("mobilenetv2_100"), 25, 0.28),
+    "mobilenetv3_small_100": Whole(_timm("mobilenetv3_small_100"), 27, 0.28),
+    "efficientnet_b0": Whole(_timm("efficientnet_b0"), 40, 0.28),
+    "convnext_atto": Whole(_timm("convnext_atto"), 16, 0.27),
+    "regnetx_002": Whole(_timm("regnetx_002"), 18, 0.29),
+    "densenet121": Whole(_timm("densenet121"), 120, 0.27),
+    "vit_tiny_patch16_224": Whole(_timm("vit_tiny_patch16_224", img_size=64), 25, 0.3),
+    "ghostnet_050": Whole(_timm("ghostnet_050"), 31, 0.27),
+    "repvgg_a0": Whole(_timm("repvgg_a0"), 5, 0.26),
+    "mobilevit_xxs": Whole(_timm("mobilevit_xxs"), 40, 0.41, stays=("mixes channels",)),
+}
+"""timm's, for images of 64 pixels."""
+
+MODELS: dict[str, Whole] = {**OURS, **PUBLISHED}
+
+
+def exported(name: str) -> bytes:
+    """One of `MODELS` as ONNX."""
+    whole = MODELS[name]
+    module = whole.make()
+    if whole.vocabulary:
+        return export_torch((module, torch.zeros((2, *module.input_shape), dtype=torch.int64)), name=name)
+    return export_torch(module, name=name)
+
+
+@functools.cache
+def imported(name: str) -> Model:
+    """One of `MODELS`, imported; each only once."""
+    return import_onnx(exported(name), name)
+
+
+def samples(name: str, batch: int, seed: int = 5) -> np.ndarray[Any, Any]:
+    """Random samples for one of `MODELS`."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, *imported(name).architecture.input_shape)
+    if MODELS[name].vocabulary:
+        return rng.integers(0, MODELS[name].vocabulary, shape)
+    return rng.standard_normal(shape).astype(np.float32)

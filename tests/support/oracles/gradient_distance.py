@@ -1,0 +1,215 @@
+"""How far the gradients of a whole network are from torch's in float64, ours beside torch's own in float32.
+
+The reference is a torch module where there is one, else the inference graph of a submodel, run by torch. Batch
+normalisations take the batch's statistics; everything else is as in evaluation.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.features import Features
+from fedprune_export.formulation import Forms
+from fedprune_export.ir.graph import Graph
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
+from support.oracles.torch_graph import run
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+FLOOR = 2.0**-21
+"""A relative distance that counts as none: four steps of float32."""
+
+FLIPS = 10
+"""Times the least distance (or 1e-6), from which on a decision must have fallen to the other side."""
+
+SPARE_FLIPS = 2
+"""So many more batches may flip than torch's do: which ones do is chance."""
+
+CAP = 1e-2
+"""No batch may be further off than this, unless torch's float32 is half as far off in one.
+
+What a flip costs is less, but in deep networks of few channels, for either engine.
+"""
+
+TENSOR = 4
+"""Times torch's distance, up to which a single tensor may be off: few numbers, in which luck doesn't average out.
+
+onnxruntime's tanh is 3.6 times as far off as torch's (root mean square, from 1 to 9), and with it its slope 1 - y².
+"""
+
+TENSOR_FLOOR = 1e-6
+"""A relative distance of a single tensor that counts as none: few terms, which may cancel in part."""
+
+NOTHING = 1e-10
+"""Up to this share of all gradients' size in float64, a tensor's gradient cancels to nothing.
+
+What float32 gives for it is rounding alone, so that neither engine's is near: it's measured by all gradients' size, and
+may be `TENSOR` times `TENSOR_FLOOR` of that.
+"""
+
+
+@dataclass
+class Distances:
+    """Relative L2 distances from float64, one per batch of samples.
+
+    Attributes:
+        ours: All gradients as one vector.
+        torch: The same of torch's float32.
+        ours_each: Each tensor by itself.
+        torch_each: The same of torch's float32.
+        sizes: Numbers of samples of the batches.
+    """
+
+    ours: list[float] = field(default_factory=list)
+    torch: list[float] = field(default_factory=list)
+    ours_each: dict[str, list[float]] = field(default_factory=dict)
+    torch_each: dict[str, list[float]] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every distance is a number."""
+        each = (*self.ours_each.values(), *self.torch_each.values())
+        return all(math.isfinite(d) for far in (self.ours, self.torch, *each) for d in far)
+
+    def flipped(self, far: list[float]) -> list[float]:
+        """The batches of an engine in which a decision of a ReLU or maximum fell to the other side.
+
+        They are off by a multiple of what is the least for either engine: a gradient that is wrong is so in each batch.
+        """
+        return [d for d in far if not self._stayed(d)]
+
+    def calm(self, far: list[float]) -> float:
+        """The median of an engine's other batches; of all, where there are none."""
+        return self._median(far, far)
+
+    @property
+    def near(self) -> bool:
+        """Whether ours is no further off than twice torch's: by medians of the batches in which nothing flipped.
+
+        No batch may be far off, and each batch size must have a batch in which nothing flipped, unless torch has none
+        there: what is wrong at one size is no flip.
+        """
+        if not self.finite:
+            return False
+        more = len(self.flipped(self.ours)) - len(self.flipped(self.torch))
+        return (
+            more <= SPARE_FLIPS
+            and max(self.ours) <= max(CAP, 2 * max(self.torch))
+            and self._calm_sizes(self.ours) >= self._calm_sizes(self.torch)
+            and self.calm(self.ours) <= max(FLOOR, 2 * self.calm(self.torch))
+        )
+
+    def excess(self, tensor: str) -> float:
+        """How many times as far off as torch's (or the floor) our gradient of a tensor is.
+
+        By medians of the batches in which nothing flipped; infinitely, where one isn't a number.
+        """
+        ours, torchs = self.ours_each[tensor], self.torch_each[tensor]
+        if not all(map(math.isfinite, (*ours, *torchs))):
+            return math.inf
+        return self._median(ours, self.ours) / max(TENSOR_FLOOR, self._median(torchs, self.torch))
+
+    def _stayed(self, distance: float) -> bool:
+        return distance <= FLIPS * max(1e-6, min(*self.ours, *self.torch))
+
+    def _median(self, distances: list[float], far: list[float]) -> float:
+        """The median of the distances at the batches in which nothing flipped."""
+        return statistics.median([d for d, f in zip(distances, far, strict=True) if self._stayed(f)] or distances)
+
+    def _calm_sizes(self, far: list[float]) -> set[int]:
+        return {size for size, d in zip(self.sizes, far, strict=True) if self._stayed(d)}
+
+    @property
+    def worst(self) -> str:
+        """The tensor whose gradient is off most beside torch's."""
+        return max(self.ours_each, key=self.excess)
+
+
+class Trained:
+    """A model with its training step.
+
+    Args:
+        model: The model.
+        widths: The widths that its graph serves; all, if none are given.
+        forms: How layers are computed at these.
+    """
+
+    def __init__(self, model: Model, widths: tuple[int, ...] | None = None, forms: Forms | None = None) -> None:
+        self.model = model
+        self.names = [t.name for t in model.architecture.trainable if t.name not in model.frozen]
+        self.graph = training_graph(model, Features(gradients=True), widths=widths, forms=forms)
+        self._session = Session(self.graph.to_bytes(), training=True)
+
+    def gradients(self, tensors: Arrays, x: Any, y: Any) -> Arrays:
+        """Our gradients of the cross-entropy at these tensors, of any width."""
+        feeds: Arrays = {**tensors, step_contract.X: x, step_contract.Y: y}
+        for name in self._session.inputs:
+            if name not in feeds:  # momentum and learning rate, which gradients don't depend on
+                owner = name.rpartition("::")[0]
+                feeds[name] = np.zeros_like(tensors[owner]) if owner in tensors else np.array(0, np.float32)
+        got = self._session.run(feeds, [step_contract.gradient(n) for n in self.names])
+        return {n: got[step_contract.gradient(n)] for n in self.names}
+
+    def distances(self, net: torch.nn.Module | Graph, tensors: Arrays, samples: Iterable[tuple[Any, Any]]) -> Distances:
+        """Distances from float64 over some batches of samples and labels."""
+        found = Distances()
+        for x, y in samples:
+            exact = torchs_gradients(net, tensors, self.names, x, y, torch.float64)
+            usual = torchs_gradients(net, tensors, self.names, x, y, torch.float32)
+            got = self.gradients(tensors, x, y)
+            whole = norm(exact.values())
+            found.sizes.append(len(x))
+            for result, far, each in ((got, found.ours, found.ours_each), (usual, found.torch, found.torch_each)):
+                apart = {n: difference(result[n], exact[n]) for n in self.names}
+                far.append(norm(apart.values()) / whole)
+                for n in self.names:
+                    size = norm([exact[n]])
+                    each.setdefault(n, []).append(norm([apart[n]]) / (size if size > NOTHING * whole else whole))
+        return found
+
+
+def torchs_gradients(
+    net: torch.nn.Module | Graph, tensors: Arrays, names: Iterable[str], x: Any, y: Any, dtype: torch.dtype
+) -> Arrays:
+    """torch's gradients of the cross-entropy of a module, or of an inference graph."""
+    state = {n: torch.tensor(v, dtype=dtype) for n, v in tensors.items()}
+    leaves = {n: state[n].requires_grad_() for n in names}
+    data = torch.tensor(x) if x.dtype == np.int64 else torch.tensor(x, dtype=dtype)
+    if isinstance(net, Graph):
+        logits = run(net, state, data, training=True)
+    else:
+        logits = torch.func.functional_call(only_norms_train(copy.deepcopy(net).to(dtype)), state, data)
+    torch.nn.functional.cross_entropy(logits, torch.tensor(y)).backward()
+    return {n: np.zeros(tuple(w.shape)) if w.grad is None else w.grad.numpy() for n, w in leaves.items()}
+
+
+def only_norms_train(module: torch.nn.Module) -> torch.nn.Module:
+    """The module in evaluation mode, but batch normalisations take the batch's statistics."""
+    module.eval()
+    for part in module.modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+            part.train()
+    return module
+
+
+def difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """In float64, of arrays of one shape."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return a.astype(np.float64) - b
+
+
+def norm(arrays: Iterable[np.ndarray[Any, Any]]) -> float:
+    """The length of arrays as one vector."""
+    return float(np.sqrt(sum(float(np.sum(a.astype(np.float64) ** 2)) for a in arrays)))

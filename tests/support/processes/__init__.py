@@ -1,0 +1,1 @@
+"""Real processes and tools that tests start."""

@@ -1,0 +1,286 @@
+"""A site of real processes on this machine: a server, its broker and its boards, and what they work on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from fedprune.coordination import Phase, State
+from fedprune.core.errors import StorageError
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.messaging.broker.config import Broker, write_broker
+from fedprune_server.storage.storage import Storage
+from support.processes.machine import find_mosquitto, free_port, listens
+
+FILES = """
+[model]
+path = "model.onnx"
+
+[evaluation]
+data = "evaluation.npz"
+"""
+"""What every configuration says of `write_material`'s files."""
+
+
+HELD = """\
+import runpy, sys, time
+from pathlib import Path
+from fedprune_device.training.trainer import Trainer
+
+folder, train = Path(sys.argv[1]), Trainer.train
+
+def held(*given, progress=None, stop=None, **words):
+    name = f"{words['seed']}-{words['round']}"
+
+    def step(done, steps):
+        if progress is not None:
+            progress(done, steps)
+        if done == (steps + 1) // 2 and (folder / name).exists():
+            (folder / f"{name}-{words['device']}").touch()
+            while (folder / name).exists() and not (stop is not None and stop()):
+                time.sleep(0.01)
+
+    return train(*given, progress=step, stop=stop, **words)
+
+Trainer.train = held
+sys.argv[:3] = sys.argv[2:3]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=False)
+"""
+"""Runs a board that stands in the middle of its training in rounds that are held: what must come to pass while a round
+is under way can't come too late."""
+
+_Site = TypeVar("_Site", bound="Site")
+
+
+def write_material(folder: Path, samples: Mapping[str, int], hidden: int = 32) -> None:
+    """A small classifier, of so many hidden units, and samples for every device and to evaluate on."""
+    random = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        values = random.standard_normal(shape) / np.sqrt(shape[-1])
+        return numpy_helper.from_array(values.astype(np.float32), name)
+
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["x", "w1", "b1"], ["h"], transB=1),
+            helper.make_node("Relu", ["h"], ["a"]),
+            helper.make_node("Gemm", ["a", "w2", "b2"], ["logits"], transB=1),
+        ],
+        "classifier",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 3])],
+        [weight("w1", hidden, 8), weight("b1", hidden), weight("w2", 3, hidden), weight("b2", 3)],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "model.onnx"
+    )
+    truth = random.standard_normal((8, 3))
+    for name, count in {**samples, "evaluation": 200}.items():
+        x = random.standard_normal((count, 8)).astype(np.float32)
+        np.savez(folder / f"{name}.npz", x=x, y=(x @ truth).argmax(1))
+
+
+def models(state: State) -> list[str]:
+    """Digests of the models of a job's rounds."""
+    return [summary["model"] for summary in state.history]
+
+
+class Site:
+    """Real processes: a server, its devices and a broker. Use it as a context: they end with it.
+
+    Args:
+        material: What `write_material` wrote.
+        folder: The processes' own.
+        config: The server's configuration, but for `FILES`.
+        devices: Names of the devices.
+        patience_s: How long something may take that is waited for.
+        mosquitto: Whether the broker is a process of its own, or the server's.
+        secure: Whether the server has an identity and devices join with claims; Mosquitto gets the configuration that
+            the server writes for it.
+        may_hold: Whether rounds can be held.
+    """
+
+    def __init__(
+        self,
+        material: Path,
+        folder: Path,
+        config: str,
+        devices: Sequence[str],
+        patience_s: float,
+        *,
+        mosquitto: bool = False,
+        secure: bool = False,
+        may_hold: bool = False,
+    ) -> None:
+        self.material = material
+        self.folder = folder
+        self.devices = tuple(devices)
+        self.patience_s = patience_s
+        self.mosquitto = mosquitto
+        self.secure = secure
+        self.state = folder / "server"
+        self.port, self.join_port = free_port(), free_port()
+        self.board_ports: dict[str, int] = {}
+        """Where boards find the broker that don't find it at its own port."""
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.may_hold, self.holds = may_hold, folder / "holds"
+        self.holds.mkdir(exist_ok=True)
+        text = config + FILES
+        for name in ("model.onnx", "evaluation.npz"):
+            text = text.replace(f'"{name}"', json.dumps(str(material / name)))
+        (folder / "fleet.toml").write_text(text)
+        if secure:
+            self._make_identities()
+        elif mosquitto:
+            (folder / "mosquitto.conf").write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\n")
+
+    def _make_identities(self) -> None:
+        with IdentityFolder.make(self.state, "default") as identity:
+            for name in self.devices:
+                (self.folder / f"{name}.claim").write_text(identity.claim(name, 3600).text)
+            if self.mosquitto:
+                self.write_broker(identity)
+
+    def write_broker(self, identity: IdentityFolder) -> None:
+        """Give Mosquitto the files that the server writes for it."""
+        broker = Broker(("127.0.0.1",), self.port, self.join_port, self.folder, bind="127.0.0.1")
+        write_broker(identity, "mosquitto", broker, self.folder)
+        with (self.folder / "mosquitto.conf").open("a") as file:
+            file.write("user root\n")  # what starts it here can't give its files to another user
+
+    def __enter__(self: _Site) -> _Site:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop_all()
+
+    @property
+    def url(self) -> str:
+        """Where the broker is."""
+        return self._url(self.port)
+
+    def _url(self, port: int) -> str:
+        return f"{'mqtts' if self.secure else 'mqtt'}://127.0.0.1:{port}"
+
+    def start(self, name: str, *, in_group: bool = False) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                self.command(name), stdout=log, stderr=log, env=environment, start_new_session=in_group
+            )
+
+    def command(self, name: str) -> list[str]:
+        if name == "broker":
+            return [find_mosquitto(), "-c", str(self.folder / "mosquitto.conf")]
+        python, security = [sys.executable, "-m"], [] if self.secure else ["--insecure"]
+        if name == "server":
+            where = ["--broker", self.url] if self.mosquitto else ["--port", str(self.port)]
+            run = ["run", "--config", str(self.folder / "fleet.toml"), "--state", str(self.state), "--until-finished"]
+            return [*python, "fedprune_server.cli.main", *run, *where, *security]
+        if self.secure:
+            join = self.join_port if self.mosquitto else self.port
+            security = ["--claim", str(self.folder / f"{name}.claim"), "--join", f"mqtts://127.0.0.1:{join}"]
+        url = self._url(self.board_ports.get(name, self.port))
+        start = [*python[:1], "-c", HELD, str(self.holds)] if self.may_hold else python
+        return [
+            *(*start, "fedprune_device.cli.main", "run", "--broker", url, "--device", name, "--no-probe", *security),
+            *("--data", str(self.material / f"{name}.npz"), "--state", str(self.folder / name), "--threads", "1"),
+            *("--profile", "raspberry-pi-4b", "--until-finished", "--patient"),
+        ]
+
+    def start_all(self) -> None:
+        if self.mosquitto:
+            self.start("broker")
+        self.start("server")
+        self.wait_for(lambda: listens(self.port), "the broker listens")
+        for name in self.devices:
+            self.start(name)
+
+    def stop_all(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+
+    def kill(self, name: str) -> None:
+        """kill -9; of an embedded broker, only of it."""
+        if name == "broker" and not self.mosquitto:
+            server = self.processes["server"].pid
+            children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+            assert len(children) == 1
+            os.kill(int(children[0]), signal.SIGKILL)
+            return
+        self.processes[name].kill()
+        self.processes[name].wait()
+        self.start(name)
+
+    def hold(self, *rounds: int, seed: int = 0) -> None:
+        """From now on devices stand in the middle of their training in these rounds of the job with this seed."""
+        for number in rounds:
+            (self.holds / f"{seed}-{number}").touch()
+
+    def wait_until_held(self, number: int, *devices: str, seed: int = 0) -> None:
+        """Wait until devices, by default all of them, are in the middle of a round that is held."""
+        marks = [self.holds / f"{seed}-{number}-{name}" for name in devices or self.devices]
+        self.wait_for(lambda: all(mark.exists() for mark in marks), f"devices train in round {number}")
+
+    def let_go(self, number: int, seed: int = 0) -> None:
+        """Hold a round no longer."""
+        (self.holds / f"{seed}-{number}").unlink()
+
+    def saved(self) -> State | None:
+        """What the server has saved."""
+        try:
+            with Storage.existing(self.state) as storage:
+                return storage.load()
+        except StorageError:
+            return None  # not yet
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        until = time.monotonic() + self.patience_s
+        while not condition():
+            if time.monotonic() > until:
+                raise AssertionError(f"{what}: it never came to that. {self.logs()}")
+            time.sleep(0.05)
+
+    def finish(self, patience_s: float | None = None) -> State:
+        """Wait for the end of all processes but Mosquitto.
+
+        Args:
+            patience_s: How long each may take; the site's patience by default.
+        """
+        for name in ("server", *self.devices):
+            try:
+                code = self.processes[name].wait(patience_s or self.patience_s)
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"{name} doesn't end: {self.logs()}") from None
+            assert code == 0, self.logs()
+        state = self.saved()
+        assert state is not None
+        return state
+
+    def complete(self) -> State:
+        """Wait for the end of a job in which whatever was trained counts."""
+        state = self.finish()
+        assert state.phase is Phase.FINISHED
+        for summary in state.history:
+            assert {p["progress"] for p in summary["devices"].values()} == {"folded"}, self.logs()
+        return state
+
+    def logs_in_full(self) -> str:
+        """All that its processes wrote."""
+        return "\n".join(p.read_text() for p in sorted(self.folder.glob("*.log")))
+
+    def logs(self) -> str:
+        """What its processes wrote last, for who reads why a test failed."""
+        return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.log")))

@@ -1,0 +1,145 @@
+"""Boards that SSH reaches: sshd on ports of this machine, each with a file system of its own below a folder.
+
+They run as whoever runs the tests and let nobody else in. What a board's systemctl does is written into a script.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from support.processes.machine import free_port, listens
+
+PROFILE = f"generic-{platform.machine().replace('_', '-')}"
+
+SYSTEMCTL = """\
+#!/bin/sh
+# What this board's systemd would do; `broken` makes the service end whenever it is started.
+run="$(dirname "$0")/../../run"
+mkdir -p "$run"
+echo "$*" >>"$run/calls"
+case "$1" in
+start | restart) touch "$run/up" ;;
+stop) [ ! -e "$run/stubborn" ] || exit 1; rm -f "$run/up" ;;
+show)
+    if [ -e "$run/broken" ]; then echo ActiveState=activating; echo SubState=auto-restart; echo ConditionResult=yes
+    elif [ -e "$run/unmet" ]; then echo ActiveState=inactive; echo SubState=dead; echo ConditionResult=no
+    elif [ -e "$run/up" ]; then echo ActiveState=active; echo SubState=running; echo ConditionResult=yes
+    else echo ActiveState=inactive; echo SubState=dead; echo ConditionResult=yes
+    fi ;;
+esac
+exit 0
+"""
+
+_CONFIG = """\
+ListenAddress 127.0.0.1
+Port {port}
+HostKey {host_key}
+AuthorizedKeysFile {folder}/user.pub
+StrictModes no
+UsePAM no
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+PidFile none
+LogLevel ERROR
+SetEnv PATH={path}
+"""
+
+
+def sshd() -> str:
+    """The program, by its full name, which it insists on."""
+    found = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+    if found is None or shutil.which("ssh") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI must have sshd and ssh")
+        pytest.skip("sshd (openssh-server) is not installed")
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where Debian's sshd gives up its rights
+    return found
+
+
+@dataclass
+class Board:
+    """A board: its name, its port, and where its file system begins."""
+
+    name: str
+    port: int
+    root: Path
+    process: subprocess.Popen[bytes]
+
+    def calls(self) -> list[str]:
+        """What its systemctl was told to do."""
+        path = self.root / "run/calls"
+        return [c for c in path.read_text().splitlines() if not c.startswith("show")] if path.exists() else []
+
+    @property
+    def claim(self) -> Path:
+        return self.root / "var/lib/fedprune/claim"
+
+
+class Boards:
+    """Some boards, and what is needed to reach them."""
+
+    def __init__(self, folder: Path, names: Sequence[str], *, path: str = "") -> None:
+        self.folder = folder
+        program = sshd()
+        for name in ("host", "user"):
+            key = str(folder / name)
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", key], check=True)
+        path = path or f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
+        self.boards = [self._start(program, name, path) for name in names]
+        key_text = " ".join((folder / "host.pub").read_text().split()[:2])
+        lines = [f"[127.0.0.1]:{board.port} {key_text}\n" for board in self.boards]
+        (folder / "known_hosts").write_text("".join(lines))
+        for board in self.boards:
+            _wait_for(board.port)
+
+    def _start(self, program: str, name: str, path: str) -> Board:
+        root = self.folder / "roots" / name
+        (root / "usr/bin").mkdir(parents=True)
+        (root / "usr/bin/systemctl").write_text(SYSTEMCTL)
+        (root / "usr/bin/systemctl").chmod(0o755)
+        port = free_port()
+        config = self.folder / f"{name}.conf"
+        config.write_text(_CONFIG.format(port=port, host_key=self.folder / "host", folder=self.folder, path=path))
+        process = subprocess.Popen([program, "-D", "-e", "-f", str(config)], stderr=subprocess.DEVNULL)
+        return Board(name, port, root, process)
+
+    def inventory(self, name: str = "boards.toml", **changes: str) -> Path:
+        """An inventory of them all; what is named is said for each of them, as TOML."""
+        defaults = {
+            "key": f'"{self.folder / "user"}"',
+            "known_hosts": f'"{self.folder / "known_hosts"}"',
+            "board": f'"{PROFILE}"',
+            **changes,
+        }
+        text = "[defaults]\n" + "".join(f"{k} = {v}\n" for k, v in defaults.items())
+        for board in self.boards:
+            text += f'\n[[board]]\ndevice = "{board.name}"\nhost = "127.0.0.1"\nport = {board.port}\n'
+            text += f'root = "{board.root}"\n'
+        out = self.folder / name
+        out.write_text(text)
+        return out
+
+    def stop(self) -> None:
+        """End them."""
+        for board in self.boards:
+            board.process.terminate()
+        for board in self.boards:
+            board.process.wait(timeout=20)
+
+
+def _wait_for(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while not listens(port):
+        assert time.monotonic() < deadline, "sshd doesn't answer"
+        time.sleep(0.05)

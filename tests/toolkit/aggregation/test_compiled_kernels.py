@@ -1,0 +1,286 @@
+"""Compiled loops: the same bits as numpy's, whatever lies wherever in memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fedprune.aggregation import compiled_kernels, kernel_compiler
+from fedprune.aggregation.fixed_point import VALUE_BITS, FixedSum, Range
+from fedprune.aggregation.fold import Fold, Rule
+from fedprune.aggregation.magnitude import check_range, magnitude
+from fedprune.core.errors import ProtocolError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Selection, Tensors
+from support.nets.drawn_models import Update, architectures, model, rounds, trained
+
+SPAN = Range(3)
+Given = tuple[Architecture, Tensors, list[Update]]
+
+
+@cache
+def compiled() -> dict[str, compiled_kernels.Loop]:
+    return kernel_compiler._compile()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loops() -> Iterator[None]:
+    pytest.importorskip("numba", reason="the extra fast is not installed")
+    before = compiled_kernels.loops()
+    compiled_kernels.use(compiled())
+    yield
+    compiled_kernels.use(before)
+
+
+class Numpy:
+    """Within it numpy does all work."""
+
+    def __enter__(self) -> None:
+        self._loops = compiled_kernels.loops()
+        compiled_kernels.use({})
+
+    def __exit__(self, *_: object) -> None:
+        compiled_kernels.use(self._loops)
+
+
+def laid(values: npt.NDArray[Any], how: str) -> npt.NDArray[Any]:
+    """The same values, elsewhere in memory."""
+    if how == "sent":  # a part of a message: nobody may write to it, and it begins anywhere
+        return np.frombuffer(b"x" + values.tobytes(), np.uint8, offset=1).view(values.dtype).reshape(values.shape)
+    if how == "across":
+        return np.asfortranarray(values)
+    if how == "apart":
+        wide = np.zeros((*values.shape[:-1], 2 * values.shape[-1]), values.dtype)
+        wide[..., ::2] = values
+        return wide[..., ::2]
+    return values
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple),
+    weights=st.lists(st.integers(1, 60) | st.integers(1, 40_000), min_size=1, max_size=20),
+    light=st.booleans(),
+    cut=st.booleans(),
+    how=st.sampled_from(["plain", "sent", "across", "apart"]),
+)
+@example(seed=0, shape=(3, 5), weights=[2**24 - 100], light=False, cut=True, how="sent")
+@example(seed=0, shape=(4, 4, 3, 3), weights=[3, 5], light=True, cut=True, how="plain")
+def test_sums_have_the_same_bits(
+    seed: int, shape: tuple[int, ...], weights: list[int], light: bool, cut: bool, how: str
+) -> None:
+    dice = np.random.default_rng(seed)
+    rows = [(dice.standard_normal(shape) * 2 ** dice.uniform(-30, 0)).clip(-8, 8).astype(np.float32) for _ in weights]
+    rows = [laid(row, how if row.ndim else "plain") for row in rows]
+    whole = (*(n + 2 for n in shape[:2]), *shape[2:]) if cut else shape
+    at = tuple(slice(1, n + 1) for n in shape[:2]) if cut else (...,)
+    found = []
+    for _ in range(2):
+        total = FixedSum(whole, SPAN, light=light)
+        total.make_room(sum(weights) + 7)
+        total.add(np.ones(whole, np.float32), 7)
+        if found:
+            with Numpy():
+                total.add_all(rows, weights, at)
+        else:
+            total.add_all(rows, weights, at)
+        found.append((total.limbs[0].dtype, total.limbs[0].tobytes()))
+    assert found[0] == found[1]
+
+
+def test_loops_are_what_adds() -> None:
+    """The comparison above would hold if no loop were ever used."""
+    total, rows = np.zeros((4, 6)), [np.ones((4, 5), np.float32)] * 3
+    assert compiled_kernels.add(total[:, :5], rows, [1, 2, 3], 35, VALUE_BITS)
+    assert (total[:, :5] == 6 * 2.0**35).all()
+    assert (total[:, 5] == 0).all()
+    assert not compiled_kernels.add(total[:, :5], [laid(row, "apart") for row in rows], [1, 2, 3], 35, VALUE_BITS)
+    one = compiled_kernels.Apart(np.array([3, 0]), np.array([2]), np.array([[1.0], [2.0]], np.float32), 5)
+    assert compiled_kernels.scatter(total[..., None], [one], 0)
+    assert (total[3, 2], total[0, 2]) == (6 * 2.0**35 + 5, 6 * 2.0**35 + 10)
+    outside = [
+        one._replace(columns=np.array([6])),
+        one._replace(rows=np.array([3, -1])),
+        one._replace(rows=np.array([3])),
+    ]
+    assert not any(compiled_kernels.scatter(total[..., None], [each], 0) for each in outside)
+    out = np.empty((4, 6), np.float32)
+    assert compiled_kernels.scale(total, 2.0**-35, out)
+    assert (out[:, :5] == 6).all()
+    with Numpy():
+        assert not compiled_kernels.scale(total, 1.0, out)
+        assert compiled_kernels.magnitude(out) is None
+
+
+@given(
+    rounds(most=11),
+    st.sampled_from(["coverage", "fill", "zero"]),
+    st.sampled_from(["plain", "sent"]),
+    st.booleans(),
+    st.sampled_from([0.0, 0.9]),
+)
+def test_a_fold_ends_in_the_same_bits(given_: Given, rule: Rule, how: str, heavy: bool, momentum: float) -> None:
+    architecture, base, updates = given_
+
+    def model_of() -> tuple[Tensors, Tensors | None]:
+        fold = Fold(architecture, base, rule=rule, pool_variance=heavy)
+        for selection, part, weight, steps in updates:
+            sent = {name: laid(value, how) if value.size and value.ndim else value for name, value in part.items()}
+            fold.add(selection, sent, weight * (100 if heavy else 1), steps)
+        return fold.close(momentum)
+
+    quick = model_of()
+    with Numpy():
+        slow = model_of()
+    for mine, other in zip(quick, slow, strict=True):
+        assert (mine is None) == (other is None)
+        for name in other or {}:
+            assert (mine or {})[name].tobytes() == (other or {})[name].tobytes(), name
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=0, max_size=40),
+    st.sampled_from([0.0, 2.0**-140, 1.0, 8.0, 2.0**100, 2.0**128, 2.0**140, float("inf")]),
+)
+@example([float("inf")], 2.0**140)
+@example([-float("inf"), 1.0], 1.0)
+@example([float("nan"), float("inf")], float("inf"))
+@example([-0.0, -(2.0**-149)], 2.0**-149)
+def test_what_is_refused_is_the_same(numbers: list[float], bound: float) -> None:
+    values = np.array(numbers, np.float32)
+
+    def said() -> str:
+        try:
+            check_range("w", values, bound)
+        except ProtocolError as error:
+            return str(error)
+        return ""
+
+    quick, largest = said(), magnitude(values)
+    with Numpy():
+        assert (quick, repr(largest)) == (said(), repr(magnitude(values)))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_rows_of_another_shape_are_refused(quick: bool) -> None:
+    """A loop doesn't look where an array ends."""
+    with nullcontext() if quick else Numpy():
+        total = FixedSum((4, 6), SPAN, light=True)
+        for shape in ((1, 5), (4, 5), (5, 6), (24, 2)):
+            with pytest.raises(ValueError, match=r"shape|broadcast"):
+                total.add_all([np.ones(shape, np.float32)], [1])
+        assert not total.limbs[0].any()
+    assert not compiled_kernels.scale(total.limbs[0], 1.0, np.empty((4, 5), np.float32))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_tensors_of_no_numbers_are_folded_like_others(quick: bool) -> None:
+    shapes = {"a": (0, 4), "b": (0,), "c": (4, 3, 0), "d": (4, 0), "e": (4, 4)}
+
+    def axis(n: int) -> Axis:
+        return Axis((Segment(0, 0, 4),)) if n == 4 else Axis.fixed(n)
+
+    tensors = tuple(TensorSpec(n, TensorKind.WEIGHT, tuple(axis(k) for k in shape)) for n, shape in shapes.items())
+    architecture = Architecture("empty", (ChannelGroup("c", 4),), tensors, (), (), (3,), 2)
+    base = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    with nullcontext() if quick else Numpy():
+        fold = Fold(architecture, base)
+        for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
+            selection = Selection.of(architecture, (3,), [np.array(order)])
+            fold.add(selection, {n: v + 1 for n, v in selection.gather(base).items()}, 3)
+        found, _ = fold.close()
+    assert {name: value.shape for name, value in found.items()} == shapes
+    assert found["e"][1, 1] == 1
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
+def test_a_model_keeps_no_memory_but_its_own(quick: bool, order: tuple[int, ...]) -> None:
+    tensors = (
+        TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(0, 0, 4),)), Axis.fixed(9))),
+        TensorSpec("b", TensorKind.BIAS, (Axis.fixed(2),)),
+    )
+    architecture = Architecture("two", (ChannelGroup("c", 4),), tensors, (), (), (3,), 2)
+    base = model(architecture, 0)
+    with nullcontext() if quick else Numpy():
+        fold = Fold(architecture, base)
+        selection = Selection.of(architecture, (4,), [np.array(order)])
+        fold.add(selection, selection.gather(base), 1)
+        found, _ = fold.close()
+
+    def root(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return value if value.base is None else root(value.base)
+
+    roots = {id(root(value)): root(value).nbytes for value in found.values()}
+    assert sum(roots.values()) == sum(value.nbytes for value in found.values())
+
+
+@given(architectures(), st.data())
+def test_an_update_that_is_not_finite_changes_nothing(architecture: Architecture, data: st.DataObject) -> None:
+    base = model(architecture, 0)
+    selection = Selection.full(architecture)
+    part = trained(selection, base, 1)
+    fold = Fold(architecture, base)
+    fold.add(selection, part, 3)
+    name = data.draw(st.sampled_from([n for n, v in part.items() if v.size]))
+    bad = {n: v.copy() for n, v in part.items()}
+    bad[name].reshape(-1)[-1] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+    with pytest.raises(ProtocolError, match="not finite"):
+        fold.add(selection, bad, 3)
+    alone = Fold(architecture, base)
+    alone.add(selection, part, 3)
+    mine, other = fold.close()[0], alone.close()[0]
+    assert all(mine[n].tobytes() == other[n].tobytes() for n in other)
+
+
+def test_loops_are_for_large_models_where_numba_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_compiler, "_tried", False)
+    with Numpy():
+        assert not kernel_compiler.load(kernel_compiler.WORTH - 1)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert not kernel_compiler.load()
+
+
+def test_numpy_does_the_work_where_numba_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise ImportError("Numba needs another numpy\nand says more")
+
+    monkeypatch.setattr(kernel_compiler, "_tried", False)
+    monkeypatch.setattr(kernel_compiler, "_compile", fails)
+    with Numpy():
+        assert not kernel_compiler.load()
+        assert not kernel_compiler.load()
+    (record,) = caplog.records
+    assert "Numba needs another numpy" in record.getMessage()
+    assert "says more" not in record.getMessage()
+
+
+def test_a_process_that_may_run_no_new_code_does_without() -> None:
+    """As under systemd's MemoryDenyWriteExecute: compiling would end the process."""
+    script = """
+import ctypes
+from fedprune.aggregation import kernel_compiler as loop_compiler
+REFUSE_EXEC_GAIN, SET_MDWE = 1, 65
+assert loop_compiler._may_run_what_it_wrote()
+if ctypes.CDLL(None).prctl(SET_MDWE, REFUSE_EXEC_GAIN, 0, 0, 0):
+    print("can't be had here")
+else:
+    print(loop_compiler.load())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    if "can't" in done.stdout:
+        pytest.skip("memory that denies code can't be had here")
+    assert done.stdout == "False\n"

@@ -1,0 +1,504 @@
+"""Folding updates: FedAvg, coverage, filling, and bits that don't depend on order."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS
+from fedprune.aggregation.fold import Fold, Rule
+from fedprune.core.errors import BundleError, FedpruneError, ProtocolError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Selection, Tensors
+from support.nets.drawn_models import Update, architectures, model, ranks, rounds, seeds, selections, trained
+
+pytestmark = pytest.mark.board
+
+ATOL = 1e-6
+
+NORM = Architecture(
+    "norm",
+    (ChannelGroup("c", 4),),
+    tuple(
+        TensorSpec(k.value, k, (Axis((Segment(0, 0, 4),)),))
+        for k in (TensorKind.WEIGHT, TensorKind.STAT_MEAN, TensorKind.STAT_VAR)
+    ),
+    (),
+    (),
+    (3,),
+    2,
+)
+
+
+def folded(architecture: Architecture, base: Tensors, updates: list[Update], **options: Any) -> Fold:
+    fold = Fold(architecture, base, **options)
+    for update in updates:
+        fold.add(*update)
+    return fold
+
+
+def identical(one: Tensors, other: Tensors) -> bool:
+    return list(one) == list(other) and all(
+        one[n].tobytes() == other[n].tobytes() and one[n].shape == other[n].shape for n in one
+    )
+
+
+def sums(spec: TensorSpec, updates: list[Update]) -> tuple[Any, Any, int]:
+    """Σ n·w, Σ n where held, and Σ n, in float64 and by plain loops."""
+    total, mass = np.zeros(spec.shape), np.zeros(spec.shape)
+    for selection, part, weight, _ in updates:
+        at = np.ix_(*selection.maps(spec.name)) if spec.axes else ...
+        total[at] += weight * part[spec.name].astype(np.float64)
+        mass[at] += weight
+    return total, mass, sum(u[2] for u in updates)
+
+
+@given(rounds(whole=True))
+def test_whole_updates_give_fedavg(case: tuple[Architecture, Tensors, list[Update]]) -> None:
+    architecture, base, updates = case
+    got, _ = folded(architecture, base, updates).close()
+    for spec in architecture.tensors:
+        total, _, weight = sums(spec, updates)
+        assert np.allclose(got[spec.name], total / weight, rtol=1e-6, atol=ATOL)
+
+
+@given(rounds(whole=True))
+def test_whole_updates_give_the_same_bits_by_both_rules(case: tuple[Architecture, Tensors, list[Update]]) -> None:
+    cover, _ = folded(*case, rule="coverage").close()
+    fill, _ = folded(*case, rule="fill").close()
+    assert identical(cover, fill)
+
+
+@given(rounds())
+def test_coverage_is_the_mean_over_those_that_hold_a_coordinate(
+    case: tuple[Architecture, Tensors, list[Update]],
+) -> None:
+    architecture, base, updates = case
+    got, _ = folded(architecture, base, updates, rule="coverage").close()
+    for spec in architecture.tensors:
+        total, mass, _ = sums(spec, updates)
+        expected = np.where(mass > 0, total / np.maximum(mass, 1), base[spec.name])
+        assert np.allclose(got[spec.name], expected, rtol=1e-6, atol=ATOL)
+
+
+@given(rounds())
+def test_filling_is_the_mean_of_reconstructed_models(case: tuple[Architecture, Tensors, list[Update]]) -> None:
+    architecture, base, updates = case
+    got, _ = folded(architecture, base, updates, rule="fill").close()
+    weight = sum(u[2] for u in updates)
+    rebuilt = [(selection.scatter(part, base), n) for selection, part, n, _ in updates]
+    for spec in architecture.trainable:
+        expected = sum(n * full[spec.name].astype(np.float64) for full, n in rebuilt) / weight
+        assert np.allclose(got[spec.name], expected, rtol=1e-6, atol=ATOL)
+
+
+@given(rounds())
+def test_statistics_are_pooled_among_holders_by_both_rules(case: tuple[Architecture, Tensors, list[Update]]) -> None:
+    cover, _ = folded(*case, rule="coverage").close()
+    fill, _ = folded(*case, rule="fill").close()
+    assert all(cover[t.name].tobytes() == fill[t.name].tobytes() for t in case[0].statistics)
+
+
+@pytest.mark.parametrize("rule", ["coverage", "fill"])
+@given(case=rounds(), momentum=st.sampled_from([0.0, 0.5]))
+def test_a_coordinate_that_nobody_holds_keeps_its_bits(
+    rule: Rule, case: tuple[Architecture, Tensors, list[Update]], momentum: float
+) -> None:
+    architecture, base, updates = case
+    got, _ = folded(architecture, base, updates, rule=rule).close(momentum)
+    for spec in architecture.tensors:
+        masked = sums(spec, updates)[1] == 0
+        assert got[spec.name][masked].tobytes() == base[spec.name][masked].tobytes()
+
+
+@settings(max_examples=30)
+@given(rounds(), st.sampled_from(["coverage", "fill"]), st.sampled_from([0.0, 0.5]), st.randoms(use_true_random=False))
+def test_order_does_not_change_a_bit(
+    case: tuple[Architecture, Tensors, list[Update]], rule: Rule, momentum: float, dice: random.Random
+) -> None:
+    architecture, base, updates = case
+    shuffled = list(updates)
+    dice.shuffle(shuffled)
+    for pool in (False, True):
+        one, one_velocity = folded(architecture, base, updates, rule=rule, pool_variance=pool).close(momentum)
+        two, two_velocity = folded(architecture, base, shuffled, rule=rule, pool_variance=pool).close(momentum)
+        assert identical(one, two)
+        assert identical(one_velocity or {}, two_velocity or {})
+
+
+@settings(max_examples=30)
+@given(rounds(), st.sampled_from(["coverage", "fill"]), st.integers(0, 5))
+def test_merging_does_not_change_a_bit(case: tuple[Architecture, Tensors, list[Update]], rule: Rule, cut: int) -> None:
+    architecture, base, updates = case
+    options: dict[str, Any] = {"rule": rule, "evidence": True, "pool_variance": True}
+    whole = folded(architecture, base, updates, **options)
+    parts = folded(architecture, base, updates[cut:], **options)
+    parts.merge(folded(architecture, base, updates[:cut], **options))
+    assert identical(parts.close()[0], whole.close()[0])
+    assert (parts.weight, parts.updates) == (whole.weight, whole.updates)
+    for spec in architecture.trainable:
+        for a, b in zip(parts.movement(spec.name), whole.movement(spec.name), strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+@settings(max_examples=20)
+@given(rounds())
+def test_threads_do_not_change_a_bit(case: tuple[Architecture, Tensors, list[Update]]) -> None:
+    assert identical(folded(*case).close()[0], folded(*case, threads=3).close()[0])
+
+
+@given(rounds(), st.floats(0, 0.9))
+def test_server_momentum_follows_fedavgm(case: tuple[Architecture, Tensors, list[Update]], momentum: float) -> None:
+    architecture, base, updates = case
+    plain, none = folded(architecture, base, updates).close()
+    assert none is None
+    before = {t.name: model(architecture, 5)[t.name] for t in architecture.trainable}
+    got, velocity = folded(architecture, base, updates).close(momentum, before)
+    assert (velocity is None) == (momentum == 0)
+    if velocity is None:
+        return
+    for spec in architecture.tensors:
+        if not spec.kind.trainable:
+            assert spec.name not in velocity
+            assert got[spec.name].tobytes() == plain[spec.name].tobytes()
+            continue
+        held = sums(spec, updates)[1] > 0
+        speed = momentum * before[spec.name].astype(np.float64) + (plain[spec.name] - base[spec.name])
+        assert np.allclose(velocity[spec.name], np.where(held, speed, before[spec.name]), rtol=1e-5, atol=ATOL)
+        assert np.allclose(
+            got[spec.name], np.where(held, base[spec.name] + speed, base[spec.name]), rtol=1e-5, atol=ATOL
+        )
+
+
+@given(rounds())
+def test_mass_is_the_weight_of_those_that_hold_a_coordinate(
+    case: tuple[Architecture, Tensors, list[Update]],
+) -> None:
+    fold = folded(*case)
+    assert all(np.array_equal(fold.mass(t.name), sums(t, case[2])[1]) for t in case[0].tensors)
+
+
+@given(rounds())
+def test_movement_is_what_those_that_trained_a_coordinate_did_per_step(
+    case: tuple[Architecture, Tensors, list[Update]],
+) -> None:
+    architecture, base, updates = case
+    fold = folded(architecture, base, updates, evidence=True)
+    for spec in architecture.trainable:
+        first, second, mass = np.zeros(spec.shape), np.zeros(spec.shape), sums(spec, updates)[1]
+        for selection, part, weight, steps in updates:
+            at = np.ix_(*selection.maps(spec.name)) if spec.axes else ...
+            step = np.clip((part[spec.name].astype(np.float64) - base[spec.name][at]) / steps, -0.25, 0.25)
+            first[at] += weight * step
+            second[at] += weight * step**2
+        mean, square, held = fold.movement(spec.name)
+        assert np.array_equal(held, mass > 0)
+        assert np.allclose(mean, first / np.maximum(mass, 1), rtol=1e-9, atol=1e-11)
+        assert np.allclose(square, second / np.maximum(mass, 1), rtol=1e-9, atol=1e-12)
+
+
+@given(st.data(), seeds)
+def test_equal_updates_give_that_update(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base, same = model(architecture, seed), model(architecture, seed + 1)
+    fold = Fold(architecture, base, pool_variance=True)
+    for weight in (3, 5, 17):
+        fold.add(Selection.full(architecture), same, weight)
+    got, _ = fold.close()
+    assert all(np.allclose(got[n], same[n], rtol=0, atol=2**-24) for n in same)
+
+
+@given(rounds())
+def test_the_base_and_the_updates_are_left_alone(case: tuple[Architecture, Tensors, list[Update]]) -> None:
+    architecture, base, updates = case
+    before = {n: v.copy() for n, v in base.items()}
+    parts = [{n: v.copy() for n, v in u[1].items()} for u in updates]
+    got, _ = folded(architecture, base, updates, evidence=True).close(0.5)
+    for value in got.values():
+        value[...] = 7
+    assert identical(base, before)
+    assert all(identical(u[1], p) for u, p in zip(updates, parts, strict=True))
+
+
+@given(st.data(), seeds)
+def test_an_empty_fold_gives_the_base(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    assert identical(Fold(architecture, base).close()[0], base)
+
+
+@given(rounds())
+def test_closing_twice_gives_the_same(case: tuple[Architecture, Tensors, list[Update]]) -> None:
+    fold = folded(*case, rule="fill")
+    assert identical(fold.close()[0], fold.close()[0])
+
+
+def test_pooled_variance_is_that_of_all_samples_together() -> None:
+    dice = np.random.default_rng(0)
+    groups = [dice.normal(loc, scale, size=(n, 4)) for loc, scale, n in ((0, 1, 50), (100, 2, 30), (-3, 0.1, 400))]
+    base = model(NORM, 0)
+    fold = Fold(NORM, base, pool_variance=True)
+    for x in groups:
+        part = {"weight": base["weight"], "stat_mean": x.mean(0), "stat_var": x.var(0)}
+        fold.add(Selection.full(NORM), {n: v.astype(np.float32) for n, v in part.items()}, len(x))
+    got, _ = fold.close()
+    everything = np.concatenate(groups)
+    assert np.allclose(got["stat_mean"], everything.mean(0), rtol=1e-5)
+    assert np.allclose(got["stat_var"], everything.var(0), rtol=1e-4)
+
+
+def test_variances_are_averaged_by_default_as_fedavg_does() -> None:
+    base = model(NORM, 0)
+    fold = Fold(NORM, base)
+    for mean, var, weight in ((0.0, 1.0, 1), (100.0, 2.0, 3)):
+        part = {"weight": base["weight"], "stat_mean": np.full(4, mean), "stat_var": np.full(4, var)}
+        fold.add(Selection.full(NORM), {n: v.astype(np.float32) for n, v in part.items()}, weight)
+    assert fold.close()[0]["stat_var"].tolist() == [1.75] * 4
+
+
+def test_small_variances_keep_their_digits() -> None:
+    base = model(NORM, 0)
+    part = {**base, "stat_var": np.full(4, 1.2345e-7, np.float32)}
+    fold = Fold(NORM, base)
+    fold.add(Selection.full(NORM), part, 3)
+    assert fold.close()[0]["stat_var"].tobytes() == part["stat_var"].tobytes()
+
+
+def _without(part: Tensors) -> Tensors:
+    return {n: v for n, v in part.items() if n != "weight"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_without, "update lacks tensor weight"),
+        (lambda p: {**p, "extra": p["weight"]}, "doesn't have: 'extra'"),
+        (lambda p: {**p, "weight": p["weight"].astype(np.float64)}, "type of weight"),
+        (lambda p: {**p, "weight": p["weight"][:2]}, "shape of weight"),
+        (lambda p: {**p, "weight": p["weight"][None]}, "shape of weight"),
+        (lambda p: {**p, "weight": p["weight"] * np.float32("nan")}, "values of weight.*not finite"),
+        (lambda p: {**p, "weight": p["weight"] + np.float32("inf")}, "values of weight.*not finite"),
+        (lambda p: {**p, "weight": p["weight"] + np.float32(1e6)}, "values of weight.*magnitude up to"),
+        (lambda p: {**p, "stat_var": -p["stat_var"]}, "values of stat_var.*variances from 0 up"),
+        (lambda p: {**p, "stat_mean": p["stat_mean"] + np.float32(1e9)}, "values of stat_mean"),
+    ],
+)
+def test_a_bad_update_is_refused_and_leaves_nothing_behind(spoil: Callable[[Tensors], Tensors], message: str) -> None:
+    base = model(NORM, 0)
+    selection = Selection.of(NORM, (3,))
+    good = trained(selection, base, 1)
+    fold, clean = Fold(NORM, base), Fold(NORM, base)
+    with pytest.raises(ProtocolError, match=message):
+        fold.add(selection, spoil(good), 5)
+    fold.add(selection, good, 5)
+    clean.add(selection, good, 5)
+    assert identical(fold.close()[0], clean.close()[0])
+
+
+@pytest.mark.parametrize("weight", [0, -1, True, 1.0, "3", MAX_WEIGHT + 1])
+def test_weights_out_of_range_are_refused(weight: Any) -> None:
+    with pytest.raises(ProtocolError, match="weight of an update"):
+        Fold(NORM, model(NORM, 0)).add(Selection.full(NORM), model(NORM, 1), weight)
+
+
+@pytest.mark.parametrize("steps", [0, -1, True, 1.0, 2**31])
+def test_steps_out_of_range_are_refused(steps: Any) -> None:
+    with pytest.raises(ProtocolError, match="steps of an update"):
+        Fold(NORM, model(NORM, 0)).add(Selection.full(NORM), model(NORM, 1), 1, steps)
+
+
+def test_the_total_weight_is_bounded() -> None:
+    fold = Fold(NORM, model(NORM, 0))
+    fold.add(Selection.full(NORM), model(NORM, 1), MAX_WEIGHT)
+    with pytest.raises(ProtocolError, match="weight of an update"):
+        fold.add(Selection.full(NORM), model(NORM, 1), 1)
+    other = Fold(NORM, model(NORM, 0))
+    other.add(Selection.full(NORM), model(NORM, 1), 1)
+    with pytest.raises(ProtocolError, match="total weight"):
+        fold.merge(other)
+
+
+def test_an_update_of_another_architecture_is_refused() -> None:
+    other = Architecture("other", NORM.groups, NORM.tensors, (), (), (3,), 2)
+    with pytest.raises(BundleError, match="another architecture"):
+        Fold(NORM, model(NORM, 0)).add(Selection.full(other), model(other, 1), 1)
+
+
+@pytest.mark.parametrize("options", [{"rule": "fill"}, {"evidence": True}, {"pool_variance": True}])
+def test_folds_of_other_kinds_are_not_merged(options: dict[str, Any]) -> None:
+    with pytest.raises(BundleError, match="can't be merged"):
+        Fold(NORM, model(NORM, 0)).merge(Fold(NORM, model(NORM, 0), **options))
+
+
+def test_folds_of_other_bases_are_not_merged() -> None:
+    with pytest.raises(BundleError, match="can't be merged"):
+        Fold(NORM, model(NORM, 0)).merge(Fold(NORM, model(NORM, 1)))
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {},
+        {**model(NORM, 0), "weight": np.zeros(3, np.float32)},
+        {**model(NORM, 0), "weight": np.zeros(4)},
+        {**model(NORM, 0), "weight": np.full(4, np.nan, np.float32)},
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused(base: Any) -> None:
+    with pytest.raises(BundleError, match="fold's base"):
+        Fold(NORM, base)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Fold(NORM, model(NORM, 0), rule="mean"),  # type: ignore[arg-type]
+        lambda: Fold(NORM, model(NORM, 0)).close(1.0),
+        lambda: Fold(NORM, model(NORM, 0)).close(0.5, {"weight": np.zeros(2, np.float32)}),
+        lambda: Fold(NORM, model(NORM, 0)).movement("weight"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(FedpruneError):
+        call()
+
+
+def test_memory_is_one_integer_per_coordinate() -> None:
+    big = Architecture(
+        "big",
+        (ChannelGroup("c", 512),),
+        (TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(0, 0, 512),)), Axis.fixed(4096))),),
+        (),
+        (),
+        (3,),
+        2,
+    )
+    base = model(big, 0)
+    part = {"w": base["w"][:256].copy()}
+    tracemalloc.start()
+    try:
+        fold = Fold(big, base)
+        for _ in range(4):
+            fold.add(Selection.of(big, (256,)), part, 10)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 512 * 4096 * 1.15
+
+
+@settings(max_examples=30)
+@given(rounds(most=20), st.sampled_from(["coverage", "fill"]))
+def test_updates_that_wait_give_the_bits_of_updates_one_by_one(
+    case: tuple[Architecture, Tensors, list[Update]], rule: Rule
+) -> None:
+    architecture, base, updates = case
+    fold = Fold(architecture, base, rule=rule)
+    for update in updates:
+        fold.add(*update)
+        fold.close()  # whatever waits is added
+    assert identical(fold.close()[0], folded(architecture, base, updates, rule=rule).close()[0])
+
+
+@settings(max_examples=30)
+@given(st.data(), st.integers(1, 12), seeds, st.randoms(use_true_random=False))
+def test_a_mean_is_within_a_bit_of_that_in_float64(
+    data: st.DataObject, devices: int, seed: int, dice: random.Random
+) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    updates: list[Update] = []
+    for k in range(devices):
+        selection = Selection.full(architecture)
+        if dice.random() < 0.5:
+            selection = Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture)))
+        updates.append((selection, trained(selection, base, seed + k + 1), dice.choice((1, 77, 500, 20_000)), 1))
+    got, _ = folded(architecture, base, updates).close()
+    dice.shuffle(updates)
+    assert identical(got, folded(architecture, base, updates).close()[0])
+    for spec in architecture.trainable:
+        total, _, weight = sums(spec, updates)
+        mean = total / weight
+        unit = np.ldexp(8.0 * max(1.0, float(np.abs(base[spec.name]).max(initial=0))) * 2, -VALUE_BITS)
+        # Half a bit of float32 from the last rounding, and half a unit of the sums.
+        last = np.spacing(np.abs(mean.astype(np.float32))).astype(np.float64)
+        assert (np.abs(got[spec.name] - mean) <= last * 0.5001 + unit / 2).all()
+
+
+@settings(max_examples=10)
+@given(st.data(), seeds)
+def test_folds_of_much_and_of_little_weight_are_merged_either_way(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    updates: list[Update] = []
+    for k, weight in enumerate((5, 2**15 - 5, 9, 40_000)):
+        selection = data.draw(selections(architecture))
+        updates.append((selection, trained(selection, base, seed + k), weight, 1))
+    expected = folded(architecture, base, updates).close()[0]
+    for cut in (1, 2, 3):
+        one, other = folded(architecture, base, updates[:cut]), folded(architecture, base, updates[cut:])
+        one.merge(other)
+        assert identical(one.close()[0], expected)
+        one, other = folded(architecture, base, updates[:cut]), folded(architecture, base, updates[cut:])
+        other.merge(one)
+        assert identical(other.close()[0], expected)
+
+
+@given(st.data(), seeds)
+def test_filling_is_folding_what_was_reconstructed(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    fill, whole = Fold(architecture, base, rule="fill"), Fold(architecture, base)
+    for k in range(data.draw(st.integers(1, 4))):
+        selection = data.draw(selections(architecture))
+        part, weight = trained(selection, base, seed + k + 1), data.draw(st.integers(1, 20_000))
+        fill.add(selection, part, weight)
+        whole.add(Selection.full(architecture), selection.scatter(part, base), weight)
+    got, expected = fill.close()[0], whole.close()[0]
+    for spec in architecture.trainable:
+        held = fill.mass(spec.name) > 0
+        assert got[spec.name][held].tobytes() == expected[spec.name][held].tobytes()
+
+
+def test_memory_does_not_grow_with_the_fleet() -> None:
+    group, inputs = Axis((Segment(0, 0, 256),)), Axis.fixed(2048)
+    big = Architecture(
+        "big", (ChannelGroup("c", 256),), (TensorSpec("w", TensorKind.WEIGHT, (group, inputs)),), (), (), (3,), 2
+    )
+    base, dice = model(big, 0), np.random.default_rng(0)
+    given_ = []
+    for width in (256, 128, 192, 64):
+        selection = Selection.of(big, (width,), [dice.permutation(256)])
+        given_.append((selection, trained(selection, base, 1)))
+    peaks = []
+    for fleet in (8, 80):
+        tracemalloc.start()
+        try:
+            fold = Fold(big, base)
+            for k in range(fleet):
+                fold.add(*given_[k % 4], 10)
+            fold.close()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < peaks[0] + base["w"].nbytes // 4
+
+
+@given(st.data(), seeds)
+def test_one_update_alone_is_what_it_reconstructs_to(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    selection = data.draw(selections(architecture))
+    part = trained(selection, base, seed + 1)
+    expected = selection.scatter(part, base)
+    for rule in ("coverage", "fill"):
+        fold = Fold(architecture, base, rule=rule)
+        fold.add(selection, part, 7)
+        got, _ = fold.close()
+        assert all(np.allclose(got[n], expected[n], rtol=0, atol=2**-24) for n in expected)

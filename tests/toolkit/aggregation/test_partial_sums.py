@@ -1,0 +1,183 @@
+"""Sums that are split by tensors, by updates, or both, come together to the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.aggregation.fold import Fold
+from fedprune.aggregation.partial_sums import blocks
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.tensor_reader import read_tensors
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, FedpruneError, StorageError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from support.nets.drawn_models import architectures, model, ranks, seeds, trained, widths
+
+pytestmark = pytest.mark.board
+
+Update = tuple[Selection, Tensors, int, int]
+
+
+@st.composite
+def rounds(draw: st.DrawFn) -> tuple[Architecture, Tensors, list[Update]]:
+    architecture = draw(architectures())
+    base, out = model(architecture, draw(seeds)), []
+    for _ in range(draw(st.integers(2, 5))):
+        order = draw(st.none() | ranks(architecture))
+        selection = Selection.of(architecture, draw(widths(architecture)), order)
+        out.append((selection, trained(selection, base, draw(seeds)), draw(st.integers(1, 1000)), 5))
+    return architecture, base, out
+
+
+@given(rounds(), st.integers(1, 4), st.integers(0, 5), st.booleans())
+@settings(max_examples=40)
+def test_any_split_gives_the_bits_of_one_fold(
+    case: tuple[Architecture, Tensors, list[Update]], most: int, cut: int, evidence: bool
+) -> None:
+    architecture, base, updates = case
+    whole = Fold(architecture, base, evidence=evidence)
+    for update in updates:
+        whole.add(*update)
+    joined = Fold(architecture, base, evidence=evidence)
+    for some in (updates[:cut], updates[cut:]):
+        if some:
+            parts = []
+            for names in blocks(joined.shared, most, 1):
+                part = joined.narrowed(names)
+                for selection, tensors, weight, steps in some:
+                    part.add(selection, {n: v for n, v in tensors.items() if n in names}, weight, steps)
+                parts.append(part.partial())
+            joined.take(parts)
+    assert joined.weight == whole.weight
+    assert joined.updates == whole.updates
+    one, other = whole.close(0.5), joined.close(0.5)
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert {n: v.tobytes() for n, v in mine.items()} == {n: v.tobytes() for n, v in theirs.items()}
+    if evidence:
+        for spec in architecture.trainable:
+            for a, b in zip(whole.movement(spec.name), joined.movement(spec.name), strict=True):
+                assert a.tobytes() == b.tobytes()
+
+
+def _case() -> tuple[Fold, Selection, Tensors]:
+    axis = Axis((Segment(0, 0, 4),))
+    kinds = (TensorKind.WEIGHT, TensorKind.STAT_MEAN, TensorKind.STAT_VAR)
+    specs = tuple(TensorSpec(k.value, k, (axis,)) for k in kinds)
+    architecture = Architecture("norm", (ChannelGroup("c", 4),), specs, (), (), (3,), 2)
+    base = model(architecture, 1)
+    return Fold(architecture, base), Selection.full(architecture), base
+
+
+def test_blocks_are_even_and_hold_each_tensor_once() -> None:
+    fold, _, _ = _case()
+    names = [t.name for t in fold.shared]
+    assert sorted(n for block in blocks(fold.shared, 2, 1) for n in block) == sorted(names)
+    assert len(blocks(fold.shared, 8, 10**9)) == 1
+    assert len(blocks(fold.shared, 8, 1)) == len(names)
+    pair = (names[1], names[2])
+    assert any(set(pair) <= block for block in blocks(fold.shared, 8, 1, [pair]))
+
+
+def test_a_pooled_variance_goes_with_its_mean() -> None:
+    plain, selection, base = _case()
+    whole = Fold(plain.architecture, base, pool_variance=True)
+    moved = {n: v + np.float32(0.25) for n, v in base.items()}
+    parts = []
+    dealt = blocks(whole.shared, 3, 1, whole.pairs)
+    assert len(dealt) == 2
+    for names in dealt:
+        part = whole.narrowed(names)
+        part.add(selection, moved, 3)
+        part.add(selection, base, 5)
+        parts.append(part.partial())
+    joined = Fold(plain.architecture, base, pool_variance=True)
+    joined.take(parts)
+    whole.add(selection, base, 5)
+    whole.add(selection, moved, 3)
+    expected, got = whole.close()[0], joined.close()[0]
+    assert {n: v.tobytes() for n, v in got.items()} == {n: v.tobytes() for n, v in expected.items()}
+    assert got["stat_var"].tobytes() != plain.base["stat_var"].tobytes()
+
+
+def test_sums_that_do_not_make_up_a_round_are_refused() -> None:
+    fold, selection, base = _case()
+    parts = []
+    for names in blocks(fold.shared, 3, 1):
+        part = fold.narrowed(names)
+        part.add(selection, base, 3)
+        parts.append(part.partial())
+    heavier = fold.narrowed(parts[0].names)
+    heavier.add(selection, base, 4)
+    for wrong in (
+        parts[:2],
+        [*parts, parts[0]],
+        [heavier.partial(), *parts[1:]],
+        [replace(parts[0], arrays={}), *parts[1:]],
+        [replace(parts[0], arrays={k: v.astype(np.float64) for k, v in parts[0].arrays.items()}), *parts[1:]],
+    ):
+        with pytest.raises(BundleError):
+            fold.take(wrong)
+        assert fold.weight == fold.updates == 0
+    fold.take(parts)
+    assert fold.weight == 3
+
+
+def test_masked_elements_are_not_split() -> None:
+    fold, selection, base = _case()
+    name = fold.shared[0].name
+    mask = np.ones(base[name].shape, np.bool_)
+    mask.reshape(-1)[0] = False
+    fold.add(selection, base, 1, mask=ElementMask({name: mask}))
+    with pytest.raises(BundleError, match="masked"):
+        fold.partial()
+
+
+def test_of_a_large_file_only_what_is_asked_for_is_checked(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, durable=False)
+    tensors = {f"t{k}": np.random.default_rng(k).standard_normal(3 * LEAF // 4).astype(np.float32) for k in range(4)}
+    ref = store.put(tensorfile.encode(tensors))
+    assert {n: v.tobytes() for n, v in read_tensors(store, ref).items()} == {n: v.tobytes() for n, v in tensors.items()}
+    raw = bytearray(store.path(ref.sha256).read_bytes())
+    raw[-1] ^= 1
+    store.path(ref.sha256).write_bytes(raw)
+    found = read_tensors(store, ref, {"t1", "nobody"})
+    assert list(found) == ["t1"]
+    assert found["t1"].tobytes() == tensors["t1"].tobytes()
+    with pytest.raises(StorageError, match="leaf"):
+        read_tensors(store, ref, {"t3"})
+
+
+@given(st.integers(0, 2**32), st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_a_damaged_file_never_passes(tmp_path_factory: pytest.TempPathFactory, seed: int, kind: int) -> None:
+    store = BlobStore(tmp_path_factory.mktemp("store"), durable=False)
+    dice = np.random.default_rng(seed)
+    tensors = {"a": dice.standard_normal(LEAF // 2).astype(np.float32), "b": dice.standard_normal(7).astype(np.float32)}
+    ref = store.put(tensorfile.encode(tensors))
+    path = store.path(ref.sha256)
+    raw = bytearray(path.read_bytes())
+    at = int(dice.integers(len(raw)))
+    if kind == 0:
+        raw[at] ^= 1 + int(dice.integers(255))
+    elif kind == 1:
+        del raw[at:]
+    elif kind == 2:
+        raw += b"\0"
+    else:
+        table = path.with_name(path.name + ".leaves")
+        table.write_bytes(table.read_bytes()[:-1] + b"\0")
+        raw[at] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(FedpruneError):
+        read_tensors(store, ref)

@@ -1,0 +1,502 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ProtocolError, StorageError, StorageFullError
+from support.faults.power_cuts import KINDS, CutError, power
+from support.processes import machine
+
+pytestmark = pytest.mark.board
+
+sizes = st.one_of(st.integers(0, 5 * LEAF), st.sampled_from([0, 1, LEAF - 1, LEAF, LEAF + 1, 3 * LEAF]))
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return hashlib.shake_128(f"{size}-{seed}".encode()).digest(size)
+
+
+def leaf(data: bytes, index: int) -> bytes:
+    return data[index * LEAF : (index + 1) * LEAF]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@given(size=sizes)
+@settings(max_examples=30, deadline=None)
+def test_what_is_put_can_be_read_under_its_sha256(size: int) -> None:
+    data = noise(size)
+    with tempfile.TemporaryDirectory() as folder:
+        store = BlobStore(Path(folder))
+        ref = store.put(data)
+
+        assert ref.sha256 == hashlib.sha256(data).hexdigest()
+        assert ref.size == size
+        digests = [hashlib.sha256(leaf(data, i)).digest() for i in range(ref.leaf_count)]
+        assert ref.leaves == hashlib.sha256(b"".join(digests)).hexdigest()
+        assert store.read(ref.sha256) == store.path(ref.sha256).read_bytes() == data
+        assert store.ref(ref.sha256) == ref == BlobRef.of(data)
+        assert store.names() == [ref.sha256]
+
+
+def test_a_blob_lies_in_a_folder_of_its_first_two_digits(tmp_path: Path) -> None:
+    ref = BlobStore(tmp_path).put(b"abc")
+
+    assert (tmp_path / ref.sha256[:2] / ref.sha256).read_bytes() == b"abc"
+
+
+def test_putting_twice_keeps_one(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+
+    assert store.put(b"abc") == store.put(b"abc")
+    assert len(store.names()) == 1
+
+
+def test_a_damaged_blob_is_not_read(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    ref = store.put(noise(2 * LEAF))
+    with store.path(ref.sha256).open("r+b") as file:
+        file.seek(LEAF)
+        file.write(b"?")
+
+    with pytest.raises(StorageError, match="is damaged"):
+        store.read(ref.sha256)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2 * LEAF])
+def test_a_mapped_blob_holds_what_was_put(tmp_path: Path, size: int) -> None:
+    store = BlobStore(tmp_path)
+    ref = store.put(noise(size))
+    assert store.map(ref.sha256) == store.map(ref.sha256) == noise(size)
+    store.delete(ref.sha256)
+    with pytest.raises(StorageError, match="is not in"):
+        store.map(ref.sha256)
+
+
+@pytest.mark.parametrize("mapped_before", [False, True])
+def test_a_damaged_blob_is_not_mapped(tmp_path: Path, mapped_before: bool) -> None:
+    store = BlobStore(tmp_path)
+    ref = store.put(noise(2 * LEAF))
+    if mapped_before:
+        store.map(ref.sha256)
+    with store.path(ref.sha256).open("r+b") as file:
+        file.seek(LEAF)
+        file.write(b"?")
+    os.utime(store.path(ref.sha256), ns=(1, 1))
+
+    with pytest.raises(StorageError, match="is damaged"):
+        store.map(ref.sha256)
+
+
+def test_a_blob_cut_short_is_written_again(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    ref = store.put(b"abcdef")
+    os.truncate(store.path(ref.sha256), 3)
+
+    store.put(b"abcdef")
+
+    assert store.read(ref.sha256) == b"abcdef"
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "a" * 63, "A" * 64, "", "a" * 64 + "\n", ".." + "a" * 62])
+def test_only_digests_are_names(tmp_path: Path, name: str) -> None:
+    store = BlobStore(tmp_path)
+    for ask in (store.has, store.path, store.read, store.ref, store.delete, store.table):
+        with pytest.raises(StorageError, match="64 hex digits"):
+            ask(name)
+
+
+def test_a_missing_blob_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="ab" * 32):
+        BlobStore(tmp_path).read("ab" * 32)
+
+
+def test_a_missing_leaf_table_is_made_again(tmp_path: Path) -> None:
+    data = noise(3 * LEAF + 1)
+    store = BlobStore(tmp_path)
+    ref = store.put(data)
+    store.path(ref.sha256).with_name(ref.sha256 + ".leaves").unlink()
+
+    assert store.table(ref.sha256) == leaf_table(data)
+    assert store.ref(ref.sha256) == ref
+
+
+def test_deleting_leaves_nothing(tmp_path: Path) -> None:
+    data = noise(2 * LEAF)
+    store = BlobStore(tmp_path)
+    ref = store.put(data)
+    partial = BlobStore(tmp_path / "other").partial(ref)
+    partial.set_table(leaf_table(data))
+    partial.write(1, leaf(data, 1))
+
+    store.delete(ref.sha256)
+    partial.store.delete(ref.sha256)
+
+    assert files(tmp_path) == []
+
+
+@given(size=st.integers(2 * LEAF, 8 * LEAF), chosen=st.sets(st.integers(0, 7)), data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_partial_blob_resumes_with_exactly_what_has_arrived(size: int, chosen: set[int], data: st.DataObject) -> None:
+    blob = noise(size)
+    ref = BlobRef.of(blob)
+    order = data.draw(st.permutations(sorted(i for i in chosen if i < ref.leaf_count)))
+    with tempfile.TemporaryDirectory() as folder:
+        first = BlobStore(Path(folder)).partial(ref)
+        assert first.set_table(leaf_table(blob))
+        assert all(first.write(i, leaf(blob, i)) for i in order)
+
+        again = BlobStore(Path(folder)).partial(ref)  # as another process would
+
+        assert [i for i, here in enumerate(again.present) if here] == sorted(order)
+        assert again.count == len(order)
+        for i in range(ref.leaf_count):
+            assert again.write(i, leaf(blob, i))
+        again.finish()
+        assert again.store.read(ref.sha256) == blob
+        assert files(Path(folder) / "partial") == []
+
+
+def test_a_leaf_damaged_on_the_disk_is_fetched_again(tmp_path: Path) -> None:
+    data = noise(4 * LEAF)
+    ref = BlobRef.of(data)
+    partial = BlobStore(tmp_path).partial(ref)
+    partial.set_table(leaf_table(data))
+    for i in range(3):
+        partial.write(i, leaf(data, i))
+    with (tmp_path / "partial" / ref.sha256).open("r+b") as file:
+        file.seek(LEAF + 5)
+        file.write(b"????")
+
+    assert list(BlobStore(tmp_path).partial(ref).present) == [1, 0, 1, 0]
+
+
+def test_a_wrong_leaf_is_refused(tmp_path: Path) -> None:
+    data = noise(2 * LEAF + 10)
+    partial = BlobStore(tmp_path).partial(BlobRef.of(data))
+    assert not partial.write(0, leaf(data, 0))  # nothing to check it against yet
+    assert not partial.set_table(leaf_table(noise(2 * LEAF + 10, 1)))
+    partial.set_table(leaf_table(data))
+
+    for index, payload in [(0, leaf(data, 1)), (2, leaf(data, 2) + b"\0"), (-1, leaf(data, 2)), (3, b""), (0, b"")]:
+        assert not partial.write(index, payload)
+    assert partial.count == 0
+
+
+@given(size=st.integers(2 * LEAF, 9 * LEAF), damaged=st.sets(st.integers(0, 8)), data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_of_leaves_that_come_together_the_right_ones_are_kept(
+    size: int, damaged: set[int], data: st.DataObject
+) -> None:
+    blob = noise(size)
+    ref = BlobRef.of(blob)
+    first = data.draw(st.integers(0, ref.leaf_count - 1))
+    last = data.draw(st.integers(first, ref.leaf_count - 1))
+    arrived = bytearray(blob[first * LEAF : (last + 1) * LEAF])
+    bad = sorted(i for i in damaged if first <= i <= last)
+    for index in bad:
+        arrived[(index - first) * LEAF] ^= 1
+    with tempfile.TemporaryDirectory() as folder:
+        partial = BlobStore(Path(folder), durable=False).partial(ref)
+        partial.set_table(leaf_table(blob))
+
+        assert partial.write_leaves(first, bytes(arrived)) == bad
+        assert [i for i, here in enumerate(partial.present) if here] == [
+            i for i in range(first, last + 1) if i not in bad
+        ]
+        assert partial.write_leaves(0, blob) == []
+        assert partial.count == ref.leaf_count
+        partial.finish()
+        assert partial.store.read(ref.sha256) == blob
+
+
+def test_an_incomplete_blob_gets_no_name(tmp_path: Path) -> None:
+    data = noise(2 * LEAF)
+    partial = BlobStore(tmp_path).partial(BlobRef.of(data))
+    partial.set_table(leaf_table(data))
+    partial.write(0, leaf(data, 0))
+
+    with pytest.raises(StorageError, match="not complete"):
+        partial.finish()
+    assert not partial.complete
+
+
+def test_a_reference_whose_leaves_are_another_blob_s_is_found_out(tmp_path: Path) -> None:
+    data = noise(2 * LEAF)
+    ref = BlobRef("ab" * 32, len(data), BlobRef.of(data).leaves)
+    store = BlobStore(tmp_path)
+    partial = store.partial(ref)
+    partial.set_table(leaf_table(data))
+    for i in range(2):
+        partial.write(i, leaf(data, i))
+
+    with pytest.raises(ProtocolError, match="don't make up the blob"):
+        partial.finish()
+    assert files(tmp_path) == []
+
+
+def test_a_name_that_is_vouched_for_is_checked_by_who_reads_it(tmp_path: Path) -> None:
+    data = noise(3 * LEAF)
+    ref = BlobRef("ab" * 32, len(data), BlobRef.of(data).leaves)
+    store = BlobStore(tmp_path)
+    first = store.partial(ref, vouched=True)
+    first.set_table(leaf_table(data))
+    first.write(2, leaf(data, 2))
+    first.close()
+
+    partial = store.partial(ref, vouched=True)
+    assert partial.write_leaves(0, data[: LEAF - 1] + b"?" + data[LEAF : 2 * LEAF]) == [0]
+    with pytest.raises(StorageError, match="not complete"):
+        partial.finish()
+    assert partial.write_leaves(0, data[:LEAF]) == []
+    partial.finish()
+
+    assert store.path(ref.sha256).read_bytes() == data
+    for read in (store.read, store.map):
+        with pytest.raises(StorageError, match="is damaged"):
+            read(ref.sha256)
+
+
+def test_a_small_reference_that_contradicts_itself_is_found_out_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ProtocolError, match="contradicts itself"):
+        BlobStore(tmp_path).partial(BlobRef("ab" * 32, 5, "cd" * 32))
+
+
+def test_what_was_deleted_and_begun_anew_gets_no_name_from_who_was_whole_before(tmp_path: Path) -> None:
+    data = noise(3 * LEAF)
+    store = BlobStore(tmp_path)
+    ref = BlobRef.of(data)
+    first = store.partial(ref)
+    first.set_table(leaf_table(data))
+    first.write_leaves(0, data)
+    store.drop_partials(set())
+    second = store.partial(ref, vouched=True)
+    second.set_table(leaf_table(data))
+    second.write(2, leaf(data, 2))
+    with pytest.raises(StorageError, match="was replaced"):
+        first.finish()
+    assert not store.has(ref.sha256)
+    second.write_leaves(0, data[: 2 * LEAF])
+    second.finish()
+    assert store.read(ref.sha256) == data
+
+
+def test_two_partials_of_one_blob_both_finish(tmp_path: Path) -> None:
+    data = noise(2 * LEAF)
+    store = BlobStore(tmp_path)
+    partials = [store.partial(BlobRef.of(data)) for _ in range(2)]
+    for partial in partials:
+        partial.set_table(leaf_table(data))
+        for i in range(2):
+            partial.write(i, leaf(data, i))
+    for partial in partials:
+        partial.finish()
+
+    assert store.read(partials[0].ref.sha256) == data
+
+
+def test_a_blob_above_the_limit_is_refused_before_the_first_byte(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, max_size=1000)
+    huge = BlobRef("ab" * 32, 2**40, "cd" * 32)
+
+    with pytest.raises(StorageFullError, match="at most 1000 bytes"):
+        store.partial(huge)
+    with pytest.raises(StorageFullError, match="at most 1000 bytes"):
+        store.put(bytes(1001))
+    assert files(tmp_path) == []
+
+
+def test_a_blob_that_the_disk_has_no_room_for_is_refused_before_the_first_byte(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, reserve=2**60)
+
+    with pytest.raises(StorageFullError, match="nothing was written"):
+        store.put(b"abc")
+    with pytest.raises(StorageFullError, match="nothing was written"):
+        store.partial(BlobRef.of(noise(2 * LEAF)))
+    assert files(tmp_path) == []
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    with machine.small_disk(tmp_path / "tiny", "1m") as folder:
+        yield folder
+
+
+def test_a_disk_that_fills_up_leaves_the_store_as_it_was(tiny_disk: Path) -> None:
+    store = BlobStore(tiny_disk, reserve=-(2**30))  # let the preflight pass
+    kept = store.put(noise(300_000))
+    large = noise(30 * LEAF)
+    before = files(tiny_disk)
+
+    with pytest.raises(StorageFullError, match="No space left"):
+        store.put(large)
+
+    assert files(tiny_disk) == before
+    assert store.names() == [kept.sha256]
+    assert store.read(kept.sha256) == noise(300_000)
+
+
+def test_a_pull_onto_a_full_disk_keeps_what_has_arrived_and_goes_on_when_there_is_room(tiny_disk: Path) -> None:
+    store = BlobStore(tiny_disk, reserve=-(2**30))
+    ballast = store.put(noise(300_000))
+    data = noise(28 * LEAF)
+    partial = store.partial(BlobRef.of(data))
+    partial.set_table(leaf_table(data))
+
+    with pytest.raises(StorageFullError):
+        all(partial.write(i, leaf(data, i)) for i in range(28))
+    arrived = partial.count
+    store.delete(ballast.sha256)
+    again = BlobStore(tiny_disk, reserve=0).partial(BlobRef.of(data))
+
+    assert 0 < arrived <= again.count < 28
+    for i in range(28):
+        assert again.write(i, leaf(data, i))
+    again.finish()
+    assert store.read(again.ref.sha256) == data
+
+
+def test_a_write_that_fails_in_the_middle_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BlobStore(tmp_path)
+    real = os.pwrite
+
+    def full(descriptor: int, data: memoryview, at: int) -> int:
+        if at == 0:
+            return real(descriptor, data[:10], 0)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageFullError, match="what was there before is untouched"):
+        store.put(b"a" * 100)
+    monkeypatch.undo()
+
+    assert files(tmp_path) == []
+
+
+def test_temporary_files_of_the_dead_are_swept(tmp_path: Path) -> None:
+    BlobStore(tmp_path)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):
+        (tmp_path / "tmp" / f"{pid}-00").write_bytes(b"x")
+
+    BlobStore(tmp_path)
+
+    assert files(tmp_path) == [f"tmp/{os.getpid()}-00"]
+
+
+def test_a_store_that_can_t_be_made_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+
+    with pytest.raises(StorageError, match="can't make blob store"):
+        BlobStore(tmp_path / "file" / "store")
+
+
+def received(store: BlobStore, data: bytes) -> BlobRef:
+    ref = BlobRef.of(data)
+    partial = store.partial(ref)
+    partial.set_table(leaf_table(data))
+    assert partial.write_leaves(0, data) == []
+    partial.finish()
+    return ref
+
+
+@pytest.mark.parametrize("size", [1, LEAF, 9 * LEAF + 1])
+def test_a_blob_costs_two_syncs_however_it_comes(tmp_path: Path, size: int) -> None:
+    """Its data and its folder; leaf tables and what is partial cost none."""
+    for number, come in enumerate((received, lambda store, data: store.put(data))):
+        store = BlobStore(tmp_path / str(number))
+        with power() as supply:
+            come(store, noise(size))
+        assert supply.names.count("fsync") == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_power_cut_at_any_moment_leaves_no_wrong_blob_and_no_wrong_table(tmp_path: Path, kind: str) -> None:
+    data, table = noise(3 * LEAF + 5), leaf_table(noise(3 * LEAF + 5))
+    for come in (received, lambda store, data: store.put(data)):
+        with power() as supply:
+            come(BlobStore(tmp_path / f"dry-{come.__name__}"), data)
+        for at in range(1, supply.count + 1):
+            root = tmp_path / f"{come.__name__}-{at}"
+            with power(at, kind), pytest.raises(CutError):
+                come(BlobStore(root), data)
+            store = BlobStore(root)
+            for name in store.names():
+                assert store.read(name) == data
+                assert store.table(name) == table
+            come(store, data)
+            assert store.ref(hashlib.sha256(data).hexdigest()) == BlobRef.of(data)
+
+
+@given(cut=st.integers(0, 3 * 32 + 31), zeros=st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_a_table_that_a_power_cut_tore_is_not_believed(cut: int, zeros: bool) -> None:
+    data = noise(3 * LEAF)
+    with tempfile.TemporaryDirectory() as folder:
+        store = BlobStore(Path(folder), durable=False)
+        ref = received(store, data)
+        path = store.path(ref.sha256).with_name(ref.sha256 + ".leaves")
+        whole = path.read_bytes()
+        path.write_bytes(whole[:cut].ljust(len(whole) if zeros else cut, b"\0"))
+
+        assert store.table(ref.sha256) == leaf_table(data)
+        assert path.read_bytes() == whole
+
+
+def test_a_table_of_an_older_version_is_made_anew(tmp_path: Path) -> None:
+    data = noise(3 * LEAF)
+    store = BlobStore(tmp_path)
+    ref = store.put(data)
+    store.path(ref.sha256).with_name(ref.sha256 + ".leaves").write_bytes(leaf_table(data))
+
+    assert store.table(ref.sha256) == leaf_table(data)
+
+
+def test_a_partial_blob_whose_table_is_lost_finds_its_leaves_when_the_table_comes_again(tmp_path: Path) -> None:
+    data = noise(4 * LEAF)
+    ref = BlobRef.of(data)
+    partial = BlobStore(tmp_path).partial(ref)
+    partial.set_table(leaf_table(data))
+    partial.write_leaves(0, data[: 3 * LEAF])
+    (tmp_path / "partial" / (ref.sha256 + ".leaves")).write_bytes(bytes(5 * 32))
+
+    again = BlobStore(tmp_path).partial(ref)
+    assert (again.table, again.count) == (None, 0)
+    assert again.set_table(leaf_table(data))
+    assert list(again.present) == [1, 1, 1, 0]
+    assert again.write(3, leaf(data, 3))
+    again.finish()
+    assert again.store.read(ref.sha256) == data
+
+
+def test_blobs_are_their_owners_alone(tmp_path: Path) -> None:
+    root = tmp_path / "blobs"
+    root.mkdir(mode=0o755)  # as earlier versions made it
+    root.chmod(0o755)
+    store = BlobStore(root)
+    ref = store.put(b"an update")
+    data = bytes(3 * LEAF)
+    partial = store.partial(BlobStore(tmp_path / "other").put(data))
+    partial.set_table(leaf_table(data))
+    partial.write(1, data[LEAF : 2 * LEAF])
+    assert root.stat().st_mode & 0o777 == 0o700
+    assert store.path(ref.sha256).stat().st_mode & 0o777 == 0o600
+    assert {p.stat().st_mode & 0o777 for p in root.rglob("*") if p.is_file()} == {0o600}
+    assert {p.stat().st_mode & 0o777 for p in root.rglob("*") if p.is_dir()} == {0o700}

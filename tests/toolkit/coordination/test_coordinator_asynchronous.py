@@ -1,0 +1,433 @@
+"""Asynchronous jobs under every order of events: nothing counts twice, nothing is lost, a crash changes nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.coordination import AsynchronousCoordinator, Phase, State, SynchronousCoordinator, coordinate
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Progress
+from support.fakes.asynchronous_shell import ALL, KINDS, ONE, TWO, WINDOW, Shell, history, job_of, summed
+from support.fakes.tiny_job import ARCHITECTURE, JOB, NAMES
+
+pytestmark = pytest.mark.board
+
+
+def reference(job: Job) -> list[tuple[int, str]]:
+    shell = Shell(job)
+    shell.come()
+    shell.run()
+    assert shell.state.phase is Phase.FINISHED
+    return history(shell)
+
+
+def test_the_schedule_chooses_the_coordinator() -> None:
+    assert isinstance(coordinate(JOB, ARCHITECTURE, State("m0")), SynchronousCoordinator)
+    assert isinstance(coordinate(ALL, ARCHITECTURE, State("m0")), AsynchronousCoordinator)
+
+
+@pytest.mark.parametrize("job", [JOB, ALL], ids=["synchronous", "asynchronous"])
+def test_what_is_no_event_is_refused_and_changes_nothing(job: Job) -> None:
+    coordinator = coordinate(job, ARCHITECTURE, State("m0"))
+    before = coordinator.state.to_json()
+    with pytest.raises(TypeError, match="unknown event Wake"):
+        coordinator.handle(do.Wake(1.0), 0.0)  # type: ignore[arg-type]
+    assert coordinator.state.to_json() == before
+
+
+@pytest.mark.parametrize("job", KINDS.values(), ids=KINDS)
+def test_a_job_runs_its_rounds(job: Job) -> None:
+    shell = Shell(job)
+    shell.come()
+    shell.run()
+    assert [r for r, _ in history(shell)] == list(range(1, job.rounds + 1))
+    assert len({m for _, m in history(shell)}) == job.rounds
+    assert shell.state.tasks == {}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_where_all_are_awaited_order_duplicates_and_crashes_change_nothing(data: st.DataObject) -> None:
+    shell = Shell(ALL)
+    shell.come()
+    crashes = 0
+    for _ in range(300):
+        if not shell.inbox:
+            break
+        action = data.draw(st.sampled_from(["next", "next", "next", "twice", "crash"]))
+        event = shell.inbox.pop(data.draw(st.integers(0, len(shell.inbox) - 1)))
+        if action == "crash" and crashes < 4:
+            crashes += 1
+            shell.crash()
+            continue
+        shell.feed(event)
+        if action == "twice":
+            shell.feed(event)
+    shell.run()
+    assert history(shell) == reference(ALL)
+
+
+class Weather(Shell):
+    """A shell whose devices die, return, refuse, lose their memory and are late; the server is killed now and then."""
+
+    def __init__(self, data: st.DataObject, job: Job) -> None:
+        super().__init__(replace(job, devices=2))
+        self.data = data
+        self.gone: set[str] = set()
+        self.rejected: set[tuple[str, int]] = set()
+
+    def answer(self, command: do.Command) -> on.Event | None:
+        if isinstance(command, (do.SendOffer, do.PullUpdate)) and command.device in self.gone:
+            return None
+        return super().answer(command)
+
+    def feed(self, event: on.Event) -> None:
+        """Whatever is said twice changes the state once."""
+        super().feed(event)
+        if not isinstance(event, on.Ticked):
+            before = self.state.to_json()
+            self.carry_out(self.coordinator.handle(event, self.now))
+            assert self.state.to_json() == before
+
+    def act(self) -> None:
+        action = self.data.draw(
+            st.sampled_from(
+                ["next"] * 6 + ["lose", "tick", "wait", "die", "come", "forget", "refuse", "reject", "crash"]
+            )
+        )
+        name = self.data.draw(st.sampled_from(NAMES))
+        task = self.state.tasks.get(name)
+        if action in ("next", "lose") and self.inbox:
+            event = self.inbox.pop(self.data.draw(st.integers(0, len(self.inbox) - 1)))
+            # Workers don't lose their answers; what comes from devices may be lost.
+            if action == "next" or not isinstance(event, (on.UpdateAnnounced, on.UpdateStored)):
+                self.feed(event)
+        elif action == "tick":
+            self.now += self.data.draw(st.sampled_from([1.0, 11.0, 101.0]))
+            while self.wakes and min(self.wakes) <= self.now:
+                self.wakes.remove(min(self.wakes))
+                self.feed(on.Ticked())
+        elif action == "wait":
+            self.now += 1.0
+        elif action == "die":
+            self.gone.add(name)
+            self.feed(on.DeviceDied(name, self.sessions[name]))
+        elif action in ("come", "forget"):
+            self.gone.discard(name)
+            self.sessions[name] = 0 if action == "forget" else self.sessions[name]
+            self.come(name)
+        elif action == "refuse" and task is not None:
+            self.feed(on.OfferRefused(name, self.state.round_of(task), task.attempt, "no room"))
+        elif action == "reject" and task is not None:
+            if task.progress is Progress.STORED:
+                self.rejected.add((name, self.state.round_of(task)))
+            self.feed(on.UpdateRejected(name, self.state.round_of(task), task.attempt, "not finite"))
+        elif action == "crash":
+            self.coordinator = coordinate(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
+            self.inbox.clear()
+            self.wakes.clear()
+            self.carry_out(self.coordinator.resume(self.now))
+
+    def final_closes(self) -> Iterator[do.Close]:
+        """Of each round the close that became its model; all others of it say the same."""
+        for number in range(1, self.job.rounds + 1):
+            mine = [c for c in self.closes if c.round == number]
+            assert len({summed(c) for c in mine}) == 1
+            yield mine[-1]
+
+
+@pytest.mark.parametrize("job", KINDS.values(), ids=KINDS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_job_ends_whatever_the_weather_was(job: Job, data: st.DataObject) -> None:
+    shell = Weather(data, job)
+    shell.come()
+    for _ in range(60):
+        shell.act()
+    for _ in range(60):  # the sun comes out
+        if shell.state.phase is Phase.FINISHED:
+            break
+        shell.gone.clear()
+        shell.come()
+        shell.run()
+    assert shell.state.phase is Phase.FINISHED
+    schedule = shell.coordinator.schedule
+    counted: set[tuple[str, int]] = set()
+    model = "m0"
+    for close in shell.final_closes():
+        assert close.model == model
+        model = summed(close)
+        names = [c.part.device for c in close.contributions]
+        assert names == sorted(set(names))
+        assert names
+        fresh = [c for c in close.contributions if (c.part.device, c.basis.round) not in counted]
+        assert schedule.keep or fresh == list(close.contributions), "an update counts once"
+        assert not schedule.arrivals or 1 <= len(fresh) <= schedule.arrivals
+        counted |= {(c.part.device, c.basis.round) for c in fresh}
+        for c in close.contributions:
+            assert close.round - c.basis.round >= 0
+            assert schedule.fits(close.round - c.basis.round)
+            assert c.weight >= 1
+    assert history(shell)[-1][1] == model
+    if not schedule.max_staleness:
+        # Of the last rounds some may have come too late.
+        safe = {part for part, number in shell.acknowledged.items() if number < shell.job.rounds - len(NAMES)}
+        assert safe <= counted | shell.rejected, "whoever was told that its update is safe was told the truth"
+
+
+@pytest.mark.parametrize("job", KINDS.values(), ids=KINDS)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_the_same_events_give_the_same_commands_and_states(job: Job, seed: int) -> None:
+    chance = random.Random(seed)
+    shell = Shell(replace(job, devices=2))
+    shell.come()
+    while shell.inbox or (shell.wakes and shell.state.phase is not Phase.FINISHED):
+        if not shell.inbox or chance.random() < 0.1:
+            shell.now += chance.choice([0.5, 7.0, 120.0])
+            if shell.wakes and min(shell.wakes) <= shell.now:
+                shell.tick()
+        elif shell.inbox:
+            shell.feed(shell.inbox.pop(chance.randrange(len(shell.inbox))))
+    again = coordinate(shell.job, ARCHITECTURE, State(model="m0"))
+    for event, now, commands in shell.log:
+        assert again.handle(event, now) == commands
+        again = coordinate(shell.job, ARCHITECTURE, State.from_json(again.state.to_json()))
+    assert again.state == shell.state
+
+
+@pytest.mark.parametrize("job", KINDS.values(), ids=KINDS)
+def test_the_shell_is_asked_for_few_wakes(job: Job) -> None:
+    shell = Shell(replace(job, rounds=30))
+    shell.come()
+    shell.run()
+    assert len([1 for _, _, commands in shell.log for c in commands if isinstance(c, do.Wake)]) <= 3 * 30
+    assert len(shell.state.wakes) <= 2
+
+
+def test_whoever_is_idle_is_offered_the_current_model_at_once() -> None:
+    shell = Shell(ONE)
+    shell.come()
+    held = [shell.until(on.UpdateAnnounced, n) for n in ("c", "b")]
+    shell.feed(shell.until(on.UpdateAnnounced, "a"))
+    again = shell.until(on.UpdateAnnounced, "a")
+    assert isinstance(again, on.UpdateAnnounced)
+    assert (again.round, shell.state.round, shell.state.phase) == (2, 2, Phase.TRAINING)
+    shell.feed(held[0])
+    shell.until(on.Evaluated)
+    close = shell.closes[-1]
+    assert [(c.part.device, c.basis.round, c.basis.model) for c in close.contributions] == [("c", 1, "m0")]
+    assert close.rate == pytest.approx(0.5 * 2**-0.5)
+
+
+def test_a_device_trains_a_model_once() -> None:
+    shell = Shell(TWO)
+    shell.come()
+    held = [shell.until(on.UpdateAnnounced, n) for n in ("c", "b")]
+    shell.feed(shell.until(on.UpdateAnnounced, "a"))
+    while shell.inbox:
+        shell.feed(shell.inbox.pop(0))
+    assert [o for o in shell.offered if o[0] == "a"] == [("a", 1, 1)]
+    shell.come("a")
+    assert [o for o in shell.offered if o[0] == "a"] == [("a", 1, 1)]
+    shell.feed(held[0])
+    shell.until(on.UpdateAnnounced, "a")
+    assert [o for o in shell.offered if o[0] == "a"] == [("a", 1, 1), ("a", 2, 1)]
+
+
+def test_what_comes_while_a_round_is_closed_counts_for_the_next() -> None:
+    shell = Shell(ONE)
+    shell.come()
+    held = shell.until(on.UpdateAnnounced, "b")
+    closed = shell.until(on.Closed)
+    shell.feed(held)
+    shell.feed(shell.until(on.UpdateStored, "b"))
+    assert shell.state.tasks["b"].progress is Progress.STORED
+    shell.inbox = [closed]
+    shell.until(on.Evaluated)
+    assert shell.state.round == 1
+    shell.feed(on.Evaluated(1, {}))
+    shell.until(on.Closed)
+    assert [(c.part.device, c.basis.round) for c in shell.closes[-1].contributions] == [("b", 1)]
+
+
+def test_a_late_device_gets_a_new_offer_and_its_old_update_is_void() -> None:
+    shell = Shell(job_of(arrivals=1, rounds=4, deadline_s=50))
+    shell.come()
+    old = shell.until(on.UpdateAnnounced, "c")
+    for _ in range(2):
+        shell.until(on.Evaluated)
+        shell.feed(on.Evaluated(shell.state.round, {}))
+    assert shell.state.round == 3
+    shell.run_silently()
+    shell.tick()
+    assert ("c", 1, "the deadline has passed") in shell.cancelled
+    shell.until(on.UpdateAnnounced, "c")
+    assert ("c", 3, 1) in shell.offered
+    shell.feed(old)
+    assert shell.cancelled[-1] == ("c", 1, "another offer took this one's place")
+
+
+def test_who_is_late_and_asked_for_the_same_once_more_is_not_cancelled() -> None:
+    shell = Shell(ALL)
+    shell.come()
+    shell.until(on.UpdateAnnounced, "c")
+    shell.run()
+    assert [o for o in shell.offered if o[0] == "c"][:2] == [("c", 1, 1), ("c", 1, 2)]
+    assert not [c for c in shell.cancelled if c[0] == "c"]
+    assert shell.state.phase is Phase.FINISHED
+
+
+def test_too_stale_work_is_stopped() -> None:
+    shell = Shell(job_of(arrivals=1, rounds=5, max_staleness=1))
+    shell.come()
+    shell.until(on.UpdateAnnounced, "c")
+    shell.run()
+    assert ("c", 1, "the model has moved more than 1 times since") in shell.cancelled
+    assert ("c", 3, 1) in shell.offered
+
+
+def test_no_more_work_at_a_time_than_may() -> None:
+    shell = Shell(job_of(arrivals=1, rounds=12, concurrent=1))
+    shell.come()
+    shell.run()
+    offered = [n for n, _, _ in shell.offered]
+    assert len(offered) == 12
+    assert set(offered) == set(NAMES), "nobody is left out"
+
+
+def test_a_window_takes_what_has_come_and_what_is_kept() -> None:
+    shell = Shell(WINDOW)
+    shell.come()
+    slow = shell.until(on.UpdateAnnounced, "c")
+    while shell.inbox:
+        shell.feed(shell.inbox.pop(0))
+    assert not shell.closes
+    shell.tick()
+    assert shell.now == 10.0
+    assert [c.part.device for c in shell.closes[0].contributions] == ["a", "b"]
+    shell.run_silently()
+    shell.feed(slow)
+    shell.run_silently()
+    shell.wakes.append(20.0)
+    shell.tick()
+    assert len(shell.closes) == 1, "one update alone doesn't close a window"
+    assert shell.state.references() >= {"m0", shell.state.model}, "models that kept updates were cut from"
+
+
+def test_kept_updates_keep_their_blobs() -> None:
+    shell = Shell(WINDOW)
+    shell.come()
+    shell.run()
+    for device in shell.state.devices.values():
+        assert device.buffer is not None
+        kept = do.Contribution.from_dict(device.buffer["contribution"])
+        assert shell.state.references() >= {kept.weights, kept.sent, kept.basis.model, kept.basis.ranking}
+    assert len(shell.closes[-1].contributions) == 3
+
+
+def test_a_refusal_is_tried_again_when_its_time_is_over() -> None:
+    shell = Shell(ALL)
+    shell.come()
+    shell.until(on.UpdateAnnounced, "a")
+    shell.feed(on.OfferRefused("a", 1, 1, "no room"))
+    while shell.inbox:
+        shell.feed(shell.inbox.pop(0))
+    assert [c.part.device for c in shell.closes[0].contributions] == ["b", "c"], "nobody else works any more"
+    lonely = Shell(replace(ALL, devices=1))
+    lonely.come("a")
+    lonely.until(on.UpdateAnnounced, "a")
+    lonely.feed(on.OfferRefused("a", 1, 1, "no room"))
+    assert lonely.state.phase is Phase.TRAINING
+    lonely.tick()
+    lonely.until(on.UpdateAnnounced, "a")
+    assert lonely.offered == [("a", 1, 1), ("a", 1, 2)]
+
+
+def test_a_refusal_is_told_in_one_round_only() -> None:
+    shell = Shell(job_of(arrivals=1, rounds=6))
+    shell.come()
+    shell.until(on.UpdateAnnounced, "c")
+    shell.feed(on.OfferRefused("c", 1, 1, "no room"))
+    shell.run()
+    assert shell.now < 100, "c is not asked again before its time is over"
+    assert [h["round"] for h in shell.state.history if "c" in h["devices"]] == [1]
+
+
+def test_where_all_stand_out_they_are_asked_again_when_their_time_is_over() -> None:
+    shell = Shell(ALL)
+    shell.come()
+    shell.until(on.Closed)
+    shell.now = 7.0
+    shell.feed(on.Closed(1, "m1", rejected=dict.fromkeys(NAMES, "stands out")))
+    while shell.inbox:
+        shell.feed(shell.inbox.pop(0))
+    assert (shell.state.phase, shell.state.model) == (Phase.TRAINING, "m0")
+    assert {attempt for _, _, attempt in shell.offered} == {1}
+    assert {t.deadline for t in shell.state.tasks.values()} == {107.0}
+    shell.run()
+    assert [o for o in shell.offered if o[1] == 1][3:] == [(n, 1, 2) for n in NAMES]
+    assert shell.now == 107.0
+    assert shell.state.phase is Phase.FINISHED
+
+
+def test_away_devices_are_waited_for_and_not_for_ever() -> None:
+    shell = Shell(ALL)
+    shell.come()
+    while not isinstance(shell.inbox[0], on.UpdateAnnounced):
+        shell.feed(shell.inbox.pop(0))
+    shell.feed(on.DeviceDied("c", 1))
+    shell.inbox = [e for e in shell.inbox if getattr(e, "device", "") != "c"]
+    while shell.inbox:
+        shell.feed(shell.inbox.pop(0))
+    assert not shell.closes
+    shell.tick()
+    assert [c.part.device for c in shell.closes[0].contributions] == ["a", "b"]
+    assert shell.now == 100.0
+
+
+def test_rankings_and_evaluations_can_be_rare() -> None:
+    shell = Shell(job_of(arrivals=3, rounds=7, score_every=3, evaluate_every=4))
+    shell.come()
+    shell.run()
+    scored = [e.round for e, _, _ in shell.log if isinstance(e, on.Scored)]
+    evaluated = [e.round for e, _, _ in shell.log if isinstance(e, on.Evaluated)]
+    assert scored == [1, 4, 7]
+    assert evaluated == [4, 7]
+    assert [bool(h["metrics"]) for h in shell.state.history] == [False, False, False, True, False, False, True]
+
+
+def test_a_new_description_of_the_model_voids_what_is_under_way() -> None:
+    shell = Shell(WINDOW)
+    shell.come()
+    shell.until(on.UpdateAnnounced, "c")
+    while shell.state.round < 3:
+        if shell.inbox:
+            shell.feed(shell.inbox.pop(0))
+        else:
+            shell.tick()
+    old = shell.state.ranking
+    shell.state.score_anew()
+    shell.crash()
+    shell.run()
+    assert shell.state.phase is Phase.FINISHED
+    assert old not in {c.basis.ranking for c in shell.closes[-1].contributions}
+    assert all(c.basis.round >= 3 for c in shell.closes[-1].contributions)
+
+
+def test_exploration_asks_all_at_once_and_so_not_asynchronously() -> None:
+    coordinator = coordinate(ALL, ARCHITECTURE, State("m0"))
+    explores = replace(coordinator.strategy, explores=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedprune.coordination.base.compose", lambda job: explores)
+        with pytest.raises(ConfigError, match="exploration"):
+            AsynchronousCoordinator(ALL, ARCHITECTURE, State("m0"))

@@ -1,0 +1,290 @@
+"""What a coordinator's plans learn from rounds' own times, and from what boards measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedprune.coordination import State, SynchronousCoordinator
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.width_planner import WidthPlanner
+from fedprune.costs.latency_model import typical_table
+from fedprune.hardware import profile_store
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.jobs.state import Device, Progress, Task
+from fedprune.model.architecture import Activation, Axis, ChannelGroup, Segment, TensorKind, TensorSpec, widths_at
+from fedprune.planning.cost_prediction import Correction, predict
+from fedprune.planning.plan import DENSITIES, MEMORY, Plan
+from fedprune.strategies import compose
+from support.fakes.coordinator_shell import digest
+from support.fakes.tiny_job import ARCHITECTURE, JOB
+
+pytestmark = pytest.mark.board
+
+
+PI = profile_store.find("raspberry-pi-5")
+
+
+def planned_fleet(deadline_s: float = 10_000) -> SynchronousCoordinator:
+    job = replace(JOB, density=0.0, devices=1, rounds=9, deadline_s=deadline_s)
+    coordinator = SynchronousCoordinator(job, ARCHITECTURE, State(model="m0"))
+    coordinator.handle(on.DeviceBorn("a", 1, PI.to_dict(), 10), 0.0)
+    return coordinator
+
+
+def play(coordinator: SynchronousCoordinator, times: float, peak: float = 0.0) -> None:
+    """One round in which steps take `times` as long as the plan says; `peak` is its measured memory in bytes."""
+    state = coordinator.state
+    coordinator.handle(on.Scored(state.round, "r"), 0.0)
+    offer = {"weights": {"sha256": digest(state.round)}, "widths": [2], "recipe": coordinator.job.recipe.to_offer()}
+    coordinator.handle(on.Extracted(state.round, "a", 1, offer), 0.0)
+    plan = state.devices["a"].plan
+    assert plan is not None
+    metrics = {"step_seconds": times * plan["prediction"]["step_s"]} | ({"peak_memory_bytes": peak} if peak else {})
+    update = on.UpdateAnnounced("a", state.round, 1, digest(state.round), {"sha256": "u"}, 10, 1, metrics)
+    coordinator.handle(update, 0.0)
+    coordinator.handle(on.UpdateStored("a", state.round, 1, "w"), 0.0)
+    coordinator.handle(on.Folded("a", state.round, 1), 0.0)
+
+
+def test_a_rounds_own_times_correct_a_plan_that_was_far_off() -> None:
+    coordinator = planned_fleet()
+    before = coordinator.state.devices["a"].plan
+    play(coordinator, 3.0)
+    device = coordinator.state.devices["a"]
+    assert before is not None
+    assert device.plan is not None
+    assert device.correction == vars(Correction(step=pytest.approx(3.0)))
+    assert device.plan["prediction"]["step_s"] == pytest.approx(3 * before["prediction"]["step_s"])
+    assert State.from_json(coordinator.state.to_json()).devices["a"] == device
+
+
+def test_a_rounds_own_memory_corrects_a_plan_that_was_far_off() -> None:
+    coordinator = planned_fleet()
+    before = coordinator.state.devices["a"].plan
+    assert before is not None
+    predicted = before["prediction"]["memory_bytes"]
+    play(coordinator, 1.0, predicted + 50e6)
+    device = coordinator.state.devices["a"]
+    assert device.plan is not None
+    assert device.correction["memory"] == 50e6
+    assert device.plan["prediction"]["memory_bytes"] == predicted + 50e6
+    assert device.plan["prediction"]["memory"]["learnt"] == 50e6
+    assert "50.00 MB more memory" in Plan.from_dict(device.plan).describe()
+
+
+def test_a_device_that_turns_out_to_need_too_much_memory_gets_the_narrowest_model() -> None:
+    """It delivered: what it measured never shuts it out."""
+    room = predict(ARCHITECTURE, ARCHITECTURE.sizes, PI, JOB.recipe, 10).memory_bytes + 1000
+    small = replace(PI, memory=replace(PI.memory, total_bytes=room, reserve_bytes=0, training_share=1.0))
+    coordinator = SynchronousCoordinator(
+        replace(JOB, density=0.0, devices=1, rounds=9), ARCHITECTURE, State(model="m0")
+    )
+    coordinator.handle(on.DeviceBorn("a", 1, small.to_dict(), 10), 0.0)
+    play(coordinator, 1.0, 1.5 * room)
+    for session, samples in ((1, 10), (2, 11)):
+        if session > 1:
+            coordinator.handle(on.DeviceBorn("a", session, small.to_dict(), samples), 0.0)
+        device = coordinator.state.devices["a"]
+        assert (device.excluded, device.widths) == ("", widths_at(ARCHITECTURE, DENSITIES[-1]))
+        assert device.plan is not None
+        assert "more memory than the board has" in device.plan["warning"]
+
+
+WIDE = Axis((Segment(0, 0, 64),))
+LARGE = replace(
+    ARCHITECTURE,
+    groups=(ChannelGroup("g0", 64),),
+    tensors=(
+        TensorSpec("w", TensorKind.WEIGHT, (WIDE, Axis.fixed(4))),
+        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(3), WIDE)),
+    ),
+    activations=(Activation("h", WIDE, 2**13, True),),
+)
+"""A net whose activations take most of its memory."""
+
+
+def taught(
+    times: float, more: float, room: float, rounds: int = 12, accumulate: int = 1
+) -> tuple[list[Device], list[float]]:
+    """A board's plans and peaks when the memory that depends on the width is `times` what is predicted.
+
+    Args:
+        times: Real over predicted memory of graph, weights and activations.
+        more: Real less predicted memory of the process, as a share of the whole model's `of_width`.
+        room: Bytes that training may take, as a share of what the whole model is predicted to take.
+        rounds: How many.
+        accumulate: Parts of a batch that the job asks for.
+    """
+    job = replace(JOB, density=0.0, recipe=replace(JOB.recipe, accumulate=accumulate))
+    whole = predict(LARGE, LARGE.sizes, PI, job.recipe, 10).memory
+    memory = replace(PI.memory, total_bytes=round(room * whole.total), reserve_bytes=0, training_share=1.0)
+    planner = WidthPlanner(job, compose(job), LARGE)
+    device = Device(1, True, replace(PI, memory=memory).to_dict(), None, 10)
+    planner.plan("a", device)
+    devices, shares = [], []
+    for _ in range(rounds):
+        plan = Plan.from_dict(device.plan)
+        use = plan.prediction.memory
+        peak = use.process + use.samples + more * whole.of_width + times * use.of_width
+        devices.append(replace(device))
+        shares.append(peak / plan.limit(MEMORY).limit)
+        task = Task(1, device.widths, accumulate=device.accumulate, metrics={"peak_memory_bytes": peak})
+        planner.learn("a", device, task)
+    return devices, shares
+
+
+@pytest.mark.parametrize(("times", "more"), [(2.0, 0.0), (1.6, 0.0), (1.3, 0.1), (1.0, 0.4), (0.8, 0.55), (5.0, 0.0)])
+@pytest.mark.parametrize("accumulate", [1, JOB.recipe.batch_size])
+def test_plans_settle_within_the_memory_whatever_the_prediction_misses(
+    times: float, more: float, accumulate: int
+) -> None:
+    devices, shares = taught(times, more, 1.02, accumulate=accumulate)
+    assert shares[0] > 1
+    assert sum(share > 1 for share in shares) <= 3, shares
+    assert all(share <= 1 for share in shares[-4:]), shares
+    assert len({(d.widths, d.accumulate) for d in devices[-3:]}) == 1
+    overrun: list[tuple[tuple[int, ...], int]] = []
+    for device, share in zip(devices, shares, strict=True):
+        assert (device.widths, device.accumulate) not in overrun
+        overrun += [(device.widths, device.accumulate)] * (share > 1)
+
+
+def test_a_board_that_no_width_fits_trains_the_narrowest_with_a_warning() -> None:
+    devices, shares = taught(1.0, 9.0, 1.02)
+    assert shares[-1] > 1
+    assert devices[-1].widths == widths_at(LARGE, DENSITIES[-1])
+    assert devices[-1].plan is not None
+    assert "more memory than the board has" in devices[-1].plan["warning"]
+
+
+def test_measurements_in_other_parts_than_the_plans_teach_nothing() -> None:
+    coordinator = planned_fleet()
+    before = coordinator.state.devices["a"].plan
+    assert before is not None
+    coordinator.state.devices["a"].plan = {**before, "accumulate": 2}
+    play(coordinator, 3.0)
+    assert coordinator.state.devices["a"].correction == {}
+
+
+def test_a_plan_that_was_nearly_right_stays_as_it_is() -> None:
+    coordinator = planned_fleet()
+    before = coordinator.state.devices["a"].plan
+    play(coordinator, 1.1)
+    assert coordinator.state.devices["a"].plan == before
+
+
+def test_times_at_other_widths_than_the_plans_teach_nothing() -> None:
+    """The device came again, as a board that may send less, after its part in the round was settled."""
+    coordinator = planned_fleet()
+    narrow = predict(ARCHITECTURE, (4,), PI, coordinator.job.recipe, 10).round_bytes
+    weaker = replace(PI, link=replace(PI.link, bytes_per_round=narrow))
+    coordinator.handle(on.DeviceBorn("a", 2, weaker.to_dict(), 10), 0.0)
+    device = coordinator.state.devices["a"]
+    before = device.plan
+    assert (device.widths, coordinator.state.tasks["a"].widths) == ((4,), ARCHITECTURE.sizes)
+    play(coordinator, 3.0)
+    assert coordinator.state.tasks["a"].progress is Progress.FOLDED
+    assert (device.correction, device.plan) == ({}, before)
+
+
+def too_slow() -> SynchronousCoordinator:
+    """A fleet after a round that was so slow that no width would be fast enough."""
+    probing = planned_fleet().state.devices["a"].plan
+    assert probing is not None
+    round_s = 1.5 * probing["prediction"]["train_s"] + probing["prediction"]["transfer_s"]
+    coordinator = planned_fleet(deadline_s=round_s)
+    device = coordinator.state.devices["a"]
+    before = device.plan, device.widths
+    play(coordinator, 1e9)
+    device = coordinator.state.devices["a"]
+    assert not device.excluded
+    assert (device.plan, device.widths) == before
+    return coordinator
+
+
+def test_a_device_that_turns_out_too_slow_for_any_width_goes_on_as_it_is() -> None:
+    assert too_slow().state.devices["a"].correction["step"] == 5
+
+
+@pytest.mark.parametrize("samples", [10, 9])
+def test_a_device_that_is_too_slow_may_connect_anew(samples: int) -> None:
+    coordinator = too_slow()
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), samples), 0.0)
+    device = coordinator.state.devices["a"]
+    assert not device.excluded
+    assert device.widths == ARCHITECTURE.sizes
+
+
+def test_a_device_that_is_too_slow_outlasts_a_restart_and_unlearns() -> None:
+    before = too_slow()
+    coordinator = SynchronousCoordinator(before.job, ARCHITECTURE, State.from_json(before.state.to_json()))
+    coordinator.resume(0.0)
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10), 0.0)
+    device = coordinator.state.devices["a"]
+    assert not device.excluded
+    assert device.widths == ARCHITECTURE.sizes
+
+    coordinator.handle(on.Closed(1, "m1"), 0.0)
+    coordinator.handle(on.Evaluated(1, {}), 0.0)
+    play(coordinator, 1.0)
+    assert coordinator.state.devices["a"].correction["step"] == pytest.approx(1)
+
+
+def test_a_device_that_no_width_fits_stays_out_whatever_it_learnt() -> None:
+    coordinator = too_slow()
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10**9), 0.0)
+    assert "breaks" in coordinator.state.devices["a"].excluded
+
+
+def test_what_was_learnt_of_a_guess_is_forgotten_once_the_board_has_measured() -> None:
+    coordinator = planned_fleet()
+    play(coordinator, 3.0)
+    probe = ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, latency=typical_table(4e9))
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10, probe.to_dict()), 0.0)
+    assert coordinator.state.devices["a"].correction == {}
+
+    coordinator = planned_fleet()
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10, probe.to_dict()), 0.0)
+    play(coordinator, 3.0)
+    other = replace(probe, memory_available=6 * 10**9)
+    coordinator.handle(on.DeviceBorn("a", 3, PI.to_dict(), 10, other.to_dict()), 0.0)
+    assert coordinator.state.devices["a"].correction["step"] == pytest.approx(3.0)
+
+
+def test_what_was_learnt_in_blocks_says_nothing_of_standard_operators() -> None:
+    coordinator = planned_fleet()
+    probe = ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, latency=typical_table(4e9), block=16)
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10, probe.to_dict()), 0.0)
+    play(coordinator, 3.0)
+    assert coordinator.state.devices["a"].correction
+    coordinator.handle(on.DeviceBorn("a", 3, PI.to_dict(), 10, replace(probe, block=0).to_dict()), 0.0)
+    assert coordinator.state.devices["a"].correction == {}
+
+
+def test_what_was_learnt_outlasts_a_new_connection() -> None:
+    coordinator = planned_fleet()
+    play(coordinator, 3.0)
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 11), 0.0)
+    assert coordinator.state.devices["a"].correction["step"] == pytest.approx(3.0)
+
+
+def test_what_a_probe_says_of_blocks_reaches_whoever_makes_the_offer() -> None:
+    job = replace(JOB, devices=3)
+    coordinator = SynchronousCoordinator(job, ARCHITECTURE, State(model=digest("first")))
+    probe = ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, block=16).to_dict()
+    older = {k: v for k, v in probe.items() if k != "block"}
+    said = {"a": probe, "b": older, "c": None}
+    commands = [
+        command
+        for name, report in said.items()
+        for command in coordinator.handle(on.DeviceBorn(name, 1, PI.to_dict(), 10, report), 0.0)
+    ]
+    assert [type(c) for c in commands] == [do.Score]
+    asked = coordinator.handle(on.Scored(1, digest("ranking")), 0.0)
+    wanted = {"a": 16, "b": 0, "c": 0}
+    assert {c.part.device: c.block for c in asked if isinstance(c, do.Extract)} == wanted
+    again = SynchronousCoordinator(job, ARCHITECTURE, State.from_json(coordinator.state.to_json())).resume(1.0)
+    assert {c.part.device: c.block for c in again if isinstance(c, do.Extract)} == wanted

@@ -1,0 +1,220 @@
+"""Which updates and devices a round counts, declines, asks again and leaves out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedprune.coordination import Phase
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from support.fakes.synchronous_shell import Shell
+from support.fakes.tiny_job import JOB, NAMES
+
+pytestmark = pytest.mark.board
+
+
+def test_weights_never_sum_to_more_than_sums_hold() -> None:
+    shell = Shell()
+    shell.inbox = [on.DeviceBorn(n, 1, {"name": "toy"}, s) for n, s in zip(NAMES, (2**24, 2**23, 1), strict=True)]
+    shell.run()
+    weights = [p.weight for p in shell.closes[1][0].contributions]
+
+    assert sum(weights) <= 2**24
+    assert weights[0] / weights[1] == pytest.approx(2, rel=1e-4)
+    assert weights[2] >= 1
+
+
+def test_an_update_cannot_say_what_it_counts_for() -> None:
+    shell = Shell()
+    shell.arrive()
+    while shell.inbox:
+        event = shell.inbox.pop(0)
+        if isinstance(event, on.UpdateAnnounced) and event.device == "a":
+            event = replace(event, samples=10**9, steps=10**9)
+        shell.feed(event)
+
+    assert {p.weight for p in shell.closes[1][0].contributions} == {10}
+    assert max(p.steps for p in shell.closes[1][0].contributions) <= JOB.recipe.steps(10)
+
+
+def test_only_the_one_who_comes_late_is_told_that_it_is_over() -> None:
+    shell = Shell()
+    shell.arrive()
+    shell.run()
+    shell.feed(on.DeviceBorn("b", 9, {"name": "toy"}, 10))
+
+    assert shell.told == ["b"]
+
+
+def test_a_device_that_forgot_how_often_it_came_is_let_in() -> None:
+    shell = Shell(replace(JOB, devices=4))
+    shell.feed(on.DeviceBorn("a", 17, {"name": "toy"}, 10))
+    shell.feed(on.DeviceBorn("a", 1, {"name": "toy"}, 10))
+    assert shell.state.devices["a"].session == 17
+    shell.feed(on.DeviceDied("a", 17))
+    shell.feed(on.DeviceBorn("a", 1, {"name": "toy"}, 10))
+
+    assert shell.state.devices["a"].online
+    assert shell.state.devices["a"].session == 1
+
+
+def test_a_round_without_any_update_is_offered_again() -> None:
+    shell = Shell()
+    shell.arrive()
+    shell.run_silently()
+    shell.now = shell.wakes[-1]
+    shell.feed(on.Ticked())
+    shell.run()
+
+    assert shell.state.phase is Phase.FINISHED
+    assert {t["attempt"] for t in shell.state.history[0]["devices"].values()} == {2}
+
+
+def test_who_is_late_and_asked_once_more_is_not_cancelled() -> None:
+    shell = Shell()
+    shell.arrive()
+    shell.run_silently()
+    shell.now = shell.wakes[-1]
+    shell.feed(on.Ticked())
+    shell.feed(on.UpdateAnnounced("a", 1, 1, "0", {"sha256": "x"}, 10, 2))  # it was ready a moment too late
+
+    assert {t.attempt for t in shell.state.tasks.values()} == {2}
+    assert shell.cancelled == []
+
+
+def test_who_is_late_and_not_asked_once_more_is_cancelled() -> None:
+    shell = Shell(replace(JOB, devices=2))
+    shell.arrive()
+    shell.run_silently()
+    shell.feed(on.DeviceDied("b", shell.session))
+    shell.now = shell.wakes[-1]
+    shell.feed(on.Ticked())
+
+    assert set(shell.state.tasks) == {"a", "c"}
+    assert [n for n, _, _ in shell.cancelled] == ["b"]
+
+
+def test_yesterdays_update_is_declined() -> None:
+    shell = Shell()
+    shell.arrive()
+    shell.run()
+    shell.feed(on.UpdateAnnounced("a", 1, 1, "0", {"sha256": "x"}, 10, 2))
+
+    assert shell.cancelled[-1] == ("a", 1, "the round is over")
+
+
+def test_an_update_for_an_earlier_attempt_is_declined() -> None:
+    shell = Shell()
+    shell.arrive()
+    for _ in range(7):
+        shell.feed(shell.inbox.pop(0))
+    shell.state.tasks["a"].attempt = 2
+    shell.feed(on.UpdateAnnounced("a", 1, 1, "0", {"sha256": "x"}, 10, 2))
+
+    assert shell.cancelled[-1][:2] == ("a", 1)
+    assert "another offer" in shell.cancelled[-1][2]
+
+
+def test_an_update_of_an_earlier_run_of_the_job_is_declined() -> None:
+    shell = Shell()
+    shell.arrive()
+    for _ in range(7):
+        shell.feed(shell.inbox.pop(0))
+    shell.feed(on.UpdateAnnounced("a", 1, 1, "another start", {"sha256": "x"}, 10, 2))
+
+    assert shell.cancelled[-1][:2] == ("a", 1)
+
+
+def test_a_rejected_update_does_not_count() -> None:
+    shell = Shell()
+    shell.arrive()
+    while shell.inbox:
+        event = shell.inbox.pop(0)
+        if isinstance(event, on.Folded) and event.device == "c" and event.round == 1:
+            shell.feed(on.UpdateRejected("c", 1, event.attempt, "not finite"))
+        shell.feed(event)
+
+    assert [p.part.device for p in shell.closes[1][0].contributions] == ["a", "b"]
+    assert shell.state.history[0]["devices"]["c"]["reason"] == "not finite"
+
+
+def test_a_device_that_keeps_refusing_is_left_out_until_it_connects_again() -> None:
+    shell = Shell(replace(JOB, rounds=6, devices=2))
+    shell.arrive()
+    asked = []
+    while shell.inbox:
+        event = shell.inbox.pop(0)
+        if isinstance(event, on.UpdateAnnounced) and event.device == "c":
+            asked.append(event.round)
+            event = on.OfferRefused("c", event.round, event.attempt, "label 7 is out of range")
+        shell.feed(event)
+    assert asked == [2, 3, 4]  # the first round began before it was there
+    assert "label 7" in shell.state.devices["c"].excluded
+    shell.feed(on.DeviceBorn("c", 9, {"name": "toy"}, 10))
+
+    assert not shell.state.devices["c"].excluded
+    assert shell.state.devices["c"].widths
+
+
+def test_a_device_that_refuses_now_and_then_stays() -> None:
+    shell = Shell(replace(JOB, rounds=8, devices=2))
+    shell.arrive()
+    while shell.inbox:
+        event = shell.inbox.pop(0)
+        if isinstance(event, on.UpdateAnnounced) and event.device == "c" and event.round % 3:
+            event = on.OfferRefused("c", event.round, event.attempt, "no room")
+        shell.feed(event)
+
+    assert shell.state.phase is Phase.FINISHED
+    assert not shell.state.devices["c"].excluded
+
+
+def test_a_device_that_returns_is_offered_its_round_again() -> None:
+    shell = Shell()
+    shell.arrive()
+    for _ in range(7):
+        shell.feed(shell.inbox.pop(0))
+    task = shell.state.tasks["a"]
+    commands = shell.coordinator.handle(on.DeviceBorn("a", 9, {"name": "toy"}, 10), 1.0)
+
+    assert do.SendOffer("a", 1, task.attempt, task.offer or {}) in commands
+
+
+def test_death_of_an_earlier_session_is_ignored() -> None:
+    shell = Shell(replace(JOB, devices=4))
+    shell.feed(on.DeviceBorn("a", 2, {"name": "toy"}, 10))
+    shell.feed(on.DeviceDied("a", 1))
+    assert shell.state.devices["a"].online
+    shell.feed(on.DeviceDied("a", 2))
+
+    assert not shell.state.devices["a"].online
+
+
+def test_participation_asks_a_keyed_share() -> None:
+    chosen = []
+    for _ in range(2):
+        shell = Shell(replace(JOB, participation=0.5, rounds=5))
+        shell.arrive()
+        shell.run()
+        chosen.append([tuple(h["devices"]) for h in shell.state.history])
+
+    assert chosen[0] == chosen[1]
+    assert all(len(c) == 2 for c in chosen[0])
+    assert len(set(chosen[0])) > 1
+
+
+def test_exploration_asks_everybody_and_later_rounds_a_share() -> None:
+    shell = Shell(replace(JOB, strategy="autoflip", participation=0.5))
+    shell.arrive()
+    shell.run()
+    assert [len(h["devices"]) for h in shell.state.history] == [3, 2, 2]
+
+
+def test_a_device_without_a_plan_is_left_out() -> None:
+    shell = Shell(replace(JOB, density=0.0, devices=1))
+    shell.feed(on.DeviceBorn("a", 1, {"name": "no such thing"}, 10))
+
+    assert shell.state.devices["a"].excluded
+    assert shell.state.phase is Phase.WAITING

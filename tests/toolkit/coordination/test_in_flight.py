@@ -1,0 +1,114 @@
+"""Rounds in which only so many devices work at a time: the others wait for their turn, and nobody holds up the line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.coordination import events as on
+from fedprune.coordination.synchronous import WaitQueue
+from fedprune.jobs.state import Device, Progress, State, Task
+from support.fakes.timed_shell import Board, Timed, begun
+from support.fakes.tiny_job import JOB
+
+pytestmark = pytest.mark.board
+
+
+def shell_of(boards: dict[str, Board], in_flight: int, **settings: object) -> Timed:
+    changes = {"devices": len(boards), "rounds": 2, "in_flight": in_flight, **settings}
+    return begun(replace(JOB, **changes), boards)  # type: ignore[arg-type]
+
+
+def fleet(count: int) -> dict[str, Board]:
+    return {f"d{i:02}": Board() for i in range(count)}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 14))
+def test_no_more_work_at_a_time_and_all_count(count: int, in_flight: int) -> None:
+    shell = shell_of(fleet(count), in_flight)
+    shell.run()
+    assert shell.counted() == [sorted(shell.boards)] * 2
+    assert shell.most == min(count, in_flight or count)
+
+
+def test_the_line_changes_when_and_not_what() -> None:
+    models = []
+    for in_flight in (0, 1, 3):
+        shell = shell_of(fleet(7), in_flight)
+        shell.run()
+        models.append([h["model"] for h in shell.state.history])
+    assert models[0] == models[1] == models[2]
+
+
+def test_everybody_has_the_deadline_for_its_own_offer() -> None:
+    boards = fleet(9)
+    for name in list(boards)[:3]:
+        boards[name].stalls = 0.0
+    shell = shell_of(boards, 3, rounds=1)
+    shell.run()
+    assert shell.counted() == [sorted(boards)[3:]]
+    assert set(shell.reasons(1).values()) == {"the deadline has passed"}
+    # The three in front are given up at their own deadline, which is not the others'.
+    assert JOB.deadline_s < shell.now <= JOB.deadline_s + 2 * 11 + JOB.deadline_s / 20
+
+
+def test_a_round_of_nobody_but_silent_devices_is_offered_anew() -> None:
+    boards = fleet(4)
+    for board in boards.values():
+        board.stalls = 0.0
+    shell = shell_of(boards, 2, rounds=1)
+    while shell.now < 1.5 * JOB.deadline_s:
+        shell.step()
+    for board in boards.values():
+        board.stalls = 2.0
+    shell.run()
+    assert shell.counted() == [sorted(boards)]
+    assert {d["attempt"] for d in shell.state.history[0]["devices"].values()} == {2}
+
+
+def test_who_is_away_lets_the_others_go_first() -> None:
+    shell = shell_of(fleet(6), 2, rounds=1)
+    while not shell.offered:
+        shell.step()
+    shell.feed(on.DeviceDied("d02", shell.session))
+    while "d05" not in [n for _, n, _ in shell.offered]:
+        shell.step()
+    assert "d02" not in [n for _, n, _ in shell.offered]
+    shell.run()
+    assert "d02" in shell.counted()[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.lists(st.integers(1, 60), max_size=4))
+def test_crashes_change_nothing(in_flight: int, crashes: list[int]) -> None:
+    expected = shell_of(fleet(6), in_flight)
+    expected.run()
+    shell = shell_of(fleet(6), in_flight)
+    for steps in crashes:
+        for _ in range(steps):
+            if shell.state.phase.value != "finished":
+                shell.step()
+        assert State.from_json(shell.state.to_json()) == shell.state
+        shell.later.clear()
+        shell.crash()
+    shell.run()
+    assert [h["model"] for h in shell.state.history] == [h["model"] for h in expected.state.history]
+    assert shell.most <= in_flight
+
+
+@given(st.data(), st.lists(st.sampled_from("abcdefgh"), unique=True), st.sets(st.sampled_from("abcdefgh")))
+def test_everybody_has_one_turn(data: st.DataObject, names: list[str], away: set[str]) -> None:
+    state = State("m")
+    for name in names:
+        state.tasks[name] = Task(1, (8,), progress=Progress.QUEUED)
+        state.devices[name] = Device(1, name not in away, {}, None, 10)
+    line, found = WaitQueue(state), []
+    while some := line.next(data.draw(st.integers(1, 3))):
+        found += some
+        for name in some:
+            state.tasks[name].progress = Progress.EXTRACTING
+    assert found == sorted(names, key=lambda n: (n in away, n))

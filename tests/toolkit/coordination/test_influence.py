@@ -1,0 +1,240 @@
+"""No single update decides the next model, and honest ones keep their bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.coordination.influence import (
+    REACH,
+    REJECTED,
+    WHOLE,
+    bounds,
+    capped,
+    lengths,
+    reaches,
+    shortened,
+    weight_limit,
+)
+from fedprune.model.architecture import widths_at
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
+from support.nets.two_groups import ARCHITECTURE as NET
+from support.nets.two_groups import TRAINED
+
+DICE = np.random.default_rng(0)
+BASE: Tensors = {t.name: np.abs(DICE.standard_normal(t.shape)).astype(np.float32) for t in NET.tensors}
+
+
+def report(moved: float = 0.0, density: float = 1.0, mask: ElementMask | None = None, **changes: Any) -> Report:
+    """An update whose every element moved so far; `changes` are further moves of single tensors."""
+    selection = Selection.full(NET).narrowed(widths_at(NET, density))
+    sent = Submodel(selection, selection.gather(BASE), mask)
+    tensors: Tensors = {n: (v + np.float32(changes.get(n, moved))).astype(np.float32) for n, v in sent.tensors.items()}
+    cut = Cut(Scene(NET, 0, 1, BASE), Turn(0, 1, "a", selection.widths), selection)
+    return Report(cut, Submodel(selection, tensors, mask), 10, 1, lambda: sent)
+
+
+def bounded(found: dict[str, Any], remembered: Any, times: float, steps: dict[str, int] | None = None) -> Any:
+    """The bounds of boards that have done as many steps as each other, or as `steps` says."""
+    return bounds(found, reaches(dict.fromkeys(found, 1) | (steps or {}), 4.0), remembered, NET, BASE, times)
+
+
+def limits(moves: dict[str, float], remembered: Any = None, times: float = 3.0, **steps: int) -> Any:
+    return bounded({device: lengths(report(moved)) for device, moved in moves.items()}, remembered or {}, times, steps)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_a_length_is_how_far_the_update_alone_would_move_the_whole_model(density: float) -> None:
+    one = report(0.25, density)
+    still: Tensors = {n: np.zeros_like(v) for n, v in BASE.items()}
+    moved = {n: v - one.sent.tensors[n] for n, v in one.trained.tensors.items()}
+    changes = one.trained.selection.scatter(moved, still)
+    found = lengths(one)
+    for name, change in changes.items():
+        assert found[name] == pytest.approx(float(np.sqrt(np.mean(change**2))), rel=1e-4)
+    whole = np.concatenate([changes[n].reshape(-1) for n in TRAINED])
+    assert found[WHOLE] == pytest.approx(float(np.sqrt(np.mean(whole**2))), rel=1e-4)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_a_mask_leaves_elements_out_of_the_mean(density: float) -> None:
+    name = NET.trainable[0].name
+    active = np.zeros(report(0.0, density).trained.tensors[name].shape, np.bool_)
+    active.reshape(-1)[0] = True
+    masked = lengths(report(0.5, density, ElementMask({name: active})))
+    assert masked[name] == pytest.approx(lengths(report(0.5, density))[name], rel=1e-4)
+
+
+def test_a_board_with_more_steps_may_move_further() -> None:
+    moves = {"a": 0.1, "b": 0.1, "c": 0.1, "busy": 0.4}
+    assert set(limits(moves).reasons) == set()
+    assert limits(moves).shares["busy"]
+    assert not limits(moves, busy=4).shares["busy"]
+
+
+def test_steps_let_a_board_move_as_far_as_the_weight_limit_says() -> None:
+    found = limits({"a": 0.1, "b": 0.1, "c": 0.1, "boast": 2.0}, boast=10**9)
+    after = lengths(shortened(report(2.0), found.shares["boast"]))
+    assert after[WHOLE] == pytest.approx(0.1 * 3 * 4, rel=1e-3)
+
+
+def test_fewer_steps_narrow_no_limit() -> None:
+    assert not limits({"a": 0.1, "b": 0.1, "c": 0.1, "short": 0.29}, a=8, b=8, c=8).shares["short"]
+
+
+def test_steps_of_one_or_two_boards_let_neither_move_further() -> None:
+    assert reaches({"a": 1, "boast": 10**9}, 4.0) == {"a": 1.0, "boast": 1.0}
+
+
+def test_claimed_steps_are_limited_where_weights_are_not() -> None:
+    assert reaches({"a": 1, "b": 1, "c": 1, "boast": 10**9}, 0.0) == {"a": 1.0, "b": 1.0, "c": 1.0, "boast": REACH}
+
+
+def test_updates_within_the_limit_count_as_they_are() -> None:
+    found = limits({"a": 0.1, "b": 0.2, "c": 0.29, "d": 0.1})
+    assert not any(found.shares.values())
+    assert not found.reasons
+    assert not found.rejected
+
+
+def test_a_long_update_is_shortened_to_a_multiple_of_the_median_and_named() -> None:
+    found = limits({"a": 0.1, "b": 0.1, "c": 0.1, "far": 1.0})
+    assert set(found.reasons) == {"far"}
+    assert "10 times" in found.reasons["far"]
+    after = lengths(shortened(report(1.0), found.shares["far"]))
+    assert all(after[n] == pytest.approx(0.3, rel=1e-3) for n in TRAINED)
+
+
+def test_an_update_far_beyond_the_limit_does_not_count_at_all() -> None:
+    found = limits({"a": 0.1, "b": 0.1, "c": 0.1, "far": 0.1 * 3 * REJECTED * 1.1})
+    assert set(found.rejected) == {"far"}
+    assert found.shares.keys() == {"a", "b", "c"}
+
+
+def test_one_tensor_alone_has_a_limit_of_its_own() -> None:
+    name = min(NET.trainable, key=lambda t: int(np.prod(t.shape))).name
+    odd = report(0.1, **{name: 1.0})
+    found = bounded({n: lengths(report(0.1)) for n in "abc"} | {"odd": lengths(odd)}, {}, 3.0)
+    assert lengths(shortened(odd, found.shares["odd"]))[name] == pytest.approx(0.6, rel=1e-3)
+
+
+def test_boards_without_anything_new_silence_nobody() -> None:
+    found = limits({"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.2})
+    assert not any(found.shares.values())
+    assert not found.rejected
+
+
+@pytest.mark.parametrize("boards", [1, 2, 5])
+def test_hostile_rounds_do_not_raise_the_limit_exponentially(boards: int) -> None:
+    """All boards of a round double their update each time, as those that sit at the bound do."""
+    honest = limits({f"d{i}": 0.1 for i in range(boards)})
+    remembered, length = honest.reference, 0.1
+    for _ in range(30):
+        length *= 8
+        found = limits({f"d{i}": length for i in range(boards)}, remembered)
+        remembered = found.reference
+    scale = max(1.0, max(float(np.sqrt(np.mean(BASE[n].astype(np.float64) ** 2))) for n in TRAINED))
+    assert all(float(v[0]) <= scale * 1.001 for n, v in remembered.items() if n in TRAINED)
+    for device, shares in found.shares.items():
+        assert device in found.reasons
+        moved = lengths(shortened(report(length), shares))
+        assert all(moved[n] <= 3 * 2 * scale * 1.01 for n in TRAINED)
+
+
+def test_the_reference_follows_honest_boards() -> None:
+    remembered = limits(dict.fromkeys("abcd", 0.1)).reference
+    for _ in range(5):
+        found = limits(dict.fromkeys("abcd", 0.4), remembered)
+        remembered = found.reference
+    assert not any(found.shares.values())
+
+
+def played(rounds: list[dict[str, float]], times: float = 1.5) -> list[Any]:
+    """The bounds of rounds in which every tensor moves as far as its board."""
+    remembered: Any = {}
+    out = []
+    for moves in rounds:
+        found = {d: dict.fromkeys([*BASE, WHOLE], moved) for d, moved in moves.items()}
+        out.append(bounded(found, remembered, times))
+        remembered = out[-1].reference
+    return out
+
+
+def test_a_fleet_that_moves_again_after_quiet_rounds_is_rejected_in_no_round() -> None:
+    boards = [f"d{i}" for i in range(5)]
+    found = played([*[dict.fromkeys(boards, 1e-5)] * 9, *[dict.fromkeys(boards, 0.1)] * 10])
+    assert not any(f.rejected for f in found)
+    assert not any(found[-1].shares.values())
+
+
+def test_one_of_two_boards_can_not_have_those_that_join_later_rejected() -> None:
+    alone = {"honest": 0.1, "hostile": 1e-9}
+    found = played([*[alone] * 9, *[alone | dict.fromkeys("abc", 0.1)] * 10])
+    assert not any(f.rejected for f in found)
+    assert not any(found[-1].shares.values())
+
+
+def test_neither_of_two_boards_changes_the_reference_alone() -> None:
+    both = {"a": 0.1, "b": 0.1}
+    for odd in (1e-9, 1e6):
+        assert played([both, *[both | {"b": odd}] * 20])[-1].reference[WHOLE][0] == 0.1
+
+
+LENGTHS = st.floats(-12, 12).map(lambda exponent: 10.0**exponent) | st.just(0.0)
+
+
+@given(st.lists(st.lists(LENGTHS, min_size=1, max_size=7), min_size=1, max_size=6), st.sampled_from([1.0, 1.5, 3.0]))
+def test_fewer_than_half_of_any_round_are_rejected(rounds: list[list[float]], times: float) -> None:
+    for moves, found in zip(
+        rounds, played([dict(zip("abcdefg", m, strict=False)) for m in rounds], times), strict=True
+    ):
+        assert 2 * len(found.rejected) < len(moves)
+
+
+@given(
+    st.lists(st.lists(st.floats(-12, -1), min_size=1, max_size=6), max_size=30),
+    st.lists(st.floats(0.8, 1.0), min_size=1, max_size=6),
+    st.sampled_from([0.01, 0.1, 0.9]),
+)
+def test_boards_count_in_full_ten_rounds_after_their_moves_are_usual_again(
+    quiet: list[list[float]], usual: list[float], scale: float
+) -> None:
+    rounds = [{f"d{i}": 10.0**m for i, m in enumerate(moves)} for moves in quiet]
+    rounds += [{f"d{i}": scale * m for i, m in enumerate(usual)}] * 11
+    found = played(rounds)[-1]
+    assert not found.rejected
+    assert not any(found.shares.values())
+
+
+def test_bounds_depend_on_no_order() -> None:
+    moves = {"a": 0.1, "b": 0.3, "c": 0.05, "far": 1.0}
+    one, other = limits(moves), limits(dict(reversed(moves.items())))
+    assert (one.shares, one.reasons) == (other.shares, other.reasons)
+
+
+def test_a_board_counts_for_a_multiple_of_the_median_at_most() -> None:
+    samples = {"a": 100, "b": 120, "c": 90, "d": 110, "boast": 10**15}
+    assert capped(samples, 4.0) == {**samples, "boast": 440}
+    assert capped(samples, 0.0) == samples
+    assert capped(samples, 0.0, 105) == {"a": 100, "b": 105, "c": 90, "d": 105, "boast": 105}
+
+
+def test_two_boards_have_no_majority() -> None:
+    assert weight_limit([10, 10**6], 4.0) == 2**62
+    assert weight_limit([10, 10**6], 4.0, 500) == 500
+
+
+def test_an_update_without_shares_keeps_its_bits() -> None:
+    one = report(0.3)
+    assert shortened(one, {}).trained.tensors.keys() == one.trained.tensors.keys()
+    name = NET.trainable[0].name
+    other = shortened(one, {name: 0.5})
+    for spec in NET.tensors:
+        same = np.array_equal(one.trained.tensors[spec.name], other.trained.tensors[spec.name])
+        assert same == (spec.name != name)

@@ -1,0 +1,137 @@
+"""Rounds that ask more devices than they need: they close with enough, and the slow ones have their day."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.coordination import events as on
+from fedprune.coordination.sampling import ENOUGH, MAX_CUTS
+from fedprune.jobs.state import State
+from support.fakes.timed_shell import Board, Timed, begun
+from support.fakes.tiny_job import JOB
+
+pytestmark = pytest.mark.board
+
+
+def fleet(count: int, slow: int = 0) -> dict[str, Board]:
+    """Boards d0, d1 ... of which the first are slow."""
+    return {f"d{i}": Board(seconds=60.0 + i if i < slow else 10.0 + i / 100) for i in range(count)}
+
+
+def job(**settings: object) -> object:
+    return replace(JOB, **{"devices": 10, "rounds": 6, "participation": 0.5, "over_selection": 0.4, **settings})
+
+
+def shell_of(boards: dict[str, Board], **settings: object) -> Timed:
+    return begun(job(**{"devices": len(boards), **settings}), boards)  # type: ignore[arg-type]
+
+
+def test_more_are_asked_and_the_round_closes_with_enough() -> None:
+    shell = shell_of(fleet(10, slow=3))
+    shell.run(rounds=1)
+    asked = {n for _, n, _ in shell.offered}
+    assert len(asked) == 7
+    counted = shell.counted()[0]
+    assert len(counted) == 5
+    # The five that were quickest: the slow ones that were asked were not among them.
+    assert set(counted) == set(sorted(asked, key=lambda n: shell.boards[n].seconds)[:5])
+    assert shell.reasons(1) == dict.fromkeys(asked - set(counted), ENOUGH)
+    assert sorted(n for n, r, why in shell.cancelled if why == ENOUGH) == sorted(asked - set(counted))
+    assert shell.now < 60
+
+
+def test_who_was_not_needed_has_not_failed() -> None:
+    shell = shell_of(fleet(10, slow=3), rounds=12)
+    shell.run()
+    assert all(d.failures == 0 and not d.excluded for d in shell.state.devices.values())
+
+
+def test_an_update_that_comes_when_enough_are_in_is_cancelled_and_the_device_is_free() -> None:
+    shell = shell_of(fleet(10, slow=3))
+    shell.run(rounds=1)
+    name = next(iter(shell.reasons(1)))
+    shell.feed(on.UpdateAnnounced(name, 1, 1, "0", {"sha256": "x"}, 10, 2))
+    assert shell.cancelled[-1][:2] == (name, 1)
+    assert shell.counted()[0] == [n for n in shell.counted()[0] if n != name]
+
+
+def test_who_is_let_go_again_and_again_is_waited_for() -> None:
+    boards = fleet(4, slow=1)
+    shell = shell_of(boards, rounds=12, participation=0.75, over_selection=0.4)
+    shell.run()
+    assert [i for i, c in enumerate(shell.counted(), 1) if "d0" in c] == [4, 8, 12]  # cut, cut, cut, waited for
+    assert MAX_CUTS == 3
+
+
+def test_a_slow_device_that_is_waited_for_has_no_more_than_the_deadline() -> None:
+    boards = fleet(4)
+    boards["d0"] = Board(stalls=0.5)
+    shell = shell_of(boards, rounds=8, participation=0.75, over_selection=0.4)
+    shell.run()
+    assert all("d0" not in c for c in shell.counted())
+    late = [r for r in range(1, 9) if shell.reasons(r).get("d0") == "the deadline has passed"]
+    assert late == [4, 8]
+
+
+def test_everybody_counts_now_and_then_however_slow_and_whatever_the_lot() -> None:
+    shell = shell_of(fleet(12, slow=4), rounds=60, fairness=0.5)
+    shell.run()
+    counts = {n: sum(n in c for c in shell.counted()) for n in shell.boards}
+    assert min(counts.values()) >= 4
+
+
+def test_what_is_on_the_disk_when_enough_are_in_counts_too() -> None:
+    shell = shell_of(fleet(4), participation=0.5, over_selection=1)
+    while not any(t.progress.value == "offered" for t in shell.state.tasks.values()) or shell.inbox:
+        shell.feed(shell.inbox.pop(0))
+    events = [e for _, _, e in sorted(shell.later, key=lambda x: x[:2]) if isinstance(e, on.UpdateAnnounced)]
+    for event in events[:3]:
+        shell.feed(event)
+    stored = [e for e in shell.inbox if isinstance(e, on.UpdateStored)]
+    shell.inbox = []
+    for stored_event in stored:
+        shell.feed(stored_event)
+    shell.run(rounds=1)
+    assert len(shell.counted()[0]) == 3
+
+
+def test_asking_more_is_nothing_where_all_are_asked() -> None:
+    models = []
+    for more in (0.0, 0.5):
+        shell = begun(replace(JOB, participation=0.99, over_selection=more), {n: Board() for n in "abc"})
+        shell.run()
+        models.append([h["model"] for h in shell.state.history])
+    assert models[0] == models[1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.permutations(range(7)))
+def test_the_model_follows_from_who_counted_alone(order: list[int]) -> None:
+    """Whatever the order of arrival, the same five give the same model."""
+    reference = shell_of(fleet(10))
+    reference.run(rounds=1)
+    counted = set(reference.counted()[0])
+    asked = sorted({n for _, n, _ in reference.offered}, key=lambda n: (n not in counted, n))
+    seconds = {n: 10.0 + order[i] + (100 if n not in counted else 0) for i, n in enumerate(asked)}
+    boards = {n: Board(seconds=seconds.get(n, 10.0)) for n in fleet(10)}
+    shell = shell_of(boards, deadline_s=1000)
+    shell.run(rounds=1)
+    assert set(shell.counted()[0]) == counted
+    assert shell.state.history[0]["model"] == reference.state.history[0]["model"]
+
+
+def test_a_restart_in_the_round_changes_nobody_it_waits_for() -> None:
+    shell = shell_of(fleet(10, slow=3))
+    for _ in range(30):
+        shell.step()
+    wanted = shell.state.wanted
+    assert wanted == 5
+    assert State.from_json(shell.state.to_json()) == shell.state
+    shell.later.clear()
+    shell.crash()
+    shell.run(rounds=1)
+    assert len(shell.counted()[0]) == wanted

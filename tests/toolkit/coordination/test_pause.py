@@ -1,0 +1,63 @@
+"""A job that is paused: nothing new is begun, what is under way counts, and going on brings the job to its end."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from fedprune.coordination import Phase, State
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from support.fakes import asynchronous_shell
+from support.fakes.asynchronous_shell import KINDS
+
+pytestmark = pytest.mark.board
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("after", [3, 9, 20])
+def test_an_asynchronous_job_offers_nothing_while_it_is_paused(kind: str, after: int) -> None:
+    shell = asynchronous_shell.Shell(KINDS[kind])
+    shell.arrive()
+    for _ in range(after):
+        if shell.inbox:
+            shell.feed(shell.inbox.popleft() if hasattr(shell.inbox, "popleft") else shell.inbox.pop(0))
+    if shell.state.phase is Phase.FINISHED:
+        return
+    shell.feed(on.Paused(True))
+    begun = {(n, t.attempt, shell.state.round_of(t)) for n, t in shell.state.tasks.items()}
+    for _ in range(400):
+        if not shell.inbox:
+            break
+        commands = shell.feed(shell.inbox.popleft() if hasattr(shell.inbox, "popleft") else shell.inbox.pop(0))
+        new = {(c.part.device, c.part.attempt, c.basis.round) for c in commands if isinstance(c, do.Extract)}
+        assert new <= begun
+    assert not shell.inbox
+    assert State.from_json(shell.state.to_json()).paused
+    shell.feed(on.Paused(False))
+    assert shell.inbox or shell.state.phase is Phase.FINISHED or shell.wakes
+
+
+@pytest.mark.parametrize(
+    "later", [{}, {"paused": True}, {"spent_under": {"delta": 1e-5}}, {"paused": True, "spent_under": {"boards": 3}}]
+)
+def test_a_state_is_written_as_before_there_were_pauses_and_ends_of_budgets_where_there_are_none(
+    later: dict[str, Any],
+) -> None:
+    state = State("m", round=3, **later)
+    body = json.loads(state.to_json())
+    assert {k: body[k] for k in ("paused", "spent_under") if k in body} == later
+    assert State.from_json(state.to_json()) == state
+    assert body.keys() - later == vars(state).keys() - {"paused", "spent_under"} | {"format"}
+
+
+def test_a_pause_that_is_said_twice_changes_nothing() -> None:
+    shell = asynchronous_shell.Shell()
+    shell.feed(on.Paused(True))
+    shell.arrive()
+    assert shell.feed(on.Paused(True)) == []
+    assert shell.state.phase is Phase.WAITING
+    assert shell.feed(on.Paused(False)) != []
+    assert shell.feed(on.Paused(False)) == []

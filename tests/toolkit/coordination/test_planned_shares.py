@@ -1,0 +1,161 @@
+"""Where the planner chooses widths it goes by what the strategy asks of a device, and tells it its true share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedprune.coordination import State, SynchronousCoordinator
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.errors import ConfigError
+from fedprune.hardware import profile_store
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import (
+    Activation,
+    Architecture,
+    Axis,
+    ChannelGroup,
+    Layer,
+    Segment,
+    TensorKind,
+    TensorSpec,
+    kept_share,
+    widths_at,
+)
+from fedprune.planning.cost_prediction import Prediction, predict
+from fedprune.planning.plan import Plan
+from fedprune.strategies import compose
+from fedprune.strategies.roles import Turn
+from fedprune.training.recipe import Recipe
+from support.fakes.strategy_rounds import NET
+from support.fakes.tiny_job import ARCHITECTURE
+
+pytestmark = pytest.mark.board
+
+PI = profile_store.find("raspberry-pi-5")
+HALF = predict(NET, widths_at(NET, 0.5), PI, Recipe(), 10).round_bytes
+"""What a round at half the channels moves."""
+
+A, B = Axis((Segment(0, 0, 600),)), Axis((Segment(1, 0, 400),))
+WIDE = Architecture(
+    "a megabyte of weights",
+    (ChannelGroup("a", 600), ChannelGroup("b", 400)),
+    (
+        TensorSpec("first.weight", TensorKind.WEIGHT, (A, Axis.fixed(3))),
+        TensorSpec("second.weight", TensorKind.WEIGHT, (B, A)),
+        TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(3), B)),
+    ),
+    tuple(Layer(n, "Gemm", f"{n}.weight", 1) for n in ("first", "second", "head")),
+    (),
+    (3,),
+    3,
+)
+
+
+def turn_in(job: Job, profile: HardwareProfile = PI, net: Architecture = NET) -> tuple[Plan, Turn]:
+    """A device's plan, and its part in the first round."""
+    coordinator = SynchronousCoordinator(job, net, State(model="m0"))
+    coordinator.handle(on.DeviceBorn("a", 1, profile.to_dict(), 10), 0.0)
+    device = coordinator.state.devices["a"]
+    assert device.plan, device.excluded
+    assert kept_share(net, device.widths) == device.density
+    task = coordinator.state.tasks["a"]
+    return Plan.from_dict(device.plan), Turn(job.seed, 1, "a", task.widths, task.density, task.samples)
+
+
+def turn_of(strategy: str, options: dict[str, Any], budget: int) -> tuple[Job, Turn]:
+    """A device's part in a job in which a round may move so many bytes."""
+    job = Job(strategy=strategy, options=options, devices=1, rounds=2, byte_budget=budget)
+    return job, turn_in(job)[1]
+
+
+def limited(memory: int, storage: int) -> HardwareProfile:
+    """A board whose training may take so much."""
+    return replace(
+        PI,
+        memory=replace(PI.memory, total_bytes=memory + 10**9, reserve_bytes=10**9, training_share=1.0),
+        storage=replace(PI.storage, budget_bytes=storage),
+    )
+
+
+def test_each_board_gets_as_many_parts_of_a_batch_as_its_memory_needs() -> None:
+    net = replace(WIDE, activations=(Activation("second", B, 2**10, True),))
+    job = Job(devices=2, rounds=2, recipe=Recipe(batch_size=16, accumulate=2))
+    needs = {n: predict(net, net.sizes, PI, replace(job.recipe, accumulate=n), 100).memory_bytes for n in (2, 8)}
+    coordinator = SynchronousCoordinator(job, net, State(model="m0"))
+    for name, memory in (("small", needs[8]), ("large", needs[2])):
+        coordinator.handle(on.DeviceBorn(name, 1, limited(memory, 10**9).to_dict(), 100), 0.0)
+    asked = coordinator.handle(on.Scored(1, "r"), 0.0)
+    assert {c.part.device: c.accumulate for c in asked if isinstance(c, do.Extract)} == {"small": 8, "large": 2}
+    assert {d.widths for d in coordinator.state.devices.values()} == {net.sizes}
+
+
+def test_what_the_author_froze_leaves_room_for_more_of_the_model() -> None:
+    job, still = Job(devices=1, rounds=2), ("second.weight",)
+    frozen = predict(WIDE, WIDE.sizes, PI, job.recipe, 10, frozen=still)
+    made = []
+    for known in ((), still):
+        coordinator = SynchronousCoordinator(job, WIDE, State(model="m0"), known)
+        coordinator.handle(on.DeviceBorn("a", 1, limited(frozen.memory_bytes, 10**9).to_dict(), 10), 0.0)
+        made.append(coordinator.state.devices["a"].widths)
+    assert made[0] < made[1] == WIDE.sizes
+
+
+@pytest.mark.parametrize("limit", ["memory", "storage"])
+@pytest.mark.parametrize(
+    ("strategy", "options", "round_", "mask"),
+    [
+        ("fedprune", {}, 1, "none"),
+        ("fedprune", {"average": 0.9, "blend": 0.0}, 1, "none"),
+        ("subflot", {"planned": True}, 1, "none"),
+        ("autoflip", {}, 2, "hard"),
+    ],
+)
+def test_what_the_strategy_asks_of_a_board_is_within_its_limits(
+    strategy: str, options: dict[str, Any], round_: int, mask: str, limit: str
+) -> None:
+    job = Job(strategy=strategy, options=options, devices=1, rounds=2)
+
+    def foretold(turn: Turn) -> Prediction:
+        asked = compose(job).objective.recipe(job.recipe, replace(turn, round=round_))
+        return predict(WIDE, turn.widths, PI, replace(asked, mask=mask), turn.samples)
+
+    whole = foretold(Turn(job.seed, 1, "a", WIDE.sizes, 1.0, 10))
+    plenty = 10**9
+    board = limited(whole.memory_bytes - 1, plenty) if limit == "memory" else limited(plenty, whole.storage_bytes - 1)
+    made, turn = turn_in(job, board, WIDE)
+    needed = foretold(turn)
+
+    assert made.bound == limit
+    assert (made.prediction.memory_bytes, made.prediction.storage_bytes) == (needed.memory_bytes, needed.storage_bytes)
+    assert needed.memory_bytes <= board.training_bytes
+    assert needed.storage_bytes <= board.storage.budget_bytes
+
+
+def test_a_job_whose_recipe_does_not_go_with_its_strategy_ends_before_anything_is_planned() -> None:
+    job = Job(strategy="fedprune", recipe=Recipe(mask="hard"), devices=1)
+    with pytest.raises(ConfigError, match="ordered_dropout with mask"):
+        turn_in(job)
+
+
+@pytest.mark.parametrize("options", [("subflot", {"planned": True}), ("history", {"mu": 2.0})])
+def test_a_planned_devices_pull_goes_by_what_was_pruned(options: tuple[str, dict[str, Any]]) -> None:
+    job, turn = turn_of(*options, budget=HALF)
+    objective = compose(job).objective
+    assert 0 < turn.density < 1
+    assert objective.recipe(Recipe(), turn).proximal == pytest.approx(2 * (1 - sum(turn.widths) / sum(NET.sizes)))
+
+
+def test_a_planned_devices_outputs_are_scaled_by_what_it_keeps() -> None:
+    job, turn = turn_of("heterofl", {"planned": True}, budget=HALF)
+    scale = compose(job).objective.recipe(Recipe(), turn).scale
+    assert scale == pytest.approx(sum(NET.sizes) / sum(turn.widths)) != 1
+
+
+def test_equal_shares_are_their_density() -> None:
+    assert [kept_share(ARCHITECTURE, widths_at(ARCHITECTURE, d)) for d in (1.0, 0.5, 0.25)] == [1.0, 0.5, 0.25]
+    assert kept_share(NET, NET.sizes) == 1.0

@@ -1,0 +1,286 @@
+"""The ledger of privacy: what counts, when, at which multiplier, and that a job can't forget it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.privacy_budget import holding, spent
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Task
+from fedprune.model.selection import Selection
+from fedprune.privacy.accounting import epsilon
+from fedprune.privacy.settings import Privacy
+from support.fakes import tiny_job as toy
+from support.fakes.coordinator_shell import Shell
+from support.nets.two_groups import ARCHITECTURE, TRAINED
+
+pytestmark = pytest.mark.board
+
+LOCAL = Privacy(clip=1.0, noise_multiplier=2.0)
+SHARED = Privacy(clip=1.0, noise_multiplier=2.0, noise="shared", boards=2)
+
+
+class Fleet(Shell):
+    """Three boards that deliver, but for those that are silent; every evaluation says what it is told."""
+
+    def __init__(self, job: Job, silent: tuple[str, ...] = ()) -> None:
+        super().__init__(job)
+        self.silent, self.said = silent, list[do.Evaluate]()
+        self.session = 0
+
+    def arrive(self) -> None:
+        self.session += 1
+        self.inbox += [on.DeviceBorn(n, self.session, {"name": "toy"}, 10 * (1 + i)) for i, n in enumerate(toy.NAMES)]
+
+    def weights(self, command: do.Extract) -> str:
+        return "0"
+
+    def update(self, command: do.SendOffer) -> str:
+        return command.device
+
+    def model(self, command: do.Close) -> str:
+        return f"m{command.round}"
+
+    def answer(self, command: do.Command) -> on.Event | None:
+        match command:
+            case do.SendOffer() if command.device in self.silent:
+                return None
+            case do.Evaluate():
+                self.said.append(command)
+                return on.Evaluated(command.round, {"epsilon_next": 1e3 * (command.foreseen or 0.0)})
+        return super().answer(command)
+
+    def run(self) -> None:
+        self.arrive()
+        for _ in range(1000):
+            if self.state.phase is Phase.FINISHED:
+                return
+            if not self.inbox:
+                self.now = min(w for w in self.wakes if w > self.now)
+                self.inbox.append(on.Ticked())
+            self.feed(self.inbox.pop(0))
+
+    @property
+    def releases(self) -> dict[str, dict[str, int]]:
+        return {n: d.releases for n, d in self.state.devices.items()}
+
+
+def test_without_privacy_nothing_is_noted() -> None:
+    fleet = Fleet(toy.JOB)
+    fleet.run()
+    assert set(map(str, fleet.releases.values())) == {"{}"}
+    assert {(c.spent, c.foreseen) for c in fleet.said} == {(None, None)}
+
+
+@pytest.mark.parametrize("schedule", [{}, {"kind": "async", "arrivals": 3}])
+def test_local_noise_counts_with_every_offer(schedule: dict[str, Any]) -> None:
+    job = replace(toy.JOB, strategy="fedavg", density=0.0, options={"densities": [1.0]}, schedule=schedule)
+    fleet = Fleet(replace(job, privacy=LOCAL))
+    fleet.run()
+    rounds = fleet.said[-1].round
+    assert fleet.releases == {n: {"2.0": rounds} for n in toy.NAMES}
+    assert (fleet.said[-1].spent, fleet.said[-1].foreseen) == (rounds / 4, (rounds + 1) / 4)
+
+
+def test_local_noise_counts_whether_or_not_a_board_delivers() -> None:
+    fleet = Fleet(replace(toy.JOB, privacy=LOCAL), silent=("b",))
+    fleet.run()
+    assert fleet.releases["b"] == {"2.0": 3}
+
+
+def test_shared_noise_counts_for_who_delivered_at_the_noise_that_was_there() -> None:
+    fleet = Fleet(replace(toy.JOB, privacy=SHARED), silent=("b",))
+    fleet.run()
+    # Two of three delivered, one of which may be curious: one board's part of the noise remains.
+    part = {repr(2 * math.sqrt(1 / 2)): 3}
+    assert fleet.releases == {"a": part, "b": {}, "c": part}
+    whole = Fleet(replace(toy.JOB, privacy=SHARED))
+    whole.run()
+    assert whole.releases == {n: {"2.0": 3} for n in toy.NAMES}
+
+
+def test_all_boards_count_alike_under_privacy() -> None:
+    for privacy, weights in ((Privacy(), {10, 20, 30}), (LOCAL, {1}), (Privacy(clip=1.0), {1})):
+        fleet = Fleet(replace(toy.JOB, privacy=privacy))
+        fleet.run()
+        assert {t.weight for t in fleet.state.tasks.values()} == weights
+
+
+def test_a_budget_ends_the_job_before_it_is_overdrawn() -> None:
+    # The shell says an ε of a thousand times what was spent: 250 a round.
+    fleet = Fleet(replace(toy.JOB, rounds=9, privacy=replace(LOCAL, epsilon_budget=750.0)))
+    fleet.run()
+    assert [c.round for c in fleet.said] == [1, 2, 3]
+    assert fleet.state.phase is Phase.FINISHED
+    more = coordinate(replace(fleet.job, privacy=replace(LOCAL, epsilon_budget=1e4)), toy.ARCHITECTURE, fleet.state)
+    more.resume(fleet.now)
+    assert more.state.phase is Phase.WAITING  # with more to spend it goes on
+
+
+class Accounted(Fleet):
+    """Every evaluation says the ε that there is; one board is silent from a round on."""
+
+    def __init__(self, job: Job, silent_from: int = 99) -> None:
+        super().__init__(job)
+        self.silent_from = silent_from
+
+    def answer(self, command: do.Command) -> on.Event | None:
+        if isinstance(command, do.SendOffer) and command.round >= self.silent_from and command.device == "b":
+            return None
+        if isinstance(command, do.Evaluate):
+            return on.Evaluated(command.round, {"epsilon_next": epsilon(command.foreseen or 0.0, SHARED.delta)})
+        return super().answer(command)
+
+
+def test_sums_of_too_few_are_shown_to_nobody_where_that_would_overdraw_the_budget() -> None:
+    # Four rounds of all three boards are within it; without the part of the noise of one the fourth isn't.
+    job = replace(toy.JOB, rounds=9, privacy=replace(SHARED, epsilon_budget=epsilon(4 / 4 + 0.01, SHARED.delta)))
+    for silent_from, rounds in ((99, 4), (4, 3)):
+        fleet = Accounted(job, silent_from)
+        fleet.run()
+        assert fleet.state.phase is Phase.FINISHED
+        assert [h["model"] for h in fleet.state.history] == [f"m{r + 1}" for r in range(rounds)]
+        assert (fleet.state.model, fleet.state.round) == (f"m{rounds}", rounds)
+        assert fleet.releases == {n: {"2.0": rounds} for n in toy.NAMES}
+        kept = fleet.state.to_json()
+        for settings in (job, replace(job, rounds=20)):  # nobody trains for nothing after a restart
+            again = coordinate(settings, toy.ARCHITECTURE, State.from_json(kept))
+            assert again.resume(fleet.now) == [do.Finish(f"m{rounds}")]
+            assert again.state.phase is Phase.FINISHED
+        more = coordinate(replace(job, privacy=replace(SHARED, epsilon_budget=9.0)), toy.ARCHITECTURE, again.state)
+        more.resume(fleet.now)
+        assert more.state.phase is Phase.WAITING
+
+
+def test_a_spent_budget_stays_spent_whatever_else_settings_say() -> None:
+    privacy = replace(SHARED, epsilon_budget=epsilon(4 / 4 + 0.01, SHARED.delta))
+    fleet = Accounted(replace(toy.JOB, rounds=9, privacy=privacy), silent_from=4)
+    fleet.run()
+    under = fleet.state.spent_under or {}
+    assert under.keys() == vars(SHARED).keys() - {"clip"}, "noise counts in units of the clip"
+
+    def phase(said: dict[str, Any], **other: Any) -> Phase:
+        fleet.state.spent_under, fleet.state.phase = said, Phase.FINISHED
+        job = replace(fleet.job, privacy=replace(privacy, **other))
+        coordinate(job, toy.ARCHITECTURE, fleet.state).resume(fleet.now)
+        return fleet.state.phase
+
+    assert phase(under, clip=0.5) is Phase.FINISHED
+    assert phase({**under, "clip": 1.0, "of another version": True}) is Phase.FINISHED
+    for name, value in {"noise_multiplier": 3.0, "boards": 3, "delta": 1e-4, "epsilon_budget": 9.0}.items():
+        assert phase(under, **{name: value}) is Phase.WAITING, name
+
+
+@pytest.mark.parametrize("privacy", [LOCAL, SHARED])
+def test_a_crash_counts_nothing_twice_and_forgets_nothing(privacy: Privacy) -> None:
+    job = replace(toy.JOB, rounds=2, privacy=privacy)
+    whole = Fleet(job)
+    whole.run()
+    length = 40
+    for at in range(1, length):
+        fleet = Fleet(job)
+        fleet.arrive()
+        for _ in range(at):
+            if fleet.inbox:
+                fleet.feed(fleet.inbox.pop(0))
+        fleet.crash()
+        for _ in range(200):
+            if fleet.inbox:
+                fleet.feed(fleet.inbox.pop(0))
+        assert fleet.state.phase is Phase.FINISHED
+        assert fleet.releases == whole.releases, at
+
+
+@pytest.mark.parametrize(("before", "after"), [(LOCAL, Privacy()), (Privacy(), LOCAL), (Privacy(clip=1.0), LOCAL)])
+def test_a_job_is_private_from_its_first_round_to_its_last(before: Privacy, after: Privacy) -> None:
+    fleet = Fleet(replace(toy.JOB, privacy=before))
+    fleet.run()
+    with pytest.raises(ConfigError, match="noise_multiplier: expected above 0 from a job's first round"):
+        coordinate(replace(toy.JOB, privacy=after), toy.ARCHITECTURE, State.from_json(fleet.state.to_json()))
+
+
+def test_releases_add_up() -> None:
+    assert spent({}) == 0
+    assert spent({"2.0": 3, "0.5": 1}) == 3 / 4 + 4
+
+
+@given(st.lists(st.tuples(*(st.integers(1, n) for n in ARCHITECTURE.sizes)), min_size=1, max_size=5), st.data())
+def test_no_coordinate_of_a_board_has_less_noise_than_it_is_credited(
+    widths: list[tuple[int, ...]], data: st.DataObject
+) -> None:
+    kinds = data.draw(st.lists(st.integers(0, 1), min_size=len(widths), max_size=len(widths)))
+    orders = [
+        tuple(np.array(data.draw(st.permutations(range(n)), "rank")) for n in ARCHITECTURE.sizes) for _ in range(2)
+    ]
+    whole = [Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, order) for order in orders]
+    own = {str(i): whole[kind].narrowed(w) for i, (kind, w) in enumerate(zip(kinds, widths, strict=True))}
+    tasks = {
+        name: Task(1, w, offer={"ranking": str(kind), "widths": list(w)})
+        for (name, w, kind) in zip(own, widths, kinds, strict=True)
+    }
+    held = {}
+    for name, selection in own.items():
+        marks = {}
+        for tensor in TRAINED:
+            marks[tensor] = np.zeros(ARCHITECTURE.by_name[tensor].shape, int)
+            marks[tensor][np.ix_(*selection.maps(tensor))] = 1
+        held[name] = marks
+    for name, credited in holding(tasks).items():
+        fewest = min(int(sum(other[t] for other in held.values())[held[name][t] == 1].min()) for t in TRAINED)
+        assert 1 <= credited <= fewest
+
+
+def rebirths(job: Job, times: int) -> Fleet:
+    """A fleet of which "b" never delivers, so that rounds begin anew for ever."""
+    fleet = Fleet(job, silent=tuple(toy.NAMES))
+    fleet.arrive()
+    for _ in range(times):
+        if fleet.state.phase is Phase.FINISHED:
+            break
+        if not fleet.inbox:
+            fleet.now = min(w for w in fleet.wakes if w > fleet.now)
+            fleet.inbox.append(on.Ticked())
+        fleet.feed(fleet.inbox.pop(0))
+    return fleet
+
+
+@pytest.mark.parametrize("kind", ["synchronous", "async"])
+def test_a_round_that_begins_again_and_again_overdraws_no_budget(kind: str) -> None:
+    from fedprune.privacy.accounting import epsilon
+
+    privacy = replace(LOCAL, epsilon_budget=4.0)
+    schedule: dict[str, Any] = {} if kind == "synchronous" else {"schedule": {"kind": kind}}
+    fleet = rebirths(replace(toy.JOB, privacy=privacy, rounds=50, **schedule), 2000)
+    costs = [spent(d.releases) for d in fleet.state.devices.values()]
+    assert all(epsilon(c, 1e-5) <= 4.0 < epsilon(c + 0.25, 1e-5) for c in costs)
+    assert fleet.state.phase is Phase.FINISHED
+    assert fleet.state.round == 0
+
+
+def test_no_round_begins_with_nobody_while_who_has_something_to_spend_is_away() -> None:
+    fleet = Fleet(replace(toy.JOB, devices=1, rounds=1, privacy=replace(LOCAL, epsilon_budget=4.0)))
+    fleet.feed(on.Paused(True))
+    fleet.arrive()
+    while fleet.inbox:
+        fleet.feed(fleet.inbox.pop(0))
+    fleet.feed(on.DeviceDied("c", fleet.session))
+    for name in "ab":
+        fleet.state.devices[name].releases = {"2.0": 99}
+    fleet.feed(on.Paused(False))
+    assert (fleet.state.phase, fleet.state.round, fleet.inbox) == (Phase.WAITING, 0, [])
+    fleet.feed(on.DeviceBorn("c", 9, {"name": "toy"}, 10))
+    while fleet.inbox:
+        fleet.feed(fleet.inbox.pop(0))
+    assert fleet.state.phase is Phase.FINISHED
+    assert list(fleet.state.history[0]["devices"]) == ["c"]

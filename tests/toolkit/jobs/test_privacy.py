@@ -1,0 +1,138 @@
+"""Settings of privacy: what they make of a job and its recipes, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.privacy.settings import Privacy
+from fedprune.strategies import compose
+from fedprune.strategies.presets import PRESETS
+from fedprune.strategies.strategy import Strategy
+from fedprune.training.recipe import Recipe
+
+pytestmark = pytest.mark.board
+
+LOCAL = Privacy(clip=2.0, noise_multiplier=1.5)
+SHARED = Privacy(clip=2.0, noise_multiplier=1.5, noise="shared", boards=9)
+
+
+def test_a_job_without_privacy_says_nothing_of_it() -> None:
+    assert "privacy" not in Job().to_dict()
+    assert not {"update_clip", "update_noise"} & set(Recipe().to_dict())
+    assert Job.from_dict({"privacy": {}}) == Job()
+    recipe = Recipe(lr=0.1)
+    assert Privacy().asked_of(recipe) is recipe
+
+
+@pytest.mark.parametrize("privacy", [LOCAL, SHARED])
+def test_json_round_trip(privacy: Privacy) -> None:
+    job = Job(privacy=privacy)
+    assert Job.from_dict(json.loads(json.dumps(job.to_dict()))) == job
+
+
+def test_boards_are_told_the_clip_and_their_part_of_the_noise() -> None:
+    assert LOCAL.asked_of(Recipe()) == Recipe(update_clip=2.0, update_noise=3.0)
+    assert SHARED.asked_of(Recipe()) == Recipe(update_clip=2.0, update_noise=1.0)
+    offer = LOCAL.asked_of(Recipe()).to_offer()
+    assert (offer["update_clip"], offer["update_noise"]) == (2.0, 3.0)  # a board that doesn't know them refuses
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"clip": -1}, "privacy: clip: expected a number from 0"),
+        ({"noise_multiplier": 1}, "privacy: clip: expected above 0 beside other settings"),
+        ({"clip": 1, "noise_multiplier": 1e-160}, "noise_multiplier: expected 0, or 0.01 or more"),
+        ({"clip": 1, "delta": 0}, "privacy: delta"),
+        ({"clip": 1, "delta": 1}, "privacy: delta"),
+        ({"clip": 1, "noise": "central"}, "privacy: noise: expected local or shared"),
+        ({"clip": 1, "noise": "shared"}, "privacy: boards with noise 'shared': expected 1 or more"),
+        ({"clip": 1, "boards": 3}, "privacy: boards with noise 'local': expected 0"),
+        ({"clip": 1, "epsilon_budget": 3}, "epsilon_budget without noise_multiplier.*Clipping alone promises nothing"),
+        ({"clips": 1}, "job: privacy: unknown key 'clips'"),
+        ([], "job: privacy: expected a table"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(body: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Job.from_dict({"privacy": body})
+
+
+@pytest.mark.parametrize("setting", [{"patience": 3}, {"report_squares": True}])
+def test_recipes_by_which_boards_tell_more_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"recipe: {next(iter(setting))} under privacy"):
+        Job(privacy=LOCAL, recipe=Recipe(**setting))
+
+
+def test_nobody_writes_the_boards_part_by_hand() -> None:
+    with pytest.raises(ConfigError, match=r"job: recipe: update_clip: expected \[job.privacy\]"):
+        Job(recipe=Recipe(update_clip=1.0))
+    with pytest.raises(ConfigError, match="update_noise without update_clip"):
+        Recipe(update_noise=1.0)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_strategies_are_private_or_refused_by_name(name: str) -> None:
+    options = {"label_rows": False} if name in ("heterofl", "fedrolex") else {}
+    for privacy in (LOCAL, SHARED):
+        job = Job(strategy=name, options=options, privacy=privacy)
+        local = privacy is LOCAL
+        if name in _MEASURED or (name not in _SUMS and not local):
+            with pytest.raises(ConfigError, match=f"job: privacy.* with strategy {name}"):
+                compose(job)
+        else:
+            assert compose(job).name
+
+
+def test_a_strategy_of_a_users_own_is_refused_for_what_its_boards_measure() -> None:
+    options = {"schedule": {"kind": "asynchronous", "arrivals": 2}}
+    job = Job(strategy="support.fakes.tiny_job:measuring", options=options, privacy=LOCAL)
+    with pytest.raises(
+        ConfigError, match=r"privacy with strategy .*:measuring: expected a strategy whose boards send updates alone"
+    ):
+        compose(job)
+    assert compose(replace(job, privacy=Privacy())).inputs == "measurements"
+
+
+def test_every_strategy_states_what_it_needs_of_boards() -> None:
+    parts = vars(compose(Job()))
+    with pytest.raises(TypeError, match="inputs"):
+        Strategy(**{name: part for name, part in parts.items() if name != "inputs"})
+    with pytest.raises(ConfigError, match="strategy plain: inputs: expected sum or updates or measurements, got 'all'"):
+        Strategy(**{**parts, "inputs": "all"})
+
+
+_MEASURED = ("autoflip", "pr-fl")
+_SUMS = ("fedavg", "fedprox", "fedper", "fedprune", "fedrolex", "heterofl", "plain")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"strategy": "fedprune", "options": {"arrivals": 3}}, "a schedule on which updates are released one by one"),
+        ({"strategy": "fedavg", "schedule": {"kind": "async"}}, "a schedule on which"),
+        ({"strategy": "fedavg", "options": {"robust": {"centre": "median"}}}, "a robust mean"),
+        ({"scorer": "curvature"}, "a scorer that goes by how single updates moved"),
+        ({"compression": "top-k"}, "compression top-k, which rounds single updates"),
+        ({"compression_of": {"pi": "int8"}}, "compression int8"),
+        ({"strategy": "support.fakes.tiny_job:scheduled", "options": {}}, "a composition of somebody's own"),
+    ],
+)
+def test_with_shared_noise_nothing_may_look_at_single_updates(settings: dict[str, Any], says: str) -> None:
+    if settings.get("strategy") == "support.fakes.tiny_job:scheduled":
+        settings = {**settings, "options": {"schedule": {"kind": "asynchronous", "arrivals": 2}}}
+    job = Job(**settings)
+    compose(job)
+    with pytest.raises(ConfigError, match=f"noise 'shared' with strategy .*{says}"):
+        compose(replace(job, privacy=SHARED))
+    compose(replace(job, privacy=LOCAL))
+
+
+def test_lossless_packing_goes_with_shared_noise() -> None:
+    compose(Job(strategy="fedavg", compression="zlib", compression_down="int8", privacy=SHARED))

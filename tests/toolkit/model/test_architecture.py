@@ -1,0 +1,273 @@
+"""Architectures: sizes, checks, JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import (
+    FIXED,
+    Architecture,
+    Axis,
+    ChannelGroup,
+    Layer,
+    Segment,
+    TensorKind,
+    TensorSpec,
+    widths_at,
+)
+from fedprune.model.selection import Selection
+from support.nets.drawn_models import architectures, widths
+
+pytestmark = pytest.mark.board
+
+PLAIN = Architecture(
+    "plain",
+    (ChannelGroup("hidden", 4),),
+    (
+        TensorSpec("fc1.weight", TensorKind.WEIGHT, (Axis((Segment(0, 0, 4),)), Axis.fixed(3))),
+        TensorSpec("fc1.bias", TensorKind.BIAS, (Axis((Segment(0, 0, 4),)),)),
+        TensorSpec("fc2.weight", TensorKind.WEIGHT, (Axis.fixed(2), Axis((Segment(0, 0, 4),)))),
+    ),
+    (Layer("fc1", "Gemm", "fc1.weight", 1), Layer("fc2", "Gemm", "fc2.weight", 1)),
+    (),
+    (3,),
+    2,
+)
+
+
+def with_axis(*segments: Segment) -> Architecture:
+    """PLAIN with another input axis of its second layer."""
+    spec = TensorSpec("fc2.weight", TensorKind.WEIGHT, (Axis.fixed(2), Axis(segments)))
+    return replace(PLAIN, tensors=(*PLAIN.tensors[:2], spec))
+
+
+@given(st.data())
+def test_json_round_trip(data: st.DataObject) -> None:
+    architecture = data.draw(architectures())
+    again = Architecture.from_json(architecture.to_json())
+    assert again == architecture
+    assert again.digest == architecture.digest
+
+
+@given(st.data())
+def test_sizes_follow_from_widths_as_selections_cut(data: st.DataObject) -> None:
+    architecture = data.draw(architectures())
+    kept = data.draw(widths(architecture))
+    selection = Selection.of(architecture, kept)
+    for spec in architecture.tensors:
+        assert architecture.shape(spec.name, kept) == tuple(m.size for m in selection.maps(spec.name))
+
+
+@given(st.data())
+def test_full_widths_give_full_shapes(data: st.DataObject) -> None:
+    architecture = data.draw(architectures())
+    assert architecture.shapes(architecture.sizes) == {t.name: t.shape for t in architecture.tensors}
+
+
+@given(st.data(), st.floats(0.001, 1.0))
+def test_a_density_keeps_its_ceiling(data: st.DataObject, density: float) -> None:
+    architecture = data.draw(architectures())
+    for width, size in zip(widths_at(architecture, density), architecture.sizes, strict=True):
+        assert 1 <= width <= size
+        assert width - 1 < density * size + 1e-6
+        assert width >= density * size - 1e-6
+
+
+@pytest.mark.parametrize(("density", "kept"), [(0.7, 7), (0.1, 1), (0.25, 3), (0.01, 1), (1.0, 10)])
+def test_a_density_that_gives_whole_channels_gives_those(density: float, kept: int) -> None:
+    ten = replace(PLAIN, groups=(ChannelGroup("hidden", 10),), tensors=(), layers=())
+    assert widths_at(ten, density) == (kept,)
+
+
+def test_widths_of_single_groups_can_be_set() -> None:
+    assert widths_at(PLAIN, 1.0, {"hidden": 3}) == (3,)
+
+
+@pytest.mark.parametrize("density", [0.0, -1.0, 1.01, float("nan")])
+def test_a_density_out_of_range_is_refused(density: float) -> None:
+    with pytest.raises(BundleError, match="density"):
+        widths_at(PLAIN, density)
+
+
+def test_an_unknown_group_is_refused_by_name() -> None:
+    with pytest.raises(BundleError, match="'conv9'"):
+        widths_at(PLAIN, 0.5, {"conv9": 1})
+
+
+@pytest.mark.parametrize("kept", [(0,), (5,), (-1,), (), (1, 1)])
+def test_widths_that_do_not_fit_are_refused(kept: tuple[int, ...]) -> None:
+    with pytest.raises(BundleError, match="width"):
+        PLAIN.check_widths(kept)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(PLAIN, name="other"),
+        replace(PLAIN, groups=(ChannelGroup("h", 4),)),
+        replace(PLAIN, tensors=PLAIN.tensors[::-1]),
+        replace(PLAIN, layers=PLAIN.layers[:1]),
+        replace(PLAIN, layers=(replace(PLAIN.layers[0], positions=2), PLAIN.layers[1])),
+        replace(PLAIN, layers=(replace(PLAIN.layers[0], output_axis=1), PLAIN.layers[1])),
+        replace(PLAIN, input_shape=(3, 1)),
+        replace(PLAIN, classes=3),
+    ],
+)
+def test_the_digest_sees_every_part(other: Architecture) -> None:
+    assert other.digest != PLAIN.digest
+
+
+def test_spacing_and_order_of_keys_do_not_change_the_digest() -> None:
+    body = json.loads(PLAIN.to_json())
+    shuffled = dict(reversed(list(body.items())))
+    assert Architecture.from_json(json.dumps(shuffled, indent=2)).digest == PLAIN.digest
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        with_axis(Segment(0, 0, 5)),
+        with_axis(Segment(0, 1, 4)),
+        with_axis(Segment(0, 0, 3)),
+        with_axis(Segment(0, 0, 4), Segment(0, 0, 1)),
+        with_axis(Segment(0, 0, 2, 2), Segment(0, 2, 2, 1)),
+        with_axis(Segment(0, 0, 4, 0)),
+        with_axis(Segment(0, 0, -4)),
+        with_axis(Segment(1, 0, 4)),
+        with_axis(Segment(-2, 0, 4)),
+        with_axis(Segment(FIXED, 0, 2**40)),
+        replace(PLAIN, groups=(ChannelGroup("hidden", 0),)),
+        replace(PLAIN, groups=()),
+        replace(PLAIN, tensors=PLAIN.tensors * 2),
+        replace(PLAIN, tensors=PLAIN.tensors[1:]),
+        replace(PLAIN, layers=(replace(PLAIN.layers[0], output_axis=2),)),
+        replace(PLAIN, layers=(replace(PLAIN.layers[0], positions=-1),)),
+        replace(PLAIN, classes=-1),
+        replace(PLAIN, input_shape=(3, 0)),
+        replace(PLAIN, tensors=(*PLAIN.tensors, TensorSpec("deep", TensorKind.WEIGHT, (Axis.fixed(1),) * 9))),
+    ],
+)
+def test_parts_that_contradict_each_other_are_refused(broken: Architecture) -> None:
+    with pytest.raises(BundleError):
+        broken.validate()
+
+
+@pytest.mark.parametrize(
+    "axis",
+    [
+        (Segment(0, 2, 2), Segment(0, 0, 2)),
+        (Segment(0, 0, 4, 3), Segment(FIXED, 0, 2)),
+        (Segment(0, 0, 4), Segment(0, 0, 4, 2)),
+        (Segment(0, 0, 1), Segment(FIXED, 0, 1), Segment(0, 1, 3)),
+    ],
+)
+def test_even_segments_in_any_order_are_fine(axis: tuple[Segment, ...]) -> None:
+    architecture = with_axis(*axis)
+    architecture.validate()
+
+    assert Architecture.from_json(architecture.to_json()) == architecture
+
+
+def test_a_claim_of_two_thousand_million_channels_is_checked_at_once() -> None:
+    body = json.loads(PLAIN.to_json())
+    body["groups"] = [["hidden", 2**31 - 1]]
+    for tensor in body["tensors"]:
+        tensor["axes"] = [[[0, 0, 2**31 - 1, 1]]]
+    assert Architecture.from_json(json.dumps(body)).sizes == (2**31 - 1,)
+
+
+def _spoilt(body: Any, path: tuple[Any, ...], value: Any) -> str:
+    at = body
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    return json.dumps(body)
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, 1.5, True, -1, 10**30, float("inf"), float("nan"), "1"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("format",),
+        ("groups",),
+        ("groups", 0),
+        ("groups", 0, 1),
+        ("tensors", 0),
+        ("tensors", 0, "kind"),
+        ("tensors", 0, "axes", 0, 0, 3),
+        ("tensors", 0, "axes", 0, 0),
+        ("layers", 0),
+        ("layers", 0, 4),
+        ("input_shape", 0),
+        ("classes",),
+    ],
+)
+def test_hostile_values_are_refused(path: tuple[Any, ...], value: Any) -> None:
+    if value == [] and path == ("groups",):
+        value = [[]]
+    with pytest.raises(BundleError):
+        Architecture.from_json(_spoilt(json.loads(PLAIN.to_json()), path, value))
+
+
+def test_an_architecture_of_an_older_form_says_what_to_do() -> None:
+    old = PLAIN.to_json().replace("fedprune.architecture/2", "fedprune.architecture/1")
+    with pytest.raises(BundleError, match=r"expected fedprune.architecture/2, got .*/1'. Export the model again"):
+        Architecture.from_json(old)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "1", '"x"', "[" * 100_000, b"\xff\xfe", b"\x00", "9" * 5000])
+def test_text_that_is_no_architecture_is_refused(text: str | bytes) -> None:
+    with pytest.raises(BundleError):
+        Architecture.from_json(text)
+
+
+@given(st.integers(0, 10_000), st.integers(0, 255))
+def test_a_changed_byte_is_refused_or_gives_another_digest(at: int, byte: int) -> None:
+    raw = bytearray(PLAIN.to_json().encode())
+    at %= len(raw)
+    changed = raw[at] != byte
+    raw[at] = byte
+    try:
+        again = Architecture.from_json(bytes(raw))
+    except BundleError:
+        return
+    assert (again.digest != PLAIN.digest) == changed
+
+
+def test_a_layer_weight_counts_on_its_output_axis_and_others_on_all() -> None:
+    turned = replace(PLAIN, layers=(replace(PLAIN.layers[0], output_axis=1),))
+    assert [turned.output_axes(t.name) for t in turned.tensors] == [(1,), (0,), (0, 1)]
+
+
+def test_members_name_tensor_and_axis() -> None:
+    assert PLAIN.members(0) == ("fc1.weight[0]", "fc1.bias[0]", "fc2.weight[1]")
+    assert PLAIN.describe() == "hidden: 4 channels: fc1.weight[0], fc1.bias[0], fc2.weight[1]"
+
+
+def test_vectors_of_one_module_are_named_as_a_family() -> None:
+    hidden = Axis((Segment(0, 0, 4),))
+    kinds = {"weight": TensorKind.NORM_SCALE, "bias": TensorKind.NORM_BIAS, "running_mean": TensorKind.STAT_MEAN}
+    norm = tuple(TensorSpec(f"bn.{name}", kind, (hidden,)) for name, kind in kinds.items())
+    other = replace(norm[0], axes=(Axis.fixed(4),))
+
+    assert replace(PLAIN, tensors=(*PLAIN.tensors[:2], *norm)).summary(0) == ("fc1.weight[0]", "fc1.bias[0]", "bn.*")
+    assert replace(PLAIN, tensors=(other, *norm[1:])).summary(0) == ("bn.bias[0]", "bn.running_mean[0]")
+
+
+def test_statistics_are_not_trained() -> None:
+    assert [k.value for k in TensorKind if not k.trainable] == ["stat_mean", "stat_var"]
+
+
+def test_a_flattened_channel_takes_its_inner_indices() -> None:
+    axis = Axis((Segment(0, 0, 4, 9), Segment(FIXED, 0, 2)))
+    assert axis.size((3,), (4,)) == 29
+    assert axis.length == 38
+    assert np.array_equal(Selection.of(with_axis(*axis.segments), (1,)).indices(axis), [*range(9), 36, 37])

@@ -1,0 +1,227 @@
+"""Element masks: prefixes of one order, of exactly the size that was asked for, in every submodel's coordinates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import BundleError
+from fedprune.importance.element_ranking import magnitudes, prunable, quantile, threshold, top, with_floors
+from fedprune.model.architecture import Architecture, TensorKind
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from support.fakes.tiny_job import ARCHITECTURE
+from support.nets.drawn_models import architectures, model, seeds, selections
+
+pytestmark = pytest.mark.board
+
+densities = st.floats(0.001, 1.0)
+
+
+def random_mask(architecture: Architecture, seed: int, share: float = 0.5) -> ElementMask:
+    random = np.random.default_rng(seed)
+    return ElementMask({n: random.random(architecture.by_name[n].shape) < share for n in prunable(architecture)})
+
+
+def coarse(architecture: Architecture, seed: int) -> Tensors:
+    """Importances with many that are equal."""
+    weights = model(architecture, seed)
+    return {n: np.round(np.abs(weights[n]), 0).astype(np.float32) for n in prunable(architecture)}
+
+
+def same(one: ElementMask, other: ElementMask) -> bool:
+    return one.active.keys() == other.active.keys() and all(
+        np.array_equal(m, other.active[n]) for n, m in one.active.items()
+    )
+
+
+@given(architectures(), seeds, densities, densities)
+def test_masks_are_nested_and_as_large_as_asked_for(
+    architecture: Architecture, seed: int, one: float, other: float
+) -> None:
+    order = coarse(architecture, seed)
+    size = sum(v.size for v in order.values())
+    sparse, dense = (top(order, d) for d in sorted((one, other)))
+    assert sparse.within(dense)
+    for mask, density in ((sparse, min(one, other)), (dense, max(one, other))):
+        assert mask.count == max(1, int(density * size + 1e-6))
+        kept = np.concatenate([order[n][m] for n, m in mask.active.items()])
+        lost = np.concatenate([order[n][~m] for n, m in mask.active.items()])
+        assert not lost.size or kept.min() >= lost.max()
+
+
+@given(architectures(), seeds, densities)
+def test_the_order_of_the_tensors_is_none_of_the_importances(
+    architecture: Architecture, seed: int, density: float
+) -> None:
+    order = coarse(architecture, seed)
+    assert same(top(order, density), top(dict(reversed(order.items())), density))
+
+
+@given(architectures(), seeds, st.floats(0, 1), densities, densities)
+def test_floors_hold_in_every_tensor_and_masks_stay_nested(
+    architecture: Architecture, seed: int, share: float, one: float, other: float
+) -> None:
+    weights = model(architecture, seed)
+    order = coarse(architecture, seed + 1)
+    floored = with_floors(order, weights, share)
+    sparse, dense = (top(floored, d) for d in sorted((one, other)))
+    assert sparse.within(dense)
+    for name, mask in sparse.active.items():
+        if not share or not mask.size:
+            continue
+        count = max(1, int(share * mask.size + 1e-6))
+        assert np.count_nonzero(mask) >= count
+        largest = np.sort(np.abs(weights[name]).reshape(-1))[::-1][count - 1]
+        assert mask[np.abs(weights[name]) > largest].all()
+    least = sum(int(np.count_nonzero(np.isinf(v))) for v in floored.values())
+    assert sparse.count == max(least, max(1, int(min(one, other) * sparse.size + 1e-6)))
+    for name, value in order.items():
+        np.testing.assert_array_equal(value[np.isfinite(floored[name])], floored[name][np.isfinite(floored[name])])
+
+
+@given(st.floats(0.001, 1.0))
+def test_infinite_importances_are_kept_or_lost_at_any_density(density: float) -> None:
+    order = {"a": np.array([np.inf, 1, 2, -np.inf], np.float32), "b": np.array([[np.inf, -np.inf]], np.float32)}
+    mask = top(order, density)
+    assert mask.active["a"][0]
+    assert mask.active["b"][0, 0]
+    assert not mask.active["a"][3]
+    assert not mask.active["b"][0, 1]
+    assert mask.count == min(4, max(2, int(density * 6 + 1e-6)))
+
+
+def test_a_density_counts_the_weights_of_layers_alone() -> None:
+    names = prunable(ARCHITECTURE)
+    assert names == ("w", "head")
+    mask = top(magnitudes(model(ARCHITECTURE, 1), names), 0.5)
+    assert mask.size == 8 * 4 + 3 * 8
+    assert mask.count == 28
+    assert mask.density == 0.5
+
+
+@given(architectures())
+def test_vectors_and_statistics_are_not_prunable_unless_asked_for(architecture: Architecture) -> None:
+    kinds = {architecture.by_name[n].kind for n in prunable(architecture)}
+    assert kinds <= {TensorKind.WEIGHT}
+    more = prunable(architecture, (TensorKind.BIAS, TensorKind.STAT_MEAN))
+    assert set(more) - set(prunable(architecture)) == {
+        t.name for t in architecture.trainable if t.kind is TensorKind.BIAS
+    }
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.5, float("nan")])
+def test_densities_out_of_range_are_refused(density: float) -> None:
+    with pytest.raises(BundleError, match="density"):
+        top({"a": np.ones(3, np.float32)}, density)
+
+
+def test_an_importance_that_is_no_number_is_refused_by_name() -> None:
+    with pytest.raises(BundleError, match="elements of b"):
+        top({"a": np.ones(3, np.float32), "b": np.array([1, np.nan], np.float32)}, 0.5)
+
+
+def test_an_order_of_nothing_masks_nothing() -> None:
+    assert top({}, 0.5).active == {}
+
+
+@given(architectures(), seeds, densities)
+def test_the_threshold_parts_what_is_active_from_what_is_not(
+    architecture: Architecture, seed: int, density: float
+) -> None:
+    order = magnitudes(model(architecture, seed), prunable(architecture))
+    mask = top(order, density)
+    theta = threshold(order, mask)
+    for name, value in order.items():  # normal numbers: no two are equal
+        np.testing.assert_array_equal(value >= np.float32(theta), mask.active[name])
+
+
+@given(st.data(), architectures(), seeds)
+def test_a_submodels_mask_is_the_global_one_where_its_elements_live(
+    data: st.DataObject, architecture: Architecture, seed: int
+) -> None:
+    selection: Selection = data.draw(selections(architecture))
+    mask, weights = random_mask(architecture, seed), model(architecture, seed)
+    inside = mask.gathered(selection)
+    inside.check(selection.shapes())
+    masked = mask.applied(weights)
+    for name, value in selection.gather(masked).items():
+        np.testing.assert_array_equal(value, inside.applied(selection.gather(weights))[name])
+    back = inside.scattered(selection)
+    for name, bits in back.active.items():
+        np.testing.assert_array_equal(bits, mask.active[name] & selection.covered(name))
+    assert same(back.gathered(selection), inside)
+
+
+@given(architectures(), seeds)
+def test_packing_loses_nothing_but_what_is_masked(architecture: Architecture, seed: int) -> None:
+    mask, weights = random_mask(architecture, seed), model(architecture, seed)
+    packed = mask.pack(weights)
+    assert sum(packed[n].size for n in mask.active) == mask.count
+    for name, value in mask.unpack(packed).items():
+        np.testing.assert_array_equal(value, mask.applied(weights)[name])
+    again = ElementMask.from_tensors(mask.to_tensors(), {t.name: t.shape for t in architecture.tensors})
+    assert same(again, mask)
+    assert sum(b.size for b in mask.to_tensors().values()) == sum(-(-m.size // 8) for m in mask.active.values())
+
+
+@given(architectures(), seeds)
+def test_union_and_intersection_are_those_of_active_elements(architecture: Architecture, seed: int) -> None:
+    one, other = random_mask(architecture, seed), random_mask(architecture, seed + 1)
+    other = ElementMask(dict(list(other.active.items())[1:]))  # a tensor that is active as a whole
+    shapes = {t.name: t.shape for t in architecture.tensors}
+
+    def whole(mask: ElementMask, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        return mask.active.get(name, np.ones(shapes[name], np.bool_))
+
+    union, both = one.union(other), one.intersection(other)
+    for name in shapes:
+        np.testing.assert_array_equal(whole(union, name), whole(one, name) | whole(other, name))
+        np.testing.assert_array_equal(whole(both, name), whole(one, name) & whole(other, name))
+    assert both.within(one)
+    assert both.within(other)
+    assert one.within(union)
+    assert one.within(other) == all(not (whole(one, n) & ~whole(other, n)).any() for n in shapes)
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    mask = ElementMask({"w": np.ones((8, 4), np.bool_)})
+    with pytest.raises(BundleError, match="mask of w"):
+        mask.check({"w": (4, 8)})
+    with pytest.raises(BundleError, match="active values of w"):
+        mask.unpack({"w": np.ones(31, np.float32)})
+    with pytest.raises(BundleError, match="type of w"):
+        mask.unpack({"w": np.ones(32, np.int64)})  # type: ignore[dict-item]
+    for bits in (np.zeros(3, np.uint8), np.zeros(4, np.int8), np.zeros((4, 1), np.uint8)):
+        with pytest.raises(BundleError, match="mask of w"):
+            ElementMask.from_tensors({"w": bits}, {"w": (8, 4)})
+    with pytest.raises(BundleError, match="behind"):
+        ElementMask.from_tensors({"w": np.array([0b1010_0001], np.uint8)}, {"w": (7,)})
+    with pytest.raises(BundleError, match="mask of v"):
+        ElementMask.from_tensors({"v": np.zeros(4, np.uint8)}, {"w": (8, 4)})
+
+
+@given(seeds, st.lists(st.integers(0, 9), min_size=1, max_size=4), st.floats(0, 1))
+def test_quantiles_are_numpys(seed: int, sizes: list[int], q: float) -> None:
+    random = np.random.default_rng(seed)
+    parts = [random.standard_normal(n).astype(np.float32) for n in sizes]
+    if not sum(sizes):
+        with pytest.raises(BundleError, match="nothing"):
+            quantile(parts, q)
+        return
+    want = np.quantile(np.concatenate(parts).astype(np.float64), q)
+    assert quantile(parts, q) == pytest.approx(want, rel=1e-12, abs=1e-300)
+
+
+@pytest.mark.once
+def test_more_than_sixteen_million_elements_are_counted_exactly() -> None:
+    """Float32 can't count them: positions and sizes must be whole numbers all the way."""
+    size = 2**24 + 5
+    values = np.random.default_rng(0).permutation(size).astype(np.float32) / np.float32(size)
+    mask = top({"a": values[: 2**23], "b": values[2**23 :]}, 0.5)
+    assert mask.count == size // 2
+    assert quantile([values], 0.75) == pytest.approx(
+        float(np.partition(values, 3 * 2**22 + 3)[3 * 2**22 + 3]), abs=1e-7
+    )

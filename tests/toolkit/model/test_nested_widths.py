@@ -1,0 +1,163 @@
+"""Ordered dropout: narrower steps are the narrower submodels of the same ranks, and nothing else moves."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.nested_widths import TensorAxes, axes_json
+from support.nets.drawn_models import architectures, model, seeds, selections
+
+pytestmark = pytest.mark.board
+
+WEIGHT = TensorKind.WEIGHT
+CONCAT = Architecture(
+    "concat",
+    (ChannelGroup("a", 4), ChannelGroup("b", 6)),
+    (
+        TensorSpec("one", WEIGHT, (Axis((Segment(0, 0, 4),)), Axis.fixed(3))),
+        # A flattened concatenation: both groups, the first one twice, with fixed indices between them.
+        TensorSpec(
+            "two",
+            WEIGHT,
+            (Axis.fixed(2), Axis((Segment(0, 0, 4, 2), Segment(-1, 0, 3), Segment(1, 0, 6), Segment(0, 0, 4)))),
+        ),
+    ),
+    (),
+    (),
+    (3,),
+    2,
+)
+SHUFFLED = Architecture(
+    "shuffled",
+    (ChannelGroup("a", 4), ChannelGroup("b", 6), ChannelGroup("c", 8)),
+    (
+        TensorSpec("one", WEIGHT, (Axis((Segment(0, 2, 2), Segment(1, 0, 6), Segment(0, 0, 2))),)),
+        TensorSpec("two", WEIGHT, (Axis((Segment(1, 0, 6), Segment(2, 0, 8))),)),
+    ),
+    (),
+    (),
+    (3,),
+    2,
+)
+
+
+def axes_of(architecture: Architecture) -> TensorAxes:
+    return TensorAxes.from_json(axes_json(architecture))
+
+
+def test_the_text_says_what_the_architecture_says() -> None:
+    axes = axes_of(CONCAT)
+    assert axes.sizes == CONCAT.sizes
+    assert axes.axes == {t.name: t.axes for t in CONCAT.tensors}
+
+
+@given(st.data(), seeds)
+def test_a_narrower_step_trains_the_narrower_submodel(data: st.DataObject, seed: int) -> None:
+    """Whatever the ranks: what is cut out of a submodel is what would be cut out of the whole model."""
+    architecture = data.draw(architectures() | st.just(CONCAT) | st.just(SHUFFLED))
+    chosen = data.draw(selections(architecture))
+    densities = data.draw(st.lists(st.floats(0.05, 1), max_size=3))
+    axes, full = axes_of(architecture), model(architecture, seed)
+    held = chosen.gather(full)
+    axes.check(held, chosen.widths)
+    for plan in axes.plans(chosen.widths, densities):
+        narrow = chosen.narrowed(plan).gather(full)
+        got = axes.narrowed(held, chosen.widths, plan)
+        assert {n: v.shape for n, v in got.items()} == {n: v.shape for n, v in narrow.items()}
+        assert all(np.array_equal(got[n], narrow[n]) for n in narrow)
+
+
+@given(st.data(), seeds)
+def test_what_is_written_back_lands_where_it_was_taken(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures() | st.just(CONCAT))
+    chosen = data.draw(selections(architecture))
+    axes, held = axes_of(architecture), chosen.gather(model(architecture, seed))
+    plan = axes.plans(chosen.widths, [0.5])[-1]
+    assume(plan != chosen.widths)
+    moved = {n: v + 1 for n, v in axes.narrowed(held, chosen.widths, plan).items()}
+    after = {n: v.copy() for n, v in held.items()}
+    axes.write_back(after, moved, chosen.widths, plan)
+    again = axes.narrowed(after, chosen.widths, plan)
+    for name, value in moved.items():
+        assert np.array_equal(again[name], value)
+        assert np.count_nonzero(after[name] != held[name]) == value.size
+
+
+def test_plans_begin_with_the_devices_own_and_are_never_wider() -> None:
+    axes = axes_of(CONCAT)
+    assert axes.plans((3, 6), [1.0, 0.5, 0.5, 0.01]) == [(3, 6), (2, 3), (1, 1)]
+    assert axes.plans((4, 6), []) == [(4, 6)]
+    # 0.7 × 10 is a hair above 7: the same widths as an extraction at that density has.
+    ten = axes_of(Architecture("ten", (ChannelGroup("a", 10),), (), (), (), (1,), 1))
+    assert ten.plans((10,), [0.7]) == [(10,), (7,)]
+
+
+def test_groups_that_lie_in_pieces_stay_whole() -> None:
+    axes = axes_of(SHUFFLED)
+    assert axes.prefixed == {2}  # b lies whole, but where depends on how many of a's pieces are left before it
+    assert axes.plans((4, 6, 8), [0.5]) == [(4, 6, 8), (4, 6, 4)]
+
+
+def test_arrays_that_belong_to_a_tensor_are_cut_with_it() -> None:
+    axes = axes_of(CONCAT)
+    value = np.arange(12, dtype=np.float32).reshape(4, 3)
+    fed: dict[str, Any] = {"one::momentum": value, "one::mu": np.array(2.0), "lr": np.array(0.1)}
+    got = axes.narrowed(fed, (4, 6), (2, 6))
+    assert np.array_equal(got["one::momentum"], value[:2])
+    assert got["one::mu"] == 2
+    assert got["lr"] is fed["lr"]
+
+
+@pytest.mark.parametrize("widths", [(4,), (0, 6), (5, 6), (4, 6, 1)])
+def test_widths_that_are_no_widths_are_refused(widths: tuple[int, ...]) -> None:
+    with pytest.raises(BundleError, match="widths don't fit"):
+        axes_of(CONCAT).plans(widths, [0.5])
+
+
+def test_tensors_of_other_widths_are_refused_by_name() -> None:
+    held = {"one": np.zeros((3, 3), np.float32)}
+    with pytest.raises(BundleError, match=r"shape of one at these widths: expected \(4, 3\), got \(3, 3\)"):
+        axes_of(CONCAT).check(held, (4, 6))
+    with pytest.raises(BundleError, match="other"):
+        axes_of(CONCAT).check({"other": held["one"]}, (3, 6))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("format",), "fedprune.axes/2"),
+        (("sizes",), [4]),
+        (("sizes", 0), 0),
+        (("sizes", 0), "4"),
+        (("sizes",), None),
+        (("axes",), []),
+        (("axes", "one", 0, 0), [0, 0, 4]),
+        (("axes", "one", 0, 0, 0), 2),
+        (("axes", "one", 0, 0, 0), -2),
+        (("axes", "one", 0, 0, 2), 1e3),
+        (("axes", "one", 0, 0, 3), 0),
+        (("axes", "one", 0, 0, 2), 2**40),
+    ],
+)
+def test_hostile_metadata_is_refused(path: tuple[Any, ...], value: Any) -> None:
+    body = json.loads(axes_json(CONCAT))
+    at = body
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    with pytest.raises(BundleError, match="axes of a training graph"):
+        TensorAxes.from_json(json.dumps(body))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", "[" * 100_000])
+def test_text_that_is_no_metadata_is_refused(text: str) -> None:
+    with pytest.raises(BundleError, match="axes of a training graph"):
+        TensorAxes.from_json(text)

@@ -1,0 +1,215 @@
+"""Selections: extraction, reconstruction, nesting, JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Selection, mesh
+from support.nets.drawn_models import architectures, model, ranks, seeds, selections, trained, widths
+
+pytestmark = pytest.mark.board
+
+PAIR = Architecture(
+    "pair",
+    (ChannelGroup("a", 3), ChannelGroup("b", 2)),
+    (TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(1, 0, 2),)), Axis((Segment(0, 0, 3, 2),)))),),
+    (),
+    (),
+    (3,),
+    2,
+)
+
+
+@given(st.data(), seeds)
+def test_what_was_extracted_goes_back_to_its_place(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    selection, full = data.draw(selections(architecture)), model(architecture, seed)
+    again = selection.scatter(selection.gather(full), full)
+    assert all(again[n].tobytes() == full[n].tobytes() for n in full)
+
+
+@given(st.data(), seeds)
+def test_what_was_scattered_can_be_extracted(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    selection, full = data.draw(selections(architecture)), model(architecture, seed)
+    part = trained(selection, full, seed + 1)
+    again = selection.gather(selection.scatter(part, full))
+    assert all(again[n].tobytes() == part[n].tobytes() for n in part)
+
+
+@given(st.data(), seeds)
+def test_scattering_changes_covered_coordinates_only(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    selection, full = data.draw(selections(architecture)), model(architecture, seed)
+    moved = selection.scatter({n: v + np.float32(1) for n, v in selection.gather(full).items()}, full)
+    for name, value in full.items():
+        assert np.array_equal(moved[name] != value, selection.covered(name))
+
+
+@given(st.data(), seeds)
+def test_extraction_is_the_outer_product_of_its_maps(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    selection, full = data.draw(selections(architecture)), model(architecture, seed)
+    for name, part in selection.gather(full).items():
+        expected = full[name]
+        for axis, row in enumerate(selection.maps(name)):
+            expected = np.stack([np.take(expected, i, axis=axis) for i in row], axis=axis)
+        assert np.array_equal(part, expected)
+        assert part.flags.c_contiguous
+        assert not np.may_share_memory(part, full[name])
+
+
+@given(st.data(), seeds)
+def test_the_whole_model_in_its_own_order_is_itself(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    full = model(architecture, seed)
+    part = Selection.full(architecture).gather(full)
+    assert all(part[n].tobytes() == full[n].tobytes() and part[n].shape == full[n].shape for n in full)
+
+
+@given(st.data())
+def test_narrower_selections_of_the_same_ranks_are_nested(data: st.DataObject) -> None:
+    architecture = data.draw(architectures())
+    wide = data.draw(selections(architecture))
+    narrow = wide.narrowed([data.draw(st.integers(1, w)) for w in wide.widths])
+    for spec in architecture.tensors:
+        assert not (narrow.covered(spec.name) & ~wide.covered(spec.name)).any()
+        for axis in spec.axes:
+            if len(axis.segments) == 1:
+                short = narrow.indices(axis)
+                assert np.array_equal(wide.indices(axis)[: short.size], short)
+
+
+@given(st.data())
+def test_kept_channels_are_the_first_of_the_rank(data: st.DataObject) -> None:
+    architecture = data.draw(architectures())
+    selection = data.draw(selections(architecture))
+    for g, group in enumerate(architecture.groups):
+        kept = selection.indices(Axis((Segment(g, 0, group.size),)))
+        assert np.array_equal(kept, selection.ranks[g][: selection.widths[g]])
+
+
+@given(st.data())
+def test_tied_axes_keep_the_same_channels(data: st.DataObject) -> None:
+    architecture = data.draw(architectures())
+    selection = data.draw(selections(architecture))
+    for spec in architecture.tensors:
+        for axis in spec.axes:
+            held, offset = set(selection.indices(axis).tolist()), 0
+            for s in axis.segments:
+                if s.group >= 0:
+                    kept = set(selection.ranks[s.group][: selection.widths[s.group]].tolist())
+                    for c in range(s.count):
+                        places = range(offset + c * s.inner, offset + (c + 1) * s.inner)
+                        assert {p in held for p in places} == {s.start + c in kept}
+                offset += s.length
+
+
+@given(st.data())
+def test_json_round_trip(data: st.DataObject) -> None:
+    architecture = data.draw(architectures())
+    selection = data.draw(selections(architecture))
+    again = Selection.from_json(selection.to_json(), architecture)
+    assert again.digest == selection.digest
+    assert again.widths == selection.widths
+    assert all(np.array_equal(a, b) for a, b in zip(again.ranks, selection.ranks, strict=True))
+
+
+@given(st.data())
+def test_the_digest_sees_widths_and_ranks(data: st.DataObject) -> None:
+    architecture = data.draw(architectures())
+    one, other = data.draw(selections(architecture)), data.draw(selections(architecture))
+    same = one.widths == other.widths and all(np.array_equal(a, b) for a, b in zip(one.ranks, other.ranks, strict=True))
+    assert (one.digest == other.digest) == same
+
+
+@given(st.data())
+def test_own_order_is_the_default_rank(data: st.DataObject) -> None:
+    architecture = data.draw(architectures())
+    kept = data.draw(widths(architecture))
+    named = Selection.of(architecture, kept, [list(range(n)) for n in architecture.sizes])
+    assert Selection.of(architecture, kept).digest == named.digest
+
+
+@given(st.data())
+def test_whole_means_every_channel_in_whatever_order(data: st.DataObject) -> None:
+    architecture = data.draw(architectures())
+    assert Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture))).whole
+
+
+def test_a_narrow_selection_is_not_whole() -> None:
+    assert not Selection.of(PAIR, (3, 1)).whole
+
+
+def test_ranks_cannot_be_changed_afterwards() -> None:
+    selection = Selection.of(PAIR, (3, 2))
+    with pytest.raises(ValueError, match="read-only"):
+        selection.ranks[0][0] = 1
+
+
+@pytest.mark.parametrize(
+    "orders", [[[0, 1, 2]], [[0, 1, 1], [0, 1]], [[0, 1], [0, 1]], [[1, 2, 3], [0, 1]], [[0, 1, 2], [[0, 1]]]]
+)
+def test_ranks_that_are_no_permutations_are_refused(orders: list[Any]) -> None:
+    with pytest.raises(BundleError, match="rank"):
+        Selection.of(PAIR, (3, 2), orders)
+
+
+def test_a_missing_tensor_is_refused_by_name() -> None:
+    with pytest.raises(BundleError, match="tensor w is missing"):
+        Selection.full(PAIR).gather({})
+
+
+def test_a_tensor_of_another_shape_is_refused_by_name() -> None:
+    with pytest.raises(BundleError, match=r"shape of w: expected \(2, 6\), got \(6, 2\)"):
+        Selection.full(PAIR).gather({"w": np.zeros((6, 2), np.float32)})
+
+
+def test_a_submodel_of_another_width_is_not_scattered() -> None:
+    full = {"w": np.zeros((2, 6), np.float32)}
+    with pytest.raises(BundleError, match="shape of w"):
+        Selection.of(PAIR, (3, 1)).scatter(full, full)
+
+
+def test_a_selection_of_another_architecture_is_refused() -> None:
+    other = Architecture("other", PAIR.groups, PAIR.tensors, (), (), (3,), 2)
+    with pytest.raises(BundleError, match="another architecture"):
+        Selection.from_json(Selection.full(PAIR).to_json(), other)
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, 1.0, True, -1, 10**30, float("nan"), "1", [[0, 1, 2]]])
+@pytest.mark.parametrize(
+    "path", [("format",), ("architecture",), ("widths",), ("widths", 0), ("ranks",), ("ranks", 0), ("ranks", 0, 1)]
+)
+def test_hostile_values_are_refused(path: tuple[Any, ...], value: Any) -> None:
+    body = at = json.loads(Selection.full(PAIR).to_json())
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    with pytest.raises(BundleError):
+        Selection.from_json(json.dumps(body), PAIR)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "1", "[" * 100_000, b"\xff"])
+def test_text_that_is_no_selection_is_refused(text: str | bytes) -> None:
+    with pytest.raises(BundleError):
+        Selection.from_json(text, PAIR)
+
+
+@given(st.lists(st.lists(st.integers(0, 5), unique=True, max_size=6), min_size=1, max_size=3))
+def test_a_mesh_indexes_the_outer_product(rows: list[list[int]]) -> None:
+    maps = [np.array(r, np.int64) for r in rows]
+    full = np.arange(6 ** len(maps)).reshape((6,) * len(maps))
+    assert np.array_equal(full[mesh(maps)], full[np.ix_(*maps)])
+
+
+def test_a_mesh_of_runs_is_slices() -> None:
+    assert mesh([np.arange(2, 5), np.arange(3)]) == (slice(2, 5), slice(0, 3), ...)

@@ -1,0 +1,324 @@
+"""A bundle over a bundle: whatever fails and whenever, the folder holds the old one or the new one, whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.core import tensorfile
+from fedprune.core.disk import locked
+from fedprune.core.errors import BundleError, BusyError, ExitCode, StorageError, StorageFullError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Selection
+from fedprune.runtime.bundle import COMPLETE, FILES, MANIFEST, TRAINING, WEIGHTS, open_bundle
+from fedprune.runtime.bundle_folder import PARTIAL, check_folder, is_bundle, write_bundle
+from fedprune.training.recipe import Recipe
+from fedprune_export.cli.main import main
+from fedprune_server.simulation.digits import digits_model
+from support.faults.failing_disk import fault
+from support.faults.power_cuts import EACH_KIND, TURNS, CutError, cuts, power
+
+TARGET = "raspberry-pi-5"
+OLD, NEW = 0.25, 0.5
+NOTES = "notes.txt"
+ARCHITECTURE = Architecture(
+    "toy",
+    (ChannelGroup("g0", 4),),
+    (TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(0, 0, 4),)), Axis.fixed(3))),),
+    (Layer("w", "Gemm", "w", 1),),
+    (),
+    (3,),
+    0,
+)
+SELECTION = Selection.of(ARCHITECTURE, [2], [[3, 1, 0, 2]])
+
+
+def export(folder: Path, rate: float, target: str = TARGET) -> None:
+    """Write a bundle of which every file tells by which learning rate it is."""
+    tensors = {"w": np.full((4, 3), rate, np.float32)}
+    files = {
+        "inference.onnx": f"fedprune weights.safetensors {rate}".encode(),
+        "weights.safetensors": tensorfile.encode(SELECTION.gather(tensors)),
+        "training.onnx": f"training {rate}".encode(),
+        "architecture.json": ARCHITECTURE.to_json().encode(),
+        "submodel.json": SELECTION.to_json().encode(),
+    }
+    write_bundle(folder, files, SELECTION, Recipe(lr=rate), target)
+
+
+def found(folder: Path) -> float | None:
+    """Which bundle is in a folder, all of whose files belong together; None for none."""
+    if not is_bundle(folder):
+        return None
+    bundle = open_bundle(folder)
+    assert bundle.path(TRAINING).read_text() == f"training {bundle.recipe.lr}"
+    assert float(tensorfile.load(bundle.path(WEIGHTS))["w"][0, 0]) == bundle.recipe.lr
+    return bundle.recipe.lr
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+WHOLE = sorted([*FILES, MANIFEST])
+
+
+def begin(folder: Path, old: bool) -> list[str]:
+    """A folder with a bundle and a file of the user's, or none."""
+    if old:
+        with power():
+            export(folder, OLD)
+        (folder / NOTES).write_text("mine")
+    return [NOTES] if old else []
+
+
+@pytest.mark.parametrize("kind", EACH_KIND)
+@pytest.mark.parametrize("old", [False, True])
+def test_a_cut_at_any_operation_leaves_the_old_or_the_new_and_the_next_export_succeeds(
+    tmp_path: Path, kind: str, old: bool
+) -> None:
+    seen = set()
+    before = OLD if old else None
+    begin(tmp_path / "0", old)
+    with power() as supply:
+        export(tmp_path / "0", NEW)
+    assert supply.count > 30
+
+    for at, how in cuts(kind, supply.names):
+        folder = tmp_path / str(at)
+        own = begin(folder, old)
+        with power(at, how), pytest.raises(CutError):
+            export(folder, NEW)
+        seen.add(found(folder))
+        with power():
+            export(folder, NEW)
+        assert found(folder) == NEW
+        assert listed(folder) == sorted([*WHOLE, *own])
+        assert not old or (folder / NOTES).read_text() == "mine"
+    assert seen == {before, NEW}
+
+
+@pytest.mark.parametrize("kind", EACH_KIND)
+def test_cuts_of_the_export_that_finishes_another(tmp_path: Path, kind: str) -> None:
+    begin(tmp_path / "cut", True)
+    with power() as supply:
+        export(tmp_path / "cut", NEW)
+    first_rename = supply.names.index("rename")
+    begin(tmp_path / "old", True)
+    with power(first_rename + 4, "torn" if kind == TURNS else kind), pytest.raises(CutError):
+        export(tmp_path / "old", NEW)
+    assert found(tmp_path / "old") in (OLD, NEW)
+    shutil.copytree(tmp_path / "old", tmp_path / "0")
+    with power() as supply:
+        export(tmp_path / "0", 1.0)
+
+    for at, how in cuts(kind, supply.names):
+        folder = Path(shutil.copytree(tmp_path / "old", tmp_path / str(at)))
+        with power(at, how), pytest.raises(CutError):
+            export(folder, 1.0)
+        assert found(folder) in (OLD, NEW, 1.0)
+        with power():
+            export(folder, 1.0)
+        assert found(folder) == 1.0
+        assert listed(folder) == sorted([*WHOLE, NOTES])
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails_at_any_operation(tmp_path: Path, old: bool, number: int) -> None:
+    begin(tmp_path / "0", old)
+    with fault(0, None) as count:
+        export(tmp_path / "0", NEW)
+    failed = 0
+
+    for at in range(1, count[0] + 1):
+        folder = tmp_path / str(at)
+        begin(folder, old)
+        before = listed(folder) if old else None
+        with fault(at, OSError(number, os.strerror(number))):
+            try:
+                export(folder, NEW)
+            except StorageFullError:
+                failed += 1
+                assert (listed(folder) if folder.exists() else None) == before
+                assert found(folder) == (OLD if old else None)
+            except StorageError:
+                failed += 1
+                assert found(folder) in (OLD if old else None, NEW)
+            else:
+                assert found(folder) == NEW
+        with power():
+            export(folder, NEW)
+        assert found(folder) == NEW
+        assert listed(folder) == sorted([*WHOLE, *([NOTES] if old else [])])
+    assert failed > 20
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_full_disk_and_an_interruption_leave_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, old: bool
+) -> None:
+    folder = tmp_path / "b"
+    begin(folder, old)
+    before = listed(folder) if old else None
+    real = Path.replace
+
+    def fail(self: Path, target: Path) -> Path:
+        if "training" in self.name:
+            raise error
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises((StorageFullError, KeyboardInterrupt), match="untouched" if error.args else None):
+            export(folder, NEW)
+    assert (listed(folder) if folder.exists() else None) == before
+    assert found(folder) == (OLD if old else None)
+    export(folder, NEW)
+    assert found(folder) == NEW
+
+
+def test_a_disk_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    begin(tmp_path / "b", True)
+    monkeypatch.setattr(os, "link", none)
+    export(tmp_path / "b", NEW)
+    assert found(tmp_path / "b") == NEW
+    assert listed(tmp_path / "b") == sorted([*WHOLE, NOTES])
+
+
+def test_a_second_export_at_once_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "b"
+    begin(folder, True)
+    with locked(folder / ".bundle.lock", "", ""), pytest.raises(BusyError, match="another export writes to"):
+        export(folder, NEW)
+    assert found(folder) == OLD
+    export(folder, NEW)
+    assert listed(folder) == sorted([*WHOLE, NOTES])
+
+
+def test_a_folder_behind_a_symbolic_link_and_one_where_somebody_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(tmp_path / "real", True)
+    (tmp_path / "link").symlink_to("real")
+    number = (tmp_path / "real").stat().st_ino
+    export(tmp_path / "link", NEW)
+    assert (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(tmp_path / "real")
+    export(Path(), 1.0)
+    assert found(Path.cwd()) == 1.0
+    assert (tmp_path / "real").stat().st_ino == number
+
+
+def test_a_symbolic_link_in_the_place_of_a_file_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    begin(tmp_path / "b", True)
+    (tmp_path / "own").write_text("mine")
+    (tmp_path / "b" / "training.onnx").unlink()
+    (tmp_path / "b" / "training.onnx").symlink_to(tmp_path / "own")
+    export(tmp_path / "b", NEW)
+    assert found(tmp_path / "b") == NEW
+    assert (tmp_path / "own").read_text() == "mine"
+
+
+def test_a_folder_with_a_file_s_name_is_left_alone(tmp_path: Path) -> None:
+    begin(tmp_path / "b", True)
+    (tmp_path / "b" / "training.onnx").unlink()
+    (tmp_path / "b" / "training.onnx").mkdir()
+    before = listed(tmp_path / "b")
+    with pytest.raises(BundleError, match=r"training\.onnx is a folder"):
+        export(tmp_path / "b", NEW)
+    assert listed(tmp_path / "b") == before
+
+
+def test_another_board_s_bundle_that_is_not_in_its_place_yet_is_not_replaced(tmp_path: Path) -> None:
+    with power() as supply:
+        export(tmp_path / "a", OLD)
+    with power(supply.names.index("rename") + 3), pytest.raises(CutError):
+        export(tmp_path / "b", OLD)
+    assert (tmp_path / "b" / COMPLETE).exists()
+    with pytest.raises(BundleError, match="holds the bundle of another board"):
+        export(tmp_path / "b", NEW, "jetson-orin-nano")
+    assert found(tmp_path / "b") == OLD
+
+
+def half(folder: Path, *names: str) -> Path:
+    """What an earlier version left that was cut off: it deleted the manifest first and wrote in place."""
+    with power():
+        export(folder, OLD)
+    (folder / MANIFEST).unlink()
+    for path in list(folder.iterdir()):
+        if path.name not in names:
+            path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("names", [FILES, FILES[:1], FILES[:3]])
+def test_what_an_earlier_version_left_is_replaced(tmp_path: Path, names: tuple[str, ...]) -> None:
+    folder = half(tmp_path / "b", *names)
+    (folder / f".{FILES[1]}.partial").write_bytes(b"torn")
+    export(folder, NEW)
+    assert found(folder) == NEW
+    assert listed(folder) == WHOLE
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / NOTES).write_text("mine"),
+        lambda folder: (folder / FILES[0]).write_bytes(b"a graph of pytorch, weights.safetensors"),
+        lambda folder: (folder / FILES[0]).unlink(),
+    ],
+)
+def test_what_may_be_somebody_s_own_is_not(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
+    folder = half(tmp_path / "b", *FILES)
+    spoil(folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(BundleError, match="not empty and holds no bundle"):
+        export(folder, NEW)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_graph_of_an_export_is_known_again(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(digits_model())
+    out = tmp_path / "out"
+    words = [str(tmp_path / "m.onnx"), "--target", TARGET, "--out", str(out)]
+    assert main(words) == ExitCode.OK
+    before = listed(out)
+    (out / MANIFEST).unlink()
+    check_folder(out, TARGET)
+    assert main(words) == ExitCode.OK
+    assert listed(out) == before
+    assert not (out / PARTIAL).exists()
+
+
+def test_an_export_that_fails_replaces_nothing_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.onnx").write_bytes(digits_model())
+    out = tmp_path / "out"
+    words = [str(tmp_path / "m.onnx"), "--target", f"{TARGET},raspberry-pi-4b", "--out", str(out)]
+    assert main(words) == ExitCode.OK
+    capsys.readouterr()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert main(words) == ExitCode.STORAGE_FULL
+    said = capsys.readouterr()
+    assert "replaced" not in said.out
+    assert said.err.count("what was there before is untouched") == 2
+    open_bundle(out / TARGET)
+    assert main(words) == ExitCode.OK
+    assert capsys.readouterr().out.count("replaced: the bundle that was in") == 2

@@ -1,0 +1,117 @@
+"""Parts of training graphs: the same numbers from less, and an error for whatever is no graph."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ModelError
+from fedprune.runtime.onnx_subgraph import metadata_of, part_for
+from fedprune.runtime.session import Session
+from fedprune.training import step_contract
+from fedprune.training.feeds import first_step
+from fedprune.training.recipe import Recipe
+from support.paths import GRAPHS
+
+pytestmark = pytest.mark.board
+
+RECIPES = {
+    "narrow": Recipe(optimizer="adam", proximal=0.1),
+    "masked": Recipe(mask="hard"),
+    "threshold": Recipe(mask="threshold"),
+    "scaled": Recipe(scale=2.0),
+    "kept": Recipe(),
+    "plain": Recipe(),
+    "adamw": Recipe(
+        optimizer="adamw", clip_norm=1.0, batch_size=8, accumulate=2, label_smoothing=0.1, balance_classes=True
+    ),
+}
+
+
+def feeds_for(name: str) -> tuple[bytes, Session, dict[str, Any]]:
+    raw = (GRAPHS / f"{name}.onnx").read_bytes()
+    session = Session(raw, training=True)
+    rng = np.random.default_rng(3)
+    tensors = {}
+    for tensor, (_, shape) in session.inputs.items():
+        if tensor not in step_contract.RESERVED and "::" not in tensor:
+            sizes = [d if isinstance(d, int) else 8 for d in shape]
+            tensors[tensor] = np.abs(rng.standard_normal(sizes)).astype(np.float32)
+    feeds = first_step(RECIPES[name], tensors, session.inputs, 12, 3)
+    feeds |= {"x": rng.standard_normal((12, 6)).astype(np.float32), "y": rng.integers(0, 3, 12)}
+    return raw, session, feeds
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_output_alone_is_what_the_whole_graph_gives(name: str) -> None:
+    raw, session, feeds = feeds_for(name)
+    whole = session.run(feeds)
+    for output in session.outputs:
+        part = Session(part_for(raw, [output]), training=True)
+        assert part.outputs == (output,)
+        got = part.run({n: feeds[n] for n in part.inputs}, [output])[output]
+        np.testing.assert_array_equal(got, whole[output])
+
+
+@pytest.mark.parametrize("name", ["narrow", "masked", "kept", "scaled", "threshold"])
+def test_statistics_need_the_forward_pass_alone(name: str) -> None:
+    raw, session, _ = feeds_for(name)
+    statistics = [o for o in session.outputs if o in (step_contract.following("mean"), step_contract.following("var"))]
+    part = Session(part_for(raw, statistics), training=True)
+    assert set(part.outputs) == set(statistics)
+    assert {"y", "lr", "w2", "b2", "w1::momentum"}.isdisjoint(part.inputs)
+    assert {"x", "w1", "mean", "var"} <= set(part.inputs)
+    assert part.metadata == session.metadata
+    assert len(part_for(raw, statistics)) < len(raw) / 2
+
+
+def test_with_all_outputs_it_is_the_same_file() -> None:
+    raw, session, _ = feeds_for("narrow")
+    assert part_for(raw, session.outputs) == raw
+
+
+def test_an_output_that_is_not_there_is_named() -> None:
+    raw, _, _ = feeds_for("plain")
+    with pytest.raises(ModelError, match="lacks outputs: got accuracy"):
+        part_for(raw, ["loss", "accuracy"])
+
+
+def error_of(raw: bytes, outputs: list[str]) -> str:
+    try:
+        part_for(raw, outputs)
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+@given(st.binary(max_size=200))
+def test_what_is_no_graph_is_refused_or_left_alone(raw: bytes) -> None:
+    assert len(error_of(raw, [])) < 500
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_damaged_graphs_raise_nothing_but_model_errors(data: st.DataObject) -> None:
+    raw = bytearray((GRAPHS / "plain.onnx").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        raw[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    assert len(error_of(bytes(raw), [step_contract.LOSS])) < 500
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_the_maker_wrote_is_what_onnxruntime_reads(name: str) -> None:
+    raw, session, _ = feeds_for(name)
+    assert metadata_of(raw) == session.metadata
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200))
+def test_what_is_no_graph_has_metadata_or_is_an_error(raw: bytes) -> None:
+    with suppress(ModelError):
+        assert isinstance(metadata_of(raw), dict)

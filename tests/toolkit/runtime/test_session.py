@@ -1,0 +1,241 @@
+"""Sessions of onnxruntime: what comes in, what goes out, and what must not leave the machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from fedprune.core.errors import ModelError
+from fedprune.runtime import session as sessions
+from fedprune.runtime.session import Session
+from support.paths import GRAPHS, ROOT
+
+pytestmark = pytest.mark.board
+
+GRAPH = next((ROOT / "device_runtime" / "fedprune_device" / "assets").glob("*.onnx"))
+
+
+@pytest.fixture(autouse=True)
+def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been logged by this process yet."""
+    monkeypatch.setattr(sessions, "_SAID", set(), raising=False)
+
+
+def test_why_it_is_the_cpu_is_logged_once_per_cause(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    reasons = {Session(GRAPH, cuda=True).reason for _ in range(3)}
+    assert len(reasons) == 1
+    assert [r.message for r in caplog.records].count(f"computing on the CPU instead of CUDA: {reasons.pop()}") == 1
+
+
+def test_a_graph_says_its_inputs_and_outputs() -> None:
+    session = Session(GRAPH)
+
+    assert "x" in session.inputs
+    assert session.outputs
+
+
+def test_a_file_that_is_no_graph_is_one_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(b"nothing of the kind")
+
+    with pytest.raises(ModelError, match=r"bad\.onnx"):
+        Session(path)
+
+
+def test_feeds_that_do_not_fit_are_one_clear_error() -> None:
+    with pytest.raises(ModelError, match="couldn't run"):
+        Session(GRAPH).run({"x": np.zeros(3, np.float32)})
+
+
+def test_onnxruntime_leaves_no_trace_of_telemetry(tmp_path: Path) -> None:
+    code = f"from pathlib import Path; from fedprune.runtime.session import Session; Session(Path({str(GRAPH)!r}))"
+    kept = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    subprocess.run([sys.executable, "-c", code], env={**kept, "HOME": str(tmp_path)}, check=True)
+
+    assert list(tmp_path.rglob("*")) == []
+
+
+class Cuda:
+    """An onnxruntime that says it computes with CUDA, where it computes on the CPU."""
+
+    def __init__(self, *, offers: bool = True, accepts: bool = True, loads: bool = True) -> None:
+        self._offers, self._accepts, self._loads = offers, accepts, loads
+        self.fails = False
+        self.before_failing: Callable[[], object] = lambda: None
+        self.opened: list[str] = []
+        self.runs: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(onnxruntime, name)
+
+    def get_available_providers(self) -> list[str]:
+        return [*(["CUDAExecutionProvider"] if self._offers else []), "CPUExecutionProvider"]
+
+    def InferenceSession(self, model: Any, options: Any, providers: list[Any], **more: Any) -> Any:  # noqa: N802
+        names = [p if isinstance(p, str) else p[0] for p in providers]
+        wants = "CUDAExecutionProvider" in names
+        if wants and not self._accepts:
+            raise RuntimeError("CUDA failure 35: driver too old")
+        real = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], **more)
+        on_cuda, double = wants and self._loads, self
+        self.opened.append("cuda" if on_cuda else "cpu")
+
+        class Inside:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(real, name)
+
+            def get_providers(self) -> list[str]:
+                return ["CUDAExecutionProvider"] * on_cuda + ["CPUExecutionProvider"]
+
+            def run(self, names: list[str], feeds: dict[str, Any]) -> Any:
+                double.runs.append("cuda" if on_cuda else "cpu")
+                if on_cuda and double.fails:
+                    double.before_failing()
+                    raise RuntimeError("CUDA failure 2: out of memory")
+                return real.run(names, feeds)
+
+        return Inside()
+
+
+def feeds_of(session: Session) -> dict[str, Any]:
+    kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+    return {
+        n: np.full([d if isinstance(d, int) else 2 for d in shape], 1, kinds[kind])
+        for n, (kind, shape) in session.inputs.items()
+    }
+
+
+SMALL = GRAPHS / "inference.onnx"
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    from fedprune.core import tensorfile
+
+    (tmp_path / "inference.onnx").write_bytes(SMALL.read_bytes())
+    weights = {"w": np.ones((3, 6), np.float32), "b": np.zeros(3, np.float32)}
+    (tmp_path / "weights.safetensors").write_bytes(tensorfile.encode(weights))
+    return tmp_path / "inference.onnx"
+
+
+def test_cuda_computes_where_onnxruntime_has_it(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = Cuda()
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    session = Session(small, cuda=True)
+    assert (session.provider, session.reason) == ("cuda", "")
+    session.run(feeds_of(session))
+    assert double.runs == ["cuda"]
+    assert Session(small).provider == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("lacks", "reason"),
+    [("offers", "has no CUDA provider"), ("accepts", "driver too old"), ("loads", "can't be loaded")],
+)
+def test_the_cpu_computes_where_cuda_doesnt_work(
+    small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lacks: str, reason: str
+) -> None:
+    double = Cuda(**{lacks: False})
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    session = Session(small, cuda=True)
+    assert session.provider == "cpu"
+    assert reason in session.reason
+    assert reason in caplog.text
+    session.run(feeds_of(session))
+    assert double.runs == ["cpu"]
+
+
+def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = Cuda()
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    session = Session(small, cuda=True)
+    feeds = feeds_of(session)
+    before = session.run(feeds)
+    with pytest.raises(ModelError, match="couldn't run"):
+        session.run({"x": np.zeros(3, np.float32)})
+    assert session.provider == "cuda", "what no provider takes is no fault of CUDA's"
+    double.fails = True
+    after = session.run(feeds)
+    assert session.provider == "cpu"
+    assert "out of memory" in session.reason
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+    session.run(feeds)
+    assert double.runs == ["cuda", "cuda", "cpu", "cuda", "cpu", "cpu"]
+
+
+def test_threads_whose_runs_fail_on_cuda_at_once_get_one_cpu(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = Cuda()
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    session = Session(small, cuda=True)
+    feeds = feeds_of(session)
+    before = session.run(feeds)
+    double.fails, double.before_failing = True, threading.Barrier(4, timeout=60).wait
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(session.run, [feeds] * 4))
+
+    assert session.provider == "cpu"
+    assert double.opened == ["cuda", "cpu"]
+    for after in found:
+        for name, value in before.items():
+            np.testing.assert_array_equal(after[name], value)
+
+
+def test_a_run_that_fails_on_cuda_after_another_did_is_done_on_the_cpu(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double = Cuda()
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    session = Session(small, cuda=True)
+    feeds = feeds_of(session)
+    first, both = threading.Lock(), []
+
+    def another() -> None:
+        if first.acquire(blocking=False):
+            both.append(session.run(feeds))
+
+    double.fails, double.before_failing = True, another
+    both.append(session.run(feeds))
+
+    assert session.provider == "cpu"
+    assert len(both) == 2
+    for name, value in both[0].items():
+        np.testing.assert_array_equal(both[1][name], value)
+
+
+def test_operators_are_timed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    graph = (Path(sessions.__file__).parents[1] / "assets" / "blocks_16.onnx").read_bytes()
+    feeds = {
+        name: np.ones([d if isinstance(d, int) else 2 for d in shape], np.float32)
+        for name, (_, shape) in Session(graph, training=True).inputs.items()
+    }
+
+    times = sessions.kernel_times(graph, feeds, runs=3, training=True)
+
+    operators = {op for op, _ in times.kernels.values()}
+    assert "Conv" in operators
+    assert all(seconds >= 0 for _, seconds in times.kernels.values())
+    assert 0 < sum(s for _, s in times.kernels.values()) <= 2 * times.run
+    assert not list(tmp_path.iterdir())  # nothing is left of the profiler's file
+
+
+def test_operators_of_a_broken_graph_are_not_timed() -> None:
+    with pytest.raises(ModelError):
+        sessions.kernel_times(b"nothing of the kind", {})
+    with pytest.raises(ModelError, match="couldn't run"):
+        sessions.kernel_times(GRAPH.read_bytes(), {})

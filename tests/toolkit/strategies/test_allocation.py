@@ -1,0 +1,425 @@
+"""Who gets how much of the model: fixed points, bounds, and the papers' steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ConfigError
+from fedprune.core.rng import keyed
+from fedprune.jobs.state import Device, State, Task
+from fedprune.model.architecture import widths_at
+from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, natural
+from fedprune.strategies.growth import Ladder, TimeDriven, balanced
+from fedprune.strategies.recovery import Recovery, watch
+from support.fakes.tiny_job import ARCHITECTURE, JOB
+
+pytestmark = pytest.mark.board
+
+DENSITIES = st.floats(0.05, 1.0)
+SECONDS = st.floats(0.1, 1000)
+
+
+def fleet_of(allocator: Allocator, *names: str, samples: int = 10) -> Fleet:
+    fleet = Fleet(JOB, ARCHITECTURE, State("m", round=1))
+    for name in names:
+        fleet.state.devices[name] = Device(1, True, {}, None, samples)
+    for name in names:
+        allocator.admit(fleet, name, None)
+    return fleet
+
+
+def densities(fleet: Fleet) -> list[float]:
+    return [d.density for _, d in sorted(fleet.state.devices.items())]
+
+
+def deliver(allocator: Allocator, fleet: Fleet, name: str, seconds: float | None, **metrics: float) -> None:
+    device = fleet.state.devices[name]
+    allocator.learn(fleet, name, Task(1, device.widths, device.density, metrics=metrics), seconds)
+
+
+def test_a_density_becomes_widths_unless_elements_are_masked() -> None:
+    fleet = fleet_of(Fixed(0.3, named={"b": 0.7}), "a", "b")
+    assert [d.widths for d in fleet.state.devices.values()] == [widths_at(ARCHITECTURE, x) for x in (0.3, 0.7)]
+    masked = fleet_of(Fixed(0.3, elements=True), "a")
+    assert (masked.state.devices["a"].widths, masked.state.devices["a"].density) == (ARCHITECTURE.sizes, 0.3)
+
+
+def test_tiers_are_dealt_in_the_order_of_names() -> None:
+    tiers = Tiers((1.0, 0.5, 0.25), shares=(0.2, 0.2, 0.6))
+    names = [f"board-{i}" for i in range(1, 11)]
+    fleet = fleet_of(tiers, *names)
+    tiers.open(fleet)
+    assert [fleet.state.devices[n].density for n in names] == [1.0] * 2 + [0.5] * 2 + [0.25] * 6
+    assert sorted(names, key=natural) == names
+
+
+@given(st.permutations(list("abcdef")))
+def test_the_order_of_announcements_makes_no_tiers(order: list[str]) -> None:
+    tiers = Tiers((1.0, 0.5, 0.25))
+    fleet = fleet_of(tiers, *order)
+    tiers.open(fleet)
+    assert densities(fleet) == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    assert not tiers.open(fleet)
+
+
+def test_drawn_tiers_are_drawn_anew_when_it_is_time() -> None:
+    tiers = Tiers((1.0, 0.25), by="chance", every=5)
+    names = [f"n{i}" for i in range(64)]
+    fleet = fleet_of(tiers, *names)
+    first = densities(fleet)
+    assert 16 < first.count(1.0) < 48
+    for number in range(1, 6):
+        fleet.state.round = number
+        assert not tiers.open(fleet)
+    fleet.state.round = 6
+    assert tiers.open(fleet)
+    assert densities(fleet) != first
+    assert densities(fleet_of(tiers, *reversed(names))) == first
+
+
+@given(DENSITIES, st.floats(0.001, 1000.0), st.floats(0, 1), st.sampled_from([1.0, 2.0]))
+def test_equal_times_are_the_fixed_point(density: float, ratio: float, gain: float, power: float) -> None:
+    assert balanced(density, 1.0, gain, power=power) == density
+    assert (balanced(density, ratio, gain, power=power) - density) * (ratio - 1) >= 0, "the slower the less"
+    assert balanced(density, ratio) == pytest.approx(density * ratio)
+    assert balanced(density, ratio, power=2.0) == pytest.approx(density * ratio**0.5)
+
+
+@pytest.mark.parametrize("ratio", [0.951, 1.049])
+def test_nearly_equal_times_are_equal_on_both_sides(ratio: float) -> None:
+    assert balanced(0.4, ratio, band=0.05) == 0.4
+    assert balanced(0.4, 2 * ratio - 1, band=0.05) != 0.4
+
+
+@given(st.lists(st.tuples(DENSITIES, SECONDS), min_size=2, max_size=6), st.floats(0.05, 0.5))
+def test_times_move_densities_within_their_bounds(parts: list[tuple[float, float]], floor: float) -> None:
+    names = [f"d{i}" for i in range(len(parts))]
+    start = Fixed(named={n: max(floor, d) for n, (d, _) in zip(names, parts, strict=True)})
+    allocator = TimeDriven(start, None, interval=1, floor=floor)
+    fleet = fleet_of(allocator, *names)
+    before = densities(fleet)
+    for name, (_, seconds) in zip(names, parts, strict=True):
+        deliver(allocator, fleet, name, seconds)
+    changed = allocator.review(fleet, {})
+    whole = min(s / d for d, (_, s) in zip(before, parts, strict=True))
+    for old, new, (_, seconds) in zip(before, densities(fleet), parts, strict=True):
+        # The paper's formula, of times as they would be without pruning.
+        expected = min(1.0, max(floor, whole / (seconds / old)))
+        assert new == pytest.approx(old if abs(1 - whole / seconds) <= 0.05 else expected)
+    assert changed == (densities(fleet) != before)
+
+
+def play(allocator: TimeDriven, fleet: Fleet, rounds: int, seconds: Callable[[int, str], float]) -> list[list[float]]:
+    """Rounds whose times go with densities, `seconds` being those of the whole model."""
+    out = []
+    for _ in range(rounds):
+        fleet.state.round += 1
+        for name, device in fleet.state.devices.items():
+            deliver(allocator, fleet, name, seconds(fleet.state.round, name) * device.density**allocator.power)
+        allocator.review(fleet, {})
+        out.append(densities(fleet))
+    return out
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_a_density_comes_back_when_a_slow_link_has_recovered(power: float) -> None:
+    allocator = TimeDriven(Fixed(), None, interval=1, floor=0.1, power=power)
+    fleet = fleet_of(allocator, "a", "b")
+    path = play(allocator, fleet, 4, lambda number, name: 50.0 if (number, name) == (2, "a") else 10.0)
+    assert path[0] == pytest.approx([0.2 ** (1 / power), 1.0])
+    assert path[1:] == [[1.0, 1.0]] * 3
+
+
+def test_devices_that_are_alike_do_not_drift_down_by_their_noise() -> None:
+    names = [f"d{i}" for i in range(10)]
+    allocator = TimeDriven(Fixed(), None, interval=1, floor=0.01)
+    fleet = fleet_of(allocator, *names)
+    path = play(allocator, fleet, 200, lambda *at: 10.0 * math.exp(0.3 * keyed(0, *at).standard_normal()))
+    means = [sum(found) / len(found) for found in path]
+    early, late = sum(means[:50]) / 50, sum(means[-50:]) / 50
+    assert late == pytest.approx(early, rel=0.1)
+    assert min(means) > 0.3
+    assert all(max(found) > 0.95 for found in path), "the fastest has all of the model, but for the band"
+    assert min(play(allocator, fleet, 1, lambda *_: 10.0)[0]) > 0.95
+
+
+def test_a_fleet_that_begins_pruned_gets_the_model_that_its_fastest_can_have() -> None:
+    allocator = TimeDriven(Fixed(0.2), None, interval=1)
+    fleet = fleet_of(allocator, "a", "b")
+    assert play(allocator, fleet, 1, lambda _, name: {"a": 10.0, "b": 40.0}[name]) == [pytest.approx([1.0, 0.25])]
+
+
+@pytest.mark.parametrize("slow", [2.0, 5.0, 60.0])
+def test_densities_of_channels_settle_without_swinging(slow: float) -> None:
+    """Work goes with the square of the density, messages with less; the slow device may begin anywhere."""
+    for start in (1.0, 0.1):
+        allocator = TimeDriven(Fixed(named={"b": start}), None, interval=1, floor=0.1, band=0.0, power=2.0)
+        fleet = fleet_of(allocator, "a", "b")
+        path = play(allocator, fleet, 3, lambda _, name: {"a": 1.0, "b": slow}[name])
+        assert path[1:] == [pytest.approx([1.0, max(0.1, slow**-0.5)])] * 2
+
+
+def test_times_of_another_density_say_nothing() -> None:
+    allocator = TimeDriven(Fixed(), None, interval=2)
+    fleet = fleet_of(allocator, "a", "b")
+    fleet.state.round = 2
+    for name, seconds in (("a", 10.0), ("a", 20.0), ("b", 60.0), ("b", None)):
+        deliver(allocator, fleet, name, seconds)
+    assert allocator.review(fleet, {})
+    assert densities(fleet) == [1.0, 0.25]
+    old = Task(1, ARCHITECTURE.sizes, 1.0)
+    allocator.learn(fleet, "b", old, 60.0)
+    fleet.state.round = 4
+    assert not allocator.review(fleet, {}), "b has shown nothing at its new density yet"
+    deliver(allocator, fleet, "b", 30.0)
+    fleet.state.round = 5
+    assert not allocator.review(fleet, {}), "it is not time"
+    fleet.state.round = 6
+    assert allocator.review(fleet, {})
+    assert densities(fleet) == [1.0, 0.125], "twice as long as a, whose 15 seconds are of the whole model"
+
+
+def test_checks_of_scores_hold_no_density_up() -> None:
+    allocator = TimeDriven(Fixed(), Recovery(patience=5), interval=1, floor=0.2)
+    fleet = fleet_of(allocator, "a", "b")
+    for number in range(1, 5):
+        fleet.state.round = number
+        for name, seconds in (("a", 10.0), ("b", 40.0 * fleet.state.devices["b"].density)):
+            deliver(allocator, fleet, name, seconds, accuracy_validation=0.1 * number)
+        allocator.review(fleet, {})
+    assert densities(fleet) == [1.0, 0.25]
+
+
+def test_round_times_that_are_partly_fixed_converge_to_equal_ones() -> None:
+    """A round takes its density's share of a time plus some that no density changes: the rule is applied again."""
+    allocator = TimeDriven(Fixed(), None, interval=1, floor=0.01, band=0.0)
+    fleet = fleet_of(allocator, "a", "b")
+    for _ in range(200):
+        deliver(allocator, fleet, "a", 10.0)
+        deliver(allocator, fleet, "b", 5.0 + 20.0 * fleet.state.devices["b"].density)
+        allocator.review(fleet, {})
+    assert densities(fleet) == pytest.approx([1.0, 0.25], rel=1e-6)
+
+
+def test_early_stopping_counts_checks_without_a_better_score() -> None:
+    seen: dict[str, object] = {}
+    scores = [0.1, 0.2, 0.15, 0.15, 0.19, 0.2, 0.3, 0.29, 0.1, 0.3]
+    fired = []
+    for found in scores:
+        seen, now = watch(seen, found, 3)
+        fired.append(now)
+    # 0.15 for the second time is the same as at the last check: too little was learnt to say.
+    assert fired == [False, False, False, False, False, True, False, False, False, True]
+    assert seen["best"] == 0.3
+    assert watch(seen, None, 1)[1] is False
+
+
+@pytest.mark.parametrize(
+    ("recovery", "path"),
+    [
+        (Recovery(), [0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 1.0]),
+        (Recovery(step="double"), [0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (Recovery(step="ladder"), [0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 1.0]),
+    ],
+)
+def test_densities_grow_by_the_papers_steps(recovery: Recovery, path: list[float]) -> None:
+    grown = [path[0]]
+    while len(grown) < len(path):
+        grown.append(recovery.grown(grown[-1]))
+    assert grown == pytest.approx(path)
+
+
+def still(allocator: Ladder, fleet: Fleet, rounds: int, **scores: float) -> list[list[float]]:
+    """Rounds in which no device's score becomes better (but never is the same twice)."""
+    out = []
+    for _ in range(rounds):
+        fleet.state.round += 1
+        for name in fleet.state.devices:
+            wiggle = 1e-4 * (fleet.state.round % 2)
+            deliver(allocator, fleet, name, 10.0, accuracy_validation=scores.get(name, 0.5) - wiggle)
+        allocator.review(fleet, {})
+        out.append(densities(fleet))
+    return out
+
+
+def test_whoever_has_learnt_what_it_can_grows_until_all_have_all() -> None:
+    start = Fixed(0.5, named={"c": 1.0})  # with times that are equal
+    allocator = TimeDriven(start, Recovery(patience=2, delta=0.25, final_patience=3), interval=1, floor=0.5)
+    fleet = fleet_of(allocator, "a", "b", "c")
+    path = still(allocator, fleet, 12)
+    assert path[0] == [0.5, 0.5, 1.0]
+    assert sorted({tuple(p) for p in path}) == [(0.5, 0.5, 1.0), (0.75, 0.75, 1.0), (1.0, 1.0, 1.0)]
+    assert path == sorted(path)
+    assert not allocator.done(fleet) or densities(fleet) == [1.0, 1.0, 1.0]
+    still(allocator, fleet, 12)
+    assert allocator.done(fleet)
+
+
+@pytest.mark.parametrize("names", ["a", "ab"])
+@pytest.mark.parametrize(("patience", "final", "checks"), [(2, 0, 16), (10, 0, 80), (2, 5, 5)])
+def test_a_fleet_that_has_all_of_the_model_is_done_after_the_last_patience(
+    names: str, patience: int, final: int, checks: int
+) -> None:
+    """8·P checks, whatever ρ_min is: nothing has been pruned, so nothing has to grow first."""
+    allocator = TimeDriven(Fixed(), Recovery(patience=patience, final_patience=final), interval=1, floor=0.1)
+    fleet = fleet_of(allocator, *names)
+    still(allocator, fleet, checks)  # the first score is the best one
+    assert not allocator.done(fleet)
+    assert allocator._least(fleet, "a") == 0.1, "times may still prune"
+    still(allocator, fleet, 1)
+    assert allocator.done(fleet)
+
+
+def test_the_whole_model_grows_from_where_the_sparsest_device_stands() -> None:
+    recovery = Recovery(patience=2, stop=False)
+    allocator = TimeDriven(Fixed(0.5, named={"c": 1.0}), recovery, interval=1, floor=0.1)
+    fleet = fleet_of(allocator, "a", "c")
+    for number in range(2, 5):
+        fleet.state.round = number
+        for name, gain in (("a", 0.01), ("c", -0.04)):  # a becomes better, all together do not
+            deliver(allocator, fleet, name, 10.0, accuracy_validation=0.5 + gain * number)
+        allocator.review(fleet, {})
+    assert densities(fleet) == pytest.approx([0.7, 1.0])
+
+
+def test_who_still_learns_does_not_grow_by_itself() -> None:
+    allocator = Ladder(Fixed(0.1), Recovery(patience=3, step="ladder"), interval=1)
+    fleet = fleet_of(allocator, "a", "b")
+    for number in range(1, 8):
+        fleet.state.round = number
+        deliver(allocator, fleet, "a", None, accuracy_validation=0.1 * number)
+        deliver(allocator, fleet, "b", None, accuracy_validation=0.5 - 0.01 * number)
+        allocator.review(fleet, {"accuracy": 0.9})
+    assert densities(fleet) == [0.1, 0.5]
+
+
+@pytest.mark.parametrize(("freeze", "expected"), [(True, [0.7, 0.5, 1.0]), (False, [0.7, 0.1, 1.0])])
+def test_once_something_has_grown_times_change_nothing(freeze: bool, expected: list[float]) -> None:
+    """Unless that is switched off: a has grown, which is a floor for a; b has not, and becomes slow."""
+    start = Fixed(0.5, named={"c": 1.0})
+    allocator = TimeDriven(start, Recovery(patience=1, delta=0.2), interval=1, floor=0.1, freeze=freeze)
+    fleet = fleet_of(allocator, "a", "b", "c")
+    for number in range(2, 8):
+        fleet.state.round = number
+        late = number > 4
+        for name, score in (("a", 0.5 - 0.01 * max(0, number - 3)), ("b", 0.1 * number), ("c", 0.1 * number)):
+            deliver(allocator, fleet, name, 100.0 if late and name != "c" else 10.0, accuracy_validation=score)
+        allocator.review(fleet, {})
+        if number == 3:
+            assert densities(fleet) == [0.5, 0.5, 1.0], "all take equally long"
+        if number == 4:
+            assert densities(fleet) == pytest.approx([0.7, 0.5, 1.0])
+            allocator = replace(allocator, recovery=None)  # what follows is up to times
+    assert densities(fleet) == pytest.approx(expected)
+
+
+def test_the_servers_own_score_counts_where_it_is_for_validation() -> None:
+    allocator = Ladder(Fixed(0.1), Recovery(patience=2, validation="server"), interval=1)
+    fleet = fleet_of(allocator, "a")
+    for number, accuracy in enumerate((0.5, 0.4, 0.41), start=1):
+        fleet.state.round = number
+        allocator.review(fleet, {"accuracy": accuracy})
+    assert densities(fleet) == pytest.approx([0.3])
+
+
+def test_a_ladder_can_be_climbed_by_the_clock() -> None:
+    allocator = Ladder(Fixed(0.05), Recovery(step="ladder"), climb_at=(2, 4))
+    fleet = fleet_of(allocator, "a")
+    path = []
+    for number in range(1, 6):
+        fleet.state.round = number
+        allocator.review(fleet, {})
+        path += densities(fleet)
+    assert path == [0.05, 0.1, 0.1, 0.2, 0.2]
+
+
+def test_whoever_returns_has_what_it_had() -> None:
+    allocator = TimeDriven(Fixed(0.8), None, interval=1)
+    fleet = fleet_of(allocator, "a", "b")
+    deliver(allocator, fleet, "a", 10.0)
+    deliver(allocator, fleet, "b", 20.0)
+    allocator.review(fleet, {})
+    assert densities(fleet) == [1.0, 0.5]
+    known = fleet.state.devices["b"]
+    fleet.state.devices["b"] = Device(2, True, {}, None, 10, allocation=known.allocation)
+    allocator.admit(fleet, "b", known)
+    assert densities(fleet) == [1.0, 0.5]
+    assert fleet.state.devices["b"].widths == known.widths
+
+
+@given(st.data())
+def test_what_allocators_remember_survives_json_and_is_replaced_not_changed(data: st.DataObject) -> None:
+    allocator = TimeDriven(Fixed(0.3), Recovery(patience=1), interval=2)
+    fleet = fleet_of(allocator, "a", "b")
+    for _ in range(8):
+        before = [(d, d.allocation, json.dumps(d.allocation)) for d in fleet.state.devices.values()]
+        fleet.state.round += 1
+        for name in fleet.state.devices:
+            if data.draw(st.booleans()):
+                deliver(allocator, fleet, name, data.draw(SECONDS), accuracy_validation=data.draw(st.floats(0, 1)))
+        allocator.review(fleet, {})
+        for device, kept, text in before:
+            assert json.dumps(kept) == text
+            if json.dumps(device.allocation) != text:
+                assert device.allocation is not kept
+        again = State.from_json(fleet.state.to_json())
+        assert again == fleet.state
+        assert all(0.1 <= d <= 1 for d in densities(fleet))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Fixed(0.0),
+        lambda: Fixed(named={"a": 1.5}),
+        lambda: Tiers(()),
+        lambda: Tiers((1.0, 0.5), shares=(1.0,)),
+        lambda: Tiers((1.0, 0.5), shares=(float("inf"), 1.0)),
+        lambda: Tiers((1.0,), every=3),
+        lambda: Ladder(interval=0),
+        lambda: TimeDriven(floor=0),
+        lambda: TimeDriven(gain=2),
+        lambda: TimeDriven(power=0.5),
+        lambda: Recovery(patience=0),
+        lambda: Recovery(rungs=(0.5, 0.1, 1.0)),
+        lambda: replace(Recovery(), delta=0),
+    ],
+)
+def test_nonsense_is_refused(make: object) -> None:
+    with pytest.raises(ConfigError):
+        make()  # type: ignore[operator]
+
+
+@given(st.lists(st.sampled_from([f"n{i}" for i in (1, 2, 10, 20, 100)] + ["N1", "1n", "n01", "m"]), min_size=1))
+def test_a_devices_place_is_that_of_a_sort(coming: list[str]) -> None:
+    """However devices come, one by one or many unseen, and whether or not the same ones come again."""
+    fleet = Fleet(JOB, ARCHITECTURE, State("m"))
+    for i, name in enumerate(coming):
+        fleet.state.devices[name] = Device(1, True, {}, None, 10)
+        if i % 3:
+            ordered = sorted(fleet.state.devices, key=lambda n: (natural(n), n))
+            assert [fleet.place(n) for n in ordered] == list(range(len(ordered)))
+
+
+def test_many_births_sort_no_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = 0
+
+    def counted(name: str) -> list[tuple[int, int, str]]:
+        nonlocal seen
+        seen += 1
+        return natural(name)
+
+    monkeypatch.setattr("fedprune.strategies.allocation.natural", counted)
+    tiers, fleet = Tiers((1.0, 0.5, 0.25)), Fleet(JOB, ARCHITECTURE, State("m"))
+    for i in range(300):
+        fleet.state.devices[f"device-{i}"] = Device(1, True, {}, None, 5)
+        tiers.admit(fleet, f"device-{i}", None)
+    tiers.open(fleet)
+    assert seen <= 3 * 300

@@ -1,0 +1,247 @@
+"""FedAsync, FedFix, FedBuff and PR-FL as composed: what their options mean, and PR-FL's worked examples."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.aggregation.fold import Fold
+from fedprune.core.errors import ConfigError
+from fedprune.importance.scoring import ordered, ranks
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device, State, Task
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection
+from fedprune.strategies import compose
+from fedprune.strategies.allocation import Fixed, Fleet, Tiers
+from fedprune.strategies.averaging import DeltaMean, Mean
+from fedprune.strategies.growth import Ladder, TimeDriven
+from fedprune.strategies.methods import asynchronous, pr_fl
+from fedprune.strategies.roles import Turn
+from fedprune.strategies.slicing import Selected
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.unstructured_masks import Elements
+from support.fakes.tiny_job import ARCHITECTURE, JOB
+from support.paths import ROOT
+
+pytestmark = pytest.mark.board
+
+PAPERS = ("fedasync", "fedbuff", "fedfix", "pr-fl")
+
+
+def strategy_of(name: str, **options: Any) -> Strategy:
+    return compose(replace(JOB, density=0.0, strategy=name, options=options))
+
+
+def model_of(value: float) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    return {t.name: np.full(t.shape, value, np.float32) for t in ARCHITECTURE.tensors}
+
+
+def turn_in(number: int, last: int = 0) -> Turn:
+    return Turn(0, number, "a", ARCHITECTURE.sizes, last=last)
+
+
+def asked(strategy: Strategy, offers: Iterable[int]) -> list[int]:
+    """Of a device's offers, by their rounds, those that ask for squared gradients, where every update counts."""
+    found, last = [], 0
+    for number in offers:
+        if strategy.objective.recipe(JOB.recipe, turn_in(number, last)).report_squares:
+            found.append(number)
+        last = number
+    return found
+
+
+def masked_mean(previous: float, values: list[float | None], weights: list[int], rate: float = 1.0) -> float:
+    """MaskFedAvg of one weight; None where a device's model has it pruned."""
+    aggregator = strategy_of("pr-fl").aggregator
+    assert isinstance(aggregator, Mean)
+    whole = Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, ranks(ordered(ARCHITECTURE)))
+    fold = Fold(ARCHITECTURE, model_of(previous), rule=aggregator.rule)
+    for value, weight in zip(values, weights, strict=True):
+        mask = None
+        tensors = model_of(0.0 if value is None else value)
+        if value is None:
+            mask = ElementMask({"w": np.zeros((8, 4), np.bool_)})
+            tensors["w"] = np.zeros((8, 4), np.float32)
+        fold.add(whole, tensors, weight, mask=mask)
+    model, _ = fold.close(rate=rate)
+    assert len(np.unique(model["w"])) == 1
+    return float(model["w"][0, 0])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([1.0, 3.0, 2.0], 2.0), ([None, None, 1.0], 1.0), ([None, None, None], 3.0)]
+)
+def test_the_worked_examples_of_mask_fed_avg(values: list[float | None], expected: float) -> None:
+    assert masked_mean(3.0, values, [7, 7, 7]) == expected
+
+
+def test_staleness_weighs_only_those_that_hold_a_weight() -> None:
+    assert masked_mean(9.0, [1.0, None, 2.0], [3, 100, 1]) == 1.25
+    assert masked_mean(9.0, [1.0, None, 2.0], [3, 100, 1], rate=0.5) == pytest.approx(9 + 0.5 * (1.25 - 9))
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_presets_are_asynchronous_and_of_the_whole_model(name: str) -> None:
+    strategy = strategy_of(name)
+    assert strategy.schedule is not None
+    assert strategy.schedule.asynchronous
+    start = strategy.allocator.start if isinstance(strategy.allocator, Ladder) else strategy.allocator
+    assert start == Fixed(1.0, elements=name == "pr-fl")
+
+
+def test_each_aggregates_what_its_paper_does() -> None:
+    assert type(strategy_of("fedasync").aggregator) is Mean
+    assert type(strategy_of("fedbuff").aggregator) is DeltaMean
+    assert type(strategy_of("fedfix").aggregator) is DeltaMean
+    assert type(strategy_of("fedfix", mixing="share").aggregator) is Mean
+
+
+def test_schedules_are_what_the_options_say() -> None:
+    fedasync, fedbuff, fedfix, pr_fl = (
+        strategy_of("fedasync", rate=0.9, staleness="hinge", a=10, b=4, max_staleness=16, concurrent=5),
+        strategy_of("fedbuff", buffer=7, rate=0.3),
+        strategy_of("fedfix", window_s=12),
+        strategy_of("pr-fl", window_s=0.5, a=0.6, interval=10),
+    )
+    one, many, window, kept = (s.schedule for s in (fedasync, fedbuff, fedfix, pr_fl))
+    assert one is not None
+    assert many is not None
+    assert window is not None
+    assert kept is not None
+    assert (one.arrivals, one.rate, one.staleness(5), one.max_staleness, one.concurrent) == (1, 0.9, 1 / 11, 16, 5)
+    assert (many.arrivals, many.rate, many.staleness(3), many.mixing) == (7, 0.3, 0.5, "damped")
+    assert (window.window_s, window.staleness(9), window.mixing) == (12, 1.0, "unbiased")
+    assert (kept.window_s, kept.keep, kept.mixing, kept.score_every) == (0.5, True, "normalised", 10)
+    assert kept.staleness(2) == pytest.approx(3**-0.6)
+
+
+def test_pr_fl_by_elements_and_by_channels() -> None:
+    elements, channels = strategy_of("pr-fl"), strategy_of("pr-fl", masks="channels")
+    assert isinstance(elements.extractor, Elements)
+    assert isinstance(channels.extractor, Selected)
+    assert isinstance(elements.allocator, TimeDriven)
+    assert isinstance(channels.allocator, TimeDriven)
+    assert elements.allocator.start.elements
+    assert not channels.allocator.start.elements
+    recipe = JOB.recipe
+    assert asked(elements, range(1, 101)) == [1, *range(46, 51), 51, *range(96, 101)]
+    assert asked(strategy_of("pr-fl", reported=1.0, interval=7), range(1, 15)) == [*range(1, 15)]
+    assert asked(strategy_of("pr-fl", reported=0.0, interval=7), range(1, 15)) == [1, 8]
+    turn = turn_in(50)
+    assert not channels.objective.recipe(recipe, turn).report_squares
+    assert not strategy_of("pr-fl", importance="taylor").objective.recipe(recipe, turn).report_squares
+
+
+@pytest.mark.parametrize(("masks", "density"), [("elements", 0.25), ("channels", 0.5)])
+def test_channels_go_with_the_square_of_a_density_and_elements_with_it(masks: str, density: float) -> None:
+    """Of two devices one takes four times as long: a quarter of the elements, or half of both widths of a product."""
+    allocator = strategy_of("pr-fl", masks=masks, interval=1).allocator
+    fleet = Fleet(JOB, ARCHITECTURE, State("m", round=1))
+    for name in ("a", "b"):
+        fleet.state.devices[name] = Device(1, True, {}, None, 10)
+        allocator.admit(fleet, name, None)
+    for name, seconds in (("a", 1.0), ("b", 4.0)):
+        device = fleet.state.devices[name]
+        allocator.learn(fleet, name, Task(1, device.widths, device.density), seconds)
+    allocator.review(fleet, {})
+    assert [fleet.state.devices[n].density for n in ("a", "b")] == [1.0, pytest.approx(density)]
+
+
+@given(st.lists(st.integers(1, 130), min_size=1, max_size=60), st.sampled_from([0.0, 0.1]))
+def test_every_device_reports_squares_once_an_interval_however_slow_it_is(gaps: list[int], reported: float) -> None:
+    """Of every interval in which it gets an offer, one asks it; hardly more do than the interval's last ones."""
+    offers = np.cumsum([1, *gaps]).tolist()
+    found = asked(strategy_of("pr-fl", reported=reported), offers)
+    early = [n for n in found if (n - 1) % 50 < 50 * (1 - reported)]
+    intervals = [(n - 1) // 50 for n in offers]
+    assert {(n - 1) // 50 for n in found} == set(intervals)
+    assert len({(n - 1) // 50 for n in early}) == len(early), "one of them before its last rounds"
+
+
+def test_whose_update_did_not_count_is_asked_again() -> None:
+    objective = strategy_of("pr-fl").objective
+    recipes = [objective.recipe(JOB.recipe, turn_in(n, last=3)) for n in (51, 60)]
+    assert [r.report_squares for r in recipes] == [True, True]
+    assert not objective.recipe(JOB.recipe, turn_in(60, last=51)).report_squares
+
+
+def test_fed_gmr_is_a_setting_of_pr_fl() -> None:
+    allocator = strategy_of(
+        "pr-fl", stage1=False, densities=[1.0, 0.5, 0.2, 0.1, 0.05], step="ladder", reset=True, stable=20
+    ).allocator
+    assert type(allocator) is Ladder
+    assert allocator.start == Tiers((1.0, 0.5, 0.2, 0.1, 0.05), elements=True)
+    assert allocator.recovery is not None
+    assert allocator.recovery.grown(0.1) == 0.2
+
+
+def test_ablations_are_settings_of_pr_fl() -> None:
+    in_step = strategy_of("pr-fl", synchronous=True, recovery=False, mean="plain")
+    assert in_step.schedule is not None
+    assert not in_step.schedule.asynchronous
+    assert isinstance(in_step.aggregator, Mean)
+    assert in_step.aggregator.rule == "zero"
+    assert isinstance(in_step.allocator, TimeDriven)
+    assert in_step.allocator.recovery is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("fedasync", {"rate": 1.5}, "rate"),
+        ("fedasync", {"mixing": "unbiased"}, "mixing"),
+        ("fedasync", {"staleness": "never"}, "staleness"),
+        ("fedasync", {"alpha": 1}, "alpha"),
+        ("fedbuff", {"buffer": 0}, "buffer"),
+        ("fedbuff", {"buffer": 5, "concurrent": 3}, "at most concurrent"),
+        ("fedbuff", {"rule": "zero"}, "rule"),
+        ("fedfix", {"window_s": 0.0}, "window_s"),
+        ("fedfix", {"max_staleness": -1}, "max_staleness"),
+        ("pr-fl", {"masks": "rows"}, "masks"),
+        ("pr-fl", {"floor": 0.0}, "floor"),
+        ("pr-fl", {"patience": 0}, "patience"),
+        ("pr-fl", {"step": "jump"}, "step"),
+        ("pr-fl", {"densities": ["a"]}, "densities"),
+        ("pr-fl", {"least": 0}, "least"),
+        ("pr-fl", {"importance": "luck"}, "importance"),
+        ("pr-fl", {"importance": "luck", "masks": "channels"}, "importance"),
+        ("pr-fl", {"synchronous": True, "rate": 0.5}, "rate"),
+        ("pr-fl", {"synchronous": True, "window_s": 2, "masks": "channels"}, "window_s"),
+        ("pr-fl", {"synchronous": True, "evaluate_every": 5}, "evaluate_every"),
+    ],
+)
+def test_wrong_options_are_named(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        strategy_of(name, **options)
+
+
+def test_a_jobs_own_density_is_where_devices_begin() -> None:
+    job = Job(name="toy", density=0.4, strategy="pr-fl")
+    allocator = compose(job).allocator
+    assert isinstance(allocator, TimeDriven)
+    assert allocator.start == Fixed(0.4, elements=True)
+
+
+OPTIONS = {
+    "fedasync": asynchronous.OneByOne,
+    "fedbuff": asynchronous.Buffers,
+    "fedfix": asynchronous.Windows,
+    "pr-fl": pr_fl.Options,
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_page_has_a_row_for_every_option(name: str) -> None:
+    text = (ROOT / "docs" / "strategies" / f"{name}.md").read_text()
+    assert f'strategy = "{name}"' in text
+    rows = [line.split("|")[1] for line in text.partition("## Options")[2].splitlines() if line.startswith("| `")]
+    named = [word for row in rows for word in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(f.name for f in fields(OPTIONS[name]))

@@ -1,0 +1,330 @@
+"""AutoFLIP: explorers' guidance, masks made of it, damped momentum, and structure that emerges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import TensorKind
+from fedprune.model.selection import Tensors, mesh
+from fedprune.strategies import compose
+from fedprune.strategies.averaging import Mean
+from fedprune.strategies.roles import Submodel, Turn
+from fedprune.strategies.scorers import ByName
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.unstructured_masks import Elements, global_mask
+from fedprune.training.recipe import Recipe
+from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
+from support.nets.drawn_models import model, seeds
+
+pytestmark = pytest.mark.board
+
+DEVICES = {"a": Device(weight=3), "b": Device(weight=5), "c": Device(weight=2, absent=frozenset({3}))}
+RANKED = ("first.weight", "second.weight", "second.bias", "head.weight", "head.bias")
+
+
+def autoflip(**options: Any) -> Strategy:
+    return compose(Job(strategy="autoflip", options=options))
+
+
+def guidance(play: Play, devices: tuple[str, ...], start: Tensors) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+    """Mean squared deviations, each tensor from 0 to 1; by hand."""
+    out = {}
+    for name in RANKED:
+        parts = [(play.past[d].tensors[name].astype(np.float64) - start[name]) ** 2 for d in devices]
+        mean = np.mean(parts, axis=0, dtype=np.float64)
+        out[name] = (mean - mean.min()) / (mean.max() - mean.min())
+    return out
+
+
+def masks(play: Play, device: str) -> dict[str, np.ndarray[Any, np.dtype[np.bool_]]]:
+    mask = play.sent[device].mask
+    assert mask is not None
+    return mask.active
+
+
+def test_exploring_moves_guidance_and_not_the_model() -> None:
+    start = model(NET, 1)
+    play = Play(autoflip(), start, DEVICES)
+    assert identical(play.play(), start)
+    assert set(play.memory) == {"guidance/a", "guidance/b", "guidance/c"}
+    for name in RANKED:
+        want = (play.past["b"].tensors[name].astype(np.float64) - start[name]) ** 2
+        np.testing.assert_allclose(play.memory["guidance/b"][name], want, rtol=1e-6)
+    assert play.sent["a"].mask is None
+
+
+def test_what_is_kept_of_an_explorer_is_as_large_as_its_submodel() -> None:
+    devices = {f"d{i}": Device(widths=widths) for i, widths in enumerate([(6, 4), (3, 2), (1, 1), (3, 2)])}
+    start = model(NET, 1)
+    play = Play(autoflip(pruned_share=0.5), start, devices)
+    play.play()
+    sizes = {d: sum(play.past[d].tensors[n].size for n in RANKED) for d in devices}
+    for device, size in sizes.items():
+        kept = sum(v.nbytes for v in play.memory[f"guidance/{device}"].values())
+        assert kept <= 4 * size + 8 * len(NET.groups), f"{device} keeps {kept} bytes of {size} elements"
+    play.play()
+    sums, counts = ({n: np.zeros(start[n].shape) for n in RANKED} for _ in range(2))
+    explored = Play(autoflip(), start, devices)
+    explored.play()
+    for device in devices:
+        past = explored.past[device]
+        for name in RANKED:
+            at = mesh(past.selection.maps(name))
+            sums[name][at] += (past.tensors[name].astype(np.float64) - start[name][at]) ** 2
+            counts[name][at] += 1
+    scaled = {n: sums[n] / counts[n] for n in RANKED}
+    scaled = {n: (v - v.min()) / (v.max() - v.min()) for n, v in scaled.items()}
+    limit = np.quantile(np.concatenate([v.ravel() for v in scaled.values()]), 0.5)
+    for name in RANKED:
+        sure = np.abs(scaled[name] - limit) > 1e-6  # guidance is kept as float32
+        np.testing.assert_array_equal(masks(play, "d0")[name][sure], (scaled[name] > limit)[sure])
+
+
+def test_an_explorer_that_stands_out_says_nothing_of_what_is_masked() -> None:
+    def far(submodel: Submodel, device: str, round_: int) -> Tensors:
+        out = moved(submodel, device, round_)
+        for name in RANKED if device == "far" else ():
+            out[name].reshape(-1)[: out[name].size // 2] += np.float32(6)
+        return out
+
+    start, names = model(NET, 1), [f"d{i}" for i in range(9)]
+    strategy = autoflip(pruned_share=0.5, robust={"check": "norm"})
+    honest = Play(strategy, start, {n: Device() for n in names}, move=far)
+    play = Play(strategy, start, {n: Device() for n in (*names, "far")}, move=far)
+    honest.play()
+    play.play()
+    assert set(play.rejected) == {"far"}
+    assert set(play.memory) == set(honest.memory)
+    honest.play()
+    play.play()
+    for name, mask in masks(honest, "d0").items():
+        np.testing.assert_array_equal(mask, masks(play, "d0")[name])
+
+
+@given(seeds, st.floats(0.01, 0.9))
+def test_a_share_of_all_elements_is_masked_by_the_participants_guidance(seed: int, share: float) -> None:
+    start = model(NET, seed)
+    play = Play(autoflip(pruned_share=share), start, DEVICES)
+    play.play()
+    for present in (("a", "b", "c"), ("a", "b")):  # in the third round one of them is away
+        explored = Play(autoflip(), start, DEVICES)
+        explored.play()
+        scaled = guidance(explored, present, start)
+        limit = np.quantile(np.concatenate([v.ravel() for v in scaled.values()]), share)
+        play.play()
+        active = masks(play, "a")
+        assert set(active) == set(RANKED)
+        near = 1e-6 * max(1.0, limit)  # guidance is kept as float32
+        for name in RANKED:
+            sure = np.abs(scaled[name] - limit) > near
+            np.testing.assert_array_equal(active[name][sure], (scaled[name] > limit)[sure])
+        assert all(np.array_equal(active[n], masks(play, "b")[n]) for n in active)
+        size = sum(v.size for v in active.values())
+        lost = size - sum(int(v.sum()) for v in active.values())
+        # The least of every tensor is 0 on its own scale.
+        assert abs(lost - max(len(RANKED), 1 + int(share * (size - 1)))) <= 1
+
+
+def test_norms_and_statistics_are_never_masked_and_biases_only_if_asked() -> None:
+    for biases in (True, False):
+        play = Play(autoflip(biases=biases), model(NET, 1), DEVICES)
+        play.play(2)
+        kinds = {NET.by_name[n].kind for n in masks(play, "a")}
+        assert kinds == {TensorKind.WEIGHT} | ({TensorKind.BIAS} if biases else set())
+
+
+def damped_fedavg(beta: float) -> Strategy:
+    """FedAvg with damped momentum that sleeps in the first round."""
+    return replace(
+        autoflip(),
+        scorer=ByName("ordered"),
+        extractor=Elements(),
+        aggregator=Mean(server_momentum=beta, damped=True),
+    )
+
+
+def test_without_pruning_it_is_fedavg_with_damped_momentum_bit_for_bit() -> None:
+    want = Play(damped_fedavg(0.9), model(NET, 1), DEVICES).play(5)
+    assert identical(Play(autoflip(pruned_share=0.0), model(NET, 1), DEVICES).play(5), want)
+
+
+def test_momentum_takes_masked_elements_to_zero() -> None:
+    """With w_k = 0 where masked: v ← β·v + (1 − β)·(0 − w), w ← w + v (AutoFLIP, B6)."""
+    play = Play(autoflip(prune_start=False, server_momentum=0.8), model(NET, 1), {"a": Device(), "b": Device()})
+    play.play()
+    weight, speed = play.model["second.weight"].astype(np.float64), 0.0
+    for _ in range(6):
+        play.play()
+        active = masks(play, "a")["second.weight"]
+        speed = 0.8 * speed + 0.2 * (0 - weight)
+        weight = weight + speed
+        np.testing.assert_allclose(play.model["second.weight"][~active], weight[~active], atol=1e-6)
+    assert np.abs(weight).max() < np.abs(model(NET, 1)["second.weight"]).max()
+
+
+def test_a_pruned_start_is_zero_where_masked_from_the_first_round_on() -> None:
+    play = Play(autoflip(), model(NET, 1), {"a": Device(), "b": Device()})
+    play.play()
+    for _ in range(3):
+        play.play()
+        for name, active in masks(play, "a").items():
+            assert not play.model[name][~active].any()
+            assert play.model[name][active].all()
+
+
+def test_masked_elements_can_be_kept_instead() -> None:
+    start = model(NET, 1)
+    play = Play(autoflip(pruned="keep"), start, {"a": Device(), "b": Device()})
+    play.play(4)
+    for name, active in masks(play, "a").items():
+        np.testing.assert_array_equal(play.model[name][~active], start[name][~active])
+        assert (play.model[name][active] != start[name][active]).all()
+
+
+def test_who_has_not_explored_follows_those_who_have() -> None:
+    start = model(NET, 1)
+    late = {**DEVICES, "late": Device(absent=frozenset({1}))}
+    play = Play(autoflip(), start, late)
+    play.play(2)
+    assert "guidance/late" not in play.memory
+    assert all(np.array_equal(m, masks(play, "a")[n]) for n, m in masks(play, "late").items())
+    alone = Play(autoflip(), start, {n: replace(d, absent=d.absent | {2}) for n, d in DEVICES.items()} | {
+        "late": Device(absent=frozenset({1}))
+    })  # fmt: skip
+    alone.play(2)
+    assert all(np.array_equal(m, masks(play, "a")[n]) for n, m in masks(alone, "late").items())
+
+
+def test_what_no_explorer_held_is_not_masked() -> None:
+    play = Play(autoflip(pruned_share=0.5), model(NET, 1), {"a": Device((3, 2)), "b": Device((3, 1))})
+    play.play(2)
+    play.devices = {"a": Device(), "b": Device((3, 1))}
+    play.play()
+    active = masks(play, "a")
+    assert active["second.weight"][:, 3:].all()
+    assert active["second.weight"][2:].all()
+    assert not active["second.weight"][:2, :3].all()
+
+
+@pytest.mark.parametrize("scaling", ["minmax", "robust"])
+def test_a_tensor_that_did_not_move_keeps_all_its_elements(scaling: str) -> None:
+    def still(submodel: Any, device: str, round_: int) -> Tensors:
+        return moved(submodel, device, round_) | {"second.bias": submodel.tensors["second.bias"]}
+
+    play = Play(autoflip(scaling=scaling), model(NET, 1), DEVICES, move=still)
+    play.play(2)
+    assert masks(play, "a")["second.bias"].all()
+    assert not all(m.all() for m in masks(play, "a").values())
+
+
+def test_where_nothing_moved_nothing_is_masked() -> None:
+    start = model(NET, 1)
+    play = Play(autoflip(pruned_share=0.5), start, {"a": Device()}, move=lambda sent, *_: dict(sent.tensors))
+    assert identical(play.play(2), start)
+    assert play.sent["a"].mask is None
+
+
+def test_robust_scaling_is_by_median_and_quartiles() -> None:
+    start = model(NET, 1)
+    play = Play(autoflip(scaling="robust", pruned_share=0.4), start, {"a": Device()})
+    play.play()
+    scaled = {}
+    for name in RANKED:
+        square = (play.past["a"].tensors[name].astype(np.float64) - start[name]) ** 2
+        first, middle, third = np.quantile(square, (0.25, 0.5, 0.75))
+        scaled[name] = (square - middle) / (third - first)
+    limit = np.quantile(np.concatenate([v.ravel() for v in scaled.values()]), 0.4)
+    play.play()
+    for name, active in masks(play, "a").items():
+        sure = np.abs(scaled[name] - limit) > 1e-5
+        np.testing.assert_array_equal(active[sure], (scaled[name] > limit)[sure])
+
+
+def test_a_warm_start_is_the_mean_of_what_explorers_found() -> None:
+    play = Play(autoflip(warm_start="explored_mean"), model(NET, 1), DEVICES)
+    after = play.play()
+    want = Play(compose(Job(scorer="ordered")), model(NET, 1), DEVICES).play()
+    assert identical(after, want)
+    assert "velocity" not in play.memory
+
+
+def test_exploring_is_long_and_the_learning_rate_decays_afterwards() -> None:
+    objective = autoflip(exploration_epochs=20, patience=4, lr_decay=0.9).objective
+    recipe = Recipe(epochs=2, lr=0.1, max_steps=5)
+
+    def at(round_: int) -> Recipe:
+        return objective.recipe(recipe, Turn(0, round_, "a", NET.sizes))
+
+    assert at(1) == replace(recipe, epochs=20, patience=4, best_epoch=False, max_steps=0)
+    assert at(2) == recipe
+    assert at(5).lr == pytest.approx(0.1 * 0.9**3)
+    assert at(5).epochs == 2
+
+
+def dead_rows(submodel: Any, device: str, round_: int) -> Tensors:
+    """Two filters and a neuron don't move when exploring, so that all of what makes them is masked."""
+    out = moved(submodel, device, round_)
+    if round_ == 1:
+        for name, rows in (("first.weight", [1, 4]), ("second.weight", [2]), ("second.bias", [2])):
+            out[name][rows] = submodel.tensors[name][rows]
+    return out
+
+
+def test_channels_without_weights_are_cut_and_come_back_as_they_were_sent() -> None:
+    start = model(NET, 1)
+    cut, whole = (
+        Play(autoflip(structured=s, pruned_share=0.5), start, {"a": Device(), "b": Device()}, move=dead_rows)
+        for s in (True, False)
+    )
+    for play in (cut, whole):
+        play.play()
+        play.move = lambda submodel, device, round_: submodel.tensors  # so that both have the same model
+        play.play()
+    sent, full = cut.sent["a"], whole.sent["a"]
+    assert sent.selection.widths[0] <= 4
+    assert sent.selection.widths[1] <= 3
+    assert not set(sent.selection.ranks[0][: sent.selection.widths[0]]) & {1, 4}
+    assert sent.mask is not None
+    mask = global_mask(whole.reports["a"].cut)
+    assert mask is not None
+    for name, bits in mask.gathered(sent.selection).active.items():
+        np.testing.assert_array_equal(sent.mask.active[name], bits)
+    assert full.selection.whole
+    assert identical(cut.model, whole.model)
+
+
+def test_cut_channels_stay_cut_where_devices_are_narrower() -> None:
+    play = Play(autoflip(structured=True, pruned_share=0.5), model(NET, 1), {"a": Device((5, 3))}, move=dead_rows)
+    play.play(3)
+    sent = play.sent["a"].selection
+    assert sent.widths[0] <= 4
+    assert np.array_equal(sent.ranks[0], play.reports["a"].cut.selection.ranks[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pruned_share": 1.0},
+        {"exploration_epochs": 0},
+        {"patience": -1},
+        {"server_momentum": 1.0},
+        {"lr_decay": 0.0},
+        {"scaling": "max"},
+        {"pruned": "lost"},
+        {"warm_start": "yes"},
+        {"masked_share": 0.0},
+        {"threshold": 0.3},
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        autoflip(**options)

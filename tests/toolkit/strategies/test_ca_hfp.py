@@ -1,0 +1,257 @@
+"""CA-HFP's identities: nested masks, warm-up, scores, reconstruction, and what keeps its estimate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ConfigError
+from fedprune.importance.gradient_stats import Evidence
+from fedprune.importance.scoring import channel_sums, curvature, magnitude, movement, random_ranks, ranks
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import widths_at
+from fedprune.model.selection import Selection
+from fedprune.strategies import compose
+from fedprune.strategies.methods.ca_hfp import ca_hfp
+from fedprune.strategies.methods.fedavg import fedavg
+from fedprune.strategies.roles import Memories, Scene
+from fedprune.strategies.scorers import EVIDENCE, ByName
+from fedprune.training.recipe import Recipe
+from support.fakes.strategy_reports import close_fold, report, scene
+from support.fakes.strategy_rounds import NET, Device, Play, identical
+from support.fakes.tiny_job import ARCHITECTURE
+from support.nets.drawn_models import architectures, model, seeds, trained
+
+pytestmark = pytest.mark.board
+
+RATIOS = (0.0, 0.25, 0.5, 0.75, 0.9)
+
+
+def strategy(**options: Any) -> Any:
+    return ca_hfp(Job(strategy="ca-hfp", options=options))
+
+
+def a_round(at: Scene, scorer: ByName, density: float, seed: int) -> tuple[Memories, Selection]:
+    """One device of a density trains what the scorer ranks best; gives what the scorer remembers."""
+    architecture = at.architecture
+    selection = Selection.of(architecture, widths_at(architecture, density), scorer.rank(at).ranks)
+    made = report(at, selection, trained(selection, dict(at.model), seed), 5, steps=3)
+    _, fold = close_fold(strategy().aggregator, at, [made], evidence=scorer.observes)
+    return scorer.learn(at, fold, lambda: iter([made])), selection
+
+
+@given(st.data(), seeds)
+def test_masks_are_nested_and_keep_what_the_ratio_says(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    score = data.draw(st.sampled_from(["curvature", "l1", "delta_w", "random"]))
+    base = model(architecture, seed)
+    found = strategy(score=score).scorer.rank(scene(architecture, base, round=2)).ranks
+    kept: set[tuple[int, int]] = {(g, c) for g, n in enumerate(architecture.sizes) for c in range(n)}
+    for ratio in RATIOS:
+        selection = Selection.of(architecture, widths_at(architecture, 1 - ratio), found)
+        assert selection.widths == tuple(max(1, math.ceil((1 - ratio) * n - 1e-9)) for n in architecture.sizes)
+        narrower = {(g, int(c)) for g, r in enumerate(selection.ranks) for c in r[: selection.widths[g]]}
+        assert narrower <= kept
+        kept = narrower
+
+
+@pytest.mark.parametrize("options", [{}, {"score": "l1"}, {"score": "random"}, {"form": "signed", "warmup_rounds": 2}])
+def test_with_all_ratios_0_its_sums_are_fedavg_s_bits_in_any_order(options: dict[str, Any]) -> None:
+    """Devices whose training doesn't depend on the channels' order: the models are FedAvg's, whatever the ranks."""
+    fleet = {n: Device(weight=w) for n, w in (("a", 3), ("b", 10), ("c", 7))}
+    expected = Play(fedavg(Job(strategy="fedavg")), model(NET, 1), fleet)
+    got = Play(strategy(densities=[1.0], **options), model(NET, 1), fleet)
+    orders = set()
+    for _ in range(5):
+        assert identical(got.play(), expected.play())
+        orders.add(tuple(got.sent["a"].selection.ranks[0]))
+    assert tuple(range(NET.sizes[0])) not in orders, "channels lay in another order"
+
+
+@given(st.data(), seeds)
+def test_warm_up_is_random_until_every_channel_was_trained(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    scorer = strategy(densities=[0.5]).scorer
+    memory: Memories = {}
+    for t in range(1, 60):
+        at = scene(architecture, base, memory, round=t)
+        evidence = memory.get(EVIDENCE)
+        complete = evidence is not None and Evidence.from_tensors(architecture, evidence).complete
+        found = scorer.rank(at).ranks
+        if complete:
+            known = Evidence.from_tensors(architecture, memory[EVIDENCE])
+            expected = ranks(curvature(architecture, base, known))
+        else:
+            expected = random_ranks(architecture, 0, t)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        if complete:
+            return
+        learnt, _ = a_round(at, scorer, 0.5, seed + t)
+        memory = {**memory, **learnt}
+    pytest.fail("warm-up never ended")
+
+
+def test_warm_up_lasts_as_long_as_it_is_told() -> None:
+    scorer = strategy(score="l1", warmup_rounds=3).scorer
+    architecture = ARCHITECTURE
+    base = model(architecture, 0)
+    best = ranks(magnitude(architecture, base))
+    for t in range(1, 6):
+        found = scorer.rank(scene(architecture, base, round=t)).ranks
+        expected = random_ranks(architecture, 0, t) if t <= 3 else best
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@given(st.data(), seeds)
+def test_what_nobody_trained_keeps_its_estimates(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    estimator = data.draw(st.sampled_from(["fisher", "secant"]))
+    scorer = strategy(estimator=estimator).scorer
+    memory, _ = a_round(scene(architecture, base), scorer, 1.0, seed)
+    at = scene(architecture, base, memory, round=2)
+    after, selection = a_round(at, scorer, 0.5, seed + 1)
+    before, now = (Evidence.from_tensors(architecture, m[EVIDENCE]) for m in (memory, after))
+    assert before.estimator == now.estimator == estimator
+    for spec in architecture.trainable:
+        out = ~selection.covered(spec.name)
+        for kind in ("gradient", "curvature", "known"):
+            assert getattr(now, kind)[spec.name][out].tobytes() == getattr(before, kind)[spec.name][out].tobytes()
+
+
+@given(st.data(), seeds)
+def test_without_a_gradient_the_score_is_h_w_squared(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    evidence = Evidence.empty(architecture)
+    for spec in architecture.trainable:
+        evidence.curvature[spec.name] = np.abs(model(architecture, seed + 1)[spec.name])
+    signed, late, size = (curvature(architecture, base, evidence, f) for f in ("signed", "hw2", "abs"))  # type: ignore[arg-type]
+    assert all(np.array_equal(a, b) for a, b in zip(signed, late, strict=True))
+    assert all(np.allclose(a, b / 2) for a, b in zip(size, late, strict=True))
+
+
+@given(st.data(), seeds)
+def test_means_per_tensor_rank_alike_where_one_tensor_makes_a_group(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    kinds = {t.kind for t in architecture.tensors}
+    for name in [t.name for t in architecture.trainable]:
+
+        def part(asked: str, only: str = name) -> Any:
+            return np.abs(base[asked]).astype(np.float64) * (asked == only)
+
+        total, mean = (channel_sums(architecture, part, list(kinds), per_count=p) for p in (False, True))
+        for a, b in zip(total, mean, strict=True):
+            ratio = {round(float(x / y), 6) for x, y in zip(a, b, strict=True) if y > 0}
+            assert len(ratio) <= 1  # as many coordinates for every channel of a group
+
+
+def test_delta_w_ranks_by_how_far_weights_moved() -> None:
+    architecture = ARCHITECTURE
+    base = model(architecture, 0)
+    at = scene(architecture, base, recipe=Recipe(lr=0.1, momentum=0.0))
+    whole = Selection.full(architecture)
+    part = {n: v + np.float32(0.001) * np.arange(v.size, dtype=np.float32).reshape(v.shape) for n, v in base.items()}
+    scorer = strategy(score="delta_w").scorer
+    made = report(at, whole, part, 1)
+    _, fold = close_fold(strategy().aggregator, at, [made], evidence=True)
+    memory = scorer.learn(at, fold, lambda: iter([made]))
+    found = scorer.rank(scene(architecture, base, memory, round=2)).ranks
+    moved = channel_sums(
+        architecture,
+        lambda n: np.abs(part[n].astype(np.float64) - base[n]),
+        [t.kind for t in architecture.trainable],
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(found, ranks(moved), strict=True))
+    evidence = Evidence.from_tensors(architecture, memory[EVIDENCE])
+    assert all(np.allclose(a, 10 * b, rtol=1e-4) for a, b in zip(movement(architecture, evidence), moved, strict=True))
+
+
+@pytest.mark.parametrize(
+    "job", [Job(strategy="ca-hfp"), Job(scorer="curvature"), Job(strategy="ca-hfp", options={"score": "delta_w"})]
+)
+def test_a_gradient_is_a_step_s_move_over_the_rate_that_momentum_makes_of_lr(job: Job) -> None:
+    """g = −Δ / (steps·η_eff) with η_eff = lr / (1 − momentum), which is 0.2 / 0.25 here; h = g² of one device."""
+    base, whole, scorer = model(ARCHITECTURE, 0), Selection.full(ARCHITECTURE), compose(job).scorer
+    at = scene(ARCHITECTURE, base, recipe=Recipe(lr=0.2, momentum=0.75))
+    made = report(at, whole, {n: v - np.float32(0.06) for n, v in base.items()}, steps=3)
+    _, fold = close_fold(strategy().aggregator, at, [made], evidence=scorer.observes)
+    got = Evidence.from_tensors(ARCHITECTURE, scorer.learn(at, fold, lambda: iter([made]))[EVIDENCE])
+    assert all(np.allclose(v, 0.02 / 0.8, rtol=1e-4) for v in got.gradient.values())
+    assert all(np.allclose(v, (0.02 / 0.8) ** 2, rtol=1e-4) for v in got.curvature.values())
+
+
+def test_another_estimator_begins_without_evidence() -> None:
+    """A job that was stopped and goes on with other settings."""
+    base = model(ARCHITECTURE, 0)
+    for before, after in (("fisher", "secant"), ("secant", "fisher")):
+        memory, _ = a_round(scene(ARCHITECTURE, base), strategy(estimator=before).scorer, 1.0, 1)
+        at, scorer = scene(ARCHITECTURE, base, memory, round=2), strategy(estimator=after).scorer
+        drawn = random_ranks(ARCHITECTURE, 0, 2)
+        assert all(np.array_equal(a, b) for a, b in zip(scorer.rank(at).ranks, drawn, strict=True)), "warm-up, again"
+        changed, _ = a_round(at, scorer, 1.0, 2)
+        anew, _ = a_round(scene(ARCHITECTURE, base, round=2), scorer, 1.0, 2)
+        assert changed[EVIDENCE].keys() == Evidence.empty(ARCHITECTURE, after).to_tensors().keys()  # type: ignore[arg-type]
+        assert identical(changed[EVIDENCE], anew[EVIDENCE])
+
+
+@given(st.data(), seeds)
+def test_curvature_is_one_rule_by_whichever_name(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base, memories = model(architecture, seed), ({}, {})
+    scorers = (strategy(warmup_rounds=1).scorer, compose(Job(scorer="curvature", warmup_rounds=1)).scorer)
+    for t in range(1, 5):
+        found = []
+        for scorer, memory in zip(scorers, memories, strict=True):
+            at = scene(architecture, base, memory, round=t)
+            found.append(scorer.rank(at).ranks)
+            memory |= a_round(at, scorer, 0.7, seed + t)[0]
+        assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+    assert identical(*(m[EVIDENCE] for m in memories))
+
+
+def test_estimates_forget_as_fast_as_they_are_told() -> None:
+    architecture = ARCHITECTURE
+    base = model(architecture, 0)
+    whole = Selection.full(architecture)
+    recipe = Recipe(lr=1.0, momentum=0.0)
+    for decay in (0.0, 0.5):
+        scorer, memory = strategy(decay=decay).scorer, {}
+        for t, move in enumerate((0.1, 0.2)):
+            at = scene(architecture, base, memory, round=t + 1, recipe=recipe)
+            made = report(at, whole, {n: v + np.float32(move) for n, v in base.items()})
+            _, fold = close_fold(strategy().aggregator, at, [made], evidence=True)
+            memory = scorer.learn(at, fold, lambda m=made: iter([m]))
+        got = Evidence.from_tensors(architecture, memory[EVIDENCE]).gradient
+        assert all(np.allclose(v, -(decay * 0.1 + (1 - decay) * 0.2), atol=1e-5) for v in got.values())
+
+
+@pytest.mark.parametrize("reconstruction", ["fill", "zero", "coverage"])
+def test_reconstruction_says_what_a_missing_channel_counts_as(reconstruction: str) -> None:
+    architecture = ARCHITECTURE
+    base = model(architecture, 0)
+    at = scene(architecture, base)
+    wide, narrow = Selection.full(architecture), Selection.of(architecture, (2,))
+    parts = [trained(wide, base, 1), trained(narrow, base, 2)]
+    reports = [report(at, wide, parts[0], 1), report(at, narrow, parts[1], 3)]
+    closing, _ = close_fold(strategy(reconstruction=reconstruction).aggregator, at, reports)
+    for name, got in closing.model.items():
+        out = ~narrow.covered(name)
+        missing = {"fill": base[name], "zero": 0 * base[name], "coverage": parts[0][name]}[reconstruction]
+        expected = parts[0][name] / 4 + 3 * missing / 4
+        assert np.allclose(got[out], expected[out], atol=1e-6)
+
+
+def test_scores_that_learn_need_sgd() -> None:
+    recipe = Recipe(optimizer="adam")
+    for score in ("curvature", "delta_w"):
+        with pytest.raises(ConfigError, match="SGD"):
+            ca_hfp(Job(strategy="ca-hfp", recipe=recipe, options={"score": score}))
+    assert ca_hfp(Job(strategy="ca-hfp", recipe=recipe, options={"score": "l1"})).scorer.observes is False

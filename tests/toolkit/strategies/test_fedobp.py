@@ -1,0 +1,215 @@
+"""FedOBP: what stays a device's own, and that nothing else differs from FedAvg."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import TensorKind
+from fedprune.model.selection import Selection, Tensors, mesh
+from fedprune.strategies import compose
+from fedprune.strategies.strategy import Strategy
+from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
+from support.nets.drawn_models import model, seeds
+
+pytestmark = pytest.mark.board
+
+DEVICES = {"a": Device(weight=3), "b": Device(weight=5), "c": Device(weight=1, absent=frozenset({1}))}
+MIXED = {"a": Device((6, 4), weight=3), "b": Device((4, 2), weight=5), "c": Device((2, 3), absent=frozenset({1, 3}))}
+TRAINED = [t.name for t in NET.trainable]
+SIZE = sum(int(np.prod(t.shape)) for t in NET.trainable)
+
+
+def fedobp(**options: Any) -> Strategy:
+    return compose(Job(strategy="fedobp", options=options))
+
+
+def own(play: Play, device: str, before: Tensors) -> dict[str, np.ndarray[Any, np.dtype[np.bool_]]]:
+    """Where a device was sent something other than the global model, of its submodel."""
+    sent = play.sent[device]
+    plain = sent.selection.gather(before)
+    return {n: sent.tensors[n] != plain[n] for n in plain}
+
+
+@pytest.mark.parametrize("devices", [DEVICES, MIXED], ids=["whole", "mixed"])
+def test_at_q_1_it_is_fedavg_bit_for_bit(devices: dict[str, Device]) -> None:
+    plain = compose(Job(scorer="ordered", rule="coverage"))
+    want = Play(plain, model(NET, 1), devices).play(4)
+    assert identical(Play(fedobp(q=1.0), model(NET, 1), devices).play(4), want)
+
+
+def test_nothing_is_a_devices_own_in_the_first_round() -> None:
+    start = model(NET, 1)
+    play = Play(fedobp(q=0.0), start, DEVICES)
+    play.play()
+    assert not any(m.any() for m in own(play, "a", start).values())
+
+
+def test_at_q_0_all_is_own_but_the_least_score() -> None:
+    play = Play(fedobp(q=0.0), model(NET, 1), DEVICES)
+    before, past = play.play(2), play.past["a"].tensors
+    play.play()
+    found = own(play, "a", before)
+    assert sum(int(found[n].sum()) for n in TRAINED) == SIZE - 1
+    least = min(float(np.abs(past[n] - before[n]).min()) for n in TRAINED)
+    kept = next(n for n in TRAINED if not found[n].all())
+    assert np.abs(past[kept] - before[kept])[~found[kept]].tolist() == [least]
+
+
+@given(seeds, st.floats(0.001, 0.999))
+def test_own_are_the_elements_that_are_furthest_away(seed: int, q: float) -> None:
+    """(θ_i − θ_g)² ranks as |θ_i − θ_g|; about (1 − q) of all elements are own, as they were handed in last."""
+    play = Play(fedobp(q=q), model(NET, seed), DEVICES)
+    before, past = play.play(2), play.past["b"].tensors
+    play.play()
+    found = own(play, "b", before)
+    far = np.concatenate([np.abs(past[n].astype(np.float64) - before[n]).ravel() for n in TRAINED])
+    chosen = np.concatenate([found[n].ravel() for n in TRAINED])
+    np.testing.assert_array_equal(chosen, far > np.quantile(far, q, method="lower"))
+    assert chosen.sum() == SIZE - 1 - int(q * (SIZE - 1))
+    for name in TRAINED:
+        np.testing.assert_array_equal(play.sent["b"].tensors[name][found[name]], past[name][found[name]])
+
+
+def test_a_late_device_is_compared_by_the_initial_model() -> None:
+    start = model(NET, 1)
+    play = Play(fedobp(q=0.9), start, {**DEVICES, "late": Device(absent=frozenset({1, 2, 3}))})
+    before = play.play(3)
+    play.play()
+    found = own(play, "late", before)
+    assert sum(int(found[n].sum()) for n in TRAINED) == SIZE - 1 - int(0.9 * (SIZE - 1))
+    for name in TRAINED:
+        np.testing.assert_array_equal(play.sent["late"].tensors[name][found[name]], start[name][found[name]])
+
+
+def test_own_elements_are_uploaded_and_averaged_like_all_others() -> None:
+    play = Play(fedobp(q=0.3), model(NET, 1), DEVICES)
+    after = play.play(3)
+    weights = {n: float(r.weight) for n, r in play.reports.items()}
+    for name in TRAINED:
+        parts = [play.reports[d].trained.tensors[name].astype(np.float64) * w for d, w in weights.items()]
+        np.testing.assert_allclose(after[name], sum(parts) / sum(weights.values()), rtol=1e-6, atol=1e-7)
+
+
+def test_statistics_are_always_the_global_ones() -> None:
+    play = Play(fedobp(q=0.0), model(NET, 1), DEVICES)
+    before = play.play(3)
+    play.play()
+    statistics = [t.name for t in NET.tensors if t.kind in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)]
+    assert not any(own(play, "a", before)[n].any() for n in statistics)
+
+
+@given(seeds, st.floats(0, 1))
+def test_stretching_all_scores_together_changes_no_choice(seed: int, q: float) -> None:
+    plain, stretched = (Play(fedobp(q=q, normalisation=n), model(NET, seed), DEVICES) for n in ("none", "global"))
+    assert identical(plain.play(3), stretched.play(3))
+
+
+def test_stretching_tensor_by_tensor_gives_every_tensor_its_best() -> None:
+    """By layer, the largest score of every tensor is 1 and the least 0: with q near 1 single tensors can't have all."""
+    play = Play(fedobp(q=0.5, normalisation="layer"), model(NET, 3), DEVICES)
+    before, past = play.play(2), play.past["a"].tensors
+    play.play()
+    found, scaled = own(play, "a", before), []
+    for name in TRAINED:
+        score = (past[name].astype(np.float64) - before[name]) ** 2
+        scaled.append((score - score.min()) / (score.max() - score.min()))
+        assert found[name].ravel()[score.argmax()]
+    limit = np.quantile(np.concatenate([s.ravel() for s in scaled]), 0.5)
+    for name, score in zip(TRAINED, scaled, strict=True):
+        np.testing.assert_array_equal(found[name], score > limit)
+
+
+def test_only_the_last_layer_may_be_own_if_so_asked() -> None:
+    play = Play(fedobp(q=0.0, scope="classifier"), model(NET, 1), DEVICES)
+    before = play.play(2)
+    play.play()
+    found = own(play, "a", before)
+    assert {n for n, m in found.items() if m.any()} == {"head.weight", "head.bias"}
+    assert sum(int(m.sum()) for m in found.values()) == 3 * 4 + 3 - 1
+
+
+def test_the_other_score_weighs_a_difference_by_what_would_be_lost() -> None:
+    play = Play(fedobp(q=0.8, score="diff_times_local"), model(NET, 1), DEVICES)
+    before, past = play.play(2), play.past["a"].tensors
+    play.play()
+    found = own(play, "a", before)
+    score = {n: np.abs((past[n].astype(np.float64) - before[n]) * past[n]) for n in TRAINED}
+    limit = np.quantile(np.concatenate([s.ravel() for s in score.values()]), 0.8)
+    for name in TRAINED:
+        np.testing.assert_array_equal(found[name], score[name] > limit)
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [[(6, 4)] * 5, [(3, 2), (6, 4), (6, 4), (3, 2), (6, 4)], [(6, 4), (3, 2), (3, 2), (6, 4), (6, 4)]],
+    ids=["whole", "narrow first", "wide first"],
+)
+def test_scores_are_averaged_over_a_devices_visits(widths: list[tuple[int, int]]) -> None:
+    """Ī = I at the first visit, then (1 − α)·I + α·Ī, and only where the device takes part and can be compared."""
+    device = Device(absent=frozenset({3}))
+    play = Play(fedobp(q=0.7, average=0.4), model(NET, 1), {"a": device, "b": Device()})
+    mean = {n: np.full(NET.by_name[n].shape, np.nan) for n in TRAINED}
+    for round_, device.widths in enumerate(widths, start=1):
+        before, past = play.model, play.past.get("a")
+        play.play()
+        if round_ == 3:
+            continue
+        known = {}
+        for name in TRAINED:
+            local, compared = before[name].astype(np.float64), Selection.of(NET, device.widths).covered(name)
+            if past is not None:
+                local[mesh(past.selection.maps(name))] = past.tensors[name]
+                compared = compared & past.selection.covered(name)
+            score = (local - before[name]) ** 2
+            first = compared & np.isnan(mean[name])
+            mixed = np.where(compared, 0.6 * score + 0.4 * mean[name], mean[name])
+            mean[name], known[name] = np.where(first, score, mixed), compared
+            np.testing.assert_allclose(play.memory["scores/a"][name], mean[name], rtol=1e-6)
+            assert play.memory["scores/a"][name].dtype == np.float32, "scores of every device are kept"
+    limit = np.quantile(np.concatenate([mean[n][known[n]] for n in TRAINED]), 0.7)
+    found = own(play, "a", before)
+    for name in TRAINED:
+        np.testing.assert_array_equal(found[name], known[name] & (mean[name] > limit))
+
+
+@given(seeds, st.floats(0, 0.99))
+def test_a_submodel_is_compared_where_old_and_new_one_overlap(seed: int, q: float) -> None:
+    """A device that was narrow, and is wide now, has nothing of its own in the channels that are new to it."""
+    start, device = model(NET, seed), Device((3, 2))
+    play = Play(fedobp(q=q), start, {"a": device, "b": Device()})
+    before, past = play.play(2), play.past["a"]
+    device.widths = (5, 1)
+    play.play()
+    found = own(play, "a", before)
+    narrow = Selection.of(NET, (3, 1))
+    overlap = sum(int(np.prod(narrow.shapes()[n])) for n in TRAINED)
+    assert sum(int(found[n].sum()) for n in TRAINED) == overlap - 1 - int(q * (overlap - 1))
+    for name in TRAINED:
+        held = past.selection.covered(name)[np.ix_(*play.sent["a"].selection.maps(name))]
+        assert not found[name][~held].any()
+
+
+def test_a_device_alone_goes_on_from_where_it_was() -> None:
+    """Its model is the global one: nothing differs, and nothing is own."""
+    play = Play(fedobp(q=0.0), model(NET, 1), {"a": Device()})
+    before = play.play(2)
+    play.play()
+    assert sum(int(own(play, "a", before)[n].sum()) for n in TRAINED) <= 5  # what the sums round
+    assert identical(play.reports["a"].trained.tensors, moved(play.sent["a"], "a", 3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"q": 1.1}, {"q": -0.1}, {"score": "fisher"}, {"normalisation": "tensor"}, {"scope": "head"}, {"average": 1.0}],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        fedobp(**options)

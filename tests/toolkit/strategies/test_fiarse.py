@@ -1,0 +1,109 @@
+"""FIARSE: masks by size, and the mean of what devices changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ConfigError
+from fedprune.importance.element_ranking import prunable
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Tensors
+from fedprune.strategies import compose
+from fedprune.strategies.roles import Submodel, Turn
+from fedprune.strategies.strategy import Strategy
+from fedprune.training.recipe import Recipe
+from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
+from support.nets.drawn_models import model, seeds
+
+pytestmark = pytest.mark.board
+
+NAMES = prunable(NET)
+TIERS = {n: Device(density=d, weight=w) for n, d, w in (("a", 1.0, 3), ("b", 0.25, 5), ("c", 1 / 16, 4))}
+
+
+def fiarse(**options: Any) -> Strategy:
+    return compose(Job(strategy="fiarse", options=options))
+
+
+@given(seeds, st.floats(0.02, 0.98))
+def test_a_device_gets_the_largest_weights_of_the_whole_model(seed: int, density: float) -> None:
+    weights = model(NET, seed)
+    play = Play(fiarse(), weights, {"a": Device(density=density)})
+    play.play()
+    sizes = np.sort(np.concatenate([np.abs(weights[n]).ravel() for n in NAMES]))[::-1]
+    theta = sizes[max(1, int(density * sizes.size + 1e-6)) - 1]
+    sent = play.sent["a"]
+    assert sent.mask is not None
+    assert set(sent.mask.active) == set(NAMES)
+    for name in NAMES:
+        np.testing.assert_array_equal(sent.mask.active[name], np.abs(weights[name]) >= theta)
+        np.testing.assert_array_equal(sent.tensors[name], np.where(np.abs(weights[name]) >= theta, weights[name], 0))
+    for name in set(weights) - set(NAMES):
+        np.testing.assert_array_equal(sent.tensors[name], weights[name])
+
+
+def test_small_submodels_lie_inside_large_ones() -> None:
+    play = Play(fiarse(), model(NET, 1), TIERS)
+    play.play(3)
+    assert play.sent["a"].mask is None
+    b, c = play.sent["b"].mask, play.sent["c"].mask
+    assert b is not None
+    assert c is not None
+    assert c.within(b)
+    assert c.count < b.count
+
+
+def test_a_move_is_averaged_over_the_devices_that_moved() -> None:
+    """w ← w + Σ Δ_k / |{k: Δ_k ≠ 0}|, whatever devices' samples; what nobody moved stays."""
+    start = model(NET, 1)
+
+    def some(submodel: Submodel, device: str, round_: int) -> Tensors:
+        after = moved(submodel, device, round_)
+        still = {"a": slice(0, 2), "b": slice(1, 3), "c": slice(1, 2)}[device]
+        after["head.bias"][still] = submodel.tensors["head.bias"][still]
+        return after
+
+    play = Play(fiarse(), start, TIERS, move=some)
+    after = play.play()
+    for spec in NET.trainable:
+        deltas = np.stack([
+            play.reports[d].trained.tensors[spec.name].astype(np.float64) - play.sent[d].tensors[spec.name]
+            for d in TIERS
+        ])  # fmt: skip
+        movers = (deltas != 0).sum(axis=0)
+        want = start[spec.name] + deltas.sum(axis=0) / np.maximum(movers, 1)
+        np.testing.assert_allclose(after[spec.name], want, atol=1e-6)
+        np.testing.assert_array_equal(after[spec.name][movers == 0], start[spec.name][movers == 0])
+        if spec.name == "head.bias":
+            assert movers.tolist() == [2, 0, 2]
+
+
+def test_whole_devices_give_fedavg_of_equal_weights_bit_for_bit() -> None:
+    whole = {n: Device(weight=4) for n in "abc"}
+    want = Play(compose(Job(scorer="ordered")), model(NET, 2), whole).play(3)
+    assert identical(Play(fiarse(), model(NET, 2), whole).play(3), want)
+
+
+def test_biases_are_ranked_with_the_weights_if_so_asked() -> None:
+    play = Play(fiarse(biases=True), model(NET, 1), {"a": Device(density=0.3)})
+    play.play()
+    mask = play.sent["a"].mask
+    assert mask is not None
+    assert set(mask.active) == {*NAMES, "second.bias", "head.bias"}
+
+
+def test_boards_train_through_the_threshold_or_a_hard_mask() -> None:
+    turn = Turn(0, 1, "a", NET.sizes)
+    assert fiarse().objective.recipe(Recipe(), turn) == Recipe(mask="threshold")
+    assert fiarse(mask="hard").objective.recipe(Recipe(), turn) == Recipe(mask="hard")
+
+
+@pytest.mark.parametrize("options", [{"mask": "none"}, {"weighting": "all"}, {"densities": [0.0]}, {"k": 1}], ids=str)
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        fiarse(**options)

@@ -1,0 +1,230 @@
+"""Aggregators that are means: FedAvg's bits, moves from earlier models, changed rows and elements, personal tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.aggregation.fold import Fold, Rule
+from fedprune.core.errors import BundleError, ConfigError
+from fedprune.jobs.schedule import Arrival, Schedule, Staleness
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.classifier_head import head_axes
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.averaging import VELOCITY, DeltaMean, Mean
+from fedprune.training.recipe import Recipe
+from support.fakes.strategy_reports import close, report, scene
+from support.nets.drawn_models import architectures, model, seeds, selections, trained
+
+pytestmark = pytest.mark.board
+
+CHANNELS = Axis((Segment(0, 0, 4),))
+NET = Architecture(
+    "net",
+    (ChannelGroup("c", 4),),
+    (
+        TensorSpec("body.weight", TensorKind.WEIGHT, (CHANNELS, Axis.fixed(3))),
+        TensorSpec("body.bias", TensorKind.BIAS, (CHANNELS,)),
+        TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(5), CHANNELS)),
+        TensorSpec("head.bias", TensorKind.BIAS, (Axis.fixed(5),)),
+    ),
+    (Layer("body", "Gemm", "body.weight", 1), Layer("head", "Gemm", "head.weight", 1)),
+    (),
+    (3,),
+    5,
+)
+
+ALWAYS_FEDAVG = [
+    Mean(),
+    Mean(rule="fill"),
+    Mean(rule="zero"),
+    Mean(weighting="uniform"),
+    Mean(damped=True),
+    DeltaMean(),
+    DeltaMean(rule="fill"),
+]
+
+
+def identical(one: Tensors, other: Tensors) -> bool:
+    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
+
+
+@pytest.mark.parametrize("aggregator", ALWAYS_FEDAVG, ids=str)
+@given(data=st.data(), seed=seeds)
+def test_whole_updates_give_the_bits_of_fedavg(aggregator: Mean, data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    at, whole = scene(architecture, base), Selection.full(architecture)
+    fold, reports = Fold(architecture, base), []
+    for k in range(3):
+        part = trained(whole, base, seed + k)
+        fold.add(whole, part, 10 + k)
+        reports.append(report(at, whole, part, 10 + k))
+    assert identical(close(aggregator, at, reports).model, fold.close()[0])
+
+
+@given(st.data(), seeds)
+def test_moves_are_taken_from_what_was_sent(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    now, earlier = model(architecture, seed), model(architecture, seed + 1)
+    at, then = scene(architecture, now, round=3), scene(architecture, earlier, round=2)
+    selection = data.draw(selections(architecture))
+    part = trained(selection, earlier, seed + 2)
+    got = close(DeltaMean(), at, [report(then, selection, part, 3)]).model
+    sent = selection.gather(earlier)
+    expected = selection.scatter({n: selection.gather(now)[n] + (part[n] - sent[n]) for n in part}, now)
+    for spec in architecture.trainable:
+        assert np.allclose(got[spec.name], expected[spec.name], rtol=1e-5, atol=1e-6)
+    averaged = close(Mean(), at, [report(then, selection, part, 3)]).model
+    values = selection.scatter(part, now)
+    assert all(np.allclose(averaged[n], values[n], rtol=1e-5, atol=1e-6) for n in values)
+
+
+def test_a_reconstruction_in_other_coordinates_moves_away_from_the_model_that_was_cut() -> None:
+    now, earlier = model(NET, 0), model(NET, 1)
+    at, then = scene(NET, now), scene(NET, earlier)
+    narrow, whole = Selection.of(NET, (2,)), Selection.full(NET)
+    made = report(then, narrow, trained(narrow, earlier, 2))
+    aggregator = DeltaMean()
+    fold = aggregator.fold(at, evidence=False)
+    lifted = type(made.trained)(whole, trained(whole, earlier, 3))
+    aggregator.add(fold, made, lifted)
+    got = fold.close()[0]
+    for name, value in got.items():
+        assert np.allclose(value, now[name] + (lifted.tensors[name] - earlier[name]), atol=1e-6)
+
+
+def test_the_last_layer_is_the_one_that_makes_the_outputs() -> None:
+    assert head_axes(NET) == {"head.weight": 0, "head.bias": 0}
+    body = Architecture("body", NET.groups, NET.tensors[:2], NET.layers[:1], (), (3,), 5)
+    with pytest.raises(BundleError, match="no last layer"):
+        head_axes(body)
+
+
+def rows_of(trained_rows: list[int], base: Tensors, seed: int, *, decay: float = 1.0) -> Tensors:
+    """An update that trained everything in the body, and only some rows of the head."""
+    whole = Selection.full(NET)
+    out = trained(whole, base, seed)
+    for name in ("head.weight", "head.bias"):
+        still = [r for r in range(5) if r not in trained_rows]
+        out[name][still] = base[name][still] * np.float32(decay)
+    return out
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.93])
+def test_label_rows_count_only_where_they_were_trained(decay: float) -> None:
+    base = model(NET, 0)
+    at = scene(NET, base, recipe=Recipe(weight_decay=0.0 if decay == 1 else 5e-4))
+    whole = Selection.full(NET)
+    one, two = rows_of([0, 1], base, 1, decay=decay), rows_of([1, 2], base, 2, decay=decay)
+    reports = [report(at, whole, one, 1), report(at, whole, two, 3)]
+    got = close(Mean(changed="rows"), at, reports).model
+    for name in ("head.weight", "head.bias"):
+        assert np.allclose(got[name][0], one[name][0], atol=1e-6)
+        assert np.allclose(got[name][1], (one[name][1] + 3 * two[name][1]) / 4, atol=1e-6)
+        assert np.allclose(got[name][2], two[name][2], atol=1e-6)
+        assert got[name][3:].tobytes() == base[name][3:].tobytes()
+    assert np.allclose(got["body.weight"], (one["body.weight"] + 3 * two["body.weight"]) / 4, atol=1e-6)
+
+
+def test_elements_count_only_where_they_changed() -> None:
+    base = model(NET, 0)
+    at, whole = scene(NET, base), Selection.full(NET)
+    parts = []
+    for seed in (1, 2):
+        part = trained(whole, base, seed)
+        dice = np.random.default_rng(seed)
+        for name in part:
+            still = dice.random(part[name].shape) < 0.5
+            part[name][still] = base[name][still]
+        parts.append(part)
+    got = close(Mean(changed="elements"), at, [report(at, whole, p) for p in parts]).model
+    for name, before in base.items():
+        moves = [p[name].astype(np.float64) - before for p in parts]
+        count = sum((m != 0).astype(int) for m in moves)
+        expected = before + sum(moves) / np.maximum(count, 1)
+        assert np.allclose(got[name], expected, atol=1e-6)
+        assert got[name][count == 0].tobytes() == before[count == 0].tobytes()
+
+
+def test_excluded_tensors_stay_and_the_others_don_t_notice() -> None:
+    base = model(NET, 0)
+    at, whole = scene(NET, base), Selection.full(NET)
+    reports = [report(at, whole, trained(whole, base, s), s) for s in (1, 2)]
+    got = close(Mean(excluded=("head.*",)), at, reports).model
+    everything = close(Mean(), at, reports).model
+    for name in base:
+        expected = base if name.startswith("head") else everything
+        assert got[name].tobytes() == expected[name].tobytes()
+
+
+def test_patterns_that_match_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no tensor is called 'tail"):
+        Mean(excluded=("tail.*",)).fold(scene(NET, model(NET, 0)), evidence=False)
+
+
+@pytest.mark.parametrize(("damped", "gain"), [(False, 1.0), (True, 0.1)])
+def test_momentum_goes_on_from_round_to_round(damped: bool, gain: float) -> None:
+    aggregator = Mean(server_momentum=0.9, damped=damped)
+    whole, now, memory = Selection.full(NET), model(NET, 0), {}
+    velocity = {n: np.zeros(v.shape) for n, v in now.items()}
+    expected = {n: v.astype(np.float64) for n, v in now.items()}
+    for t in range(4):
+        at = scene(NET, now, memory, round=t + 1)
+        part = trained(whole, now, t)
+        closing = close(aggregator, at, [report(at, whole, part)], rate=0.5)
+        for n in now:
+            velocity[n] = 0.9 * velocity[n] + gain * (part[n] - now[n].astype(np.float64))
+            expected[n] += 0.5 * velocity[n]
+            assert np.allclose(closing.model[n], expected[n], atol=1e-5)
+        now, memory = closing.model, {**memory, **closing.memories}
+    assert list(memory) == [VELOCITY]
+
+
+@pytest.mark.parametrize("rule", ["fill", "coverage"])
+@pytest.mark.parametrize("damped", [False, True])
+def test_staleness_scales_what_enters_the_velocity_alone(rule: Rule, damped: bool) -> None:
+    """v ← β·v + g·(η/K)·Σ s(k_i)·Δ_i, w ← w + v (FedBuff): what was fresh when it came goes on as it was."""
+    beta, eta, gain = 0.9, 0.7, 0.1 if damped else 1.0
+    aggregator = DeltaMean(rule=rule, server_momentum=beta, damped=damped, weighting="uniform")
+    schedule = Schedule("asynchronous", arrivals=2, mixing="damped", rate=eta, staleness=Staleness("polynomial", a=0.5))
+    whole, memory, past = Selection.full(NET), {}, [model(NET, 0)]
+    expected = {n: v.astype(np.float64) for n, v in past[0].items()}
+    velocity = {n: np.zeros(v.shape) for n, v in expected.items()}
+    for t, stale in enumerate([(0, 0), (1, 0), (0, 2), (3, 3)], 1):
+        arrivals = [Arrival(k, 1) for k in stale]
+        reports = []
+        for i, (k, weight) in enumerate(zip(stale, schedule.weights(arrivals, 2, uniform=True), strict=True)):
+            then = scene(NET, past[t - 1 - k], round=t - k)
+            part = trained(whole, then.model, 10 * t + i)
+            reports.append(report(then, whole, part, weight, device=f"d{i}"))
+            for n in velocity:
+                velocity[n] *= beta if i == 0 else 1
+                velocity[n] += gain * eta / 2 * (k + 1) ** -0.5 * (part[n] - then.model[n].astype(np.float64))
+        at = scene(NET, past[-1], memory, round=t)
+        closing = close(aggregator, at, reports, rate=schedule.step(arrivals, [], uniform=True))
+        for n in expected:
+            expected[n] += velocity[n]
+            assert np.allclose(closing.model[n], expected[n], rtol=0, atol=1e-5), (t, n)
+        past.append(closing.model)
+        memory = {**memory, **closing.memories}
+
+
+@given(st.data(), seeds)
+def test_masks_of_reports_are_counted(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    at, whole = scene(architecture, base), Selection.full(architecture)
+    dice: Any = np.random.default_rng(seed)
+    mask = ElementMask({t.name: np.asarray(dice.random(t.shape) < 0.5) for t in architecture.trainable})
+    part = trained(whole, base, seed + 1)
+    got = close(Mean(), at, [report(at, whole, part, mask=mask)]).model
+    for spec in architecture.trainable:
+        active = mask.active[spec.name]
+        assert np.allclose(got[spec.name][active], part[spec.name][active], atol=1e-6)
+        assert got[spec.name][~active].tobytes() == base[spec.name][~active].tobytes()

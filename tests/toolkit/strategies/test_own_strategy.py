@@ -1,0 +1,322 @@
+"""A strategy of a user's own that fails, or answers nonsense, is told so by file and line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedprune.core.errors import (
+    BundleError,
+    ConfigError,
+    ExitCode,
+    FedpruneError,
+    ProtocolError,
+    StorageError,
+    StrategyError,
+    meant,
+)
+from fedprune.hardware import profile_store
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device, State
+from fedprune.model.selection import Selection
+from fedprune.strategies import Strategy, compose
+from fedprune.strategies.allocation import Fleet
+from fedprune.strategies.roles import Cut, Scene, Submodel, Turn
+from fedprune.training.recipe import Recipe
+from support.fakes.strategy_rounds import NET, Play, identical
+from support.fakes.strategy_rounds import Device as Part
+from support.nets.drawn_models import model
+
+SOURCE = '''
+"""Somebody's file."""
+from fedprune.core.errors import BundleError, ProtocolError, StorageError
+from fedprune.importance.scoring import magnitude, ranks
+from fedprune.strategies import Strategy
+from fedprune.strategies.slicing import Nobody, Selected
+from fedprune.strategies.averaging import Mean
+from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.roles import Closing, Ranking, Submodel
+import numpy as np
+
+class Scorer:
+    observes = False
+    def rank(self, scene):
+        return Ranking(ranks(magnitude(scene.architecture, scene.model)))
+    def learn(self, scene, fold, reports):
+        return {}
+
+class Starter:
+    def begin(self, architecture, model):
+        return model
+
+class Extractor(Selected):
+    pass
+
+class Aggregator(Mean):
+    pass
+
+class Objective(AsJob):
+    pass
+
+class Personaliser(Nobody):
+    pass
+
+ROLES = {}
+
+def made(job):
+    found = dict(scorer=Scorer(), extractor=Extractor(), aggregator=Aggregator(), personaliser=Personaliser(),
+                 objective=Objective(), starter=Starter())
+    return Strategy("made", inputs="updates", **{**found, **ROLES})
+'''
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Writes somebody's module, `mine.py`, with these lines at its end, and imports it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def write(more: str) -> ModuleType:
+        (tmp_path / "mine.py").write_text(SOURCE + more)
+        sys.modules.pop("mine", None)
+        importlib.invalidate_caches()
+        sys.path.insert(0, str(tmp_path))
+        return importlib.import_module("mine")
+
+    yield write
+    sys.modules.pop("mine", None)
+
+
+def strategy() -> Strategy:
+    return compose(Job(strategy="mine:made"))
+
+
+def scene() -> Scene:
+    return Scene(NET, 0, 1, model(NET, 0))
+
+
+def cut() -> Cut:
+    return Cut(scene(), Turn(0, 1, "a", NET.sizes), Selection.full(NET))
+
+
+def line_of(text: str) -> int:
+    return next(n for n, line in enumerate(Path("mine.py").read_text().splitlines(), 1) if text in line)
+
+
+def changed(role: str, method: str, body: str, arguments: str = "*a, **k") -> str:
+    return f"\ndef changed(self, {arguments}):\n    {body}  # here\n{role}.{method} = changed\n"
+
+
+ASKED: dict[str, Callable[[Strategy], object]] = {
+    "Starter.begin": lambda s: s.starter and s.starter.begin(NET, model(NET, 0)),
+    "Scorer.rank": lambda s: s.scorer.rank(scene()),
+    "Scorer.learn": lambda s: s.scorer.learn(scene(), s.aggregator.fold(scene(), evidence=False), lambda: iter(())),
+    "Extractor.extract": lambda s: s.extractor.extract(cut()),
+    "Personaliser.personalise": lambda s: s.personaliser.personalise(cut(), Submodel(Selection.full(NET), {})),
+    "Objective.recipe": lambda s: s.objective.recipe(Recipe(), cut().turn),
+    "Aggregator.fold": lambda s: s.aggregator.fold(scene(), evidence=False),
+    "Aggregator.close": lambda s: s.aggregator.close(
+        s.aggregator.fold(scene(), evidence=False), scene(), 1.0, lambda: iter(())
+    ),
+}
+
+
+def refused(mine: Any, name: str, body: str) -> StrategyError:
+    """What is said of a strategy in which one method of a role has another body."""
+    role, _, method = name.partition(".")
+    mine(changed(role, method, body))
+    with pytest.raises(StrategyError) as caught:
+        ASKED[name](strategy())
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_slip_is_named_by_strategy_role_method_file_and_line(mine: Any, name: str) -> None:
+    role, _, _ = name.partition(".")
+    error = refused(mine, name, "return ().items()")
+    text = str(error)
+    assert f"strategy mine:made: {role.lower()} {name} failed at mine.py:{line_of('# here')} (AttributeError: " in text
+    assert "'tuple' object has no attribute 'items'" in text
+    assert error.exit_code == ExitCode.CONFIG
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_an_answer_of_another_type_is_named_too(mine: Any, name: str) -> None:
+    text = str(refused(mine, name, "return 5"))
+    assert f"{name} at mine.py:{line_of('def changed')}: answer: expected a" in text
+    assert "got 5" in text
+
+
+WRONG = {
+    "Starter.begin": {
+        "{}": "answer['first.weight']: expected an array [6, 3], got nothing",
+        "{n: v * np.float32('nan') for n, v in a[1].items()}": "answer['first.weight']: expected finite numbers",
+        "{n: v.astype(float) for n, v in a[1].items()}": "expected an array of float32 [6, 3], got an array of float64",
+    },
+    "Scorer.rank": {
+        "Ranking({'a': 1})": "answer.ranks: expected a tuple with an array for each of 2 groups, got dict of length 1",
+        "Ranking((np.arange(6),))": "for each of 2 groups",
+        "Ranking((np.arange(5), np.arange(4)))": "answer.ranks of group a: expected every channel from 0 to 5 once",
+        "Ranking((np.arange(6) * 1.0, np.arange(4)))": "as whole numbers, got an array of float64 [6]",
+        "Ranking((np.arange(6), np.arange(4)), {'nobody': np.ones(3)})": "got no such tensor",
+        "Ranking((np.arange(6), np.arange(4)), {'head.bias': np.ones(4)})": "expected an array of numbers [3]",
+    },
+    "Scorer.learn": {
+        "{'velocity': np.ones(3)}": "answer['velocity']: expected a dict of arrays by name, got an array",
+        "{'velocity': {'x': 3}}": "answer['velocity']['x']: expected an array of numbers, by a text, got 3",
+        "{3: {}}": "a collection's name: expected a text, got 3",
+    },
+    "Extractor.extract": {
+        "Submodel(None, {})": "answer.selection: expected a Selection, got None",
+        "Submodel(a[0].selection, {})": "answer.tensors['first.weight']: expected an array [6, 3], got nothing",
+        "Submodel(a[0].selection, {'head.bias': np.ones(3)})": "float32 [3], got an array of float64 [3]",
+        "Submodel(a[0].selection, a[0].scene.model, {})": "answer.mask: expected an ElementMask or None",
+    },
+    "Aggregator.close": {
+        "Closing({})": "answer.model['first.weight']: expected an array [6, 3], got nothing",
+        "Closing({n: v * np.float32('nan') for n, v in a[1].model.items()})": "expected finite numbers",
+        "Closing(a[1].model, {'x': 1})": "answer.memories['x']",
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "answer"), [(n, a) for n, answers in WRONG.items() for a in answers])
+def test_answers_are_checked_for_their_shape(mine: Any, name: str, answer: str) -> None:
+    role, _, method = name.partition(".")
+    mine(changed(role, method, f"return {answer}"))
+    with pytest.raises(StrategyError) as caught:
+        ASKED[name](strategy())
+    assert WRONG[name][answer] in str(caught.value)
+
+
+def test_a_slip_below_is_named_at_the_users_own_line(mine: Any) -> None:
+    mine(changed("Scorer", "rank", "return Ranking(ranks([np.full(3, np.nan)]))"))
+    with pytest.raises(StrategyError, match=r"failed at mine.py:\d+ \(channel scores: expected numbers, got NaN\)"):
+        ASKED["Scorer.rank"](strategy())
+
+
+def test_a_method_with_other_arguments_is_named_where_it_is_defined(mine: Any) -> None:
+    mine(changed("Scorer", "rank", "return None", arguments=""))
+    with pytest.raises(StrategyError) as caught:
+        ASKED["Scorer.rank"](strategy())
+    assert f"failed at mine.py:{line_of('def changed')} (TypeError" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        (
+            "ROLES['scorer'] = Nobody()",
+            r"scorer: expected an object with rank\(\) and learn\(\), got Nobody, which lacks",
+        ),
+        ("ROLES['objective'] = None", "objective: expected an object with recipe"),
+        ("ROLES['schedule'] = 3", "schedule: expected a Schedule, got int"),
+        ("del Scorer.observes", "scorer Scorer.observes: expected true or false, got None"),
+        (
+            "ROLES['aggregator'] = Aggregator(weighting=1)",
+            "Aggregator.weighting: expected samples or uniform",
+        ),
+        ("def made(job): return 5", "expected a Strategy, got int"),
+        ("def made(job): return job.nothing", r"failed at mine.py:\d+ \(AttributeError"),
+    ],
+)
+def test_what_is_no_whole_strategy_is_said_at_the_start(mine: Any, more: str, what: str) -> None:
+    mine(f"\n{more}\n")
+    with pytest.raises(StrategyError, match=what):
+        strategy()
+
+
+ALLOCATOR = """
+class Allocator:
+    def admit(self, fleet, name, known):
+        fleet.state.devices[name].widths = (6, 9)
+    def open(self, fleet):
+        pass
+    def learn(self, fleet, name, task, seconds):
+        return fleet.nothing
+    def review(self, fleet, metrics):
+        return False
+    def done(self, fleet):
+        return np.bool_(False)
+ROLES['allocator'] = Allocator()
+"""
+
+
+def test_an_allocator_is_looked_at_too(mine: Any) -> None:
+    mine(ALLOCATOR)
+    allocator = strategy().allocator
+    assert allocator is not None
+    fleet = Fleet(Job(), NET, State(model="", devices={"a": Device(1, True, {}, None, 10)}))
+    with pytest.raises(StrategyError, match=r"Allocator.admit at mine.py:\d+: answer: widths of a: expected channels"):
+        allocator.admit(fleet, "a", None)
+    with pytest.raises(StrategyError, match=r"Allocator.open at mine.py:\d+: answer: expected true or false, got None"):
+        allocator.open(fleet)
+    with pytest.raises(StrategyError, match=r"Allocator.learn failed at mine.py:\d+ \(AttributeError"):
+        allocator.learn(fleet, "a", SimpleNamespace(), 1.0)  # type: ignore[arg-type]
+    assert not allocator.done(fleet)
+
+
+def test_a_file_that_is_not_there_or_has_another_name_says_what_to_do(mine: Any) -> None:
+    mine("")
+    with pytest.raises(ConfigError, match=r"Start the command in the folder of the file, or install the package"):
+        compose(Job(strategy="nowhere:made"))
+    with pytest.raises(ConfigError, match=r"Its functions are made \(did you mean 'made'\?\)"):
+        compose(Job(strategy="mine:mad"))
+    with pytest.raises(ConfigError, match=r"did you mean 'mine:made'\?"):
+        compose(Job(strategy="mine.made"))
+
+
+def test_what_is_not_the_strategys_fault_stays_what_it_is(mine: Any) -> None:
+    def lost() -> Iterator[Any]:
+        raise BundleError("an update that can't be read")
+        yield
+
+    mine(changed("Scorer", "learn", "return {} if list(a[2]()) else {}"))
+    composed = strategy()
+    fold = composed.aggregator.fold(scene(), evidence=False)
+    with pytest.raises(BundleError, match=r"^an update that can't be read$"):
+        composed.scorer.learn(scene(), fold, lost)
+    mine(changed("Extractor", "reconstruct", "raise ProtocolError('this update is odd')"))
+    with pytest.raises(ProtocolError, match=r"^this update is odd$"):
+        strategy().extractor.reconstruct(SimpleNamespace())  # type: ignore[arg-type]
+    mine(changed("Scorer", "rank", "raise StorageError('a blob is lost')"))
+    with pytest.raises(StorageError):
+        ASKED["Scorer.rank"](strategy())
+
+
+def test_a_good_strategy_does_what_it_did_without_checks(mine: Any) -> None:
+    mine("")
+    devices = {"a": Part(NET.sizes), "b": Part((3, 2))}
+    job = Job(scorer="magnitude", warmup_rounds=0)
+    watched, bare = (Play(s, model(NET, 0), devices).play(2) for s in (strategy(), compose(job)))
+    assert identical(watched, bare)
+
+
+def test_names_that_were_meant() -> None:
+    assert meant("fedprun", ["fedavg", "fedprune"]) == " (did you mean 'fedprune'?)"
+    assert meant("learning_rate", ["epochs", "lr"]) == " (did you mean 'lr'?)"
+    assert meant(3, ["epochs", "lr"]) == ""
+    assert meant("xyzzy", ["epochs", "lr"]) == ""
+    assert meant("a" * 10_000, ["a" * 9_999]) == ""
+
+
+@pytest.mark.parametrize(
+    ("ask", "near"),
+    [
+        (lambda: compose(Job(strategy="fedprun")), "fedprune"),
+        (lambda: compose(Job(strategy="fedavg", options={"lr_decy": 1.0})), "lr_decay"),
+        (lambda: Job.from_dict({"strateg": "fedavg"}), "strategy"),
+        (lambda: Job.from_dict({"recipe": {"learning_rate": 0.1}}), "lr"),
+        (lambda: profile_store.find("raspbery-pi-zero-2w"), "raspberry-pi-zero-2w"),
+    ],
+)
+def test_misspelt_names_of_settings_come_with_what_was_meant(ask: Callable[[], object], near: str) -> None:
+    with pytest.raises(FedpruneError, match=rf"\(did you mean '{near}'\?\): expected "):
+        ask()

@@ -1,0 +1,218 @@
+"""What presets are made of: widths, windows, recipes, own parts, and the names of their settings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.coordination import State, SynchronousCoordinator
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import widths_at
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection
+from fedprune.strategies.allocation import Fixed, Tiers
+from fedprune.strategies.methods.fedper import OwnHistory
+from fedprune.strategies.methods.heterofl import LEVELS, Rolling
+from fedprune.strategies.methods.robust import Robust
+from fedprune.strategies.methods.subflot import Transported
+from fedprune.strategies.presets import PRESETS, compose
+from fedprune.strategies.roles import Cut, Past, Submodel, Turn
+from fedprune.training.recipe import Recipe
+from support.fakes.strategy_reports import scene
+from support.fakes.tiny_job import ARCHITECTURE
+from support.nets.drawn_models import architectures, model, seeds, selections
+
+pytestmark = pytest.mark.board
+
+OURS = ("fedavg", "fedprox", "heterofl", "fedrolex", "fedper", "local", "history", "ca-hfp")
+
+
+def job(strategy: str, **options: Any) -> Job:
+    return Job(strategy=strategy, options=options)
+
+
+def turn(density: float = 1.0, round_: int = 1) -> Turn:
+    return Turn(0, round_, "d", (), density)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_composes_and_takes_robust_means(name: str) -> None:
+    strategy = compose(job(name, robust={"centre": "median"}))
+    assert strategy.name == name
+    assert isinstance(strategy.aggregator, Robust)
+    assert strategy.aggregator.inner == compose(job(name)).aggregator
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_settings_that_are_unknown_are_named(name: str) -> None:
+    with pytest.raises(ConfigError, match="nonsense"):
+        compose(job(name, nonsense=1))
+    with pytest.raises(ConfigError, match="densities"):
+        compose(job(name, densities=["wide"]))
+    with pytest.raises(ConfigError, match="densities"):
+        compose(job(name, densities=[1.5]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fedavg", {"weighting": "loss"}),
+        ("fedavg", {"server_momentum": 1.0}),
+        ("fedavg", {"lr_decay": 0.0}),
+        ("fedprox", {"mu": -1.0}),
+        ("heterofl", {"by": "size"}),
+        ("heterofl", {"milestones": ["late"]}),
+        ("heterofl", {"shares": [1], "densities": [1, 0.5]}),
+        ("heterofl", {"shares": [10**400, 1], "densities": [1, 0.5]}),
+        ("heterofl", {"clip_norm": -1.0}),
+        ("heterofl", {"densities": [1.0, 0.0005]}),
+        ("subflot", {"sar": 1e6}),
+        ("fedrolex", {"step": -1}),
+        ("fedper", {"personal": []}),
+        ("fedper", {"personal": [3]}),
+        ("history", {"alpha": 1.1}),
+        ("ca-hfp", {"score": "loss"}),
+        ("ca-hfp", {"form": "square"}),
+        ("ca-hfp", {"estimator": "exact"}),
+        ("ca-hfp", {"reconstruction": "mean"}),
+        ("ca-hfp", {"decay": 1.0}),
+        ("ca-hfp", {"warmup_rounds": -1}),
+    ],
+)
+def test_settings_out_of_range_are_named(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}|expected one per density"):
+        compose(job(name, **options))
+
+
+def test_widths_come_from_the_option_then_the_job_then_the_preset() -> None:
+    for name in OURS:
+        assert compose(job(name, densities=[1, 0.5])).allocator == Tiers((1, 0.5))
+        assert compose(Job(strategy=name, density=0.3)).allocator == Fixed(0.3)
+    assert compose(job("fedavg")).allocator == Fixed(1.0)
+    assert compose(job("heterofl")).allocator == Tiers(LEVELS)
+    assert compose(job("heterofl", by="chance", every=1)).allocator == Tiers(LEVELS, (), "chance", 1)
+    assert compose(job("heterofl", planned=True)).allocator is None
+    for options in ({"by": "chance", "planned": True}, {"shares": [1], "planned": True}):
+        with pytest.raises(ConfigError, match="shares, by and every"):
+            compose(job("heterofl", **options))
+    assert compose(job("ca-hfp")).allocator is None
+
+
+def test_fedprox_pulls_and_fedavg_does_not() -> None:
+    recipe = Recipe(lr=0.1)
+    assert compose(job("fedprox", mu=0.3)).objective.recipe(recipe, turn()).proximal == 0.3
+    assert compose(job("fedavg")).objective.recipe(recipe, turn()) == recipe
+    assert compose(job("fedavg", lr_decay=0.5)).objective.recipe(recipe, turn(round_=3)).lr == 0.025
+
+
+def test_heterofl_s_aids_follow_the_width() -> None:
+    objective = compose(job("heterofl", milestones=[2, 4])).objective
+    wide, narrow = (objective.recipe(Recipe(lr=1.0), turn(d)) for d in (1.0, 0.25))
+    assert (wide.scale, narrow.scale) == (1.0, 4.0)
+    for recipe in (wide, narrow):
+        assert (recipe.calibrate, recipe.mask_absent_classes, recipe.clip_norm) == (True, True, 1.0)
+    assert [objective.recipe(Recipe(lr=1.0), turn(1.0, r)).lr for r in (2, 3, 5)] == pytest.approx([1, 0.1, 0.01])
+    bare = {"scaler": False, "static_norm": False, "masked": False, "clip_norm": 0.0}
+    assert compose(job("heterofl", **bare)).objective.recipe(Recipe(), turn(0.5)) == Recipe()
+    numbers = Recipe(loss="mse")
+    assert not compose(job("heterofl")).objective.recipe(numbers, turn()).mask_absent_classes
+
+
+def test_a_weighting_that_nobody_knows_is_refused_before_it_counts() -> None:
+    """An aggregator of one's own says by what devices count; a misspelt word would silently mean samples."""
+    strategy = Job(strategy="support.fakes.tiny_job:scheduled", options={"schedule": {}, "weighting": "sample"})
+    with pytest.raises(ConfigError, match=r"weighting of its aggregator.*'sample'"):
+        SynchronousCoordinator(strategy, ARCHITECTURE, State(model="m"))
+
+
+def test_the_widest_settings_that_a_preset_takes_make_recipes_that_boards_take() -> None:
+    """Recipes check themselves against the limits that boards keep; at these the limits are just reached."""
+    scaled = compose(job("heterofl", densities=[0.001])).objective.recipe(Recipe(), turn(0.001))
+    pulled = compose(job("subflot", sar=5e5)).objective.recipe(Recipe(), turn(0.001))
+    assert scaled.scale == pytest.approx(1000)
+    assert pulled.proximal == pytest.approx(999_000)
+
+
+@pytest.mark.parametrize("name", ["heterofl", "fedrolex"])
+def test_adam_s_weight_decay_leaves_no_rows_to_tell_apart(name: str) -> None:
+    def composed(recipe: Recipe, **options: Any) -> None:
+        compose(Job(strategy=name, options=options, recipe=recipe))
+
+    decays = Recipe(optimizer="adam", weight_decay=0.01)
+    with pytest.raises(ConfigError, match="label_rows"):
+        composed(decays)
+    for options in ({"label_rows": False}, {"masked": False}):
+        composed(decays, **options)
+    for recipe in (Recipe(optimizer="adam"), Recipe(optimizer="adamw", weight_decay=0.01), Recipe(weight_decay=0.01)):
+        composed(recipe)
+
+
+@given(st.data(), seeds, st.integers(1, 40), st.integers(0, 3))
+def test_a_rolling_window_moves_on_and_narrow_ones_lie_in_wide_ones(
+    data: st.DataObject, seed: int, round_: int, step: int
+) -> None:
+    architecture = data.draw(architectures())
+    at = scene(architecture, model(architecture, seed), round=round_)
+    found = Rolling(step).rank(at).ranks
+    kept = {d: Selection.of(architecture, widths_at(architecture, d), found) for d in (1.0, 0.5, 0.25)}
+    for g, n in enumerate(architecture.sizes):
+        for density, selection in kept.items():
+            width = selection.widths[g]
+            assert width == max(1, math.ceil(density * n))
+            assert selection.ranks[g][:width].tolist() == [((round_ - 1) * step + j) % n for j in range(width)]
+
+
+@given(st.data(), seeds, st.floats(0, 1))
+def test_history_mixes_where_both_hold_a_coordinate(data: st.DataObject, seed: int, alpha: float) -> None:
+    architecture = data.draw(architectures())
+    now = model(architecture, seed)
+    at = scene(architecture, now)
+    selection, before = data.draw(selections(architecture)), data.draw(selections(architecture))
+    own = model(architecture, seed + 1)
+    past = Past(before, before.gather(own), round=1)
+    cut = Cut(at, turn(), selection, past=past)
+    offered = Submodel(selection, selection.gather(now))
+    got = OwnHistory(alpha).personalise(cut, offered)
+    for name, value in got.tensors.items():
+        both = selection.gather({n: before.covered(n).astype(np.float32) for n in now})[name] > 0
+        mixed = alpha * offered.tensors[name] + (1 - alpha) * selection.gather(own)[name]
+        assert np.allclose(value[both], mixed[both], atol=1e-6)
+        assert value[~both].tobytes() == offered.tensors[name][~both].tobytes()
+    assert OwnHistory(alpha).personalise(Cut(at, turn(), selection), offered) is offered
+
+
+@given(st.data(), seeds, st.booleans())
+def test_of_masked_elements_a_history_knows_nothing(data: st.DataObject, seed: int, transported: bool) -> None:
+    """A board that had 0 there has not learnt 0: the global model's own value is what it goes on from."""
+    architecture = data.draw(architectures())
+    selection, now = data.draw(selections(architecture)), model(architecture, seed)
+    bits = np.random.default_rng(seed)
+    shapes = {t.name: selection.shapes()[t.name] for t in architecture.trainable}
+    mask = ElementMask({n: bits.random(shape) < 0.5 for n, shape in shapes.items()})
+    past = Past(selection, mask.applied(selection.gather(model(architecture, seed + 1))), mask)
+    cut = Cut(scene(architecture, now), turn(), selection, past=past)
+    offered = Submodel(selection, selection.gather(now))
+    got = Transported().resized(past, cut) if transported else OwnHistory(0.0).personalise(cut, offered).tensors
+    for name, value in got.items():
+        own = mask.active.get(name, np.ones(value.shape, np.bool_))
+        np.testing.assert_allclose(value, np.where(own, past.tensors[name], offered.tensors[name]), atol=1e-6)
+
+
+def test_history_pulls_by_what_was_pruned() -> None:
+    objective = compose(job("history", mu=2.0)).objective
+    assert objective.recipe(Recipe(), turn(0.25)).proximal == 1.5
+    assert objective.recipe(Recipe(), turn(1.0)).proximal == 0
+    assert compose(job("history")).keeps_past
+
+
+def test_own_parts_are_named_to_the_boards_and_kept_from_the_sums() -> None:
+    fedper = compose(job("fedper", personal=["head*"]))
+    assert fedper.objective.recipe(Recipe(), turn()).personal == ("head*",)
+    assert fedper.aggregator.excluded == ("head*",)  # type: ignore[attr-defined]
+    assert compose(job("local")).objective.recipe(Recipe(), turn()).personal == ("*",)

@@ -1,0 +1,186 @@
+"""Another schedule than a strategy's own: which strategies take it, what it is by default, and what it must not mix."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedprune.coordination import Phase
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Staleness
+from fedprune.strategies import PRESETS, compose
+from fedprune.strategies.averaging import DeltaMean, Mean
+from support.fakes.asynchronous_shell import Shell
+from support.fakes.tiny_job import JOB
+
+pytestmark = pytest.mark.board
+
+KINDS = ("semi-async", "async")
+
+
+def job_of(kind: str, strategy: str = "plain", **more: Any) -> Job:
+    settings = {"density": 0.5} if strategy == "plain" else {}
+    return Job(strategy=strategy, devices=6, deadline_s=100, schedule={"kind": kind, **more}, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strategy", ["plain", "fedavg", "fedprox", "heterofl", "fedprune", "fedper"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_strategy_that_averages_may_be_moved(strategy: str, kind: str) -> None:
+    still, moved = compose(Job(strategy=strategy)), compose(job_of(kind, strategy))
+    assert moved.schedule is not None
+    assert moved.schedule.asynchronous
+    assert type(moved.aggregator) is DeltaMean
+    assert vars(moved.aggregator) == vars(still.aggregator)
+    assert moved.schedule.staleness == Staleness("polynomial", 0.5)
+    assert (moved.schedule.window_s, moved.schedule.arrivals) == ((10, 0) if kind == "semi-async" else (0, 3))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("kind", [*KINDS, "sync"])
+def test_every_preset_takes_it_or_says_why_not(name: str, kind: str) -> None:
+    own = compose(Job(strategy=name))
+    moves = type(own.aggregator) is DeltaMean or (type(own.aggregator) is Mean and own.schedule is None)
+    still = kind == "sync" and own.schedule is None
+    with nullcontext() if still or (moves and not own.explores) else pytest.raises(ConfigError, match="keeps its own"):
+        assert (compose(job_of(kind, name)).schedule is None) == (kind == "sync")
+
+
+def test_rounds_in_step_may_be_asked_for_of_a_strategy_of_moves() -> None:
+    moved = compose(Job(strategy="fedbuff", schedule={"kind": "sync"}))
+    assert moved.schedule is None
+    assert compose(Job(strategy="fedbuff")).schedule is not None
+
+
+def test_keys_of_the_schedule_win_over_defaults() -> None:
+    more = {"window_s": 7, "least": 2, "staleness": {"decay": "hinge", "b": 3}, "max_staleness": 4, "concurrent": 5}
+    schedule = compose(job_of("semi-async", **more)).schedule
+    assert schedule is not None
+    assert schedule.staleness == Staleness("hinge", 0.5, 3)
+    found = (schedule.window_s, schedule.least, schedule.max_staleness, schedule.concurrent)
+    assert found == (7, 2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ({"kind": "often"}, "kind"),
+        ({"window_s": 3}, "schedule: kind: expected sync or semi-async or async, got nothing"),
+        ({"knid": "async"}, r"schedule: unknown key 'knid' \(did you mean 'kind'\?\)"),
+        ({"kind": "sync", "window_s": 3}, "window_s"),
+        ({"kind": "semi-async", "arrivals": 3}, "arrivals"),
+        ({"kind": "async", "window_s": 3}, "window_s"),
+        ({"kind": "semi-async", "window": 3}, "window"),
+        ({"kind": "semi-async", "window_s": -3}, "window_s"),
+        ({"kind": "async", "arrivals": 0}, "arrivals"),
+        ({"kind": "async", "staleness": {"decay": "slowly"}}, "decay"),
+        ({"kind": "async", "participation": 0.5}, "participation"),
+        ("async", "schedule"),
+    ],
+)
+def test_a_wrong_schedule_is_named(schedule: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose(Job(density=0.5, schedule=schedule))
+
+
+@pytest.mark.parametrize("name", ["pr-fl", "autoflip", "fedasync"])
+def test_a_strategy_with_arithmetic_of_its_own_stays(name: str) -> None:
+    with pytest.raises(ConfigError, match="keeps its own"):
+        compose(job_of("semi-async", name))
+
+
+@pytest.mark.parametrize("setting", [{"over_selection": 0.2}, {"fairness": 0.5}, {"in_flight": 3}, {"pace": 2.0}])
+@pytest.mark.parametrize("base", [Job(strategy="fedbuff"), job_of("semi-async")])
+def test_settings_of_rounds_in_step_are_refused_elsewhere(setting: dict[str, Any], base: Job) -> None:
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        compose(replace(base, participation=0.5, **setting))
+    compose(Job(density=0.5, participation=0.5, **setting))
+
+
+def test_asking_more_than_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match="over_selection"):
+        compose(Job(over_selection=0.2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("over_selection", -0.1),
+        ("over_selection", 11),
+        ("fairness", 1.1),
+        ("fairness", "much"),
+        ("in_flight", 1.5),
+        ("in_flight", -1),
+        ("pace", 0.5),
+        ("pace", True),
+        ("pace", "quick"),
+        ("pace", 1001),
+    ],
+)
+def test_a_wrong_setting_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        Job(**{name: value})
+
+
+def test_settings_that_are_not_used_are_not_in_a_jobs_dict() -> None:
+    """Records and folders of earlier versions stay what they are."""
+    body = Job().to_dict()
+    new = {"over_selection", "fairness", "in_flight", "pace", "schedule"}
+    assert not new & body.keys()
+    used = Job(participation=0.5, over_selection=0.2, fairness=0.5, in_flight=3, pace=2.0)
+    assert new - {"schedule"} <= used.to_dict().keys()
+    assert Job.from_dict(used.to_dict()) == used
+    moved = job_of("semi-async", window_s=3)
+    assert Job.from_dict(moved.to_dict()) == moved
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_late_update_counts_for_less_in_a_later_round(kind: str) -> None:
+    more: dict[str, Any] = {"window_s": 10} if kind == "semi-async" else {"arrivals": 2}
+    job = replace(JOB, rounds=3, deadline_s=1000, schedule={"kind": kind, **more})
+    shell = Shell(job)
+    shell.come()
+    held = []
+    for _ in range(400):
+        if shell.state.round >= 2 and held:
+            shell.inbox += held
+            held = []
+        if shell.inbox:
+            event = shell.inbox.pop(0)
+            late = shell.state.round == 1 and getattr(event, "device", "") == "c"
+            if late and type(event).__name__ == "UpdateAnnounced":
+                held.append(event)
+            else:
+                shell.feed(event)
+        elif shell.wakes and shell.state.phase is not Phase.FINISHED:
+            shell.tick()
+    assert shell.state.phase is Phase.FINISHED
+    sums = [{(c.part.device, c.basis.round): c.weight for c in close.contributions} for close in shell.closes]
+    assert ("c", 1) not in sums[0]
+    number, found = next((n, s) for n, s in enumerate(sums, 1) if ("c", 1) in s)
+    fresh = next(w for (_, round_), w in found.items() if round_ == number)
+    assert found["c", 1] == pytest.approx(fresh / number**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("to", ["sync", "async"])
+@pytest.mark.parametrize("steps", range(0, 40, 3))
+def test_a_job_may_change_its_schedule_between_two_starts(to: str, steps: int) -> None:
+    """Wherever it stands: what was under way is dropped, and every round is there once."""
+    moves = {"kind": "async", "arrivals": 2}
+    shell = Shell(replace(JOB, rounds=4, schedule={} if to == "async" else moves))
+    shell.come()
+    for _ in range(steps):
+        if shell.inbox:
+            shell.feed(shell.inbox.pop(0))
+    shell.job = replace(shell.job, schedule=moves if to == "async" else {})
+    shell.crash()
+    shell.run()
+    assert shell.state.phase is Phase.FINISHED
+    assert [h["round"] for h in shell.state.history] == [1, 2, 3, 4]
+    last = {close.round: close for close in shell.closes}
+    counted = [(c.part.device, c.basis.round) for close in last.values() for c in close.contributions]
+    assert len(counted) == len(set(counted))
+    assert all(close.contributions for close in last.values())

@@ -1,0 +1,122 @@
+"""The inbox: nothing comes out of order, nothing beyond the limit waits, and a flood leaves room for the others."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.wire.mqtt.inbox import MESSAGE_BYTES, Inbox
+from fedprune.wire.topics import Topics
+from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
+
+pytestmark = pytest.mark.board
+
+SITE = Topics("lab")
+LIMIT = 1_000_000
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 200_000), st.booleans()), max_size=60))
+def test_what_is_taken_comes_out_in_order_and_never_more_than_the_limit_waits(
+    steps: list[tuple[str, int, bool]],
+) -> None:
+    inbox, waiting = Inbox[str](LIMIT), []
+    for name, size, read in steps:
+        if read:
+            assert inbox.get(0) == (waiting.pop(0) if waiting else None)
+        elif inbox.offer(SITE.up(name), bytes(size)):
+            waiting.append((SITE.up(name), bytes(size)))
+        assert inbox.size == sum(MESSAGE_BYTES + len(p) for _, p in waiting) <= LIMIT
+    for item in waiting:
+        assert inbox.get(0) == item
+    assert inbox.get(0) is None
+    assert inbox.size == 0
+    assert inbox._waiting == {}
+
+
+@given(st.integers(1, 20), st.integers(0, 100_000), st.integers(0, 20_000))
+def test_floods_leave_half_of_it_to_who_sends_little(floods: int, size: int, little: int) -> None:
+    inbox = Inbox[str](LIMIT)
+    for _ in range(2 * LIMIT // (MESSAGE_BYTES + size) // floods + 2):
+        for number in range(floods):
+            inbox.offer(SITE.up_blob(f"flood{number}"), bytes(size))
+
+    assert inbox.offer(SITE.up("honest"), bytes(little))
+
+
+def test_topics_and_channels_of_one_device_share() -> None:
+    inbox = Inbox[str](LIMIT)
+    taken = [inbox.offer(topic, bytes(10_000)) for _ in range(60) for topic in (SITE.up("a"), SITE.up_blob("a", "job"))]
+
+    assert inbox.size < LIMIT // 2 + 10_000 + MESSAGE_BYTES
+    assert not all(taken)
+    assert inbox.offer(SITE.up("b"), bytes(100_000))
+
+
+def test_there_is_always_room_for_an_event() -> None:
+    inbox = Inbox[str](LIMIT)
+    while inbox.offer(SITE.up("a"), bytes(10_000)):
+        pass
+    inbox.tell("down")
+    found = [inbox.get(0) for _ in range(100)]
+    assert found[[i for i, f in enumerate(found) if f is not None][-1]] == "down"
+
+
+def test_an_inbox_is_not_empty_as_long_as_a_message_waits_behind_a_wake() -> None:
+    inbox = Inbox[str](LIMIT)
+    inbox.wake()
+    inbox.wake()
+    inbox.offer("first", b"")
+    inbox.wake()
+    inbox.offer("second", b"")
+    assert [inbox.get(0), inbox.get(0), inbox.get(0)] == [("first", b""), ("second", b""), None]
+
+
+def test_a_wake_ends_a_wait() -> None:
+    inbox = Inbox[str](LIMIT)
+    inbox.wake()
+    assert inbox.get(None) is None
+
+
+def test_many_senders_that_send_little_are_no_flood_and_one_that_sends_much_is() -> None:
+    inbox = Inbox[str](LIMIT)
+    while inbox.offer(SITE.up(f"board-{len(inbox._waiting)}"), bytes(1500)):
+        pass
+    assert len(inbox._waiting) > 200
+    assert inbox.flooder() == ""
+    inbox = Inbox[str](LIMIT)
+    while inbox.offer(SITE.up("flood"), bytes(1500)):
+        inbox.offer(SITE.up("board"), b"")
+    assert inbox.flooder() == SITE.up("flood").rpartition("/-/")[0]
+
+
+def test_what_is_no_topic_of_ours_has_a_place_too() -> None:
+    inbox = Inbox[str](LIMIT)
+    for topic in ("", "/", "x", "a/b/c/d/e/f"):
+        assert inbox.offer(topic, b"x")
+        assert inbox.get(0) == (topic, b"x")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries keep memory as they like")
+def test_memory_that_chunks_come_and_go_in_is_kept() -> None:
+    code = """
+        import resource, sys
+        from fedprune.wire.mqtt.inbox import Inbox
+        if sys.argv[1] == "with":
+            Inbox()
+        chunk, before = bytes(98_304), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(200):
+            several = [b"".join((b"-", chunk)) for _ in range(12)]
+            del several
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", textwrap.dedent(code), how], capture_output=True, check=True).stdout)
+        for how in ("with", "without")
+    )
+    assert 3 * kept < given_back
