@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
+from itertools import pairwise
 from typing import Any
 
 _SECTION = re.compile(r"^(?:Attributes|Args|Raises|Returns):$", re.MULTILINE)
@@ -21,6 +24,16 @@ def attributes(cls: type[Any]) -> dict[str, str]:
     _, _, section = (inspect.getdoc(cls) or "").partition("\nAttributes:\n")
     section = _SECTION.split(section)[0]
     return {name: _flat(text) for name, text in _ENTRY.findall(section)}
+
+
+def field_docstrings(cls: type[Any]) -> dict[str, str]:
+    """The docstring below each field of a class, where it has one."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    found = {}
+    for field, below in pairwise(body.body if isinstance(body, ast.ClassDef) else []):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+            found[field.target.id] = _flat(ast.literal_eval(below.value))
+    return found
 
 
 def _flat(text: str) -> str:

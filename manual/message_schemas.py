@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
 from typing import Any, get_args
 
-from fedprune.wire.checked_message import MAX_MESSAGE, VERSION, CheckedMessage
+from fedprune.wire.checked_message import MAX_MESSAGE, VERSION, CheckedMessage, field_types, required_fields
+from fedprune.wire.fields import DEFINITIONS, Schema
 from fedprune.wire.messages import BetweenServers, FromDevice, FromServer
-from fedprune.wire.schema import Schema, schema_of
-from fedprune.wire.validation import DEFINITIONS
-from manual.docstring import attributes, summary
+from manual.docstring import field_docstrings, summary
 
 _NONE = re.compile(r"\bNone\b")
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -47,21 +45,21 @@ def messages() -> dict[str, type[CheckedMessage]]:
 
 def schema(cls: type[CheckedMessage]) -> Schema:
     """The schema of one message, which needs no other file."""
-    said = attributes(cls)
+    said = field_docstrings(cls)
     properties: dict[str, Schema] = {
         "v": {"const": VERSION, "description": "Version of the protocol."},
         "type": {"const": cls.kind},
     }
-    for name, check in cls.checks.items():
-        properties[name] = {"description": _NONE.sub("null", said[name]), **schema_of(check)}
-    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    for name, declared in field_types(cls).items():
+        description = said.get(name) or declared.schema["description"]
+        properties[name] = {**declared.schema, "description": _NONE.sub("null", description)}
     body: Schema = {
         "$schema": DRAFT,
         "title": cls.kind,
         "description": summary(cls),
         "$comment": LIMITS,
         "type": "object",
-        "required": ["v", "type", *needed],
+        "required": ["v", "type", *required_fields(cls)],
         "properties": properties,
     }
     if used := _definitions(properties):

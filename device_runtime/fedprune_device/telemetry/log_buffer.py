@@ -11,11 +11,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedprune.core import durable
 from fedprune.core.errors import FedpruneError
-from fedprune.wire.log_messages import MAX_LINES, MAX_TEXT, BoardLines
+from fedprune.wire.log_messages import MAX_LINES, MAX_TEXT, BoardLines, LogEntry
 from fedprune_device.privacy.redaction import KEPT as WITHHELD
 from fedprune_device.privacy.redaction import bare, private
 
@@ -105,7 +105,7 @@ class LogBuffer(logging.Handler):
                 return None
             for line in told:
                 line["told"] = True
-            return BoardLines(self._device, tuple({k: v for k, v in line.items() if k != "told"} for line in told))
+            return BoardLines(self._device, tuple(cast(LogEntry, line) for line in told))
 
     def kept(self, number: int) -> None:
         """The server has all up to a number."""

@@ -17,10 +17,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedprune.core.errors import ConfigError, ProtocolError, shown
-from fedprune.core.validation import known
+from fedprune.core.validation import known, whole
 from fedprune.security.tls import insecure_allowed
 from fedprune.wire.topics import check_device, check_name
-from fedprune.wire.validation import whole
 from fedprune_device.releases.unit import HIDDEN
 
 SAMPLES = "/srv/fedprune/samples.npz"
@@ -171,10 +170,7 @@ def _check_server(name: str, value: object) -> None:
     if parts.scheme == "mqtt":
         insecure_allowed(host)
     if port:
-        try:
-            whole(1, 65_535)("port", int(port))
-        except ProtocolError as error:
-            raise ConfigError(f"port of {name}", expected=error.expected, got=error.got) from error
+        whole(f"port of {name}", int(port), 1, 65_535)
 
 
 def _hidden(data: str) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune import __version__
+from fedprune.core import validation
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import (
     ConfigError,
@@ -36,7 +37,6 @@ from fedprune.core.errors import (
 )
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.security.succession import Succession, follow, read_successions
-from fedprune.wire import validation
 from fedprune_device.launcher.slot_store import PURPOSE
 from fedprune_device.releases.installer import write_launcher
 from fedprune_device.releases.wheel import Wheel, contents_digest
@@ -295,7 +295,7 @@ def open_kit(folder: Path, signer: Signer | None = None) -> Kit:
             raise KitError(f"{folder / MANIFEST}", expected=f"a kit of version {_VERSION}", got=shown(body))
         target = Target(body.get("python", ""), body.get("architecture", ""), body.get("jetson") is True)
         files = tuple(_row(row) for row in _rows(body))
-        key, contents = _signer(body), validation.digest("contents", body.get("contents"))
+        key, contents = _signer(body), validation.digest("contents", body.get("contents"), error=ProtocolError)
         claim = body.get("claim")
         if claim is not None:
             files += (_row(claim),) if (folder / CLAIM).exists() else ()
@@ -414,7 +414,8 @@ def _row(row: object) -> KitFile:
     path = row["path"]
     if not isinstance(path, str) or not SAFE_PATH.fullmatch(path) or ".." in path.split("/"):
         raise ProtocolError("path of a file", expected="a path inside the kit", got=shown(path))
-    return KitFile(path, validation.whole(0, MAX_BYTES)(path, row["bytes"]), validation.digest(path, row["sha256"]))
+    size = validation.whole(path, row["bytes"], 0, MAX_BYTES, error=ProtocolError)
+    return KitFile(path, size, validation.digest(path, row["sha256"], error=ProtocolError))
 
 
 def _given(wheel: Path) -> Path:

@@ -244,7 +244,7 @@ class Host:
         self._loans.came(device, anew=known is None or known.session != message.session)
         self._watch.heard(device, self._monotonic())
         self._moved = True
-        held = message.held or {}
+        held = message.held
         if held and held["job"] in self.desks:
             self.desks[held["job"]].void(device, held)
         elif held:

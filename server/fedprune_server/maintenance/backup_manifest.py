@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from fedprune.blobs.blob_ref import is_digest
 from fedprune.core.errors import StorageError, shown
+from fedprune.core.validation import is_digest
 
 FORMAT = "fedprune.backup/1"
 NAME = "manifest.json"

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune.blobs.blob_ref import is_digest
 from fedprune.blobs.leaf_cache import SUFFIX
 from fedprune.coordination import State
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
+from fedprune.core.validation import is_digest
 from fedprune_server.executor.retention import kept_models
 from fedprune_server.storage.storage import Storage
 

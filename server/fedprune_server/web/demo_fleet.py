@@ -20,6 +20,15 @@ from fedprune_server.web.state.device_messages import Coverage, DeviceDetails, D
 from fedprune_server.web.state.log_messages import AlertNews, BoardLog, LogLine
 from fedprune_server.web.state.order_messages import Answer, Order
 from fedprune_server.web.state.publisher_messages import Beat, JobNews, Rollouts, RoundNews, Site, ToConsole
+from fedprune_server.web.state.row_types import (
+    BoardCrash,
+    BoardLine,
+    ChannelGroup,
+    ChannelRun,
+    Figure,
+    HeldChannels,
+    Part,
+)
 
 PROFILES = ("raspberry-pi-5", "raspberry-pi-4", "raspberry-pi-zero-2", "jetson-orin-nano", "jetson-agx-orin")
 _STATES = ("ready", "offered", "training", "pulling", "folded", "refused", "queued")
@@ -125,7 +134,7 @@ class TrialFleet:
         """What an operator sees of a device."""
         row = self.rows[device]
         share = row["density"] or 0
-        history = tuple(
+        history: tuple[Part, ...] = tuple(
             {"round": n, "at": self._now - 300 * (self._round - n), "progress": "folded", "density": share,
              "samples": 600, "metrics": self._measured(n), "reason": ""}
             for n in range(self._ended, max(0, self._ended - 20), -1)
@@ -140,9 +149,9 @@ class TrialFleet:
         return DeviceDetails(device, self._jobs[0], plan, self.figures(42.0, row["seconds"]), history, widths)
 
     @staticmethod
-    def channels(sizes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], ...]:
+    def channels(sizes: Mapping[str, tuple[int, int]]) -> tuple[HeldChannels, ...]:
         """Which channels of each group a device holds, of so many how many; the same each time."""
-        rows = []
+        rows: list[HeldChannels] = []
         for group, (kept, of) in sizes.items():
             ranking = list(range(of))
             random.Random(group).shuffle(ranking)  # noqa: S311  # nosec B311  # as above
@@ -151,7 +160,7 @@ class TrialFleet:
         return tuple(rows)
 
     @staticmethod
-    def figures(predicted_s: float, measured_s: float | None) -> tuple[dict[str, Any], ...]:
+    def figures(predicted_s: float, measured_s: float | None) -> tuple[Figure, ...]:
         """What was foretold of a device and what it measured."""
         rows = (
             ("round", "s", predicted_s, measured_s), ("step", "s", 0.131, 0.127), ("train", "s", 38.2, 37.5),
@@ -159,13 +168,13 @@ class TrialFleet:
             ("storage", "bytes", 9.2e6, None), ("download", "bytes", 2.05e6, None), ("upload", "bytes", 2.05e6, None),
             ("step_energy", "J", 0.61, None),
         )  # fmt: skip
-        return tuple(dict(zip(("what", "unit", "predicted", "measured"), r, strict=True)) for r in rows)
+        return tuple(Figure(what=what, unit=unit, predicted=before, measured=now) for what, unit, before, now in rows)
 
     def board_log(self, device: str) -> BoardLog:
         """What a board told of its log."""
-        line = {"at": self._now - 900, "received": self._now - 890, "level": "warning", "count": 3,
+        line: BoardLine = {"at": self._now - 900, "received": self._now - 890, "level": "warning", "count": 3,
                 "text": "the link is slow: <b>2 leaves</b> are asked for again"}  # fmt: skip
-        crash = {
+        crash: BoardCrash = {
             "at": self._now - 7200, "received": self._now - 7100, "cause": "exception", "release": "fedprune 0.1.0",
             "text": "MemoryError: <i>no room</i> for 12 MB", "slot": self.rows[device]["slot"], "uptime_s": 5400.0,
             "temperature_c": 61.5, "memory_available": 21_000_000, "memory_total": 512_000_000,
@@ -175,13 +184,14 @@ class TrialFleet:
 
     def coverage(self, job: str) -> Coverage:
         """Which share of the devices holds which channels."""
-        groups = []
+        groups: list[ChannelGroup] = []
         for i in range(8):
-            channels, share, held = 64 * (i + 1), 1.0, []
+            channels, share = 64 * (i + 1), 1.0
+            held: list[ChannelRun] = []
             for _ in range(8):
                 held.append({"channels": channels // 8, "share": round(share, 3)})
                 share *= 0.5 + self._chance.random() / 2
-            groups.append({"name": f"layer{i}.conv", "channels": channels, "held": held})
+            groups.append({"name": f"layer{i}.conv", "channels": channels, "held": tuple(held)})
         return Coverage(job, self._round, 0, True, tuple(groups))
 
     def _metrics(self, number: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from fedprune_server.web.auth.sessions import Session
 from fedprune_server.web.state.order_messages import EXPIRED, EXPIRES_S, Answer
 from fedprune_server.web.state.orders import OrderDesk
 from fedprune_server.web.state.publisher_messages import Site
-from fedprune_server.web.state.row_checks import ORDER_KINDS
+from fedprune_server.web.state.row_types import ORDER_KINDS
 from fedprune_server.web.views.formatting import action_text
 from support.fakes.console_browser import trial
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.training.recipe import Recipe
-from fedprune.wire.blob_url import check_blob_url
+from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.log_messages import LEVELS, MAX_FRAMES, MAX_LINES, BoardLines, CrashReport, LogWanted
 from fedprune.wire.messages import (
     MAX_WANT,
@@ -78,7 +78,7 @@ messages = st.one_of(
         slabs=st.none() | st.lists(refs, min_size=1, max_size=2).map(tuple),
         codec=st.none() | texts, coded=st.none() | refs, held=st.none() | hexes, moved_from=st.none() | hexes,
         blobs_at=st.sampled_from([None, "https://models.example:8443/fleet", "http://127.0.0.1:80"]).map(
-            lambda at: None if at is None else check_blob_url("", at)
+            lambda at: None if at is None else str(BlobUrl.parse(at))
         ),
     ),
     st.builds(Accepted, names, counts, counts, hexes),

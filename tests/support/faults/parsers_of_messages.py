@@ -12,12 +12,13 @@ import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef, is_digest
+from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.core import tensorfile
 from fedprune.core.errors import FedpruneError
 from fedprune.core.npy_array import float32_array
+from fedprune.core.validation import is_digest
 from fedprune.costs.form_times import FormTimes
 from fedprune.costs.latency_model import LatencyTable, typical_table
 from fedprune.hardware.probe_report import ProbeReport

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.blob_url import LOOPBACK, MAX_URL, BlobUrl, check_blob_url
+from fedprune.wire.blob_url import LOOPBACK, MAX_URL, BlobUrl
 
 pytestmark = pytest.mark.board
 
@@ -109,4 +109,4 @@ def test_blobs_lie_as_in_a_stores_folder() -> None:
     assert str(url) == "https://models.example/fleet"
     assert url.blob(NAME) == f"/fleet/ab/{NAME}"
     assert url.table(NAME) == f"/fleet/ab/{NAME}.leaves"
-    assert check_blob_url("where", "https://models.example:443/") == "https://models.example"
+    assert str(BlobUrl.parse("https://models.example:443/")) == "https://models.example"

@@ -6,23 +6,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core.errors import ProtocolError
+from fedprune.core import validation
+from fedprune.core.errors import ConfigError
 from fedprune.core.metrics import served
 from fedprune.core.text import one_line
-from fedprune.wire import validation
 
 pytestmark = pytest.mark.board
 
 
 @pytest.mark.parametrize("code", [0, 7, 27, 0x7F, 0x80, 0x9B, 0x9F, 0xD800])
 def test_a_text_holds_nothing_that_steers_a_terminal(code: int) -> None:
-    with pytest.raises(ProtocolError, match="printable"):
-        validation.text(10)("reason", f"a{chr(code)}b")
+    with pytest.raises(ConfigError, match="printable"):
+        validation.text("reason", f"a{chr(code)}b", 10)
 
 
 @pytest.mark.parametrize("value", ["two\nlines", "a\ttab", "µ", "\xa0", "漢字"])
 def test_a_text_may_hold_lines_tabs_and_any_script(value: str) -> None:
-    assert validation.text(10)("reason", value) == value
+    assert validation.text("reason", value, 10) == value
 
 
 @given(st.text(max_size=50) | st.text(st.characters(max_codepoint=0xFF), max_size=50))

@@ -8,12 +8,12 @@ sha256 of that table.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedprune.core.errors import ProtocolError, shown
+from fedprune.core import validation
+from fedprune.core.errors import ProtocolError
 
 LEAF = 32 * 1024
 """Bytes of a leaf; the last one of a blob may be shorter."""
@@ -23,8 +23,6 @@ DIGEST = 32
 
 MAX_BLOB = 2**40
 """Size that no reference may exceed; a store's own limit is usually far lower."""
-
-_HEX = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,8 @@ class BlobRef:
 
     def __post_init__(self) -> None:
         for name in ("sha256", "leaves"):
-            value = getattr(self, name)
-            if not is_digest(value):
-                raise ProtocolError(f"blob reference: field {name}", expected="64 hex digits", got=shown(value))
-        if not isinstance(self.size, int) or isinstance(self.size, bool) or not 0 <= self.size <= MAX_BLOB:
-            raise ProtocolError(
-                "blob reference: field size",
-                expected=f"a whole number from 0 to {MAX_BLOB}",
-                got=shown(self.size),
-            )
+            validation.digest(f"blob reference: field {name}", getattr(self, name), error=ProtocolError)
+        validation.whole("blob reference: field size", self.size, 0, MAX_BLOB, error=ProtocolError)
 
     @classmethod
     def of(cls, data: bytes | memoryview) -> BlobRef:
@@ -93,11 +84,6 @@ class BlobRef:
             if name not in body:
                 raise ProtocolError(f"blob reference: field {name}", expected="a value", got="nothing")
         return cls(body["sha256"], body["size"], body["leaves"])
-
-
-def is_digest(value: object) -> bool:
-    """Whether `value` is a sha256 in lower-case hex."""
-    return isinstance(value, str) and _HEX.fullmatch(value) is not None
 
 
 def leaf_table(data: bytes | memoryview) -> bytes:

@@ -16,11 +16,12 @@ from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
 
-from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef, is_digest, leaf_table
+from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef, leaf_table
 from fedprune.blobs.leaf_cache import SUFFIX, kept, unkept
 from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.core.disk import read_file, storage_errors, sync_folder, write_all
 from fedprune.core.errors import StorageError, StorageFullError
+from fedprune.core.validation import is_digest
 
 MAX_SIZE = 2**30
 """Default limit of one blob's size."""

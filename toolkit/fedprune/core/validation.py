@@ -1,113 +1,169 @@
-"""Checks of settings that people write: each says what was expected, and what was found instead."""
+"""Checks of values from people, files and networks: each returns the value, or raises an error of the caller's class.
+
+Every check takes a name for the error's message first, then the value. By default it raises a `ConfigError`, which is
+for settings; what reads messages, bundles or profiles passes another class as `error`.
+"""
 
 from __future__ import annotations
 
 import math
-import sys
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from fedprune.core.errors import ConfigError, meant, shown
+from fedprune.core.errors import ConfigError, FedpruneError, meant, shown
+
+MAX_INT = 2**63 - 1
+
+_PRINTABLE = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]*")
+"""No control characters other than line ends and tabs, no halves of surrogate pairs."""
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_HEX = re.compile(r"(?:[0-9a-f]{2})*")
+
+Error = type[FedpruneError]
 
 
-def within(value: object, low: float, high: float) -> bool:
-    """Whether it is a number, which a truth value is not, from `low` to `high`."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Whether it is a finite number, which a truth value is not, from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value) and low <= value <= high
+    except OverflowError:  # an int beyond float64
+        return False
 
 
-def number(what: str, value: object, low: float, high: float, *, above: bool = False, below: bool = False) -> float:
-    """Check a number.
+def is_whole(value: object, low: int = 0, high: int = MAX_INT) -> bool:
+    """Whether it is an int, which a truth value is not, from `low` to `high`."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
-    Args:
-        what: The setting's name, for the message.
-        value: What was found.
-        low: The least that it may be.
-        high: The most; infinity where any finite number will do.
-        above: Whether it must be more than `low`.
-        below: Whether it must be less than `high`.
 
-    Returns:
-        The number.
+def is_digest(value: object) -> bool:
+    """Whether it is a sha256 in lower-case hex."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
-    Raises:
-        ConfigError: It is out of range, or no number at all.
-    """
-    free = math.isinf(high)
-    inside = within(value, low, sys.float_info.max if free else high)
-    if inside and not (above and value == low) and not (below and value == high):
+
+def number(
+    what: str,
+    value: object,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+    error: Error = ConfigError,
+) -> float:
+    """A finite number from `low` to `high`; `above` and `below` exclude these ends."""
+    if is_number(value, low, high) and not (above and value == low) and not (below and value == high):
         return float(value)  # type: ignore[arg-type]
-    if above:
-        most = "" if free else f" and below {high:g}" if below else f" and at most {high:g}"
-        raise ConfigError(what, expected=f"a number above {low:g}{most}", got=shown(value))
-    most = "up" if free else f"to below {high:g}" if below else f"to {high:g}"
-    raise ConfigError(what, expected=f"a number from {low:g} {most}", got=shown(value))
+    if math.isinf(low):
+        expected = "a finite number" if math.isinf(high) else f"a number up to {high:g}"
+    elif above:
+        most = "" if math.isinf(high) else f" and below {high:g}" if below else f" and at most {high:g}"
+        expected = f"a number above {low:g}{most}"
+    else:
+        most = "up" if math.isinf(high) else f"to below {high:g}" if below else f"to {high:g}"
+        expected = f"a number from {low:g} {most}"
+    raise error(what, expected=expected, got=shown(value))
 
 
-def whole(what: str, value: object, low: int, high: int) -> int:
-    """Check a whole number, from `low` to `high`; arguments are those of `number`.
+def whole(what: str, value: object, low: int = 0, high: int = MAX_INT, *, error: Error = ConfigError) -> int:
+    """A whole number from `low` to `high`."""
+    if is_whole(value, low, high):
+        return value  # type: ignore[return-value]
+    raise error(what, expected=f"a whole number from {low} to {high}", got=shown(value))
 
-    Returns:
-        The number.
 
-    Raises:
-        ConfigError: It is out of range, or no whole number.
-    """
-    if isinstance(value, int) and within(value, low, high):
+def word(what: str, value: Any, allowed: Sequence[str], *, error: Error = ConfigError) -> str:
+    """One of a few words."""
+    if value in allowed:
+        return str(value)
+    raise error(what, expected=" or ".join(allowed), got=shown(value))
+
+
+def truth(what: str, value: object, *, error: Error = ConfigError) -> bool:
+    """True or false."""
+    if isinstance(value, bool):
         return value
-    raise ConfigError(what, expected=f"a whole number from {low} to {high}", got=shown(value))
+    raise error(what, expected="true or false", got=shown(value))
 
 
-def word(what: str, value: object, allowed: Sequence[str]) -> None:
-    """Check a setting that is one of a few words.
-
-    Raises:
-        ConfigError: It is something else.
-    """
-    if value not in allowed:
-        raise ConfigError(what, expected=" or ".join(allowed), got=shown(value))
+def text(what: str, value: object, most: int, *, error: Error = ConfigError) -> str:
+    """Printable text of at most `most` characters; it may have line ends and tabs."""
+    if isinstance(value, str) and len(value) <= most and _PRINTABLE.fullmatch(value):
+        return value
+    raise error(what, expected=f"text of at most {most} printable characters", got=shown(value))
 
 
-def truth(what: str, value: object) -> None:
-    """Check a setting that is true or false.
-
-    Raises:
-        ConfigError: It is something else.
-    """
-    if not isinstance(value, bool):
-        raise ConfigError(what, expected="true or false", got=shown(value))
+def matching(what: str, value: object, pattern: re.Pattern[str], expected: str, *, error: Error = ConfigError) -> str:
+    """Text that a pattern matches as a whole."""
+    if isinstance(value, str) and pattern.fullmatch(value):
+        return value
+    raise error(what, expected=expected, got=shown(value))
 
 
-def only(allowed: Iterable[str], body: Mapping[str, Any], where: str, noun: str = "key") -> None:
-    """Make sure that a table has no other keys.
+def digest(what: str, value: object, *, error: Error = ConfigError) -> str:
+    """A sha256 in lower-case hex."""
+    return matching(what, value, _DIGEST, "64 hex digits", error=error)
 
-    Args:
-        allowed: The keys that it may have.
-        body: The table.
-        where: Its name, for the message.
-        noun: What its keys are.
 
-    Raises:
-        ConfigError: There is another one; the message names it.
-    """
+def hexadecimal(what: str, value: object, low: int, high: int, *, error: Error = ConfigError) -> str:
+    """From `low` to `high` lower-case hex digits, two for each byte."""
+    if isinstance(value, str) and low <= len(value) <= high and _HEX.fullmatch(value):
+        return value
+    raise error(what, expected=f"{low if low == high else f'{low} to {high}'} hex digits", got=shown(value))
+
+
+def items(
+    what: str, value: object, most: int, noun: str, *, least: int = 0, error: Error = ConfigError
+) -> Sequence[Any]:
+    """A list of `least` to `most` items, which are not looked at; `noun` is their plural."""
+    if isinstance(value, (list, tuple)) and least <= len(value) <= most:
+        return value
+    expected = f"a list of {f'{least} to' if least else 'at most'} {most} {noun}"
+    raise error(what, expected=expected, got=shown(value))
+
+
+def table(what: str, value: object, *, error: Error = ConfigError) -> Mapping[Any, Any]:
+    """An object, whose keys and values are not looked at."""
+    if isinstance(value, Mapping):
+        return value
+    raise error(what, expected="an object", got=shown(value))
+
+
+def record(what: str, value: object, keys: Iterable[str], *, error: Error = ConfigError) -> Mapping[str, Any]:
+    """An object that has all of these keys; it may have others."""
+    body = table(what, value, error=error)
+    for key in keys:
+        if key not in body:
+            raise error(f"{what}.{key}", expected="a value", got="nothing")
+    return body
+
+
+def only(
+    allowed: Iterable[str],
+    body: Mapping[str, Any],
+    where: str,
+    noun: str = "key",
+    *,
+    error: Error = ConfigError,
+) -> None:
+    """Raise an error that names the first key of `body` that isn't allowed."""
     names = tuple(allowed)
     for key in body:
         if key not in names:
-            raise ConfigError(
+            raise error(
                 f"{where}: unknown {noun} {shown(key)}{meant(key, names)}", expected=f"one of {', '.join(names)}"
             )
 
 
 def known(kind: type[Any], body: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A table's settings, if a dataclass has all of them.
-
-    Args:
-        kind: The dataclass.
-        body: The table.
-        where: Its name, for the message.
+    """A copy of a table whose keys are all fields of a dataclass.
 
     Raises:
-        ConfigError: There is another one; the message names it.
+        ConfigError: The table has another key; the message names it.
     """
     only((f.name for f in fields(kind)), body, where)
     return dict(body)

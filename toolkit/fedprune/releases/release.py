@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedprune.core import validation as check
 from fedprune.core.disk import file_digest, storage_errors, write_whole
 from fedprune.core.errors import ProtocolError, ReleaseError, SignatureError, shown
 from fedprune.core.text import one_line
 from fedprune.security.keys import SIGNATURE as SIGNATURE_BYTES
 from fedprune.security.keys import SigningKey, VerifyingKey
-from fedprune.wire import validation as check
 from fedprune.wire.release_messages import MAX_FILES, MAX_MANIFEST, MAX_NUMBER
 
 MANIFEST, SIGNATURE, FILES = "release.json", "release.sig", "files"
@@ -28,6 +29,9 @@ MAX_FILE = 2**30
 MAX_BYTES = 2**31
 MAX_UNPACKED = 2**32
 """What a release may have: bytes of a file, of all files, and of all that is unpacked."""
+
+_MAX_LABEL = 64
+_MAX_SYSTEM = 32
 
 _PURPOSE = b"fedprune release 1\n"
 """What is signed begins with it, so that what was signed for another purpose is worth nothing here."""
@@ -114,25 +118,24 @@ class Release:
 
     @classmethod
     def _checked(cls, body: Any) -> Release:
-        table = _table("content", body, ("format", *(f.name for f in fields(cls))))
+        table = _record("content", body, ("format", *(f.name for f in fields(cls))))
         if table["format"] != _FORMAT:
             raise ProtocolError("format", expected=_FORMAT, got=shown(table["format"]))
-        rows = _list("files", table["files"], MAX_FILES)
+        rows = check.items("files", table["files"], MAX_FILES, "files", error=ProtocolError)
         files = tuple(_file(f"files[{i}]", row) for i, row in enumerate(rows))
+        names = check.items("system", table["system"], _MAX_SYSTEM, "packages", error=ProtocolError)
         made = cls(
-            number=check.whole(1, MAX_NUMBER)("number", table["number"]),
-            version=one_line(check.text(64)("version", table["version"])),
+            number=_whole("number", table["number"], 1, MAX_NUMBER),
+            version=_label("version", table["version"]),
             python=_matching("python", table["python"], _PYTHON, "a Python such as cp311"),
             machine=_matching("machine", table["machine"], _MACHINE, "a processor such as aarch64"),
             entry=_matching("entry", table["entry"], _ENTRY, "module:function"),
-            unpacked=check.whole(0, MAX_UNPACKED)("unpacked", table["unpacked"]),
+            unpacked=_whole("unpacked", table["unpacked"], 0, MAX_UNPACKED),
             files=files,
-            contents=check.digest("contents", table["contents"]),
-            launcher=check.whole(1, MAX_NUMBER)("launcher", table["launcher"]),
-            created=one_line(check.text(64)("created", table["created"])),
-            system=tuple(
-                _matching("system", name, _MODULE, "names of packages") for name in _list("system", table["system"], 32)
-            ),
+            contents=check.digest("contents", table["contents"], error=ProtocolError),
+            launcher=_whole("launcher", table["launcher"], 1, MAX_NUMBER),
+            created=_label("created", table["created"]),
+            system=tuple(_matching("system", name, _MODULE, "names of packages") for name in names),
         )
         if not files or len({f.name for f in files}) < len(files) or len({f.sha256 for f in files}) < len(files):
             raise ProtocolError("files", expected="some, each of them once", got=f"{len(files)} entries")
@@ -266,28 +269,23 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 def _file(where: str, value: object) -> ReleaseFile:
-    row = _table(where, value, ("name", "sha256", "size"))
+    row = _record(where, value, ("name", "sha256", "size"))
     return ReleaseFile(
         _matching(f"{where}.name", row["name"], _FILE, "the name of a wheel"),
-        check.digest(f"{where}.sha256", row["sha256"]),
-        check.whole(1, MAX_FILE)(f"{where}.size", row["size"]),
+        check.digest(f"{where}.sha256", row["sha256"], error=ProtocolError),
+        _whole(f"{where}.size", row["size"], 1, MAX_FILE),
     )
 
 
-def _table(where: str, value: object, keys: Iterable[str]) -> Mapping[str, Any]:
-    wanted = set(keys)
-    if not isinstance(value, dict) or set(value) != wanted:
-        raise ProtocolError(where, expected=f"an object of {', '.join(sorted(wanted))}", got=shown(value))
-    return value
+def _record(where: str, value: object, keys: Sequence[str]) -> Mapping[str, Any]:
+    body = check.record(where, value, keys, error=ProtocolError)
+    check.only(keys, body, where, error=ProtocolError)
+    return body
 
 
-def _list(where: str, value: object, limit: int) -> list[Any]:
-    if not isinstance(value, list) or len(value) > limit:
-        raise ProtocolError(where, expected=f"a list of at most {limit}", got=shown(value))
-    return value
+def _label(where: str, value: object) -> str:
+    return one_line(check.text(where, value, _MAX_LABEL, error=ProtocolError))
 
 
-def _matching(where: str, value: object, pattern: re.Pattern[str], expected: str) -> str:
-    if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise ProtocolError(where, expected=expected, got=shown(value))
-    return value
+_whole = partial(check.whole, error=ProtocolError)
+_matching = partial(check.matching, error=ProtocolError)

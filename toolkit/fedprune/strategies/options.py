@@ -75,7 +75,7 @@ def numbers(strategy: str, name: str, values: Sequence[object]) -> None:
         ConfigError: One is none.
     """
     most = sys.float_info.max
-    if not all(validation.within(value, -most, most) for value in values):
+    if not all(validation.is_number(value, -most, most) for value in values):
         raise ConfigError(f"job: option {name} of {strategy}", expected="finite numbers", got=shown(list(values)))
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from fedprune.blobs.leaf_cache import SUFFIX
 from fedprune.core.errors import ProtocolError, shown
-from fedprune.wire.schema import described
 
 MAX_URL = 512
 """Characters of an address."""
@@ -25,6 +24,9 @@ _URL = re.compile(
     r"(?P<scheme>https?)://(?:\[(?P<six>[0-9A-Fa-f:.]{2,45})\]|(?P<host>[A-Za-z0-9.-]{1,253}))"
     r"(?::(?P<port>[1-9][0-9]{0,4}))?(?P<path>(?:/[A-Za-z0-9._~-]{1,255})*)/?"
 )
+URL_PATTERN = f"^{re.sub('[?]P<[a-z]+>', '?:', _URL.pattern)}$"
+"""The same for other dialects of regular expressions, in JSON Schema."""
+
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _PORTS = {True: 443, False: 80}
 _EXPECTED = "https://host[:port][/path], or http:// for this machine alone, without user, query or fragment"
@@ -81,12 +83,6 @@ class BlobUrl:
     def table(self, sha256: str) -> str:
         """The path of the file of a blob's leaf table."""
         return self.blob(sha256) + SUFFIX
-
-
-@described({"type": "string", "maxLength": MAX_URL, "pattern": f"^{re.sub('[?]P<[a-z]+>', '?:', _URL.pattern)}$"})
-def check_blob_url(where: str, value: object) -> str:
-    """Check a message's field: the address in its one form."""
-    return str(BlobUrl.parse(value, where))
 
 
 def _name(host: str) -> str | None:

@@ -1,39 +1,40 @@
-"""What all messages between devices and server share: checked fields, and one canonical form in bytes."""
+"""The base of all messages between processes: fields that are declared once, and one canonical form in bytes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, get_type_hints
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core.errors import ProtocolError, UnknownMessageError, shown
-from fedprune.wire.validation import Check
+from fedprune.wire.fields import FieldType, field_type
 
 VERSION = 1
 MAX_MESSAGE = 256 * 1024
 """Bytes that no message may exceed."""
 
+_NEWER = "newer"
+_FIELD_TYPES: dict[type[Any], Mapping[str, FieldType]] = {}
+
 
 @dataclass(frozen=True)
 class CheckedMessage:
-    """A message whose fields are checked when it is made.
+    """A message whose fields are checked when it is made, by the types that annotate them (`fedprune.wire.fields`).
 
     Attributes:
         kind: Its type on the wire.
-        checks: One entry per field.
-        newer: Fields that older peers don't know: one that is None is left out.
     """
 
     kind: ClassVar[str]
-    checks: ClassVar[Mapping[str, Check]]
-    newer: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, *, kind: str) -> None:
+        cls.kind = kind
 
     def __post_init__(self) -> None:
-        for name, checked in self.checks.items():
-            value = checked(f"{self.kind}: field {name}", getattr(self, name))
-            object.__setattr__(self, name, value)
+        for name, declared in field_types(type(self)).items():
+            object.__setattr__(self, name, declared.check(f"{self.kind}: field {name}", getattr(self, name)))
 
     def to_bytes(self) -> bytes:
         """Canonical JSON in UTF-8.
@@ -42,11 +43,10 @@ class CheckedMessage:
             ProtocolError: It is longer than a message may be.
         """
         body: dict[str, Any] = {"v": VERSION, "type": self.kind}
-        for name in self.checks:
-            value = getattr(self, name)
-            if value is None and name in self.newer:
-                continue
-            body[name] = value
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None or not f.metadata.get(_NEWER):
+                body[f.name] = value
         raw = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False, default=BlobRef.to_dict).encode()
         if len(raw) > MAX_MESSAGE:
             raise ProtocolError(
@@ -55,11 +55,29 @@ class CheckedMessage:
         return raw
 
 
+def newer(*, compare: bool = True) -> Any:
+    """A field that older peers don't know: None by default, and then left out of the JSON."""
+    return field(default=None, compare=compare, metadata={_NEWER: True})
+
+
+def field_types(cls: type[CheckedMessage]) -> Mapping[str, FieldType]:
+    """The type of each field of a message, by name and in order."""
+    if cls not in _FIELD_TYPES:
+        hints = get_type_hints(cls, include_extras=True)
+        _FIELD_TYPES[cls] = {f.name: field_type(hints[f.name]) for f in fields(cls)}
+    return _FIELD_TYPES[cls]
+
+
+def required_fields(cls: type[CheckedMessage]) -> list[str]:
+    """Names of the fields without a default."""
+    return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+
+
 def read_checked(raw: bytes, what: str, types: Mapping[str, type[Any]]) -> Any:
     """Read the JSON of a message, and check it by its type.
 
     Args:
-        raw: The JSON; how long it may be is the caller's to say.
+        raw: The JSON; the caller has limited its length.
         what: What it is, for errors.
         types: Classes of messages, by the type that they have on the wire.
 
@@ -71,7 +89,7 @@ def read_checked(raw: bytes, what: str, types: Mapping[str, type[Any]]) -> Any:
         ProtocolError: It is not JSON, or a field is missing or wrong; the error names the field.
     """
     try:
-        body = json.loads(raw, parse_constant=_constant)
+        body = json.loads(raw, parse_constant=_refuse_constant)
     except RecursionError as error:
         raise ProtocolError(f"{what} is nested too deeply") from error
     except ValueError as error:
@@ -90,14 +108,11 @@ def read_checked(raw: bytes, what: str, types: Mapping[str, type[Any]]) -> Any:
     cls = types.get(kind) if isinstance(kind, str) else None
     if cls is None:
         raise UnknownMessageError(f"type of a {what}", expected=", ".join(types), got=shown(kind))
-    values = {}
-    for f in fields(cls):
-        if f.name in body:
-            values[f.name] = body[f.name]
-        elif f.default is MISSING and f.default_factory is MISSING:
-            raise ProtocolError(f"{kind}: field {f.name}", expected="a value", got="nothing")
-    return cls(**values)
+    for name in required_fields(cls):
+        if name not in body:
+            raise ProtocolError(f"{kind}: field {name}", expected="a value", got="nothing")
+    return cls(**{name: body[name] for name in field_types(cls) if name in body})
 
 
-def _constant(word: str) -> float:
+def _refuse_constant(word: str) -> float:
     raise ValueError(word)

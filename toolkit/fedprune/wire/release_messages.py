@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
-from fedprune.wire import validation as check
 from fedprune.wire.checked_message import CheckedMessage
-from fedprune.wire.validation import Check
+from fedprune.wire.fields import Count, Device, Digest, Items, choice, hexadecimal, number, text, whole
 
 DOWNLOADING, STAGED, TRIAL = "downloading", "staged", "trial"
 COMMITTED, ROLLED_BACK, REFUSED = "committed", "rolled back", "refused"
@@ -23,86 +21,53 @@ MAX_FILES = 64
 MAX_ATTEMPTS, MAX_SECONDS = 100, 3600.0
 """Of a trial, and of each attempt at it."""
 
-_NUMBER = check.whole(0, MAX_NUMBER)
+ReleaseNumber = Annotated[int, whole(0, MAX_NUMBER)]
 
 
 @dataclass(frozen=True)
-class ReleaseOffer(CheckedMessage):
-    """A board is to update itself.
+class ReleaseOffer(CheckedMessage, kind="release"):
+    """A board is to update itself."""
 
-    Attributes:
-        number: The release's number.
-        manifest: Its manifest, as it was signed (`fedprune.releases.release.Release.to_bytes`).
-        signature: The server's on it, as hex.
-        leaves: For each file of the manifest, in order, the sha256 of its leaf table: with the digest and the size that
-            the manifest says they name the blob that the board pulls.
-        attempts: How often it may be started until it is healthy.
-        seconds: How long each attempt may take.
-    """
-
-    number: int
-    manifest: str
-    signature: str
-    leaves: tuple[str, ...]
-    attempts: int
-    seconds: float
-
-    kind: ClassVar[str] = "release"
-    checks: ClassVar[Mapping[str, Check]] = {
-        "number": _NUMBER,
-        "manifest": check.text(MAX_MANIFEST),
-        "signature": check.hexadecimal(128),
-        "leaves": check.digests(MAX_FILES),
-        "attempts": check.whole(1, MAX_ATTEMPTS),
-        "seconds": check.number(1, MAX_SECONDS),
-    }
+    number: ReleaseNumber
+    """The release's number."""
+    manifest: Annotated[str, text(MAX_MANIFEST)]
+    """Its manifest, as it was signed (`fedprune.releases.release.Release.to_bytes`)."""
+    signature: Annotated[str, hexadecimal(128)]
+    """The server's on it, as hex."""
+    leaves: Annotated[tuple[Digest, ...], Items(MAX_FILES, "digests", least=1)]
+    """For each file of the manifest, in order, the sha256 of its leaf table: with the digest and the size that the
+    manifest says they name the blob that the board pulls."""
+    attempts: Annotated[int, whole(1, MAX_ATTEMPTS)]
+    """How often it may be started until it is healthy."""
+    seconds: Annotated[float, number(1, MAX_SECONDS)]
+    """How long each attempt may take."""
 
 
 @dataclass(frozen=True)
-class ReleaseWithdrawn(CheckedMessage):
-    """A release is no longer to be installed; a board that tries or runs it goes on.
+class ReleaseWithdrawn(CheckedMessage, kind="release_withdrawn"):
+    """A release is no longer to be installed; a board that tries or runs it goes on."""
 
-    Attributes:
-        number: The release's number.
-        reason: Why, in words.
-    """
-
-    number: int
-    reason: str
-
-    kind: ClassVar[str] = "release_withdrawn"
-    checks: ClassVar[Mapping[str, Check]] = {"number": _NUMBER, "reason": check.text(4096)}
+    number: ReleaseNumber
+    """The release's number."""
+    reason: Annotated[str, text(4096)]
+    """Why, in words."""
 
 
 @dataclass(frozen=True)
-class ReleaseReport(CheckedMessage):
-    """Where a release stands on a board; said at every birth, and when it changes.
+class ReleaseReport(CheckedMessage, kind="release_report"):
+    """Where a release stands on a board; said at every birth, and when it changes."""
 
-    Attributes:
-        device: The board.
-        number: The release's number.
-        state: One of `STATES`.
-        reason: Why it was refused or rolled back, or what it waits for.
-        done: Leaves of its files that are there.
-        total: Leaves of its files; 0 where nothing is pulled.
-    """
-
-    device: str
-    number: int
-    state: str
-    reason: str
-    done: int
-    total: int
-
-    kind: ClassVar[str] = "release_report"
-    checks: ClassVar[Mapping[str, Check]] = {
-        "device": check.device,
-        "number": _NUMBER,
-        "state": check.choice(*STATES),
-        "reason": check.text(4096),
-        "done": check.whole(),
-        "total": check.whole(),
-    }
+    device: Device
+    number: ReleaseNumber
+    """The release's number."""
+    state: Annotated[str, choice(*STATES)]
+    """One of `STATES`."""
+    reason: Annotated[str, text(4096)]
+    """Why it was refused or rolled back, or what it waits for."""
+    done: Count
+    """Leaves of its files that are there."""
+    total: Count
+    """Leaves of its files; 0 where nothing is pulled."""
 
 
 ReleaseFromServer = ReleaseOffer | ReleaseWithdrawn

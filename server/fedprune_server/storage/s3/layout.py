@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from fedprune.blobs.blob_ref import is_digest
 from fedprune.core.errors import StorageError
+from fedprune.core.validation import is_digest
 
 BLOBS = "blobs/"
 OWNER = "job.json"

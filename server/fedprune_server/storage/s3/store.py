@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedprune.blobs.blob_ref import BlobRef, is_digest, leaf_table
+from fedprune.blobs.blob_ref import BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.leaf_cache import SUFFIX
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError, StorageFullError
+from fedprune.core.validation import is_digest
 from fedprune_server.storage.s3.bucket import Bucket
 from fedprune_server.storage.s3.deletions import Deletions
 from fedprune_server.storage.s3.layout import BLOBS, MODEL, OWNER, OWNER_LIMIT, Owner, digest_of

@@ -9,10 +9,10 @@ from typing import Any
 
 from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.core.text import one_line
-from fedprune.wire.validation import MAX_INT
+from fedprune.core.validation import is_whole
 from fedprune_server.devices.board_logs import CRASHES, Told, frames_of, read_logs
 from fedprune_server.web.state.log_messages import BoardLog, LogLine
-from fedprune_server.web.state.row_checks import LEVELS
+from fedprune_server.web.state.row_types import LEVELS, BoardCrash, BoardLine
 from fedprune_server.web.state.rows import number
 
 KEPT = 1000
@@ -73,7 +73,7 @@ def _line(told: Told) -> LogLine:
     return LogLine(max(0.0, told.received), _level(told), f"{one_line(text, _TEXT)}{times}", told.device, board=True)
 
 
-def _row(told: Told) -> dict[str, Any]:
+def _row(told: Told) -> BoardLine:
     return {
         "at": max(0.0, told.at),
         "received": max(0.0, told.received),
@@ -83,7 +83,7 @@ def _row(told: Told) -> dict[str, Any]:
     }
 
 
-def _crash(told: Told) -> dict[str, Any]:
+def _crash(told: Told) -> BoardCrash:
     body = told.body
     return {
         "at": max(0.0, told.at),
@@ -105,4 +105,4 @@ def _level(told: Told) -> str:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INT else None
+    return value if is_whole(value) else None

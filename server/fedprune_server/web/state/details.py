@@ -15,6 +15,7 @@ from fedprune.model.selection import Selection
 from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared, predicted
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.web.state.device_messages import Coverage, DeviceDetails
+from fedprune_server.web.state.row_types import ChannelGroup, ChannelRun, Figure, HeldChannels, Part
 from fedprune_server.web.state.rows import number
 
 MOST_GROUPS = 2000
@@ -52,7 +53,7 @@ def details(view: JobView, name: str) -> DeviceDetails:
         shown = {"density": plan["density"], "binding": plan["bound"], "limits": limits}
     elif device is not None and device.widths:
         shown = {"density": device.density, "binding": "strategy", "limits": {}}
-    history: list[dict[str, Any]] = []
+    history: list[Part] = []
     for summary in reversed(view.state.history[-_ROUNDS:]):
         part = summary["devices"].get(name)
         if part is not None and len(history) < _PARTS:
@@ -66,14 +67,14 @@ def details(view: JobView, name: str) -> DeviceDetails:
     return DeviceDetails(name, view.job.name, shown, figures(view, name), tuple(history), held(view, name))
 
 
-def figures(view: JobView, name: str) -> tuple[dict[str, Any], ...]:
+def figures(view: JobView, name: str) -> tuple[Figure, ...]:
     """What was foretold of a device's rounds beside what it measured at the same widths, where either is known."""
     device = view.state.devices.get(name)
     foretold = {} if device is None else predicted(name, device, view.job, view.architecture) or {}
     seen = compared(name, view.state, foretold)
     metrics = {m: number(seen[m][1], 0.0, 1e15) for m in QUANTITIES if m in seen}
     metrics["train_seconds"] = number(_last_metrics(view, name).get("train_seconds"), 0.0, 1e15)
-    rows = []
+    rows: list[Figure] = []
     for what, (unit, figure) in _FORESEEN.items():
         before = number(foretold.get(figure), 0.0, 1e15)
         after = metrics.get(_MEASURED.get(what, ""))
@@ -86,14 +87,14 @@ def figures(view: JobView, name: str) -> tuple[dict[str, Any], ...]:
     return tuple(rows)
 
 
-def held(view: JobView, name: str) -> tuple[dict[str, Any], ...]:
+def held(view: JobView, name: str) -> tuple[HeldChannels, ...]:
     """How many channels of each group a device holds and, where its ranking is here, which: a bit each, as hex."""
     device, task = view.state.devices.get(name), view.state.tasks.get(name)
     if device is None or not device.widths:
         return ()
     ranking, widths = _cut_from(view, device, task)
     ranks = _ranks(view, ranking)
-    rows = []
+    rows: list[HeldChannels] = []
     for i, (group, width) in enumerate(zip(view.architecture.groups[:MOST_GROUPS], widths, strict=False)):
         kept = min(width, group.size)
         which = None
@@ -105,17 +106,18 @@ def held(view: JobView, name: str) -> tuple[dict[str, Any], ...]:
     return tuple(rows)
 
 
-def coverage(view: JobView) -> list[dict[str, Any]]:
-    """Which share of the devices with a model holds which channels, as runs by rank, `row_checks.GROUP` each.
+def coverage(view: JobView) -> list[ChannelGroup]:
+    """Which share of the devices with a model holds which channels, as runs by rank.
 
     It is told for channels in the order of their rank: a submodel is the first so many of them.
     """
     widths = [t.widths for t in view.state.tasks.values() if t.widths]
     widths = widths or [d.widths for d in view.state.devices.values() if d.widths]
-    found = []
+    found: list[ChannelGroup] = []
     for i, group in enumerate(view.architecture.groups):
         counts = Counter(min(w[i], group.size) for w in widths)
-        shares, left, begun = [], len(widths), 0
+        shares: list[ChannelRun] = []
+        left, begun = len(widths), 0
         for width in sorted(counts):
             if width > begun:
                 shares.append({"channels": width - begun, "share": left / len(widths)})
@@ -123,13 +125,13 @@ def coverage(view: JobView) -> list[dict[str, Any]]:
             left -= counts[width]
         if begun < group.size:
             shares.append({"channels": group.size - begun, "share": 0.0})
-        found.append({"name": one_line(group.name, 190), "channels": group.size, "held": shares})
+        found.append({"name": one_line(group.name, 190), "channels": group.size, "held": tuple(shares)})
     return found
 
 
 def coverage_news(view: JobView) -> Iterator[Coverage]:
     """The coverage, in as many lines as it takes."""
-    pieces: list[list[dict[str, Any]]] = [[]]
+    pieces: list[list[ChannelGroup]] = [[]]
     for group in coverage(view)[:MOST_GROUPS]:
         if pieces[-1] and sum(len(g["held"]) for g in [*pieces[-1], group]) > _RUNS:
             pieces.append([])

@@ -15,7 +15,7 @@ from fedprune_server.web.auth.sessions import Session
 from fedprune_server.web.state.model import Model
 from fedprune_server.web.state.order_messages import EXPIRED, EXPIRES_S, Answer, Order
 from fedprune_server.web.state.publisher_messages import MAX_ORDER, line
-from fedprune_server.web.state.row_checks import ORDER_KINDS
+from fedprune_server.web.state.row_types import ORDER_KINDS
 
 MOST_WAITING = 100
 PER_MINUTE = 60

@@ -6,28 +6,32 @@ devices and their texts come from boards, and orders from a process that speaks 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar, get_args
+from typing import Annotated, Any, BinaryIO, get_args
 
-from fedprune.wire import validation as check
 from fedprune.wire.checked_message import MAX_MESSAGE, CheckedMessage
-from fedprune.wire.validation import Check
+from fedprune.wire.fields import (
+    Count,
+    Items,
+    Job,
+    Metrics,
+    Name,
+    choice,
+    number,
+    text,
+    whole,
+)
 from fedprune_server.process.line_process import checked_line
 from fedprune_server.web.state.device_messages import Coverage, DeviceDetails, Devices
 from fedprune_server.web.state.log_messages import AlertNews, BoardLog, LogLine
 from fedprune_server.web.state.order_messages import Answer, Order
-from fedprune_server.web.state.row_checks import (
-    COUNT,
-    ROLLOUT,
-    SECONDS,
-    SHORT,
-    TEXT,
-    TIME,
-    list_of,
-    row_of,
-    table_of,
-    truth,
+from fedprune_server.web.state.row_types import (
+    LongText,
+    RolloutRow,
+    Seconds,
+    Short,
+    Spread,
+    Time,
 )
 
 MAX_LINE = MAX_MESSAGE + 1
@@ -38,178 +42,104 @@ MAX_ORDER = 8192
 
 
 @dataclass(frozen=True)
-class Begin(CheckedMessage):
-    """The first line to a console: what it is.
+class Begin(CheckedMessage, kind="begin"):
+    """The first line to a console: what it is."""
 
-    Attributes:
-        address: Where it listens.
-        port: On which port; 0 for a free one.
-        database: Path of its accounts.
-        certificate: Path of a certificate for TLS; None to do without.
-        key: Path of that one's key.
-        insecure: Whether it may listen without TLS where others than this machine reach it.
-        orders: What orders the server takes: `none`, `look` or `all`.
-        hosts: Names by which browsers may call it beside its address; empty for any.
-        proxied: Whether a reverse proxy on this machine speaks for browsers, and does TLS.
-        parent: The server's process id.
-    """
-
-    address: str
-    port: int
-    database: str
-    certificate: str | None
-    key: str | None
+    address: Short
+    """Where it listens."""
+    port: Annotated[int, whole(0, 65535)]
+    """On which port; 0 for a free one."""
+    database: Annotated[str, text(4096)]
+    """Path of its accounts."""
+    certificate: Annotated[str, text(4096)] | None
+    """Path of a certificate for TLS; None to do without."""
+    key: Annotated[str, text(4096)] | None
+    """Path of that one's key."""
     insecure: bool
-    orders: str
-    hosts: tuple[str, ...]
+    """Whether it may listen without TLS where others than this machine reach it."""
+    orders: Annotated[str, choice("none", "look", "all")]
+    """What orders the server takes: `none`, `look` or `all`."""
+    hosts: Annotated[tuple[Short, ...], Items(32)]
+    """Names by which browsers may call it beside its address; empty for any."""
     proxied: bool
-    parent: int
-
-    kind: ClassVar[str] = "begin"
-    checks: ClassVar[Mapping[str, Check]] = {
-        "address": SHORT,
-        "port": check.whole(0, 65535),
-        "database": check.text(4096),
-        "certificate": check.optional(check.text(4096)),
-        "key": check.optional(check.text(4096)),
-        "insecure": truth,
-        "orders": check.choice("none", "look", "all"),
-        "hosts": list_of(SHORT, 32),
-        "proxied": truth,
-        "parent": COUNT,
-    }
+    """Whether a reverse proxy on this machine speaks for browsers, and does TLS."""
+    parent: Count
+    """The server's process id."""
 
 
 @dataclass(frozen=True)
-class Site(CheckedMessage):
+class Site(CheckedMessage, kind="site"):
     """The server as a whole. All that was told before it is of another start, and forgotten."""
 
-    version: str
-    site: str
-    jobs: tuple[str, ...]
-    started_at: float
+    version: Short
+    site: Name
+    jobs: Annotated[tuple[Job, ...], Items(1000)]
+    started_at: Time
     connected: bool
-    broker: str
-    database: str
-    blobs: str
+    broker: LongText
+    database: LongText
+    blobs: LongText
     insecure: bool
 
-    kind: ClassVar[str] = "site"
-    checks: ClassVar[Mapping[str, Check]] = {
-        "version": SHORT,
-        "site": check.name,
-        "jobs": list_of(check.job, 1000),
-        "started_at": TIME,
-        "connected": truth,
-        "broker": TEXT,
-        "database": TEXT,
-        "blobs": TEXT,
-        "insecure": truth,
-    }
-
 
 @dataclass(frozen=True)
-class JobNews(CheckedMessage):
+class JobNews(CheckedMessage, kind="job"):
     """A job as it stands. `parts` counts the round's parts by how far they are."""
 
-    name: str
-    round: int
-    rounds: int
-    phase: str
-    deadline_at: float | None
+    name: Job
+    round: Count
+    rounds: Count
+    phase: Short
+    deadline_at: Time | None
     paused: bool
-    metrics: dict[str, float]
-    strategy: str
-    model_digest: str
-    weight: float
-    parts: dict[str, int]
-    parameters: int
-
-    kind: ClassVar[str] = "job"
-    checks: ClassVar[Mapping[str, Check]] = {
-        "name": check.job,
-        "round": COUNT,
-        "rounds": COUNT,
-        "phase": SHORT,
-        "deadline_at": check.optional(TIME),
-        "paused": truth,
-        "metrics": check.metrics,
-        "strategy": SHORT,
-        "model_digest": SHORT,
-        "weight": check.number(0.0),
-        "parts": table_of(COUNT, 32),
-        "parameters": COUNT,
-    }
+    metrics: Metrics
+    strategy: Short
+    model_digest: Short
+    weight: Annotated[float, number(0.0)]
+    parts: Annotated[dict[Short, Count], Items(32, "entries")]
+    parameters: Count
 
 
 @dataclass(frozen=True)
-class RoundNews(CheckedMessage):
+class RoundNews(CheckedMessage, kind="round"):
     """A finished round. `refused` counts updates that didn't count by why; bytes are those of all devices since the
     round before ended. Of rounds before the server's start some of it isn't known any more."""
 
-    job: str
-    round: int
-    at: float
-    seconds: float | None
-    metrics: dict[str, float]
-    counted: int | None
-    devices: int | None
-    refused: dict[str, int]
-    bytes_down: int | None
-    bytes_up: int | None
-    staleness: dict[str, float] | None
-    model: str
-
-    kind: ClassVar[str] = "round"
-    checks: ClassVar[Mapping[str, Check]] = {
-        "job": check.job,
-        "round": COUNT,
-        "at": TIME,
-        "seconds": check.optional(SECONDS),
-        "metrics": check.metrics,
-        "counted": check.optional(COUNT),
-        "devices": check.optional(COUNT),
-        "refused": table_of(COUNT, 100),
-        "bytes_down": check.optional(COUNT),
-        "bytes_up": check.optional(COUNT),
-        "staleness": check.optional(row_of({"mean": check.number(0.0), "max": check.number(0.0)})),
-        "model": SHORT,
-    }
+    job: Job
+    round: Count
+    at: Time
+    seconds: Seconds | None
+    metrics: Metrics
+    counted: Count | None
+    devices: Count | None
+    refused: Annotated[dict[Short, Count], Items(100, "entries")]
+    bytes_down: Count | None
+    bytes_up: Count | None
+    staleness: Spread | None
+    model: Short
 
 
 @dataclass(frozen=True)
-class Rollouts(CheckedMessage):
+class Rollouts(CheckedMessage, kind="rollouts"):
     """The rollout that was begun last, if there is one, and the names of releases that an order may begin."""
 
-    rows: tuple[dict[str, Any], ...]
-    releases: tuple[str, ...] = ()
-
-    kind: ClassVar[str] = "rollouts"
-    checks: ClassVar[Mapping[str, Check]] = {
-        "rows": list_of(row_of(ROLLOUT), 50),
-        "releases": list_of(check.name, 200),
-    }
+    rows: Annotated[tuple[RolloutRow, ...], Items(50)]
+    releases: Annotated[tuple[Name, ...], Items(200)] = ()
 
 
 @dataclass(frozen=True)
-class Beat(CheckedMessage):
+class Beat(CheckedMessage, kind="beat"):
     """The server lives, and has nothing left to tell. `whole`: the console has heard of all devices."""
 
-    at: float
+    at: Time
     whole: bool = True
-
-    kind: ClassVar[str] = "beat"
-    checks: ClassVar[Mapping[str, Check]] = {"at": TIME, "whole": truth}
 
 
 @dataclass(frozen=True)
-class Listening(CheckedMessage):
+class Listening(CheckedMessage, kind="listening"):
     """The console listens, at this address."""
 
-    url: str
-
-    kind: ClassVar[str] = "listening"
-    checks: ClassVar[Mapping[str, Check]] = {"url": SHORT}
+    url: Short
 
 
 ToConsole = (

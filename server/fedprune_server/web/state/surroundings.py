@@ -105,7 +105,7 @@ class ReleaseWatch:
         self._moved: set[str] = set()
 
     def standing(self, device: str) -> dict[str, Any] | None:
-        """Where the release of the latest rollout stands on a board, by what that said last: `row_checks.DEVICE`."""
+        """A board's progress with the latest rollout's release (`row_types.Installation`), by its last report."""
         return self._standing.get(device)
 
     def moved(self) -> set[str]:

@@ -28,7 +28,7 @@ from fedprune_server.web.auth.roles import LOOKS, NEEDED, may
 from fedprune_server.web.context import Console, session_of
 from fedprune_server.web.state.model import SORTABLE
 from fedprune_server.web.state.orders import RefusedError
-from fedprune_server.web.state.row_checks import LEVELS
+from fedprune_server.web.state.row_types import LEVELS
 from fedprune_server.web.views import formatting as phrases
 from fedprune_server.web.views import presentation
 

@@ -51,7 +51,7 @@ class Robustness:
     tolerance: float = 3.5
 
     def __post_init__(self) -> None:
-        if self.clip != "median" and not validation.within(self.clip, 0, 1e9):
+        if self.clip != "median" and not validation.is_number(self.clip, 0, 1e9):
             raise ConfigError("robust: clip", expected="a norm from 0 up, or 'median'", got=shown(self.clip))
         validation.word("robust: centre", self.centre, ("mean", *get_args(Centre)))
         validation.number("robust: trim", self.trim, 0, 0.5, below=True)

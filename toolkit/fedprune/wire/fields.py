@@ -1,0 +1,291 @@
+"""Types of message fields: each checks what JSON gave, and describes what it accepts as JSON Schema (draft 2020-12).
+
+A message declares its fields with them: `session: Count`, `reason: Annotated[str, text(4096)]`. `bool`, `X | None`,
+`Annotated[tuple[X, ...], Items(64, "names")]`, `Annotated[dict[K, X], Items(8, "blobs")]` and a `TypedDict`, all of
+whose keys are required, need no more than that. A schema may accept more than its check where JSON Schema has no word
+for the difference, never less.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from fedprune.blobs.blob_ref import MAX_BLOB, BlobRef
+from fedprune.core import validation
+from fedprune.core.errors import ProtocolError, shown
+from fedprune.core.validation import MAX_INT
+from fedprune.wire.blob_url import MAX_URL, URL_PATTERN, BlobUrl
+from fedprune.wire.topics import check_device, check_job, check_name, check_tag
+
+Schema = dict[str, Any]
+
+MAX_DEPTH = 8
+"""Nesting that a free-form object may have."""
+
+MAX_METRICS = 64
+
+_METRIC = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
+_PRINTABLE = r"^[^\u0000-\u0008\u000b-\u001f\u007f-\u009f]*$"
+_LONGEST_KEY = 256
+_LONGEST_TEXT = 65_536
+
+
+@dataclass(frozen=True, eq=False)
+class FieldType:
+    """A check and its schema.
+
+    Attributes:
+        check: Takes the field's name for the error and the value; returns the value as the message has it, or raises a
+            `ProtocolError`.
+        schema: What the check accepts; `#/$defs/...` are `DEFINITIONS`.
+    """
+
+    check: Callable[[str, Any], Any]
+    schema: Schema
+
+
+@dataclass(frozen=True)
+class Items:
+    """How many items the list or object of a field may have, with their noun for errors."""
+
+    most: int
+    noun: str = "items"
+    least: int = 0
+
+
+def field_type(hint: Any) -> FieldType:
+    """The field type that an annotation declares.
+
+    Raises:
+        TypeError: It declares none.
+    """
+    notes = getattr(hint, "__metadata__", ())
+    for note in notes:
+        if isinstance(note, FieldType):
+            return note
+    limit = next((note for note in notes if isinstance(note, Items)), None)
+    plain = hint.__origin__ if notes else hint
+    origin, inner = get_origin(plain), get_args(plain)
+    if origin in (Union, UnionType):
+        (one,) = (arg for arg in inner if arg is not type(None))
+        return _optional(field_type(one))
+    if origin is tuple and limit is not None:
+        return _list(field_type(inner[0]), limit)
+    if origin is dict and limit is not None:
+        return _object(field_type(inner[0]), field_type(inner[1]), limit)
+    if plain is bool:
+        return _TRUTH
+    if is_typeddict(plain):
+        return record(plain)
+    raise TypeError(f"the annotation {hint!r} declares no field type: see fedprune.wire.fields")
+
+
+def whole(low: int = 0, high: int = MAX_INT) -> FieldType:
+    """A whole number in a range."""
+
+    def check(where: str, value: object) -> int:
+        return validation.whole(where, value, low, high, error=ProtocolError)
+
+    return FieldType(check, {"type": "integer", "minimum": low, "maximum": high})
+
+
+def number(low: float = -math.inf, high: float = math.inf) -> FieldType:
+    """A finite number in a range."""
+    ends = {"minimum": low, "maximum": high}
+
+    def check(where: str, value: object) -> float:
+        return validation.number(where, value, low, high, error=ProtocolError)
+
+    return FieldType(check, {"type": "number", **{key: end for key, end in ends.items() if math.isfinite(end)}})
+
+
+def text(limit: int) -> FieldType:
+    """Text without control characters other than line ends and tabs."""
+
+    def check(where: str, value: object) -> str:
+        return validation.text(where, value, limit, error=ProtocolError)
+
+    return FieldType(check, {"type": "string", "maxLength": limit, "pattern": _PRINTABLE})
+
+
+def choice(*options: str) -> FieldType:
+    """One of a few words."""
+
+    def check(where: str, value: object) -> str:
+        return validation.word(where, value, options, error=ProtocolError)
+
+    return FieldType(check, {"enum": list(options)})
+
+
+def hexadecimal(low: int, high: int | None = None) -> FieldType:
+    """From `low` to `high` lower-case hex digits; exactly `low` of them by default."""
+    most = low if high is None else high
+
+    def check(where: str, value: object) -> str:
+        return validation.hexadecimal(where, value, low, most, error=ProtocolError)
+
+    pattern = "^([0-9a-f]{2})*$"
+    return FieldType(check, {"type": "string", "minLength": low, "maxLength": most, "pattern": pattern})
+
+
+def _optional(one: FieldType) -> FieldType:
+    def check(where: str, value: object) -> Any:
+        return None if value is None else one.check(where, value)
+
+    return FieldType(check, {"anyOf": [one.schema, {"type": "null"}]})
+
+
+def _list(item: FieldType, limit: Items) -> FieldType:
+    def check(where: str, value: object) -> tuple[Any, ...]:
+        found = validation.items(where, value, limit.most, limit.noun, least=limit.least, error=ProtocolError)
+        return tuple(item.check(f"{where}[{i}]", each) for i, each in enumerate(found))
+
+    schema = {"type": "array", "items": item.schema, "minItems": limit.least, "maxItems": limit.most}
+    return FieldType(check, schema)
+
+
+def _object(key: FieldType, item: FieldType, limit: Items) -> FieldType:
+    def check(where: str, value: object) -> dict[str, Any]:
+        found = validation.table(where, value, error=ProtocolError)
+        if len(found) > limit.most:
+            raise ProtocolError(where, expected=f"an object of at most {limit.most} {limit.noun}", got=shown(value))
+        return {key.check(f"{where}: key", k): item.check(f"{where}[{k}]", each) for k, each in found.items()}
+
+    return FieldType(check, _object_schema(item.schema, key.schema, {"maxProperties": limit.most}))
+
+
+def _object_schema(item: Schema, key: Schema, limit: Schema) -> Schema:
+    return {"type": "object", "propertyNames": key, "additionalProperties": item, **limit}
+
+
+def record(shape: Any) -> FieldType:
+    """An object with the keys of a `TypedDict`; other keys are left out."""
+    types = {key: field_type(hint) for key, hint in get_type_hints(shape, include_extras=True).items()}
+
+    def check(where: str, value: object) -> dict[str, Any]:
+        body = validation.record(where, value, types, error=ProtocolError)
+        return {key: each.check(f"{where}.{key}", body[key]) for key, each in types.items()}
+
+    properties = {key: each.schema for key, each in types.items()}
+    return FieldType(check, {"type": "object", "properties": properties, "required": list(types)})
+
+
+def _defined(name: str, check: Callable[[str, Any], Any], description: str = "") -> FieldType:
+    return FieldType(check, {**({"description": description} if description else {}), "$ref": f"#/$defs/{name}"})
+
+
+def _check_digest(where: str, value: object) -> str:
+    return validation.digest(where, value, error=ProtocolError)
+
+
+def _check_blob(where: str, value: object) -> BlobRef:
+    if isinstance(value, BlobRef):
+        return value
+    try:
+        return BlobRef.from_dict(value)
+    except ProtocolError as error:
+        raise ProtocolError(f"{where}: {error.what}", expected=error.expected, got=error.got) from error
+
+
+def _check_metric_name(where: str, value: object) -> str:
+    return validation.matching(where, value, _METRIC, "letters, digits and _.:/-", error=ProtocolError)
+
+
+def _check_true(where: str, value: object) -> bool:
+    if value is not True:
+        raise ProtocolError(where, expected="true", got=shown(value))
+    return True
+
+
+def _check_free_object(where: str, value: object) -> dict[str, Any]:
+    return _free_items(where, validation.table(where, value, error=ProtocolError), MAX_DEPTH)
+
+
+def _free_items(where: str, body: Mapping[Any, object], depth: int) -> dict[str, Any]:
+    check_key = validation.text
+    return {
+        check_key(f"{where}: key", key, _LONGEST_KEY, error=ProtocolError): _free(where, item, depth)
+        for key, item in body.items()
+    }
+
+
+def _free(where: str, value: object, depth: int) -> Any:
+    """A JSON value of at most `depth` levels."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return validation.whole(where, value, -MAX_INT, error=ProtocolError)
+    if isinstance(value, float):
+        return validation.number(where, value, error=ProtocolError)
+    if isinstance(value, str):
+        return validation.text(where, value, _LONGEST_TEXT, error=ProtocolError)
+    if depth <= 1:
+        raise ProtocolError(where, expected=f"at most {MAX_DEPTH} levels", got="more")
+    if isinstance(value, (list, tuple)):
+        return [_free(where, item, depth - 1) for item in value]
+    if isinstance(value, Mapping):
+        return _free_items(where, value, depth - 1)
+    raise ProtocolError(where, expected="a JSON value", got=shown(value))
+
+
+def _definitions() -> dict[str, Schema]:
+    key = text(_LONGEST_KEY).schema
+    free: Schema = {"type": ["null", "boolean", "number", "string"], "maxLength": _LONGEST_TEXT, "pattern": _PRINTABLE}
+    found: dict[str, Schema] = {
+        "name": {"type": "string", "pattern": r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,64}$"},
+        "device": {"$ref": "#/$defs/name", "not": {"const": "all"}},
+        "job": {"$ref": "#/$defs/name", "not": {"const": "-"}},
+        "count": whole().schema,
+        "digest": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+        "blob": {
+            "type": "object",
+            "required": ["sha256", "size", "leaves"],
+            "properties": {
+                "sha256": {"$ref": "#/$defs/digest"},
+                "size": whole(0, MAX_BLOB).schema,
+                "leaves": {"$ref": "#/$defs/digest"},
+            },
+        },
+    }
+    for level in range(1, MAX_DEPTH + 1):
+        found[f"plain{level}"] = free
+        inner = {"$ref": f"#/$defs/plain{level}"}
+        array = {"type": "array", "items": inner}
+        free = {"anyOf": [{"$ref": "#/$defs/plain1"}, array, _object_schema(inner, key, {})]}
+    found["object"] = _object_schema({"$ref": f"#/$defs/plain{MAX_DEPTH}"}, key, {})
+    return found
+
+
+DEFINITIONS = _definitions()
+"""The shared definitions of schemas; free-form values by the levels that they may have."""
+
+_TRUTH = FieldType(lambda where, value: validation.truth(where, value, error=ProtocolError), {"type": "boolean"})
+
+Device = Annotated[str, _defined("device", lambda where, value: check_device(value, where), "The device's name.")]
+Job = Annotated[str, _defined("job", lambda where, value: check_job(value, where), "The job.")]
+Name = Annotated[str, _defined("name", lambda where, value: check_name(value, where))]
+Tag = Annotated[
+    str, FieldType(lambda where, value: check_tag(value, where), {"type": "string", "pattern": "^[0-9a-f]{16}$"})
+]
+Digest = Annotated[str, _defined("digest", _check_digest)]
+Count = Annotated[int, whole()]
+Round = Annotated[int, _defined("count", whole().check, "The round.")]
+Attempt = Annotated[int, _defined("count", whole().check, "The attempt.")]
+Real = Annotated[float, number()]
+TrueOrAbsent = Annotated[bool, FieldType(_check_true, {"const": True})]
+Blob = Annotated[BlobRef, _defined("blob", _check_blob)]
+MetricName = Annotated[str, FieldType(_check_metric_name, {"pattern": f"^{_METRIC.pattern}$"})]
+Metrics = Annotated[dict[MetricName, Real], Items(MAX_METRICS, "numbers")]
+FreeObject = Annotated[dict[str, Any], _defined("object", _check_free_object)]
+WebAddress = Annotated[
+    str,
+    FieldType(
+        lambda where, value: str(BlobUrl.parse(value, where)),
+        {"type": "string", "maxLength": MAX_URL, "pattern": URL_PATTERN},
+    ),
+]
