@@ -25,10 +25,10 @@ from fedprune.wire.mqtt.link import Link
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
-from fedprune_device.network.blob_download import BlobDownloads as BoardsDownloads
+from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Line, Post
-from fedprune_server.transfer.downloads import BlobDownloads
+from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.multicast import Audience, Sharing
 from fedprune_server.transfer.uploads import Arrived, Uploads
 
@@ -114,8 +114,8 @@ def test_a_message_that_the_broker_would_drop_is_refused_by_name(tmp_path: Path)
     offer = Offer("job", 0, 0, 0, DIGEST, DIGEST, (1,) * 40_000, 2, ref, ref, ref, {})
 
     sharing = Sharing(store, Audience(State("0" * 64)))
-    Post(Line(link, TOPICS, "job"), roster, BlobDownloads(Serve(store)), sharing).send("pi", offer, "job")
-    limited = Post(Line(link, TOPICS, "job", 65_536), roster, BlobDownloads(Serve(store), 65_536), sharing)
+    Post(Line(link, TOPICS, "job"), roster, Downloads(Serve(store)), sharing).send("pi", offer, "job")
+    limited = Post(Line(link, TOPICS, "job", 65_536), roster, Downloads(Serve(store), 65_536), sharing)
     with pytest.raises(ProtocolError, match=r"offer: message is too long for the broker.*65024.*max_packet"):
         limited.send("pi", offer, "job")
 
@@ -147,11 +147,11 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             link.start()
         roster: Any = SimpleNamespace(sent=lambda *_: None)
         post = Post(
-            Line(server, TOPICS, "job"), roster, BlobDownloads(Serve(here)), Sharing(here, Audience(State("0" * 64)))
+            Line(server, TOPICS, "job"), roster, Downloads(Serve(here)), Sharing(here, Audience(State("0" * 64)))
         )
         outbox = Uplink("pi", TOPICS, board, Serve(there))
         uploads = Uploads(here)
-        pulls = BoardsDownloads(there, offer, time.monotonic(), ChunkLimit())
+        pulls = BlobDownloads(there, offer, time.monotonic(), ChunkLimit())
         arrived: list[Any] = []
         deadline = time.monotonic() + 60
         while not (pulls.done and arrived) and time.monotonic() < deadline:
