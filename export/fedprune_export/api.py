@@ -20,7 +20,6 @@ from fedprune_export.checks.parity import parity, try_step
 from fedprune_export.precision import Trials
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
-from fedprune_export.reports.page import files as report_files
 from fedprune_export.reports.report import Accuracy, Report
 from fedprune_export.training.memory import Fitted, fitted
 from fedprune_export.training.step_graph import training_step
@@ -90,7 +89,7 @@ def export(
         folder=folder,
         replaced=is_bundle(folder),
     )
-    files |= report_files(report)
+    files |= report.files()
     if profile.software.tier == "tensorrt":
         files[tensorrt_config.NAME] = EnginePlan().to_json().encode()
     write_bundle(folder, files, selection, recipe, profile.name, tuple(class_names))

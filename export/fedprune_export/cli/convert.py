@@ -45,11 +45,6 @@ class _Source:
 
 
 def register(subparsers: Any) -> None:
-    """Add `to-onnx` and `to-torch`; their functions take the parsed arguments and return an exit code.
-
-    Args:
-        subparsers: What `ArgumentParser.add_subparsers` returned.
-    """
     onnx: argparse.ArgumentParser = subparsers.add_parser(
         "to-onnx",
         help="a bundle, a board's model or a whole model as one ONNX file",

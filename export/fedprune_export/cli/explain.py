@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import fedprune_export as fx
 from fedprune.core.cli import whole_number
 from fedprune.core.disk import write_whole
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.costs.kernel_workload import BLOCKS
 from fedprune.hardware import profile_store
-from fedprune.hardware.profile import HardwareProfile
 from fedprune.model.architecture import widths_at
 from fedprune.runtime.blocks import block_size, check_length
 from fedprune.terminal import tables
@@ -27,20 +27,11 @@ from fedprune_export.cli.options import (
     read_recipe,
 )
 
-if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense
-    from fedprune_export.profiling.machine_peak import Speed
-    from fedprune_export.profiling.roofline import Explanation
-
 RUNS = 15
 """Steps that are timed."""
 
 
 def register(subparsers: Any) -> None:
-    """Add the command `explain`; its function takes the parsed arguments and returns an exit code.
-
-    Args:
-        subparsers: What `ArgumentParser.add_subparsers` returned.
-    """
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "explain",
         help="where the time of a training step goes, layer by layer",
@@ -92,12 +83,13 @@ def explain(arguments: argparse.Namespace) -> int:
         tell(f"importing {arguments.model}")
         model = read_model(arguments)
         from fedprune_export.formulation import Forms
-        from fedprune_export.profiling import roofline
+        from fedprune_export.profiling.machine_peak import bounds
+        from fedprune_export.reports.roofline_report import document, print_explanation
 
         tell("looking at this machine" if profile is None else "reading the profile")
         speed = bounds(profile, arguments.threads)
         tell("explaining the step")
-        found = roofline.explain(
+        found = fx.explain(
             model,
             widths_at(model.architecture, arguments.density),
             recipe,
@@ -114,30 +106,9 @@ def explain(arguments: argparse.Namespace) -> int:
             threads=arguments.threads,
         )
     if arguments.page is not None:
-        from fedprune_export.reports.roofline_page import page
-
-        write_whole(arguments.page, page(found).encode())
+        write_whole(arguments.page, document(found).to_html().encode())
     if arguments.json:
         tables.print_json(found.to_dict())
     else:
-        show(found)
+        print_explanation(found)
     return int(ExitCode.OK)
-
-
-def bounds(profile: HardwareProfile | None, threads: int) -> Speed:
-    """What a board promises, or what this machine reaches.
-
-    Args:
-        profile: The board; None for this machine.
-        threads: Threads inside an operator.
-    """
-    from fedprune_export.profiling import machine_peak
-
-    return machine_peak.measured(threads) if profile is None else machine_peak.promised(profile, threads)
-
-
-def show(found: Explanation) -> None:
-    """Print the table and the summary of the step."""
-    tables.print_table(found.columns, found.rows(fold=True))
-    for line in found.summary():
-        print(line)

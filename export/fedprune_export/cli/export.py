@@ -22,7 +22,6 @@ from fedprune.runtime.precision import INT8
 from fedprune.terminal import tables
 from fedprune.terminal.tables import Column
 from fedprune.training.recipe import LABELS_OF, Recipe
-from fedprune_export.cli.explain import show
 from fedprune_export.cli.options import (
     MODEL_HELP,
     add_model_options,
@@ -227,6 +226,8 @@ def _export(
 
 
 def _print(report: fx.Report, *, explained: bool, as_json: bool) -> None:
+    from fedprune_export.reports.roofline_report import print_explanation
+
     explanation = _explanation(report) if explained else None
     if as_json:
         body = report.to_dict()
@@ -234,7 +235,7 @@ def _print(report: fx.Report, *, explained: bool, as_json: bool) -> None:
         return
     print(report)
     if explanation is not None:
-        show(explanation)
+        print_explanation(explanation)
 
 
 def _explanation(report: fx.Report) -> fx.Explanation:

@@ -11,11 +11,6 @@ from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_mode
 
 
 def register(subparsers: Any) -> None:
-    """Add the command `groups`; its function takes the parsed arguments and returns an exit code.
-
-    Args:
-        subparsers: What `ArgumentParser.add_subparsers` returned.
-    """
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "groups",
         help="the channel groups of a model, and what stays",

@@ -14,11 +14,6 @@ from fedprune.terminal.tables import Column
 
 
 def register(subparsers: Any) -> None:
-    """Add the command `operators`; its function takes the parsed arguments and returns an exit code.
-
-    Args:
-        subparsers: What `ArgumentParser.add_subparsers` returned.
-    """
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "operators",
         help="every operator that can be cut or trained",

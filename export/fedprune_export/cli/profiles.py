@@ -19,11 +19,6 @@ from fedprune.terminal.tables import Column, print_table
 
 
 def register(subparsers: Any) -> None:
-    """Add the command `profiles`; its functions take the parsed arguments and return an exit code.
-
-    Args:
-        subparsers: What `ArgumentParser.add_subparsers` returned.
-    """
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "profiles", help="hardware profiles: list, show, check, identify"
     )

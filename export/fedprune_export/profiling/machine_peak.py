@@ -51,6 +51,11 @@ def promised(profile: HardwareProfile, threads: int = 0) -> Speed:
     return Speed(profile.compute.peak_flops * share, profile.memory.bandwidth_bytes_s, source)
 
 
+def bounds(profile: HardwareProfile | None, threads: int) -> Speed:
+    """What a profile promises, or without one what this machine reaches."""
+    return measured(threads) if profile is None else promised(profile, threads)
+
+
 def measured(threads: int = 1) -> Speed:
     """What this machine reaches with a product of matrices and a sum of long vectors; the fastest of some runs counts.
 

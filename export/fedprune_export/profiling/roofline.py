@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedprune import __version__
-from fedprune.core.text import amount, quantity
 from fedprune.model.selection import Selection
 from fedprune.runtime import session
 from fedprune.runtime.blocks import check_block
 from fedprune.runtime.session import KernelTimes, kernel_times
-from fedprune.terminal.tables import Column
 from fedprune.training.recipe import Recipe
 from fedprune_export.checks.step_feeds import random_labels, step_feeds
 from fedprune_export.formulation import Forms
@@ -47,6 +45,11 @@ class Explained:
     measured_s: float | None = None
     spent: Mapping[str, float] = field(default_factory=dict)
     comparable: bool = True
+
+    @property
+    def seconds(self) -> float:
+        """What it took; the least time if nothing was measured."""
+        return self.bound_s if self.measured_s is None else self.measured_s
 
     @property
     def bound_s(self) -> float:
@@ -112,58 +115,6 @@ class Explanation:
         whole = sum(spent.values())
         return {kind: seconds / whole for kind, seconds in spent.items()} if whole else {}
 
-    def rows(self, *, fold: bool = False) -> list[tuple[str, ...]]:
-        """The table for people, a cell for each of `columns`.
-
-        Args:
-            fold: Give pieces that take less than a hundredth of the step (measured, else by their bounds) one row.
-        """
-        shown, folded = list(self.pieces), []
-        if fold:
-            whole = sum(map(_seconds, self.pieces))
-            folded = [p for p in self.pieces if _seconds(p) < _FOLDED * whole]
-        if len(folded) > 1:
-            shown = [p for p in self.pieces if _seconds(p) >= _FOLDED * whole]
-        rows = [self._row((p.piece.title, p.piece.op, p.piece.part, p.piece.form), [p], p.binds) for p in shown]
-        if len(folded) > 1:
-            rows.append(self._row((f"{len(folded)} others", "", "", ""), folded, ""))
-        return rows
-
-    def _row(self, words: Sequence[str], pieces: Sequence[Explained], binds: str) -> tuple[str, ...]:
-        bound = sum(p.bound_s for p in pieces)
-        row = [*(word or "–" for word in words), f"{sum(p.piece.macs for p in pieces):,}"]
-        row += [amount(sum(p.piece.bytes for p in pieces), "bytes"), amount(bound, "s"), binds or "–"]
-        if self.step_s is not None:
-            took = sum(p.measured_s or 0.0 for p in pieces)
-            row.append(amount(took, "s"))
-            if self.speed.here:
-                row.append(f"{took / bound:.1f}" if bound else "–")
-        return tuple(row)
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        """The table's columns; those of measured times only where there are some."""
-        if self.step_s is None:
-            return _COLUMNS
-        return (*_COLUMNS, *(_MEASURED if self.speed.here else (Column("measured here", right=True),)))
-
-    def summary(self) -> list[str]:
-        """What there is to say of the whole step, line by line."""
-        speed = f"{self.speed.flops / 1e9:,.1f} GFLOP/s and {self.speed.bytes_s / 1e9:,.1f} GB/s"
-        lines = [f"bounds: {speed} ({self.speed.source})"]
-        macs = sum(p.piece.macs for p in self.pieces)
-        step = f"a step of {quantity(self.batch, 'sample')}"
-        least = f"{step}: {macs:,} MACs, at least {amount(self.bound_s, 's')}"
-        if self.step_s is None:
-            return [*lines, least]
-        if self.speed.here:
-            lines.append(f"{least}; measured {amount(self.step_s, 's')}, {self.step_s / self.bound_s:.1f} times that")
-        else:
-            lines.append(f"{least} on that board")
-            lines.append(f"measured on this machine, which is another: {amount(self.step_s, 's')}")
-        parts = (f"{_KINDS[kind]} {share:.0%}" for kind, share in self.shares().items())
-        return [*lines, f"spent on: {', '.join(parts)}"]
-
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         body: dict[str, Any] = {
@@ -181,29 +132,6 @@ class Explanation:
         if self.step_s is not None:
             body |= {"step_s": self.step_s, "unknown_s": self.unknown_s, "shares": self.shares()}
         return body
-
-
-_FOLDED = 0.01
-"""Pieces with a smaller share of the step share a row of the printed table."""
-
-_COLUMNS = (
-    Column("layer", wrap=12),
-    Column("operator", drop=4),
-    Column("part"),
-    Column("form", drop=6),
-    Column("MACs", right=True, drop=3),
-    Column("moves", right=True, drop=5),
-    Column("bound", right=True),
-    Column("binds", drop=2),
-)
-_MEASURED = Column("measured", right=True), Column("gap", right=True, drop=1)
-_KINDS = {
-    "products": "convolutions and products",
-    "norms": "norms",
-    "layout": "changes of layout",
-    "update": "update of weights",
-    "other": "all else",
-}
 
 
 def explain(
@@ -286,10 +214,6 @@ def _spent(found: Sequence[Piece], times: KernelTimes) -> tuple[list[dict[str, f
         elif operator not in _AROUND:
             unknown += seconds
     return spent, unknown
-
-
-def _seconds(piece: Explained) -> float:
-    return piece.bound_s if piece.measured_s is None else piece.measured_s
 
 
 _AROUND = frozenset({"If", "Loop", "Scan"})

@@ -1,26 +1,74 @@
-"""What an export did, for people and programs: costs before and after, the plan, how exact the cut is."""
+"""Report of an export: costs before and after, the plan, and how exact the cut is, as text, JSON and pages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedprune import __version__
 from fedprune.core.text import amount
 from fedprune.costs.costs import FLOAT, Costs, costs_at, layer_macs
+from fedprune.model.architecture import Architecture, Layer
 from fedprune.model.selection import Selection
 from fedprune.planning.cost_prediction import Prediction
+from fedprune.planning.plan import Plan
+from fedprune.report.chart import tiles
+from fedprune.report.page import Bar, stacked
 from fedprune.runtime import session
 from fedprune.runtime.bundle import TRAINING
+from fedprune.terminal.tables import Column
 from fedprune_export.bundles.board_plan import BoardPlan
 from fedprune_export.checks.parity import SAMPLES
 from fedprune_export.precision import Trial
 from fedprune_export.pruning.model import Model
+from fedprune_export.reports.render import Bars, Block, Document, Table
 from fedprune_export.training.memory import Fitted
+
+_FIGURES = (
+    ("parameters", "parameters", ""),
+    ("forward_macs", "MACs per sample, forward", ""),
+    ("training_macs", "MACs per sample, training", ""),
+    ("weights_bytes", "weights, which travel once each way", "bytes"),
+    ("activation_bytes", "activations per sample, training", "bytes"),
+    ("memory_bytes", "peak memory of training, predicted", "bytes"),
+    ("inference_bytes", "peak memory of predictions, predicted", "bytes"),
+    ("storage_bytes", "storage on the board", "bytes"),
+    ("step_s", "a training step, predicted", "s"),
+    ("train_s", "training of a round, predicted", "s"),
+    ("transfer_s", "transfers of a round, predicted", "s"),
+    ("latency_s", "a prediction of one sample, predicted", "s"),
+    ("step_j", "energy of a training step, predicted", "J"),
+    ("latency_j", "energy of a prediction, predicted", "J"),
+)
+"""Figures of `Costs` and `Prediction` by name, with title and unit."""
+
+_MEMORY = ("process", "graph", "weights", "activations", "samples")
+_MEMBERS = 40
+"""Members of a channel group that are named."""
+
+_COSTS = (Column(""), Column("whole model", right=True), Column("this bundle", right=True), Column("kept", right=True))
+_GROUPS = (Column("group"), Column("channels", right=True), Column("kept", right=True), Column("members"))
+_LAYERS = (
+    Column("layer"),
+    Column("operator"),
+    *(Column(title, right=True) for what in ("weight", "MACs", "activations") for title in (what, "as cut")),
+)
+_PARITY = (
+    "On {} random inputs the bundle differs from the whole model with the lost channels masked by at most {:.1e} of "
+    "the largest output."
+)
+_CHANNEL_BARS = "One bar per channel group, its channels in the model's own order: filled ones are kept."
+_LAYER_BARS = "Output channels of every layer: the pale bar is the whole model, the filled part is kept."
+_PRECISIONS = (Column("precision"), Column("compared with float32"))
+_FILES = (Column("file"), Column("size", right=True))
 
 
 @dataclass(frozen=True)
@@ -39,74 +87,30 @@ class Accuracy:
     before: float
     after: float
 
-
-@dataclass(frozen=True)
-class LayerRow:
-    """A layer before and after.
-
-    Attributes:
-        name: Its node.
-        op: Its operator.
-        weight: Its weight tensor; empty where two values are multiplied.
-        shapes: The weight's shape at full width and as cut; None without a weight.
-        macs: MACs of one sample's forward pass, at full width and as cut.
-        activation_bytes: What it makes of one sample, at full width and as cut.
-    """
-
-    name: str
-    op: str
-    weight: str
-    shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
-    macs: tuple[int, int]
-    activation_bytes: tuple[int, int]
-
-    @property
-    def parameters(self) -> tuple[int, int]:
-        """Numbers in the weight, at full width and as cut."""
-        before, after = (prod(s) if s is not None else 0 for s in self.shapes)
-        return before, after
-
-    @property
-    def title(self) -> str:
-        """What people know it by: its weight, else its node."""
-        return self.weight or self.name
-
     def shown(self) -> tuple[str, str]:
-        """The weight's shapes, for people."""
-        before, after = (" × ".join(map(str, s)) if s is not None else "–" for s in self.shapes)
-        return before, after
+        """Both scores, for people."""
+        form = ".1%" if "accuracy" in self.measure else ".4g"
+        return f"{self.before:{form}}", f"{self.after:{form}}"
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A row of the table of costs.
+class Side:
+    """A layer, whole or as cut.
 
     Attributes:
-        key: Its name in `report.json`.
-        title: What it is.
-        unit: bytes, s, J, or "" for a number.
-        before: Of the whole model.
-        after: Of the submodel.
+        shape: Of its weight; None where two values are multiplied.
+        macs: Of one sample's forward pass.
+        activation_bytes: What it makes of one sample.
     """
 
-    key: str
-    title: str
-    unit: str
-    before: float
-    after: float
+    shape: tuple[int, ...] | None
+    macs: int
+    activation_bytes: int
 
-    @property
-    def kept(self) -> str:
-        """What is left, in percent."""
-        return f"{self.after / self.before if self.before else 1:.1%}"
-
-    def shown(self) -> tuple[str, str]:
-        """Before and after, for people."""
-        if self.unit == "bytes":
-            return amount(self.before, "bytes"), amount(self.after, "bytes")
-        if not self.unit:
-            return f"{round(self.before):,}", f"{round(self.after):,}"
-        return amount(self.before, self.unit), amount(self.after, self.unit)
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        parameters = 0 if self.shape is None else prod(self.shape)
+        return {**asdict(self), "shape": list(self.shape or ()), "parameters": parameters}
 
 
 @dataclass(frozen=True, repr=False)
@@ -157,69 +161,29 @@ class Report:
         """What the import changed or could not analyse."""
         return self.model.notes
 
-    @property
+    @cached_property
     def before(self) -> Costs:
         """Costs of the whole model."""
         return costs_at(self.model.architecture, self.model.architecture.sizes)
 
-    @property
+    @cached_property
     def after(self) -> Costs:
         """Costs of the submodel."""
         return costs_at(self.model.architecture, self.selection.widths)
 
-    def facts(self) -> dict[str, str]:
-        """The header: what was exported, for which board, trained how, by which version."""
-        recipe, samples = self.plan.recipe, self.plan.samples
-        parts = f", in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
-        return {
-            "Model": self.model.architecture.name,
-            "Board": self.target,
-            "Batch size": f"{recipe.batch_size}{parts}",
-            "Samples on the board": f"{samples:,}",
-            "Recipe": f"{recipe.optimizer}, learning rate {recipe.lr:g}, loss {recipe.loss}",
-            "Channels ranked by": self.scorer,
-            "fedprune": __version__,
-            "Date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        }
-
-    def figures(self) -> tuple[Figure, ...]:
-        """The table of costs, as far as they are known."""
-        before, after = _figures(self.before, self.plan.whole), _figures(self.after, self.plan.chosen.prediction)
+    @cached_property
+    def layers(self) -> tuple[tuple[Layer, Side, Side], ...]:
+        """Everything that takes time, whole and as cut, in the model's order."""
+        architecture = self.model.architecture
         return tuple(
-            Figure(key, title, unit, before[key], after[key])
-            for key, title, unit in _TITLES
-            if before.get(key) is not None and after.get(key) is not None
+            (layer, self._side(layer, architecture.sizes), self._side(layer, self.selection.widths))
+            for layer in architecture.layers
         )
 
-    def plan_text(self) -> str:
-        """The plan in lines for people, with what it gained over uniform width."""
-        plan = self.plan.chosen
-        warning = plan.warning and f"warning: {plan.warning}"
-        return "\n".join(filter(None, (plan.describe(self.before.parameters), plan.gains(), warning)))
-
-    def layers(self) -> tuple[LayerRow, ...]:
-        """Everything that takes time, before and after, in the model's order."""
-        architecture, widths = self.model.architecture, self.selection.widths
-        full = {t.name: t.shape for t in architecture.tensors}
-        now = self.selection.shapes()
-        rows = []
-        for layer in architecture.layers:
-            before, after = (
-                (layer_macs(architecture, layer, w, shapes), FLOAT * layer.makes.size(w, architecture.sizes))
-                for w, shapes in ((architecture.sizes, full), (widths, now))
-            )
-            shapes = full.get(layer.weight), now.get(layer.weight)
-            rows.append(
-                LayerRow(
-                    layer.name,
-                    layer.op,
-                    layer.weight,
-                    shapes,
-                    macs=(before[0], after[0]),
-                    activation_bytes=(before[1], after[1]),
-                )
-            )
-        return tuple(rows)
+    def _side(self, layer: Layer, widths: tuple[int, ...]) -> Side:
+        architecture, shapes = self.model.architecture, self.model.architecture.shapes(widths)
+        makes = FLOAT * layer.makes.size(widths, architecture.sizes)
+        return Side(shapes.get(layer.weight), layer_macs(architecture, layer, widths, shapes), makes)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -240,19 +204,23 @@ class Report:
                 for i, (g, w) in enumerate(zip(architecture.groups, widths, strict=True))
             ],
             "layers": [
-                {
-                    "name": r.name,
-                    "op": r.op,
-                    "weight": r.weight,
-                    **{side: _layer_figures(r, i) for i, side in enumerate(("before", "after"))},
-                }
-                for r in self.layers()
+                {"name": r.name, "op": r.op, "weight": r.weight, "before": before.to_dict(), "after": after.to_dict()}
+                for r, before, after in self.layers
             ],
             "plan": self.plan.chosen.to_dict(),
             "parity": {"samples": SAMPLES, "max_relative_error": self.parity},
             "precisions": [t.to_dict() for t in self.trials],
             "files": dict(self.sizes),
             "notes": list(self.notes),
+        }
+
+    def files(self) -> dict[str, bytes]:
+        """The report as it is stored in the bundle, by file name."""
+        page = self.document()
+        return {
+            "report.json": (json.dumps(self.to_dict(), indent=2) + "\n").encode(),
+            "report.md": page.to_markdown().encode(),
+            "report.html": page.to_html().encode(),
         }
 
     def __str__(self) -> str:
@@ -270,9 +238,8 @@ class Report:
             f"weights: {before.wire_bytes:,} -> {after.wire_bytes:,} bytes",
         ]
         if self.accuracy is not None:
-            a = self.accuracy
-            shares = f"{score(a, a.before)} -> {score(a, a.after)}"
-            lines.append(f"{a.measure} on {a.samples:,} samples, untrained: {shares}")
+            scores = " -> ".join(self.accuracy.shown())
+            lines.append(f"{self.accuracy.measure} on {self.accuracy.samples:,} samples, untrained: {scores}")
         lines.append(f"parity with the masked model: {self.parity:.1e}")
         lines += [f"{t.lowered.precision}: {t.describe()}" for t in self.trials]
         lines += [f"second tier: {self.advice}"] if self.advice else []
@@ -281,120 +248,163 @@ class Report:
 
     __repr__ = __str__
 
-    def _precisions(self) -> list[str]:
-        """The section on lower precisions, if there are any."""
-        lines = [f"- **{t.lowered.precision}**: {_line(t.describe())}" for t in self.trials]
-        return ["## Lower precision", "", *lines, ""] if lines else []
-
-    def to_markdown(self) -> str:
-        """As a page to read."""
-        architecture, widths = self.model.architecture, self.selection.widths
-        lines = [
-            f"# {architecture.name} for {self.target}",
-            "",
-            *((f"Second tier: {_line(self.advice)}", "") if self.advice else ()),
-            "| | whole model | this bundle | kept |",
-            "|---|---:|---:|---:|",
-            *(f"| {f.title} | {f.shown()[0]} | {f.shown()[1]} | {f.kept} |" for f in self.figures()),
-            "",
-            ", ".join(f"{k}: {v}" for k, v in self.facts().items() if v),
-            "",
+    def document(self) -> Document:
+        """The content of the report's pages."""
+        architecture, widths, plan = self.model.architecture, self.selection.widths, self.plan.chosen
+        lines = [*plan.summary(self.before.parameters), plan.unbound(), *plan.notes, plan.gains()]
+        warning = f"warning: {plan.warning}" if plan.warning else ""
+        groups = [
+            (g.name, f"{g.size:,}", f"{w:,}", _members(architecture.summary(i)))
+            for i, (g, w) in enumerate(zip(architecture.groups, widths, strict=True))
         ]
+        sections: dict[str, Sequence[Block]] = {
+            "": (
+                f"Second tier: {self.advice}" if self.advice else "",
+                _PARITY.format(SAMPLES, self.parity),
+                Table(_COSTS, self._costs(), "Costs"),
+            ),
+            "Plan": (*lines, warning, Bars(limits(plan), "Limits of the plan", listed=True)),
+            "Memory in training, predicted": (Bars(self._memory(), "Memory in training", _MEMORY, listed=True),),
+            "Lower precision": (Table(_PRECISIONS, [(t.lowered.precision, t.describe()) for t in self.trials]),),
+            "Channels": (
+                Bars(channel_bars(self.selection), "Kept channels of every group", caption=_CHANNEL_BARS),
+                Table(_GROUPS, groups, summary="Members of the groups"),
+            ),
+            "Layers": (
+                Bars(layer_bars(architecture, widths), "Output channels of every layer", caption=_LAYER_BARS),
+                Table(
+                    _LAYERS, [_layer_row(*row) for row in self.layers], "", "Shapes, MACs and activations of one sample"
+                ),
+            ),
+            "Files": (Table(_FILES, [(name, amount(size, "bytes")) for name, size in self.sizes.items()]),),
+            "Notes of the import": (self.notes,),
+        }
+        return Document(f"{architecture.name} for {self.target}", self._facts(), sections)
+
+    def _facts(self) -> dict[str, str]:
+        recipe = self.plan.recipe
+        parts = f", in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
+        return {
+            "Model": self.model.architecture.name,
+            "Board": self.target,
+            "Batch size": f"{recipe.batch_size}{parts}",
+            "Samples on the board": f"{self.plan.samples:,}",
+            "Recipe": f"{recipe.optimizer}, learning rate {recipe.lr:g}, loss {recipe.loss}",
+            "Channels ranked by": self.scorer,
+            "fedprune": __version__,
+            "Date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        }
+
+    def _costs(self) -> list[tuple[str, ...]]:
+        before = _figures(self.before, self.plan.whole)
+        after = _figures(self.after, self.plan.chosen.prediction)
+        rows = []
+        for key, title, unit in _FIGURES:
+            was, now = before.get(key), after.get(key)
+            if was is not None and now is not None:
+                shown = [amount(n, unit) if unit else f"{round(n):,}" for n in (was, now)]
+                rows.append((title, *shown, f"{now / was if was else 1:.1%}"))
         if self.accuracy is not None:
-            a = self.accuracy
-            lines += [
-                f"On {a.samples:,} given samples, before any training: {a.measure}",
-                f"{score(a, a.before)} of the whole model, {score(a, a.after)} of this bundle.",
-                "",
-            ]
-        lines += [
-            "## Plan",
-            "",
-            *(f"    {line}" for line in self.plan_text().splitlines()),
-            "",
-            "## Parity",
-            "",
-            f"On {SAMPLES} random inputs the bundle differs from the whole model with the lost channels masked",
-            f"by at most {self.parity:.1e} of the largest output.",
-            "",
-            *self._precisions(),
-            "## Channel groups",
-            "",
-            f"Channels were ranked by `{self.scorer}`.",
-            "",
-            "| group | channels | kept | lives in |",
-            "|---|---:|---:|---|",
+            title = f"{self.accuracy.measure} on {self.accuracy.samples:,} given samples"
+            rows.append((title, *self.accuracy.shown(), ""))
+        return rows
+
+    def _memory(self) -> list[Bar]:
+        """Peak memory of training by what takes it: of the whole model and of this bundle."""
+        uses = {"whole model": self.plan.whole.memory, "this bundle": self.plan.chosen.prediction.memory}
+        widest = max(use.total for use in uses.values())
+        return [
+            Bar(
+                name,
+                stacked([getattr(use, kind) for kind in _MEMORY], widest),
+                amount(use.total, "bytes"),
+                f"{name}: " + ", ".join(f"{kind} {amount(getattr(use, kind), 'bytes')}" for kind in _MEMORY),
+            )
+            for name, use in uses.items()
         ]
-        for i, (group, width) in enumerate(zip(architecture.groups, widths, strict=True)):
-            lines.append(f"| {group.name} | {group.size} | {width} | {_cell(places(architecture.summary(i)))} |")
-        lines += ["", "## Layers", "", "| layer | operator | before | after | MACs | after |"]
-        lines.append("|---|---|---:|---:|---:|---:|")
-        for r in filter(lambda row: row.macs[0], self.layers()):
-            before, after = r.shown()
-            lines.append(f"| {_cell(f'`{r.title}`')} | {r.op} | {before} | {after} | {r.macs[0]:,} | {r.macs[1]:,} |")
-        lines += ["", "## Files", "", "| file | size |", "|---|---:|"]
-        lines += [f"| {name} | {amount(size, 'bytes')} |" for name, size in self.sizes.items()]
-        if self.notes:
-            lines += ["", "## Notes of the import", "", *(f"- {note}" for note in self.notes)]
-        return "\n".join(lines) + "\n"
 
 
-_TITLES = (
-    ("parameters", "parameters", ""),
-    ("forward_macs", "MACs per sample, forward", ""),
-    ("training_macs", "MACs per sample, training", ""),
-    ("weights_bytes", "weights, which travel once each way", "bytes"),
-    ("activation_bytes", "activations per sample, training", "bytes"),
-    ("memory_bytes", "peak memory of training, predicted", "bytes"),
-    ("inference_bytes", "peak memory of predictions, predicted", "bytes"),
-    ("storage_bytes", "storage on the board", "bytes"),
-    ("step_s", "a training step, predicted", "s"),
-    ("train_s", "training of a round, predicted", "s"),
-    ("transfer_s", "transfers of a round, predicted", "s"),
-    ("latency_s", "a prediction of one sample, predicted", "s"),
-    ("step_j", "energy of a training step, predicted", "J"),
-    ("latency_j", "energy of a prediction, predicted", "J"),
-)
-"""Figures of `Costs` and `Prediction` by name, with title and unit."""
+def limits(plan: Plan) -> list[Bar]:
+    """One bar per limit: filled is what the submodel needs."""
+    return [
+        Bar(
+            f"{limit.name} (binds)" if limit.name == plan.bound else limit.name,
+            (("part two" if limit.name == plan.bound else "held", 0.0, min(1.0, limit.overshoot)),),
+            limit.describe().partition(": ")[2],
+        )
+        for limit in plan.limits
+    ]
 
 
-def _layer_figures(row: LayerRow, side: int) -> dict[str, Any]:
-    return {
-        "shape": list(row.shapes[side] or ()),
-        "parameters": row.parameters[side],
-        "macs": row.macs[side],
-        "activation_bytes": row.activation_bytes[side],
-    }
+def channel_bars(selection: Selection) -> list[Bar]:
+    """One bar per channel group, its kept channels filled, in the model's own order."""
+    architecture, found = selection.architecture, []
+    for i, (group, width) in enumerate(zip(architecture.groups, selection.widths, strict=True)):
+        kept = np.zeros(group.size)
+        kept[selection.ranks[i][:width]] = 1
+        members = architecture.summary(i)
+        first = members[0].partition("[")[0].removesuffix(".weight") if members else ""
+        found.append(
+            Bar(
+                f"{group.name} {first}",
+                (tiles(group.name, kept),),
+                f"{width:,} of {group.size:,}",
+                f"{group.name}: {', '.join(members[:8])}",
+            )
+        )
+    return found
 
 
-def score(accuracy: Accuracy, value: float) -> str:
-    """A score for people."""
-    return f"{value:.1%}" if "accuracy" in accuracy.measure else f"{value:.4g}"
+def layer_bars(architecture: Architecture, widths: Sequence[int]) -> list[Bar]:
+    """One bar per layer: as long as its output channels, the kept part filled."""
+    layers = [layer for layer in architecture.layers if layer.weight in architecture.by_name]
+    sizes = [_outputs(architecture, widths, layer) for layer in layers]
+    widest = max((full for full, _ in sizes), default=1)
+    return [
+        Bar(
+            layer.weight.removesuffix(".weight"),
+            (("whole", 0.0, full / widest), ("held", 0.0, now / widest)),
+            f"{full:,} → {now:,}" if now != full else f"{full:,}",
+            f"{layer.name} ({layer.weight})",
+        )
+        for layer, (full, now) in zip(layers, sizes, strict=True)
+    ]
 
 
-def places(members: tuple[str, ...], most: int = 6) -> str:
-    """Where a group lives, shortened."""
-    more = f" and {len(members) - most} more" if len(members) > most else ""
-    return ", ".join(f"`{m}`" for m in members[:most]) + more
+def _outputs(architecture: Architecture, widths: Sequence[int], layer: Layer) -> tuple[int, int]:
+    """Output channels of a layer at full width and as cut."""
+    axes = architecture.by_name[layer.weight].axes
+    if not axes:
+        return 1, 1
+    axis = axes[layer.output_axis]
+    return axis.length, axis.size(widths, architecture.sizes)
 
 
-def _cell(text: str) -> str:
-    return _line(text).replace("|", "\\|")
+def _layer_row(layer: Layer, before: Side, after: Side) -> tuple[str, ...]:
+    shapes = (" × ".join(map(str, s.shape)) if s.shape is not None else "–" for s in (before, after))
+    macs = (f"{s.macs:,}" for s in (before, after))
+    return (
+        layer.weight or layer.name,
+        layer.op,
+        *shapes,
+        *macs,
+        *(amount(s.activation_bytes, "bytes") for s in (before, after)),
+    )
 
 
-def _line(text: str) -> str:
-    return text.replace("\n", " ")
+def _members(members: Sequence[str]) -> str:
+    more = f" and {len(members) - _MEMBERS} more" if len(members) > _MEMBERS else ""
+    return ", ".join(members[:_MEMBERS]) + more
 
 
 def _figures(costs: Costs, prediction: Prediction) -> dict[str, Any]:
     predicted = {k: v for k, v in asdict(prediction).items() if isinstance(v, (int, float))}
+    counted = ("parameters", "forward_macs", "training_macs", "wire_bytes")
     return {
         "parameters": costs.parameters,
         "forward_macs": costs.forward_macs,
         "training_macs": costs.training_macs,
         "weights_bytes": costs.wire_bytes,
         "activation_bytes": costs.kept_bytes,
-        **{
-            k: v for k, v in predicted.items() if k not in ("parameters", "forward_macs", "training_macs", "wire_bytes")
-        },
+        **{k: v for k, v in predicted.items() if k not in counted},
     }

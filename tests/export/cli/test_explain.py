@@ -32,7 +32,7 @@ from fedprune_export.profiling import machine_peak, roofline
 from fedprune_export.profiling.machine_peak import Speed
 from fedprune_export.profiling.roofline_layers import KINDS, PRODUCTS, Piece, pieces
 from fedprune_export.pruning.model import Model
-from fedprune_export.reports.roofline_page import page
+from fedprune_export.reports.roofline_report import document
 from fedprune_export.training.step_graph import training_graph
 from fedprune_server.simulation.digits import digits_model
 
@@ -201,7 +201,7 @@ class Rows(HTMLParser):
 def test_the_page_has_a_bar_and_a_row_per_piece(model: Model, runs: int) -> None:
     out = explained(model, runs)
     seen = Rows()
-    seen.feed(page(out))
+    seen.feed(document(out).to_html())
 
     assert seen.tags["li"] == len(out.pieces)
     assert seen.tags["tr"] == 1 + len(out.pieces) + (1 + len(KINDS) if runs else 0)

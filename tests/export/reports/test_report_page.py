@@ -11,7 +11,7 @@ from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer,
 from fedprune.model.selection import Selection
 from fedprune.report.chart import LEVELS, Strip
 from fedprune.report.page import Bar, bars
-from fedprune_export.reports.page import channel_bars, layer_bars
+from fedprune_export.reports.report import channel_bars, layer_bars
 
 
 def architecture(sizes: tuple[int, ...], name: str = "conv") -> Architecture:

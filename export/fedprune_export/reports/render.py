@@ -1,0 +1,123 @@
+"""A report's content, and its two renderings: an HTML page that needs no other file, and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedprune.report.page import Bar, bars, boxes, details, document, items, paragraph, section, table
+from fedprune.terminal import tables
+from fedprune.terminal.tables import Column
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; an empty one is left out.
+
+    Attributes:
+        columns: The columns.
+        rows: One cell per column.
+        label: Its name for screen readers.
+        summary: What to click to unfold it on a page; by default it is always shown.
+    """
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str]]
+    label: str = ""
+    summary: str = ""
+
+    def print(self) -> None:
+        """Print it on a terminal, or tab-separated into a pipe."""
+        tables.print_table(self.columns, self.rows)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars of a page.
+
+    Attributes:
+        rows: The bars.
+        label: Their name for screen readers.
+        legend: Names of the colours, if bars have several.
+        caption: How to read them.
+        listed: Whether Markdown lists their texts, because no table has them.
+    """
+
+    rows: Sequence[Bar]
+    label: str
+    legend: Sequence[str] = ()
+    caption: str = ""
+    listed: bool = False
+
+
+Block = str | tuple[str, ...] | Table | Bars
+"""A paragraph, a list, a table or bars; empty ones are left out."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A report's content.
+
+    Attributes:
+        title: Its heading.
+        facts: What the header names; empty values are left out.
+        sections: Blocks by heading; those without a heading come under "".
+    """
+
+    title: str
+    facts: Mapping[str, str]
+    sections: Mapping[str, Sequence[Block]] = field(default_factory=dict)
+
+    def to_html(self) -> str:
+        """The page."""
+        parts = [
+            section(title, *map(_html, blocks)) if title else "".join(map(_html, blocks))
+            for title, blocks in self.sections.items()
+        ]
+        return document(self.title, parts, self.facts)
+
+    def to_markdown(self) -> str:
+        """The page as text."""
+        facts = ", ".join(f"{name}: {value}" for name, value in self.facts.items() if value)
+        parts = [f"# {self.title}", facts]
+        for title, blocks in self.sections.items():
+            texts = ["\n".join(_markdown(block)) for block in blocks]
+            if any(texts):
+                parts += [f"## {title}" if title else "", *texts]
+        return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _html(block: Block) -> str:
+    if isinstance(block, str):
+        return paragraph(block, "warning" if block.startswith("warning: ") else "") if block else ""
+    if isinstance(block, Bars):
+        head = (paragraph(block.caption) if block.caption else "") + (boxes(block.legend) if block.legend else "")
+        return head + bars(block.rows, block.label) if block.rows else ""
+    if isinstance(block, Table):
+        words = [i for i, column in enumerate(block.columns) if i and not column.right]
+        titles = [column.title for column in block.columns]
+        drawn = table(titles, block.rows, words=words, label=block.label) if block.rows else ""
+        return details(block.summary, drawn) if drawn and block.summary else drawn
+    return items(block)
+
+
+def _markdown(block: Block) -> Iterator[str]:
+    if isinstance(block, str):
+        yield _line(block)
+    elif isinstance(block, Bars):
+        yield from (f"- {_line(bar.title or f'{bar.name}: {bar.note}')}" for bar in block.rows if block.listed)
+    elif isinstance(block, Table):
+        if block.rows:
+            yield _row([column.title for column in block.columns])
+            yield "|" + "|".join("---:" if column.right else "---" for column in block.columns) + "|"
+            yield from map(_row, block.rows)
+    else:
+        yield from (f"- {_line(item)}" for item in block)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_line(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
