@@ -18,7 +18,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune_server.simulation.datasets.samples import Preparation
 from fedprune_server.simulation.datasets.source import read_samples
 
-WHERE = "Unpack cifar-100-python.tar.gz and cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html"
+WHERE = "Unpack cifar-100-binary.tar.gz and cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
 def main() -> None:

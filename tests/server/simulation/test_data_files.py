@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError
 from fedprune_server.simulation.datasets import idx, npz
+from fedprune_server.simulation.datasets.cifar import read_cifar
 from fedprune_server.simulation.datasets.idx import read_idx, read_idx_folder
 from fedprune_server.simulation.datasets.image_folder import read_image_folder
 from fedprune_server.simulation.datasets.npz import npz_arrays, read_npz
@@ -221,12 +222,54 @@ def test_images_of_every_kind_are_read(tmp_path, suffix):
     assert read_image_folder(tmp_path).shape == (6, 6, 3)
 
 
+# --- CIFAR
+
+
+def test_cifar10(tmp_path):
+    rows = np.concatenate(write_cifar10(tmp_path))
+    (tmp_path / "batches.meta.txt").write_text("airplane\nautomobile\n" + "other\n" * 8 + "\n")
+    read = read_cifar(tmp_path)
+    assert np.array_equal(read.take(np.arange(42)), rows[:, 1:].reshape(-1, 3, 32, 32))
+    assert read.labels.tolist() == rows[:, 0].tolist()
+    assert np.flatnonzero(read.testing).tolist() == list(range(35, 42))
+    assert read.class_names[1] == "automobile"
+    pixels = rows[3:4, 1:].reshape(-1, 3, 32, 32)
+    assert np.array_equal(Preparation()(read.take([3])), pixels.astype(np.float32) / np.float32(255))
+
+
+def test_cifar100_takes_fine_labels(tmp_path):
+    pixels = images(5, 3072)
+    rows = [np.full((5, 1), 9, np.uint8), np.arange(5, dtype=np.uint8)[:, None], pixels]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.bin").write_bytes(np.concatenate(rows, 1).tobytes())
+    read = read_cifar(tmp_path)
+    assert read.labels.tolist() == [0, 1, 2, 3, 4] * 2
+    assert np.array_equal(read.take(range(5)), pixels.reshape(-1, 3, 32, 32))
+
+
+def test_a_damaged_cifar_file_is_named(tmp_path):
+    write_cifar10(tmp_path)
+    with (tmp_path / "data_batch_3.bin").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(DataError, match=r"data_batch_3.bin: size"):
+        read_cifar(tmp_path)
+    (tmp_path / "data_batch_3.bin").unlink()
+    with pytest.raises(DataError, match=r"data_batch_3.bin is missing"):
+        read_cifar(tmp_path)
+
+
+def test_the_pickled_version_of_cifar_is_refused(tmp_path):
+    (tmp_path / "data_batch_1").write_bytes(b"\x80\x02}.")
+    with pytest.raises(DataError, match="nothing is unpickled: download the binary version"):
+        read_samples(tmp_path)
+
+
 # --- which reader, and what becomes of the samples
 
 
 def test_sources_are_told_apart(tmp_path, monkeypatch):
     write_mnist(tmp_path / "mnist" / "MNIST" / "raw", packed=True)
-    write_cifar10(tmp_path / "cifar" / "cifar-10-batches-py", python=True)
+    write_cifar10(tmp_path / "cifar" / "cifar-10-batches-bin")
     write_images(tmp_path / "pets", ["a/1.png", "b/1.png"])
     np.savez(tmp_path / "own.npz", x=images(4, 8, 8), y=labels(4))
     monkeypatch.setenv("FEDPRUNE_DATA", str(tmp_path))

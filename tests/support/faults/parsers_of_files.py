@@ -40,7 +40,6 @@ from fedprune_server.simulation.datasets.cifar import read_cifar
 from fedprune_server.simulation.datasets.idx import read_idx
 from fedprune_server.simulation.datasets.image_folder import read_image_folder
 from fedprune_server.simulation.datasets.npz import read_npz
-from fedprune_server.simulation.datasets.plain_pickle import read_plain
 from fedprune_server.simulation.datasets.table import DataPlan
 from fedprune_server.simulation.network_tables import read_availability, read_dropouts, read_settings, read_weather
 from fedprune_server.simulation.results.record import Record
@@ -279,13 +278,6 @@ def picture(kind: str, size: tuple[int, int] = (8, 8)) -> bytes:
     return file.getvalue()
 
 
-def plain_pickle(labels: bytes = b"labels") -> bytes:
-    """What CIFAR's files are like."""
-    import pickle
-
-    return pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), labels: [1, 2], b"filenames": ["a"]}, 2)
-
-
 def _data_sets() -> tuple[Target, ...]:
     x, y = np.zeros((4, 3, 8, 8), np.float32), np.arange(4)
     sets = npz(x=x, y=y), npz(np.savez, x_train=x, y_train=y, x_test=x, y_test=y), npz(np.savez, x=x, y=y, owner=y)
@@ -298,7 +290,7 @@ def _data_sets() -> tuple[Target, ...]:
     (images / "cat").mkdir(parents=True, exist_ok=True)
 
     def cifar(raw: bytes) -> object:
-        for name in ("train", "test"):
+        for name in ("train.bin", "test.bin"):
             (folder / name).write_bytes(raw)
         return read_cifar(folder)
 
@@ -306,7 +298,6 @@ def _data_sets() -> tuple[Target, ...]:
         (images / "cat" / "one.png").write_bytes(raw)
         return read_image_folder(images)
 
-    fine = plain_pickle(b"fine_labels")
     return (
         Target("data.npz", as_file(read_npz, "set.npz"), sets, factor=2200, constant=_FILES, share=0.2),
         Target("data.idx", as_file(read_idx, "set-idx3-ubyte"), (idx,), constant=_FILES),
@@ -327,8 +318,7 @@ def _data_sets() -> tuple[Target, ...]:
             share=0.5,
             frame=lambda raw: gzip.compress(raw, 1, mtime=0),
         ),
-        Target("data.pickle", read_plain, (plain_pickle(),), constant=_FILES, share=2),
-        Target("data.cifar", cifar, (fine,), constant=_FILES, share=0.3),
+        Target("data.cifar", cifar, (bytes(2 * 3074),), constant=_FILES, share=0.3),
         Target(
             "data.image folder",
             folder_of_images,

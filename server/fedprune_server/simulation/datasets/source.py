@@ -18,7 +18,7 @@ from fedprune_server.simulation.datasets.samples import Samples
 VARIABLE = "FEDPRUNE_DATA"
 """Environment variable with a folder in which sources are looked for that aren't there otherwise."""
 
-_INNER = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary", "raw", "MNIST/raw")
+_INNER = ("cifar-10-batches-bin", "cifar-100-binary", "cifar-10-batches-py", "cifar-100-python", "raw", "MNIST/raw")
 """Where archives and torchvision put the files below the folder that people name."""
 
 
@@ -26,7 +26,7 @@ def read_samples(source: str | Path, *, size: tuple[int, int] | None = None, col
     """Read a data set.
 
     Args:
-        source: A `.npz` file, or a folder: MNIST's idx files, CIFAR's python or binary files, or images in a folder per
+        source: A `.npz` file, or a folder: MNIST's idx files, CIFAR's binary files, or images in a folder per
             class. A path that doesn't exist is looked for under `FEDPRUNE_DATA`, also with `.npz` behind it.
         size: Height and width to which images of a folder are scaled.
         colour: Whether images of a folder are read in colour.
