@@ -13,7 +13,7 @@ import pytest
 from fedprune.model.architecture import widths_at
 from fedprune.security.keys import SigningKey
 from fedprune_export.importing import import_onnx
-from fedprune_flash import BoardFile, Target, build_kit
+from fedprune_flash import BoardSettings, Target, build_kit
 from fedprune_server.simulation.digits import digits_model
 from support.processes.arm_board import copied
 from support.processes.arm_installation import install, program, service
@@ -32,7 +32,7 @@ def test_a_board_installs_offline_joins_trains_and_counts(system: System, own_wh
     site = Headquarters(tmp_path / "site", DEVICE)
     kit = build_kit(
         tmp_path / "kit",
-        BoardFile(site.url, DEVICE, SITE, SAMPLES),
+        BoardSettings(site.url, DEVICE, SITE, SAMPLES),
         Target(system.python),
         wheel=own_wheel,
         claim=site.claim(),

@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune.security.keys import SigningKey
-from fedprune_flash import BoardFile, Signer, Target, build_kit
+from fedprune_flash import BoardSettings, Signer, Target, build_kit
 from fedprune_flash.kit.installer_archive import INSTALLER
 from support.fakes.tiny_wheels import fleet_of_wheels, wheel
 from support.processes.arm_board import copied
@@ -29,7 +29,7 @@ def test_a_kit_that_the_processor_can_t_run_is_refused(
     shutil.copyfile(broken_wheel, wheels / broken_wheel.name)
     for name in ("coloredlogs", "flatbuffers", "packaging", "protobuf", "sympy"):
         wheel(wheels, name)
-    told = BoardFile("mqtts://broker.example:8883", "attic", "lab")
+    told = BoardSettings("mqtts://broker.example:8883", "attic", "lab")
     kit = build_kit(
         tmp_path / "kit", told, Target(BOOKWORM.python), wheel=own, links=[wheels], signer=Signer(SigningKey.make())
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit, open_kit
+from fedprune_flash import BoardSettings, Kit, Signer, Target, build_kit, open_kit
 from support.fakes.runtime_releases import KEY
 from support.fakes.tiny_wheels import fleet_of_wheels
 
@@ -35,7 +35,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def plain_kit(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     """A kit without a claim, which no test may change."""
-    board = BoardFile("mqtts://broker.example:8883", "attic", "lab")
+    board = BoardSettings("mqtts://broker.example:8883", "attic", "lab")
     own = next(wheels.glob("fedprune-*.whl"))
     out = tmp_path_factory.mktemp("kit") / "kit"
     return build_kit(out, board, Target(HERE, platform.machine()), wheel=own, links=[wheels], signer=Signer(KEY)).folder
@@ -51,10 +51,12 @@ def kit(tmp_path: Path, plain_kit: Path) -> Kit:
 def make_kit(tmp_path: Path, wheels: Path) -> Callable[..., Kit]:
     """Make a kit for this machine; what is named is changed."""
 
-    def make(name: str = "kit", *, target: Target | None = None, board: BoardFile | None = None, **changes: Any) -> Kit:
+    def make(
+        name: str = "kit", *, target: Target | None = None, board: BoardSettings | None = None, **changes: Any
+    ) -> Kit:
         return build_kit(
             tmp_path / name,
-            board or BoardFile("mqtts://broker.example:8883", "attic", "lab"),
+            board or BoardSettings("mqtts://broker.example:8883", "attic", "lab"),
             target or Target(HERE, platform.machine()),
             **{"wheel": next(wheels.glob("fedprune-*.whl")), "links": [wheels], "signer": Signer(KEY), **changes},
         )

@@ -18,8 +18,8 @@ import pytest
 
 from fedprune.releases.release import Release, read_release, write_release
 from fedprune.security.keys import SigningKey
-from fedprune_device.launcher.slot_store import Home
-from fedprune_device.releases.installer import LAUNCHER, Updater
+from fedprune_device.launcher.slot_store import SlotStore
+from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller
 from fedprune_device.releases.release_source import FolderSource
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.cli.main import main
@@ -85,7 +85,7 @@ class UpdatedSite(Site):
             self.key: SigningKey = identity.key
         first = self.release(1)
         for name in BOARDS:
-            Updater(folder / f"{name}-home", self.key.verifying).install(FolderSource(first))
+            ReleaseInstaller(folder / f"{name}-home", self.key.verifying).install(FolderSource(first))
 
     def release(self, number: int, *more: Path, entry: str = "fedprune_start:device") -> Path:
         def made(files: tuple[Any, ...]) -> Release:
@@ -124,7 +124,7 @@ class UpdatedSite(Site):
 
     def runs(self, name: str) -> int:
         """The release in a board's stable slot, every file of which is what its record says."""
-        home = Home(self.folder / f"{name}-home")
+        home = SlotStore(self.folder / f"{name}-home")
         state = home.load()
         assert state is not None
         return home.whole(state.stable).version

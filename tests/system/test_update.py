@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from fedprune.releases.release import Release, write_release
-from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome, State
-from fedprune_device.releases.installer import LAUNCHER, Updater
+from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, LauncherState, UpdateOutcome
+from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from support.fakes.runtime_releases import KEY, OUTSIDE, PUBLIC, PYTHON, make_wheel, source
@@ -43,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Board:
     def __init__(self, folder: Path, wheel: Path) -> None:
         self.folder, self.wheel = folder, wheel
-        self.updater = Updater(folder / "fedprune", PUBLIC)
+        self.updater = ReleaseInstaller(folder / "fedprune", PUBLIC)
         self.updater.install(source(self.release(1)))
         x = np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32)
         np.savez(folder / "data.npz", x=x, y=np.arange(20) % 3)
@@ -106,7 +106,7 @@ class Board:
             lines.append(self.said.get(timeout=120))
         return lines
 
-    def until(self, seen: Callable[[State], bool]) -> State:
+    def until(self, seen: Callable[[LauncherState], bool]) -> LauncherState:
         deadline = time.monotonic() + 120
         while (state := self.updater.home.load()) is None or not seen(state):
             assert time.monotonic() < deadline, (state, self.log())
@@ -135,7 +135,7 @@ def test_a_runtime_that_reaches_its_broker_stays_and_feeds_the_watchdog(board: B
         board.update(2)
         with board.running(broker.url):
             state = board.until(lambda s: s.phase != TRIAL)
-            assert (state.stable, state.outcome) == ("b", Outcome(2, COMMITTED)), board.log()
+            assert (state.stable, state.outcome) == ("b", UpdateOutcome(2, COMMITTED)), board.log()
             assert "STATUS=trying version 2" in board.told("STATUS=connected to the broker")
         assert board.updater.home.whole("b").version == 2
 

@@ -161,9 +161,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_device.hardware.probe import check_runtime, probe_apart
     from fedprune_device.hardware.process_memory import own_memory, process_memory
     from fedprune_device.launcher.sd_notify import starting
-    from fedprune_device.releases.release_agent import Releases, updater_here
-    from fedprune_device.releases.release_trial import Trial
-    from fedprune_device.releases.watchdog import Heart
+    from fedprune_device.releases.release_agent import ReleaseAgent, board_installer
+    from fedprune_device.releases.release_trial import ReleaseTrial
+    from fedprune_device.releases.watchdog import Watchdog
     from fedprune_device.storage.state_directory import DeviceStore
     from fedprune_device.telemetry.reporter import LogReporter, reporting
 
@@ -176,7 +176,7 @@ def _run(arguments: argparse.Namespace) -> int:
     turned_off()  # what is wrong with the setting comes first
     floor = read_policy(arguments.privacy)
     care = ThermalGuard(arguments.pause_above, arguments.resume_below)
-    trial = Trial.current()
+    trial = ReleaseTrial.current()
     if trial is not None:
         trial.check(arguments.state / "serving")
     profile = _profile(arguments.profile)
@@ -231,15 +231,15 @@ def _run(arguments: argparse.Namespace) -> int:
             )
             shown = {**report.to_dict(), "latency": _latency(report), "forms": _forms(report)}
             _LOG.info("probe: %s", json.dumps(shown))
-        releases = Releases(
+        releases = ReleaseAgent(
             wire,
             arguments.device,
             arguments.site,
-            updater_here(member.identity),
+            board_installer(member.identity),
             quiet=lambda: agents[0].quiet,
             restart=lambda: agents[0].stop(),
         )
-        heart = Heart(releases, trial)
+        heart = Watchdog(releases, trial)
         _LOG.info("board: %s", condition())
         agent = Agent(
             arguments.device,

@@ -13,9 +13,9 @@ from typing import Any
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, ExitCode, ProtocolError, StorageError, shown
 from fedprune_device.hardware.board_facts import TEGRA
-from fedprune_device.launcher.slot_store import Home
-from fedprune_device.launcher.state import SLOTS, STABLE, TRIAL, DamagedError, State
-from fedprune_device.releases.unit import Service
+from fedprune_device.launcher.slot_store import SlotStore
+from fedprune_device.launcher.state import SLOTS, STABLE, TRIAL, DamagedError, LauncherState
+from fedprune_device.releases.unit import ServiceUnit
 
 ROOT = Path("/opt/fedprune")
 _KEY = Path("/var/lib/fedprune/identity/server.pub")
@@ -63,11 +63,14 @@ def _add_unit(commands: Any) -> None:
     kind.add_argument("--cpu", action="store_true", help="a board that computes on its processor: strict sandbox")
     kind.add_argument("--jetson", action="store_true", help="a board that computes on an NVIDIA GPU")
     unit.add_argument("--root", default=str(ROOT), metavar="DIR", help="of launcher and slots (default: %(default)s)")
-    unit.add_argument("--user", default=Service.user, metavar="NAME", help="who runs it (default: %(default)s)")
+    unit.add_argument("--user", default=ServiceUnit.user, metavar="NAME", help="who runs it (default: %(default)s)")
     unit.add_argument(
-        "--environment", default=Service.environment, metavar="FILE", help="with FEDPRUNE_BROKER (default: %(default)s)"
+        "--environment",
+        default=ServiceUnit.environment,
+        metavar="FILE",
+        help="with FEDPRUNE_BROKER (default: %(default)s)",
     )
-    unit.add_argument("--memory", default=Service.memory_max, metavar="MOST", help="default: %(default)s")
+    unit.add_argument("--memory", default=ServiceUnit.memory_max, metavar="MOST", help="default: %(default)s")
     unit.add_argument("--cpu-quota", type=int, default=0, metavar="PERCENT", help="of one core (default: no limit)")
     unit.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="what the service is started with: run ...")
     unit.set_defaults(run=_unit)
@@ -95,10 +98,10 @@ def _update(arguments: argparse.Namespace) -> int:
 
 
 def _updater(arguments: argparse.Namespace) -> Any:
-    from fedprune_device.releases.installer import KEPT, Updater
+    from fedprune_device.releases.installer import KEPT, ReleaseInstaller
 
     key, identity = _server_key(arguments.key), Path(arguments.key).parent if Path(arguments.key).exists() else None
-    return Updater(arguments.root, key, identity=identity, keep=KEPT if arguments.jetson else ())
+    return ReleaseInstaller(arguments.root, key, identity=identity, keep=KEPT if arguments.jetson else ())
 
 
 def _server_key(given: str) -> Any:
@@ -124,7 +127,7 @@ def _server_key(given: str) -> Any:
 
 
 def _slots(arguments: argparse.Namespace) -> int:
-    home = Home(arguments.root)
+    home = SlotStore(arguments.root)
     state = home.load()
     if state is None:
         raise StorageError(
@@ -139,7 +142,7 @@ def _slots(arguments: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _held(home: Home, slot: str) -> tuple[int, str] | str:
+def _held(home: SlotStore, slot: str) -> tuple[int, str] | str:
     """Number and version of what is in a slot, or what is wrong with it."""
     if not (home.folder / f"{slot}.json").exists():
         return "empty"
@@ -150,7 +153,7 @@ def _held(home: Home, slot: str) -> tuple[int, str] | str:
     return record.version, record.name
 
 
-def _described(state: State, held: dict[str, tuple[int, str] | str]) -> list[str]:
+def _described(state: LauncherState, held: dict[str, tuple[int, str] | str]) -> list[str]:
     lines = []
     for slot, what in held.items():
         role = "stable" if slot == state.stable else state.phase if state.phase != STABLE else "not in use"
@@ -164,9 +167,9 @@ def _described(state: State, held: dict[str, tuple[int, str] | str]) -> list[str
 
 
 def _unit(arguments: argparse.Namespace) -> int:
-    service = Service(
+    service = ServiceUnit(
         jetson=arguments.jetson,
-        arguments=tuple(arguments.arguments) or Service().arguments,
+        arguments=tuple(arguments.arguments) or ServiceUnit().arguments,
         root=arguments.root,
         user=arguments.user,
         environment=arguments.environment,

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO
 
 from fedprune_device.launcher.sd_notify import notify
-from fedprune_device.launcher.slot_store import KEY, Home, Record
-from fedprune_device.launcher.state import COMMITTED, STAGED, TRIAL, DamagedError, Outcome, State, line
+from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore
+from fedprune_device.launcher.state import COMMITTED, STAGED, TRIAL, DamagedError, LauncherState, UpdateOutcome, line
 
 VERSION = 1
 """What a release may ask for (`Release.launcher`)."""
@@ -42,7 +42,7 @@ sys.exit(getattr(import_module(module), function)())
 
 
 @dataclass(frozen=True)
-class End:
+class SlotExit:
     """How a release that was started ended.
 
     Attributes:
@@ -56,7 +56,7 @@ class End:
     asked: bool = False
 
 
-def decide(home: Home) -> tuple[str, Record, State]:
+def decide(home: SlotStore) -> tuple[str, SlotRecord, LauncherState]:
     """Which slot to start now; what a trial costs is on the disk when this returns.
 
     Returns:
@@ -101,7 +101,7 @@ def decide(home: Home) -> tuple[str, Record, State]:
         return state.stable, record, state
 
 
-def launch(home: Home, run: Callable[[str, Record, State | None], End]) -> int:
+def launch(home: SlotStore, run: Callable[[str, SlotRecord, LauncherState | None], SlotExit]) -> int:
     """Start what should run; after a trial that failed, what should run then.
 
     Args:
@@ -126,11 +126,11 @@ def launch(home: Home, run: Callable[[str, Record, State | None], End]) -> int:
             if after is not None and after.phase == TRIAL and after.highest == state.highest:
                 told = after.trouble if after.sequence > state.sequence else ""
                 home.save(after.failed(f"{end.reason} ({told})" if told else end.reason))
-        if end.asked or (after is not None and after.outcome == Outcome(state.highest, COMMITTED)):
+        if end.asked or (after is not None and after.outcome == UpdateOutcome(state.highest, COMMITTED)):
             return end.code
 
 
-class Starter:
+class SlotRunner:
     """Runs slots as processes of this Python.
 
     Args:
@@ -138,13 +138,13 @@ class Starter:
         arguments: The runtime's arguments.
     """
 
-    def __init__(self, home: Home, arguments: Sequence[str]) -> None:
+    def __init__(self, home: SlotStore, arguments: Sequence[str]) -> None:
         self._home = home
         self._arguments = list(arguments)
         self._asked = 0
         self._child: subprocess.Popen[bytes] | None = None
 
-    def __call__(self, slot: str, record: Record, state: State | None) -> End:
+    def __call__(self, slot: str, record: SlotRecord, state: LauncherState | None) -> SlotExit:
         """Start a slot: a stable one in place of this process, one on trial beside it."""
         command = [sys.executable, "-c", _START, record.entry, *self._arguments]
         environment = {
@@ -160,7 +160,7 @@ class Starter:
         notify(f"STATUS=trying version {record.version}\nEXTEND_TIMEOUT_USEC={int((state.seconds + 30) * 1e6)}")
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         self._child = child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)  # noqa: S603  # nosec B603  # this Python, with a slot of the launcher's own folder
-        words = LastWords(child.stderr)
+        words = StderrTail(child.stderr)
         deadline = time.monotonic() + state.seconds
         while child.poll() is None and time.monotonic() < deadline and not self._asked:
             time.sleep(_PAUSE_S)
@@ -179,7 +179,7 @@ class Starter:
         reason = f"not healthy within {state.seconds:g} s" if late else f"{how} before it was healthy"
         said = words.read() if code > 0 and not late else ""
         reason += f": {said}" if said else ""
-        return End(reason, 0 if self._asked else code if code >= 0 else 128 - code, bool(self._asked))
+        return SlotExit(reason, 0 if self._asked else code if code >= 0 else 128 - code, bool(self._asked))
 
     def _ask(self, number: int, _frame: object) -> None:
         """Pass a stop on to the release; a second one kills it."""
@@ -188,7 +188,7 @@ class Starter:
         self._asked = number
 
 
-class LastWords:
+class StderrTail:
     """Passes on what a process writes to stderr, and remembers the last line that isn't empty.
 
     Args:
@@ -227,17 +227,17 @@ def signal_name(number: int) -> str:
 
 def main() -> int:
     """Start the runtime that is installed beside this file; all arguments are the runtime's."""
-    home = Home(Path(os.environ.get("FEDPRUNE_ROOT") or Path(sys.argv[0]).resolve().parent))
+    home = SlotStore(Path(os.environ.get("FEDPRUNE_ROOT") or Path(sys.argv[0]).resolve().parent))
     try:
         if home.key() is None:
             print(f"{home.root} has no {KEY}: slots are checked for damage, not for who made them", file=sys.stderr)
-        return launch(home, Starter(home, sys.argv[1:]))
+        return launch(home, SlotRunner(home, sys.argv[1:]))
     except (DamagedError, OSError) as error:
         print(f"error: {line(str(error))}. Install the runtime again.", file=sys.stderr)
         return 31
 
 
-def _saved(home: Home, state: State) -> State:
+def _saved(home: SlotStore, state: LauncherState) -> LauncherState:
     home.save(state)
     return replace(state, sequence=state.sequence + 1)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune_device.launcher.ed25519 import verify
-from fedprune_device.launcher.state import ROLLED_BACK, SLOTS, DamagedError, Outcome, State
+from fedprune_device.launcher.state import ROLLED_BACK, SLOTS, DamagedError, LauncherState, UpdateOutcome
 
 FORMAT = 1
 """Of what is written here; a launcher that is installed once reads what later releases write."""
@@ -39,7 +39,7 @@ _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
-class Record:
+class SlotRecord:
     """What an installed release consists of.
 
     Attributes:
@@ -66,7 +66,7 @@ class Record:
     successions: tuple[str, ...] = ()
 
 
-class Home:
+class SlotStore:
     """The folder of launcher, slots and state.
 
     server.pub        the server's key as hex, root's alone: what it hasn't signed isn't started
@@ -110,15 +110,15 @@ class Home:
         finally:
             os.close(descriptor)
 
-    def load(self) -> State | None:
+    def load(self) -> LauncherState | None:
         """The newest state that is whole; None where there is none."""
         found = []
         for name in ("state.json", "copy.json"):
             with suppress(DamagedError):
-                found.append(State.read(_read(self.folder / name)))
+                found.append(LauncherState.read(_read(self.folder / name)))
         return max(found, key=lambda s: s.sequence, default=None)
 
-    def save(self, state: State) -> None:
+    def save(self, state: LauncherState) -> None:
         """Write a state twice; after a cut at any moment the old or the new one counts.
 
         Raises:
@@ -128,7 +128,7 @@ class Home:
         for name in ("copy.json", "state.json"):
             _write(self.folder / name, asdict(state))
 
-    def record(self, slot: str) -> Record:
+    def record(self, slot: str) -> SlotRecord:
         """What should be in a slot.
 
         Raises:
@@ -141,14 +141,16 @@ class Home:
             system = None if own is None else tuple(map(str, own))
             proof = str(body.get("manifest", "")), str(body.get("signature", ""))
             lineage = str(body.get("site", "")), tuple(map(str, body.get("successions", ())))
-            made = Record(int(body["version"]), str(body["name"]), str(body["entry"]), files, system, *proof, *lineage)
+            made = SlotRecord(
+                int(body["version"]), str(body["name"]), str(body["entry"]), files, system, *proof, *lineage
+            )
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedError(f"the record of slot {slot} is not one") from error
         if not _ENTRY.fullmatch(made.entry):
             raise DamagedError(f"the record of slot {slot} names no module:function")
         return made
 
-    def write_record(self, slot: str, record: Record) -> None:
+    def write_record(self, slot: str, record: SlotRecord) -> None:
         """Say what is in a slot, which makes it whole.
 
         Raises:
@@ -166,7 +168,7 @@ class Home:
             (self.folder / f"{slot}.json").unlink()
         _sync(self.folder)
 
-    def whole(self, slot: str, *, from_disk: bool = False, key: bytes | None = None) -> Record:
+    def whole(self, slot: str, *, from_disk: bool = False, key: bytes | None = None) -> SlotRecord:
         """A slot's record, if the server signed it, every file matches it and no other file exists.
 
         Args:
@@ -191,7 +193,7 @@ class Home:
                 raise DamagedError(f"slot {slot}: {path} is damaged")
         return record
 
-    def recover(self) -> State:
+    def recover(self) -> LauncherState:
         """A state where none is left: the slot with the lower number has served before, the other may never have.
 
         Raises:
@@ -205,7 +207,7 @@ class Home:
             raise DamagedError("neither the launcher's state nor a slot is whole")
         highest, stable = max(versions.values()), min(versions, key=lambda s: versions[s])
         reason = f"both copies of the launcher's state were damaged; version {versions[stable]} serves"
-        return State(stable, highest=highest, outcome=Outcome(highest, ROLLED_BACK, reason))
+        return LauncherState(stable, highest=highest, outcome=UpdateOutcome(highest, ROLLED_BACK, reason))
 
 
 def running(environment: Mapping[str, str] = os.environ) -> str:
@@ -214,7 +216,7 @@ def running(environment: Mapping[str, str] = os.environ) -> str:
     if not root or slot not in SLOTS:
         return ""
     try:
-        return f"slot {slot} with release {Home(Path(root)).record(slot).version}"
+        return f"slot {slot} with release {SlotStore(Path(root)).record(slot).version}"
     except (DamagedError, OSError):
         return f"slot {slot}"
 
@@ -250,7 +252,7 @@ def successors(key: bytes, site: str, successions: Iterable[str]) -> list[bytes]
     return found
 
 
-def _signed(record: Record, key: bytes) -> bool:
+def _signed(record: SlotRecord, key: bytes) -> bool:
     """Whether a record is that of a manifest which the owner of a key, or of a successor of it, signed."""
     try:
         signature, manifest = bytes.fromhex(record.signature), record.manifest.encode()

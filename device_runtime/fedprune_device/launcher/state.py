@@ -27,7 +27,7 @@ class DamagedError(Exception):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class UpdateOutcome:
     """How the last update ended, to be told to the server.
 
     Attributes:
@@ -42,7 +42,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class State:
+class LauncherState:
     """What the launcher remembers.
 
     Attributes:
@@ -62,7 +62,7 @@ class State:
     seconds: float = 0.0
     highest: int = 0
     trouble: str = ""
-    outcome: Outcome | None = None
+    outcome: UpdateOutcome | None = None
     sequence: int = 0
 
     @property
@@ -70,50 +70,52 @@ class State:
         """The slot that is not stable."""
         return SLOTS[1] if self.stable == SLOTS[0] else SLOTS[0]
 
-    def stage(self, version: int, starts: int) -> State:
+    def stage(self, version: int, starts: int) -> LauncherState:
         """The other slot is whole; it is dropped unless it is armed within so many starts."""
         return replace(self, phase=STAGED, left=starts, highest=max(self.highest, version), trouble="")
 
-    def arm(self, attempts: int, seconds: float) -> State:
+    def arm(self, attempts: int, seconds: float) -> LauncherState:
         """The other slot is to be tried at the next starts."""
         return replace(self, phase=TRIAL, left=attempts, seconds=seconds, trouble="")
 
-    def used(self) -> State:
+    def used(self) -> LauncherState:
         """One start fewer is left."""
         return replace(self, left=self.left - 1)
 
-    def commit(self) -> State:
+    def commit(self) -> LauncherState:
         """The trial went well: its slot is the stable one from now on."""
         return replace(
-            self, stable=self.other, phase=STABLE, left=0, trouble="", outcome=Outcome(self.highest, COMMITTED)
+            self, stable=self.other, phase=STABLE, left=0, trouble="", outcome=UpdateOutcome(self.highest, COMMITTED)
         )
 
-    def roll_back(self, reason: str) -> State:
+    def roll_back(self, reason: str) -> LauncherState:
         """The other slot is not tried any more."""
-        outcome = Outcome(self.highest, ROLLED_BACK, line(reason))
+        outcome = UpdateOutcome(self.highest, ROLLED_BACK, line(reason))
         return replace(self, phase=STABLE, left=0, trouble="", outcome=outcome)
 
-    def failed(self, reason: str) -> State:
+    def failed(self, reason: str) -> LauncherState:
         """An attempt ended; the last one ends the trial."""
         return self.roll_back(reason) if self.left <= 0 else replace(self, trouble=line(reason))
 
-    def note(self, trouble: str) -> State:
+    def note(self, trouble: str) -> LauncherState:
         """What is to be said if the attempt ends now."""
         return replace(self, trouble=line(trouble))
 
-    def fall_back(self, version: int, reason: str) -> State:
+    def fall_back(self, version: int, reason: str) -> LauncherState:
         """The stable slot is damaged, and the other one takes its place."""
-        return replace(State(self.other, highest=self.highest), outcome=Outcome(version, ROLLED_BACK, line(reason)))
+        return replace(
+            LauncherState(self.other, highest=self.highest), outcome=UpdateOutcome(version, ROLLED_BACK, line(reason))
+        )
 
     @classmethod
-    def read(cls, body: Any) -> State:
+    def read(cls, body: Any) -> LauncherState:
         """Check what was written.
 
         Raises:
             DamagedError: It is not what this class writes.
         """
         try:
-            made = cls(**{**body, "outcome": Outcome(**body["outcome"]) if body["outcome"] else None})
+            made = cls(**{**body, "outcome": UpdateOutcome(**body["outcome"]) if body["outcome"] else None})
             numbers = (made.left, made.highest, made.sequence)
             if (
                 made.stable not in SLOTS

@@ -27,10 +27,10 @@ from fedprune.security.keys import VerifyingKey
 from fedprune.security.succession import kept_successions
 from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune_device import launcher
-from fedprune_device.launcher.slot_store import KEY, Home, Record, digest, files_digest, successors, write_file
-from fedprune_device.launcher.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, State
-from fedprune_device.releases.release_checks import admit, admit_packages, own_packages
-from fedprune_device.releases.release_source import Source
+from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, digest, files_digest, successors, write_file
+from fedprune_device.launcher.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, LauncherState
+from fedprune_device.releases.release_checks import check_packages_on_board, check_release, own_packages
+from fedprune_device.releases.release_source import ReleaseSource
 from fedprune_device.releases.wheel import Wheel
 
 _LOG = logging.getLogger("fedprune.device")
@@ -53,7 +53,7 @@ _PIECE = 2**18
 _AGAIN = "It is pulled again the next time."
 
 
-class Updater:
+class ReleaseInstaller:
     """Installs releases.
 
     Args:
@@ -77,7 +77,7 @@ class Updater:
         machine: str = "",
         free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
     ) -> None:
-        self.home = Home(root)
+        self.home = SlotStore(root)
         self._incoming = root / "incoming"
         self._known_key, self._identity = key, identity
         self._keep = frozenset(keep)
@@ -91,7 +91,7 @@ class Updater:
     def _successions(self) -> tuple[str, tuple[str, ...]]:
         return ("", ()) if self._identity is None else kept_successions(self._identity)
 
-    def install(self, source: Source) -> Release:
+    def install(self, source: ReleaseSource) -> Release:
         """Set a board up: the launcher, and a first release in the first slot, which needs no trial.
 
         Raises:
@@ -107,9 +107,9 @@ class Updater:
             if self.home.load() is not None or self._starts_of_another():
                 raise ReleaseError(f"{root} has a runtime already", hint="Update it with `fedprune-device update`.")
             write_file(root / KEY, self._key.hex.encode())
-            release = self._bring(source, State(SLOTS[1]))
+            release = self._bring(source, LauncherState(SLOTS[1]))
             write_launcher(root / LAUNCHER)
-            self.home.save(State(SLOTS[0], highest=release.number))
+            self.home.save(LauncherState(SLOTS[0], highest=release.number))
             self._clear_incoming(None)
         return release
 
@@ -139,7 +139,7 @@ class Updater:
         for file in release.files:
             place(store.path(file.sha256), self._incoming / file.sha256)
 
-    def examine(self, source: Source) -> Release:
+    def examine(self, source: ReleaseSource) -> Release:
         """A release that this board would take; nothing of it but its manifest is looked at, nothing is changed.
 
         Whether the board's Python has the packages that it takes from it only `stage` asks, because that takes long.
@@ -151,7 +151,7 @@ class Updater:
         """
         release, state = self._opened(source), self._state()
         self._check_launcher()
-        admit(release, state.highest, self._board)
+        check_release(release, state.highest, self._board)
         with storage_errors(f"can't read {self.home.root}"):
             need, free, old = self._room(release, state.other)
         if need > free + old:
@@ -182,7 +182,7 @@ class Updater:
             if state.phase == STAGED and state.highest == number:
                 self.home.save(state.roll_back(reason))
 
-    def stage(self, source: Source) -> Release:
+    def stage(self, source: ReleaseSource) -> Release:
         """Bring a release into the slot that doesn't run. Done twice, it goes on where it was.
 
         Returns:
@@ -234,7 +234,7 @@ class Updater:
             raise StorageError(f"{self.home.root} has no runtime", hint="`fedprune-device install` sets a board up.")
         return locked(lock, f"another process updates {self.home.root}", "Wait until it is done.")
 
-    def _state(self) -> State:
+    def _state(self) -> LauncherState:
         state = self.home.load()
         if state is None:
             raise StorageError(
@@ -243,13 +243,13 @@ class Updater:
             )
         return state
 
-    def _change(self, change: Callable[[State], State]) -> State:
+    def _change(self, change: Callable[[LauncherState], LauncherState]) -> LauncherState:
         with self.home.changing():
             state = change(self._state())
             self.home.save(state)
             return state
 
-    def _opened(self, source: Source) -> Release:
+    def _opened(self, source: ReleaseSource) -> Release:
         return opened(source.manifest()[: MAX_MANIFEST + 1], source.signature(), self._key)
 
     def _check_launcher(self) -> None:
@@ -266,13 +266,13 @@ class Updater:
                 hint="On a board that moved to another server install the runtime again (docs/update-the-fleet.md).",
             )
 
-    def _bring(self, source: Source, state: State) -> Release:
+    def _bring(self, source: ReleaseSource, state: LauncherState) -> Release:
         """All that comes before the state is changed: check, pull, check, unpack, verify."""
         manifest, signature, slot = source.manifest()[: MAX_MANIFEST + 1], source.signature(), state.other
         release = opened(manifest, signature, self._key)
         self._check_launcher()
-        admit(release, state.highest, self._board)
-        admit_packages(release)
+        check_release(release, state.highest, self._board)
+        check_packages_on_board(release)
         _LOG.info(
             "release %d (%s): %d files, %d bytes", release.number, release.version, len(release.files), release.size
         )
@@ -294,7 +294,7 @@ class Updater:
         # One sync of all instead of thousands, which would wear out a card; the launcher reads every digest anyway.
         os.sync()
         proof = manifest.decode(), signature.hex()
-        record = Record(
+        record = SlotRecord(
             release.number, release.version, release.entry, files, release.system, *proof, *self._successions()
         )
         self.home.write_record(slot, record)
@@ -321,7 +321,7 @@ class Updater:
         if need > free:
             self._empty(slot)
 
-    def _pull(self, source: Source, file: ReleaseFile) -> None:
+    def _pull(self, source: ReleaseSource, file: ReleaseFile) -> None:
         path = self._incoming / file.sha256
         begun = path.exists()
         if begun and digest(path) == (file.sha256, file.size):
@@ -337,7 +337,7 @@ class Updater:
             path.unlink()
         raise ReleaseError(f"{file.name} is not what the release says it is", hint=_AGAIN)
 
-    def _pull_rest(self, source: Source, file: ReleaseFile, path: Path) -> None:
+    def _pull_rest(self, source: ReleaseSource, file: ReleaseFile, path: Path) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             have = os.fstat(descriptor).st_size

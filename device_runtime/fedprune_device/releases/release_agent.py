@@ -34,8 +34,8 @@ from fedprune.wire.topics import NO_JOB, Topics
 from fedprune_device.hardware.board_facts import TEGRA
 from fedprune_device.launcher import state as on_disk
 from fedprune_device.network.uplink import Wire
-from fedprune_device.releases.installer import KEPT, Updater
-from fedprune_device.releases.release_download import Pulling, Staging, forget
+from fedprune_device.releases.installer import KEPT, ReleaseInstaller
+from fedprune_device.releases.release_download import ReleaseDownload, StagingThread, delete_downloads
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -49,7 +49,9 @@ NO_LAUNCHER = "this board's runtime was not started by a launcher, so that nothi
 NO_IDENTITY = "this board takes part without identity, so that it knows no key that releases are signed with"
 
 
-def updater_here(identity: DeviceIdentity | None, environment: Mapping[str, str] = os.environ) -> Updater | str:
+def board_installer(
+    identity: DeviceIdentity | None, environment: Mapping[str, str] = os.environ
+) -> ReleaseInstaller | str:
     """What installs releases on this board, or why nothing does.
 
     Args:
@@ -62,7 +64,7 @@ def updater_here(identity: DeviceIdentity | None, environment: Mapping[str, str]
     if identity is None:
         return NO_IDENTITY
     joined = identity
-    return Updater(
+    return ReleaseInstaller(
         Path(root),
         lambda: joined.server,
         identity=joined.folder,
@@ -70,7 +72,7 @@ def updater_here(identity: DeviceIdentity | None, environment: Mapping[str, str]
     )
 
 
-class Releases:
+class ReleaseAgent:
     """A connection on which what concerns releases is seen to; all else passes.
 
     Args:
@@ -88,7 +90,7 @@ class Releases:
         link: Wire,
         device: str,
         site: str,
-        updater: Updater | str,
+        updater: ReleaseInstaller | str,
         *,
         quiet: Callable[[], bool],
         restart: Callable[[], None],
@@ -100,8 +102,8 @@ class Releases:
         self._quiet, self._restart = quiet, restart
         self._clock = clock
         self._offer: ReleaseOffer | None = None
-        self._pulling: Pulling | None = None
-        self._staging: Staging | None = None
+        self._pulling: ReleaseDownload | None = None
+        self._staging: StagingThread | None = None
         self._withdrawn: ReleaseWithdrawn | None = None
         self._trouble = ""  # what went wrong while it is unpacked
         self._ready = False  # staged, and waiting for a quiet moment
@@ -184,10 +186,10 @@ class Releases:
         elif (disk := self._updater.home.load()) is None or disk.phase != on_disk.TRIAL:
             self._begin(self._updater, offer)
 
-    def _begin(self, updater: Updater, offer: ReleaseOffer) -> None:
+    def _begin(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
         self._forget_offer()
         self._offer = offer
-        self._pulling = Pulling(updater, offer)
+        self._pulling = ReleaseDownload(updater, offer)
         release = self._pulling.release
         _LOG.info("release %d (%s) is offered: %d bytes", release.number, release.version, release.size)
         self._ask(self._pulling.start(self._clock()))
@@ -208,7 +210,7 @@ class Releases:
             self._forget_offer()
         self._updater.drop(message.number, f"withdrawn: {one_line(message.reason, 200)}")
         if self._pulling is None and self._staging is None:
-            forget(self._updater)
+            delete_downloads(self._updater)
 
     def _forget_offer(self) -> None:
         self._offer = self._pulling = self._staging = self._withdrawn = None
@@ -225,11 +227,11 @@ class Releases:
         if self._pulling is not None and self._staging is None:
             self._ask(self._pulling.tick(self._clock()))
             if self._pulling.done:
-                self._staging = Staging(self._updater, self._pulling)
+                self._staging = StagingThread(self._updater, self._pulling)
             self._progress()
         if self._staging is not None and not self._staging.alive:
             error, self._staging, self._pulling = self._staging.error, None, None
-            forget(self._updater)
+            delete_downloads(self._updater)
             if self._withdrawn is not None:
                 self._on_withdrawn(self._withdrawn)
             elif error is not None:
@@ -243,12 +245,12 @@ class Releases:
         if self._ready and self._offer is not None and self._quiet():
             self._try(self._updater, self._offer)
 
-    def _try(self, updater: Updater, offer: ReleaseOffer) -> None:
+    def _try(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
         state = updater.home.load()
         if state is None or state.highest != offer.number or state.phase == on_disk.STABLE:
             self._forget_offer()  # another process of this board was faster
             return
-        forget(updater)  # a power cut may have come before
+        delete_downloads(updater)  # a power cut may have come before
         updater.arm(offer.attempts, offer.seconds)
         _LOG.info("release %d is tried now: the service starts anew", offer.number)
         self._say(offer.number, TRIAL)
@@ -279,7 +281,7 @@ class Releases:
         self._say(number, REFUSED, reason)
         try:
             if not isinstance(self._updater, str):
-                forget(self._updater)
+                delete_downloads(self._updater)
         except FedpruneError as error:  # it is tried again with the next release
             _LOG.warning("can't delete what was pulled: %s", error)
 
@@ -297,7 +299,7 @@ class Releases:
         else:
             self._tell(self._updater)
 
-    def _tell(self, updater: Updater) -> None:
+    def _tell(self, updater: ReleaseInstaller) -> None:
         """Say what the launcher's state knows of the last release."""
         found = updater.home.load()
         if found is None or (found.phase == on_disk.STABLE and found.outcome is None):
@@ -309,7 +311,7 @@ class Releases:
         if state is not None:
             self._say(number, state, reason)
 
-    def _standing(self, updater: Updater, number: int) -> tuple[str | None, str]:
+    def _standing(self, updater: ReleaseInstaller, number: int) -> tuple[str | None, str]:
         """Where a release stands by the launcher's state, and why; None if that knows nothing of it."""
         found = updater.home.load()
         if found is None:

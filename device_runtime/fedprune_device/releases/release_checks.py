@@ -17,7 +17,7 @@ from fedprune_device.launcher import launcher
 _ANSWER_S = 120.0
 
 
-def admit(release: Release, highest: int, board: Mapping[str, str]) -> None:
+def check_release(release: Release, highest: int, board: Mapping[str, str]) -> None:
     """Make sure that a release is for this board.
 
     Args:
@@ -46,7 +46,7 @@ def admit(release: Release, highest: int, board: Mapping[str, str]) -> None:
         )
 
 
-def admit_packages(release: Release) -> None:
+def check_packages_on_board(release: Release) -> None:
     """Make sure that the board's own Python has what a release takes from it. This may take minutes.
 
     Args:

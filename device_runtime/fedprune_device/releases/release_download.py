@@ -11,11 +11,11 @@ from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Want
 from fedprune.wire.release_messages import ReleaseOffer
 from fedprune.wire.transfer import Pull
-from fedprune_device.releases.installer import Updater
-from fedprune_device.releases.release_source import PulledSource
+from fedprune_device.releases.installer import ReleaseInstaller
+from fedprune_device.releases.release_source import DownloadedSource
 
 
-class Pulling:
+class ReleaseDownload:
     """What is still to come of a release. Does no network I/O: it says what to ask for.
 
     What has arrived stays over restarts, and what lies there of other releases is deleted.
@@ -33,9 +33,9 @@ class Pulling:
         StorageError: The disk fails.
     """
 
-    def __init__(self, updater: Updater, offer: ReleaseOffer) -> None:
+    def __init__(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
         self._store = updater.pulled()
-        self.source = source_of(offer, updater)
+        self.source = offer_source(offer, updater)
         self.release = release = updater.examine(self.source)
         if release.number != offer.number or len(release.files) != len(offer.leaves):
             raise ReleaseError(
@@ -46,7 +46,7 @@ class Pulling:
         pairs = zip(release.files, offer.leaves, strict=True)
         self._refs = [BlobRef(file.sha256, file.size, leaves) for file, leaves in pairs]
         self._pull: Pull | None = None
-        forget(updater, keep=release)
+        delete_downloads(updater, keep=release)
 
     @property
     def done(self) -> bool:
@@ -106,7 +106,7 @@ class Pulling:
         return wants
 
 
-class Staging:
+class StagingThread:
     """Unpacks a release in a thread, so that the loop goes on listening, and the watchdog is fed.
 
     Args:
@@ -117,7 +117,7 @@ class Staging:
         error: Why it failed; None if it went well.
     """
 
-    def __init__(self, updater: Updater, pulled: Pulling) -> None:
+    def __init__(self, updater: ReleaseInstaller, pulled: ReleaseDownload) -> None:
         self.error: FedpruneError | None = ReleaseError("unpacking it ended without a word")
         self._updater = updater
         self._pulled = pulled
@@ -140,12 +140,12 @@ class Staging:
             self.error = ReleaseError(f"it can't be unpacked ({type(error).__name__}: {error})")
 
 
-def source_of(offer: ReleaseOffer, updater: Updater) -> PulledSource:
+def offer_source(offer: ReleaseOffer, updater: ReleaseInstaller) -> DownloadedSource:
     """An offered release as the updater reads it."""
-    return PulledSource(offer.manifest.encode(), bytes.fromhex(offer.signature), updater.pulled())
+    return DownloadedSource(offer.manifest.encode(), bytes.fromhex(offer.signature), updater.pulled())
 
 
-def forget(updater: Updater, keep: Release | None = None) -> None:
+def delete_downloads(updater: ReleaseInstaller, keep: Release | None = None) -> None:
     """Delete what was pulled, but of one release.
 
     Args:

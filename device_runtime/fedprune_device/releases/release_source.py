@@ -13,7 +13,7 @@ from fedprune.security.keys import SIGNATURE as SIGNATURE_BYTES
 from fedprune.wire.release_messages import MAX_MANIFEST
 
 
-class Source(Protocol):
+class ReleaseSource(Protocol):
     """A release as its server gives it, piece by piece, so that what was cut off goes on where it was."""
 
     def manifest(self) -> bytes:
@@ -61,7 +61,7 @@ class FolderSource:
         return _read(self._folder / FILES / sha256, at, limit)
 
 
-class PulledSource:
+class DownloadedSource:
     """A release whose files were pulled over the network.
 
     Args:

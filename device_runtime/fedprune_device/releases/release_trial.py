@@ -20,8 +20,8 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError, RuntimeUnavailableError
 from fedprune_device.hardware.probe import check_runtime
 from fedprune_device.launcher.launcher import signal_name
-from fedprune_device.launcher.slot_store import Home
-from fedprune_device.launcher.state import TRIAL, DamagedError, State, line
+from fedprune_device.launcher.slot_store import SlotStore
+from fedprune_device.launcher.state import TRIAL, DamagedError, LauncherState, line
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
@@ -35,7 +35,7 @@ _LOG = logging.getLogger("fedprune.device")
 _TIMEOUT_S = 300
 
 
-class Trial:
+class ReleaseTrial:
     """A trial under way in this process.
 
     Args:
@@ -44,13 +44,13 @@ class Trial:
         slot: The slot that it is in.
     """
 
-    def __init__(self, home: Home, number: int, slot: str) -> None:
+    def __init__(self, home: SlotStore, number: int, slot: str) -> None:
         self._home = home
         self.number = number
         self._slot = slot
 
     @classmethod
-    def current(cls, environment: Mapping[str, str] = os.environ) -> Trial | None:
+    def current(cls, environment: Mapping[str, str] = os.environ) -> ReleaseTrial | None:
         """The trial that the launcher began with this process; None where there is none.
 
         Args:
@@ -59,7 +59,7 @@ class Trial:
         root, slot = environment.get("FEDPRUNE_ROOT", ""), environment.get("FEDPRUNE_SLOT", "")
         if not root or not slot:
             return None
-        home = Home(Path(root))
+        home = SlotStore(Path(root))
         state = home.load()
         if state is None or state.phase != TRIAL or state.other != slot:
             return None
@@ -89,7 +89,7 @@ class Trial:
         Raises:
             StorageError: The disk fails; the trial goes on.
         """
-        self._change(State.commit)
+        self._change(LauncherState.commit)
         _LOG.info("release %d is healthy and stays", self.number)
 
     def _check(self, serving: Path | None) -> None:
@@ -101,7 +101,7 @@ class Trial:
         if system is not None:
             check_packages(self._home.root / self._slot, system)
 
-    def _change(self, change: Callable[[State], State]) -> None:
+    def _change(self, change: Callable[[LauncherState], LauncherState]) -> None:
         with storage_errors(f"can't write {self._home.folder}"), self._home.changing():
             state = self._home.load()
             if state is not None and state.phase == TRIAL and state.highest == self.number:

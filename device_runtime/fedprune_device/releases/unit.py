@@ -43,7 +43,7 @@ HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # no
 
 
 @dataclass(frozen=True)
-class Service:
+class ServiceUnit:
     """What a unit says.
 
     Attributes:

@@ -10,7 +10,7 @@ from fedprune.core.errors import StorageError
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune_device.launcher.sd_notify import READY, STOPPING, WATCHDOG, notify, status, watchdog_seconds
 from fedprune_device.network.uplink import Wire
-from fedprune_device.releases.release_trial import Trial
+from fedprune_device.releases.release_trial import ReleaseTrial
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -18,7 +18,7 @@ _SLOWEST_S = 10.0
 """Between two beats; the service manager may want them more often."""
 
 
-class Heart:
+class Watchdog:
     """The agent's connection, through which its loop is heard: the loop asks for a message in every turn.
 
     A loop that hangs asks no more, and the service manager restarts it. A turn after the broker was reached, a
@@ -35,7 +35,7 @@ class Heart:
     def __init__(
         self,
         link: Wire,
-        trial: Trial | None = None,
+        trial: ReleaseTrial | None = None,
         *,
         tell: Callable[[str], object] = notify,
         interval: float | None = None,
@@ -87,7 +87,7 @@ class Heart:
         """The service ends."""
         self._tell(STOPPING)
 
-    def _commit(self, trial: Trial) -> None:
+    def _commit(self, trial: ReleaseTrial) -> None:
         try:
             trial.commit()
             self._trial = None

@@ -51,7 +51,7 @@ def _image(arguments: argparse.Namespace) -> int:
     from fedprune_flash.image import boot_image as image
     from fedprune_flash.image.first_boot_scheme import Scheme
     from fedprune_flash.kit.kit import open_kit, server_signer
-    from fedprune_flash.kit.plan import Step, described
+    from fedprune_flash.kit.plan import PlanStep, described
 
     if arguments.yes is not None and arguments.yes != arguments.card:
         raise UsageError("--yes names another device than --card", expected=arguments.card, got=arguments.yes)
@@ -69,12 +69,12 @@ def _image(arguments: argparse.Namespace) -> int:
         image.check(contents, kit)
         steps = image.customise(file, contents, kit, wanted, write=out is not None)
     size = f"{contents.size / 1e6:.0f} MB"
-    steps = [Step(f"copy {arguments.source} to {arguments.out} ({size})", f"delete {arguments.out}"), *steps]
+    steps = [PlanStep(f"copy {arguments.source} to {arguments.out} ({size})", f"delete {arguments.out}"), *steps]
     system = contents.system.title or "unknown system"
     print(f"{system}, {contents.scheme.value}, {contents.system.mount}; kit: {kit.target}")
     print(described(steps))
     if card is not None:
-        print(described([Step(f"write {arguments.out} to {card}", "none: what is on the card will be lost")]))
+        print(described([PlanStep(f"write {arguments.out} to {card}", "none: what is on the card will be lost")]))
     if out is not None:
         print(f"{out} is ready{': for one board, since it holds a claim' if kit.claimed else ''}.")
         if not kit.claimed:

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedprune.core.cli import with_extra
 from fedprune.core.errors import ConfigError, ExitCode, remedy
 from fedprune.core.text import quantity
-from fedprune_flash.kit.board_settings import SAMPLES, BoardFile
+from fedprune_flash.kit.board_settings import SAMPLES, BoardSettings
 
 _CLAIM = "FEDPRUNE_CLAIM"
 NO_CLAIM = (
@@ -53,7 +53,7 @@ def _kit(arguments: argparse.Namespace) -> int:
         claim = read_bytes(arguments.claim_file).decode("utf-8", "replace")
     kit = build_kit(
         arguments.out,
-        BoardFile(
+        BoardSettings(
             arguments.server, arguments.device, arguments.site, arguments.data, authorities is not None, arguments.join
         ),
         Target(arguments.python, arguments.architecture, arguments.jetson),

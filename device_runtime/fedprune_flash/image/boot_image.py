@@ -22,7 +22,7 @@ from fedprune_flash.image.first_boot_scheme import CMDLINE, Scheme, recognise
 from fedprune_flash.image.partitions import Partitions, read_partitions
 from fedprune_flash.image.unpacking import Progress, packing, unpack
 from fedprune_flash.kit.kit import Kit
-from fedprune_flash.kit.plan import Step
+from fedprune_flash.kit.plan import PlanStep
 from fedprune_flash.on_board.kit_folder import MANIFEST
 
 _MOUNTS = ("/boot/firmware", "/boot")
@@ -40,7 +40,7 @@ _MARGIN = 64
 
 
 @dataclass(frozen=True)
-class System:
+class ImageSystem:
     """What an image's root file system says of itself; empty where it can't be read.
 
     Attributes:
@@ -57,11 +57,11 @@ class System:
 
 
 @dataclass(frozen=True)
-class Contents:
+class ImageContents:
     """What was found in an image."""
 
     partitions: Partitions
-    system: System
+    system: ImageSystem
     scheme: Scheme
     cmdline: str
     size: int
@@ -113,7 +113,7 @@ def opened_image(
                 partial.unlink(missing_ok=True)
 
 
-def examine(file: BinaryIO, scheme: Scheme | None = None, name: str = "the image") -> Contents:
+def examine(file: BinaryIO, scheme: Scheme | None = None, name: str = "the image") -> ImageContents:
     """Look at an image.
 
     Args:
@@ -131,10 +131,10 @@ def examine(file: BinaryIO, scheme: Scheme | None = None, name: str = "the image
     found = scheme or recognise(fat, lambda path: root is not None and root.exists(path))
     if fat.find(CMDLINE) is None:
         raise ImageError("the boot partition has no cmdline.txt", expected="that of a Raspberry Pi")
-    return Contents(partitions, _system(root), found, fat.read(CMDLINE).decode("utf-8", "replace").strip(), size)
+    return ImageContents(partitions, _system(root), found, fat.read(CMDLINE).decode("utf-8", "replace").strip(), size)
 
 
-def check(contents: Contents, kit: Kit) -> None:
+def check(contents: ImageContents, kit: Kit) -> None:
     """Make sure that image and kit fit each other.
 
     Raises:
@@ -166,7 +166,9 @@ def check(contents: Contents, kit: Kit) -> None:
         )
 
 
-def customise(file: BinaryIO, contents: Contents, kit: Kit, wanted: FirstBoot, *, write: bool = True) -> list[Step]:
+def customise(
+    file: BinaryIO, contents: ImageContents, kit: Kit, wanted: FirstBoot, *, write: bool = True
+) -> list[PlanStep]:
     """Write a kit, and what starts it, to an image's boot partition.
 
     Args:
@@ -190,12 +192,13 @@ def customise(file: BinaryIO, contents: Contents, kit: Kit, wanted: FirstBoot, *
         if before is not None and name != CMDLINE:
             _check_template(name, fat.read(name))
         undo = f"write {name} as it was" if before is not None else f"delete {name}"
-        steps.append(Step(f"write {name} ({len(content)} bytes)", undo))
+        steps.append(PlanStep(f"write {name} ({len(content)} bytes)", undo))
     if fat.find(KIT_FOLDER) is not None:
         raise ImageError(f"there is a folder {KIT_FOLDER} on the boot partition", hint="Take an unchanged image.")
     count = len(kit.files) + 1
     steps.insert(
-        0, Step(f"write the kit to {KIT_FOLDER}/ ({count} files, {kit.bytes / 1e6:.1f} MB)", f"delete {KIT_FOLDER}/")
+        0,
+        PlanStep(f"write the kit to {KIT_FOLDER}/ ({count} files, {kit.bytes / 1e6:.1f} MB)", f"delete {KIT_FOLDER}/"),
     )
     rows = [f.path for f in kit.files] + [MANIFEST]
     needed = sum(fat.clusters_for((kit.folder / p).stat().st_size) for p in rows)
@@ -218,7 +221,7 @@ def customise(file: BinaryIO, contents: Contents, kit: Kit, wanted: FirstBoot, *
     return steps
 
 
-def _verify(file: BinaryIO, contents: Contents, kit: Kit, files: dict[str, bytes]) -> None:
+def _verify(file: BinaryIO, contents: ImageContents, kit: Kit, files: dict[str, bytes]) -> None:
     """Read back what was written, from the disk: a board that doesn't come up is far away."""
     file.flush()
     os.fsync(file.fileno())
@@ -253,9 +256,9 @@ def _root(file: BinaryIO, partitions: Partitions) -> Ext4 | None:
     return None
 
 
-def _system(root: Ext4 | None) -> System:
+def _system(root: Ext4 | None) -> ImageSystem:
     if root is None:
-        return System()
+        return ImageSystem()
     release = dict(re.findall(r'^([A-Z_]+)="?([^"\n]*)"?$', _text(root, "/etc/os-release"), re.MULTILINE))
     title = "".join(c for c in release.get("PRETTY_NAME", "") if c.isprintable())[:80]
     python = _PYTHONS.get(f"{release.get('ID', '')} {release.get('VERSION_ID', '')}", "")
@@ -270,7 +273,7 @@ def _system(root: Ext4 | None) -> System:
     table = [line.split() for line in _text(root, "/etc/fstab").splitlines() if not line.startswith("#")]
     mounted = {row[1] for row in table if len(row) > 2 and row[2] in ("vfat", "msdos", "auto")}
     mount = next((m for m in _MOUNTS if m in mounted), _MOUNTS[0])
-    return System(title, python, architecture, mount)
+    return ImageSystem(title, python, architecture, mount)
 
 
 def _text(root: Ext4, path: str) -> str:

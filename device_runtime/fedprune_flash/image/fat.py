@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from fedprune.core.errors import ImageError
 from fedprune_flash.image import fat_names
-from fedprune_flash.image.fat_table import FatTable, read_shape
+from fedprune_flash.image.fat_table import FatTable, read_layout
 from fedprune_flash.image.region import Region
 
 MAX_FILE = 2**32 - 1
@@ -26,7 +26,7 @@ _PIECE = 2**20
 
 
 @dataclass(frozen=True)
-class Entry:
+class FatEntry:
     """A file or folder.
 
     Attributes:
@@ -62,7 +62,7 @@ class Fat:
 
     def __init__(self, region: Region, when: datetime | None = None) -> None:
         self._region = region
-        self._shape = read_shape(region)
+        self._shape = read_layout(region)
         self._table = FatTable(region, self._shape)
         self._when = _stamp(when or datetime.now())  # FAT holds local time
 
@@ -81,7 +81,7 @@ class Fat:
         """Bytes of free clusters."""
         return self._table.free * self._shape.cluster
 
-    def find(self, path: str) -> Entry | None:
+    def find(self, path: str) -> FatEntry | None:
         """A file or folder; None where there is none.
 
         Raises:
@@ -98,7 +98,7 @@ class Fat:
             folder = self._folder(found)
         return None
 
-    def listing(self, path: str = "") -> list[Entry]:
+    def listing(self, path: str = "") -> list[FatEntry]:
         """What a folder holds, in the order of its entries, without `.` and `..`.
 
         Raises:
@@ -210,7 +210,7 @@ class Fat:
             raise ImageError(f"{self._region.name} has no folder {path}")
         return self._folder(found)
 
-    def _folder(self, entry: Entry) -> _Folder:
+    def _folder(self, entry: FatEntry) -> _Folder:
         return _Folder(self._region, self._table.chain(entry.first), self)
 
     def _shape_root(self) -> list[int]:
@@ -265,7 +265,7 @@ class _Folder:
         self._region, self._clusters, self._fat = region, clusters, fat
         self.first = clusters[0] if clusters else 0
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[FatEntry]:
         """All but labels, `.` and `..`."""
         raw = self._bytes()
         parts: list[bytes] = []
@@ -282,7 +282,7 @@ class _Folder:
                     yield self._read(row, parts, at)
                 parts = []
 
-    def _read(self, row: bytes, parts: list[bytes], at: int) -> Entry:
+    def _read(self, row: bytes, parts: list[bytes], at: int) -> FatEntry:
         short = bytes(row[:11])
         name = None
         numbers = [p[0] & 0x3F for p in parts]
@@ -292,9 +292,11 @@ class _Folder:
         high, low = struct.unpack_from("<H", row, 20)[0], struct.unpack_from("<H", row, 26)[0]
         first = low | (high << 16 if self._fat.bits == 32 else 0)
         size = struct.unpack_from("<I", row, 28)[0]
-        return Entry(name or fat_names.unpacked(short, row[12]), bool(row[11] & _FOLDER), size, first, short, at, slots)
+        return FatEntry(
+            name or fat_names.unpacked(short, row[12]), bool(row[11] & _FOLDER), size, first, short, at, slots
+        )
 
-    def find(self, name: str) -> Entry | None:
+    def find(self, name: str) -> FatEntry | None:
         """The entry whose long or short name it is."""
         wanted = fat_names.folded(name)
         for entry in self.entries():
@@ -312,14 +314,14 @@ class _Folder:
         raw = before + _entry(short, attributes, first, size, when)
         self._write(self._gap(len(raw) // _ENTRY), raw)
 
-    def change(self, entry: Entry, first: int, size: int, when: bytes) -> None:
+    def change(self, entry: FatEntry, first: int, size: int, when: bytes) -> None:
         """Let an entry tell of another content."""
         row = self._bytes()[entry.at : entry.at + _ENTRY]
         new = bytearray(_entry(entry.short, row[11] | _ARCHIVE, first, size, when))
         new[12:20] = row[12:20]  # case, and the time of making
         self._write(entry.at, new)
 
-    def drop(self, entry: Entry) -> None:
+    def drop(self, entry: FatEntry) -> None:
         """Free an entry, and those of its long name."""
         for index in range(entry.slots):
             self._write(entry.at - index * _ENTRY, bytes((_FREE,)))

@@ -23,7 +23,7 @@ _RESERVED_BITS = 0xF0000000
 
 
 @dataclass(frozen=True)
-class Shape:
+class FatLayout:
     """Where everything lies, in bytes from the beginning of the partition.
 
     Attributes:
@@ -52,7 +52,7 @@ class Shape:
     info: int
 
 
-def read_shape(region: Region) -> Shape:
+def read_layout(region: Region) -> FatLayout:
     """Read a boot sector.
 
     Raises:
@@ -83,7 +83,7 @@ def read_shape(region: Region) -> Shape:
         if flags & 0x0F >= copies:
             raise ImageError(f"the FAT file system of {region.name} contradicts itself")
         tables = [tables[flags & 0x0F]]
-    return Shape(
+    return FatLayout(
         bits,
         per_cluster * sector,
         tuple(tables),
@@ -105,7 +105,7 @@ class FatTable:
         shape: Its shape.
     """
 
-    def __init__(self, region: Region, shape: Shape) -> None:
+    def __init__(self, region: Region, shape: FatLayout) -> None:
         self._region, self._shape = region, shape
         raw = region.read(shape.tables[0], shape.table_bytes)
         self._next = _decoded(raw, shape.bits, shape.clusters + 2)

@@ -36,7 +36,7 @@ _PRIVATE = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 
 
 @dataclass(frozen=True)
-class BoardFile:
+class BoardSettings:
     """What a board is told.
 
     Args:
@@ -88,7 +88,7 @@ class BoardFile:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def from_dict(cls, body: dict[str, Any]) -> BoardFile:
+    def from_dict(cls, body: dict[str, Any]) -> BoardSettings:
         """From what JSON gave.
 
         Raises:

@@ -41,7 +41,7 @@ from fedprune_device.launcher.slot_store import PURPOSE
 from fedprune_device.releases.installer import write_launcher
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_flash.kit import service_files, wheelhouse
-from fedprune_flash.kit.board_settings import BoardFile, checked_authorities, checked_claim
+from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities, checked_claim
 from fedprune_flash.kit.installer_archive import INSTALLER, installer_archive
 from fedprune_flash.kit.target import Target
 from fedprune_flash.on_board.kit_folder import (
@@ -162,7 +162,7 @@ class Kit:
 
     folder: Path
     target: Target
-    board: BoardFile
+    board: BoardSettings
     files: tuple[KitFile, ...]
     fedprune: str
     digest: str
@@ -182,7 +182,7 @@ class Kit:
 
 def build_kit(
     out: Path,
-    board: BoardFile,
+    board: BoardSettings,
     target: Target,
     *,
     wheel: Path | None = None,
@@ -244,7 +244,9 @@ def build_kit(
     return open_kit(out)
 
 
-def told_files(kit: Kit, board: BoardFile, claim: str | None, signer: Signer | None = None) -> dict[str, bytes]:
+def files_for_board(
+    kit: Kit, board: BoardSettings, claim: str | None, signer: Signer | None = None
+) -> dict[str, bytes]:
     """What a kit for another board of the same kind has in place of this one's: all but wheels and programs.
 
     Args:
@@ -270,7 +272,7 @@ def told_files(kit: Kit, board: BoardFile, claim: str | None, signer: Signer | N
     return {**made, MANIFEST: _manifest_text(rows, kit.target, board, kit.contents, signer, kit.fedprune).encode()}
 
 
-def _told(board: BoardFile, target: Target) -> dict[str, str]:
+def _told(board: BoardSettings, target: Target) -> dict[str, str]:
     return {
         BOARD: board.to_json(),
         ENVIRONMENT: service_files.environment(board),
@@ -308,7 +310,7 @@ def open_kit(folder: Path, signer: Signer | None = None) -> Kit:
     _check_files(folder, files)
     try:
         told = json.loads(_read(folder / BOARD, _MAX_MANIFEST))
-        board = BoardFile.from_dict(told if isinstance(told, dict) else {})
+        board = BoardSettings.from_dict(told if isinstance(told, dict) else {})
     except (ValueError, ConfigError) as error:
         raise KitError(f"{folder / BOARD}: {error}") from error
     version, digest = str(body.get("fedprune", ""))[:40], hashlib.sha256(raw).hexdigest()
@@ -357,7 +359,7 @@ def _signer(body: dict[str, Any]) -> str:
     return key.hex
 
 
-def _manifest(folder: Path, target: Target, board: BoardFile, contents: str, signer: Signer | None) -> str:
+def _manifest(folder: Path, target: Target, board: BoardSettings, contents: str, signer: Signer | None) -> str:
     rows = {
         str(p.relative_to(folder)): {
             "path": str(p.relative_to(folder)),
@@ -373,7 +375,7 @@ def _manifest(folder: Path, target: Target, board: BoardFile, contents: str, sig
 def _manifest_text(
     rows: dict[str, dict[str, Any]],
     target: Target,
-    board: BoardFile,
+    board: BoardSettings,
     contents: str,
     signer: Signer | None,
     version: str = __version__,

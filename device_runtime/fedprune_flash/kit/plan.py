@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Step:
+class PlanStep:
     """One step: what is done, and how it is undone."""
 
     what: str
     reverse: str
 
 
-def described(steps: Sequence[Step]) -> str:
+def described(steps: Sequence[PlanStep]) -> str:
     """A plan as people read it."""
     return "\n".join(f"{number}. {s.what}\n   undone by: {s.reverse}" for number, s in enumerate(steps, 1))

@@ -18,7 +18,7 @@ import zipfile
 from pathlib import Path
 
 from fedprune.core.errors import ExitCode, FedpruneError, UsageError, meant, reason
-from fedprune_flash.on_board.installation import STATE, USER, Installation, Place, removal, trusted_key
+from fedprune_flash.on_board.installation import STATE, USER, BoardSystem, Installation, removal, trusted_key
 from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder, fingerprint
 
 
@@ -60,7 +60,7 @@ def install(work: Installation, *, dry: bool, wait: float) -> None:
         print(f"The samples are to come: put them at {data}, readable to {USER}, then `systemctl start {SERVICE}`.")
 
 
-def remove(place: Place, *, dry: bool, purge: bool) -> None:
+def remove(place: BoardSystem, *, dry: bool, purge: bool) -> None:
     """Undo an installation.
 
     Args:
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError(f"there is no option {unknown[0][:60]}{near}", hint="See --help.")
         if arguments.purge and not arguments.remove:
             raise UsageError("--purge without --remove")
-        place = Place(arguments.root.resolve())
+        place = BoardSystem(arguments.root.resolve())
         if arguments.remove:
             remove(place, dry=arguments.dry_run, purge=arguments.purge)
         else:

@@ -34,7 +34,7 @@ _WANTS = f"{_UNITS}/multi-user.target.wants"
 _VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
 
 
-class Step(NamedTuple):
+class InstallStep(NamedTuple):
     """One thing that is done: in words, how it is undone in words, whether it is done, and how it is done."""
 
     what: str
@@ -43,7 +43,7 @@ class Step(NamedTuple):
     do: Callable[[], None]
 
 
-class Place:
+class BoardSystem:
     """The board that something is installed on or removed from.
 
     Args:
@@ -118,7 +118,7 @@ def read_key(given: str, flags: int = 0) -> bytes:
     return bytes.fromhex(digits)
 
 
-def trusted_key(kit: KitFolder, place: Place, given: str | None, *, unsigned: bool) -> bytes | None:
+def trusted_key(kit: KitFolder, place: BoardSystem, given: str | None, *, unsigned: bool) -> bytes | None:
     """The key that this board is to go by with a kit; None for a kit that may be installed unsigned.
 
     Without a key that the operator names, one from which the kit's successions lead to the one that signed it stays.
@@ -156,7 +156,7 @@ class Installation:
         key: The key that the board is to go by; None for a kit that is not signed.
     """
 
-    def __init__(self, kit: KitFolder, place: Place, *, start: bool, key: bytes | None = None) -> None:
+    def __init__(self, kit: KitFolder, place: BoardSystem, *, start: bool, key: bytes | None = None) -> None:
         self.kit, self.place, self.key = kit, place, key
         self.start = start and place.control.there
         self.changed = False
@@ -198,36 +198,36 @@ class Installation:
             return f"{sys.version_info[0]}.{sys.version_info[1]}"
         return call([PYTHON, "-c", _VERSION]).strip()
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[InstallStep]:
         """All that is to be done, in order."""
         place, runtime = self.place, self.runtime
         settings = [name for name in (ENVIRONMENT, AUTHORITY) if name in self.kit.names]
         steps = [
-            Step(
+            InstallStep(
                 "make the system user fedprune",
                 "userdel fedprune, with --purge",
                 lambda: not place.live or place.owner is not None,
                 self._add_user,
             ),
-            Step(
+            InstallStep(
                 f"lay out {HOME}: launcher.pyz, slots a and b",
                 f"rm -r {HOME}",
                 lambda: runtime.laid_out,
                 runtime.lay_out,
             ),
-            Step(
+            InstallStep(
                 f"unpack the kit's {len(self.kit.wheels)} wheels into a slot{', write the key' if self.key else ''}",
                 f"rm -r {HOME}",
                 lambda: runtime.filled,
                 self._fill,
             ),
-            Step(
+            InstallStep(
                 f"give slots and {STATE} to {USER}",
                 f"rm -r {HOME}; {STATE} stays, without --purge",
                 lambda: self._state.is_dir() and owned(self._given(), place.owner),
                 self._give,
             ),
-            Step(
+            InstallStep(
                 f"write {SETTINGS}/{ENVIRONMENT}",
                 f"rm -r {SETTINGS}",
                 lambda: all(holds(place.at(SETTINGS) / name, self.kit.read(name), 0o644) for name in settings),
@@ -236,7 +236,7 @@ class Installation:
         ]
         if self.kit.manifest.get("claim") is not None:
             steps.append(
-                Step(
+                InstallStep(
                     f"hand the claim over to {STATE}/claim, and delete it here",
                     "none: a claim is good for one board",
                     lambda: not self.kit.claimed and not self.kit.spent,
@@ -244,7 +244,7 @@ class Installation:
                 )
             )
         steps.append(
-            Step(
+            InstallStep(
                 f"write and enable {SERVICE}",
                 f"systemctl disable --now {SERVICE}; rm {place.unit}",
                 lambda: holds(place.unit, self.kit.read(SERVICE), 0o644) and place.link.is_symlink(),
@@ -253,7 +253,7 @@ class Installation:
         )
         if self.start:
             steps.append(
-                Step(
+                InstallStep(
                     f"start {SERVICE}",
                     f"systemctl stop {SERVICE}",
                     lambda: not self.changed and place.control.up,
@@ -314,7 +314,7 @@ class Installation:
         self.place.control.tell("restart", "--no-block", SERVICE)
 
 
-def removal(place: Place, *, purge: bool) -> list[Step]:
+def removal(place: BoardSystem, *, purge: bool) -> list[InstallStep]:
     """All that undoes an installation, in order; it needs no kit.
 
     Args:
@@ -338,11 +338,13 @@ def removal(place: Place, *, purge: bool) -> list[Step]:
     def drop_user() -> None:
         call(["userdel", USER])
 
-    def gone(path: str) -> Step:
-        return Step(f"delete {path}", "", lambda: not os.path.lexists(place.at(path)), lambda: drop(place.at(path)))
+    def gone(path: str) -> InstallStep:
+        return InstallStep(
+            f"delete {path}", "", lambda: not os.path.lexists(place.at(path)), lambda: drop(place.at(path))
+        )
 
     steps = [
-        Step(
+        InstallStep(
             f"stop and remove {SERVICE}", "", lambda: not place.unit.exists() and not place.link.is_symlink(), disable
         ),
         gone(SETTINGS),
@@ -351,7 +353,7 @@ def removal(place: Place, *, purge: bool) -> list[Step]:
     if purge:
         steps.append(gone(STATE))
         steps.append(
-            Step(
+            InstallStep(
                 f"remove the user {USER}",
                 "",
                 lambda: place.owner is None,

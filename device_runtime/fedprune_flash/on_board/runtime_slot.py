@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedprune.core.errors import KitError, RuntimeUnavailableError, StorageError, StorageFullError
-from fedprune_device.launcher.slot_store import KEY, Home, Record, write_file
-from fedprune_device.launcher.state import SLOTS, STABLE, DamagedError, State
+from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, write_file
+from fedprune_device.launcher.state import SLOTS, STABLE, DamagedError, LauncherState
 from fedprune_device.releases.wheel import Wheel
 from fedprune_flash.on_board.board_files import Owner, empty, give
 from fedprune_flash.on_board.kit_folder import LAUNCHER, KitFolder
@@ -57,7 +57,7 @@ class RuntimeSlot:
     ) -> None:
         self._kit, self._python, self._owner = kit, python, owner
         self._key = key
-        self.home = Home(root)
+        self.home = SlotStore(root)
         self.folders = [root / name for name in _FOLDERS]
 
     @property
@@ -161,13 +161,13 @@ class RuntimeSlot:
         if self._key is not None:
             write_file(home.root / KEY, self._key.hex().encode())
         with home.changing():
-            home.save(State(slot, highest=0 if state is None else state.highest))
+            home.save(LauncherState(slot, highest=0 if state is None else state.highest))
 
-    def _record(self, files: dict[str, tuple[str, int]]) -> Record:
+    def _record(self, files: dict[str, tuple[str, int]]) -> SlotRecord:
         kit = self._kit
-        return Record(NUMBER, kit.runtime, ENTRY, files, None, kit.signed, kit.signature, kit.site, kit.successions)
+        return SlotRecord(NUMBER, kit.runtime, ENTRY, files, None, kit.signed, kit.signature, kit.site, kit.successions)
 
-    def _state(self) -> State | None:
+    def _state(self) -> LauncherState | None:
         """The launcher's state, as the launcher would have it: where both copies are lost, by what the slots hold."""
         state = self.home.load()
         if state is None:

@@ -14,7 +14,7 @@ from fedprune.core.text import one_line, quantity
 from fedprune.hardware.identification import Facts, identify
 from fedprune.hardware.jetpack import l4t_release
 from fedprune_flash.kit.installer_archive import INSTALLER, installer_archive
-from fedprune_flash.kit.kit import Kit, Signer, told_files
+from fedprune_flash.kit.kit import Kit, Signer, files_for_board
 from fedprune_flash.kit.target import PYTHONS
 from fedprune_flash.on_board.kit_folder import CLAIM
 from fedprune_flash.ssh.claims import Claims
@@ -28,7 +28,7 @@ _NEEDED = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Order:
+class RolloutOrder:
     """What is to be done with every board.
 
     Attributes:
@@ -59,7 +59,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Telling:
+class ProgressReport:
     """Who is told how far a board is.
 
     Attributes:
@@ -78,7 +78,9 @@ class _File:
     size: int
 
 
-def provision(row: BoardRow, link: BoardLink, order: Order, claims: Claims, journal: Journal, telling: Telling) -> str:
+def provision(
+    row: BoardRow, link: BoardLink, order: RolloutOrder, claims: Claims, journal: Journal, telling: ProgressReport
+) -> str:
     """Do what was ordered with one board.
 
     Args:
@@ -183,9 +185,9 @@ def _kit_for(kits: Sequence[Kit], found: Mapping[str, Any]) -> Kit:
     )
 
 
-def _files(order: Order, kit: Kit, row: BoardRow, claim: str | None) -> dict[str, _File]:
+def _files(order: RolloutOrder, kit: Kit, row: BoardRow, claim: str | None) -> dict[str, _File]:
     """The kit as this board gets it; the claim is copied last, so that it is no longer there than it must be."""
-    told = told_files(kit, row.told(kit.board), claim, order.signer)
+    told = files_for_board(kit, row.told(kit.board), claim, order.signer)
     files = {f.path: _File(kit.folder / f.path, f.sha256, f.bytes) for f in kit.files if f.path != CLAIM}
     for path, data in sorted(told.items(), key=lambda item: item[0] == CLAIM):
         files[path] = _file(data)
@@ -196,7 +198,7 @@ def _file(data: bytes) -> _File:
     return _File(data, hashlib.sha256(data).hexdigest(), len(data))
 
 
-def _copy(link: BoardLink, files: Mapping[str, _File], found: Mapping[str, Any], telling: Telling) -> None:
+def _copy(link: BoardLink, files: Mapping[str, _File], found: Mapping[str, Any], telling: ProgressReport) -> None:
     for _ in range(_TRIES):
         missing = _missing(link, files, dry=False)
         if not missing:
@@ -236,7 +238,7 @@ def _missing(link: BoardLink, files: Mapping[str, _File], *, dry: bool) -> dict[
     return {path: found[path] for path in files if path in found}
 
 
-def _planned(row: BoardRow, link: BoardLink, order: Order, kit: Kit, profile: str, needs: bool) -> str:
+def _planned(row: BoardRow, link: BoardLink, order: RolloutOrder, kit: Kit, profile: str, needs: bool) -> str:
     files = _files(order, kit, row, None)
     missing = _missing(link, files, dry=True)
     total = sum(files[path].size - offset for path, offset in missing.items())
@@ -244,7 +246,7 @@ def _planned(row: BoardRow, link: BoardLink, order: Order, kit: Kit, profile: st
     return f"{profile}: copy {count}, {total / 1e6:.1f} MB, run install.pyz, start the service"
 
 
-def _remove(row: BoardRow, link: BoardLink, order: Order, journal: Journal, telling: Telling) -> str:
+def _remove(row: BoardRow, link: BoardLink, order: RolloutOrder, journal: Journal, telling: ProgressReport) -> str:
     words = ["--remove", *(["--purge"] if order.purge else [])]
     if order.dry:
         return f"run install.pyz {' '.join(words)}, delete the kit"

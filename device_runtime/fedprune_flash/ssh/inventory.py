@@ -24,7 +24,7 @@ from fedprune.core.toml_positions import key_places
 from fedprune.core.validation import only, whole
 from fedprune.hardware import profile_store
 from fedprune.wire.topics import check_device
-from fedprune_flash.kit.board_settings import BoardFile
+from fedprune_flash.kit.board_settings import BoardSettings
 
 MAX_BOARDS = 1000
 
@@ -94,7 +94,7 @@ class BoardRow:
             profile_store.find(self.board)
         except ProfileError as error:
             raise ConfigError(f"{where}: board: {error.what}", hint=error.hint) from error
-        self.told(BoardFile("mqtts://example", self.device))
+        self.told(BoardSettings("mqtts://example", self.device))
 
     def check_files(self) -> None:
         """Make sure that the files are there which SSH is to read.
@@ -106,14 +106,14 @@ class BoardRow:
             if getattr(self, name) and not Path(getattr(self, name)).is_file():
                 raise ConfigError(f"board {shown(self.device)}: {name}: there is no file {getattr(self, name)}")
 
-    def told(self, kit: BoardFile) -> BoardFile:
+    def told(self, kit: BoardSettings) -> BoardSettings:
         """What the board is told, where a kit says the rest.
 
         Raises:
             ConfigError: A value is none.
         """
         try:
-            return BoardFile(
+            return BoardSettings(
                 self.server or kit.server,
                 self.device,
                 self.site or kit.site,

@@ -23,7 +23,7 @@ _MAX_BYTES = 2**24
 
 
 @dataclass(frozen=True)
-class Entry:
+class JournalEntry:
     """What is known of a board.
 
     Attributes:
@@ -67,10 +67,10 @@ class Journal:
                 self._entries = _entries(self.path)
             yield
 
-    def entry(self, device: str) -> Entry:
+    def entry(self, device: str) -> JournalEntry:
         """What is known of a board."""
         with self._guard:
-            return self._entries.get(device, Entry())
+            return self._entries.get(device, JournalEntry())
 
     def note(self, device: str, *, state: str | None = None, work: str | None = None) -> None:
         """Write down how far a board is.
@@ -79,7 +79,7 @@ class Journal:
             StorageError: The disk fails or is full.
         """
         with self._guard:
-            entry = self._entries.get(device, Entry())
+            entry = self._entries.get(device, JournalEntry())
             self._write(device, replace(entry, state=state or entry.state, work=entry.work if work is None else work))
 
     def give(self, device: str, claim: str) -> bool:
@@ -92,7 +92,7 @@ class Journal:
         with self._guard:
             if any(claim == e.claim or digest in e.used for e in self._entries.values()):
                 return False
-            self._write(device, replace(self._entries.get(device, Entry()), claim=claim))
+            self._write(device, replace(self._entries.get(device, JournalEntry()), claim=claim))
             return True
 
     def handed(self, device: str) -> None:
@@ -102,11 +102,11 @@ class Journal:
             StorageError: The disk fails or is full.
         """
         with self._guard:
-            entry = self._entries.get(device, Entry())
+            entry = self._entries.get(device, JournalEntry())
             if entry.claim:
                 self._write(device, replace(entry, claim="", used=(*entry.used, mark(entry.claim))))
 
-    def _write(self, device: str, entry: Entry) -> None:
+    def _write(self, device: str, entry: JournalEntry) -> None:
         entries = {**self._entries, device: entry}
         body = {"version": _VERSION, "boards": {name: asdict(e) for name, e in sorted(entries.items())}}
         write_whole(self.path, (json.dumps(body, indent=1) + "\n").encode(), private=True)
@@ -118,14 +118,14 @@ def mark(claim: str) -> str:
     return hashlib.sha256(claim.encode()).hexdigest()
 
 
-def _entries(path: Path) -> dict[str, Entry]:
+def _entries(path: Path) -> dict[str, JournalEntry]:
     try:
         return _read(path) if path.exists() else {}
     except OSError as error:
         raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
 
 
-def _read(path: Path) -> dict[str, Entry]:
+def _read(path: Path) -> dict[str, JournalEntry]:
     raw = path.read_bytes()
     try:
         body = json.loads(raw[:_MAX_BYTES])
@@ -133,7 +133,7 @@ def _read(path: Path) -> dict[str, Entry]:
             raise ValueError(f"version {shown(body['version'])}")
         entries = {}
         for name, row in body["boards"].items():
-            entry = Entry(**{**row, "used": tuple(row["used"])})
+            entry = JournalEntry(**{**row, "used": tuple(row["used"])})
             if not all(isinstance(v, str) for v in (entry.state, entry.work, entry.claim, *entry.used)):
                 raise ValueError(f"the entry of {shown(name)}")
             entries[str(name)] = entry

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from fedprune.core.errors import BoardError, ConfigError, FedpruneError, JoinError, KitError, StorageError
 from fedprune.terminal.tables import BAD, GOOD, Column, print_table
-from fedprune_flash.ssh.board_setup_run import Order, Telling, provision
+from fedprune_flash.ssh.board_setup_run import ProgressReport, RolloutOrder, provision
 from fedprune_flash.ssh.claims import Claims
 from fedprune_flash.ssh.connection import BoardLink
 from fedprune_flash.ssh.inventory import BoardRow
@@ -24,7 +24,7 @@ _HEAD = ("board", "state", "reason", "what to do")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BoardOutcome:
     """What became of a board.
 
     Attributes:
@@ -42,7 +42,7 @@ class Outcome:
     good: bool = True
 
 
-class Rollout:
+class SshRollout:
     """An order that is carried out on many boards.
 
     Args:
@@ -53,14 +53,16 @@ class Rollout:
         again: Look at boards, too, that are done.
     """
 
-    def __init__(self, order: Order, claims: Claims, journal: Journal, *, jobs: int, again: bool = False) -> None:
+    def __init__(
+        self, order: RolloutOrder, claims: Claims, journal: Journal, *, jobs: int, again: bool = False
+    ) -> None:
         self._order, self._claims, self._journal = order, claims, journal
         self._jobs, self._again = jobs, again
         self._links: set[BoardLink] = set()
         self._guard = threading.Lock()
         self._stopped = False
 
-    def run(self, rows: Sequence[BoardRow]) -> list[Outcome]:
+    def run(self, rows: Sequence[BoardRow]) -> list[BoardOutcome]:
         """Go through all boards; what is done already is passed over.
 
         Returns:
@@ -82,24 +84,24 @@ class Rollout:
                         link.kill()
                 raise
 
-    def _gathered(self, futures: dict[Future[Outcome], BoardRow], rows: Sequence[BoardRow]) -> list[Outcome]:
+    def _gathered(self, futures: dict[Future[BoardOutcome], BoardRow], rows: Sequence[BoardRow]) -> list[BoardOutcome]:
         found = {futures[future].device: future.result() for future in as_completed(futures)}
         return [found[row.device] for row in rows]
 
-    def _outcome(self, row: BoardRow, telling: Telling) -> Outcome:
+    def _outcome(self, row: BoardRow, telling: ProgressReport) -> BoardOutcome:
         entry, wanted = self._journal.entry(row.device), REMOVED if self._order.remove else DONE
         if not self._again and (entry.state, entry.work) == (wanted, self._order.work(row)):
-            return Outcome(row, wanted, "nothing has changed since")
+            return BoardOutcome(row, wanted, "nothing has changed since")
         telling.say("connecting")
         try:
             done = self._provisioned(row, telling)
-            outcome = Outcome(row, "planned" if self._order.dry else wanted, done)
+            outcome = BoardOutcome(row, "planned" if self._order.dry else wanted, done)
         except FedpruneError as error:
-            outcome = Outcome(row, _state(error), _reason(error), error.hint, good=False)
+            outcome = BoardOutcome(row, _state(error), _reason(error), error.hint, good=False)
         telling.say(f"{outcome.state}: {outcome.reason}")
         return outcome
 
-    def _provisioned(self, row: BoardRow, telling: Telling) -> str:
+    def _provisioned(self, row: BoardRow, telling: ProgressReport) -> str:
         link = BoardLink(row, accept_new=self._order.accept_new)
         try:
             with self._guard:
@@ -113,7 +115,7 @@ class Rollout:
             link.close()
 
 
-def print_outcomes(outcomes: Sequence[Outcome]) -> None:
+def print_outcomes(outcomes: Sequence[BoardOutcome]) -> None:
     """Print what became of the boards: a table on a terminal, lines elsewhere."""
     if not sys.stdout.isatty():
         print(table(outcomes))
@@ -122,7 +124,7 @@ def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     print_table([Column(_HEAD[0]), Column(_HEAD[1]), *(Column(title, wrap=20) for title in _HEAD[2:])], rows)
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def table(outcomes: Sequence[BoardOutcome]) -> str:
     """What became of the boards, a line each."""
     rows = [_HEAD, *((str(o.row), o.state, o.reason, o.remedy) for o in outcomes)]
     wide = [max(len(row[i]) for row in rows) for i in range(2)]
@@ -151,7 +153,7 @@ def _reason(error: FedpruneError) -> str:
 
 
 @contextmanager
-def _shown() -> Iterator[Callable[[BoardRow], Telling]]:
+def _shown() -> Iterator[Callable[[BoardRow], ProgressReport]]:
     """On a terminal a line for each board that is at work, with a bar; else a line for each step, on stderr."""
     if not sys.stderr.isatty():
         yield _line
@@ -161,15 +163,15 @@ def _shown() -> Iterator[Callable[[BoardRow], Telling]]:
         yield lambda row: _bar(bars, row)
 
 
-def _line(row: BoardRow) -> Telling:
-    return Telling(lambda text: print(f"{row.device}: {text}", file=sys.stderr, flush=True), lambda *_: None)
+def _line(row: BoardRow) -> ProgressReport:
+    return ProgressReport(lambda text: print(f"{row.device}: {text}", file=sys.stderr, flush=True), lambda *_: None)
 
 
-def _bar(bars: Progress, row: BoardRow) -> Telling:
+def _bar(bars: Progress, row: BoardRow) -> ProgressReport:
     task: TaskID = bars.add_task(row.device, total=1, step="", visible=False)
 
     def say(text: str) -> None:
         ended = text.partition(":")[0] in (DONE, REMOVED, "planned", "no claim", "no kit", "stopped", "failed")
         bars.update(task, step=text[:80], visible=not ended)
 
-    return Telling(say, lambda done, total: bars.update(task, completed=done, total=total))
+    return ProgressReport(say, lambda done, total: bars.update(task, completed=done, total=total))

@@ -25,8 +25,8 @@ from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS,
 from fedprune_server.cli.state import add_state
 
 if TYPE_CHECKING:
-    from fedprune_server.ota.start import Terms
-    from fedprune_server.ota.store import Entry
+    from fedprune_server.ota.start import RolloutTerms
+    from fedprune_server.ota.store import RolloutEntry
 
 _LOCK = "lock"
 _SHOWN = 20
@@ -87,11 +87,11 @@ def add_rollout_command(commands: Any) -> None:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    from fedprune_server.ota.start import start
+    from fedprune_server.ota.start import start_rollout
 
     if arguments.attempts > MAX_ATTEMPTS or not 1 <= arguments.deadline <= MAX_SECONDS:
         raise UsageError("a trial", expected=f"up to {MAX_ATTEMPTS} attempts of 1 to {MAX_SECONDS:g} s each")
-    begun = start(arguments.state, arguments.release, _terms(arguments), _named_boards(arguments.devices))
+    begun = start_rollout(arguments.state, arguments.release, _terms(arguments), _named_boards(arguments.devices))
     number, release, rollout = begun.number, begun.release, begun.rollout
     which = "all that are let in" if arguments.devices is None else "those that were named"
     count = quantity(len(rollout.boards), "board")
@@ -110,10 +110,10 @@ def _named_boards(given: str | None) -> list[str] | None:
     return None if given is None else [n.strip() for n in given.split(",") if n.strip()]
 
 
-def _terms(arguments: argparse.Namespace) -> Terms:
-    from fedprune_server.ota.start import Terms
+def _terms(arguments: argparse.Namespace) -> RolloutTerms:
+    from fedprune_server.ota.start import RolloutTerms
 
-    return Terms(
+    return RolloutTerms(
         arguments.groups or (),
         arguments.success,
         arguments.errors,
@@ -195,18 +195,18 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _back(arguments: argparse.Namespace) -> int:
-    from fedprune_server.ota.back import ALL_AT_ONCE, back
+    from fedprune_server.ota.back import ALL_AT_ONCE, take_back
 
     _latest(arguments.state)
     terms = replace(ALL_AT_ONCE, shares=arguments.groups or ALL_AT_ONCE.shares)
-    begun = back(arguments.state, arguments.reason, number=arguments.number, terms=terms)
+    begun = take_back(arguments.state, arguments.reason, number=arguments.number, terms=terms)
     print(begun.told_back())
     if not held(arguments.state / _LOCK):
         print("no server is running on this folder: it begins when one is started")
     return int(ExitCode.OK)
 
 
-def _latest(state: Path) -> Entry | None:
+def _latest(state: Path) -> RolloutEntry | None:
     from fedprune_server.enrollment.pki import IdentityFolder
     from fedprune_server.ota.store import RolloutStore
 
@@ -215,7 +215,7 @@ def _latest(state: Path) -> Entry | None:
         return store.latest()
 
 
-def describe(entry: Entry) -> str:
+def describe(entry: RolloutEntry) -> str:
     """How far a rollout is, as text."""
     rollout, release = entry.rollout, Release.from_bytes(entry.offer.manifest.encode())
     stage = f", stage {rollout.stage + 1} of {len(rollout.plan.stages)}" if rollout.stage >= 0 else ", not begun"
@@ -242,7 +242,7 @@ def describe(entry: Entry) -> str:
     return "\n".join(lines)
 
 
-def _asked(entry: Entry) -> str:
+def _asked(entry: RolloutEntry) -> str:
     """What the server was told and hasn't done yet."""
     phase = entry.rollout.phase
     if not phase.under_way:
@@ -262,7 +262,7 @@ def _doing(report: dict[str, Any] | None) -> str:
     return str(report.get("state"))
 
 
-def _body(entry: Entry) -> dict[str, Any]:
+def _body(entry: RolloutEntry) -> dict[str, Any]:
     release = Release.from_bytes(entry.offer.manifest.encode())
     return {
         "number": entry.number,

@@ -45,7 +45,7 @@ from fedprune_server.messaging.rate_limit import Guarded
 from fedprune_server.messaging.transport import Item, Noticed, Wire
 from fedprune_server.monitoring.observer import Onlooker, Onlookers, Shown
 from fedprune_server.monitoring.view import JobView
-from fedprune_server.ota.coordinator import RolloutDesk
+from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import Storage
 from fedprune_server.terminal.log_lines import about, device_in
@@ -145,7 +145,9 @@ class Daemon:
             Line(self._link, self._topics, job.name, max_packet), self._roster, downloads, sharing, monotonic,
             self._quarantine, self._shipping.coming,
         )  # fmt: skip
-        self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
+        self._desk = (
+            None if rollouts is None else RolloutCoordinator(rollouts, self._post.send, members, clock, monotonic)
+        )
         self._reception = Reception(
             job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic, self._desk, clock,
             self._quarantine, logs,

@@ -31,7 +31,7 @@ from fedprune_server.devices.quarantine import Quarantine, Quarantined, Released
 from fedprune_server.devices.registry import Roster
 from fedprune_server.messaging.outbox import Post
 from fedprune_server.messaging.transport import Noticed, ShutOut
-from fedprune_server.ota.coordinator import RolloutDesk
+from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.transfer.uploads import Uploads
 
 log = logging.getLogger("fedprune.server")
@@ -78,7 +78,7 @@ class Reception:
         post: Post,
         profiles: Sequence[Path],
         monotonic: Callable[[], float],
-        desk: RolloutDesk | None = None,
+        desk: RolloutCoordinator | None = None,
         clock: Callable[[], float] = time.time,
         quarantine: Quarantine | None = None,
         logs: BoardLogs | None = None,

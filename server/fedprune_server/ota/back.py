@@ -16,26 +16,26 @@ from fedprune.releases.release import Release, signed
 from fedprune.releases.rollout import Rollout
 from fedprune.wire.release_messages import MAX_NUMBER, ReleaseOffer
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.ota.history import release_of, took
-from fedprune_server.ota.start import Begun, Terms
-from fedprune_server.ota.store import Entry, RolloutStore
+from fedprune_server.ota.history import boards_with, release_of
+from fedprune_server.ota.start import RolloutTerms, StartedRollout
+from fedprune_server.ota.store import RolloutEntry, RolloutStore
 
-ALL_AT_ONCE = Terms((1.0,), success=0.01, errors=0.99, board_seconds=86_400.0, stage_seconds=7 * 86_400.0)
+ALL_AT_ONCE = RolloutTerms((1.0,), success=0.01, errors=0.99, board_seconds=86_400.0, stage_seconds=7 * 86_400.0)
 """How boards go back: no board's failure keeps another from it, and one that is off has a day."""
 
 _BY_HAND = "Make one of an older release's folder: fedprune-server release --again; then `rollout start` it."
 
 
-def back(
+def take_back(
     state: Path,
     reason: str,
     *,
     release: int | None = None,
     number: int | None = None,
     above: int = 0,
-    terms: Terms = ALL_AT_ONCE,
+    terms: RolloutTerms = ALL_AT_ONCE,
     clock: Callable[[], float] = time.time,
-) -> Begun:
+) -> StartedRollout:
     """Begin a rollout that takes boards from the release that was rolled out last to the one before.
 
     The last rollout ends, if it is under way. To go back belong the boards that have its release or are at it.
@@ -62,7 +62,7 @@ def back(
     with RolloutStore(state) as store, store.starting():
         entries = store.entries()
         last, before = _ends(entries, release)
-        boards = sorted(took(entries, last.offer.number) & set(members))
+        boards = sorted(boards_with(entries, last.offer.number) & set(members))
         if not boards:
             raise ConfigError(
                 f"no board has release {last.offer.number} or is at it", hint="To end its rollout: `rollout stop`."
@@ -77,10 +77,10 @@ def back(
         )
         rollout = Rollout.of(terms.plan(made), boards)
         begun = store.begin_back(offer, rollout, clock(), leaves=last.number, why=f"boards go back: {reason}")
-    return Begun(begun, made, rollout, left=last.offer.number, again=old.number)
+    return StartedRollout(begun, made, rollout, left=last.offer.number, again=old.number)
 
 
-def _ends(entries: list[Entry], release: int | None) -> tuple[Entry, Entry]:
+def _ends(entries: list[RolloutEntry], release: int | None) -> tuple[RolloutEntry, RolloutEntry]:
     """The rollout that is left, and the one whose release boards had before."""
     if not entries:
         raise ConfigError("nothing was rolled out yet")

@@ -31,7 +31,7 @@ from fedprune.wire.release_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
-from fedprune_server.ota.store import Entry, RolloutStore
+from fedprune_server.ota.store import RolloutEntry, RolloutStore
 
 log = logging.getLogger("fedprune.server")
 
@@ -45,7 +45,7 @@ _START_S = 60.0
 """What an attempt of a trial may take beyond its own limit: the service's restart, and the start."""
 
 
-class RolloutDesk:
+class RolloutCoordinator:
     """Runs the rollout that is under way.
 
     Args:
@@ -68,7 +68,7 @@ class RolloutDesk:
         self._send = send
         self._members = members
         self._clock, self._monotonic = clock, monotonic
-        self._entry: Entry | None = None
+        self._entry: RolloutEntry | None = None
         self._files: frozenset[str] = frozenset()
         self._offered: set[int] = set()
         self._version: int | None = None
@@ -187,7 +187,7 @@ class RolloutDesk:
             if not fresh or self._begin(latest):
                 self._follow(latest, fresh=fresh)
 
-    def _begin(self, entry: Entry) -> bool:
+    def _begin(self, entry: RolloutEntry) -> bool:
         """Take a rollout up; whether it can go on."""
         try:
             release = Release.from_bytes(entry.offer.manifest.encode())
@@ -202,7 +202,7 @@ class RolloutDesk:
         log.info("rollout %d: release %d (%s) to %d boards", entry.number, release.number, release.version, boards)
         return True
 
-    def _follow(self, wanted: Entry, *, fresh: bool) -> None:
+    def _follow(self, wanted: RolloutEntry, *, fresh: bool) -> None:
         """Do what somebody wants of the rollout: how it is, and not what was said when, so that nothing is missed."""
         entry = self._entry
         if entry is None:
@@ -219,7 +219,9 @@ class RolloutDesk:
         if fresh and self._entry is entry:
             self._do(entry, lambda r, now: r.resumed(now))
 
-    def _do(self, entry: Entry, step: Callable[[Rollout, float], list[RolloutCommand]], *, keep: bool = True) -> None:
+    def _do(
+        self, entry: RolloutEntry, step: Callable[[Rollout, float], list[RolloutCommand]], *, keep: bool = True
+    ) -> None:
         """Let the rollout take a step; it is on the disk before anything of it is said."""
         rollout = entry.rollout
         stage, phase, failed = rollout.stage, rollout.phase, set(rollout.failures())
@@ -238,7 +240,7 @@ class RolloutDesk:
         if not rollout.phase.under_way:
             self._entry, self._files = None, frozenset()
 
-    def _carry_out(self, entry: Entry, commands: Iterable[RolloutCommand], late: Iterable[str]) -> None:
+    def _carry_out(self, entry: RolloutEntry, commands: Iterable[RolloutCommand], late: Iterable[str]) -> None:
         number, rollout = entry.offer.number, entry.rollout
         for command in commands:
             if isinstance(command, Give):
@@ -250,7 +252,7 @@ class RolloutDesk:
                 log.warning("device %s: release %d: %s", device, number, rollout.boards[device].reason)
                 self._send(device, ReleaseWithdrawn(number, one_line(rollout.boards[device].reason)))
 
-    def _offer(self, entry: Entry, device: str) -> None:
+    def _offer(self, entry: RolloutEntry, device: str) -> None:
         self._said[device] = self._monotonic()
         self._send(device, entry.offer)
 
@@ -268,7 +270,7 @@ class RolloutDesk:
         return self._monotonic() - self._zero
 
     @staticmethod
-    def _patience(entry: Entry, state: str) -> float:
+    def _patience(entry: RolloutEntry, state: str) -> float:
         """Seconds after which a board in a state has failed unless something happens."""
         offer: ReleaseOffer = entry.offer
         trial = offer.attempts * (offer.seconds + _START_S) if state == TRIAL else 0.0

@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Sequence
 from fedprune.releases.release import Release
 from fedprune.releases.rollout import Fate
 from fedprune.wire.release_messages import COMMITTED, STAGED, TRIAL
-from fedprune_server.ota.store import Entry
+from fedprune_server.ota.store import RolloutEntry
 
 
-def release_of(entry: Entry) -> Release:
+def release_of(entry: RolloutEntry) -> Release:
     """A rollout's release.
 
     Raises:
@@ -20,7 +20,7 @@ def release_of(entry: Entry) -> Release:
     return Release.from_bytes(entry.offer.manifest.encode())
 
 
-def prior(entries: Sequence[Entry], release: Release, boards: Collection[str]) -> Entry | None:
+def earlier_rollout(entries: Sequence[RolloutEntry], release: Release, boards: Collection[str]) -> RolloutEntry | None:
     """The rollout whose release most of these boards have before they are given another one.
 
     Only one for the same Python and processor counts, of which a board said that it does well, and that nobody has
@@ -37,7 +37,7 @@ def prior(entries: Sequence[Entry], release: Release, boards: Collection[str]) -
     return _usual(entries, release, boards, beside=release)
 
 
-def took(entries: Iterable[Entry], number: int) -> set[str]:
+def boards_with(entries: Iterable[RolloutEntry], number: int) -> set[str]:
     """Boards that have a release, or may come to have it: they do well with it, or are at it.
 
     Args:
@@ -56,7 +56,7 @@ def took(entries: Iterable[Entry], number: int) -> set[str]:
     return boards
 
 
-def worth_keeping(entries: Sequence[Entry], before: Entry | None) -> set[str]:
+def worth_keeping(entries: Sequence[RolloutEntry], before: RolloutEntry | None) -> set[str]:
     """Digests of the files that boards may be taken back to.
 
     Args:
@@ -70,10 +70,10 @@ def worth_keeping(entries: Sequence[Entry], before: Entry | None) -> set[str]:
 
 
 def _usual(
-    entries: Sequence[Entry], kind: Release, boards: Collection[str], beside: Release | None = None
-) -> Entry | None:
+    entries: Sequence[RolloutEntry], kind: Release, boards: Collection[str], beside: Release | None = None
+) -> RolloutEntry | None:
     left = {entry.leaves for entry in entries}
-    had: dict[str, Entry] = {}
+    had: dict[str, RolloutEntry] = {}
     for entry in entries:
         release = release_of(entry)
         same = beside is not None and (release.number == beside.number or release.files == beside.files)

@@ -13,12 +13,12 @@ from fedprune.releases.release import FILES, Release, read_release
 from fedprune.releases.rollout import CAREFUL, Rollout, RolloutPlan, Stage
 from fedprune.wire.release_messages import ReleaseOffer
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.ota.history import prior, worth_keeping
+from fedprune_server.ota.history import earlier_rollout, worth_keeping
 from fedprune_server.ota.store import RolloutStore
 
 
 @dataclass(frozen=True)
-class Terms:
+class RolloutTerms:
     """How careful a rollout is.
 
     Attributes:
@@ -53,7 +53,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Begun:
+class StartedRollout:
     """A rollout that was begun.
 
     Attributes:
@@ -79,13 +79,13 @@ class Begun:
         )
 
 
-def start(
+def start_rollout(
     state: Path,
     folder: Path,
-    terms: Terms,
+    terms: RolloutTerms,
     devices: Collection[str] | None = None,
     clock: Callable[[], float] = time.time,
-) -> Begun:
+) -> StartedRollout:
     """Begin a rollout.
 
     Args:
@@ -106,14 +106,14 @@ def start(
     with RolloutStore(state) as store, store.starting():
         store.check_free(release.number, manifest.decode())  # so that nobody pulls what is deleted here
         entries = store.entries()
-        before = prior(entries, release, boards)
+        before = earlier_rollout(entries, release, boards)
         leaves = _kept(store, folder, release, worth_keeping(entries, before))
         offer = ReleaseOffer(
             release.number, manifest.decode(), signature.hex(), leaves, terms.attempts, terms.deadline_s
         )
         before_it = None if before is None else before.number
         number = store.begin(offer, rollout, clock(), joins=devices is None, prior=before_it)
-    return Begun(number, release, rollout)
+    return StartedRollout(number, release, rollout)
 
 
 def _boards(names: Collection[str] | None, members: list[str]) -> list[str]:

@@ -46,7 +46,7 @@ Reports = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Entry:
+class RolloutEntry:
     """A rollout of a release.
 
     Attributes:
@@ -244,7 +244,7 @@ class RolloutStore:
             connection.execute("UPDATE rollouts SET hold = NULL WHERE number = ?", (number,))
             return number
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[RolloutEntry]:
         """All rollouts, the oldest first.
 
         Raises:
@@ -254,7 +254,7 @@ class RolloutStore:
             rows = connection.execute(f"{_ENTRIES} ORDER BY number").fetchall()
         return [self._entry(row) for row in rows]
 
-    def under_way(self) -> list[Entry]:
+    def under_way(self) -> list[RolloutEntry]:
         """Those that have not ended: one, or with it those whose place it takes, which are to stop.
 
         Raises:
@@ -274,7 +274,7 @@ class RolloutStore:
             row = connection.execute(f"{_ENTRIES} WHERE number = ?", (number,)).fetchone()
         return None if row is None else self._entry(row).offer
 
-    def latest(self) -> Entry | None:
+    def latest(self) -> RolloutEntry | None:
         """The rollout that was begun last.
 
         Raises:
@@ -317,7 +317,7 @@ class RolloutStore:
                     hint="Release it under a higher number.",
                 )
 
-    def _entry(self, row: tuple[Any, ...]) -> Entry:
+    def _entry(self, row: tuple[Any, ...]) -> RolloutEntry:
         number, at, offer, joins, rollout, reports, wish, hold, prior, leaves = row
         try:
             message = parse(bytes(offer))
@@ -327,7 +327,7 @@ class RolloutStore:
         except (ProtocolError, ValueError, TypeError, RecursionError) as error:
             raise StorageError(f"{self._path}: rollout {number} is damaged ({error})") from error
         made = Rollout.from_dict(body)
-        return Entry(int(number), float(at), message, bool(joins), made, said, wish, hold, prior, leaves)
+        return RolloutEntry(int(number), float(at), message, bool(joins), made, said, wish, hold, prior, leaves)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -6,7 +6,7 @@ import pytest
 
 from fedprune.wire.messages import Birth, parse
 from fedprune_device.agent.birth import AGAIN_S, BirthBuilder
-from fedprune_device.launcher.slot_store import Home, Record
+from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 
 pytestmark = pytest.mark.board
 
@@ -48,7 +48,7 @@ def test_a_board_with_a_launcher_says_what_it_runs(
 ) -> None:
     (tmp_path / "state").mkdir()
     if kept != "missing":
-        Home(tmp_path).write_record("b", Record(12, "0.2.0", "m:f", {}))
+        SlotStore(tmp_path).write_record("b", SlotRecord(12, "0.2.0", "m:f", {}))
     if kept == "damaged":
         (tmp_path / "state" / "b.json").write_text("no record")
     monkeypatch.setenv("FEDPRUNE_ROOT", str(tmp_path))

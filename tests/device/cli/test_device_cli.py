@@ -292,10 +292,10 @@ def test_a_release_on_trial_that_has_checked_onnxruntime_does_not_load_it_once_m
 
     checked: list[str] = []
     monkeypatch.setattr("fedprune_device.hardware.probe.check_runtime", lambda: checked.append("apart"))
-    monkeypatch.setattr("fedprune_device.releases.release_trial.Trial.current", lambda: Checked())
+    monkeypatch.setattr("fedprune_device.releases.release_trial.ReleaseTrial.current", lambda: Checked())
     assert run(tmp_path) == ExitCode.BROKER
     assert not checked
-    monkeypatch.setattr("fedprune_device.releases.release_trial.Trial.current", lambda: None)
+    monkeypatch.setattr("fedprune_device.releases.release_trial.ReleaseTrial.current", lambda: None)
     assert run(tmp_path) == ExitCode.BROKER
     assert checked == ["apart"]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from fedprune.security.keys import SigningKey
-from fedprune_device.launcher.slot_store import KEY, PURPOSE, Home, digest, files_digest
-from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, STABLE, TRIAL, Outcome
-from fedprune_device.releases.installer import LAUNCHER, Updater
+from fedprune_device.launcher.slot_store import KEY, PURPOSE, SlotStore, digest, files_digest
+from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, STABLE, TRIAL, UpdateOutcome
+from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller
 from support.fakes.runtime_releases import PUBLIC, make_release, source
 
 pytestmark = [pytest.mark.board, pytest.mark.system]
@@ -28,10 +28,10 @@ HEALTHY = """
 import os, sys
 sys.path.insert(0, os.environ["FEDPRUNE_ROOT"] + "/launcher.pyz")
 from pathlib import Path
-from fedprune_device.launcher.slot_store import Home
+from fedprune_device.launcher.slot_store import SlotStore
 
 def main():
-    home = Home(Path(os.environ["FEDPRUNE_ROOT"]))
+    home = SlotStore(Path(os.environ["FEDPRUNE_ROOT"]))
     with home.changing():
         state = home.load()
         if state.phase == "trial":
@@ -54,59 +54,61 @@ BAD = {
 
 
 @pytest.fixture
-def board(tmp_path: Path) -> Updater:
-    updater = Updater(tmp_path / "board", PUBLIC)
+def board(tmp_path: Path) -> ReleaseInstaller:
+    updater = ReleaseInstaller(tmp_path / "board", PUBLIC)
     updater.install(source(make_release(tmp_path / "one", 1, app=HEALTHY)))
     return updater
 
 
-def start(board: Updater) -> subprocess.Popen[str]:
+def start(board: ReleaseInstaller) -> subprocess.Popen[str]:
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "FEDPRUNE"))}
     command = [sys.executable, str(board.home.root / LAUNCHER), "run", "--patient"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def boot(board: Updater) -> tuple[str, int]:
+def boot(board: ReleaseInstaller) -> tuple[str, int]:
     process = start(board)
     out, err = process.communicate(timeout=60)
     return out.strip() or err.strip().splitlines()[-1], process.returncode
 
 
-def update(board: Updater, folder: Path, app: str, *, number: int = 2, attempts: int = 2, seconds: float = 1) -> None:
+def update(
+    board: ReleaseInstaller, folder: Path, app: str, *, number: int = 2, attempts: int = 2, seconds: float = 1
+) -> None:
     board.stage(source(make_release(folder / str(number), number, app=app)))
     board.arm(attempts, seconds)
 
 
-def test_a_release_that_is_healthy_stays_and_gets_all_arguments(board: Updater, tmp_path: Path) -> None:
+def test_a_release_that_is_healthy_stays_and_gets_all_arguments(board: ReleaseInstaller, tmp_path: Path) -> None:
     assert boot(board) == ("version 1 ['run', '--patient']", 7)
     update(board, tmp_path, HEALTHY, seconds=60)
     assert boot(board) == ("version 2 ['run', '--patient']", 7)
     state = board.home.load()
     assert state is not None
-    assert (state.phase, state.stable, state.outcome) == (STABLE, "b", Outcome(2, COMMITTED))
+    assert (state.phase, state.stable, state.outcome) == (STABLE, "b", UpdateOutcome(2, COMMITTED))
     assert boot(board) == ("version 2 ['run', '--patient']", 7)
     assert board.home.whole("b").version == 2, "running it left nothing in its slot"
 
 
 @pytest.mark.parametrize(("app", "reason"), BAD.items(), ids=BAD.values())
 def test_a_release_that_is_no_good_is_rolled_back_by_itself(
-    board: Updater, tmp_path: Path, app: str, reason: str
+    board: ReleaseInstaller, tmp_path: Path, app: str, reason: str
 ) -> None:
     update(board, tmp_path, app, seconds=1 if "within 1 s" in reason else 60)  # a start alone may take a second
     assert boot(board) == ("version 1 ['run', '--patient']", 7)
     state = board.home.load()
     assert state is not None
-    assert state.outcome == Outcome(2, ROLLED_BACK, reason)
+    assert state.outcome == UpdateOutcome(2, ROLLED_BACK, reason)
 
 
-def wait_for(board: Updater, left: int) -> None:
+def wait_for(board: ReleaseInstaller, left: int) -> None:
     deadline = time.monotonic() + 30
     while (state := board.home.load()) is None or state.left != left:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def take_over(board: Updater, slot: str, **changes: str) -> None:
+def take_over(board: ReleaseInstaller, slot: str, **changes: str) -> None:
     """Change a slot and its record as a service could that was broken into; both fit each other."""
     home = board.home
     app = home.root / slot / "app/__init__.py"
@@ -116,7 +118,7 @@ def take_over(board: Updater, slot: str, **changes: str) -> None:
     home.write_record(slot, replace(record, files=files, **changes))
 
 
-def signed_by_another(board: Updater, slot: str) -> dict[str, str]:
+def signed_by_another(board: ReleaseInstaller, slot: str) -> dict[str, str]:
     """The proof of a slot's content by a key that isn't the server's."""
     body = json.loads(board.home.record(slot).manifest)
     app = b"def main():\n    print('taken over')\n    return 0\n"
@@ -125,7 +127,7 @@ def signed_by_another(board: Updater, slot: str) -> dict[str, str]:
     return {"manifest": manifest, "signature": SigningKey.make().sign(PURPOSE + manifest.encode()).hex()}
 
 
-PROOFS: dict[str, Callable[[Updater, str], dict[str, str]]] = {
+PROOFS: dict[str, Callable[[ReleaseInstaller, str], dict[str, str]]] = {
     "as it was": lambda *_: {},
     "none": lambda *_: {"manifest": "", "signature": ""},
     "not hex": lambda *_: {"signature": "xy"},
@@ -136,7 +138,7 @@ PROOFS: dict[str, Callable[[Updater, str], dict[str, str]]] = {
 
 @pytest.mark.parametrize("proof", PROOFS.values(), ids=PROOFS)
 def test_what_the_server_has_not_signed_is_not_started(
-    board: Updater, proof: Callable[[Updater, str], dict[str, str]]
+    board: ReleaseInstaller, proof: Callable[[ReleaseInstaller, str], dict[str, str]]
 ) -> None:
     take_over(board, "a", **proof(board, "a"))
     said, code = boot(board)
@@ -144,7 +146,7 @@ def test_what_the_server_has_not_signed_is_not_started(
     assert "slot a: the server's key has not signed what is in it" in said
 
 
-def test_a_slot_that_was_changed_gives_way_to_the_other(board: Updater, tmp_path: Path) -> None:
+def test_a_slot_that_was_changed_gives_way_to_the_other(board: ReleaseInstaller, tmp_path: Path) -> None:
     update(board, tmp_path, HEALTHY, seconds=60)
     assert boot(board) == ("version 2 ['run', '--patient']", 7)
     take_over(board, "b")
@@ -155,20 +157,20 @@ def test_a_slot_that_was_changed_gives_way_to_the_other(board: Updater, tmp_path
     assert "slot b: the server's key has not signed what is in it" in state.outcome.reason
 
 
-def test_an_entry_that_was_not_signed_is_not_started(board: Updater) -> None:
+def test_an_entry_that_was_not_signed_is_not_started(board: ReleaseInstaller) -> None:
     home = board.home
     home.write_record("a", replace(home.record("a"), entry="os:abort"))
     assert boot(board)[1] == 31
 
 
-def test_a_damaged_key_starts_nothing(board: Updater) -> None:
+def test_a_damaged_key_starts_nothing(board: ReleaseInstaller) -> None:
     (board.home.root / KEY).write_text("no key")
     said, code = boot(board)
     assert code == 31
     assert "server.pub holds no key" in said
 
 
-def test_without_a_key_a_slot_is_checked_for_damage_alone_and_the_launcher_says_so(board: Updater) -> None:
+def test_without_a_key_a_slot_is_checked_for_damage_alone_and_the_launcher_says_so(board: ReleaseInstaller) -> None:
     (board.home.root / KEY).unlink()
     take_over(board, "a")
     out, err = start(board).communicate(timeout=60)
@@ -176,7 +178,7 @@ def test_without_a_key_a_slot_is_checked_for_damage_alone_and_the_launcher_says_
     assert "no server.pub" in err
 
 
-def test_a_launcher_that_is_killed_has_taken_the_attempt_off_before(board: Updater, tmp_path: Path) -> None:
+def test_a_launcher_that_is_killed_has_taken_the_attempt_off_before(board: ReleaseInstaller, tmp_path: Path) -> None:
     update(board, tmp_path, WAITS, seconds=600)
     for left in (1, 0):
         process = start(board)
@@ -196,7 +198,9 @@ def test_a_launcher_that_is_killed_has_taken_the_attempt_off_before(board: Updat
     assert "without a word" in state.outcome.reason
 
 
-def test_a_stop_in_the_middle_of_a_trial_ends_both_and_costs_the_attempt(board: Updater, tmp_path: Path) -> None:
+def test_a_stop_in_the_middle_of_a_trial_ends_both_and_costs_the_attempt(
+    board: ReleaseInstaller, tmp_path: Path
+) -> None:
     update(board, tmp_path, WAITS, seconds=600)
     process = start(board)
     assert process.stdout is not None
@@ -209,7 +213,9 @@ def test_a_stop_in_the_middle_of_a_trial_ends_both_and_costs_the_attempt(board: 
     assert (state.phase, state.left, state.trouble) == (TRIAL, 1, "killed by SIGTERM before it was healthy")
 
 
-def test_beside_a_committed_release_the_launcher_sleeps_until_it_is_stopped(board: Updater, tmp_path: Path) -> None:
+def test_beside_a_committed_release_the_launcher_sleeps_until_it_is_stopped(
+    board: ReleaseInstaller, tmp_path: Path
+) -> None:
     update(board, tmp_path, HEALTHY.replace("return 7", "import time\n    time.sleep(600)"), seconds=3)
     process = start(board)
     assert process.stdout is not None
@@ -229,7 +235,7 @@ def test_beside_a_committed_release_the_launcher_sleeps_until_it_is_stopped(boar
     assert process.returncode == 0
 
 
-def test_the_launcher_needs_the_standard_library_only(board: Updater, tmp_path: Path) -> None:
+def test_the_launcher_needs_the_standard_library_only(board: ReleaseInstaller, tmp_path: Path) -> None:
     with zipfile.ZipFile(board.home.root / LAUNCHER) as archive:
         names = archive.namelist()
     assert "fedprune_device/launcher/launcher.py" in names
@@ -242,10 +248,10 @@ def test_the_launcher_needs_the_standard_library_only(board: Updater, tmp_path: 
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[] 1"
 
 
-def test_a_board_without_anything_whole_ends_with_one_sentence(board: Updater) -> None:
+def test_a_board_without_anything_whole_ends_with_one_sentence(board: ReleaseInstaller) -> None:
     for path in board.home.folder.glob("*.json"):
         path.unlink()
     said, code = boot(board)
     assert code == 31
     assert said == "error: neither the launcher's state nor a slot is whole. Install the runtime again."
-    assert Home(board.home.root).load() is None
+    assert SlotStore(board.home.root).load() is None

@@ -11,11 +11,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import FedpruneError, RuntimeUnavailableError
-from fedprune_device.launcher.launcher import End, launch
-from fedprune_device.launcher.slot_store import KEY, Home, Record
-from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, SLOTS, STABLE, DamagedError, Outcome, State
-from fedprune_device.releases.installer import Updater
-from fedprune_device.releases.release_trial import Trial
+from fedprune_device.launcher.launcher import SlotExit, launch
+from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore
+from fedprune_device.launcher.state import (
+    COMMITTED,
+    ROLLED_BACK,
+    SLOTS,
+    STABLE,
+    DamagedError,
+    LauncherState,
+    UpdateOutcome,
+)
+from fedprune_device.releases.installer import ReleaseInstaller
+from fedprune_device.releases.release_trial import ReleaseTrial
 from support.fakes.runtime_releases import PUBLIC, make_release, source, versions_in
 from support.faults.power_cuts import EACH_KIND, KINDS, CutError, cuts, power
 
@@ -23,7 +31,7 @@ pytestmark = pytest.mark.board
 
 ATTEMPTS = 3
 SIGILL = "onnxruntime kills the process that runs a small graph (SIGILL)"
-Bad = tuple[End, Callable[[Path | None], None] | None, str]
+Bad = tuple[SlotExit, Callable[[Path | None], None] | None, str]
 
 
 def healthy(_: Path | None) -> None:
@@ -35,11 +43,11 @@ def no_such_instruction(_: Path | None) -> None:
 
 
 BAD: dict[str, Bad] = {
-    "crashes at import": (End("ended with exit code 1 before it was healthy"), None, "exit code 1"),
-    "hangs at import": (End("not healthy within 300 s"), None, "not healthy within 300 s"),
-    "is killed by SIGILL": (End("killed by SIGILL before it was healthy"), None, "killed by SIGILL"),
-    "lacks an instruction": (End("ended with exit code 51"), no_such_instruction, SIGILL),
-    "never reaches the broker": (End("not healthy within 300 s"), healthy, "had not reached the broker"),
+    "crashes at import": (SlotExit("ended with exit code 1 before it was healthy"), None, "exit code 1"),
+    "hangs at import": (SlotExit("not healthy within 300 s"), None, "not healthy within 300 s"),
+    "is killed by SIGILL": (SlotExit("killed by SIGILL before it was healthy"), None, "killed by SIGILL"),
+    "lacks an instruction": (SlotExit("ended with exit code 51"), no_such_instruction, SIGILL),
+    "never reaches the broker": (SlotExit("not healthy within 300 s"), healthy, "had not reached the broker"),
 }
 
 
@@ -47,8 +55,8 @@ class Board:
     """A board whose processes are functions: it boots, runs what its launcher starts, and updates when it is idle."""
 
     def __init__(self, root: Path, releases: dict[int, Path], bad: Bad) -> None:
-        self.home = Home(root)
-        self.updater = Updater(root, PUBLIC)
+        self.home = SlotStore(root)
+        self.updater = ReleaseInstaller(root, PUBLIC)
         self.releases = releases
         self.bad = bad
         self.ran: list[int] = []
@@ -68,16 +76,16 @@ class Board:
         with power():
             self.live()
 
-    def run(self, slot: str, record: Record, state: State | None) -> End:
+    def run(self, slot: str, record: SlotRecord, state: LauncherState | None) -> SlotExit:
         assert versions_in(self.home.root / slot) == {f"VERSION = {record.version}"}, "two versions are mixed"
         self.ran.append(record.version)
         if state is None:
             self.update()
-            return End("restarted", 0)
+            return SlotExit("restarted", 0)
         assert state.left < ATTEMPTS, "the attempt was taken off before the start"
-        trial = Trial.current({"FEDPRUNE_ROOT": str(self.home.root), "FEDPRUNE_SLOT": slot})
+        trial = ReleaseTrial.current({"FEDPRUNE_ROOT": str(self.home.root), "FEDPRUNE_SLOT": slot})
         assert trial is not None
-        end, health, _ = self.bad if record.version == 3 else (End("", 0), healthy, "")
+        end, health, _ = self.bad if record.version == 3 else (SlotExit("", 0), healthy, "")
         if health is not None:
             try:
                 trial.check(None, health)
@@ -98,7 +106,7 @@ class Board:
             self.updater.arm(ATTEMPTS)
         self.idle = not later
 
-    def settled(self) -> State:
+    def settled(self) -> LauncherState:
         """The state, once the checks that hold for every board at rest have passed."""
         state = self.home.load()
         assert state is not None
@@ -118,7 +126,7 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def fresh(releases: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A board with release 1."""
     root = tmp_path_factory.mktemp("fresh") / "board"
-    Updater(root, PUBLIC).install(source(releases[1]))
+    ReleaseInstaller(root, PUBLIC).install(source(releases[1]))
     return root
 
 
@@ -177,14 +185,14 @@ def test_a_cut_at_any_write_of_the_first_installation_leaves_it_to_be_done_again
     releases: dict[int, Path], tmp_path: Path, kind: str
 ) -> None:
     with power() as supply:
-        Updater(tmp_path / "calm", PUBLIC).install(source(releases[1]))
+        ReleaseInstaller(tmp_path / "calm", PUBLIC).install(source(releases[1]))
     for at in range(1, supply.count + 1):
         root = tmp_path / str(at)
         with power(at, kind), pytest.raises(CutError):
-            Updater(root, PUBLIC).install(source(releases[1]))
-        if Home(root).load() is None:
+            ReleaseInstaller(root, PUBLIC).install(source(releases[1]))
+        if SlotStore(root).load() is None:
             with power():
-                Updater(root, PUBLIC).install(source(releases[1]))
+                ReleaseInstaller(root, PUBLIC).install(source(releases[1]))
         board = Board(root, {1: releases[1]}, BAD["hangs at import"])
         board.rest()
         assert board.ran == [1]
@@ -222,7 +230,7 @@ def test_a_release_that_power_cuts_never_let_finish_is_given_up_with_a_reason(
     board = Board(copy_of(fresh, tmp_path / "board"), {2: releases[2]}, BAD["hangs at import"])
     stage(board, releases[2])
 
-    def cut(*_: object) -> End:
+    def cut(*_: object) -> SlotExit:
         raise CutError
 
     for _ in range(ATTEMPTS):
@@ -231,7 +239,7 @@ def test_a_release_that_power_cuts_never_let_finish_is_given_up_with_a_reason(
     board.rest()
     state = board.settled()
     assert board.ran == [1]
-    assert state.outcome == Outcome(2, ROLLED_BACK, "the last attempt ended without a word, as power cuts do")
+    assert state.outcome == UpdateOutcome(2, ROLLED_BACK, "the last attempt ended without a word, as power cuts do")
 
 
 def test_one_damaged_copy_of_the_state_changes_nothing(fresh: Path, releases: dict[int, Path], tmp_path: Path) -> None:
@@ -243,7 +251,7 @@ def test_one_damaged_copy_of_the_state_changes_nothing(fresh: Path, releases: di
             (board.home.folder / name).write_bytes(damage)
             board.rest()
             assert board.settled() == before
-            assert before.outcome == Outcome(2, COMMITTED)
+            assert before.outcome == UpdateOutcome(2, COMMITTED)
             shutil.rmtree(board.home.root)
 
 
@@ -288,27 +296,27 @@ def test_a_slot_that_is_not_what_its_record_says_is_not_started(
 
 
 def test_a_damaged_slot_is_still_tried_where_there_is_no_other(fresh: Path, tmp_path: Path) -> None:
-    home = Home(copy_of(fresh, tmp_path / "board"))
+    home = SlotStore(copy_of(fresh, tmp_path / "board"))
     (home.root / "a" / "app" / "part.py").write_text("VERSION = 9\n")
     with pytest.raises(DamagedError, match=r"part\.py is damaged"):
-        launch(home, lambda *_: End("", 0))  # with the server's key nothing is started that it hasn't signed
+        launch(home, lambda *_: SlotExit("", 0))  # with the server's key nothing is started that it hasn't signed
     (home.root / KEY).unlink()
     ran = []
 
-    def run(slot: str, record: Record, state: State | None) -> End:
+    def run(slot: str, record: SlotRecord, state: LauncherState | None) -> SlotExit:
         ran.append((slot, record.version, state))
-        return End("", 0)
+        return SlotExit("", 0)
 
     assert launch(home, run) == 0
     assert ran == [("a", 1, None)]
 
 
 def test_a_board_with_nothing_whole_says_so(fresh: Path, tmp_path: Path) -> None:
-    home = Home(copy_of(fresh, tmp_path / "board"))
+    home = SlotStore(copy_of(fresh, tmp_path / "board"))
     for name in ("state.json", "copy.json", "a.json"):
         (home.folder / name).unlink()
     with pytest.raises(DamagedError, match="neither the launcher's state nor a slot is whole"):
-        launch(home, lambda *_: End("", 0))
+        launch(home, lambda *_: SlotExit("", 0))
     assert all(not (home.folder / f"{slot}.json").exists() for slot in SLOTS)
 
 
@@ -335,4 +343,4 @@ def test_a_staged_release_that_nobody_arms_is_dropped_in_the_end(
         board.rest()
     state = board.settled()
     assert set(board.ran) == {1}
-    assert state.outcome == Outcome(2, ROLLED_BACK, "staged, but not begun in time")
+    assert state.outcome == UpdateOutcome(2, ROLLED_BACK, "staged, but not begun in time")

@@ -31,10 +31,10 @@ from fedprune.wire.release_messages import (
 )
 from fedprune_device.launcher.launcher import launch
 from fedprune_device.launcher.state import STABLE
-from fedprune_device.releases.installer import Updater
-from fedprune_device.releases.release_agent import NO_IDENTITY, NO_LAUNCHER, Releases, updater_here
-from fedprune_device.releases.release_download import Pulling
-from fedprune_device.releases.release_source import Source
+from fedprune_device.releases.installer import ReleaseInstaller
+from fedprune_device.releases.release_agent import NO_IDENTITY, NO_LAUNCHER, ReleaseAgent, board_installer
+from fedprune_device.releases.release_download import ReleaseDownload
+from fedprune_device.releases.release_source import ReleaseSource
 from support.fakes.release_site import Board, ReleaseServer
 from support.fakes.runtime_releases import PUBLIC, make_release, source
 from support.faults.power_cuts import KINDS, TURNS, CutError, cuts, power
@@ -54,7 +54,7 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def fresh(releases: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A board with release 1."""
     root = tmp_path_factory.mktemp("fresh") / "board"
-    Updater(root, PUBLIC).install(source(releases[1]))
+    ReleaseInstaller(root, PUBLIC).install(source(releases[1]))
     return root
 
 
@@ -226,22 +226,22 @@ def test_trouble_while_a_release_is_unpacked_waits_until_that_has_ended(
     board: Make, releases: dict[int, Path], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     it, begun, go = board(releases[2]), threading.Event(), threading.Event()
-    stage, drop, progress = Updater.stage, Updater.drop, Pulling.progress.fget
+    stage, drop, progress = ReleaseInstaller.stage, ReleaseInstaller.drop, ReleaseDownload.progress.fget
     calls, turns, failing = 0, 0, False
 
-    def slow(self: Updater, source: Source) -> Any:
+    def slow(self: ReleaseInstaller, source: ReleaseSource) -> Any:
         nonlocal calls
         calls += 1
         begun.set()
         assert go.wait(60)
         return stage(self, source)
 
-    def broken(self: Updater, number: int, reason: str) -> None:
+    def broken(self: ReleaseInstaller, number: int, reason: str) -> None:
         if number == 9:
             raise StorageError("the disk is tired")
         drop(self, number, reason)
 
-    def counted(self: Pulling) -> Any:
+    def counted(self: ReleaseDownload) -> Any:
         if failing:
             raise StorageError("the disk is tired")
         assert progress is not None
@@ -266,9 +266,9 @@ def test_trouble_while_a_release_is_unpacked_waits_until_that_has_ended(
             go.set()
         return False
 
-    monkeypatch.setattr(Updater, "stage", slow)
-    monkeypatch.setattr(Updater, "drop", broken)
-    monkeypatch.setattr(Pulling, "progress", property(counted))
+    monkeypatch.setattr(ReleaseInstaller, "stage", slow)
+    monkeypatch.setattr(ReleaseInstaller, "drop", broken)
+    monkeypatch.setattr(ReleaseDownload, "progress", property(counted))
     it.until = meanwhile
     try:
         it.serve()
@@ -374,10 +374,10 @@ def test_files_that_are_not_what_was_signed_are_refused(board: Make, tmp_path: P
 
 
 def test_a_board_without_launcher_or_identity_says_so(releases: dict[int, Path], tmp_path: Path) -> None:
-    assert updater_here(None, {}) == NO_LAUNCHER
-    assert updater_here(None, {"FEDPRUNE_ROOT": str(tmp_path), "FEDPRUNE_SLOT": "a"}) == NO_IDENTITY
+    assert board_installer(None, {}) == NO_LAUNCHER
+    assert board_installer(None, {"FEDPRUNE_ROOT": str(tmp_path), "FEDPRUNE_SLOT": "a"}) == NO_IDENTITY
     server = ReleaseServer(tmp_path / "server", releases[2])
-    wire = Releases(server, "d", "site", NO_LAUNCHER, quiet=lambda: True, restart=lambda: None)
+    wire = ReleaseAgent(server, "d", "site", NO_LAUNCHER, quiet=lambda: True, restart=lambda: None)
     for _ in range(2):
         server.say(server.offers[0])
         assert wire.get() is None

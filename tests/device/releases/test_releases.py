@@ -33,9 +33,9 @@ from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.security.succession import Succession, follow
 from fedprune.wire.release_messages import MAX_MANIFEST
-from fedprune_device.launcher.slot_store import Home, successors
+from fedprune_device.launcher.slot_store import SlotStore, successors
 from fedprune_device.launcher.state import STABLE, STAGED, TRIAL, DamagedError
-from fedprune_device.releases.installer import Updater
+from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_checks import own_packages
 from fedprune_device.releases.release_source import FolderSource
 from fedprune_device.releases.wheel import Wheel, contents_digest
@@ -57,8 +57,8 @@ GOOD = Release(
 
 
 @pytest.fixture
-def board(tmp_path: Path) -> Updater:
-    updater = Updater(tmp_path / "board", PUBLIC)
+def board(tmp_path: Path) -> ReleaseInstaller:
+    updater = ReleaseInstaller(tmp_path / "board", PUBLIC)
     updater.install(source(make_release(tmp_path / "one", 1)))
     return updater
 
@@ -183,7 +183,9 @@ def test_an_earlier_release_comes_again_under_a_higher_number_and_no_other(tmp_p
             write_again(tmp_path / "no", old, KEY, number=9, created="")
 
 
-def test_a_release_goes_into_the_slot_that_does_not_run_and_waits_there(board: Updater, tmp_path: Path) -> None:
+def test_a_release_goes_into_the_slot_that_does_not_run_and_waits_there(
+    board: ReleaseInstaller, tmp_path: Path
+) -> None:
     folder = source(make_release(tmp_path / "two", 2))
     board.stage(folder)
     state = board.home.load()
@@ -205,7 +207,7 @@ def test_a_release_goes_into_the_slot_that_does_not_run_and_waits_there(board: U
         board.stage(source(make_release(tmp_path / "three", 3)))
 
 
-def test_a_newer_release_takes_the_place_of_a_staged_one(board: Updater, tmp_path: Path) -> None:
+def test_a_newer_release_takes_the_place_of_a_staged_one(board: ReleaseInstaller, tmp_path: Path) -> None:
     board.stage(source(make_release(tmp_path / "two", 2)))
     board.stage(source(make_release(tmp_path / "three", 3)))
     state = board.home.load()
@@ -217,7 +219,7 @@ def test_a_newer_release_takes_the_place_of_a_staged_one(board: Updater, tmp_pat
 
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_a_number_that_is_not_above_all_that_were_staged_is_refused(
-    board: Updater, tmp_path: Path, number: int
+    board: ReleaseInstaller, tmp_path: Path, number: int
 ) -> None:
     with board.home.changing():
         state = board.home.load()
@@ -228,7 +230,7 @@ def test_a_number_that_is_not_above_all_that_were_staged_is_refused(
     assert caught.value.exit_code == ExitCode.RELEASE
 
 
-def unchanged(board: Updater) -> bool:
+def unchanged(board: ReleaseInstaller) -> bool:
     state = board.home.load()
     return (
         state is not None
@@ -251,7 +253,7 @@ def unchanged(board: Updater) -> bool:
     ids=str,
 )
 def test_what_does_not_fit_the_board_is_refused_before_it_is_unpacked(
-    board: Updater, tmp_path: Path, changes: dict[str, Any], said: str | None
+    board: ReleaseInstaller, tmp_path: Path, changes: dict[str, Any], said: str | None
 ) -> None:
     folder = source(make_release(tmp_path / "two", 2, **changes))
     if said is None:
@@ -262,7 +264,7 @@ def test_what_does_not_fit_the_board_is_refused_before_it_is_unpacked(
     assert unchanged(board)
 
 
-def test_contents_that_are_not_those_of_the_wheels_are_refused(board: Updater, tmp_path: Path) -> None:
+def test_contents_that_are_not_those_of_the_wheels_are_refused(board: ReleaseInstaller, tmp_path: Path) -> None:
     folder = make_release(tmp_path / "two", 2)
     manifest = replace(Release.from_bytes((folder / MANIFEST).read_bytes()), contents="ab" * 32).to_bytes()
     (folder / MANIFEST).write_bytes(manifest)
@@ -273,11 +275,11 @@ def test_contents_that_are_not_those_of_the_wheels_are_refused(board: Updater, t
 
 
 def test_a_release_that_the_launcher_would_not_start_is_refused_before_it_is_pulled(
-    board: Updater, tmp_path: Path
+    board: ReleaseInstaller, tmp_path: Path
 ) -> None:
     other = SigningKey.make()
     folder = source(make_release(tmp_path / "two", 2, key=other))
-    updater = Updater(board.home.root, other.verifying)
+    updater = ReleaseInstaller(board.home.root, other.verifying)
     for refuse in (updater.examine, updater.stage):
         with pytest.raises(ReleaseError, match="the launcher starts only what another key has signed"):
             refuse(folder)
@@ -291,14 +293,14 @@ def test_a_release_that_the_launcher_would_not_start_is_refused_before_it_is_pul
 
 
 def test_a_release_by_the_key_that_replaced_the_launchers_is_installed_and_started(
-    board: Updater, tmp_path: Path
+    board: ReleaseInstaller, tmp_path: Path
 ) -> None:
     keys = [KEY, SigningKey.make(), SigningKey.make()]
     chain = [Succession.make("site", a, b.verifying) for a, b in pairwise(keys)]
     identity = tmp_path / "identity"
     DeviceIdentity(identity, "site", "d").succeed(keys[-1].verifying, chain)
     folder = source(make_release(tmp_path / "two", 2, key=keys[-1]))
-    updater = Updater(board.home.root, keys[-1].verifying, identity=identity)
+    updater = ReleaseInstaller(board.home.root, keys[-1].verifying, identity=identity)
 
     updater.stage(folder)
 
@@ -329,7 +331,7 @@ def test_the_launcher_follows_successions_as_boards_do() -> None:
         assert follow("north-field", key.verifying, chain).raw == found[-1]
 
 
-def test_packages_of_the_board_are_never_hidden(board: Updater, tmp_path: Path) -> None:
+def test_packages_of_the_board_are_never_hidden(board: ReleaseInstaller, tmp_path: Path) -> None:
     assert own_packages(["numpy", "no_such_package"]) == {"numpy"}
     folder = make_release(tmp_path / "two", 2)
     wheel = make_wheel(tmp_path / "numpy-9-py3-none-any.whl", {"numpy/__init__.py": "VERSION = 2\n"})
@@ -343,13 +345,13 @@ def test_packages_of_the_board_are_never_hidden(board: Updater, tmp_path: Path) 
 
     write_release(folder, release, wheels, KEY)
     with pytest.raises(ReleaseError, match="would hide the board's own numpy"):
-        Updater(board.home.root, PUBLIC, keep=("numpy", "tensorrt")).stage(source(folder))
+        ReleaseInstaller(board.home.root, PUBLIC, keep=("numpy", "tensorrt")).stage(source(folder))
     assert unchanged(board)
     board.stage(source(folder))
 
 
 def test_a_python_that_does_not_answer_is_an_error_of_ours(
-    board: Updater, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    board: ReleaseInstaller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = source(make_release(tmp_path / "two", 2, system=("json",)))
 
@@ -385,7 +387,7 @@ class Broken(FolderSource):
         return bytes(len(piece)) if self.lie else piece
 
 
-def test_what_was_cut_off_goes_on_where_it_was(board: Updater, tmp_path: Path) -> None:
+def test_what_was_cut_off_goes_on_where_it_was(board: ReleaseInstaller, tmp_path: Path) -> None:
     folder = make_release(tmp_path / "two", 2)
     total = sum(f.size for f in Release.from_bytes((folder / MANIFEST).read_bytes()).files)
     given = 0
@@ -402,7 +404,7 @@ def test_what_was_cut_off_goes_on_where_it_was(board: Updater, tmp_path: Path) -
     assert board.home.whole("b").version == 2
 
 
-def test_a_file_that_is_not_what_was_signed_is_refused_and_pulled_anew(board: Updater, tmp_path: Path) -> None:
+def test_a_file_that_is_not_what_was_signed_is_refused_and_pulled_anew(board: ReleaseInstaller, tmp_path: Path) -> None:
     folder = make_release(tmp_path / "two", 2)
     with pytest.raises(ReleaseError, match="is not what the release says"):
         board.stage(Broken(folder, 10**9, lie=True))
@@ -413,34 +415,34 @@ def test_a_file_that_is_not_what_was_signed_is_refused_and_pulled_anew(board: Up
     board.stage(source(folder))
 
 
-def test_a_disk_without_room_is_noticed_before_anything_is_pulled(board: Updater, tmp_path: Path) -> None:
+def test_a_disk_without_room_is_noticed_before_anything_is_pulled(board: ReleaseInstaller, tmp_path: Path) -> None:
     folder = make_release(tmp_path / "two", 2)
-    full = Updater(board.home.root, PUBLIC, free=lambda _: 10**6)
+    full = ReleaseInstaller(board.home.root, PUBLIC, free=lambda _: 10**6)
     with pytest.raises(StorageFullError, match="no room for release 2"):
         full.stage(source(folder))
     assert unchanged(board)
 
 
-def test_a_board_is_set_up_once(board: Updater, tmp_path: Path) -> None:
+def test_a_board_is_set_up_once(board: ReleaseInstaller, tmp_path: Path) -> None:
     with pytest.raises(ReleaseError, match="has a runtime already"):
         board.install(source(make_release(tmp_path / "two", 2)))
     with pytest.raises(StorageError, match="has no runtime"):
-        Updater(tmp_path / "nothing", PUBLIC).stage(source(tmp_path / "two"))
+        ReleaseInstaller(tmp_path / "nothing", PUBLIC).stage(source(tmp_path / "two"))
     (tmp_path / "two" / SIGNATURE).unlink()
     with pytest.raises(StorageError, match=r"release\.sig"):
         board.stage(source(tmp_path / "two"))
     with pytest.raises(StorageError, match="no release is staged"):
         board.arm()
-    assert Home(board.home.root).load() == board.home.load()
+    assert SlotStore(board.home.root).load() == board.home.load()
 
 
-def test_a_board_whose_state_is_lost_is_not_set_up_for_another_server(board: Updater, tmp_path: Path) -> None:
+def test_a_board_whose_state_is_lost_is_not_set_up_for_another_server(board: ReleaseInstaller, tmp_path: Path) -> None:
     for name in ("state.json", "copy.json"):
         (board.home.folder / name).write_bytes(b"")
     other = SigningKey.make()
     folder = make_release(tmp_path / "other", 2, key=other)
     with pytest.raises(ReleaseError, match="has a runtime already"):
-        Updater(board.home.root, other.verifying).install(source(folder))
+        ReleaseInstaller(board.home.root, other.verifying).install(source(folder))
     assert board.home.key() == PUBLIC.raw
     assert board.home.recover().stable
 

@@ -12,7 +12,7 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune_device.cli.main import main
-from fedprune_device.releases.unit import Service
+from fedprune_device.releases.unit import ServiceUnit
 
 pytestmark = pytest.mark.board
 
@@ -25,7 +25,7 @@ def analyze(*arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def lines(service: Service) -> list[str]:
+def lines(service: ServiceUnit) -> list[str]:
     return service.text().splitlines()
 
 
@@ -33,7 +33,9 @@ def lines(service: Service) -> list[str]:
 @pytest.mark.parametrize("jetson", [False, True])
 def test_systemd_knows_every_word_of_a_unit(tmp_path: Path, jetson: bool) -> None:
     unit = tmp_path / "fedprune.service"
-    unit.write_text(Service(jetson=jetson, user="root", arguments=("run", "--data", "/srv/my samples%$.npz")).text())
+    unit.write_text(
+        ServiceUnit(jetson=jetson, user="root", arguments=("run", "--data", "/srv/my samples%$.npz")).text()
+    )
     said = [line for line in analyze("verify", "--man=no", str(unit)).splitlines() if "fedprune.service" in line]
     assert [line for line in said if "is not executable" not in line] == []
 
@@ -42,7 +44,7 @@ def test_systemd_knows_every_word_of_a_unit(tmp_path: Path, jetson: bool) -> Non
 @pytest.mark.parametrize(("jetson", "most"), [(False, 2.0), (True, 4.0)])
 def test_the_exposure_that_systemd_sees_is_low(tmp_path: Path, jetson: bool, most: float) -> None:
     unit = tmp_path / "fedprune.service"
-    unit.write_text(Service(jetson=jetson).text())
+    unit.write_text(ServiceUnit(jetson=jetson).text())
     found = re.search(
         r"exposure level for fedprune\.service: ([0-9.]+)", analyze("security", "--offline=yes", str(unit))
     )
@@ -51,7 +53,7 @@ def test_the_exposure_that_systemd_sees_is_low(tmp_path: Path, jetson: bool, mos
 
 
 def test_a_jetson_keeps_what_cuda_needs_and_a_cpu_board_gives_it_up() -> None:
-    cpu, jetson = lines(Service()), lines(Service(jetson=True))
+    cpu, jetson = lines(ServiceUnit()), lines(ServiceUnit(jetson=True))
     assert "PrivateDevices=yes" in cpu
     assert "MemoryDenyWriteExecute=yes" in cpu
     assert not any(line.startswith(("PrivateDevices", "MemoryDenyWriteExecute", "PrivateUsers")) for line in jetson)
@@ -62,8 +64,8 @@ def test_a_jetson_keeps_what_cuda_needs_and_a_cpu_board_gives_it_up() -> None:
 
 
 def test_what_a_service_needs_is_a_condition() -> None:
-    assert "ConditionPathExists=/srv/x.npz" in lines(Service(needs="/srv/x.npz"))
-    assert not any(line.startswith("Condition") for line in lines(Service()))
+    assert "ConditionPathExists=/srv/x.npz" in lines(ServiceUnit(needs="/srv/x.npz"))
+    assert not any(line.startswith("Condition") for line in lines(ServiceUnit()))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_what_a_service_needs_is_a_condition() -> None:
 )
 def test_what_would_break_out_of_its_line_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        Service(**changes)  # type: ignore[arg-type]
+        ServiceUnit(**changes)  # type: ignore[arg-type]
 
 
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:

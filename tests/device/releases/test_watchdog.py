@@ -10,11 +10,11 @@ import pytest
 from fedprune.core.errors import RuntimeUnavailableError
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune_device.launcher.launcher import decide
-from fedprune_device.launcher.slot_store import Home
-from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome
-from fedprune_device.releases.installer import Updater
-from fedprune_device.releases.release_trial import PACKAGES, Trial, check_health, check_packages
-from fedprune_device.releases.watchdog import Heart
+from fedprune_device.launcher.slot_store import SlotStore
+from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, UpdateOutcome
+from fedprune_device.releases.installer import ReleaseInstaller
+from fedprune_device.releases.release_trial import PACKAGES, ReleaseTrial, check_health, check_packages
+from fedprune_device.releases.watchdog import Watchdog
 from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.serving.predictor import Predictor
 from support.fakes.runtime_releases import OUTSIDE, PUBLIC, make_release, source
@@ -44,8 +44,8 @@ class Link:
 
 
 @pytest.fixture
-def board(tmp_path: Path) -> Updater:
-    updater = Updater(tmp_path / "board", PUBLIC)
+def board(tmp_path: Path) -> ReleaseInstaller:
+    updater = ReleaseInstaller(tmp_path / "board", PUBLIC)
     with power():
         updater.install(source(make_release(tmp_path / "1", 1)))
         updater.stage(source(make_release(tmp_path / "2", 2, system=OUTSIDE)))
@@ -53,11 +53,11 @@ def board(tmp_path: Path) -> Updater:
     return updater
 
 
-def trial_of(board: Updater, slot: str = "b") -> Trial | None:
-    return Trial.current({"FEDPRUNE_ROOT": str(board.home.root), "FEDPRUNE_SLOT": slot})
+def trial_of(board: ReleaseInstaller, slot: str = "b") -> ReleaseTrial | None:
+    return ReleaseTrial.current({"FEDPRUNE_ROOT": str(board.home.root), "FEDPRUNE_SLOT": slot})
 
 
-def outcome(home: Home) -> Outcome | None:
+def outcome(home: SlotStore) -> UpdateOutcome | None:
     state = home.load()
     assert state is not None
     return state.outcome
@@ -65,7 +65,7 @@ def outcome(home: Home) -> Outcome | None:
 
 def test_a_beat_comes_with_the_loop_and_not_more_often_than_needed() -> None:
     now, told = [0.0], list[str]()
-    heart = Heart(Link(), tell=told.append, interval=20.0, clock=lambda: now[0])
+    heart = Watchdog(Link(), tell=told.append, interval=20.0, clock=lambda: now[0])
     for _ in range(100):
         heart.get()
         now[0] += 0.5
@@ -79,40 +79,40 @@ def test_a_beat_comes_with_the_loop_and_not_more_often_than_needed() -> None:
 
 def test_messages_pass_in_both_directions() -> None:
     link = Link(("t", b"x"), None)
-    heart = Heart(link, tell=lambda _: None, interval=1.0)
+    heart = Watchdog(link, tell=lambda _: None, interval=1.0)
     assert (heart.get(), heart.get()) == (("t", b"x"), None)
     assert heart.publish("up", b"y")
     assert link.sent == ["up"]
 
 
-def test_a_release_stays_a_turn_after_the_broker_was_reached(board: Updater) -> None:
+def test_a_release_stays_a_turn_after_the_broker_was_reached(board: ReleaseInstaller) -> None:
     decide(board.home)
     trial = trial_of(board)
     assert trial is not None
     told: list[str] = []
-    heart = Heart(Link(None, ConnectionUp()), trial, tell=told.append, interval=1.0)
+    heart = Watchdog(Link(None, ConnectionUp()), trial, tell=told.append, interval=1.0)
     heart.get()
     heart.get()
     assert outcome(board.home) is None, "the loop has yet to live through it"
     heart.get()
-    assert outcome(board.home) == Outcome(2, COMMITTED)
+    assert outcome(board.home) == UpdateOutcome(2, COMMITTED)
     assert "STATUS=connected to the broker" in told
     assert trial_of(board) is None
 
 
-def test_a_broker_that_is_never_reached_keeps_no_release(board: Updater) -> None:
+def test_a_broker_that_is_never_reached_keeps_no_release(board: ReleaseInstaller) -> None:
     decide(board.home)
     told: list[str] = []
-    heart = Heart(Link(*[ConnectionDown("refused\nagain")] * 3), trial_of(board), tell=told.append, interval=1.0)
+    heart = Watchdog(Link(*[ConnectionDown("refused\nagain")] * 3), trial_of(board), tell=told.append, interval=1.0)
     for _ in range(6):
         heart.get()
     assert outcome(board.home) is None
     assert "STATUS=waiting for the broker: refused again" in told
 
 
-def test_only_the_process_on_trial_may_end_it(board: Updater) -> None:
+def test_only_the_process_on_trial_may_end_it(board: ReleaseInstaller) -> None:
     assert trial_of(board, "a") is None
-    assert Trial.current({}) is None
+    assert ReleaseTrial.current({}) is None
     trial = trial_of(board)
     assert trial is not None
     with board.home.changing():
@@ -120,10 +120,10 @@ def test_only_the_process_on_trial_may_end_it(board: Updater) -> None:
         assert state is not None
         board.home.save(state.roll_back("its time is over"))
     trial.commit()
-    assert outcome(board.home) == Outcome(2, ROLLED_BACK, "its time is over"), "too late"
+    assert outcome(board.home) == UpdateOutcome(2, ROLLED_BACK, "its time is over"), "too late"
 
 
-def test_what_fails_in_the_checks_is_rolled_back_with_its_reason(board: Updater) -> None:
+def test_what_fails_in_the_checks_is_rolled_back_with_its_reason(board: ReleaseInstaller) -> None:
     trial = trial_of(board)
     assert trial is not None
 
@@ -132,10 +132,12 @@ def test_what_fails_in_the_checks_is_rolled_back_with_its_reason(board: Updater)
 
     with pytest.raises(RuntimeUnavailableError):
         trial.check(None, ill)
-    assert outcome(board.home) == Outcome(2, ROLLED_BACK, "onnxruntime kills the process that loads it (signal 4)")
+    assert outcome(board.home) == UpdateOutcome(
+        2, ROLLED_BACK, "onnxruntime kills the process that loads it (signal 4)"
+    )
 
 
-def test_a_board_that_is_well_passes_the_checks(board: Updater, model: Path, tmp_path: Path) -> None:
+def test_a_board_that_is_well_passes_the_checks(board: ReleaseInstaller, model: Path, tmp_path: Path) -> None:
     slots = ModelSlots(tmp_path / "serving")
     slots.prepare()
     check_health(tmp_path / "serving")
@@ -194,7 +196,7 @@ def test_a_package_that_comes_from_outside_the_release_fails_the_check(
 
 
 def test_a_release_that_lacks_a_package_goes_back_with_its_name(tmp_path: Path) -> None:
-    board = Updater(tmp_path / "board", PUBLIC)
+    board = ReleaseInstaller(tmp_path / "board", PUBLIC)
     board.install(source(make_release(tmp_path / "1", 1)))
     board.stage(source(make_release(tmp_path / "3", 3, system=OUTSIDE[1:])))
     board.arm()

@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from fedprune.core.errors import ConfigError, ExitCode, IdentityError, KitError, UsageError
 from fedprune.security.keys import SigningKey
 from fedprune.security.succession import FILE, Succession
-from fedprune_device.releases.unit import HIDDEN, Service
-from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit, open_kit
+from fedprune_device.releases.unit import HIDDEN, ServiceUnit
+from fedprune_flash import BoardSettings, Kit, Signer, Target, build_kit, open_kit
 from fedprune_flash.cli import main as cli
 from fedprune_flash.kit import wheelhouse
 from fedprune_flash.on_board.kit_folder import KitFolder
@@ -211,7 +211,7 @@ def test_a_folder_that_is_there_is_left_alone(make_kit: MakeKit) -> None:
 def test_what_a_board_is_told_is_checked(changes: dict[str, str], message: str) -> None:
     values = {"server": "mqtts://host", "device": "attic", **changes}
     with pytest.raises(ConfigError, match=message) as caught:
-        BoardFile(**values)
+        BoardSettings(**values)
     assert "geheim" not in str(caught.value)
 
 
@@ -220,18 +220,18 @@ def test_what_a_board_is_told_is_checked(changes: dict[str, str], message: str) 
     ["mqtts://host", "mqtts://h.example:8883", "mqtts://192.168.1.4:1883", "mqtts://[::1]:1", "mqtt://127.0.0.1"],
 )
 def test_servers_are_addresses(server: str) -> None:
-    assert BoardFile(server, "attic").server == server
+    assert BoardSettings(server, "attic").server == server
 
 
 @pytest.mark.parametrize("data", ["/srv/home/x.npz", "/homes/x.npz", "/run/x", "/var/x.npz", "home.samples:load"])
 def test_samples_are_where_the_service_sees_them(data: str) -> None:
-    assert BoardFile("mqtts://host", "attic", data=data).data == data
+    assert BoardSettings("mqtts://host", "attic", data=data).data == data
 
 
 @pytest.mark.parametrize("jetson", [False, True])
 def test_what_a_kit_refuses_as_samples_is_what_the_unit_hides(jetson: bool) -> None:
     """ProtectHome and PrivateTmp, as systemd.exec(5) has them."""
-    lines = Service(jetson=jetson).text().splitlines()
+    lines = ServiceUnit(jetson=jetson).text().splitlines()
     assert {"ProtectHome=yes", "PrivateTmp=yes"} <= set(lines)
     assert set(HIDDEN) == {"/home", "/root", "/run/user", "/tmp", "/var/tmp"}
 
@@ -248,7 +248,7 @@ def test_a_kit_with_a_claim_is_for_its_maker_alone(make_kit: MakeKit) -> None:
 
 def test_a_private_key_never_goes_into_a_kit(authority: Path, make_kit: MakeKit) -> None:
     key = (authority.parent / "key.pem").read_text()
-    board = BoardFile("mqtts://host", "attic", authority=True)
+    board = BoardSettings("mqtts://host", "attic", authority=True)
     with pytest.raises(ConfigError, match="private key"):
         make_kit(claim=key)
     with pytest.raises(ConfigError, match="private key"):
@@ -256,7 +256,7 @@ def test_a_private_key_never_goes_into_a_kit(authority: Path, make_kit: MakeKit)
 
 
 def test_authorities_are_those_that_were_pinned(authority: Path, make_kit: MakeKit) -> None:
-    board = BoardFile("mqtts://host", "attic", authority=True)
+    board = BoardSettings("mqtts://host", "attic", authority=True)
     pin = fingerprint(authority)
     kit = make_kit(board=board, authorities=authority.read_bytes(), pin=pin)
     assert fingerprint(kit.folder / "ca.pem") == pin
@@ -265,7 +265,7 @@ def test_authorities_are_those_that_were_pinned(authority: Path, make_kit: MakeK
 
 
 def test_the_unit_is_one_that_systemd_takes(authority: Path, make_kit: MakeKit, tmp_path: Path) -> None:
-    kit = make_kit(board=BoardFile("mqtts://h", "attic", "lab", authority=True), authorities=authority.read_bytes())
+    kit = make_kit(board=BoardSettings("mqtts://h", "attic", "lab", authority=True), authorities=authority.read_bytes())
     unit = (kit.folder / "fedprune.service").read_text()
     command = re.search("(?m)^ExecStart=(.*)$", unit)
     assert command is not None
@@ -394,7 +394,7 @@ def test_a_kit_for_a_jetson_has_neither_onnxruntime_nor_numpy(tmp_path: Path) ->
     folder = tmp_path / "wheels"
     own = tiny_wheels.fleet_of_wheels(folder)
     kit = build_kit(
-        tmp_path / "kit", BoardFile("mqtts://h", "nano"), Target("3.10", jetson=True), wheel=own, links=[folder]
+        tmp_path / "kit", BoardSettings("mqtts://h", "nano"), Target("3.10", jetson=True), wheel=own, links=[folder]
     )
     names = {Path(f.path).name.partition("-")[0] for f in kit.files if f.path.endswith(".whl")}
     assert names == {"fedprune", "pillow"}

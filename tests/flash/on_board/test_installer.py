@@ -20,10 +20,10 @@ import tomllib
 from fedprune.core.errors import ExitCode, StorageFullError
 from fedprune.security.keys import SigningKey
 from fedprune.security.succession import Succession
-from fedprune_device.launcher.slot_store import Home, digest
-from fedprune_device.launcher.state import State
-from fedprune_device.releases.installer import Updater
-from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit
+from fedprune_device.launcher.slot_store import SlotStore, digest
+from fedprune_device.launcher.state import LauncherState
+from fedprune_device.releases.installer import ReleaseInstaller
+from fedprune_flash import BoardSettings, Kit, Signer, Target, build_kit
 from fedprune_flash.kit.installer_archive import installer_archive
 from fedprune_flash.on_board import board_files
 from fedprune_flash.on_board.installation import FIRST_BOOT
@@ -45,7 +45,7 @@ MakeKit = Callable[..., Kit]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     """A kit with a claim, which no test may change."""
-    board = BoardFile("mqtts://broker.example:8883", "attic", "lab")
+    board = BoardSettings("mqtts://broker.example:8883", "attic", "lab")
     here = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
     out = tmp_path_factory.mktemp("whole") / "kit"
     own = next(wheels.glob("fedprune-*"))
@@ -73,8 +73,8 @@ def program(root: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, env={}).stdout
 
 
-def home(root: Path) -> Home:
-    return Home(root / "opt/fedprune")
+def home(root: Path) -> SlotStore:
+    return SlotStore(root / "opt/fedprune")
 
 
 def serving(root: Path) -> str:
@@ -115,7 +115,7 @@ def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, tmp_pa
         "/etc/systemd/system/fedprune.service"
     )
     assert program(root, "x") == "fedprune x\n"
-    assert home(root).load() == State("a", highest=0, sequence=1)
+    assert home(root).load() == LauncherState("a", highest=0, sequence=1)
     record = home(root).whole("a")
     assert (record.version, record.entry) == (0, "fedprune_start:device")
     assert not any(name.startswith("pip") for name in record.files)
@@ -231,7 +231,7 @@ def test_a_kit_takes_the_place_of_no_release_of_the_server(make_kit: MakeKit, tm
     root = tmp_path / "root"
     root.mkdir()
     assert run(make_kit("old").folder, root).returncode == 0
-    updater = Updater(root / "opt/fedprune", PUBLIC)
+    updater = ReleaseInstaller(root / "opt/fedprune", PUBLIC)
     updater.stage(source(make_release(tmp_path / "release", 1)))
     with updater.home.changing():
         state = updater.home.load()
@@ -248,7 +248,9 @@ def test_settings_of_another_kit_leave_the_runtime_alone(make_kit: MakeKit, tmp_
     root = tmp_path / "root"
     root.mkdir()
     assert run(make_kit("one").folder, root).returncode == 0
-    other = make_kit("two", board=BoardFile("mqtts://other.example", "attic", "lab", join="mqtts://other.example:99"))
+    other = make_kit(
+        "two", board=BoardSettings("mqtts://other.example", "attic", "lab", join="mqtts://other.example:99")
+    )
     done = run(other.folder, root)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if "now" in line] == ["now: write /etc/fedprune/device.env"]
@@ -407,7 +409,7 @@ def test_a_board_follows_its_server_to_a_new_key(make_kit: MakeKit, tmp_path: Pa
     root, kit = tmp_path / "root", newer(make_kit, tmp_path, wheels)
     root.mkdir()
     assert run(make_kit("old").folder, root).returncode == 0
-    updater = Updater(root / "opt/fedprune", PUBLIC)
+    updater = ReleaseInstaller(root / "opt/fedprune", PUBLIC)
     for text in (Succession.make("barn", KEY, NEXT.verifying).hex, Succession.make("lab", OTHER, NEXT.verifying).hex):
         sign(kit, NEXT, site="lab", successions=[text])
         assert run(kit, root).returncode == ExitCode.KIT
@@ -574,7 +576,7 @@ def jetson_kit(tmp_path: Path, wheels: Path) -> Path:
     links = tmp_path / "links"
     shutil.copytree(wheels, links)
     (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
-    board = BoardFile("mqtts://broker.example", "nano", "lab")
+    board = BoardSettings("mqtts://broker.example", "nano", "lab")
     target = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", jetson=True)
     own = next(wheels.glob("fedprune-*"))
     folder = build_kit(tmp_path / "jetson-kit", board, target, wheel=own, links=[links], signer=Signer(KEY)).folder
@@ -788,7 +790,7 @@ def test_a_release_of_the_server_stays_though_the_launchers_state_is_lost(
     root = tmp_path / "root"
     root.mkdir()
     assert run(make_kit("old").folder, root).returncode == 0
-    updater = Updater(root / "opt/fedprune", PUBLIC)
+    updater = ReleaseInstaller(root / "opt/fedprune", PUBLIC)
     for number in (1, 2):
         updater.stage(source(make_release(tmp_path / f"release {number}", number)))
         with updater.home.changing():

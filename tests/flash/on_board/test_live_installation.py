@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_flash import BoardFile, Signer, Target, build_kit
+from fedprune_flash import BoardSettings, Signer, Target, build_kit
 from fedprune_flash.kit.target import PYTHONS
 from support.fakes import tiny_wheels
 from support.fakes.runtime_releases import KEY
@@ -66,7 +66,7 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     python = subprocess.run(version, capture_output=True, text=True, check=False).stdout.strip()
     if python not in PYTHONS or Path("/etc/nv_tegra_release").exists():
         pytest.skip("no system that kits are for can be mounted here")
-    board = BoardFile("mqtts://broker.example:8883", "attic", "lab", "own.samples:load")
+    board = BoardSettings("mqtts://broker.example:8883", "attic", "lab", "own.samples:load")
     links = shutil.copytree(wheels, tmp_path / "links")
     (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
     refuses = "import os\nif os.geteuid() == 0:\n    raise RuntimeError('loaded as root')\n"

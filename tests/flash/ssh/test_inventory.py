@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, ExitCode, JoinError, StorageError
 from fedprune.security.join_token import Claim
-from fedprune_flash import BoardFile
+from fedprune_flash import BoardSettings
 from fedprune_flash.cli import main as cli
 from fedprune_flash.ssh.claims import Claims, read_claims
 from fedprune_flash.ssh.connection import ssh_command
@@ -191,8 +191,10 @@ def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, row: str, defaults: 
 
 
 def test_what_a_board_is_told_is_the_kits_unless_it_says_otherwise() -> None:
-    kit = BoardFile("mqtts://one", "any", "lab", "/srv/x.npz", join="mqtts://one:9")
-    assert BoardRow(**GOOD).told(kit) == BoardFile("mqtts://one", "attic", "lab", "/srv/x.npz", join="mqtts://one:9")
+    kit = BoardSettings("mqtts://one", "any", "lab", "/srv/x.npz", join="mqtts://one:9")
+    assert BoardRow(**GOOD).told(kit) == BoardSettings(
+        "mqtts://one", "attic", "lab", "/srv/x.npz", join="mqtts://one:9"
+    )
     own = BoardRow(**GOOD, server="mqtts://two", site="home").told(kit)
     assert (own.server, own.site, own.data) == ("mqtts://two", "home", "/srv/x.npz")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedprune_flash.ssh.inventory import BoardRow
-from fedprune_flash.ssh.rollout import Outcome, print_outcomes, table
+from fedprune_flash.ssh.rollout import BoardOutcome, print_outcomes, table
 
 REASON = "the board has Python 3.9: expected 3.10 to 3.13, got 3.9"
 REMEDY = "Install a newer Raspberry Pi OS and run it again."
@@ -16,7 +16,7 @@ def test_outcomes_are_a_table_on_a_terminal(
 ) -> None:
     row = BoardRow.__new__(BoardRow)
     monkeypatch.setattr(BoardRow, "__str__", lambda self: "attic (192.168.1.30)")
-    outcomes = [Outcome(row, "failed", REASON, REMEDY, good=False), Outcome(row, "done", "release 3")]
+    outcomes = [BoardOutcome(row, "failed", REASON, REMEDY, good=False), BoardOutcome(row, "done", "release 3")]
 
     print_outcomes(outcomes)
     assert capsys.readouterr().out == f"{table(outcomes)}\n"

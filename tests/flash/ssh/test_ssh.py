@@ -19,8 +19,8 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune.security.join_token import Claim
 from fedprune.security.keys import SigningKey
-from fedprune_device.launcher.slot_store import Home
-from fedprune_flash import BoardFile, Kit, Signer, Target, build_kit
+from fedprune_device.launcher.slot_store import SlotStore
+from fedprune_flash import BoardSettings, Kit, Signer, Target, build_kit
 from fedprune_flash.cli import main as cli
 from fedprune_flash.ssh.journal import Journal
 from support.fakes.runtime_releases import KEY, PUBLIC
@@ -35,7 +35,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     """A small kit, whose samples come from a function, so that a service needs no file."""
-    board = BoardFile("mqtts://broker.example:8883", "any", "lab", "own.samples:load")
+    board = BoardSettings("mqtts://broker.example:8883", "any", "lab", "own.samples:load")
     here = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
     own = next(wheels.glob("fedprune-*.whl"))
     return build_kit(
@@ -81,7 +81,7 @@ def snapshot(root: Path, but: str = "none") -> dict[str, int]:
 
 
 def check_installed(board: Board) -> None:
-    record = Home(board.root / "opt/fedprune").whole("a")
+    record = SlotStore(board.root / "opt/fedprune").whole("a")
     assert record.version == 0
     rows = dict(line.split("=") for line in (board.root / "etc/fedprune/device.env").read_text().splitlines())
     assert rows["FEDPRUNE_DEVICE"] == board.name
@@ -334,7 +334,7 @@ def test_a_board_that_has_joined_gets_no_claim(boards: Boards, kit: Path, tmp_pa
 def test_boards_may_be_installed_without_signatures(boards: Boards, make_kit: MakeKit, tmp_path: Path) -> None:
     board, plain = (
         boards.boards[0],
-        make_kit(signer=None, board=BoardFile("mqtts://h", "any", "lab", "own.samples:load")),
+        make_kit(signer=None, board=BoardSettings("mqtts://h", "any", "lab", "own.samples:load")),
     )
     write_claims(tmp_path / "claims", 1)
     words = ["ssh", str(boards.inventory()), "--kit", str(plain.folder), "--claims", str(tmp_path / "claims")]
@@ -400,7 +400,7 @@ def test_the_server_makes_claims_for_the_boards_names(
     folder = pytest.importorskip("fedprune_server.enrollment.pki")
     state = tmp_path / "state"
     assert server.main(["init", "--state", str(state), "--site", "lab"]) == ExitCode.OK
-    board = BoardFile("mqtts://h", "any", "lab", "own.samples:load")
+    board = BoardSettings("mqtts://h", "any", "lab", "own.samples:load")
     kit = make_kit(signer=Signer.load(state / "identity/signing.key"), board=board).folder
     words = ["ssh", str(boards.inventory()), "--kit", str(kit), "--server-state", str(state)]
     assert cli.main(words) == ExitCode.OK

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedprune_device.cli.main import main as device
-from fedprune_device.launcher.slot_store import Home
+from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_server.cli.main import main as server
 from support.fakes.runtime_releases import PYTHON, make_wheel
 from support.fakes.tiny_wheels import wheel as small_wheel
@@ -63,7 +63,7 @@ def test_a_board_is_set_up_updated_taken_back_and_tells_what_it_runs(
     ]
     assert device(["slots", *root, "--json"]) == 0
     assert '"highest": 2' in capsys.readouterr().out
-    home = Home(tmp_path / "board")
+    home = SlotStore(tmp_path / "board")
     home.save(home.load().commit())  # type: ignore[union-attr]
     assert device([*update, str(one)]) == 65
     assert device([*update, str(released(tmp_path, 3, state, again=one))]) == 0

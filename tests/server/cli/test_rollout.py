@@ -17,7 +17,7 @@ from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, 
 from fedprune_server.cli.main import main
 from fedprune_server.cli.rollout import add_rollout_command
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.ota.coordinator import RolloutDesk
+from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.runtime_releases import make_release
 from support.paths import ROOT
@@ -58,7 +58,7 @@ def read(state: Path, capsys: pytest.CaptureFixture[str]) -> Read:
 def desk(state: Path, reports: list[ReleaseReport]) -> None:
     """A daemon that takes these reports, and ends."""
     with RolloutStore(state) as store:
-        run = RolloutDesk(store, lambda *_: None)
+        run = RolloutCoordinator(store, lambda *_: None)
         run.connected(True)
         for report in reports:
             run.reported(report)
@@ -159,7 +159,7 @@ def test_boards_that_left_the_fleet_are_named_and_counted_apart(state: Path, rel
     with IdentityFolder(state) as identity:
         identity.revoke("board-3")
         with RolloutStore(state) as store:
-            RolloutDesk(store, lambda *_: None, identity.store.members).connected(True)
+            RolloutCoordinator(store, lambda *_: None, identity.store.members).connected(True)
     text = read("status")
     assert "0 updated, 19 updating, 0 failed, 0 pending, of 19" in text
     assert "1 left the fleet before, and don't count: board-3" in text

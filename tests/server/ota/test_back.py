@@ -16,14 +16,14 @@ from fedprune.releases.rollout import Fate, RolloutPhase
 from fedprune.security.keys import SigningKey
 from fedprune.wire.release_messages import COMMITTED, REFUSED, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.ota.back import back
-from fedprune_server.ota.coordinator import RolloutDesk
-from fedprune_server.ota.start import Terms, start
-from fedprune_server.ota.store import FILE, FOLDER, Entry, RolloutStore
+from fedprune_server.ota.back import take_back
+from fedprune_server.ota.coordinator import RolloutCoordinator
+from fedprune_server.ota.start import RolloutTerms, start_rollout
+from fedprune_server.ota.store import FILE, FOLDER, RolloutEntry, RolloutStore
 from support.fakes.runtime_releases import make_release
 
 NAMES = [f"board-{i}" for i in range(10)]
-HALF = Terms((0.5, 1.0))
+HALF = RolloutTerms((0.5, 1.0))
 
 
 class CrashError(Exception):
@@ -48,7 +48,7 @@ class Field:
         self.withdrawn: list[tuple[str, int]] = []
         self.sent: Callable[[], None] = lambda: None
         self.silent: set[str] = set()
-        self.desk: RolloutDesk | None = None
+        self.desk: RolloutCoordinator | None = None
         self.store = RolloutStore(self.state)
 
     def release(self, number: int) -> Path:
@@ -61,7 +61,7 @@ class Field:
         """A server comes up on what is on the disk."""
         self.store.close()
         self.store = RolloutStore(self.state)
-        self.desk = RolloutDesk(self.store, self.send, clock=lambda: self.now, monotonic=lambda: self.now)
+        self.desk = RolloutCoordinator(self.store, self.send, clock=lambda: self.now, monotonic=lambda: self.now)
         self.desk.connected(True)
 
     def send(self, device: str, message: Any) -> None:
@@ -95,7 +95,7 @@ class Field:
             return what(other)
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> RolloutEntry:
         found = self.store.latest()
         assert found is not None
         return found
@@ -109,7 +109,7 @@ class Field:
 @pytest.fixture
 def field(tmp_path: Path) -> Field:
     made = Field(tmp_path)
-    start(made.state, made.release(1), Terms((1.0,)))
+    start_rollout(made.state, made.release(1), RolloutTerms((1.0,)))
     made.live()
     assert made.numbers() == {1: 10}
     return made
@@ -117,7 +117,7 @@ def field(tmp_path: Path) -> Field:
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_pause_lets_no_further_board_begin_until_it_is_resumed(field: Field, restart: bool) -> None:
-    start(field.state, field.release(2), HALF)
+    start_rollout(field.state, field.release(2), HALF)
     field.silent = set(NAMES)
     field.live(2)
     field.ordered(lambda s: s.pause("a storm"))
@@ -137,7 +137,7 @@ def test_a_pause_lets_no_further_board_begin_until_it_is_resumed(field: Field, r
 
 
 def test_a_rollout_that_was_paused_before_a_server_came_begins_nothing(field: Field) -> None:
-    start(field.state, field.release(2), HALF)
+    start_rollout(field.state, field.release(2), HALF)
     field.ordered(lambda s: s.pause("not yet"))
     field.server()
     field.live(3)
@@ -147,7 +147,7 @@ def test_a_rollout_that_was_paused_before_a_server_came_begins_nothing(field: Fi
     with pytest.raises(ConfigError, match="isn't paused"):
         field.ordered(lambda s: s.resume())
     with pytest.raises(ConfigError, match="is under way"):
-        start(field.state, field.release(3), HALF)
+        start_rollout(field.state, field.release(3), HALF)
     field.live(12)
     assert field.numbers() == {2: 10}
     with pytest.raises(ConfigError, match="no rollout is under way"):
@@ -155,11 +155,11 @@ def test_a_rollout_that_was_paused_before_a_server_came_begins_nothing(field: Fi
 
 
 def test_boards_go_back_to_what_they_had_under_a_number_that_none_has_seen(field: Field) -> None:
-    start(field.state, field.release(2), HALF)
+    start_rollout(field.state, field.release(2), HALF)
     field.live(1)
     took = {n for n, r in field.has.items() if r.number == 2}
     assert len(took) == 5
-    begun = back(field.state, "it is hot", release=2, above=6)
+    begun = take_back(field.state, "it is hot", release=2, above=6)
     told = "rollout 3: back from release 2 to what release 1 (0.1.0) holds, as release 7, for"
     assert begun.told_back() == f"{told} {len(begun.rollout.boards)} boards"
     field.live()
@@ -170,27 +170,27 @@ def test_boards_go_back_to_what_they_had_under_a_number_that_none_has_seen(field
     assert field.numbers() == {7: 10}, "the other half was given it before the server saw the order, and goes back, too"
     assert {r.version for r in field.has.values()} == {"0.1.0"}
     with pytest.raises(ConfigError, match="release 2 isn't the one that was rolled out last"):
-        back(field.state, "clicked twice", release=2)
+        take_back(field.state, "clicked twice", release=2)
     with pytest.raises(ConfigError, match="is itself the way back from release 2"):
-        back(field.state, "once more", release=7)
+        take_back(field.state, "once more", release=7)
     with pytest.raises(ReleaseError, match="expected a number of 7 or more"):
-        start(field.state, field.release(3), HALF)
+        start_rollout(field.state, field.release(3), HALF)
     other = make_release(field.folder / "other", 7, key=field.key)
     with pytest.raises(ReleaseError, match="another release 7 was rolled out before"):
-        start(field.state, other, HALF)
+        start_rollout(field.state, other, HALF)
 
 
 def test_what_comes_after_a_way_back_goes_back_to_that_and_never_to_what_was_left(field: Field) -> None:
-    start(field.state, field.release(2), HALF)
+    start_rollout(field.state, field.release(2), HALF)
     field.live()
-    back(field.state, "bad")
+    take_back(field.state, "bad")
     field.live()
-    start(field.state, field.release(4), HALF)
+    start_rollout(field.state, field.release(4), HALF)
     field.live()
     assert field.numbers() == {4: 10}
     files = {f.sha256 for number in (1, 4) for f in field.made(number).files}
     assert set(field.store.blobs.names()) == files, "what nobody goes back to is not kept"
-    begun = back(field.state, "bad, too")
+    begun = take_back(field.state, "bad, too")
     assert (begun.left, begun.again, begun.release.number) == (4, 3, 5)
     field.live()
     assert field.numbers() == {5: 10}
@@ -201,12 +201,12 @@ def test_a_server_that_dies_at_any_message_takes_all_back_all_the_same(tmp_path:
     for at in (1, 2, 5, 9, 14):
         (tmp_path / str(at)).mkdir()
         field = Field(tmp_path / str(at))
-        start(field.state, field.release(1), Terms((1.0,)))
+        start_rollout(field.state, field.release(1), RolloutTerms((1.0,)))
         field.live(2)
-        start(field.state, field.release(2), HALF)
+        start_rollout(field.state, field.release(2), HALF)
         field.live(1)
         took = {n for n, r in field.has.items() if r.number == 2}
-        back(field.state, "bad")
+        take_back(field.state, "bad")
         left = at
 
         def crash() -> None:
@@ -229,38 +229,38 @@ def test_a_server_that_dies_at_any_message_takes_all_back_all_the_same(tmp_path:
 
 def test_nothing_is_taken_back_without_something_to_go_back_to(field: Field, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no board of release 1 had one of this server's before"):
-        back(field.state, "x")
-    start(field.state, field.release(2), HALF)
+        take_back(field.state, "x")
+    start_rollout(field.state, field.release(2), HALF)
     with pytest.raises(ConfigError, match="no board has release 2 or is at it"):
-        back(field.state, "x")
+        take_back(field.state, "x")
     field.live()
     with pytest.raises(ReleaseError, match="above 2"):
-        back(field.state, "x", number=2)
+        take_back(field.state, "x", number=2)
     field.store.blobs.delete(field.made(1).files[0].sha256)
     with pytest.raises(ReleaseError, match=r"release 1 .* is not here any more"):
-        back(field.state, "x")
+        take_back(field.state, "x")
     assert field.entry.number == 2, "what was refused has changed nothing"
     assert field.entry.wish is None
 
 
 def test_of_a_copy_of_the_same_files_it_is_said_that_going_back_changes_nothing(field: Field) -> None:
     write_again(field.folder / "release-2", field.folder / "release-1", field.key, number=2, created="")
-    start(field.state, field.folder / "release-2", Terms((1.0,)))
+    start_rollout(field.state, field.folder / "release-2", RolloutTerms((1.0,)))
     field.live()
     assert field.numbers() == {2: 10}
     with pytest.raises(ConfigError, match="release 2 has the same files as release 1, so that going back would change"):
-        back(field.state, "a rehearsal")
+        take_back(field.state, "a rehearsal")
 
 
 def test_a_board_that_failed_or_left_is_not_taken_back(field: Field) -> None:
-    start(field.state, field.release(2), Terms((1.0,), success=0.5, errors=0.5))
+    start_rollout(field.state, field.release(2), RolloutTerms((1.0,), success=0.5, errors=0.5))
     field.silent = {"board-9"}
     field.live(1)
     assert field.desk is not None
     field.desk.reported(ReleaseReport("board-3", 2, REFUSED, "no room", 0, 0))
     with IdentityFolder(field.state) as identity:
         identity.revoke("board-4")
-    begun = back(field.state, "x")
+    begun = take_back(field.state, "x")
     assert sorted(begun.rollout.boards) == sorted(set(NAMES) - {"board-3", "board-4"})
     assert all(b.fate is Fate.WAITING for b in begun.rollout.boards.values())
 
@@ -273,6 +273,6 @@ def test_rollouts_of_an_older_version_go_on(field: Field) -> None:
     old.close()
     field.server()
     assert (field.entry.hold, field.entry.prior, field.entry.leaves) == (None, None, None)
-    start(field.state, field.release(2), HALF)
+    start_rollout(field.state, field.release(2), HALF)
     field.live()
-    assert back(field.state, "x").again == 1
+    assert take_back(field.state, "x").again == 1

@@ -26,7 +26,7 @@ from fedprune.wire.release_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
-from fedprune_server.ota.coordinator import RolloutDesk
+from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import FILE, FOLDER, RolloutStore
 from support.fakes.runtime_releases import KEY, make_release
 
@@ -57,7 +57,7 @@ class Site:
         self.steps: dict[str, int] = {}
         self.lost = 0
         self.on_send: Callable[[str, Any], None] = lambda *_: None
-        self.desk: RolloutDesk | None = None
+        self.desk: RolloutCoordinator | None = None
         self.store = RolloutStore(folder)
 
     def offer(self, number: int = 7) -> ReleaseOffer:
@@ -69,11 +69,11 @@ class Site:
         with RolloutStore(self.folder) as other:  # the command line is another process
             return other.begin(self.offer(number), Rollout.of(plan, names), self.wall, joins=joins)
 
-    def start(self) -> RolloutDesk:
+    def start(self) -> RolloutCoordinator:
         """A daemon comes up."""
         self.store.close()
         self.store = RolloutStore(self.folder)
-        self.desk = RolloutDesk(self.store, self.send, lambda: self.members, lambda: self.wall, lambda: self.now)
+        self.desk = RolloutCoordinator(self.store, self.send, lambda: self.members, lambda: self.wall, lambda: self.now)
         self.desk.connected(True)
         return self.desk
 
@@ -305,7 +305,7 @@ def test_silence_counts_from_when_the_connection_was_back(site: Site) -> None:
 def test_nothing_is_given_before_there_is_a_connection(tmp_path: Path, release: Path) -> None:
     site = Site(tmp_path, release)
     site.begin()
-    desk = RolloutDesk(site.store, site.send, None, lambda: site.wall, lambda: site.now)
+    desk = RolloutCoordinator(site.store, site.send, None, lambda: site.wall, lambda: site.now)
     for _ in range(3):
         site.now += 7200
         desk.tick()
@@ -386,7 +386,7 @@ def test_a_crash_at_any_message_loses_none(tmp_path: Path, release: Path) -> Non
         site.on_send = crash
         site.fates = {NAMES[0]: BAD}
         site.begin(Stage(0.3, success=0.6, errors=0.4), Stage(1.0, success=0.6, errors=0.4))
-        alive: RolloutDesk | None = None
+        alive: RolloutCoordinator | None = None
         for _ in range(240):
             with suppress(CrashError):
                 if alive is None:

@@ -18,7 +18,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.monitoring.alerts import Snapshot, evaluate
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.ota.coordinator import RolloutDesk
+from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.web.state.admin_executor import Clerk
 from fedprune_server.web.state.poller import Lookout
@@ -131,13 +131,13 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, clerk: Cl
         def row(*, server: bool = False) -> dict[str, Any]:
             """What is told, once a server that was started anew has looked."""
             if server:
-                RolloutDesk(store, lambda *_: None).connected(True)
+                RolloutCoordinator(store, lambda *_: None).connected(True)
             told = Lookout(releases=ReleaseWatch(seen)).look()
             found, *_ = told.rollouts or ()
             return found
 
         def has(number: int) -> None:
-            desk = RolloutDesk(store, lambda *_: None)
+            desk = RolloutCoordinator(store, lambda *_: None)
             desk.connected(True)
             desk.reported(ReleaseReport("attic", number, COMMITTED, "", 0, 0))
 

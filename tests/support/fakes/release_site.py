@@ -16,13 +16,13 @@ from fedprune.wire.messages import Birth, Want, parse
 from fedprune.wire.release_messages import COMMITTED, REFUSED, ROLLED_BACK, ReleaseOffer, ReleaseReport
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.launcher.launcher import End, launch
-from fedprune_device.launcher.slot_store import Home, Record
-from fedprune_device.launcher.state import STABLE, State
-from fedprune_device.releases.installer import Updater
-from fedprune_device.releases.release_agent import Releases
-from fedprune_device.releases.release_trial import Trial
-from fedprune_device.releases.watchdog import Heart
+from fedprune_device.launcher.launcher import SlotExit, launch
+from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
+from fedprune_device.launcher.state import STABLE, LauncherState
+from fedprune_device.releases.installer import ReleaseInstaller
+from fedprune_device.releases.release_agent import ReleaseAgent
+from fedprune_device.releases.release_trial import ReleaseTrial
+from fedprune_device.releases.watchdog import Watchdog
 from support.fakes.runtime_releases import PUBLIC, versions_in
 
 TOPICS = Topics("site")
@@ -107,10 +107,10 @@ class Board:
     """A board that boots, runs what its launcher starts, and takes what its server offers."""
 
     def __init__(self, root: Path, server: ReleaseServer, crashes: int = 3, why: str = "exit code 1") -> None:
-        self.home = Home(root)
+        self.home = SlotStore(root)
         self.server = server
         self.crashes = crashes
-        self.end = End(why)
+        self.end = SlotExit(why)
         self.health: Callable[[Path | None], None] = healthy
         self.ran: list[int] = []
         self.quiet: Callable[[], bool] = lambda: True
@@ -125,34 +125,34 @@ class Board:
                 return
         raise AssertionError(f"the board never comes to rest: {self.server.reports[-3:]}")
 
-    def run(self, slot: str, record: Record, state: State | None) -> End:
+    def run(self, slot: str, record: SlotRecord, state: LauncherState | None) -> SlotExit:
         assert versions_in(self.home.root / slot) == {f"VERSION = {record.version}"}, "two versions are mixed"
         self.ran.append(record.version)
-        trial = Trial.current({"FEDPRUNE_ROOT": str(self.home.root), "FEDPRUNE_SLOT": slot})
+        trial = ReleaseTrial.current({"FEDPRUNE_ROOT": str(self.home.root), "FEDPRUNE_SLOT": slot})
         if trial is not None:
             if record.version == self.crashes and self.health is healthy:
                 return self.end
             try:
                 trial.check(None, self.health if record.version == self.crashes else healthy)
             except FedpruneError:
-                return End("ended with exit code 51")
+                return SlotExit("ended with exit code 51")
         self.serve(trial)
-        return End("restarted", 0)
+        return SlotExit("restarted", 0)
 
-    def serve(self, trial: Trial | None = None) -> None:
+    def serve(self, trial: ReleaseTrial | None = None) -> None:
         """The process: the agent's loop, as far as releases go."""
         left: list[bool] = []
         self.server.connect()
-        releases = Releases(
+        releases = ReleaseAgent(
             self.server,
             "d",
             "site",
-            Updater(self.home.root, PUBLIC),
+            ReleaseInstaller(self.home.root, PUBLIC),
             quiet=lambda: self.quiet(),
             restart=lambda: left.append(True),
             clock=lambda: self.now,
         )
-        heart = Heart(releases, trial, tell=lambda _: None, interval=0, clock=lambda: self.now)
+        heart = Watchdog(releases, trial, tell=lambda _: None, interval=0, clock=lambda: self.now)
         for _ in range(100_000):
             item = heart.get()
             if isinstance(item, ConnectionUp):

@@ -26,8 +26,8 @@ from fedprune_device.data.dataset import load_data, read_arrays
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.segment_log import Kind, SegmentLog
 from fedprune_device.data.segment_log import LogRecord as Sample
-from fedprune_device.launcher.slot_store import Home, Record
-from fedprune_device.launcher.state import DamagedError, State
+from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
+from fedprune_device.launcher.state import DamagedError, LauncherState
 from fedprune_device.privacy.redaction import private
 from fedprune_device.serving.model_slots import Serving
 from fedprune_device.storage.local_state import LocalState
@@ -219,10 +219,10 @@ def _kept() -> tuple[Target, ...]:
         "job": "j", "round": 1, "classes": 2, "inference": "0" * 64, "weights": "1" * 64, "offset": [0.0, 1.0],
         "slot": "a", "loss": "cross_entropy", "present": None, "precision": "float32", "lowered": [],
     }  # fmt: skip
-    home = Home(scratch() / "home")
+    home = SlotStore(scratch() / "home")
     home.folder.mkdir(parents=True, exist_ok=True)
-    home.save(State("a", highest=3))
-    home.write_record("a", Record(1, "0.1", "app:main", {"app.py": ("0" * 64, 3)}))
+    home.save(LauncherState("a", highest=3))
+    home.write_record("a", SlotRecord(1, "0.1", "app:main", {"app.py": ("0" * 64, 3)}))
     state, record = (json.loads((home.folder / n).read_bytes())["body"].encode() for n in ("state.json", "a.json"))
 
     def loaded(raw: bytes) -> object:

@@ -24,7 +24,7 @@ from fedprune_flash.image.fat import Fat
 from fedprune_flash.image.partitions import read_partitions
 from fedprune_flash.image.region import Region
 from fedprune_flash.image.unpacking import unpack
-from fedprune_flash.kit.board_settings import BoardFile, checked_authorities
+from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities
 from fedprune_flash.kit.kit import open_kit
 from fedprune_flash.on_board import far_side
 from fedprune_flash.on_board.kit_folder import KitFolder
@@ -97,7 +97,7 @@ board = "raspberry-pi-5"
             text=True,
         ),
         Target("told.claims", as_file(read_claims, "claims.txt"), (f"{claim}\n\n".encode(),), text=True),
-        Target("told.board file", as_object(BoardFile.from_dict), dumped(board), text=True),
+        Target("told.board file", as_object(BoardSettings.from_dict), dumped(board), text=True),
         Target("told.authorities", checked_authorities, (authority, authority * 2), text=True, share=0.5),
         Target(
             "told.inventory", as_file(read_inventory, "boards.toml"), (inventory,), text=True, factor=200, share=0.3

@@ -21,8 +21,8 @@ from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune.wire.topics import check_name
 from fedprune_server.enrollment.approval import approve, deny, revoke
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.ota.back import back
-from fedprune_server.ota.start import Terms, start
+from fedprune_server.ota.back import take_back
+from fedprune_server.ota.start import RolloutTerms, start_rollout
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.web.state.order_messages import EXPIRED, Answer, Order
 
@@ -109,7 +109,9 @@ class Clerk:
                     f"no release {order.release}", expected=", ".join(self.names()) or "none is there",
                     hint="It is a folder in the folder `console_releases` of [server].",
                 )  # fmt: skip
-            begun = start(self._state, self._releases / order.release, Terms(order.groups), order.devices or None)
+            begun = start_rollout(
+                self._state, self._releases / order.release, RolloutTerms(order.groups), order.devices or None
+            )
             return f"rollout {begun.number} of release {begun.release.number} to {len(begun.rollout.boards)} boards"
         if order.order.startswith("rollout_"):
             return self._rollout(order, f"by {order.operator}" + (f": {order.reason}" if order.reason else ""))
@@ -126,7 +128,7 @@ class Clerk:
             left = order.release or ""
             if not left.isdecimal() or len(left) > _DIGITS:
                 raise ReleaseError("release that boards leave", expected="its number", got=order.release)
-            return back(self._state, why, release=int(left), above=self._highest()).told_back()
+            return take_back(self._state, why, release=int(left), above=self._highest()).told_back()
         with RolloutStore(self._state) as store:
             if order.order == "rollout_pause":
                 return f"rollout {store.pause(why)} is paused: no further board is given the release, those at it end"

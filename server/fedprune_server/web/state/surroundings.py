@@ -13,7 +13,7 @@ from fedprune.releases.rollout import Fate, RolloutPhase
 from fedprune.security.keys import VerifyingKey
 from fedprune.wire.release_messages import ReleaseOffer
 from fedprune_server.enrollment.store import APPROVED, WAITING, Device, IdentityStore
-from fedprune_server.ota.store import Entry, RolloutStore
+from fedprune_server.ota.store import RolloutEntry, RolloutStore
 
 MOST_ROLLOUTS = 20
 """Rollouts that the console lists."""
@@ -141,7 +141,7 @@ class ReleaseWatch:
         return None if number is None else self._names.get(number)
 
 
-def _reports(entry: Entry) -> dict[str, dict[str, Any]]:
+def _reports(entry: RolloutEntry) -> dict[str, dict[str, Any]]:
     found = {}
     for name, said in entry.reports.items():
         state, reason = one_line(str(said.get("state", "")), 64), one_line(str(said.get("reason", "")), 300)
@@ -158,7 +158,7 @@ def _named(offer: ReleaseOffer) -> str:
     return one_line(f"{release.number} ({release.version})", 190)
 
 
-def _state(entry: Entry) -> str:
+def _state(entry: RolloutEntry) -> str:
     """Where it stands, or what the server was told and hasn't done yet."""
     phase = entry.rollout.phase
     if not phase.under_way:
@@ -170,7 +170,7 @@ def _state(entry: Entry) -> str:
     return "pausing" if entry.hold is not None else "resuming"
 
 
-def _row(entry: Entry, before: str | None, *, failures: int) -> dict[str, Any]:
+def _row(entry: RolloutEntry, before: str | None, *, failures: int) -> dict[str, Any]:
     rollout, counts = entry.rollout, Counter(b.fate for b in entry.rollout.boards.values())
     failed = list(rollout.failures().items())[:failures]
     return {
