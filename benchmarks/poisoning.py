@@ -24,14 +24,14 @@ from synthetic_nets import setting, write
 from benchmarks.accuracy.protocol import Method, Protocol
 from benchmarks.accuracy.protocols import CIFAR, PROTOCOLS, TABLES
 from benchmarks.accuracy.run import UNLIMITED, experiment_of, rounds_of
-from fedprune.coordination.influence import TENSOR
 from fedprune.core import tensorfile
 from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
+from fedprune.rounds.influence import TENSOR
+from fedprune.rounds.limits import LimitedUpdates, UpdateLimits
 from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_server.executor.limits import Limited, Limits
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet import virtual_device
@@ -152,7 +152,7 @@ def run(case: Case) -> dict[str, Any]:
     if boasts:
         what = replace(what, devices=tuple(boasting(d) if d.name in hostile else d for d in what.devices))
         longest *= what.job.weight_limit
-    began, plain, closed = time.perf_counter(), virtual_device.RoundRunner, Limits.of
+    began, plain, closed = time.perf_counter(), virtual_device.RoundRunner, UpdateLimits.apply
     limited: dict[int, Counter[str]] = {}
 
     class Hostile(virtual_device.RoundRunner):
@@ -167,12 +167,12 @@ def run(case: Case) -> dict[str, Any]:
             weights = self._blobs.put(tensorfile.encode(spoilt))
             return replace(made, update=replace(made.update, weights=weights, steps=boast * made.update.steps))
 
-    def of(limits: Limits, command: Any, counted: Any) -> Limited:
-        found = closed(limits, command, counted)
+    def apply(limits: UpdateLimits, scene: Any, counted: Any) -> LimitedUpdates:
+        found = closed(limits, scene, counted)
         trained = {t.name for t in what.model.architecture.trainable}
-        shares = [set(c.shares) for c in found.contributions]
-        again = limited.get(command.round, Counter())["rejected"]
-        limited[command.round] = Counter(
+        shares = [set(c.shares) for c in found.updates]
+        again = limited.get(scene.round, Counter())["rejected"]
+        limited[scene.round] = Counter(
             updates=len(counted) + again,
             rejected=len(found.rejected) + again,
             shortened=sum(bool(s & trained) for s in shares),
@@ -181,13 +181,13 @@ def run(case: Case) -> dict[str, Any]:
         return found
 
     virtual_device.RoundRunner = Hostile  # type: ignore[misc]
-    Limits.of = of  # type: ignore[method-assign]
+    UpdateLimits.apply = apply  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
             record = simulate(what, Path(folder))
     finally:
         virtual_device.RoundRunner = plain  # type: ignore[misc]
-        Limits.of = closed  # type: ignore[method-assign]
+        UpdateLimits.apply = closed  # type: ignore[method-assign]
     accuracies = [row.accuracy if case.data == "digits" else row.measured["global"] for row in record.rounds]
     serves = "after" if case.data == "digits" else method_of(case).serves
     return {

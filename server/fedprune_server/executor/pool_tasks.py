@@ -17,10 +17,10 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.influence import Lengths, lengths
 from fedprune.core.errors import FedpruneError, StorageError
 from fedprune.core.text import one_line
 from fedprune.jobs.job import Job
+from fedprune.rounds.influence import Lengths, lengths
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.worker import Worker
 from fedprune_server.storage.s3.store import BucketStore, Objects
@@ -129,10 +129,8 @@ def check(worker: Worker, command: do.Fold) -> Checked | on.UpdateRejected:
     """
     found = command.contribution
     device, round_, attempt = found.part.device, found.basis.round, found.part.attempt
-    fold, _ = worker.sums.at(command)
     try:
-        report = worker.reports.report(found)
-        worker.sums.check(report, fold)
+        report = worker.round_of(command).check(worker.updates.update(found))
     except StorageError:
         raise
     except FedpruneError as error:
@@ -147,14 +145,15 @@ def add_up(worker: Worker, addition: Addition) -> PartialSums:
         FedpruneError: An update can't be added; the server's own worker finds out which, and why.
     """
     command = addition.command
-    fold = worker.sums.at(command)[0].narrowed(addition.names)
+    round_ = worker.round_of(command)
+    fold = round_.fold.narrowed(addition.names)
     for found in command.contributions:
         if addition.refs is None:
-            report = worker.reports.report(found)
-            worker.sums.check(report, fold)
-            lifted = worker.reports.lifted(report)
+            report = worker.updates.update(found).report()
+            fold.check(report.trained.selection, report.trained.tensors)
+            lifted = round_.lifted(report)
         else:
-            report = worker.reports.some(found, addition.refs, addition.names)
+            report = worker.updates.some(found, addition.refs, addition.names)
             fold.check(report.trained.selection, report.trained.tensors)
             lifted = report.trained
         worker.strategy.aggregator.add(fold, report, lifted)

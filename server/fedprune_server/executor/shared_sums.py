@@ -90,11 +90,11 @@ class SharedSums:
         started = self._batches if self._round == (command.round, command.model) else []
         self._passed = []
         self._batches = [b for b in started if all(counted.get(c.part.device) == c for c in b.updates)]
-        _, included = self._worker.sums.at(command)
-        if any(counted.get(device) != found for device, found in included.items()):
-            self._worker.sums.clear()
-            _, included = self._worker.sums.at(command)
-        there = {*included, *(c.part.device for b in self._batches for c in b.updates)}
+        round_ = self._worker.round_of(command)
+        updates = {name: self._worker.updates.update(c) for name, c in counted.items()}
+        if any(updates.get(device) != update for device, update in round_.included.items()):
+            round_.reset()
+        there = {*round_.included, *(c.part.device for b in self._batches for c in b.updates)}
         left = [c for c in command.contributions if c.part.device not in there]
         left = [c for c in left if self.takes(do.Fold(command.round, command.model, command.memory, c))]
         if len(left) >= _LEAST:
@@ -105,7 +105,7 @@ class SharedSums:
     def _ordered(self, command: do.Close, updates: Sequence[do.Contribution]) -> list[_Batch]:
         """Have updates added up."""
         store = self._worker.store
-        fold, _ = self._worker.sums.at(command)
+        fold = self._worker.round_of(command).fold
         whole = frozenset(t.name for t in fold.shared)
         out = []
         plain = [c for c in updates if self._as_trained and c.codec is None]
@@ -137,7 +137,8 @@ class SharedSums:
                 parts = [f.result(None if until is None else max(0.0, until - time.monotonic())) for f in batch.sums]
                 if not all(isinstance(part, PartialSums) for part in parts):
                     raise TypeError("no sums")
-                self._worker.sums.take(command, batch.updates, parts)
+                updates = [self._worker.updates.update(c) for c in batch.updates]
+                self._worker.round_of(command).merge(updates, parts)
             except Exception:
                 log.warning("%d updates are added up by the server itself", len(batch.updates))
                 log.debug("why", exc_info=True)

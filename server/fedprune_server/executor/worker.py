@@ -7,9 +7,9 @@ any time, in another process, with the same bits. What it does is what the job's
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,11 @@ from fedprune.core import tensorfile
 from fedprune.costs.form_times import FormTimes
 from fedprune.importance.element_ranking import magnitudes, threshold
 from fedprune.jobs.job import Job
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import Selection
+from fedprune.rounds.limits import UpdateLimits
+from fedprune.rounds.round import Round, RoundResult
 from fedprune.strategies import compose
-from fedprune.strategies.roles import Cut, Memories, Report, Scene, Submodel, Turn
+from fedprune.strategies.roles import Cut, Memories, Submodel, Turn
 from fedprune.training.recipe import Recipe
 from fedprune.training.trainable import frozen_tensors
 from fedprune_export.pruning.model import Model
@@ -31,12 +33,9 @@ from fedprune_server.executor.accountant import Accountant, accountant
 from fedprune_server.executor.background import Work
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.evaluator import Evaluation, Evaluator, Sessions
-from fedprune_server.executor.faults import AtFaultError, Suspect
-from fedprune_server.executor.limits import Limits
 from fedprune_server.executor.offers import Offers, graphs_of
-from fedprune_server.executor.reports import Reports
-from fedprune_server.executor.round_sums import RoundSums
 from fedprune_server.executor.slab_chains import SlabChains
+from fedprune_server.executor.stored_updates import StoredUpdates
 
 log = logging.getLogger("fedprune.server")
 
@@ -78,10 +77,10 @@ class Worker:
         self._evaluator = None if evaluation is None else Evaluator(Sessions(model, 1), job.recipe, evaluation)
         self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
         self._offers = Offers(model, store, job.precision)
-        self.reports = Reports(job, model.architecture, self.strategy, store, self._offers.withheld)
+        self.updates = StoredUpdates(job, model.architecture, self.strategy, store, self._offers.withheld)
         self._slabs = SlabChains(self.strategy, store, self._submodel) if slabs else None
-        self.limits = Limits(job, self.reports, uniform=self.strategy.aggregator.weighting == "uniform")
-        self.sums = RoundSums(self.strategy, self.reports, self.limits)
+        self.limits = UpdateLimits(job, uniform=self.strategy.aggregator.weighting == "uniform")
+        self._round: tuple[object, Round] | None = None
         self._told: set[str] = set()
 
     @cached_property
@@ -103,7 +102,7 @@ class Worker:
             ModelError: The model can't be trained, which is better known before the first device is there.
             ConfigError: A pattern of the recipe matches no tensor.
         """
-        recipe = self.reports.recipe(Turn(self.job.seed, 1, "", self.architecture.sizes))
+        recipe = self.updates.recipe(Turn(self.job.seed, 1, "", self.architecture.sizes))
         self._offers.training(recipe, 1)
         self._offers.lowered(self.architecture.sizes, 1)
         self._offers.withheld(recipe)
@@ -150,7 +149,7 @@ class Worker:
 
     def _score(self, command: do.Score) -> on.Scored:
         ranking = self.strategy.scorer.rank(
-            self.reports.scene(command.round, command.model, command.memory, command.participants)
+            self.updates.scene(command.round, command.model, command.memory, command.participants)
         )
         selection = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
         stored = self.store.put(selection.to_json().encode()).sha256
@@ -158,13 +157,13 @@ class Worker:
         return on.Scored(command.round, stored, order)
 
     def _extract(self, command: do.Extract) -> on.Extracted:
-        part, cut = command.part, self.reports.cut(command.basis, command.part)
+        part, cut = command.part, self.updates.cut(command.basis, command.part)
         submodel = self._made(cut)
-        recipe = _masked(self.reports.recipe(cut.turn).in_parts(command.accumulate), submodel)
+        recipe = _masked(self.updates.recipe(cut.turn).in_parts(command.accumulate), submodel)
         times = FormTimes.from_dict(command.forms) if command.block and command.forms is not None else None
         held = command.coding.held
         known = held is not None and self.store.has(held.ranking)
-        before = self.reports.archive.selection(held.ranking, held.widths) if known and held is not None else None
+        before = self.updates.archive.selection(held.ranking, held.widths) if known and held is not None else None
         offer = {
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
@@ -183,7 +182,7 @@ class Worker:
         return replace(event, offer=event.offer | self._slabs.named(command, event.offer["weights"]["sha256"]))
 
     def _submodel(self, command: do.Extract) -> Submodel:
-        return self._made(self.reports.cut(command.basis, command.part))
+        return self._made(self.updates.cut(command.basis, command.part))
 
     def _made(self, cut: Cut) -> Submodel:
         return self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
@@ -197,97 +196,54 @@ class Worker:
             return basis.ranking
         return self.store.put(sent.narrowed(self.architecture.sizes).to_json().encode()).sha256
 
-    # Updates come in.
+    # Updates come in, and a round ends.
+
+    def round_of(self, command: do.Fold | do.Close) -> Round:
+        """The round that a command belongs to; a new one if it isn't the one of the command before."""
+        key = (command.round, command.model, command.memory)
+        if self._round is None or self._round[0] != key:
+            scene = self.updates.scene(command.round, command.model, command.memory)
+            self._round = key, Round(self.strategy, scene, self.limits)
+        return self._round[1]
 
     def _add(self, command: do.Fold) -> on.Folded | on.UpdateRejected:
         found = command.contribution
-        reason = self.sums.fault(command, found)
+        reason = self.round_of(command).receive(self.updates.update(found))
         if reason:
             return on.UpdateRejected(found.part.device, found.basis.round, found.part.attempt, reason)
         return on.Folded(found.part.device, found.basis.round, found.part.attempt)
 
-    # A round ends.
-
     def _close(self, command: do.Close) -> on.Closed:
-        """Close a round with whatever of its contributions can be used.
+        updates = [self.updates.update(c) for c in command.contributions]
+        result = self.round_of(command).close(updates, command.rate, command.participants)
+        self._round = None
+        self._log(command.round, result)
+        model = self._put_model(command, result)
+        memory = self._remembered(command.memory, result.memories)
+        return on.Closed(command.round, model, memory, dict(result.rejected), dict(result.limited))
 
-        An update that passed when it came may be at fault now: a later model allows less, and what a scorer makes of it
-        is seen here for the first time. It is left out with its reason; else no round would ever end again. Verdicts
-        depend on blobs alone, so that they are the same whenever this is repeated.
-        """
-        at_fault: dict[str, str] = {}
-        while True:
-            counted = tuple(c for c in command.contributions if c.part.device not in at_fault)
-            limited = self.limits.of(command, counted)
-            counted = limited.contributions
-            found = limited.rejected or self.sums.all_of(command, counted)
-            if not found:
-                try:
-                    closed = self._closed(command, counted, limited.memories)
-                    break
-                except AtFaultError as error:
-                    found = {error.device: error.reason}
-            for device, reason in found.items():
-                log.warning("%supdate of %s can't be used in round %d: %s", self.prefix, device, command.round, reason)
-            at_fault |= found
-        self.sums.clear()
-        rejected = dict(sorted((closed.rejected | at_fault).items()))
-        reasons = {device: reason for device, reason in limited.reasons.items() if device not in rejected}
-        for device, reason in reasons.items():
+    def _log(self, round_: int, result: RoundResult) -> None:
+        for device, reason in result.rejected.items():
+            log.warning("%sthe update of %s doesn't count in round %d: %s", self.prefix, device, round_, reason)
+        for device, reason in result.limited.items():
             # The samples that a board reports stay as they are: once is enough.
             level = logging.DEBUG if reason in self._told else logging.WARNING
-            log.log(level, "%sthe update of %s is limited in round %d: %s", self.prefix, device, command.round, reason)
-        self._told = set(reasons.values())
-        return replace(closed, rejected=rejected, limited=reasons)
+            log.log(level, "%sthe update of %s is limited in round %d: %s", self.prefix, device, round_, reason)
+        self._told = set(result.limited.values())
 
-    def _closed(self, command: do.Close, counted: tuple[do.Contribution, ...], memories: Memories) -> on.Closed:
-        """Close the sums.
-
-        Args:
-            command: The command.
-            counted: What counts.
-            memories: What is remembered in any case.
-
-        Raises:
-            AtFaultError: A role failed while it looked at an update.
-        """
-        if not counted:
-            return on.Closed(command.round, command.model, dict(command.memory))
-        fold, _ = self.sums.at(command)
-        scene = self.reports.scene(command.round, command.model, command.memory, command.participants)
-        rejected: dict[str, str] = {}
-        suspect = Suspect()
-
-        def reports() -> Iterator[Report]:
-            left = (c for c in counted if c.part.device not in rejected)
-            return suspect.each((c.part.device, partial(self.reports.report, c)) for c in left)
-
-        model = command.model
-        try:
-            # A round of exploration is closed, too, for the sake of who is rejected; its model is thrown away.
-            with suspect.blamed():
-                closing = self.strategy.aggregator.close(
-                    fold, scene, command.rate, lambda: ((r, self.reports.lifted(r)) for r in reports())
-                )
-            rejected |= sorted(closing.rejected.items())
-            for device, reason in rejected.items():
-                log.warning("%supdate of %s in round %d doesn't count: %s", self.prefix, device, command.round, reason)
-            if command.round > self.strategy.explores or self.strategy.explorers_count:
-                model, memories = self._put_model(closing.model, scene, counted), memories | closing.memories
-            # Last, so that a scorer learns from what counted.
-            with suspect.blamed():
-                memories = memories | self.strategy.scorer.learn(scene, fold, reports)
-        except AtFaultError:
-            self.sums.clear()
-            raise
-        return on.Closed(command.round, model, self._remembered(command.memory, memories), rejected)
-
-    def _put_model(self, tensors: Tensors, scene: Scene, counted: tuple[do.Contribution, ...]) -> str:
-        """Store the next model; what doesn't travel keeps its bits, which sums would round."""
-        kept: set[str] = set()
-        for found in counted:
-            kept |= self.reports.withheld(found.basis, found.part)
-        tensors = tensors | {n: scene.model[n] for n in kept}
+    def _put_model(self, command: do.Close, result: RoundResult) -> str:
+        """Store the next model; tensors that don't travel keep their bits, which sums would round."""
+        if result.model is None:
+            return command.model
+        before, kept, counted = (
+            self.updates.archive.model(command.model),
+            set[str](),
+            {u.device for u in result.updates},
+        )
+        for found in command.contributions:
+            if found.part.device in counted:
+                kept |= self.updates.withheld(found.basis, found.part)
+        tensors = result.model | {n: before[n] for n in kept}
         if self._calibration is not None:
             tensors = self._calibration(tensors)
         return self.store.put(tensorfile.encode(tensors)).sha256
@@ -305,7 +261,7 @@ class Worker:
         private = {} if self.accountant is None else self.accountant.metrics(command)
         if self._evaluator is None:
             return on.Evaluated(command.round, private)
-        metrics = self._evaluator(self.reports.archive.model(command.model), self.architecture.sizes)
+        metrics = self._evaluator(self.updates.archive.model(command.model), self.architecture.sizes)
         return on.Evaluated(command.round, metrics | private)
 
 

@@ -86,8 +86,11 @@ class DistributedWorker:
             if isinstance(event, on.UpdateRejected):
                 return event
         if self._shared is not None and isinstance(command, do.Close):
-            limited = self._worker.limits.of(command, command.contributions)
-            self._shared.gather(replace(command, contributions=limited.contributions))
+            updates = [self._worker.updates.update(c) for c in command.contributions]
+            shares = {u.device: u.shares for u in self._worker.round_of(command).limited(updates).updates}
+            counted = (c for c in command.contributions if c.part.device in shares)
+            limited = tuple(replace(c, shares=shares[c.part.device]) for c in counted)
+            self._shared.gather(replace(command, contributions=limited))
         return self._worker.execute(command)
 
     def _extract(self, command: do.Extract) -> on.Event:
@@ -121,7 +124,7 @@ class DistributedWorker:
                 self._worker.store.learn(answer.objects)
             answer = answer.events[place]
         if isinstance(answer, pool_tasks.Checked) and isinstance(command, do.Fold):
-            self._worker.limits.learn(command.contribution, answer.lengths)
+            self._worker.limits.learn(self._worker.updates.update(command.contribution), answer.lengths)
             answer = answer.event
         event = answer
         return event if isinstance(event, on.Extracted | on.Folded | on.UpdateRejected) else None

@@ -102,7 +102,7 @@ def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.Fold],
         extracted = w.execute(do.Extract(basis, part))
         assert isinstance(extracted, on.Extracted)
         offer, dice = extracted.offer, np.random.default_rng(k)
-        withheld = w.reports.withheld(basis, part)
+        withheld = w.updates.withheld(basis, part)
         update = {
             n: (v + (0.5 if name == far else 0.1) * dice.standard_normal(v.shape)).astype(np.float32)
             for n, v in tensorfile.decode(w.store.read(offer["weights"]["sha256"])).items()
@@ -172,7 +172,7 @@ def test_a_helper_reads_no_more_of_an_update_than_it_adds(model: Model, tmp_path
     added = [a for t, a in helpers.done if t is pool_tasks.add_up]
     assert len(added) == 3
     assert sorted(n for a in added for n in a.names) == sorted(t.name for t in w.architecture.tensors)
-    report = w.reports.some(folds[0].contribution, added[0].refs, added[0].names)
+    report = w.updates.some(folds[0].contribution, added[0].refs, added[0].names)
     assert set(report.trained.tensors) == set(added[0].names)
 
 

@@ -18,10 +18,10 @@ from fedprune.aggregation.fold import Fold
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.influence import MEMORY
 from fedprune.core import tensorfile
 from fedprune.core.errors import StorageError, StrategyError
 from fedprune.jobs.job import Job
+from fedprune.rounds.influence import MEMORY
 from fedprune.strategies import compose
 from fedprune.strategies.averaging import Mean
 from fedprune.strategies.roles import Closing, Report, Submodel

@@ -14,11 +14,11 @@ import pytest
 
 import fedprune
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination.influence import MEMORY
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
 from fedprune.hardware import profile_store
 from fedprune.jobs.job import Job
+from fedprune.rounds.influence import MEMORY
 from fedprune.strategies import compose
 from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx

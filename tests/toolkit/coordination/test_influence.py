@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.coordination.influence import (
+from fedprune.model.architecture import widths_at
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.rounds.influence import (
     REACH,
     REJECTED,
     WHOLE,
@@ -20,9 +23,6 @@ from fedprune.coordination.influence import (
     shortened,
     weight_limit,
 )
-from fedprune.model.architecture import widths_at
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
 from support.nets.two_groups import ARCHITECTURE as NET
 from support.nets.two_groups import TRAINED

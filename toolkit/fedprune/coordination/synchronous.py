@@ -15,7 +15,6 @@ from fedprune.aggregation.fixed_point import weight_in
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.base import Commands, Coordinator, based, steps_of
-from fedprune.coordination.influence import capped
 from fedprune.coordination.sampling import ENOUGH, beyond, drawn, places
 from fedprune.coordination.stragglers import LOOKS, TO_COME, Pace, Stragglers, note
 from fedprune.core.metrics import believable
@@ -24,6 +23,7 @@ from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
+from fedprune.rounds.influence import capped
 
 
 class SynchronousCoordinator(Coordinator):

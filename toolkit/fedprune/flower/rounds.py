@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from fedprune.aggregation.checks import check_counts, check_model
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
-from fedprune.coordination.influence import MEMORY, bounds, capped, lengths, reaches, shortened
 from fedprune.core import tensorfile
 from fedprune.core.disk import is_there, write_whole
 from fedprune.core.errors import FedpruneError, ProtocolError, StorageError
@@ -23,6 +22,10 @@ from fedprune.flower.presets import composed
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Selection, Tensors
+from fedprune.rounds.influence import capped
+from fedprune.rounds.limits import UpdateLimits
+from fedprune.rounds.round import Round
+from fedprune.rounds.update import RoundUpdate
 from fedprune.strategies.roles import Cut, Memories, Report, Scene, Submodel, Turn
 from fedprune.training.recipe import Recipe
 from fedprune.training.trainable import frozen_tensors
@@ -137,7 +140,7 @@ class Rounds:
         """
         base = check_model(self.architecture, model)
         if self.strategy.starter is not None and self.number == 0:
-            still = self._still(self.job.recipe)
+            still = self._frozen_by(self.job.recipe)
             base = {
                 **self.strategy.starter.begin(self.architecture, base),
                 **{n: v for n, v in base.items() if n in still},
@@ -182,59 +185,41 @@ class Rounds:
         scene = self._scene
         if scene is None or not self._tasks:
             return Outcome(self.model, ())
-        aggregator, refused = self.strategy.aggregator, dict[str, str]()
-        fold = aggregator.fold(scene, evidence=False)
-        checked: dict[str, Report] = {}
+        uniform = self.strategy.aggregator.weighting == "uniform"
+        round_ = Round(self.strategy, scene, UpdateLimits(self.job, uniform=uniform))
+        refused, received = dict[str, str](), dict[str, RoundUpdate]()
         for node, update in updates:
-            try:
-                if node not in self._tasks:
-                    raise ProtocolError("it has no part in this round")
-                if node in checked:
-                    _LOG.warning("round %d: node %s answered twice; its first answer counts", scene.round, node)
-                    continue
-                report = self._report(node, update)
-                fold.check(report.trained.selection, report.trained.tensors)
-            except FedpruneError as error:
-                _LOG.warning("round %d: the update of node %s is refused: %s", scene.round, node, error)
-                refused[node] = str(error)
+            if node in received:
+                _LOG.warning("round %d: node %s answered twice; its first answer counts", scene.round, node)
                 continue
-            checked[node] = report
-            refused.pop(node, None)
-        limited, reference, outlying = self._limited(scene, checked)
-        refused |= outlying
-        reports: dict[str, tuple[Report, Submodel]] = {}
-        for node, report in limited.items():
             try:
-                lifted = self.strategy.personaliser.share(report, self.strategy.extractor.reconstruct(report))
-                aggregator.add(fold, report, lifted)
+                found = self._received(node, update)
+                round_.check(found)
+                received[node] = replace(found, checked=True)
+                refused.pop(node, None)
             except FedpruneError as error:
-                _LOG.warning("round %d: the update of node %s is refused: %s", scene.round, node, error)
                 refused[node] = str(error)
-                continue
-            reports[node] = (report, lifted)
-        if not reports:
-            self._tasks = {}
+        samples = {node: 1 if uniform else update.samples for node, update in received.items()}
+        weights = capped(samples, self.job.weight_limit, self.job.most_samples)
+        weighted = [replace(received[node], weight=weights[node]) for node in sorted(received)]
+        result = round_.close(weighted, 1.0, scene.participants)
+        self._tasks, self._scene = {}, None
+        refused |= result.rejected
+        for node, reason in sorted(refused.items()):
+            _LOG.warning("round %d: the update of node %s is refused: %s", scene.round, node, reason)
+        for node, reason in sorted(result.limited.items()):
+            _LOG.warning("round %d: the update of node %s is limited: %s", scene.round, node, reason)
+        if result.model is None:
             return Outcome(self.model, (), refused)
-        left = dict(sorted(reports.items()))
-        closing = aggregator.close(fold, scene, 1.0, lambda: iter(tuple(left.values())))
-        for node, reason in sorted(closing.rejected.items()):
-            _LOG.warning("round %d: the update of node %s doesn't count: %s", scene.round, node, reason)
-            refused[node] = reason
-            left.pop(node, None)
-
-        def counted() -> Iterator[Report]:
-            return (report for report, _ in tuple(left.values()))
-
-        learnt = self.strategy.scorer.learn(scene, fold, counted)
-        memory = {**self._memory, **reference, **closing.memories, **learnt}
+        memory = {**self._memory, **result.memories}
         self._memory = {name: tensors for name, tensors in memory.items() if tensors}
-        still = self._still(self.job.recipe)
-        self.model = {**closing.model, **{n: v for n, v in scene.model.items() if n in still}}
-        for report in counted():
-            self._samples[report.cut.turn.device] = report.cut.turn.samples
-            self._last[report.cut.turn.device] = scene.round
-        self.number, self._tasks, self._scene = scene.round, {}, None
-        return Outcome(self.model, tuple(left), refused)
+        frozen = self._frozen_by(self.job.recipe)
+        self.model = {**result.model, **{n: v for n, v in scene.model.items() if n in frozen}}
+        counted = tuple(n for n in sorted(received) if n not in refused)
+        self._samples |= {node: received[node].samples for node in counted}
+        self._last |= dict.fromkeys(counted, scene.round)
+        self.number = scene.round
+        return Outcome(self.model, counted, refused)
 
     def save(self, path: Path) -> None:
         """Write all that the next round goes on from.
@@ -325,45 +310,22 @@ class Rounds:
             out[node] = Task(cut, submodel, recipe.in_parts(share.accumulate))
         return out
 
-    def _limited(
-        self, scene: Scene, checked: Mapping[str, Report]
-    ) -> tuple[dict[str, Report], Memories, dict[str, str]]:
-        """A round's updates under the job's limits, what is remembered of them, and which of them don't count."""
-        uniform = self.strategy.aggregator.weighting == "uniform"
-        samples = {node: 1 if uniform else report.weight for node, report in checked.items()}
-        weights = capped(samples, self.job.weight_limit, self.job.most_samples)
-        limited = {node: replace(report, weight=weights[node]) for node, report in checked.items()}
-        if not self.job.move_limit or not checked:
-            return limited, {}, {}
-        found = bounds(
-            {node: lengths(report) for node, report in checked.items()},
-            reaches({node: report.steps for node, report in checked.items()}, self.job.weight_limit),
-            scene.memory.get(MEMORY, {}),
-            self.architecture,
-            scene.model,
-            self.job.move_limit,
-        )
-        for node, reason in {**found.reasons, **found.rejected}.items():
-            _LOG.warning("round %d: the update of node %s is limited: %s", scene.round, node, reason)
-        left = {node: report for node, report in limited.items() if node not in found.rejected}
-        shares = {node: found.shares[node] for node in left if found.shares[node]}
-        left |= {node: shortened(left[node], of) for node, of in shares.items()}
-        return left, {MEMORY: found.reference}, dict(found.rejected)
-
-    def _report(self, node: str, update: Update) -> Report:
-        """An update as roles look at it.
+    def _received(self, node: str, update: Update) -> RoundUpdate:
+        """A node's update, for the open round.
 
         Raises:
-            ProtocolError: A count is out of range.
+            ProtocolError: The node has no part in the round, or a count is out of range.
         """
+        if node not in self._tasks:
+            raise ProtocolError("it has no part in this round")
         task = self._tasks[node]
         check_counts(update.samples, update.steps, MAX_WEIGHT)
-        turn = replace(task.cut.turn, samples=update.samples)
-        still = self._still(task.recipe)
-        tensors = {**update.tensors, **{n: v for n, v in task.submodel.tensors.items() if n in still}}
-        weight = 1 if self.strategy.aggregator.weighting == "uniform" else update.samples
+        frozen = self._frozen_by(task.recipe)
+        tensors = {**update.tensors, **{n: v for n, v in task.submodel.tensors.items() if n in frozen}}
+        cut = replace(task.cut, turn=replace(task.cut.turn, samples=update.samples))
         trained = Submodel(task.submodel.selection, tensors)
-        return Report(replace(task.cut, turn=turn), trained, weight, update.steps, lambda: task.submodel)
+        report = Report(cut, trained, 1, update.steps, lambda: task.submodel)
+        return RoundUpdate(node, node, 1, update.steps, update.samples, lambda: report)
 
-    def _still(self, recipe: Recipe) -> frozenset[str]:
+    def _frozen_by(self, recipe: Recipe) -> frozenset[str]:
         return frozen_tensors(self.architecture, recipe.features, self._frozen)

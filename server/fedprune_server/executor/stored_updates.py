@@ -1,4 +1,4 @@
-"""Stored updates, read back as what a strategy's roles look at."""
+"""Stored updates and what they were made of, read from blobs for a strategy's roles."""
 
 from __future__ import annotations
 
@@ -6,30 +6,32 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 
+from fedprune.aggregation.checks import check_squares
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.coordination import commands as do
-from fedprune.coordination.influence import shortened
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.classifier_head import spelt
 from fedprune.model.selection import Selection, Tensors
+from fedprune.rounds.influence import shortened
+from fedprune.rounds.update import RoundUpdate
 from fedprune.strategies import Strategy
 from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
 from fedprune.training.recipe import Recipe
 from fedprune_server.executor.archive import Archive, parts
 
 
-class Reports:
-    """Reads what commands name.
+class StoredUpdates:
+    """Reads the scenes, submodels and updates that commands name.
 
     Args:
         job: The job's settings.
         architecture: The model's.
         strategy: The job's.
-        store: Where blobs lie.
-        withheld: Which tensors no update carries, by recipe.
+        store: Where blobs are stored.
+        withheld: By recipe, the tensors that no update carries.
     """
 
     def __init__(
@@ -81,12 +83,25 @@ class Reports:
         selection = self.archive.selection(basis.ranking, part.widths)
         return Cut(scene, turn, selection, self.archive.order(basis.order), past)
 
+    def update(self, found: do.Contribution) -> RoundUpdate:
+        """A stored update, to be read when its round needs it."""
+        basis, part = found.basis, found.part
+        content = (found.weights, found.sent, found.mask, found.codec, found.ranking, found.widths)
+        key = (basis.round, basis.model, basis.ranking, part.device, part.attempt, content)
+        read = partial(self.report, found)
+        return RoundUpdate(part.device, key, found.weight, found.steps, part.samples, read, found.shares)
+
     def report(self, found: do.Contribution) -> Report:
-        """A stored update. What doesn't travel is the server's own, whatever a device says of it."""
+        """A stored update, whole. What doesn't travel is the server's own, whatever a device sent.
+
+        Raises:
+            FedpruneError: It can't be read, or holds squared gradients that were not asked for or are none.
+        """
         cut = self.cut(found.basis, found.part)
         selection = self._selection(found)
         mask = self.archive.mask(found.mask, selection)
-        withheld = self._withheld(self.recipe(cut.turn))
+        recipe = self.recipe(cut.turn)
+        withheld = self._withheld(recipe)
         held = _gathered(selection, cut.scene.model, withheld)
         tensors, squares = parts(self.archive.update(found.weights, found.codec, found.sent), mask)
 
@@ -94,8 +109,11 @@ class Reports:
             offered, _ = parts(self.archive.tensors(found.sent), mask)
             return Submodel(selection, offered, mask)
 
+        if squares:
+            trainable = frozenset(t.name for t in self._architecture.trainable)
+            check_squares(selection, squares, trainable - withheld if recipe.report_squares else ())
         trained = Submodel(selection, tensors | held, mask)
-        return _limited(Report(cut, trained, found.weight, found.steps, sent, squares), found)
+        return Report(cut, trained, found.weight, found.steps, sent, squares)
 
     def some(self, found: do.Contribution, refs: Mapping[str, BlobRef], names: Collection[str]) -> Report:
         """A stored update without a mask and without a codec, with some of its tensors; nothing else of it is read.
@@ -113,7 +131,8 @@ class Reports:
         tensors |= {n: v for n, v in held.items() if n in names}
         sent = partial(self._sent, selection, found.sent, refs, names)
         trained = Submodel(selection, tensors)
-        return _limited(Report(Cut(scene, turn, whole), trained, found.weight, found.steps, sent), found)
+        report = Report(Cut(scene, turn, whole), trained, found.weight, found.steps, sent)
+        return shortened(report, found.shares) if found.shares else report
 
     def _sent(self, selection: Selection, digest: str, refs: Mapping[str, BlobRef], names: Collection[str]) -> Submodel:
         return Submodel(selection, read_tensors(self._store, refs[digest], names))
@@ -121,21 +140,6 @@ class Reports:
     def _selection(self, found: do.Contribution) -> Selection:
         # What was sent says where its channels live: an extractor may have cut less than the turn's, or others.
         return self.archive.selection(found.ranking or found.basis.ranking, found.widths or found.part.widths)
-
-    def reported(self, report: Report) -> frozenset[str]:
-        """Of which tensors a device was asked for squared gradients."""
-        recipe = self.recipe(report.cut.turn)
-        if not recipe.report_squares:
-            return frozenset()
-        return frozenset(t.name for t in self._architecture.trainable) - self._withheld(recipe)
-
-    def lifted(self, report: Report) -> Submodel:
-        """What of an update enters the sums."""
-        return self._strategy.personaliser.share(report, self._strategy.extractor.reconstruct(report))
-
-
-def _limited(report: Report, found: do.Contribution) -> Report:
-    return shortened(report, found.shares) if found.shares else report
 
 
 def _gathered(selection: Selection, model: Tensors, names: frozenset[str]) -> Tensors:

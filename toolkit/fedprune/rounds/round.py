@@ -1,0 +1,253 @@
+"""One round, from the first update to the next global model.
+
+Updates are read and checked once, as they arrive, and added to exact sums. How much of each counts depends on all of
+them and is decided when the round closes. The server's worker, and with it the simulator, and the Flower strategy run
+their rounds with this class; they differ in where updates come from and where models go.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from fedprune.aggregation.fixed_point import MAX_WEIGHT
+from fedprune.aggregation.fold import Fold
+from fedprune.aggregation.partial_sums import PartialSums
+from fedprune.core.errors import BundleError, FedpruneError, StorageError, StrategyError
+from fedprune.core.text import one_line
+from fedprune.model.selection import Tensors
+from fedprune.rounds.limits import LimitedUpdates, UpdateLimits
+from fedprune.rounds.update import RoundUpdate
+from fedprune.strategies.roles import Memories, Report, Scene, Submodel
+from fedprune.strategies.strategy import Strategy
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class RoundResult:
+    """The end of a round.
+
+    Attributes:
+        model: The next global model; None where it stays as it is.
+        memories: What the job remembers from now on; an empty collection is forgotten.
+        updates: The updates that the sums were made of, with the shares of them that count.
+        rejected: By device, why its update doesn't count.
+        limited: By device, why much less of its update counts than it sent.
+    """
+
+    model: Tensors | None = None
+    memories: Memories = field(default_factory=dict)
+    updates: tuple[RoundUpdate, ...] = ()
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    limited: Mapping[str, str] = field(default_factory=dict)
+
+
+class Round:
+    """The sums of one round.
+
+    Args:
+        strategy: The job's.
+        scene: The round and its global model.
+        limits: The job's limits on single updates.
+
+    Attributes:
+        included: The updates in the sums, by device.
+    """
+
+    def __init__(self, strategy: Strategy, scene: Scene, limits: UpdateLimits) -> None:
+        self.scene = scene
+        self.included: dict[str, RoundUpdate] = {}
+        self._strategy = strategy
+        self._limits = limits
+        self._fold: Fold | None = None
+        self._reading = ""
+
+    @property
+    def fold(self) -> Fold:
+        """The sums."""
+        if self._fold is None:
+            self._fold = self._strategy.aggregator.fold(self.scene, evidence=self._strategy.scorer.observes)
+        return self._fold
+
+    def reset(self) -> None:
+        """Start again with empty sums."""
+        self._fold, self.included = None, {}
+
+    def receive(self, update: RoundUpdate) -> str:
+        """Read, check and add an update that has arrived.
+
+        Returns:
+            Why it can't count; empty if it was added, or if its device has one in the sums already.
+
+        Raises:
+            StorageError: It can't be read from the disk.
+        """
+        self._make_room(update.weight)
+        return self._add(update)
+
+    def check(self, update: RoundUpdate) -> Report:
+        """Read an update, and check it without adding it.
+
+        Raises:
+            FedpruneError: It can't count.
+        """
+        report = update.report()
+        if not update.checked:
+            self.fold.check(report.trained.selection, report.trained.tensors)
+        return report
+
+    def merge(self, updates: Sequence[RoundUpdate], parts: Sequence[PartialSums]) -> None:
+        """Add the sums that other processes have made of checked updates.
+
+        Args:
+            updates: None of them may be in the sums yet.
+            parts: Their sums, which together hold all tensors.
+
+        Raises:
+            BundleError: These are not the sums of these updates.
+        """
+        weight = sum(u.weight for u in updates)
+        self._make_room(weight)
+        if any(u.device in self.included for u in updates):
+            raise BundleError("partial sums hold an update that is in the sums already")
+        if not parts or parts[0].updates != len(updates) or parts[0].weight != weight:
+            raise BundleError("partial sums", expected=f"{len(updates)} updates of weight {weight}")
+        try:
+            self.fold.take(parts)
+        except FedpruneError:
+            raise  # raised before anything is added
+        except BaseException:
+            self.reset()
+            raise
+        self.included |= {u.device: u for u in updates}
+
+    def limited(self, updates: Sequence[RoundUpdate]) -> LimitedUpdates:
+        """Updates under the job's limits, as `close` applies them."""
+        return self._limits.apply(self.scene, updates)
+
+    def close(
+        self, updates: Sequence[RoundUpdate], rate: float = 1.0, participants: tuple[str, ...] = ()
+    ) -> RoundResult:
+        """Close the round with exactly these updates; those that aren't in the sums yet are added.
+
+        An update that passed when it arrived may fail now: its limits depend on all updates, and a scorer reads it for
+        the first time. It is left out with its reason, so that no update can keep a round from closing. The result
+        depends on the updates alone, whatever was added before and in whatever order.
+
+        Args:
+            updates: Sorted by device.
+            rate: Share of the way to the sums' mean.
+            participants: The devices of the round, sorted.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        at_fault: dict[str, str] = {}
+        while True:
+            limited = self.limited([u for u in updates if u.device not in at_fault])
+            found = limited.rejected or self._include_exactly(limited.updates)
+            if not found:
+                try:
+                    result = self._finish(limited, replace(self.scene, participants=participants), rate)
+                    break
+                except _AtFaultError as error:
+                    found = {error.device: error.reason}
+            at_fault |= found
+        self.reset()
+        rejected = dict(sorted((at_fault | dict(result.rejected)).items()))
+        reasons = {device: why for device, why in limited.reasons.items() if device not in rejected}
+        return replace(result, rejected=rejected, limited=reasons)
+
+    def lifted(self, report: Report) -> Submodel:
+        """An update as it enters the sums."""
+        return self._strategy.personaliser.share(report, self._strategy.extractor.reconstruct(report))
+
+    def _make_room(self, weight: int) -> None:
+        """Start again where the sums can't hold more weight: weights are provisional until a round closes."""
+        if self._fold is not None and self._fold.weight + weight > MAX_WEIGHT:
+            self.reset()
+
+    def _include_exactly(self, updates: Sequence[RoundUpdate]) -> dict[str, str]:
+        """Make the sums those of exactly these updates; returns by device why one can't be added."""
+        wanted = {u.device: u for u in updates}
+        if any(wanted.get(device) != update for device, update in self.included.items()):
+            self.reset()
+        reasons = {u.device: self._add(u) for u in updates}
+        return {device: reason for device, reason in reasons.items() if reason}
+
+    def _add(self, update: RoundUpdate) -> str:
+        if update.device in self.included:
+            return ""
+        try:
+            report = self.check(update)
+            self._limits.learn(update, report)
+            self._strategy.aggregator.add(self.fold, report, self.lifted(report))
+        except Exception as error:  # noqa: BLE001 - what our checks overlooked must cost this update only
+            return self._reason(update.device, error)
+        self.included[update.device] = update
+        return ""
+
+    def _finish(self, limited: LimitedUpdates, scene: Scene, rate: float) -> RoundResult:
+        if not limited.updates:
+            return RoundResult()
+        strategy, rejected = self._strategy, dict[str, str]()
+
+        def reports() -> Iterator[Report]:
+            for update in limited.updates:
+                if update.device not in rejected:
+                    self._reading = update.device
+                    yield update.report()
+            self._reading = ""
+
+        with self._blaming():
+            closing = strategy.aggregator.close(
+                self.fold, scene, rate, lambda: ((r, self.lifted(r)) for r in reports())
+            )
+        rejected |= closing.rejected
+        with self._blaming():  # after the rejections, so that a scorer learns only from what counts
+            learnt = strategy.scorer.learn(scene, self.fold, reports)
+        if scene.round <= strategy.explores and not strategy.explorers_count:
+            return RoundResult(None, {**limited.memories, **learnt}, limited.updates, rejected)
+        memories = {**limited.memories, **closing.memories, **learnt}
+        return RoundResult(closing.model, memories, limited.updates, rejected)
+
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """Attribute an error to the device whose update is being read."""
+        self._reading = ""
+        try:
+            yield
+        except Exception as error:
+            device = self._reading
+            if not device:
+                raise
+            reason = self._reason(device, error)
+            self.reset()
+            raise _AtFaultError(device, reason) from error
+
+    def _reason(self, device: str, error: Exception) -> str:
+        """Why an update can't count; errors of this machine are raised again.
+
+        After an unexpected error the sums start again: part of the update may be in them.
+        """
+        if isinstance(error, (StorageError, MemoryError)):
+            raise error
+        if isinstance(error, FedpruneError) and not isinstance(error, StrategyError):
+            return one_line(str(error))
+        _LOG.warning("update of %s in round %d: an unexpected error", device, self.scene.round, exc_info=error)
+        self.reset()
+        if isinstance(error, StrategyError):
+            return one_line(str(error))
+        return one_line(f"update can't be read ({type(error).__name__}: {error})")
+
+
+class _AtFaultError(Exception):
+    """An update that can't count after all."""
+
+    def __init__(self, device: str, reason: str) -> None:
+        super().__init__(device, reason)
+        self.device = device
+        self.reason = reason
