@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError, shape_text
+from fedprune.core.validation import whole
 from fedprune_device.data.reservoir import UNLABELLED
 
 Array = npt.NDArray[Any]
@@ -59,9 +60,7 @@ def checked_label(label: int | None) -> int:
     """
     if label is None:
         return UNLABELLED
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= MAX_LABEL:
-        raise DataError("label", expected=f"a whole number from 0 to {MAX_LABEL}", got=repr(label)[:40])
-    return label
+    return whole("label", label, 0, MAX_LABEL, error=DataError)
 
 
 def encoded(x: Array) -> bytes:

@@ -32,6 +32,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import durable
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError, PrivacyError, ProtocolError, StorageError
+from fedprune.core.validation import is_whole
 from fedprune.training.recipe import Recipe
 from fedprune.wire import messages
 from fedprune.wire.offer import Offer
@@ -353,4 +354,4 @@ def _body(message: Offer | messages.Update) -> dict[str, Any]:
 
 def _number(body: dict[str, Any] | None) -> int:
     number = (body or {}).get("number", 0)
-    return number if isinstance(number, int) and not isinstance(number, bool) and number >= 0 else 0
+    return number if is_whole(number) else 0

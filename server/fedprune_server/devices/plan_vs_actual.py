@@ -8,6 +8,7 @@ from typing import Any
 from fedprune.coordination import State
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import amount
+from fedprune.core.validation import is_number
 from fedprune.hardware.probe_report import ProbeReport
 from fedprune.hardware.profile import HardwareProfile
 from fedprune.jobs.job import Job
@@ -109,4 +110,4 @@ def _measured(name: str, state: State | None) -> Mapping[str, Any]:
 
 def _number(values: Mapping[str, Any] | None, name: str) -> float | None:
     value = (values or {}).get(name)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return float(value) if is_number(value) else None

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedprune.core.disk import write_whole
+from fedprune.core.validation import is_number
 
 FILE = "backed-up.json"
 
@@ -24,4 +25,4 @@ def last_backup(folder: Path) -> float | None:
         at = json.loads((folder / FILE).read_bytes())["at"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return float(at) if isinstance(at, (int, float)) and not isinstance(at, bool) else None
+    return float(at) if is_number(at) else None

@@ -11,7 +11,7 @@ from fedprune.blobs.leaf_cache import SUFFIX
 from fedprune.coordination import State
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
-from fedprune.core.validation import is_digest
+from fedprune.core.validation import MAX_INT, is_digest, is_whole
 from fedprune_server.executor.retention import kept_models
 from fedprune_server.storage.storage import Storage
 
@@ -53,7 +53,7 @@ def inventory(storage: Storage) -> Inventory:
         raise StorageError(f"{storage.url} holds no job yet", hint="Has a server been started on it?")
     server = settings.get("server", {})
     archive, keep = bool(server.get("archive")), server.get("keep", 1)
-    if not isinstance(keep, int) or isinstance(keep, bool):
+    if not is_whole(keep, -MAX_INT):
         raise StorageError(f"{storage.url}: its settings are damaged", expected="a whole number keep", got=repr(keep))
     updates = frozenset(str(t.update["sha256"]) for t in state.tasks.values() if t.update)
     models = frozenset(kept_models(state, None if archive else keep))

@@ -146,7 +146,7 @@ def test_an_unknown_key_is_named(path: tuple[str, ...]) -> None:
     for part in path[:-1]:
         target = target[part]
     target[path[-1]] = 1
-    with pytest.raises(ProfileError, match=r"unknown key " + re.escape(".".join(path))):
+    with pytest.raises(ProfileError, match=": ".join(("profile", *path[:-1], f"unknown key '{path[-1]}'"))):
         HardwareProfile.from_dict(bad)
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fedprune.aggregation.fixed_point import MAX_WEIGHT, run_all
 from fedprune.aggregation.magnitude import check_range, magnitude
 from fedprune.core.errors import BundleError, ProtocolError, shown
+from fedprune.core.validation import is_whole, whole
 from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.model.selection import Selection, Tensors
 
@@ -129,11 +130,10 @@ def check_counts(weight: object, steps: object, most: int) -> None:
     Raises:
         ProtocolError: One isn't, or is out of range.
     """
-    if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= most:
+    if not is_whole(weight, 1, most):
         raise ProtocolError(
             "weight of an update",
             expected=f"a whole number from 1 to {most} (a fold takes {MAX_WEIGHT} in all)",
             got=repr(weight),
         )
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-        raise ProtocolError("steps of an update", expected=f"a whole number from 1 to {MAX_STEPS}", got=repr(steps))
+    whole("steps of an update", steps, 1, MAX_STEPS, error=ProtocolError)

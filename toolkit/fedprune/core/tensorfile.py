@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import BundleError, remedy, shown
+from fedprune.core.validation import is_whole
 
 Array = npt.NDArray[Any]
 
@@ -194,6 +195,6 @@ def digest(raw: bytes | memoryview) -> str:
 
 
 def _size(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**48:
+    if not is_whole(value, 0, 2**48 - 1):
         raise ValueError(value)
     return value

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from fedprune.core.errors import ConfigError, FedpruneError, meant, shown
 
@@ -25,7 +25,7 @@ _HEX = re.compile(r"(?:[0-9a-f]{2})*")
 Error = type[FedpruneError]
 
 
-def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
+def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> TypeGuard[float]:
     """Whether it is a finite number, which a truth value is not, from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
@@ -35,12 +35,12 @@ def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> 
         return False
 
 
-def is_whole(value: object, low: int = 0, high: int = MAX_INT) -> bool:
+def is_whole(value: object, low: int = 0, high: int = MAX_INT) -> TypeGuard[int]:
     """Whether it is an int, which a truth value is not, from `low` to `high`."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def is_digest(value: object) -> bool:
+def is_digest(value: object) -> TypeGuard[str]:
     """Whether it is a sha256 in lower-case hex."""
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
@@ -57,7 +57,7 @@ def number(
 ) -> float:
     """A finite number from `low` to `high`; `above` and `below` exclude these ends."""
     if is_number(value, low, high) and not (above and value == low) and not (below and value == high):
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
     if math.isinf(low):
         expected = "a finite number" if math.isinf(high) else f"a number up to {high:g}"
     elif above:
@@ -72,7 +72,7 @@ def number(
 def whole(what: str, value: object, low: int = 0, high: int = MAX_INT, *, error: Error = ConfigError) -> int:
     """A whole number from `low` to `high`."""
     if is_whole(value, low, high):
-        return value  # type: ignore[return-value]
+        return value
     raise error(what, expected=f"a whole number from {low} to {high}", got=shown(value))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedprune.core import validation
 from fedprune.core.errors import ProfileError
 
 NAMES = (
@@ -55,10 +56,7 @@ class Shape:
         limits = (_MAX_WINDOW, _MAX_WINDOW, _MAX_SIZE, _MAX_SIZE, _MAX_PLACES)
         sizes = (self.kernel, self.stride, self.inputs, self.outputs, self.places)
         for value, most in zip(sizes, limits, strict=True):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ProfileError(
-                    "form times: a size", expected=f"a whole number from 1 to {most}", got=repr(value)[:80]
-                )
+            validation.whole("form times: a size", value, 1, most, error=ProfileError)
 
     def distance(self, other: Shape) -> float:
         """How far another shape is, in doublings; infinite where window or kind differ."""

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ProfileError
+from fedprune.core.validation import is_number, is_whole
 from fedprune.costs.kernel_workload import BLOCKS, FEATURES, KINDS, workload
 from fedprune.model.architecture import Architecture
 
@@ -239,12 +240,12 @@ def _rows(vector: Numbers) -> Rows:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value):
         raise ValueError(f"{str(value)[:40]!r} is not a number")
     return float(value)
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 10**6:
+    if not is_whole(value, 0, 10**6):
         raise ValueError(f"{str(value)[:40]!r} is not a whole number")
     return value

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
+from fedprune.core import validation
 from fedprune.core.errors import ConfigError, ProtocolError, meant, shown
 from fedprune.hardware import profile_store
 from fedprune.jobs.job import Job
@@ -99,9 +100,8 @@ class Allocation:
             count = samples if isinstance(samples, int) and 1 <= samples <= 10**9 else 1
             self._said[node] = self.of(profile, count)
             return
-        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
-            raise ProtocolError("a node's density", expected="a number above 0 and at most 1", got=shown(density))
-        self._said[node] = self.of(float(density), 1)
+        checked = validation.number("a node's density", density, 0, 1, above=True, error=ProtocolError)
+        self._said[node] = self.of(checked, 1)
 
     def deal(self, nodes: Sequence[int], round_: int) -> dict[int, Share]:
         """The shares of a round's nodes; without those that were asked and haven't answered.

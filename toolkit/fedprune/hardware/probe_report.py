@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fedprune.core import validation
 from fedprune.core.errors import ProfileError
+from fedprune.core.validation import is_whole
 from fedprune.costs.form_times import FormTimes
 from fedprune.costs.kernel_workload import BLOCKS
 from fedprune.costs.latency_model import LatencyTable
@@ -70,16 +72,10 @@ class ProbeReport:
             value = getattr(self, name)
             if value is None and optional:
                 continue
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int if whole else (int, float))
-                or not low <= value <= high  # false for what is not a number
-            ):
-                raise ProfileError(
-                    f"probe report: {name}",
-                    expected=f"{'a whole number' if whole else 'a number'} from {low:g} to {high:g}",
-                    got=repr(value),
-                )
+            if whole:
+                validation.whole(f"probe report: {name}", value, int(low), int(high), error=ProfileError)
+            else:
+                validation.number(f"probe report: {name}", value, low, high, error=ProfileError)
         for name in ("onnxruntime", "board"):
             value = getattr(self, name)
             if not isinstance(value, str) or len(value) > _MAX_TEXT:
@@ -89,14 +85,13 @@ class ProbeReport:
         if self.latency is not None and not isinstance(self.latency, LatencyTable):
             raise ProfileError("probe report: latency", expected="a latency table", got=type(self.latency).__name__)
         known = (0, *BLOCKS[1:])
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block not in known:
+        if not is_whole(self.block) or self.block not in known:
             raise ProfileError(
                 "probe report: block", expected=f"one of {', '.join(map(str, known))}", got=repr(self.block)[:80]
             )
         if self.forms is not None and not isinstance(self.forms, FormTimes):
             raise ProfileError("probe report: forms", expected="form times", got=type(self.forms).__name__)
-        if not isinstance(self.throttled, bool):
-            raise ProfileError("probe report: throttled", expected="true or false", got=repr(self.throttled))
+        validation.truth("probe report: throttled", self.throttled, error=ProfileError)
         if self.memory_available > self.memory_total:
             raise ProfileError(
                 "probe report: memory_available",

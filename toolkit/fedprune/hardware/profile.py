@@ -13,8 +13,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.errors import ProfileError, meant
+from fedprune.core import validation
+from fedprune.core.errors import ProfileError
 from fedprune.core.toml_file import read_toml
+from fedprune.core.validation import is_number, is_whole
 from fedprune.hardware.profile_sections import (
     SECTIONS,
     Accelerator,
@@ -143,7 +145,7 @@ class HardwareProfile:
         Raises:
             ProfileError: A key is unknown, missing, of the wrong type, out of range or without source.
         """
-        _only(body, (*_TOP, *SECTIONS, "sources", "format"), where, "")
+        validation.only((*_TOP, *SECTIONS, "sources", "format"), body, where, error=ProfileError)
         if body.get("format", FORMAT) != FORMAT:
             raise ProfileError(f"{where}: format", expected=FORMAT, got=repr(body["format"]))
         top = {key: _checked_text(body, key, where) for key in ("name", "title", "family")}
@@ -245,7 +247,7 @@ def _section(kind: type, section: str, body: object, where: str) -> Any:
     if not isinstance(body, Mapping):
         raise ProfileError(f"{where}: {section}", expected="a table", got=type(body).__name__)
     known = {f.name: f for f in fields(kind)}
-    _only(body, tuple(known), where, f"{section}.")
+    validation.only(known, body, f"{where}: {section}", error=ProfileError)
     values: dict[str, Any] = {}
     for name, spec in known.items():
         key = f"{where}: {section}.{name}"
@@ -261,9 +263,7 @@ def _value(value: object, annotation: str, meta: Mapping[str, Any], key: str) ->
     if kind == "texts":
         return _texts(value, key)
     if kind == "flag":
-        if not isinstance(value, bool):
-            raise ProfileError(key, expected="true or false", got=repr(value))
-        return value
+        return validation.truth(key, value, error=ProfileError)
     if kind == "text":
         choices = meta["choices"]
         if not isinstance(value, str) or not value or (choices and value not in choices):
@@ -274,26 +274,16 @@ def _value(value: object, annotation: str, meta: Mapping[str, Any], key: str) ->
     # TOML writes 1.8e9 as a float; where it is a whole number, that is what was meant.
     if whole and isinstance(value, float) and value.is_integer():
         value = int(value)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int if whole else (int, float))
-        or not low <= value <= high  # false for what is not a number
-    ):
-        raise ProfileError(
-            key,
-            expected=f"{'a whole number' if whole else 'a number'} from {low:g} to {high:g} ({meta['unit']})",
-            got=repr(value),
-            hint=meta["doc"],
-        )
-    return value if whole else float(value)
-
-
-def _only(body: Mapping[str, Any], known: tuple[str, ...], where: str, prefix: str) -> None:
-    for key in body:
-        if key not in known:
-            raise ProfileError(
-                f"{where}: unknown key {prefix}{key}{meant(key, known)}", expected=f"one of {', '.join(known)}"
-            )
+    if whole and is_whole(value, low, high):
+        return value
+    if not whole and is_number(value, low, high):
+        return float(value)
+    raise ProfileError(
+        key,
+        expected=f"{'a whole number' if whole else 'a number'} from {low:g} to {high:g} ({meta['unit']})",
+        got=repr(value),
+        hint=meta["doc"],
+    )
 
 
 def _checked_text(body: Mapping[str, Any], key: str, where: str, choices: tuple[str, ...] = ()) -> str:

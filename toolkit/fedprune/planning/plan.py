@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from fedprune.core.errors import PlanError
 from fedprune.core.text import amount
+from fedprune.core.validation import MAX_INT, is_number, is_whole
 from fedprune.costs.costs import MemoryBreakdown, costs_at
 from fedprune.costs.latency_model import LatencyTable
 from fedprune.hardware.probe_report import ProbeReport
@@ -635,7 +636,7 @@ def _worst(limits: Sequence[Limit]) -> Limit:
 
 
 def _number(value: Any, *, whole: bool = False) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
+    if not (is_whole(value, -MAX_INT) if whole else is_number(value)):
         raise ValueError(f"{value!r} is not a {'whole ' if whole else ''}number")
     return value
 

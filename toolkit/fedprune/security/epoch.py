@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedprune.core.disk import write_whole
 from fedprune.core.errors import StorageError, remedy
+from fedprune.core.validation import is_whole
 from fedprune.security.envelope import MAX_NUMBER
 
 _LAST_TIME = 2**53
@@ -102,7 +103,7 @@ def _read(path: Path) -> int:
         epoch = json.loads(raw)["epoch"]
     except (ValueError, KeyError, TypeError, RecursionError):
         epoch = None
-    if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch < MAX_NUMBER:
+    if not is_whole(epoch, 0, MAX_NUMBER - 1):
         raise StorageError(
             f"{path} is damaged",
             hint="Delete it if the clock of this machine is right; the next epoch is then the time.",

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedprune.core.errors import ReplayError, StaleEpochError, StorageError, shown
+from fedprune.core.validation import is_whole
 from fedprune.security.envelope import MAX_NUMBER
 
 WINDOW = 1024
@@ -113,15 +114,16 @@ class Window:
         """
         if isinstance(body, Mapping):
             epoch, top, seen, closed = (body.get(k) for k in ("epoch", "top", "seen", "closed"))
-            if _number(epoch) and _number(top) and isinstance(closed, bool) and isinstance(seen, str):
+            if (
+                is_whole(epoch, -1, MAX_NUMBER)
+                and is_whole(top, -1, MAX_NUMBER)
+                and isinstance(closed, bool)
+                and isinstance(seen, str)
+            ):
                 try:
                     bits = int(seen, 16) if len(seen) <= WINDOW // 4 else -1
                 except ValueError:
                     bits = -1
                 if 0 <= bits < 1 << WINDOW and (closed or bits & 1):
-                    return cls(epoch, top, bits, closed=closed)  # type: ignore[arg-type]
+                    return cls(epoch, top, bits, closed=closed)
         raise StorageError("a window of message numbers is damaged", got=shown(body))
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value <= MAX_NUMBER

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fedprune.core.disk import write_whole
 from fedprune.core.errors import StorageError, remedy
+from fedprune.core.validation import is_whole
 
 BUILT = 1_793_491_200
 """When this version was made, in seconds since 1970: 1 November 2026, raised with every release."""
@@ -71,4 +72,4 @@ def _read(path: Path, latest: int) -> int:
         raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
     except (ValueError, KeyError, TypeError, RecursionError):
         return 0
-    return min(floor, latest) if isinstance(floor, int) and not isinstance(floor, bool) and floor > 0 else 0
+    return min(floor, latest) if is_whole(floor, 1) else 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
+from fedprune.core.validation import is_number
 from fedprune.training.features import Features
 
 LABELS_OF = {"cross_entropy": "classes", "bce": "multi", "mse": "values", "huber": "values"}
@@ -361,7 +362,7 @@ def _densities(value: object) -> tuple[float, ...]:
     if (
         not isinstance(value, Sequence)
         or isinstance(value, str)
-        or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= 1 for v in value)
+        or not all(is_number(v, 0, 1) and v > 0 for v in value)
         or len(value) > _MOST
     ):
         raise ConfigError(

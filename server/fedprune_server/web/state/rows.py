@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedprune.core.text import one_line
+from fedprune.core.validation import is_number
 from fedprune.jobs.state import Device, Progress, State, Task
 from fedprune.wire.release_messages import COMMITTED
 from fedprune_server.monitoring.view import JobView
@@ -172,6 +173,4 @@ def round_news(
 
 def number(value: Any, low: float, high: float) -> float | None:
     """A number as it may be told; None for what isn't one, or is no measurement."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        return None
-    return float(value)
+    return float(value) if is_number(value, low, high) else None

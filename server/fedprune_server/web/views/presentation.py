@@ -5,10 +5,10 @@ Plans come as the server wrote them, with no more than JSON checked; whatever is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedprune.core.validation import is_number
 from fedprune.report.chart import Chart, Strip, chart, strip
 from fedprune_server.web.state.model import Model
 from fedprune_server.web.views import formatting as phrases
@@ -221,12 +221,7 @@ def _limits(found: object, bound: str) -> list[Row]:
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if is_number(value) else None
 
 
 def _text(value: object) -> str:
