@@ -1,1 +1,27 @@
-"""The conductor: daemon, storage, broker link, simulation."""
+"""The conductor: daemon, storage, broker link, simulation.
+
+from fedprune_server import simulate
+
+run = simulate("fleet.toml", strategy="heterofl")
+run.curves          # columns with an entry per round
+run.plot()          # a page, which a notebook shows
+run.compare(other)  # a table
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedprune_server.simulation.api import Comparison, Run, simulate
+
+__all__ = ["Comparison", "Run", "simulate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.simulation.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

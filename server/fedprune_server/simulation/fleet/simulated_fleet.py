@@ -12,6 +12,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx, read_source
+from fedprune_export.pruning.model import Model
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.config.layers import Layer, file_layer, located, merged
 from fedprune_server.config.tables import overridden, parse_config
@@ -58,6 +59,8 @@ def read_plan(
     rounds: int | None = None,
     changes: Mapping[str, Any] | None = None,
     title: str = "",
+    tables: Mapping[str, Any] | None = None,
+    model: Model | None = None,
 ) -> Plan:
     """Read a `fleet.toml` with a [[devices]] table. What only a server needs, [server], is not looked at.
 
@@ -69,27 +72,31 @@ def read_plan(
         rounds: Instead of the job's.
         changes: Tables of which single keys replace those of the file's.
         title: Instead of the job's name.
+        tables: The file's tables, where they are not read from it; `path` then only names them in errors.
+        model: Instead of that of [model].
 
     Raises:
         ConfigError: It can't be read, or a key is missing, unknown or wrong; the message names it.
         FedpruneError: Model, data or a profile can't be read; the message names the table and the key.
     """
-    found = read_tables(path, changes)
+    found = read_tables(path, changes, tables)
     with located(found.layers, str(path)):
-        return _plan(found, path, _overridden(found.config.job, strategy, seed, rounds), title, reference=reference)
+        job = _overridden(found.config.job, strategy, seed, rounds)
+        return _plan(found, path, job, title, reference=reference, model=model)
 
 
-def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool) -> Plan:
+def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, model: Model | None) -> Plan:
     """The plan of a file's tables; arguments and errors are those of `read_plan`."""
     config, settings = found.config, found.settings
-    if config.model is None:
-        raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
     federation = None
     if found.data is not None:
         with named(f"{path}: [data]"):
             federation = found.data.read(job.seed)
-    with named(f"{path}: [model] path"):
-        model = import_onnx(read_source(config.model, input_shape=config.input_shape), Path(config.model).stem)
+    if model is None:
+        if config.model is None:
+            raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
+        with named(f"{path}: [model] path"):
+            model = import_onnx(read_source(config.model, input_shape=config.input_shape), Path(config.model).stem)
     fits = partial(check_data, model=model, loss=job.recipe.loss)
     devices = read_devices(found.body.get("devices"), job.seed, path, federation, found.links, check=fits)
     job = replace(job, devices=_present(found.body.get("job", {}), job, len(devices)))
@@ -165,9 +172,11 @@ class Tables:
     settings: Settings
 
 
-def read_tables(path: Path, changes: Mapping[str, Any] | None = None) -> Tables:
+def read_tables(
+    path: Path, changes: Mapping[str, Any] | None = None, tables: Mapping[str, Any] | None = None
+) -> Tables:
     """Read a `fleet.toml` alone; arguments and errors are those of `read_plan`."""
-    file = file_layer(path)
+    file = file_layer(path) if tables is None else Layer(str(path), dict(tables))
     layers = (file, Layer(str(path), dict(changes or {}), {p: str(path) for p in _keys((), changes or {})}))
     body = _with(file.tables, changes or {})
     with located(layers, str(path)):

@@ -1,0 +1,119 @@
+"""The quickstart notebook runs as it stands, and the simulator's Python API that it shows."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import fedprune_server
+from fedprune.core.errors import ConfigError
+from fedprune_server import Comparison, Run, simulate
+from fedprune_server.cli.simulate import main
+from fedprune_server.simulation.digits import digits_model, load_digits
+from fedprune_server.simulation.results.record import Record
+from support.paths import ROOT
+
+NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
+MOST_LINES = 40
+
+FLEET: dict[str, Any] = {
+    "job": {"rounds": 2, "recipe": {"lr": 0.05}},
+    "model": {"path": "model.onnx"},
+    "data": {"source": "digits.npz", "server": 0.2},
+    "devices": [{"name": "pi", "count": 2, "profile": "raspberry-pi-4b"}],
+}
+
+
+def cells() -> list[str]:
+    found = json.loads(NOTEBOOK.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "code"]
+
+
+def run_cell(source: str, names: dict[str, Any]) -> Any:
+    """The value of a cell's last expression, as a notebook shows it."""
+    tree = ast.parse(source)
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, str(NOTEBOOK), "exec"), names)  # noqa: S102
+    return None if last is None else eval(compile(ast.Expression(last.value), str(NOTEBOOK), "eval"), names)  # noqa: S307
+
+
+@pytest.mark.torch
+def test_the_notebook_goes_from_a_module_to_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sum(bool(line.strip()) for cell in cells() for line in cell.splitlines()) < MOST_LINES
+
+    names: dict[str, Any] = {}
+    shown = [run_cell(cell, names) for cell in cells()]
+
+    assert "g0: 32 channels" in str(shown[1])
+    assert (tmp_path / "bundle" / "report.html").is_file()
+    assert str(shown[2]).endswith("bundle: bundle (report.html says more)")
+    assert shown[3][-1] > 0.8
+    assert [row[0] for row in shown[4].table] == ["run", "fedprune", "heterofl"]
+    assert shown[5]._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html&gt;')
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Tables whose files are in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    x, y = load_digits()
+    np.savez("digits.npz", x=x[:400], y=y[:400])
+    Path("model.onnx").write_bytes(digits_model())
+    return FLEET
+
+
+def test_tables_give_the_run_that_a_file_of_them_gives(fleet: dict[str, Any]) -> None:
+    Path("fleet.toml").write_text(
+        "[job]\nrounds = 2\nrecipe = { lr = 0.05 }\n[model]\npath = 'model.onnx'\n"
+        "[data]\nsource = 'digits.npz'\nserver = 0.2\n"
+        "[[devices]]\nname = 'pi'\ncount = 2\nprofile = 'raspberry-pi-4b'\n"
+    )
+
+    run = simulate(fleet, seed=3)
+
+    assert main(["--config", "fleet.toml", "--seed", "3", "--out", "out"]) == 0
+    assert Record.load(Path("out/metrics.json")).rounds == run.record.rounds
+    assert simulate("fleet.toml", seed=3, rounds=1).record.rounds == run.record.rounds[:1]
+
+
+def test_curves_are_columns_of_a_table(fleet: dict[str, Any], tmp_path: Path) -> None:
+    run = simulate(fleet, strategy="fedavg", folder=tmp_path / "kept")
+
+    table = pa.table(run.curves)
+    assert table.column_names == ["round", "seconds", "mb", "global_accuracy", "local_accuracy"]
+    assert table["round"].to_pylist() == [1, 2]
+    assert 0 < run.curves["mb"][0] < run.curves["mb"][1]  # type: ignore[operator]
+    assert (tmp_path / "kept" / "metrics.json").is_file()
+    assert isinstance(run, Run)
+    assert run.record.title == "fedavg"
+    assert run.plot().save(tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+def test_runs_are_compared_in_one_table(fleet: dict[str, Any]) -> None:
+    run = simulate(fleet, title="mine")
+    compared = run.compare(run, run)
+
+    assert isinstance(compared, Comparison)
+    assert [row[0] for row in compared.table] == ["run", "mine", "mine", "mine"]
+    assert str(run) == str(run.compare())
+
+
+def test_a_wrong_setting_is_named(fleet: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="rounds"):
+        simulate({**fleet, "job": {"rounds": 0}})
+    with pytest.raises(ConfigError, match=r"settings: \[model\] path is missing"):
+        simulate({k: v for k, v in fleet.items() if k != "model"})
+
+
+def test_public_names_are_there_and_others_are_not() -> None:
+    assert all(getattr(fedprune_server, name) is not None for name in fedprune_server.__all__)
+    assert set(fedprune_server.__all__) <= set(dir(fedprune_server))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fedprune_server.nothing  # noqa: B018
