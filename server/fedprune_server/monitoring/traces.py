@@ -125,7 +125,7 @@ class JobTraces(Onlooker):
             return
         self._finish_round(now)
         self._number = number
-        attributes: dict[str, Any] = {"fedprune.jobs.job": self._job, "fedprune.round": number}
+        attributes: dict[str, Any] = {"fedprune.job": self._job, "fedprune.round": number}
         self._round = self._tracer.start_span("round", attributes=attributes, start_time=_ns(now))
         self.trace_id = f"{self._round.get_span_context().trace_id:032x}"
 
@@ -156,7 +156,7 @@ class JobTraces(Onlooker):
 
     def _span(self, name: str, parent: Span | None, number: int, now: float, more: Mapping[str, Any]) -> Span:
         within = None if parent is None else trace.set_span_in_context(parent)
-        attributes: dict[str, Any] = {"fedprune.jobs.job": self._job, "fedprune.round": number, **more}
+        attributes: dict[str, Any] = {"fedprune.job": self._job, "fedprune.round": number, **more}
         return self._tracer.start_span(name, within, attributes=attributes, start_time=_ns(now))
 
     def _end(self, part: str, name: str, now: float, *, reason: str = "", outcome: str = "") -> None:

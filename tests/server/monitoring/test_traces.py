@@ -41,7 +41,7 @@ def test_a_round_is_a_tree_of_spans(
     devices = {"device": 3, "extract": 3, "train": 3, "pull": 3, "aggregate": 3}
     assert names == {"round": 1, "score": 1, "close": 1, "evaluate": 1, **devices}
     for span in mine:
-        assert span.attributes["fedprune.jobs.job"] == "toy"
+        assert span.attributes["fedprune.job"] == "toy"
         above = parent(span, spans)
         if span.name == "round":
             assert above is None

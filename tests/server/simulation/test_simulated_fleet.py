@@ -214,7 +214,7 @@ def test_parquet_has_what_the_record_has(run):
     assert {r["time_s"] for r in long} == {r.at for r in record.rounds}
     assert wide.column("mean_accuracy_after").to_pylist() == pytest.approx(record.mean_locals())
     assert wide.column("training_macs").to_pylist() == [r.macs for r in record.rounds]
-    assert json.loads(wide.schema.metadata[b"fedprune.jobs.job"]) == record.job
+    assert json.loads(wide.schema.metadata[b"fedprune.job"]) == record.job
 
 
 def test_long_tables_are_written_piece_by_piece(tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def write_metrics(folder: Path, record: Record, suffix: str = "") -> None:
     Raises:
         StorageError: The disk fails.
     """
-    about = {"fedprune.title": record.title, "fedprune.jobs.job": json.dumps(record.job)}
+    about = {"fedprune.title": record.title, "fedprune.job": json.dumps(record.job)}
     path = folder / METRICS.format(suffix)
     schema = _LONG.with_metadata(about)
     # A piece at a time: of many devices and rounds the whole takes more memory than the run did.
