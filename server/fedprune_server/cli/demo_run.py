@@ -31,8 +31,8 @@ from fedprune_server.monitoring.view import JobView
 from fedprune_server.process.children import Children
 from fedprune_server.simulation.datasets.picture import Partition
 from fedprune_server.simulation.digits import DIGITS, deal, digits_model, write_hand
+from fedprune_server.simulation.experiment import REFERENCE
 from fedprune_server.simulation.fleet.demo_fleet import BOARDS, QUICK_ROUNDS, ROUNDS, fleet_job, reference_job, too_few
-from fedprune_server.simulation.reference import TITLE
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.results.report import claims, summary_text, write_report
 from fedprune_server.terminal.table import make_display
@@ -134,7 +134,7 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
         print(f"Devices' output lies in {out}/*/devices/*.log\n")
         data = Partition.of_devices(deal([b.name for b in BOARDS], seed=seed).devices, DIGITS)
         fleet = replace(run_job("fedprune", jobs[0], folder), partition=data)
-        reference = replace(run_job(TITLE, jobs[1], folder), partition=data)
+        reference = replace(run_job(REFERENCE, jobs[1], folder), partition=data)
         return _ended(out, fleet, reference, began)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,9 @@ from fedprune_server.simulation.datasets.picture import Partition
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import Hook, described
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
+
+REFERENCE = "FedAvg"
+"""Title of the reference run, see `fedavg`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,3 +136,45 @@ def _add(digest: hashlib._Hash, arrays: Iterable[npt.NDArray[Any]]) -> None:
     digest.update(json.dumps([[a.dtype.str, a.shape] for a in arrays]).encode())
     for array in arrays:
         digest.update(array.tobytes())
+
+
+def fedavg(job: Job) -> Job:
+    """The reference of narrow models: the whole model on every device, plain local training and the plain mean.
+
+    (McMahan et al., arXiv:1602.05629.)
+
+    Seed, rounds, devices, participation and deadline are those of the given job; of its recipe so are steps, the batch
+    and its parts (`accumulate`), the loss with `label_smoothing`, the optimiser with `clip_norm`, what is frozen, and
+    how often boards measure themselves.
+    """
+    plain = replace(
+        job.recipe,
+        proximal=0.0,
+        logit_adjustment=False,
+        mask_absent_classes=False,
+        balance_classes=False,
+        ordered_dropout=(),
+        average=0.0,
+        blend=0.0,
+        mixup=0.0,
+        calibrate=False,
+        personal=(),
+        scale=1.0,
+        mask="none",
+        mask_threshold=0.0,
+        patience=0,
+        report_squares=False,
+    )
+    return replace(
+        job,
+        name="fedavg",
+        strategy="plain",
+        options={},
+        density=1.0,
+        byte_budget=0,
+        scorer="ordered",
+        rule="coverage",
+        server_momentum=0.0,
+        warmup_rounds=0,
+        recipe=plain,
+    )

@@ -28,16 +28,15 @@ from fedprune.training.recipe import Recipe
 from fedprune_server.executor.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit
 from fedprune_server.executor.worker import Worker
 from fedprune_server.executor.worker_pool import DistributedWorker, helped
-from fedprune_server.simulation.checkpoints import write_checkpoint
+from fedprune_server.simulation.checkpointing import RunFolder
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.pooled_runner import PooledBench
 from fedprune_server.simulation.fleet.virtual_device import Bench, pulls
 from fedprune_server.simulation.network_model import ALWAYS
 from fedprune_server.simulation.results.record import Record, record_of
-from fedprune_server.simulation.results.round_notes import Notary
-from fedprune_server.simulation.stall_detector import Patience, excuse
+from fedprune_server.simulation.results.round_notes import RoundRecorder
+from fedprune_server.simulation.stall_detector import StallDetector, standstill
 from fedprune_server.simulation.state import Item, Left, SimulationState, Trained
-from fedprune_server.simulation.state_keeping import Keeping
 
 log = logging.getLogger("fedprune.server")
 
@@ -72,10 +71,9 @@ class Simulation:
         _ = worker.accountant  # whatever it lacks is better known now
         self._worker: Worker | DistributedWorker = worker
         self._initial = worker.initial
-        self._notary = Notary(job, model, store, experiment.measure)
+        self._recorder = RoundRecorder(job, model, store, experiment.measure)
         self._profiles: dict[int, dict[str, Any]] = {}
-        self._folder = folder
-        self._keeping = Keeping(folder, experiment.fingerprint, job.rounds)
+        self._folder = RunFolder(folder, experiment.fingerprint, job.rounds)
         self._begun = self._take_up()
 
     @property
@@ -129,7 +127,9 @@ class Simulation:
                 self._carry_out_all(self.coordinator.extend(self._run.clock))
             while self.state.phase is not Phase.FINISHED:
                 if not self._run.queue:
-                    raise PlanError("the simulation has come to a standstill", hint=excuse(self.state, self.job.recipe))
+                    raise PlanError(
+                        "the simulation has come to a standstill", hint=standstill(self.state, self.job.recipe)
+                    )
                 key, item = self._run.pop()
                 event = self._event(bench, key, item)
                 if event is None:
@@ -163,9 +163,9 @@ class Simulation:
 
     def _take_up(self) -> bool:
         """Begin where the folder's state stands; else anew. Returns whether there is one."""
-        self._patience = Patience(len(self._devices))
+        self._stalls = StallDetector(len(self._devices))
         self._prepared: set[tuple[int, ...]] = set()
-        saved = self._keeping.load()
+        saved = self._folder.load()
         if saved is not None:
             self._run, state = saved
             self.coordinator = coordinate(self.job, self.model.architecture, state, self.model.frozen)
@@ -181,7 +181,7 @@ class Simulation:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """The folder is this process's own meanwhile; what another one did there before is taken up."""
-        with self._keeping.held() as changed:
+        with self._folder.locked() as changed:
             if changed:
                 self._begun = self._take_up()
             yield
@@ -206,7 +206,7 @@ class Simulation:
         """What the coordinator is told of something that has happened; None for nothing."""
         run = self._run
         if isinstance(item, Trained):
-            self._patience.trained()
+            self._stalls.trained()
             return self._train(bench, key, item)
         if isinstance(item, Left):
             return self._leave(item)
@@ -217,12 +217,12 @@ class Simulation:
                 run.push(end, Left(item.device, item.session))
             if item.device in run.unsent:  # what it has trained it announces again, as a board does
                 run.push(run.clock, run.unsent[item.device])
-            self._patience.born(self.state)
+            self._stalls.connected(self.state)
         elif isinstance(item, on.UpdateAnnounced):
             run.unsent[item.device] = item
         elif isinstance(item, on.UpdateStored):
             run.unsent.pop(item.device, None)
-            self._patience.moved()
+            self._stalls.progressed()
         return item
 
     def _carry_out_all(self, commands: Sequence[do.Command]) -> None:
@@ -238,7 +238,7 @@ class Simulation:
                 state = self.state
                 before = state.history[-1]["at"] if state.history else 0.0
                 basis = do.Basis(command.round, state.model, state.ranking or "", state.order, dict(state.memory))
-                self._notary.close(self._run.now, command, event, basis, now, before)
+                self._recorder.close(self._run.now, command, event, basis, now, before)
             self._run.push(now, event)
         elif isinstance(command, do.SendOffer):
             self._offer(command, now)
@@ -269,7 +269,7 @@ class Simulation:
         name, run, seed = command.device, self._run, self.job.seed
         if name not in run.online:
             return  # it is offered again when the device is back
-        self._patience.offered(command, self.state, run.refusal)
+        self._stalls.offered(command, self.state, run.refusal)
         run.forget(name)  # a newer offer takes an older one's place
         run.unsent.pop(name, None)
         run.sizes[name] = int(command.offer.get(UPDATE_SIZE, command.offer["weights"]["size"]))
@@ -317,7 +317,9 @@ class Simulation:
             log.warning("device %s refuses round %d: %s", item.device, item.round, reason)
             self._run.refusal = f"{item.device}: {reason}"
             return on.OfferRefused(item.device, item.round, item.attempt, reason)
-        self._spent(item.device)[2] += self._notary.macs(item.device, item.round, item.offer, out.steps, device.samples)
+        self._spent(item.device)[2] += self._recorder.macs(
+            item.device, item.round, item.offer, out.steps, device.samples
+        )
         event = on.UpdateAnnounced(
             item.device,
             item.round,
@@ -368,21 +370,21 @@ class Simulation:
         return on.DeviceDied(name, item.session)
 
     def _finish(self, number: int) -> None:
-        self._patience.moved()
+        self._stalls.progressed()
         self._run.finish_round(number)
         every = self.experiment.checkpoints
-        if self._folder is not None and every and number % every == 0:
-            write_checkpoint(self._folder, self.model, number, self.store.read(self.state.model))
+        if every and number % every == 0:
+            self._folder.write_checkpoint(self.model, number, self.store.read(self.state.model))
 
     def _keep(self, ended: bool) -> None:
         """Save where it is due, and delete what is needed no more."""
-        if self._keeping.due(ended=ended):
+        if self._folder.due(round_ended=ended):
             self._save()
             if ended:
                 self._tidy()  # only now: until the new state is saved, a kill goes back to the old one
 
     def _save(self) -> None:
-        self._keeping.save(self._run, self.state)
+        self._folder.save(self._run, self.state)
 
     def _tidy(self) -> None:
         needed = self.state.references() | self._worker.graphs() | self._run.references()

@@ -1,4 +1,4 @@
-"""How long a simulation waits for a fleet that gets nowhere: a virtual clock would else go on for ever."""
+"""Detection of a fleet that makes no progress, which a virtual clock would otherwise simulate for ever."""
 
 from __future__ import annotations
 
@@ -11,55 +11,55 @@ from fedprune.training.recipe import Recipe
 from fedprune_server.executor.divergence import advice
 
 MAX_ATTEMPTS = 20
-"""A round that nobody finished in this many attempts never will be."""
+"""Attempts after which a round that no device has finished is given up."""
 
 MAX_BIRTHS = 200
-"""A fleet whose devices came so many times each without a training never gets to one."""
+"""Connections per device, without any training, after which the simulation ends."""
 
 
-class Patience:
+class StallDetector:
     """Ends a simulation that no device brings forward.
 
     Args:
-        devices: How many there are.
+        devices: Number of devices.
     """
 
     def __init__(self, devices: int) -> None:
         self._devices = devices
         self._births = 0
-        self._vain = Counter[str]()
+        self._offers_without_update = Counter[str]()
 
     def trained(self) -> None:
-        """A device has trained."""
+        """A device has finished a training."""
         self._births = 0
 
-    def moved(self) -> None:
-        """An update has come, or a round has ended."""
-        self._vain.clear()
+    def progressed(self) -> None:
+        """An update has arrived, or a round has ended."""
+        self._offers_without_update.clear()
 
-    def born(self, state: State) -> None:
-        """A device has come.
+    def connected(self, state: State) -> None:
+        """A device has connected.
 
         Raises:
-            PlanError: Devices came too often since one trained.
+            PlanError: Devices connected too often since one trained.
         """
         self._births += 1
         if self._births > MAX_BIRTHS * self._devices:
-            raise PlanError("devices come and go, and none of them ever trains", hint=excuse(state))
+            raise PlanError("devices connect and disconnect, and none of them ever trains", hint=standstill(state))
 
     def offered(self, command: do.SendOffer, state: State, refusal: str) -> None:
         """A device is offered a part.
 
-        In an asynchronous job attempts are a device's own, and may be many while a window is open for the others: only
-        such count between which no update came, while no end of the round is in sight.
+        An asynchronous job counts attempts per device, and a device may see many while the round is open for others.
+        There only offers count between which no update arrived, while the round has no deadline.
 
         Args:
             command: The offer.
             state: The coordinator's state.
-            refusal: Why a device refused an offer, last; empty if none did.
+            refusal: Reason of the last refusal of an offer; empty without any.
 
         Raises:
-            PlanError: The round was offered so often that nobody will ever finish it.
+            PlanError: The round was offered `MAX_ATTEMPTS` times in vain.
         """
         task = state.tasks.get(command.device)
         if task is None or task.basis is None:
@@ -67,20 +67,20 @@ class Patience:
         elif command.attempt == 1 or state.deadline is not None:
             over = False
         else:
-            self._vain[command.device] += 1
-            over = self._vain[command.device] >= MAX_ATTEMPTS
+            self._offers_without_update[command.device] += 1
+            over = self._offers_without_update[command.device] >= MAX_ATTEMPTS
         if over:
             raise PlanError(
-                f"nobody finished round {command.round} in {MAX_ATTEMPTS} attempts",
+                f"no device finished round {command.round} in {MAX_ATTEMPTS} attempts",
                 got=refusal or None,
                 hint="" if refusal else "Raise deadline_s, or ask for less training.",
             )
 
 
-def excuse(state: State, recipe: Recipe | None = None) -> str:
-    """Why no round begins, and what to change where training with this recipe ran away."""
+def standstill(state: State, recipe: Recipe | None = None) -> str:
+    """Why no round begins, with advice where training with this recipe diverged."""
     reasons = sorted({d.excluded for d in state.devices.values() if d.excluded})
     if not reasons:
         return "Fewer devices can take part than job.devices asks for."
-    spoilt = advice([], [d.excluded for d in state.devices.values()], recipe.to_dict()) if recipe else ""
-    return f"{reasons[0]}. {spoilt[:1].upper()}{spoilt[1:]}" if spoilt else reasons[0]
+    advised = advice([], [d.excluded for d in state.devices.values()], recipe.to_dict()) if recipe else ""
+    return f"{reasons[0]}. {advised[:1].upper()}{advised[1:]}" if advised else reasons[0]

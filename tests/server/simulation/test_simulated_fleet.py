@@ -12,11 +12,11 @@ from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune_server.cli.simulate import build_compare_parser, main
 from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import fedavg
 from fedprune_server.simulation.fleet.fleet_devices import HELD
 from fedprune_server.simulation.fleet.simulated_fleet import read_plan
 from fedprune_server.simulation.fleet.virtual_device import StoredData
 from fedprune_server.simulation.network_model import PR_FL, Availability, Weather
-from fedprune_server.simulation.reference import fedavg
 from fedprune_server.simulation.results import metrics_table
 from fedprune_server.simulation.results.comparison import final_rows, read_runs, target_rows
 from fedprune_server.simulation.results.metrics_table import SPENT

@@ -23,7 +23,7 @@ from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import Measure, Moment
-from fedprune_server.simulation.results.round_notes import Notary, Notes
+from fedprune_server.simulation.results.round_notes import Notes, RoundRecorder
 from fedprune_server.simulation.results.run_folder import is_run, simulate
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.simulation.stall_detector import MAX_ATTEMPTS
@@ -205,7 +205,7 @@ def test_updates_that_were_left_out_are_not_noted(experiment: Experiment, tmp_pa
             seen.append((len(moment.parts), moment.basis.ranking))
             return {}
 
-        notary = Notary(JOB, experiment.model, store, measure)
+        notary = RoundRecorder(JOB, experiment.model, store, measure)
         basis = command.contributions[0].basis
         for rejected in ((), ("a",), NAMES):
             notes = Notes()
@@ -232,7 +232,7 @@ def test_coverage_counts_the_channels_that_were_sent(experiment: Experiment, tmp
             close = replace(command, contributions=(replace(one, widths=narrow), other))
             found.append(Notes())
             event = on.Closed(1, one.basis.model)
-            Notary(JOB, experiment.model, store, None).close(found[0], close, event, one.basis, 1.0, 0.0)
+            RoundRecorder(JOB, experiment.model, store, None).close(found[0], close, event, one.basis, 1.0, 0.0)
             expected = [n + w for n, w in zip(narrow, other.part.widths, strict=True)]
             assert [sum(g) for g in found[0].coverage] == expected
         return execute(command)  # type: ignore[arg-type]
@@ -260,5 +260,5 @@ def test_slow_devices_do_not_end_an_asynchronous_simulation(experiment: Experime
 
 
 def test_an_asynchronous_simulation_that_nobody_can_finish_ends(experiment: Experiment) -> None:
-    with pytest.raises(PlanError, match=f"nobody finished round 1 in {MAX_ATTEMPTS} attempts"):
+    with pytest.raises(PlanError, match=f"no device finished round 1 in {MAX_ATTEMPTS} attempts"):
         simulate(slow_fleet(experiment, windows=False))

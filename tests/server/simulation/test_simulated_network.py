@@ -246,8 +246,8 @@ class KillError(Exception):
 @pytest.mark.parametrize("trainings", [1, 2, 3, 4, 5])
 def test_trainings_that_go_together_are_the_same_after_a_kill(build, monkeypatch, trainings):
     monkeypatch.setattr("fedprune_server.simulation.simulation.Bench", Batched)
-    monkeypatch.setattr("fedprune_server.simulation.save_interval._WITHIN_S", 0.0)  # in the middle of a round, too
-    monkeypatch.setattr("fedprune_server.simulation.save_interval._SHARE", 0.0)
+    monkeypatch.setattr("fedprune_server.simulation.checkpointing._INTERVAL_S", 0.0)  # in the middle of a round, too
+    monkeypatch.setattr("fedprune_server.simulation.checkpointing._SHARE", 0.0)
     whole = build("whole", recipe=Recipe(max_steps=1))
     whole.run()
     groups = Batched.last.ready

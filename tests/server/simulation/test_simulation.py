@@ -17,7 +17,7 @@ from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation import save_interval
+from fedprune_server.simulation import checkpointing
 from fedprune_server.simulation import state as simulation_state
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
@@ -122,8 +122,8 @@ def kill_at(monkeypatch):
         delete(store, name)
 
     # Saved at the end of every round and never within one, however slow the disk is: the number of steps is the same.
-    monkeypatch.setattr(save_interval, "_DEAR_S", math.inf)
-    monkeypatch.setattr(save_interval, "_WITHIN_S", math.inf)
+    monkeypatch.setattr(checkpointing, "_EXPENSIVE_S", math.inf)
+    monkeypatch.setattr(checkpointing, "_INTERVAL_S", math.inf)
     monkeypatch.setattr(simulation_state, "write_whole", saving)
     monkeypatch.setattr(BlobStore, "delete", deleting)
 

@@ -12,7 +12,7 @@ from fedprune.hardware.profile import HardwareProfile
 from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.training.recipe import Recipe
-from fedprune_server.simulation.reference import fedavg
+from fedprune_server.simulation.experiment import fedavg
 
 ROUNDS = 24
 QUICK_ROUNDS = 2

@@ -20,7 +20,7 @@ from fedprune_server.executor.evaluation_data import check_data, load_calibratio
 from fedprune_server.simulation.datasets.federation import Federation
 from fedprune_server.simulation.datasets.picture import Partition
 from fedprune_server.simulation.datasets.table import DataPlan
-from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.experiment import REFERENCE, Experiment, fedavg
 from fedprune_server.simulation.fleet.fleet_devices import Link, named, read_devices
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import Measure
@@ -32,7 +32,6 @@ from fedprune_server.simulation.network_tables import (
     read_settings,
     read_weather,
 )
-from fedprune_server.simulation.reference import TITLE, fedavg
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +46,7 @@ class Plan(Experiment):
 
     def compared(self) -> Experiment | None:
         """The experiment that it is compared with."""
-        return None if self.reference is None else replace(self, title=TITLE, job=self.reference, reference=None)
+        return None if self.reference is None else replace(self, title=REFERENCE, job=self.reference, reference=None)
 
 
 def read_plan(

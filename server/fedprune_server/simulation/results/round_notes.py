@@ -48,7 +48,7 @@ class Notes:
     coverage: list[list[int]] = field(default_factory=list)
 
 
-class Notary:
+class RoundRecorder:
     """Fills in notes while a round's blobs are there.
 
     Args:
