@@ -38,6 +38,8 @@ from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune_device.network.blob_download import BlobDownloads
+from fedprune_device.network.connection import Channel
+from fedprune_device.network.connection import Connection as BoardConnection
 from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Line, Post
 from fedprune_server.transfer.downloads import Downloads
@@ -88,7 +90,7 @@ def receive(url: str, refs: tuple[BlobRef, BlobRef], folder: str, pipe: Connecti
         link.subscribe(TOPICS.device_subscriptions(DEVICE))
         link.start()
         assert link.get(5) == ConnectionUp()
-        outbox = Uplink(DEVICE, TOPICS, link, Serve(store))
+        outbox = Uplink(BoardConnection(link, Channel(DEVICE, TOPICS.site)), Serve(store))
         pipe.send("ready")
         pipe.recv()
         began = time.perf_counter()

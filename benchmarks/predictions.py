@@ -92,7 +92,7 @@ def serve(folder: Path, threads: int) -> None:
             with LocalServer(Address.parse(f"unix:{folder / SOCKET}"), endpoints):
                 print(READY, flush=True)
                 while sys.stdin.readline().strip() == "train":
-                    thread = TrainingThread(bench, offer, 0.0, ThermalGuard())
+                    thread = TrainingThread(bench, offer, guard=ThermalGuard())
                     while thread.alive and (thread.status[0] != "train" or thread.status[1] < 2):
                         time.sleep(0.01)
                     print("trains", flush=True)

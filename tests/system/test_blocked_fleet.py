@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +28,6 @@ from fedprune.training.recipe import Recipe
 from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Refusal, Want, parse
 from fedprune.wire.topics import Topics
-from fedprune_device.agent.agent import Agent
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_export.importing import import_onnx
 from fedprune_server.engine.daemon import Daemon
@@ -36,6 +36,7 @@ from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
+from support.fakes.agent_harness import agent_on
 from support.fakes.fleet import quick
 
 pytestmark = pytest.mark.system
@@ -137,12 +138,13 @@ def test_every_board_trains_to_the_numbers_of_standard_operators(tmp_path: Path)
         for name, block in CLAIMS.items():
             folder = stack.enter_context(DeviceStore(tmp_path / name))
             agents.append(
-                Agent(
-                    name,
-                    "default",
+                agent_on(
                     folder,
                     BoardLink(name, air),
                     data.devices[name],
+                    device=name,
+                    site="default",
+                    clock=time.monotonic,
                     profile=find(KIND),
                     probe=probed(block),
                 )

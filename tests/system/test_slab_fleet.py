@@ -21,7 +21,6 @@ from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Want, parse
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import EVERYONE, Topics
-from fedprune_device.agent.agent import Agent
 from fedprune_device.network import blob_download
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_export.importing import import_onnx
@@ -29,6 +28,7 @@ from fedprune_server.engine.daemon import Daemon
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.transfer.multicast import shareable
+from support.fakes.agent_harness import agent_on
 from support.fakes.fleet import quick
 from support.processes.machine import find_mosquitto, free_port, listens
 
@@ -197,7 +197,17 @@ class Run:
                 there.start()
                 heard: Any = Old(there) if name in old else there
                 kind = find("generic-x86-64")
-                agents.append(Agent(name, "default", board, heard, data.devices[name], profile=kind))
+                agents.append(
+                    agent_on(
+                        board,
+                        heard,
+                        data.devices[name],
+                        device=name,
+                        site="default",
+                        clock=time.monotonic,
+                        profile=kind,
+                    )
+                )
                 threads.append(threading.Thread(target=agents[-1].run, args=(True,)))
             stack.callback(lambda: [t.join(20) for t in threads])
             stack.callback(lambda: [a.stop() for a in agents])

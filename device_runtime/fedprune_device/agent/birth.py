@@ -1,4 +1,4 @@
-"""What a board says of itself when it is there."""
+"""The birth: the message in which a board describes itself on each connection."""
 
 from __future__ import annotations
 
@@ -9,68 +9,75 @@ from fedprune import __version__
 from fedprune.codec import CODECS
 from fedprune.core.text import one_line
 from fedprune.hardware.probe_report import ProbeReport
-from fedprune.runtime import session
+from fedprune.runtime.session import version as onnxruntime_version
 from fedprune.wire.log_messages import LOG
 from fedprune.wire.messages import TO, Birth, Update
 from fedprune.wire.offer import Offer
 from fedprune_device.data.sample_source import SampleSource
 from fedprune_device.launcher.slot_store import running
+from fedprune_device.network.connection import Connection
 
 AGAIN_S = 60.0
-"""How soon a board greets again because something else is true than it said."""
+"""Seconds between two births on one connection."""
 
 _SOFTWARE = 256
-"""Characters that a birth has room for of what runs there."""
+"""Characters of a birth's description of the software."""
 
 _LONGEST = 150
-"""Characters of what is said of who answers predictions."""
+"""Characters of the description of what answers predictions."""
 
 
 class BirthBuilder:
-    """Makes births.
+    """Makes births, and knows what the last one said.
 
     Args:
-        device: The device's name.
-        profile_name: What the server is told the board is.
-        probe: What it measured of itself.
-        answers: Says what answers predictions, and why; empty where that is nothing special.
+        connection: The connection that they are sent on.
+        data: The board's samples.
+        profile_name: The name of the board's hardware profile.
+        probe: The board's measurements.
+        engine: Describes what answers predictions; empty where that is nothing special.
     """
 
     def __init__(
-        self, device: str, profile_name: str, probe: ProbeReport | None, answers: Callable[[], str] = lambda: ""
+        self,
+        connection: Connection,
+        data: SampleSource,
+        profile_name: str = "",
+        probe: ProbeReport | None = None,
+        engine: Callable[[], str] = lambda: "",
     ) -> None:
-        self._device, self._profile_name, self._probe, self._answers = device, profile_name, probe, answers
-        place = running()
-        self._place = f", {place}" if place else ""
-        self._samples, self._served = 0, ""
+        self._connection, self._data, self._engine = connection, data, engine
+        self._profile_name, self._probe = profile_name, probe
+        slot = running()
+        self._slot = f", {slot}" if slot else ""
+        self._said = 0, ""
         self._at = 0.0
 
-    def birth(self, number: int, samples: int, held: Offer | Update | None, now: float, answer_s: float = 0.0) -> Birth:
+    def birth(self, session: int, held: Offer | Update | None, now: float) -> Birth:
         """A birth.
 
         Args:
-            number: The connection's.
-            samples: Training samples.
-            held: What the board works on, or still has to deliver.
-            now: The time.
-            answer_s: Seconds that answers take on the way here, as far as is known.
+            session: The connection's number.
+            held: The offer that the board works on, or the update that waits to be sent.
+            now: Monotonic seconds.
         """
-        self._samples, self._served, self._at = samples, self._answers(), now
-        served = f", predicts with {one_line(self._served, _LONGEST)}" if self._served else ""
+        samples, engine = self._said = self._data.samples, self._engine()
+        self._at = now
+        predicts = f", predicts with {one_line(engine, _LONGEST)}" if engine else ""
         return Birth(
-            self._device,
-            number,
+            self._connection.device,
+            session,
             self._profile_name,
             samples,
-            f"fedprune {__version__}, onnxruntime {session.version()}, Python {platform.python_version()}"
-            f"{self._place}{served}"[:_SOFTWARE],
+            f"fedprune {__version__}, onnxruntime {onnxruntime_version()}, Python {platform.python_version()}"
+            f"{self._slot}{predicts}"[:_SOFTWARE],
             self._probe.to_dict() if self._probe is not None else None,
             None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
             CODECS,
-            round(answer_s, 3) or None,
+            round(self._connection.answers.slowest, 3) or None,
             (TO, LOG),
         )
 
-    def outdated(self, source: SampleSource, now: float) -> bool:
-        """Whether the server should hear of other samples, or of what else predicts; looked at now and then."""
-        return now >= self._at + AGAIN_S and (source.samples != self._samples or self._answers() != self._served)
+    def outdated(self, now: float) -> bool:
+        """Whether the last birth no longer holds; checked once a minute."""
+        return now >= self._at + AGAIN_S and (self._data.samples, self._engine()) != self._said

@@ -1,6 +1,6 @@
-"""What a board does for its server: it pulls what was offered, trains it, and hands in what came of it.
+"""A board's work for its server: download what was offered, train, commit the result, announce the update.
 
-What must not be lost is on the disk before anything is said about it, and is said again until the server has answered.
+What must not be lost is on the disk before the server is told of it, and is sent again until the server has answered.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from fedprune.core.errors import FedpruneError
 from fedprune.hardware.profile import HardwareProfile
 from fedprune.training.recipe import Recipe
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Accepted, Cancelled, Finished, Update
+from fedprune.wire.messages import Accepted, Cancelled, Finished, Update, Want
 from fedprune.wire.offer import Offer
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.offer_checks import attempt_of, check_offer, fits, place_of, same_work
 from fedprune_device.network.uplink import Uplink
-from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.graph_choice import GraphChoice
 from fedprune_device.training.offline_training import OfflineTraining
-from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner
+from fedprune_device.training.round_runner import DamagedBlobError, RoundResult, RoundRunner
 from fedprune_device.training.trainer import TrainingStoppedError
 from fedprune_device.training.training_thread import TrainingThread
 
@@ -35,35 +34,36 @@ _REMEMBERED = 32
 
 
 class OfferHandler:
-    """The offer that a board has accepted, from then until the server has what came of it.
+    """The offer that a board has accepted, from then until the server has its update; and training offline.
+
+    One thread at a time trains. Its result changes nothing until `turn` commits it.
 
     Args:
         store: The board's state directory.
-        supply: Pulls what an offer needs.
-        outbox: Says what there is to say.
-        bench: Trains.
-        alone: Trains while the server is away.
+        downloader: Downloads what an offer needs.
+        uplink: Sends progress, updates and refusals.
+        runner: Carries out rounds.
+        offline: Decides when to train while the server is away.
         choice: Chooses among an offer's training graphs.
-        lowering: Lowers what serves.
-        profile: What the board is; without it only the disk limits what is accepted.
-        care: Lets training wait while the board is too hot.
+        profile: The board's hardware; without it only the disk limits what is accepted.
+        guard: Lets training wait while the board is too hot.
     """
 
     def __init__(
         self,
         store: DeviceStore,
-        supply: Downloader,
-        outbox: Uplink,
-        bench: RoundRunner,
-        alone: OfflineTraining,
+        downloader: Downloader,
+        uplink: Uplink,
+        runner: RoundRunner,
+        offline: OfflineTraining,
         *,
         choice: GraphChoice,
-        lowering: ReducedPrecision,
         profile: HardwareProfile | None = None,
-        care: ThermalGuard | None = None,
+        guard: ThermalGuard | None = None,
     ) -> None:
-        self._store, self._supply, self._outbox, self._bench, self._alone = store, supply, outbox, bench, alone
-        self._choice, self._lowering, self._profile, self._care = choice, lowering, profile, care
+        self._store, self._downloader, self._uplink = store, downloader, uplink
+        self._runner, self._offline = runner, offline
+        self._choice, self._profile, self._guard = choice, profile, guard
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None
         self._seen: list[Offer] = []
@@ -71,14 +71,14 @@ class OfferHandler:
 
     @property
     def under_way(self) -> bool:
-        """Whether something is pulled or trained, be it only to its end."""
-        return self._worker is not None or self._supply.offer is not None
+        """Whether a download or a training is under way, or a stopped one has still to end."""
+        return self._worker is not None or self._downloader.offer is not None
 
     @property
     def quiet(self) -> bool:
-        """Whether a restart would cost nothing: nothing is pulled or trained, and no update waits to be handed in."""
+        """Whether a restart would cost nothing: no download, no training, and no update that waits."""
         task = self._store.task
-        idle = self._worker is None and not self._busy and not self._alone.running and self._store.pending is None
+        idle = self._worker is None and not self._busy and self._store.pending is None
         return idle and (task is None or task.done)
 
     @property
@@ -87,20 +87,34 @@ class OfferHandler:
         task = self._store.task
         return task.offer if task is not None and not task.done else self._store.pending
 
-    # What the server says
+    # Messages of the server
 
-    def forget_offers(self) -> None:
-        """Take offers for new ones: the server may be another, or run the same job once more."""
+    def connected(self, now: float) -> None:
+        """The broker is there: take offers for new ones, and ask for all that is missing."""
         self._seen.clear()
+        self._downloader.connected(now)
+
+    def hello(self, now: float) -> None:
+        """The server is there, perhaps another one that runs the same job again: ask once more."""
+        self._seen.clear()
+        self._downloader.remind(now)
+
+    def heard(self, now: float) -> None:
+        """Note that the broker or the server is there."""
+        self._offline.heard(now)
+
+    def wanted(self, request: Want, now: float) -> None:
+        """The server asks for pieces of the update."""
+        self._uplink.answer(request, self._store.pending, now)
 
     def offered(self, offer: Offer, now: float) -> None:
         """The server offers work; it may have come late, or twice."""
-        offer = self._choice.suited(self._lowering.wanted(offer))
+        offer = self._choice.suited(self._runner.lowering.wanted(offer))
         task = self._store.task
-        if self._outbox.refuse_again(offer):
+        if self._uplink.refuse_again(offer):
             return
         if task is not None and not task.done and task.offer == offer:
-            self._outbox.hurry(now)  # an update that waits is what the server should hear of
+            self._uplink.hurry(now)  # an update that waits is what the server should hear of
             return
         if offer in self._seen:
             return  # it came late, or twice
@@ -114,11 +128,11 @@ class OfferHandler:
 
     def chunk(self, chunk: Chunk, now: float, *, shared: bool) -> None:
         """A piece of what was asked for; `shared` where all devices get it."""
-        self._supplied(lambda: self._supply.chunk(chunk, now, shared=shared))
+        self._supplied(lambda: self._downloader.chunk(chunk, now, shared=shared))
 
     def gone(self, sha256: str, now: float) -> None:
         """The server no longer has what was asked for."""
-        self._supplied(lambda: self._supply.gone(sha256, now))
+        self._supplied(lambda: self._downloader.gone(sha256, now))
 
     def accepted(self, message: Accepted) -> None:
         """The server has an update."""
@@ -150,7 +164,7 @@ class OfferHandler:
         task, pending = self._store.task, self._store.pending
         _LOG.info("job %s is finished", message.job)
         self._seen.clear()
-        self._outbox.forget_refusal()
+        self._uplink.forget_refusal()
         if pending is not None and pending.job == message.job:
             self._store.forget()
         if task is not None and task.offer.job == message.job:
@@ -175,7 +189,7 @@ class OfferHandler:
                 self._store.privacy.check(Recipe.from_dict(offer.recipe))  # the owner may ask for more than then
                 if offer != task.offer:
                     self._store.accept(offer)
-                self._supply.begin(offer, now, asks=False)
+                self._downloader.begin(offer, now, asks=False)
             except FedpruneError as error:
                 self._refuse(task.offer, error)
 
@@ -186,7 +200,7 @@ class OfferHandler:
             now: Seconds that only grow.
             connected: Whether there is a connection to the broker.
         """
-        took = self._supplied(lambda: self._supply.turn(now))
+        took = self._supplied(lambda: self._downloader.turn(now))
         if took is not None:
             self._ready = took
             self._collect()
@@ -194,43 +208,36 @@ class OfferHandler:
             worker, self._worker = self._worker, None
             self._settle(worker, now)
             self._collect()
-        idle = self._worker is None and self._ready is None and not self._supply.fetching
-        if self._alone.turn(now, connected=connected, idle=idle):
-            self._collect()
-        task = self._store.task
-        if self._worker is None and not self._alone.running and self._ready is not None and task is not None:
-            seconds, self._ready = self._ready, None
-            how = self._choice.described(task.offer)
-            _LOG.info("round %d of job %s: training %s", task.offer.round, task.offer.job, how)
-            self._worker = TrainingThread(self._bench, task.offer, seconds, self._care)
+        if self._worker is None:
+            self._train(now, connected=connected)
         if self._store.pending is not None:
-            self._outbox.announce(self._store.pending, now)
+            self._uplink.announce(self._store.pending, now)
 
     def report(self, now: float) -> bool:
         """Say how far what is under way is; returns whether that is nothing at all."""
-        if self._supply.offer is not None:
-            self._outbox.progress(self._supply.offer, ("download", *self._supply.progress), now)
+        if self._downloader.offer is not None:
+            self._uplink.progress(self._downloader.offer, ("download", *self._downloader.progress), now)
+        elif self._worker is not None and self._worker.offline:
+            self._uplink.status.working(self._worker.offer, self._worker.status, alone=True)
         elif self._worker is not None and not self._worker.stopped:
-            self._outbox.progress(self._worker.offer, self._worker.status, now)
-        elif self._alone.status is not None:
-            self._outbox.standing.working(*self._alone.status, alone=True)
+            self._uplink.progress(self._worker.offer, self._worker.status, now)
         elif self._store.pending is None:
-            self._outbox.standing.idle()
+            self._uplink.status.idle()
             return True
         return False
 
     def end(self, timeout: float) -> None:
         """Stop everything, and wait for the end of each thread, but no longer than `timeout` seconds."""
         self._halt()
-        for thread in (self._worker, self._alone, self._supply):
-            if thread is not None:
-                thread.join(timeout)
+        if self._worker is not None:
+            self._worker.join(timeout)
+        self._downloader.join(timeout)
 
     @property
     def _busy(self) -> bool:
         """Whether the current offer is being pulled or trained."""
-        running = self._worker is not None and not self._worker.stopped
-        return running or self._supply.offer is not None or self._ready is not None
+        training = self._worker is not None and not self._worker.stopped and not self._worker.offline
+        return training or self._downloader.offer is not None or self._ready is not None
 
     def _renumber(self, offer: Offer, now: float) -> None:
         """Let what is under way, or waits to be handed in, count for another attempt at the same work."""
@@ -238,10 +245,10 @@ class OfferHandler:
         if pending is not None:
             self._store.keep(replace(pending, attempt=offer.attempt))
         self._store.accept(offer)
-        self._supply.renumber(offer)
-        if self._worker is not None:
+        self._downloader.renumber(offer)
+        if self._worker is not None and not self._worker.offline:
             self._worker.offer = offer
-        self._outbox.hurry(now)
+        self._uplink.hurry(now)
 
     def _start(self, offer: Offer, now: float) -> None:
         try:
@@ -262,11 +269,11 @@ class OfferHandler:
             self._refuse(offer, error)
 
     def _download(self, offer: Offer, now: float) -> None:
-        self._supply.begin(offer, now, plainly=self._damages > 0)  # what couldn't be read once is not decoded again
+        self._downloader.begin(offer, now, plainly=self._damages > 0)  # what couldn't be read once is not decoded again
 
     def _supplied(self, step: Callable[[], float | None]) -> float | None:
         """Go on with what is on its way; an offer that can't be supplied is refused."""
-        offer = self._supply.offer
+        offer = self._downloader.offer
         try:
             return step()
         except FedpruneError as error:
@@ -275,51 +282,93 @@ class OfferHandler:
             self._refuse(offer, error)
         return None
 
+    def _train(self, now: float, *, connected: bool) -> None:
+        """Start a worker, if there is something to train."""
+        task = self._store.task
+        if self._ready is not None and task is not None:
+            seconds, self._ready = self._ready, None
+            how = self._choice.described(task.offer)
+            _LOG.info("round %d of job %s: training %s", task.offer.round, task.offer.job, how)
+            self._worker = TrainingThread(self._runner, task.offer, seconds, self._guard)
+        elif not self._downloader.fetching and (offer := self._offline.due(now, connected=connected)) is not None:
+            self._worker = TrainingThread(self._offline.runner, offer, guard=self._guard, offline=True)
+
     def _settle(self, worker: TrainingThread, now: float) -> None:
-        """Commit the worker's result. The result of a stopped worker is dropped: its job may no longer be current."""
-        task, offer = self._store.task, worker.offer
-        if worker.stopped or task is None or task.done or task.offer != offer:
+        """Commit a worker's result, or see to its error. A stopped worker's result is dropped: its job may be over."""
+        task = self._store.task
+        current = worker.offline or (task is not None and not task.done and task.offer == worker.offer)
+        if worker.stopped or not current:
             return
-        if worker.made is not None:
+        error = worker.error
+        if worker.result is not None:
             try:
-                update = replace(self._bench.commit(worker.made), attempt=offer.attempt)
-                self._store.keep(update)
-            except FedpruneError as error:
-                self._refuse(offer, error)
-                return
-            shown = ", ".join(f"{k} {v:.4g}" for k, v in sorted(update.metrics.items()))
-            _LOG.info("round %d of job %s: trained (%s)", offer.round, offer.job, shown)
-            self._outbox.hurry(now)
-        elif isinstance(worker.error, DamagedBlobError) and self._damages < _MAX_DAMAGES:
+                self._commit(worker, worker.result, now)
+            except Exception as failed:  # noqa: BLE001 - reported below; the old model serves on
+                error = failed
+        if error is None or isinstance(error, TrainingStoppedError):
+            return
+        if worker.offline:
+            self._offline_failed(error)
+        else:
+            self._round_failed(worker.offer, error, now)
+
+    def _commit(self, worker: TrainingThread, result: RoundResult, now: float) -> None:
+        """Make a result last: the one place where what a worker returns changes the board's state.
+
+        Raises:
+            StorageError: The disk fails; the old model serves on.
+        """
+        offer = worker.offer
+        if worker.offline:
+            serves = self._offline.better(result)
+            if serves:
+                worker.runner.commit(result)
+            self._offline.record(result, serves=serves)
+            return
+        update = replace(worker.runner.commit(result), attempt=offer.attempt)
+        self._store.keep(update)
+        self._uplink.hurry(now)
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in sorted(update.metrics.items()))
+        _LOG.info("round %d of job %s: trained (%s)", offer.round, offer.job, shown)
+
+    def _round_failed(self, offer: Offer, error: BaseException, now: float) -> None:
+        if isinstance(error, DamagedBlobError) and self._damages < _MAX_DAMAGES:
             self._damages += 1
-            _LOG.warning("%s: pulling it again", worker.error)
+            _LOG.warning("%s: pulling it again", error)
             try:
-                self._store.blobs.delete(worker.error.sha256)
+                self._store.blobs.delete(error.sha256)
                 self._download(offer, now)
-            except FedpruneError as error:
-                self._refuse(offer, error)
-        elif worker.error is not None and not isinstance(worker.error, TrainingStoppedError):
-            other = self._choice.instead(offer, worker.error)
-            if other is None:
-                self._refuse(offer, worker.error)
-            else:
-                self._start(other, now)
+            except FedpruneError as failed:
+                self._refuse(offer, failed)
+            return
+        other = self._choice.instead(offer, error)
+        if other is None:
+            self._refuse(offer, error)
+        else:
+            self._start(other, now)
+
+    def _offline_failed(self, error: BaseException) -> None:
+        if isinstance(error, FedpruneError):
+            _LOG.warning("offline training failed: %s", error)
+        else:
+            _LOG.error("offline training failed: unexpected error", exc_info=error)
+        if isinstance(error, DamagedBlobError):
+            self._store.blobs.delete(error.sha256)
 
     def _halt(self) -> None:
         """Stop what is being done for the current offer."""
-        self._supply.stop()
+        self._downloader.stop()
         self._ready = None
-        self._alone.stop()
         if self._worker is not None:
             self._worker.stop()
 
     def _collect(self) -> None:
-        # What the worker has just made is referred to by nothing yet; nobody waits for what a stopped one makes.
-        if (self._worker is None or self._worker.stopped) and not self._alone.running:
+        # Nothing refers yet to what a worker has just made; what a stopped one makes is dropped.
+        if self._worker is None or self._worker.stopped:
             self._store.collect()
 
     def _refuse(self, offer: Offer, error: BaseException) -> None:
-        self._outbox.refuse(offer, error)
+        self._uplink.refuse(offer, error)
         task = self._store.task
         if task is not None and task.offer == offer:
             self._halt()

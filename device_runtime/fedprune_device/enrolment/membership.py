@@ -22,11 +22,11 @@ from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.join_token import Claim
 from fedprune.security.tls import SYSTEM, insecure_allowed
 from fedprune.wire.broker_url import BrokerUrl, tls_context
-from fedprune.wire.mqtt.link import Link, Will
-from fedprune.wire.topics import EVERYONE, Topics, check_device, check_name
+from fedprune.wire.mqtt.link import Link
+from fedprune.wire.topics import EVERYONE, check_device, check_name
 from fedprune_device.enrolment.enrolment import Renewal, enrol, join_urls, one_claim, read_claim
-from fedprune_device.network.signed_link import SignedLink
-from fedprune_device.network.uplink import Wire
+from fedprune_device.network.connection import Channel, Connection
+from fedprune_device.network.signed_channel import SignedChannel
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 
@@ -60,11 +60,11 @@ class Membership:
     authority: Path | None
     identity: DeviceIdentity | None
 
-    def open(self, will: Callable[[], Will]) -> tuple[Link, Wire]:
-        """The connection to the broker, not started yet, and what the agent speaks and hears through.
+    def connection(self, next_session: Callable[[], int]) -> Connection:
+        """The connection to the server, not started yet.
 
         Args:
-            will: Gives topic and payload of the will, before every connection.
+            next_session: Numbers each connection to the broker.
 
         Raises:
             IdentityError: The board hasn't joined, or a file of its identity is damaged.
@@ -72,19 +72,20 @@ class Membership:
         """
         identity = self.identity
         if identity is None:
-            link = Link(self.broker, f"fedprune-{self.site}-{self.device}", will=will)
-            wire: Wire = link
+            channel = Channel(self.device, self.site)
+            name = f"fedprune-{self.site}-{self.device}"
+            link = Link(self.broker, name, will=lambda: channel.will(next_session()))
         else:
-            identity.context(self.authority)  # what is wrong with it is better known now than when it connects
+            identity.context(self.authority)  # an error in it is reported better now than when the board connects
+            channel = SignedChannel(identity)
             link = Link(
                 self.broker,
                 f"fedprune-{secrets.token_hex(12)}",
-                will=lambda: signed.sealed(will()),
+                will=lambda: channel.will(next_session()),
                 tls=lambda: identity.context(self.authority),
             )
-            wire = signed = SignedLink(link, identity)
-        link.subscribe(Topics(self.site).device_subscriptions(self.device))
-        return link, wire
+        link.subscribe(channel.topics.device_subscriptions(self.device))
+        return Connection(link, channel)
 
     def web_context(self) -> ssl.SSLContext:
         """TLS with web servers that have blobs: whom the system trusts, the fleet's authority and `authority` vouch.

@@ -199,6 +199,20 @@ def check_runtime(python: str = sys.executable) -> str:
     return (done.stdout.strip().splitlines() or [""])[-1][:200]
 
 
+def table_summaries(report: ProbeReport) -> dict[str, str]:
+    """The tables of layers' and convolutions' times in a few words each, for logs and terminals."""
+    latency, forms = report.latency, report.forms
+    found = {"latency": "", "forms": ""}
+    if latency is not None:
+        error = f"{latency.error:.1%}" if latency.points else "unknown"
+        steps = "channel by channel" if latency.block == 1 else f"in steps of {latency.block} channels"
+        found["latency"] = f"{latency.points} measurements of layers, median error {error}, times grow {steps}"
+    if forms is not None:
+        measured = sum(len(times) for _, times in forms.rows)
+        found["forms"] = f"{measured} measurements of {len(forms.rows)} shapes"
+    return found
+
+
 def memory(root: Path = Path("/")) -> tuple[int, int]:
     """Bytes of main memory, in all and available; a control group's limit counts as memory.
 

@@ -10,24 +10,21 @@ from fedprune.wire.chunk import MAX_PACKET, Chunk
 from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.messages import Want
 from fedprune.wire.offer import Offer
-from fedprune.wire.rtt import AnswerTime
-from fedprune.wire.topics import Topics
 from fedprune_device.network.blob_download import BlobDownloads
+from fedprune_device.network.connection import Connection
 from fedprune_device.network.http_download import HttpDownload
 from fedprune_device.network.offer_checks import slabs_fit
-from fedprune_device.network.uplink import Uplink, Wire
+from fedprune_device.network.uplink import Uplink
 from fedprune_device.storage.state_directory import DeviceStore
 
 
 class Downloader:
-    """The way of one offer's blobs at a time. All of it is quick.
+    """Downloads the blobs of one offer at a time. No call waits for the network.
 
     Args:
         store: The board's state; blobs end up there.
-        link: The connection; listens to the topics that pulls share.
-        topics: The site's.
-        outbox: Says what is wanted.
-        answers: How long the server's answers take, as far as is known.
+        connection: The connection; listens to shared topics.
+        uplink: Sends requests.
         max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
         context: Gives TLS with the web servers that offers name.
     """
@@ -35,15 +32,13 @@ class Downloader:
     def __init__(
         self,
         store: DeviceStore,
-        link: Wire,
-        topics: Topics,
-        outbox: Uplink,
-        answers: AnswerTime,
+        connection: Connection,
+        uplink: Uplink,
         max_packet: int = MAX_PACKET,
         context: Callable[[], ssl.SSLContext] = tls_context,
     ) -> None:
-        self._store, self._link, self._topics, self._outbox = store, link, topics, outbox
-        self._answers, self._limit = answers, ChunkLimit(max_packet)
+        self._store, self._connection, self._uplink = store, connection, uplink
+        self._limit = ChunkLimit(max_packet)
         self._web = HttpDownload(store.blobs, context)
         self._downloads: BlobDownloads | None = None
         self._plainly = False
@@ -161,7 +156,7 @@ class Downloader:
             offer,
             now,
             self._limit,
-            self._answers,
+            self._connection.answers,
             slabs=slabs,
             shared=not self._deaf,
             plainly=self._plainly,
@@ -174,10 +169,10 @@ class Downloader:
 
     def _ask(self, downloads: BlobDownloads, wants: list[Want]) -> None:
         """Ask for pieces, after the broker was told where the answers are heard."""
-        self._listen(downloads.listens(self._topics))
-        self._outbox.ask(downloads.offer.job, wants)
+        self._listen(downloads.listens(self._connection.topics))
+        self._uplink.ask(downloads.offer.job, wants)
 
     def _listen(self, topics: frozenset[str]) -> None:
         if topics != self._listening:
             self._listening = topics
-            self._link.listen(topics)
+            self._connection.listen(topics)

@@ -8,20 +8,19 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from fedprune.core.errors import ExitCode, FedpruneError
+from fedprune.core.metrics import served
 from fedprune.wire.chunk import MAX_PACKET
-from fedprune.wire.chunk import QOS as CHUNK_QOS
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Alive, Death, Gone, Message, Progress, Refusal, Update, Want
+from fedprune.wire.messages import Alive, Gone, Message, Progress, Refusal, Update, Want
 from fedprune.wire.mqtt.unsent import HIGH_WATER
 from fedprune.wire.offer import Offer
 from fedprune.wire.request_ids import NumberedWants, numbered
-from fedprune.wire.topics import NO_JOB, Topics
+from fedprune.wire.topics import NO_JOB
 from fedprune.wire.transfer import Serve
-from fedprune_device.network.status import BoardStatus
+from fedprune_device.network.connection import Connection
 from fedprune_device.privacy.redaction import refused
 
 _LOG = logging.getLogger("fedprune.device")
@@ -36,44 +35,66 @@ _MOST_WANTS = 64
 """Wants that are kept; what is dropped beyond is asked for again."""
 
 
-class Wire(Protocol):
-    """What a device needs of `fedprune.wire.mqtt.link.Link`."""
+class BoardStatus:
+    """Notes that one thread writes and others read. Each is replaced as a whole."""
 
-    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
-        """The next message or event."""
+    def __init__(self) -> None:
+        self.connected = False
+        self._work: dict[str, Any] = {
+            "job": None,
+            "round": None,
+            "phase": "idle",
+            "done": 0,
+            "total": 0,
+            "alone": False,
+        }
+        self._error: dict[str, Any] | None = None
+        self._measured: dict[str, float | None] = {"accuracy": None, "loss": None}
 
-    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send without waiting; False if that isn't possible now."""
+    def working(self, offer: Offer, status: tuple[str, int, int], *, alone: bool = False) -> None:
+        """It is at an offer: phase, units done, units in all; or trains on from one while the server is away."""
+        self._at(offer, *status, alone=alone)
 
-    @property
-    def unsent(self) -> int:
-        """Payload bytes that wait to be sent."""
+    def announcing(self, update: Update) -> None:
+        """An update waits to be handed in."""
+        self._at(update, "announce")
+        self._measured = {kind: served(update.metrics, kind) for kind in ("accuracy", "loss")}
 
-    def listen(self, topics: Collection[str]) -> None:
-        """Listen to exactly these topics beside the device's own, without waiting."""
+    def idle(self) -> None:
+        """Nothing is to be done; job and round are the last ones."""
+        if self._work["phase"] != "idle":
+            self._work = {**self._work, "phase": "idle", "done": 0, "total": 0, "alone": False}
+
+    def failed(self, offer: Offer, reason: str) -> None:
+        """An offer isn't carried out."""
+        self._error = {"job": offer.job, "round": offer.round, "reason": reason[:500]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"connected": self.connected, **self._work, "last_error": self._error, **self._measured}
+
+    def _at(self, what: Offer | Update, phase: str, done: int = 0, total: int = 0, *, alone: bool = False) -> None:
+        counted = {"phase": phase, "done": done, "total": total}
+        self._work = {"job": what.job, "round": what.round, **counted, "alone": alone}
 
 
 class Uplink:
-    """The device's side of the conversation.
+    """Sends progress, updates, refusals and signs of life.
 
     Args:
-        device: The device's name.
-        topics: The site's topics.
-        link: The connection.
+        connection: The connection.
         pieces: Reads pieces of blobs.
         max_packet: Bytes of an MQTT packet that the broker lets through.
-
-    Attributes:
-        standing: What it says, for those beside the board.
+        status: Shows other threads what the board works on.
     """
 
-    def __init__(self, device: str, topics: Topics, link: Wire, pieces: Serve, max_packet: int = MAX_PACKET) -> None:
-        self._device = device
-        self._topics = topics
-        self._link = link
+    def __init__(
+        self, connection: Connection, pieces: Serve, max_packet: int = MAX_PACKET, status: BoardStatus | None = None
+    ) -> None:
+        self._connection, self._device = connection, connection.device
         self._pieces = pieces
         self._max_packet = max_packet
-        self.standing = BoardStatus()
+        self.status = status or BoardStatus()
         self._doubled = NumberedWants().doubled
         self._wanted: deque[tuple[Update, Want]] = deque()
         self._chunks: Iterator[bytes] = iter(())
@@ -91,7 +112,7 @@ class Uplink:
     def say(self, message: Message, job: str = NO_JOB, qos: int = 1) -> None:
         """Say something once."""
         self._spoke = True
-        self._link.publish(self._topics.up(self._device, job), message.to_bytes(), qos)
+        self._connection.send(message, job, qos)
 
     def ask(self, job: str, wants: Iterable[Want]) -> None:
         """Ask for pieces of blobs."""
@@ -112,11 +133,10 @@ class Uplink:
 
     def send_chunks(self) -> None:
         """Hand out what was wanted as long as little waits to be sent: what is said waits behind no more than that."""
-        while self._link.unsent < HIGH_WATER:
+        while self._connection.unsent < HIGH_WATER:
             chunk = next(self._chunks, None)
             if chunk is not None:
-                topic = self._topics.up_to(self._device, self._chunks_to, self._chunks_job)
-                if not self._link.publish(topic, chunk, CHUNK_QOS):
+                if not self._connection.send_chunk(chunk, self._chunks_job, self._chunks_to):
                     self.drop_chunks()  # what doesn't get through is asked for again
             elif self._wanted:
                 update, want = self._wanted.popleft()
@@ -133,17 +153,13 @@ class Uplink:
         self._wanted.clear()
         self._chunks = iter(())
 
-    def will(self, session: int) -> tuple[str, bytes]:
-        """Topic and payload that the broker shall publish when this connection is lost."""
-        return self._topics.up(self._device), Death(self._device, session).to_bytes()
-
     def hurry(self, now: float) -> None:
         """Announce the update at the next turn, and often at first: it is new, or the connection is."""
         self._announced, self._announce_at = 0, now
 
     def announce(self, update: Update, now: float) -> None:
         """Announce an update, if it is time to, ever less often."""
-        self.standing.announcing(update)
+        self.status.announcing(update)
         if now < self._announce_at:
             return
         self.say(update, update.job)
@@ -159,7 +175,7 @@ class Uplink:
             status: Phase, units done, units in all.
             now: The time.
         """
-        self.standing.working(offer, status)
+        self.status.working(offer, status)
         if now < self._report_at or status == self._reported:
             return
         self._reported, self._report_at = status, now + PROGRESS_S
@@ -183,7 +199,7 @@ class Uplink:
         code = error.exit_code if isinstance(error, FedpruneError) else ExitCode.INTERNAL
         reason = refused(error, private=False)
         _LOG.warning("round %d of job %s: refused: %s", offer.round, offer.job, reason)
-        self.standing.failed(offer, _printable(reason))
+        self.status.failed(offer, _printable(reason))
         self._refused = offer
         told = _printable(refused(error, private=bool(offer.recipe.get("update_clip"))))
         self._refusal = Refusal(self._device, offer.job, offer.round, offer.attempt, told, int(code))

@@ -1,8 +1,7 @@
 """Releases that the server offers: pulled, staged, tried at a quiet moment, and reported however they end.
 
-This stands between the agent and its connection, and the agent knows nothing of it. What must survive a power cut is
-what was pulled (each leaf is checked when it is taken up again) and the launcher's state; which release is wanted the
-server says again at every birth.
+What must survive a power cut is what was pulled (each leaf is checked when the download goes on) and the launcher's
+state; the server repeats at every birth which release it wants.
 """
 
 from __future__ import annotations
@@ -10,15 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fedprune.core.errors import FedpruneError, ProtocolError
+from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Birth, Gone, Want, parse
+from fedprune.wire.messages import Want
 from fedprune.wire.release_messages import (
     COMMITTED,
     DOWNLOADING,
@@ -30,10 +28,9 @@ from fedprune.wire.release_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
-from fedprune.wire.topics import NO_JOB, Topics
 from fedprune_device.hardware.board_facts import TEGRA
 from fedprune_device.launcher import state as on_disk
-from fedprune_device.network.uplink import Wire
+from fedprune_device.network.connection import Connection
 from fedprune_device.releases.installer import KEPT, ReleaseInstaller
 from fedprune_device.releases.release_download import ReleaseDownload, StagingThread, delete_downloads
 
@@ -73,33 +70,19 @@ def board_installer(
 
 
 class ReleaseAgent:
-    """A connection on which what concerns releases is seen to; all else passes.
+    """Installs the releases that the server offers, and reports how each ends.
 
     Args:
-        link: The connection.
-        device: The board's name.
-        site: The fleet's site.
+        connection: The connection.
         updater: Installs releases; or why none can be installed here.
-        quiet: Whether a restart would cost nothing now.
-        restart: Ends this process, so that the launcher begins the trial.
-        clock: Seconds that only grow.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(
-        self,
-        link: Wire,
-        device: str,
-        site: str,
-        updater: ReleaseInstaller | str,
-        *,
-        quiet: Callable[[], bool],
-        restart: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
+        self, connection: Connection, updater: ReleaseInstaller | str, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._link = link
-        self._device, self._topics = device, Topics(site)
+        self._connection = connection
         self._updater = updater
-        self._quiet, self._restart = quiet, restart
         self._clock = clock
         self._offer: ReleaseOffer | None = None
         self._pulling: ReleaseDownload | None = None
@@ -112,62 +95,44 @@ class ReleaseAgent:
         self._last: ReleaseReport | None = None
         self._report_at = self._look_at = 0.0
 
-    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send without waiting; False if that isn't possible now. After a birth the server hears where releases are."""
-        sent = self._link.publish(topic, payload, qos)
-        if topic == self._topics.up(self._device) and isinstance(parse(payload), Birth):
-            self._guarded(self._greet)
-        return sent
+    def born(self) -> None:
+        """A birth is sent: report where releases are, and ask again for what is missing."""
+        self._guarded(self._greet)
 
-    @property
-    def unsent(self) -> int:
-        """Payload bytes that wait to be sent."""
-        return self._link.unsent
-
-    def listen(self, topics: Collection[str]) -> None:
-        """Listen to exactly these shared topics."""
-        self._link.listen(topics)
-
-    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
-        """The next message or event for the agent; None, too, if what came was about releases."""
-        item = self._link.get(timeout)
-        if isinstance(item, tuple) and self._meant(*item):
-            item = None
-        self._guarded(self._turn)
-        return item
-
-    # What comes in
-
-    def _meant(self, topic: str, payload: bytes) -> bool:
-        """Whether something is about releases; it is then seen to."""
-        try:
-            address = self._topics.parse(topic)
-            if address.channel == "down/blob":
-                chunk = Chunk.parse(payload)
-                if self._pulling is None or not self._pulling.wants(chunk.sha256):
-                    return False
-                self._guarded(lambda: self._on_chunk(chunk))
-                return True
-            if address.channel != "down" or (address.device, address.job) != (self._device, NO_JOB):
-                return False
-            message = parse(payload)
-        except ProtocolError:
-            return False  # the agent says what is wrong
-        if isinstance(message, Gone) and (self._pulling is None or not self._pulling.wants(message.sha256)):
+    def chunk(self, chunk: Chunk) -> bool:
+        """Take in a piece of a release; False if it is of another blob."""
+        if self._pulling is None or not self._pulling.wants(chunk.sha256):
             return False
-        if not isinstance(message, (ReleaseOffer, ReleaseWithdrawn, Gone)):
-            return False
-        self._guarded(lambda: self._on_message(message))
+        self._guarded(lambda: self._on_chunk(chunk))
         return True
 
-    def _on_message(self, message: ReleaseOffer | ReleaseWithdrawn | Gone) -> None:
-        if isinstance(message, ReleaseOffer):
-            self._on_offer(message)
-        elif isinstance(message, ReleaseWithdrawn):
-            self._on_withdrawn(message)
-        elif self._offer is not None:
+    def gone(self, sha256: str) -> bool:
+        """The server no longer has a file; False if it isn't one of the release that is being pulled."""
+        if self._pulling is None or not self._pulling.wants(sha256):
+            return False
+        if self._offer is not None:
             _LOG.info("release %d: the server no longer has it", self._offer.number)
             self._forget_offer()
+        return True
+
+    def on_message(self, message: ReleaseOffer | ReleaseWithdrawn) -> None:
+        """A release is offered or withdrawn."""
+        if isinstance(message, ReleaseOffer):
+            self._guarded(lambda: self._on_offer(message))
+        else:
+            self._guarded(lambda: self._on_withdrawn(message))
+
+    def turn(self, *, quiet: bool) -> bool:
+        """Take the next step.
+
+        Args:
+            quiet: Whether a restart would cost nothing now.
+
+        Returns:
+            Whether the process is to end, so that the launcher begins the trial.
+        """
+        self._guarded(lambda: self._turn(quiet))
+        return self._leaving
 
     def _on_offer(self, offer: ReleaseOffer) -> None:
         if self._leaving or self._staging is not None:
@@ -216,9 +181,7 @@ class ReleaseAgent:
         self._offer = self._pulling = self._staging = self._withdrawn = None
         self._ready, self._trouble = False, ""
 
-    # What is to be done
-
-    def _turn(self) -> None:
+    def _turn(self, quiet: bool) -> None:
         if isinstance(self._updater, str) or self._leaving:
             return
         if self._trying and self._clock() >= self._look_at:
@@ -242,7 +205,7 @@ class ReleaseAgent:
             elif self._offer is not None:
                 self._ready = True
                 self._say(self._offer.number, STAGED)
-        if self._ready and self._offer is not None and self._quiet():
+        if self._ready and self._offer is not None and quiet:
             self._try(self._updater, self._offer)
 
     def _try(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
@@ -255,7 +218,6 @@ class ReleaseAgent:
         _LOG.info("release %d is tried now: the service starts anew", offer.number)
         self._say(offer.number, TRIAL)
         self._leaving = True
-        self._restart()
 
     def _guarded(self, step: Callable[[], None]) -> None:
         """Whatever goes wrong with a release is told to the server; the agent goes on."""
@@ -284,8 +246,6 @@ class ReleaseAgent:
                 delete_downloads(self._updater)
         except FedpruneError as error:  # it is tried again with the next release
             _LOG.warning("can't delete what was pulled: %s", error)
-
-    # What is said
 
     def _greet(self) -> None:
         """After a birth: say where a release stands, and ask again for what is missing."""
@@ -337,11 +297,11 @@ class ReleaseAgent:
             self._say(self._offer.number, DOWNLOADING, "", done, total)
 
     def _say(self, number: int, state: str, reason: str = "", done: int = 0, total: int = 0) -> None:
-        report = ReleaseReport(self._device, number, state, one_line(reason, 1000), done, total)
+        report = ReleaseReport(self._connection.device, number, state, one_line(reason, 1000), done, total)
         if report != self._last:
             self._last = report
-            self._link.publish(self._topics.up(self._device), report.to_bytes())
+            self._connection.send(report)
 
     def _ask(self, wants: list[Want]) -> None:
         for want in wants:
-            self._link.publish(self._topics.up(self._device), want.to_bytes())
+            self._connection.send(want)

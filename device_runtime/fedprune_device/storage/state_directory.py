@@ -149,13 +149,14 @@ class DeviceStore:
         """A number for a new connection, larger than every earlier one, on disk before it is used.
 
         It is the time in milliseconds where that is larger, so that also a board whose directory was deleted is
-        believed to be there anew.
-
-        Raises:
-            StorageError: The disk fails or is full.
+        believed to be there again. On a disk that fails only this process knows it.
         """
         number = max(self.session + 1, int(min(1000 * self._clock(), _LAST_TIME)))
-        durable.write_document(self.root / "session.json", {"number": number})
+        try:
+            durable.write_document(self.root / "session.json", {"number": number})
+        except StorageError as error:
+            _LOG.warning("can't keep the session number: %s", error)
+            number = self.session + 1
         self.session = number
         return number
 

@@ -1,19 +1,16 @@
-"""A board's connection through which its log and its last crash reach the server; all else passes."""
+"""A board's log and its last crash, for its server."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune.core.errors import FedpruneError, ProtocolError
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.log_messages import CrashReport, LogWanted
-from fedprune.wire.messages import parse
-from fedprune.wire.topics import Topics
-from fedprune_device.network.uplink import Wire
+from fedprune_device.network.connection import Connection
 from fedprune_device.telemetry.crash_reports import CrashReports
 from fedprune_device.telemetry.log_buffer import LogBuffer
 
@@ -27,65 +24,37 @@ _LOGGER = "fedprune"
 
 
 class LogReporter:
-    """What the agent speaks and hears through.
+    """Sends the board's warnings and its last crash, once the server has asked for them.
 
     Args:
-        link: The connection.
-        device: The board's name.
-        site: The fleet's site.
+        connection: The connection.
         log: The lines for the server.
         crashes: The last run's end.
-        clock: Seconds that only grow.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(
         self,
-        link: Wire,
-        device: str,
-        site: str,
+        connection: Connection,
         log: LogBuffer,
         crashes: CrashReports,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._link, self._device = link, device
-        self._topic, self._down = Topics(site).up(device), Topics(site).down(device)
-        self._log, self._crashes, self._clock = log, crashes, clock
+        self._connection, self._log, self._crashes, self._clock = connection, log, crashes, clock
         self._wanted: LogWanted | None = None
         self._crash: CrashReport | None = None
         self._next = 0.0
 
-    @property
-    def unsent(self) -> int:
-        """Payload bytes that wait to be sent."""
-        return self._link.unsent
+    def born(self) -> None:
+        """A birth is sent: the server answers with what it wants of the log, if it wants any."""
+        self._wanted = None
 
-    def listen(self, topics: Collection[str]) -> None:
-        """Listen to exactly these shared topics."""
-        self._link.listen(topics)
+    def lost(self) -> None:
+        """The connection is lost."""
+        self._wanted = None
 
-    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send without waiting; a birth is answered by what the server wants of the log, if it wants any."""
-        if topic == self._topic and b'"type":"birth"' in payload:
-            self._wanted = None
-        return self._link.publish(topic, payload, qos)
-
-    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
-        """The next message or event of the link, but for what concerns the log."""
-        item = self._link.get(timeout)
-        if isinstance(item, (ConnectionUp, ConnectionDown)):
-            self._wanted = None
-        elif item is not None and item[0] == self._down and b'"log_wanted"' in item[1]:
-            try:
-                message = parse(item[1])
-            except ProtocolError:
-                return item  # the agent complains of it
-            if isinstance(message, LogWanted):
-                self._heard(message)
-                item = None
-        self._turn()
-        return item
-
-    def _heard(self, message: LogWanted) -> None:
+    def wanted(self, message: LogWanted) -> None:
+        """The server asks for lines, and acknowledges those that it has."""
         first, self._wanted = self._wanted is None, message
         if message.kept is not None:
             self._log.kept(message.kept)
@@ -95,7 +64,8 @@ class LogReporter:
         if first or message.kept is not None:
             self._next = min(self._next, self._clock() + (0.0 if first else _BETWEEN_S))
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
+        """Save the log and send what is due."""
         self._log.save()
         now = self._clock()
         if self._wanted is None or now < self._next or not self._wanted.lines:
@@ -104,14 +74,14 @@ class LogReporter:
             message = self._unheard_crash() or self._log.take(self._wanted.lines, self._wanted.bytes)
             self._next = now + (_BETWEEN_S if message is None else _AGAIN_S)
             if message is not None:
-                self._link.publish(self._topic, message.to_bytes())
+                self._connection.send(message)
         except FedpruneError:
             self._next = now + _AGAIN_S  # a disk that fails: nothing of this is worth a line
 
     def _unheard_crash(self) -> CrashReport | None:
         if self._crash is None and (body := self._crashes.report) is not None:
             try:
-                self._crash = CrashReport(self._device, self._log.number, **body)
+                self._crash = CrashReport(self._connection.device, self._log.number, **body)
             except (ProtocolError, TypeError):
                 self._crashes.told()  # of another version, or damaged
         return self._crash

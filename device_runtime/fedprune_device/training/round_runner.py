@@ -105,7 +105,7 @@ class RoundRunner:
         self._data = data
         self._trainer = trainer or TrainerCache()
         self._shelf = shelf or MemoryStateStore()
-        self._lowering = lowering or ReducedPrecision()
+        self.lowering = lowering or ReducedPrecision()
         self._noise = noise or (lambda offer: GaussianNoise.secret())
 
     def commit(self, made: RoundResult) -> Update:
@@ -173,7 +173,7 @@ class RoundRunner:
         )
         data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
         self._blob(offer.inference)
-        kits = self._lowering.wanted(offer).lowered or {}
+        kits = self.lowering.wanted(offer).lowered or {}
         for kit in kits.values():
             self._blob(kit)
         own = LogitAdjustment.of(data.y_train, recipe, offer.classes)
@@ -231,7 +231,7 @@ class RoundRunner:
             evaluation.add(model, when)
         evaluation.latency(model)
         graphs = {p: self._blob(kit) for p, kit in kits.items()}
-        lowered = self._lowering.staged(self._slots.staging, graphs, data, recipe, offer.classes)
+        lowered = self.lowering.staged(self._slots.staging, graphs, data, recipe, offer.classes)
         evaluation.metrics |= training_metrics(result)
         if kept is not None and made.own is not None:
             kept.stage(made.own)

@@ -13,14 +13,14 @@ import pytest
 from fedprune.model.selection import Tensors
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth, Cancelled, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
-from fedprune_device.agent.agent import Agent
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
+from fedprune_device.network.connection import Channel
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.evaluation import Evaluation
-from support.fakes.agent_fleet import TOPICS, MemoryLink, clock
+from support.fakes.agent_fleet import TOPICS, clock
 from support.fakes.agent_harness import LONG, Bench, expected, same
 
 pytestmark = pytest.mark.board
@@ -260,8 +260,8 @@ def test_progress_comes_at_most_once_a_second(bench: Bench) -> None:
 
 def test_every_connection_has_a_number_of_its_own_and_a_will(bench: Bench, tmp_path: Path) -> None:
     with DeviceStore(tmp_path / "state", clock=lambda: 0.0) as store:
-        agent = Agent("d", "site", store, MemoryLink(bench.server), bench.data)
-        wills = [agent.will() for _ in range(3)]
+        channel = Channel("d", "site")
+        wills = [channel.will(store.next_session()) for _ in range(3)]
     assert [topic for topic, _ in wills] == [TOPICS.up("d")] * 3
     assert [raw for _, raw in wills] == [Death("d", n).to_bytes() for n in (1, 2, 3)]
 

@@ -1,42 +1,45 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from fedprune.wire.messages import Birth, parse
 from fedprune_device.agent.birth import AGAIN_S, BirthBuilder
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
+from fedprune_device.network.connection import Channel, Connection
 
 pytestmark = pytest.mark.board
 
 
-class Samples:
-    samples = 3
+def births(profile: str, engine: Callable[[], str] = lambda: "") -> BirthBuilder:
+    data: Any = SimpleNamespace(samples=3)
+    link: Any = None
+    return BirthBuilder(Connection(link, Channel("d", "site")), data, profile, None, engine)
 
 
 def test_the_server_hears_what_predicts_and_when_that_changes() -> None:
     status = ["onnxruntime (an engine is being made)"]
-    greeting = BirthBuilder("d", "jetson-thor", None, lambda: status[0])
-    assert greeting.birth(1, 3, None, 0.0).software.endswith("predicts with onnxruntime (an engine is being made)")
-    samples: object = Samples()
-    assert not greeting.outdated(samples, AGAIN_S)  # type: ignore[arg-type]
+    greeting = births("jetson-thor", lambda: status[0])
+    assert greeting.birth(1, None, 0.0).software.endswith("predicts with onnxruntime (an engine is being made)")
+    assert not greeting.outdated(AGAIN_S)
     status[0] = "TensorRT 10.3.0, float32"
-    assert not greeting.outdated(samples, AGAIN_S - 1)  # type: ignore[arg-type]
-    assert greeting.outdated(samples, AGAIN_S)  # type: ignore[arg-type]
-    greeting.birth(1, 3, None, AGAIN_S)
-    assert not greeting.outdated(samples, 3 * AGAIN_S)  # type: ignore[arg-type]
+    assert not greeting.outdated(AGAIN_S - 1)
+    assert greeting.outdated(AGAIN_S)
+    greeting.birth(1, None, AGAIN_S)
+    assert not greeting.outdated(3 * AGAIN_S)
 
 
 def test_a_long_or_strange_reason_still_makes_a_message() -> None:
-    birth = BirthBuilder("d", "jetson-thor", None, lambda: "onnxruntime (\x1b[31m\n" + "x" * 4000).birth(
-        1, 3, None, 0.0
-    )
+    birth = births("jetson-thor", lambda: "onnxruntime (\x1b[31m\n" + "x" * 4000).birth(1, None, 0.0)
     assert isinstance(parse(birth.to_bytes()), Birth)
 
 
 def test_a_board_without_engines_says_nothing_of_them() -> None:
-    assert "predicts" not in BirthBuilder("d", "raspberry-pi-5", None).birth(1, 3, None, 0.0).software
+    assert "predicts" not in births("raspberry-pi-5").birth(1, None, 0.0).software
 
 
 @pytest.mark.parametrize(
@@ -53,8 +56,8 @@ def test_a_board_with_a_launcher_says_what_it_runs(
         (tmp_path / "state" / "b.json").write_text("no record")
     monkeypatch.setenv("FEDPRUNE_ROOT", str(tmp_path))
     monkeypatch.setenv("FEDPRUNE_SLOT", "b")
-    birth = BirthBuilder("d", "jetson-thor", None, lambda: "x" * 500).birth(1, 3, None, 0.0)
+    birth = births("jetson-thor", lambda: "x" * 500).birth(1, None, 0.0)
     assert f", {expected}, predicts with x" in birth.software
     assert isinstance(parse(birth.to_bytes()), Birth)
     monkeypatch.setenv("FEDPRUNE_SLOT", "c\x1b")
-    assert "slot" not in BirthBuilder("d", "jetson-thor", None).birth(1, 3, None, 0.0).software
+    assert "slot" not in births("jetson-thor").birth(1, None, 0.0).software

@@ -17,7 +17,8 @@ from fedprune.wire.offer import Offer
 from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.state_directory import DeviceStore
-from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
+from support.fakes.agent_fleet import MemoryLink, MemoryServer
+from support.fakes.agent_harness import agent_on
 
 pytestmark = pytest.mark.board
 
@@ -43,7 +44,7 @@ class Rounds:
 
     def run(self, until_finished: bool = True) -> None:
         with DeviceStore(self.root / "state") as store:
-            agent = Agent("d", "site", store, MemoryLink(self.server), self.data, clock=clock)
+            agent = agent_on(store, MemoryLink(self.server), self.data)
             late = threading.Timer(60, agent.stop)
             late.start()
             self.server.react = lambda m: agent.stop() if isinstance(m, Refusal) else None
@@ -103,7 +104,7 @@ def test_weights_are_kept_for_as_long_as_the_next_ones_may_need_them(rounds: Rou
     for offer, kept in ((plan[0], True), (replace(plan[0], round=2, weights_codec=None), False)):
         rounds.server.plan = [offer]
         with DeviceStore(rounds.root / "state") as store:
-            agent = Agent("d", "site", store, MemoryLink(rounds.server), rounds.data, clock=clock)
+            agent = agent_on(store, MemoryLink(rounds.server), rounds.data)
 
             def watch(agent: Agent = agent, number: int = offer.round) -> None:
                 if agent.quiet and number in rounds.server.updates:

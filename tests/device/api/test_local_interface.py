@@ -17,13 +17,13 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import DataError, ModelError
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth
-from fedprune_device.agent.agent import Agent
 from fedprune_device.api.live_model import LiveModel
 from fedprune_device.client import BoardError
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.storage.state_directory import DeviceStore
-from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
+from support.fakes.agent_fleet import MemoryLink, MemoryServer
+from support.fakes.agent_harness import agent_on
 from support.fakes.local_board import NAMES, LocalBoard, ask, npy, request, softmax, weights_of
 
 pytestmark = pytest.mark.board
@@ -361,13 +361,13 @@ def test_predictions_and_samples_go_on_while_a_round_is_trained(
         for n in range(60):
             local.samples.add(rng.standard_normal(6).astype(np.float32), n % 3)
         trained_on = local.samples.samples
-        agent = Agent("d", "site", store, MemoryLink(fleet), local.samples, clock=clock)
+        agent = agent_on(store, MemoryLink(fleet), local.samples)
         fleet.plan = [fleet.offer(1), fleet.offer(2, Recipe(epochs=400, batch_size=1, lr=1e-4))]
         thread = threading.Thread(target=agent.run, args=(True,))
         thread.start()
         during, added = 0, 0
         while thread.is_alive():
-            if agent.standing.to_dict()["phase"] == "train" and local.board.healthy():
+            if agent.status.to_dict()["phase"] == "train" and local.board.healthy():
                 during += 1
                 assert local.board.predict(X).round in (1, 2)
                 added += local.board.add(rng.standard_normal(6), int(rng.integers(3)))["kept"]
@@ -380,7 +380,7 @@ def test_predictions_and_samples_go_on_while_a_round_is_trained(
         assert births[0].samples == trained_on
         assert fleet.updates[1].samples == trained_on
         assert fleet.updates[2].samples >= trained_on
-        assert agent.standing.to_dict()["accuracy"] == fleet.updates[2].metrics["accuracy_after"]
+        assert agent.status.to_dict()["accuracy"] == fleet.updates[2].metrics["accuracy_after"]
         local.model.look()
         assert local.board.predict(X).round == 2
 

@@ -260,7 +260,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(threads)
         return ProbeReport(cores=1, memory_total=10**9, memory_available=10**8, seconds=0.0)
 
-    monkeypatch.setattr("fedprune_device.hardware.probe.probe_apart", probe)
+    monkeypatch.setattr("fedprune_device.board.probe_apart", probe)
     return made
 
 
@@ -273,7 +273,7 @@ def test_a_broker_that_is_not_there_is_an_error(tmp_path: Path, probed: list[int
 def test_a_board_without_tensorrt_imports_none_of_its_modules() -> None:
     code = (
         "import sys; from fedprune_device.cli import main as cli; cli.build_parser(); "
-        "from fedprune_device.agent.agent import Agent; "
+        "from fedprune_device import board; "
         "from fedprune_device.api.options import answering; from fedprune_device.api.live_model import LiveModel; "
         "print(*sorted(m for m in sys.modules if m.startswith('fedprune_device.engines.')))"
     )
@@ -291,11 +291,11 @@ def test_a_release_on_trial_that_has_checked_onnxruntime_does_not_load_it_once_m
             pass
 
     checked: list[str] = []
-    monkeypatch.setattr("fedprune_device.hardware.probe.check_runtime", lambda: checked.append("apart"))
-    monkeypatch.setattr("fedprune_device.releases.release_trial.ReleaseTrial.current", lambda: Checked())
+    monkeypatch.setattr("fedprune_device.board.check_runtime", lambda: checked.append("apart"))
+    monkeypatch.setattr("fedprune_device.board.ReleaseTrial.current", lambda: Checked())
     assert run(tmp_path) == ExitCode.BROKER
     assert not checked
-    monkeypatch.setattr("fedprune_device.releases.release_trial.ReleaseTrial.current", lambda: None)
+    monkeypatch.setattr("fedprune_device.board.ReleaseTrial.current", lambda: None)
     assert run(tmp_path) == ExitCode.BROKER
     assert checked == ["apart"]
 
@@ -310,7 +310,7 @@ def test_a_stop_during_a_measurement_is_no_crash(
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeUnavailableError("the probe failed (killed by signal 15)")
 
-    monkeypatch.setattr(f"fedprune_device.hardware.probe.{child}", killed)
+    monkeypatch.setattr(f"fedprune_device.board.{child}", killed)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert run(tmp_path) == ExitCode.OK
@@ -324,7 +324,7 @@ def test_the_log_counts_what_was_probed_instead_of_printing_it(
 ) -> None:
     rows = tuple((Shape(3, 1, n, 8, 64), (("kernel.taps", 1.0), ("kernel.products", 2.0))) for n in range(1, 24))
     report = ProbeReport(cores=1, memory_total=10**9, memory_available=10**8, seconds=0.0, forms=FormTimes(rows))
-    monkeypatch.setattr("fedprune_device.hardware.probe.probe_apart", lambda *_, **__: report)
+    monkeypatch.setattr("fedprune_device.board.probe_apart", lambda *_, **__: report)
     with caplog.at_level("INFO"):
         assert run(tmp_path) == ExitCode.BROKER
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("probe: ")]
@@ -336,13 +336,13 @@ def test_a_process_and_samples_that_a_plan_counts_are_not_counted_as_taken_memor
 ) -> None:
     told: list[ProbeReport] = []
 
-    def agent(*_: object, probe: ProbeReport, **__: object) -> None:
-        told.append(probe)
+    def agent(*made: Any, **__: object) -> None:
+        told.append(made[3].probe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedprune_device.agent.agent.Agent", agent)
-    monkeypatch.setattr("fedprune_device.hardware.process_memory.own_memory", lambda: 60_000_000)
-    monkeypatch.setattr("fedprune_device.hardware.process_memory.process_memory", lambda: 90_000_000)
+    monkeypatch.setattr("fedprune_device.board.build_agent", agent)
+    monkeypatch.setattr("fedprune_device.board.own_memory", lambda: 60_000_000)
+    monkeypatch.setattr("fedprune_device.board.process_memory", lambda: 90_000_000)
     assert run(tmp_path) == ExitCode.INTERRUPTED
     (report,) = told
     assert (report.memory_available, report.process_bytes) == (160_000_000, 90_000_000 - (5 * 6 * 4 + 5 * 8))
@@ -410,7 +410,7 @@ def test_a_board_that_waits_to_be_let_in_asks_systemd_for_more_time(
             heard.append(manager.recv(1000))
             return False
 
-        monkeypatch.setattr(main, "join_first", waiting)
+        monkeypatch.setattr("fedprune_device.board.join_first", waiting)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         assert run(tmp_path) == ExitCode.OK
     assert b"EXTEND_TIMEOUT_USEC=900000000" in heard[0].splitlines()
@@ -423,7 +423,7 @@ def test_an_onnxruntime_that_kills_processes_is_an_exit_code_also_where_a_model_
     python.write_text("#!/bin/sh\nkill -ILL $$\n")
     python.chmod(0o755)
     loaded: list[object] = []
-    monkeypatch.setattr("fedprune_device.hardware.probe.check_runtime", lambda: check_runtime(str(python)))
+    monkeypatch.setattr("fedprune_device.board.check_runtime", lambda: check_runtime(str(python)))
     monkeypatch.setattr("fedprune_device.api.options.LiveModel", loaded.append)
     assert run(tmp_path, state=str(state), local="127.0.0.1:0") == ExitCode.RUNTIME
     assert "signal 4" in capsys.readouterr().err

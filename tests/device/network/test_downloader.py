@@ -15,9 +15,9 @@ from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, Chunk
 from fedprune.wire.messages import Gone, Want, parse
 from fedprune.wire.offer import Offer
-from fedprune.wire.rtt import AnswerTime
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
+from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.uplink import Uplink
 from fedprune_device.storage.state_directory import DeviceStore
@@ -82,8 +82,8 @@ def store(tmp_path: Path) -> Iterator[DeviceStore]:
 
 @pytest.fixture
 def supply(store: DeviceStore, line: Line) -> Downloader:
-    outbox = Uplink("d", TOPICS, line, Serve(store.blobs))
-    return Downloader(store, line, TOPICS, outbox, AnswerTime())
+    connection = Connection(line, Channel("d", TOPICS.site))
+    return Downloader(store, connection, Uplink(connection, Serve(store.blobs)))
 
 
 def pulled(supply: Downloader, line: Line, now: float) -> float | None:

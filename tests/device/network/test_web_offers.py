@@ -22,7 +22,8 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.network import http_fetch
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.trainer import Trainer
-from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
+from support.fakes.agent_fleet import MemoryLink, MemoryServer
+from support.fakes.agent_harness import agent_on
 from support.fakes.web_server import Handler, WebPlace
 
 pytestmark = pytest.mark.board
@@ -42,7 +43,7 @@ class Board:
     def run(self, limit: float = 30.0) -> float:
         with DeviceStore(self.root / "state") as store:
             link = MemoryLink(self.server)
-            self.agent = Agent("d", "site", store, link, self.data, clock=clock)
+            self.agent = agent_on(store, link, self.data)
             late = threading.Timer(limit, self.agent.stop)
             late.start()
             self.agent.run(until_finished=True)

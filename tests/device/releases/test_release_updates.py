@@ -31,6 +31,7 @@ from fedprune.wire.release_messages import (
 )
 from fedprune_device.launcher.launcher import launch
 from fedprune_device.launcher.state import STABLE
+from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_agent import NO_IDENTITY, NO_LAUNCHER, ReleaseAgent, board_installer
 from fedprune_device.releases.release_download import ReleaseDownload
@@ -377,10 +378,9 @@ def test_a_board_without_launcher_or_identity_says_so(releases: dict[int, Path],
     assert board_installer(None, {}) == NO_LAUNCHER
     assert board_installer(None, {"FEDPRUNE_ROOT": str(tmp_path), "FEDPRUNE_SLOT": "a"}) == NO_IDENTITY
     server = ReleaseServer(tmp_path / "server", releases[2])
-    wire = ReleaseAgent(server, "d", "site", NO_LAUNCHER, quiet=lambda: True, restart=lambda: None)
+    found = ReleaseAgent(Connection(server, Channel("d", "site")), NO_LAUNCHER)
     for _ in range(2):
-        server.say(server.offers[0])
-        assert wire.get() is None
+        found.on_message(server.offers[0])
     assert server.reports == 2 * [ReleaseReport("d", 2, REFUSED, NO_LAUNCHER, 0, 0)]
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 
 from fedprune.core.errors import RuntimeUnavailableError
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune_device.launcher.launcher import decide
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, UpdateOutcome
@@ -21,26 +19,6 @@ from support.fakes.runtime_releases import OUTSIDE, PUBLIC, make_release, source
 from support.faults.power_cuts import power
 
 pytestmark = pytest.mark.board
-
-Item = tuple[str, bytes] | ConnectionUp | ConnectionDown | None
-
-
-class Link:
-    unsent = 0
-
-    def __init__(self, *items: Item) -> None:
-        self.items = list(items)
-        self.sent: list[str] = []
-
-    def get(self, timeout: float | None = 0.0) -> Item:
-        return self.items.pop(0) if self.items else None
-
-    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        self.sent.append(topic)
-        return True
-
-    def listen(self, topics: Collection[str]) -> None:
-        pass
 
 
 @pytest.fixture
@@ -65,9 +43,9 @@ def outcome(home: SlotStore) -> UpdateOutcome | None:
 
 def test_a_beat_comes_with_the_loop_and_not_more_often_than_needed() -> None:
     now, told = [0.0], list[str]()
-    heart = Watchdog(Link(), tell=told.append, interval=20.0, clock=lambda: now[0])
+    heart = Watchdog(tell=told.append, interval=20.0, clock=lambda: now[0])
     for _ in range(100):
-        heart.get()
+        heart.turn()
         now[0] += 0.5
     assert told[:2] == ["READY=1", "WATCHDOG=1"]
     assert told.count("WATCHDOG=1") == 20, "four times within ten seconds, the watchdog's half"
@@ -77,24 +55,17 @@ def test_a_beat_comes_with_the_loop_and_not_more_often_than_needed() -> None:
     assert told[-1] == "STOPPING=1"
 
 
-def test_messages_pass_in_both_directions() -> None:
-    link = Link(("t", b"x"), None)
-    heart = Watchdog(link, tell=lambda _: None, interval=1.0)
-    assert (heart.get(), heart.get()) == (("t", b"x"), None)
-    assert heart.publish("up", b"y")
-    assert link.sent == ["up"]
-
-
 def test_a_release_stays_a_turn_after_the_broker_was_reached(board: ReleaseInstaller) -> None:
     decide(board.home)
     trial = trial_of(board)
     assert trial is not None
     told: list[str] = []
-    heart = Watchdog(Link(None, ConnectionUp()), trial, tell=told.append, interval=1.0)
-    heart.get()
-    heart.get()
+    heart = Watchdog(trial, tell=told.append, interval=1.0)
+    heart.turn()
+    heart.turn()
+    heart.connected()
     assert outcome(board.home) is None, "the loop has yet to live through it"
-    heart.get()
+    heart.turn()
     assert outcome(board.home) == UpdateOutcome(2, COMMITTED)
     assert "STATUS=connected to the broker" in told
     assert trial_of(board) is None
@@ -103,9 +74,10 @@ def test_a_release_stays_a_turn_after_the_broker_was_reached(board: ReleaseInsta
 def test_a_broker_that_is_never_reached_keeps_no_release(board: ReleaseInstaller) -> None:
     decide(board.home)
     told: list[str] = []
-    heart = Watchdog(Link(*[ConnectionDown("refused\nagain")] * 3), trial_of(board), tell=told.append, interval=1.0)
-    for _ in range(6):
-        heart.get()
+    heart = Watchdog(trial_of(board), tell=told.append, interval=1.0)
+    for _ in range(3):
+        heart.turn()
+        heart.lost("refused\nagain")
     assert outcome(board.home) is None
     assert "STATUS=waiting for the broker: refused again" in told
 

@@ -17,14 +17,14 @@ from fedprune.core.errors import BundleError, ProtocolError, StorageError
 from fedprune.runtime.precision import PRECISIONS, files_of, graphs_of, packed, served_files, unpacked
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Want, parse
-from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.serving.model_slots import Serving
 from fedprune_device.serving.reduced_precision import PrecisionCheck, ReducedPrecision
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner
-from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
+from support.fakes.agent_fleet import MemoryLink, MemoryServer
+from support.fakes.agent_harness import agent_on
 from support.fakes.hidden_board import CLASSES, DEVICE, HIDDEN, HiddenBoard, hidden_weights, logits
 from support.faults.power_cuts import EACH_KIND, CutError, cuts, power
 
@@ -300,7 +300,7 @@ def test_an_agent_pulls_and_serves_what_it_is_told_to(
     server.plan = [server.offer(n, RECIPE, **other) for n in (1, 2)]
 
     with DeviceStore(tmp_path / "state") as store:
-        agent = Agent("d", "site", store, MemoryLink(server), data, precision=serve, clock=clock)
+        agent = agent_on(store, MemoryLink(server), data, precision=serve)
         late = threading.Timer(60, agent.stop)
         late.start()
         agent.run(until_finished=True)

@@ -7,8 +7,6 @@ import logging
 import subprocess
 import sys
 import threading
-from collections import deque
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, FedpruneError, IdentityError, JoinError
-from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
-from fedprune.wire.messages import Birth, Hello, parse
+from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
 from fedprune_device.hardware.thermal_guard import ThermalGuard
+from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.privacy.redaction import OTHER, module_at, module_of, private
 from fedprune_device.telemetry.crash_reports import CrashReports
 from fedprune_device.telemetry.log_buffer import KEPT, KEPT_BYTES, LogBuffer
@@ -43,21 +41,12 @@ class Time:
 class Wire:
     """A connection whose other end is the test."""
 
-    unsent = 0
-
     def __init__(self) -> None:
-        self.inbox: deque[Any] = deque()
         self.said: list[Any] = []
-
-    def get(self, timeout: float | None = 0.0) -> Any:
-        return self.inbox.popleft() if self.inbox else None
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         self.said.append(parse(payload))
         return True
-
-    def listen(self, topics: Collection[str]) -> None:
-        pass
 
 
 def record(text: str, level: int = logging.WARNING) -> logging.LogRecord:
@@ -256,12 +245,12 @@ def test_a_run_that_was_killed_is_reported_but_no_power_cut(tmp_path: Path) -> N
 def test_nothing_is_told_to_a_server_that_does_not_ask(tmp_path: Path) -> None:
     wire, time = Wire(), Time()
     log = keeper(tmp_path, time)
-    link = LogReporter(wire, "pi", "lab", log, CrashReports(tmp_path, time), time)
+    link = LogReporter(Connection(wire, Channel("pi", "lab")), log, CrashReports(tmp_path, time), time)
     log.emit(record("too hot"))
     crash(tmp_path, ValueError("no"))
-    wire.inbox += [ConnectionUp(), (TOPICS.down("pi"), Hello(1).to_bytes())]
+    link.born()
     for _ in range(10):
-        link.get()
+        link.turn()
         time.now += 100
     assert wire.said == []
 
@@ -271,27 +260,27 @@ def test_a_crash_and_lines_are_told_until_the_server_has_them(tmp_path: Path) ->
     log, crashes = keeper(tmp_path, time), CrashReports(tmp_path, time)
     crash(tmp_path, ValueError("no"))
     log.emit(record("too hot"))
-    link = LogReporter(wire, "pi", "lab", log, crashes, time)
-    link.publish(TOPICS.up("pi"), Birth("pi", 1, "p", 1, "s").to_bytes())
+    link = LogReporter(Connection(wire, Channel("pi", "lab")), log, crashes, time)
+    link.born()
 
     def wanted(kept: int | None) -> None:
-        wire.inbox.append((TOPICS.down("pi"), LogWanted(60, 9999, kept).to_bytes()))
-        assert link.get() is None  # the agent knows nothing of it
+        link.wanted(LogWanted(60, 9999, kept))
+        link.turn()
 
     wanted(None)
     assert isinstance(wire.said[-1], CrashReport)
     time.now += 61
-    link.get()
-    assert [type(m) for m in wire.said[1:]] == [CrashReport, CrashReport]
+    link.turn()
+    assert [type(m) for m in wire.said] == [CrashReport, CrashReport]
     wanted(wire.said[-1].number)
     assert crashes.report is None
     time.now += 6
-    link.get()
+    link.turn()
     told = wire.said[-1]
     assert isinstance(told, BoardLines)
     wanted(told.lines[-1]["number"])
     said = len(wire.said)
     for _ in range(5):
         time.now += 61
-        link.get()
+        link.turn()
     assert len(wire.said) == said

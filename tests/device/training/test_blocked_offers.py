@@ -27,7 +27,8 @@ from fedprune_device.training.graph_choice import GraphChoice
 from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import Trainer
-from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
+from support.fakes.agent_fleet import MemoryLink, MemoryServer
+from support.fakes.agent_harness import agent_on
 
 pytestmark = pytest.mark.board
 
@@ -69,7 +70,7 @@ class Fleet:
 
     def run(self, until_finished: bool = True, **options: Any) -> None:
         with DeviceStore(self.root / "state") as store:
-            self.agent = Agent("d", "site", store, MemoryLink(self.server), self.data, clock=clock, **options)
+            self.agent = agent_on(store, MemoryLink(self.server), self.data, **options)
             late = threading.Timer(60, self.agent.stop)
             late.start()
             self.agent.run(until_finished)
@@ -198,7 +199,7 @@ def test_alone_a_board_trains_without_another_ones_graph(fleet: Fleet, here: Her
         bench = RoundRunner("d", store.blobs, store.slots, fleet.data)
         bench.commit(bench.make(offer))
         store.finish()
-        alone = OfflineTraining("d", store, fleet.data, every=1.0)
+        alone = OfflineTraining(store, bench, every=1.0)
         mine = alone._offer()
         assert mine is not None
         assert mine.blocked == offer.blocked

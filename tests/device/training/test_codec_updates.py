@@ -239,6 +239,11 @@ def test_what_is_left_out_needs_room(board: HiddenBoard, monkeypatch: pytest.Mon
 
 
 def test_a_birth_says_which_codecs_are_known() -> None:
-    from fedprune_device.agent.birth import BirthBuilder
+    from types import SimpleNamespace
 
-    assert BirthBuilder("d", "", None).birth(1, 10, None, 0.0).codecs == CODECS
+    from fedprune_device.agent.birth import BirthBuilder
+    from fedprune_device.network.connection import Channel, Connection
+
+    link: Any = None
+    data: Any = SimpleNamespace(samples=10)
+    assert BirthBuilder(Connection(link, Channel("d", "site")), data).birth(1, None, 0.0).codecs == CODECS

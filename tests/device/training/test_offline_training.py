@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,23 @@ from fedprune.model.selection import Tensors
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
+from fedprune.wire.transfer import Serve
 from fedprune_device.agent.agent import Agent
+from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
+from fedprune_device.network.connection import Channel, Connection
+from fedprune_device.network.downloader import Downloader
+from fedprune_device.network.uplink import Uplink
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training import offline_training as alone
+from fedprune_device.training.graph_choice import GraphChoice
 from fedprune_device.training.offline_training import OfflineTraining
+from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import Trainer
-from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
+from support.fakes.agent_fleet import MemoryLink, MemoryServer
+from support.fakes.agent_harness import agent_on
 from support.faults.power_cuts import EACH_KIND, CutError, cuts, power
 
 pytestmark = pytest.mark.board
@@ -51,7 +60,7 @@ class Board:
         raised: list[BaseException] = []
         with DeviceStore(self.root / "state", owner=DirectoryOwner("d", "site")) as store:
             link = MemoryLink(self.server)
-            agent = Agent("d", "site", store, link, self.data, alone=every, clock=clock)
+            agent = agent_on(store, link, self.data, train_alone_s=every)
 
             def play() -> None:
                 try:
@@ -185,12 +194,12 @@ def test_an_offer_ends_training_alone(board: Board, soon: None) -> None:
     def script(link: MemoryLink, agent: Agent) -> None:
         until(lambda: 1 in board.server.updates)
         link.drop()
-        until(lambda: agent.standing.to_dict()["alone"])
+        until(lambda: agent.status.to_dict()["alone"])
         assert not agent.quiet, "a restart would cost what was trained"
         board.server.plan.append(board.server.offer(2))
         link.restore()
         until(lambda: 2 in board.server.updates)
-        assert not agent.standing.to_dict()["alone"]
+        assert not agent.status.to_dict()["alone"]
 
     board.live(script, every=0.2)
     assert times(board) == 0
@@ -201,7 +210,7 @@ def test_threads_that_train_have_the_lowest_priority(board: Board) -> None:
     found: list[int] = []
 
     def script(link: MemoryLink, agent: Agent) -> None:
-        until(lambda: agent.standing.to_dict()["phase"] == "train")
+        until(lambda: agent.status.to_dict()["phase"] == "train")
         thread = next(t for t in threading.enumerate() if t.name == "fedprune-training")
         assert thread.native_id is not None
         found.append(os.getpriority(os.PRIO_PROCESS, thread.native_id))
@@ -215,6 +224,16 @@ def test_threads_that_train_have_the_lowest_priority(board: Board) -> None:
 # When
 
 
+class Silent(MemoryLink):
+    """A link that leads nowhere."""
+
+    def __init__(self) -> None:
+        pass
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        return False
+
+
 class At:
     """A board with a finished round, and clocks that a test sets."""
 
@@ -224,18 +243,30 @@ class At:
         self.now = 1000.0
         self.alone = self.made(data)
 
-    def made(self, data: LocalData) -> OfflineTraining:
-        return OfflineTraining("d", self.store, data, every=DAY, clock=lambda: self.wall)
+    def made(self, data: LocalData, every: float = DAY) -> OfferHandler:
+        return handler(self.store, data, every, lambda: self.wall)
 
-    def goes_by(self, seconds: float, *, connected: bool = False, idle: bool = True) -> bool:
+    def turn(self) -> None:
+        self.alone.turn(self.now, connected=False)
+
+    def goes_by(self, seconds: float, *, connected: bool = False) -> bool:
         """Let time go by; whether it trains then, or did."""
         self.wall += seconds
         self.now += seconds
-        self.alone.turn(self.now, connected=connected, idle=idle)
-        started = self.alone.status is not None
-        self.alone.join(30)
-        self.alone.turn(self.now, connected=connected, idle=False)
-        return started
+        self.alone.turn(self.now, connected=connected)
+        worker = self.alone._worker
+        if worker is not None:
+            worker.join(30)
+            self.alone.turn(self.now, connected=connected)
+        return worker is not None
+
+
+def handler(store: DeviceStore, data: LocalData, every: float, wall: Callable[[], float] = time.time) -> OfferHandler:
+    connection = Connection(Silent(), Channel("d", "site"))
+    uplink, runner = Uplink(connection, Serve(store.blobs)), RoundRunner("d", store.blobs, store.slots, data)
+    offline = OfflineTraining(store, runner, every, wall)
+    downloader = Downloader(store, connection, uplink)
+    return OfferHandler(store, downloader, uplink, runner, offline, choice=GraphChoice())
 
 
 @pytest.fixture
@@ -243,7 +274,7 @@ def at(board: Board, data: LocalData) -> Iterator[At]:
     board.server.plan = [board.server.offer(1)]
     board.live(lambda *_: until(lambda: 1 in board.server.updates))
     at = At(board.root / "state", data)
-    at.alone.turn(at.now, connected=False, idle=True)
+    at.turn()
     yield at
     at.store.close()
 
@@ -268,7 +299,11 @@ def test_a_moment_without_a_connection_is_no_absence(at: At) -> None:
 
 
 def test_what_else_is_to_be_trained_comes_first(at: At) -> None:
-    assert not at.goes_by(2 * DAY, idle=False)
+    busy: Any = SimpleNamespace(alive=True, offline=False)
+    at.alone._worker, at.wall, at.now = busy, at.wall + 2 * DAY, at.now + 2 * DAY
+    at.turn()
+    assert at.alone._worker is busy
+    at.alone._worker = None
     assert at.goes_by(1)
 
 
@@ -276,7 +311,7 @@ def test_the_schedule_outlives_restarts_and_a_clock_that_was_set_back(at: At, da
     assert at.goes_by(DAY)
     for restart in range(3):
         at.alone = at.made(data)
-        at.alone.turn(at.now, connected=False, idle=True)
+        at.turn()
         assert at.goes_by(8 * HOUR) == (restart == 2)
     at.wall -= 1000 * DAY
     assert not at.goes_by(DAY / 2)
@@ -284,7 +319,7 @@ def test_the_schedule_outlives_restarts_and_a_clock_that_was_set_back(at: At, da
 
 
 def test_it_never_trains_alone_unless_it_is_told_to(at: At, data: LocalData) -> None:
-    at.alone = OfflineTraining("d", at.store, data, clock=lambda: at.wall)
+    at.alone = at.made(data, 0.0)
     assert not at.goes_by(1000 * DAY)
 
 
@@ -309,14 +344,14 @@ def test_what_validation_samples_call_worse_does_not_serve(
     before = at.store.slots.current()
     wrong = LocalData(data.x_train, data.y_train, data.x_test, data.y_test, data.x_train, (data.y_train + 1) % 3)
     at.alone = at.made(wrong)
-    at.alone.turn(at.now, connected=False, idle=True)
+    at.turn()
     with caplog.at_level("INFO"):
         assert at.goes_by(DAY)
     assert "the old model serves" in caplog.text
     assert at.store.slots.current() == before
     assert not at.goes_by(DAY / 2)
     at.alone = at.made(LocalData(data.x_train, data.y_train, data.x_test, data.y_test, data.x_train, data.y_train))
-    at.alone.turn(at.now, connected=False, idle=True)
+    at.turn()
     assert at.goes_by(DAY)
     assert at.store.slots.current() != before
 
@@ -325,9 +360,9 @@ def test_a_failure_is_logged_and_tried_again_when_it_is_time(
     at: At, data: LocalData, caplog: pytest.LogCaptureFixture
 ) -> None:
     at.alone = at.made(replace(data, y_train=data.y_train + 2, y_test=data.y_test + 2))
-    at.alone.turn(at.now, connected=False, idle=True)
+    at.turn()
     assert at.goes_by(DAY)
-    assert "training alone failed" in caplog.text
+    assert "offline training failed" in caplog.text
     assert not at.goes_by(DAY - 60)
     assert at.goes_by(120)
 
@@ -343,7 +378,7 @@ def test_what_fails_after_training_is_logged_too(
 
     monkeypatch.setattr(at.store.slots, "install", fails)
     assert at.goes_by(DAY)
-    assert "training alone failed" in caplog.text
+    assert "offline training failed" in caplog.text
     assert str(error) in caplog.text
     assert at.store.slots.current() == before
 
@@ -364,13 +399,16 @@ def test_a_damaged_graph_is_deleted_unless_an_offer_that_may_pull_it_has_ended_t
 
     monkeypatch.setattr(at.store.blobs, "read", reads)
     at.wall, at.now = at.wall + DAY, at.now + DAY
-    at.alone.turn(at.now, connected=False, idle=True)
+    at.turn()
+    worker = at.alone._worker
+    assert worker is not None
     if stopped:
-        at.alone.stop()
+        at.alone._halt()
     begun.set()
-    at.alone.join(60)
-    assert at.alone.turn(at.now, connected=False, idle=False), "it has ended"
-    assert f"{graph} is damaged" in caplog.text
+    worker.join(60)
+    at.turn()
+    assert at.alone._worker is None, "it has ended"
+    assert (f"{graph} is damaged" in caplog.text) == (not stopped)
     assert at.store.blobs.has(graph) == stopped
 
 
@@ -396,10 +434,11 @@ def train(root: Path, data: LocalData) -> None:
     """One training alone, in this thread."""
     with DeviceStore(root, owner=DirectoryOwner("d", "site")) as store:
         store.collect()
-        alone = OfflineTraining("d", store, data, every=DAY)
-        offer = alone._offer()
+        offers = handler(store, data, DAY)
+        runner, offer = offers._offline.runner, offers._offline._offer()
         assert offer is not None
-        alone._commit(alone._bench.make(offer))
+        worker: Any = SimpleNamespace(offline=True, offer=offer, runner=runner)
+        offers._commit(worker, runner.make(offer), 0.0)
         store.collect()
 
 

@@ -21,12 +21,14 @@ from fedprune.security.join_token import Claim
 from fedprune.security.keys import SigningKey
 from fedprune.security.succession import SUCCESSIONS, Succession, kept_successions
 from fedprune.security.trusted_time import BUILT
+from fedprune.wire.chunk import Chunk
 from fedprune.wire.connection_events import ConnectionUp, Event
 from fedprune.wire.join_messages import APPROVED, JoinAnswer
 from fedprune.wire.messages import Birth, Death, Finished, Hello, Progress, parse
 from fedprune.wire.release_messages import ReleaseOffer
 from fedprune.wire.topics import Topics
-from fedprune_device.network import signed_link as device_side
+from fedprune_device.network import signed_channel as device_side
+from fedprune_device.network.connection import Connection, Received, ReceivedChunk
 from fedprune_server.devices.quarantine import BURST, Quarantine
 from fedprune_server.enrollment import pki as folder_module
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -38,6 +40,7 @@ from fedprune_server.messaging.transport import Doubled, ShutOut
 DAY = 24 * 3600
 TOPICS = Topics("lab")
 Sent = tuple[str, bytes]
+CHUNK = Chunk("ab" * 32, "data", 0, b"a piece").to_bytes()
 
 
 class End:
@@ -90,15 +93,32 @@ class Board:
     def __init__(self, identity: DeviceIdentity, now: Callable[[], float]) -> None:
         self.identity = identity
         self.end = End()
-        self.link = device_side.SignedLink(self.end, identity, now)
+        self.channel = device_side.SignedChannel(identity, now)
+        self.connection = Connection(self.end, self.channel, now)
+        self._birth: Birth | None = None
 
     def say(self, message: Birth | Death | Progress) -> Sent:
-        assert self.link.publish(TOPICS.up(self.identity.device), message.to_bytes())
+        if isinstance(message, Birth):
+            self._birth = message
+        assert self.connection.send(message)
         return self.end.sent[-1]
 
+    def sealed(self, message: Death) -> Sent:
+        topic = TOPICS.up(message.device)
+        return topic, self.channel.seal(topic, message)
+
     def hears(self, *sent: Sent) -> list[Sent]:
-        self.end.inbox.extend(sent)
-        return [item for _ in sent if isinstance(item := self.link.get(), tuple)]
+        found = []
+        for topic, payload in sent:
+            self.end.inbox.append((topic, payload))
+            item = self.connection.receive()
+            if isinstance(item, Received):
+                found.append((topic, item.message.to_bytes()))
+            elif isinstance(item, ReceivedChunk):
+                found.append((topic, item.chunk.to_bytes()))
+            if self.connection.birth_due and self._birth is not None:  # as the agent does
+                self.connection.send(self._birth)
+        return found
 
 
 class Lab:
@@ -165,8 +185,8 @@ def test_what_is_overtaken_still_counts(lab: Lab) -> None:
 
 def test_chunks_pass_as_they_are(lab: Lab) -> None:
     pi = lab.boards["pi-1"]
-    up, down = (TOPICS.up_blob("pi-1", "job"), b"chunk"), (TOPICS.down_blob("pi-1", "job"), b"chunk")
-    pi.link.publish(*up)
+    up, down = (TOPICS.up_blob("pi-1", "job"), CHUNK), (TOPICS.down_blob("pi-1", "job"), CHUNK)
+    pi.connection.send_chunk(CHUNK, "job", None)
     lab.server.link.publish(*down)
     assert (pi.end.sent, lab.server.end.sent) == ([up], [down])
     assert (lab.server.hears(up), pi.hears(down)) == ([up], [down])
@@ -174,9 +194,9 @@ def test_chunks_pass_as_they_are(lab: Lab) -> None:
 
 def test_chunks_for_all_pass_as_they_are_and_messages_among_them_do_not_count(lab: Lab) -> None:
     pi, topic = lab.boards["pi-1"], TOPICS.shared("ab" * 32, "job")
-    lab.server.link.publish(topic, b"chunk")
-    assert lab.server.end.sent == [(topic, b"chunk")]
-    assert pi.hears((topic, b"chunk")) == [(topic, b"chunk")]  # a chunk is compared with digests that were signed
+    lab.server.link.publish(topic, CHUNK)
+    assert lab.server.end.sent == [(topic, CHUNK)]
+    assert pi.hears((topic, CHUNK)) == [(topic, CHUNK)]  # a chunk is compared with digests that were signed
 
 
 def test_a_message_means_nothing_on_another_s_topic_or_in_another_s_name(lab: Lab) -> None:
@@ -188,7 +208,7 @@ def test_a_message_means_nothing_on_another_s_topic_or_in_another_s_name(lab: La
     assert two.hears((TOPICS.down("pi-2", "job"), down[1]), (TOPICS.broadcast(), down[1])) == []
     # What one device signs is not the server's word to another, nor the other's word to the server.
     assert two.hears((TOPICS.down("pi-2"), two.say(birth("pi-2"))[1])) == []
-    forged = two.link.sealed((TOPICS.up("pi-1"), birth("pi-1").to_bytes()))
+    forged = two.sealed(Death("pi-1", 1))
     assert server.hears(forged) == []
     assert one.hears(down) != []
     assert server.hears(up) != []
@@ -466,20 +486,20 @@ def test_a_board_that_nobody_answers_says_what_to_do_once(lab: Lab, caplog: pyte
     silent.say(birth("pi-1"))
     assert answered.hears(lab.server.say("pi-2", Hello())) != []
     for lab.now in (1.0, device_side.PATIENCE_S - 1):
-        assert silent.link.get() is answered.link.get() is None
+        assert silent.connection.receive() is answered.connection.receive() is None
     assert "nothing heard of the server" not in caplog.text
     for lab.now in (device_side.PATIENCE_S, 2 * device_side.PATIENCE_S):
-        assert silent.link.get() is answered.link.get() is None
+        assert silent.connection.receive() is answered.connection.receive() is None
     assert caplog.text.count("nothing heard of the server") == 1
     assert "--new-key" in caplog.text
 
 
 def test_a_will_counts_whenever_it_was_made_and_is_nobody_else_s(lab: Lab) -> None:
     server, pi, two = lab.server, lab.boards["pi-1"], lab.boards["pi-2"]
-    will = pi.link.sealed((TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes()))
+    will = pi.sealed(Death("pi-1", 1))
     assert server.hears(pi.say(birth("pi-1"))) != []
     assert server.hears(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
-    forged = two.link.sealed((TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes()))
+    forged = two.sealed(Death("pi-1", 1))
     assert server.hears(forged) == []
     assert lab.new_server().hears(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
 

@@ -16,6 +16,7 @@ from fedprune.wire.messages import Cancelled, Progress, Update, Want, parse
 from fedprune.wire.mqtt.unsent import HIGH_WATER
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
+from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Line, Post
 from fedprune_server.transfer.downloads import Downloads
@@ -99,7 +100,7 @@ def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: 
 
 
 def outbox(link: Slow, store: BlobStore) -> Uplink:
-    return Uplink("pi", TOPICS, link, Serve(store))
+    return Uplink(Connection(link, Channel("pi", TOPICS.site)), Serve(store))
 
 
 def update(store: BlobStore, digest: str) -> Update:

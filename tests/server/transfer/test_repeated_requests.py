@@ -13,6 +13,7 @@ from fedprune.coordination import State
 from fedprune.wire.messages import Update, Want, parse
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
+from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Line, Post
 from fedprune_server.transfer.downloads import Downloads
@@ -60,7 +61,7 @@ def test_by_the_server(tmp_path: Path) -> None:
     store = BlobStore(tmp_path, durable=False)
     plain = Want(store.put(bytes(2 * LEAF)).sha256, "data", 0, 2)
     board, server = Kept(), Kept()
-    outbox, post = Uplink("pi", TOPICS, board, Serve(store)), posted(server, store)
+    outbox, post = Uplink(Connection(board, Channel("pi", TOPICS.site)), Serve(store)), posted(server, store)
     outbox.ask("job", [plain])
     outbox.ask("job", [plain])
     first, second = asked(board)
@@ -81,7 +82,7 @@ def test_by_a_device(tmp_path: Path) -> None:
     ref = store.put(bytes(2 * LEAF))
     update = Update("pi", "job", 1, 1, "0" * 64, ref, 1, 1)
     board, server = Kept(), Kept()
-    outbox, post = Uplink("pi", TOPICS, board, Serve(store)), posted(server, store)
+    outbox, post = Uplink(Connection(board, Channel("pi", TOPICS.site)), Serve(store)), posted(server, store)
     plain = Want(ref.sha256, "data", 0, 2)
     post.ask([("pi", plain), ("pi", plain)])
     post.deliver()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,30 @@ from fedprune.model.selection import Tensors
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Progress
 from fedprune_device.agent.agent import Agent
+from fedprune_device.board import AgentSettings, Services, build_agent
 from fedprune_device.data.dataset import LocalData
+from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.privacy.policy import PrivacyPolicy
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.trainer import Trainer
 from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
 
 LONG = Recipe(epochs=5000, batch_size=1, lr=1e-4)
+
+
+def agent_on(
+    store: DeviceStore,
+    link: Any,
+    data: Any,
+    *,
+    device: str = "d",
+    site: str = "site",
+    clock: Callable[[], float] = clock,
+    **settings: Any,
+) -> Agent:
+    """An agent on a link of a test, without signatures."""
+    connection = Connection(link, Channel(device, site))
+    return build_agent(connection, store, data, AgentSettings(**settings), Services(), clock=clock)
 
 
 class Bench:
@@ -34,9 +52,7 @@ class Bench:
     def run(self, until_finished: bool = True, limit: float = 60.0) -> None:
         with DeviceStore(self.root / "state") as self.store:
             self.store.hold_to(self.floor)
-            self.agent = Agent(
-                "d", "site", self.store, MemoryLink(self.server), self.data, profile=self.profile, clock=clock
-            )
+            self.agent = agent_on(self.store, MemoryLink(self.server), self.data, profile=self.profile)
             late = threading.Timer(limit, self.agent.stop)
             late.start()
             self.agent.run(until_finished)

@@ -12,13 +12,21 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import FedpruneError
 from fedprune.releases.release import FILES, MANIFEST, SIGNATURE, Release
 from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.messages import Birth, Want, parse
-from fedprune.wire.release_messages import COMMITTED, REFUSED, ROLLED_BACK, ReleaseOffer, ReleaseReport
+from fedprune.wire.messages import Birth, Gone, Want, parse
+from fedprune.wire.release_messages import (
+    COMMITTED,
+    REFUSED,
+    ROLLED_BACK,
+    ReleaseOffer,
+    ReleaseReport,
+    ReleaseWithdrawn,
+)
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune_device.launcher.launcher import SlotExit, launch
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 from fedprune_device.launcher.state import STABLE, LauncherState
+from fedprune_device.network.connection import Channel, Connection, Received, ReceivedChunk
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_agent import ReleaseAgent
 from fedprune_device.releases.release_trial import ReleaseTrial
@@ -141,26 +149,27 @@ class Board:
 
     def serve(self, trial: ReleaseTrial | None = None) -> None:
         """The process: the agent's loop, as far as releases go."""
-        left: list[bool] = []
         self.server.connect()
-        releases = ReleaseAgent(
-            self.server,
-            "d",
-            "site",
-            ReleaseInstaller(self.home.root, PUBLIC),
-            quiet=lambda: self.quiet(),
-            restart=lambda: left.append(True),
-            clock=lambda: self.now,
-        )
-        heart = Watchdog(releases, trial, tell=lambda _: None, interval=0, clock=lambda: self.now)
+        connection = Connection(self.server, Channel("d", "site"))
+        releases = ReleaseAgent(connection, ReleaseInstaller(self.home.root, PUBLIC), clock=lambda: self.now)
+        heart = Watchdog(trial, tell=lambda _: None, interval=0, clock=lambda: self.now)
         for _ in range(100_000):
-            item = heart.get()
-            if isinstance(item, ConnectionUp):
-                heart.publish(TOPICS.up("d"), Birth("d", 1, "p", 1, "s").to_bytes())
-            elif item is None and not self.server.inbox:
+            heart.turn()
+            match item := connection.receive():
+                case ConnectionUp():
+                    heart.connected()
+                    connection.send(Birth("d", 1, "p", 1, "s"))
+                    releases.born()
+                case ReceivedChunk(chunk):
+                    releases.chunk(chunk)
+                case Received(ReleaseOffer() | ReleaseWithdrawn() as message):
+                    releases.on_message(message)
+                case Received(Gone(sha256)):
+                    releases.gone(sha256)
+            if item is None and not self.server.inbox:
                 self.now += 0.2
                 time.sleep(0.0002)  # the thread that unpacks is real
-            if left or self.until():
+            if releases.turn(quiet=self.quiet()) or self.until():
                 return
             if self.server.done and (found := self.home.load()) is not None and found.phase == STABLE:
                 return

@@ -26,6 +26,7 @@ from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
 from fedprune_device.network.blob_download import BlobDownloads
+from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Line, Post
 from fedprune_server.transfer.downloads import Downloads
@@ -149,7 +150,7 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
         post = Post(
             Line(server, TOPICS, "job"), roster, Downloads(Serve(here)), Sharing(here, Audience(State("0" * 64)))
         )
-        outbox = Uplink("pi", TOPICS, board, Serve(there))
+        outbox = Uplink(Connection(board, Channel("pi", TOPICS.site)), Serve(there))
         uploads = Uploads(here)
         pulls = BlobDownloads(there, offer, time.monotonic(), ChunkLimit())
         arrived: list[Any] = []

@@ -1,0 +1,279 @@
+"""The builder of the board's program: makes every part of it, in the order in which they need each other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+from fedprune.core.errors import ProfileError, RuntimeUnavailableError
+from fedprune.hardware import profile_store
+from fedprune.hardware.identification import identify
+from fedprune.hardware.probe_report import ProbeReport
+from fedprune.hardware.profile import HardwareProfile
+from fedprune.runtime.precision import FLOAT32
+from fedprune.wire.broker_url import tls_context
+from fedprune.wire.chunk import MAX_PACKET
+from fedprune.wire.transfer import Serve
+from fedprune_device.agent.agent import Agent
+from fedprune_device.agent.birth import BirthBuilder
+from fedprune_device.agent.offer_handler import OfferHandler
+from fedprune_device.api.options import LOCAL, answering, local_address, open_samples
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.sample_source import SampleSource
+from fedprune_device.engines.accelerator_options import accelerator_of
+from fedprune_device.enrolment.membership import checked_urls, join_first, membership
+from fedprune_device.hardware.board_facts import facts
+from fedprune_device.hardware.probe import check_runtime, probe_apart, table_summaries
+from fedprune_device.hardware.process_memory import own_memory, process_memory
+from fedprune_device.hardware.thermal_guard import ThermalGuard, condition
+from fedprune_device.launcher.sd_notify import starting
+from fedprune_device.network.connection import Connection
+from fedprune_device.network.downloader import Downloader
+from fedprune_device.network.uplink import BoardStatus, Uplink
+from fedprune_device.privacy.policy import read_policy
+from fedprune_device.releases.installer import ReleaseInstaller
+from fedprune_device.releases.release_agent import NO_LAUNCHER, ReleaseAgent, board_installer
+from fedprune_device.releases.release_trial import ReleaseTrial
+from fedprune_device.releases.watchdog import Watchdog
+from fedprune_device.serving.reduced_precision import ReducedPrecision
+from fedprune_device.storage.directory_owner import DirectoryOwner
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.telemetry.crash_reports import CrashReports
+from fedprune_device.telemetry.log_buffer import LogBuffer
+from fedprune_device.telemetry.reporter import LogReporter, reporting
+from fedprune_device.training.graph_choice import GraphChoice
+from fedprune_device.training.loaded import TrainerCache
+from fedprune_device.training.offline_training import OfflineTraining
+from fedprune_device.training.round_runner import RoundRunner
+
+_LOG = logging.getLogger("fedprune.device")
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """How a board takes part.
+
+    Attributes:
+        profile: The board's hardware; without it only the disk limits what is accepted.
+        profile_name: The name that the server gets; the profile's by default.
+        probe: The board's measurements.
+        threads: Threads for training.
+        cuda: Whether to train on an NVIDIA GPU, if that works.
+        guard: Lets training wait while the board is too hot.
+        train_alone_s: Seconds after which the board trains without its server; 0 for never.
+        precision: The precision at which the model predicts (`serving.reduced_precision.SERVE`).
+        serve_job: The job whose models may serve; empty for those of any job.
+        max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
+        engine: Describes what answers predictions; empty where that is nothing special.
+        web: Gives TLS with the web servers that offers name.
+    """
+
+    profile: HardwareProfile | None = None
+    profile_name: str = ""
+    probe: ProbeReport | None = None
+    threads: int = 1
+    cuda: bool = False
+    guard: ThermalGuard | None = None
+    train_alone_s: float = 0.0
+    precision: str = FLOAT32
+    serve_job: str = ""
+    max_packet: int = MAX_PACKET
+    engine: Callable[[], str] = lambda: ""
+    web: Callable[[], ssl.SSLContext] = tls_context
+
+
+@dataclass(frozen=True)
+class Services:
+    """What an agent has in addition to its work for the server.
+
+    Attributes:
+        updater: Installs releases; or why none can be installed.
+        trial: The release's trial that is under way.
+        log: The lines for the server; by default those of the state directory.
+        crashes: The last run's end; the same.
+        status: What other threads see of the agent.
+        stopping: Ends the agent once it is set.
+    """
+
+    updater: ReleaseInstaller | str = NO_LAUNCHER
+    trial: ReleaseTrial | None = None
+    log: LogBuffer | None = None
+    crashes: CrashReports | None = None
+    status: BoardStatus | None = None
+    stopping: threading.Event | None = None
+
+
+def build_agent(
+    connection: Connection,
+    store: DeviceStore,
+    data: SampleSource,
+    settings: AgentSettings,
+    services: Services,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> Agent:
+    """Make an agent.
+
+    Args:
+        connection: The connection to the server.
+        store: The state directory.
+        data: The board's samples.
+        settings: How the board takes part.
+        services: What it has in addition.
+        clock: A monotonic clock, in seconds.
+    """
+    device, profile = connection.device, settings.profile
+    store.slots.job = settings.serve_job
+    uplink = Uplink(connection, Serve(store.blobs), settings.max_packet, services.status)
+    trainer = TrainerCache(settings.threads, cuda=settings.cuda)
+    lowering = ReducedPrecision(settings.precision, settings.threads)
+    runner = RoundRunner(device, store.blobs, store.slots, data, trainer, store.own, lowering, store.privacy.draw)
+    offline = RoundRunner(device, store.blobs, store.slots, data, trainer, lowering=lowering)
+    offers = OfferHandler(
+        store,
+        Downloader(store, connection, uplink, settings.max_packet, settings.web),
+        uplink,
+        runner,
+        OfflineTraining(store, offline, settings.train_alone_s),
+        choice=GraphChoice(standard=settings.cuda),
+        profile=profile,
+        guard=settings.guard,
+    )
+    name = settings.profile_name or ("" if profile is None else profile.name)
+    log = services.log or LogBuffer(store.root, device)
+    return Agent(
+        connection,
+        store,
+        BirthBuilder(connection, data, name, settings.probe, settings.engine),
+        uplink,
+        offers,
+        releases=ReleaseAgent(connection, services.updater),
+        logs=LogReporter(connection, log, services.crashes or CrashReports(store.root)),
+        watchdog=Watchdog(services.trial),
+        stopping=services.stopping or threading.Event(),
+        clock=clock,
+    )
+
+
+def run_board(arguments: argparse.Namespace) -> None:
+    """Take part in a fleet until the agent ends (`fedprune-device run`).
+
+    Args:
+        arguments: The command line.
+
+    Raises:
+        FedpruneError: A setting is wrong, the runtime doesn't load, the state directory can't be used, or the board
+            can't join.
+    """
+    checked_urls(arguments, insecure=arguments.insecure)
+    policy = read_policy(arguments.privacy)
+    guard = ThermalGuard(arguments.pause_above, arguments.resume_below)
+    trial = ReleaseTrial.current()
+    if trial is not None:
+        trial.check(arguments.state / "serving")
+    profile = _profile(arguments.profile)
+    accelerator = accelerator_of(arguments, profile)
+    address = local_address(arguments)
+    selector = None if address is None else accelerator.keeper(arguments.state)
+    stopping, status = threading.Event(), BoardStatus()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    owner = DirectoryOwner(arguments.device, arguments.site)
+    with ExitStack() as stack, _stopped_children(stopping):
+        fixed = None if arguments.data == LOCAL else open_samples(arguments, stack)  # what is wrong with it comes first
+        store = stack.enter_context(DeviceStore(arguments.state, owner=owner))
+        store.hold_to(policy)
+        if store.privacy.private:
+            _LOG.info("privacy: %s", store.privacy.describe())
+        log, crashes = stack.enter_context(reporting(arguments.state, arguments.device, lambda: store.privacy.private))
+        data = open_samples(arguments, stack) if fixed is None else fixed
+        if trial is None:  # a release on trial has checked it
+            check_runtime()  # before this process loads it, which may end the process
+        stack.enter_context(
+            answering(
+                address,
+                arguments,
+                data,
+                status.to_dict,
+                cuda=accelerator.cuda and selector is None,  # what an engine is measured by must not share its faults
+                keeper=selector,
+            )
+        )
+        member = membership(arguments, insecure=arguments.insecure)
+        with starting("waiting to be let into the fleet"):
+            if not join_first(member, arguments, patient=arguments.patient, stopped=stopping):
+                return
+        if member.identity is not None:
+            owner.claim(arguments.state)
+        connection = member.connection(store.next_session)
+        probe = None if arguments.no_probe else _probed(arguments, data, cuda=accelerator.cuda)
+        _LOG.info("board: %s", condition())
+        settings = AgentSettings(
+            profile,
+            probe=probe,
+            threads=arguments.threads,
+            cuda=accelerator.cuda,
+            guard=guard,
+            train_alone_s=3600 * arguments.train_alone,
+            precision=arguments.serve,
+            serve_job=arguments.serve_job or "",
+            max_packet=arguments.max_packet,
+            engine=lambda: "" if selector is None else selector.status,
+            web=member.web_context,
+        )
+        services = Services(board_installer(member.identity), trial, log, crashes, status, stopping)
+        agent = build_agent(connection, store, data, settings, services)
+        if stopping.is_set():
+            return
+        connection.link.start(patient=arguments.patient)
+        stack.callback(connection.link.close)
+        owner.claim(arguments.state)  # not before: a start that fails must not give the directory to a mistyped name
+        renewal = member.renewal(connection.link)
+        if renewal is not None:
+            stack.enter_context(renewal)
+        agent.run(arguments.until_finished)
+
+
+def _probed(arguments: argparse.Namespace, data: SampleSource, *, cuda: bool) -> ProbeReport:
+    held_back = own_memory()  # before onnxruntime is loaded here, which takes memory that the probe finds free
+    report = probe_apart(arguments.threads, memory_file=arguments.state / "layer_times.json")
+    # A plan counts this process and its samples, which hold memory already.
+    held = data.bytes if isinstance(data, LocalData) else 0
+    taken = process_memory()
+    report = replace(
+        report,
+        memory_available=min(report.memory_total, report.memory_available + held_back),
+        block=0 if cuda else report.block,  # there are no blocks on a GPU
+        process_bytes=None if taken is None else max(taken - held, 2**20),
+    )
+    _LOG.info("probe: %s", json.dumps(report.to_dict() | table_summaries(report)))
+    return report
+
+
+@contextmanager
+def _stopped_children(stopping: threading.Event) -> Iterator[None]:
+    """End the body without an error where the service manager's stop signal ended a child process of a check, too."""
+    try:
+        yield
+    except RuntimeUnavailableError:
+        if not stopping.is_set():
+            raise
+
+
+def _profile(name: str | None) -> HardwareProfile | None:
+    if name:
+        return profile_store.find(name)
+    try:
+        found = identify(facts())
+    except ProfileError as error:
+        _LOG.warning("no hardware profile fits this board, so that only its disk limits what it accepts: %s", error)
+        return None
+    _LOG.info("profile: %s", found.describe())
+    return found.profile

@@ -1,0 +1,162 @@
+"""The board's connection to its server: each message is sealed or opened, and parsed, here and nowhere else.
+
+Behind it the board knows messages only, no topics and no signatures.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from fedprune.core.errors import ProtocolError, StorageError
+from fedprune.wire.chunk import QOS as CHUNK_QOS
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.complaints import Complaints
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import Death, Message, parse
+from fedprune.wire.mqtt.link import Link
+from fedprune.wire.rtt import AnswerTime
+from fedprune.wire.topics import EVERYONE, NO_JOB, Topics
+
+_LOG = logging.getLogger("fedprune.device")
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message of the server.
+
+    Attributes:
+        message: The message.
+        private: Whether it came on the board's own topic and belongs to no job.
+    """
+
+    message: Message
+    private: bool
+
+
+@dataclass(frozen=True)
+class ReceivedChunk:
+    """A piece of a blob, whose digest a message has named.
+
+    Attributes:
+        chunk: The piece.
+        shared: Whether it came on a topic that several boards listen to.
+    """
+
+    chunk: Chunk
+    shared: bool
+
+
+class Channel:
+    """Messages as they are, without signatures: for a server on the same machine.
+
+    Args:
+        device: The board's name.
+        site: The fleet's site.
+    """
+
+    def __init__(self, device: str, site: str) -> None:
+        self.device, self.topics = device, Topics(site)
+
+    @property
+    def birth_due(self) -> bool:
+        """Whether the server must be sent another birth before it believes what the board sends."""
+        return False
+
+    def seal(self, topic: str, message: Message) -> bytes:
+        """The payload for a message.
+
+        Raises:
+            StorageError: It can't be signed, because what it takes can't be written.
+        """
+        return message.to_bytes()
+
+    def open(self, topic: str, payload: bytes) -> Message:
+        """The message in a payload.
+
+        Raises:
+            ProtocolError: It is not a valid message of the server.
+            StorageError: What the board must remember of it can't be written.
+        """
+        return parse(payload)
+
+    def turn(self) -> None:
+        """Check for what is due; called each time a message is asked for."""
+
+    def lost(self) -> None:
+        """Note that the connection is lost."""
+
+    def will(self, session: int) -> tuple[str, bytes]:
+        """Topic and payload that the broker publishes when the connection is lost."""
+        topic = self.topics.up(self.device)
+        return topic, self.seal(topic, Death(self.device, session))
+
+
+class Connection:
+    """What the board sends and receives.
+
+    Args:
+        link: The connection to the broker.
+        channel: Seals and opens messages.
+        clock: A monotonic clock, in seconds.
+
+    Attributes:
+        answers: How long the server's answers take.
+    """
+
+    def __init__(self, link: Link, channel: Channel, clock: Callable[[], float] = time.monotonic) -> None:
+        self.link, self.device, self.topics = link, channel.device, channel.topics
+        self.answers = AnswerTime()
+        self._channel = channel
+        self._complaints = Complaints(_LOG, clock)
+
+    @property
+    def unsent(self) -> int:
+        """Payload bytes that wait to be sent."""
+        return self.link.unsent
+
+    @property
+    def birth_due(self) -> bool:
+        """Whether the server must be sent another birth before it believes what the board sends."""
+        return self._channel.birth_due
+
+    def send(self, message: Message, job: str = NO_JOB, qos: int = 1) -> bool:
+        """Send a message without waiting; False if that isn't possible now.
+
+        Raises:
+            StorageError: It can't be signed, because what it takes can't be written; nothing was sent.
+        """
+        topic = self.topics.up(self.device, job)
+        return self.link.publish(topic, self._channel.seal(topic, message), qos)
+
+    def send_chunk(self, chunk: bytes, job: str, receiver: str | None) -> bool:
+        """Send a piece of a blob to one of the server's receivers, or to the server itself; False if it can't be."""
+        return self.link.publish(self.topics.up_to(self.device, receiver, job), chunk, CHUNK_QOS)
+
+    def listen(self, topics: Collection[str]) -> None:
+        """Listen to exactly these shared topics in addition to the board's own, without waiting."""
+        self.link.listen(topics)
+
+    def receive(self, timeout: float | None = 0.0) -> Received | ReceivedChunk | ConnectionUp | ConnectionDown | None:
+        """The next message, chunk or event; None if nothing came in time, or what came is invalid."""
+        item = self.link.get(timeout)
+        self._channel.turn()
+        if isinstance(item, ConnectionUp):
+            self.answers.connected(item.took)
+        elif isinstance(item, ConnectionDown):
+            self._channel.lost()
+        if not isinstance(item, tuple):
+            return item
+        topic, payload = item
+        try:
+            address = self.topics.parse(topic)
+            if address.channel == "down/blob":
+                return ReceivedChunk(Chunk.parse(payload), shared=address.device == EVERYONE)
+            if address.channel == "down":
+                message = self._channel.open(topic, payload)
+                return Received(message, (address.device, address.job) == (self.device, NO_JOB))
+        except (ProtocolError, StorageError) as error:
+            self._complaints.about(topic, error)
+        return None

@@ -1,0 +1,150 @@
+"""Signed messages in both directions. Chunks need no signature: signed messages name them by their digests."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from fedprune.core.errors import FedpruneError, StaleEpochError
+from fedprune.security.device_identity import DeviceIdentity
+from fedprune.security.envelope import Envelope
+from fedprune.security.signed_channel import Opener, Sealer
+from fedprune.security.succession import Succession, follow
+from fedprune.wire.messages import Birth, Hello, Message, parse
+from fedprune_device.network.connection import Channel
+
+_LOG = logging.getLogger("fedprune.device")
+
+PATIENCE_S = 300.0
+"""Silence of the server after which a board logs it; a board that has nothing to do may hear nothing for a day."""
+
+_AGAIN_S, _LONGEST_AGAIN_S = 10.0, 3600.0
+"""The pause after a repeated birth, which doubles with each further one, and the longest pause.
+
+Anyone who may publish on the board's topics can send messages that lead to a birth."""
+
+
+class SignedChannel(Channel):
+    """Signs what the board sends; accepts only what its server has signed, and that only once.
+
+    Args:
+        identity: The board's; it has joined.
+        clock: A monotonic clock, in seconds.
+
+    Raises:
+        IdentityError: The board hasn't joined.
+        StorageError: The record of what it has received can't be read.
+    """
+
+    def __init__(self, identity: DeviceIdentity, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(identity.device, identity.site)
+        self._identity = identity
+        self._sealer = Sealer(identity.key, identity.epochs)
+        self._opener = Opener(identity.server, identity.heard(), identity.hear)
+        self._clock = clock
+        self._born = self._disbelieved = False
+        self._again_at, self._pause_s = 0.0, _AGAIN_S
+        self._silent_since: float | None = None
+
+    @property
+    def birth_due(self) -> bool:
+        """Whether the server has restarted or doubts this board, or awaits its new certificate in a rotation."""
+        return self._born and (self._disbelieved or self._identity.renewed.is_set())
+
+    def seal(self, topic: str, message: Message) -> bytes:
+        """A signed payload; a birth begins a new epoch.
+
+        Raises:
+            StorageError: The new epoch can't be written.
+        """
+        if isinstance(message, Birth):
+            self._disbelieved = False
+            # The server may have restarted: only an epoch that is new to it is sure to count.
+            self._sealer.renew(topic)
+            self._born = True
+            self._identity.renewed.clear()
+            message = replace(message, server_key=self._opener.key.id.hex(), authorities=self._identity.authorities())
+            if self._silent_since is None:
+                self._silent_since = self._clock()
+        return self._sealer.seal(topic, message.to_bytes())
+
+    def open(self, topic: str, payload: bytes) -> Message:
+        """The message in a payload that the server has signed and the board hasn't received before.
+
+        Raises:
+            ProtocolError: The payload is not signed by the server, was received before or is invalid.
+            StorageError: What the board must remember of it can't be written.
+        """
+        self._follow(topic, payload)
+        try:
+            body = self._opener.open(topic, payload)
+        except StaleEpochError:
+            self._doubt()
+            raise
+        self._silent_since = math.inf  # the server accepts this board as a member
+        message = parse(body)
+        if isinstance(message, Hello):
+            self._learn(topic, message)
+        return message
+
+    def turn(self) -> None:
+        """Log once per connection that the server doesn't answer: a revoked board isn't told."""
+        if self._silent_since is not None and self._clock() - self._silent_since >= PATIENCE_S:
+            self._silent_since = math.inf
+            _LOG.info(
+                "nothing heard of the server since this board connected: it may be off, or wait for others. Where "
+                "`fedprune-server devices` says that this board is revoked, let it join anew: fedprune-device join "
+                "--new-key --claim FILE, with the same --broker and --state"
+            )
+
+    def lost(self) -> None:
+        """Note that the connection is lost."""
+        self._silent_since = None
+
+    def _follow(self, topic: str, payload: bytes) -> None:
+        """Learn a hello's key if the known key leads to it; ask for such a hello where another key signed a message."""
+        envelope = Envelope.parse(payload)
+        known = self._opener.key
+        if envelope.key_id == known.id:
+            return
+        message = parse(envelope.body)
+        if isinstance(message, Hello) and message.successions:
+            successions = [Succession.from_hex(text) for text in message.successions]
+            key = follow(self._identity.site, known, successions)
+            if key.id == envelope.key_id:
+                envelope.verify(key, topic)
+                self._identity.succeed(key, successions)
+                self._opener = Opener(key, self._identity.heard(), self._identity.hear)
+                _LOG.info("the server's signing key was replaced: %s follows %s", key.fingerprint, known.fingerprint)
+                return
+        self._doubt()
+
+    def _learn(self, topic: str, hello: Hello) -> None:
+        if topic == self.topics.down(self.device):
+            # Sent to this board alone: what it sends now must count, even if a copy of its disk was heard meanwhile.
+            self._sealer.leap()
+        if hello.successions:
+            self._identity.keep_successions(hello.successions)  # a board may have joined under the latest key
+        if authorities := hello.authorities:
+            self._guarded(lambda: self._identity.follow_authorities(authorities))
+        if (seconds := hello.time) is not None:
+            self._guarded(lambda: self._identity.times.learn(seconds))
+
+    def _guarded(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except FedpruneError as error:  # the server repeats it
+            _LOG.warning("%s", error)
+
+    def _doubt(self) -> None:
+        """Note, at most once per pause, that the server may not know of this board's restart, or of its own."""
+        now = self._clock()
+        if not self._born or now < self._again_at:
+            return
+        if now >= self._again_at + _LONGEST_AGAIN_S:  # it was quiet
+            self._pause_s = _AGAIN_S
+        self._again_at, self._pause_s = now + self._pause_s, min(_LONGEST_AGAIN_S, 2 * self._pause_s)
+        self._disbelieved = True
