@@ -377,13 +377,16 @@ def test_a_learning_rate_may_be_0_but_not_below(config, tmp_path, lr, code, caps
     assert ("lr: expected a number from 0 to 1000, got -0.1" in capsys.readouterr().err) is (code != ExitCode.OK)
 
 
-def test_the_example_in_python_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = DOCS.read_text().partition("## From Python")[2].partition("```python\n")[2].partition("```")[0]
+def test_the_examples_in_python_run(config, tmp_path, monkeypatch, capsys):
+    config()
     monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text().partition("## From Python")[2], re.DOTALL)
 
-    exec(compile(text, str(DOCS), "exec"), {"__name__": "example"})  # noqa: S102 - the page's own example
+    for block in blocks:
+        exec(compile(block, str(DOCS), "exec"), {"__name__": "example"})  # noqa: S102 - the page's own examples
 
-    assert 0 < float(capsys.readouterr().out.splitlines()[0]) < 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("|")] == ["run", "---", "heterofl", "fedavg"]
+    assert 0 < float(lines[-2]) < 1
+    assert (tmp_path / "curves.html").is_file()
     assert (tmp_path / "mine").is_dir()
