@@ -59,7 +59,7 @@ class RunningRound:
 
     def _run(self) -> None:
         while not self._ended.wait(STEP_S):
-            self._served.hear(self._served.fleet.step())
+            self._served.fleet.step(self._served.writer)
 
 
 def measure(devices: int, times: int) -> dict[str, list[float]]:

@@ -16,7 +16,6 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +33,6 @@ from fedprune_server.simulation.digits import digits_model  # noqa: E402
 from fedprune_server.simulation.results.comparison import write_comparison  # noqa: E402
 from fedprune_server.simulation.results.record import Record  # noqa: E402
 from fedprune_server.simulation.results.report import write_report  # noqa: E402
-from fedprune_server.web.state.publisher_messages import Beat  # noqa: E402
 from support.fakes.served_console import ServedConsole  # noqa: E402 - next to the tests
 
 MARGIN = 6
@@ -145,7 +143,7 @@ def console_screens(browser: Browser, wanted: re.Pattern[str]) -> Iterator[tuple
                 served.console.audit.note("ann", "192.0.2.7", action, order, outcome)
             for name, what, width, scheme in shots:
                 page = logged_in(served, browser, width, 800, scheme, what != "login")
-                served.hear([Beat(time.time())])  # else, on a slow machine, the server seems to be silent
+                served.write()  # else, on a slow machine, the server seems to be silent
                 page.goto(served.url + CONSOLE[what].format(**names))
                 if what not in ("login", "missing"):
                     page.wait_for_selector("#live[data-state=open]")

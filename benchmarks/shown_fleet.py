@@ -11,9 +11,7 @@ from fedprune.jobs.job import Job
 from fedprune_server.simulation.datasets.picture import Partition
 from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow
 from fedprune_server.web.demo_fleet import TrialFleet
-from fedprune_server.web.state.device_messages import Coverage, DeviceDetails
-from fedprune_server.web.state.log_messages import AlertNews, BoardLog, LogLine
-from fedprune_server.web.state.publisher_messages import JobNews, Rollouts, RoundNews, Site, ToConsole
+from fedprune_server.web.state import records as r
 
 GROUPS = (
     ("stem", 32),
@@ -94,12 +92,12 @@ class ShownFleet(TrialFleet):
         super().__init__(devices, 42, 7, ("leaves",))
         self._now = time.time()
 
-    def begin(self) -> Iterator[ToConsole]:
+    def begin(self) -> Iterator[r.Record]:
         for word in super().begin():
-            if not isinstance(word, (AlertNews, LogLine, Site)):
+            if not isinstance(word, (r.AlertStatus, r.LogLine, r.Site)):
                 yield word
-            elif isinstance(word, Site):
-                yield Site(word.version, "orchards", ("leaves",), self._now - 186400, True, "mqtts://broker.example:8883",
+            elif isinstance(word, r.Site):
+                yield r.Site(word.version, "orchards", ("leaves",), self._now - 186400, True, "mqtts://broker.example:8883",
                            "postgresql", "S3", False)  # fmt: skip
         count, names = len(self.rows), list(self.rows)
         hot, quarantined, failed, busy = (names[i % count] for i in (19, 93, 12, 7))
@@ -110,7 +108,7 @@ class ShownFleet(TrialFleet):
                 ("warning", failed, "rolled back to runtime 11: ended before it was healthy"),
             )
         ):
-            yield AlertNews(f"a{i}", self._now - 240 * (i + 1), "trial", severity, device, "leaves", text)
+            yield r.AlertStatus(f"a{i}", self._now - 240 * (i + 1), "trial", severity, device, "leaves", text)
         lines = (
             ("info", None, f"round 42 of 60: {count * 92 // 100} of {count} counted, accuracy 91.2%"),
             ("info", busy, "planned again: density 0.42, bound by memory"),
@@ -120,13 +118,13 @@ class ShownFleet(TrialFleet):
             ("info", None, f"round 43 of 60 begins with {count} boards"),
         )
         for i, (level, device, text) in enumerate(lines):
-            yield LogLine(
+            yield r.LogLine(
                 self._now - 90 + 13 * i, level, text, device, "leaves" if device else None, 43 if device else None
             )
 
-    def job(self, name: str) -> JobNews:
+    def job(self, name: str) -> r.JobStatus:
         parts = super().job(name).parts
-        return JobNews(
+        return r.JobStatus(
             name,
             43,
             60,
@@ -141,18 +139,18 @@ class ShownFleet(TrialFleet):
             1_947_114,
         )
 
-    def round(self, job: str, number: int) -> RoundNews:
+    def round(self, job: str, number: int) -> r.FinishedRound:
         chance, count = random.Random(number), len(self.rows)
         lost = chance.randrange(1 + count // 10)
         late, odd = lost * 2 // 3, lost - lost * 2 // 3
         refused = {k: n for k, n in (("the round is over", late), ("larger than any earlier update", odd)) if n}
         down = int(count * 1.3e6 * (1 + 0.08 * chance.random()))
         at, seconds = self._now - 400 * (43 - number), 330 + 60 * chance.random()
-        return RoundNews(job, number, at, seconds, self._metrics(number), count - lost, count, refused, down,
+        return r.FinishedRound(job, number, at, seconds, self._metrics(number), count - lost, count, refused, down,
                           int(down * 0.62), {"mean": 0.05 + 0.1 * chance.random(), "max": 1.0},
                          f"{chance.getrandbits(256):064x}")  # fmt: skip
 
-    def rollouts(self) -> Rollouts:
+    def rollouts(self) -> r.Rollouts:
         count, failed = len(self.rows), min(1, len(self.rows) // 50)
         done_now = count // 12
         now = {
@@ -165,9 +163,9 @@ class ShownFleet(TrialFleet):
         done = {"name": "rollout 1", "number": 1, "release": "11 (0.1.1)", "stage": 2, "done": count, "failed": 0,
                 "given": 0, "waiting": 0, "state": "done", "at": self._now - 1814400, "failures": {},
                 "subject": 11, "before": None}  # fmt: skip
-        return Rollouts((now, {**now, **done}), ("release-12", "release-11"))
+        return r.Rollouts((now, {**now, **done}), ("release-12", "release-11"))
 
-    def details(self, device: str) -> DeviceDetails:
+    def details(self, device: str) -> r.DeviceDetails:
         row, chance = self.rows[device], random.Random(device)
         limits = (("memory", 196.4e6, 204.0e6, "bytes"), ("time", 318.0, 420.0, "s"), ("link", 1.31e6, 20e6, "bytes"),
                   ("bytes", 1.31e6, 4e6, "bytes"), ("storage", 9.2e6, 2e9, "bytes"))  # fmt: skip
@@ -183,11 +181,10 @@ class ShownFleet(TrialFleet):
             for n in range(42, 30, -1)
         )  # fmt: skip
         widths = self.channels({g: (round(row["density"] * n), n) for g, n in GROUPS})
-        return DeviceDetails(
-            device, "leaves", plan, self.figures(row["seconds"] * 0.96, row["seconds"]), history, widths
-        )
+        figures = self.figures(row["seconds"] * 0.96, row["seconds"])
+        return r.DeviceDetails(device, "leaves", plan, figures, history, widths, self._now)
 
-    def board_log(self, device: str) -> BoardLog:
+    def board_log(self, device: str) -> r.BoardLog:
         at = self._now - 5400
         told = ((0, 1, "warning", "61.8 °C: the next step waits until it is cooler"),
                 (900, 4, "warning", "the broker can't be reached: it is tried again"))  # fmt: skip
@@ -195,9 +192,9 @@ class ShownFleet(TrialFleet):
             {"at": at - s, "received": at - s + 2, "level": level, "count": n, "text": text}
             for s, n, level, text in told
         )
-        return BoardLog(device, lines, ())
+        return r.BoardLog(device, lines, ())
 
-    def coverage(self, job: str) -> Coverage:
+    def coverage(self, job: str) -> r.Coverage:
         groups = []
         for name, channels in GROUPS:
             held: list[dict[str, Any]] = []
@@ -210,7 +207,7 @@ class ShownFleet(TrialFleet):
                 else:
                     held.append({"channels": 1, "share": share})
             groups.append({"name": name, "channels": channels, "held": held})
-        return Coverage(job, 43, 0, True, tuple(groups))
+        return r.Coverage(job, 43, tuple(groups), self._now)
 
     def _metrics(self, number: int) -> dict[str, float]:
         chance = random.Random(1000 + number)

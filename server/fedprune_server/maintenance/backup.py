@@ -178,12 +178,13 @@ class _Collected:
 
 
 def _end_sessions(copy: Path) -> None:
-    """Nobody is logged in to a copy of the console's database: a session may have ended long before it is restored."""
+    """Delete sessions and orders from a copy of the console's database: a restored one must not carry them out."""
     with translated(str(copy)), closing(sqlite3.connect(copy)) as connection:
         connection.execute("PRAGMA secure_delete=ON")
-        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'sessions'").fetchone():
-            with connection:
-                connection.execute("DELETE FROM sessions")
+        for table in ("sessions", "orders"):
+            if connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
+                with connection:
+                    connection.execute(f"DELETE FROM {table}")  # noqa: S608  # nosec B608  # names of ours
 
 
 def _write_folder(target: Path, collected: _Collected, advance: Advance) -> None:

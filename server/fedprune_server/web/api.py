@@ -15,8 +15,8 @@ from fedprune.core.errors import ProtocolError
 from fedprune.wire.topics import check_device
 from fedprune_server.web.auth.roles import NEEDED, may
 from fedprune_server.web.context import Console, session_of
+from fedprune_server.web.paging import Page
 from fedprune_server.web.state.orders import RefusedError
-from fedprune_server.web.views.paging import Page
 
 PREFIX = "/api/v1"
 _MAX_Q = 100
@@ -28,65 +28,65 @@ def router(console: Console) -> APIRouter:
     Args:
         console: What they need.
     """
-    routes, model = APIRouter(prefix=PREFIX), console.model
+    routes, view = APIRouter(prefix=PREFIX), console.view
 
     @routes.get("/me")
     async def me(request: Request) -> Response:
         session = session_of(request)
         orders = sorted(k for k, role in NEEDED.items() if may(session.operator.role, role))
         body = {"name": session.operator.name, "role": session.operator.role, "csrf": session.csrf}
-        return JSONResponse({**body, "orders": orders, "server_takes": model.orders})
+        return JSONResponse({**body, "orders": orders, "server_takes": view.orders})
 
     @routes.get("/site")
     async def site() -> Response:
-        body = {"site": model.site, "ready": model.ready, "silent_s": model.silent_s, "counts": model.counts}
-        return JSONResponse({**body, "jobs": model.jobs})
+        body = {"site": view.site, "ready": view.ready, "silent_s": view.silent_s, "counts": view.counts}
+        return JSONResponse({**body, "jobs": view.jobs})
 
     @routes.get("/jobs")
     async def jobs() -> Response:
-        return JSONResponse({"items": model.jobs})
+        return JSONResponse({"items": view.jobs})
 
     @routes.get("/rounds")
     async def rounds(request: Request) -> Response:
-        job = request.query_params.get("job") or next((j["name"] for j in model.jobs), "")
-        return _page(lambda: model.rounds(job, **_paging(request)), job=job)
+        job = request.query_params.get("job") or next((j["name"] for j in view.jobs), "")
+        return _page(lambda: view.rounds(job, **_paging(request)), job=job)
 
     @routes.get("/devices")
     async def devices(request: Request) -> Response:
         query = request.query_params
         only = {k: v for k in ("state", "profile", "job", "status", "online") if (v := query.get(k))}
         sort, q = query.get("sort", "name"), query.get("q", "")[:_MAX_Q]
-        return _page(lambda: model.devices(**_paging(request), sort=sort, q=q, only=only), counts=model.counts)
+        return _page(lambda: view.devices(**_paging(request), sort=sort, q=q, only=only), counts=view.counts)
 
     @routes.get("/devices/{name}")
     async def device(name: str) -> Response:
         try:
-            row = model.device(check_device(name))
+            row = view.device(check_device(name))
         except ProtocolError as error:
             raise HTTPException(404) from error
         if row is None:
             raise HTTPException(404)
-        return JSONResponse({"device": row, "details": model.details(name), "log": model.board_log(name)})
+        return JSONResponse({"device": row, "details": view.details(name), "log": view.board_log(name)})
 
     @routes.get("/coverage")
     async def coverage(request: Request) -> Response:
-        job = request.query_params.get("job") or next((j["name"] for j in model.jobs), "")
-        return JSONResponse({"coverage": model.coverage(job)})
+        job = request.query_params.get("job") or next((j["name"] for j in view.jobs), "")
+        return JSONResponse({"coverage": view.coverage(job)})
 
     @routes.get("/rollouts")
     async def rollouts() -> Response:
-        return JSONResponse({"items": model.rollouts, "releases": model.releases})
+        return JSONResponse({"items": view.rollouts, "releases": view.releases})
 
     @routes.get("/alerts")
     async def alerts(request: Request) -> Response:
         gone = request.query_params.get("gone", "yes") != "no"
-        return _page(lambda: model.alerts(**_paging(request), gone=gone))
+        return _page(lambda: view.alerts(**_paging(request), gone=gone))
 
     @routes.get("/logs")
     async def logs(request: Request) -> Response:
         query = request.query_params
         only = {k: v for k in ("level", "device", "job") if (v := query.get(k))}
-        return _page(lambda: model.lines(**_paging(request, 100), q=query.get("q", "")[:_MAX_Q], only=only))
+        return _page(lambda: view.lines(**_paging(request, 100), q=query.get("q", "")[:_MAX_Q], only=only))
 
     @routes.get("/audit")
     async def audit(request: Request) -> Response:
@@ -97,14 +97,14 @@ def router(console: Console) -> APIRouter:
 
     @routes.get("/orders")
     async def orders() -> Response:
-        return JSONResponse({"items": [_shown(o) for o in console.orders.latest()]})
+        return JSONResponse({"items": console.orders.latest()})
 
     @routes.get("/orders/{number}")
     async def order(number: int) -> Response:
         found = console.orders.get(number)
         if found is None:
             raise HTTPException(404)
-        return JSONResponse(_shown(found))
+        return JSONResponse(found)
 
     @routes.post("/orders")
     async def give(request: Request) -> Response:
@@ -129,7 +129,7 @@ def router(console: Console) -> APIRouter:
         def allowed() -> bool:
             return console.sessions.find(token, used=False) is not None
 
-        stream: AsyncIterator[str] = console.streams.stream(session.operator.name, allowed)
+        stream: AsyncIterator[str] = console.streams.stream(session.operator.name, view.ready, allowed)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
     return routes
@@ -149,7 +149,3 @@ def _page(find: Any, **more: Any) -> Response:
     except ValueError as error:
         return JSONResponse({"error": str(error)}, 422)
     return JSONResponse({**asdict(page), **more})
-
-
-def _shown(order: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in order.items() if k != "address"}

@@ -66,7 +66,7 @@ def make_routes(console: Console) -> FastAPI:
 
     @app.get("/readyz")
     async def readyz() -> Response:
-        ready = console.model.ready
+        ready = console.view.ready
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     def form(request: Request, status: int = 200, error: str = "", next_path: str = "/") -> Response:

@@ -1,7 +1,7 @@
-"""The console's process: it shows browsers what the server tells it on standard input, and passes orders on.
+"""The console's process: it shows what the server has written to `status.db`, and adds orders to `console.db`.
 
-It is started by `fedprune_server.web.process.ConsoleProcess`, holds no key of the fleet, opens no database of a
-job, and ends with the server.
+It is started by `fedprune_server.web.process.ConsoleProcess`, holds no key of the fleet, opens no database of a job,
+and ends with the server.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from typing import BinaryIO
 import uvicorn
 from starlette.types import ASGIApp
 
-from fedprune.core.errors import FedpruneError, ProtocolError
+from fedprune.core.errors import FedpruneError
 from fedprune_server.process.children import begin_helper, replies_to_parent
 from fedprune_server.web.app import make_app
 from fedprune_server.web.auth.middleware import Surroundings
 from fedprune_server.web.connections import Connections
 from fedprune_server.web.context import Console, make_console
-from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.state.model import Model
-from fedprune_server.web.state.publisher_messages import Begin, Listening, ToServer, line, read_news
+from fedprune_server.web.database import FILE, ConsoleDatabase
+from fedprune_server.web.events import watch
+from fedprune_server.web.process import ConsoleSettings
+from fedprune_server.web.state import status
+from fedprune_server.web.state.status import FleetView
 
 CONNECTIONS = 400
 """Open connections; a further one takes the place of the one that has waited longest for its request."""
@@ -35,10 +37,10 @@ _SPARE = 100
 """Requests under way and connections about to close, beyond which the console answers that it is busy."""
 
 PATIENCE_S = 20.0
-"""So long a browser may take to say what it wants."""
+"""How long a browser may take to send a request."""
 
-EXPIRE_S = 5.0
-"""So often it looks for orders that the server hasn't taken in time, and for connections that ask nothing."""
+SWEEP_S = 5.0
+"""Pause between two looks for expired orders and idle connections, and between two signs of life to the server."""
 
 _HEADER_BYTES = 32 * 1024
 
@@ -61,39 +63,37 @@ def listening_socket(address: str, port: int) -> socket.socket:
     return made
 
 
-def serve(begin: Begin, stream: BinaryIO, replies: BinaryIO) -> None:
-    """Serve until the server is gone.
+def serve(settings: ConsoleSettings, replies: BinaryIO) -> None:
+    """Serve until the process ends.
 
     Args:
-        begin: What this console is.
-        stream: What the server says.
-        replies: What it is told.
+        settings: The console's.
+        replies: Takes signs of life.
 
     Raises:
-        FedpruneError: The database can't be used.
-        OSError: It can't listen, or the certificate can't be read.
+        FedpruneError: A database can't be used.
+        OSError: The address can't be listened on, or the certificate can't be read.
     """
-    lock = threading.Lock()
+    folder = Path(settings.folder)
+    around = Surroundings(settings.certificate is not None, settings.proxied, settings.hosts)
+    with ConsoleDatabase(folder / FILE) as database:
+        console = make_console(FleetView(folder / status.FILE, settings.orders), database, around)
+        app = make_app(console)
+        listening = listening_socket(settings.address, settings.port)
+        host = f"[{settings.address}]" if ":" in settings.address else settings.address
+        url = f"http{'s' if around.tls else ''}://{host}:{listening.getsockname()[1]}/\n".encode()
+        connections = Connections(CONNECTIONS, PATIENCE_S)
+        server = _server(settings, connections.watch(app), connections)
 
-    def say(word: ToServer) -> None:
-        with lock:
-            replies.write(line(word))
+        def alive() -> None:
+            replies.write(url)
             replies.flush()
 
-    model = Model(begin.orders)
-    around = Surroundings(begin.certificate is not None, begin.proxied, begin.hosts)
-    with ConsoleDatabase(Path(begin.database)) as database:
-        console = make_console(model, database, say, around)
-        app = make_app(console)
-        listening = listening_socket(begin.address, begin.port)
-        host = f"[{begin.address}]" if ":" in begin.address else begin.address
-        url = f"http{'s' if around.tls else ''}://{host}:{listening.getsockname()[1]}/"
-        connections = Connections(CONNECTIONS, PATIENCE_S)
-        server = _server(begin, connections.watch(app), connections)
-        asyncio.run(_serve(server, connections, listening, console, stream, lambda: say(Listening(url))))
+        threading.Thread(target=_end_with_server, daemon=True).start()
+        asyncio.run(_serve(server, connections, listening, console, alive))
 
 
-def _server(begin: Begin, app: ASGIApp, connections: Connections) -> uvicorn.Server:
+def _server(settings: ConsoleSettings, app: ASGIApp, connections: Connections) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         http=connections.protocol(),
@@ -103,13 +103,13 @@ def _server(begin: Begin, app: ASGIApp, connections: Connections) -> uvicorn.Ser
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # the gate looks at what a proxy says, and only where there is one
+        proxy_headers=False,  # the middleware reads a proxy's headers, and only where there is one
         limit_concurrency=2 * CONNECTIONS + _SPARE,  # it counts connections and requests
         timeout_keep_alive=5,
         timeout_graceful_shutdown=1,
         h11_max_incomplete_event_size=_HEADER_BYTES,
-        ssl_certfile=begin.certificate,
-        ssl_keyfile=begin.key,
+        ssl_certfile=settings.certificate,
+        ssl_keyfile=settings.key,
     )
     config.load()
     return uvicorn.Server(config)
@@ -120,54 +120,45 @@ async def _serve(
     connections: Connections,
     listening: socket.socket,
     console: Console,
-    stream: BinaryIO,
-    ready: Callable[[], None],
+    alive: Callable[[], None],
 ) -> None:
     loop = asyncio.get_running_loop()
 
-    def listen() -> None:
-        """Take in what the server says; the end of that is the end of this process."""
-        code = 0
-        try:
-            while (word := read_news(stream)) is not None:
-                loop.call_soon_threadsafe(console.model.hear, word)
-        except ProtocolError as error:
-            print(f"the console ends: the server says what makes no sense: {error}", file=sys.stderr, flush=True)
-            code = int(error.exit_code)
-        finally:
-            os._exit(code)
-
-    def expire() -> None:
-        loop.call_later(EXPIRE_S, expire)
+    def sweep() -> None:
+        loop.call_later(SWEEP_S, sweep)
+        alive()
         connections.sweep()
         console.orders.expire()
 
-    threading.Thread(target=listen, daemon=True).start()
-    loop.call_later(EXPIRE_S, expire)
-    ready()
+    watching = loop.create_task(watch(console.streams, console.view, console.orders))
+    loop.call_soon(sweep)
     await server.serve(sockets=[listening])
+    watching.cancel()
+
+
+def _end_with_server() -> None:
+    sys.stdin.buffer.read()  # until the server closes its end of the pipe
+    os._exit(0)
 
 
 def main() -> None:
     """Run until the parent asks for the end, or ends."""
     replies = replies_to_parent()
     try:
-        begin = read_news(sys.stdin.buffer)
-    except ProtocolError:
-        begin = None
-    if not isinstance(begin, Begin):
+        settings = ConsoleSettings.from_json(sys.stdin.buffer.readline())
+    except ValueError:
         sys.exit(2)
-    begin_helper(begin.parent)
+    begin_helper(settings.parent)
     try:
-        serve(begin, sys.stdin.buffer, replies)
+        serve(settings, replies)
     except BrokenPipeError:
         sys.exit(0)
     except FedpruneError as error:
         print(f"the console ends: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))
     except OSError as error:  # ssl.SSLError is one
-        tls = "" if begin.certificate is None else f" with {begin.certificate} and {begin.key}"
-        print(f"the console ends: {begin.address}:{begin.port}{tls}: {error}", file=sys.stderr)
+        tls = "" if settings.certificate is None else f" with {settings.certificate} and {settings.key}"
+        print(f"the console ends: {settings.address}:{settings.port}{tls}: {error}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -16,9 +16,8 @@ from fedprune_server.web.auth.sessions import Session, Sessions
 from fedprune_server.web.auth.throttle import Throttle
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.events import Streams
-from fedprune_server.web.state.model import Model
-from fedprune_server.web.state.order_messages import Order
-from fedprune_server.web.state.orders import OrderDesk
+from fedprune_server.web.state.orders import OrderService
+from fedprune_server.web.state.status import FleetView
 
 
 @dataclass
@@ -26,30 +25,29 @@ class Console:
     """A console, apart from its routes.
 
     Attributes:
-        model: What the server has told.
+        view: What the server has published.
         accounts: The operators.
         sessions: Who is logged in.
         throttle: Slows logins that fail.
         audit: Who did what.
-        orders: Passes orders on.
-        streams: Live news.
+        orders: Operators' orders.
+        streams: Live events for browsers.
         around: How browsers reach it.
     """
 
-    model: Model
+    view: FleetView
     accounts: Accounts
     sessions: Sessions
     throttle: Throttle
     audit: Audit
-    orders: OrderDesk
+    orders: OrderService
     streams: Streams
     around: Surroundings = field(default_factory=Surroundings)
 
 
 def make_console(
-    model: Model,
+    view: FleetView,
     database: ConsoleDatabase,
-    send: Callable[[Order], None],
     around: Surroundings | None = None,
     hasher: PasswordHasher | None = None,
     clock: Callable[[], float] = time.time,
@@ -57,22 +55,21 @@ def make_console(
     """A console.
 
     Args:
-        model: What the server has told.
-        database: Operators, sessions and audit log.
-        send: Passes an order on to the server.
+        view: What the server has published.
+        database: Operators, sessions, orders and audit log.
         around: How browsers reach it.
         hasher: Of passwords; None for a slow one.
         clock: Seconds since 1970.
     """
     accounts, audit = Accounts(database, hasher, clock), Audit(database, clock)
     return Console(
-        model,
+        view,
         accounts,
         Sessions(database, accounts, clock),
         Throttle(database, clock),
         audit,
-        OrderDesk(model, audit, send, clock),
-        Streams(model),
+        OrderService(view, audit, database, clock),
+        Streams(),
         around or Surroundings(),
     )
 

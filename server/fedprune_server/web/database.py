@@ -1,6 +1,6 @@
-"""The console's own database: operators, their sessions, and what was done. A SQLite file that only its owner reads.
+"""The console's database: operators, sessions, orders and the audit log. A SQLite file that only its owner can read.
 
-The console's process and `fedprune-server operators` both write to it; neither holds it for longer than a statement.
+The console's process, the server and `fedprune-server operators` write to it, each in short transactions.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ CREATE TABLE IF NOT EXISTS audit (
     number INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, operator TEXT NOT NULL, address TEXT NOT NULL,
     action TEXT NOT NULL, what TEXT NOT NULL, outcome TEXT NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS orders (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, until REAL NOT NULL, operator TEXT NOT NULL,
+    address TEXT NOT NULL, kind TEXT NOT NULL, what TEXT NOT NULL, state TEXT NOT NULL DEFAULT 'waiting', ok INTEGER,
+    text TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE INDEX IF NOT EXISTS orders_by_state ON orders (state, number);
 CREATE INDEX IF NOT EXISTS audit_by_order ON audit (json_extract(what, '$.order'));
 CREATE TRIGGER IF NOT EXISTS audit_stays BEFORE DELETE ON audit
     BEGIN SELECT RAISE(ABORT, 'the audit log is append only'); END;

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import secrets
 import sys
@@ -16,26 +17,28 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedprune_server.web.state.device_messages import Coverage, DeviceDetails, Devices
-from fedprune_server.web.state.log_messages import AlertNews, BoardLog, LogLine
-from fedprune_server.web.state.order_messages import Answer, Order
-from fedprune_server.web.state.publisher_messages import Beat, JobNews, Rollouts, RoundNews, Site, ToConsole
-from fedprune_server.web.state.row_types import (
-    BoardCrash,
-    BoardLine,
-    ChannelGroup,
-    ChannelRun,
-    Figure,
-    HeldChannels,
-    Part,
+from fedprune_server.web.database import ConsoleDatabase
+from fedprune_server.web.state.order_queue import Answer, Order, OrderQueue
+from fedprune_server.web.state.records import (
+    AlertStatus,
+    BoardLog,
+    Coverage,
+    DeviceDetails,
+    FinishedRound,
+    JobStatus,
+    LogLine,
+    Record,
+    Rollouts,
+    Site,
 )
+from fedprune_server.web.state.status import FILE, FleetView, StatusWriter, encoded
 
 PROFILES = ("raspberry-pi-5", "raspberry-pi-4", "raspberry-pi-zero-2", "jetson-orin-nano", "jetson-agx-orin")
 _STATES = ("ready", "offered", "training", "pulling", "folded", "refused", "queued")
 
 
 class TrialFleet:
-    """Lines of a server with a running round.
+    """What a server with a round under way publishes.
 
     Args:
         devices: How many there are.
@@ -52,17 +55,14 @@ class TrialFleet:
         self.rows = {r["name"]: r for r in (self._row(i) for i in range(devices))}
         self._ended = rounds
 
-    def begin(self) -> Iterator[ToConsole]:
-        """All that a console hears first."""
+    def begin(self) -> Iterator[Record]:
+        """All records at the start."""
         yield Site("0.1.0", "trial", self._jobs, self._now - 86400, True, "mqtts://127.0.0.1:8883", "sqlite", "folder",
                    False)  # fmt: skip
         for job in self._jobs:
             yield self.job(job)
             for number in range(1, self._ended + 1):
                 yield self.round(job, number)
-        rows = list(self.rows.values())
-        for i in range(0, len(rows), 200):
-            yield Devices(tuple(rows[i : i + 200]))
         yield self.rollouts()
         names = list(self.rows) or ["board-0000"]
         for i, (kind, severity) in enumerate(
@@ -70,47 +70,54 @@ class TrialFleet:
         ):
             at = self._now - 60 * i
             gone = at + 30 if i == 3 else None
-            yield AlertNews(f"{kind}-{i}", at, kind, severity, names[i % len(names)], None, f"{kind}: a trial", gone)
+            yield AlertStatus(f"{kind}-{i}", at, kind, severity, names[i % len(names)], None, f"{kind}: a trial", gone)
         for i in range(120):
             level = ("info", "warning", "error")[i % 3]
             text = f"device {names[i % len(names)]} says <b>line {i}</b>"
             yield LogLine(self._now - 120 + i, level, text, names[i % len(names)], self._jobs[0], self._round)
-        yield Beat(self._now)
 
-    def step(self) -> Iterator[ToConsole]:
-        """A moment later: some devices have got on; now and then the round ends."""
+    def publish(self, writer: StatusWriter, at: float | None = None) -> None:
+        """Write all of it.
+
+        Args:
+            writer: The file.
+            at: Seconds since 1970; None for now.
+        """
+        rows = {name: encoded(row) for name, row in self.rows.items()}
+        write(writer, *self.begin(), rows=rows, at=self._now if at is None else at, whole=True)
+
+    def step(self, writer: StatusWriter) -> None:
+        """Write a moment later: some devices have got on; now and then the round ends."""
         self._now = time.time()
         some = self._chance.sample(sorted(self.rows), min(len(self.rows), 50))
         for name in some:
             self._move(self.rows[name])
-        if some:
-            yield Devices(tuple(self.rows[n] for n in some))
+        records: list[Record] = [LogLine(self._now, "info", f"round {self._round} goes on", None, self._jobs[0])]
         if self._chance.random() < 0.1:
             self._ended, self._round = self._round, self._round + 1
-            yield from (self.round(job, self._ended) for job in self._jobs)
-        yield from (self.job(job) for job in self._jobs)
-        yield LogLine(self._now, "info", f"round {self._round} goes on", None, self._jobs[0], self._round)
+            records += [self.round(job, self._ended) for job in self._jobs]
+        records += [self.job(job) for job in self._jobs]
+        write(writer, *records, rows={n: encoded(self.rows[n]) for n in some})
 
-    def answer(self, order: Order) -> Iterator[ToConsole]:
-        """What a server would say to an order."""
+    def answer(self, order: Order) -> Iterator[Record]:
+        """What a server publishes on an order."""
         if order.order == "look" and order.device is not None and order.device in self.rows:
             yield self.details(order.device)
             yield self.board_log(order.device)
         if order.order == "coverage":
             yield self.coverage(order.job or self._jobs[0])
-        yield Answer(order.number, True, f"{order.order}: a trial")
 
-    def job(self, name: str) -> JobNews:
+    def job(self, name: str) -> JobStatus:
         """A job as it stands."""
         parts = {s: sum(r["state"] == s for r in self.rows.values()) for s in _STATES}
         metrics = self._metrics(self._round)
-        return JobNews(name, self._round, 100, "training", self._now + 240, False, metrics, "fedprune", "a" * 64, 1.0,
+        return JobStatus(name, self._round, 100, "training", self._now + 240, False, metrics, "fedprune", "a" * 64, 1.0,
                        parts, 11_173_962)  # fmt: skip
 
-    def round(self, job: str, number: int) -> RoundNews:
+    def round(self, job: str, number: int) -> FinishedRound:
         """A finished round."""
         at, count = self._now - 300 * (self._round - number), len(self.rows)
-        return RoundNews(
+        return FinishedRound(
             job, number, at, 280 + 40 * self._chance.random(), self._metrics(number), count * 9 // 10, count,
             {"the round is over": count // 20, "not finite": count // 50}, count * 4_000_000, count * 3_500_000,
             {"mean": 0.4, "max": 3.0}, f"{number:064x}",
@@ -134,7 +141,7 @@ class TrialFleet:
         """What an operator sees of a device."""
         row = self.rows[device]
         share = row["density"] or 0
-        history: tuple[Part, ...] = tuple(
+        history = tuple(
             {"round": n, "at": self._now - 300 * (self._round - n), "progress": "folded", "density": share,
              "samples": 600, "metrics": self._measured(n), "reason": ""}
             for n in range(self._ended, max(0, self._ended - 20), -1)
@@ -146,12 +153,13 @@ class TrialFleet:
             "limits": {x[0]: dict(zip(("name", "value", "limit", "unit"), x, strict=True)) for x in limits},
         }  # fmt: skip
         widths = self.channels(sizes)
-        return DeviceDetails(device, self._jobs[0], plan, self.figures(42.0, row["seconds"]), history, widths)
+        figures = self.figures(42.0, row["seconds"])
+        return DeviceDetails(device, self._jobs[0], plan, figures, history, widths, time.time())
 
     @staticmethod
-    def channels(sizes: Mapping[str, tuple[int, int]]) -> tuple[HeldChannels, ...]:
+    def channels(sizes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], ...]:
         """Which channels of each group a device holds, of so many how many; the same each time."""
-        rows: list[HeldChannels] = []
+        rows = []
         for group, (kept, of) in sizes.items():
             ranking = list(range(of))
             random.Random(group).shuffle(ranking)  # noqa: S311  # nosec B311  # as above
@@ -160,7 +168,7 @@ class TrialFleet:
         return tuple(rows)
 
     @staticmethod
-    def figures(predicted_s: float, measured_s: float | None) -> tuple[Figure, ...]:
+    def figures(predicted_s: float, measured_s: float | None) -> tuple[dict[str, Any], ...]:
         """What was foretold of a device and what it measured."""
         rows = (
             ("round", "s", predicted_s, measured_s), ("step", "s", 0.131, 0.127), ("train", "s", 38.2, 37.5),
@@ -168,13 +176,13 @@ class TrialFleet:
             ("storage", "bytes", 9.2e6, None), ("download", "bytes", 2.05e6, None), ("upload", "bytes", 2.05e6, None),
             ("step_energy", "J", 0.61, None),
         )  # fmt: skip
-        return tuple(Figure(what=what, unit=unit, predicted=before, measured=now) for what, unit, before, now in rows)
+        return tuple(dict(zip(("what", "unit", "predicted", "measured"), r, strict=True)) for r in rows)
 
     def board_log(self, device: str) -> BoardLog:
         """What a board told of its log."""
-        line: BoardLine = {"at": self._now - 900, "received": self._now - 890, "level": "warning", "count": 3,
+        line = {"at": self._now - 900, "received": self._now - 890, "level": "warning", "count": 3,
                 "text": "the link is slow: <b>2 leaves</b> are asked for again"}  # fmt: skip
-        crash: BoardCrash = {
+        crash = {
             "at": self._now - 7200, "received": self._now - 7100, "cause": "exception", "release": "fedprune 0.1.0",
             "text": "MemoryError: <i>no room</i> for 12 MB", "slot": self.rows[device]["slot"], "uptime_s": 5400.0,
             "temperature_c": 61.5, "memory_available": 21_000_000, "memory_total": 512_000_000,
@@ -184,15 +192,14 @@ class TrialFleet:
 
     def coverage(self, job: str) -> Coverage:
         """Which share of the devices holds which channels."""
-        groups: list[ChannelGroup] = []
+        groups = []
         for i in range(8):
-            channels, share = 64 * (i + 1), 1.0
-            held: list[ChannelRun] = []
+            channels, share, held = 64 * (i + 1), 1.0, []
             for _ in range(8):
                 held.append({"channels": channels // 8, "share": round(share, 3)})
                 share *= 0.5 + self._chance.random() / 2
-            groups.append({"name": f"layer{i}.conv", "channels": channels, "held": tuple(held)})
-        return Coverage(job, self._round, 0, True, tuple(groups))
+            groups.append({"name": f"layer{i}.conv", "channels": channels, "held": held})
+        return Coverage(job, self._round, tuple(groups), time.time())
 
     def _metrics(self, number: int) -> dict[str, float]:
         return {"accuracy": 0.9 - 0.8 / (1 + number / 5), "loss": 2.3 / (1 + number / 8)}
@@ -249,45 +256,52 @@ class TrialFleet:
             row.update(state=state, doing=doing, seen_at=self._now)
 
 
+def write(
+    writer: StatusWriter,
+    *records: Record,
+    rows: Mapping[str, str | None] | None = None,
+    at: float | None = None,
+    whole: bool = False,
+) -> None:
+    """Write records and devices as a server does."""
+    writer.write([(r, encoded(r)) for r in records], rows, at=time.time() if at is None else at, whole=whole)
+
+
 def main() -> None:
     """Serve a fleet that isn't there."""
     import uvicorn
 
     from fedprune_server.web.app import make_app
     from fedprune_server.web.context import make_console
-    from fedprune_server.web.database import ConsoleDatabase
-    from fedprune_server.web.state.model import Model
+    from fedprune_server.web.events import watch
 
     devices, port = ([int(a) for a in sys.argv[1:3]] + [200, 8470][len(sys.argv) - 1 :])[:2]
-    fleet, model = TrialFleet(devices), Model()
-    for word in fleet.begin():
-        model.hear(word)
-
-    def answer(order: Order) -> None:
-        for word in fleet.answer(order):
-            model.hear(word)
-
+    fleet = TrialFleet(devices)
     with tempfile.TemporaryDirectory() as folder, ConsoleDatabase(Path(folder) / "console.db") as database:
-        console = make_console(model, database, answer)
+        writer = StatusWriter(Path(folder) / FILE)
+        fleet.publish(writer)
+        console = make_console(FleetView(Path(folder) / FILE), database)
         for role in ("viewer", "operator", "admin"):
             password = secrets.token_urlsafe(12)
             console.accounts.add(role, role, password)
             print(f"{role}: {password}")
         server = uvicorn.Server(uvicorn.Config(make_app(console), "127.0.0.1", port, log_level="warning"))
+        queue = OrderQueue(database)
 
-        def live(loop: Any) -> None:
+        def live() -> None:
             while not server.should_exit:
                 time.sleep(1.0)
-                for word in fleet.step():
-                    loop.call_soon_threadsafe(model.hear, word)
+                for order in queue.take(20):
+                    write(writer, *fleet.answer(order))
+                    queue.answer(Answer(order.number, True, f"{order.order}: a trial"))
+                queue.flush()
+                fleet.step(writer)
 
         async def serve() -> None:
-            import asyncio
-
-            threading.Thread(target=live, args=(asyncio.get_running_loop(),), daemon=True).start()
+            threading.Thread(target=live, daemon=True).start()
+            watching = asyncio.create_task(watch(console.streams, console.view, console.orders))
             await server.serve()
-
-        import asyncio
+            watching.cancel()
 
         asyncio.run(serve())
 

@@ -1,33 +1,37 @@
-"""Live news for browsers, as server-sent events: what changed, gathered for half a second, so that ten thousand
-devices that report at once are one event."""
+"""Live pages: server-sent events about what has changed, looked for twice a second."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from fedprune_server.web.state.model import Model
+from fedprune.core.errors import FedpruneError
+from fedprune_server.web.state.orders import OrderService
+from fedprune_server.web.state.status import FleetView
 
-GATHER_S = 0.5
+LOOK_S = 0.5
+"""Pause between two looks for changes."""
+
 BEAT_S = 15.0
 MOST, MOST_OF_ONE = 200, 12
 """Streams that are open at the same time, of all and of one operator."""
 
 NAMES, ITEMS = 200, 100
-"""Devices that an event names, and lines and the like that wait for a stream, at most."""
+"""Devices that an event names, and other items that wait for a stream, at most."""
 
 _LATEST = ("site", "rollouts")
 _EACH = ("round", "alert", "log", "answer", "device", "coverage")
 
 
 class Pending:
-    """What a stream hasn't told yet."""
+    """Changes that a stream has not sent yet."""
 
     def __init__(self) -> None:
         self.news = asyncio.Event()
-        self.ended = False
+        self._counts: dict[str, dict[str, int]] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -38,6 +42,9 @@ class Pending:
 
     def add(self, kind: str, what: Any) -> None:
         """Something has changed."""
+        if kind == "counts":
+            self._counts = what
+            return
         if kind == "devices":
             for name in what:
                 if len(self._names) >= NAMES and name not in self._names:
@@ -54,11 +61,11 @@ class Pending:
             del items[:-ITEMS]
         self.news.set()
 
-    def take(self, model: Model) -> str:
-        """All that waits, as text of the stream."""
+    def take(self) -> str:
+        """All changes, as text of the stream."""
         events = list(self._latest.values())
         if self._names:
-            names = {"names": list(self._names), "more": self._more, "counts": model.counts}
+            names = {"names": list(self._names), "more": self._more, "counts": self._counts}
             events.append(("devices", names))
         events += [(kind, what) for kind, items in self._each.items() for what in items]
         self._begin()
@@ -70,51 +77,67 @@ class Streams:
     """All open streams.
 
     Args:
-        model: Says what changes.
-        gather_s: For how long changes are gathered.
-        beat_s: How often a stream that has nothing to tell shows that it is open.
+        beat_s: How often a stream without changes shows that it is open.
     """
 
-    def __init__(self, model: Model, gather_s: float = GATHER_S, beat_s: float = BEAT_S) -> None:
-        self._model = model
-        self._gather_s, self._beat_s = gather_s, beat_s
+    def __init__(self, beat_s: float = BEAT_S) -> None:
+        self._beat_s = beat_s
         self._open: dict[Pending, str] = {}
-        model.listen(self._tell)
 
     def __len__(self) -> int:
         return len(self._open)
 
     def full(self, operator: str) -> bool:
-        """Whether there is no room for another stream of an operator."""
+        """Whether an operator may open no further stream."""
         return len(self._open) >= MOST or sum(o == operator for o in self._open.values()) >= MOST_OF_ONE
 
-    async def stream(self, operator: str, allowed: Callable[[], bool]) -> AsyncIterator[str]:
-        """What changes from now on, as text of a stream, until it isn't allowed any more.
+    def send(self, kind: str, what: Any) -> None:
+        """Send a change to all streams."""
+        for pending in self._open:
+            pending.add(kind, what)
+
+    async def stream(self, operator: str, ready: bool, allowed: Callable[[], bool]) -> AsyncIterator[str]:
+        """Changes from now on, as text of a stream, until the operator is logged out.
 
         Args:
             operator: Whose stream it is.
-            allowed: Whether that one is still logged in; asked now and then.
+            ready: Whether the server responds.
+            allowed: Whether the operator is still logged in; asked now and then.
         """
         pending = Pending()
         self._open[pending] = operator
         try:
-            yield event("hello", {"ready": self._model.ready})
+            yield event("hello", {"ready": ready})
             while allowed():
                 try:
                     await asyncio.wait_for(pending.news.wait(), self._beat_s)
                 except asyncio.TimeoutError:
                     yield ": still here\n\n"
                     continue
-                await asyncio.sleep(self._gather_s)
                 if allowed():
-                    yield pending.take(self._model)
+                    yield pending.take()
             yield event("ended", {})
         finally:
             self._open.pop(pending, None)
 
-    def _tell(self, kind: str, what: Any) -> None:
-        for pending in self._open:
-            pending.add(kind, what)
+
+async def watch(streams: Streams, view: FleetView, orders: OrderService, every_s: float = LOOK_S) -> None:
+    """Send changes to all streams, until it is cancelled."""
+    failing = False
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            changes = view.changes() + orders.answers()
+            if len(streams) and any(kind == "devices" for kind, _ in changes):
+                streams.send("counts", view.counts)
+            failing = False
+        except FedpruneError as error:
+            if not failing:
+                print(f"the console can't look for changes: {error}", file=sys.stderr, flush=True)
+            failing = True
+            continue
+        for kind, what in changes:
+            streams.send(kind, what)
 
 
 def event(kind: str, what: Any) -> str:

@@ -1,70 +1,93 @@
-"""The console's process as the server sees it: started anew when it dies, and never waited for."""
+"""The console's process, as the server sees it: started again when it ends or hangs, and never waited for."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import BinaryIO
 
 from fedprune_server.process.line_process import STUCK_S, ChildProcess
-from fedprune_server.web.state.order_messages import Order
-from fedprune_server.web.state.publisher_messages import Begin, Listening, ToConsole, ToServer, line, read_order
 
 log = logging.getLogger("fedprune.server")
 
-FULL = 500
-"""Lines that wait for it; with more it is told nothing new until it has read some."""
+MOST_LINES = 200
+"""Lines of the process that may wait for the server; with more it is ended."""
 
-MOST_ORDERS = 200
-"""Orders that wait for the server; a console that sends more is ended."""
-
+_MAX_LINE = 4096
 _END_S = 3.0
 
 _ENVIRONMENT = ("HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ", "VIRTUAL_ENV")
 _ENVIRONMENTS = ("LC_", "PYTHON")
-"""Variables that it gets, and what names of others begin with: passwords of databases and buckets stand in the rest."""
+"""Variables that the process gets, and prefixes of more: others may hold passwords of databases and buckets."""
 
 
-class Child(Protocol):
-    """The console's process, as the feed needs it."""
+@dataclass(frozen=True)
+class ConsoleSettings:
+    """What the process is told on its standard input.
 
-    @property
-    def full(self) -> bool:
-        """Whether it has enough to read."""
+    Attributes:
+        address: Where it listens.
+        port: 0 for a free one.
+        folder: The state folder, with `console.db` and `status.db`.
+        certificate: Path of a certificate for TLS; None to do without.
+        key: Path of its key.
+        insecure: Whether it may listen without TLS where other machines reach it.
+        orders: Which orders the server takes: `none`, `look` or `all`.
+        hosts: Names that browsers may use for it in addition to its address; empty for any.
+        proxied: Whether a reverse proxy on this machine does TLS.
+        parent: The server's process id.
+    """
 
-    def start(self, now: float) -> bool:
-        """Start it if it isn't there; whether there is a new one."""
+    address: str
+    port: int
+    folder: str
+    certificate: str | None
+    key: str | None
+    insecure: bool
+    orders: str
+    hosts: tuple[str, ...]
+    proxied: bool
+    parent: int
 
-    def tell(self, word: ToConsole) -> None:
-        """Tell it something."""
+    @classmethod
+    def from_json(cls, text: bytes) -> ConsoleSettings:
+        """Read what `to_json` wrote.
 
-    def orders(self, now: float) -> Iterator[Order]:
-        """What it ordered."""
+        Raises:
+            ValueError: It is something else.
+        """
+        try:
+            body = json.loads(text)
+            return cls(**{**body, "hosts": tuple(body["hosts"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError("these are no settings of a console") from error
 
-    def stop(self) -> None:
-        """End it."""
+    def to_json(self) -> bytes:
+        """One line of JSON."""
+        return json.dumps(asdict(self)).encode() + b"\n"
 
 
 class ConsoleProcess:
-    """A console's process.
+    """A console's process. It repeats its address every few seconds, as a sign that it doesn't hang.
 
     Args:
-        begin: The first line to it.
+        settings: Its settings.
         command: What is started; None for the console.
     """
 
-    def __init__(self, begin: Begin, command: list[str] | None = None) -> None:
-        self._begin = begin
-        self._child: ChildProcess[ToServer] = ChildProcess(
-            command or [sys.executable, "-m", "fedprune_server.web.child"], "the console", read_order,
-            end_s=_END_S, most=MOST_ORDERS, environment=harmless(os.environ),
+    def __init__(self, settings: ConsoleSettings, command: list[str] | None = None) -> None:
+        self._settings = settings
+        self._child: ChildProcess[str] = ChildProcess(
+            command or [sys.executable, "-m", "fedprune_server.web.child"], "the console", _read_url,
+            end_s=_END_S, most=MOST_LINES, environment=harmless(os.environ),
         )  # fmt: skip
-        self._read_at = 0.0
-        self._waiting = 0
+        self._heard_at = 0.0
         self.url = ""
-        """Where it listens; empty until it said so."""
+        """Where it listens; empty until it has reported that."""
 
     @property
     def alive(self) -> bool:
@@ -76,42 +99,16 @@ class ConsoleProcess:
         """The process."""
         return self._child.pid
 
-    @property
-    def full(self) -> bool:
-        """Whether it has so much to read that it isn't told more."""
-        return self._child.waiting >= FULL
-
-    def start(self, now: float) -> bool:
-        """Start a process, unless it has been tried too often lately; returns whether there is a new one."""
-        started = self._child.start(lambda: line(self._begin), now)
-        if started:
-            self.url, self._read_at = "", now
-        return started
-
-    def tell(self, word: ToConsole) -> None:
-        """Tell it something, without waiting."""
-        self._child.tell(line(word))
-
-    def orders(self, now: float) -> Iterator[Order]:
-        """Orders that came since the last call; at its end, and when it is stuck, the process is ended.
-
-        It is stuck when it has read nothing of what waits for `STUCK_S`.
-        """
-        for word in self._child.words(now):
-            if isinstance(word, Listening):
-                if word.url != self.url:
-                    log.info("the console is at %s", word.url)
-                self.url = word.url
-            else:
-                yield word
-        if not self.alive:
-            return
-        waiting = self._child.waiting
-        if waiting == 0 or waiting < self._waiting:
-            self._read_at = now
-        self._waiting = waiting
-        if now - self._read_at > STUCK_S:
-            self._child.give_up(now, f"it has read nothing for {STUCK_S:.0f} s")
+    def turn(self, now: float) -> None:
+        """Start the process if it has ended, unless it was tried too often lately, and end one that hangs."""
+        if self._child.start(self._settings.to_json, now):
+            self.url, self._heard_at = "", now
+        for url in self._child.words(now):
+            if url != self.url:
+                log.info("the console is at %s", url)
+            self.url, self._heard_at = url, now
+        if self.alive and now - self._heard_at > STUCK_S:
+            self._child.give_up(now, f"it has not responded for {STUCK_S:.0f} s")
 
     def stop(self) -> None:
         """End the process; may be called twice."""
@@ -119,5 +116,14 @@ class ConsoleProcess:
 
 
 def harmless(environment: Mapping[str, str]) -> dict[str, str]:
-    """What of a server's environment who speaks with browsers may have."""
+    """The variables of a server's environment that a process with browsers as clients may have."""
     return {k: v for k, v in environment.items() if k in _ENVIRONMENT or k.startswith(_ENVIRONMENTS)}
+
+
+def _read_url(stream: BinaryIO) -> str | None:
+    raw = stream.readline(_MAX_LINE)
+    if not raw:
+        return None
+    if not raw.startswith(b"http") or not raw.endswith(b"/\n"):
+        raise ValueError("expected an address")
+    return raw.decode("ascii").strip()

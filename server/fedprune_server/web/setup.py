@@ -1,4 +1,4 @@
-"""A server's console as its configuration wants it."""
+"""Starts a server's console, if its configuration asks for one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from typing import Any
@@ -16,31 +16,105 @@ from typing import Any
 from cryptography.x509 import load_pem_x509_certificate
 
 from fedprune import __version__
-from fedprune.core.errors import ConfigError, MissingExtraError, reason
+from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, reason
 from fedprune_server.config.config import ServerConfig, without_password
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.messaging.connection import Connection
 from fedprune_server.monitoring.alert_book import AlertBook
+from fedprune_server.monitoring.observer import Onlooker
 from fedprune_server.monitoring.setup import WatchedJob
+from fedprune_server.monitoring.view import JobView
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.web.database import FILE, ConsoleDatabase
-from fedprune_server.web.process import ConsoleProcess
-from fedprune_server.web.state.admin_executor import Clerk
-from fedprune_server.web.state.board_logs import BoardTold
-from fedprune_server.web.state.poller import Lookout
-from fedprune_server.web.state.publisher import Feed
-from fedprune_server.web.state.publisher_messages import Begin
-from fedprune_server.web.state.surroundings import Members, ReleaseWatch
+from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
+from fedprune_server.web.state import status
+from fedprune_server.web.state.admin_executor import AdminExecutor
+from fedprune_server.web.state.logs import BoardLogTap
+from fedprune_server.web.state.order_handler import OrderHandler
+from fedprune_server.web.state.order_queue import OrderQueue
+from fedprune_server.web.state.publisher import ServedJobs, StatusPublisher
+from fedprune_server.web.state.surroundings import Members, ReleaseWatch, SurroundingsPoller
 
 log = logging.getLogger("fedprune.server")
 
 _PACKAGES = ("argon2", "fastapi", "jinja2", "uvicorn")
 
 
+EVERY_S = 0.5
+"""Pause between two turns of the console, in the server's loop."""
+
+COMPLAIN_S = 60.0
+
+
+class ConsoleObserver(Onlooker):
+    """Publishes the server's status, takes orders and keeps the console's process running, in the server's loop.
+
+    What fails here is logged, once a minute at most, and costs the jobs nothing.
+
+    Args:
+        publisher: Publishes the status.
+        orders: Takes orders.
+        process: The console's process.
+        monotonic: Monotonic clock.
+    """
+
+    def __init__(
+        self,
+        publisher: StatusPublisher,
+        orders: OrderHandler,
+        process: ConsoleProcess | None,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._publisher, self._orders, self._process, self._monotonic = publisher, orders, process, monotonic
+        self._next_at = self._complain_at = 0.0
+
+    def noticed(self, devices: Collection[str]) -> None:
+        """Publish these devices soon."""
+        self._publisher.changed(devices)
+
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+        """Publish a finished round."""
+        self._safely(lambda: self._publisher.round_over(seen.job.name, summary))
+
+    def turned(self, seconds: Callable[[], float] | None, seen: JobView | None) -> None:
+        """Do all of it, if it is time to."""
+        now = self._monotonic()
+        if now < self._next_at:
+            return
+        self._next_at = now + EVERY_S
+        if self._process is not None:
+            self._process.turn(now)
+        self._safely(self._orders.turn)
+        self._safely(self._publisher.publish)
+        faults, self._publisher.faults = self._publisher.faults, []
+        if faults:
+            self._complain(faults[0])
+
+    def close(self) -> None:
+        """End the console."""
+        self._orders.close()
+        if self._process is not None:
+            self._process.stop()
+
+    def _safely(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except FedpruneError as error:
+            self._complain(str(error))
+        except Exception as error:  # noqa: BLE001 - an observer must not end what it observes
+            self._complain(f"{type(error).__name__}: {reason(error)}")
+
+    def _complain(self, text: str) -> None:
+        now = self._monotonic()
+        if now >= self._complain_at:
+            self._complain_at = now + COMPLAIN_S
+            log.error("the console isn't up to date: %s", text)
+
+
 def desks_of(server: Any) -> tuple[list[WatchedJob], Callable[[str], str | None], Callable[[str], bool] | None]:
-    """The jobs of a daemon or of a host, which of them has a device, and whether a device is there."""
+    """The jobs of a daemon or of a host, which of them has a device, and whether a device is connected."""
     desks = getattr(server, "desks", None)
     if desks is None:
         return [server], lambda device: None, None
@@ -57,7 +131,7 @@ def with_console(
     releases_given: bool,
     logs: BoardLogs | None = None,
     alerts: AlertBook | None = None,
-) -> Iterator[Feed | None]:
+) -> Iterator[None]:
     """A console for a server, if its configuration, which `check_console` has checked, asks for one.
 
     Args:
@@ -66,55 +140,57 @@ def with_console(
         identity: The server's; None for one without.
         server: The daemon, or the host of several jobs.
         releases_given: Whether this server gives boards releases.
-        logs: What boards tell of their logs.
-        alerts: The open alerts; None for none.
+        logs: Logs of boards.
+        alerts: The open alerts.
 
     Raises:
         ConfigError: The port is in use.
-        StorageError: Its database can't be used.
+        StorageError: A database can't be used.
     """
     place = config.console_place
     if place is None:
-        yield None
+        yield
         return
-    desks, lent, here = desks_of(server)
+    desks, holder, present = desks_of(server)
     with ExitStack() as stack:
         check_free(*place)
-        members = releases = clerk = None
+        members = releases = executor = None
         if identity is not None:
             store = IdentityStore(identity.path / "identity.db", read_only=True)
             stack.callback(store.close)
-            members, clerk = Members(store, identity.behind), Clerk(config.state, config.console_releases)
+            members, executor = Members(store, identity.behind), AdminExecutor(config.state, config.console_releases)
             if releases_given:
                 releases = ReleaseWatch(stack.enter_context(RolloutStore(config.state)))
-        lookout = Lookout(members, releases, clerk)
-        stack.callback(lookout.close)
-        lookout.start()
+        poller = SurroundingsPoller(members, releases, tuple if executor is None else executor.names)
+        stack.callback(poller.close)
+        poller.start()
         from fedprune_server.web.auth.accounts import Accounts
 
-        with ConsoleDatabase(config.state / FILE) as database:
-            empty = len(Accounts(database)) == 0
-        boards = None
-        if logs is not None:
-            boards = BoardTold(config.state)
-            logs.told = boards.hear
-        child = ConsoleProcess(_begin(config, *place))
-        feed = Feed(
-            [d.view for d in desks], _site(config, reached, identity), child, clerk=clerk, lookout=lookout,
-            boards=boards, allowed=config.console_orders, lent=lent, here=here, alerts=alerts,
-        )  # fmt: skip
-        stack.callback(feed.close)
-        for desk in desks:
-            desk.onlookers.join(feed)
-        logger = logging.getLogger("fedprune")
-        logger.addHandler(feed.tap)
-        stack.callback(logger.removeHandler, feed.tap)
-        if empty:
+        database = stack.enter_context(ConsoleDatabase(config.state / FILE))
+        if len(Accounts(database)) == 0:
             log.warning(
                 "nobody may use the console yet: fedprune-server operators add NAME --role admin --state %s",
                 config.state,
             )
-        yield feed
+        boards = None
+        if logs is not None:
+            boards = BoardLogTap(config.state)
+            logs.told = boards.hear
+        writer = status.StatusWriter(config.state / status.FILE)
+        stack.callback(writer.close)
+        publisher = StatusPublisher(
+            ServedJobs([d.view for d in desks], holder, present), _site(config, reached, identity), writer,
+            poller=poller, boards=boards, alerts=alerts,
+        )  # fmt: skip
+        handler = OrderHandler(OrderQueue(database), publisher, executor, config.console_orders)
+        observer = ConsoleObserver(publisher, handler, ConsoleProcess(_settings(config, *place)))
+        stack.callback(observer.close)
+        for desk in desks:
+            desk.onlookers.join(observer)
+        logger = logging.getLogger("fedprune")
+        logger.addHandler(publisher.tap)
+        stack.callback(logger.removeHandler, publisher.tap)
+        yield
 
 
 def check_console(config: ServerConfig) -> None:
@@ -198,11 +274,11 @@ def check_tls(config: ServerConfig) -> None:
         )
 
 
-def _begin(config: ServerConfig, address: str, port: int) -> Begin:
-    return Begin(
+def _settings(config: ServerConfig, address: str, port: int) -> ConsoleSettings:
+    return ConsoleSettings(
         address=address,
         port=port,
-        database=str((config.state / FILE).resolve()),
+        folder=str(config.state.resolve()),
         certificate=None if config.console_certificate is None else str(config.console_certificate.resolve()),
         key=None if config.console_key is None else str(config.console_key.resolve()),
         insecure=config.console_insecure,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import sqlite3
 import sys
@@ -19,19 +20,19 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import StorageError
+from fedprune_server.process.line_process import STUCK_S
 from fedprune_server.web import child
 from fedprune_server.web.auth.accounts import Accounts
 from fedprune_server.web.connections import Connections
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.demo_fleet import TrialFleet
-from fedprune_server.web.process import ConsoleProcess
-from fedprune_server.web.state.model import Model
-from fedprune_server.web.state.publisher_messages import Begin
+from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
+from fedprune_server.web.state.status import FILE, StatusWriter
 from support.fakes.console_browser import PASSWORD, QUICK, trial
 
 
-def begin(path: Path) -> Begin:
-    return Begin("127.0.0.1", 0, str(path), None, None, False, "all", (), False, os.getpid())
+def settings(folder: Path) -> ConsoleSettings:
+    return ConsoleSettings("127.0.0.1", 0, str(folder), None, None, False, "all", (), False, os.getpid())
 
 
 def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
@@ -57,14 +58,12 @@ def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) ->
     path = tmp_path / "console.db"
     with ConsoleDatabase(path) as database:
         Accounts(database, QUICK).add("ann", "admin", PASSWORD)
-    process = ConsoleProcess(begin(path))
+    writer, process = StatusWriter(tmp_path / FILE), ConsoleProcess(settings(tmp_path))
     try:
-        assert process.start(0.0)
-        until(lambda: list(process.orders(0.0)) or process.url)
+        until(lambda: process.turn(0.0) or process.url)
         url = process.url
         assert fetched(url + "readyz")[0] == 503
-        for word in TrialFleet(5, 1).begin():
-            process.tell(word)
+        TrialFleet(5, 1).publish(writer)
         until(lambda: fetched(url + "readyz")[0] == 200)
         assert fetched(url + "healthz") == (200, {"ok": True})
         assert fetched(url + "api/v1/site")[0] == 401
@@ -75,10 +74,15 @@ def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) ->
         pid = process.pid
         assert pid is not None
         os.kill(pid, 9)
-        until(lambda: (list(process.orders(1.0)), not process.alive)[1])
-        assert process.start(2.0)
+        until(lambda: (process.turn(1.0), not process.alive)[1])
+        until(lambda: process.turn(2.0) or process.url)
         assert process.pid != pid
-        until(lambda: list(process.orders(2.0)) or process.url)
+        assert fetched(process.url + "readyz")[0] == 200, "what was published is still there"
+        pid = process.pid
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: (process.turn(2.0), list(process._child.words(2.0)))[1] == [])
+        process.turn(3.0 + STUCK_S)
+        assert not process.alive, "it hangs"
     finally:
         process.stop()
     assert not process.alive
@@ -86,12 +90,14 @@ def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) ->
 
 @pytest.mark.system
 def test_one_that_says_nonsense_is_ended_and_after_a_few_times_left_alone(tmp_path: Path) -> None:
-    process = ConsoleProcess(begin(tmp_path / "c.db"), ["sh", "-c", 'echo \'{"v":1,"type":"order"}\'; sleep 60'])
-    for _ in range(3):
-        assert process.start(0.0)
-        until(lambda: (list(process.orders(0.0)), not process.alive)[1])
-    assert not process.start(1.0)
-    assert process.start(100.0)
+    process = ConsoleProcess(settings(tmp_path), ["sh", "-c", "sleep 0.1; echo nonsense; sleep 60"])
+    pids = set[int | None]()
+    until(lambda: (process.turn(0.0), pids.add(process.pid), process._child._rests_until)[2])
+    assert len(pids - {None}) == 3
+    process.turn(1.0)
+    assert not process.alive
+    process.turn(100.0)
+    assert process.alive
     process.stop()
 
 
@@ -100,8 +106,8 @@ def test_it_gets_no_secret_of_the_servers_environment(tmp_path: Path, monkeypatc
         monkeypatch.setenv(name, "secret")
     out = tmp_path / "environment"
     program = f"import os; open({str(out)!r}, 'w').write(repr(dict(os.environ)))"
-    child = ConsoleProcess(begin(tmp_path), [sys.executable, "-c", program])
-    child.start(0.0)
+    child = ConsoleProcess(settings(tmp_path), [sys.executable, "-c", program])
+    child.turn(0.0)
     process = child._child._process
     assert process is not None
     assert process.wait(30) == 0
@@ -110,11 +116,12 @@ def test_it_gets_no_secret_of_the_servers_environment(tmp_path: Path, monkeypatc
     assert "secret" not in out.read_text()
 
 
-def test_it_looks_again_and_again_for_orders_that_the_server_has_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended, looks = threading.Event(), list[float]()
-    monkeypatch.setattr(child, "EXPIRE_S", 0.001)
-    monkeypatch.setattr(child.os, "_exit", lambda code: ended.set())
-    hearing, saying = os.pipe()
+def test_it_looks_again_and_again_for_orders_that_the_server_has_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, signs = list[float](), list[float]()
+    monkeypatch.setattr(child, "SWEEP_S", 0.001)
+    here = trial(tmp_path)
 
     def expire() -> None:
         looks.append(time.monotonic())
@@ -124,23 +131,21 @@ def test_it_looks_again_and_again_for_orders_that_the_server_has_not_taken(monke
         while len(looks) < 3:
             await asyncio.sleep(0.001)
 
-    console: Any = SimpleNamespace(orders=SimpleNamespace(expire=expire), model=Model())
+    monkeypatch.setattr(here.console.orders, "expire", expire)
     server: Any = SimpleNamespace(serve=serve)
-    with os.fdopen(hearing, "rb") as stream, socket.socket() as listening:
-        asyncio.run(
-            asyncio.wait_for(child._serve(server, Connections(1, 1.0), listening, console, stream, lambda: None), 30)
-        )
-        os.close(saying)
-        assert ended.wait(30)
+    with socket.socket() as listening:
+        served = child._serve(server, Connections(1, 1.0), listening, here.console, lambda: signs.append(0.0))
+        asyncio.run(asyncio.wait_for(served, 30))
+    assert len(signs) >= 3
 
 
 @pytest.mark.system
 def test_half_requests_of_strangers_keep_nobody_out(tmp_path: Path) -> None:
-    process = ConsoleProcess(begin(tmp_path / "console.db"))
+    StatusWriter(tmp_path / FILE).close()
+    process = ConsoleProcess(settings(tmp_path))
     strangers: list[socket.socket] = []
     try:
-        assert process.start(0.0)
-        until(lambda: list(process.orders(0.0)) or process.url)
+        until(lambda: process.turn(0.0) or process.url)
         port = int(process.url.split(":")[2].strip("/"))
         for n in range(child.CONNECTIONS + 50):
             raw = socket.create_connection(("127.0.0.1", port))

@@ -28,14 +28,14 @@ from fedprune_server.config.config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.monitoring.alerts import Snapshot, evaluate
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.web.process import ConsoleProcess
+from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
 from fedprune_server.web.setup import check_tls
-from fedprune_server.web.state.publisher_messages import Begin, line
+from fedprune_server.web.state.status import FILE, StatusWriter
 
 
-def begin(folder: Path, certificate: Path, key: Path) -> Begin:
+def settings(folder: Path, certificate: Path, key: Path) -> ConsoleSettings:
     tls = (str(certificate), str(key))
-    return Begin("127.0.0.1", 0, str(folder / "console.db"), *tls, False, "all", (), False, os.getpid())
+    return ConsoleSettings("127.0.0.1", 0, str(folder), *tls, False, "all", (), False, os.getpid())
 
 
 def until(true: Callable[[], Any]) -> None:
@@ -50,11 +50,11 @@ def until(true: Callable[[], Any]) -> None:
 def test_it_speaks_tls_and_nothing_else(tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path / "state", "lab") as identity:
         certificate, key, authority = identity.web(["127.0.0.1"])
-    process = ConsoleProcess(begin(tmp_path, certificate, key))
+    StatusWriter(tmp_path / FILE).close()
+    process = ConsoleProcess(settings(tmp_path, certificate, key))
     trusted = ssl.create_default_context(cafile=authority)
     try:
-        assert process.start(0.0)
-        until(lambda: list(process.orders(0.0)) or process.url)
+        until(lambda: process.turn(0.0) or process.url)
         assert process.url.startswith("https://127.0.0.1:")
         with urllib.request.urlopen(process.url + "login", timeout=10, context=trusted) as answer:  # noqa: S310
             cookies = answer.headers.get_all("set-cookie")
@@ -79,8 +79,11 @@ def test_a_child_that_cannot_use_its_key_says_which_and_ends(tmp_path: Path) -> 
         certificate, _, _ = identity.web(["127.0.0.1"])
     key = tmp_path / "other.key"
     key.write_text("no key")
+    StatusWriter(tmp_path / FILE).close()
     command = [sys.executable, "-m", "fedprune_server.web.child"]
-    done = subprocess.run(command, input=line(begin(tmp_path, certificate, key)), capture_output=True, timeout=60)
+    done = subprocess.run(
+        command, input=settings(tmp_path, certificate, key).to_json(), capture_output=True, timeout=60
+    )
     (said,) = done.stderr.decode().splitlines()
     assert (done.returncode, said.startswith("the console ends: ")) == (1, True)
     assert str(key) in said

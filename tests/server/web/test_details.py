@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from hypothesis import strategies as st
 from fedprune.model.selection import Selection
 from fedprune.wire.log_messages import BoardLines, CrashReport
 from fedprune_server.devices.board_logs import BoardLogs, Told
-from fedprune_server.web.demo_fleet import TrialFleet
-from fedprune_server.web.state.board_logs import LATEST, OF_BOARD, BoardTold
+from fedprune_server.web.demo_fleet import TrialFleet, write
 from fedprune_server.web.state.details import details, held
-from fedprune_server.web.state.model import Model
-from fedprune_server.web.state.publisher_messages import ToConsole, line, parse_news
+from fedprune_server.web.state.logs import LATEST, OF_BOARD, BoardLogTap
+from fedprune_server.web.state.records import Record
 from fedprune_server.web.state.rows import running, versions
+from fedprune_server.web.state.status import FILE, FleetView, StatusWriter, encoded
 from fedprune_server.web.views.channel_drawing import channels
 from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB
@@ -84,7 +85,8 @@ def test_details_hold_the_very_channels_of_the_ranking_and_every_figure_once(tmp
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     state = fleet.run()
     view = daemon.view
-    found = parse_news(line(details(view, "a")))
+    found = details(view, "a", 1e9)
+    assert json.loads(encoded(found))["widths"]
     sizes = view.architecture.sizes
     chance = random.Random(0)
     ranks = [chance.sample(range(n), n) for n in sizes]
@@ -97,10 +99,10 @@ def test_details_hold_the_very_channels_of_the_ranking_and_every_figure_once(tmp
         assert row["kept"] == width
     state.ranking = "0" * 64
     assert {row["which"] for row in held(view, "a")} == {None}
-    names = [f["what"] for f in found.figures]  # type: ignore[union-attr]
+    names = [f["what"] for f in found.figures]
     assert len(names) == len(set(names))
     assert {"round", "step", "train", "transfer", "latency", "memory", "download"} <= set(names)
-    assert details(view, "nobody").figures == ()
+    assert details(view, "nobody", 1e9).figures == ()
 
 
 HOSTILE = "12:00:00 job finished <script>alert(1)</script> {{ 7 * 7 }} é\u4e2d" + "y" * 350
@@ -117,7 +119,7 @@ def crash(number: int, **more: Any) -> CrashReport:
 
 def test_what_boards_tell_is_bounded_and_steers_nothing(tmp_path: Path) -> None:
     with BoardLogs(tmp_path, 1000) as logs:
-        told = BoardTold(tmp_path)
+        told = BoardLogTap(tmp_path)
         logs.told = told.hear
         for number in range(1, 91):
             row = {
@@ -133,30 +135,29 @@ def test_what_boards_tell_is_bounded_and_steers_nothing(tmp_path: Path) -> None:
         logs.save()
         live = [told.take(50), told.take(50), told.take(50)]
         assert [len(x) for x in live] == [50, 40, 0]  # of crashes the server's own log tells
-        model = Model()
-        words: list[ToConsole] = [*live[0], told.of("a"), told.of("nobody"), *told.latest()]
-        for word in words:
-            model.hear(parse_news(line(word)))
+        writer, view = StatusWriter(tmp_path / FILE), FleetView(tmp_path / FILE)
+        records: list[Record] = [*live[0], told.of("a"), told.of("nobody"), *told.latest()]
+        write(writer, *records)
         assert len(told.latest()) <= LATEST
         # What is on the disk may be another's doing.
         told.hear(Told(1, "a", "line", -1.0, -1.0, STEERS, 0, STEERS * 100, {}))
         (odd,) = told.take(5)
-        model.hear(parse_news(line(odd)))
-    found = model.board_log("a")
+        write(writer, odd)
+    found = view.board_log("a")
     assert found is not None
     assert [row["text"].split()[0] for row in found["lines"]] == [str(n) for n in range(90, 90 - OF_BOARD, -1)]
     assert len(found["crashes"]) == 10
-    texts = [r["text"] for r in (*found["lines"], *found["crashes"], *model.lines(size=500).items)]
+    texts = [r["text"] for r in (*found["lines"], *found["crashes"], *view.lines(size=500).items)]
     texts += [t for c in found["crashes"] for t in (c["cause"], c["release"], c["slot"], *c["frames"])]
     assert all(t.isprintable() for t in texts)
     (worst,) = {(c["uptime_s"], c["temperature_c"], c["memory_available"]) for c in found["crashes"]}
     assert worst == (None, None, 2**63 - 1)
-    assert model.board_log("nobody") == {"name": "nobody", "lines": (), "crashes": ()}
+    assert view.board_log("nobody") == {"name": "nobody", "lines": [], "crashes": []}
 
 
 def test_logs_that_cannot_be_read_cost_no_page(tmp_path: Path) -> None:
     (tmp_path / "board-logs.db").write_bytes(b"not a database at all" * 100)
-    assert BoardTold(tmp_path).of("a").lines == ()
+    assert BoardLogTap(tmp_path).of("a").lines == ()
 
 
 def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
@@ -166,10 +167,9 @@ def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
     from fedprune_server.web.context import make_console
     from fedprune_server.web.database import ConsoleDatabase
 
-    fleet, model = TrialFleet(10), Model()
-    words = [*fleet.begin(), fleet.details("board-0006"), fleet.board_log("board-0006")]
-    for word in words:
-        model.hear(parse_news(line(word)))
+    fleet, writer = TrialFleet(10), StatusWriter(tmp_path / FILE)
+    fleet.publish(writer)
+    write(writer, fleet.details("board-0006"), fleet.board_log("board-0006"))
 
     async def shown(*paths: str) -> list[str]:
         transport = httpx.ASGITransport(make_app(console))
@@ -180,7 +180,7 @@ def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
         return [a.text for a in answers]
 
     with ConsoleDatabase(tmp_path / "console.db") as database:
-        console = make_console(model, database, lambda order: None, hasher=argon2.PasswordHasher(1, 8, 1))
+        console = make_console(FleetView(tmp_path / FILE), database, hasher=argon2.PasswordHasher(1, 8, 1))
         console.accounts.add("viewer", "viewer", "correct horse battery")
         operator = console.accounts.get("viewer")
         assert operator is not None

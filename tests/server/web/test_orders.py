@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,8 @@ import pytest
 
 from fedprune_server.web.auth.roles import NEEDED, ROLES
 from fedprune_server.web.auth.sessions import Session
-from fedprune_server.web.state.order_messages import EXPIRED, EXPIRES_S, Answer
-from fedprune_server.web.state.orders import OrderDesk
-from fedprune_server.web.state.publisher_messages import Site
-from fedprune_server.web.state.row_types import ORDER_KINDS
+from fedprune_server.web.state.order_queue import EXPIRED, EXPIRES_S, OrderQueue
+from fedprune_server.web.state.orders import OrderService
 from fedprune_server.web.views.formatting import action_text
 from support.fakes.console_browser import trial
 
@@ -28,7 +25,7 @@ FIELDS = {
 
 
 def test_every_order_has_a_role() -> None:
-    assert set(NEEDED) == set(ORDER_KINDS) == set(FIELDS)
+    assert set(NEEDED) == set(FIELDS)
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -103,38 +100,39 @@ def test_near_names_are_looked_for_among_so_many_alone_that_nobody_waits(
 ) -> None:
     here = trial(tmp_path)
     names = dict.fromkeys(f"board-{i:04}" for i in reversed(range(boards)))
-    monkeypatch.setattr(type(here.model), "device_names", names.keys())
+    monkeypatch.setattr(type(here.console.view), "device_names", names.keys())
     said = here.browser("admin").order(order="look", device="board-01").json["error"]
     assert said.startswith(f"no device board-01{near}")
     listed = ", ".join(f"board-000{i}" for i in range(8))
     assert said.endswith(f": there are {listed} and {boards - 8} more")
 
 
-def test_the_server_answers_for_boards_of_which_the_console_may_not_have_heard(tmp_path: Path) -> None:
+def test_the_server_answers_for_boards_that_may_not_be_published_yet(tmp_path: Path) -> None:
     here = trial(tmp_path)
     admin = here.browser("admin")
-    for kind in ("approve", "deny"):  # who has just asked is told of a moment later
+    for kind in ("approve", "deny"):  # a board that has just asked is published a moment later
         assert admin.order(order=kind, device="nobody", key="ab12").status == 202
-    *words, beat = here.fleet.begin()
-    assert isinstance(words[0], Site)
-    for word in (replace(words[0], started_at=5.0), *words[1:4]):  # the server is started anew
-        here.model.hear(word)
+    here.writer.clear()  # the server has started again, and is about to publish its devices
+    here.write(*list(here.fleet.begin())[:4])
     assert admin.order(order="look", device="nobody").status == 202
     assert admin.order(order="pause", job="nobodys").status == 404
-    here.model.hear(beat)
+    here.write(whole=True)
     assert admin.order(order="look", device="nobody").status == 404
 
 
-def test_what_came_of_an_order_is_told_and_noted(tmp_path: Path) -> None:
+def test_the_answer_to_an_order_is_shown_and_noted(tmp_path: Path) -> None:
     here = trial(tmp_path)
     browser = here.browser("operator", address="192.0.2.8")
     number = browser.order(order="pause", job="trial").json["order"]
     assert browser.get(f"/api/v1/orders/{number}").json["state"] == "waiting"
-    here.model.hear(Answer(number, True, "job trial is paused"))
-    here.model.hear(Answer(number, False, "told twice"))
-    here.model.hear(Answer(999, True, "nobody's"))
+    assert here.console.orders.answers() == []
+    here.answer(number, True, "job trial is paused")
+    here.answer(number, False, "answered twice")
+    here.answer(999, True, "of no order")
     found = browser.get(f"/api/v1/orders/{number}").json
     assert (found["state"], found["ok"], found["text"]) == ("done", True, "job trial is paused")
+    answer = {"order": number, "ok": True, "text": "job trial is paused"}
+    assert (here.console.orders.answers(), here.console.orders.answers()) == ([("answer", answer)], [])
     page = here.console.audit.page(operator="operator")
     rows = [(r["address"], action_text(r), r["outcome"]) for r in page.items if r["action"] != "login"]
     assert rows == [("192.0.2.8", "pause job trial", "done: job trial is paused")]
@@ -144,32 +142,24 @@ def test_what_came_of_an_order_is_told_and_noted(tmp_path: Path) -> None:
 def test_an_order_that_the_server_does_not_take_expires(tmp_path: Path) -> None:
     now = [1e9]
     here = trial(tmp_path, clock=lambda: now[0])
-    browser = here.browser("operator", address="192.0.2.8")
-    kinds = ("pause", "resume", "coverage", "pause")
-    numbers = [browser.order(order=kind, job="trial").json["order"] for kind in kinds]
-    events: list[tuple[str, Any]] = []
-    here.model.listen(lambda *event: events.append(event))
+    browser, desk = here.browser("operator", address="192.0.2.8"), here.console.orders
+    numbers = [browser.order(order=kind, job="trial").json["order"] for kind in ("pause", "resume", "coverage")]
     assert {o.until for o in here.orders} == {1e9 + EXPIRES_S}
-    now[0] += EXPIRES_S
-    here.console.orders.expire()
-    assert events == [], "an answer may be on its way"
+    assert [o.number for o in OrderQueue(here.database, lambda: now[0]).take(1)] == numbers[:1]
+    now[0] += EXPIRES_S + 1
+    assert OrderQueue(here.database, lambda: now[0]).take(9) == []
+    desk.expire()
+    assert desk.answers() == [], "the server may just be taking them"
     now[0] += 60
-    here.console.orders.expire()
-    here.console.orders.expire()
-    assert [kind for kind, _ in events] == ["answer"] * 4
-    assert here.model.silent_s > EXPIRES_S, "the server has said nothing by that"
-    here.model.hear(Answer(numbers[0], True, "job trial is paused"))  # was taken in time, and took long
-    here.model.hear(Answer(numbers[1], False, EXPIRED))
-    for text in ("the job has ended", "told twice"):
-        here.model.hear(Answer(numbers[3], False, text))
-    desk = here.console.orders
+    desk.expire()
+    desk.expire()
+    assert [what["order"] for _, what in desk.answers()] == numbers[1:]
+    here.answer(numbers[0], True, "job trial is paused")  # was taken in time, and took long
+    here.answer(numbers[1], True, "too late")
     found = [(o["state"], o["ok"], o["text"]) for n in numbers if (o := desk.get(n)) is not None]
-    assert found == [("done", True, "job trial is paused"), ("done", False, EXPIRED), ("done", False, EXPIRED),
-                     ("done", False, "the job has ended")]  # fmt: skip
-    told = [(r["action"], r["outcome"]) for r in here.console.audit.page().items[:3]]
-    assert told == [
-        ("pause", "failed: the job has ended"), ("resume", EXPIRED), ("pause", "done: job trial is paused"),
-    ]  # fmt: skip
+    assert found == [("done", True, "job trial is paused"), ("done", False, EXPIRED), ("done", False, EXPIRED)]
+    told = [(r["action"], r["outcome"]) for r in here.console.audit.page().items[:2]]
+    assert told == [("resume", EXPIRED), ("pause", "done: job trial is paused")]
 
 
 def test_orders_are_rationed(tmp_path: Path) -> None:
@@ -188,19 +178,17 @@ def test_orders_that_are_refused_are_rationed_too(tmp_path: Path) -> None:
     assert here.console.audit.page().total == before + 60
 
 
-def test_no_answer_to_an_earlier_consoles_order_is_taken_for_one_to_this(tmp_path: Path) -> None:
-    now = [1e9]
-    here = trial(tmp_path, clock=lambda: now[0])
+def test_a_console_that_was_started_again_knows_the_orders_before(tmp_path: Path) -> None:
+    here = trial(tmp_path)
     before = here.browser("operator").order(order="pause", job="trial").json["order"]
-    now[0] += 1
-    desk = OrderDesk(here.model, here.console.audit, here.orders.append, lambda: now[0])
+    desk = OrderService(here.console.view, here.console.audit, here.database)
     operator = here.console.accounts.get("operator")
     assert operator is not None
     number = desk.give(Session(operator, "", ""), "::1", {"order": "resume", "job": "trial"})
-    here.model.hear(Answer(before, True, "job trial is paused"))
-    order = desk.get(number)
-    assert order is not None
-    assert order["state"] == "waiting"
+    here.answer(before, True, "job trial is paused")
+    assert number > before
+    assert [(o["order"], o["state"]) for o in desk.latest()] == [(number, "waiting"), (before, "done")]
+    assert [what["order"] for _, what in desk.answers()] == [before]
 
 
 def test_a_server_that_says_nothing_gets_no_orders(tmp_path: Path) -> None:

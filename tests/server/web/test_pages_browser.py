@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,12 +18,10 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
 
 from fedprune_server.web.demo_fleet import TrialFleet  # noqa: E402
-from fedprune_server.web.state import model  # noqa: E402
-from fedprune_server.web.state.device_messages import Devices  # noqa: E402
-from fedprune_server.web.state.log_messages import AlertNews, LogLine  # noqa: E402
-from fedprune_server.web.state.order_messages import Order  # noqa: E402
-from fedprune_server.web.state.publisher_messages import Beat, JobNews, Rollouts, ToConsole  # noqa: E402
-from support.fakes.served_console import PASSWORD, ServedConsole, answered  # noqa: E402
+from fedprune_server.web.state import status  # noqa: E402
+from fedprune_server.web.state.order_queue import Order  # noqa: E402
+from fedprune_server.web.state.records import AlertStatus, JobStatus, LogLine, Record, Rollouts  # noqa: E402
+from support.fakes.served_console import PASSWORD, Carried, ServedConsole  # noqa: E402
 
 pytestmark = pytest.mark.browser
 
@@ -48,27 +46,29 @@ class Fleet(TrialFleet):
         self.paused = False
         self.rollout = dict(super().rollouts().rows[0])
 
-    def job(self, name: str) -> JobNews:
+    def job(self, name: str) -> JobStatus:
         told = super().job(name)
-        return JobNews(**{**vars(told), "paused": self.paused})
+        return JobStatus(**{**vars(told), "paused": self.paused})
 
     def rollouts(self) -> Rollouts:
         return Rollouts((self.rollout,), ("release-12",)) if hasattr(self, "rollout") else super().rollouts()
 
-    def carry(self, order: Order) -> Iterable[ToConsole]:
-        """Do what is ordered, and say so."""
+    def carry(self, order: Order) -> Carried:
+        """Do what is ordered, and publish what follows."""
+        records = list(self._carried(order))
+        rows = {order.device: status.encoded(self.rows[order.device])} if order.device in self.rows else {}
+        return records, rows, f"did {order.order}"
+
+    def _carried(self, order: Order) -> Iterator[Record]:
         if order.order in ("look", "coverage"):
             yield from self.answer(order)
-            return
         if order.order in ("pause", "resume"):
             self.paused = order.order == "pause"
             yield self.job(order.job or "")
         elif order.order in ("approve", "revoke"):
-            status = {"approve": "member", "revoke": "revoked"}[order.order]
+            member = {"approve": "member", "revoke": "revoked"}[order.order]
             state = {"approve": "ready", "revoke": "revoked"}[order.order]
-            row = {**self.rows[order.device or ""], "status": status, "state": state, "doing": state}
-            self.rows[order.device or ""] = row
-            yield Devices((row,))
+            self.rows[order.device or ""].update(status=member, state=state, doing=state)
         elif order.order.startswith("rollout"):
             if order.order == "rollout_stop":
                 self.rollout = {**self.rollout, "state": "stopped", "why": f"by {order.operator}"}
@@ -86,14 +86,13 @@ class Fleet(TrialFleet):
                     "why": "",
                 }
             yield self.rollouts()
-        yield answered(order, f"did {order.order}")
 
 
 @pytest.fixture(scope="module")
 def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedConsole]:
     fleet = Fleet()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "SILENT_S", 3600.0)  # else, in a slow test, the server seems to say nothing
+        patch.setattr(status, "SILENT_S", 3600.0)  # else, in a slow test, the server seems to be silent
         with ServedConsole(tmp_path_factory.mktemp("console"), fleet, fleet.carry, 0.05) as served:
             yield served
 
@@ -134,7 +133,7 @@ def opened(console: ServedConsole, browser: Browser) -> Iterator[Open]:
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
-        console.hear([Beat(time.time())])
+        console.write()
         page.goto(path)
         if role is not None and live:
             page.wait_for_selector("#live[data-state=open]")
@@ -219,7 +218,7 @@ def test_the_table_is_sorted_filtered_and_paged_by_the_server(opened: Open, cons
         return page.locator("#devices tbody th").all_inner_texts()
 
     def names(**asked: Any) -> list[str]:
-        return [r["name"] for r in console.model.devices(size=100, **asked).items]
+        return [r["name"] for r in console.console.view.devices(size=100, **asked).items]
 
     page = opened("/fleet")
     assert shown() == names()
@@ -247,7 +246,7 @@ def test_the_table_stays_live_and_keeps_what_people_do(opened: Open, console: Se
     link = page.get_by_role("link", name="board-0002")
     link.focus()
     row = {**console.fleet.rows["board-0002"], "temperature_c": 99.5, "profile": "<img src=x onerror=alert(1)>"}
-    console.hear([Devices((row,))])
+    console.write(rows={row["name"]: status.encoded(row)})
     expect(page.get_by_role("row", name="board-0002")).to_contain_text("99.5")
     expect(page.get_by_role("row", name="board-0002")).to_contain_text("<img src=x onerror=alert(1)>")
     expect(link).to_be_focused()
@@ -351,7 +350,7 @@ def test_a_rollout_is_paused_resumed_and_taken_back(opened: Open, console: Serve
     expect(page.get_by_role("button", name="Roll back rollout 2")).to_have_count(0)
     assert [o.release for o in orders(console, "rollout_back")] == ["5"]
     fleet.rollout = before
-    console.hear([fleet.rollouts()])
+    console.write(fleet.rollouts())
 
 
 def test_a_rollout_is_stopped_and_another_one_started(opened: Open, console: ServedConsole) -> None:
@@ -378,13 +377,13 @@ def test_a_rollout_is_stopped_and_another_one_started(opened: Open, console: Ser
 
 def test_an_alert_is_seen_at_once(opened: Open, console: ServedConsole) -> None:
     page = opened("/alerts", "viewer")
-    before = console.model.alerts(size=1, gone=False).total
+    before = console.console.view.alerts(size=1, gone=False).total
     expect(page.locator("#nav .count")).to_have_text(f"{before} open")
     text = "the disk is full <script>alert(1)</script>"
-    console.hear([AlertNews("new", time.time(), "disk", "critical", "board-0001", None, text)])
+    console.write(AlertStatus("new", time.time(), "disk", "critical", "board-0001", None, text))
     expect(page.get_by_role("region", name="Open").get_by_role("listitem").first).to_contain_text(text)
     expect(page.locator("#nav .count")).to_have_text(f"{before + 1} open")
-    console.hear([AlertNews("new", time.time(), "disk", "critical", "board-0001", None, text, time.time())])
+    console.write(AlertStatus("new", time.time(), "disk", "critical", "board-0001", None, text, time.time()))
     expect(page.get_by_role("region", name="Resolved")).to_contain_text(text)
     page.get_by_label("Text").fill("line 119")
     expect(page.locator("#found")).to_have_text("1 line")
@@ -393,7 +392,7 @@ def test_an_alert_is_seen_at_once(opened: Open, console: ServedConsole) -> None:
 def test_the_log_names_a_round_once_and_its_texts_begin_in_one_column(opened: Open, console: ServedConsole) -> None:
     page = opened("/alerts", "viewer")
     said = "round 18 of 400: 3 of 3 devices counted"
-    console.hear([LogLine(time.time(), "info", said, None, "leaves", 18)])
+    console.write(LogLine(time.time(), "info", said, None, "leaves", 18))
     row = page.locator("#log .log > li", has_text=said)
     expect(row.locator(".text")).to_have_text(f"leaves {said}")
     lefts = "texts => [...new Set(texts.map(t => Math.round(t.getBoundingClientRect().left)))]"
@@ -412,7 +411,7 @@ def test_a_round_under_way_and_its_curves(opened: Open, console: ServedConsole) 
     assert box is not None
     page.mouse.move(box["x"] + 2, box["y"] + 20)
     expect(page.locator("figure output").first).to_contain_text("round 1:")
-    console.hear([console.fleet.round("trial", 26), console.fleet.job("trial")])
+    console.write(console.fleet.round("trial", 26), console.fleet.job("trial"))
     rows = page.locator("section", has_text="Finished rounds").locator("tbody tr")
     expect(rows.first).to_contain_text("26")
     assert len(rows.all()) == min(ended + 1, 25)
@@ -436,7 +435,7 @@ def test_an_answer_from_before_the_loss_does_not_hide_it(opened: Open, console: 
     drawn = page.content()
     held: list[sync_api.Route] = []
     page.route("**/fleet?*", lambda route: held.append(route))
-    console.hear([Devices((console.fleet.rows["board-0003"],))])
+    console.write(rows={"board-0003": status.encoded(console.fleet.rows["board-0003"] | {"samples": 7})})
     while not held:
         page.wait_for_timeout(20)
     page.context.set_offline(True)

@@ -1,9 +1,10 @@
-"""What a server tells its console, and what it does on orders: the daemon and the host, with toy devices."""
+"""What a server publishes for its console, and what it does on orders: the daemon and the host, with toy devices."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,17 @@ from typing import Any
 import pytest
 
 from fedprune.coordination import Phase
+from fedprune.core.errors import StorageError
 from fedprune_server.monitoring.monitor import Monitor
 from fedprune_server.terminal.log_lines import about
-from fedprune_server.web.setup import desks_of
+from fedprune_server.web.database import ConsoleDatabase
+from fedprune_server.web.setup import ConsoleObserver, desks_of
 from fedprune_server.web.state import rows
-from fedprune_server.web.state.device_messages import Coverage, Devices
-from fedprune_server.web.state.model import Model
-from fedprune_server.web.state.order_messages import EXPIRED, Order
-from fedprune_server.web.state.poller import Lookout
-from fedprune_server.web.state.publisher import COVERED_S, Feed
-from fedprune_server.web.state.publisher_messages import Beat, ToConsole, line, parse_news
-from fedprune_server.web.state.surroundings import Member, Members
+from fedprune_server.web.state.order_handler import OrderHandler
+from fedprune_server.web.state.order_queue import INTERRUPTED, OrderQueue
+from fedprune_server.web.state.publisher import COVERED_S, ServedJobs, StatusPublisher
+from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
+from fedprune_server.web.state.surroundings import Member, Members, SurroundingsPoller
 from support.fakes.fleet import Fleet
 from support.fakes.several_jobs import SeveralJobs, named
 from support.fakes.tiny_job import JOB
@@ -32,45 +33,53 @@ SITE = {
 }  # fmt: skip
 
 
-class Child:
-    """A console in memory; what it is told goes through its lines."""
+class Console:
+    """A server's console without its process: the files, the server's side of them, and a view."""
 
-    def __init__(self) -> None:
-        self.model = Model()
-        self.alive = False
-        self.full = False
-        self.told: list[ToConsole] = []
-        self.given: list[Order] = []
-        self.starts = 0
+    def __init__(self, folder: Path, server: Any, air: Any, allowed: str = "all", **more: Any) -> None:
+        self._air, clock = air, lambda: air.now
+        desks, holder, present = desks_of(server)
+        self.writer = StatusWriter(folder / FILE)
+        jobs = ServedJobs([d.view for d in desks], holder, present)
+        self.publisher = StatusPublisher(jobs, SITE, self.writer, clock=clock, monotonic=clock, **more)
+        self.database = ConsoleDatabase(folder / "console.db")
+        self.queue = OrderQueue(self.database, clock)
+        handler = OrderHandler(self.queue, self.publisher, None, allowed)
+        self.observer = ConsoleObserver(self.publisher, handler, None, clock)
+        for desk in desks:
+            desk.onlookers.join(self.observer)
+        self.view = FleetView(folder / FILE, clock=clock)
 
-    def start(self, now: float) -> bool:
-        before, self.alive = self.alive, True
-        self.starts += not before
-        return not before
+    def order(self, kind: str, until: float = 1e12, **what: Any) -> int:
+        """Add an order as the console's process does."""
+        values = (self._air.now, until, "ann", "::1", kind, json.dumps(what))
+        query = "INSERT INTO orders (at, until, operator, address, kind, what) VALUES (?, ?, ?, ?, ?, ?)"
+        self.database.do(query, *values)
+        found = self.database.row("SELECT max(number) AS n FROM orders")
+        assert found is not None
+        return int(found["n"])
 
-    def tell(self, word: ToConsole) -> None:
-        self.told.append(word)
-        self.model.hear(parse_news(line(word)))
+    def answer(self, number: int) -> tuple[bool, str] | None:
+        row = self.database.row("SELECT * FROM orders WHERE number = ?", number)
+        assert row is not None
+        return (bool(row["ok"]), row["text"]) if row["state"] == "done" else None
 
-    def orders(self, now: float) -> Iterator[Order]:
-        while self.given:
-            yield self.given.pop(0)
-
-    def stop(self) -> None:
-        self.alive = False
-
-    def order(self, number: int, kind: str, **fields: Any) -> None:
-        self.given.append(Order(number, "ann", kind, **fields))
+    def flush(self, turns: int = 1) -> None:
+        """Let time pass, and the console have its turn."""
+        for _ in range(turns):
+            self._air.now += 1.0
+            self.observer.turned(None, None)
 
 
-def watched(server: Any, air: Any, **more: Any) -> tuple[Feed, Child]:
-    desks, lent, here = desks_of(server)
-    child = Child()
-    clock = lambda: air.now  # noqa: E731
-    feed = Feed([d.view for d in desks], SITE, child, lent=lent, here=here, clock=clock, monotonic=clock, **more)
-    for desk in desks:
-        desk.onlookers.join(feed)
-    return feed, child
+def finished(folder: Path) -> tuple[Any, Any, Console]:
+    """A job that is run to its end with a console: its server, its last state and the console."""
+    fleet = Fleet(folder, JOB)
+    daemon = fleet.daemon()
+    console = Console(folder, daemon, fleet.air)
+    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
+    state = fleet.run()
+    console.flush()
+    return daemon, state, console
 
 
 class Many(Members):
@@ -83,166 +92,188 @@ class Many(Members):
         return set()
 
 
-def flush(feed: Feed, air: Any) -> None:
-    air.now += 1.0
-    feed.turned(None, None)
-
-
 def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    daemon = fleet.daemon()
-    feed, child = watched(daemon, fleet.air)
-    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
-    state = fleet.run()
-    flush(feed, fleet.air)
-    model = child.model
-    job = model.job(JOB.name)
+    daemon, state, console = finished(tmp_path)
+    view = console.view
+    job = view.job(JOB.name)
     assert job is not None
     assert (job["round"], job["phase"], job["model_digest"]) == (state.round, "finished", state.model)
-    rounds = model.rounds(JOB.name).items
+    rounds = view.rounds(JOB.name).items
     assert [r["round"] for r in rounds] == [3, 2, 1]
     assert all((r["counted"], r["devices"]) == (3, 3) for r in rounds)
-    rows = {r["name"]: r for r in model.devices().items}
+    rows = {r["name"]: r for r in view.devices().items}
     assert set(rows) == set(state.devices)
     for name, row in rows.items():
         assert (row["bytes_down"], row["bytes_up"]) == daemon.traffic[name]
         assert row["samples"] == state.devices[name].samples
+        assert row["staleness"] == 0, "a board whose round is under way is not late"
     assert sum(r["bytes_up"] for r in rounds) <= sum(up for _, up in daemon.traffic.values())
-    late = [row["staleness"] for word in child.told if isinstance(word, Devices) for row in word.rows]
-    assert 0 in late
-    assert not any(late), "a board whose round is under way is not late"
 
 
-def test_a_waiting_board_is_waiting_on_its_page_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fleet, views = Fleet(tmp_path, JOB), []
-    whole = rows.device_row
-    monkeypatch.setattr(rows, "device_row", lambda view, name, **more: views.append(view) or whole(view, name, **more))
-    feed, _ = watched(fleet.daemon(), fleet.air, lookout=Lookout(Many()))
-    flush(feed, fleet.air)
+def test_a_waiting_board_is_waiting_on_its_page_too(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
     member = Member("waiting", "ab12", "signing key")
-    row = whole(views[0], "stranger", job=None, here=False, member=member, traffic=(0, 0), now=None)
+    view = fleet.daemon().view
+    row = rows.device_row(view, "stranger", job=None, here=False, member=member, traffic=(0, 0), now=None)
     assert (row["state"], row["doing"]) == ("waiting", "waiting")
     assert (row["key"], row["behind"]) == ("ab12", "signing key")
 
 
-def test_a_console_that_was_started_anew_knows_the_same(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    daemon = fleet.daemon()
-    feed, child = watched(daemon, fleet.air)
-    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
-    fleet.run()
-    flush(feed, fleet.air)
-    before, child.model, child.alive = child.model, Model(), False
-    for _ in range(5):
-        flush(feed, fleet.air)
-    assert child.starts == 2
-    assert child.model.devices().items == before.devices().items
-    assert child.model.jobs == before.jobs
-    assert [r["round"] for r in child.model.rounds(JOB.name).items] == [3, 2, 1]
+def test_a_server_that_was_started_again_publishes_the_same(tmp_path: Path) -> None:
+    daemon, _, console = finished(tmp_path)
+
+    def shown(view: FleetView) -> list[Any]:
+        return [view.devices().items, view.jobs, [r["round"] for r in view.rounds(JOB.name).items]]
+
+    before = shown(console.view)
+    again = Console(tmp_path, daemon, console._air)
+    again.flush(3)
+    found = shown(again.view)
+    for row in (*before[0], *found[0]):
+        row["seen_at"] = None  # nobody knows any more
+    assert found == before
+    assert again.view.whole
 
 
-def test_a_console_knows_when_it_has_heard_of_all_devices_however_busy_they_are(tmp_path: Path) -> None:
+def test_a_view_is_whole_once_all_devices_are_published_however_busy_they_are(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    feed, child = watched(fleet.daemon(), fleet.air, lookout=Lookout(Many()))
-    feed._monotonic = lambda: fleet.air.now if not child.alive else fleet.air.now + 60.0  # one batch at a time
+    console = Console(tmp_path, fleet.daemon(), fleet.air, poller=SurroundingsPoller(Many()))
+    moments = iter(range(10_000))
+    console.publisher._monotonic = lambda: 60.0 * next(moments)  # one batch at a time
     whole = []
     for _ in range(8):
-        fleet.air.now += 100.0
-        feed.turned(None, None)
-        feed.noticed(["board-0000"])
-        whole.append((child.model.whole, len(child.model.device_names) >= 120))
+        console.flush()
+        console.observer.noticed(["board-0000"])
+        whole.append((console.view.whole, len(console.view.device_names) >= 120))
     assert all(heard for done, heard in whole if done)
     assert whole[0] == (False, False)
     assert whole[-1] == (True, True)
 
 
-def test_rows_too_long_for_a_line_come_in_several_and_one_that_is_wrong_costs_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_row_that_is_wrong_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet = Fleet(tmp_path, JOB)
-    feed, child = watched(fleet.daemon(), fleet.air, lookout=Lookout(Many()))
+    console = Console(tmp_path, fleet.daemon(), fleet.air, poller=SurroundingsPoller(Many()))
     whole = rows.device_row
 
-    def long(view: Any, name: str, **more: Any) -> dict[str, Any]:
-        wrong = {"density": 7.0} if name == "board-0007" else {}
-        return {**whole(view, name, **more), "excluded": "\u00e9" * 2000, **wrong}  # 12,000 bytes each as JSON
+    def wrong(view: Any, name: str, **more: Any) -> dict[str, Any]:
+        return {**whole(view, name, **more), **({"density": float("nan")} if name == "board-0007" else {})}
 
-    monkeypatch.setattr(rows, "device_row", long)
-    flush(feed, fleet.air)
-    assert set(child.model.device_names) == {f"board-{i:04d}" for i in range(120)} - {"board-0007"}
-    feed._members._known = {}  # type: ignore[union-attr]
-    feed.noticed(["board-0001", "board-0002", "board-0007"])
-    flush(feed, fleet.air)
-    assert len(child.model.device_names) == 117
+    monkeypatch.setattr(rows, "device_row", wrong)
+    with caplog.at_level(logging.ERROR, "fedprune.server"):
+        console.flush()
+    assert set(console.view.device_names) == {f"board-{i:04d}" for i in range(120)} - {"board-0007"}
+    assert any("device board-0007" in m for m in caplog.messages)
+    console.publisher._poller._members._known = {}  # type: ignore[union-attr]
+    console.view.changes()
+    console.observer.noticed(["board-0001", "board-0002", "board-0007"])
+    console.flush()
+    assert len(console.view.device_names) == 117
+    assert ("devices", ["board-0001", "board-0002"]) in console.view.changes()
 
 
-def test_a_console_is_not_told_that_it_knows_all_before_somebody_has_looked(tmp_path: Path) -> None:
-    fleet, found = Fleet(tmp_path, JOB), Lookout(Many())
+def test_a_view_is_not_whole_before_members_are_known(tmp_path: Path) -> None:
+    fleet, found = Fleet(tmp_path, JOB), SurroundingsPoller(Many())
     seen, found.seen = found.seen, lambda: None  # type: ignore[method-assign]
-    feed, child = watched(fleet.daemon(), fleet.air, lookout=found)
-    for _ in range(10):
-        flush(feed, fleet.air)
-    assert (child.model.ready, child.model.whole, any(isinstance(w, Beat) for w in child.told)) == (True, False, True)
+    console = Console(tmp_path, fleet.daemon(), fleet.air, poller=found)
+    console.flush(10)
+    assert (console.view.ready, console.view.whole) == (True, False)
     found.seen = seen  # type: ignore[method-assign]
-    for _ in range(3):
-        flush(feed, fleet.air)
-    assert child.model.whole
+    console.flush(3)
+    assert console.view.whole
 
 
-def test_where_nothing_has_changed_nothing_is_told_of_devices(tmp_path: Path) -> None:
+def test_where_nothing_has_changed_nothing_is_published_but_that_the_server_runs(tmp_path: Path) -> None:
+    _, _, console = finished(tmp_path)
+    console.flush()
+    console.view.changes()
+    console.flush(20)
+    assert console.view.changes() == []
+    assert console.view.ready
+
+
+def test_what_could_not_be_written_is_published_once_it_can(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
-    feed, child = watched(daemon, fleet.air)
+    console = Console(tmp_path, daemon, fleet.air)
+    write, full = console.writer.write, StorageError("the disk is full")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise full
+
+    console.writer.write = fail  # type: ignore[method-assign]
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
-    fleet.run()
-    flush(feed, fleet.air)
-    flush(feed, fleet.air)
-    child.told.clear()
-    for _ in range(20):
-        flush(feed, fleet.air)
-    assert {type(w).__name__ for w in child.told} <= {"Beat"}
+    with caplog.at_level(logging.ERROR, "fedprune.server"):
+        assert fleet.run().phase is Phase.FINISHED
+    assert any("the console isn't up to date: the disk is full" in m for m in caplog.messages)
+    assert (console.view.site, console.view.devices().total) == (None, 0)
+    console.writer.write = write  # type: ignore[method-assign]
+    console.flush(2)
+    assert [r["round"] for r in console.view.rounds(JOB.name).items] == [3, 2, 1]
+    assert (console.view.devices().total, console.view.whole) == (3, True)
+
+
+def test_no_reader_and_no_hanging_console_holds_up_the_server(tmp_path: Path) -> None:
+    _, _, console = finished(tmp_path)
+    reader = sqlite3.connect(f"file:{tmp_path / FILE}?mode=ro", uri=True, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM records").fetchone()
+    hanging = sqlite3.connect(tmp_path / "console.db", isolation_level=None)
+    number = console.order("coverage", job=JOB.name)
+    hanging.execute("BEGIN IMMEDIATE")
+    console.observer.noticed(["a"])
+    console.flush()
+    assert console.answer(number) is None
+    hanging.execute("ROLLBACK")
+    console.flush(2)
+    assert console.answer(number) == (True, "coverage")
+    reader.close()
+    hanging.close()
+
+
+def test_an_order_that_an_earlier_start_has_taken_is_not_carried_out_again(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    console = Console(tmp_path, fleet.daemon(), fleet.air)
+    taken, waits = console.order("pause", job=JOB.name), console.order("coverage", job=JOB.name)
+    assert [o.number for o in console.queue.take(1)] == [taken]
+    again = Console(tmp_path, fleet.daemon(), fleet.air)
+    again.flush(2)
+    assert (again.answer(taken), again.answer(waits)) == ((False, INTERRUPTED), (True, "coverage"))
 
 
 def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path) -> None:
     expected = Fleet(tmp_path / "alone", JOB).run().model
     fleet = Fleet(tmp_path / "watched", JOB)
     daemon = fleet.daemon()
-    _, child = watched(daemon, fleet.air)
-    child.order(1, "pause", job=JOB.name)
-    seen: list[tuple[bool, int]] = []
-
-    def look(kind: str, what: Any) -> None:
-        if kind == "job" and what["paused"] and fleet.air.now > 60 and not seen:
-            seen.append((what["paused"], what["round"]))
-
-    child.model.listen(look)
-    paused_until = 120.0
+    console = Console(tmp_path, daemon, fleet.air)
+    numbers = [console.order("pause", job=JOB.name)]
 
     def watching() -> None:
-        if fleet.air.now > paused_until and 2 not in done:
-            done.add(2)
+        if fleet.air.now > 120.0 and len(numbers) == 1:
             assert daemon.state.phase is Phase.WAITING
             assert daemon.state.paused
-            child.order(2, "resume", job=JOB.name)
+            job = console.view.job(JOB.name)
+            assert job is not None
+            assert job["paused"]
+            numbers.append(console.order("resume", job=JOB.name))
 
-    done: set[int] = set()
     daemon.onlookers.each_turn(watching)
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     assert fleet.run().model == expected
-    answers = [child.model.answer(n) for n in (1, 2)]
-    assert [a and a["ok"] for a in answers] == [True, True]
+    assert [(console.answer(n) or (False,))[0] for n in numbers] == [True, True]
 
 
-def test_that_a_job_is_paused_is_said_once_it_is_saved(tmp_path: Path) -> None:
+def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
-    feed, child = watched(daemon, fleet.air)
-    child.order(1, "pause", job=JOB.name)
-    flush(feed, fleet.air)
-    assert child.model.answer(1) is None
+    console = Console(tmp_path, daemon, fleet.air)
+    number = console.order("pause", job=JOB.name)
+    console.flush()
+    assert console.answer(number) is None
     daemon._commit()
-    flush(feed, fleet.air)
-    assert child.model.answer(1)["ok"]  # type: ignore[index]
+    console.flush()
+    assert console.answer(number) == (True, f"job {JOB.name} is paused")
 
 
 def test_a_pause_is_remembered_over_restarts(tmp_path: Path) -> None:
@@ -260,29 +291,36 @@ def test_a_pause_is_remembered_over_restarts(tmp_path: Path) -> None:
 
 def test_orders_that_make_no_sense_are_answered(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    feed, child = watched(fleet.daemon(), fleet.air)
-    child.order(1, "pause", job="nobodys")
-    child.order(2, "look", device="nobody")
-    child.order(3, "approve", device="a", key="x")
-    child.order(4, "release_quarantine", device="nobody")
-    flush(feed, fleet.air)
-    assert [child.model.answer(n)["ok"] for n in (1, 2, 3, 4)] == [False] * 4  # type: ignore[index]
-    look, other = watched(fleet.daemon(), fleet.air, allowed="look")
-    other.order(1, "pause", job=JOB.name)
-    other.order(2, "coverage", job=JOB.name)
-    flush(look, fleet.air)
-    assert [other.model.answer(n)["ok"] for n in (1, 2)] == [False, True]  # type: ignore[index]
+    console = Console(tmp_path, fleet.daemon(), fleet.air)
+    numbers = [
+        console.order("pause", job="nobodys"), console.order("look", device="nobody"),
+        console.order("approve", device="a", key="x"), console.order("release_quarantine", device="nobody"),
+        console.order("shutdown"), console.order("pause", operator="root"), console.order("look", device="../x"),
+    ]  # fmt: skip
+    console.database.do("UPDATE orders SET what = '[' WHERE number = ?", console.order("look", device="a"))
+    console.flush()
+    assert [(console.answer(n) or (True,))[0] for n in (*numbers, numbers[-1] + 1)] == [False] * 8
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [("none", [False, False]), ("look", [False, True])])
+def test_a_server_carries_out_only_the_orders_that_it_allows(
+    tmp_path: Path, allowed: str, expected: list[bool]
+) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    console = Console(tmp_path, fleet.daemon(), fleet.air, allowed)
+    numbers = [console.order("pause", job=JOB.name), console.order("coverage", job=JOB.name)]
+    console.flush()
+    assert [(console.answer(n) or (None,))[0] for n in numbers] == expected
 
 
 def test_an_order_that_comes_too_late_is_not_carried_out(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
-    feed, child = watched(daemon, fleet.air)
-    child.order(1, "pause", job=JOB.name, until=fleet.air.now + 0.5)
-    child.order(2, "coverage", job=JOB.name, until=fleet.air.now + 1.5)
-    flush(feed, fleet.air)
-    answers = [child.model.answer(n) for n in (1, 2)]
-    assert [a and (a["ok"], a["text"]) for a in answers] == [(False, EXPIRED), (True, "coverage")]
+    console = Console(tmp_path, daemon, fleet.air)
+    late = console.order("pause", fleet.air.now + 0.5, job=JOB.name)
+    timely = console.order("coverage", fleet.air.now + 1.5, job=JOB.name)
+    console.flush(3)
+    assert (console.answer(late), console.answer(timely)) == (None, (True, "coverage"))
     assert not daemon.state.paused
 
 
@@ -290,7 +328,7 @@ def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
     monitor = Monitor(tmp_path, {}, [(daemon.view, tmp_path)])
-    feed, child = watched(daemon, fleet.air, alerts=monitor.book)
+    console = Console(tmp_path, daemon, fleet.air, alerts=monitor.book)
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     state = fleet.run()
     quarantine = daemon.view.quarantine
@@ -298,26 +336,25 @@ def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
     for _ in range(200):
         quarantine.bad("a")
     monitor.look()
-    flush(feed, fleet.air)
-    flush(feed, fleet.air)
-    row = child.model.device("a")
+    console.flush(2)
+    row = console.view.device("a")
     assert row is not None
     assert row["quarantine"] is not None
-    assert [x["alert"] for x in child.model.alerts(gone=False).items] == ["quarantine"]
-    child.order(1, "release_quarantine", device="a")
-    child.order(2, "look", device="a")
-    child.order(3, "coverage", job=JOB.name)
+    assert [x["alert"] for x in console.view.alerts(gone=False).items] == ["quarantine"]
+    console.order("release_quarantine", device="a")
+    console.order("look", device="a")
+    console.order("coverage", job=JOB.name)
     for _ in range(4):
-        flush(feed, fleet.air)
+        console.flush()
         monitor.look()
-    row, found = child.model.device("a"), child.model.details("a")
+    row, found = console.view.device("a"), console.view.details("a")
     assert row is not None
     assert row["quarantine"] is None
-    assert child.model.alerts(gone=False).items == []
+    assert console.view.alerts(gone=False).items == []
     assert found is not None
     assert [h["round"] for h in found["history"]] == [3, 2, 1]
     assert [w["kept"] for w in found["widths"]] == list(state.devices["a"].widths)
-    covered = child.model.coverage(JOB.name)
+    covered = console.view.coverage(JOB.name)
     assert covered is not None
     for group in covered["groups"]:
         assert sum(h["channels"] for h in group["held"]) == group["channels"]
@@ -331,115 +368,104 @@ def test_a_console_shows_what_the_monitor_finds(tmp_path: Path) -> None:
     up, clock = [False], lambda: fleet.air.now
     view = replace(daemon.view, connected=lambda: up[0])
     monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, clock=clock, monotonic=clock)
-    feed, child = watched(daemon, fleet.air, alerts=monitor.book)
+    console = Console(tmp_path, daemon, fleet.air, alerts=monitor.book)
     for up[0], open_alerts in ((False, ["broker"]), (True, [])):
         for _ in range(20):
             monitor.turned(lambda: 0.0, daemon.view)
-            flush(feed, fleet.air)
-        assert [a["alert"] for a in child.model.alerts(gone=False).items] == open_alerts
+            console.flush()
+        assert [a["alert"] for a in console.view.alerts(gone=False).items] == open_alerts
         assert monitor.book.counts()["broker", "critical"] == len(open_alerts)
-    (row,) = child.model.alerts().items
+    (row,) = console.view.alerts().items
     assert row["gone_at"] is not None
     assert "To do: see that the broker runs" in row["text"]
     up[0] = False
     for _ in range(20):
         monitor.turned(lambda: 0.0, daemon.view)
-        flush(feed, fleet.air)
-    child.model, child.alive = Model(), False
-    flush(feed, fleet.air)
-    assert [a["alert"] for a in child.model.alerts(gone=False).items] == ["broker"], "a console that was started anew"
+        console.flush()
+    again = Console(tmp_path, daemon, fleet.air, alerts=monitor.book)
+    again.flush()
+    assert [a["alert"] for a in again.view.alerts(gone=False).items] == ["broker"], "after a restart"
 
 
-def test_several_jobs_feed_one_console_and_each_device_has_one_row(tmp_path: Path) -> None:
+def test_several_jobs_publish_to_one_console_and_each_device_has_one_row(tmp_path: Path) -> None:
     several = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two", seed=5, rounds=2)], "abc")
     host = several.host()
-    feed, child = watched(host, several.air)
+    console = Console(tmp_path, host, several.air)
     states = several.run(host)
-    flush(feed, several.air)
-    assert [(j["name"], j["phase"]) for j in child.model.jobs] == [("one", "finished"), ("two", "finished")]
-    assert {n: len(child.model.rounds(n).items) for n in states} == {"one": 3, "two": 2}
-    assert [r["name"] for r in child.model.devices().items] == ["a", "b", "c"]
+    console.flush()
+    assert [(j["name"], j["phase"]) for j in console.view.jobs] == [("one", "finished"), ("two", "finished")]
+    assert {n: console.view.rounds(n).total for n in states} == {"one": 3, "two": 2}
+    assert [r["name"] for r in console.view.devices().items] == ["a", "b", "c"]
 
 
-def test_a_feed_that_fails_costs_the_job_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    daemon = fleet.daemon()
-    _, child = watched(daemon, fleet.air)
-
-    def fail(word: ToConsole) -> None:
-        raise RuntimeError("a\nbug")
-
-    child.tell = fail  # type: ignore[method-assign]
-    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
-    with caplog.at_level(logging.ERROR, "fedprune.server"):
-        assert fleet.run().phase is Phase.FINISHED
-    assert any("the console isn't told all" in m for m in caplog.messages)
-
-
-def test_a_round_that_cannot_be_told_costs_the_job_nothing(
+def test_a_round_that_cannot_be_published_costs_the_job_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
-    watched(daemon, fleet.air)
-    whole = rows.round_news
-    monkeypatch.setattr(rows, "round_news", lambda *given: {**whole(*given), "metrics": {"a metric": 1.0}})
+    console = Console(tmp_path, daemon, fleet.air)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("a\nbug")
+
+    monkeypatch.setattr(rows, "finished_round", fail)
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     with caplog.at_level(logging.ERROR, "fedprune.server"):
         assert fleet.run().phase is Phase.FINISHED
-    assert any("metrics: key" in m for m in caplog.messages)
+    assert any("the console isn't up to date: RuntimeError" in m for m in caplog.messages)
+    console.flush()
+    assert console.view.devices().total == 3
 
 
-def test_coverage_is_made_once_for_those_who_ask_at_the_same_time(tmp_path: Path) -> None:
+def test_coverage_is_made_once_for_operators_who_ask_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, console = finished(tmp_path)
+    console.view.changes()
+    made: list[str] = []
+    numbers = [console.order("coverage", job=JOB.name) for _ in range(29)]
+    for _ in range(2):
+        console.flush()
+        made += [kind for kind, _ in console.view.changes()]
+    assert made.count("coverage") == 1
+    assert all((console.answer(n) or (False,))[0] for n in numbers)
+    console.order("coverage", job=JOB.name)
+    console._air.now += COVERED_S
+    console.flush()
+    assert [kind for kind, _ in console.view.changes()].count("coverage") == 1
+
+
+def test_lines_of_the_log_have_their_context(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    daemon = fleet.daemon()
-    feed, child = watched(daemon, fleet.air)
-    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
-    fleet.run()
-    for number in range(1, 30):
-        child.order(number, "coverage", job=JOB.name)
-    flush(feed, fleet.air)
-    flush(feed, fleet.air)
-    assert sum(isinstance(w, Coverage) and w.last for w in child.told) == 1
-    assert all((child.model.answer(n) or {}).get("ok") for n in range(1, 30))
-    child.order(30, "coverage", job=JOB.name)
-    fleet.air.now += COVERED_S
-    flush(feed, fleet.air)
-    assert sum(isinstance(w, Coverage) and w.last for w in child.told) == 2
-
-
-def test_lines_of_the_log_say_what_they_are_about(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    feed, child = watched(fleet.daemon(), fleet.air)
+    console = Console(tmp_path, fleet.daemon(), fleet.air)
     log = logging.getLogger("fedprune.server.trial")
-    log.addHandler(feed.tap)
+    log.addHandler(console.publisher.tap)
     try:
         with about(job=JOB.name, round=3, trace_id="ab"):
             log.warning("the disk is slow")
             with about(device="b"):
                 log.warning("no word")
             with about(device="no name"):
-                log.warning("a topic of somebody's own")
+                log.warning("a foreign topic")
     finally:
-        log.removeHandler(feed.tap)
-    flush(feed, fleet.air)
-    found = [(x["text"], x["job"], x["round"], x["device"]) for x in child.model.lines().items]
+        log.removeHandler(console.publisher.tap)
+    console.flush()
+    found = [(x["text"], x["job"], x["round"], x["device"]) for x in console.view.lines().items]
     assert found == [
-        ("a topic of somebody's own", None, None, None), ("no word", JOB.name, 3, "b"),
-        ("the disk is slow", JOB.name, 3, None),
+        ("a foreign topic", None, None, None), ("no word", JOB.name, 3, "b"), ("the disk is slow", JOB.name, 3, None),
     ]  # fmt: skip
 
 
 def test_lines_of_the_log_steer_no_terminal_and_begin_no_other_line(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    feed, child = watched(fleet.daemon(), fleet.air)
+    console = Console(tmp_path, fleet.daemon(), fleet.air)
     log = logging.getLogger("fedprune.server.trial")
-    log.addHandler(feed.tap)
+    log.addHandler(console.publisher.tap)
     try:
         log.warning("device a says: %s", "x\n12:00:00 job finished\x1b[2J\u202e<script>alert(1)</script>" + "y" * 5000)
     finally:
-        log.removeHandler(feed.tap)
-    flush(feed, fleet.air)
-    (found,) = child.model.lines(only={"device": "a"}).items
+        log.removeHandler(console.publisher.tap)
+    console.flush()
+    (found,) = console.view.lines(only={"device": "a"}).items
     assert found["text"].isprintable()
     assert len(found["text"]) < 1600

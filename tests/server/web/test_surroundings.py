@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import StorageError
-from fedprune_server.web.state import poller as lookouts
 from fedprune_server.web.state import surroundings
-from fedprune_server.web.state.poller import Lookout, Seen
-from fedprune_server.web.state.surroundings import ReleaseWatch
+from fedprune_server.web.state.surroundings import ReleaseWatch, Seen, SurroundingsPoller
 
 
 class Busy:
@@ -124,11 +122,11 @@ class Unnamed:
 def test_rollouts_are_told_though_what_was_looked_at_behind_them_failed() -> None:
     clerk: Any = Unnamed()
     releases: Any = Changing()
-    lookout = Lookout(None, releases, clerk)
+    poller = SurroundingsPoller(None, releases, clerk.names)
     with pytest.raises(StorageError, match="busy"):
-        lookout.look()
-    assert lookout.look() == Seen(frozenset(), ({"number": 1},), ("release-2",))
-    assert lookout.look() == Seen(frozenset(), None, ("release-2",))
+        poller.look()
+    assert poller.look() == Seen(frozenset(), ({"number": 1},), ("release-2",))
+    assert poller.look() == Seen(frozenset(), None, ("release-2",))
 
 
 def test_a_look_that_is_under_way_at_the_end_opens_nothing_more() -> None:
@@ -137,42 +135,42 @@ def test_a_look_that_is_under_way_at_the_end_opens_nothing_more() -> None:
     class Interrupted:
         def look(self) -> set[str]:
             begun.set()
-            lookout._over.wait(30)
+            poller._over.wait(30)
             return set()
 
     members: Any = Interrupted()
     releases: Any = Changing()
-    lookout = Lookout(members, releases)
-    lookout.start()
+    poller = SurroundingsPoller(members, releases)
+    poller.start()
     assert begun.wait(30)
-    lookout.close()
+    poller.close()
     assert releases.looks == 0
-    assert not any(t.name == "fedprune-lookout" for t in threading.enumerate())
+    assert not any(t.name == "fedprune-surroundings" for t in threading.enumerate())
 
 
 def test_nobody_waits_for_a_disk_and_what_has_changed_is_told_though_a_look_failed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lookouts, "SWEEP_S", 0.01)
+    monkeypatch.setattr(surroundings, "SWEEP_S", 0.01)
     slow: Any = Slow()
     failing: Any = Failing()
-    lookout = Lookout(slow, failing)
+    poller = SurroundingsPoller(slow, failing)
 
     def heard() -> Seen | None:
         end = time.monotonic() + 30
         while time.monotonic() < end:
-            if (seen := lookout.seen()) is not None:
+            if (seen := poller.seen()) is not None:
                 return seen
         return None
 
-    lookout.start()
+    poller.start()
     try:
-        assert lookout.seen() is None  # at once, while the disk is busy
+        assert poller.seen() is None  # at once, while the disk is busy
         slow.ready.set()
         with pytest.raises(StorageError, match="busy"):
             heard()
         assert heard() == Seen(frozenset({"board-1", "board-2", "moved"}), (), ())
     finally:
         slow.ready.set()
-        lookout.close()
-    assert not any(t.name == "fedprune-lookout" for t in threading.enumerate())
+        poller.close()
+    assert not any(t.name == "fedprune-surroundings" for t in threading.enumerate())

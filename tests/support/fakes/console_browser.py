@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.cookies import SimpleCookie
@@ -17,9 +18,10 @@ from fedprune_server.web.app import make_app
 from fedprune_server.web.auth.middleware import Surroundings
 from fedprune_server.web.context import Console, make_console
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.demo_fleet import TrialFleet
-from fedprune_server.web.state.model import Model
-from fedprune_server.web.state.order_messages import Order
+from fedprune_server.web.demo_fleet import TrialFleet, write
+from fedprune_server.web.state.order_queue import Answer, Order, answering, read_order
+from fedprune_server.web.state.records import Record
+from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
 
 QUICK = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 PASSWORD = "a long horse, a battery"
@@ -131,8 +133,9 @@ class Trial:
     console: Console
     app: Any
     fleet: TrialFleet
-    model: Model
-    orders: list[Order]
+    writer: StatusWriter
+    database: ConsoleDatabase
+    clock: Callable[[], float]
 
     def browser(self, name: str = "", **more: Any) -> Browser:
         made = Browser(self.app, **more)
@@ -140,21 +143,32 @@ class Trial:
             assert made.login(self.console, name).status == 303
         return made
 
+    @property
+    def orders(self) -> list[Order]:
+        """All orders so far."""
+        return [read_order(r) for r in self.database.rows("SELECT * FROM orders ORDER BY number")]
+
+    def write(self, *records: Record, **more: Any) -> None:
+        """Publish records as the server does."""
+        write(self.writer, *records, at=self.clock(), **more)
+
+    def answer(self, number: int, ok: bool, text: str) -> None:
+        """Answer an order as the server does."""
+        assert self.database.try_to(*answering(Answer(number, ok, text), self.clock()))
+
 
 def trial(
     folder: Path,
     devices: int = 20,
     around: Surroundings | None = None,
-    clock: Callable[[], float] | None = None,
+    clock: Callable[[], float] = time.time,
     allowed: str = "all",
 ) -> Trial:
     """A console with its fleet; orders are kept, and not answered."""
-    fleet, orders = TrialFleet(devices, 3), list[Order]()
-    model = Model(allowed) if clock is None else Model(allowed, clock)
-    for word in fleet.begin():
-        model.hear(word)
-    more = {} if clock is None else {"clock": clock}
-    console = make_console(model, ConsoleDatabase(folder / "console.db"), orders.append, around, QUICK, **more)
+    fleet, writer = TrialFleet(devices, 3), StatusWriter(folder / FILE)
+    fleet.publish(writer, clock())
+    database = ConsoleDatabase(folder / "console.db")
+    console = make_console(FleetView(folder / FILE, allowed, clock), database, around, QUICK, clock)
     for role in ("viewer", "operator", "admin"):
         console.accounts.add(role, role, PASSWORD)
-    return Trial(console, make_app(console), fleet, model, orders)
+    return Trial(console, make_app(console), fleet, writer, database, clock)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,49 +16,52 @@ from argon2 import PasswordHasher
 from fedprune_server.web.app import make_app
 from fedprune_server.web.context import make_console
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.demo_fleet import TrialFleet
-from fedprune_server.web.events import GATHER_S, Streams
-from fedprune_server.web.state.model import Model
-from fedprune_server.web.state.order_messages import Answer, Order
-from fedprune_server.web.state.publisher_messages import ToConsole
+from fedprune_server.web.demo_fleet import TrialFleet, write
+from fedprune_server.web.events import LOOK_S, watch
+from fedprune_server.web.state.order_queue import Answer, Order, OrderQueue
+from fedprune_server.web.state.records import Record
+from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
 
 PASSWORD = "correct horse battery"
 ROLES = ("viewer", "operator", "admin")
+
+
+Carried = tuple[list[Record], dict[str, str], str]
+"""What a server publishes on an order, records and devices, and its answer."""
 
 
 class ServedConsole:
     """A console, its server, and what was ordered there; operators are called like their roles.
 
     Args:
-        folder: For its database.
+        folder: For its databases.
         fleet: What it shows.
-        carry: Carries an order out, and says what a server would; None for the fleet's own answers.
-        gather_s: For how long changes are gathered before browsers hear of them.
+        carry: Publishes what a server would on an order, and says what came of it; None for the fleet's own answers.
+        look_s: Pause between two looks for changes.
     """
 
     def __init__(
         self,
         folder: Path,
         fleet: TrialFleet,
-        carry: Callable[[Order], Iterable[ToConsole]] | None = None,
-        gather_s: float = GATHER_S,
+        carry: Callable[[Order], Carried] | None = None,
+        look_s: float = LOOK_S,
     ) -> None:
         self.fleet = fleet
-        self.model = Model()
         self.orders: list[Order] = []
-        self._carry = carry or fleet.answer
-        for word in fleet.begin():
-            self.model.hear(word)
+        self._carry = carry or (lambda order: (list(fleet.answer(order)), {}, f"{order.order}: a trial"))
+        self.writer = StatusWriter(folder / FILE)
+        fleet.publish(self.writer)
+        self._look_s = look_s
         self._database = ConsoleDatabase(folder / "console.db")
+        self._queue = OrderQueue(self._database)
         # Quick hashes: what is shown here is no secret.
-        self.console = make_console(self.model, self._database, self._ordered, hasher=PasswordHasher(1, 8, 1))
-        self.console.streams = Streams(self.model, gather_s)
+        self.console = make_console(FleetView(folder / FILE), self._database, hasher=PasswordHasher(1, 8, 1))
         for role in ROLES:
             self.console.accounts.add(role, role, PASSWORD)
         config = uvicorn.Config(make_app(self.console), "127.0.0.1", 0, log_level="critical", lifespan="off")
         config.timeout_graceful_shutdown = 1
         self._server = uvicorn.Server(config)
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._serve, name="console", daemon=True)
 
     def __enter__(self) -> ServedConsole:
@@ -84,40 +87,29 @@ class ServedConsole:
         host, port = self._server.servers[0].sockets[0].getsockname()[:2]
         return f"http://{host}:{port}"
 
-    def hear(self, words: Iterable[ToConsole]) -> None:
-        """Let the console hear this, on its own thread, and wait until it has."""
-        told, done = list(words), threading.Event()
-
-        def tell() -> None:
-            for word in told:
-                self.model.hear(word)
-            done.set()
-
-        if self._loop is None:
-            raise RuntimeError("the console is not served")
-        self._loop.call_soon_threadsafe(tell)
-        if not done.wait(10):
-            raise TimeoutError("the console heard nothing")
-
-    def _ordered(self, order: Order) -> None:
-        self.orders.append(order)
-        answers = list(self._carry(order))
-
-        def tell() -> None:
-            for word in answers:
-                self.model.hear(word)
-
-        # Not at once: a server answers later, too.
-        asyncio.get_running_loop().call_later(0.02, tell)
+    def write(self, *records: Record, **more: Any) -> None:
+        """Publish records, as a server does."""
+        write(self.writer, *records, **more)
 
     def _serve(self) -> None:
         async def serve() -> None:
-            self._loop = asyncio.get_running_loop()
+            tasks = [
+                asyncio.create_task(watch(self.console.streams, self.console.view, self.console.orders, self._look_s)),
+                asyncio.create_task(self._answer()),
+            ]
             await self._server.serve()
+            for task in tasks:
+                task.cancel()
 
         asyncio.run(serve())
 
-
-def answered(order: Order, text: str, ok: bool = True) -> Any:
-    """What a server says of an order when it is done with it."""
-    return Answer(order.number, ok, text)
+    async def _answer(self) -> None:
+        """Take orders and answer them."""
+        while True:
+            await asyncio.sleep(0.02)
+            for order in self._queue.take(20):
+                self.orders.append(order)
+                records, rows, text = self._carry(order)
+                self.write(*records, rows=rows)
+                self._queue.answer(Answer(order.number, True, text))
+            self._queue.flush()

@@ -57,8 +57,7 @@ from fedprune.wire.transfer import Pull
 from fedprune_device.training.received_weights import unpacked as offered
 from fedprune_server.transfer.http_server import BlobHandler
 from fedprune_server.transfer.upload_workers import messages
-from fedprune_server.web.demo_fleet import TrialFleet
-from fedprune_server.web.state import order_messages, publisher_messages
+from fedprune_server.web.state.order_queue import read_order
 from support.fakes.runtime_releases import KEY, PUBLIC
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 from support.faults.parser_target import Target, as_json, as_object, as_text, dumped, scratch
@@ -93,14 +92,7 @@ def wire_targets() -> tuple[Target, ...]:
     return (
         Target("wire.message", m.parse, told, text=True, share=6),
         Target("wire.word of a receiver", lambda raw: messages.parse_line(raw + b"\n"), _words(), text=True, share=2),
-        Target(
-            "wire.word to the console",
-            lambda raw: publisher_messages.parse_news(raw + b"\n"),
-            _news(),
-            text=True,
-            share=0.5,
-        ),
-        Target("wire.order", lambda raw: publisher_messages.parse_order(raw + b"\n"), _orders(), text=True, share=2),
+        Target("wire.order", as_text(_order), _orders(), text=True, share=2),
         Target("wire.chunk", lambda raw: list(Chunk.parse(raw).leaves()), chunks, factor=8, share=4),
         Target("wire.pull", _pulled, chunks, factor=16, constant=4 * 2**20, share=0.2),
         Target("wire.topic", as_text(_topic), _topics(), text=True, share=2),
@@ -189,22 +181,16 @@ def _words() -> tuple[bytes, ...]:
     return tuple(messages.line(word)[:-1] for word in told)
 
 
-def _news() -> tuple[bytes, ...]:
-    """One line of each kind, and small ones: what is fuzzed is their form."""
-    fleet = TrialFleet(2, 1)
-    told = [*fleet.begin(), fleet.details("board-0000"), fleet.board_log("board-0000"), fleet.coverage("trial")]
-    told.append(order_messages.Answer(1, True, "so"))
-    kinds = {type(word): word for word in told}
-    return tuple(publisher_messages.line(word)[:-1] for word in kinds.values())
-
-
 def _orders() -> tuple[bytes, ...]:
-    orders = (
-        order_messages.Order(1, "ann", "pause", job="toy"),
-        order_messages.Order(2, "ann", "rollout_start", release="r-1", groups=(0.1, 1.0), devices=("a", "b")),
-        publisher_messages.Listening("http://127.0.0.1:8470/"),
+    return (
+        b'{"job": "toy"}',
+        b'{"release": "r-1", "groups": [0.1, 1.0], "devices": ["a", "b"], "reason": "a trial"}',
+        b'{"device": "a", "key": "ab12-cd34"}',
     )
-    return tuple(publisher_messages.line(word)[:-1] for word in orders)
+
+
+def _order(text: str) -> object:
+    return read_order({"number": 1, "operator": "ann", "kind": "rollout_start", "what": text, "until": None})
 
 
 def _release() -> Release:

@@ -1,7 +1,7 @@
-"""Orders that concern who is let in and which release boards get: carried out as the command line does it.
+"""Orders about members and releases, carried out as the command line does.
 
-On a thread of their own, one after the other, with connections of their own to the databases: reading a release takes
-seconds, and the server's loop notices what was written there as it notices the command line's doings.
+They run one after the other on a thread with database connections of its own, because reading a release takes seconds.
+The server's loop notices their changes in the databases, as it notices those of the command line.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from fedprune.core.errors import FedpruneError, ProtocolError, ReleaseError, reason
-from fedprune.core.text import one_line
 from fedprune.releases.release import MANIFEST, Release
 from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune.wire.topics import check_name
@@ -24,26 +23,26 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.back import take_back
 from fedprune_server.ota.start import RolloutTerms, start_rollout
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.web.state.order_messages import EXPIRED, Answer, Order
+from fedprune_server.web.state.order_queue import EXPIRED, Answer, Order
 
 log = logging.getLogger("fedprune.server")
 
 KINDS = frozenset(
     {"approve", "deny", "revoke", "rollout_start", "rollout_stop", "rollout_pause", "rollout_resume", "rollout_back"}
 )
-"""Orders that are its business."""
+"""The kinds of these orders."""
 
 MOST = 100
-"""Orders that wait for it; reading a release takes seconds."""
+"""Orders that may wait."""
 _DIGITS = 10
 
 
-class Clerk:
+class AdminExecutor:
     """Carries out orders of these kinds.
 
     Args:
         state: The server's state folder.
-        releases: A folder whose subfolders are releases that may be rolled out; None for no folder.
+        releases: A folder whose subfolders are releases that can be rolled out; None for no folder.
         clock: Seconds since 1970.
     """
 
@@ -56,29 +55,28 @@ class Clerk:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def give(self, order: Order) -> None:
-        """Let an order be carried out.
+    def submit(self, order: Order) -> None:
+        """Carry an order out soon.
 
         Raises:
-            ProtocolError: Too many wait already.
+            ProtocolError: Too many are waiting already.
         """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="fedprune-clerk", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="fedprune-admin", daemon=True)
             self._thread.start()
         try:
             self._orders.put_nowait(order)
         except queue.Full:
             raise ProtocolError(f"{MOST} orders are waiting to be carried out") from None
 
-    def answer(self) -> Answer | None:
-        """The next answer, if there is one."""
-        try:
-            return self._answers.get_nowait()
-        except queue.Empty:
-            return None
+    def answers(self) -> Iterator[Answer]:
+        """Answers since the last call."""
+        with suppress(queue.Empty):
+            while True:
+                yield self._answers.get_nowait()
 
     def names(self) -> tuple[str, ...]:
-        """Names of releases that may be rolled out, the newest first, by when their folders were made."""
+        """Names of releases that can be rolled out, by their folders' time, newest first."""
         if self._releases is None:
             return ()
         try:
@@ -123,7 +121,7 @@ class Clerk:
             return revoke(identity, device)
 
     def _rollout(self, order: Order, why: str) -> str:
-        """Do something about the rollout that is under way, or was the last one."""
+        """Change the rollout that is under way, or was the last one."""
         if order.order == "rollout_back":
             left = order.release or ""
             if not left.isdecimal() or len(left) > _DIGITS:
@@ -137,7 +135,7 @@ class Clerk:
             return f"rollout {store.stop(why)} is to stop: boards that have the release keep it"
 
     def _highest(self) -> int:
-        """The highest number among the releases that may be rolled out, so that none of them loses it; 0 for none."""
+        """The highest number of a release that can be rolled out, which a step back must not reuse; 0 for none."""
         found = [0]
         for folder in [self._releases / name for name in self.names()] if self._releases is not None else []:
             with suppress(FedpruneError, OSError), (folder / MANIFEST).open("rb") as file:
@@ -147,10 +145,10 @@ class Clerk:
     def _run(self) -> None:
         while (order := self._orders.get()) is not None and not self._closed:
             done, text = self._outcome(order)
-            self._answers.put(Answer(order.number, done, one_line(text, 1500)))
+            self._answers.put(Answer(order.number, done, text))
 
     def _outcome(self, order: Order) -> tuple[bool, str]:
-        if order.expired(self._clock()):  # behind others that took their time
+        if order.expired(self._clock()):  # while others were carried out
             return False, EXPIRED
         try:
             return True, self.carry_out(order)

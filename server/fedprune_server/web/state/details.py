@@ -1,9 +1,9 @@
-"""What an operator asks to see: one device closely, and which channels the fleet holds."""
+"""Details on an operator's request: one device, and which channels the fleet holds."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,37 +14,33 @@ from fedprune.jobs.state import Device, Task
 from fedprune.model.selection import Selection
 from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared, predicted
 from fedprune_server.monitoring.view import JobView
-from fedprune_server.web.state.device_messages import Coverage, DeviceDetails
-from fedprune_server.web.state.row_types import ChannelGroup, ChannelRun, Figure, HeldChannels, Part
+from fedprune_server.web.state.records import Coverage, DeviceDetails
 from fedprune_server.web.state.rows import number
 
 MOST_GROUPS = 2000
 MOST_CHANNELS = 65_536
-"""Of a model, which a device's map tells one by one; of a larger one it tells how many are held."""
+"""Of a larger model a device's map shows only how many channels are held, not which."""
 
 MOST_RANKING = 4 << 20
-"""Bytes of a ranking that is read on the server's thread; of a larger one the map tells how many are held."""
+"""Bytes of a ranking that is read on the server's thread; with a larger one the map shows only numbers."""
 
 _PARTS = 20
 _ROUNDS = 60
-_RUNS = 2000
-"""Runs of channels that one line of the coverage tells of."""
-
 _FORESEEN = {
     "round": ("s", ""), "step": ("s", "step_s"), "train": ("s", "train_s"), "transfer": ("s", "transfer_s"),
     "latency": ("s", "latency_s"), "memory": ("bytes", "memory_bytes"), "serving_memory": ("bytes", "inference_bytes"),
     "storage": ("bytes", "storage_bytes"), "download": ("bytes", "wire_bytes"), "upload": ("bytes", "wire_bytes"),
     "step_energy": ("J", "step_j"), "latency_energy": ("J", "latency_j"),
 }  # fmt: skip
-"""Per figure its unit, and the prediction's that foretells it."""
+"""Unit of each figure, and the field of the prediction."""
 
 _MEASURED = {"step": "step_seconds", "train": "train_seconds", "latency": "latency_seconds",
              "memory": "peak_memory_bytes"}  # fmt: skip
-"""The metrics of an update that tell of the machine, by figure."""
+"""Metrics of an update that measure the device, by figure."""
 
 
-def details(view: JobView, name: str) -> DeviceDetails:
-    """A device closely: its plan, what was foretold and measured, its parts, and which channels it holds."""
+def details(view: JobView, name: str, at: float) -> DeviceDetails:
+    """A device's plan, predictions and measurements, latest rounds, and channels."""
     device = view.state.devices.get(name)
     plan = None if device is None else device.plan
     shown: dict[str, Any] | None = None
@@ -53,7 +49,7 @@ def details(view: JobView, name: str) -> DeviceDetails:
         shown = {"density": plan["density"], "binding": plan["bound"], "limits": limits}
     elif device is not None and device.widths:
         shown = {"density": device.density, "binding": "strategy", "limits": {}}
-    history: list[Part] = []
+    history: list[dict[str, Any]] = []
     for summary in reversed(view.state.history[-_ROUNDS:]):
         part = summary["devices"].get(name)
         if part is not None and len(history) < _PARTS:
@@ -64,17 +60,17 @@ def details(view: JobView, name: str) -> DeviceDetails:
                     "metrics": part["metrics"], "reason": one_line(part["reason"], 300),
                 }
             )  # fmt: skip
-    return DeviceDetails(name, view.job.name, shown, figures(view, name), tuple(history), held(view, name))
+    return DeviceDetails(name, view.job.name, shown, figures(view, name), tuple(history), held(view, name), at)
 
 
-def figures(view: JobView, name: str) -> tuple[Figure, ...]:
-    """What was foretold of a device's rounds beside what it measured at the same widths, where either is known."""
+def figures(view: JobView, name: str) -> tuple[dict[str, Any], ...]:
+    """Predictions for a device's rounds next to its measurements at the same widths, where either is known."""
     device = view.state.devices.get(name)
     foretold = {} if device is None else predicted(name, device, view.job, view.architecture) or {}
     seen = compared(name, view.state, foretold)
     metrics = {m: number(seen[m][1], 0.0, 1e15) for m in QUANTITIES if m in seen}
     metrics["train_seconds"] = number(_last_metrics(view, name).get("train_seconds"), 0.0, 1e15)
-    rows: list[Figure] = []
+    rows = []
     for what, (unit, figure) in _FORESEEN.items():
         before = number(foretold.get(figure), 0.0, 1e15)
         after = metrics.get(_MEASURED.get(what, ""))
@@ -87,14 +83,14 @@ def figures(view: JobView, name: str) -> tuple[Figure, ...]:
     return tuple(rows)
 
 
-def held(view: JobView, name: str) -> tuple[HeldChannels, ...]:
-    """How many channels of each group a device holds and, where its ranking is here, which: a bit each, as hex."""
+def held(view: JobView, name: str) -> tuple[dict[str, Any], ...]:
+    """How many channels of each group a device holds and, if its ranking is stored here, which: a bit each, as hex."""
     device, task = view.state.devices.get(name), view.state.tasks.get(name)
     if device is None or not device.widths:
         return ()
     ranking, widths = _cut_from(view, device, task)
     ranks = _ranks(view, ranking)
-    rows: list[HeldChannels] = []
+    rows = []
     for i, (group, width) in enumerate(zip(view.architecture.groups[:MOST_GROUPS], widths, strict=False)):
         kept = min(width, group.size)
         which = None
@@ -106,18 +102,17 @@ def held(view: JobView, name: str) -> tuple[HeldChannels, ...]:
     return tuple(rows)
 
 
-def coverage(view: JobView) -> list[ChannelGroup]:
-    """Which share of the devices with a model holds which channels, as runs by rank.
+def coverage(view: JobView, at: float) -> Coverage:
+    """Which share of the devices with a submodel holds which channels, in runs by rank.
 
-    It is told for channels in the order of their rank: a submodel is the first so many of them.
+    A submodel has the channels of the highest ranks.
     """
     widths = [t.widths for t in view.state.tasks.values() if t.widths]
     widths = widths or [d.widths for d in view.state.devices.values() if d.widths]
-    found: list[ChannelGroup] = []
-    for i, group in enumerate(view.architecture.groups):
+    found = []
+    for i, group in enumerate(view.architecture.groups[:MOST_GROUPS]):
         counts = Counter(min(w[i], group.size) for w in widths)
-        shares: list[ChannelRun] = []
-        left, begun = len(widths), 0
+        shares, left, begun = [], len(widths), 0
         for width in sorted(counts):
             if width > begun:
                 shares.append({"channels": width - begun, "share": left / len(widths)})
@@ -125,23 +120,12 @@ def coverage(view: JobView) -> list[ChannelGroup]:
             left -= counts[width]
         if begun < group.size:
             shares.append({"channels": group.size - begun, "share": 0.0})
-        found.append({"name": one_line(group.name, 190), "channels": group.size, "held": tuple(shares)})
-    return found
-
-
-def coverage_news(view: JobView) -> Iterator[Coverage]:
-    """The coverage, in as many lines as it takes."""
-    pieces: list[list[ChannelGroup]] = [[]]
-    for group in coverage(view)[:MOST_GROUPS]:
-        if pieces[-1] and sum(len(g["held"]) for g in [*pieces[-1], group]) > _RUNS:
-            pieces.append([])
-        pieces[-1].append(group)
-    for i, piece in enumerate(pieces):
-        yield Coverage(view.job.name, view.state.round, i, i == len(pieces) - 1, tuple(piece))
+        found.append({"name": one_line(group.name, 190), "channels": group.size, "held": shares})
+    return Coverage(view.job.name, view.state.round, tuple(found), at)
 
 
 def _last_metrics(view: JobView, name: str) -> dict[str, Any]:
-    """Metrics of the latest update that counted, of the widths that the device has now."""
+    """Metrics of the latest aggregated update with the device's current widths."""
     device = view.state.devices.get(name)
     widths = [] if device is None else list(device.widths)
     for summary in reversed(view.state.history[-_ROUNDS:]):
@@ -152,7 +136,7 @@ def _last_metrics(view: JobView, name: str) -> dict[str, Any]:
 
 
 def _cut_from(view: JobView, device: Device, task: Task | None) -> tuple[str | None, Iterable[int]]:
-    """The ranking whose first channels a device has, and how many: of what it was offered, else the round's."""
+    """The ranking that a device's channels were taken from, and the widths: its offer's, else the round's."""
     offer = (task.offer if task is not None else None) or device.held or {}
     ranking = offer.get("ranking")
     if isinstance(ranking, str):
@@ -161,12 +145,12 @@ def _cut_from(view: JobView, device: Device, task: Task | None) -> tuple[str | N
 
 
 def _ranks(view: JobView, ranking: str | None) -> tuple[Any, ...] | None:
-    """Per group the channels, best first; None where the ranking isn't here, or there are too many."""
+    """Channels of each group, best first; None if the ranking is not stored here or too large."""
     if ranking is None or sum(view.architecture.sizes) > MOST_CHANNELS:
         return None
     try:
         if not view.store.has(ranking) or view.store.size(ranking) > MOST_RANKING:
             return None
         return Selection.from_json(view.store.read(ranking), view.architecture).ranks
-    except (BundleError, StorageError):  # let go of meanwhile, or of another architecture
+    except (BundleError, StorageError):  # deleted meanwhile, or of another architecture
         return None

@@ -1,4 +1,4 @@
-"""A device as the console shows it: made of what the coordinator, the roster and the identity know."""
+"""Rows of devices and finished rounds, from what the coordinator, the registry and the identity know."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fedprune.core.validation import is_number
 from fedprune.jobs.state import Device, Progress, State, Task
 from fedprune.wire.release_messages import COMMITTED
 from fedprune_server.monitoring.view import JobView
+from fedprune_server.web.state.records import FinishedRound
 from fedprune_server.web.state.surroundings import Member
 
 _STATE = {
@@ -39,17 +40,17 @@ def device_row(
     now: float | None,
     update: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A device's row, as `publisher_messages.DEVICE` has it.
+    """A device's row.
 
     Args:
-        view: The job that has it, or had it last.
+        view: The job that has the device, or had it last.
         name: The device.
-        job: That job's name, where it takes part.
-        here: Whether it is there, at this job or at none.
-        member: What the identity knows of it.
+        job: That job's name, if the device takes part in it.
+        here: Whether the device is connected, at whatever job.
+        member: Its membership.
         traffic: Bytes to it and from it, of all jobs.
-        now: When it was heard last; None where nobody knows.
-        update: Where the release of the latest rollout stands there, as `surroundings.ReleaseWatch.standing` has it.
+        now: When it was heard last; None if that is unknown.
+        update: Its last report about the latest rollout's release.
     """
     state, contact = view.state, view.roster[name]
     device, task = state.devices.get(name), state.tasks.get(name)
@@ -121,56 +122,56 @@ def _state(
 
 
 def _ended(state: State) -> int:
-    """The last round that has ended: in the one under way no board is late yet."""
+    """The last round that has ended: no board is late in the current one yet."""
     return int(state.history[-1]["round"]) if state.history else 0
 
 
 def versions(software: str) -> dict[str, str]:
-    """What a board says that runs there, by name."""
+    """Versions of a board's software, by name."""
     found = {n.lower(): v for n, v in _VERSION.findall(_SLOT.sub("", software[:500]))}
     return dict(list(found.items())[:_MOST_VERSIONS])
 
 
 def running(software: str) -> tuple[str | None, int | None]:
-    """The slot that a board says it runs from and the number of the release in it; None for what it doesn't say."""
+    """The slot that a board reports to run from and the number of its release; None for what it doesn't report."""
     found = _SLOT.search(software[:500])
     if found is None:
         return None, None
     return found[1], None if found[2] is None else int(found[2])
 
 
-def round_news(
+def finished_round(
     job: str, summary: dict[str, Any], before: float | None, traffic: tuple[int, int] | None
-) -> dict[str, Any]:
-    """A finished round, as `publisher_messages.RoundNews` has it.
+) -> FinishedRound:
+    """A finished round.
 
     Args:
         job: Its job.
         summary: The coordinator's.
-        before: When the round before ended; None for the first.
-        traffic: Bytes to and from devices meanwhile; None where nobody counted.
+        before: When the previous round ended; None for the first.
+        traffic: Bytes to and from devices meanwhile; None if they were not counted.
     """
     parts = list(summary["devices"].values())
     refused = Counter(one_line(str(p["reason"]), 150) or "?" for p in parts if p["progress"] == Progress.REFUSED.value)
     if len(refused) > 100:
         refused = Counter(dict(refused.most_common(100)))
     stale = [float(p["staleness"]) for p in parts if isinstance(p.get("staleness"), (int, float))]
-    return {
-        "job": job,
-        "round": summary["round"],
-        "at": summary["at"],
-        "seconds": None if before is None else max(0.0, summary["at"] - before),
-        "metrics": dict(list(summary["metrics"].items())[:64]),
-        "counted": sum(p["progress"] == Progress.FOLDED.value for p in parts) if parts else None,
-        "devices": len(parts) or None,
-        "refused": dict(refused),
-        "bytes_down": None if traffic is None else traffic[0],
-        "bytes_up": None if traffic is None else traffic[1],
-        "staleness": {"mean": sum(stale) / len(stale), "max": max(stale)} if stale else None,
-        "model": summary["model"],
-    }
+    return FinishedRound(
+        job=job,
+        round=summary["round"],
+        at=summary["at"],
+        seconds=None if before is None else max(0.0, summary["at"] - before),
+        metrics=dict(list(summary["metrics"].items())[:64]),
+        counted=sum(p["progress"] == Progress.FOLDED.value for p in parts) if parts else None,
+        devices=len(parts) or None,
+        refused=dict(refused),
+        bytes_down=None if traffic is None else traffic[0],
+        bytes_up=None if traffic is None else traffic[1],
+        staleness={"mean": sum(stale) / len(stale), "max": max(stale)} if stale else None,
+        model=summary["model"],
+    )
 
 
 def number(value: Any, low: float, high: float) -> float | None:
-    """A number as it may be told; None for what isn't one, or is no measurement."""
+    """A measured number; None for anything else."""
     return float(value) if is_number(value, low, high) else None

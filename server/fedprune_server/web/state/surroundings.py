@@ -1,12 +1,18 @@
-"""What a feed looks up beside jobs: who is let in, and what becomes of a release. It is read when it has changed."""
+"""Members and rollouts for the console, read from their databases on a thread when they have changed.
+
+Another process may be writing to these databases, and the disk may be slow: the server's loop waits for neither.
+"""
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedprune.core.errors import FedpruneError
+from fedprune.core.errors import FedpruneError, StorageError, reason
 from fedprune.core.text import one_line
 from fedprune.releases.release import Release
 from fedprune.releases.rollout import Fate, RolloutPhase
@@ -15,21 +21,27 @@ from fedprune.wire.release_messages import ReleaseOffer
 from fedprune_server.enrollment.store import APPROVED, WAITING, Device, IdentityStore
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
 
+SWEEP_S = 2.0
+"""Pause between two looks."""
+
 MOST_ROLLOUTS = 20
 """Rollouts that the console lists."""
 
+_END_S = 35.0
+"""How long the end waits for a look under way: each of its three steps may wait 10 s for another writer."""
+
 _FAILURES = 50
 _EARLIER_FAILURES = 3
-"""Boards that failed in the latest rollout, and in each of the earlier ones, that are named."""
+"""Failed boards that are listed of the latest rollout, and of each earlier one."""
 
 
 class Member(NamedTuple):
-    """What the identity knows of a device.
+    """A device's membership.
 
     Attributes:
         status: `member`, `waiting` or `revoked`.
-        key: Fingerprint of a key that waits.
-        behind: What of the server it knew an earlier one of when it connected last, in words.
+        key: Fingerprint of a key that waits for approval.
+        behind: The server's keys of which the device knew an older one when it connected last, for people.
     """
 
     status: str
@@ -38,11 +50,11 @@ class Member(NamedTuple):
 
 
 class Members:
-    """Who is let in, who waits, and who was shut out.
+    """Memberships of all devices.
 
     Args:
-        store: The identity's database, open for this alone.
-        behind: What of the server a device knew an earlier one of when it connected last.
+        store: The identity's database, with a connection of its own.
+        behind: The server's keys of which a device knew an older one.
     """
 
     def __init__(self, store: IdentityStore, behind: Callable[[Device], Sequence[str]] = lambda _device: ()) -> None:
@@ -52,18 +64,18 @@ class Members:
 
     @property
     def names(self) -> set[str]:
-        """All who asked, ever."""
+        """All devices that ever asked to join."""
         return set(self._known)
 
     def status(self, device: str) -> Member | None:
-        """A device; None for one that never asked."""
+        """A device's membership; None for one that never asked."""
         return self._known.get(device)
 
     def look(self) -> set[str]:
-        """See whether somebody asked, was let in or shut out.
+        """Read the database, if it has changed.
 
         Returns:
-            Whose status is another than at the last call.
+            Devices whose membership has changed since the last call.
 
         Raises:
             StorageError: The disk fails.
@@ -91,10 +103,10 @@ class Members:
 
 
 class ReleaseWatch:
-    """The latest rollouts, and where the last one's release stands on each board.
+    """The latest rollouts, and each board's report about the last one.
 
     Args:
-        store: The rollouts' database, open for this alone.
+        store: The rollouts' database, with a connection of its own.
     """
 
     def __init__(self, store: RolloutStore) -> None:
@@ -105,16 +117,16 @@ class ReleaseWatch:
         self._moved: set[str] = set()
 
     def standing(self, device: str) -> dict[str, Any] | None:
-        """A board's progress with the latest rollout's release (`row_types.Installation`), by its last report."""
+        """A board's last report about the latest rollout's release."""
         return self._standing.get(device)
 
     def moved(self) -> set[str]:
-        """Boards of which something else is true than at the last call."""
+        """Boards whose report has changed since the last call."""
         moved, self._moved = self._moved, set()
         return moved
 
     def look(self) -> tuple[dict[str, Any], ...] | None:
-        """Rows of `publisher_messages.ROLLOUT`; None where nothing has changed.
+        """The latest rollouts, newest first; None where nothing has changed.
 
         Raises:
             StorageError: The disk fails.
@@ -129,7 +141,7 @@ class ReleaseWatch:
         )
         before, self._standing = self._standing, {} if entry is None else _reports(entry)
         self._moved |= {n for n in before.keys() | self._standing.keys() if before.get(n) != self._standing.get(n)}
-        self._version = version  # once it is read: what fails is looked at again
+        self._version = version  # only now: a failed read is repeated
         return rows
 
     def _before(self, number: int | None) -> str | None:
@@ -141,6 +153,124 @@ class ReleaseWatch:
         return None if number is None else self._names.get(number)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Result of a look.
+
+    Attributes:
+        changed: Devices whose membership or report has changed.
+        rollouts: The latest rollouts; None where nothing has changed.
+        releases: Names of releases that can be rolled out.
+    """
+
+    changed: frozenset[str]
+    rollouts: tuple[dict[str, Any], ...] | None
+    releases: tuple[str, ...]
+
+
+class SurroundingsPoller:
+    """Looks at members and rollouts: on a thread once it is started, until then when it is asked.
+
+    Args:
+        members: Memberships; None where every device may join.
+        releases: Rollouts; None where the server gives boards no releases.
+        names: Names of releases that can be rolled out.
+    """
+
+    def __init__(
+        self,
+        members: Members | None = None,
+        releases: ReleaseWatch | None = None,
+        names: Callable[[], tuple[str, ...]] = tuple,
+    ) -> None:
+        self._members, self._releases, self._names = members, releases, names
+        self._changed: set[str] = set()
+        self._rollouts: tuple[dict[str, Any], ...] | None = None
+        self._found: queue.Queue[Seen | FedpruneError] = queue.Queue(1)
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def names(self) -> set[str]:
+        """All devices that ever asked to join."""
+        return set() if self._members is None else self._members.names
+
+    @property
+    def has_releases(self) -> bool:
+        """Whether the server gives boards releases."""
+        return self._releases is not None
+
+    def member(self, device: str) -> Member | None:
+        """A device's membership; None for one that never asked to join."""
+        return Member("member") if self._members is None else self._members.status(device)
+
+    def update(self, device: str) -> dict[str, Any] | None:
+        """A board's last report about the latest rollout's release."""
+        return None if self._releases is None else self._releases.standing(device)
+
+    def start(self) -> None:
+        """Look every few seconds from now on, on a thread."""
+        self._thread = threading.Thread(target=self._run, name="fedprune-surroundings", daemon=True)
+        self._thread.start()
+
+    def seen(self) -> Seen | None:
+        """Result of the latest look; None where there was none since the last call.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        if self._thread is None:
+            return self.look()
+        try:
+            found = self._found.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(found, FedpruneError):
+            raise found
+        return found
+
+    def look(self) -> Seen:
+        """Look, on this thread.
+
+        Raises:
+            StorageError: The disk fails; the next look that succeeds reports the changes.
+        """
+        if self._members is not None and not self._over.is_set():
+            self._changed |= self._members.look()
+        names: tuple[str, ...] = ()
+        if self._releases is not None and not self._over.is_set():  # else its database may be closed by now
+            found = self._releases.look()
+            self._rollouts = self._rollouts if found is None else found
+            self._changed |= self._releases.moved()
+            names = self._names()
+        changed, self._changed = frozenset(self._changed), set()
+        rollouts, self._rollouts = self._rollouts, None
+        return Seen(changed, rollouts, names)
+
+    def close(self) -> None:
+        """End the thread; a look under way ends after the database that it is reading."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(_END_S)
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            found: Seen | FedpruneError
+            try:
+                found = self.look()
+            except FedpruneError as error:
+                found = error
+            except Exception as error:  # noqa: BLE001 - it must not end the thread
+                found = StorageError(f"members and rollouts: {type(error).__name__}: {reason(error)}")
+            while not self._over.is_set():  # the next look waits until this result is taken
+                try:
+                    self._found.put(found, timeout=SWEEP_S)
+                    break
+                except queue.Full:
+                    continue
+            self._over.wait(SWEEP_S)
+
+
 def _reports(entry: RolloutEntry) -> dict[str, dict[str, Any]]:
     found = {}
     for name, said in entry.reports.items():
@@ -150,7 +280,7 @@ def _reports(entry: RolloutEntry) -> dict[str, dict[str, Any]]:
 
 
 def _named(offer: ReleaseOffer) -> str:
-    """A release as people call it."""
+    """A release's number and version."""
     try:
         release = Release.from_bytes(offer.manifest.encode())
     except FedpruneError:
@@ -159,7 +289,7 @@ def _named(offer: ReleaseOffer) -> str:
 
 
 def _state(entry: RolloutEntry) -> str:
-    """Where it stands, or what the server was told and hasn't done yet."""
+    """The rollout's phase, or the one that it was ordered into."""
     phase = entry.rollout.phase
     if not phase.under_way:
         return phase.value

@@ -26,9 +26,9 @@ from fedprune.report import chart
 from fedprune.wire.topics import check_device
 from fedprune_server.web.auth.roles import LOOKS, NEEDED, may
 from fedprune_server.web.context import Console, session_of
-from fedprune_server.web.state.model import SORTABLE
 from fedprune_server.web.state.orders import RefusedError
-from fedprune_server.web.state.row_types import LEVELS
+from fedprune_server.web.state.records import LEVELS
+from fedprune_server.web.state.status import COLUMNS
 from fedprune_server.web.views import formatting as phrases
 from fedprune_server.web.views import presentation
 
@@ -98,7 +98,7 @@ class Pages:
             status: Of HTTP.
             shown: What it shows beside what every page does.
         """
-        session, model = session_of(request), self._console.model
+        session, view = session_of(request), self._console.view
         role = session.operator.role
         return self._page(
             request,
@@ -107,10 +107,10 @@ class Pages:
             operator=session.operator,
             csrf=session.csrf,
             may=self.allowed(role),
-            orders=model.orders,
+            orders=view.orders,
             places=[p for p in _PLACES if p[0] != "/audit" or may(role, "admin")],
             here=f"/{request.url.path.split('/')[1]}".replace("/devices", "/fleet"),
-            open_alerts=model.alerts(size=1, gone=False).total,
+            open_alerts=view.alerts(size=1, gone=False).total,
             silent=self._silent(),
             **shown,
         )
@@ -121,7 +121,7 @@ class Pages:
 
     def allowed(self, role: str) -> frozenset[str]:
         """The orders that somebody of a role may give, as far as the server takes any."""
-        takes = self._console.model.orders
+        takes = self._console.view.orders
         return frozenset(
             k
             for k, needed in NEEDED.items()
@@ -148,7 +148,7 @@ class Pages:
 
     def _page(self, request: Request, name: str, status: int, **shown: Any) -> HTMLResponse:
         # Who isn't logged in doesn't learn whose console this is.
-        site = self._console.model.site if request.state.session is not None else None
+        site = self._console.view.site if request.state.session is not None else None
         theme = request.cookies.get(THEME_COOKIE, "")
         text = self._templates.get_template(f"{name}.html").render(
             site=site,
@@ -160,14 +160,12 @@ class Pages:
         return HTMLResponse(text, status)
 
     def _silent(self) -> str:
-        model = self._console.model
-        if model.ready:
+        view = self._console.view
+        if view.ready:
             return ""
-        if model.site is None:
+        if view.site is None:
             return "The server has told the console nothing yet."
-        return (
-            f"The server has told the console nothing for {phrases.seconds(model.silent_s)}: this is how it was then."
-        )
+        return f"The server has told the console nothing for {phrases.seconds(view.silent_s)}: this is how it was then."
 
 
 def login_page(
@@ -189,7 +187,7 @@ def login_page(
 
 def install(app: FastAPI, console: Console) -> None:
     """Add the pages' routes, and the files that they need."""
-    model, pages = console.model, Pages(console)
+    view, pages = console.view, Pages(console)
     app.state.pages = pages
     assets = _Files(directory=Path(__file__).parents[1] / "static", packages=[("fedprune.report", "static")])
     app.mount("/static", assets, name="static")
@@ -202,29 +200,29 @@ def install(app: FastAPI, console: Console) -> None:
 
     @app.get("/")
     async def overview(request: Request) -> Response:
-        counts = model.counts
+        counts = view.counts
         return pages.draw(
             request,
             "overview",
             counts=counts,
             total=sum(counts["online"].values()),
             at_work=sum(counts["state"].get(s, 0) for s in presentation.AT_WORK),
-            jobs=presentation.job_rows(model.jobs),
-            alerts=model.alerts(size=FEW, gone=False).items,
-            waiting=model.devices(size=FEW, only={"status": "waiting"}).items,
-            log=model.lines(size=FEW).items,
+            jobs=presentation.job_rows(view.jobs),
+            alerts=view.alerts(size=FEW, gone=False).items,
+            waiting=view.devices(size=FEW, only={"status": "waiting"}).items,
+            log=view.lines(size=FEW).items,
         )
 
     @app.get("/fleet")
     async def fleet(request: Request) -> Response:
-        query, counts = request.query_params, model.counts
+        query, counts = request.query_params, view.counts
         only = {k: v[:_MOST_Q] for k in _FILTERS if (v := query.get(k))}
         q, sort = query.get("q", "").strip()[:_MOST_Q], query.get("sort", "name")
-        sort = sort if sort.removeprefix("-") in SORTABLE else "name"
+        sort = sort if sort.removeprefix("-") in COLUMNS else "name"
         return pages.draw(
             request,
             "fleet",
-            found=model.devices(page=_page(request), size=ROWS, sort=sort, q=q, only=only),
+            found=view.devices(page=_page(request), size=ROWS, sort=sort, q=q, only=only),
             total=sum(counts["online"].values()),
             options={k: _options(counts[k], only.get(k)) for k in ("state", "profile", "job", "status")},
             only={k: only.get(k, "") for k in _FILTERS},
@@ -236,13 +234,13 @@ def install(app: FastAPI, console: Console) -> None:
     @app.get("/devices/{name}")
     async def device(request: Request, name: str) -> Response:
         try:
-            row = model.device(check_device(name))
+            row = view.device(check_device(name))
         except ProtocolError:
             row = None
         if row is None:
             return pages.draw(request, "missing", 404, what="The server knows no device of this name.")
-        asks = pages.ask(request, "look", name, model.details(name))
-        details = model.details(name)
+        asks = pages.ask(request, "look", name, view.details(name))
+        details = view.details(name)
         return pages.draw(
             request,
             "device",
@@ -254,46 +252,46 @@ def install(app: FastAPI, console: Console) -> None:
             map=presentation.channel_map(details),
             history=details["history"] if details else (),
             charts=presentation.device_charts(details["history"]) if details else [],
-            told=model.board_log(name),
-            log=model.lines(size=ROWS, only={"device": name}).items,
+            told=view.board_log(name),
+            log=view.lines(size=ROWS, only={"device": name}).items,
         )
 
     @app.get("/rounds")
     async def rounds(request: Request) -> Response:
-        jobs = model.jobs
-        job = model.job(request.query_params.get("job", "")) or (jobs[0] if jobs else None)
+        jobs = view.jobs
+        job = view.job(request.query_params.get("job", "")) or (jobs[0] if jobs else None)
         name = job["name"] if job else ""
-        asks = pages.ask(request, "coverage", name, model.coverage(name), COVERAGE_AGAIN_S) if job else False
-        coverage = model.coverage(name)
+        asks = pages.ask(request, "coverage", name, view.coverage(name), COVERAGE_AGAIN_S) if job else False
+        coverage = view.coverage(name)
         return pages.draw(
             request,
             "rounds",
             jobs=jobs,
             job=job,
             parts=presentation.parts(job) if job else None,
-            charts=presentation.charts(presentation.rounds_of(model, name)),
+            charts=presentation.charts(presentation.rounds_of(view, name)),
             asks=asks,
             coverage=coverage,
             strips=presentation.strips(coverage),
-            rounds=model.rounds(name, page=_page(request), size=ROUNDS),
+            rounds=view.rounds(name, page=_page(request), size=ROUNDS),
             link=_link("/rounds", {"job": name if len(jobs) > 1 else ""}),
         )
 
     @app.get("/rollouts")
     async def rollouts(request: Request) -> Response:
-        return pages.draw(request, "rollouts", rollouts=model.rollouts, releases=model.releases)
+        return pages.draw(request, "rollouts", rollouts=view.rollouts, releases=view.releases)
 
     @app.get("/alerts")
     async def alerts(request: Request) -> Response:
-        query, every = request.query_params, model.alerts(size=ROWS).items
+        query, every = request.query_params, view.alerts(size=ROWS).items
         level, q = query.get("level", ""), query.get("q", "").strip()[:_MOST_Q]
         level = level if level in LEVELS else ""
         return pages.draw(
             request,
             "alerts",
-            open=model.alerts(size=ROWS, gone=False).items,
+            open=view.alerts(size=ROWS, gone=False).items,
             over=[a for a in every if a["gone_at"] is not None],
-            log=model.lines(page=_page(request), size=ROWS, q=q, only={"level": level} if level else None),
+            log=view.lines(page=_page(request), size=ROWS, q=q, only={"level": level} if level else None),
             levels=[(text, text) for text in LEVELS],
             level=level,
             q=q,

@@ -10,10 +10,10 @@ from typing import Any
 
 from fedprune.core.validation import is_number
 from fedprune.report.chart import Chart, Strip, chart, strip
-from fedprune_server.web.state.model import Model
+from fedprune_server.web.paging import MAX_SIZE
+from fedprune_server.web.state.status import FleetView
 from fedprune_server.web.views import formatting as phrases
 from fedprune_server.web.views.channel_drawing import Map, channels
-from fedprune_server.web.views.paging import MAX_SIZE
 
 AT_WORK = ("extracting", "offered", "training", "pulling", "stored")
 _OVER = ("folded", "refused")
@@ -83,12 +83,12 @@ def channel_map(details: Row | None) -> list[Map]:
     return [channels(w["group"], w["kept"], w["of"], w["which"]) for w in rows]
 
 
-def rounds_of(model: Model, job: str) -> list[Row]:
+def rounds_of(view: FleetView, job: str) -> list[Row]:
     """All rounds of a job that are kept, the oldest first."""
-    first = model.rounds(job, size=MAX_SIZE)
+    first = view.rounds(job, size=MAX_SIZE)
     rows = list(first.items)
     for page in range(2, first.pages + 1):
-        rows += model.rounds(job, page=page, size=MAX_SIZE).items
+        rows += view.rounds(job, page=page, size=MAX_SIZE).items
     return rows[::-1]
 
 

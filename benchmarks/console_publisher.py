@@ -1,7 +1,7 @@
-"""What telling a console costs the server's loop: `python benchmarks/console_feed.py [--devices 10000] [--write]`.
+"""What a console costs the server's loop: `python benchmarks/console_publisher.py [--devices 10000] [--write]`.
 
-A job with a round under way and 10,000 devices, and a feed whose lines are made and thrown away. Each turn's time is
-the loop's: nothing else of the server runs meanwhile on its thread.
+A job with a round under way and 10,000 devices, published to `status.db` in a temporary folder. Each turn's time is the
+loop's: nothing else of the server runs meanwhile on its thread.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -30,10 +29,10 @@ from fedprune.jobs.state import Device, Progress, Task  # noqa: E402
 from fedprune_server.devices.quarantine import Quarantine  # noqa: E402
 from fedprune_server.devices.registry import Roster  # noqa: E402
 from fedprune_server.monitoring.view import JobView  # noqa: E402
-from fedprune_server.web.state.order_messages import Order  # noqa: E402
-from fedprune_server.web.state.publisher import BUDGET_S, EVERY_S, Feed  # noqa: E402
-from fedprune_server.web.state.publisher_messages import ToConsole, line  # noqa: E402
-from support.fakes.tiny_job import ARCHITECTURE, JOB  # noqa: E402 - lies beside the tests
+from fedprune_server.web.setup import EVERY_S  # noqa: E402
+from fedprune_server.web.state.publisher import BUDGET_S, ServedJobs, StatusPublisher  # noqa: E402
+from fedprune_server.web.state.status import FILE, StatusWriter  # noqa: E402
+from support.fakes.tiny_job import ARCHITECTURE, JOB  # noqa: E402 - next to the tests
 
 SITE = {
     "version": "1", "site": "default", "started_at": 5.0, "broker": "mqtt://h", "database": "sqlite", "blobs": "folder",
@@ -42,31 +41,8 @@ SITE = {
 TURNS = 60
 
 
-class Sink:
-    """A console's process that reads everything at once."""
-
-    full = False
-
-    def __init__(self) -> None:
-        self.alive, self.bytes, self.given = False, 0, list[Order]()
-
-    def start(self, now: float) -> bool:
-        before, self.alive = self.alive, True
-        return not before
-
-    def tell(self, word: ToConsole) -> None:
-        self.bytes += len(line(word))
-
-    def orders(self, now: float) -> Iterator[Order]:
-        given, self.given = self.given, []
-        yield from given
-
-    def stop(self) -> None:
-        self.alive = False
-
-
 class Bench:
-    """A feed over a fleet, and its turns' lengths."""
+    """A publisher over a fleet, and its turns' lengths."""
 
     def __init__(self, devices: int, folder: Path) -> None:
         chance, self._ahead = random.Random(0), 0.0
@@ -85,8 +61,8 @@ class Bench:
         self.state, self.roster = state, roster
         view = JobView(JOB, ARCHITECTURE, state, roster, Quarantine(self.clock), lambda device: None, lambda: True,
                        lambda: 1.0, lambda paused: None, BlobStore(folder), dict, time.time)  # fmt: skip
-        self.sink = Sink()
-        self.feed = Feed([view], SITE, self.sink, monotonic=self.clock)
+        self.file = folder / FILE
+        self.publisher = StatusPublisher(ServedJobs([view]), SITE, StatusWriter(self.file), monotonic=self.clock)
 
     def clock(self) -> float:
         return time.perf_counter() + self._ahead
@@ -95,13 +71,13 @@ class Bench:
         """Milliseconds that the next turn takes of which something is told."""
         self._ahead += EVERY_S
         begun = time.perf_counter()
-        self.feed.turned(lambda: 0.0, None)
+        self.publisher.publish()
         return 1e3 * (time.perf_counter() - begun)
 
     def until_told(self) -> list[float]:
         """Turns until all that has changed was told."""
         found = [self.turn()]
-        while self.feed._pending:
+        while self.publisher._pending:
             found.append(self.turn())
         return found
 
@@ -116,7 +92,7 @@ class Bench:
         for name in names:
             self.state.tasks[name].progress = (Progress.PULLING, Progress.STORED, Progress.FOLDED)[i % 3]
             self.roster.received(name, 1000)
-        self.feed.noticed(names)
+        self.publisher.changed(names)
         self.roster.moved.clear()
 
 
@@ -125,18 +101,15 @@ def measure(devices: int) -> tuple[dict[str, list[float]], int]:
     chance, found = random.Random(1), {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(devices, Path(folder))
-        found["a console starts"] = bench.until_told()
-        size = bench.sink.bytes
+        found["the server starts"] = bench.until_told()
+        size = sum(f.stat().st_size for f in Path(folder).glob(f"{FILE}*"))
         found["nothing has changed"] = bench.each(lambda i: None)
         found["50 devices have changed"] = bench.each(lambda i: bench.move(chance.sample(bench.names, 50), i))
         bench.move(bench.names, 1)
         found["every device has changed"] = bench.until_told()
 
-        def ask(kind: str, **about: Any) -> Callable[[int], None]:
-            return lambda i: bench.sink.given.append(Order(i + 1, "ann", kind, **about))
-
-        found["somebody opens a device"] = bench.each(ask("look", device=bench.names[7]))
-        found["somebody opens the coverage"] = bench.each(ask("coverage", job=JOB.name))
+        found["an operator opens a device"] = bench.each(lambda i: bench.publisher.add_details(bench.names[7]))
+        found["an operator opens the coverage"] = bench.each(lambda i: bench.publisher.add_coverage(JOB.name))
     return found, size
 
 
@@ -152,12 +125,12 @@ def report(found: dict[str, list[float]], size: int, devices: int, load: float) 
             "# What a console costs the server's loop",
             "",
             f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores (load {load:.1f} at the start).",
-            "`python benchmarks/console_feed.py --write`",
+            "`python benchmarks/console_publisher.py --write`",
             "",
-            f"{devices:,} devices of one job, a round under way. The feed does something at most every {EVERY_S:g} s",
-            f"and stops telling of devices after {1e3 * BUDGET_S:g} ms; what is left waits for the next turn.",
+            f"{devices:,} devices of one job, a round under way. The publisher works every {EVERY_S:g} s at most and",
+            f"stops collecting devices after {1e3 * BUDGET_S:g} ms; what is left waits for the next turn.",
             "Milliseconds of a turn in which it does something, on the loop's thread; in all others it costs one",
-            f"comparison. The share is that of the thread's time. All rows together are {size / 1e6:.1f} MB of lines.",
+            f"comparison. The share is that of the thread's time. The file has {size / 1e6:.1f} MB after that.",
             "",
             "| | turns | p50 | p95 | most | share |",
             "|---|---|---|---|---|---|",
@@ -170,16 +143,16 @@ def report(found: dict[str, list[float]], size: int, devices: int, load: float) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=10_000)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/console_feed.*")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/console_publisher.*")
     args = parser.parse_args()
     load = os.getloadavg()[0]
     found, size = measure(args.devices)
     text = report(found, size, args.devices, load)
     if args.write:
         folder = ROOT / "benchmarks" / "results"
-        (folder / "console_feed.md").write_text(text)
+        (folder / "console_publisher.md").write_text(text)
         body = {"devices": args.devices, "bytes": size, "ms": {k: [round(x, 2) for x in v] for k, v in found.items()}}
-        (folder / "console_feed.json").write_text(json.dumps(body) + "\n")
+        (folder / "console_publisher.json").write_text(json.dumps(body) + "\n")
     print(text)
     return 0
 

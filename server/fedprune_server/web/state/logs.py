@@ -1,34 +1,66 @@
-"""Boards' own lines and crashes for the console: those that come, and on request those on the server's disk."""
+"""Log lines for the console: the server's own as they are written, and boards' lines and crashes."""
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import deque
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.core.text import one_line
 from fedprune.core.validation import is_whole
+from fedprune.wire.topics import check_device
 from fedprune_server.devices.board_logs import CRASHES, Told, frames_of, read_logs
-from fedprune_server.web.state.log_messages import BoardLog, LogLine
-from fedprune_server.web.state.row_types import LEVELS, BoardCrash, BoardLine
+from fedprune_server.terminal.log_lines import said_about
+from fedprune_server.web.state.records import LEVELS, BoardLog, LogLine
 from fedprune_server.web.state.rows import number
 
 KEPT = 1000
-"""Lines that wait for the console; of more the oldest are let go."""
+"""Lines that wait to be published; of more, the oldest are dropped."""
 
 LATEST = 200
-"""Lines of all boards that a console is told of when it starts."""
+"""Lines of all boards that are published at the start."""
 
 OF_BOARD = 60
 """Lines of one board that are shown with it."""
 
 _TEXT, _FRAMES = 1000, 16
+_DEVICE = re.compile(r"\bdevice ([A-Za-z0-9][A-Za-z0-9_.-]{0,63})")
+_LEVELS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning"}
 
 
-class BoardTold:
-    """What boards tell of their logs.
+class LogTap(logging.Handler):
+    """Collects lines of the server's log, from any thread."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._lines: deque[LogLine] = deque(maxlen=KEPT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line, without control characters."""
+        try:
+            text = one_line(record.getMessage(), 1500)
+            facts: dict[str, Any] = {n: v for n, v in said_about().items() if n in ("device", "job", "round")}
+            if "device" not in facts and (found := _DEVICE.search(text)):
+                facts["device"] = found[1].rstrip(".")
+            try:
+                check_device(facts.get("device", "x"))
+            except ProtocolError:  # part of a foreign topic, which need not be a device's name
+                facts = {}
+            level = _LEVELS.get(record.levelno, "error")
+            self._lines.append(LogLine(max(0.0, record.created), level, text, **facts))
+        except Exception:  # noqa: BLE001 - a line that can't be shown must not stop its author
+            self.handleError(record)
+
+    def take(self, most: int) -> list[LogLine]:
+        """The next lines."""
+        return [self._lines.popleft() for _ in range(min(most, len(self._lines)))]
+
+
+class BoardLogTap:
+    """Logs of boards.
 
     Args:
         folder: The server's state folder.
@@ -39,17 +71,16 @@ class BoardTold:
         self._new: deque[LogLine] = deque(maxlen=KEPT)
 
     def hear(self, told: Told) -> None:
-        """A line or a crash has come. Of a crash the server's own log has a line already, with its place."""
+        """Collect a line that has arrived; a crash is in the server's own log already."""
         if told.kind == "line":
-            with suppress(ProtocolError):  # what can't be shown must not stop whoever keeps it
-                self._new.append(_line(told))
+            self._new.append(_line(told))
 
     def take(self, most: int) -> list[LogLine]:
-        """The next lines that came, at most so many."""
+        """The next lines."""
         return [self._new.popleft() for _ in range(min(most, len(self._new)))]
 
     def latest(self) -> list[LogLine]:
-        """The latest lines and crashes of all boards, the oldest first; those that wait are among them.
+        """The latest lines and crashes of all boards, oldest first, including those not taken yet.
 
         Raises:
             StorageError: They can't be read.
@@ -58,7 +89,7 @@ class BoardTold:
         return [_line(told) for told in read_logs(self._folder, most=LATEST)]
 
     def of(self, device: str) -> BoardLog:
-        """What a board told last; nothing where it can't be read, which `doctor` says."""
+        """A board's latest lines and crashes; empty if they can't be read, which `doctor` reports."""
         try:
             found = read_logs(self._folder, device)[::-1]
         except StorageError:
@@ -73,7 +104,7 @@ def _line(told: Told) -> LogLine:
     return LogLine(max(0.0, told.received), _level(told), f"{one_line(text, _TEXT)}{times}", told.device, board=True)
 
 
-def _row(told: Told) -> BoardLine:
+def _row(told: Told) -> dict[str, Any]:
     return {
         "at": max(0.0, told.at),
         "received": max(0.0, told.received),
@@ -83,7 +114,7 @@ def _row(told: Told) -> BoardLine:
     }
 
 
-def _crash(told: Told) -> BoardCrash:
+def _crash(told: Told) -> dict[str, Any]:
     body = told.body
     return {
         "at": max(0.0, told.at),

@@ -1,0 +1,83 @@
+"""The server's side of operators' orders: takes them, carries them out or hands them on, and answers."""
+
+from __future__ import annotations
+
+from fedprune.core.errors import FedpruneError, ProtocolError
+from fedprune_server.web.auth.roles import LOOKS
+from fedprune_server.web.state.admin_executor import KINDS, AdminExecutor
+from fedprune_server.web.state.order_queue import Answer, Order, OrderQueue
+from fedprune_server.web.state.publisher import StatusPublisher
+
+_ORDERS = 20
+"""Orders that are taken at a time."""
+
+
+class OrderHandler:
+    """Carries out orders on the thread of the server's loop.
+
+    Args:
+        queue: Where orders come from.
+        publisher: Knows the jobs, and publishes details and coverage.
+        executor: Carries out orders about members and releases; None for a server without an identity.
+        allowed: Which orders are taken: `none`, `look` or `all`.
+    """
+
+    def __init__(
+        self, queue: OrderQueue, publisher: StatusPublisher, executor: AdminExecutor | None, allowed: str = "all"
+    ) -> None:
+        self._queue, self._publisher, self._executor, self._allowed = queue, publisher, executor, allowed
+        self._unsaved: list[Answer] = []
+
+    def turn(self) -> None:
+        """Take orders and answer them.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        for answer in self._unsaved:
+            self._queue.answer(answer)
+        self._unsaved.clear()
+        for order in self._queue.take(_ORDERS):
+            self._take(order)
+        for answer in self._executor.answers() if self._executor is not None else ():
+            self._queue.answer(answer)
+        self._queue.flush()
+
+    def close(self) -> None:
+        """End once the order under way is done."""
+        if self._executor is not None:
+            self._executor.close()
+
+    def _take(self, order: Order) -> None:
+        try:
+            if self._allowed == "none" or (self._allowed == "look" and order.order not in LOOKS):
+                raise ProtocolError("this server takes no such orders from its console")
+            if order.order in KINDS:
+                if self._executor is None:
+                    raise ProtocolError("this server has no identity: every device may join, and there are no releases")
+                self._executor.submit(order)
+                return
+            text = self._carry_out(order)
+        except FedpruneError as error:
+            self._queue.answer(Answer(order.number, False, str(error)))
+            return
+        if order.order in ("pause", "resume"):  # saved as the loop's next turn ends, and not done before that
+            self._unsaved.append(Answer(order.number, True, text))
+        else:
+            self._queue.answer(Answer(order.number, True, text))
+
+    def _carry_out(self, order: Order) -> str:
+        if order.order == "coverage":
+            self._publisher.add_coverage(order.job or "")
+            return "coverage"
+        if order.order in ("pause", "resume"):
+            self._publisher.view_of(order.job or "").pause(order.order == "pause")
+            return f"job {order.job} {'is paused' if order.order == 'pause' else 'goes on'}"
+        name = order.device or ""
+        if order.order == "look":
+            self._publisher.add_details(name)
+            return name
+        if not self._publisher.view_with(name).quarantine.release(name):
+            raise ProtocolError(f"{name} is not in quarantine")
+        self._publisher.changed([name])
+        return f"{name} is out of quarantine"

@@ -1,0 +1,155 @@
+"""Operators' orders as rows of the console's database: the console adds them, the server takes them and answers.
+
+An order is carried out at most once: the server takes it in one transaction before it carries it out, and answers one
+that an earlier start has taken as failed. The answer and its line of the audit log are one transaction, too.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+from fedprune.core.errors import ProtocolError
+from fedprune.core.text import one_line
+from fedprune.wire.checked_message import CheckedMessage
+from fedprune.wire.fields import Device, Items, Job, Name, choice, number, text, whole
+from fedprune_server.web.auth.roles import LOOKS, NEEDED
+from fedprune_server.web.database import ConsoleDatabase
+
+EXPIRES_S = 600.0
+"""How long an order waits for the server."""
+
+EXPIRED = f"expired: the server did not take it within {EXPIRES_S / 60:.0f} minutes, and does not carry it out"
+INTERRUPTED = "the server ended before it was done: see what came of it, and give the order again if need be"
+
+FIELDS = ("job", "device", "key", "release", "groups", "devices", "reason")
+"""What orders are about; each kind has some of them."""
+
+_NOTED = (
+    "INSERT INTO audit (at, operator, address, action, what, outcome) "  # noqa: S608  # nosec B608  # texts of ours
+    "SELECT ?, operator, address, kind, json_object('order', number), ? FROM orders "
+    f"WHERE number = ? AND state != 'done' AND kind NOT IN {tuple(sorted(LOOKS))}"
+)
+"""Notes an order's outcome, unless it only looks."""
+
+
+@dataclass(frozen=True)
+class Order(CheckedMessage, kind="order"):
+    """An operator's order."""
+
+    number: Annotated[int, whole(1)]
+    operator: Name
+    order: Annotated[str, choice(*NEEDED)]
+    job: Job | None = None
+    """For `pause`, `resume` and `coverage`."""
+    device: Device | None = None
+    """For `approve`, `deny`, `revoke`, `look` and `release_quarantine`."""
+    key: Annotated[str, text(128)] | None = None
+    """Fingerprint of the key to approve, as the board shows it."""
+    release: Name | None = None
+    """For `rollout_start` one of the server's `console_releases`; for `rollout_back` the number of the one to leave."""
+    groups: Annotated[tuple[Annotated[float, number(0.0, 1.0)], ...], Items(20)] = ()
+    """Shares of the boards for each stage of a rollout; empty for the default: one board, a tenth, all."""
+    devices: Annotated[tuple[Device, ...], Items(100)] = ()
+    """The boards of a rollout; empty for all members."""
+    reason: Annotated[str, text(500)] = ""
+    """For the record."""
+    until: Annotated[float, number(0.0)] | None = None
+    """When it expires, in seconds since 1970; None for never."""
+
+    def expired(self, now: float) -> bool:
+        """Whether it is too late to carry it out."""
+        return self.until is not None and now > self.until
+
+
+class Answer(NamedTuple):
+    """What came of an order."""
+
+    order: int
+    ok: bool
+    text: str
+
+
+class OrderQueue:
+    """The server's side of the orders: it takes them and answers them.
+
+    Neither waits for the console's process: while that one writes, nothing is taken, and answers are kept.
+
+    Args:
+        database: The console's.
+        clock: Seconds since 1970.
+
+    Raises:
+        StorageError: The disk fails or is full.
+    """
+
+    def __init__(self, database: ConsoleDatabase, clock: Callable[[], float] = time.time) -> None:
+        self._database, self._clock = database, clock
+        taken = database.rows("SELECT number FROM orders WHERE state = 'taken'")
+        self._answers = [Answer(row["number"], False, INTERRUPTED) for row in taken]
+
+    def take(self, most: int) -> list[Order]:
+        """The next orders that have not expired; from now on they count as taken.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        rows = self._database.rows(
+            "SELECT number, operator, kind, what, until FROM orders WHERE state = 'waiting' AND until >= ? "
+            "ORDER BY number LIMIT ?",
+            self._clock(),
+            most,
+        )
+        taking = [("UPDATE orders SET state = 'taken' WHERE number = ?", (r["number"],)) for r in rows]
+        if not rows or not self._database.try_to(*taking):
+            return []
+        orders = (self._checked(row) for row in rows)
+        return [order for order in orders if order is not None]
+
+    def _checked(self, row: Mapping[str, Any]) -> Order | None:
+        try:
+            return read_order(row)
+        except ProtocolError as error:
+            self.answer(Answer(row["number"], False, str(error)))
+            return None
+
+    def answer(self, answer: Answer) -> None:
+        """Answer an order, at the next `flush`."""
+        self._answers.append(answer)
+
+    def flush(self) -> None:
+        """Write the answers.
+
+        Raises:
+            StorageError: The disk fails or is full; the answers are kept.
+        """
+        now = self._clock()
+        statements = [s for answer in self._answers for s in answering(answer, now)]
+        if statements and self._database.try_to(*statements):
+            self._answers.clear()
+
+
+def answering(answer: Answer, now: float) -> list[tuple[str, tuple[object, ...]]]:
+    """Statements that answer an order, unless it is answered already, and note that in the audit log."""
+    said = one_line(answer.text, 1500)
+    outcome = said if said == EXPIRED else f"{'done' if answer.ok else 'failed'}: {said}"
+    done = "UPDATE orders SET state = 'done', ok = ?, text = ? WHERE number = ? AND state != 'done'"
+    return [(_NOTED, (now, one_line(outcome, 500), answer.order)), (done, (int(answer.ok), said, answer.order))]
+
+
+def read_order(row: Mapping[str, Any]) -> Order:
+    """A row's order, checked: the process that writes orders speaks with browsers.
+
+    Raises:
+        ProtocolError: A field is missing or wrong.
+    """
+    try:
+        what = json.loads(row["what"])
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("the order is not JSON") from error
+    if not isinstance(what, dict) or not what.keys() <= set(FIELDS):
+        raise ProtocolError("what the order is about", expected=f"an object with some of {', '.join(FIELDS)}")
+    return Order(row["number"], row["operator"], row["kind"], **what, until=row["until"])

@@ -1,0 +1,237 @@
+"""What a server publishes for its console: one dataclass for each kind of record in `status.db`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+DEVICE_STATES = (
+    "offline",
+    "ready",
+    "queued",
+    "extracting",
+    "offered",
+    "training",
+    "pulling",
+    "stored",
+    "folded",
+    "refused",
+    "excluded",
+    "elsewhere",
+    "waiting",
+    "revoked",
+    "unknown",
+)
+"""Values of a device's `state`, by which pages filter; `doing` is the text for people."""
+
+LEVELS = ("debug", "info", "warning", "error")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record; a later one with the same kind, `scope` and `key` replaces it."""
+
+    kind: ClassVar[str]
+
+    @property
+    def scope(self) -> str:
+        """The job or device that the record is about; empty for the server."""
+        return ""
+
+    @property
+    def key(self) -> str | int | None:
+        """What tells the record from others of its scope; None for one that replaces no other."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Site(Record):
+    """The server as a whole."""
+
+    version: str
+    site: str
+    jobs: tuple[str, ...]
+    started_at: float
+    connected: bool
+    broker: str
+    database: str
+    blobs: str
+    insecure: bool
+
+    kind: ClassVar[str] = "site"
+
+
+@dataclass(frozen=True)
+class JobStatus(Record):
+    """A job's current state. `parts` counts the devices of the round by progress."""
+
+    name: str
+    round: int
+    rounds: int
+    phase: str
+    deadline_at: float | None
+    paused: bool
+    metrics: dict[str, float]
+    strategy: str
+    model_digest: str
+    weight: float
+    parts: dict[str, int]
+    parameters: int
+
+    kind: ClassVar[str] = "job"
+
+    @property
+    def scope(self) -> str:
+        """The job."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class FinishedRound(Record):
+    """A finished round.
+
+    `refused` counts rejected updates by reason. Bytes are those of all devices since the previous round ended. Fields
+    are None where the server has restarted since and no longer knows.
+    """
+
+    job: str
+    round: int
+    at: float
+    seconds: float | None
+    metrics: dict[str, float]
+    counted: int | None
+    devices: int | None
+    refused: dict[str, int]
+    bytes_down: int | None
+    bytes_up: int | None
+    staleness: dict[str, float] | None
+    model: str
+
+    kind: ClassVar[str] = "round"
+
+    @property
+    def scope(self) -> str:
+        """The job."""
+        return self.job
+
+    @property
+    def key(self) -> int:
+        """The round's number."""
+        return self.round
+
+
+@dataclass(frozen=True)
+class DeviceDetails(Record):
+    """A device's plan, its predictions next to its measurements, its latest rounds and its channels.
+
+    Attributes:
+        name: The device.
+        job: The job that this is about.
+        plan: Density, limits and the binding limit; None without a plan.
+        figures: Predicted and measured values.
+        history: The device's part in the latest rounds, newest first.
+        widths: Kept channels per group and, where the ranking is here, which: a bit for each channel of the group, the
+            first one highest, as hex.
+        at: Seconds since 1970.
+    """
+
+    name: str
+    job: str
+    plan: Row | None
+    figures: tuple[Row, ...]
+    history: tuple[Row, ...]
+    widths: tuple[Row, ...]
+    at: float
+
+    kind: ClassVar[str] = "device"
+
+    @property
+    def scope(self) -> str:
+        """The device."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class BoardLog(Record):
+    """A board's latest log lines and crashes, newest first."""
+
+    name: str
+    lines: tuple[Row, ...]
+    crashes: tuple[Row, ...]
+
+    kind: ClassVar[str] = "board_log"
+
+    @property
+    def scope(self) -> str:
+        """The device."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class Coverage(Record):
+    """Which share of the devices holds which channels: per group, runs of channels in the order of their rank."""
+
+    job: str
+    round: int
+    groups: tuple[Row, ...]
+    at: float
+
+    kind: ClassVar[str] = "coverage"
+
+    @property
+    def scope(self) -> str:
+        """The job."""
+        return self.job
+
+
+@dataclass(frozen=True)
+class Rollouts(Record):
+    """The latest rollouts, newest first, and the names of releases that can be rolled out."""
+
+    rows: tuple[Row, ...]
+    releases: tuple[str, ...] = ()
+
+    kind: ClassVar[str] = "rollouts"
+
+
+@dataclass(frozen=True)
+class AlertStatus(Record):
+    """An alert; `gone_at` is set once it is closed."""
+
+    id: str
+    at: float
+    alert: str
+    severity: str
+    device: str | None
+    job: str | None
+    text: str
+    gone_at: float | None = None
+
+    kind: ClassVar[str] = "alert"
+
+    @property
+    def key(self) -> str:
+        """The alert's id."""
+        return self.id
+
+
+@dataclass(frozen=True)
+class LogLine(Record):
+    """A line of the server's log or, with `board`, of a board's."""
+
+    at: float
+    level: str
+    text: str
+    device: str | None = None
+    job: str | None = None
+    round: int | None = None
+    board: bool = False
+
+    kind: ClassVar[str] = "log"
+
+    @property
+    def key(self) -> None:
+        """Lines don't replace each other."""
+        return None

@@ -1,0 +1,401 @@
+"""The fleet's status for the console: a SQLite file that the server writes and the console's process reads.
+
+The file is derived data: the server makes it again at each start and fills it from what it knows. It is therefore
+written without waiting for the disk, and a reader never blocks the writer (WAL). The job's own database, which may be
+PostgreSQL, stays out of the console's reach: that process needs neither its password nor a connection to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.disk import storage_errors
+from fedprune_server.storage.sqlite_errors import sqlite_errors
+from fedprune_server.web.paging import MAX_SIZE, Page
+from fedprune_server.web.state.records import Record, Row
+
+FILE = "status.db"
+"""In the state folder."""
+
+SILENT_S = 15.0
+"""A server that has not written for so long counts as stuck: it writes every few seconds."""
+
+COLUMNS = (
+    "name", "job", "online", "state", "profile", "slot", "release", "density", "parameters", "samples", "seen_at",
+    "temperature_c", "bytes_down", "bytes_up", "seconds", "accuracy", "loss", "staleness", "status",
+)  # fmt: skip
+"""Fields of a device's row that devices can be sorted by."""
+
+_FILTERS = ("state", "profile", "job", "status", "online")
+_LINE_FILTERS = ("level", "device", "job")
+
+_KEPT = {"log": 5000, "alert": 1000, "device": 50, "board_log": 50}
+"""Records that are kept of a kind; of more, the oldest are deleted, and closed alerts before open ones."""
+
+_KEPT_ROUNDS = 2000
+"""Of each job."""
+
+_BUSY_S = 10.0
+_CHANGES = 1000
+"""Records that one look for changes reports."""
+
+_DEVICE_COLUMNS = ", ".join(f"{c} GENERATED ALWAYS AS (json_extract(body, '$.{c}')) STORED" for c in COLUMNS[1:])
+_TABLES = (
+    f"CREATE TABLE device_status (name TEXT PRIMARY KEY, change INTEGER NOT NULL, body TEXT, {_DEVICE_COLUMNS})",
+    "CREATE INDEX device_status_by_change ON device_status (change)",
+    """
+    CREATE TABLE records (
+        kind TEXT NOT NULL, scope TEXT NOT NULL, key NOT NULL, change INTEGER NOT NULL, body TEXT NOT NULL,
+        PRIMARY KEY (kind, scope, key)
+    )
+    """,
+    "CREATE INDEX records_by_change ON records (change)",
+    "CREATE INDEX records_by_kind ON records (kind, change)",
+    "CREATE TABLE beat (at REAL NOT NULL, whole INTEGER NOT NULL)",
+    "INSERT INTO beat VALUES (0, 0)",
+)
+"""`change` counts all writes. A device that is gone has no `body`; `whole` is set once all devices are published."""
+
+
+class StatusWriter:
+    """The server's side: a new file.
+
+    Args:
+        path: The file; one of an earlier start is deleted.
+
+    Raises:
+        StorageError: It can't be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with storage_errors(f"can't make {path}"):
+            for end in ("", "-wal", "-shm"):
+                path.with_name(path.name + end).unlink(missing_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        self._change = 0
+        with self._errors():
+            self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=OFF")
+            for statement in _TABLES:
+                self._connection.execute(statement)
+
+    def close(self) -> None:
+        """Close the file, which stays until the next start."""
+        self._connection.close()
+
+    def clear(self) -> None:
+        """Delete everything.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        with self._errors(), self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("DELETE FROM records")
+            self._connection.execute("DELETE FROM device_status")
+            self._connection.execute("UPDATE beat SET whole = 0")
+
+    def write(
+        self,
+        records: Iterable[tuple[Record, str]] = (),
+        devices: Mapping[str, str | None] | None = None,
+        *,
+        at: float,
+        whole: bool = False,
+    ) -> None:
+        """Write records and devices, all or none.
+
+        Args:
+            records: Records, each with its JSON (`encoded`).
+            devices: JSON of devices' rows, by name; None for those that are gone.
+            at: Seconds since 1970.
+            whole: Whether all devices that the server knows are in the file now.
+
+        Raises:
+            StorageError: The disk fails or is full; nothing is written then.
+        """
+        kinds, scopes = set[str](), set[str]()
+        with self._errors(), self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            for record, body in records:
+                self._change += 1
+                key = self._change if record.key is None else record.key
+                self._connection.execute(
+                    "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?)",
+                    (record.kind, record.scope, key, self._change, body),
+                )
+                kinds.add(record.kind)
+                if record.kind == "round":
+                    scopes.add(record.scope)
+            for name, row in (devices or {}).items():
+                self._change += 1
+                self._connection.execute(
+                    "INSERT OR REPLACE INTO device_status (name, change, body) VALUES (?, ?, ?)",
+                    (name, self._change, row),
+                )
+            for kind in kinds & _KEPT.keys():
+                self._trim(kind)
+            for job in scopes:
+                self._connection.execute(
+                    "DELETE FROM records WHERE kind = 'round' AND scope = ? AND key <= "
+                    "(SELECT max(key) FROM records WHERE kind = 'round' AND scope = ?) - ?",
+                    (job, job, _KEPT_ROUNDS),
+                )
+            self._connection.execute("UPDATE beat SET at = ?, whole = max(whole, ?)", (at, whole))
+
+    def _trim(self, kind: str) -> None:
+        order = "json_extract(body, '$.gone_at') IS NULL DESC, change DESC" if kind == "alert" else "change DESC"
+        self._connection.execute(
+            "DELETE FROM records WHERE rowid IN "  # noqa: S608  # nosec B608  # texts of ours
+            f"(SELECT rowid FROM records WHERE kind = ? ORDER BY {order} LIMIT -1 OFFSET ?)",
+            (kind, _KEPT[kind]),
+        )
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return sqlite_errors(self.path, "Delete it and start the server again: it holds nothing of its own.")
+
+
+def encoded(body: Record | Row) -> str:
+    """JSON of a record or of a device's row.
+
+    Raises:
+        ValueError: A number in it is not finite.
+    """
+    row = asdict(body) if isinstance(body, Record) else body
+    return json.dumps(row, separators=(",", ":"), allow_nan=False)
+
+
+class FleetView:
+    """The console's side: pages of what the server has written.
+
+    Args:
+        path: The file.
+        orders: Which orders the server takes: `none`, `look` or `all`.
+        clock: Seconds since 1970.
+
+    Raises:
+        StorageError: The file can't be opened.
+    """
+
+    def __init__(self, path: Path, orders: str = "all", clock: Callable[[], float] = time.time) -> None:
+        self.orders = orders
+        self._path, self._clock = path, clock
+        with self._errors():
+            self._connection = sqlite3.connect(
+                f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S, isolation_level=None,
+                check_same_thread=False,
+            )  # fmt: skip
+            self._connection.create_function("casefold", 1, str.casefold, deterministic=True)
+        self._seen = self._latest()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the server wrote last."""
+        return max(0.0, self._clock() - float(self._rows("SELECT at FROM beat")[0][0]))
+
+    @property
+    def ready(self) -> bool:
+        """Whether the server has published its status and still writes."""
+        return self.site is not None and self.silent_s < SILENT_S
+
+    @property
+    def whole(self) -> bool:
+        """Whether the server has published all devices that it knew at its start."""
+        return bool(self._rows("SELECT whole FROM beat")[0][0])
+
+    @property
+    def site(self) -> Row | None:
+        """The server; None before it has published anything."""
+        return self._record("site", "")
+
+    @property
+    def rollouts(self) -> list[Row]:
+        """The latest rollouts, newest first."""
+        found = self._record("rollouts", "")
+        return [] if found is None else list(found["rows"])
+
+    @property
+    def releases(self) -> list[str]:
+        """Names of releases that an order may roll out."""
+        found = self._record("rollouts", "")
+        return [] if found is None else list(found["releases"])
+
+    @property
+    def jobs(self) -> list[Row]:
+        """All jobs, in the server's order."""
+        found = (self.job(name) for name in self.job_names)
+        return [row for row in found if row is not None]
+
+    @property
+    def job_names(self) -> list[str]:
+        """Names of all jobs, also of those that are not published yet."""
+        return list((self.site or {}).get("jobs", ()))
+
+    @property
+    def device_names(self) -> Collection[str]:
+        """Names of all devices."""
+        return {name for (name,) in self._rows("SELECT name FROM device_status WHERE body IS NOT NULL")}
+
+    def job(self, name: str) -> Row | None:
+        """A job's current state."""
+        return self._record("job", name)
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Number of devices by state, profile, job, status and whether they are online."""
+        found: dict[str, Counter[str]] = {column: Counter() for column in _FILTERS}
+        query = (
+            "SELECT state, profile, job, status, online, count(*) FROM device_status WHERE body IS NOT NULL "
+            "GROUP BY state, profile, job, status, online"
+        )
+        for *values, count in self._rows(query):
+            for column, value in zip(_FILTERS, values, strict=True):
+                found[column][str(value)] += count
+        online = found.pop("online")
+        return {**found, "online": {"yes": online["1"], "no": online["0"]}}
+
+    def device(self, name: str) -> Row | None:
+        """A device's row."""
+        found = self._rows("SELECT body FROM device_status WHERE name = ? AND body IS NOT NULL", name)
+        return json.loads(found[0][0]) if found else None
+
+    def details(self, name: str) -> Row | None:
+        """A device's details, if an operator asked for them lately, with their time as `at`."""
+        return self._record("device", name)
+
+    def board_log(self, name: str) -> Row | None:
+        """A board's log lines and crashes, read with its details."""
+        return self._record("board_log", name)
+
+    def coverage(self, job: str) -> Row | None:
+        """A job's coverage with its time as `at`; None until an operator asks for it."""
+        return self._record("coverage", job)
+
+    def devices(
+        self,
+        *,
+        page: int = 1,
+        size: int = 50,
+        sort: str = "name",
+        q: str = "",
+        only: Mapping[str, str] | None = None,
+    ) -> Page:
+        """Rows of devices.
+
+        Args:
+            page: From 1.
+            size: Rows of a page.
+            sort: One of `COLUMNS`, with a leading `-` for descending order; rows without a value come last.
+            q: Part of the name, in any case.
+            only: Values of the columns `state`, `profile`, `job`, `status` and `online` (`yes` or `no`).
+
+        Raises:
+            ValueError: No such column or page.
+        """
+        column = sort.removeprefix("-")
+        if column not in COLUMNS:
+            raise ValueError(f"no column {column!r} to sort by: expected one of {', '.join(COLUMNS)}")
+        where, values = ["body IS NOT NULL"], list[Any]()
+        for name, wanted in (only or {}).items():
+            if name not in _FILTERS:
+                raise ValueError(f"no filter {name!r}")
+            where.append(f"{name} = ?")
+            values.append(wanted == "yes" if name == "online" else wanted)
+        if q:
+            where.append("instr(casefold(name), ?)")
+            values.append(q.casefold())
+        direction = "DESC" if sort.startswith("-") else "ASC"
+        order = f"{column} IS NULL, {column} {direction}, name"
+        return self._page("device_status", where, values, order, page, size)
+
+    def rounds(self, job: str, *, page: int = 1, size: int = 50) -> Page:
+        """A job's rounds, newest first."""
+        return self._page("records", ["kind = 'round'", "scope = ?"], [job], "key DESC", page, size)
+
+    def alerts(self, *, page: int = 1, size: int = 50, gone: bool = True) -> Page:
+        """Alerts, newest first; without `gone` only the open ones."""
+        where = ["kind = 'alert'"] if gone else ["kind = 'alert'", "json_extract(body, '$.gone_at') IS NULL"]
+        return self._page("records", where, [], "json_extract(body, '$.at') DESC, key", page, size)
+
+    def lines(self, *, page: int = 1, size: int = 100, q: str = "", only: Mapping[str, str] | None = None) -> Page:
+        """Lines of logs, newest first.
+
+        Args:
+            page: From 1.
+            size: Rows of a page.
+            q: Part of the text, in any case.
+            only: Values of `level`, `device` and `job`.
+
+        Raises:
+            ValueError: No such column or page.
+        """
+        where, values = ["kind = 'log'"], list[Any]()
+        for name, wanted in (only or {}).items():
+            if name not in _LINE_FILTERS:
+                raise ValueError(f"no filter {name!r}")
+            where.append(f"json_extract(body, '$.{name}') = ?")
+            values.append(wanted)
+        if q:
+            where.append("instr(casefold(json_extract(body, '$.text')), ?)")
+            values.append(q.casefold())
+        return self._page("records", where, values, "change DESC", page, size)
+
+    def changes(self) -> list[tuple[str, Any]]:
+        """Kinds and contents of what the server has written since the last call, for live pages."""
+        before, self._seen = self._seen, self._latest()
+        if self._seen == before:
+            return []
+        names = [n for (n,) in self._rows("SELECT name FROM device_status WHERE change > ? LIMIT ?", before, _CHANGES)]
+        found: list[tuple[str, Any]] = [("devices", names)] if names else []
+        query = "SELECT kind, body FROM records WHERE change > ? ORDER BY change DESC LIMIT ?"
+        for kind, text in reversed(self._rows(query, before, _CHANGES)):
+            body = json.loads(text)
+            if kind in ("device", "board_log"):
+                found.append(("device", {"name": body["name"]}))
+            elif kind == "coverage":
+                found.append((kind, {"job": body["job"], "round": body["round"]}))
+            else:
+                found.append((kind, body["rows"] if kind == "rollouts" else body))
+        return found
+
+    def _latest(self) -> int:
+        latest = chain(*self._rows("SELECT (SELECT max(change) FROM records), (SELECT max(change) FROM device_status)"))
+        return max(n or 0 for n in latest)
+
+    def _record(self, kind: str, scope: str) -> Row | None:
+        found = self._rows("SELECT body FROM records WHERE kind = ? AND scope = ?", kind, scope)
+        return json.loads(found[0][0]) if found else None
+
+    def _page(self, table: str, where: list[str], values: list[Any], order: str, page: int, size: int) -> Page:
+        if page < 1 or not 1 <= size <= MAX_SIZE:
+            raise ValueError(f"expected a page from 1 on and a size from 1 to {MAX_SIZE}, got {page} and {size}")
+        clause = f"FROM {table} WHERE {' AND '.join(where)}"
+        total = self._rows(f"SELECT count(*) {clause}", *values)[0][0]
+        pages = max(1, -(-total // size))
+        page = min(page, pages)
+        query = f"SELECT body {clause} ORDER BY {order} LIMIT ? OFFSET ?"
+        rows = self._rows(query, *values, size, (page - 1) * size)
+        return Page([json.loads(text) for (text,) in rows], page, pages, size, total)
+
+    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        with self._errors():
+            return self._connection.execute(query, values).fetchall()
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return sqlite_errors(self._path, "Start the server again: it makes the file again.")

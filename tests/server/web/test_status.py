@@ -1,0 +1,103 @@
+"""What a console reads: pages of devices, over changes in any order."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune_server.web.demo_fleet import TrialFleet, write
+from fedprune_server.web.events import NAMES, Pending, event
+from fedprune_server.web.state import status
+from fedprune_server.web.state.records import AlertStatus, LogLine
+from fedprune_server.web.state.status import COLUMNS, FILE, FleetView, StatusWriter, encoded
+
+
+def published(folder: Path, devices: int) -> tuple[FleetView, TrialFleet]:
+    writer, fleet = StatusWriter(folder / FILE), TrialFleet(devices, 2)
+    fleet.publish(writer)
+    writer.close()
+    return FleetView(folder / FILE), fleet
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_pages_in_any_order_hold_every_device_once(tmp_path: Path, column: str, backward: bool) -> None:
+    view, fleet = published(tmp_path, 130)
+    rows: list[dict[str, Any]] = []
+    for number in range(1, 5):
+        page = view.devices(page=number, size=40, sort=f"{'-' if backward else ''}{column}")
+        assert (page.pages, page.total) == (4, 130)
+        rows += page.items
+    assert sorted(r["name"] for r in rows) == sorted(fleet.rows)
+    values = [r[column] for r in rows]
+    there = [v for v in values if v is not None]
+    assert values[len(there) :] == [None] * (len(values) - len(there))
+    assert there == sorted(there, reverse=backward)
+
+
+def test_filters_keep_what_they_say_and_counts_are_of_all(tmp_path: Path) -> None:
+    view, fleet = published(tmp_path, 200)
+    for column in ("state", "profile", "job", "status"):
+        for value, count in view.counts[column].items():
+            page = view.devices(size=500, only={column: value})
+            assert page.total == count == sum(r[column] == value for r in fleet.rows.values())
+    assert view.devices(q="BOARD-001").total == 10
+    assert view.devices(only={"online": "no"}).total == view.counts["online"]["no"]
+
+
+@pytest.mark.parametrize("wrong", [{"page": 0}, {"size": 0}, {"size": 501}, {"sort": "key"}, {"only": {"name": "a"}}])
+def test_a_page_that_is_none_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"expected|no "):
+        published(tmp_path, 3)[0].devices(**wrong)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 7), st.booleans(), st.booleans()), max_size=40))
+def test_counts_are_those_of_the_rows_after_any_changes(changes: list[tuple[int, bool, bool]]) -> None:
+    rows = list(TrialFleet(8, 0).rows.values())
+    known: dict[str, bool] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        writer, view = StatusWriter(Path(folder) / FILE), FleetView(Path(folder) / FILE)
+        for number, gone, online in changes:
+            row = {**rows[number], "online": online}
+            write(writer, rows={row["name"]: None if gone else encoded(row)})
+            known[row["name"]] = online
+            if gone:
+                del known[row["name"]]
+        assert view.counts["online"] == {"yes": sum(known.values()), "no": len(known) - sum(known.values())}
+        assert view.devices().total == sum(view.counts["profile"].values()) == len(known)
+        assert view.device_names == known.keys()
+        named = {name for kind, names in view.changes() if kind == "devices" for name in names}
+        assert named == {rows[number]["name"] for number, _, _ in changes}
+        writer.close()
+        view.close()
+
+
+def test_old_records_go_and_closed_alerts_before_open_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "_KEPT", {"log": 3, "alert": 3})
+    monkeypatch.setattr(status, "_KEPT_ROUNDS", 4)
+    writer, fleet = StatusWriter(tmp_path / FILE), TrialFleet(1, 0)
+    view = FleetView(tmp_path / FILE)
+    for i in range(9):
+        alert = AlertStatus(f"a{i}", float(i), "disk", "warning", None, None, "full", float(i) if i % 2 else None)
+        write(writer, alert, LogLine(float(i), "info", f"line {i}"), fleet.round("one", i + 1), fleet.round("two", 1))
+    assert [x["text"] for x in view.lines().items] == ["line 8", "line 7", "line 6"]
+    assert [x["id"] for x in view.alerts().items] == ["a8", "a6", "a4"]
+    assert ([x["round"] for x in view.rounds("one").items], view.rounds("two").total) == ([9, 8, 7, 6], 1)
+
+
+def test_a_stream_names_few_of_many_and_no_text_begins_another_event() -> None:
+    pending = Pending()
+    pending.add("counts", {"online": {"yes": 1, "no": 0}})
+    pending.add("devices", [f"b{i}" for i in range(NAMES + 5)])
+    pending.add("log", {"text": "x\n\nevent: ended\ndata: {}\n\n"})
+    text = pending.take()
+    assert [x.split("\n")[0] for x in text.split("\n\n") if x] == ["event: devices", "event: log"]
+    assert '"more":true' in text
+    assert pending.take() == ""
+    assert event("log", "a\r\nb").count("\n") == 3
