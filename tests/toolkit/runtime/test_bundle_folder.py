@@ -322,3 +322,10 @@ def test_an_export_that_fails_replaces_nothing_and_says_so(
     open_bundle(out / TARGET)
     assert main(words) == ExitCode.OK
     assert capsys.readouterr().out.count("replaced: the bundle that was in") == 2
+
+
+@pytest.mark.parametrize("inside", ["", "bundle", "a/bundle"])
+def test_a_file_in_the_folders_way_is_refused(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BundleError, match="file is not a folder"):
+        check_folder(tmp_path / "file" / inside, TARGET)

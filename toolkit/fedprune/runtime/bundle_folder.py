@@ -72,16 +72,16 @@ def check_folder(folder: Path, target: str) -> None:
         target: Name of its hardware profile.
 
     Raises:
-        BundleError: The folder is a file, or holds something else than a bundle of this target.
+        BundleError: The folder or one above it is a file, or it holds something else than a bundle of this target.
         StorageError: The folder can't be read, made or written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise BundleError(f"{folder} is not a folder", hint="Give another --out.")
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise BundleError(f"{place} is not a folder", hint="Give another --out.")
     with storage_errors(f"can't read {folder}"):
         if folder.is_dir() and not is_bundle(folder) and not _left_over(folder):
             raise BundleError(f"{folder} is not empty and holds no bundle", hint="Empty it, or give another --out.")
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):  # better known before hours of training than after
+    if not os.access(place, os.W_OK | os.X_OK):  # better known before hours of training than after
         refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         raise StorageError(f"can't write a bundle to {folder}: {refused.strerror}", hint=remedy(refused))
     there = _target(files_folder(folder) / MANIFEST)
