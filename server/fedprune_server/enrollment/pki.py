@@ -27,7 +27,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from fedprune.core.disk import storage_errors, sync_folder, write_whole
+from fedprune.core.disk import storage_errors, sync_folder
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
 from fedprune.core.text import quantity, some
 from fedprune.security.authority import CERTIFICATE, DEVICE_DAYS, SERVER, Authority
@@ -43,7 +43,7 @@ from fedprune.security.certificates import (
 from fedprune.security.epoch import EpochFile
 from fedprune.security.join_token import Claim
 from fedprune.security.keys import SigningKey
-from fedprune.security.private_file import give_to_owner_of
+from fedprune.security.private_file import give_to_owner_of, write_public
 from fedprune.security.succession import FILE as _SUCCESSIONS
 from fedprune.security.succession import Succession, read_successions
 from fedprune.security.tls import PinnedContext, pinned_context
@@ -128,7 +128,7 @@ class IdentityFolder:
         give_to_owner_of(self.path / _NEW_SIGNING, self.path / _SIGNING)
         made = Succession.make(self.site, self.key, new.verifying)
         kept = (*self.successions, made)[-MAX_SUCCESSIONS:]
-        write_whole(self.path / _SUCCESSIONS, json.dumps([s.hex for s in kept], indent=1).encode())  # now it counts
+        write_public(self.path / _SUCCESSIONS, json.dumps([s.hex for s in kept], indent=1).encode())  # now it counts
         self.successions = kept
         self.key = load_signing_key(self.path, kept)
 
@@ -225,7 +225,7 @@ class IdentityFolder:
         if not (path / _EPOCH).exists():
             EpochFile.make(path / _EPOCH)
         IdentityStore(path / _STORE).close()
-        write_whole(path / _SITE, site.encode())
+        write_public(path / _SITE, site.encode())
         return cls(state, clock)
 
     def close(self) -> None:
@@ -294,7 +294,7 @@ class IdentityFolder:
             key = make_tls_key()
             issued = self.authority.issue_broker(wanted, make_request(key, "broker"))
             save_tls_key(key, private)
-            write_whole(certificate, issued.encode())
+            write_public(certificate, issued.encode())
         return certificate, private, self.path / CERTIFICATE
 
     def context(self, authority: Path | None = None) -> PinnedContext:
@@ -380,7 +380,7 @@ def _issue_server(authority: Authority, folder: Path) -> None:
     key = make_tls_key()
     issued = authority.issue_server(make_request(key, SERVER))
     save_tls_key(key, folder / _KEY)
-    write_whole(folder / _CERTIFICATE, issued.encode())
+    write_public(folder / _CERTIFICATE, issued.encode())
 
 
 def _hosts(certificate: Path) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import socket
 import ssl
 import stat
@@ -333,3 +334,19 @@ def test_a_new_key_costs_the_old_identity_only_if_it_is_let_in(server: Server, t
     assert join(server, tmp_path / "board", "--new-key") == ExitCode.JOIN
     assert kept()
     assert not (tmp_path / "board" / "identity.old").exists()
+
+
+def test_public_files_stay_readable_whatever_umask_root_has(tmp_path: Path) -> None:
+    """Root may rotate keys or revoke a board; the service reads the folder as its own user."""
+    before = os.umask(0o077)
+    try:
+        with IdentityFolder.make(tmp_path, "lab") as identity:
+            identity.rotate()
+            identity.rotate_authority()
+            identity.revoke("attic")
+            identity.broker(["localhost"])
+    finally:
+        os.umask(before)
+    public = {p.name for p in (tmp_path / "identity").iterdir() if p.stat().st_mode & 0o077}
+    assert public == {"site", "successions.json", "authority.pem", "crl.pem", "server.pem", "broker.pem"}
+    assert all((tmp_path / "identity" / name).stat().st_mode & 0o777 == 0o644 for name in public)

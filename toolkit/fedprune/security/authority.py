@@ -53,7 +53,7 @@ from fedprune.security.certificates import (
     seconds_of,
 )
 from fedprune.security.issuance_log import Register
-from fedprune.security.private_file import give_to_owner_of
+from fedprune.security.private_file import give_to_owner_of, write_public
 from fedprune.security.revocation_list import RevocationList
 from fedprune.security.trusted_time import BUILT
 from fedprune.wire.topics import check_device, check_name
@@ -150,7 +150,7 @@ class Authority:
         certificate = _self_signed(key, _subject(site), clock)
         save_tls_key(key, folder / KEY)
         write_whole(folder / REGISTER, b"", private=True)
-        write_whole(folder / CERTIFICATE, pem_of(certificate).encode())  # last: with it the authority is there
+        write_public(folder / CERTIFICATE, pem_of(certificate).encode())  # last: with it the authority is there
         return cls(folder, clock)
 
     def begin_rotation(self, site: str) -> None:
@@ -168,7 +168,7 @@ class Authority:
         certificate = _self_signed(key, _successor(site, key), self._clock)
         save_tls_key(key, self._folder / NEW_KEY)
         give_to_owner_of(self._folder / NEW_KEY, self._folder / KEY)
-        write_whole(self._folder / CERTIFICATE, (self.pem + pem_of(certificate)).encode())  # now it counts
+        write_public(self._folder / CERTIFICATE, (self.pem + pem_of(certificate)).encode())  # now it counts
 
     def end_rotation(self) -> None:
         """Trust the successor alone, from the next `Authority` of this folder on; the old key is deleted.
@@ -179,7 +179,7 @@ class Authority:
         """
         if not self.rotating:
             raise IdentityError("the authority is not being replaced", hint="Begin that first: identity rotate-ca.")
-        write_whole(self._folder / CERTIFICATE, pem_of(self._signers[-1].certificate).encode())  # now it counts
+        write_public(self._folder / CERTIFICATE, pem_of(self._signers[-1].certificate).encode())  # now it counts
         _signers(self._folder, read_only=False)
 
     def ends(self, *, client: bool) -> int:

@@ -46,6 +46,7 @@ from fedprune.security.join_token import Claim
 from fedprune.security.joining import Admission, check_answer
 from fedprune.security.joining import make_request as make_join_request
 from fedprune.security.keys import SigningKey, VerifyingKey
+from fedprune.security.private_file import write_public
 from fedprune.security.succession import SUCCESSIONS, Succession
 from fedprune.security.tls import PinnedContext, pinned_context
 from fedprune.security.trusted_time import TrustedTime
@@ -123,7 +124,7 @@ class DeviceIdentity:
         with storage_errors(f"can't read {path}"):
             known = path.read_bytes() if path.exists() else b""
         if known != text:
-            write_whole(path, text)
+            write_public(path, text)
 
     def succeed(self, key: VerifyingKey, successions: Sequence[Succession]) -> None:
         """Replace the server's key by its successor, for good.
@@ -137,7 +138,7 @@ class DeviceIdentity:
         """
         self._forget()  # an answer that is still on its way names the old key
         self.keep_successions([s.hex for s in successions])
-        write_whole(self.folder / _SERVER, key.hex.encode())
+        write_public(self.folder / _SERVER, key.hex.encode())
 
     def request(self, claim: Claim | None = None) -> JoinRequest:
         """What it asks with: to join, or, once it has, for a new certificate; the same until it is answered.
@@ -182,13 +183,13 @@ class DeviceIdentity:
             raise
         if admission is None:
             return None
-        write_whole(self.folder / _AUTHORITY, admission.authority.encode())
+        write_public(self.folder / _AUTHORITY, admission.authority.encode())
         if self.joined and self.server.hex != admission.server.hex:
             with storage_errors(f"can't write {self.folder}"):
                 (self.folder / _HEARD).unlink(missing_ok=True)  # another sender's
-        write_whole(self.folder / _SERVER, admission.server.hex.encode())
+        write_public(self.folder / _SERVER, admission.server.hex.encode())
         write_whole(self.folder / _ADMITTED, str(admission.time).encode())
-        write_whole(self.folder / _CERTIFICATE, admission.certificate.encode())
+        write_public(self.folder / _CERTIFICATE, admission.certificate.encode())
         self._finish()
         self.renewed.set()
         self.times.learn(admission.time)
@@ -235,7 +236,7 @@ class DeviceIdentity:
         known = load_authorities(self.folder / _AUTHORITY)
         older = next((i for i, authority in enumerate(known) if pin_of(authority).hex() in pins), 0)
         if older:
-            write_whole(self.folder / _AUTHORITY, "".join(map(pem_of, known[older:])).encode())
+            write_public(self.folder / _AUTHORITY, "".join(map(pem_of, known[older:])).encode())
         self._issuer = pins[-1] if pins else None
         if self._is_replaced():
             self.renew_now.set()

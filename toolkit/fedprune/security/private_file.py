@@ -1,4 +1,4 @@
-"""Files that hold secrets: only their owner may read them, and they are whole or not there."""
+"""Files of an identity, whole or not there: secrets that only their owner may read, and public ones that all may."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from fedprune.core.disk import storage_errors, write_whole
+from fedprune.core.disk import appearing, storage_errors, write_whole
 from fedprune.core.errors import IdentityError, StorageError, remedy
 
 MAX_SECRET = 16 * 1024
@@ -23,6 +23,18 @@ def write_private(path: Path, data: bytes) -> None:
     with storage_errors(f"can't write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_whole(path, data, private=True)
+
+
+def write_public(path: Path, data: bytes) -> None:
+    """Write a file that is no secret with mode 0644 under any umask: root may write it for a service's user to read.
+
+    Raises:
+        StorageFullError: No room; what was there before is untouched.
+        StorageError: The disk fails.
+    """
+    with appearing(path) as partial:
+        partial.write_bytes(data)
+        partial.chmod(0o644)
 
 
 def give_to_owner_of(path: Path, other: Path) -> None:

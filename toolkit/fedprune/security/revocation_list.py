@@ -15,8 +15,8 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 
-from fedprune.core.disk import write_whole
 from fedprune.security.certificates import EPOCH, Signer, moment_of, seconds_of
+from fedprune.security.private_file import write_public
 
 _LIST = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOTALL)
 
@@ -68,7 +68,7 @@ class RevocationList:
             StorageError: The disk fails or is full.
         """
         if not self.is_right(revoked):
-            write_whole(self.path, b"".join(_signed(signer, revoked) for signer in self._signers))
+            write_public(self.path, b"".join(_signed(signer, revoked) for signer in self._signers))
 
 
 def _signed(signer: Signer, revoked: Mapping[int, int]) -> bytes:
