@@ -27,7 +27,7 @@ from fedprune.coordination import Phase, State  # noqa: E402
 from fedprune.hardware.profile_store import find  # noqa: E402
 from fedprune.jobs.state import Device, Progress, Task  # noqa: E402
 from fedprune_server.devices.quarantine import Quarantine  # noqa: E402
-from fedprune_server.devices.registry import Roster  # noqa: E402
+from fedprune_server.devices.registry import DeviceRegistry  # noqa: E402
 from fedprune_server.monitoring.view import JobView  # noqa: E402
 from fedprune_server.web.setup import EVERY_S  # noqa: E402
 from fedprune_server.web.state.publisher import BUDGET_S, ServedJobs, StatusPublisher  # noqa: E402
@@ -50,16 +50,16 @@ class Bench:
         sizes = ARCHITECTURE.sizes
         state = State("a" * 64, round=3, phase=Phase.TRAINING)
         self.names = [f"board-{i:05d}" for i in range(devices)]
-        roster = Roster(JOB, ARCHITECTURE, state, {}, devices)
+        registry = DeviceRegistry(JOB, ARCHITECTURE, state, {}, devices)
         for name in self.names:
             widths = tuple(max(1, round(n * chance.uniform(0.2, 1.0))) for n in sizes)
             state.devices[name] = Device(1, True, profile, {"temperature_c": 55.5}, 600, widths=widths, density=0.5)
             state.tasks[name] = Task(1, widths, 0.5, Progress.OFFERED, samples=600)
             software = "fedprune 0.1.0, onnxruntime 1.23.2, Python 3.11.7, slot a with release 12"
-            roster.admit(name, software, 500)
-        roster.moved.clear()
-        self.state, self.roster = state, roster
-        view = JobView(JOB, ARCHITECTURE, state, roster, Quarantine(self.clock), lambda device: None, lambda: True,
+            registry.admit(name, software, 500)
+        registry.moved.clear()
+        self.state, self.registry = state, registry
+        view = JobView(JOB, ARCHITECTURE, state, registry, Quarantine(self.clock), lambda device: None, lambda: True,
                        lambda: 1.0, lambda paused: None, BlobStore(folder), dict, time.time)  # fmt: skip
         self.file = folder / FILE
         self.publisher = StatusPublisher(ServedJobs([view]), SITE, StatusWriter(self.file), monotonic=self.clock)
@@ -91,9 +91,9 @@ class Bench:
     def move(self, names: list[str], i: int) -> None:
         for name in names:
             self.state.tasks[name].progress = (Progress.PULLING, Progress.STORED, Progress.FOLDED)[i % 3]
-            self.roster.received(name, 1000)
+            self.registry.received(name, 1000)
         self.publisher.changed(names)
-        self.roster.moved.clear()
+        self.registry.moved.clear()
 
 
 def measure(devices: int) -> tuple[dict[str, list[float]], int]:

@@ -205,7 +205,7 @@ class Counter:
 
 
 class Traffic:
-    """In the roster's place."""
+    """In the registry's place."""
 
     def sent(self, device: str, size: int) -> None:
         pass
@@ -231,8 +231,8 @@ class Server:
         self.state.tasks = {n: Task(1, c.part.widths) for n, c in self.commands.items()}
         sharing = Sharing(self.store, Audience(self.state))
         wire: Any = link
-        roster: Any = Traffic()
-        self.post = Post(Line(wire, TOPICS, JOB), roster, Answers(Serve(self.store)), sharing)
+        registry: Any = Traffic()
+        self.post = Post(Line(wire, TOPICS, JOB), registry, Answers(Serve(self.store)), sharing)
         self.here: set[str] = set()
         self.left = list(names)
 

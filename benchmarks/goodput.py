@@ -56,7 +56,7 @@ KINDS = ("ours", "bare", "stored")
 
 
 class Uncounted:
-    """In the place of a roster."""
+    """In the place of a registry."""
 
     def sent(self, device: str, size: int) -> None:
         """Bytes went to a device."""

@@ -122,9 +122,9 @@ class ShownFleet(TrialFleet):
                 self._now - 90 + 13 * i, level, text, device, "leaves" if device else None, 43 if device else None
             )
 
-    def job(self, name: str) -> r.JobStatus:
+    def job(self, name: str) -> r.PublishedJob:
         parts = super().job(name).parts
-        return r.JobStatus(
+        return r.PublishedJob(
             name,
             43,
             60,

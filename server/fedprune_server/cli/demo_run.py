@@ -26,7 +26,7 @@ from fedprune_server.config.config import ServerConfig
 from fedprune_server.engine.daemon import Daemon
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
-from fedprune_server.monitoring.observer import Onlooker, Shown
+from fedprune_server.monitoring.observer import DisplayObserver, Observer
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.process.children import Children
 from fedprune_server.simulation.datasets.picture import Partition
@@ -212,7 +212,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
             profiles=(folder.profiles,),
             broker=broker,
             frozen=opened.model.frozen,
-            onlookers=[meter, Shown(make_display())],
+            observers=[meter, DisplayObserver(make_display())],
         )
         link.subscribe(daemon.subscriptions)
         link.start()
@@ -231,7 +231,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
         )
 
 
-class _Watch(Onlooker):
+class _Watch(Observer):
     """Looks after the boards, and reads the broker's meter after every round."""
 
     def __init__(

@@ -194,13 +194,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_server.monitoring.health import Pulse
     from fedprune_server.monitoring.monitor import restored
     from fedprune_server.monitoring.notifications import channels
-    from fedprune_server.monitoring.observer import Shown
+    from fedprune_server.monitoring.observer import DisplayObserver
     from fedprune_server.monitoring.setup import monitoring, watching
     from fedprune_server.ota.store import RolloutStore
     from fedprune_server.terminal.log_lines import JSON, logged_to_stdout
     from fedprune_server.terminal.table import Lines, make_display
     from fedprune_server.transfer.http import web_blobs
-    from fedprune_server.web.setup import check_console, desks_of, with_console
+    from fedprune_server.web.setup import check_console, jobs_of, with_console
 
     config = configured(arguments).config
     with ExitStack() as stack:
@@ -276,8 +276,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 quarantine=reached.quarantine,
                 logs=logs,
                 frozen=kept.opened.model.frozen,
-                onlookers=[
-                    Shown(Lines() if config.log_format == JSON else make_display()),
+                observers=[
+                    DisplayObserver(Lines() if config.log_format == JSON else make_display()),
                     *watch(kept.opened.job.name),
                 ],
             )
@@ -297,7 +297,7 @@ def _run(arguments: argparse.Namespace) -> int:
             log.warning("setting changed since the last start: %s", line)
         given = rollouts is not None
         here = (lambda: daemon.connected) if isinstance(daemon, Host) else None
-        watched = [(desk, kept.config.state) for desk, kept in zip(desks_of(daemon)[0], jobs, strict=True)]
+        watched = [(desk, kept.config.state) for desk, kept in zip(jobs_of(daemon)[0], jobs, strict=True)]
         others = tuple if leader is None else leader.candidates
         stack.enter_context(monitoring(config, watched, alerts, here, others))
         stack.enter_context(
@@ -306,7 +306,7 @@ def _run(arguments: argparse.Namespace) -> int:
         reached.start(daemon.subscriptions)
         for kept in jobs:
             kept.folder.keep(kept.opened)  # a broker that can't be reached is not one to remember
-        first.onlookers.each_turn(pulse.beat)  # of several jobs each has its turn in every turn of the loop
+        first.observers.each_turn(pulse.beat)  # of several jobs each has its turn in every turn of the loop
         stack.callback(pulse.stop)
         with _stopped_by_signals(daemon) as signals:
             daemon.run(until_finished=arguments.until_finished)

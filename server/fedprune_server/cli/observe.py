@@ -15,7 +15,7 @@ from fedprune_server.cli.identity import name_of
 from fedprune_server.cli.state import add_state
 
 if TYPE_CHECKING:
-    from fedprune_server.devices.board_logs import Told
+    from fedprune_server.devices.board_logs import BoardReport
 
 _LOOK_S = 1.0
 
@@ -61,7 +61,7 @@ def _logs(arguments: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _show(rows: Sequence[Told], *, as_json: bool) -> None:
+def _show(rows: Sequence[BoardReport], *, as_json: bool) -> None:
     from fedprune_server.devices.board_logs import frames_of
 
     for row in rows:

@@ -62,7 +62,7 @@ _TRIM_ALL = "DELETE FROM told WHERE id <= (SELECT id FROM told ORDER BY id DESC 
 
 
 @dataclass(frozen=True)
-class Told:
+class BoardReport:
     """A line of a board's log, or a crash.
 
     Attributes:
@@ -123,7 +123,7 @@ class BoardLogs:
         self._kept: dict[str, int] = {}
         self._hours: dict[str, tuple[float, int]] = {}
         self._complained = False
-        self.told: Callable[[Told], None] = lambda row: None
+        self.told: Callable[[BoardReport], None] = lambda row: None
         """Called with each line and crash that is new on the disk."""
         with _translated(self._path):
             self._path.touch(0o600)
@@ -230,7 +230,7 @@ class BoardLogs:
         self._hours[device] = since, used + allowed
         return allowed
 
-    def _write(self, rows: list[tuple[Any, ...]]) -> list[Told]:
+    def _write(self, rows: list[tuple[Any, ...]]) -> list[BoardReport]:
         with _translated(self._path), self._connection as connection:  # which commits, or rolls back
             connection.execute("BEGIN IMMEDIATE")
             last = connection.execute("SELECT max(id) FROM told").fetchone()[0] or 0
@@ -246,7 +246,7 @@ class BoardLogs:
 _SELECT = "SELECT id, device, kind, at, received, level, count, text, body FROM told"
 
 
-def read_logs(folder: Path, device: str | None = None, after: int = 0, most: int = 1000) -> list[Told]:
+def read_logs(folder: Path, device: str | None = None, after: int = 0, most: int = 1000) -> list[BoardReport]:
     """What a state folder has of boards' logs, the oldest first.
 
     Args:
@@ -273,7 +273,7 @@ def read_logs(folder: Path, device: str | None = None, after: int = 0, most: int
     return [_row(r) for r in reversed(rows)]
 
 
-def frames_of(told: Told) -> list[str]:
+def frames_of(told: BoardReport) -> list[str]:
     """Where a crash happened, as lines for people."""
     rows = []
     for frame in told.body.get("frames", ()):
@@ -282,10 +282,10 @@ def frames_of(told: Told) -> list[str]:
     return rows
 
 
-def _row(values: tuple[Any, ...]) -> Told:
+def _row(values: tuple[Any, ...]) -> BoardReport:
     try:
         number, device, kind, at, received, level, count, text, body = values
-        return Told(number, device, kind, at, received, level, count, text, json.loads(body))
+        return BoardReport(number, device, kind, at, received, level, count, text, json.loads(body))
     except (ValueError, TypeError, RecursionError) as error:
         raise StorageError(f"a row of boards' logs is damaged ({error})", hint=f"Delete {FILE}.") from error
 

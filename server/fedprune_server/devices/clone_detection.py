@@ -1,4 +1,4 @@
-"""Namesakes: two boards that were given one name, and push each other off the broker without a word.
+"""CloneDetector: two boards that were given one name, and push each other off the broker without a word.
 
 Without identities a broker lets only one connection have a name, so that each of two namesakes ends the other's when
 it connects. The server sees a device that comes back again and again, or that says first one thing of itself and then
@@ -41,7 +41,7 @@ class _Seen:
     followed: deque[int] = field(default_factory=lambda: deque(maxlen=_FOLLOWED))
 
 
-class Namesakes:
+class CloneDetector:
     """Watches announcements for names that more than one board uses."""
 
     def __init__(self) -> None:

@@ -16,9 +16,9 @@ from fedprune.jobs.state import Progress as Part
 from fedprune.model.architecture import Architecture
 from fedprune.planning.plan import Plan
 from fedprune.wire.messages import Progress
-from fedprune_server.devices.clone_detection import SIGNS, SIGNS_WITHIN_S, Namesakes
+from fedprune_server.devices.clone_detection import SIGNS, SIGNS_WITHIN_S, CloneDetector
 from fedprune_server.devices.presence import Presence
-from fedprune_server.devices.shutdown import Farewell
+from fedprune_server.devices.shutdown import GracefulShutdown
 from fedprune_server.terminal.table import Row, Snapshot
 
 log = logging.getLogger("fedprune.server")
@@ -43,7 +43,7 @@ class Contact:
     """Its submodel's widths, and the numbers in that."""
 
 
-class Roster:
+class DeviceRegistry:
     """The devices of a job beside the coordinator's state.
 
     Args:
@@ -75,7 +75,7 @@ class Roster:
         """Payload bytes to and from the devices whose number has changed, since whoever keeps it took it."""
         self.prefix = ""
         """What begins a line about a device's place in the job, where that is one of several."""
-        self.namesakes = Namesakes()
+        self.clones = CloneDetector()
         self.presence = Presence(self._session)
         self.outsiders: dict[str, dict[str, Any]] = {}
         """Devices that announced themselves and can't even be planned for, and why."""
@@ -185,7 +185,7 @@ class Roster:
             now: Seconds of a clock that nobody sets.
         """
         known = self._state.devices.get(device)
-        reason = self.namesakes.born(device, session, (profile, samples), known is not None and known.online, now)
+        reason = self.clones.born(device, session, (profile, samples), known is not None and known.online, now)
         if reason:
             log.warning(
                 "device %s: another board called %s seems to be connected: %s. Give every board a --device of its own, "
@@ -204,7 +204,7 @@ class Roster:
             device: Its name.
             now: Seconds of a clock that nobody sets.
         """
-        if self.namesakes.doubled(device, now):
+        if self.clones.doubled(device, now):
             log.warning(
                 "two boards seem to use the identity of %s, as if one were a copy of the other's card or state folder: "
                 "%d signs of it within %.0f minutes. A broker that delays messages for long can look the same, so look "
@@ -264,7 +264,7 @@ class Roster:
             by = "job" if device.density == self._job.density else "strategy"
             log.info("  density %.3g, as the %s says: keeps %.0f%% of the weights", device.density, by, 100 * kept)
 
-    def farewell(self, now: float) -> Farewell:
+    def shutdown(self, now: float) -> GracefulShutdown:
         """Whom to wait for, now that the job is done.
 
         Args:
@@ -272,7 +272,7 @@ class Roster:
         """
         devices = self._state.devices
         away = (n for n, d in devices.items() if not d.online and not d.excluded)
-        return Farewell((n for n, d in devices.items() if d.online), away, lambda n: devices[n].online, now)
+        return GracefulShutdown((n for n, d in devices.items() if d.online), away, lambda n: devices[n].online, now)
 
     def bars(self, device: str) -> bool:
         """Whether a device can take no part in the job, as far as is known."""
@@ -345,7 +345,7 @@ class Roster:
             seconds=contact.seconds,
             accuracy=contact.accuracy,
             loss=contact.loss,
-            state=f"{doing} (two boards of this name?)" if self.namesakes.suspects(name) else doing,
+            state=f"{doing} (two boards of this name?)" if self.clones.suspects(name) else doing,
         )
 
 

@@ -15,7 +15,7 @@ MOST_S = 75.0
 connect go up to a minute."""
 
 
-class Farewell:
+class GracefulShutdown:
     """Watches who still has to be told.
 
     Devices that are there are told at once, others as they announce themselves. One that ends with the job goes as soon

@@ -16,7 +16,7 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress as Part
 from fedprune.wire.messages import Accepted, Cancelled, Finished
 from fedprune.wire.offer import Offer
-from fedprune_server.devices.registry import Roster
+from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.executor.update_size import misfit, sent
 from fedprune_server.messaging.outbox import Post
 from fedprune_server.transfer.s3_sync import Shipping
@@ -36,7 +36,7 @@ class Errands:
     Args:
         job: The job.
         state: The coordinator's state; read, never changed.
-        roster: The devices.
+        registry: The devices.
         uploads: Updates on their way here.
         post: The way out.
         out: Devices that were shut out.
@@ -50,7 +50,7 @@ class Errands:
         self,
         job: Job,
         state: State,
-        roster: Roster,
+        registry: DeviceRegistry,
         uploads: Uploads,
         post: Post,
         out: AbstractSet[str],
@@ -62,7 +62,7 @@ class Errands:
         self._shipping = shipping
         self._job = job
         self._state = state
-        self._roster = roster
+        self._registry = registry
         self._uploads = uploads
         self._post = post
         self._out = out
@@ -85,7 +85,7 @@ class Errands:
             case do.Acknowledge():
                 self._post.send(command.device, Accepted(job, command.round, command.attempt, command.weights), job)
             case do.Cancel():
-                found = (self._roster.prefix, command.device, command.round, command.reason)
+                found = (self._registry.prefix, command.device, command.round, command.reason)
                 log.debug("%sdevice %s: round %d is void: %s", *found)
                 self._post.send(command.device, Cancelled(job, command.round, command.attempt, command.reason), job)
             case do.TellFinished():
@@ -110,7 +110,7 @@ class Errands:
             self._happen(on.OfferRefused(command.device, command.round, command.attempt, one_line(str(error))))
             return
         if not again:
-            self._roster.offered(command.device, self._monotonic())
+            self._registry.offered(command.device, self._monotonic())
 
     def repeat(self, now: float) -> None:
         """Say offers again of which nothing was heard.
@@ -118,7 +118,7 @@ class Errands:
         Args:
             now: Seconds of a clock that nobody sets.
         """
-        for device in self._roster.silent(now, _UNHEARD_OFFER_S):
+        for device in self._registry.silent(now, _UNHEARD_OFFER_S):
             task = self._state.tasks[device]
             if task.offer is not None:
                 self.offer(do.SendOffer(device, self._state.round_of(task), task.attempt, task.offer), again=True)
@@ -146,7 +146,7 @@ class Errands:
         for outcome in self._shipping.through(self._uploads.outcomes()):
             device, round_, attempt = outcome.device, outcome.round, outcome.attempt
             if isinstance(outcome, Arrived):
-                self._roster.delivered(device, self._monotonic())
+                self._registry.delivered(device, self._monotonic())
                 self._happen(on.UpdateStored(device, round_, attempt, outcome.weights))
             else:
                 self._happen(on.UpdateRejected(device, round_, attempt, one_line(outcome.reason)))

@@ -28,8 +28,8 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.devices.quarantine import Quarantine
-from fedprune_server.devices.registry import Roster
-from fedprune_server.devices.shutdown import FLUSH_S, Farewell
+from fedprune_server.devices.registry import DeviceRegistry
+from fedprune_server.devices.shutdown import FLUSH_S, GracefulShutdown
 from fedprune_server.engine.alarms import Alarms
 from fedprune_server.engine.command_dispatcher import Errands
 from fedprune_server.engine.journal import Journal
@@ -43,7 +43,7 @@ from fedprune_server.messaging.intake import Intake
 from fedprune_server.messaging.outbox import Line, Post
 from fedprune_server.messaging.rate_limit import Guarded
 from fedprune_server.messaging.transport import Item, Noticed, Wire
-from fedprune_server.monitoring.observer import Onlooker, Onlookers, Shown
+from fedprune_server.monitoring.observer import DisplayObserver, Observer, Observers
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
@@ -88,7 +88,7 @@ class Daemon:
         blobs_at: Where boards are told that blobs lie on the web; None for nowhere.
         quarantine: Says whom `link` hears; None for one of the daemon's own, in front of the link.
         logs: Keeps what boards tell of their logs and crashes; None to ask for nothing of that.
-        onlookers: Who looks on; None for lines in the log. More may join before the start.
+        observers: Who looks on; None for lines in the log. More may join before the start.
         clock: The system's clock, seconds since 1970. Deadlines and the job's record go by a `SteadyClock` of it, which
             setting the system's clock doesn't move.
         monotonic: Monotonic clock, seconds.
@@ -118,7 +118,7 @@ class Daemon:
         blobs_at: str | None = None,
         quarantine: Quarantine | None = None,
         logs: BoardLogs | None = None,
-        onlookers: Sequence[Onlooker] | None = None,
+        observers: Sequence[Observer] | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
         frozen: Collection[str] = (),
@@ -126,38 +126,38 @@ class Daemon:
         self.job = job
         self.state = state
         self._coordinator = coordinate(job, architecture, state, frozen)
-        self.onlookers = Onlookers([Shown(Lines())] if onlookers is None else onlookers)
+        self.observers = Observers([DisplayObserver(Lines())] if observers is None else observers)
         with about(job=job.name):
             self._workshop = BackgroundExecutor(worker)
         self._quarantine = quarantine or Quarantine(monotonic)
         self._link = link if quarantine is not None else Guarded(link, self._quarantine)
         self._topics, self._supervisor = Topics(site), Supervisor(broker)
         self._clock, self._steady, self._monotonic = clock, SteadyClock(clock, monotonic), monotonic
-        self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
+        self._registry = DeviceRegistry(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
         self._shipping = Shipping(store)
         near = self._shipping.near
         self._uploads = uploads or Uploads(near, pulls, max_packet)
         stores = [near] if rollouts is None else [near, rollouts.blobs]
-        self._quarantine.know(self._roster.traffic)
+        self._quarantine.know(self._registry.traffic)
         sharing = Sharing(near, Audience(state), max_packet)
         downloads = Downloads(Serve(*stores), max_packet)
         self._post = Post(
-            Line(self._link, self._topics, job.name, max_packet), self._roster, downloads, sharing, monotonic,
+            Line(self._link, self._topics, job.name, max_packet), self._registry, downloads, sharing, monotonic,
             self._quarantine, self._shipping.coming,
         )  # fmt: skip
         self._desk = (
             None if rollouts is None else RolloutCoordinator(rollouts, self._post.send, members, clock, monotonic)
         )
         self._reception = Reception(
-            job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic, self._desk, clock,
+            job, state, self._topics, self._registry, self._uploads, self._post, profiles, monotonic, self._desk, clock,
             self._quarantine, logs,
         )  # fmt: skip
         self._errands = Errands(
-            job, state, self._roster, self._uploads, self._post, self._reception.out, self._handle, monotonic,
+            job, state, self._registry, self._uploads, self._post, self._reception.out, self._handle, monotonic,
             self._shipping, blobs_at,
         )  # fmt: skip
         self._journal = Journal(
-            state, storage, Garbage(store, keep), self._roster, lambda anew: self._errands.let_go(anew=anew),
+            state, storage, Garbage(store, keep), self._registry, lambda anew: self._errands.let_go(anew=anew),
             lambda: self._uploads.digests() | self._shipping.digests, monotonic,
         )  # fmt: skip
         self._alarms = Alarms()
@@ -168,9 +168,9 @@ class Daemon:
         self._greet_at = self._ticked = 0.0
         self._intake = Intake(self._link, monotonic)
         self._stopping = self._finished = False
-        self._farewell: Farewell | None = None
+        self._shutdown: GracefulShutdown | None = None
         self.view = JobView(
-            job, self._coordinator.architecture, state, self._roster, self._quarantine, self._uploads.progress,
+            job, self._coordinator.architecture, state, self._registry, self._quarantine, self._uploads.progress,
             lambda: self._link.connected, lambda: 1.0, self.pause, self._shipping.near,
             lambda: {
                 "workshop": self._workshop.waiting, "uploads": len(self._uploads.devices()),
@@ -201,7 +201,7 @@ class Daemon:
     @property
     def traffic(self) -> dict[str, tuple[int, int]]:
         """Payload bytes to and from each device, over all starts of the server."""
-        return self._roster.traffic
+        return self._registry.traffic
 
     def offered(self, device: str) -> frozenset[str]:
         """Digests of what a device's offer names; may be asked from any thread."""
@@ -260,19 +260,19 @@ class Daemon:
             if event is not None:
                 self._handle(event)
             if isinstance(event, on.DeviceBorn):
-                self._roster.presence.heard(event.device, self._monotonic())
-                self._roster.introduce(event.device)
+                self._registry.presence.heard(event.device, self._monotonic())
+                self._registry.introduce(event.device)
         elif isinstance(item, Noticed):
             for event in self._reception.noticed(item):
                 self._handle(event)
         elif isinstance(item, ConnectionUp):
             log.info("connected to the broker")
             self._greet(self._monotonic())
-            self._roster.presence.connected(self._monotonic(), self.state.devices)
+            self._registry.presence.connected(self._monotonic(), self.state.devices)
             self._uploads.interrupted(self._monotonic())
         elif isinstance(item, ConnectionDown):
             log.warning("connection to the broker lost: %s", item.reason)
-            self._roster.presence.lost()
+            self._registry.presence.lost()
         if self._desk is not None and isinstance(item, (ConnectionUp, ConnectionDown)):
             self._desk.connected(isinstance(item, ConnectionUp))
 
@@ -289,7 +289,7 @@ class Daemon:
     def _turn(self) -> None:
         """Take in what has come, save what it leads to, and only then say what follows."""
         items = self._intake.turn(self._pause())
-        with about(job=self.job.name, round=self.state.round, trace_id=self.onlookers.trace_id):
+        with about(job=self.job.name, round=self.state.round, trace_id=self.observers.trace_id):
             self._work(items)
 
     def _work(self, items: Iterable[Item]) -> None:
@@ -310,13 +310,13 @@ class Daemon:
             self._handle(on.Ticked())  # but where the bucket can't be used, what is here would be late only for that
         self._commit()
         self._post.send_chunks()
-        self.onlookers.turned(lambda: self._monotonic() - begun, self.view)
+        self.observers.turned(lambda: self._monotonic() - begun, self.view)
 
     def _close(self) -> None:
         self._supervisor.close()
         self._shipping.close()
         self._workshop.close()
-        self.onlookers.ended()
+        self.observers.ended()
 
     def _begin(self) -> None:
         """Begin a turn: what happens in it happens at one time, and nothing is said of it before it is saved."""
@@ -328,12 +328,12 @@ class Daemon:
         """Take in an event; it is saved, and what follows from it done, as the turn ends."""
         self._commands += self._coordinator.handle(event, self._now)
         self._taken.append(event)
-        self.onlookers.event(event, self._now)
+        self.observers.event(event, self._now)
         self._reception.judged(event)
         self._journal.heard(event)
         if isinstance(event, on.UpdateRejected):
             reasons = [task.reason for task in self.state.tasks.values()]
-            divergence.warn(event, self.job, self._roster.prefix, reasons)
+            divergence.warn(event, self.job, self._registry.prefix, reasons)
 
     def _commit(self) -> None:
         """End the turn: save what happened in it, then carry out what follows; that may lead to more."""
@@ -345,18 +345,18 @@ class Daemon:
         self._post.deliver()
 
     def _save(self, events: Sequence[on.Event]) -> None:
-        if self.onlookers.noticed:
-            self.onlookers.noticed(self.state.devices.changed | self.state.tasks.changed)
+        if self.observers.noticed:
+            self.observers.noticed(self.state.devices.changed | self.state.tasks.changed)
         seconds = self._journal.save(events, self._now)
         if seconds is not None:
-            self.onlookers.saved(seconds)
+            self.observers.saved(seconds)
         for summary in self._journal.ended():
-            self.onlookers.round_over(summary, self._now, self.view)
+            self.observers.round_over(summary, self._now, self.view)
 
     def _carry_out(self, commands: list[do.Command]) -> None:
         self._workshop.expect(commands)
         for command in commands:
-            self.onlookers.command(command, self._now)
+            self.observers.command(command, self._now)
             match command:
                 case do.Wake():
                     self._alarms.add(command.at)
@@ -369,7 +369,7 @@ class Daemon:
 
     def _finish(self, command: do.Finish) -> None:
         if not self._finished:
-            self._farewell = self._roster.farewell(self._monotonic())
+            self._shutdown = self._registry.shutdown(self._monotonic())
             log.info("job %s is finished: global model %s", self.job.name, command.model)
             self.when_finished()
         self._finished = True
@@ -384,14 +384,14 @@ class Daemon:
     def _tick(self, now: float) -> None:
         self._supervisor.tick()
         for device, size in self.web_bytes().items():
-            self._roster.sent(device, size)
-        for device in self._roster.presence.silent(now):
+            self._registry.sent(device, size)
+        for device in self._registry.presence.silent(now):
             self._post.send(device, Hello(int(self._clock())))
         for event in self._reception.missed(self._intake.caught_up):
             self._handle(event)
         if self._desk is not None:
             self._desk.tick()
-        self._roster.namesakes.settle(now)
+        self._registry.clones.settle(now)
         self._quarantine.save()
         self._reception.keep_logs()
         self._errands.repeat(now)
@@ -407,7 +407,7 @@ class Daemon:
 
     def _linger(self) -> None:
         """Let the last messages out, and tell devices that come back just now that it is over."""
-        farewell = self._farewell or self._roster.farewell(self._monotonic())
-        while not self._stopping and not farewell.over(self._monotonic()):
+        shutdown = self._shutdown or self._registry.shutdown(self._monotonic())
+        while not self._stopping and not shutdown.over(self._monotonic()):
             self._turn()
         self._link.flush(FLUSH_S)

@@ -23,7 +23,7 @@ from fedprune_server.engine.state_directory import OpenJob, StateFolder, stored_
 from fedprune_server.executor.background import CommandExecutor
 from fedprune_server.executor.worker_pool import helped
 from fedprune_server.messaging.connection import Connection
-from fedprune_server.monitoring.observer import Onlooker, Shown
+from fedprune_server.monitoring.observer import DisplayObserver, Observer
 from fedprune_server.storage.further_folders import FOLDER, folders
 from fedprune_server.storage.storage import Storage
 from fedprune_server.terminal.table import Lines
@@ -107,7 +107,7 @@ def hosted(
     finished: Callable[[Kept, JobDesk], None],
     *,
     profiles: Sequence[Path] = (),
-    watch: Callable[[str], Sequence[Onlooker]] = lambda job: (),
+    watch: Callable[[str], Sequence[Observer]] = lambda job: (),
     **first: Any,
 ) -> Host:
     """A host for several jobs.
@@ -140,7 +140,7 @@ def hosted(
             max_devices=config.max_devices,
             max_packet=config.max_packet,
             quarantine=reached.quarantine,
-            onlookers=[Shown(Lines(of_several=True)), *watch(job.job.name)],
+            observers=[DisplayObserver(Lines(of_several=True)), *watch(job.job.name)],
             frozen=job.model.frozen,
             **({} if desks else first),
         )

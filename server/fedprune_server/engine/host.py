@@ -19,7 +19,7 @@ from fedprune.wire.messages import Alive, Birth, Death, Gone, Hello, Message, Wa
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune_server.devices.presence import Presence
 from fedprune_server.devices.quarantine import Quarantine, Quarantined, Released
-from fedprune_server.devices.shutdown import FLUSH_S, Farewell
+from fedprune_server.devices.shutdown import FLUSH_S, GracefulShutdown
 from fedprune_server.engine.device_scheduler import Loans
 from fedprune_server.engine.job_runner import JobDesk
 from fedprune_server.messaging.embedded_broker import Supervised, Supervisor
@@ -79,7 +79,7 @@ class Host:
         self._intake = Intake(link, monotonic)
         self._asked: dict[str, float] = {}
         self._moved = True
-        self._farewell: Farewell | None = None
+        self._shutdown: GracefulShutdown | None = None
         self._stopping = False
 
     @property
@@ -167,8 +167,8 @@ class Host:
 
     def _linger(self) -> None:
         """Let the last messages out, and tell devices that come back just now that it is over."""
-        farewell = self._farewell or self._part()
-        while not self._stopping and not farewell.over(self._monotonic()):
+        shutdown = self._shutdown or self._part()
+        while not self._stopping and not shutdown.over(self._monotonic()):
             self._turn(0.05)
         self._link.flush(FLUSH_S)
 
@@ -249,7 +249,7 @@ class Host:
             self.desks[held["job"]].void(device, held)
         elif held:
             self._first.void(device, held)
-        if self._farewell is not None:
+        if self._shutdown is not None:
             for desk in self.desks.values():
                 desk.dismiss([device])
         else:
@@ -295,14 +295,14 @@ class Host:
 
     def _dismiss(self) -> None:
         """All jobs are finished: every device hears of it, once."""
-        if self._farewell is not None:
+        if self._shutdown is not None:
             return
-        self._farewell = self._part()
+        self._shutdown = self._part()
         for desk in self.desks.values():
             desk.dismiss(self._here)
 
-    def _part(self) -> Farewell:
+    def _part(self) -> GracefulShutdown:
         """Whom to wait for: devices that take part in a job, as far as is known, or have announced themselves."""
         known = self._first.traffic.keys() | {n for d in self.desks.values() for n in d.state.devices}
         away = (n for n in known - self._here.keys() if not all(d.bars(n) for d in self.desks.values()))
-        return Farewell(self._here, away, self._here.__contains__, self._monotonic())
+        return GracefulShutdown(self._here, away, self._here.__contains__, self._monotonic())

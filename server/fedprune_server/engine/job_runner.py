@@ -82,10 +82,10 @@ class JobDesk(Daemon):
         self._changed: set[str] = set()
         self._seen: Phase | None = None
         self._reception.asks = False
-        self._roster.presence = Presence(lambda device: None)  # nobody: the host knows who is there
-        self._roster.prefix = f"{job.name}: "
+        self._registry.presence = Presence(lambda device: None)  # nobody: the host knows who is there
+        self._registry.prefix = f"{job.name}: "
         self._schedule = compose(job).schedule or SYNCHRONOUS
-        self.onlookers.noticed.add(self._note)
+        self.observers.noticed.add(self._note)
         self.view = replace(self.view, weight=lambda: self.weight, away=ELSEWHERE)
 
     # What the host does with it.
@@ -130,9 +130,9 @@ class JobDesk(Daemon):
         for birth in births:
             self._reception.out.discard(birth.device)
             try:
-                self._roster.admit(birth.device, one_line(birth.software), 0)
+                self._registry.admit(birth.device, one_line(birth.software), 0)
             except ProtocolError as error:
-                log.warning("%s%s", self._roster.prefix, error)
+                log.warning("%s%s", self._registry.prefix, error)
                 continue
             answer_s = birth.answer_s or 0.0
             self._post.ask(self._uploads.born(birth.device, birth.session, answer_s, self._monotonic()))
@@ -141,7 +141,7 @@ class JobDesk(Daemon):
         self._errands.collect_uploads()
         for i, event in enumerate(events):
             self._handle(replace(event, more=i + 1 < len(events)))
-            self._roster.introduce(event.device)
+            self._registry.introduce(event.device)
         return {e.device for e in events if not self.state.devices[e.device].excluded}
 
     def recall(self, device: str, session: int) -> None:
@@ -158,9 +158,9 @@ class JobDesk(Daemon):
         Raises:
             ProtocolError: It is one device too many.
         """
-        self._roster.admit(birth.device, one_line(birth.software), size)
+        self._registry.admit(birth.device, one_line(birth.software), size)
         self._quarantine.born(birth.device)
-        self._roster.born(birth.device, birth.session, one_line(birth.profile, 64), birth.samples, self._monotonic())
+        self._registry.born(birth.device, birth.session, one_line(birth.profile, 64), birth.samples, self._monotonic())
         self._reception.wants_log(birth)
         if self._desk is not None:
             self._desk.born(birth.device)
@@ -196,7 +196,7 @@ class JobDesk(Daemon):
 
     def bars(self, device: str) -> bool:
         """Whether the job has turned a device away."""
-        return self._roster.bars(device)
+        return self._registry.bars(device)
 
     def fits(self, device: str) -> bool:
         """Whether the job would give a device something to do now: an asynchronous one not twice on one model."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
-from fedprune_server.devices.registry import Roster
+from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.executor.retention import Garbage
 from fedprune_server.storage.storage import PARTS_KEPT, Storage
 
@@ -21,7 +21,7 @@ class Journal:
         state: The coordinator's state.
         storage: Where they are saved.
         garbage: Deletes blobs.
-        roster: The devices, whose traffic is saved, too.
+        registry: The devices, whose traffic is saved, too.
         let_go: Digests that the server's errands no longer need; told whether a phase of the round has just begun.
         arriving: Digests of blobs on their way here.
         monotonic: Seconds that only grow.
@@ -32,12 +32,12 @@ class Journal:
         state: State,
         storage: Storage,
         garbage: Garbage,
-        roster: Roster,
+        registry: DeviceRegistry,
         let_go: Callable[[bool], Iterable[str]],
         arriving: Callable[[], AbstractSet[str]],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._state, self._storage, self._garbage, self._roster = state, storage, garbage, roster
+        self._state, self._storage, self._garbage, self._registry = state, storage, garbage, registry
         self._let_go, self._arriving, self._monotonic = let_go, arriving, monotonic
         self._at = (state.round, state.phase)
         self._told = len(state.history)
@@ -67,10 +67,10 @@ class Journal:
         self._garbage.suspect(self._let_go(state.phase is not self._at[1]))
         # First remembered, then done: after a crash at any point the state asks for what was not done.
         begun, took = self._monotonic(), None
-        if self._storage.save(state, events, now, self._roster.moved):
-            self._roster.moved.clear()
+        if self._storage.save(state, events, now, self._registry.moved):
+            self._registry.moved.clear()
             took = self._monotonic() - begun
-        self._storage.put_outsiders(self._roster.outsiders)
+        self._storage.put_outsiders(self._registry.outsiders)
         before, self._at = self._at, (state.round, state.phase)
         if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
             # No offer is being made: coordinators order them while a round collects, the workshop answers in order, so

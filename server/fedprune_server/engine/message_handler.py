@@ -28,7 +28,7 @@ from fedprune.wire.release_messages import ReleaseReport
 from fedprune.wire.topics import Topics
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.devices.quarantine import Quarantine, Quarantined, Released
-from fedprune_server.devices.registry import Roster
+from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.messaging.outbox import Post
 from fedprune_server.messaging.transport import Noticed, ShutOut
 from fedprune_server.ota.coordinator import RolloutCoordinator
@@ -52,7 +52,7 @@ class Reception:
         job: The job.
         state: The coordinator's state; read, never changed.
         topics: The site's topics.
-        roster: The devices.
+        registry: The devices.
         uploads: Updates on their way here.
         post: The way out.
         profiles: Folders of hardware profiles beside the shipped ones.
@@ -73,7 +73,7 @@ class Reception:
         job: Job,
         state: State,
         topics: Topics,
-        roster: Roster,
+        registry: DeviceRegistry,
         uploads: Uploads,
         post: Post,
         profiles: Sequence[Path],
@@ -87,7 +87,7 @@ class Reception:
         self._job = job
         self._state = state
         self._topics = topics
-        self._roster = roster
+        self._registry = registry
         self._uploads = uploads
         self._post = post
         self._profiles = tuple(profiles)
@@ -113,7 +113,7 @@ class Reception:
         device = ""
         try:
             device, _, channel = self._topics.parse(topic)
-            self._roster.received(device, len(payload))
+            self._registry.received(device, len(payload))
             if channel == "up/blob":
                 self._post.ask(self._uploads.chunk(device, Chunk.parse(payload), self._monotonic()))
                 return None
@@ -134,7 +134,7 @@ class Reception:
         """
         self._post.ask(self._uploads.collect(self._monotonic()))
         for device, size in self._uploads.taken():
-            self._roster.received(device, size)
+            self._registry.received(device, size)
             self._quarantine.hears(device, size, chunk=True)
 
     def judged(self, event: on.Event) -> None:
@@ -153,7 +153,7 @@ class Reception:
         if isinstance(item, Released):
             self._ask(item.device)
         else:
-            self._roster.doubled(item.device, self._monotonic())
+            self._registry.doubled(item.device, self._monotonic())
         return []
 
     def missed(self, caught_up: float) -> list[on.Event]:
@@ -162,7 +162,7 @@ class Reception:
         Args:
             caught_up: When no message waited, lastly.
         """
-        gone = self._roster.presence.gone(caught_up)
+        gone = self._registry.presence.gone(caught_up)
         if gone:
             names = ", ".join(sorted(gone)[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
             log.info("%d devices don't answer and are taken for gone: %s", len(gone), names)
@@ -175,8 +175,8 @@ class Reception:
         """A device is no member any more: what it wanted or was handing in is void, and nobody waits for it."""
         if self._desk is not None:
             self._desk.without([device])
-        log.warning("%sdevice %s was shut out", self._roster.prefix, device)
-        self._roster.namesakes.forget(device)
+        log.warning("%sdevice %s was shut out", self._registry.prefix, device)
+        self._registry.clones.forget(device)
         self.out.add(device)
         return self._left(device, "it was shut out", again=False)
 
@@ -208,7 +208,7 @@ class Reception:
             self._post.forget(device)
             if again and device not in self.out:
                 self._ask(device)  # a will tells of one connection, and another may stand
-        self._roster.gone(device)
+        self._registry.gone(device)
         return on.DeviceDied(device, session)
 
     def _message(self, device: str, payload: bytes) -> on.Event | None:
@@ -217,7 +217,7 @@ class Reception:
         if said != device:
             raise ProtocolError("device of a message", expected=device, got=said)
         if not isinstance(message, Death):
-            self._roster.presence.heard(device, self._monotonic())
+            self._registry.presence.heard(device, self._monotonic())
         known = self._state.devices.get(device)
         # A birth that got lost between two brokers is not said again by itself.
         missed = isinstance(message, Alive) if known is None else not known.online
@@ -229,7 +229,7 @@ class Reception:
             case Death():
                 return self.ended(device, message.session)
             case Want():
-                self._roster.heard(device, self._monotonic())
+                self._registry.heard(device, self._monotonic())
                 self._post.fetched(device, message, self._offered(device))
             case ReleaseReport():
                 if self._desk is not None:
@@ -258,10 +258,10 @@ class Reception:
 
     def _born(self, birth: Birth, size: int) -> on.Event | None:
         self.out.discard(birth.device)
-        self._roster.admit(birth.device, one_line(birth.software), size)
+        self._registry.admit(birth.device, one_line(birth.software), size)
         self._quarantine.born(birth.device)
         name = one_line(birth.profile, 64)
-        self._roster.born(birth.device, birth.session, name, birth.samples, self._monotonic())
+        self._registry.born(birth.device, birth.session, name, birth.samples, self._monotonic())
         answer_s, abilities = birth.answer_s or 0.0, birth.abilities or ()
         self._post.ask(self._uploads.born(birth.device, birth.session, answer_s, self._monotonic(), abilities))
         if self._desk is not None:
@@ -282,7 +282,7 @@ class Reception:
             self._post.send(device, answer)
 
     def _told(self, message: BoardLines | CrashReport) -> None:
-        if self._logs is None or not self._roster.admitted(message.device):
+        if self._logs is None or not self._registry.admitted(message.device):
             return  # anybody can think of names
         if isinstance(message, CrashReport):
             self._logs.crashed(message)
@@ -301,7 +301,7 @@ class Reception:
             # What is kept is what we know how to check, and no more.
             probe = None if birth.probe is None else ProbeReport.from_dict(birth.probe).to_dict()
         except ProfileError as error:
-            self._roster.exclude(birth.device, _advice(error), name, birth.samples)
+            self._registry.exclude(birth.device, _advice(error), name, birth.samples)
             return None
         return on.DeviceBorn(birth.device, birth.session, profile, birth.samples, probe, birth.codecs or ())
 
@@ -323,16 +323,16 @@ class Reception:
         if isinstance(message, Progress):
             task = self._state.tasks.get(device)
             if task is not None and (message.round, message.attempt) == (self._state.round_of(task), task.attempt):
-                self._roster.heard(device, self._monotonic(), message)
+                self._registry.heard(device, self._monotonic(), message)
                 share = share_of(message.phase, message.done, message.total) if self._job.pace else None
                 if share is not None and task.progress is Part.OFFERED and news(task, share):
                     return on.Progressed(device, message.round, message.attempt, share)
             return None
         if isinstance(message, Refusal):
             reason = one_line(message.reason)
-            log.warning("%sdevice %s refuses round %d: %s", self._roster.prefix, device, message.round, reason)
+            log.warning("%sdevice %s refuses round %d: %s", self._registry.prefix, device, message.round, reason)
             return on.OfferRefused(device, message.round, message.attempt, reason)
-        contact = self._roster[device]
+        contact = self._registry[device]
         metrics = believable(message.metrics)
         accuracy, loss = served(metrics, "accuracy"), served(metrics, "loss")
         contact.accuracy = contact.accuracy if accuracy is None else accuracy

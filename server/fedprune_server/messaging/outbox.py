@@ -20,7 +20,7 @@ from fedprune.wire.release_messages import ReleaseOffer
 from fedprune.wire.request_ids import NumberedWants, numbered
 from fedprune.wire.topics import Topics
 from fedprune_server.devices.quarantine import Quarantine
-from fedprune_server.devices.registry import Roster
+from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.messaging.transport import Wire
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.multicast import Publication, Sharing
@@ -59,7 +59,7 @@ class Post:
 
     Args:
         line: What leads there.
-        roster: Counts the bytes.
+        registry: Counts the bytes.
         downloads: Cuts blobs into chunks.
         sharing: Says what is published to all devices of the job.
         clock: Seconds of a monotonic clock.
@@ -70,7 +70,7 @@ class Post:
     def __init__(
         self,
         line: Line,
-        roster: Roster,
+        registry: DeviceRegistry,
         downloads: Downloads,
         sharing: Sharing,
         clock: Callable[[], float] = time.monotonic,
@@ -82,7 +82,7 @@ class Post:
         self._most = line.longest
         self._quarantine = quarantine or Quarantine(clock)
         self._link, self._topics, self._job = line.link, line.topics, line.job
-        self._roster = roster
+        self._registry = registry
         self._downloads = downloads
         self._outbox: deque[tuple[str, str, bytes]] = deque()
         self._sharing = sharing
@@ -130,7 +130,7 @@ class Post:
         while self._outbox:
             device, topic, payload = self._outbox[0]
             if self._link.publish(topic, payload):
-                self._roster.sent(device, len(payload))
+                self._registry.sent(device, len(payload))
             elif self._link.connected and not self._link.room:
                 return  # the others in a moment
             self._outbox.popleft()
@@ -146,7 +146,7 @@ class Post:
             self._quarantine.sends(device)
             topic, payload = self._topics.down(device), numbered(want).to_bytes()
             if not self._outbox and self._link.publish(topic, payload):
-                self._roster.sent(device, len(payload))
+                self._registry.sent(device, len(payload))
             else:
                 self._outbox.append((device, topic, payload))
 
@@ -184,7 +184,7 @@ class Post:
                 self.send(device, chunk)
                 self.deliver()
             elif self._link.publish(self._topics.down_blob(device), chunk, CHUNK_QOS):
-                self._roster.sent(device, len(chunk))
+                self._registry.sent(device, len(chunk))
 
     def _publish(self) -> None:
         """Send a few of the chunks that all devices wait for."""
@@ -196,4 +196,4 @@ class Post:
                 self._downloads.add(*item)
             elif self._link.publish(self._topics.shared(item.sha256, self._job), item.chunk, CHUNK_QOS):
                 for device in item.listeners:
-                    self._roster.sent(device, len(item.chunk))
+                    self._registry.sent(device, len(item.chunk))

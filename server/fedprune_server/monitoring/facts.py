@@ -10,7 +10,7 @@ from fedprune.coordination import State
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune_server.devices.quarantine import Quarantine
-from fedprune_server.devices.registry import Roster
+from fedprune_server.devices.registry import DeviceRegistry
 
 _UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 """Progress of parts that something is still awaited of."""
@@ -46,14 +46,14 @@ class Facts:
 
 
 def facts_of(
-    job: Job, state: State, roster: Roster, quarantine: Quarantine, connected: bool, queues: Mapping[str, int]
+    job: Job, state: State, registry: DeviceRegistry, quarantine: Quarantine, connected: bool, queues: Mapping[str, int]
 ) -> Facts:
     """A job's figures; looks at every device.
 
     Args:
         job: The job.
         state: The coordinator's state.
-        roster: The devices.
+        registry: The devices.
         quarantine: Says who isn't heard.
         connected: Whether the broker is there.
         queues: What waits, by queue.
@@ -64,8 +64,8 @@ def facts_of(
         works = task is not None and task.progress in _UNDER_WAY and state.awaits(task)
         online = "working" if works else "idle"
         devices["excluded" if device.excluded else online if device.online else "offline"] += 1
-    devices["excluded"] += len(roster.outsiders.keys() - state.devices.keys())
-    traffic = roster.traffic.values()
+    devices["excluded"] += len(registry.outsiders.keys() - state.devices.keys())
+    traffic = registry.traffic.values()
     return Facts(
         state.round,
         job.rounds,

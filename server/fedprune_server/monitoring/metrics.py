@@ -17,7 +17,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.state import Progress
 from fedprune_server.monitoring.facts import Facts
-from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.reasons import KINDS, kind_of
 from fedprune_server.monitoring.view import JobView
 
@@ -104,7 +104,7 @@ class Metrics:
         return float(self._blobs)
 
 
-class JobMetrics(Onlooker):
+class JobMetrics(Observer):
     """Counts what happens to one job.
 
     Args:

@@ -41,7 +41,7 @@ from fedprune_server.monitoring.alerts import (
     Snapshot,
     evaluate,
 )
-from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.view import JobView
 
@@ -60,7 +60,7 @@ _FAR_OFF = {"step_seconds": 2.0, "latency_seconds": 2.0, "peak_memory_bytes": 1.
 """How many times its prediction a measurement exceeds before it is an alert."""
 
 
-class JobWatch(Onlooker):
+class JobWatch(Observer):
     """Counts what a job's alerts go by.
 
     Args:
@@ -106,7 +106,7 @@ class JobWatch(Onlooker):
         missing = state.phase is Phase.WAITING or not state.devices.count(True)
         return JobStatus(
             job.name, self._folder, True, state.phase, state.round, job.rounds, state.paused, job.devices,
-            len(state.devices) + len(self._view.roster.outsiders),
+            len(state.devices) + len(self._view.registry.outsiders),
             tuple(islice(away, SHOWN + 1)) if missing else (), (),
             self._deadline_s, self._missed, self._empty, self._off,
         )  # fmt: skip
@@ -129,7 +129,7 @@ def off_by_far(state: State) -> dict[str, str]:
     return found
 
 
-class Monitor(Onlooker):
+class Monitor(Observer):
     """Looks at a server once a second.
 
     Args:

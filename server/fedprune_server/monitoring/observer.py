@@ -32,10 +32,10 @@ class Calls(Generic[P]):
         self._all.append(call)
 
 
-class Onlooker:
+class Observer:
     """Looks on, and says nothing. Every method is called by the daemon's loop, and must be quick.
 
-    An onlooker has those of these methods that it wants to be called; `Onlookers` calls no others.
+    An observer has those of these methods that it wants to be called; `Observers` calls no others.
 
     Attributes:
         trace_id: What lines of the log are marked with; None for nothing.
@@ -68,15 +68,15 @@ class Onlooker:
 _CALLS = ("event", "command", "noticed", "saved", "round_over", "turned", "ended")
 
 
-class Onlookers:
-    """All who look on at a job: for each of an `Onlooker`'s methods those that are to be called, in order of joining.
+class Observers:
+    """All who look on at a job: for each of an `Observer`'s methods those that are to be called, in order of joining.
 
     Args:
-        onlookers: Who looks on from the beginning.
+        observers: Who looks on from the beginning.
     """
 
-    def __init__(self, onlookers: Iterable[Onlooker] = ()) -> None:
-        self._all: list[Onlooker] = []
+    def __init__(self, observers: Iterable[Observer] = ()) -> None:
+        self._all: list[Observer] = []
         self.event: Calls[[on.Event, float]] = Calls()
         self.command: Calls[[do.Command, float]] = Calls()
         self.noticed: Calls[[Collection[str]]] = Calls()
@@ -84,27 +84,27 @@ class Onlookers:
         self.round_over: Calls[[dict[str, Any], float, JobView]] = Calls()
         self.turned: Calls[[Callable[[], float], JobView]] = Calls()
         self.ended: Calls[[]] = Calls()
-        for onlooker in onlookers:
-            self.join(onlooker)
+        for observer in observers:
+            self.join(observer)
 
     @property
     def trace_id(self) -> str | None:
         """The first that there is."""
         return next((o.trace_id for o in self._all if o.trace_id is not None), None)
 
-    def join(self, onlooker: Onlooker) -> None:
+    def join(self, observer: Observer) -> None:
         """Let somebody look on from now on."""
-        self._all.append(onlooker)
+        self._all.append(observer)
         for name in _CALLS:
-            if getattr(type(onlooker), name) is not getattr(Onlooker, name):
-                getattr(self, name).add(getattr(onlooker, name))
+            if getattr(type(observer), name) is not getattr(Observer, name):
+                getattr(self, name).add(getattr(observer, name))
 
     def each_turn(self, action: Callable[[], object]) -> None:
         """Call this, too, in every turn of the loop."""
         self.turned.add(lambda seconds, seen: action())
 
 
-class Shown(Onlooker):
+class DisplayObserver(Observer):
     """Shows a job to people.
 
     Args:

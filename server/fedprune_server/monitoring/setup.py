@@ -15,7 +15,7 @@ from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import OtherServer
 from fedprune_server.monitoring.monitor import Monitor, read_notified
 from fedprune_server.monitoring.notifications import Notifier
-from fedprune_server.monitoring.observer import Onlooker, Onlookers
+from fedprune_server.monitoring.observer import Observer, Observers
 from fedprune_server.monitoring.view import JobView
 
 Alerts = Callable[[], Mapping[tuple[str, str], int]]
@@ -24,14 +24,14 @@ Alerts = Callable[[], Mapping[tuple[str, str], int]]
 class WatchedJob(Protocol):
     """A job that observers can join."""
 
-    onlookers: Onlookers
+    observers: Observers
 
     @property
     def view(self) -> JobView:
         """What there is to see."""
 
 
-Watcher = Callable[[str], list[Onlooker]]
+Watcher = Callable[[str], list[Observer]]
 """Gives those who look on at a job, by its name."""
 
 _ENVIRONMENT = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -41,7 +41,7 @@ _ENVIRONMENT = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOI
 def watching(
     config: ServerConfig, ready: dict[str, Callable[[], str]], alerts: Alerts | None = None
 ) -> Iterator[Watcher]:
-    """Onlookers for a server's jobs: figures where `metrics` says so, spans where `traces` or the environment does.
+    """Observers for a server's jobs: figures where `metrics` says so, spans where `traces` or the environment does.
 
     Args:
         config: The configuration.
@@ -52,7 +52,7 @@ def watching(
         ConfigError: The address of `metrics` can't be listened on.
         MissingExtraError: A package is missing.
     """
-    makers: list[Callable[[str], Onlooker]] = []
+    makers: list[Callable[[str], Observer]] = []
     with ExitStack() as stack:
         place = config.metrics_place
         if place is not None:
@@ -98,8 +98,8 @@ def monitoring(
     views = [(job.view, folder) for job, folder in jobs]
     monitor = Monitor(config.state, config.server_settings(), views, here=here, others=others, book=book)
     for job, _ in jobs:
-        job.onlookers.join(monitor.watches[job.view.job.name])
-    jobs[0][0].onlookers.join(monitor)
+        job.observers.join(monitor.watches[job.view.job.name])
+    jobs[0][0].observers.join(monitor)
     notified = read_notified(config.state)
     with ExitStack() as stack:
         notifier = Notifier(config.alerts, config.site, monitor.open, lambda: not monitor.hangs, notified)

@@ -24,7 +24,7 @@ from fedprune import __version__
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.state import Progress
-from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.view import JobView
 
 log = logging.getLogger("fedprune.server")
@@ -35,7 +35,7 @@ MAX_OPEN = 20_000
 _DEVICE = "device"
 
 
-class JobTraces(Onlooker):
+class JobTraces(Observer):
     """Makes one job's spans.
 
     Args:

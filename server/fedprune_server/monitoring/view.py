@@ -10,7 +10,7 @@ from fedprune.coordination import State
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune_server.devices.quarantine import Quarantine
-from fedprune_server.devices.registry import Roster
+from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.monitoring.facts import Facts, facts_of
 from fedprune_server.terminal.table import Snapshot
 
@@ -26,7 +26,7 @@ class JobView:
         job: Its settings.
         architecture: The global model's.
         state: The coordinator's.
-        roster: Its devices.
+        registry: Its devices.
         quarantine: Who isn't listened to.
         pulled: Leaves of a device's update that are here, and of all.
         connected: Whether the connection to the broker stands.
@@ -41,7 +41,7 @@ class JobView:
     job: Job
     architecture: Architecture
     state: State
-    roster: Roster
+    registry: DeviceRegistry
     quarantine: Quarantine
     pulled: Callable[[str], tuple[int, int] | None]
     connected: Callable[[], bool]
@@ -55,11 +55,11 @@ class JobView:
     def snapshot(self) -> Snapshot:
         """The job as people see it."""
         pulled = {n: p for n in self.state.tasks if (p := self.pulled(n)) is not None}
-        found = self.roster.snapshot(self.clock(), self.connected(), pulled)
+        found = self.registry.snapshot(self.clock(), self.connected(), pulled)
         if self.away == OFFLINE:
             return found
         return replace(found, rows=tuple(replace(r, state=self.away) if r.state == OFFLINE else r for r in found.rows))
 
     def facts(self) -> Facts:
         """The job as figures."""
-        return facts_of(self.job, self.state, self.roster, self.quarantine, self.connected(), self.queues())
+        return facts_of(self.job, self.state, self.registry, self.quarantine, self.connected(), self.queues())

@@ -39,7 +39,7 @@ from fedprune_server.storage.schema import (
     task_row,
 )
 from fedprune_server.storage.schema_migration import latest, migrate, revision
-from fedprune_server.storage.tracked_table import RollTable
+from fedprune_server.storage.tracked_table import TrackedTable
 
 log = logging.getLogger("fedprune.server")
 
@@ -89,8 +89,8 @@ class Storage:
         self._saved: State | None = None
         self._saved_state = ""
         self._saved_rounds = 0
-        self._devices = RollTable[Device](DEVICES, device_row)
-        self._tasks = RollTable[Task](TASKS, task_row)
+        self._devices = TrackedTable[Device](DEVICES, device_row)
+        self._tasks = TrackedTable[Task](TASKS, task_row)
         self._saved_outsiders: dict[str, Any] = {}
         self.database = Database(url, read_only=not create)
         self.url = self.database.url

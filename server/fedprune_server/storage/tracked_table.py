@@ -14,7 +14,7 @@ E = TypeVar("E", bound=TrackedEntry)
 Row = dict[str, Any]
 
 
-class RollTable(Generic[E]):
+class TrackedTable(Generic[E]):
     """What of a roll lies in a table.
 
     Args:

@@ -18,7 +18,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
 from fedprune_server.web import api
 from fedprune_server.web.auth.accounts import MAX_PASSWORD
-from fedprune_server.web.auth.middleware import Gate, safe_path
+from fedprune_server.web.auth.middleware import SecurityMiddleware, safe_path
 from fedprune_server.web.auth.sessions import LONGEST_S
 from fedprune_server.web.context import Console
 from fedprune_server.web.views import pages
@@ -36,7 +36,7 @@ def make_app(console: Console) -> ASGIApp:
     Args:
         console: What its routes need.
     """
-    return Gate(make_routes(console), console.sessions, console.around)
+    return SecurityMiddleware(make_routes(console), console.sessions, console.around)
 
 
 def make_routes(console: Console) -> FastAPI:

@@ -25,8 +25,8 @@ from fedprune_server.web.state.records import (
     Coverage,
     DeviceDetails,
     FinishedRound,
-    JobStatus,
     LogLine,
+    PublishedJob,
     Record,
     Rollouts,
     Site,
@@ -107,12 +107,14 @@ class TrialFleet:
         if order.order == "coverage":
             yield self.coverage(order.job or self._jobs[0])
 
-    def job(self, name: str) -> JobStatus:
+    def job(self, name: str) -> PublishedJob:
         """A job as it stands."""
         parts = {s: sum(r["state"] == s for r in self.rows.values()) for s in _STATES}
         metrics = self._metrics(self._round)
-        return JobStatus(name, self._round, 100, "training", self._now + 240, False, metrics, "fedprune", "a" * 64, 1.0,
-                       parts, 11_173_962)  # fmt: skip
+        return PublishedJob(
+            name, self._round, 100, "training", self._now + 240, False, metrics, "fedprune", "a" * 64, 1.0,
+            parts, 11_173_962,
+        )  # fmt: skip
 
     def round(self, job: str, number: int) -> FinishedRound:
         """A finished round."""

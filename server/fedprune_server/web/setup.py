@@ -23,7 +23,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.messaging.connection import Connection
 from fedprune_server.monitoring.alert_book import AlertBook
-from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.setup import WatchedJob
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.ota.store import RolloutStore
@@ -48,7 +48,7 @@ EVERY_S = 0.5
 COMPLAIN_S = 60.0
 
 
-class ConsoleObserver(Onlooker):
+class ConsoleObserver(Observer):
     """Publishes the server's status, takes orders and keeps the console's process running, in the server's loop.
 
     What fails here is logged, once a minute at most, and costs the jobs nothing.
@@ -113,7 +113,7 @@ class ConsoleObserver(Onlooker):
             log.error("the console isn't up to date: %s", text)
 
 
-def desks_of(server: Any) -> tuple[list[WatchedJob], Callable[[str], str | None], Callable[[str], bool] | None]:
+def jobs_of(server: Any) -> tuple[list[WatchedJob], Callable[[str], str | None], Callable[[str], bool] | None]:
     """The jobs of a daemon or of a host, which of them has a device, and whether a device is connected."""
     desks = getattr(server, "desks", None)
     if desks is None:
@@ -151,7 +151,7 @@ def with_console(
     if place is None:
         yield
         return
-    desks, holder, present = desks_of(server)
+    desks, holder, present = jobs_of(server)
     with ExitStack() as stack:
         check_free(*place)
         members = releases = executor = None
@@ -186,7 +186,7 @@ def with_console(
         observer = ConsoleObserver(publisher, handler, ConsoleProcess(_settings(config, *place)))
         stack.callback(observer.close)
         for desk in desks:
-            desk.onlookers.join(observer)
+            desk.observers.join(observer)
         logger = logging.getLogger("fedprune")
         logger.addHandler(publisher.tap)
         stack.callback(logger.removeHandler, publisher.tap)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from fedprune.coordination import State
 from fedprune.jobs.state import Device
-from fedprune_server.devices.registry import Roster, parameters
+from fedprune_server.devices.registry import DeviceRegistry, parameters
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 
 def test_the_numbers_of_a_submodel_are_kept_for_its_present_widths_alone() -> None:
     state = State(model="m" * 64, devices={"a": Device(1, True, {"name": "pi"}, None, 10)})  # type: ignore[arg-type]
-    roster = Roster(JOB, ARCHITECTURE, state, {"a": (0, 0)})
+    registry = DeviceRegistry(JOB, ARCHITECTURE, state, {"a": (0, 0)})
     sizes = ARCHITECTURE.sizes
     for cut in range(min(sizes)):
         widths = tuple(size - cut for size in sizes)
         state.devices["a"].widths = widths
-        (row,) = roster.snapshot(0.0, True, {}).rows
+        (row,) = registry.snapshot(0.0, True, {}).rows
         assert row.parameters == parameters(ARCHITECTURE, widths)
-    assert roster["a"].parameters == (widths, row.parameters)
+    assert registry["a"].parameters == (widths, row.parameters)
     state.devices["a"].widths = ()
-    assert roster.snapshot(0.0, True, {}).rows[0].parameters == 0
+    assert registry.snapshot(0.0, True, {}).rows[0].parameters == 0

@@ -9,8 +9,8 @@ import pytest
 from fedprune.coordination import Phase, State
 from fedprune.jobs.state import Device
 from fedprune.wire.messages import Finished
-from fedprune_server.devices.registry import Roster
-from fedprune_server.devices.shutdown import LEAST_S, MOST_S, Farewell
+from fedprune_server.devices.registry import DeviceRegistry
+from fedprune_server.devices.shutdown import LEAST_S, MOST_S, GracefulShutdown
 from support.fakes.fleet import NAMES, Fleet
 from support.fakes.several_jobs import SeveralJobs, named
 from support.fakes.tiny_job import ARCHITECTURE, JOB
@@ -23,33 +23,33 @@ def state(**online: bool) -> State:
     return made
 
 
-def farewell_of(known: State, now: float) -> Farewell:
-    return Roster(JOB, ARCHITECTURE, known, {}).farewell(now)
+def farewell_of(known: State, now: float) -> GracefulShutdown:
+    return DeviceRegistry(JOB, ARCHITECTURE, known, {}).shutdown(now)
 
 
 def test_who_is_there_was_told_and_is_not_waited_for() -> None:
-    farewell = farewell_of(state(a=True, b=True), 10.0)
-    assert not farewell.over(10.0)
-    assert not farewell.over(10.0 + LEAST_S - 0.1)
-    assert farewell.over(10.0 + LEAST_S)
+    shutdown = farewell_of(state(a=True, b=True), 10.0)
+    assert not shutdown.over(10.0)
+    assert not shutdown.over(10.0 + LEAST_S - 0.1)
+    assert shutdown.over(10.0 + LEAST_S)
 
 
 def test_who_was_away_is_waited_for_until_it_comes_or_for_good() -> None:
     known = state(a=True, b=False)
-    farewell = farewell_of(known, 0.0)
-    assert not farewell.over(MOST_S - 0.1)
-    assert farewell.over(MOST_S)
+    shutdown = farewell_of(known, 0.0)
+    assert not shutdown.over(MOST_S - 0.1)
+    assert shutdown.over(MOST_S)
     known.devices["b"].online = True
     assert farewell_of(known, 0.0).over(LEAST_S)
 
 
 def test_who_has_just_gone_may_come_back_in_a_moment() -> None:
     known = state(a=True)
-    farewell = farewell_of(known, 0.0)
+    shutdown = farewell_of(known, 0.0)
     known.devices["a"].online = False
-    assert not farewell.over(1.0)
-    assert not farewell.over(1.0 + LEAST_S - 0.1)
-    assert farewell.over(1.0 + LEAST_S)
+    assert not shutdown.over(1.0)
+    assert not shutdown.over(1.0 + LEAST_S - 0.1)
+    assert shutdown.over(1.0 + LEAST_S)
 
 
 def test_a_shut_out_device_is_not_waited_for() -> None:

@@ -15,7 +15,7 @@ from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Birth, Gone, Progress, Refusal, Want
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
-from fedprune_server.monitoring.observer import Shown
+from fedprune_server.monitoring.observer import DisplayObserver
 from fedprune_server.storage.storage import Storage
 from fedprune_server.terminal.table import Lines, Snapshot
 from support.fakes.fleet import Fleet, ToyDevice, fill, folded
@@ -82,7 +82,7 @@ def test_the_table_shows_the_accuracy_of_what_a_device_serves(fleet: Fleet) -> N
         def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
             shown.append({row.device: row.accuracy for row in snapshot.rows})
 
-    fleet.run(onlookers=[Shown(Rounds())])
+    fleet.run(observers=[DisplayObserver(Rounds())])
     assert shown == [{"a": 0.25, "b": 0.5, "c": 0.25}] * JOB.rounds
 
 

@@ -7,17 +7,17 @@ from collections.abc import Callable
 import pytest
 
 from fedprune.coordination import State, SynchronousCoordinator
-from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.monitoring.observer import Observer
 from support.fakes.static_job_view import StillJob
 from support.fakes.stored_job import TO_THE_SECOND_ROUND
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 
 @pytest.fixture
-def played() -> Callable[[Onlooker], State]:
+def played() -> Callable[[Observer], State]:
     """Lets somebody look on while a job gets into its second round, a second for each event."""
 
-    def play(watch: Onlooker) -> State:
+    def play(watch: Observer) -> State:
         state = State(model="m" * 64)
         coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
         told = 0

@@ -35,7 +35,7 @@ from fedprune_server.monitoring.alerts import (
     evaluate,
 )
 from fedprune_server.monitoring.monitor import FILE, Monitor, off_by_far, read_open
-from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.monitoring.observer import Observer
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.fleet import Fleet, ToyDevice
 from support.fakes.tiny_job import JOB
@@ -277,7 +277,7 @@ def test_a_restarted_server_goes_on_with_its_open_alerts(tmp_path: Path) -> None
         assert read_open(tmp_path) is None
 
 
-class Trouble(Onlooker):
+class Trouble(Observer):
     """Does something to a fleet once its third round is over.
 
     Args:
@@ -321,8 +321,8 @@ def alarmed(
         changes.append((clock() - trouble.at, change.alert.kind, change.closed_at is None))
 
     monitor = Monitor(folder, {}, [(daemon.view, folder)], tell=tell, clock=clock, monotonic=clock)
-    for onlooker in (trouble, monitor.watches[JOB.name], monitor):
-        daemon.onlookers.join(onlooker)
+    for observer in (trouble, monitor.watches[JOB.name], monitor):
+        daemon.observers.join(observer)
 
     def idle() -> None:
         if daemon.busy:
@@ -436,13 +436,13 @@ def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, monkeypatch: 
         tmp_path, {}, [(daemon.view, tmp_path)], here=lambda: 3, others=lambda: others,
         tell=lambda change: told.append((change.alert.kind, change.alert.severity)),
     )  # fmt: skip
-    daemon.onlookers.join(monitor)
+    daemon.observers.join(monitor)
     monitor.read_site()
-    daemon.onlookers.turned(lambda: 0.0, daemon.view)
+    daemon.observers.turned(lambda: 0.0, daemon.view)
     assert told == []
     free[0] = 0.0
     others.append(Candidate("yard", "/var/lib/fedprune", NOW, NOW, leads=True))
-    daemon.onlookers.ended()
+    daemon.observers.ended()
     assert told == [("second-server", "critical"), ("disk", "critical")]
 
 

@@ -119,7 +119,7 @@ def test_the_loops_beat_in_every_turn(tmp_path: Path) -> None:
     runs = ((daemon, fleet.air, fleet.run), (host.first, several.air, lambda: several.run(host)))
     for desk, air, run in runs:
         beats: list[float] = []
-        desk.onlookers.each_turn(lambda beats=beats, air=air: beats.append(air.now))  # type: ignore[misc]
+        desk.observers.each_turn(lambda beats=beats, air=air: beats.append(air.now))  # type: ignore[misc]
         began = air.now
         run()  # type: ignore[operator]
         assert len(beats) > 10

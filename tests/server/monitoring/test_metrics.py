@@ -20,7 +20,7 @@ from fedprune_server.monitoring import web
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import KINDS as ALERTS
 from fedprune_server.monitoring.metrics import PARTS, Metrics
-from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.reasons import KINDS, OTHER, kind_of
 from fedprune_server.monitoring.web import HANGS_S, served
 from support.fakes.static_job_view import StillJob
@@ -45,7 +45,7 @@ def values(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], fl
     return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples}
 
 
-def test_a_played_job_is_counted(played: Callable[[Onlooker], State], tmp_path: Path) -> None:
+def test_a_played_job_is_counted(played: Callable[[Observer], State], tmp_path: Path) -> None:
     (tmp_path / "blobs" / "ab").mkdir(parents=True)
     (tmp_path / "blobs" / "ab" / "abc").write_bytes(bytes(123))
     metrics = Metrics(tmp_path, lambda: {("quarantine", "warning"): 3, ("broker", "critical"): 0}, Steps())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from fedprune_server.monitoring.observer import Onlooker, Onlookers
+from fedprune_server.monitoring.observer import Observer, Observers
 from fedprune_server.monitoring.view import JobView
 from support.fakes.static_job_view import StillJob
 
@@ -12,15 +12,15 @@ CALLS = ("event", "command", "noticed", "saved", "round_over", "turned", "ended"
 
 
 def test_what_nobody_wants_to_hear_of_calls_nobody() -> None:
-    onlookers = Onlookers([Onlooker()])
-    assert not any(getattr(onlookers, name) for name in CALLS)
-    assert onlookers.trace_id is None
+    observers = Observers([Observer()])
+    assert not any(getattr(observers, name) for name in CALLS)
+    assert observers.trace_id is None
 
 
 def test_each_is_called_in_order_of_joining_for_what_it_has() -> None:
     heard: list[str] = []
 
-    class Devices(Onlooker):
+    class Devices(Observer):
         trace_id = "t"
 
         def noticed(self, devices: Collection[str]) -> None:
@@ -30,11 +30,11 @@ def test_each_is_called_in_order_of_joining_for_what_it_has() -> None:
         def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
             heard.append(f"{seen.job.name} {seconds()}")
 
-    onlookers = Onlookers([Devices()])
-    onlookers.join(Turns())
-    onlookers.each_turn(lambda: heard.append("beat"))
-    onlookers.noticed(["a"])
-    onlookers.turned(lambda: 0.5, StillJob())
+    observers = Observers([Devices()])
+    observers.join(Turns())
+    observers.each_turn(lambda: heard.append("beat"))
+    observers.noticed(["a"])
+    observers.turned(lambda: 0.5, StillJob())
     assert heard == ["a", "a", f"{StillJob.job.name} 0.5", "beat"]
-    assert [len(getattr(onlookers, name)) for name in CALLS] == [0, 0, 2, 0, 0, 2, 0]
-    assert onlookers.trace_id == "t"
+    assert [len(getattr(observers, name)) for name in CALLS] == [0, 0, 2, 0, 0, 2, 0]
+    assert observers.trace_id == "t"

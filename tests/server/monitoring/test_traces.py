@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune_server.monitoring.observer import Onlooker
+from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.traces import JobTraces
 
 
@@ -25,7 +25,7 @@ def traced() -> tuple[JobTraces, InMemorySpanExporter]:
 
 
 def test_a_round_is_a_tree_of_spans(
-    traced: tuple[JobTraces, InMemorySpanExporter], played: Callable[[Onlooker], State]
+    traced: tuple[JobTraces, InMemorySpanExporter], played: Callable[[Observer], State]
 ) -> None:
     watch, exporter = traced
     played(watch)

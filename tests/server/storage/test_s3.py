@@ -25,7 +25,7 @@ from fedprune_server.storage.s3 import retry as bucket_patience
 from fedprune_server.storage.s3 import store as bucket_store
 from fedprune_server.storage.s3.bucket import Bucket, BucketError, parse
 from fedprune_server.storage.s3.layout import BLOBS, digest_of
-from fedprune_server.storage.s3.local_copy import Near
+from fedprune_server.storage.s3.local_copy import LocalCopy
 from fedprune_server.storage.s3.retry import StoppedError
 from fedprune_server.storage.s3.store import BucketStore
 from support.processes.s3 import S3, SECRETS
@@ -146,7 +146,7 @@ def test_the_folder_holds_no_more_than_it_may_and_what_was_used_last_stays(url: 
     store = BucketStore(tmp_path, url, cache=2500)
     refs = [store.put(bytes([n]) * 1000) for n in range(3)]
     assert [BlobStore.has(store, r.sha256) for r in refs] == [False, True, True]
-    near = Near(store)
+    near = LocalCopy(store)
     assert near.has(refs[1].sha256)
     store.put(b"z" * 1000)
     assert [near.has(r.sha256) for r in refs] == [False, True, False]

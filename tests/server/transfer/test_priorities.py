@@ -81,8 +81,8 @@ def digest(store: BlobStore) -> str:
 
 def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: BlobStore, digest: str) -> None:
     link, devices = Slow(), [f"pi{i}" for i in range(20)]
-    roster: Any = SimpleNamespace(sent=lambda *_: None)
-    post = Post(Line(link, TOPICS, "job"), roster, Downloads(Serve(store)), Sharing(store, Audience(State("0" * 64))))
+    registry: Any = SimpleNamespace(sent=lambda *_: None)
+    post = Post(Line(link, TOPICS, "job"), registry, Downloads(Serve(store)), Sharing(store, Audience(State("0" * 64))))
     for device in devices:
         for first in range(0, LEAVES, 50):
             post.fetched(device, Want(digest, "data", first, 50), {digest})

@@ -45,8 +45,8 @@ class Kept:
 
 
 def posted(link: Kept, store: BlobStore) -> Post:
-    roster: Any = SimpleNamespace(sent=lambda *_: None)
-    return Post(Line(link, TOPICS, "job"), roster, Downloads(Serve(store)), Sharing(store, Audience(State("0" * 64))))
+    registry: Any = SimpleNamespace(sent=lambda *_: None)
+    return Post(Line(link, TOPICS, "job"), registry, Downloads(Serve(store)), Sharing(store, Audience(State("0" * 64))))
 
 
 def asked(link: Kept) -> list[Want]:

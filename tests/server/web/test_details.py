@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedprune.model.selection import Selection
 from fedprune.wire.log_messages import BoardLines, CrashReport
-from fedprune_server.devices.board_logs import BoardLogs, Told
+from fedprune_server.devices.board_logs import BoardLogs, BoardReport
 from fedprune_server.web.demo_fleet import TrialFleet, write
 from fedprune_server.web.state.details import details, held
 from fedprune_server.web.state.logs import LATEST, OF_BOARD, BoardLogTap
@@ -140,7 +140,7 @@ def test_what_boards_tell_is_bounded_and_steers_nothing(tmp_path: Path) -> None:
         write(writer, *records)
         assert len(told.latest()) <= LATEST
         # What is on the disk may be another's doing.
-        told.hear(Told(1, "a", "line", -1.0, -1.0, STEERS, 0, STEERS * 100, {}))
+        told.hear(BoardReport(1, "a", "line", -1.0, -1.0, STEERS, 0, STEERS * 100, {}))
         (odd,) = told.take(5)
         write(writer, odd)
     found = view.board_log("a")

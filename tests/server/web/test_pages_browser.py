@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E
 from fedprune_server.web.demo_fleet import TrialFleet  # noqa: E402
 from fedprune_server.web.state import status  # noqa: E402
 from fedprune_server.web.state.order_queue import Order  # noqa: E402
-from fedprune_server.web.state.records import AlertStatus, JobStatus, LogLine, Record, Rollouts  # noqa: E402
+from fedprune_server.web.state.records import AlertStatus, LogLine, PublishedJob, Record, Rollouts  # noqa: E402
 from support.fakes.served_console import PASSWORD, Carried, ServedConsole  # noqa: E402
 
 pytestmark = pytest.mark.browser
@@ -46,9 +46,9 @@ class Fleet(TrialFleet):
         self.paused = False
         self.rollout = dict(super().rollouts().rows[0])
 
-    def job(self, name: str) -> JobStatus:
+    def job(self, name: str) -> PublishedJob:
         told = super().job(name)
-        return JobStatus(**{**vars(told), "paused": self.paused})
+        return PublishedJob(**{**vars(told), "paused": self.paused})
 
     def rollouts(self) -> Rollouts:
         return Rollouts((self.rollout,), ("release-12",)) if hasattr(self, "rollout") else super().rollouts()

@@ -16,7 +16,7 @@ from fedprune.core.errors import StorageError
 from fedprune_server.monitoring.monitor import Monitor
 from fedprune_server.terminal.log_lines import about
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.setup import ConsoleObserver, desks_of
+from fedprune_server.web.setup import ConsoleObserver, jobs_of
 from fedprune_server.web.state import rows
 from fedprune_server.web.state.order_handler import OrderHandler
 from fedprune_server.web.state.order_queue import INTERRUPTED, OrderQueue
@@ -38,7 +38,7 @@ class Console:
 
     def __init__(self, folder: Path, server: Any, air: Any, allowed: str = "all", **more: Any) -> None:
         self._air, clock = air, lambda: air.now
-        desks, holder, present = desks_of(server)
+        desks, holder, present = jobs_of(server)
         self.writer = StatusWriter(folder / FILE)
         jobs = ServedJobs([d.view for d in desks], holder, present)
         self.publisher = StatusPublisher(jobs, SITE, self.writer, clock=clock, monotonic=clock, **more)
@@ -47,7 +47,7 @@ class Console:
         handler = OrderHandler(self.queue, self.publisher, None, allowed)
         self.observer = ConsoleObserver(self.publisher, handler, None, clock)
         for desk in desks:
-            desk.onlookers.join(self.observer)
+            desk.observers.join(self.observer)
         self.view = FleetView(folder / FILE, clock=clock)
 
     def order(self, kind: str, until: float = 1e12, **what: Any) -> int:
@@ -258,7 +258,7 @@ def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path
             assert job["paused"]
             numbers.append(console.order("resume", job=JOB.name))
 
-    daemon.onlookers.each_turn(watching)
+    daemon.observers.each_turn(watching)
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     assert fleet.run().model == expected
     assert [(console.answer(n) or (False,))[0] for n in numbers] == [True, True]

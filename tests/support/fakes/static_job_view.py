@@ -12,7 +12,7 @@ FACTS = Facts(
 
 
 class StillJob:
-    """What an onlooker sees of it."""
+    """What an observer sees of it."""
 
     job = JOB
 

@@ -109,14 +109,14 @@ def test_a_blob_comes_through_where_larger_chunks_get_lost_and_the_next_one_at_o
 
 def test_a_message_that_the_broker_would_drop_is_refused_by_name(tmp_path: Path) -> None:
     link: Any = SimpleNamespace(publish=lambda *_: True)
-    roster: Any = SimpleNamespace(sent=lambda *_: None)
+    registry: Any = SimpleNamespace(sent=lambda *_: None)
     store = BlobStore(tmp_path, durable=False)
     ref = store.put(b"x")
     offer = Offer("job", 0, 0, 0, DIGEST, DIGEST, (1,) * 40_000, 2, ref, ref, ref, {})
 
     sharing = Sharing(store, Audience(State("0" * 64)))
-    Post(Line(link, TOPICS, "job"), roster, Downloads(Serve(store)), sharing).send("pi", offer, "job")
-    limited = Post(Line(link, TOPICS, "job", 65_536), roster, Downloads(Serve(store), 65_536), sharing)
+    Post(Line(link, TOPICS, "job"), registry, Downloads(Serve(store)), sharing).send("pi", offer, "job")
+    limited = Post(Line(link, TOPICS, "job", 65_536), registry, Downloads(Serve(store), 65_536), sharing)
     with pytest.raises(ProtocolError, match=r"offer: message is too long for the broker.*65024.*max_packet"):
         limited.send("pi", offer, "job")
 
@@ -146,9 +146,9 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
         for link in (server, board):
             stack.callback(link.close)
             link.start()
-        roster: Any = SimpleNamespace(sent=lambda *_: None)
+        registry: Any = SimpleNamespace(sent=lambda *_: None)
         post = Post(
-            Line(server, TOPICS, "job"), roster, Downloads(Serve(here)), Sharing(here, Audience(State("0" * 64)))
+            Line(server, TOPICS, "job"), registry, Downloads(Serve(here)), Sharing(here, Audience(State("0" * 64)))
         )
         outbox = Uplink(Connection(board, Channel("pi", TOPICS.site)), Serve(there))
         uploads = Uploads(here)

@@ -9,7 +9,7 @@ from functools import partial
 
 from fedprune.core.errors import StorageError
 from fedprune_server.storage.s3.bucket import Bucket
-from fedprune_server.storage.s3.retry import Patience, StoppedError
+from fedprune_server.storage.s3.retry import RetryPolicy, StoppedError
 
 
 class Deletions:
@@ -20,7 +20,7 @@ class Deletions:
         patience: How long a bucket is waited for that can't be used.
     """
 
-    def __init__(self, bucket: Bucket, patience: Patience) -> None:
+    def __init__(self, bucket: Bucket, patience: RetryPolicy) -> None:
         self._bucket = bucket
         self._patience = patience
         self._lock = threading.Lock()

@@ -6,7 +6,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune_server.storage.s3.store import BucketStore
 
 
-class Near(BlobStore):
+class LocalCopy(BlobStore):
     """What of a bucket's blobs lies in the folder: whoever may not wait for the bucket looks here.
 
     Args:
@@ -41,4 +41,4 @@ class Near(BlobStore):
 
 def near(store: BlobStore) -> BlobStore:
     """The blobs of a store that nobody has to wait for: of a bucket's, those in the folder."""
-    return Near(store) if isinstance(store, BucketStore) else store
+    return LocalCopy(store) if isinstance(store, BucketStore) else store

@@ -22,7 +22,7 @@ class StoppedError(StorageError):
     """The server ends while something waits for the bucket."""
 
 
-class Patience:
+class RetryPolicy:
     """Repeats what can't be done at the moment; from any thread.
 
     Attributes:

@@ -28,7 +28,7 @@ from fedprune.core.validation import is_digest
 from fedprune_server.storage.s3.bucket import Bucket
 from fedprune_server.storage.s3.deletions import Deletions
 from fedprune_server.storage.s3.layout import BLOBS, MODEL, OWNER, OWNER_LIMIT, Owner, digest_of
-from fedprune_server.storage.s3.retry import WRITE, Patience
+from fedprune_server.storage.s3.retry import WRITE, RetryPolicy
 
 log = logging.getLogger("fedprune.server")
 
@@ -88,7 +88,7 @@ class BucketStore(BlobStore):
 
     def _begin(self) -> None:
         self._lock = threading.RLock()
-        self.patience = Patience()
+        self.patience = RetryPolicy()
         self._deletions = Deletions(self.bucket, self.patience)
         self._news: dict[str, tuple[str, int]] = {}
 

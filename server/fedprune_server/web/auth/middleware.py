@@ -82,7 +82,7 @@ class _TooLongError(Exception):
     pass
 
 
-class Gate:
+class SecurityMiddleware:
     """Lets requests through to the application, with `session` (or None), `address` and `secure` in their state.
 
     Args:

@@ -77,7 +77,7 @@ def figures(view: JobView, name: str) -> tuple[dict[str, Any], ...]:
         if what == "round":
             parts = [number(foretold.get(f), 0.0, 1e15) for f in ("train_s", "transfer_s")]
             before = None if None in parts else sum(p for p in parts if p is not None)
-            after = number(view.roster[name].seconds, 0.0, 1e15)
+            after = number(view.registry[name].seconds, 0.0, 1e15)
         if before is not None or after is not None:
             rows.append({"what": what, "unit": unit, "predicted": before, "measured": after})
     return tuple(rows)

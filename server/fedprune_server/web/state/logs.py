@@ -12,7 +12,7 @@ from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.core.text import one_line
 from fedprune.core.validation import is_whole
 from fedprune.wire.topics import check_device
-from fedprune_server.devices.board_logs import CRASHES, Told, frames_of, read_logs
+from fedprune_server.devices.board_logs import CRASHES, BoardReport, frames_of, read_logs
 from fedprune_server.terminal.log_lines import said_about
 from fedprune_server.web.state.records import LEVELS, BoardLog, LogLine
 from fedprune_server.web.state.rows import number
@@ -70,7 +70,7 @@ class BoardLogTap:
         self._folder = folder
         self._new: deque[LogLine] = deque(maxlen=KEPT)
 
-    def hear(self, told: Told) -> None:
+    def hear(self, told: BoardReport) -> None:
         """Collect a line that has arrived; a crash is in the server's own log already."""
         if told.kind == "line":
             self._new.append(_line(told))
@@ -98,13 +98,13 @@ class BoardLogTap:
         return BoardLog(device, tuple(lines), tuple([_crash(t) for t in found if t.kind == "crash"][:CRASHES]))
 
 
-def _line(told: Told) -> LogLine:
+def _line(told: BoardReport) -> LogLine:
     times = f" ({told.count} times)" if told.count > 1 else ""
     text = f"crashed: {told.text}" if told.kind == "crash" else told.text
     return LogLine(max(0.0, told.received), _level(told), f"{one_line(text, _TEXT)}{times}", told.device, board=True)
 
 
-def _row(told: Told) -> dict[str, Any]:
+def _row(told: BoardReport) -> dict[str, Any]:
     return {
         "at": max(0.0, told.at),
         "received": max(0.0, told.received),
@@ -114,7 +114,7 @@ def _row(told: Told) -> dict[str, Any]:
     }
 
 
-def _crash(told: Told) -> dict[str, Any]:
+def _crash(told: BoardReport) -> dict[str, Any]:
     body = told.body
     return {
         "at": max(0.0, told.at),
@@ -131,7 +131,7 @@ def _crash(told: Told) -> dict[str, Any]:
     }
 
 
-def _level(told: Told) -> str:
+def _level(told: BoardReport) -> str:
     return told.level if told.level in LEVELS else "error"
 
 

@@ -20,7 +20,7 @@ from fedprune_server.monitoring.view import JobView
 from fedprune_server.web.state import rows
 from fedprune_server.web.state.details import coverage, details
 from fedprune_server.web.state.logs import BoardLogTap, LogTap
-from fedprune_server.web.state.records import AlertStatus, JobStatus, Record, Rollouts, Site
+from fedprune_server.web.state.records import AlertStatus, PublishedJob, Record, Rollouts, Site
 from fedprune_server.web.state.status import StatusWriter, encoded
 from fedprune_server.web.state.surroundings import Member, SurroundingsPoller
 
@@ -143,7 +143,7 @@ class StatusPublisher:
         """
         job = self._jobs.holder(device) or self._of.get(device)
         view = self._views[job] if job is not None else self._jobs.views[0]
-        if device not in view.state.devices and device not in view.roster.names:
+        if device not in view.state.devices and device not in view.registry.names:
             raise ProtocolError(f"no such device takes part: {device}")
         return view
 
@@ -206,7 +206,7 @@ class StatusPublisher:
                 self.add(rows.finished_round(name, summary, before, None))
                 before = summary["at"]
             self.changed(view.state.devices.keys())
-            self.changed(view.roster.names)
+            self.changed(view.registry.names)
         self.changed(self._poller.names)
         if self._boards is not None:
             self.add(*self._boards.latest())
@@ -228,7 +228,7 @@ class StatusPublisher:
     def _collect_records(self) -> None:
         self._add_changed("site", self._site_record())
         for name, view in self._views.items():
-            self.changed(view.roster.moved)
+            self.changed(view.registry.moved)
             self._add_changed(f"job {name}", _job(view))
         self.add(*(_alert(c.alert, c.closed_at) for c in self._alerts.changes()), *self.tap.take(_LINES))
         if self._boards is not None:
@@ -277,12 +277,12 @@ class StatusPublisher:
         if job is None or name not in self._views[job].state.devices:
             job = next((j for j, v in self._views.items() if name in v.state.devices), job)
         view = self._views[job] if job is not None else self._jobs.views[0]
-        known = name in view.state.devices or name in view.roster.names
+        known = name in view.state.devices or name in view.registry.names
         if not known and member is None:
             return None
         if job is not None:
             self._of[name] = job
-        contacts = [v.roster[name] for v in self._views.values()]
+        contacts = [v.registry[name] for v in self._views.values()]
         up = sum(c.up for c in contacts)
         before = self._seen.get(name)
         device, here = view.state.devices.get(name), self._jobs.present is not None and self._jobs.present(name)
@@ -306,13 +306,13 @@ class StatusPublisher:
 
 
 def _traffic(view: JobView) -> tuple[int, int]:
-    traffic = view.roster.traffic.values()
+    traffic = view.registry.traffic.values()
     return sum(down for down, _ in traffic), sum(up for _, up in traffic)
 
 
-def _job(view: JobView) -> JobStatus:
+def _job(view: JobView) -> PublishedJob:
     state = view.state
-    return JobStatus(
+    return PublishedJob(
         name=view.job.name,
         round=state.round,
         rounds=view.job.rounds,
@@ -324,7 +324,7 @@ def _job(view: JobView) -> JobStatus:
         model_digest=state.model,
         weight=view.weight(),
         parts={k.value: n for k, n in state.tasks.counts.items() if n},
-        parameters=view.roster.whole,
+        parameters=view.registry.whole,
     )
 
 

@@ -64,7 +64,7 @@ class Site(Record):
 
 
 @dataclass(frozen=True)
-class JobStatus(Record):
+class PublishedJob(Record):
     """A job's current state. `parts` counts the devices of the round by progress."""
 
     name: str

@@ -52,9 +52,9 @@ def device_row(
         now: When it was heard last; None if that is unknown.
         update: Its last report about the latest rollout's release.
     """
-    state, contact = view.state, view.roster[name]
+    state, contact = view.state, view.registry[name]
     device, task = state.devices.get(name), state.tasks.get(name)
-    shown = view.roster.row(name, view.pulled(name))
+    shown = view.registry.row(name, view.pulled(name))
     status = member.status
     online = here or bool(device is not None and device.online)
     doing = shown.state if not (shown.state == "offline" and here) else "not at this job"

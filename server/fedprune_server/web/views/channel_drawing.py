@@ -10,7 +10,7 @@ MOST_RANGES = 60
 
 
 @dataclass(frozen=True)
-class Map:
+class ChannelMap:
     """What a device holds of a group of channels.
 
     Attributes:
@@ -30,7 +30,7 @@ class Map:
     words: str
 
 
-def channels(group: str, kept: int, of: int, which: str | None) -> Map:
+def channels(group: str, kept: int, of: int, which: str | None) -> ChannelMap:
     """Lay out what a device holds of a group.
 
     Args:
@@ -42,10 +42,12 @@ def channels(group: str, kept: int, of: int, which: str | None) -> Map:
     """
     found = None if which is None else list(_runs(which, of))
     if found is None or sum(n for _, n in found) != kept:
-        return Map(group, kept, of, False, _path([(0, kept)] if kept else []), "")
+        return ChannelMap(group, kept, of, False, _path([(0, kept)] if kept else []), "")
     words = [f"{at}-{at + n - 1}" if n > 1 else str(at) for at, n in found[:MOST_RANGES]]
     more = len(found) - len(words)
-    return Map(group, kept, of, True, _path(found), ", ".join([*words, *([f"and {more} more ranges"] if more else [])]))
+    return ChannelMap(
+        group, kept, of, True, _path(found), ", ".join([*words, *([f"and {more} more ranges"] if more else [])])
+    )
 
 
 def _runs(which: str, of: int) -> Iterator[tuple[int, int]]:

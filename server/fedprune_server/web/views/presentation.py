@@ -13,7 +13,7 @@ from fedprune.report.chart import Chart, Strip, chart, strip
 from fedprune_server.web.paging import MAX_SIZE
 from fedprune_server.web.state.status import FleetView
 from fedprune_server.web.views import formatting as phrases
-from fedprune_server.web.views.channel_drawing import Map, channels
+from fedprune_server.web.views.channel_drawing import ChannelMap, channels
 
 AT_WORK = ("extracting", "offered", "training", "pulling", "stored")
 _OVER = ("folded", "refused")
@@ -77,7 +77,7 @@ def figures(details: Row | None) -> list[Row]:
     ]
 
 
-def channel_map(details: Row | None) -> list[Map]:
+def channel_map(details: Row | None) -> list[ChannelMap]:
     """What a device holds of each group of channels."""
     rows = () if details is None else details["widths"]
     return [channels(w["group"], w["kept"], w["of"], w["which"]) for w in rows]
