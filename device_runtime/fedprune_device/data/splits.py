@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedprune.core import durable
+from fedprune.core import atomic_file
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune_device.data.dataset import TEST_SHARE
@@ -54,13 +54,13 @@ def claimed(root: Path, shares: SplitShares) -> bytes:
         StorageError: The folder can't be written or read.
     """
     path, wanted = root / "set.json", asdict(shares)
-    body = durable.read_document(path)
+    body = atomic_file.read_document(path)
     if body is None:
         with storage_errors(f"can't write {root}"):
             root.mkdir(parents=True, exist_ok=True)
-        durable.sweep(root)
+        atomic_file.sweep(root)
         body = {"format": _FORMAT, "shares": wanted, "key": os.urandom(16).hex()}
-        durable.write_document(path, body)
+        atomic_file.write_document(path, body)
     if body.get("format") != _FORMAT:
         raise StorageError(f"{path} is of another version", expected=_FORMAT, got=body.get("format"))
     if body["shares"] != wanted:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.core import durable
+from fedprune.core import atomic_file
 from fedprune.core.errors import EngineError, ExitCode, FedpruneError
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.training import step_contract
@@ -80,14 +80,14 @@ def _make(order: BuildRequest) -> dict[str, Any]:
             known = b"" if order.timings is None else order.timings.read_bytes()
             voice, refittable = _Voice(), order.refittable
             made, known = build(found, complaints, graph, plan, refittable=refittable, timings=known, tell=voice)
-            durable.write(folder / "timing.cache", known)
-    durable.write(folder / "engine.plan", made)
+            atomic_file.write_whole(folder / "timing.cache", known, private=True)
+    atomic_file.write_whole(folder / "engine.plan", made, private=True)
     seconds = time.monotonic() - began
     engine = Engine(found, made)
     x = np.load(folder / "x.npy", allow_pickle=False)
     file = io.BytesIO()
     np.save(file, answers(engine, x))
-    durable.write(folder / "answers.npy", file.getvalue(), sync=False)
+    atomic_file.write_whole(folder / "answers.npy", file.getvalue(), sync=False, private=True)
     return {"seconds": seconds, "latency_s": _latency(engine, x[:1])}
 
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedprune.core import durable
+from fedprune.core import atomic_file
 from fedprune.core import validation as check
 from fedprune.core.disk import file_digest, locked, storage_errors
 from fedprune.core.errors import BusyError, ConfigError, EngineError, FedpruneError, StorageError, shown
@@ -117,7 +117,7 @@ class EngineCache:
             with storage_errors(f"can't write {self.work}"):
                 shutil.rmtree(self.work, ignore_errors=True)
                 self.work.mkdir(mode=0o700)
-            durable.sweep(self.root)
+            atomic_file.sweep(self.root)
             try:
                 yield
             finally:
@@ -137,10 +137,10 @@ class EngineCache:
         """
         with storage_errors(f"can't read {new}"):
             sha256 = file_digest(new)
-        durable.place(new, self.path(what))
+        atomic_file.place(new, self.path(what))
         if what == ENGINE:  # what ended a process was another, or has been made anew and tried since
-            durable.remove(self._marker)
-        durable.write_document(self._note(what), {**facts, "key": key, "sha256": sha256})
+            atomic_file.remove(self._marker)
+        atomic_file.write_document(self._note(what), {**facts, "key": key, "sha256": sha256})
 
     def read(self, what: str, key: str) -> tuple[bytes, dict[str, Any]]:
         """A file and its facts.
@@ -153,7 +153,7 @@ class EngineCache:
             EngineError: There is none, it is for something else, or it is damaged.
         """
         try:
-            note = durable.read_document(self._note(what))
+            note = atomic_file.read_document(self._note(what))
         except StorageError as error:
             raise EngineError(str(error)) from error
         path = self.path(what)
@@ -172,7 +172,7 @@ class EngineCache:
     def record(self, key: str) -> CachedEngine:
         """What is known of making engines for a key; what can't be read is not known."""
         try:
-            body = durable.read_document(self.root / "record.json")
+            body = atomic_file.read_document(self.root / "record.json")
             found = CachedEngine(key) if body is None else _checked(CachedEngine(**body))
         except (FedpruneError, TypeError) as error:
             _LOG.warning("what is known of making engines can't be read, going on without it: %s", error)
@@ -185,7 +185,7 @@ class EngineCache:
         Raises:
             StorageError: The disk fails or is full.
         """
-        durable.write_document(self.root / "record.json", asdict(record))
+        atomic_file.write_document(self.root / "record.json", asdict(record))
 
     @contextmanager
     def loading(self, sha256: str) -> Iterator[None]:
@@ -212,7 +212,7 @@ class EngineCache:
                 yield
                 return
             try:
-                before = durable.read_document(marker)
+                before = atomic_file.read_document(marker)
             except StorageError:
                 before = None
             if before is not None and before.get("sha256") == sha256:
@@ -220,11 +220,11 @@ class EngineCache:
                     "loading this engine ended the process before",
                     hint="Build it anew: `fedprune-device build-engine`.",
                 )
-            durable.write_document(marker, {"sha256": sha256})
+            atomic_file.write_document(marker, {"sha256": sha256})
             try:
                 yield
             finally:  # whatever went wrong, this process is still there
-                durable.remove(marker)
+                atomic_file.remove(marker)
 
     @property
     def _marker(self) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.core import durable
+from fedprune.core import atomic_file
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import EngineError, FedpruneError
 from fedprune.runtime.precision import PRECISIONS, graph_file, weights_file
@@ -235,13 +235,13 @@ class EngineSelector:
         shelf, work = self.shelf, self.shelf.work
         lowered = [weights_file(p) for p in PRECISIONS if graph_file(p) == self.plan.graph]
         for name in (self.plan.graph, WEIGHTS, *lowered):
-            durable.place(wanted.folder / name, work / name, sync=False)
+            atomic_file.place(wanted.folder / name, work / name, sync=False)
         with storage_errors(f"can't read {work / WEIGHTS}"):
             if file_digest(work / WEIGHTS) != wanted.weights:
                 raise EngineError("the model was replaced meanwhile")
         file = io.BytesIO()
         np.save(file, self._x)
-        durable.write(work / "x.npy", file.getvalue(), sync=False)
+        atomic_file.write_whole(work / "x.npy", file.getvalue(), sync=False, private=True)
         timings = None
         try:
             shelf.read(TIMINGS, place.timings)

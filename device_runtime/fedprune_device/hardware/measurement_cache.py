@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from fedprune.core.disk import write_whole
+from fedprune.core.atomic_file import write_whole
 from fedprune.core.errors import ProfileError, StorageError
 
 

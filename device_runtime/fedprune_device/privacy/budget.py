@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from fedprune.core import durable
+from fedprune.core import atomic_file
 from fedprune.core.errors import PrivacyError, StorageError
 from fedprune.privacy.accounting import epsilon
 from fedprune.privacy.gaussian_noise import GaussianNoise
@@ -46,7 +46,7 @@ class PrivacyBudget:
         self.floor: PrivacyPolicy | None = None
         self.cost, self.draws, self._marked = 0.0, 0, False
         try:
-            self._take(durable.read_document(self._path))
+            self._take(atomic_file.read_document(self._path))
         except StorageError as error:
             self._damage = str(error)
 
@@ -116,5 +116,5 @@ class PrivacyBudget:
         self.cost, self.draws, self._marked = cost, draws, True
 
     def _write(self, cost: float, draws: int) -> None:
-        durable.write_document(self._path, {"cost": float(cost), "draws": draws})
+        atomic_file.write_document(self._path, {"cost": float(cost), "draws": draws})
         self.cost, self.draws, self._marked = float(cost), draws, True

@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.atomic_file import place
 from fedprune.core.disk import locked, storage_errors, sync_folder, write_all
-from fedprune.core.durable import place
 from fedprune.core.errors import ReleaseError, StorageError, StorageFullError
 from fedprune.releases.release import MAX_FILE, Release, ReleaseFile, opened
 from fedprune.security.keys import VerifyingKey

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fedprune.core import durable, tensorfile
+from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ModelError, StorageError
 from fedprune.runtime.precision import FLOAT32, PRECISIONS, graph_file, served_files
@@ -126,7 +126,7 @@ class ModelSlots:
         for folder in (self._root, *(self._root / n for n in (*_NAMES, _STAGE))):
             with storage_errors(f"can't write {folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
-            durable.sweep(folder)
+            atomic_file.sweep(folder)
 
     @property
     def staging(self) -> Path:
@@ -149,11 +149,11 @@ class ModelSlots:
         """
         folder = self._root / _STAGE
         _clear(folder)
-        durable.place(inference, folder / GRAPH, sync=self._lasting)
+        atomic_file.place(inference, folder / GRAPH, sync=self._lasting)
         if isinstance(weights, Path):
-            durable.place(weights, folder / WEIGHTS, sync=self._lasting)
+            atomic_file.place(weights, folder / WEIGHTS, sync=self._lasting)
         else:
-            durable.write(folder / WEIGHTS, weights, sync=self._lasting)
+            atomic_file.write_whole(folder / WEIGHTS, weights, sync=self._lasting, private=True)
         return folder
 
     def install(self, record: Serving) -> Serving:
@@ -178,9 +178,9 @@ class ModelSlots:
         record = Serving(**{**asdict(record), "slot": slot})
         _clear(self._root / slot)
         for name in record.files:
-            durable.move(stage / name, self._root / slot / name)
+            atomic_file.move(stage / name, self._root / slot / name)
         rows = [record] + ([current] if current is not None else [])
-        durable.write_document(self._root / _POINTER, {"models": [asdict(r) for r in rows]})
+        atomic_file.write_document(self._root / _POINTER, {"models": [asdict(r) for r in rows]})
         return record
 
     def current(self) -> Serving | None:
@@ -244,7 +244,7 @@ class ModelSlots:
 
     def _rows(self) -> list[Serving]:
         try:
-            body = durable.read_document(self._root / _POINTER)
+            body = atomic_file.read_document(self._root / _POINTER)
             return [Serving.from_dict(row) for row in (body or {"models": []})["models"]]
         except StorageError as error:
             _LOG.warning("%s", error)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedprune.core import durable, tensorfile
+from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import FedpruneError, ModelError
 from fedprune.runtime.precision import (
@@ -118,11 +118,11 @@ class ReducedPrecision:
         """Make a precision's files in the folder; the model that they are if it may serve."""
         try:
             for name, raw in unpacked(kit, precision).items():
-                durable.write(folder / name, raw, sync=self._lasting)
+                atomic_file.write_whole(folder / name, raw, sync=self._lasting, private=True)
             raw = lowered_weights(
                 folder, precision, tensorfile.load(folder / WEIGHTS), data.x_train[:CALIBRATION_SAMPLES]
             )
-            durable.write(folder / weights_file(precision), raw, sync=self._lasting)
+            atomic_file.write_whole(folder / weights_file(precision), raw, sync=self._lasting, private=True)
             model = Predictor(folder / graph_file(precision), threads=self._threads)
             found = judge.hear(model)
             if found.refusal:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedprune.core import durable
+from fedprune.core import atomic_file
 from fedprune.core.errors import StorageError, shown
 
 FILE = "device.json"
@@ -64,7 +64,7 @@ class DirectoryOwner:
         """
         self.check(root)
         if _read(root) != asdict(self):
-            durable.write_document(root / FILE, asdict(self))
+            atomic_file.write_document(root / FILE, asdict(self))
 
 
 def check_unowned(root: Path) -> None:
@@ -84,7 +84,7 @@ def check_unowned(root: Path) -> None:
 
 def _read(root: Path) -> dict[str, object]:
     try:
-        return durable.read_document(root / FILE) or {}
+        return atomic_file.read_document(root / FILE) or {}
     except StorageError as error:
         _LOG.warning("%s: whose directory it is, is no longer known", error)
         return {}

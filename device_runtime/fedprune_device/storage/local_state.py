@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core import durable, tensorfile
+from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BundleError, StorageError
 from fedprune.model.element_mask import ElementMask
@@ -32,7 +32,7 @@ _FORMAT = "fedprune.own/1"
 _HEAD, _DIGEST = "record", "sha256"
 _FIELDS = ("job", "seed", "architecture", "selection", "ranking", "widths", "round")
 _SLOTS = ("a", "b")
-_STAGED = durable.TEMPORARY + "staged"
+_STAGED = ".staged.partial"
 """What a round has left while its result may still be dropped; a new process deletes it."""
 _JOB, _OTHERS = "job", "others"
 MOST_OTHERS = 3
@@ -260,7 +260,7 @@ class FolderStateStore:
         """
         with storage_errors(f"can't write {self._root}"):
             self._root.mkdir(parents=True, exist_ok=True)
-        durable.sweep(self._root)
+        atomic_file.sweep(self._root)
 
     def read(self) -> dict[str, bytes]:
         """See `StateStore`; a file that can't be read is as good as none."""
@@ -269,15 +269,15 @@ class FolderStateStore:
 
     def stage(self, record: bytes) -> None:
         """See `StateStore`."""
-        durable.write(self._root / _STAGED, record)
+        atomic_file.write_whole(self._root / _STAGED, record, private=True)
 
     def commit(self, neighbour: str | None) -> None:
         """See `StateStore`."""
         place = _free(neighbour)
-        durable.move(self._root / _STAGED, self._root / place)
+        atomic_file.move(self._root / _STAGED, self._root / place)
         for name in _SLOTS:
             if name not in (place, neighbour):
-                durable.remove(self._root / name)
+                atomic_file.remove(self._root / name)
 
     def turn_to(self, job: str, before: str = "") -> None:
         """Lay aside what is of another job, and take out what was laid aside of this one.
@@ -295,7 +295,7 @@ class FolderStateStore:
         before = (_content(marker) or b"").decode(errors="replace") or before or job
         if before != job:
             self._move(self._root, self._aside(before))
-            durable.write(marker, job.encode())
+            atomic_file.write_whole(marker, job.encode(), private=True)
         if self._aside(job).is_dir():
             self._move(self._aside(job), self._root)
         self._let_go()
@@ -320,7 +320,7 @@ class FolderStateStore:
                 target.mkdir(parents=True, exist_ok=True)
                 target.touch()
             for name in names:
-                durable.move(source / name, target / name)
+                atomic_file.move(source / name, target / name)
 
     def _let_go(self) -> None:
         """Delete what is of jobs that the board has not worked for for long."""
@@ -345,7 +345,7 @@ class FolderStateStore:
         """
         for path in self.paths():
             if path.exists():
-                durable.remove(path)
+                atomic_file.remove(path)
 
 
 def _free(neighbour: str | None) -> str:

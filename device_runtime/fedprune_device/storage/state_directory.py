@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core import durable
+from fedprune.core import atomic_file
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError, PrivacyError, ProtocolError, StorageError
 from fedprune.core.validation import is_whole
@@ -99,7 +99,7 @@ class DeviceStore:
         self.root = root
         self._clock = clock
         try:
-            durable.sweep(root)
+            atomic_file.sweep(root)
             self.blobs = BlobStore(root / "blobs")
             self.slots = ModelSlots(root / "serving")
             self.slots.prepare()
@@ -153,7 +153,7 @@ class DeviceStore:
         """
         number = max(self.session + 1, int(min(1000 * self._clock(), _LAST_TIME)))
         try:
-            durable.write_document(self.root / "session.json", {"number": number})
+            atomic_file.write_document(self.root / "session.json", {"number": number})
         except StorageError as error:
             _LOG.warning("can't keep the session number: %s", error)
             number = self.session + 1
@@ -200,7 +200,7 @@ class DeviceStore:
         Raises:
             StorageError: The disk fails.
         """
-        durable.remove(self.root / "offer.json")
+        atomic_file.remove(self.root / "offer.json")
         self.own.clear()
         self.task = None
 
@@ -212,7 +212,7 @@ class DeviceStore:
         """
         if not self.blobs.has(update.weights.sha256):
             raise StorageError("an update's weights are missing from the store")
-        durable.write_document(self.root / "pending.json", {"message": _body(update)})
+        atomic_file.write_document(self.root / "pending.json", {"message": _body(update)})
         self.pending = update
 
     def forget(self) -> None:
@@ -221,7 +221,7 @@ class DeviceStore:
         Raises:
             StorageError: The disk fails.
         """
-        durable.remove(self.root / "pending.json")
+        atomic_file.remove(self.root / "pending.json")
         self.pending = None
 
     def waiting(self, offer: Offer) -> messages.Update | None:
@@ -303,7 +303,7 @@ class DeviceStore:
             _LOG.warning("%s", error)
 
     def _set_task(self, task: Task) -> None:
-        durable.write_document(
+        atomic_file.write_document(
             self.root / "offer.json", {"message": _body(task.offer), "done": task.done, "donor": task.donor}
         )
         self.task = task
@@ -326,13 +326,13 @@ class DeviceStore:
             # Without its weights an update is nothing; the offer is still there, and trains to the same bits.
             _LOG.warning("the pending update is lost, its offer is trained again: %s", error)
             self.blobs.delete(update.weights.sha256)
-            durable.remove(self.root / "pending.json")
+            atomic_file.remove(self.root / "pending.json")
             return None
         return update
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            return durable.read_document(self.root / name)
+            return atomic_file.read_document(self.root / name)
         except StorageError as error:
             _LOG.warning("%s: going on without it", error)
             return None

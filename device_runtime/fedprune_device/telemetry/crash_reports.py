@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from fedprune import __version__
-from fedprune.core import durable
+from fedprune.core import atomic_file
 from fedprune.core.errors import FedpruneError, IdentityError, JoinError
 from fedprune.wire.log_messages import MAX_FRAMES, MAX_TEXT
 from fedprune_device.hardware.probe import memory, temperature_c
@@ -72,7 +72,7 @@ class CrashReports:
         """The crash that the server should hear of, if there is one: a `CrashReport`'s fields but for device and
         number."""
         try:
-            found = durable.read_document(self._folder / FILE)
+            found = atomic_file.read_document(self._folder / FILE)
         except FedpruneError:
             self.told()
             return None
@@ -86,7 +86,7 @@ class CrashReports:
     def told(self) -> None:
         """The server has it."""
         with contextlib.suppress(FedpruneError):
-            durable.remove(self._folder / FILE)
+            atomic_file.remove(self._folder / FILE)
 
     def exception(self, error: BaseException, cause: str = "exception") -> None:
         """Write down an exception that ends the service, or a thread of it."""
@@ -166,7 +166,7 @@ class CrashReports:
             "memory_total": found.get("memory_total") if isinstance(found.get("memory_total"), int) else None,
         }
         with contextlib.suppress(FedpruneError):  # with a disk that is full nothing can be kept
-            durable.write_document(self._folder / FILE, body)
+            atomic_file.write_document(self._folder / FILE, body)
 
     def _state(self) -> dict[str, Any]:
         total, free = memory()
@@ -181,17 +181,17 @@ class CrashReports:
         body = {**self._state(), "boot": self._boot(), "begun": int(self._begun)}
         body.pop("memory_available")  # of the end nothing is known
         with contextlib.suppress(FedpruneError):
-            durable.write_document(self._folder / MARK, body)
+            atomic_file.write_document(self._folder / MARK, body)
 
     def _unmark(self) -> None:
         with contextlib.suppress(FedpruneError):
-            durable.remove(self._folder / MARK)
+            atomic_file.remove(self._folder / MARK)
         with contextlib.suppress(OSError):
             (self._folder / FAULT).unlink(missing_ok=True)
 
     def _read_mark(self) -> dict[str, Any] | None:
         try:
-            found = durable.read_document(self._folder / MARK)
+            found = atomic_file.read_document(self._folder / MARK)
         except FedpruneError:
             return None
         return found if isinstance(found, dict) else None

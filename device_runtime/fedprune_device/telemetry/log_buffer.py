@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from fedprune.core import durable
+from fedprune.core import atomic_file
 from fedprune.core.errors import FedpruneError
 from fedprune.wire.log_messages import MAX_LINES, MAX_TEXT, BoardLines, LogEntry
 from fedprune_device.privacy.redaction import KEPT as WITHHELD
@@ -138,7 +138,7 @@ class LogBuffer(logging.Handler):
                 "lines": [_plain(x) for x in self._lines],
             }
         try:
-            durable.write_document(self._path, body)
+            atomic_file.write_document(self._path, body)
         except FedpruneError:  # saying so would be another line
             self._dirty = True
 
@@ -187,7 +187,7 @@ class LogBuffer(logging.Handler):
     def _load(self) -> None:
         """Take up what an earlier run left; a damaged file is as good as none."""
         try:
-            body = durable.read_document(self._path) or {}
+            body = atomic_file.read_document(self._path) or {}
             lines = BoardLines(self._device, tuple(body.get("lines", ())[:KEPT])).lines
             number, left = int(body.get("number", 0)), int(body.get("left_out", 0))
         except (FedpruneError, TypeError, ValueError, KeyError, AttributeError, OverflowError):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from fedprune.core import durable
+from fedprune.core import atomic_file
 from fedprune.core.errors import StorageError
 from fedprune.wire.offer import Offer
 from fedprune_device.storage.state_directory import DeviceStore
@@ -79,7 +79,7 @@ class OfflineTraining:
             StorageError: The disk fails or is full.
         """
         times = int(self._number("times")) + 1
-        durable.write_document(self._store.root / _RECORD, {"at": self._clock(), "times": times})
+        atomic_file.write_document(self._store.root / _RECORD, {"at": self._clock(), "times": times})
         shown = ", ".join(f"{k} {v:.4g}" for k, v in sorted(result.metrics.items()))
         _LOG.info("trained offline; %s serves (%s)", "the new model" if serves else "the old model", shown)
 
@@ -117,7 +117,7 @@ class OfflineTraining:
 
     def _number(self, name: str) -> float:
         try:
-            found = (durable.read_document(self._store.root / _RECORD) or {}).get(name)
+            found = (atomic_file.read_document(self._store.root / _RECORD) or {}).get(name)
         except StorageError as error:
             _LOG.warning("%s: going on without it", error)
             return 0

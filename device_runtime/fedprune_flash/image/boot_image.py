@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fedprune.core.disk import storage_errors, sync_folder
+from fedprune.core.atomic_file import appearing
 from fedprune.core.errors import ImageError, KitError, UsageError
 from fedprune_flash.image.board_setup import FirstBoot
 from fedprune_flash.image.ext4 import Ext4
@@ -96,21 +96,9 @@ def opened_image(
     if out.exists():
         raise UsageError(f"{out} is there already", hint="Name another file, or remove it.")
     packing(source)
-    partial = out.with_name(f".{out.name}.partial")
-    with storage_errors(f"can't write {out}"):
-        try:
-            partial.unlink(missing_ok=True)  # one that was left over may be open to others
-            partial.touch(mode=0o600 if private else 0o666, exist_ok=False)
-            with partial.open("r+b") as file:
-                unpack(source, file, progress)
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(out)
-            sync_folder(out.parent)
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+    with appearing(out, private=private) as partial, partial.open("w+b") as file:
+        unpack(source, file, progress)
+        yield file
 
 
 def examine(file: BinaryIO, scheme: Scheme | None = None, name: str = "the image") -> ImageContents:

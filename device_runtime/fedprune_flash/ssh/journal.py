@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from fedprune.core.disk import locked, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import locked
 from fedprune.core.errors import StorageError, remedy, shown
 
 DONE, BEGUN, REMOVED = "done", "begun", "removed"

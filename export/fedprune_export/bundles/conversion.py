@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 
 from fedprune.core import tensorfile
-from fedprune.core.disk import write_whole
+from fedprune.core.atomic_file import write_whole
 from fedprune.core.errors import BundleError, MissingExtraError, ModelError, UsageError, reason
 from fedprune.model.architecture import TensorKind
 from fedprune.runtime.bundle import WEIGHTS, Bundle

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune.core import tensorfile
+from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import whole_number
-from fedprune.core.disk import write_whole
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.core.text import quantity
 from fedprune.runtime.bundle import FILES, MANIFEST, WEIGHTS, Bundle, open_bundle

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import fedprune_export as fx
+from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import whole_number
-from fedprune.core.disk import write_whole
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.costs.kernel_workload import BLOCKS
 from fedprune.hardware import profile_store

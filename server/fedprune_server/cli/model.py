@@ -11,7 +11,7 @@ from fedprune.core.errors import ExitCode, UsageError
 
 def export_model(arguments: argparse.Namespace) -> int:
     """Write the global model of a state folder."""
-    from fedprune.core.disk import write_whole
+    from fedprune.core.atomic_file import write_whole
     from fedprune_export.bundles import conversion
     from fedprune_server.engine.state_directory import global_model, model_after
 

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import with_extra
-from fedprune.core.disk import storage_errors, write_whole
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, ExitCode, StorageError, UsageError, reason
 
 NAME = "fedprune-server.service"

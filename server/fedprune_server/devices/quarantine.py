@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_ref import LEAF
-from fedprune.core.disk import storage_errors, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
 from fedprune.wire.messages import MAX_WANT

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from fedprune.core.disk import storage_errors, sync_folder
+from fedprune.core.atomic_file import move
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
 from fedprune.core.text import quantity, some
 from fedprune.security.authority import CERTIFICATE, DEVICE_DAYS, SERVER, Authority
@@ -370,9 +370,7 @@ def load_signing_key(folder: Path, successions: Sequence[Succession], *, read_on
             hint="Restore both files from the same backup.",
         )
     if not read_only:
-        with storage_errors(f"can't write {path}"):
-            new.replace(path)
-            sync_folder(folder)
+        move(new, path)
     return successor
 
 

@@ -20,7 +20,8 @@ from tempfile import TemporaryDirectory
 
 from fedprune import __version__
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.disk import appearing, file_digest, locked, storage_errors, write_whole
+from fedprune.core.atomic_file import appearing, write_whole
+from fedprune.core.disk import file_digest, locked, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import CONSOLE, DATABASE, NAME, Entry, Manifest

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from fedprune.core.disk import write_whole
+from fedprune.core.atomic_file import write_whole
 from fedprune.core.validation import is_number
 
 FILE = "backed-up.json"

@@ -11,7 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
 
-from fedprune.core.disk import locked, storage_errors, sync_folder, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import locked, storage_errors, sync_folder
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.security.epoch import EpochFile
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY

@@ -19,7 +19,7 @@ from typing import Any
 from fedprune.coordination import Phase, State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.core.disk import write_whole
+from fedprune.core.atomic_file import write_whole
 from fedprune.core.errors import FedpruneError, reason
 from fedprune.core.text import amount
 from fedprune.jobs.schedule import SYNCHRONOUS

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune.coordination import State
-from fedprune.core.disk import storage_errors, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import storage_errors
 from fedprune_export.bundles.inference import WEIGHTS_FILE, inference_model
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.state import SimulationState, held

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.disk import locked, storage_errors, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, StorageError, shown
 from fedprune.wire.topics import check_name
 from fedprune_server.config.differences import differences

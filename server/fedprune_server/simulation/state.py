@@ -18,7 +18,8 @@ from typing import Any
 
 from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
-from fedprune.core.disk import locked, storage_errors, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune_server.executor.retention import texts
 from fedprune_server.simulation.results.round_notes import Notes

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sql
 
-from fedprune.core.disk import appearing
+from fedprune.core.atomic_file import appearing
 from fedprune.core.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
 from fedprune_server.storage.schema import META
 

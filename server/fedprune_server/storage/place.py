@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedprune.core.disk import storage_errors, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune_server.storage.database import check_url
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.core import durable
+from fedprune.core import atomic_file
 from fedprune.core.errors import EngineError
 from fedprune_device.engines.engine_cache import CachedEngine, EngineCache
 
@@ -44,13 +44,13 @@ def test_what_is_kept_is_known(record: CachedEngine) -> None:
     ],
 )
 def test_a_record_of_other_types_is_not_known(tmp_path: Path, body: dict[str, Any]) -> None:
-    durable.write_document(tmp_path / "record.json", {"key": "k", **body})
+    atomic_file.write_document(tmp_path / "record.json", {"key": "k", **body})
     assert EngineCache(tmp_path).record("k") == CachedEngine("k")
 
 
 @pytest.mark.parametrize("body", [{}, [], ["key"], "key", 1])
 def test_what_is_no_record_is_not_known(tmp_path: Path, body: Any) -> None:
-    durable.write_document(tmp_path / "record.json", body)
+    atomic_file.write_document(tmp_path / "record.json", body)
     assert EngineCache(tmp_path).record("k") == CachedEngine("k")
 
 
@@ -95,5 +95,5 @@ def test_loading_that_comes_to_an_end_leaves_no_marker(tmp_path: Path) -> None:
         process.communicate("")
         assert process.returncode == 0
     with EngineCache(tmp_path).loading("e" * 64):
-        assert durable.read_document(tmp_path / "loading.json") == {"sha256": "e" * 64}
+        assert atomic_file.read_document(tmp_path / "loading.json") == {"sha256": "e" * 64}
     assert not (tmp_path / "loading.json").exists()

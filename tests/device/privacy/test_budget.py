@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.core import durable, tensorfile
+from fedprune.core import atomic_file, tensorfile
 from fedprune.core.errors import ConfigError, DataError, DivergedError, ExitCode, PlanError, PrivacyError
 from fedprune.privacy.accounting import epsilon
 from fedprune.training.recipe import Recipe
@@ -81,7 +81,7 @@ def test_it_is_on_the_disk_before_noise_is_drawn(board: HiddenBoard, monkeypatch
 
 def test_without_its_count_there_is_no_update(board: HiddenBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     offer = board.offer(1, PRIVATE, SENT, graph="kept")
-    monkeypatch.setattr(durable, "write_document", lambda *_: 1 / 0)
+    monkeypatch.setattr(atomic_file, "write_document", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(board, offer)
 

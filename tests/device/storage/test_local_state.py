@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core import durable, tensorfile
+from fedprune.core import atomic_file, tensorfile
 from fedprune.core.errors import StorageError
 from fedprune.model.architecture import Axis, Segment
 from fedprune.model.element_mask import ElementMask
@@ -368,17 +368,17 @@ def test_a_death_at_any_point_of_turning_to_another_job_loses_nothing(tmp_path: 
         passed = [0]
 
         def dying(step: Any, passed: list[int] = passed, count: int = count) -> Any:
-            def call(*arguments: Any) -> Any:
+            def call(*arguments: Any, **options: Any) -> Any:
                 passed[0] += 1
                 if passed[0] == count:
                     raise KeyboardInterrupt
-                return step(*arguments)
+                return step(*arguments, **options)
 
             return call
 
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("move", "write"):
-                patch.setattr(durable, name, dying(getattr(durable, name)))
+            for name in ("move", "write_whole"):
+                patch.setattr(atomic_file, name, dying(getattr(atomic_file, name)))
             with contextlib.suppress(KeyboardInterrupt):
                 own.turn_to("two", "one")
                 own.turn_to("one")

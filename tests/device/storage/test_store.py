@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.core import durable, tensorfile
+from fedprune.core import atomic_file, tensorfile
 from fedprune.core.errors import ModelError, StorageError, StorageFullError
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
@@ -178,7 +178,7 @@ def test_a_directory_that_nobody_has_claimed_is_free(tmp_path: Path) -> None:
 
 
 def test_a_directory_of_an_earlier_version_has_a_device_and_gets_a_site(tmp_path: Path) -> None:
-    durable.write_document(tmp_path / "device.json", {"device": "attic"})
+    atomic_file.write_document(tmp_path / "device.json", {"device": "attic"})
     with pytest.raises(StorageError, match="got device attic"):
         DirectoryOwner("shed", "home").claim(tmp_path)
     DirectoryOwner("attic", "home").claim(tmp_path)

@@ -123,7 +123,7 @@ def same(one: Tensors, other: Tensors) -> bool:
 
 def times(board: Board) -> int:
     path = board.root / "state" / "alone.json"
-    return int(alone.durable.read_document(path)["times"]) if path.exists() else 0  # type: ignore[index]
+    return int(alone.atomic_file.read_document(path)["times"]) if path.exists() else 0  # type: ignore[index]
 
 
 def test_a_board_trains_on_while_its_server_is_away_and_then_goes_on_with_the_fleet(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedprune.core import tensorfile
-from fedprune.core.durable import read_document
+from fedprune.core.atomic_file import read_document
 from fedprune.core.errors import FedpruneError
 from fedprune.wire.log_messages import CrashReport
 from fedprune_device.api.address import Address

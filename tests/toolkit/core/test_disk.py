@@ -8,7 +8,8 @@ import stat
 import pytest
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.disk import locked, read_file, storage_errors, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import locked, read_file, storage_errors
 from fedprune.core.errors import BusyError, StorageError, StorageFullError
 
 pytestmark = pytest.mark.board

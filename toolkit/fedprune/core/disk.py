@@ -1,4 +1,4 @@
-"""The disk: writing to it, and what the operating system says about it in errors of ours."""
+"""Reading files, holding their locks, and errors of the operating system as ours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -155,54 +155,6 @@ def write_all(descriptor: int, data: bytes | memoryview, at: int = 0) -> None:
         view, at = view[written:], at + written
 
 
-def write_whole(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
-    """Replace a file's content: after a crash at any moment it has the old content or the new one.
-
-    Args:
-        path: The file.
-        data: The new content.
-        private: Whether only this user may read it, from its first byte on.
-
-    Raises:
-        StorageFullError: No room; the old content is untouched.
-        StorageError: The disk fails.
-    """
-    with appearing(path, private=private) as partial:
-        partial.write_bytes(data)
-
-
-@contextmanager
-def appearing(path: Path, *, private: bool = False) -> Iterator[Path]:
-    """Write a file so that it appears whole, and on the disk, or not at all.
-
-    Args:
-        path: Where it appears as the block ends; what was there before stays until then, and where the block fails.
-        private: Whether only this user may read it, from its first byte on.
-
-    Yields:
-        Where to write it; closed as the block ends.
-
-    Raises:
-        StorageFullError: No room; the old content is untouched.
-        StorageError: The disk fails.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    with storage_errors(f"can't write {path}"):
-        try:
-            if private:
-                partial.unlink(missing_ok=True)  # one that was left over may be open to others
-                os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            yield partial
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
-
-
 def file_digest(path: Path) -> str:
     """sha256 of a file as hex, read piece by piece.
 
@@ -216,14 +168,19 @@ def file_digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and deletions in a folder survive a power cut.
+def sync_file(path: Path) -> None:
+    """Make a file's content survive a power cut.
 
     Raises:
-        OSError: The folder can't be opened, or the disk fails.
+        OSError: The file can't be opened, or the disk fails.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and deletions in a folder survive a power cut."""
+    sync_file(folder)

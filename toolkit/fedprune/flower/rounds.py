@@ -15,7 +15,8 @@ import numpy.typing as npt
 from fedprune.aggregation.checks import check_counts, check_model
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
 from fedprune.core import tensorfile
-from fedprune.core.disk import is_there, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import is_there
 from fedprune.core.errors import FedpruneError, ProtocolError, StorageError
 from fedprune.flower.allocation import Share
 from fedprune.flower.presets import composed

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core import validation as check
-from fedprune.core.disk import file_digest, storage_errors, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ProtocolError, ReleaseError, SignatureError, shown
 from fedprune.core.text import one_line
 from fedprune.security.keys import SIGNATURE as SIGNATURE_BYTES

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedprune.core.disk import locked, storage_errors, sync_folder, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import locked, storage_errors, sync_folder
 from fedprune.core.errors import BundleError, StorageError, remedy, shown
 from fedprune.costs.kernel_workload import BLOCKS
 from fedprune.model.selection import Selection

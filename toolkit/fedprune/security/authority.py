@@ -30,7 +30,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from fedprune.core.disk import storage_errors, sync_folder, write_whole
+from fedprune.core.atomic_file import move, write_whole
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import IdentityError, ProtocolError, StorageError, shown
 from fedprune.security.certificates import (
     EPOCH,
@@ -480,9 +481,7 @@ def _signers(folder: Path, *, read_only: bool) -> tuple[Signer, ...]:
     if len(certificates) == 1 and len(keys) == 2 and latest == keys[1].public_key():
         keys = keys[1:]
         if not read_only:
-            with storage_errors(f"can't write {path}"):
-                new.replace(path)
-                sync_folder(folder)
+            move(new, path)
     if [k.public_key() for k in keys] != [c.public_key() for c in certificates]:
         raise IdentityError(
             f"{path} and {folder / CERTIFICATE} don't belong together", hint="Restore both from the same backup."

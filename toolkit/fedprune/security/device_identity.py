@@ -24,7 +24,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedprune.core.disk import storage_errors, sync_folder, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import storage_errors, sync_folder
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
 from fedprune.security.certificates import (
     issued_by,

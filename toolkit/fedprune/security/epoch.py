@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fedprune.core.disk import write_whole
+from fedprune.core.atomic_file import write_whole
 from fedprune.core.errors import StorageError, remedy
 from fedprune.core.validation import is_whole
 from fedprune.security.envelope import MAX_NUMBER

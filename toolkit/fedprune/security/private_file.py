@@ -6,7 +6,8 @@ import os
 import stat
 from pathlib import Path
 
-from fedprune.core.disk import appearing, storage_errors, write_whole
+from fedprune.core.atomic_file import appearing, write_whole
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import IdentityError, StorageError, remedy
 
 MAX_SECRET = 16 * 1024

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune.core.disk import storage_errors, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import IdentityError
 from fedprune.security.authority import SERVER
 from fedprune.security.certificates import make_request, make_tls_key, pem_of, tls_key_pem

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedprune.core.disk import storage_errors, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BrokerError, StorageError, reason
 from fedprune_server.config.alert_settings import OFF
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune import __version__
 from fedprune.coordination import State
-from fedprune.core.disk import storage_errors, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.metrics import AVERAGED, TRAINED, served
 from fedprune.core.text import quantity

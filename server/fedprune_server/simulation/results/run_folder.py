@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.disk import storage_errors, write_whole
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import storage_errors
 from fedprune_server.config.differences import differences
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.metrics_table import write_metrics

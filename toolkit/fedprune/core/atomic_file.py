@@ -2,73 +2,85 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.disk import storage_errors, sync_folder
+from fedprune.core.disk import storage_errors, sync_file, sync_folder
 from fedprune.core.errors import StorageError
 
-TEMPORARY = ".new-"
-"""How names of unfinished files begin; whoever opens a folder may delete what an earlier process left."""
+_PARTIAL = ".partial"
+"""`.name.partial` is a file that is being written; its path has one writer at a time."""
 
 
-def write(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Replace a file's content: after a crash at any moment it has the old content or the new one.
+@contextmanager
+def appearing(path: Path, *, private: bool = False, sync: bool = True) -> Iterator[Path]:
+    """Write a file so that it appears whole or not at all.
 
     Args:
-        path: The file.
-        data: The new content.
+        path: Where it appears as the block ends; what was there before stays until then, and where the block fails.
+        private: Whether only this user may read it, from its first byte on.
         sync: Whether that holds for power cuts, too.
+
+    Yields:
+        Where to write it; closed as the block ends.
 
     Raises:
         StorageFullError: No room; the old content is untouched.
         StorageError: The disk fails.
     """
-    with storage_errors(f"can't write {path}"), _temporary(path) as (descriptor, new):
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    with storage_errors(f"can't write {path}"):
+        try:
+            if private:
+                partial.unlink(missing_ok=True)  # one that was left over may be open to others
+                os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            yield partial
             if sync:
-                os.fsync(file.fileno())
-        new.replace(path)
+                sync_file(partial)
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
         if sync:
             sync_folder(path.parent)
+
+
+def write_whole(path: Path, data: bytes | memoryview, *, private: bool = False, sync: bool = True) -> None:
+    """Replace a file's content: after a crash at any moment it has the old content or the new one.
+
+    Arguments and errors are those of `appearing`.
+    """
+    with appearing(path, private=private, sync=sync) as partial:
+        partial.write_bytes(data)
 
 
 def place(source: Path, path: Path, *, sync: bool = True) -> None:
     """Put a file that never changes at a second path, as a hard link where the disk has them, else as a copy.
 
-    Args:
-        source: The file.
-        path: Where to.
-        sync: Whether it is whole after a power cut, too.
-
     Raises:
         StorageFullError: No room; what was at `path` is untouched.
         StorageError: The disk fails, or `source` is missing.
     """
-    with storage_errors(f"can't write {path}"), _temporary(path) as (descriptor, new):
-        os.close(descriptor)
-        new.unlink()
+    with appearing(path, sync=False) as partial:
+        partial.unlink(missing_ok=True)
         try:
-            os.link(source, new)
+            os.link(source, partial)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
                 raise
-            shutil.copyfile(source, new)
+            shutil.copyfile(source, partial)
             if sync:
-                with new.open("rb") as file:
-                    os.fsync(file.fileno())
-        new.replace(path)
-        if sync:
+                sync_file(partial)
+    if sync:
+        with storage_errors(f"can't write {path}"):
             sync_folder(path.parent)
 
 
@@ -102,7 +114,8 @@ def write_document(path: Path, body: dict[str, Any]) -> None:
         StorageError: The disk fails.
     """
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    write(path, json.dumps({"body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}).encode())
+    document = {"body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_whole(path, json.dumps(document).encode(), private=True)
 
 
 def read_document(path: Path) -> dict[str, Any] | None:
@@ -135,16 +148,5 @@ def sweep(folder: Path) -> None:
         StorageError: The disk fails.
     """
     with storage_errors(f"can't write {folder}"):
-        for path in folder.glob(f"{TEMPORARY}*"):
+        for path in folder.glob(f".*{_PARTIAL}"):
             path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
-    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
-    try:
-        yield descriptor, Path(name)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise
