@@ -1,4 +1,4 @@
-# make demo | test | test-arm64 | check | audit | docs | soak | first-boot | release | sbom | pins | clean
+# make demo | test | test-all | check | audit | docs | soak | first-boot | release | sbom | pins | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
@@ -20,24 +20,31 @@ PYTHON310 := $(shell for p in python3.10 $(HOME)/.pyenv/versions/3.10*/bin/pytho
 # that no core waits long for the others. ARGS="-n 0 -k name" runs a few without that.
 AT_ONCE := -n auto --dist loadfile --no-loadscope-reorder
 
-# Tests kill processes, never a machine: where eatmydata is installed they don't wait for the disk.
+# Tests kill processes, never a machine: where eatmydata is installed the processes that they start don't wait for the
+# disk either.
 UNSYNCED := $(shell command -v eatmydata)
 
-# A property is tried with no more examples than this at every push, and under Python 3.10 with no more than that; with all
-# of them by `make soak`.
+# Examples of each property: with `make test-all`, with `make test`, and under Python 3.10; `make soak` tries all.
 EXAMPLES := 10
+QUICK_EXAMPLES := 3
 BOARD_EXAMPLES := 5
 
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-dev test-board test-arm64 check audit docs soak first-boot release sbom pins clean
+.PHONY: environments demo test test-all test-dev test-board test-arm64 check audit docs soak first-boot release sbom pins clean
 
 demo: $(VENV)/installed
 	@echo "running the demo: about a minute"
 	@$(VENV)/bin/fedprune-server demo --out demo-run
 
-test: test-dev test-board
+# A few minutes: every test of less than about a second. Many wait for threads, so four run at once on two cores.
+test: $(DEV)/installed
+	FEDPRUNE_EXAMPLES=$(QUICK_EXAMPLES) $(UNSYNCED) $(DEV)/bin/pytest -n $$((2 * $$(nproc))) --dist loadfile --no-loadscope-reorder \
+		-m "not slow and not soak and not arm64" -q $(ARGS)
+
+# Everything but soak: the whole suite, boards' code under Python 3.10, and boards in an emulator.
+test-all: test-dev test-board test-arm64
 
 test-dev: $(DEV)/installed $(FLOWER)/installed
 	FEDPRUNE_EXAMPLES=$(EXAMPLES) $(UNSYNCED) $(DEV)/bin/pytest $(AT_ONCE) $(ARGS)

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+_SYSTEM = Path(__file__).parent / "system"
+
 
 def pytest_configure() -> None:
+    # Tests kill processes, never the machine: nothing has to reach the disk.
+    os.fsync = os.fdatasync = lambda descriptor: None
     if find_spec("hypothesis"):
         import hypothesis
 
@@ -22,6 +26,9 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if most := os.environ.get("FEDPRUNE_EXAMPLES"):
         _limit_examples(items, int(most))
+    for item in items:
+        if _SYSTEM in item.path.parents:
+            item.add_marker(pytest.mark.slow)
     if os.environ.get("FEDPRUNE_DATA"):
         return
     for item in items:

@@ -39,6 +39,7 @@ def test_examples_are_of_commands_that_exist() -> None:
     assert set(EXAMPLES) <= set(PARSERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for line in lines])
 def test_an_example_parses(line: str) -> None:
     prog, *words = shlex.split(line.partition(" >")[0])

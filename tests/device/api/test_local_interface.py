@@ -351,6 +351,7 @@ def test_status_and_health_say_what_serves(served: LocalBoard) -> None:
     assert served.board.healthy()
 
 
+@pytest.mark.slow
 def test_predictions_and_samples_go_on_while_a_round_is_trained(
     local: LocalBoard, graphs: Path, weights: dict[str, Any]
 ) -> None:

@@ -38,6 +38,7 @@ def promised() -> list[str]:
     return re.findall(r"^    ok    (.*)$", page, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_it_prints_what_the_page_promises(board: EngineBoard, bundle: Path) -> None:
     done = run(bundle)
     lines = done.stdout.splitlines()

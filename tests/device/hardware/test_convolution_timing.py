@@ -27,6 +27,7 @@ def test_forms_are_measured_on_this_machine() -> None:
     assert FormTimes.from_dict(json.loads(json.dumps(table.to_dict()))).rows[0][0] == shape
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_a_board_with_time_measures_every_shape() -> None:
     ticks = itertools.count()

@@ -45,6 +45,7 @@ def python(tmp_path: Path, script: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_probe_measures_this_machine() -> None:
     report = probe(seconds=0.1, layer_seconds=2.0, form_seconds=0.1)
     assert report.cores == len(os.sched_getaffinity(0))
@@ -75,6 +76,7 @@ def test_a_probe_apart_leaves_this_processs_peak_memory_as_it_is(made_by: str, k
     assert (float(done.stdout) < 10e6) is kept
 
 
+@pytest.mark.slow
 def test_a_probe_apart_keeps_what_it_measured(tmp_path: Path) -> None:
     file = tmp_path / "layer_times.json"
     report = probe_apart(seconds=0.05, layer_seconds=0.5, form_seconds=0.1, memory_file=file)
@@ -118,6 +120,7 @@ def test_layers_are_measured_by_the_given_clock() -> None:
     assert len(found) == 2 * len(LayerNets().points)
 
 
+@pytest.mark.slow
 def test_a_slow_board_measures_everything_where_there_is_time() -> None:
     ticks = itertools.count()
     found = measure(seconds=1e6, clock=lambda: float(next(ticks)))

@@ -149,6 +149,7 @@ def operations(board: Board) -> list[str]:
 
 
 # How a trial fails makes little difference to what a cut can do: one fault at every push, the others soak.
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EACH_KIND)
 @pytest.mark.parametrize(
     "how",

@@ -159,6 +159,7 @@ def test_what_is_wrong_with_both_graphs_is_refused(fleet: Fleet, here: Here) -> 
     assert not fleet.server.updates
 
 
+@pytest.mark.slow
 def test_a_round_that_was_cut_off_goes_on_with_another_processor(fleet: Fleet, here: Here) -> None:
     recipe = Recipe(epochs=300, batch_size=1, lr=1e-4)
     here(16)

@@ -188,6 +188,7 @@ def test_an_update_that_waits_is_kept_and_handed_in_as_it_was(
     assert same(board.server.result(1), expected(graphs, weights, data, 1))
 
 
+@pytest.mark.slow
 def test_an_offer_ends_training_alone(board: Board, soon: None) -> None:
     board.server.plan = [board.server.offer(1, Recipe(epochs=600, batch_size=1, lr=1e-5))]
 

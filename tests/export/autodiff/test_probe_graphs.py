@@ -24,6 +24,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["probe_training.onnx", "probe_inference.onnx", *[f"blocks_{b}.onnx" for b in (4, 8, 16)]]
 )

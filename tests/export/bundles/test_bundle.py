@@ -42,6 +42,7 @@ def files(lenet: Model, half: Selection) -> dict[str, bytes]:
     return bundle_files(lenet, half, Recipe())
 
 
+@pytest.mark.slow
 def test_a_bundle_computes_what_the_cut_graph_computes(
     lenet: Model, half: Selection, files: dict[str, bytes], tmp_path: Path
 ) -> None:

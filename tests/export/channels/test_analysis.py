@@ -112,6 +112,7 @@ def test_cut_equals_what_torch_pruning_cuts(imported: Imported, name: str) -> No
     assert distance(outputs(cut(model, selection), x), expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.NETS)
 def test_layers_count_the_weights_of_the_module(imported: Imported, name: str) -> None:
     model, module = imported(name), zoo.make(name)

@@ -172,6 +172,7 @@ def test_a_torch_factory_gives_the_same_bundle(lenet_file: Path, tmp_path: Path)
         assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "factory" / name).read_bytes()
 
 
+@pytest.mark.slow
 @zoo.needs_timm
 def test_a_network_of_timm_is_exported_by_name(tmp_path: Path) -> None:
     assert export("timm:test_resnet", tmp_path / "b", "--input-shape", "3,32,32", "--density", "0.5") == ExitCode.OK

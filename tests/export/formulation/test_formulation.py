@@ -114,6 +114,7 @@ def test_a_step_is_that_of_the_graph_for_all_widths(net: type[nn.Module], densit
     assert max(nearest.values()) <= NEAR, nearest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forms", FORMS[-1:], ids=str)
 @pytest.mark.parametrize("net", [SmoothMobileNet, resnet20_bn])
 def test_a_scaled_step_is_that_of_the_graph_for_all_widths(net: type[nn.Module], forms: Forms) -> None:
@@ -140,6 +141,7 @@ class ReadTwice(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forms", FORMS, ids=str)
 def test_what_others_read_stays_as_it_is(forms: Forms) -> None:
     torch.manual_seed(0)
@@ -172,6 +174,7 @@ class FarFromZero(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forms", FORMS, ids=str)
 @pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
 def test_a_mean_far_from_zero_costs_no_digits(mean: float, forms: Forms) -> None:
@@ -266,6 +269,7 @@ def test_gradients_of_kernels_of_one_place(
     assert max(nearest.values()) <= NEAR, nearest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forms", FORMS[-1:] or FORMS, ids=str)
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
 def test_a_loop_is_that_of_the_graph_for_all_widths(layer: type[nn.RNNBase], forms: Forms) -> None:
@@ -441,6 +445,7 @@ def test_without_operators_in_blocks_there_are_none(monkeypatch: pytest.MonkeyPa
         blocks.measured_block.cache_clear()
 
 
+@pytest.mark.slow
 def test_standard_operators_alone_are_what_no_block_means() -> None:
     model = import_onnx(export_torch(resnet20_bn()), "net")
     graph = training_graph(model, Features(), widths=model.architecture.sizes)

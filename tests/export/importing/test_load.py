@@ -441,6 +441,7 @@ def test_double_precision_is_refused() -> None:
         import_onnx(graph.to_bytes(), "net")
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_another_process_finds_the_same_architecture(tmp_path: Path) -> None:
     """A server imports the stored file again after a restart."""

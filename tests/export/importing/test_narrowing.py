@@ -57,6 +57,7 @@ def imported(module: nn.Module) -> Model:
     return import_onnx(export_torch(module), "net")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [nets.lenet, nets.resnet20_bn, nets.concat_net, lambda: nets.seeded(Mixed())],
                          ids=["lenet", "resnet20", "concat", "mixed"])  # fmt: skip
 def test_it_computes_what_the_cut_graph_computes(make) -> None:  # type: ignore[no-untyped-def]

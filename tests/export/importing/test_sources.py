@@ -184,6 +184,7 @@ def test_identifiers_as_input(example: bool) -> None:
     assert (drawn.min(), drawn.max()) == (0, 36)
 
 
+@pytest.mark.slow
 @zoo.needs_timm
 def test_a_network_of_timm_by_name() -> None:
     model = load("timm:mobilenetv3_small_050", input_shape=(1, 32, 32))
@@ -195,6 +196,7 @@ def test_a_network_of_timm_by_name() -> None:
     assert timm_name("no_such_network") == timm_name("models/resnet18.onnx") == timm_name("nets:lenet") == ""
 
 
+@pytest.mark.slow
 @zoo.needs_timm
 @pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
 def test_networks_of_timm_load_without_torchvision(tmp_path: Path, broken: bool) -> None:

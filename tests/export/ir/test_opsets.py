@@ -124,6 +124,7 @@ class Everything(nn.Module):
         return self.fc(h.mean(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 21, 23])
 def test_what_torch_exports_at_any_opset_is_the_same_graph(opset: int) -> None:
     torch.manual_seed(0)

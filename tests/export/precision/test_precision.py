@@ -131,6 +131,7 @@ def operators(path: Path, optimised: Path) -> Counter[str]:
     return Counter(n.op_type for n in onnx.load(optimised, load_external_data=False).graph.node)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", NETS)
@@ -175,6 +176,7 @@ def test_norms_behind_layers_are_gone_and_others_stay(name: str, left: int) -> N
     assert sum(n.op_type == "BatchNormalization" for n in graph.node) == left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["normalizer_free", "conv_mixer", "shufflenet_v2", "group_norm_resnet"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_follows_from_weights_alone_is_prepared(name: str, precision: str, tmp_path: Path) -> None:

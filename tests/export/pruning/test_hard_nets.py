@@ -81,6 +81,7 @@ def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
     return import_onnx(exported(name), name, prefer=prefer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(hard_nets.NETS))
 def test_the_import_computes_what_torch_computes(name: str) -> None:
     model = imported(name)

@@ -54,6 +54,7 @@ def test_every_width_answers_like_the_narrowest(imported: Imported, name: str) -
     assert distance(outputs(cut(given, first_channels(given, 0.25)), x), whole) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.NETS)
 def test_only_weights_of_pairs_that_wider_models_alone_have_are_silent(imported: Imported, name: str) -> None:
     model = imported(name)
@@ -145,6 +146,7 @@ def described(net: nn.Module) -> Model:
     return import_onnx(export_torch(net), "net")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nets.VGG11, nets.ResNet20, nets.ConcatNet])
 @pytest.mark.parametrize("steps", [0, 1])
 def test_normalisations_tell_whether_a_model_was_just_made(kind: Any, steps: int) -> None:
@@ -162,6 +164,7 @@ def test_a_model_without_normalisations_does_not_count_as_just_made(steps: int) 
     assert not just_made(model.architecture, model.tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "made"), [(0.0, True), (0.5, False)])
 def test_blocks_may_begin_as_if_they_were_not_there(scale: float, made: bool) -> None:
     net = fresh(nets.ResNet20)
@@ -172,6 +175,7 @@ def test_blocks_may_begin_as_if_they_were_not_there(scale: float, made: bool) ->
     assert just_made(model.architecture, model.tensors) is made
 
 
+@pytest.mark.slow
 def test_trained_statistics_alone_tell_that_a_model_was_trained() -> None:
     net = fresh(nets.ResNet20).train()
     net(torch.randn(4, 3, 32, 32))

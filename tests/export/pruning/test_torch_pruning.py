@@ -150,6 +150,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
 def test_groups_are_the_same(name: str) -> None:
     module = MODELS[name].make()
@@ -167,6 +168,7 @@ def test_a_cut_computes_what_a_physically_pruned_network_computes(name: str) -> 
     assert distance(outputs(cut(model, selection), x), expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_differences_are_the_known_ones(name: str) -> None:
     module, known = MODELS[name].make(), DIFFERENT[name]
@@ -237,6 +239,7 @@ def test_lost_heads_are_heads_that_nobody_reads(name: str, projection: str) -> N
     assert distance(outputs(cut(model, selection), x), outputs_of(module, x)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_torch_pruning_cannot_analyse_we_can(name: str) -> None:
@@ -245,6 +248,7 @@ def test_what_torch_pruning_cannot_analyse_we_can(name: str) -> None:
     assert whole_models.imported(name).architecture.groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNSEEN)
 def test_channels_that_torch_pruning_does_not_list(name: str) -> None:
     module = MODELS[name].make()

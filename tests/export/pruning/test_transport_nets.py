@@ -23,6 +23,7 @@ ALIKE = ("lenet", "vgg11_bn", "resnet20_bn", "concat_net", "conv_mixer", "squeez
 OTHERS = ("vision_transformer", "tied_language_model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ALIKE, *OTHERS])
 def test_submodels_and_updates_have_the_shapes_that_are_asked_for(name: str) -> None:
     model = whole_models.imported(name)

@@ -33,6 +33,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_the_import_computes_what_the_module_computes(name: str) -> None:
     """In float64: this also shows that the oracle of gradients runs graphs rightly."""

@@ -85,6 +85,7 @@ def most(graph: Graph, sizes: dict[str, int]) -> int:
     return max(live_bytes(execution_order(graph), sizes, [p.name for p in graph.outputs]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("density", [1.0, 0.5])
 @pytest.mark.parametrize("blocks", [False, True])
@@ -143,6 +144,7 @@ def most_work(models: dict[str, Model], whole: tuple[Graph, tuple[int, ...], Ten
     return work
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(share=st.floats(0.3, 1.2), batch=st.sampled_from([1, 5, 16]))
 def test_no_more_is_computed_again_than_the_limit_needs(
@@ -163,6 +165,7 @@ def test_no_more_is_computed_again_than_the_limit_needs(
     assert found.work <= most_work(batch) + 1e-9
 
 
+@pytest.mark.slow
 def test_a_limit_is_kept_or_refused(models: dict[str, Model]) -> None:
     model = models["batch"]
     graph, widths, _ = written(model, 1.0, None)
@@ -191,6 +194,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_a_real_process_takes_less(models: dict[str, Model], tmp_path: Path) -> None:
     model = models["group"]

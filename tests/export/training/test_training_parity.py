@@ -43,6 +43,7 @@ FLOOR = 1e-6
 """A relative distance that counts as none."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", [1.0, 0.5])
 @pytest.mark.parametrize("name", NETS)
 def test_one_step_is_as_exact_as_torchs(name: str, density: float, imported: Callable[[str], Model]) -> None:

@@ -142,6 +142,7 @@ def test_a_kit_that_must_be_signed_is_refused_without_a_signature(make_kit: Make
     assert error.value.got == "no signature"
 
 
+@pytest.mark.slow
 def test_a_kit_is_taken_from_its_server_and_from_that_servers_earlier_keys_alone(
     make_kit: MakeKit, tmp_path: Path
 ) -> None:

@@ -433,6 +433,7 @@ def test_a_board_follows_its_server_to_a_new_key(make_kit: MakeKit, tmp_path: Pa
     assert serving(root) == KitFolder(kit).runtime
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_the_power_may_fail_while_a_board_changes_its_server(
     kit: Path, tmp_path: Path, wheels: Path, kind: str, make_kit: MakeKit
@@ -683,6 +684,7 @@ def with_service(root: Path) -> Path:
     return root / "run/up"
 
 
+@pytest.mark.slow
 def test_a_kit_that_fails_leaves_a_board_running(make_kit: MakeKit, tmp_path: Path, crashing: Path) -> None:
     root = tmp_path / "root"
     up = with_service(root)
@@ -755,6 +757,7 @@ def test_an_installer_that_is_told_to_end_leaves_a_board_running(
     assert up.exists()
 
 
+@pytest.mark.slow
 def test_a_service_that_was_down_stays_down_when_a_kit_fails(make_kit: MakeKit, tmp_path: Path, crashing: Path) -> None:
     root = tmp_path / "root"
     up = with_service(root)
@@ -764,6 +767,7 @@ def test_a_service_that_was_down_stays_down_when_a_kit_fails(make_kit: MakeKit, 
     assert not up.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_the_power_may_fail_while_a_claim_is_overwritten(kit: Path, tmp_path: Path, kind: str) -> None:
     root, cut = tmp_path / "root", tmp_path / "cut"
@@ -784,6 +788,7 @@ def test_the_power_may_fail_while_a_claim_is_overwritten(kit: Path, tmp_path: Pa
         shutil.rmtree(cut)
 
 
+@pytest.mark.slow
 def test_a_release_of_the_server_stays_though_the_launchers_state_is_lost(
     make_kit: MakeKit, tmp_path: Path, wheels: Path
 ) -> None:

@@ -309,6 +309,7 @@ def test_only_a_job_that_is_interrupted_ends_with_the_code_for_it(
     assert (f"stopped: the same command goes on with what {state} holds" in capsys.readouterr().out) is not finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stays", [True, False])
 def test_a_server_whose_job_is_finished_says_what_next(
     state: Path, stays: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -409,6 +410,7 @@ def test_settings_are_wrong_before_another_server_is_asked_to_end(
     assert not asked
 
 
+@pytest.mark.slow
 def test_two_servers_do_not_share_a_folder(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with StateFolder(state):
         assert main(["run", "--insecure", "--state", str(state)]) == ExitCode.STORAGE

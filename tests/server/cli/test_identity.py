@@ -239,6 +239,7 @@ def test_a_state_folder_without_identity_says_what_to_do(tmp_path: Path, capsys:
     assert "fedprune-server init" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_signing_key_is_replaced_while_no_server_runs(state: str, tmp_path: Path, capsys: Captured) -> None:
     def shown() -> str:
         assert main(["identity", "--state", state]) == ExitCode.OK
@@ -260,6 +261,7 @@ def test_the_signing_key_is_replaced_while_no_server_runs(state: str, tmp_path: 
     assert stat.S_IMODE((Path(state) / "identity" / "signing.key").stat().st_mode) == 0o600
 
 
+@pytest.mark.slow
 def test_the_authority_is_replaced_in_two_steps(state: str, tmp_path: Path, capsys: Captured) -> None:
     def run(action: str, *more: str) -> tuple[int, str]:
         code = main(["identity", action, "--state", state, *more])

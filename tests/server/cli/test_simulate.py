@@ -307,6 +307,7 @@ def test_the_demo_s_claims_are_not_made_for_other_fleets(config, tmp_path, capsy
         assert "FAIL" not in text
 
 
+@pytest.mark.slow
 def test_the_demo_s_claims_are_judged_after_rounds_enough(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     for enough, judged in ((1, True), (2, False)):  # the second only judges: all rounds are done

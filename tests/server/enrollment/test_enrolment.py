@@ -185,6 +185,7 @@ def test_insecure_and_a_broker_of_a_fleet_with_an_identity_exclude_each_other(tm
         pass
 
 
+@pytest.mark.slow
 def test_an_answer_of_another_server_is_not_believed(server: Server, tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path / "other", "lab") as other:
         claim = other.claim(None, 3600)
@@ -279,6 +280,7 @@ class Stranger:
 
 
 # paho leaves the socket of a failed handshake to the garbage collector.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("who", ["new", "with an authority", "member"])
 def test_a_stranger_hears_no_password_whoever_asks(server: Server, tmp_path: Path, who: str) -> None:

@@ -67,6 +67,7 @@ def extracts(worker: Worker) -> list[do.Extract]:
     return [do.Extract(basis, do.Part(n, 1, widths[n], d, 10, None)) for n, d in DENSITIES.items()]
 
 
+@pytest.mark.slow
 def test_helpers_make_the_same_offers(worker: Worker, crew: DistributedWorker) -> None:
     orders = extracts(worker)
     crew.expect([do.Wake(1.0), *orders])
@@ -76,6 +77,7 @@ def test_helpers_make_the_same_offers(worker: Worker, crew: DistributedWorker) -
     assert all(worker.store.has(g) for g in crew.graphs())
 
 
+@pytest.mark.slow
 def test_offers_that_helpers_made_have_slabs_too(model: Model, tmp_path: Path) -> None:
     sliced = Worker(JOB, model, BlobStore(tmp_path / "blobs", durable=False), slabs=True)
     assert sliced._slabs is not None
@@ -99,6 +101,7 @@ def test_graphs_of_earlier_rounds_are_let_go_of(worker: Worker, crew: Distribute
     assert crew.graphs() & set(found) == set(found[1:])
 
 
+@pytest.mark.slow
 def test_graphs_that_the_worker_itself_has_made_are_let_go_of_like_those_of_helpers(
     worker: Worker, crew: DistributedWorker
 ) -> None:
@@ -113,6 +116,7 @@ def test_graphs_that_the_worker_itself_has_made_are_let_go_of_like_those_of_help
     assert crew.graphs() == {event.offer[name]["sha256"] for name in ("training", "inference")}
 
 
+@pytest.mark.slow
 def test_what_a_helper_makes_again_is_in_the_bucket_again(model: Model, at_s3: S3, tmp_path: Path) -> None:
     store = BucketStore(tmp_path / "blobs", f"s3://{at_s3.bucket()}/job")
     worker = Worker(JOB, model, store)
@@ -129,6 +133,7 @@ def test_what_a_helper_makes_again_is_in_the_bucket_again(model: Model, at_s3: S
     store.close()
 
 
+@pytest.mark.slow
 def test_what_was_expected_otherwise_is_done_as_ordered(worker: Worker, crew: DistributedWorker) -> None:
     order = extracts(worker)[0]
     crew.expect([order])
@@ -146,6 +151,7 @@ def test_an_error_is_the_workers_own(worker: Worker, crew: DistributedWorker) ->
         crew.execute(lost)
 
 
+@pytest.mark.slow
 def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: DistributedWorker) -> None:
     orders = extracts(worker)
     crew.expect(orders)
@@ -224,6 +230,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_simulation_with_helpers_gives_the_same_models(model: Model, tmp_path: Path) -> None:
     names = tuple(DENSITIES)
     federation = deal(names, seed=0)

@@ -99,6 +99,7 @@ def _answers(parent: int, address: str, settings: Settings, probe: str, connecti
     connection.recv()  # until it is ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["gone", "garbled"])
 def test_whoever_waits_for_a_cluster_that_goes_is_told(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
@@ -125,6 +126,7 @@ def _is_silent(parent: int, address: str, settings: Settings, probe: str, connec
     connection.recv()
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_does_not_wait_for_a_cluster_that_it_is_reaching(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +147,7 @@ def _does(parent: int, address: str, settings: Settings, probe: str, connection:
         connection.send("as it should")
 
 
+@pytest.mark.slow
 def test_a_task_that_can_not_be_handed_on_fails_alone(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +315,7 @@ def test_a_machine_that_does_not_see_the_blobs_is_named(
                 RayPool(f"ray:{cluster.address}", w)
 
 
+@pytest.mark.slow
 def test_a_server_says_what_is_wrong_and_ends(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
     (tmp_path / "model.onnx").write_bytes(digits_model())

@@ -151,6 +151,7 @@ def places(server: Leadership) -> list[tuple[str, bool]]:
     return [(Path(c.folder).name, c.leads) for c in server.candidates()]
 
 
+@pytest.mark.slow
 def test_a_server_knows_who_else_was_started_and_who_replaced_it(lab: Lab) -> None:
     first, _, _ = serving(lab, "first")
     assert lab.server("doctor", looks_only=True)[0].others()

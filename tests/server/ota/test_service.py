@@ -371,6 +371,7 @@ class CrashError(Exception):
     """The daemon dies."""
 
 
+@pytest.mark.slow
 def test_a_crash_at_any_message_loses_none(tmp_path: Path, release: Path) -> None:
     count = 0
     for at in range(1, 40):

@@ -112,6 +112,7 @@ def close_to(found: Tensors, expected: dict[str, Any]) -> None:
         np.testing.assert_allclose(found[name], value, rtol=0, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_buffer_of_everybody_is_fedavg_bit_for_bit(run: Build) -> None:
     options = {"buffer": 3, "staleness": "constant", "weighting": "samples"}
     assert run("fedbuff", rounds=2, options=options).models == run("fedavg", rounds=2).models
@@ -135,6 +136,7 @@ def test_fedasync_mixes_one_update_at_a_time(run: Build) -> None:
     assert fast.count("jetson-orin-nano") > fast.count("raspberry-pi-zero-2w")
 
 
+@pytest.mark.slow
 def test_fedbuff_moves_by_the_mean_of_stale_moves(run: Build) -> None:
     """w ← w + η·(1/K)·Σ s(k_i)·(w_i − w_sent)."""
     found = run("fedbuff", rounds=6, options={"buffer": 2, "rate": 0.8})
@@ -151,6 +153,7 @@ def test_fedbuff_moves_by_the_mean_of_stale_moves(run: Build) -> None:
     assert any(close.round > c.basis.round for close in found.closes for c in close.contributions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options", "rate", "beta"),
     [
@@ -175,6 +178,7 @@ def test_stale_moves_enter_the_server_s_velocity(
     assert any(close.round > c.basis.round for close in found.closes for c in close.contributions)
 
 
+@pytest.mark.slow
 def test_fedfix_weighs_by_how_many_windows_a_device_takes(run: Build) -> None:
     """w ← w + η·Σ ceil(τ_i / Δt)·p_i·(w_i − w_sent), p_i = 1/M."""
     found = run("fedfix", rounds=9, options={"window_s": 0.1, "rate": 0.9})
@@ -216,6 +220,7 @@ PR_FL = {"interval": 2, "window_s": 0.1, "patience": 1, "floor": 0.2}
 IN_STEP = {"interval": 2, "patience": 1, "floor": 0.2, "synchronous": True}
 
 
+@pytest.mark.slow
 def test_pr_fl_is_a_masked_mean_of_everybodys_last_update(run: Build) -> None:
     found = run("pr-fl", rounds=10, options={**PR_FL, "delta": 0.3})
     schedule = found.simulation.coordinator.schedule
@@ -247,6 +252,7 @@ def test_pr_fl_hears_of_every_device_in_every_interval_however_slow_it_is(run: B
     assert sum(counted["jetson-orin-nano"].values()) <= 2 * 4, "the first and the last of each, not all"
 
 
+@pytest.mark.slow
 def test_pr_fl_with_channels_narrows_slow_boards_and_widens_them_again(run: Build) -> None:
     found = run("pr-fl", rounds=16, options={**PR_FL, "masks": "channels"})
     parts = [(c.round, p.part) for c in found.closes for p in c.contributions]
@@ -259,6 +265,7 @@ def test_pr_fl_with_channels_narrows_slow_boards_and_widens_them_again(run: Buil
     assert not any(p.mask for c in found.closes for p in c.contributions)
 
 
+@pytest.mark.slow
 def test_pr_fl_in_step_and_without_buffers(run: Build) -> None:
     in_step = run("pr-fl", rounds=3, options=IN_STEP)
     assert all(len(c.contributions) == 3 for c in in_step.closes)
@@ -267,6 +274,7 @@ def test_pr_fl_in_step_and_without_buffers(run: Build) -> None:
     assert len(seen) == len(set(seen))
 
 
+@pytest.mark.slow
 def test_pr_fl_in_step_ranks_channels_every_interval(run: Build) -> None:
     options = {**IN_STEP, "masks": "channels", "interval": 3, "stage1": False, "recovery": False, "densities": [0.5]}
     found = run("pr-fl", rounds=6, recipe=Recipe(max_steps=8, batch_size=16, lr=0.1), options=options)
@@ -275,6 +283,7 @@ def test_pr_fl_in_step_ranks_channels_every_interval(run: Build) -> None:
     assert rankings[0] != rankings[3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [("fedbuff", {"buffer": 2}), ("pr-fl", {**PR_FL, "delta": 0.3})],
@@ -304,6 +313,7 @@ def test_a_killed_simulation_goes_on_to_the_same_models(
     assert [(h["model"], h["at"]) for h in again.state.history] == expected
 
 
+@pytest.mark.slow
 def test_no_batch_norm_statistic_is_masked(run: Build) -> None:
     found = run("pr-fl", rounds=4, options=PR_FL)
     kinds = {t.name: t.kind for t in found.simulation.model.architecture.tensors}

@@ -52,6 +52,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "options"), CASES, ids=[f"{s}-{len(o)}" for s, o in CASES])
 def test_every_update_counts_and_a_resumed_run_is_the_same(
     model: Model, tmp_path: Path, strategy: str, options: dict[str, Any]
@@ -117,6 +118,7 @@ def test_a_masked_submodel_travels_without_what_is_masked(model: Model, tmp_path
     assert whole["recipe"]["mask"] == "threshold"
 
 
+@pytest.mark.slow
 def test_a_board_gets_a_narrower_model_where_masks_leave_no_weights(model: Model, tmp_path: Path) -> None:
     run = simulation(model, tmp_path, "autoflip", **SHORT, structured=True, pruned_share=0.8)
     for offer in offers(run).values():

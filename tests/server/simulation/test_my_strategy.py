@@ -56,6 +56,7 @@ def simulated(job: Job, folder: Path) -> Simulation:
     return simulation
 
 
+@pytest.mark.slow
 def test_it_learns_and_remembers(tmp_path: Path) -> None:
     state = simulated(JOB, tmp_path).state
     assert set(state.memory) == {"velocity", "energy", MEMORY}
@@ -65,6 +66,7 @@ def test_it_learns_and_remembers(tmp_path: Path) -> None:
     assert {name: len(v) for name, v in remembered.items()} == sizes
 
 
+@pytest.mark.slow
 def test_the_extractor_of_the_page_learns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "halfway.py").write_text(blocks()[1])
     monkeypatch.syspath_prepend(str(tmp_path))

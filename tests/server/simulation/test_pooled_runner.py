@@ -90,6 +90,7 @@ def carried_out(tested: Bench, work: list[Work]) -> list[Outcome]:
     return [tested.carry_out(*item) for item in work]
 
 
+@pytest.mark.slow
 def test_other_processes_give_the_same_bits(model: Model, tmp_path: Path) -> None:
     store = BlobStore(tmp_path / "blobs", durable=False)
     alone, pooled = Bench(store, tmp_path / "1"), PooledBench(2, store, tmp_path / "2")
@@ -109,6 +110,7 @@ def test_other_processes_give_the_same_bits(model: Model, tmp_path: Path) -> Non
         pooled.close()
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_said(model: Model, tmp_path: Path) -> None:
     store = BlobStore(tmp_path / "blobs", durable=False)
     pooled = PooledBench(2, store, tmp_path / "scratch")

@@ -71,6 +71,7 @@ def weights(simulation: Simulation) -> Tensors:
 BARE = {"scaler": False, "static_norm": False, "masked": False, "clip_norm": 0.0, "weighting": "samples"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
@@ -93,6 +94,7 @@ def test_at_density_one_ca_hfp_is_the_mean_in_its_order_bit_for_bit(build: Build
     assert all(got[n].tobytes() == plain[n].tobytes() for n in plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["curvature", "l1", "random"])
 def test_at_density_one_ca_hfp_is_fedavg_in_another_order(build: Build, score: str) -> None:
     """Boards add up the same products in the order of the ranks: that, and nothing else, differs."""
@@ -102,12 +104,14 @@ def test_at_density_one_ca_hfp_is_fedavg_in_another_order(build: Build, score: s
         np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_rolling_window_of_the_whole_model_is_fedavg_in_another_order(build: Build) -> None:
     plain = weights(build("fedavg"))
     got = weights(build("fedrolex", options={**BARE, "densities": [1.0]}))
     assert all(np.allclose(got[n], plain[n], atol=1e-4) for n in plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
@@ -132,6 +136,7 @@ def test_it_runs_and_moves_the_model_the_same_every_time(build: Build, strategy:
     assert all(np.isfinite(v).all() for v in weights(one).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [

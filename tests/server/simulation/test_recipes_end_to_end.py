@@ -57,6 +57,7 @@ def simulation(model: Model, folder: Path, recipe: dict[str, Any], **settings: A
     return Simulation(Experiment("numbers", Job.from_dict(values), model, devices, samples), store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -77,6 +78,7 @@ def test_a_job_of_this_recipe_learns(model: Model, tmp_path: Path, recipe: dict[
         assert 0 < part["metrics"]["accuracy_after"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["mse", "huber"])
 def test_where_numbers_are_predicted_all_numbers_are_losses(model: Model, tmp_path: Path, loss: str) -> None:
     run = simulation(model, tmp_path, {"loss": loss, "lr": 0.05, "epochs": 2, "huber_delta": 0.2})

@@ -226,6 +226,7 @@ def test_settings_that_decide_nothing_leave_a_simulation_as_it_was(simulated: An
     assert [r["model"] for r in plain.state.history] == [r["model"] for r in watched.state.history]
 
 
+@pytest.mark.slow
 def test_a_killed_simulation_goes_on_in_the_line(simulated: Any, tmp_path: Path) -> None:
     weather = {"dropouts": DropOuts(0.3, 5.0), "weather": Weather(links_sigma=0.5)}
     settings = {"in_flight": 2, "pace": 3.0, "fairness": 0.5, "participation": 0.75, "rounds": 4, "deadline_s": 60.0}
@@ -251,6 +252,7 @@ def test_a_killed_simulation_goes_on_in_the_line(simulated: Any, tmp_path: Path)
     assert [r["model"] for r in again.state.history] == [r["model"] for r in whole.state.history]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["semi-async", pytest.param("async", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("strategy", ["fedavg", "heterofl", "fedrolex", "fedper", "fiarse", "fedprune"])
 def test_strategies_go_through_a_schedule_that_is_not_their_own(simulated: Any, strategy: str, kind: str) -> None:

@@ -65,6 +65,7 @@ class KillError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_killed_run_goes_on_to_the_same_model(build, monkeypatch, schedule):
     monkeypatch.setattr("fedprune_server.simulation.checkpointing._INTERVAL_S", 0.0)
@@ -118,6 +119,7 @@ def test_fast_devices_do_not_wait_for_slow_ones(build):
     assert max(counts.values()) > 2 * min(counts.get(k, 0) for k in KINDS)
 
 
+@pytest.mark.slow
 def test_notes_are_of_what_entered_the_model(build, hand):
     schedule = {"window_s": 0.2, "least": 2, "keep": True}
     simulation = build("run", schedule, measure=Measure(hand.x, hand.y, densities=(0.25,), every=3))

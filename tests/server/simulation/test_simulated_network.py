@@ -204,6 +204,7 @@ def harsh(folder, progress=None):
     return simulate(experiment, Path(folder), progress)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_outright_ends_as_one_that_is_not(tmp_path):
     whole = harsh(tmp_path / "whole")
     script = tmp_path / "run.py"
@@ -243,6 +244,7 @@ class KillError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainings", [1, 2, 3, 4, 5])
 def test_trainings_that_go_together_are_the_same_after_a_kill(build, monkeypatch, trainings):
     monkeypatch.setattr("fedprune_server.simulation.simulation.Bench", Batched)
@@ -269,6 +271,7 @@ def test_trainings_that_go_together_are_the_same_after_a_kill(build, monkeypatch
     assert all(group in seen for group in groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainings", [1, 4, 5, 8])
 def test_what_boards_keep_is_as_old_as_the_state_that_a_killed_run_goes_back_to(build, trainings):
     """Averages and personal tensors of trainings that a kill has undone must not be the start of the same trainings."""
@@ -290,6 +293,7 @@ def test_what_boards_keep_is_as_old_as_the_state_that_a_killed_run_goes_back_to(
     assert set(resumed.store.names()) == set(whole.store.names())
 
 
+@pytest.mark.slow
 def test_a_finished_round_is_written_once(build, tmp_path):
     """What a save writes does not grow with the rounds behind it."""
     sizes = {}
@@ -468,6 +472,7 @@ def test_what_a_round_cost_is_noted_per_device(build, devices):
         assert rounds[0].spent[device.name][2] == 2 * device.samples * macs
 
 
+@pytest.mark.slow
 def test_steps_of_ordered_dropout_count_at_the_widths_that_they_trained(build, devices, monkeypatch):
     """Widths are watched where the trainer narrows its tensors."""
     seen = []

@@ -71,23 +71,27 @@ def killed_after(trainings):
     return progress
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bits_and_times(build):
     first, second = build("first"), build("second")
     assert first.run() == second.run()
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_model(build):
     first, second = build("first"), build("second", seed=4)
     first.run(), second.run()
     assert first.state.model != second.state.model
 
 
+@pytest.mark.slow
 def test_training_improves_the_global_model(build):
     simulation = build(density=0.5, rounds=3, recipe=Recipe(epochs=3, lr=0.03))
     losses = [row["metrics"]["loss"] for row in simulation.run()]
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainings", [1, 2, 4, 5, 9])
 def test_a_killed_run_goes_on_to_the_same_model(build, trainings):
     whole = build("whole")
@@ -134,6 +138,7 @@ def kill_at(monkeypatch):
     return after
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_save_or_deletion_goes_on_to_the_same_model(build, kill_at):
     small = {"rounds": 3, "recipe": Recipe(max_steps=1), "scorer": "ordered"}
     touched = kill_at(10**6)
@@ -152,6 +157,7 @@ def test_a_run_killed_at_any_save_or_deletion_goes_on_to_the_same_model(build, k
     assert times > 10
 
 
+@pytest.mark.slow
 def test_a_state_that_finds_no_room_leaves_the_one_before(build, monkeypatch, tmp_path):
     with pytest.raises(KillError):
         build().run(killed_after(2))
@@ -173,6 +179,7 @@ def test_a_state_that_finds_no_room_leaves_the_one_before(build, monkeypatch, tm
     assert build().run() == whole.run()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated(build):
     build().run()
     again = build()
@@ -180,6 +187,7 @@ def test_a_finished_run_is_not_repeated(build):
     assert len(again.state.history) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -349,6 +357,7 @@ def test_a_run_with_drop_outs_survives_a_kill(build):
     assert resumed.state.history == whole.state.history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainings", [2, 4, 8])
 def test_what_boards_keep_survives_a_kill(build, trainings):
     """Averages and personal tensors go on from where the saved state says, not from where the process was."""

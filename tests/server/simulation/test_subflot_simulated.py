@@ -74,6 +74,7 @@ def test_local_accuracy_is_of_each_device_s_own_model_on_its_own_test_data(tmp_p
         assert row.own["accuracy_after"][name] == pytest.approx(right)
 
 
+@pytest.mark.slow
 def test_without_the_global_model_s_share_it_is_its_baseline_without_transport(tmp_path: Path) -> None:
     """α = 0: every device goes on from its own last model, as with `history`; with a share, transport matters."""
     for alpha, same in ((0.0, True), (0.5, False)):

@@ -95,6 +95,7 @@ KEEPING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(KEEPING))
 def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, name):
     """Round for round the same bits as on a board's disk; also after a kill that takes the simulation back."""

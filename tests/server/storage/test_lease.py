@@ -53,6 +53,7 @@ def url(postgres: Postgres) -> str:
     return postgres.database()
 
 
+@pytest.mark.slow
 def test_who_asks_whether_a_server_can_write_locks_nothing_and_asks_the_database_once_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +120,7 @@ def hung(folder: StateFolder) -> None:
     thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.postgresql
 def test_a_standby_takes_over_from_a_server_that_hangs_which_then_can_write_nothing(
     tmp_path: Path, url: str, quick: None
@@ -172,6 +174,7 @@ def test_whoever_has_a_dead_servers_folder_needs_not_wait(tmp_path: Path, url: s
         assert row(again.storage)["token"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.postgresql
 def test_a_lease_that_ran_out_unseen_is_taken_only_if_nobody_renews_it(
     tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
@@ -185,6 +188,7 @@ def test_a_lease_that_ran_out_unseen_is_taken_only_if_nobody_renews_it(
         save(first, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.postgresql
 def test_a_lease_outlasts_a_database_that_is_started_again(tmp_path: Path, quick: None) -> None:
     server = Postgres()
@@ -203,6 +207,7 @@ def test_a_lease_outlasts_a_database_that_is_started_again(tmp_path: Path, quick
         server.close()
 
 
+@pytest.mark.slow
 def test_sqlites_standby_waits_for_the_folder(tmp_path: Path) -> None:
     first = StateFolder(tmp_path / "one")
     save(first, 1)

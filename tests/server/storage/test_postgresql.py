@@ -55,6 +55,7 @@ def test_a_state_comes_back_as_it_was(storage: Storage) -> None:
         assert other.log.heard() == (1.0, {"a": 1.0})
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3), st.booleans()), max_size=8))
 def test_what_is_saved_step_by_step_is_what_was_there_last(
@@ -142,6 +143,7 @@ def own_postgres() -> Iterator[Postgres]:
         made.close()
 
 
+@pytest.mark.slow
 def test_a_killed_database_loses_nothing_and_the_server_waits_for_it(own_postgres: Postgres) -> None:
     state = State(model="m" * 64)
     with Storage(own_postgres.database()) as storage:
@@ -155,6 +157,7 @@ def test_a_killed_database_loses_nothing_and_the_server_waits_for_it(own_postgre
         assert [body["round"] for _, _, _, body in storage.log.events()] == list(range(1, 31))
 
 
+@pytest.mark.slow
 def test_a_database_that_stays_away_is_one_error(own_postgres: Postgres) -> None:
     state = State(model="m" * 64)
     with Storage(own_postgres.database()) as storage:
@@ -224,6 +227,7 @@ class Cutting:
                 end.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answered", [True, False])
 def test_an_event_is_saved_once_where_the_commits_answer_is_lost(postgres: Postgres, answered: bool) -> None:
     url = postgres.database()

@@ -217,6 +217,7 @@ def test_what_is_deleted_goes_from_the_bucket_too(at_s3: S3, url: str, tmp_path:
         store.read(gone)
 
 
+@pytest.mark.slow
 def test_a_deletion_that_comes_late_does_not_hit_what_was_put_again(at_s3: S3, url: str, tmp_path: Path) -> None:
     old = BucketStore(tmp_path / "old", url)
     ref = old.put(b"same bytes")
@@ -342,6 +343,7 @@ def test_a_server_that_stops_waits_no_longer(url: str, tmp_path: Path, monkeypat
         store.put(b"x")
 
 
+@pytest.mark.slow
 def test_a_bucket_that_does_not_answer_is_an_error_and_not_for_ever(
     held: S3, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,7 @@ def never() -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_hundred_devices_cost_one_publication(tmp_path: Path) -> None:
     site = Site(tmp_path, 100)
     spread(site, [Reader(site, n, 0.002 * i, never) for i, n in enumerate(site.names)])
@@ -113,6 +114,7 @@ def test_a_hundred_devices_cost_one_publication(tmp_path: Path) -> None:
     assert site.to_all <= 1.02 * len(DATA)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.integers(2, 8), st.floats(0, 0.3), st.floats(0, 12), st.integers(0, 99))
 def test_everybody_gets_it_whatever_is_lost_and_whoever_is_late(

@@ -155,6 +155,7 @@ def helped(tmp_path: Path) -> Helped:
     return Helped(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_job_with_receivers_ends_in_the_same_models(helped: Helped, expected: State) -> None:
     state = helped.run()
     assert [r["model"] for r in state.history] == [r["model"] for r in expected.history]
@@ -380,6 +381,7 @@ def begin(store: BlobStore, port: int) -> Callable[[str], Begin]:
     return lambda tag: Begin(url, "default", tag, str(store.root), 4, 131072, None, None, None, 0, os.getpid())
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_begin_is_left_alone_for_a_while(tmp_path: Path) -> None:
     def broken(tag: str) -> Begin:
         made = begin(BlobStore(tmp_path), 1)(tag)
@@ -398,6 +400,7 @@ def test_a_process_that_cannot_begin_is_left_alone_for_a_while(tmp_path: Path) -
     assert Receiver(begin(BlobStore(tmp_path), 1), lambda: None).pid is None
 
 
+@pytest.mark.slow
 @pytest.mark.mosquitto
 def test_a_receiver_s_process_takes_in_an_update_and_a_new_one_goes_on_after_kill_9(tmp_path: Path) -> None:
     port = free_port()

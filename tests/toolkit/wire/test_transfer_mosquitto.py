@@ -21,7 +21,7 @@ from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
 
-pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
+pytestmark = [pytest.mark.mosquitto, pytest.mark.system, pytest.mark.slow]
 
 TOPICS = Topics("test")
 READING_S = 0.002
