@@ -135,7 +135,7 @@ def child(folder: Path, batch: int) -> None:
         import fedprune_device.releases.watchdog
         import fedprune_device.telemetry.reporter  # noqa: F401
         from fedprune_device.data.dataset import load_data
-        from fedprune_device.hardware.process_memory import process_memory
+        from fedprune_device.hardware.probe import process_memory
 
         data = load_data(str(folder.parent / f"{spec['net']}.npz"))
         process = (process_memory() or 0) - data.bytes

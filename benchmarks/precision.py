@@ -97,7 +97,8 @@ def make(folder: Path, model: Any, widths: tuple[int, ...], x: Array) -> dict[st
     """The files of all precisions, made as a board makes them; what is in each."""
     from fedprune.core import tensorfile
     from fedprune.model.selection import Selection
-    from fedprune.runtime.precision import PRECISIONS, lowered_weights, weights_file
+    from fedprune.runtime.precision import lowered_weights
+    from fedprune.runtime.precision_files import PRECISIONS, weights_file
     from fedprune_export.bundles.inference import inference_model
     from fedprune_export.precision import lower
 
@@ -147,7 +148,7 @@ def score(session: Any, x: Array) -> Array:
 
 def measure(samples: dict[str, Array], epochs: int) -> list[dict[str, Any]]:
     """A row per precision."""
-    from fedprune.runtime.precision import graph_file
+    from fedprune.runtime.precision_files import graph_file
     from fedprune.runtime.session import Session
     from fedprune_export.importing import export_torch, import_onnx
 

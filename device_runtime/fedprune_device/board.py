@@ -18,22 +18,23 @@ from fedprune.hardware import profile_store
 from fedprune.hardware.identification import identify
 from fedprune.hardware.probe_report import ProbeReport
 from fedprune.hardware.profile import HardwareProfile
-from fedprune.runtime.precision import FLOAT32
+from fedprune.runtime.precision_files import FLOAT32
 from fedprune.wire.broker_url import tls_context
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.transfer import Serve
 from fedprune_device.agent.agent import Agent
 from fedprune_device.agent.birth import BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
-from fedprune_device.api.options import LOCAL, answering, local_address, open_samples
+from fedprune_device.api.address import LOCAL
+from fedprune_device.api.options import answering, local_address, open_samples
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.sample_source import SampleSource
 from fedprune_device.engines.accelerator_options import accelerator_of
 from fedprune_device.enrolment.membership import checked_urls, join_first, membership
 from fedprune_device.hardware.board_facts import facts
-from fedprune_device.hardware.probe import check_runtime, probe_apart, table_summaries
-from fedprune_device.hardware.process_memory import own_memory, process_memory
-from fedprune_device.hardware.thermal_guard import ThermalGuard, condition
+from fedprune_device.hardware.probe import check_runtime, probe_apart, process_memory, table_summaries
+from fedprune_device.hardware.readings import condition, own_memory
+from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.launcher.sd_notify import starting
 from fedprune_device.network.connection import Connection
 from fedprune_device.network.downloader import Downloader

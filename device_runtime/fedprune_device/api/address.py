@@ -22,6 +22,12 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TCP = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/]+)):(\d{1,5})")
 _BACKLOG = 32
 
+LOCAL = "local"
+"""The source of samples that is the set of those handed in."""
+
+SOCKET = "local.sock"
+"""The socket in the state folder, where no other address is given."""
+
 
 class Bound(socket.socket):
     """A socket that listens, and by what its file is known again."""

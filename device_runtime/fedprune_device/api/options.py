@@ -8,82 +8,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprune.core.cli import whole_number
-from fedprune_device.api.address import Address
+from fedprune_device.api.address import LOCAL, SOCKET, Address
 from fedprune_device.api.endpoints import Endpoints
 from fedprune_device.api.http_server import LocalServer
 from fedprune_device.api.live_model import LiveModel
-from fedprune_device.data.dataset import TEST_SHARE, load_data
+from fedprune_device.data.dataset import load_data
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.image_folder import ImageFolder
 from fedprune_device.data.reservoir import Limits
 from fedprune_device.data.sample_source import SampleSource
 from fedprune_device.data.sample_store import SampleStore
 from fedprune_device.data.splits import SplitShares
-from fedprune_device.hardware.probe import temperature_c
+from fedprune_device.hardware.readings import temperature_c
 
 if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
     from fedprune_device.engines.engine_selector import EngineSelector
 
-LOCAL = "local"
-"""The source of samples that is the set of those handed in."""
-
-SOCKET = "local.sock"
-"""The socket in the state folder, where no other address is given."""
-
-SAMPLES_BYTES = 64 * 2**20
-SAMPLES_MOST = 10_000
 _LARGEST_ROOM = 2**40
-
-
-def add_local_options(parser: argparse.ArgumentParser) -> None:
-    """Add to `run` where samples come from, and the local interface."""
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="SRC",
-        help=".npz with x and y, package.module:function, a folder with a folder of images per class, "
-        "or `local`: what the application hands in",
-    )
-    local = parser.add_argument_group("the local interface (docs/local-interface.md)")
-    local.add_argument(
-        "--local",
-        nargs="?",
-        const="",
-        metavar="ADDRESS",
-        help=f"answer the application: unix:/path or 127.0.0.1:PORT (without ADDRESS: {SOCKET} in --state)",
-    )
-    add_sample_options(local)
-    local.add_argument(
-        "--samples-bytes", type=whole_number, default=SAMPLES_BYTES, metavar="N", help="their room (default: 64 MiB)"
-    )
-
-
-def add_sample_options(group: argparse._ArgumentGroup) -> None:
-    """Add how images become samples, how many samples are kept, and how many of them are for testing.
-
-    Args:
-        group: Where the options are listed.
-    """
-    group.add_argument(
-        "--class-names", type=_names, default=(), metavar="A,B,C", help="names of the classes, as on all boards"
-    )
-    group.add_argument(
-        "--image-mean", type=_numbers, default=(0.0,), metavar="M[,M,M]", help="of images, which are scaled to 0 to 1"
-    )
-    group.add_argument(
-        "--image-deviation", type=_numbers, default=(1.0,), metavar="D[,D,D]", help="they are divided by this"
-    )
-    group.add_argument(
-        "--samples-most", type=whole_number, default=SAMPLES_MOST, metavar="N", help="samples kept (default: 10000)"
-    )
-    group.add_argument(
-        "--test-share",
-        type=float,
-        default=TEST_SHARE,
-        metavar="SHARE",
-        help="of samples handed in or in folders, kept for testing (default: %(default)s)",
-    )
 
 
 def local_address(arguments: argparse.Namespace) -> Address | None:
@@ -177,17 +118,3 @@ def answering(
 
 def _pixels(arguments: argparse.Namespace) -> Pixels:
     return Pixels(arguments.image_mean, arguments.image_deviation)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    found = tuple(name.strip() for name in text.split(","))
-    if "" in found or len(set(found)) < len(found) or any(n.isdecimal() or not n.isprintable() for n in found):
-        raise argparse.ArgumentTypeError(f"expected different names with commas between them, got {text!r}")
-    return found
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, or three with commas, got {text!r}") from None

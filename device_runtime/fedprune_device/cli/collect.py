@@ -13,8 +13,7 @@ import numpy as np
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BrokerError, DataError, ExitCode, StorageFullError
-from fedprune_device.api.address import Address
-from fedprune_device.api.options import SOCKET
+from fedprune_device.api.address import SOCKET, Address
 from fedprune_device.client import Board, BoardError
 from fedprune_device.data.dataset import read_arrays
 from fedprune_device.data.image_decoding import ENDINGS, MAX_BYTES
@@ -27,23 +26,7 @@ _UNFIT, _FULL = (409, 413, 422), 507
 """Statuses of a sample that the board doesn't take, and of a board without room on its disk."""
 
 
-def add_collect_command(commands: Any) -> None:
-    """Add `collect`."""
-    collect = commands.add_parser("collect", help="hand in samples from files, to a board that runs with --local")
-    collect.add_argument(
-        "sources",
-        nargs="+",
-        type=Path,
-        metavar="SRC",
-        help="a folder with a folder of images per class, or .npz with x (and y), or x_train",
-    )
-    where = collect.add_mutually_exclusive_group(required=True)
-    where.add_argument("--local", metavar="ADDRESS", help="unix:/path or 127.0.0.1:PORT, as `run --local` has it")
-    where.add_argument("--state", type=Path, metavar="DIR", help=f"the board's state folder: {SOCKET} in it")
-    collect.set_defaults(run=_collect)
-
-
-def _collect(arguments: argparse.Namespace) -> int:
+def collect(arguments: argparse.Namespace) -> int:
     address = arguments.local or f"unix:{arguments.state.absolute() / SOCKET}"
     Address.parse(address)
     board, count = Board(address), Counter[str]()

@@ -1,35 +1,37 @@
-"""`fedprune-device`: take part in a fleet, predict with what was learnt, measure the board."""
+"""`fedprune-device`: the grammar of its commands. Each command's module is loaded when the command runs."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from fedprune import __version__
 from fedprune.blobs.blob_ref import LEAF
-from fedprune.core.cli import run_command, whole_number
+from fedprune.core.cli import recipe_setting, run_command, whole_number
 from fedprune.core.errors import ExitCode, ProtocolError
-from fedprune.runtime.blocks import turn_off, turned_off
+from fedprune.runtime.precision_files import PRECISIONS, SERVE
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_job
-from fedprune_device.api.options import add_local_options
-from fedprune_device.cli.collect import add_collect_command
-from fedprune_device.cli.predict import add_predict_command, threads
-from fedprune_device.cli.runtime import add_runtime_commands
-from fedprune_device.cli.train import add_train_command
-from fedprune_device.engines.accelerator_options import add_accelerator_options
-from fedprune_device.engines.engine_command import add_engine_command
-from fedprune_device.enrolment.membership import add_join_command, add_membership
+from fedprune_device.api.address import SOCKET
+from fedprune_device.cli.options import (
+    add_accelerator_options,
+    add_local_options,
+    add_membership,
+    add_policy_option,
+    add_sample_options,
+    threads,
+)
+from fedprune_device.hardware.board_facts import TEGRA
 from fedprune_device.hardware.thermal_guard import COOL_C, HOT_C
-from fedprune_device.privacy.policy import add_policy_option
-from fedprune_device.serving.reduced_precision import SERVE
+from fedprune_device.releases.unit import ServiceUnit
 
-_LOG = logging.getLogger("fedprune.device")
+ROOT = Path("/opt/fedprune")
+_KEY = Path("/var/lib/fedprune/identity/server.pub")
+"""Where a board that has joined keeps its server's key."""
 
 _MOST_HOURS = 8760.0
 
@@ -48,11 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_join_command(commands)
+    _add_join(commands)
     _add_run(commands)
-    add_train_command(commands)
-    add_predict_command(commands)
-    add_collect_command(commands)
+    _add_train(commands)
+    _add_predict(commands)
+    _add_collect(commands)
     probe = commands.add_parser("probe", help="measure this board, which takes about fifteen seconds")
     probe.add_argument("--json", action="store_true", help="as JSON, for programs")
     probe.add_argument("--threads", type=whole_number, default=threads(), metavar="N", help="threads for the benchmark")
@@ -60,9 +62,20 @@ def build_parser() -> argparse.ArgumentParser:
     identify = commands.add_parser("identify", help="say which hardware profile fits this board, and why")
     identify.add_argument("--json", action="store_true", help="as JSON, for programs")
     identify.set_defaults(run=_identify)
-    add_engine_command(commands)
-    add_runtime_commands(commands)
+    _add_engine(commands)
+    _add_runtime(commands)
     return parser
+
+
+def _add_join(commands: Any) -> None:
+    join = commands.add_parser("join", help="become a member of a fleet, with a claim or by the operator's approval")
+    add_membership(join)
+    join.add_argument("--pin", metavar="HEX", help="of the server's authority, as `init` shows it, without a claim")
+    join.add_argument(
+        "--new-key", action="store_true", help="forget the identity that this board has, such as a revoked one"
+    )
+    join.add_argument("--patient", action="store_true", help="wait as long as it takes")
+    join.set_defaults(run=_join)
 
 
 def _add_run(commands: Any) -> None:
@@ -147,7 +160,169 @@ def _packet(text: str) -> int:
     return int(text)
 
 
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a bundle on this machine's samples, without a server",
+        description="Train a bundle on local samples and write it with the trained weights. Ctrl-C ends training early "
+        "and keeps what was trained until then.",
+    )
+    train.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="a bundle of fedprune-export")
+    train.add_argument(
+        "--data",
+        required=True,
+        metavar="SRC",
+        help=".npz with x and y, package.module:function, or a folder with a folder of images per class",
+    )
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="the trained bundle; may be the same DIR")
+    train.add_argument(
+        "--epochs", type=whole_number, metavar="N", help="passes over the samples (default: the recipe's)"
+    )
+    train.add_argument("--lr", type=float, metavar="RATE", help="learning rate (default: as exported)")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=recipe_setting,
+        metavar="KEY=VALUE",
+        help="any other number of the recipe, such as batch_size=16; repeatable",
+    )
+    train.add_argument("--seed", type=int, default=0, help="of the test split and the order of samples (default: 0)")
+    train.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the training samples, set aside for early stopping (default: 0)",
+    )
+    train.add_argument("--threads", type=whole_number, metavar="N", help="default: half of the cores")
+    train.add_argument(
+        "--no-blocks", action="store_true", help="train with standard operators alone, not with channels in blocks"
+    )
+    add_sample_options(train.add_argument_group("images and samples"))
+    train.set_defaults(run=_train, device="")
+
+
+def _add_predict(commands: Any) -> None:
+    predict = commands.add_parser("predict", help="predict with the serving model, also while the agent runs")
+    source = predict.add_mutually_exclusive_group(required=True)
+    source.add_argument("--state", type=Path, metavar="DIR", help="the serving model of a running or stopped agent")
+    source.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of fedprune-export")
+    predict.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="SRC",
+        help=".npy, or what trains: .npz with x or x_test (and labels), package.module:function, or a folder with "
+        "a folder of images per class",
+    )
+    predict.add_argument(
+        "--split",
+        choices=("test", "train", "val"),
+        help="which samples of SRC (default: its test samples, or all of a file without any)",
+    )
+    out = predict.add_mutually_exclusive_group()
+    out.add_argument("--output", type=Path, metavar="FILE", help="write the logits to this .npy file")
+    out.add_argument("--top", type=whole_number, default=1, metavar="K", help="print the K likeliest (default: 1)")
+    predict.add_argument("--data", metavar="SRC", help="with --bundle: adjust logits to the label shares of this data")
+    predict.add_argument(
+        "--threads", type=whole_number, default=threads(), metavar="N", help="default: half of the cores"
+    )
+    predict.add_argument("--precision", choices=PRECISIONS, help="with --bundle: the precision, of those that it has")
+    add_sample_options(predict.add_argument_group("images and samples"))
+    predict.set_defaults(run=_predict, device="", seed=0, validation_share=0.0)
+
+
+def _add_collect(commands: Any) -> None:
+    collect = commands.add_parser("collect", help="hand in samples from files, to a board that runs with --local")
+    collect.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="SRC",
+        help="a folder with a folder of images per class, or .npz with x (and y), or x_train",
+    )
+    where = collect.add_mutually_exclusive_group(required=True)
+    where.add_argument("--local", metavar="ADDRESS", help="unix:/path or 127.0.0.1:PORT, as `run --local` has it")
+    where.add_argument("--state", type=Path, metavar="DIR", help=f"the board's state folder: {SOCKET} in it")
+    collect.set_defaults(run=_collect)
+
+
+def _add_engine(commands: Any) -> None:
+    build = commands.add_parser("build-engine", help="build the TensorRT engine of what serves, and check it (Jetson)")
+    source = build.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--state", type=Path, metavar="DIR", help="the state folder of an agent, whose engine it becomes"
+    )
+    source.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of fedprune-export; needs --out")
+    build.add_argument("--out", type=Path, metavar="DIR", help="with --bundle: the folder of the engine")
+    build.add_argument(
+        "--plan", type=Path, metavar="FILE", help="an engine.json (default: the bundle's, or docs/jetson.md's values)"
+    )
+    build.add_argument("--anew", action="store_true", help="also where there is a good one, or others failed before")
+    build.add_argument("--json", action="store_true", help="the report as JSON, for programs")
+    build.set_defaults(run=_build_engine)
+
+
+def _add_runtime(commands: Any) -> None:
+    install = commands.add_parser("install", help="set this board up: a launcher, two slots, a first release")
+    update = commands.add_parser("update", help="bring a release into the slot that doesn't run, to be tried next")
+    for parser in (install, update):
+        parser.add_argument("--release", type=Path, required=True, metavar="DIR", help="the release's folder")
+        parser.add_argument(
+            "--key",
+            default=str(_KEY),
+            metavar="KEY",
+            help="the server's key, as `fedprune-server release` shows it, or a file with it (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--jetson",
+            action=argparse.BooleanOptionalAction,
+            default=TEGRA.exists(),
+            help="never hide packages that JetPack brings (default: as this board is)",
+        )
+    update.add_argument("--stage-only", action="store_true", help="leave its trial to a later `update`")
+    update.add_argument("--attempts", type=int, default=3, metavar="N", help="starts of a trial (default: 3)")
+    update.add_argument(
+        "--deadline", type=float, default=600.0, metavar="S", help="seconds of each until it is healthy (default: 600)"
+    )
+    slots = commands.add_parser("slots", help="say which release runs, and how the last update ended")
+    slots.add_argument("--json", action="store_true", help="as JSON, for programs")
+    for parser in (install, update, slots):
+        parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="default: %(default)s")
+    install.set_defaults(run=_install)
+    update.set_defaults(run=_update)
+    slots.set_defaults(run=_slots)
+    _add_unit(commands)
+
+
+def _add_unit(commands: Any) -> None:
+    unit = commands.add_parser("unit", help="print the systemd unit of this board's service")
+    kind = unit.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--cpu", action="store_true", help="a board that computes on its processor: strict sandbox")
+    kind.add_argument("--jetson", action="store_true", help="a board that computes on an NVIDIA GPU")
+    unit.add_argument("--root", default=str(ROOT), metavar="DIR", help="of launcher and slots (default: %(default)s)")
+    unit.add_argument("--user", default=ServiceUnit.user, metavar="NAME", help="who runs it (default: %(default)s)")
+    unit.add_argument(
+        "--environment",
+        default=ServiceUnit.environment,
+        metavar="FILE",
+        help="with FEDPRUNE_BROKER (default: %(default)s)",
+    )
+    unit.add_argument("--memory", default=ServiceUnit.memory_max, metavar="MOST", help="default: %(default)s")
+    unit.add_argument("--cpu-quota", type=int, default=0, metavar="PERCENT", help="of one core (default: no limit)")
+    unit.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="what the service is started with: run ...")
+    unit.set_defaults(run=_unit)
+
+
+def _join(arguments: argparse.Namespace) -> int:
+    from fedprune_device.cli.join import join
+
+    return join(arguments)
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    from fedprune.runtime.blocks import turn_off, turned_off
     from fedprune_device.board import run_board
 
     logging.basicConfig(
@@ -160,47 +335,64 @@ def _run(arguments: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _identify(arguments: argparse.Namespace) -> int:
-    from fedprune.hardware.identification import identify
-    from fedprune_device.hardware.board_facts import facts
+def _train(arguments: argparse.Namespace) -> int:
+    from fedprune_device.cli.train import train
 
-    read = facts()
-    found = identify(read)
-    if arguments.json:
-        print(json.dumps({"board": asdict(read), **found.to_dict()}, sort_keys=True))
-    else:
-        print(found.describe())
-    return int(ExitCode.OK)
+    return train(arguments)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from fedprune_device.cli.predict import predict
+
+    return predict(arguments)
+
+
+def _collect(arguments: argparse.Namespace) -> int:
+    from fedprune_device.cli.collect import collect
+
+    return collect(arguments)
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    from fedprune_device.hardware.probe import probe, table_summaries
+    from fedprune_device.cli.measure import probe_board
 
-    turned_off()  # what is wrong with the setting comes first
-    report = probe(arguments.threads, begin=_begin)
-    if arguments.json:
-        print(json.dumps(report.to_dict(), sort_keys=True))
-        return int(ExitCode.OK)
-    tables = table_summaries(report)
-    for field in fields(report):
-        value = getattr(report, field.name)
-        if field.name.endswith("_rate") and value is not None:
-            value = f"{value / 1e9:.2f} GFLOP/s"
-        elif field.name.startswith("memory_"):
-            value = f"{value / 1e6:.0f} MB"
-        elif field.name == "seconds":
-            value = f"{value:.1f}"
-        elif field.name in tables:
-            value = tables[field.name]
-        if value not in (None, ""):
-            print(f"{field.name}: {value}")
-    return int(ExitCode.OK)
+    return probe_board(arguments)
 
 
-def _begin(what: str, seconds: float) -> None:
-    """Name a measurement that begins, where no spinner turns."""
-    if not sys.stderr.isatty():
-        print(f"measuring {what}: about {seconds:.0f} s, longer on a slow board", file=sys.stderr, flush=True)
+def _identify(arguments: argparse.Namespace) -> int:
+    from fedprune_device.cli.measure import identify_board
+
+    return identify_board(arguments)
+
+
+def _build_engine(arguments: argparse.Namespace) -> int:
+    from fedprune_device.cli.build_engine import build_engine
+
+    return build_engine(arguments)
+
+
+def _install(arguments: argparse.Namespace) -> int:
+    from fedprune_device.cli.runtime import install
+
+    return install(arguments)
+
+
+def _update(arguments: argparse.Namespace) -> int:
+    from fedprune_device.cli.runtime import update
+
+    return update(arguments)
+
+
+def _slots(arguments: argparse.Namespace) -> int:
+    from fedprune_device.cli.runtime import slots
+
+    return slots(arguments)
+
+
+def _unit(arguments: argparse.Namespace) -> int:
+    from fedprune_device.cli.runtime import unit
+
+    return unit(arguments)
 
 
 def _hours(text: str) -> float:

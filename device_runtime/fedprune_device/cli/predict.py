@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,13 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.cli import whole_number
 from fedprune.core.disk import is_there, storage_errors
 from fedprune.core.errors import BundleError, DataError, ExitCode, StorageError, UsageError, remedy
 from fedprune.core.zip_limits import check_members
 from fedprune.runtime.bundle import Bundle, open_bundle
-from fedprune.runtime.precision import PRECISIONS, graph_file
-from fedprune_device.api.options import add_sample_options, fixed_samples
+from fedprune.runtime.precision_files import graph_file
+from fedprune_device.api.options import fixed_samples
 from fedprune_device.data.dataset import Shape, arrays_of, checked_inputs, checked_samples, load_data, why_unreadable
 from fedprune_device.data.labels import targets
 from fedprune_device.data.logit_adjustment import LogitAdjustment
@@ -33,43 +31,7 @@ _MOST_NAMED = 10
 """Folders of boards that an error names."""
 
 
-def add_predict_command(commands: Any) -> None:
-    """Add `predict`."""
-    predict = commands.add_parser("predict", help="predict with the serving model, also while the agent runs")
-    source = predict.add_mutually_exclusive_group(required=True)
-    source.add_argument("--state", type=Path, metavar="DIR", help="the serving model of a running or stopped agent")
-    source.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of fedprune-export")
-    predict.add_argument(
-        "--input",
-        type=Path,
-        required=True,
-        metavar="SRC",
-        help=".npy, or what trains: .npz with x or x_test (and labels), package.module:function, or a folder with "
-        "a folder of images per class",
-    )
-    predict.add_argument(
-        "--split",
-        choices=("test", "train", "val"),
-        help="which samples of SRC (default: its test samples, or all of a file without any)",
-    )
-    out = predict.add_mutually_exclusive_group()
-    out.add_argument("--output", type=Path, metavar="FILE", help="write the logits to this .npy file")
-    out.add_argument("--top", type=whole_number, default=1, metavar="K", help="print the K likeliest (default: 1)")
-    predict.add_argument("--data", metavar="SRC", help="with --bundle: adjust logits to the label shares of this data")
-    predict.add_argument(
-        "--threads", type=whole_number, default=threads(), metavar="N", help="default: half of the cores"
-    )
-    predict.add_argument("--precision", choices=PRECISIONS, help="with --bundle: the precision, of those that it has")
-    add_sample_options(predict.add_argument_group("images and samples"))
-    predict.set_defaults(run=_predict, device="", seed=0, validation_share=0.0)
-
-
-def threads() -> int:
-    """Half of the cores: predictions and the system need some, too."""
-    return max(1, len(os.sched_getaffinity(0)) // 2)
-
-
-def _predict(arguments: argparse.Namespace) -> int:
+def predict(arguments: argparse.Namespace) -> int:
     own = LogitAdjustment()
     class_names: tuple[str, ...] = ()
     if arguments.bundle is not None:

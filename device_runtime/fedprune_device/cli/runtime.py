@@ -12,71 +12,14 @@ from typing import Any
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, ExitCode, ProtocolError, StorageError, shown
-from fedprune_device.hardware.board_facts import TEGRA
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import SLOTS, STABLE, TRIAL, DamagedError, LauncherState
 from fedprune_device.releases.unit import ServiceUnit
 
-ROOT = Path("/opt/fedprune")
-_KEY = Path("/var/lib/fedprune/identity/server.pub")
-"""Where a board that has joined keeps its server's key."""
-
 _LARGEST_KEY_FILE = 200
 
 
-def add_runtime_commands(commands: Any) -> None:
-    """Add them to the parser's commands."""
-    install = commands.add_parser("install", help="set this board up: a launcher, two slots, a first release")
-    update = commands.add_parser("update", help="bring a release into the slot that doesn't run, to be tried next")
-    for parser in (install, update):
-        parser.add_argument("--release", type=Path, required=True, metavar="DIR", help="the release's folder")
-        parser.add_argument(
-            "--key",
-            default=str(_KEY),
-            metavar="KEY",
-            help="the server's key, as `fedprune-server release` shows it, or a file with it (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--jetson",
-            action=argparse.BooleanOptionalAction,
-            default=TEGRA.exists(),
-            help="never hide packages that JetPack brings (default: as this board is)",
-        )
-    update.add_argument("--stage-only", action="store_true", help="leave its trial to a later `update`")
-    update.add_argument("--attempts", type=int, default=3, metavar="N", help="starts of a trial (default: 3)")
-    update.add_argument(
-        "--deadline", type=float, default=600.0, metavar="S", help="seconds of each until it is healthy (default: 600)"
-    )
-    slots = commands.add_parser("slots", help="say which release runs, and how the last update ended")
-    slots.add_argument("--json", action="store_true", help="as JSON, for programs")
-    for parser in (install, update, slots):
-        parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="default: %(default)s")
-    install.set_defaults(run=_install)
-    update.set_defaults(run=_update)
-    slots.set_defaults(run=_slots)
-    _add_unit(commands)
-
-
-def _add_unit(commands: Any) -> None:
-    unit = commands.add_parser("unit", help="print the systemd unit of this board's service")
-    kind = unit.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--cpu", action="store_true", help="a board that computes on its processor: strict sandbox")
-    kind.add_argument("--jetson", action="store_true", help="a board that computes on an NVIDIA GPU")
-    unit.add_argument("--root", default=str(ROOT), metavar="DIR", help="of launcher and slots (default: %(default)s)")
-    unit.add_argument("--user", default=ServiceUnit.user, metavar="NAME", help="who runs it (default: %(default)s)")
-    unit.add_argument(
-        "--environment",
-        default=ServiceUnit.environment,
-        metavar="FILE",
-        help="with FEDPRUNE_BROKER (default: %(default)s)",
-    )
-    unit.add_argument("--memory", default=ServiceUnit.memory_max, metavar="MOST", help="default: %(default)s")
-    unit.add_argument("--cpu-quota", type=int, default=0, metavar="PERCENT", help="of one core (default: no limit)")
-    unit.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="what the service is started with: run ...")
-    unit.set_defaults(run=_unit)
-
-
-def _install(arguments: argparse.Namespace) -> int:
+def install(arguments: argparse.Namespace) -> int:
     from fedprune_device.releases.release_source import FolderSource
 
     release = _updater(arguments).install(FolderSource(arguments.release))
@@ -84,7 +27,7 @@ def _install(arguments: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _update(arguments: argparse.Namespace) -> int:
+def update(arguments: argparse.Namespace) -> int:
     from fedprune_device.releases.release_source import FolderSource
 
     updater = _updater(arguments)
@@ -126,7 +69,7 @@ def _server_key(given: str) -> Any:
         raise ConfigError(error.what, expected=error.expected, got=error.got) from error
 
 
-def _slots(arguments: argparse.Namespace) -> int:
+def slots(arguments: argparse.Namespace) -> int:
     home = SlotStore(arguments.root)
     state = home.load()
     if state is None:
@@ -166,7 +109,7 @@ def _described(state: LauncherState, held: dict[str, tuple[int, str] | str]) -> 
     return lines
 
 
-def _unit(arguments: argparse.Namespace) -> int:
+def unit(arguments: argparse.Namespace) -> int:
     service = ServiceUnit(
         jetson=arguments.jetson,
         arguments=tuple(arguments.arguments) or ServiceUnit().arguments,

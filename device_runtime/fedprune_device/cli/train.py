@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core import tensorfile
-from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.errors import ExitCode, FedpruneError, ModelError, UsageError
 from fedprune.core.text import quantity
 from fedprune.model.selection import Tensors
 from fedprune.runtime.blocks import block_size, turn_off
 from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.bundle_folder import check_folder, read_files, write_bundle
-from fedprune.runtime.precision import CALIBRATION_SAMPLES, files_of, graph_file, lowered_weights, weights_file
+from fedprune.runtime.precision import CALIBRATION_SAMPLES, lowered_weights
+from fedprune.runtime.precision_files import files_of, graph_file, weights_file
 from fedprune.training.recipe import Recipe
-from fedprune_device.api.options import add_sample_options, fixed_samples
+from fedprune_device.api.options import fixed_samples
+from fedprune_device.cli.options import threads
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.logit_adjustment import LogitAdjustment
 from fedprune_device.serving.predictor import Predictor
@@ -38,53 +39,7 @@ _EVERY_LINE_S = 10.0
 """Seconds between two progress lines, elsewhere."""
 
 
-def add_train_command(commands: Any) -> None:
-    """Add `train`."""
-    train = commands.add_parser(
-        "train",
-        help="train a bundle on this machine's samples, without a server",
-        description="Train a bundle on local samples and write it with the trained weights. Ctrl-C ends training early "
-        "and keeps what was trained until then.",
-    )
-    train.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="a bundle of fedprune-export")
-    train.add_argument(
-        "--data",
-        required=True,
-        metavar="SRC",
-        help=".npz with x and y, package.module:function, or a folder with a folder of images per class",
-    )
-    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="the trained bundle; may be the same DIR")
-    train.add_argument(
-        "--epochs", type=whole_number, metavar="N", help="passes over the samples (default: the recipe's)"
-    )
-    train.add_argument("--lr", type=float, metavar="RATE", help="learning rate (default: as exported)")
-    train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        type=recipe_setting,
-        metavar="KEY=VALUE",
-        help="any other number of the recipe, such as batch_size=16; repeatable",
-    )
-    train.add_argument("--seed", type=int, default=0, help="of the test split and the order of samples (default: 0)")
-    train.add_argument(
-        "--validation-share",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="of the training samples, set aside for early stopping (default: 0)",
-    )
-    train.add_argument("--threads", type=whole_number, metavar="N", help="default: half of the cores")
-    train.add_argument(
-        "--no-blocks", action="store_true", help="train with standard operators alone, not with channels in blocks"
-    )
-    add_sample_options(train.add_argument_group("images and samples"))
-    train.set_defaults(run=_train, device="")
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from fedprune_device.cli.predict import threads
-
+def train(arguments: argparse.Namespace) -> int:
     if arguments.no_blocks:
         turn_off()
     bundle = open_bundle(arguments.bundle)

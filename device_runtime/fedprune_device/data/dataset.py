@@ -17,13 +17,12 @@ from fedprune.core.rng import keyed
 from fedprune.core.user_modules import own_module
 from fedprune.core.zip_limits import check_members
 from fedprune_device.data.labels import targets
+from fedprune_device.data.splits import TEST_SHARE
 from fedprune_device.data.stored_array import Inputs, StoredArray, member, moved_out, select
 
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]
 
-TEST_SHARE = 0.2
-"""Share of the samples that is set aside where a source brings no test split of its own."""
 
 _SPLITS = ("train", "test", "val")
 _NO_SAMPLES = np.zeros((0, 0), np.float32)

@@ -11,9 +11,12 @@ from pathlib import Path
 from fedprune.core import atomic_file
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError
-from fedprune_device.data.dataset import TEST_SHARE
 
 _FORMAT = "fedprune.samples/1"
+
+
+TEST_SHARE = 0.2
+"""Share of the samples that is set aside where a source brings no test split of its own."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedprune.core.disk import storage_errors
 from fedprune.hardware.profile import HardwareProfile
@@ -49,16 +49,6 @@ class Accelerator:
         from fedprune_device.engines.engine_selector import EngineSelector
 
         return EngineSelector(state / ENGINES, self.plan)
-
-
-def add_accelerator_options(parser: Any) -> None:
-    """Add what is to compute to `run`."""
-    parser.add_argument(
-        "--tier", choices=TIERS, help="what computes, if it works here: docs/jetson.md (default: as the profile says)"
-    )
-    parser.add_argument(
-        "--engine-plan", type=Path, metavar="FILE", help="how TensorRT engines are built: an engine.json"
-    )
 
 
 def accelerator_of(arguments: argparse.Namespace, profile: HardwareProfile | None) -> Accelerator:

@@ -15,7 +15,7 @@ import numpy as np
 from fedprune.core import atomic_file
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import EngineError, FedpruneError
-from fedprune.runtime.precision import PRECISIONS, graph_file, weights_file
+from fedprune.runtime.precision_files import PRECISIONS, graph_file, weights_file
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines import bindings
 from fedprune_device.engines.bindings import Bindings
@@ -24,7 +24,7 @@ from fedprune_device.engines.engine import Array, Engine
 from fedprune_device.engines.engine_cache import BASE, ENGINE, TIMINGS, CachedEngine, EngineCache, EnginePlatform
 from fedprune_device.engines.engine_check import WrongOutputError, answers, deviation, trial_inputs
 from fedprune_device.hardware.board_facts import facts
-from fedprune_device.hardware.thermal_guard import power_mode
+from fedprune_device.hardware.readings import power_mode
 from fedprune_device.serving.model_slots import Serving
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
 

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import secrets
-import shutil
-import socket
 import ssl
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import BrokerError, ConfigError, ExitCode, IdentityError, ProtocolError, UsageError
+from fedprune.core.errors import BrokerError, ConfigError, IdentityError
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.join_token import Claim
 from fedprune.security.tls import SYSTEM, insecure_allowed
 from fedprune.wire.broker_url import BrokerUrl, tls_context
 from fedprune.wire.mqtt.link import Link
-from fedprune.wire.topics import EVERYONE, check_device, check_name
 from fedprune_device.enrolment.enrolment import Renewal, enrol, join_urls, one_claim, read_claim
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.signed_channel import SignedChannel
-from fedprune_device.storage.directory_owner import DirectoryOwner
-from fedprune_device.storage.state_directory import DeviceStore
 
-BROKER, JOIN, SITE, DEVICE = "FEDPRUNE_BROKER", "FEDPRUNE_JOIN", "FEDPRUNE_SITE", "FEDPRUNE_DEVICE"
 IDENTITY, CLAIM = "identity", "claim"
 """Folder of a board's identity, and file of its claim, in its state folder."""
-
-_OLD_IDENTITY = "identity.old"
-"""What a board was that is about to join with a new key."""
 
 _PATIENCE_S = 60.0
 
@@ -114,62 +102,11 @@ class Membership:
         return Renewal(self.identity, self.urls, lambda: link.connected, self.authority)
 
 
-def add_membership(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say as whom, and by which broker, and the folder of what is kept."""
-    parser.add_argument(
-        "--broker",
-        metavar="URL",
-        default=os.environ.get(BROKER),
-        help=f"mqtts://[user:password@]host[:port]; ${BROKER} keeps a password out of process lists",
-    )
-    parser.add_argument(
-        "--join",
-        metavar="URL",
-        default=os.environ.get(JOIN),
-        help=f"where to ask to be let in, ${JOIN} (default: the broker's port for joining, 8884, then the broker)",
-    )
-    parser.add_argument(
-        "--ca",
-        type=Path,
-        metavar="FILE",
-        help="who vouches for the broker; `system` for the system's authorities (default: the fleet's own)",
-    )
-    parser.add_argument(
-        "--site",
-        type=_name(check_name),
-        default=os.environ.get(SITE, "default"),
-        help="the fleet's site (default: $FEDPRUNE_SITE, else default)",
-    )
-    parser.add_argument(
-        "--device",
-        type=_name(check_device),
-        default=os.environ.get(DEVICE) or _host_name(),
-        metavar="NAME",
-        help="this board's name, unique in the site (default: $FEDPRUNE_DEVICE, else the host's name)",
-    )
-    parser.add_argument("--state", type=Path, required=True, metavar="DIR", help="what must survive a power cut")
-    parser.add_argument(
-        "--claim", metavar="FILE", help="a one-time claim, - for standard input (default: the file claim in --state)"
-    )
-
-
-def add_join_command(commands: Any) -> None:
-    """Add `join`."""
-    join = commands.add_parser("join", help="become a member of a fleet, with a claim or by the operator's approval")
-    add_membership(join)
-    join.add_argument("--pin", metavar="HEX", help="of the server's authority, as `init` shows it, without a claim")
-    join.add_argument(
-        "--new-key", action="store_true", help="forget the identity that this board has, such as a revoked one"
-    )
-    join.add_argument("--patient", action="store_true", help="wait as long as it takes")
-    join.set_defaults(run=_join)
-
-
 def membership(arguments: argparse.Namespace, *, insecure: bool = False) -> Membership:
     """The place in a fleet that options name.
 
     Args:
-        arguments: What `add_membership` added.
+        arguments: The options of `run` or `join` (`cli.options.add_membership`).
         insecure: Do without an identity.
 
     Raises:
@@ -188,7 +125,7 @@ def checked_urls(arguments: argparse.Namespace, *, insecure: bool = False) -> tu
     """Where to ask to be let in; nothing is written yet.
 
     Args:
-        arguments: What `add_membership` added.
+        arguments: The options of `run` or `join` (`cli.options.add_membership`).
         insecure: Do without an identity.
 
     Raises:
@@ -196,7 +133,7 @@ def checked_urls(arguments: argparse.Namespace, *, insecure: bool = False) -> tu
             or the file of authorities can't be used.
     """
     if not arguments.broker:
-        raise ConfigError("no broker is given", hint=f"Use --broker mqtts://host or set {BROKER}.")
+        raise ConfigError("no broker is given", hint="Use --broker mqtts://host or set FEDPRUNE_BROKER.")
     url = BrokerUrl.parse(arguments.broker)
     if insecure or not url.tls:
         insecure_allowed(url.host)
@@ -228,7 +165,7 @@ def join_first(
 
     Args:
         member: As whom.
-        arguments: What `add_membership` added.
+        arguments: The options of `run` or `join` (`cli.options.add_membership`).
         pin: Of the server's authority, where there is no claim.
         patient: Wait as long as it takes.
         stopped: Ends the waiting.
@@ -277,34 +214,6 @@ def join_first(
     return True
 
 
-def _join(arguments: argparse.Namespace) -> int:
-    owner = DirectoryOwner(arguments.device, arguments.site)
-    owner.check(arguments.state)
-    checked_urls(arguments)
-    pin = _pin(arguments.pin)
-    with DeviceStore(arguments.state, owner=owner):  # not beside a service that runs
-        folder, old = arguments.state / IDENTITY, arguments.state / _OLD_IDENTITY
-        with storage_errors(f"can't replace {folder}"):
-            if arguments.new_key and folder.exists() and not old.exists():  # else the last try goes on
-                folder.rename(old)
-        member = membership(arguments)
-        if member.identity is not None and member.identity.joined:
-            print(f"{member.device} is a member already, with key {member.identity.key.verifying.fingerprint}")
-        else:
-            try:
-                join_first(member, arguments, pin=pin, patient=arguments.patient)
-            except BaseException:
-                if old.exists():  # what it was is better than nothing
-                    shutil.rmtree(folder, ignore_errors=True)
-                    old.rename(folder)
-                raise
-        with storage_errors(f"can't delete {old}"):
-            if old.exists():
-                shutil.rmtree(old)
-        owner.claim(arguments.state)
-    return int(ExitCode.OK)
-
-
 def _claim(given: str | None, kept: Path) -> Claim | None:
     if given == "-":
         return one_claim(sys.stdin.read(), "standard input")
@@ -313,30 +222,5 @@ def _claim(given: str | None, kept: Path) -> Claim | None:
     return read_claim(kept) if kept.exists() else None
 
 
-def _pin(text: str | None) -> bytes | None:
-    plain = re.sub(r"[\s:-]", "", text or "")
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9a-fA-F]{24}", plain):
-        raise UsageError("--pin", expected="24 hex digits, as `fedprune-server init` shows them", got=text[:80])
-    return bytes.fromhex(plain)
-
-
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _host_name() -> str:
-    """This machine's name as a device's: what may not stand in one becomes a dash."""
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname().partition(".")[0])[:64]
-    return name if name not in ("", ".", "..", EVERYONE) else "board"
-
-
-def _name(check: Callable[[object, str], str]) -> Callable[[str], str]:
-    def checked(text: str) -> str:
-        try:
-            return check(text, "name")
-        except ProtocolError as error:
-            raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
-
-    return checked

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedprune.hardware.identification import Facts
 from fedprune.hardware.jetpack import l4t_release
-from fedprune_device.hardware.probe import board, clock_hz, memory
+from fedprune_device.hardware.readings import board, clock_hz, memory
 
 _LONGEST = 200
 _MOST = 20

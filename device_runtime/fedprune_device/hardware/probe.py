@@ -33,6 +33,7 @@ from fedprune.runtime.session import version as onnxruntime_version
 from fedprune.training import step_contract
 from fedprune_device.hardware.convolution_timing import measure_forms, remembered_forms
 from fedprune_device.hardware.layer_timing import measure_table, remembered_table
+from fedprune_device.hardware.readings import board, clock_hz, memory, resident_memory, temperature_c, throttled
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
 _IMPORT_TIMEOUT = 120
@@ -199,6 +200,19 @@ def check_runtime(python: str = sys.executable) -> str:
     return (done.stdout.strip().splitlines() or [""])[-1][:200]
 
 
+def process_memory() -> int | None:
+    """Bytes that this process holds, onnxruntime with a loaded graph included; None where the kernel doesn't say.
+
+    Much of a library is read only once it is used: a small training graph is loaded first.
+
+    Raises:
+        ModelError: The shipped graph can't be loaded.
+    """
+    graph = resources.files("fedprune_device") / "assets" / "probe_training.onnx"
+    Session(graph.read_bytes(), training=True)
+    return resident_memory()
+
+
 def table_summaries(report: ProbeReport) -> dict[str, str]:
     """The tables of layers' and convolutions' times in a few words each, for logs and terminals."""
     latency, forms = report.latency, report.forms
@@ -211,83 +225,6 @@ def table_summaries(report: ProbeReport) -> dict[str, str]:
         measured = sum(len(times) for _, times in forms.rows)
         found["forms"] = f"{measured} measurements of {len(forms.rows)} shapes"
     return found
-
-
-def memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Bytes of main memory, in all and available; a control group's limit counts as memory.
-
-    Args:
-        root: Where /proc and /sys are found.
-    """
-    rows = dict(line.partition(":")[::2] for line in _text(root / "proc/meminfo").splitlines())
-    total, available = (int((rows.get(k, "").split() or ["0"])[0]) * 1024 for k in ("MemTotal", "MemAvailable"))
-    limit = _text(root / "sys/fs/cgroup/memory.max")
-    if limit.isdigit() and int(limit) < total:
-        used = _text(root / "sys/fs/cgroup/memory.current")
-        total = int(limit)
-        available = min(available, total - int(used) if used.isdigit() else total)
-    return max(total, 2**20), max(available, 0)
-
-
-def board(root: Path = Path("/")) -> str:
-    """What the device tree says the board is; empty where there is none.
-
-    Args:
-        root: Where /proc is found.
-    """
-    return _text(root / "proc/device-tree/model").rstrip("\0")[:200]
-
-
-def clock_hz(root: Path = Path("/")) -> int | None:
-    """The highest clock of any core, from the kernel and not from the board's name.
-
-    (A 1.25 GHz edition of the Raspberry Pi 4 looks like the others:
-    https://github.com/geerlingguy/sbc-reviews/issues/110.)
-
-    Args:
-        root: Where /proc and /sys are found.
-    """
-    files = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/cpuinfo_max_freq")
-    found = [int(text) * 1000 for text in map(_text, files) if text.isdigit()]
-    if not found:
-        lines = _text(root / "proc/cpuinfo").splitlines()
-        found = [int(float(x.partition(":")[2]) * 1e6) for x in lines if x.startswith("cpu MHz") and _number(x)]
-    top = max(found, default=0)
-    return top if 10**6 <= top <= 10**11 else None
-
-
-def temperature_c(root: Path = Path("/")) -> float | None:
-    """The hottest thermal zone of the processor, else of the board; None where nothing can be read.
-
-    Args:
-        root: Where /sys is found.
-    """
-    zones: dict[bool, list[float]] = {True: [], False: []}
-    for zone in (root / "sys/class/thermal").glob("thermal_zone*"):
-        text = _text(zone / "temp")
-        if text.lstrip("-").isdigit() and -80_000 <= int(text) <= 200_000:
-            zones["cpu" in _text(zone / "type").lower()].append(int(text) / 1000)
-    return max(zones[True] or zones[False], default=None)
-
-
-def throttled(root: Path = Path("/")) -> bool:
-    """Whether the board is slowed down now, because of heat or low voltage, as far as it says so.
-
-    Args:
-        root: Where /sys is found.
-    """
-    firmware = _text(root / "sys/devices/platform/soc/soc:firmware/get_throttled").removeprefix("0x")
-    try:
-        # Bits 0 to 3 of a Raspberry Pi's firmware: low voltage, clock capped, throttled, soft temperature limit.
-        if firmware and int(firmware, 16) & 0xF:
-            return True
-    except ValueError:
-        pass
-    for cooler in (root / "sys/class/thermal").glob("cooling_device*"):
-        state = _text(cooler / "cur_state")
-        if "cpufreq" in _text(cooler / "type") and state.isdigit() and int(state) > 0:
-            return True
-    return False
 
 
 def _answer() -> None:
@@ -336,14 +273,3 @@ def _median_seconds(run: Callable[[], object], seconds: float) -> float:
         run()
         times.append(time.perf_counter() - at)
     return max(float(np.median(times)), 1e-9)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _number(line: str) -> bool:
-    return line.partition(":")[2].strip().replace(".", "", 1).isdigit()

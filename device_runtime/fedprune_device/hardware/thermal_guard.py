@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedprune.core.errors import ConfigError
-from fedprune_device.hardware.probe import temperature_c, throttled
+from fedprune_device.hardware.readings import UNDER_VOLTAGE, firmware_flags, temperature_c
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -18,7 +18,6 @@ HOT_C, COOL_C = 80.0, 72.0
 (https://www.raspberrypi.com/documentation/computers/raspberry-pi.html)."""
 
 _LOOK_S = 5.0
-_UNDER_VOLTAGE = 1
 
 
 class ThermalGuard:
@@ -90,50 +89,6 @@ class ThermalGuard:
         found = temperature_c(self._root)
         if found is not None and found >= limit_c:
             return f"{found:.0f} °C, limit {limit_c:g} °C"
-        if firmware_flags(self._root) & _UNDER_VOLTAGE:
+        if firmware_flags(self._root) & UNDER_VOLTAGE:
             return "the supply's voltage is too low"
         return ""
-
-
-def firmware_flags(root: Path = Path("/")) -> int:
-    """What a Raspberry Pi's firmware says is wrong now and since boot (`get_throttled`); 0 on other boards.
-
-    Bits 0 to 3: low voltage, clock capped, throttled, soft temperature limit; bits 16 to 19 the same since boot
-    (https://www.raspberrypi.com/documentation/computers/os.html#vcgencmd).
-
-    Args:
-        root: Where /sys is found.
-    """
-    path = root / "sys/devices/platform/soc/soc:firmware/get_throttled"
-    try:
-        return int(path.read_text(encoding="ascii", errors="replace").strip().removeprefix("0x")[:8] or "0", 16)
-    except (OSError, ValueError):
-        return 0
-
-
-def power_mode(root: Path = Path("/")) -> int | None:
-    """The number of a Jetson's power mode, as nvpmodel keeps it; None on other boards.
-
-    Args:
-        root: Where /var is found.
-    """
-    try:
-        text = (root / "var/lib/nvpmodel/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    digits = text.partition("pmode:")[2][:4]
-    return int(digits) if digits.isdigit() else None
-
-
-def condition(root: Path = Path("/")) -> str:
-    """The board's condition in a few words, for a log.
-
-    Args:
-        root: Where /sys and /var are found.
-    """
-    found, flags, mode = temperature_c(root), firmware_flags(root), power_mode(root)
-    parts = ["temperature unknown" if found is None else f"{found:.0f} °C"]
-    parts += ["slowed down"] if throttled(root) else []
-    parts += ["low voltage since boot"] if flags >> 16 & _UNDER_VOLTAGE else []
-    parts += [] if mode is None else [f"power mode {mode}"]
-    return ", ".join(parts)

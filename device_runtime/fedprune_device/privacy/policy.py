@@ -11,8 +11,6 @@ What isn't said isn't asked for, but that there is noise at all. The server has 
 
 from __future__ import annotations
 
-import os
-from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +19,6 @@ from fedprune.core.errors import ConfigError, PrivacyError
 from fedprune.core.toml_file import read_toml
 from fedprune.privacy.accounting import epsilon
 from fedprune.training.recipe import Recipe
-
-PRIVACY = "FEDPRUNE_PRIVACY"
 
 _LEAST = 1e-6
 """Less noise than this, in units of the clip, is none: what one such update costs could be no number."""
@@ -114,16 +110,3 @@ def read_policy(path: Path | None) -> PrivacyPolicy | None:
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: [privacy]", expected="a table of settings, such as most_epsilon", got="none")
     return PrivacyPolicy(**validation.known(PrivacyPolicy, table, f"{path}: privacy"))
-
-
-def add_policy_option(parser: ArgumentParser) -> None:
-    """Add the option that names the owner's file."""
-    named = os.environ.get(PRIVACY)
-    parser.add_argument(
-        "--privacy",
-        type=Path,
-        metavar="FILE",
-        default=Path(named) if named else None,
-        help=f"TOML with [privacy]: what a job must promise before this board takes part; ${PRIVACY}"
-        " (default: take part in any)",
-    )

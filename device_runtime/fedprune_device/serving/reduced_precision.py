@@ -17,17 +17,8 @@ import numpy as np
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import FedpruneError, ModelError
-from fedprune.runtime.precision import (
-    CALIBRATION_SAMPLES,
-    FLOAT32,
-    SERVED,
-    files_of,
-    graph_file,
-    lowered_weights,
-    served_files,
-    unpacked,
-    weights_file,
-)
+from fedprune.runtime.precision import CALIBRATION_SAMPLES, lowered_weights, unpacked
+from fedprune.runtime.precision_files import FASTEST, FLOAT32, SERVED, files_of, graph_file, served_files, weights_file
 from fedprune.runtime.quantization_check import SAMPLES, Agreement, agreement
 from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
@@ -36,10 +27,6 @@ from fedprune_device.data.labels import targets
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
 
 _LOG = logging.getLogger("fedprune.device")
-
-FASTEST = "fastest"
-SERVE = (FLOAT32, *SERVED, FASTEST)
-"""What a board may be told to serve at."""
 
 _TURNS = 9
 _FASTER = 0.9

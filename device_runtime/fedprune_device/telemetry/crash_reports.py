@@ -25,7 +25,7 @@ from fedprune import __version__
 from fedprune.core import atomic_file
 from fedprune.core.errors import FedpruneError, IdentityError, JoinError
 from fedprune.wire.log_messages import MAX_FRAMES, MAX_TEXT
-from fedprune_device.hardware.probe import memory, temperature_c
+from fedprune_device.hardware.readings import memory, temperature_c
 from fedprune_device.privacy.redaction import KEPT, module_at, module_of, named, private
 
 _LOG = logging.getLogger("fedprune.device")

@@ -15,7 +15,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import targets
 from fedprune_device.data.logit_adjustment import LogitAdjustment
 from fedprune_device.data.losses import data_loss, hits, loss_terms
-from fedprune_device.hardware.process_memory import peak_memory
+from fedprune_device.hardware.readings import peak_memory
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.training.trainer import TrainingResult
 

@@ -12,7 +12,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import DivergedError, StorageError
 from fedprune.privacy.gaussian_noise import GaussianNoise
-from fedprune.runtime.precision import FLOAT32
+from fedprune.runtime.precision_files import FLOAT32
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer

@@ -7,7 +7,7 @@ import threading
 from contextlib import suppress
 
 from fedprune.wire.offer import Offer
-from fedprune_device.hardware.process_memory import restart_peak
+from fedprune_device.hardware.readings import restart_peak
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.training.round_runner import RoundResult, RoundRunner
 

@@ -14,7 +14,8 @@ from fedprune.core.errors import BundleError, ModelError, TrainingError
 from fedprune.core.text import quantity
 from fedprune.runtime.blocks import OFF, block_size, turned_off
 from fedprune.runtime.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, blocked_file, open_bundle
-from fedprune.runtime.precision import files_of, graph_file, lowered_weights, prepare_file, weights_file
+from fedprune.runtime.precision import lowered_weights
+from fedprune.runtime.precision_files import files_of, graph_file, prepare_file, weights_file
 from fedprune.runtime.session import Session
 from fedprune.training import step_contract as step
 from fedprune_export.bundles.graph import check_origin, inference_graph

@@ -18,7 +18,7 @@ from fedprune.hardware.probe_report import ProbeReport
 from fedprune.hardware.profile import HardwareProfile
 from fedprune.runtime.blocks import turned_off
 from fedprune.runtime.bundle_folder import check_folder, is_bundle
-from fedprune.runtime.precision import INT8
+from fedprune.runtime.precision_files import INT8
 from fedprune.terminal import tables
 from fedprune.terminal.tables import Column
 from fedprune.training.recipe import LABELS_OF, Recipe

@@ -15,7 +15,7 @@ from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
 from fedprune.costs.kernel_workload import BLOCKS
 from fedprune.hardware.probe_report import ProbeReport
-from fedprune.runtime.precision import PRECISIONS
+from fedprune.runtime.precision_files import PRECISIONS
 from fedprune.training.recipe import LABELS_OF, Recipe
 
 MODEL_HELP = "model.onnx, package.module:factory of a torch module, or timm:NAME"

@@ -8,16 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune.runtime.precision import (
-    PRECISIONS,
-    RANGES,
-    calibrate_file,
-    graph_file,
-    packed,
-    prepare,
-    prepare_file,
-    weights_file,
-)
+from fedprune.runtime.precision import RANGES, packed, prepare
+from fedprune.runtime.precision_files import PRECISIONS, calibrate_file, graph_file, prepare_file, weights_file
 from fedprune.runtime.session import Session
 from fedprune_export.precision.calibration import calibration_graph
 from fedprune_export.precision.folding import fold
@@ -33,7 +25,7 @@ class Lowered:
 
     Attributes:
         precision: Which one.
-        graph: What computes; its tensors are external data in the file `fedprune.runtime.precision.weights_file`.
+        graph: What computes; its tensors are external data in the file `fedprune.runtime.precision_files.weights_file`.
         prepare: Float32 weights, and for int8 ranges of activations, to these tensors.
         calibrate: A batch of samples to ranges of activations; None where none are needed.
         layers: Outputs of the layers that compute with 8 bits, in order.
@@ -66,7 +58,7 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
     Args:
         model: The whole model.
         widths: Kept channels per group.
-        precision: One of `fedprune.runtime.precision.PRECISIONS`.
+        precision: One of `fedprune.runtime.precision_files.PRECISIONS`.
         keep: With int8, outputs of layers that stay in float32.
 
     Raises:

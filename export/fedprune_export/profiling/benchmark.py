@@ -16,7 +16,7 @@ import numpy as np
 from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError
 from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle
-from fedprune.runtime.precision import FLOAT32, graph_file
+from fedprune.runtime.precision_files import FLOAT32, graph_file
 from fedprune.runtime.session import Session
 from fedprune.training import step_contract
 from fedprune_export.bundles.graph import inference_graph

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError
 from fedprune.core.rng import keyed
-from fedprune_device.data.dataset import TEST_SHARE, LocalData
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.splits import TEST_SHARE
 
 CLASSES = 10
 ALPHA = 0.5

@@ -225,7 +225,7 @@ def test_a_bundle_that_was_changed_does_not_predict(tmp_path: Path, bundle: Path
 
 def test_a_probe_is_printed_for_people(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     report = ProbeReport(cores=4, memory_total=2_000_000_000, memory_available=500_400_000, seconds=10.062659254999744)
-    monkeypatch.setattr("fedprune_device.hardware.probe.probe", lambda threads, begin: report)
+    monkeypatch.setattr("fedprune_device.cli.measure.probe", lambda threads, begin: report)
     assert main.main(["probe"]) == ExitCode.OK
     lines = capsys.readouterr().out.splitlines()
     assert {"memory_total: 2000 MB", "memory_available: 500 MB", "seconds: 10.1"} <= set(lines)
@@ -234,7 +234,7 @@ def test_a_probe_is_printed_for_people(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_a_probe_is_printed_as_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     report = ProbeReport(cores=4, memory_total=2_000_000_000, memory_available=500_400_000, seconds=10.0)
-    monkeypatch.setattr("fedprune_device.hardware.probe.probe", lambda threads, begin: report)
+    monkeypatch.setattr("fedprune_device.cli.measure.probe", lambda threads, begin: report)
     assert main.main(["probe", "--json"]) == ExitCode.OK
     assert ProbeReport.from_dict(json.loads(capsys.readouterr().out)) == report
 
@@ -278,9 +278,17 @@ def test_a_board_without_tensorrt_imports_none_of_its_modules() -> None:
         "print(*sorted(m for m in sys.modules if m.startswith('fedprune_device.engines.')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == {
-        f"fedprune_device.engines.{m}" for m in ("accelerator_options", "engine_command")
-    }
+    assert done.stdout.split() == ["fedprune_device.engines.accelerator_options"]
+
+
+def test_parsing_options_loads_neither_numpy_nor_onnxruntime_nor_cryptography() -> None:
+    code = (
+        "import sys; from fedprune_device.cli.main import build_parser; "
+        "build_parser().parse_args(['train', '--bundle', 'b', '--data', 'd', '--out', 'o']); "
+        "print(*sorted({'numpy', 'onnxruntime', 'cryptography', 'ssl', 'paho'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_a_release_on_trial_that_has_checked_onnxruntime_does_not_load_it_once_more(

@@ -15,7 +15,8 @@ import pytest
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode
 from fedprune.runtime.bundle import open_bundle
-from fedprune.runtime.precision import lowered_weights, unpacked, weights_file
+from fedprune.runtime.precision import lowered_weights, unpacked
+from fedprune.runtime.precision_files import weights_file
 from fedprune.runtime.tensorrt_config import EnginePlan
 from support.fakes.engine_board import EngineBoard
 from support.fakes.hidden_board import FEATURES, HIDDEN, hidden_weights

@@ -16,16 +16,8 @@ from fedprune.costs.form_times import FormTimes
 from fedprune.costs.latency_model import LatencyTable, typical_table
 from fedprune.hardware.probe_report import ProbeReport
 from fedprune_device.hardware.layer_timing import LayerNets, measure, remembered_table
-from fedprune_device.hardware.probe import (
-    board,
-    check_runtime,
-    clock_hz,
-    memory,
-    probe,
-    probe_apart,
-    temperature_c,
-    throttled,
-)
+from fedprune_device.hardware.probe import check_runtime, probe, probe_apart
+from fedprune_device.hardware.readings import board, clock_hz, memory, temperature_c, throttled
 from fedprune_device.releases.release_trial import check_health
 
 pytestmark = pytest.mark.board
@@ -62,7 +54,7 @@ def test_a_probe_measures_this_machine() -> None:
 
 
 PEAK = """
-from fedprune_device.hardware.process_memory import peak_memory
+from fedprune_device.hardware.readings import peak_memory
 from fedprune_device.hardware.probe import {0}
 before = peak_memory()
 assert {0}(seconds=0.05, layer_seconds=0.0, form_seconds=0.0).train_rate > 1e6

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
-from fedprune_device.hardware.thermal_guard import ThermalGuard, condition, firmware_flags, power_mode
+from fedprune_device.hardware.readings import condition, firmware_flags, power_mode
+from fedprune_device.hardware.thermal_guard import ThermalGuard
 
 pytestmark = pytest.mark.board
 

@@ -14,7 +14,8 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ProtocolError, StorageError
-from fedprune.runtime.precision import PRECISIONS, files_of, graphs_of, packed, served_files, unpacked
+from fedprune.runtime.precision import packed, unpacked
+from fedprune.runtime.precision_files import PRECISIONS, files_of, graphs_of, served_files
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Want, parse
 from fedprune_device.data.dataset import LocalData

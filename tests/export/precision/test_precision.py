@@ -18,16 +18,12 @@ from torch import nn
 from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError
 from fedprune.model.selection import Selection
-from fedprune.runtime.precision import (
-    CALIBRATION_SAMPLES,
+from fedprune.runtime.precision import CALIBRATION_SAMPLES, RANGES, lowered_weights, measured_ranges, prepare
+from fedprune.runtime.precision_files import (
     PRECISIONS,
-    RANGES,
     calibrate_file,
     files_of,
     graph_file,
-    lowered_weights,
-    measured_ranges,
-    prepare,
     prepare_file,
     weights_file,
 )

@@ -15,7 +15,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ExitCode, ModelError
 from fedprune.model.selection import Selection
 from fedprune.runtime.bundle import MANIFEST, open_bundle
-from fedprune.runtime.precision import PRECISIONS, files_of, graph_file, weights_file
+from fedprune.runtime.precision_files import PRECISIONS, files_of, graph_file, weights_file
 from fedprune.training.recipe import Recipe
 from fedprune_device.cli.main import main as device
 from fedprune_device.serving.predictor import Predictor

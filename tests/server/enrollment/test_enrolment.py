@@ -23,9 +23,10 @@ from fedprune.security.join_token import Claim
 from fedprune.security.keys import grouped
 from fedprune.wire.mqtt.link import Link
 from fedprune_device.cli.main import main
+from fedprune_device.cli.options import add_membership
 from fedprune_device.enrolment import enrolment
 from fedprune_device.enrolment.enrolment import Renewal, enrol, join_urls
-from fedprune_device.enrolment.membership import add_membership, join_first, membership
+from fedprune_device.enrolment.membership import join_first, membership
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder

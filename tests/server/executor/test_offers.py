@@ -13,7 +13,8 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.jobs.state import Progress, Task
 from fedprune.model.selection import Selection
-from fedprune.runtime.precision import graphs_of, unpacked
+from fedprune.runtime.precision import unpacked
+from fedprune.runtime.precision_files import graphs_of
 from fedprune.strategies.roles import Submodel
 from fedprune.training import step_contract
 from fedprune.training.recipe import Recipe

@@ -26,7 +26,8 @@ from fedprune.hardware.profile import HardwareProfile
 from fedprune.hardware.profile_store import find
 from fedprune.model.element_mask import ElementMask
 from fedprune.releases.release import Release, ReleaseFile, opened, signed
-from fedprune.runtime.precision import INT8, graphs_of, packed, unpacked
+from fedprune.runtime.precision import packed, unpacked
+from fedprune.runtime.precision_files import INT8, graphs_of
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import (
     key_digest,

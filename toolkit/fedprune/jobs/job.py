@@ -12,7 +12,7 @@ from fedprune.core import validation
 from fedprune.core.errors import ConfigError, ProtocolError, shown
 from fedprune.importance.scoring import SCORERS
 from fedprune.privacy.settings import WRITTEN, Privacy
-from fedprune.runtime.precision import SERVED
+from fedprune.runtime.precision_files import SERVED
 from fedprune.training.recipe import Recipe
 from fedprune.wire.topics import check_job
 

@@ -8,8 +8,8 @@ submodel.json         which channels this board holds
 engine.json           how a TensorRT engine is to be built (`runtime.tensorrt_config`); optional
 manifest.json         size and sha256 of each of these
 
-Optional are the files of lower precisions (`fedprune.runtime.precision.files_of`) and training steps for processors
-that compute a block of channels at once (`blocked_file`), which the manifest lists like these.
+Optional are the files of lower precisions (`fedprune.runtime.precision_files.files_of`) and training steps for
+processors that compute a block of channels at once (`blocked_file`), which the manifest lists like these.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedprune.costs.kernel_workload import BLOCKS
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Selection
 from fedprune.runtime import tensorrt_config
-from fedprune.runtime.precision import PRECISIONS, files_of, graph_file
+from fedprune.runtime.precision_files import PRECISIONS, files_of, graph_file
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.training.recipe import Recipe
 

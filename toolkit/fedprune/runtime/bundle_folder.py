@@ -35,7 +35,7 @@ from fedprune.runtime.bundle import (
     manifest,
     open_bundle,
 )
-from fedprune.runtime.precision import PRECISIONS, files_of
+from fedprune.runtime.precision_files import PRECISIONS, files_of
 from fedprune.training.recipe import Recipe
 
 PARTIAL = ".bundle.partial"

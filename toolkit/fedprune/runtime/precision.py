@@ -15,18 +15,17 @@ import numpy.typing as npt
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ModelError, shown
+from fedprune.runtime.precision_files import (
+    INT8,
+    calibrate_file,
+    graphs_of,
+    prepare_file,
+    weights_file,
+)
 from fedprune.runtime.session import Session
 from fedprune.training.step_contract import X
 
 Array = npt.NDArray[Any]
-
-FLOAT32 = "float32"
-INT8 = "int8"
-PRECISIONS = ("folded", "float16", INT8)
-"""`folded` is float32 with norms inside the layers before them."""
-
-SERVED = ("float16", INT8)
-"""Those that boards of a fleet may serve at: what `folded` does, onnxruntime does to float32 by itself."""
 
 RANGES = "~ranges"
 """What calibration gives and preparation takes: least and largest number of every activation, float32 [n, 2]."""
@@ -35,26 +34,6 @@ CALIBRATION_SAMPLES = 256
 """Samples that ranges are measured on."""
 
 _AT_ONCE = 32
-
-
-def graph_file(precision: str) -> str:
-    """The file of a lowered graph."""
-    return f"{precision}.onnx"
-
-
-def weights_file(precision: str) -> str:
-    """The file of its tensors, beside it."""
-    return f"{precision}.safetensors"
-
-
-def prepare_file(precision: str) -> str:
-    """The graph that makes its tensors."""
-    return f"prepare-{precision}.onnx"
-
-
-def calibrate_file(precision: str) -> str:
-    """The graph that measures ranges, beside the float32 weights."""
-    return f"calibrate-{precision}.onnx"
 
 
 def measured_ranges(calibrate: Session, x: Array) -> Array:
@@ -117,22 +96,6 @@ def prepare(graph: Session, tensors: Mapping[str, Array], ranges: Array | None =
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise ModelError(f"tensor {name} of the lowered model is not finite")
     return {n: np.asarray(v) for n, v in made.items()} | ({} if ranges is None else {RANGES: feeds[RANGES]})
-
-
-def served_files(precision: str) -> tuple[str, str]:
-    """The files that predict: a graph and its tensors."""
-    return graph_file(precision), weights_file(precision)
-
-
-def files_of(precision: str) -> tuple[str, ...]:
-    """The files of a bundle that a precision consists of."""
-    return (*graphs_of(precision), weights_file(precision))
-
-
-def graphs_of(precision: str) -> tuple[str, ...]:
-    """The graphs of a precision."""
-    graphs = (graph_file(precision), prepare_file(precision))
-    return (*graphs, calibrate_file(precision)) if precision == INT8 else graphs
 
 
 def packed(graphs: Mapping[str, bytes]) -> bytes:

@@ -9,7 +9,8 @@ pytestmark = pytest.mark.board
 
 PEAKS = """
 import numpy as np
-from fedprune_device.hardware.process_memory import own_memory, peak_memory, process_memory, restart_peak
+from fedprune_device.hardware.readings import own_memory, peak_memory, restart_peak
+from fedprune_device.hardware.probe import process_memory
 large = np.ones(50_000_000, np.uint8)
 held = own_memory()
 del large

@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune.core.cli import ended_by_signals
@@ -25,24 +24,7 @@ if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
 _LOOK_S = 0.2
 
 
-def add_engine_command(commands: Any) -> None:
-    """Add `build-engine`."""
-    build = commands.add_parser("build-engine", help="build the TensorRT engine of what serves, and check it (Jetson)")
-    source = build.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--state", type=Path, metavar="DIR", help="the state folder of an agent, whose engine it becomes"
-    )
-    source.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of fedprune-export; needs --out")
-    build.add_argument("--out", type=Path, metavar="DIR", help="with --bundle: the folder of the engine")
-    build.add_argument(
-        "--plan", type=Path, metavar="FILE", help="an engine.json (default: the bundle's, or docs/jetson.md's values)"
-    )
-    build.add_argument("--anew", action="store_true", help="also where there is a good one, or others failed before")
-    build.add_argument("--json", action="store_true", help="the report as JSON, for programs")
-    build.set_defaults(run=_build_engine)
-
-
-def _build_engine(arguments: argparse.Namespace) -> int:
+def build_engine(arguments: argparse.Namespace) -> int:
     from fedprune_device.engines import bindings
     from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector, here
 

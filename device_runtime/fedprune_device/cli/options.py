@@ -1,0 +1,170 @@
+"""Options that several commands share. Parsing loads neither numpy nor onnxruntime."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from fedprune.core.cli import whole_number
+from fedprune.core.errors import ProtocolError
+from fedprune.hardware.profile_sections import TIERS
+from fedprune.wire.topics import EVERYONE, check_device, check_name
+from fedprune_device.api.address import SOCKET
+from fedprune_device.data.splits import TEST_SHARE
+
+BROKER, JOIN, SITE, DEVICE = "FEDPRUNE_BROKER", "FEDPRUNE_JOIN", "FEDPRUNE_SITE", "FEDPRUNE_DEVICE"
+PRIVACY = "FEDPRUNE_PRIVACY"
+
+SAMPLES_BYTES = 64 * 2**20
+SAMPLES_MOST = 10_000
+
+
+def threads() -> int:
+    """Half of the cores: predictions and the system need some, too."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def add_membership(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say as whom, and by which broker, and the folder of what is kept."""
+    parser.add_argument(
+        "--broker",
+        metavar="URL",
+        default=os.environ.get(BROKER),
+        help=f"mqtts://[user:password@]host[:port]; ${BROKER} keeps a password out of process lists",
+    )
+    parser.add_argument(
+        "--join",
+        metavar="URL",
+        default=os.environ.get(JOIN),
+        help=f"where to ask to be let in, ${JOIN} (default: the broker's port for joining, 8884, then the broker)",
+    )
+    parser.add_argument(
+        "--ca",
+        type=Path,
+        metavar="FILE",
+        help="who vouches for the broker; `system` for the system's authorities (default: the fleet's own)",
+    )
+    parser.add_argument(
+        "--site",
+        type=_name(check_name),
+        default=os.environ.get(SITE, "default"),
+        help="the fleet's site (default: $FEDPRUNE_SITE, else default)",
+    )
+    parser.add_argument(
+        "--device",
+        type=_name(check_device),
+        default=os.environ.get(DEVICE) or _host_name(),
+        metavar="NAME",
+        help="this board's name, unique in the site (default: $FEDPRUNE_DEVICE, else the host's name)",
+    )
+    parser.add_argument("--state", type=Path, required=True, metavar="DIR", help="what must survive a power cut")
+    parser.add_argument(
+        "--claim", metavar="FILE", help="a one-time claim, - for standard input (default: the file claim in --state)"
+    )
+
+
+def add_local_options(parser: argparse.ArgumentParser) -> None:
+    """Add to `run` where samples come from, and the local interface."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="SRC",
+        help=".npz with x and y, package.module:function, a folder with a folder of images per class, "
+        "or `local`: what the application hands in",
+    )
+    local = parser.add_argument_group("the local interface (docs/local-interface.md)")
+    local.add_argument(
+        "--local",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help=f"answer the application: unix:/path or 127.0.0.1:PORT (without ADDRESS: {SOCKET} in --state)",
+    )
+    add_sample_options(local)
+    local.add_argument(
+        "--samples-bytes", type=whole_number, default=SAMPLES_BYTES, metavar="N", help="their room (default: 64 MiB)"
+    )
+
+
+def add_sample_options(group: argparse._ArgumentGroup) -> None:
+    """Add how images become samples, how many samples are kept, and how many of them are for testing.
+
+    Args:
+        group: Where the options are listed.
+    """
+    group.add_argument(
+        "--class-names", type=_names, default=(), metavar="A,B,C", help="names of the classes, as on all boards"
+    )
+    group.add_argument(
+        "--image-mean", type=_numbers, default=(0.0,), metavar="M[,M,M]", help="of images, which are scaled to 0 to 1"
+    )
+    group.add_argument(
+        "--image-deviation", type=_numbers, default=(1.0,), metavar="D[,D,D]", help="they are divided by this"
+    )
+    group.add_argument(
+        "--samples-most", type=whole_number, default=SAMPLES_MOST, metavar="N", help="samples kept (default: 10000)"
+    )
+    group.add_argument(
+        "--test-share",
+        type=float,
+        default=TEST_SHARE,
+        metavar="SHARE",
+        help="of samples handed in or in folders, kept for testing (default: %(default)s)",
+    )
+
+
+def add_accelerator_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is to compute to `run`."""
+    parser.add_argument(
+        "--tier", choices=TIERS, help="what computes, if it works here: docs/jetson.md (default: as the profile says)"
+    )
+    parser.add_argument(
+        "--engine-plan", type=Path, metavar="FILE", help="how TensorRT engines are built: an engine.json"
+    )
+
+
+def add_policy_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the owner's file."""
+    named = os.environ.get(PRIVACY)
+    parser.add_argument(
+        "--privacy",
+        type=Path,
+        metavar="FILE",
+        default=Path(named) if named else None,
+        help=f"TOML with [privacy]: what a job must promise before this board takes part; ${PRIVACY}"
+        " (default: take part in any)",
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    found = tuple(name.strip() for name in text.split(","))
+    if "" in found or len(set(found)) < len(found) or any(n.isdecimal() or not n.isprintable() for n in found):
+        raise argparse.ArgumentTypeError(f"expected different names with commas between them, got {text!r}")
+    return found
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, or three with commas, got {text!r}") from None
+
+
+def _host_name() -> str:
+    """This machine's name as a device's: what may not stand in one becomes a dash."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname().partition(".")[0])[:64]
+    return name if name not in ("", ".", "..", EVERYONE) else "board"
+
+
+def _name(check: Callable[[object, str], str]) -> Callable[[str], str]:
+    def checked(text: str) -> str:
+        try:
+            return check(text, "name")
+        except ProtocolError as error:
+            raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
+
+    return checked

@@ -1,0 +1,181 @@
+"""What the kernel reports about this board and this process: memory, clock, temperature, voltage."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from pathlib import Path
+
+UNDER_VOLTAGE = 1
+"""Bit 0 of `firmware_flags`."""
+
+_STATUS = Path("/proc/self/status")
+
+
+def memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes of main memory, in all and available; a control group's limit counts as memory.
+
+    Args:
+        root: Where /proc and /sys are found.
+    """
+    rows = dict(line.partition(":")[::2] for line in _text(root / "proc/meminfo").splitlines())
+    total, available = (int((rows.get(k, "").split() or ["0"])[0]) * 1024 for k in ("MemTotal", "MemAvailable"))
+    limit = _text(root / "sys/fs/cgroup/memory.max")
+    if limit.isdigit() and int(limit) < total:
+        used = _text(root / "sys/fs/cgroup/memory.current")
+        total = int(limit)
+        available = min(available, total - int(used) if used.isdigit() else total)
+    return max(total, 2**20), max(available, 0)
+
+
+def board(root: Path = Path("/")) -> str:
+    """What the device tree says the board is; empty where there is none.
+
+    Args:
+        root: Where /proc is found.
+    """
+    return _text(root / "proc/device-tree/model").rstrip("\0")[:200]
+
+
+def clock_hz(root: Path = Path("/")) -> int | None:
+    """The highest clock of any core, from the kernel and not from the board's name.
+
+    (A 1.25 GHz edition of the Raspberry Pi 4 looks like the others:
+    https://github.com/geerlingguy/sbc-reviews/issues/110.)
+
+    Args:
+        root: Where /proc and /sys are found.
+    """
+    files = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/cpuinfo_max_freq")
+    found = [int(text) * 1000 for text in map(_text, files) if text.isdigit()]
+    if not found:
+        lines = _text(root / "proc/cpuinfo").splitlines()
+        found = [int(float(x.partition(":")[2]) * 1e6) for x in lines if x.startswith("cpu MHz") and _number(x)]
+    top = max(found, default=0)
+    return top if 10**6 <= top <= 10**11 else None
+
+
+def temperature_c(root: Path = Path("/")) -> float | None:
+    """The hottest thermal zone of the processor, else of the board; None where nothing can be read.
+
+    Args:
+        root: Where /sys is found.
+    """
+    zones: dict[bool, list[float]] = {True: [], False: []}
+    for zone in (root / "sys/class/thermal").glob("thermal_zone*"):
+        text = _text(zone / "temp")
+        if text.lstrip("-").isdigit() and -80_000 <= int(text) <= 200_000:
+            zones["cpu" in _text(zone / "type").lower()].append(int(text) / 1000)
+    return max(zones[True] or zones[False], default=None)
+
+
+def throttled(root: Path = Path("/")) -> bool:
+    """Whether the board is slowed down now, because of heat or low voltage, as far as it says so.
+
+    Args:
+        root: Where /sys is found.
+    """
+    firmware = _text(root / "sys/devices/platform/soc/soc:firmware/get_throttled").removeprefix("0x")
+    try:
+        # Bits 0 to 3 of a Raspberry Pi's firmware: low voltage, clock capped, throttled, soft temperature limit.
+        if firmware and int(firmware, 16) & 0xF:
+            return True
+    except ValueError:
+        pass
+    for cooler in (root / "sys/class/thermal").glob("cooling_device*"):
+        state = _text(cooler / "cur_state")
+        if "cpufreq" in _text(cooler / "type") and state.isdigit() and int(state) > 0:
+            return True
+    return False
+
+
+def firmware_flags(root: Path = Path("/")) -> int:
+    """What a Raspberry Pi's firmware says is wrong now and since boot (`get_throttled`); 0 on other boards.
+
+    Bits 0 to 3: low voltage, clock capped, throttled, soft temperature limit; bits 16 to 19 the same since boot
+    (https://www.raspberrypi.com/documentation/computers/os.html#vcgencmd).
+
+    Args:
+        root: Where /sys is found.
+    """
+    path = root / "sys/devices/platform/soc/soc:firmware/get_throttled"
+    try:
+        return int(path.read_text(encoding="ascii", errors="replace").strip().removeprefix("0x")[:8] or "0", 16)
+    except (OSError, ValueError):
+        return 0
+
+
+def power_mode(root: Path = Path("/")) -> int | None:
+    """The number of a Jetson's power mode, as nvpmodel keeps it; None on other boards.
+
+    Args:
+        root: Where /var is found.
+    """
+    try:
+        text = (root / "var/lib/nvpmodel/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    digits = text.partition("pmode:")[2][:4]
+    return int(digits) if digits.isdigit() else None
+
+
+def condition(root: Path = Path("/")) -> str:
+    """The board's condition in a few words, for a log.
+
+    Args:
+        root: Where /sys and /var are found.
+    """
+    found, flags, mode = temperature_c(root), firmware_flags(root), power_mode(root)
+    parts = ["temperature unknown" if found is None else f"{found:.0f} °C"]
+    parts += ["slowed down"] if throttled(root) else []
+    parts += ["low voltage since boot"] if flags >> 16 & UNDER_VOLTAGE else []
+    parts += [] if mode is None else [f"power mode {mode}"]
+    return ", ".join(parts)
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held, in bytes: ever, or since `restart_peak`.
+
+    getrusage also counts what a process was before it became this program: the size of whatever started it.
+    """
+    found = _status("VmHWM")
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if found is None else found)
+
+
+def restart_peak() -> None:
+    """Let the peak begin with what is held now, so that a round's peak is its own and not an earlier round's.
+
+    A kernel without `clear_refs` goes on counting from the process's start: then a peak may be too high.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def own_memory() -> int:
+    """Bytes that this process holds and that the kernel can't take back, so that they are not available any more."""
+    return _status("RssAnon") or 0
+
+
+def resident_memory() -> int | None:
+    """Bytes that this process holds; None where the kernel doesn't report it."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int | None:
+    """An entry of the process's status, in bytes."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _number(line: str) -> bool:
+    return line.partition(":")[2].strip().replace(".", "", 1).isdigit()

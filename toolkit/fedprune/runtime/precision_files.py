@@ -1,0 +1,52 @@
+"""Precisions and the names of their files, without anything that loads numpy."""
+
+from __future__ import annotations
+
+FLOAT32 = "float32"
+INT8 = "int8"
+PRECISIONS = ("folded", "float16", INT8)
+"""`folded` is float32 with norms inside the layers before them."""
+
+SERVED = ("float16", INT8)
+"""Those that boards of a fleet may serve at: what `folded` does, onnxruntime does to float32 by itself."""
+
+FASTEST = "fastest"
+
+SERVE = (FLOAT32, *SERVED, FASTEST)
+"""Precisions that a board can be told to serve at."""
+
+
+def graph_file(precision: str) -> str:
+    """The file of a lowered graph."""
+    return f"{precision}.onnx"
+
+
+def weights_file(precision: str) -> str:
+    """The file of its tensors, beside it."""
+    return f"{precision}.safetensors"
+
+
+def prepare_file(precision: str) -> str:
+    """The graph that makes its tensors."""
+    return f"prepare-{precision}.onnx"
+
+
+def calibrate_file(precision: str) -> str:
+    """The graph that measures ranges, beside the float32 weights."""
+    return f"calibrate-{precision}.onnx"
+
+
+def served_files(precision: str) -> tuple[str, str]:
+    """The files that predict: a graph and its tensors."""
+    return graph_file(precision), weights_file(precision)
+
+
+def files_of(precision: str) -> tuple[str, ...]:
+    """The files of a bundle that a precision consists of."""
+    return (*graphs_of(precision), weights_file(precision))
+
+
+def graphs_of(precision: str) -> tuple[str, ...]:
+    """The graphs of a precision."""
+    graphs = (graph_file(precision), prepare_file(precision))
+    return (*graphs, calibrate_file(precision)) if precision == INT8 else graphs
