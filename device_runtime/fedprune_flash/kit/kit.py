@@ -27,7 +27,6 @@ from fedprune.core import validation
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import (
     ConfigError,
-    IdentityError,
     KitError,
     ProtocolError,
     SignatureError,
@@ -35,8 +34,8 @@ from fedprune.core.errors import (
     remedy,
     shown,
 )
-from fedprune.security.keys import SigningKey, VerifyingKey
-from fedprune.security.succession import Succession, follow, read_successions
+from fedprune.security.keys import VerifyingKey
+from fedprune.security.succession import Lineage
 from fedprune_device.launcher.slot_store import PURPOSE
 from fedprune_device.releases.installer import write_launcher
 from fedprune_device.releases.wheel import Wheel, contents_digest
@@ -67,42 +66,8 @@ _MAX_MANIFEST = 2**20
 _VERSION = 4
 
 
-@dataclass(frozen=True)
-class Signer:
-    """A server's signing key, and how it replaced earlier ones: boards that know one of those follow it.
-
-    Attributes:
-        key: The key.
-        site: The fleet's name.
-        successions: The oldest first.
-    """
-
-    key: SigningKey
-    site: str = ""
-    successions: tuple[Succession, ...] = ()
-
-    @classmethod
-    def load(cls, path: Path) -> Signer:
-        """Read a signing key, and the successions beside it if it lies in its server's identity folder.
-
-        Raises:
-            IdentityError: A file is damaged, or the key is not the one that the successions end in.
-            StorageError: A file can't be read.
-        """
-        key, site = SigningKey.load(path), path.parent / "site"
-        if not site.exists():
-            return cls(key)
-        with storage_errors(f"can't read {site}"):
-            name = site.read_text("utf-8", "replace").strip()
-        successions = read_successions(path.parent, name)
-        if successions and successions[-1].after != key.verifying:
-            raise IdentityError(
-                f"{path} is not the key that the successions beside it end in",
-                expected=successions[-1].after.fingerprint,
-                got=key.verifying.fingerprint,
-                hint="`fedprune-server check` says what is wrong with that folder.",
-            )
-        return cls(key, name if successions else "", successions)
+class Signer(Lineage):
+    """The server's signing key, which signs kits; kits that an earlier key of the server signed are its own, too."""
 
     def check(self, kit: Kit) -> None:
         """Make sure that this key, or one that it replaced, signed a kit.
@@ -111,7 +76,7 @@ class Signer:
             KitError: Another key did, or none.
         """
         signed = None if not kit.key else VerifyingKey.from_hex(kit.key)
-        if signed is None or follow(self.site, signed, self.successions) != self.key.verifying:
+        if signed is None or not self.includes(signed):
             raise KitError(
                 f"{kit.folder} is not signed by this server",
                 expected=f"key {self.key.verifying.fingerprint}",

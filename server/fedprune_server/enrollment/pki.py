@@ -21,13 +21,12 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from cryptography import x509
 
-from fedprune.core.atomic_file import move
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
 from fedprune.core.text import quantity, some
 from fedprune.security.authority import CERTIFICATE, DEVICE_DAYS, SERVER, Authority
@@ -45,7 +44,7 @@ from fedprune.security.join_token import Claim
 from fedprune.security.keys import SigningKey
 from fedprune.security.private_file import give_to_owner_of, write_public
 from fedprune.security.succession import FILE as _SUCCESSIONS
-from fedprune.security.succession import Succession, read_successions
+from fedprune.security.succession import NEW, Succession, load_signing_key, read_successions
 from fedprune.security.tls import PinnedContext, pinned_context
 from fedprune.wire.messages import MAX_SUCCESSIONS
 from fedprune.wire.topics import check_device, check_name
@@ -58,7 +57,7 @@ FOLDER = "identity"
 _SIGNING, _EPOCH, _KEY, _CERTIFICATE, _STORE, _SITE = (
     "signing.key", "epoch", "server.key", "server.pem", "identity.db", "site",
 )  # fmt: skip
-_NEW_SIGNING = "signing.key.new"
+_NEW_SIGNING = _SIGNING + NEW
 _BROKER_LASTS_S = 365 * 24 * 3600
 _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
 _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
@@ -108,7 +107,7 @@ class IdentityFolder:
         self._clock = clock
         self.authority = Authority(self.path, clock, read_only=read_only)
         self.successions = read_successions(self.path, self.site)
-        self.key = load_signing_key(self.path, self.successions, read_only=read_only)
+        self.key = load_signing_key(self.path / _SIGNING, self.successions, read_only=read_only)
         self.epochs = EpochFile(self.path / _EPOCH, clock)
         self.store = IdentityStore(self.path / _STORE, read_only=read_only)
         self._issuing = threading.Lock()
@@ -130,7 +129,7 @@ class IdentityFolder:
         kept = (*self.successions, made)[-MAX_SUCCESSIONS:]
         write_public(self.path / _SUCCESSIONS, json.dumps([s.hex for s in kept], indent=1).encode())  # now it counts
         self.successions = kept
-        self.key = load_signing_key(self.path, kept)
+        self.key = load_signing_key(self.path / _SIGNING, kept)
 
     def rotate_authority(self) -> None:
         """Begin to replace the certificate authority: boards and server get certificates of the new one.
@@ -342,36 +341,6 @@ class IdentityFolder:
             return False
         ends = self.authority.ends(client=client)
         return seconds_of(found.not_valid_after_utc) >= min(self.authority.now() + seconds, ends)
-
-
-def load_signing_key(folder: Path, successions: Sequence[Succession], *, read_only: bool = False) -> SigningKey:
-    """A server's signing key; a rotation that was interrupted is completed if its succession was written.
-
-    Args:
-        folder: The identity's.
-        successions: As `read_successions` gives them.
-        read_only: Leave the files as they are.
-
-    Raises:
-        IdentityError: A file is missing or damaged, or the key is not the one that the successions end in.
-        StorageError: The disk fails or is full.
-    """
-    path, new = folder / _SIGNING, folder / _NEW_SIGNING
-    key = SigningKey.load(path)
-    if not successions or key.verifying == successions[-1].after:
-        return key
-    latest = successions[-1].after
-    successor = SigningKey.load(new) if new.exists() else None
-    if successor is None or successor.verifying != latest:
-        raise IdentityError(
-            f"{path} is not the key that {folder / _SUCCESSIONS} ends in",
-            expected=latest.fingerprint,
-            got=key.verifying.fingerprint,
-            hint="Restore both files from the same backup.",
-        )
-    if not read_only:
-        move(new, path)
-    return successor
 
 
 def _issue_server(authority: Authority, folder: Path) -> None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError, IdentityError
 from fedprune.security.authority import CERTIFICATE, CRL, KEY, REGISTER, Authority
 from fedprune.security.certificates import key_digest, load_certificate, load_tls_key
 from fedprune.security.epoch import EpochFile
-from fedprune.security.keys import SigningKey
-from fedprune.security.succession import read_successions
-from fedprune_server.enrollment.pki import load_signing_key
+from fedprune.security.succession import Lineage
 from fedprune_server.maintenance.finding import Finding, Weight
 
 _RESTORE = "Restore the backup of the identity folder."
@@ -50,7 +47,7 @@ def check_identity(identity: Path) -> Iterator[Finding]:
     if not missing & {KEY, CERTIFICATE, REGISTER}:
         yield from _failure(lambda: _authority(identity, crl=CRL not in missing))
     if "signing.key" not in missing:
-        yield from _failure(lambda: _signing_key(identity))
+        yield from _failure(lambda: Lineage.load(identity / "signing.key"))
     yield from _failure(lambda: EpochFile(identity / "epoch"))
     if not missing & {"server.key", "server.pem"}:
         yield from _failure(lambda: _server(identity))
@@ -61,16 +58,6 @@ def _failure(read: Callable[[], object]) -> Iterator[Finding]:
         read()
     except FedpruneError as error:
         yield Finding(Weight.WRONG, str(error))
-
-
-def _signing_key(identity: Path) -> None:
-    site = identity / "site"
-    if not site.exists():  # a finding of its own, and what successions are verified with
-        SigningKey.load(identity / "signing.key")
-        return
-    with storage_errors(f"can't read {site}"):
-        name = site.read_text("utf-8", "replace").strip()
-    load_signing_key(identity, read_successions(identity, name), read_only=True)
 
 
 def _authority(identity: Path, *, crl: bool) -> None:

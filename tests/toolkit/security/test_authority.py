@@ -347,3 +347,20 @@ def test_while_one_authority_replaces_another_openssl_trusts_and_refuses_certifi
     assert not new.made_for("other")
     with pytest.raises(IdentityError, match="is not being replaced"):
         new.end_rotation()
+
+
+def test_certificates_of_a_retired_authority_neither_count_nor_change_whose_a_key_is(tmp_path: Path) -> None:
+    folder = tmp_path / "identity"
+    old = Authority.make(folder, "lab")
+    kept = csr()
+    old.issue_device("lab", "pi-1", kept)
+    for _ in range(subject.MAX_LIVE - 1):
+        old.issue_device("lab", "pi-1", csr())
+    old.begin_rotation("lab")
+    Authority(folder).end_rotation()
+
+    new = Authority(folder)
+    with pytest.raises(IdentityError, match="has a certificate of device 'pi-1'"):
+        new.issue_device("lab", "pi-2", kept)
+    assert serial_of(new.issue_device("lab", "pi-1", kept)) not in {i.serial for i in old.of_device("pi-1")}
+    assert new.issue_device("lab", "pi-1", csr())

@@ -70,7 +70,7 @@ DEVICE, CLIENT, BROKER = "device", "server", "broker"
 
 AUTHORITY_DAYS, DEVICE_DAYS, BROKER_DAYS = 30 * 365, 2 * 365, 5 * 365
 MAX_LIVE = 64
-"""Certificates of one device that have not ended."""
+"""Certificates of one device, by the authorities that the fleet trusts, that have not ended."""
 
 _DAY = 24 * 3600
 _LONGEST_DAYS = 30 * 365
@@ -379,22 +379,25 @@ class Authority:
 
     def _known(self, device: str, key: ec.EllipticCurvePublicKey) -> Issued | None:
         """The certificate that a device's key has; None if it may get one."""
+        trusted = {_identifier(s) for s in self._signers}
         known = self._by_key.get(key_digest(key).hex())
-        if known is not None and known.authority not in {_identifier(s) for s in self._signers}:
+        if known is not None:
+            if (known.kind, known.name) != (DEVICE, device):
+                raise IdentityError(f"the TLS key of {device} has a certificate of {known.kind} {shown(known.name)}")
             if known.serial in self._revoked:
                 raise IdentityError(f"the certificate of {device}'s TLS key is revoked", hint="Make a new key.")
-            known = None  # what a retired authority issued is worth nothing
-        if known is None:
-            live = [i for i in self.of_device(device) if i.serial not in self._revoked and i.ends > self.now()]
-            if len(live) >= MAX_LIVE:
-                raise IdentityError(f"{device} has {len(live)} certificates", hint="Revoke or replace the device.")
-            return None
-        if (known.kind, known.name) != (DEVICE, device):
-            raise IdentityError(f"the TLS key of {device} has a certificate of {known.kind} {shown(known.name)}")
-        if known.serial in self._revoked or known.ends <= self.now():
-            state = "revoked" if known.serial in self._revoked else "over"
-            raise IdentityError(f"the certificate of {device}'s TLS key is {state}", hint="Make a new key.")
-        return known
+            if known.authority in trusted:  # a retired authority's certificate is void, however long it would last
+                if known.ends <= self.now():
+                    raise IdentityError(f"the certificate of {device}'s TLS key is over", hint="Make a new key.")
+                return known
+        live = [
+            issued
+            for issued in self.of_device(device)
+            if issued.authority in trusted and issued.serial not in self._revoked and issued.ends > self.now()
+        ]
+        if len(live) >= MAX_LIVE:
+            raise IdentityError(f"{device} has {len(live)} certificates", hint="Revoke or replace the device.")
+        return None
 
     def _issue(
         self,

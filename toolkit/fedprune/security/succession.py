@@ -7,10 +7,12 @@ for that, so that a server keeps the successions alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from fedprune.core.atomic_file import move
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import IdentityError, ProtocolError, StorageError, remedy
 from fedprune.security.canonical_encoding import transcript
@@ -25,6 +27,9 @@ FILE = "successions.json"
 
 SUCCESSIONS = "successions"
 """File of a device's identity beside the server's key: the fleet's name, then the successions, a line each."""
+
+NEW = ".new"
+"""What follows the name of the signing key's file where a successor waits for its succession to be written."""
 
 _DOMAIN = "fedprune succession 1"
 
@@ -67,6 +72,44 @@ class Succession:
     def hex(self) -> str:
         """Both keys and the signature, as messages and files carry them."""
         return (self.before.raw + self.after.raw + self.signature).hex()
+
+
+_Lineage = TypeVar("_Lineage", bound="Lineage")
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A server's signing key, and how it replaced earlier ones: boards that know one of those follow it.
+
+    Attributes:
+        key: The key.
+        site: The fleet's name; empty where the key replaced none.
+        successions: The oldest first.
+    """
+
+    key: SigningKey
+    site: str = ""
+    successions: tuple[Succession, ...] = ()
+
+    @classmethod
+    def load(cls: type[_Lineage], path: Path) -> _Lineage:
+        """Read a signing key, with its successions where it is in its server's identity folder. Nothing is written.
+
+        Raises:
+            IdentityError: A file is damaged, or the key is not the one that the successions end in.
+            StorageError: A file can't be read.
+        """
+        site = path.parent / "site"
+        if not site.exists():
+            return cls(SigningKey.load(path))
+        with storage_errors(f"can't read {site}"):
+            name = site.read_text("utf-8", "replace").strip()
+        successions = read_successions(path.parent, name)
+        return cls(load_signing_key(path, successions, read_only=True), name if successions else "", successions)
+
+    def includes(self, known: VerifyingKey) -> bool:
+        """Whether a key is this one, or one that it replaced."""
+        return follow(self.site, known, self.successions) == self.key.verifying
 
 
 def follow(site: str, key: VerifyingKey, successions: Iterable[Succession]) -> VerifyingKey:
@@ -113,6 +156,35 @@ def read_successions(folder: Path, site: str) -> tuple[Succession, ...]:
     except (ValueError, RecursionError, ProtocolError) as error:
         raise IdentityError(f"{path} is damaged", hint="Restore the backup of the identity folder.") from error
     return found
+
+
+def load_signing_key(path: Path, successions: Sequence[Succession], *, read_only: bool = False) -> SigningKey:
+    """A server's signing key; a rotation that was interrupted is completed if its succession was written.
+
+    Args:
+        path: The key's file in the server's identity.
+        successions: As `read_successions` gives them.
+        read_only: Leave the files as they are.
+
+    Raises:
+        IdentityError: A file is missing or damaged, or the key is not the one that the successions end in.
+        StorageError: The disk fails or is full.
+    """
+    key, new = SigningKey.load(path), path.with_name(path.name + NEW)
+    if not successions or key.verifying == successions[-1].after:
+        return key
+    latest = successions[-1].after
+    successor = SigningKey.load(new) if new.exists() else None
+    if successor is None or successor.verifying != latest:
+        raise IdentityError(
+            f"{path} is not the key that {path.with_name(FILE)} ends in",
+            expected=latest.fingerprint,
+            got=key.verifying.fingerprint,
+            hint="Restore both files from the same backup.",
+        )
+    if not read_only:
+        move(new, path)
+    return successor
 
 
 def kept_successions(folder: Path) -> tuple[str, tuple[str, ...]]:
