@@ -31,7 +31,7 @@ from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, dige
 from fedprune_device.launcher.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, LauncherState
 from fedprune_device.releases.release_checks import check_packages_on_board, check_release, own_packages
 from fedprune_device.releases.release_source import ReleaseSource
-from fedprune_device.releases.wheel import Wheel
+from fedprune_device.releases.wheel import Wheel, check_distinct, empty, install_wheels
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -282,29 +282,16 @@ class ReleaseInstaller:
             self._pull(source, file)
         wheels = [Wheel(self._incoming / f.sha256, f.name) for f in release.files]
         self._check_wheels(release, wheels)
-        self._empty(slot)
-        files: dict[str, tuple[str, int]] = {}
-        for wheel in wheels:
-            files |= {path: (sha256, size) for path, sha256, size in wheel.unpack(self.home.root / slot)}
-        if files_digest(files) != release.contents:
-            self._empty(slot)
-            raise ReleaseError(
-                "a release's files unpacked are not those that its manifest says", hint="Have the release made again."
-            )
-        # One sync of all instead of thousands, which would wear out a card; the launcher reads every digest anyway.
-        os.sync()
-        proof = manifest.decode(), signature.hex()
-        record = SlotRecord(
-            release.number, release.version, release.entry, files, release.system, *proof, *self._successions()
-        )
-        self.home.write_record(slot, record)
-        try:
-            self.home.whole(slot, from_disk=True)
-        except DamagedError as error:
-            self.home.drop_record(slot)
-            raise StorageError(
-                f"what was written isn't what is there ({error})", hint="The disk may be failing."
-            ) from error
+
+        def recorded(files: dict[str, tuple[str, int]]) -> SlotRecord:
+            if files_digest(files) != release.contents:
+                raise ReleaseError(
+                    "the unpacked files are not those of the release's manifest", hint="Have the release made again."
+                )
+            proof = manifest.decode(), signature.hex(), *self._successions()
+            return SlotRecord(release.number, release.version, release.entry, files, release.system, *proof)
+
+        install_wheels(self.home, slot, wheels, recorded)
         return release
 
     def _room(self, release: Release, slot: str) -> tuple[int, int, int]:
@@ -319,7 +306,8 @@ class ReleaseInstaller:
         if need > free + old:
             raise _no_room(release, need, free + old)
         if need > free:
-            self._empty(slot)
+            self.home.drop_record(slot)
+            empty(self.home.root / slot)
 
     def _pull(self, source: ReleaseSource, file: ReleaseFile) -> None:
         path = self._incoming / file.sha256
@@ -360,26 +348,14 @@ class ReleaseInstaller:
         if size > release.unpacked:
             raise ReleaseError("a release's files unpacked", expected=f"at most {release.unpacked} bytes", got=size)
         own = {*release.system} | own_packages(self._keep)
-        paths: set[str] = set()
-        for file, wheel in zip(release.files, wheels, strict=True):
-            twice = sorted(paths & wheel.paths)
-            if twice:
-                raise ReleaseError(f"{file.name}: {twice[0]} is in another wheel, too")
-            paths |= wheel.paths
+        check_distinct(wheels)
+        for wheel in wheels:
             hidden = sorted(wheel.modules & own)
             if hidden:
                 raise ReleaseError(
-                    f"{file.name} would hide the board's own {', '.join(hidden)}",
+                    f"{wheel.name} would hide the board's own {', '.join(hidden)}",
                     hint="Leave it out of the release and name it in `system`.",
                 )
-
-    def _empty(self, slot: str) -> None:
-        self.home.drop_record(slot)
-        for path in (self.home.root / slot).iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
     def _clear_incoming(self, release: Release | None) -> None:
         wanted = set() if release is None else {f.sha256 for f in release.files}

@@ -1,7 +1,8 @@
-"""Unpacking wheels into a slot without pip: a board has neither an index nor the time for it.
+"""Wheels unpacked into a slot without pip, which would need a network and minutes.
 
-A wheel is a zip file (https://packaging.python.org/en/latest/specifications/binary-distribution-format/). Its packages
-lie at the root, or under `*.data/purelib` and `*.data/platlib`; scripts, headers and data have no place in a slot.
+Releases and kits are installed by the same function, `install_wheels`. A wheel is a zip file
+(https://packaging.python.org/en/latest/specifications/binary-distribution-format/). Its packages are at the root, or
+under `*.data/purelib` and `*.data/platlib`; scripts, headers and data have no place in a slot.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedprune.core.errors import ReleaseError, shown
-from fedprune_device.launcher.slot_store import files_digest
+from fedprune.core.errors import ReleaseError, StorageError, shown
+from fedprune_device.launcher.slot_store import SlotRecord, SlotStore, files_digest
+from fedprune_device.launcher.state import DamagedError
 
 MAX_ENTRIES = 50_000
 _PIECE = 2**20
@@ -33,7 +36,7 @@ class Wheel:
         name: Its name, for messages.
 
     Attributes:
-        size: Bytes that it takes when it is unpacked.
+        size: Bytes of its files unpacked.
         paths: Where its files go, within a slot.
 
     Raises:
@@ -42,7 +45,7 @@ class Wheel:
 
     def __init__(self, path: Path, name: str) -> None:
         self._path = path
-        self._name = name
+        self.name = name
         try:
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
@@ -95,7 +98,7 @@ class Wheel:
                         found.update(piece)
                         write(piece)
                 if size != entry.file_size:
-                    raise ReleaseError(f"{self._name}: {shown(target)}", expected=f"{entry.file_size} bytes")
+                    raise ReleaseError(f"{self.name}: {shown(target)}", expected=f"{entry.file_size} bytes")
                 yield target, found.hexdigest(), size
 
     def _pieces(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: str) -> Iterator[bytes]:
@@ -105,7 +108,7 @@ class Wheel:
                 while piece := source.read(_PIECE):
                     yield piece
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
-            raise ReleaseError(f"{self._name}: {shown(target)} is damaged ({error})") from error
+            raise ReleaseError(f"{self.name}: {shown(target)} is damaged ({error})") from error
 
     def _target(self, entry: zipfile.ZipInfo) -> str | None:
         """Where an entry goes; None for what isn't installed."""
@@ -127,8 +130,80 @@ class Wheel:
             or entry.flag_bits & 1
             or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         ):
-            raise ReleaseError(f"{self._name}: {shown(entry.filename)}", expected="a plain file inside the slot")
+            raise ReleaseError(f"{self.name}: {shown(entry.filename)}", expected="a plain file inside the slot")
         return name
+
+
+def check_distinct(wheels: Iterable[Wheel]) -> None:
+    """Make sure that no two wheels have a file of one path.
+
+    Raises:
+        ReleaseError: Two have.
+    """
+    paths = set[str]()
+    for wheel in wheels:
+        twice = sorted(paths & wheel.paths)
+        if twice:
+            raise ReleaseError(f"{wheel.name}: {shown(twice[0])} is in another wheel, too")
+        paths |= wheel.paths
+
+
+def install_wheels(
+    store: SlotStore,
+    slot: str,
+    wheels: Iterable[Wheel],
+    recorded: Callable[[dict[str, tuple[str, int]]], SlotRecord],
+    key: bytes | None = None,
+) -> None:
+    """Replace what is in a slot. Its record is written last, so that a slot that was cut off counts as empty.
+
+    Args:
+        store: The board's slots.
+        slot: The slot, which must not be running.
+        wheels: Unpacked in this order.
+        recorded: Checks what was unpacked, by sha256 and size of each path, and returns the slot's record. If it
+            raises, the slot is emptied.
+        key: The key that must have signed the record (default: the installed one).
+
+    Raises:
+        ReleaseError: A wheel is damaged.
+        StorageError: The disk gives back something else than was written.
+        OSError: The disk fails or is full.
+    """
+    folder = store.root / slot
+    store.drop_record(slot)
+    empty(folder)
+    files: dict[str, tuple[str, int]] = {}
+    try:
+        for wheel in wheels:
+            files |= {path: (sha256, size) for path, sha256, size in wheel.unpack(folder)}
+        os.sync()  # once for all files: thousands of syncs wear out a card
+        record = recorded(files)
+    except BaseException:
+        with suppress(OSError):
+            empty(folder)
+        raise
+    store.write_record(slot, record)
+    try:
+        store.whole(slot, from_disk=True, key=key)
+    except DamagedError as error:
+        store.drop_record(slot)
+        raise StorageError(
+            f"the disk gives back something else than was written ({error})", hint="It may be failing."
+        ) from error
+
+
+def empty(folder: Path) -> None:
+    """Delete what is in a folder; links are deleted, never followed.
+
+    Raises:
+        OSError: The disk fails.
+    """
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def contents_digest(wheels: Iterable[Wheel]) -> str:

@@ -49,9 +49,9 @@ def add_image_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
 def _image(arguments: argparse.Namespace) -> int:
     from fedprune_flash.card import drives
     from fedprune_flash.image import boot_image as image
-    from fedprune_flash.image.first_boot_scheme import Scheme
+    from fedprune_flash.image.boot_image import PlanStep, described
+    from fedprune_flash.image.first_boot import Scheme
     from fedprune_flash.kit.kit import open_kit, server_signer
-    from fedprune_flash.kit.plan import PlanStep, described
 
     if arguments.yes is not None and arguments.yes != arguments.card:
         raise UsageError("--yes names another device than --card", expected=arguments.card, got=arguments.yes)

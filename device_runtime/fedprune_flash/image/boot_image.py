@@ -6,7 +6,7 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,10 @@ from fedprune.core.errors import ImageError, KitError, UsageError
 from fedprune_flash.image.board_setup import FirstBoot
 from fedprune_flash.image.ext4 import Ext4
 from fedprune_flash.image.fat import MAX_FILE, Fat
-from fedprune_flash.image.first_boot_files import KIT_FOLDER, first_boot_files
-from fedprune_flash.image.first_boot_scheme import CMDLINE, Scheme, recognise
+from fedprune_flash.image.first_boot import CMDLINE, KIT_FOLDER, Scheme, first_boot_files, recognise
 from fedprune_flash.image.partitions import Partitions, read_partitions
 from fedprune_flash.image.unpacking import Progress, packing, unpack
 from fedprune_flash.kit.kit import Kit
-from fedprune_flash.kit.plan import PlanStep
 from fedprune_flash.on_board.kit_folder import MANIFEST
 
 _MOUNTS = ("/boot/firmware", "/boot")
@@ -37,6 +35,19 @@ _TELLING = {
 
 _MARGIN = 64
 """Clusters on top of the files': folders, which grow."""
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """One step of a plan: what is done, and how it is undone."""
+
+    what: str
+    reverse: str
+
+
+def described(steps: Sequence[PlanStep]) -> str:
+    """A plan as text, two lines a step."""
+    return "\n".join(f"{number}. {s.what}\n   undone by: {s.reverse}" for number, s in enumerate(steps, 1))
 
 
 @dataclass(frozen=True)

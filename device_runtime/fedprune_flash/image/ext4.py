@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 
 from fedprune.core.errors import ImageError
-from fedprune_flash.image.region import Region
+from fedprune_flash.image.partitions import Region
 
 _MAGIC = 0xEF53
 _EXTENT_MAGIC = 0xF30A

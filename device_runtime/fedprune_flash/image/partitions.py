@@ -1,7 +1,7 @@
-"""The partition table of an image: the four entries of a master boot record.
+"""The partitions of an image: the four entries of a master boot record, and the bytes that each has.
 
-Layout: https://wiki.osdev.org/MBR_(x86). A Raspberry Pi boots from the first FAT partition, and its root file system is
-an ext4 one. Offsets are read, never assumed.
+Layout: https://wiki.osdev.org/MBR_(x86). A Raspberry Pi boots from the first FAT partition; its root file system is an
+ext4 one.
 """
 
 from __future__ import annotations
@@ -11,13 +11,37 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from fedprune.core.errors import ImageError
-from fedprune_flash.image.region import Region
 
 SECTOR = 512
 FAT_TYPES = frozenset({0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E})
 LINUX = 0x83
 _GPT = 0xEE
 _ENTRIES = 446
+
+
+class Region:
+    """A range of bytes of an open file, such as a partition. `name` is for error messages."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int, name: str) -> None:
+        self._file, self._start = file, start
+        self.size, self.name = size, name
+
+    def read(self, at: int, count: int) -> bytes:
+        self._check(at, count)
+        self._file.seek(self._start + at)
+        found = self._file.read(count)
+        if len(found) != count:
+            raise ImageError(f"{self.name} is cut short", expected=f"{count} bytes at {at}", got=len(found))
+        return found
+
+    def write(self, at: int, data: bytes | bytearray | memoryview) -> None:
+        self._check(at, len(data))
+        self._file.seek(self._start + at)
+        self._file.write(data)
+
+    def _check(self, at: int, count: int) -> None:
+        if at < 0 or count < 0 or at + count > self.size:
+            raise ImageError(f"{self.name} points outside itself", expected=f"0 to {self.size}", got=f"{at} + {count}")
 
 
 @dataclass(frozen=True)
@@ -30,7 +54,6 @@ class Partition:
     size: int
 
     def region(self, file: BinaryIO, what: str) -> Region:
-        """Its bytes in the image."""
         return Region(file, self.start, self.size, f"{what} (partition {self.number})")
 
 
@@ -48,15 +71,10 @@ class Partitions:
 
 
 def read_partitions(file: BinaryIO, size: int, name: str = "the image") -> Partitions:
-    """Read an image's table.
-
-    Args:
-        file: The image.
-        size: Its size in bytes.
-        name: What it is called in messages.
+    """The partitions of an image of `size` bytes, called `name` in messages.
 
     Raises:
-        ImageError: It has none, a GPT instead, partitions beyond its end or over each other, or none to boot from.
+        ImageError: It has no table, a GPT, partitions beyond its end or over each other, or none to boot from.
     """
     file.seek(0)
     head = file.read(2 * SECTOR)

@@ -109,19 +109,6 @@ def give(paths: Iterable[Path], owner: Owner | None) -> None:
                         os.chown(name, *owner, dir_fd=folder, follow_symlinks=False)
 
 
-def empty(folder: Path) -> None:
-    """Delete what is in a folder; links are deleted, never followed.
-
-    Raises:
-        OSError: The disk fails.
-    """
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def drop(folder: Path) -> None:
     """Delete a folder and what is in it; one that isn't there is fine.
 

@@ -10,11 +10,11 @@ import subprocess  # nosec B404  # lists of words, never a shell
 from contextlib import suppress
 from pathlib import Path
 
-from fedprune.core.errors import KitError, RuntimeUnavailableError, StorageError, StorageFullError
+from fedprune.core.errors import KitError, RuntimeUnavailableError, StorageFullError
 from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, write_file
 from fedprune_device.launcher.state import SLOTS, STABLE, DamagedError, LauncherState
-from fedprune_device.releases.wheel import Wheel
-from fedprune_flash.on_board.board_files import Owner, empty, give
+from fedprune_device.releases.wheel import Wheel, check_distinct, install_wheels
+from fedprune_flash.on_board.board_files import Owner, give
 from fedprune_flash.on_board.kit_folder import LAUNCHER, KitFolder
 
 ENTRY = "fedprune_start:device"
@@ -103,18 +103,12 @@ class RuntimeSlot:
         """Make sure that the wheels can be unpacked and that there is room.
 
         Raises:
-            KitError: Two wheels have a file of one name.
-            ReleaseError: One is no wheel.
+            ReleaseError: A file is not a wheel, or two wheels have a file of one name.
             StorageFullError: There is no room.
         """
-        needed, paths = SPARE, set[str]()
-        for path in self._kit.wheels:
-            wheel = Wheel(path, path.name)
-            twice = sorted(paths & wheel.paths)
-            if twice:
-                raise KitError(f"{path.name}: {twice[0]} is in another wheel, too", hint="Make the kit again.")
-            paths |= wheel.paths
-            needed += wheel.size
+        wheels = self._wheels()
+        check_distinct(wheels)
+        needed = SPARE + sum(wheel.size for wheel in wheels)
         there = self.home.root
         while not there.exists():
             there = there.parent
@@ -143,28 +137,21 @@ class RuntimeSlot:
         slot = self._free_slot()
         home.drop_record(slot)
         give([home.root / slot], (os.geteuid(), os.getegid()))  # the service's user must not write there meanwhile
-        empty(home.root / slot)
-        try:
-            files = self._unpack(home.root / slot)
-        except BaseException:
-            with suppress(OSError):  # what is root's would be in the way of the service's own updates
-                empty(home.root / slot)
-            raise
-        home.write_record(slot, self._record(files))
-        try:
-            home.whole(slot, from_disk=True, key=self._key)
-        except DamagedError as error:
-            home.drop_record(slot)
-            raise StorageError(
-                f"what was written isn't what is there ({error})", hint="Is the disk failing?"
-            ) from error
+        install_wheels(home, slot, self._wheels(), lambda files: self._tested(slot, files), self._key)
         if self._key is not None:
             write_file(home.root / KEY, self._key.hex().encode())
         with home.changing():
             home.save(LauncherState(slot, highest=0 if state is None else state.highest))
 
-    def _record(self, files: dict[str, tuple[str, int]]) -> SlotRecord:
+    def _wheels(self) -> list[Wheel]:
+        return [Wheel(path, path.name) for path in self._kit.wheels]
+
+    def _tested(self, slot: str, files: dict[str, tuple[str, int]]) -> SlotRecord:
+        """The record of what was unpacked, after its modules were loaded as the service's user."""
         kit = self._kit
+        give([self.home.root / slot], self._owner)
+        for module, oldest in kit.manifest["imports"].items():
+            self._probe(self.home.root / slot, module, oldest)
         return SlotRecord(NUMBER, kit.runtime, ENTRY, files, None, kit.signed, kit.signature, kit.site, kit.successions)
 
     def _state(self) -> LauncherState | None:
@@ -187,17 +174,6 @@ class RuntimeSlot:
             self.home.whole(slot)
             return True
         return False
-
-    def _unpack(self, slot: Path) -> dict[str, tuple[str, int]]:
-        """Unpack the wheels and try them; returns sha256 and size of each file."""
-        files: dict[str, tuple[str, int]] = {}
-        for path in self._kit.wheels:
-            files |= {name: (digest, size) for name, digest, size in Wheel(path, path.name).unpack(slot)}
-        os.sync()  # one for all files: a card doesn't like thousands
-        give([slot], self._owner)
-        for module, oldest in self._kit.manifest["imports"].items():
-            self._probe(slot, module, oldest)
-        return files
 
     def _probe(self, slot: Path, module: str, oldest: str) -> None:
         """Load a module as the launcher would: as the service's user, and in a process of its own, since an

@@ -23,8 +23,7 @@ from fedprune_flash import Kit, Target
 from fedprune_flash.card.drives import Drive
 from fedprune_flash.cli import main as cli
 from fedprune_flash.image.ext4 import Ext4
-from fedprune_flash.image.partitions import read_partitions
-from fedprune_flash.image.region import Region
+from fedprune_flash.image.partitions import Region, read_partitions
 from support.fakes.runtime_releases import KEY
 from support.processes.disk_images import SECTOR, fsck_fat, make_image, mlist, mtype, run, tool
 

@@ -21,8 +21,7 @@ from fedprune_device.enrolment.enrolment import one_claim
 from fedprune_flash.card.drives import disk_names, from_diskutil, from_lsblk
 from fedprune_flash.image.ext4 import Ext4
 from fedprune_flash.image.fat import Fat
-from fedprune_flash.image.partitions import read_partitions
-from fedprune_flash.image.region import Region
+from fedprune_flash.image.partitions import Region, read_partitions
 from fedprune_flash.image.unpacking import unpack
 from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities
 from fedprune_flash.kit.kit import open_kit

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ class Authority:
         """What claims name it by."""
         return self.pins[0]
 
-    @property
+    @cached_property
     def pins(self) -> tuple[bytes, ...]:
         """Pins of the authorities that the fleet trusts, the oldest first."""
         return tuple(pin_of(s.certificate) for s in self._signers)

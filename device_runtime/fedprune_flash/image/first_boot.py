@@ -2,6 +2,20 @@
 
 All of them end in `fedprune-install.sh`, which lies beside the kit's folder and starts the kit's installer. A power cut
 may come at any moment of a first boot, so that what starts it comes again at every boot until the kit is installed.
+
+An image's scheme is recognised by the files on its boot partition:
+
+cloud-init
+    Raspberry Pi OS since November 2025, and Ubuntu: `user-data`, `network-config` and `meta-data`, which `ds=nocloud`
+    in cmdline.txt asks for (https://www.raspberrypi.com/news/cloud-init-on-raspberry-pi-os/).
+firstrun
+    Raspberry Pi OS 12, and 13 of 2025-10-01: a script that `systemd.run` in cmdline.txt names
+    (https://github.com/raspberrypi/rpi-imager, doc/os_customisation_formats.md).
+custom-toml
+    An image whose `custom.toml` says it: read once by raspberrypi-sys-mods' firstboot
+    (https://github.com/RPi-Distro/raspberrypi-sys-mods). It runs no command, so that a script does.
+preseed
+    `rpi-preseed.toml`, since August 2026 (https://github.com/raspberrypi/rpi-preseed).
 """
 
 from __future__ import annotations
@@ -9,12 +23,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from enum import Enum
 from pathlib import PurePosixPath
 
+from fedprune.core.errors import ImageError
 from fedprune_flash.image.board_setup import FirstBoot, Wifi
-from fedprune_flash.image.first_boot_scheme import CMDLINE, Scheme
+from fedprune_flash.image.fat import Fat
 from fedprune_flash.on_board.installation import FIRST_BOOT
+
+CMDLINE = "cmdline.txt"
+_ISSUE = "issue.txt"
+_CLOUD_INIT = ("user-data", "meta-data", "network-config")
+_FIRST_INIT = ("init=/usr/lib/raspberrypi-sys-mods/firstboot", "init=/usr/lib/raspi-config/init_resize.sh")
+_BEFORE_CLOUD_INIT = "Raspberry Pi reference 2025-10-01"
 
 KIT_FOLDER = "fedprune"
 STARTER = "fedprune-install.sh"
@@ -128,6 +150,43 @@ raspi-config nonint do_wifi_country {country}
 rfkill unblock wifi
 for switch in /var/lib/systemd/rfkill/*:wlan; do echo 0 >"$switch"; done
 """
+
+
+class Scheme(Enum):
+    """How an image takes settings at its first boot."""
+
+    CLOUD_INIT = "cloud-init"
+    FIRSTRUN = "firstrun"
+    CUSTOM_TOML = "custom-toml"
+    PRESEED = "preseed"
+
+
+def recognise(fat: Fat, in_root: Callable[[str], bool]) -> Scheme:
+    """The scheme of an image, by its boot partition and by which paths its root file system has.
+
+    Raises:
+        ImageError: There is no cmdline.txt, or no scheme is recognised.
+    """
+    if fat.find(CMDLINE) is None:
+        raise ImageError(
+            "the boot partition has no cmdline.txt", expected="that of a Raspberry Pi", got="an image for another board"
+        )
+    words = fat.read(CMDLINE, 64 * 1024).decode("utf-8", "replace").split()
+    if fat.find("rpi-preseed.toml") is not None or in_root("/usr/bin/rpi-preseed"):
+        return Scheme.PRESEED
+    if any(fat.find(name) is not None for name in _CLOUD_INIT):
+        return Scheme.CLOUD_INIT
+    if fat.find("custom.toml") is not None:
+        return Scheme.CUSTOM_TOML
+    if fat.find("firstrun.sh") is not None or any(word in _FIRST_INIT for word in words):
+        return Scheme.FIRSTRUN
+    if fat.find(_ISSUE) is not None and _BEFORE_CLOUD_INIT in fat.read(_ISSUE).decode("utf-8", "replace"):
+        return Scheme.FIRSTRUN
+    raise ImageError(
+        "the boot partition does not show how this image takes settings",
+        expected="user-data, rpi-preseed.toml, custom.toml, or the first boot of Raspberry Pi OS in cmdline.txt",
+        hint="Take an unchanged image of Raspberry Pi OS, or name its scheme with --scheme.",
+    )
 
 
 def first_boot_files(
