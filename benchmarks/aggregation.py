@@ -25,11 +25,11 @@ from synthetic_nets import parameters, resnet18, setting, weights, write
 from fedprune.aggregation import compiled_kernels, kernel_compiler
 from fedprune.aggregation.fold import Fold
 from fedprune.core import tensorfile
-from fedprune.importance.scoring import random_ranks
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.averaging import Mean
+from fedprune.strategies.importance.scoring import random_ranks
 from fedprune.strategies.methods.robust import Robust, Robustness
 from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
 

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.codec import Codec, decode, encode
 from fedprune.core import tensorfile
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
+from fedprune.updates import Codec, decode, encode
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import deal, digits_model

@@ -24,8 +24,8 @@ from console import processor, quantile  # noqa: E402
 
 from fedprune.blobs.blob_store import BlobStore  # noqa: E402
 from fedprune.coordination import Phase, State  # noqa: E402
-from fedprune.hardware.profile_store import find  # noqa: E402
 from fedprune.jobs.state import Device, Progress, Task  # noqa: E402
+from fedprune.planning.profile_store import find  # noqa: E402
 from fedprune_server.devices.quarantine import Quarantine  # noqa: E402
 from fedprune_server.devices.registry import DeviceRegistry  # noqa: E402
 from fedprune_server.monitoring.view import JobView  # noqa: E402

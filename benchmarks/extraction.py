@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from synthetic_nets import parameters, resnet18, setting, vgg11, weights, write
 
-from fedprune.importance.scoring import random_ranks
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.importance.scoring import random_ranks
 
 REPEATS = 15
 

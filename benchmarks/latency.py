@@ -23,9 +23,9 @@ import numpy as np
 
 from fedprune import widths_at
 from fedprune.core import tensorfile
-from fedprune.costs.kernel_workload import workload
-from fedprune.costs.latency_model import LatencyTable, Measurement, fitted
 from fedprune.model.architecture import Architecture
+from fedprune.planning.kernel_workload import workload
+from fedprune.planning.latency_model import LatencyTable, Measurement, fitted
 from fedprune.planning.plan import DENSITIES
 from fedprune.planning.width_candidates import equal_work, rungs
 from fedprune.runtime.session import Session

@@ -89,10 +89,10 @@ def plans(folder: Path) -> list[dict[str, Any]]:
     """Plan each architecture of a folder for every shipped board, as exports do; the earlier version can, too."""
     try:
         from fedprune.core.errors import PlanError
-        from fedprune.costs.costs import costs_at
-        from fedprune.hardware import profile_store
         from fedprune.model.architecture import Architecture
+        from fedprune.planning import profile_store
         from fedprune.planning.cost_prediction import TOO_LOW
+        from fedprune.planning.costs import costs_at
         from fedprune.planning.plan import plan
         from fedprune.training.recipe import Recipe
     except ImportError:  # the earlier version's modules
@@ -143,7 +143,7 @@ def planned_by(commit: str | None, folder: Path) -> list[dict[str, Any]]:
 def carried_out(net: str, board: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Export a net for a board, and train the bundle within the plan's memory."""
     from fedprune.core.errors import PlanError
-    from fedprune.hardware.profile_store import find
+    from fedprune.planning.profile_store import find
     from fedprune_export.cli.main import main as export
 
     sys.path.insert(0, str(ROOT / "tests"))

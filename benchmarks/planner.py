@@ -4,7 +4,7 @@
 
 Peak memory is the high-water mark of resident memory of a process that has imported what `fedprune-device run` imports
 and reads its samples from a file; a round is a whole one, in a thread, evaluations and the new model's check included.
-Predictions begin with what the process measures of itself, as a board's do. The constants of `fedprune.costs.costs`
+Predictions begin with what the process measures of itself, as a board's do. The constants of `fedprune.planning.costs`
 were fitted to the nets of `nets`, `TIMM` and `LARGE` with onnxruntime 1.31.1 and 1.23.2 together, and to none of
 `HELD_OUT`. Cases that the raw file has aren't measured again. Times are another page's: `latency.py`.
 """
@@ -203,8 +203,8 @@ def prepare_net(
     """Write a net, its samples and its costs."""
     from fedprune import widths_at
     from fedprune.core import tensorfile
-    from fedprune.costs.costs import costs_at
     from fedprune.model.selection import Selection
+    from fedprune.planning.costs import costs_at
     from fedprune.training.features import Features
     from fedprune_device.serving.predictor import GRAPH, WEIGHTS
     from fedprune_export.bundles.inference import inference_model
@@ -254,7 +254,7 @@ def measure(root: Path, pythons: list[str], raw: Path) -> None:
 
 def compare(rows: list[dict[str, Any]], root: Path) -> dict[str, list[dict[str, Any]]]:
     """Predictions and their errors beside what was measured, in three groups: `rows`, `large` and `held_out`."""
-    from fedprune.costs.costs import Costs
+    from fedprune.planning.costs import Costs
     from fedprune.training.features import Features
 
     table: dict[str, list[dict[str, Any]]] = {"rows": [], "large": [], "held_out": []}

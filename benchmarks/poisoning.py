@@ -25,9 +25,9 @@ from benchmarks.accuracy.protocol import Method, Protocol
 from benchmarks.accuracy.protocols import CIFAR, PROTOCOLS, TABLES
 from benchmarks.accuracy.run import UNLIMITED, experiment_of, rounds_of
 from fedprune.core import tensorfile
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
+from fedprune.planning.profile_store import find
 from fedprune.rounds.influence import TENSOR
 from fedprune.rounds.limits import LimitedUpdates, UpdateLimits
 from fedprune.training.recipe import Recipe

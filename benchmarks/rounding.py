@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from fedprune import widths_at
-from fedprune.costs.kernel_workload import workload
-from fedprune.costs.latency_model import LatencyTable, fitted
 from fedprune.model.architecture import Architecture
+from fedprune.planning.kernel_workload import workload
+from fedprune.planning.latency_model import LatencyTable, fitted
 from fedprune.planning.plan import DENSITIES
 from fedprune.planning.width_candidates import rungs
 from fedprune_device.hardware.layer_timing import measure

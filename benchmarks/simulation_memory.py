@@ -20,8 +20,8 @@ from synthetic_nets import setting, write
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.rng import keyed
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx

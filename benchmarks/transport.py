@@ -24,7 +24,7 @@ from synthetic_nets import RESULTS, parameters, setting, write
 
 from fedprune.model.architecture import Architecture, TensorKind, widths_at
 from fedprune.model.selection import Selection, Tensors
-from fedprune.optimal_transport import Transport, alignment, solver
+from fedprune.strategies.optimal_transport import Transport, alignment, solver
 
 RATES = (0.25, 0.5, 0.75)
 REPEATS = 3

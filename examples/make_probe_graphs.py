@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.rng import keyed
-from fedprune.costs.costs import costs_at
-from fedprune.costs.kernel_workload import BLOCKS
+from fedprune.planning.costs import costs_at
+from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.runtime import blocks
 from fedprune.training.features import Features
 from fedprune_export.bundles.inference import inference_model

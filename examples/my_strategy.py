@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprune.importance.scoring import channel_sums, ranks
 from fedprune.model.architecture import TensorKind
 from fedprune.strategies import Strategy, read_options
 from fedprune.strategies.averaging import Mean
+from fedprune.strategies.importance.scoring import channel_sums, ranks
 from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.roles import Ranking
 from fedprune.strategies.slicing import Nobody, Selected

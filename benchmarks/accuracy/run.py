@@ -24,9 +24,9 @@ from benchmarks.accuracy import nets, sets
 from benchmarks.accuracy.protocol import AVERAGE, CALIBRATION, Board, Method, Protocol
 from benchmarks.accuracy.shares import shares
 from fedprune.core.rng import keyed
-from fedprune.hardware.profile import HardwareProfile
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
+from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.profile_store import find
 from fedprune.strategies.allocation import natural
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.datasets.federation import Federation

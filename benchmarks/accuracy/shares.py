@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fedprune.importance.element_ranking import prunable
 from fedprune.model.architecture import Architecture, widths_at
+from fedprune.strategies.importance.element_ranking import prunable
 
 
 def shares(architecture: Architecture, densities: Sequence[float]) -> list[float]:

@@ -19,9 +19,9 @@ from benchmarks.swarm.board import Board, Works
 from benchmarks.swarm.shelf import Shelf
 from benchmarks.swarm.updates import Remade
 from fedprune.core.rng import keyed
-from fedprune.hardware.probe_report import ProbeReport
-from fedprune.hardware.profile import HardwareProfile
-from fedprune.hardware.profile_store import find
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.profile_store import find
 from fedprune.wire.topics import Topics
 
 SHARES = {

@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from fedprune.core.errors import ProfileError, RuntimeUnavailableError
-from fedprune.hardware import profile_store
-from fedprune.hardware.identification import identify
-from fedprune.hardware.probe_report import ProbeReport
-from fedprune.hardware.profile import HardwareProfile
+from fedprune.planning import profile_store
+from fedprune.planning.identification import identify
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.precision_files import FLOAT32
 from fedprune.wire.broker_url import tls_context
 from fedprune.wire.chunk import MAX_PACKET

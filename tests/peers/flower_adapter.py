@@ -133,7 +133,7 @@ def case_mixed_widths_are_our_fold() -> None:
     strategy = FedpruneStrategy(model(), "plain", density=[0.75, 0.5, 0.25], **QUIET)
     _, replies, ours = one_round(strategy)
     architecture, tensors = model().architecture, model().tensors
-    from fedprune.importance.scoring import ranks, score
+    from fedprune.strategies.importance.scoring import ranks, score
 
     fold = Fold(architecture, tensors)
     for reply, density in zip(replies, (0.75, 0.5, 0.25), strict=True):

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from fedprune.core.tensorfile import encode
-from fedprune.importance.element_ranking import magnitudes, prunable, top
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
 from fedprune.strategies import compose
+from fedprune.strategies.importance.element_ranking import magnitudes, prunable, top
 from fedprune_server.simulation.datasets.samples import assembled
 from support.paths import ROOT
 

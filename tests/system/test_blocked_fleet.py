@@ -20,9 +20,9 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core import tensorfile
-from fedprune.hardware.probe_report import ProbeReport
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile_store import find
 from fedprune.runtime.blocks import block_size
 from fedprune.training.recipe import Recipe
 from fedprune.wire.connection_events import ConnectionUp

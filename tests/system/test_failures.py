@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune.hardware.profile_store import shipped_folder
+from fedprune.planning.profile_store import shipped_folder
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
 from support.processes import machine
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fedprune.coordination.width_planner import WidthPlanner
-from fedprune.costs.costs import Costs
 from fedprune.jobs.state import Device
+from fedprune.planning.costs import Costs
 from fedprune.planning.plan import Plan
 from fedprune.strategies import compose
 from fedprune.training.features import Features

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.hardware import profile_store
+from fedprune.planning import profile_store
 from fedprune.planning.plan import plan
 from fedprune.training.recipe import Recipe
 from fedprune_export.cli.main import main as export

@@ -15,8 +15,8 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Want, parse
 from fedprune.wire.mqtt.link import Link

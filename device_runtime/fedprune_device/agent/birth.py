@@ -6,10 +6,10 @@ import platform
 from collections.abc import Callable
 
 from fedprune import __version__
-from fedprune.codec import CODECS
 from fedprune.core.text import one_line
-from fedprune.hardware.probe_report import ProbeReport
+from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.session import version as onnxruntime_version
+from fedprune.updates import CODECS
 from fedprune.wire.log_messages import LOG
 from fedprune.wire.messages import TO, Birth, Update
 from fedprune.wire.offer import Offer

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fedprune.core.errors import FedpruneError
-from fedprune.hardware.profile import HardwareProfile
+from fedprune.planning.profile import HardwareProfile
 from fedprune.training.recipe import Recipe
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Update, Want

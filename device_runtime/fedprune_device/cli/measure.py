@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, fields
 
 from fedprune.core.errors import ExitCode
-from fedprune.hardware.identification import identify
+from fedprune.planning.identification import identify
 from fedprune.runtime.blocks import turned_off
 from fedprune_device.hardware.board_facts import facts
 from fedprune_device.hardware.probe import probe, table_summaries

@@ -20,7 +20,7 @@ import numpy as np
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError
-from fedprune.costs.costs import HELD_BYTES
+from fedprune.planning.costs import HELD_BYTES
 from fedprune_device.data.census import census, record_of, seen_in
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.reservoir import UNLABELLED, Limits, Reservoir, Verdict

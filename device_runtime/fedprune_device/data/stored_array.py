@@ -23,7 +23,7 @@ from numpy.lib import format as npy
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError
-from fedprune.costs.costs import HELD_BYTES
+from fedprune.planning.costs import HELD_BYTES
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedprune.core.disk import storage_errors
-from fedprune.hardware.profile import HardwareProfile
-from fedprune.hardware.profile_sections import TIERS
+from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.profile_sections import TIERS
 from fedprune.runtime.tensorrt_config import EnginePlan
 
 if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules

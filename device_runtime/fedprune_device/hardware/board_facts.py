@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedprune.hardware.identification import Facts
-from fedprune.hardware.jetpack import l4t_release
+from fedprune.planning.identification import Facts
+from fedprune.planning.jetpack import l4t_release
 from fedprune_device.hardware.readings import board, clock_hz, memory
 
 _LONGEST = 200

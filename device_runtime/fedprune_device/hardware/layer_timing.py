@@ -22,9 +22,9 @@ import numpy as np
 
 from fedprune.core import tensorfile
 from fedprune.core.rng import keyed
-from fedprune.costs.latency_model import LatencyTable, Measurement, fitted
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Tensors
+from fedprune.planning.latency_model import LatencyTable, Measurement, fitted
 from fedprune.runtime.session import Session
 from fedprune.training import step_contract
 from fedprune_device.hardware.measurement_cache import remembered

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.codec.width_deltas import compose
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ProtocolError, StorageError
+from fedprune.updates.width_deltas import compose
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.messages import Want

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedprune.codec import Codec
 from fedprune.core.errors import PlanError, StorageFullError
-from fedprune.costs.costs import storage_bytes
-from fedprune.hardware.profile import HardwareProfile
+from fedprune.planning.costs import storage_bytes
+from fedprune.planning.profile import HardwareProfile
 from fedprune.training import step_contract
 from fedprune.training.recipe import Recipe
+from fedprune.updates import Codec
 from fedprune.wire.messages import Accepted, Cancelled, Update
 from fedprune.wire.offer import Offer
 from fedprune_device.storage.state_directory import DeviceStore

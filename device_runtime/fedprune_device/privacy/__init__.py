@@ -1,4 +1,4 @@
 """What may leave the board: the owner's policy, the count of private updates, redacted texts.
 
-Not here: the noise itself (`fedprune.privacy`).
+Not here: the noise itself (`fedprune.updates`).
 """

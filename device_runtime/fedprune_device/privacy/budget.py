@@ -15,9 +15,9 @@ from typing import Any
 
 from fedprune.core import atomic_file
 from fedprune.core.errors import PrivacyError, StorageError
-from fedprune.privacy.accounting import epsilon
-from fedprune.privacy.gaussian_noise import GaussianNoise
 from fedprune.training.recipe import Recipe
+from fedprune.updates.gaussian_noise import GaussianNoise
+from fedprune.updates.privacy_accounting import epsilon
 from fedprune.wire.offer import Offer
 from fedprune_device.privacy.policy import PrivacyPolicy, multiplier_of
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedprune.codec import Codec, weights
-from fedprune.codec.remap import relocated
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ConfigError, ProtocolError
+from fedprune.updates import Codec, weights
+from fedprune.updates.remap import relocated
 from fedprune.wire.offer import Offer
 
 

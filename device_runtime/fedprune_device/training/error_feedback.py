@@ -8,9 +8,9 @@ from typing import Any
 import numpy.typing as npt
 
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.codec.remap import relocated
 from fedprune.core.errors import ProtocolError
 from fedprune.model.selection import Tensors
+from fedprune.updates.remap import relocated
 from fedprune.wire.offer import Offer
 from fedprune_device.storage.local_state import LocalState
 

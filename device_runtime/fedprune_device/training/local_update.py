@@ -10,14 +10,14 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.codec import Codec, encode
 from fedprune.core import tensorfile
 from fedprune.core.errors import ProtocolError
 from fedprune.model.selection import Tensors
-from fedprune.privacy.gaussian_noise import GaussianNoise
-from fedprune.privacy.mechanism import noised
 from fedprune.training import step_contract
 from fedprune.training.recipe import Recipe
+from fedprune.updates import Codec, encode
+from fedprune.updates.gaussian_noise import GaussianNoise
+from fedprune.updates.privacy_mechanism import noised
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState, RoundState, StateStore

@@ -11,9 +11,9 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import DivergedError, StorageError
-from fedprune.privacy.gaussian_noise import GaussianNoise
 from fedprune.runtime.precision_files import FLOAT32
 from fedprune.training.recipe import Recipe
+from fedprune.updates.gaussian_noise import GaussianNoise
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
 from fedprune_device.data.logit_adjustment import LogitAdjustment

@@ -11,8 +11,8 @@ from typing import Any
 
 from fedprune.core.errors import BoardError, JoinError, KitError, ProfileError
 from fedprune.core.text import one_line, quantity
-from fedprune.hardware.identification import Facts, identify
-from fedprune.hardware.jetpack import l4t_release
+from fedprune.planning.identification import Facts, identify
+from fedprune.planning.jetpack import l4t_release
 from fedprune_flash.kit.installer_archive import INSTALLER, installer_archive
 from fedprune_flash.kit.kit import Kit, Signer, files_for_board
 from fedprune_flash.kit.target import PYTHONS

@@ -22,7 +22,7 @@ from fedprune.core.errors import ConfigError, ProfileError, ProtocolError, shown
 from fedprune.core.toml_file import read_toml_text
 from fedprune.core.toml_positions import key_places
 from fedprune.core.validation import only, whole
-from fedprune.hardware import profile_store
+from fedprune.planning import profile_store
 from fedprune.wire.topics import check_device
 from fedprune_flash.kit.board_settings import BoardSettings
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
-from fedprune.costs.form_times import FormTimes
 from fedprune.model.selection import Selection
+from fedprune.planning.form_times import FormTimes
 from fedprune.runtime.bundle import ARCHITECTURE, INFERENCE, SUBMODEL, TRAINING, WEIGHTS, blocked_file
 from fedprune.training.recipe import Recipe
 from fedprune_export.bundles.inference import inference_model

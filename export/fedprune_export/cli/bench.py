@@ -9,7 +9,7 @@ from typing import Any
 from fedprune.core.cli import whole_number
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.core.text import quantity
-from fedprune.hardware import profile_store
+from fedprune.planning import profile_store
 from fedprune.runtime.blocks import block_size, turned_off
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.precision_files import FLOAT32

@@ -10,9 +10,9 @@ import fedprune_export as fx
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import whole_number
 from fedprune.core.errors import ExitCode, UsageError
-from fedprune.costs.kernel_workload import BLOCKS
-from fedprune.hardware import profile_store
 from fedprune.model.architecture import widths_at
+from fedprune.planning import profile_store
+from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.runtime.blocks import block_size, check_length
 from fedprune.terminal import tables
 from fedprune_export.cli.options import (

@@ -13,9 +13,9 @@ import fedprune_export as fx
 from fedprune.core.cli import seconds, whole_number
 from fedprune.core.errors import BundleError, ExitCode, FedpruneError, UsageError
 from fedprune.core.text import amount
-from fedprune.hardware import profile_store
-from fedprune.hardware.probe_report import ProbeReport
-from fedprune.hardware.profile import HardwareProfile
+from fedprune.planning import profile_store
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.blocks import turned_off
 from fedprune.runtime.bundle_folder import check_folder, is_bundle
 from fedprune.runtime.precision_files import INT8

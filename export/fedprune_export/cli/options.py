@@ -13,8 +13,8 @@ import fedprune_export as fx
 from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
-from fedprune.costs.kernel_workload import BLOCKS
-from fedprune.hardware.probe_report import ProbeReport
+from fedprune.planning.kernel_workload import BLOCKS
+from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
 from fedprune.training.recipe import LABELS_OF, Recipe
 

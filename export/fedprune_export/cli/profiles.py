@@ -11,10 +11,10 @@ from typing import Any
 
 from fedprune.core.cli import whole_number
 from fedprune.core.errors import ProfileError
-from fedprune.hardware import profile_store
-from fedprune.hardware.identification import Facts, identify
-from fedprune.hardware.profile import HardwareProfile
-from fedprune.hardware.profile_sections import SECTIONS
+from fedprune.planning import profile_store
+from fedprune.planning.identification import Facts, identify
+from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.profile_sections import SECTIONS
 from fedprune.terminal.tables import Column, print_table
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprune.hardware.profile import HardwareProfile
+from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.session import Session
 from fedprune_export.ir.graph import Graph, Port
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprune.costs.costs import layer_macs
+from fedprune.planning.costs import layer_macs
 from fedprune_export.channels.cost_table import READS_INPUT, READS_OUTPUT
 from fedprune_export.formulation.layouts import BLOCKED
 from fedprune_export.ir.drafts import FORWARD, INPUT_GRADIENT, UPDATE, WEIGHT_GRADIENT

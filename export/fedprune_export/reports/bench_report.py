@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedprune.core.text import amount
-from fedprune.hardware.probe_report import ProbeReport
-from fedprune.hardware.profile import HardwareProfile
 from fedprune.planning.cost_prediction import predict
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.bundle import Bundle
 from fedprune.terminal.tables import Column
 from fedprune_export.profiling.benchmark import PREDICTION, STEP, Measurement

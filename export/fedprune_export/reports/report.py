@@ -15,10 +15,10 @@ import numpy as np
 
 from fedprune import __version__
 from fedprune.core.text import amount
-from fedprune.costs.costs import FLOAT, Costs, costs_at, layer_macs
 from fedprune.model.architecture import Architecture, Layer
 from fedprune.model.selection import Selection
 from fedprune.planning.cost_prediction import Prediction
+from fedprune.planning.costs import FLOAT, Costs, costs_at, layer_macs
 from fedprune.planning.plan import Plan
 from fedprune.report.chart import tiles
 from fedprune.report.page import Bar, stacked

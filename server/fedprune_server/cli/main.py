@@ -175,8 +175,8 @@ def _add_run(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from fedprune.hardware.profile_store import find as find_profile
-    from fedprune.hardware.profile_store import names as names_of_profiles
+    from fedprune.planning.profile_store import find as find_profile
+    from fedprune.planning.profile_store import names as names_of_profiles
     from fedprune_server.cli.configuration import configured
     from fedprune_server.devices.board_logs import BoardLogs
     from fedprune_server.engine.daemon import Daemon

@@ -9,13 +9,13 @@ from fedprune.coordination import State
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import amount
 from fedprune.core.validation import is_number
-from fedprune.hardware.probe_report import ProbeReport
-from fedprune.hardware.profile import HardwareProfile
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device
 from fedprune.model.architecture import Architecture
 from fedprune.planning.cost_prediction import predict
 from fedprune.planning.plan import Plan
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import compose
 
 QUANTITIES: dict[str, tuple[str, str, str]] = {

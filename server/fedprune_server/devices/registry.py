@@ -10,10 +10,10 @@ from typing import Any
 
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import ProtocolError
-from fedprune.costs.costs import costs_at
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress as Part
 from fedprune.model.architecture import Architecture
+from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import Plan
 from fedprune.wire.messages import Progress
 from fedprune_server.devices.clone_detection import SIGNS, SIGNS_WITHIN_S, CloneDetector

@@ -15,11 +15,11 @@ from fedprune.coordination.stragglers import news, share_of
 from fedprune.core.errors import ProfileError, ProtocolError, UnknownMessageError
 from fedprune.core.metrics import believable, served
 from fedprune.core.text import one_line
-from fedprune.hardware.probe_report import ProbeReport
-from fedprune.hardware.profile import NAME
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress as Part
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile import NAME
+from fedprune.planning.profile_store import find
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.complaints import Complaints
 from fedprune.wire.log_messages import LOG, BoardLines, CrashReport

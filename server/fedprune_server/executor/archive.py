@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.codec import Codec, decode, is_packed
 from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, shown
@@ -19,6 +18,7 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.roles import Past
 from fedprune.training import step_contract
+from fedprune.updates import Codec, decode, is_packed
 
 T = TypeVar("T")
 

@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from fedprune import codec
+from fedprune import updates
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.codec.remap import relocated, relocation
 from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
 from fedprune.core.errors import ProtocolError, StorageError
-from fedprune.costs.form_times import FormTimes
 from fedprune.model.selection import Selection, Tensors
+from fedprune.planning.form_times import FormTimes
 from fedprune.strategies.roles import Submodel
 from fedprune.training import step_contract
 from fedprune.training.recipe import Recipe
 from fedprune.training.trainable import frozen_tensors, matching
+from fedprune.updates.remap import relocated, relocation
 from fedprune_export.bundles.bundle import blocked_step
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.precision import lower
@@ -138,9 +138,9 @@ class Offers:
         shapes = self._answer(packed, recipe)
         header = tensorfile.header((n, "F32", shape) for n, shape in shapes.items())
         body[UPDATE_SIZE] = len(header) + 4 * sum(map(math.prod, shapes.values()))
-        chosen = None if coding.update is None else codec.Codec.parse(coding.update)
+        chosen = None if coding.update is None else updates.Codec.parse(coding.update)
         if chosen is not None:
-            body |= {"codec": coding.update, UPDATE_BOUND: codec.bound(chosen, shapes, self._trained)}
+            body |= {"codec": coding.update, UPDATE_BOUND: updates.bound(chosen, shapes, self._trained)}
         if self._precisions:
             body["lowered"] = self.lowered(submodel.selection.widths, round_)
         blocked = self.blocked(recipe, submodel.selection.widths, block, round_, times)
@@ -245,7 +245,7 @@ class Offers:
         if before is not None and before.digest != submodel.selection.digest:
             moved = relocation(before, submodel.selection)
             says = {"moved": self._store.put(moved).to_dict(), "moved_from": before.digest}
-        chosen = None if coding.weights is None else codec.Codec.parse(coding.weights)
+        chosen = None if coding.weights is None else updates.Codec.parse(coding.weights)
         if chosen is None:
             return packed, says
         says["weights_codec"] = str(chosen)
@@ -258,8 +258,8 @@ class Offers:
         if base is None and chosen.feedback:
             return packed, says  # whole weights in 255 steps would be too coarse to train from
         try:
-            raw = codec.weights.encode(chosen, packed, base, self._trained)
-            there = codec.weights.decode(chosen, raw, base, sum(v.nbytes for v in packed.values()))
+            raw = updates.weights.encode(chosen, packed, base, self._trained)
+            there = updates.weights.decode(chosen, raw, base, sum(v.nbytes for v in packed.values()))
         except ProtocolError as error:
             _LOG.warning("weights are sent plainly: %s", error)
             return packed, says

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.codec import Codec
-from fedprune.codec.width_deltas import chains, own_share, places, slab
 from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.roles import Submodel
 from fedprune.strategies.strategy import Strategy
+from fedprune.updates import Codec
+from fedprune.updates.width_deltas import chains, own_share, places, slab
 
 LEAST = 256 * 1024
 """Bytes of a round's largest submodel below which every device is sent its own: what is saved isn't worth the words."""

@@ -18,13 +18,13 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
-from fedprune.costs.form_times import FormTimes
-from fedprune.importance.element_ranking import magnitudes, threshold
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection
+from fedprune.planning.form_times import FormTimes
 from fedprune.rounds.limits import UpdateLimits
 from fedprune.rounds.round import Round, RoundResult
 from fedprune.strategies import compose
+from fedprune.strategies.importance.element_ranking import magnitudes, threshold
 from fedprune.strategies.roles import Cut, Memories, Submodel, Turn
 from fedprune.training.recipe import Recipe
 from fedprune.training.trainable import frozen_tensors

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 from fedprune.core.errors import ConfigError, shown
 from fedprune.core.rng import keyed
-from fedprune.hardware.profile_sections import Link
+from fedprune.planning.profile_sections import Link
 
 ALWAYS = math.inf
 """The end of a window that never closes."""

@@ -16,7 +16,6 @@ from typing import Any
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.codec import CODECS
 from fedprune.coordination import Phase, State, SynchronousCoordinator, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
@@ -25,6 +24,7 @@ from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageE
 from fedprune.core.rng import keyed
 from fedprune.core.text import one_line
 from fedprune.training.recipe import Recipe
+from fedprune.updates import CODECS
 from fedprune_server.executor.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit
 from fedprune_server.executor.worker import Worker
 from fedprune_server.executor.worker_pool import DistributedWorker, helped

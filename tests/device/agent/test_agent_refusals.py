@@ -12,9 +12,9 @@ import pytest
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode
-from fedprune.costs.costs import WEIGHT_FILES, storage_bytes
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Tensors
+from fedprune.planning.costs import WEIGHT_FILES, storage_bytes
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth, Refusal
 from fedprune.wire.offer import Offer

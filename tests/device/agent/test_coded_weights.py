@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.codec import Codec, weights
 from fedprune.core import tensorfile
 from fedprune.model.selection import Tensors
+from fedprune.updates import Codec, weights
 from fedprune.wire.messages import Finished, Hello, Refusal, Want
 from fedprune.wire.offer import Offer
 from fedprune_device.agent.agent import Agent

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.codec import Codec, decode
 from fedprune.core.errors import ConfigError
 from fedprune.model.element_mask import ElementMask
 from fedprune.training.recipe import Recipe
+from fedprune.updates import Codec, decode
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState

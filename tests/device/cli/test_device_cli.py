@@ -16,11 +16,11 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode, RuntimeUnavailableError
-from fedprune.costs.form_times import FormTimes, Shape
-from fedprune.hardware import profile_store
-from fedprune.hardware.probe_report import ProbeReport
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Selection, Tensors
+from fedprune.planning import profile_store
+from fedprune.planning.form_times import FormTimes, Shape
+from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime import blocks
 from fedprune.runtime.bundle import FILES, MANIFEST, manifest
 from fedprune.training.recipe import Recipe

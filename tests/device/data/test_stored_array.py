@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError
-from fedprune.costs.costs import HELD_BYTES
 from fedprune.model.selection import Tensors
+from fedprune.planning.costs import HELD_BYTES
 from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import load_data, load_inputs
 from fedprune_device.data.stored_array import StoredArray

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import ConfigError, StorageError
-from fedprune.hardware import profile_store
+from fedprune.planning import profile_store
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.cli import main
 from fedprune_device.engines.accelerator_options import accelerator_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.hardware.identification import identify
+from fedprune.planning.identification import identify
 from fedprune_device.hardware.board_facts import facts
 
 pytestmark = pytest.mark.board

@@ -12,9 +12,9 @@ import onnxruntime
 import pytest
 
 from fedprune.core.errors import MissingExtraError, RuntimeUnavailableError
-from fedprune.costs.form_times import FormTimes
-from fedprune.costs.latency_model import LatencyTable, typical_table
-from fedprune.hardware.probe_report import ProbeReport
+from fedprune.planning.form_times import FormTimes
+from fedprune.planning.latency_model import LatencyTable, typical_table
+from fedprune.planning.probe_report import ProbeReport
 from fedprune_device.hardware.layer_timing import LayerNets, measure, remembered_table
 from fedprune_device.hardware.probe import check_runtime, probe, probe_apart
 from fedprune_device.hardware.readings import board, clock_hz, memory, temperature_c, throttled

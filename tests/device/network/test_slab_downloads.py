@@ -13,10 +13,10 @@ import pytest
 
 from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.codec.width_deltas import slab
 from fedprune.core import tensorfile
 from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.training.recipe import Recipe
+from fedprune.updates.width_deltas import slab
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Gone, Want
 from fedprune.wire.offer import Offer

@@ -12,8 +12,8 @@ import pytest
 
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.errors import ConfigError, DataError, DivergedError, ExitCode, PlanError, PrivacyError
-from fedprune.privacy.accounting import epsilon
 from fedprune.training.recipe import Recipe
+from fedprune.updates.privacy_accounting import epsilon
 from fedprune.wire.log_messages import LogWanted
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer

@@ -12,14 +12,14 @@ import pytest
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.codec import CODECS, Codec, decode, is_packed, weights
-from fedprune.codec.remap import relocation
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, StorageFullError
 from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from fedprune.training.recipe import Recipe
+from fedprune.updates import CODECS, Codec, decode, is_packed, weights
+from fedprune.updates.remap import relocation
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fedprune import widths_at
-from fedprune.costs.costs import costs_at
-from fedprune.costs.kernel_workload import workload
 from fedprune.model.selection import Selection
+from fedprune.planning.costs import costs_at
+from fedprune.planning.kernel_workload import workload
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune.hardware import profile_store
+from fedprune.planning import profile_store
 from fedprune.runtime.bundle import FILES, MANIFEST, open_bundle
 from fedprune_export.cli.main import main
 from fedprune_server.simulation.digits import digits_model

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode, ModelError
-from fedprune.hardware import profile_store
+from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import predict
 from fedprune.runtime.blocks import block_size
 from fedprune.runtime.bundle import WEIGHTS, open_bundle

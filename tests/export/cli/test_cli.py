@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune.hardware import profile_store
-from fedprune.hardware.probe_report import ProbeReport
+from fedprune.planning import profile_store
+from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.bundle import FILES, MANIFEST, blocked_file, open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.terminal.extras import install_command

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from fedprune.core.errors import ExitCode
-from fedprune.costs.costs import costs_at
-from fedprune.costs.form_times import FormTimes, Shape
-from fedprune.hardware import profile_store
-from fedprune.hardware.probe_report import ProbeReport
 from fedprune.model.architecture import widths_at
+from fedprune.planning import profile_store
+from fedprune.planning.costs import costs_at
+from fedprune.planning.form_times import FormTimes, Shape
+from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime import blocks, session
 from fedprune.runtime.session import KernelTimes
 from fedprune.training.features import Features

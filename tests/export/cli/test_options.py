@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.core.errors import ExitCode, UsageError
-from fedprune.hardware.probe_report import ProbeReport
+from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.session import Session
 from fedprune.training.recipe import Recipe

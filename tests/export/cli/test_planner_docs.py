@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune.hardware import profile_store
 from fedprune.model.architecture import widths_at
+from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import latency_table
 from fedprune.planning.plan import DENSITIES
 from fedprune.planning.width_candidates import MULTIPLES, rungs, snapped

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode, ProfileError
-from fedprune.hardware import profile_store
-from fedprune.hardware.profile import HardwareProfile
+from fedprune.planning import profile_store
+from fedprune.planning.profile import HardwareProfile
 from fedprune_export.cli import profiles
 
 

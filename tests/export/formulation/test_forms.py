@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.costs.form_times import NAMES, FormTimes, Shape
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
+from fedprune.planning.form_times import NAMES, FormTimes, Shape
 from fedprune.runtime.blocks import block_size
 from fedprune.runtime.session import Session
 from fedprune.training import step_contract

@@ -12,8 +12,8 @@ from torch import nn
 
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Selection, Tensors
-from fedprune.optimal_transport import Transport
-from fedprune.optimal_transport.layer_order import after_sums, steps
+from fedprune.strategies.optimal_transport import Transport
+from fedprune.strategies.optimal_transport.layer_order import after_sums, steps
 from fedprune_export.importing import export_torch, import_onnx
 from support.nets import whole_models
 from support.oracles.pot_plans import pot

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedprune.importance.element_ranking import prunable
-from fedprune.importance.structured_from_mask import surviving, survivors
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from fedprune.runtime.session import Session
+from fedprune.strategies.importance.element_ranking import prunable
+from fedprune.strategies.importance.structured_from_mask import surviving, survivors
 from fedprune.training import step_contract
 from fedprune.training.feeds import first_step
 from fedprune.training.recipe import Recipe

@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
-from fedprune.optimal_transport import Transport
+from fedprune.strategies.optimal_transport import Transport
 from fedprune_export.pruning.cut import at_widths
 from support.nets import whole_models
 from support.oracles.cutting import distance, outputs, random_selection

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.jobs.job import Job
-from fedprune.privacy.settings import WRITTEN, Privacy
 from fedprune.training.recipe import Recipe
+from fedprune.updates.privacy_settings import WRITTEN, Privacy
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.config.tables import parse_config

@@ -10,8 +10,8 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
-from fedprune.privacy.settings import Privacy
 from fedprune.training.recipe import Recipe
+from fedprune.updates.privacy_settings import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.config.environment import environment_layer, variables

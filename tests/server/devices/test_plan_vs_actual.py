@@ -9,9 +9,9 @@ import pytest
 
 from fedprune.coordination import State
 from fedprune.core.text import amount
-from fedprune.hardware import profile_store
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device
+from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import NO_CORRECTION, predict
 from fedprune.planning.plan import plan
 from fedprune.strategies import compose

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.hardware.profile_store import find
+from fedprune.planning.profile_store import find
 from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Birth, Gone, Progress, Refusal, Want
 from fedprune.wire.offer import Offer

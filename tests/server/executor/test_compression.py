@@ -11,17 +11,17 @@ import pytest
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.codec import CODECS, DOWN, Codec, bound, decode, encode, packing
 from fedprune.coordination import State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune.model.architecture import widths_at
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
+from fedprune.updates import CODECS, DOWN, Codec, bound, decode, encode, packing
 from fedprune.wire.messages import Birth, parse
 from fedprune.wire.offer import Offer
 from fedprune_device.training.decoding import decoded

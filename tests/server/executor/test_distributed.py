@@ -20,10 +20,10 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import StorageError
-from fedprune.hardware import profile_store
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import named_in
 from fedprune.model.architecture import widths_at
+from fedprune.planning import profile_store
 from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model

@@ -11,9 +11,9 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ConfigError
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model

@@ -16,12 +16,12 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ModelError, StorageError
-from fedprune.importance.scoring import random_ranks
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.nested_init import nested
 from fedprune.model.selection import Selection
 from fedprune.rounds.influence import MEMORY
+from fedprune.strategies.importance.scoring import random_ranks
 from fedprune.training.recipe import Recipe
 from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import import_onnx

@@ -13,12 +13,12 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.model.architecture import TensorKind
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Tensors
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx

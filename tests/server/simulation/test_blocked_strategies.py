@@ -10,10 +10,10 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device
 from fedprune.model.selection import Tensors
+from fedprune.planning.profile_store import find
 from fedprune.runtime.blocks import block_size
 from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx

@@ -16,8 +16,8 @@ import fedprune
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
-from fedprune.hardware import profile_store
 from fedprune.jobs.job import Job
+from fedprune.planning import profile_store
 from fedprune.rounds.influence import MEMORY
 from fedprune.strategies import compose
 from fedprune.training.recipe import Recipe

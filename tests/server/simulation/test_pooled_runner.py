@@ -13,9 +13,9 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import TrainingError
-from fedprune.hardware.profile_store import find
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.bundles.inference import inference_model

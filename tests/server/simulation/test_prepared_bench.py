@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation import simulation as simulations

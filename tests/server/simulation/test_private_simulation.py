@@ -11,10 +11,10 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
-from fedprune.privacy.settings import Privacy
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
+from fedprune.updates.privacy_settings import Privacy
 from fedprune_device.training.round_runner import MEASURED
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model

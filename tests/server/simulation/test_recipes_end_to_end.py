@@ -13,8 +13,8 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, DataError, PlanError
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
+from fedprune.planning.profile_store import find
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model

@@ -14,8 +14,8 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
 from fedprune.coordination.sampling import ENOUGH
 from fedprune.coordination.stragglers import PARTS, SILENT, SLOW
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Cancelled, Progress
 from fedprune.wire.offer import Offer

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedprune.core.errors import ConfigError, ExitCode, FedpruneError
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
+from fedprune.planning.profile_store import find
 from fedprune_server.cli.simulate import build_compare_parser, main
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import fedavg

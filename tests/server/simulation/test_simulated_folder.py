@@ -14,8 +14,8 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import PlanError, StorageError
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.config.differences import differences

@@ -16,12 +16,12 @@ from onnx import helper, numpy_helper
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, PlanError
-from fedprune.costs.costs import costs_at
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.selection import Selection
+from fedprune.planning.costs import costs_at
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.executor.calibration import Calibration

@@ -10,10 +10,10 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.hardware.profile_store import find
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection, Tensors
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.cut import at_widths

@@ -9,9 +9,9 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, DataError, ModelError
-from fedprune.hardware.profile_store import find
 from fedprune.model.architecture import widths_at
 from fedprune.model.element_mask import ElementMask
+from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData

@@ -9,7 +9,7 @@ from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection
 from fedprune.strategies.allocation import Fixed
 from fedprune.strategies.averaging import Mean
-from fedprune.strategies.importance import Importance
+from fedprune.strategies.element_importance import Importance
 from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.methods.autoflip import Emergent
 from fedprune.strategies.methods.fedper import OwnHistory

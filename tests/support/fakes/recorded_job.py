@@ -13,8 +13,8 @@ from fedprune.coordination import State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
-from fedprune.hardware import profile_store
 from fedprune.jobs.job import Job
+from fedprune.planning import profile_store
 from fedprune.training.recipe import Recipe
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.engine.state_directory import StateFolder

@@ -20,14 +20,14 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ReleaseError
 from fedprune.core.toml_file import read_toml
 from fedprune.core.toml_positions import key_places
-from fedprune.hardware.profile import HardwareProfile
-from fedprune.hardware.profile_store import shipped_folder
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.jobs.state import Device, Task
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import TensorAxes, axes_json
 from fedprune.model.selection import Selection
+from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.profile_store import shipped_folder
 from fedprune.releases.rollout import Rollout, RolloutPlan
 from fedprune.releases.wheels import parsed, required
 from fedprune.runtime.bundle import open_bundle

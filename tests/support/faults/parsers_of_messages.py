@@ -19,12 +19,12 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import FedpruneError
 from fedprune.core.npy_array import float32_array
 from fedprune.core.validation import is_digest
-from fedprune.costs.form_times import FormTimes
-from fedprune.costs.latency_model import LatencyTable, typical_table
-from fedprune.hardware.probe_report import ProbeReport
-from fedprune.hardware.profile import HardwareProfile
-from fedprune.hardware.profile_store import find
 from fedprune.model.element_mask import ElementMask
+from fedprune.planning.form_times import FormTimes
+from fedprune.planning.latency_model import LatencyTable, typical_table
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.profile_store import find
 from fedprune.releases.release import Release, ReleaseFile, opened, signed
 from fedprune.runtime.precision import packed, unpacked
 from fedprune.runtime.precision_files import INT8, graphs_of

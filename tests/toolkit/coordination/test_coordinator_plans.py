@@ -10,13 +10,13 @@ from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.width_planner import WidthPlanner
-from fedprune.costs.latency_model import typical_table
-from fedprune.hardware import profile_store
-from fedprune.hardware.probe_report import ProbeReport
 from fedprune.jobs.state import Device, Progress, Task
 from fedprune.model.architecture import Activation, Axis, ChannelGroup, Segment, TensorKind, TensorSpec, widths_at
+from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import Correction, predict
+from fedprune.planning.latency_model import typical_table
 from fedprune.planning.plan import DENSITIES, MEMORY, Plan
+from fedprune.planning.probe_report import ProbeReport
 from fedprune.strategies import compose
 from support.fakes.coordinator_shell import digest
 from support.fakes.tiny_job import ARCHITECTURE, JOB

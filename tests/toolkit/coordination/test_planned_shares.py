@@ -11,8 +11,6 @@ from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError
-from fedprune.hardware import profile_store
-from fedprune.hardware.profile import HardwareProfile
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import (
     Activation,
@@ -26,8 +24,10 @@ from fedprune.model.architecture import (
     kept_share,
     widths_at,
 )
+from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import Prediction, predict
 from fedprune.planning.plan import Plan
+from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Turn
 from fedprune.training.recipe import Recipe

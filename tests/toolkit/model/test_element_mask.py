@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import BundleError
-from fedprune.importance.element_ranking import magnitudes, prunable, quantile, threshold, top, with_floors
 from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.importance.element_ranking import magnitudes, prunable, quantile, threshold, top, with_floors
 from support.fakes.tiny_job import ARCHITECTURE
 from support.nets.drawn_models import architectures, model, seeds, selections
 

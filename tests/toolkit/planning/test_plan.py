@@ -12,9 +12,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ExitCode, PlanError
-from fedprune.hardware import profile_store
-from fedprune.hardware.probe_report import ProbeReport
-from fedprune.hardware.profile import HardwareProfile
 from fedprune.model.architecture import (
     Activation,
     Architecture,
@@ -26,8 +23,11 @@ from fedprune.model.architecture import (
     TensorSpec,
     widths_at,
 )
+from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import Correction, bandwidth, latency_table, predict, train_rate, training_memory
 from fedprune.planning.plan import DENSITIES, NOTHING, Limit, Plan, Uniform, plan
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.width_candidates import equal_work, rungs
 from fedprune.training.recipe import Recipe
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError
-from fedprune.importance.scoring import ordered, ranks
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, State, Task
 from fedprune.model.element_mask import ElementMask
@@ -23,6 +22,7 @@ from fedprune.strategies import compose
 from fedprune.strategies.allocation import Fixed, Fleet, Tiers
 from fedprune.strategies.averaging import DeltaMean, Mean
 from fedprune.strategies.growth import Ladder, TimeDriven
+from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.methods import asynchronous, pr_fl
 from fedprune.strategies.roles import Turn
 from fedprune.strategies.slicing import Selected

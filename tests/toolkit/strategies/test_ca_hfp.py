@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
-from fedprune.importance.gradient_stats import Evidence
-from fedprune.importance.scoring import channel_sums, curvature, magnitude, movement, random_ranks, ranks
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
 from fedprune.strategies import compose
+from fedprune.strategies.importance.gradient_stats import Evidence
+from fedprune.strategies.importance.scoring import channel_sums, curvature, magnitude, movement, random_ranks, ranks
 from fedprune.strategies.methods.ca_hfp import ca_hfp
 from fedprune.strategies.methods.fedavg import fedavg
 from fedprune.strategies.roles import Memories, Scene

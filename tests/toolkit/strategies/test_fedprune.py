@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError
-from fedprune.importance.scoring import magnitude, ranks
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.model.nested_init import nested
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose
+from fedprune.strategies.importance.scoring import magnitude, ranks
 from fedprune.strategies.methods.fedprune import Settled
 from fedprune.strategies.roles import Scene, Turn
 from fedprune.strategies.scorers import Held

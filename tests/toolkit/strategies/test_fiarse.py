@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
-from fedprune.importance.element_ranking import prunable
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Tensors
 from fedprune.strategies import compose
+from fedprune.strategies.importance.element_ranking import prunable
 from fedprune.strategies.roles import Submodel, Turn
 from fedprune.strategies.strategy import Strategy
 from fedprune.training.recipe import Recipe

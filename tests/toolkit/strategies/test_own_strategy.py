@@ -21,10 +21,10 @@ from fedprune.core.errors import (
     StrategyError,
     meant,
 )
-from fedprune.hardware import profile_store
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, State
 from fedprune.model.selection import Selection
+from fedprune.planning import profile_store
 from fedprune.strategies import Strategy, compose
 from fedprune.strategies.allocation import Fleet
 from fedprune.strategies.roles import Cut, Scene, Submodel, Turn
@@ -36,7 +36,7 @@ from support.nets.drawn_models import model
 SOURCE = '''
 """Somebody's file."""
 from fedprune.core.errors import BundleError, ProtocolError, StorageError
-from fedprune.importance.scoring import magnitude, ranks
+from fedprune.strategies.importance.scoring import magnitude, ranks
 from fedprune.strategies import Strategy
 from fedprune.strategies.slicing import Nobody, Selected
 from fedprune.strategies.averaging import Mean

@@ -7,7 +7,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 
-from fedprune.codec import agreed
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.privacy_budget import PrivacyBudget
@@ -21,6 +20,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.strategies import compose
 from fedprune.strategies.allocation import Allocator, Fleet
 from fedprune.training.recipe import Recipe
+from fedprune.updates import agreed
 
 Commands = list[do.Command]
 

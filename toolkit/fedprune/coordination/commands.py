@@ -129,7 +129,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Coding:
-    """What of a device's part travels encoded (`fedprune.codec.Codec`, as text).
+    """What of a device's part travels encoded (`fedprune.updates.Codec`, as text).
 
     Attributes:
         update: The codec of its update, or None.
@@ -150,7 +150,7 @@ class Extract:
         basis: What it is cut from.
         part: Whose it is.
         block: Channels that the device computes at once, for a training graph of its own; 0 for the one of all.
-        forms: What forms of layers took there (`fedprune.costs.form_times`), as plain JSON types; None if that isn't
+        forms: What forms of layers took there (`fedprune.planning.form_times`), as plain JSON types; None if that isn't
             known.
         coding: What of it travels encoded.
         accumulate: Parts in which the device works through a batch, unless the recipe asks for more.

@@ -20,8 +20,8 @@ import numpy as np
 
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.state import State, Task
-from fedprune.privacy.accounting import most_cost
-from fedprune.privacy.settings import Privacy
+from fedprune.updates.privacy_accounting import most_cost
+from fedprune.updates.privacy_settings import Privacy
 
 
 class PrivacyBudget:

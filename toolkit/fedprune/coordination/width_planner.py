@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping
 from functools import partial
 
 from fedprune.core.errors import FedpruneError, PlanError, StrategyError
-from fedprune.hardware.probe_report import ProbeReport
-from fedprune.hardware.profile import HardwareProfile
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, Task
 from fedprune.model.architecture import Architecture, kept_share, widths_at
 from fedprune.planning.cost_prediction import NO_CORRECTION, Correction
 from fedprune.planning.plan import MEMORY, Plan, plan
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import Strategy
 from fedprune.strategies.allocation import Fleet
 from fedprune.training.recipe import Recipe

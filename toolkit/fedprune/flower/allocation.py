@@ -9,10 +9,10 @@ from typing import cast
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, ProtocolError, meant, shown
-from fedprune.hardware import profile_store
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, State
 from fedprune.model.architecture import Architecture, kept_share, widths_at
+from fedprune.planning import profile_store
 from fedprune.planning.plan import plan
 from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, check_density
 from fedprune.strategies.strategy import Strategy

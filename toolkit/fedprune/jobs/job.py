@@ -7,16 +7,17 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
 from fedprune.aggregation.fold import Rule
-from fedprune.codec.choice import DOWN, PLAIN, Codec, agreed
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, ProtocolError, shown
-from fedprune.importance.scoring import SCORERS
-from fedprune.privacy.settings import WRITTEN, Privacy
 from fedprune.runtime.precision_files import SERVED
 from fedprune.training.recipe import Recipe
+from fedprune.updates.codecs import DOWN, PLAIN, Codec, agreed
+from fedprune.updates.privacy_settings import WRITTEN, Privacy
 from fedprune.wire.topics import check_job
 
 RULES = get_args(Rule)
+
+SCORERS = ("ordered", "magnitude", "curvature")
 
 _PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
 """What only the plain strategy reads."""

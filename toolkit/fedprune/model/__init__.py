@@ -1,4 +1,4 @@
 """The architecture of a model and its submodels: channel groups, selections, widths, element masks.
 
-Not here: how a submodel is chosen (`planning`, `importance`, `strategies`) or what it costs (`costs`).
+Not here: how a submodel is chosen (`strategies`) or what it costs (`planning`).
 """

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedprune.costs.costs import FLOAT, Costs, MemoryBreakdown, costs_at, memory_seconds
-from fedprune.costs.latency_model import LatencyTable, typical_table
-from fedprune.hardware.probe_report import ProbeReport
-from fedprune.hardware.profile import HardwareProfile
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import TensorAxes
+from fedprune.planning.costs import FLOAT, Costs, MemoryBreakdown, costs_at, memory_seconds
+from fedprune.planning.latency_model import LatencyTable, typical_table
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile import HardwareProfile
 from fedprune.training.recipe import Recipe
 from fedprune.training.trainable import trained_tensors
 

@@ -10,10 +10,6 @@ from typing import Any, TypeAlias
 from fedprune.core.errors import PlanError
 from fedprune.core.text import amount
 from fedprune.core.validation import MAX_INT, is_number, is_whole
-from fedprune.costs.costs import MemoryBreakdown, costs_at
-from fedprune.costs.latency_model import LatencyTable
-from fedprune.hardware.probe_report import ProbeReport
-from fedprune.hardware.profile import HardwareProfile
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.planning.cost_prediction import (
     NO_CORRECTION,
@@ -25,6 +21,10 @@ from fedprune.planning.cost_prediction import (
     predict,
     training_memory,
 )
+from fedprune.planning.costs import MemoryBreakdown, costs_at
+from fedprune.planning.latency_model import LatencyTable
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.width_candidates import Rung, equal_work, rungs
 from fedprune.training.recipe import Recipe
 from fedprune.training.trainable import frozen_tensors

@@ -16,10 +16,10 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.costs.costs import memory_seconds
-from fedprune.costs.kernel_workload import workload
-from fedprune.costs.latency_model import LatencyTable
 from fedprune.model.architecture import Architecture, widths_at
+from fedprune.planning.costs import memory_seconds
+from fedprune.planning.kernel_workload import workload
+from fedprune.planning.latency_model import LatencyTable
 
 MULTIPLES = (16, 8, 4)
 """What channels may be made a multiple of, in the order in which that is tried; small groups take a smaller one."""

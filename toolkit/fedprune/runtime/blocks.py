@@ -18,7 +18,7 @@ import numpy as np
 
 from fedprune.core.errors import ConfigError, ModelError, shown
 from fedprune.core.rng import keyed
-from fedprune.costs.kernel_workload import BLOCKS
+from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.runtime.onnx_subgraph import metadata_of
 from fedprune.runtime.session import Session
 from fedprune.training import step_contract

@@ -20,8 +20,8 @@ from pathlib import Path
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors, sync_folder
 from fedprune.core.errors import BundleError, StorageError, remedy, shown
-from fedprune.costs.kernel_workload import BLOCKS
 from fedprune.model.selection import Selection
+from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.runtime import tensorrt_config
 from fedprune.runtime.bundle import (
     COMPLETE,

@@ -1,6 +1,6 @@
 """Strategies as compositions of roles: allocator, scorer, extractor, objective, aggregator, personaliser.
 
-Not here: the order of a round (`coordination`) and tensor arithmetic (`aggregation`, `importance`).
+Not here: the order of a round (`coordination`) and the arithmetic of sums (`aggregation`).
 """
 
 from fedprune.strategies.options import read_options

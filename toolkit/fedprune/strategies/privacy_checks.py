@@ -6,13 +6,13 @@ other measurements. With shared noise only the sum is released, so that a strate
 
 from __future__ import annotations
 
-from fedprune.codec.choice import PLAIN
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
-from fedprune.privacy.settings import LOCAL, SHARED
 from fedprune.strategies.averaging import Mean
 from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
+from fedprune.updates.codecs import PLAIN
+from fedprune.updates.privacy_settings import LOCAL, SHARED
 
 _LOSSLESS = (PLAIN, "zlib")
 

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation.fold import Fold
-from fedprune.importance.scoring import Ranks
 from fedprune.model.architecture import Architecture
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.importance.scoring import Ranks
 from fedprune.training.recipe import Recipe
 
 Memory = Mapping[str, Mapping[str, npt.NDArray[Any]]]

@@ -8,9 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedprune.aggregation.fold import Fold
-from fedprune.importance.gradient_stats import DECAY, Estimator, Evidence
-from fedprune.importance.scoring import Form, Scores, curvature, magnitude, movement, random_ranks, ranks, score
 from fedprune.model.architecture import Architecture
+from fedprune.strategies.importance.gradient_stats import DECAY, Estimator, Evidence
+from fedprune.strategies.importance.scoring import (
+    Form,
+    Scores,
+    curvature,
+    magnitude,
+    movement,
+    random_ranks,
+    ranks,
+    score,
+)
 from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Scorer
 
 EVIDENCE = "evidence"
@@ -30,8 +39,8 @@ class ByName:
             moved, or `random`, ranks that are drawn in every round.
         warmup_rounds: Rounds of random ranks before it; where it observes at least until every channel was trained
             once, since until then there is nothing to judge some of them by (CA-HFP, Sec. III-B).
-        form: Of the curvature score (`fedprune.importance.scoring.curvature`).
-        estimator: Of curvature, where it observes (`fedprune.importance.gradient_stats`).
+        form: Of the curvature score (`fedprune.strategies.importance.scoring.curvature`).
+        estimator: Of curvature, where it observes (`fedprune.strategies.importance.gradient_stats`).
         decay: What old estimates keep of themselves every round.
         per_count: A channel's layers count by the mean over their weights instead of by the sum.
     """

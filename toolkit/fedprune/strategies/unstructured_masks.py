@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedprune.importance.element_ranking import top
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection
+from fedprune.strategies.importance.element_ranking import top
 from fedprune.strategies.roles import Cut, Report, Submodel
 
 

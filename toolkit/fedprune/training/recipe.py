@@ -109,8 +109,8 @@ class Recipe:
         evaluate_every: The board measures its models (offered, trained, averaged) on its own test and validation
             samples in every so many rounds; in the others it trains and serves without, which costs it less.
         report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
-        update_clip: The most that the whole update may be long (`fedprune.privacy.mechanism`); 0 leaves it as it is.
-            Above 0, batch-norm statistics aren't handed in, nor anything that was measured on samples.
+        update_clip: The most that the whole update may be long (`fedprune.updates.privacy_mechanism`); 0 leaves it as
+            it is. Above 0, batch-norm statistics aren't handed in, nor anything that was measured on samples.
         update_noise: Standard deviation of the noise that is added to every element of the update.
     """
 

@@ -84,7 +84,7 @@ class Birth(CheckedMessage, kind="birth"):
     held: Assignment | None = None
     """The job, round and attempt that it works on or whose update it still has to deliver."""
     codecs: Annotated[tuple[Name, ...], Items(_MOST_CODECS, "names")] | None = newer()
-    """Names of the codecs in which it can send updates (`fedprune.codec`); None where it knows none."""
+    """Names of the codecs in which it can send updates (`fedprune.updates`); None where it knows none."""
     answer_s: Annotated[float, number(0.0, 3600.0)] | None = newer(compare=False)
     """Seconds that answers take on its way, as far as it knows."""
     abilities: Annotated[tuple[Name, ...], Items(_MOST_ABILITIES, "names")] | None = newer()

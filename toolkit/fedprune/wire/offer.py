@@ -66,11 +66,11 @@ class Offer(CheckedMessage, kind="offer"):
     """By channels of a block, training graphs for boards that compute so many at once (`fedprune.runtime.blocks`), at
     these widths alone. A board pulls the one that it can use instead of `training`. None where there are none."""
     slabs: Annotated[tuple[Blob, ...], Items(_MOST_SLABS, "blobs", least=1)] | None = newer()
-    """What `weights` can be made of instead of being pulled (`fedprune.codec.width_deltas`): the narrowest submodel's
+    """What `weights` can be made of instead of being pulled (`fedprune.updates.width_deltas`): the narrowest submodel's
     file, and what each wider one adds to it, up to this one. Other devices pull the same blobs. None where there are
     none."""
     codec: Annotated[str, text(256)] | None = newer()
-    """How the update is to be encoded (`fedprune.codec.Codec`); None for a plain tensor file."""
+    """How the update is to be encoded (`fedprune.updates.Codec`); None for a plain tensor file."""
     weights_codec: Annotated[str, text(256)] | None = newer()
     """How weights come where they come encoded; a board keeps those that it has until the next offer."""
     coded: Blob | None = newer()
@@ -78,7 +78,7 @@ class Offer(CheckedMessage, kind="offer"):
     held: Digest | None = newer()
     """sha256 of what they are the difference to; None for the difference to 0."""
     moved: Blob | None = newer()
-    """Where channels lie that a device was sent last (`fedprune.codec.remap`); None where they lie as they did, or
+    """Where channels lie that a device was sent last (`fedprune.updates.remap`); None where they lie as they did, or
     where nothing is known of that."""
     moved_from: Digest | None = newer()
     """Digest of the selection that those were sent in."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from fedprune.core import validation as setting_checks
 from fedprune.core.errors import ConfigError, FedpruneError, shown
-from fedprune.hardware import profile_store
-from fedprune.hardware.profile import HardwareProfile
+from fedprune.planning import profile_store
+from fedprune.planning.profile import HardwareProfile
 from fedprune.wire.topics import check_device
 from fedprune_device.data.dataset import LocalData, load_data
 from fedprune_server.simulation.datasets.federation import Federation

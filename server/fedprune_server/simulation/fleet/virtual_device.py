@@ -19,11 +19,11 @@ import numpy as np
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.hardware.profile import HardwareProfile
 from fedprune.model.architecture import Architecture
 from fedprune.planning.cost_prediction import predict
-from fedprune.privacy.gaussian_noise import GaussianNoise
+from fedprune.planning.profile import HardwareProfile
 from fedprune.training.recipe import Recipe
+from fedprune.updates.gaussian_noise import GaussianNoise
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.stored_array import StoredArray

@@ -20,11 +20,11 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.metrics import AVERAGED, TRAINED, served
 from fedprune.core.text import quantity
-from fedprune.costs.costs import costs_at
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Selection
+from fedprune.planning.costs import costs_at
 from fedprune.training.recipe import REGRESSIONS
 from fedprune_device.training.round_runner import MEASURED
 from fedprune_server.devices.plan_vs_actual import Compared, compared, predicted

@@ -14,9 +14,9 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.rng import keyed
-from fedprune.costs.costs import costs_at
 from fedprune.jobs.job import Job
 from fedprune.model.nested_widths import TensorAxes, axes_json
+from fedprune.planning.costs import costs_at
 from fedprune.training.recipe import Recipe
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.archive import Archive

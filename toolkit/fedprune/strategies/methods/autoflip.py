@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation.fold import Fold
-from fedprune.importance.element_ranking import prunable, quantile
-from fedprune.importance.scoring import ordered, ranks
-from fedprune.importance.structured_from_mask import surviving, survivors
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, mesh
 from fedprune.strategies.averaging import VELOCITY, Mean
+from fedprune.strategies.importance.element_ranking import prunable, quantile
+from fedprune.strategies.importance.scoring import ordered, ranks
+from fedprune.strategies.importance.structured_from_mask import surviving, survivors
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Closing, Cut, Memories, Ranking, Report, Scene, Submodel, Turn
 from fedprune.strategies.slicing import Nobody

@@ -1,10 +1,10 @@
 """CA-HFP (arXiv 2603.12591): nested masks of whole channels by curvature, and reconstruction before the mean.
 
-Which channels matter is scored on the server, out of what devices send anyway (`fedprune.importance.gradient_stats`).
-Narrow devices get the best channels of a wide one's. Before the mean is taken, submodels are filled up from the current
-model (rule `fill`), so that devices without a channel vote for no change. The paper leaves open how gradient and
-curvature are estimated, how scores of weights become a channel's, and how long warm-up lasts; the options say what we
-read into it.
+Which channels matter is scored on the server, out of what devices send anyway
+(`fedprune.strategies.importance.gradient_stats`). Narrow devices get the best channels of a wide one's. Before the mean
+is taken, submodels are filled up from the current model (rule `fill`), so that devices without a channel vote for no
+change. The paper leaves open how gradient and curvature are estimated, how scores of weights become a channel's, and
+how long warm-up lasts; the options say what we read into it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, cast, get_args
 
 from fedprune.aggregation.fold import Rule
 from fedprune.core.errors import ConfigError
-from fedprune.importance.gradient_stats import DECAY, Estimator
-from fedprune.importance.scoring import Form
 from fedprune.jobs.job import Job
 from fedprune.strategies.averaging import Mean
+from fedprune.strategies.importance.gradient_stats import DECAY, Estimator
+from fedprune.strategies.importance.scoring import Form
 from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.scorers import ByName

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation.fold import Fold
-from fedprune.importance.element_ranking import quantile
-from fedprune.importance.scoring import ordered, ranks
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.classifier_head import head_axes
 from fedprune.model.selection import Tensors, mesh
 from fedprune.strategies.averaging import Mean, same_coordinates
+from fedprune.strategies.importance.element_ranking import quantile
+from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Cut, Memories, Ranking, Report, Scene, Submodel

@@ -27,13 +27,13 @@ import numpy as np
 
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import ConfigError
-from fedprune.importance.scoring import SCORERS, ranks, score
-from fedprune.jobs.job import Job
+from fedprune.jobs.job import SCORERS, Job
 from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_init import just_made, nested
 from fedprune.model.selection import Tensors
 from fedprune.strategies.averaging import DeltaMean, Mean
+from fedprune.strategies.importance.scoring import ranks, score
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Turn
 from fedprune.strategies.scorers import places_of

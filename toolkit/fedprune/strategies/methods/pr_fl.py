@@ -16,8 +16,8 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS, Schedule
 from fedprune.strategies.allocation import Allocator, Fixed, Tiers
 from fedprune.strategies.averaging import Mean
+from fedprune.strategies.element_importance import Importance, Kind
 from fedprune.strategies.growth import Ladder, Start, TimeDriven
-from fedprune.strategies.importance import Importance, Kind
 from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.methods.asynchronous import staleness_of
 from fedprune.strategies.options import choice, number, numbers, read_options
@@ -37,7 +37,8 @@ class Options:
     Attributes:
         masks: `elements`, as published: all channels, single weights masked, which makes messages smaller and training
             no faster. `channels`: whole channels, by which boards get faster, too.
-        importance: What elements are ranked by: `squares`, `taylor` or `size` (`fedprune.strategies.importance`).
+        importance: What elements are ranked by: `squares`, `taylor` or `size`
+            (`fedprune.strategies.element_importance`).
         densities: What devices begin with, by tier in the order of names; empty for all of the model, or the job's
             `density`.
         shares: Share of the fleet in each tier; empty for equal ones.

@@ -1,9 +1,9 @@
 """SubFLOT (arXiv 2604.06631): submodels by optimal transport, onto the model that a device handed in last.
 
 A device's submodel is no slice: the global model's channels are led onto the channels of the device's own last model
-(`fedprune.optimal_transport`) and mixed with it (OTP, Eqs. 3 to 6). The device trains it with a pull towards what it
-was sent, the stronger the more was pruned (SAR, Eqs. 7 and 8). What it hands in is led onto the global model's channels
-again, at full width (OTA, Eq. 9), so that the mean of a round is a plain one.
+(`fedprune.strategies.optimal_transport`) and mixed with it (OTP, Eqs. 3 to 6). The device trains it with a pull towards
+what it was sent, the stronger the more was pruned (SAR, Eqs. 7 and 8). What it hands in is led onto the global model's
+channels again, at full width (OTA, Eq. 9), so that the mean of a round is a plain one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, cast
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection, Tensors
-from fedprune.optimal_transport import Maps, Plans, Transport
 from fedprune.strategies.averaging import Mean
+from fedprune.strategies.optimal_transport import Maps, Plans, Transport
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Cut, Past, Report, Submodel, Turn
 from fedprune.strategies.scorers import ByName
@@ -35,7 +35,8 @@ class Options:
     Attributes:
         alpha: α: the global model's share in what a device is sent; its own last model has the rest.
         sar: λ: strength of the pull, whose gradient is 2·λ·ρ·(w − w_sent) at pruning rate ρ.
-        maps: How input axes are led: `literal`, or `preserving` the function (`fedprune.optimal_transport.Transport`).
+        maps: How input axes are led: `literal`, or `preserving` the function
+            (`fedprune.strategies.optimal_transport.Transport`).
         plans: One plan per `layer`, or per `group` of channels.
         ota_fuse: Share of what was led back in what a device adds to the mean; the global model has the rest.
         densities: Widths by tier; empty for the paper's four, or the job's `density`.

@@ -1,0 +1,216 @@
+"""Costs against numbers that come from elsewhere: torch's own counter, sizes of encoded files, sums by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import (
+    Activation,
+    Architecture,
+    Axis,
+    ChannelGroup,
+    Layer,
+    Segment,
+    TensorKind,
+    TensorSpec,
+    widths_at,
+)
+from fedprune.planning.costs import FROZEN_COPIES, HELD_BYTES, PROCESS_BYTES, WEIGHT_COPIES, costs_at, memory_seconds
+from fedprune.planning.kernel_workload import workload
+from fedprune.training.features import Features
+
+PLAIN = Features()
+BRIEF = settings(max_examples=50, deadline=None)
+
+
+def convnet(channels: Sequence[int], side: int = 16, inputs: int = 3, classes: int = 10) -> Architecture:
+    """3×3 convolutions with batch normalisation and ReLU, each followed by a 2×2 pool; flatten; one linear layer."""
+    groups = tuple(ChannelGroup(f"conv{i}", c) for i, c in enumerate(channels))
+    tensors: list[TensorSpec] = []
+    layers: list[Layer] = []
+    values: list[Activation] = []
+    before = Axis.fixed(inputs)
+    for i, count in enumerate(channels):
+        axis = Axis((Segment(i, 0, count),))
+        square = side * side
+        tensors.append(TensorSpec(f"conv{i}.weight", TensorKind.WEIGHT, (axis, before, Axis.fixed(3), Axis.fixed(3))))
+        for part, kind in (
+            ("scale", TensorKind.NORM_SCALE),
+            ("bias", TensorKind.NORM_BIAS),
+            ("mean", TensorKind.STAT_MEAN),
+            ("var", TensorKind.STAT_VAR),
+        ):
+            tensors.append(TensorSpec(f"bn{i}.{part}", kind, (axis,)))
+        layers.append(Layer(f"conv{i}", "Conv", f"conv{i}.weight", square))
+        values += [
+            Activation(f"conv{i}", axis, square, True),
+            Activation(f"bn{i}", axis, square, False),
+            Activation(f"relu{i}", axis, square, True),
+        ]
+        side //= 2
+        values.append(Activation(f"pool{i}", axis, side * side, True))
+        before = axis
+    last = len(channels) - 1
+    flat = Axis((Segment(last, 0, channels[-1], side * side),))
+    tensors.append(TensorSpec("fc.weight", TensorKind.WEIGHT, (Axis.fixed(classes), flat)))
+    tensors.append(TensorSpec("fc.bias", TensorKind.BIAS, (Axis.fixed(classes),)))
+    layers.append(Layer("fc", "Gemm", "fc.weight", 1))
+    values.append(Activation("logits", Axis.fixed(classes), 1, True))
+    side = int(layers[0].positions ** 0.5)
+    return Architecture("convnet", groups, tuple(tensors), tuple(layers), tuple(values), (inputs, side, side), classes)
+
+
+NET = convnet((8, 16))
+
+
+@st.composite
+def nets(draw: st.DrawFn) -> Architecture:
+    return convnet(draw(st.lists(st.integers(1, 24), min_size=1, max_size=3)), draw(st.sampled_from([8, 16])))
+
+
+@st.composite
+def nets_at_two_widths(draw: st.DrawFn) -> tuple[Architecture, tuple[int, ...], tuple[int, ...]]:
+    net = draw(nets())
+    wide = tuple(draw(st.integers(1, n)) for n in net.sizes)
+    narrow = tuple(draw(st.integers(1, n)) for n in wide)
+    return net, narrow, wide
+
+
+@pytest.mark.board
+@given(nets_at_two_widths())
+@BRIEF
+def test_wire_bytes_are_the_size_of_the_encoded_file(
+    case: tuple[Architecture, tuple[int, ...], tuple[int, ...]],
+) -> None:
+    net, widths, _ = case
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in net.shapes(widths).items()}
+    costs = costs_at(net, widths)
+    assert costs.wire_bytes == len(tensorfile.encode(tensors))
+    assert costs.parameters == sum(t.size for t in tensors.values())
+    assert costs.parameter_bytes == sum(t.nbytes for t in tensors.values())
+
+
+@pytest.mark.board
+@given(nets_at_two_widths(), st.integers(1, 64))
+@BRIEF
+def test_no_cost_shrinks_when_a_width_grows(
+    case: tuple[Architecture, tuple[int, ...], tuple[int, ...]], batch: int
+) -> None:
+    net, narrow, wide = case
+    less, more = costs_at(net, narrow), costs_at(net, wide)
+    assert all(getattr(less, name) <= getattr(more, name) for name in vars(less))
+    assert less.training_memory(batch, PLAIN, 100).total <= more.training_memory(batch, PLAIN, 100).total
+    assert less.inference_bytes(batch) <= more.inference_bytes(batch)
+    assert memory_seconds(net, narrow, batch, 1e9) <= memory_seconds(net, wide, batch, 1e9)
+
+
+@pytest.mark.board
+@given(nets_at_two_widths(), st.integers(1, 64))
+@BRIEF
+def test_what_moves_through_memory_is_summed_for_many_widths_at_once(
+    case: tuple[Architecture, tuple[int, ...], tuple[int, ...]], batch: int
+) -> None:
+    net, *widths = case
+    expected = [
+        sum(12 * batch * v.positions * v.channels.size(w, net.sizes) for v in net.activations)
+        + 6 * sum(prod(net.shape(t.name, w)) for t in net.tensors)
+        for w in widths
+    ]
+    assert memory_seconds(net, widths, batch, 4e9) * 1e9 == pytest.approx(expected)
+
+
+@pytest.mark.board
+def test_multiplications_of_a_small_net_by_hand() -> None:
+    costs = costs_at(NET, (4, 5))
+    first, second, last = 4 * 3 * 9 * 256, 5 * 4 * 9 * 64, 10 * 5 * 16
+    assert costs.forward_macs == first + second + last
+    assert costs.training_macs == 2 * first + 3 * second + 3 * last
+
+
+@pytest.mark.board
+def test_activations_of_a_small_net_by_hand() -> None:
+    costs = costs_at(NET, (4, 5))
+    maps = [4 * 256] * 3 + [4 * 64] + [5 * 64] * 3 + [5 * 16, 10]
+    unkept = [4 * 256, 5 * 64]
+    assert workload(NET).contents((4, 5))[0] == sum(maps)
+    assert costs.activation_bytes == 4 * sum(maps)
+    assert costs.kept_bytes == 4 * (sum(maps) - sum(unkept))
+    assert costs.largest_bytes == 4 * 4 * 256
+    assert costs.sample_bytes == 4 * 3 * 16 * 16
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.2])
+def test_multiplications_are_what_torch_counts(density: float) -> None:
+    import torch
+    from torch import nn
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = convnet((8, 12, 20))
+    widths = widths_at(net, density)
+    parts: list[nn.Module] = []
+    before = 3
+    for width in widths:
+        parts += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        parts.append(nn.MaxPool2d(2))
+        before = width
+    model = nn.Sequential(*parts, nn.Flatten(), nn.Linear(before * 4, 10))
+    with FlopCounterMode(display=False) as forward:
+        loss = model(torch.zeros(1, 3, 16, 16) + 0.5).sum()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    costs = costs_at(net, widths)
+    assert 2 * costs.forward_macs == forward.get_total_flops()
+    assert 2 * (costs.training_macs - costs.forward_macs) == backward.get_total_flops()
+    held = sum(t.numel() for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked"))
+    assert costs.parameters == held
+
+
+@pytest.mark.board
+@pytest.mark.parametrize("feature", ["proximal", "element_mask", "threshold", "gradients"])
+def test_features_that_hold_arrays_take_memory(feature: str) -> None:
+    costs = costs_at(NET, NET.sizes)
+    plain, more = (costs.training_memory(8, f, 10).total for f in (PLAIN, replace(PLAIN, **{feature: True})))
+    assert more >= plain + costs.parameter_bytes
+
+
+@pytest.mark.board
+def test_an_optimisers_second_state_takes_memory_and_frozen_weights_take_less() -> None:
+    costs = costs_at(NET, NET.sizes)
+    sgd, adam = (costs.training_memory(8, replace(PLAIN, optimizer=o), 10).total for o in ("sgd", "adam"))
+    assert adam - sgd == pytest.approx(2 * costs.parameter_bytes, abs=1)
+    less = 0.75 * (WEIGHT_COPIES - FROZEN_COPIES) * costs.parameter_bytes
+    assert costs.training_memory(8, PLAIN, 10, trained=0.25).total == pytest.approx(sgd - less, abs=1)
+
+
+@pytest.mark.board
+def test_a_process_that_measured_itself_is_believed() -> None:
+    costs = costs_at(NET, NET.sizes)
+    typical, own = costs.training_memory(8, PLAIN, 10), costs.training_memory(8, PLAIN, 10, process=120_000_000)
+    assert own.process - typical.process == 120_000_000 - PROCESS_BYTES
+    assert own.total - typical.total == 120_000_000 - PROCESS_BYTES
+
+
+@pytest.mark.board
+def test_local_data_takes_memory_until_it_stays_on_the_disk() -> None:
+    costs = costs_at(NET, NET.sizes)
+    assert costs.training_memory(8, PLAIN, 10**7).samples == HELD_BYTES
+    assert (
+        costs.training_memory(8, PLAIN, 1010).total - costs.training_memory(8, PLAIN, 10).total
+        == 1000 * 3 * 16 * 16 * 4
+    )
+
+
+@pytest.mark.board
+def test_widths_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(BundleError, match="conv0"):
+        costs_at(NET, (9, 1))

@@ -1,0 +1,253 @@
+"""Latency tables: work counted as by hand, a fit that finds the board behind the times, checks of what comes in."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ProfileError
+from fedprune.model.architecture import (
+    Architecture,
+    Axis,
+    ChannelGroup,
+    Layer,
+    Segment,
+    TensorKind,
+    TensorSpec,
+    Volume,
+    widths_at,
+)
+from fedprune.planning.costs import costs_at, memory_seconds
+from fedprune.planning.kernel_workload import FEATURES, KINDS, workload
+from fedprune.planning.latency_model import LatencyTable, Measurement, fitted, typical_table
+from fedprune.planning.plan import DENSITIES
+from fedprune.planning.width_candidates import Rung, equal_work, rungs, snapped
+
+pytestmark = pytest.mark.board
+
+BRIEF = settings(max_examples=30, deadline=None)
+
+
+def net(first: int = 32, second: int = 64, side: int = 16) -> Architecture:
+    """Two convolutions, the second depthwise beside a 1×1, a product of values, a linear layer."""
+    a, b = Axis((Segment(0, 0, first),)), Axis((Segment(1, 0, second),))
+    maps = side * side
+    three = Axis.fixed(3)
+    return Architecture(
+        "net",
+        (ChannelGroup("a", first), ChannelGroup("b", second)),
+        (
+            TensorSpec("conv", TensorKind.WEIGHT, (a, three, three, three)),
+            TensorSpec("dw", TensorKind.WEIGHT, (a, Axis.fixed(1), three, three)),
+            TensorSpec("pw", TensorKind.WEIGHT, (b, a, Axis.fixed(1), Axis.fixed(1))),
+            TensorSpec("fc", TensorKind.WEIGHT, (Axis.fixed(10), b)),
+        ),
+        (
+            Layer("conv", "Conv", "conv", maps, 0, Volume((), 3 * maps), Volume((a,), maps), 9),
+            Layer("relu", "Relu", "", 0, 0, Volume((a,), maps), Volume((a,), maps)),
+            Layer("dw", "Conv", "dw", maps, 0, Volume((a,), maps), Volume((a,), maps), 9, 1, first),
+            Layer("pw", "Conv", "pw", maps, 0, Volume((a,), maps), Volume((b,), maps)),
+            Layer("att", "MatMul", "", 0, 0, Volume((b,), maps), Volume((b,), b.length), inner=Axis.fixed(maps)),
+            Layer("mean", "GlobalAveragePool", "", 0, 0, Volume((b,), maps), Volume((b,), 1)),
+            Layer("fc", "Gemm", "fc", 1, 0, Volume((b,), 1), Volume((), 10)),
+        ),
+        (),
+        (3, side, side),
+        10,
+    )
+
+
+NET = net()
+
+
+def counted(row: np.ndarray, kind: str, feature: str) -> float:
+    return float(row.reshape(len(KINDS), len(FEATURES))[KINDS.index(kind), FEATURES.index(feature)])
+
+
+def test_the_work_of_a_step_by_hand() -> None:
+    row = workload(NET).training([8, 20], 4)[0]
+    assert counted(row, "conv", "mac") == pytest.approx(4 * 8 * 27 * 256 * 2 / 3)  # no gradient of the input
+    assert counted(row, "conv", "weight") == 8 * 27
+    assert counted(row, "depthwise", "mac") == 4 * 8 * 9 * 256
+    assert counted(row, "conv1x1", "mac") == 4 * 8 * 20 * 256
+    assert counted(row, "product", "mac") == 4 * 20 * 64 * 256
+    assert counted(row, "linear", "move") == 4 * (20 + 10)
+    assert counted(row, "cheap", "move") == 4 * 2 * 8 * 256
+    assert [counted(row, k, "call") for k in ("conv", "depthwise", "conv1x1", "linear", "run")] == [1] * 5
+
+
+def test_odd_channels_take_plain_kernels() -> None:
+    even, odd = workload(NET).inference([[20, 64], [21, 64]], 1, 16)
+    assert counted(even, "depthwise", "call") == counted(even, "conv1x1", "call") == 1
+    assert counted(odd, "depthwise-plain", "call") == counted(odd, "conv1x1-plain", "call") == 1
+    assert counted(odd, "conv1x1", "call") == counted(odd, "depthwise", "call") == 0
+    # Three input channels have a kernel of their own; its output fills whole blocks.
+    assert counted(odd, "conv", "mac") == 32 * 27 * 256
+
+
+def test_an_activation_after_a_convolution_is_no_kernel_of_its_own() -> None:
+    assert counted(workload(NET).inference([NET.sizes], 1, 16)[0], "cheap", "call") == 0
+    assert counted(workload(NET).training([NET.sizes], 1)[0], "cheap", "call") == 1
+
+
+@given(st.tuples(st.integers(1, 32), st.integers(1, 64)))
+@BRIEF
+def test_multiplications_are_those_of_the_costs(widths: tuple[int, int]) -> None:
+    assert workload(NET).forward_macs(widths)[0] == costs_at(NET, widths).forward_macs
+
+
+@given(st.lists(st.tuples(st.integers(1, 32), st.integers(1, 64)), min_size=1, max_size=5))
+@BRIEF
+def test_many_widths_at_once_are_the_same_as_one_by_one(widths: list[tuple[int, int]]) -> None:
+    table = typical_table(1e10)
+    steps, latencies = table.step_seconds(NET, widths, 8), table.latency_seconds(NET, widths)
+    assert steps == pytest.approx([float(table.step_seconds(NET, w, 8)[0]) for w in widths])
+    assert latencies == pytest.approx([float(table.latency_seconds(NET, w)[0]) for w in widths])
+
+
+def made_up(block: int = 16) -> LatencyTable:
+    random = np.random.default_rng(3)
+    typical = typical_table(2e10)
+
+    def rows(given: Any) -> dict[str, tuple[float, ...]]:
+        return {k: tuple(v * float(random.uniform(0.5, 2)) for v in row) for k, row in given.items()}
+
+    return LatencyTable(block, rows(typical.training), rows(typical.inference))
+
+
+def measured(table: LatencyTable, nets: list[Architecture], count: int = 30) -> list[Measurement]:
+    random = np.random.default_rng(5)
+    out = []
+    for architecture in nets:
+        for _ in range(count):
+            widths = tuple(int(random.integers(1, n + 1)) for n in architecture.sizes)
+            batch = int(random.integers(1, 17))
+            step = float(table.step_seconds(architecture, widths, batch)[0])
+            latency = float(table.latency_seconds(architecture, widths)[0])
+            out += [
+                Measurement(architecture, widths, batch, step, True),
+                Measurement(architecture, widths, 1, latency, False),
+            ]
+    return out
+
+
+def test_a_fit_foretells_a_net_that_it_has_not_seen() -> None:
+    board = made_up()
+    found = fitted(measured(board, [net(32, 64, 16), net(64, 160, 8), net(48, 96, 4)]))
+    other = net(40, 120, 12)
+    widths = [(7, 40), (40, 120), (24, 96), (13, 119)]
+    assert found.error < 0.02
+    assert found.points == 180
+    assert found.step_seconds(other, widths, 8) == pytest.approx(board.step_seconds(other, widths, 8), rel=0.15)
+    assert found.latency_seconds(other, widths) == pytest.approx(board.latency_seconds(other, widths), rel=0.15)
+
+
+def test_a_fit_finds_the_block() -> None:
+    assert fitted(measured(made_up(8), [net(32, 64, 16), net(64, 160, 8)])).block == 8
+
+
+def test_kinds_that_were_not_seen_are_typical_for_the_board() -> None:
+    slow = fitted([replace(m, seconds=10 * m.seconds) for m in measured(typical_table(5e10), [NET])], 5e10)
+    assert slow.training["recurrent"] == pytest.approx(typical_table(5e9).training["recurrent"], rel=0.05)
+
+
+def test_no_measurements_are_an_error() -> None:
+    with pytest.raises(ProfileError, match="measurements"):
+        fitted([m for m in measured(made_up(), [NET], 2) if m.training])
+
+
+def test_a_table_survives_json() -> None:
+    table = fitted(measured(made_up(), [NET], 5))
+    assert LatencyTable.from_dict(json.loads(table.to_json())) == table
+
+
+def test_kinds_of_other_versions_are_ignored_or_typical() -> None:
+    body = made_up().to_dict()
+    body["training"]["quantum"] = [1.0]
+    del body["training"]["pool"]
+    assert set(LatencyTable.from_dict(body).training) == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"block": 3},
+        {"block": True},
+        {"points": -1},
+        {"training": []},
+        {"inference": {"conv": [1, 2]}},
+        {"inference": {"conv": [1, 2, 3, 4, -5]}},
+        {"inference": {"conv": [1, 2, 3, 4, math.inf]}},
+        {"inference": {"conv": [1, 2, 3, 4, "5"]}},
+        {"error": math.nan},
+        {"error": -0.1},
+        {"training": {k: [0, 0, 1, 1, 1] for k in KINDS}},
+        {"inference": {k: [0.0] * 5 for k in KINDS}},
+    ],
+)
+def test_a_table_from_outside_is_checked(change: dict[str, Any]) -> None:
+    with pytest.raises(ProfileError, match="latency table"):
+        LatencyTable.from_dict({**made_up().to_dict(), **change})
+
+
+def test_a_board_on_which_some_kinds_take_no_time_gets_the_whole_model() -> None:
+    body = made_up().to_dict()
+    for part in ("training", "inference"):
+        body[part] = {k: [0.0] * 5 if k != "recurrent" else row for k, row in body[part].items()}
+    table = LatencyTable.from_dict(body)
+    assert (table.step_seconds(NET, [(8, 20), NET.sizes], 4) > 0).all()
+    assert (table.latency_seconds(NET, [(8, 20), NET.sizes]) > 0).all()
+    with np.errstate(all="raise"):
+        assert rungs(NET, table, 16, DENSITIES)[0].widths == NET.sizes
+
+
+def test_snapped_widths_are_multiples_that_groups_have_room_for() -> None:
+    assert snapped(net(32, 64), 0.5, 16) == (16, 32)
+    assert snapped(net(24, 100), 0.3, 16) == (8, 32)
+    assert snapped(net(6, 15), 0.5, 16) == (3, 8)
+    assert snapped(net(6, 15), 0.01, 16) == (1, 2)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rungs_lie_on_one_another_and_are_not_slower_than_uniform_width(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    architecture = net(*(int(n) for n in random.integers(3, 200, 2)))
+    table = made_up(int(random.choice([1, 8, 16])))
+    # In half of all cases main memory bounds the steps of wide models or of all.
+    whole = table.step_seconds(architecture, architecture.sizes, 16)[0]
+    bandwidth = math.inf if seed < 4 else float(memory_seconds(architecture, architecture.sizes, 16, whole)[0] / 1.2)
+
+    def times(rung: Rung) -> tuple[float, float]:
+        step = table.step_seconds(architecture, rung.widths, 16)[0]
+        floor = memory_seconds(architecture, rung.widths, 16, bandwidth)[0]
+        return max(step, floor), table.latency_seconds(architecture, rung.widths)[0]
+
+    ladder = rungs(architecture, table, 16, DENSITIES, bandwidth)
+    assert ladder[0].widths == architecture.sizes
+    for above, below in itertools.pairwise(ladder):
+        assert all(a >= b >= 1 for a, b in zip(above.widths, below.widths, strict=True))
+        assert above.widths != below.widths
+    for rung in ladder[:-1]:
+        uniform = equal_work(architecture, table, 16, rung.widths, bandwidth)
+        for mine, its in zip(times(rung), times(uniform), strict=True):
+            assert mine <= its * (1 + 1e-9)
+    # What the smallest board can hold is no question of speed.
+    narrowest = widths_at(architecture, DENSITIES[-1])
+    assert ladder[-1].widths == tuple(map(min, narrowest, ladder[-2].widths))
+
+
+def test_a_cliff_is_kept_to_the_cheap_side_of() -> None:
+    typical = typical_table(5e10)
+    dear = {k: tuple(9 * v for v in row) if k.endswith("plain") else row for k, row in typical.inference.items()}
+    ladder = rungs(NET, LatencyTable(16, typical.training, dear), 16, DENSITIES)
+    # The first group's channels are read by a convolution; the second's only by a linear layer.
+    assert all(rung.widths[0] % 4 == 0 for rung in ladder[:-1])
+    assert len(ladder) > 8

@@ -1,0 +1,119 @@
+"""Probe reports come over the network: they are checked, never trusted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ProfileError
+from fedprune.planning.form_times import FormTimes, Shape
+from fedprune.planning.probe_report import ProbeReport
+
+pytestmark = pytest.mark.board
+
+REPORT = ProbeReport(
+    cores=4,
+    memory_total=1_900_000_000,
+    memory_available=1_500_000_000,
+    seconds=3.2,
+    onnxruntime="1.31.1",
+    board="Raspberry Pi 4 Model B Rev 1.5",
+    clock_hz=1_800_000_000,
+    train_rate=1.1e10,
+    infer_rate=1.4e10,
+    temperature_c=61.5,
+    throttled=False,
+    forms=FormTimes(((Shape(3, 1, 32, 32, 256), (("forward.plain", 1e-3),)),)),
+)
+
+
+def test_a_report_survives_json_types() -> None:
+    assert ProbeReport.from_dict(REPORT.to_dict()) == REPORT
+
+
+@pytest.mark.parametrize("block", [0, 4, 8, 16])
+def test_blocks_are_what_processors_have(block: int) -> None:
+    assert ProbeReport.from_dict({**REPORT.to_dict(), "block": block}).block == block
+
+
+def test_an_older_board_has_no_blocks() -> None:
+    body = REPORT.to_dict()
+    del body["block"]
+    assert ProbeReport.from_dict(body).block == 0
+
+
+def test_keys_of_newer_probes_are_ignored() -> None:
+    assert ProbeReport.from_dict({**REPORT.to_dict(), "colour": "green"}) == REPORT
+
+
+@pytest.mark.parametrize("name", ["clock_hz", "train_rate", "infer_rate", "temperature_c"])
+def test_what_was_not_measured_is_none(name: str) -> None:
+    assert getattr(ProbeReport.from_dict({**REPORT.to_dict(), name: None}), name) is None
+
+
+@pytest.mark.parametrize("name", ["cores", "memory_total", "memory_available", "seconds"])
+def test_a_missing_measurement_is_named(name: str) -> None:
+    body = REPORT.to_dict()
+    del body[name]
+    with pytest.raises(ProfileError, match=f"{name} is missing"):
+        ProbeReport.from_dict(body)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cores", 0),
+        ("cores", True),
+        ("cores", 2.5),
+        ("cores", None),
+        ("memory_total", -1),
+        ("seconds", 10**400),
+        ("memory_available", 2_000_000_000),
+        ("memory_available", "much"),
+        ("seconds", float("nan")),
+        ("seconds", -1),
+        ("clock_hz", 0),
+        ("train_rate", 0),
+        ("train_rate", float("inf")),
+        ("infer_rate", "fast"),
+        ("temperature_c", float("nan")),
+        ("throttled", 1),
+        ("board", None),
+        ("board", "x" * 201),
+        ("onnxruntime", 1.31),
+        ("block", 1),
+        ("block", 12),
+        ("block", True),
+        ("block", 16.0),
+        ("block", "16"),
+        ("block", None),
+    ],
+)
+def test_a_bad_measurement_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ProfileError, match=f"probe report: {name}"):
+        ProbeReport.from_dict({**REPORT.to_dict(), name: value})
+
+
+@pytest.mark.parametrize("body", [None, [], "report", 4])
+def test_what_is_no_table_is_refused(body: object) -> None:
+    with pytest.raises(ProfileError, match="table"):
+        ProbeReport.from_dict(body)
+
+
+def test_a_report_is_checked_where_it_is_made() -> None:
+    with pytest.raises(ProfileError, match="cores"):
+        replace(REPORT, cores=-1)
+
+
+@given(st.sampled_from(sorted(REPORT.to_dict())), st.none() | st.integers() | st.floats() | st.text() | st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_any_value_is_refused_or_kept(name: str, value: Any) -> None:
+    try:
+        report = ProbeReport.from_dict({**REPORT.to_dict(), name: value})
+    except ProfileError:
+        return
+    assert ProbeReport.from_dict(report.to_dict()) == report

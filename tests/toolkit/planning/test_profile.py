@@ -1,0 +1,259 @@
+"""Hardware profiles: what is shipped is sound, and what is unsound says so in one clear error."""
+
+from __future__ import annotations
+
+import json
+import re
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ExitCode, ProfileError
+from fedprune.planning import profile_store
+from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.profile_sections import SECTIONS
+from support.paths import ROOT
+
+pytestmark = pytest.mark.board
+
+
+def body() -> dict[str, Any]:
+    return deepcopy(profile_store.find("jetson-orin-nano").to_dict())
+
+
+@pytest.mark.parametrize("name", profile_store.shipped())
+def test_every_figure_of_a_shipped_profile_has_a_source(name: str) -> None:
+    profile = profile_store.find(name)
+    assert set(profile.sources) == set(profile.figures())
+
+
+@pytest.mark.parametrize("name", profile_store.shipped())
+def test_json_gives_the_same_profile(name: str) -> None:
+    profile = profile_store.find(name)
+    assert HardwareProfile.from_json(profile.to_json()) == profile
+
+
+@pytest.mark.parametrize("name", profile_store.shipped())
+def test_a_shipped_profile_leaves_room_for_training(name: str) -> None:
+    profile = profile_store.find(name)
+    assert 0 < profile.training_bytes < profile.memory.total_bytes - profile.memory.reserve_bytes
+
+
+@pytest.mark.parametrize("name", profile_store.shipped())
+def test_a_peak_is_a_whole_number_of_operations_per_cycle(name: str) -> None:
+    profile = profile_store.find(name)
+    per_cycle = profile.compute.peak_flops / (profile.cpu.cores * profile.cpu.clock_hz)
+    assert min(abs(per_cycle - n) for n in (8, 16, 32, 64)) < 0.05
+
+
+BAD: list[tuple[str, object]] = [
+    ("memory.total_bytes", -1),
+    ("memory.total_bytes", 10**400),
+    ("memory.total_bytes", 0),
+    ("memory.total_bytes", 1.5e9 + 0.5),
+    ("memory.total_bytes", "8 GB"),
+    ("memory.total_bytes", True),
+    ("memory.total_bytes", None),
+    ("memory.reserve_bytes", 10**13),
+    ("memory.training_share", 1.01),
+    ("memory.training_share", 0),
+    ("memory.bandwidth_bytes_s", float("nan")),
+    ("memory.bandwidth_bytes_s", float("inf")),
+    ("compute.efficiency", float("nan")),
+    ("compute.peak_flops", -48e9),
+    ("cpu.cores", 0),
+    ("cpu.cores", [4]),
+    ("cpu.isa", "neon"),
+    ("cpu.isa", [""]),
+    ("link.up_bytes_s", 0),
+    ("link.latency_s", -0.1),
+    ("link.bytes_per_round", 0),
+    ("accelerator.kind", "magic"),
+    ("accelerator.shared_memory", 1),
+    ("accelerator.peak_flops", float("nan")),
+    ("power.load_w", -3),
+    ("storage.budget_bytes", 10),
+    ("software.tier", "abacus"),
+    ("software.python", 3.13),
+    ("software.python", ""),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD, ids=[f"{k}={v}"[:40] for k, v in BAD])
+def test_a_bad_figure_is_named_with_its_file(key: str, value: object) -> None:
+    bad = body()
+    section, figure = key.split(".")
+    bad[section][figure] = value
+    with pytest.raises(ProfileError) as caught:
+        HardwareProfile.from_dict(bad, "board.toml")
+    assert str(caught.value).startswith(f"board.toml: {key}")
+    assert caught.value.expected is not None
+    assert caught.value.got is not None
+    assert caught.value.exit_code == ExitCode.PROFILE
+
+
+@pytest.mark.parametrize("section", [s for s, (_, required) in SECTIONS.items() if required])
+def test_a_missing_table_is_named(section: str) -> None:
+    bad = body()
+    del bad[section]
+    with pytest.raises(ProfileError, match=rf"\[{section}\] is missing"):
+        HardwareProfile.from_dict(bad)
+
+
+@pytest.mark.parametrize("section", ["accelerator", "power"])
+def test_a_board_may_have_no(section: str) -> None:
+    less = body()
+    del less[section], less["sources"][section]
+    assert getattr(HardwareProfile.from_dict(less), section) is None
+
+
+@pytest.mark.parametrize("key", ["memory.total_bytes", "cpu.isa", "software.onnxruntime"])
+def test_a_missing_figure_is_named(key: str) -> None:
+    bad = body()
+    section, figure = key.split(".")
+    del bad[section][figure]
+    with pytest.raises(ProfileError, match=f"{key} is missing"):
+        HardwareProfile.from_dict(bad)
+
+
+@pytest.mark.parametrize("key", ["name", "title", "family", "arch"])
+def test_a_missing_name_is_named(key: str) -> None:
+    bad = body()
+    del bad[key]
+    with pytest.raises(ProfileError, match=f"{key} is missing"):
+        HardwareProfile.from_dict(bad)
+
+
+@pytest.mark.parametrize("name", ["", "Raspberry Pi", "a/b", "x" * 65, "+", 4])
+def test_a_name_must_suit_files_and_topics(name: object) -> None:
+    with pytest.raises(ProfileError, match=r"name"):
+        HardwareProfile.from_dict({**body(), "name": name})
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    with pytest.raises(ProfileError, match=r"aarch64, x86_64"):
+        HardwareProfile.from_dict({**body(), "arch": "armv7l"})
+
+
+@pytest.mark.parametrize("path", [("colour",), ("memory", "total_mb"), ("link", "up")])
+def test_an_unknown_key_is_named(path: tuple[str, ...]) -> None:
+    bad = body()
+    target = bad
+    for part in path[:-1]:
+        target = target[part]
+    target[path[-1]] = 1
+    with pytest.raises(ProfileError, match=": ".join(("profile", *path[:-1], f"unknown key '{path[-1]}'"))):
+        HardwareProfile.from_dict(bad)
+
+
+def test_a_figure_without_source_is_named() -> None:
+    bad = body()
+    del bad["sources"]["memory"]["total_bytes"]
+    with pytest.raises(ProfileError, match=r"memory.total_bytes has no source"):
+        HardwareProfile.from_dict(bad)
+
+
+def test_a_source_without_figure_is_named() -> None:
+    bad = body()
+    bad["sources"]["memory"]["colour"] = "https://example.org/colours"
+    with pytest.raises(ProfileError, match=r"sources.memory.colour"):
+        HardwareProfile.from_dict(bad)
+
+
+@pytest.mark.parametrize("source", ["", "somewhere", "estimate: ", "derived:", "https://", 4])
+def test_a_source_must_say_something(source: object) -> None:
+    bad = body()
+    bad["sources"]["cpu"]["cores"] = source
+    with pytest.raises(ProfileError, match=r"sources.cpu.cores"):
+        HardwareProfile.from_dict(bad)
+
+
+def test_idle_power_above_load_is_refused() -> None:
+    bad = body()
+    bad["power"]["idle_w"] = 30.0
+    bad["sources"]["power"]["idle_w"] = "estimate: for this test"
+    with pytest.raises(ProfileError, match=r"power.idle_w"):
+        HardwareProfile.from_dict(bad)
+
+
+def test_quoted_keys_of_sources_mean_the_same(tmp_path: Path) -> None:
+    original = (profile_store.shipped_folder() / "raspberry-pi-5.toml").read_text()
+    quoted = re.sub(r"^((?:cpu|memory)\.\w+) = (\"[^\"]+:)", r'"\1" = \2', original, flags=re.M)
+    assert quoted != original
+    path = tmp_path / "raspberry-pi-5.toml"
+    path.write_text(quoted)
+    assert HardwareProfile.from_toml(path) == profile_store.find("raspberry-pi-5")
+
+
+@pytest.mark.parametrize("text", ["not toml", "a = ", "name = 'x", "\ud800"])
+def test_what_is_no_toml_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "board.toml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ProfileError, match=r"board\.toml[:0-9]*: this is not TOML"):
+        HardwareProfile.from_toml(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"can't read .*absent.toml"):
+        HardwareProfile.from_toml(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"format": "other/1"}', "[" * 100_000])
+def test_what_is_no_profile_json_is_refused(text: str) -> None:
+    with pytest.raises(ProfileError):
+        HardwareProfile.from_json(text)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_anything_in_place_of_a_value_is_a_profile_error_or_fine(data: st.DataObject) -> None:
+    changed = body()
+    target, keys = changed, list(changed)
+    while True:
+        key = data.draw(st.sampled_from(keys))
+        if isinstance(target[key], dict) and data.draw(st.booleans()):
+            target, keys = target[key], list(target[key])
+            continue
+        target[key] = data.draw(JSON)
+        break
+    try:
+        profile = HardwareProfile.from_json(json.dumps({"format": "fedprune.profile/1", **changed}))
+    except ProfileError:
+        return
+    assert HardwareProfile.from_json(profile.to_json()) == profile
+
+
+def test_the_page_on_boards_lists_every_figure() -> None:
+    page = ROOT / "docs" / "add-a-board.md"
+    text = page.read_text(encoding="utf-8")
+    for section, (kind, _) in SECTIONS.items():
+        for figure, spec in kind.__dataclass_fields__.items():
+            row = next((line for line in text.splitlines() if f"| `{section}.{figure}` |" in line), None)
+            assert row is not None, f"{section}.{figure} is not in {page.name}"
+            assert spec.metadata["doc"] in row
+            assert spec.metadata["unit"] in row
+
+
+@pytest.mark.parametrize(("support", "advice"), [("second", None), ("first", "Do this.")])
+def test_advice_goes_with_the_second_tier(support: str, advice: str | None) -> None:
+    body = profile_store.find("raspberry-pi-5").to_dict() | {"support": support}
+    if advice:
+        body["advice"] = advice
+    with pytest.raises(ProfileError, match="advice: expected what a user can do"):
+        HardwareProfile.from_dict(body)
+
+
+def test_a_second_tier_profile_survives_json() -> None:
+    profile = profile_store.find("jetson-nano")
+    assert HardwareProfile.from_json(profile.to_json()) == profile

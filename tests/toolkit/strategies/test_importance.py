@@ -1,0 +1,184 @@
+"""Importances of elements: what PR-FL makes of squared gradients, and when masks change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ConfigError
+from fedprune.core.rng import keyed
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Tensors, mesh
+from fedprune.strategies import compose
+from fedprune.strategies.element_importance import Importance, Kind
+from fedprune.strategies.importance.element_ranking import prunable, top
+from fedprune.strategies.roles import Submodel
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.unstructured_masks import Elements
+from support.fakes.strategy_rounds import NET, Device, Play
+from support.nets.drawn_models import model, seeds
+
+pytestmark = pytest.mark.board
+
+NAMES = prunable(NET)
+Arrays = dict[str, np.ndarray[Any, np.dtype[np.float64]]]
+
+
+def strategy(kind: Kind = "squares", interval: int = 2, floor: float = 0.0) -> Strategy:
+    return replace(compose(Job()), scorer=Importance(kind, interval, floor), extractor=Elements())
+
+
+def squares(submodel: Submodel, device: str, round_: int) -> Tensors:
+    """Squared gradients of what is trained, 0 where masked and, by chance, elsewhere."""
+    out = {}
+    for spec in NET.trainable:
+        random = keyed(2, device, round_, spec.name)
+        value = random.standard_normal(spec.shape) ** 2 * (random.random(spec.shape) < 0.6)
+        value = value[mesh(submodel.selection.maps(spec.name))].astype(np.float32)
+        if submodel.mask is not None and spec.name in submodel.mask.active:
+            value = value * submodel.mask.active[spec.name]
+        out[spec.name] = value
+    return out
+
+
+def by_hand(reports: list[Tensors], known: Arrays, weights: Tensors) -> tuple[Arrays, Arrays]:
+    """What is known after an interval, and the order that it makes, as PR-FL has it (1.4)."""
+    total = {n: np.zeros(weights[n].shape) for n in NAMES}
+    count = {n: np.zeros(weights[n].shape) for n in NAMES}
+    for report in reports:
+        low, high = (float(f([f(v) for v in report.values()])) for f in (np.min, np.max))
+        for n in NAMES:
+            share = (report[n].astype(np.float64) - low) / (high - low)
+            total[n] += share
+            count[n] += share != 0
+    mean = {n: total[n] / np.maximum(count[n], 1) for n in NAMES}
+    known = {n: np.where(mean[n] != 0, mean[n], known.get(n, np.zeros(weights[n].shape))) for n in NAMES}
+    order = {}
+    for n in NAMES:
+        least = known[n][known[n] > 0].min()
+        order[n] = np.where(known[n] > 0, known[n], least * np.abs(weights[n]))
+    return known, order
+
+
+def test_squared_gradients_are_stretched_averaged_and_kept() -> None:
+    devices = {"a": Device(density=0.6, weight=2), "b": Device(density=0.9, weight=9)}
+    play = Play(strategy(), model(NET, 1), devices, squares=squares)
+    known: Arrays = {}
+    for _ in range(3):
+        seen = []
+        for _ in range(2):
+            play.play()
+            seen += [play.reports[d].squares for d in devices]
+        known, order = by_hand(seen, known, play.model)
+        got = play.strategy.scorer.rank(replace(play.scene(), round=play.round + 1)).order
+        assert got is not None
+        for n in NAMES:
+            np.testing.assert_allclose(play.memory["importance"][n], known[n], rtol=1e-5, atol=1e-9)
+            np.testing.assert_allclose(got[n], order[n], rtol=1e-5, atol=1e-9)
+        assert "importance/sum" not in play.memory
+
+
+def test_an_update_that_comes_again_from_a_buffer_counts_once() -> None:
+    play = Play(strategy(interval=3), model(NET, 1), {"a": Device(), "b": Device()}, squares=squares)
+    play.play()
+    first, scorer, scene = play.reports["a"], play.strategy.scorer, play.scene
+    fold = play.strategy.aggregator.fold(scene(), evidence=False)
+    play.play()
+    total = {n: np.array(v) for n, v in play.memory["importance/sum"].items()}
+    again = scorer.learn(scene(), fold, lambda: iter([first, play.reports["b"]]))
+    for n in NAMES:
+        np.testing.assert_array_equal((play.memory | again)["importance/sum"][n], total[n])
+
+
+def test_rounds_that_bring_no_squares_store_nothing() -> None:
+    play = Play(strategy(interval=4), model(NET, 1), {"a": Device(), "b": Device()}, squares=squares)
+    play.play()
+    known = dict(play.memory)
+    play.squares = lambda submodel, device, round_: {}
+    play.play()
+    assert play.memory.keys() == known.keys()
+    assert all(play.memory[n] is known[n] for n in known)
+
+
+def test_masks_change_when_an_interval_ends_and_with_densities() -> None:
+    device = Device(density=0.4)
+    play = Play(strategy(interval=3), model(NET, 1), {"a": device}, squares=squares)
+    masks = []
+    for round_ in range(1, 9):
+        device.density = 0.7 if round_ == 6 else 0.4
+        play.play()
+        mask = play.sent["a"].mask
+        assert mask is not None
+        masks.append(mask)
+    same = [masks[i].within(masks[i + 1]) and masks[i + 1].within(masks[i]) for i in (0, 1, 2, 3, 5, 6)]
+    assert same == [True, True, False, True, False, True]  # the order of rounds 1 to 3, then of 4 to 6, then of 7 on
+    assert masks[4].within(masks[5])
+    assert masks[5].count > masks[4].count
+
+
+def test_the_first_order_is_that_of_sizes() -> None:
+    start = model(NET, 1)
+    play = Play(strategy(), start, {"a": Device(density=0.5)}, squares=squares)
+    play.play()
+    mask = play.sent["a"].mask
+    assert mask is not None
+    want = top({n: np.abs(start[n]) for n in NAMES}, 0.5)
+    assert mask.within(want)
+    assert want.within(mask)
+
+
+def test_what_devices_do_not_hold_keeps_what_was_known() -> None:
+    play = Play(strategy(interval=1), model(NET, 1), {"a": Device()}, squares=squares)
+    play.play()
+    first = {n: np.array(play.memory["importance"][n]) for n in NAMES}
+    play.devices = {"a": Device((2, 2))}
+    play.play()
+    for n in ("second.weight",):
+        np.testing.assert_array_equal(play.memory["importance"][n][2:], first[n][2:])
+        np.testing.assert_array_equal(play.memory["importance"][n][:, 2:], first[n][:, 2:])
+        assert (play.memory["importance"][n][:2, :2] != first[n][:2, :2]).any()
+
+
+def test_without_squares_only_sizes_order() -> None:
+    play = Play(strategy(interval=1), model(NET, 1), {"a": Device(density=0.5)})
+    play.play(2)
+    for n in NAMES:
+        np.testing.assert_array_equal(play.memory["order"][n], np.abs(play.reports["a"].cut.scene.model[n]))
+
+
+def test_taylor_is_the_product_of_a_weight_and_its_move_since_the_last_interval() -> None:
+    before = model(NET, 1)
+    play = Play(strategy("taylor", interval=2), before, {"a": Device()})
+    play.play()
+    for n in NAMES:
+        np.testing.assert_array_equal(play.memory["order"][n], np.abs(before[n]))
+    for _ in range(2):
+        play.play()
+        now = play.model
+        play.play()
+        for n in NAMES:
+            np.testing.assert_allclose(play.memory["order"][n], np.abs((now[n] - before[n]) * now[n]), rtol=1e-5)
+        before = now
+
+
+@given(seeds, st.floats(0.05, 0.6), st.floats(0.05, 1))
+def test_every_layer_keeps_its_floor(seed: int, floor: float, density: float) -> None:
+    play = Play(strategy("size", 1, floor), model(NET, seed), {"a": Device(density=density)})
+    play.play(2)
+    mask = play.sent["a"].mask
+    if mask is not None:
+        for n, active in mask.active.items():
+            assert active.sum() >= max(1, int(floor * active.size))
+            weights = np.abs(play.reports["a"].cut.scene.model[n])
+            assert active.ravel()[weights.argmax()]
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "fisher"}, {"interval": 0}, {"floor": -0.1}, {"floor": 1.5}], ids=str)
+def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Importance(**wrong)

@@ -1,0 +1,344 @@
+"""Scores, ranks and the evidence behind them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.aggregation.fold import Fold
+from fedprune.core import tensorfile
+from fedprune.core.errors import BundleError, ConfigError
+from fedprune.model.architecture import (
+    Architecture,
+    Axis,
+    ChannelGroup,
+    Layer,
+    Segment,
+    TensorKind,
+    TensorSpec,
+    widths_at,
+)
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.importance.gradient_stats import Evidence
+from fedprune.strategies.importance.scoring import curvature, magnitude, ordered, random_ranks, ranks, score
+from support.nets.drawn_models import architectures, model, seeds, trained
+
+pytestmark = pytest.mark.board
+
+LR, MOMENTUM = 0.1, 0.5
+RATE = LR / (1 - MOMENTUM)
+GROUP = Axis((Segment(0, 0, 3),))
+NET = Architecture(
+    "net",
+    (ChannelGroup("c", 3),),
+    (
+        TensorSpec("conv", TensorKind.WEIGHT, (GROUP, Axis.fixed(2), Axis.fixed(1), Axis.fixed(1))),
+        TensorSpec("bias", TensorKind.BIAS, (GROUP,)),
+        TensorSpec("gamma", TensorKind.NORM_SCALE, (GROUP,)),
+        TensorSpec("mean", TensorKind.STAT_MEAN, (GROUP,)),
+        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(2), Axis((Segment(0, 0, 3, 2),)))),
+    ),
+    (Layer("conv", "Conv", "conv", 4), Layer("head", "Gemm", "head", 1)),
+    (),
+    (2, 2, 2),
+    2,
+)
+
+
+def evidence_of(architecture: Architecture, gradient: Tensors, curve: Tensors) -> Evidence:
+    out = Evidence.empty(architecture)
+    for spec in architecture.trainable:
+        out.gradient[spec.name], out.curvature[spec.name] = gradient[spec.name], np.abs(curve[spec.name])
+    return out
+
+
+def by_channel(architecture: Architecture, parts: dict[str, Any]) -> list[Any]:
+    """Sums over the coordinates that make each channel, by a loop over single coordinates."""
+    out = [np.zeros(n) for n in architecture.sizes]
+    for name, values in parts.items():
+        spec = architecture.by_name[name]
+        for axis in architecture.output_axes(name):
+            owner = [
+                (s.group, s.start + c) for s in spec.axes[axis].segments for c in range(s.count) for _ in range(s.inner)
+            ]
+            for at in itertools.product(*(range(n) for n in spec.shape)):
+                group, channel = owner[at[axis]]
+                if group >= 0:
+                    out[group][channel] += values[at]
+    return out
+
+
+def one_round(base: Tensors, selection: Selection, seed: int = 1, **options: Any) -> Fold:
+    fold = Fold(selection.architecture, base, evidence=True, **options)
+    fold.add(selection, trained(selection, base, seed), 10, 4)
+    return fold
+
+
+@given(st.data(), seeds)
+def test_magnitude_sums_the_weights_that_make_a_channel(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    full = model(architecture, seed)
+    weights = {t.name: full[t.name].astype(np.float64) for t in architecture.tensors if t.kind is TensorKind.WEIGHT}
+    l1 = by_channel(architecture, {n: np.abs(w) for n, w in weights.items()})
+    l2 = by_channel(architecture, {n: w**2 for n, w in weights.items()})
+    for got, expected in zip(magnitude(architecture, full), l1, strict=True):
+        assert np.allclose(got, expected)
+    for got, expected in zip(magnitude(architecture, full, "l2"), l2, strict=True):
+        assert np.allclose(got, np.sqrt(expected))
+
+
+@pytest.mark.parametrize("form", ["abs", "signed", "hw2"])
+@given(data=st.data(), seed=seeds)
+def test_curvature_sums_its_formula_over_the_coordinates_that_make_a_channel(
+    form: Any, data: st.DataObject, seed: int
+) -> None:
+    architecture = data.draw(architectures())
+    full, g, h = (model(architecture, seed + i) for i in range(3))
+    formula = {
+        "abs": lambda w, g, h: np.abs(g * w) + 0.5 * h * w * w,
+        "signed": lambda w, g, h: g * w + h * w * w,
+        "hw2": lambda w, g, h: h * w * w,
+    }[form]
+    parts = {
+        t.name: formula(*(x[t.name].astype(np.float64) for x in (full, g)), np.abs(h[t.name].astype(np.float64)))
+        for t in architecture.trainable
+    }
+    got = curvature(architecture, full, evidence_of(architecture, g, h), form)
+    for a, b in zip(got, by_channel(architecture, parts), strict=True):
+        assert np.allclose(a, b)
+
+
+@given(st.data(), seeds)
+def test_without_gradient_the_literal_score_is_h_w_squared(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    full, zero = model(architecture, seed), model(architecture, 0, scale=0.0)
+    evidence = evidence_of(architecture, zero, model(architecture, seed + 1))
+    literal, limit = curvature(architecture, full, evidence, "signed"), curvature(architecture, full, evidence, "hw2")
+    half = curvature(architecture, full, evidence)
+    for a, b, c in zip(literal, limit, half, strict=True):
+        assert np.array_equal(a, b)
+        assert np.allclose(a, 2 * c)
+
+
+def test_reading_weights_and_statistics_do_not_count() -> None:
+    full = model(NET, 0)
+    other = {**full, "head": full["head"] * 9, "mean": full["mean"] * 9}
+    evidence = evidence_of(NET, model(NET, 1), model(NET, 2))
+    assert np.array_equal(magnitude(NET, full)[0], magnitude(NET, other)[0])
+    assert np.array_equal(curvature(NET, full, evidence)[0], curvature(NET, other, evidence)[0])
+
+
+def test_bias_and_norm_count_for_curvature_only() -> None:
+    full = model(NET, 0)
+    other = {**full, "bias": full["bias"] + 1, "gamma": full["gamma"] + 1}
+    evidence = evidence_of(NET, model(NET, 1), model(NET, 2))
+    assert np.array_equal(magnitude(NET, full)[0], magnitude(NET, other)[0])
+    assert not np.array_equal(curvature(NET, full, evidence)[0], curvature(NET, other, evidence)[0])
+
+
+def test_a_transposed_weight_is_scored_over_its_output_axis() -> None:
+    turned = replace(
+        NET,
+        tensors=(TensorSpec("w", TensorKind.WEIGHT, (Axis.fixed(2), GROUP)),),
+        layers=(Layer("w", "MatMul", "w", 1, output_axis=1),),
+    )
+    weight = np.array([[1, 2, 3], [4, 5, -6]], np.float32)
+    assert magnitude(turned, {"w": weight})[0].tolist() == [5, 7, 9]
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=20))
+def test_ranks_go_down_and_ties_go_by_channel(values: list[int]) -> None:
+    (order,) = ranks([np.array(values, np.float64)])
+    assert order.tolist() == sorted(range(len(values)), key=lambda c: (-values[c], c))
+
+
+@given(st.data(), seeds, st.sampled_from(["ordered", "magnitude", "curvature"]))
+def test_every_scorer_gives_valid_ranks(data: st.DataObject, seed: int, name: str) -> None:
+    architecture = data.draw(architectures())
+    order = ranks(score(name, architecture, model(architecture, seed)))
+    assert Selection.of(architecture, architecture.sizes, order).whole
+
+
+@given(st.data(), seeds, st.floats(0.05, 1), st.floats(0.05, 1))
+def test_one_ranking_gives_nested_masks_of_the_right_size(
+    data: st.DataObject, seed: int, one: float, other: float
+) -> None:
+    architecture = data.draw(architectures())
+    order = ranks(magnitude(architecture, model(architecture, seed)))
+    narrow, wide = (Selection.of(architecture, widths_at(architecture, d), order) for d in sorted((one, other)))
+    for spec in architecture.tensors:
+        assert not (narrow.covered(spec.name) & ~wide.covered(spec.name)).any()
+
+
+def test_own_order_is_kept_by_ordered() -> None:
+    assert [r.tolist() for r in ranks(ordered(NET))] == [[0, 1, 2]]
+
+
+def test_no_number_is_no_score() -> None:
+    with pytest.raises(BundleError, match="NaN"):
+        ranks([np.array([1.0, np.nan])])
+
+
+def test_an_unknown_scorer_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="'best'"):
+        score("best", NET, model(NET, 0))
+
+
+@pytest.mark.parametrize("tensors", [{}, {**model(NET, 0), "conv": np.zeros((3, 2), np.float32)}])
+def test_a_model_that_does_not_fit_is_refused(tensors: Tensors) -> None:
+    with pytest.raises(BundleError, match="tensor conv of the scored model"):
+        magnitude(NET, tensors)
+
+
+def test_options_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(BundleError, match="norm"):
+        magnitude(NET, model(NET, 0), "l3")  # type: ignore[arg-type]
+    with pytest.raises(BundleError, match="form"):
+        curvature(NET, model(NET, 0), Evidence.empty(NET), "x")  # type: ignore[arg-type]
+    with pytest.raises(BundleError, match="estimator"):
+        Evidence.empty(NET, "x")  # type: ignore[arg-type]
+
+
+def test_random_ranks_depend_on_seed_and_round_alone() -> None:
+    big = replace(NET, groups=(ChannelGroup("a", 50), ChannelGroup("b", 50)), tensors=(), layers=())
+    assert all(np.array_equal(a, b) for a, b in zip(random_ranks(big, 1, 2), random_ranks(big, 1, 2), strict=True))
+    drawn = [r.tolist() for key in ((1, 2), (1, 3), (2, 2)) for r in random_ranks(big, *key)]
+    assert all(a != b for a, b in itertools.combinations(drawn, 2))
+    assert all(sorted(r) == list(range(50)) for r in drawn)
+
+
+@given(st.data(), seeds)
+def test_the_first_round_gives_the_mean_gradient(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base, whole = model(architecture, seed), Selection.full(architecture)
+    parts = [(trained(whole, base, seed + k), 10 * k, k + 2) for k in (1, 2)]
+    fold, evidence = Fold(architecture, base, evidence=True), Evidence.empty(architecture)
+    for part, weight, steps in parts:
+        fold.add(whole, part, weight, steps)
+    evidence.update(fold, LR, MOMENTUM)
+    for spec in architecture.trainable:
+        slopes = [-(p[spec.name].astype(np.float64) - base[spec.name]) / (RATE * s) for p, _, s in parts]
+        mean = sum(n * g for g, (_, n, _) in zip(slopes, parts, strict=True)) / 30
+        square = sum(n * g * g for g, (_, n, _) in zip(slopes, parts, strict=True)) / 30
+        assert np.allclose(evidence.gradient[spec.name], mean, rtol=1e-5, atol=1e-8)
+        assert np.allclose(evidence.curvature[spec.name], square, rtol=1e-5, atol=1e-8)
+
+
+def test_later_rounds_are_averaged_in() -> None:
+    base, whole = model(NET, 0), Selection.full(NET)
+    first, second, both = Evidence.empty(NET), Evidence.empty(NET), Evidence.empty(NET)
+    first.update(one_round(base, whole, 1), LR, MOMENTUM)
+    second.update(one_round(base, whole, 2), LR, MOMENTUM)
+    for seed in (1, 2):
+        both.update(one_round(base, whole, seed), LR, MOMENTUM)
+    expected = 0.9 * first.gradient["conv"] + 0.1 * second.gradient["conv"]
+    assert np.allclose(both.gradient["conv"], expected, rtol=1e-5, atol=1e-8)
+
+
+@given(st.data(), seeds)
+def test_a_coordinate_that_nobody_trained_keeps_its_estimates(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    narrow = Selection.of(architecture, [1] * len(architecture.sizes))
+    for estimator in ("fisher", "secant"):
+        evidence = Evidence.empty(architecture, estimator)
+        evidence.update(one_round(base, Selection.full(architecture)), LR)
+        before = {n: v.copy() for n, v in evidence.to_tensors().items()}
+        evidence.update(one_round(model(architecture, seed + 1), narrow, 2), LR)
+        for name, value in evidence.to_tensors().items():
+            untouched = ~narrow.covered(name.split("::")[0])
+            assert np.array_equal(value[untouched], before[name][untouched])
+
+
+def test_the_secant_is_the_change_of_gradient_over_the_change_of_weight() -> None:
+    whole, evidence = Selection.full(NET), Evidence.empty(NET, "secant")
+    weights = [model(NET, 0), {n: v + np.float32(0.5) for n, v in model(NET, 0).items()}]
+    slopes = []
+    for base, pull in zip(weights, (0.01, 0.03), strict=True):
+        fold = Fold(NET, base, evidence=True)
+        fold.add(whole, {n: v - np.float32(pull) for n, v in base.items()}, 1)
+        evidence.update(fold, LR)
+        slopes.append(pull / LR)
+    assert np.allclose(evidence.curvature["conv"], (slopes[1] - slopes[0]) / 0.5, rtol=1e-3)
+    assert evidence.known["conv"].all()
+
+
+def test_the_secant_needs_two_rounds_and_is_bounded() -> None:
+    evidence, base = Evidence.empty(NET, "secant"), model(NET, 0)
+    evidence.update(one_round(base, Selection.full(NET), 1), LR)
+    assert not evidence.known["conv"].any()
+    near = {n: v + np.float32(1e-5) for n, v in base.items()}
+    evidence.update(one_round(near, Selection.full(NET), 2), LR)
+    assert evidence.known["conv"].all()
+    assert evidence.curvature["conv"].max() <= np.float32(2 / LR)
+
+
+def test_a_rate_of_zero_teaches_nothing() -> None:
+    evidence = Evidence.empty(NET)
+    evidence.update(one_round(model(NET, 0), Selection.full(NET)), 0.0)
+    assert not evidence.trained["conv"].any()
+
+
+def test_warm_up_ends_when_every_channel_was_trained() -> None:
+    evidence, base = Evidence.empty(NET), model(NET, 0)
+    assert not evidence.complete
+    evidence.update(one_round(base, Selection.of(NET, (2,), [[2, 0, 1]])), LR)
+    assert evidence.trained_channels()[0].tolist() == [True, False, True]
+    evidence.update(one_round(base, Selection.of(NET, (1,), [[1, 0, 2]])), LR)
+    assert evidence.complete
+
+
+@given(st.data(), seeds, st.sampled_from(["fisher", "secant"]))
+def test_evidence_survives_storage(data: st.DataObject, seed: int, estimator: Any) -> None:
+    architecture = data.draw(architectures())
+    evidence = Evidence.empty(architecture, estimator)
+    for k in range(2):
+        evidence.update(one_round(model(architecture, seed + k), Selection.full(architecture), seed), LR)
+    stored = tensorfile.decode(tensorfile.encode(evidence.to_tensors()))
+    again = Evidence.from_tensors(architecture, stored)
+    again.update(one_round(model(architecture, seed + 2), Selection.full(architecture), seed), LR)
+    evidence.update(one_round(model(architecture, seed + 2), Selection.full(architecture), seed), LR)
+    assert again.estimator == estimator
+    assert tensorfile.encode(again.to_tensors()) == tensorfile.encode(evidence.to_tensors())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"conv::gradient": np.zeros(3, np.float32)},
+        {"conv::gradient": np.zeros((3, 2, 1, 1))},
+        {"conv::gradient": np.full((3, 2, 1, 1), np.nan, np.float32)},
+        {"conv::trained": np.zeros((3, 2, 1, 1), np.float32)},
+        {"other::gradient": np.zeros(3, np.float32)},
+    ],
+)
+def test_stored_evidence_that_does_not_fit_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(BundleError):
+        Evidence.from_tensors(NET, {**Evidence.empty(NET).to_tensors(), **change})
+
+
+def test_stored_evidence_without_a_tensor_is_refused() -> None:
+    stored = Evidence.empty(NET).to_tensors()
+    del stored["bias::known"]
+    with pytest.raises(BundleError, match="bias::known"):
+        Evidence.from_tensors(NET, stored)
+
+
+def test_evidence_of_another_architecture_is_refused() -> None:
+    other = replace(NET, name="other")
+    with pytest.raises(BundleError, match="another architecture"):
+        curvature(NET, model(NET, 0), Evidence.empty(other))
+    with pytest.raises(BundleError, match="different architectures"):
+        Evidence.empty(other).update(one_round(model(NET, 0), Selection.full(NET)), LR)
+
+
+@pytest.mark.parametrize(("lr", "momentum"), [(0.1, 1.0), (0.1, -0.1), (-1.0, 0.0), (float("nan"), 0.0)])
+def test_rates_out_of_range_are_refused(lr: float, momentum: float) -> None:
+    with pytest.raises(BundleError, match="rates"):
+        Evidence.empty(NET).update(one_round(model(NET, 0), Selection.full(NET)), lr, momentum)

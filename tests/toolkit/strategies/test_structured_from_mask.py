@@ -1,0 +1,152 @@
+"""Structure that emerges from element masks: the cut network computes what the masked one did."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.importance.element_ranking import prunable
+from fedprune.strategies.importance.structured_from_mask import surviving, survivors
+from support.nets.drawn_models import architectures, model, seeds, selections
+
+pytestmark = pytest.mark.board
+
+A, B = (Axis((Segment(g, 0, n),)) for g, n in enumerate((5, 4)))
+FLAT = Axis((Segment(1, 0, 4, 2),))
+
+NET = Architecture(
+    "two hidden layers and a residual branch",
+    (ChannelGroup("a", 5), ChannelGroup("b", 4)),
+    (
+        TensorSpec("first", TensorKind.WEIGHT, (A, Axis.fixed(3))),
+        TensorSpec("branch", TensorKind.WEIGHT, (A, A)),
+        TensorSpec("second", TensorKind.WEIGHT, (B, A)),
+        TensorSpec("bias", TensorKind.BIAS, (B,)),
+        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(2), FLAT)),
+    ),
+    tuple(Layer(n, "Gemm", n, 1) for n in ("first", "branch", "second", "head")),
+    (),
+    (3,),
+    2,
+)
+
+
+def run(
+    weights: Tensors, x: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """The net's logits in float64, at whatever widths the weights have."""
+    h = np.maximum(x @ weights["first"].T, 0)
+    h = h + np.maximum(h @ weights["branch"].T, 0)
+    h = np.maximum(h @ weights["second"].T + weights["bias"], 0)
+    return np.repeat(h, 2, axis=1) @ weights["head"].T
+
+
+def drawn(seed: int, share: float, *, rows: float = 0.3, columns: float = 0.3) -> ElementMask:
+    """A random mask in which some whole rows and columns are masked as well."""
+    random = np.random.default_rng(seed)
+    active = {}
+    for name in prunable(NET):
+        shape = NET.by_name[name].shape
+        bits = random.random(shape) < share
+        bits &= random.random((shape[0], 1)) >= rows
+        bits &= random.random((1, shape[1])) >= columns
+        active[name] = bits
+    return ElementMask(active)
+
+
+@given(seeds, st.floats(0.05, 1), st.booleans())
+def test_the_cut_masked_net_is_the_masked_net(seed: int, share: float, reading: bool) -> None:
+    """Without biases, all of whose weights are masked is 0; what nothing reads is nothing, biases or not."""
+    mask, weights = drawn(seed, share), model(NET, seed)
+    weights["bias"] = np.zeros(4, np.float32)
+    alive = survivors(NET, mask, reading=reading)
+    selection = surviving(Selection.full(NET), alive)
+    assert selection.widths == tuple(int(a.sum()) for a in alive)
+    x = np.random.default_rng(seed).standard_normal((6, 3))
+    whole = run(mask.applied(weights), x)
+    cut = run(mask.gathered(selection).applied(selection.gather(weights)), x)
+    np.testing.assert_allclose(cut, whole, atol=1e-12)
+
+
+@given(seeds, st.floats(0.05, 1))
+def test_what_nothing_reads_is_lost_without_a_trace_in_spite_of_its_bias(seed: int, share: float) -> None:
+    mask, weights = drawn(seed, share, rows=0), model(NET, seed)
+    for name in ("first", "branch", "second"):  # no channel is made of nothing
+        mask.active[name][:, 0] = True
+    alive = survivors(NET, mask)
+    unread = ~mask.active["head"].reshape(2, 4, 2).any(axis=(0, 2))
+    if not unread.all():
+        np.testing.assert_array_equal(alive[1], ~unread)
+    selection = surviving(Selection.full(NET), alive)
+    x = np.random.default_rng(seed).standard_normal((6, 3))
+    cut = run(mask.gathered(selection).applied(selection.gather(weights)), x)
+    np.testing.assert_allclose(cut, run(mask.applied(weights), x), atol=1e-12)
+
+
+def test_a_channel_is_lost_when_all_layers_that_make_it_are_masked() -> None:
+    mask = ElementMask({n: np.ones(NET.by_name[n].shape, np.bool_) for n in prunable(NET)})
+    mask.active["first"][2] = False
+    assert all(a.all() for a in survivors(NET, mask))  # the branch still writes to it
+    mask.active["branch"][2] = False
+    assert survivors(NET, mask)[0].tolist() == [True, True, False, True, True]
+
+
+def test_what_reads_lost_channels_alone_is_lost_with_them() -> None:
+    mask = ElementMask({n: np.ones(NET.by_name[n].shape, np.bool_) for n in prunable(NET)})
+    mask.active["first"][:2] = mask.active["branch"][:2] = False
+    mask.active["second"][3, 2:] = False  # this row reads the two lost channels and nothing else
+    alive = survivors(NET, mask)
+    assert alive[0].tolist() == [False, False, True, True, True]
+    assert alive[1].tolist() == [True, True, True, False]
+
+
+def test_a_share_of_the_weights_is_enough_if_it_is_said_so() -> None:
+    mask = ElementMask({"second": np.ones((4, 5), np.bool_)})
+    mask.active["second"][1, :4] = False
+    assert survivors(NET, mask)[1].all()
+    assert survivors(NET, mask, share=0.8)[1].tolist() == [True, False, True, True]
+    assert survivors(NET, mask, share=0.81)[1].all()
+
+
+@given(st.data(), architectures(), seeds, st.floats(0, 1), st.floats(0.05, 1))
+def test_every_group_keeps_a_channel_and_more_masked_means_fewer(
+    data: st.DataObject, architecture: Architecture, seed: int, share: float, lost: float
+) -> None:
+    random = np.random.default_rng(seed)
+    active = {n: random.random(architecture.by_name[n].shape) < share for n in prunable(architecture)}
+    alive = survivors(architecture, ElementMask(active), share=lost)
+    assert all(a.any() for a in alive)
+    strict = survivors(architecture, ElementMask(active))
+    assert all(s[a].all() or a.sum() == 1 for s, a in zip(strict, alive, strict=True))
+    selection: Selection = data.draw(selections(architecture))
+    left = surviving(selection, alive)
+    for group, (rank, width) in enumerate(zip(left.ranks, left.widths, strict=True)):
+        assert width <= selection.widths[group]
+        assert alive[group][rank[:width]].all()
+        order = selection.ranks[group]
+        assert rank.tolist() == [*order[alive[group][order]], *order[~alive[group][order]]]
+
+
+def test_a_mask_of_everything_loses_nothing_and_one_of_nothing_all_but_one() -> None:
+    full = ElementMask({n: np.ones(NET.by_name[n].shape, np.bool_) for n in prunable(NET)})
+    assert surviving(Selection.full(NET), survivors(NET, full)).whole
+    assert all(a.all() for a in survivors(NET, ElementMask({})))
+    empty = ElementMask({n: np.zeros(NET.by_name[n].shape, np.bool_) for n in prunable(NET)})
+    assert surviving(Selection.full(NET), survivors(NET, empty)).widths == (1, 1)
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.1, float("nan")])
+def test_shares_out_of_range_are_refused(share: float) -> None:
+    with pytest.raises(BundleError, match="masked share"):
+        survivors(NET, ElementMask({}), share=share)
+
+
+def test_a_mask_of_another_model_is_refused() -> None:
+    with pytest.raises(BundleError, match="mask of second"):
+        survivors(NET, ElementMask({"second": np.ones((5, 4), np.bool_)}))

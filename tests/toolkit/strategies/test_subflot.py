@@ -1,0 +1,205 @@
+"""SubFLOT: what a device is sent, how hard it is pulled, and what becomes of what it hands in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.allocation import Fixed, Tiers
+from fedprune.strategies.methods.subflot import RATES, Transported
+from fedprune.strategies.optimal_transport import Transport
+from fedprune.strategies.presets import compose
+from fedprune.strategies.roles import Cut, Past, Submodel, Turn
+from fedprune.strategies.strategy import Strategy
+from fedprune.training.recipe import Recipe
+from support.fakes.strategy_reports import report, scene
+from support.fakes.strategy_rounds import NET, Device, Play, identical
+from support.nets.drawn_models import architectures, model, ranks, seeds, selections
+
+pytest.importorskip("ot")
+pytest.importorskip("scipy")
+
+FLEET = {
+    "a": Device(weight=3),
+    "b": Device((3, 2), density=0.5, weight=5, absent=frozenset({2, 3})),
+    "c": Device((5, 3), density=0.75, weight=1, absent=frozenset({1})),
+}
+
+
+def subflot(**options: Any) -> Strategy:
+    return compose(Job(strategy="subflot", options=options))
+
+
+def turn(density: float) -> Turn:
+    return Turn(0, 1, "d", (), density)
+
+
+@given(st.floats(0, 10), st.floats(0.01, 1))
+def test_the_recipe_s_pull_is_twice_lambda_rho(sar: float, density: float) -> None:
+    """A step's pull is µ·(w − w_sent), which tests of optimisers show: µ must be 2·λ·ρ."""
+    recipe = Recipe(lr=0.1)
+    got = subflot(sar=sar).objective.recipe(recipe, turn(density))
+    assert got.proximal == pytest.approx(2 * sar * (1 - density))
+    assert subflot(sar=sar).objective.recipe(recipe, turn(1.0)) == recipe
+    assert got.weight_decay == recipe.weight_decay
+
+
+def test_a_device_s_first_submodel_is_a_slice_and_later_ones_are_led_onto_its_last() -> None:
+    play = Play(subflot(), model(NET, 1), FLEET)
+    for round_ in range(1, 6):
+        before, pasts = play.model, dict(play.past)
+        play.play()
+        for name, sent in play.sent.items():
+            at = Selection.of(NET, FLEET[name].widths)
+            assert sent.selection.digest == at.digest
+            plain = at.gather(before)
+            past = pasts.get(name)
+            assert (past is None) == (round_ == min(r for r in range(1, 6) if r not in FLEET[name].absent))
+            want = plain if past is None else Transport().prune(before, past.tensors, at, 0.5)
+            assert identical(sent.tensors, want)
+            assert identical(sent.tensors, plain) == (past is None)
+
+
+def test_an_absent_device_s_history_is_what_it_last_handed_in() -> None:
+    play = Play(subflot(), model(NET, 1), FLEET)
+    play.play(3)
+    assert play.past["b"].round == 1
+
+
+def test_the_next_model_is_the_weighted_mean_of_models_at_full_width() -> None:
+    play = Play(subflot(), model(NET, 1), FLEET)
+    play.play(3)
+    before = play.model
+    after = play.play()
+    want = {n: np.zeros(v.shape) for n, v in before.items()}
+    for name, each in play.reports.items():
+        lifted = Transport().aggregate(each.trained.tensors, each.trained.selection, before)
+        for tensor, value in lifted.items():
+            want[tensor] += FLEET[name].weight / 9 * value.astype(np.float64)
+    for tensor, value in after.items():
+        np.testing.assert_allclose(value, want[tensor], atol=1e-6)
+
+
+@given(st.data(), seeds)
+def test_a_device_that_hands_in_the_model_with_permuted_channels_changes_nothing(
+    data: st.DataObject, seed: int
+) -> None:
+    architecture = data.draw(architectures())
+    whole = model(architecture, seed)
+    at = Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture)))
+    lifted = Transported().reconstruct(report(scene(architecture, whole), at, at.gather(whole)))
+    assert lifted.selection.digest == Selection.full(architecture).digest
+    assert identical(lifted.tensors, whole)
+
+
+@given(st.data(), seeds)
+@settings(max_examples=25)
+def test_alpha_0_is_the_history_and_fuse_0_the_global_model(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    at = data.draw(selections(architecture))
+    whole, own = model(architecture, seed), at.gather(model(architecture, seed + 1))
+    extractor = Transported(alpha=0, fuse=0)
+    here = scene(architecture, whole)
+    sent = extractor.extract(Cut(here, turn(0.5), at, past=Past(at, own)))
+    assert identical(sent.tensors, own)
+    lifted = extractor.reconstruct(report(here, at, own)).tensors
+    assert all(np.array_equal(lifted[n], whole[n]) for n in whole)
+
+
+@given(st.data(), seeds)
+def test_a_history_takes_the_widths_that_its_device_has_now(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    old, new = (
+        Selection.of(architecture, [data.draw(st.integers(1, n)) for n in architecture.sizes]) for _ in range(2)
+    )
+    whole, own = model(architecture, seed), old.gather(model(architecture, seed + 1))
+    cut = Cut(scene(architecture, whole), turn(0.5), new, past=Past(old, own))
+    resized = Transported().resized(Past(old, own), cut)
+    assert {n: v.shape for n, v in resized.items()} == new.shapes()
+    assert {n: v.shape for n, v in Transported().extract(cut).tensors.items()} == new.shapes()
+    # Reference: the history over the global model, cut anew; all of the history led onto that where nothing is added.
+    placed = new.gather(old.scatter(own, whole))
+    grown = any(b > a for a, b in zip(old.widths, new.widths, strict=True))
+    want: Tensors = placed if grown or old.widths == new.widths else Transport().align(own, old, placed, new)
+    assert identical(resized, want)
+
+
+@given(seeds, st.integers(1, 6), st.integers(1, 4))
+def test_a_history_that_shrinks_has_a_share_of_every_channel_and_one_that_grows_keeps_its_own(
+    seed: int, a: int, b: int
+) -> None:
+    wide, narrow = Selection.full(NET), Selection.of(NET, (a, b))
+    whole, all_of_it = model(NET, seed), model(NET, seed + 1)
+    vectors = [t.name for t in NET.tensors if len(t.axes) == 1 and t.axes[0].groups]
+    less = Transported().resized(Past(wide, all_of_it), Cut(scene(NET, whole), turn(0.5), narrow))
+    for name in vectors:  # plans with uniform marginals keep the mean over channels
+        assert np.allclose(less[name].mean(), all_of_it[name].mean(), atol=1e-5), name
+    own = narrow.gather(all_of_it)
+    more = Transported().resized(Past(narrow, own), Cut(scene(NET, whole), turn(1.0), wide))
+    for name in vectors:
+        k = len(own[name])
+        assert more[name].tobytes() == np.concatenate([own[name], whole[name][k:]]).tobytes()
+
+
+def test_a_device_with_other_widths_goes_on_from_its_history() -> None:
+    fleet = dict(FLEET)
+    play = Play(subflot(), model(NET, 1), fleet)
+    play.play(3)
+    fleet["a"], fleet["c"] = Device((2, 1), 0.25), Device((6, 4))
+    play.play(2)
+    assert {n: s.selection.widths for n, s in play.sent.items()} == {"a": (2, 1), "b": (3, 2), "c": (6, 4)}
+
+
+def test_options_reach_the_roles() -> None:
+    strategy = subflot(alpha=0.3, maps="preserving", plans="group", ota_fuse=0.7, weighting="uniform")
+    assert strategy.extractor == Transported(Transport("preserving", "group"), 0.3, 0.7)
+    assert strategy.aggregator.weighting == "uniform"
+    assert strategy.keeps_past
+    assert subflot().allocator == Tiers(RATES)
+    assert subflot(densities=[1, 0.5]).allocator == Tiers((1, 0.5))
+    assert subflot(planned=True).allocator is None
+    assert subflot(by="chance", every=5).allocator == Tiers(RATES, (), "chance", 5)
+    assert compose(Job(strategy="subflot", density=0.5)).allocator == Fixed(0.5)
+    recipe = Recipe(proximal=0.1)
+    assert subflot(sar=0).objective.recipe(recipe, turn(0.5)) == recipe
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 1.1},
+        {"sar": -1},
+        {"ota_fuse": 2},
+        {"maps": "soft"},
+        {"plans": "none"},
+        {"weighting": "loss"},
+        {"x": 1},
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        subflot(**options)
+
+
+@pytest.mark.parametrize("key", ["frozen", "trainable", "personal"])
+def test_tensors_that_must_stay_apart_are_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        compose(Job(strategy="subflot", recipe=Recipe(**{key: ("first*",)})))
+
+
+def test_a_submodel_s_own_coordinates_are_kept() -> None:
+    """Ranks may be any: a history is laid out by them, and so is what is sent."""
+    at = Selection.of(NET, (3, 2), ([5, 1, 3, 0, 2, 4], [3, 0, 1, 2]))
+    whole = model(NET, 0)
+    sent = Transported(alpha=0.5).extract(Cut(scene(NET, whole), turn(0.5), at, past=Past(at, at.gather(whole))))
+    assert isinstance(sent, Submodel)
+    assert sent.selection is at
+    assert identical(sent.tensors, Transport().prune(whole, at.gather(whole), at))

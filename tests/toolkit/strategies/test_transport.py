@@ -1,0 +1,248 @@
+"""Transport: plans against POT, couplings against matrices, distances against float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import BundleError, MissingExtraError
+from fedprune.strategies.optimal_transport import Coupling, exact_plan, solver
+from fedprune.strategies.optimal_transport.coupling import corner
+from fedprune.strategies.optimal_transport.distances import squared_distances
+from support.nets.drawn_models import seeds
+from support.oracles.pot_plans import pot
+
+Floats = npt.NDArray[Any]
+
+pytest.importorskip("ot")
+pytest.importorskip("scipy")
+
+
+def costs(kind: str, n: int, m: int, seed: int) -> Floats:
+    """Costs as transport meets them: unrelated rows, a slice of the same rows, and rows that come many times."""
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(n, 12))
+    b = rng.normal(size=(m, 12))
+    if kind == "slice":
+        k = min(n, m)
+        b[:k] = a[:k] + 0.1 * rng.normal(size=(k, 12))
+    elif kind == "ties":
+        a, b = a.round(0)[:, :2], b.round(0)[:, :2]
+    return np.sqrt(((a[:, None] - b) ** 2).sum(2)).astype(np.float32)
+
+
+def check_plan(cost: Floats, plan: Coupling) -> None:
+    n, m = cost.shape
+    dense = plan.dense
+    assert (plan.shares > 0).all()
+    np.testing.assert_allclose(dense.sum(0), 1, atol=1e-12)
+    np.testing.assert_allclose(dense.sum(1), m / n, atol=1e-12)
+    best = float((pot(cost) * cost).sum())
+    assert abs(float((dense * cost).sum()) - best) <= 1e-7 * max(1.0, float(np.abs(cost).sum(0).max()))
+
+
+@given(st.sampled_from(["far", "slice", "ties"]), st.integers(1, 24), st.integers(1, 24), seeds)
+def test_plans_cost_what_pot_s_cost_and_have_uniform_marginals(kind: str, n: int, m: int, seed: int) -> None:
+    cost = costs(kind, n, m, seed)
+    check_plan(cost, exact_plan(cost))
+
+
+@given(st.sampled_from(["far", "slice", "ties"]), st.integers(2, 40), st.integers(2, 40), seeds)
+def test_column_generation_finds_the_same_cost_or_says_that_it_did_not(kind: str, n: int, m: int, seed: int) -> None:
+    cost = costs(kind, n, m, seed)
+    found = solver._by_columns(cost)
+    if found is not None:
+        check_plan(cost, found)
+
+
+@pytest.mark.parametrize("kind", ["far", "slice", "ties"])
+@pytest.mark.parametrize("shape", [(256, 192), (192, 256), (300, 100), (200, 200), (331, 127)])
+def test_large_plans_are_exact_and_need_no_dense_solver(
+    kind: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shape[0] * shape[1] > solver.SMALL
+    cost = costs(kind, *shape, seed=shape[0])
+    if kind != "ties":  # where most pairs are equally good, the dense solver may have to help
+        monkeypatch.setattr(solver, "_dense", None)
+    check_plan(cost, exact_plan(cost))
+
+
+@pytest.mark.parametrize("shape", [(240, 180), (180, 240)])
+@pytest.mark.parametrize("kind", ["heavy tails", "scaled rows", "scaled columns", "outliers", "one value"])
+def test_plans_are_exact_where_potentials_to_begin_with_are_poor(kind: str, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(sum(map(ord, kind)))
+    cost = np.abs(rng.standard_cauchy(shape) if kind == "heavy tails" else rng.normal(size=shape))
+    if kind == "outliers":
+        cost[rng.random(shape) < 0.01] = 1e6
+    elif kind == "one value":
+        cost[:] = 3
+    elif kind != "heavy tails":
+        cost *= 10 ** rng.uniform(-3, 3, (shape[0], 1) if kind == "scaled rows" else (1, shape[1]))
+    cost = cost.astype(np.float32)
+    plan, again = exact_plan(cost), exact_plan(cost)
+    check_plan(cost, plan)
+    assert np.array_equal(plan.dense, again.dense)
+
+
+def test_potentials_that_go_astray_change_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = costs("far", 200, 150, seed=5)
+    monkeypatch.setattr(solver, "_RELAXED", 9.0)
+    reduced, u, v = solver._smoothed(cost)
+    assert np.isfinite(reduced).all()
+    np.testing.assert_allclose(reduced, cost - u[:, None] - v, atol=1e-4)
+    check_plan(cost, exact_plan(cost))
+
+
+@pytest.mark.parametrize("shape", [(240, 180), (200, 200), (20, 15), (30, 30)])
+@pytest.mark.parametrize(
+    ("kind", "power"), [("float32", p) for p in (-100, -45, 70, 127)] + [("float64", -900), ("float64", 1023)]
+)
+def test_plans_are_those_of_costs_of_any_size(shape: tuple[int, int], kind: str, power: int) -> None:
+    cost = np.random.default_rng(9).random(shape).astype(kind)
+    check_plan(cost, exact_plan(cost))
+    assert np.array_equal(exact_plan(np.ldexp(cost, power)).dense, exact_plan(cost).dense)
+
+
+@given(st.integers(1, 6), st.integers(1, 4), seeds, st.booleans(), st.booleans())
+def test_the_cheapest_of_each_is_the_plan_where_it_is_one(
+    k: int, ratio: int, seed: int, wide: bool, tied: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    of = rng.permutation(np.repeat(np.arange(k), ratio))
+    cost = 2 + rng.random((k * ratio, k))
+    cost[np.arange(k * ratio), of] = 1
+    if tied:
+        cost[rng.integers(k * ratio), rng.integers(k)] = 1
+    cost = cost.T if wide else cost
+    found = solver._cheapest(cost)
+    if not tied:
+        assert found is not None
+    if found is not None:
+        check_plan(cost, found)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), seeds)
+def test_entries_come_in_any_order_and_in_parts(n: int, m: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, columns, mass = corner(n, m)
+    parts = np.repeat(np.arange(mass.size), mass)
+    rng.shuffle(parts)
+    plan, whole = Coupling.of(n, m, rows[parts], columns[parts], np.ones(parts.size)), Coupling.in_order(n, m)
+    assert np.array_equal(plan.dense, whole.dense)
+    assert np.array_equal(plan.rows, whole.rows)
+    assert np.array_equal(plan.columns, whole.columns)
+
+
+@given(st.integers(1, 9), st.integers(1, 4), seeds, st.booleans())
+def test_whole_ratios_give_whole_shares(k: int, ratio: int, seed: int, back: bool) -> None:
+    shape = (k * ratio, k) if not back else (k, k * ratio)
+    plan = exact_plan(costs("far", *shape, seed))
+    assert set(plan.shares.tolist()) == {1.0 if back else 1 / ratio}
+
+
+@given(st.integers(1, 12), seeds)
+def test_equal_widths_give_the_permutation_that_rows_were_moved_by(n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, order = rng.normal(size=(n, 5)).astype(np.float32), rng.permutation(n)
+    plan = exact_plan(np.sqrt(squared_distances(rows, rows[order])))
+    assert plan.rows.tolist() == order.tolist()
+    assert plan.shares.tolist() == [1.0] * n
+
+
+@pytest.mark.parametrize(
+    "cost", [np.array([[np.nan, 1.0]]), np.zeros((0, 3)), np.zeros(3)], ids=["nan", "empty", "row"]
+)
+def test_costs_that_are_none_are_refused(cost: Floats) -> None:
+    with pytest.raises(BundleError, match="costs of a transport plan"):
+        exact_plan(cost)
+
+
+def test_plans_without_uniform_marginals_are_refused() -> None:
+    with pytest.raises(BundleError, match="marginals"):
+        Coupling.of(2, 2, [0, 0], [0, 1], [1, 1])
+
+
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_the_plan_in_order_is_the_best_on_a_line(n: int, m: int) -> None:
+    places = [np.arange(k) / k + 0.5 / k for k in (n, m)]
+    check_plan(np.abs(places[0][:, None] - places[1]), Coupling.in_order(n, m))
+    if n == m:
+        assert np.array_equal(Coupling.in_order(n, n).dense, np.eye(n))
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4), seeds, st.booleans())
+def test_couplings_act_as_their_matrices(n: int, m: int, before: int, after: int, seed: int, averaged: bool) -> None:
+    rng = np.random.default_rng(seed)
+    plan = exact_plan(rng.random((n, m)))
+    if averaged:
+        other = exact_plan(rng.random((n, m)))
+        mean = plan.averaged(other)
+        np.testing.assert_allclose(mean.dense, (plan.dense + other.dense) / 2, atol=1e-12)
+        plan = mean
+    x = rng.normal(size=(before, n, after)).astype(np.float32)
+    y = rng.normal(size=(before, m, after)).astype(np.float32)
+    factor = float(rng.choice([1.0, 2.0, n / m]))
+    want = factor * np.einsum("bna,nm->bma", x, plan.dense)
+    np.testing.assert_allclose(plan.forward(x, factor), want, rtol=1e-5, atol=1e-5)
+    want = factor * np.einsum("bma,nm->bna", y, plan.dense)
+    np.testing.assert_allclose(plan.backward(y, factor), want, rtol=1e-5, atol=1e-5)
+
+
+def test_wide_couplings_are_worked_through_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for n, m in ((8, 4), (8, 6), (4, 8), (8, 8)):
+        plan = exact_plan(rng.random((n, m)))
+        x = rng.normal(size=(300, n, 9)).astype(np.float32)
+        flat = x.reshape(1, n, -1)
+        whole = plan.forward(x), plan.forward(flat)
+        with monkeypatch.context() as patch:
+            patch.setattr("fedprune.strategies.optimal_transport.coupling._CHUNK", 100)
+            parts = plan.forward(x), plan.forward(flat)
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(whole, parts, strict=True))
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 30), seeds, st.sampled_from([0.0, 1e-4, 1.0]))
+def test_distances_are_right_also_between_rows_that_are_almost_equal(
+    n: int, m: int, features: int, seed: int, apart: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(n, features)).astype(np.float32)
+    b = (a[rng.integers(0, n, m)] + apart * rng.normal(size=(m, features))).astype(np.float32)
+    exact = ((a[:, None].astype(np.float64) - b) ** 2).sum(2)
+    size = (a.astype(np.float64) ** 2).sum(1)[:, None] + (b.astype(np.float64) ** 2).sum(1)
+    got = squared_distances(a, b)
+    assert got[exact == 0].tolist() == [0.0] * int((exact == 0).sum())
+    assert (np.abs(got - exact) <= 0.02 * exact + 1e-12 * size).all()
+
+
+def test_distances_between_rows_that_are_all_near_are_taken_around_their_middle() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (1000 + rng.normal(size=(k, 20)).astype(np.float32) for k in (40, 30))
+    exact = ((a[:, None].astype(np.float64) - b) ** 2).sum(2)
+    np.testing.assert_allclose(squared_distances(a, b), exact, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_solvers_are_loaded_on_use_and_bring_no_torch() -> None:
+    code = (
+        "import sys, numpy as np, fedprune.strategies.optimal_transport as t, fedprune.strategies.presets;"
+        "print([m for m in ('ot', 'scipy') if m in sys.modules]);"
+        "t.exact_plan(np.random.default_rng(0).random((200, 150)));"
+        "print([m for m in ('torch', 'jax', 'tensorflow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "[]"]
+
+
+@pytest.mark.slow
+def test_a_missing_scipy_is_named_where_it_is_first_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+    with pytest.raises(MissingExtraError, match="scipy"):
+        Coupling.in_order(3, 2).forward(np.ones((1, 3, 1), np.float32))

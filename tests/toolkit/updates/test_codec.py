@@ -1,0 +1,363 @@
+"""Codecs of updates: what they keep, what they give back, and what nobody can make them believe."""
+
+from __future__ import annotations
+
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as nst
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, ProtocolError
+from fedprune.updates import CODECS, Codec, agreed, bound, decode, encode, is_packed, packing, sparse_indices, weights
+from fedprune.updates.remap import relocated, relocation
+from fedprune.updates.update import ROW, STEPS
+from support.nets.drawn_models import architectures, selections
+
+Tensors = dict[str, np.ndarray[Any, Any]]
+
+SHAPES = {"w": (20, 70), "c": (8, 4, 3, 3), "b": (20,), "one": (), "mean": (20,), "none": (0, 3)}
+TRAINED = frozenset({"w", "c", "b", "one", "none"})
+ALL = ("zlib", "float16", "int8", "top-k:0.05", "top-k:0.4", "top-k:1.0")
+
+
+def codec(text: str) -> Codec:
+    found = Codec.parse(text)
+    assert found is not None
+    return found
+
+
+def tensors(seed: int, scale: float = 1.0) -> Tensors:
+    rng = np.random.default_rng(seed)
+    return {n: (scale * rng.standard_normal(s)).astype(np.float32) for n, s in SHAPES.items()}
+
+
+def pair(seed: int, moved: float = 0.01) -> tuple[Tensors, Tensors]:
+    """Weights that were sent, and what training made of them."""
+    sent = tensors(seed)
+    return sent, {
+        n: (v + d).astype(np.float32) for (n, v), d in zip(sent.items(), tensors(seed + 1, moved).values(), strict=True)
+    }
+
+
+same_size = st.integers(1, 60).flatmap(
+    lambda n: st.tuples(*[nst.arrays(np.float32, n, elements=st.floats(-1e6, 1e6, width=32)) for _ in range(2)])
+)
+
+
+@given(same_size)
+def test_int8_is_off_by_half_a_step_at_most(both: tuple[Any, Any]) -> None:
+    sent, trained = ({"w": v} for v in both)
+    raw, left = encode(codec("int8"), trained, sent, {"w"})
+    difference = trained["w"] - sent["w"]
+    step = float(np.abs(difference).max()) / STEPS
+    assert np.abs(left["w"]).max() <= 0.5 * step * (1 + 1e-5) + 1e-38
+    assert np.abs(decode(codec("int8"), raw, sent, {"w"})["w"] - trained["w"]).max() <= 0.5 * step + 1e-6 * (
+        np.abs(both).max() + step
+    )
+
+
+def test_long_rows_have_steps_of_their_own() -> None:
+    sent = {"w": np.zeros((3, ROW), np.float32), "short": np.zeros((3, ROW - 1), np.float32)}
+    trained = {n: v + np.float32([[1e-4], [1.0], [100.0]]) for n, v in sent.items()}
+    raw, left = encode(codec("int8"), trained, sent, {*sent})
+    assert np.abs(left["w"]).max(axis=1) == pytest.approx([0, 0, 0], abs=1e-5)
+    assert (decode(codec("int8"), raw, sent, {*sent})["short"][0] == 0).all()
+
+
+@given(same_size)
+def test_float16_is_off_by_its_last_bit_at_most(both: tuple[Any, Any]) -> None:
+    sent, trained = ({"w": v} for v in both)
+    difference = trained["w"] - sent["w"]
+    if np.abs(difference).max() >= 65_504:
+        with pytest.raises(ProtocolError, match="float16 can hold"):
+            encode(codec("float16"), trained, sent, {"w"})
+        return
+    raw, _ = encode(codec("float16"), trained, sent, {"w"})
+    found = decode(codec("float16"), raw, {"w": np.zeros_like(sent["w"])}, {"w"})["w"]
+    assert (np.abs(found - difference) <= np.abs(difference) * 2.0**-11 + 2.0**-25).all()
+
+
+@given(same_size)
+def test_zlib_gives_the_very_bits(both: tuple[Any, Any]) -> None:
+    sent, trained = ({"w": v} for v in both)
+    raw, left = encode(codec("zlib"), trained, sent, {"w"})
+    assert decode(codec("zlib"), raw, sent, {"w"})["w"].tobytes() == trained["w"].tobytes()
+    assert not left
+
+
+@given(st.integers(0, 50), st.sampled_from(ALL))
+def test_what_arrives_and_what_is_left_are_what_was_trained(seed: int, text: str) -> None:
+    sent, trained = pair(seed)
+    raw, left = encode(codec(text), trained, sent, TRAINED)
+    found = decode(codec(text), raw, sent, TRAINED)
+    assert {n: v.shape for n, v in found.items()} == SHAPES
+    assert len(raw) <= bound(codec(text), SHAPES, TRAINED)
+    for name, value in found.items():
+        if name not in TRAINED:
+            assert value.tobytes() == trained[name].tobytes()
+        elif text != "float16" and value.size:
+            assert value + left.get(name, 0) == pytest.approx(trained[name], abs=1e-6)
+    assert set(left) == (TRAINED - {"none"} if codec(text).feedback else set())
+
+
+@given(st.integers(0, 20), st.sampled_from([t for t in ALL if codec(t).feedback]), st.integers(2, 5))
+def test_over_rounds_nothing_is_lost(seed: int, text: str, rounds: int) -> None:
+    """The sum of what arrived and of what is left at last is the sum of what was trained."""
+    moved = {n: np.zeros(s, np.float64) for n, s in SHAPES.items() if n in TRAINED}
+    arrived = {n: v.copy() for n, v in moved.items()}
+    left: Tensors = {}
+    for number in range(rounds):
+        sent, trained = pair(seed + 10 * number)
+        raw, left = encode(codec(text), trained, sent, TRAINED, left)
+        found = decode(codec(text), raw, sent, TRAINED)
+        for name in moved:
+            moved[name] += trained[name].astype(np.float64) - sent[name]
+            arrived[name] += found[name].astype(np.float64) - sent[name]
+    for name, value in moved.items():
+        if value.size:
+            assert arrived[name] + left[name] == pytest.approx(value, abs=1e-5)
+
+
+@given(nst.arrays(np.float32, st.integers(1, 300), elements=st.floats(-9, 9, width=16)), st.floats(0.01, 1))
+def test_top_k_keeps_the_largest(values: Any, share: float) -> None:
+    count = max(1, int(share * values.size))
+    kept = sparse_indices.largest(values, count)
+    assert len(kept) == count
+    assert (np.diff(kept) > 0).all()
+    out = np.setdiff1d(np.arange(values.size), kept)
+    if out.size:
+        least = np.abs(values[kept]).min()
+        assert np.abs(values[out]).max() <= least
+        level = np.flatnonzero(np.abs(values) == least)
+        chosen = np.isin(level, kept)
+        assert (np.diff(chosen.astype(int)) <= 0).all()  # of equal ones the first
+
+
+@given(st.sets(st.integers(0, 5000), min_size=1).map(sorted), st.integers(1, 3000))
+def test_indices_come_back_from_either_form(indices: list[int], more: int) -> None:
+    found, size = np.array(indices, np.int64), indices[-1] + more
+    assert sparse_indices.from_gaps(sparse_indices.to_gaps(found), len(found), size, "w").tolist() == indices
+    assert sparse_indices.from_bitmap(sparse_indices.to_bitmap(found, size), len(found), size, "w").tolist() == indices
+
+
+@pytest.mark.parametrize(("share", "form"), [(0.01, "w::gaps"), (0.05, "w::gaps"), (0.5, "w::bitmap")])
+def test_the_smaller_form_of_indices_travels(share: float, form: str) -> None:
+    sent, trained = pair(3)
+    chosen = codec(f"top-k:{share}")
+    parts = packing.unpack(encode(chosen, trained, sent, TRAINED)[0], 10**6)
+    assert form in parts
+    assert {"w::gaps", "w::bitmap"} & set(parts) == {form}
+
+
+def test_sorted_bytes_shrink_and_noise_stays_as_it_is() -> None:
+    sent, trained = pair(1)
+    assert len(encode(codec("zlib"), trained, sent, TRAINED)[0]) < 0.95 * len(tensorfile.encode(trained))
+    noise = {"x": np.frombuffer(np.random.default_rng(0).bytes(2_000_000), np.uint8)}
+    raw = packing.pack(noise)
+    assert len(raw) == packing.HEAD + len(tensorfile.encode(noise))
+    assert packing.unpack(raw, len(raw))["x"].tobytes() == noise["x"].tobytes()
+
+
+def test_an_envelope_is_never_a_tensor_file() -> None:
+    assert is_packed(packing.pack({"x": np.zeros(3, np.float32)}))
+    assert not is_packed(tensorfile.encode({"x": np.zeros(3, np.float32)}))
+    assert int.from_bytes(packing.pack({})[:8], "little") > tensorfile.MAX_HEADER
+
+
+def test_squared_gradients_travel_as_they_are() -> None:
+    sent, trained = pair(1)
+    squares = {"w::squares": np.square(trained["w"])}
+    for text in ALL:
+        raw, _ = encode(codec(text), trained | squares, sent, TRAINED)
+        assert decode(codec(text), raw, sent, TRAINED)["w::squares"].tobytes() == squares["w::squares"].tobytes()
+
+
+# -- what nobody can make a server believe -----------------------------------------------------------------------------
+
+
+def sealed(parts: Tensors, size: int | None = None, packing_: int = 1) -> bytes:
+    """An envelope with whatever is in it."""
+    file = tensorfile.encode(parts)
+    size = len(file) if size is None else size
+    body = packing.pack(parts)[packing.HEAD :] if packing_ == 1 else file
+    return b"FPU\x01" + bytes([packing_, 0, 0, 0]) + size.to_bytes(8, "little") + body
+
+
+def honest(text: str) -> Tensors:
+    sent, trained = pair(1)
+    return packing.unpack(encode(codec(text), trained, sent, TRAINED)[0], 10**6)
+
+
+HOSTILE: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
+    "a scale that is no number": ("int8", lambda p: p | {"b::scales": np.float32([np.nan])}, "scales"),
+    "an infinite scale": ("int8", lambda p: p | {"b::scales": np.float32([np.inf])}, "scales"),
+    "a negative scale": ("top-k:0.05", lambda p: p | {"w::scales": np.float32([-1])}, "scales"),
+    "too many scales": ("int8", lambda p: p | {"b::scales": np.ones(20, np.float32)}, "b::scales"),
+    "a code out of range": ("int8", lambda p: p | {"b::codes": np.full(20, -128, np.int8)}, "from -127 to 127"),
+    "codes of another shape": ("int8", lambda p: p | {"w::codes": np.zeros((70, 20), np.int8)}, "w::codes"),
+    "more codes than the share": ("top-k:0.05", lambda p: p | {"w::codes": np.zeros(99, np.int8)}, "w::codes"),
+    "codes of another type": ("int8", lambda p: p | {"b::codes": np.zeros(20, np.int16)}, "b::codes"),
+    "no indices": ("top-k:0.05", lambda p: {n: v for n, v in p.items() if n != "w::gaps"}, "gaps or a bitmap"),
+    "two kinds of indices": ("top-k:0.05", lambda p: p | {"w::bitmap": np.zeros(175, np.uint8)}, "gaps or a bitmap"),
+    "indices beyond the end": ("top-k:0.05", lambda p: p | {"w::gaps": np.full(70, 200, np.uint8)}, "below 1400"),
+    "too few indices": ("top-k:0.05", lambda p: p | {"w::gaps": p["w::gaps"][:-1]}, "indices of"),
+    "indices without an end": ("top-k:0.05", lambda p: p | {"w::gaps": np.full(70, 255, np.uint8)}, "indices of"),
+    "a bitmap with too many": ("top-k:0.4", lambda p: p | {"w::bitmap": np.full(175, 255, np.uint8)}, "bitmap of"),
+    "a half that is infinite": ("float16", lambda p: p | {"b::half": np.full(20, np.inf, np.float16)}, "finite"),
+    "bits of another shape": ("zlib", lambda p: p | {"b::bits": np.zeros(21, np.int32)}, "b::bits"),
+    "another codec's parts": ("float16", lambda p: p | {"b::codes": np.zeros(20, np.int8)}, "doesn't have"),
+    "a tensor that nobody asked for": ("int8", lambda p: p | {"more": np.zeros(1, np.float32)}, "doesn't have"),
+    "a trained tensor in full": ("int8", lambda p: p | {"b": np.zeros(20, np.float32)}, "doesn't have"),
+    "statistics of another shape": ("int8", lambda p: p | {"mean": np.zeros(21, np.float32)}, "mean"),
+    "statistics of another type": ("int8", lambda p: p | {"mean": np.zeros(20, np.float16)}, "mean"),
+    "codes without scales": ("int8", lambda p: {n: v for n, v in p.items() if n != "w::scales"}, "lacks"),
+}
+
+
+@pytest.mark.parametrize("packing_", [0, 1])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_is_wrong_inside_is_one_clear_error(name: str, packing_: int) -> None:
+    text, change, message = HOSTILE[name]
+    parts = change(honest(text))
+    with pytest.raises(ProtocolError, match=message) as caught:
+        decode(codec(text), sealed(parts, packing_=packing_), pair(1)[0], TRAINED)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_bomb_is_never_blown_up() -> None:
+    sent, _ = pair(1)
+    bomb = zlib.compress(bytes(10**9), 9)
+    head = b"FPU\x01\x01\0\0\0"
+    tracemalloc.start()
+    for size in (10**9, 2**63, 5000):
+        with pytest.raises(ProtocolError, match="size inside"):
+            decode(codec("int8"), head + size.to_bytes(8, "little") + bomb, sent, TRAINED)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * 10**6 + len(bomb)
+
+
+def test_damage_of_any_kind_is_an_error_of_ours() -> None:
+    sent, trained = pair(1)
+    raw, _ = encode(codec("top-k:0.05"), trained, sent, TRAINED)
+    wrong = [raw[:8], raw[:16], raw[:-1], raw + b"x", b"", b"FPU\x02" + raw[4:], raw[:5] + b"\x01" + raw[6:]]
+    wrong += [sealed(honest("int8"), size=4), sealed({}, size=1), sealed(honest("int8"), packing_=2)]
+    for broken in wrong:
+        with pytest.raises(ProtocolError):
+            decode(codec("top-k:0.05"), broken, sent, TRAINED)
+
+
+@given(st.integers(0, 10**6), st.binary(min_size=1, max_size=8), st.sampled_from(ALL))
+def test_bytes_that_were_changed_are_refused_or_read(at: int, other: bytes, text: str) -> None:
+    sent, trained = pair(1)
+    raw = bytearray(encode(codec(text), trained, sent, TRAINED)[0])
+    raw[at % len(raw) : at % len(raw) + len(other)] = other
+    try:
+        found = decode(codec(text), bytes(raw), sent, TRAINED)
+    except ProtocolError:
+        return
+    assert all(v.shape == SHAPES[n.partition("::")[0]] and v.dtype == np.float32 for n, v in found.items())
+
+
+def test_differences_that_cannot_be_coded_are_an_error_and_no_warning() -> None:
+    most = np.finfo(np.float32).max
+    sent, trained = {"w": np.full(3, -most)}, {"w": np.full(3, most)}
+    for text in ("float16", "int8", "top-k:0.05"):
+        with pytest.raises(ProtocolError, match="difference of w"):
+            encode(codec(text), trained, sent, {"w"})
+
+
+# -- weights that devices are sent ------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 50), st.sampled_from(["zlib", "float16", "int8"]), st.booleans())
+def test_weights_are_read_in_the_order_of_their_file(seed: int, text: str, based: bool) -> None:
+    base, new = pair(seed)
+    if text == "int8" and not based:
+        with pytest.raises(ProtocolError, match="whole weights"):
+            weights.encode(codec(text), new, None, TRAINED)
+        return
+    held = base if based else None
+    raw = weights.encode(codec(text), new, held, TRAINED)
+    found = weights.decode(codec(text), raw, held, len(tensorfile.encode(new)))
+    assert list(found) == list(new)
+    for name, value in new.items():
+        if text == "zlib" or name not in TRAINED:
+            assert found[name].tobytes() == value.tobytes()
+        assert found[name] == pytest.approx(value, abs=1e-3 if based else 1e-2)
+
+
+def test_what_a_codec_leaves_out_of_weights_never_adds_up() -> None:
+    """However many versions a device gets as differences, it is off by half a step of the last one."""
+    held, new = pair(0)
+    for seed in range(20):
+        new = {
+            n: (v + d).astype(np.float32) for (n, v), d in zip(new.items(), tensors(seed, 0.01).values(), strict=True)
+        }
+        raw = weights.encode(codec("int8"), new, held, TRAINED)
+        held = weights.decode(codec("int8"), raw, held, 10**5)
+        assert max(np.abs(held[n] - new[n]).max() for n in ("w", "c", "b")) < 0.5 * 0.08 / STEPS
+
+
+@given(st.data())
+def test_a_relocation_is_what_both_selections_have(data: st.DataObject) -> None:
+    architecture = data.draw(architectures())
+    before, now = (data.draw(selections(architecture)) for _ in range(2))
+    whole = {
+        t.name: np.arange(1, np.prod(t.shape) + 1, dtype=np.float32).reshape(t.shape) for t in architecture.tensors
+    }
+    found = relocated(before.gather(whole), relocation(before, now), 10**6)
+    for name, value in now.gather(whole).items():
+        there = before.covered(name)[np.ix_(*now.maps(name))] if value.ndim else np.True_
+        assert np.array_equal(found[name], np.where(there, value, 0))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"w::axes": np.int32([0, -1])},
+        {"w::axes": np.int32([0])},
+        {"w::axes": np.int64([0, 0]), "0": np.int32([0])},
+        {"w::axes": np.int32([0, -1]), "0": np.int32([20])},
+        {"w::axes": np.int32([0, -1]), "0": np.int32([-2])},
+        {"w::axes": np.int32([0, -1]), "0": np.float32([0])},
+        {"w::axes": np.int32([0, 0]), "0": np.zeros(20_000, np.int32)},
+    ],
+    ids=["no list", "too few axes", "another type", "beyond", "before", "no numbers", "huge"],
+)
+def test_a_relocation_that_does_not_fit_is_refused(parts: Tensors) -> None:
+    with pytest.raises(ProtocolError, match="relocation"):
+        relocated({"w": np.zeros((20, 70), np.float32)}, packing.pack(parts), 10**6)
+
+
+# -- what is asked for -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["none", *CODECS, *ALL])
+def test_a_setting_is_read_back_as_itself(text: str) -> None:
+    found = Codec.parse(text)
+    assert found == Codec.parse("none" if found is None else str(found))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "zstd", "int8:0.5", "top-k:", "top-k:0", "top-k:1.5", "top-k:nan", "x" * 99, 8, None]
+)
+def test_another_setting_is_refused(text: object) -> None:
+    with pytest.raises(ConfigError, match="job: compression"):
+        Codec.parse(text)
+
+
+def test_a_device_gets_no_codec_that_it_does_not_know() -> None:
+    assert agreed("int8", CODECS) == "int8"
+    assert agreed("top-k", ["top-k"]) == "top-k:0.05"
+    assert agreed("int8", ["float16", "newer"]) is None
+    assert agreed("int8", ()) is None
+    assert agreed("none", CODECS) is None

@@ -1,0 +1,119 @@
+"""What leaves a board: no longer than the bound whatever was trained, noised as asked, untouched where nothing is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.aggregation.fold import Fold, Rule
+from fedprune.core.errors import TrainingError
+from fedprune.model.selection import Selection, Tensors
+from fedprune.updates.gaussian_noise import GaussianNoise
+from fedprune.updates.privacy_mechanism import noised, norm
+from support.nets.two_groups import ARCHITECTURE, TRAINED
+
+pytestmark = pytest.mark.board
+
+NONE = GaussianNoise.keyed("unused")
+
+
+def tensors(seed: int, scale: float = 0.1, widths: tuple[int, ...] = ARCHITECTURE.sizes) -> Tensors:
+    random = np.random.default_rng(seed)
+    out = {n: (scale * random.standard_normal(s)).astype(np.float32) for n, s in ARCHITECTURE.shapes(widths).items()}
+    return out | {"a.var": np.abs(out["a.var"])}
+
+
+def moved(update: Tensors, received: Tensors) -> float:
+    return math.sqrt(sum(float(((update[n].astype(np.float64) - received[n]) ** 2).sum()) for n in TRAINED))
+
+
+def test_nothing_to_clip_and_no_noise_leaves_every_bit() -> None:
+    update, received = tensors(1), tensors(2)
+    out = noised(update, received, TRAINED, 1e6, 0.0, NONE)
+    assert list(out) == list(update)
+    for name in update:
+        assert out[name].tobytes() == (update if name in TRAINED else received)[name].tobytes(), name
+
+
+def test_statistics_are_never_handed_in() -> None:
+    update, received = tensors(1), tensors(2)
+    out = noised(update, received, TRAINED, 0.5, 3.0, GaussianNoise.keyed(1))
+    assert all(np.array_equal(out[n], received[n]) for n in ("a.mean", "a.var"))
+
+
+@given(st.integers(0, 2**31), st.floats(1e-3, 1e3), st.floats(1e-2, 1e2))
+def test_what_is_too_long_is_as_long_as_the_bound_and_points_the_same_way(seed: int, clip: float, scale: float) -> None:
+    update, received = tensors(seed, scale), tensors(seed + 1)
+    before, after = moved(update, received), noised(update, received, TRAINED, clip, 0.0, NONE)
+    rounding = 1e-6 * scale * math.sqrt(sum(v.size for v in update.values()))
+    assert moved(after, received) <= clip + rounding
+    for name in TRAINED:
+        expected = received[name] + min(1.0, clip / before) * (update[name].astype(np.float64) - received[name])
+        assert np.allclose(after[name], expected, rtol=1e-6, atol=1e-6 * (1 + scale))
+
+
+@given(st.lists(st.floats(-(2.0**50), 2.0**50, width=32), min_size=1, max_size=50))
+def test_a_norm_is_never_said_to_be_smaller_than_it_is(values: list[float]) -> None:
+    after = {"a": np.array(values, np.float32)}
+    exact = math.sqrt(math.fsum(float(v) ** 2 for v in after["a"]))
+    said = norm(after, {"a": np.zeros(len(values), np.float32)}, ["a"])
+    assert exact <= said <= exact * (1 + 1e-8)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_board_changes_a_rounds_sum_by_no_more_than_the_bound(data: st.DataObject) -> None:
+    """Sensitivity: with or without a board's samples, the sum over its coordinates differs by at most the clip."""
+    seed = data.draw(st.integers(0, 2**31), "seed")
+    clip = data.draw(st.floats(0.01, 4.0), "clip")
+    rule: Rule = data.draw(st.sampled_from(["coverage", "fill"]), "rule")
+    ranks = tuple(np.array(data.draw(st.permutations(range(n)), "rank")) for n in ARCHITECTURE.sizes)
+    widths = data.draw(st.lists(st.tuples(*(st.integers(1, n) for n in ARCHITECTURE.sizes)), min_size=1, max_size=4))
+    whole = Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, ranks)
+    base = tensors(seed)
+    folds = [Fold(ARCHITECTURE, base, rule=rule), Fold(ARCHITECTURE, base, rule=rule)]
+    for place, own in enumerate(widths):
+        selection = whole.narrowed(own)
+        received = {n: np.ascontiguousarray(v) for n, v in selection.gather(base).items()}
+        trained = {
+            n: v + u for (n, v), u in zip(received.items(), tensors(seed + place + 1, 0.5, own).values(), strict=True)
+        }
+        update = noised(trained, received, TRAINED, clip, 0.0, NONE)
+        folds[0].add(selection, update, 1)
+        folds[1].add(selection, received if place == 0 else update, 1)  # the first board has no samples
+    models = [fold.close()[0] for fold in folds]
+    mass = {n: len(widths) if rule == "fill" else folds[0].mass(n) for n in TRAINED}
+    apart = 0.0
+    for name in TRAINED:
+        difference = (models[0][name].astype(np.float64) - models[1][name]) * mass[name]
+        apart = math.hypot(apart, float(np.linalg.norm(difference)))
+    assert apart <= clip + 1e-4
+    for name in ("a.mean", "a.var"):
+        assert models[0][name].tobytes() == base[name].tobytes(), "statistics stay as they were"
+
+
+def test_noise_is_added_to_every_element_as_strong_as_asked() -> None:
+    size = 300_000
+    received: dict[str, Any] = {"a": np.linspace(-1, 1, size, dtype=np.float32)}
+    trained = {"a": received["a"] + np.float32(0.01)}
+    out = noised(trained, received, {"a"}, 1.0, 0.25, GaussianNoise.keyed("strength"))
+    noise = out["a"].astype(np.float64) - received["a"] - 0.01 / norm(trained, received, ["a"])
+    assert abs(noise.mean()) < 5 * 0.25 / math.sqrt(size)
+    assert abs(noise.std() / 0.25 - 1) < 5 / math.sqrt(2 * size)
+    ordered = np.sort(noise[::10] / 0.25)
+    normal = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in ordered])
+    steps = np.arange(1, ordered.size + 1) / ordered.size
+    assert np.max(np.abs(steps - normal)) < 1.95 / math.sqrt(ordered.size) + 1 / ordered.size
+
+
+def test_an_update_that_is_not_finite_is_refused() -> None:
+    update, received = tensors(1), tensors(2)
+    for wrong in (np.nan, np.inf):
+        update["a"][0, 0] = wrong
+        with pytest.raises(TrainingError, match="the update is not finite"):
+            noised(update, received, TRAINED, 1.0, 1.0, NONE)

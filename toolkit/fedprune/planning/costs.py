@@ -1,0 +1,336 @@
+"""What a submodel costs: MACs, parameters, bytes on the wire, memory, time.
+
+`docs/planner.md` gives every formula, where its constants come from and how far they were off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core import tensorfile
+from fedprune.model.architecture import Activation, Architecture, Layer
+from fedprune.planning.kernel_workload import workload
+from fedprune.training import step_contract as step
+from fedprune.training.features import Features
+
+Numbers = npt.NDArray[np.float64]
+
+FLOAT = 4
+"""Bytes of a float32."""
+
+PROCESS_BYTES = 85_000_000
+"""A board's process before it trains: Python, numpy, onnxruntime 1.31 with a loaded graph, the MQTT client and the
+agent. A board that measures it reports its own: 1.23 takes 8 MB less, 1.32 2 MB more."""
+
+ROUND_BYTES = 10_900_000
+"""What a round adds to that whatever the model: threads, buffers, and what allocators round up."""
+
+VALUE_BYTES = 131_000
+"""What a loaded graph takes per activation of the model, which is some thirty nodes of a training graph."""
+
+HELD_BYTES = 4 * 2**20
+"""Samples up to this size are held in memory; larger arrays stay on the disk and are read as batches are drawn."""
+
+WEIGHT_COPIES = 5.82
+"""Arrays of the size of all weights that exist at the peak of a step: weights as received, weights and momentum before
+and after the step, and what remains of gradients and temporaries of the update."""
+
+FROZEN_COPIES = 2
+"""The same of weights that aren't trained: as received, and as the step reads them."""
+
+ACTIVATION_COPIES = 0.69
+"""Memory over size of all activations: the backward pass doesn't need all of them, and the allocator leaves gaps."""
+
+UNROLLED_COPIES = 1.26
+"""The same of the lines that depthwise and grouped convolutions read (`unrolled_elements`)."""
+
+TRANSIENTS = 1.94
+"""Arrays of the size of the largest activation that exist in addition: the gradients that go in and out of a layer."""
+
+GAPS_OF_PARTS = 1.12
+"""Memory of activations in steps of several parts, over that in steps of one: sums and statistics of a part come and go
+in the allocator's memory, and leave more gaps."""
+
+_TINY_MAP, _WHOLE_LINE, _BLOCK = 16, 64, 16
+"""Area of a map that is one line, longest line that stays whole, and blocks of longer ones, as in training graphs."""
+
+ACTIVATION_PASSES = 12
+"""How often a training step moves its activations through main memory where caches don't help."""
+
+WEIGHT_PASSES = 6
+"""The same of its weights."""
+
+AGENT_BYTES = 17_200_000
+"""What a process that only predicts lacks of a board's: the MQTT client and the agent."""
+
+INFERENCE_COPIES, INFERENCE_KERNEL_COPIES = 1.26, 3.37
+"""Arrays of the size of the weights while a model is loaded: of most weights, and of those of convolutions and
+recurrent layers (`_LAID_OUT`), which onnxruntime lays out anew while the former arrays still exist."""
+
+_LAID_OUT = ("Conv", "GRU", "LSTM", "RNN")
+
+INFERENCE_VALUES = 3
+"""Largest activations that live at once in a forward pass: a layer's input, its output, a branch that waits."""
+
+WEIGHT_FILES = 4
+"""Weights files that a board holds at its worst moment: as received, as trained, and those of its two model slots."""
+
+INFERENCE_FILES = 3
+"""Inference graphs at that moment: the offer's, and in the slots perhaps others of earlier rounds."""
+
+TRAINING_GRAPH_BYTES = 4_000
+INFERENCE_GRAPH_BYTES = 500
+"""What graphs take on the disk per activation of the model, rounded up from those of the tests' nets."""
+
+
+@dataclass(frozen=True)
+class MemoryBreakdown:
+    """Peak memory of a board's process by what takes it, in bytes.
+
+    Attributes:
+        process: Python, numpy, onnxruntime, the MQTT client and the board's agent.
+        graph: The loaded training graph.
+        weights: Weights, gradients and the optimiser's state.
+        activations: What the forward pass keeps for the backward pass, and temporaries.
+        samples: Local samples that are held in memory.
+        learnt: What the board's own rounds took beyond the sum of these, or less if negative.
+    """
+
+    process: int
+    graph: int
+    weights: int
+    activations: int
+    samples: int
+    learnt: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.uncorrected + self.learnt
+
+    @property
+    def uncorrected(self) -> int:
+        """All of it except what the board's rounds taught."""
+        return self.process + self.samples + self.of_width
+
+    @property
+    def of_width(self) -> int:
+        """What depends on the width and on the parts of a batch."""
+        return self.graph + self.weights + self.activations
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of one submodel; per sample where nothing else is said.
+
+    Attributes:
+        parameters: Numbers in all tensors, statistics included.
+        forward_macs: MACs of the forward pass.
+        training_macs: MACs of forward and backward pass.
+        wire_bytes: Exact size of the canonical weights file.
+        activation_bytes: All activations.
+        kept_bytes: Those that the backward pass needs.
+        largest_bytes: The largest activation.
+        unrolled_bytes: Lines that depthwise and grouped convolutions read, written out (`unrolled_elements`).
+        inference_activation_bytes: Activations that live at once in a forward pass.
+        sample_bytes: One sample of local data.
+        kernel_bytes: Weights of convolutions and recurrent layers.
+        values: How many activations the model has.
+    """
+
+    parameters: int
+    forward_macs: int
+    training_macs: int
+    wire_bytes: int
+    activation_bytes: int
+    kept_bytes: int
+    largest_bytes: int
+    unrolled_bytes: int
+    inference_activation_bytes: int
+    sample_bytes: int
+    kernel_bytes: int
+    values: int
+
+    @property
+    def parameter_bytes(self) -> int:
+        """All tensors as float32."""
+        return FLOAT * self.parameters
+
+    def training_memory(
+        self,
+        batch: int,
+        features: Features,
+        samples: int,
+        trained: float = 1.0,
+        own: int = 0,
+        process: int | None = None,
+    ) -> MemoryBreakdown:
+        """Peak memory of a board's process that trains, by what takes it.
+
+        Args:
+            batch: Samples that are worked on at once.
+            features: Features of the training graph: anchors, masks, sums and an optimiser's state take memory.
+            samples: Local samples; of many only `HELD_BYTES` are held in memory.
+            trained: Share of the parameters that are trained; the others are only held.
+            own: Further copies of all weights that it holds (`Recipe.own_copies`).
+            process: What the process takes before it trains, as the board measured it; None for a typical one.
+        """
+        more = 2 * (features.proximal + features.element_mask + features.threshold)
+        more += 2 * (len(step.states(features.optimizer)) - 1)
+        more += features.gradients + features.accumulate + features.squares
+        copies = own + FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + more)
+        sample = ACTIVATION_COPIES * self.activation_bytes + UNROLLED_COPIES * self.unrolled_bytes
+        sample += TRANSIENTS * self.largest_bytes
+        return MemoryBreakdown(
+            process=(PROCESS_BYTES if process is None else process) + ROUND_BYTES,
+            graph=VALUE_BYTES * self.values,
+            weights=int(copies * self.parameter_bytes),
+            activations=int(batch * (GAPS_OF_PARTS if features.accumulate else 1.0) * sample),
+            samples=min(samples * self.sample_bytes, HELD_BYTES),
+        )
+
+    def inference_bytes(self, batch: int, process: int | None = None) -> int:
+        """Peak memory of a process that predicts `batch` samples at a time.
+
+        Args:
+            batch: Samples of a prediction.
+            process: As for `training_memory`.
+        """
+        fixed = max(0, (PROCESS_BYTES if process is None else process) - AGENT_BYTES)
+        weights = INFERENCE_COPIES * (self.parameter_bytes - self.kernel_bytes)
+        weights += INFERENCE_KERNEL_COPIES * self.kernel_bytes
+        return int(fixed + weights + batch * (self.inference_activation_bytes + self.sample_bytes))
+
+    @property
+    def storage_bytes(self) -> int:
+        """What a board's disk must hold for rounds of this submodel."""
+        return self.storage_with(0)
+
+    def storage_with(self, own: int) -> int:
+        """The same with further files that the recipe makes the board keep (`Recipe.own_files`)."""
+        graphs = TRAINING_GRAPH_BYTES * self.values, INFERENCE_GRAPH_BYTES * self.values
+        return storage_bytes(self.wire_bytes, *graphs, own)
+
+
+def storage_bytes(weights: int, training: int, inference: int, own: int = 0) -> int:
+    """Most bytes that a board's state directory takes for a submodel, whose rounds leave and overwrite files.
+
+    Args:
+        weights: Size of its weights file.
+        training: Size of its training graph.
+        inference: Size of its inference graph.
+        own: Further files of that size that the board keeps (`Recipe.own_files`).
+    """
+    return (WEIGHT_FILES + own) * weights + training + INFERENCE_FILES * inference
+
+
+def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
+    """Costs of the submodel of these widths.
+
+    Raises:
+        BundleError: The widths don't fit the architecture.
+    """
+    checked = architecture.check_widths(widths)
+    shapes = architecture.shapes(checked)
+    macs = [layer_macs(architecture, layer, checked, shapes) for layer in architecture.layers]
+    forward = sum(macs)
+    values = [_bytes(v, checked, architecture) for v in architecture.activations]
+    kept = sum(b for v, b in zip(architecture.activations, values, strict=True) if v.kept)
+    parameters = sum(prod(shape) for shape in shapes.values())
+    kernels = {r.weight for r in architecture.layers if r.op in _LAID_OUT and r.weight}
+    head = tensorfile.header((name, "F32", shape) for name, shape in shapes.items())
+    return Costs(
+        parameters=parameters,
+        forward_macs=forward,
+        # Forward, weight gradient and input gradient cost the same; nobody needs the gradient of the model's input.
+        training_macs=3 * forward - next(filter(None, macs), 0),
+        wire_bytes=len(head) + FLOAT * parameters,
+        activation_bytes=sum(values),
+        kept_bytes=kept,
+        largest_bytes=max(values, default=0),
+        unrolled_bytes=sum(
+            _unrolled_bytes(r, checked, architecture, shapes[r.weight][2:] if r.weight else ())
+            for r in architecture.layers
+        ),
+        inference_activation_bytes=sum(sorted(values)[-INFERENCE_VALUES:]),
+        sample_bytes=FLOAT * prod(architecture.input_shape),
+        kernel_bytes=FLOAT * sum(prod(shapes[w]) for w in kernels),
+        values=len(values),
+    )
+
+
+def memory_seconds(architecture: Architecture, widths: npt.ArrayLike, batch: int, bandwidth: float) -> Numbers:
+    """Least times of training steps on a board whose main memory is slow.
+
+    Args:
+        architecture: The model.
+        widths: Kept channels per group, [n, groups] or [groups].
+        batch: Samples of a step.
+        bandwidth: Bytes per second of main memory, read plus write; may be infinite.
+
+    Returns:
+        Seconds, [n].
+    """
+    elements, parameters = workload(architecture).contents(widths)
+    moved: Numbers = FLOAT * (ACTIVATION_PASSES * batch * elements + WEIGHT_PASSES * parameters)
+    return moved / bandwidth
+
+
+def layer_macs(
+    architecture: Architecture, layer: Layer, widths: Sequence[int], shapes: Mapping[str, tuple[int, ...]]
+) -> int:
+    """MACs of one sample's forward pass in one row of the cost table.
+
+    Args:
+        architecture: The model.
+        layer: The row.
+        widths: Kept channels per group.
+        shapes: Shapes of all tensors at these widths.
+    """
+    if layer.weight:
+        return prod(shapes[layer.weight]) * layer.positions
+    # A product of two values: every number that it makes sums over the inner axis.
+    inner = layer.inner.size(widths, architecture.sizes)
+    return inner * layer.makes.size(widths, architecture.sizes) if inner else 0
+
+
+def unrolled_elements(layer: Layer, channels: int, kernel: Sequence[int]) -> int:
+    """Elements of the lines that the outputs of a depthwise or grouped convolution read, for one sample.
+
+    A training graph multiplies these lines by matrices (`fedprune_export.autodiff.rules.depthwise`) and keeps them for
+    the gradient of the kernel. Lines up to `_WHOLE_LINE` are whole; longer ones are cut into blocks, and a block of
+    outputs reads all blocks that its window touches. Rows of the cost table have areas, so that maps are taken as
+    square.
+
+    Args:
+        layer: The convolution's row.
+        channels: Channels of its input.
+        kernel: Sizes of its window.
+    """
+    areas = layer.reads.positions, layer.positions, layer.stride
+    size, made, stride = (round(math.pow(n, 1 / len(kernel))) for n in areas)
+    if layer.reads.positions <= _TINY_MAP or not made:
+        return channels * layer.reads.positions
+    lines = channels * prod(kernel[:-1]) * layer.positions // made
+    if size <= _WHOLE_LINE:
+        return lines * size
+    step = max(_BLOCK // stride, 1)
+    blocks = ((step - 1) * stride + kernel[-1] - 1) // (step * stride) + 1
+    return lines * blocks * -(-made // step) * step * stride
+
+
+def _unrolled_bytes(layer: Layer, widths: Sequence[int], architecture: Architecture, kernel: Sequence[int]) -> int:
+    if layer.op != "Conv" or layer.groups == 1 or not layer.reads.positions:
+        return 0
+    channels = layer.reads.size(widths, architecture.sizes) // layer.reads.positions
+    return FLOAT * unrolled_elements(layer, channels, kernel)
+
+
+def _bytes(value: Activation, widths: Sequence[int], architecture: Architecture) -> int:
+    return FLOAT * value.positions * value.channels.size(widths, architecture.sizes)

@@ -1,0 +1,172 @@
+"""Which hardware profile fits a board: by its device tree, then its memory and clock; and what its L4T release brings.
+
+Names alone don't suffice: modules sit on other makers' carriers with names of their own, and boards of one name come
+with other memory or a slower processor. So the evidence is kept and said.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.errors import ProfileError
+from fedprune.planning import profile_store
+from fedprune.planning.jetpack import JetPack, jetpack
+from fedprune.planning.profile import HardwareProfile
+
+_MEMORY_SLACK = 0.15
+"""Firmware and kernel take up to this share of a board's memory before Linux counts it."""
+
+_CLOCK_SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a board says of itself.
+
+    Attributes:
+        model: /proc/device-tree/model; empty where there is none.
+        compatible: The entries of /proc/device-tree/compatible, such as "nvidia,tegra234".
+        l4t: The L4T release of a Jetson, such as "36.4.3"; empty elsewhere.
+        machine: The architecture (`uname -m`).
+        memory_total: MemTotal in bytes; None if not known.
+        clock_hz: Highest clock of the processor; None if not known.
+    """
+
+    model: str = ""
+    compatible: tuple[str, ...] = ()
+    l4t: str = ""
+    machine: str = field(default_factory=platform.machine)
+    memory_total: int | None = None
+    clock_hz: int | None = None
+
+
+@dataclass(frozen=True)
+class Identification:
+    """A profile and why it was chosen.
+
+    Attributes:
+        profile: The profile.
+        evidence: What spoke for it, one text each.
+        differences: Where the board is not what the profile promises, one text each.
+        jetpack: The JetPack release, None where there is no L4T release or an unknown one.
+    """
+
+    profile: HardwareProfile
+    evidence: tuple[str, ...]
+    differences: tuple[str, ...]
+    jetpack: JetPack | None
+
+    @property
+    def certain(self) -> bool:
+        """Whether the board's own name was known, and not just its processor or architecture."""
+        return bool(self.profile.identify) and any(e.startswith("device tree: ") for e in self.evidence)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {
+            "profile": self.profile.name,
+            "title": self.profile.title,
+            "support": self.profile.support,
+            "advice": self.profile.advice,
+            "certain": self.certain,
+            "evidence": list(self.evidence),
+            "differences": list(self.differences),
+            "jetpack": self.jetpack.name if self.jetpack is not None else None,
+        }
+
+    def describe(self) -> str:
+        """Some lines for people."""
+        lines = [f"{self.profile.name}: {self.profile.title}"]
+        lines += [f"  because of {e}" for e in self.evidence]
+        lines += [f"  but {d}" for d in self.differences]
+        if self.profile.advice:
+            lines.append(f"  second tier: {self.profile.advice}")
+        return "\n".join(lines)
+
+
+def identify(facts: Facts, folders: Sequence[Path] = ()) -> Identification:
+    """The profile that fits a board best.
+
+    The longest text of `identify` that occurs in the model or in an entry of `compatible` decides. Failing that, the
+    processor's name (`soc`) does, else the architecture. Among profiles that are equal in this, the one whose memory
+    fits, then the one whose clock fits is taken; where nothing tells them apart, the one with less memory.
+
+    Args:
+        facts: What the board says.
+        folders: A user's own folders of profiles.
+
+    Raises:
+        ProfileError: No profile fits, and there is no generic one for this architecture; the L4T release is no number.
+    """
+    known = jetpack(facts.l4t) if facts.l4t else None
+    profiles = [profile_store.find(name, folders) for name in profile_store.names(folders)]
+    profiles = [p for p in profiles if p.arch == facts.machine]
+    texts = (facts.model, *facts.compatible)
+    named = [(len(t), p, t) for p in profiles for t in p.identify if any(t in text for text in texts)]
+    if named:
+        longest = max(length for length, _, _ in named)
+        fitting = [p for length, p, _ in named if length == longest]
+        evidence = [f"device tree: {next(t for length, _, t in named if length == longest)}"]
+    elif fitting := [p for p in profiles if p.soc and any(_is_soc(p.soc, c) for c in facts.compatible)]:
+        evidence = [f"processor: {fitting[0].soc}"]
+    else:
+        fitting = [_generic(facts, folders)]
+        evidence = [f"architecture: {facts.machine}"]
+    profile = min(fitting, key=lambda p: (*_distance(p, facts), p.memory.total_bytes, p.name))
+    if len(fitting) > 1:
+        if facts.memory_total is not None:
+            evidence.append(f"memory: {facts.memory_total / 1e9:.1f} GB")
+        elif facts.clock_hz is not None:
+            evidence.append(f"clock: {facts.clock_hz / 1e9:.2f} GHz")
+    if facts.l4t:
+        evidence.append(f"L4T {facts.l4t}" + (f": JetPack {known.name}" if known else ", which is not known here"))
+    return Identification(profile, tuple(evidence), tuple(_differences(profile, facts, known)), known)
+
+
+def _is_soc(soc: str, entry: str) -> bool:
+    """Entries are "maker,name"; a profile gives the name."""
+    return entry.rpartition(",")[2] == soc
+
+
+def _generic(facts: Facts, folders: Sequence[Path]) -> HardwareProfile:
+    name = f"generic-{facts.machine.replace('_', '-')}"
+    if name not in profile_store.names(folders):
+        raise ProfileError(
+            f"no hardware profile fits a {facts.machine} board",
+            got=repr(facts.model),
+            hint="Write one (docs/add-a-board.md) and name it.",
+        )
+    return profile_store.find(name, folders)
+
+
+def _distance(profile: HardwareProfile, facts: Facts) -> tuple[float, float]:
+    """How far memory and clock are from the profile's, as magnitudes of ratios; 0 where they aren't known or fit."""
+    out = []
+    for measured, promised, slack in (
+        (facts.memory_total, profile.memory.total_bytes, _MEMORY_SLACK),
+        (facts.clock_hz, profile.cpu.clock_hz, _CLOCK_SLACK),
+    ):
+        away = abs(math.log(measured / promised)) if measured else 0.0
+        out.append(0.0 if away <= slack else away)
+    return out[0], out[1]
+
+
+def _differences(profile: HardwareProfile, facts: Facts, known: JetPack | None) -> list[str]:
+    out = []
+    memory, clock = _distance(profile, facts)
+    if memory and facts.memory_total and profile.identify:
+        out.append(f"it has {facts.memory_total / 1e9:.1f} GB of memory, not {profile.memory.total_bytes / 1e9:.1f}")
+    if clock and facts.clock_hz and profile.identify:
+        out.append(f"its processor runs at {facts.clock_hz / 1e9:.2f} GHz, not {profile.cpu.clock_hz / 1e9:.2f}")
+    if known is not None:
+        promised = profile.software.tensorrt
+        if promised is not None and promised != known.tensorrt:
+            out.append(f"JetPack {known.name} has TensorRT {known.tensorrt}, not {promised}")
+        if not known.runs_the_runtime and profile.support == "first":
+            out.append(f"JetPack {known.name} has Python {known.python}, and the runtime needs 3.10: flash a newer one")
+    return out

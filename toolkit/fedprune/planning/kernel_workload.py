@@ -1,0 +1,324 @@
+"""What a model's kernels have to do at any widths: the work of a step or a prediction, by kind of layer.
+
+Rows of the cost table become a few numbers each (calls, MACs, elements moved, weights touched) under the
+name of a *kind* of kernel. What a board takes for one such unit is its `LatencyTable`'s to say
+(`fedprune.planning.latency_model`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.model.architecture import Architecture, Layer
+from fedprune.model.axis import Axis
+
+Numbers = npt.NDArray[np.float64]
+
+FEATURES = ("call", "part", "mac", "move", "weight")
+"""What a kernel is counted by: calls, parts into which a call falls (samples × taps), MACs, elements that go
+in and out, and weights."""
+
+KINDS = (
+    "conv",
+    "conv1x1",
+    "conv-small",
+    "conv1x1-small",
+    "conv-tiny",
+    "conv-plain",
+    "conv1x1-plain",
+    "conv-plain-small",
+    "conv1x1-plain-small",
+    "depthwise",
+    "depthwise-small",
+    "depthwise-plain",
+    "grouped",
+    "transposed",
+    "linear",
+    "product",
+    "recurrent",
+    "batch-norm",
+    "norm",
+    "cheap",
+    "dear",
+    "pool",
+    "reduce",
+    "copy",
+    "run",
+)
+"""Kinds of kernels. In training convolutions differ by the size of their map (which decides their formulation); in
+inference by whether onnxruntime computes them with channels in blocks or, "plain", without."""
+
+LARGE_MAP, TINY_MAP = 64, 4
+"""Places of a map from which, and up to which, a training graph's convolutions are formulated in their own way."""
+
+ALIGNMENT = 4
+"""Channels that onnxruntime's blocked kernels want a multiple of; with others it falls back to plain ones."""
+
+BLOCKS = (1, 4, 8, 16)
+"""Channels of a block that processors use, as far as known (1: no blocks)."""
+
+TILE = 32
+"""Columns that a matrix product computes at once; narrower ones cost as much."""
+
+_CHEAP = frozenset(
+    {"Relu", "Clip", "Add", "Sub", "Mul", "Neg", "Abs", "LeakyRelu", "Max", "Min", "Sum", "Mean", "PRelu", "Where"}
+)
+_NORMS = frozenset({"LayerNormalization", "GroupNormalization", "RMSNormalization", "InstanceNormalization"})
+_POOLS = frozenset({"MaxPool", "AveragePool", "LpPool", "Resize"})
+_COPIES = frozenset({"Concat", "Transpose", "Slice", "Split", "Pad", "Gather", "Expand", "DepthToSpace", "Tile"})
+_FUSED = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
+"""Activations that onnxruntime lets a convolution do as it writes."""
+
+_INDEX = {kind: i for i, kind in enumerate(KINDS)}
+
+
+class Workload:
+    """An architecture's kernels, ready to be counted for many widths at once.
+
+    Args:
+        architecture: The model.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        self._architecture = architecture
+        self._places: dict[Axis, int] = {Axis.fixed(1): 0}
+        shapes = {t.name: t.axes for t in architecture.tensors}
+        # A product of two activations sums over `inner` what each of its outputs needs.
+        self._layers = architecture.layers
+        reads, makes, weights, outs, inners, inner = [], [], [], [], [], []
+        for layer in self._layers:
+            reads.append(self._factors(layer.reads.axes))
+            makes.append(self._factors(layer.makes.axes))
+            axes = shapes.get(layer.weight, ())
+            weights.append(self._factors(axes))
+            out = axes[layer.output_axis : layer.output_axis + 1]
+            outs.append(self._factors(out))
+            others = [a for i, a in enumerate(axes) if i != layer.output_axis]
+            inners.append(self._factors(others[:1]))
+            inner.append(self._factors((layer.inner,) if layer.inner.segments else ()))
+        self._reads, self._makes, self._weights = map(_table, (reads, makes, weights))
+        self._outs, self._inners, self._inner = map(_table, (outs, inners, inner))
+        self._tensors = _table([self._factors(t.axes) for t in architecture.tensors])
+        self._values = _table([self._factors((v.channels,)) for v in architecture.activations])
+        self._slopes = np.zeros((len(architecture.groups), len(self._places)))
+        self._starts = np.zeros(len(self._places))
+        for axis, place in self._places.items():
+            for s in axis.segments:
+                if s.group < 0:
+                    self._starts[place] += s.length
+                else:
+                    self._slopes[s.group, place] += s.length / architecture.groups[s.group].size
+        self._read_positions = np.array([n.reads.positions for n in self._layers], float)
+        self._make_positions = np.array([n.makes.positions for n in self._layers], float)
+        self._positions = np.array([n.positions for n in self._layers], float)
+        self._value_positions = np.array([v.positions for v in architecture.activations], float)
+        self._kernels = np.array([n.kernel for n in self._layers], float)
+        self._strides = np.array([n.stride for n in self._layers], float)
+        self._weighted = np.array([bool(n.weight) for n in self._layers], bool)
+        self._depthwise = np.array([_kind(n) == "depthwise" for n in self._layers], bool)
+        self._first = int(np.argmax(self._weighted)) if self._weighted.any() else -1
+        self._training = np.array([_INDEX[_training_kind(n)] for n in self._layers], int)
+        self._inference = np.array([_inference_kind(self._layers, i) for i in range(len(self._layers))], int)
+
+    def _factors(self, axes: Sequence[Axis]) -> list[int]:
+        return [self._places.setdefault(a, len(self._places)) for a in axes]
+
+    def sizes(self, widths: npt.ArrayLike) -> Numbers:
+        """Lengths of all axes, [n, axes], at widths [n, groups]."""
+        return np.rint(np.atleast_2d(np.asarray(widths, float)) @ self._slopes + self._starts)
+
+    def macs(self, widths: npt.ArrayLike) -> Numbers:
+        """MACs of one sample's forward pass, per row: [n, rows]."""
+        sizes = self.sizes(widths)
+        return self._macs(sizes, *self._elements(sizes))
+
+    def forward_macs(self, widths: npt.ArrayLike) -> Numbers:
+        """MACs of one sample's forward pass, all layers: [n]."""
+        return np.asarray(self.macs(widths).sum(1))
+
+    def contents(self, widths: npt.ArrayLike) -> tuple[Numbers, Numbers]:
+        """Elements of one sample's activations, and of all tensors: [n] each."""
+        sizes = self.sizes(widths)
+        return (sizes[:, self._values].prod(-1) * self._value_positions).sum(1), sizes[:, self._tensors].prod(-1).sum(1)
+
+    def _elements(self, sizes: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+        reads = sizes[:, self._reads].prod(-1) * self._read_positions
+        makes = sizes[:, self._makes].prod(-1) * self._make_positions
+        return reads, makes, np.where(self._weighted, sizes[:, self._weights].prod(-1), 0)
+
+    def _macs(self, sizes: Numbers, reads: Numbers, makes: Numbers, weights: Numbers) -> Numbers:
+        products = np.where(self._training == _INDEX["product"], makes * sizes[:, self._inner].prod(-1), 0)
+        return np.asarray(np.where(self._weighted, weights * self._positions, products))
+
+    def training(self, widths: npt.ArrayLike, batch: int) -> Numbers:
+        """The work of training steps.
+
+        Args:
+            widths: Kept channels per group, [n, groups].
+            batch: Samples of a step.
+
+        Returns:
+            Per widths, kind and feature: [n, kinds × features].
+        """
+        sizes = self.sizes(widths)
+        reads, makes, weights = self._elements(sizes)
+        macs = self._macs(sizes, reads, makes, weights)
+        if self._first >= 0:
+            macs[:, self._first] *= 2 / 3  # nobody needs the gradient of the model's input
+        taps = np.where((self._kernels > 1) & self._weighted, self._kernels / self._strides, 1.0)
+        # A depthwise layer's input gradient is as large as its input, whatever the stride.
+        taps = np.where(self._depthwise, self._kernels, taps)
+        windows = self._positions >= LARGE_MAP
+        parts = np.where(self._weighted, batch * np.where(windows, self._kernels, 1.0), 0.0)
+        parts = np.broadcast_to(parts, macs.shape)
+        ones = np.ones_like(macs)
+        rows = np.stack([ones, parts, macs * batch, (reads * taps + makes) * batch, weights], -1)
+        return self._gather(rows, np.broadcast_to(self._training, macs.shape))
+
+    def inference(self, widths: npt.ArrayLike, batch: int, block: int) -> Numbers:
+        """The work of predictions, as `training` gives it.
+
+        Args:
+            widths: Kept channels per group, [n, groups].
+            batch: Samples of a run.
+            block: Channels that a blocked kernel computes at once.
+        """
+        sizes = self.sizes(widths)
+        reads, makes, weights = self._elements(sizes)
+        macs = self._macs(sizes, reads, makes, weights) * batch
+        out, inner = sizes[:, self._outs].prod(-1), sizes[:, self._inners].prod(-1)
+        kinds = np.broadcast_to(self._inference, macs.shape).copy()
+        plain = self._plain(kinds, inner, out, block)
+        filled = _filled(out, block) * np.where(inner >= block, _filled(inner, block), 1.0)
+        convolutions = np.isin(self._inference, _CONVOLUTIONS)
+        padded = np.where(plain, 1.0, np.where(convolutions, filled, _filled(out, block)))
+        places = np.maximum(self._positions, 1)
+        columns = np.where(plain, np.ceil(places / TILE) * TILE / places, 1.0)
+        macs = np.where(convolutions, macs * padded * columns, np.where(self._depthwise, macs * padded, macs))
+        # Plain kernels lay out every window of their input first.
+        taps = np.where(plain & (self._kernels > 1) & (kinds == _INDEX["conv"]), self._kernels / self._strides, 1.0)
+        small = self._positions < LARGE_MAP
+        for blocked, other in _PLAIN.items():
+            chosen = plain & (kinds == _INDEX[blocked])
+            kinds[chosen & ~small] = _INDEX[other]
+            kinds[chosen & small] = _INDEX.get(f"{other}-small", _INDEX[other])
+        moved = (reads * taps + makes) * batch
+        rows = np.stack([np.ones_like(macs), np.zeros_like(macs), macs, moved, weights], -1)
+        return self._gather(np.where((kinds >= 0)[..., None], rows, 0.0), np.maximum(kinds, 0))
+
+    @staticmethod
+    def _plain(kinds: npt.NDArray[np.int64], inner: Numbers, out: Numbers, block: int) -> npt.NDArray[np.bool_]:
+        """Where onnxruntime can't use its blocked kernels."""
+        wide = np.isin(kinds, [_INDEX["conv"], _INDEX["conv1x1"]])
+        # Less than a block of input channels (an image's) has a kernel of its own.
+        bad = (inner >= block) & (inner % ALIGNMENT > 0)
+        narrow = (kinds == _INDEX["depthwise"]) & (out % ALIGNMENT > 0)
+        return np.asarray((wide & bad) | narrow)
+
+    def _gather(self, rows: Numbers, kinds: npt.NDArray[np.int64]) -> Numbers:
+        """Sums of rows by kind, with one "run" for the whole."""
+        out = np.zeros((len(rows), len(KINDS), len(FEATURES)))
+        for k in range(len(KINDS) - 1):
+            mask = kinds == k
+            if mask.any():
+                out[:, k] = np.where(mask[..., None], rows, 0.0).sum(1)
+        out[:, -1, 0] = 1
+        return out.reshape(len(out), -1)
+
+
+_CONVOLUTIONS = [_INDEX["conv"], _INDEX["conv1x1"]]
+_PLAIN = {"conv": "conv-plain", "conv1x1": "conv1x1-plain", "depthwise": "depthwise-plain"}
+
+
+def _filled(channels: Numbers, block: int) -> Numbers:
+    """By how much channels grow when they fill whole blocks."""
+    return np.asarray(np.ceil(channels / block) * block / np.maximum(channels, 1))
+
+
+def workload(architecture: Architecture) -> Workload:
+    """The workload of an architecture; the last few are remembered."""
+    return _remembered(_Key(architecture))
+
+
+class _Key:
+    """An architecture, compared by its digest."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+
+    def __hash__(self) -> int:
+        return hash(self.architecture.digest)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and other.architecture.digest == self.architecture.digest
+
+
+@lru_cache(maxsize=8)
+def _remembered(key: _Key) -> Workload:
+    return Workload(key.architecture)
+
+
+def _table(rows: list[list[int]]) -> npt.NDArray[np.int64]:
+    """Rows of axis numbers, filled up with axis 0, which is 1 long."""
+    width = max((len(r) for r in rows), default=0) or 1
+    return np.array([r + [0] * (width - len(r)) for r in rows], np.int64).reshape(len(rows), width)
+
+
+def _training_kind(layer: Layer) -> str:
+    kind = _kind(layer)
+    if kind == "conv":
+        if layer.positions <= TINY_MAP and layer.kernel > 1:
+            return "conv-tiny"
+        kind = "conv" if layer.kernel > 1 else "conv1x1"
+    if kind in ("conv", "conv1x1", "depthwise"):
+        return kind if layer.positions >= LARGE_MAP else f"{kind}-small"
+    return kind
+
+
+def _inference_kind(layers: Sequence[Layer], place: int) -> int:
+    """The kind's number; -1 for what a convolution before it does in passing."""
+    layer = layers[place]
+    kind = _kind(layer)
+    if kind == "conv" and layer.kernel == 1:
+        kind = "conv1x1"
+    before = layers[place - 1] if place else None
+    if layer.op == "BatchNormalization" and before is not None and before.op == "Conv":
+        return -1
+    if layer.op in _FUSED and before is not None:
+        if before.op == "BatchNormalization" and place > 1:
+            before = layers[place - 2]
+        if before.op in ("Conv", "Gemm") and before.makes == layer.makes:
+            return -1
+    return _INDEX[kind]
+
+
+def _kind(layer: Layer) -> str:
+    op = layer.op
+    if op == "Conv":
+        if layer.groups == 1:
+            return "conv"
+        return "depthwise" if prod([a.length for a in layer.makes.axes]) == layer.groups else "grouped"
+    if op == "ConvTranspose":
+        return "transposed"
+    if op in ("LSTM", "GRU", "RNN"):
+        return "recurrent"
+    if layer.weight:
+        return "linear"
+    if op in ("MatMul", "Einsum"):
+        return "product"
+    if op == "BatchNormalization":
+        return "batch-norm"
+    if op in _NORMS:
+        return "norm"
+    if op in _POOLS:
+        return "pool"
+    if op.startswith(("Reduce", "Global")):
+        return "reduce"
+    if op in _COPIES:
+        return "copy"
+    return "cheap" if op in _CHEAP else "dear"

@@ -1,0 +1,251 @@
+"""What a board's kernels take, measured: the time of a training step and of a prediction at any widths.
+
+The time of a graph is the sum over its kernels of calls, parts, MACs, elements moved and weights, each
+times what the board takes for one of them in a kernel of that kind (`fedprune.planning.kernel_workload` counts them).
+The probe measures small nets at a few widths and fits those numbers; a kind that it saw little of stays near what is
+typical.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ProfileError
+from fedprune.core.validation import is_number, is_whole
+from fedprune.model.architecture import Architecture
+from fedprune.planning.kernel_workload import BLOCKS, FEATURES, KINDS, workload
+
+Numbers = npt.NDArray[np.float64]
+Rows = Mapping[str, tuple[float, ...]]
+
+TYPICAL_TRAINING = {"call": 2e-5, "part": 3e-7, "mac": 6e-11, "move": 1.2e-9, "weight": 4e-9}
+TYPICAL_INFERENCE = {"call": 2e-6, "part": 1e-6, "mac": 2e-11, "move": 3e-10, "weight": 1e-10}
+"""Seconds per unit of any kernel on the machine of `TYPICAL_RATE`; a step has some thirty operators per layer."""
+
+TYPICAL_RATE = 50e9
+"""FLOP/s of the probe's training step on that machine: one thread of a server's processor."""
+
+_DEAR = {"depthwise": 4.0, "depthwise-small": 4.0, "norm": 3.0, "recurrent": 2.0}
+"""Kinds of which training moves more elements than of others."""
+
+_TRUST = 0.01
+"""How strongly a fit holds on to what is typical, where measurements say little."""
+
+_SWEEPS = 300
+_MAX_SECONDS = 1e3
+_LEAST_SECONDS = 1e-9
+"""Nothing runs in no time, whatever a table from outside says of some kinds: times are divided by one another."""
+
+_DIGITS = 5
+_STEPS, _PREDICTIONS = "training", "inference"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How long one graph took at some widths.
+
+    Attributes:
+        architecture: Its model.
+        widths: Kept channels per group.
+        batch: Samples of the step or prediction.
+        seconds: The median of several runs.
+        training: Whether it was a training step.
+    """
+
+    architecture: Architecture
+    widths: tuple[int, ...]
+    batch: int
+    seconds: float
+    training: bool
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What a board takes for one unit of work, by kind of kernel.
+
+    Attributes:
+        block: Channels that its blocked kernels compute at once; 1 if it has none.
+        training: Seconds per unit (`FEATURES`) by kind, for training steps.
+        inference: The same for predictions.
+        error: Median relative error over what was measured; NaN where nothing was.
+        points: How many graphs and widths were measured.
+    """
+
+    block: int
+    training: Rows = field(hash=False)
+    inference: Rows = field(hash=False)
+    error: float = math.nan
+    points: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS:
+            raise ProfileError("latency table: block", expected=f"one of {BLOCKS}", got=repr(self.block)[:80])
+        for name in (_STEPS, _PREDICTIONS):
+            rows = getattr(self, name)
+            if set(rows) != set(KINDS):
+                raise ProfileError(f"latency table: kinds of {name}", expected=", ".join(KINDS))
+            for kind, row in rows.items():
+                if len(row) != len(FEATURES) or not all(0 <= v <= _MAX_SECONDS for v in row):
+                    raise ProfileError(
+                        f"latency table: {name} of {kind}",
+                        expected=f"{len(FEATURES)} numbers of seconds",
+                        got=repr(row)[:80],
+                    )
+            if not any(row[0] > 0 for row in rows.values()):
+                raise ProfileError(f"latency table: {name}", expected="a time of a call or run", got="none above 0")
+        if self.error < 0:
+            raise ProfileError("latency table: error", expected="0 or more", got=self.error)
+
+    def step_seconds(self, architecture: Architecture, widths: npt.ArrayLike, batch: int) -> Numbers:
+        """Time of training steps.
+
+        Args:
+            architecture: The model.
+            widths: Kept channels per group, [n, groups] or [groups].
+            batch: Samples of a step.
+
+        Returns:
+            Seconds, [n].
+        """
+        return np.maximum(_LEAST_SECONDS, workload(architecture).training(widths, batch) @ _vector(self.training))
+
+    def latency_seconds(self, architecture: Architecture, widths: npt.ArrayLike, batch: int = 1) -> Numbers:
+        """Time of predictions, as `step_seconds` gives it."""
+        work = workload(architecture).inference(widths, batch, self.block)
+        return np.maximum(_LEAST_SECONDS, work @ _vector(self.inference))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        body: dict[str, Any] = {"block": self.block, "points": self.points}
+        if math.isfinite(self.error):
+            body["error"] = self.error
+        for name in (_STEPS, _PREDICTIONS):
+            body[name] = {kind: list(row) for kind, row in getattr(self, name).items()}
+        return body
+
+    @classmethod
+    def from_dict(cls, body: object) -> LatencyTable:
+        """Read and check; kinds that only newer probes know are ignored, those that older ones lack are typical.
+
+        Raises:
+            ProfileError: It is not what `to_dict` writes.
+        """
+        try:
+            if not isinstance(body, Mapping):
+                raise TypeError(f"a {type(body).__name__}")
+            parts = {}
+            for name in (_STEPS, _PREDICTIONS):
+                given = body[name]
+                if not isinstance(given, Mapping):
+                    raise TypeError(f"{name} is a {type(given).__name__}")
+                typical = typical_rows(TYPICAL_RATE)[name == _PREDICTIONS]
+                parts[name] = {k: tuple(map(_number, given[k])) if k in given else typical[k] for k in KINDS}
+            return cls(
+                block=_whole(body["block"]),
+                error=_number(body["error"]) if "error" in body else math.nan,
+                points=_whole(body["points"]),
+                **parts,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ProfileError(f"this is not a latency table ({type(error).__name__}: {str(error)[:80]})") from error
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+
+def typical_rows(rate: float) -> tuple[Rows, Rows]:
+    """What training and inference typically take where the probe's training step reaches `rate` FLOP/s."""
+    slower = TYPICAL_RATE / rate
+    training, inference = {}, {}
+    for kind in KINDS:
+        dear = _DEAR.get(kind, 1.0)
+        training[kind] = tuple(slower * v * (dear if f == "move" else 1.0) for f, v in TYPICAL_TRAINING.items())
+        inference[kind] = tuple(slower * v for v in TYPICAL_INFERENCE.values())
+    return training, inference
+
+
+def typical_table(rate: float) -> LatencyTable:
+    """The analytic model for a board of which only a rate is known.
+
+    Args:
+        rate: FLOP/s that the probe's training step reaches, or is promised to reach.
+    """
+    training, inference = typical_rows(rate)
+    return LatencyTable(16, training, inference)
+
+
+def fitted(measured: Sequence[Measurement], rate: float = TYPICAL_RATE) -> LatencyTable:
+    """The table that explains measurements best (least squares of relative errors, no negative times).
+
+    Args:
+        measured: Training steps and predictions.
+        rate: FLOP/s of the probe's training step, from which kinds that were not seen are guessed.
+
+    Raises:
+        ProfileError: There are no measurements of steps, or none of predictions.
+    """
+    steps, predictions = ([m for m in measured if m.training is kind] for kind in (True, False))
+    if not steps or not predictions:
+        raise ProfileError("latency table: measurements", expected="training steps and predictions")
+    typical = typical_rows(rate)
+    work = np.concatenate([workload(m.architecture).training(m.widths, m.batch) for m in steps])
+    training, wrong = _fit(work, steps, typical[0])
+    best: tuple[float, int, Numbers, Numbers] | None = None
+    for block in BLOCKS:
+        work = np.concatenate([workload(m.architecture).inference(m.widths, m.batch, block) for m in predictions])
+        found, errors = _fit(work, predictions, typical[1])
+        score = float(np.sqrt(np.mean(errors**2)))
+        # A smaller block must explain clearly more: without blocked kernels all of them say the same.
+        if best is None or score < 0.98 * best[0]:
+            best = score, block, found, errors
+    if best is None:
+        raise ProfileError("latency table: no block was tried")
+    error = float(np.median(np.abs(np.concatenate([wrong, best[3]]))))
+    return LatencyTable(best[1], _rows(training), _rows(best[2]), round(error, 4), len(measured))
+
+
+def _fit(work: Numbers, measured: Sequence[Measurement], typical: Rows) -> tuple[Numbers, Numbers]:
+    """Seconds per unit, and the relative error of every measurement."""
+    seconds = np.array([m.seconds for m in measured])
+    prior = _vector(typical)
+    prior = prior * max(1e-12, float(np.median(seconds / (work @ prior))))
+    # In multiples of what is typical, so that all unknowns are near 1 and are held there alike.
+    scaled = work / seconds[:, None] * prior
+    square = scaled.T @ scaled
+    used = np.flatnonzero(scaled.any(0))
+    target = scaled.sum(0) + _TRUST
+    square[np.diag_indices_from(square)] += _TRUST
+    factor = np.ones(len(prior))
+    for _ in range(_SWEEPS):
+        for j in used:
+            factor[j] = max(0.0, factor[j] - (square[j] @ factor - target[j]) / square[j, j])
+    return prior * factor, scaled @ factor - 1
+
+
+def _vector(rows: Rows) -> Numbers:
+    return np.array([v for kind in KINDS for v in rows[kind]])
+
+
+def _rows(vector: Numbers) -> Rows:
+    table = vector.reshape(len(KINDS), len(FEATURES))
+    return {k: tuple(float(f"{v:.{_DIGITS}g}") for v in row) for k, row in zip(KINDS, table.tolist(), strict=True)}
+
+
+def _number(value: Any) -> float:
+    if not is_number(value):
+        raise ValueError(f"{str(value)[:40]!r} is not a number")
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if not is_whole(value, 0, 10**6):
+        raise ValueError(f"{str(value)[:40]!r} is not a whole number")
+    return value

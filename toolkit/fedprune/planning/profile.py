@@ -1,0 +1,316 @@
+"""What a kind of board is: processor, memory, speed, link, storage, software, every figure with its source.
+
+Profiles are TOML files that people write and JSON that boards get. `docs/add-a-board.md` has the table of keys. A
+profile promises; what a board measures of itself (`probe_report`) beats it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fedprune.core import validation
+from fedprune.core.errors import ProfileError
+from fedprune.core.toml_file import read_toml
+from fedprune.core.validation import is_number, is_whole
+from fedprune.planning.profile_sections import (
+    SECTIONS,
+    Accelerator,
+    Compute,
+    Cpu,
+    Link,
+    Memory,
+    Power,
+    Software,
+    Storage,
+)
+
+FORMAT = "fedprune.profile/1"
+SCHEMES = ("https://", "http://", "derived: ", "estimate: ")
+"""How a source begins: an address, a calculation from other figures, or a reasoned guess."""
+
+ARCHES = ("aarch64", "x86_64")
+NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+"""What a profile may be called."""
+_MIN_REASON = 8
+
+_TOP = ("name", "title", "family", "arch", "identify", "soc", "support", "advice")
+
+SUPPORT = ("first", "second")
+"""Whether the runtime runs on what the board's maker ships, or only on what a user adds to it."""
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """A kind of board.
+
+    Attributes:
+        name: Short name, unique in a store (lower-case letters, digits, dots, dashes).
+        title: For people.
+        family: Boards that share an image or installer, such as raspberry-pi.
+        arch: aarch64 or x86_64.
+        cpu: The processor.
+        memory: Main memory.
+        compute: Speed of training.
+        link: The way to the server.
+        storage: Room on disk.
+        software: What it runs.
+        accelerator: A unit beside the processor, if any.
+        power: Power at the wall, if known.
+        identify: Texts of which one occurs in the board's device tree (model or compatible); none for generic profiles.
+        soc: The processor's name in the device tree's list of what it is compatible with, such as tegra234: it tells
+            a board on a carrier that no text of `identify` knows.
+        support: One of `SUPPORT`.
+        advice: What a user can do where the support is "second"; empty else.
+        sources: For every figure ("cpu.cores") where it comes from.
+    """
+
+    name: str
+    title: str
+    family: str
+    arch: str
+    cpu: Cpu
+    memory: Memory
+    compute: Compute
+    link: Link
+    storage: Storage
+    software: Software
+    accelerator: Accelerator | None = None
+    power: Power | None = None
+    identify: tuple[str, ...] = ()
+    soc: str = ""
+    support: str = "first"
+    advice: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def training_bytes(self) -> int:
+        """Memory that a training process may take."""
+        return round((self.memory.total_bytes - self.memory.reserve_bytes) * self.memory.training_share)
+
+    @property
+    def train_rate(self) -> float:
+        """Promised float32 rate of training, in FLOP/s."""
+        return self.compute.peak_flops * self.compute.efficiency
+
+    def figures(self) -> dict[str, Any]:
+        """Every figure that is set, by dotted name, in the order of the schema."""
+        out: dict[str, Any] = {}
+        for section, (kind, _) in SECTIONS.items():
+            part = getattr(self, section)
+            if part is not None:
+                values = ((f"{section}.{f.name}", getattr(part, f.name)) for f in fields(kind))
+                out.update((key, value) for key, value in values if value is not None)
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types; what is not set is left out."""
+        body: dict[str, Any] = {
+            "name": self.name,
+            "title": self.title,
+            "family": self.family,
+            "arch": self.arch,
+            "identify": list(self.identify),
+        }
+        if self.soc:
+            body["soc"] = self.soc
+        if self.support != "first":
+            body |= {"support": self.support, "advice": self.advice}
+        sources: dict[str, dict[str, str]] = {}
+        for key, value in self.figures().items():
+            section, figure = key.split(".", 1)
+            body.setdefault(section, {})[figure] = list(value) if isinstance(value, tuple) else value
+            sources.setdefault(section, {})[figure] = self.sources[key]
+        body["sources"] = sources
+        return body
+
+    def to_json(self) -> str:
+        """Canonical JSON: the same profile always gives the same text."""
+        return json.dumps(
+            {"format": FORMAT, **self.to_dict()}, sort_keys=True, separators=(",", ":"), ensure_ascii=True
+        )
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any], where: str = "profile") -> HardwareProfile:
+        """Read and check.
+
+        Args:
+            body: Tables and keys as in TOML.
+            where: The file's name, for messages.
+
+        Raises:
+            ProfileError: A key is unknown, missing, of the wrong type, out of range or without source.
+        """
+        validation.only((*_TOP, *SECTIONS, "sources", "format"), body, where, error=ProfileError)
+        if body.get("format", FORMAT) != FORMAT:
+            raise ProfileError(f"{where}: format", expected=FORMAT, got=repr(body["format"]))
+        top = {key: _checked_text(body, key, where) for key in ("name", "title", "family")}
+        if not NAME.fullmatch(top["name"]):
+            raise ProfileError(
+                f"{where}: name",
+                expected="up to 64 lower-case letters, digits, dots and dashes",
+                got=repr(top["name"]),
+            )
+        arch = _checked_text(body, "arch", where, ARCHES)
+        parts: dict[str, Any] = {}
+        for section, (kind, required) in SECTIONS.items():
+            if section in body:
+                parts[section] = _section(kind, section, body[section], where)
+            elif required:
+                raise ProfileError(f"{where}: table [{section}] is missing", hint="See docs/add-a-board.md.")
+        profile = cls(
+            name=top["name"],
+            title=top["title"],
+            family=top["family"],
+            arch=arch,
+            **parts,
+            identify=_texts(body.get("identify", []), f"{where}: identify"),
+            soc=_checked_text(body, "soc", where) if "soc" in body else "",
+            advice=_checked_text(body, "advice", where) if "advice" in body else "",
+            support=_checked_text({"support": "first", **body}, "support", where, SUPPORT),
+            sources=_flat_sources(body.get("sources", {}), where),
+        )
+        profile._check(where)
+        return profile
+
+    def _check(self, where: str) -> None:
+        memory = self.memory
+        if memory.reserve_bytes >= memory.total_bytes:
+            raise ProfileError(
+                f"{where}: memory.reserve_bytes",
+                expected=f"less than memory.total_bytes ({memory.total_bytes})",
+                got=memory.reserve_bytes,
+            )
+        idle, load = (self.power.idle_w, self.power.load_w) if self.power is not None else (None, None)
+        if idle is not None and load is not None and idle > load:
+            raise ProfileError(f"{where}: power.idle_w", expected=f"at most power.load_w ({load})", got=idle)
+        if (self.support == "second") != bool(self.advice):
+            raise ProfileError(
+                f"{where}: advice",
+                expected="what a user can do, where the support is second, and only there",
+                got=repr(self.advice[:80]),
+            )
+        figures = self.figures()
+        for key in figures:
+            if key not in self.sources:
+                raise ProfileError(
+                    f"{where}: {key} has no source",
+                    expected=f'{key} = "..." under [sources]',
+                    hint='Give an address, or "derived: ..." or "estimate: ..." with the reasoning.',
+                )
+        for key, source in self.sources.items():
+            if key not in figures:
+                raise ProfileError(
+                    f"{where}: sources.{key} is the source of a figure that isn't there",
+                    hint="Remove it, or correct the name.",
+                )
+            scheme = next((s for s in SCHEMES if source.startswith(s)), None)
+            if scheme is None or len(source) < len(scheme) + _MIN_REASON:
+                raise ProfileError(
+                    f"{where}: sources.{key}",
+                    expected='an address, or "derived: ..." or "estimate: ..." with the reasoning',
+                    got=repr(source),
+                )
+
+    @classmethod
+    def from_toml(cls, path: Path) -> HardwareProfile:
+        """Read and check a TOML file.
+
+        Raises:
+            ProfileError: It can't be read, is no TOML, or `from_dict` refuses it; the message names the file.
+            MissingExtraError: Python 3.10 without the package tomli.
+        """
+        return cls.from_dict(read_toml(path, ProfileError), str(path))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "profile") -> HardwareProfile:
+        """Read and check what `to_json` writes.
+
+        Raises:
+            ProfileError: It is no JSON, of another format, or `from_dict` refuses it.
+        """
+        try:
+            body = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ProfileError(f"{where}: this is not JSON ({error})") from error
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            got = body.get("format") if isinstance(body, dict) else type(body).__name__
+            raise ProfileError(f"{where}: format", expected=FORMAT, got=repr(got))
+        return cls.from_dict(body, where)
+
+
+def _section(kind: type, section: str, body: object, where: str) -> Any:
+    if not isinstance(body, Mapping):
+        raise ProfileError(f"{where}: {section}", expected="a table", got=type(body).__name__)
+    known = {f.name: f for f in fields(kind)}
+    validation.only(known, body, f"{where}: {section}", error=ProfileError)
+    values: dict[str, Any] = {}
+    for name, spec in known.items():
+        key = f"{where}: {section}.{name}"
+        if name in body:
+            values[name] = _value(body[name], str(spec.type), spec.metadata, key)
+        elif spec.default is MISSING:
+            raise ProfileError(f"{key} is missing", expected=spec.metadata["doc"])
+    return kind(**values)
+
+
+def _value(value: object, annotation: str, meta: Mapping[str, Any], key: str) -> Any:
+    kind = meta["kind"]
+    if kind == "texts":
+        return _texts(value, key)
+    if kind == "flag":
+        return validation.truth(key, value, error=ProfileError)
+    if kind == "text":
+        choices = meta["choices"]
+        if not isinstance(value, str) or not value or (choices and value not in choices):
+            raise ProfileError(key, expected=", ".join(choices) or "a text", got=repr(value))
+        return value
+    low, high = meta["low"], meta["high"]
+    whole = annotation == "int"
+    # TOML writes 1.8e9 as a float; where it is a whole number, that is what was meant.
+    if whole and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if whole and is_whole(value, low, high):
+        return value
+    if not whole and is_number(value, low, high):
+        return float(value)
+    raise ProfileError(
+        key,
+        expected=f"{'a whole number' if whole else 'a number'} from {low:g} to {high:g} ({meta['unit']})",
+        got=repr(value),
+        hint=meta["doc"],
+    )
+
+
+def _checked_text(body: Mapping[str, Any], key: str, where: str, choices: tuple[str, ...] = ()) -> str:
+    if key not in body:
+        raise ProfileError(f"{where}: {key} is missing")
+    value = body[key]
+    if not isinstance(value, str) or not value.strip() or (choices and value not in choices):
+        raise ProfileError(f"{where}: {key}", expected=", ".join(choices) or "a text", got=repr(value))
+    return value
+
+
+def _texts(value: object, key: str) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) and v for v in value):
+        raise ProfileError(key, expected="a list of texts", got=repr(value))
+    return tuple(value)
+
+
+def _flat_sources(body: object, where: str) -> dict[str, str]:
+    out: dict[str, str] = {}
+    if not isinstance(body, Mapping):
+        raise ProfileError(f"{where}: sources", expected="a table", got=type(body).__name__)
+    for section, part in body.items():
+        # `cpu.cores = "..."` in TOML is a table in a table; a quoted "cpu.cores" is a key.
+        rows = part.items() if isinstance(part, Mapping) else [("", part)]
+        for figure, source in rows:
+            key = f"{section}.{figure}" if figure else str(section)
+            if not isinstance(source, str):
+                raise ProfileError(f"{where}: sources.{key}", expected="a text", got=repr(source))
+            out[key] = source
+    return out

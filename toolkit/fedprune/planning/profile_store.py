@@ -1,0 +1,111 @@
+"""Where profiles are found: shipped with the package, in a checkout, in a user's folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedprune.core.disk import is_there, read_file
+from fedprune.core.errors import ProfileError, meant, remedy
+from fedprune.planning.profile import HardwareProfile
+
+_SUFFIXES = (".toml", ".json")
+
+
+def shipped_folder() -> Path:
+    """The folder of the profiles that come with fedprune: inside the installed package, else in the checkout.
+
+    Raises:
+        ProfileError: There is none; the installation is damaged.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "hardware_profiles", *(p / "hardware_profiles" for p in package.parents)):
+        if any(folder.glob("*.toml")):
+            return folder
+    raise ProfileError("the shipped hardware profiles are missing", hint="Install fedprune again.")
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the profiles that come with fedprune, sorted."""
+    return tuple(sorted(p.stem for p in shipped_folder().glob("*.toml")))
+
+
+def names(folders: Sequence[Path] = ()) -> tuple[str, ...]:
+    """Names of all profiles that `find` finds by name, sorted.
+
+    Raises:
+        ProfileError: One of the folders isn't there.
+    """
+    _check(folders)
+    own = (p.stem for folder in folders for s in _SUFFIXES for p in folder.glob(f"*{s}"))
+    return tuple(sorted({*own, *shipped()}))
+
+
+def read(path: Path) -> HardwareProfile:
+    """The profile in a TOML or JSON file.
+
+    Raises:
+        ProfileError: It can't be read or doesn't make sense; the message names the file.
+    """
+    if path.suffix != ".json":
+        return HardwareProfile.from_toml(path)
+    try:
+        raw = read_file(path, 2**20)
+    except OSError as error:
+        raise ProfileError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    return HardwareProfile.from_json(raw, str(path))
+
+
+def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProfile:
+    """The profile of that name, or in that file.
+
+    Args:
+        name_or_path: A name, looked up in `folders` first; or a path to a TOML or JSON file.
+        folders: A user's own folders of profiles; they win over shipped ones.
+
+    Raises:
+        ProfileError: There is none, it doesn't make sense, its file has another name than the profile in it, or one
+            of the folders isn't there.
+    """
+    _check(folders)
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or "/" in text or text.endswith(_SUFFIXES):
+        return read(Path(name_or_path))
+    for folder in (*folders, shipped_folder()):
+        for suffix in _SUFFIXES:
+            path = folder / f"{text}{suffix}"
+            if is_there(path, file=True):
+                profile = read(path)
+                if profile.name != text:
+                    raise ProfileError(
+                        f"{path}: name", expected=repr(text), got=repr(profile.name), hint="Rename the file."
+                    )
+                return profile
+    known = names(folders)
+    raise ProfileError(
+        f"there is no hardware profile called {text!r}{meant(text, known)}",
+        expected=f"one of {', '.join(known)}, or a path",
+        hint="docs/add-a-board.md shows how to write one, and where to put it.",
+    )
+
+
+def chosen(name_or_path: str, folders: Sequence[Path] = ()) -> HardwareProfile:
+    """As `find`, for what a user of this machine typed: says so where it is a folder.
+
+    Raises:
+        ProfileError: As `find`.
+    """
+    try:
+        return find(name_or_path, folders)
+    except ProfileError as error:
+        if Path(name_or_path).is_dir():
+            raise ProfileError(
+                f"{name_or_path} is a folder", expected="a profile's name, or a TOML or JSON file of one profile"
+            ) from error
+        raise
+
+
+def _check(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if not folder.is_dir():
+            raise ProfileError(f"{folder} is no folder", expected="a folder of TOML or JSON files, one per profile")

@@ -1,0 +1,223 @@
+"""Which channels of a group matter most: one score per channel, and the ranks that follow.
+
+The ranking is global: every device gets a prefix of the same ranks, so that narrower submodels lie inside wider ones
+(CA-HFP, arXiv 2603.12591, Fig. 1). A channel's score is taken over its *output side*: the weights that make it (a
+filter, a row of a linear layer, in every layer that writes to the group), and for the curvature score also its bias
+and its norm's γ and β. The weights of the next layer, which read the channel, don't count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import BundleError, ConfigError
+from fedprune.core.rng import keyed
+from fedprune.jobs.job import SCORERS
+from fedprune.model.architecture import FIXED, Architecture, TensorKind
+from fedprune.strategies.importance.gradient_stats import Evidence
+
+Scores = tuple[npt.NDArray[np.float64], ...]
+"""Per group one number per channel; more is better."""
+
+Ranks = tuple[npt.NDArray[np.int64], ...]
+"""Per group its channels, best first."""
+
+Form = Literal["abs", "signed", "hw2"]
+
+
+def score(
+    name: str,
+    architecture: Architecture,
+    tensors: Mapping[str, npt.NDArray[np.float32]],
+    evidence: Evidence | None = None,
+) -> Scores:
+    """Scores by a scorer's name, with its default options.
+
+    Args:
+        name: `ordered`, `magnitude` or `curvature`.
+        architecture: The model.
+        tensors: The global model.
+        evidence: For `curvature`; without it all channels are equal and keep their own order.
+
+    Raises:
+        ConfigError: There is no such scorer.
+        BundleError: Tensors don't fit the architecture.
+    """
+    if name == "ordered":
+        return ordered(architecture)
+    if name == "magnitude":
+        return magnitude(architecture, tensors)
+    if name == "curvature":
+        return curvature(architecture, tensors, Evidence.empty(architecture) if evidence is None else evidence)
+    raise ConfigError(f"no scorer is called {name!r}", expected=", ".join(SCORERS))
+
+
+def ordered(architecture: Architecture) -> Scores:
+    """S_c = −c: channels keep their own order (ordered prefixes; HeteroFL, Diao et al. 2021, eq. 2)."""
+    return tuple(-np.arange(n, dtype=np.float64) for n in architecture.sizes)
+
+
+def magnitude(
+    architecture: Architecture,
+    tensors: Mapping[str, npt.NDArray[np.float32]],
+    norm: Literal["l1", "l2"] = "l1",
+    *,
+    per_count: bool = False,
+) -> Scores:
+    """S_c = Σ |w| (l1) or sqrt(Σ w²) (l2) over the weights that make channel c.
+
+    Filters and linear rows count, biases and norm vectors don't (Li et al. 2017, "Pruning filters for efficient
+    ConvNets", Sec. 3.1; the l1 criterion of CA-HFP, Table II). Where several layers write to one group, the sum runs
+    over all of them.
+
+    Args:
+        architecture: The model.
+        tensors: The global model.
+        norm: Of which kind.
+        per_count: As `channel_sums`.
+
+    Raises:
+        BundleError: Tensors don't fit the architecture, or there is no such norm.
+    """
+    if norm not in ("l1", "l2"):
+        raise BundleError("norm of the magnitude score", expected="l1 or l2", got=repr(norm))
+
+    def part(name: str) -> npt.NDArray[np.float64]:
+        w = _tensor(architecture, tensors, name)
+        return np.abs(w) if norm == "l1" else w * w
+
+    scores = channel_sums(architecture, part, (TensorKind.WEIGHT,), per_count=per_count)
+    return scores if norm == "l1" else tuple(np.sqrt(s) for s in scores)
+
+
+def curvature(
+    architecture: Architecture,
+    tensors: Mapping[str, npt.NDArray[np.float32]],
+    evidence: Evidence,
+    form: Form = "abs",
+    *,
+    per_count: bool = False,
+) -> Scores:
+    """S_c = Σ s_i over the coordinates that make channel c: weights, bias, γ and β (CA-HFP, eq. 15, and its ablations).
+
+    Args:
+        architecture: The model.
+        tensors: The global model w.
+        evidence: Estimates of gradient g and curvature h.
+        form: `abs`: s = |g·w| + ½·h·w², the size of the second-order change of the loss (eq. 14) when a weight is
+            removed; terms of opposite sign don't cancel. `signed`: s = g·w + h·w², eq. 15 to the letter. `hw2`: s =
+            h·w², its limit late in training.
+        per_count: As `channel_sums`.
+
+    Raises:
+        BundleError: Tensors or evidence don't fit the architecture, or there is no such form.
+    """
+    if form not in get_args(Form):
+        raise BundleError("form of the curvature score", expected="abs, signed or hw2", got=repr(form))
+    if evidence.architecture.digest != architecture.digest:
+        raise BundleError("evidence belongs to another architecture")
+
+    def part(name: str) -> npt.NDArray[np.float64]:
+        w = _tensor(architecture, tensors, name)
+        bend: npt.NDArray[np.float64] = evidence.curvature[name] * (w * w)
+        if form == "hw2":
+            return bend
+        slope = evidence.gradient[name] * w
+        return np.abs(slope) + 0.5 * bend if form == "abs" else slope + bend
+
+    return channel_sums(architecture, part, tuple(k for k in TensorKind if k.trainable), per_count=per_count)
+
+
+def movement(architecture: Architecture, evidence: Evidence, *, per_count: bool = False) -> Scores:
+    """S_c = Σ |Δw| over the coordinates that make channel c: CA-HFP's `Delta w` criterion (Table II).
+
+    Δw is what evidence keeps of it, the moving average of moves per step as a gradient, −Δ / (η_eff·steps): all
+    coordinates are scaled alike, so that ranks are those of Δw, and one that nobody trained lately keeps its value.
+
+    Args:
+        architecture: The model.
+        evidence: Estimates of the gradient.
+        per_count: As `channel_sums`.
+
+    Raises:
+        BundleError: Evidence doesn't fit the architecture.
+    """
+    if evidence.architecture.digest != architecture.digest:
+        raise BundleError("evidence belongs to another architecture")
+
+    def part(name: str) -> npt.NDArray[np.float64]:
+        return np.abs(evidence.gradient[name]).astype(np.float64)
+
+    return channel_sums(architecture, part, tuple(k for k in TensorKind if k.trainable), per_count=per_count)
+
+
+def channel_sums(
+    architecture: Architecture,
+    part: Callable[[str], npt.NDArray[np.float64]],
+    kinds: Sequence[TensorKind],
+    *,
+    per_count: bool = False,
+) -> Scores:
+    """Sums of a per-coordinate quantity over the coordinates that make each channel.
+
+    Args:
+        architecture: The model.
+        part: The quantity for a tensor of a given name, of the tensor's shape.
+        kinds: Which tensors count.
+        per_count: Each tensor counts by its mean over a channel's coordinates instead of by their sum. Channels of a
+            group have equally many, so that this only decides how much layers count that share a group: a bias or a 1×1
+            shortcut then as much as a 3×3 convolution.
+    """
+    out = tuple(np.zeros(n) for n in architecture.sizes)
+    for spec in architecture.tensors:
+        axes = [a for a in architecture.output_axes(spec.name) if spec.axes[a].groups]
+        if spec.kind not in kinds or not axes:
+            continue
+        values = part(spec.name)
+        for axis in axes:
+            row = values.sum(axis=tuple(i for i in range(values.ndim) if i != axis))
+            many = values.size // max(1, row.size) if per_count else 1
+            at = 0
+            for s in spec.axes[axis].segments:
+                if s.group != FIXED:
+                    made = row[at : at + s.length].reshape(s.count, s.inner).sum(axis=1)
+                    out[s.group][s.start : s.start + s.count] += made / (many * s.inner) if per_count else made
+                at += s.length
+    return out
+
+
+def ranks(scores: Sequence[npt.NDArray[Any]]) -> Ranks:
+    """Per group its channels by descending score; equal scores by ascending channel.
+
+    Raises:
+        BundleError: A score is not a number.
+    """
+    if any(np.isnan(s).any() for s in scores):
+        raise BundleError("channel scores", expected="numbers", got="NaN")
+    return tuple(np.argsort(-np.asarray(s), kind="stable").astype(np.int64) for s in scores)
+
+
+def random_ranks(architecture: Architecture, seed: int, round: int) -> Ranks:  # noqa: A002 - the project's word
+    """A random permutation per group: CA-HFP's warm-up masks (Sec. III-A).
+
+    All devices of a round share them, so that masks are nested; they depend on seed and round alone.
+    """
+    return tuple(
+        keyed(seed, round, "ranks", g).permutation(n).astype(np.int64) for g, n in enumerate(architecture.sizes)
+    )
+
+
+def _tensor(
+    architecture: Architecture, tensors: Mapping[str, npt.NDArray[np.float32]], name: str
+) -> npt.NDArray[np.float64]:
+    value = tensors.get(name)
+    shape = architecture.by_name[name].shape
+    if value is None or value.shape != shape:
+        raise BundleError(
+            f"tensor {name} of the scored model", expected=shape, got="nothing" if value is None else value.shape
+        )
+    return value.astype(np.float64)

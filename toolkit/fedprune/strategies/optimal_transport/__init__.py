@@ -1,0 +1,10 @@
+"""Optimal transport between the channels of two models, and models led onto another's channels.
+
+Not here: the strategy that uses it (`strategies.methods.subflot`).
+"""
+
+from fedprune.strategies.optimal_transport.alignment import Maps, Plans, Transport
+from fedprune.strategies.optimal_transport.coupling import Coupling
+from fedprune.strategies.optimal_transport.solver import exact_plan
+
+__all__ = ["Coupling", "Maps", "Plans", "Transport", "exact_plan"]

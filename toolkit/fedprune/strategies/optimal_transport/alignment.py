@@ -1,0 +1,321 @@
+"""Leading one model onto another's channels, layer by layer, by optimal transport (SubFLOT, arXiv 2604.06631, Alg. 1).
+
+For the weight W of every layer in the order of the graph, with the rows of its output axis as its channels:
+
+1. Its input axes are led by the maps of the groups that they read: Ŵ = W·T_in (Eq. 3).
+2. C_jk = ‖Ŵ_j − V_k‖ against the other model's rows V_k (Euclidean, over all taps), and T is the plan of least cost
+   between uniform marginals (Eq. 4), with its columns divided by their sums.
+3. W_aligned = Tᵀ·Ŵ (Eq. 5), and T is what readers of these channels are led by.
+
+Axes that no cut touches, such as the image's colours and the classes, keep their order: T = I. Biases, norm vectors and
+statistics are led as the rows of the layer that they follow. A depthwise weight has no plan of its own: it is led, and
+leads on, as its channels are. Where several layers write to one group (residual streams), each layer's rows go by the
+layer's own plan, and readers, and norms that come after the sum, by the running average T ← (T + T_l)/2. An embedding
+that others add to goes by its own plan, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import BundleError
+from fedprune.model.architecture import Architecture, Axis, TensorKind
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.optimal_transport.coupling import Coupling
+from fedprune.strategies.optimal_transport.distances import squared_distances
+from fedprune.strategies.optimal_transport.layer_order import Step, after_sums, steps
+from fedprune.strategies.optimal_transport.layouts import Block, blocks, carried, channel_rows
+from fedprune.strategies.optimal_transport.scratch import SCRATCH
+from fedprune.strategies.optimal_transport.solver import exact_plan
+
+Floats = npt.NDArray[np.float32]
+
+Maps = Literal["literal", "preserving"]
+Plans = Literal["layer", "group"]
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How models are led onto each other.
+
+    Attributes:
+        maps: `literal`: inputs are led by the same column-normalised T as outputs, so that a sum over duplicated
+            channels becomes their mean, and activations scale by target width / source width. `preserving`: inputs are
+            led by the plan with normalised rows, which keeps the function of a network whose channels are permuted,
+            duplicated or merged with their duplicates.
+        plans: `layer`: every layer has a plan of its own, as the paper has it. `group`: one plan per channel group,
+            on the distances of all rows that write to it together, so that all that is added up stays aligned.
+    """
+
+    maps: Maps = "literal"
+    plans: Plans = "layer"
+
+    def align(
+        self,
+        source: Mapping[str, Floats],
+        source_at: Selection,
+        target: Mapping[str, Floats],
+        target_at: Selection,
+    ) -> Tensors:
+        """The source model on the target's channels: W_aligned, in the target's shapes.
+
+        Args:
+            source: The model that is led, in the coordinates of `source_at`.
+            source_at: Its widths, and where its channels live.
+            target: The model whose channels it is led onto, in the coordinates of `target_at`.
+            target_at: Its widths, and where its channels live.
+
+        Raises:
+            BundleError: The selections are of different architectures, or tensors don't fit them, or costs are not
+                finite.
+            MissingExtraError: POT or scipy is not installed.
+        """
+        if source_at.architecture.digest != target_at.architecture.digest:
+            raise BundleError("transport between models of different architectures")
+        _check(source, source_at)
+        _check(target, target_at)
+        return _Alignment(self, source, source_at, target, target_at).run()
+
+    def prune(
+        self, model: Mapping[str, Floats], history: Mapping[str, Floats], at: Selection, alpha: float = 0.5
+    ) -> Tensors:
+        """OTP: α·(the global model on the history's channels) + (1 − α)·history (Eq. 6).
+
+        Args:
+            model: The global model.
+            history: What the device last handed in.
+            at: Its widths, and where its channels live.
+            alpha: The global model's share, from 0 to 1.
+
+        Raises:
+            BundleError: As `align`.
+            MissingExtraError: As `align`.
+        """
+        if alpha == 0:
+            _check(history, at)
+            return {t.name: history[t.name].copy() for t in at.architecture.tensors}
+        return _fused(self.align(model, Selection.full(at.architecture), history, at), history, alpha)
+
+    def aggregate(
+        self, local: Mapping[str, Floats], at: Selection, model: Mapping[str, Floats], fuse: float = 1.0
+    ) -> Tensors:
+        """OTA: the device's model on the global model's channels, at full width (Eq. 9).
+
+        Args:
+            local: What the device has trained.
+            at: Its widths, and where its channels live.
+            model: The global model that it was made of.
+            fuse: α·aligned + (1 − α)·global where this is below 1; the paper's figure shows it, its equation doesn't.
+
+        Raises:
+            BundleError: As `align`.
+            MissingExtraError: As `align`.
+        """
+        return _fused(self.align(local, at, model, Selection.full(at.architecture)), model, fuse)
+
+
+def _fused(aligned: Tensors, own: Mapping[str, Floats], alpha: float) -> Tensors:
+    if alpha == 1:
+        return aligned
+    for name, value in aligned.items():
+        if not value.flags.writeable or np.shares_memory(value, own[name]):
+            value = value.copy()
+        value *= np.float32(alpha)
+        value += np.multiply(own[name], np.float32(1 - alpha), out=SCRATCH.array("fused", value.shape))
+        aligned[name] = value
+    return aligned
+
+
+def _check(tensors: Mapping[str, Floats], at: Selection) -> None:
+    for name, shape in at.shapes().items():
+        value = tensors.get(name)
+        if value is None or value.shape != shape or value.dtype != np.float32:
+            raise BundleError(
+                f"tensor {name} of a transported model",
+                expected=f"float32 {shape}",
+                got="nothing" if value is None else f"{value.dtype} {value.shape}",
+            )
+
+
+class _Alignment:
+    """One model on its way onto another's channels."""
+
+    def __init__(
+        self,
+        how: Transport,
+        source: Mapping[str, Floats],
+        source_at: Selection,
+        target: Mapping[str, Floats],
+        target_at: Selection,
+    ) -> None:
+        self.how = how
+        self.source, self.source_at = source, source_at
+        self.target, self.target_at = target, target_at
+        self.architecture: Architecture = source_at.architecture
+        self.factors: dict[int, float] = {}
+        if how.maps == "preserving":
+            pairs = zip(source_at.widths, target_at.widths, strict=True)
+            self.factors = {g: n / m for g, (n, m) in enumerate(pairs)}
+        self.current: dict[int, Coupling] = {}
+        self.own: dict[str, dict[int, Coupling]] = {}
+        self.first: dict[int, Coupling] = {}
+        self.streams: dict[str, dict[int, Coupling]] = {}
+        self.sums: dict[int, Floats] = {}
+        self._blocks: dict[tuple[Axis, bool], tuple[Block, ...]] = {}
+
+    def run(self) -> Tensors:
+        """Align all tensors."""
+        done: Tensors = {}
+        together = self.how.plans == "group"
+        order = steps(self.architecture)
+        summed = {} if together else after_sums(self.architecture, order)
+        for step in order:
+            inner, plans = self._solve(step)
+            if not together:
+                done[step.name] = self._output(step, inner, {**self.current, **plans})
+            for name in summed.get(step.name, ()):
+                axes = self.architecture.by_name[name].axes
+                self.streams[name] = self._known(sorted({g for a in axes for g in a.groups}))
+        if together:
+            for group in self.sums:
+                self._settle(group)
+            for step in order:
+                done[step.name] = self._output(step, self._input(step), self._known(step.outputs_groups))
+        self._follow(done)
+        return {t.name: done[t.name] for t in self.architecture.tensors}
+
+    def _follow(self, done: Tensors) -> None:
+        """All that is no layer's weight: by the map of its channels where it stands.
+
+        That is the plan of the last layer before it that writes to them, or the stream's average after a sum.
+        """
+        recent: dict[int, Coupling] = {}
+        for spec in self.architecture.tensors:
+            if spec.name in done:
+                recent.update(self.own.get(spec.name, {}))
+                continue
+            groups = sorted({g for axis in spec.axes for g in axis.groups})
+            known = {**self.first, **recent, **self.streams.get(spec.name, {})}
+            couplings = {g: known[g] if g in known else self._map(g) for g in groups}
+            value = self.source[spec.name]
+            for i, axis in enumerate(spec.axes):
+                if axis.groups:
+                    value = self._carry(value, i, axis, couplings, {})
+            done[spec.name] = value if value is not self.source[spec.name] else value.copy()
+
+    def _solve(self, step: Step) -> tuple[Floats, dict[int, Coupling]]:
+        """The plans of a layer, and its weight with inputs led."""
+        inner = self._input(step)
+        plans: dict[int, Coupling] = {}
+        for group in step.made:
+            squared = self._distances(step, inner, group)
+            if self.how.plans == "group":
+                if group in self.sums:
+                    self.sums[group] += squared
+                else:
+                    self.sums[group] = squared
+                self.current.pop(group, None)
+            else:
+                plan = plans[group] = exact_plan(np.sqrt(squared, out=squared))
+                before = self.current.get(group)
+                self.current[group] = plan if before is None else before.averaged(plan)
+        if plans:
+            self.own[step.name] = plans
+        return inner, plans
+
+    def _map(self, group: int) -> Coupling:
+        """How readers of a group are led."""
+        known = self.current.get(group)
+        if known is None and group in self.sums:
+            known = self._settle(group)
+        if known is None:
+            known = self.current[group] = self._unwritten(group)
+            if self.how.plans == "layer":
+                self.first[group] = known
+        return known
+
+    def _known(self, groups: Sequence[int]) -> dict[int, Coupling]:
+        return {g: self._map(g) for g in groups}
+
+    def _settle(self, group: int) -> Coupling:
+        if group not in self.current:
+            self.current[group] = exact_plan(np.sqrt(self.sums[group]))
+        return self.current[group]
+
+    def _unwritten(self, group: int) -> Coupling:
+        """The map of a group that no layer has written to before it is read.
+
+        An embedding is such a writer: its channels are its columns, also where a last layer shares its table. With
+        none, channels keep their order.
+        """
+        weights = {n.weight for n in self.architecture.layers}
+        tables = [t for t in self.architecture.tensors if t.kind is TensorKind.WEIGHT]
+        for spec in sorted(tables, key=lambda t: t.name in weights):
+            axes = [i for i, a in enumerate(spec.axes) if group in a.groups]
+            others = {g for a in spec.axes for g in a.groups} - {group}
+            if len(axes) == 1 and not others:
+                axis = spec.axes[axes[0]]
+                a = channel_rows(self.source[spec.name], axes[0], self._at(axis, source=True), group)
+                b = channel_rows(self.target[spec.name], axes[0], self._at(axis, source=False), group)
+                return exact_plan(np.sqrt(squared_distances(a, b)))
+        return Coupling.in_order(self.source_at.widths[group], self.target_at.widths[group])
+
+    def _input(self, step: Step) -> Floats:
+        value = self.source[step.name]
+        for i in step.inputs:
+            axis = step.axes[i]
+            value = self._carry(value, i, axis, self._known(axis.groups), self.factors, room=f"input {i}")
+        return value
+
+    def _output(self, step: Step, value: Floats, couplings: Mapping[int, Coupling]) -> Floats:
+        for i in step.outputs:
+            axis = step.axes[i]
+            if axis.groups:
+                own = {g: couplings[g] if g in couplings else self._map(g) for g in axis.groups}
+                value = self._carry(value, i, axis, own, {})
+        return value if any(step.axes[i].groups for i in step.outputs) else value.copy()
+
+    def _distances(self, step: Step, inner: Floats, group: int) -> Floats:
+        """‖Ŵ_j − V_k‖² of all pairs of rows.
+
+        The product Ŵ·Vᵀ = (W·T)·Vᵀ = W·(V·Tᵀ)ᵀ is taken on the side with fewer input channels.
+        """
+        out = step.outputs[0]
+        axis = step.axes[out]
+        at, to = self._at(axis, source=True), self._at(axis, source=False)
+        raw, target = self.source[step.name], self.target[step.name]
+        a, b = channel_rows(inner, out, at, group), channel_rows(target, out, to, group)
+        if raw.size >= inner.size or len(step.outputs) > 1:
+            return squared_distances(a, b)
+        for i in step.inputs:
+            axis = step.axes[i]
+            known = self._known(axis.groups)
+            target = self._carry(target, i, axis, known, self.factors, adjoint=True, room=f"adjoint {i}")
+        product = channel_rows(raw, out, at, group) @ channel_rows(target, out, to, group).T
+        return squared_distances(a, b, products=product)
+
+    def _carry(
+        self,
+        value: Floats,
+        i: int,
+        axis: Axis,
+        couplings: Mapping[int, Coupling],
+        factors: Mapping[int, float],
+        *,
+        adjoint: bool = False,
+        room: str = "",
+    ) -> Floats:
+        before, after = self._at(axis, source=not adjoint), self._at(axis, source=adjoint)
+        return carried(value, i, before, after, couplings, factors, adjoint=adjoint, room=room)
+
+    def _at(self, axis: Axis, *, source: bool) -> tuple[Block, ...]:
+        key = (axis, source)
+        found = self._blocks.get(key)
+        if found is None:
+            found = self._blocks[key] = blocks(axis, self.source_at if source else self.target_at)
+        return found

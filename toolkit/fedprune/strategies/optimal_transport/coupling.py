@@ -1,0 +1,237 @@
+"""Sparse stochastic maps between the channels of two models: how much of each target channel is which source channel.
+
+A coupling of n sources and m targets with uniform marginals is a transport plan Π [n, m] with row sums 1/n and column
+sums 1/m. What is kept is T = m·Π, whose columns sum to 1 (the normalised plan of SubFLOT, arXiv 2604.06631, Alg. 1):
+every target channel is a convex combination of source channels. Optimal plans have fewer than n + m entries, so that
+carrying an axis costs a few gathers instead of a product with a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import BundleError, MissingExtraError
+from fedprune.strategies.optimal_transport.scratch import SCRATCH
+
+Indices = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+_CHUNK = 1 << 17
+"""Numbers that are worked on at once: beside copies of them they fit in a core's cache."""
+
+
+class _Gather(NamedTuple):
+    """How one side of a coupling is computed from the other.
+
+    Attributes:
+        rounds: Which indices to add up in turn, where every place has as many entries of the same share.
+        share: That share.
+        matrix: Places by indices, for scipy, where entries are uneven.
+    """
+
+    rounds: tuple[Indices, ...]
+    share: float
+    matrix: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """T [sources, targets] by its entries, sorted by target and then source; columns sum to 1, rows to targets/sources.
+
+    Attributes:
+        sources: n.
+        targets: m.
+        rows: Source of every entry.
+        columns: Target of every entry.
+        shares: T's entries, above 0.
+    """
+
+    sources: int
+    targets: int
+    rows: Indices
+    columns: Indices
+    shares: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls, sources: int, targets: int, rows: npt.ArrayLike, columns: npt.ArrayLike, flow: npt.ArrayLike
+    ) -> Coupling:
+        """A checked coupling.
+
+        Args:
+            sources: n.
+            targets: m.
+            rows: Source of every entry; an entry may come twice.
+            columns: Target of every entry.
+            flow: The plan's mass in units of 1/lcm(n, m): every source sends lcm/n, every target gets lcm/m.
+
+        Raises:
+            BundleError: The marginals are not uniform.
+        """
+        i, j = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
+        mass = np.asarray(flow, np.float64)
+        keys, summed = _merged(j * sources + i, mass)
+        keys, summed = keys[summed > 0], summed[summed > 0]
+        common = gcd(sources, targets)
+        i, j = keys % sources, keys // sources
+        sent = np.bincount(i, summed, sources) - targets // common
+        got = np.bincount(j, summed, targets) - sources // common
+        if max(np.abs(sent).max(initial=0), np.abs(got).max(initial=0)) > 1e-6 * (sources + targets):
+            raise BundleError("marginals of a transport plan", expected="uniform")
+        return cls(sources, targets, i, j, summed / (sources // common))
+
+    @classmethod
+    def in_order(cls, sources: int, targets: int) -> Coupling:
+        """The plan that keeps channels in their own order (optimal on a line); the identity where widths are equal."""
+        return cls.of(sources, targets, *corner(sources, targets))
+
+    @cached_property
+    def dense(self) -> npt.NDArray[np.float64]:
+        """T as a matrix [sources, targets]."""
+        out = np.zeros((self.sources, self.targets))
+        out[self.rows, self.columns] = self.shares
+        return out
+
+    def averaged(self, other: Coupling) -> Coupling:
+        """(T + T′)/2: what SubFLOT hands on where residual branches meet."""
+        i, j = np.concatenate([self.rows, other.rows]), np.concatenate([self.columns, other.columns])
+        keys, shares = _merged(j * self.sources + i, np.concatenate([self.shares, other.shares]) / 2)
+        return Coupling(self.sources, self.targets, keys % self.sources, keys // self.sources, shares)
+
+    def forward(self, values: Floats, factor: float = 1.0, out: Floats | None = None) -> Floats:
+        """y[:, k] = factor · Σ_j T[j, k] · x[:, j].
+
+        Args:
+            values: x [before, sources, after].
+            factor: Times everything.
+            out: Where to write y.
+
+        Returns:
+            y [before, targets, after].
+        """
+        return _run(self._forward, values, self.targets, factor, out)
+
+    def backward(self, values: Floats, factor: float = 1.0, out: Floats | None = None) -> Floats:
+        """The adjoint, x[:, j] = factor · Σ_k T[j, k] · y[:, k].
+
+        Args:
+            values: y [before, targets, after].
+            factor: Times everything.
+            out: Where to write x.
+
+        Returns:
+            x [before, sources, after].
+        """
+        return _run(self._backward, values, self.sources, factor, out)
+
+    @cached_property
+    def _forward(self) -> _Gather:
+        return _gather(self.rows, self.columns, self.shares, self.targets, self.sources)
+
+    @cached_property
+    def _backward(self) -> _Gather:
+        order = np.argsort(self.rows, kind="stable")
+        return _gather(self.columns[order], self.rows[order], self.shares[order], self.sources, self.targets)
+
+
+def corner(sources: int, targets: int) -> tuple[Indices, Indices, Indices]:
+    """The entries of the plan that keeps channels in order: sources, targets and mass, in units of 1/lcm(n, m)."""
+    common = gcd(sources, targets)
+    send, take = targets // common, sources // common
+    ends = np.sort(np.concatenate([np.arange(1, sources + 1) * send, np.arange(1, targets + 1) * take]))
+    mass = np.diff(ends, prepend=0)
+    ends, mass = ends[mass > 0], mass[mass > 0]
+    return (ends - 1) // send, (ends - 1) // take, mass
+
+
+def _merged(keys: Indices, values: npt.NDArray[np.float64]) -> tuple[Indices, npt.NDArray[np.float64]]:
+    """Keys in order, each once, with the sums of their values."""
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    return keys[first], np.add.reduceat(values[order], first)
+
+
+def _gather(takes: Indices, places: Indices, shares: npt.NDArray[np.float64], size: int, length: int) -> _Gather:
+    """A gather of entries that are sorted by place.
+
+    Raises:
+        MissingExtraError: scipy is not installed, and the entries are not alike.
+    """
+    counts = np.bincount(places, minlength=size)
+    count = int(counts[0])
+    if bool((counts == count).all()) and bool((shares == shares[0]).all()):
+        return _Gather(tuple(takes.reshape(size, count).T.copy()), float(shares[0]), None)
+    try:
+        from scipy.sparse import csr_array
+    except ImportError as error:
+        raise MissingExtraError("transport plans need scipy", extra="server") from error
+
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    return _Gather((), 1.0, csr_array((shares.astype(np.float32), takes, ends), shape=(size, length)))
+
+
+def _run(gather: _Gather, values: Floats, size: int, factor: float, out: Floats | None) -> Floats:
+    """All places from all indices, in chunks that stay in the cache."""
+    before, length, after = values.shape
+    scale = np.float32(gather.share * factor)
+    if gather.matrix is not None and before == 1:
+        whole: Floats = gather.matrix @ values[0]
+        if scale != 1:
+            whole *= scale
+        if out is None:
+            return whole[None]
+        out[0] = whole
+        return out
+    if out is None:
+        out = np.empty((before, size, after), np.float32)
+    if before == 1:
+        step = max(1, _CHUNK // max(1, after))
+        for at in range(0, size, step):
+            _sum(values, [takes[at : at + step] for takes in gather.rounds], scale, out[:, at : at + step])
+        return out
+    # A sparse product's result is in the cache, too, until it is swapped.
+    side = length if gather.matrix is None else max(length, size)
+    step = max(1, _CHUNK // max(1, side * after))
+    for at in range(0, before, step):
+        part, into = values[at : at + step], out[at : at + step]
+        if gather.matrix is None:
+            if part.size and part.flags.c_contiguous:
+                # Read it once in order, so that reading it in random order finds it in the cache.
+                part.reshape(-1)[::16].max()
+            _sum(part, gather.rounds, scale, into)
+            continue
+        room = SCRATCH.array("swapped", (length, len(part), after))
+        led = gather.matrix @ _swapped(part, room).reshape(length, -1)
+        if scale != 1:
+            led *= scale
+        _swapped(led.reshape(size, len(part), after), into)
+    return out
+
+
+def _sum(values: Floats, rounds: Sequence[Indices], scale: np.float32, out: Floats) -> None:
+    # Indices are right by construction: "clip" only lets numpy write without a buffer of its own.
+    np.take(values, rounds[0], axis=1, out=out, mode="clip")
+    for takes in rounds[1:]:
+        out += values.take(takes, axis=1)
+    if scale != 1:
+        out *= scale
+
+
+def _swapped(values: Floats, out: Floats) -> Floats:
+    """[a, b, c] as [b, a, c]: a sparse product runs along rows, so its axis goes to the front and back.
+
+    What lies along c moves as one item: numpy would run a loop of its own over the taps of every kernel.
+    """
+    a, b, c = values.shape
+    kind = f"V{4 * c}"
+    items = np.ascontiguousarray(values).reshape(a, b * c).view(kind)
+    out.reshape(b, a * c).view(kind)[...] = items.T
+    return out

@@ -1,0 +1,241 @@
+"""Exact optimal transport between uniform marginals: the plan of least cost, as the earth mover's distance has it.
+
+The plan is POT's (`ot.emd`, network simplex; SubFLOT, arXiv 2604.06631, Eq. 4), but found on a fraction of the pairs.
+An optimal plan uses fewer than n + m of the n·m pairs, so the simplex is first given the cheapest few of every channel.
+Its dual potentials u, v then say for all other pairs whether they could help: where C_jk ≥ u_j + v_k everywhere, the
+plan is optimal for the whole matrix, by linear programming duality; pairs that break it are added, and the simplex runs
+again. It is given costs less the potentials of Sinkhorn's algorithm, which move the cost of every plan by the same: its
+pivots go by reduced costs, so that it begins near its end. Small problems, and those for which that does not end soon,
+go to the dense solvers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from math import gcd
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import BundleError, MissingExtraError, shape_text
+from fedprune.strategies.optimal_transport.coupling import Coupling, corner
+
+Indices = npt.NDArray[np.int64]
+Cost = npt.NDArray[np.floating[Any]]
+
+SMALL = 160 * 160
+"""Pairs up to which the dense solvers are faster."""
+
+_KEPT = 10
+"""Cheapest pairs per channel that the simplex starts with, over both sides."""
+
+_SMOOTHING = 0.15
+"""Width of Sinkhorn's kernel, beside the spread of the costs."""
+
+_STEPS = 10
+_RELAXED = 1.3
+"""How far each of its steps goes, beside a plain one: fewer of them get as near (Thibault et al., arXiv 1711.01851)."""
+
+_ROUNDS = 8
+_PIVOTS = 10_000_000
+_EXACT = 1e-9
+"""How far below 0 a reduced cost may be by rounding alone, beside the largest cost."""
+
+_USUAL = 20
+"""Costs whose largest is within 2^±20 are taken as they are."""
+
+
+def exact_plan(cost: Cost) -> Coupling:
+    """The coupling of least total cost among those with uniform marginals.
+
+    Args:
+        cost: C [n, m], of moving all of source j to target k; float32 or float64.
+
+    Raises:
+        BundleError: It is no matrix of finite numbers.
+        MissingExtraError: scipy or POT is not installed.
+    """
+    if cost.ndim != 2 or not cost.size or not np.isfinite(cost).all():
+        raise BundleError(
+            "costs of a transport plan", expected="a matrix of finite numbers", got=shape_text(*cost.shape)
+        )
+    n, m = cost.shape
+    if n == 1 or m == 1:
+        return Coupling.in_order(n, m)
+    easy = _cheapest(cost)
+    if easy is not None:
+        return easy
+    cost = _in_range(cost)
+    if n == m and cost.size <= SMALL:
+        rows, columns = _scipy()(cost)
+        return Coupling.of(n, m, rows, columns, np.ones(n))
+    if cost.size > SMALL:
+        found = _by_columns(cost)
+        if found is not None:
+            return found
+    return _dense(cost)
+
+
+def _cheapest(cost: Cost) -> Coupling | None:
+    """Every source to its cheapest target, or the other way round, where that is a plan: nothing can be cheaper."""
+    n, m = cost.shape
+    if n % m == 0:
+        best = cost.argmin(1)
+        if (np.bincount(best, minlength=m) == n // m).all():
+            return Coupling.of(n, m, np.arange(n), best, np.ones(n))
+    elif m % n == 0:
+        # `argmin` along the first axis is slow. Every column has a least entry: m in all leave none a second one.
+        least = cost == cost.min(0)
+        if (np.count_nonzero(least, axis=1) == m // n).all():
+            rows, columns = np.nonzero(least)
+            return Coupling.of(n, m, rows, columns, np.ones(m))
+    return None
+
+
+def _in_range(cost: Cost) -> Cost:
+    """Unusually large or small costs times a power of two, which leaves the plan as it is.
+
+    The squares of costs from 1e17 overflow float32, and POT takes differences of 1e-14 for rounding.
+    """
+    exponent = int(np.frexp(max(cost.max(), -cost.min()))[1])
+    return cost if abs(exponent) <= _USUAL else np.ldexp(cost, -exponent)
+
+
+def _masses(n: int, m: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Uniform marginals in whole units, with which the simplex adds without rounding."""
+    common = gcd(n, m)
+    return np.full(n, float(m // common)), np.full(m, float(n // common))
+
+
+def _dense(cost: Cost) -> Coupling:
+    n, m = cost.shape
+    sent, got = _masses(n, m)
+    plan, log = _emd()(
+        sent, got, np.ascontiguousarray(cost, np.float64), numItermax=_PIVOTS, log=True, center_dual=False
+    )
+    if log["warning"]:
+        raise BundleError("the transport plan was not found", got=str(log["warning"])[:200])
+    rows, columns = np.nonzero(plan)
+    return Coupling.of(n, m, rows, columns, plan[rows, columns])
+
+
+def _by_columns(cost: Cost) -> Coupling | None:
+    """The plan by column generation; None where it does not end soon."""
+    from scipy.sparse import coo_array
+
+    n, m = cost.shape
+    sent, got = _masses(n, m)
+    single = np.ascontiguousarray(cost, np.float32)
+    flat = cost.reshape(-1)
+    scale = float(np.abs(single).max())
+    room = _KEPT * (n + m)
+    reduced, near_u, near_v = _smoothed(single)
+    used = _first_pairs(reduced, room // 2)
+    for _ in range(_ROUNDS):
+        rows, columns = np.divmod(np.flatnonzero(used), m)
+        costs = coo_array((cost[rows, columns] - near_u[rows] - near_v[columns], (rows, columns)), shape=cost.shape)
+        plan, log = _emd()(sent, got, costs, numItermax=_PIVOTS, log=True, center_dual=False, check_marginals=False)
+        if log["warning"]:
+            return None
+        u, v = log["u"] + near_u, log["v"] + near_v
+        np.subtract(single, u.astype(np.float32)[:, None], out=reduced)
+        reduced -= v.astype(np.float32)
+        # In float32 to find what may be negative, in float64 to know.
+        doubt = 1e-5 * max(scale, float(np.abs(u).max()), float(np.abs(v).max()))
+        found = np.flatnonzero(reduced.reshape(-1) < doubt)
+        exact = flat[found] - u[found // m] - v[found % m]
+        if not (exact < -_EXACT * scale).any():
+            bound = float(u @ sent + v @ got)
+            total = float(plan.data @ flat[plan.row.astype(np.int64) * m + plan.col])
+            proven = total - bound <= _EXACT * float(sent.sum()) * scale
+            return Coupling.of(n, m, plan.row, plan.col, plan.data) if proven else None
+        used[found if found.size <= room else found[np.argpartition(exact, room)[:room]]] = True
+        if found.size < room:  # pairs that come near may be the next to break it
+            used |= reduced.reshape(-1) <= _lowest(reduced, room // 2)
+    return None
+
+
+def _smoothed(
+    cost: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The cost less potentials that are nearly optimal, and these: a few steps of Sinkhorn's algorithm (Cuturi 2013).
+
+    They decide nothing but where the search begins, so that float32 is enough.
+
+    Returns:
+        C − u − v [n, m], u [n] and v [m].
+    """
+    n, m = cost.shape
+    u, v = cost.mean(1), cost.mean(0)
+    v -= v.mean()
+    reduced: npt.NDArray[np.float32] = cost - u[:, None]
+    reduced -= v
+    flat = reduced.reshape(-1)
+    width = np.float32(_SMOOTHING * max(float(np.sqrt(flat @ flat / flat.size)), 1e-30))
+    kernel = reduced * (-1 / width)
+    np.clip(kernel, -60, 40, out=kernel)  # a pair that stands out must not drown all others
+    np.exp(kernel, out=kernel)
+    b = np.ones(m, np.float32)
+    a = 1 / (kernel @ b)
+    with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
+        for _ in range(_STEPS):
+            b *= (np.float32(n / m) / (b * (a @ kernel))) ** np.float32(_RELAXED)
+            a *= (1 / (a * (kernel @ b))) ** np.float32(_RELAXED)
+        more_u, more_v = width * np.log(a), width * np.log(b)
+    if np.isfinite(more_u).all() and np.isfinite(more_v).all():  # long steps may go astray
+        reduced -= more_u[:, None]
+        reduced -= more_v
+        u, v = u + more_u, v + more_v
+    return reduced, u.astype(np.float64), v.astype(np.float64)
+
+
+def _first_pairs(reduced: npt.NDArray[np.float32], room: int) -> npt.NDArray[np.bool_]:
+    """Where to begin, as a mask of all pairs [n·m].
+
+    About `room` cheapest pairs, the cheapest of every row and column, and a plan that is possible.
+    """
+    n, m = reduced.shape
+    bound = _lowest(reduced, room)  # the rows' own least pairs come with it in one comparison
+    grid: npt.NDArray[np.bool_] = reduced <= np.maximum(reduced.min(1), bound)[:, None]
+    grid |= reduced <= reduced.min(0)
+    rows, columns, _ = corner(n, m)
+    grid[rows, columns] = True
+    return grid.reshape(-1)
+
+
+def _lowest(values: npt.NDArray[np.float32], count: int) -> np.float32:
+    """A bound below which about `count` of the values lie, as a sample of them tells."""
+    flat = values.reshape(-1)
+    sample = flat[:: flat.size // 8192 | 1]
+    last = min(sample.size - 1, count * sample.size // flat.size)
+    bound: np.float32 = np.partition(sample, last)[last]
+    return bound
+
+
+@cache
+def _emd() -> Callable[..., Any]:
+    """POT's exact solver, taken without the tensor libraries that POT would load besides numpy."""
+    names = [f"POT_BACKEND_DISABLE_{n}" for n in ("PYTORCH", "JAX", "TENSORFLOW", "CUPY")]
+    added = [n for n in names if n not in os.environ] if {"ot", "torch"}.isdisjoint(sys.modules) else []
+    os.environ.update(dict.fromkeys(added, "1"))
+    try:
+        from ot import emd
+    except ImportError as error:
+        raise MissingExtraError("transport plans need POT", extra="server") from error
+    finally:
+        for name in added:
+            del os.environ[name]
+    return emd  # type: ignore[no-any-return]
+
+
+@cache
+def _scipy() -> Callable[..., Any]:
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise MissingExtraError("transport plans need scipy", extra="server") from error
+    return linear_sum_assignment  # type: ignore[no-any-return]

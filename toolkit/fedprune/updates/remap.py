@@ -1,0 +1,89 @@
+"""Where the channels of one submodel lie in another: so that a device can go on with what it keeps in old coordinates.
+
+A server ranks channels anew, or gives a device another width; what a device holds (its last weights, what its last
+update left out) is then of other channels, in another order. A relocation has, for a tensor `n` that is laid out
+differently now, `n::axes` (I32, one per axis): the number k of a list of places `k` (I32), or −1 for an axis that stays
+as it is. Places say for each index of the axis where it lay before, or −1 for a channel that wasn't there: its elements
+are 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ProtocolError, shown
+from fedprune.model.selection import Selection
+from fedprune.updates import packing
+
+Tensors = dict[str, npt.NDArray[np.float32]]
+Lists = Mapping[str, npt.NDArray[Any]]
+
+_AXES = "::axes"
+_NOWHERE = -1
+
+
+def relocation(before: Selection, now: Selection) -> bytes:
+    """Where what was laid out by one selection lies by another, as the bytes of an envelope."""
+    lists: dict[bytes, int] = {}
+    rows: dict[str, npt.NDArray[np.int32]] = {}
+    for spec in now.architecture.tensors:
+        numbers = []
+        for size, old, new in zip(spec.shape, before.maps(spec.name), now.maps(spec.name), strict=True):
+            if np.array_equal(old, new):
+                numbers.append(_NOWHERE)
+                continue
+            inverse = np.full(size, _NOWHERE, np.int32)
+            inverse[old] = np.arange(old.size, dtype=np.int32)
+            numbers.append(lists.setdefault(inverse[new].tobytes(), len(lists)))
+        if any(n != _NOWHERE for n in numbers):
+            rows[spec.name + _AXES] = np.array(numbers, np.int32)
+    places = {str(k): np.frombuffer(raw, np.int32) for raw, k in lists.items()}
+    return packing.pack({**places, **rows})
+
+
+def relocated(tensors: Mapping[str, npt.NDArray[np.float32]], raw: bytes, most: int) -> Tensors:
+    """Tensors in the coordinates of another submodel.
+
+    Args:
+        tensors: In the old ones.
+        raw: What `relocation` gave.
+        most: Bytes that the relocation may have inside, and each tensor.
+
+    Raises:
+        ProtocolError: It is damaged, or not for tensors like these.
+    """
+    lists = packing.unpack(raw, most)
+    return {name: _placed(name, value, lists, most) for name, value in tensors.items()}
+
+
+def _placed(name: str, value: npt.NDArray[np.float32], lists: Lists, most: int) -> npt.NDArray[np.float32]:
+    axes = lists.get(name + _AXES)
+    if axes is None:
+        return value
+    if axes.dtype != np.int32 or axes.shape != (value.ndim,):
+        raise ProtocolError(f"axes of {shown(name)} in a relocation", expected=f"{value.ndim}", got=axes.shape)
+    rows = {axis: _places(name, int(k), value.shape[axis], lists) for axis, k in enumerate(axes) if k != _NOWHERE}
+    shape = [rows[axis].size if axis in rows else n for axis, n in enumerate(value.shape)]
+    if 4 * math.prod(shape) > most:
+        raise ProtocolError(
+            f"size of {shown(name)} in a relocation", expected=f"at most {most} bytes", got=tuple(shape)
+        )
+    out = value
+    for axis, places in rows.items():
+        out = np.take(out, np.maximum(places, 0), axis) if out.shape[axis] else np.zeros(shape, np.float32)
+        np.moveaxis(out, axis, 0)[places == _NOWHERE] = 0
+    return out
+
+
+def _places(name: str, number: int, size: int, lists: Lists) -> npt.NDArray[np.int32]:
+    places = lists.get(str(number))
+    if places is None or places.dtype != np.int32 or places.ndim != 1:
+        raise ProtocolError(f"places of {shown(name)} in a relocation", expected=f"list {number}", got="none")
+    if places.size and not _NOWHERE <= int(places.min()) <= int(places.max()) < size:
+        raise ProtocolError(f"places of {shown(name)} in a relocation", expected=f"from -1 to {size - 1}")
+    return places

@@ -1,0 +1,64 @@
+"""The weights that a device is sent, in fewer bytes: as their difference to those that it holds, or to 0.
+
+Server and device decode by the same code, and the server goes on from what it decoded: both have the same bits. What a
+codec leaves out is part of the difference to the next weights, so that it never adds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ProtocolError
+from fedprune.updates import packing, update
+from fedprune.updates.codecs import DOWN, Codec
+
+Tensors = dict[str, npt.NDArray[np.float32]]
+
+
+def encode(
+    codec: Codec, weights: Mapping[str, npt.NDArray[Any]], base: Tensors | None, trained: Collection[str]
+) -> bytes:
+    """Weights in a codec.
+
+    Args:
+        codec: One of `DOWN`; with no base none that goes in steps, which would be too coarse to train from.
+        weights: The weights, in the order of their file.
+        base: What the device holds, with the same names and shapes; None for 0.
+        trained: Names of the tensors that are coded; the others travel as they are.
+
+    Raises:
+        ProtocolError: They can't be coded.
+    """
+    if base is None:
+        _check(codec)
+        base = {n: np.zeros_like(v) for n, v in weights.items()}
+    raw, _ = update.encode(codec, weights, base, trained)
+    return raw
+
+
+def decode(codec: Codec, raw: bytes, base: Tensors | None, size: int) -> Tensors:
+    """The weights, in the order of their file.
+
+    Args:
+        codec: As for `encode`.
+        raw: What that gave.
+        base: The same as there.
+        size: Bytes of the weights' file, which bounds what is unpacked.
+
+    Raises:
+        ProtocolError: They are damaged, or of other weights than the base.
+    """
+    parts = packing.unpack(raw, 2 * size + 4096)  # of tiny tensors the names may be longer than the numbers
+    if base is None:
+        _check(codec)
+        base = {n.removesuffix(update.PARTS[codec.name]): np.zeros(v.shape, np.float32) for n, v in parts.items()}
+    return update.read(codec, parts, base, {n for n in base if n not in parts})
+
+
+def _check(codec: Codec) -> None:
+    if codec.name not in DOWN or codec.feedback:
+        raise ProtocolError(f"whole weights in codec {codec}", expected="weights that they are the difference to")
