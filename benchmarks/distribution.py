@@ -38,11 +38,11 @@ from fedprune.strategies.methods.plain import plain
 from fedprune.strategies.roles import Submodel
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.messages import Birth, Want, parse
+from fedprune.wire.messages import Birth, BlobRequest, parse
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import EVERYONE, Topics
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_server.executor.slab_chains import SlabChains
 from fedprune_server.messaging.outbox import Line, Post
@@ -119,7 +119,7 @@ class Board:
             self.downloads = BlobDownloads(self.store, offer, now)
             self.ask(self.downloads.start(now))
 
-    def ask(self, wants: list[Want]) -> None:
+    def ask(self, wants: list[BlobRequest]) -> None:
         assert self.downloads is not None
         if (topics := self.downloads.listens(TOPICS)) != self.heard:
             self.heard = topics
@@ -232,7 +232,7 @@ class Server:
         sharing = Sharing(self.store, Audience(self.state))
         wire: Any = link
         registry: Any = Traffic()
-        self.post = Post(Line(wire, TOPICS, JOB), registry, Answers(Serve(self.store)), sharing)
+        self.post = Post(Line(wire, TOPICS, JOB), registry, Answers(BlobSender(self.store)), sharing)
         self.here: set[str] = set()
         self.left = list(names)
 
@@ -270,7 +270,7 @@ class Server:
             if isinstance(message, Birth):
                 self.here.add(device)
                 self.offer(device)
-            elif isinstance(message, Want):
+            elif isinstance(message, BlobRequest):
                 offer = self.state.tasks[device].offer or {}
                 allowed = {r["sha256"] for r in (offer["weights"], *offer.get("slabs", ()))}
                 self.post.fetched(device, message, allowed)

@@ -34,7 +34,7 @@ from synthetic_nets import setting, write
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.join_token import Claim
 from fedprune.security.signed_channel import Sealer
-from fedprune.wire.messages import Want
+from fedprune.wire.messages import BlobRequest
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import JoinDesk
@@ -88,7 +88,7 @@ def member(folder: Path, port: int, count: int) -> tuple[ssl.SSLSocket, Iterator
     """An enrolled board that sends signed wants."""
     identity = DeviceIdentity(folder / HOSTILE, "default", HOSTILE)
     topic, sealer = SITE.up(HOSTILE), Sealer(identity.key, identity.epochs)
-    wants = (Want(secrets.token_hex(32), "data", 0, 1).to_bytes() for _ in range(count + _BATCH))
+    wants = (BlobRequest(secrets.token_hex(32), "data", 0, 1).to_bytes() for _ in range(count + _BATCH))
     messages = [publish(topic, sealer.seal(topic, want)) for want in wants]
     return connect(identity.context(), port, secrets.token_hex(16)), iter(messages)
 

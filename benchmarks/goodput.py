@@ -32,11 +32,11 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.wire.chunk import PACKET_OVERHEAD, QOS, Chunk
 from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.messages import Want, parse
+from fedprune.wire.messages import BlobRequest, parse
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.connection import Channel
 from fedprune_device.network.connection import Connection as BoardConnection
@@ -69,13 +69,13 @@ def serve(url: str, folder: str, leaves: int, pipe: Connection) -> None:
     with Link(url, "server") as link:
         link.subscribe(TOPICS.server_subscriptions())
         link.start()
-        downloads = Downloads(Serve(store), leaves * LEAF + PACKET_OVERHEAD)
+        downloads = Downloads(BlobSender(store), leaves * LEAF + PACKET_OVERHEAD)
         sharing = Sharing(store, Audience(State("0" * 64)))
         post = Post(Line(link, TOPICS, "job"), Uncounted(), downloads, sharing)  # type: ignore[arg-type]
         pipe.send("ready")
         while not pipe.poll():
             item = link.get(0.0 if post.ready else 0.01 if post.waiting else 0.1)
-            if isinstance(item, tuple) and isinstance(want := parse(item[1]), Want):
+            if isinstance(item, tuple) and isinstance(want := parse(item[1]), BlobRequest):
                 post.fetched(TOPICS.parse(item[0]).device, want, allowed)
             post.send_chunks()
 
@@ -90,7 +90,7 @@ def receive(url: str, refs: tuple[BlobRef, BlobRef], folder: str, pipe: Connecti
         link.subscribe(TOPICS.device_subscriptions(DEVICE))
         link.start()
         assert link.get(5) == ConnectionUp()
-        outbox = Uplink(BoardConnection(link, Channel(DEVICE, TOPICS.site)), Serve(store))
+        outbox = Uplink(BoardConnection(link, Channel(DEVICE, TOPICS.site)), BlobSender(store))
         pipe.send("ready")
         pipe.recv()
         began = time.perf_counter()

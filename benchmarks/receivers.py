@@ -19,11 +19,11 @@ from benchmarks.swarm.site import find_mosquitto, free_port
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import MAX_PACKET, Chunk
-from fedprune.wire.messages import TO, Gone, Want, parse
+from fedprune.wire.messages import TO, BlobNotFound, BlobRequest, parse
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.mqtt.unsent import HIGH_WATER
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import BlobSender
 from fedprune_server.transfer.upload_workers.messages import Begin
 from fedprune_server.transfer.upload_workers.receivers import Receivers
 from fedprune_server.transfer.uploads import Wants
@@ -34,7 +34,7 @@ _LIMIT_S = 120.0
 
 def boards(port: int, folder: Path) -> None:
     """Answer wants for any board until this process is ended."""
-    serve = Serve(BlobStore(folder, durable=False))
+    serve = BlobSender(BlobStore(folder, durable=False))
     with closing(Link(f"mqtt://127.0.0.1:{port}", "boards")) as link:
         link.subscribe(["fedprune/1/default/+/-/down"])
         link.start(patient=True)
@@ -44,8 +44,8 @@ def boards(port: int, folder: Path) -> None:
             if not isinstance(item, tuple):
                 continue
             want = parse(item[1])
-            chunks = serve.answer(want) if isinstance(want, Want) else None
-            if not isinstance(want, Want) or chunks is None or isinstance(chunks, Gone):
+            chunks = serve.answer(want) if isinstance(want, BlobRequest) else None
+            if not isinstance(want, BlobRequest) or chunks is None or isinstance(chunks, BlobNotFound):
                 continue
             for chunk in chunks:
                 while link.unsent >= HIGH_WATER:

@@ -31,10 +31,10 @@ from synthetic_nets import RESULTS, setting, write
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
-from fedprune.wire.messages import Gone, Want, parse
+from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Pull, Serve
+from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 
 SIZE = 20_000_000
@@ -45,7 +45,7 @@ WINDOWS = (8, 16, 32, 64, 128)
 
 def serve(url: str, folder: str, chunk_leaves: int, qos: int, pipe: Connection) -> None:
     """Answer wants until told to stop."""
-    server = Serve(BlobStore(Path(folder)))
+    server = BlobSender(BlobStore(Path(folder)))
     link = Link(url, "server")
     link.subscribe(TOPICS.server_subscriptions())
     link.start()
@@ -55,9 +55,9 @@ def serve(url: str, folder: str, chunk_leaves: int, qos: int, pipe: Connection) 
         if not isinstance(item, tuple):
             continue
         want = parse(item[1])
-        assert isinstance(want, Want)
+        assert isinstance(want, BlobRequest)
         answer = server.answer(want, chunk_leaves * LEAF + PACKET_OVERHEAD)
-        assert not isinstance(answer, Gone)
+        assert not isinstance(answer, BlobNotFound)
         for raw in answer:
             assert link.publish(TOPICS.down_blob("pi"), raw, qos)
     link.close()

@@ -20,19 +20,19 @@ from fedprune.wire.messages import (
     TO,
     Accepted,
     Birth,
+    BlobNotFound,
+    BlobRequest,
     Cancelled,
     Death,
     Finished,
-    Gone,
     Hello,
     Progress,
     Update,
-    Want,
     parse,
 )
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import CHUNK_LEAVES, Pull, Serve
+from fedprune.wire.transfer import CHUNK_LEAVES, BlobSender, Pull
 from fedprune_device.network.uplink import ANNOUNCE_MAX_S, ANNOUNCE_S
 
 _MAX_PACKET = CHUNK_LEAVES * LEAF + PACKET_OVERHEAD
@@ -96,7 +96,7 @@ class Board:
         self.parts: dict[int, Part] = {}
         self.finished = False
         self._session = 0
-        self._serve = Serve(works.updates)
+        self._serve = BlobSender(works.updates)
         self._offer: Offer | None = None
         self._pulls: dict[str, Pull] = {}
         self._update: Update | None = None
@@ -164,7 +164,7 @@ class Board:
                         self._ask(want)
             case Offer():
                 self._offered(message)
-            case Want():
+            case BlobRequest():
                 self._wanted(message)
             case Accepted():
                 self._accepted(message)
@@ -220,12 +220,12 @@ class Board:
         )
         self.hurry()
 
-    def _wanted(self, want: Want) -> None:
+    def _wanted(self, want: BlobRequest) -> None:
         update = self._update
         job = self._offer.job if self._offer is not None else None
         answer = self._serve.answer(want, _MAX_PACKET)
-        if isinstance(answer, Gone) or update is None or job is None or self.link is None:
-            self._say(Gone(want.sha256))
+        if isinstance(answer, BlobNotFound) or update is None or job is None or self.link is None:
+            self._say(BlobNotFound(want.sha256))
             return
         self._announce_at = max(self._announce_at, time.monotonic() + 5 * ANNOUNCE_S)
         topic = self._works.topics.up_to(self.name, want.to, job)
@@ -252,7 +252,7 @@ class Board:
             self._offer = self._update = None
             self._pulls.clear()
 
-    def _ask(self, want: Want) -> None:
+    def _ask(self, want: BlobRequest) -> None:
         self._say(want, None if self._offer is None else self._offer.job)
 
     def _say(self, message: Any, job: str | None = None, qos: int = 1) -> None:

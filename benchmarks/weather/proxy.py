@@ -22,7 +22,7 @@ from fedprune.blobs.blob_ref import LEAF
 from fedprune.core.errors import ProtocolError
 from fedprune.core.rng import keyed
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Want, parse
+from fedprune.wire.messages import BlobRequest, parse
 
 _CONNECT, _PUBLISH = 1, 3
 _DUPLICATE = 0x08
@@ -299,14 +299,14 @@ def _client_id(raw: bytes) -> str:
     return raw[at + 2 : at + 2 + int.from_bytes(raw[at : at + 2], "big")].decode()
 
 
-def _want(raw: bytes) -> Want | None:
+def _want(raw: bytes) -> BlobRequest | None:
     """What leaves a PUBLISH packet asks for, if it does."""
     if b'"type":"want"' not in raw:
         return None
     body = next(packets(raw))[0]
     end = body + 2 + int.from_bytes(raw[body : body + 2], "big")
     message = parse(raw[end + (2 if raw[0] & 6 else 0) :])
-    return message if isinstance(message, Want) and message.part == "data" else None
+    return message if isinstance(message, BlobRequest) and message.part == "data" else None
 
 
 def _chunk(raw: bytes) -> tuple[str, int, int] | None:

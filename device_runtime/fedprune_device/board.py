@@ -21,7 +21,7 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.precision_files import FLOAT32
 from fedprune.wire.broker_url import tls_context
 from fedprune.wire.chunk import MAX_PACKET
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import BlobSender
 from fedprune_device.agent.agent import Agent
 from fedprune_device.agent.birth import BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
@@ -133,7 +133,7 @@ def build_agent(
     """
     device, profile = connection.device, settings.profile
     store.slots.job = settings.serve_job
-    uplink = Uplink(connection, Serve(store.blobs), settings.max_packet, services.status)
+    uplink = Uplink(connection, BlobSender(store.blobs), settings.max_packet, services.status)
     trainer = TrainerCache(settings.threads, cuda=settings.cuda)
     lowering = ReducedPrecision(settings.precision, settings.threads)
     runner = RoundRunner(device, store.blobs, store.slots, data, trainer, store.own, lowering, store.privacy.draw)

@@ -26,7 +26,7 @@ from fedprune.planning.profile_store import find
 from fedprune.runtime.blocks import block_size
 from fedprune.training.recipe import Recipe
 from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.messages import Refusal, Want, parse
+from fedprune.wire.messages import BlobRequest, Refusal, parse
 from fedprune.wire.topics import Topics
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_export.importing import import_onnx
@@ -85,7 +85,7 @@ class Air:
     def heard(self, name: str, topic: str, payload: bytes) -> None:
         if Topics("default").parse(topic).channel == "up":
             message = parse(payload)
-            if isinstance(message, Want):
+            if isinstance(message, BlobRequest):
                 self.pulled[name].add(message.sha256)
             elif isinstance(message, Refusal):
                 self.refusals.append(message)

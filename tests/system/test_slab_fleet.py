@@ -18,7 +18,7 @@ from fedprune.coordination import State
 from fedprune.jobs.job import Job
 from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
-from fedprune.wire.messages import Want, parse
+from fedprune.wire.messages import BlobRequest, parse
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import EVERYONE, Topics
 from fedprune_device.network import blob_download
@@ -123,7 +123,7 @@ class Watched:
                 self._held.remove(held)
                 return held[0]
         item = self._link.get(timeout)
-        if isinstance(item, tuple) and item[0].endswith("/up") and isinstance(want := parse(item[1]), Want):
+        if isinstance(item, tuple) and item[0].endswith("/up") and isinstance(want := parse(item[1]), BlobRequest):
             device = TOPICS.parse(item[0]).device
             self.shared[device].append(bool(want.shared))
             self._asked.setdefault(want.sha256, set()).add(device)

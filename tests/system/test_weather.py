@@ -113,7 +113,7 @@ def test_what_is_asked_for_sent_and_fetched_is_told_apart(weather: tuple[Any, An
         "up arrived": [(whole + 100) / whole] * 2,
         "up arrived, with repetitions": [2 * (whole + 100) / whole] * 2,
     }
-    want = proxy.Want(digest, "data", 2, 4)
+    want = proxy.BlobRequest(digest, "data", 2, 4)
     _, tally = asyncio.run(passed(proxy, proxy.Weather(), [CONNECT, publish("a/up", want.to_bytes()), b"\xe0\0"]))
     assert tally.asked == {("here", "down", digest): Counter([2, 3, 4, 5])}
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from fedprune.core.errors import FedpruneError
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.log_messages import LogWanted
-from fedprune.wire.messages import Accepted, Cancelled, Death, Finished, Gone, Hello, Want
+from fedprune.wire.log_messages import LogRequest
+from fedprune.wire.messages import Accepted, BlobNotFound, BlobRequest, Cancelled, Death, Finished, Hello
 from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import ReleaseOffer, ReleaseWithdrawn
 from fedprune_device.agent.birth import BirthBuilder
@@ -158,14 +158,14 @@ class Agent:
             case Finished() as finished:
                 self._offers.finished(finished)
                 self._finished = True
-            case Want() as request:
+            case BlobRequest() as request:
                 self._offers.wanted(request, now)
-            case Gone(sha256):
+            case BlobNotFound(sha256):
                 if not (received.private and self._releases.gone(sha256)):
                     self._offers.gone(sha256, now)
             case ReleaseOffer() | ReleaseWithdrawn() as release if received.private:
                 self._releases.on_message(release)
-            case LogWanted() as request if received.private:
+            case LogRequest() as request if received.private:
                 self._logs.wanted(request)
 
     def _greet(self, now: float) -> None:

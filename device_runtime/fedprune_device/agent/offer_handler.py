@@ -13,7 +13,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune.planning.profile import HardwareProfile
 from fedprune.training.recipe import Recipe
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Accepted, Cancelled, Finished, Update, Want
+from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Finished, Update
 from fedprune.wire.offer import Offer
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.downloader import Downloader
@@ -103,7 +103,7 @@ class OfferHandler:
         """Note that the broker or the server is there."""
         self._offline.heard(now)
 
-    def wanted(self, request: Want, now: float) -> None:
+    def wanted(self, request: BlobRequest, now: float) -> None:
         """The server asks for pieces of the update."""
         self._uplink.answer(request, self._store.pending, now)
 

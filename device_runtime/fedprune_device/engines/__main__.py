@@ -25,7 +25,7 @@ from fedprune.core.errors import EngineError, ExitCode, FedpruneError
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.training import step_contract
 from fedprune_device.engines import bindings
-from fedprune_device.engines.bindings import Complaints
+from fedprune_device.engines.bindings import RejectedMessageLog
 from fedprune_device.engines.build import build, refit
 from fedprune_device.engines.build_process import BuildRequest
 from fedprune_device.engines.engine import Engine
@@ -72,7 +72,7 @@ def _make(order: BuildRequest) -> dict[str, Any]:
     plan, folder = EnginePlan.from_json(order.plan.encode()), order.folder
     graph = folder / plan.graph
     began = time.monotonic()
-    complaints = Complaints()
+    complaints = RejectedMessageLog()
     with complaints.told("TensorRT failed"):
         if order.base is not None:
             made = refit(found, complaints, order.base.read_bytes(), graph)

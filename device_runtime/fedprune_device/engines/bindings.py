@@ -91,7 +91,7 @@ def find() -> Bindings:
     return Bindings(trt, version, cuda, device)
 
 
-class Complaints:
+class RejectedMessageLog:
     """What TensorRT complained of last; it says why something failed nowhere else.
 
     Attributes:

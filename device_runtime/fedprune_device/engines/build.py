@@ -8,7 +8,7 @@ from typing import Any
 
 from fedprune.core.errors import EngineError
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune_device.engines.bindings import Bindings, Complaints
+from fedprune_device.engines.bindings import Bindings, RejectedMessageLog
 
 Tell = Callable[[str], None]
 """Takes a few words on how far a build is."""
@@ -16,7 +16,7 @@ Tell = Callable[[str], None]
 
 def build(
     bindings: Bindings,
-    complaints: Complaints,
+    complaints: RejectedMessageLog,
     graph: Path,
     plan: EnginePlan,
     *,
@@ -78,7 +78,7 @@ def build(
     return bytes(built), bytes(config.get_timing_cache().serialize())
 
 
-def refit(bindings: Bindings, complaints: Complaints, base: bytes, graph: Path) -> bytes:
+def refit(bindings: Bindings, complaints: RejectedMessageLog, base: bytes, graph: Path) -> bytes:
     """Give an engine the weights of another file of the same graph.
 
     Args:
@@ -151,7 +151,7 @@ def _monitor(trt: Any, tell: Tell) -> Any:
     return Monitor()
 
 
-def _refused(parser: Any, complaints: Complaints, what: str) -> EngineError:
+def _refused(parser: Any, complaints: RejectedMessageLog, what: str) -> EngineError:
     """What a parser says of a file that it doesn't take."""
     for i in range(parser.num_errors):
         complaints.take(str(parser.get_error(i).desc()))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import EngineError
-from fedprune_device.engines.bindings import Bindings, Complaints
+from fedprune_device.engines.bindings import Bindings, RejectedMessageLog
 from fedprune_device.engines.cuda import Stream
 
 Array = npt.NDArray[Any]
@@ -33,7 +33,7 @@ class Engine:
     """
 
     def __init__(self, bindings: Bindings, raw: bytes) -> None:
-        self._complaints = Complaints()
+        self._complaints = RejectedMessageLog()
         self._dtypes: dict[str, np.dtype[Any]] = {}
         self._batch: tuple[int, int] | None = None
         self.inputs: dict[str, tuple[str, tuple[int | str | None, ...]]] = {}

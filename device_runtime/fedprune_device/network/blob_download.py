@@ -12,9 +12,9 @@ from fedprune.core.errors import BundleError, ProtocolError, StorageError
 from fedprune.updates.width_deltas import compose
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.chunk_limit import ChunkLimit
-from fedprune.wire.messages import Want
+from fedprune.wire.messages import BlobRequest
 from fedprune.wire.offer import Offer
-from fedprune.wire.rtt import AnswerTime
+from fedprune.wire.response_time import ResponseTime
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import PATIENCE, Pull
 from fedprune_device.network.leaf_reuse import LeafReuse
@@ -58,7 +58,7 @@ class BlobDownloads:
         offer: Offer,
         now: float,
         limit: ChunkLimit | None = None,
-        answers: AnswerTime | None = None,
+        answers: ResponseTime | None = None,
         *,
         slabs: bool = True,
         shared: bool = True,
@@ -69,7 +69,7 @@ class BlobDownloads:
         self.deaf = False
         self._store = store
         self._limit = limit or ChunkLimit()
-        self._answers = answers or AnswerTime()
+        self._answers = answers or ResponseTime()
         self._leaves = LeafReuse(store)
         lacking = not store.has(offer.weights.sha256)
         coded = offer.coded is not None and not plainly and offer.coded in offer.shorter(store.has)
@@ -126,16 +126,16 @@ class BlobDownloads:
         job = self.offer.job
         return frozenset(topics.shared(s, job) for s, p in self._pulls.items() if p.shared and not p.done)
 
-    def start(self, now: float) -> list[Want]:
+    def start(self, now: float) -> list[BlobRequest]:
         """What to ask for on a new connection."""
         self._listens_since = now
         return [want for p in self._pulls.values() if not p.done for want in p.start(now)] + self._settle(now)
 
-    def remind(self, now: float) -> list[Want]:
+    def remind(self, now: float) -> list[BlobRequest]:
         """What to ask for once more of a server that says on this connection that it is there, perhaps a new one."""
         return [want for p in self._pulls.values() if not p.done for want in p.remind(now)]
 
-    def chunk(self, chunk: Chunk, now: float, *, shared: bool = False) -> list[Want]:
+    def chunk(self, chunk: Chunk, now: float, *, shared: bool = False) -> list[BlobRequest]:
         """Take in a chunk; those of other blobs are ignored.
 
         Args:
@@ -153,7 +153,7 @@ class BlobDownloads:
         self._heard = self._heard or shared
         return pull.on_chunk(chunk, now) + self._settle(now)
 
-    def tick(self, now: float) -> list[Want]:
+    def tick(self, now: float) -> list[BlobRequest]:
         """What to ask for again."""
         awaits = self._shared and any(p.shared and not p.done for p in self._pulls.values())
         if awaits and not self._heard and now - self._listens_since > self._answers.patience(PATIENCE):
@@ -163,7 +163,7 @@ class BlobDownloads:
                 pull.shared = False
         return [want for p in self._pulls.values() if not p.done for want in p.on_tick(now)] + self._settle(now)
 
-    def gone(self, sha256: str, now: float) -> list[Want]:
+    def gone(self, sha256: str, now: float) -> list[BlobRequest]:
         """The server doesn't have a blob any more: without what makes the weights they are pulled whole.
 
         Raises:
@@ -176,7 +176,7 @@ class BlobDownloads:
             return self._whole(now)
         raise ProtocolError(f"the server no longer has blob {sha256[:12]}")
 
-    def _settle(self, now: float) -> list[Want]:
+    def _settle(self, now: float) -> list[BlobRequest]:
         """Make the weights, once all slabs are there."""
         if not self._slabs or any(not p.done for s, p in self._pulls.items() if s in {r.sha256 for r in self._slabs}):
             return []
@@ -193,7 +193,7 @@ class BlobDownloads:
         self._slabs = ()
         return []
 
-    def _whole(self, now: float) -> list[Want]:
+    def _whole(self, now: float) -> list[BlobRequest]:
         pull = self._pull(self.offer.weights)
         for ref in self._instead:
             self._pulls.pop(ref.sha256, None)

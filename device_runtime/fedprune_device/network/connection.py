@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.complaints import Complaints
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Death, Message, parse
 from fedprune.wire.mqtt.link import Link
-from fedprune.wire.rtt import AnswerTime
+from fedprune.wire.rejected_messages import RejectedMessageLog
+from fedprune.wire.response_time import ResponseTime
 from fedprune.wire.topics import EVERYONE, NO_JOB, Topics
 
 _LOG = logging.getLogger("fedprune.device")
@@ -108,9 +108,9 @@ class Connection:
 
     def __init__(self, link: Link, channel: Channel, clock: Callable[[], float] = time.monotonic) -> None:
         self.link, self.device, self.topics = link, channel.device, channel.topics
-        self.answers = AnswerTime()
+        self.answers = ResponseTime()
         self._channel = channel
-        self._complaints = Complaints(_LOG, clock)
+        self._complaints = RejectedMessageLog(_LOG, clock)
 
     @property
     def unsent(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from fedprune.wire.broker_url import tls_context
 from fedprune.wire.chunk import MAX_PACKET, Chunk
 from fedprune.wire.chunk_limit import ChunkLimit
-from fedprune.wire.messages import Want
+from fedprune.wire.messages import BlobRequest
 from fedprune.wire.offer import Offer
 from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.connection import Connection
@@ -162,12 +162,12 @@ class Downloader:
             plainly=self._plainly,
         )
 
-    def _pull(self, step: Callable[[BlobDownloads], list[Want]]) -> None:
+    def _pull(self, step: Callable[[BlobDownloads], list[BlobRequest]]) -> None:
         downloads = self._downloads
         if downloads is not None and not self._web.fetching:  # what comes meanwhile was asked for before
             self._ask(downloads, step(downloads))
 
-    def _ask(self, downloads: BlobDownloads, wants: list[Want]) -> None:
+    def _ask(self, downloads: BlobDownloads, wants: list[BlobRequest]) -> None:
         """Ask for pieces, after the broker was told where the answers are heard."""
         self._listen(downloads.listens(self._connection.topics))
         self._uplink.ask(downloads.offer.job, wants)

@@ -14,12 +14,12 @@ from typing import Any
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.core.metrics import served
 from fedprune.wire.chunk import MAX_PACKET
-from fedprune.wire.messages import Alive, Gone, Message, Progress, Refusal, Update, Want
+from fedprune.wire.messages import Alive, BlobNotFound, BlobRequest, Message, Progress, Refusal, Update
 from fedprune.wire.mqtt.unsent import HIGH_WATER
 from fedprune.wire.offer import Offer
-from fedprune.wire.request_ids import NumberedWants, numbered
+from fedprune.wire.request_ids import SeenRequests, with_request_id
 from fedprune.wire.topics import NO_JOB
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.connection import Connection
 from fedprune_device.privacy.redaction import refused
 
@@ -89,14 +89,18 @@ class Uplink:
     """
 
     def __init__(
-        self, connection: Connection, pieces: Serve, max_packet: int = MAX_PACKET, status: BoardStatus | None = None
+        self,
+        connection: Connection,
+        pieces: BlobSender,
+        max_packet: int = MAX_PACKET,
+        status: BoardStatus | None = None,
     ) -> None:
         self._connection, self._device = connection, connection.device
         self._pieces = pieces
         self._max_packet = max_packet
         self.status = status or BoardStatus()
-        self._doubled = NumberedWants().doubled
-        self._wanted: deque[tuple[Update, Want]] = deque()
+        self._is_duplicate = SeenRequests().is_duplicate
+        self._wanted: deque[tuple[Update, BlobRequest]] = deque()
         self._chunks: Iterator[bytes] = iter(())
         self._chunks_job = NO_JOB
         self._chunks_to: str | None = None
@@ -114,17 +118,17 @@ class Uplink:
         self._spoke = True
         self._connection.send(message, job, qos)
 
-    def ask(self, job: str, wants: Iterable[Want]) -> None:
+    def ask(self, job: str, wants: Iterable[BlobRequest]) -> None:
         """Ask for pieces of blobs."""
         for want in wants:
-            self.say(numbered(want), job)
+            self.say(with_request_id(want), job)
 
-    def answer(self, want: Want, pending: Update | None, now: float) -> None:
+    def answer(self, want: BlobRequest, pending: Update | None, now: float) -> None:
         """Take in what the server wants of the update; while it asks, it needn't be told of it."""
         if pending is None or pending.weights.sha256 != want.sha256:
-            self.say(Gone(want.sha256))  # only the update is anybody's business
+            self.say(BlobNotFound(want.sha256))  # only the update is anybody's business
             return
-        if self._doubled(self._device, want):
+        if self._is_duplicate(self._device, want):
             return
         if (pending, want) not in self._wanted and len(self._wanted) < _MOST_WANTS:
             self._wanted.append((pending, want))
@@ -141,7 +145,7 @@ class Uplink:
             elif self._wanted:
                 update, want = self._wanted.popleft()
                 found = self._pieces.answer(want, self._max_packet)
-                if isinstance(found, Gone):
+                if isinstance(found, BlobNotFound):
                     self.say(found, update.job)
                 else:
                     self._chunks, self._chunks_job, self._chunks_to = found, update.job, want.to

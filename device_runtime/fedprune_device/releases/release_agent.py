@@ -16,7 +16,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Want
+from fedprune.wire.messages import BlobRequest
 from fedprune.wire.release_messages import (
     COMMITTED,
     DOWNLOADING,
@@ -302,6 +302,6 @@ class ReleaseAgent:
             self._last = report
             self._connection.send(report)
 
-    def _ask(self, wants: list[Want]) -> None:
+    def _ask(self, wants: list[BlobRequest]) -> None:
         for want in wants:
             self._connection.send(want)

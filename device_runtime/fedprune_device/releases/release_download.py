@@ -8,7 +8,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core.errors import FedpruneError, ReleaseError
 from fedprune.releases.release import Release
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Want
+from fedprune.wire.messages import BlobRequest
 from fedprune.wire.release_messages import ReleaseOffer
 from fedprune.wire.transfer import Pull
 from fedprune_device.releases.installer import ReleaseInstaller
@@ -60,7 +60,7 @@ class ReleaseDownload:
         coming = 0 if self._pull is None or self._pull.done else self._pull.progress[0]
         return here + coming, sum(r.leaf_count for r in self._refs)
 
-    def start(self, now: float) -> list[Want]:
+    def start(self, now: float) -> list[BlobRequest]:
         """What to ask for at first, and on every new connection.
 
         Raises:
@@ -74,7 +74,7 @@ class ReleaseDownload:
         """Whether it is this blob that is being pulled."""
         return self._pull is not None and self._pull.ref.sha256 == sha256
 
-    def chunk(self, chunk: Chunk, now: float) -> list[Want]:
+    def chunk(self, chunk: Chunk, now: float) -> list[BlobRequest]:
         """Take in a chunk of the blob that is being pulled.
 
         Raises:
@@ -84,7 +84,7 @@ class ReleaseDownload:
         wants = [] if self._pull is None else self._pull.on_chunk(chunk, now)
         return wants + self._onward(now)
 
-    def tick(self, now: float) -> list[Want]:
+    def tick(self, now: float) -> list[BlobRequest]:
         """What to ask for again.
 
         Raises:
@@ -93,9 +93,9 @@ class ReleaseDownload:
         """
         return [] if self._pull is None else self._pull.on_tick(now)
 
-    def _onward(self, now: float) -> list[Want]:
+    def _onward(self, now: float) -> list[BlobRequest]:
         """Go on to the next file when one is there: one window at a time is enough for any broker."""
-        wants: list[Want] = []
+        wants: list[BlobRequest] = []
         while self._pull is None or self._pull.done:
             self._pull = None
             missing = next((r for r in self._refs if not self._store.has(r.sha256)), None)

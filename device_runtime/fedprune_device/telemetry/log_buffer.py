@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from fedprune.core import atomic_file
 from fedprune.core.errors import FedpruneError
-from fedprune.wire.log_messages import MAX_LINES, MAX_TEXT, BoardLines, LogEntry
+from fedprune.wire.log_messages import MAX_LINES, MAX_TEXT, LogEntry, LogReport
 from fedprune_device.privacy.redaction import KEPT as WITHHELD
 from fedprune_device.privacy.redaction import bare, private
 
@@ -84,7 +84,7 @@ class LogBuffer(logging.Handler):
         except Exception:  # noqa: BLE001 - as every handler does: a line that can't be kept ends nothing
             self.handleError(record)
 
-    def take(self, lines: int, size: int) -> BoardLines | None:
+    def take(self, lines: int, size: int) -> LogReport | None:
         """What may be told now; the same again until it is kept.
 
         Args:
@@ -105,7 +105,7 @@ class LogBuffer(logging.Handler):
                 return None
             for line in told:
                 line["told"] = True
-            return BoardLines(self._device, tuple(cast(LogEntry, line) for line in told))
+            return LogReport(self._device, tuple(cast(LogEntry, line) for line in told))
 
     def kept(self, number: int) -> None:
         """The server has all up to a number."""
@@ -188,7 +188,7 @@ class LogBuffer(logging.Handler):
         """Take up what an earlier run left; a damaged file is as good as none."""
         try:
             body = atomic_file.read_document(self._path) or {}
-            lines = BoardLines(self._device, tuple(body.get("lines", ())[:KEPT])).lines
+            lines = LogReport(self._device, tuple(body.get("lines", ())[:KEPT])).lines
             number, left = int(body.get("number", 0)), int(body.get("left_out", 0))
         except (FedpruneError, TypeError, ValueError, KeyError, AttributeError, OverflowError):
             return

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune.core.errors import FedpruneError, ProtocolError
-from fedprune.wire.log_messages import CrashReport, LogWanted
+from fedprune.wire.log_messages import CrashReport, LogRequest
 from fedprune_device.network.connection import Connection
 from fedprune_device.telemetry.crash_reports import CrashReports
 from fedprune_device.telemetry.log_buffer import LogBuffer
@@ -41,7 +41,7 @@ class LogReporter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection, self._log, self._crashes, self._clock = connection, log, crashes, clock
-        self._wanted: LogWanted | None = None
+        self._wanted: LogRequest | None = None
         self._crash: CrashReport | None = None
         self._next = 0.0
 
@@ -53,7 +53,7 @@ class LogReporter:
         """The connection is lost."""
         self._wanted = None
 
-    def wanted(self, message: LogWanted) -> None:
+    def wanted(self, message: LogRequest) -> None:
         """The server asks for lines, and acknowledges those that it has."""
         first, self._wanted = self._wanted is None, message
         if message.kept is not None:

@@ -21,7 +21,7 @@ from typing import Any
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
-from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
+from fedprune.wire.log_messages import CrashReport, LogReport, LogRequest
 from fedprune_server.terminal.log_lines import about
 
 log = logging.getLogger("fedprune.server")
@@ -152,11 +152,11 @@ class BoardLogs:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def wanted(self, device: str) -> LogWanted:
+    def wanted(self, device: str) -> LogRequest:
         """What a board is told that it may tell, and what is here of it."""
-        return LogWanted(self._lines, BYTES, self._kept.get(device))
+        return LogRequest(self._lines, BYTES, self._kept.get(device))
 
-    def lines(self, message: BoardLines) -> None:
+    def lines(self, message: LogReport) -> None:
         """A board told lines of its log; more than it may are left out."""
         device, now = message.device, self._clock()
         allowed = self._allowance(device, len(message.lines))
@@ -186,7 +186,7 @@ class BoardLogs:
         row = (message.number, "crash", message.at, now, "error", 1, text, json.dumps(body, sort_keys=True))
         self._put((message.device, *row))
 
-    def save(self) -> dict[str, LogWanted]:
+    def save(self) -> dict[str, LogRequest]:
         """Write what has come; a disk that fails costs these lines, and boards tell them again.
 
         Returns:

@@ -28,7 +28,7 @@ from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
-from fedprune.wire.messages import MAX_WANT
+from fedprune.wire.messages import MAX_REQUEST
 
 log = logging.getLogger("fedprune.server")
 
@@ -56,7 +56,7 @@ FREE_WANTS, WANTS_PER_LEAF = 64, 4
 _WANT = MESSAGE + 0.25
 _BLOBS = 256
 
-CREDIT = 4 * MAX_WANT * LEAF
+CREDIT = 4 * MAX_REQUEST * LEAF
 """Bytes of chunks that count as asked for at most, however many were: each leaf that is asked for counts twice."""
 
 STRIKES = 3

@@ -25,7 +25,7 @@ from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Finished, Hello
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import BlobSender
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.devices.registry import DeviceRegistry
@@ -140,7 +140,7 @@ class Daemon:
         stores = [near] if rollouts is None else [near, rollouts.blobs]
         self._quarantine.know(self._registry.traffic)
         sharing = Sharing(near, Audience(state), max_packet)
-        downloads = Downloads(Serve(*stores), max_packet)
+        downloads = Downloads(BlobSender(*stores), max_packet)
         self._post = Post(
             Line(self._link, self._topics, job.name, max_packet), self._registry, downloads, sharing, monotonic,
             self._quarantine, self._shipping.coming,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fedprune.core.errors import ConfigError, ProtocolError
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Alive, Birth, Death, Gone, Hello, Message, Want, parse
+from fedprune.wire.messages import Alive, Birth, BlobNotFound, BlobRequest, Death, Hello, Message, parse
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune_server.devices.presence import Presence
 from fedprune_server.devices.quarantine import Quarantine, Quarantined, Released
@@ -218,9 +218,9 @@ class Host:
         named = self.desks.get(getattr(message, "job", job))
         if named is not None:
             return [named]
-        if message is None or isinstance(message, Gone):
+        if message is None or isinstance(message, BlobNotFound):
             return list(self.desks.values())  # each knows what it waits for
-        if isinstance(message, Want) and job == NO_JOB:
+        if isinstance(message, BlobRequest) and job == NO_JOB:
             return [d for d in self.desks.values() if d.offers(device, message.sha256)][:1] or [self._first]
         return [self._first]
 

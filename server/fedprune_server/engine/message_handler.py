@@ -21,9 +21,21 @@ from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import NAME
 from fedprune.planning.profile_store import find
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.complaints import Complaints
-from fedprune.wire.log_messages import LOG, BoardLines, CrashReport
-from fedprune.wire.messages import Alive, Birth, Cancelled, Death, Gone, Hello, Progress, Refusal, Update, Want, parse
+from fedprune.wire.log_messages import LOG, CrashReport, LogReport
+from fedprune.wire.messages import (
+    Alive,
+    Birth,
+    BlobNotFound,
+    BlobRequest,
+    Cancelled,
+    Death,
+    Hello,
+    Progress,
+    Refusal,
+    Update,
+    parse,
+)
+from fedprune.wire.rejected_messages import RejectedMessageLog
 from fedprune.wire.release_messages import ReleaseReport
 from fedprune.wire.topics import Topics
 from fedprune_server.devices.board_logs import BoardLogs
@@ -95,7 +107,7 @@ class Reception:
         self._clock = clock
         self._desk = desk
         self._logs = logs
-        self._complaints = Complaints(log, monotonic)
+        self._complaints = RejectedMessageLog(log, monotonic)
         self._asked: dict[str, float] = {}
         self._known_profiles: dict[str, tuple[float, dict[str, Any] | None]] = {}
         self.out: set[str] = set()
@@ -228,17 +240,17 @@ class Reception:
                 return self._born(message, len(payload))
             case Death():
                 return self.ended(device, message.session)
-            case Want():
+            case BlobRequest():
                 self._registry.heard(device, self._monotonic())
                 self._post.fetched(device, message, self._offered(device))
             case ReleaseReport():
                 if self._desk is not None:
                     self._desk.reported(message)
-            case BoardLines() | CrashReport():
+            case LogReport() | CrashReport():
                 self._told(message)
             case Alive():
                 pass
-            case Gone():
+            case BlobNotFound():
                 self._post.ask(self._uploads.gone(device, message.sha256, self._monotonic()))
             case Progress() | Refusal() | Update():
                 if message.job == self._job.name:
@@ -281,7 +293,7 @@ class Reception:
         for device, answer in ({} if self._logs is None else self._logs.save()).items():
             self._post.send(device, answer)
 
-    def _told(self, message: BoardLines | CrashReport) -> None:
+    def _told(self, message: LogReport | CrashReport) -> None:
         if self._logs is None or not self._registry.admitted(message.device):
             return  # anybody can think of names
         if isinstance(message, CrashReport):

@@ -28,10 +28,10 @@ from fedprune.releases.release import is_signed, signed
 from fedprune.security.envelope import unseal
 from fedprune.security.keys import VerifyingKey, grouped
 from fedprune.security.signed_channel import Opener, Sealer
-from fedprune.wire.complaints import Complaints
 from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.join_messages import APPROVED
 from fedprune.wire.messages import Birth, Death, Hello, parse
+from fedprune.wire.rejected_messages import RejectedMessageLog
 from fedprune.wire.release_messages import ReleaseOffer
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.devices.quarantine import Quarantine
@@ -118,7 +118,7 @@ class SignedLink(Relay):
         self._look_at = 0.0
         self._hello_at: dict[str, float] = {}
         self._clock = clock
-        self._complaints = Complaints(log, clock)
+        self._complaints = RejectedMessageLog(log, clock)
         self._news: deque[ShutOut | Doubled] = deque()
         self._asked: dict[str, int] = {}
         self._births: dict[str, int] = {}

@@ -12,12 +12,12 @@ from fedprune.core.errors import ProtocolError
 from fedprune.wire.checked_message import MAX_MESSAGE
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
-from fedprune.wire.log_messages import LogWanted
-from fedprune.wire.messages import FromServer, Gone, Hello, Want
+from fedprune.wire.log_messages import LogRequest
+from fedprune.wire.messages import BlobNotFound, BlobRequest, FromServer, Hello
 from fedprune.wire.mqtt.unsent import HIGH_WATER
 from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import ReleaseOffer
-from fedprune.wire.request_ids import NumberedWants, numbered
+from fedprune.wire.request_ids import SeenRequests, with_request_id
 from fedprune.wire.topics import Topics
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.devices.registry import DeviceRegistry
@@ -28,7 +28,7 @@ from fedprune_server.transfer.uploads import Wants
 
 _CHUNKS_PER_TURN = 4
 
-_ANSWERED = (Hello, Offer, LogWanted, ReleaseOffer)
+_ANSWERED = (Hello, Offer, LogRequest, ReleaseOffer)
 """Messages that a device answers."""
 
 
@@ -77,7 +77,7 @@ class Post:
         quarantine: Quarantine | None = None,
         coming: Callable[[str], bool] = lambda sha256: False,
     ) -> None:
-        self._doubled = NumberedWants().doubled
+        self._is_duplicate = SeenRequests().is_duplicate
         self._coming = coming
         self._most = line.longest
         self._quarantine = quarantine or Quarantine(clock)
@@ -144,22 +144,22 @@ class Post:
         for device, want in wants:
             self._quarantine.asked(device, want.count)
             self._quarantine.sends(device)
-            topic, payload = self._topics.down(device), numbered(want).to_bytes()
+            topic, payload = self._topics.down(device), with_request_id(want).to_bytes()
             if not self._outbox and self._link.publish(topic, payload):
                 self._registry.sent(device, len(payload))
             else:
                 self._outbox.append((device, topic, payload))
 
-    def fetched(self, device: str, want: Want, allowed: AbstractSet[str]) -> None:
+    def fetched(self, device: str, want: BlobRequest, allowed: AbstractSet[str]) -> None:
         """A device wants pieces of a blob: queue them, if it may have them."""
-        if self._doubled(device, want):
+        if self._is_duplicate(device, want):
             return
         if want.sha256 in allowed:
             self._quarantine.fetches(device, want.sha256, self._downloads.leaves(want.sha256))
             for alone in self._sharing.add(device, want, self._clock()):
                 self._downloads.add(device, alone)
         else:
-            self.send(device, Gone(want.sha256))
+            self.send(device, BlobNotFound(want.sha256))
 
     def forget(self, device: str) -> None:
         """A device has gone: what it wanted is wanted no more."""
@@ -178,7 +178,7 @@ class Post:
             if item is None:
                 return
             device, chunk = item
-            if isinstance(chunk, Gone):
+            if isinstance(chunk, BlobNotFound):
                 if self._coming(chunk.sha256):
                     continue  # the device asks again
                 self.send(device, chunk)

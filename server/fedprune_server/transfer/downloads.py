@@ -6,8 +6,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 
 from fedprune.wire.chunk import MAX_PACKET
-from fedprune.wire.messages import Gone, Want
-from fedprune.wire.transfer import Serve
+from fedprune.wire.messages import BlobNotFound, BlobRequest
+from fedprune.wire.transfer import BlobSender
 
 _TURNS = 32
 """Devices that are answered in turn; the others wait. Each holds a chunk in memory."""
@@ -24,17 +24,17 @@ class Downloads:
         max_packet: Bytes of an MQTT packet that the broker lets through.
     """
 
-    def __init__(self, serve: Serve, max_packet: int = MAX_PACKET) -> None:
+    def __init__(self, serve: BlobSender, max_packet: int = MAX_PACKET) -> None:
         self._serve = serve
         self._max_packet = max_packet
-        self._wants: OrderedDict[str, deque[Want]] = OrderedDict()
+        self._wants: OrderedDict[str, deque[BlobRequest]] = OrderedDict()
         self._running: OrderedDict[str, Iterator[bytes]] = OrderedDict()
 
     def __bool__(self) -> bool:
         """Whether something is to be sent."""
         return bool(self._wants) or bool(self._running)
 
-    def add(self, device: str, want: Want) -> None:
+    def add(self, device: str, want: BlobRequest) -> None:
         """Take in a want; one that is waiting already is not kept twice."""
         waiting = self._wants.setdefault(device, deque())
         if want not in waiting and len(waiting) < MAX_WAITING:
@@ -49,8 +49,8 @@ class Downloads:
         self._wants.pop(device, None)
         self._running.pop(device, None)
 
-    def next(self) -> tuple[str, bytes | Gone] | None:
-        """The next chunk to send and to whom; `Gone` for a blob that isn't here.
+    def next(self) -> tuple[str, bytes | BlobNotFound] | None:
+        """The next chunk to send and to whom; `BlobNotFound` for a blob that isn't here.
 
         Raises:
             StorageError: The disk fails.
@@ -61,7 +61,7 @@ class Downloads:
                 if device is None:
                     break
                 answer = self._serve.answer(self._want(device), self._max_packet)
-                if isinstance(answer, Gone):
+                if isinstance(answer, BlobNotFound):
                     return device, answer
                 self._running[device] = iter(answer)
             if not self._running:
@@ -73,7 +73,7 @@ class Downloads:
                 return device, chunk
             del self._running[device]
 
-    def _want(self, device: str) -> Want:
+    def _want(self, device: str) -> BlobRequest:
         """The next want of a device, which then stands behind all others."""
         waiting = self._wants.pop(device)
         want = waiting.popleft()

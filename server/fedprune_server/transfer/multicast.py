@@ -20,8 +20,8 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.jobs.state import Progress
 from fedprune.wire.chunk import MAX_PACKET, leaves_per_chunk
-from fedprune.wire.messages import Gone, Want
-from fedprune.wire.transfer import Serve
+from fedprune.wire.messages import BlobNotFound, BlobRequest
+from fedprune.wire.transfer import BlobSender
 
 GATHER_S = 1.0
 """Seconds that a leaf waits for devices that haven't asked for it yet."""
@@ -144,7 +144,7 @@ class Sharing:
 
     def __init__(self, store: BlobStore, audience: Audience, max_packet: int = MAX_PACKET) -> None:
         self._store = store
-        self._serve = Serve(store)
+        self._serve = BlobSender(store)
         self._audience = audience
         self._max_packet = max_packet
         self._shares: OrderedDict[tuple[str, str], _Share] = OrderedDict()
@@ -153,7 +153,7 @@ class Sharing:
         """Whether somebody waits for something."""
         return any(share.waiting for share in self._shares.values())
 
-    def add(self, device: str, want: Want, now: float) -> list[Want]:
+    def add(self, device: str, want: BlobRequest, now: float) -> list[BlobRequest]:
         """Take in a want.
 
         Returns:
@@ -186,7 +186,7 @@ class Sharing:
                 if not devices:
                     del share.waiting[leaf]
 
-    def next(self, now: float) -> Publication | tuple[str, Want] | None:
+    def next(self, now: float) -> Publication | tuple[str, BlobRequest] | None:
         """The next chunk for all, or what one device is to be answered alone; None if nothing is due.
 
         Raises:
@@ -202,13 +202,13 @@ class Sharing:
             lacking, _ = share.waiting[first]
             if first in share.sent and len(lacking) == 1 and not share.newcomer(next(iter(lacking))):
                 del share.waiting[first]
-                return next(iter(lacking)), Want(sha256, part, first, 1)
+                return next(iter(lacking)), BlobRequest(sha256, part, first, 1)
             run = _run(due, leaves_per_chunk(self._max_packet))
             for leaf in run:
                 del share.waiting[leaf]
                 share.sent[leaf] = now
-            answer = self._serve.answer(Want(sha256, part, first, len(run)), self._max_packet)
-            chunk = None if isinstance(answer, Gone) else next(iter(answer), None)
+            answer = self._serve.answer(BlobRequest(sha256, part, first, len(run)), self._max_packet)
+            chunk = None if isinstance(answer, BlobNotFound) else next(iter(answer), None)
             if chunk is not None:
                 share.reached.update(share.fronts)
                 return Publication(sha256, chunk, share.fronts)
@@ -233,7 +233,7 @@ class Sharing:
             if now - max(since, opened) >= GATHER_S or (leaf < reached and leaf not in share.sent)
         )
 
-    def _share(self, want: Want, now: float) -> _Share:
+    def _share(self, want: BlobRequest, now: float) -> _Share:
         key = want.sha256, want.part
         share = self._shares.get(key)
         if share is None:
@@ -256,11 +256,11 @@ def _run(leaves: Iterable[int], most: int) -> list[int]:
     return run
 
 
-def _wants(want: Want, leaves: list[int]) -> list[Want]:
+def _wants(want: BlobRequest, leaves: list[int]) -> list[BlobRequest]:
     """Wants for some of a want's leaves, ascending."""
-    out: list[Want] = []
+    out: list[BlobRequest] = []
     while leaves:
         run = _run(leaves, len(leaves))
-        out.append(Want(want.sha256, want.part, run[0], len(run)))
+        out.append(BlobRequest(want.sha256, want.part, run[0], len(run)))
         leaves = leaves[len(run) :]
     return out

@@ -11,8 +11,8 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, Chunk
 from fedprune.wire.chunk_limit import ChunkLimit
-from fedprune.wire.messages import Want
-from fedprune.wire.rtt import AnswerTime
+from fedprune.wire.messages import BlobRequest
+from fedprune.wire.response_time import ResponseTime
 from fedprune.wire.transfer import Pull
 
 STALLED_S = 30.0
@@ -43,7 +43,7 @@ class Spoilt:
 
 
 Outcome = Arrived | Spoilt
-Wants = list[tuple[str, Want]]
+Wants = list[tuple[str, BlobRequest]]
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Uploads:
         self._store = store
         self._concurrent = concurrent
         self._uploads: dict[str, _Upload] = {}
-        self._answers: dict[str, AnswerTime] = {}
+        self._answers: dict[str, ResponseTime] = {}
         self._there: dict[str, int | None] = {}  # who was heard since the last reconnection, and on which connection
         self._all_there, self._all_there_at = True, 0.0
         self._tickets = 0
@@ -180,7 +180,7 @@ class Uploads:
             now: The time.
             abilities: What it knows of the protocol; here nothing depends on that.
         """
-        self._answers.setdefault(device, AnswerTime()).told(answer_s)
+        self._answers.setdefault(device, ResponseTime()).told(answer_s)
         before = self._there.get(device)
         self._shows(device, session)
         upload = self._uploads.get(device)
@@ -285,7 +285,7 @@ class Uploads:
             self._running.add(device)
             upload = self._uploads[device]
             try:
-                answers = self._answers.setdefault(device, AnswerTime())
+                answers = self._answers.setdefault(device, ResponseTime())
                 partial = self._store.partial(upload.ref)
                 upload.pull = Pull(upload.ref, partial, limit=self._limit, answers=answers)
                 upload.moved_at = upload.began_at = now

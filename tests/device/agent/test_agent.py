@@ -12,7 +12,18 @@ import pytest
 
 from fedprune.model.selection import Tensors
 from fedprune.training.recipe import Recipe
-from fedprune.wire.messages import Birth, Cancelled, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
+from fedprune.wire.messages import (
+    Birth,
+    BlobNotFound,
+    BlobRequest,
+    Cancelled,
+    Death,
+    Finished,
+    Hello,
+    Progress,
+    Refusal,
+    Update,
+)
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.connection import Channel
@@ -220,11 +231,11 @@ def test_a_device_hands_out_nothing_but_its_update(bench: Bench) -> None:
 
     def react(message: Any) -> None:
         if isinstance(message, Update):
-            server.say(Want(asked, "data", 0, 1))
+            server.say(BlobRequest(asked, "data", 0, 1))
 
     server.react = react
     bench.run()
-    assert Gone(asked) in server.seen
+    assert BlobNotFound(asked) in server.seen
 
 
 def test_training_goes_on_while_the_broker_is_away(bench: Bench) -> None:

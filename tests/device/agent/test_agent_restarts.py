@@ -14,7 +14,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode, StorageFullError
 from fedprune.model.selection import Tensors
 from fedprune.training.recipe import Recipe
-from fedprune.wire.messages import Birth, Cancelled, Gone, Progress, Refusal, Update, Want
+from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Cancelled, Progress, Refusal, Update
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.privacy.policy import PrivacyPolicy
@@ -128,10 +128,10 @@ def test_another_attempt_at_the_same_work_goes_on_where_the_first_one_is(
 def test_another_attempt_while_pulling_asks_for_nothing_twice(bench: Bench) -> None:
     server = bench.server
     server.plan = [server.offer(1)]
-    wants: list[Want] = []
+    wants: list[BlobRequest] = []
 
     def react(message: Any) -> None:
-        if isinstance(message, Want) and message.sha256 == server.graphs["inference"].sha256:
+        if isinstance(message, BlobRequest) and message.sha256 == server.graphs["inference"].sha256:
             wants.append(message)
             server.plan = [server.offer(1, attempt=1)]
             server.say(server.plan[0])
@@ -263,7 +263,7 @@ def test_what_the_disk_damaged_is_not_deleted_once_another_attempt_pulls_it(
             deleted.set()
 
     def react(message: Any) -> None:
-        if isinstance(message, Want) and message.sha256 == damaged.name:
+        if isinstance(message, BlobRequest) and message.sha256 == damaged.name:
             pulled.set()
             deleted.wait(30)
 
@@ -295,8 +295,8 @@ def test_a_blob_that_the_server_no_longer_has_is_a_refusal(bench: Bench) -> None
     stop = server.react
 
     def react(message: Any) -> None:
-        if isinstance(message, Want) and not server.blobs.has(message.sha256):
-            server.say(Gone(message.sha256))
+        if isinstance(message, BlobRequest) and not server.blobs.has(message.sha256):
+            server.say(BlobNotFound(message.sha256))
         stop(message)
 
     server.react = react

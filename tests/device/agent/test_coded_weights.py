@@ -12,7 +12,7 @@ import pytest
 from fedprune.core import tensorfile
 from fedprune.model.selection import Tensors
 from fedprune.updates import Codec, weights
-from fedprune.wire.messages import Finished, Hello, Refusal, Want
+from fedprune.wire.messages import BlobRequest, Finished, Hello, Refusal
 from fedprune.wire.offer import Offer
 from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
@@ -54,7 +54,7 @@ class Rounds:
 
     @property
     def pulled(self) -> set[str]:
-        return {m.sha256 for m in self.server.of(Want)}
+        return {m.sha256 for m in self.server.of(BlobRequest)}
 
     def trained_on(self) -> str:
         return self.server.updates[2].base

@@ -100,7 +100,7 @@ def test_every_call_has_been_made_with_arguments_that_fit(board: EngineBoard, tm
     with pytest.raises(Exception, match="TensorRT doesn't take the graph"):
         build.build(
             found,
-            bindings.Complaints(),
+            bindings.RejectedMessageLog(),
             tmp_path / "inference.onnx",
             EnginePlan(),
             refittable=False,
@@ -114,7 +114,7 @@ def test_every_call_has_been_made_with_arguments_that_fit(board: EngineBoard, tm
         with pytest.raises(Exception, match="no such weights"):
             refit(
                 found,
-                bindings.Complaints(),
+                bindings.RejectedMessageLog(),
                 (board.engines / "base.plan").read_bytes(),
                 board.model(2).folder / "inference.onnx",
             )
@@ -139,7 +139,7 @@ class TestTheDouble:
 
     @pytest.fixture
     def logger(self, double: Double) -> Any:
-        return bindings.Complaints().logger(double.module)
+        return bindings.RejectedMessageLog().logger(double.module)
 
     def test_names_of_other_versions_are_unknown(self, double: Double, logger: Any, tmp_path: Path) -> None:
         trt: Any = double.module

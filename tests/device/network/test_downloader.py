@@ -13,10 +13,10 @@ from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, Chunk
-from fedprune.wire.messages import Gone, Want, parse
+from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.uplink import Uplink
@@ -34,8 +34,8 @@ class Line:
     unsent = 0
 
     def __init__(self, source: BlobStore) -> None:
-        self.serve = Serve(source)
-        self.wants: list[Want] = []
+        self.serve = BlobSender(source)
+        self.wants: list[BlobRequest] = []
         self.heard: list[frozenset[str]] = []
 
     def get(self, timeout: float | None = 0.0) -> None:
@@ -43,7 +43,7 @@ class Line:
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         message = parse(payload)
-        assert isinstance(message, Want)
+        assert isinstance(message, BlobRequest)
         self.wants.append(message)
         return True
 
@@ -54,7 +54,7 @@ class Line:
         """What answers all wants so far."""
         wants, self.wants = self.wants, []
         found = [self.serve.answer(want, MAX_PACKET) for want in wants]
-        return [Chunk.parse(raw) for pieces in found if not isinstance(pieces, Gone) for raw in pieces]
+        return [Chunk.parse(raw) for pieces in found if not isinstance(pieces, BlobNotFound) for raw in pieces]
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def store(tmp_path: Path) -> Iterator[DeviceStore]:
 @pytest.fixture
 def supply(store: DeviceStore, line: Line) -> Downloader:
     connection = Connection(line, Channel("d", TOPICS.site))
-    return Downloader(store, connection, Uplink(connection, Serve(store.blobs)))
+    return Downloader(store, connection, Uplink(connection, BlobSender(store.blobs)))
 
 
 def pulled(supply: Downloader, line: Line, now: float) -> float | None:

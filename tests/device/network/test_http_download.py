@@ -21,7 +21,7 @@ from fedprune.security.trusted_time import BUILT
 from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import tls_context
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.transfer import Pull, Serve
+from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_device.network import http_fetch
 from fedprune_device.network.http_fetch import HttpFetch
 from support.fakes.web_server import Handler, WebPlace
@@ -75,7 +75,7 @@ def test_leaves_that_another_blob_here_has_are_not_fetched(web: WebPlace, store:
 def rest_over_mqtt(store: BlobStore, web: WebPlace) -> int:
     """Pull what is missing as MQTT does, from the store behind the web server; leaves that it took."""
     pull = Pull(REF, store.partial(REF))
-    server = Serve(BlobStore(web.root, durable=False))
+    server = BlobSender(BlobStore(web.root, durable=False))
     wants, leaves = pull.start(0.0), 0
     while wants:
         want = wants.pop(0)

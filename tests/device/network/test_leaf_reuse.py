@@ -17,7 +17,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import StorageError
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.offer import Offer
-from fedprune.wire.transfer import Pull, Serve
+from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_device.network.leaf_reuse import LeafReuse
 from fedprune_device.storage.state_directory import DeviceStore
 
@@ -37,7 +37,7 @@ def pulled(source: BlobStore, target: BlobStore, ref: BlobRef, lend: Any = None)
     pull, travelled = Pull(ref, target.partial(ref), lend=lend or LeafReuse(target).lend), list[int]()
     wants = pull.start(0.0)
     while not pull.done:
-        answers = [Serve(source).answer(want) for want in wants]
+        answers = [BlobSender(source).answer(want) for want in wants]
         chunks = [Chunk.parse(raw) for answer in answers if isinstance(answer, Iterator) for raw in answer]
         assert chunks
         travelled += [i for c in chunks if c.part == "data" for i, _ in c.leaves()]
@@ -116,7 +116,7 @@ def test_what_was_lent_is_there_after_a_restart_and_more_is_looked_for(stores: t
     ref = source.put(blob("abcdefgh"))
     first = Pull(ref, target.partial(ref), lend=LeafReuse(target).lend)
     (want,) = first.start(0.0)
-    answer = Serve(source).answer(want)
+    answer = BlobSender(source).answer(want)
     assert isinstance(answer, Iterator)
     (table,) = answer
     assert [(w.first, w.count) for w in first.on_chunk(Chunk.parse(table), 0.0)] == [(2, 6)]

@@ -18,9 +18,9 @@ from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.training.recipe import Recipe
 from fedprune.updates.width_deltas import slab
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Gone, Want
+from fedprune.wire.messages import BlobNotFound, BlobRequest
 from fedprune.wire.offer import Offer
-from fedprune.wire.transfer import PATIENCE, Serve
+from fedprune.wire.transfer import PATIENCE, BlobSender
 from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.offer_checks import same_work, slabs_fit
 from fedprune_device.storage.state_directory import DeviceStore
@@ -42,7 +42,7 @@ class Source:
             place = {"w": tuple(np.arange(n) for n in below["w"].shape)}
             self.slabs.append(self.store.put(tensorfile.encode(slab(below, above, place))))
         self.graph = self.store.put(b"graph" * 10_000)
-        self.wants: list[Want] = []
+        self.wants: list[BlobRequest] = []
 
     def offer(self, step: int, **changes: Any) -> Offer:
         slabs: tuple[BlobRef, ...] | None = tuple(self.slabs[: step + 1])
@@ -53,11 +53,11 @@ class Source:
         )  # fmt: skip
         return replace(offer, **changes)
 
-    def answers(self, wants: list[Want]) -> Iterator[bytes]:
+    def answers(self, wants: list[BlobRequest]) -> Iterator[bytes]:
         self.wants += wants
         for want in wants:
-            found = Serve(self.store).answer(want)
-            assert not isinstance(found, Gone)
+            found = BlobSender(self.store).answer(want)
+            assert not isinstance(found, BlobNotFound)
             yield from found
 
     def feed(self, downloads: BlobDownloads, now: float = 0.0, *, shared: bool = True) -> None:
@@ -109,7 +109,7 @@ def test_what_others_asked_for_is_taken(source: Source, store: BlobStore) -> Non
         downloads.chunk(Chunk.parse(raw), 0.0, shared=True)
     for ref in (*source.slabs, source.graph):
         for first in reversed(range(ref.leaf_count)):
-            for raw in source.answers([Want(ref.sha256, "data", first, 1)]):
+            for raw in source.answers([BlobRequest(ref.sha256, "data", first, 1)]):
                 downloads.chunk(Chunk.parse(raw), 0.0, shared=True)
     assert downloads.done
 

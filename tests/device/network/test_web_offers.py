@@ -15,7 +15,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.model.selection import Tensors
 from fedprune.training.recipe import Recipe
-from fedprune.wire.messages import Cancelled, Refusal, Update, Want
+from fedprune.wire.messages import BlobRequest, Cancelled, Refusal, Update
 from fedprune.wire.offer import Offer
 from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
@@ -52,8 +52,8 @@ class Board:
         return limit
 
     @property
-    def wants(self) -> list[Want]:
-        return [m for m in self.server.seen if isinstance(m, Want)]
+    def wants(self) -> list[BlobRequest]:
+        return [m for m in self.server.seen if isinstance(m, BlobRequest)]
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from fedprune.core import atomic_file, tensorfile
 from fedprune.core.errors import ConfigError, DataError, DivergedError, ExitCode, PlanError, PrivacyError
 from fedprune.training.recipe import Recipe
 from fedprune.updates.privacy_accounting import epsilon
-from fedprune.wire.log_messages import LogWanted
+from fedprune.wire.log_messages import LogRequest
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.privacy.budget import FILE, PrivacyBudget
@@ -240,7 +240,7 @@ def test_of_a_private_board_the_log_tells_what_stands_in_the_code(tmp_path: Path
     again = LogBuffer(tmp_path, "pi", quiet=lambda: True).take(50, 10_000)
     assert again is not None
     assert [row["text"] for row in again.lines] == texts, "they were bare already"
-    assert LogWanted(50, 10_000).lines
+    assert LogRequest(50, 10_000).lines
 
 
 def test_an_own_exceptions_name_is_not_told() -> None:

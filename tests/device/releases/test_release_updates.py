@@ -18,7 +18,7 @@ import pytest
 from fedprune.core.errors import RuntimeUnavailableError, StorageError
 from fedprune.security.keys import SigningKey
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Gone, Want, parse
+from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
 from fedprune.wire.release_messages import (
     COMMITTED,
     DOWNLOADING,
@@ -288,14 +288,14 @@ def test_trouble_while_a_release_is_unpacked_waits_until_that_has_ended(
 def test_a_server_that_lost_the_files_may_offer_them_again(board: Make, tmp_path: Path) -> None:
     big = make_release(tmp_path / "big", 2, more=BIG, unpacked=3 * 10**6)
     it = board(big)
-    gone: list[Want] = []
+    gone: list[BlobRequest] = []
     publish = it.server.publish
 
     def lose(topic: str, payload: bytes, qos: int = 1) -> bool:
         message = parse(payload)
-        if isinstance(message, Want) and not gone:
+        if isinstance(message, BlobRequest) and not gone:
             gone.append(message)
-            it.server.say(Gone(message.sha256))
+            it.server.say(BlobNotFound(message.sha256))
             it.server.next()
             return True
         return publish(topic, payload, qos)

@@ -17,7 +17,7 @@ from fedprune.core.errors import BundleError, ProtocolError, StorageError
 from fedprune.runtime.precision import packed, unpacked
 from fedprune.runtime.precision_files import PRECISIONS, files_of, graphs_of, served_files
 from fedprune.training.recipe import Recipe
-from fedprune.wire.messages import Want, parse
+from fedprune.wire.messages import BlobRequest, parse
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.serving.model_slots import Serving
@@ -311,7 +311,7 @@ def test_an_agent_pulls_and_serves_what_it_is_told_to(
 
     assert record is not None
     assert (record.round, record.precision) == (2, serve)
-    asked = {m.sha256 for m in server.seen if isinstance(m, Want)}
+    asked = {m.sha256 for m in server.seen if isinstance(m, BlobRequest)}
     assert asked & {k.sha256 for k in kits.values()} == ({kits["int8"].sha256} if serve == "int8" else set())
 
 

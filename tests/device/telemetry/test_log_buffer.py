@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, FedpruneError, IdentityError, JoinError
-from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
+from fedprune.wire.log_messages import CrashReport, LogReport, LogRequest
 from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
 from fedprune_device.hardware.thermal_guard import ThermalGuard
@@ -82,7 +82,7 @@ def test_a_private_text_is_one_short_printable_line(text: str, limit: int) -> No
     told = private(text, limit)
     assert len(told) <= limit
     assert told.isprintable()
-    BoardLines("pi", ({"number": 0, "at": 0, "level": "error", "count": 1, "text": told},))
+    LogReport("pi", ({"number": 0, "at": 0, "level": "error", "count": 1, "text": told},))
 
 
 def test_modules_of_others_are_not_named() -> None:
@@ -264,7 +264,7 @@ def test_a_crash_and_lines_are_told_until_the_server_has_them(tmp_path: Path) ->
     link.born()
 
     def wanted(kept: int | None) -> None:
-        link.wanted(LogWanted(60, 9999, kept))
+        link.wanted(LogRequest(60, 9999, kept))
         link.turn()
 
     wanted(None)
@@ -277,7 +277,7 @@ def test_a_crash_and_lines_are_told_until_the_server_has_them(tmp_path: Path) ->
     time.now += 6
     link.turn()
     told = wire.said[-1]
-    assert isinstance(told, BoardLines)
+    assert isinstance(told, LogReport)
     wanted(told.lines[-1]["number"])
     said = len(wire.said)
     for _ in range(5):

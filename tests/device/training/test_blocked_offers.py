@@ -17,7 +17,7 @@ from fedprune.model.selection import Tensors
 from fedprune.runtime import blocks
 from fedprune.training import step_contract
 from fedprune.training.recipe import Recipe
-from fedprune.wire.messages import Progress, Refusal, Update, Want
+from fedprune.wire.messages import BlobRequest, Progress, Refusal, Update
 from fedprune.wire.offer import Offer
 from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
@@ -86,7 +86,7 @@ class Fleet:
         self.server.react = react
 
     def wanted(self) -> set[str]:
-        return {m.sha256 for m in self.server.of(Want)}
+        return {m.sha256 for m in self.server.of(BlobRequest)}
 
     def right(self, number: int, recipe: Recipe | None = None) -> bool:
         """Whether a round ended with the very numbers that training gives."""

@@ -22,7 +22,7 @@ from fedprune.model.selection import Tensors
 from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import BlobSender
 from fedprune_device.agent.agent import Agent
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
@@ -264,7 +264,7 @@ class At:
 
 def handler(store: DeviceStore, data: LocalData, every: float, wall: Callable[[], float] = time.time) -> OfferHandler:
     connection = Connection(Silent(), Channel("d", "site"))
-    uplink, runner = Uplink(connection, Serve(store.blobs)), RoundRunner("d", store.blobs, store.slots, data)
+    uplink, runner = Uplink(connection, BlobSender(store.blobs)), RoundRunner("d", store.blobs, store.slots, data)
     offline = OfflineTraining(store, runner, every, wall)
     downloader = Downloader(store, connection, uplink)
     return OfferHandler(store, downloader, uplink, runner, offline, choice=GraphChoice())

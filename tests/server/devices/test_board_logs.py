@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import StorageError
-from fedprune.wire.log_messages import BoardLines, CrashReport
+from fedprune.wire.log_messages import CrashReport, LogReport
 from fedprune_server.devices import board_logs
 from fedprune_server.devices.board_logs import CRASHES, FILE, BoardLogs, frames_of, read_logs
 
 
-def lines(device: str, *texts: str, first: int = 1) -> BoardLines:
+def lines(device: str, *texts: str, first: int = 1) -> LogReport:
     rows = [
         {"number": first + i, "at": 5, "level": "warning", "count": 1 + i, "text": text} for i, text in enumerate(texts)
     ]
-    return BoardLines(device, tuple(rows))
+    return LogReport(device, tuple(rows))
 
 
 def crash(device: str, number: int, text: str = "ValueError: no") -> CrashReport:
@@ -100,7 +100,7 @@ def test_a_damaged_file_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_a_board_whose_clock_is_beyond_all_calendars_can_be_shown(tmp_path: Path) -> None:
-    late = BoardLines("a", ({"number": 1, "at": 2**63 - 1, "level": "error", "count": 1, "text": "no"},))
+    late = LogReport("a", ({"number": 1, "at": 2**63 - 1, "level": "error", "count": 1, "text": "no"},))
     with BoardLogs(tmp_path) as logs:
         logs.lines(late)
         logs.save()

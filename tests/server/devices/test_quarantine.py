@@ -23,10 +23,20 @@ from fedprune.core.tensorfile import decode
 from fedprune.jobs.state import Progress as Part
 from fedprune.jobs.state import Task
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import MAX_WANT, Accepted, Birth, Cancelled, Death, Gone, Hello, Progress, Want
+from fedprune.wire.messages import (
+    MAX_REQUEST,
+    Accepted,
+    Birth,
+    BlobNotFound,
+    BlobRequest,
+    Cancelled,
+    Death,
+    Hello,
+    Progress,
+)
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Pull, Serve
+from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.devices.quarantine import (
     BAD,
     BIRTH,
@@ -217,7 +227,7 @@ def test_reasons_that_our_own_checks_give_are_told_apart(quarantine: Quarantine)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("window", "chunk"), [(32, 4), (MAX_WANT, MAX_WANT), (MAX_WANT, 1)])
+@pytest.mark.parametrize(("window", "chunk"), [(32, 4), (MAX_REQUEST, MAX_REQUEST), (MAX_REQUEST, 1)])
 def test_a_board_may_fetch_and_deliver_as_fast_as_it_can(
     quarantine: Quarantine, tmp_path: Path, window: int, chunk: int
 ) -> None:
@@ -225,7 +235,7 @@ def test_a_board_may_fetch_and_deliver_as_fast_as_it_can(
     data = np.random.default_rng(0).bytes(64 * 2**20)
     here, there = BlobStore(tmp_path / "here", durable=False), BlobStore(tmp_path / "there", durable=False)
     ref = there.put(data)
-    serve = Serve(there)
+    serve = BlobSender(there)
 
     # The server pulls: it says how much it asks for, and each chunk is heard.
     pull = Pull(ref, here.partial(ref), window_leaves=window, chunk_leaves=chunk)
@@ -345,13 +355,13 @@ def test_answers_to_a_flood_do_not_pay_for_it(fleet: Fleet, caplog: pytest.LogCa
         take(offer)  # type: ignore[arg-type]
         for _ in range(min(left[0], 500)):
             left[0] -= 1
-            flooding.say(Want(f"{left[0]:064x}", "data", 0, 1))
+            flooding.say(BlobRequest(f"{left[0]:064x}", "data", 0, 1))
 
     def idle() -> None:
         flood_on = min(left[0], 500)
         left[0] -= flood_on
         for n in range(flood_on):
-            flooding.say(Want(f"{left[0] + n:064x}", "data", 0, 1))
+            flooding.say(BlobRequest(f"{left[0] + n:064x}", "data", 0, 1))
 
     flooding.take = flood  # type: ignore[method-assign, assignment]
     daemon = fleet.daemon()
@@ -474,9 +484,9 @@ def test_only_messages_that_need_an_answer_earn_anything(fleet: Fleet) -> None:
     ledger.at = quarantine._clock() + 1e6  # no time passes
     before = ledger.points
     post.broadcast(Hello(1))
-    for message in (Gone("0" * 64), Accepted(JOB.name, 1, 1, "0" * 64), Cancelled(JOB.name, 1, 1, "late")):
+    for message in (BlobNotFound("0" * 64), Accepted(JOB.name, 1, 1, "0" * 64), Cancelled(JOB.name, 1, 1, "late")):
         post.send("a", message)
-    post.fetched("a", Want("0" * 64, "data", 0, 1), set())
+    post.fetched("a", BlobRequest("0" * 64, "data", 0, 1), set())
     assert ledger.points == before
     post.send("a", Hello(1))
     assert ledger.points > before

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.wire.log_messages import LOG, BoardLines, CrashReport, LogWanted
+from fedprune.wire.log_messages import LOG, CrashReport, LogReport, LogRequest
 from fedprune.wire.messages import TO, Birth, parse
 from fedprune_server.devices.board_logs import BoardLogs, read_logs
 from fedprune_server.monitoring.metrics import Metrics
@@ -32,17 +32,17 @@ def talkative(board: ToyDevice) -> None:
     def heard(topic: str, payload: bytes) -> None:
         hear(topic, payload)
         last = board.heard[-1] if board.heard else None
-        if isinstance(last, LogWanted) and last.kept is None:
+        if isinstance(last, LogRequest) and last.kept is None:
             line = {"number": 8, "at": 1, "level": "warning", "count": 2, "text": f"{board.name} is hot"}
             for _ in range(2):
                 board.say(CrashReport(board.name, 7, 1, "killed", "no memory", (), "fedprune", ""))
-                board.say(BoardLines(board.name, (line,)))
+                board.say(LogReport(board.name, (line,)))
 
     board.birth, board.hear = born, heard  # type: ignore[method-assign]
 
 
 def wanted(board: ToyDevice) -> list[int | None]:
-    return [m.kept for m in board.heard if isinstance(m, LogWanted)]
+    return [m.kept for m in board.heard if isinstance(m, LogRequest)]
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -16,7 +16,7 @@ from fedprune.coordination import events as on
 from fedprune.core.errors import ProtocolError
 from fedprune.jobs.state import Progress as Part
 from fedprune.jobs.state import Task
-from fedprune.wire.messages import Accepted, Birth, Cancelled, Finished, Progress, Refusal, Update, Want
+from fedprune.wire.messages import Accepted, Birth, BlobRequest, Cancelled, Finished, Progress, Refusal, Update
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune_server.engine.daemon import Daemon
@@ -162,7 +162,7 @@ def test_an_update_of_the_wrong_size_is_rejected_before_a_byte_of_it_is_pulled(f
     liar.lie = larger
     state = fleet.run()
     assert folded(state) == [["b", "c"]] * 3
-    assert not any(isinstance(m, Want) for m in liar.heard)
+    assert not any(isinstance(m, BlobRequest) for m in liar.heard)
 
 
 def test_an_update_without_what_is_frozen_counts_and_one_of_the_offers_size_does_not(fleet: Fleet) -> None:
@@ -264,7 +264,7 @@ def test_parts_of_updates_that_never_came_whole_do_not_stay(fleet: Fleet) -> Non
     def cut(topic: str, payload: bytes) -> None:
         """Answers the first want for an update's leaves, then dies."""
         hear(topic, payload)
-        if not topic.endswith("blob") and isinstance(device.heard[-1], Want) and device.heard[-1].part == "data":
+        if not topic.endswith("blob") and isinstance(device.heard[-1], BlobRequest) and device.heard[-1].part == "data":
             device.hear = lambda topic, payload: None  # type: ignore[method-assign]
             seen.append(device.heard[-1].sha256)
             device.air.inbox = deque(list(device.air.inbox)[:-1])  # of several chunks the last is lost

@@ -12,7 +12,7 @@ import pytest
 
 from fedprune.planning.profile_store import find
 from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.messages import Birth, Gone, Progress, Refusal, Want
+from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Progress, Refusal
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune_server.monitoring.observer import DisplayObserver
@@ -28,12 +28,12 @@ def test_a_device_may_fetch_only_what_it_was_offered(fleet: Fleet) -> None:
     take = spy.take
 
     def curious(offer: Offer) -> None:
-        spy.say(Want(secret, "data", 0, 1))
+        spy.say(BlobRequest(secret, "data", 0, 1))
         take(offer)
 
     spy.take = curious  # type: ignore[method-assign]
     fleet.run()
-    assert Gone(secret) in spy.heard
+    assert BlobNotFound(secret) in spy.heard
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State
-from fedprune.wire.messages import Birth, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
+from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Death, Finished, Hello, Progress, Refusal, Update
 from fedprune.wire.topics import Topics
 from support.fakes.fleet import Fleet, fill, folded
 from support.fakes.tiny_job import JOB
@@ -96,8 +96,10 @@ def messages(name: str) -> st.SearchStrategy[object]:
             metrics=st.dictionaries(st.sampled_from(["accuracy_after", "x"]), st.floats(-1e308, 1e308), max_size=2),
             **PARTS,
         ),
-        st.builds(Want, DIGESTS, st.sampled_from(["data", "leaves"]), COUNTS.map(lambda n: n % 2**31), st.just(1024)),
-        st.builds(Gone, DIGESTS),
+        st.builds(
+            BlobRequest, DIGESTS, st.sampled_from(["data", "leaves"]), COUNTS.map(lambda n: n % 2**31), st.just(1024)
+        ),
+        st.builds(BlobNotFound, DIGESTS),
         st.builds(Hello),
         st.builds(Finished, st.just(JOB.name)),
     )

@@ -19,11 +19,11 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import BrokerError
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Want, parse
+from fedprune.wire.messages import BlobRequest, parse
 from fedprune.wire.mqtt import link as link_module
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Pull, Serve
+from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.messaging.broker.child import kind
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from support.processes.machine import free_port, listens
@@ -55,7 +55,7 @@ def connected(broker: EmbeddedBroker, name: str, topics: list[str]) -> closing[L
 def pull_through(server: Link, device: Link, source: BlobStore, target: BlobStore, sha256: str) -> None:
     """One blob from server to device, both ends in this thread."""
     ref = source.ref(sha256)
-    serve, pull = Serve(source), Pull(ref, target.partial(ref))
+    serve, pull = BlobSender(source), Pull(ref, target.partial(ref))
     wants, deadline = pull.start(time.monotonic()), time.monotonic() + 30
     while not pull.done and time.monotonic() < deadline:
         for want in wants:
@@ -64,7 +64,7 @@ def pull_through(server: Link, device: Link, source: BlobStore, target: BlobStor
         asked = server.get(0.01)
         if isinstance(asked, tuple):
             message = parse(asked[1])
-            assert isinstance(message, Want)
+            assert isinstance(message, BlobRequest)
             for raw in serve.answer(message):
                 assert isinstance(raw, bytes)
                 assert server.publish(TOPICS.down_blob("pi"), raw)

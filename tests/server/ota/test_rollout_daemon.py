@@ -13,7 +13,7 @@ from fedprune.releases.release import FILES, Release, read_release
 from fedprune.releases.rollout import Fate, Rollout, RolloutPhase, RolloutPlan, Stage
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.connection_events import ConnectionDown
-from fedprune.wire.messages import Gone, Want, parse
+from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
 from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseOffer, ReleaseReport
 from fedprune.wire.transfer import Pull
 from fedprune_server.ota.store import RolloutStore
@@ -180,9 +180,9 @@ def test_nobody_pulls_what_it_is_not_given(tmp_path: Path, release: Path) -> Non
     fleet.restart()
     for device in fleet.updated.values():
         device.heard.clear()
-        fleet.air.to_server(device.topics.up(device.name), Want(fleet.files[0], "data", 0, 1).to_bytes())
+        fleet.air.to_server(device.topics.up(device.name), BlobRequest(fleet.files[0], "data", 0, 1).to_bytes())
     fleet.until_over(tmp_path)
-    assert all(Gone(fleet.files[0]) in d.heard for d in fleet.updated.values())
+    assert all(BlobNotFound(fleet.files[0]) in d.heard for d in fleet.updated.values())
 
 
 class Busy(Updated, JobsDevice):

@@ -9,8 +9,8 @@ import pytest
 
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.wire.messages import Gone, Want
-from fedprune.wire.transfer import Serve
+from fedprune.wire.messages import BlobNotFound, BlobRequest
+from fedprune.wire.transfer import BlobSender
 from fedprune_server.transfer.downloads import MAX_WAITING, Downloads
 
 
@@ -21,7 +21,7 @@ def store(tmp_path: Path) -> BlobStore:
 
 @pytest.fixture
 def downloads(store: BlobStore) -> Downloads:
-    return Downloads(Serve(store), max_packet=LEAF + 512)
+    return Downloads(BlobSender(store), max_packet=LEAF + 512)
 
 
 def sent(downloads: Downloads) -> list[str]:
@@ -35,23 +35,23 @@ def sent(downloads: Downloads) -> list[str]:
 def test_devices_take_turns(store: BlobStore, downloads: Downloads) -> None:
     digest = store.put(b"x" * (3 * LEAF)).sha256
     for device in "abc":
-        downloads.add(device, Want(digest, "data", 0, 3))
+        downloads.add(device, BlobRequest(digest, "data", 0, 3))
     assert sent(downloads) == list("abcabcabc")
 
 
 def test_a_device_with_many_wants_does_not_hold_up_one_with_few(store: BlobStore, downloads: Downloads) -> None:
     digest = store.put(b"x" * (9 * LEAF)).sha256
     for first in range(9):
-        downloads.add("greedy", Want(digest, "data", first, 1))
-    downloads.add("modest", Want(digest, "data", 0, 1))
+        downloads.add("greedy", BlobRequest(digest, "data", first, 1))
+    downloads.add("modest", BlobRequest(digest, "data", 0, 1))
     assert sent(downloads).index("modest") <= 2
 
 
 def test_thousands_of_devices_wait_without_a_chunk_each(store: BlobStore) -> None:
     opened: set[str] = set()
 
-    class Watched(Serve):
-        def answer(self, want: Want, max_packet: int = 0) -> Iterator[bytes]:
+    class Watched(BlobSender):
+        def answer(self, want: BlobRequest, max_packet: int = 0) -> Iterator[bytes]:
             def chunks() -> Iterator[bytes]:
                 opened.add(want.sha256)
                 yield b"1"
@@ -62,7 +62,7 @@ def test_thousands_of_devices_wait_without_a_chunk_each(store: BlobStore) -> Non
 
     downloads = Downloads(Watched(store))
     for number in range(1000):
-        downloads.add(f"d{number}", Want(f"{number:064x}", "data", 0, 3))
+        downloads.add(f"d{number}", BlobRequest(f"{number:064x}", "data", 0, 3))
     most, count = 0, 0
     while downloads.next() is not None:
         most, count = max(most, len(opened)), count + 1
@@ -73,33 +73,33 @@ def test_thousands_of_devices_wait_without_a_chunk_each(store: BlobStore) -> Non
 def test_the_same_want_is_answered_once(store: BlobStore, downloads: Downloads) -> None:
     digest = store.put(b"x" * LEAF).sha256
     for _ in range(5):
-        downloads.add("a", Want(digest, "data", 0, 1))
+        downloads.add("a", BlobRequest(digest, "data", 0, 1))
     assert sent(downloads) == ["a"]
 
 
 def test_wants_beyond_the_limit_are_dropped(store: BlobStore, downloads: Downloads) -> None:
     digest = store.put(b"x" * (200 * LEAF)).sha256
     for first in range(200):
-        downloads.add("a", Want(digest, "data", first, 1))
+        downloads.add("a", BlobRequest(digest, "data", first, 1))
     assert len(sent(downloads)) == MAX_WAITING
 
 
 def test_a_blob_that_is_not_here_is_gone(downloads: Downloads) -> None:
-    downloads.add("a", Want("0" * 64, "data", 0, 1))
-    assert downloads.next() == ("a", Gone("0" * 64))
+    downloads.add("a", BlobRequest("0" * 64, "data", 0, 1))
+    assert downloads.next() == ("a", BlobNotFound("0" * 64))
     assert not downloads
 
 
 def test_a_want_beyond_the_end_of_a_blob_is_no_trouble(store: BlobStore, downloads: Downloads) -> None:
     digest = store.put(b"x").sha256
-    downloads.add("a", Want(digest, "data", 7, 3))
+    downloads.add("a", BlobRequest(digest, "data", 7, 3))
     assert sent(downloads) == []
     assert not downloads
 
 
 def test_what_a_device_wanted_can_be_forgotten(store: BlobStore, downloads: Downloads) -> None:
     digest = store.put(b"x" * (3 * LEAF)).sha256
-    downloads.add("a", Want(digest, "data", 0, 3))
+    downloads.add("a", BlobRequest(digest, "data", 0, 3))
     downloads.next()
     downloads.drop("a")
     assert downloads.next() is None

@@ -16,8 +16,8 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.jobs.state import Progress, Task
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Gone, Want
-from fedprune.wire.transfer import Pull, Serve
+from fedprune.wire.messages import BlobNotFound, BlobRequest
+from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.transfer.multicast import GATHER_S, HOLD_S, ON_ITS_WAY_S, Audience, Publication, Sharing, shareable
 
 LEAVES = 100
@@ -39,8 +39,10 @@ class Site:
         self.now = 0.0
         self.to_all = self.to_one = 0
 
-    def want(self, device: str, first: int, count: int, part: str = "data", *, shared: bool = True) -> list[Want]:
-        return self.sharing.add(device, Want(self.ref.sha256, part, first, count, shared or None), self.now)
+    def want(
+        self, device: str, first: int, count: int, part: str = "data", *, shared: bool = True
+    ) -> list[BlobRequest]:
+        return self.sharing.add(device, BlobRequest(self.ref.sha256, part, first, count, shared or None), self.now)
 
     def published(self) -> list[int]:
         """Leaves that are published now, in order."""
@@ -71,14 +73,14 @@ class Reader:
         if self.begun and not self.pull.done and not self.lost():
             self.ask(self.pull.on_chunk(Chunk.parse(chunk), self.site.now))
 
-    def ask(self, wants: list[Want]) -> None:
+    def ask(self, wants: list[BlobRequest]) -> None:
         for want in wants:
             for alone in self.site.sharing.add(self.name, want, self.site.now):
                 self.answer(alone)
 
-    def answer(self, want: Want) -> None:
-        found = Serve(self.site.store).answer(want)
-        assert not isinstance(found, Gone)
+    def answer(self, want: BlobRequest) -> None:
+        found = BlobSender(self.site.store).answer(want)
+        assert not isinstance(found, BlobNotFound)
         for chunk in found:
             self.site.to_one += len(chunk)
             self.hear(chunk)
@@ -158,7 +160,7 @@ def test_leaves_that_several_missed_are_published_again_and_others_answered_alon
     assert site.want("d0", 1, 2) == site.want("d1", 2, 1) == []
     site.now += GATHER_S
     found = [site.sharing.next(site.now), site.sharing.next(site.now)]
-    assert ("d0", Want(site.ref.sha256, "data", 1, 1)) in found
+    assert ("d0", BlobRequest(site.ref.sha256, "data", 1, 1)) in found
     again = next(p for p in found if isinstance(p, Publication))
     assert [i for i, _ in Chunk.parse(again.chunk).leaves()] == [2]
     assert not site.sharing
@@ -170,7 +172,7 @@ def test_who_comes_when_all_others_are_done_is_answered_at_once_and_alone(tmp_pa
         site.want(name, 0, LEAVES)
     assert site.published() == list(range(LEAVES))
     site.now = 60.0
-    assert site.want("d1", 8, 4) == [Want(site.ref.sha256, "data", 8, 4)]
+    assert site.want("d1", 8, 4) == [BlobRequest(site.ref.sha256, "data", 8, 4)]
 
 
 def test_a_small_blob_is_not_repeated_while_it_is_on_its_way(tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ def test_other_wants_are_answered_alone(tmp_path: Path, case: str) -> None:
     if case == "not here":
         site.store.delete(site.ref.sha256)
     shared = case != "says nothing"
-    assert site.want("d0", 0, 4, shared=shared) == [Want(site.ref.sha256, "data", 0, 4, shared or None)]
+    assert site.want("d0", 0, 4, shared=shared) == [BlobRequest(site.ref.sha256, "data", 0, 4, shared or None)]
     assert not site.sharing
 
 

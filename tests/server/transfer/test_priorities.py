@@ -12,10 +12,10 @@ from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.wire.chunk import HEADER, MAX_PACKET, Chunk
-from fedprune.wire.messages import Cancelled, Progress, Update, Want, parse
+from fedprune.wire.messages import BlobRequest, Cancelled, Progress, Update, parse
 from fedprune.wire.mqtt.unsent import HIGH_WATER
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Line, Post
@@ -82,10 +82,12 @@ def digest(store: BlobStore) -> str:
 def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: BlobStore, digest: str) -> None:
     link, devices = Slow(), [f"pi{i}" for i in range(20)]
     registry: Any = SimpleNamespace(sent=lambda *_: None)
-    post = Post(Line(link, TOPICS, "job"), registry, Downloads(Serve(store)), Sharing(store, Audience(State("0" * 64))))
+    post = Post(
+        Line(link, TOPICS, "job"), registry, Downloads(BlobSender(store)), Sharing(store, Audience(State("0" * 64)))
+    )
     for device in devices:
         for first in range(0, LEAVES, 50):
-            post.fetched(device, Want(digest, "data", first, 50), {digest})
+            post.fetched(device, BlobRequest(digest, "data", first, 50), {digest})
     for _ in range(1000):
         post.send_chunks()
     post.send("pi0", Cancelled("job", 1, 1, "enough"), "job")
@@ -100,7 +102,7 @@ def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: 
 
 
 def outbox(link: Slow, store: BlobStore) -> Uplink:
-    return Uplink(Connection(link, Channel("pi", TOPICS.site)), Serve(store))
+    return Uplink(Connection(link, Channel("pi", TOPICS.site)), BlobSender(store))
 
 
 def update(store: BlobStore, digest: str) -> Update:
@@ -111,7 +113,7 @@ def test_a_board_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: B
     link = Slow()
     board, pending = outbox(link, store), update(store, digest)
     for first in range(0, LEAVES, 50):
-        board.answer(Want(digest, "data", first, 50), pending, 0.0)
+        board.answer(BlobRequest(digest, "data", first, 50), pending, 0.0)
     for _ in range(1000):
         board.send_chunks()
     board.say(Progress("pi", "job", 1, 1, "train", 1, 2), "job")
@@ -129,7 +131,7 @@ def test_a_want_that_comes_twice_while_it_waits_is_answered_once(store: BlobStor
     board, pending = outbox(link, store), update(store, digest)
     for _ in range(3):
         for first in range(0, LEAVES, 100):
-            board.answer(Want(digest, "data", first, 100), pending, 0.0)
+            board.answer(BlobRequest(digest, "data", first, 100), pending, 0.0)
     while link.queue:
         link.send()
         board.send_chunks()
@@ -142,13 +144,13 @@ def test_a_want_that_comes_twice_while_it_waits_is_answered_once(store: BlobStor
 def test_what_was_wanted_on_a_connection_that_is_lost_is_not_sent_on_the_next(store: BlobStore, digest: str) -> None:
     link = Slow()
     board = outbox(link, store)
-    board.answer(Want(digest, "data", 0, LEAVES), update(store, digest), 0.0)
+    board.answer(BlobRequest(digest, "data", 0, LEAVES), update(store, digest), 0.0)
     link.queue.clear()
     board.drop_chunks()
     board.send_chunks()
     assert link.queue == []
 
-    board.answer(Want(digest, "data", 0, LEAVES), update(store, digest), 0.0)
+    board.answer(BlobRequest(digest, "data", 0, LEAVES), update(store, digest), 0.0)
     link.queue.clear()
     link.up = False
     board.send_chunks()

@@ -10,9 +10,9 @@ from typing import Any
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.wire.messages import Update, Want, parse
+from fedprune.wire.messages import BlobRequest, Update, parse
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Line, Post
@@ -46,22 +46,24 @@ class Kept:
 
 def posted(link: Kept, store: BlobStore) -> Post:
     registry: Any = SimpleNamespace(sent=lambda *_: None)
-    return Post(Line(link, TOPICS, "job"), registry, Downloads(Serve(store)), Sharing(store, Audience(State("0" * 64))))
+    return Post(
+        Line(link, TOPICS, "job"), registry, Downloads(BlobSender(store)), Sharing(store, Audience(State("0" * 64)))
+    )
 
 
-def asked(link: Kept) -> list[Want]:
+def asked(link: Kept) -> list[BlobRequest]:
     """The wants that a side has said since the last look."""
     said, link.queue = link.queue, []
     wants = [parse(payload) for topic, payload in said if not topic.endswith("blob")]
-    assert all(isinstance(w, Want) and w.number is not None for w in wants)
+    assert all(isinstance(w, BlobRequest) and w.number is not None for w in wants)
     return wants  # type: ignore[return-value]
 
 
 def test_by_the_server(tmp_path: Path) -> None:
     store = BlobStore(tmp_path, durable=False)
-    plain = Want(store.put(bytes(2 * LEAF)).sha256, "data", 0, 2)
+    plain = BlobRequest(store.put(bytes(2 * LEAF)).sha256, "data", 0, 2)
     board, server = Kept(), Kept()
-    outbox, post = Uplink(Connection(board, Channel("pi", TOPICS.site)), Serve(store)), posted(server, store)
+    outbox, post = Uplink(Connection(board, Channel("pi", TOPICS.site)), BlobSender(store)), posted(server, store)
     outbox.ask("job", [plain])
     outbox.ask("job", [plain])
     first, second = asked(board)
@@ -82,8 +84,8 @@ def test_by_a_device(tmp_path: Path) -> None:
     ref = store.put(bytes(2 * LEAF))
     update = Update("pi", "job", 1, 1, "0" * 64, ref, 1, 1)
     board, server = Kept(), Kept()
-    outbox, post = Uplink(Connection(board, Channel("pi", TOPICS.site)), Serve(store)), posted(server, store)
-    plain = Want(ref.sha256, "data", 0, 2)
+    outbox, post = Uplink(Connection(board, Channel("pi", TOPICS.site)), BlobSender(store)), posted(server, store)
+    plain = BlobRequest(ref.sha256, "data", 0, 2)
     post.ask([("pi", plain), ("pi", plain)])
     post.deliver()
     first, second = asked(server)

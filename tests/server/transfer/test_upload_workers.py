@@ -20,10 +20,10 @@ from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core.errors import ConfigError, ProtocolError
-from fedprune.wire.messages import TO, Want
+from fedprune.wire.messages import TO, BlobRequest
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import BlobSender
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.devices.quarantine import BURST, BYTES_PER_POINT, Quarantine
 from fedprune_server.engine.upload_workers import alone_receives
@@ -411,7 +411,7 @@ def test_a_receiver_s_process_takes_in_an_update_and_a_new_one_goes_on_after_kil
     ref = board.put(os.urandom(40 * LEAF + 5))
     link = Link(f"mqtt://127.0.0.1:{port}", "board")
     topics = Topics("default")
-    asked: dict[str | None, list[Want]] = {}
+    asked: dict[str | None, list[BlobRequest]] = {}
     killed = 0
     try:
         link.start(patient=True)
@@ -424,7 +424,7 @@ def test_a_receiver_s_process_takes_in_an_update_and_a_new_one_goes_on_after_kil
                 wants += uploads.collect(time.monotonic())
                 for _, want in wants if link.connected else ():
                     asked.setdefault(want.to, []).append(want)
-                    chunks = [c for c in Serve(board).answer(want) if isinstance(c, bytes)]
+                    chunks = [c for c in BlobSender(board).answer(want) if isinstance(c, bytes)]
                     for chunk in chunks if killed or want.part == "leaves" else chunks[:1]:
                         link.publish(topics.up_to("a", want.to), chunk, 0)
                 wants = [] if link.connected else wants

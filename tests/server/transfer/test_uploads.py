@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Want
-from fedprune.wire.transfer import Serve
+from fedprune.wire.messages import BlobRequest
+from fedprune.wire.transfer import BlobSender
 from fedprune_server.transfer.uploads import STALLED_S, Arrived, Spoilt, Uploads
 
 
@@ -29,14 +29,14 @@ class World:
     def ref(self, name: str) -> BlobRef:
         return self.device.put(name.encode() * (self.leaves * LEAF // len(name)))
 
-    def announce(self, name: str, now: float = 0.0) -> list[tuple[str, Want]]:
+    def announce(self, name: str, now: float = 0.0) -> list[tuple[str, BlobRequest]]:
         return self.uploads.add(name, 1, 1, self.ref(name), now)
 
-    def answer(self, wants: list[tuple[str, Want]], now: float = 0.0) -> list[tuple[str, Want]]:
+    def answer(self, wants: list[tuple[str, BlobRequest]], now: float = 0.0) -> list[tuple[str, BlobRequest]]:
         """Send what is wanted; returns what is wanted then."""
         then = []
         for device, want in wants:
-            for raw in Serve(self.device).answer(want):
+            for raw in BlobSender(self.device).answer(want):
                 assert isinstance(raw, bytes)
                 then += self.uploads.chunk(device, Chunk.parse(raw), now)
         return then
@@ -47,7 +47,7 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-def finish(world: World, wants: list[tuple[str, Want]]) -> None:
+def finish(world: World, wants: list[tuple[str, BlobRequest]]) -> None:
     while wants:
         wants = world.answer(wants)
 
@@ -96,7 +96,10 @@ def test_one_that_sends_a_leaf_now_and_then_makes_room_for_one_that_waits(
 ) -> None:
     world = World(tmp_path, leaves=80)
     wants = {name: world.announce(name) for name in "abc"}
-    leaves = {name: Serve(world.device).answer(Want(world.ref(name).sha256, "data", 0, 80), 40_000) for name in "ab"}
+    leaves = {
+        name: BlobSender(world.device).answer(BlobRequest(world.ref(name).sha256, "data", 0, 80), 40_000)
+        for name in "ab"
+    }
     for name in "ab":
         world.answer(wants[name])  # the leaf tables
     asked: set[str] = set()

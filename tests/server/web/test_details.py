@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.model.selection import Selection
-from fedprune.wire.log_messages import BoardLines, CrashReport
+from fedprune.wire.log_messages import CrashReport, LogReport
 from fedprune_server.devices.board_logs import BoardLogs, BoardReport
 from fedprune_server.web.demo_fleet import TrialFleet, write
 from fedprune_server.web.state.details import details, held
@@ -129,7 +129,7 @@ def test_what_boards_tell_is_bounded_and_steers_nothing(tmp_path: Path) -> None:
                 "count": 2**31 - 1,
                 "text": f"{number} {HOSTILE}",
             }
-            logs.lines(BoardLines("a", (row,)))
+            logs.lines(LogReport("a", (row,)))
         for number in range(100, 115):
             logs.crashed(crash(number))
         logs.save()

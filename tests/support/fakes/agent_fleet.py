@@ -16,10 +16,10 @@ from fedprune.core import tensorfile
 from fedprune.training.recipe import Recipe
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Accepted, Birth, Finished, Update, Want, parse
+from fedprune.wire.messages import Accepted, Birth, BlobRequest, Finished, Update, parse
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Pull, Serve
+from fedprune.wire.transfer import BlobSender, Pull
 
 TOPICS = Topics("site")
 SPEED = 50.0
@@ -132,7 +132,7 @@ class MemoryServer:
             return
         message = parse(raw)
         self.seen.append(message)
-        if isinstance(message, Want):
+        if isinstance(message, BlobRequest):
             for chunk in self._served(message):
                 assert self.link is not None
                 self.link.deliver(TOPICS.down_blob("d", "job"), chunk)
@@ -166,11 +166,11 @@ class MemoryServer:
     def of(self, kind: type) -> list[Any]:
         return [m for m in self.seen if isinstance(m, kind)]
 
-    def _served(self, want: Want) -> list[bytes]:
-        answer = Serve(self.blobs).answer(want)
+    def _served(self, want: BlobRequest) -> list[bytes]:
+        answer = BlobSender(self.blobs).answer(want)
         return [] if not hasattr(answer, "__iter__") else list(answer)
 
-    def _ask(self, wants: list[Want]) -> None:
+    def _ask(self, wants: list[BlobRequest]) -> None:
         for want in wants:
             self.say(want)
 

@@ -20,10 +20,22 @@ from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import TO, Accepted, Birth, Cancelled, Death, Finished, Gone, Hello, Update, Want, parse
+from fedprune.wire.messages import (
+    TO,
+    Accepted,
+    Birth,
+    BlobNotFound,
+    BlobRequest,
+    Cancelled,
+    Death,
+    Finished,
+    Hello,
+    Update,
+    parse,
+)
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Pull, Serve
+from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.engine.daemon import Daemon
 from fedprune_server.storage.storage import Storage
 from support.fakes.tiny_job import ARCHITECTURE, JOB, NAMES
@@ -140,9 +152,9 @@ class ToyDevice:
                     self.say(want)
         elif isinstance(message, Offer) and not self.silent:
             self.take(message)
-        elif isinstance(message, Want):
-            answer = Serve(self.store).answer(message)
-            if isinstance(answer, Gone):
+        elif isinstance(message, BlobRequest):
+            answer = BlobSender(self.store).answer(message)
+            if isinstance(answer, BlobNotFound):
                 self.say(answer)
                 return
             for raw in answer:

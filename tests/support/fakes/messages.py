@@ -7,17 +7,18 @@ from hypothesis import strategies as st
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.training.recipe import Recipe
 from fedprune.wire.blob_url import BlobUrl
-from fedprune.wire.log_messages import LEVELS, MAX_FRAMES, MAX_LINES, BoardLines, CrashReport, LogWanted
+from fedprune.wire.log_messages import LEVELS, MAX_FRAMES, MAX_LINES, CrashReport, LogReport, LogRequest
 from fedprune.wire.messages import (
-    MAX_WANT,
+    MAX_REQUEST,
     PHASES,
     Accepted,
     Alive,
     Birth,
+    BlobNotFound,
+    BlobRequest,
     Cancelled,
     Death,
     Finished,
-    Gone,
     Hello,
     JoinAnswer,
     JoinRequest,
@@ -25,7 +26,6 @@ from fedprune.wire.messages import (
     Progress,
     Refusal,
     Update,
-    Want,
 )
 from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import STATES, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
@@ -85,11 +85,11 @@ messages = st.one_of(
     st.builds(Cancelled, names, counts, counts, texts),
     st.builds(Finished, names),
     st.builds(
-        Want, hexes, st.sampled_from(["data", "leaves"]), st.integers(0, 2**31 - 1), st.integers(1, MAX_WANT),
-        st.sampled_from([None, True]), st.none() | st.integers(1, MAX_WANT), st.none() | st.integers(0, 2**31 - 1),
+        BlobRequest, hexes, st.sampled_from(["data", "leaves"]), st.integers(0, 2**31 - 1), st.integers(1, MAX_REQUEST),
+        st.sampled_from([None, True]), st.none() | st.integers(1, MAX_REQUEST), st.none() | st.integers(0, 2**31 - 1),
         st.none() | hexes.map(lambda h: h[:16]),
     ),
-    st.builds(Gone, hexes),
+    st.builds(BlobNotFound, hexes),
     st.builds(
         JoinRequest, names, names, hexes, texts, hexes.map(lambda h: h[:32]), st.none() | hexes.map(lambda h: h[:10]),
         st.none() | hexes, hexes.map(lambda h: 2 * h),
@@ -103,12 +103,12 @@ messages = st.one_of(
         st.lists(hexes, min_size=1, max_size=5).map(tuple), st.integers(1, 100), st.floats(1, 3600),
     ),
     st.builds(ReleaseWithdrawn, st.integers(0, 2**31 - 1), texts),
-    st.builds(BoardLines, names, lines),
+    st.builds(LogReport, names, lines),
     st.builds(
         CrashReport, names, counts, counts, texts, texts, frames, texts, texts, reals, reals, st.none() | counts,
         st.none() | counts,
     ),
-    st.builds(LogWanted, st.integers(0, 100_000), st.integers(0, 2**31 - 1), st.none() | counts),
+    st.builds(LogRequest, st.integers(0, 100_000), st.integers(0, 2**31 - 1), st.none() | counts),
     st.builds(ReleaseReport, names, st.integers(0, 2**31 - 1), st.sampled_from(STATES), texts, counts, counts),
     st.builds(ServerQuery, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), st.sampled_from([None, True]),
               st.none() | texts, st.none() | texts, st.none() | hexes.map(lambda h: h[:32])),
@@ -136,15 +136,15 @@ EXAMPLES: list[Message] = [
     Accepted("j", 1, 0, DIGEST),
     Cancelled("j", 1, 1, "late"),
     Finished("j"),
-    Want(DIGEST, "data", 0, 4, True, 2, 17),
-    Gone(DIGEST),
+    BlobRequest(DIGEST, "data", 0, 4, True, 2, 17),
+    BlobNotFound(DIGEST),
     JoinRequest("lab", "pi-1", DIGEST, "request", DIGEST[:32], DIGEST[:10], DIGEST, 2 * DIGEST),
     JoinAnswer(DIGEST, "approved", "", 1, "authority", "certificate", DIGEST, DIGEST),
     ReleaseOffer(7, "{}", 2 * DIGEST, (DIGEST,), 3, 600.0),
     ReleaseWithdrawn(7, "stopped"),
     ReleaseReport("pi-1", 7, "rolled back", "killed by SIGILL", 1, 2),
     Alive("pi-1", 3),
-    BoardLines("pi-1", ({"number": 1, "at": 2, "level": "error", "count": 3, "text": "disk full"},)),
+    LogReport("pi-1", ({"number": 1, "at": 2, "level": "error", "count": 3, "text": "disk full"},)),
     CrashReport(
         "pi-1",
         2,
@@ -159,7 +159,7 @@ EXAMPLES: list[Message] = [
         1,
         2,
     ),
-    LogWanted(60, 16_384, 7),
+    LogRequest(60, 16_384, 7),
     ServerQuery(DIGEST[:32], DIGEST[:32], True, "host", "/state", None),
     ServerPresence(DIGEST[:32], DIGEST[:32], "yard", "/var/lib/fedprune", 1_800_000_000, 7, 9, True, None, True),
 ]

@@ -12,7 +12,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import FedpruneError
 from fedprune.releases.release import FILES, MANIFEST, SIGNATURE, Release
 from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.messages import Birth, Gone, Want, parse
+from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, parse
 from fedprune.wire.release_messages import (
     COMMITTED,
     REFUSED,
@@ -22,7 +22,7 @@ from fedprune.wire.release_messages import (
     ReleaseWithdrawn,
 )
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import BlobSender
 from fedprune_device.launcher.launcher import SlotExit, launch
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 from fedprune_device.launcher.state import STABLE, LauncherState
@@ -92,9 +92,9 @@ class ReleaseServer:
                 self.next()
         elif isinstance(message, Birth):
             self.next()
-        elif isinstance(message, Want):
+        elif isinstance(message, BlobRequest):
             self.wants += 1
-            answer = Serve(self.store).answer(message)
+            answer = BlobSender(self.store).answer(message)
             if hasattr(answer, "__iter__"):
                 for chunk in answer:
                     self.inbox.extend((TOPICS.down_blob("d"), raw) for raw in self.mangle(chunk))
@@ -164,7 +164,7 @@ class Board:
                     releases.chunk(chunk)
                 case Received(ReleaseOffer() | ReleaseWithdrawn() as message):
                     releases.on_message(message)
-                case Received(Gone(sha256)):
+                case Received(BlobNotFound(sha256)):
                     releases.gone(sha256)
             if item is None and not self.server.inbox:
                 self.now += 0.2

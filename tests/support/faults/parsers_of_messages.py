@@ -50,7 +50,7 @@ from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import BrokerUrl
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.join_messages import APPROVED, JoinAnswer, JoinRequest
-from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
+from fedprune.wire.log_messages import CrashReport, LogReport, LogRequest
 from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import ReleaseOffer, ReleaseReport, ReleaseWithdrawn
 from fedprune.wire.topics import Topics
@@ -146,13 +146,13 @@ def _messages() -> list[Any]:
         m.Accepted(**place, weights=ZERO),
         m.Cancelled(**place, reason="the round is over"),
         m.Finished("toy"),
-        m.Want(ZERO, "data", 0, 1024),
-        m.Want(ZERO, "data", 0, 3, to=ZERO[:16]),
-        m.Gone(ZERO),
+        m.BlobRequest(ZERO, "data", 0, 1024),
+        m.BlobRequest(ZERO, "data", 0, 3, to=ZERO[:16]),
+        m.BlobNotFound(ZERO),
         ReleaseOffer(1, _release().to_bytes().decode(), "0" * 128, (ZERO,), 3, 300.0),
         ReleaseReport("a", 1, "downloading", "", 1, 2),
         ReleaseWithdrawn(1, "a mistake"),
-        BoardLines("a", ({"number": 1, "at": 2, "level": "error", "count": 3, "text": "disk full"},)),
+        LogReport("a", ({"number": 1, "at": 2, "level": "error", "count": 3, "text": "disk full"},)),
         CrashReport(
             "a",
             2,
@@ -167,7 +167,7 @@ def _messages() -> list[Any]:
             1,
             2,
         ),
-        LogWanted(60, 16_384, 7),
+        LogRequest(60, 16_384, 7),
     ]
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Want
-from fedprune.wire.request_ids import NumberedWants, numbered
-from fedprune.wire.rtt import MAX_PATIENCE, AnswerTime
-from fedprune.wire.transfer import PATIENCE, Pull, Serve
+from fedprune.wire.messages import BlobRequest
+from fedprune.wire.request_ids import SeenRequests, with_request_id
+from fedprune.wire.response_time import MAX_PATIENCE, ResponseTime
+from fedprune.wire.transfer import PATIENCE, BlobSender, Pull
 
 pytestmark = pytest.mark.board
 
@@ -24,11 +24,11 @@ def askings(store: BlobStore, pull: Pull, answers_take: float, begin: float = 0.
     asked, now = 0, begin
     way: list[tuple[float, bytes]] = []
 
-    def ask(wants: list[Want]) -> None:
+    def ask(wants: list[BlobRequest]) -> None:
         nonlocal asked
         for want in wants:
             asked += want.count
-            answer = Serve(store).answer(want)
+            answer = BlobSender(store).answer(want)
             assert not hasattr(answer, "sha256")
             way.extend((now + answers_take, raw) for raw in answer)
 
@@ -53,7 +53,7 @@ def test_nothing_is_asked_for_twice_where_answers_take_what_the_connection_lets_
     stores: tuple[BlobStore, BlobStore], took: float
 ) -> None:
     there, here = stores
-    answers = AnswerTime()
+    answers = ResponseTime()
     answers.connected(took)
     for number, leaves in enumerate((1, 40)):
         ref = there.put(bytes([number]) * (leaves * LEAF))
@@ -64,7 +64,7 @@ def test_nothing_is_asked_for_twice_where_answers_take_what_the_connection_lets_
 
 def test_what_one_blob_taught_the_next_one_knows(stores: tuple[BlobStore, BlobStore]) -> None:
     there, here = stores
-    answers = AnswerTime()
+    answers = ResponseTime()
     first, second = there.put(b"a" * (40 * LEAF)), there.put(b"b" * LEAF)
     alone = askings(there, Pull(first, here.partial(first), answers=answers), 9.0)
     assert alone > first.leaf_count + first.piece_count  # nobody had told it
@@ -73,12 +73,12 @@ def test_what_one_blob_taught_the_next_one_knows(stores: tuple[BlobStore, BlobSt
 
 def test_an_answer_to_one_of_two_askings_says_nothing_about_the_time(stores: tuple[BlobStore, BlobStore]) -> None:
     there, here = stores
-    answers = AnswerTime()
+    answers = ResponseTime()
     ref = there.put(b"c" * LEAF)
     pull = Pull(ref, here.partial(ref), answers=answers)
     pull.start(0.0)
     (want,) = pull.on_tick(PATIENCE + 1)
-    answer = Serve(there).answer(want)
+    answer = BlobSender(there).answer(want)
     for raw in answer:  # type: ignore[union-attr]
         pull.on_chunk(Chunk.parse(raw), PATIENCE + 1.01)
     assert pull.done
@@ -90,7 +90,7 @@ def test_a_server_that_says_that_it_is_there_is_reminded_of_what_is_overdue_alon
 ) -> None:
     there, here = stores
     ref = there.put(b"d" * LEAF)
-    slow, quick = AnswerTime(), AnswerTime()
+    slow, quick = ResponseTime(), ResponseTime()
     slow.connected(4.0)
     quick.connected(0.01)
     for answers, expected in ((slow, 0), (quick, 1)):
@@ -103,7 +103,7 @@ def test_a_server_that_says_that_it_is_there_is_reminded_of_what_is_overdue_alon
 @given(st.lists(st.one_of(st.floats(0, 1e6), st.floats(0, 1e6).map(lambda x: -x - 1)), max_size=30))
 @settings(max_examples=50)
 def test_patience_has_bounds_and_covers_the_last_answer(took: list[float]) -> None:
-    answers = AnswerTime()
+    answers = ResponseTime()
     for seconds in took:
         if seconds < 0:
             answers.connected(-seconds - 1)
@@ -116,12 +116,12 @@ def test_patience_has_bounds_and_covers_the_last_answer(took: list[float]) -> No
 
 
 def test_a_want_that_came_before_is_the_same_one_only_from_the_same_device_by_its_number() -> None:
-    plain = Want("ab" * 32, "data", 0, 4)
-    one, other = numbered(plain), numbered(plain)
+    plain = BlobRequest("ab" * 32, "data", 0, 4)
+    one, other = with_request_id(plain), with_request_id(plain)
     assert one == other == plain
-    wants = NumberedWants()
-    assert [wants.doubled("a", w) for w in (one, other, one, plain, plain)] == [False, False, True, False, False]
-    assert not wants.doubled("b", one)
+    wants = SeenRequests()
+    assert [wants.is_duplicate("a", w) for w in (one, other, one, plain, plain)] == [False, False, True, False, False]
+    assert not wants.is_duplicate("b", one)
     for _ in range(5000):
-        wants.doubled("b", numbered(plain))
-    assert not wants.doubled("a", one)  # long ago
+        wants.is_duplicate("b", with_request_id(plain))
+    assert not wants.is_duplicate("a", one)  # long ago

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.log_messages import CrashReport, LogWanted
+from fedprune.wire.log_messages import CrashReport, LogRequest
 from fedprune.wire.messages import (
     MAX_MESSAGE,
-    MAX_WANT,
+    MAX_REQUEST,
     Birth,
+    BlobRequest,
     Hello,
     Message,
     Update,
-    Want,
     parse,
 )
 from fedprune.wire.offer import Offer
@@ -73,11 +73,11 @@ def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
     assert parse(altered(plain, **dict.fromkeys(newer))) == plain
     birth = Birth("d", 1, "p", 10, "s")
     assert not {"codecs", "abilities"} & json.loads(birth.to_bytes()).keys()
-    assert "to" not in json.loads(Want(DIGEST, "data", 0, 4).to_bytes())
+    assert "to" not in json.loads(BlobRequest(DIGEST, "data", 0, 4).to_bytes())
 
 
 def test_a_want_says_that_it_is_shared_or_nothing_of_it() -> None:
-    plain = Want(DIGEST, "data", 0, 4)
+    plain = BlobRequest(DIGEST, "data", 0, 4)
     assert "shared" not in json.loads(plain.to_bytes())
     assert parse(altered(plain, shared=True)) == replace(plain, shared=True)
     for value in (False, 1, "yes"):
@@ -85,9 +85,9 @@ def test_a_want_says_that_it_is_shared_or_nothing_of_it() -> None:
             parse(altered(plain, shared=value))
 
 
-@given(st.from_regex(r"[0-9a-f]{16}", fullmatch=True), st.integers(0, 2**31 - 1), st.integers(1, MAX_WANT))
+@given(st.from_regex(r"[0-9a-f]{16}", fullmatch=True), st.integers(0, 2**31 - 1), st.integers(1, MAX_REQUEST))
 def test_a_want_names_a_receiver_or_none(tag: str, first: int, count: int) -> None:
-    want = Want(DIGEST, "data", first, count, to=tag)
+    want = BlobRequest(DIGEST, "data", first, count, to=tag)
     assert parse(want.to_bytes()) == want
     assert want != replace(want, to=None)
     for wrong in (tag[1:], tag.upper() + "0", "blob", "+", "", 7, ["r"]):
@@ -114,8 +114,8 @@ def test_a_missing_field_is_named(message: Message) -> None:
             or (message.kind == Birth.kind and field.name in ("server_key", "authorities"))
             or (message.kind, field.name) == ("server-presence", "embedded")
             or message.kind == Hello.kind
-            or (message.kind, field.name) == (Want.kind, "number")
-            or (message.kind, field.name) == (LogWanted.kind, "kept")
+            or (message.kind, field.name) == (BlobRequest.kind, "number")
+            or (message.kind, field.name) == (LogRequest.kind, "kept")
             or (message.kind == CrashReport.kind and field.name in LEFT_OUT)
         ):
             parse(json.dumps(body).encode())
@@ -175,7 +175,7 @@ def test_a_wrong_value_is_refused_or_read_back_as_itself(message: Message, wrong
         (EXAMPLES[6], "mask", {"sha256": DIGEST, "size": 1}),
         (EXAMPLES[6], "ranking", "newest"),
         (EXAMPLES[10], "count", 0),
-        (EXAMPLES[10], "count", MAX_WANT + 1),
+        (EXAMPLES[10], "count", MAX_REQUEST + 1),
         (EXAMPLES[10], "first", 2**31),
         (EXAMPLES[10], "part", "all"),
         (EXAMPLES[11], "sha256", DIGEST.upper()),

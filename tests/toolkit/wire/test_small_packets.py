@@ -20,11 +20,11 @@ from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD, Chunk, leaves_per_chunk
 from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Update, Want, parse
+from fedprune.wire.messages import BlobRequest, Update, parse
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Pull, Serve
+from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.uplink import Uplink
@@ -39,7 +39,7 @@ LOW = LEAF + PACKET_OVERHEAD
 DIGEST = "ab" * 32
 
 
-def chunks(serve: Serve, want: Want, max_packet: int = MAX_PACKET) -> list[Chunk]:
+def chunks(serve: BlobSender, want: BlobRequest, max_packet: int = MAX_PACKET) -> list[Chunk]:
     answer = serve.answer(want, max_packet)
     assert isinstance(answer, Iterator)
     return [Chunk.parse(raw) for raw in answer]
@@ -83,9 +83,15 @@ def test_a_want_says_how_many_leaves_a_chunk_may_hold_where_that_is_less_than_us
     assert want.most == 1
     assert parse(want.to_bytes()) == want
 
-    assert [len(c.payload) for c in chunks(Serve(store), Want(ref.sha256, "data", 0, 9, most=1))] == [LEAF] * 9
-    assert [len(c.payload) for c in chunks(Serve(store), Want(ref.sha256, "data", 0, 9, most=900))] == [3 * LEAF] * 3
-    assert [len(c.payload) for c in chunks(Serve(store), Want(ref.sha256, "data", 0, 9, most=2), LOW)] == [LEAF] * 9
+    assert [len(c.payload) for c in chunks(BlobSender(store), BlobRequest(ref.sha256, "data", 0, 9, most=1))] == [
+        LEAF
+    ] * 9
+    assert [len(c.payload) for c in chunks(BlobSender(store), BlobRequest(ref.sha256, "data", 0, 9, most=900))] == [
+        3 * LEAF
+    ] * 3
+    assert [len(c.payload) for c in chunks(BlobSender(store), BlobRequest(ref.sha256, "data", 0, 9, most=2), LOW)] == [
+        LEAF
+    ] * 9
 
 
 def test_a_blob_comes_through_where_larger_chunks_get_lost_and_the_next_one_at_once(tmp_path: Path) -> None:
@@ -96,7 +102,7 @@ def test_a_blob_comes_through_where_larger_chunks_get_lost_and_the_next_one_at_o
         pull = Pull(ref, target.partial(ref), limit=limit)
         wants, count = pull.start(now), 0
         while not pull.done:
-            arrived = [c for w in wants for c in chunks(Serve(store), w) if len(c.payload) <= LEAF]
+            arrived = [c for w in wants for c in chunks(BlobSender(store), w) if len(c.payload) <= LEAF]
             wants = [w for c in arrived for w in pull.on_chunk(c, now)]
             if not arrived:
                 now += 6
@@ -115,8 +121,8 @@ def test_a_message_that_the_broker_would_drop_is_refused_by_name(tmp_path: Path)
     offer = Offer("job", 0, 0, 0, DIGEST, DIGEST, (1,) * 40_000, 2, ref, ref, ref, {})
 
     sharing = Sharing(store, Audience(State("0" * 64)))
-    Post(Line(link, TOPICS, "job"), registry, Downloads(Serve(store)), sharing).send("pi", offer, "job")
-    limited = Post(Line(link, TOPICS, "job", 65_536), registry, Downloads(Serve(store), 65_536), sharing)
+    Post(Line(link, TOPICS, "job"), registry, Downloads(BlobSender(store)), sharing).send("pi", offer, "job")
+    limited = Post(Line(link, TOPICS, "job", 65_536), registry, Downloads(BlobSender(store), 65_536), sharing)
     with pytest.raises(ProtocolError, match=r"offer: message is too long for the broker.*65024.*max_packet"):
         limited.send("pi", offer, "job")
 
@@ -149,9 +155,9 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             link.start()
         registry: Any = SimpleNamespace(sent=lambda *_: None)
         post = Post(
-            Line(server, TOPICS, "job"), registry, Downloads(Serve(here)), Sharing(here, Audience(State("0" * 64)))
+            Line(server, TOPICS, "job"), registry, Downloads(BlobSender(here)), Sharing(here, Audience(State("0" * 64)))
         )
-        outbox = Uplink(Connection(board, Channel("pi", TOPICS.site)), Serve(there))
+        outbox = Uplink(Connection(board, Channel("pi", TOPICS.site)), BlobSender(there))
         uploads = Uploads(here)
         pulls = BlobDownloads(there, offer, time.monotonic(), ChunkLimit())
         arrived: list[Any] = []
@@ -165,7 +171,7 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
                 post.ask(uploads.chunk("pi", Chunk.parse(item[1]), now))
             elif isinstance(item, tuple):
                 message = parse(item[1])
-                if isinstance(message, Want):
+                if isinstance(message, BlobRequest):
                     post.fetched("pi", message, {weights.sha256, graph.sha256})
                 elif isinstance(message, Update):
                     post.ask(uploads.add("pi", 1, 1, message.weights, now))
@@ -184,7 +190,7 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
                 outbox.ask("job", pulls.chunk(Chunk.parse(item[1]), now))
             elif isinstance(item, tuple):
                 wanted = parse(item[1])
-                assert isinstance(wanted, Want)
+                assert isinstance(wanted, BlobRequest)
                 outbox.answer(wanted, update, now)
             outbox.ask("job", pulls.tick(now))
             outbox.send_chunks()

@@ -18,8 +18,8 @@ from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.wire.chunk import HEADER, Chunk
-from fedprune.wire.messages import Gone, Want, parse
-from fedprune.wire.transfer import MAX_TRIES, WIDE_WINDOW_LEAVES, WINDOW_LEAVES, Pull, Serve
+from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
+from fedprune.wire.transfer import MAX_TRIES, WIDE_WINDOW_LEAVES, WINDOW_LEAVES, BlobSender, Pull
 
 pytestmark = pytest.mark.board
 
@@ -28,8 +28,8 @@ def noise(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-def chunks(answer: Iterator[bytes] | Gone) -> list[Chunk]:
-    assert not isinstance(answer, Gone)
+def chunks(answer: Iterator[bytes] | BlobNotFound) -> list[Chunk]:
+    assert not isinstance(answer, BlobNotFound)
     return [Chunk.parse(raw) for raw in answer]
 
 
@@ -37,7 +37,7 @@ def chunks(answer: Iterator[bytes] | Gone) -> list[Chunk]:
 class Network:
     """A sender and the ways to and from it, which lose, repeat, reorder and damage."""
 
-    serve: Serve
+    serve: BlobSender
     loss: float = 0.0
     repeat: float = 0.0
     reorder: float = 0.0
@@ -66,7 +66,7 @@ class Network:
                 self._send(pull.on_tick(self.now), way, rng)
         pytest.fail(f"not done after {steps} steps: {pull.progress}")
 
-    def _send(self, wants: list[Want], way: list[bytes], rng: random.Random) -> None:
+    def _send(self, wants: list[BlobRequest], way: list[bytes], rng: random.Random) -> None:
         self.messages += len(wants)
         for want in wants:
             rows = [(want.part, i) for i in range(want.first, want.first + want.count)]
@@ -74,10 +74,10 @@ class Network:
             self.missing.update(rows)
             self.widest = max(self.widest, len(self.missing))
             read = parse(want.to_bytes())
-            assert isinstance(read, Want)
+            assert isinstance(read, BlobRequest)
             for _ in range(self._copies(rng)):
                 answer = self.serve.answer(read, self.max_packet)
-                assert not isinstance(answer, Gone)
+                assert not isinstance(answer, BlobNotFound)
                 for raw in answer:
                     assert len(raw) <= self.max_packet
                     way.extend([raw] * self._copies(rng))
@@ -136,7 +136,7 @@ def test_a_blob_arrives_whole_through_a_bad_network_and_never_asks_for_more_than
     with tempfile.TemporaryDirectory() as folder:
         source, target = BlobStore(Path(folder, "a"), durable=False), BlobStore(Path(folder, "b"), durable=False)
         ref = source.put(data)
-        network = Network(Serve(source), loss, repeat, reorder, damage, max_packet, seed)
+        network = Network(BlobSender(source), loss, repeat, reorder, damage, max_packet, seed)
         pull = Pull(ref, target.partial(ref), chunk_leaves=min(chunk, window), window_leaves=window, patience_s=3)
         error = attempt(network, pull)
         assert network.widest <= window
@@ -157,7 +157,7 @@ def test_on_a_good_network_nothing_is_asked_for_twice(leaves: int, window: int, 
     with tempfile.TemporaryDirectory() as folder:
         source, target = BlobStore(Path(folder, "a"), durable=False), BlobStore(Path(folder, "b"), durable=False)
         ref = source.put(data)
-        network = Network(Serve(source))
+        network = Network(BlobSender(source))
         network.run(Pull(ref, target.partial(ref), chunk_leaves=min(chunk, window), window_leaves=window))
 
         assert sorted(network.asked) == sorted({("leaves", 0), *(("data", i) for i in range(leaves))})
@@ -168,7 +168,7 @@ def test_a_leaf_table_of_several_pieces_is_pulled_in_pieces(tmp_path: Path) -> N
     data = bytes(1100 * LEAF)
     source, target = BlobStore(tmp_path / "a", durable=False), BlobStore(tmp_path / "b", durable=False)
     ref = source.put(data)
-    network = Network(Serve(source), loss=0.1, reorder=0.5, max_packet=64 * 1024, seed=4)
+    network = Network(BlobSender(source), loss=0.1, reorder=0.5, max_packet=64 * 1024, seed=4)
 
     network.run(Pull(ref, target.partial(ref), window_leaves=64))
 
@@ -197,14 +197,14 @@ def test_a_blob_that_is_here_already_is_done_without_asking(source: BlobStore) -
 def test_a_blob_of_one_leaf_needs_no_table(source: BlobStore, target: BlobStore) -> None:
     ref = source.put(b"small")
 
-    assert Pull(ref, target.partial(ref)).start(0) == [Want(ref.sha256, "data", 0, 1)]
+    assert Pull(ref, target.partial(ref)).start(0) == [BlobRequest(ref.sha256, "data", 0, 1)]
 
 
 def test_an_interrupted_pull_asks_only_for_what_is_missing(source: BlobStore, target: BlobStore) -> None:
     data = noise(20 * LEAF)
     ref = source.put(data)
     first = Pull(ref, target.partial(ref), chunk_leaves=1, window_leaves=4)
-    serve, wants = Serve(source), first.start(0)
+    serve, wants = BlobSender(source), first.start(0)
     for _ in range(3):
         wants = [w for want in wants for c in chunks(serve.answer(want, 64 * 1024)) for w in first.on_chunk(c, 0)]
     had = first.progress[0]
@@ -221,7 +221,7 @@ def test_after_a_reconnection_what_was_on_the_way_is_asked_for_again(source: Blo
     ref = source.put(b"small")
     pull = Pull(ref, target.partial(ref))
 
-    assert pull.start(0) == pull.start(1) == [Want(ref.sha256, "data", 0, 1)]
+    assert pull.start(0) == pull.start(1) == [BlobRequest(ref.sha256, "data", 0, 1)]
     assert pull.outstanding == 1
 
 
@@ -253,7 +253,7 @@ def test_patience_grows_while_nothing_comes(source: BlobStore, target: BlobStore
 def test_a_slow_link_is_not_taken_for_a_broken_one(source: BlobStore, target: BlobStore) -> None:
     ref = source.put(noise(64 * LEAF))
     pull = Pull(ref, target.partial(ref), chunk_leaves=1, window_leaves=8, patience_s=5)
-    serve, now, asked = Serve(source), 0.0, []
+    serve, now, asked = BlobSender(source), 0.0, []
     queue = pull.start(now)
     while not pull.done:  # every leaf takes 4 s, so that it waits behind seven others for 28 s
         want = queue.pop(0)
@@ -270,7 +270,7 @@ def test_a_slow_link_is_not_taken_for_a_broken_one(source: BlobStore, target: Bl
 
 def test_where_leaves_come_at_once_the_window_grows_and_a_few_wants_do(source: BlobStore, target: BlobStore) -> None:
     ref = source.put(noise(600 * LEAF))
-    network = Network(Serve(source))
+    network = Network(BlobSender(source))
 
     network.run(Pull(ref, target.partial(ref)))
 
@@ -280,7 +280,7 @@ def test_where_leaves_come_at_once_the_window_grows_and_a_few_wants_do(source: B
 
 def test_where_leaves_are_long_on_their_way_the_window_stays_small(source: BlobStore, target: BlobStore) -> None:
     ref = source.put(noise(200 * LEAF))
-    pull, serve, now = Pull(ref, target.partial(ref)), Serve(source), 0.0
+    pull, serve, now = Pull(ref, target.partial(ref)), BlobSender(source), 0.0
     queue = pull.start(now)
     while queue:
         for chunk in chunks(serve.answer(queue.pop(0))):
@@ -294,7 +294,7 @@ def test_where_leaves_are_long_on_their_way_the_window_stays_small(source: BlobS
 def test_a_lost_leaf_that_others_have_overtaken_does_not_wait_for_a_stall(source: BlobStore, target: BlobStore) -> None:
     ref = source.put(noise(64 * LEAF))
     pull = Pull(ref, target.partial(ref), chunk_leaves=1, window_leaves=4, patience_s=5)
-    serve, now, lost_at, again_at = Serve(source), 0.0, None, None
+    serve, now, lost_at, again_at = BlobSender(source), 0.0, None, None
     queue = pull.start(now)
     while again_at is None:
         want = queue.pop(0)
@@ -318,7 +318,7 @@ def test_what_was_not_asked_for_is_ignored(source: BlobStore, target: BlobStore)
     ref = source.put(data)
     pull = Pull(ref, target.partial(ref), chunk_leaves=1, window_leaves=2)
     (want,) = pull.start(0)
-    (table,) = chunks(Serve(source).answer(want))
+    (table,) = chunks(BlobSender(source).answer(want))
     pull.on_chunk(table, 0)
 
     def leaf(index: int) -> Chunk:
@@ -344,7 +344,7 @@ def test_a_leaf_that_stays_damaged_ends_the_pull(source: BlobStore, target: Blob
         file.write(b"damaged")
 
     with pytest.raises(ProtocolError, match=f"leaf 2 of blob .* damaged {MAX_TRIES} times"):
-        Network(Serve(source)).run(Pull(ref, target.partial(ref)))
+        Network(BlobSender(source)).run(Pull(ref, target.partial(ref)))
     assert not target.has(ref.sha256)
 
 
@@ -353,7 +353,7 @@ def test_a_wrong_leaf_table_ends_the_pull(source: BlobStore, target: BlobStore) 
 
     lie = BlobRef(ref.sha256, ref.size, "ab" * 32)
     with pytest.raises(ProtocolError, match=f"leaf table of blob .* damaged {MAX_TRIES} times"):
-        Network(Serve(source)).run(Pull(lie, target.partial(lie)))
+        Network(BlobSender(source)).run(Pull(lie, target.partial(lie)))
 
 
 def test_a_size_that_is_a_lie_ends_the_pull(source: BlobStore, target: BlobStore) -> None:
@@ -361,7 +361,7 @@ def test_a_size_that_is_a_lie_ends_the_pull(source: BlobStore, target: BlobStore
     lie = BlobRef(ref.sha256, ref.size - 1, ref.leaves)
 
     with pytest.raises(ProtocolError, match="damaged"):
-        Network(Serve(source)).run(Pull(lie, target.partial(lie)))
+        Network(BlobSender(source)).run(Pull(lie, target.partial(lie)))
 
 
 @pytest.mark.parametrize(("chunk", "window"), [(0, 4), (5, 4), (1, 10_000)])
@@ -372,37 +372,37 @@ def test_a_window_that_makes_no_sense_is_refused(target: BlobStore, chunk: int, 
 
 
 def test_what_is_not_here_is_gone(source: BlobStore) -> None:
-    assert Serve(source).answer(Want("ab" * 32, "data", 0, 1)) == Gone("ab" * 32)
+    assert BlobSender(source).answer(BlobRequest("ab" * 32, "data", 0, 1)) == BlobNotFound("ab" * 32)
 
 
 def test_a_blob_deleted_between_two_wants_is_gone(source: BlobStore) -> None:
     ref = source.put(noise(4 * LEAF))
-    serve = Serve(source)
-    answer = serve.answer(Want(ref.sha256, "data", 0, 4), 64 * 1024)
-    assert not isinstance(answer, Gone)
+    serve = BlobSender(source)
+    answer = serve.answer(BlobRequest(ref.sha256, "data", 0, 4), 64 * 1024)
+    assert not isinstance(answer, BlobNotFound)
     got = [next(answer)]
     source.delete(ref.sha256)
 
     got += answer  # the file is open: what was being sent is sent
     assert b"".join(bytes(Chunk.parse(raw).payload) for raw in got) == noise(4 * LEAF)
-    assert serve.answer(Want(ref.sha256, "data", 0, 4)) == Gone(ref.sha256)
+    assert serve.answer(BlobRequest(ref.sha256, "data", 0, 4)) == BlobNotFound(ref.sha256)
 
 
 @pytest.mark.parametrize("part", ["data", "leaves"])
 def test_wants_beyond_the_end_get_what_there_is(source: BlobStore, part: str) -> None:
     ref = source.put(noise(4 * LEAF + 9))
-    serve = Serve(source)
+    serve = BlobSender(source)
 
-    assert sum(len(c.payload) for c in chunks(serve.answer(Want(ref.sha256, part, 0, 1000)))) == (
+    assert sum(len(c.payload) for c in chunks(serve.answer(BlobRequest(ref.sha256, part, 0, 1000)))) == (
         ref.size if part == "data" else 5 * 32
     )
-    assert chunks(serve.answer(Want(ref.sha256, part, 2**31 - 1, 1024))) == []
+    assert chunks(serve.answer(BlobRequest(ref.sha256, part, 2**31 - 1, 1024))) == []
 
 
 def test_chunks_use_the_room_that_a_packet_gives(source: BlobStore) -> None:
     ref = source.put(noise(20 * LEAF))
-    serve = Serve(source)
-    want = Want(ref.sha256, "data", 0, 20)
+    serve = BlobSender(source)
+    want = BlobRequest(ref.sha256, "data", 0, 20)
 
     lengths = [
         [len(c.payload) // LEAF for c in chunks(serve.answer(want, limit))] for limit in (65_536, 131_072, 262_144)
@@ -417,7 +417,7 @@ def test_a_full_disk_in_the_middle_is_reported_and_the_pull_can_go_on(
 ) -> None:
     data = noise(6 * LEAF)
     ref = source.put(data)
-    network = Network(Serve(source))
+    network = Network(BlobSender(source))
     pull = Pull(ref, target.partial(ref), chunk_leaves=1, window_leaves=2)
     written = []
 
@@ -443,11 +443,11 @@ PULLING = """
     from pathlib import Path
     from fedprune.blobs.blob_store import BlobStore
     from fedprune.wire.chunk import Chunk
-    from fedprune.wire.transfer import Pull, Serve
+    from fedprune.wire.transfer import Pull, BlobSender
 
     source, target = BlobStore(Path(sys.argv[1])), BlobStore(Path(sys.argv[2]))
     ref = source.ref(sys.argv[3])
-    pull, serve = Pull(ref, target.partial(ref), chunk_leaves=1, window_leaves=4), Serve(source)
+    pull, serve = Pull(ref, target.partial(ref), chunk_leaves=1, window_leaves=4), BlobSender(source)
     wants = pull.start(0)
     while wants:
         for raw in serve.answer(wants.pop(0), 65536):
@@ -475,7 +475,7 @@ def test_a_process_killed_in_the_middle_of_a_pull_resumes_where_it_was(source: B
                     break
         assert process.returncode == -signal.SIGKILL
         assert not target.has(ref.sha256)
-    network = Network(Serve(source))
+    network = Network(BlobSender(source))
 
     network.run(Pull(ref, BlobStore(target.root).partial(ref)))
 

@@ -16,10 +16,10 @@ from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.messages import Gone, Want, parse
+from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Pull, Serve
+from fedprune.wire.transfer import BlobSender, Pull
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.system, pytest.mark.slow]
 
@@ -42,7 +42,7 @@ def serving(request: pytest.FixtureRequest, mosquitto: Any, tmp_path: Path) -> I
     store, stop = BlobStore(tmp_path / "server"), threading.Event()
 
     def serve() -> None:
-        server = Serve(store)
+        server = BlobSender(store)
         with connected(mosquitto.url, "server", TOPICS.server_subscriptions()) as link:
             ready.set()
             while not stop.is_set():
@@ -50,9 +50,9 @@ def serving(request: pytest.FixtureRequest, mosquitto: Any, tmp_path: Path) -> I
                 if not isinstance(item, tuple):
                     continue
                 want = parse(item[1])
-                assert isinstance(want, Want)
+                assert isinstance(want, BlobRequest)
                 answer = server.answer(want, 64 * 1024)
-                assert not isinstance(answer, Gone)
+                assert not isinstance(answer, BlobNotFound)
                 for raw in answer:
                     assert link.publish(TOPICS.down_blob("pi"), raw, request.param)
 

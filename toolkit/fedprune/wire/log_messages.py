@@ -1,6 +1,6 @@
 """Messages by which boards tell their server what went wrong with them: lines of their log, and reports of crashes.
 
-A board says none of it before its server has asked (`LogWanted`), which older servers never do; and a server asks only
+A board says none of it before its server has asked (`LogRequest`), which older servers never do; and a server asks only
 boards whose births name the ability `LOG`.
 """
 
@@ -47,7 +47,7 @@ class Frame(TypedDict):
 
 
 @dataclass(frozen=True)
-class BoardLines(CheckedMessage, kind="log"):
+class LogReport(CheckedMessage, kind="log"):
     """Warnings and errors of a board's log."""
 
     device: Device
@@ -86,7 +86,7 @@ class CrashReport(CheckedMessage, kind="crash"):
 
 
 @dataclass(frozen=True)
-class LogWanted(CheckedMessage, kind="log_wanted"):
+class LogRequest(CheckedMessage, kind="log_wanted"):
     """The server takes a board's log; said after every birth that names `LOG`, and when something of it is kept."""
 
     lines: Annotated[int, whole(0, 100000)]

@@ -33,13 +33,13 @@ from fedprune.wire.fields import (
     whole,
 )
 from fedprune.wire.join_messages import MAX_AUTHORITIES, JoinAnswer, JoinRequest
-from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
+from fedprune.wire.log_messages import CrashReport, LogReport, LogRequest
 from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import ReleaseFromServer, ReleaseReport
 from fedprune.wire.server_messages import ServerPresence, ServerQuery
 
-MAX_WANT = 1024
-"""Leaves or pieces that one `Want` may ask for."""
+MAX_REQUEST = 1024
+"""Leaves or pieces that one `BlobRequest` may ask for."""
 
 _MOST_CODECS = 64
 MAX_SUCCESSIONS = 32
@@ -212,7 +212,7 @@ class Finished(CheckedMessage, kind="finished"):
 
 
 @dataclass(frozen=True)
-class Want(CheckedMessage, kind="want"):
+class BlobRequest(CheckedMessage, kind="want"):
     """Please send pieces of a blob."""
 
     sha256: Digest
@@ -221,12 +221,12 @@ class Want(CheckedMessage, kind="want"):
     """`data` for its leaves, `leaves` for 32 KiB pieces of its leaf table."""
     first: Annotated[int, whole(0, 2**31 - 1)]
     """First leaf or piece."""
-    count: Annotated[int, whole(1, MAX_WANT)]
+    count: Annotated[int, whole(1, MAX_REQUEST)]
     """How many."""
     shared: TrueOrAbsent | None = newer()
     """True where a device listens to the topic that all who pull this blob share, so that the answer may come there;
     None where it doesn't."""
-    most: Annotated[int, whole(1, MAX_WANT)] | None = newer()
+    most: Annotated[int, whole(1, MAX_REQUEST)] | None = newer()
     """How many leaves or pieces a chunk may hold; None where the sender's own limit will do."""
     number: Annotated[int, whole(0, 2**31 - 1)] | None = newer(compare=False)
     """Drawn anew for every want: one that comes with the same number again is the same, doubled on its way."""
@@ -236,7 +236,7 @@ class Want(CheckedMessage, kind="want"):
 
 
 @dataclass(frozen=True)
-class Gone(CheckedMessage, kind="gone"):
+class BlobNotFound(CheckedMessage, kind="gone"):
     """The wanted blob is not here (any more)."""
 
     sha256: Digest
@@ -250,14 +250,25 @@ FromDevice = (
     | Progress
     | Refusal
     | Update
-    | Want
-    | Gone
+    | BlobRequest
+    | BlobNotFound
     | JoinRequest
     | ReleaseReport
-    | BoardLines
+    | LogReport
     | CrashReport
 )
-FromServer = Hello | Offer | Accepted | Cancelled | Finished | Want | Gone | JoinAnswer | ReleaseFromServer | LogWanted
+FromServer = (
+    Hello
+    | Offer
+    | Accepted
+    | Cancelled
+    | Finished
+    | BlobRequest
+    | BlobNotFound
+    | JoinAnswer
+    | ReleaseFromServer
+    | LogRequest
+)
 BetweenServers = ServerQuery | ServerPresence
 Message = FromDevice | FromServer | BetweenServers
 

@@ -6,17 +6,17 @@ import random
 from collections import OrderedDict
 from dataclasses import replace
 
-from fedprune.wire.messages import Want
+from fedprune.wire.messages import BlobRequest
 
 _REMEMBERED = 4096
 
 
-def numbered(want: Want) -> Want:
+def with_request_id(want: BlobRequest) -> BlobRequest:
     """The want with a number of its own."""
     return replace(want, number=random.getrandbits(31))  # nosec B311  # tells two wants apart, and hides nothing
 
 
-class NumberedWants:
+class SeenRequests:
     """The last wants that came here.
 
     A number is drawn and not counted: who asks may forget and begin anew, and wants may overtake births.
@@ -25,7 +25,7 @@ class NumberedWants:
     def __init__(self) -> None:
         self._seen: OrderedDict[tuple[str, int], None] = OrderedDict()
 
-    def doubled(self, device: str, want: Want) -> bool:
+    def is_duplicate(self, device: str, want: BlobRequest) -> bool:
         """Whether this very want has come before; one without a number never has.
 
         Args:

@@ -17,8 +17,8 @@ from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.wire.chunk import MAX_PACKET, Chunk, leaves_per_chunk, read_chunks
 from fedprune.wire.chunk_limit import ChunkLimit
-from fedprune.wire.messages import MAX_WANT, Gone, Want
-from fedprune.wire.rtt import MAX_PATIENCE, AnswerTime
+from fedprune.wire.messages import MAX_REQUEST, BlobNotFound, BlobRequest
+from fedprune.wire.response_time import MAX_PATIENCE, ResponseTime
 
 CHUNK_LEAVES = leaves_per_chunk(MAX_PACKET)
 """Leaves that are asked for at a time at least."""
@@ -72,13 +72,13 @@ class Pull:
         limit: ChunkLimit | None = None,
         patience_s: float = PATIENCE,
         shared: bool = False,
-        answers: AnswerTime | None = None,
+        answers: ResponseTime | None = None,
         lend: Callable[[PartialBlob], object] | None = None,
     ) -> None:
-        if not 1 <= chunk_leaves <= window_leaves <= MAX_WANT:
+        if not 1 <= chunk_leaves <= window_leaves <= MAX_REQUEST:
             raise ProtocolError(
                 "transfer window",
-                expected=f"1 <= chunk <= window <= {MAX_WANT} leaves",
+                expected=f"1 <= chunk <= window <= {MAX_REQUEST} leaves",
                 got=f"{chunk_leaves} and {window_leaves}",
             )
         self.ref = ref
@@ -93,7 +93,7 @@ class Pull:
         self._chunk = chunk_leaves
         self._most = window_leaves
         self._window = self._least = min(window_leaves, WINDOW_LEAVES)
-        self._answers = answers or AnswerTime()
+        self._answers = answers or ResponseTime()
         self._base = self._patience = patience_s
         self._asked: dict[int, tuple[int, float]] = {}  # leaf or piece on the way: serial number and time of asking
         self._twice: set[int] = set()  # those of them that were asked for again and may come for the first asking, too
@@ -120,7 +120,7 @@ class Pull:
         """Leaves or pieces that are asked for and not yet here; never more than the window."""
         return len(self._asked)
 
-    def start(self, now: float) -> list[Want]:
+    def start(self, now: float) -> list[BlobRequest]:
         """Begin, or begin again after a reconnection: whatever was on the way is taken for lost.
 
         Raises:
@@ -138,11 +138,11 @@ class Pull:
         wants = self._again(list(self._asked), now)
         return wants + self._advance(now)
 
-    def remind(self, now: float) -> list[Want]:
+    def remind(self, now: float) -> list[BlobRequest]:
         """Ask again for what should have come by now: the sender says that it is there, and may have forgotten all."""
         return self._repeat([i for i, (_, at) in self._asked.items() if now - at >= self._answers.slowest], now)
 
-    def on_chunk(self, chunk: Chunk, now: float) -> list[Want]:
+    def on_chunk(self, chunk: Chunk, now: float) -> list[BlobRequest]:
         """Take in a chunk; what was not asked for is ignored, unless the blob is shared.
 
         Raises:
@@ -162,7 +162,7 @@ class Pull:
                 self._moved_at, self.stalls = now, 0
         return self._again(bad, now) + self._advance(now)
 
-    def on_tick(self, now: float) -> list[Want]:
+    def on_tick(self, now: float) -> list[BlobRequest]:
         """Ask again for what seems lost.
 
         Raises:
@@ -247,7 +247,7 @@ class Pull:
                 hint="The sender's copy is damaged, or someone else publishes on its topic.",
             )
 
-    def _advance(self, now: float) -> list[Want]:
+    def _advance(self, now: float) -> list[BlobRequest]:
         """Ask for what fits into the window; go on to the next part when one is complete."""
         if self._done:
             return []
@@ -271,7 +271,7 @@ class Pull:
             return []
         return self._fill(self.ref.leaf_count, now)
 
-    def _fill(self, total: int, now: float) -> list[Want]:
+    def _fill(self, total: int, now: float) -> list[BlobRequest]:
         data = self._part == "data"
         free = self._window - len(self._asked)
         if free < max(self._chunk, self._window // 4) and self._asked and total - self._cursor > free:
@@ -284,13 +284,13 @@ class Pull:
                 new.append(index)
         return self._again(new, now)
 
-    def _repeat(self, indices: list[int], now: float) -> list[Want]:
+    def _repeat(self, indices: list[int], now: float) -> list[BlobRequest]:
         """Ask again for what may be on its way."""
         self._twice.update(indices)
         return self._again(indices, now)
 
-    def _again(self, indices: Iterable[int], now: float) -> list[Want]:
-        wants: list[Want] = []
+    def _again(self, indices: Iterable[int], now: float) -> list[BlobRequest]:
+        wants: list[BlobRequest] = []
         first = count = 0
         for index in sorted(indices):
             self._serial += 1
@@ -306,12 +306,12 @@ class Pull:
             wants.append(self._want(first, count))
         return wants
 
-    def _want(self, first: int, count: int) -> Want:
+    def _want(self, first: int, count: int) -> BlobRequest:
         shared = True if self.shared else None
-        return Want(self.ref.sha256, self._part, first, count, shared, self._limit.wanted)
+        return BlobRequest(self.ref.sha256, self._part, first, count, shared, self._limit.wanted)
 
 
-class Serve:
+class BlobSender:
     """Answers wants from stores; it remembers nothing between them.
 
     Args:
@@ -329,7 +329,7 @@ class Serve:
         except StorageError:
             return 0
 
-    def answer(self, want: Want, max_packet: int = MAX_PACKET) -> Iterator[bytes] | Gone:
+    def answer(self, want: BlobRequest, max_packet: int = MAX_PACKET) -> Iterator[bytes] | BlobNotFound:
         """The chunks that were wanted, read as they are taken, or that the blob is not here.
 
         Args:
@@ -340,27 +340,27 @@ class Serve:
             ProtocolError: Not even one leaf fits into a packet.
             StorageError: The blob is here but can't be read.
         """
-        step = min(leaves_per_chunk(max_packet), want.most or MAX_WANT)
+        step = min(leaves_per_chunk(max_packet), want.most or MAX_REQUEST)
         store = next((s for s in self._stores if s.has(want.sha256)), None)
         if store is None:
-            return Gone(want.sha256)
+            return BlobNotFound(want.sha256)
         if want.part == "leaves":
             try:
                 return _pieces(want, store.table(want.sha256), step)
             except StorageError:
                 if store.has(want.sha256):
                     raise
-                return Gone(want.sha256)  # deleted by somebody else meanwhile
+                return BlobNotFound(want.sha256)  # deleted by somebody else meanwhile
         return _leaves(store, want, step)
 
 
-def _leaves(store: BlobStore, want: Want, step: int) -> Iterator[bytes]:
+def _leaves(store: BlobStore, want: BlobRequest, step: int) -> Iterator[bytes]:
     step = -(-want.count // -(-want.count // step))  # chunks of one size, where the last would be a small one
     with suppress(StorageError, OSError), store.open(want.sha256) as file:  # gone: the next want is answered so
         yield from read_chunks(file, want.sha256, want.first, want.count, step)
 
 
-def _pieces(want: Want, table: bytes, step: int) -> Iterator[bytes]:
+def _pieces(want: BlobRequest, table: bytes, step: int) -> Iterator[bytes]:
     end = want.first + want.count
     for first in range(want.first, end, step):
         payload = table[first * LEAF : min(first + step, end) * LEAF]

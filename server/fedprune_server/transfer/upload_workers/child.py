@@ -24,8 +24,8 @@ from fedprune.core.errors import FedpruneError, ProtocolError
 from fedprune.core.text import one_line
 from fedprune.security.tls import pinned_context
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.complaints import Complaints
 from fedprune.wire.mqtt.link import Link
+from fedprune.wire.rejected_messages import RejectedMessageLog
 from fedprune.wire.topics import Topics
 from fedprune_server.process.children import begin_helper, replies_to_parent
 from fedprune_server.transfer.upload_workers.messages import (
@@ -73,7 +73,7 @@ class Receiving:
         self._topics = Topics(site)
         self._say = say
         self._clock = clock
-        self._complaints = Complaints(log, clock)
+        self._complaints = RejectedMessageLog(log, clock)
         self._taken: dict[str, int] = {}
         self._fetched: set[str] = set()
 

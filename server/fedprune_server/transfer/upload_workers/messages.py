@@ -21,7 +21,7 @@ from fedprune.wire.fields import (
     text,
     whole,
 )
-from fedprune.wire.messages import MAX_WANT, PARTS
+from fedprune.wire.messages import MAX_REQUEST, PARTS
 from fedprune_server.process.line_process import checked_line
 
 MAX_LINE = 4096
@@ -108,8 +108,8 @@ class Asks(CheckedMessage, kind="asks"):
     sha256: Digest
     part: Annotated[str, choice(*PARTS)]
     first: Annotated[int, whole(0, 2**31 - 1)]
-    count: Annotated[int, whole(1, MAX_WANT)]
-    most: Annotated[int, whole(1, MAX_WANT)] | None
+    count: Annotated[int, whole(1, MAX_REQUEST)]
+    most: Annotated[int, whole(1, MAX_REQUEST)] | None
 
 
 @dataclass(frozen=True)

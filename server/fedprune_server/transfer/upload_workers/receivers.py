@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import MAX_PACKET
-from fedprune.wire.messages import TO, Want
+from fedprune.wire.messages import TO, BlobRequest
 from fedprune_server.transfer.upload_workers.messages import (
     Asks,
     Beat,
@@ -236,7 +236,9 @@ class Receivers(Uploads):
         if isinstance(word, Asks):
             if word.sha256 != given.ref.sha256:
                 return []
-            return [(word.device, Want(word.sha256, word.part, word.first, word.count, None, word.most, None, tag))]
+            return [
+                (word.device, BlobRequest(word.sha256, word.part, word.first, word.count, None, word.most, None, tag))
+            ]
         if not isinstance(word, (Stored, Failed)) or (word.round, word.attempt) != (given.round, given.attempt):
             return []
         part = word.device, word.round, word.attempt

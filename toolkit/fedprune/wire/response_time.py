@@ -10,7 +10,7 @@ _ROUND_TRIPS = 2.0
 longer than what is said to connect, and wait behind each other."""
 
 
-class AnswerTime:
+class ResponseTime:
     """What is known of it; shared by all that is pulled from one peer.
 
     Attributes:

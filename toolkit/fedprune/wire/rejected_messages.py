@@ -15,7 +15,7 @@ MOST = 20
 AGAIN_S = 3600.0
 
 
-class Complaints:
+class RejectedMessageLog:
     """Logs bad messages, the first few of an hour one by one, and how many there were beside them.
 
     Args:
